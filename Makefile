@@ -1,0 +1,24 @@
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= 1
+
+# One file says that .venv matches the pins, so that running a target again installs nothing.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[train,test,onnx]'
+	touch $@
+
+.PHONY: install demo test test-all soak lint
+install: .venv/.installed
+
+demo: install
+	$(BIN)/referral demo --run runs/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+test-all: install
+	$(BIN)/python -m pytest -m ''
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,0 +1,1 @@
+"""Train and measure one network.  Owns torch.distributed, deepspeed and webdataset."""

@@ -1,0 +1,270 @@
+"""The run's configuration: TOML in, checked values out.  No torch here: login nodes read it.
+
+Every key has a type, a default and a meaning; an unknown key is an error that names the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class UserError(Exception):
+    """A mistake of the user's: printed as one line, exit code 2, no traceback."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class Data(Section):
+    """Shards.  Each of train, val, test is a pattern (`dir/train-{000000..000007}.tar`, several joined by `::`)."""
+
+    train: str = ""
+    val: str = ""
+    test: str = ""
+    label: str = "cls"  # the member that holds the label; "json:FIELD" reads a field of the json member
+    input: str = ""  # the member that holds the input; "" takes the one member that is not the label
+    mean: list[float] = [0.5]  # per channel, of inputs scaled to 0..1; part of model.json
+    std: list[float] = [0.25]
+    augment: str = "none"  # training views: none | shift | flip-crop | module:function
+    cache: Literal["auto", "decoded", "none"] = "auto"  # keep decoded inputs in one memory-mapped file under RUN/cache
+    cache_bytes: int = Field(2 * 1024**3, gt=0)  # the most that such a file may take
+    workers: int = Field(0, ge=0)  # reading processes per rank
+    damage: Literal["strict", "skip"] = "strict"
+    decoders: dict[str, str] = {}  # extension -> module:function, beside the built-in table
+    classes: int | None = Field(None, gt=0)  # the label set's size, where no manifest says it
+
+
+class Model(Section):
+    """The network.  `options` is for timm models and a user's own builder."""
+
+    name: str = "convnet"  # mlp | convnet | resnet | wideresnet | timm:NAME | module:function
+    width: int = Field(16, gt=0)
+    depth: int = Field(3, gt=0)
+    embedding: int = Field(128, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    options: dict[str, Any] = {}
+
+
+class Schedule(Section):
+    """How one network is trained.  In [specialists] and [students.NAME] an absent key is taken from [train]."""
+
+    steps: int | None = Field(None, gt=0)  # optimizer steps; exactly one of steps and epochs
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int | None = Field(None, gt=0)  # examples per optimizer step, over all ranks
+    optimizer: Literal["adamw", "sgd"] | None = None
+    learning_rate: float | None = Field(None, gt=0)  # the peak
+    schedule: Literal["cosine", "onecycle", "constant"] | None = None
+    warmup: float | None = Field(None, ge=0, lt=1)  # share of the steps in which the rate rises linearly
+    weight_decay: float | None = Field(None, ge=0)
+    momentum: float | None = Field(None, ge=0, lt=1)
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    ema: float | None = Field(None, ge=0, lt=1)  # decay per step of the averaged weights; 0 = none
+    accumulation: int | None = Field(None, gt=0)  # micro-batches per optimizer step
+    clip_norm: float | None = Field(None, ge=0)  # 0 = none
+    balance: float | None = Field(None, ge=0, le=1)  # 0 natural frequencies, 1 every class equally often
+    validate_every: int | None = Field(None, ge=0)  # steps; 0 = only at the end
+    patience: int | None = Field(None, ge=0)  # stop after so many validations without a better loss; 0 = never
+    checkpoint_every: int | None = Field(None, gt=0)  # steps
+    keep: int | None = Field(None, gt=0)  # checkpoints kept
+    log_every: int | None = Field(None, gt=0)  # steps
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+
+DEFAULT_SCHEDULE = Schedule(
+    batch_size=256, optimizer="adamw", learning_rate=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.01,
+    momentum=0.9, label_smoothing=0.0, ema=0.0, accumulation=1, clip_norm=0.0, balance=0.0, validate_every=0,
+    patience=0, checkpoint_every=500, keep=2, log_every=50,
+)  # fmt: skip
+
+
+class Generalist(Section):
+    init: str = Field("", alias="from")  # a run, or a directory with model.safetensors and model.json
+
+
+class Clusters(Section):
+    num_groups: int = 16
+    method: str = "kmeans"
+    capacity: float = Field(1.3, ge=1)  # the largest group, as a multiple of the mean size
+    overlap: int = Field(1, ge=1)  # groups that a class may belong to
+    groups_file: str = ""  # a user's own taxonomy (ClassGroups JSON) instead of clustering
+    top_k: int | None = Field(None, gt=0)  # statistics keep the k largest predictions; None = all while C^2 fits
+    min_gain: float = Field(0.0, ge=0)  # groups whose forecast gain (share of val examples) is below get no specialist
+
+
+class Specialists(Schedule):
+    dustbin: Literal["preserving", "fresh"] = "preserving"
+    trainable: str = "all"  # all | head | last-N-blocks
+    fraction: float = Field(0.5, gt=0, lt=1)  # share of S_m's examples in a batch
+    per_job: int = Field(1, gt=0)
+    route: Literal["index", "copy"] = "index"
+    route_max_bytes: int = Field(64 * 1024**3, gt=0)
+
+
+class Controls(Section):
+    enabled: bool = True
+    learning_rates: list[float] = []  # control_wall's peaks; [] = 1/3, 1 and 3 times the specialists'
+
+
+class Ensemble(Section):
+    kind: Literal["specialists"] = "specialists"
+    gate: int = Field(1, gt=0)  # the n most probable classes of the generalist choose the specialists
+    max_specialists: int | None = Field(None, gt=0)
+    combine: str = "kl"
+    temperatures: bool = True  # fit one temperature per specialist on val
+    allow_missing: bool = False
+
+
+class Student(Schedule):
+    method: Literal["distill", "hard"] = "distill"
+    start: Literal["generalist", "scratch"] = "generalist"
+    temperature: float = Field(1.0, gt=0)
+    hard_weight: float = Field(0.0, ge=0, le=1)
+    soft_weight: float = Field(1.0, ge=0)
+    model: dict[str, Any] = {}  # keys of [model] that differ
+
+
+class Engine(Section):
+    name: Literal["ddp"] = "ddp"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class Launch(Section):
+    processes: int | None = Field(None, gt=0)  # ranks of the generalist (None: one per GPU, or per core up to 2)
+    pool: int | None = Field(None, gt=0)  # jobs of one process side by side (None: as many as devices or cores)
+    retries: int = Field(1, ge=0)  # of a job that fails
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: Data = Data()
+    model: Model = Model()
+    train: Schedule = DEFAULT_SCHEDULE
+    generalist: Generalist = Generalist()
+    clusters: Clusters = Clusters()
+    specialists: Specialists = Specialists()
+    controls: Controls = Controls()
+    ensemble: Ensemble = Ensemble()
+    students: dict[str, Student] = {}
+    engine: Engine = Engine()
+    launch: Launch = Launch()
+    slurm: dict[str, dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _fill(self):
+        self.train = _inherit(self.train, DEFAULT_SCHEDULE)
+        self.specialists = _inherit(self.specialists, self.train)
+        self.students = {name: _inherit(student, self.train) for name, student in self.students.items()}
+        for name in self.students:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"students.{name}: a student's name is letters, digits, '_' and '-'")
+        if not self.controls.learning_rates:
+            peak = self.specialists.learning_rate
+            self.controls.learning_rates = [peak / 3, peak, peak * 3]
+        return self
+
+    def dump(self) -> dict:
+        """Plain JSON-able values, absent ones left out; loads back to an equal Config."""
+        return json.loads(self.model_dump_json(exclude_none=True, by_alias=True))
+
+
+def _inherit(section: Schedule, parent: Schedule) -> Schedule:
+    """`section` with each absent schedule key taken from `parent`; its own steps hide the parent's epochs."""
+    values = {key: getattr(parent, key) for key in Schedule.model_fields if getattr(section, key) is None}
+    if section.steps is not None or section.epochs is not None:
+        values.pop("steps", None), values.pop("epochs", None)
+    return section.model_copy(update=values)
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] = (), base: dict | None = None) -> Config:
+    """Read a TOML file (or take `base`), apply `section.key=value` overrides, and check everything.
+
+    Raises UserError with one line per mistake, each naming the value, the rule and the nearest valid key.
+    """
+    values = dict(base or {})
+    if path is not None:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such config file") from None
+        except IsADirectoryError:
+            raise UserError(f"{path} is a directory; give a TOML file") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as mistake:
+            raise UserError(f"{path}: not valid TOML: {mistake}") from None
+        except OSError as mistake:
+            raise UserError(f"{path}: cannot be read: {mistake.strerror}") from None
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as mistakes:
+        source = str(path) if path is not None else "config"
+        lines = [f"{source}: {_explain(mistake)}" for mistake in mistakes.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _override(values: dict, override: str) -> None:
+    """Apply one `a.b=value` to nested `values`; the value is TOML, or a bare string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {section} is not a section")
+    values[last] = value
+
+
+def _explain(mistake: dict) -> str:
+    place = [str(part) for part in mistake["loc"]]
+    where = ".".join(place)
+    if mistake["type"] == "extra_forbidden":
+        valid = _valid_keys(place[:-1])
+        near = difflib.get_close_matches(place[-1], valid, n=1, cutoff=0.4)
+        hint = f"; did you mean {'.'.join([*place[:-1], near[0]])}?" if near else f"; valid keys: {', '.join(valid)}"
+        return f"unknown key {where}{hint}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    if not where:
+        return message
+    return f"{where} = {mistake['input']!r}: {message}"
+
+
+def _valid_keys(place: list[str]) -> list[str]:
+    section: Any = Config
+    for index, part in enumerate(place):
+        if section is Config and part == "students":
+            section = Student
+            if index + 1 < len(place):
+                return _fields(Student)
+            return []
+        section = section.model_fields[part].annotation
+    return _fields(section)
+
+
+def _fields(section) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(tomli_w.dumps(config.dump()), encoding="utf-8")

@@ -1,0 +1,280 @@
+"""The run directory is the whole state of a run.  No torch here.
+
+A stage's place holds `attempts/ID/` (one for each try), `checkpoints/`, and, once it is done, `DONE`.  The first attempt that
+hard-links its DONE into place wins, so two copies of one job cannot harm each other; the winner's files are published by links.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from .config import Config, UserError
+
+SCHEMA = 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def digest(value) -> str:
+    """Hash of a JSON-able value, the same for equal values whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Stage:
+    """One stage's place in the run: what it is, whether it is done, and where an attempt writes.
+
+    place: its directory below RUN.  key: the hash of the config sections it reads and of its inputs' keys, so that a changed
+    section changes the key of every stage behind it.
+    """
+
+    def __init__(self, run: Path, place: str, key: str, name: str, label: str | None = None):
+        self.run, self.place, self.key, self.name = Path(run), place, key, name
+        self.label = label or place
+        self.directory = self.run / place
+
+    def done(self) -> dict | None:
+        """The content of DONE, or None."""
+        try:
+            return read_json(self.directory / "DONE")
+        except FileNotFoundError:
+            return None
+
+    @property
+    def is_done(self) -> bool:
+        done = self.done()
+        return done is not None and done["hash"] == self.key
+
+    @property
+    def is_stale(self) -> bool:
+        """Finished or begun under another config."""
+        try:
+            return (self.directory / "KEY").read_text() != self.key
+        except FileNotFoundError:
+            return False
+
+    def path(self, file: str) -> Path:
+        """A finished stage's file, through the winning attempt (links are for people; DONE is what counts)."""
+        done = self.done()
+        assert done is not None, f"{self.place} is not done"
+        return self.directory / "attempts" / done["attempt"] / file
+
+    def begin(self, attempt: str | None = None) -> Attempt:
+        """A new attempt.  Raises UserError if the directory was begun under another config."""
+        if self.is_stale:
+            raise UserError(f"{self.directory} was made with another config; run again with --force to redo it")
+        attempt = attempt or new_attempt_id()
+        directory = self.directory / "attempts" / attempt
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            if not (self.directory / "KEY").exists():
+                write_text(self.directory / "KEY", self.key)
+        except OSError as mistake:
+            raise UserError(f"{self.directory}: cannot be written: {mistake.strerror}") from None
+        return Attempt(self, attempt, directory)
+
+    def clear(self) -> None:
+        """Forget everything of this stage: checkpoints, attempts, DONE first, so that no half-cleared stage looks done."""
+        (self.directory / "DONE").unlink(missing_ok=True)
+        for child in list(self.directory.iterdir()) if self.directory.exists() else []:
+            if child.is_symlink() or child.is_file():
+                child.unlink()
+            elif child.name in ("attempts", "checkpoints"):  # other directories are stages of their own
+                shutil.rmtree(child)
+
+
+class Attempt:
+    """One try at a stage: `path(NAME)` to write, `publish(NAME)` to show a file early, `finish()` to win."""
+
+    def __init__(self, stage: Stage, attempt: str, directory: Path):
+        self.stage, self.id, self.directory = stage, attempt, directory
+        self.started = time.time()
+
+    def path(self, file: str) -> Path:
+        path = self.directory / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def publish(self, file: str) -> None:
+        """Link STAGE/file to this attempt's, replacing an earlier attempt's link."""
+        link = self.stage.directory / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
+        os.symlink(os.path.relpath(self.directory / file, link.parent), temporary)
+        os.replace(temporary, link)
+
+    def finish(self, **facts) -> bool:
+        """Declare this attempt finished.  Returns whether it won; a loser's files stay unread."""
+        done = {"schema": SCHEMA, "stage": self.stage.name, "hash": self.stage.key, "attempt": self.id,
+                "seconds": round(time.time() - self.started, 3), "finished": time.time(), **facts}  # fmt: skip
+        write_json(self.directory / "DONE", done)
+        try:
+            os.link(self.directory / "DONE", self.stage.directory / "DONE")
+        except FileExistsError:
+            return False
+        for file in sorted(path.name for path in self.directory.iterdir() if path.name != "DONE"):
+            self.publish(file)
+        return True
+
+
+def new_attempt_id() -> str:
+    """Unique on a cluster, and in the order of time."""
+    job = os.environ.get("SLURM_JOB_ID", str(os.getpid()))
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{socket.gethostname()}-{job}-{uuid.uuid4().hex[:4]}"
+
+
+class RunDirectory:
+    """RUN: its config and its stages.  launch.plan makes jobs of them."""
+
+    def __init__(self, root: str | Path, config: Config):
+        self.root, self.config = Path(root), config
+        values = config.dump()
+        # The shards' manifests stand in for their content: data made anew under the same name is other data.
+        values["data"]["manifests"] = _manifests(config)
+        for key in ("cache", "cache_bytes", "workers"):
+            values["data"].pop(key, None)
+        schedule_only_pace = ("checkpoint_every", "keep", "log_every")
+        for section in (values["train"], values["specialists"], *values["students"].values()):
+            for key in schedule_only_pace:
+                section.pop(key, None)
+        values["specialists"].pop("per_job", None)
+        values["ensemble"].pop("allow_missing", None)
+        self._values = values
+
+    def _stage(self, name: str, place: str, sections: Iterable[str], inputs: Iterable[Stage] = (), **extra) -> Stage:
+        parts = {section: self._section(section) for section in sections}
+        return Stage(self.root, place, digest([SCHEMA, name, parts, [stage.key for stage in inputs], extra]), name)
+
+    def _section(self, name: str):
+        value = self._values
+        for part in name.split("."):
+            value = value[part]
+        return value
+
+    @cached_property
+    def generalist(self) -> Stage:
+        return self._stage("generalist", "generalist", ["seed", "data", "model", "train", "generalist"])
+
+    @cached_property
+    def measure(self) -> Stage:
+        return self._stage("measure", "clusters/statistics", [], [self.generalist], top_k=self.config.clusters.top_k)
+
+    @cached_property
+    def cluster(self) -> Stage:
+        return self._stage("cluster", "clusters", ["clusters"], [self.measure], groups=_file_hash(self.groups_file))
+
+    @property
+    def groups_file(self) -> Path | None:
+        return Path(self.config.clusters.groups_file) if self.config.clusters.groups_file else None
+
+    @cached_property
+    def num_specialists(self) -> int:
+        """As many as groups: the config's number, or the length of the user's groups file."""
+        if self.groups_file is None:
+            return self.config.clusters.num_groups
+        try:
+            return len(read_json(self.groups_file)["members"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"clusters.groups_file = {self.groups_file}: not a readable ClassGroups file") from None
+
+    @cached_property
+    def route(self) -> Stage:
+        return self._stage("route", "routed", [], [self.cluster], mode=self.config.specialists.route)
+
+    @cached_property
+    def specialists(self) -> list[Stage]:
+        return [
+            self._stage("specialist", f"specialists/{index:03d}", ["specialists"], [self.route], index=index)
+            for index in range(self.num_specialists)
+        ]
+
+    @cached_property
+    def controls(self) -> dict[str, Stage]:
+        """control_wall-0, -1, ... (one peak rate each), control_compute, and student_hard, the twin of students.main."""
+        if not self.config.controls.enabled:
+            return {}
+        sections = ["specialists", "controls", "clusters"]
+
+        def control(name, sections, inputs):
+            return self._stage("control", f"controls/{name}", sections, inputs, name=name)
+
+        names = [f"control_wall-{index}" for index in range(len(self.config.controls.learning_rates))]
+        found = {name: control(name, sections, [self.generalist]) for name in names}
+        found["control_compute"] = control("control_compute", sections, list(found.values()))
+        if "main" in self.config.students:
+            found["student_hard"] = control("student_hard", ["students.main"], [self.generalist])
+        return found
+
+    @cached_property
+    def students(self) -> dict[str, Stage]:
+        found = {}
+        for name, student in self.config.students.items():
+            sections, inputs = [f"students.{name}", "model"], [self.generalist]
+            if student.method != "hard":
+                sections, inputs = [*sections, "ensemble"], [*inputs, *self.specialists]
+            found[name] = self._stage("student", f"students/{name}", sections, inputs, name=name)
+        return found
+
+    @cached_property
+    def evaluate(self) -> Stage:
+        inputs = [self.generalist, *self.specialists, *self.controls.values(), *self.students.values()]
+        return self._stage("evaluate", "evaluation", ["ensemble"], inputs)
+
+    @cached_property
+    def report(self) -> Stage:
+        """Its files, results.json and report.html, are published in RUN itself."""
+        return self._stage("report", "report", [], [self.evaluate])
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Every stage, in an order in which each stands behind its inputs."""
+        return [self.generalist, self.measure, self.cluster, self.route, *self.specialists, *self.controls.values(),
+                *self.students.values(), self.evaluate, self.report]  # fmt: skip
+
+
+def _file_hash(path: Path | None) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None else None
+    except OSError:
+        return None
+
+
+def _manifests(config: Config) -> dict[str, str | None]:
+    """Hash of the manifest beside each split's shards, None where there is none."""
+    found = {}
+    for split in ("train", "val", "test"):
+        first = getattr(config.data, split).split("::")[0]
+        path = Path(first) if Path(first).is_dir() else Path(first).parent
+        found[split] = _file_hash(path / "manifest.json")
+    return found
