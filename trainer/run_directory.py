@@ -227,7 +227,7 @@ class RunDirectory:
         sections = ["specialists", "controls", "clusters"]
 
         def control(name, sections, inputs):
-            return self._stage("control", f"controls/{name}", sections, inputs, name=name)
+            return self._stage("control", f"controls/{name}", sections, inputs, called=name)
 
         names = [f"control_wall-{index}" for index in range(len(self.config.controls.learning_rates))]
         found = {name: control(name, sections, [self.generalist]) for name in names}
@@ -243,7 +243,7 @@ class RunDirectory:
             sections, inputs = [f"students.{name}", "model"], [self.generalist]
             if student.method != "hard":
                 sections, inputs = [*sections, "ensemble"], [*inputs, *self.specialists]
-            found[name] = self._stage("student", f"students/{name}", sections, inputs, name=name)
+            found[name] = self._stage("student", f"students/{name}", sections, inputs, called=name)
         return found
 
     @cached_property
