@@ -1,0 +1,23 @@
+"""Which classes does the generalist confuse?  Its predictions' statistics, groups of classes, what the groups capture."""
+
+from importlib import import_module
+
+_HOMES = {
+    "ClassGroups": "groups",
+    "PredictionStatistics": "statistics",
+    "group_classes": "grouping",
+    "captured_confusion": "judging",
+    "captured_unlabelled": "judging",
+    "forecast": "judging",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
