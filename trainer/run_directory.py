@@ -230,11 +230,16 @@ class RunDirectory:
             return self._stage("control", f"controls/{name}", sections, inputs, called=name)
 
         names = [f"control_wall-{index}" for index in range(len(self.config.controls.learning_rates))]
-        found = {name: control(name, sections, [self.generalist]) for name in names}
+        found = {name: control(name, sections, [self.cluster]) for name in names}
         found["control_compute"] = control("control_compute", sections, list(found.values()))
         if "main" in self.config.students:
             found["student_hard"] = control("student_hard", ["students.main"], [self.generalist])
         return found
+
+    @cached_property
+    def combine(self) -> Stage:
+        """The joint opinion: what is fitted on val, and the teacher's stored answers.  RUN/ensemble.json is its file."""
+        return self._stage("combine", "ensemble", ["ensemble"], self.specialists)
 
     @cached_property
     def students(self) -> dict[str, Stage]:
@@ -242,14 +247,14 @@ class RunDirectory:
         for name, student in self.config.students.items():
             sections, inputs = [f"students.{name}", "model"], [self.generalist]
             if student.method != "hard":
-                sections, inputs = [*sections, "ensemble"], [*inputs, *self.specialists]
+                inputs = [self.combine]
             found[name] = self._stage("student", f"students/{name}", sections, inputs, called=name)
         return found
 
     @cached_property
     def evaluate(self) -> Stage:
-        inputs = [self.generalist, *self.specialists, *self.controls.values(), *self.students.values()]
-        return self._stage("evaluate", "evaluation", ["ensemble"], inputs)
+        inputs = [self.combine, *self.controls.values(), *self.students.values()]
+        return self._stage("evaluate", "evaluation", [], inputs)
 
     @cached_property
     def report(self) -> Stage:
@@ -259,8 +264,8 @@ class RunDirectory:
     @property
     def stages(self) -> list[Stage]:
         """Every stage, in an order in which each stands behind its inputs."""
-        return [self.generalist, self.measure, self.cluster, self.route, *self.specialists, *self.controls.values(),
-                *self.students.values(), self.evaluate, self.report]  # fmt: skip
+        return [self.generalist, self.measure, self.cluster, self.route, *self.specialists, self.combine,
+                *self.controls.values(), *self.students.values(), self.evaluate, self.report]  # fmt: skip
 
 
 def _file_hash(path: Path | None) -> str | None:

@@ -1,0 +1,109 @@
+"""Processes at the edge: one group of ranks, started by torchrun or alone (world size 1 is not a second path)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from .config import Engine, UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world_size, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(engine: Engine) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started (RANK, WORLD_SIZE, ... in the environment), or be alone."""
+    die_with_parent()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = choose_device(engine)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(engine: Engine) -> torch.device:
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError('engine.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"')
+    if engine.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def die_with_parent() -> None:
+    """A rank whose launcher is killed must not train on alone (Linux only; elsewhere nothing happens)."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def broadcast(value, ranks: Ranks):
+    """Rank 0's value (any small JSON-able object) on every rank."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=ranks.device)
+    return box[0]
+
+
+def gather(value, ranks: Ranks) -> list:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if ranks.world_size == 1:
+        return [value]
+    box = [None] * ranks.world_size
+    dist.all_gather_object(box, value)
+    return box
+
+
+def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The sum over the ranks, in float64 so that it does not depend on how examples fell to ranks."""
+    total = tensor.detach().to(ranks.device, torch.float64)
+    if ranks.world_size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step; all ranks agree on the step."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_):
+        self.received = True
+
+    def agreed(self, ranks: Ranks) -> bool:
+        if ranks.world_size == 1:
+            return self.received
+        flag = torch.tensor([float(self.received)], device=ranks.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())

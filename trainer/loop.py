@@ -1,0 +1,199 @@
+"""One loop trains everything: generalist, specialists, controls and students."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .checkpoints import load_checkpoint, newest_step, save_checkpoint
+from .config import Engine, Schedule, UserError
+from .data.streams import TrainingStream
+from .distributed import Ranks, StopSignal, broadcast, gather, sum_over_ranks
+from .engines import build_engine
+from .objectives import Objective
+from .optimisation import AveragedWeights, learning_rate
+
+Validate = Callable[[nn.Module], dict[str, float]]  # -> {"loss": ..., "top1": ...}, equal on every rank
+REQUEUE = 75  # EX_TEMPFAIL: "run me again, I shall go on"
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or SIGUSR2 arrived; a checkpoint is written."""
+
+    def __init__(self):
+        super().__init__(REQUEUE)
+
+
+@dataclass
+class Progress:
+    """What a training run carries from step to step; all of it is in a checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    val: dict | None = None  # the figures of the weights that `train` would return now
+    waited: int = 0  # validations since the best
+    stopped: bool = False  # early
+    metrics: list[str] = field(default_factory=list)  # the lines of metrics.jsonl so far
+
+
+def train(
+    network: nn.Module, objective: Objective, stream: TrainingStream, schedule: Schedule, steps: int, *,
+    engine: Engine, ranks: Ranks, checkpoints: Path, metrics: Path, validate: Validate | None = None, workers: int = 0,
+) -> tuple[nn.Module, dict]:  # fmt: skip
+    """Train `network` for `steps` steps, going on from the newest checkpoint.
+
+    Returns the network (the best validated weights where schedule.patience is set, the last ones otherwise; averaged
+    weights where schedule.ema is set) and its summary {seconds, examples_seen, peak_memory_bytes, steps, best_step, val}.
+    Raises Interrupted after SIGTERM or SIGUSR2 (with a checkpoint), UserError where the loss is not finite.
+    """
+    check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)
+    driver = build_engine(engine, ranks)
+    module = driver.prepare(network, schedule)
+    average = AveragedWeights(network, schedule.ema) if schedule.ema else None
+    progress, best = resume(driver, average, checkpoints, ranks)
+    log = MetricsFile(metrics, progress) if ranks.is_main else None
+    stop, started = StopSignal(), time.monotonic() - progress.seconds
+    loss_sum, first = torch.zeros((), dtype=torch.float64, device=ranks.device), progress.step
+
+    def checkpoint():
+        states = gather(torch.get_rng_state(), ranks)
+        if ranks.is_main:
+            state = {**driver.state(), "progress": vars(progress), "rng": states, "best": best,
+                     "average": average.average if average else None}  # fmt: skip
+            save_checkpoint(checkpoints, progress.step, state, schedule.keep)
+
+    def judge():
+        """Validate (averaged weights where there are any), remember the best, decide whether to stop early."""
+        nonlocal best
+        if average:
+            average.swap(network)
+        figures = validate(network)
+        if log:
+            log.write({"step": progress.step, **{f"val/{key}": value for key, value in figures.items()}})
+        progress.waited += 1
+        if figures["loss"] < progress.best_loss:
+            progress.best_loss, progress.best_step, progress.waited = figures["loss"], progress.step, 0
+            if schedule.patience:
+                best = {name: value.clone() for name, value in network.state_dict().items()}
+        if not schedule.patience or progress.best_step == progress.step:
+            progress.val = figures
+        if average:
+            average.swap(network)
+        progress.stopped = bool(schedule.patience) and progress.waited >= schedule.patience
+
+    if validate and progress.step == 0 and schedule.patience:
+        judge()  # the start is a candidate too: a specialist that only gets worse stays the generalist
+    module.train()
+    batches = stream.loader(progress.step, steps, ranks.rank, ranks.world_size, workers)
+    while progress.step < steps and not progress.stopped:
+        batch = next(batches).to(ranks.device)
+        rate = learning_rate(progress.step, steps, schedule)
+        parts = batch.chunk(schedule.accumulation)
+        for index, part in enumerate(parts):
+            with driver.accumulating(last=index == len(parts) - 1):
+                with driver.autocast():
+                    loss = objective(module, part) / len(parts)
+                driver.backward(loss)
+            loss_sum += loss.detach()
+        driver.step(rate)
+        if average:
+            average.update(network, progress.step)
+        progress.step += 1
+        last = progress.step == steps
+        stopping = stop.agreed(ranks)
+        if last or stopping or progress.step % schedule.log_every == 0:
+            mean = float(sum_over_ranks(loss_sum, ranks)) / ranks.world_size / (progress.step - first)
+            loss_sum.zero_()
+            first = progress.step
+            progress.seconds = time.monotonic() - started
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"the loss is {mean} at step {progress.step}; lower the learning rate ({rate:.3g}) or clip "
+                    f"gradients (clip_norm); the last good checkpoint stands in {checkpoints}"
+                )
+            if log:
+                log.write(training_row(progress, steps, mean, rate, stream.batch_size, started))
+        if validate and (last or (schedule.validate_every and progress.step % schedule.validate_every == 0)):
+            judge()
+            module.train()
+        if stopping or last or progress.stopped or progress.step % schedule.checkpoint_every == 0:
+            progress.seconds = time.monotonic() - started
+            checkpoint()
+        if stopping and not last:
+            raise Interrupted()
+    network = driver.export()
+    if schedule.patience and best is not None:
+        network.load_state_dict(best)
+    elif average:
+        average.swap(network)
+    network.eval()
+    return network, {
+        "seconds": round(progress.seconds, 3), "examples_seen": progress.step * stream.batch_size,
+        "peak_memory_bytes": peak_memory(ranks), "steps": progress.step, "best_step": progress.best_step,
+        "stopped_early": progress.stopped, "val": progress.val,
+    }  # fmt: skip
+
+
+def resume(driver, average, checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:
+    """Load the newest checkpoint into engine and averages; where there is none, begin."""
+    step = broadcast(newest_step(checkpoints), ranks)
+    if step is None:
+        return Progress(), None
+    state = load_checkpoint(checkpoints, step, ranks.device)
+    driver.load(state)
+    if average:
+        average.average = state["average"]
+    if len(state["rng"]) == ranks.world_size:
+        torch.set_rng_state(state["rng"][ranks.rank].cpu())
+    return Progress(**state["progress"]), state["best"]
+
+
+class MetricsFile:
+    """metrics.jsonl: the rows up to the checkpoint first, then each new one as it comes."""
+
+    def __init__(self, path: Path, progress: Progress):
+        self.path, self.progress = path, progress
+        path.write_text("".join(line + "\n" for line in progress.metrics))
+
+    def write(self, row: dict) -> None:
+        line = json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in row.items()})
+        self.progress.metrics.append(line)
+        with open(self.path, "a") as file:
+            file.write(line + "\n")
+
+
+def training_row(progress: Progress, steps: int, loss: float, rate: float, batch: int, started: float):
+    """seconds: of training so far, earlier attempts included."""
+    elapsed = time.monotonic() - started
+    pace = elapsed / progress.step if progress.step else 0.0
+    return {
+        "step": progress.step, "steps": steps, "loss": loss, "lr": rate, "examples": progress.step * batch,
+        "seconds": round(elapsed, 3), "samples_per_s": round(batch / pace, 1) if pace else 0.0, "time": time.time(),
+    }  # fmt: skip
+
+
+def check_batch_size(batch: int, ranks: int, accumulation: int) -> None:
+    parts = ranks * accumulation
+    if batch % parts:
+        near = f"{batch // parts * parts} or {(batch // parts + 1) * parts}" if batch > parts else f"{parts}"
+        raise UserError(
+            f"batch {batch} is not divisible by {ranks} ranks x {accumulation} accumulation steps; try {near}"
+        )
+
+
+def peak_memory(ranks: Ranks) -> int:
+    if ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(ranks.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,58 @@
+"""What a network is asked to do with a batch: functions (network, batch) -> loss, a mean over the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import Student
+from .data.streams import Batch
+from .losses import classification_loss, distillation_loss, specialist_loss
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+
+
+def classify(label_smoothing: float = 0.0, log_prior: Tensor | None = None) -> Objective:
+    """Learn all classes; log_prior [C] where the stream resamples them."""
+
+    def objective(network: nn.Module, batch: Batch) -> Tensor:
+        prior = None if log_prior is None else log_prior.to(batch.labels.device)
+        return classification_loss(network(batch.inputs), batch.labels, label_smoothing, prior)
+
+    return objective
+
+
+def specialise_in(members: np.ndarray, num_classes: int, shift: float, label_smoothing: float = 0.0) -> Objective:
+    """Learn the classes `members` and one dustbin for the rest, the shift of the oversampling inside the loss."""
+    columns = specialist_columns(members, num_classes)
+
+    def objective(network: nn.Module, batch: Batch) -> Tensor:
+        targets = columns.to(batch.labels.device)[batch.labels]
+        return specialist_loss(network(batch.inputs), targets, shift, label_smoothing)
+
+    return objective
+
+
+def distil(teacher: Callable[[Batch], Tensor], student: Student) -> Objective:
+    """Learn the teacher's distributions: teacher(batch) is [B, C] probabilities."""
+
+    def objective(network: nn.Module, batch: Batch) -> Tensor:
+        logits = network(batch.inputs)
+        with torch.no_grad():
+            target = teacher(batch)
+        return distillation_loss(
+            logits[None], target[None].to(logits.device), batch.labels, student.temperature, student.soft_weight,
+            student.hard_weight,
+        )  # fmt: skip
+
+    return objective
+
+
+def specialist_columns(members: np.ndarray, num_classes: int) -> Tensor:
+    """int64 [C]: the column of each class in a specialist's output; |S_m|, the dustbin's, for classes outside."""
+    columns = torch.full((num_classes,), len(members), dtype=torch.int64)
+    columns[torch.as_tensor(members)] = torch.arange(len(members))
+    return columns

@@ -1,0 +1,63 @@
+"""Optimizers, learning-rate schedules and averaged weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .config import Schedule
+
+
+def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters; vectors (biases, norms) are not decayed."""
+    trainable = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=schedule.momentum)
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+
+
+def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
+    """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then by `schedule.schedule`.
+
+    cosine: to zero.  onecycle: the rise starts at 1/25 of the peak and is a cosine too (Smith & Topin 2018).  constant: flat.
+    """
+    peak, rise = schedule.learning_rate, max(1, round(schedule.warmup * steps)) if schedule.warmup else 0
+    if step < rise:
+        if schedule.schedule == "onecycle":
+            return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * (step + 1) / rise)) / 2)
+        return peak * (step + 1) / rise
+    if schedule.schedule == "constant":
+        return peak
+    return peak * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise))) / 2
+
+
+class AveragedWeights:
+    """Exponential moving average of a network's parameters; buffers are those of the network itself.
+
+    The decay is warmed up, min(decay, (1 + t) / (10 + t)), so that early averages are not stuck at the initial weights.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        current = dict(network.named_parameters())
+        torch._foreach_lerp_(list(self.average.values()), [current[n].detach() for n in self.average], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self, network: nn.Module) -> None:
+        """Exchange the network's weights and the averages; a second call undoes it."""
+        for name, parameter in network.named_parameters():
+            kept = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(kept)
