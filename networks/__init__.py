@@ -1,0 +1,26 @@
+"""Build a network from model.json and safetensors: layers, heads, dustbins, input preprocessing.  Imports torch and nothing of ours."""
+
+from importlib import import_module
+
+_HOMES = {
+    "InputSpec": "spec",
+    "ModelSpec": "spec",
+    "builtin_options": "builders",
+    "build_classifier": "classifier",
+    "Classifier": "classifier",
+    "parameter_count": "classifier",
+    "DustbinHead": "heads",
+    "specialise": "surgery",
+    "set_trainable": "surgery",
+    "freeze_norm": "surgery",
+    "widen": "surgery",
+    "save_classifier": "files",
+    "load_classifier": "files",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,56 @@
+"""The last layer: one row per class, or a specialist's members and their dustbin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .spec import ModelSpec, check_members
+
+
+class DustbinHead(nn.Module):
+    """A specialist's head that keeps the generalist's C rows: logits [B, |S| + 1], the log-sum-exp of the other rows last.
+
+    Softmax of these logits is the generalist's softmax with the classes outside S summed, so a specialist starts as the generalist.
+    The rows are stored members first, each part in ascending order of class: the split is two slices of one product.
+    With S = every class the dustbin is -inf, probability 0.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, members):
+        super().__init__()
+        self.in_features, self.num_classes = in_features, num_classes
+        members = torch.tensor(check_members(members, num_classes))
+        self.register_buffer("members", members, persistent=False)
+        linear = nn.Linear(in_features, num_classes)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    @property
+    def row_classes(self) -> Tensor:
+        """int64 [C]: the class that each stored row stands for."""
+        outside = torch.ones(self.num_classes, dtype=torch.bool, device=self.members.device)
+        outside[self.members] = False
+        return torch.cat([self.members, outside.nonzero()[:, 0]])
+
+    def class_logits(self, features: Tensor) -> Tensor:
+        """[B, D] -> [B, C], columns in the order of `row_classes`."""
+        return F.linear(features, self.weight, self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.class_logits(features)
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()  # a sum over thousands of rows
+        inside, outside = logits.split([len(self.members), self.num_classes - len(self.members)], dim=1)
+        if outside.shape[1] == 0:
+            return F.pad(inside, (0, 1), value=float("-inf"))
+        return torch.cat([inside, outside.logsumexp(dim=1, keepdim=True)], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {len(self.members)} of {self.num_classes} classes + dustbin"
+
+
+def make_head(spec: ModelSpec, in_features: int) -> nn.Module:
+    """The head that `spec.head` describes, with fresh weights."""
+    if spec.head["kind"] == "dustbin" and spec.head["rows"] == "all":
+        return DustbinHead(in_features, spec.num_classes, spec.head["members"])
+    return nn.Linear(in_features, spec.num_outputs)

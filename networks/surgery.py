@@ -1,0 +1,165 @@
+"""Operations on a finished classifier: make a specialist of it, freeze parts of it, widen it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .builders import builtin_options
+from .classifier import Classifier, build_classifier
+from .heads import DustbinHead
+from .spec import ModelSpec, check_members
+
+
+def specialise(generalist: Classifier, members, dustbin: str = "preserving") -> Classifier:
+    """A copy of `generalist` whose logits are [B, |members| + 1]: the members in ascending order, the dustbin last.
+
+    dustbin: "preserving" keeps every row, and the specialist starts as the generalist with the classes outside `members` summed;
+        "fresh" keeps the members' rows and draws one new row from torch's global generator (it loses accuracy: methods.md).
+    Raises ValueError for members that are not distinct classes, and if `generalist` is a specialist itself.
+    """
+    if dustbin not in ("preserving", "fresh"):
+        raise ValueError(f"dustbin = {dustbin!r}: must be preserving or fresh")
+    if not isinstance(generalist.head, nn.Linear) or generalist.spec.head["kind"] != "linear":
+        raise ValueError("only a classifier with a linear head can be specialised; this one is a specialist already")
+    members = check_members(members, generalist.spec.num_classes)
+    spec = generalist.spec
+    specialist = copy.deepcopy(generalist)
+    for parameter in specialist.parameters():
+        parameter.grad = None
+    old = specialist.head
+    rows = "all" if dustbin == "preserving" else "fresh"
+    specialist.spec = replace(spec, head={"kind": "dustbin", "members": members, "rows": rows})
+    if rows == "all":
+        head = DustbinHead(old.in_features, spec.num_classes, members)
+        kept = head.row_classes
+    else:
+        head = nn.Linear(old.in_features, len(members) + 1)
+        kept = torch.tensor(members)
+    head = head.to(old.weight)
+    with torch.no_grad():
+        kept = kept.to(old.weight.device)
+        head.weight[: len(kept)] = old.weight[kept]
+        head.bias[: len(kept)] = old.bias[kept]
+    specialist.head = head.train(old.training)
+    return specialist
+
+
+def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
+    """The ordered blocks that "last-N-blocks" counts: a Sequential's children; of another module the children that have parameters,
+    with each list of layers among them taken apart."""
+    if isinstance(trunk, nn.Sequential):
+        return dict(trunk.named_children())
+    blocks = {}
+    for name, child in trunk.named_children():
+        if isinstance(child, (nn.Sequential, nn.ModuleList)):
+            blocks |= {f"{name}.{inner}": block for inner, block in child.named_children()}
+        else:
+            blocks[name] = child
+    return {name: block for name, block in blocks.items() if any(True for _ in block.parameters())}
+
+
+def set_trainable(classifier: Classifier, part: str) -> Classifier:
+    """Train "all", only the "head", or the head and the "last-N-blocks" of the trunk; the rest is frozen, its batch norm in eval mode.
+
+    Changes `classifier` and returns it.  Raises ValueError for another `part`, and for more blocks than there are.
+    """
+    match = re.fullmatch(r"all|head|last-([1-9][0-9]*)-blocks?", part)
+    if not match:
+        raise ValueError(f"trainable = {part!r}: must be all, head or last-N-blocks (such as last-2-blocks)")
+    blocks = trunk_blocks(classifier.trunk)
+    count = int(match[1] or 0)
+    if count > len(blocks):
+        raise ValueError(f"trainable = {part!r}: the trunk has {len(blocks)} blocks ({', '.join(blocks)})")
+    classifier.requires_grad_(part == "all")
+    open_blocks = [classifier.head, *list(blocks.values())[len(blocks) - count :]]
+    for block in open_blocks:
+        block.requires_grad_(True)
+    open_modules = {module for block in open_blocks for module in block.modules()}
+    classifier._frozen_norms = frozenset(
+        name
+        for name, module in classifier.named_modules()
+        if part != "all" and isinstance(module, _BatchNorm) and module not in open_modules
+    )
+    return classifier.train(classifier.training)
+
+
+def freeze_norm(classifier: Classifier, fixed: bool = True) -> Classifier:
+    """Keep (or no longer keep) every batch norm's running statistics as they are, also in train mode; scale and bias still learn."""
+    classifier._all_norms_fixed = fixed
+    return classifier.train(classifier.training)
+
+
+def widen(classifier: Classifier, factor: float, generator: torch.Generator | None = None) -> Classifier:
+    """A wider mlp or convnet that computes the same function (Chen et al. 2015, Net2WiderNet): width and embedding times `factor`.
+
+    A new unit copies a random old one, and the weights that read a copied unit are split among its copies in random shares, entry by
+    entry: the sum, and so the function, stays, and the copies do not stay twins.  A copy of the old mode; dropout differs by its draws.
+    Raises ValueError for other builders and for factor < 1.
+    """
+    spec = classifier.spec
+    if spec.builder not in ("mlp", "convnet") or not isinstance(classifier.trunk, nn.Sequential):
+        raise ValueError(f"only mlp and convnet can be widened, not {spec.builder}")
+    if not factor >= 1:
+        raise ValueError(f"factor = {factor}: must be at least 1")
+    with torch.random.fork_rng(devices=[]):
+        wider = build_classifier(_wider_spec(spec, factor))
+    wider.to(next(classifier.parameters()))
+    # origin: the old unit that each unit of the layer below copies; at the start the inputs themselves.
+    num_units = math.prod(spec.input.shape) if spec.builder == "mlp" else spec.input.shape[0]
+    origin = torch.arange(num_units)
+    with torch.no_grad():
+        for old, new in zip(_layers(classifier), _layers(wider), strict=True):
+            if isinstance(old, _BatchNorm):
+                for name, tensor in old.named_parameters():
+                    getattr(new, name).copy_(_take(tensor, origin))
+                new.running_mean.copy_(_take(old.running_mean, origin))
+                new.running_var.copy_(_take(old.running_var, origin))
+                new.num_batches_tracked.copy_(old.num_batches_tracked)
+                continue
+            positions = old.weight.shape[1] // num_units  # of each channel, where maps were flattened
+            origin = (origin[:, None] * positions + torch.arange(positions)).flatten()
+            copies = _copies(old.weight.shape[0], new.weight.shape[0], generator)
+            new.weight.copy_(_share_out(_take(old.weight, copies), origin, generator))
+            if old.bias is not None:
+                new.bias.copy_(_take(old.bias, copies))
+            origin, num_units = copies, old.weight.shape[0]
+    return wider.train(classifier.training)
+
+
+def _layers(classifier: Classifier) -> list[nn.Module]:
+    return [module for module in classifier.modules() if isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm, DustbinHead))]
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    return tensor[index.to(tensor.device)]
+
+
+def _copies(old: int, new: int, generator: torch.Generator | None) -> Tensor:
+    """int64 [new]: every old unit once, in order, and then random ones."""
+    return torch.cat([torch.arange(old), torch.randint(old, (new - old,), generator=generator)])
+
+
+def _share_out(weight: Tensor, origin: Tensor, generator: torch.Generator | None) -> Tensor:
+    """weight [out, old, ...] -> [out, new, ...]: column j is column origin[j] times its share; the shares of one origin sum to 1."""
+    shares = torch.rand(weight.shape[0], len(origin), generator=generator, dtype=torch.float64) + 0.25
+    sums = torch.zeros(weight.shape[:2], dtype=torch.float64).index_add_(1, origin, shares)
+    shares = (shares / sums[:, origin]).to(weight)
+    return weight[:, origin.to(weight.device)] * shares.view(*shares.shape, *[1] * (weight.dim() - 2))
+
+
+def _wider_spec(spec: ModelSpec, factor: float) -> ModelSpec:
+    options = builtin_options(spec.builder) | spec.options
+    options["embedding"] = round(options["embedding"] * factor)
+    if spec.builder == "mlp":
+        options["width"] = round(options["width"] * factor)
+    else:
+        channels = options.pop("channels") or [options["width"] * 2**stage for stage in range(options["depth"])]
+        options["channels"] = [round(channel * factor) for channel in channels]
+    return replace(spec, options=options)

@@ -1,0 +1,359 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from networks import (
+    DustbinHead,
+    InputSpec,
+    ModelSpec,
+    build_classifier,
+    freeze_norm,
+    load_classifier,
+    parameter_count,
+    save_classifier,
+    set_trainable,
+    specialise,
+    widen,
+)
+from torch import nn
+from torch.nn import functional as F
+
+GRAY = InputSpec(shape=(1, 28, 28), mean=[0.5], std=[0.25])
+SMALL = {
+    "mlp": {"width": 24, "depth": 2, "dropout": 0.1},
+    "convnet": {"width": 4, "depth": 3, "embedding": 16},
+    "resnet": {"width": 4, "depth": 8},
+    "wideresnet": {"width": 1, "depth": 10, "base": 4, "dropout": 0.1},
+}
+
+
+def small(builder="convnet", classes=10, seed=0, **options):
+    torch.manual_seed(seed)
+    return build_classifier(ModelSpec(builder, classes, GRAY, SMALL[builder] | options))
+
+
+def images(n=8, seed=0):
+    return torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def trained_a_little(classifier, steps=3):
+    """The classifier after a few steps, so that its batch statistics are not the initial ones."""
+    optimizer = torch.optim.Adam([p for p in classifier.parameters() if p.requires_grad], 1e-2)
+    classifier.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        F.cross_entropy(classifier(images(16, step)), torch.arange(16) % classifier.spec.num_outputs).backward()
+        optimizer.step()
+    return classifier
+
+
+def test_importing_networks_imports_no_torch():
+    code = "import sys, networks, networks.spec; assert 'torch' not in sys.modules; networks.Classifier; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("builder", SMALL)
+def test_forward_is_preprocess_trunk_and_head(builder):
+    classifier = small(builder).eval()
+    raw = images()
+    features = classifier.trunk(classifier.preprocess(raw))
+    assert features.dim() == 2
+    assert torch.equal(classifier(raw), classifier.head(features))
+    assert classifier(raw).shape == (8, 10)
+
+
+def test_preprocessing_scales_and_normalises_each_channel():
+    spec = InputSpec(shape=(3, 2, 2), mean=[0.1, 0.2, 0.3], std=[0.5, 0.25, 1.0])
+    classifier = build_classifier(ModelSpec("mlp", 2, spec))
+    raw = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
+    expected = torch.tensor([0.2, 0.0, -0.1])
+    assert torch.allclose(classifier.preprocess(raw)[0, :, 1, 0], expected, atol=1e-6)
+    assert torch.equal(classifier.preprocess(raw), classifier.preprocess(raw.float()))
+
+
+def test_vectors_are_normalised_entry_by_entry():
+    spec = InputSpec(shape=(2,), dtype="float32", mean=[1.0, 2.0], std=[2.0, 4.0])
+    classifier = build_classifier(ModelSpec("mlp", 3, spec, {"width": 5}))
+    assert classifier.preprocess(torch.tensor([[3.0, 4.0]])).tolist() == [[1.0, 0.5]]
+    assert classifier(torch.randn(4, 2)).shape == (4, 3)
+
+
+def test_inputs_of_another_shape_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"\[2, 1, 32, 32\].*\[B, 1, 28, 28\]"):
+        small()(torch.zeros(2, 1, 32, 32))
+
+
+def test_the_demo_network_has_27_thousand_parameters():
+    spec = ModelSpec("convnet", 1200, GRAY, {"width": 4, "depth": 3, "embedding": 16})
+    # 3x3 convolutions 1-4-8-16, their norms, 28 -> 14 -> 7 -> 4, 256 -> 16, 16 -> 1200
+    by_hand = 9 * (4 + 4 * 8 + 8 * 16) + 2 * (4 + 8 + 16) + 256 * 16 + 16 + 16 * 1200 + 1200
+    assert parameter_count(build_classifier(spec)) == by_hand == 26044
+
+
+@pytest.mark.parametrize(
+    "options, features",
+    [
+        ({"channels": [8, 16], "kernel": [5, 3], "stride": [3, 2], "padding": "valid", "embedding": 0}, 16 * 3 * 3),
+        ({"width": 4, "downsample": "max", "embedding": 0}, 16 * 3 * 3),
+        ({"width": 4, "downsample": "average", "grid": 1, "embedding": 0}, 16),
+        ({"width": 4, "grid": 2, "embedding": 12, "activation": "relu"}, 12),
+    ],
+)
+def test_convnet_options_shape_its_features(options, features):
+    assert build_classifier(ModelSpec("convnet", 7, GRAY, options)).head.in_features == features
+
+
+def test_wrn_28_10_has_its_published_size():
+    with torch.device("meta"):
+        from networks.builders import resnet, wideresnet
+
+        assert round(parameter_count(wideresnet((3, 32, 32), width=10, depth=28)) / 1e6, 1) == 36.5
+        assert round(parameter_count(resnet((3, 32, 32), width=16, depth=20)) / 1e6, 2) == 0.27
+
+
+@pytest.mark.parametrize(
+    "builder, options, message",
+    [
+        ("convnett", {}, "did you mean convnet"),
+        ("convnet", {"widht": 3}, "did you mean width"),
+        ("convnet", {"width": 0}, "width = 0: must be a whole number, at least 1"),
+        ("convnet", {"width": "4"}, "width = '4'"),
+        ("convnet", {"dropout": 1.0}, "dropout = 1.0"),
+        ("convnet", {"stride": [2, 2]}, "one for each of the 3 stages"),
+        ("convnet", {"depth": 4, "padding": "valid"}, "nothing is left of a 28 x 28 image after stage 4"),
+        ("resnet", {"depth": 18}, "depth 18 is not 6 n \\+ 2; try 20"),
+        ("wideresnet", {"depth": 3}, "try 10"),
+        ("timm:hf-hub:someone/model", {}, "plain timm model name"),
+        ("timm:resnet18", {"checkpoint_path": "x.pth"}, "checkpoint_path"),
+        ("os:system", {}, "unknown builder"),
+    ],
+)
+def test_a_wrong_builder_or_option_is_named(builder, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_classifier(ModelSpec(builder, 5, GRAY, options))
+
+
+def test_a_builder_of_ones_own_is_passed_and_not_loaded(tmp_path):
+    def mine(shape, units):
+        return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], units))
+
+    spec = ModelSpec("mine", 5, GRAY, {"units": 6})
+    classifier = build_classifier(spec, {"mine": mine})
+    save_classifier(classifier, tmp_path)
+    raw = images()
+    assert torch.equal(load_classifier(tmp_path, builders={"mine": mine})(raw), classifier(raw))
+    with pytest.raises(ValueError, match="model.json: unknown builder 'mine'"):
+        load_classifier(tmp_path)
+    with pytest.raises(ValueError, match=r"gives \[1, 1, 28, 28\]"):
+        build_classifier(ModelSpec("same", 5, GRAY), {"same": lambda shape: nn.Identity()})
+
+
+@pytest.mark.parametrize("builder", SMALL)
+def test_saved_and_loaded_is_the_same_function(builder, tmp_path):
+    classifier = trained_a_little(small(builder)).eval()
+    save_classifier(classifier, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.json", "model.safetensors"]
+    state = torch.random.get_rng_state()
+    loaded = load_classifier(tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not loaded.training and loaded.spec == classifier.spec
+    assert torch.equal(loaded(images()), classifier(images()))
+
+
+@pytest.mark.parametrize("dustbin", ["preserving", "fresh"])
+def test_a_saved_specialist_comes_back(dustbin, tmp_path):
+    specialist = specialise(small().eval(), [7, 2, 5], dustbin)
+    save_classifier(specialist, tmp_path)
+    loaded = load_classifier(tmp_path)
+    assert loaded.spec.head == {"kind": "dustbin", "members": [2, 5, 7], "rows": "all" if dustbin == "preserving" else "fresh"}
+    assert torch.equal(loaded(images()), specialist(images()))
+
+
+def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
+    save_classifier(small(), tmp_path)
+    good = json.loads((tmp_path / "model.json").read_text())
+
+    def refused(message, **changes):
+        (tmp_path / "model.json").write_text(json.dumps(good | changes))
+        with pytest.raises(ValueError, match=message):
+            load_classifier(tmp_path)
+
+    refused("model.json: schema 2; this version reads schema 1", schema=2)
+    refused("unknown key numclasses; did you mean num_classes", numclasses=3)
+    refused("class_names has 10 entries for num_classes = 11", num_classes=11)
+    refused(r"head.weight is \[10, 16\], not \[11, 16\]", num_classes=11, class_names=[])
+    refused("lacks trunk.stage4.conv.weight", options={"width": 4, "depth": 4, "embedding": 16})
+    refused("has unexpected trunk.stage3", options={"width": 4, "depth": 2, "embedding": 16})
+    refused("input.std", input=good["input"] | {"std": [0]})
+    refused("head.members", head={"kind": "dustbin", "members": "all"})
+    refused("member 10 is not a class; classes are 0 to 9", head={"kind": "dustbin", "members": [1, 10]})
+    refused("unknown key input.shap; did you mean shape", input={"shap": [3]})
+    (tmp_path / "model.json").write_text(json.dumps({k: v for k, v in good.items() if k != "builder"}))
+    with pytest.raises(ValueError, match="the key builder is missing"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(ValueError, match="model.json: not valid JSON"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.json").write_text(json.dumps(good))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:-10])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        load_classifier(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors: cannot be read: No such file"):
+        load_classifier(tmp_path)
+
+
+def test_model_json_survives_a_round_trip():
+    head = {"kind": "dustbin", "members": [3, 1], "rows": "all"}
+    spec = ModelSpec("convnet", 4, GRAY, {"width": 4, "dropout": None}, ("A", "ß", "<b>", "\u2028"), head)
+    assert spec.head["members"] == [1, 3] and spec.options == {"width": 4} and spec.num_outputs == 3
+    again = ModelSpec.from_json(spec.to_json())
+    assert again.to_json() == spec.to_json()
+    assert again.input.scale == 1 / 255
+
+
+@pytest.mark.parametrize("members", [[4], [0, 3, 9], list(range(9))])
+def test_a_specialist_starts_as_the_generalist_with_the_other_classes_summed(members):
+    generalist = trained_a_little(small(classes=10)).eval().double()
+    specialist = specialise(generalist, torch.tensor(members))
+    outside = [c for c in range(10) if c not in members]
+    p = generalist(images()).softmax(1)
+    expected = torch.cat([p[:, members], p[:, outside].sum(1, keepdim=True)], 1)
+    assert torch.allclose(specialist(images()).softmax(1), expected, atol=1e-14, rtol=0)
+    single = specialise(generalist.float(), members)(images()).softmax(1)
+    assert torch.allclose(single.double(), expected, atol=1e-6, rtol=0)
+
+
+def test_the_dustbin_of_every_class_has_probability_zero_and_finite_gradients():
+    specialist = specialise(small(classes=3), [0, 1, 2])
+    logits = specialist(images())
+    assert torch.equal(logits.softmax(1)[:, 3], torch.zeros(8))
+    F.cross_entropy(logits, torch.arange(8) % 3).backward()
+    assert all(p.grad.isfinite().all() for p in specialist.parameters())
+
+
+def test_training_a_specialist_leaves_the_generalist_alone():
+    generalist = small().eval()
+    before = generalist(images())
+    trained_a_little(specialise(generalist, [1, 2]))
+    assert torch.equal(generalist(images()), before)
+
+
+def test_a_fresh_dustbin_keeps_the_members_rows():
+    generalist = small()
+    head = specialise(generalist, [8, 3], "fresh").head
+    assert torch.equal(head.weight[:2], generalist.head.weight[[3, 8]])
+    assert head.weight.shape == (3, 16)
+
+
+def test_row_classes_say_what_each_stored_row_stands_for():
+    generalist = small()
+    head = specialise(generalist, [6, 4]).head
+    assert isinstance(head, DustbinHead)
+    assert head.row_classes.tolist() == [4, 6, 0, 1, 2, 3, 5, 7, 8, 9]
+    assert torch.equal(head.weight, generalist.head.weight[head.row_classes])
+
+
+@pytest.mark.parametrize("members, message", [([], "at least one"), ([1, 1], "listed twice"), ([-1], "-1 is not a class")])
+def test_members_must_be_distinct_classes(members, message):
+    with pytest.raises(ValueError, match=message):
+        specialise(small(), members)
+
+
+def test_a_specialist_is_not_specialised_again():
+    with pytest.raises(ValueError, match="specialist already"):
+        specialise(specialise(small(), [1]), [1])
+
+
+def trainable_names(classifier):
+    return {name.removeprefix("trunk.").split(".")[0] for name, p in classifier.named_parameters() if p.requires_grad}
+
+
+def test_trainable_parts_count_from_the_end():
+    classifier = small()
+    assert trainable_names(set_trainable(classifier, "head")) == {"head"}
+    assert trainable_names(set_trainable(classifier, "last-1-blocks")) == {"embedding", "head"}
+    assert trainable_names(set_trainable(classifier, "last-2-blocks")) == {"stage3", "embedding", "head"}
+    assert trainable_names(set_trainable(classifier, "all")) == {"stage1", "stage2", "stage3", "embedding", "head"}
+    with pytest.raises(ValueError, match="the trunk has 4 blocks"):
+        set_trainable(classifier, "last-5-blocks")
+    with pytest.raises(ValueError, match="must be all, head or last-N-blocks"):
+        set_trainable(classifier, "tail")
+
+
+@pytest.mark.parametrize("builder", SMALL)
+def test_every_block_has_parameters(builder):
+    assert all(parameter_count(block) for block in small(builder).trunk.children())
+
+
+@pytest.mark.parametrize("builder", ["convnet", "resnet", "wideresnet"])
+def test_frozen_blocks_do_not_change_not_even_their_batch_statistics(builder):
+    classifier = set_trainable(trained_a_little(small(builder)), "last-2-blocks")
+    frozen = list(classifier.trunk.children())[:-2]
+    before = [tensor.clone() for block in frozen for tensor in block.state_dict().values()]
+    rest = [tensor.clone() for tensor in classifier.state_dict().values()]
+    trained_a_little(classifier)
+    after = [tensor for block in frozen for tensor in block.state_dict().values()]
+    assert all(map(torch.equal, before, after))
+    assert not all(map(torch.equal, rest, classifier.state_dict().values()))
+
+
+def test_freezing_survives_a_copy_and_a_wrapper():
+    import copy
+
+    classifier = copy.deepcopy(set_trainable(small(), "head"))
+    nn.ModuleList([classifier]).train()
+    assert not classifier.trunk.stage1.norm.training and classifier.head.training
+    set_trainable(classifier, "all")
+    assert classifier.trunk.stage1.norm.training
+
+
+def test_fixed_norms_keep_their_statistics_and_learn_their_scale():
+    classifier = freeze_norm(small().train())
+    norm = classifier.trunk.stage1.norm
+    statistics, scale = norm.running_mean.clone(), norm.weight.detach().clone()
+    trained_a_little(set_trainable(classifier, "all"))
+    assert torch.equal(norm.running_mean, statistics) and not torch.equal(norm.weight, scale)
+    assert freeze_norm(classifier, False).train().trunk.stage1.norm.training
+
+
+@pytest.mark.parametrize(
+    "builder, options",
+    [
+        ("convnet", {}),
+        ("convnet", {"downsample": "max", "grid": 2, "activation": "relu"}),
+        ("convnet", {"embedding": 0, "channels": [3, 5]}),
+        ("mlp", {"norm": "batch"}),
+        ("mlp", {"embedding": 7}),
+    ],
+)
+@pytest.mark.parametrize("factor", [1, 1.5, 2])
+def test_widening_keeps_the_function(builder, options, factor):
+    classifier = trained_a_little(small(builder, **options)).eval().double()
+    wider = widen(classifier, factor)
+    assert torch.allclose(wider(images()), classifier(images()), atol=1e-9)
+    assert factor == 1 or parameter_count(wider) > parameter_count(classifier)
+    assert build_classifier(wider.spec).state_dict().keys() == wider.state_dict().keys()
+
+
+def test_copied_units_do_not_stay_twins():
+    wider = trained_a_little(widen(trained_a_little(small("mlp", dropout=0.0)), 2), steps=5)
+    rows = wider.trunk.hidden1.linear.weight
+    assert len(torch.unique(rows.detach(), dim=0)) == len(rows)
+
+
+def test_a_specialist_can_be_widened_too():
+    specialist = specialise(trained_a_little(small()).eval().double(), [1, 4])
+    assert torch.allclose(widen(specialist, 2)(images()), specialist(images()), atol=1e-9)
+
+
+def test_timm_models_are_built_by_name(tmp_path):
+    pytest.importorskip("timm")
+    spec = ModelSpec("timm:resnet10t", 5, InputSpec(shape=(3, 32, 32)))
+    classifier = build_classifier(spec).eval()
+    save_classifier(classifier, tmp_path)
+    raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(load_classifier(tmp_path)(raw), classifier(raw))
