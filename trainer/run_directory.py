@@ -59,9 +59,10 @@ class Stage:
     section changes the key of every stage behind it.
     """
 
-    def __init__(self, run: Path, place: str, key: str, name: str, label: str | None = None):
+    def __init__(self, run: Path, place: str, key: str, name: str, inputs: Iterable[Stage] = ()):
         self.run, self.place, self.key, self.name = Path(run), place, key, name
-        self.label = label or place
+        self.label = place
+        self.inputs = tuple(inputs)
         self.directory = self.run / place
 
     def done(self) -> dict | None:
@@ -160,8 +161,8 @@ class RunDirectory:
     def __init__(self, root: str | Path, config: Config):
         self.root, self.config = Path(root), config
         values = config.dump()
-        # The shards' manifests stand in for their content: data made anew under the same name is other data.
-        values["data"]["manifests"] = _manifests(config)
+        for split in ("train", "val", "test"):
+            values["data"][split] = _identities(values["data"][split])
         for key in ("cache", "cache_bytes", "workers"):
             values["data"].pop(key, None)
         schedule_only_pace = ("checkpoint_every", "keep", "log_every")
@@ -173,8 +174,9 @@ class RunDirectory:
         self._values = values
 
     def _stage(self, name: str, place: str, sections: Iterable[str], inputs: Iterable[Stage] = (), **extra) -> Stage:
-        parts = {section: self._section(section) for section in sections}
-        return Stage(self.root, place, digest([SCHEMA, name, parts, [stage.key for stage in inputs], extra]), name)
+        parts, inputs = {section: self._section(section) for section in sections}, list(inputs)
+        key = digest([SCHEMA, name, parts, [stage.key for stage in inputs], extra])
+        return Stage(self.root, place, key, name, inputs)
 
     def _section(self, name: str):
         value = self._values
@@ -275,11 +277,15 @@ def _file_hash(path: Path | None) -> str | None:
         return None
 
 
-def _manifests(config: Config) -> dict[str, str | None]:
-    """Hash of the manifest beside each split's shards, None where there is none."""
-    found = {}
-    for split in ("train", "val", "test"):
-        first = getattr(config.data, split).split("::")[0]
-        path = Path(first) if Path(first).is_dir() else Path(first).parent
-        found[split] = _file_hash(path / "manifest.json")
+def _identities(pattern: str) -> list:
+    """What a split's shards are, whatever directory they lie in: per source its file names and its manifest's hash.
+
+    Data made anew under the same name is other data, data moved elsewhere the same.  Without a manifest the path counts.
+    """
+    found = []
+    for source in pattern.split("::"):
+        path = Path(source)
+        directory, files = (path, "") if path.is_dir() else (path.parent, path.name)
+        manifest = _file_hash(directory / "manifest.json")
+        found.append([files, manifest] if manifest else source)
     return found
