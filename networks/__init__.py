@@ -1,4 +1,4 @@
-"""Build a network from model.json and safetensors: layers, heads, dustbins, input preprocessing.  Imports torch and nothing of ours."""
+"""Build a network from model.json and safetensors: trunks, heads, dustbins, preprocessing.  Nothing of ours."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""The built-in trunks.  Each builder takes the shape of one input and options, and returns a Sequential of named blocks, [B, ...] -> [B, D].
+"""The built-in trunks: from one input's shape and options to a Sequential of named blocks, [B, ...] -> [B, D].
 
 Every block has parameters, so that "the last N blocks" means the same as in the picture of the network.
 """
@@ -19,7 +19,7 @@ ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU}
 
 
 def mlp(shape, width: int = 800, depth: int = 2, embedding: int = 0, dropout: float = 0.0, norm: str = "none"):
-    """`depth` hidden layers of `width` ReLU units over the flattened input; embedding > 0 adds a linear layer of that size.
+    """`depth` hidden layers of `width` ReLU units over the flattened input.  embedding > 0 adds a linear layer.
 
     norm: "none" or "batch" (before each ReLU).  mlp(width=1200, depth=2) is Hinton et al. 2015's MNIST teacher.
     """
@@ -59,10 +59,11 @@ def convnet(
 ):
     """A plain conv net: `depth` stages of convolution, batch norm, ReLU, then flatten, dropout and a linear embedding.
 
-    channels: of each stage; without it width, 2 width, 4 width, ...  kernel, stride: one for all stages, or one per stage.
-    downsample: how a stage applies its stride: "stride" (in the convolution), "max" or "average" (pooling after the ReLU).
-    padding: "same" (kernel // 2) or "valid".  grid: the last map is averaged to grid x grid; 0 leaves it as it is.
-    embedding: 0 leaves it out.  activation: after the embedding, "none" (a linear bottleneck before many classes) or "relu".
+    channels: of each stage; without it width, 2 width, 4 width, ...
+    kernel, stride: one for all stages, or one per stage.  padding: "same" (kernel // 2) or "valid".
+    downsample: what applies the stride: the convolution ("stride"), or pooling after the ReLU ("max", "average").
+    grid: the last map is averaged to grid x grid; 0 leaves it as it is.  embedding: 0 leaves it out.
+    activation: after the embedding, "none" (a linear bottleneck before many classes) or "relu".
     """
     size = _image(shape, "convnet")
     if channels is None:
@@ -108,9 +109,9 @@ def convnet(
 
 
 def resnet(shape, width: int = 16, depth: int = 20, embedding: int = 0, dropout: float = 0.0):
-    """He et al. 2015, the CIFAR kind: 6n + 2 layers, n basic blocks each of width, 2 width and 4 width channels, global average.
+    """He et al. 2015, the CIFAR kind: 6n + 2 layers, n basic blocks each of width, 2 width and 4 width channels.
 
-    Shortcuts that change the shape are 1 x 1 convolutions.  embedding > 0 adds a linear layer of that size.
+    The last map is averaged.  Shortcuts that change the shape are 1 x 1 convolutions.  embedding > 0 adds a linear layer of that size.
     """
     _image(shape, "resnet")
     _check(width=width, depth=depth, dropout=dropout, embedding=embedding)
@@ -126,7 +127,7 @@ def resnet(shape, width: int = 16, depth: int = 20, embedding: int = 0, dropout:
 
 
 def wideresnet(shape, width: int = 2, depth: int = 16, embedding: int = 0, dropout: float = 0.0, base: int = 16):
-    """Zagoruyko & Komodakis 2016, WRN-depth-width: 6n + 4 layers, pre-activation blocks of base * width * (1, 2, 4) channels.
+    """Zagoruyko & Komodakis 2016, WRN-depth-width: 6n + 4 layers, blocks of base * width * (1, 2, 4) channels.
 
     dropout: between the two convolutions of a block.  embedding > 0 adds a linear layer of that size.
     """
@@ -160,7 +161,7 @@ class BasicBlock(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """norm, ReLU, conv, norm, ReLU, dropout, conv, + shortcut; a shortcut that changes the shape reads the first ReLU."""
+    """norm, ReLU, conv, norm, ReLU, dropout, conv, + shortcut; one that changes the shape reads the first ReLU."""
 
     def __init__(self, features: int, out: int, stride: int, dropout: float):
         super().__init__()
@@ -194,7 +195,7 @@ def builtin_options(name: str) -> dict:
 def build_trunk(name: str, shape: tuple[int, ...], options: dict, builders: dict[str, Callable] | None = None):
     """The module [B, *shape] -> [B, D] that `name` and `options` describe.
 
-    A name in `builders` wins over a built-in: builders[name](shape, **options).  Raises ValueError for an unknown name or option.
+    A name in `builders` wins over a built-in: builders[name](shape, **options).  ValueError for unknown ones.
     """
     if builders and name in builders:
         return builders[name](shape, **options)
@@ -202,7 +203,8 @@ def build_trunk(name: str, shape: tuple[int, ...], options: dict, builders: dict
         return _timm(name.removeprefix("timm:"), shape, options)
     if name not in BUILTIN:
         valid = [*BUILTIN, *(builders or {}), "timm:NAME"]
-        raise ValueError(f"unknown builder {name!r}; {nearest(name, valid)} (a builder of your own is passed as builders={{...}})")
+        hint = nearest(name, valid)
+        raise ValueError(f"unknown builder {name!r}; {hint} (a builder of your own is passed as builders={{...}})")
     known = builtin_options(name)
     for option in options:
         if option not in known:
@@ -227,7 +229,7 @@ def _timm(name: str, shape: tuple[int, ...], options: dict) -> nn.Module:
     return timm.create_model(name, pretrained=False, num_classes=0, in_chans=shape[0], **options)
 
 
-def _with_average(blocks: OrderedDict, last: OrderedDict, features: int, embedding: int, dropout: float) -> nn.Sequential:
+def _with_average(blocks: OrderedDict, last: OrderedDict, features: int, embedding: int, dropout: float):
     """`blocks` with the global average behind the last of them, and an embedding if one is asked for."""
     last |= OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
     if dropout:

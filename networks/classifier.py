@@ -14,7 +14,7 @@ from .spec import ModelSpec
 
 
 class Classifier(nn.Module):
-    """raw [B, *spec.input.shape] -> logits [B, spec.num_outputs], by way of .preprocess, .trunk (features [B, D]) and .head."""
+    """raw [B, *spec.input.shape] -> .preprocess -> .trunk -> features [B, D] -> .head -> logits [B, spec.num_outputs]."""
 
     def __init__(self, spec: ModelSpec, trunk: nn.Module, head: nn.Module):
         super().__init__()
@@ -33,14 +33,15 @@ class Classifier(nn.Module):
         Raises ValueError if one example's shape is not spec.input.shape.
         """
         if tuple(raw.shape[1:]) != self.spec.input.shape:
-            raise ValueError(f"inputs of shape {list(raw.shape)}; [B, {', '.join(map(str, self.spec.input.shape))}] is needed")
+            needed = ", ".join(map(str, self.spec.input.shape))
+            raise ValueError(f"inputs of shape {list(raw.shape)}; [B, {needed}] is needed")
         return torch.addcmul(self._offset, raw.to(self._gain.dtype), self._gain)
 
     def forward(self, raw: Tensor) -> Tensor:
         return self.head(self.trunk(self.preprocess(raw)))
 
     def train(self, mode: bool = True) -> Classifier:
-        """As nn.Module's, but batch norm in frozen blocks (set_trainable), or everywhere (freeze_norm), stays in eval mode."""
+        """As nn.Module's, but batch norm that set_trainable or freeze_norm has frozen stays in eval mode."""
         super().train(mode)
         if mode and (self._frozen_norms or self._all_norms_fixed):
             for name, module in self.named_modules():
@@ -53,7 +54,7 @@ def build_classifier(spec: ModelSpec, builders: dict[str, Callable] | None = Non
     """The network that `spec` describes, with fresh weights from torch's global generator.
 
     builders: {name: callable(shape, **options) -> nn.Module, [B, *shape] -> [B, D]}, for specs that name one of them.
-    Raises ValueError for an unknown builder or option (with the nearest valid name), and for a trunk that does not give [B, D].
+    Raises ValueError for an unknown builder or option, with the nearest valid name, and for a trunk not giving [B, D].
     """
     trunk = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
     return Classifier(spec, trunk, make_head(spec, _feature_size(trunk, spec, builders)))

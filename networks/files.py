@@ -64,7 +64,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _check_tensors(found: dict, needed: dict, path: Path) -> None:
     missing, unexpected = sorted(needed.keys() - found.keys()), sorted(found.keys() - needed.keys())
     if missing or unexpected:
-        parts = [f"{word} {_few(names)}" for word, names in (("lacks", missing), ("has unexpected", unexpected)) if names]
+        found_wrong = (("lacks", missing), ("has unexpected", unexpected))
+        parts = [f"{word} {_few(names)}" for word, names in found_wrong if names]
         raise ValueError(f"{path} does not fit {SPEC}: {'; '.join(parts)}")
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"

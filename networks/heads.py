@@ -10,9 +10,9 @@ from .spec import ModelSpec, check_members
 
 
 class DustbinHead(nn.Module):
-    """A specialist's head that keeps the generalist's C rows: logits [B, |S| + 1], the log-sum-exp of the other rows last.
+    """A specialist's head that keeps the generalist's C rows: logits [B, |S| + 1], the others' log-sum-exp last.
 
-    Softmax of these logits is the generalist's softmax with the classes outside S summed, so a specialist starts as the generalist.
+    Their softmax is the generalist's with the classes outside S summed, so a specialist starts as the generalist.
     The rows are stored members first, each part in ascending order of class: the split is two slices of one product.
     With S = every class the dustbin is -inf, probability 0.
     """

@@ -21,7 +21,8 @@ class InputSpec:
     """One raw input, and the map to what the trunk reads: (raw * scale - mean) / std.
 
     shape: of one example, [C, H, W] for images.  dtype: "uint8" or "float32", as decoded.
-    scale: None takes 1/255 for uint8, 1 for float32.  mean, std: one value, or one per entry of the first axis, of scaled inputs.
+    scale: None takes 1/255 for uint8, 1 for float32.
+    mean, std: of scaled inputs, one value or one per entry of the first axis.
     """
 
     shape: tuple[int, ...]
@@ -59,8 +60,9 @@ class ModelSpec:
     builder: a built-in's name, `timm:NAME`, or a key of the `builders` that the caller passes.  Never code.
     options: keyword arguments of the builder; an option that is None takes the builder's default.
     num_classes, class_names: of the whole label set, also for a specialist.  No names: "0", "1", ...
-    head: {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": "all" | "fresh"}: with "all" the head keeps a
-        row for every class and the dustbin is the log-sum-exp of the rows that are not members; with "fresh" it has a row of its own.
+    head: {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": "all" | "fresh"}:
+        with "all" there is a row for every class and the dustbin is the log-sum-exp of those that are not members,
+        with "fresh" it has a row of its own.
     """
 
     builder: str

@@ -20,8 +20,8 @@ from .spec import ModelSpec, check_members
 def specialise(generalist: Classifier, members, dustbin: str = "preserving") -> Classifier:
     """A copy of `generalist` whose logits are [B, |members| + 1]: the members in ascending order, the dustbin last.
 
-    dustbin: "preserving" keeps every row, and the specialist starts as the generalist with the classes outside `members` summed;
-        "fresh" keeps the members' rows and draws one new row from torch's global generator (it loses accuracy: methods.md).
+    dustbin: "preserving" keeps every row, so the specialist starts as the generalist, the classes outside summed;
+        "fresh" keeps the members' rows and draws one new row (it loses accuracy: methods.md, section 1).
     Raises ValueError for members that are not distinct classes, and if `generalist` is a specialist itself.
     """
     if dustbin not in ("preserving", "fresh"):
@@ -52,8 +52,10 @@ def specialise(generalist: Classifier, members, dustbin: str = "preserving") -> 
 
 
 def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
-    """The ordered blocks that "last-N-blocks" counts: a Sequential's children; of another module the children that have parameters,
-    with each list of layers among them taken apart."""
+    """The ordered blocks that "last-N-blocks" counts: the children of a Sequential.
+
+    Of another module the children that have parameters, with each list of layers among them taken apart.
+    """
     if isinstance(trunk, nn.Sequential):
         return dict(trunk.named_children())
     blocks = {}
@@ -66,9 +68,9 @@ def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
 
 
 def set_trainable(classifier: Classifier, part: str) -> Classifier:
-    """Train "all", only the "head", or the head and the "last-N-blocks" of the trunk; the rest is frozen, its batch norm in eval mode.
+    """Train "all", only the "head", or the head and the "last-N-blocks" of the trunk; freeze the rest.
 
-    Changes `classifier` and returns it.  Raises ValueError for another `part`, and for more blocks than there are.
+    Batch norm in frozen blocks stays in eval mode.  Changes `classifier` and returns it.  Raises ValueError for another `part`, and for more blocks than there are.
     """
     match = re.fullmatch(r"all|head|last-([1-9][0-9]*)-blocks?", part)
     if not match:
@@ -91,16 +93,17 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
 
 
 def freeze_norm(classifier: Classifier, fixed: bool = True) -> Classifier:
-    """Keep (or no longer keep) every batch norm's running statistics as they are, also in train mode; scale and bias still learn."""
+    """Keep every batch norm's running statistics as they are, also in train mode; its scale and bias still learn."""
     classifier._all_norms_fixed = fixed
     return classifier.train(classifier.training)
 
 
 def widen(classifier: Classifier, factor: float, generator: torch.Generator | None = None) -> Classifier:
-    """A wider mlp or convnet that computes the same function (Chen et al. 2015, Net2WiderNet): width and embedding times `factor`.
+    """An mlp or convnet with width and embedding times `factor` and the same function.  Chen et al. 2015, Net2WiderNet.
 
-    A new unit copies a random old one, and the weights that read a copied unit are split among its copies in random shares, entry by
-    entry: the sum, and so the function, stays, and the copies do not stay twins.  A copy of the old mode; dropout differs by its draws.
+    A new unit copies a random old one, and the weights that read a copied unit are split among its copies in random
+    shares, entry by entry: their sum, and so the function, stays, and the copies do not stay twins.
+    generator: None takes torch's global one.
     Raises ValueError for other builders and for factor < 1.
     """
     spec = classifier.spec
@@ -134,7 +137,8 @@ def widen(classifier: Classifier, factor: float, generator: torch.Generator | No
 
 
 def _layers(classifier: Classifier) -> list[nn.Module]:
-    return [module for module in classifier.modules() if isinstance(module, (nn.Conv2d, nn.Linear, _BatchNorm, DustbinHead))]
+    kinds = (nn.Conv2d, nn.Linear, _BatchNorm, DustbinHead)
+    return [module for module in classifier.modules() if isinstance(module, kinds)]
 
 
 def _take(tensor: Tensor, index: Tensor) -> Tensor:
@@ -147,7 +151,7 @@ def _copies(old: int, new: int, generator: torch.Generator | None) -> Tensor:
 
 
 def _share_out(weight: Tensor, origin: Tensor, generator: torch.Generator | None) -> Tensor:
-    """weight [out, old, ...] -> [out, new, ...]: column j is column origin[j] times its share; the shares of one origin sum to 1."""
+    """[out, old, ...] -> [out, new, ...]: column j is old column origin[j] times a random share; shares sum to 1."""
     shares = torch.rand(weight.shape[0], len(origin), generator=generator, dtype=torch.float64) + 0.25
     sums = torch.zeros(weight.shape[:2], dtype=torch.float64).index_add_(1, origin, shares)
     shares = (shares / sums[:, origin]).to(weight)
