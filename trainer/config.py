@@ -49,9 +49,9 @@ class Model(Section):
     """The network.  `options` is for timm models and a user's own builder."""
 
     name: str = "convnet"  # mlp | convnet | resnet | wideresnet | timm:NAME | module:function
-    width: int = Field(16, gt=0)
-    depth: int = Field(3, gt=0)
-    embedding: int = Field(128, gt=0)
+    width: int | None = Field(None, gt=0)  # None: the builder's own default
+    depth: int | None = Field(None, gt=0)
+    embedding: int | None = Field(None, ge=0)  # size of the last hidden layer; 0 = none
     dropout: float = Field(0.0, ge=0, lt=1)
     options: dict[str, Any] = {}
 
@@ -98,7 +98,7 @@ class Generalist(Section):
 
 
 class Clusters(Section):
-    num_groups: int = 16
+    num_groups: int = Field(16, gt=0)
     method: str = "kmeans"
     capacity: float = Field(1.3, ge=1)  # the largest group, as a multiple of the mean size
     overlap: int = Field(1, ge=1)  # groups that a class may belong to
@@ -110,6 +110,7 @@ class Clusters(Section):
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh"] = "preserving"
     trainable: str = "all"  # all | head | last-N-blocks
+    freeze_norm: bool = True  # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
     fraction: float = Field(0.5, gt=0, lt=1)  # share of S_m's examples in a batch
     per_job: int = Field(1, gt=0)
     route: Literal["index", "copy"] = "index"

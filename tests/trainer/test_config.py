@@ -1,0 +1,49 @@
+import pytest
+
+from trainer.config import UserError, load_config, save_config
+
+
+def test_a_saved_config_loads_back_equal(tmp_path):
+    config = load_config(None, ["seed=3", "train.steps=10", "specialists.epochs=2", "students.main.temperature=4"])
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+def test_specialists_and_students_inherit_the_training_schedule():
+    config = load_config(None, ["train.steps=10", "train.batch_size=64", "specialists.steps=5", "students.a.epochs=1"])
+    assert config.specialists.batch_size == 64 and config.specialists.steps == 5
+    assert config.students["a"].epochs == 1 and config.students["a"].steps is None
+
+
+def test_control_wall_tries_three_rates_around_the_specialists():
+    config = load_config(None, ["specialists.learning_rate=0.003"])
+    assert config.controls.learning_rates == pytest.approx([0.001, 0.003, 0.009])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.trian=x", "unknown key data.trian; did you mean data.train?"),
+        ("clusters.num_group=3", "did you mean clusters.num_groups?"),
+        ("students.main.tempratur=3", "did you mean students.main.temperature?"),
+        ("train.steps=abc", "train.steps = 'abc'"),
+        ("clusters.num_groups=0", "clusters.num_groups = 0"),
+        ("specialists.fraction=1.5", "specialists.fraction = 1.5"),
+        ("train.steps", "write section.key=value"),
+        ("seed.x=1", "seed"),
+        ("students.a b.steps=1", "a student's name is letters"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_clear_line(override, message):
+    with pytest.raises(UserError) as mistake:
+        load_config(None, [override])
+    assert message in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "absent.toml")
+    (tmp_path / "broken.toml").write_text("[data\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(tmp_path / "broken.toml")

@@ -1,0 +1,229 @@
+"""How good is it?  Networks and ensembles over val (while training) and test (once, at the end)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from clustering import captured_confusion
+
+from .data.streams import Batch
+from .metrics import conditional_accuracy, reliability, summarise
+from .objectives import specialist_columns
+from .run_directory import Attempt, read_json, write_json
+from .session import Session, read_summary
+
+TOP = 5
+
+
+def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, float]]:
+    """Loss (nats) and top-1 over the whole of val."""
+    shards = session.shards("val")
+
+    def validate(network: nn.Module) -> dict[str, float]:
+        network.eval()
+
+        def judge(batch: Batch):
+            logits = network(batch.inputs).float()
+            return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"),
+                    "right": logits.argmax(1) == batch.labels}  # fmt: skip
+
+        found = session.measured(shards, judge)
+        return {"loss": float(found["loss"].mean(dtype=np.float64)), "top1": float(found["right"].mean())}
+
+    return validate
+
+
+class validate_specialist:
+    """A specialist on the val examples that the generalist refers to it, at their natural frequencies."""
+
+    def __init__(self, session: Session, members: np.ndarray):
+        self.session = session
+        self.shards = session.measuring_shards()
+        self.columns = specialist_columns(members, session.num_classes).to(session.ranks.device)
+        with np.load(session.run.measure.path("predictions.npz"), allow_pickle=False) as found:
+            top, ids = found["top"][:, : session.config.ensemble.gate], found["ids"]
+        referred = np.isin(top, members).any(axis=1)
+        self.ids = ids[referred] if referred.any() else ids
+
+    def answers(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+        """(logits [n, |S_m| + 1], targets [n])"""
+        network.eval()
+
+        def judge(batch: Batch):
+            return {"logits": network(batch.inputs).float(), "targets": self.columns[batch.labels]}
+
+        found = self.session.measured(self.shards, judge, ids=self.ids)
+        return torch.from_numpy(found["logits"]), torch.from_numpy(found["targets"])
+
+    def loss(self, network: nn.Module) -> dict[str, float]:
+        logits, targets = self.answers(network)
+        return {"loss": float(F.cross_entropy(logits, targets)), "top1": float((logits.argmax(1) == targets).float().mean())}
+
+    def temperature(self, network: nn.Module) -> float:
+        return fit_temperature(*self.answers(network))
+
+
+def fit_temperature(logits: Tensor, targets: Tensor) -> float:
+    """The T in [1/4, 4] that minimises the cross-entropy of softmax(logits / T) (Guo et al. 2017, section 4.2)."""
+    logits = logits.double()
+    found = minimize_scalar(
+        lambda log_t: float(F.cross_entropy(logits / np.exp(log_t), targets)), bounds=(-np.log(4), np.log(4)),
+        method="bounded", options={"xatol": 1e-3},
+    )  # fmt: skip
+    return float(np.exp(found.x))
+
+
+def figures(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What one batch contributes to a row: probabilities [b, C], labels [b]."""
+    top = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
+    missing = TOP - top.indices.shape[1]  # fewer than five classes: -1 stands for none
+    p_label = probabilities.gather(1, labels[:, None])[:, 0]
+    return {
+        "labels": labels, "top5": F.pad(top.indices, (0, missing), value=-1).int(),
+        "top5_probability": F.pad(top.values, (0, missing)).float(), "label_probability": p_label.float(),
+        "squared_error": probabilities.square().sum(1) - 2 * p_label + 1,
+    }  # fmt: skip
+
+
+def evaluate_all(session: Session, attempt: Attempt) -> None:
+    """Write evaluation/NAME.json and NAME.npz for the generalist, the ensemble, every control and every student."""
+    run, test = session.run, session.shards("test")
+    costs = Costs(session)
+    generalist = session.load(run.generalist)
+    before = evaluate_network(session, attempt, "generalist", generalist, costs.generalist)
+    for name, stage in named_controls(session).items():
+        evaluate_network(session, attempt, name, session.load(stage), costs.after_generalist(stage))
+    for name, stage in run.students.items():
+        base = costs.generalist if session.config.students[name].method == "hard" else costs.ensemble
+        evaluate_network(session, attempt, name, session.load(stage), add_costs(base, costs.of(stage)))
+
+    ensemble = session.ensemble()
+
+    def consult(batch: Batch):
+        _, q, active = ensemble.consult(batch.inputs)
+        return {**figures(q, batch.labels), "active": active}
+
+    after = session.measured(test, consult)
+    groups = session.groups()
+    extra = {
+        "specialists": specialist_rows(session, generalist, ensemble, after["active"], costs),
+        "clusters": captured(session, before), "coverage": coverage(groups, before, after),
+        "missing": read_json(run.combine.path("ensemble.json"))["missing"],
+    }  # fmt: skip
+    write_evaluation(session, attempt, "ensemble", after, costs.ensemble, extra)
+
+
+def evaluate_network(session: Session, attempt: Attempt, name: str, network: nn.Module, cost: dict):
+    found = session.measured(
+        session.shards("test"), lambda batch: figures(F.softmax(network(batch.inputs).float(), dim=1), batch.labels)
+    )
+    write_evaluation(session, attempt, name, found, cost)
+    return found
+
+
+def write_evaluation(session: Session, attempt: Attempt, name: str, found: dict, cost: dict, extra: dict | None = None):
+    if not session.ranks.is_main:
+        return
+    found = dict(found)
+    row = summarise(
+        found["labels"], found["top5"], found["top5_probability"], found["label_probability"], found.pop("squared_error")
+    )
+    bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == found["labels"])
+    write_json(attempt.path(f"{name}.json"), {
+        "name": name, "row": {**row, "cost": cost}, "reliability": bins, **(extra or {}),
+    })  # fmt: skip
+    np.savez(attempt.path(f"{name}.npz"), **found)
+    session.say("%-16s top-1 %6.2f %%  top-5 %6.2f %%  NLL %.4f  Brier %.4f  ECE %.4f", name, 100 * row["top1"],
+                100 * row["top5"], row["nll"], row["brier"], row["ece"])  # fmt: skip
+
+
+def named_controls(session: Session) -> dict[str, object]:
+    """control_wall (the rate that did best on val), control_compute, student_hard."""
+    controls = session.run.controls
+    walls = [stage for name, stage in controls.items() if name.startswith("control_wall")]
+    found = {name: stage for name, stage in controls.items() if not name.startswith("control_wall")}
+    if walls:
+        found = {"control_wall": min(walls, key=lambda each: read_summary(each)["val"]["loss"]), **found}
+    return found
+
+
+def specialist_rows(session: Session, generalist, ensemble, active: np.ndarray, costs: Costs) -> list[dict]:
+    """Each specialist on the test examples of its classes, predictions restricted to them, beside the generalist."""
+    test, rows = session.shards("test"), []
+    for m, members in enumerate(session.groups().members):
+        network = ensemble.specialist(m)
+        if network is None:
+            continue
+        ids = np.flatnonzero(np.isin(test.labels, members))
+        row = {"index": m, "classes": len(members), "routed": int(active[:, m].sum()), "n": len(ids)}
+        inside = torch.as_tensor(members).to(session.ranks.device)
+        if len(ids):
+            found = session.measured(test, lambda batch, network=network, inside=inside: {
+                "before": inside[generalist(batch.inputs)[:, inside].argmax(1)],
+                "after": inside[network(batch.inputs)[:, :-1].argmax(1)], "labels": batch.labels,
+            }, ids=ids)  # fmt: skip
+            row["conditional_before"] = float((found["before"] == found["labels"]).mean())
+            row["conditional_after"] = float((found["after"] == found["labels"]).mean())
+            row["gain"] = row["conditional_after"] - row["conditional_before"]
+        rows.append({**row, "cost": costs.of(session.run.specialists[m])})
+    return rows
+
+
+def captured(session: Session, before: dict) -> dict:
+    """The share of the generalist's top-1 errors on test whose two classes share a group, against chance."""
+    from scipy.sparse import coo_array
+
+    groups, summary = session.groups(), read_json(session.run.cluster.path("summary.json"))
+    pairs = (np.ones(len(before["labels"])), (before["labels"], before["top5"][:, 0]))
+    share, chance = captured_confusion(groups, coo_array(pairs, shape=(session.num_classes,) * 2).tocsr())
+    return {"captured_confusion": share, "chance": chance, "captured_unlabelled": summary["captured_unlabelled"],
+            "sizes": summary["sizes"]}  # fmt: skip
+
+
+def coverage(groups, before: dict, after: dict) -> list[dict]:
+    """Accuracy by the number of specialists that cover the true class: Hinton et al. 2015, table 4."""
+    holders = np.zeros(groups.num_classes, np.int64)
+    for members in groups.members:
+        holders[members] += 1
+    of_example = holders[before["labels"]]
+    rows = []
+    for k in np.unique(of_example):
+        chosen = of_example == k
+        right = [float((found["top5"][chosen, 0] == found["labels"][chosen]).mean()) for found in (before, after)]
+        rows.append({"specialists": int(k), "n": int(chosen.sum()), "before": right[0], "after": right[1]})
+    return rows
+
+
+class Costs:
+    """What each answer took to train, everything that it starts from included."""
+
+    def __init__(self, session: Session):
+        self.generalist = self.of(session.run.generalist)
+        parts = [self.of(stage) for stage in session.run.specialists if stage.is_done]
+        self.ensemble = self.generalist
+        for part in parts:
+            self.ensemble = add_costs(self.ensemble, part)
+
+    def of(self, stage) -> dict:
+        summary = read_summary(stage)
+        return {key: summary[key] for key in ("seconds", "examples_seen", "peak_memory_bytes")}
+
+    def after_generalist(self, stage) -> dict:
+        return add_costs(self.generalist, self.of(stage))
+
+
+def add_costs(first: dict, second: dict) -> dict:
+    return {
+        "seconds": round(first["seconds"] + second["seconds"], 3),
+        "examples_seen": first["examples_seen"] + second["examples_seen"],
+        "peak_memory_bytes": max(first["peak_memory_bytes"], second["peak_memory_bytes"]),
+    }
+
+
+__all__ = ["conditional_accuracy", "evaluate_all", "fit_temperature", "validate_classifier", "validate_specialist"]

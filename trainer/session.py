@@ -1,0 +1,263 @@
+"""What every stage needs: the run, its ranks, its data and its networks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clustering import ClassGroups
+from ensemble import SpecialistEnsemble
+from networks import Classifier, ModelSpec, build_classifier, load_classifier, save_classifier, widen
+
+from .config import Schedule, Student, UserError, load_config
+from .data.cache import cached
+from .data.shards import ShardSet, open_shards
+from .data.streams import Batch, MeasuringStream
+from .distributed import Ranks, broadcast, gather
+from .loop import train
+from .objectives import Objective
+from .run_directory import Attempt, RunDirectory, Stage, digest, new_attempt_id, read_json, write_bytes, write_json
+
+MEASURING_BATCH = 512
+log = logging.getLogger("referral")
+
+
+class Session:
+    """One process's view of one run."""
+
+    def __init__(self, run: RunDirectory, ranks: Ranks):
+        self.run, self.ranks, self.config = run, ranks, run.config
+        self._shards: dict[str, ShardSet] = {}
+
+    def shards(self, split: str) -> ShardSet:
+        """The train, val or test split, decoded once for all stages where [data] cache allows."""
+        if split not in self._shards:
+            data = self.config.data
+            opened = open_shards(getattr(data, split), data, split)
+            self._shards[split] = cached(opened, self.run.root / "cache" / split, data)
+        return self._shards[split]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.shards("train").class_names
+
+    @property
+    def num_classes(self) -> int:
+        return self.shards("train").num_classes
+
+    @contextmanager
+    def attempt(self, stage: Stage) -> Iterator[Attempt]:
+        """One attempt, shared by all ranks; rank 0 declares it finished when the block ends without an error."""
+        identity = broadcast(new_attempt_id() if self.ranks.is_main else None, self.ranks)
+        attempt = stage.begin(identity)
+        handler = logging.FileHandler(attempt.path(f"log-{self.ranks.rank}.txt"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log.addHandler(handler)
+        if self.ranks.is_main:
+            attempt.publish("metrics.jsonl")
+            attempt.publish("log-0.txt")
+        log.info("%s: attempt %s on %s, %d ranks", stage.label, identity, self.ranks.device, self.ranks.world_size)
+        try:
+            yield attempt
+            dist.barrier()
+            if self.ranks.is_main:
+                attempt.finish()
+                log.info("%s: done", stage.label)
+            dist.barrier()
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+
+    def fresh_network(self, student: Student | None = None) -> Classifier:
+        """A network of [model] (with a student's own keys over it), its weights drawn from the run's seed."""
+        model = self.config.model
+        if student is not None:
+            model = type(model).model_validate({**model.model_dump(), **student.model})
+        shards, data = self.shards("train"), self.config.data
+        scale = 1 / 255 if shards.input_dtype == "uint8" else 1.0
+        options = {"width": model.width, "depth": model.depth, "embedding": model.embedding, "dropout": model.dropout}
+        spec = ModelSpec(
+            builder=model.name, options={**options, **model.options}, num_classes=shards.num_classes,
+            class_names=list(shards.class_names),
+            input={"shape": list(shards.input_shape), "dtype": shards.input_dtype, "scale": scale, "mean": data.mean,
+                   "std": data.std},
+            head={"kind": "linear"},
+        )  # fmt: skip
+        torch.manual_seed(self.config.seed)
+        return build_classifier(spec, builders=user_builders(model.name))
+
+    def load(self, stage: Stage) -> Classifier:
+        """A finished stage's network, in eval mode, on this rank's device."""
+        directory = stage.path("model.safetensors").parent
+        return load_classifier(directory, self.ranks.device, user_builders(self.config.model.name))
+
+    def train(
+        self, attempt: Attempt, network: nn.Module, objective: Objective, stream, schedule: Schedule, steps: int,
+        validate=None,
+    ) -> tuple[nn.Module, dict]:  # fmt: skip
+        return train(
+            network, objective, stream, schedule, steps, engine=self.config.engine, ranks=self.ranks,
+            checkpoints=attempt.stage.directory / "checkpoints", metrics=attempt.path("metrics.jsonl"),
+            validate=validate, workers=self.config.data.workers,
+        )  # fmt: skip
+
+    def measured(self, shards: ShardSet, measure: Callable[[Batch], dict[str, Tensor]], ids=None) -> dict[str, np.ndarray]:
+        """`measure` of every example once, over all ranks: arrays in the order of the shards (or of `ids`).
+
+        Every rank returns the whole.
+        """
+        stream = MeasuringStream(shards, MEASURING_BATCH, ids=ids)
+        parts = []
+        with torch.inference_mode():
+            for batch in stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers):
+                batch = batch.to(self.ranks.device)
+                found = {key: value.cpu().numpy() for key, value in measure(batch).items()}
+                parts.append({"ids": batch.ids.cpu().numpy(), **found})
+        every = [part for ranks_parts in gather(parts, self.ranks) for part in ranks_parts]
+        if not every:
+            raise UserError(f"{shards}: nothing to measure")
+        joined = {key: np.concatenate([part[key] for part in every]) for key in every[0]}
+        order = np.argsort(joined["ids"], kind="stable")
+        return {key: value[order] for key, value in joined.items()}
+
+    def measuring_shards(self, enough: int = 10) -> ShardSet:
+        """Val; or the training split where val has fewer than `enough` examples per class on average."""
+        val = self.shards("val")
+        if val.num_samples < enough * val.num_classes:
+            self.say("val has %d examples for %d classes: predictions are measured on train", val.num_samples, val.num_classes)
+            return self.shards("train")
+        return val
+
+    def groups(self) -> ClassGroups:
+        return ClassGroups.load(self.run.cluster.path("groups.json"))
+
+    def skipped(self) -> set[int]:
+        """Groups that were forecast to gain too little for a specialist."""
+        return set(read_json(self.run.cluster.path("summary.json"))["skipped"])
+
+    def specialist_steps(self) -> list[int]:
+        """Planned steps of each specialist that is trained."""
+        from .stages import specialist_steps
+
+        counts, schedule = self.shards("train").class_counts, self.config.specialists
+        skipped = self.skipped()
+        return [
+            specialist_steps(schedule, int(counts[members].sum()))
+            for m, members in enumerate(self.groups().members) if m not in skipped
+        ]  # fmt: skip
+
+    def ensemble(self, facts: Path | None = None) -> SpecialistEnsemble:
+        """Generalist and specialists of this run, joined as ensemble.json says."""
+        facts = read_json(facts or self.run.combine.path("ensemble.json"))
+        without = {*facts["skipped"], *facts["missing"]}
+        specialists = {m: self.load(each) for m, each in enumerate(self.run.specialists) if m not in without}
+        return SpecialistEnsemble(
+            self.load(self.run.generalist), specialists, self.groups(), gate=facts["gate"],
+            max_specialists=facts["max_specialists"], combine=facts["combine"], temperatures=facts["temperatures"],
+        )  # fmt: skip
+
+    @property
+    def teacher_is_stored(self) -> bool:
+        """Fixed views can be answered once; augmented ones are answered as they come."""
+        distils = any(student.method != "hard" for student in self.config.students.values())
+        return distils and self.config.data.augment == "none"
+
+    def student_network(self, student: Student) -> Classifier:
+        """Fresh, or a copy of the generalist, widened where the student's [model] is a wider one."""
+        fresh = self.fresh_network(student)
+        if student.start == "scratch":
+            return fresh
+        generalist = self.load(self.run.generalist)
+        shapes, wanted = parameter_shapes(generalist), parameter_shapes(fresh)
+        if shapes == wanted:
+            return generalist
+        try:
+            wider = widen(generalist, wanted[0][0] / shapes[0][0], torch.Generator().manual_seed(self.config.seed))
+        except ValueError as mistake:
+            raise UserError(f'{mistake}; a student of another shape than the generalist needs start = "scratch"') from None
+        if parameter_shapes(wider) != wanted:
+            raise UserError(
+                "a student that starts from the generalist has its options, or its channels and embedding all as many "
+                'times wider; otherwise set start = "scratch"'
+            )
+        return wider
+
+    def given_generalist(self) -> Classifier | None:
+        """The network that [generalist] from names: a run, or a directory with model.safetensors and model.json."""
+        given = self.config.generalist.init
+        if not given:
+            return None
+        place = Path(given) / "generalist" if (Path(given) / "generalist").is_dir() else Path(given)
+        try:
+            network = load_classifier(place, self.ranks.device, user_builders(self.config.model.name))
+        except (OSError, ValueError) as mistake:
+            raise UserError(f"generalist.from = {given}: {mistake}") from None
+        if network.spec.num_classes != self.num_classes:
+            raise UserError(
+                f"generalist.from = {given} knows {network.spec.num_classes} classes, the data has {self.num_classes}"
+            )
+        return network
+
+    def save(self, attempt: Attempt, network: Classifier, summary: dict) -> None:
+        if self.ranks.is_main:
+            save_classifier(network, attempt.directory)
+            write_json(attempt.path("summary.json"), summary)
+
+    def seed(self, purpose: str, index: int) -> int:
+        """A seed of its own for each purpose, from the run's."""
+        return int(digest([self.config.seed, purpose, index])[:8], 16) >> 1
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def publish_report(self, stage: Stage) -> None:
+        for name in ("results.json", "report.html"):
+            write_bytes(self.run.root / name, stage.path(name).read_bytes())
+
+    def say(self, message: str, *values) -> None:
+        """One line for whoever watches, from rank 0."""
+        if self.ranks.is_main:
+            log.info(message, *values)
+
+
+def parameter_shapes(network: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(parameter.shape) for parameter in network.parameters()]
+
+
+def user_builders(name: str) -> dict[str, Callable] | None:
+    """A `module:function` of the config, imported; a loaded file never names code."""
+    if ":" not in name or name.startswith("timm:"):
+        return None
+    from .data.decoding import import_function
+
+    return {name: import_function(name, "model.name")}
+
+
+def save_summary(attempt: Attempt, summary: dict) -> None:
+    write_json(attempt.path("summary.json"), summary)
+
+
+def read_summary(stage: Stage) -> dict:
+    return read_json(stage.path("summary.json"))
+
+
+def open_run(directory: str | Path, ranks: Ranks | None = None) -> RunDirectory:
+    """The run that RUN/config.toml describes."""
+    root = Path(directory)
+    if not (root / "config.toml").exists():
+        raise UserError(f"{root} is not a run: it has no config.toml; `referral prepare CONFIG --run {root}` makes one")
+    return RunDirectory(root, load_config(root / "config.toml"))
+
+
+def start_logging() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+
+

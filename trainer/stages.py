@@ -1,0 +1,294 @@
+"""The method, stage by stage.  Hinton, Vinyals & Dean 2015, section 5, and back into one network.
+
+    generalist -> measure -> cluster -> route -> specialist 0 ... M-1 -> combine -> students -> evaluate -> report
+                                   \\-> controls: what the same examples do for the generalist alone
+
+`measure` and everything fitted (groups, early stopping, temperatures) read val; test is read by `evaluate` alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from clustering import ClassGroups, PredictionStatistics, captured_confusion, captured_unlabelled, forecast, group_classes
+from networks import freeze_norm, set_trainable, specialise
+
+from .config import Schedule, Student, UserError
+from .data.routing import open_routed, route as route_samples
+from .data.streams import Source, TrainingStream, balanced, shuffled
+from .distillation.teachers import stored_teacher, live_teacher, store_answers
+from .evaluation import evaluate_all, validate_classifier, validate_specialist
+from .losses import dustbin_shift
+from .objectives import classify, distil, specialise_in
+from .run_directory import Stage, read_json, write_json
+from .session import Session, read_summary, save_summary
+
+ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
+VAL_EXAMPLES_PER_CLASS = 10  # fewer than this, and `measure` reads training data instead
+
+
+def generalist(session: Session, stage: Stage) -> None:
+    """One network learns all classes, on all ranks."""
+    schedule = session.config.train
+    with session.attempt(stage) as attempt:
+        network = session.given_generalist()
+        if network is None:
+            stream, objective = general_lesson(session, schedule)
+            steps = count_steps(schedule, session.shards("train").num_samples)
+            network, summary = session.train(
+                attempt, session.fresh_network(), objective, stream, schedule, steps, validate_classifier(session)
+            )
+        else:
+            summary = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0, "steps": 0, "best_step": 0,
+                       "val": validate_classifier(session)(network)}  # fmt: skip
+        session.save(attempt, network, summary)
+
+
+def measure(session: Session, stage: Stage) -> None:
+    """The generalist's predictions on val: their covariance is all that clustering needs."""
+    with session.attempt(stage) as attempt:
+        network = session.load(session.run.generalist)
+        shards = session.measuring_shards(VAL_EXAMPLES_PER_CLASS)
+        statistics = PredictionStatistics(session.num_classes, top_k=session.config.clusters.top_k)
+
+        def predict(batch):
+            p = F.softmax(network(batch.inputs).float(), dim=1)
+            statistics.update(p, batch.labels)
+            top = p.topk(min(ROUTED_TOP, p.shape[1]), dim=1)
+            return {"top": top.indices.int(), "top_probability": top.values, "labels": batch.labels}
+
+        found = session.measured(shards, predict)
+        statistics.save(attempt.path(f"statistics-{session.ranks.rank}.npz"))
+        session.barrier()
+        if session.ranks.is_main:
+            merged = PredictionStatistics.load(attempt.path("statistics-0.npz"))
+            for rank in range(1, session.ranks.world_size):
+                merged.merge(PredictionStatistics.load(attempt.path(f"statistics-{rank}.npz")))
+            merged.save(attempt.path("statistics.npz"))
+            np.savez(attempt.path("predictions.npz"), **found)
+
+
+def cluster(session: Session, stage: Stage) -> None:
+    """Groups of classes that the generalist confuses.  No labels are needed to find them."""
+    config = session.config.clusters
+    with session.attempt(stage) as attempt:
+        if not session.ranks.is_main:
+            return
+        statistics = PredictionStatistics.load(session.run.measure.path("statistics.npz"))
+        try:
+            if session.run.groups_file:
+                groups = ClassGroups.load(session.run.groups_file)
+            else:
+                groups = group_classes(
+                    statistics, config.num_groups, method=config.method, capacity=config.capacity,
+                    overlap=config.overlap, seed=session.config.seed,
+                )  # fmt: skip
+        except ValueError as mistake:
+            raise UserError(f"[clusters] {mistake}") from None
+        if groups.num_classes != session.num_classes:
+            raise UserError(
+                f"clusters.groups_file = {session.run.groups_file} is for {groups.num_classes} classes, "
+                f"the data has {session.num_classes}"
+            )
+        groups.save(attempt.path("groups.json"))
+        share, chance = captured_confusion(groups, statistics.confusion)
+        unlabelled, unlabelled_chance = captured_unlabelled(groups, statistics)
+        foretold = forecast(groups, statistics)
+        skipped = [m for m, row in enumerate(foretold) if row["gain"] < config.min_gain]
+        if len(skipped) == len(groups):
+            raise UserError(
+                f"clusters.min_gain = {config.min_gain} leaves no group a specialist; the best forecast is "
+                f"{max(row['gain'] for row in foretold):.4f}"
+            )
+        write_json(attempt.path("summary.json"), {
+            "captured": share, "chance": chance, "captured_unlabelled": unlabelled,
+            "chance_unlabelled": unlabelled_chance, "sizes": [len(members) for members in groups.members],
+            "forecast": foretold, "skipped": skipped,
+        })  # fmt: skip
+        session.say("%d groups of %d to %d classes hold %.1f %% of the generalist's errors on val (chance %.1f %%)",
+                    len(groups), min(map(len, groups.members)), max(map(len, groups.members)), 100 * share,
+                    100 * chance)  # fmt: skip
+
+
+def route(session: Session, stage: Stage) -> None:
+    """Each group's samples, found once, so that a specialist does not read the whole to keep a part."""
+    config = session.config.specialists
+    with session.attempt(stage) as attempt:
+        if session.ranks.is_main:
+            for m, members in enumerate(session.groups().members):
+                if m not in session.skipped():
+                    route_samples(session.shards("train"), members, attempt.path(f"{m:03d}/index").parent, config.route,
+                                  config.route_max_bytes)  # fmt: skip
+
+
+def specialist(session: Session, stage: Stage, index: int) -> None:
+    """The generalist again, asked one group's classes and a dustbin: half its batch from the group, half from the rest."""
+    schedule, members = session.config.specialists, session.groups().members[index]
+    with session.attempt(stage) as attempt:
+        if index in session.skipped():
+            session.say("group %d is forecast to gain less than clusters.min_gain: no specialist", index)
+            save_summary(attempt, {"skipped": True, "seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0})
+            return
+        general = session.shards("train")
+        inside, inside_ids = open_routed(session.run.route.path(f"{index:03d}"), general)
+        outside_ids = np.flatnonzero(~np.isin(general.labels, members))
+        natural = len(inside_ids) / general.num_samples
+        seed, batch = session.seed("specialist", index), schedule.batch_size
+        if len(outside_ids):
+            own = min(max(1, round(schedule.fraction * batch)), batch - 1)
+            shift = dustbin_shift(natural, own / batch)
+            sources = [Source(inside, shuffled(inside_ids, seed), own),
+                       Source(general, shuffled(outside_ids, seed + 1), batch - own)]  # fmt: skip
+        else:  # S_m is every class: nothing falls into the dustbin
+            shift, sources = 0.0, [Source(inside, shuffled(inside_ids, seed), batch)]
+        network = session.load(session.run.generalist)
+        torch.manual_seed(seed)
+        network = specialise(network, members, dustbin=schedule.dustbin)
+        freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
+        judge = validate_specialist(session, members)
+        network, summary = session.train(
+            attempt, network, specialise_in(members, session.num_classes, shift, schedule.label_smoothing),
+            TrainingStream(sources, seed, session.config.data.augment), schedule,
+            specialist_steps(schedule, len(inside_ids)), judge.loss,
+        )  # fmt: skip
+        summary |= {"classes": len(members), "natural_share": natural, "shift": shift,
+                    "temperature": judge.temperature(network)}  # fmt: skip
+        session.save(attempt, network, summary)
+
+
+def combine(session: Session, stage: Stage) -> None:
+    """The joint opinion, eq. 5: what it needs beside the networks, and its answers on the training data, stored once."""
+    config = session.config.ensemble
+    with session.attempt(stage) as attempt:
+        if session.ranks.is_main:
+            stages = session.run.specialists
+            absent = [m for m, each in enumerate(stages) if not each.is_done]
+            if absent and not config.allow_missing:
+                raise UserError(f"specialists {absent} are missing; `referral retry`, or set ensemble.allow_missing = true")
+            temperatures = [
+                read_summary(each).get("temperature", 1.0) if each.is_done and config.temperatures else 1.0
+                for each in stages
+            ]
+            write_json(attempt.path("ensemble.json"), {
+                "schema": 1, "gate": config.gate, "max_specialists": config.max_specialists, "combine": config.combine,
+                "temperatures": temperatures, "skipped": sorted(session.skipped()), "missing": absent,
+            })  # fmt: skip
+        session.barrier()
+        if session.teacher_is_stored:
+            store_answers(session, session.ensemble(attempt.path("ensemble.json")), attempt)
+    if session.ranks.is_main:
+        write_json(session.run.root / "ensemble.json", read_json(stage.path("ensemble.json")))
+
+
+def control(session: Session, stage: Stage, name: str) -> None:
+    """The honest comparison: the generalist itself goes on, without groups.  See README, "Controls"."""
+    config = session.config
+    with session.attempt(stage) as attempt:
+        network = session.load(session.run.generalist)
+        if name == "student_hard":
+            schedule = config.students["main"]
+            network, stream, steps = student_lesson(session, schedule)
+            objective = classify(schedule.label_smoothing)
+        else:
+            walls = {key: each for key, each in session.run.controls.items() if key.startswith("control_wall")}
+            if name == "control_compute":
+                best = min(walls, key=lambda key: read_summary(walls[key])["val"]["loss"])
+                rate, steps = read_summary(walls[best])["learning_rate"], sum(session.specialist_steps())
+            else:
+                rate, steps = config.controls.learning_rates[list(walls).index(name)], max(session.specialist_steps())
+            schedule = config.specialists.model_copy(update={"learning_rate": rate, "patience": 0})
+            stream, objective = general_lesson(session, schedule, seed=session.seed("control", steps))
+        network, summary = session.train(
+            attempt, network, objective, stream, schedule, steps, validate_classifier(session)
+        )
+        session.save(attempt, network, summary | {"learning_rate": schedule.learning_rate})
+
+
+def student(session: Session, stage: Stage, name: str) -> None:
+    """One network learns what generalist and specialists say together (section 8's open end)."""
+    schedule = session.config.students[name]
+    with session.attempt(stage) as attempt:
+        network, stream, steps = student_lesson(session, schedule)
+        if schedule.method == "hard":
+            objective = classify(schedule.label_smoothing)
+        elif session.teacher_is_stored:
+            objective = distil(stored_teacher(session.run.combine.path("answers"), session.num_classes), schedule)
+        else:
+            objective = distil(live_teacher(session.ensemble()), schedule)
+        network, summary = session.train(
+            attempt, network, objective, stream, schedule, steps, validate_classifier(session)
+        )
+        session.save(attempt, network, summary)
+
+
+def evaluate(session: Session, stage: Stage) -> None:
+    """Generalist, ensemble, controls and students on test: the only reader of that split."""
+    with session.attempt(stage) as attempt:
+        evaluate_all(session, attempt)
+
+
+def report(session: Session, stage: Stage) -> None:
+    """results.json and report.html, published in RUN."""
+    from .report.page import write_report
+
+    with session.attempt(stage) as attempt:
+        if session.ranks.is_main:
+            write_report(session.run, attempt.directory, session.shards("test"))
+    if session.ranks.is_main:
+        session.publish_report(stage)
+
+
+STAGES = {
+    "generalist": generalist, "measure": measure, "cluster": cluster, "route": route, "specialist": specialist,
+    "combine": combine, "control": control, "student": student, "evaluate": evaluate, "report": report,
+}  # fmt: skip
+
+
+def general_lesson(session: Session, schedule: Schedule, seed: int | None = None):
+    """All classes: the stream and the objective, the prior of a balanced stream carried through the loss."""
+    shards, seed = session.shards("train"), session.config.seed if seed is None else seed
+    everything = np.arange(shards.num_samples)
+    if not schedule.balance:
+        order, log_prior = shuffled(everything, seed), None
+    else:
+        order = balanced(shards.labels, seed, schedule.balance)
+        log_prior = balanced_log_prior(shards.class_counts, schedule.balance)
+    stream = TrainingStream([Source(shards, order, schedule.batch_size)], seed, session.config.data.augment)
+    return stream, classify(schedule.label_smoothing, log_prior)
+
+
+def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tensor:
+    """float32 [C]: log of each class's share in a stream balanced by `exponent` over its natural share, 0 where absent."""
+    natural = class_counts / class_counts.sum()
+    sampled = np.where(class_counts > 0, np.power(np.maximum(natural, 1e-12), 1 - exponent), 0)
+    sampled = sampled / sampled.sum()
+    ratio = np.where(class_counts > 0, sampled / np.maximum(natural, 1e-12), 1)
+    return torch.as_tensor(np.log(ratio), dtype=torch.float32)
+
+
+def student_lesson(session: Session, schedule: Student):
+    """A student's network, stream and number of steps: the same for the student and for its twin with hard labels."""
+    shards, seed = session.shards("train"), session.seed("student", 0)
+    stream = TrainingStream(
+        [Source(shards, shuffled(np.arange(shards.num_samples), seed), schedule.batch_size)], seed,
+        session.config.data.augment,
+    )  # fmt: skip
+    return session.student_network(schedule), stream, count_steps(schedule, shards.num_samples)
+
+
+def count_steps(schedule: Schedule, examples: int) -> int:
+    if schedule.steps is not None:
+        return schedule.steps
+    if schedule.epochs is None:
+        raise UserError("train.steps or train.epochs is missing: say how long to train")
+    return max(1, math.ceil(schedule.epochs * examples / schedule.batch_size))
+
+
+def specialist_steps(schedule: Schedule, examples: int) -> int:
+    """An epoch of a specialist is one pass over its own classes, which fill `fraction` of each batch."""
+    return count_steps(schedule, math.ceil(examples / schedule.fraction))
+
