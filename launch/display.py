@@ -1,0 +1,60 @@
+"""What the launcher shows while it runs: a live table on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from trainer.run_directory import RunDirectory
+
+from .journal import Journal
+from .plan import Job
+from .status import progress, statuses, summary, table
+
+LIVE_S, PLAIN_S = 1.0, 30.0  # seconds between two looks
+
+
+class Display(AbstractContextManager):
+    """Events scroll by; the running stages stand below them."""
+
+    def __init__(self, console: Console | None = None, errors: Console | None = None):
+        self.console = console or Console()
+        self.errors = errors or Console(stderr=True)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.shown = time.monotonic() if self.live is None else 0.0
+
+    def __enter__(self) -> Display:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self.live.stop()
+
+    def event(self, text: str) -> None:
+        """One line that stays."""
+        line = Text.assemble((time.strftime("%H:%M:%S "), "dim"), text)
+        self.console.print(line, soft_wrap=True)
+
+    def error(self, *lines: str) -> None:
+        """Lines for stderr."""
+        for line in lines:
+            self.errors.print(Text(line), soft_wrap=True)
+
+    def tick(self, run: RunDirectory, jobs: list[Job], journal: Journal) -> None:
+        """Look at the run again, if the last look is old enough."""
+        if time.monotonic() - self.shown < (LIVE_S if self.live else PLAIN_S):
+            return
+        self.shown = time.monotonic()
+        found = statuses(run, jobs, journal)
+        running = [status for status in found if status.state == "running"]
+        if self.live:
+            self.live.update(Group(Text(""), table(running), Text(summary(found), style="dim")), refresh=True)
+        else:
+            for status in running:
+                self.event(f"{status.stage} {progress(status)}".rstrip())

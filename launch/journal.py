@@ -1,0 +1,82 @@
+"""RUN/jobs.json: what the launcher knows of its jobs.  A reader joins it with the stages' own markers and the live processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trainer.run_directory import read_json, write_json
+
+
+@dataclass
+class JobRecord:
+    """state: waiting | running | done | failed | blocked | interrupted.  log_start: where this attempt begins in its log."""
+
+    state: str = "waiting"
+    pid: int | None = None
+    born: str | None = None
+    exit_code: int | None = None
+    started: float | None = None
+    ended: float | None = None
+    log: str = ""
+    log_start: int = 0
+    attempts: int = 0
+    reason: str = ""
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "running" and self.pid is not None and self.born == birth(self.pid)
+
+
+@dataclass
+class Journal:
+    """All jobs of one launch, on one host."""
+
+    jobs: dict[str, JobRecord] = field(default_factory=dict)
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    started: float = field(default_factory=time.time)
+
+    def save(self, run: Path) -> None:
+        write_json(run / "jobs.json", {"schema": 1, **asdict(self)})
+
+
+def read_journal(run: Path) -> Journal:
+    """The last launch's journal, or an empty one."""
+    try:
+        content = read_json(run / "jobs.json")
+    except FileNotFoundError:
+        return Journal()
+    jobs = {name: JobRecord(**record) for name, record in content["jobs"].items()}
+    return Journal(jobs, content["host"], content["pid"], content["started"])
+
+
+def birth(pid: int) -> str | None:
+    """A mark of the process now called `pid`, None if there is none: a pid alone may have been given away again."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if after_name[0] in "ZX" else after_name[19]  # start time in clock ticks since boot
+    except ProcessLookupError:
+        return None
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:  # no /proc
+        os.kill(pid, 0)
+        return "alive"
+    except ProcessLookupError:
+        return None
+
+
+def end_of_log(path: Path, start: int = 0, lines: int = 12) -> list[str]:
+    """The last lines of what stands in a log from byte `start` on."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(start, path.stat().st_size - 64 * 1024))
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]

@@ -1,0 +1,270 @@
+"""Run the job graph on this machine: a bounded pool of torchrun processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trainer.run_directory
+from trainer.config import UserError
+from trainer.run_directory import RunDirectory
+
+from .display import Display
+from .journal import Journal, JobRecord, birth, end_of_log
+from .machine import Machine
+from .plan import Job
+
+USERS_MISTAKE, AGAIN, INTERRUPTED = 2, 75, 130  # exit codes
+GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
+TETHER = Path(trainer.run_directory.__file__).with_name("tether.py")
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command that starts `processes` ranks of the trainer; its arguments follow."""
+    return [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", str(processes),
+            "--shutdown-timeout", str(GRACE_S - 3), "--"]  # fmt: skip
+
+
+def trainer_command(job: Job, run: RunDirectory, trainer: list[str] | None = None) -> list[str]:
+    """argv of one job, for the stages that are not done."""
+    return [*(trainer or torchrun(job.processes)), *job.command(job.pending), "--run", str(run.root)]
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold RUN/.lock: one launcher per run."""
+    path = run / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{path}: another launcher is running {run} ({file.read().strip()})") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+@dataclass
+class Pool:
+    """The jobs of one launch: which run, which wait, which slots are free."""
+
+    run: RunDirectory
+    jobs: list[Job]
+    machine: Machine
+    display: Display
+    trainer: list[str] | None = None
+    children: dict[str, subprocess.Popen] = field(default_factory=dict)
+    slots: dict[str, list[int]] = field(default_factory=dict)  # those that a running job holds
+    finished_now: set[str] = field(default_factory=set)
+    requested: int = 0  # the signal that asked to stop
+
+    def __post_init__(self):
+        self.size = self.machine.pool(self.run.config)
+        self.free = list(range(self.size))
+        records = {job.name: JobRecord("done" if job.is_done else "waiting") for job in self.jobs}
+        self.journal = Journal(records)
+        self.logs = self.run.root / "logs"
+        self.logs.mkdir(exist_ok=True)
+
+    def execute(self) -> int:
+        """Run all that can run.  Returns the launcher's exit code."""
+        with _signals(self):
+            while not self.requested:
+                self._reap()
+                self._start_ready()
+                self.display.tick(self.run, self.jobs, self.journal)
+                if not self.children:
+                    break
+                time.sleep(0.05)
+            if self.requested:
+                self._stop()
+                return INTERRUPTED
+        return self._verdict()
+
+    # Which job next
+
+    def _start_ready(self) -> None:
+        self._block()
+        for job in sorted(self.jobs, key=lambda job: -job.chain):  # the longest chain first; sorted() is stable
+            if self._state(job.name) == "waiting" and self._inputs_ended(job):
+                self._redo_if_made_without(job)
+                if len(self.free) >= min(job.processes, self.size):
+                    self._start(job)
+
+    def _state(self, name: str) -> str:
+        return self.journal.jobs[name].state
+
+    def _tolerates(self, job: Job, name: str) -> bool:
+        """A specialist that failed may be left out, if the config says so."""
+        return self.run.config.ensemble.allow_missing and name.startswith("specialist-")
+
+    def _inputs_ended(self, job: Job) -> bool:
+        return all(
+            self._state(name) == "done" or (self._state(name) == "failed" and self._tolerates(job, name))
+            for name in job.waits_for
+        )
+
+    def _block(self) -> None:
+        """Mark the jobs that wait, through others or directly, for one that failed."""
+        for job in self.jobs:  # each stands behind those it waits for
+            lost = [name for name in job.waits_for if self._state(name) in ("failed", "blocked")]
+            lost = [name for name in lost if not (self._state(name) == "failed" and self._tolerates(job, name))]
+            if lost and self._state(job.name) == "waiting":
+                self._record(job, state="blocked", reason=f"waits for {', '.join(lost)}")
+
+    def _redo_if_made_without(self, job: Job) -> None:
+        """A stage begun before one of its inputs was there (ensemble.allow_missing) is begun anew now that it is."""
+        if self.journal.jobs[job.name].attempts == 0 and self.finished_now.intersection(job.waits_for):
+            for stage in job.stages:
+                stage.clear()
+
+    # One job's life
+
+    def _start(self, job: Job) -> None:
+        slots = self.slots[job.name] = [self.free.pop(0) for _ in range(min(job.processes, self.size))]
+        command = trainer_command(job, self.run, self.trainer)
+        log = self.logs / f"{job.name}.txt"
+        with open(log, "ab") as output:
+            start = output.tell()
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+            output.flush()
+            child = subprocess.Popen(
+                [sys.executable, "-I", str(TETHER), str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(slots),
+                start_new_session=True,
+            )  # fmt: skip
+        self.children[job.name] = child
+        attempts = self.journal.jobs[job.name].attempts + 1
+        self._record(
+            job, state="running", pid=child.pid, born=birth(child.pid), started=time.time(), ended=None, exit_code=None,
+            log=str(log.relative_to(self.run.root)), log_start=start, attempts=attempts, reason="",
+        )  # fmt: skip
+        self.display.event(f"{job.name} started" + (f" (attempt {attempts})" if attempts > 1 else ""))
+
+    def _environment(self, slots: list[int]) -> dict[str, str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment["PYTHONUNBUFFERED"] = "1"
+        if self.machine.devices:
+            mine = dict.fromkeys(self.machine.devices[slot % len(self.machine.devices)] for slot in slots)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        return environment
+
+    def _reap(self) -> None:
+        for job in self.jobs:
+            child = self.children.get(job.name)
+            if child is not None and child.poll() is not None:
+                _kill_group(child, signal.SIGKILL)  # whatever it left behind
+                del self.children[job.name]
+                self.free = sorted(self.free + self.slots.pop(job.name))
+                self._ended(job, child.returncode)
+
+    def _ended(self, job: Job, code: int) -> None:
+        """The stages' markers decide whether a job is done; its exit code says why it is not."""
+        record = self.journal.jobs[job.name]
+        seconds = time.time() - record.started
+        facts = {"exit_code": code, "ended": time.time(), "pid": None}
+        missing = [stage.place for stage in job.pending]
+        if not missing:
+            self.finished_now.add(job.name)
+            self._record(job, state="done", **facts)
+            self.display.event(f"{job.name} done in {seconds:.0f} s")
+        elif code == AGAIN and seconds > 1:
+            self._record(job, state="waiting", **facts)
+            self.display.event(f"{job.name} asked to be started again")
+        else:
+            reason = _reason(code, missing)
+            again = code not in (USERS_MISTAKE, AGAIN) and record.attempts <= self.run.config.launch.retries
+            self._record(job, state="waiting" if again else "failed", reason=reason, **facts)
+            self.display.event(f"{job.name} failed after {seconds:.0f} s: {reason}" + ("; trying again" if again else ""))
+
+    def _record(self, job: Job, **changes) -> None:
+        record = self.journal.jobs[job.name]
+        for key, value in changes.items():
+            setattr(record, key, value)
+        self.journal.save(self.run.root)
+
+    # The end
+
+    def _stop(self) -> None:
+        """Ask every child to write a checkpoint and go; kill those that have not within GRACE_S, or at a second signal."""
+        self.display.event(f"stopping {len(self.children)} jobs; they write a checkpoint first")
+        self.requested = 0
+        for child in self.children.values():
+            _kill_group(child, signal.SIGTERM)
+        deadline = time.monotonic() + GRACE_S
+        while any(child.poll() is None for child in self.children.values()):
+            if time.monotonic() > deadline or self.requested:
+                break
+            time.sleep(0.05)
+        for job in self.jobs:
+            if job.name in self.children:
+                child = self.children[job.name]
+                _kill_group(child, signal.SIGKILL)
+                code = child.wait()
+                state = "interrupted" if job.pending else "done"
+                self._record(job, state=state, pid=None, exit_code=code, ended=time.time())
+        self.display.event(f"stopped; the same command goes on from here: {self.run.root}")
+
+    def _verdict(self) -> int:
+        """Say what failed, with the end of its log; 0 if nothing did, 2 if all of it was the user's mistake, else 1."""
+        failed = {name: record for name, record in self.journal.jobs.items() if record.state == "failed"}
+        for name, record in failed.items():
+            log = self.run.root / record.log
+            end = end_of_log(log, record.log_start, lines=200)
+            mistakes = [line for line in end if line.startswith("error: ")]
+            if record.exit_code == USERS_MISTAKE and mistakes:
+                self.display.error(*mistakes)
+            else:
+                self.display.error(f"error: {name}: {record.reason}; {log} ends:", *(f"    {line}" for line in end[-12:]))
+        blocked = [name for name, record in self.journal.jobs.items() if record.state == "blocked"]
+        if blocked:
+            self.display.error(f"not started for want of these: {', '.join(blocked)}")
+        if blocked and all(name.startswith("specialist-") for name in failed):
+            self.display.error("to go on without these specialists: --set ensemble.allow_missing=true")
+        if not failed:
+            return 0
+        return USERS_MISTAKE if all(record.exit_code == USERS_MISTAKE for record in failed.values()) else 1
+
+
+def _reason(code: int, missing: list[str]) -> str:
+    if code == 0:
+        return f"it ended without finishing {', '.join(missing)}"
+    if code == AGAIN:
+        return "it asked to be started again within a second"
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" if -code in list(signal.Signals) else f"killed by {-code}"
+    return f"exit code {code}"
+
+
+def _kill_group(child: subprocess.Popen, number: int) -> None:
+    try:
+        os.killpg(child.pid, number)
+    except ProcessLookupError:
+        pass
+
+
+@contextmanager
+def _signals(pool: Pool) -> Iterator[None]:
+    """While this holds, Ctrl-C and its like only note that the pool is to stop."""
+
+    def note(number, _frame):
+        pool.requested = number
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

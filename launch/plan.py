@@ -1,0 +1,127 @@
+"""The job graph, a pure function of the run's config; either runner executes it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainer.config import Schedule
+from trainer.run_directory import RunDirectory, Stage, write_text
+
+OVERHEAD = 100  # what starting a job costs, in optimizer steps: it orders jobs and nothing else
+EPOCH = 1000  # steps per epoch where no manifest says how many examples there are
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of the trainer's, for one stage or for several of one kind.
+
+    processes: ranks.  waits_for: names of jobs.  chain: estimated steps from this job's start to the end of the run.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    processes: int
+    waits_for: tuple[str, ...]
+    chain: float = 0.0
+
+    @property
+    def kind(self) -> str:
+        return self.stages[0].name
+
+    @property
+    def pending(self) -> list[Stage]:
+        """The stages that are not done."""
+        return [stage for stage in self.stages if not stage.is_done]
+
+    @property
+    def is_done(self) -> bool:
+        return not self.pending
+
+    def command(self, stages: list[Stage] | None = None) -> list[str]:
+        """The trainer's arguments, without --run, for `stages` or for all of this job's."""
+        names = [stage.directory.name for stage in stages or self.stages]
+        if self.kind == "specialist":
+            return [self.kind, "--index", *(str(int(name)) for name in names)]
+        if self.kind in ("control", "student"):
+            return [self.kind, "--name", *names]
+        return [self.kind]
+
+
+def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
+    """Every job of the run, finished or not, each behind those it waits for.
+
+    processes: ranks of the generalist where launch.processes does not say.
+    """
+    groups = _grouped(run)
+    job_of = {stage.place: name for name, stages in groups for stage in stages}
+    waits_for = {
+        name: tuple(dict.fromkeys(job_of[wanted.place] for stage in stages for wanted in stage.inputs))
+        for name, stages in groups
+    }
+    ranks = {"generalist": run.config.launch.processes or processes}
+    costs = {
+        name: OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks.get(name, 1) for name, stages in groups
+    }
+    chains = _chains(waits_for, costs)
+    return [Job(name, tuple(stages), ranks.get(name, 1), waits_for[name], chains[name]) for name, stages in groups]
+
+
+def save_graph(jobs: list[Job], path: Path) -> None:
+    """RUN/graph.json; not touched if it says the same already."""
+    rows = [
+        {"name": job.name, "stages": [stage.place for stage in job.stages], "command": job.command(),
+         "processes": job.processes, "waits_for": list(job.waits_for)} for job in jobs
+    ]  # fmt: skip
+    text = json.dumps({"schema": 1, "jobs": rows}, indent=2) + "\n"
+    if not path.exists() or path.read_text() != text:
+        write_text(path, text)
+
+
+def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
+    """(job name, its stages) in the order of the stages; specialists are packed specialists.per_job to a job."""
+    groups: dict[str, list[Stage]] = {}
+    per_job = run.config.specialists.per_job
+    packs = [run.specialists[first : first + per_job] for first in range(0, len(run.specialists), per_job)]
+    pack_of = {stage.place: pack for pack in packs for stage in pack}
+    for stage in run.stages:
+        name = stage.name
+        if stage.name == "specialist":
+            numbers = [other.directory.name for other in pack_of[stage.place]]
+            name = f"specialist-{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
+        elif stage.name == "control":
+            name = stage.directory.name
+        elif stage.name == "student":
+            name = f"student-{stage.directory.name}"
+        groups.setdefault(name, []).append(stage)
+    return list(groups.items())
+
+
+def _steps(stage: Stage, run: RunDirectory) -> float:
+    """About how many optimizer steps a stage takes; 0 for one that trains nothing."""
+    config, name = run.config, stage.directory.name
+    if stage.name == "generalist":
+        return _length(config.train)
+    if stage.name == "specialist":
+        return _length(config.specialists)
+    if stage.name == "student":
+        return _length(config.students[name])
+    if stage.name == "control":
+        if name == "student_hard":
+            return _length(config.students["main"])
+        return _length(config.specialists) * (len(run.specialists) if name == "control_compute" else 1)
+    return 0
+
+
+def _length(schedule: Schedule) -> float:
+    return schedule.steps or (schedule.epochs or 1) * EPOCH
+
+
+def _chains(waits_for: dict[str, tuple[str, ...]], costs: dict[str, float]) -> dict[str, float]:
+    """Per job, the cost of the dearest chain of jobs that starts with it (the upward rank of list scheduling)."""
+    chains: dict[str, float] = {}
+    for name in reversed(waits_for):  # dependents stand behind what they wait for
+        behind = [chains[other] for other, wanted in waits_for.items() if name in wanted]
+        chains[name] = costs[name] + max(behind, default=0)
+    return chains

@@ -1,0 +1,262 @@
+"""Check everything that can be checked without torch, then lay out RUN.  A mistake leaves nothing behind."""
+
+from __future__ import annotations
+
+import glob
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tomli_w
+from braceexpand import braceexpand
+
+from trainer.config import Config, UserError, load_config
+from trainer.run_directory import RunDirectory, Stage, read_json, write_json, write_text
+
+from .plan import plan, save_graph
+
+SPLITS = ("train", "val", "test")
+OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys that no stage's figures depend on
+PACKAGES = ("referral", "torch", "numpy", "scipy", "scikit-learn", "deepspeed", "webdataset", "safetensors", "timm", "pillow")
+
+
+def prepare(config: Config, root: Path, force: bool = False, beside: tuple[str, ...] = ()) -> RunDirectory:
+    """Lay out RUN for `config`, or check that it is already laid out for it; unchanged files are not touched.
+
+    force: clear the stages that another config made.  beside: names that a directory that is no run yet may hold.
+    Raises UserError before anything is written.
+    """
+    root = Path(root)
+    config = absolute(config)
+    check_lengths(config)
+    check_data(config)
+    _check_place(root, beside)
+    run = RunDirectory(root, config)
+    check_classes(run)
+    stale = _stale_stages(run)
+    if stale and not force:
+        raise UserError(_explain_stale(run, stale))
+    _write(run, stale)
+    return run
+
+
+def absolute(config: Config) -> Config:
+    """The config with its paths made absolute, so that a run can be looked at, and gone on with, from any directory."""
+    data = config.data.model_copy(update={split: _absolute_pattern(getattr(config.data, split)) for split in SPLITS})
+    groups_file, init = config.clusters.groups_file, config.generalist.init
+    clusters = config.clusters.model_copy(update={"groups_file": groups_file and os.path.abspath(groups_file)})
+    generalist = config.generalist.model_copy(update={"init": init and os.path.abspath(init)})
+    return config.model_copy(update={"data": data, "clusters": clusters, "generalist": generalist})
+
+
+def _absolute_pattern(pattern: str) -> str:
+    return "::".join(source if _is_remote(source) else os.path.abspath(source) for source in pattern.split("::") if source)
+
+
+def _is_remote(source: str) -> bool:
+    return "://" in source or source.startswith("pipe:")
+
+
+# Checks
+
+
+def check_lengths(config: Config) -> None:
+    sections = {"train": config.train, "specialists": config.specialists}
+    sections |= {f"students.{name}": student for name, student in config.students.items()}
+    for name, schedule in sections.items():
+        if schedule.steps is None and schedule.epochs is None:
+            raise UserError(f"{name}: say how long to train; set {name}.steps or {name}.epochs")
+
+
+def check_data(config: Config) -> None:
+    """Every pattern names files that exist.  What is in them, the trainer checks."""
+    mistakes = []
+    for split in SPLITS:
+        pattern = getattr(config.data, split)
+        if not pattern:
+            mistakes.append(f"data.{split} is empty; give the pattern of its shards, or their directory")
+        mistakes += [
+            f"data.{split} = {pattern!r}: {problem}"
+            for source in pattern.split("::") if source and not _is_remote(source)
+            for problem in _missing(source, split)
+        ]  # fmt: skip
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+
+
+def _missing(source: str, split: str) -> list[str]:
+    """What is wrong with one local source of shards, if anything."""
+    path = Path(source)
+    if path.is_dir():
+        held = (path / "manifest.json").is_file() or any(path.glob(f"{split}*.tar"))
+        return [] if held else [f"{path} holds neither a manifest.json nor {split}*.tar"]
+    if path.is_file():
+        return []
+    try:
+        names = list(braceexpand(source))
+    except ValueError as mistake:
+        return [str(mistake)]
+    absent = [name for name in names if not os.path.exists(name) and not glob.glob(name)]
+    if not absent:
+        return []
+    if len(absent) == len(names):
+        return ["no shard matches"]
+    return [f"{len(absent)} of its {len(names)} shards are absent, the first is {absent[0]}"]
+
+
+def check_classes(run: RunDirectory) -> None:
+    """Groups and labels fit the label set, as far as manifest and groups file tell."""
+    clusters = run.config.clusters
+    if run.num_specialists < 1:
+        key = f"clusters.groups_file = {clusters.groups_file} holds" if clusters.groups_file else "clusters.num_groups ="
+        raise UserError(f"{key} {run.num_specialists} groups; at least one is needed")
+    num_classes, source = _num_classes(run.config)
+    if num_classes is None:
+        return
+    if not clusters.groups_file and clusters.num_groups > num_classes:
+        raise UserError(
+            f"clusters.num_groups = {clusters.num_groups} is more than the {num_classes} classes of {source}; "
+            f"each group needs a class"
+        )
+    if clusters.groups_file:
+        members = [int(member) for group in read_json(Path(clusters.groups_file))["members"] for member in group]
+        outside = [member for member in members if not 0 <= member < num_classes]
+        if outside:
+            raise UserError(
+                f"clusters.groups_file = {clusters.groups_file}: class index {outside[0]} is out of range; "
+                f"{source} has {num_classes} classes, 0 to {num_classes - 1}"
+            )
+
+
+def _num_classes(config: Config) -> tuple[int | None, str]:
+    """Size of the label set and what says so; a manifest that holds more than data.classes is a mistake."""
+    said = config.data.classes
+    for split in SPLITS:
+        manifest = _manifest(getattr(config.data, split))
+        if manifest is None:
+            continue
+        path, content = manifest
+        held = len(content["classes"])
+        if said is not None and said < held:
+            raise UserError(
+                f"data.classes = {said}, but {path} names {held} classes: class index {held - 1} is out of range; "
+                f"set data.classes = {held} or leave it out"
+            )
+        return said or held, str(path)
+    return said, "data.classes"
+
+
+def _manifest(pattern: str) -> tuple[Path, dict] | None:
+    first = Path(pattern.split("::")[0])
+    path = (first if first.is_dir() else first.parent) / "manifest.json"
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+        content["classes"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        raise UserError(f"{path}: not a readable manifest with the names of its classes") from None
+    return path, content
+
+
+# The directory
+
+
+def _check_place(root: Path, beside: tuple[str, ...]) -> None:
+    """RUN is a run, empty, or absent below a directory that can be written."""
+    try:
+        if root.exists() and not root.is_dir():
+            raise UserError(f"{root} is not a directory; --run names the directory to make")
+        if root.is_dir():
+            others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+            others = [name for name in others if name not in beside]
+            if others and "config.toml" not in others:
+                raise UserError(f"{root} holds {others[0]} and is not a run (no config.toml); choose an empty or a new directory")
+        existing = next(path for path in (root, *root.absolute().parents) if path.exists())
+    except OSError as mistake:
+        raise UserError(f"{root}: cannot be read: {mistake.strerror}") from None
+    if not existing.is_dir():
+        raise UserError(f"{root}: {existing} is not a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{root}: no permission to write in {existing}")
+
+
+def _stale_stages(run: RunDirectory) -> list[Stage]:
+    return [stage for stage in run.stages if stage.is_stale or (stage.done() is not None and not stage.is_done)]
+
+
+def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
+    changed = changed_keys(load_config(run.root / "config.toml"), run.config)
+    cause = "\n".join(f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in changed)
+    names = [stage.place for stage in stale]
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return (
+        f"{run.root} was made with " + (f"another config:\n{cause}" if changed else "other data or groups") + "\n"
+        f"these stages would have to be redone: {listed}\n"
+        f"choose another --run, or redo just these with --force"
+    )
+
+
+def changed_keys(old: Config, new: Config) -> list[tuple[str, object, object]]:
+    """(dotted key, old value, new value) of each key that differs, but for those that no stage depends on."""
+    before, after = _flat(old.dump()), _flat(new.dump())
+    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+    return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(OF_NO_STAGE)]
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _short(value) -> str:
+    text = "not set" if value is None else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _write(run: RunDirectory, stale: list[Stage]) -> None:
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        for stage in reversed(stale):  # what stands behind goes first
+            stage.clear()
+        text = tomli_w.dumps(run.config.dump())
+        path = run.root / "config.toml"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+        save_graph(plan(run), run.root / "graph.json")
+    except OSError as mistake:
+        raise UserError(f"{run.root}: cannot be written: {mistake.strerror}") from None
+
+
+def save_environment(root: Path) -> None:
+    """RUN/environment.json: where, with what and by which command the run was last started."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    write_json(root / "environment.json", {
+        "schema": 1, "python": platform.python_version(), "platform": platform.platform(), "hostname": platform.node(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "packages": versions, "commit": _commit(), "directory": os.getcwd(), "argv": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    })  # fmt: skip
+
+
+def _commit() -> str | None:
+    """The git commit of the working directory, with `+` if files differ from it."""
+    try:
+        options = {"capture_output": True, "text": True, "timeout": 10}
+        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
+        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None

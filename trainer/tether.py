@@ -1,0 +1,24 @@
+"""Replace this process by a command that dies with its parent:  python -I tether.py PARENT_PID COMMAND...
+
+A killed launcher or torchrun agent must leave no process that trains on alone.  Linux only; elsewhere the command just runs.
+The request survives exec, and is made here, before the command's slow imports begin.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+
+
+def main() -> None:
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the request
+            sys.exit(1)
+    os.execvp(command[0], command)
+
+
+if __name__ == "__main__":
+    main()
