@@ -40,7 +40,10 @@ class Data(Section):
     cache: Literal["auto", "decoded", "none"] = "auto"  # keep decoded inputs in one memory-mapped file under RUN/cache
     cache_bytes: int = Field(2 * 1024**3, gt=0)  # the most that such a file may take
     workers: int = Field(0, ge=0)  # reading processes per rank
-    damage: Literal["strict", "skip"] = "strict"
+    damage: Literal["strict", "skip"] = "strict"  # stop at the first damaged sample, or leave them out and count them
+    damage_share: float = Field(0.01, ge=0, lt=1)  # with skip: stop when more than this share is damaged
+    fetch_dir: str = ""  # where shards behind URLs are kept; "" is ~/.cache/referral/shards
+    fetch_bytes: int = Field(256 * 1024**3, gt=0)  # the most that they may take
     decoders: dict[str, str] = {}  # extension -> module:function, beside the built-in table
     classes: int | None = Field(None, gt=0)  # the label set's size, where no manifest says it
 

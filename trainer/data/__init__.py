@@ -1,4 +1,4 @@
-"""From files to batches: shards and their manifest, exact streams, routed shards.  Exports lazily, loads nothing heavy."""
+"""From files to batches: shards and their manifest, exact streams, routed shards.  Imports lazily."""
 
 from importlib import import_module
 

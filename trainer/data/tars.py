@@ -1,6 +1,6 @@
 """One pass over a webdataset tar: where each sample's members lie, their checksums, and what is damaged.
 
-The result is kept beside the shard as NAME.tar.index.npz, so that later readers go straight to a sample with one `pread`.
+The result is kept beside the shard as NAME.tar.index.npz: later readers go straight to a sample with one `pread`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def read_label(content: bytes, label: str) -> str:
         raise ValueError(f"{kind} member is not valid JSON") from None
     if not isinstance(value, dict) or not isinstance(value.get(field), str | int) or isinstance(value.get(field), bool):
         raise ValueError(f"{kind} member has no field {field!r} that is a number or a name")
-    return str(value[field])
+    return json.dumps(value[field])  # a name keeps its quotes, which tell it from a number
 
 
 def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
@@ -162,7 +162,7 @@ def _what_is_wrong(members: dict, label: str) -> str:
 
 
 def _members(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each plain file in the tar; (what is wrong, -1, 0) where it is damaged, then on behind that."""
+    """(name, offset, size) of each plain file in the tar; (what is wrong, -1, 0) where it is damaged, then on."""
     # tarfile's own loop takes a broken header for the end of the archive, so only its header parser is used here: the
     # archive is opened on an empty one, and headers are then read from `content`, one by one.
     archive = tarfile.open(fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)), mode="r:")
