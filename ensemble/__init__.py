@@ -1,0 +1,26 @@
+"""Many opinions, one distribution: a generalist's and its specialists' predictions, combined."""
+
+from importlib import import_module
+
+_HOMES = {
+    "combine_kl": "combine",
+    "combine_kl_sparse": "sparse",
+    "gate": "gating",
+    "COMBINERS": "neighbours",
+    "fit_weights": "fitting",
+    "fit_temperatures": "fitting",
+    "SpecialistEnsemble": "specialist_ensemble",
+    "Consultation": "specialist_ensemble",
+    "export_ensemble": "exporting",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

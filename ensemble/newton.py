@@ -1,0 +1,165 @@
+"""Eq. 5 on the level of patterns: a few masses instead of C probabilities.
+
+Classes that belong to the same active specialists form a pattern.  Legend: n rows, P patterns, M active specialists.
+    A [n, P]    mass that generalist and specialists put on each pattern      d [n, M]  dustbin masses;  A and d together sum to 1
+    N [P, M]    1 where the pattern lies outside S_m                          Q = Y N   mass of the answer outside S_m
+Wanted: Y [n, P] minimising  - sum_P A_P log Y_P - sum_m d_m log Q_m  with sum Y = 1.  With t_m = d_m / Q_m the optimum is
+    Y_P s_P = A_P,   Q_m t_m = d_m,   s_P = 1 - sum_m N_Pm t_m        (methods.md, section 1: s is the denominator there, divided by 1 + M)
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Mass below which a pattern or a dustbin counts as empty; far below every tolerance, far above float64's smallest number.
+EMPTY = 1e-200
+# A step of less than this, relative to every variable, needs no line search: it stays inside and Newton's error squares.
+SURE = 0.3
+MAX_STEPS = 200
+
+
+@dataclass
+class Membership:
+    """Which patterns lie outside which specialists: outside [P, M], the same for all rows, or [n, P, M]; counts likewise."""
+
+    outside: Tensor
+    counts: Tensor
+
+    def __post_init__(self):
+        *_, patterns, specialists = self.outside.shape
+        self._transposed = self.outside.mT
+        self._pairs = (self.outside[..., :, None] * self.outside[..., None, :]).flatten(-2)
+        self.everything_inside = (self.outside.sum(-2) == 0).to(self.outside.dtype)
+
+    def to_specialists(self, x: Tensor) -> Tensor:
+        return _times(x, self.outside)
+
+    def to_patterns(self, t: Tensor) -> Tensor:
+        return _times(t, self._transposed)
+
+    def weighted(self, w: Tensor) -> Tensor:
+        """N^T diag(w) N, [n, M, M]."""
+        return _times(w, self._pairs).unflatten(-1, (self.outside.shape[-1],) * 2)
+
+    def rows(self, index: Tensor) -> "Membership":
+        return self if self.outside.dim() == 2 else Membership(self.outside[index], self.counts[index])
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    return x @ matrix if matrix.dim() == 2 else (x[:, None] @ matrix)[:, 0]
+
+
+def pattern_masses(A: Tensor, d: Tensor, members: Membership, tolerance: float, steps: int | None = None) -> Tensor:
+    """Y [n, P], differentiable in A and d.  steps: that many steps, unrolled, without a line search; None: until converged.
+
+    tolerance: of |Y s - A| and |Q t - d|.  Raises ArithmeticError if a row does not converge.
+    """
+    A = A + EMPTY * members.counts.clamp(min=1)
+    d = d.clamp(min=EMPTY)
+    if d.shape[1] == 1:  # closed form: the dustbin is shared among the classes outside in proportion to what they have
+        return A + d * members.outside[..., 0] * A / members.to_specialists(A).clamp(min=EMPTY)
+    if steps is not None:
+        state = _start(A, d, members)
+        for _ in range(steps):
+            direction = _direction(A, d, state, members)
+            state = _moved(state, direction, state.room(direction))
+        return state.Y
+    with torch.no_grad():
+        state = _solved(A, d, members, tolerance)
+    if not (A.requires_grad or d.requires_grad):
+        return state.Y
+    # Newton's method differentiates itself: at the optimum one more step, with the matrix held fixed, changes nothing and has the
+    # derivative that the implicit function theorem gives.
+    return state.Y + _direction(A, d, state, members)[0]
+
+
+@dataclass
+class State:
+    """A point with Q = Y N and s = 1 - N t; Newton's steps keep both, and s and Y small numbers of their own, never differences."""
+
+    Y: Tensor
+    s: Tensor
+    t: Tensor
+    Q: Tensor
+
+    def residual(self, A: Tensor, d: Tensor) -> Tensor:
+        return torch.maximum((self.Y * self.s - A).abs().amax(1), (self.Q * self.t - d).abs().amax(1))
+
+    def take(self, rows: Tensor) -> "State":
+        return State(self.Y[rows], self.s[rows], self.t[rows], self.Q[rows])
+
+    def largest_step(self, direction) -> Tensor:
+        """The largest relative change that a full step makes, [n]."""
+        dY, ds, dt, dQ = direction
+        parts = [dY / self.Y, ds / self.s, dt / self.t]
+        return torch.stack([part.abs().amax(1) for part in parts]).amax(0)
+
+    def room(self, direction) -> Tensor:
+        """The longest step, at most 1, that takes no variable further than 95 % of the way to zero, [n, 1]."""
+        dY, ds, dt, dQ = direction
+        shrinking = torch.stack([(-part).amax(1) for part in (dY / self.Y, ds / self.s, dt / self.t)]).amax(0)
+        return (0.95 / shrinking.clamp(min=0.95))[:, None]
+
+
+def _start(A: Tensor, d: Tensor, members: Membership) -> State:
+    """One EM step from q in proportion to A, and t as near to d / Q as keeps every s positive."""
+    base = A + 1e-9 * members.counts / members.counts.sum(-1, keepdim=True)
+    Y = A + base * members.to_patterns(d / (members.to_specialists(base) + members.everything_inside))
+    Q = members.to_specialists(Y) + members.everything_inside
+    t = torch.where(members.everything_inside > 0, d, d / Q)
+    load = members.to_patterns(t)
+    t = t * (0.9 / load.amax(1, keepdim=True)).clamp(max=1.0)
+    return State(Y, 1 - members.to_patterns(t), t, Q)
+
+
+def _direction(A: Tensor, d: Tensor, at: State, members: Membership):
+    """Newton's step for Y s = A, Q t = d; dY and ds are eliminated, so one [M, M] system per row is left."""
+    missing_A, missing_d = A - at.Y * at.s, d - at.Q * at.t
+    matrix = members.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
+    right = missing_d / at.t - members.to_specialists(missing_A / at.s)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    dt = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    ds = -members.to_patterns(dt)
+    dY = (missing_A - at.Y * ds) / at.s
+    return dY, ds, dt, members.to_specialists(dY)
+
+
+def _moved(at: State, direction, step) -> State:
+    dY, ds, dt, dQ = direction
+    return State(at.Y + step * dY, at.s + step * ds, at.t + step * dt, at.Q + step * dQ)
+
+
+def _merit(A: Tensor, d: Tensor, at: State) -> Tensor:
+    """Primal plus dual objective, [n]; minimal exactly at the optimum, and Newton's direction descends it."""
+    masses, products = torch.cat([A, d], 1), torch.cat([at.Y * at.s, at.Q * at.t], 1)
+    return (products - masses * products.log()).sum(1)
+
+
+def _solved(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> State:
+    state = _start(A, d, members)
+    rows = torch.arange(A.shape[0], device=A.device)
+    answer = State(*(torch.empty_like(x) for x in (state.Y, state.s, state.t, state.Q)))
+    for step in range(MAX_STEPS):
+        done = state.residual(A, d) <= tolerance
+        if done.all() or (step % 4 == 3 and done.any()):
+            for name in ("Y", "s", "t", "Q"):
+                getattr(answer, name)[rows[done]] = getattr(state, name)[done]
+            left = (~done).nonzero()[:, 0]
+            if not len(left):
+                return answer
+            rows, A, d, members, state = rows[left], A[left], d[left], members.rows(left), state.take(left)
+        direction = _direction(A, d, state, members)
+        if bool((state.largest_step(direction) <= SURE).all()):
+            state = _moved(state, direction, 1.0)
+            continue
+        length, before = state.room(direction), _merit(A, d, state)
+        for _ in range(40):
+            trial = _moved(state, direction, length)
+            worse = ~(_merit(A, d, trial) <= before + 1e-13)
+            if not worse.any():
+                break
+            length = torch.where(worse[:, None], length / 2, length)
+        state = trial
+    worst = float(state.residual(A, d).max())
+    raise ArithmeticError(f"{len(rows)} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})")
