@@ -1,0 +1,246 @@
+"""Runs that no training made: every file that evaluate and the stages before it leave, written through Stage.begin and finish."""
+
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from trainer.config import Config
+from trainer.metrics import reliability, summarise
+from trainer.run_directory import RunDirectory, write_json
+
+HOSTILE = [
+    "<script>alert(1)</script>", "</script>", '"><img src=x onerror=alert(1)>', "</style><script>alert(2)</script>",
+    "{{ 7 * 7 }}", "👩‍🚀 emoji", "שלום עולם", "\u202eoverride", "nul\x00 bell\x07", "lone \ud800 surrogate", "  ",
+    "' onmouseover='alert(3)", "]]><!--", "&lt;b&gt;", "javascript:alert(4)", "x" * 5000,
+]  # fmt: skip
+
+
+@dataclass
+class Images:
+    """What the report needs of a ShardSet."""
+
+    pixels: np.ndarray
+    labels: np.ndarray
+    class_names: list
+
+    @property
+    def input_shape(self):
+        return self.pixels.shape[1:]
+
+    @property
+    def input_dtype(self):
+        return str(self.pixels.dtype)
+
+    def inputs(self, ids):
+        return self.pixels[ids]
+
+
+def answers(probabilities, labels):
+    """What evaluate keeps of probabilities [n, C]."""
+    top5 = np.argsort(-probabilities, axis=1, kind="stable")[:, :5].astype(np.int32)
+    return {
+        "labels": np.asarray(labels, np.int64), "top5": top5,
+        "top5_probability": np.take_along_axis(probabilities, top5, 1).astype(np.float32),
+        "label_probability": probabilities[np.arange(len(labels)), labels].astype(np.float32),
+    }  # fmt: skip
+
+
+def evaluation(name, probabilities, labels, cost):
+    found = answers(probabilities, labels)
+    target = np.eye(probabilities.shape[1])[labels]
+    row = summarise(labels, found["top5"], found["top5_probability"], found["label_probability"],
+                    ((probabilities - target) ** 2).sum(axis=1))  # fmt: skip
+    bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == labels)
+    return {"name": name, "row": {**row, "cost": cost}, "reliability": bins}, found
+
+
+def cost(examples, seconds=None):
+    return {"seconds": seconds or examples / 9000, "examples_seen": examples, "peak_memory_bytes": 412 * 2**20}
+
+
+COSTS = {"ensemble": 3_840_000, "control_wall": 2_150_000, "control_compute": 3_840_000, "student_hard": 3_000_000,
+         "main": 4_840_000, "wide": 5_000_000}  # fmt: skip
+
+
+def learning(steps, top1, seed=0):
+    """metrics.jsonl of a network that reaches `top1`."""
+    noise = np.random.default_rng(seed)
+    lines = []
+    for step in range(50, steps + 1, 50):
+        done = step / steps
+        lines.append({"step": step, "loss": 7 * np.exp(-4 * done) + 0.9 + 0.05 * noise.normal(), "lr": 1e-3,
+                      "examples": 256 * step, "seconds": step / 30, "samples_per_s": 9000.0, "steps": steps})  # fmt: skip
+        if step % (max(steps // 500, 1) * 50) == 0:
+            lines.append({"step": step, "val/top1": top1 * (1 - np.exp(-5 * done)), "val/loss": 3 * np.exp(-2 * done)})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def make_run(root, labels, probabilities, members, *, train_counts=None, controls=True, students=("main", "wide"),
+             active=None, missing=(), conditional=None, names=None, seed=0):  # fmt: skip
+    """A finished run below `root`; probabilities: name -> [n, C] for every row that it shall have."""
+    labels = np.asarray(labels)
+    num_classes, shards = probabilities["generalist"].shape[1], root / "shards"
+    shards.mkdir(parents=True)
+    if train_counts is not None:
+        halves = [{str(c): int(n) // 2 for c, n in enumerate(train_counts)},
+                  {str(c): int(n) - int(n) // 2 for c, n in enumerate(train_counts)}]  # fmt: skip
+        write_json(shards / "manifest.json", {"schema": 1, "classes": [], "splits": {"train": {
+            "samples": int(sum(train_counts)), "shards": [{"name": f"train-{i}.tar", "class_counts": half}
+                                                          for i, half in enumerate(halves)]}}})  # fmt: skip
+    config = Config.model_validate({
+        "seed": seed, "data": {split: f"{shards}/{split}-{{000000..000001}}.tar" for split in ("train", "val", "test")},
+        "train": {"steps": 8000}, "clusters": {"num_groups": len(members), "overlap": 2}, "specialists": {"steps": 600},
+        "students": {name: {"model": {"width": 8} if name == "wide" else {}} for name in students},
+        "controls": {"enabled": controls},
+    })  # fmt: skip
+    run = RunDirectory(root / "run", config)
+    run.root.mkdir()
+    write_json(run.root / "environment.json", {
+        "commit": "0123abc", "machine": {"host": "<b>host</b>", "processor": "Xeon", "cores": 2, "gpus": []},
+        "packages": {"torch": "2.13.0", "python": "3.12.1"}})  # fmt: skip
+    files = {}
+    for name, p in probabilities.items():
+        files[name] = evaluation(name, np.asarray(p, float), labels, cost(COSTS.get(name, 2_000_000)))
+    m = len(members)
+    if active is None:
+        predicted = files["generalist"][1]["top5"][:, 0]
+        active = np.stack([np.isin(predicted, group) for group in members], axis=1)
+    files["ensemble"][1]["active"] = active
+    predicted = files["generalist"][1]["top5"][:, 0]
+    wrong, sharing = predicted != labels, np.zeros(len(labels), bool)
+    for group in members:
+        sharing |= np.isin(labels, group) & np.isin(predicted, group)
+    sizes = [len(group) for group in members]
+    conditional = conditional or [(0.7 + 0.2 * i / m, 0.7 + 0.2 * i / m + 0.03 * np.sin(i + 1) + 0.02) for i in range(m)]
+    files["ensemble"][0].update(
+        specialists=[
+            {"index": i, "classes": sizes[i], "routed": int(active[:, i].sum()), "n": int(np.isin(labels, group).sum()),
+             "conditional_before": conditional[i][0], "conditional_after": conditional[i][1], "gain": 0.002,
+             "cost": cost(153_600)}
+            for i, group in enumerate(members) if i not in missing
+        ],
+        clusters={"captured_confusion": float(sharing[wrong].mean()) if wrong.any() else None, "chance": 0.1,
+                  "captured_unlabelled": 0.6, "sizes": sizes}, missing=list(missing))  # fmt: skip
+    for stage in run.stages:
+        if stage.name == "report" or (stage.name == "specialist" and int(stage.place[-3:]) in missing):
+            continue
+        attempt = stage.begin()
+        if stage.name in ("generalist", "specialist", "control", "student"):
+            steps = {"generalist": 8000, "student": 4000}.get(stage.name, 7200 if "compute" in stage.place else 600)
+            index = sum(map(ord, stage.place))
+            attempt.path("metrics.jsonl").write_text(learning(steps, 0.6 + index % 7 / 100, index))
+            write_json(attempt.path("summary.json"), {
+                **cost(256 * steps), "steps": steps, "best_step": steps,
+                "val": {"loss": {"control_wall-0": 1.3, "control_wall-1": 1.2, "control_wall-2": 1.4}.get(
+                    stage.place.split("/")[-1], 1.0), "top1": 0.6}})  # fmt: skip
+        if stage.name == "generalist":
+            write_json(attempt.path("model.json"), {"schema": 1, "class_names": names})
+        if stage.name == "cluster":
+            write_json(attempt.path("groups.json"),
+                       {"schema": 1, "num_classes": num_classes, "members": [list(map(int, group)) for group in members]})
+            forecast = [{"classes": size, "gain": 0.012 + 0.004 * i} for i, size in enumerate(sizes)]
+            write_json(attempt.path("summary.json"), {
+                "captured": 0.55, "chance": 0.1, "captured_unlabelled": 0.6, "chance_unlabelled": 0.1, "sizes": sizes,
+                "forecast": forecast, "skipped": []})  # fmt: skip
+        if stage.name == "evaluate":
+            for name, (said, arrays) in files.items():
+                write_json(attempt.path(f"{name}.json"), said)
+                np.savez(attempt.path(f"{name}.npz"), **arrays)
+        attempt.finish()
+    return run
+
+
+def one_hot(predicted, num_classes, sure=0.9):
+    """[n, C]: `sure` on the predicted class, the rest spread evenly."""
+    p = np.full((len(predicted), num_classes), (1 - sure) / (num_classes - 1))
+    p[np.arange(len(predicted)), predicted] = sure
+    return p
+
+
+# Ten examples, six classes.  Groups {0, 1, 2} and {2, 3}; 4 and 5 are covered by nobody, 2 by both specialists.
+LABELS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
+GROUPS = [[0, 1, 2], [2, 3]]
+PREDICTED = {
+    "generalist": [0, 1, 1, 0, 3, 2, 3, 2, 4, 0],  # errors at 1, 3, 4, 7, 9
+    "ensemble": [0, 0, 1, 0, 2, 2, 3, 2, 4, 4],  # right at 1 and 4 besides
+    "control_wall": [0, 1, 1, 1, 3, 2, 3, 2, 4, 0],  # 4 errors
+    "control_compute": [0, 0, 1, 1, 2, 2, 3, 2, 4, 0],  # 2 errors: beats the ensemble
+    "student_hard": [0, 1, 1, 0, 3, 2, 3, 2, 4, 0],  # 5
+    "main": [0, 0, 1, 0, 3, 2, 3, 2, 4, 0],  # 4: half of the gain
+    "wide": [0, 0, 1, 0, 2, 2, 3, 2, 4, 0],  # 3: all of it
+}
+TRAIN_COUNTS = [10, 20, 30, 40, 50, 60]
+
+
+@pytest.fixture
+def hand_worked(tmp_path):
+    probabilities = {name: one_hot(predicted, 6) for name, predicted in PREDICTED.items()}
+    return make_run(tmp_path, LABELS, probabilities, GROUPS, train_counts=TRAIN_COUNTS, names=HOSTILE[:6])
+
+
+def glyph_images(num_classes, per_class, seed=0, size=32):
+    """Characters of DejaVu Sans, shaken: uint8 [n, 1, size, size], labels, names."""
+    import unicodedata
+
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    from fontTools.ttLib import TTFont
+
+    points = sorted(TTFont(path).getBestCmap())
+    points = [p for p in points if unicodedata.category(chr(p))[0] == "L"][:: max(1, 2400 // num_classes)][:num_classes]
+    font, random = ImageFont.truetype(path, 22), np.random.default_rng(seed)
+    pixels = np.zeros((num_classes * per_class, 1, size, size), np.uint8)
+    for c, point in enumerate(points):
+        for i in range(per_class):
+            picture = Image.new("L", (size, size), 0)
+            ImageDraw.Draw(picture).text((size / 2, size / 2), chr(point), fill=255, font=font, anchor="mm")
+            picture = picture.rotate(random.uniform(-9, 9), Image.Resampling.BILINEAR)
+            shaken = np.roll(np.asarray(picture, np.int16), random.integers(-2, 3, 2), (0, 1))
+            pixels[c * per_class + i, 0] = np.clip(shaken + random.normal(0, 9, shaken.shape), 0, 255)
+    labels = np.repeat(np.arange(len(points)), per_class)
+    order = random.permutation(len(labels))
+    return Images(pixels[order], labels[order], [chr(p) for p in points])
+
+
+def glyph_run(root, num_classes=80, per_class=6, num_groups=5, names=None, seed=0, **more):
+    """A run on glyphs whose confusions are those of their pixels, and its pictures."""
+    images = glyph_images(num_classes, per_class, seed)
+    random, labels = np.random.default_rng(seed), images.labels
+    flat = images.pixels.reshape(len(labels), -1).astype(float)
+    flat = (flat - flat.mean()) / flat.std()
+    means = np.stack([flat[labels == c].mean(axis=0) for c in range(num_classes)])
+    similar = flat @ means.T / flat.shape[1]
+    axis = np.linalg.svd(means - means.mean(0), full_matrices=False)[0]
+    groups = np.array_split(np.argsort(axis[:, 0]), num_groups)
+    second = np.array_split(np.argsort(axis[:, 1]), num_groups)
+    members = [np.union1d(a, b[: len(b) // 2]) for a, b in zip(groups, second, strict=True)]
+
+    def answer(noise, shift=0.0):
+        logits = 14 * (similar + noise * random.normal(size=similar.shape))
+        logits[np.arange(len(labels)), labels] += shift
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    base = answer(0.085)
+
+    def better(share):
+        p = base ** (1 - share) * answer(0.06, 0.3) ** share
+        return p / p.sum(1, keepdims=True)
+
+    probabilities = {"generalist": base, "ensemble": better(0.45), "control_wall": better(0.03),
+                     "control_compute": better(0.2), "student_hard": better(0.1), "main": better(0.3),
+                     "wide": better(0.4)}  # fmt: skip
+    if names is not None:
+        images.class_names = (names + images.class_names)[:num_classes]
+    counts = random.integers(20, 200, num_classes)
+    run = make_run(root, labels, probabilities, members, train_counts=counts, names=images.class_names, **more)
+    return run, images
+
+
+@pytest.fixture
+def glyphs(tmp_path):
+    return glyph_run(tmp_path, names=HOSTILE)

@@ -1,0 +1,579 @@
+"""report.html: one self-contained file that shows what the run found, for whoever has only this file.
+
+No script, no request: plots are inline SVG, pictures data: URIs, and a Content-Security-Policy forbids the rest.  Class names
+are anybody's text: the template escapes everything that is not Markup, and only plots.py makes Markup.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import tomli_w
+
+from ..run_directory import RunDirectory, Stage, read_json, write_json, write_text
+from . import plots, results as figures, tables
+from .pictures import pictures, why_no_pictures
+
+MOST_GROUPS, MOST_TILES, MOST_EXAMPLES, MOST_SPECIALISTS, MOST_CURVES = 24, 16, 12, 100, 5
+LONGEST_NAME = 80
+KINDS = {"generalist": "generalist", "ensemble": "ensemble", "control_wall": "wall", "control_compute": "compute",
+         "student_hard": "hard"}  # fmt: skip
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+
+
+def write_report(run: RunDirectory, directory: Path, images=None, class_counts: Sequence[int] | None = None) -> dict:
+    """Write results.json and report.html into `directory`; returns the results.
+
+    images: the test split's ShardSet, for its pictures.  class_counts: [C], the training examples of each class; absent, the
+    manifest beside the train shards says, else the test labels stand in.  Raises UserError if the run is not evaluated.
+    """
+    results = figures.collect(run)
+    directory = Path(directory)
+    write_json(directory / "results.json", results)
+    write_text(directory / "report.html", render(run, results, images, class_counts))
+    return results
+
+
+def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> str:
+    """The page as text."""
+    evidence = Evidence(run, results, images, class_counts)
+    why_none = why_no_pictures(images)
+    groups, examples = group_cards(evidence), changed_examples(evidence)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters.update(percent=figures.percent, number=figures.number, count=figures.count,
+                               duration=figures.duration, points=_points, bytes=_bytes)  # fmt: skip
+    page = environment.get_template("template.html.j2").render(
+        verdict=figures.verdict(results),
+        students_say=[line for name in results["students"] if (line := figures.student_verdict(results, name))],
+        wins=not _beaten(results),
+        title=run.root.resolve().name,
+        results=results,
+        missing=evidence.missing,
+        tiles=headline_tiles(results),
+        rows=figure_rows(evidence),
+        rows_explained=explanations(evidence),
+        cost_plots=cost_plots(results),
+        curves=learning_curves(run),
+        captured=captured_bars(evidence),
+        groups=groups,
+        specialists=specialist_rows(evidence),
+        forecast_plot=forecast_plot(evidence),
+        coverage=evidence.coverage,
+        deciles=frequency(evidence),
+        reliability=reliability_panels(evidence),
+        examples=examples,
+        pictures=pictures(images, picture_rows(groups, examples)) if why_none is None else {},
+        why_no_pictures=why_none,
+        names=evidence.names,
+        facts=run_facts(evidence),
+        stages=stage_times(run),
+        config=tomli_w.dumps(run.config.dump()),
+    )
+    # A lone surrogate cannot be written as UTF-8, and HTML has no NUL: class names may hold either.
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page).encode("utf-8", "replace").decode("utf-8")
+
+
+class Evidence:
+    """What the run left on disk, read once, absent parts as None."""
+
+    def __init__(self, run: RunDirectory, results: dict, images=None, class_counts=None):
+        self.run, self.results, self.images = run, results, images
+        self.ensemble = figures.read_evaluation(run.evaluate, "ensemble")
+        self.missing = sorted(self.ensemble.get("missing") or [])
+        self.clusters = figures.read_file(run.cluster, "summary.json") or {}
+        self.groups = [np.asarray(m, dtype=np.int64) for m in figures.read_file(run.cluster, "groups.json")["members"]]
+        self._class_counts = class_counts
+
+    def predictions(self, name: str) -> dict[str, np.ndarray] | None:
+        try:
+            with np.load(self.run.evaluate.path(f"{name}.npz"), allow_pickle=False) as file:
+                return dict(file)
+        except FileNotFoundError:
+            return None
+
+    @cached_property
+    def before(self) -> dict[str, np.ndarray]:
+        return self.predictions("generalist")
+
+    @cached_property
+    def after(self) -> dict[str, np.ndarray]:
+        return self.predictions("ensemble")
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.before["labels"]
+
+    @cached_property
+    def right(self) -> dict[str, np.ndarray]:
+        """Name -> bool [n], for every row with predictions."""
+        names = ["generalist", *self.results["controls"], "ensemble", *self.results["students"]]
+        found = {name: self.predictions(name) for name in names}
+        return {name: p["top5"][:, 0] == p["labels"] for name, p in found.items() if p is not None}
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A name for every class: the shards', else the model's, else its number."""
+        known = list(getattr(self.images, "class_names", None) or [])
+        if not known:
+            known = (figures.read_file(self.run.generalist, "model.json") or {}).get("class_names") or []
+        names = [str(name) if str(name).strip() else f"class {c}" for c, name in enumerate(known)]
+        names += [f"class {c}" for c in range(len(names), self.num_classes)]
+        return [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
+
+    @cached_property
+    def num_classes(self) -> int:
+        said = (figures.read_file(self.run.cluster, "groups.json") or {}).get("num_classes")
+        return int(said or max(int(self.labels.max()), *(int(m.max()) for m in self.groups if len(m))) + 1)
+
+    @cached_property
+    def class_counts(self) -> tuple[np.ndarray, str]:
+        """Examples of each class [C], and of which split."""
+        if self._class_counts is not None:
+            return np.asarray(self._class_counts), "training"
+        counts = manifest_counts(self.run.config.data.train, self.num_classes)
+        if counts is not None:
+            return counts, "training"
+        return np.bincount(self.labels, minlength=self.num_classes), "test"
+
+    @cached_property
+    def weights(self) -> dict[tuple[int, int], float]:
+        return tables.confusion_weights(self.labels, self.before["top5"], self.before["top5_probability"])
+
+    @cached_property
+    def coverage(self) -> list[dict]:
+        absent = {*self.missing, *(self.clusters.get("skipped") or [])}
+        covering = tables.covering_specialists(self.groups, self.num_classes, absent)
+        return tables.coverage_table(self.labels, self.right["generalist"], self.right["ensemble"], covering)
+
+    @cached_property
+    def specialist(self) -> dict[int, dict]:
+        return {row["index"]: row for row in self.results["specialists"]}
+
+    def forecast(self, m: int) -> float | None:
+        """Share of val examples that a perfect specialist m would put right."""
+        foretold = self.clusters.get("forecast") or []
+        one = foretold[m] if m < len(foretold) else None
+        return one.get("gain") if isinstance(one, dict) else one
+
+    def changes(self, m: int) -> tuple[int, int] | None:
+        """Of the test examples that specialist m was asked about: how many the ensemble put right, how many it spoilt."""
+        active = self.after.get("active")
+        if active is None or m >= active.shape[1]:
+            return None
+        asked, was, now = active[:, m].astype(bool), self.right["generalist"], self.right["ensemble"]
+        return int((asked & now & ~was).sum()), int((asked & was & ~now).sum())
+
+
+def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:
+    """Training examples of each class, from the manifest beside the shards: [C], or None where it does not say."""
+    first = Path(pattern.split("::")[0])
+    try:
+        manifest = read_json((first if first.is_dir() else first.parent) / "manifest.json")
+        shards = manifest["splits"]["train"]["shards"]
+        number_of = {str(name): c for c, name in enumerate(manifest.get("classes") or [])}
+        counts = np.zeros(num_classes, dtype=np.int64)
+        for shard in shards:
+            for key, n in shard["class_counts"].items():
+                counts[int(key) if key.isdecimal() else number_of[key]] += n
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    return counts if counts.any() else None
+
+
+def headline_tiles(results: dict) -> list[dict]:
+    """The four figures that say most."""
+    generalist, ensemble, clusters = results["generalist"], results["ensemble"], results["clusters"]
+    before, after = figures.errors(generalist), figures.errors(ensemble)
+    tiles = [
+        {"what": "top-1 errors, generalist to ensemble", "from": f"{before:,}", "to": f"{after:,}",
+         "note": f"{_signed(100 * (after - before) / before, 1)} %" if before else ""},
+    ]  # fmt: skip
+    if generalist["nll"] is not None and ensemble["nll"] is not None:
+        change = ensemble["nll"] - generalist["nll"]
+        tiles.append({"what": "NLL, generalist to ensemble", "from": f"{generalist['nll']:.3f}",
+                      "to": f"{ensemble['nll']:.3f}", "note": _signed(change, 3)})  # fmt: skip
+    if results["student"] is not None:
+        share = figures.share_of_gain(results["student"], results)
+        tiles.append({"what": "of the gain kept by one network, the student", "from": "",
+                      "to": "–" if share is None else figures.percent(share, 0),
+                      "note": f"{figures.percent(results['student']['top1'])} top-1"})  # fmt: skip
+    if clusters["captured_confusion"] is not None:
+        chance = clusters["chance"]
+        tiles.append({"what": "of the generalist's test errors lie inside a group", "from": "",
+                      "to": figures.percent(clusters["captured_confusion"], 0),
+                      "note": f"{clusters['captured_confusion'] / chance:.1f} × chance" if chance else ""})  # fmt: skip
+    return tiles
+
+
+COLUMNS = {
+    "top1": ("top-1", "highest"), "top5": ("top-5", "highest"), "nll": ("NLL", "lowest"), "brier": ("Brier", "lowest"),
+    "ece": ("ECE", "lowest"), "macro_top1": ("macro top-1", "highest"),
+}  # fmt: skip
+
+
+def figure_rows(evidence: Evidence) -> list[dict]:
+    """The table of figures: cells with the best of each column marked, and the paired difference to the generalist."""
+    named = figures.named_rows(evidence.results)
+    best = {}
+    for key, (_, which) in COLUMNS.items():
+        values = [row[key] for row in named.values() if row[key] is not None]
+        best[key] = (max if which == "highest" else min)(values) if values else None
+    rows = []
+    for label, row in named.items():
+        name = label.removeprefix("student ")
+        right, versus = evidence.right.get(name), None
+        if name != "generalist" and right is not None:
+            versus = tables.paired_difference(evidence.right["generalist"], right)
+        shown = figures.percent, figures.percent, figures.number, figures.number, figures.number, figures.percent
+        cells = [
+            {"text": show(row[key]), "best": row[key] is not None and row[key] == best[key]}
+            for key, show in zip(COLUMNS, shown, strict=True)
+        ]
+        share = figures.share_of_gain(row, evidence.results) if label.startswith("student ") else None
+        rows.append({"name": label, "kind": kind_of(label), "cells": cells, "versus": versus, "cost": row["cost"],
+                     "errors": figures.errors(row), "share": share})  # fmt: skip
+    return rows
+
+
+def kind_of(name: str) -> str:
+    """The colour of a row: students called main apart from the others."""
+    name = name.removeprefix("student ")
+    return KINDS.get(name, "student" if name == "main" else "other")
+
+
+def explanations(evidence: Evidence) -> list[dict]:
+    """What each row is, with the numbers that make it fair or not."""
+    run, config, results = evidence.run, evidence.run.config, evidence.results
+    said = {
+        "generalist": "One network for all classes. Everything else starts from its weights or its predictions.",
+        "ensemble": f"The generalist and the specialists whose group holds one of the generalist's {config.ensemble.gate} "
+                    "most probable classes, joined to one distribution by eq. 5 of Hinton et al. 2015.",
+    }  # fmt: skip
+    if "control_wall" in results["controls"]:
+        rates, best = config.controls.learning_rates, figures.best_control_wall(run)
+        chosen = f"; {rates[best]:.2g} was best" if best is not None else ""
+        said["control_wall"] = (
+            f"The generalist trained on, without groups, for as many further examples as one specialist sees{_seen(run, best)}: "
+            "what the same wall-clock time would have given, where all specialists train side by side. "
+            f"Of the peak learning rates {', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest loss on the val "
+            f"split is shown{chosen}. Its cost is that of the one shown; the search is not charged."
+        )
+    if "control_compute" in results["controls"]:
+        said["control_compute"] = (
+            "The generalist trained on, without groups, for as many further examples as all specialists saw together"
+            f"{_seen(run, 'control_compute')}, at the same rate: what equal total compute does for a single network. "
+            "Where the generalist is not yet converged this is the hard one to beat."
+        )
+    if "student_hard" in results["controls"]:
+        said["student_hard"] = (
+            "The twin of the student main: the same network, start, steps and order of examples, but hard labels only. The "
+            "difference between the two is what the ensemble taught."
+        )
+    for name, student in config.students.items():
+        if name not in results["students"]:
+            continue
+        size = ", ".join(f"{key} {value}" for key, value in student.model.items())
+        taught = "hard labels" if student.method == "hard" else "the ensemble's distributions as targets"
+        if student.method != "hard" and student.hard_weight:
+            taught += f" and the labels with weight {student.hard_weight:.2g}"
+        said[f"student {name}"] = (
+            f"One network {f'with {size}' if size else 'of the generalist’s size'}, trained on {taught}, starting "
+            f"{'as the generalist' if student.start == 'generalist' else 'from fresh weights'}. At inference it costs one "
+            "forward pass."
+        )
+    return [{"name": name, "kind": kind_of(name), "text": text} for name, text in said.items()]
+
+
+def _seen(run: RunDirectory, which: int | str | None) -> str:
+    name = f"control_wall-{which}" if isinstance(which, int) else which
+    summary = figures.read_file(run.controls[name], "summary.json") if name in run.controls else None
+    if not summary or summary.get("examples_seen") is None:
+        return ""
+    return f" ({figures.count(summary['examples_seen'])})"
+
+
+def cost_plots(results: dict) -> list[dict]:
+    """Top-1 against what it cost to train: examples, and seconds."""
+    found = []
+    for key, label, text in (("examples_seen", "training examples seen", plots.short),
+                             ("seconds", "seconds of training", plots.short)):  # fmt: skip
+        points = [
+            {"name": f"{name}: {figures.percent(row['top1'])}, {text(row['cost'][key])}", "kind": kind_of(name),
+             "label": name.removeprefix("student "), "x": row["cost"][key], "y": row["top1"]}
+            for name, row in figures.named_rows(results).items() if row["cost"][key]
+        ]  # fmt: skip
+        spread = points and max(p["x"] for p in points) > 8 * min(p["x"] for p in points)
+        drawing = plots.scatter(points, label, "top-1", log_x=bool(spread), y_text=plots.whole_percent)
+        if drawing:
+            found.append({"svg": drawing, "caption": f"Top-1 against {label}{', logarithmic' if spread else ''}"})
+    return found
+
+
+def read_metrics(stage: Stage | None) -> dict[str, list[tuple[float, float]]]:
+    """metrics.jsonl as curves {"loss", "val/top1", "val/loss", ...}; a step that was trained twice counts as its last time."""
+    if stage is None or stage.done() is None:
+        return {}
+    try:
+        text = stage.path("metrics.jsonl").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    found: dict[str, dict[float, float]] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # an attempt that was killed may have left half a line
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                found.setdefault(key, {})[row["step"]] = float(value)
+    return {key: sorted(values.items()) for key, values in found.items()}
+
+
+def learning_curves(run: RunDirectory) -> list[dict]:
+    """Two families of curves, each as training loss and as val top-1: whole-label-set networks, and specialists."""
+    whole = [("generalist", run.generalist)]
+    best = figures.best_control_wall(run)
+    if best is not None:
+        whole.append(("control_wall", run.controls[f"control_wall-{best}"]))
+    whole += [(name, stage) for name, stage in run.controls.items() if not name.startswith("control_wall-")]
+    whole += [(f"student {name}", stage) for name, stage in run.students.items()]
+    done = [m for m, stage in enumerate(run.specialists) if read_metrics(stage)]
+    few = [(f"specialist {m}", run.specialists[m]) for m in tables.spread(done, MOST_CURVES)]
+    found = []
+    for title, family in (("The generalist, controls and students", whole), (_some(len(few), len(done)), few)):
+        curves = {name: read_metrics(stage) for name, stage in family}
+        for key, label in (("loss", "training loss"), ("val/top1", "val top-1")):
+            series = [
+                {"name": name, "kind": kind_of(name) if family is whole else f"curve{index}", "dashed": kind_of(name) == "hard",
+                 "points": tables.curve(found_here[key])}
+                for index, (name, found_here) in enumerate(curves.items()) if found_here.get(key)
+            ]  # fmt: skip
+            drawing = plots.lines(
+                series, "step", label, log_y=key == "loss", markers=key != "loss",
+                y_text=plots.short if key == "loss" else plots.whole_percent, title=f"{title}: {label}",
+            )  # fmt: skip
+            if drawing:
+                note = ", logarithmic" if key == "loss" else ""
+                found.append({"svg": drawing, "caption": f"{title}: {label}{note}",
+                              "legend": [(one["name"], one["kind"]) for one in series]})  # fmt: skip
+    return found
+
+
+def _some(shown: int, of: int) -> str:
+    return "The specialists" if shown == of else f"{shown} of {of} specialists"
+
+
+def captured_bars(evidence: Evidence) -> dict:
+    """Captured confusion: measured on test and val errors, expected from predictions, and by chance."""
+    clusters, summary = evidence.results["clusters"], evidence.clusters
+    bars = [
+        ("test errors inside a group", clusters["captured_confusion"], "ensemble"),
+        ("chance: random groups of these sizes", clusters["chance"], "chance"),
+        ("val errors inside a group", summary.get("captured"), "student"),
+        ("without labels, from predictions alone", clusters["captured_unlabelled"], "student"),
+    ]
+    sizes = clusters["sizes"] or [len(members) for members in evidence.groups]
+    memberships = np.bincount(np.concatenate(evidence.groups), minlength=evidence.num_classes)
+    return {
+        "bars": [{"label": label, "share": share, "kind": kind} for label, share, kind in bars if share is not None],
+        "groups": len(sizes), "smallest": min(sizes), "largest": max(sizes),
+        "in_none": int((memberships == 0).sum()), "in_several": int((memberships > 1).sum()),
+        "num_classes": evidence.num_classes,
+    }  # fmt: skip
+
+
+def group_cards(evidence: Evidence) -> dict:
+    """Groups by how much confusion they hold, each with its families of look-alikes."""
+    predicted, labels = evidence.before["top5"][:, 0], evidence.labels
+    wrong, typical = predicted != labels, tables.typical_examples(labels, evidence.before["label_probability"])
+    cards = []
+    for m, members in enumerate(evidence.groups):
+        inside = np.zeros(evidence.num_classes, dtype=bool)
+        inside[members] = True
+        caught = wrong & inside[labels] & inside[predicted]
+        cards.append({"index": m, "size": len(members), "members": members, "errors": int(caught.sum())})
+    cards.sort(key=lambda card: (-card["errors"], card["index"]))
+    for card in cards[:MOST_GROUPS]:
+        m, members = card["index"], card.pop("members")
+        shown, families = 0, []
+        for family in tables.families(members, evidence.weights):
+            if shown + len(family) > MOST_TILES:
+                break
+            families.append([{"c": c, "row": typical.get(c)} for c in family])
+            shown += len(family)
+        if not families:
+            families = [[{"c": int(c), "row": typical.get(int(c))}] for c in members[:MOST_TILES]]
+            shown = len(families)
+        card |= {"families": families, "rest": card["size"] - shown, "forecast": evidence.forecast(m),
+                 "specialist": evidence.specialist.get(m), "changes": evidence.changes(m),
+                 "missing": m in evidence.missing, "skipped": m in (evidence.clusters.get("skipped") or [])}  # fmt: skip
+    return {"cards": cards[:MOST_GROUPS], "rest": max(len(cards) - MOST_GROUPS, 0)}
+
+
+def specialist_rows(evidence: Evidence) -> dict:
+    """Each specialist's conditional accuracy before and after, the largest gain first."""
+    known = [
+        row for row in evidence.results["specialists"]
+        if row.get("conditional_before") is not None and row.get("conditional_after") is not None
+    ]  # fmt: skip
+    if not known:
+        return {"rows": [], "rest": 0, "before": None, "after": None, "unmeasured": len(evidence.results["specialists"])}
+    values = [row[key] for row in known for key in ("conditional_before", "conditional_after")]
+    low, high = min(values), max(values)
+    rows = [
+        {**row, "difference": row["conditional_after"] - row["conditional_before"], "forecast": evidence.forecast(row["index"]),
+         "changes": evidence.changes(row["index"]),
+         "svg": plots.dumbbell(row["conditional_before"], row["conditional_after"], low, high)}
+        for row in known
+    ]  # fmt: skip
+    rows.sort(key=lambda row: (-row["difference"], row["index"]))
+    n = np.array([row["n"] for row in known], dtype=float)
+    means = [np.average([row[key] for row in known], weights=n) if n.sum() else None
+             for key in ("conditional_before", "conditional_after")]  # fmt: skip
+    return {"rows": rows[:MOST_SPECIALISTS], "rest": max(len(rows) - MOST_SPECIALISTS, 0), "before": means[0],
+            "after": means[1], "low": low, "high": high,
+            "unmeasured": len(evidence.results["specialists"]) - len(known)}  # fmt: skip
+
+
+def forecast_plot(evidence: Evidence):
+    """Forecast ceiling on val against what the ensemble healed on test, a point for each group; None without a forecast."""
+    points, n = [], len(evidence.labels)
+    for m in range(len(evidence.groups)):
+        forecast, changes = evidence.forecast(m), evidence.changes(m)
+        if forecast is not None and changes is not None:
+            net = (changes[0] - changes[1]) / n
+            name = f"group {m}: forecast at most {_points(forecast)} points, net {_points(net)}"
+            points.append({"name": name, "kind": "ensemble", "x": 100 * forecast, "y": 100 * net})
+    if not points:
+        return None
+    return plots.scatter(points, "forecast: points that a perfect specialist would add (val)",
+                         "net points on the examples routed to it (test)", diagonal=True)  # fmt: skip
+
+
+def frequency(evidence: Evidence) -> dict:
+    """Accuracy by class-frequency decile, as a plot and as rows."""
+    counts, split = evidence.class_counts
+    if len(np.unique(counts[np.unique(evidence.labels)])) == 1:
+        return {"split": split, "same": int(counts[evidence.labels[0]]), "rows": []}
+    rows = tables.frequency_deciles(counts, evidence.labels, evidence.right)
+    shown = [name for name in ("generalist", "control_compute", "ensemble", "main") if name in evidence.right]
+    series = [
+        {"name": name, "kind": kind_of(name), "points": [(i + 1, row["accuracy"][name]) for i, row in enumerate(rows)]}
+        for name in shown
+    ]
+    drawing = plots.lines(
+        series, f"tenth of the classes, rarest first (examples in {split})", "top-1", markers=True,
+        y_text=plots.whole_percent, x_ticks=[(i + 1, row["most"]) for i, row in enumerate(rows)],
+    )  # fmt: skip
+    return {"split": split, "same": None, "rows": rows, "shown": shown, "svg": drawing,
+            "legend": [(one["name"], one["kind"]) for one in series],
+            "ties": any(a["most"] == b["least"] for a, b in zip(rows, rows[1:], strict=False))}  # fmt: skip
+
+
+def reliability_panels(evidence: Evidence) -> list[dict]:
+    panels = []
+    for label, row in figures.named_rows(evidence.results).items():
+        name = label.removeprefix("student ")
+        bins = (figures.read_evaluation(evidence.run.evaluate, name) or {}).get("reliability")
+        if bins:
+            panels.append({"name": label, "kind": kind_of(label), "ece": row["ece"],
+                           "svg": plots.reliability(bins, kind_of(label), f"Reliability of {label}")})  # fmt: skip
+    return panels
+
+
+def changed_examples(evidence: Evidence) -> list[dict]:
+    """Test examples that the ensemble put right, and those that it spoilt: an evenly spaced sample of each."""
+    was, now = evidence.right["generalist"], evidence.right["ensemble"]
+    typical = tables.typical_examples(evidence.labels, evidence.before["label_probability"])
+    found = []
+    for kind, title, rows in (("good", "Put right", np.flatnonzero(now & ~was)), ("bad", "Spoilt", np.flatnonzero(was & ~now))):
+        examples = []
+        for row in tables.spread(rows, MOST_EXAMPLES).tolist():
+            answers = [
+                {"who": who, "c": int(p["top5"][row, 0]), "probability": float(p["top5_probability"][row, 0]),
+                 "right": bool(right[row]), "row": typical.get(int(p["top5"][row, 0]))}
+                for who, p, right in (("generalist", evidence.before, was), ("ensemble", evidence.after, now))
+            ]  # fmt: skip
+            examples.append({"row": row, "c": int(evidence.labels[row]), "answers": answers})
+        found.append({"kind": kind, "title": title, "total": len(rows), "examples": examples})
+    return found
+
+
+def picture_rows(groups: dict, examples: list[dict]) -> set[int]:
+    """Every test row of which the page shows a picture."""
+    rows = {tile["row"] for card in groups["cards"] for family in card["families"] for tile in family}
+    for part in examples:
+        for example in part["examples"]:
+            rows |= {example["row"], *(answer["row"] for answer in example["answers"])}
+    return rows - {None}
+
+
+def run_facts(evidence: Evidence) -> list[tuple[str, str]]:
+    """Seed, sizes, machine, commit: the conditions of every figure above."""
+    run, results = evidence.run, evidence.results
+    done = run.evaluate.done() or {}
+    finished = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(done["finished"])) if "finished" in done else "–"
+    facts = [
+        ("run", str(run.root.resolve())), ("seed", str(run.config.seed)), ("evaluated", finished),
+        ("classes", f"{evidence.num_classes:,}"), ("test examples", f"{results['ensemble']['n']:,}"),
+        ("groups", f"{len(evidence.groups)}"), ("network", run.config.model.name),
+    ]  # fmt: skip
+    try:
+        environment = read_json(run.root / "environment.json")
+    except (OSError, ValueError):
+        environment = {"environment": "environment.json is missing"}
+    return facts + list(_flat(environment))
+
+
+def _flat(value, prefix: str = ""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix} {key}".strip())
+    elif isinstance(value, list):
+        yield prefix, ", ".join(str(item) for item in value)
+    else:
+        yield prefix, "–" if value is None else str(value)
+
+
+def stage_times(run: RunDirectory) -> list[dict]:
+    """Seconds of each finished stage, the specialists together."""
+    times: dict[str, list[float]] = {}
+    for stage in run.stages:
+        done = stage.done()
+        if done is not None and "seconds" in done:
+            times.setdefault("specialists" if stage.name == "specialist" else stage.place, []).append(done["seconds"])
+    return [{"place": place, "jobs": len(seconds), "seconds": sum(seconds)} for place, seconds in times.items()]
+
+
+def _beaten(results: dict) -> bool:
+    ensemble = results["ensemble"]
+    rivals = [results["generalist"], *results["controls"].values()]
+    return any(
+        figures.errors(row) <= figures.errors(ensemble) or (row["nll"] or 0) < (ensemble["nll"] or 0) for row in rivals
+    )
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{abs(value):.{digits}f}"
+    return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"
+
+
+def _points(share: float | None, digits: int = 2) -> str:
+    """A difference of shares in percentage points."""
+    return "–" if share is None else _signed(100 * share, digits)
+
+
+def _bytes(value: float | None) -> str:
+    if not value:
+        return "–"
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

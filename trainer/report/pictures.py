@@ -1,0 +1,42 @@
+"""Small pictures as data: URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+LARGEST = 64  # pixels: with the page's limits on how many are shown, the file stays below some 4 MB
+
+
+def why_no_pictures(images) -> str | None:
+    """Why this ShardSet has no pictures to show, or None if it has."""
+    if images is None:
+        return "the test shards could not be opened"
+    shape, dtype = tuple(images.input_shape), np.dtype(images.input_dtype)
+    if dtype != np.uint8 or not (len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3))):
+        return f"the inputs are no 8-bit gray or RGB images, but {dtype} of shape {list(shape)}"
+    return None
+
+
+def data_uri(pixels: np.ndarray) -> str:
+    """uint8 [H, W], [1, H, W] or [3, H, W] -> data: URI, gray as PNG, colour as JPEG, no side above LARGEST."""
+    if pixels.ndim == 3:
+        pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    if picture.mode == "L":
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", quality=85)
+    kind = "png" if picture.mode == "L" else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def pictures(images, rows) -> dict[int, str]:
+    """Test rows -> data: URIs."""
+    rows = sorted({int(row) for row in rows})
+    return {row: data_uri(pixels) for row, pixels in zip(rows, images.inputs(np.asarray(rows)), strict=True)} if rows else {}

@@ -1,0 +1,199 @@
+"""results.json and the sentence that judges it.  No torch here."""
+
+from __future__ import annotations
+
+import math
+
+from ..config import UserError
+from ..run_directory import RunDirectory, Stage, read_json
+
+ROW_KEYS = ("n", "top1", "top5", "nll", "brier", "ece", "macro_top1")
+COST_KEYS = ("seconds", "examples_seen", "peak_memory_bytes")
+CLUSTER_KEYS = ("captured_confusion", "chance", "captured_unlabelled", "sizes")
+
+
+def collect(run: RunDirectory) -> dict:
+    """The content of results.json.  Raises UserError if the run is not evaluated yet."""
+    generalist = read_evaluation(run.evaluate, "generalist")
+    ensemble = read_evaluation(run.evaluate, "ensemble")
+    if generalist is None or ensemble is None:
+        raise UserError(f"{run.root}: nothing to report before the stage `evaluate` is done; finish the run first")
+    controls = {name: read_evaluation(run.evaluate, name) for name in control_names(run)}
+    students = {name: read_evaluation(run.evaluate, name) for name in run.students}
+    found = {
+        "generalist": _row(generalist["row"]),
+        "ensemble": _row(ensemble["row"]),
+        "controls": {name: _row(control["row"]) for name, control in controls.items() if control},
+        "students": {name: _row(student["row"]) for name, student in students.items() if student},
+    }
+    found["student"] = found["students"].get("main")
+    found["clusters"] = {key: ensemble["clusters"].get(key) for key in CLUSTER_KEYS}
+    found["specialists"] = ensemble["specialists"]
+    return _finite(found)
+
+
+def control_names(run: RunDirectory) -> list[str]:
+    """The controls as evaluated: the control_wall-i are candidates for one control_wall."""
+    return list(dict.fromkeys("control_wall" if name.startswith("control_wall-") else name for name in run.controls))
+
+
+def best_control_wall(run: RunDirectory) -> int | None:
+    """Which of the control_wall-i has the lowest loss on val: the one that is evaluated as control_wall."""
+    losses = {}
+    for index in range(len(run.config.controls.learning_rates)):
+        stage = run.controls.get(f"control_wall-{index}")
+        summary = read_file(stage, "summary.json") if stage else None
+        if summary is not None:
+            losses[index] = (summary.get("val") or {}).get("loss", math.inf)
+    return min(losses, key=losses.get) if losses else None
+
+
+def read_evaluation(evaluate: Stage, name: str) -> dict | None:
+    return read_file(evaluate, f"{name}.json")
+
+
+def read_file(stage: Stage, file: str):
+    """A finished stage's JSON file, or None where the stage is not done or wrote no such file."""
+    if stage.done() is None:
+        return None
+    try:
+        return read_json(stage.path(file))
+    except FileNotFoundError:
+        return None
+
+
+def verdict(results: dict) -> str:
+    """One line: is the ensemble better than the generalist and every control?  A control that beats it is named first."""
+    ensemble, generalist, controls = results["ensemble"], results["generalist"], results["controls"]
+    beaten_by = [
+        f"{name} beats the ensemble in {' and '.join(where)}"
+        for name, row in controls.items()
+        if (where := _where_better(row, ensemble))
+    ]
+    versus = _versus_generalist(ensemble, generalist)
+    if beaten_by:
+        return f"{'; '.join(beaten_by)}. The ensemble makes {versus}."
+    if not controls:
+        return f"The ensemble makes {versus}; no control was trained, so nothing says where the difference comes from."
+    ties = [name for name, row in controls.items() if errors(row) == errors(ensemble)]
+    others = f"as many as {' and '.join(ties)}" if ties else "fewer than every control"
+    lower = all(_below(ensemble["nll"], row["nll"]) for row in (generalist, *controls.values()))
+    return f"The ensemble makes {versus}, {others}{', with the lowest NLL of them all' if lower else ''}."
+
+
+def student_verdict(results: dict, name: str = "main") -> str | None:
+    """One line on how much of the ensemble's gain a student keeps, and how it stands against its hard-label twin."""
+    student = results["students"].get(name)
+    if student is None:
+        return None
+    share = share_of_gain(student, results)
+    if share is None:
+        kept = f"The student {name} reaches {percent(student['top1'])} top-1; there is no gain of the ensemble to keep"
+    elif share >= 0:
+        kept = f"The student {name}, one network, keeps {percent(share, 0)} of the ensemble's gain in top-1"
+    else:
+        kept = f"The student {name}, one network, keeps none of the ensemble's gain: it falls below the generalist"
+    twin = results["controls"].get("student_hard")
+    if name != "main" or twin is None or twin["nll"] is None or student["nll"] is None:
+        return f"{kept}."
+    relation = "below" if student["nll"] < twin["nll"] else "not below"
+    return f"{kept}; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} of its twin on hard labels."
+
+
+def share_of_gain(row: dict, results: dict) -> float | None:
+    """(errors of the generalist - errors of row) / (errors of the generalist - errors of the ensemble)."""
+    before, after = errors(results["generalist"]), errors(results["ensemble"])
+    return (before - errors(row)) / (before - after) if after < before else None
+
+
+def errors(row: dict) -> int:
+    """Top-1 errors, the whole number that n and top1 stand for."""
+    return row["n"] - round(row["n"] * row["top1"])
+
+
+def table(results: dict) -> str:
+    """The figures as plain text, the verdict in the first line."""
+    rows = named_rows(results)
+    lines = [verdict(results), ""]
+    width = max(len(name) for name in rows)
+    heads = ("top-1", "top-5", "NLL", "Brier", "ECE", "macro", "examples", "time")
+    lines.append(" " * width + "".join(f"{head:>10}" for head in heads))
+    for name, row in rows.items():
+        cost = row["cost"]
+        cells = [
+            percent(row["top1"]), percent(row["top5"]), *(number(row[key]) for key in ("nll", "brier", "ece")),
+            percent(row["macro_top1"]), count(cost["examples_seen"]), duration(cost["seconds"]),
+        ]  # fmt: skip
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+def named_rows(results: dict) -> dict[str, dict]:
+    """Every row under its name, in the order in which people compare them."""
+    return {
+        "generalist": results["generalist"], **results["controls"], "ensemble": results["ensemble"],
+        **{f"student {name}": row for name, row in results["students"].items()},
+    }  # fmt: skip
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    return "–" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def count(value: float | None) -> str:
+    """1,234 or 3.10 M."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value < 1e6 else f"{value / 1e6:,.2f} M"
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _versus_generalist(ensemble: dict, generalist: dict) -> str:
+    before, after = errors(generalist), errors(ensemble)
+    figures = f"({after:,} against {before:,} of {ensemble['n']:,})"
+    if before == after:
+        return f"as many top-1 errors as the generalist ({after:,} of {ensemble['n']:,})"
+    if before == 0:
+        return f"{after:,} top-1 errors where the generalist makes none"
+    change = abs(before - after) / before
+    return f"{percent(change, 1)} {'fewer' if after < before else 'more'} top-1 errors than the generalist {figures}"
+
+
+def _where_better(row: dict, ensemble: dict) -> list[str]:
+    where = []
+    if errors(row) < errors(ensemble):
+        where.append(f"top-1 ({errors(row):,} errors against {errors(ensemble):,})")
+    if _below(row["nll"], ensemble["nll"]):
+        where.append(f"NLL ({row['nll']:.4f} against {ensemble['nll']:.4f})")
+    return where
+
+
+def _below(a: float | None, b: float | None) -> bool:
+    return a is not None and (b is None or a < b)
+
+
+def _row(row: dict) -> dict:
+    cost = row.get("cost") or {}
+    return {**{key: row.get(key) for key in ROW_KEYS}, "cost": {key: cost.get(key) for key in COST_KEYS}}
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: a figure that is not a number is absent."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
