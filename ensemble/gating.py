@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 
-def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = None) -> Tensor:
+def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = None, available=None) -> Tensor:
     """active [B, M] bool: the specialists whose S_m holds one of the n most probable classes.  Hinton et al. 2015, section 5.3.
 
     p_general: [B, C]; only the order of a row's entries and their sums matter.
     max_specialists: at most so many per row, those whose classes hold most of the generalist's mass (ties: the first).
+    available: [M] bool, the specialists that there are to open; None is all.
     Raises ValueError if n or the limit is not positive, the width is not the groups', or a row has a NaN.
     """
     num_classes, specialists = groups.num_classes, len(groups.members)
@@ -29,6 +30,8 @@ def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = No
     holders = _holders(groups, p_general.device)[classes].flatten(1)
     active = torch.zeros(len(p_general), specialists + 1, dtype=torch.bool, device=p_general.device)
     active = active.scatter_(1, holders, True)[:, :specialists]
+    if available is not None:
+        active = active & torch.as_tensor(available, dtype=torch.bool, device=active.device)
     if max_specialists is None or max_specialists >= specialists:
         return active
     crowded = (active.sum(1) > max_specialists).nonzero()[:, 0]

@@ -1,0 +1,203 @@
+"""The generalist, its specialists and the combiner, as one thing that answers."""
+
+import json
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .gating import gate as open_gate
+from .neighbours import COMBINERS
+
+SCHEMA = 1
+
+
+class Consultation(NamedTuple):
+    """What became of a batch: p_general [B, C], the combined q [B, C], and which specialists were asked, bool [B, M]."""
+
+    p_general: Tensor
+    q: Tensor
+    active: Tensor
+
+
+class SpecialistEnsemble:
+    """Answers with eq. 5 (or another of COMBINERS); runs only the specialists that some row needs, on only those rows.
+
+    generalist: a networks.Classifier, logits [B, C].  specialists: {m: Classifier with logits [B, |S_m| + 1], dustbin last}, a dict or
+    another mapping that loads them when asked.  groups: ClassGroups.
+    gate: n, specialists of the n most probable classes are asked; max_specialists: at most so many for one row.
+    temperatures, weights: [1 + M], the generalist's first; None is all 1.
+    skipped: groups that have no specialist on purpose.  Any other group without one is an error, unless allow_missing.
+    The networks are put into eval mode, and are not changed otherwise.  Threads may share an ensemble.
+    """
+
+    def __init__(
+        self,
+        generalist,
+        specialists: Mapping[int, nn.Module],
+        groups,
+        gate: int = 1,
+        max_specialists: int | None = None,
+        combine: str = "kl",
+        temperatures=None,
+        weights=None,
+        skipped=(),
+        allow_missing: bool = False,
+        device=None,
+    ):
+        if combine not in COMBINERS:
+            raise ValueError(f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}")
+        count = len(groups.members)
+        strange = sorted(m for m in {*specialists, *skipped} if not 0 <= m < count)
+        if strange:
+            raise ValueError(f"there is no group {strange[0]}; the {count} groups are 0 to {count - 1}")
+        self.missing = sorted(set(range(count)) - set(specialists) - set(skipped))
+        if self.missing and not allow_missing:
+            raise ValueError(
+                f"specialists {_listed(self.missing)} of {count} are missing; train them, "
+                "or go on without them with allow_missing=True"
+            )
+        for name, values in (("temperatures", temperatures), ("weights", weights)):
+            if values is not None and len(values) != 1 + count:
+                raise ValueError(f"{name} has {len(values)} entries; it must have {1 + count}: the generalist's and one per group")
+        self.temperatures = [1.0] * (1 + count) if temperatures is None else [float(t) for t in temperatures]
+        if not all(0 < t < float("inf") for t in self.temperatures):
+            raise ValueError(f"temperatures are {self.temperatures}; each must be positive")
+        self.generalist = generalist.eval()
+        self.device = torch.device(device) if device is not None else _device_of(generalist)
+        self.specialists, self.groups = specialists, groups
+        self.gate, self.max_specialists, self.combine, self.weights = gate, max_specialists, combine, weights
+        self.skipped, self.available = sorted(skipped), [m in specialists for m in range(count)]
+        self.class_names = list(generalist.spec.class_names)
+        self._prefixes: dict[int, tuple[nn.Module, int]] = {}
+        self._lock = threading.Lock()
+        # How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks that are its own.
+        self.runs: Counter = Counter()
+
+    @torch.no_grad()
+    def opinions(self, inputs) -> tuple[Tensor, list, Tensor]:
+        """(p_general [B, C], p_special, active [B, M]) as combine_kl takes them: p_special[m] is (rows, [len(rows), |S_m| + 1]) or None.
+
+        inputs: raw, as decoded (uint8 or float), [B, ...]; the networks preprocess.
+        """
+        logits, active, special = self._logits(inputs)
+        p_general = _softmax(logits, self.temperatures[0])
+        p_special = [
+            None if found is None else (found[0], _softmax(found[1], self.temperatures[1 + m])) for m, found in enumerate(special)
+        ]
+        return p_general, p_special, active
+
+    @torch.no_grad()
+    def logits(self, inputs) -> tuple[Tensor, list, Tensor]:
+        """(general [B, C], special, active [B, M]) before temperatures, for fitting them: special[m] is (rows, logits) or None."""
+        logits, active, special = self._logits(inputs)
+        return logits, special, active
+
+    def consult(self, inputs) -> Consultation:
+        p_general, p_special, active = self.opinions(inputs)
+        with torch.no_grad():
+            q = COMBINERS[self.combine](p_general, p_special, self.groups, active=active, weights=self.weights)
+        return Consultation(p_general, q, active)
+
+    def probabilities(self, inputs) -> Tensor:
+        """q [B, C] for raw inputs [B, ...]."""
+        return self.consult(inputs).q
+
+    def predict(self, inputs, top: int = 5) -> list[dict]:
+        """Per row {classes, names, probabilities, specialists}: the `top` most probable classes, and the specialists asked."""
+        found = self.consult(inputs)
+        values, classes = found.q.topk(min(top, found.q.shape[1]), dim=1)
+        return [
+            {
+                "classes": row,
+                "names": [self.class_names[c] for c in row],
+                "probabilities": probabilities,
+                "specialists": asked.nonzero()[:, 0].tolist(),
+            }
+            for row, probabilities, asked in zip(classes.tolist(), values.tolist(), found.active.cpu(), strict=True)
+        ]
+
+    def _logits(self, inputs):
+        raw = torch.as_tensor(inputs).to(self.device)
+        blocks = _blocks(self.generalist.trunk)
+        x = self.generalist.preprocess(raw)
+        depths = [x]  # what the generalist has after each of its blocks
+        for block in blocks:
+            x = block(x)
+            depths.append(x)
+        logits = self.generalist.head(x)
+        self._count("trunk")
+        active = open_gate(_softmax(logits, 1.0), self.groups, self.gate, self.max_specialists, self.available)
+        special: list = [None] * len(self.groups.members)
+        for m in active.any(0).nonzero()[:, 0].tolist():
+            specialist = self.specialists[m]
+            rows = active[:, m].nonzero()[:, 0]
+            shared = self._prefix(m, specialist)
+            x = depths[shared][rows] if shared >= 0 else specialist.preprocess(raw[rows])
+            own = _blocks(specialist.trunk)[max(shared, 0) :]
+            for block in own:
+                x = block(x)
+            special[m] = rows, specialist.head(x)
+            self._count(m, *([("trunk", m)] if own else []))
+        return logits, active, special
+
+    def _prefix(self, m: int, specialist) -> int:
+        """How many leading blocks are the generalist's, tensor for tensor; -1 where not even the preprocessing is."""
+        with self._lock:
+            known = self._prefixes.get(m)
+        if known is not None and known[0] is specialist:
+            return known[1]
+        length = shared_prefix(self.generalist, specialist.eval())
+        with self._lock:
+            self._prefixes[m] = specialist, length
+        return length
+
+    def _count(self, *names) -> None:
+        with self._lock:
+            self.runs.update(names)
+
+
+def shared_prefix(generalist, specialist) -> int:
+    """How many leading blocks of the trunks do the same, tensor for tensor; -1 where the inputs are preprocessed differently."""
+    if generalist.spec.input != specialist.spec.input:
+        return -1
+    same = (generalist.spec.builder, generalist.spec.options) == (specialist.spec.builder, specialist.spec.options)
+    if not same:
+        return 0
+    length = 0
+    for ours, theirs in zip(_blocks(generalist.trunk), _blocks(specialist.trunk), strict=True):
+        if not equal_tensors(ours, theirs):
+            break
+        length += 1
+    return length
+
+
+def equal_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules of one architecture hold the same parameters and buffers (but for batch norm's counter of batches)."""
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        tensor is theirs[name] or (tensor.shape == theirs[name].shape and torch.equal(tensor, theirs[name].to(tensor.device)))
+        for name, tensor in mine.items()
+        if not name.endswith("num_batches_tracked")
+    )
+
+
+def _blocks(trunk: nn.Module) -> list[nn.Module]:
+    return list(trunk.children()) if isinstance(trunk, nn.Sequential) else [trunk]
+
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    return torch.softmax(logits if temperature == 1 else logits / temperature, dim=1)
+
+
+def _device_of(network) -> torch.device:
+    return next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:12])) + (f" and {len(numbers) - 12} more" if len(numbers) > 12 else "")
