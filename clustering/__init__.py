@@ -1,4 +1,4 @@
-"""Which classes does the generalist confuse?  Its predictions' statistics, groups of classes, what the groups capture."""
+"""Which classes does the generalist confuse?  Statistics of its predictions, groups, what they capture."""
 
 from importlib import import_module
 

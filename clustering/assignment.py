@@ -1,0 +1,148 @@
+"""Classes into groups of bounded size, and the local search that brings confused classes together.
+
+C classes, G groups, r memberships per class.  member_of: int32 [C, r], the groups of each class, -1 where it has fewer.
+"""
+
+import numpy as np
+from scipy.sparse import csr_array
+
+_BLOCK_SCORES = 2**25  # entries of a dense [classes, G] block of scores
+
+
+def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """A group for each row, none beyond its room, at a high total score: a group that is asked by too many keeps who would
+    lose most elsewhere.
+
+    scores: [B, G], -inf where a row may not go (overwritten).  room: int [G].  Returns int32 [B], -1 where none is left.
+    """
+    room = room.copy()
+    assigned = np.full(len(scores), -1, dtype=np.int32)
+    waiting = np.arange(len(scores))
+    while len(waiting):
+        scores[:, room <= 0] = -np.inf
+        asked = scores[waiting]
+        best = asked.argmax(axis=1)
+        value = asked[np.arange(len(waiting)), best]
+        possible = value > -np.inf
+        waiting, asked, best, value = waiting[possible], asked[possible], best[possible], value[possible]
+        if not len(waiting):
+            break
+        if asked.shape[1] > 1:
+            asked[np.arange(len(waiting)), best] = -np.inf
+            value = np.nan_to_num(value - asked.max(axis=1), posinf=np.finfo(np.float32).max)
+        order = np.lexsort((-value, best))
+        rank_in_group = np.arange(len(order)) - np.searchsorted(best[order], best[order])
+        kept = order[rank_in_group < room[best[order]]]
+        assigned[waiting[kept]] = best[kept]
+        room -= np.bincount(best[kept], minlength=len(room))
+        waiting = np.delete(waiting, kept)
+    return assigned
+
+
+def local_search(
+    affinity: csr_array,
+    member_of: np.ndarray,
+    num_groups: int,
+    max_size: int,
+    similarity=None,
+    sweeps: int = 20,
+    batches: int = 8,
+    seed: int = 0,
+) -> np.ndarray:
+    """Memberships that catch more affinity inside groups of at most max_size: member_of [C, r], start and result.
+
+    A pair of classes counts once, however many groups they share.  Each step takes a random part of the classes out and
+    puts them back where they meet the most affinity not yet met; the best state seen is returned.
+    similarity(classes) -> [B, G], or None: breaks ties, at a weight below any affinity that matters; then comes room.
+    """
+    rng = np.random.default_rng(seed)
+    member_of = member_of.astype(np.int32).copy()
+    best, best_mass = member_of.copy(), captured_mass(affinity, member_of)
+    stale = 0
+    for _ in range(sweeps):
+        for batch in np.array_split(rng.permutation(len(member_of)), min(batches, len(member_of))):
+            _reassign(affinity, member_of, batch, num_groups, max_size, similarity)
+        mass = captured_mass(affinity, member_of)
+        stale = 0 if mass > best_mass * 1.0005 else stale + 1
+        if mass > best_mass:
+            best, best_mass = member_of.copy(), mass
+        if stale >= 3:
+            break
+    return best
+
+
+def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
+    """Sum of the affinities between classes that share a group."""
+    total = 0.0
+    rows = np.repeat(np.arange(affinity.shape[0]), np.diff(affinity.indptr))
+    for start in range(0, affinity.nnz, 2**22):
+        block = slice(start, start + 2**22)
+        total += float(affinity.data[block][_share(member_of, rows[block], affinity.indices[block])].sum())
+    return total
+
+
+def sizes_of(member_of: np.ndarray, num_groups: int) -> np.ndarray:
+    return np.bincount(member_of[member_of >= 0], minlength=num_groups)
+
+
+def fill_empty(member_of: np.ndarray, num_groups: int) -> np.ndarray:
+    """Each empty group is given one class, from the largest group then."""
+    member_of = member_of.copy()
+    sizes = sizes_of(member_of, num_groups)
+    for group in np.flatnonzero(sizes == 0):
+        giver = sizes.argmax()
+        row, column = np.argwhere(member_of == giver)[-1]
+        member_of[row, column] = group
+        sizes[giver] -= 1
+        sizes[group] += 1
+    return member_of
+
+
+def _reassign(affinity, member_of, batch, num_groups, max_size, similarity) -> None:
+    """Take the batch's memberships back and give them anew, in place."""
+    old = member_of[batch]
+    tiny = 1e-6 * float(affinity.sum()) / len(member_of)
+    sizes = sizes_of(member_of, num_groups) - sizes_of(old, num_groups)
+    per_block = max(1, _BLOCK_SCORES // num_groups)
+    for start in range(0, len(batch), per_block):
+        block = batch[start : start + per_block]
+        rows = affinity[block]
+        row_of = np.repeat(np.arange(len(block)), np.diff(rows.indptr))
+        new = np.full((len(block), member_of.shape[1]), -1, dtype=np.int32)
+        ties = None if similarity is None else similarity(block)
+        open_mass = rows.data.copy()
+        for turn in range(member_of.shape[1]):
+            scores = _mass_by_group(row_of, rows.indices, open_mass, member_of, len(block), num_groups)
+            scores += tiny * (max_size - sizes) / max_size
+            if ties is not None:
+                scores += ties
+            for previous in range(turn):
+                taken = np.flatnonzero(new[:, previous] >= 0)
+                scores[taken, new[taken, previous]] = -np.inf
+            new[:, turn] = assign(scores, max_size - sizes)
+            sizes = sizes + sizes_of(new[:, turn], num_groups)
+            joined = new[row_of, turn]
+            met = (member_of[rows.indices] == joined[:, None]).any(axis=1) & (joined >= 0)
+            open_mass[met] = 0
+        member_of[block] = new
+
+
+def _mass_by_group(row_of, neighbours, mass, member_of, num_rows, num_groups) -> np.ndarray:
+    """Affinity of each row to each group's present members, float32 [rows, G]."""
+    scores = np.zeros(num_rows * num_groups)
+    for turn in range(member_of.shape[1]):
+        group = member_of[neighbours, turn]
+        inside = (group >= 0) & (mass > 0)
+        flat = row_of[inside].astype(np.int64) * num_groups + group[inside]
+        scores += np.bincount(flat, mass[inside], minlength=len(scores))
+    return scores.reshape(num_rows, num_groups)
+
+
+def _share(member_of: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Whether classes i and j have a group in common, bool [len(i)]."""
+    share = np.zeros(len(i), dtype=bool)
+    for a in range(member_of.shape[1]):
+        mine = member_of[i, a]
+        for b in range(member_of.shape[1]):
+            share |= (mine == member_of[j, b]) & (mine >= 0)
+    return share

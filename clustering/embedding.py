@@ -1,0 +1,70 @@
+"""The columns of the prediction covariance in few dimensions, and which classes are confused with which.
+
+C classes, N examples, r dimensions.
+"""
+
+import numpy as np
+from scipy.sparse import csr_array
+
+RANK = 64
+
+
+def covariance_columns(statistics, scaled: bool = True, rank: int = RANK, seed: int = 0) -> np.ndarray:
+    """The covariance's columns projected on its leading eigenvectors, float32 [C, r], r = min(rank, C).
+
+    scaled: of the correlation matrix, each row then of unit length; a class whose prediction never varies is a zero row.
+    Else the raw columns of Hinton et al. 2015, section 5.1.  Distances between rows are those between columns, up to the
+    dropped eigenvalues.  Beyond the exact limit no C x C array is built: P^T P x is P^T (P x), the mean rank one.
+    Randomised subspace iteration as in Halko, Martinsson, Tropp 2011, for a symmetric matrix.
+    """
+    multiply, variance = _covariance(statistics)
+    # A variance at the level of rounding is none: scaled up, it would be noise of unit length.
+    deviation = np.sqrt(np.where(variance > 1e-12 * max(variance.max(), 1e-300), variance, 0)).astype(np.float32)
+    scale = (
+        np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)[:, None] if scaled else np.float32(1)
+    )
+    rank = min(rank, statistics.num_classes)
+    width = min(rank + 10, statistics.num_classes)
+    basis = np.random.default_rng(seed).standard_normal((statistics.num_classes, width), dtype=np.float32)
+    for _ in range(4):
+        basis, _ = np.linalg.qr(scale * multiply(scale * basis))
+    eigenvalues, rotation = np.linalg.eigh(basis.T @ (scale * multiply(scale * basis)))
+    columns = (basis @ rotation[:, ::-1][:, :rank]) * eigenvalues[::-1][:rank].astype(np.float32)
+    return unit_rows(columns) if scaled else columns
+
+
+def unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Rows divided by their length, float32; rows of (nearly) no length become zero."""
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    usable = lengths > 1e-6 * max(float(lengths.max(initial=0)), 1e-30)
+    return np.divide(rows, lengths, out=np.zeros_like(rows, dtype=np.float32), where=usable)
+
+
+def affinity(statistics) -> csr_array:
+    """How much two classes are confused, symmetric csr float32 [C, C] with no diagonal; needs no labels.
+
+    The expected confusion both ways.  An example adds p_i to the pair of class i and its most probable class: the mass
+    that its top-1 error would be, where the covariance's p_i p_j also counts pairs that no top-1 error joins.
+    """
+    expected = statistics.expected_confusion
+    both = (expected + expected.T).tocoo()
+    rows, columns = both.coords
+    apart = rows != columns
+    return csr_array((both.data[apart].astype(np.float32), (rows[apart], columns[apart])), shape=both.shape)
+
+
+def _covariance(statistics):
+    """x -> covariance @ x for x [C, r], and the covariance's diagonal [C]."""
+    if statistics.exact:
+        covariance = statistics.covariance.astype(np.float32)
+        return (lambda x: covariance @ x), np.diagonal(covariance).astype(np.float64)
+    predictions, n = statistics.predictions, statistics.num_examples
+    mean = np.asarray(predictions.sum(axis=0, dtype=np.float64)).ravel() / n
+    squares = np.bincount(predictions.indices, predictions.data.astype(np.float64) ** 2, minlength=len(mean))
+    transposed = predictions.T.tocsr()
+    mean32 = mean.astype(np.float32)[:, None]
+
+    def multiply(x):
+        return (transposed @ (predictions @ x)) / np.float32(n) - mean32 * (mean32.T @ x)
+
+    return multiply, squares / n - mean**2
