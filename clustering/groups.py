@@ -73,10 +73,10 @@ class ClassGroups:
         return np.array([g for g, classes in enumerate(self.members) if _holds(classes, label)], dtype=np.int64)
 
     def save(self, path) -> None:
-        """Write JSON: {"schema", "num_classes", "groups": [[class, ...], ...]}; the file appears whole or never."""
+        """Write JSON: {"schema", "num_classes", "members": [[class, ...], ...]}; the file appears whole or never."""
         path = Path(path)
         lines = ",\n  ".join(json.dumps(classes.tolist()) for classes in self.members)
-        text = f'{{"schema": {SCHEMA}, "num_classes": {self.num_classes}, "groups": [\n  {lines}\n]}}\n'
+        text = f'{{"schema": {SCHEMA}, "num_classes": {self.num_classes}, "members": [\n  {lines}\n]}}\n'
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         temporary.write_text(text)
         os.replace(temporary, path)
@@ -91,17 +91,17 @@ class ClassGroups:
             content = json.loads(Path(path).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not JSON ({error}); a groups file is written by ClassGroups.save") from None
-        if not isinstance(content, dict) or not {"schema", "num_classes", "groups"} <= content.keys():
-            form = f'{{"schema": {SCHEMA}, "num_classes": C, "groups": [[class, ...], ...]}}'
+        if not isinstance(content, dict) or not {"schema", "num_classes", "members"} <= content.keys():
+            form = f'{{"schema": {SCHEMA}, "num_classes": C, "members": [[class, ...], ...]}}'
             raise ValueError(f"{path} is no groups file; it needs {form}")
         if content["schema"] != SCHEMA:
             raise ValueError(
                 f"{path} has schema {content['schema']!r}, this version reads {SCHEMA}; group the classes again"
             )
-        if not isinstance(content["groups"], list) or not isinstance(content["num_classes"], int):
-            raise ValueError(f"{path}: num_classes must be an integer and groups a list of lists of classes")
+        if not isinstance(content["members"], list) or not isinstance(content["num_classes"], int):
+            raise ValueError(f"{path}: num_classes must be an integer and members a list of lists of classes")
         try:
-            return cls(content["groups"], content["num_classes"])
+            return cls(content["members"], content["num_classes"])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -80,7 +80,7 @@ def test_a_class_out_of_range_has_no_groups_of():
 
 @given(groups_of_classes())
 def test_saving_and_loading_is_the_identity(tmp_path_factory, groups):
-    path = tmp_path_factory.mktemp("groups") / "groups.json"
+    path = tmp_path_factory.mktemp("members") / "groups.json"
     groups.save(path)
     assert ClassGroups.load(path) == groups
     assert [file.name for file in path.parent.iterdir()] == ["groups.json"]
@@ -88,19 +88,19 @@ def test_saving_and_loading_is_the_identity(tmp_path_factory, groups):
 
 def test_the_file_is_json_with_a_schema(tmp_path):
     ClassGroups([[1, 0], [2]], 4).save(tmp_path / "g.json")
-    assert json.loads((tmp_path / "g.json").read_text()) == {"schema": 1, "num_classes": 4, "groups": [[0, 1], [2]]}
+    assert json.loads((tmp_path / "g.json").read_text()) == {"schema": 1, "num_classes": 4, "members": [[0, 1], [2]]}
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"schema": 99, "num_classes": 2, "groups": [[0]]}', "schema 99, this version reads 1"),
-        ('{"groups": [[0]]}', "no groups file"),
+        ('{"schema": 99, "num_classes": 2, "members": [[0]]}', "schema 99, this version reads 1"),
+        ('{"members": [[0]]}', "no groups file"),
         ("[[0], [1]]", "no groups file"),
         ("hello", "not JSON"),
-        ('{"schema": 1, "num_classes": 2, "groups": [[7]]}', "g.json: group 0 holds class 7"),
-        ('{"schema": 1, "num_classes": 2, "groups": 7}', "list of lists"),
-        ('{"schema": 1, "num_classes": "2", "groups": [[0]]}', "must be an integer"),
+        ('{"schema": 1, "num_classes": 2, "members": [[7]]}', "g.json: group 0 holds class 7"),
+        ('{"schema": 1, "num_classes": 2, "members": 7}', "list of lists"),
+        ('{"schema": 1, "num_classes": "2", "members": [[0]]}', "must be an integer"),
     ],
 )
 def test_a_file_that_is_no_groups_file_is_refused_with_its_path(tmp_path, text, message):
