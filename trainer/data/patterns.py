@@ -21,7 +21,7 @@ URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:",
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar.  name: as the user knows it; path: where it is read; facts: its entry of the manifest, None without one."""
+    """One tar.  name: as the user knows it; path: where it is read; facts: its entry of the manifest, if any."""
 
     name: str
     path: str
@@ -31,7 +31,7 @@ class Shard:
 
 
 def expand(pattern: str, data: Data, split: str) -> list[Shard]:
-    """The shards that `pattern` means, in order.  Raises UserError if it is empty, matches nothing, or a shard twice."""
+    """The shards that `pattern` means, in order.  UserError if it is empty, or matches nothing or a shard twice."""
     if not pattern.strip():
         raise UserError(f"data.{split} is empty; give a directory, or DIR/{split}-{{000000..000007}}.tar")
     manifests: dict[str, dict | None] = {}

@@ -1,7 +1,7 @@
 """A set of shards as one array-like: labels, keys, raw members and decoded inputs of any samples, by number.
 
-Opening finds all structural damage: each tar is checked once against its manifest, its index and itself.  Reading checks every
-member's checksum, so that no garbled byte reaches a decoder unnoticed.
+Opening finds structural damage: each tar is checked once against its manifest, its index and itself.  Reading checks
+every member's checksum, so that no garbled byte reaches a decoder unnoticed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from ..config import Data, UserError
 from .decoding import decoder_table, find_decoder
 from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
-from .writing import ShardWriter, read_manifest, write_manifest
+from .writing import ShardWriter, write_manifest
 
 __all__ = ["Damage", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
 
@@ -42,7 +41,8 @@ class Damage:
 class ShardSet:
     """Samples 0 .. num_samples - 1 of one split, in the order of the shards.
 
-    labels: int64[N]; class_names: C strings; class_counts: int64[C]; damage: what opening left out (empty under data.damage = strict).
+    labels: int64[N]; class_names: C strings; class_counts: int64[C].
+    damage: what opening left out (nothing under data.damage = strict).
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class ShardSet:
         if len(shape) == 3 == array.ndim and array.shape[0] == 1 and array.shape[1:] == shape[1:]:
             return array  # a gray picture among RGB ones: assignment repeats its channel
         raise _Damaged(
-            f"is {array.dtype} {list(array.shape)}, the first sample is {dtype} {list(shape)}; bring all to one size and kind"
+            f"is {array.dtype} {list(array.shape)}, the first sample {dtype} {list(shape)}; bring all to one size"
         )
 
     def _member(self, shard: int, row: int) -> bytes:
@@ -242,8 +242,8 @@ def open_shards(pattern: str, data: Data, split: str) -> ShardSet:
 
     pattern: tars with braces or globs, a directory of shards, URLs that webdataset opens, several joined by `::`.
     split: train, val or test; says which shards of a directory are meant.
-    Raises UserError, one line: nothing matches, a shard is absent or empty, a label is not a class, the manifest disagrees, or, under
-    data.damage = strict, any damage; under skip, damage that cannot be counted or exceeds data.damage_share.
+    Raises UserError, one line: nothing matches, a shard is absent or empty, a label is no class, a manifest disagrees;
+    under data.damage = strict any damage, under skip damage that cannot be counted or exceeds data.damage_share.
     """
     shards = expand(pattern, data, split)
     class_names = _class_names(shards, data, split)
@@ -284,7 +284,7 @@ def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
 
 
 def _open_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | None:
-    """The index of the shard's intact samples; what is not intact goes to `damage`.  None if nothing of the shard is left."""
+    """The index of the shard's intact samples; the others go to `damage`.  None if nothing of the shard is left."""
     if not os.path.exists(shard.path):
         if shard.facts is None or data.damage == "strict":
             raise UserError(f"{shard.name}: no such shard")
@@ -297,36 +297,34 @@ def _open_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | No
 
 
 def _check_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | None:
-    facts = shard.facts
     stored, unchanged = load_index(shard.path) or (None, False)
-    if stored and (stored.label != data.label or (facts and stored.sha256 != facts["sha256"])):
-        stored = None
-    if stored and (unchanged or file_sha256(shard.path) == stored.sha256):
-        if not unchanged:
-            save_index(shard.path, stored)
-        return stored
-    if stored and facts and data.damage == "skip":
-        # The index was made when the shard was whole: its checksums say which samples still are.
-        good = intact(shard.path, stored)
-        reasons = [Damage(shard.name, key.decode(), "has changed (checksum)") for key in stored.keys[~good]]
-        damage.extend(reasons)
-        return stored.take(good)
+    expected = shard.facts["sha256"] if shard.facts else stored.sha256 if stored else None
+    if stored and stored.label == data.label and stored.sha256 == expected:
+        if unchanged or file_sha256(shard.path) == expected:
+            if not unchanged:
+                save_index(shard.path, stored)
+            return stored
+        if data.damage == "skip":
+            # The index was made when the shard was whole: its checksums say which samples still are.
+            good = intact(shard.path, stored)
+            damage.extend(Damage(shard.name, key.decode(), "has changed (checksum)") for key in stored.keys[~good])
+            return stored.take(good)
     index = scan_tar(shard.path, data.label)
     found = [Damage(shard.name, str(k), str(r)) for k, r in zip(index.damaged, index.reasons, strict=True)]
-    if facts and index.sha256 != facts["sha256"]:
+    if expected and index.sha256 != expected:
         if data.damage == "strict" and found:
             raise UserError(_refusal(found))
-        reason = "is not the shard that manifest.json describes (sha256)"
+        reason = "is not the shard that was indexed (sha256)"
         if data.damage == "strict":
             raise UserError(
-                f"{shard.name}: {reason}; fetch it again, or `referral shards index` if the change was meant"
+                f"{shard.name}: {reason}; fetch it again, or run `referral shards index` on it if the change was meant"
             )
-        damage.append(Damage(shard.name, "", reason, facts["samples"]))
+        damage.append(Damage(shard.name, "", reason, shard.facts["samples"] if shard.facts else len(stored)))
         return None
     if not index.countable and data.damage == "skip":
         what = next(item for item in found if not item.member)
         raise UserError(
-            f"{what}, and without its manifest nobody can count what is lost; `referral shards from-webdataset` saves the rest"
+            f"{what}; without a manifest the loss cannot be counted: `referral shards from-webdataset` saves the rest"
         )
     damage.extend(found)
     if not found:
@@ -394,8 +392,8 @@ def _check_counts(shard: Shard, labels: np.ndarray, class_names: list[str], dama
     counts = {class_names[c]: int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)}
     if len(labels) != shard.facts["samples"] or counts != shard.facts["class_counts"]:
         raise UserError(
-            f"{shard.name}: manifest.json says {shard.facts['samples']} samples in {len(shard.facts['class_counts'])} classes, "
-            f"the shard has {len(labels)} in {len(counts)}; make it anew with `referral shards index {shard.directory}`"
+            f"{shard.name}: manifest.json says {shard.facts['samples']} samples of {len(shard.facts['class_counts'])} "
+            f"classes, it has {len(labels)} of {len(counts)}; `referral shards index {shard.directory}` makes it anew"
         )
 
 
@@ -412,7 +410,7 @@ def check_share(lost: int, samples: int, data: Data, example) -> None:
     """UserError if more than data.damage_share of the samples are lost."""
     if lost > data.damage_share * samples:
         raise UserError(
-            f"{lost} of {samples} samples are damaged, more than data.damage_share = {data.damage_share}; e.g. {example}"
+            f"{lost} of {samples} samples are damaged, above data.damage_share = {data.damage_share}; e.g. {example}"
         )
 
 

@@ -1,0 +1,64 @@
+"""Training views: pure functions of the inputs and of uniform numbers that belong to their positions in the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config import UserError
+from .decoding import named_function
+
+
+@dataclass(frozen=True)
+class Augment:
+    """function(inputs [n, ...], uniforms float64 [n, numbers]) -> inputs; numbers: the uniforms per example."""
+
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray]
+    numbers: int
+
+    def __call__(self, inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        return self.function(inputs, uniforms)
+
+
+def shift(inputs: np.ndarray, uniforms: np.ndarray, mode: str = "edge") -> np.ndarray:
+    """Pictures [n, C, H, W] moved by up to an eighth of their size.  uniforms: [n, 2]."""
+    _need_pictures(inputs, "shift")
+    height, width = inputs.shape[2:]
+    reach = np.array([height // 8, width // 8])
+    padded = np.pad(inputs, ((0, 0), (0, 0), (reach[0], reach[0]), (reach[1], reach[1])), mode=mode)
+    top, left = np.floor(uniforms[:, :2] * (2 * reach + 1)).astype(int).T
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
+    return windows[np.arange(len(inputs)), :, top, left]
+
+
+def flip_crop(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Pictures [n, C, H, W], half of them mirrored, then moved as by `shift`, edges reflected.  uniforms: [n, 3]."""
+    _need_pictures(inputs, "flip-crop")
+    mirrored = np.where((uniforms[:, 2] < 0.5)[:, None, None, None], inputs[..., ::-1], inputs)
+    return shift(mirrored, uniforms, mode="reflect")
+
+
+def _need_pictures(inputs: np.ndarray, name: str) -> None:
+    if inputs.ndim != 4:
+        shape = list(inputs.shape[1:])
+        raise UserError(f'data.augment = "{name}" needs pictures [C, H, W], the inputs are {shape}')
+
+
+BUILT_IN = {"shift": Augment(shift, 2), "flip-crop": Augment(flip_crop, 3)}
+
+
+def find_augment(name: str | None) -> Augment | None:
+    """The augmentation that data.augment names; None for "none".
+
+    A user's module:function may have an attribute `numbers`, the uniforms that it wants per example (8 without).
+    """
+    if name is None or name == "none":
+        return None
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    if ":" not in name:
+        raise UserError(f"data.augment = {name!r}: none, {', '.join(BUILT_IN)}, or module:function")
+    function = named_function(name, "data.augment")
+    return Augment(function, int(getattr(function, "numbers", 8)))

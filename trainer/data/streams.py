@@ -1,0 +1,231 @@
+"""Two streams with different promises.
+
+Training: endless and shuffled.  The global batch of a step, its augmentation included, is a pure function of the
+sources, the seed and the step; ranks and workers only divide it.  So the state of a run is its step, and a run resumes
+at any step, on any number of ranks and workers.
+Measuring: finite, each sample exactly once over all ranks and workers, no communication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from ..config import UserError
+from .augment import Augment, find_augment
+from .orders import Order, balanced, generator, shuffled
+from .shards import ShardSet, check_share
+
+__all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
+
+TRIES = 1000  # damaged samples in a row before a stream gives up
+
+
+@dataclass
+class Batch:
+    """inputs: tensor [b, ...] as decoded; labels, ids, source: int64 [b], ids counting within the source's ShardSet.
+
+    lost: [(source, id, reason)] of the damaged samples met on the way (data.damage = skip): in training the next sample
+    of the source's order stands in for them, in measuring they are absent.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+    source: torch.Tensor
+    lost: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device, non_blocking: bool = True) -> Batch:
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking)
+                 for name in ("inputs", "labels", "ids", "source")}  # fmt: skip
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", "labels", "ids", "source")}
+        return replace(self, **pinned)
+
+
+@dataclass(frozen=True)
+class Source:
+    """per_batch examples of each global batch come from `shards`, in `order`."""
+
+    shards: ShardSet
+    order: Order
+    per_batch: int
+
+    def __post_init__(self):
+        if self.per_batch < 1:
+            raise UserError(f"a source with {self.per_batch} examples per batch: give it at least 1, or leave it out")
+
+
+class _Stream:
+    """What both streams share: batches by number through a DataLoader, and the account of lost samples."""
+
+    sources: list[Source]
+
+    def __init__(self):
+        self._lost: dict[tuple[int, int], str] = {}
+
+    @property
+    def lost(self) -> dict[str, str]:
+        """{sample: reason} of the damaged samples that this rank met so far; opening's own are in ShardSet.damage."""
+        return {self.sources[s].shards.where(i): reason for (s, i), reason in self._lost.items()}
+
+    def _load(self, items: range, fetch, workers: int) -> Iterator[Batch]:
+        # A generator of its own: the loader's base seed would otherwise come from, and advance, torch's global state.
+        loader = torch.utils.data.DataLoader(
+            _Fetch(fetch), batch_size=None, sampler=items, num_workers=workers, collate_fn=_same,
+            generator=torch.Generator().manual_seed(0), pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            for source, sample, reason in batch.lost:
+                self._lost[source, sample] = reason
+                shards = self.sources[source].shards
+                lost = shards.lost + sum(s == source for s, _ in self._lost)
+                check_share(lost, shards.lost + len(shards), shards.data, f"{shards.where(sample)}: {reason}")
+            yield batch
+
+
+class _Fetch(torch.utils.data.Dataset):
+    """Item i is fetch(i).  A user's mistake comes back as a value: from a worker an exception is a traceback."""
+
+    def __init__(self, fetch):
+        self.fetch = fetch
+
+    def __getitem__(self, item: int):
+        try:
+            return self.fetch(item)
+        except UserError as mistake:
+            return mistake
+
+
+def _same(batch):
+    return batch
+
+
+class TrainingStream(_Stream):
+    """An endless shuffled stream of global batches, per_batch examples from each source in every one.
+
+    seed: of the augmentation (each order has its own).  augment: a value of data.augment, or an Augment.
+    """
+
+    def __init__(self, sources: list[Source], seed: int, augment: str | Augment | None = None):
+        super().__init__()
+        self.sources, self.seed = list(sources), seed
+        self.augment = augment if isinstance(augment, Augment) else find_augment(augment)
+        self.batch_size = sum(source.per_batch for source in self.sources)
+        shapes = {(source.shards.input_shape, str(source.shards.input_dtype)) for source in self.sources}
+        if len(shapes) != 1:
+            raise UserError(f"sources of one batch need one input shape, these have {sorted(map(str, shapes))}")
+        # A fixed random arrangement, so that each rank's share of a batch holds about as much of each source.
+        owners = np.repeat(np.arange(len(self.sources)), [source.per_batch for source in self.sources])
+        self._owner = generator(3).permutation(owners)
+        self._turn = np.empty(self.batch_size, np.int64)
+        for number, source in enumerate(self.sources):
+            self._turn[self._owner == number] = np.arange(source.per_batch)
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
+        """Rank's share of the global batch of `step`: its examples rank, rank + world_size, ..."""
+        mine = np.arange(rank, self.batch_size, world_size)
+        owners, turns = self._owner[mine], self._turn[mine]
+        shape, dtype = self.sources[0].shards.input_shape, self.sources[0].shards.input_dtype
+        inputs = np.empty((len(mine), *shape), dtype) if len(self.sources) > 1 else None
+        labels, ids = np.empty(len(mine), np.int64), np.empty(len(mine), np.int64)
+        lost: list[tuple[int, int, str]] = []
+        for number, source in enumerate(self.sources):
+            places = np.flatnonzero(owners == number) if len(self.sources) > 1 else slice(None)
+            found, ids[places], damaged = _read(source, step * source.per_batch + turns[places])
+            labels[places] = source.shards.labels[ids[places]]
+            lost.extend((number, sample, reason) for sample, reason in damaged.items())
+            if inputs is None:
+                inputs = found
+            else:
+                inputs[places] = found
+        if self.augment is not None:
+            inputs = self.augment(inputs, self.uniforms(step)[mine])
+        return Batch(_tensor(inputs), *map(torch.from_numpy, (labels, ids, owners)), lost)
+
+    def uniforms(self, step: int) -> np.ndarray:
+        """float64 [batch_size, K]: the numbers that belong to the step's positions, whatever was asked before."""
+        # One step of Philox's counter gives four numbers, so a position owns ceil(K / 4) counter values.
+        blocks = -(-self.augment.numbers // 4)
+        key = np.random.SeedSequence([self.seed, 4]).generate_state(2, np.uint64)
+        counter = step * self.batch_size * blocks
+        numbers = np.random.Generator(np.random.Philox(key=key, counter=counter)).random((self.batch_size, 4 * blocks))
+        return numbers[:, : self.augment.numbers]
+
+    def loader(self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1, workers: int = 0):
+        """Iterator of this rank's batches of steps first_step .. last_step - 1, read ahead by `workers` processes."""
+        return self._load(range(first_step, last_step), _Share(self, rank, world_size), workers)
+
+
+@dataclass(frozen=True)
+class _Share:
+    stream: TrainingStream
+    rank: int
+    world_size: int
+
+    def __call__(self, step: int) -> Batch:
+        return self.stream.batch(step, self.rank, self.world_size)
+
+
+def _read(source: Source, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """(inputs, ids, {id: reason} of the damaged).  The order's next readable sample stands in for a damaged one."""
+    ids = source.order(positions)
+    inputs, damaged = source.shards.read(ids)
+    waiting = np.flatnonzero(np.isin(ids, list(damaged))) if damaged else ()
+    for place in waiting:
+        for further in range(1, TRIES):
+            candidate = source.order(positions[place : place + 1] + further)
+            found, again = source.shards.read(candidate)
+            if not again:
+                inputs[place], ids[place] = found[0], candidate[0]
+                break
+            damaged |= again
+        else:
+            raise UserError(f"{TRIES} damaged samples in a row, e.g. {source.shards.where(int(ids[place]))}")
+    return inputs, ids, damaged
+
+
+class MeasuringStream(_Stream):
+    """Each sample exactly once, over all ranks together.  ids: which samples, all by default."""
+
+    def __init__(self, shards: ShardSet, batch_size: int, ids=None):
+        super().__init__()
+        self.shards, self.batch_size = shards, batch_size
+        self.ids = np.arange(len(shards)) if ids is None else np.asarray(ids, np.int64)
+        self.sources = [Source(shards, None, batch_size)]
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of ceil(n / batch_size): neighbours in the shards, so that reading goes forward."""
+        ids = self.ids[number * self.batch_size : (number + 1) * self.batch_size]
+        inputs, damaged = self.shards.read(ids)
+        if damaged:
+            kept = ~np.isin(ids, list(damaged))
+            inputs, ids = inputs[kept], ids[kept]
+        labels = self.shards.labels[ids]
+        lost = [(0, sample, reason) for sample, reason in damaged.items()]
+        return Batch(_tensor(inputs), *map(torch.from_numpy, (labels, ids.copy(), np.zeros_like(ids))), lost)
+
+    def loader(self, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
+        """Iterator of this rank's batches: rank, rank + world_size, ...  UserError if a sample is unaccounted for."""
+        numbers = range(rank, -(-len(self.ids) // self.batch_size), world_size)
+        seen = lost = 0
+        for batch in self._load(numbers, self.batch, workers):
+            seen, lost = seen + len(batch), lost + len(batch.lost)
+            yield batch
+        expected = sum(min(self.batch_size, len(self.ids) - number * self.batch_size) for number in numbers)
+        if seen + lost != expected:
+            raise UserError(f"{self.shards.split}: {expected} samples expected, {seen} seen and {lost} damaged")
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
