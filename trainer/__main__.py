@@ -22,7 +22,18 @@ def main(argv: list[str]) -> int:
 
 
 def run_stage(argv: list[str]) -> int:
-    names = ["generalist", "measure", "cluster", "route", "specialist", "combine", "control", "student", "evaluate", "report"]
+    names = [
+        "generalist",
+        "measure",
+        "cluster",
+        "route",
+        "specialist",
+        "combine",
+        "control",
+        "student",
+        "evaluate",
+        "report",
+    ]
     parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
     parser.add_argument("stage", choices=names, metavar="STAGE", help=" | ".join([*names, *COMMANDS]))
     parser.add_argument("--run", required=True, metavar="DIR")
@@ -55,7 +66,9 @@ def chosen(run, args) -> list[tuple]:
             raise UserError("specialist: say which by --index I [I ...]")
         absent = [i for i in args.index if not 0 <= i < run.num_specialists]
         if absent:
-            raise UserError(f"--index {absent[0]}: there are {run.num_specialists} specialists, 0 to {run.num_specialists - 1}")
+            raise UserError(
+                f"--index {absent[0]}: there are {run.num_specialists} specialists, 0 to {run.num_specialists - 1}"
+            )
         return [(run.specialists[i], (i,)) for i in args.index]
     if args.stage in ("control", "student"):
         known = run.controls if args.stage == "control" else run.students
@@ -74,7 +87,13 @@ def shards(argv: list[str]) -> int:
     return shards_main(argv)
 
 
-COMMANDS = {"shards": shards}
+def doctor(argv: list[str]) -> int:
+    from .doctor import main as doctor_main
+
+    return doctor_main(argv)
+
+
+COMMANDS = {"shards": shards, "doctor": doctor}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

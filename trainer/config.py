@@ -113,7 +113,9 @@ class Clusters(Section):
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh"] = "preserving"
     trainable: str = "all"  # all | head | last-N-blocks
-    freeze_norm: bool = True  # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
+    freeze_norm: bool = (
+        True  # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
+    )
     fraction: float = Field(0.5, gt=0, lt=1)  # share of S_m's examples in a batch
     per_job: int = Field(1, gt=0)
     route: Literal["index", "copy"] = "index"
@@ -131,6 +133,7 @@ class Ensemble(Section):
     max_specialists: int | None = Field(None, gt=0)
     combine: str = "kl"
     temperatures: bool = True  # fit one temperature per specialist on val
+    fit_weight: bool = True  # fit the specialists' weight in the objective on val; false = the paper's 1
     allow_missing: bool = False
 
 

@@ -11,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from clustering import captured_confusion
+from ensemble import COMBINERS
 
 from .data.streams import Batch
 from .metrics import conditional_accuracy, reliability, summarise
@@ -63,7 +64,10 @@ class validate_specialist:
 
     def loss(self, network: nn.Module) -> dict[str, float]:
         logits, targets = self.answers(network)
-        return {"loss": float(F.cross_entropy(logits, targets)), "top1": float((logits.argmax(1) == targets).float().mean())}
+        return {
+            "loss": float(F.cross_entropy(logits, targets)),
+            "top1": float((logits.argmax(1) == targets).float().mean()),
+        }
 
     def temperature(self, network: nn.Module) -> float:
         return fit_temperature(*self.answers(network))
@@ -77,6 +81,33 @@ def fit_temperature(logits: Tensor, targets: Tensor) -> float:
         method="bounded", options={"xatol": 1e-3},
     )  # fmt: skip
     return float(np.exp(found.x))
+
+
+WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+
+
+def fit_weight(session: Session, ensemble) -> list[float]:
+    """[1 + M]: 1 for the generalist and one weight for all specialists in eq. 5, the best of WEIGHTS by NLL on val.
+
+    The specialists start from the generalist and then learn more about their classes: what they say differs from it where
+    they know better, so that counting both alike may count the generalist too much.
+    """
+    M = len(ensemble.groups.members)
+
+    def ask(batch: Batch):
+        p_general, p_special, active = ensemble.opinions(batch.inputs)
+        losses = []
+        for weight in WEIGHTS:
+            weights = torch.tensor([1.0, *[weight] * M])
+            q = COMBINERS[ensemble.combine](p_general, p_special, ensemble.groups, active=active, weights=weights)
+            losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
+        return {"losses": torch.stack(losses, dim=1)}
+
+    losses = session.measured(session.measuring_shards(), ask)["losses"].mean(axis=0, dtype=np.float64)
+    best = WEIGHTS[int(losses.argmin())]
+    session.say("eq. 5: the specialists' weight is %g (NLL on val %s)", best,
+                ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, losses, strict=True)))  # fmt: skip
+    return [1.0, *[best] * M]
 
 
 def figures(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -106,8 +137,8 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
     ensemble = session.ensemble()
 
     def consult(batch: Batch):
-        _, q, active = ensemble.consult(batch.inputs)
-        return {**figures(q, batch.labels), "active": active}
+        answer = ensemble.consult(batch.inputs)
+        return {**figures(answer.q, batch.labels), "active": answer.active}
 
     after = session.measured(test, consult)
     groups = session.groups()
@@ -132,7 +163,11 @@ def write_evaluation(session: Session, attempt: Attempt, name: str, found: dict,
         return
     found = dict(found)
     row = summarise(
-        found["labels"], found["top5"], found["top5_probability"], found["label_probability"], found.pop("squared_error")
+        found["labels"],
+        found["top5"],
+        found["top5_probability"],
+        found["label_probability"],
+        found.pop("squared_error"),
     )
     bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == found["labels"])
     write_json(attempt.path(f"{name}.json"), {
@@ -157,9 +192,9 @@ def specialist_rows(session: Session, generalist, ensemble, active: np.ndarray, 
     """Each specialist on the test examples of its classes, predictions restricted to them, beside the generalist."""
     test, rows = session.shards("test"), []
     for m, members in enumerate(session.groups().members):
-        network = ensemble.specialist(m)
-        if network is None:
+        if m not in ensemble.specialists:
             continue
+        network = ensemble.specialists[m]
         ids = np.flatnonzero(np.isin(test.labels, members))
         row = {"index": m, "classes": len(members), "routed": int(active[:, m].sum()), "n": len(ids)}
         inside = torch.as_tensor(members).to(session.ranks.device)

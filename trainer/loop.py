@@ -16,7 +16,7 @@ from torch import nn
 
 from .checkpoints import load_checkpoint, newest_step, save_checkpoint
 from .config import Engine, Schedule, UserError
-from .data.streams import TrainingStream
+from .data.streams import Batch, TrainingStream
 from .distributed import Ranks, StopSignal, broadcast, gather, sum_over_ranks
 from .engines import build_engine
 from .objectives import Objective
@@ -99,7 +99,7 @@ def train(
     while progress.step < steps and not progress.stopped:
         batch = next(batches).to(ranks.device)
         rate = learning_rate(progress.step, steps, schedule)
-        parts = batch.chunk(schedule.accumulation)
+        parts = micro_batches(batch, schedule.accumulation)
         for index, part in enumerate(parts):
             with driver.accumulating(last=index == len(parts) - 1):
                 with driver.autocast():
@@ -143,6 +143,14 @@ def train(
         "peak_memory_bytes": peak_memory(ranks), "steps": progress.step, "best_step": progress.best_step,
         "stopped_early": progress.stopped, "val": progress.val,
     }  # fmt: skip
+
+
+def micro_batches(batch: Batch, parts: int) -> list[Batch]:
+    """Equal parts of one rank's batch (check_batch_size made sure that they are equal)."""
+    if parts == 1:
+        return [batch]
+    pieces = [tensor.chunk(parts) for tensor in (batch.inputs, batch.labels, batch.ids, batch.source)]
+    return [Batch(*piece) for piece in zip(*pieces, strict=True)]
 
 
 def resume(driver, average, checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:

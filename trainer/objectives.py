@@ -54,5 +54,5 @@ def distil(teacher: Callable[[Batch], Tensor], student: Student) -> Objective:
 def specialist_columns(members: np.ndarray, num_classes: int) -> Tensor:
     """int64 [C]: the column of each class in a specialist's output; |S_m|, the dustbin's, for classes outside."""
     columns = torch.full((num_classes,), len(members), dtype=torch.int64)
-    columns[torch.as_tensor(members)] = torch.arange(len(members))
+    columns[torch.tensor(members)] = torch.arange(len(members))
     return columns

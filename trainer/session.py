@@ -82,14 +82,12 @@ class Session:
         if student is not None:
             model = type(model).model_validate({**model.model_dump(), **student.model})
         shards, data = self.shards("train"), self.config.data
-        scale = 1 / 255 if shards.input_dtype == "uint8" else 1.0
+        dtype = "uint8" if shards.input_dtype == np.uint8 else "float32"
         options = {"width": model.width, "depth": model.depth, "embedding": model.embedding, "dropout": model.dropout}
         spec = ModelSpec(
             builder=model.name, options={**options, **model.options}, num_classes=shards.num_classes,
             class_names=list(shards.class_names),
-            input={"shape": list(shards.input_shape), "dtype": shards.input_dtype, "scale": scale, "mean": data.mean,
-                   "std": data.std},
-            head={"kind": "linear"},
+            input={"shape": shards.input_shape, "dtype": dtype, "mean": data.mean, "std": data.std},
         )  # fmt: skip
         torch.manual_seed(self.config.seed)
         return build_classifier(spec, builders=user_builders(model.name))
@@ -109,7 +107,9 @@ class Session:
             validate=validate, workers=self.config.data.workers,
         )  # fmt: skip
 
-    def measured(self, shards: ShardSet, measure: Callable[[Batch], dict[str, Tensor]], ids=None) -> dict[str, np.ndarray]:
+    def measured(
+        self, shards: ShardSet, measure: Callable[[Batch], dict[str, Tensor]], ids=None
+    ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards (or of `ids`).
 
         Every rank returns the whole.
@@ -132,7 +132,11 @@ class Session:
         """Val; or the training split where val has fewer than `enough` examples per class on average."""
         val = self.shards("val")
         if val.num_samples < enough * val.num_classes:
-            self.say("val has %d examples for %d classes: predictions are measured on train", val.num_samples, val.num_classes)
+            self.say(
+                "val has %d examples for %d classes: predictions are measured on train",
+                val.num_samples,
+                val.num_classes,
+            )
             return self.shards("train")
         return val
 
@@ -154,15 +158,25 @@ class Session:
             for m, members in enumerate(self.groups().members) if m not in skipped
         ]  # fmt: skip
 
-    def ensemble(self, facts: Path | None = None) -> SpecialistEnsemble:
+    def ensemble(self, facts: dict | None = None) -> SpecialistEnsemble:
         """Generalist and specialists of this run, joined as ensemble.json says."""
-        facts = read_json(facts or self.run.combine.path("ensemble.json"))
+        facts = facts or read_json(self.run.combine.path("ensemble.json"))
         without = {*facts["skipped"], *facts["missing"]}
         specialists = {m: self.load(each) for m, each in enumerate(self.run.specialists) if m not in without}
         return SpecialistEnsemble(
             self.load(self.run.generalist), specialists, self.groups(), gate=facts["gate"],
             max_specialists=facts["max_specialists"], combine=facts["combine"], temperatures=facts["temperatures"],
+            weights=facts["weights"], skipped=facts["skipped"], allow_missing=bool(facts["missing"]),
         )  # fmt: skip
+
+    def temperatures(self) -> list[float]:
+        """[1 + M]: 1 for the generalist, and what was fitted for each specialist on val (1 where there is none)."""
+        done = [read_summary(each) if each.is_done else {} for each in self.run.specialists]
+        return [1.0, *(summary.get("temperature", 1.0) for summary in done)]
+
+    def write_json(self, path: Path, value) -> None:
+        if self.ranks.is_main:
+            write_json(path, value)
 
     @property
     def teacher_is_stored(self) -> bool:
@@ -182,7 +196,9 @@ class Session:
         try:
             wider = widen(generalist, wanted[0][0] / shapes[0][0], torch.Generator().manual_seed(self.config.seed))
         except ValueError as mistake:
-            raise UserError(f'{mistake}; a student of another shape than the generalist needs start = "scratch"') from None
+            raise UserError(
+                f'{mistake}; a student of another shape than the generalist needs start = "scratch"'
+            ) from None
         if parameter_shapes(wider) != wanted:
             raise UserError(
                 "a student that starts from the generalist has its options, or its channels and embedding all as many "
@@ -259,5 +275,3 @@ def open_run(directory: str | Path, ranks: Ranks | None = None) -> RunDirectory:
 
 def start_logging() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-
-

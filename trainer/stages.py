@@ -14,17 +14,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from clustering import ClassGroups, PredictionStatistics, captured_confusion, captured_unlabelled, forecast, group_classes
+from clustering import (
+    ClassGroups,
+    PredictionStatistics,
+    captured_confusion,
+    captured_unlabelled,
+    forecast,
+    group_classes,
+)
 from networks import freeze_norm, set_trainable, specialise
 
 from .config import Schedule, Student, UserError
 from .data.routing import open_routed, route as route_samples
 from .data.streams import Source, TrainingStream, balanced, shuffled
 from .distillation.teachers import stored_teacher, live_teacher, store_answers
-from .evaluation import evaluate_all, validate_classifier, validate_specialist
+from .evaluation import evaluate_all, fit_weight, validate_classifier, validate_specialist
 from .losses import dustbin_shift
 from .objectives import classify, distil, specialise_in
-from .run_directory import Stage, read_json, write_json
+from .run_directory import Stage, write_json
 from .session import Session, read_summary, save_summary
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
@@ -161,27 +168,23 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
 
 
 def combine(session: Session, stage: Stage) -> None:
-    """The joint opinion, eq. 5: what it needs beside the networks, and its answers on the training data, stored once."""
+    """The joint opinion, eq. 5: what it needs beside the networks, fitted on val, and its answers on the training data."""
     config = session.config.ensemble
     with session.attempt(stage) as attempt:
-        if session.ranks.is_main:
-            stages = session.run.specialists
-            absent = [m for m, each in enumerate(stages) if not each.is_done]
-            if absent and not config.allow_missing:
-                raise UserError(f"specialists {absent} are missing; `referral retry`, or set ensemble.allow_missing = true")
-            temperatures = [
-                read_summary(each).get("temperature", 1.0) if each.is_done and config.temperatures else 1.0
-                for each in stages
-            ]
-            write_json(attempt.path("ensemble.json"), {
-                "schema": 1, "gate": config.gate, "max_specialists": config.max_specialists, "combine": config.combine,
-                "temperatures": temperatures, "skipped": sorted(session.skipped()), "missing": absent,
-            })  # fmt: skip
-        session.barrier()
+        absent = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
+        if absent and not config.allow_missing:
+            raise UserError(f"specialists {absent} are missing; `referral retry`, or set ensemble.allow_missing = true")
+        facts = {
+            "schema": 1, "gate": config.gate, "max_specialists": config.max_specialists, "combine": config.combine,
+            "temperatures": session.temperatures() if config.temperatures else None, "weights": None,
+            "skipped": sorted(session.skipped()), "missing": absent,
+        }  # fmt: skip
+        if config.fit_weight:
+            facts["weights"] = fit_weight(session, session.ensemble(facts))
+        session.write_json(attempt.path("ensemble.json"), facts)
         if session.teacher_is_stored:
-            store_answers(session, session.ensemble(attempt.path("ensemble.json")), attempt)
-    if session.ranks.is_main:
-        write_json(session.run.root / "ensemble.json", read_json(stage.path("ensemble.json")))
+            store_answers(session, session.ensemble(facts), attempt)
+    session.write_json(session.run.root / "ensemble.json", facts)
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
@@ -291,4 +294,3 @@ def count_steps(schedule: Schedule, examples: int) -> int:
 def specialist_steps(schedule: Schedule, examples: int) -> int:
     """An epoch of a specialist is one pass over its own classes, which fill `fraction` of each batch."""
     return count_steps(schedule, math.ceil(examples / schedule.fraction))
-
