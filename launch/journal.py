@@ -1,4 +1,4 @@
-"""RUN/jobs.json: what the launcher knows of its jobs.  A reader joins it with the stages' own markers and the live processes."""
+"""RUN/jobs.json: what the launcher noted of its jobs; a reader joins it with the stages' markers and live processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.run_directory import read_json, write_json
 
 @dataclass
 class JobRecord:
-    """state: waiting | running | done | failed | blocked | interrupted.  log_start: where this attempt begins in its log."""
+    """state: waiting | running | done | failed | blocked | interrupted.  log_start: where this attempt's log begins."""
 
     state: str = "waiting"
     pid: int | None = None

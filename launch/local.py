@@ -9,23 +9,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import trainer.run_directory
 from trainer.config import UserError
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, Stage
 
 from .display import Display
-from .journal import Journal, JobRecord, birth, end_of_log
+from .journal import JobRecord, Journal, birth, end_of_log
 from .machine import Machine
 from .plan import Job
 
 USERS_MISTAKE, AGAIN, INTERRUPTED = 2, 75, 130  # exit codes
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
 TETHER = Path(trainer.run_directory.__file__).with_name("tether.py")
+TRAINER = [sys.executable, "-m", "trainer"]
 
 
 def torchrun(processes: int) -> list[str]:
@@ -34,16 +35,28 @@ def torchrun(processes: int) -> list[str]:
             "--shutdown-timeout", str(GRACE_S - 3), "--"]  # fmt: skip
 
 
-def trainer_command(job: Job, run: RunDirectory, trainer: list[str] | None = None) -> list[str]:
-    """argv of one job, for the stages that are not done."""
-    return [*(trainer or torchrun(job.processes)), *job.command(job.pending), "--run", str(run.root)]
+def trainer_command(
+    job: Job, run: RunDirectory, stages: Sequence[Stage], trainer: list[str] | None = None
+) -> list[str]:
+    """argv that runs these stages of a job.  trainer: what stands for torchrun and the trainer."""
+    return [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
+
+
+def tethered(command: list[str]) -> list[str]:
+    """The command, made to die with this process."""
+    return [sys.executable, "-I", str(TETHER), str(os.getpid()), *command]
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold RUN/.lock: one launcher per run."""
+    """Make RUN and hold RUN/.lock: one launcher per run."""
     path = run / ".lock"
-    with open(path, "a+") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as mistake:
+        raise UserError(f"{run}: cannot be written: {mistake.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,16 +146,15 @@ class Pool:
 
     def _start(self, job: Job) -> None:
         slots = self.slots[job.name] = [self.free.pop(0) for _ in range(min(job.processes, self.size))]
-        command = trainer_command(job, self.run, self.trainer)
+        command = trainer_command(job, self.run, job.pending, self.trainer)
         log = self.logs / f"{job.name}.txt"
         with open(log, "ab") as output:
             start = output.tell()
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
             output.flush()
             child = subprocess.Popen(
-                [sys.executable, "-I", str(TETHER), str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=self._environment(slots),
-                start_new_session=True,
+                tethered(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+                env=self._environment(slots), start_new_session=True,
             )  # fmt: skip
         self.children[job.name] = child
         attempts = self.journal.jobs[job.name].attempts + 1
@@ -186,7 +198,9 @@ class Pool:
             reason = _reason(code, missing)
             again = code not in (USERS_MISTAKE, AGAIN) and record.attempts <= self.run.config.launch.retries
             self._record(job, state="waiting" if again else "failed", reason=reason, **facts)
-            self.display.event(f"{job.name} failed after {seconds:.0f} s: {reason}" + ("; trying again" if again else ""))
+            self.display.event(
+                f"{job.name} failed after {seconds:.0f} s: {reason}" + ("; trying again" if again else "")
+            )
 
     def _record(self, job: Job, **changes) -> None:
         record = self.journal.jobs[job.name]
@@ -197,7 +211,7 @@ class Pool:
     # The end
 
     def _stop(self) -> None:
-        """Ask every child to write a checkpoint and go; kill those that have not within GRACE_S, or at a second signal."""
+        """Ask every child to write a checkpoint and go; after GRACE_S, or at a second signal, kill the rest."""
         self.display.event(f"stopping {len(self.children)} jobs; they write a checkpoint first")
         self.requested = 0
         for child in self.children.values():
@@ -226,7 +240,9 @@ class Pool:
             if record.exit_code == USERS_MISTAKE and mistakes:
                 self.display.error(*mistakes)
             else:
-                self.display.error(f"error: {name}: {record.reason}; {log} ends:", *(f"    {line}" for line in end[-12:]))
+                self.display.error(
+                    f"error: {name}: {record.reason}; {log} ends:", *(f"    {line}" for line in end[-12:])
+                )
         blocked = [name for name, record in self.journal.jobs.items() if record.state == "blocked"]
         if blocked:
             self.display.error(f"not started for want of these: {', '.join(blocked)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Job:
     def is_done(self) -> bool:
         return not self.pending
 
-    def command(self, stages: list[Stage] | None = None) -> list[str]:
+    def command(self, stages: Sequence[Stage] = ()) -> list[str]:
         """The trainer's arguments, without --run, for `stages` or for all of this job's."""
         names = [stage.directory.name for stage in stages or self.stages]
         if self.kind == "specialist":

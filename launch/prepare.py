@@ -7,42 +7,68 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import tomli_w
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from trainer.config import Config, UserError, load_config
 from trainer.run_directory import RunDirectory, Stage, read_json, write_json, write_text
 
-from .plan import plan, save_graph
+from .plan import Job, save_graph
 
 SPLITS = ("train", "val", "test")
 OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys that no stage's figures depend on
-PACKAGES = ("referral", "torch", "numpy", "scipy", "scikit-learn", "deepspeed", "webdataset", "safetensors", "timm", "pillow")
+PACKAGES = (
+    "referral",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "deepspeed",
+    "webdataset",
+    "safetensors",
+    "timm",
+    "pillow",
+)
 
 
-def prepare(config: Config, root: Path, force: bool = False, beside: tuple[str, ...] = ()) -> RunDirectory:
-    """Lay out RUN for `config`, or check that it is already laid out for it; unchanged files are not touched.
+def check(
+    config: Config, root: Path, force: bool = False, beside: tuple[str, ...] = ()
+) -> tuple[RunDirectory, list[Stage]]:
+    """The run that `config` makes of RUN, and the stages that another config made there.  Nothing is written.
 
-    force: clear the stages that another config made.  beside: names that a directory that is no run yet may hold.
-    Raises UserError before anything is written.
+    force: those stages may be redone.  beside: names that a directory that is no run yet may hold.
+    Raises UserError for whatever can be known to be wrong without torch.
     """
-    root = Path(root)
     config = absolute(config)
     check_lengths(config)
     check_data(config)
-    _check_place(root, beside)
+    check_place(root, beside)
     run = RunDirectory(root, config)
     check_classes(run)
     stale = _stale_stages(run)
     if stale and not force:
         raise UserError(_explain_stale(run, stale))
-    _write(run, stale)
-    return run
+    return run, stale
+
+
+def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
+    """Clear the stale stages and write config.toml and graph.json; what says the same already is not touched."""
+    try:
+        for stage in reversed(stale):  # what stands behind goes first
+            stage.clear()
+        text = tomli_w.dumps(run.config.dump())
+        path = run.root / "config.toml"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
+        save_graph(jobs, run.root / "graph.json")
+    except OSError as mistake:
+        raise UserError(f"{run.root}: cannot be written: {mistake.strerror}") from None
 
 
 def absolute(config: Config) -> Config:
@@ -55,11 +81,13 @@ def absolute(config: Config) -> Config:
 
 
 def _absolute_pattern(pattern: str) -> str:
-    return "::".join(source if _is_remote(source) else os.path.abspath(source) for source in pattern.split("::") if source)
+    return "::".join(
+        source if _is_remote(source) else os.path.abspath(source) for source in pattern.split("::") if source
+    )
 
 
 def _is_remote(source: str) -> bool:
-    return "://" in source or source.startswith("pipe:")
+    return re.match(r"[a-z][a-z0-9+.-]*:", source) is not None
 
 
 # Checks
@@ -99,21 +127,19 @@ def _missing(source: str, split: str) -> list[str]:
         return []
     try:
         names = list(braceexpand(source))
-    except ValueError as mistake:
-        return [str(mistake)]
-    absent = [name for name in names if not os.path.exists(name) and not glob.glob(name)]
-    if not absent:
-        return []
-    if len(absent) == len(names):
-        return ["no shard matches"]
-    return [f"{len(absent)} of its {len(names)} shards are absent, the first is {absent[0]}"]
+    except UnbalancedBracesError:
+        return ["the braces do not match"]
+    found = any(os.path.exists(name) or glob.glob(name) for name in names)
+    return [] if found else ["no shard matches"]
 
 
 def check_classes(run: RunDirectory) -> None:
     """Groups and labels fit the label set, as far as manifest and groups file tell."""
     clusters = run.config.clusters
     if run.num_specialists < 1:
-        key = f"clusters.groups_file = {clusters.groups_file} holds" if clusters.groups_file else "clusters.num_groups ="
+        key = (
+            f"clusters.groups_file = {clusters.groups_file} holds" if clusters.groups_file else "clusters.num_groups ="
+        )
         raise UserError(f"{key} {run.num_specialists} groups; at least one is needed")
     num_classes, source = _num_classes(run.config)
     if num_classes is None:
@@ -167,7 +193,7 @@ def _manifest(pattern: str) -> tuple[Path, dict] | None:
 # The directory
 
 
-def _check_place(root: Path, beside: tuple[str, ...]) -> None:
+def check_place(root: Path, beside: tuple[str, ...]) -> None:
     """RUN is a run, empty, or absent below a directory that can be written."""
     try:
         if root.exists() and not root.is_dir():
@@ -176,7 +202,9 @@ def _check_place(root: Path, beside: tuple[str, ...]) -> None:
             others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
             others = [name for name in others if name not in beside]
             if others and "config.toml" not in others:
-                raise UserError(f"{root} holds {others[0]} and is not a run (no config.toml); choose an empty or a new directory")
+                raise UserError(
+                    f"{root} holds {others[0]} and is not a run (no config.toml); choose an empty or a new directory"
+                )
         existing = next(path for path in (root, *root.absolute().parents) if path.exists())
     except OSError as mistake:
         raise UserError(f"{root}: cannot be read: {mistake.strerror}") from None
@@ -219,20 +247,6 @@ def _flat(values: dict, prefix: str = "") -> dict:
 def _short(value) -> str:
     text = "not set" if value is None else json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _write(run: RunDirectory, stale: list[Stage]) -> None:
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        for stage in reversed(stale):  # what stands behind goes first
-            stage.clear()
-        text = tomli_w.dumps(run.config.dump())
-        path = run.root / "config.toml"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_text(path, text)
-        save_graph(plan(run), run.root / "graph.json")
-    except OSError as mistake:
-        raise UserError(f"{run.root}: cannot be written: {mistake.strerror}") from None
 
 
 def save_environment(root: Path) -> None:

@@ -15,7 +15,7 @@ from rich.text import Text
 from trainer.config import UserError, load_config
 from trainer.run_directory import RunDirectory, Stage
 
-from .journal import Journal, JobRecord, end_of_log
+from .journal import JobRecord, Journal, end_of_log
 from .plan import Job
 
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately

@@ -1,7 +1,7 @@
 """Replace this process by a command that dies with its parent:  python -I tether.py PARENT_PID COMMAND...
 
-A killed launcher or torchrun agent must leave no process that trains on alone.  Linux only; elsewhere the command just runs.
-The request survives exec, and is made here, before the command's slow imports begin.
+A killed launcher or torchrun agent must leave no process that trains on alone.  The request survives exec, and is made
+here, before the command's slow imports begin.  Linux only; elsewhere the command just runs.
 """
 
 import ctypes

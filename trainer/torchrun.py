@@ -2,8 +2,8 @@
 
     python -m trainer.torchrun [torchrun's options] -- STAGE --run DIR ...
 
-Its exit code is that of the rank that failed first (torchrun's is always 1), so that 2, the user's mistake, and 75, start
-me again, reach the runner.  And the ranks die with this process, from their first instant.
+Its exit code is that of the rank that failed first (torchrun's is always 1), so that 2, the user's mistake, and 75,
+start me again, reach the runner.  And the ranks die with this process, from their first instant.
 """
 
 import os
@@ -21,8 +21,10 @@ def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them; `arguments` are torchrun's options, then the trainer's own."""
     first = next((index for index, word in enumerate(arguments) if word == "--"), None)
     assert first is not None, "write -- between torchrun's options and the trainer's"
-    trainer = [sys.executable, "-I", str(TETHER), str(os.getpid()), sys.executable, "-m", "trainer"]
-    options = get_args_parser().parse_args([*arguments[:first], "--no-python", *trainer, *arguments[first + 1 :]])
+    # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path; it never sees it.
+    options = get_args_parser().parse_args([*arguments[:first], "--no-python", sys.executable])
+    tether = ["-I", str(TETHER), str(os.getpid())]
+    options.training_script_args = [*tether, sys.executable, "-m", "trainer", *arguments[first + 1 :]]
     try:
         run(options)
     except ChildFailedError as mistake:

@@ -1,0 +1,250 @@
+"""The command line `referral`.  Exit codes: 0 done, 1 a job failed, 2 a mistake of the user's, 130 interrupted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from trainer.config import Config, UserError, load_config
+from trainer.run_directory import RunDirectory, Stage
+
+from . import demo as demos
+from .display import Display
+from .journal import read_journal
+from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, trainer_command
+from .machine import this_machine
+from .plan import Job, plan
+from .prepare import check, check_place, lay_out, save_environment
+from .results import show_results
+from .status import failures, open_run, statuses, summary, table
+
+app = typer.Typer(
+    help="A generalist, specialists for the classes that it confuses, one distribution, one student.",
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+FAKE: list[str] | None = None  # a command that stands for the trainer, in tests
+
+
+class Runner(StrEnum):
+    local = "local"
+    slurm = "slurm"
+
+
+RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="The run's directory, made if absent.")]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key: --set train.steps=500. May be repeated."),
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Redo the stages that another config made.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="Print the jobs; write and start nothing.")]
+OnOption = Annotated[Runner, typer.Option("--on", help="Where the jobs run.")]
+ConfigArgument = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG.toml", help="The config; without one, that of the run itself.")
+]
+DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
+
+
+@app.command()
+def run(
+    run: RunOption,
+    config: ConfigArgument = None,
+    on: OnOption = Runner.local,
+    dry_run: DryOption = False,
+    force: ForceOption = False,
+    set: SetOption = [],  # noqa: B006
+) -> int:
+    """Start a run, or go on with it: what is done is not done again."""
+    return start(_config(config, run, set), run, on, force, dry_run)
+
+
+@app.command()
+def prepare(
+    run: RunOption,
+    config: ConfigArgument = None,
+    force: ForceOption = False,
+    set: SetOption = [],  # noqa: B006
+) -> int:
+    """Check the config and lay out the run's directory; start nothing."""
+    found, stale = check(_config(config, run, set), run, force)
+    with locked(run):
+        lay_out(found, plan(found, this_machine(found.config).ranks), stale)
+    _console().print(Text(f"{run} is ready: referral run --run {shlex.quote(str(run))}"), soft_wrap=True)
+    return 0
+
+
+@app.command()
+def demo(
+    run: RunOption = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the data and of all training.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps.")
+    ] = False,
+    force: ForceOption = False,
+    set: SetOption = [],  # noqa: B006
+) -> int:
+    """The whole job on glyph images that it renders itself."""
+    config = demos.demo_config(run, seed, quick, set)
+    _console().print(Text(demos.announcement(run, quick)), soft_wrap=True)
+    check_place(run, beside=("data",))
+    if not demos.has_glyphs(run, seed, quick):
+        with locked(run):
+            demos.make_glyphs(run, seed, quick, FAKE)
+    return start(config, run, Runner.local, force, beside=("data",))
+
+
+@app.command()
+def status(
+    directory: DirArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every second, until all is done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> int:
+    """Every stage: waiting, running, done, failed."""
+    found = open_run(directory)
+    jobs, console = plan(found), _console()
+    if as_json:
+        stages = [asdict(stage) for stage in statuses(found, jobs, read_journal(found.root))]
+        print(json.dumps({"run": str(found.root), "stages": stages}, indent=2))
+        return 0
+    if watch and console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                stages = statuses(found, jobs, read_journal(found.root))
+                live.update(table(stages, summary(stages)), refresh=True)
+                if all(stage.state == "done" for stage in stages):
+                    return 0
+                time.sleep(1)
+    journal = read_journal(found.root)
+    stages = statuses(found, jobs, journal)
+    console.print(Text(summary(stages)))
+    console.print(table(stages))
+    for line in failures(found, stages, journal):
+        console.print(Text(line), soft_wrap=True)
+    return 0
+
+
+@app.command()
+def report(directory: DirArgument) -> int:
+    """Write results.json and report.html of an evaluated run anew."""
+    found = open_run(directory)
+    if not found.evaluate.is_done:
+        raise UserError(f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}")
+    jobs = [job for job in plan(found) if job.kind == "report"]
+    with locked(found.root):
+        found.report.clear()
+        code = subprocess.run(trainer_command(jobs[0], found, jobs[0].stages, FAKE or TRAINER)).returncode
+    if code == 0:
+        show_results(found, _console())
+    return code
+
+
+def _pass_on(name: str, text: str) -> None:
+    """A command whose work needs torch: its arguments go to `python -m trainer NAME` as they are."""
+
+    @app.command(name, help=text, add_help_option=False,
+                 context_settings={"allow_extra_args": True, "ignore_unknown_options": True})  # fmt: skip
+    def command(context: typer.Context) -> int:
+        return subprocess.run([*(FAKE or TRAINER), name, *context.args]).returncode
+
+
+_pass_on("shards", "Make, convert and check shards: glyphs | folder | arrays | from-webdataset | index | validate.")
+_pass_on("export", "Write the ensemble or a student as one bundle.")
+_pass_on("predict", "Classify files with a finished run.")
+_pass_on("doctor", "Check this machine and what is installed.")
+
+
+# What run and demo share
+
+
+def start(
+    config: Config, root: Path, on: Runner, force: bool, dry_run: bool = False, beside: tuple[str, ...] = ()
+) -> int:
+    """Check, lay out, run what is not done, and print the results."""
+    if on is Runner.slurm:
+        raise UserError("--on slurm is not built yet; leave it out to run on this machine")
+    found, stale = check(config, root, force, beside)
+    machine = this_machine(found.config)
+    jobs, console = plan(found, machine.ranks), _console()
+    if dry_run:
+        show_plan(found, jobs, stale, console)
+        return 0
+    if not all(job.is_done for job in jobs):
+        with locked(found.root):
+            lay_out(found, jobs, stale)
+            save_environment(found.root)
+            with Display(console) as display:
+                code = Pool(found, jobs, machine, display, FAKE).execute()
+        if code or not all(job.is_done for job in jobs):
+            return code
+    show_results(found, console)
+    return 0
+
+
+def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:
+    """The jobs, and below them the command that each would run now, longest chain first."""
+    redone = {stage.place for stage in stale}
+    left = {job.name: [s for s in job.stages if not s.is_done or s.place in redone] for job in jobs}
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("job", "stages", "processes", "waits for", "state"):
+        rows.add_column(column, overflow="fold", no_wrap=column == "job")
+    for job in jobs:
+        stages = _shortened([stage.place for stage in job.stages])
+        state = "to run" if left[job.name] else "done"
+        cells = (job.name, stages, str(job.processes), _shortened(job.waits_for), state)
+        rows.add_row(*(Text(cell) for cell in cells))
+    console.print(rows)
+    for job in sorted(jobs, key=lambda job: -job.chain):
+        if left[job.name]:
+            console.print(Text(shlex.join(trainer_command(job, run, left[job.name], FAKE))), soft_wrap=True)
+
+
+def _shortened(names: Sequence[str], most: int = 4) -> str:
+    listed = ", ".join(names[:most])
+    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
+    if path is None and not (root / "config.toml").is_file():
+        raise UserError(f"{root} is not a run yet; name the config that it is to be made of")
+    return load_config(path or root / "config.toml", overrides)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def main() -> int:
+    try:
+        return app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+    except UserError as mistake:
+        _complain(str(mistake))
+        return USERS_MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as mistake:
+        if not hasattr(mistake, "format_message"):  # how typer's usage errors are told from ours
+            raise
+        _complain(mistake.format_message())
+        return USERS_MISTAKE
+
+
+def _complain(text: str) -> None:
+    print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""`referral demo`: the main job on glyph images that it renders itself."""
+
+from __future__ import annotations
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+from trainer.config import Config, UserError, load_config
+from trainer.run_directory import read_json, write_json
+
+from .local import TRAINER, tethered
+
+DEMO = """
+[data]
+augment = "shift"
+
+[model]
+name = "convnet"
+
+[train]
+steps = 3000
+batch_size = 256
+learning_rate = 3e-3
+
+[clusters]
+num_groups = 16
+
+[specialists]
+steps = 400
+learning_rate = 1e-3
+
+[students.main]
+steps = 1500
+
+[students.wide]
+steps = 1500
+model = { width = 32 }
+"""
+
+QUICK = [
+    "train.steps=200", "clusters.num_groups=4", "specialists.steps=40",
+    "students.main.steps=60", "students.wide.steps=60",
+]  # fmt: skip
+
+GLYPHS: dict[str, str] = {}  # options of `referral shards glyphs`
+QUICK_GLYPHS = {"classes": "120"}
+
+
+def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Config:
+    """The demo's config with its data in RUN/data."""
+    base = tomllib.loads(DEMO)
+    base["seed"] = seed
+    base["data"] |= {split: str(root / "data") for split in ("train", "val", "test")}
+    return load_config(None, [*(QUICK if quick else []), *overrides], base)
+
+
+def announcement(root: Path, quick: bool) -> str:
+    if quick:
+        return (
+            f"{root}: only a look at every stage, about 2 minutes on 2 cores; fewer classes and steps than the demo, "
+            f"so its figures mean little"
+        )
+    return (
+        f"{root}: renders glyphs, trains a generalist, a specialist for each group of classes that it confuses, "
+        f"controls and students; about 12 minutes on 2 cores"
+    )
+
+
+def has_glyphs(root: Path, seed: int, quick: bool) -> bool:
+    """Whether RUN/data is there and complete.  Raises UserError if it was made with other options."""
+    data = root / "data"
+    if not is_complete(data):
+        return False
+    made_with, wanted = _read(data / "demo.json"), glyph_options(seed, quick)
+    if made_with != wanted:
+        raise UserError(
+            f"{data} was made with {_words(made_with)}, not with {_words(wanted)}; choose another --run, or remove it"
+        )
+    return True
+
+
+def glyph_options(seed: int, quick: bool) -> dict[str, str]:
+    return {"seed": str(seed), **GLYPHS, **(QUICK_GLYPHS if quick else {})}
+
+
+def make_glyphs(root: Path, seed: int, quick: bool, trainer: list[str] | None = None) -> None:
+    """Render RUN/data.  Exits with the renderer's code if it fails."""
+    data, options = root / "data", glyph_options(seed, quick)
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    command = [*(trainer or TRAINER), "shards", "glyphs", "--out", str(data), *words, "--overwrite"]
+    code = subprocess.run(tethered(command)).returncode
+    if code:
+        raise SystemExit(code)
+    write_json(data / "demo.json", options)
+
+
+def is_complete(data: Path) -> bool:
+    """Whether every shard that the manifest names is there in full."""
+    manifest = _read(data / "manifest.json")
+    if not manifest or not {"train", "val", "test"} <= set(manifest["splits"]):
+        return False
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    return all(_size(data / shard["name"]) == shard["bytes"] for shard in shards)
+
+
+def _words(options: dict | None) -> str:
+    return " ".join(f"--{key} {value}" for key, value in (options or {}).items()) or "other options"
+
+
+def _read(path: Path):
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
