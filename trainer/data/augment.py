@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import UserError
-from .decoding import named_function
+from .decoding import import_function
 
 
 @dataclass(frozen=True)
@@ -60,5 +60,5 @@ def find_augment(name: str | None) -> Augment | None:
         return BUILT_IN[name]
     if ":" not in name:
         raise UserError(f"data.augment = {name!r}: none, {', '.join(BUILT_IN)}, or module:function")
-    function = named_function(name, "data.augment")
+    function = import_function(name, "data.augment")
     return Augment(function, int(getattr(function, "numbers", 8)))

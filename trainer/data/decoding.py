@@ -67,7 +67,7 @@ BUILT_IN: dict[str, Decoder] = {
 }  # fmt: skip
 
 
-def named_function(name: str, key: str) -> Callable:
+def import_function(name: str, key: str) -> Callable:
     """The function that the config's `key` names as module:function.  Raises UserError."""
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
@@ -86,7 +86,7 @@ def named_function(name: str, key: str) -> Callable:
 
 def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:
     """The built-in table with the config's data.decoders on top."""
-    named = {extension.lower().lstrip("."): named_function(name, f"data.decoders.{extension}")
+    named = {extension.lower().lstrip("."): import_function(name, f"data.decoders.{extension}")
              for extension, name in decoders.items()}  # fmt: skip
     return BUILT_IN | named
 
