@@ -1,6 +1,10 @@
-import pytest
+import tomllib
+from pathlib import Path
 
-from trainer.config import UserError, load_config, save_config
+import pytest
+from pydantic import BaseModel
+
+from trainer.config import Config, Schedule, Student, UserError, load_config, save_config
 
 
 def test_a_saved_config_loads_back_equal(tmp_path):
@@ -47,3 +51,17 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     (tmp_path / "broken.toml").write_text("[data\n")
     with pytest.raises(UserError, match="not valid TOML"):
         load_config(tmp_path / "broken.toml")
+
+
+def test_the_documented_config_is_valid_and_names_every_key():
+    text = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
+    documented = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
+    assert load_config(None, [], documented)
+    for name, field in Config.model_fields.items():
+        section = Student if name == "students" else field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        keys = {f.alias or key for key, f in section.model_fields.items()}
+        written = set(documented["students"]["main"] if name == "students" else documented[name])
+        inherited = set(Schedule.model_fields) if name != "train" else {"epochs"}
+        assert keys - inherited <= written, name

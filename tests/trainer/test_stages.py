@@ -2,14 +2,11 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from clustering import ClassGroups
