@@ -1,6 +1,6 @@
 """What a finished run says: results.json and report.html."""
 
-_EXPORTS = {"collect": "results", "verdict": "results", "table": "results", "write_report": "page"}
+_EXPORTS = {"collect": "results", "verdict": "results", "write_report": "page"}
 
 __all__ = list(_EXPORTS)
 

@@ -1,7 +1,7 @@
 """report.html: one self-contained file that shows what the run found, for whoever has only this file.
 
-No script, no request: plots are inline SVG, pictures data: URIs, and a Content-Security-Policy forbids the rest.  Class names
-are anybody's text: the template escapes everything that is not Markup, and only plots.py makes Markup.
+No script, no request: plots are inline SVG, pictures data: URIs, and a Content-Security-Policy forbids the rest.  Class
+names are anybody's text: the template escapes everything that is not Markup, and only plots.py makes Markup.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 import tomli_w
 
 from ..run_directory import RunDirectory, Stage, read_json, write_json, write_text
-from . import plots, results as figures, tables
+from . import plots, tables
+from . import results as figures
 from .pictures import pictures, why_no_pictures
 
 MOST_GROUPS, MOST_TILES, MOST_EXAMPLES, MOST_SPECIALISTS, MOST_CURVES = 24, 16, 12, 100, 5
@@ -31,8 +32,8 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 def write_report(run: RunDirectory, directory: Path, images=None, class_counts: Sequence[int] | None = None) -> dict:
     """Write results.json and report.html into `directory`; returns the results.
 
-    images: the test split's ShardSet, for its pictures.  class_counts: [C], the training examples of each class; absent, the
-    manifest beside the train shards says, else the test labels stand in.  Raises UserError if the run is not evaluated.
+    images: the test split's ShardSet, for its pictures.  class_counts: [C], training examples of each class; absent,
+    the manifest beside the train shards says, else the test labels stand in.  UserError if the run is not evaluated.
     """
     results = figures.collect(run)
     directory = Path(directory)
@@ -55,7 +56,7 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
     page = environment.get_template("template.html.j2").render(
         verdict=figures.verdict(results),
         students_say=[line for name in results["students"] if (line := figures.student_verdict(results, name))],
-        wins=not _beaten(results),
+        wins=figures.wins(results),
         title=run.root.resolve().name,
         results=results,
         missing=evidence.missing,
@@ -79,6 +80,7 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
         stages=stage_times(run),
         config=tomli_w.dumps(run.config.dump()),
     )
+    page = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", page)
     # A lone surrogate cannot be written as UTF-8, and HTML has no NUL: class names may hold either.
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page).encode("utf-8", "replace").decode("utf-8")
 
@@ -91,6 +93,7 @@ class Evidence:
         self.ensemble = figures.read_evaluation(run.evaluate, "ensemble")
         self.missing = sorted(self.ensemble.get("missing") or [])
         self.clusters = figures.read_file(run.cluster, "summary.json") or {}
+        self.skipped = self.clusters.get("skipped") or []
         self.groups = [np.asarray(m, dtype=np.int64) for m in figures.read_file(run.cluster, "groups.json")["members"]]
         self._class_counts = class_counts
 
@@ -151,7 +154,7 @@ class Evidence:
 
     @cached_property
     def coverage(self) -> list[dict]:
-        absent = {*self.missing, *(self.clusters.get("skipped") or [])}
+        absent = {*self.missing, *self.skipped}
         covering = tables.covering_specialists(self.groups, self.num_classes, absent)
         return tables.coverage_table(self.labels, self.right["generalist"], self.right["ensemble"], covering)
 
@@ -166,7 +169,7 @@ class Evidence:
         return one.get("gain") if isinstance(one, dict) else one
 
     def changes(self, m: int) -> tuple[int, int] | None:
-        """Of the test examples that specialist m was asked about: how many the ensemble put right, how many it spoilt."""
+        """Of the test examples routed to specialist m: how many the ensemble put right, how many it spoilt."""
         active = self.after.get("active")
         if active is None or m >= active.shape[1]:
             return None
@@ -180,11 +183,11 @@ def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:
     try:
         manifest = read_json((first if first.is_dir() else first.parent) / "manifest.json")
         shards = manifest["splits"]["train"]["shards"]
-        number_of = {str(name): c for c, name in enumerate(manifest.get("classes") or [])}
+        number_of = {name: c for c, name in enumerate(manifest["classes"])}
         counts = np.zeros(num_classes, dtype=np.int64)
         for shard in shards:
             for key, n in shard["class_counts"].items():
-                counts[int(key) if key.isdecimal() else number_of[key]] += n
+                counts[number_of[key]] += n
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
         return None
     return counts if counts.any() else None
@@ -256,28 +259,29 @@ def explanations(evidence: Evidence) -> list[dict]:
     run, config, results = evidence.run, evidence.run.config, evidence.results
     said = {
         "generalist": "One network for all classes. Everything else starts from its weights or its predictions.",
-        "ensemble": f"The generalist and the specialists whose group holds one of the generalist's {config.ensemble.gate} "
-                    "most probable classes, joined to one distribution by eq. 5 of Hinton et al. 2015.",
+        "ensemble": f"The generalist and the specialists whose group holds {_gate(config.ensemble.gate)}, "
+                    "joined to one distribution by eq. 5 of Hinton et al. 2015.",
     }  # fmt: skip
     if "control_wall" in results["controls"]:
         rates, best = config.controls.learning_rates, figures.best_control_wall(run)
         chosen = f"; {rates[best]:.2g} was best" if best is not None else ""
         said["control_wall"] = (
-            f"The generalist trained on, without groups, for as many further examples as one specialist sees{_seen(run, best)}: "
-            "what the same wall-clock time would have given, where all specialists train side by side. "
-            f"Of the peak learning rates {', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest loss on the val "
-            f"split is shown{chosen}. Its cost is that of the one shown; the search is not charged."
+            "The generalist trained on, without groups, for as many further examples as one specialist sees"
+            f"{_seen(run, best)}: what the same wall-clock time would have given, where all specialists train side by "
+            f"side. Of the peak rates {', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest loss "
+            f"on the val split is shown{chosen}."
         )
     if "control_compute" in results["controls"]:
         said["control_compute"] = (
             "The generalist trained on, without groups, for as many further examples as all specialists saw together"
             f"{_seen(run, 'control_compute')}, at the same rate: what equal total compute does for a single network. "
-            "Where the generalist is not yet converged this is the hard one to beat."
+            "Where the generalist is not yet converged this is the one hard to beat. The search for the rate is not "
+            "charged."
         )
     if "student_hard" in results["controls"]:
         said["student_hard"] = (
-            "The twin of the student main: the same network, start, steps and order of examples, but hard labels only. The "
-            "difference between the two is what the ensemble taught."
+            "The twin of the student main: the same network, start, steps and order of examples, but hard labels only. "
+            "The difference between the two is what the ensemble taught."
         )
     for name, student in config.students.items():
         if name not in results["students"]:
@@ -288,10 +292,14 @@ def explanations(evidence: Evidence) -> list[dict]:
             taught += f" and the labels with weight {student.hard_weight:.2g}"
         said[f"student {name}"] = (
             f"One network {f'with {size}' if size else 'of the generalist’s size'}, trained on {taught}, starting "
-            f"{'as the generalist' if student.start == 'generalist' else 'from fresh weights'}. At inference it costs one "
-            "forward pass."
+            f"{'as the generalist' if student.start == 'generalist' else 'from fresh weights'}. "
+            "At inference it costs one forward pass."
         )
     return [{"name": name, "kind": kind_of(name), "text": text} for name, text in said.items()]
+
+
+def _gate(n: int) -> str:
+    return "the generalist's most probable class" if n == 1 else f"one of the generalist's {n} most probable classes"
 
 
 def _seen(run: RunDirectory, which: int | str | None) -> str:
@@ -320,7 +328,7 @@ def cost_plots(results: dict) -> list[dict]:
 
 
 def read_metrics(stage: Stage | None) -> dict[str, list[tuple[float, float]]]:
-    """metrics.jsonl as curves {"loss", "val/top1", "val/loss", ...}; a step that was trained twice counts as its last time."""
+    """metrics.jsonl as curves {"loss", "val/top1", "val/loss", ...} over steps; of a step trained twice the last."""
     if stage is None or stage.done() is None:
         return {}
     try:
@@ -341,32 +349,46 @@ def read_metrics(stage: Stage | None) -> dict[str, list[tuple[float, float]]]:
 
 def learning_curves(run: RunDirectory) -> list[dict]:
     """Two families of curves, each as training loss and as val top-1: whole-label-set networks, and specialists."""
-    whole = [("generalist", run.generalist)]
+    base = over_examples(read_metrics(run.generalist))
+    ends = max((points[-1][0] for points in base.values()), default=0)
+    whole = {"generalist": base}
     best = figures.best_control_wall(run)
     if best is not None:
-        whole.append(("control_wall", run.controls[f"control_wall-{best}"]))
-    whole += [(name, stage) for name, stage in run.controls.items() if not name.startswith("control_wall-")]
-    whole += [(f"student {name}", stage) for name, stage in run.students.items()]
+        whole["control_wall"] = over_examples(read_metrics(run.controls[f"control_wall-{best}"]), ends)
+    for name, stage in run.controls.items():
+        if not name.startswith("control_wall-"):
+            twin = name == "student_hard" and run.config.students["main"].start == "scratch"
+            whole[name] = over_examples(read_metrics(stage), 0 if twin else ends)
+    for name, stage in run.students.items():
+        goes_on = run.config.students[name].start == "generalist"
+        whole[f"student {name}"] = over_examples(read_metrics(stage), ends if goes_on else 0)
     done = [m for m, stage in enumerate(run.specialists) if read_metrics(stage)]
-    few = [(f"specialist {m}", run.specialists[m]) for m in tables.spread(done, MOST_CURVES)]
+    few = {f"specialist {m}": over_examples(read_metrics(run.specialists[m])) for m in tables.spread(done, MOST_CURVES)}
     found = []
     for title, family in (("The generalist, controls and students", whole), (_some(len(few), len(done)), few)):
-        curves = {name: read_metrics(stage) for name, stage in family}
         for key, label in (("loss", "training loss"), ("val/top1", "val top-1")):
             series = [
-                {"name": name, "kind": kind_of(name) if family is whole else f"curve{index}", "dashed": kind_of(name) == "hard",
-                 "points": tables.curve(found_here[key])}
-                for index, (name, found_here) in enumerate(curves.items()) if found_here.get(key)
+                {"name": name, "kind": kind_of(name) if family is whole else f"curve{index}",
+                 "dashed": kind_of(name) == "hard", "points": tables.curve(curves[key])}
+                for index, (name, curves) in enumerate(family.items()) if curves.get(key)
             ]  # fmt: skip
             drawing = plots.lines(
-                series, "step", label, log_y=key == "loss", markers=key != "loss",
-                y_text=plots.short if key == "loss" else plots.whole_percent, title=f"{title}: {label}",
+                series, "examples seen", f"{label}, logarithmic" if key == "loss" else label, log_y=key == "loss",
+                markers=key != "loss", y_text=plots.short if key == "loss" else plots.whole_percent,
+                title=f"{title}: {label}",
             )  # fmt: skip
             if drawing:
-                note = ", logarithmic" if key == "loss" else ""
-                found.append({"svg": drawing, "caption": f"{title}: {label}{note}",
-                              "legend": [(one["name"], one["kind"]) for one in series]})  # fmt: skip
+                legend = [(one["name"], one["kind"]) for one in series]
+                found.append({"svg": drawing, "caption": title, "legend": legend})
     return found
+
+
+def over_examples(curves: dict, start: float = 0) -> dict[str, list[tuple[float, float]]]:
+    """The same curves over examples seen, counted from `start`: one that goes on from another begins at its end."""
+    if not curves.get("examples"):
+        return {}
+    step, examples = curves.pop("examples")[-1]
+    return {key: [(start + x * examples / step, y) for x, y in points] for key, points in curves.items()}
 
 
 def _some(shown: int, of: int) -> str:
@@ -379,8 +401,8 @@ def captured_bars(evidence: Evidence) -> dict:
     bars = [
         ("test errors inside a group", clusters["captured_confusion"], "ensemble"),
         ("chance: random groups of these sizes", clusters["chance"], "chance"),
-        ("val errors inside a group", summary.get("captured"), "student"),
-        ("without labels, from predictions alone", clusters["captured_unlabelled"], "student"),
+        ("val errors inside a group", summary.get("captured"), "generalist"),
+        ("expected on val without labels, from predictions alone", clusters["captured_unlabelled"], "generalist"),
     ]
     sizes = clusters["sizes"] or [len(members) for members in evidence.groups]
     memberships = np.bincount(np.concatenate(evidence.groups), minlength=evidence.num_classes)
@@ -416,7 +438,7 @@ def group_cards(evidence: Evidence) -> dict:
             shown = len(families)
         card |= {"families": families, "rest": card["size"] - shown, "forecast": evidence.forecast(m),
                  "specialist": evidence.specialist.get(m), "changes": evidence.changes(m),
-                 "missing": m in evidence.missing, "skipped": m in (evidence.clusters.get("skipped") or [])}  # fmt: skip
+                 "missing": m in evidence.missing, "skipped": m in evidence.skipped}  # fmt: skip
     return {"cards": cards[:MOST_GROUPS], "rest": max(len(cards) - MOST_GROUPS, 0)}
 
 
@@ -427,12 +449,12 @@ def specialist_rows(evidence: Evidence) -> dict:
         if row.get("conditional_before") is not None and row.get("conditional_after") is not None
     ]  # fmt: skip
     if not known:
-        return {"rows": [], "rest": 0, "before": None, "after": None, "unmeasured": len(evidence.results["specialists"])}
+        return {"rows": [], "rest": 0, "before": None, "unmeasured": len(evidence.results["specialists"])}
     values = [row[key] for row in known for key in ("conditional_before", "conditional_after")]
     low, high = min(values), max(values)
     rows = [
-        {**row, "difference": row["conditional_after"] - row["conditional_before"], "forecast": evidence.forecast(row["index"]),
-         "changes": evidence.changes(row["index"]),
+        {**row, "difference": row["conditional_after"] - row["conditional_before"],
+         "forecast": evidence.forecast(row["index"]), "changes": evidence.changes(row["index"]),
          "svg": plots.dumbbell(row["conditional_before"], row["conditional_after"], low, high)}
         for row in known
     ]  # fmt: skip
@@ -446,7 +468,7 @@ def specialist_rows(evidence: Evidence) -> dict:
 
 
 def forecast_plot(evidence: Evidence):
-    """Forecast ceiling on val against what the ensemble healed on test, a point for each group; None without a forecast."""
+    """What the ensemble healed on test against the forecast from val, a point for each group; None without one."""
     points, n = [], len(evidence.labels)
     for m in range(len(evidence.groups)):
         forecast, changes = evidence.forecast(m), evidence.changes(m)
@@ -456,8 +478,9 @@ def forecast_plot(evidence: Evidence):
             points.append({"name": name, "kind": "ensemble", "x": 100 * forecast, "y": 100 * net})
     if not points:
         return None
-    return plots.scatter(points, "forecast: points that a perfect specialist would add (val)",
-                         "net points on the examples routed to it (test)", diagonal=True)  # fmt: skip
+    return plots.scatter(
+        points, "forecast from val: points that a perfect specialist would add", "points gained on test", diagonal=True
+    )
 
 
 def frequency(evidence: Evidence) -> dict:
@@ -496,8 +519,8 @@ def changed_examples(evidence: Evidence) -> list[dict]:
     was, now = evidence.right["generalist"], evidence.right["ensemble"]
     typical = tables.typical_examples(evidence.labels, evidence.before["label_probability"])
     found = []
-    for kind, title, rows in (("good", "Put right", np.flatnonzero(now & ~was)), ("bad", "Spoilt", np.flatnonzero(was & ~now))):
-        examples = []
+    for kind, title, chosen in (("good", "Put right", now & ~was), ("bad", "Spoilt", was & ~now)):
+        rows, examples = np.flatnonzero(chosen), []
         for row in tables.spread(rows, MOST_EXAMPLES).tolist():
             answers = [
                 {"who": who, "c": int(p["top5"][row, 0]), "probability": float(p["top5_probability"][row, 0]),
@@ -553,14 +576,6 @@ def stage_times(run: RunDirectory) -> list[dict]:
         if done is not None and "seconds" in done:
             times.setdefault("specialists" if stage.name == "specialist" else stage.place, []).append(done["seconds"])
     return [{"place": place, "jobs": len(seconds), "seconds": sum(seconds)} for place, seconds in times.items()]
-
-
-def _beaten(results: dict) -> bool:
-    ensemble = results["ensemble"]
-    rivals = [results["generalist"], *results["controls"].values()]
-    return any(
-        figures.errors(row) <= figures.errors(ensemble) or (row["nll"] or 0) < (ensemble["nll"] or 0) for row in rivals
-    )
 
 
 def _signed(value: float, digits: int) -> str:

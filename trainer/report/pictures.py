@@ -39,4 +39,5 @@ def data_uri(pixels: np.ndarray) -> str:
 def pictures(images, rows) -> dict[int, str]:
     """Test rows -> data: URIs."""
     rows = sorted({int(row) for row in rows})
-    return {row: data_uri(pixels) for row, pixels in zip(rows, images.inputs(np.asarray(rows)), strict=True)} if rows else {}
+    pixels = images.inputs(np.asarray(rows)) if rows else []
+    return {row: data_uri(one) for row, one in zip(rows, pixels, strict=True)}

@@ -1,7 +1,7 @@
 """Plots as inline SVG: small pure functions, every colour a CSS class, every text escaped.
 
-A plot is drawn 360 units wide, about a phone's width in pixels, so that its text is readable there and larger on a wide screen.
-A series is {"name", "kind", "points": [(x, y)]}; `kind` chooses the colour (class k-KIND), "faint" and "dashed" the stroke.
+A plot is drawn 360 units wide, about a phone's width in pixels, so that its text is readable there, larger elsewhere.
+A series is {"name", "kind", "points": [(x, y)]}; `kind` chooses the colour (class k-KIND), "dashed" the stroke.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 12, 36
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 36
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -45,34 +45,38 @@ def whole_percent(value: float) -> str:
     return f"{100 * value:.3g} %"
 
 
-def lines(series: Sequence[dict], x_label: str, y_label: str, log_y: bool = False, markers: bool = False,
-          y_text: Callable = short, x_text: Callable = short, y_range=None, x_ticks=None, title: str = "") -> Markup:  # fmt: skip
+def lines(
+    series: Sequence[dict], x_label: str, y_label: str, log_y: bool = False, markers: bool = False,
+    y_text: Callable = short, x_ticks: Sequence[tuple] | None = None, title: str = "",
+) -> Markup:  # fmt: skip
     """Curves over a common x."""
     points = [point for one in series for point in one["points"] if not log_y or point[1] > 0]
     if not points:
         return Markup("")
-    frame = _Frame(points, log_y=log_y, y_range=y_range)
-    body = [frame.axes(x_label, y_label, x_text, y_text, x_ticks)]
+    frame = _Frame(points, log_y=log_y)
+    body = [frame.axes(x_label, y_label, short, y_text, x_ticks)]
     for one in series:
         drawn = [frame.place(x, y) for x, y in one["points"] if not log_y or y > 0]
         if not drawn:
             continue
-        style = " ".join(["line", f"k-{one['kind']}", *(key for key in ("faint", "dashed") if one.get(key))])
+        style = f"line k-{one['kind']}{' dashed' if one.get('dashed') else ''}"
         path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
         body.append(Markup('<path class="{}" d="{}"><title>{}</title></path>').format(style, path, one["name"]))
-        if markers or len(drawn) == 1:
+        if (markers and len(drawn) <= 15) or len(drawn) == 1:
             body.append(Markup("").join(_dot(x, y, one["kind"], one["name"], 3) for x, y in drawn))
     return _svg(body, title or f"{y_label} over {x_label}")
 
 
-def scatter(points: Sequence[dict], x_label: str, y_label: str, log_x: bool = False, x_text: Callable = short,
-            y_text: Callable = short, diagonal: bool = False, title: str = "") -> Markup:  # fmt: skip
+def scatter(
+    points: Sequence[dict], x_label: str, y_label: str, log_x: bool = False, y_text: Callable = short,
+    diagonal: bool = False, title: str = "",
+) -> Markup:  # fmt: skip
     """Named points {"name", "kind", "x", "y"}; those with a "label" carry it beside them."""
     points = [point for point in points if not log_x or point["x"] > 0]
     if not points:
         return Markup("")
     frame = _Frame([(point["x"], point["y"]) for point in points], log_x=log_x, pad=0.1)
-    body = [frame.axes(x_label, y_label, x_text, y_text)]
+    body = [frame.axes(x_label, y_label, short, y_text)]
     if diagonal:
         low, high = max(frame.x[0], frame.y[0]), min(frame.x[1], frame.y[1])
         if low < high:
@@ -105,13 +109,9 @@ def reliability(bins: Sequence[dict], kind: str, title: str) -> Markup:
         share, height = one["count"] / total, size * one["accuracy"]
         said = (f"confidence {whole_percent(one['confidence'])}, right {whole_percent(one['accuracy'])}, "
                 f"{one['count']:,} examples")  # fmt: skip
-        body.append(
-            Markup('<rect class="bar k-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>')
-            .format(kind, x, top + size - height, width, height, said)
-        )  # fmt: skip
+        body.append(_bar(kind, x, top + size - height, width, height, said))
         drop = max(26 * math.sqrt(share), 0.8)  # the root, so that rare bins still show
-        body.append(Markup('<rect class="bar faint k-{}" x="{:.1f}" y="{}" width="{:.1f}" height="{:.1f}"/>')
-                    .format(kind, x, top + size + 6, width, drop))  # fmt: skip
+        body.append(_bar(f"{kind} faint", x, top + size + 6, width, drop, f"{one['count']:,} examples"))
         cx, cy = left + size * one["confidence"], top + size - height
         body.append(Markup('<circle class="dot k-{}" cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(kind, cx, cy))
     body.append(_text(left + size / 2, top + size + 64, "confidence, %", "label middle"))
@@ -138,10 +138,10 @@ def dumbbell(before: float, after: float, low: float, high: float) -> Markup:
 class _Frame:
     """Where a data point lies on the drawing."""
 
-    def __init__(self, points, log_x=False, log_y=False, pad=0.04, y_range=None):
+    def __init__(self, points, log_x=False, log_y=False, pad=0.04):
         self.log_x, self.log_y = log_x, log_y
         self.x = self._range([x for x, _ in points], log_x, pad)
-        self.y = y_range or self._range([y for _, y in points], log_y, max(pad, 0.06))
+        self.y = self._range([y for _, y in points], log_y, max(pad, 0.06))
 
     @staticmethod
     def _range(values, log, pad):
@@ -176,6 +176,7 @@ class _Frame:
             x, _ = self.place(value, self.y[0])
             body.append(_text(x, HEIGHT - BOTTOM + 14, text, "tick middle"))
         body.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 5, x_label, "label middle"))
+        body.append(_text(2, 10, y_label, "label"))
         body.append(Markup('<path class="axis" d="M{} {} H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
         return Markup("").join(body)
 
@@ -201,6 +202,12 @@ def _dot(x, y, kind, name, radius) -> Markup:
     return Markup('<circle class="dot k-{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>').format(
         kind, x, y, radius, name
     )
+
+
+def _bar(kind, x, y, width, height, said) -> Markup:
+    return Markup(
+        '<rect class="bar k-{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"><title>{}</title></rect>'
+    ).format(kind, x, y, width, height, said)
 
 
 def _text(x, y, text, style) -> Markup:

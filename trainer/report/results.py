@@ -63,7 +63,7 @@ def read_file(stage: Stage, file: str):
 
 
 def verdict(results: dict) -> str:
-    """One line: is the ensemble better than the generalist and every control?  A control that beats it is named first."""
+    """One line: is the ensemble better than the generalist and every control?  A control that beats it comes first."""
     ensemble, generalist, controls = results["ensemble"], results["generalist"], results["controls"]
     beaten_by = [
         f"{name} beats the ensemble in {' and '.join(where)}"
@@ -79,6 +79,12 @@ def verdict(results: dict) -> str:
     others = f"as many as {' and '.join(ties)}" if ties else "fewer than every control"
     lower = all(_below(ensemble["nll"], row["nll"]) for row in (generalist, *controls.values()))
     return f"The ensemble makes {versus}, {others}{', with the lowest NLL of them all' if lower else ''}."
+
+
+def wins(results: dict) -> bool:
+    """Has the ensemble fewer errors and a lower NLL than the generalist and every control?"""
+    ensemble, rivals = results["ensemble"], [results["generalist"], *results["controls"].values()]
+    return all(errors(ensemble) < errors(row) and _below(ensemble["nll"], row["nll"]) for row in rivals)
 
 
 def student_verdict(results: dict, name: str = "main") -> str | None:
@@ -109,23 +115,6 @@ def share_of_gain(row: dict, results: dict) -> float | None:
 def errors(row: dict) -> int:
     """Top-1 errors, the whole number that n and top1 stand for."""
     return row["n"] - round(row["n"] * row["top1"])
-
-
-def table(results: dict) -> str:
-    """The figures as plain text, the verdict in the first line."""
-    rows = named_rows(results)
-    lines = [verdict(results), ""]
-    width = max(len(name) for name in rows)
-    heads = ("top-1", "top-5", "NLL", "Brier", "ECE", "macro", "examples", "time")
-    lines.append(" " * width + "".join(f"{head:>10}" for head in heads))
-    for name, row in rows.items():
-        cost = row["cost"]
-        cells = [
-            percent(row["top1"]), percent(row["top5"]), *(number(row[key]) for key in ("nll", "brier", "ece")),
-            percent(row["macro_top1"]), count(cost["examples_seen"]), duration(cost["seconds"]),
-        ]  # fmt: skip
-        lines.append(f"{name:<{width}}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
 
 
 def named_rows(results: dict) -> dict[str, dict]:

@@ -11,10 +11,10 @@ import numpy as np
 
 
 def coverage_table(labels, before, after, covering, most: int = 10) -> list[dict]:
-    """The paper's Table 4: gain by the number of specialists that cover the true class.  Hinton et al. 2015, section 5.5.
+    """Gain by the number of specialists that cover the true class.  Hinton et al. 2015, table 4.
 
     before, after: bool [n], right without and with specialists.  covering: int [C], specialists per class.
-    Rows {specialists, n, delta, relative, or_more}; `most` and above share the last row, as in the paper.
+    Rows {specialists, or_more, n, before, after, delta, relative}; `most` and above share a row, as in the paper.
     """
     number = np.minimum(np.asarray(covering)[labels], most)
     rows = []
@@ -57,7 +57,7 @@ def frequency_deciles(class_counts, labels, right: dict, parts: int = 10) -> lis
 
 
 def paired_difference(before, after) -> tuple[float, float]:
-    """Difference of two accuracies on the same examples and half the width of its 95 % interval (normal approximation)."""
+    """Difference of two accuracies on the same examples, and half its 95 % interval (normal approximation)."""
     gained, lost, n = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
     difference = (gained - lost) / n
     return difference, 1.96 * np.sqrt(max((gained + lost) / n - difference**2, 0) / n)

@@ -1,4 +1,4 @@
-"""Runs that no training made: every file that evaluate and the stages before it leave, written through Stage.begin and finish."""
+"""Runs that no training made: the files that evaluate and earlier stages leave, written as the stages write them."""
 
 import json
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ def learning(steps, top1, seed=0):
     for step in range(50, steps + 1, 50):
         done = step / steps
         lines.append({"step": step, "loss": 7 * np.exp(-4 * done) + 0.9 + 0.05 * noise.normal(), "lr": 1e-3,
-                      "examples": 256 * step, "seconds": step / 30, "samples_per_s": 9000.0, "steps": steps})  # fmt: skip
+                      "examples": 256 * step, "seconds": step / 30, "samples_per_s": 9e3, "steps": steps})  # fmt: skip
         if step % (max(steps // 500, 1) * 50) == 0:
             lines.append({"step": step, "val/top1": top1 * (1 - np.exp(-5 * done)), "val/loss": 3 * np.exp(-2 * done)})
     return "".join(json.dumps(line) + "\n" for line in lines)
@@ -84,9 +84,10 @@ def make_run(root, labels, probabilities, members, *, train_counts=None, control
     num_classes, shards = probabilities["generalist"].shape[1], root / "shards"
     shards.mkdir(parents=True)
     if train_counts is not None:
-        halves = [{str(c): int(n) // 2 for c, n in enumerate(train_counts)},
-                  {str(c): int(n) - int(n) // 2 for c, n in enumerate(train_counts)}]  # fmt: skip
-        write_json(shards / "manifest.json", {"schema": 1, "classes": [], "splits": {"train": {
+        called = names or [f"class-{c}" for c in range(num_classes)]
+        halves = [{name: int(n) // 2 for name, n in zip(called, train_counts, strict=True)},
+                  {name: int(n) - int(n) // 2 for name, n in zip(called, train_counts, strict=True)}]  # fmt: skip
+        write_json(shards / "manifest.json", {"schema": 1, "classes": called, "splits": {"train": {
             "samples": int(sum(train_counts)), "shards": [{"name": f"train-{i}.tar", "class_counts": half}
                                                           for i, half in enumerate(halves)]}}})  # fmt: skip
     config = Config.model_validate({
@@ -113,7 +114,9 @@ def make_run(root, labels, probabilities, members, *, train_counts=None, control
     for group in members:
         sharing |= np.isin(labels, group) & np.isin(predicted, group)
     sizes = [len(group) for group in members]
-    conditional = conditional or [(0.7 + 0.2 * i / m, 0.7 + 0.2 * i / m + 0.03 * np.sin(i + 1) + 0.02) for i in range(m)]
+    conditional = conditional or [
+        (0.7 + 0.2 * i / m, 0.7 + 0.2 * i / m + 0.03 * np.sin(i + 1) + 0.02) for i in range(m)
+    ]
     files["ensemble"][0].update(
         specialists=[
             {"index": i, "classes": sizes[i], "routed": int(active[:, i].sum()), "n": int(np.isin(labels, group).sum()),
@@ -138,8 +141,10 @@ def make_run(root, labels, probabilities, members, *, train_counts=None, control
         if stage.name == "generalist":
             write_json(attempt.path("model.json"), {"schema": 1, "class_names": names})
         if stage.name == "cluster":
-            write_json(attempt.path("groups.json"),
-                       {"schema": 1, "num_classes": num_classes, "members": [list(map(int, group)) for group in members]})
+            write_json(
+                attempt.path("groups.json"),
+                {"schema": 1, "num_classes": num_classes, "members": [list(map(int, group)) for group in members]},
+            )
             forecast = [{"classes": size, "gain": 0.012 + 0.004 * i} for i, size in enumerate(sizes)]
             write_json(attempt.path("summary.json"), {
                 "captured": 0.55, "chance": 0.1, "captured_unlabelled": 0.6, "chance_unlabelled": 0.1, "sizes": sizes,
@@ -175,9 +180,17 @@ TRAIN_COUNTS = [10, 20, 30, 40, 50, 60]
 
 
 @pytest.fixture
-def hand_worked(tmp_path):
-    probabilities = {name: one_hot(predicted, 6) for name, predicted in PREDICTED.items()}
-    return make_run(tmp_path, LABELS, probabilities, GROUPS, train_counts=TRAIN_COUNTS, names=HOSTILE[:6])
+def make_hand_worked():
+    def make(root, only=tuple(PREDICTED), **more):
+        probabilities = {name: one_hot(PREDICTED[name], 6) for name in only}
+        return make_run(root, LABELS, probabilities, GROUPS, train_counts=TRAIN_COUNTS, names=HOSTILE[:6], **more)
+
+    return make
+
+
+@pytest.fixture
+def hand_worked(tmp_path, make_hand_worked):
+    return make_hand_worked(tmp_path)
 
 
 def glyph_images(num_classes, per_class, seed=0, size=32):

@@ -1,0 +1,137 @@
+"""report.html in headless Chromium, driven through the DevTools protocol over a pipe: no package but the browser."""
+
+import fcntl
+import itertools
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from trainer.report.page import write_report
+
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
+]  # fmt: skip
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium"),
+]
+
+
+class Chromium:
+    """One page of a browser of its own.  The protocol is JSON, NUL-terminated, read from file descriptor 3, written to 4."""
+
+    def __init__(self, profile):
+        theirs_in, self.ours_out = os.pipe()
+        self.ours_in, theirs_out = os.pipe()
+        # Away from 3 and 4, where the child's ends go.
+        theirs_in, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out))
+
+        def give():
+            os.dup2(theirs_in, 3)
+            os.dup2(theirs_out, 4)
+
+        self.process = subprocess.Popen(
+            [BROWSER, *FLAGS, f"--user-data-dir={profile}", "about:blank"], preexec_fn=give, pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self.numbers, self.events, self.rest, self.session = itertools.count(1), [], b"", None
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    def call(self, method, **parameters):
+        number = next(self.numbers)
+        message = {"id": number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.ours_out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.read()
+            if answer.get("id") == number:
+                assert "error" not in answer, answer
+                return answer["result"]
+
+    def read(self, timeout=60):
+        until = time.monotonic() + timeout
+        while b"\0" not in self.rest:
+            ready, _, _ = select.select([self.ours_in], [], [], max(until - time.monotonic(), 0))
+            assert ready, f"Chromium said nothing for {timeout} s"
+            part = os.read(self.ours_in, 1 << 16)
+            assert part, "Chromium ended"
+            self.rest += part
+        line, self.rest = self.rest.split(b"\0", 1)
+        message = json.loads(line)
+        if "method" in message:
+            self.events.append(message)
+        return message
+
+    def open(self, url, width, height, dark=False):
+        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2,
+                  mobile=width < 500)  # fmt: skip
+        scheme = "dark" if dark else "light"
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.events.clear()
+        self.call("Page.navigate", url=url)
+        while not any(event["method"] == "Page.loadEventFired" for event in self.events):
+            self.read()
+
+    def evaluate(self, expression):
+        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"]["value"]
+
+    def named(self, *methods):
+        return [event["params"] for event in self.events if event["method"] in methods]
+
+    def close(self):
+        os.close(self.ours_out)
+        os.close(self.ours_in)
+        self.process.terminate()
+        self.process.wait(30)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    chromium = Chromium(tmp_path / "profile")
+    yield chromium
+    chromium.close()
+
+
+@pytest.mark.parametrize("width, height, dark", [(390, 844, False), (390, 844, True), (1600, 1000, False)])
+def test_report_opens_without_error_request_or_missing_picture(glyphs, tmp_path, browser, width, height, dark):
+    run, images = glyphs
+    write_report(run, tmp_path, images)
+    browser.open((tmp_path / "report.html").as_uri(), width, height, dark)
+    loaded = browser.evaluate("""(async () => {
+        const images = [...document.images];
+        await Promise.all(images.map(image => image.decode().catch(() => {})));
+        return {
+            images: images.length, broken: images.filter(image => !image.naturalWidth).length,
+            scripts: document.scripts.length, overflow: document.documentElement.scrollWidth - innerWidth,
+            first: document.body.innerText.trim().split("\\n")[0],
+            smallest: Math.min(...[...document.querySelectorAll("svg.plot text")].map(
+                text => text.getBoundingClientRect().height)),
+        };
+    })()""")
+    assert loaded["images"] > 80 and loaded["broken"] == 0
+    assert loaded["scripts"] == 0
+    assert loaded["overflow"] <= 0, "the page scrolls sideways"
+    assert "beats the ensemble" in loaded["first"] or loaded["first"].startswith("The ensemble makes")
+    assert loaded["smallest"] >= 7, "text in a plot is too small to read"
+    assert browser.named("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening") == []
+    assert [said for said in browser.named("Log.entryAdded") if said["entry"]["level"] in ("error", "warning")] == []
+    requested = {one["request"]["url"].split(":")[0] for one in browser.named("Network.requestWillBeSent")}
+    assert requested <= {"file", "data"}
+    documents = {one["request"]["url"] for one in browser.named("Network.requestWillBeSent")
+                 if one["request"]["url"].startswith("file")}  # fmt: skip
+    assert documents == {(tmp_path / "report.html").as_uri()}
