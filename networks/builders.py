@@ -111,7 +111,8 @@ def convnet(
 def resnet(shape, width: int = 16, depth: int = 20, embedding: int = 0, dropout: float = 0.0):
     """He et al. 2015, the CIFAR kind: 6n + 2 layers, n basic blocks each of width, 2 width and 4 width channels.
 
-    The last map is averaged.  Shortcuts that change the shape are 1 x 1 convolutions.  embedding > 0 adds a linear layer of that size.
+    The last map is averaged.  Shortcuts that change the shape are 1 x 1 convolutions.
+    embedding > 0 adds a linear layer of that size.
     """
     _image(shape, "resnet")
     _check(width=width, depth=depth, dropout=dropout, embedding=embedding)

@@ -14,7 +14,7 @@ from .spec import ModelSpec
 
 
 class Classifier(nn.Module):
-    """raw [B, *spec.input.shape] -> .preprocess -> .trunk -> features [B, D] -> .head -> logits [B, spec.num_outputs]."""
+    """raw [B, *input.shape] -> .preprocess -> .trunk -> features [B, D] -> .head -> logits [B, spec.num_outputs]."""
 
     def __init__(self, spec: ModelSpec, trunk: nn.Module, head: nn.Module):
         super().__init__()

@@ -70,7 +70,8 @@ def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
 def set_trainable(classifier: Classifier, part: str) -> Classifier:
     """Train "all", only the "head", or the head and the "last-N-blocks" of the trunk; freeze the rest.
 
-    Batch norm in frozen blocks stays in eval mode.  Changes `classifier` and returns it.  Raises ValueError for another `part`, and for more blocks than there are.
+    Batch norm in frozen blocks stays in eval mode.  Changes `classifier` and returns it.
+    Raises ValueError for another `part`, and for more blocks than there are.
     """
     match = re.fullmatch(r"all|head|last-([1-9][0-9]*)-blocks?", part)
     if not match:

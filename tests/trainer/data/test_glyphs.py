@@ -1,0 +1,308 @@
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from trainer.config import UserError
+from trainer.data import glyphs as g
+
+STILL = g.Distortion().times(0)
+SMALL = {"train": 3, "val": 2}
+
+
+def samples(directory, split):
+    """{key: (label, pixels)} of a split, read with tarfile and Pillow."""
+    found = {}
+    for shard in sorted(directory.glob(f"{split}-*.tar")):
+        with tarfile.open(shard) as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar}
+        for name in members:
+            key, extension = name.split(".")
+            if extension == "png":
+                image = Image.open(io.BytesIO(members[name]))
+                assert image.mode == "L"
+                found[key] = (int(members[f"{key}.cls"]), np.asarray(image))
+    return found
+
+
+def render(directory, **options):
+    settings = {"classes": "ABCabc", "per_class": SMALL, "progress": False} | options
+    return g.render_glyphs(directory, **settings)
+
+
+@pytest.fixture(scope="module")
+def default_glyphs():
+    faces = g.find_faces()
+    characters = "".join(chr(code) for low, high in g.DEFAULT_RANGES for code in range(low, high + 1))
+    return g.draw_glyphs(faces, "".join(c for c in characters if g._is_symbol(ord(c))), 28, g.DEFAULT_MIN_FACES)
+
+
+def test_the_default_faces_give_more_than_a_thousand_classes_of_five_faces_each(default_glyphs):
+    assert len(default_glyphs.characters) >= 1000
+    assert default_glyphs.count.min() >= 5 and default_glyphs.count.max() <= 12
+    assert len(set(default_glyphs.class_names)) == len(default_glyphs.class_names)
+    scripts = {name.split(" ")[2] for name in default_glyphs.class_names if len(name.split(" ")) > 2}
+    assert {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN"} <= scripts
+
+
+def test_characters_that_look_the_same_in_every_face_are_one_class(default_glyphs):
+    of = {character: group for group in default_glyphs.characters for character in group}
+    assert of["A"] == "A\u0391"  # Alpha; Cyrillic A is drawn otherwise in DejaVu Serif
+    assert set("O\u041e\u039f") <= set(of["O"])
+    assert of["O"] != of["0"] and of["c"] != of["C"]
+    entry = next(entry for entry in g.merged(default_glyphs) if entry["name"].startswith("B U+0042"))
+    assert entry["characters"] == [
+        "B U+0042 LATIN CAPITAL LETTER B",
+        "\u0392 U+0392 GREEK CAPITAL LETTER BETA",
+        "\u0412 U+0412 CYRILLIC CAPITAL LETTER VE",
+    ]
+
+
+def test_merging_needs_every_shared_face_to_agree_and_enough_of_them():
+    looks = {
+        1: {0: b"x", 1: b"y", 2: b"z"},
+        2: {0: b"x", 1: b"y"},  # as 1 in both shared faces
+        3: {0: b"x", 1: b"other", 2: b"z"},  # differs in one face
+        4: {2: b"z", 3: b"w"},  # shares one face only
+        5: {3: b"w"},  # drawn by one face
+    }
+    assert g.merge_identical(looks, 2) == [[1, 2], [3], [4]]
+    assert g.merge_identical(looks, 1) == [[1, 2, 4, 5], [3]]
+
+
+def test_shards_manifest_and_merge_list_agree(tmp_path):
+    made = render(tmp_path / "out", classes="A\u0391B")
+    assert made.characters == ["A\u0391", "B"]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["classes"] == made.class_names
+    assert made.class_names == ["A U+0041 LATIN CAPITAL LETTER A", "B U+0042 LATIN CAPITAL LETTER B"]
+    assert {split: facts["samples"] for split, facts in manifest["splits"].items()} == {"train": 6, "val": 4}
+    assert manifest["splits"]["train"]["shards"][0]["class_counts"] == dict.fromkeys(made.class_names, 3)
+    assert manifest["made_by"]["distortion"]["rotation"] == g.Distortion().rotation
+    assert [entry["class"] for entry in json.loads((tmp_path / "out" / "merged.json").read_text())] == [0]
+    found = samples(tmp_path / "out", "train")
+    assert sorted(found) == [f"train-000{code}-0000{k}" for code in (41, 42) for k in range(3)]
+    assert all(label == int("-00042-" in key) and pixels.shape == (28, 28) for key, (label, pixels) in found.items())
+
+
+def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(g, "CHUNK", 5)
+    for name, processes, seed in (("one", 1, 3), ("two", 2, 3), ("other", 1, 4)):
+        render(tmp_path / name, processes=processes, seed=seed)
+    files = {name: (tmp_path / name / "train-000000.tar").read_bytes() for name in ("one", "two", "other")}
+    assert files["one"] == files["two"] != files["other"]
+    assert not list((tmp_path / "two").glob(".*"))
+
+
+def test_an_image_depends_only_on_seed_split_character_and_number(tmp_path):
+    render(tmp_path / "few", classes="AC", per_class={"train": 2})
+    render(tmp_path / "many", classes="ABCDE", per_class={"train": 5, "val": 5})
+    few, many = samples(tmp_path / "few", "train"), samples(tmp_path / "many", "train")
+    assert all(np.array_equal(few[key][1], many[key][1]) for key in few)
+    val = samples(tmp_path / "many", "val")
+    same = [np.array_equal(many[key][1], val[key.replace("train", "val")][1]) for key in many]
+    assert not any(same)
+
+
+def test_classes_are_mixed_within_a_split(tmp_path):
+    render(tmp_path / "out", per_class={"train": 20})
+    labels = [label for label, _ in samples(tmp_path / "out", "train").values()]
+    assert labels != sorted(labels) and np.bincount(labels).tolist() == [20] * 6
+
+
+def test_without_distortion_every_face_takes_its_turn_undistorted(tmp_path):
+    made = render(tmp_path / "out", classes="AB", per_class={"train": 24}, distortion=STILL)
+    found = [pixels for label, pixels in samples(tmp_path / "out", "train").values() if label == 0]
+    different, counts = np.unique(np.stack(found), axis=0, return_counts=True)
+    assert len(different) == made.count[0] == 12 and set(counts) == {2}
+
+
+def distorted(drawing, uniform=0.5, **amplitudes):
+    """One image of a drawing under a distortion of these amplitudes alone, all its random numbers `uniform`."""
+    distortion = replace(STILL, **amplitudes)
+    numbers = np.full((1, g.num_uniform(distortion)), uniform, np.float32)
+    return g.distort(drawing[None], numbers, torch.zeros(1, 28, 28), 28, distortion)[0]
+
+
+def test_shift_is_in_pixels():
+    drawing = torch.zeros(28, 28, dtype=torch.uint8)
+    drawing[10:14, 10:14] = 255
+    assert torch.equal(distorted(drawing), drawing)
+    assert torch.equal(distorted(drawing, 0.0, shift=2), drawing.roll((2, 2), (0, 1)))
+
+
+def test_rotation_is_in_degrees():
+    drawing = torch.zeros(28, 28, dtype=torch.uint8)
+    drawing[4:10, 6:20] = 200
+    turned = distorted(drawing, 0.0, rotation=90)
+    assert torch.equal(turned, drawing.rot90(-1)) or torch.equal(turned, drawing.rot90(1))
+
+
+def test_contrast_and_noise_are_shares_of_full_ink():
+    drawing = torch.zeros(28, 28, dtype=torch.uint8)
+    drawing[:14] = 255
+    image = distorted(drawing, 0.5, contrast=0.4)
+    assert image[0, 0] == round(255 * 0.8) and image[-1, 0] == round(255 * 0.1)
+    blank = torch.full((1, 28, 28), 128, dtype=torch.uint8)
+    one_class = blank.numpy(), np.zeros(1, int), np.ones(1, int), np.array([65])
+    renderer = g._Renderer(*one_class, 28, 0, replace(STILL, noise=0.04))
+    images = renderer.images("train", np.zeros(2000, int), np.arange(2000))
+    deviations = images.float()[:, 2:-2, 2:-2].std((1, 2)) / 255
+    assert deviations.mean().item() == pytest.approx(0.04, rel=0.05)
+    assert deviations.max().item() == pytest.approx(0.08, rel=0.1)
+
+
+def test_elastic_displacements_have_the_stated_size_at_the_control_points():
+    u = g.random_uniform(0, "train", np.arange(4000), np.zeros(4000), 8 + 2 * 25)[:, 8:]
+    assert abs(u.mean() - 0.5) < 0.002 and abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.05
+    normal = np.sqrt(-2 * np.log1p(-u[:, 0::2])) * np.cos(2 * np.pi * u[:, 1::2])
+    assert normal.std() == pytest.approx(1, rel=0.01)
+    shares = g._bicubic(5, 29)  # every 7th pixel of 29 lies on a control point
+    assert torch.allclose(shares.view(25, 29, 29)[:, ::7, ::7].reshape(25, 25), torch.eye(25), atol=1e-6)
+
+
+def test_strength_multiplies_every_amplitude_and_not_the_grid():
+    twice = g.Distortion().times(2)
+    assert (twice.rotation, twice.noise, twice.grid) == (12.0, 0.08, 5)
+    assert g.Distortion(contrast=0.8).times(2).contrast == 1
+    with pytest.raises(UserError, match="strength = -1"):
+        g.Distortion().times(-1)
+
+
+@pytest.mark.parametrize("size", [16, 32, 40])
+def test_other_sizes_are_whole_pngs(tmp_path, size):
+    render(tmp_path / "out", size=size, classes="AB", per_class={"train": 2})
+    found = samples(tmp_path / "out", "train")
+    assert all(pixels.shape == (size, size) and pixels.max() > 150 for _, pixels in found.values())
+
+
+def test_ones_own_fonts_and_a_number_of_classes(tmp_path):
+    font = g.find_faces()[0].path
+    made = render(tmp_path / "out", fonts=[font], classes=30)
+    assert len(made.characters) == 30 and made.characters[0] == "!" and set(made.count) == {1}
+    with pytest.raises(UserError, match="classes = 1000000: at least 1 faces draw only"):
+        render(tmp_path / "more", fonts=[font], classes=1_000_000)
+
+
+def test_characters_that_no_face_draws_are_told(tmp_path):
+    assert render(tmp_path / "out", classes="AB\u4e00\n C").left_out == "\u4e00"
+    with pytest.raises(UserError, match="of 2 characters 0 are drawn by at least 5"):
+        render(tmp_path / "none", classes="\u4e00\u4e01")
+
+
+def not_a_font(tmp_path):
+    (tmp_path / "text.ttf").write_text("no font")
+    return tmp_path / "text.ttf"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"fonts": ["/nowhere/a.ttf"]}, "/nowhere/a.ttf: no such font file"),
+        ({"fonts": [not_a_font]}, "text.ttf: not a font"),
+        ({"fonts": [lambda path: path]}, "no font files"),
+        ({"per_class": {"train": 0}}, "train = 0 images per class: must be at least 1"),
+        ({"per_class": {}}, "no split"),
+        ({"per_class": {"a/b": 1}}, "split 'a/b'"),
+        ({"size": 2}, "size = 2: must be from 8"),
+        ({"processes": 0}, "processes = 0"),
+        ({"classes": "A"}, "two classes are needed"),
+    ],
+)
+def test_mistakes_are_named_and_leave_nothing_behind(tmp_path, options, message):
+    if "fonts" in options:
+        options = options | {"fonts": [font(tmp_path) if callable(font) else font for font in options["fonts"]]}
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UserError, match=re.escape(message)):
+        render(tmp_path / "out", **options)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        render(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_shards(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    render(out, classes="AB")  # an empty directory is as good as none
+    with pytest.raises(UserError, match="is not empty; give a new directory, or --force"):
+        render(out)
+    render(out, classes="ABC", force=True)
+    assert len(json.loads((out / "manifest.json").read_text())["classes"]) == 3
+    assert os.listdir(tmp_path) == ["out"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").write_text("dear")
+    with pytest.raises(UserError, match="holds no shards"):
+        render(tmp_path / "thesis", force=True)
+    with pytest.raises(UserError, match="is a file"):
+        render(tmp_path / "thesis" / "chapter1")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_to_write_is_told(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="no permission"):
+        render(tmp_path / "out")
+
+
+def test_a_place_that_cannot_hold_a_directory_is_told(tmp_path):
+    with pytest.raises(UserError, match="/proc"):
+        render("/proc/glyphs/out")
+
+
+def command(*arguments):
+    app = typer.Typer()
+    g.add_glyphs_command(app)
+    app.command("other")(lambda: None)
+    return CliRunner().invoke(app, ["glyphs", *map(str, arguments)])
+
+
+def test_the_command_takes_characters_files_and_distortions(tmp_path):
+    (tmp_path / "classes.txt").write_text("A B C\nD")
+    result = command("--out", tmp_path / "out", "--classes", tmp_path / "classes.txt", "--train", 2, "--val", 1,
+                     "--test", 1, "--strength", 0.5, "--rotation", 20)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "4 classes, 0 of several characters (merged.json); images: train 8, val 4, test 4" in result.output
+    made_by = json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]
+    assert made_by["distortion"]["rotation"] == 10.0
+    assert isinstance(command("--out", tmp_path / "out").exception, UserError)
+    assert g.read_classes("12") == 12 and g.read_classes("AB") == "AB" and g.read_classes(None) is None
+    assert g.read_classes("x" * 5000) == "x" * 5000
+    with pytest.raises(UserError, match="no such file of characters"):
+        g.read_classes(str(tmp_path / "absent.txt"))
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from trainer.data import glyphs as g\n"
+        "if __name__ == '__main__':\n"
+        "    import numpy as np, pathlib\n"
+        "    arrays = np.zeros((1, 32, 32), np.uint8), np.zeros(1, int), np.ones(1, int), np.array([65])\n"
+        "    with g._rendering(2, pathlib.Path(sys.argv[1]), *arrays, 28, 0, g.Distortion()) as rendered:\n"
+        "        next(rendered([('train', np.zeros(1, int), np.zeros(1, int))]))\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # The workers hold the pipe open: reading it to its end waits for the last of them.
+    root = os.path.dirname(os.path.dirname(os.path.dirname(g.__file__)))
+    ended = subprocess.run(
+        [sys.executable, script, tmp_path], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root}, timeout=60
+    )
+    assert ended.returncode == -9
