@@ -79,7 +79,6 @@ class Pool:
     trainer: list[str] | None = None
     children: dict[str, subprocess.Popen] = field(default_factory=dict)
     slots: dict[str, list[int]] = field(default_factory=dict)  # those that a running job holds
-    finished_now: set[str] = field(default_factory=set)
     requested: int = 0  # the signal that asked to stop
 
     def __post_init__(self):
@@ -110,10 +109,9 @@ class Pool:
     def _start_ready(self) -> None:
         self._block()
         for job in sorted(self.jobs, key=lambda job: -job.chain):  # the longest chain first; sorted() is stable
-            if self._state(job.name) == "waiting" and self._inputs_ended(job):
-                self._redo_if_made_without(job)
-                if len(self.free) >= min(job.processes, self.size):
-                    self._start(job)
+            fits = len(self.free) >= min(job.processes, self.size)
+            if fits and self._state(job.name) == "waiting" and self._inputs_ended(job):
+                self._start(job)
 
     def _state(self, name: str) -> str:
         return self.journal.jobs[name].state
@@ -136,11 +134,13 @@ class Pool:
             if lost and self._state(job.name) == "waiting":
                 self._record(job, state="blocked", reason=f"waits for {', '.join(lost)}")
 
-    def _redo_if_made_without(self, job: Job) -> None:
-        """A stage begun before one of its inputs was there (ensemble.allow_missing) is begun anew now that it is."""
-        if self.journal.jobs[job.name].attempts == 0 and self.finished_now.intersection(job.waits_for):
-            for stage in job.stages:
-                stage.clear()
+    def _redo_what_went_without(self, job: Job) -> None:
+        """What was begun before `job` was done (ensemble.allow_missing) is begun anew, now that it is."""
+        for other in self.jobs:
+            if job.name in other.waits_for and any(stage.is_begun for stage in other.stages):
+                for stage in other.stages:
+                    stage.clear()
+                self._record(other, state="waiting")
 
     # One job's life
 
@@ -188,7 +188,7 @@ class Pool:
         facts = {"exit_code": code, "ended": time.time(), "pid": None}
         missing = [stage.place for stage in job.pending]
         if not missing:
-            self.finished_now.add(job.name)
+            self._redo_what_went_without(job)
             self._record(job, state="done", **facts)
             self.display.event(f"{job.name} done in {seconds:.0f} s")
         elif code == AGAIN and seconds > 1:

@@ -24,6 +24,8 @@ from .plan import Job, save_graph
 SPLITS = ("train", "val", "test")
 OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys that no stage's figures depend on
 PACKAGES = (
+    "pydantic",
+    "typer",
     "referral",
     "torch",
     "numpy",
@@ -135,28 +137,33 @@ def _missing(source: str, split: str) -> list[str]:
 
 def check_classes(run: RunDirectory) -> None:
     """Groups and labels fit the label set, as far as manifest and groups file tell."""
-    clusters = run.config.clusters
+    groups = run.config.clusters
     if run.num_specialists < 1:
-        key = (
-            f"clusters.groups_file = {clusters.groups_file} holds" if clusters.groups_file else "clusters.num_groups ="
-        )
-        raise UserError(f"{key} {run.num_specialists} groups; at least one is needed")
+        raise UserError(f"clusters.groups_file = {groups.groups_file} holds no group; at least one is needed")
     num_classes, source = _num_classes(run.config)
     if num_classes is None:
         return
-    if not clusters.groups_file and clusters.num_groups > num_classes:
+    if not groups.groups_file and groups.num_groups > num_classes:
         raise UserError(
-            f"clusters.num_groups = {clusters.num_groups} is more than the {num_classes} classes of {source}; "
+            f"clusters.num_groups = {groups.num_groups} is more than the {num_classes} classes of {source}; "
             f"each group needs a class"
         )
-    if clusters.groups_file:
-        members = [int(member) for group in read_json(Path(clusters.groups_file))["members"] for member in group]
-        outside = [member for member in members if not 0 <= member < num_classes]
-        if outside:
-            raise UserError(
-                f"clusters.groups_file = {clusters.groups_file}: class index {outside[0]} is out of range; "
-                f"{source} has {num_classes} classes, 0 to {num_classes - 1}"
-            )
+    outside = [member for member in _members(groups.groups_file) if not 0 <= member < num_classes]
+    if outside:
+        raise UserError(
+            f"clusters.groups_file = {groups.groups_file}: class index {outside[0]} is out of range; "
+            f"{source} has {num_classes} classes, 0 to {num_classes - 1}"
+        )
+
+
+def _members(groups_file: str) -> list[int]:
+    """Every class index in a ClassGroups file; none where there is no file."""
+    if not groups_file:
+        return []
+    try:
+        return [int(member) for group in read_json(Path(groups_file))["members"] for member in group]
+    except (TypeError, ValueError):
+        raise UserError(f"clusters.groups_file = {groups_file}: its members are not lists of class indices") from None
 
 
 def _num_classes(config: Config) -> tuple[int | None, str]:

@@ -60,14 +60,14 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
     elif stage.is_stale or done is not None:
         status.state, status.detail = "stale", "made with another config or other data"
     elif _runs(run, record, journal):
-        begun = len(job.stages) == 1 or (stage.directory / "KEY").exists()
+        begun = len(job.stages) == 1 or stage.is_begun
         status.state = "running" if begun else "waiting"
         if begun:
             status.seconds = time.time() - record.started
             _add_progress(status, stage, since=record.started)
     elif record.state in ("failed", "blocked"):
         status.state, status.detail = record.state, record.reason
-    elif (stage.directory / "KEY").exists():
+    elif stage.is_begun:
         status.state = "interrupted"
         _add_progress(status, stage)
     return status

@@ -78,6 +78,10 @@ class Stage:
         return done is not None and done["hash"] == self.key
 
     @property
+    def is_begun(self) -> bool:
+        return (self.directory / "KEY").exists()
+
+    @property
     def is_stale(self) -> bool:
         """Finished or begun under another config."""
         try:

@@ -1,7 +1,7 @@
 """Stands for `python -m trainer`: touches the run directory as stages do, without torch.
 
-The file ../behaviour.json beside RUN says per stage what goes wrong: {"specialists/001": {"exit": 1, "times": 1, "steps": 3}}.
-Every start and end of a stage is a line of ../calls.txt.
+behaviour.json beside RUN says per stage what goes wrong: {"specialists/001": {"exit": 1, "times": 1, "steps": 3}}.
+Every start and end of a stage is a line of calls.txt there.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def main() -> None:
     parser.add_argument("--name", nargs="+", default=[])
     args = parser.parse_args()
     run = RunDirectory(args.run, load_config(args.run / "config.toml"))
-    stages = {"specialist": [run.specialists[i] for i in args.index], "control": [run.controls[n] for n in args.name if n in run.controls],
-              "student": [run.students[n] for n in args.name if n in run.students]}.get(args.stage)  # fmt: skip
+    of_kind = {"specialist": run.specialists, "control": run.controls, "student": run.students}
+    named = [of_kind[args.stage][name] for name in [*args.index, *args.name]]
     behaviour = args.run.parent / "behaviour.json"
     behaviour = json.loads(behaviour.read_text()) if behaviour.exists() else {}
     if not behaviour.get("deaf"):
@@ -76,7 +76,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, checkpoint)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for stage in stages or [getattr(run, args.stage)]:
+    for stage in named or [getattr(run, args.stage)]:
         if not stage.is_done:
             train(stage, behaviour.get(stage.place, {}), args.run)
 

@@ -1,0 +1,199 @@
+"""The command line: what it prints, what it exits with, and what it leaves alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from launch.demo import demo_config, is_complete
+from trainer.run_directory import RunDirectory
+
+
+def snapshot(directory):
+    return {path: path.lstat().st_mtime_ns for path in sorted(directory.rglob("*"))}
+
+
+@pytest.fixture
+def short(ward):
+    """A config of eight jobs."""
+    del ward.values["students"]
+    ward.values |= {"controls": {"enabled": False}, "clusters": {"num_groups": 1}}
+    return ward
+
+
+def test_run_then_run_again_prints_the_same_results_and_changes_nothing(short, referral):
+    code, out, err = referral("run", short.write_config(), "--run", "run")
+    assert code == 0, err
+    assert "12.5 % fewer top-1 errors" in out and "report.html" in out
+    rows = [line.split()[0] for line in out.splitlines() if " % " in line and "NLL" not in line]
+    before = snapshot(short.run_path)
+    code, again, _ = referral("run", short.toml, "--run", "run")
+    assert code == 0 and again in out and snapshot(short.run_path) == before
+    assert {"generalist", "control_wall", "ensemble"} <= set(rows)
+    # Without the config: the run's own.
+    assert referral("run", "--run", "run")[0] == 0
+    code, out, _ = referral("status", "run")
+    assert "8 stages: 8 done" in out
+    assert all(stage["state"] == "done" for stage in json.loads(referral("status", "run", "--json")[1])["stages"])
+
+
+def test_a_run_may_be_looked_at_and_resumed_from_elsewhere(short, referral, monkeypatch, tmp_path_factory):
+    short.values["data"] = {split: f"data/{split}-000000.tar" for split in ("train", "val", "test")}
+    assert referral("prepare", short.write_config(), "--run", "run")[0] == 0
+    run = RunDirectory(short.run_path, short.config())
+    short.finish([run.generalist])
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    out = referral("status", short.run_path)[1]
+    assert "1 done" in out and "stale" not in out
+
+
+def test_prepare_lays_out_and_starts_nothing(ward, referral):
+    code, out, _ = referral("prepare", ward.write_config(), "--run", "run", "--set", "seed=3")
+    assert code == 0 and "is ready" in out
+    assert "seed = 3" in (ward.run_path / "config.toml").read_text()
+    assert not ward.calls() and len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 17
+
+
+def test_dry_run_prints_every_job_and_writes_nothing(ward, referral):
+    code, out, _ = referral("run", ward.write_config(), "--run", "run", "--dry-run")
+    assert code == 0 and not ward.run_path.exists()
+    for words in ("specialist-003", "combine, control_wall-0", "control --name control_compute --run run", "to run"):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["train.stepz=3"], "unknown key train.stepz; did you mean train.steps?"),
+        (["train.steps=many"], "train.steps = 'many'"),
+        (["data.train=data/none-*.tar"], "no shard matches"),
+        (["data.val="], "data.val is empty"),
+        (["data.classes=3"], "class index 7 is out of range"),
+        (["clusters.num_groups=0"], "greater than 0"),
+        (["clusters.num_groups=99"], "more than the 8 classes"),
+        (["seed"], "write section.key=value"),
+        (["train.stepz=3", "modle.name=x"], "did you mean model?"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "prepare"])
+def test_bad_config_is_one_clear_line_and_exit_2_and_nothing_written(ward, referral, command, overrides, words):
+    options = [word for override in overrides for word in ("--set", override)]
+    code, out, err = referral(command, ward.write_config(), "--run", "run", *options)
+    assert code == 2 and words in err and not ward.run_path.exists()
+    assert out == "" and all(line.startswith("error: ") for line in err.splitlines())
+    assert len(err.splitlines()) == len(overrides)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["run", "nowhere.toml", "--run", "run"], "no such config file"),
+        (["run", "--run", "run"], "is not a run yet"),
+        (["run", "config.toml"], "--run"),
+        (["run", "config.toml", "--run", "data"], "is not a run"),
+        (["run", "config.toml", "--run", "config.toml"], "not a directory"),
+        (["run", "config.toml", "--run", "/proc/nothing/run"], "/proc"),
+        (["run", "config.toml", "--run", "run", "--on", "slurm"], "not built yet"),
+        (["run", "config.toml", "--run", "run", "--on", "moon"], "moon"),
+        (["status", "nowhere"], "is not a run"),
+        (["status", "data"], "is not a run"),
+        (["report", "nowhere"], "is not a run"),
+        (["cure"], "cure"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line_and_exit_2(ward, referral, arguments, words):
+    ward.write_config()
+    before = snapshot(ward.root)
+    code, _, err = referral(*arguments)
+    assert code == 2 and words in err and snapshot(ward.root) == before
+    assert len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+def test_another_config_is_refused_and_force_redoes_what_is_stale(short, referral):
+    run = short.run()
+    short.finish(run.stages)
+    code, _, err = referral("run", short.write_config(), "--run", "run", "--set", "specialists.steps=21")
+    assert code == 2 and "specialists.steps: 20 -> 21" in err and "--force" in err and run.report.is_done
+    code, out, err = referral("run", short.toml, "--run", "run", "--set", "specialists.steps=21", "--force")
+    assert code == 0, err
+    assert [place for _, place in short.calls("begin")] == ["specialists/000", "ensemble", "evaluation", "report"]
+
+
+def test_report_is_written_anew_for_an_evaluated_run_only(short, referral):
+    run = short.run()
+    code, _, err = referral("report", "run")
+    assert code == 2 and "not evaluated yet" in err
+    short.finish(run.stages)
+    code, out, _ = referral("report", "run")
+    assert code == 0 and "fewer top-1 errors" in out
+    assert short.calls("end") == [("end", "report")]
+
+
+@pytest.mark.parametrize("name", ["shards", "export", "predict", "doctor"])
+def test_commands_that_need_torch_pass_on_arguments_and_exit_code(referral, name):
+    assert referral(name, "a b", "--help", "--x=1")[:2] == (0, f"{name} a b --help --x=1\n")
+    assert referral(name, "--seven")[0] == 7
+
+
+def test_help_names_every_command(referral):
+    code, out, _ = referral()
+    assert code == 0
+    assert all(name in out for name in ("run", "demo", "prepare", "status", "report", "shards", "doctor"))
+
+
+def test_the_launcher_never_imports_torch():
+    command = "import launch.cli, sys; assert not {'torch', 'numpy'} & set(sys.modules), 'heavy'"
+    subprocess.run([sys.executable, "-c", command], check=True)
+
+
+# The demo
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_the_demos_config_is_valid_and_quick_is_smaller(tmp_path, quick):
+    config = demo_config(tmp_path, 3, quick, ["train.learning_rate=0.5"])
+    assert config.seed == 3 and config.train.learning_rate == 0.5 and "main" in config.students
+    assert config.data.train == str(tmp_path / "data")
+    if quick:
+        assert config.train.steps < demo_config(tmp_path, 3, False, []).train.steps
+
+
+def test_shards_are_complete_when_each_has_the_size_that_the_manifest_says(tmp_path):
+    assert not is_complete(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"1234")
+    shard = {"name": "a.tar", "bytes": 4}
+    splits = {split: {"shards": [shard]} for split in ("train", "val", "test")}
+    (tmp_path / "manifest.json").write_text(json.dumps({"splits": splits}))
+    assert is_complete(tmp_path)
+    (tmp_path / "a.tar").write_bytes(b"123")
+    assert not is_complete(tmp_path)
+
+
+def test_the_demo_renders_its_glyphs_once(ward, referral, monkeypatch):
+    import launch.cli
+
+    rendered = []
+
+    def make(root, seed, quick, trainer):
+        rendered.append(seed)
+        ward.data.rename(root / "data")
+
+    monkeypatch.setattr(launch.demo, "make_glyphs", make)
+    monkeypatch.setattr(launch.demo, "has_glyphs", lambda root, seed, quick: bool(rendered))
+    monkeypatch.setattr(launch.cli, "start", lambda *args, **options: 0)
+    for _ in range(2):
+        code, out, _ = referral("demo", "--run", "run", "--quick")
+        assert code == 0 and "only a look at every stage" in out.splitlines()[0]
+    assert rendered == [0]
+
+
+def test_a_demo_of_other_glyphs_wants_another_run(tmp_path, referral):
+    data = tmp_path / "run" / "data"
+    data.mkdir(parents=True)
+    (data / "a.tar").touch()
+    splits = {split: {"shards": [{"name": "a.tar", "bytes": 0}]} for split in ("train", "val", "test")}
+    (data / "manifest.json").write_text(json.dumps({"classes": ["x"], "splits": splits}))
+    (data / "demo.json").write_text(json.dumps({"seed": "1"}))
+    code, _, err = referral("demo", "--run", tmp_path / "run")
+    assert code == 2 and "was made with --seed 1, not with --seed 0" in err

@@ -1,0 +1,268 @@
+"""The pool: what runs, when, how often, and what is left of it."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import launch.local
+from launch.display import Display
+from launch.journal import read_journal
+from launch.local import locked
+from trainer.config import UserError
+
+
+@pytest.fixture
+def small(ward):
+    """A run without controls and students, done up to the specialists; of these, `left` are not."""
+    del ward.values["students"]
+
+    def make(*overrides, left=(0, 1, 2, 3)):
+        run = ward.run("controls.enabled=false", *overrides)
+        ward.finish([run.generalist, run.measure, run.cluster, run.route])
+        ward.finish(stage for index, stage in enumerate(run.specialists) if index not in left)
+        return run
+
+    return make
+
+
+def display():
+    out, err = io.StringIO(), io.StringIO()
+    return Display(Console(file=out, width=200), Console(file=err, width=200)), out, err
+
+
+def states(run):
+    return {name: record.state for name, record in read_journal(run.root).jobs.items()}
+
+
+def test_a_run_ends_with_every_stage_done_and_each_behind_its_inputs(ward, small):
+    run = small()
+    assert ward.pool(run).execute() == 0
+    assert all(stage.is_done for stage in run.stages)
+    calls = ward.calls()
+    for stage in run.stages[4:]:
+        for wanted in stage.inputs:
+            if wanted in run.stages[4:]:
+                assert calls.index(("end", wanted.place)) < calls.index(("begin", stage.place))
+    assert set(states(run).values()) == {"done"}
+
+
+def test_done_stages_are_not_run_again(ward, small):
+    run = small(left=[0, 3])
+    assert ward.pool(run).execute() == 0
+    begun = [place for _, place in ward.calls("begin")]
+    assert sorted(begun[:2]) == ["specialists/000", "specialists/003"]
+    assert begun[2:] == ["ensemble", "evaluation", "report"]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_no_more_jobs_run_than_the_pool_holds(ward, small, size):
+    run = small(f"launch.pool={size}")
+    ward.behave(**{f"specialists/{index:03d}": {"steps": 6} for index in range(4)}, ensemble={"exit": 1, "times": 1})
+    ward.pool(run).execute()
+    running = most = 0
+    for word, _ in ward.calls():
+        running += {"begin": 1, "end": -1, "fail": -1}[word]
+        most = max(most, running)
+    assert most == size
+
+
+def test_the_generalists_ranks_count_against_the_pool(ward):
+    run = ward.run("launch.processes=3", "launch.pool=4")
+    pool = ward.pool(run)
+    pool._start(pool.jobs[0])
+    assert pool.free == [3]
+    pool._stop()
+
+
+def test_more_ranks_than_slots_take_the_whole_pool(ward):
+    pool = ward.pool(ward.run("launch.processes=8", "launch.pool=2"))
+    pool._start(pool.jobs[0])
+    assert pool.free == []
+    pool._stop()
+
+
+def test_each_slot_has_its_gpu(ward):
+    pool = ward.pool(ward.run("launch.pool=4"), devices=["GPU-a", "GPU-b"])
+    assert [pool._environment([slot])["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["GPU-a", "GPU-b", "GPU-a"]
+    assert pool._environment([0, 1])["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+    assert pool._environment([0])["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_failed_specialist_stops_neither_the_others_nor_is_it_passed_over(ward, small):
+    run = small()
+    ward.behave(specialists__001={"exit": 1, "times": 9, "says": "RuntimeError: out of luck"})
+    shown, _, errors = display()
+    assert ward.pool(run, display=shown).execute() == 1
+    assert [stage.is_done for stage in run.specialists] == [True, False, True, True]
+    assert states(run)["specialist-001"] == "failed" and states(run)["combine"] == "blocked"
+    assert not run.evaluate.is_done
+    assert "specialist-001" in errors.getvalue() and "RuntimeError: out of luck" in errors.getvalue()
+    assert "ensemble.allow_missing" in errors.getvalue()
+
+
+def test_allow_missing_goes_on_and_a_mended_specialist_is_then_taken_in(ward, small):
+    run = small("ensemble.allow_missing=true", left=[0, 1])
+    ward.behave(specialists__001={"exit": 1, "times": 1})
+    assert ward.pool(run).execute() == 1
+    assert run.report.is_done and not run.specialists[1].is_done
+    assert ward.pool(run).execute() == 0
+    places = [place for _, place in ward.calls("end")]
+    assert places.count("specialists/000") == 1
+    assert [places.count(place) for place in ("specialists/001", "ensemble", "evaluation", "report")] == [1, 2, 2, 2]
+
+
+def test_a_job_is_tried_again_as_often_as_the_config_says(ward, small):
+    run = small("launch.retries=2", left=[2])
+    ward.behave(specialists__002={"exit": 1, "times": 2})
+    assert ward.pool(run).execute() == 0
+    assert ward.calls("fail") == [("fail", "specialists/002")] * 2
+
+
+def test_75_means_start_me_again_and_is_no_failure(ward, small):
+    run = small(left=[2])
+    ward.behave(specialists__002={"exit": 75, "times": 1, "steps": 22})
+    assert ward.pool(run).execute() == 0
+    assert len(ward.calls("fail")) == 1
+
+
+def test_75_at_once_is_a_failure_and_does_not_spin(ward, small):
+    run = small(left=[2])
+    ward.behave(specialists__002={"exit": 75, "times": 99, "steps": 1})
+    assert ward.pool(run).execute() == 1
+    assert len(ward.calls("fail")) == 1
+
+
+def test_a_users_mistake_is_said_in_its_own_words_and_not_tried_again(ward, small):
+    run = small("launch.retries=3", left=[])
+    ward.behave(ensemble={"exit": 2, "times": 9, "says": "warning: x\nerror: val has no examples of class 7"})
+    shown, _, errors = display()
+    assert ward.pool(run, display=shown).execute() == 2
+    assert errors.getvalue().splitlines()[0] == "error: val has no examples of class 7"
+    assert len(ward.calls("fail")) == 1
+
+
+def test_exit_0_without_the_stage_done_is_a_failure(ward, small):
+    run = small(left=[])
+    ward.behave(ensemble={"exit": 0, "times": 9})
+    shown, _, errors = display()
+    assert ward.pool(run, display=shown).execute() == 1
+    assert "ended without finishing ensemble" in errors.getvalue()
+
+
+def test_a_done_stage_counts_whatever_the_exit_code(ward, small, monkeypatch):
+    """The markers are the truth: a crash after DONE lost nothing."""
+    run = small(left=[])
+    pool = ward.pool(run)
+    job = next(job for job in pool.jobs if job.name == "combine")
+    pool._start(job)
+    pool.children["combine"].wait()
+    pool.children["combine"].returncode = 1
+    pool._reap()
+    assert states(run)["combine"] == "done"
+
+
+def test_two_launchers_of_one_run_are_one_too_many(ward):
+    with locked(ward.run_path), pytest.raises(UserError, match=r"\.lock.*another launcher.*process \d+"):
+        with locked(ward.run_path):
+            pass
+    with locked(ward.run_path):
+        pass
+
+
+# Processes that end as processes do
+
+
+def until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def children_of(run: Path) -> list[int]:
+    """Processes that have RUN on their command line, the launcher left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(run).encode() in words and any(word.endswith(b"fake_trainer.py") for word in words):
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def long_run(ward):
+    """A launcher with two specialists at work, as a process."""
+    del ward.values["students"]
+    ward.values |= {"controls": {"enabled": False}}
+    run = ward.run()
+    ward.finish([run.generalist, run.measure, run.cluster, run.route])
+    ward.behave(**{f"specialists/{index:03d}": {"steps": 400} for index in range(4)})
+    started = []
+
+    def make(**behaviour):
+        if behaviour:
+            ward.behave(**{f"specialists/{index:03d}": {"steps": 400} for index in range(4)}, **behaviour)
+        launcher = ward.start("run", ward.write_config(), "--run", ward.run_path)
+        started.append(launcher)
+        until(lambda: len(ward.calls("begin")) == 2 or launcher.poll() is not None)
+        assert launcher.poll() is None, launcher.communicate()
+        return launcher, run
+
+    yield make
+    for launcher in started:
+        launcher.kill()
+        launcher.communicate()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_killed_launcher_leaves_no_child_and_a_run_that_resumes(ward, long_run):
+    launcher, run = long_run()
+    assert len(children_of(run.root)) == 2
+    launcher.kill()
+    launcher.wait()
+    until(lambda: not children_of(run.root), seconds=3)
+    ward.behave()
+    assert ward.pool(run).execute() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_run, number):
+    launcher, run = long_run()
+    launcher.send_signal(number)
+    out, err = launcher.communicate(timeout=15)
+    assert launcher.returncode == 130, err
+    assert len(ward.calls("checkpoint")) == 2
+    assert "the same command goes on" in out and "Traceback" not in err
+    assert not children_of(run.root)
+    assert {state for state in states(run).values() if state not in ("done", "waiting")} == {"interrupted"}
+
+
+def test_children_that_do_not_heed_are_killed(ward, small, monkeypatch):
+    monkeypatch.setattr(launch.local, "GRACE_S", 0.3)
+    run = small()
+    ward.behave(deaf=True, specialists__000={"steps": 400})
+    pool = ward.pool(run)
+    pool._start_ready()
+    until(lambda: ward.calls("begin"))
+    pool._stop()
+    assert not children_of(run.root)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_with_the_code_of_the_rank_that_failed_and_takes_its_ranks_along(tmp_path):
+    """No stage is needed: `trainer` itself refuses an unknown run with exit code 2."""
+    command = [*launch.local.torchrun(2), "generalist", "--run", str(tmp_path / "none")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert "error:" in ended.stderr and "Traceback" not in ended.stderr

@@ -1,0 +1,91 @@
+"""The job graph is a pure function of the config."""
+
+import json
+
+from launch.plan import plan, save_graph
+
+
+def by_name(jobs):
+    return {job.name: job for job in jobs}
+
+
+def test_every_stage_is_in_one_job_behind_the_jobs_of_its_inputs(ward):
+    run = ward.run("specialists.per_job=3")
+    jobs = plan(run)
+    assert [stage.place for job in jobs for stage in job.stages] == [stage.place for stage in run.stages]
+    seen = set()
+    for job in jobs:
+        inputs = {wanted.place for stage in job.stages for wanted in stage.inputs}
+        provided = {stage.place for other in jobs if other.name in job.waits_for for stage in other.stages}
+        assert inputs <= provided
+        assert set(job.waits_for) <= seen
+        seen.add(job.name)
+
+
+def test_the_graph_of_the_demo(ward):
+    jobs = by_name(plan(ward.run()))
+    assert jobs["measure"].waits_for == ("generalist",)
+    assert jobs["specialist-002"].waits_for == ("route",)
+    assert jobs["control_compute"].waits_for == ("control_wall-0", "control_wall-1", "control_wall-2")
+    assert jobs["student_hard"].waits_for == ("generalist",)
+    assert set(jobs["evaluate"].waits_for) >= {"combine", "control_compute", "student_hard", "student-main"}
+    assert jobs["report"].waits_for == ("evaluate",)
+
+
+def test_specialists_are_packed_per_job(ward):
+    jobs = by_name(plan(ward.run("specialists.per_job=3")))
+    assert jobs["specialist-000-002"].command() == ["specialist", "--index", "0", "1", "2"]
+    assert jobs["specialist-003"].command() == ["specialist", "--index", "3"]
+    assert jobs["combine"].waits_for == ("specialist-000-002", "specialist-003")
+
+
+def test_a_command_names_the_stages_that_are_asked_for(ward):
+    run = ward.run("specialists.per_job=4")
+    ward.finish([run.specialists[1]])
+    job = by_name(plan(run))["specialist-000-003"]
+    assert job.command(job.pending) == ["specialist", "--index", "0", "2", "3"]
+    assert by_name(plan(run))["control_wall-1"].command() == ["control", "--name", "control_wall-1"]
+    assert by_name(plan(run))["student-main"].command() == ["student", "--name", "main"]
+
+
+def test_a_finished_stage_does_not_change_the_graph(ward):
+    run = ward.run()
+    before = [(job.name, job.waits_for, job.chain) for job in plan(run)]
+    ward.finish([run.generalist])
+    assert [(job.name, job.waits_for, job.chain) for job in plan(run)] == before
+    assert [job.name for job in plan(run) if job.is_done] == ["generalist"]
+
+
+def test_the_generalists_ranks_are_the_configs_or_else_the_machines(ward):
+    assert by_name(plan(ward.run(), processes=2))["generalist"].processes == 2
+    assert by_name(plan(ward.run("launch.processes=4"), processes=2))["generalist"].processes == 4
+    assert {job.processes for job in plan(ward.run(), processes=2) if job.name != "generalist"} == {1}
+
+
+def test_the_longest_chain_goes_first(ward):
+    # Steps, and 100 for starting a job: a wall (120) leads to control_compute (4 x 20 + 100) and so beats nothing here,
+    # a specialist (120) to combine (100) and a student of 1,000 steps (1,100).
+    chain = {job.name: job.chain for job in plan(ward.run("students.main.steps=1000"))}
+    assert chain["report"] == 100 and chain["evaluate"] == 200
+    assert chain["control_compute"] == 200 + 100 + 4 * 20
+    assert chain["control_wall-0"] == chain["control_compute"] + 120
+    assert chain["student-main"] == chain["student_hard"] == 200 + 1100
+    assert chain["specialist-000"] == 1300 + 100 + 120
+    assert chain["generalist"] == max(chain.values())
+
+
+def test_without_controls_and_students_there_are_no_such_jobs(ward):
+    del ward.values["students"]
+    kinds = {job.kind for job in plan(ward.run("controls.enabled=false"))}
+    assert not kinds & {"control", "student"}
+
+
+def test_the_graph_file_is_written_once(ward):
+    path = ward.root / "graph.json"
+    save_graph(plan(ward.run()), path)
+    written = path.stat().st_mtime_ns
+    save_graph(plan(ward.run()), path)
+    assert path.stat().st_mtime_ns == written
+    first = json.loads(path.read_text())["jobs"][0]
+    assert first == {"name": "generalist", "stages": ["generalist"], "command": ["generalist"], "processes": 1,
+                     "waits_for": []}  # fmt: skip
