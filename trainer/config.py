@@ -70,7 +70,8 @@ class Schedule(Section):
     schedule: Literal["cosine", "onecycle", "constant"] | None = None
     warmup: float | None = Field(None, ge=0, lt=1)  # share of the steps in which the rate rises linearly
     weight_decay: float | None = Field(None, ge=0)
-    momentum: float | None = Field(None, ge=0, lt=1)
+    momentum: float | None = Field(None, ge=0, lt=1)  # of sgd; of adamw it is beta1 = 0.9
+    beta2: float | None = Field(None, gt=0, lt=1)  # of adamw; 0.99 suits short schedules
     label_smoothing: float | None = Field(None, ge=0, lt=1)
     ema: float | None = Field(None, ge=0, lt=1)  # decay per step of the averaged weights; 0 = none
     accumulation: int | None = Field(None, gt=0)  # micro-batches per optimizer step
@@ -91,7 +92,7 @@ class Schedule(Section):
 
 DEFAULT_SCHEDULE = Schedule(
     batch_size=256, optimizer="adamw", learning_rate=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.01,
-    momentum=0.9, label_smoothing=0.0, ema=0.0, accumulation=1, clip_norm=0.0, balance=0.0, validate_every=0,
+    momentum=0.9, beta2=0.999, label_smoothing=0.0, ema=0.0, accumulation=1, clip_norm=0.0, balance=0.0, validate_every=0,
     patience=0, checkpoint_every=500, keep=2, log_every=50,
 )  # fmt: skip
 

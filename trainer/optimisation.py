@@ -20,7 +20,7 @@ def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optim
     groups = [group for group in groups if group["params"]]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=schedule.momentum)
-    return torch.optim.AdamW(groups, lr=schedule.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2), fused=True)
 
 
 def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
