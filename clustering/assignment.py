@@ -10,10 +10,10 @@ _BLOCK_SCORES = 2**25  # entries of a dense [classes, G] block of scores
 
 
 def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """A group for each row, none beyond its room, at a high total score: a group that is asked by too many keeps who would
-    lose most elsewhere.
+    """A group for each row within the groups' room, at a high total score: a full group keeps who would lose most.
 
-    scores: [B, G], -inf where a row may not go (overwritten).  room: int [G].  Returns int32 [B], -1 where none is left.
+    scores: [B, G], -inf where a row may not go (is overwritten).  room: int [G].
+    Returns int32 [B], -1 where no room is left.
     """
     room = room.copy()
     assigned = np.full(len(scores), -1, dtype=np.int32)

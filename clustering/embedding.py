@@ -1,4 +1,4 @@
-"""The columns of the prediction covariance in few dimensions, and which classes are confused with which.
+"""Columns of who is confused with whom, in few dimensions.
 
 C classes, N examples, r dimensions.
 """
@@ -6,31 +6,50 @@ C classes, N examples, r dimensions.
 import numpy as np
 from scipy.sparse import csr_array
 
-RANK = 64
+RANK = 128
+
+
+def confusion_columns(confused: csr_array, rank: int = RANK, seed: int = 0) -> np.ndarray:
+    """Unit columns of the affinity scaled by each class's own total, D^-1/2 A D^-1/2: float32 [C, r], r = min(rank, C).
+
+    What correlation is to covariance, but a class's own variance is not among the entries, which decides.
+    On the diagonal of a correlation matrix the ones drown what little is off it, and take up the leading dimensions.
+    A class without any confusion is a row of zeros.  Projected as in covariance_columns; see Ng, Jordan, Weiss 2002.
+    """
+    totals = np.asarray(confused.sum(axis=1)).ravel().astype(np.float32)
+    scale = np.divide(1, np.sqrt(totals), out=np.zeros_like(totals), where=totals > 0)[:, None]
+    return unit_rows(_projected_columns(lambda x: scale * (confused @ (scale * x)), len(totals), rank, seed))
 
 
 def covariance_columns(statistics, scaled: bool = True, rank: int = RANK, seed: int = 0) -> np.ndarray:
     """The covariance's columns projected on its leading eigenvectors, float32 [C, r], r = min(rank, C).
 
-    scaled: of the correlation matrix, each row then of unit length; a class whose prediction never varies is a zero row.
-    Else the raw columns of Hinton et al. 2015, section 5.1.  Distances between rows are those between columns, up to the
-    dropped eigenvalues.  Beyond the exact limit no C x C array is built: P^T P x is P^T (P x), the mean rank one.
-    Randomised subspace iteration as in Halko, Martinsson, Tropp 2011, for a symmetric matrix.
+    scaled: of the correlation matrix, each row then of unit length; a class that never varies is a zero row.
+    Else the raw columns of Hinton et al. 2015, section 5.1.  Distances between rows are those between columns, up to
+    the dropped eigenvalues.  Beyond the exact limit no C x C array is built: P^T P x is P^T (P x), the mean rank one.
     """
     multiply, variance = _covariance(statistics)
+    if not scaled:
+        return _projected_columns(multiply, statistics.num_classes, rank, seed)
     # A variance at the level of rounding is none: scaled up, it would be noise of unit length.
     deviation = np.sqrt(np.where(variance > 1e-12 * max(variance.max(), 1e-300), variance, 0)).astype(np.float32)
-    scale = (
-        np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)[:, None] if scaled else np.float32(1)
-    )
-    rank = min(rank, statistics.num_classes)
-    width = min(rank + 10, statistics.num_classes)
-    basis = np.random.default_rng(seed).standard_normal((statistics.num_classes, width), dtype=np.float32)
+    scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)[:, None]
+    return unit_rows(_projected_columns(lambda x: scale * multiply(scale * x), statistics.num_classes, rank, seed))
+
+
+def _projected_columns(multiply, num_classes: int, rank: int, seed: int) -> np.ndarray:
+    """Columns of a symmetric matrix, given as x -> matrix @ x, in the basis of its eigenvectors of largest modulus.
+
+    Randomised subspace iteration: Halko, Martinsson, Tropp 2011.
+    """
+    rank = min(rank, num_classes)
+    width = min(rank + 10, num_classes)
+    basis = np.random.default_rng(seed).standard_normal((num_classes, width), dtype=np.float32)
     for _ in range(4):
-        basis, _ = np.linalg.qr(scale * multiply(scale * basis))
-    eigenvalues, rotation = np.linalg.eigh(basis.T @ (scale * multiply(scale * basis)))
-    columns = (basis @ rotation[:, ::-1][:, :rank]) * eigenvalues[::-1][:rank].astype(np.float32)
-    return unit_rows(columns) if scaled else columns
+        basis, _ = np.linalg.qr(multiply(basis))
+    eigenvalues, rotation = np.linalg.eigh(basis.T @ multiply(basis))
+    largest = np.argsort(-np.abs(eigenvalues))[:rank]
+    return (basis @ rotation[:, largest]) * eigenvalues[largest].astype(np.float32)
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:

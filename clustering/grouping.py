@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 
 from .assignment import assign, fill_empty, local_search, sizes_of
-from .embedding import affinity, covariance_columns, unit_rows
+from .embedding import affinity, confusion_columns, covariance_columns, unit_rows
 from .groups import ClassGroups
 from .statistics import DENSE_BYTES
 
@@ -30,9 +30,10 @@ def group_classes(
 ) -> ClassGroups:
     """num_groups groups of classes that are confused with each other; needs no labels.
 
-    method: "kmeans" or "minibatch", k-means on the correlation columns (low rank, unit rows); "raw", on the covariance's
-        own columns, as in the paper; "agglomerative", Ward's on the correlation columns; "graph", the local search from a
-        random start; "classifier", k-means on classifier_rows [C, D], say the weights of the generalist's head; "random".
+    method: "kmeans" or "minibatch", k-means on the scaled columns of the expected confusion (low rank, unit rows);
+        "correlation", on those of the prediction correlation; "raw", on the covariance's own, as in the paper;
+        "agglomerative", Ward's on the columns of "kmeans"; "graph", the local search from a random start;
+        "classifier", k-means on classifier_rows [C, D], say the weights of the generalist's head; "random".
     capacity: no group holds more than max(capacity x mean size, the mean rounded up) classes; None: no bound.
     overlap: groups per class, so that the mean size is C x overlap / G.
     refine: whether a local search on the expected confusion follows; None: yes, except for "raw" and "random".
@@ -41,17 +42,17 @@ def group_classes(
     """
     _check(statistics, num_groups, method, capacity, overlap, classifier_rows)
     num_classes = statistics.num_classes
+    confused = affinity(statistics)
     refine = method not in ("raw", "random") if refine is None else refine
     if method in ("random", "graph"):
         columns = centres = None
         member_of = _random_memberships(num_classes, num_groups, overlap if method == "random" else 1, seed)
     else:
-        columns = _columns(statistics, method, classifier_rows, seed)
+        columns = _columns(statistics, confused, method, classifier_rows, seed)
         labels = _CLUSTERING[method](columns, num_groups, seed)
         centres = _centres(columns, labels, num_groups)
         member_of = _within(columns, centres, labels, _max_size(num_classes, num_groups, capacity), seed)
     if refine or overlap > member_of.shape[1]:
-        confused = affinity(statistics)
         ties = _ties(columns, centres, confused)
         if refine:
             size = _max_size(num_classes * member_of.shape[1], num_groups, capacity)
@@ -63,9 +64,11 @@ def group_classes(
     return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
 
-def _columns(statistics, method: str, classifier_rows, seed: int) -> np.ndarray:
+def _columns(statistics, confused, method: str, classifier_rows, seed: int) -> np.ndarray:
+    if method in ("raw", "correlation"):
+        return covariance_columns(statistics, scaled=method == "correlation", seed=seed)
     if method != "classifier":
-        return covariance_columns(statistics, scaled=method != "raw", seed=seed)
+        return confusion_columns(confused, seed=seed)
     rows = classifier_rows.detach().cpu().float().numpy() if hasattr(classifier_rows, "detach") else classifier_rows
     rows = np.asarray(rows, dtype=np.float32)
     if rows.ndim != 2 or len(rows) != statistics.num_classes or not np.isfinite(rows).all():
@@ -98,12 +101,13 @@ def _agglomerative(columns: np.ndarray, num_groups: int, seed: int) -> np.ndarra
         )
     if len(columns) == 1:
         return np.zeros(1, dtype=np.int64)
-    return AgglomerativeClustering(num_groups, linkage="ward").fit_predict(columns)
+    return _quietly(AgglomerativeClustering(num_groups, linkage="ward"), columns)
 
 
 _CLUSTERING = {
     "kmeans": _kmeans,
     "minibatch": _minibatch,
+    "correlation": _kmeans,
     "raw": _kmeans,
     "agglomerative": _agglomerative,
     "classifier": _kmeans,
@@ -112,11 +116,13 @@ METHODS = (*_CLUSTERING, "graph", "random")
 
 
 def _quietly(model, columns: np.ndarray) -> np.ndarray:
+    from scipy.cluster.hierarchy import ClusterWarning
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
         # Fewer distinct columns than groups leaves clusters empty; the capacity and fill_empty give them classes.
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", ClusterWarning)
         return model.fit_predict(columns)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def planted_predictions(num_classes, num_groups, per_class, top_k=10, noise=0.2, seed=0):
-    """indices, values [N, k], labels [N], group_of [C]: wrong predictions fall in the label's group, but for `noise` of them.
+    """indices, values [N, k], labels [N], group_of [C]: others fall in the label's group, but `noise` of them.
 
     A label's own probability is 0.3 to 0.9, the rest an exponential share each; the top prediction is at times wrong.
     """

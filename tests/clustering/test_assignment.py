@@ -1,0 +1,94 @@
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+
+from clustering.assignment import assign, captured_mass, fill_empty, local_search, sizes_of
+
+
+@given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 6), st.integers(0, 8))
+@settings(deadline=None)
+def test_assign_keeps_within_the_room_and_leaves_nobody_out_who_fits(seed, rows, groups, most_room):
+    rng = np.random.default_rng(seed)
+    room = rng.integers(0, most_room + 1, groups)
+    assigned = assign(rng.random((rows, groups)), room)
+    assert (np.bincount(assigned[assigned >= 0], minlength=groups) <= room).all()
+    assert (assigned >= 0).sum() == min(rows, room.sum())
+
+
+def test_assign_with_room_for_all_gives_everybody_their_best():
+    scores = np.random.default_rng(0).random((20, 5))
+    assert (assign(scores.copy(), np.full(5, 20)) == scores.argmax(axis=1)).all()
+
+
+def test_a_full_group_keeps_who_would_lose_most():
+    scores = np.array([[1.0, 0.9], [1.0, 0.1], [1.0, 0.5]])
+    assert assign(scores, np.array([1, 2])).tolist() == [1, 0, 1]
+
+
+def test_forbidden_groups_are_not_given():
+    assert assign(np.array([[-np.inf, 0.0], [-np.inf, -np.inf]]), np.array([5, 5])).tolist() == [1, -1]
+
+
+def test_assign_is_within_5_percent_of_the_best_assignment_on_average():
+    choices = np.array([c for c in itertools.product(range(3), repeat=6) if np.bincount(c).max() <= 2])
+    rows = np.arange(6)
+    ratios = []
+    for seed in range(100):
+        scores = np.random.default_rng(seed).random((6, 3))
+        assigned = assign(scores.copy(), np.full(3, 2))
+        ratios.append(scores[rows, assigned].sum() / scores[rows, choices].sum(axis=1).max())
+    assert np.mean(ratios) >= 0.95
+
+
+def random_affinity(seed, n):
+    a = np.random.default_rng(seed).exponential(size=(n, n)) ** 3
+    return csr_array(np.triu(a, 1) + np.triu(a, 1).T).astype(np.float32)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 3))
+@settings(deadline=None, max_examples=30)
+def test_local_search_never_loses_and_keeps_to_the_size(seed, memberships):
+    affinity = random_affinity(seed, 24)
+    start = np.full((24, memberships), -1, dtype=np.int32)
+    start[:, 0] = np.arange(24) % 4
+    size = 7 * memberships
+    found = local_search(affinity, start, 4, size, seed=seed)
+    assert captured_mass(affinity, found) >= captured_mass(affinity, start)
+    assert sizes_of(found, 4).max() <= size
+    for row in found:
+        assert len(set(row[row >= 0])) == (row >= 0).sum()
+
+
+def test_captured_mass_counts_a_pair_once_however_many_groups_it_shares():
+    affinity = csr_array(np.array([[0, 2, 1], [2, 0, 0], [1, 0, 0]], dtype=np.float32))
+    assert captured_mass(affinity, np.array([[0, 1], [0, 1], [2, -1]])) == 4
+    assert captured_mass(affinity, np.array([[0, -1], [1, -1], [2, -1]])) == 0
+    assert captured_mass(affinity, np.array([[0, 1], [2, 1], [0, -1]])) == 6
+
+
+def test_local_search_undoes_a_swap():
+    blocks = np.kron(np.eye(3), np.ones((8, 8)) - np.eye(8)).astype(np.float32)
+    start = np.repeat(np.arange(3), 8)
+    start[[0, 8]] = start[[8, 0]]
+    found = local_search(csr_array(blocks), start[:, None], 3, 8)
+    assert captured_mass(csr_array(blocks), found) == blocks.sum()
+
+
+def test_fill_empty_takes_from_the_largest():
+    filled = fill_empty(np.array([[0], [0], [0], [2], [2]]), 4)
+    assert (sizes_of(filled, 4) >= 1).all()
+    assert sizes_of(filled, 4).sum() == 5
+
+
+@pytest.mark.parametrize("block", [1, 50, 10**6])
+def test_the_block_size_changes_no_bound(monkeypatch, block):
+    import clustering.assignment
+
+    monkeypatch.setattr(clustering.assignment, "_BLOCK_SCORES", block)
+    start = np.stack([np.arange(24) % 4, np.full(24, -1)], axis=1)
+    found = local_search(random_affinity(0, 24), start, 4, 13)
+    assert sizes_of(found, 4).max() <= 13 and (found >= 0).all()

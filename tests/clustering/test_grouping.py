@@ -1,0 +1,243 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import adjusted_rand_score
+
+from clustering import ClassGroups, PredictionStatistics, captured_unlabelled, group_classes
+from clustering.grouping import METHODS
+
+_spec = importlib.util.spec_from_file_location("planted", Path(__file__).with_name("planted.py"))
+planted = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(planted)
+
+LEARNED = tuple(method for method in METHODS if method != "random")
+
+
+def planted_statistics(num_classes, num_groups, per_class, exact=False, **options):
+    indices, values, labels, group_of = planted.planted_predictions(num_classes, num_groups, per_class, **options)
+    statistics = PredictionStatistics(num_classes, None if exact else indices.shape[1])
+    if exact:
+        rest = (1 - values.sum(axis=1, keepdims=True)) / num_classes
+        p = np.tile(rest, (1, num_classes))
+        rows, columns = np.nonzero(indices >= 0)
+        p[rows, indices[rows, columns]] += values[rows, columns]
+        statistics.update(p, labels=labels)
+    else:
+        statistics.update(indices, values, labels)
+    return statistics, group_of
+
+
+@pytest.fixture(scope="module")
+def small():
+    """60 classes in 6 planted groups, and which."""
+    return planted_statistics(60, 6, 20)
+
+
+def arguments_of(method, group_of):
+    if method != "classifier":
+        return {"method": method}
+    directions = np.random.default_rng(0).standard_normal((group_of.max() + 1, 16))
+    noise = np.random.default_rng(1).standard_normal((len(group_of), 16))
+    return {"method": method, "classifier_rows": directions[group_of] + 0.3 * noise}
+
+
+@pytest.mark.parametrize("method", [method for method in LEARNED if method != "raw"])
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "top10"])
+def test_planted_groups_are_found(method, exact):
+    statistics, group_of = planted_statistics(60, 6, 20, exact=exact)
+    groups = group_classes(statistics, 6, **arguments_of(method, group_of))
+    assert adjusted_rand_score(group_of, planted.labels_of(groups)) == 1
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_many_planted_groups_are_found(seed):
+    statistics, group_of = planted_statistics(3000, 60, 10, seed=seed)
+    groups = group_classes(statistics, 60, seed=seed)
+    assert adjusted_rand_score(group_of, planted.labels_of(groups)) >= 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_classes", [15_000, 100_000])
+def test_planted_groups_are_found_among_many_classes(num_classes):
+    statistics, group_of = planted_statistics(num_classes, 300, 10)
+    groups = group_classes(statistics, 300)
+    assert adjusted_rand_score(group_of, planted.labels_of(groups)) >= 0.95
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("overlap", [1, 2, 3])
+@pytest.mark.parametrize("capacity", [1.0, 1.3])
+def test_no_group_is_larger_than_the_capacity_and_every_class_has_its_groups(small, method, overlap, capacity):
+    statistics, group_of = small
+    groups = group_classes(statistics, 7, capacity=capacity, overlap=overlap, **arguments_of(method, group_of))
+    assert len(groups) == 7
+    assert groups.sizes.max() <= max(np.floor(capacity * 60 * overlap / 7), np.ceil(60 * overlap / 7))
+    memberships = groups.membership().sum(axis=1)
+    assert memberships.max() == overlap and groups.covered.all()
+    assert memberships.sum() >= 0.95 * 60 * overlap
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_seed_gives_the_same_groups(small, method):
+    statistics, group_of = small
+    arguments = arguments_of(method, group_of) | {"overlap": 2, "seed": 5}
+    assert group_classes(statistics, 6, **arguments) == group_classes(statistics, 6, **arguments)
+
+
+def test_groups_depend_on_no_label(small):
+    indices, values, labels, _ = planted.planted_predictions(60, 6, 20)
+    blind = PredictionStatistics(60, 10)
+    blind.update(indices, values)
+    assert group_classes(blind, 6, overlap=2) == group_classes(small[0], 6, overlap=2)
+
+
+def test_refinement_captures_more_and_a_second_membership_more_again():
+    statistics, _ = planted_statistics(300, 30, 10, noise=0.5)
+    captured = [
+        captured_unlabelled(group_classes(statistics, 10, **options), statistics)[0]
+        for options in ({"method": "random"}, {"refine": False}, {}, {"overlap": 2}, {"overlap": 3})
+    ]
+    assert captured == sorted(captured)
+    assert captured[2] > captured[0] + 0.2 and captured[3] > captured[2] + 0.1
+
+
+def test_a_class_between_two_groups_joins_both():
+    # Classes 0-3 and 4-7 are confused among themselves, class 8 with 0-3 and with 4-7.
+    statistics = PredictionStatistics(9, 2)
+    blocks = [(i, j) for b in (range(4), range(4, 8)) for i in b for j in b if i != j]
+    pairs = np.array(blocks * 3 + [(8, j) for j in range(8)] * 3)
+    statistics.update(pairs, np.tile([0.6, 0.4], (len(pairs), 1)))
+    groups = group_classes(statistics, 2, capacity=1.2, overlap=1)
+    assert sorted(map(len, groups.members)) == [4, 5]
+    both = group_classes(statistics, 3, capacity=1.0, overlap=2)
+    assert captured_unlabelled(both, statistics)[0] == 1
+
+
+def test_raw_columns_collapse_and_correlation_drowns_where_scaled_confusion_finds_the_groups():
+    # The generalist is surer of half the groups: raw distances hardly see those, the correlation's ones drown them.
+    indices, values, labels, group_of = planted.planted_predictions(200, 10, 20)
+    sure = group_of[labels] >= 5
+    values[sure, 1:] *= 0.3
+    values[sure, 0] = 1 - values[sure, 1:].sum(axis=1)
+    statistics = PredictionStatistics(200, 10)
+    statistics.update(indices, values)
+    score = {
+        method: adjusted_rand_score(
+            group_of, planted.labels_of(group_classes(statistics, 10, method, capacity=None, refine=False))
+        )
+        for method in ("kmeans", "correlation", "raw")
+    }
+    assert score["kmeans"] == 1 and score["correlation"] < 0.8 and score["raw"] < 0.5
+
+
+def test_classifier_rows_may_be_a_torch_parameter(small):
+    statistics, group_of = small
+    rows = torch.nn.Parameter(torch.as_tensor(arguments_of("classifier", group_of)["classifier_rows"]))
+    groups = group_classes(statistics, 6, "classifier", classifier_rows=rows)
+    assert adjusted_rand_score(group_of, planted.labels_of(groups)) == 1
+
+
+# Degenerate inputs
+
+
+def certain(num_classes, predicted, **options):
+    statistics = PredictionStatistics(num_classes, **options)
+    statistics.update(np.eye(num_classes)[predicted])
+    return statistics
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "classifier"])
+@pytest.mark.parametrize("top_k", [None, 1], ids=["exact", "top1"])
+@pytest.mark.parametrize(
+    "predicted",
+    [[0, 1, 2, 3, 4, 5], [0, 0, 0], [0, 3, 3, 0]],
+    ids=["never unsure", "one class only, no variance", "most classes never predicted"],
+)
+def test_predictions_without_confusion_give_bounded_groups_of_every_class(method, top_k, predicted):
+    for overlap in (1, 2):
+        groups = group_classes(certain(6, predicted, top_k=top_k), 3, method, overlap=overlap)
+        assert len(groups) == 3 and groups.covered.all()
+        assert groups.sizes.max() <= max(np.floor(1.3 * 6 * overlap / 3), np.ceil(6 * overlap / 3))
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "classifier"])
+def test_one_class_is_one_group(method):
+    assert group_classes(certain(1, [0, 0]), 1, method) == ClassGroups([[0]], 1)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "classifier"])
+def test_as_many_groups_as_classes_leaves_none_empty(method):
+    for capacity in (1.3, None):
+        groups = group_classes(certain(5, [0, 1, 1]), 5, method, capacity=capacity)
+        assert sorted(members.tolist() for members in groups.members) == [[0], [1], [2], [3], [4]]
+
+
+def test_fewer_distinct_columns_than_groups_still_fill_every_group():
+    statistics = PredictionStatistics(8)
+    statistics.update(np.repeat([[0.25] * 4 + [0] * 4, [0] * 4 + [0.25] * 4], 3, axis=0))
+    groups = group_classes(statistics, 4, refine=False)
+    assert len(groups) == 4 and groups.sizes.tolist() == [2, 2, 2, 2]
+
+
+def test_without_capacity_one_group_may_take_nearly_all():
+    groups = group_classes(certain(30, [0, 1]), 3, capacity=None, refine=False)
+    assert groups.sizes.min() >= 1 and groups.covered.all()
+
+
+def test_one_group_holds_everything(small):
+    assert group_classes(small[0], 1).sizes.tolist() == [60]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"num_groups": 61}, "num_groups is 61; for 60 classes it must be an integer from 1 to 60"),
+        ({"num_groups": 0}, "num_groups is 0"),
+        ({"num_groups": 2.5}, "num_groups is 2.5"),
+        ({"overlap": 7}, "overlap is 7; with 6 groups a class can be in 1 to 6"),
+        ({"overlap": 0}, "overlap is 0"),
+        ({"capacity": 0.9}, "capacity is 0.9; below 1"),
+        ({"capacity": float("nan")}, "capacity is nan"),
+        ({"method": "magic"}, "method 'magic' is not one of kmeans, minibatch, correlation, raw"),
+        ({"method": "classifier"}, "classifier_rows"),
+        ({"classifier_rows": np.ones((60, 2))}, 'go with method="classifier"'),
+        ({"method": "classifier", "classifier_rows": np.ones((6, 2))}, r"they must be finite, \[60, features\]"),
+        ({"method": "classifier", "classifier_rows": np.full((60, 2), np.nan)}, "finite"),
+    ],
+)
+def test_a_mistake_is_one_error_that_names_the_value(small, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        group_classes(small[0], **({"num_groups": 6} | arguments))
+
+
+def test_statistics_without_predictions_are_refused():
+    with pytest.raises(ValueError, match="hold no predictions"):
+        group_classes(PredictionStatistics(4), 2)
+
+
+def test_comparing_all_pairs_stops_at_the_memory_limit(small, monkeypatch):
+    import clustering.grouping
+
+    monkeypatch.setattr(clustering.grouping, "DENSE_BYTES", 8 * 59**2)
+    with pytest.raises(ValueError, match="all pairs of 60 classes, above the limit"):
+        group_classes(small[0], 6, "agglomerative")
+
+
+def test_no_square_array_is_built_beyond_the_limit():
+    import tracemalloc
+
+    statistics = PredictionStatistics(20_000)
+    rng = np.random.default_rng(0)
+    indices = rng.permuted(np.tile(np.arange(20_000), (1, 1)), axis=1).reshape(-1, 5)
+    statistics.update(indices, np.tile([0.6, 0.1, 0.1, 0.1, 0.1], (len(indices), 1)))
+    tracemalloc.start()
+    group_classes(statistics, 20, overlap=2)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000**2 / 4
