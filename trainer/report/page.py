@@ -52,7 +52,7 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters.update(percent=figures.percent, number=figures.number, count=figures.count,
-                               duration=figures.duration, points=_points, bytes=_bytes)  # fmt: skip
+                               duration=figures.duration, points=_points, bytes=_bytes, flow=_flow)  # fmt: skip
     page = environment.get_template("template.html.j2").render(
         verdict=figures.verdict(results),
         students_say=[line for name in results["students"] if (line := figures.student_verdict(results, name))],
@@ -171,7 +171,7 @@ class Evidence:
     def changes(self, m: int) -> tuple[int, int] | None:
         """Of the test examples routed to specialist m: how many the ensemble put right, how many it spoilt."""
         active = self.after.get("active")
-        if active is None or m >= active.shape[1]:
+        if active is None or m in (*self.missing, *self.skipped):
             return None
         asked, was, now = active[:, m].astype(bool), self.right["generalist"], self.right["ensemble"]
         return int((asked & now & ~was).sum()), int((asked & was & ~now).sum())
@@ -586,6 +586,11 @@ def _signed(value: float, digits: int) -> str:
 def _points(share: float | None, digits: int = 2) -> str:
     """A difference of shares in percentage points."""
     return "–" if share is None else _signed(100 * share, digits)
+
+
+def _flow(text: str) -> str:
+    """Text whose `top-1` no line break tears apart: a word joiner behind the hyphen."""
+    return text.replace("top-1", "top-\N{WORD JOINER}1")
 
 
 def _bytes(value: float | None) -> str:

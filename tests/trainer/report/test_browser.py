@@ -25,7 +25,7 @@ pytestmark = [
 
 
 class Chromium:
-    """One page of a browser of its own.  The protocol is JSON, NUL-terminated, read from file descriptor 3, written to 4."""
+    """One page of a browser of its own.  It reads NUL-terminated JSON from file descriptor 3 and writes it to 4."""
 
     def __init__(self, profile):
         theirs_in, self.ours_out = os.pipe()

@@ -49,7 +49,7 @@ def test_report_writes_both_files(hand_worked, tmp_path):
 def test_the_verdict_is_the_first_line_of_the_page(hand_worked):
     results = collect(hand_worked)
     first = Page(render(hand_worked, results)).text[0]
-    assert first.replace("\xa0", " ") == verdict(results)
+    assert first.replace("\xa0", " ").replace("\u2060", "") == verdict(results)
 
 
 def test_coverage_of_the_hand_worked_run(hand_worked):
@@ -118,12 +118,11 @@ def test_hostile_class_names_are_text(glyphs):
     assert len(shown) >= 5  # those among the most confused of their group
     assert "<script" not in html and "<img src=x" not in html and "</script" not in html
     assert html.count("</style>") == 1 and html.count("<!--") == 0
-    assert {tag for tag, _ in page.tags} <= {
-        "html", "head", "meta", "title", "link", "style", "body", "header", "h1", "h2", "h3", "p", "div", "small",
-        "nav", "a", "main", "section", "table", "thead", "tbody", "tr", "th", "td", "br", "span", "dl", "dt", "dd", "figure",
-        "figcaption", "svg", "path", "circle", "rect", "text", "ul", "li", "b", "article", "img", "bdi", "details",
-        "summary", "pre", "footer",
-    }  # fmt: skip
+    assert {tag for tag, _ in page.tags} <= set(
+        "html head meta title link style body header h1 h2 h3 p div small nav a main section table thead tbody tr th "
+        "td br span dl dt dd figure figcaption svg path circle rect text ul li b article img bdi details summary pre "
+        "footer".split()
+    )
 
 
 @pytest.mark.parametrize("name", ["nul\x00 bell\x07", "lone \ud800 surrogate", "x" * 5000, "  ", "{{ 7 * 7 }}"])
@@ -163,7 +162,7 @@ def test_inputs_that_are_no_pictures_are_left_out_and_the_page_says_so(glyphs, p
 def test_a_missing_specialist_is_named(tmp_path, make_hand_worked):
     run = make_hand_worked(tmp_path, missing=[1])
     html = render(run, collect(run))
-    assert "Specialists 1 are missing" in html
+    assert "Specialist 1 missing" in html
     assert [row[:2] for row in rows_of(html, "coverage")] == [["0", "4"], ["1", "6"]]
 
 
