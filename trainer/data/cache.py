@@ -52,8 +52,8 @@ def cached(shards: ShardSet, path, data: Data) -> ShardSet:
     """The same samples, ids and fingerprint, decoded once into PATH-KEY.npy (KEY: of the shards and the decoders).
 
     data.cache: "none" returns `shards` as they are; "auto" too where inputs differ in shape or take more
-    than data.cache_bytes, and "decoded" makes that a UserError.  Several processes may do this at once: each writes under
-    a name of its own, and the same content is renamed into place.
+    than data.cache_bytes, and "decoded" makes that a UserError.  Several processes may do this at once: each writes
+    under a name of its own, and the same content is renamed into place.
     """
     if data.cache == "none" or isinstance(shards, CachedShards):
         return shards

@@ -45,7 +45,7 @@ def expand(pattern: str, data: Data, split: str) -> list[Shard]:
             continue
         paths = [match for braced in _braces(part) for match in _matches(braced, split, manifests)]
         if not paths:
-            raise UserError(f"data.{split} = {part}: no shard matches")
+            raise UserError(f"{part}: no {split} shard matches")
         shards.extend(_local(path, manifests) for path in paths)
     for place, times in Counter(os.path.realpath(shard.path) for shard in shards).items():
         if times > 1:

@@ -1,7 +1,7 @@
 """Routed samples: what one specialist reads of the training data, found once after clustering.
 
-Mode "index" keeps the ids of S_m's samples; "copy" also their raw members, in shards of their own, so that a specialist with 2 %
-of the classes does not read from everywhere in a large set.
+Mode "index" keeps the ids of S_m's samples; "copy" also their raw members, in shards of their own, so that a specialist
+with 2 % of the classes does not read from everywhere in a large set.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def routed_bytes(shards: ShardSet, ids: np.ndarray, mode: str) -> int:
 def route(shards: ShardSet, members, directory, mode: str = "index", max_bytes: int = 64 * 1024**3) -> dict:
     """Write DIRECTORY/{ids.npy, routed.json} for the classes `members`, and with mode "copy" DIRECTORY/routed-*.tar.
 
-    The size is printed before anything is written.  Returns routed.json: {"samples", "bytes", "frequency", ...}, frequency being
-    the share of S_m's samples in the whole set, from which the dustbin's shift is computed.
+    The size is printed before anything is written.  Returns routed.json: {"samples", "bytes", "frequency", ...}:
+    frequency is the share of S_m's samples in the whole set, from which the dustbin's shift is computed.
     Raises UserError if no sample is of these classes, or if it would take more than max_bytes.
     """
     if mode not in ("index", "copy"):
@@ -45,7 +45,7 @@ def route(shards: ShardSet, members, directory, mode: str = "index", max_bytes: 
     print(f"{directory.name}: {len(ids)} of {len(shards)} samples, {size / 2**20:.1f} MiB", flush=True)
     if size > max_bytes:
         raise UserError(
-            f"routing {directory.name} by {mode} takes {size} bytes, more than specialists.route_max_bytes = {max_bytes}"
+            f"routing {directory.name} by {mode} takes {size} bytes, above specialists.route_max_bytes = {max_bytes}"
         )
     directory.mkdir(parents=True, exist_ok=True)
     if mode == "copy":
@@ -72,7 +72,7 @@ def _copy(shards: ShardSet, ids: np.ndarray, directory: Path) -> None:
 
 
 def open_routed(directory, shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
-    """(shards, ids) of a group's samples: the caller's shards with mode "index", the copy and all of its ids with "copy".
+    """(shards, ids) of a group's samples: the caller's shards with mode "index", the copy and all its ids with "copy".
 
     Raises UserError if `directory` was routed from other shards.
     """

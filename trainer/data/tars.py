@@ -169,7 +169,7 @@ def _members(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
     archive.fileobj = content
     end, offset = len(content), 0
     while True:
-        content.seek(offset)
+        content.seek(min(offset, end))
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:
