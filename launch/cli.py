@@ -142,10 +142,10 @@ def report(directory: DirArgument) -> int:
     found = open_run(directory)
     if not found.evaluate.is_done:
         raise UserError(f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}")
-    jobs = [job for job in plan(found) if job.kind == "report"]
+    job = plan(found)[-1]
     with locked(found.root):
         found.report.clear()
-        code = subprocess.run(trainer_command(jobs[0], found, jobs[0].stages, FAKE or TRAINER)).returncode
+        code = subprocess.run(trainer_command(job, found, [found.report], FAKE or TRAINER)).returncode
     if code == 0:
         show_results(found, _console())
     return code

@@ -44,7 +44,7 @@ QUICK = [
 ]  # fmt: skip
 
 GLYPHS: dict[str, str] = {}  # options of `referral shards glyphs`
-QUICK_GLYPHS = {"classes": "120"}
+QUICK_GLYPHS = {"classes": "120", "train": "60", "val": "20", "test": "20"}
 
 
 def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Config:

@@ -11,12 +11,14 @@ from trainer.config import Schedule
 from trainer.run_directory import RunDirectory, Stage, write_text
 
 OVERHEAD = 100  # what starting a job costs, in optimizer steps: it orders jobs and nothing else
+# Short stages that follow on each other and that nothing runs beside share a process: starting one takes seconds.
+TOGETHER = {"measure": "clusters", "cluster": "clusters", "route": "clusters", "evaluate": "report"}
 EPOCH = 1000  # steps per epoch where no manifest says how many examples there are
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command of the trainer's, for one stage or for several of one kind.
+    """One command of the trainer's, for one stage or several in a row.
 
     processes: ranks.  waits_for: names of jobs.  chain: estimated steps from this job's start to the end of the run.
     """
@@ -26,10 +28,6 @@ class Job:
     processes: int
     waits_for: tuple[str, ...]
     chain: float = 0.0
-
-    @property
-    def kind(self) -> str:
-        return self.stages[0].name
 
     @property
     def pending(self) -> list[Stage]:
@@ -42,12 +40,13 @@ class Job:
 
     def command(self, stages: Sequence[Stage] = ()) -> list[str]:
         """The trainer's arguments, without --run, for `stages` or for all of this job's."""
-        names = [stage.directory.name for stage in stages or self.stages]
-        if self.kind == "specialist":
-            return [self.kind, "--index", *(str(int(name)) for name in names)]
-        if self.kind in ("control", "student"):
-            return [self.kind, "--name", *names]
-        return [self.kind]
+        stages = stages or self.stages
+        kind, names = stages[0].name, [stage.directory.name for stage in stages]
+        if kind == "specialist":
+            return [kind, "--index", *(str(int(name)) for name in names)]
+        if kind in ("control", "student"):
+            return [kind, "--name", *names]
+        return [stage.name for stage in stages]
 
 
 def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
@@ -57,10 +56,10 @@ def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
     """
     groups = _grouped(run)
     job_of = {stage.place: name for name, stages in groups for stage in stages}
-    waits_for = {
-        name: tuple(dict.fromkeys(job_of[wanted.place] for stage in stages for wanted in stage.inputs))
-        for name, stages in groups
-    }
+    waits_for = {}
+    for name, stages in groups:
+        wanted = dict.fromkeys(job_of[input.place] for stage in stages for input in stage.inputs)
+        waits_for[name] = tuple(other for other in wanted if other != name)
     ranks = {"generalist": run.config.launch.processes or processes}
     costs = {
         name: OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks.get(name, 1) for name, stages in groups
@@ -87,7 +86,7 @@ def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
     packs = [run.specialists[first : first + per_job] for first in range(0, len(run.specialists), per_job)]
     pack_of = {stage.place: pack for pack in packs for stage in pack}
     for stage in run.stages:
-        name = stage.name
+        name = TOGETHER.get(stage.name, stage.name)
         if stage.name == "specialist":
             numbers = [other.directory.name for other in pack_of[stage.place]]
             name = f"specialist-{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")

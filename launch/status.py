@@ -60,7 +60,7 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
     elif stage.is_stale or done is not None:
         status.state, status.detail = "stale", "made with another config or other data"
     elif _runs(run, record, journal):
-        begun = len(job.stages) == 1 or stage.is_begun
+        begun = stage.is_begun or stage.place == job.pending[0].place  # the rest of its job waits
         status.state = "running" if begun else "waiting"
         if begun:
             status.seconds = time.time() - record.started

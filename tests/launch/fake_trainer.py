@@ -57,26 +57,27 @@ def main() -> None:
         print(" ".join(sys.argv[1:]))
         sys.exit(7 if "--seven" in sys.argv else 0)
     parser = argparse.ArgumentParser()
-    parser.add_argument("stage")
+    parser.add_argument("stages", nargs="+")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--index", type=int, nargs="+", default=[])
     parser.add_argument("--name", nargs="+", default=[])
     args = parser.parse_args()
     run = RunDirectory(args.run, load_config(args.run / "config.toml"))
     of_kind = {"specialist": run.specialists, "control": run.controls, "student": run.students}
-    named = [of_kind[args.stage][name] for name in [*args.index, *args.name]]
+    names = [*args.index, *args.name]
+    stages = [of_kind[args.stages[0]][name] for name in names] or [getattr(run, name) for name in args.stages]
     behaviour = args.run.parent / "behaviour.json"
     behaviour = json.loads(behaviour.read_text()) if behaviour.exists() else {}
     if not behaviour.get("deaf"):
 
         def checkpoint(*_):
-            note(args.run, "checkpoint", args.stage)
+            note(args.run, "checkpoint", args.stages[0])
             sys.exit(75)
 
         signal.signal(signal.SIGTERM, checkpoint)
     else:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for stage in named or [getattr(run, args.stage)]:
+    for stage in stages:
         if not stage.is_done:
             train(stage, behaviour.get(stage.place, {}), args.run)
 

@@ -16,7 +16,7 @@ def snapshot(directory):
 
 @pytest.fixture
 def short(ward):
-    """A config of eight jobs."""
+    """A config of five jobs."""
     del ward.values["students"]
     ward.values |= {"controls": {"enabled": False}, "clusters": {"num_groups": 1}}
     return ward
@@ -52,7 +52,7 @@ def test_prepare_lays_out_and_starts_nothing(ward, referral):
     code, out, _ = referral("prepare", ward.write_config(), "--run", "run", "--set", "seed=3")
     assert code == 0 and "is ready" in out
     assert "seed = 3" in (ward.run_path / "config.toml").read_text()
-    assert not ward.calls() and len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 17
+    assert not ward.calls() and len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 14
 
 
 def test_dry_run_prints_every_job_and_writes_nothing(ward, referral):

@@ -91,9 +91,9 @@ def test_a_failed_job_shows_the_end_of_its_log_from_this_attempt_on(ward):
     record = JobRecord(
         "failed", exit_code=1, log="log.txt", log_start=len("an earlier attempt\n"), reason="exit code 1"
     )
-    journal = Journal({"generalist": record, "measure": JobRecord("blocked")})
+    journal = Journal({"generalist": record, "clusters": JobRecord("blocked")})
     found = statuses(run, plan(run), journal)
-    assert [status.state for status in found[:3]] == ["failed", "blocked", "waiting"]
+    assert [status.state for status in found[:3]] == ["failed", "blocked", "blocked"]
     lines = failures(run, found, journal)
     assert "generalist: exit code 1" in lines[0] and lines[1:] == ["    Traceback", "    ValueError: seven"]
 
