@@ -16,6 +16,8 @@ from .classifier import Classifier, build_classifier
 from .heads import DustbinHead
 from .spec import ModelSpec, check_members
 
+WIDTHS = {"width", "channels", "embedding"}
+
 
 def specialise(generalist: Classifier, members, dustbin: str = "preserving") -> Classifier:
     """A copy of `generalist` whose logits are [B, |members| + 1]: the members in ascending order, the dustbin last.
@@ -99,21 +101,24 @@ def freeze_norm(classifier: Classifier, fixed: bool = True) -> Classifier:
     return classifier.train(classifier.training)
 
 
-def widen(classifier: Classifier, factor: float, generator: torch.Generator | None = None) -> Classifier:
-    """An mlp or convnet with width and embedding times `factor` and the same function.  Chen et al. 2015, Net2WiderNet.
+def widen(classifier: Classifier, to: float | ModelSpec, generator: torch.Generator | None = None) -> Classifier:
+    """A wider mlp or convnet that computes the same function.  Chen et al. 2015, Net2WiderNet.
 
+    to: a factor for width, channels and embedding; or a spec that differs from the classifier's in these alone.
     A new unit copies a random old one, and the weights that read a copied unit are split among its copies in random
     shares, entry by entry: their sum, and so the function, stays, and the copies do not stay twins.
     generator: None takes torch's global one.
-    Raises ValueError for other builders and for factor < 1.
+    Raises ValueError for other builders, and where a layer would become narrower.
     """
     spec = classifier.spec
     if spec.builder not in ("mlp", "convnet") or not isinstance(classifier.trunk, nn.Sequential):
         raise ValueError(f"only mlp and convnet can be widened, not {spec.builder}")
-    if not factor >= 1:
-        raise ValueError(f"factor = {factor}: must be at least 1")
+    target = _checked_target(spec, to) if isinstance(to, ModelSpec) else _wider_spec(spec, to)
     with torch.random.fork_rng(devices=[]):
-        wider = build_classifier(_wider_spec(spec, factor))
+        wider = build_classifier(target)
+    for old, new in zip(_layers(classifier), _layers(wider), strict=True):
+        if new.weight.shape[0] < old.weight.shape[0]:
+            raise ValueError(f"a layer of {old.weight.shape[0]} units cannot be widened to {new.weight.shape[0]}")
     wider.to(next(classifier.parameters()))
     # origin: the old unit that each unit of the layer below copies; at the start the inputs themselves.
     num_units = math.prod(spec.input.shape) if spec.builder == "mlp" else spec.input.shape[0]
@@ -161,10 +166,29 @@ def _share_out(weight: Tensor, origin: Tensor, generator: torch.Generator | None
 
 def _wider_spec(spec: ModelSpec, factor: float) -> ModelSpec:
     options = builtin_options(spec.builder) | spec.options
-    options["embedding"] = round(options["embedding"] * factor)
-    if spec.builder == "mlp":
-        options["width"] = round(options["width"] * factor)
-    else:
-        channels = options.pop("channels") or [options["width"] * 2**stage for stage in range(options["depth"])]
-        options["channels"] = [round(channel * factor) for channel in channels]
+    for name in WIDTHS & options.keys():
+        if isinstance(options[name], list):
+            options[name] = [round(channel * factor) for channel in options[name]]
+        elif options[name] is not None:
+            options[name] = round(options[name] * factor)
     return replace(spec, options=options)
+
+
+def _checked_target(spec: ModelSpec, target: ModelSpec) -> ModelSpec:
+    def shape(spec):
+        options = builtin_options(spec.builder) | spec.options
+        return spec.builder, {name: value for name, value in options.items() if name not in WIDTHS | {"dropout"}}
+
+    if shape(spec) != shape(target) or (spec.input, spec.head) != (target.input, target.head):
+        raise ValueError(
+            "widening changes width, channels, embedding and dropout; the rest of the two models must agree"
+        )
+    if bool(_option(spec, "embedding")) != bool(_option(target, "embedding")):
+        raise ValueError("widening cannot add or remove the embedding")
+    if spec.num_classes != target.num_classes:
+        raise ValueError(f"a model of {spec.num_classes} classes cannot be widened to one of {target.num_classes}")
+    return target
+
+
+def _option(spec: ModelSpec, name: str):
+    return (builtin_options(spec.builder) | spec.options)[name]

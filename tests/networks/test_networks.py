@@ -343,6 +343,37 @@ def test_widening_keeps_the_function(builder, options, factor):
     assert build_classifier(wider.spec).state_dict().keys() == wider.state_dict().keys()
 
 
+def test_twice_as_wide_is_the_network_of_twice_the_width():
+    options = {"width": 8, "depth": 2, "embedding": 16, "kernel": [5, 3], "stride": [3, 2], "padding": "valid"}
+    wider = widen(build_classifier(ModelSpec("convnet", 10, GRAY, options)), 2)
+    twice = build_classifier(ModelSpec("convnet", 10, GRAY, options | {"width": 16, "embedding": 32}))
+    assert [p.shape for p in wider.parameters()] == [p.shape for p in twice.parameters()]
+
+
+def test_widening_to_a_spec_may_widen_some_layers_only():
+    classifier = trained_a_little(small()).eval().double()
+    for options in ({"width": 9}, {"embedding": 20}, {"channels": [4, 8, 30], "dropout": 0.1}):
+        target = ModelSpec("convnet", 10, GRAY, SMALL["convnet"] | options)
+        wider = widen(classifier, target)
+        assert wider.spec == target
+        assert torch.allclose(wider(images()), classifier(images()), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"width": 3}, "4 units cannot be widened to 3"),
+        ({"depth": 2}, "must agree"),
+        ({"embedding": 0}, "add or remove"),
+    ],
+)
+def test_a_spec_that_is_not_wider_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        widen(small(), ModelSpec("convnet", 10, GRAY, SMALL["convnet"] | options))
+    with pytest.raises(ValueError, match="only mlp and convnet"):
+        widen(small("resnet"), 2)
+
+
 def test_copied_units_do_not_stay_twins():
     wider = trained_a_little(widen(trained_a_little(small("mlp", dropout=0.0)), 2), steps=5)
     rows = wider.trunk.hidden1.linear.weight

@@ -7,9 +7,11 @@ image is a random distortion of one face's drawing, its randomness a pure functi
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import multiprocessing
 import os
+import platform
 import re
 import shutil
 import signal
@@ -163,7 +165,7 @@ def render_glyphs(
     made_by = {"command": "referral shards glyphs", "seed": seed, "size": size, "per_class": per_class}
     made_by |= {"distortion": asdict(distortion), "min_faces": min_faces}
     made_by |= {"fonts": [Path(face.path).name for face in faces]}
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    unfinished = _place_to_work(out)
     with _bar(progress) as advance:
         glyphs = draw_glyphs(faces, characters, size, min_faces, limit, advance)
         if not isinstance(classes, str):
@@ -448,6 +450,16 @@ def _write_split(directory: Path, split: str, glyphs: Glyphs, per_class: int, se
     return writer.facts
 
 
+def _place_to_work(out: Path) -> Path:
+    """A name beside `out` for this process; what dead processes of this machine left there is removed."""
+    mark = f".{out.name}.unfinished-{platform.node()}-"
+    for left in out.parent.glob(f"{glob.escape(mark)}*"):
+        number = left.name.removeprefix(mark).removesuffix(".old")
+        if number.isdecimal() and not Path("/proc", number).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return out.with_name(f"{mark}{os.getpid()}")
+
+
 def _put_in_place(unfinished: Path, out: Path, force: bool) -> None:
     old = out.with_name(f"{unfinished.name}.old")
     if force and out.exists():
@@ -559,9 +571,9 @@ def _check_out(out: Path, force: bool) -> None:
     except OSError as mistake:
         raise UserError(f"{out}: cannot be read: {mistake.strerror}") from None
     if filled and not force:
-        raise UserError(f"{out} is not empty; give a new directory, or --force to replace it")
+        raise UserError(f"{out} is not empty; give a new directory, or --overwrite to replace it")
     if filled and not (out / MANIFEST).exists():
-        raise UserError(f"{out} holds no shards ({MANIFEST}), so --force does not replace it; give a new directory")
+        raise UserError(f"{out} holds no shards ({MANIFEST}), so --overwrite does not replace it; give a new directory")
     parent = next(path for path in out.absolute().parents if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise UserError(f"{out}: cannot be made: no permission to write in {parent}")
@@ -629,14 +641,14 @@ def add_glyphs_command(app: typer.Typer) -> None:
         noise: Annotated[float, Option()] = default.noise,
         seed: Annotated[int, Option(min=0)] = 0,
         processes: Annotated[int | None, Option(help="[one per core]")] = None,
-        force: Annotated[bool, Option("--force", help="replace the shards in --out")] = False,
+        overwrite: Annotated[bool, Option("--overwrite", "--force", help="replace the shards in --out")] = False,
     ) -> None:
         """Render a labelled data set of glyph images from fonts: shards, manifest.json, merged.json."""
         distortion = Distortion(rotation, shear, scale, shift, elastic, default.grid, contrast, noise).times(strength)
         per_class = {"train": train, "val": val, "test": test}
         processes = processes if processes is not None else len(os.sched_getaffinity(0))
         made = render_glyphs(
-            out, fonts, read_classes(classes), size, per_class, seed, distortion, min_faces, processes, force=force
+            out, fonts, read_classes(classes), size, per_class, seed, distortion, min_faces, processes, force=overwrite
         )
         several = sum(len(characters) > 1 for characters in made.characters)
         images = ", ".join(f"{split} {count * len(made.characters):,}" for split, count in per_class.items())

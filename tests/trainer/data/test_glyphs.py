@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -237,11 +238,19 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    alive, dead = (tmp_path / f".out.unfinished-{platform.node()}-{number}" for number in (os.getppid(), 2**22 + 1))
+    alive.mkdir()
+    dead.mkdir()
+    render(tmp_path / "out", classes="AB")
+    assert alive.exists() and not dead.exists()
+
+
 def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_shards(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     render(out, classes="AB")  # an empty directory is as good as none
-    with pytest.raises(UserError, match="is not empty; give a new directory, or --force"):
+    with pytest.raises(UserError, match="is not empty; give a new directory, or --overwrite"):
         render(out)
     render(out, classes="ABC", force=True)
     assert len(json.loads((out / "manifest.json").read_text())["classes"]) == 3
@@ -282,6 +291,7 @@ def test_the_command_takes_characters_files_and_distortions(tmp_path):
     made_by = json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]
     assert made_by["distortion"]["rotation"] == 10.0
     assert isinstance(command("--out", tmp_path / "out").exception, UserError)
+    assert command("--out", tmp_path / "out", "--classes", "AB", "--train", 1, "--overwrite").exit_code == 0
     assert g.read_classes("12") == 12 and g.read_classes("AB") == "AB" and g.read_classes(None) is None
     assert g.read_classes("x" * 5000) == "x" * 5000
     with pytest.raises(UserError, match="no such file of characters"):
