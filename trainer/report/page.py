@@ -230,7 +230,8 @@ def figure_rows(evidence: Evidence) -> list[dict]:
     best = {}
     for key, (_, which) in COLUMNS.items():
         values = [row[key] for row in named.values() if row[key] is not None]
-        best[key] = (max if which == "highest" else min)(values) if values else None
+        # Where all are equal, none is best.
+        best[key] = (max if which == "highest" else min)(values) if len(set(values)) > 1 else None
     rows = []
     for label, row in named.items():
         name = label.removeprefix("student ")
@@ -350,18 +351,17 @@ def read_metrics(stage: Stage | None) -> dict[str, list[tuple[float, float]]]:
 def learning_curves(run: RunDirectory) -> list[dict]:
     """Two families of curves, each as training loss and as val top-1: whole-label-set networks, and specialists."""
     base = over_examples(read_metrics(run.generalist))
-    ends = max((points[-1][0] for points in base.values()), default=0)
     whole = {"generalist": base}
     best = figures.best_control_wall(run)
     if best is not None:
-        whole["control_wall"] = over_examples(read_metrics(run.controls[f"control_wall-{best}"]), ends)
+        whole["control_wall"] = over_examples(read_metrics(run.controls[f"control_wall-{best}"]), base)
     for name, stage in run.controls.items():
         if not name.startswith("control_wall-"):
-            twin = name == "student_hard" and run.config.students["main"].start == "scratch"
-            whole[name] = over_examples(read_metrics(stage), 0 if twin else ends)
+            fresh = name == "student_hard" and run.config.students["main"].start == "scratch"
+            whole[name] = over_examples(read_metrics(stage), None if fresh else base)
     for name, stage in run.students.items():
-        goes_on = run.config.students[name].start == "generalist"
-        whole[f"student {name}"] = over_examples(read_metrics(stage), ends if goes_on else 0)
+        fresh = run.config.students[name].start == "scratch"
+        whole[f"student {name}"] = over_examples(read_metrics(stage), None if fresh else base)
     done = [m for m, stage in enumerate(run.specialists) if read_metrics(stage)]
     few = {f"specialist {m}": over_examples(read_metrics(run.specialists[m])) for m in tables.spread(done, MOST_CURVES)}
     found = []
@@ -383,12 +383,17 @@ def learning_curves(run: RunDirectory) -> list[dict]:
     return found
 
 
-def over_examples(curves: dict, start: float = 0) -> dict[str, list[tuple[float, float]]]:
-    """The same curves over examples seen, counted from `start`: one that goes on from another begins at its end."""
+def over_examples(curves: dict, before: dict | None = None) -> dict[str, list[tuple[float, float]]]:
+    """The same curves over examples seen; those of a network that goes on from `before` begin at its end."""
+    start = max((points[-1][0] for points in (before or {}).values()), default=0)
     if not curves.get("examples"):
         return {}
     step, examples = curves.pop("examples")[-1]
-    return {key: [(start + x * examples / step, y) for x, y in points] for key, points in curves.items()}
+    found = {key: [(start + x * examples / step, y) for x, y in points] for key, points in curves.items()}
+    # What goes on from a network starts with its accuracy: copying and widening preserve the function.
+    if before is not None and before.get("val/top1") and "val/top1" in found:
+        found["val/top1"].insert(0, before["val/top1"][-1])
+    return found
 
 
 def _some(shown: int, of: int) -> str:

@@ -27,7 +27,9 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten between low and high; powers alone over more than two decades."""
+    """1, 2, 5 times powers of ten between low and high; powers alone over two decades, all round ones below half a one."""
+    if high / low < 4:
+        return [value for value in ticks(low, high) if value > 0]
     factors = (1,) if high / low > 100 else (1, 2, 5)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     return [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]

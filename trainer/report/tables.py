@@ -5,7 +5,7 @@ n test examples, C classes, M specialists; `right` is bool [n], `labels` and `pr
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 
@@ -63,19 +63,21 @@ def paired_difference(before, after) -> tuple[float, float]:
     return difference, 1.96 * np.sqrt(max((gained + lost) / n - difference**2, 0) / n)
 
 
-def confusion_weights(labels, top5, top5_probability) -> dict[tuple[int, int], float]:
-    """(a, b), a < b -> probability that the generalist puts on b at examples of a and the other way round, summed."""
-    labels = np.asarray(labels)
-    weights: dict[tuple[int, int], float] = defaultdict(float)
-    for column in range(top5.shape[1]):
-        other = top5[:, column].astype(np.int64)
-        wrong = (other != labels) & (other >= 0)
-        pairs = np.sort(np.stack([labels[wrong], other[wrong]], axis=1), axis=1)
-        found, where = np.unique(pairs, axis=0, return_inverse=True)
-        mass = np.bincount(where.reshape(-1), weights=top5_probability[wrong, column], minlength=len(found))
-        for (a, b), weight in zip(found.tolist(), mass.tolist(), strict=True):
-            weights[a, b] += weight
-    return dict(weights)
+def confusion_weights(labels, top5, top5_probability, most: int = 100_000) -> dict[tuple[int, int], float]:
+    """(a, b), a < b -> probability that the generalist puts on b at examples of a and the other way round, summed.
+
+    Only the `most` heaviest pairs.  An entry of top5 below 0 stands for no class.
+    """
+    labels, other = np.repeat(labels, top5.shape[1]), top5.reshape(-1).astype(np.int64)
+    wrong = (other != labels) & (other >= 0)
+    labels, other, mass = labels[wrong], other[wrong], top5_probability.reshape(-1)[wrong]
+    if not len(other):
+        return {}
+    base = int(max(labels.max(), other.max())) + 1
+    pairs, where = np.unique(np.minimum(labels, other) * base + np.maximum(labels, other), return_inverse=True)
+    weights = np.bincount(where, weights=mass)
+    heaviest = np.argsort(-weights, kind="stable")[:most]
+    return {(int(pairs[i] // base), int(pairs[i] % base)): float(weights[i]) for i in heaviest}
 
 
 def families(members, weights: dict[tuple[int, int], float], most: int = 4) -> list[list[int]]:

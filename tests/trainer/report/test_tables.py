@@ -67,6 +67,7 @@ def test_confusion_is_the_probability_on_the_other_class_both_ways():
     assert weights[0, 1] == pytest.approx(0.3 + 0.5 + 0.05)
     assert weights[1, 2] == pytest.approx(0.1 + 0.15)
     assert set(weights) == {(0, 1), (1, 2)}
+    assert confusion_weights(labels, top5, p, most=1) == {(0, 1): pytest.approx(0.85)}
 
 
 def test_families_join_look_alikes_up_to_a_limit_and_stay_inside_the_group():
@@ -101,3 +102,5 @@ def test_ticks_are_round(low, high, expected):
 
 def test_log_ticks_stay_inside():
     assert log_ticks(0.8, 12) == pytest.approx([1, 2, 5, 10])
+    assert log_ticks(0.15, 0.35) == pytest.approx([0.15, 0.2, 0.25, 0.3, 0.35])
+    assert log_ticks(0.5, 2000) == pytest.approx([1, 10, 100, 1000])
