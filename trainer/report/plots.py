@@ -27,7 +27,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten between low and high; powers alone over two decades, all round ones below half a one."""
+    """1, 2, 5 times powers of ten between low and high; powers alone over two decades, more below half a one."""
     if high / low < 4:
         return [value for value in ticks(low, high) if value > 0]
     factors = (1,) if high / low > 100 else (1, 2, 5)
