@@ -1,8 +1,9 @@
-"""Eq. 5 of Hinton, Vinyals and Dean 2015, solved exactly.  The derivation is in newton.py and docs/combining.md.
+"""Eq. 5 of Hinton, Vinyals and Dean 2015, solved exactly: the passes over B x C.  newton.py has the mathematics.
 
 Legend: B rows, C classes, M specialists; in a block n rows, k active specialists, U classes in any of them, P patterns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,9 @@ from .patterns import PaddedIndex, SharedIndex, set_patterns
 
 METHODS = ("newton", "newton-fixed")
 FIXED_STEPS = 16
-# Of the optimum's conditions, as masses (newton.py).
+# How far the optimum's conditions may be off, as masses (newton.py).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
-# A factor beyond this would lift what is next to nothing: the pattern counts as one without mass.
+# A factor beyond this would lift what is next to nothing: such a pattern counts as one without mass.
 LARGEST = {torch.float64: 1e190, torch.float32: 1e37}
 # A set that so many rows share gets index tensors of its own; rows with rarer sets are padded to each other.
 ROWS_TO_SHARE = 32
@@ -35,48 +36,57 @@ ROWS_TO_SHARE = 32
 def combine_kl(p_general: Tensor, p_special, groups, active=None, weights=None, method: str = "newton") -> Tensor:
     """Distribution q minimising w_0 KL(p_g, q) + sum over active m of w_m KL(p_m, q).  Hinton et al. 2015, eq. 5.
 
-    p_general: [B, C], rows sum to 1.  groups: ClassGroups.  p_special[m]: [B, |S_m| + 1], column j is class groups.members[m][j], the
-    dustbin last; or (rows, [len(rows), |S_m| + 1]); or None where no row is active.  q's mass outside S_m is compared with m's dustbin.
-    active: [B, M] bool, None is all; a specialist's rows that are not active are never read.  weights: [1 + M], None is all 1.
-    method: "newton", or "newton-fixed": a fixed number of steps without a line search, for export; exact on all but conflicting inputs.
+    In KL(p_m, q) the mass that q has outside S_m is compared with p_m's dustbin.
+    p_general: [B, C], rows sum to 1.  groups: ClassGroups.
+    p_special[m]: [B, |S_m| + 1], column j is class groups.members[m][j], the dustbin last; or (rows, [len(rows), |S_m| + 1]); or
+    None where no row is active.  With S_m = every class the dustbin is dropped and the rest renormalised.
+    active: [B, M] bool, None is all.  A specialist's rows that are not active are never read.
+    weights: [1 + M], the generalist's first; None is all 1.
+    method: "newton", or "newton-fixed": FIXED_STEPS steps without a line search, the same for every input.
     Returns q [B, C] in p_general's dtype, differentiable in the probabilities; where nothing is active q is p_general.
-    With S_m = every class the dustbin is dropped and the rest renormalised.  Dustbin mass where nobody else leaves any outside S_m is
-    spread evenly over the classes outside.
-    Raises ValueError for shapes that disagree, rows that do not sum to 1 (SUM_TOLERANCE), NaN in rows that are read, an empty group, an
-    unknown method.  Negative entries are looked for in the specialists' rows and in sums over the generalist's.
+    Dustbin mass where nobody else leaves any outside S_m is spread evenly over the classes outside.
+    Raises ValueError for shapes that disagree, rows that do not sum to 1 (opinions.SUM_TOLERANCE), NaN in rows that are read,
+    an empty group, an unknown method.  Negative entries are looked for in the specialists' rows and the generalist's sums.
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r} is unknown; it must be one of {', '.join(METHODS)}")
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)
-    opinions = read_opinions(p_special, groups, active, g.dtype)
-    differentiable = torch.is_grad_enabled() and (g.requires_grad or opinions.table.requires_grad)
-    job = Job(g, groups, active, weights, opinions, dtype, FIXED_STEPS if method == "newton-fixed" else None, differentiable)
-    sets, which = active_sets(active)
-    blocks, order = _blocks(sets, which)
-    if order is None:
-        q = _combined(job, g, blocks[0], None) if blocks else g.clone()
-        return q.to(dtype)
-    order = torch.from_numpy(order).to(g.device)
-    sorted_g = g[order]
-    lengths = [len(block.rows) for block in blocks]
-    pieces = [_combined(job, piece, block, order) for piece, block in zip(sorted_g.split(lengths), blocks, strict=True)]
-    if differentiable:
-        sorted_g = torch.cat(pieces)
-    return sorted_g[torch.argsort(order)].to(dtype)
+    opinions = read_opinions(p_special, groups, active, g.dtype, dtype)
+    steps = FIXED_STEPS if method == "newton-fixed" else None
+    return combined(Job(groups, weights, opinions, dtype, steps), g, active).to(dtype)
 
 
 @dataclass
 class Job:
-    g: Tensor
+    """What all blocks have in common.
+
+    dtype: that the caller's probabilities had; it decides how far a sum may be off.  steps: of "newton-fixed", else None.
+    columns: where a generalist's row does not hold the C classes in order: (classes [n, U], rows) -> their columns in it.
+    stands_for: [B, columns], how many classes a column is the sum of; None is one.
+    """
+
     groups: object
-    active: Tensor
     weights: Tensor | None
     opinions: Opinions
-    dtype: torch.dtype  # that the caller's probabilities had: it decides how far a sum may be off
-    steps: int | None
-    differentiable: bool
+    dtype: torch.dtype
+    steps: int | None = None
+    columns: Callable[[Tensor, Tensor], Tensor] | None = None
+    stands_for: Tensor | None = None
+
+
+def combined(job: Job, g: Tensor, active: Tensor) -> Tensor:
+    """q of every row, block by block."""
+    blocks, order = _blocks(*active_sets(active))
+    if not blocks:
+        return g.clone()
+    if order is None:
+        return _combined(job, g, blocks[0], ours=False)
+    order = torch.from_numpy(order).to(g.device)
+    pieces = g.index_select(0, order).split([len(block.rows) for block in blocks])
+    done = [_combined(job, piece, block, ours=True) for piece, block in zip(pieces, blocks, strict=True)]
+    return torch.cat(done).index_select(0, torch.argsort(order))
 
 
 @dataclass
@@ -89,124 +99,139 @@ class Block:
 
 
 def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block], np.ndarray | None]:
-    """The blocks, and the order of rows that makes each contiguous (None: the order they have)."""
+    """The blocks, and the order of rows that makes each contiguous (None: there is one block, and the order is what it was)."""
     if len(sets) <= 1:
         return [Block(np.arange(len(which)), sets, None)] if sets else [], None
-    order = np.argsort(which, kind="stable")
-    per_set = np.split(order, np.cumsum(np.bincount(which, minlength=len(sets)))[:-1])
-    blocks, rare = [], {}
-    for chosen, rows in zip(sets, per_set, strict=True):
-        if len(rows) >= ROWS_TO_SHARE or not chosen:
-            blocks.append(Block(rows, [chosen], None))
-        else:
-            rare.setdefault(len(chosen), []).append((chosen, rows))
-    for found in rare.values():
-        rows = [rows for _, rows in found]
-        which_of = np.repeat(np.arange(len(found)), [len(r) for r in rows])
-        blocks.append(Block(np.concatenate(rows), [chosen for chosen, _ in found], which_of))
-    return blocks, np.concatenate([block.rows for block in blocks])
+    members: dict = {}  # of each block, its sets: a frequent one is alone, rare ones are together with others of their size
+    rows_of_set = np.bincount(which, minlength=len(sets))
+    for number, chosen in enumerate(sets):
+        shared = rows_of_set[number] >= ROWS_TO_SHARE or not chosen
+        members.setdefault(chosen if shared else len(chosen), []).append(number)
+    block_of_set, place_in_block = np.empty(len(sets), dtype=np.int64), np.empty(len(sets), dtype=np.int64)
+    for block, numbers in enumerate(members.values()):
+        block_of_set[numbers], place_in_block[numbers] = block, np.arange(len(numbers))
+    order = np.argsort(block_of_set[which], kind="stable")
+    lengths = np.bincount(block_of_set[which], minlength=len(members))
+    blocks, start = [], 0
+    for numbers, length in zip(members.values(), lengths, strict=True):
+        rows = order[start : start + length]
+        start += length
+        which_of = place_in_block[which[rows]] if len(numbers) > 1 else None
+        blocks.append(Block(rows, [sets[number] for number in numbers], which_of))
+    return blocks, order if len(blocks) > 1 else None
 
 
-def _combined(job: Job, g: Tensor, block: Block, order: Tensor | None) -> Tensor:
-    """q [n, C] of one block whose generalist rows are g [n, C]; without gradients g is overwritten if the rows were reordered."""
+def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
+    """q [n, C] of one block whose generalist rows are g [n, C].  ours: g is a copy that may be overwritten."""
     n, device = len(g), g.device
+    differentiable = torch.is_grad_enabled() and (g.requires_grad or job.opinions.requires_grad)
 
     def named(position) -> str:
         return f"row {block.rows[position[0]]} of p_general"
 
     if not block.sets[0]:
         check_sums(g.sum(1), job.dtype, named)
-        return g.clone() if order is None else g
+        return g if ours else g.clone()
+    rows = torch.from_numpy(block.rows).to(device) if ours else None
     if block.which is None:
-        index = set_patterns(job.groups, block.sets[0]).on(device, g.dtype, job.opinions.width, job.groups.num_classes)
-        slots = torch.tensor(block.sets[0], device=device).expand(n, -1)
+        index = set_patterns(job.groups, block.sets[0]).on(device, g.dtype, job.groups.num_classes)
+        slots = torch.tensor(block.sets, device=device).expand(n, -1)
+        parts = job.opinions.side_by_side(block.sets[0], rows)
+        sums = torch.stack([part.sum(1) for part in parts], 1)
+        said = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        dustbin = said.index_select(1, index.dustbins).double()
+        lowest = said.amin(1, keepdim=True)
     else:
         which = torch.from_numpy(block.which).to(device)
         index = PaddedIndex([set_patterns(job.groups, s) for s in block.sets], which, device, job.opinions.width)
-        slots = torch.tensor(block.sets, device=device)[which]
-    own = order is not None  # the rows are a copy of ours
-    rows = slice(None) if order is None else torch.from_numpy(block.rows).to(device)
-    said = job.opinions.table[job.opinions.where[rows].gather(1, slots)]  # [n, k, W]
-    sizes = torch.tensor([len(members) for members in job.groups.members], device=device)[slots]
-    dustbin = said.gather(2, sizes[..., None])[..., 0].double()
-    _check_said(said, job, block, slots)
-    if bool((sizes == job.groups.num_classes).any()):
-        said, dustbin = _without_dustbin(said, dustbin, sizes == job.groups.num_classes)
-    w_general, w_special, total = 1.0, None, 1.0 + slots.shape[1]
-    if job.weights is not None:
-        w_general, w_special = job.weights[0], job.weights[1:][slots]
-        total = (w_general + w_special.sum(1))[:, None]
-        if bool((total <= 0).any()):
-            row = int(block.rows[int((total <= 0).nonzero()[0, 0])])
-            raise ValueError(f"the weights of the generalist and of row {row}'s active specialists are all 0; give one of them weight")
-        said, dustbin = said * w_special[..., None].to(said.dtype), dustbin * w_special
-    said = said.flatten(1)
+        slots = torch.tensor(block.sets, device=device).index_select(0, which)
+        said = job.opinions.padded(slots, rows)
+        sizes = torch.tensor([len(members) for members in job.groups.members], device=device)
+        dustbin = said.gather(2, sizes[slots][..., None])[..., 0].double()
+        sums, lowest = said.sum(2), said.amin(2)
+        said = said.flatten(1)
 
-    # a [n, U] on the union of the active groups; outside of it a is g times its weight.
-    classes = index.classes.expand(n, -1)
-    g_union = g.gather(1, classes)
-    a = g_union if job.weights is None else g_union * w_general.to(g.dtype)
-    a = a + said.gather(1, index.source.expand(n, -1))
+    def specialist_named(position) -> str:
+        name = f"row {block.rows[position[0]]} of p_special"
+        return f"{name}[{int(slots[tuple(position)])}]" if len(block.sets[0]) == lowest.shape[1] else name
+
+    check_sums(sums, job.dtype, specialist_named)
+    check_no_negative(lowest, specialist_named)
+    w_general = 1.0
+    if job.weights is not None:
+        w_general, w_special = float(job.weights[0]), job.weights[1:][slots]
+        _check_some_weight(w_general + w_special.sum(1), block)
+        dustbin = dustbin * w_special
+        said = said * _per_column(w_special.to(said.dtype), index, job.opinions.width)
+
+    # a [n, U]: what generalist and specialists say together, on the union of the active groups.
+    # Its columns are unique in a row, but for padding, which names a column of the row again and must add nothing there.
+    columns = index.classes.expand(n, -1)
+    if job.columns is not None:
+        columns = job.columns(columns, slice(None) if rows is None else rows)
+    on_union = g.gather(1, columns)
+    a = said.gather(1, index.source.expand(n, -1)) + (on_union if w_general == 1 else on_union * w_general)
     if index.more_at.shape[1]:
         more = said.gather(1, index.more_source.expand(n, -1))
-        if index.more_weight is not None:
-            more = more * index.more_weight
-        a = a.scatter_add(1, index.more_at.expand(n, -1), more)
+        more = more if isinstance(index, SharedIndex) else more * index.more_real
+        a = a.scatter_add_(1, index.more_at.expand(n, -1), more)
+    # The generalist's mass outside is summed as such: one minus the rest would be noise where it is sure of a class inside.
     if isinstance(index, SharedIndex):
-        # Summed as such: one minus the rest would be noise where the generalist is sure of a class inside.
-        outside, rest = g @ index.outside_all, g
-        inside = torch.stack([part.sum(1) for part in a.split(index.sizes, 1)], 1)
+        ordered = a.gather(1, index.by_pattern.expand(n, -1))
+        inside = torch.stack([part.sum(1) for part in ordered.split(index.pattern_sizes, 1)], 1)
     else:
-        zeros = torch.zeros((), dtype=g.dtype, device=device).expand(classes.shape)
-        rest = g.scatter(1, classes, zeros) if job.differentiable or not own else g.scatter_(1, classes, zeros)
-        outside = rest.sum(1)
-        inside = a.new_zeros(n, index.num_patterns + 1).scatter_add(1, index.pattern.expand(n, -1), a)[:, 1 : index.num_patterns]
+        inside = a.new_zeros(n, index.num_patterns + 1).scatter_add(1, index.pattern, a)[:, 1 : index.num_patterns]
+        on_union = on_union * index.real
+    one_sweep = isinstance(index, SharedIndex) and job.columns is None
+    if one_sweep:
+        rest, outside = g, g @ index.outside_all
+    else:
+        nothing = torch.zeros((), dtype=g.dtype, device=device).expand(columns.shape)
+        rest = g.scatter_(1, columns, nothing) if ours and not differentiable else g.scatter(1, columns, nothing)
+        ours, outside = True, rest.sum(1)
+    general = outside + on_union.sum(1)
     A = torch.cat([(outside.double() * w_general)[:, None], inside.double()], 1)
-    general = outside + g_union.sum(1) if isinstance(index, SharedIndex) else outside + _without_padding(g_union, index).sum(1)
     check_sums(general, job.dtype, named)
     check_no_negative(A, named)
-    # Dividing by the mass that is really there, and not by the weights' sum, makes q sum to one whatever the rows sum to.
+
+    # Divided by the mass that is really there, and not by the sum of the weights, q sums to one whatever the rows sum to.
     mass = A.sum(1, keepdim=True) + dustbin.sum(1, keepdim=True)
     Y = pattern_masses(A / mass, dustbin / mass, index.members, TOLERANCE[g.dtype], job.steps)
     factor = Y / A.clamp(min=EMPTY)
     starved = factor.detach() > LARGEST[g.dtype]
-    factor = torch.where(starved, 0.0, factor) if bool(starved.any()) else factor
-    on_union = torch.cat([factor, factor.new_zeros(n, 1)], 1).to(g.dtype).gather(1, index.pattern.expand(n, -1))
-    on_general = (factor[:, :1] * w_general).to(g.dtype)
-    q = rest * on_general if job.differentiable or not (own or rest is not g) else rest.mul_(on_general)
-    if isinstance(index, SharedIndex):
-        q = q.scatter(1, classes, a * on_union) if job.differentiable else q.scatter_(1, classes, a.mul_(on_union))
+    some_starved = bool(starved.any())
+    if some_starved:
+        factor = torch.where(starved, 0.0, factor)
+    on_rest = (factor[:, :1] * w_general).to(g.dtype)
+    factor_of = torch.cat([factor, factor.new_zeros(n, 1)], 1).to(g.dtype).gather(1, index.pattern.expand(n, -1))
+    if differentiable:
+        rest, a = rest * on_rest, a * factor_of
+        q = rest.scatter(1, columns, a) if one_sweep else rest.scatter_add(1, columns, a)
     else:
-        q = q.scatter_add(1, classes, a * on_union) if job.differentiable else q.scatter_add_(1, classes, a.mul_(on_union))
-    return _spread(q, Y, starved, index, classes) if bool(starved.any()) else q
+        rest, a = rest.mul_(on_rest) if ours else rest * on_rest, a.mul_(factor_of)
+        q = rest.scatter_(1, columns, a) if one_sweep else rest.scatter_add_(1, columns, a)
+    if not some_starved:
+        return q
+    stands_for = None if job.stands_for is None else job.stands_for[slice(None) if rows is None else rows]
+    return _spread(q, Y, starved, index, columns, stands_for)
 
 
-def _without_padding(g_union: Tensor, index: PaddedIndex) -> Tensor:
-    return g_union * (index.pattern < index.num_patterns)
+def _per_column(w_special: Tensor, index, width: int) -> Tensor:
+    """Each active specialist's weight [n, k], at every column of its opinion."""
+    if isinstance(index, SharedIndex):
+        return w_special[:1].repeat_interleave(torch.tensor(index.widths, device=w_special.device), dim=1)
+    return w_special.repeat_interleave(width, dim=1)
 
 
-def _check_said(said: Tensor, job: Job, block: Block, slots: Tensor) -> None:
-    def named(position) -> str:
-        return f"row {block.rows[position[0]]} of p_special[{int(slots[position[0], position[1]])}]"
-
-    check_sums(said.sum(2), job.dtype, named)
-    check_no_negative(said.amin(2), named)
+def _check_some_weight(total: Tensor, block: Block) -> None:
+    if bool((total <= 0).any()):
+        row = int(block.rows[int((total <= 0).nonzero()[0, 0])])
+        raise ValueError(f"the generalist and all specialists active in row {row} have weight 0; give one of them some")
 
 
-def _without_dustbin(said: Tensor, dustbin: Tensor, complete: Tensor) -> tuple[Tensor, Tensor]:
-    """For the specialists of every class (complete [n, k]): the dustbin dropped, the rest renormalised; uniform where nothing is left."""
-    classes = said.shape[2] - 1  # a complete group is the widest
-    kept = said[..., :-1] + torch.finfo(said.dtype).tiny
-    kept = kept / kept.sum(2, keepdim=True)
-    said = torch.where(complete[..., None], torch.nn.functional.pad(kept, (0, 1)), said)
-    assert classes == kept.shape[2]
-    return said, torch.where(complete, 0.0, dustbin)
-
-
-def _spread(q: Tensor, Y: Tensor, starved: Tensor, index, classes: Tensor) -> Tensor:
+def _spread(q: Tensor, Y: Tensor, starved: Tensor, index, columns: Tensor, stands_for: Tensor | None) -> Tensor:
     """Where nobody left a pattern any mass but a dustbin needs it, spread it evenly over the pattern's classes."""
-    n = len(q)
-    even = torch.where(starved, Y / index.members.counts.clamp(min=1), 0.0)
-    even = torch.cat([even, even.new_zeros(n, 1)], 1).to(q.dtype)
-    fill = even[:, :1].expand_as(q).scatter(1, classes, even.gather(1, index.pattern.expand(n, -1)))
-    return q + fill
+    even = torch.where(starved, Y / index.members.counts.clamp(min=1), 0.0).to(q.dtype)
+    on_union = torch.cat([even, even.new_zeros(len(q), 1)], 1).gather(1, index.pattern.expand(len(q), -1))
+    fill = even[:, :1] * (torch.ones_like(q) if stands_for is None else stands_for)
+    return q + fill.scatter(1, columns, 0.0).scatter_add(1, columns, on_union)

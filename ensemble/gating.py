@@ -17,7 +17,9 @@ def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = No
     """
     num_classes, specialists = groups.num_classes, len(groups.members)
     if p_general.dim() != 2 or p_general.shape[1] != num_classes:
-        raise ValueError(f"p_general has shape {list(p_general.shape)}; it must be [B, {num_classes}] as the groups have it")
+        raise ValueError(
+            f"p_general has shape {list(p_general.shape)}; it must be [B, {num_classes}] as the groups have it"
+        )
     if not 1 <= n <= num_classes:
         raise ValueError(f"n = {n} most probable classes; it must be from 1 to {num_classes}, the number of classes")
     if max_specialists is not None and max_specialists < 1:

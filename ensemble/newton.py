@@ -142,11 +142,14 @@ def _solved(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> Stat
     answer = State(*(torch.empty_like(x) for x in (state.Y, state.s, state.t, state.Q)))
     for step in range(MAX_STEPS):
         done = state.residual(A, d) <= tolerance
-        if done.all() or (step % 4 == 3 and done.any()):
+        all_done = bool(done.all())
+        if all_done and len(rows) == len(answer.Y):
+            return state
+        if all_done or (step % 4 == 3 and bool(done.any())):
             for name in ("Y", "s", "t", "Q"):
                 getattr(answer, name)[rows[done]] = getattr(state, name)[done]
             left = (~done).nonzero()[:, 0]
-            if not len(left):
+            if all_done:
                 return answer
             rows, A, d, members, state = rows[left], A[left], d[left], members.rows(left), state.take(left)
         direction = _direction(A, d, state, members)
@@ -162,4 +165,6 @@ def _solved(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> Stat
             length = torch.where(worse[:, None], length / 2, length)
         state = trial
     worst = float(state.residual(A, d).max())
-    raise ArithmeticError(f"{len(rows)} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})")
+    raise ArithmeticError(
+        f"{len(rows)} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})"
+    )

@@ -1,9 +1,9 @@
 """Reading and checking what the generalist and the specialists say.
 
-Legend: B rows, C classes, M specialists, W columns: the widest specialist's classes and its dustbin.
+Legend: B rows, C classes, M specialists, k of them active in a row.
 """
 
-from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -14,17 +14,50 @@ from torch.nn.functional import pad
 SUM_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-@dataclass
 class Opinions:
-    """The specialists' rows, one under the other.
+    """What the specialists say.
 
-    table: [R, W]: classes of S_m in columns 0 ... |S_m| - 1, the dustbin after them, then zeros.
-    where: int64 [B, M]: the row of the table that specialist m wrote about row b; -1 where it is not active.
+    values[m]: [R_m, |S_m| + 1], or None where no row is active.  places[m]: int64 [B], the row of values[m] that is about row b (-1: none);
+    None where values[m] is about every row, in order.
     """
 
-    table: Tensor
-    where: Tensor
-    width: int
+    def __init__(self, values: list[Tensor | None], places: list[Tensor | None], rows: int, dtype: torch.dtype, device):
+        self.values, self.places = values, places
+        self.width = max((v.shape[1] for v in values if v is not None), default=1)
+        self._rows, self._dtype, self._device = rows, dtype, device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(v is not None and v.requires_grad for v in self.values)
+
+    def side_by_side(self, specialists: tuple[int, ...], rows: Tensor | None) -> list[Tensor]:
+        """Of each of `specialists` [n, |S_m| + 1] about `rows` (None: every row, in order)."""
+        parts = []
+        for m in specialists:
+            place = self.places[m]
+            if rows is not None:
+                place = rows if place is None else place[rows]
+            parts.append(self.values[m] if place is None else self.values[m].index_select(0, place))
+        return parts
+
+    @cached_property
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """All values one under the other, padded with zeros to `width`, and where [B, M] in it."""
+        where = torch.full((self._rows, len(self.values)), -1, dtype=torch.int64, device=self._device)
+        blocks, height = [], 0
+        every_row = torch.arange(self._rows, device=self._device)
+        for m, values in enumerate(self.values):
+            if values is None:
+                continue
+            where[:, m] = height + (every_row if self.places[m] is None else self.places[m])
+            blocks.append(values if values.shape[1] == self.width else pad(values, (0, self.width - values.shape[1])))
+            height += len(values)
+        return torch.cat(blocks), where
+
+    def padded(self, slots: Tensor, rows: Tensor | None) -> Tensor:
+        """[n, k, width] of the specialists `slots` [n, k] about `rows`."""
+        table, where = self._table
+        return table[(where if rows is None else where[rows]).gather(1, slots)]
 
 
 def checked_general(p_general: Tensor, groups) -> tuple[Tensor, torch.dtype]:
@@ -35,7 +68,9 @@ def checked_general(p_general: Tensor, groups) -> tuple[Tensor, torch.dtype]:
         expected = f"[B, {groups.num_classes}] as the groups have it"
         raise ValueError(f"p_general has shape {list(p_general.shape)}; it must be {expected}")
     if p_general.dtype not in SUM_TOLERANCE:
-        raise ValueError(f"p_general has dtype {p_general.dtype}; it must be floating point (divide counts by their sum)")
+        raise ValueError(
+            f"p_general has dtype {p_general.dtype}; it must be floating point (divide counts by their sum)"
+        )
     dtype = p_general.dtype
     return (p_general if dtype in (torch.float32, torch.float64) else p_general.float()), dtype
 
@@ -47,7 +82,9 @@ def checked_active(active: Tensor | None, p_special, rows: int, groups, device) 
         if len(members) == 0:
             raise ValueError(f"group {m} is empty; leave it out of the groups, or give it a class")
     if len(p_special) != specialists:
-        raise ValueError(f"p_special has {len(p_special)} entries for {specialists} groups; use None for one that nobody needs")
+        raise ValueError(
+            f"p_special has {len(p_special)} entries for {specialists} groups; use None for one that nobody needs"
+        )
     if active is None:
         return torch.ones(rows, specialists, dtype=torch.bool, device=device)
     active = torch.as_tensor(active, device=device)
@@ -70,21 +107,20 @@ def checked_weights(weights, specialists: int, device) -> Tensor | None:
     return weights
 
 
-def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype) -> Opinions:
-    """The table of everything that an active row may need.  Values are not looked at here."""
-    rows, _ = active.shape
+def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype, given_dtype: torch.dtype) -> Opinions:
+    """What active rows may need, as `dtype`.  Values are not looked at here, but for specialists of every class."""
+    rows, specialists = active.shape
     device = active.device
-    needed = active.any(0).nonzero()[:, 0].tolist()
-    where = torch.full(active.shape, -1, dtype=torch.int64, device=device)
-    width = 1 + max((len(groups.members[m]) for m in needed), default=0)
-    blocks, height = [], 0
-    for m in needed:
+    values: list[Tensor | None] = [None] * specialists
+    places: list[Tensor | None] = [None] * specialists
+    for m in active.any(0).nonzero()[:, 0].tolist():
         given, columns = p_special[m], len(groups.members[m]) + 1
         if given is None:
             row = int(active[:, m].nonzero()[0])
-            raise ValueError(f"p_special[{m}] is None, but row {row} is active for it; give its prediction, or clear active[{row}, {m}]")
+            raise ValueError(
+                f"p_special[{m}] is None, but row {row} is active for it; give its prediction, or clear active[{row}, {m}]"
+            )
         if isinstance(given, Tensor):
-            about = None
             if given.shape != (rows, columns):
                 raise ValueError(
                     f"p_special[{m}] has shape {list(given.shape)}; it must be [{rows}, {columns}]: "
@@ -92,27 +128,37 @@ def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype) -> Opin
                 )
         else:
             about, given = _checked_rows(given, m, rows, columns, device)
+            places[m] = torch.full((rows,), -1, dtype=torch.int64, device=device)
+            places[m][about] = torch.arange(len(about), device=device)
+            missing = active[:, m] & (places[m] < 0)
+            if bool(missing.any()):
+                row = int(missing.nonzero()[0])
+                raise ValueError(
+                    f"row {row} is active for specialist {m}, but p_special[{m}] has no prediction for it; add the row to its rows"
+                )
         if given.dtype not in SUM_TOLERANCE:
             raise ValueError(f"p_special[{m}] has dtype {given.dtype}; it must be floating point")
-        given = given.to(device=device, dtype=dtype)
-        blocks.append(given if columns == width else pad(given, (0, width - columns)))
-        places = torch.arange(height, height + len(given), device=device)
-        where[slice(None) if about is None else about, m] = places
-        height += len(given)
-    if not blocks:
-        return Opinions(torch.zeros(0, width, dtype=dtype, device=device), where, width)
-    missing = active & (where < 0)
-    if bool(missing.any()):
-        row, m = missing.nonzero()[0].tolist()
-        raise ValueError(f"row {row} is active for specialist {m}, but p_special[{m}] has no prediction for it; add the row to its rows")
-    return Opinions(torch.cat(blocks) if len(blocks) > 1 else blocks[0], where, width)
+        values[m] = given.to(device=device, dtype=dtype)
+        if columns == groups.num_classes + 1:
+            asked = active[:, m] if places[m] is None else places[m][active[:, m]]
+            check_sums(values[m][asked].sum(1), given_dtype, lambda _, m=m: f"a row of p_special[{m}]")
+            values[m] = without_dustbin(values[m])
+    return Opinions(values, places, rows, dtype, device)
+
+
+def without_dustbin(values: Tensor) -> Tensor:
+    """The rest [n, C] renormalised, dustbin 0: nothing is outside of every class.  Uniform where nothing is left."""
+    kept = values[:, :-1] + torch.finfo(values.dtype).tiny
+    return pad(kept / kept.sum(1, keepdim=True), (0, 1))
 
 
 def _checked_rows(given, m: int, rows: int, columns: int, device) -> tuple[Tensor, Tensor]:
     try:
         about, values = given
     except (TypeError, ValueError):
-        raise ValueError(f"p_special[{m}] is a {type(given).__name__}; it must be a tensor, (rows, tensor) or None") from None
+        raise ValueError(
+            f"p_special[{m}] is a {type(given).__name__}; it must be a tensor, (rows, tensor) or None"
+        ) from None
     about = torch.as_tensor(about, device=device)
     if about.dtype == torch.bool or about.is_floating_point() or about.dim() != 1:
         kind = f"dtype {about.dtype} and shape {list(about.shape)}"
@@ -150,7 +196,9 @@ def check_sums(sums: Tensor, dtype: torch.dtype, name) -> None:
 def check_no_negative(lowest: Tensor, name) -> None:
     if bool((lowest.detach() < 0).any()):
         position = tuple((lowest < 0).nonzero()[0].tolist())
-        raise ValueError(f"{name(position)} holds {float(lowest[position]):.3g}; probabilities are not negative: pass softmax outputs")
+        raise ValueError(
+            f"{name(position)} holds {float(lowest[position]):.3g}; probabilities are not negative: pass softmax outputs"
+        )
 
 
 def active_sets(active: Tensor) -> tuple[list[tuple[int, ...]], np.ndarray]:
@@ -163,4 +211,8 @@ def active_sets(active: Tensor) -> tuple[list[tuple[int, ...]], np.ndarray]:
     packed = np.ascontiguousarray(np.packbits(on, axis=1))
     keys = packed.view(np.dtype((np.void, packed.shape[1])))[:, 0]
     _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-    return [tuple(np.flatnonzero(on[row]).tolist()) for row in first], which.reshape(-1)
+    sizes = on[first].sum(1)
+    members = np.nonzero(on[first])[1].tolist()
+    ends = np.cumsum(sizes).tolist()
+    starts = [0, *ends[:-1]]
+    return [tuple(members[a:b]) for a, b in zip(starts, ends, strict=True)], which.reshape(-1)

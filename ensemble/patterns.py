@@ -7,7 +7,6 @@ import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,85 +19,92 @@ SETS_KEPT = 2048
 
 @dataclass
 class SetPatterns:
-    """One active set of k specialists.  Union: the U classes in any of them, sorted by pattern.  Pattern 0: outside all of them.
-
-    Position (slot, column) of the opinions, each padded to `width` columns, is written slot * width + column.
-    """
+    """One active set of k specialists.  Its union: the U classes in any of them, ascending.  Pattern 0: outside all of them."""
 
     specialists: tuple[int, ...]
-    classes: np.ndarray  # int64 [U]
-    pattern: np.ndarray  # int64 [U], ascending, from 1
-    slot: np.ndarray  # int64 [U]: the first specialist of the set that holds the class
-    column: np.ndarray  # int64 [U]: and the class's column there
-    more: np.ndarray  # int64 [3, X]: position in the union, slot, column of every further specialist that holds a class
-    outside: np.ndarray  # float64 [P, k]
-    counts: np.ndarray  # float64 [P]: classes per pattern
+    sizes: tuple[int, ...]  # |S_m| of each
+    # [4, U] for each class of the union: the class; its pattern, from 1; the first specialist of the set (0 ... k - 1) that holds it,
+    # and its column there.
+    union: np.ndarray
+    # [3, X] for every further specialist that holds a class: position in the union, specialist of the set, column.
+    more: np.ndarray
+    outside: np.ndarray  # [P, k]: 1 where the pattern lies outside
+    counts: np.ndarray  # [P]: classes per pattern
 
     def __post_init__(self):
         self._on = {}
 
-    def on(self, device: torch.device, dtype: torch.dtype, width: int, num_classes: int) -> "SharedIndex":
+    def on(self, device: torch.device, dtype: torch.dtype, num_classes: int) -> "SharedIndex":
         """As tensors; kept, for a set that returns."""
-        key = (device, dtype, width)
+        key = device, dtype
         if key not in self._on:
-            self._on[key] = SharedIndex(self, device, dtype, width, num_classes)
+            self._on[key] = SharedIndex(self, device, dtype, num_classes)
         return self._on[key]
 
 
 class SharedIndex:
-    """The index of rows that have the same active set; leading dimensions of 1 are broadcast."""
+    """For rows that have the same active set.  Their opinions stand side by side, each as wide as it is: [n, L].
 
-    def __init__(self, patterns: SetPatterns, device, dtype, width: int, num_classes: int):
+    Every tensor has a leading dimension of 1, to be expanded.
+    """
+
+    def __init__(self, patterns: SetPatterns, device, dtype, num_classes: int):
         def tensor(x):
             return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
-        self.specialists = patterns.specialists
-        self.classes = tensor(patterns.classes)[None]
-        self.source = tensor(patterns.slot * width + patterns.column)[None]
-        self.more_at = tensor(patterns.more[0])[None]
-        self.more_source = tensor(patterns.more[1] * width + patterns.more[2])[None]
-        self.more_weight = None
-        self.pattern = tensor(patterns.pattern)[None]
-        self.sizes = patterns.counts[1:].astype(int).tolist()
+        classes, pattern, slot, column = patterns.union
+        self.widths = [size + 1 for size in patterns.sizes]
+        start = np.cumsum([0, *self.widths[:-1]])
+        self.dustbins = tensor(start + np.array(patterns.sizes))
+        self.classes = tensor(classes)[None]
+        self.pattern = tensor(pattern)[None]
+        self.source = tensor(start[slot] + column)[None]
+        at, more_slot, more_column = patterns.more
+        self.more_at = tensor(at)[None]
+        self.more_source = tensor(start[more_slot] + more_column)[None]
+        # Classes ascend, so that a row of C probabilities is read and written in one sweep (ten times faster than pattern by
+        # pattern); a row of the union is small, and put into the order of the patterns to be summed.
+        self.by_pattern = tensor(np.argsort(pattern, kind="stable"))[None]
+        self.pattern_sizes = np.bincount(pattern)[1:].tolist()
+        self.num_patterns = len(patterns.counts)
         self.members = Membership(tensor(patterns.outside), tensor(patterns.counts))
         self.outside_all = torch.ones(num_classes, dtype=dtype, device=device)
         self.outside_all[self.classes[0]] = 0
 
-    @cached_property
-    def num_patterns(self) -> int:
-        return len(self.sizes) + 1
-
 
 class PaddedIndex:
-    """The same for rows with different active sets of equal size, padded to the largest: every tensor has a row per row.
+    """For rows with different active sets of equal size k; opinions [n, k, width] flattened.  Every tensor has a row per row.
 
-    A padded entry of the union names the row's first class, and the pattern `num_patterns`, whose factor is 0.
+    A padded entry of the union names the row's first class and the pattern `num_patterns`; a padded further specialist weighs 0.
     """
 
     def __init__(self, sets: list[SetPatterns], which: Tensor, device, width: int):
-        def stacked(arrays, fill):
-            longest = max(1, max(len(array) for array in arrays))
-            out = np.empty((len(arrays), longest), dtype=np.int64)
-            for row, array in enumerate(arrays):
-                out[row, : len(array)] = array
-                out[row, len(array) :] = fill(row)
-            return torch.from_numpy(out).to(device)[which]
-
+        count, k = len(sets), len(sets[0].specialists)
+        lengths = np.array([s.union.shape[1] for s in sets])
+        further = np.array([s.more.shape[1] for s in sets])
         self.num_patterns = max(len(s.counts) for s in sets)
-        self.classes = stacked([s.classes for s in sets], lambda row: sets[row].classes[0])
-        self.pattern = stacked([s.pattern for s in sets], lambda row: self.num_patterns)
-        self.source = stacked([s.slot * width + s.column for s in sets], lambda row: 0)
-        self.more_at = stacked([s.more[0] for s in sets], lambda row: 0)
-        self.more_source = stacked([s.more[1] * width + s.more[2] for s in sets], lambda row: 0)
-        real = [len(s.more[0]) for s in sets]
-        used = np.arange(self.more_at.shape[1]) < np.array(real)[:, None]
-        self.more_weight = torch.from_numpy(used).to(device)[which]
-        outside = np.zeros((len(sets), self.num_patterns, sets[0].outside.shape[1]))
-        counts = np.zeros((len(sets), self.num_patterns))
+        union = np.zeros((4, count, lengths.max()), dtype=np.int64)
+        more = np.zeros((3, count, further.max()), dtype=np.int64)
+        outside = np.zeros((count, self.num_patterns, k))
+        counts = np.zeros((count, self.num_patterns))
         for row, s in enumerate(sets):
+            union[:, row, : lengths[row]] = s.union
+            more[:, row, : further[row]] = s.more
             outside[row, : len(s.counts)] = s.outside
             counts[row, : len(s.counts)] = s.counts
-        self.members = Membership(torch.from_numpy(outside).to(device)[which], torch.from_numpy(counts).to(device)[which])
+        padding = np.arange(union.shape[2]) >= lengths[:, None]
+        classes = np.where(padding, union[0, :, :1], union[0])
+        pattern = np.where(padding, self.num_patterns, union[1])
+
+        def per_row(x):
+            return torch.from_numpy(x).to(device).index_select(0, which)
+
+        self.classes, self.pattern = per_row(classes), per_row(pattern)
+        self.source = per_row(union[2] * width + union[3])
+        self.real = per_row(~padding)
+        self.more_at, self.more_source = per_row(more[0]), per_row(more[1] * width + more[2])
+        self.more_real = per_row(np.arange(more.shape[2]) < further[:, None])
+        self.members = Membership(per_row(outside), per_row(counts))
 
 
 def set_patterns(groups, specialists: tuple[int, ...]) -> SetPatterns:
@@ -127,23 +133,17 @@ def _make(groups, specialists: tuple[int, ...]) -> SetPatterns:
     packed = np.packbits(inside, axis=1)
     _, first, pattern = np.unique(packed, axis=0, return_index=True, return_inverse=True)
     pattern = pattern.reshape(-1)
-    order = np.argsort(pattern, kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    at = place[of_entry]
-    firsts = np.unique(at, return_index=True)[1]
-    rest = np.setdiff1d(np.arange(len(at)), firsts)
+    firsts = np.unique(of_entry, return_index=True)[1]
+    rest = np.setdiff1d(np.arange(len(of_entry)), firsts)
     outside = np.concatenate([np.ones((1, len(chosen))), (~inside[first]).astype(float)])
     counts = np.concatenate([[groups.num_classes - len(classes)], np.bincount(pattern)]).astype(float)
     if counts[0] == 0:
         outside[0] = 0  # no class is there to take a dustbin's mass
     return SetPatterns(
         specialists=specialists,
-        classes=classes[order],
-        pattern=pattern[order] + 1,
-        slot=slot[firsts],
-        column=column[firsts],
-        more=np.stack([at[rest], slot[rest], column[rest]]),
+        sizes=tuple(sizes),
+        union=np.stack([classes, pattern + 1, slot[firsts], column[firsts]]),
+        more=np.stack([of_entry[rest], slot[rest], column[rest]]),
         outside=outside,
         counts=counts,
     )

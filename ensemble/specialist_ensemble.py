@@ -63,7 +63,9 @@ class SpecialistEnsemble:
             )
         for name, values in (("temperatures", temperatures), ("weights", weights)):
             if values is not None and len(values) != 1 + count:
-                raise ValueError(f"{name} has {len(values)} entries; it must have {1 + count}: the generalist's and one per group")
+                raise ValueError(
+                    f"{name} has {len(values)} entries; it must have {1 + count}: the generalist's and one per group"
+                )
         self.temperatures = [1.0] * (1 + count) if temperatures is None else [float(t) for t in temperatures]
         if not all(0 < t < float("inf") for t in self.temperatures):
             raise ValueError(f"temperatures are {self.temperatures}; each must be positive")
@@ -87,7 +89,8 @@ class SpecialistEnsemble:
         logits, active, special = self._logits(inputs)
         p_general = _softmax(logits, self.temperatures[0])
         p_special = [
-            None if found is None else (found[0], _softmax(found[1], self.temperatures[1 + m])) for m, found in enumerate(special)
+            None if found is None else (found[0], _softmax(found[1], self.temperatures[1 + m]))
+            for m, found in enumerate(special)
         ]
         return p_general, p_special, active
 
@@ -180,7 +183,8 @@ def equal_tensors(one: nn.Module, other: nn.Module) -> bool:
     """Whether two modules of one architecture hold the same parameters and buffers (but for batch norm's counter of batches)."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(
-        tensor is theirs[name] or (tensor.shape == theirs[name].shape and torch.equal(tensor, theirs[name].to(tensor.device)))
+        tensor is theirs[name]
+        or (tensor.shape == theirs[name].shape and torch.equal(tensor, theirs[name].to(tensor.device)))
         for name, tensor in mine.items()
         if not name.endswith("num_batches_tracked")
     )
