@@ -182,6 +182,8 @@ class Config(Section):
         for name in self.students:
             if not NAME.fullmatch(name):
                 raise ValueError(f"students.{name}: a student's name is letters, digits, '_' and '-'")
+            if name in ("generalist", "ensemble", "student_hard") or name.startswith("control_"):
+                raise ValueError(f"students.{name}: this name has a meaning of its own; choose another")
         if not self.controls.learning_rates:
             peak = self.specialists.learning_rate
             self.controls.learning_rates = [peak / 3, peak, peak * 3]

@@ -141,10 +141,9 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
         return {**figures(answer.q, batch.labels), "active": answer.active}
 
     after = session.measured(test, consult)
-    groups = session.groups()
     extra = {
         "specialists": specialist_rows(session, generalist, ensemble, after["active"], costs),
-        "clusters": captured(session, before), "coverage": coverage(groups, before, after),
+        "clusters": captured(session, before),
         "missing": read_json(run.combine.path("ensemble.json"))["missing"],
     }  # fmt: skip
     write_evaluation(session, attempt, "ensemble", after, costs.ensemble, extra)
@@ -219,20 +218,6 @@ def captured(session: Session, before: dict) -> dict:
     share, chance = captured_confusion(groups, coo_array(pairs, shape=(session.num_classes,) * 2).tocsr())
     return {"captured_confusion": share, "chance": chance, "captured_unlabelled": summary["captured_unlabelled"],
             "sizes": summary["sizes"]}  # fmt: skip
-
-
-def coverage(groups, before: dict, after: dict) -> list[dict]:
-    """Accuracy by the number of specialists that cover the true class: Hinton et al. 2015, table 4."""
-    holders = np.zeros(groups.num_classes, np.int64)
-    for members in groups.members:
-        holders[members] += 1
-    of_example = holders[before["labels"]]
-    rows = []
-    for k in np.unique(of_example):
-        chosen = of_example == k
-        right = [float((found["top5"][chosen, 0] == found["labels"][chosen]).mean()) for found in (before, after)]
-        rows.append({"specialists": int(k), "n": int(chosen.sum()), "before": right[0], "after": right[1]})
-    return rows
 
 
 class Costs:

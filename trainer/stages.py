@@ -240,7 +240,7 @@ def report(session: Session, stage: Stage) -> None:
 
     with session.attempt(stage) as attempt:
         if session.ranks.is_main:
-            write_report(session.run, attempt.directory, session.shards("test"))
+            write_report(session.run, attempt.directory, session.shards("test"), session.shards("train").class_counts)
     if session.ranks.is_main:
         session.publish_report(stage)
 

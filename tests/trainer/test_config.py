@@ -36,6 +36,7 @@ def test_control_wall_tries_three_rates_around_the_specialists():
         ("train.steps", "write section.key=value"),
         ("seed.x=1", "seed"),
         ("students.a b.steps=1", "a student's name is letters"),
+        ("students.control_wall.steps=1", "this name has a meaning of its own"),
     ],
 )
 def test_a_wrong_key_or_value_is_one_clear_line(override, message):
