@@ -77,7 +77,7 @@ def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
     rows = np.repeat(np.arange(affinity.shape[0]), np.diff(affinity.indptr))
     for start in range(0, affinity.nnz, 2**22):
         block = slice(start, start + 2**22)
-        total += float(affinity.data[block][_share(member_of, rows[block], affinity.indices[block])].sum())
+        total += float(affinity.data[block][_share(member_of, member_of, rows[block], affinity.indices[block])].sum())
     return total
 
 
@@ -100,49 +100,50 @@ def fill_empty(member_of: np.ndarray, num_groups: int) -> np.ndarray:
 
 def _reassign(affinity, member_of, batch, num_groups, max_size, similarity) -> None:
     """Take the batch's memberships back and give them anew, in place."""
-    old = member_of[batch]
-    tiny = 1e-6 * float(affinity.sum()) / len(member_of)
-    sizes = sizes_of(member_of, num_groups) - sizes_of(old, num_groups)
+    total = np.float32(affinity.sum())
+    all_sizes = sizes_of(member_of, num_groups)
+    sizes = all_sizes - sizes_of(member_of[batch], num_groups)
+    # A group that would fall below half the mean keeps its members: a specialist for three classes is a job wasted.
+    small = 2 * sizes < all_sizes.mean()
+    memberships = _one_hot(member_of, num_groups)
     per_block = max(1, _BLOCK_SCORES // num_groups)
     for start in range(0, len(batch), per_block):
         block = batch[start : start + per_block]
         rows = affinity[block]
         row_of = np.repeat(np.arange(len(block)), np.diff(rows.indptr))
+        ties = np.float32(1e-6 * total / len(member_of)) * (max_size - sizes).astype(np.float32) / max_size
+        if similarity is not None:
+            ties = ties + similarity(block)
+        if small.any():
+            kept = _one_hot(member_of[block], num_groups).toarray()
+            ties = ties + (kept * small) * (1 + total)
         new = np.full((len(block), member_of.shape[1]), -1, dtype=np.int32)
-        ties = None if similarity is None else similarity(block)
-        open_mass = rows.data.copy()
         for turn in range(member_of.shape[1]):
-            scores = _mass_by_group(row_of, rows.indices, open_mass, member_of, len(block), num_groups)
-            scores += tiny * (max_size - sizes) / max_size
-            if ties is not None:
-                scores += ties
+            scores = (rows @ memberships).toarray() + ties
             for previous in range(turn):
                 taken = np.flatnonzero(new[:, previous] >= 0)
                 scores[taken, new[taken, previous]] = -np.inf
             new[:, turn] = assign(scores, max_size - sizes)
             sizes = sizes + sizes_of(new[:, turn], num_groups)
-            joined = new[row_of, turn]
-            met = (member_of[rows.indices] == joined[:, None]).any(axis=1) & (joined >= 0)
-            open_mass[met] = 0
+            if turn + 1 < member_of.shape[1]:
+                # What is met already counts no more.
+                rows.data[_share(new[:, [turn]], member_of, row_of, rows.indices)] = 0
         member_of[block] = new
 
 
-def _mass_by_group(row_of, neighbours, mass, member_of, num_rows, num_groups) -> np.ndarray:
-    """Affinity of each row to each group's present members, float32 [rows, G]."""
-    scores = np.zeros(num_rows * num_groups)
-    for turn in range(member_of.shape[1]):
-        group = member_of[neighbours, turn]
-        inside = (group >= 0) & (mass > 0)
-        flat = row_of[inside].astype(np.int64) * num_groups + group[inside]
-        scores += np.bincount(flat, mass[inside], minlength=len(scores))
-    return scores.reshape(num_rows, num_groups)
+def _one_hot(member_of: np.ndarray, num_groups: int) -> csr_array:
+    """Membership as numbers, float32 csr [len(member_of), G]."""
+    present = member_of >= 0
+    pointers = np.concatenate([[0], np.cumsum(present.sum(axis=1))])
+    groups = member_of[present]
+    return csr_array((np.ones(len(groups), np.float32), groups, pointers), shape=(len(member_of), num_groups))
 
 
-def _share(member_of: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Whether classes i and j have a group in common, bool [len(i)]."""
+def _share(mine: np.ndarray, others: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Whether classes i, by the memberships `mine`, and j, by `others`, have a group in common, bool [len(i)]."""
     share = np.zeros(len(i), dtype=bool)
-    for a in range(member_of.shape[1]):
-        mine = member_of[i, a]
-        for b in range(member_of.shape[1]):
-            share |= (mine == member_of[j, b]) & (mine >= 0)
+    for column in mine.T:
+        group = column[i]
+        for other in others.T:
+            share |= (group == other[j]) & (group >= 0)
     return share
