@@ -21,7 +21,7 @@ def from_folder(
     """DIRECTORY/CLASS/FILE, or DIRECTORY/SPLIT/CLASS/FILE, into shards.  Returns {split: samples}.
 
     fractions: the shares of val and test, taken from train where the directory has no such split.
-    size: pictures are cut to the middle square and scaled to size x size, then kept as PNG; without it files are kept as
+    size: pictures are cut to the middle square, scaled to size x size and kept as PNG; without it files are kept as
     they are, and must agree in size and mode.  gray: one channel.
     Raises UserError, naming the file, for one that cannot be decoded; then nothing is written.
     """

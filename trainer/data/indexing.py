@@ -73,7 +73,7 @@ def _found_classes(texts: np.ndarray) -> list[str]:
 
 
 def _read_tar(path: str, label: str, skip: Callable[[Exception], bool]) -> Iterator[dict]:
-    """The intact samples of a local tar as webdataset gives them; webdataset itself stops at damage without a word."""
+    """The intact samples of a local tar as webdataset gives them; itself it stops at damage without a word."""
     index = scan_tar(path, label)
     for key, reason in zip(index.damaged, index.reasons, strict=True):
         skip(ValueError(str(Damage(path, str(key), str(reason)))))
@@ -148,7 +148,7 @@ def from_webdataset(
     damage: str = "strict", decoders: dict[str, str] | None = None,
     samples_per_shard: int = 10_000, overwrite: bool = False,
 ) -> tuple[int, list[str]]:  # fmt: skip
-    """Rewrite whatever webdataset reads (URLs, compressed tars, dotted keys) as one split of shards with a manifest.
+    """Rewrite whatever webdataset reads (URLs, compressed tars) as one split of shards with a manifest.
 
     label: the member cls with a number or a name, or "json:FIELD".  input_member: which other member to keep, by default
     the only one that can be decoded.  damage "skip" leaves unreadable samples out.

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.orders import balanced, shuffled
+
+settings.register_profile("data", max_examples=40, deadline=None)
+settings.load_profile("data")
+
+
+@given(count=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 10**6))
+def test_every_id_occurs_once_per_epoch(count, seed, epoch):
+    order = shuffled(count, seed)
+    ids = order(np.arange(epoch * count, (epoch + 1) * count))
+    assert sorted(ids.tolist()) == list(range(count))
+
+
+@given(seed=st.integers(0, 1000), positions=st.lists(st.integers(0, 500), min_size=1, max_size=30))
+def test_an_order_depends_on_seed_and_position_only(seed, positions):
+    used, fresh = shuffled(37, seed), shuffled(37, seed)
+    used(np.arange(1000))
+    at_once = fresh(np.array(positions))
+    assert at_once.tolist() == [int(used(np.array([position]))[0]) for position in positions]
+
+
+def test_epochs_and_seeds_differ():
+    order = shuffled(100, 0)
+    first, second = order(np.arange(100)), order(np.arange(100, 200))
+    assert (first != second).sum() > 80
+    assert (first != shuffled(100, 1)(np.arange(100))).sum() > 80
+
+
+@given(seed=st.integers(0, 100), counts=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_balance_0_is_every_id_once_per_epoch(seed, counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    ids = balanced(labels, seed, 0.0)(np.arange(2 * len(labels)))
+    assert sorted(ids[: len(labels)].tolist()) == list(range(len(labels)))
+    assert sorted(ids[len(labels) :].tolist()) == list(range(len(labels)))
+
+
+@given(
+    seed=st.integers(0, 100),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    exponent=st.floats(0, 1),
+)
+def test_each_class_gets_its_share_of_every_epoch_within_one(seed, counts, exponent):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    order = balanced(labels, seed, exponent)
+    weights = np.array(counts, float) ** (1 - exponent)
+    exact = weights / weights.sum() * len(labels)
+    for epoch in (0, 3):
+        ids = order(np.arange(epoch * len(labels), (epoch + 1) * len(labels)))
+        found = np.bincount(labels[ids], minlength=len(counts))
+        assert (abs(found - exact) <= 1 + 1e-9).all()
+        assert found.min() >= 1
+
+
+@given(seed=st.integers(0, 100), epochs=st.integers(1, 12))
+def test_members_of_a_class_take_turns(seed, epochs):
+    labels = np.repeat([0, 1, 2], [50, 7, 1])
+    ids = balanced(labels, seed, 1.0)(np.arange(epochs * len(labels)))
+    times = np.bincount(ids, minlength=len(labels))
+    for c in range(3):
+        of_class = times[labels == c]
+        assert of_class.max() - of_class.min() <= 1
+
+
+def test_balance_1_on_a_tail_of_58_ids_by_hand():
+    # 58 positions over 3 classes: 19.33 each, edges at 19.33, 38.67 and 58, so 19, 20 and 19 points.
+    labels = np.repeat([0, 1, 2], [50, 7, 1])
+    ids = balanced(labels, 0, 1.0)(np.arange(58))
+    assert np.bincount(labels[ids]).tolist() == [19, 20, 19]
+
+
+def test_an_order_of_some_ids_yields_only_those():
+    labels = np.arange(100) % 5
+    chosen = np.flatnonzero(labels < 2)
+    assert set(balanced(labels, 0, 0.5, chosen)(np.arange(400)).tolist()) == set(chosen.tolist())
+    assert set(shuffled(chosen, 0)(np.arange(400)).tolist()) == set(chosen.tolist())
+
+
+def test_class_sorted_samples_are_mixed():
+    # Sorted by class, 100 classes of 50: a batch of 100 from a fair shuffle holds 63.4 distinct classes on average
+    # (100 (1 - 0.99^100), nearly the same without replacement), a shuffle buffer of 1000 at most 20 at the start.
+    labels = np.repeat(np.arange(100), 50)
+    order = shuffled(5000, 0)
+    distinct = [len(np.unique(labels[order(np.arange(b * 100, b * 100 + 100))])) for b in range(50)]
+    assert 62 < np.mean(distinct) < 66
+
+
+def test_an_exponent_beyond_1_is_refused():
+    with pytest.raises(ValueError, match="between 0"):
+        balanced(np.zeros(3, int), 0, 1.5)

@@ -1,0 +1,229 @@
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from shardsets import label_of, picture, sample, write_split, write_tar
+
+from trainer.config import Data, UserError
+from trainer.data import (
+    MeasuringStream,
+    Source,
+    TrainingStream,
+    balanced,
+    cached,
+    open_shards,
+    shuffled,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+
+
+@pytest.fixture(scope="module")
+def shards(uneven):
+    return open_shards(str(uneven), Data(), "train")
+
+
+def two_sources(shards, augment="shift", batch=12):
+    inside = np.flatnonzero(shards.labels == 1)
+    return TrainingStream(
+        [Source(shards, shuffled(inside, 3), batch // 3), Source(shards, balanced(shards.labels, 4, 1.0), batch - batch // 3)],
+        seed=5, augment=augment,
+    )  # fmt: skip
+
+
+def joined(stream, first, last, world_size, workers):
+    """The global batches of the steps, put together again from what the ranks' loaders give."""
+    parts = [list(stream.loader(first, last, rank, world_size, workers)) for rank in range(world_size)]
+    for step in range(last - first):
+        whole = {}
+        for name in ("inputs", "labels", "ids", "source"):
+            shape = (stream.batch_size, *getattr(parts[0][step], name).shape[1:])
+            whole[name] = torch.empty(shape, dtype=getattr(parts[0][step], name).dtype)
+            for rank in range(world_size):
+                whole[name][rank::world_size] = getattr(parts[rank][step], name)
+        yield whole
+
+
+def digest(batch):
+    values = batch if isinstance(batch, dict) else vars(batch)
+    return tuple(values[name].numpy().tobytes() for name in ("inputs", "labels", "ids", "source"))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_global_batch_does_not_depend_on_ranks_and_workers(shards, world_size, workers):
+    stream = two_sources(shards)
+    expected = [digest(stream.batch(step)) for step in range(4, 9)]
+    assert [digest(batch) for batch in joined(two_sources(shards), 4, 9, world_size, workers)] == expected
+
+
+def test_a_run_killed_at_20_random_moments_sees_what_the_uninterrupted_run_sees(shards):
+    chance, steps = random.Random(0), 120
+    stops = sorted(chance.sample(range(1, steps), 20)) + [steps]
+    seen, first = [], 0
+    for last in stops:
+        world_size, workers = chance.choice([1, 2, 3]), chance.choice([0, 0, 0, 1, 2])
+        seen += [digest(batch) for batch in joined(two_sources(shards), first, last, world_size, workers)]
+        first = last
+    assert seen == [digest(batch) for batch in two_sources(shards).loader(0, steps)]
+
+
+def test_every_global_batch_holds_exactly_per_batch_of_each_source(shards):
+    for step in range(30):
+        batch = two_sources(shards).batch(step)
+        assert torch.bincount(batch.source).tolist() == [4, 8]
+        assert (batch.labels[batch.source == 0] == 1).all()
+
+
+def test_labels_and_inputs_belong_to_their_ids(shards):
+    batch = two_sources(shards, augment=None).batch(3)
+    for inputs, label, number in zip(batch.inputs, batch.labels.tolist(), batch.ids.tolist(), strict=True):
+        assert label == label_of(number)
+        assert (inputs[0].numpy() == picture(number)).all()
+
+
+def test_ranks_get_equally_many_steps_from_uneven_shards(shards):
+    lengths = {len(list(two_sources(shards).loader(0, 7, rank, 4))) for rank in range(4)}
+    assert lengths == {7}
+
+
+def test_the_sources_of_a_batch_are_spread_over_the_ranks(shards):
+    stream = TrainingStream([Source(shards, shuffled(len(shards), s), 128) for s in (0, 1)], 0)
+    for world_size in (2, 4):
+        for rank in range(world_size):
+            share = stream.batch(0, rank, world_size).source.float().mean()
+            assert 0.35 < share < 0.65
+
+
+def test_augmentation_belongs_to_the_position_and_changes_from_epoch_to_epoch(shards):
+    stream = TrainingStream([Source(shards, shuffled(len(shards), 0), 25)], 0, "shift")
+    plain = TrainingStream([Source(shards, shuffled(len(shards), 0), 25)], 0)
+    assert len(shards) == 150
+    first = {i: x for s in range(6) for i, x in zip(stream.batch(s).ids.tolist(), stream.uniforms(s), strict=True)}
+    second = {i: x for s in range(6, 12) for i, x in zip(stream.batch(s).ids.tolist(), stream.uniforms(s), strict=True)}
+    assert all((first[i] != second[i]).any() for i in range(150))
+    assert plain.batch(2).ids.tolist() == stream.batch(2).ids.tolist()
+
+
+def test_uniforms_are_those_of_one_long_sequence(shards):
+    stream = TrainingStream([Source(shards, shuffled(len(shards), 0), 10)], 7, "flip-crop")
+    long = TrainingStream([Source(shards, shuffled(len(shards), 0), 50)], 7, "flip-crop")
+    assert np.array_equal(np.concatenate([stream.uniforms(step) for step in range(5)]), long.uniforms(0))
+
+
+def test_making_a_loader_leaves_torchs_generator_alone(shards):
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    list(two_sources(shards).loader(0, 2))
+    list(MeasuringStream(shards, 50).loader())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_each_example_is_measured_once_with_1_to_5_ranks_and_7_uneven_shards(shards):
+    for world_size in range(1, 6):
+        for batch_size in (1, 7, 64, 1000):
+            stream = MeasuringStream(shards, batch_size)
+            seen = [batch.ids for rank in range(world_size) for batch in stream.loader(rank, world_size)]
+            assert sorted(torch.cat(seen).tolist()) == list(range(150))
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_each_example_is_measured_once_by_workers_too(shards, workers):
+    seen = [batch.ids for rank in range(2) for batch in MeasuringStream(shards, 20).loader(rank, 2, workers)]
+    assert sorted(torch.cat(seen).tolist()) == list(range(150))
+
+
+def test_some_ids_can_be_measured(shards):
+    ids = np.array([5, 3, 149])
+    batches = list(MeasuringStream(shards, 2, ids).loader())
+    assert torch.cat([batch.ids for batch in batches]).tolist() == [5, 3, 149]
+
+
+def test_streams_cross_process_borders(shards, tmp_path):
+    kept = cached(shards, tmp_path / "train", Data())
+    for each in (shards, kept):
+        stream = two_sources(each)
+        assert digest(pickle.loads(pickle.dumps(stream)).batch(2)) == digest(stream.batch(2))
+
+
+def test_cached_and_plain_streams_are_the_same(shards, tmp_path):
+    kept = cached(shards, tmp_path / "train", Data())
+    assert type(kept) is not type(shards)
+    assert digest(two_sources(kept).batch(8)) == digest(two_sources(shards).batch(8))
+
+
+def undecodable(directory, bad, count=300):
+    """A valid tar whose samples `bad` hold no picture."""
+    members = []
+    for number in range(count):
+        content = sample(number)
+        picture_bytes = b"no picture" if number in bad else content["png"]
+        members += [(f"{number:05d}.cls", content["cls"]), (f"{number:05d}.png", picture_bytes)]
+    write_tar(directory / "train-000000.tar", members)
+    return str(directory)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_strict_stops_at_the_first_undecodable_sample_and_names_it(tmp_path, workers):
+    shards = open_shards(undecodable(tmp_path, {17}), Data(classes=7), "train")
+    with pytest.raises(UserError, match=r"train-000000.tar: sample 00017: cannot be decoded") as caught:
+        list(MeasuringStream(shards, 10).loader(workers=workers))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="sample 00017"):
+        list(TrainingStream([Source(shards, shuffled(300, 0), 10)], 0).loader(0, 30, workers=workers))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_skip_leaves_out_and_counts_exactly(tmp_path, keep):
+    data = Data(classes=7, damage="skip")
+    shards = open_shards(undecodable(tmp_path, {17, 200}), data, "train")
+    shards = cached(shards, tmp_path / "cache" / "train", data) if keep else shards
+    stream = MeasuringStream(shards, 32)
+    seen = torch.cat([batch.ids for batch in stream.loader()]).tolist()
+    assert sorted(seen) == [i for i in range(300) if i not in (17, 200)]
+    assert sorted(name[-5:] for name in stream.lost) == ["00017", "00200"]
+
+
+def test_in_training_the_next_of_the_order_stands_in_for_a_damaged_sample(tmp_path):
+    data = Data(classes=7, damage="skip")
+    shards = open_shards(undecodable(tmp_path, {17}), data, "train")
+    stream = TrainingStream([Source(shards, shuffled(300, 0), 20)], 0)
+    whole = [batch for batch in stream.loader(0, 15)]
+    assert all(len(batch) == 20 for batch in whole)
+    ids = torch.cat([batch.ids for batch in whole]).tolist()
+    order = shuffled(300, 0)(np.arange(301)).tolist()
+    place = order.index(17)
+    assert ids == order[:place] + [order[place + 1]] + order[place + 1 : 300]
+    assert len(stream.lost) == 1
+    for world_size in (2, 3):
+        again = TrainingStream([Source(shards, shuffled(300, 0), 20)], 0)
+        assert [digest(b) for b in joined(again, 0, 15, world_size, 0)] == [digest(b) for b in whole]
+
+
+def test_skip_stops_above_the_stated_share(tmp_path):
+    shards = open_shards(undecodable(tmp_path, {3, 4, 5, 6}), Data(classes=7, damage="skip"), "train")
+    with pytest.raises(UserError, match="4 of 300 samples are damaged, above data.damage_share = 0.01"):
+        list(MeasuringStream(shards, 10).loader())
+
+
+def test_sources_of_different_shapes_are_refused(shards, tmp_path):
+    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.txt", b"text")])
+    other = open_shards(str(tmp_path), Data(classes=7), "train")
+    with pytest.raises(UserError, match="one input shape"):
+        TrainingStream([Source(shards, shuffled(10, 0), 5), Source(other, shuffled(1, 0), 5)], 0)
+
+
+def test_memory_stays_flat_over_50_epochs(tmp_path):
+    import resource
+
+    shards = open_shards(str(write_split(tmp_path, 400)), Data(), "train")
+    stream = TrainingStream([Source(shards, shuffled(400, 0), 50)], 0, "shift")
+    for _ in stream.loader(0, 8 * 10):
+        pass
+    early = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in stream.loader(8 * 10, 8 * 60):
+        pass
+    late = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert late - early < 2048, f"{late - early} KiB more after 50 epochs"
