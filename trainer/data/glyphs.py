@@ -19,7 +19,6 @@ import struct
 import threading
 import unicodedata
 import zlib
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from typer import Option
 
 from ..config import UserError
 from ..run_directory import write_json
+from .tars import index_path
 from .writing import MANIFEST, ShardWriter, write_manifest
 
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
@@ -51,6 +51,7 @@ DEFAULT_RANGES = [
 ]  # fmt: skip
 DEFAULT_MIN_FACES = 5
 WORTH_A_PROCESS = 20_000  # images that take about as long as starting a process
+PER_SHARD = 10_000
 CHUNK = 2048  # images distorted together; the same whatever the number of processes
 NOISE_BANK = 1 << 20  # places where an image's noise may start
 SPLIT = re.compile(r"[A-Za-z0-9_]+")
@@ -174,11 +175,17 @@ def render_glyphs(
         try:
             unfinished.mkdir(parents=True)
             drawn = glyphs.drawings, glyphs.first, glyphs.count, glyphs.codes
-            with _rendering(processes, unfinished, *drawn, size, seed, distortion) as rendered:
-                splits = {
-                    split: _write_split(unfinished, split, glyphs, count, seed, rendered, advance)
-                    for split, count in per_class.items()
-                }
+            plan = [
+                shard for split, count in per_class.items() for shard in _plan(split, len(glyphs.count), count, seed)
+            ]
+            splits = {split: {"samples": 0, "shards": []} for split in per_class}
+            total, done = sum(len(classes) for _, _, classes, _ in plan), 0
+            with _shard_makers(processes, unfinished, *drawn, glyphs.class_names, size, seed, distortion) as make_all:
+                for (split, *_), facts in zip(plan, make_all(plan), strict=True):
+                    splits[split]["shards"].append(facts)
+                    splits[split]["samples"] += facts["samples"]
+                    done += facts["samples"]
+                    advance("rendering", done, total)
             write_manifest(unfinished, glyphs.class_names, splits, made_by)
             write_json(unfinished / "merged.json", merged(glyphs))
             _put_in_place(unfinished, out, force)
@@ -356,14 +363,32 @@ def png(image: bytes, size: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-class _Renderer:
-    """(split, classes [n], k [n]) -> n PNG files."""
+class _ShardMaker:
+    """Renders whole shards: (split, number, classes [n], k [n]) -> the shard's entry of the manifest."""
 
-    def __init__(self, drawings, first, count, codes, size: int, seed: int, distortion: Distortion):
+    def __init__(self, drawings, directory: Path, first, count, codes, class_names, size, seed, distortion: Distortion):
         self.drawings, self.first, self.count, self.codes = drawings, first, count, codes
+        self.directory, self.class_names = directory, class_names
         self.size, self.seed, self.distortion = size, seed, distortion
         # Noise is a window of one long sequence, at a random place: draws of its own for each pixel cost too much.
         self.bank = torch.randn(NOISE_BANK + size**2, generator=torch.Generator().manual_seed(seed))
+
+    def __call__(self, split: str, number: int, classes: np.ndarray, k: np.ndarray) -> dict:
+        workplace = self.directory / f".{split}-{number:06d}"
+        with ShardWriter(workplace, split, self.class_names, samples_per_shard=len(classes)) as writer:
+            for start in range(0, len(classes), CHUNK):
+                labels, copies = classes[start : start + CHUNK], k[start : start + CHUNK]
+                rows = F.pad(self.images(split, labels, copies), (1, 0)).numpy()  # PNG's filter byte of a row: none
+                for label, copy, row in zip(labels.tolist(), copies.tolist(), rows, strict=True):
+                    key = f"{split}-{self.codes[label]:05x}-{copy:05d}"
+                    image = png(row.tobytes(), self.size)
+                    writer.write({"__key__": key, "cls": str(label).encode(), "png": image})
+        [facts] = writer.facts["shards"]
+        made, shard = workplace / facts["name"], self.directory / f"{split}-{number:06d}.tar"
+        os.rename(index_path(made), index_path(shard))
+        os.rename(made, shard)
+        workplace.rmdir()
+        return facts | {"name": shard.name}
 
     def images(self, split: str, classes: np.ndarray, k: np.ndarray) -> Tensor:
         """uint8 [n, size, size]"""
@@ -378,20 +403,16 @@ class _Renderer:
         noise = windows * torch.from_numpy(u[:, -2:-1] * np.float32(2 * self.distortion.noise))
         return distort(drawings, u[:, :-2], noise.view(-1, self.size, self.size), self.size, self.distortion)
 
-    def __call__(self, split: str, classes: np.ndarray, k: np.ndarray) -> list[bytes]:
-        rows = F.pad(self.images(split, classes, k), (1, 0)).numpy()  # PNG's filter byte before each row: none
-        return [png(row.tobytes(), self.size) for row in rows]
+
+_worker: _ShardMaker | None = None
 
 
-_worker: _Renderer | None = None
-
-
-def _start_worker(drawings: str, *arguments) -> None:
+def _start_worker(drawings: Path, *arguments) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker = _Renderer(np.load(drawings, mmap_mode="r"), *arguments)
+    _worker = _ShardMaker(np.load(drawings, mmap_mode="r"), *arguments)
 
 
 def _end_with_parent() -> None:
@@ -399,55 +420,35 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(*chunk) -> list[bytes]:
-    return _worker(*chunk)
+def _work(shard: tuple) -> dict:
+    return _worker(*shard)
 
 
 @contextmanager
-def _rendering(processes: int, directory: Path, drawings: np.ndarray, *arguments):
-    """A function: iterable of chunks -> iterator of their PNG files, in order, a bounded number of chunks ahead."""
+def _shard_makers(processes: int, directory: Path, drawings: np.ndarray, *arguments):
+    """A function: list of shards to make -> iterator of their entries of the manifest, in order."""
     if processes == 1:
-        render = _Renderer(drawings, *arguments)
-        yield lambda chunks: (render(*chunk) for chunk in chunks)
+        make = _ShardMaker(drawings, directory, *arguments)
+        yield lambda plan: (make(*shard) for shard in plan)
         return
     shared = directory / ".drawings.npy"
     np.save(shared, drawings)
     # Not fork: torch's threads do not survive one.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker, (str(shared), *arguments)) as pool:
-
-        def rendered(chunks):
-            ahead = deque()
-            for chunk in chunks:
-                ahead.append(pool.submit(_work, *chunk))
-                if len(ahead) > 3 * processes:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-
+    with ProcessPoolExecutor(processes, context, _start_worker, (shared, directory, *arguments)) as pool:
         try:
-            yield rendered
+            yield lambda plan: pool.map(_work, plan)
         finally:
             pool.shutdown(cancel_futures=True)
     shared.unlink()
 
 
-def _write_split(directory: Path, split: str, glyphs: Glyphs, per_class: int, seed: int, rendered, advance) -> dict:
-    """Write the split's shards, classes mixed; the split's part of the manifest."""
-    num_classes, codes = len(glyphs.count), glyphs.codes
+def _plan(split: str, num_classes: int, per_class: int, seed: int) -> list[tuple]:
+    """(split, number, classes [n], k [n]) of each of the split's shards, the classes mixed."""
     total = num_classes * per_class
     order = np.random.default_rng([seed, zlib.crc32(split.encode())]).permutation(total)
-    classes, k = order % num_classes, order // num_classes
-    chunks = [(split, classes[start : start + CHUNK], k[start : start + CHUNK]) for start in range(0, total, CHUNK)]
-    done = 0
-    with ShardWriter(directory, split, glyphs.class_names) as writer:
-        for (_, labels, copies), images in zip(chunks, rendered(chunks), strict=True):
-            for label, copy, image in zip(labels.tolist(), copies.tolist(), images, strict=True):
-                key = f"{split}-{codes[label]:05x}-{copy:05d}"
-                writer.write({"__key__": key, "cls": str(label).encode(), "png": image})
-            done += len(images)
-            advance(split, done, total)
-    return writer.facts
+    parts = [order[start : start + PER_SHARD] for start in range(0, total, PER_SHARD)]
+    return [(split, number, part % num_classes, part // num_classes) for number, part in enumerate(parts)]
 
 
 def _place_to_work(out: Path) -> Path:

@@ -99,12 +99,16 @@ def test_shards_manifest_and_merge_list_agree(tmp_path):
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(g, "WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(g, "CHUNK", 5)
+    monkeypatch.setattr(g, "PER_SHARD", 5)
     for name, processes, seed in (("one", 1, 3), ("two", 2, 3), ("other", 1, 4)):
         render(tmp_path / name, processes=processes, seed=seed)
-    files = {name: (tmp_path / name / "train-000000.tar").read_bytes() for name in ("one", "two", "other")}
+    shards = [f"train-00000{number}.tar" for number in range(4)]  # 18 images
+    files = {name: [(tmp_path / name / shard).read_bytes() for shard in shards] for name in ("one", "two", "other")}
     assert files["one"] == files["two"] != files["other"]
     assert not list((tmp_path / "two").glob(".*"))
+    manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())["splits"]["train"]
+    assert manifest["samples"] == 18 and [shard["name"] for shard in manifest["shards"]] == shards
+    assert [shard["samples"] for shard in manifest["shards"]] == [5, 5, 5, 3]
 
 
 def test_an_image_depends_only_on_seed_split_character_and_number(tmp_path):
@@ -151,14 +155,14 @@ def test_rotation_is_in_degrees():
     assert torch.equal(turned, drawing.rot90(-1)) or torch.equal(turned, drawing.rot90(1))
 
 
-def test_contrast_and_noise_are_shares_of_full_ink():
+def test_contrast_and_noise_are_shares_of_full_ink(tmp_path):
     drawing = torch.zeros(28, 28, dtype=torch.uint8)
     drawing[:14] = 255
     image = distorted(drawing, 0.5, contrast=0.4)
     assert image[0, 0] == round(255 * 0.8) and image[-1, 0] == round(255 * 0.1)
     blank = torch.full((1, 28, 28), 128, dtype=torch.uint8)
-    one_class = blank.numpy(), np.zeros(1, int), np.ones(1, int), np.array([65])
-    renderer = g._Renderer(*one_class, 28, 0, replace(STILL, noise=0.04))
+    one_class = blank.numpy(), tmp_path, np.zeros(1, int), np.ones(1, int), np.array([65]), ["A"]
+    renderer = g._ShardMaker(*one_class, 28, 0, replace(STILL, noise=0.04))
     images = renderer.images("train", np.zeros(2000, int), np.arange(2000))
     deviations = images.float()[:, 2:-2, 2:-2].std((1, 2)) / 255
     assert deviations.mean().item() == pytest.approx(0.04, rel=0.05)
@@ -306,8 +310,8 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
         "if __name__ == '__main__':\n"
         "    import numpy as np, pathlib\n"
         "    arrays = np.zeros((1, 32, 32), np.uint8), np.zeros(1, int), np.ones(1, int), np.array([65])\n"
-        "    with g._rendering(2, pathlib.Path(sys.argv[1]), *arrays, 28, 0, g.Distortion()) as rendered:\n"
-        "        next(rendered([('train', np.zeros(1, int), np.zeros(1, int))]))\n"
+        "    with g._shard_makers(2, pathlib.Path(sys.argv[1]), *arrays, ['A'], 28, 0, g.Distortion()) as make_all:\n"
+        "        next(make_all([('train', 0, np.zeros(1, int), np.zeros(1, int))]))\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # The workers hold the pipe open: reading it to its end waits for the last of them.
