@@ -32,6 +32,7 @@ class Data(Section):
     train: str = ""
     val: str = ""
     test: str = ""
+    transfer: str = ""  # more inputs, unlabelled or with labels that are not read: what students learn from their teacher on
     label: str = "cls"  # the member that holds the label; "json:FIELD" reads a field of the json member
     input: str = ""  # the member that holds the input; "" takes the one member that is not the label
     mean: list[float] = [0.5]  # per channel, of inputs scaled to 0..1; part of model.json
@@ -144,6 +145,7 @@ class Student(Schedule):
     temperature: float = Field(1.0, gt=0)
     hard_weight: float = Field(0.0, ge=0, le=1)
     soft_weight: float = Field(1.0, ge=0)
+    transfer_share: float | None = Field(None, ge=0, le=1)  # of each batch; None = by the sizes of train and data.transfer
     model: dict[str, Any] = {}  # keys of [model] that differ
 
 

@@ -58,8 +58,8 @@ def distillation_loss(
 ):  # fmt: skip
     """soft_weight T^2 KL(teacher_T || student_T) + hard_weight CE(labels, student).  Hinton et al. 2015, section 2.
 
-    student_logits, teacher_probabilities: [K, B, C] (K = 1: plain distillation; member k learns teacher k); labels: [B].
-    The first term is the KL itself, not the cross-entropy: it is zero when student equals teacher.
+    student_logits, teacher_probabilities: [K, B, C] (K = 1: plain distillation; member k learns teacher k); labels: [B], -1
+    for unlabelled examples, which have no second term (it is divided by B all the same).  The first term is the KL itself, not the cross-entropy: it is zero when student equals teacher.
     """
     if student_logits.shape != teacher_probabilities.shape:
         raise ValueError(
@@ -71,5 +71,6 @@ def distillation_loss(
     soft = F.kl_div(log_q, p, reduction="sum") / (members * batch) * temperature**2
     if hard_weight == 0:
         return soft_weight * soft
-    hard = F.cross_entropy(student_logits.float().reshape(members * batch, classes), labels.repeat(members))
+    logits = student_logits.float().reshape(members * batch, classes)
+    hard = F.cross_entropy(logits, labels.repeat(members), ignore_index=-1, reduction="sum") / (members * batch)
     return soft_weight * soft + hard_weight * hard

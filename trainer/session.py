@@ -38,9 +38,11 @@ class Session:
         self._shards: dict[str, ShardSet] = {}
 
     def shards(self, split: str) -> ShardSet:
-        """The train, val or test split, decoded once for all stages where [data] cache allows."""
+        """The train, val, test or transfer split, decoded once for all stages where [data] cache allows."""
         if split not in self._shards:
             data = self.config.data
+            if split == "transfer":
+                data = data.model_copy(update={"label": "", "classes": None})
             opened = open_shards(getattr(data, split), data, split)
             self._shards[split] = cached(opened, self.run.root / "cache" / split, data)
         return self._shards[split]

@@ -194,7 +194,7 @@ def control(session: Session, stage: Stage, name: str) -> None:
         network = session.load(session.run.generalist)
         if name == "student_hard":
             schedule = config.students["main"]
-            network, stream, steps = student_lesson(session, schedule)
+            network, stream, steps = student_lesson(session, schedule, transfer=False)
             objective = classify(schedule.label_smoothing)
         else:
             walls = {key: each for key, each in session.run.controls.items() if key.startswith("control_wall")}
@@ -215,11 +215,11 @@ def student(session: Session, stage: Stage, name: str) -> None:
     """One network learns what generalist and specialists say together (section 8's open end)."""
     schedule = session.config.students[name]
     with session.attempt(stage) as attempt:
-        network, stream, steps = student_lesson(session, schedule)
+        network, stream, steps = student_lesson(session, schedule, transfer=schedule.method != "hard")
         if schedule.method == "hard":
             objective = classify(schedule.label_smoothing)
         elif session.teacher_is_stored:
-            objective = distil(stored_teacher(session.run.combine.path("answers"), session.num_classes), schedule)
+            objective = distil(stored_teacher(session.run.combine.path("answers"), stream.sources, session.num_classes), schedule)
         else:
             objective = distil(live_teacher(session.ensemble()), schedule)
         network, summary = session.train(
@@ -273,14 +273,23 @@ def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tenso
     return torch.as_tensor(np.log(ratio), dtype=torch.float32)
 
 
-def student_lesson(session: Session, schedule: Student):
-    """A student's network, stream and number of steps: the same for the student and for its twin with hard labels."""
-    shards, seed = session.shards("train"), session.seed("student", 0)
-    stream = TrainingStream(
-        [Source(shards, shuffled(np.arange(shards.num_samples), seed), schedule.batch_size)], seed,
-        session.config.data.augment,
-    )  # fmt: skip
-    return session.student_network(schedule), stream, count_steps(schedule, shards.num_samples)
+def student_lesson(session: Session, schedule: Student, transfer: bool = True):
+    """A student's network, stream and number of steps.  Its twin with hard labels has the same, but for unlabelled inputs.
+
+    An epoch is one of train.  The stream's sources are train and, where [data] names them, the transfer inputs that only a teacher can say something of.
+    """
+    train, seed = session.shards("train"), session.seed("student", 0)
+    sets, counts = [train], [schedule.batch_size]
+    if transfer and session.config.data.transfer:
+        sets = [train, session.shards("transfer")]
+        share = len(sets[1]) / (len(train) + len(sets[1])) if schedule.transfer_share is None else schedule.transfer_share
+        counts = [schedule.batch_size - round(share * schedule.batch_size), round(share * schedule.batch_size)]
+    sources = [
+        Source(shards, shuffled(np.arange(shards.num_samples), seed + number), count)
+        for number, (shards, count) in enumerate(zip(sets, counts, strict=True)) if count
+    ]  # fmt: skip
+    stream = TrainingStream(sources, seed, session.config.data.augment)
+    return session.student_network(schedule), stream, count_steps(schedule, len(train))
 
 
 def count_steps(schedule: Schedule, examples: int) -> int:

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import webdataset as wds
 from PIL import Image
 
 from trainer.config import Config, load_config
@@ -23,6 +24,22 @@ def images(labels: np.ndarray, seed: int, noise: float = 40.0) -> np.ndarray:
     return drawn.clip(0, 255).astype(np.uint8)
 
 
+def write_unlabelled(directory: Path, count: int = 10) -> Path:
+    """More toy images, without labels: no cls member at all."""
+    labels = np.repeat(np.arange(NUM_CLASSES), count)
+    directory.mkdir(parents=True)
+    with wds.ShardWriter(f"{directory}/transfer-%06d.tar", maxcount=150, verbose=0) as writer:
+        for k, image in enumerate(images(labels, 9)):
+            writer.write({"__key__": f"{k:06d}", "png": encode_png(image)})
+    return directory
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    png = io.BytesIO()
+    Image.fromarray(image).save(png, format="png")
+    return png.getvalue()
+
+
 def write_toy(directory: Path, per_class: dict[str, int] | None = None, names: list[str] | None = None) -> Path:
     """Shards of train, val and test in `directory`."""
     per_class = per_class or {"train": 40, "val": 12, "test": 12}
@@ -32,9 +49,7 @@ def write_toy(directory: Path, per_class: dict[str, int] | None = None, names: l
         labels = np.repeat(np.arange(NUM_CLASSES), count)
         with ShardWriter(directory, split, names, samples_per_shard=300) as writer:
             for k, (image, label) in enumerate(zip(images(labels, number + 1), labels, strict=True)):
-                png = io.BytesIO()
-                Image.fromarray(image).save(png, format="png")
-                writer.write({"__key__": f"{k:06d}", "png": png.getvalue(), "cls": str(label).encode()})
+                writer.write({"__key__": f"{k:06d}", "png": encode_png(image), "cls": str(label).encode()})
         splits[split] = writer.facts
     write_manifest(directory, names, splits)
     return directory

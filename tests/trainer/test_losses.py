@@ -83,6 +83,13 @@ def test_hard_weight_adds_the_cross_entropy_of_every_member():
     assert float(loss) == pytest.approx(0.25 * float(hard), abs=1e-6)
 
 
+def test_unlabelled_examples_have_no_hard_term():
+    logits = random_logits(1, 4, 3)
+    loss = distillation_loss(logits, logits.softmax(-1), torch.tensor([2, -1, -1, 0]), 1.0, 1.0, 1.0)
+    by_hand = F.cross_entropy(logits[0, [0, 3]].float(), torch.tensor([2, 0]), reduction="sum") / 4
+    assert float(loss) == pytest.approx(float(by_hand), abs=1e-6)
+
+
 def test_distillation_refuses_shapes_that_disagree():
     with pytest.raises(ValueError, match=r"\(1, 2, 3\) and teacher \(1, 2, 4\)"):
         distillation_loss(torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.long), 1, 1, 0)
@@ -113,7 +120,9 @@ def specialist_loss_64(z):
 
 def distillation_loss_64(z):
     with keep_float64():
-        return distillation_loss(z[None], random_logits(1, 3, 4, seed=5).softmax(-1), torch.tensor([0, 1, 3]), 2.0, 0.9, 0.1)
+        return distillation_loss(
+            z[None], random_logits(1, 3, 4, seed=5).softmax(-1), torch.tensor([0, 1, 3]), 2.0, 0.9, 0.1
+        )
 
 
 class keep_float64:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from toy import NUM_CLASSES, toy_config, write_toy
+from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
 from clustering import ClassGroups
 from trainer import loop
@@ -150,6 +150,20 @@ def test_a_specialist_that_only_gets_worse_stays_the_generalist(data, finished, 
         inputs = torch.as_tensor(session.shards("test").inputs(np.arange(20)))
         inside = generalist(inputs).softmax(1)[:, members]
         torch.testing.assert_close(specialist(inputs).softmax(1)[:, :-1], inside, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("augment", ["none", "shift"])
+def test_a_student_learns_on_unlabelled_inputs_too(data, finished, tmp_path, augment):
+    """Stored answers (fixed views) and live ones (augmented) alike; labels of transfer inputs are never needed."""
+    transfer = write_unlabelled(tmp_path / "transfer")
+    config = toy_config(data, f"data.transfer={transfer}/transfer-{{000000..000001}}.tar", f"data.augment={augment}",
+                        "students.main.transfer_share=0.5")  # fmt: skip
+    run = run_all(tmp_path / "run", config)
+    assert row(run, "main")["n"] == 12 * NUM_CLASSES
+    stored = run.combine.path("answers")
+    assert stored.exists() == (augment == "none")
+    if stored.exists():
+        assert read_json(stored / "transfer" / "answers.json")["samples"] == 10 * NUM_CLASSES
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(data, tmp_path):

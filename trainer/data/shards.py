@@ -23,6 +23,7 @@ from .writing import ShardWriter, write_manifest
 __all__ = ["Damage", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
 
 OPEN_FILES = 256
+UNLABELLED = -1  # the label of every sample where data.label = ""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Damage:
 class ShardSet:
     """Samples 0 .. num_samples - 1 of one split, in the order of the shards.
 
-    labels: int64[N]; class_names: C strings; class_counts: int64[C].
+    labels: int64[N], UNLABELLED throughout where data.label is ""; class_names: C strings; class_counts: int64[C].
     damage: what opening left out (nothing under data.damage = strict).
     """
 
@@ -96,7 +97,7 @@ class ShardSet:
 
     @property
     def class_counts(self) -> np.ndarray:
-        return np.bincount(self.labels, minlength=self.num_classes)
+        return np.bincount(self.labels[self.labels >= 0], minlength=self.num_classes)
 
     @property
     def lost(self) -> int:
@@ -271,6 +272,8 @@ def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
                 f"{directory} and {next(iter(manifests))} have different classes; one split needs one label set"
             )
         names = manifest["classes"]
+    if names is None and not data.label:
+        return []
     if names is None and data.classes is None:
         directory = shards[0].directory or "DIRECTORY"
         raise UserError(
@@ -336,8 +339,14 @@ def _check_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | N
 
 def _label(shard: Shard, index: TarIndex, class_names: list[str], data: Data, damage: list[Damage]):
     """(index, int64 labels) of the samples that have an input and a valid label."""
-    labels = parse_labels(index.label_texts, class_names)
     without_input = _input_rows(index, data) < 0
+    if not data.label:
+        kept = ~without_input
+        damage.extend(Damage(shard.name, key.decode("utf-8", "replace"), "has not one input member")
+                      for key in index.keys[without_input])  # fmt: skip
+        index = index if kept.all() else index.take(kept)
+        return index, np.full(len(index), UNLABELLED, np.int64)
+    labels = parse_labels(index.label_texts, class_names)
     for sample in np.flatnonzero((labels < 0) | without_input).tolist():
         key, text = index.keys[sample].decode("utf-8", "replace"), index.label_texts[sample].decode("utf-8", "replace")
         if without_input[sample]:
@@ -370,7 +379,7 @@ def _parse_label(text: str, numbers: dict[str, int]) -> int:
 
 def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
     """int64[n]: the row of each sample's input member, -1 where there is none, or several to choose from."""
-    label = data.label.partition(":")[0]
+    label = data.label.partition(":")[0] or "cls"  # unlabelled shards may carry labels that are not to be read
     extensions = [str(extension) for extension in index.extensions]
     wanted = [extension == data.input.lower() if data.input else extension != label for extension in extensions]
     rows = np.flatnonzero(np.array(wanted, bool)[index.member_extension])
@@ -388,6 +397,8 @@ def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
 def _check_counts(shard: Shard, labels: np.ndarray, class_names: list[str], damage: list[Damage]) -> None:
     """The manifest's counts against what was found, unless damage explains the difference."""
     if shard.facts is None or any(item.shard == shard.name for item in damage):
+        return
+    if (labels == UNLABELLED).all() and len(labels) == shard.facts["samples"]:
         return
     counts = {class_names[c]: int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)}
     if len(labels) != shard.facts["samples"] or counts != shard.facts["class_counts"]:

@@ -92,7 +92,10 @@ def read_label(content: bytes, label: str) -> str:
 
 
 def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
-    """Read a tar once: headers, checksums, labels.  Damage is listed, not raised.  OSError if it cannot be read."""
+    """Read a tar once: headers, checksums, labels.  Damage is listed, not raised.  OSError if it cannot be read.
+
+    label: the member with the label, or "json:FIELD"; "" reads none: unlabelled samples.
+    """
     size = os.path.getsize(path)
     if size == 0:
         return _as_index(path, label, [], [("", "is an empty file")], countable=False)
@@ -139,8 +142,8 @@ def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
                 members[extension] = (offset, length, zlib.crc32(content[offset : offset + length]))
             extension = label.partition(":")[0]
             try:
-                offset, length, _ = members[extension]
-                text = read_label(content[offset : offset + length], label)
+                offset, length, _ = members[extension] if label else (0, 0, 0)
+                text = read_label(content[offset : offset + length], label) if label else ""
             except ValueError as reason:
                 damage.append((key, str(reason)))
                 samples[position] = None
@@ -151,6 +154,8 @@ def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
 
 def _what_is_wrong(members: dict, label: str) -> str:
     label_extension = label.partition(":")[0]
+    if not label:
+        return ""
     if label_extension not in members:
         return f"has no member .{label_extension}"
     if len(members) == 1 and ":" not in label:

@@ -27,37 +27,45 @@ def live_teacher(ensemble) -> Teacher:
 
 
 def store_answers(session, ensemble, attempt: Attempt) -> None:
-    """answers/{indices,values}.npy for the training split: [N, k] int32 classes and float32 probabilities."""
-    shards = session.shards("train")
+    """answers/SPLIT/{indices,values}.npy for train and transfer: [N, k] int32 classes and float32 probabilities."""
     k = min(KEPT, session.num_classes)
 
     def ask(batch: Batch):
         top = ensemble.probabilities(batch.inputs).topk(k, dim=1)
         return {"indices": top.indices.int(), "values": top.values.float()}
 
-    found = session.measured(shards, ask)
-    if session.ranks.is_main:
+    for split in ("train", "transfer") if session.config.data.transfer else ("train",):
+        shards = session.shards(split)
+        found = session.measured(shards, ask)
+        if not session.ranks.is_main:
+            continue
         for name in ("indices", "values"):
-            np.save(attempt.path(f"answers/{name}.npy"), found[name], allow_pickle=False)
-        kept = found["values"].sum(1, dtype=np.float64)
-        write_json(attempt.path("answers/answers.json"), {
-            "schema": 1, "num_classes": session.num_classes, "k": k, "samples": len(kept),
-            "fingerprint": shards.fingerprint, "mean_tail": float((1 - kept).mean()), "max_tail": float((1 - kept).max()),
+            np.save(attempt.path(f"answers/{split}/{name}.npy"), found[name], allow_pickle=False)
+        tail = 1 - found["values"].sum(1, dtype=np.float64)
+        write_json(attempt.path(f"answers/{split}/answers.json"), {
+            "schema": 1, "num_classes": session.num_classes, "k": k, "samples": len(tail),
+            "fingerprint": shards.fingerprint, "mean_tail": float(tail.mean()), "max_tail": float(tail.max()),
         })  # fmt: skip
-        session.say("stored the ensemble's answers: top %d of %d classes, mean mass left out %.2g", k,
-                    session.num_classes, float((1 - kept).mean()))  # fmt: skip
+        session.say("stored the ensemble's answers on %s: top %d of %d classes, mean mass left out %.2g", split, k,
+                    session.num_classes, float(tail.mean()))  # fmt: skip
 
 
-def stored_teacher(directory: Path, num_classes: int) -> Teacher:
-    """The stored answers as probabilities; the tail's mass is even over the classes that were not kept."""
-    assert read_json(directory / "answers.json")["num_classes"] == num_classes
-    indices = np.load(directory / "indices.npy", mmap_mode="r", allow_pickle=False)
-    values = np.load(directory / "values.npy", mmap_mode="r", allow_pickle=False)
+def stored_teacher(directory: Path, sources, num_classes: int) -> Teacher:
+    """The stored answers to the inputs of a stream's `sources` as probabilities; the tail is even over the other classes."""
+    answers = []
+    for source in sources:
+        place, facts = directory / source.shards.split, read_json(directory / source.shards.split / "answers.json")
+        assert (facts["fingerprint"], facts["num_classes"]) == (source.shards.fingerprint, num_classes), place
+        answers.append([np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("indices", "values")])
 
     def teacher(batch: Batch) -> Tensor:
-        ids = batch.ids.cpu().numpy()
+        ids, origin = batch.ids.cpu().numpy(), batch.source.cpu().numpy()
+        indices, values = (np.empty((len(ids), part.shape[1]), part.dtype) for part in answers[0])
+        for number, (stored_indices, stored_values) in enumerate(answers):
+            rows = np.flatnonzero(origin == number)
+            indices[rows], values[rows] = stored_indices[ids[rows]], stored_values[ids[rows]]
         device = batch.labels.device
-        return spread(torch.from_numpy(indices[ids]).to(device).long(), torch.from_numpy(values[ids]).to(device), num_classes)
+        return spread(torch.from_numpy(indices).to(device).long(), torch.from_numpy(values).to(device), num_classes)
 
     return teacher
 
