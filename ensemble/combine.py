@@ -140,7 +140,7 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         sums = torch.stack([part.sum(1) for part in parts], 1)
         said = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         dustbin = said.index_select(1, index.dustbins).double()
-        lowest = said.amin(1, keepdim=True)
+        lowest = said.amin(1, keepdim=True)  # one for all of a row's opinions
     else:
         which = torch.from_numpy(block.which).to(device)
         index = PaddedIndex([set_patterns(job.groups, s) for s in block.sets], which, device, job.opinions.width)
@@ -152,11 +152,10 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         said = said.flatten(1)
 
     def specialist_named(position) -> str:
-        name = f"row {block.rows[position[0]]} of p_special"
-        return f"{name}[{int(slots[tuple(position)])}]" if len(block.sets[0]) == lowest.shape[1] else name
+        return f"row {block.rows[position[0]]} of p_special[{int(slots[position])}]"
 
     check_sums(sums, job.dtype, specialist_named)
-    check_no_negative(lowest, specialist_named)
+    check_no_negative(lowest, lambda position: f"row {block.rows[position[0]]} of p_special")
     w_general = 1.0
     if job.weights is not None:
         w_general, w_special = float(job.weights[0]), job.weights[1:][slots]

@@ -16,7 +16,10 @@ from torch import Tensor
 EMPTY = 1e-200
 # A step of less than this, relative to every variable, needs no line search: it stays inside and Newton's error squares.
 SURE = 0.3
+QUICK_STEPS = 8
 MAX_STEPS = 200
+# The smallest target that the long way aims at: its effect on the objective is below float64's resolution of it.
+SMALLEST_TARGET = 1e-14
 
 
 @dataclass
@@ -113,16 +116,36 @@ def _start(A: Tensor, d: Tensor, members: Membership) -> State:
     return State(Y, 1 - members.to_patterns(t), t, Q)
 
 
-def _direction(A: Tensor, d: Tensor, at: State, members: Membership):
-    """Newton's step for Y s = A, Q t = d; dY and ds are eliminated, so one [M, M] system per row is left."""
+def _direction(A: Tensor, d: Tensor, at: State, members: Membership, careful: bool = False):
+    """Newton's step for Y s = A, Q t = d; dY and ds are eliminated, so one [M, M] system per row is left.
+
+    careful: by least squares, several times slower; what fails otherwise is NaN.
+    """
     missing_A, missing_d = A - at.Y * at.s, d - at.Q * at.t
-    matrix = members.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
-    right = missing_d / at.t - members.to_specialists(missing_A / at.s)
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    dt = torch.cholesky_solve(right[..., None], factor)[..., 0]
+    if careful:
+        dt = _least_squares(missing_A, missing_d, at, members)
+    else:
+        matrix = members.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
+        right = missing_d / at.t - members.to_specialists(missing_A / at.s)
+        factor, _ = torch.linalg.cholesky_ex(matrix)
+        dt = torch.cholesky_solve(right[..., None], factor)[..., 0]
     ds = -members.to_patterns(dt)
     dY = (missing_A - at.Y * ds) / at.s
     return dY, ds, dt, members.to_specialists(dY)
+
+
+def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Membership) -> Tensor:
+    """The same system as normal equations of rows sqrt(Y / s) N dt = - missing_A / sqrt(Y s) and sqrt(Q / t) dt = missing_d / sqrt(Q t).
+
+    Where a pattern's s is next to nothing, its Y / s swamps all else in the sum that the matrix is.  QR of the rows themselves,
+    largest first, keeps what each row says (Cox and Higham 1998, row-wise stability).
+    """
+    rows = torch.cat([torch.sqrt(at.Y / at.s)[..., None] * members.outside, torch.diag_embed(torch.sqrt(at.Q / at.t))], 1)
+    right = torch.cat([-missing_A / torch.sqrt(at.Y * at.s), missing_d / torch.sqrt(at.Q * at.t)], 1)
+    order = rows.amax(2).argsort(dim=1, descending=True)
+    rows, right = rows.gather(1, order[..., None].expand_as(rows)), right.gather(1, order)
+    q, r = torch.linalg.qr(rows)
+    return torch.linalg.solve_triangular(r, q.mT @ right[..., None], upper=True)[..., 0]
 
 
 def _moved(at: State, direction, step) -> State:
@@ -137,34 +160,65 @@ def _merit(A: Tensor, d: Tensor, at: State) -> Tensor:
 
 
 def _solved(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> State:
+    """Straight to the target from a good guess, which is all that most rows need; what is left goes the long way."""
     state = _start(A, d, members)
-    rows = torch.arange(A.shape[0], device=A.device)
-    answer = State(*(torch.empty_like(x) for x in (state.Y, state.s, state.t, state.Q)))
-    for step in range(MAX_STEPS):
+    for step in range(QUICK_STEPS + 1):
         done = state.residual(A, d) <= tolerance
-        all_done = bool(done.all())
-        if all_done and len(rows) == len(answer.Y):
-            return state
-        if all_done or (step % 4 == 3 and bool(done.any())):
-            for name in ("Y", "s", "t", "Q"):
-                getattr(answer, name)[rows[done]] = getattr(state, name)[done]
-            left = (~done).nonzero()[:, 0]
-            if all_done:
-                return answer
-            rows, A, d, members, state = rows[left], A[left], d[left], members.rows(left), state.take(left)
+        if bool(done.all()):
+            return _polished(A, state)
+        if step == QUICK_STEPS:
+            break
         direction = _direction(A, d, state, members)
         if bool((state.largest_step(direction) <= SURE).all()):
             state = _moved(state, direction, 1.0)
-            continue
-        length, before = state.room(direction), _merit(A, d, state)
-        for _ in range(40):
-            trial = _moved(state, direction, length)
-            worse = ~(_merit(A, d, trial) <= before + 1e-13)
-            if not worse.any():
-                break
-            length = torch.where(worse[:, None], length / 2, length)
-        state = trial
+        elif not bool(torch.isfinite(direction[2]).all()):
+            break
+        else:
+            state = _searched(A, d, state, direction)
+    left = (~done).nonzero()[:, 0]
+    found = _followed(A[left], d[left], members.rows(left), tolerance)
+    for name in ("Y", "s", "t", "Q"):
+        getattr(state, name)[left] = getattr(found, name)
+    return _polished(A, state)
+
+
+def _followed(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> State:
+    """Along the central path, as interior-point methods go: every target at least mu, and mu falls once a row is near its target.
+
+    Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
+    """
+    n, (patterns, specialists) = len(A), members.outside.shape[-2:]
+    t = torch.full_like(d, 0.5 / specialists)
+    Y = torch.full_like(A, 1 / patterns)
+    state = State(Y, 1 - members.to_patterns(t), t, members.to_specialists(Y) + members.everything_inside)
+    mu = torch.full((n, 1), 0.1 / (patterns + specialists), dtype=A.dtype, device=A.device)
+    for _ in range(MAX_STEPS):
+        target_A, target_d = torch.maximum(A, mu), torch.maximum(d, mu)
+        off_A, off_d = state.Y * state.s / target_A, state.Q * state.t / target_d
+        near = torch.maximum((off_A - 1).abs().amax(1), (off_d - 1).abs().amax(1)) < 0.5
+        if bool((state.residual(A, d) <= tolerance).all()):
+            return state
+        mu = torch.where(near[:, None], mu * 0.1, mu).clamp(min=SMALLEST_TARGET)
+        target_A, target_d = torch.maximum(A, mu), torch.maximum(d, mu)
+        direction = _direction(target_A, target_d, state, members, careful=bool(mu.min() < 1e-6))
+        state = _searched(target_A, target_d, state, direction)
     worst = float(state.residual(A, d).max())
-    raise ArithmeticError(
-        f"{len(rows)} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})"
-    )
+    raise ArithmeticError(f"{n} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})")
+
+
+def _searched(A: Tensor, d: Tensor, state: State, direction) -> State:
+    """As far along the direction as every variable stays positive and the merit falls."""
+    length, before = state.room(direction), _merit(A, d, state)
+    for _ in range(40):
+        trial = _moved(state, direction, length)
+        worse = ~(_merit(A, d, trial) <= before + 1e-13)
+        if not bool(worse.any()):
+            break
+        length = torch.where(worse[:, None], length / 2, length)
+    return trial
+
+
+def _polished(A: Tensor, state: State) -> State:
+    """Where s is no small number, Y = A / s is right also relative to a tiny A."""
+    state.Y = torch.where(state.s > 0.1, A / state.s, state.Y)
+    return state
