@@ -7,11 +7,14 @@ import numpy as np
 from scipy.sparse import csr_array
 
 RANK = 128
+RANK_OF_MANY = 64  # beyond MANY classes, where the sparse products would cost more than k-means
+MANY = 20_000
 
 
-def confusion_columns(confused: csr_array, rank: int = RANK, seed: int = 0) -> np.ndarray:
-    """Unit columns of the affinity scaled by each class's own total, D^-1/2 A D^-1/2: float32 [C, r], r = min(rank, C).
+def confusion_columns(confused: csr_array, rank: int | None = None, seed: int = 0) -> np.ndarray:
+    """Unit columns of the affinity scaled by each class's own total, D^-1/2 A D^-1/2: float32 [C, r].
 
+    r = min(rank, C), rank None is 128, or 64 beyond 20,000 classes.
     What correlation is to covariance, but a class's own variance is not among the entries, which decides.
     On the diagonal of a correlation matrix the ones drown what little is off it, and take up the leading dimensions.
     A class without any confusion is a row of zeros.  Projected as in covariance_columns; see Ng, Jordan, Weiss 2002.
@@ -21,8 +24,8 @@ def confusion_columns(confused: csr_array, rank: int = RANK, seed: int = 0) -> n
     return unit_rows(_projected_columns(lambda x: scale * (confused @ (scale * x)), len(totals), rank, seed))
 
 
-def covariance_columns(statistics, scaled: bool = True, rank: int = RANK, seed: int = 0) -> np.ndarray:
-    """The covariance's columns projected on its leading eigenvectors, float32 [C, r], r = min(rank, C).
+def covariance_columns(statistics, scaled: bool = True, rank: int | None = None, seed: int = 0) -> np.ndarray:
+    """The covariance's columns projected on its leading eigenvectors, float32 [C, r], r as above.
 
     scaled: of the correlation matrix, each row then of unit length; a class that never varies is a zero row.
     Else the raw columns of Hinton et al. 2015, section 5.1.  Distances between rows are those between columns, up to
@@ -37,12 +40,12 @@ def covariance_columns(statistics, scaled: bool = True, rank: int = RANK, seed: 
     return unit_rows(_projected_columns(lambda x: scale * multiply(scale * x), statistics.num_classes, rank, seed))
 
 
-def _projected_columns(multiply, num_classes: int, rank: int, seed: int) -> np.ndarray:
+def _projected_columns(multiply, num_classes: int, rank: int | None, seed: int) -> np.ndarray:
     """Columns of a symmetric matrix, given as x -> matrix @ x, in the basis of its eigenvectors of largest modulus.
 
     Randomised subspace iteration: Halko, Martinsson, Tropp 2011.
     """
-    rank = min(rank, num_classes)
+    rank = min(rank or (RANK if num_classes <= MANY else RANK_OF_MANY), num_classes)
     width = min(rank + 10, num_classes)
     basis = np.random.default_rng(seed).standard_normal((num_classes, width), dtype=np.float32)
     for _ in range(4):
