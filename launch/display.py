@@ -57,4 +57,4 @@ class Display(AbstractContextManager):
             self.live.update(Group(Text(""), table(running), Text(summary(found), style="dim")), refresh=True)
         else:
             for status in running:
-                self.event(f"{status.stage} {progress(status)}".rstrip())
+                self.event(f"{status.stage} running  {progress(status)}".rstrip())
