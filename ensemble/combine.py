@@ -43,7 +43,7 @@ def combine_kl(p_general: Tensor, p_special, groups, active=None, weights=None, 
     active: [B, M] bool, None is all.  A specialist's rows that are not active are never read.
     weights: [1 + M], the generalist's first; None is all 1.
     method: "newton", or "newton-fixed": FIXED_STEPS steps without a line search, the same for every input.
-    Returns q [B, C] in p_general's dtype, differentiable in the probabilities; where nothing is active q is p_general.
+    Returns q [B, C] in p_general's dtype, differentiable in probabilities and weights; where nothing is active q is p_general.
     Dustbin mass where nobody else leaves any outside S_m is spread evenly over the classes outside.
     Raises ValueError for shapes that disagree, rows that do not sum to 1 (opinions.SUM_TOLERANCE), NaN in rows that are read,
     an empty group, an unknown method.  Negative entries are looked for in the specialists' rows and the generalist's sums.
@@ -124,7 +124,8 @@ def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block]
 def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     """q [n, C] of one block whose generalist rows are g [n, C].  ours: g is a copy that may be overwritten."""
     n, device = len(g), g.device
-    differentiable = torch.is_grad_enabled() and (g.requires_grad or job.opinions.requires_grad)
+    learning = g.requires_grad or job.opinions.requires_grad or (job.weights is not None and job.weights.requires_grad)
+    differentiable = torch.is_grad_enabled() and learning
 
     def named(position) -> str:
         return f"row {block.rows[position[0]]} of p_general"
@@ -158,7 +159,7 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     check_no_negative(lowest, lambda position: f"row {block.rows[position[0]]} of p_special")
     w_general = 1.0
     if job.weights is not None:
-        w_general, w_special = float(job.weights[0]), job.weights[1:][slots]
+        w_general, w_special = job.weights[0], job.weights[1:][slots]
         _check_some_weight(w_general + w_special.sum(1), block)
         dustbin = dustbin * w_special
         said = said * _per_column(w_special.to(said.dtype), index, job.opinions.width)
@@ -169,7 +170,7 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     if job.columns is not None:
         columns = job.columns(columns, slice(None) if rows is None else rows)
     on_union = g.gather(1, columns)
-    a = said.gather(1, index.source.expand(n, -1)) + (on_union if w_general == 1 else on_union * w_general)
+    a = said.gather(1, index.source.expand(n, -1)) + (on_union if job.weights is None else on_union * w_general)
     if index.more_at.shape[1]:
         more = said.gather(1, index.more_source.expand(n, -1))
         more = more if isinstance(index, SharedIndex) else more * index.more_real

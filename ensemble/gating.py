@@ -41,7 +41,7 @@ def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = No
         mass = torch.full((len(crowded), specialists), -1.0, device=p_general.device, dtype=p_general.dtype)
         for m in active[crowded].any(0).nonzero()[:, 0].tolist():
             rows = active[crowded, m].nonzero()[:, 0]
-            members = torch.as_tensor(groups.members[m], device=p_general.device)
+            members = torch.tensor(groups.members[m], device=p_general.device)
             mass[rows, m] = p_general[crowded[rows][:, None], members].sum(1)
         kept = mass.sort(dim=1, descending=True, stable=True).indices[:, :max_specialists]
         active[crowded] = torch.zeros_like(active[crowded]).scatter_(1, kept, True)
@@ -59,7 +59,7 @@ def _holders(groups, device) -> Tensor:
     if found is not None and found[0]() is groups:
         return found[1]
     owner = torch.cat([torch.full((len(members),), m) for m, members in enumerate(groups.members)])
-    classes = torch.cat([torch.as_tensor(members) for members in groups.members])
+    classes = torch.cat([torch.tensor(members) for members in groups.members])
     order = torch.argsort(classes, stable=True)
     owner, classes = owner[order], classes[order]
     held = torch.bincount(classes, minlength=groups.num_classes)

@@ -22,7 +22,7 @@ class SetPatterns:
     """One active set of k specialists.  Its union: the U classes in any of them, ascending.  Pattern 0: outside all of them."""
 
     specialists: tuple[int, ...]
-    sizes: tuple[int, ...]  # |S_m| of each
+    members: list[np.ndarray]  # S_m of each, ascending
     # [4, U] for each class of the union: the class; its pattern, from 1; the first specialist of the set (0 ... k - 1) that holds it,
     # and its column there.
     union: np.ndarray
@@ -33,6 +33,7 @@ class SetPatterns:
 
     def __post_init__(self):
         self._on = {}
+        self.sizes = [len(classes) for classes in self.members]
 
     def on(self, device: torch.device, dtype: torch.dtype, num_classes: int) -> "SharedIndex":
         """As tensors; kept, for a set that returns."""
@@ -141,7 +142,7 @@ def _make(groups, specialists: tuple[int, ...]) -> SetPatterns:
         outside[0] = 0  # no class is there to take a dustbin's mass
     return SetPatterns(
         specialists=specialists,
-        sizes=tuple(sizes),
+        members=chosen,
         union=np.stack([classes, pattern + 1, slot[firsts], column[firsts]]),
         more=np.stack([of_entry[rest], slot[rest], column[rest]]),
         outside=outside,
