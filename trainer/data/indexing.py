@@ -80,9 +80,11 @@ def _read_tar(path: str, label: str, skip: Callable[[Exception], bool]) -> Itera
     with open(path, "rb") as file:
         for number, key in enumerate(index.keys):
             rows = range(index.member_start[number], index.member_start[number + 1])
-            members = {str(index.extensions[index.member_extension[row]]):
-                       os.pread(file.fileno(), int(index.size[row]), int(index.offset[row])) for row in rows}  # fmt: skip
-            yield {"__key__": key.decode("utf-8", "replace"), **members}
+            sample = {"__key__": key.decode("utf-8", "replace")}
+            for row in rows:
+                content = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
+                sample[str(index.extensions[index.member_extension[row]])] = content
+            yield sample
 
 
 @dataclass
@@ -150,8 +152,8 @@ def from_webdataset(
 ) -> tuple[int, list[str]]:  # fmt: skip
     """Rewrite whatever webdataset reads (URLs, compressed tars) as one split of shards with a manifest.
 
-    label: the member cls with a number or a name, or "json:FIELD".  input_member: which other member to keep, by default
-    the only one that can be decoded.  damage "skip" leaves unreadable samples out.
+    label: the member cls with a number or a name, or "json:FIELD".  input_member: which other member to keep;
+    by default the only one that can be decoded.  damage "skip" leaves unreadable samples out.
     Returns (samples written, what was left out and why, one line per sample or place in a tar).
     """
     import webdataset

@@ -44,7 +44,7 @@ def expand(pattern: str, data: Data, split: str) -> list[Shard]:
             shards.extend(_fetch_all(_braces(part), data))
             continue
         paths = [match for braced in _braces(part) for match in _matches(braced, split, manifests)]
-        if not paths:
+        if not any(os.path.exists(path) or _facts(path, manifests) for path in paths):
             raise UserError(f"{part}: no {split} shard matches")
         shards.extend(_local(path, manifests) for path in paths)
     for place, times in Counter(os.path.realpath(shard.path) for shard in shards).items():
@@ -63,7 +63,7 @@ def _braces(pattern: str) -> list[str]:
 
 
 def _matches(pattern: str, split: str, manifests: dict) -> list[str]:
-    """Local shards of one brace-free pattern.  A manifest's shards belong to it, so that an absent one is missed."""
+    """Local shards of one brace-free pattern.  Spelled-out and listed shards belong to it, present or not."""
     if os.path.isdir(pattern):
         manifest = _manifest(pattern, manifests)
         if manifest is None:
@@ -73,7 +73,7 @@ def _matches(pattern: str, split: str, manifests: dict) -> list[str]:
             raise UserError(f"{pattern}/{MANIFEST} has no split {split!r} (it has {splits})")
         return [os.path.join(pattern, shard["name"]) for shard in manifest["splits"][split]["shards"]]
     if not glob.has_magic(pattern):
-        return [pattern] if os.path.exists(pattern) or _facts(pattern, manifests) else []
+        return [pattern]
     directory = os.path.dirname(pattern)
     found = set(glob.glob(pattern))
     for facts in (_manifest(directory, manifests) or {"splits": {}})["splits"].values():
@@ -103,6 +103,8 @@ def _local(path: str, manifests: dict) -> Shard:
     directory = os.path.dirname(path)
     manifest, facts = _manifest(directory, manifests), _facts(path, manifests)
     if manifest and facts is None:
+        if not os.path.exists(path):
+            raise UserError(f"{path}: no such shard")
         raise UserError(f"{path} is not in {directory}/{MANIFEST}; add it with `referral shards index {directory}`")
     return Shard(path, path, directory, manifest, facts)
 

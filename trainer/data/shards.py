@@ -75,7 +75,10 @@ class ShardSet:
         self._input_row = np.concatenate(
             [_input_rows(index, data) + first for index, first in zip(indexes, row_start, strict=False)]
         )
-        facts = [[shard.name, index.sha256, len(index)] for shard, index in zip(shards, indexes, strict=True)]
+        facts = [
+            [os.path.basename(shard.name), index.sha256, len(index)]
+            for shard, index in zip(shards, indexes, strict=True)
+        ]
         identity = json.dumps([facts, data.label, data.input, self.class_names])
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         table = decoder_table(data.decoders)

@@ -1,4 +1,7 @@
-"""Damaged shard sets, seeded, and the judgement on how they are met.  `python tests/trainer/data/damage.py 1000` is the soak."""
+"""Damaged shard sets, seeded, and the judgement on how they are met.
+
+`python tests/trainer/data/damage.py 1000` judges a thousand of them: `make soak`.
+"""
 
 import json
 import random
@@ -99,7 +102,7 @@ def wrong_label(members, chance):
 @_rewritten
 def not_a_picture(members, chance):
     place = 2 * chance.randrange(len(members) // 2) + 1
-    members[place] = (members[place][0], chance.choice([b"", b"text", members[place][1][:-20]]))
+    members[place] = (members[place][0], chance.choice([b"", b"text", members[place][1][:60]]))
     return members
 
 
@@ -143,7 +146,7 @@ KINDS = [
 
 
 def judge(directory: Path, kind, seed: int, manifest: bool, indexed: bool, policy: str) -> str:
-    """Make one damaged set and read it.  Returns "refused", "counted" or "harmless"; AssertionError for anything else."""
+    """Make one damaged set and read it: "refused", "counted" or "harmless".  AssertionError for anything else."""
     chance = random.Random(f"{kind.__name__} {seed}")
     write_uneven(directory, SIZES, manifest, indexed)
     kind(directory / f"train-{chance.randrange(len(SIZES)):06d}.tar", chance)

@@ -27,10 +27,9 @@ def shards(uneven):
 
 def two_sources(shards, augment="shift", batch=12):
     inside = np.flatnonzero(shards.labels == 1)
-    return TrainingStream(
-        [Source(shards, shuffled(inside, 3), batch // 3), Source(shards, balanced(shards.labels, 4, 1.0), batch - batch // 3)],
-        seed=5, augment=augment,
-    )  # fmt: skip
+    own = Source(shards, shuffled(inside, 3), batch // 3)
+    rest = Source(shards, balanced(shards.labels, 4, 1.0), batch - batch // 3)
+    return TrainingStream([own, rest], seed=5, augment=augment)
 
 
 def joined(stream, first, last, world_size, workers):

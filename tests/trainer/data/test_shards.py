@@ -1,0 +1,368 @@
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from shardsets import CLASSES, label_of, members_of, picture, png, sample, write_split, write_tar, write_uneven
+
+from trainer.config import Data, UserError
+from trainer.data import ShardWriter, open_shards, write_manifest
+from trainer.data.tars import index_path, load_index, scan_tar
+
+
+def refusal(call, *arguments, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+# Writing
+
+
+def test_webdataset_reads_what_we_write(tmp_path):
+    write_split(tmp_path, 25, per_shard=10)
+    urls = str(tmp_path / "train-{000000..000002}.tar")
+    read = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [item["__key__"] for item in read] == [f"{n:05d}" for n in range(25)]
+    assert all(item["png"] == sample(n)["png"] and int(item["cls"]) == label_of(n) for n, item in enumerate(read))
+
+
+def test_the_manifest_counts_what_the_shards_hold(tmp_path):
+    write_split(tmp_path, 25, per_shard=10)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    shards = manifest["splits"]["train"]["shards"]
+    assert manifest["classes"] == CLASSES and manifest["splits"]["train"]["samples"] == 25
+    assert [shard["samples"] for shard in shards] == [10, 10, 5]
+    for shard in shards:
+        assert shard["bytes"] == (tmp_path / shard["name"]).stat().st_size
+    counts = np.zeros(7, int)
+    for shard in shards:
+        for name, count in shard["class_counts"].items():
+            counts[CLASSES.index(name)] += count
+    assert counts.tolist() == np.bincount([label_of(n) for n in range(25)], minlength=7).tolist()
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    a, b = (write_split(tmp_path / name, 12) / "train-000000.tar" for name in "ab")
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_nothing_is_left_of_a_writer_that_fails(tmp_path):
+    with pytest.raises(RuntimeError):
+        with ShardWriter(tmp_path, "train", CLASSES, samples_per_shard=2) as writer:
+            for number in range(5):
+                writer.write(sample(number))
+            raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_split_is_not_overwritten_unasked(tmp_path):
+    write_split(tmp_path, 25, per_shard=10)
+    assert "already holds train shards" in refusal(ShardWriter, tmp_path, "train", CLASSES)
+    with ShardWriter(tmp_path, "train", CLASSES, overwrite=True) as writer:
+        writer.write(sample(0))
+    assert sorted(file.name for file in tmp_path.glob("train*")) == ["train-000000.tar", "train-000000.tar.index.npz"]
+
+
+def test_a_writer_refuses_labels_and_keys_that_no_reader_would_understand(tmp_path):
+    with ShardWriter(tmp_path, "train", CLASSES) as writer:
+        assert "class 7 is not in 0..6" in refusal(writer.write, {"__key__": "a", "cls": b"7", "png": b""})
+        with pytest.raises(ValueError, match="dots"):
+            writer.write({"__key__": "a.b", "cls": b"0", "png": b""})
+
+
+def test_splits_of_one_manifest_share_their_classes(tmp_path):
+    write_split(tmp_path, 3)
+    write_split(tmp_path, 3, "val", first=3)
+    assert open_shards(str(tmp_path), Data(), "val").num_samples == 3
+    with ShardWriter(tmp_path, "test", ["other"]) as writer:
+        writer.write({"__key__": "a", "cls": b"0", "png": b"x"})
+    assert "with other classes" in refusal(write_manifest, tmp_path, ["other"], {"test": writer.facts})
+
+
+def test_class_names_must_differ(tmp_path):
+    assert "two classes are called 'a'" in refusal(write_manifest, tmp_path, ["a", "b", "a"], {})
+
+
+# Opening
+
+
+def test_a_shard_set_is_what_was_written(uneven):
+    shards = open_shards(str(uneven), Data(), "train")
+    assert (shards.num_samples, shards.num_classes, shards.class_names) == (150, 7, CLASSES)
+    assert shards.labels.tolist() == [label_of(n) for n in range(150)]
+    assert shards.class_counts.tolist() == np.bincount(shards.labels, minlength=7).tolist()
+    assert (shards.input_shape, shards.input_dtype) == ((1, 6, 5), np.uint8)
+    ids = np.array([149, 0, 41, 41, 7])
+    assert shards.keys(ids) == ["00149", "00000", "00041", "00041", "00007"]
+    assert all((x[0] == picture(n)).all() for x, n in zip(shards.inputs(ids), ids, strict=True))
+    assert shards.raw([41])[0] == {"png": sample(41)["png"], "cls": sample(41)["cls"]}
+
+
+def test_patterns_that_mean_the_same_give_the_same_set(uneven):
+    patterns = [
+        f"{uneven}", f"{uneven}/", f"{uneven}/train-{{000000..000006}}.tar", f"{uneven}/train-*.tar",
+        f"{uneven}/train-{{000000..000003}}.tar::{uneven}/train-00000[456].tar",
+    ]  # fmt: skip
+    labels = [open_shards(pattern, Data(), "train").labels.tolist() for pattern in patterns]
+    assert all(found == labels[0] for found in labels)
+
+
+def test_the_fingerprint_knows_content_not_place(tmp_path):
+    a, b, c = (write_split(tmp_path / name, count) for name, count in (("a", 9), ("b", 9), ("c", 10)))
+    a, b, c = (open_shards(str(place / "train-000000.tar"), Data(), "train").fingerprint for place in (a, b, c))
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "pattern, message",
+    [
+        ("", "data.train is empty"),
+        ("{d}/nothing-*.tar", "no train shard matches"),
+        ("{d}/nothing.tar", "no train shard matches"),
+        ("{d}/absent", "no train shard matches"),
+        ("{d}/train-{{000000..000009}}.tar", "no such shard"),
+        ("{d}/train-000000.tar::{d}/train-*.tar", "2 times"),
+        ("{d}/manifest.json", "is not a .tar"),
+        ("{d}/train-{{0..", "the braces do not match"),
+        ("pipe:false", "cannot be fetched"),
+    ],
+)
+def test_a_wrong_pattern_gets_one_line(uneven, tmp_path, pattern, message):
+    data = Data(fetch_dir=str(tmp_path))
+    assert message in refusal(open_shards, pattern.format(d=uneven), data, "train")
+
+
+def test_a_split_that_the_manifest_lacks_is_named(uneven):
+    assert "no split 'val' (it has train)" in refusal(open_shards, str(uneven), Data(), "val")
+
+
+def test_without_a_manifest_the_config_says_how_many_classes_there_are(tmp_path):
+    write_tar(tmp_path / "train-0.tar", members_of(range(9)))
+    assert "set data.classes" in refusal(open_shards, str(tmp_path), Data(), "train")
+    assert open_shards(str(tmp_path), Data(classes=9), "train").num_classes == 9
+    assert "label 4, which is none of the 3" in refusal(open_shards, str(tmp_path), Data(classes=3), "train")
+
+
+def test_the_config_may_not_contradict_the_manifest(uneven):
+    assert "has 7 classes" in refusal(open_shards, str(uneven), Data(classes=8), "train")
+
+
+def test_directories_of_different_classes_do_not_mix(uneven, tmp_path):
+    with ShardWriter(tmp_path, "train", ["a", "b"]) as writer:
+        writer.write(sample(0))
+    write_manifest(tmp_path, ["a", "b"], {"train": writer.facts})
+    assert "different classes" in refusal(open_shards, f"{uneven}::{tmp_path}", Data(), "train")
+
+
+def test_labels_come_from_a_json_field(tmp_path):
+    def item(number, value):
+        return [(f"{number}.json", json.dumps({"label": value}).encode()), (f"{number}.png", sample(number)["png"])]
+
+    write_tar(tmp_path / "train-0.tar", item(0, 3) + item(1, 0))
+    shards = open_shards(str(tmp_path), Data(label="json:label", classes=7), "train")
+    assert shards.labels.tolist() == [3, 0] and shards.inputs([1]).shape == (1, 1, 6, 5)
+    names = write_tar(tmp_path / "train-1.tar", item(0, "1") + item(1, "0"))
+    write_manifest(tmp_path, ["1", "0"], {"train": {"samples": 2, "shards": [
+        {"name": "train-1.tar", "samples": 2, "bytes": 0, "sha256": scan_tar(names, "json:label").sha256,
+         "class_counts": {"1": 1, "0": 1}}]}})  # fmt: skip
+    # A text is a class's name even where it looks like a number.
+    assert open_shards(str(tmp_path), Data(label="json:label"), "train").labels.tolist() == [0, 1]
+    assert "no field 'x'" in refusal(open_shards, str(names), Data(label="json:x"), "train")
+
+
+def test_the_input_is_named_where_there_are_several(tmp_path):
+    members = []
+    for number in range(3):
+        members += members_of([number]) + [(f"{number:05d}.txt", b"text")]
+    write_tar(tmp_path / "train-0.tar", members)
+    assert "members png, txt" in refusal(open_shards, str(tmp_path), Data(classes=7), "train")
+    assert open_shards(str(tmp_path), Data(classes=7, input="txt"), "train").inputs([0])[0].tobytes() == b"text"
+    assert "has no member .npy" in refusal(open_shards, str(tmp_path), Data(classes=7, input="npy"), "train")
+
+
+def test_an_unknown_extension_names_the_known_ones(tmp_path):
+    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.flac", b"")])
+    assert "no decoder for .flac members (known: jpeg, jpg, json" in refusal(
+        open_shards, str(tmp_path), Data(classes=2), "train"
+    )
+
+
+# The index
+
+
+def test_an_index_is_made_once_and_then_used(tmp_path, monkeypatch):
+    write_uneven(tmp_path, [4, 5], indexed=False)
+    first = open_shards(str(tmp_path), Data(), "train")
+    monkeypatch.setattr("trainer.data.shards.scan_tar", lambda *_: pytest.fail("scanned again"))
+    again = open_shards(str(tmp_path), Data(), "train")
+    assert again.fingerprint == first.fingerprint and (again.inputs([8]) == first.inputs([8])).all()
+
+
+def test_a_touched_shard_is_recognised_and_a_changed_one_refused(tmp_path):
+    shard = write_uneven(tmp_path, [4], manifest=False) / "train-000000.tar"
+    os.utime(shard, (1, 1))
+    assert not load_index(shard)[1]
+    open_shards(str(tmp_path), Data(classes=7), "train")
+    assert load_index(shard)[1]
+    write_tar(shard, members_of(range(10, 15)))
+    assert "is not the shard that was indexed" in refusal(open_shards, str(tmp_path), Data(classes=7), "train")
+    index_path(shard).unlink()
+    assert open_shards(str(tmp_path), Data(classes=7), "train").num_samples == 5
+
+
+def test_a_broken_index_is_rebuilt(tmp_path):
+    shard = write_uneven(tmp_path, [4]) / "train-000000.tar"
+    for content in (b"", b"rubbish", index_path(shard).read_bytes()[:200]):
+        index_path(shard).write_bytes(content)
+        assert open_shards(str(tmp_path), Data(), "train").num_samples == 4
+
+
+def test_shards_are_read_where_no_index_can_be_kept(tmp_path, monkeypatch):
+    write_uneven(tmp_path, [4], indexed=False)
+
+    def full(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(np, "savez", full)
+    assert open_shards(str(tmp_path), Data(), "train").num_samples == 4
+    assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_member_that_changes_after_opening_is_caught_by_its_checksum(tmp_path):
+    shards = open_shards(str(write_uneven(tmp_path, [4])), Data(), "train")
+    place = shards._offset[shards._input_row[2]]
+    with open(tmp_path / "train-000000.tar", "r+b") as file:
+        file.seek(int(place) + 50)
+        file.write(b"\0\1")
+    assert "sample 00002: its member .png has changed" in refusal(shards.inputs, [2])
+    assert shards.inputs([1]).shape == (1, 1, 6, 5)
+
+
+@pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_other_writers_are_read(tmp_path, format):
+    long = "deep/" * 30 + "sample"
+    with tarfile.open(tmp_path / "train-0.tar", "w", format=format) as archive:
+        for name, content in ((f"{long}.png", sample(0)["png"]), (f"{long}.cls", b"2"), ("é.png", sample(1)["png"]),
+                              ("é.cls", b"3"), ("__meta__", b"x"), ("README", b"x")):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+        archive.addfile(_directory("deep"))
+    shards = open_shards(str(tmp_path), Data(classes=7), "train")
+    assert shards.keys([0, 1]) == [long, "é"] and shards.labels.tolist() == [2, 3]
+
+
+def _directory(name):
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.DIRTYPE
+    return member
+
+
+def test_a_refusal_names_shard_member_and_reason(tmp_path):
+    write_tar(tmp_path / "train-0.tar", members_of(range(3))[:-1])
+    message = refusal(open_shards, str(tmp_path), Data(classes=7), "train")
+    assert "train-0.tar: 00002 has only the member .cls" in message
+
+
+# URLs
+
+
+def test_a_pipe_is_fetched_once_and_read_like_a_file(tmp_path):
+    write_uneven(tmp_path / "set" if (tmp_path / "set").mkdir() is None else tmp_path, [4, 5])
+    data = Data(classes=7, fetch_dir=str(tmp_path / "kept"))
+    url = f"pipe:cat {tmp_path}/set/train-{{000000..000001}}.tar"
+    shards = open_shards(url, data, "train")
+    assert shards.num_samples == 9 and (shards.inputs([8])[0, 0] == picture(8)).all()
+    shutil.rmtree(tmp_path / "set")
+    assert open_shards(url, data, "train").fingerprint == shards.fingerprint
+
+
+def test_what_is_fetched_is_bounded_and_leaves_nothing_half(tmp_path):
+    (tmp_path / "set").mkdir()
+    write_uneven(tmp_path / "set", [4, 5])
+    data = Data(classes=7, fetch_dir=str(tmp_path / "kept"), fetch_bytes=15_000)
+    url = f"pipe:cat {tmp_path}/set/train-{{000000..000001}}.tar"
+    assert "more than data.fetch_bytes" in refusal(open_shards, url, data, "train")
+    failing = f"pipe:cat {tmp_path}/set/train-000001.tar; exit 3"
+    assert "cannot be fetched" in refusal(open_shards, failing, data.model_copy(update={"fetch_bytes": 10**9}), "train")
+    assert not list((tmp_path / "kept").glob(".*"))
+
+
+# Decoding
+
+
+def first_of(path, extension, content, **data):
+    write_tar(path / "train-0.tar", [("a.cls", b"0"), (f"a.{extension}", content)])
+    return open_shards(str(path), Data(classes=2, **data), "train").inputs([0])[0]
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "jpg", "jpeg"])
+def test_pictures_become_channels_first(tmp_path, extension):
+    pixels = np.zeros((8, 6, 3), np.uint8)
+    pixels[..., 1] = 200
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "jpeg" if extension.startswith("j") else extension, quality=95)
+    found = first_of(tmp_path, extension, file.getvalue())
+    assert found.shape == (3, 8, 6) and found.dtype == np.uint8
+    assert abs(found.astype(int).mean((1, 2)) - [0, 200, 0]).max() < 6
+
+
+@pytest.mark.parametrize("mode, channels", [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)])
+def test_modes_become_gray_or_rgb(tmp_path, mode, channels):
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(file, "tiff")
+    assert first_of(tmp_path, "png", file.getvalue()).shape == (channels, 4, 4)
+
+
+def test_16_bit_pictures_are_refused_not_cut(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(file, "png")
+    assert "more than 8 bits" in refusal(first_of, tmp_path, "png", file.getvalue())
+
+
+def test_arrays_texts_and_numbers(tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.arange(6, dtype=np.float32).reshape(2, 3))
+    assert first_of(tmp_path, "npy", file.getvalue()).tolist() == [[0, 1, 2], [3, 4, 5]]
+    (tmp_path / "train-0.tar.index.npz").unlink()
+    assert first_of(tmp_path, "json", b"[1, 2.5]").tolist() == [1, 2.5]
+
+
+def test_pickles_are_refused(tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+    assert "cannot be decoded" in refusal(first_of, tmp_path, "npy", file.getvalue())
+
+
+def test_the_config_names_a_decoder(tmp_path):
+    name = "trainer.data.decoding:hashed_ngrams"
+    found = first_of(tmp_path, "txt", b"Soybean farming", decoders={"txt": name})
+    assert found.shape == (2048,) and abs(np.linalg.norm(found) - 1) < 1e-6
+    for wrong, message in (
+        ("no_such_module:f", "No module named"),
+        ("json:nothing", "no function nothing"),
+        ("x", "write"),
+    ):
+        assert message in refusal(open_shards, str(tmp_path), Data(classes=2, decoders={"txt": wrong}), "train")
+
+
+def test_inputs_of_two_sizes_are_refused_with_the_remedy(tmp_path):
+    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.png", png(np.zeros((4, 4), np.uint8))),
+                                         ("b.cls", b"0"), ("b.png", png(np.zeros((4, 5), np.uint8)))])  # fmt: skip
+    shards = open_shards(str(tmp_path), Data(classes=2), "train")
+    assert "sample b: is uint8 [1, 4, 5], the first sample uint8 [1, 4, 4]" in refusal(shards.inputs, [0, 1])
+
+
+def test_a_gray_picture_among_coloured_ones_gets_three_equal_channels(tmp_path):
+    gray = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.png", png(np.zeros((4, 4, 3), np.uint8))),
+                                         ("b.cls", b"0"), ("b.png", png(gray))])  # fmt: skip
+    found = open_shards(str(tmp_path), Data(classes=2), "train").inputs([1])[0]
+    assert (found == gray).all() and found.shape == (3, 4, 4)
