@@ -8,13 +8,13 @@ from scipy.sparse import csr_array
 
 RANK = 128
 RANK_OF_MANY = 64  # beyond MANY classes, where the sparse products would cost more than k-means
-MANY = 20_000
+MANY = 10_000
 
 
 def confusion_columns(confused: csr_array, rank: int | None = None, seed: int = 0) -> np.ndarray:
     """Unit columns of the affinity scaled by each class's own total, D^-1/2 A D^-1/2: float32 [C, r].
 
-    r = min(rank, C), rank None is 128, or 64 beyond 20,000 classes.
+    r = min(rank, C), rank None is 128, or 64 beyond 10,000 classes.
     What correlation is to covariance, but a class's own variance is not among the entries, which decides.
     On the diagonal of a correlation matrix the ones drown what little is off it, and take up the leading dimensions.
     A class without any confusion is a row of zeros.  Projected as in covariance_columns; see Ng, Jordan, Weiss 2002.

@@ -339,7 +339,7 @@ def _check_distributions(p_Bk: np.ndarray, lowest_sum: float) -> None:
         raise ValueError(
             f"row {np.flatnonzero(~np.isfinite(sums))[0]} of the predictions holds NaN or infinity; look upstream"
         )
-    if p_Bk.size and p_Bk.min() < 0:
+    if p_Bk.size and p_Bk.min() < -1e-6:
         raise ValueError(
             f"the predictions hold {p_Bk.min():.4g}; probabilities are not negative, so apply softmax first"
         )
