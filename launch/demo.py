@@ -35,7 +35,7 @@ steps = 1500
 
 [students.wide]
 steps = 1500
-model = { width = 32 }
+model = { width = 32, embedding = 256 }
 """
 
 QUICK = [

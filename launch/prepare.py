@@ -230,9 +230,9 @@ def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
     cause = "\n".join(f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in changed)
     names = [stage.place for stage in stale]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    why = f"another config:\n{cause}" if changed else "other data, other groups or another version of referral"
     return (
-        f"{run.root} was made with " + (f"another config:\n{cause}" if changed else "other data, other groups or another version") + "\n"
-        f"these stages would have to be redone: {listed}\n"
+        f"{run.root} was made with {why}\nthese stages would have to be redone: {listed}\n"
         f"choose another --run, or redo just these with --force"
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +19,7 @@ def show_results(run: RunDirectory, console: Console) -> None:
     if student := student_verdict(results):
         console.print(Text(student), soft_wrap=True)
     console.print(results_table(results))
-    console.print(Text(f"report: {(run.root / 'report.html').absolute()}"), soft_wrap=True)
+    console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
 
 
 def results_table(results: dict) -> Table:
