@@ -21,6 +21,7 @@ import unicodedata
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -191,6 +192,8 @@ def render_glyphs(
             _put_in_place(unfinished, out, force)
         except OSError as mistake:
             raise UserError(f"{out}: cannot be written: {mistake.strerror or mistake}") from None
+        except BrokenProcessPool:
+            raise UserError("a rendering process died, perhaps for want of memory; try --processes 1") from None
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return glyphs
@@ -409,7 +412,7 @@ _worker: _ShardMaker | None = None
 
 def _start_worker(drawings: Path, *arguments) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and silently; the parent clears up
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _worker = _ShardMaker(np.load(drawings, mmap_mode="r"), *arguments)
@@ -428,8 +431,12 @@ def _work(shard: tuple) -> dict:
 def _shard_makers(processes: int, directory: Path, drawings: np.ndarray, *arguments):
     """A function: list of shards to make -> iterator of their entries of the manifest, in order."""
     if processes == 1:
-        make = _ShardMaker(drawings, directory, *arguments)
-        yield lambda plan: (make(*shard) for shard in plan)
+        make, threads = _ShardMaker(drawings, directory, *arguments), torch.get_num_threads()
+        torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
+        try:
+            yield lambda plan: (make(*shard) for shard in plan)
+        finally:
+            torch.set_num_threads(threads)
         return
     shared = directory / ".drawings.npy"
     np.save(shared, drawings)
