@@ -181,16 +181,16 @@ def start(
     if dry_run:
         show_plan(found, jobs, stale, console)
         return 0
+    code = 0
     if not all(job.is_done for job in jobs):
         with locked(found.root):
             lay_out(found, jobs, stale)
             save_environment(found.root)
             with Display(console) as display:
                 code = Pool(found, jobs, machine, display, FAKE).execute()
-        if code or not all(job.is_done for job in jobs):
-            return code
-    show_results(found, console)
-    return 0
+    if found.report.is_done:
+        show_results(found, console)
+    return code
 
 
 def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:

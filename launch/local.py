@@ -278,7 +278,9 @@ def _signals(pool: Pool) -> Iterator[None]:
         pool.requested = number
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, note) for number in numbers}
+    # What is ignored stays ignored: nohup and a shell's `&` rely on it.
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield
     finally:

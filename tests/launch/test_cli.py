@@ -120,6 +120,15 @@ def test_another_config_is_refused_and_force_redoes_what_is_stale(short, referra
     assert [place for _, place in short.calls("begin")] == ["specialists/000", "ensemble", "evaluation", "report"]
 
 
+def test_results_without_a_failed_specialist_are_shown_and_the_exit_code_says_that_it_failed(short, referral):
+    short.values |= {"clusters": {"num_groups": 2}, "ensemble": {"allow_missing": True}}
+    run = short.run()
+    short.finish([run.generalist, run.measure, run.cluster, run.route, run.specialists[0]])
+    short.behave(specialists__001={"exit": 1, "times": 9})
+    code, out, err = referral("run", short.write_config(), "--run", "run")
+    assert code == 1 and "specialist-001" in err and "fewer top-1 errors" in out
+
+
 def test_report_is_written_anew_for_an_evaluated_run_only(short, referral):
     run = short.run()
     code, _, err = referral("report", "run")

@@ -247,6 +247,18 @@ def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_ru
     assert {state for state in states(run).values() if state not in ("done", "waiting")} == {"interrupted"}
 
 
+def test_a_run_under_nohup_outlives_its_terminal(ward):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    pool = ward.pool(ward.run())
+    try:
+        with launch.local._signals(pool):
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert pool.requested == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_children_that_do_not_heed_are_killed(ward, small, monkeypatch):
     monkeypatch.setattr(launch.local, "GRACE_S", 0.3)
     run = small()
