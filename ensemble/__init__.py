@@ -11,7 +11,10 @@ _HOMES = {
     "fit_temperatures": "fitting",
     "SpecialistEnsemble": "specialist_ensemble",
     "Consultation": "specialist_ensemble",
-    "export_ensemble": "exporting",
+    "EnsembleProgram": "exporting",
+    "export_bundle": "exporting",
+    "export_program": "exporting",
+    "export_onnx": "exporting",
 }
 __all__ = sorted(_HOMES)
 

@@ -7,6 +7,7 @@ Wanted: Y [n, P] minimising  - sum_P A_P log Y_P - sum_m d_m log Q_m  with sum Y
     Y_P s_P = A_P,   Q_m t_m = d_m,   s_P = 1 - sum_m N_Pm t_m        (methods.md, section 1: s is the denominator there, divided by 1 + M)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ def pattern_masses(A: Tensor, d: Tensor, members: Membership, tolerance: float, 
     if steps is not None:
         state = _start(A, d, members)
         for _ in range(steps):
-            direction = _direction(A, d, state, members)
+            direction = _direction(A, d, state, members, solve=_eliminated)
             state = _moved(state, direction, state.room(direction))
         return state.Y
     with torch.no_grad():
@@ -116,22 +117,35 @@ def _start(A: Tensor, d: Tensor, members: Membership) -> State:
     return State(Y, 1 - members.to_patterns(t), t, Q)
 
 
-def _direction(A: Tensor, d: Tensor, at: State, members: Membership, careful: bool = False):
-    """Newton's step for Y s = A, Q t = d; dY and ds are eliminated, so one [M, M] system per row is left.
-
-    careful: by least squares, several times slower; what fails otherwise is NaN.
-    """
+def _direction(A: Tensor, d: Tensor, at: State, members: Membership, solve: Callable | None = None):
+    """Newton's step for Y s = A, Q t = d; dY and ds are eliminated, so one [M, M] system per row is left."""
     missing_A, missing_d = A - at.Y * at.s, d - at.Q * at.t
-    if careful:
+    if solve is _least_squares:
         dt = _least_squares(missing_A, missing_d, at, members)
     else:
         matrix = members.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
-        right = missing_d / at.t - members.to_specialists(missing_A / at.s)
-        factor, _ = torch.linalg.cholesky_ex(matrix)
-        dt = torch.cholesky_solve(right[..., None], factor)[..., 0]
+        dt = (solve or _cholesky)(matrix, missing_d / at.t - members.to_specialists(missing_A / at.s))
     ds = -members.to_patterns(dt)
     dY = (missing_A - at.Y * ds) / at.s
     return dY, ds, dt, members.to_specialists(dY)
+
+
+def _cholesky(matrix: Tensor, right: Tensor) -> Tensor:
+    """NaN where the matrix is not positive definite to the last digit."""
+    factor, _ = torch.linalg.cholesky_ex(matrix)
+    return torch.cholesky_solve(right[..., None], factor)[..., 0]
+
+
+def _eliminated(matrix: Tensor, right: Tensor) -> Tensor:
+    """Gauss and Jordan's elimination, written out: products and sums alone, which every runtime has.  The matrix is positive definite."""
+    size = matrix.shape[-1]
+    work = torch.cat([matrix, right[..., None]], -1)
+    for pivot in range(size):
+        row = work[:, pivot : pivot + 1] / work[:, pivot : pivot + 1, pivot : pivot + 1]
+        others = [work[:, :pivot] - work[:, :pivot, pivot : pivot + 1] * row, row]
+        others.append(work[:, pivot + 1 :] - work[:, pivot + 1 :, pivot : pivot + 1] * row)
+        work = torch.cat(others, 1)
+    return work[..., -1]
 
 
 def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Membership) -> Tensor:
@@ -200,7 +214,8 @@ def _followed(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> St
             return state
         mu = torch.where(near[:, None], mu * 0.1, mu).clamp(min=SMALLEST_TARGET)
         target_A, target_d = torch.maximum(A, mu), torch.maximum(d, mu)
-        direction = _direction(target_A, target_d, state, members, careful=bool(mu.min() < 1e-6))
+        solve = _least_squares if bool(mu.min() < 1e-6) else None
+        direction = _direction(target_A, target_d, state, members, solve)
         state = _searched(target_A, target_d, state, direction)
     worst = float(state.residual(A, d).max())
     raise ArithmeticError(f"{n} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})")

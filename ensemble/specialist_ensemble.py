@@ -2,6 +2,7 @@
 
 import json
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,10 +11,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from clustering.groups import ClassGroups
+from networks import ModelSpec, build_classifier, load_classifier
+
 from .gating import gate as open_gate
 from .neighbours import COMBINERS
 
 SCHEMA = 1
+SETTINGS = "ensemble.json"
+GROUPS = "clusters/groups.json"
 
 
 class Consultation(NamedTuple):
@@ -75,10 +81,46 @@ class SpecialistEnsemble:
         self.gate, self.max_specialists, self.combine, self.weights = gate, max_specialists, combine, weights
         self.skipped, self.available = sorted(skipped), [m in specialists for m in range(count)]
         self.class_names = list(generalist.spec.class_names)
-        self._prefixes: dict[int, tuple[nn.Module, int]] = {}
+        self._prefixes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
         # How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks that are its own.
         self.runs: Counter = Counter()
+
+    @classmethod
+    def load(
+        cls,
+        directory,
+        device="cpu",
+        gate: int | None = None,
+        max_specialists: int | None = None,
+        cache: int | None = None,
+        allow_missing: bool = False,
+        builders: Mapping[str, Callable] | None = None,
+    ) -> "SpecialistEnsemble":
+        """The ensemble of a run directory or of an exported bundle: safetensors and JSON, nothing is unpickled.
+
+        gate, max_specialists: None takes what ensemble.json says (else 1, and no limit).  cache: how many specialists are held at
+        a time; None is all.  They are loaded when first asked.  builders: {name: callable} for a model.json that names one.
+        Raises ValueError for a missing specialist (unless allow_missing), a missing or damaged file and another schema.
+        """
+        root = Path(directory)
+        if not (root / "generalist" / "model.json").is_file():
+            raise ValueError(f"{root} has no generalist/model.json; give a run whose generalist is done, or an exported bundle")
+        if not (root / GROUPS).is_file():
+            raise ValueError(f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle")
+        facts = read_settings(root)
+        groups = ClassGroups.load(root / GROUPS)
+        generalist = load_classifier(root / "generalist", device, builders)
+        folders = {m: specialist_folder(root, m) for m in range(len(groups.members))}
+        found = [m for m, place in folders.items() if all((place / n).is_file() for n in ("model.json", "model.safetensors"))]
+        shelf = Shelf(
+            lambda m: load_specialist(folders[m], generalist, facts["shared"].get(str(m), ()), device, builders), found, cache
+        )
+        limit = facts["max_specialists"] if max_specialists is None else max_specialists
+        return cls(
+            generalist, shelf, groups, facts["gate"] if gate is None else gate, limit, facts["combine"], facts["temperatures"],
+            facts["weights"], facts["skipped"], allow_missing, device,
+        )  # fmt: skip
 
     @torch.no_grad()
     def opinions(self, inputs) -> tuple[Tensor, list, Tensor]:
@@ -127,20 +169,31 @@ class SpecialistEnsemble:
     def _logits(self, inputs):
         raw = torch.as_tensor(inputs).to(self.device)
         blocks = _blocks(self.generalist.trunk)
+        with self._lock:
+            wanted = {0, *self._prefixes.values()}
         x = self.generalist.preprocess(raw)
-        depths = [x]  # what the generalist has after each of its blocks
-        for block in blocks:
+        reached = {0: x}  # what the generalist has after so many blocks, where a specialist is known to branch off
+        for depth, block in enumerate(blocks, 1):
             x = block(x)
-            depths.append(x)
+            if depth in wanted:
+                reached[depth] = x
+        reached[len(blocks)] = x
         logits = self.generalist.head(x)
         self._count("trunk")
-        active = open_gate(_softmax(logits, 1.0), self.groups, self.gate, self.max_specialists, self.available)
+        p_general = _softmax(logits, 1.0)
+        active = open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
         special: list = [None] * len(self.groups.members)
         for m in active.any(0).nonzero()[:, 0].tolist():
             specialist = self.specialists[m]
             rows = active[:, m].nonzero()[:, 0]
             shared = self._prefix(m, specialist)
-            x = depths[shared][rows] if shared >= 0 else specialist.preprocess(raw[rows])
+            if shared >= 0:
+                nearest = max(depth for depth in reached if depth <= shared)
+                x = reached[nearest][rows]
+                for block in blocks[nearest:shared]:
+                    x = block(x)
+            else:
+                x = specialist.preprocess(raw[rows])
             own = _blocks(specialist.trunk)[max(shared, 0) :]
             for block in own:
                 x = block(x)
@@ -151,17 +204,106 @@ class SpecialistEnsemble:
     def _prefix(self, m: int, specialist) -> int:
         """How many leading blocks are the generalist's, tensor for tensor; -1 where not even the preprocessing is."""
         with self._lock:
-            known = self._prefixes.get(m)
-        if known is not None and known[0] is specialist:
-            return known[1]
+            known = self._prefixes.get(specialist)
+        if known is not None:
+            return known
+        members = specialist.spec.head.get("members")
+        if members is not None and list(members) != self.groups.members[m].tolist():
+            raise ValueError(f"specialist {m} was trained for other classes than group {m} has; the groups are not this run's")
         length = shared_prefix(self.generalist, specialist.eval())
         with self._lock:
-            self._prefixes[m] = specialist, length
+            self._prefixes[specialist] = length
         return length
 
     def _count(self, *names) -> None:
         with self._lock:
             self.runs.update(names)
+
+
+class Shelf(Mapping):
+    """Specialists by number, loaded when first asked; the `cache` last asked are kept.  Threads may share it."""
+
+    def __init__(self, load: Callable[[int], nn.Module], numbers, cache: int | None = None):
+        if cache is not None and cache < 1:
+            raise ValueError(f"cache = {cache}; at least 1 specialist must be held, or None for all")
+        self._load, self._numbers, self._cache = load, sorted(numbers), cache
+        self._held: OrderedDict[int, nn.Module] = OrderedDict()
+        self._lock = threading.Lock()
+        self._loading = {m: threading.Lock() for m in self._numbers}
+        self.loads = 0
+
+    def __contains__(self, m) -> bool:
+        return m in self._loading
+
+    def __iter__(self):
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, m: int) -> nn.Module:
+        with self._loading[m]:  # two threads that ask for the same one wait for one loading
+            with self._lock:
+                if m in self._held:
+                    self._held.move_to_end(m)
+                    return self._held[m]
+            specialist = self._load(m)
+            with self._lock:
+                self.loads += 1
+                self._held[m] = specialist
+                while self._cache is not None and len(self._held) > self._cache:
+                    self._held.popitem(last=False)
+            return specialist
+
+
+def specialist_folder(root: Path, m: int) -> Path:
+    return root / "specialists" / f"{m:03d}"
+
+
+def read_settings(root: Path) -> dict:
+    """What ensemble.json says, with the defaults of a run that has none yet."""
+    facts = {"gate": 1, "max_specialists": None, "combine": "kl", "temperatures": None, "weights": None, "skipped": [], "shared": {}}
+    path = root / SETTINGS
+    if not path.is_file():
+        return facts
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as mistake:
+        raise ValueError(f"{path}: cannot be read: {mistake}") from None
+    if not isinstance(said, dict) or said.get("schema") != SCHEMA:
+        schema = said.get("schema") if isinstance(said, dict) else None
+        raise ValueError(f"{path} has schema {schema!r}; this version reads {SCHEMA}: export it again with this version")
+    return facts | {name: value for name, value in said.items() if name in facts}
+
+
+_building = threading.Lock()
+
+
+def load_specialist(folder: Path, generalist, shared, device, builders) -> nn.Module:
+    """One specialist, its tensors that equal the generalist's being the generalist's own.
+
+    shared: names of tensors that the folder leaves out because they are the generalist's (a bundle does so).
+    """
+    from safetensors.torch import load_file
+
+    with _building:  # torch's generators are set aside while a network is built
+        if not shared:
+            specialist = load_classifier(folder, device, builders)
+        else:
+            with torch.random.fork_rng(devices=[]):
+                specialist = build_classifier(ModelSpec.load(folder / "model.json"), builders)
+    common = generalist.state_dict()
+    if shared:
+        try:
+            tensors = load_file(folder / "model.safetensors") | {name: common[name].cpu() for name in shared}
+            specialist.load_state_dict(tensors)
+        except Exception as mistake:
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit its model.json: {mistake}") from None
+        specialist.to(device).eval()
+    for name, tensor in [*specialist.named_parameters(), *specialist.named_buffers()]:
+        if name in common and common[name].shape == tensor.shape and torch.equal(common[name], tensor.detach()):
+            tensor.data = common[name]
+    return specialist
 
 
 def shared_prefix(generalist, specialist) -> int:

@@ -1,0 +1,247 @@
+"""SpecialistEnsemble over small networks: who is asked, how often, and what comes out; runs, bundles and programs."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from clustering.groups import ClassGroups
+from ensemble import EnsembleProgram, SpecialistEnsemble, combine_kl, export_bundle, export_onnx, export_program, gate
+from networks import InputSpec, ModelSpec, build_classifier, save_classifier, specialise
+
+CLASSES = 12
+GROUPS = ClassGroups([[0, 1, 2], [2, 3, 4, 5], [6, 7, 8], [9, 10]], CLASSES)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """A generalist, and specialists that moved away from it: 0 its head, 1 its last block too, 2 everything, 3 its head."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        spec = ModelSpec("convnet", CLASSES, InputSpec((1, 8, 8)), dict(width=2, depth=2, embedding=8))
+        generalist = build_classifier(spec).eval()
+        with torch.no_grad():
+            generalist.head.weight.mul_(8)
+        specialists = {}
+        for m, members in enumerate(GROUPS.members):
+            specialist = specialise(generalist, members.tolist()).eval()
+            moved = {0: ["head"], 1: ["head", "trunk.embedding"], 2: ["head", "trunk"], 3: ["head"]}[m]
+            with torch.no_grad():
+                for name, parameter in specialist.named_parameters():
+                    if name.startswith(tuple(moved)):
+                        parameter.add_(0.3 * torch.randn(parameter.shape))
+            specialists[m] = specialist
+    return generalist, specialists
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def plainly(networks, images, n, temperatures=None, weights=None):
+    """The same without sharing and without leaving anything out."""
+    generalist, specialists = networks
+    T = temperatures or [1.0] * 5
+    with torch.no_grad():
+        active = gate(torch.softmax(generalist(images), 1), GROUPS, n)
+        p_general = torch.softmax(generalist(images) / T[0], 1)
+        p_special = [torch.softmax(specialists[m](images) / T[1 + m], 1) for m in range(4)]
+        return p_general, combine_kl(p_general, p_special, GROUPS, active, weights), active
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_answers_equal_running_everything_on_every_row(networks, images, n):
+    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n)
+    for found, expected in zip(ensemble.consult(images), plainly(networks, images, n), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ensemble.probabilities(images.numpy()), ensemble.probabilities(images))
+
+
+def test_temperatures_and_weights_are_applied(networks, images):
+    T, w = [1.5, 2.0, 0.5, 1.0, 3.0], [1.0, 2.0, 0.5, 1.0, 4.0]
+    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=2, temperatures=T, weights=w)
+    torch.testing.assert_close(ensemble.probabilities(images), plainly(networks, images, 2, T, w)[1], rtol=0, atol=1e-6)
+
+
+def test_only_specialists_that_a_row_needs_run_and_only_on_its_rows(networks, images):
+    generalist, specialists = networks
+    ensemble = SpecialistEnsemble(generalist, specialists, GROUPS)
+    seen = {}
+    hooks = [
+        specialist.head.register_forward_hook(lambda _, inputs, __, m=m: seen.setdefault(m, []).append(len(inputs[0])))
+        for m, specialist in specialists.items()
+    ]
+    active = ensemble.consult(images).active
+    for hook in hooks:
+        hook.remove()
+    assert seen == {m: [int(active[:, m].sum())] for m in range(4) if active[:, m].any()}
+    one_needs_nothing = active.any(1).logical_not().nonzero()
+    if len(one_needs_nothing):
+        before = dict(ensemble.runs)
+        ensemble.consult(images[one_needs_nothing[:1, 0]])
+        assert ensemble.runs - type(ensemble.runs)(before) == {"trunk": 1}
+
+
+def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
+    generalist, specialists = networks
+    ensemble = SpecialistEnsemble(generalist, specialists, GROUPS, gate=CLASSES)
+    counts = {}
+    hooks = [
+        block.register_forward_hook(lambda *_, name=(owner, name): counts.update({name: counts.get(name, 0) + 1}))
+        for owner, network in [("g", generalist), *specialists.items()]
+        for name, block in network.trunk.named_children()
+    ]
+    ensemble.probabilities(images)
+    ensemble.probabilities(images)
+    for hook in hooks:
+        hook.remove()
+    assert ensemble.runs["trunk"] == 2
+    assert all(ensemble.runs[m] == 2 for m in range(4))
+    # Specialists 0 and 3 have a frozen trunk: none of their blocks ever runs.
+    assert ("trunk", 0) not in ensemble.runs and ("trunk", 3) not in ensemble.runs
+    assert not {name for name in counts if name[0] in (0, 3)}
+    # Specialist 1 shares all but the last block; the first time the branch is not known yet and its prefix runs again.
+    assert {name for name in counts if name[0] == 1} == {(1, "embedding")}
+    assert len({name for name in counts if name[0] == 2}) == 3
+
+
+def test_predictions_name_classes_and_specialists(networks, images):
+    ensemble = SpecialistEnsemble(*networks, GROUPS)
+    q, active = ensemble.consult(images)[1:]
+    for row, said in enumerate(ensemble.predict(images, top=3)):
+        assert said["classes"] == q[row].topk(3).indices.tolist()
+        assert said["names"] == [str(c) for c in said["classes"]]
+        assert said["probabilities"] == pytest.approx(q[row].topk(3).values.tolist())
+        assert said["specialists"] == active[row].nonzero()[:, 0].tolist()
+    assert len(ensemble.predict(images[:1], top=99)[0]["classes"]) == CLASSES
+
+
+def test_missing_specialists_are_an_error_unless_allowed_and_skipped_ones_are_none(networks, images):
+    generalist, specialists = networks
+    some = {m: specialists[m] for m in (0, 2)}
+    with pytest.raises(ValueError, match="specialists 1, 3 of 4 are missing.*allow_missing=True"):
+        SpecialistEnsemble(generalist, some, GROUPS)
+    with pytest.raises(ValueError, match="specialists 3 of 4"):
+        SpecialistEnsemble(generalist, some, GROUPS, skipped=[1])
+    ensemble = SpecialistEnsemble(generalist, some, GROUPS, skipped=[1], allow_missing=True, gate=4)
+    assert ensemble.missing == [3]
+    active = ensemble.consult(images).active
+    assert not active[:, [1, 3]].any() and active[:, [0, 2]].any()
+
+
+def test_specialists_of_other_groups_are_refused(networks, images):
+    other = ClassGroups([[0, 1, 3], [2, 3, 4, 5], [6, 7, 8], [9, 10]], CLASSES)
+    with pytest.raises(ValueError, match="specialist 0 was trained for other classes"):
+        SpecialistEnsemble(*networks, other, gate=CLASSES).probabilities(images)
+
+
+# ---- runs and bundles
+
+
+@pytest.fixture()
+def run(networks, tmp_path):
+    generalist, specialists = networks
+    save_classifier(generalist, tmp_path / "generalist")
+    for m, specialist in specialists.items():
+        save_classifier(specialist, tmp_path / "specialists" / f"{m:03d}")
+    (tmp_path / "clusters").mkdir()
+    GROUPS.save(tmp_path / "clusters" / "groups.json")
+    facts = {"schema": 1, "gate": 2, "max_specialists": None, "combine": "kl", "temperatures": [1, 2, 1, 1, 1], "weights": None}
+    (tmp_path / "ensemble.json").write_text(json.dumps(facts | {"skipped": [], "missing": []}))
+    return tmp_path
+
+
+def test_a_loaded_run_answers_as_its_networks_do(run, networks, images):
+    expected = plainly(networks, images, 2, [1, 2, 1, 1, 1])[1]
+    for cache in (None, 1, 2):
+        loaded = SpecialistEnsemble.load(run, cache=cache)
+        torch.testing.assert_close(loaded.probabilities(images), expected, rtol=0, atol=1e-6)
+        assert loaded.specialists.loads == 4
+        loaded.probabilities(images)
+        assert loaded.specialists.loads == (4 if cache is None else 8)
+        assert len(loaded.specialists._held) == (cache or 4)
+    torch.testing.assert_close(
+        SpecialistEnsemble.load(run, gate=1).probabilities(images), plainly(networks, images, 1, [1, 2, 1, 1, 1])[1], rtol=0, atol=1e-6
+    )
+
+
+def test_a_loaded_specialist_shares_the_generalists_storage(run):
+    loaded = SpecialistEnsemble.load(run)
+    generalist, specialist = loaded.generalist, loaded.specialists[0]
+    mine, theirs = generalist.trunk.state_dict(), specialist.trunk.state_dict()
+    assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in mine)
+
+
+def test_a_bundle_is_smaller_and_answers_alike(run, images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("bundle")
+    original = SpecialistEnsemble.load(run)
+    facts = export_bundle(original, out)
+    assert facts["shared"] > 0
+    loaded = SpecialistEnsemble.load(out)
+    torch.testing.assert_close(loaded.probabilities(images), original.probabilities(images), rtol=0, atol=0)
+    whole = (run / "specialists/000/model.safetensors").stat().st_size
+    assert (out / "specialists/000/model.safetensors").stat().st_size < whole
+    assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl"))
+
+
+def test_many_threads_get_the_same_answer(run, images):
+    loaded = SpecialistEnsemble.load(run, cache=1)
+    expected = SpecialistEnsemble.load(run).probabilities(images)
+    answers = [None] * 8
+
+    def ask(i):
+        answers[i] = loaded.probabilities(images)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for answer in answers:
+        torch.testing.assert_close(answer, expected, rtol=0, atol=0)
+
+
+def test_what_is_wrong_with_a_run_is_named(run):
+    (run / "specialists/002/model.safetensors").unlink()
+    with pytest.raises(ValueError, match="specialists 2 of 4 are missing"):
+        SpecialistEnsemble.load(run)
+    assert SpecialistEnsemble.load(run, allow_missing=True).missing == [2]
+    (run / "specialists/000/model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="model.safetensors"):
+        SpecialistEnsemble.load(run, allow_missing=True).specialists[0]
+    (run / "ensemble.json").write_text('{"schema": 7}')
+    with pytest.raises(ValueError, match="schema 7; this version reads 1"):
+        SpecialistEnsemble.load(run)
+    with pytest.raises(ValueError, match="generalist/model.json"):
+        SpecialistEnsemble.load(run / "nowhere")
+    with pytest.raises(ValueError, match="cache = 0"):
+        (run / "ensemble.json").unlink()
+        SpecialistEnsemble.load(run, cache=0)
+
+
+# ---- one program
+
+
+@pytest.mark.parametrize("n, limit", [(1, None), (4, 1)])
+def test_the_program_of_fixed_shape_equals_the_ensemble(networks, images, n, limit):
+    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n, max_specialists=limit, weights=[1, 2, 1, 0.5, 1])
+    with torch.no_grad():
+        torch.testing.assert_close(EnsembleProgram(ensemble)(images), ensemble.probabilities(images), rtol=0, atol=1e-5)
+
+
+def test_the_exported_program_equals_the_ensemble_at_another_batch_size(networks, images, tmp_path):
+    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=2)
+    path = export_program(EnsembleProgram(ensemble), images[:4], tmp_path / "ensemble.pt2")
+    program = torch.export.load(path).module()
+    torch.testing.assert_close(program(images), ensemble.probabilities(images), rtol=0, atol=1e-5)
+
+
+def test_onnx_equals_the_ensemble(networks, images, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=2)
+    path = export_onnx(EnsembleProgram(ensemble), images[:4], tmp_path / "ensemble.onnx")
+    (found,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), ensemble.probabilities(images), rtol=0, atol=1e-5)
