@@ -46,6 +46,15 @@ class Batch:
                  for name in ("inputs", "labels", "ids", "source")}  # fmt: skip
         return replace(self, **moved)
 
+    # Between processes only the inputs go through shared memory: for a few numbers a file descriptor each costs more.
+    def __getstate__(self) -> dict:
+        return vars(self) | {name: getattr(self, name).numpy() for name in ("labels", "ids", "source")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        for name in ("labels", "ids", "source"):
+            setattr(self, name, torch.from_numpy(state[name]))
+
     def pin_memory(self) -> Batch:
         pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", "labels", "ids", "source")}
         return replace(self, **pinned)

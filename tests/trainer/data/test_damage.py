@@ -15,8 +15,10 @@ def test_damage_is_refused_or_its_loss_counted_exactly(tmp_path, kind, manifest,
         assert policy == "skip" or verdict in ("refused", "harmless")
 
 
-STRUCTURAL = {"truncated", "cut_between_members", "missing_member", "duplicate_key", "duplicate_member", "one_dotted_key",
-              "wrong_label", "not_a_picture", "empty_file", "empty_tar", "absent"}  # fmt: skip
+STRUCTURAL = {
+    "truncated", "cut_between_members", "missing_member", "duplicate_key", "duplicate_member", "one_dotted_key",
+    "wrong_label", "not_a_picture", "empty_file", "empty_tar", "absent",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTURAL))
