@@ -28,7 +28,7 @@ FIXED_STEPS = 16
 # How far the optimum's conditions may be off, as masses (newton.py).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
 # A factor beyond this would lift what is next to nothing: such a pattern counts as one without mass.
-LARGEST = {torch.float64: 1e190, torch.float32: 1e37}
+LARGEST = 1e25
 # A set that so many rows share gets index tensors of its own; rows with rarer sets are padded to each other.
 ROWS_TO_SHARE = 32
 
@@ -38,15 +38,17 @@ def combine_kl(p_general: Tensor, p_special, groups, active=None, weights=None, 
 
     In KL(p_m, q) the mass that q has outside S_m is compared with p_m's dustbin.
     p_general: [B, C], rows sum to 1.  groups: ClassGroups.
-    p_special[m]: [B, |S_m| + 1], column j is class groups.members[m][j], the dustbin last; or (rows, [len(rows), |S_m| + 1]); or
-    None where no row is active.  With S_m = every class the dustbin is dropped and the rest renormalised.
+    p_special[m]: [B, |S_m| + 1], column j is class groups.members[m][j], the dustbin last; or (rows, [len(rows), |S_m|
+    + 1]); or None where no row is active.  With S_m = every class the dustbin is dropped and the rest renormalised.
     active: [B, M] bool, None is all.  A specialist's rows that are not active are never read.
     weights: [1 + M], the generalist's first; None is all 1.
     method: "newton", or "newton-fixed": FIXED_STEPS steps without a line search, the same for every input.
-    Returns q [B, C] in p_general's dtype, differentiable in probabilities and weights; where nothing is active q is p_general.
+    Returns q [B, C] in p_general's dtype, differentiable in probabilities and weights; where nothing is active q is
+    p_general.
     Dustbin mass where nobody else leaves any outside S_m is spread evenly over the classes outside.
-    Raises ValueError for shapes that disagree, rows that do not sum to 1 (opinions.SUM_TOLERANCE), NaN in rows that are read,
-    an empty group, an unknown method.  Negative entries are looked for in the specialists' rows and the generalist's sums.
+    Raises ValueError for shapes that disagree, rows that do not sum to 1 (opinions.SUM_TOLERANCE), NaN in rows that are
+    read, an empty group, an unknown method.  Negative entries are looked for in the specialists' rows and the
+    generalist's sums.
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r} is unknown; it must be one of {', '.join(METHODS)}")
@@ -62,8 +64,10 @@ def combine_kl(p_general: Tensor, p_special, groups, active=None, weights=None, 
 class Job:
     """What all blocks have in common.
 
-    dtype: that the caller's probabilities had; it decides how far a sum may be off.  steps: of "newton-fixed", else None.
-    columns: where a generalist's row does not hold the C classes in order: (classes [n, U], rows) -> their columns in it.
+    dtype: that the caller's probabilities had; it decides how far a sum may be off.  steps: of "newton-fixed", else
+    None.
+    columns: where a generalist's row does not hold the C classes in order: (classes [n, U], rows) -> their columns in
+    it.
     stands_for: [B, columns], how many classes a column is the sum of; None is one.
     """
 
@@ -99,7 +103,8 @@ class Block:
 
 
 def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block], np.ndarray | None]:
-    """The blocks, and the order of rows that makes each contiguous (None: there is one block, and the order is what it was)."""
+    """The blocks, and the order of rows that makes each contiguous (None: there is one block, and the order is what it
+    was)."""
     if len(sets) <= 1:
         return [Block(np.arange(len(which)), sets, None)] if sets else [], None
     members: dict = {}  # of each block, its sets: a frequent one is alone, rare ones are together with others of their size
@@ -165,7 +170,8 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         said = said * _per_column(w_special.to(said.dtype), index, job.opinions.width)
 
     # a [n, U]: what generalist and specialists say together, on the union of the active groups.
-    # Its columns are unique in a row, but for padding, which names a column of the row again and must add nothing there.
+    # Its columns are unique in a row, but for padding, which names a column of the row again and must add nothing
+    # there.
     columns = index.classes.expand(n, -1)
     if job.columns is not None:
         columns = job.columns(columns, slice(None) if rows is None else rows)
@@ -175,7 +181,8 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         more = said.gather(1, index.more_source.expand(n, -1))
         more = more if isinstance(index, SharedIndex) else more * index.more_real
         a = a.scatter_add_(1, index.more_at.expand(n, -1), more)
-    # The generalist's mass outside is summed as such: one minus the rest would be noise where it is sure of a class inside.
+    # The generalist's mass outside is summed as such: one minus the rest would be noise where it is sure of a class
+    # inside.
     if isinstance(index, SharedIndex):
         ordered = a.gather(1, index.by_pattern.expand(n, -1))
         inside = torch.stack([part.sum(1) for part in ordered.split(index.pattern_sizes, 1)], 1)
@@ -194,11 +201,12 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     check_sums(general, job.dtype, named)
     check_no_negative(A, named)
 
-    # Divided by the mass that is really there, and not by the sum of the weights, q sums to one whatever the rows sum to.
+    # Divided by the mass that is really there, and not by the sum of the weights, q sums to one whatever the rows sum
+    # to.
     mass = A.sum(1, keepdim=True) + dustbin.sum(1, keepdim=True)
     Y = pattern_masses(A / mass, dustbin / mass, index.members, TOLERANCE[g.dtype], job.steps)
     factor = Y / A.clamp(min=EMPTY)
-    starved = factor.detach() > LARGEST[g.dtype]
+    starved = factor.detach() > LARGEST
     some_starved = bool(starved.any())
     if some_starved:
         factor = torch.where(starved, 0.0, factor)

@@ -9,20 +9,23 @@ from torch import Tensor, nn
 
 from networks import save_classifier
 
+from .combine import LARGEST
 from .newton import EMPTY, Membership, pattern_masses
 from .patterns import set_patterns
 from .specialist_ensemble import GROUPS, SCHEMA, SETTINGS, SpecialistEnsemble, specialist_folder
 
 # Beyond so many specialists a program that runs all of them, and solves for all at once, is the wrong tool.
 LARGEST_PROGRAM = 16
-PROGRAM_STEPS = 16
+PROGRAM_STEPS = 10
 
 
 def export_bundle(ensemble: SpecialistEnsemble, directory) -> dict:
-    """Write `directory`, laid out as a run is, for SpecialistEnsemble.load: model.json and safetensors of every network, ensemble.json.
+    """Write `directory`, laid out as a run is, for SpecialistEnsemble.load: model.json and safetensors of every
+    network, ensemble.json.
 
     A specialist's tensors that equal the generalist's are stored once, with the generalist.
-    Returns {"tensors", "shared", "bytes"}: how many tensors the specialists have, how many of them were not stored again, the size.
+    Returns {"tensors", "shared", "bytes"}: how many tensors the specialists have, how many of them were not stored
+    again, the size.
     """
     from safetensors.torch import save_file
 
@@ -40,9 +43,15 @@ def export_bundle(ensemble: SpecialistEnsemble, directory) -> dict:
         shared[str(m)] = [
             name
             for name, tensor in tensors.items()
-            if name in common and common[name].shape == tensor.shape and torch.equal(common[name], tensor.to(common[name].device))
+            if name in common
+            and common[name].shape == tensor.shape
+            and torch.equal(common[name], tensor.to(common[name].device))
         ]
-        own = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items() if name not in set(shared[str(m)])}
+        own = {
+            name: t.detach().cpu().contiguous().clone()
+            for name, t in tensors.items()
+            if name not in set(shared[str(m)])
+        }
         unfinished = folder / f".model.safetensors.{os.getpid()}"
         save_file(own, unfinished, metadata={"format": "pt"})
         os.replace(unfinished, folder / "model.safetensors")
@@ -67,24 +76,32 @@ def export_bundle(ensemble: SpecialistEnsemble, directory) -> dict:
 
 
 class EnsembleProgram(nn.Module):
-    """The whole ensemble with shapes that do not depend on the data: every specialist runs on every row, the gate only weighs.
+    """The whole ensemble with shapes that do not depend on the data: every specialist runs on every row, the gate only
+    weighs.
 
-    forward(raw [B, ...]) -> q [B, C].  Conflicting opinions may need more than PROGRAM_STEPS steps; benign ones need 3.
+    forward(raw [B, ...]) -> q [B, C].  portable: of products and sums alone, for ONNX; a larger graph.  Conflicting
+    opinions may need more than PROGRAM_STEPS steps; benign ones need 3.
     Raises ValueError for more than LARGEST_PROGRAM specialists, and for another combiner than eq. 5.
     """
 
-    def __init__(self, ensemble: SpecialistEnsemble):
+    def __init__(self, ensemble: SpecialistEnsemble, portable: bool = False):
         super().__init__()
         numbers = list(ensemble.specialists)
         if len(numbers) > LARGEST_PROGRAM:
-            raise ValueError(f"{len(numbers)} specialists are too many for one program ({LARGEST_PROGRAM}); export the bundle")
+            raise ValueError(
+                f"{len(numbers)} specialists are too many for one program ({LARGEST_PROGRAM}); export the bundle"
+            )
         if ensemble.combine != "kl":
             raise ValueError(f"combine = {ensemble.combine!r} has no program; only kl has")
-        self.generalist = ensemble.generalist
+        self.generalist, self.portable = ensemble.generalist, portable
         self.specialists = nn.ModuleList(ensemble.specialists[m] for m in numbers)
         self.n, self.limit = ensemble.gate, ensemble.max_specialists
         self.temperatures = [ensemble.temperatures[0], *[ensemble.temperatures[1 + m] for m in numbers]]
-        weights = [1.0] * (1 + len(ensemble.groups.members)) if ensemble.weights is None else list(map(float, ensemble.weights))
+        weights = (
+            [1.0] * (1 + len(ensemble.groups.members))
+            if ensemble.weights is None
+            else list(map(float, ensemble.weights))
+        )
         self.weights = [weights[0], *[weights[1 + m] for m in numbers]]
         classes, device = ensemble.groups.num_classes, ensemble.device
         members = [torch.tensor(ensemble.groups.members[m], device=device) for m in numbers]
@@ -119,11 +136,13 @@ class EnsembleProgram(nn.Module):
             a = a.index_add(1, self.get_buffer(f"members_{m}"), inside * weight[:, None].to(g.dtype))
             bins.append(dustbin * weight)
         d = torch.stack(bins, 1)
-        A = torch.zeros(len(g), len(self.counts), dtype=torch.float64, device=g.device).index_add(1, self.pattern, a.double())
+        A = torch.zeros(g.shape[0], self.counts.shape[0], dtype=torch.float64, device=g.device).index_add(
+            1, self.pattern, a.double()
+        )
         mass = A.sum(1, keepdim=True) + d.sum(1, keepdim=True)
-        Y = pattern_masses(A / mass, d / mass, Membership(self.outside, self.counts), 0.0, PROGRAM_STEPS)
+        Y = pattern_masses(A / mass, d / mass, Membership(self.outside, self.counts), 0.0, PROGRAM_STEPS, self.portable)
         factor = Y / A.clamp(min=EMPTY)
-        starved = factor > 1e37
+        starved = factor > LARGEST
         even = torch.where(starved, Y / self.counts.clamp(min=1), 0.0)
         factor = torch.where(starved, 0.0, factor)
         return a * factor.to(g.dtype).index_select(1, self.pattern) + even.to(g.dtype).index_select(1, self.pattern)
@@ -139,7 +158,8 @@ class EnsembleProgram(nn.Module):
 
 
 def export_program(module: nn.Module, example: Tensor, path) -> Path:
-    """torch.export of a network or an EnsembleProgram, with any batch size, saved at `path` (.pt2).  example: raw inputs, 2 rows or more."""
+    """torch.export of a network or an EnsembleProgram, with any batch size, saved at `path` (.pt2).  example: raw
+    inputs, 2 rows or more."""
     path = Path(path)
     module = module.eval()
     batch = torch.export.Dim("batch", min=1)

@@ -14,8 +14,8 @@ WIDEST = 32.0
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """T minimising the mean of - log softmax(logits / T)[label].  Guo et al. 2017, section 4.2.
 
-    logits: [n, K].  labels: int64 [n].  The NLL is convex in 1 / T: bisection of its slope.  1 where there is nothing to fit; at most
-    WIDEST, or its inverse, where the labels are never, or always, the most probable.
+    logits: [n, K].  labels: int64 [n].  The NLL is convex in 1 / T: bisection of its slope.  1 where there is nothing
+    to fit; at most WIDEST, or its inverse, where the labels are never, or always, the most probable.
     """
     if len(logits) == 0:
         return 1.0
@@ -37,8 +37,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def fit_temperatures(general: Tensor, special, groups, labels: Tensor) -> list[float]:
     """[1 + M], the generalist's first, each by itself.
 
-    general: logits [n, C].  special[m]: logits [n, |S_m| + 1], dustbin last, or (rows, logits), or None.  labels: int64 [n].  To
-    specialist m a label outside S_m is its dustbin.  As SpecialistEnsemble.logits gives them.
+    general: logits [n, C].  special[m]: logits [n, |S_m| + 1], dustbin last, or (rows, logits), or None.  labels: int64
+    [n].  To specialist m a label outside S_m is its dustbin.  As SpecialistEnsemble.logits gives them.
     """
     found = [fit_temperature(general, labels)]
     for given, members in zip(special, groups.members, strict=True):
@@ -55,10 +55,11 @@ def fit_temperatures(general: Tensor, special, groups, labels: Tensor) -> list[f
 def fit_weights(
     p_general: Tensor, p_special, groups, labels: Tensor, active=None, combine: str = "kl", shared: bool = True
 ) -> list[float]:
-    """[1 + M] minimising the mean of - log q[label]: 1 for the generalist, and one for all specialists or (shared=False) for each.
+    """[1 + M] minimising the mean of - log q[label]: 1 for the generalist, and one for all specialists or
+    (shared=False) for each.
 
-    Arguments as combine_kl's; labels: int64 [n].  With shared=False each log weight is drawn towards the shared one as by one
-    example, so that a specialist nobody asked has the shared weight.  Only ratios of weights matter to eq. 5.
+    Arguments as combine_kl's; labels: int64 [n].  With shared=False each log weight is drawn towards the shared one as
+    by one example, so that a specialist nobody asked has the shared weight.  Only ratios of weights matter to eq. 5.
     """
     if combine not in COMBINERS:
         raise ValueError(f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 
 def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = None, available=None) -> Tensor:
-    """active [B, M] bool: the specialists whose S_m holds one of the n most probable classes.  Hinton et al. 2015, section 5.3.
+    """active [B, M] bool: the specialists whose S_m holds one of the n most probable classes.  Hinton et al. 2015,
+    section 5.3.
 
     p_general: [B, C]; only the order of a row's entries and their sums matter.
     max_specialists: at most so many per row, those whose classes hold most of the generalist's mass (ties: the first).

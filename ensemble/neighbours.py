@@ -1,7 +1,8 @@
 """Other ways to make one distribution of several, behind combine_kl's signature.
 
-They take a specialist for what it is, a coarse distribution, only in reverse_kl; the others first extend it: outside S_m its dustbin
-d_m is shared out as the generalist has it, p_i = d_m g_i / sum of g outside (evenly where that is 0).  Written g, p_m, w below.
+They take a specialist for what it is, a coarse distribution, only in reverse_kl; the others first extend it: outside
+S_m its dustbin d_m is shared out as the generalist has it, p_i = d_m g_i / sum of g outside (evenly where that is 0).
+Written g, p_m, w below.
 """
 
 from collections.abc import Callable
@@ -27,15 +28,17 @@ FLOOR = 1e-30
 
 
 def arithmetic_mean(p_general, p_special, groups, active=None, weights=None) -> Tensor:
-    """q = (w_0 g + sum_m w_m p_m) / sum of w.  The linear opinion pool, Stone 1961: the minimum of sum_m w_m KL(p_m, q) once the
-    specialists are extended, which eq. 5 does not do.  Arguments, result and errors as combine_kl's."""
+    """q = (w_0 g + sum_m w_m p_m) / sum of w.  The linear opinion pool, Stone 1961: the minimum of sum_m w_m KL(p_m, q)
+    once the specialists are extended, which eq. 5 does not do.  Arguments, result and errors as combine_kl's."""
     return _pooled(_arithmetic, p_general, p_special, groups, active, weights)
 
 
 def reverse_kl(p_general, p_special, groups, active=None, weights=None) -> Tensor:
-    """q minimising w_0 KL(q, g) + sum_m w_m KL(q, p_m), q's mass outside S_m compared with the dustbin: eq. 5 turned round.
+    """q minimising w_0 KL(q, g) + sum_m w_m KL(q, p_m), q's mass outside S_m compared with the dustbin: eq. 5 turned
+    round.
 
-    Where every S_m is all classes it is the geometric mean, prod p^w normalised (the logarithmic pool, Genest and Zidek 1986).
+    Where every S_m is all classes it is the geometric mean, prod p^w normalised (the logarithmic pool, Genest and Zidek
+    1986).
     A class that anybody calls impossible stays so.  Arguments, result and errors as combine_kl's.
     """
     return _pooled(_reverse, p_general, p_special, groups, active, weights)
@@ -44,16 +47,16 @@ def reverse_kl(p_general, p_special, groups, active=None, weights=None) -> Tenso
 def log_ratio_product(p_general, p_special, groups, active=None, weights=None) -> Tensor:
     """q proportional to g^(w_0) prod_m (p_m / g)^(w_m): each specialist's evidence beyond the generalist's, multiplied.
 
-    Bayes' rule for opinions that share the generalist's knowledge and are independent beyond it (Bordley 1982; a product of experts,
-    Hinton 2002).  Arguments, result and errors as combine_kl's.
+    Bayes' rule for opinions that share the generalist's knowledge and are independent beyond it (Bordley 1982; a
+    product of experts, Hinton 2002).  Arguments, result and errors as combine_kl's.
     """
     return _pooled(_log_ratio, p_general, p_special, groups, active, weights)
 
 
 def mixture_gating(p_general, p_special, groups, active=None, weights=None) -> Tensor:
-    """q = sum_m a_m p_m with a_m proportional to w_m times the generalist's mass in S_m, and for the generalist itself w_0 times its
-    mass outside of all active S_m.  A mixture of experts (Jacobs et al. 1991) whose gate is the generalist.  Arguments, result and
-    errors as combine_kl's."""
+    """q = sum_m a_m p_m with a_m proportional to w_m times the generalist's mass in S_m, and for the generalist itself
+    w_0 times its mass outside of all active S_m.  A mixture of experts (Jacobs et al. 1991) whose gate is the
+    generalist.  Arguments, result and errors as combine_kl's."""
     return _pooled(_mixture, p_general, p_special, groups, active, weights)
 
 
@@ -92,7 +95,8 @@ def _pooled(rule: Callable, p_general, p_special, groups, active, weights) -> Te
 
 
 def _extended(g: Tensor, said: Tensor, inside: Tensor) -> Tensor:
-    """A specialist's opinion on all classes, [n, C]: its dustbin is shared out in proportion to g, evenly where g has nothing."""
+    """A specialist's opinion on all classes, [n, C]: its dustbin is shared out in proportion to g, evenly where g has
+    nothing."""
     rest = g.index_fill(1, inside, 0.0)
     left = rest.sum(1, keepdim=True)
     even = torch.full_like(rest, 1 / max(1, g.shape[1] - len(inside))).index_fill(1, inside, 0.0)
@@ -132,14 +136,20 @@ def _mixture(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
 
 
 def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) -> Tensor:
-    """With c_i = w_0 + the weights of the specialists whose S_m holds i, b_i = (g_i^w_0 prod p_mi^w_m)^(1 / c_i) and u_m = log(Q_m / d_m),
-    q_i = b_i exp((nu - sum over m with i outside of w_m u_m) / c_i).  u and nu minimise the convex
-    sum_P c_P B_P exp((nu - N w u) / c_P) + sum_m w_m d_m exp(u_m) - nu, B_P the sum of b over a pattern of classes.
+    """With c_i = w_0 + the weights of the specialists whose S_m holds i, b_i = (g_i^w_0 prod p_mi^w_m)^(1 / c_i) and
+    u_m = log(Q_m / d_m), q_i = b_i exp((nu - sum over m with i outside of w_m u_m) / c_i).  u and nu minimise the
+    convex sum_P c_P B_P exp((nu - N w u) / c_P) + sum_m w_m d_m exp(u_m) - nu, B_P the sum of b over a pattern of
+    classes.
     """
     if float(w[0]) == 0:
-        raise ValueError("reverse_kl needs a generalist of weight above 0: nobody else says how classes outside compare")
+        raise ValueError(
+            "reverse_kl needs a generalist of weight above 0: nobody else says how classes outside compare"
+        )
     device = g.device
-    logs, c = w[0].double() * _log(g).double(), torch.full((g.shape[1],), 1.0, dtype=torch.float64, device=device) * w[0]
+    logs, c = (
+        w[0].double() * _log(g).double(),
+        torch.full((g.shape[1],), 1.0, dtype=torch.float64, device=device) * w[0],
+    )
     for part, inside, weight in zip(said, _members(patterns, device), w[1:].double(), strict=True):
         logs = logs.index_add(1, inside, weight * _log(part[:, :-1]).double())
         c = c.index_add(0, inside, weight.expand(len(inside)))
@@ -153,7 +163,10 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
     if not bool(has[0]):
         c_P = torch.where(has, c_P, 1.0)
     d = torch.stack([part[:, -1] for part in said], 1).double().clamp(min=FLOOR)
-    slopes = torch.cat([-outside * w[1:].double(), torch.ones(len(has), 1, dtype=torch.float64, device=device)], 1) / c_P[:, None]
+    slopes = (
+        torch.cat([-outside * w[1:].double(), torch.ones(len(has), 1, dtype=torch.float64, device=device)], 1)
+        / c_P[:, None]
+    )
     bins = w[1:].double() * d
 
     def pieces(x):
@@ -171,7 +184,8 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
         return -torch.linalg.solve(curvature, pieces(x)[2][..., None])[..., 0]
 
     with torch.no_grad():
-        # nu so that q sums to one with u = 0, by a lower bound of its exponent; Newton's steps then come from the steep side.
+        # nu so that q sums to one with u = 0, by a lower bound of its exponent; Newton's steps then come from the steep
+        # side.
         x = torch.zeros(len(g), outside.shape[1] + 1, dtype=torch.float64, device=device)
         x[:, -1] = -torch.log(B.sum(1)) * torch.where(B.sum(1) < 1, c_P.min(), c_P.max())
         for _ in range(300):
@@ -198,5 +212,3 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
 
 def _log(p: Tensor) -> Tensor:
     return p.clamp(min=FLOOR).log()
-
-

@@ -1,10 +1,13 @@
 """Eq. 5 on the level of patterns: a few masses instead of C probabilities.
 
 Classes that belong to the same active specialists form a pattern.  Legend: n rows, P patterns, M active specialists.
-    A [n, P]    mass that generalist and specialists put on each pattern      d [n, M]  dustbin masses;  A and d together sum to 1
-    N [P, M]    1 where the pattern lies outside S_m                          Q = Y N   mass of the answer outside S_m
-Wanted: Y [n, P] minimising  - sum_P A_P log Y_P - sum_m d_m log Q_m  with sum Y = 1.  With t_m = d_m / Q_m the optimum is
-    Y_P s_P = A_P,   Q_m t_m = d_m,   s_P = 1 - sum_m N_Pm t_m        (methods.md, section 1: s is the denominator there, divided by 1 + M)
+    A [n, P]    mass that generalist and specialists put on each pattern      d [n, M]  dustbin masses;  A and d
+    together sum to 1 N [P, M]    1 where the pattern lies outside S_m                          Q = Y N   mass of the
+    answer outside S_m
+Wanted: Y [n, P] minimising  - sum_P A_P log Y_P - sum_m d_m log Q_m  with sum Y = 1.  With t_m = d_m / Q_m the optimum
+is
+    Y_P s_P = A_P,   Q_m t_m = d_m,   s_P = 1 - sum_m N_Pm t_m        (methods.md, section 1: s is the denominator
+    there, divided by 1 + M)
 """
 
 from collections.abc import Callable
@@ -13,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Mass below which a pattern or a dustbin counts as empty; far below every tolerance, far above float64's smallest number.
-EMPTY = 1e-200
-# A step of less than this, relative to every variable, needs no line search: it stays inside and Newton's error squares.
+# Stands for no mass at all, in a pattern or a dustbin: far below every tolerance, and still a float32.
+EMPTY = 1e-30
+# A step of less than this, relative to every variable, needs no line search: it stays inside and Newton's error
+# squares.
 SURE = 0.3
 QUICK_STEPS = 8
 MAX_STEPS = 200
@@ -25,7 +29,8 @@ SMALLEST_TARGET = 1e-14
 
 @dataclass
 class Membership:
-    """Which patterns lie outside which specialists: outside [P, M], the same for all rows, or [n, P, M]; counts likewise."""
+    """Which patterns lie outside which specialists: outside [P, M], the same for all rows, or [n, P, M]; counts
+    likewise."""
 
     outside: Tensor
     counts: Tensor
@@ -54,10 +59,13 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
     return x @ matrix if matrix.dim() == 2 else (x[:, None] @ matrix)[:, 0]
 
 
-def pattern_masses(A: Tensor, d: Tensor, members: Membership, tolerance: float, steps: int | None = None) -> Tensor:
-    """Y [n, P], differentiable in A and d.  steps: that many steps, unrolled, without a line search; None: until converged.
+def pattern_masses(
+    A: Tensor, d: Tensor, members: Membership, tolerance: float, steps: int | None = None, portable=False
+) -> Tensor:
+    """Y [n, P], differentiable in A and d.
 
-    tolerance: of |Y s - A| and |Q t - d|.  Raises ArithmeticError if a row does not converge.
+    tolerance: of |Y s - A| and |Q t - d|.  steps: that many, unrolled, without a line search; None: until converged.
+    portable: unrolled steps of products and sums alone.  Raises ArithmeticError if a row does not converge.
     """
     A = A + EMPTY * members.counts.clamp(min=1)
     d = d.clamp(min=EMPTY)
@@ -66,21 +74,22 @@ def pattern_masses(A: Tensor, d: Tensor, members: Membership, tolerance: float, 
     if steps is not None:
         state = _start(A, d, members)
         for _ in range(steps):
-            direction = _direction(A, d, state, members, solve=_eliminated)
+            direction = _direction(A, d, state, members, solve=_eliminated if portable else None)
             state = _moved(state, direction, state.room(direction))
         return state.Y
     with torch.no_grad():
         state = _solved(A, d, members, tolerance)
     if not (A.requires_grad or d.requires_grad):
         return state.Y
-    # Newton's method differentiates itself: at the optimum one more step, with the matrix held fixed, changes nothing and has the
-    # derivative that the implicit function theorem gives.
+    # Newton's method differentiates itself: at the optimum one more step, with the matrix held fixed, changes nothing
+    # and has the derivative that the implicit function theorem gives.
     return state.Y + _direction(A, d, state, members)[0]
 
 
 @dataclass
 class State:
-    """A point with Q = Y N and s = 1 - N t; Newton's steps keep both, and s and Y small numbers of their own, never differences."""
+    """A point with Q = Y N and s = 1 - N t; Newton's steps keep both, and s and Y small numbers of their own, never
+    differences."""
 
     Y: Tensor
     s: Tensor
@@ -137,7 +146,8 @@ def _cholesky(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _eliminated(matrix: Tensor, right: Tensor) -> Tensor:
-    """Gauss and Jordan's elimination, written out: products and sums alone, which every runtime has.  The matrix is positive definite."""
+    """Gauss and Jordan's elimination, written out: products and sums alone, which every runtime has.  The matrix is
+    positive definite."""
     size = matrix.shape[-1]
     work = torch.cat([matrix, right[..., None]], -1)
     for pivot in range(size):
@@ -149,12 +159,15 @@ def _eliminated(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Membership) -> Tensor:
-    """The same system as normal equations of rows sqrt(Y / s) N dt = - missing_A / sqrt(Y s) and sqrt(Q / t) dt = missing_d / sqrt(Q t).
+    """The same system as normal equations of rows sqrt(Y / s) N dt = - missing_A / sqrt(Y s) and sqrt(Q / t) dt =
+    missing_d / sqrt(Q t).
 
-    Where a pattern's s is next to nothing, its Y / s swamps all else in the sum that the matrix is.  QR of the rows themselves,
-    largest first, keeps what each row says (Cox and Higham 1998, row-wise stability).
+    Where a pattern's s is next to nothing, its Y / s swamps all else in the sum that the matrix is.  QR of the rows
+    themselves, largest first, keeps what each row says (Cox and Higham 1998, row-wise stability).
     """
-    rows = torch.cat([torch.sqrt(at.Y / at.s)[..., None] * members.outside, torch.diag_embed(torch.sqrt(at.Q / at.t))], 1)
+    rows = torch.cat(
+        [torch.sqrt(at.Y / at.s)[..., None] * members.outside, torch.diag_embed(torch.sqrt(at.Q / at.t))], 1
+    )
     right = torch.cat([-missing_A / torch.sqrt(at.Y * at.s), missing_d / torch.sqrt(at.Q * at.t)], 1)
     order = rows.amax(2).argsort(dim=1, descending=True)
     rows, right = rows.gather(1, order[..., None].expand_as(rows)), right.gather(1, order)
@@ -197,7 +210,8 @@ def _solved(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> Stat
 
 
 def _followed(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> State:
-    """Along the central path, as interior-point methods go: every target at least mu, and mu falls once a row is near its target.
+    """Along the central path, as interior-point methods go: every target at least mu, and mu falls once a row is near
+    its target.
 
     Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
     """
@@ -218,7 +232,9 @@ def _followed(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> St
         direction = _direction(target_A, target_d, state, members, solve)
         state = _searched(target_A, target_d, state, direction)
     worst = float(state.residual(A, d).max())
-    raise ArithmeticError(f"{n} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})")
+    raise ArithmeticError(
+        f"{n} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})"
+    )
 
 
 def _searched(A: Tensor, d: Tensor, state: State, direction) -> State:

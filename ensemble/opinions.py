@@ -17,8 +17,8 @@ SUM_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, 
 class Opinions:
     """What the specialists say.
 
-    values[m]: [R_m, |S_m| + 1], or None where no row is active.  places[m]: int64 [B], the row of values[m] that is about row b (-1: none);
-    None where values[m] is about every row, in order.
+    values[m]: [R_m, |S_m| + 1], or None where no row is active.  places[m]: int64 [B], the row of values[m] that is
+    about row b (-1: none); None where values[m] is about every row, in order.
     """
 
     def __init__(self, values: list[Tensor | None], places: list[Tensor | None], rows: int, dtype: torch.dtype, device):
@@ -61,7 +61,8 @@ class Opinions:
 
 
 def checked_general(p_general: Tensor, groups) -> tuple[Tensor, torch.dtype]:
-    """p_general in float32 or float64, and the dtype it came in.  ValueError for a wrong shape or dtype; sums are checked later."""
+    """p_general in float32 or float64, and the dtype it came in.  ValueError for a wrong shape or dtype; sums are
+    checked later."""
     if not isinstance(p_general, Tensor):
         raise ValueError(f"p_general is a {type(p_general).__name__}; it must be a torch tensor of probabilities")
     if p_general.dim() != 2 or p_general.shape[1] != groups.num_classes:
@@ -178,7 +179,8 @@ def _checked_rows(given, m: int, rows: int, columns: int, device) -> tuple[Tenso
 
 
 def check_sums(sums: Tensor, dtype: torch.dtype, name) -> None:
-    """ValueError unless every entry of `sums` is one within SUM_TOLERANCE.  name: position -> what is called by its name.
+    """ValueError unless every entry of `sums` is one within SUM_TOLERANCE.  name: position -> what is called by its
+    name.
 
     A NaN or an infinity anywhere in a row makes its sum one, so this finds them without another pass.
     """

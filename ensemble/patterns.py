@@ -1,6 +1,7 @@
 """Index tensors that say, for a set of active specialists, which classes share a membership pattern.
 
-They depend on the groups and the set alone, so they are made once per set and kept with the groups object (which must not change).
+They depend on the groups and the set alone, so they are made once per set and kept with the groups object (which must
+not change).
 """
 
 import threading
@@ -19,12 +20,13 @@ SETS_KEPT = 2048
 
 @dataclass
 class SetPatterns:
-    """One active set of k specialists.  Its union: the U classes in any of them, ascending.  Pattern 0: outside all of them."""
+    """One active set of k specialists.  Its union: the U classes in any of them, ascending.  Pattern 0: outside all of
+    them."""
 
     specialists: tuple[int, ...]
     members: list[np.ndarray]  # S_m of each, ascending
-    # [4, U] for each class of the union: the class; its pattern, from 1; the first specialist of the set (0 ... k - 1) that holds it,
-    # and its column there.
+    # [4, U] for each class of the union: the class; its pattern, from 1; the first specialist of the set (0 ... k - 1)
+    # that holds it, and its column there.
     union: np.ndarray
     # [3, X] for every further specialist that holds a class: position in the union, specialist of the set, column.
     more: np.ndarray
@@ -63,8 +65,8 @@ class SharedIndex:
         at, more_slot, more_column = patterns.more
         self.more_at = tensor(at)[None]
         self.more_source = tensor(start[more_slot] + more_column)[None]
-        # Classes ascend, so that a row of C probabilities is read and written in one sweep (ten times faster than pattern by
-        # pattern); a row of the union is small, and put into the order of the patterns to be summed.
+        # Classes ascend, so that a row of C probabilities is read and written in one sweep (ten times faster than
+        # pattern by pattern); a row of the union is small, and put into the order of the patterns to be summed.
         self.by_pattern = tensor(np.argsort(pattern, kind="stable"))[None]
         self.pattern_sizes = np.bincount(pattern)[1:].tolist()
         self.num_patterns = len(patterns.counts)
@@ -74,9 +76,11 @@ class SharedIndex:
 
 
 class PaddedIndex:
-    """For rows with different active sets of equal size k; opinions [n, k, width] flattened.  Every tensor has a row per row.
+    """For rows with different active sets of equal size k; opinions [n, k, width] flattened.  Every tensor has a row
+    per row.
 
-    A padded entry of the union names the row's first class and the pattern `num_patterns`; a padded further specialist weighs 0.
+    A padded entry of the union names the row's first class and the pattern `num_patterns`; a padded further specialist
+    weighs 0.
     """
 
     def __init__(self, sets: list[SetPatterns], which: Tensor, device, width: int):

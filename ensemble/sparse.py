@@ -1,4 +1,5 @@
-"""Eq. 5 where C is too large for a row of C numbers: the generalist's largest probabilities, and the rest as one sum."""
+"""Eq. 5 where C is too large for a row of C numbers: the generalist's largest probabilities, and the rest as one
+sum."""
 
 import numpy as np
 import torch
@@ -11,17 +12,24 @@ from .opinions import SUM_TOLERANCE, checked_active, checked_weights, read_opini
 def combine_kl_sparse(
     indices: Tensor, values: Tensor, tail: Tensor, p_special, groups, active=None, weights=None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """combine_kl of a generalist given as values [B, k] of the classes indices [B, k] and the sum of all others, tail [B].
+    """combine_kl of a generalist given as values [B, k] of the classes indices [B, k] and the sum of all others, tail
+    [B].
 
-    indices: int64, distinct in a row, in any order; they hold every class of the row's active groups.  Then the answer is exact:
-    classes outside all of them keep their proportions, so their sum suffices.  p_special, active, weights: as combine_kl has them.
+    indices: int64, distinct in a row, in any order; they hold every class of the row's active groups.  Then the answer
+    is exact: classes outside all of them keep their proportions, so their sum suffices.  p_special, active, weights: as
+    combine_kl has them.
     Returns (indices, values, tail) of q.  Memory grows with B k, not with C.
-    Raises ValueError as combine_kl does, and for a class of an active group that indices lack, with the row and the class.
+    Raises ValueError as combine_kl does, and for a class of an active group that indices lack, with the row and the
+    class.
     """
     if not isinstance(values, Tensor) or values.dim() != 2 or values.dtype not in SUM_TOLERANCE:
         raise ValueError(f"values must be a floating point tensor [B, k]; they are {_described(values)}")
     rows, kept = values.shape
-    if not isinstance(indices, Tensor) or indices.shape != values.shape or indices.dtype not in (torch.int64, torch.int32):
+    if (
+        not isinstance(indices, Tensor)
+        or indices.shape != values.shape
+        or indices.dtype not in (torch.int64, torch.int32)
+    ):
         raise ValueError(f"indices must be int64 [{rows}, {kept}] as values are; they are {_described(indices)}")
     if not isinstance(tail, Tensor) or tail.shape != (rows,):
         raise ValueError(f"tail must be [{rows}], one number per row; it is {_described(tail)}")
@@ -66,11 +74,15 @@ def _check_indices(ascending: Tensor, num_classes: int) -> None:
         return
     lowest, highest = int(ascending[:, 0].min()), int(ascending[:, -1].max())
     if lowest < 0 or highest >= num_classes:
-        raise ValueError(f"indices hold class {lowest if lowest < 0 else highest}; classes go from 0 to {num_classes - 1}")
+        raise ValueError(
+            f"indices hold class {lowest if lowest < 0 else highest}; classes go from 0 to {num_classes - 1}"
+        )
     twice = ascending[:, 1:] == ascending[:, :-1]
     if bool(twice.any()):
         row, place = twice.nonzero()[0].tolist()
-        raise ValueError(f"indices of row {row} hold class {int(ascending[row, place])} more than once; list each class once")
+        raise ValueError(
+            f"indices of row {row} hold class {int(ascending[row, place])} more than once; list each class once"
+        )
 
 
 def _described(x) -> str:

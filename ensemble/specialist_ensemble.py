@@ -23,7 +23,8 @@ GROUPS = "clusters/groups.json"
 
 
 class Consultation(NamedTuple):
-    """What became of a batch: p_general [B, C], the combined q [B, C], and which specialists were asked, bool [B, M]."""
+    """What became of a batch: p_general [B, C], the combined q [B, C], and which specialists were asked, bool [B,
+    M]."""
 
     p_general: Tensor
     q: Tensor
@@ -33,8 +34,8 @@ class Consultation(NamedTuple):
 class SpecialistEnsemble:
     """Answers with eq. 5 (or another of COMBINERS); runs only the specialists that some row needs, on only those rows.
 
-    generalist: a networks.Classifier, logits [B, C].  specialists: {m: Classifier with logits [B, |S_m| + 1], dustbin last}, a dict or
-    another mapping that loads them when asked.  groups: ClassGroups.
+    generalist: a networks.Classifier, logits [B, C].  specialists: {m: Classifier with logits [B, |S_m| + 1], dustbin
+    last}, a dict or another mapping that loads them when asked.  groups: ClassGroups.
     gate: n, specialists of the n most probable classes are asked; max_specialists: at most so many for one row.
     temperatures, weights: [1 + M], the generalist's first; None is all 1.
     skipped: groups that have no specialist on purpose.  Any other group without one is an error, unless allow_missing.
@@ -99,22 +100,29 @@ class SpecialistEnsemble:
     ) -> "SpecialistEnsemble":
         """The ensemble of a run directory or of an exported bundle: safetensors and JSON, nothing is unpickled.
 
-        gate, max_specialists: None takes what ensemble.json says (else 1, and no limit).  cache: how many specialists are held at
-        a time; None is all.  They are loaded when first asked.  builders: {name: callable} for a model.json that names one.
+        gate, max_specialists: None takes what ensemble.json says (else 1, and no limit).  cache: how many specialists
+        are held at a time; None is all.  They are loaded when first asked.  builders: {name: callable} for a model.json
+        that names one.
         Raises ValueError for a missing specialist (unless allow_missing), a missing or damaged file and another schema.
         """
         root = Path(directory)
         if not (root / "generalist" / "model.json").is_file():
-            raise ValueError(f"{root} has no generalist/model.json; give a run whose generalist is done, or an exported bundle")
+            raise ValueError(
+                f"{root} has no generalist/model.json; give a run whose generalist is done, or an exported bundle"
+            )
         if not (root / GROUPS).is_file():
             raise ValueError(f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle")
         facts = read_settings(root)
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
         folders = {m: specialist_folder(root, m) for m in range(len(groups.members))}
-        found = [m for m, place in folders.items() if all((place / n).is_file() for n in ("model.json", "model.safetensors"))]
+        found = [
+            m for m, place in folders.items() if all((place / n).is_file() for n in ("model.json", "model.safetensors"))
+        ]
         shelf = Shelf(
-            lambda m: load_specialist(folders[m], generalist, facts["shared"].get(str(m), ()), device, builders), found, cache
+            lambda m: load_specialist(folders[m], generalist, facts["shared"].get(str(m), ()), device, builders),
+            found,
+            cache,
         )
         limit = facts["max_specialists"] if max_specialists is None else max_specialists
         return cls(
@@ -124,7 +132,8 @@ class SpecialistEnsemble:
 
     @torch.no_grad()
     def opinions(self, inputs) -> tuple[Tensor, list, Tensor]:
-        """(p_general [B, C], p_special, active [B, M]) as combine_kl takes them: p_special[m] is (rows, [len(rows), |S_m| + 1]) or None.
+        """(p_general [B, C], p_special, active [B, M]) as combine_kl takes them: p_special[m] is (rows, [len(rows),
+        |S_m| + 1]) or None.
 
         inputs: raw, as decoded (uint8 or float), [B, ...]; the networks preprocess.
         """
@@ -138,7 +147,8 @@ class SpecialistEnsemble:
 
     @torch.no_grad()
     def logits(self, inputs) -> tuple[Tensor, list, Tensor]:
-        """(general [B, C], special, active [B, M]) before temperatures, for fitting them: special[m] is (rows, logits) or None."""
+        """(general [B, C], special, active [B, M]) before temperatures, for fitting them: special[m] is (rows, logits)
+        or None."""
         logits, active, special = self._logits(inputs)
         return logits, special, active
 
@@ -153,7 +163,8 @@ class SpecialistEnsemble:
         return self.consult(inputs).q
 
     def predict(self, inputs, top: int = 5) -> list[dict]:
-        """Per row {classes, names, probabilities, specialists}: the `top` most probable classes, and the specialists asked."""
+        """Per row {classes, names, probabilities, specialists}: the `top` most probable classes, and the specialists
+        asked."""
         found = self.consult(inputs)
         values, classes = found.q.topk(min(top, found.q.shape[1]), dim=1)
         return [
@@ -209,7 +220,9 @@ class SpecialistEnsemble:
             return known
         members = specialist.spec.head.get("members")
         if members is not None and list(members) != self.groups.members[m].tolist():
-            raise ValueError(f"specialist {m} was trained for other classes than group {m} has; the groups are not this run's")
+            raise ValueError(
+                f"specialist {m} was trained for other classes than group {m} has; the groups are not this run's"
+            )
         length = shared_prefix(self.generalist, specialist.eval())
         with self._lock:
             self._prefixes[specialist] = length
@@ -262,7 +275,15 @@ def specialist_folder(root: Path, m: int) -> Path:
 
 def read_settings(root: Path) -> dict:
     """What ensemble.json says, with the defaults of a run that has none yet."""
-    facts = {"gate": 1, "max_specialists": None, "combine": "kl", "temperatures": None, "weights": None, "skipped": [], "shared": {}}
+    facts = {
+        "gate": 1,
+        "max_specialists": None,
+        "combine": "kl",
+        "temperatures": None,
+        "weights": None,
+        "skipped": [],
+        "shared": {},
+    }
     path = root / SETTINGS
     if not path.is_file():
         return facts
@@ -272,7 +293,9 @@ def read_settings(root: Path) -> dict:
         raise ValueError(f"{path}: cannot be read: {mistake}") from None
     if not isinstance(said, dict) or said.get("schema") != SCHEMA:
         schema = said.get("schema") if isinstance(said, dict) else None
-        raise ValueError(f"{path} has schema {schema!r}; this version reads {SCHEMA}: export it again with this version")
+        raise ValueError(
+            f"{path} has schema {schema!r}; this version reads {SCHEMA}: export it again with this version"
+        )
     return facts | {name: value for name, value in said.items() if name in facts}
 
 
@@ -307,7 +330,8 @@ def load_specialist(folder: Path, generalist, shared, device, builders) -> nn.Mo
 
 
 def shared_prefix(generalist, specialist) -> int:
-    """How many leading blocks of the trunks do the same, tensor for tensor; -1 where the inputs are preprocessed differently."""
+    """How many leading blocks of the trunks do the same, tensor for tensor; -1 where the inputs are preprocessed
+    differently."""
     if generalist.spec.input != specialist.spec.input:
         return -1
     same = (generalist.spec.builder, generalist.spec.options) == (specialist.spec.builder, specialist.spec.options)
@@ -322,7 +346,8 @@ def shared_prefix(generalist, specialist) -> int:
 
 
 def equal_tensors(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules of one architecture hold the same parameters and buffers (but for batch norm's counter of batches)."""
+    """Whether two modules of one architecture hold the same parameters and buffers (but for batch norm's counter of
+    batches)."""
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(
         tensor is theirs[name]

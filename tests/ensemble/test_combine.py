@@ -15,7 +15,8 @@ F64 = torch.float64
 
 
 def opinions(seed, rows=6, classes=12, specialists=3, size=4, scale=2.0, conflicting=False, dtype=F64):
-    """(groups, p_general, p_special): overlapping random groups, softmax of random logits; dustbins of .999 and 1e-6 if conflicting."""
+    """(groups, p_general, p_special): overlapping random groups, softmax of random logits; dustbins of .999 and 1e-6 if
+    conflicting."""
     rng = torch.Generator().manual_seed(seed)
     members = [torch.randperm(classes, generator=rng)[: max(1, size)].tolist() for _ in range(specialists)]
     groups = ClassGroups(members, classes)
@@ -63,7 +64,12 @@ def lbfgs(p_general, p_special, groups, iterations=300):
     """Minimise over the logits of q, as the paper does, with L-BFGS."""
     logits = p_general.log().clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
-        [logits], max_iter=iterations, tolerance_grad=1e-12, tolerance_change=0, history_size=50, line_search_fn="strong_wolfe"
+        [logits],
+        max_iter=iterations,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        history_size=50,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():
@@ -106,7 +112,8 @@ def test_one_active_specialist_has_closed_form():
 def test_two_disjoint_specialists_by_hand():
     # Symmetric: S_0 = {0}, S_1 = {1}, one class outside both.  g = (1/3, 1/3, 1/3), both say (1/2, 1/2).
     # q = (x, x, 1 - 2x); minimise -(1/3 + 1/2) 2 log x - 1/3 log(1 - 2x) - 2 (1/2) log(1 - x).
-    # Derivative zero: -(5/3)/x + (2/3)/(1 - 2x) + 1/(1 - x) = 0  ->  (20/3) x^2 - (22/3) x + 5/3 = 0... solved for x below 1/2.
+    # Derivative zero: -(5/3)/x + (2/3)/(1 - 2x) + 1/(1 - x) = 0  ->  (20/3) x^2 - (22/3) x + 5/3 = 0... solved for x
+    # below 1/2.
     groups = ClassGroups([[0], [1]], 3)
     g, p = torch.full((1, 3), 1 / 3, dtype=F64), torch.full((1, 2), 0.5, dtype=F64)
     # -(5/3)(1 - 2x)(1 - x) + (2/3) x (1 - x) + x (1 - 2x) = -(5/3) + (20/3) x - 6 x^2 = 0
@@ -174,7 +181,9 @@ def test_newton_equals_em_on_benign_input(specialists):
 
 @pytest.mark.parametrize("conflicting", [False, True])
 @pytest.mark.parametrize("scale", [3, 8, 20])
-@pytest.mark.parametrize("classes, specialists, size", [(100, 1, 20), (100, 2, 30), (100, 5, 40), (60, 10, 20), (200, 30, 40)])
+@pytest.mark.parametrize(
+    "classes, specialists, size", [(100, 1, 20), (100, 2, 30), (100, 5, 40), (60, 10, 20), (200, 30, 40)]
+)
 def test_objective_is_never_above_that_of_lbfgs(conflicting, scale, classes, specialists, size):
     groups, g, p = opinions(1, 4, classes, specialists, size, scale, conflicting)
     q = combine_kl(g, p, groups)
@@ -195,7 +204,9 @@ def test_float32_satisfies_the_optimality_conditions(scale, conflicting):
 
 def test_fixed_steps_reach_the_optimum():
     groups, g, p = opinions(4, 16, 100, 5, 30, 3)
-    torch.testing.assert_close(combine_kl(g, p, groups, method="newton-fixed"), combine_kl(g, p, groups), rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        combine_kl(g, p, groups, method="newton-fixed"), combine_kl(g, p, groups), rtol=0, atol=1e-10
+    )
 
 
 def test_sure_opinions_that_contradict_each_other_stay_finite():
@@ -339,7 +350,9 @@ def test_frequent_and_rare_active_sets_are_answered_alike():
     active[:100] = active[0]  # shared by many rows; the others are rare
     q = combine_kl(g, p, groups, active)
     assert kkt_residual(q, g, p, groups, active) < 1e-10
-    torch.testing.assert_close(combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60]), q[50:60], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60]), q[50:60], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -360,7 +373,9 @@ def test_gradcheck(specialists, method):
     active = None if specialists == 1 else torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]]).bool()
 
     def answer(g_logits, *logits):
-        return combine_kl(torch.softmax(g_logits, 1), [torch.softmax(x, 1) for x in logits], groups, active, method=method)
+        return combine_kl(
+            torch.softmax(g_logits, 1), [torch.softmax(x, 1) for x in logits], groups, active, method=method
+        )
 
     inputs = [x.log().detach().requires_grad_() for x in (g, *p)]
     assert torch.autograd.gradcheck(answer, inputs)
@@ -402,11 +417,19 @@ class Broken:
         (lambda g, p, G: dict(p_general=changed(g, 2, 3, math.nan)), ["row 2 of p_general", "NaN"]),
         (lambda g, p, G: dict(p_general=g.round().long()), ["dtype torch.int64", "floating point"]),
         (lambda g, p, G: dict(p_special=p[:2]), ["2 entries for 3 groups", "None"]),
-        (lambda g, p, G: dict(p_special=[p[0], p[1][:, :-1], p[2]]), ["p_special[1]", "[6, 4]", "[6, 5]", "dustbin last"]),
-        (lambda g, p, G: dict(p_special=[p[0], changed(p[1], 4, 0, math.inf), p[2]]), ["row 4 of p_special[1]", "infinity"]),
+        (
+            lambda g, p, G: dict(p_special=[p[0], p[1][:, :-1], p[2]]),
+            ["p_special[1]", "[6, 4]", "[6, 5]", "dustbin last"],
+        ),
+        (
+            lambda g, p, G: dict(p_special=[p[0], changed(p[1], 4, 0, math.inf), p[2]]),
+            ["row 4 of p_special[1]", "infinity"],
+        ),
         (lambda g, p, G: dict(p_special=[p[0], p[1], p[2].log()]), ["row 0 of p_special[2]", "sums to"]),
         (
-            lambda g, p, G: dict(p_special=[changed(changed(p[0], 1, 0, -0.5), 1, 1, 0.5 + float(p[0][1, :2].sum())), p[1], p[2]]),
+            lambda g, p, G: dict(
+                p_special=[changed(changed(p[0], 1, 0, -0.5), 1, 1, 0.5 + float(p[0][1, :2].sum())), p[1], p[2]]
+            ),
             ["row 1 of p_special", "-0.5", "not negative"],
         ),
         (lambda g, p, G: dict(p_special=[None, p[1], p[2]]), ["p_special[0] is None", "row 0"]),
