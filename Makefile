@@ -20,5 +20,9 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m ''
 
+# Long repetitions of the fault tests; a few of each kind are in `make test`.
+soak: install
+	$(BIN)/python tests/trainer/data/damage.py 1000
+
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

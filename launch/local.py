@@ -30,7 +30,12 @@ TRAINER = [sys.executable, "-m", "trainer"]
 
 
 def torchrun(processes: int) -> list[str]:
-    """The command that starts `processes` ranks of the trainer; its arguments follow."""
+    """The command that starts `processes` ranks of the trainer; its arguments follow.
+
+    One rank needs no agent beside it, which would import torch a second time and hold 200 MB.
+    """
+    if processes == 1:
+        return TRAINER
     return [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", str(processes),
             "--shutdown-timeout", str(GRACE_S - 3), "--"]  # fmt: skip
 

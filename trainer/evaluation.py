@@ -216,6 +216,7 @@ def captured(session: Session, before: dict) -> dict:
     groups, summary = session.groups(), read_json(session.run.cluster.path("summary.json"))
     pairs = (np.ones(len(before["labels"])), (before["labels"], before["top5"][:, 0]))
     share, chance = captured_confusion(groups, coo_array(pairs, shape=(session.num_classes,) * 2).tocsr())
+    share = None if np.isnan(share) else share  # no errors, no share
     return {"captured_confusion": share, "chance": chance, "captured_unlabelled": summary["captured_unlabelled"],
             "sizes": summary["sizes"]}  # fmt: skip
 

@@ -165,9 +165,9 @@ class RunDirectory:
     def __init__(self, root: str | Path, config: Config):
         self.root, self.config = Path(root), config
         values = config.dump()
-        for split in ("train", "val", "test"):
+        for split in ("train", "val", "test", "transfer"):
             values["data"][split] = _identities(values["data"][split])
-        for key in ("cache", "cache_bytes", "workers"):
+        for key in ("cache", "cache_bytes", "workers", "fetch_dir", "fetch_bytes"):
             values["data"].pop(key, None)
         schedule_only_pace = ("checkpoint_every", "keep", "log_every")
         for section in (values["train"], values["specialists"], *values["students"].values()):

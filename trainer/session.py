@@ -85,14 +85,20 @@ class Session:
             model = type(model).model_validate({**model.model_dump(), **student.model})
         shards, data = self.shards("train"), self.config.data
         dtype = "uint8" if shards.input_dtype == np.uint8 else "float32"
-        options = {"width": model.width, "depth": model.depth, "embedding": model.embedding, "dropout": model.dropout}
-        spec = ModelSpec(
-            builder=model.name, options={**options, **model.options}, num_classes=shards.num_classes,
-            class_names=list(shards.class_names),
-            input={"shape": shards.input_shape, "dtype": dtype, "mean": data.mean, "std": data.std},
-        )  # fmt: skip
+        builders = user_builders(model.name)
+        options = {} if builders or model.name.startswith("timm:") else {
+            "width": model.width, "depth": model.depth, "embedding": model.embedding, "dropout": model.dropout,
+        }  # fmt: skip
         torch.manual_seed(self.config.seed)
-        return build_classifier(spec, builders=user_builders(model.name))
+        try:
+            spec = ModelSpec(
+                builder=model.name, options={**options, **model.options}, num_classes=shards.num_classes,
+                class_names=list(shards.class_names),
+                input={"shape": shards.input_shape, "dtype": dtype, "mean": data.mean, "std": data.std},
+            )  # fmt: skip
+            return build_classifier(spec, builders)
+        except ValueError as mistake:
+            raise UserError(f"[model] {mistake}") from None
 
     def load(self, stage: Stage) -> Classifier:
         """A finished stage's network, in eval mode, on this rank's device."""
@@ -192,21 +198,12 @@ class Session:
         if student.start == "scratch":
             return fresh
         generalist = self.load(self.run.generalist)
-        shapes, wanted = parameter_shapes(generalist), parameter_shapes(fresh)
-        if shapes == wanted:
+        if generalist.spec == fresh.spec:
             return generalist
         try:
-            wider = widen(generalist, wanted[0][0] / shapes[0][0], torch.Generator().manual_seed(self.config.seed))
+            return widen(generalist, fresh.spec, torch.Generator().manual_seed(self.config.seed))
         except ValueError as mistake:
-            raise UserError(
-                f'{mistake}; a student of another shape than the generalist needs start = "scratch"'
-            ) from None
-        if parameter_shapes(wider) != wanted:
-            raise UserError(
-                "a student that starts from the generalist has its options, or its channels and embedding all as many "
-                'times wider; otherwise set start = "scratch"'
-            )
-        return wider
+            raise UserError(f'{mistake}; a student of another shape than the generalist needs start = "scratch"') from None
 
     def given_generalist(self) -> Classifier | None:
         """The network that [generalist] from names: a run, or a directory with model.safetensors and model.json."""
@@ -244,10 +241,6 @@ class Session:
         """One line for whoever watches, from rank 0."""
         if self.ranks.is_main:
             log.info(message, *values)
-
-
-def parameter_shapes(network: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(parameter.shape) for parameter in network.parameters()]
 
 
 def user_builders(name: str) -> dict[str, Callable] | None:

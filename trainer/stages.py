@@ -112,7 +112,7 @@ def cluster(session: Session, stage: Stage) -> None:
                 f"{max(row['gain'] for row in foretold):.4f}"
             )
         write_json(attempt.path("summary.json"), {
-            "captured": share, "chance": chance, "captured_unlabelled": unlabelled,
+            "captured": no_nan(share), "chance": chance, "captured_unlabelled": no_nan(unlabelled),
             "chance_unlabelled": unlabelled_chance, "sizes": [len(members) for members in groups.members],
             "forecast": foretold, "skipped": skipped,
         })  # fmt: skip
@@ -290,6 +290,11 @@ def student_lesson(session: Session, schedule: Student, transfer: bool = True):
     ]  # fmt: skip
     stream = TrainingStream(sources, seed, session.config.data.augment)
     return session.student_network(schedule), stream, count_steps(schedule, len(train))
+
+
+def no_nan(share: float) -> float | None:
+    """JSON has no NaN: a share of no errors at all is null."""
+    return None if math.isnan(share) else share
 
 
 def count_steps(schedule: Schedule, examples: int) -> int:
