@@ -134,8 +134,9 @@ def exactness(quick: bool):
                 worst["64"], worst["32"] = max(worst["64"], kkt64), max(worst["32"], kkt32)
                 shown = [f"{differences[name]:9.1e}" if name in differences else " " * 9 for name in ("lbfgs", "adam")]
                 if specialists in (2, 10):
-                    print(f"{classes:7} {specialists:3} {size:4} {scale:5} {str(conflicting):>8} {rows:3} | {' '.join(shown)} "
-                          f"{kkt64:8.1e} {kkt32:8.1e}  {min(steps, 200)}, {steps if with_adam else '-'}", flush=True)  # fmt: skip
+                    steps_taken = f"{min(steps, 200)}, {steps if with_adam else '-'}"
+                    print(f"{classes:7} {specialists:3} {size:4} {scale:5} {str(conflicting):>8} {rows:3} | "
+                          f"{' '.join(shown)} {kkt64:8.1e} {kkt32:8.1e}  {steps_taken}", flush=True)  # fmt: skip
     print(f"worst of all: - L-BFGS {worst['lbfgs']:.1e}, - Adam {worst['adam']:.1e} (bar 1e-9); "
           f"KKT float64 {worst['64']:.1e} (bar 1e-8), float32 {worst['32']:.1e} (bar 1e-4)")  # fmt: skip
 
@@ -165,7 +166,8 @@ def trained(run: str):
     q = combine_kl(g, p, groups)
     difference = float((objective.of(q) - objective.of(lbfgs(objective, g, 200))).max())
     print(
-        f"\ntrained ({run}, n = {len(same)} rows, M = {len(chosen)}): - L-BFGS {difference:.1e}, KKT {objective.residual(q):.1e}"
+        f"\ntrained ({run}, n = {len(same)} rows, M = {len(chosen)}): - L-BFGS {difference:.1e}, "
+        f"KKT {objective.residual(q):.1e}"
     )
 
 
@@ -249,8 +251,11 @@ def sparse(quick: bool):
         p = [torch.softmax(3 * torch.randn(256, size + 1, generator=noise), 1) for _ in range(specialists)]
         where = torch.from_numpy(indices)
         with torch.no_grad():
-            found = in_turn({"ours": lambda G=groups, w=where, a=active, g=g, p=p: combine_kl_sparse(w, g[:, :-1], g[:, -1], p, G, a)},
-                            5 if quick else 15)["ours"]  # fmt: skip
+
+            def ours(G=groups, w=where, a=active, g=g, p=p):
+                return combine_kl_sparse(w, g[:, :-1], g[:, -1], p, G, a)
+
+            found = in_turn({"ours": ours}, 5 if quick else 15)["ours"]
             wall, cpu = found[:, 0] * 1e3, found[:, 1] * 1e3
             with torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True

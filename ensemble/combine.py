@@ -29,6 +29,8 @@ FIXED_STEPS = 16
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
 # A factor beyond this would lift what is next to nothing: such a pattern counts as one without mass.
 LARGEST = 1e25
+# Rows that are read twice, or written twice, before the next ones push them out of the cache.
+ROWS_IN_CACHE = 32
 # A set that so many rows share gets index tensors of its own; rows with rarer sets are padded to each other.
 ROWS_TO_SHARE = 32
 
@@ -107,7 +109,8 @@ def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block]
     was)."""
     if len(sets) <= 1:
         return [Block(np.arange(len(which)), sets, None)] if sets else [], None
-    members: dict = {}  # of each block, its sets: a frequent one is alone, rare ones are together with others of their size
+    # Of each block, its sets: a frequent one is alone, rare ones are together with others of their size.
+    members: dict = {}
     rows_of_set = np.bincount(which, minlength=len(sets))
     for number, chosen in enumerate(sets):
         shared = rows_of_set[number] >= ROWS_TO_SHARE or not chosen
@@ -143,8 +146,9 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         index = set_patterns(job.groups, block.sets[0]).on(device, g.dtype, job.groups.num_classes)
         slots = torch.tensor(block.sets, device=device).expand(n, -1)
         parts = job.opinions.side_by_side(block.sets[0], rows)
-        sums = torch.stack([part.sum(1) for part in parts], 1)
         said = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+        same_width = len(set(index.widths)) == 1
+        sums = said.unflatten(1, (len(parts), -1)).sum(2) if same_width else torch.stack([x.sum(1) for x in parts], 1)
         dustbin = said.index_select(1, index.dustbins).double()
         lowest = said.amin(1, keepdim=True)  # one for all of a row's opinions
     else:
@@ -175,23 +179,28 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     columns = index.classes.expand(n, -1)
     if job.columns is not None:
         columns = job.columns(columns, slice(None) if rows is None else rows)
-    on_union = g.gather(1, columns)
-    a = said.gather(1, index.source.expand(n, -1)) + (on_union if job.weights is None else on_union * w_general)
+    one_sweep = isinstance(index, SharedIndex) and job.columns is None
+    if one_sweep and not differentiable:
+        outside, on_union = _read(g, index)
+    else:
+        on_union = g.gather(1, columns)
+    a = said.gather(1, index.source.expand(n, -1))
+    a = (
+        a + w_general * on_union
+        if differentiable
+        else a.add_(on_union if job.weights is None else w_general * on_union)
+    )
     if index.more_at.shape[1]:
         more = said.gather(1, index.more_source.expand(n, -1))
         more = more if isinstance(index, SharedIndex) else more * index.more_real
         a = a.scatter_add_(1, index.more_at.expand(n, -1), more)
     # The generalist's mass outside is summed as such: one minus the rest would be noise where it is sure of a class
     # inside.
-    if isinstance(index, SharedIndex):
-        ordered = a.gather(1, index.by_pattern.expand(n, -1))
-        inside = torch.stack([part.sum(1) for part in ordered.split(index.pattern_sizes, 1)], 1)
-    else:
-        inside = a.new_zeros(n, index.num_patterns + 1).scatter_add(1, index.pattern, a)[:, 1 : index.num_patterns]
+    inside = index.pattern_sums(a)
+    if isinstance(index, PaddedIndex):
         on_union = on_union * index.real
-    one_sweep = isinstance(index, SharedIndex) and job.columns is None
     if one_sweep:
-        rest, outside = g, g @ index.outside_all
+        rest, outside = g, g @ index.outside_all if differentiable else outside
     else:
         nothing = torch.zeros((), dtype=g.dtype, device=device).expand(columns.shape)
         rest = g.scatter_(1, columns, nothing) if ours and not differentiable else g.scatter(1, columns, nothing)
@@ -215,13 +224,33 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     if differentiable:
         rest, a = rest * on_rest, a * factor_of
         q = rest.scatter(1, columns, a) if one_sweep else rest.scatter_add(1, columns, a)
+    elif one_sweep:
+        q = _written(rest, on_rest, a.mul_(factor_of), index, rest if ours else torch.empty_like(rest))
     else:
         rest, a = rest.mul_(on_rest) if ours else rest * on_rest, a.mul_(factor_of)
-        q = rest.scatter_(1, columns, a) if one_sweep else rest.scatter_add_(1, columns, a)
+        q = rest.scatter_add_(1, columns, a)
     if not some_starved:
         return q
     stands_for = None if job.stands_for is None else job.stands_for[slice(None) if rows is None else rows]
     return _spread(q, Y, starved, index, columns, stands_for)
+
+
+def _read(g: Tensor, index: SharedIndex) -> tuple[Tensor, Tensor]:
+    """The generalist's mass outside the union [n], and its probabilities in it [n, U], while a few rows are in the cache."""
+    outside, on_union = g.new_empty(len(g)), g.new_empty(len(g), index.classes.shape[1])
+    for rows, left, there in zip(*(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True):
+        torch.mv(rows, index.outside_all, out=left)
+        torch.gather(rows, 1, index.classes.expand(len(rows), -1), out=there)
+    return outside, on_union
+
+
+def _written(g: Tensor, factor: Tensor, on_union: Tensor, index: SharedIndex, q: Tensor) -> Tensor:
+    """q = g times factor [n, 1], but for the union, where it is on_union; likewise."""
+    parts = zip(*(x.split(ROWS_IN_CACHE) for x in (g, factor, on_union, q)), strict=True)
+    for rows, by, there, to in parts:
+        torch.mul(rows, by, out=to)
+        to.scatter_(1, index.classes.expand(len(rows), -1), there)
+    return q
 
 
 def _per_column(w_special: Tensor, index, width: int) -> Tensor:

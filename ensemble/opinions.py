@@ -119,7 +119,8 @@ def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype, given_d
         if given is None:
             row = int(active[:, m].nonzero()[0])
             raise ValueError(
-                f"p_special[{m}] is None, but row {row} is active for it; give its prediction, or clear active[{row}, {m}]"
+                f"p_special[{m}] is None, but row {row} is active for it; "
+                f"give its prediction, or clear active[{row}, {m}]"
             )
         if isinstance(given, Tensor):
             if given.shape != (rows, columns):
@@ -135,7 +136,8 @@ def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype, given_d
             if bool(missing.any()):
                 row = int(missing.nonzero()[0])
                 raise ValueError(
-                    f"row {row} is active for specialist {m}, but p_special[{m}] has no prediction for it; add the row to its rows"
+                    f"row {row} is active for specialist {m}, but p_special[{m}] has no prediction for it; "
+                    "add the row to its rows"
                 )
         if given.dtype not in SUM_TOLERANCE:
             raise ValueError(f"p_special[{m}] has dtype {given.dtype}; it must be floating point")
@@ -191,7 +193,8 @@ def check_sums(sums: Tensor, dtype: torch.dtype, name) -> None:
         value = float(sums[position])
         what = "has a NaN or an infinity" if not np.isfinite(value) else f"sums to {value:.6g}"
         raise ValueError(
-            f"{name(position)} {what}; a row must sum to 1 within {tolerance:g}: pass probabilities (softmax of the logits)"
+            f"{name(position)} {what}; a row must sum to 1 within {tolerance:g}: "
+            "pass probabilities (softmax of the logits)"
         )
 
 
@@ -199,7 +202,8 @@ def check_no_negative(lowest: Tensor, name) -> None:
     if bool((lowest.detach() < 0).any()):
         position = tuple((lowest < 0).nonzero()[0].tolist())
         raise ValueError(
-            f"{name(position)} holds {float(lowest[position]):.3g}; probabilities are not negative: pass softmax outputs"
+            f"{name(position)} holds {float(lowest[position]):.3g}; probabilities are not negative: "
+            "pass softmax outputs"
         )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from .newton import Membership
 
 SETS_KEPT = 2048
+# Patterns of so many classes are summed each by a call of its own, smaller ones by one matrix product.
+LARGE = 64
 
 
 @dataclass
@@ -68,11 +70,22 @@ class SharedIndex:
         # Classes ascend, so that a row of C probabilities is read and written in one sweep (ten times faster than
         # pattern by pattern); a row of the union is small, and put into the order of the patterns to be summed.
         self.by_pattern = tensor(np.argsort(pattern, kind="stable"))[None]
-        self.pattern_sizes = np.bincount(pattern)[1:].tolist()
-        self.num_patterns = len(patterns.counts)
+        sizes = np.bincount(pattern)[1:]
+        large = int((sizes >= LARGE).sum())
+        self.large_sizes = sizes[:large].tolist()
+        small = np.repeat(np.arange(len(sizes) - large), sizes[large:])
+        self.of_small = torch.zeros(len(small), len(sizes) - large, dtype=dtype, device=device)
+        self.of_small[torch.arange(len(small)), torch.from_numpy(small)] = 1
         self.members = Membership(tensor(patterns.outside), tensor(patterns.counts))
         self.outside_all = torch.ones(num_classes, dtype=dtype, device=device)
         self.outside_all[self.classes[0]] = 0
+
+    def pattern_sums(self, a: Tensor) -> Tensor:
+        """a [n, U] -> [n, P - 1], the sums over each pattern inside."""
+        *large, small = a.gather(1, self.by_pattern.expand(len(a), -1)).split(
+            [*self.large_sizes, len(self.of_small)], dim=1
+        )
+        return torch.cat([*[part.sum(1, keepdim=True) for part in large], small @ self.of_small], 1)
 
 
 class PaddedIndex:
@@ -111,6 +124,11 @@ class PaddedIndex:
         self.more_real = per_row(np.arange(more.shape[2]) < further[:, None])
         self.members = Membership(per_row(outside), per_row(counts))
 
+    def pattern_sums(self, a: Tensor) -> Tensor:
+        """a [n, U] -> [n, P - 1], the sums over each pattern inside."""
+        sums = a.new_zeros(len(a), self.num_patterns + 1).scatter_add(1, self.pattern, a)
+        return sums[:, 1 : self.num_patterns]
+
 
 def set_patterns(groups, specialists: tuple[int, ...]) -> SetPatterns:
     """The patterns of one active set, from the cache of `groups`."""
@@ -137,7 +155,9 @@ def _make(groups, specialists: tuple[int, ...]) -> SetPatterns:
     inside[of_entry, slot] = True
     packed = np.packbits(inside, axis=1)
     _, first, pattern = np.unique(packed, axis=0, return_index=True, return_inverse=True)
-    pattern = pattern.reshape(-1)
+    # The largest pattern first: they are summed one by one, and the many small ones together.
+    by_size = np.argsort(-np.bincount(pattern.reshape(-1)), kind="stable")
+    first, pattern = first[by_size], np.argsort(by_size)[pattern.reshape(-1)]
     firsts = np.unique(of_entry, return_index=True)[1]
     rest = np.setdiff1d(np.arange(len(of_entry)), firsts)
     outside = np.concatenate([np.ones((1, len(chosen))), (~inside[first]).astype(float)])

@@ -124,9 +124,10 @@ class SpecialistEnsemble:
             found,
             cache,
         )
+        gate = facts["gate"] if gate is None else gate
         limit = facts["max_specialists"] if max_specialists is None else max_specialists
         return cls(
-            generalist, shelf, groups, facts["gate"] if gate is None else gate, limit, facts["combine"], facts["temperatures"],
+            generalist, shelf, groups, gate, limit, facts["combine"], facts["temperatures"],
             facts["weights"], facts["skipped"], allow_missing, device,
         )  # fmt: skip
 

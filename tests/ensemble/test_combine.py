@@ -293,7 +293,7 @@ def test_order_of_specialists_does_not_matter(**problem):
 
 
 def agreeing(q, classes):
-    inside = q[:, torch.as_tensor(classes)]
+    inside = q[:, torch.tensor(classes)]
     return torch.cat([inside, (1 - inside.sum(1, keepdim=True)).clamp(min=0)], 1)
 
 
