@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .newton import EMPTY, pattern_masses
+from .newton import factors, pattern_masses
 from .opinions import (
     Opinions,
     active_sets,
@@ -27,8 +27,6 @@ METHODS = ("newton", "newton-fixed")
 FIXED_STEPS = 16
 # How far the optimum's conditions may be off, as masses (newton.py).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
-# A factor beyond this would lift what is next to nothing: such a pattern counts as one without mass.
-LARGEST = 1e25
 # Rows that are read twice, or written twice, before the next ones push them out of the cache.
 ROWS_IN_CACHE = 32
 # A set that so many rows share gets index tensors of its own; rows with rarer sets are padded to each other.
@@ -214,11 +212,8 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     # to.
     mass = A.sum(1, keepdim=True) + dustbin.sum(1, keepdim=True)
     Y = pattern_masses(A / mass, dustbin / mass, index.members, TOLERANCE[g.dtype], job.steps)
-    factor = Y / A.clamp(min=EMPTY)
-    starved = factor.detach() > LARGEST
-    some_starved = bool(starved.any())
-    if some_starved:
-        factor = torch.where(starved, 0.0, factor)
+    factor, even = factors(A / mass, Y, index.members)
+    factor = factor / mass
     on_rest = (factor[:, :1] * w_general).to(g.dtype)
     factor_of = torch.cat([factor, factor.new_zeros(n, 1)], 1).to(g.dtype).gather(1, index.pattern.expand(n, -1))
     if differentiable:
@@ -229,14 +224,15 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     else:
         rest, a = rest.mul_(on_rest) if ours else rest * on_rest, a.mul_(factor_of)
         q = rest.scatter_add_(1, columns, a)
-    if not some_starved:
+    if not bool((even > 0).any()):
         return q
     stands_for = None if job.stands_for is None else job.stands_for[slice(None) if rows is None else rows]
-    return _spread(q, Y, starved, index, columns, stands_for)
+    return _spread(q, even.to(q.dtype), index, columns, stands_for)
 
 
 def _read(g: Tensor, index: SharedIndex) -> tuple[Tensor, Tensor]:
-    """The generalist's mass outside the union [n], and its probabilities in it [n, U], while a few rows are in the cache."""
+    """The generalist's mass outside the union [n], and its probabilities in it [n, U], while a few rows are in the
+    cache."""
     outside, on_union = g.new_empty(len(g)), g.new_empty(len(g), index.classes.shape[1])
     for rows, left, there in zip(*(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True):
         torch.mv(rows, index.outside_all, out=left)
@@ -266,9 +262,8 @@ def _check_some_weight(total: Tensor, block: Block) -> None:
         raise ValueError(f"the generalist and all specialists active in row {row} have weight 0; give one of them some")
 
 
-def _spread(q: Tensor, Y: Tensor, starved: Tensor, index, columns: Tensor, stands_for: Tensor | None) -> Tensor:
-    """Where nobody left a pattern any mass but a dustbin needs it, spread it evenly over the pattern's classes."""
-    even = torch.where(starved, Y / index.members.counts.clamp(min=1), 0.0).to(q.dtype)
+def _spread(q: Tensor, even: Tensor, index, columns: Tensor, stands_for: Tensor | None) -> Tensor:
+    """q and, for every class, what its pattern's classes get beside: even [n, P]."""
     on_union = torch.cat([even, even.new_zeros(len(q), 1)], 1).gather(1, index.pattern.expand(len(q), -1))
     fill = even[:, :1] * (torch.ones_like(q) if stands_for is None else stands_for)
     return q + fill.scatter(1, columns, 0.0).scatter_add(1, columns, on_union)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from networks import save_classifier
 
-from .combine import LARGEST
-from .newton import EMPTY, Membership, pattern_masses
+from .newton import Membership, factors, pattern_masses
 from .patterns import set_patterns
 from .specialist_ensemble import GROUPS, SCHEMA, SETTINGS, SpecialistEnsemble, specialist_folder
 
@@ -140,11 +139,10 @@ class EnsembleProgram(nn.Module):
             1, self.pattern, a.double()
         )
         mass = A.sum(1, keepdim=True) + d.sum(1, keepdim=True)
-        Y = pattern_masses(A / mass, d / mass, Membership(self.outside, self.counts), 0.0, PROGRAM_STEPS, self.portable)
-        factor = Y / A.clamp(min=EMPTY)
-        starved = factor > LARGEST
-        even = torch.where(starved, Y / self.counts.clamp(min=1), 0.0)
-        factor = torch.where(starved, 0.0, factor)
+        members = Membership(self.outside, self.counts)
+        Y = pattern_masses(A / mass, d / mass, members, 0.0, PROGRAM_STEPS, self.portable)
+        factor, even = factors(A / mass, Y, members)
+        factor = factor / mass
         return a * factor.to(g.dtype).index_select(1, self.pattern) + even.to(g.dtype).index_select(1, self.pattern)
 
     def _gate(self, p: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor
 
 # Stands for no mass at all, in a pattern or a dustbin: far below every tolerance, and still a float32.
 EMPTY = 1e-30
+# Mass that nobody misses.
+NEGLIGIBLE = 1e-20
 # A step of less than this, relative to every variable, needs no line search: it stays inside and Newton's error
 # squares.
 SURE = 0.3
@@ -39,6 +41,8 @@ class Membership:
         *_, patterns, specialists = self.outside.shape
         self._transposed = self.outside.mT
         self._pairs = (self.outside[..., :, None] * self.outside[..., None, :]).flatten(-2)
+        # A pattern's mass is at least this, in proportion to its classes.
+        self.nothing = EMPTY * self.counts.clamp(min=1) / self.counts.sum(-1, keepdim=True)
         self.everything_inside = (self.outside.sum(-2) == 0).to(self.outside.dtype)
 
     def to_specialists(self, x: Tensor) -> Tensor:
@@ -67,10 +71,10 @@ def pattern_masses(
     tolerance: of |Y s - A| and |Q t - d|.  steps: that many, unrolled, without a line search; None: until converged.
     portable: unrolled steps of products and sums alone.  Raises ArithmeticError if a row does not converge.
     """
-    A = A + EMPTY * members.counts.clamp(min=1)
+    A = torch.maximum(A, members.nothing)
     d = d.clamp(min=EMPTY)
     if d.shape[1] == 1:  # closed form: the dustbin is shared among the classes outside in proportion to what they have
-        return A + d * members.outside[..., 0] * A / members.to_specialists(A).clamp(min=EMPTY)
+        return A + d * members.outside[..., 0] * A / (members.to_specialists(A) + members.everything_inside)
     if steps is not None:
         state = _start(A, d, members)
         for _ in range(steps):
@@ -113,6 +117,18 @@ class State:
         dY, ds, dt, dQ = direction
         shrinking = torch.stack([(-part).amax(1) for part in (dY / self.Y, ds / self.s, dt / self.t)]).amax(0)
         return (0.95 / shrinking.clamp(min=0.95))[:, None]
+
+
+def factors(A: Tensor, Y: Tensor, members: Membership) -> tuple[Tensor, Tensor]:
+    """By what each pattern's classes are multiplied to have mass Y [n, P], and what each gets where nothing is to multiply.
+
+    Where all but a dustbin leave a pattern empty, its mass is spread evenly over its classes.
+    """
+    starved = (A < members.nothing) & (Y > NEGLIGIBLE)
+    return (
+        torch.where(starved, 0.0, Y / torch.maximum(A, members.nothing)),
+        torch.where(starved, Y / members.counts.clamp(min=1), 0.0),
+    )
 
 
 def _start(A: Tensor, d: Tensor, members: Membership) -> State:
