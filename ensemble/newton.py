@@ -120,7 +120,7 @@ class State:
 
 
 def factors(A: Tensor, Y: Tensor, members: Membership) -> tuple[Tensor, Tensor]:
-    """By what each pattern's classes are multiplied to have mass Y [n, P], and what each gets where nothing is to multiply.
+    """By what each pattern's classes are multiplied to have mass Y [n, P], and what each gets where there is no mass.
 
     Where all but a dustbin leave a pattern empty, its mass is spread evenly over its classes.
     """
