@@ -85,7 +85,19 @@ def doctor(argv: list[str]) -> int:
     return doctor_main(argv)
 
 
-COMMANDS = {"shards": shards, "doctor": doctor}
+def export(argv: list[str]) -> int:
+    from .exporting import main as export_main
+
+    return export_main(argv)
+
+
+def predict(argv: list[str]) -> int:
+    from .predicting import main as predict_main
+
+    return predict_main(argv)
+
+
+COMMANDS = {"shards": shards, "doctor": doctor, "export": export, "predict": predict}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
