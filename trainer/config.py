@@ -13,13 +13,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class UserError(Exception):
     """A mistake of the user's: printed as one line, exit code 2, no traceback."""
+
+
+NETWORKS = ("mlp", "convnet", "resnet", "wideresnet")
+AUGMENTATIONS = ("none", "shift", "flip-crop")
+METHODS = ("kmeans", "minibatch", "correlation", "raw", "agglomerative", "graph", "classifier", "random")
+COMBINERS = ("kl", "reverse_kl", "arithmetic", "log_ratio", "mixture")
+
+
+def _one_of(value: str, names: tuple[str, ...], also: str = "", pattern: str = "") -> str:
+    """`value` if it is one of `names` or matches `pattern`, which `also` describes; a ValueError with the nearest otherwise."""
+    if value in names or (pattern and re.fullmatch(pattern, value)):
+        return value
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"must be one of {', '.join(names)}{also}{hint}")
 
 
 class Section(BaseModel):
@@ -48,6 +63,11 @@ class Data(Section):
     decoders: dict[str, str] = {}  # extension -> module:function, beside the built-in table
     classes: int | None = Field(None, gt=0)  # the label set's size, where no manifest says it
 
+    @field_validator("augment")
+    @classmethod
+    def _augment(cls, value):
+        return _one_of(value, AUGMENTATIONS, " or module:function", r"[\w.]+:\w+")
+
 
 class Model(Section):
     """The network.  `options` is for timm models and a user's own builder."""
@@ -58,6 +78,11 @@ class Model(Section):
     embedding: int | None = Field(None, ge=0)  # size of the last hidden layer; 0 = none
     dropout: float = Field(0.0, ge=0, lt=1)
     options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value):
+        return _one_of(value, NETWORKS, ", timm:NAME or module:function", r"timm:.+|[\w.]+:\w+")
 
 
 class Schedule(Section):
@@ -111,6 +136,11 @@ class Clusters(Section):
     top_k: int | None = Field(None, gt=0)  # statistics keep the k largest predictions; None = all while C^2 fits
     min_gain: float = Field(0.0, ge=0)  # groups whose forecast gain (share of val examples) is below get no specialist
 
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value):
+        return _one_of(value, METHODS)
+
 
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh"] = "preserving"
@@ -122,6 +152,11 @@ class Specialists(Schedule):
     per_job: int = Field(1, gt=0)
     route: Literal["index", "copy"] = "index"
     route_max_bytes: int = Field(64 * 1024**3, gt=0)
+
+    @field_validator("trainable")
+    @classmethod
+    def _trainable(cls, value):
+        return _one_of(value, ("all", "head"), " or last-N-blocks", r"last-[1-9][0-9]*-blocks?")
 
 
 class Controls(Section):
@@ -137,6 +172,11 @@ class Ensemble(Section):
     temperatures: bool = True  # fit one temperature per specialist on val
     fit_weight: bool = True  # fit the specialists' weight in the objective on val; false = the paper's 1
     allow_missing: bool = False
+
+    @field_validator("combine")
+    @classmethod
+    def _combine(cls, value):
+        return _one_of(value, COMBINERS)
 
 
 class Student(Schedule):

@@ -196,7 +196,7 @@ def specialist_rows(session: Session, generalist, ensemble, active: np.ndarray, 
         network = ensemble.specialists[m]
         ids = np.flatnonzero(np.isin(test.labels, members))
         row = {"index": m, "classes": len(members), "routed": int(active[:, m].sum()), "n": len(ids)}
-        inside = torch.as_tensor(members).to(session.ranks.device)
+        inside = torch.tensor(members).to(session.ranks.device)
         if len(ids):
             found = session.measured(test, lambda batch, network=network, inside=inside: {
                 "before": inside[generalist(batch.inputs)[:, inside].argmax(1)],

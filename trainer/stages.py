@@ -90,9 +90,10 @@ def cluster(session: Session, stage: Stage) -> None:
             if session.run.groups_file:
                 groups = ClassGroups.load(session.run.groups_file)
             else:
+                rows = session.load(session.run.generalist).head.weight if config.method == "classifier" else None
                 groups = group_classes(
                     statistics, config.num_groups, method=config.method, capacity=config.capacity,
-                    overlap=config.overlap, seed=session.config.seed,
+                    overlap=config.overlap, seed=session.config.seed, classifier_rows=rows,
                 )  # fmt: skip
         except ValueError as mistake:
             raise UserError(f"[clusters] {mistake}") from None

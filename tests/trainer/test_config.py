@@ -33,6 +33,11 @@ def test_control_wall_tries_three_rates_around_the_specialists():
         ("train.steps=abc", "train.steps = 'abc'"),
         ("clusters.num_groups=0", "clusters.num_groups = 0"),
         ("specialists.fraction=1.5", "specialists.fraction = 1.5"),
+        ("ensemble.combine=kll", "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture; did you mean kl?"),
+        ("clusters.method=kmean", "did you mean kmeans?"),
+        ("model.name=resnett", "did you mean resnet?"),
+        ("data.augment=flip", "must be one of none, shift, flip-crop or module:function"),
+        ("specialists.trainable=last-0-blocks", "must be one of all, head or last-N-blocks"),
         ("train.steps", "write section.key=value"),
         ("seed.x=1", "seed"),
         ("students.a b.steps=1", "a student's name is letters"),
@@ -66,3 +71,15 @@ def test_the_documented_config_is_valid_and_names_every_key():
         written = set(documented["students"]["main"] if name == "students" else documented[name])
         inherited = set(Schedule.model_fields) if name != "train" else {"epochs"}
         assert keys - inherited <= written, name
+
+
+def test_the_config_knows_what_the_rooms_offer():
+    """The config is read where torch is not installed, so it has the names of its own."""
+    from clustering import grouping
+    from ensemble import COMBINERS
+    from networks.builders import BUILTIN
+    from trainer import config
+
+    assert set(config.COMBINERS) == set(COMBINERS)
+    assert set(config.METHODS) == set(grouping.METHODS)
+    assert set(config.NETWORKS) == set(BUILTIN)

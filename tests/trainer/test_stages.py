@@ -166,6 +166,16 @@ def test_a_student_learns_on_unlabelled_inputs_too(data, finished, tmp_path, aug
         assert read_json(stored / "transfer" / "answers.json")["samples"] == 10 * NUM_CLASSES
 
 
+@pytest.mark.parametrize("method", ["classifier", "raw", "random"])
+def test_every_kind_of_columns_makes_groups(data, finished, tmp_path, method):
+    root = tmp_path / "run"
+    shutil.copytree(finished.root, root, symlinks=True)
+    config = toy_config(data, f"clusters.method={method}")
+    RunDirectory(root, config).cluster.clear()
+    run = run_all(root, config, only={"cluster"})
+    assert len(ClassGroups.load(run.cluster.path("groups.json"))) == 6
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_step(data, tmp_path):
     config = toy_config(data, "train.optimizer=sgd", "train.learning_rate=1e30", "train.weight_decay=1")
     with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+; lower the learning rate"):
