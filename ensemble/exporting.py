@@ -15,7 +15,7 @@ from .specialist_ensemble import GROUPS, SCHEMA, SETTINGS, SpecialistEnsemble, s
 
 # Beyond so many specialists a program that runs all of them, and solves for all at once, is the wrong tool.
 LARGEST_PROGRAM = 16
-PROGRAM_STEPS = 10
+PROGRAM_STEPS = 16
 
 
 def export_bundle(ensemble: SpecialistEnsemble, directory) -> dict:
@@ -78,8 +78,8 @@ class EnsembleProgram(nn.Module):
     """The whole ensemble with shapes that do not depend on the data: every specialist runs on every row, the gate only
     weighs.
 
-    forward(raw [B, ...]) -> q [B, C].  portable: of products and sums alone, for ONNX; a larger graph.  Conflicting
-    opinions may need more than PROGRAM_STEPS steps; benign ones need 3.
+    forward(raw [B, ...]) -> q [B, C].  portable: of products and sums alone, for ONNX; a larger graph.  Benign opinions
+    need 3 steps; absurdly conflicting ones (probabilities that underflow) may need more than PROGRAM_STEPS.
     Raises ValueError for more than LARGEST_PROGRAM specialists, and for another combiner than eq. 5.
     """
 

@@ -79,7 +79,7 @@ def pattern_masses(
         state = _start(A, d, members)
         for _ in range(steps):
             direction = _direction(A, d, state, members, solve=_eliminated if portable else None)
-            state = _moved(state, direction, state.room(direction))
+            state = _moved(state, direction, *state.rooms(direction))
         return state.Y
     with torch.no_grad():
         state = _solved(A, d, members, tolerance)
@@ -112,11 +112,17 @@ class State:
         parts = [dY / self.Y, ds / self.s, dt / self.t]
         return torch.stack([part.abs().amax(1) for part in parts]).amax(0)
 
-    def room(self, direction) -> Tensor:
-        """The longest step, at most 1, that takes no variable further than 95 % of the way to zero, [n, 1]."""
+    def rooms(self, direction) -> tuple[Tensor, Tensor]:
+        """The longest steps, at most 1, that take no variable further than 95 % of the way to zero: of Y and Q, and of
+        s and t, [n, 1] each."""
         dY, ds, dt, dQ = direction
-        shrinking = torch.stack([(-part).amax(1) for part in (dY / self.Y, ds / self.s, dt / self.t)]).amax(0)
-        return (0.95 / shrinking.clamp(min=0.95))[:, None]
+        primal = (-dY / self.Y).amax(1)
+        dual = torch.maximum((-ds / self.s).amax(1), (-dt / self.t).amax(1))
+        return tuple((0.95 / shrinking.clamp(min=0.95))[:, None] for shrinking in (primal, dual))
+
+    def room(self, direction) -> Tensor:
+        """The longest common step, [n, 1]."""
+        return torch.minimum(*self.rooms(direction))
 
 
 def factors(A: Tensor, Y: Tensor, members: Membership) -> tuple[Tensor, Tensor]:
@@ -191,9 +197,12 @@ def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Mem
     return torch.linalg.solve_triangular(r, q.mT @ right[..., None], upper=True)[..., 0]
 
 
-def _moved(at: State, direction, step) -> State:
+def _moved(at: State, direction, step, dual_step=None) -> State:
+    """Q = Y N and s = 1 - N t survive steps of two lengths, as in primal-dual interior-point methods: an empty pattern
+    that shrinks Y does not then hold up t."""
     dY, ds, dt, dQ = direction
-    return State(at.Y + step * dY, at.s + step * ds, at.t + step * dt, at.Q + step * dQ)
+    other = step if dual_step is None else dual_step
+    return State(at.Y + step * dY, at.s + other * ds, at.t + other * dt, at.Q + step * dQ)
 
 
 def _merit(A: Tensor, d: Tensor, at: State) -> Tensor:
