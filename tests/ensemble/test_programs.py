@@ -12,8 +12,7 @@ CLASSES, SPECIALISTS = 160, 16
 
 @pytest.fixture(scope="module")
 def ensemble():
-    """Sure of themselves (the generalist of its favourite by .82 on average) and not of one mind; every class in two of 16
-    groups."""
+    """Sure of themselves (the generalist's favourite has .82 on average) and of different minds; 16 groups."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         spec = ModelSpec("mlp", CLASSES, InputSpec((1, 6, 6)), dict(width=24, depth=1))
