@@ -84,9 +84,9 @@ def scatter(
         if low < high:
             (x1, y1), (x2, y2) = frame.place(low, low), frame.place(high, high)
             body.append(Markup('<path class="diagonal" d="M{:.1f} {:.1f} L{:.1f} {:.1f}"/>').format(x1, y1, x2, y2))
-    taken: list[tuple[float, float, float]] = []
-    for point in points:
-        x, y = frame.place(point["x"], point["y"])
+    places = [frame.place(point["x"], point["y"]) for point in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
+    for point, (x, y) in zip(points, places, strict=True):
         body.append(_dot(x, y, point["kind"], point["name"], 5 if point.get("label") else 3.5))
         if point.get("label"):
             body.append(_label(x, y, str(point["label"]), point["kind"], taken))
@@ -184,20 +184,31 @@ class _Frame:
 
 
 def _label(x: float, y: float, text: str, kind: str, taken: list) -> Markup:
-    """A label beside its point, on the side with room, moved down until it meets no label drawn before."""
-    width = 6.0 * len(text)
-    left = x + 8 + width > WIDTH - 2
-    start = x - 8 - width if left else x + 8
-    shifts = (0, 11, -11, 22, -22, 33, -33, 44, -44, 55, -55)
+    """A label beside its point, where it meets no dot and no label drawn before; a line leads to one that had to move.
 
-    def free(shift):
-        at = y + 3.5 + shift
-        apart = all(abs(at - other) >= 10 or start > end or start + width < begin for begin, end, other in taken)
-        return apart and TOP + 4 <= at <= HEIGHT - BOTTOM - 2
+    taken: boxes (left, top, right, bottom), to which the label's own is added.
+    """
+    width, height = 7.0 * len(text), 11
+    shifts = sorted(range(-66, 67, 6), key=abs)
+    places = [(shift, side) for shift in shifts for side in (1, -1)]
 
-    at = y + 3.5 + next((shift for shift in shifts if free(shift)), 0)
-    taken.append((start, start + width, at))
-    return _text(x - 8 if left else x + 8, at, text, f"name k-{kind}{' end' if left else ''}")
+    def box(place):
+        shift, side = place
+        start = x + 8 if side > 0 else x - 8 - width
+        return start, y + shift - height / 2, start + width, y + shift + height / 2
+
+    def free(place):
+        left, top, right, bottom = box(place)
+        inside = left >= LEFT and right <= WIDTH and top >= TOP and bottom <= HEIGHT - BOTTOM
+        return inside and all(right < l or left > r or bottom < t or top > b for l, t, r, b in taken)
+
+    shift, side = next((place for place in places if free(place)), (0, 1 if x + 8 + width <= WIDTH else -1))
+    taken.append(box((shift, side)))
+    words = _text(x + 8 * side, y + shift + 3.5, text, f"name k-{kind}{' end' if side < 0 else ''}")
+    if not shift:
+        return words
+    lead = '<path class="rail" d="M{:.1f} {:.1f} L{:.1f} {:.1f}"/>'
+    return Markup(lead).format(x, y, x + 7 * side, y + shift) + words
 
 
 def _dot(x, y, kind, name, radius) -> Markup:
