@@ -1,0 +1,12 @@
+"""docs/combiner.md: its example runs, and what it says of it is so."""
+
+import re
+from pathlib import Path
+
+
+def test_the_example_runs():
+    page = (Path(__file__).parents[2] / "docs" / "combiner.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found = {}
+    exec(compile(example, "docs/combiner.md", "exec"), found)
+    assert found["active"].tolist() == [[True, False], [False, False]]
