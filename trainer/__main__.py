@@ -11,6 +11,8 @@ def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 1 ours, 2 the user's mistake, 75 interrupted with a checkpoint (run again, it goes on)."""
     from .config import UserError
 
+    if argv[:1] == ["--"]:  # `torchrun -m trainer -- STAGE --run DIR`: torchrun would take --run for its own --run-path
+        argv = argv[1:]
     try:
         if argv and argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:]) or 0
