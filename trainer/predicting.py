@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,7 +210,11 @@ def batches(examples: Iterator[Example], size: int) -> Iterator[list[Example]]:
 
 def print_json(example: Example, row: dict) -> None:
     place = {"file": example.file} if example.index is None else {"file": example.file, "index": example.index}
-    print(json.dumps(place | row, ensure_ascii=False))
+    try:
+        print(json.dumps(place | row, ensure_ascii=False), flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor shall the interpreter flush at its exit
+        raise SystemExit(0) from None
 
 
 class TablePrinter:

@@ -157,3 +157,12 @@ def test_export_and_predict_are_commands_of_referral():
         asked = [sys.executable, "-m", "launch.cli", name, "--help"]
         done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0 and f"usage: referral {name}" in done.stdout and option in done.stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(small_run, tmp_path):
+    np.save(tmp_path / "many.npy", np.zeros((1000, 1, 8, 8), np.uint8))
+    asked = [sys.executable, "-m", "trainer", "predict", small_run.root, tmp_path / "many.npy", "--json"]
+    with subprocess.Popen(list(map(str, asked)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert json.loads(process.stdout.readline())["index"] == 0
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 0
