@@ -11,7 +11,8 @@ from trainer.run_directory import read_json, write_json
 
 from .local import TRAINER, tethered
 
-# A network so small, and trained until more training no longer helps: the regime in which specialists pay (docs/demo.md).
+# A network so small, and trained until more training no longer helps: the regime in which specialists pay
+# (docs/demo.md).
 DEMO = """
 [data]
 mean = [0.157]

@@ -19,8 +19,10 @@ SMALL = ("clusters.num_groups=3", "specialists.per_job=3", "train.steps=200", "t
 
 def start(config, run, *more):
     command = [sys.executable, "-m", "launch.cli", "run", str(config), "--run", str(run), *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+    )
 
 
 def finish(process):

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
 
 
 def run_stages(argv: list[str]) -> int:
-    names = ["generalist", "measure", "cluster", "route", "specialist", "combine", "control", "student", "evaluate", "report"]
+    names = "generalist measure cluster route specialist combine control student evaluate report".split()
     parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
     parser.add_argument("stages", choices=names, nargs="+", metavar="STAGE", help=" | ".join([*names, *COMMANDS]))
     parser.add_argument("--run", required=True, metavar="DIR")
@@ -62,7 +62,8 @@ def chosen(run, name: str, args) -> list[tuple]:
             raise UserError("specialist: say which by --index I [I ...]")
         absent = [i for i in args.index if not 0 <= i < run.num_specialists]
         if absent:
-            raise UserError(f"--index {absent[0]}: there are {run.num_specialists} specialists, 0 to {run.num_specialists - 1}")
+            count = run.num_specialists
+            raise UserError(f"--index {absent[0]}: there are {count} specialists, 0 to {count - 1}")
         return [(run.specialists[i], (i,)) for i in args.index]
     if name in ("control", "student"):
         known = run.controls if name == "control" else run.students

@@ -16,7 +16,8 @@ MARKER = "COMPLETE"
 
 
 def save_checkpoint(directory: Path, step: int, state: dict, keep: int) -> None:
-    """Write `state` as directory/step-STEP and drop all but the newest `keep`.  A copy that another attempt wrote stays."""
+    """Write `state` as directory/step-STEP and drop all but the newest `keep`.  A copy that another attempt wrote
+    stays."""
     directory.mkdir(parents=True, exist_ok=True)
     final = directory / f"step-{step:08d}"
     if (final / MARKER).exists():

@@ -29,7 +29,8 @@ COMBINERS = ("kl", "reverse_kl", "arithmetic", "log_ratio", "mixture")
 
 
 def _one_of(value: str, names: tuple[str, ...], also: str = "", pattern: str = "") -> str:
-    """`value` if it is one of `names` or matches `pattern`, which `also` describes; a ValueError with the nearest otherwise."""
+    """`value` if it is one of `names` or matches `pattern`, which `also` describes; a ValueError with the nearest
+    otherwise."""
     if value in names or (pattern and re.fullmatch(pattern, value)):
         return value
     near = difflib.get_close_matches(value, names, n=1)
@@ -47,7 +48,7 @@ class Data(Section):
     train: str = ""
     val: str = ""
     test: str = ""
-    transfer: str = ""  # more inputs, unlabelled or with labels that are not read: what students learn from their teacher on
+    transfer: str = ""  # more inputs, their labels absent or not read: students learn what their teacher says of them
     label: str = "cls"  # the member that holds the label; "json:FIELD" reads a field of the json member
     input: str = ""  # the member that holds the input; "" takes the one member that is not the label
     mean: list[float] = [0.5]  # per channel, of inputs scaled to 0..1; part of model.json
@@ -118,8 +119,8 @@ class Schedule(Section):
 
 DEFAULT_SCHEDULE = Schedule(
     batch_size=256, optimizer="adamw", learning_rate=2e-3, schedule="cosine", warmup=0.05, weight_decay=0.01,
-    momentum=0.9, beta2=0.999, label_smoothing=0.0, ema=0.0, accumulation=1, clip_norm=0.0, balance=0.0, validate_every=0,
-    patience=0, checkpoint_every=500, keep=2, log_every=50,
+    momentum=0.9, beta2=0.999, label_smoothing=0.0, ema=0.0, accumulation=1, clip_norm=0.0, balance=0.0,
+    validate_every=0, patience=0, checkpoint_every=500, keep=2, log_every=50,
 )  # fmt: skip
 
 
@@ -185,7 +186,7 @@ class Student(Schedule):
     temperature: float = Field(1.0, gt=0)
     hard_weight: float = Field(0.0, ge=0, le=1)
     soft_weight: float = Field(1.0, ge=0)
-    transfer_share: float | None = Field(None, ge=0, le=1)  # of each batch; None = by the sizes of train and data.transfer
+    transfer_share: float | None = Field(None, ge=0, le=1)  # of each batch; None = by the sizes of the two
     model: dict[str, Any] = {}  # keys of [model] that differ
 
 
@@ -220,7 +221,10 @@ class Config(Section):
     def _fill(self):
         self.train = _inherit(self.train, DEFAULT_SCHEDULE)
         self.specialists = _inherit(self.specialists, self.train)
-        self.students = {name: _inherit(student, self.train) for name, student in self.students.items()}
+        for name, student in self.students.items():
+            if student.balance:
+                raise ValueError(f"students.{name}.balance: students learn at natural frequencies; leave it out")
+            self.students[name] = _inherit(student.model_copy(update={"balance": 0.0}), self.train)
         for name in self.students:
             if not NAME.fullmatch(name):
                 raise ValueError(f"students.{name}: a student's name is letters, digits, '_' and '-'")

@@ -89,7 +89,8 @@ WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
 def fit_weight(session: Session, ensemble) -> list[float]:
     """[1 + M]: 1 for the generalist and one weight for all specialists in eq. 5, the best of WEIGHTS by NLL on val.
 
-    The specialists start from the generalist and then learn more about their classes: what they say differs from it where
+    The specialists start from the generalist and then learn more about their classes: what they say differs from it
+    where
     they know better, so that counting both alike may count the generalist too much.
     """
     M = len(ensemble.groups.members)

@@ -54,7 +54,8 @@ def train(
     """Train `network` for `steps` steps, going on from the newest checkpoint.
 
     Returns the network (the best validated weights where schedule.patience is set, the last ones otherwise; averaged
-    weights where schedule.ema is set) and its summary {seconds, examples_seen, peak_memory_bytes, steps, best_step, val}.
+    weights where schedule.ema is set) and its summary {seconds, examples_seen, peak_memory_bytes, steps, best_step,
+    val}.
     Raises Interrupted after SIGTERM or SIGUSR2 (with a checkpoint), UserError where the loss is not finite.
     """
     check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)

@@ -1,4 +1,5 @@
-"""Losses: pure functions of tensors.  B batch, C classes, K members of a student or a teacher; every loss is a mean over B."""
+"""Losses: pure functions of tensors.  B batch, C classes, K members of a student or a teacher; every loss is a mean
+over B."""
 
 from __future__ import annotations
 
@@ -36,12 +37,16 @@ def dustbin_shift(natural_share: float, training_share: float) -> float:
     return math.log(odds / natural_odds)
 
 
-def specialist_loss(logits: Tensor, targets: Tensor, shift: float, label_smoothing: float = 0.0):
+def specialist_loss(
+    logits: Tensor, targets: Tensor, shift: float, label_smoothing: float = 0.0, log_prior: Tensor | None = None
+):
     """Cross-entropy of a specialist's [B, |S_m| + 1] logits, dustbin last and lowered by `shift` (see dustbin_shift).
 
     targets: [B], the column of the example's class in S_m, or |S_m| for every other class.
+    log_prior: [|S_m|], log of (class share among S_m in training / natural share among S_m), where these differ.
     """
-    lowered = torch.cat([logits[:, :-1], logits[:, -1:] - shift], dim=1)
+    own = logits[:, :-1] if log_prior is None else logits[:, :-1] + log_prior
+    lowered = torch.cat([own, logits[:, -1:] - shift], dim=1)
     return F.cross_entropy(lowered.float(), targets, label_smoothing=label_smoothing)
 
 
@@ -54,12 +59,14 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
 
 def distillation_loss(
     student_logits: Tensor, teacher_probabilities: Tensor, labels: Tensor, temperature: float, soft_weight: float,
-    hard_weight: float,
+    hard_weight: float, label_smoothing: float = 0.0,
 ):  # fmt: skip
     """soft_weight T^2 KL(teacher_T || student_T) + hard_weight CE(labels, student).  Hinton et al. 2015, section 2.
 
-    student_logits, teacher_probabilities: [K, B, C] (K = 1: plain distillation; member k learns teacher k); labels: [B], -1
-    for unlabelled examples, which have no second term (it is divided by B all the same).  The first term is the KL itself, not the cross-entropy: it is zero when student equals teacher.
+    student_logits, teacher_probabilities: [K, B, C] (K = 1: plain distillation; member k learns teacher k); labels:
+    [B], -1
+    for unlabelled examples, which have no second term (it is divided by B all the same).  The first term is the KL
+    itself, not the cross-entropy: it is zero when student equals teacher.
     """
     if student_logits.shape != teacher_probabilities.shape:
         raise ValueError(
@@ -72,5 +79,7 @@ def distillation_loss(
     if hard_weight == 0:
         return soft_weight * soft
     logits = student_logits.float().reshape(members * batch, classes)
-    hard = F.cross_entropy(logits, labels.repeat(members), ignore_index=-1, reduction="sum") / (members * batch)
+    every = labels.repeat(members)
+    hard = F.cross_entropy(logits, every, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
+    hard = hard / (members * batch)
     return soft_weight * soft + hard_weight * hard

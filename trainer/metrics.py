@@ -10,7 +10,8 @@ ECE_BINS = 15
 def summarise(labels, top5, top5_probability, label_probability, squared_error) -> dict[str, float]:
     """The figures of one row.
 
-    labels: [n].  top5: [n, 5], most probable class first.  top5_probability: [n, 5].  label_probability: [n], of the true
+    labels: [n].  top5: [n, 5], most probable class first.  top5_probability: [n, 5].  label_probability: [n], of the
+    true
     class.  squared_error: [n], sum over classes of (p - y)^2, the usual Brier score.  nll is in nats.
     """
     labels, top5 = np.asarray(labels), np.asarray(top5)
@@ -51,7 +52,8 @@ def expected_calibration_error(bins: list[dict[str, float]]) -> float:
 def conditional_accuracy(probabilities, labels, members) -> float | None:
     """Accuracy on examples of the classes `members`, predictions restricted to them.  Hinton et al. 2015, section 5.4.
 
-    probabilities: [n, C] or already [n, |members|] in the order of `members`.  None where no example is of these classes.
+    probabilities: [n, C] or already [n, |members|] in the order of `members`.  None where no example is of these
+    classes.
     """
     labels, members = np.asarray(labels), np.asarray(members)
     inside = np.isin(labels, members)

@@ -25,13 +25,19 @@ def classify(label_smoothing: float = 0.0, log_prior: Tensor | None = None) -> O
     return objective
 
 
-def specialise_in(members: np.ndarray, num_classes: int, shift: float, label_smoothing: float = 0.0) -> Objective:
-    """Learn the classes `members` and one dustbin for the rest, the shift of the oversampling inside the loss."""
+def specialise_in(
+    members: np.ndarray, num_classes: int, shift: float, label_smoothing: float = 0.0, log_prior: Tensor | None = None
+) -> Objective:
+    """Learn the classes `members` and one dustbin for the rest, the shift of the oversampling inside the loss.
+
+    log_prior: [|S_m|], where the stream resamples the members among themselves.
+    """
     columns = specialist_columns(members, num_classes)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         targets = columns.to(batch.labels.device)[batch.labels]
-        return specialist_loss(network(batch.inputs), targets, shift, label_smoothing)
+        prior = None if log_prior is None else log_prior.to(batch.labels.device)
+        return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior)
 
     return objective
 
@@ -45,7 +51,7 @@ def distil(teacher: Callable[[Batch], Tensor], student: Student) -> Objective:
             target = teacher(batch)
         return distillation_loss(
             logits[None], target[None].to(logits.device), batch.labels, student.temperature, student.soft_weight,
-            student.hard_weight,
+            student.hard_weight, student.label_smoothing,
         )  # fmt: skip
 
     return objective

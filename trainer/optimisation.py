@@ -26,7 +26,8 @@ def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optim
 def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
     """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then by `schedule.schedule`.
 
-    cosine: to zero.  onecycle: the rise starts at 1/25 of the peak and is a cosine too (Smith & Topin 2018).  constant: flat.
+    cosine: to zero.  onecycle: the rise starts at 1/25 of the peak and is a cosine too (Smith & Topin 2018).
+    constant: flat.
     """
     peak, rise = schedule.learning_rate, max(1, round(schedule.warmup * steps)) if schedule.warmup else 0
     if step < rise:

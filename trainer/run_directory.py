@@ -1,7 +1,9 @@
 """The run directory is the whole state of a run.  No torch here.
 
-A stage's place holds `attempts/ID/` (one for each try), `checkpoints/`, and, once it is done, `DONE`.  The first attempt that
-hard-links its DONE into place wins, so two copies of one job cannot harm each other; the winner's files are published by links.
+A stage's place holds `attempts/ID/` (one for each try), `checkpoints/`, and, once it is done, `DONE`.  The first
+attempt that
+hard-links its DONE into place wins, so two copies of one job cannot harm each other; the winner's files are
+published by links.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def digest(value) -> str:
 class Stage:
     """One stage's place in the run: what it is, whether it is done, and where an attempt writes.
 
-    place: its directory below RUN.  key: the hash of the config sections it reads and of its inputs' keys, so that a changed
+    place: its directory below RUN.  key: the hash of the config sections it reads and of its inputs' keys, so that a
+    changed
     section changes the key of every stage behind it.
     """
 
@@ -110,7 +113,8 @@ class Stage:
         return Attempt(self, attempt, directory)
 
     def clear(self) -> None:
-        """Forget everything of this stage: checkpoints, attempts, DONE first, so that no half-cleared stage looks done."""
+        """Forget everything of this stage: checkpoints, attempts, DONE first, so that no half-cleared stage looks
+        done."""
         (self.directory / "DONE").unlink(missing_ok=True)
         for child in list(self.directory.iterdir()) if self.directory.exists() else []:
             if child.is_symlink() or child.is_file():
@@ -227,7 +231,8 @@ class RunDirectory:
 
     @cached_property
     def controls(self) -> dict[str, Stage]:
-        """control_wall-0, -1, ... (one peak rate each), control_compute, and student_hard, the twin of students.main."""
+        """control_wall-0, -1, ... (one peak rate each), control_compute, and student_hard, the twin of
+        students.main."""
         if not self.config.controls.enabled:
             return {}
         sections = ["specialists", "controls", "clusters"]
@@ -244,7 +249,8 @@ class RunDirectory:
 
     @cached_property
     def combine(self) -> Stage:
-        """The joint opinion: what is fitted on val, and the teacher's stored answers.  RUN/ensemble.json is its file."""
+        """The joint opinion: what is fitted on val, and the teacher's stored answers.  RUN/ensemble.json is its
+        file."""
         return self._stage("combine", "ensemble", ["ensemble"], self.specialists)
 
     @cached_property
@@ -284,7 +290,8 @@ def _file_hash(path: Path | None) -> str | None:
 def _identities(pattern: str) -> list:
     """What a split's shards are, whatever directory they lie in: per source its file names and its manifest's hash.
 
-    Data made anew under the same name is other data, data moved elsewhere the same.  Without a manifest the path counts.
+    Data made anew under the same name is other data, data moved elsewhere the same.  Without a manifest the path
+    counts.
     """
     found = []
     for source in pattern.split("::"):

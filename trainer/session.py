@@ -203,7 +203,7 @@ class Session:
         try:
             return widen(generalist, fresh.spec, torch.Generator().manual_seed(self.config.seed))
         except ValueError as mistake:
-            raise UserError(f'{mistake}; a student of another shape than the generalist needs start = "scratch"') from None
+            raise UserError(f'{mistake}; a student of another shape needs start = "scratch"') from None
 
     def given_generalist(self) -> Classifier | None:
         """The network that [generalist] from names: a run, or a directory with model.safetensors and model.json."""

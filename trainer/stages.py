@@ -25,9 +25,10 @@ from clustering import (
 from networks import freeze_norm, set_trainable, specialise
 
 from .config import Schedule, Student, UserError
-from .data.routing import open_routed, route as route_samples
+from .data.routing import open_routed
+from .data.routing import route as route_samples
 from .data.streams import Source, TrainingStream, balanced, shuffled
-from .distillation.teachers import stored_teacher, live_teacher, store_answers
+from .distillation.teachers import live_teacher, store_answers, stored_teacher
 from .evaluation import evaluate_all, fit_weight, validate_classifier, validate_specialist
 from .losses import dustbin_shift
 from .objectives import classify, distil, specialise_in
@@ -129,12 +130,13 @@ def route(session: Session, stage: Stage) -> None:
         if session.ranks.is_main:
             for m, members in enumerate(session.groups().members):
                 if m not in session.skipped():
-                    route_samples(session.shards("train"), members, attempt.path(f"{m:03d}/index").parent, config.route,
+                    route_samples(session.shards("train"), members, attempt.directory / f"{m:03d}", config.route,
                                   config.route_max_bytes)  # fmt: skip
 
 
 def specialist(session: Session, stage: Stage, index: int) -> None:
-    """The generalist again, asked one group's classes and a dustbin: half its batch from the group, half from the rest."""
+    """The generalist again, asked one group's classes and a dustbin: half its batch from the group, half from the
+    rest."""
     schedule, members = session.config.specialists, session.groups().members[index]
     with session.attempt(stage) as attempt:
         if index in session.skipped():
@@ -146,20 +148,21 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
         outside_ids = np.flatnonzero(~np.isin(general.labels, members))
         natural = len(inside_ids) / general.num_samples
         seed, batch = session.seed("specialist", index), schedule.batch_size
+        own = min(max(1, round(schedule.fraction * batch)), batch - 1) if len(outside_ids) else batch
+        order = balanced(inside.labels, seed, schedule.balance, inside_ids)
+        sources = [Source(inside, order, own)]
+        shift = 0.0  # where S_m is every class nothing falls into the dustbin
         if len(outside_ids):
-            own = min(max(1, round(schedule.fraction * batch)), batch - 1)
+            sources.append(Source(general, shuffled(outside_ids, seed + 1), batch - own))
             shift = dustbin_shift(natural, own / batch)
-            sources = [Source(inside, shuffled(inside_ids, seed), own),
-                       Source(general, shuffled(outside_ids, seed + 1), batch - own)]  # fmt: skip
-        else:  # S_m is every class: nothing falls into the dustbin
-            shift, sources = 0.0, [Source(inside, shuffled(inside_ids, seed), batch)]
+        log_prior = balanced_log_prior(general.class_counts[members], schedule.balance)
         network = session.load(session.run.generalist)
         torch.manual_seed(seed)
         network = specialise(network, members, dustbin=schedule.dustbin)
         freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
         judge = validate_specialist(session, members)
         network, summary = session.train(
-            attempt, network, specialise_in(members, session.num_classes, shift, schedule.label_smoothing),
+            attempt, network, specialise_in(members, session.num_classes, shift, schedule.label_smoothing, log_prior),
             TrainingStream(sources, seed, session.config.data.augment), schedule,
             specialist_steps(schedule, len(inside_ids)), judge.loss,
         )  # fmt: skip
@@ -169,7 +172,8 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
 
 
 def combine(session: Session, stage: Stage) -> None:
-    """The joint opinion, eq. 5: what it needs beside the networks, fitted on val, and its answers on the training data."""
+    """The joint opinion, eq. 5: what it needs beside the networks, fitted on val, and its answers on the training
+    data."""
     config = session.config.ensemble
     with session.attempt(stage) as attempt:
         absent = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
@@ -220,7 +224,8 @@ def student(session: Session, stage: Stage, name: str) -> None:
         if schedule.method == "hard":
             objective = classify(schedule.label_smoothing)
         elif session.teacher_is_stored:
-            objective = distil(stored_teacher(session.run.combine.path("answers"), stream.sources, session.num_classes), schedule)
+            answers = session.run.combine.path("answers")
+            objective = distil(stored_teacher(answers, stream.sources, session.num_classes), schedule)
         else:
             objective = distil(live_teacher(session.ensemble()), schedule)
         network, summary = session.train(
@@ -255,18 +260,15 @@ STAGES = {
 def general_lesson(session: Session, schedule: Schedule, seed: int | None = None):
     """All classes: the stream and the objective, the prior of a balanced stream carried through the loss."""
     shards, seed = session.shards("train"), session.config.seed if seed is None else seed
-    everything = np.arange(shards.num_samples)
-    if not schedule.balance:
-        order, log_prior = shuffled(everything, seed), None
-    else:
-        order = balanced(shards.labels, seed, schedule.balance)
-        log_prior = balanced_log_prior(shards.class_counts, schedule.balance)
+    order = balanced(shards.labels, seed, schedule.balance)
+    log_prior = balanced_log_prior(shards.class_counts, schedule.balance) if schedule.balance else None
     stream = TrainingStream([Source(shards, order, schedule.batch_size)], seed, session.config.data.augment)
     return stream, classify(schedule.label_smoothing, log_prior)
 
 
 def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tensor:
-    """float32 [C]: log of each class's share in a stream balanced by `exponent` over its natural share, 0 where absent."""
+    """float32 [C]: log of each class's share in a stream balanced by `exponent` over its natural share, 0 where
+    absent."""
     natural = class_counts / class_counts.sum()
     sampled = np.where(class_counts > 0, np.power(np.maximum(natural, 1e-12), 1 - exponent), 0)
     sampled = sampled / sampled.sum()
@@ -275,16 +277,21 @@ def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tenso
 
 
 def student_lesson(session: Session, schedule: Student, transfer: bool = True):
-    """A student's network, stream and number of steps.  Its twin with hard labels has the same, but for unlabelled inputs.
+    """A student's network, stream and number of steps.  Its twin with hard labels has the same, but for unlabelled
+    inputs.
 
-    An epoch is one of train.  The stream's sources are train and, where [data] names them, the transfer inputs that only a teacher can say something of.
+    An epoch is one of train.  The stream's sources are train and, where [data] names them, the transfer inputs that
+    only a teacher can say something of.
     """
     train, seed = session.shards("train"), session.seed("student", 0)
     sets, counts = [train], [schedule.batch_size]
     if transfer and session.config.data.transfer:
         sets = [train, session.shards("transfer")]
-        share = len(sets[1]) / (len(train) + len(sets[1])) if schedule.transfer_share is None else schedule.transfer_share
-        counts = [schedule.batch_size - round(share * schedule.batch_size), round(share * schedule.batch_size)]
+        share = schedule.transfer_share
+        if share is None:
+            share = len(sets[1]) / (len(train) + len(sets[1]))
+        unlabelled = round(share * schedule.batch_size)
+        counts = [schedule.batch_size - unlabelled, unlabelled]
     sources = [
         Source(shards, shuffled(np.arange(shards.num_samples), seed + number), count)
         for number, (shards, count) in enumerate(zip(sets, counts, strict=True)) if count

@@ -38,6 +38,7 @@ def test_control_wall_tries_three_rates_around_the_specialists():
         ("model.name=resnett", "did you mean resnet?"),
         ("data.augment=flip", "must be one of none, shift, flip-crop or module:function"),
         ("specialists.trainable=last-0-blocks", "must be one of all, head or last-N-blocks"),
+        ("students.main.balance=0.5", "students learn at natural frequencies"),
         ("train.steps", "write section.key=value"),
         ("seed.x=1", "seed"),
         ("students.a b.steps=1", "a student's name is letters"),

@@ -29,9 +29,21 @@ def test_dustbin_shift_refuses_a_share_that_is_none_or_all(natural, training):
         dustbin_shift(natural, training)
 
 
+def test_specialist_prior_and_shift_recover_natural_frequencies_of_a_resampled_group():
+    """Classes a, b of S_m and the rest: naturally .06, .02, .92; in training a quarter, a quarter and half."""
+    natural, training = torch.tensor([0.06, 0.02, 0.92]).double(), torch.tensor([0.25, 0.25, 0.5]).double()
+    log_prior = (torch.tensor([0.5, 0.5]) / torch.tensor([0.75, 0.25])).log().double()
+    logits = natural.log().expand(3, 3)  # says nothing but the natural frequencies
+    shift = dustbin_shift(0.08, 0.5)
+    per_class = [float(specialist_loss(logits[:1], torch.tensor([c]), shift, log_prior=log_prior)) for c in range(3)]
+    for c in range(3):  # and so its training loss is that of the training frequencies, the best there is
+        assert per_class[c] == pytest.approx(-math.log(training[c]), rel=1e-5)
+
+
 @given(natural=st.floats(0.01, 0.9), training=st.floats(0.05, 0.95))
 def test_dustbin_shift_recovers_the_true_prior(natural, training):
-    """With inputs that say nothing, the loss's minimiser at training shares answers with the natural shares unshifted."""
+    """With inputs that say nothing, the loss's minimiser at training shares answers with the natural shares
+    unshifted."""
     # Classes: one in S_m, the rest in the dustbin.  The minimiser's shifted probabilities are the training shares.
     shifted = torch.tensor([math.log(training), math.log(1 - training)], dtype=torch.float64)
     unshifted = shifted + torch.tensor([0.0, dustbin_shift(natural, training)], dtype=torch.float64)

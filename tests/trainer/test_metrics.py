@@ -38,7 +38,8 @@ def test_macro_top1_leaves_out_classes_without_examples():
 
 def test_conditional_accuracy_restricts_predictions_to_the_members():
     p = np.array([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.1, 0.5, 0.4]])
-    # Classes 1 and 2 only: example 0 (class 1) is right once class 0 is out; example 1 (class 2) right; example 2 wrong.
+    # Classes 1 and 2 only: example 0 (class 1) is right once class 0 is out; example 1 (class 2) right; example 2
+    # wrong.
     assert conditional_accuracy(p, [1, 2, 2], [1, 2]) == pytest.approx(2 / 3)
     assert conditional_accuracy(p[:, 1:], [1, 2, 2], [1, 2]) == pytest.approx(2 / 3)
     assert conditional_accuracy(p, [0, 0, 0], [1, 2]) is None

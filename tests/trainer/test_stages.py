@@ -6,7 +6,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-
 from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
 from clustering import ClassGroups
@@ -146,7 +145,7 @@ def test_a_specialist_that_only_gets_worse_stays_the_generalist(data, finished, 
     with process_group(config.engine) as ranks:
         session = Session(run, ranks)
         generalist, specialist = session.load(run.generalist), session.load(run.specialists[0])
-        members = torch.as_tensor(session.groups().members[0])
+        members = torch.tensor(session.groups().members[0])
         inputs = torch.as_tensor(session.shards("test").inputs(np.arange(20)))
         inside = generalist(inputs).softmax(1)[:, members]
         torch.testing.assert_close(specialist(inputs).softmax(1)[:, :-1], inside, rtol=1e-4, atol=1e-6)
@@ -164,6 +163,12 @@ def test_a_student_learns_on_unlabelled_inputs_too(data, finished, tmp_path, aug
     assert stored.exists() == (augment == "none")
     if stored.exists():
         assert read_json(stored / "transfer" / "answers.json")["samples"] == 10 * NUM_CLASSES
+
+
+def test_a_balanced_run_trains_specialists_on_balanced_groups(data, tmp_path):
+    until = {"generalist", "measure", "cluster", "route", "specialist"}
+    run = run_all(tmp_path / "run", toy_config(data, "train.balance=1.0"), only=until)
+    assert all(stage.is_done for stage in run.specialists)
 
 
 @pytest.mark.parametrize("method", ["classifier", "raw", "random"])

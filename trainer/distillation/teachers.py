@@ -51,12 +51,14 @@ def store_answers(session, ensemble, attempt: Attempt) -> None:
 
 
 def stored_teacher(directory: Path, sources, num_classes: int) -> Teacher:
-    """The stored answers to the inputs of a stream's `sources` as probabilities; the tail is even over the other classes."""
+    """The stored answers to the inputs of a stream's `sources` as probabilities; the tail is even over the other
+    classes."""
     answers = []
     for source in sources:
         place, facts = directory / source.shards.split, read_json(directory / source.shards.split / "answers.json")
         assert (facts["fingerprint"], facts["num_classes"]) == (source.shards.fingerprint, num_classes), place
-        answers.append([np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in ("indices", "values")])
+        files = [place / "indices.npy", place / "values.npy"]
+        answers.append([np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
 
     def teacher(batch: Batch) -> Tensor:
         ids, origin = batch.ids.cpu().numpy(), batch.source.cpu().numpy()
@@ -71,7 +73,8 @@ def stored_teacher(directory: Path, sources, num_classes: int) -> Teacher:
 
 
 def spread(indices: Tensor, values: Tensor, num_classes: int) -> Tensor:
-    """[B, C] probabilities from the top k: indices, values [B, k]; what is missing to 1 is spread over the C - k others."""
+    """[B, C] probabilities from the top k: indices, values [B, k]; what is missing to 1 is spread over the C - k
+    others."""
     tail = (1 - values.sum(1, keepdim=True)).clamp_min(0)
     others = num_classes - indices.shape[1]
     if others == 0:

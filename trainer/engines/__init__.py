@@ -1,4 +1,5 @@
-"""How a step is taken on many ranks.  An engine has prepare, backward, step, save / load and export; the loop knows no more."""
+"""How a step is taken on many ranks.  An engine has prepare, backward, step, save / load and export; the loop knows
+no more."""
 
 
 def build_engine(config, ranks):
