@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import tomli_w
 import typer
 from rich.console import Console
 from rich.live import Live
@@ -25,7 +27,7 @@ from trainer.run_directory import RunDirectory, Stage
 from . import demo as demos
 from .display import Display
 from .journal import read_journal
-from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, trainer_command
+from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, tethered, trainer_command
 from .machine import this_machine
 from .plan import Job, plan
 from .prepare import check, check_place, lay_out, save_environment
@@ -80,6 +82,9 @@ def prepare(
 ) -> int:
     """Check the config and lay out the run's directory; start nothing."""
     found, stale = check(_config(config, run, set), run, force)
+    code = check_by_trainer(found.config, this_machine(found.config).ranks)
+    if code:
+        return code
     with locked(run):
         lay_out(found, plan(found, this_machine(found.config).ranks), stale)
     _console().print(Text(f"{run} is ready: referral run --run {shlex.quote(str(run))}"), soft_wrap=True)
@@ -182,6 +187,10 @@ def start(
         show_plan(found, jobs, stale, console)
         return 0
     code = 0
+    if stale or not (found.root / "config.toml").exists():
+        code = check_by_trainer(found.config, jobs[0].processes)
+        if code:
+            return code
     if not all(job.is_done for job in jobs):
         with locked(found.root):
             lay_out(found, jobs, stale)
@@ -191,6 +200,17 @@ def start(
     if found.report.is_done:
         show_results(found, console)
     return code
+
+
+def check_by_trainer(config: Config, processes: int) -> int:
+    """What only torch and a look into the shards can find wrong, before anything is written.  The trainer says what.
+
+    A login node without torch leaves it to the first job.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    command = [*(FAKE or TRAINER), "check", "--processes", str(processes)]
+    return subprocess.run(tethered(command), input=tomli_w.dumps(config.dump()), text=True).returncode
 
 
 def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:

@@ -84,12 +84,12 @@ def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Con
 def announcement(root: Path, quick: bool) -> str:
     if quick:
         return (
-            f"{root}: only a look at every stage, about 2 minutes on 2 cores; fewer classes and steps than the demo, "
+            f"{root}: only a look at every stage, about a minute on 2 cores; fewer classes and steps than the demo, "
             f"so its figures mean little"
         )
     return (
         f"{root}: renders glyphs, trains a generalist, a specialist for each group of classes that it confuses, "
-        f"controls and students; about 8 minutes on 2 cores"
+        f"controls and students; about 6 minutes on 2 cores"
     )
 
 

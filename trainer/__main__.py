@@ -82,6 +82,12 @@ def shards(argv: list[str]) -> int:
     return shards_main(argv)
 
 
+def check(argv: list[str]) -> int:
+    from .checking import main as check_main
+
+    return check_main(argv)
+
+
 def doctor(argv: list[str]) -> int:
     from .doctor import main as doctor_main
 
@@ -100,7 +106,7 @@ def predict(argv: list[str]) -> int:
     return predict_main(argv)
 
 
-COMMANDS = {"shards": shards, "doctor": doctor, "export": export, "predict": predict}
+COMMANDS = {"check": check, "shards": shards, "doctor": doctor, "export": export, "predict": predict}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

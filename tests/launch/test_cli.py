@@ -85,6 +85,12 @@ def test_bad_config_is_one_clear_line_and_exit_2_and_nothing_written(ward, refer
     assert len(err.splitlines()) == len(overrides)
 
 
+@pytest.mark.parametrize("command", ["run", "prepare"])
+def test_what_the_trainer_finds_wrong_stops_before_anything_is_written(ward, referral, command):
+    code, _, _ = referral(command, ward.write_config(), "--run", "run", "--set", "data.input=unlucky")
+    assert code == 2 and not ward.run_path.exists()
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

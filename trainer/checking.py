@@ -1,0 +1,68 @@
+"""`python -m trainer check`: what only torch and a look into the shards can find wrong with a config, before RUN is
+made.
+
+The config comes as TOML on standard input.  Silence and exit code 0: nothing was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tomllib
+
+import torch
+
+from .config import Config, UserError, load_config
+from .data.augment import find_augment
+from .data.shards import open_shards
+from .distributed import Ranks, choose_device
+from .loop import check_batch_size
+from .run_directory import RunDirectory
+from .session import Session
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="trainer check", description=__doc__)
+    parser.add_argument("--processes", type=int, default=1, help="ranks of the generalist")
+    args = parser.parse_args(argv)
+    check(load_config(None, [], tomllib.loads(sys.stdin.read())), args.processes)
+    return 0
+
+
+def check(config: Config, processes: int) -> None:
+    """Raises UserError for shards that cannot be read or do not belong together, networks that cannot be built, batches
+    that the ranks cannot share."""
+    choose_device(config.engine)
+    check_batch_size(config.train.batch_size, processes, config.train.accumulation)
+    for schedule in (config.specialists, *config.students.values()):
+        check_batch_size(schedule.batch_size, 1, schedule.accumulation)
+    find_augment(config.data.augment)
+    check_shards(config)
+    # Nothing is written: no cache, and a run directory that is not there.
+    plain = config.model_copy(update={"data": config.data.model_copy(update={"cache": "none"})})
+    session = Session(RunDirectory(os.devnull, plain), Ranks(0, 1, torch.device("cpu")))
+    if session.given_generalist() is None:
+        session.fresh_network()
+    for student in config.students.values():
+        session.fresh_network(student)
+
+
+def check_shards(config: Config) -> None:
+    """Every split opens; val and test have the classes and the shape of train."""
+    train = open_shards(config.data.train, config.data, "train")
+    for split in ("val", "test"):
+        shards = open_shards(getattr(config.data, split), config.data, split)
+        if shards.class_names != train.class_names:
+            raise UserError(f"data.{split} has other classes than data.train: they need one label set")
+        if shards.input_shape != train.input_shape:
+            raise UserError(
+                f"data.{split} has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
+            )
+    if config.data.transfer:
+        data = config.data.model_copy(update={"label": "", "classes": None})
+        shards = open_shards(config.data.transfer, data, "transfer")
+        if shards.input_shape != train.input_shape:
+            raise UserError(
+                f"data.transfer has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
+            )
