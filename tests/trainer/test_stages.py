@@ -111,6 +111,38 @@ def test_a_stage_killed_between_checkpoints_ends_with_the_same_weights(data, fin
     assert [r["step"] for r in rows if "loss" in r] == [10, 20, 30, 40, 50, 60]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.ema=0.9", "train.validate_every=15"),
+        ("train.clip_norm=0.5", "train.schedule=onecycle", "train.label_smoothing=0.1"),
+        ("train.optimizer=sgd", "train.learning_rate=0.3", "model.dropout=0.2"),
+        ("train.patience=3", "train.validate_every=10"),
+        ("engine.precision=bf16", "train.balance=0.5"),
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_each_way_to_train_learns_and_resumes_exactly(data, tmp_path, monkeypatch, overrides):
+    """Averages, dropout's random state and the best weights so far are all in a checkpoint."""
+    config = toy_config(data, *overrides)
+    whole = run_all(tmp_path / "whole", config, only={"generalist"})
+    original = loop.save_checkpoint
+
+    def die_at_40(directory, step, state, keep):
+        original(directory, step, state, keep)
+        if step == 40:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "save_checkpoint", die_at_40)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path / "killed", config, only={"generalist"})
+    monkeypatch.undo()
+    killed = run_all(tmp_path / "killed", config, only={"generalist"})
+    weights = [run.generalist.path("model.safetensors").read_bytes() for run in (whole, killed)]
+    assert weights[0] == weights[1]
+    assert read_json(whole.generalist.path("summary.json"))["val"]["top1"] > 5 / NUM_CLASSES
+
+
 def test_a_stop_signal_leaves_a_checkpoint_and_asks_for_requeue(data, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(loop.StopSignal, "agreed", lambda self, ranks: next(counter) == 13)
     counter = iter(range(1000))
