@@ -25,6 +25,9 @@ NEGLIGIBLE = 1e-20
 SURE = 0.3
 QUICK_STEPS = 8
 MAX_STEPS = 200
+# What unrolled steps add to a unit diagonal: above the rounding of 30 specialists' pivots, and no more than a step's
+# last digits.
+RIDGE = 1e-14
 # The smallest target that the long way aims at: its effect on the objective is below float64's resolution of it.
 SMALLEST_TARGET = 1e-14
 
@@ -78,7 +81,7 @@ def pattern_masses(
     if steps is not None:
         state = _start(A, d, members)
         for _ in range(steps):
-            direction = _direction(A, d, state, members, solve=_eliminated if portable else None)
+            direction = _direction(A, d, state, members, solve=_eliminated if portable else _bounded)
             state = _moved(state, direction, *state.rooms(direction))
         return state.Y
     with torch.no_grad():
@@ -171,13 +174,30 @@ def _eliminated(matrix: Tensor, right: Tensor) -> Tensor:
     """Gauss and Jordan's elimination, written out: products and sums alone, which every runtime has.  The matrix is
     positive definite."""
     size = matrix.shape[-1]
-    work = torch.cat([matrix, right[..., None]], -1)
+    matrix, scale = _scaled(matrix)
+    work = torch.cat([matrix, (right * scale)[..., None]], -1)
     for pivot in range(size):
         row = work[:, pivot : pivot + 1] / work[:, pivot : pivot + 1, pivot : pivot + 1]
         others = [work[:, :pivot] - work[:, :pivot, pivot : pivot + 1] * row, row]
         others.append(work[:, pivot + 1 :] - work[:, pivot + 1 :, pivot : pivot + 1] * row)
         work = torch.cat(others, 1)
-    return work[..., -1]
+    return work[..., -1] * scale
+
+
+def _bounded(matrix: Tensor, right: Tensor) -> Tensor:
+    """_cholesky of the scaled matrix, for steps that nothing can follow up."""
+    matrix, scale = _scaled(matrix)
+    return _cholesky(matrix, right * scale) * scale
+
+
+def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix with a diagonal of 1 + RIDGE, and by what right side and solution are to be multiplied.
+
+    Rounding cannot then leave a pivot at zero or below, which would be NaN for good.
+    """
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    scale = 1 / torch.sqrt((matrix * identity).sum(-1))
+    return matrix * scale[..., :, None] * scale[..., None, :] + RIDGE * identity, scale
 
 
 def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Membership) -> Tensor:

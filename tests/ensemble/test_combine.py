@@ -209,6 +209,18 @@ def test_fixed_steps_reach_the_optimum():
     )
 
 
+@pytest.mark.parametrize("specialists", [11, 30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fixed_steps_are_near_and_never_nan_where_opinions_underflow(specialists, dtype):
+    groups, g, p = opinions(3, 256, 160, specialists, 40, 80, True)
+    g, p = g.to(dtype), [x.to(dtype) for x in p]
+    q = combine_kl(g, p, groups, method="newton-fixed")
+    assert bool(torch.isfinite(q).all())
+    torch.testing.assert_close(q.sum(1), torch.ones(256, dtype=dtype), rtol=0, atol=1e-4)
+    off = (q - combine_kl(g, p, groups)).abs().amax(1)
+    assert off.max() < 0.05 and (off > 1e-5).double().mean() < 0.1
+
+
 @pytest.mark.parametrize("tiny", [0.0, 1e-300, 1e-40, 1e-33, 1e-29, 1e-22, 1e-12])
 def test_the_mass_outside_reaches_the_dustbin_however_little_the_generalist_left_there(tiny):
     groups = ClassGroups([[0, 1]], 4)
