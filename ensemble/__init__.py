@@ -8,6 +8,7 @@ _HOMES = {
     "gate": "gating",
     "COMBINERS": "neighbours",
     "fit_weights": "fitting",
+    "fit_temperature": "fitting",
     "fit_temperatures": "fitting",
     "SpecialistEnsemble": "specialist_ensemble",
     "Consultation": "specialist_ensemble",

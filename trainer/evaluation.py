@@ -7,14 +7,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from clustering import captured_confusion
-from ensemble import COMBINERS
+from ensemble import COMBINERS, fit_temperature
 
 from .data.streams import Batch
-from .metrics import conditional_accuracy, reliability, summarise
+from .metrics import reliability, summarise
 from .objectives import specialist_columns
 from .run_directory import Attempt, read_json, write_json
 from .session import Session, read_summary
@@ -71,16 +70,6 @@ class validate_specialist:
 
     def temperature(self, network: nn.Module) -> float:
         return fit_temperature(*self.answers(network))
-
-
-def fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """The T in [1/4, 4] that minimises the cross-entropy of softmax(logits / T) (Guo et al. 2017, section 4.2)."""
-    logits = logits.double()
-    found = minimize_scalar(
-        lambda log_t: float(F.cross_entropy(logits / np.exp(log_t), targets)), bounds=(-np.log(4), np.log(4)),
-        method="bounded", options={"xatol": 1e-3},
-    )  # fmt: skip
-    return float(np.exp(found.x))
 
 
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
@@ -246,6 +235,3 @@ def add_costs(first: dict, second: dict) -> dict:
         "examples_seen": first["examples_seen"] + second["examples_seen"],
         "peak_memory_bytes": max(first["peak_memory_bytes"], second["peak_memory_bytes"]),
     }
-
-
-__all__ = ["conditional_accuracy", "evaluate_all", "fit_temperature", "validate_classifier", "validate_specialist"]

@@ -47,19 +47,3 @@ def expected_calibration_error(bins: list[dict[str, float]]) -> float:
     """sum over bins of n_b / n |accuracy - confidence| (Guo et al. 2017, eq. 3)."""
     total = sum(b["count"] for b in bins)
     return sum(b["count"] / total * abs(b["accuracy"] - b["confidence"]) for b in bins)
-
-
-def conditional_accuracy(probabilities, labels, members) -> float | None:
-    """Accuracy on examples of the classes `members`, predictions restricted to them.  Hinton et al. 2015, section 5.4.
-
-    probabilities: [n, C] or already [n, |members|] in the order of `members`.  None where no example is of these
-    classes.
-    """
-    labels, members = np.asarray(labels), np.asarray(members)
-    inside = np.isin(labels, members)
-    if not inside.any():
-        return None
-    p = np.asarray(probabilities)[inside]
-    if p.shape[1] != len(members):
-        p = p[:, members]
-    return float((members[p.argmax(axis=1)] == labels[inside]).mean())

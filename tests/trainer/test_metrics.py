@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trainer.metrics import conditional_accuracy, expected_calibration_error, reliability, summarise
+from trainer.metrics import expected_calibration_error, reliability, summarise
 
 
 def test_figures_of_a_hand_worked_example():
@@ -34,12 +34,3 @@ def test_a_calibrated_forecaster_has_no_calibration_error():
 def test_macro_top1_leaves_out_classes_without_examples():
     row = summarise([5, 5], [[5, 0, 1, 2, 3], [0, 5, 1, 2, 3]], np.full((2, 5), 0.2), [0.2, 0.2], [1, 1])
     assert row["macro_top1"] == 0.5
-
-
-def test_conditional_accuracy_restricts_predictions_to_the_members():
-    p = np.array([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.1, 0.5, 0.4]])
-    # Classes 1 and 2 only: example 0 (class 1) is right once class 0 is out; example 1 (class 2) right; example 2
-    # wrong.
-    assert conditional_accuracy(p, [1, 2, 2], [1, 2]) == pytest.approx(2 / 3)
-    assert conditional_accuracy(p[:, 1:], [1, 2, 2], [1, 2]) == pytest.approx(2 / 3)
-    assert conditional_accuracy(p, [0, 0, 0], [1, 2]) is None
