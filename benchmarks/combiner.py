@@ -1,6 +1,7 @@
 """What eq. 5 costs, beside softmax of the same tensor and beside gradient descent, and how exact it is.
 
-    python -m benchmarks.combiner [--quick] [--trained RUN]        about 4 minutes on one core
+    python -m benchmarks.combiner [--quick] [--trained RUN]        about a minute on one core; exactness by a sample
+    python -m benchmarks.combiner --exactness [--trained RUN]      exactness alone, in full; about 6 minutes
 
 Each call is timed in turn with the softmax, on one thread.  Where the machine does other work, wall time is partly that
 work's; CPU time is not, but for the caches.
