@@ -256,6 +256,17 @@ problems = {
 some = settings(max_examples=25, deadline=None)
 
 
+def assert_same_answer(one, other, scale, g, p, groups, active=None):
+    """Equally good, to 1e-9 of the objective, for any opinions; and the same to 1e-9 where they determine the answer.
+
+    With logits of scale 20 and more the objective is so flat in some directions that changes of q by 1e-6 change it by
+    less than its rounding: there float64 knows the optimum, but not which q it is any better.
+    """
+    values = [objective(q, g, p, groups, active) for q in (one, other)]
+    torch.testing.assert_close(*values, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-9 if scale < 20 else 1e-5)
+
+
 def random_active(seed, rows, specialists):
     return torch.rand(rows, specialists, generator=torch.Generator().manual_seed(seed)) < 0.6
 
@@ -281,10 +292,9 @@ def test_each_row_is_answered_as_if_alone(**problem):
     groups, g, p = opinions(**problem)
     active = random_active(problem["seed"], len(g), len(p))
     together = combine_kl(g, p, groups, active)
-    for row in range(len(g)):
-        one = slice(row, row + 1)
-        alone = combine_kl(g[one], [x[one] for x in p], groups, active[one])
-        torch.testing.assert_close(alone, together[one], rtol=0, atol=1e-9)
+    rows = [slice(row, row + 1) for row in range(len(g))]
+    alone = torch.cat([combine_kl(g[one], [x[one] for x in p], groups, active[one]) for one in rows])
+    assert_same_answer(alone, together, problem["scale"], g, p, groups, active)
 
 
 @some
@@ -298,9 +308,8 @@ def test_relabelling_classes_permutes_the_answer(**problem):
     p_renamed = [torch.cat([x[:, :-1][:, o], x[:, -1:]], 1) for x, o in zip(p, orders, strict=True)]
     g_renamed = torch.empty_like(g)
     g_renamed[:, new_name] = g
-    torch.testing.assert_close(
-        combine_kl(g_renamed, p_renamed, renamed)[:, new_name], combine_kl(g, p, groups), rtol=0, atol=1e-9
-    )
+    renamed_answer = combine_kl(g_renamed, p_renamed, renamed)[:, new_name]
+    assert_same_answer(renamed_answer, combine_kl(g, p, groups), problem["scale"], g, p, groups)
 
 
 @some
@@ -309,9 +318,8 @@ def test_order_of_specialists_does_not_matter(**problem):
     groups, g, p = opinions(**problem)
     order = np.random.default_rng(problem["seed"]).permutation(len(p))
     shuffled = ClassGroups([groups.members[m] for m in order], groups.num_classes)
-    torch.testing.assert_close(
-        combine_kl(g, [p[m] for m in order], shuffled), combine_kl(g, p, groups), rtol=0, atol=1e-9
-    )
+    reordered = combine_kl(g, [p[m] for m in order], shuffled)
+    assert_same_answer(reordered, combine_kl(g, p, groups), problem["scale"], g, p, groups)
 
 
 def agreeing(q, classes):
