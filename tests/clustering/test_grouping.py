@@ -60,6 +60,7 @@ def test_many_planted_groups_are_found(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("num_classes", [15_000, 100_000])
 def test_planted_groups_are_found_among_many_classes(num_classes):
     statistics, group_of = planted_statistics(num_classes, 300, 10)

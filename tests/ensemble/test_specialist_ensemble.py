@@ -250,6 +250,7 @@ def test_the_exported_program_equals_the_ensemble_at_another_batch_size(networks
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # torch's exporter takes minutes on a busy machine
 def test_onnx_equals_the_ensemble(networks, images, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -90,6 +90,7 @@ def test_programs_answer_as_eager_networks_do_at_any_batch_size(small_run, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # torch's exporter takes minutes on a busy machine
 def test_onnx_answers_as_eager_networks_do(small_run, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
