@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +60,16 @@ def train(
     Raises Interrupted after SIGTERM or SIGUSR2 (with a checkpoint), UserError where the loss is not finite.
     """
     check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)
-    driver = build_engine(engine, ranks)
+    with closing(build_engine(engine, ranks)) as driver:
+        return follow(
+            driver, network, objective, stream, schedule, steps, ranks, checkpoints, metrics, validate, workers
+        )
+
+
+def follow(
+    driver, network, objective, stream, schedule, steps, ranks, checkpoints, metrics, validate, workers
+) -> tuple[nn.Module, dict]:
+    """The loop itself, with an engine whose `close` follows whatever happens."""
     module = driver.prepare(network, schedule)
     average = AveragedWeights(network, schedule.ema) if schedule.ema else None
     progress, best = resume(driver, average, checkpoints, ranks)

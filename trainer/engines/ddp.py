@@ -59,3 +59,10 @@ class DDPEngine:
     def export(self) -> nn.Module:
         """The plain network with the trained weights; nothing downstream knows which engine ran."""
         return self.network
+
+    def close(self) -> None:
+        """Let go of the reducer while the process group lives.  If an exception's frames kept it longer, it would be the
+        last to let go of the group, and joining gloo's threads with the interpreter locked is a deadlock."""
+        if getattr(self, "module", None) is not None:
+            self.module.logger = self.module.reducer = None
+            self.module = None
