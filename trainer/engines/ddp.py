@@ -61,7 +61,7 @@ class DDPEngine:
         return self.network
 
     def close(self) -> None:
-        """Let go of the reducer while the process group lives.  If an exception's frames kept it longer, it would be the
+        """Let go of the reducer while the process group lives.  If an exception's frames kept it, it would be the
         last to let go of the group, and joining gloo's threads with the interpreter locked is a deadlock."""
         if getattr(self, "module", None) is not None:
             self.module.logger = self.module.reducer = None
