@@ -191,8 +191,9 @@ class Student(Schedule):
 
 
 class Engine(Section):
-    name: Literal["ddp"] = "ddp"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: int = Field(1, ge=0, le=3)  # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 

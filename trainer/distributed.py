@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from .config import Engine, UserError
+from .tether import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,9 @@ class Ranks:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @contextmanager
@@ -57,11 +59,13 @@ def choose_device(engine: Engine) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def die_with_parent() -> None:
-    """A rank whose launcher is killed must not train on alone (Linux only; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def precision(engine: Engine, device: torch.device) -> torch.dtype:
+    """What the forward pass computes in; weights are float32 always."""
+    if engine.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if engine.precision == "fp16" and device.type == "cpu":
+        raise UserError('engine.precision = "fp16" needs a GPU; on a CPU take "bf16" or "fp32"')
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
 
 
 def broadcast(value, ranks: Ranks):

@@ -8,18 +8,16 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checkpoints import load_checkpoint, newest_step, save_checkpoint
-from .config import Engine, Schedule, UserError
+from .checkpoints import checkpoint_place, load_checkpoint, newest_step, save_checkpoint
+from .config import Schedule, UserError
 from .data.streams import Batch, TrainingStream
 from .distributed import Ranks, StopSignal, broadcast, gather, sum_over_ranks
-from .engines import build_engine
 from .objectives import Objective
 from .optimisation import AveragedWeights, learning_rate
 
@@ -49,10 +47,10 @@ class Progress:
 
 
 def train(
-    network: nn.Module, objective: Objective, stream: TrainingStream, schedule: Schedule, steps: int, *,
-    engine: Engine, ranks: Ranks, checkpoints: Path, metrics: Path, validate: Validate | None = None, workers: int = 0,
+    driver, network: nn.Module, objective: Objective, stream: TrainingStream, schedule: Schedule, steps: int, *,
+    ranks: Ranks, checkpoints: Path, metrics: Path, validate: Validate | None = None, workers: int = 0,
 ) -> tuple[nn.Module, dict]:  # fmt: skip
-    """Train `network` for `steps` steps, going on from the newest checkpoint.
+    """Train `network` for `steps` steps by an engine (trainer.engines), going on from the newest checkpoint.
 
     Returns the network (the best validated weights where schedule.patience is set, the last ones otherwise; averaged
     weights where schedule.ema is set) and its summary {seconds, examples_seen, peak_memory_bytes, steps, best_step,
@@ -60,16 +58,6 @@ def train(
     Raises Interrupted after SIGTERM or SIGUSR2 (with a checkpoint), UserError where the loss is not finite.
     """
     check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)
-    with closing(build_engine(engine, ranks)) as driver:
-        return follow(
-            driver, network, objective, stream, schedule, steps, ranks, checkpoints, metrics, validate, workers
-        )
-
-
-def follow(
-    driver, network, objective, stream, schedule, steps, ranks, checkpoints, metrics, validate, workers
-) -> tuple[nn.Module, dict]:
-    """The loop itself, with an engine whose `close` follows whatever happens."""
     module = driver.prepare(network, schedule)
     average = AveragedWeights(network, schedule.ema) if schedule.ema else None
     progress, best = resume(driver, average, checkpoints, ranks)
@@ -78,29 +66,28 @@ def follow(
     loss_sum, first = torch.zeros((), dtype=torch.float64, device=ranks.device), progress.step
 
     def checkpoint():
-        states = gather(torch.get_rng_state(), ranks)
-        if ranks.is_main:
-            state = {**driver.state(), "progress": vars(progress), "rng": states, "best": best,
-                     "average": average.average if average else None}  # fmt: skip
-            save_checkpoint(checkpoints, progress.step, state, schedule.keep)
+        state = {
+            "engine": driver.name, **driver.state(), "progress": vars(progress), "best": best,
+            "average": average.average if average else None, "rng": gather(random_state(ranks), ranks),
+        }  # fmt: skip
+        save_checkpoint(checkpoints, progress.step, state, schedule.keep, best=progress.best_step, ranks=ranks,
+                        write_part=driver.write_part)  # fmt: skip
 
     def judge():
         """Validate (averaged weights where there are any), remember the best, decide whether to stop early."""
         nonlocal best
-        if average:
-            average.swap(network)
-        figures = validate(network)
+        with driver.judged(average) as judged:
+            figures = validate(judged)
+            better = figures["loss"] < progress.best_loss
+            if better and schedule.patience:
+                best = {name: value.clone() for name, value in judged.state_dict().items()}
         if log:
             log.write({"step": progress.step, **{f"val/{key}": value for key, value in figures.items()}})
         progress.waited += 1
-        if figures["loss"] < progress.best_loss:
+        if better:
             progress.best_loss, progress.best_step, progress.waited = figures["loss"], progress.step, 0
-            if schedule.patience:
-                best = {name: value.clone() for name, value in network.state_dict().items()}
         if not schedule.patience or progress.best_step == progress.step:
             progress.val = figures
-        if average:
-            average.swap(network)
         progress.stopped = bool(schedule.patience) and progress.waited >= schedule.patience
 
     if validate and progress.step == 0 and schedule.patience:
@@ -170,12 +157,30 @@ def resume(driver, average, checkpoints: Path, ranks: Ranks) -> tuple[Progress, 
     if step is None:
         return Progress(), None
     state = load_checkpoint(checkpoints, step, ranks.device)
-    driver.load(state)
+    place = checkpoint_place(checkpoints, step)
+    if state["engine"] != driver.name:
+        raise UserError(
+            f"{place} was written with engine.name = {state['engine']}, this is {driver.name}; finish the stage as it "
+            "was begun, or start it anew with --force"
+        )
+    driver.load(state, place)
     if average:
         average.average = state["average"]
     if len(state["rng"]) == ranks.world_size:
-        torch.set_rng_state(state["rng"][ranks.rank].cpu())
+        set_random_state(state["rng"][ranks.rank], ranks)
     return Progress(**state["progress"]), state["best"]
+
+
+def random_state(ranks: Ranks) -> dict:
+    """torch's generators on this rank; data needs none, its order is a function of seed and step."""
+    cuda = {"cuda": torch.cuda.get_rng_state(ranks.device)} if ranks.device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state: dict, ranks: Ranks) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if ranks.device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), ranks.device)
 
 
 class MetricsFile:

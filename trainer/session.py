@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from .data.cache import cached
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
 from .distributed import Ranks, broadcast, gather
+from .engines import build_engine
 from .loop import train
 from .objectives import Objective
 from .run_directory import Attempt, RunDirectory, Stage, digest, new_attempt_id, read_json, write_bytes, write_json
@@ -109,11 +110,12 @@ class Session:
         self, attempt: Attempt, network: nn.Module, objective: Objective, stream, schedule: Schedule, steps: int,
         validate=None,
     ) -> tuple[nn.Module, dict]:  # fmt: skip
-        return train(
-            network, objective, stream, schedule, steps, engine=self.config.engine, ranks=self.ranks,
-            checkpoints=attempt.stage.directory / "checkpoints", metrics=attempt.path("metrics.jsonl"),
-            validate=validate, workers=self.config.data.workers,
-        )  # fmt: skip
+        with closing(build_engine(self.config.engine, self.ranks)) as driver:
+            return train(
+                driver, network, objective, stream, schedule, steps, ranks=self.ranks,
+                checkpoints=attempt.stage.directory / "checkpoints", metrics=attempt.path("metrics.jsonl"),
+                validate=validate, workers=self.config.data.workers,
+            )  # fmt: skip
 
     def measured(
         self, shards: ShardSet, measure: Callable[[Batch], dict[str, Tensor]], ids=None

@@ -10,13 +10,17 @@ import signal
 import sys
 
 
-def main() -> None:
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+def die_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request
-            sys.exit(1)
+
+
+def main() -> None:
+    parent, command = int(sys.argv[1]), sys.argv[2:]
+    die_with_parent()
+    if sys.platform == "linux" and os.getppid() != parent:  # it died before the request
+        sys.exit(1)
     os.execvp(command[0], command)
 
 

@@ -1,6 +1,8 @@
+import pytest
 import torch
 
-from trainer.checkpoints import complete_checkpoints, load_checkpoint, newest_step, save_checkpoint
+from trainer.checkpoints import BackgroundSaver, complete_checkpoints, load_checkpoint, newest_step, save_checkpoint
+from trainer.config import UserError
 
 
 def test_the_last_k_checkpoints_are_kept(tmp_path):
@@ -30,15 +32,54 @@ def test_two_copies_of_one_job_may_write_the_same_step(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000005"]
 
 
-def test_a_failed_write_leaves_nothing_and_keeps_the_earlier_one(tmp_path, monkeypatch):
-    save_checkpoint(tmp_path, 1, {"value": 1}, keep=2)
+@pytest.mark.parametrize(
+    "mistake",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail] PytorchStreamWriter failed writing file")],
+    ids=["OSError", "torch's writer"],
+)
+def test_a_full_disk_is_one_error_and_loses_no_earlier_checkpoint(tmp_path, monkeypatch, mistake):
+    save_checkpoint(tmp_path, 1, {"value": 1}, keep=1)
 
     def full_disk(*_):
-        raise OSError(28, "No space left on device")
+        raise mistake
 
     monkeypatch.setattr(torch, "save", full_disk)
-    try:
-        save_checkpoint(tmp_path, 2, {"value": 2}, keep=2)
-    except OSError:
-        pass
+    with pytest.raises(UserError, match="checkpoint of step 2 cannot be written .* that of step 1 stands"):
+        save_checkpoint(tmp_path, 2, {"value": 2}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_our_own_mistakes_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def bug(*_):
+        raise RuntimeError("size mismatch")
+
+    monkeypatch.setattr(torch, "save", bug)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        save_checkpoint(tmp_path, 2, {"value": 2}, keep=1)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, step, {}, keep=1, best=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path):
+    def no_room(place):
+        (place / "part").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device; there is no earlier one"):
+        save_checkpoint(tmp_path, 2, {}, keep=1, write_part=no_room)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_background_save_raises_at_the_next_one(tmp_path):
+    saver = BackgroundSaver()
+    saver.save(tmp_path, 1, {"value": torch.ones(3)}, 2)
+    saver.wait()
+    assert newest_step(tmp_path) == 1
+    (tmp_path / "file").touch()
+    saver.save(tmp_path / "file", 2, {}, 2)
+    with pytest.raises(UserError, match="checkpoint of step 2"):
+        saver.save(tmp_path, 3, {}, 2)

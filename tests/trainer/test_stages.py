@@ -93,8 +93,8 @@ def test_a_stage_killed_between_checkpoints_ends_with_the_same_weights(data, fin
     steps = []
     original = loop.save_checkpoint
 
-    def die_later(directory, step, state, keep):
-        original(directory, step, state, keep)
+    def die_later(directory, step, *rest, **more):
+        original(directory, step, *rest, **more)
         steps.append(step)
         if step == 40:
             raise KeyboardInterrupt
@@ -128,8 +128,8 @@ def test_each_way_to_train_learns_and_resumes_exactly(data, tmp_path, monkeypatc
     whole = run_all(tmp_path / "whole", config, only={"generalist"})
     original = loop.save_checkpoint
 
-    def die_at_40(directory, step, state, keep):
-        original(directory, step, state, keep)
+    def die_at_40(directory, step, *rest, **more):
+        original(directory, step, *rest, **more)
         if step == 40:
             raise KeyboardInterrupt
 

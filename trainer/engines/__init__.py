@@ -1,9 +1,20 @@
-"""How a step is taken on many ranks.  An engine has prepare, backward, step, save / load and export; the loop knows
-no more."""
+"""How a step is taken on many ranks.
+
+An engine has prepare, autocast, accumulating, backward and step; state, write_part and load for checkpoints; weights,
+judged and export for whoever wants the network; close.  The loop knows no more, and nothing behind export knows which
+engine ran.
+"""
+
+from ..config import Engine
+from ..distributed import Ranks
 
 
-def build_engine(config, ranks):
-    """The engine that `[engine] name` asks for, on these ranks."""
+def build_engine(config: Engine, ranks: Ranks):
+    """The engine that `[engine] name` asks for, on these ranks.  DeepSpeed is imported only where it is chosen."""
+    if config.name == "deepspeed":
+        from .zero import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, ranks)
     from .ddp import DDPEngine
 
-    return {"ddp": DDPEngine}[config.name](config, ranks)
+    return DDPEngine(config, ranks)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Engine, Schedule
-from ..distributed import Ranks
-from ..optimisation import build_optimizer
+from ..distributed import Ranks, precision
+from ..optimisation import AveragedWeights, build_optimizer
 
 
 class DDPEngine:
+    name = "ddp"
+    write_part = None  # rank 0 holds all there is, so nothing is written by the others
+
     def __init__(self, config: Engine, ranks: Ranks):
         self.ranks = ranks
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and ranks.device.type == "cuda")
-        self.precision = torch.bfloat16 if bf16 else torch.float32
+        self.precision = precision(config, ranks.device)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
 
     def prepare(self, network: nn.Module, schedule: Schedule) -> nn.Module:
         """Place the network and build its optimizer.  Returns the module to call in the forward pass."""
@@ -36,28 +40,48 @@ class DDPEngine:
         return nullcontext() if last else self.module.no_sync()
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        self.scaler.scale(loss).backward()
 
-    def step(self, rate: float) -> float | None:
-        """One optimizer step at this learning rate.  Returns the gradient's norm where it is clipped."""
-        norm = None
+    def step(self, rate: float) -> None:
+        """One optimizer step at this learning rate."""
         if self.clip_norm:
-            norm = float(nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm))
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
-        return norm
 
     def state(self) -> dict:
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        """What a checkpoint keeps of rank 0."""
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), **scaler}
 
-    def load(self, state: dict) -> None:
+    def load(self, state: dict, place: Path) -> None:
+        """Go on from a checkpoint: its state, and the directory where it stands."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the whole network's state; collective."""
+        return {name: value.clone() for name, value in self.network.state_dict().items()}
+
+    @contextmanager
+    def judged(self, average: AveragedWeights | None):
+        """The network as it would be exported now, with the averaged weights where there are any; collective."""
+        if average:
+            average.swap(self.network)
+        try:
+            yield self.network
+        finally:
+            if average:
+                average.swap(self.network)
 
     def export(self) -> nn.Module:
-        """The plain network with the trained weights; nothing downstream knows which engine ran."""
+        """The plain network with the trained weights."""
         return self.network
 
     def close(self) -> None:

@@ -1,0 +1,39 @@
+"""Train the toy's generalist by every engine in turn, in this one process group:  train_all.py DATA OUT [ENGINE ...]
+
+ENGINE is ddp, zero0 ... zero3; KEY=VALUE after it overrides the config; a run that is there goes on.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+from toy import toy_config  # noqa: E402
+
+from trainer.config import save_config  # noqa: E402
+from trainer.distributed import process_group  # noqa: E402
+from trainer.run_directory import RunDirectory  # noqa: E402
+from trainer.session import Session  # noqa: E402
+from trainer.stages import STAGES  # noqa: E402
+
+SGD = ["train.optimizer=sgd", "train.momentum=0.9", "train.learning_rate=0.1", "train.steps=50", "train.log_every=1"]
+
+
+def main(data: str, out: str, *words: str) -> None:
+    engines, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    configs = {}
+    for engine in engines:
+        chosen = ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
+        configs[engine] = toy_config(Path(data), *SGD, *chosen, *overrides)
+    with process_group(configs[engines[0]].engine) as ranks:
+        for engine, config in configs.items():
+            root = Path(out) / engine
+            if ranks.is_main:
+                root.mkdir(parents=True, exist_ok=True)
+                save_config(config, root / "config.toml")
+            session = Session(RunDirectory(root, config), ranks)
+            session.barrier()
+            STAGES["generalist"](session, session.run.generalist)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
