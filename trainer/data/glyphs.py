@@ -177,7 +177,9 @@ def render_glyphs(
             unfinished.mkdir(parents=True)
             drawn = glyphs.drawings, glyphs.first, glyphs.count, glyphs.codes
             plan = [
-                shard for split, count in per_class.items() for shard in _plan(split, len(glyphs.count), count, seed)
+                shard
+                for split, count in per_class.items()
+                for shard in plan_shards(split, len(glyphs.count), count, seed)
             ]
             splits = {split: {"samples": 0, "shards": []} for split in per_class}
             total, done = sum(len(classes) for _, _, classes, _ in plan), 0
@@ -366,7 +368,7 @@ def png(image: bytes, size: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-class _ShardMaker:
+class ShardMaker:
     """Renders whole shards: (split, number, classes [n], k [n]) -> the shard's entry of the manifest."""
 
     def __init__(self, drawings, directory: Path, first, count, codes, class_names, size, seed, distortion: Distortion):
@@ -407,7 +409,7 @@ class _ShardMaker:
         return distort(drawings, u[:, :-2], noise.view(-1, self.size, self.size), self.size, self.distortion)
 
 
-_worker: _ShardMaker | None = None
+_worker: ShardMaker | None = None
 
 
 def _start_worker(drawings: Path, *arguments) -> None:
@@ -415,7 +417,7 @@ def _start_worker(drawings: Path, *arguments) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and silently; the parent clears up
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker = _ShardMaker(np.load(drawings, mmap_mode="r"), *arguments)
+    _worker = ShardMaker(np.load(drawings, mmap_mode="r"), *arguments)
 
 
 def _end_with_parent() -> None:
@@ -431,7 +433,7 @@ def _work(shard: tuple) -> dict:
 def _shard_makers(processes: int, directory: Path, drawings: np.ndarray, *arguments):
     """A function: list of shards to make -> iterator of their entries of the manifest, in order."""
     if processes == 1:
-        make, threads = _ShardMaker(drawings, directory, *arguments), torch.get_num_threads()
+        make, threads = ShardMaker(drawings, directory, *arguments), torch.get_num_threads()
         torch.set_num_threads(1)  # the tensors are small: more threads only wait for each other
         try:
             yield lambda plan: (make(*shard) for shard in plan)
@@ -450,7 +452,7 @@ def _shard_makers(processes: int, directory: Path, drawings: np.ndarray, *argume
     shared.unlink()
 
 
-def _plan(split: str, num_classes: int, per_class: int, seed: int) -> list[tuple]:
+def plan_shards(split: str, num_classes: int, per_class: int, seed: int) -> list[tuple]:
     """(split, number, classes [n], k [n]) of each of the split's shards, the classes mixed."""
     total = num_classes * per_class
     order = np.random.default_rng([seed, zlib.crc32(split.encode())]).permutation(total)

@@ -162,7 +162,7 @@ def test_contrast_and_noise_are_shares_of_full_ink(tmp_path):
     assert image[0, 0] == round(255 * 0.8) and image[-1, 0] == round(255 * 0.1)
     blank = torch.full((1, 28, 28), 128, dtype=torch.uint8)
     one_class = blank.numpy(), tmp_path, np.zeros(1, int), np.ones(1, int), np.array([65]), ["A"]
-    renderer = g._ShardMaker(*one_class, 28, 0, replace(STILL, noise=0.04))
+    renderer = g.ShardMaker(*one_class, 28, 0, replace(STILL, noise=0.04))
     images = renderer.images("train", np.zeros(2000, int), np.arange(2000))
     deviations = images.float()[:, 2:-2, 2:-2].std((1, 2)) / 255
     assert deviations.mean().item() == pytest.approx(0.04, rel=0.05)

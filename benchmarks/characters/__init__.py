@@ -1,0 +1,1 @@
+"""Chinese characters: thousands of really confusable classes, and what groups and specialists do for them."""
