@@ -19,7 +19,7 @@ SCHEMA = 1
 
 
 class CachedShards(ShardSet):
-    """The same samples; `read` and `inputs` index a memory-mapped array instead of decoding."""
+    """The same samples; reading indexes a memory-mapped array instead of decoding."""
 
     def __init__(self, shards: ShardSet, array_path: Path, unreadable: dict[int, str]):
         self.__dict__.update(copy.copy(shards.__dict__) | {"_files": {}})
@@ -32,13 +32,14 @@ class CachedShards(ShardSet):
         # A plain array over the mapping: numpy's memmap class costs more than the indexing itself.
         self._array = np.asarray(np.load(self._array_path, mmap_mode="r", allow_pickle=False))
 
-    def read(self, ids) -> tuple[np.ndarray, dict[int, str]]:
+    def read_into(self, inputs: np.ndarray, places, ids) -> dict[int, str]:
         ids = np.asarray(ids, np.int64)
         unreadable = {}
         if len(self._bad):
             unreadable = {i: self._unreadable[i] for i in ids[np.isin(ids, self._bad)].tolist()}
             self.check(unreadable)
-        return self._array[ids], unreadable
+        inputs[places] = self._array[ids]
+        return unreadable
 
     def __getstate__(self) -> dict:
         return super().__getstate__() | {"_array": None}

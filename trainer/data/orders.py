@@ -91,3 +91,15 @@ class _Turns:
         # the (share mod count) places that follow the epoch's first.
         behind = (self.places - epoch * self.shares) % self.counts
         return self.shares // self.counts + (behind < self.shares % self.counts)
+
+
+def expected_distinct(class_counts, batch: int) -> float:
+    """Distinct classes expected in a fair draw of `batch` samples without replacement: how well an order mixes.
+
+    class_counts: [C].  A class of n among N samples is missed with probability C(N - n, batch) / C(N, batch).
+    """
+    counts = np.asarray(class_counts, float)
+    rest = counts.sum() - counts
+    draws = np.arange(batch)[:, None]
+    missed = np.prod(np.maximum(rest - draws, 0) / (counts.sum() - draws), axis=0)
+    return float((1 - missed).sum())

@@ -156,18 +156,22 @@ class ShardSet:
 
         Under data.damage = strict an unreadable sample is a UserError that names shard, sample and reason.
         """
+        inputs = np.empty((len(ids), *self.input_shape), self.input_dtype)
+        return inputs, self.read_into(inputs, np.arange(len(ids)), ids)
+
+    def read_into(self, inputs: np.ndarray, places, ids) -> dict[int, str]:
+        """As `read`, into rows `places` (int64[n]) of an array of the set's shape and dtype."""
         ids = np.asarray(ids, np.int64)
         shape, dtype = self._first_input()
-        inputs = np.empty((len(ids), *shape), dtype)
         unreadable: dict[int, str] = {}
         shards, rows = self.shard_of(ids).tolist(), self._input_row[ids].tolist()
-        for place, (sample, shard, row) in enumerate(zip(ids.tolist(), shards, rows, strict=True)):
+        for place, sample, shard, row in zip(places.tolist(), ids.tolist(), shards, rows, strict=True):
             try:
                 inputs[place] = self._decode(shard, row, shape, dtype)
             except _Damaged as damage:
                 unreadable[sample] = str(damage)
         self.check(unreadable)
-        return inputs, unreadable
+        return unreadable
 
     def check(self, unreadable: dict[int, str]) -> None:
         """Raises UserError for the first of `unreadable` ({id: reason}) under data.damage = strict."""

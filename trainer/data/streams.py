@@ -145,22 +145,17 @@ class TrainingStream(_Stream):
         """Rank's share of the global batch of `step`: its examples rank, rank + world_size, ..."""
         mine = np.arange(rank, self.batch_size, world_size)
         owners, turns = self._owner[mine], self._turn[mine]
-        shape, dtype = self.sources[0].shards.input_shape, self.sources[0].shards.input_dtype
-        inputs = np.empty((len(mine), *shape), dtype) if len(self.sources) > 1 else None
+        inputs = _room(len(mine), self.sources[0].shards, shared=self.augment is None)
         labels, ids = np.empty(len(mine), np.int64), np.empty(len(mine), np.int64)
         lost: list[tuple[int, int, str]] = []
         for number, source in enumerate(self.sources):
-            places = np.flatnonzero(owners == number) if len(self.sources) > 1 else slice(None)
-            found, ids[places], damaged = _read(source, step * source.per_batch + turns[places])
+            places = np.flatnonzero(owners == number)
+            ids[places], damaged = _read(source, step * source.per_batch + turns[places], inputs.numpy(), places)
             labels[places] = source.shards.labels[ids[places]]
             lost.extend((number, sample, reason) for sample, reason in damaged.items())
-            if inputs is None:
-                inputs = found
-            else:
-                inputs[places] = found
         if self.augment is not None:
-            inputs = self.augment(inputs, self.uniforms(step)[mine])
-        return Batch(_tensor(inputs), *map(torch.from_numpy, (labels, ids, owners)), lost)
+            inputs = torch.from_numpy(self.augment(inputs.numpy(), self.uniforms(step)[mine]))
+        return Batch(inputs, *map(torch.from_numpy, (labels, ids, owners)), lost)
 
     def uniforms(self, step: int) -> np.ndarray:
         """float64 [batch_size, K]: the numbers that belong to the step's positions, whatever was asked before."""
@@ -186,22 +181,44 @@ class _Share:
         return self.stream.batch(step, self.rank, self.world_size)
 
 
-def _read(source: Source, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """(inputs, ids, {id: reason} of the damaged).  The order's next readable sample stands in for a damaged one."""
+def _room(count: int, shards: ShardSet, shared: bool = True) -> torch.Tensor:
+    """An unfilled tensor for `count` inputs; with `shared`, in memory that a loader's worker shares with its reader.
+
+    What is decoded into it then reaches the main process without a copy.  Raises UserError where torch lacks the dtype.
+    """
+    try:
+        room = torch.empty(0, dtype=torch.from_numpy(np.empty(0, shards.input_dtype)).dtype)
+    except TypeError:
+        raise UserError(
+            f"{shards.where(0)}: the input is {shards.input_dtype}, which torch does not have; write it as uint8 or "
+            "float32, or name a function under data.decoders that makes it so"
+        ) from None
+    shape = (count, *shards.input_shape)
+    if shared and count and torch.utils.data.get_worker_info() is not None:
+        # As torch.utils.data.default_collate does it; share_memory_() would first fill, then copy, private memory.
+        room.set_(torch.UntypedStorage._new_shared(int(np.prod(shape)) * room.itemsize))
+    return room.resize_(shape)
+
+
+def _read(source: Source, positions: np.ndarray, inputs: np.ndarray, places: np.ndarray):
+    """(ids, {id: reason} of the damaged) of what now lies in rows `places` of `inputs`.
+
+    The order's next readable sample stands in for a damaged one.
+    """
     ids = source.order(positions)
-    inputs, damaged = source.shards.read(ids)
+    damaged = source.shards.read_into(inputs, places, ids)
     waiting = np.flatnonzero(np.isin(ids, list(damaged))) if damaged else ()
-    for place in waiting:
+    for turn in waiting:
         for further in range(1, TRIES):
-            candidate = source.order(positions[place : place + 1] + further)
-            found, again = source.shards.read(candidate)
+            candidate = source.order(positions[turn : turn + 1] + further)
+            again = source.shards.read_into(inputs, places[turn : turn + 1], candidate)
             if not again:
-                inputs[place], ids[place] = found[0], candidate[0]
+                ids[turn] = candidate[0]
                 break
             damaged |= again
         else:
-            raise UserError(f"{TRIES} damaged samples in a row, e.g. {source.shards.where(int(ids[place]))}")
-    return inputs, ids, damaged
+            raise UserError(f"{TRIES} damaged samples in a row, e.g. {source.shards.where(int(ids[turn]))}")
+    return ids, damaged
 
 
 class MeasuringStream(_Stream):
@@ -216,13 +233,14 @@ class MeasuringStream(_Stream):
     def batch(self, number: int) -> Batch:
         """Batch `number` of ceil(n / batch_size): neighbours in the shards, so that reading goes forward."""
         ids = self.ids[number * self.batch_size : (number + 1) * self.batch_size]
-        inputs, damaged = self.shards.read(ids)
+        inputs = _room(len(ids), self.shards)
+        damaged = self.shards.read_into(inputs.numpy(), np.arange(len(ids)), ids)
         if damaged:
             kept = ~np.isin(ids, list(damaged))
-            inputs, ids = inputs[kept], ids[kept]
+            inputs, ids = inputs[torch.from_numpy(kept)], ids[kept]
         labels = self.shards.labels[ids]
         lost = [(0, sample, reason) for sample, reason in damaged.items()]
-        return Batch(_tensor(inputs), *map(torch.from_numpy, (labels, ids.copy(), np.zeros_like(ids))), lost)
+        return Batch(inputs, *map(torch.from_numpy, (labels, ids.copy(), np.zeros_like(ids))), lost)
 
     def loader(self, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
         """Iterator of this rank's batches: rank, rank + world_size, ...  UserError if a sample is unaccounted for."""
@@ -234,7 +252,3 @@ class MeasuringStream(_Stream):
         expected = sum(min(self.batch_size, len(self.ids) - number * self.batch_size) for number in numbers)
         if seen + lost != expected:
             raise UserError(f"{self.shards.split}: {expected} samples expected, {seen} seen and {lost} damaged")
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array if array.flags.writeable else array.copy())

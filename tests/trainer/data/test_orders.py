@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.orders import balanced, shuffled
+from trainer.data.orders import balanced, expected_distinct, shuffled
 
 settings.register_profile("data", max_examples=40, deadline=None)
 settings.load_profile("data")
@@ -80,13 +80,22 @@ def test_an_order_of_some_ids_yields_only_those():
     assert set(shuffled(chosen, 0)(np.arange(400)).tolist()) == set(chosen.tolist())
 
 
-def test_class_sorted_samples_are_mixed():
-    # Sorted by class, 100 classes of 50: a batch of 100 from a fair shuffle holds 63.4 distinct classes on average
-    # (100 (1 - 0.99^100), nearly the same without replacement), a shuffle buffer of 1000 at most 20 at the start.
+def test_distinct_classes_of_a_fair_draw_by_hand():
+    # Two of the four samples a, a, b, c: 6 pairs, of which only (a, a) holds one class.
+    assert expected_distinct([2, 1, 1], 2) == pytest.approx(11 / 6)
+    assert expected_distinct([2, 1, 1], 4) == pytest.approx(3)
+    # 100 of 100 x 50: close to the 100 (1 - 0.99^100) = 63.4 of a draw with replacement.
+    assert expected_distinct([50] * 100, 100) == pytest.approx(63.7, abs=0.1)
+
+
+def test_class_sorted_samples_are_mixed_as_by_a_fair_draw():
+    # How mixing is measured: distinct classes per batch, over the number expected of a draw without replacement.
     labels = np.repeat(np.arange(100), 50)
-    order = shuffled(5000, 0)
-    distinct = [len(np.unique(labels[order(np.arange(b * 100, b * 100 + 100))])) for b in range(50)]
-    assert 62 < np.mean(distinct) < 66
+    ids = np.concatenate([shuffled(5000, seed)(np.arange(5000)) for seed in range(4)])
+    distinct = [len(np.unique(labels[batch])) for batch in ids.reshape(-1, 100)]
+    # A batch's number has a standard deviation of 3.0 (the occupancy problem's), the mean of 200 one of 0.21.
+    assert np.mean(distinct) == pytest.approx(expected_distinct([50] * 100, 100), abs=4 * 0.21)
+    assert min(distinct) > 63.7 - 5 * 3.0  # samples in file order, or a buffer of 1,000, would start with 2 to 20
 
 
 def test_an_exponent_beyond_1_is_refused():
