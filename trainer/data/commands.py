@@ -17,6 +17,7 @@ Seed = Annotated[int, typer.Option(min=0, help="of the division into splits")]
 PerShard = Annotated[int, typer.Option(min=1, help="samples per shard")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", "--force", help="replace shards that are there")]
 Label = Annotated[str, typer.Option(help='member that holds the label, or "json:FIELD"')]
+FetchDir = Annotated[str, typer.Option(help="where shards behind URLs are kept [~/.cache/referral/shards]")]
 Classes = Annotated[Path | None, typer.Option(help="text file with one class name per line, in order")]
 
 
@@ -94,6 +95,7 @@ def from_webdataset(
     input: Annotated[str, typer.Option(help="member to keep as the input")] = "",
     classes: Classes = None,
     damage: Annotated[str, typer.Option(help="strict, or skip: leave out what is unreadable, and count it")] = "strict",
+    fetch_dir: FetchDir = "",
     samples_per_shard: PerShard = 10_000,
     overwrite: Overwrite = False,
 ) -> None:
@@ -103,7 +105,7 @@ def from_webdataset(
     if damage not in ("strict", "skip"):
         raise UserError(f"--damage {damage}: strict or skip")
     number, lost = indexing.from_webdataset(
-        urls, out, split, label, input, _names(classes), damage,
+        urls, out, split, label, input, _names(classes), damage, Data(fetch_dir=fetch_dir),
         samples_per_shard=samples_per_shard, overwrite=overwrite,
     )  # fmt: skip
     _say(out, {split: number})
@@ -112,14 +114,24 @@ def from_webdataset(
 
 
 def index(
-    directory: Annotated[Path, typer.Argument(help="directory of SPLIT-NUMBER.tar")],
+    place: Annotated[str, typer.Argument(help="directory of SPLIT-NUMBER.tar, or URLs of such")],
+    out: Annotated[Path | None, typer.Option(help="where the manifest of URLs is written to")] = None,
     label: Label = "cls",
     classes: Classes = None,
+    fetch_dir: FetchDir = "",
 ) -> None:
     """Give existing shards a manifest."""
-    from .indexing import index_directory
+    from .indexing import index_directory, index_urls
+    from .patterns import URL
 
-    _say(directory, index_directory(directory, label, _names(classes)))
+    if not place.startswith(URL):
+        if out is not None:
+            raise UserError("--out is for URLs: the manifest of a directory of shards lies in it")
+        _say(Path(place), index_directory(place, label, _names(classes)))
+        return
+    if out is None:
+        raise UserError(f"{place}: nothing can be written there; say with --out where its manifest shall lie")
+    _say(out, index_urls(place, out, Data(label=label, fetch_dir=fetch_dir), _names(classes)))
 
 
 def validate(
@@ -128,6 +140,7 @@ def validate(
     label: Label = "cls",
     input: Annotated[str, typer.Option(help="member that holds the input")] = "",
     decoder: Annotated[list[str] | None, typer.Option(help="EXTENSION=module:function, as in data.decoders")] = None,
+    fetch_dir: FetchDir = "",
 ) -> None:
     """Check every member; exit code 1 with the list of damaged shards."""
     from rich.console import Console
@@ -137,7 +150,7 @@ def validate(
     from .writing import read_manifest
 
     decoders = dict(item.partition("=")[::2] for item in decoder or [])
-    data = Data(label=label, input=input, decoders=decoders)
+    data = Data(label=label, input=input, decoders=decoders, fetch_dir=fetch_dir)
     manifest = read_manifest(pattern) if Path(pattern).is_dir() and not split else None
     findings = [finding for name in (manifest["splits"] if manifest else [split or "*"])
                 for finding in check(pattern, data, name)]  # fmt: skip

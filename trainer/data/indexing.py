@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import lzma
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +17,8 @@ import numpy as np
 
 from ..config import Data, UserError
 from .decoding import decoder_table, find_decoder
-from .patterns import Shard, expand
+from .fetching import FetchDir, is_packed, unpacked
+from .patterns import URL, Shard, braces, expand, url_name
 from .shards import Damage, ShardSet, _label, _refusal, parse_labels
 from .tars import load_index, read_label, save_index, scan_tar
 from .writing import MANIFEST, ShardWriter, read_manifest, shard_facts, write_manifest
@@ -25,34 +30,49 @@ def index_directory(directory, label: str = "cls", class_names: list[str] | None
     class_names: by default the old manifest's, else the numbers up to the largest label, or the names found, sorted.
     Raises UserError for any damage: a manifest vouches for what it describes.
     """
-    from rich.progress import track
-
     directory = Path(directory)
-    tars = sorted(directory.glob("*.tar"))
+    tars = {tar.name: tar for tar in sorted(directory.glob("*.tar"))}
     if not tars:
         raise UserError(f"{directory} holds no .tar")
-    indexes = {tar: scan_tar(tar, label) for tar in track(tars, description="scanning")}
-    damage = [Damage(str(tar), str(key), str(reason)) for tar, index in indexes.items()
+    return _index(tars, directory, label, class_names or _old_classes(directory))
+
+
+def index_urls(pattern: str, out, data: Data, class_names: list[str] | None = None) -> dict[str, int]:
+    """The same of shards behind URLs; the manifest is written to OUT, for data.manifest or to be put beside them."""
+    urls = [url for part in pattern.split("::") for url in braces(part.strip())]
+    paths = FetchDir(data).shards(urls, [None] * len(urls))
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as mistake:
+        raise UserError(f"{out}: cannot be made: {mistake.strerror}") from None
+    return _index({url_name(url): path for url, path in zip(urls, paths, strict=True)}, out, data.label, class_names)
+
+
+def _index(tars: dict[str, Path], out: Path, label: str, class_names: list[str] | None) -> dict[str, int]:
+    from rich.progress import track
+
+    indexes = {name: scan_tar(tar, label) for name, tar in track(tars.items(), description="scanning")}
+    damage = [Damage(name, str(key), str(reason)) for name, index in indexes.items()
               for key, reason in zip(index.damaged, index.reasons, strict=True)]  # fmt: skip
-    damage += [Damage(str(tar), "", "the shard is empty") for tar, index in indexes.items()
+    damage += [Damage(name, "", "the shard is empty") for name, index in indexes.items()
                if not len(index) and not len(index.damaged)]  # fmt: skip
     if damage:
         raise UserError(_refusal(damage))
-    old = _old_classes(directory)
-    names = class_names or old or _found_classes(np.concatenate([index.label_texts for index in indexes.values()]))
+    names = class_names or _found_classes(np.concatenate([index.label_texts for index in indexes.values()]))
     splits: dict[str, dict] = {}
-    for tar, index in indexes.items():
-        _, labels = _label(Shard(str(tar), str(tar)), index, names, Data(label=label), damage)
-        split = re.sub(r"[-_.]?\d+$", "", tar.stem) or "train"
+    for name, index in indexes.items():
+        _, labels = _label(Shard(name, str(tars[name])), index, names, Data(label=label), damage)
+        split = re.sub(r"[-_.]?\d+$", "", name.removesuffix(".tar")) or "train"
         facts = splits.setdefault(split, {"samples": 0, "shards": []})
-        facts["shards"].append(shard_facts(tar.name, index.bytes, index.sha256, labels, names))
+        facts["shards"].append(shard_facts(name, index.bytes, index.sha256, labels, names))
         facts["samples"] += len(labels)
     if damage:
         raise UserError(f"{_refusal(damage)}; --classes FILE gives other classes")
-    for tar, index in indexes.items():
-        save_index(tar, index)
-    (directory / MANIFEST).unlink(missing_ok=True)
-    write_manifest(directory, names, splits, {"command": "shards index", "label": label})
+    for name, index in indexes.items():
+        save_index(tars[name], index)
+    (out / MANIFEST).unlink(missing_ok=True)
+    write_manifest(out, names, splits, {"command": "shards index", "label": label})
     return {split: facts["samples"] for split, facts in splits.items()}
 
 
@@ -72,11 +92,27 @@ def _found_classes(texts: np.ndarray) -> list[str]:
         return sorted(json.loads(text) if text.startswith('"') else text for text in found)
 
 
-def _read_tar(path: str, label: str, skip: Callable[[Exception], bool]) -> Iterator[dict]:
-    """The intact samples of a local tar as webdataset gives them; itself it stops at damage without a word."""
+@contextmanager
+def _plain(place: str, data: Data) -> Iterator[Path]:
+    """A local, uncompressed tar with the content of a file or URL.  UserError if it cannot be read or fetched."""
+    (path,) = FetchDir(data).shards([place], [None]) if place.startswith(URL) else (Path(place),)
+    try:
+        if not is_packed(path):
+            yield path
+            return
+        with tempfile.NamedTemporaryFile(suffix=".tar") as file, unpacked(path) as content:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            yield Path(file.name)
+    except (OSError, EOFError, lzma.LZMAError) as mistake:
+        raise UserError(f"{place}: cannot be read: {getattr(mistake, 'strerror', None) or mistake}") from None
+
+
+def _read_tar(name: str, path: Path, label: str, skip: Callable[[Exception], bool]) -> Iterator[dict]:
+    """The intact samples of a tar as webdataset gives them; itself it stops at damage without a word."""
     index = scan_tar(path, label)
     for key, reason in zip(index.damaged, index.reasons, strict=True):
-        skip(ValueError(str(Damage(path, str(key), str(reason)))))
+        skip(ValueError(str(Damage(name, str(key), str(reason)))))
     with open(path, "rb") as file:
         for number, key in enumerate(index.keys):
             rows = range(index.member_start[number], index.member_start[number + 1])
@@ -147,7 +183,7 @@ def _decode_all(shards: ShardSet, finding: Finding) -> None:
 def from_webdataset(
     urls: str, out, split: str = "train", label: str = "cls", input_member: str = "",
     class_names: list[str] | None = None,
-    damage: str = "strict", decoders: dict[str, str] | None = None,
+    damage: str = "strict", data: Data | None = None,
     samples_per_shard: int = 10_000, overwrite: bool = False,
 ) -> tuple[int, list[str]]:  # fmt: skip
     """Rewrite whatever webdataset reads (URLs, compressed tars) as one split of shards with a manifest.
@@ -156,11 +192,11 @@ def from_webdataset(
     by default the only one that can be decoded.  damage "skip" leaves unreadable samples out.
     Returns (samples written, what was left out and why, one line per sample or place in a tar).
     """
-    import webdataset
     from rich.progress import track
 
-    table = decoder_table(decoders or {})
-    places = [url for part in urls.split("::") for url in webdataset.shardlists.expand_urls(part.strip())]
+    data = data or Data()
+    table = decoder_table(data.decoders)
+    places = [place for part in urls.split("::") for place in braces(part.strip())]
     lost: list[str] = []
 
     def skip(mistake: Exception) -> bool:
@@ -173,10 +209,8 @@ def from_webdataset(
 
     def samples(description: str) -> Iterator[dict]:
         for place in track(places, description=description):
-            if place.endswith(".tar") and Path(place).is_file():
-                yield from _read_tar(place, label, skip)
-            else:
-                yield from webdataset.WebDataset([place], shardshuffle=False, handler=skip, empty_check=False)
+            with _plain(place, data) as path:
+                yield from _read_tar(place, path, label, skip)
 
     def inputs(sample: dict) -> tuple[str, bytes]:
         found = [name for name in sample if not name.startswith("__") and name != member]

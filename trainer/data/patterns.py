@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import hashlib
 import os
-import time
-import uuid
+import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..config import Data, UserError
-from .writing import MANIFEST, read_manifest
+from .fetching import FetchDir, is_packed
+from .writing import MANIFEST, parse_manifest, read_manifest
 
-ATTEMPTS = 3
-URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:", "scp:", "file:", "htgs:")
+URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:", "scp:", "htgs:")
+REWRITE = "`referral shards from-webdataset` rewrites compressed or other shards"
 
 
 @dataclass(frozen=True)
@@ -34,26 +32,70 @@ def expand(pattern: str, data: Data, split: str) -> list[Shard]:
     """The shards that `pattern` means, in order.  UserError if it is empty, or matches nothing or a shard twice."""
     if not pattern.strip():
         raise UserError(f"data.{split} is empty; give a directory, or DIR/{split}-{{000000..000007}}.tar")
-    manifests: dict[str, dict | None] = {}
+    manifests = _Manifests(data)
     shards: list[Shard] = []
     for part in pattern.split("::"):
         part = part.strip()
         if part.startswith("file:"):
             part = part.removeprefix("file:").removeprefix("//")
-        if part.startswith(URL):
-            shards.extend(_fetch_all(_braces(part), data))
-            continue
-        paths = [match for braced in _braces(part) for match in _matches(braced, split, manifests)]
-        if not any(os.path.exists(path) or _facts(path, manifests) for path in paths):
-            raise UserError(f"{part}: no {split} shard matches")
-        shards.extend(_local(path, manifests) for path in paths)
+        shards.extend((_fetched if part.startswith(URL) else _found)(part, split, manifests))
     for place, times in Counter(os.path.realpath(shard.path) for shard in shards).items():
         if times > 1:
-            raise UserError(f"data.{split} names {place} {times} times; its samples would count as often")
+            name = next(shard.name for shard in shards if os.path.realpath(shard.path) == place)
+            raise UserError(f"data.{split} names {name} {times} times; its samples would count as often")
     return shards
 
 
-def _braces(pattern: str) -> list[str]:
+class _Manifests:
+    """The manifest of each place, read once: the one that lies there, else the one that data.manifest names."""
+
+    def __init__(self, data: Data):
+        self.data = data
+        self._known: dict[str, dict | None] = {}
+
+    def of(self, place: str) -> dict | None:
+        """place: a directory, or a URL that shards' names are appended to; "" has none of its own."""
+        if place not in self._known:
+            if place.startswith(URL):
+                found = FetchDir(self.data).manifest(f"{place}/{MANIFEST}", optional=True)
+            else:
+                found = read_manifest(place or ".")
+            self._known[place] = found or self.given
+        return self._known[place]
+
+    @property
+    def given(self) -> dict | None:
+        name = self.data.manifest
+        if name is None:
+            return None
+        if name not in self._known:
+            try:
+                read = FetchDir(self.data).manifest if name.startswith(URL) else lambda path: parse_manifest(path, path)
+                self._known[name] = read(name)
+            except OSError:
+                raise UserError(f"data.manifest = {name}: no such file") from None
+        return self._known[name]
+
+
+def _facts(manifest: dict | None, name: str) -> dict | None:
+    """A shard's entry in a manifest."""
+    for split in (manifest or {"splits": {}})["splits"].values():
+        for shard in split["shards"]:
+            if shard["name"] == name:
+                return shard
+    return None
+
+
+def _listed(manifest: dict, split: str, place: str) -> list[str]:
+    """Names of a split's shards."""
+    if split not in manifest["splits"]:
+        splits = ", ".join(manifest["splits"]) or "none"
+        raise UserError(f"{place}/{MANIFEST} has no split {split!r} (it has {splits})")
+    return [shard["name"] for shard in manifest["splits"][split]["shards"]]
+
+
+def braces(pattern: str) -> list[str]:
+    """The strings that a pattern with {a,b} or {000..007} stands for."""
     from braceexpand import UnbalancedBracesError, braceexpand
 
     try:
@@ -62,46 +104,40 @@ def _braces(pattern: str) -> list[str]:
         raise UserError(f"{pattern}: the braces do not match") from None
 
 
-def _matches(pattern: str, split: str, manifests: dict) -> list[str]:
+# Files
+
+
+def _found(pattern: str, split: str, manifests: _Manifests) -> list[Shard]:
+    paths = [match for braced in braces(pattern) for match in _matches(braced, split, manifests)]
+    if not any(os.path.exists(path) or _facts(manifests.of(os.path.dirname(path)), os.path.basename(path))
+               for path in paths):  # fmt: skip
+        raise UserError(f"{pattern}: no {split} shard matches")
+    return [_local(path, manifests) for path in paths]
+
+
+def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
     """Local shards of one brace-free pattern.  Spelled-out and listed shards belong to it, present or not."""
     if os.path.isdir(pattern):
-        manifest = _manifest(pattern, manifests)
+        manifest = manifests.of(pattern)
         if manifest is None:
             return sorted(glob.glob(f"{glob.escape(pattern)}/{split}-*.tar"))
-        if split not in manifest["splits"]:
-            splits = ", ".join(manifest["splits"]) or "none"
-            raise UserError(f"{pattern}/{MANIFEST} has no split {split!r} (it has {splits})")
-        return [os.path.join(pattern, shard["name"]) for shard in manifest["splits"][split]["shards"]]
+        return [os.path.join(pattern, name) for name in _listed(manifest, split, pattern)]
     if not glob.has_magic(pattern):
         return [pattern]
     directory = os.path.dirname(pattern)
     found = set(glob.glob(pattern))
-    for facts in (_manifest(directory, manifests) or {"splits": {}})["splits"].values():
+    for facts in (manifests.of(directory) or {"splits": {}})["splits"].values():
         paths = [os.path.join(directory, shard["name"]) for shard in facts["shards"]]
         found.update(path for path in paths if fnmatch.fnmatch(path, pattern))
     return sorted(found)
 
 
-def _manifest(directory: str, manifests: dict) -> dict | None:
-    if directory not in manifests:
-        manifests[directory] = read_manifest(directory or ".")
-    return manifests[directory]
-
-
-def _facts(path: str, manifests: dict) -> dict | None:
-    directory, name = os.path.split(path)
-    for facts in (_manifest(directory, manifests) or {"splits": {}})["splits"].values():
-        for shard in facts["shards"]:
-            if shard["name"] == name:
-                return shard
-    return None
-
-
-def _local(path: str, manifests: dict) -> Shard:
+def _local(path: str, manifests: _Manifests) -> Shard:
     if not path.endswith(".tar"):
-        raise UserError(f"{path} is not a .tar; `referral shards from-webdataset` rewrites compressed or other shards")
+        raise UserError(f"{path} is not a .tar; {REWRITE}")
     directory = os.path.dirname(path)
-    manifest, facts = _manifest(directory, manifests), _facts(path, manifests)
+    manifest = manifests.of(directory)
+    facts = _facts(manifest, os.path.basename(path))
     if manifest and facts is None:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such shard")
@@ -109,43 +145,44 @@ def _local(path: str, manifests: dict) -> Shard:
     return Shard(path, path, directory, manifest, facts)
 
 
-def _fetch_all(urls: list[str], data: Data) -> list[Shard]:
-    directory = Path(data.fetch_dir or "~/.cache/referral/shards").expanduser()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as mistake:
-        raise UserError(f"data.fetch_dir = {directory}: cannot be made: {mistake.strerror}") from None
-    shards, total = [], 0
-    for url in urls:
-        path = directory / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
-        if not path.exists():
-            _fetch(url, path, data.fetch_bytes - total)
-        total += path.stat().st_size
-        if total > data.fetch_bytes:
-            raise UserError(f"{url}: the fetched shards take more than data.fetch_bytes = {data.fetch_bytes}")
-        shards.append(Shard(url, str(path)))
-    return shards
+# URLs
 
 
-def _fetch(url: str, path: Path, limit: int) -> None:
-    """Copy a URL's whole content to `path`, in up to ATTEMPTS attempts."""
-    from webdataset.gopen import gopen
+def _fetched(pattern: str, split: str, manifests: _Manifests) -> list[Shard]:
+    urls = [url for braced in braces(pattern) for url in _meant(braced, split, manifests)]
+    described = [manifests.given if url.startswith("pipe:") else manifests.of(_place(url)) for url in urls]
+    facts = [_facts(manifest, url_name(url)) for url, manifest in zip(urls, described, strict=True)]
+    for url, manifest, entry in zip(urls, described, facts, strict=True):
+        if manifest and entry is None:
+            raise UserError(f"{url}: its manifest has no shard {url_name(url)!r}")
+    paths = FetchDir(manifests.data).shards(urls, facts)
+    for url, path in zip(urls, paths, strict=True):
+        if is_packed(path):
+            raise UserError(f"{url} is compressed; `pipe:curl -sf URL | gunzip` unpacks it, or {REWRITE}")
+    return [
+        Shard(url, str(path), _place(url), manifest, entry)
+        for url, path, manifest, entry in zip(urls, paths, described, facts, strict=True)
+    ]
 
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    for attempt in range(ATTEMPTS):
-        try:
-            with gopen(url, "rb") as stream, open(temporary, "wb") as file:
-                while block := stream.read(1 << 20):
-                    file.write(block)
-                    if file.tell() > limit:
-                        raise UserError(f"{url}: the fetched shards take more than data.fetch_bytes = {limit}")
-            if not temporary.stat().st_size:
-                raise OSError("it is empty")
-            os.replace(temporary, path)
-            return
-        except (OSError, ValueError, ImportError) as mistake:
-            if attempt == ATTEMPTS - 1:
-                raise UserError(f"{url}: cannot be fetched: {mistake}".replace("\n", " ")) from None
-            time.sleep(0.2 * 4**attempt)
-        finally:
-            temporary.unlink(missing_ok=True)
+
+def _meant(url: str, split: str, manifests: _Manifests) -> list[str]:
+    """A shard's URL is itself; a directory's, one that does not end in .tar, means the split's shards there."""
+    if url.startswith("pipe:") or ".tar" in url.rpartition("/")[2]:
+        if "*" in url and not url.startswith("pipe:"):
+            raise UserError(f"{url}: a URL cannot have *; write braces, {{000000..000007}}, or name the directory")
+        return [url]
+    place = url.rstrip("/")
+    manifest = manifests.of(place)
+    if manifest is None:
+        raise UserError(f"{url} has no {MANIFEST}: name its shards, {place}/{split}-{{000000..000007}}.tar")
+    return [f"{place}/{name}" for name in _listed(manifest, split, place)]
+
+
+def _place(url: str) -> str:
+    return "" if url.startswith("pipe:") else url.partition("?")[0].rpartition("/")[0]
+
+
+def url_name(url: str) -> str:
+    """The file name that a URL ends in, or that a pipe's command mentions last: what a manifest calls the shard."""
+    mentioned = re.findall(r"[^\s/'\"=?&]+\.tar(?:\.\w+)?", url)
+    return mentioned[-1] if mentioned else url

@@ -155,21 +155,28 @@ def write_manifest(directory, class_names: list[str], splits: dict[str, dict], m
 def read_manifest(directory) -> dict | None:
     """The manifest of a directory of shards, or None.  Raises UserError if it is not one."""
     path = Path(directory) / MANIFEST
-    remedy = f"make it anew with `referral shards index {directory}`"
+    try:
+        return parse_manifest(path, path, f"; make it anew with `referral shards index {directory}`")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def parse_manifest(path: Path, name, remedy: str = "") -> dict:
+    """The manifest in the file `path`, which the user knows as `name`.  Raises UserError if it is not one."""
     try:
         manifest = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        raise
     except (json.JSONDecodeError, UnicodeDecodeError, OSError):
-        raise UserError(f"{path} cannot be read as JSON; {remedy}") from None
+        raise UserError(f"{name} cannot be read as JSON{remedy}") from None
     if isinstance(manifest, dict) and manifest.get("schema") != SCHEMA:
-        raise UserError(f"{path} has schema {manifest.get('schema')!r}, this program reads {SCHEMA}; {remedy}")
+        raise UserError(f"{name} has schema {manifest.get('schema')!r}, this program reads {SCHEMA}{remedy}")
     try:
         names = _Manifest.model_validate(manifest).classes
     except ValidationError as mistakes:
         first = mistakes.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is not a manifest of shards: {place}: {first['msg']}; {remedy}") from None
+        raise UserError(f"{name} is not a manifest of shards: {place}: {first['msg']}{remedy}") from None
     if len(set(names)) != len(names):
-        raise UserError(f"{path} has two classes of the same name; {remedy}")
+        raise UserError(f"{name} has two classes of the same name{remedy}")
     return manifest

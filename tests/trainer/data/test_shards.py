@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import shutil
 import tarfile
 
 import numpy as np
@@ -131,12 +130,10 @@ def test_the_fingerprint_knows_content_not_place(tmp_path):
         ("{d}/train-000000.tar::{d}/train-*.tar", "2 times"),
         ("{d}/manifest.json", "is not a .tar"),
         ("{d}/train-{{0..", "the braces do not match"),
-        ("pipe:false", "cannot be fetched"),
     ],
 )
-def test_a_wrong_pattern_gets_one_line(uneven, tmp_path, pattern, message):
-    data = Data(fetch_dir=str(tmp_path))
-    assert message in refusal(open_shards, pattern.format(d=uneven), data, "train")
+def test_a_wrong_pattern_gets_one_line(uneven, pattern, message):
+    assert message in refusal(open_shards, pattern.format(d=uneven), Data(), "train")
 
 
 def test_a_split_that_the_manifest_lacks_is_named(uneven):
@@ -269,30 +266,6 @@ def test_a_refusal_names_shard_member_and_reason(tmp_path):
     write_tar(tmp_path / "train-0.tar", members_of(range(3))[:-1])
     message = refusal(open_shards, str(tmp_path), Data(classes=7), "train")
     assert "train-0.tar: 00002 has only the member .cls" in message
-
-
-# URLs
-
-
-def test_a_pipe_is_fetched_once_and_read_like_a_file(tmp_path):
-    write_uneven(tmp_path / "set" if (tmp_path / "set").mkdir() is None else tmp_path, [4, 5])
-    data = Data(classes=7, fetch_dir=str(tmp_path / "kept"))
-    url = f"pipe:cat {tmp_path}/set/train-{{000000..000001}}.tar"
-    shards = open_shards(url, data, "train")
-    assert shards.num_samples == 9 and (shards.inputs([8])[0, 0] == picture(8)).all()
-    shutil.rmtree(tmp_path / "set")
-    assert open_shards(url, data, "train").fingerprint == shards.fingerprint
-
-
-def test_what_is_fetched_is_bounded_and_leaves_nothing_half(tmp_path):
-    (tmp_path / "set").mkdir()
-    write_uneven(tmp_path / "set", [4, 5])
-    data = Data(classes=7, fetch_dir=str(tmp_path / "kept"), fetch_bytes=15_000)
-    url = f"pipe:cat {tmp_path}/set/train-{{000000..000001}}.tar"
-    assert "more than data.fetch_bytes" in refusal(open_shards, url, data, "train")
-    failing = f"pipe:cat {tmp_path}/set/train-000001.tar; exit 3"
-    assert "cannot be fetched" in refusal(open_shards, failing, data.model_copy(update={"fetch_bytes": 10**9}), "train")
-    assert not list((tmp_path / "kept").glob(".*"))
 
 
 # Decoding
