@@ -44,7 +44,7 @@ class validate_specialist:
 
     def __init__(self, session: Session, members: np.ndarray):
         self.session = session
-        self.shards = session.measuring_shards()
+        self.shards = session.shards("val")
         self.columns = specialist_columns(members, session.num_classes).to(session.ranks.device)
         with np.load(session.run.measure.path("predictions.npz"), allow_pickle=False) as found:
             top, ids = found["top"][:, : session.config.ensemble.gate], found["ids"]
@@ -93,7 +93,7 @@ def fit_weight(session: Session, ensemble) -> list[float]:
             losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
         return {"losses": torch.stack(losses, dim=1)}
 
-    losses = session.measured(session.measuring_shards(), ask)["losses"].mean(axis=0, dtype=np.float64)
+    losses = session.measured(session.shards("val"), ask)["losses"].mean(axis=0, dtype=np.float64)
     best = WEIGHTS[int(losses.argmin())]
     session.say("eq. 5: the specialists' weight is %g (NLL on val %s)", best,
                 ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, losses, strict=True)))  # fmt: skip

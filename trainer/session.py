@@ -139,7 +139,11 @@ class Session:
         return {key: value[order] for key, value in joined.items()}
 
     def measuring_shards(self, enough: int = 10) -> ShardSet:
-        """Val; or the training split where val has fewer than `enough` examples per class on average."""
+        """What groups are found on: val, or train where val has fewer than `enough` examples per class on average.
+
+        A temperature or a weight is one number, and fitted on val however few: on training data that the networks know
+        by heart it says nothing.
+        """
         val = self.shards("val")
         if val.num_samples < enough * val.num_classes:
             self.say(

@@ -63,13 +63,16 @@ def measure(session: Session, stage: Stage) -> None:
         shards = session.measuring_shards(VAL_EXAMPLES_PER_CLASS)
         statistics = PredictionStatistics(session.num_classes, top_k=session.config.clusters.top_k)
 
-        def predict(batch):
+        def predict(batch, statistics=None):
             p = F.softmax(network(batch.inputs).float(), dim=1)
-            statistics.update(p, batch.labels)
+            if statistics is not None:
+                statistics.update(p, batch.labels)
             top = p.topk(min(ROUTED_TOP, p.shape[1]), dim=1)
             return {"top": top.indices.int(), "top_probability": top.values, "labels": batch.labels}
 
-        found = session.measured(shards, predict)
+        found = session.measured(shards, lambda batch: predict(batch, statistics))
+        if shards is not session.shards("val"):
+            found = session.measured(session.shards("val"), predict)
         statistics.save(attempt.path(f"statistics-{session.ranks.rank}.npz"))
         session.barrier()
         if session.ranks.is_main:
