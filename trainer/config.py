@@ -59,6 +59,7 @@ class Data(Section):
     workers: int = Field(0, ge=0)  # reading processes per rank
     damage: Literal["strict", "skip"] = "strict"  # stop at the first damaged sample, or leave them out and count them
     damage_share: float = Field(0.01, ge=0, lt=1)  # with skip: stop when more than this share is damaged
+    manifest: str | None = None  # manifest.json, a path or URL, of shards that come without one beside them, as pipe: does
     fetch_dir: str = ""  # where shards behind URLs are kept; "" is ~/.cache/referral/shards
     fetch_bytes: int = Field(256 * 1024**3, gt=0)  # the most that they may take
     decoders: dict[str, str] = {}  # extension -> module:function, beside the built-in table
