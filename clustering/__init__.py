@@ -9,6 +9,7 @@ _HOMES = {
     "captured_confusion": "judging",
     "captured_unlabelled": "judging",
     "forecast": "judging",
+    "forecast_table": "judging",
 }
 __all__ = sorted(_HOMES)
 

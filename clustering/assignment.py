@@ -48,20 +48,23 @@ def local_search(
     sweeps: int = 20,
     batches: int = 8,
     seed: int = 0,
+    wanted: np.ndarray | None = None,
 ) -> np.ndarray:
     """Memberships that catch more affinity inside groups of at most max_size: member_of [C, r], start and result.
 
     A pair of classes counts once, however many groups they share.  Each step takes a random part of the classes out and
     puts them back where they meet the most affinity not yet met; the best state seen is returned.
     similarity(classes) -> [B, G], or None: breaks ties, at a weight below any affinity that matters; then comes room.
+    wanted: int [C], how many of its r memberships each class is to have; None: all.
     """
+    wanted = np.full(len(member_of), member_of.shape[1]) if wanted is None else wanted
     rng = np.random.default_rng(seed)
     member_of = member_of.astype(np.int32).copy()
     best, best_mass = member_of.copy(), captured_mass(affinity, member_of)
     stale = 0
     for _ in range(sweeps):
         for batch in np.array_split(rng.permutation(len(member_of)), min(batches, len(member_of))):
-            _reassign(affinity, member_of, batch, num_groups, max_size, similarity)
+            _reassign(affinity, member_of, batch, num_groups, max_size, similarity, wanted)
         mass = captured_mass(affinity, member_of)
         stale = 0 if mass > best_mass * 1.0005 else stale + 1
         if mass > best_mass:
@@ -69,6 +72,46 @@ def local_search(
         if stale >= 3:
             break
     return best
+
+
+def join_where_it_pays(
+    affinity: csr_array,
+    member_of: np.ndarray,
+    num_groups: int,
+    coverage: float,
+    size_of,
+    similarity=None,
+    seed: int = 0,
+) -> np.ndarray:
+    """Further memberships, best first, until the groups catch `coverage` of the affinity: member_of [C, r] -> [C, r].
+
+    The -1 of member_of are what may be filled; a class that would meet nothing new joins nothing.  Each round lets the
+    classes that gain most join one group more, an eighth of all at most, and searches anew where everybody belongs.
+    size_of(memberships) -> the largest size that a group may have when there are so many memberships in all.
+    """
+    target = coverage * float(affinity.sum())
+    wanted = (member_of >= 0).sum(axis=1)
+    while (missing := target - captured_mass(affinity, member_of)) > 0:
+        gains = np.where(wanted < member_of.shape[1], _best_gains(affinity, member_of, num_groups), 0)
+        order = np.argsort(-gains, kind="stable")[: max(1, min(len(gains) // 8, np.count_nonzero(gains)))]
+        if gains[order[0]] <= 0:
+            break
+        # The affinity is symmetric: who meets a gain is met as well.
+        enough = 1 + np.searchsorted(np.cumsum(2 * gains[order]), missing)
+        wanted[order[:enough]] += 1
+        size = size_of(int(wanted.sum()))
+        member_of = local_search(affinity, member_of, num_groups, size, similarity, sweeps=4, seed=seed, wanted=wanted)
+        seed += 1
+    return member_of
+
+
+def _best_gains(affinity: csr_array, member_of: np.ndarray, num_groups: int) -> np.ndarray:
+    """The most affinity not yet met that each class would meet in one group more, [C]."""
+    unmet = affinity.copy()
+    row_of = np.repeat(np.arange(len(member_of)), np.diff(unmet.indptr))
+    unmet.data[_share(member_of, member_of, row_of, unmet.indices)] = 0
+    memberships = _one_hot(member_of, num_groups)
+    return (unmet @ memberships).max(axis=1).toarray().ravel()
 
 
 def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
@@ -98,7 +141,7 @@ def fill_empty(member_of: np.ndarray, num_groups: int) -> np.ndarray:
     return member_of
 
 
-def _reassign(affinity, member_of, batch, num_groups, max_size, similarity) -> None:
+def _reassign(affinity, member_of, batch, num_groups, max_size, similarity, wanted) -> None:
     """Take the batch's memberships back and give them anew, in place."""
     total = np.float32(affinity.sum())
     all_sizes = sizes_of(member_of, num_groups)
@@ -123,6 +166,7 @@ def _reassign(affinity, member_of, batch, num_groups, max_size, similarity) -> N
             for previous in range(turn):
                 taken = np.flatnonzero(new[:, previous] >= 0)
                 scores[taken, new[taken, previous]] = -np.inf
+            scores[wanted[block] <= turn] = -np.inf
             new[:, turn] = assign(scores, max_size - sizes)
             sizes = sizes + sizes_of(new[:, turn], num_groups)
             if turn + 1 < member_of.shape[1]:

@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 
-from .assignment import assign, fill_empty, local_search, sizes_of
+from .assignment import assign, fill_empty, join_where_it_pays, local_search, sizes_of
 from .embedding import affinity, confusion_columns, covariance_columns, unit_rows
 from .groups import ClassGroups
 from .statistics import DENSE_BYTES
@@ -25,6 +25,7 @@ def group_classes(
     overlap: int = 1,
     seed: int = 0,
     *,
+    coverage: float | None = None,
     refine: bool | None = None,
     classifier_rows=None,
 ) -> ClassGroups:
@@ -36,11 +37,15 @@ def group_classes(
         "classifier", k-means on classifier_rows [C, D], say the weights of the generalist's head; "random".
     capacity: no group holds more than max(capacity x mean size, the mean rounded up) classes; None: no bound.
     overlap: groups per class, so that the mean size is C x overlap / G.
+    coverage: with it `overlap` is the most: classes join further groups, those first that gain most, until the groups
+        catch this share of the errors that the predictions expect (`captured_unlabelled`).  Where all of `overlap`
+        catches less, or what is left is no confusion of anybody's, it ends there.  At the same share it is cheaper than
+        a whole number for all: specialists learn, and are asked about, fewer classes.
     refine: whether a local search on the expected confusion follows; None: yes, except for "raw" and "random".
         Further memberships always come from that search, except for "random".
     Raises ValueError for statistics without examples, more groups than classes, an argument out of range.
     """
-    _check(statistics, num_groups, method, capacity, overlap, classifier_rows)
+    _check(statistics, num_groups, method, capacity, overlap, coverage, classifier_rows)
     num_classes = statistics.num_classes
     confused = affinity(statistics)
     refine = method not in ("raw", "random") if refine is None else refine
@@ -59,8 +64,14 @@ def group_classes(
             member_of = local_search(confused, member_of, num_groups, size, ties, seed=seed)
         if overlap > member_of.shape[1]:
             missing = np.full((num_classes, overlap - member_of.shape[1]), -1, dtype=np.int32)
-            size = _max_size(num_classes * overlap, num_groups, capacity)
-            member_of = local_search(confused, np.hstack([member_of, missing]), num_groups, size, ties, seed=seed)
+            member_of = np.hstack([member_of, missing])
+            if coverage is None:
+                size = _max_size(num_classes * overlap, num_groups, capacity)
+                member_of = local_search(confused, member_of, num_groups, size, ties, seed=seed)
+            else:
+                member_of = join_where_it_pays(
+                    confused, member_of, num_groups, coverage, lambda n: _max_size(n, num_groups, capacity), ties, seed
+                )
     return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
 
@@ -189,7 +200,7 @@ def _class_groups(member_of: np.ndarray, num_groups: int) -> ClassGroups:
     return ClassGroups(np.split(classes[np.argsort(groups, kind="stable")], ends[:-1]), len(member_of))
 
 
-def _check(statistics, num_groups, method, capacity, overlap, classifier_rows) -> None:
+def _check(statistics, num_groups, method, capacity, overlap, coverage, classifier_rows) -> None:
     num_classes = statistics.num_classes
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
@@ -201,6 +212,13 @@ def _check(statistics, num_groups, method, capacity, overlap, classifier_rows) -
         raise ValueError(f"overlap is {overlap}; with {num_groups} groups a class can be in 1 to {num_groups} of them")
     if capacity is not None and not capacity >= 1:
         raise ValueError(f"capacity is {capacity}; below 1 the groups cannot hold every class, so give 1.3 or None")
+    if coverage is not None and not 0 < coverage <= 1:
+        raise ValueError(f"coverage is {coverage}; it is a share of the expected errors, above 0 and at most 1")
+    if coverage is not None and (overlap < 2 or method == "random"):
+        raise ValueError(
+            f"coverage decides who joins a second group and more, but overlap is {overlap} and method {method!r}; "
+            'give an overlap of 2 or more and another method than "random", or no coverage'
+        )
     if (method == "classifier") != (classifier_rows is not None):
         raise ValueError('classifier_rows [C, features] go with method="classifier", and with no other')
     if statistics.num_examples == 0:

@@ -57,6 +57,28 @@ def forecast(groups: ClassGroups, statistics) -> list[dict]:
     ]
 
 
+def forecast_table(rows: list[dict], skipped=(), most: int = 40) -> list[str]:
+    """A forecast as lines of text, the group most worth a job first; beyond `most` groups the rest is one line.
+
+    rows: what forecast returned; without labels the order is of "gain_unlabelled".  skipped: groups that get no job.
+    """
+    labelled = rows[0]["gain"] is not None
+    order = sorted(range(len(rows)), key=lambda g: -rows[g]["gain" if labelled else "gain_unlabelled"])
+    lines = ["group  classes  examples  errors inside  gain at most  expected"]
+    for g in order[:most]:
+        row = rows[g]
+        counts = [f"{row[key]:,}" if labelled else "-" for key in ("examples", "errors_inside")]
+        gains = f"{row['gain']:.2%}" if labelled else "-", f"{row['gain_unlabelled']:.2%}"
+        line = f"{g:5d}  {row['classes']:7,}  {counts[0]:>8}  {counts[1]:>13}  {gains[0]:>12}  {gains[1]:>8}"
+        lines.append(line + ("  skipped" if g in skipped else ""))
+    rest = order[most:]
+    if rest:
+        best = max(rows[g]["gain" if labelled else "gain_unlabelled"] for g in rest)
+        left_out = len(set(rest) & set(skipped))
+        lines.append(f"... and {len(rest):,} more of at most {best:.2%} each, {left_out:,} of them skipped")
+    return lines
+
+
 def _inside(groups: ClassGroups, confusion) -> tuple[np.ndarray, np.ndarray]:
     """Per group [G]: mass of errors with both classes inside, and mass of everything whose true class is inside."""
     confusion = _as_csr(confusion, groups).astype(np.float64)

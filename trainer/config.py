@@ -133,7 +133,8 @@ class Clusters(Section):
     num_groups: int = Field(16, gt=0)
     method: str = "kmeans"
     capacity: float = Field(1.3, ge=1)  # the largest group, as a multiple of the mean size
-    overlap: int = Field(1, ge=1)  # groups that a class may belong to
+    overlap: int = Field(1, ge=1)  # groups that a class belongs to; with coverage the most
+    coverage: float | None = Field(None, gt=0, le=1)  # classes join further groups until these catch such a share
     groups_file: str = ""  # a user's own taxonomy (ClassGroups JSON) instead of clustering
     top_k: int | None = Field(None, gt=0)  # statistics keep the k largest predictions; None = all while C^2 fits
     min_gain: float = Field(0.0, ge=0)  # groups whose forecast gain (share of val examples) is below get no specialist
@@ -142,6 +143,15 @@ class Clusters(Section):
     @classmethod
     def _method(cls, value):
         return _one_of(value, METHODS)
+
+    @model_validator(mode="after")
+    def _room_for_coverage(self):
+        if self.coverage is not None and (self.overlap < 2 or self.method == "random"):
+            raise ValueError(
+                f"coverage = {self.coverage} decides who joins a second group: "
+                'it needs overlap = 2 or more and a method other than "random"'
+            )
+        return self
 
 
 class Specialists(Schedule):

@@ -20,6 +20,7 @@ from clustering import (
     captured_confusion,
     captured_unlabelled,
     forecast,
+    forecast_table,
     group_classes,
 )
 from networks import freeze_norm, set_trainable, specialise
@@ -97,7 +98,8 @@ def cluster(session: Session, stage: Stage) -> None:
                 rows = session.load(session.run.generalist).head.weight if config.method == "classifier" else None
                 groups = group_classes(
                     statistics, config.num_groups, method=config.method, capacity=config.capacity,
-                    overlap=config.overlap, seed=session.config.seed, classifier_rows=rows,
+                    overlap=config.overlap, coverage=config.coverage, seed=session.config.seed,
+                    classifier_rows=rows,
                 )  # fmt: skip
         except ValueError as mistake:
             raise UserError(f"[clusters] {mistake}") from None
@@ -121,9 +123,16 @@ def cluster(session: Session, stage: Stage) -> None:
             "chance_unlabelled": unlabelled_chance, "sizes": [len(members) for members in groups.members],
             "forecast": foretold, "skipped": skipped,
         })  # fmt: skip
-        session.say("%d groups of %d to %d classes hold %.1f %% of the generalist's errors on val (chance %.1f %%)",
-                    len(groups), min(map(len, groups.members)), max(map(len, groups.members)), 100 * share,
-                    100 * chance)  # fmt: skip
+        session.say("%d groups of %d to %d classes, %.2f per class, hold %.1f %% of the generalist's errors on val "
+                    "(chance %.1f %%); without labels %.1f %% were expected", len(groups), groups.sizes.min(),
+                    groups.sizes.max(), groups.sizes.sum() / groups.num_classes, 100 * share, 100 * chance,
+                    100 * unlabelled)  # fmt: skip
+        for line in forecast_table(foretold, skipped):
+            session.say("%s", line)
+        session.say("gain: share of val that a perfect specialist would put right; shared errors count in every group")
+        if skipped:
+            session.say("%d of %d groups are forecast to gain less than clusters.min_gain = %g: no specialist",
+                        len(skipped), len(groups), config.min_gain)  # fmt: skip
 
 
 def route(session: Session, stage: Stage) -> None:

@@ -117,6 +117,55 @@ def test_a_class_between_two_groups_joins_both():
     assert captured_unlabelled(both, statistics)[0] == 1
 
 
+@pytest.mark.parametrize("method", LEARNED)
+def test_a_coverage_is_reached_and_hardly_passed_within_the_capacity(method):
+    statistics, group_of = planted_statistics(120, 24, 10, noise=0.5)
+    groups = group_classes(statistics, 8, overlap=3, coverage=0.75, **arguments_of(method, group_of))
+    assert 0.75 <= captured_unlabelled(groups, statistics)[0] < 0.8
+    memberships = groups.membership().sum(axis=1)
+    assert groups.covered.all() and memberships.max() <= 3
+    assert groups.sizes.max() <= max(1.3 * groups.sizes.mean(), np.ceil(groups.sizes.mean()))
+
+
+def test_a_coverage_costs_fewer_memberships_than_the_same_share_with_all_classes_in_two_groups():
+    # Every third class is confused with classes of any group, the others with those of their own alone.
+    noise = np.where(np.arange(300).repeat(10) % 3 == 0, 0.6, 0)[:, None]
+    statistics, _ = planted_statistics(300, 10, 10, noise=noise)
+    both = group_classes(statistics, 10, overlap=2)
+    share, _ = captured_unlabelled(both, statistics)
+    paid = group_classes(statistics, 10, overlap=3, coverage=share)
+    assert captured_unlabelled(paid, statistics)[0] >= share
+    assert paid.sizes.sum() < 0.95 * both.sizes.sum()
+
+
+def test_where_disjoint_groups_catch_enough_no_class_joins_another(small):
+    statistics, _ = small
+    disjoint = group_classes(statistics, 6)
+    share, _ = captured_unlabelled(disjoint, statistics)
+    assert group_classes(statistics, 6, overlap=3, coverage=share - 0.01) == disjoint
+
+
+def test_only_the_class_between_two_groups_joins_both():
+    # As above, with room for it: 0-3 and 4-7 are confused among themselves, class 8 with all of them.
+    statistics = PredictionStatistics(9, 2)
+    blocks = [(i, j) for b in (range(4), range(4, 8)) for i in b for j in b if i != j]
+    pairs = np.array(blocks * 3 + [(8, j) for j in range(8)] * 3)
+    statistics.update(pairs, np.tile([0.6, 0.4], (len(pairs), 1)))
+    groups = group_classes(statistics, 2, overlap=2, coverage=1.0)
+    assert sorted(members.tolist() for members in groups.members) == [[0, 1, 2, 3, 8], [4, 5, 6, 7, 8]]
+
+
+def test_a_coverage_out_of_reach_ends_where_all_overlap_is_used():
+    statistics, _ = planted_statistics(300, 30, 10, noise=0.9)
+    groups = group_classes(statistics, 30, overlap=2, coverage=1.0)
+    assert captured_unlabelled(groups, statistics)[0] < 1
+    assert groups.membership().sum(axis=1).max() == 2 and groups.sizes.sum() >= 0.95 * 600
+
+
+def test_without_confusion_no_class_joins_a_second_group():
+    assert group_classes(certain(6, [0, 1, 2]), 3, overlap=2, coverage=0.9).sizes.sum() == 6
+
+
 def test_raw_columns_collapse_and_correlation_drowns_where_scaled_confusion_finds_the_groups():
     # The generalist is surer of half the groups: raw distances hardly see those, the correlation's ones drown them.
     indices, values, labels, group_of = planted.planted_predictions(200, 10, 20)
@@ -205,6 +254,11 @@ def test_one_group_holds_everything(small):
         ({"overlap": 0}, "overlap is 0"),
         ({"capacity": 0.9}, "capacity is 0.9; below 1"),
         ({"capacity": float("nan")}, "capacity is nan"),
+        ({"coverage": 0.0, "overlap": 2}, "coverage is 0.0; it is a share"),
+        ({"coverage": 90, "overlap": 2}, "coverage is 90"),
+        ({"coverage": float("nan"), "overlap": 2}, "coverage is nan"),
+        ({"coverage": 0.9}, "overlap is 1 and method 'kmeans'; give an overlap of 2 or more"),
+        ({"coverage": 0.9, "overlap": 2, "method": "random"}, "method 'random'"),
         ({"method": "magic"}, "method 'magic' is not one of kmeans, minibatch, correlation, raw"),
         ({"method": "classifier"}, "classifier_rows"),
         ({"classifier_rows": np.ones((60, 2))}, 'go with method="classifier"'),

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
-from clustering import ClassGroups, PredictionStatistics, captured_confusion, captured_unlabelled, forecast
+from clustering import (
+    ClassGroups,
+    PredictionStatistics,
+    captured_confusion,
+    captured_unlabelled,
+    forecast,
+    forecast_table,
+)
 
 CONFUSION = np.array([[90, 3, 0, 1], [2, 80, 4, 0], [0, 0, 70, 0], [0, 5, 0, 60]])  # 15 errors
 
@@ -162,3 +169,23 @@ def test_captured_unlabelled_judges_what_the_predictions_expect():
     statistics = statistics_of(PREDICTIONS)
     # Mass off the predicted class: .3 + .1, .4, .2, .3, .1; inside {0, 1}: .3 + .4 + .1.
     assert captured_unlabelled(ClassGroups([[0, 1]], 3), statistics)[0] == pytest.approx(0.8 / 1.4)
+
+
+def test_the_table_has_the_group_most_worth_a_job_first_and_says_which_are_skipped():
+    rows = forecast(ClassGroups([[0, 1], [0, 2]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2]))
+    assert forecast_table(rows, skipped=[0]) == [
+        "group  classes  examples  errors inside  gain at most  expected",
+        "    1        2         4              2        40.00%     6.00%",
+        "    0        2         3              1        20.00%    16.00%  skipped",
+    ]
+
+
+def test_the_table_of_many_groups_sums_up_the_rest():
+    rows = forecast(ClassGroups([[0, 1], [0, 2], [1]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2]))
+    lines = forecast_table(rows, skipped=[0, 2], most=1)
+    assert lines[2:] == ["... and 2 more of at most 20.00% each, 2 of them skipped"]
+
+
+def test_the_table_without_labels_goes_by_what_the_predictions_expect():
+    lines = forecast_table(forecast(ClassGroups([[0, 2], [0, 1]], 3), statistics_of(PREDICTIONS)))
+    assert lines[1] == "    1        2         -              -             -    16.00%"
