@@ -1,0 +1,136 @@
+"""Logits that are never held give what held ones give."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from networks.linear_logits import LinearLogits, Targets
+
+ROWS, SIZE, CLASSES = 5, 4, 23
+BLOCKS = (1, 7, 23, None)
+
+
+def parts(dtype=torch.float64, seed=0):
+    """features, weight and bias, each a leaf."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = ((ROWS, SIZE), (CLASSES, SIZE), (CLASSES,))
+    return [torch.randn(*shape, generator=draw, dtype=dtype).mul_(2).requires_grad_() for shape in shapes]
+
+
+def labels(seed=1):
+    return torch.randint(CLASSES, (ROWS,), generator=torch.Generator().manual_seed(seed))
+
+
+def distributions(dtype=torch.float64):
+    return torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(2), dtype=dtype).mul_(3).softmax(1)
+
+
+def top_and_tail(k=4):
+    top = distributions().topk(k)
+    return top.indices, top.values, 1 - top.values.sum(1)
+
+
+TARGETS = {
+    "labels": lambda: Targets.of_labels(labels(), CLASSES),
+    "smoothed labels": lambda: Targets.of_labels(labels(), CLASSES, 0.1),
+    "some unlabelled": lambda: Targets.of_labels(torch.tensor([3, -1, 0, 22, -1]), CLASSES, 0.1),
+    "top 4 and tail": lambda: Targets.of_top(*top_and_tail()[:2], CLASSES, top_and_tail()[2]),
+    "dense": lambda: Targets(dense=distributions()),
+    "all of it": lambda: Targets.of_labels(labels(), CLASSES, 0.2, 0.3)._replace(dense=0.7 * distributions()),
+}
+
+
+def spelled_out(targets: Targets):
+    """The target as [N, C]."""
+    t = torch.zeros(ROWS, CLASSES, dtype=torch.float64)
+    if targets.indices is not None:
+        t.scatter_add_(1, targets.indices, targets.values.double())
+    if targets.uniform is not None:
+        t += targets.uniform[:, None]
+    return t + (targets.dense if targets.dense is not None else 0)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_loss_and_gradients_are_those_of_held_logits(name, block):
+    ours, theirs, weights = parts(), parts(), torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double()
+    targets = TARGETS[name]()
+    loss = LinearLogits(*ours, CLASSES, block).cross_entropy(targets)
+    held = -(spelled_out(targets) * F.linear(*theirs).log_softmax(1)).sum(1)
+    torch.testing.assert_close(loss, held, atol=2e-6, rtol=0)  # targets are float32
+    (loss * weights).sum().backward()
+    (held * weights).sum().backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.1))
+def test_float32_equals_torchs_cross_entropy_to_1e_5(smoothing):
+    ours, theirs = parts(torch.float32), parts(torch.float32)
+    loss = LinearLogits(*ours, CLASSES, 7).cross_entropy(Targets.of_labels(labels(), CLASSES, smoothing)).mean()
+    held = F.cross_entropy(F.linear(*theirs), labels(), label_smoothing=smoothing)
+    torch.testing.assert_close(loss, held, atol=1e-5, rtol=0)
+    loss.backward(), held.backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_gradients_agree_with_finite_differences(name):
+    targets = TARGETS[name]()
+    assert torch.autograd.gradcheck(lambda *given: LinearLogits(*given, CLASSES, 6).reduced(targets), parts())
+
+
+def test_a_prior_and_a_temperature_act_on_the_logits():
+    features, weight, bias = parts()
+    prior, wanted = torch.randn(CLASSES, dtype=torch.float64), F.linear(features, weight, bias)
+    given = LinearLogits(features, weight, bias, CLASSES, 5)
+    torch.testing.assert_close(given.plus(prior).reduced()[0], (wanted + prior).logsumexp(1))
+    torch.testing.assert_close(given.divided(3.0).reduced()[0], (wanted / 3).logsumexp(1))
+
+
+def test_large_logits_do_not_overflow():
+    features, weight, bias = parts(torch.float32)
+    loss = LinearLogits(features * 1e4, weight, bias, CLASSES, 5).cross_entropy(Targets.of_labels(labels(), CLASSES))
+    held = F.cross_entropy(F.linear(features * 1e4, weight, bias), labels(), reduction="none")
+    torch.testing.assert_close(loss, held, rtol=1e-5, atol=1e-2)
+    loss.sum().backward()
+    assert all(part.isfinite().all() for part in (weight.grad, bias.grad))
+
+
+def test_what_is_frozen_gets_no_gradient():
+    features, weight, bias = parts()
+    loss = LinearLogits(features.detach(), weight.detach(), bias, CLASSES, 5)
+    loss.cross_entropy(Targets.of_labels(labels(), CLASSES)).sum().backward()
+    assert weight.grad is None and features.grad is None and bias.grad is not None
+
+
+def test_under_autocast_products_are_low_and_sums_float32():
+    """As a linear layer under autocast: its logits in bfloat16, the loss of these in float32."""
+    ours, theirs = parts(torch.float32), parts(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LinearLogits(*ours, CLASSES, 7).cross_entropy(Targets.of_labels(labels(), CLASSES, 0.1)).mean()
+        held = F.cross_entropy(F.linear(*theirs).float(), labels(), label_smoothing=0.1)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, held, rtol=1e-2, atol=0)
+    loss.backward(), held.backward()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.grad.dtype == torch.float32
+        torch.testing.assert_close(mine.grad, other.grad, rtol=2e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_summary_is_that_of_the_softmax(block):
+    features, weight, bias = parts()
+    p = F.linear(features, weight, bias).softmax(1)
+    found = LinearLogits(features, weight, bias, CLASSES, block).summary(5, labels())
+    top = p.topk(5)
+    assert torch.equal(found.indices, top.indices)
+    torch.testing.assert_close(found.probabilities, top.values)
+    torch.testing.assert_close(found.log_label, p.gather(1, labels()[:, None])[:, 0].log())
+    torch.testing.assert_close(found.squares, p.square().sum(1))
+
+
+def test_summary_of_few_classes_names_them_all():
+    logits = LinearLogits(torch.ones(2, 1), torch.tensor([[0.0], [1.0], [2.0]]), None, 3)
+    assert logits.summary(5).indices.tolist() == [[2, 1, 0]] * 2
