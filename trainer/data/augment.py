@@ -13,7 +13,10 @@ from .decoding import import_function
 
 @dataclass(frozen=True)
 class Augment:
-    """function(inputs [n, ...], uniforms float64 [n, numbers]) -> inputs; numbers: the uniforms per example."""
+    """function(inputs [n, ...], uniforms float64 [n, numbers]) -> views [n, ...]; numbers: the uniforms per example.
+
+    A view depends on its own input and numbers alone: how many come in one call is not part of the promise.
+    """
 
     function: Callable[[np.ndarray, np.ndarray], np.ndarray]
     numbers: int

@@ -22,6 +22,7 @@ from .shards import ShardSet, check_share
 __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
 
 TRIES = 1000  # damaged samples in a row before a stream gives up
+BLOCK = 256 * 1024  # bytes of inputs that are augmented at a time
 
 
 @dataclass
@@ -145,7 +146,8 @@ class TrainingStream(_Stream):
         """Rank's share of the global batch of `step`: its examples rank, rank + world_size, ..."""
         mine = np.arange(rank, self.batch_size, world_size)
         owners, turns = self._owner[mine], self._turn[mine]
-        inputs = _room(len(mine), self.sources[0].shards, shared=self.augment is None)
+        shards = self.sources[0].shards
+        inputs = _room((len(mine), *shards.input_shape), shards.input_dtype)
         labels, ids = np.empty(len(mine), np.int64), np.empty(len(mine), np.int64)
         lost: list[tuple[int, int, str]] = []
         for number, source in enumerate(self.sources):
@@ -154,8 +156,13 @@ class TrainingStream(_Stream):
             labels[places] = source.shards.labels[ids[places]]
             lost.extend((number, sample, reason) for sample, reason in damaged.items())
         if self.augment is not None:
-            inputs = torch.from_numpy(self.augment(inputs.numpy(), self.uniforms(step)[mine]))
+            inputs = _augmented(inputs, self.uniforms(step)[mine], self.augment)
         return Batch(inputs, *map(torch.from_numpy, (labels, ids, owners)), lost)
+
+    def positions(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """int64[b]: where the examples of rank's share stand in the orders of their sources."""
+        per_batch = np.array([source.per_batch for source in self.sources])
+        return (step * per_batch[self._owner] + self._turn)[rank :: world_size]
 
     def uniforms(self, step: int) -> np.ndarray:
         """float64 [batch_size, K]: the numbers that belong to the step's positions, whatever was asked before."""
@@ -181,23 +188,39 @@ class _Share:
         return self.stream.batch(step, self.rank, self.world_size)
 
 
-def _room(count: int, shards: ShardSet, shared: bool = True) -> torch.Tensor:
-    """An unfilled tensor for `count` inputs; with `shared`, in memory that a loader's worker shares with its reader.
+def _room(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
+    """An unfilled tensor; in a loader's worker it lies in memory that the worker shares with the main process.
 
-    What is decoded into it then reaches the main process without a copy.  Raises UserError where torch lacks the dtype.
+    What is written into it gets there without a copy.  UserError where torch lacks the dtype.
     """
     try:
-        room = torch.empty(0, dtype=torch.from_numpy(np.empty(0, shards.input_dtype)).dtype)
-    except TypeError:
+        room = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
+    except (TypeError, ValueError):  # of text, of times; of the other byte order
         raise UserError(
-            f"{shards.where(0)}: the input is {shards.input_dtype}, which torch does not have; write it as uint8 or "
-            "float32, or name a function under data.decoders that makes it so"
+            f"inputs of dtype {dtype}: torch has none like it; name a function under data.decoders, or data.augment, "
+            "that makes them uint8 or float32"
         ) from None
-    shape = (count, *shards.input_shape)
-    if shared and count and torch.utils.data.get_worker_info() is not None:
+    if np.prod(shape) and torch.utils.data.get_worker_info() is not None:
         # As torch.utils.data.default_collate does it; share_memory_() would first fill, then copy, private memory.
         room.set_(torch.UntypedStorage._new_shared(int(np.prod(shape)) * room.itemsize))
     return room.resize_(shape)
+
+
+def _augmented(inputs: torch.Tensor, uniforms: np.ndarray, augment: Augment) -> torch.Tensor:
+    """The views, in the place of the inputs unless they are of another shape or dtype.
+
+    By BLOCK bytes of inputs: what an augmentation allocates stays small, and in the processor's cache.  Whole batches
+    would leave gaps in a worker's heap, up to a hundred batches' worth.
+    """
+    array, views = inputs.numpy(), None
+    step = max(1, BLOCK // max(1, array[:1].nbytes))
+    for first in range(0, len(array), step):
+        block = augment(array[first : first + step], uniforms[first : first + step])
+        if views is None:
+            same = block.shape[1:] == array.shape[1:] and block.dtype == array.dtype
+            views = inputs if same else _room((len(array), *block.shape[1:]), block.dtype)
+        views.numpy()[first : first + step] = block
+    return inputs if views is None else views
 
 
 def _read(source: Source, positions: np.ndarray, inputs: np.ndarray, places: np.ndarray):
@@ -233,7 +256,7 @@ class MeasuringStream(_Stream):
     def batch(self, number: int) -> Batch:
         """Batch `number` of ceil(n / batch_size): neighbours in the shards, so that reading goes forward."""
         ids = self.ids[number * self.batch_size : (number + 1) * self.batch_size]
-        inputs = _room(len(ids), self.shards)
+        inputs = _room((len(ids), *self.shards.input_shape), self.shards.input_dtype)
         damaged = self.shards.read_into(inputs.numpy(), np.arange(len(ids)), ids)
         if damaged:
             kept = ~np.isin(ids, list(damaged))

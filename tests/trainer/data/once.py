@@ -1,0 +1,56 @@
+"""Measuring passes over seven shards of unlike sizes, for every number of ranks and workers.
+
+`python tests/trainer/data/once.py` judges a hundred of them: `make soak`.
+"""
+
+import itertools
+import random
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
+
+import numpy as np  # noqa: E402
+from shardsets import label_of, picture, write_uneven  # noqa: E402
+
+from trainer.config import Data  # noqa: E402
+from trainer.data import MeasuringStream, open_shards  # noqa: E402
+
+RANKS, WORKERS, SEEDS = range(1, 6), range(4), range(5)
+
+
+def uneven_set(directory: Path, seed: int):
+    """Seven shards of 1 to 90 samples, no two of one size."""
+    sizes = random.Random(seed).sample(range(1, 91), 7)
+    return open_shards(str(write_uneven(directory, sizes)), Data(cache="none"), "train")
+
+
+def times_seen(shards, batch_size: int, ranks: int, workers: int) -> np.ndarray:
+    """int64[N]: how often each sample came, over all ranks.  AssertionError if one came with what is not its own."""
+    times = np.zeros(len(shards), np.int64)
+    for rank in range(ranks):
+        for batch in MeasuringStream(shards, batch_size).loader(rank, ranks, workers):
+            for sample, label, inputs in zip(batch.ids.tolist(), batch.labels.tolist(), batch.inputs, strict=True):
+                assert label == label_of(sample) and (inputs[0].numpy() == picture(sample)).all()
+                times[sample] += 1
+    return times
+
+
+def soak() -> None:
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    passes = samples = 0
+    for seed in SEEDS:
+        with tempfile.TemporaryDirectory() as place:
+            shards = uneven_set(Path(place), seed)
+            for ranks, workers in itertools.product(RANKS, WORKERS):
+                batch_size = random.Random(f"{seed} {ranks} {workers}").choice([1, 7, 16, 64, 1000])
+                times = times_seen(shards, batch_size, ranks, workers)
+                assert (times == 1).all(), f"seed {seed}, {ranks} ranks, {workers} workers: {np.bincount(times)}"
+                passes, samples = passes + 1, samples + len(times)
+    print(f"{passes} passes, {samples} samples, each seen exactly once")
+
+
+if __name__ == "__main__":
+    soak()
