@@ -1,6 +1,6 @@
 """Chinese characters of ../shared/data/cjk_glyphs as webdataset shards, their distortions fixed by a seed.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.characters.data --out DIR [--classes 3755] [--seed 0]
+    OMP_NUM_THREADS=1 python -m benchmarks.characters.data --out DIR [--classes 3755] [--seed 0] [--strength 1]
 
 Two minutes on one core for 3,755 classes.  DIR/seen: train, val and test of seven fonts, every image a distortion of
 its own.  DIR/unseen: a test split of UMing and BabelStone, which no other split shows.  What is complete is not made
@@ -10,8 +10,10 @@ again: a run that was interrupted goes on with the split that it was at.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ import numpy as np
 from trainer.data.glyphs import Distortion, ShardMaker, class_name, plan_shards
 from trainer.data.writing import read_manifest, write_manifest
 
-SOURCE = Path(__file__).parents[2] / ".." / "shared" / "data" / "cjk_glyphs"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+SOURCE = Path(os.environ.get("REFERRAL_DATA", SHARED)) / "cjk_glyphs"
 LEVEL_ONE = 3755  # the first so many labels are level 1 of GB 2312
 ROWS, COLUMNS, SIDE = 83, 82, 48  # of a mosaic, and of a drawing in it
 SEEN = (
@@ -33,6 +36,7 @@ SIZE = 32
 DISTORTION = Distortion()
 
 
+@cache
 def drawings(font: str, source: Path = SOURCE) -> np.ndarray:
     """uint8 [6763, 48, 48] of one font, ink 255 on 0, in the order of labels_gb2312.txt."""
     from PIL import Image
@@ -82,8 +86,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--classes", type=int, default=LEVEL_ONE)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strength", type=float, default=1.0, help="times every amplitude of the distortions")
     args = parser.parse_args()
-    make(args.out, args.classes, args.seed)
+    make(args.out, args.classes, args.seed, DISTORTION.times(args.strength))
 
 
 if __name__ == "__main__":
