@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear_logits import Alone, LinearLogits
 from .spec import ModelSpec, check_members
 
 
@@ -14,7 +15,7 @@ class DustbinHead(nn.Module):
 
     Their softmax is the generalist's with the classes outside S summed, so a specialist starts as the generalist.
     The rows are stored members first, each part in ascending order of class: the split is two slices of one product.
-    With S = every class the dustbin is -inf, probability 0.
+    With S = every class the dustbin is -inf, probability 0.  [B, C] logits are never held.
     """
 
     def __init__(self, in_features: int, num_classes: int, members):
@@ -32,21 +33,34 @@ class DustbinHead(nn.Module):
         outside[self.members] = False
         return torch.cat([self.members, outside.nonzero()[:, 0]])
 
-    def class_logits(self, features: Tensor) -> Tensor:
-        """[B, D] -> [B, C], columns in the order of `row_classes`."""
-        return F.linear(features, self.weight, self.bias)
-
     def forward(self, features: Tensor) -> Tensor:
-        logits = self.class_logits(features)
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()  # a sum over thousands of rows
-        inside, outside = logits.split([len(self.members), self.num_classes - len(self.members)], dim=1)
-        if outside.shape[1] == 0:
+        parts = [len(self.members), self.num_classes - len(self.members)]
+        (weight, others), (bias, others_bias) = self.weight.split(parts), self.bias.split(parts)
+        inside = F.linear(features, weight, bias)
+        inside = inside.to(torch.promote_types(inside.dtype, torch.float32))
+        if not len(others):
             return F.pad(inside, (0, 1), value=float("-inf"))
-        return torch.cat([inside, outside.logsumexp(dim=1, keepdim=True)], dim=1)
+        dustbin, _ = LinearLogits(features, others, others_bias, len(others)).reduced()
+        return torch.cat([inside, dustbin[:, None]], dim=1)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {len(self.members)} of {self.num_classes} classes + dustbin"
+
+
+class ShardedLinear(nn.Module):
+    """Some rows of a linear head, as the exchange splits them: [n, D] -> LinearLogits of all num_classes classes."""
+
+    def __init__(self, rows: nn.Linear, num_classes: int, exchange: Alone, block: int | None = None):
+        super().__init__()
+        self.in_features, self.num_classes, self.exchange, self.block = rows.in_features, num_classes, exchange, block
+        self.weight, self.bias = rows.weight, rows.bias
+
+    def forward(self, features: Tensor) -> LinearLogits:
+        exchange = self.exchange.of(len(features))
+        return LinearLogits(features, self.weight, self.bias, self.num_classes, self.block, exchange)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {len(self.weight)} of {self.num_classes} classes"
 
 
 def make_head(spec: ModelSpec, in_features: int) -> nn.Module:

@@ -4,8 +4,8 @@ N rows, D features, C classes of the whole label set, c of them in one shard; z 
 is one block, N x block, whatever C is: the forward pass keeps each row's log-sum-exp, the backward pass computes the
 block's logits again (online softmax, Milakov & Gimelshein 2018; the recomputation of Dao et al. 2022, section 3.1).
 
-Where the rows of `weight` are split over ranks, an `exchange` carries rows and sums between them.  Here it is a value
-with five functions, and the mathematics is the same with one shard.
+Where the rows of `weight` are split over ranks, an `exchange` carries rows and sums between them.  Here it is a value,
+and the mathematics is the same with one shard.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ class Alone:
 
     first = 0  # the class of the shard's first row
     share = 1.0  # of the weight's gradient: ranks that average gradients sum each its own loss's
+
+    def of(self, rows: int) -> Alone:
+        """The exchange of a batch of which this rank has so many rows."""
+        return self
 
     def gather(self, rows: Tensor) -> Tensor:
         """[n, ...] of each rank -> [N, ...], in the order of the ranks."""
