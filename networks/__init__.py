@@ -16,6 +16,7 @@ _HOMES = {
     "widen": "surgery",
     "save_classifier": "files",
     "load_classifier": "files",
+    "adopt_weights": "files",
 }
 __all__ = list(_HOMES)
 

@@ -49,6 +49,45 @@ def load_classifier(
     return classifier.to(device).eval()
 
 
+def adopt_weights(classifier: Classifier, path: str | Path, head: str) -> None:
+    """Someone else's weights into `classifier`, in place: a safetensors file, or a state dict that torch.save wrote.
+
+    head: what their linear classifier is called, say "fc": its rows are the classes, in the order of the label set, and
+    every other tensor belongs to the trunk.  A dict around the state dict ("state_dict", "model") and a prefix
+    "module." are taken off.  Nothing is unpickled into code.  Raises ValueError, naming the file, where it is unfit.
+    """
+    path = Path(path)
+    found = _read_tensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
+    found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
+    if f"{head}.weight" not in found:
+        heads = sorted(name[:-7] for name, value in found.items() if name.endswith(".weight") and value.ndim == 2)
+        raise ValueError(f"{path} has no {head}.weight; its linear layers are {_few(heads) or 'none'}")
+    renamed = {
+        f"head.{name[len(head) + 1 :]}" if name.startswith(f"{head}.") else f"trunk.{name}": tensor
+        for name, tensor in found.items()
+    }
+    if "head.bias" not in renamed:
+        renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]))
+    _check_tensors(renamed, classifier.state_dict(), path)
+    classifier.load_state_dict(renamed)
+
+
+def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as mistake:
+        raise ValueError(f"{path}: cannot be read: {mistake.strerror or mistake}") from None
+    except Exception as mistake:  # pickle, zip and torch have a dozen kinds for a foreign or an unsafe file
+        reason = str(mistake).splitlines()[0] if str(mistake) else type(mistake).__name__
+        raise ValueError(f"{path}: not a state dict of plain tensors: {reason}") from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
+            found = found[wrapper]
+    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise ValueError(f"{path}: not a state dict: {{name: tensor}} is needed")
+    return found
+
+
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -66,14 +105,14 @@ def _check_tensors(found: dict, needed: dict, path: Path) -> None:
     if missing or unexpected:
         found_wrong = (("lacks", missing), ("has unexpected", unexpected))
         parts = [f"{word} {_few(names)}" for word, names in found_wrong if names]
-        raise ValueError(f"{path} does not fit {SPEC}: {'; '.join(parts)}")
+        raise ValueError(f"{path} does not fit the network: {'; '.join(parts)}")
     wrong = [
         f"{name} is {list(found[name].shape)}, not {list(tensor.shape)}"
         for name, tensor in needed.items()
         if found[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"{path} does not fit {SPEC}: {_few(wrong)}")
+        raise ValueError(f"{path} does not fit the network: {_few(wrong)}")
 
 
 def _few(names: list[str]) -> str:

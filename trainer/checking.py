@@ -10,13 +10,15 @@ import argparse
 import os
 import sys
 import tomllib
+from importlib.util import find_spec
 
 import torch
 
 from .config import Config, UserError, load_config
 from .data.augment import find_augment
 from .data.shards import open_shards
-from .distributed import Ranks, choose_device
+from .distributed import Ranks, choose_device, precision
+from .engines import refuse_average_of_split_weights
 from .loop import check_batch_size
 from .run_directory import RunDirectory
 from .session import Session
@@ -33,7 +35,7 @@ def main(argv: list[str]) -> int:
 def check(config: Config, processes: int) -> None:
     """Raises UserError for shards that cannot be read or do not belong together, networks that cannot be built, batches
     that the ranks cannot share."""
-    choose_device(config.engine)
+    check_engine(config)
     check_batch_size(config.train.batch_size, processes, config.train.accumulation)
     for schedule in (config.specialists, *config.students.values()):
         check_batch_size(schedule.batch_size, 1, schedule.accumulation)
@@ -46,6 +48,20 @@ def check(config: Config, processes: int) -> None:
         session.fresh_network()
     for student in config.students.values():
         session.fresh_network(student)
+
+
+def check_engine(config: Config) -> None:
+    """What [engine] asks for is installed, and can be had together."""
+    engine = config.engine
+    precision(engine, choose_device(engine))
+    if engine.name == "deepspeed" and find_spec("deepspeed") is None:
+        raise UserError('engine.name = "deepspeed" needs the package deepspeed: pip install \'referral[train]\'')
+    if engine.name == "deepspeed" and engine.zero_stage == 3:
+        for schedule in (config.train, config.specialists, *config.students.values()):
+            refuse_average_of_split_weights(schedule)
+    for name in engine.track:
+        if find_spec(name) is None:
+            raise UserError(f"engine.track: {name} is not installed; pip install 'referral[{name}]'")
 
 
 def check_shards(config: Config) -> None:

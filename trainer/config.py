@@ -59,7 +59,7 @@ class Data(Section):
     workers: int = Field(0, ge=0)  # reading processes per rank
     damage: Literal["strict", "skip"] = "strict"  # stop at the first damaged sample, or leave them out and count them
     damage_share: float = Field(0.01, ge=0, lt=1)  # with skip: stop when more than this share is damaged
-    manifest: str | None = None  # manifest.json, a path or URL, of shards that come without one beside them, as pipe: does
+    manifest: str | None = None  # manifest.json (a path or URL) of shards that come without one beside them: pipe:
     fetch_dir: str = ""  # where shards behind URLs are kept; "" is ~/.cache/referral/shards
     fetch_bytes: int = Field(256 * 1024**3, gt=0)  # the most that they may take
     decoders: dict[str, str] = {}  # extension -> module:function, beside the built-in table
@@ -126,7 +126,8 @@ DEFAULT_SCHEDULE = Schedule(
 
 
 class Generalist(Section):
-    init: str = Field("", alias="from")  # a run, or a directory with model.safetensors and model.json
+    init: str = Field("", alias="from")  # a run, a directory with model.safetensors and model.json, or a weights file
+    head: str | None = None  # in someone else's weights file: what its last linear layer is called; [model] is the rest
 
 
 class Clusters(Section):
@@ -205,7 +206,19 @@ class Engine(Section):
     name: Literal["ddp", "deepspeed"] = "ddp"
     zero_stage: int = Field(1, ge=0, le=3)  # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    shard_head: bool = False  # of ddp: the classifier's rows split over the ranks, its logits never held
+    head_block: int | None = Field(None, gt=0)  # classes whose logits are held at a time; None = what fits a cache
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    hang_s: float = Field(900, gt=0)  # a rank that makes no step and measures no batch for so long is ended
+    track: list[Literal["tensorboard", "wandb"]] = []  # where the rows of metrics.jsonl go besides
+
+    @model_validator(mode="after")
+    def _one_head(self):
+        if self.shard_head and self.name == "deepspeed":
+            raise ValueError(
+                'engine.shard_head = true needs engine.name = "ddp": DeepSpeed would average the rows of the ranks'
+            )
+        return self
 
 
 class Launch(Section):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +19,35 @@ from .config import Engine, UserError
 from .tether import die_with_parent
 
 
+class Watchdog:
+    """Ends this process, with a traceback of every thread, `seconds` after the last sign of progress; exit code 1.
+
+    Python's own faulthandler does it, from a thread that needs no interpreter, so that a hang in a collective or in
+    a driver is ended too.  The launcher then ends the other ranks.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.armed, self.last = seconds, False, 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Progress is expected inside."""
+        self.armed, self.last = True, 0.0
+        self.progress()
+        try:
+            yield
+        finally:
+            self.armed = False
+            faulthandler.cancel_dump_traceback_later()
+
+    def progress(self) -> None:
+        """A step, or a batch, is done.  Setting the clock anew costs a thread: once a second, or a fiftieth of it."""
+        now = time.monotonic()
+        if self.armed and now - self.last > min(1.0, self.seconds / 50):
+            self.last = now
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place: rank of world_size, and the device that it computes on."""
@@ -23,10 +55,16 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    watchdog: Watchdog | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def progress(self) -> None:
+        """Tell the watchdog that this rank is alive."""
+        if self.watchdog is not None:
+            self.watchdog.progress()
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -42,11 +80,11 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # stages where rank 0 works alone take long
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, Watchdog(engine.hang_s))
     finally:
         dist.destroy_process_group()
 

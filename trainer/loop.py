@@ -7,21 +7,23 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from .checkpoints import checkpoint_place, load_checkpoint, newest_step, save_checkpoint
+from .checkpoints import BackgroundSaver, load_checkpoint, newest_step, save_checkpoint
 from .config import Schedule, UserError
+from .data.accounts import Passes
 from .data.streams import Batch, TrainingStream
 from .distributed import Ranks, StopSignal, broadcast, gather, sum_over_ranks
 from .objectives import Objective
 from .optimisation import AveragedWeights, learning_rate
 
 Validate = Callable[[nn.Module], dict[str, float]]  # -> {"loss": ..., "top1": ...}, equal on every rank
+DIVERGED = 10  # times the loss of the first steps (or 1 nat, where that is less)
 REQUEUE = 75  # EX_TEMPFAIL: "run me again, I shall go on"
 
 
@@ -38,17 +40,20 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    first_loss: float | None = None  # of the first logged steps
     best_loss: float = math.inf
     best_step: int = 0
     val: dict | None = None  # the figures of the weights that `train` would return now
     waited: int = 0  # validations since the best
     stopped: bool = False  # early
     metrics: list[str] = field(default_factory=list)  # the lines of metrics.jsonl so far
+    lost: list[tuple[int, int, str]] = field(default_factory=list)  # damaged samples so far: (source, id, reason)
 
 
 def train(
     driver, network: nn.Module, objective: Objective, stream: TrainingStream, schedule: Schedule, steps: int, *,
     ranks: Ranks, checkpoints: Path, metrics: Path, validate: Validate | None = None, workers: int = 0,
+    trackers: Sequence[Callable[[dict], None]] = (),
 ) -> tuple[nn.Module, dict]:  # fmt: skip
     """Train `network` for `steps` steps by an engine (trainer.engines), going on from the newest checkpoint.
 
@@ -58,20 +63,29 @@ def train(
     Raises Interrupted after SIGTERM or SIGUSR2 (with a checkpoint), UserError where the loss is not finite.
     """
     check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)
-    module = driver.prepare(network, schedule)
-    average = AveragedWeights(network, schedule.ema) if schedule.ema else None
-    progress, best = resume(driver, average, checkpoints, ranks)
-    log = MetricsFile(metrics, progress) if ranks.is_main else None
+    progress, state = resume(checkpoints, ranks)
+    best, network = state and state["best"], network.to(ranks.device)
+    average = AveragedWeights(network, schedule.ema, state and state["average"]) if schedule.ema else None
+    module = driver.prepare(network, schedule, state)
+    log = MetricsFile(metrics, progress, trackers) if ranks.is_main else None
     stop, started = StopSignal(), time.monotonic() - progress.seconds
-    loss_sum, first = torch.zeros((), dtype=torch.float64, device=ranks.device), progress.step
+    loss_sum, first, waited = torch.zeros((), dtype=torch.float64, device=ranks.device), progress.step, Stopwatch()
+
+    saver = BackgroundSaver() if in_background(ranks) else None
 
     def checkpoint():
+        progress.lost = passes.all_lost(everywhere)
         state = {
-            "engine": driver.name, **driver.state(), "progress": vars(progress), "best": best,
+            **driver.state(), "progress": vars(progress), "best": best,
             "average": average.average if average else None, "rng": gather(random_state(ranks), ranks),
         }  # fmt: skip
-        save_checkpoint(checkpoints, progress.step, state, schedule.keep, best=progress.best_step, ranks=ranks,
-                        write_part=driver.write_part)  # fmt: skip
+        if saver is None:
+            save_checkpoint(checkpoints, progress.step, state, schedule.keep, best=progress.best_step, ranks=ranks)
+        elif ranks.is_main:
+            saver.save(checkpoints, progress.step, on_cpu(state), schedule.keep, best=progress.best_step)
+
+    def everywhere(value):
+        return gather(value, ranks)
 
     def judge():
         """Validate (averaged weights where there are any), remember the best, decide whether to stop early."""
@@ -93,9 +107,11 @@ def train(
     if validate and progress.step == 0 and schedule.patience:
         judge()  # the start is a candidate too: a specialist that only gets worse stays the generalist
     module.train()
-    batches = stream.loader(progress.step, steps, ranks.rank, ranks.world_size, workers)
+    passes = Passes(stream, progress.step, ranks.rank, ranks.world_size, progress.lost)
+    batches = passes.watch(stream.loader(progress.step, steps, ranks.rank, ranks.world_size, workers))
     while progress.step < steps and not progress.stopped:
-        batch = next(batches).to(ranks.device)
+        with waited:
+            batch = next(batches).to(ranks.device)
         rate = learning_rate(progress.step, steps, schedule)
         parts = micro_batches(batch, schedule.accumulation)
         for index, part in enumerate(parts):
@@ -108,26 +124,29 @@ def train(
         if average:
             average.update(network, progress.step)
         progress.step += 1
+        ranks.progress()
+        passes.close_ended(everywhere)
         last = progress.step == steps
         stopping = stop.agreed(ranks)
-        if last or stopping or progress.step % schedule.log_every == 0:
+        saving = last or stopping or progress.step % schedule.checkpoint_every == 0
+        if saving or progress.step % schedule.log_every == 0:  # nothing is saved whose loss nobody has looked at
             mean = float(sum_over_ranks(loss_sum, ranks)) / ranks.world_size / (progress.step - first)
             loss_sum.zero_()
             first = progress.step
             progress.seconds = time.monotonic() - started
-            if not math.isfinite(mean):
-                raise UserError(
-                    f"the loss is {mean} at step {progress.step}; lower the learning rate ({rate:.3g}) or clip "
-                    f"gradients (clip_norm); the last good checkpoint stands in {checkpoints}"
-                )
+            progress.first_loss = mean if progress.first_loss is None else progress.first_loss
+            if not mean < DIVERGED * max(1.0, progress.first_loss):  # nan is not smaller either
+                raise UserError(diverged(mean, progress, rate, checkpoints))
             if log:
-                log.write(training_row(progress, steps, mean, rate, stream.batch_size, started))
+                log.write(training_row(progress, steps, mean, rate, stream.batch_size, started, waited, ranks))
         if validate and (last or (schedule.validate_every and progress.step % schedule.validate_every == 0)):
             judge()
             module.train()
-        if stopping or last or progress.stopped or progress.step % schedule.checkpoint_every == 0:
+        if saving or progress.stopped:
             progress.seconds = time.monotonic() - started
             checkpoint()
+        if saver is not None and (stopping or last or progress.stopped):
+            saver.wait()
         if stopping and not last:
             raise Interrupted()
     network = driver.export()
@@ -139,7 +158,7 @@ def train(
     return network, {
         "seconds": round(progress.seconds, 3), "examples_seen": progress.step * stream.batch_size,
         "peak_memory_bytes": peak_memory(ranks), "steps": progress.step, "best_step": progress.best_step,
-        "stopped_early": progress.stopped, "val": progress.val,
+        "stopped_early": progress.stopped, "val": progress.val, "lost": progress.lost,
     }  # fmt: skip
 
 
@@ -151,24 +170,32 @@ def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     return [Batch(*piece) for piece in zip(*pieces, strict=True)]
 
 
-def resume(driver, average, checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:
-    """Load the newest checkpoint into engine and averages; where there is none, begin."""
+def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:
+    """The newest checkpoint's progress and state, its generators set; where there is none, a beginning and None.
+
+    It may be another engine's, or of another number of ranks.
+    """
     step = broadcast(newest_step(checkpoints), ranks)
     if step is None:
         return Progress(), None
     state = load_checkpoint(checkpoints, step, ranks.device)
-    place = checkpoint_place(checkpoints, step)
-    if state["engine"] != driver.name:
-        raise UserError(
-            f"{place} was written with engine.name = {state['engine']}, this is {driver.name}; finish the stage as it "
-            "was begun, or start it anew with --force"
-        )
-    driver.load(state, place)
-    if average:
-        average.average = state["average"]
     if len(state["rng"]) == ranks.world_size:
         set_random_state(state["rng"][ranks.rank], ranks)
-    return Progress(**state["progress"]), state["best"]
+    return Progress(**state["progress"]), state
+
+
+def in_background(ranks: Ranks) -> bool:
+    """Whether checkpoints are written while training goes on: where a copy on the CPU stands apart from the state."""
+    return ranks.device.type == "cuda"
+
+
+def on_cpu(state):
+    """A deep copy whose tensors are on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
 def random_state(ranks: Ranks) -> dict:
@@ -184,27 +211,67 @@ def set_random_state(state: dict, ranks: Ranks) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: the rows up to the checkpoint first, then each new one as it comes."""
+    """metrics.jsonl: the rows up to the checkpoint first, then each new one as it comes.  Trackers get the same."""
 
-    def __init__(self, path: Path, progress: Progress):
-        self.path, self.progress = path, progress
+    def __init__(self, path: Path, progress: Progress, trackers: Sequence[Callable[[dict], None]] = ()):
+        self.path, self.progress, self.trackers = path, progress, trackers
         path.write_text("".join(line + "\n" for line in progress.metrics))
+        for line in progress.metrics:
+            self.track(json.loads(line))
 
     def write(self, row: dict) -> None:
         line = json.dumps({key: round(value, 8) if isinstance(value, float) else value for key, value in row.items()})
         self.progress.metrics.append(line)
         with open(self.path, "a") as file:
             file.write(line + "\n")
+        self.track(row)
+
+    def track(self, row: dict) -> None:
+        for tracker in self.trackers:
+            tracker(row)
 
 
-def training_row(progress: Progress, steps: int, loss: float, rate: float, batch: int, started: float):
-    """seconds: of training so far, earlier attempts included."""
+class Stopwatch:
+    """Seconds spent inside its `with`, since it was last read; and the seconds since then."""
+
+    def __init__(self):
+        self.inside, self.since = 0.0, time.monotonic()
+
+    def __enter__(self):
+        self.entered = time.monotonic()
+
+    def __exit__(self, *_):
+        self.inside += time.monotonic() - self.entered
+
+    def share(self) -> float:
+        now = time.monotonic()
+        share = self.inside / max(now - self.since, 1e-9)
+        self.inside, self.since = 0.0, now
+        return share
+
+
+def training_row(
+    progress: Progress, steps: int, loss: float, rate: float, batch: int, started: float, waited: Stopwatch,
+    ranks: Ranks,
+) -> dict:  # fmt: skip
+    """seconds: of training so far, earlier attempts included.  data_wait: rank 0's share of the time since the last row
+    that went to waiting for batches."""
     elapsed = time.monotonic() - started
     pace = elapsed / progress.step if progress.step else 0.0
     return {
         "step": progress.step, "steps": steps, "loss": loss, "lr": rate, "examples": progress.step * batch,
-        "seconds": round(elapsed, 3), "samples_per_s": round(batch / pace, 1) if pace else 0.0, "time": time.time(),
+        "seconds": round(elapsed, 3), "samples_per_s": round(batch / pace, 1) if pace else 0.0,
+        "data_wait": round(waited.share(), 4), "memory_bytes": peak_memory(ranks), "time": time.time(),
     }  # fmt: skip
+
+
+def diverged(loss: float, progress: Progress, rate: float, checkpoints: Path) -> str:
+    good = newest_step(checkpoints)
+    stands = f"the last good checkpoint is that of step {good} in {checkpoints}" if good else "there is no checkpoint"
+    return (
+        f"the loss is {loss:.4g} at step {progress.step} (it began at {progress.first_loss:.4g}); lower the learning "
+        f"rate ({rate:.3g}) or clip gradients (clip_norm); {stands}"
+    )
 
 
 def check_batch_size(batch: int, ranks: int, accumulation: int) -> None:

@@ -23,6 +23,21 @@ def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2), fused=True)
 
 
+def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, dict]:
+    """{parameter: {"exp_avg": tensor, ...}}, of the parameters that a step has reached."""
+    return {name: optimizer.state[p] for name, p in network.named_parameters() if p in optimizer.state}
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module, states: dict[str, dict]) -> None:
+    for name, p in network.named_parameters():
+        if name in states:
+            optimizer.state[p] = {key: _placed(value, p) for key, value in states[name].items()}
+
+
+def _placed(value, parameter: nn.Parameter):
+    return value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
+
+
 def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
     """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then by `schedule.schedule`.
 
@@ -45,9 +60,10 @@ class AveragedWeights:
     The decay is warmed up, min(decay, (1 + t) / (10 + t)), so that early averages are not stuck at the initial weights.
     """
 
-    def __init__(self, network: nn.Module, decay: float):
+    def __init__(self, network: nn.Module, decay: float, average: dict[str, torch.Tensor] | None = None):
+        """average: where it stands already."""
         self.decay = decay
-        self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.average = average or {name: p.detach().clone() for name, p in network.named_parameters()}
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from clustering import ClassGroups
 from ensemble import SpecialistEnsemble
-from networks import Classifier, ModelSpec, build_classifier, load_classifier, save_classifier, widen
+from networks import Classifier, ModelSpec, adopt_weights, build_classifier, load_classifier, save_classifier, widen
 
 from .config import Schedule, Student, UserError, load_config
+from .data.accounts import Losses
 from .data.cache import cached
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
@@ -26,6 +27,7 @@ from .engines import build_engine
 from .loop import train
 from .objectives import Objective
 from .run_directory import Attempt, RunDirectory, Stage, digest, new_attempt_id, read_json, write_bytes, write_json
+from .tracking import trackers
 
 MEASURING_BATCH = 512
 log = logging.getLogger("referral")
@@ -37,6 +39,7 @@ class Session:
     def __init__(self, run: RunDirectory, ranks: Ranks):
         self.run, self.ranks, self.config = run, ranks, run.config
         self._shards: dict[str, ShardSet] = {}
+        self.losses = Losses()
 
     def shards(self, split: str) -> ShardSet:
         """The train, val, test or transfer split, decoded once for all stages where [data] cache allows."""
@@ -45,6 +48,7 @@ class Session:
             if split == "transfer":
                 data = data.model_copy(update={"label": "", "classes": None})
             opened = open_shards(getattr(data, split), data, split)
+            self.losses.add(opened, {})
             self._shards[split] = cached(opened, self.run.root / "cache" / split, data)
         return self._shards[split]
 
@@ -72,6 +76,7 @@ class Session:
             yield attempt
             dist.barrier()
             if self.ranks.is_main:
+                write_json(attempt.path("damage.json"), self.losses.splits)
                 attempt.finish()
                 log.info("%s: done", stage.label)
             dist.barrier()
@@ -110,30 +115,42 @@ class Session:
         self, attempt: Attempt, network: nn.Module, objective: Objective, stream, schedule: Schedule, steps: int,
         validate=None,
     ) -> tuple[nn.Module, dict]:  # fmt: skip
-        with closing(build_engine(self.config.engine, self.ranks)) as driver:
-            return train(
+        names = self.config.engine.track if self.ranks.is_main else []
+        with (
+            closing(build_engine(self.config.engine, self.ranks)) as driver, self.ranks.watchdog.watching(),
+            trackers(names, attempt.directory, self.run.root, attempt.stage.place) as tracked,
+        ):  # fmt: skip
+            network, summary = train(
                 driver, network, objective, stream, schedule, steps, ranks=self.ranks,
                 checkpoints=attempt.stage.directory / "checkpoints", metrics=attempt.path("metrics.jsonl"),
-                validate=validate, workers=self.config.data.workers,
+                validate=validate, workers=self.config.data.workers, trackers=tracked,
             )  # fmt: skip
+        for source, sample, reason in summary.pop("lost"):
+            self.losses.add(stream.sources[source].shards, {sample: reason})
+        return network, summary
 
     def measured(
         self, shards: ShardSet, measure: Callable[[Batch], dict[str, Tensor]], ids=None
     ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards (or of `ids`).
 
-        Every rank returns the whole.
+        Every rank returns the whole, "ids" among it: damaged examples are absent where data.damage = skip allows it.
         """
         stream = MeasuringStream(shards, MEASURING_BATCH, ids=ids)
-        parts = []
+        parts, lost = [], {}
         with torch.inference_mode():
             for batch in stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers):
+                lost |= {sample: reason for _, sample, reason in batch.lost}
+                self.ranks.progress()
                 batch = batch.to(self.ranks.device)
                 found = {key: value.cpu().numpy() for key, value in measure(batch).items()}
                 parts.append({"ids": batch.ids.cpu().numpy(), **found})
-        every = [part for ranks_parts in gather(parts, self.ranks) for part in ranks_parts]
+        gathered = gather((parts, lost), self.ranks)
+        every = [part for ranks_parts, _ in gathered for part in ranks_parts]
         if not every:
-            raise UserError(f"{shards}: nothing to measure")
+            raise UserError(f"{shards.split}: nothing to measure")
+        for _, ranks_lost in gathered:
+            self.losses.add(shards, ranks_lost)
         joined = {key: np.concatenate([part[key] for part in every]) for key in every[0]}
         order = np.argsort(joined["ids"], kind="stable")
         return {key: value[order] for key, value in joined.items()}
@@ -212,12 +229,19 @@ class Session:
             raise UserError(f'{mistake}; a student of another shape needs start = "scratch"') from None
 
     def given_generalist(self) -> Classifier | None:
-        """The network that [generalist] from names: a run, or a directory with model.safetensors and model.json."""
-        given = self.config.generalist.init
+        """The network that [generalist] from names: a run's, one that save_classifier wrote, or a [model] with someone
+        else's weights."""
+        given, head = self.config.generalist.init, self.config.generalist.head
         if not given:
             return None
-        place = Path(given) / "generalist" if (Path(given) / "generalist").is_dir() else Path(given)
         try:
+            if head is not None:
+                network = self.fresh_network()
+                adopt_weights(network, given, head)
+                return network.to(self.ranks.device)
+            place = Path(given) / "generalist" if (Path(given) / "generalist").is_dir() else Path(given)
+            if place.is_file():
+                raise ValueError("is a file of weights; say what its last linear layer is called: generalist.head")
             network = load_classifier(place, self.ranks.device, user_builders(self.config.model.name))
         except (OSError, ValueError) as mistake:
             raise UserError(f"generalist.from = {given}: {mistake}") from None

@@ -19,6 +19,8 @@ TETHER = Path(__file__).with_name("tether.py")
 
 def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them; `arguments` are torchrun's options, then the trainer's own."""
+    # With the shared store of torch 2.13 half of the elastic restarts (--max-restarts) hang or fail.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     first = next((index for index, word in enumerate(arguments) if word == "--"), None)
     assert first is not None, "write -- between torchrun's options and the trainer's"
     # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path; it never sees it.

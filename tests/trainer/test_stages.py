@@ -6,40 +6,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
 from clustering import ClassGroups
 from trainer import loop
-from trainer.config import UserError, save_config
+from trainer.config import UserError
 from trainer.data.streams import Source, TrainingStream
 from trainer.distributed import process_group
 from trainer.run_directory import RunDirectory, read_json
 from trainer.session import Session
-from trainer.stages import STAGES, balanced_log_prior
+from trainer.stages import balanced_log_prior
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("data"))
-
-
-def run_all(root, config, only=None):
-    root.mkdir(parents=True, exist_ok=True)
-    save_config(config, root / "config.toml")
-    run = RunDirectory(root, config)
-    with process_group(config.engine) as ranks:
-        session = Session(run, ranks)
-        for stage in run.stages:
-            if not stage.is_done and (only is None or stage.name in only):
-                STAGES[stage.name](session, stage, *arguments(run, stage))
-    return run
-
-
-def arguments(run, stage):
-    """What a stage's function takes beside session and stage."""
-    if stage.name == "specialist":
-        return (int(stage.directory.name),)
-    return (stage.directory.name,) if stage.name in ("control", "student") else ()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +10,27 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Engine, Schedule
 from ..distributed import Ranks, precision
-from ..optimisation import AveragedWeights, build_optimizer
+from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state
 
 
 class DDPEngine:
-    name = "ddp"
-    write_part = None  # rank 0 holds all there is, so nothing is written by the others
-
     def __init__(self, config: Engine, ranks: Ranks):
         self.ranks = ranks
         self.precision = precision(config, ranks.device)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
 
-    def prepare(self, network: nn.Module, schedule: Schedule) -> nn.Module:
-        """Place the network and build its optimizer.  Returns the module to call in the forward pass."""
-        self.network = network.to(self.ranks.device)
-        self.optimizer = build_optimizer(self.network, schedule)
+    def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
+        """Build the optimizer, go on from a checkpoint's state.  Returns the module to call in the forward pass."""
+        self.network = network
+        self.optimizer = build_optimizer(network, schedule)
         self.clip_norm = schedule.clip_norm
+        if state is not None:
+            network.load_state_dict(state["network"])
+            load_optimizer_state(self.optimizer, network, state["optimizer"])
+            if self.scaler.is_enabled() and "scaler" in state:
+                self.scaler.load_state_dict(state["scaler"])
         devices = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-        self.module = DistributedDataParallel(self.network, device_ids=devices, gradient_as_bucket_view=True)
+        self.module = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
         return self.module
 
     def autocast(self):
@@ -46,24 +47,21 @@ class DDPEngine:
         """One optimizer step at this learning rate."""
         if self.clip_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+            self.clip()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
 
-    def state(self) -> dict:
-        """What a checkpoint keeps of rank 0."""
-        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
-        return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), **scaler}
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
 
-    def load(self, state: dict, place: Path) -> None:
-        """Go on from a checkpoint: its state, and the directory where it stands."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scaler.is_enabled():
-            self.scaler.load_state_dict(state["scaler"])
+    def state(self) -> dict:
+        """What a checkpoint keeps, by the names of the parameters: any engine goes on from it.  Collective."""
+        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
+        found = optimizer_state(self.optimizer, self.network)
+        return {"network": self.network.state_dict(), "optimizer": found, **scaler}
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the whole network's state; collective."""

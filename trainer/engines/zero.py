@@ -5,48 +5,42 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import shutil
-import subprocess
 import sys
-import uuid
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import Engine, Schedule, UserError
 from ..distributed import Ranks, precision
-from ..optimisation import AveragedWeights, build_optimizer
+from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state
+from . import refuse_average_of_split_weights
 
-PARTITIONED = 3  # the stage from which on no rank holds the whole network
-TAG = "deepspeed"  # the engine's own directory in a checkpoint
+SPLIT_WEIGHTS = 3  # the stage from which on no rank holds the whole network
 
 
 class DeepSpeedEngine:
-    name = "deepspeed"
-
     def __init__(self, config: Engine, ranks: Ranks):
         self.ranks, self.stage = ranks, config.zero_stage
         self.precision = precision(config, ranks.device)
 
-    def prepare(self, network: nn.Module, schedule: Schedule) -> nn.Module:
-        """Hand the network and its optimizer to DeepSpeed.  Returns the module to call in the forward pass."""
-        if schedule.ema and self.stage == PARTITIONED:
-            raise UserError(
-                f"ema = {schedule.ema}: with engine.zero_stage = 3 no rank holds the weights to average; take "
-                "zero_stage 0, 1 or 2, or ema = 0"
-            )
-        deepspeed = import_deepspeed(self.ranks)
-        self.gathered = deepspeed.zero.GatheredParameters
-        self.network = network.to(self.ranks.device)
+    def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
+        """Hand network and optimizer to DeepSpeed, going on from a checkpoint's state.  Returns the module to call."""
+        if self.stage == SPLIT_WEIGHTS:
+            refuse_average_of_split_weights(schedule)
+        self.deepspeed = import_deepspeed(self.ranks)
+        if state is not None:
+            network.load_state_dict(state["network"])
         # DeepSpeed's hooks stay on the network that it trains, and stage 3 takes its parameters apart.
-        self.plain = copy.deepcopy(self.network)
-        self.driver, *_ = deepspeed.initialize(
-            model=self.network, optimizer=build_optimizer(self.network, schedule), dist_init_required=False,
+        self.network, self.plain = network, copy.deepcopy(network)
+        self.driver, *_ = self.deepspeed.initialize(
+            model=network, optimizer=build_optimizer(network, schedule), dist_init_required=False,
             config=self._config(schedule),
         )  # fmt: skip
+        if state is not None:
+            self._load_optimizer(state["optimizer"])
         return self.driver
 
     def _config(self, schedule: Schedule) -> dict:
@@ -79,48 +73,72 @@ class DeepSpeedEngine:
         self.driver.step()
 
     def state(self) -> dict:
-        """What a checkpoint keeps of rank 0, beside the parts."""
-        return {"zero_stage": self.stage, "world_size": self.ranks.world_size}
+        """What a checkpoint keeps, by the names of the parameters: any engine goes on from it.  Collective.
 
-    def write_part(self, place: Path) -> None:
-        """DeepSpeed's own files; collective."""
-        self.driver.save_checkpoint(str(place), tag=TAG, save_latest=False)
+        DeepSpeed's own checkpoints are pickles, for one number of ranks; its universal ones know Adam's state alone.
+        """
+        return {"network": self.weights(), "optimizer": self._optimizer_state()}
 
-    def load(self, state: dict, place: Path) -> None:
-        """Go on from a checkpoint, of another number of ranks too; the stage must be the same."""
-        if state["zero_stage"] != self.stage:
-            raise UserError(
-                f"{place} was written with engine.zero_stage = {state['zero_stage']}, this is {self.stage}; finish the "
-                "stage as it was begun, or start it anew with --force"
-            )
-        tag = TAG
-        if state["world_size"] != self.ranks.world_size and self.stage:
-            tag = self._universal(place)
-            self.driver._config.load_universal_checkpoint = True
-        path, _ = self.driver.load_checkpoint(str(place), tag=tag)
-        assert path, f"DeepSpeed found nothing to load in {place}"
+    def _optimizer_state(self) -> dict[str, dict]:
+        if self.stage == 0:
+            return optimizer_state(self.driver.optimizer, self.network)
+        self._link()
+        shared = next(iter(self._optimizer.state.values()), {})
+        get = self.deepspeed.utils.safe_get_full_optimizer_state
+        found = {}
+        for name, parameter in self.network.named_parameters():
+            if parameter.requires_grad:
+                found[name] = {key: get(parameter, key).clone() if _per_weight(value) else value.clone()
+                               for key, value in shared.items() if value is not None}  # fmt: skip
+        return found
 
-    def _universal(self, place: Path) -> str:
-        """Convert the parts, once, to the form that any number of ranks reads."""
-        tag = f"{TAG}-universal"
-        if self.ranks.is_main and not (place / tag).exists():
-            temporary = place / f".{tag}.{uuid.uuid4().hex[:8]}"
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-                       "--input_folder", str(place / TAG), "--output_folder", str(temporary)]  # fmt: skip
-            found = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet(self.ranks))
-            assert found.returncode == 0, f"ds_to_universal: {found.stderr[-2000:]}"
-            try:
-                os.rename(temporary, place / tag)
-            except OSError:
-                shutil.rmtree(temporary)  # another attempt was first
-        dist.barrier()
-        return tag
+    def _load_optimizer(self, states: dict[str, dict]) -> None:
+        if self.stage == 0:
+            return load_optimizer_state(self.driver.optimizer, self.network, states)
+        shared = next(iter(states.values()), {})
+        for flat in self._flat_weights:
+            self._optimizer.state[flat] = {
+                key: torch.zeros_like(flat) if _per_weight(value) else value.clone()  # each group counts its own steps
+                for key, value in shared.items()
+            }
+        self._link()
+        for name, parameter in self.network.named_parameters():
+            for key, value in states.get(name, {}).items():
+                if _per_weight(value):
+                    self._set(parameter, key, value.to(self.ranks.device))
+
+    def _link(self) -> None:
+        """Tell the parameters where their optimizer states are: DeepSpeed does so once, after its first group's first
+        step, when the other groups have none."""
+        if self.stage < SPLIT_WEIGHTS:
+            self.driver.optimizer._hp_optimizer_states_linked = False
+            self.driver.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        """This rank's share of one parameter's state.  DeepSpeed's safe_set_full_... cannot set what it had to pad."""
+        utils = self.deepspeed.utils
+        if self.stage < SPLIT_WEIGHTS:
+            return utils.safe_set_full_optimizer_state(parameter, value, key)
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
+        utils.safe_set_local_optimizer_state(parameter, padded[size * self.ranks.rank :][:size], key)
+
+    @property
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """torch's, of the flat shares that this rank steps."""
+        return self.driver.optimizer.optimizer
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        zero = self.driver.optimizer
+        return zero.single_partition_of_fp32_groups if self.stage < SPLIT_WEIGHTS else zero.fp32_partitioned_groups_flat
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the whole network's state; collective."""
         for buffer in self.network.buffers():  # each rank has its own running statistics; rank 0's count, as under DDP
             dist.broadcast(buffer, src=0)
-        whole = self.gathered(list(self.network.parameters())) if self.stage == PARTITIONED else nullcontext()
+        whole = self.deepspeed.zero.GatheredParameters(list(self.network.parameters()))
+        whole = whole if self.stage == SPLIT_WEIGHTS else nullcontext()
         with whole:
             return {name: value.detach().clone() for name, value in self.network.state_dict().items()}
 
@@ -147,13 +165,14 @@ class DeepSpeedEngine:
             driver.destroy()
 
 
-def quiet(ranks: Ranks) -> dict[str, str]:
-    return {"DS_ACCELERATOR": "cuda" if ranks.device.type == "cuda" else "cpu", "DEEPSPEED_LOG_LEVEL": "error"}
+def _per_weight(value) -> bool:
+    """Whether a state has an entry for each weight, as Adam's averages; its step count has not."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def import_deepspeed(ranks: Ranks):
     """DeepSpeed, kept from compiling a shared-memory op at every start (a minute, and a crash without a compiler)."""
-    os.environ.update(quiet(ranks))
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     try:
         import deepspeed
         import deepspeed.ops

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from toy import write_toy
 
 from networks import load_classifier
 
 pytestmark = pytest.mark.engines
 TRAIN_ALL = Path(__file__).with_name("train_all.py")
+RESUMED = ((2, 1), (1, 2), (2, 3), (2, 2))
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 
 
@@ -40,6 +42,16 @@ def runs(data, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def resumed(data, tmp_path_factory):
+    """Runs of every engine, stopped at step 20 and gone on with at another number of ranks."""
+    out = tmp_path_factory.mktemp("resumed")
+    for before, after in RESUMED:
+        train_all(before, data, out / f"{before}-{after}", *ENGINES, "stop=20")
+        train_all(after, data, out / f"{before}-{after}", *ENGINES)
+    return out
+
+
 def losses(run: Path):
     rows = map(json.loads, (run / "generalist" / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
@@ -55,3 +67,35 @@ def test_every_engine_logs_the_losses_of_one_process(runs, ranks, engine):
     alone = losses(runs / "1" / "ddp")
     assert len(alone) == 50 and alone[-1] < 0.7 * alone[0]
     np.testing.assert_allclose(losses(runs / str(ranks) / engine), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("before, after", RESUMED)
+def test_a_run_goes_on_at_another_number_of_ranks(runs, resumed, before, after, engine):
+    run = resumed / f"{before}-{after}" / engine
+    attempts = sorted(run.glob("generalist/attempts/*/metrics.jsonl"), key=lambda path: path.stat().st_mtime)
+    assert len(attempts) == 2 and '"step": 20' in attempts[0].read_text().splitlines()[-1]
+    undisturbed = runs / "1" / "ddp"
+    np.testing.assert_allclose(losses(run), losses(undisturbed), atol=1e-5)
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, weights(undisturbed)[name], atol=1e-5, rtol=1e-4)
+
+
+def test_resumed_at_the_same_number_of_ranks_the_weights_are_the_same(runs, resumed):
+    """Bit for bit under DDP, within 1e-6 under DeepSpeed."""
+    for engine in ENGINES:
+        for name, value in weights(resumed / "2-2" / engine).items():
+            torch.testing.assert_close(value, weights(runs / "2" / engine)[name], atol=1e-6 * (engine != "ddp"), rtol=0)
+
+
+def test_another_engine_goes_on_in_the_middle(runs, data, tmp_path):
+    """Adam's state, its step count too, passes from each engine to each; here by two ranks, then by three."""
+    adam = ("train.optimizer=adamw", "train.learning_rate=0.01")
+    train_all(2, data, tmp_path / "whole", "ddp", *adam)
+    train_all(2, data, tmp_path / "begun", *ENGINES, *adam, "stop=20")
+    for before, after in zip(ENGINES, (*ENGINES[1:], ENGINES[0]), strict=True):
+        (tmp_path / "changed").mkdir(exist_ok=True)
+        (tmp_path / "begun" / before).rename(tmp_path / "changed" / after)
+    train_all(3, data, tmp_path / "changed", *ENGINES, *adam)
+    for engine in ENGINES:
+        np.testing.assert_allclose(losses(tmp_path / "changed" / engine), losses(tmp_path / "whole" / "ddp"), atol=3e-5)

@@ -1,14 +1,17 @@
 """Train the toy's generalist by every engine in turn, in this one process group:  train_all.py DATA OUT [ENGINE ...]
 
-ENGINE is ddp, zero0 ... zero3; KEY=VALUE after it overrides the config; a run that is there goes on.
+ENGINE is ddp, zero0 ... zero3; KEY=VALUE overrides the config, stop=STEP sends every run the stop signal at that step.
+A run that is there goes on.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from toy import toy_config  # noqa: E402
 
+from trainer import loop  # noqa: E402
 from trainer.config import save_config  # noqa: E402
 from trainer.distributed import process_group  # noqa: E402
 from trainer.run_directory import RunDirectory  # noqa: E402
@@ -19,7 +22,9 @@ SGD = ["train.optimizer=sgd", "train.momentum=0.9", "train.learning_rate=0.1", "
 
 
 def main(data: str, out: str, *words: str) -> None:
-    engines, overrides = [w for w in words if "=" not in w], [w for w in words if "=" in w]
+    engines = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word and not word.startswith("stop=")]
+    stop = next((int(word[5:]) for word in words if word.startswith("stop=")), None)
     configs = {}
     for engine in engines:
         chosen = ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
@@ -32,7 +37,12 @@ def main(data: str, out: str, *words: str) -> None:
                 save_config(config, root / "config.toml")
             session = Session(RunDirectory(root, config), ranks)
             session.barrier()
-            STAGES["generalist"](session, session.run.generalist)
+            asked = itertools.count(1)
+            loop.StopSignal.agreed = lambda self, ranks, asked=asked: next(asked) == stop
+            try:
+                STAGES["generalist"](session, session.run.generalist)
+            except loop.Interrupted:
+                assert stop is not None
 
 
 if __name__ == "__main__":

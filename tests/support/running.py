@@ -1,0 +1,26 @@
+"""Stages of a run, one after the other in this process."""
+
+from trainer.config import save_config
+from trainer.distributed import process_group
+from trainer.run_directory import RunDirectory
+from trainer.session import Session
+from trainer.stages import STAGES
+
+
+def run_all(root, config, only=None):
+    root.mkdir(parents=True, exist_ok=True)
+    save_config(config, root / "config.toml")
+    run = RunDirectory(root, config)
+    with process_group(config.engine) as ranks:
+        session = Session(run, ranks)
+        for stage in run.stages:
+            if not stage.is_done and (only is None or stage.name in only):
+                STAGES[stage.name](session, stage, *arguments(run, stage))
+    return run
+
+
+def arguments(run, stage):
+    """What a stage's function takes beside session and stage."""
+    if stage.name == "specialist":
+        return (int(stage.directory.name),)
+    return (stage.directory.name,) if stage.name in ("control", "student") else ()

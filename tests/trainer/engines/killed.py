@@ -1,0 +1,112 @@
+"""Kill a training run at random moments until it ends, and compare its weights with the undisturbed run's.
+
+    python tests/trainer/engines/killed.py [KILLS_PER_ENGINE] [ENGINE ...]
+
+Each kill is a `kill -9` of one worker, of all workers, or of the launcher.  The same command then goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+from toy import toy_config, write_toy  # noqa: E402
+
+from networks import load_classifier  # noqa: E402
+from trainer.checkpoints import complete_checkpoints, load_checkpoint  # noqa: E402
+from trainer.config import save_config  # noqa: E402
+from trainer.run_directory import RunDirectory  # noqa: E402
+
+ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
+KINDS = ("worker", "workers", "launcher")
+STEPS = ["train.steps=1200", "train.checkpoint_every=25", "train.log_every=25", "train.ema=0", "model.dropout=0.1"]
+TOLERANCE = {"ddp": 0.0}  # of the weights; DeepSpeed's are 1e-6
+
+
+def prepare(root: Path, data: Path, engine: str) -> RunDirectory:
+    chosen = ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
+    config = toy_config(data, *STEPS, *chosen)
+    root.mkdir(parents=True)
+    save_config(config, root / "config.toml")
+    return RunDirectory(root, config)
+
+
+def start(run: RunDirectory, ranks: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", str(ranks), "--"]
+    log = open(run.root / "log.txt", "ab")
+    return subprocess.Popen([*command, "generalist", "--run", str(run.root)], stdout=log, stderr=log,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+
+
+def workers(launcher: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
+    return [int(pid) for pid in found]
+
+
+def kill(launcher: subprocess.Popen, kind: str, rng: random.Random) -> None:
+    victims = [launcher.pid] if kind == "launcher" else workers(launcher.pid)
+    for victim in rng.sample(victims, 1) if kind == "worker" and victims else victims:
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def disturbed(run: RunDirectory, kills: list[str], longest_s: float, rng: random.Random) -> int:
+    """Run to the end, killed as often as `kills` says.  Returns how many of the kills met a running job."""
+    met = 0
+    for kind in [*kills, None]:
+        process = start(run)
+        if kind is not None:
+            try:
+                process.wait(rng.uniform(0, longest_s))
+            except subprocess.TimeoutExpired:
+                met += 1
+                kill(process, kind, rng)
+        code = process.wait(300)
+        for place in complete_checkpoints(run.generalist.directory / "checkpoints"):
+            load_checkpoint(place.parent, int(place.name.removeprefix("step-")))  # what says COMPLETE can be read
+        if run.generalist.is_done:
+            return met
+        assert kind is not None, f"the undisturbed last attempt ended with {code}: see {run.root}/log.txt"
+        time.sleep(0.3)  # for orphans to die with their launcher
+    raise AssertionError("unreachable")
+
+
+def difference(one: RunDirectory, other: RunDirectory) -> float:
+    weights = [load_classifier(run.generalist.path("model.safetensors").parent).state_dict() for run in (one, other)]
+    return max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+
+
+def soak(engine: str, kills: int, place: Path, seed: int = 0) -> str:
+    rng, data = random.Random(seed), place / "data"
+    if not data.exists():
+        write_toy(data)
+    whole = prepare(place / f"{engine}-whole", data, engine)
+    began = time.monotonic()
+    assert start(whole).wait(600) == 0, (whole.root / "log.txt").read_text()[-3000:]
+    longest, done, runs, worst = time.monotonic() - began, 0, 0, 0.0
+    while done < kills:
+        run = prepare(place / f"{engine}-{runs}", data, engine)
+        wanted = [KINDS[(done + k) % len(KINDS)] for k in range(min(3, kills - done))]
+        done += disturbed(run, wanted, longest, rng)
+        worst, runs = max(worst, difference(whole, run)), runs + 1
+    assert worst <= TOLERANCE.get(engine, 1e-6), f"{engine}: weights differ by {worst}"
+    return f"{engine}: {done} kills in {runs} runs, weights differ by at most {worst:g}"
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        for name in sys.argv[2:] or ENGINES:
+            print(soak(name, int((sys.argv[1:] or ["30"])[0]), Path(directory)), flush=True)
