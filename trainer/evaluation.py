@@ -192,6 +192,7 @@ def specialist_rows(session: Session, generalist, ensemble, active: np.ndarray, 
                 "before": inside[generalist(batch.inputs)[:, inside].argmax(1)],
                 "after": inside[network(batch.inputs)[:, :-1].argmax(1)], "labels": batch.labels,
             }, ids=ids)  # fmt: skip
+            row["n"] = len(found["ids"])
             row["conditional_before"] = float((found["before"] == found["labels"]).mean())
             row["conditional_after"] = float((found["after"] == found["labels"]).mean())
             row["gain"] = row["conditional_after"] - row["conditional_before"]

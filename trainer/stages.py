@@ -136,14 +136,14 @@ def cluster(session: Session, stage: Stage) -> None:
 
 
 def route(session: Session, stage: Stage) -> None:
-    """Each group's samples, found once, so that a specialist does not read the whole to keep a part."""
-    config = session.config.specialists
+    """All groups' samples in one pass, so that no specialist reads the whole to keep a part."""
+    config, skipped = session.config.specialists, session.skipped()
     with session.attempt(stage) as attempt:
+        groups = {m: members for m, members in enumerate(session.groups().members) if m not in skipped}
         if session.ranks.is_main:
-            for m, members in enumerate(session.groups().members):
-                if m not in session.skipped():
-                    route_samples(session.shards("train"), members, attempt.directory / f"{m:03d}", config.route,
-                                  config.route_max_bytes)  # fmt: skip
+            train = session.shards("train")
+            lost = route_samples(train, groups, attempt.directory, config.route, config.route_max_bytes, session.say)
+            session.losses.add(train, lost)
 
 
 def specialist(session: Session, stage: Stage, index: int) -> None:

@@ -45,6 +45,14 @@ class Order:
             self._epochs[epoch] = generator(self.seed, 1, epoch).permutation(ids)
         return self._epochs[epoch]
 
+    def expected(self, first: int, last: int) -> np.ndarray:
+        """int64[k]: the ids at positions first .. last - 1, all within one epoch, each id once."""
+        epoch, place = divmod(first, len(self))
+        assert last - first <= len(self) - place, (first, last)
+        if place or last - first < len(self):
+            return np.unique(self.epoch(epoch)[place : place + last - first])
+        return self.ids if self.repeats is None else self.ids[self.repeats(epoch) > 0]
+
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_epochs": {}}
 

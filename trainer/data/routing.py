@@ -1,11 +1,12 @@
-"""Routed samples: what one specialist reads of the training data, found once after clustering.
+"""Routed samples: what the specialists read of the training data, found once after clustering.
 
-Mode "index" keeps the ids of S_m's samples; "copy" also their raw members, in shards of their own, so that a specialist
-with 2 % of the classes does not read from everywhere in a large set.
+Mode "index" keeps the ids of each S_m's samples; "copy" also their raw members, in shards of the group's own, so that a
+specialist with 2 % of the classes does not read from everywhere in a large set.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from .shards import ShardSet, open_shards
 from .writing import ShardWriter, write_manifest
 
 SCHEMA = 1
+CHUNK = 256  # samples read together
+OPEN_WRITERS = 256  # one open file each, well below the usual limit of 1,024
 
 
 def routed_ids(labels: np.ndarray, members) -> np.ndarray:
@@ -28,47 +31,88 @@ def routed_bytes(shards: ShardSet, ids: np.ndarray, mode: str) -> int:
     return ids.nbytes + (shards.raw_bytes(ids) if mode == "copy" else 0)
 
 
-def route(shards: ShardSet, members, directory, mode: str = "index", max_bytes: int = 64 * 1024**3) -> dict:
-    """Write DIRECTORY/{ids.npy, routed.json} for the classes `members`, and with mode "copy" DIRECTORY/routed-*.tar.
+def route(shards: ShardSet, groups: dict[int, np.ndarray], directory, mode="index", max_bytes=64 * 1024**3, say=print):
+    """Write DIRECTORY/000/{ids.npy, routed.json} ..., and with mode "copy" DIRECTORY/000/routed-*.tar, for each group.
 
-    The size is printed before anything is written.  Returns routed.json: {"samples", "bytes", "frequency", ...}:
-    frequency is the share of S_m's samples in the whole set, from which the dustbin's shift is computed.
-    Raises UserError if no sample is of these classes, or if it would take more than max_bytes.
+    groups: {number: its classes}, which may overlap.  All are written in one pass over the shards, which reads each
+    sample once (one pass for every OPEN_WRITERS groups, with mode "copy").  The size is said before.
+    routed.json: {"samples", "bytes", "frequency", ...}: frequency is the share of S_m's samples in the whole set, from
+    which the dustbin's shift is computed.
+    Returns {id: reason} of the damaged samples, which are not copied (data.damage = skip).
+    Raises UserError if a group has no sample, or if all together would take more than max_bytes.
     """
-    if mode not in ("index", "copy"):
-        raise UserError(f"route = {mode!r}: index or copy")
     directory = Path(directory)
-    ids = routed_ids(shards.labels, members)
-    if not len(ids):
-        raise UserError(f"{shards.split} has no sample of the {len(members)} classes of {directory.name}")
-    size = routed_bytes(shards, ids, mode)
-    print(f"{directory.name}: {len(ids)} of {len(shards)} samples, {size / 2**20:.1f} MiB", flush=True)
-    if size > max_bytes:
+    ids = {number: routed_ids(shards.labels, members) for number, members in groups.items()}
+    for number, found in ids.items():
+        if not len(found):
+            raise UserError(f"{shards.split} has no sample of the {len(groups[number])} classes of group {number}")
+    sizes = {number: routed_bytes(shards, found, mode) for number, found in ids.items()}
+    total, samples = sum(sizes.values()), sum(map(len, ids.values()))
+    say(f"routing {samples} samples (of {len(shards)}) to {len(groups)} groups by {mode}: {total / 2**20:.1f} MiB")
+    if total > max_bytes:
         raise UserError(
-            f"routing {directory.name} by {mode} takes {size} bytes, above specialists.route_max_bytes = {max_bytes}"
+            f"routing by {mode} takes {total} bytes, above specialists.route_max_bytes = {max_bytes}"
+            + ('; specialists.route = "index" writes only which samples they are' if mode == "copy" else "")
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    for number in groups:
+        (directory / f"{number:03d}").mkdir(parents=True, exist_ok=True)
+    numbers, lost = list(groups), {}
     if mode == "copy":
-        _copy(shards, ids, directory)
-    with open(directory / "ids.npy", "wb") as file:
-        np.save(file, ids)
-    facts = {
-        "schema": SCHEMA, "mode": mode, "fingerprint": shards.fingerprint, "samples": len(ids), "bytes": size,
-        "frequency": len(ids) / len(shards), "classes": [int(member) for member in members],
-    }  # fmt: skip
-    write_json(directory / "routed.json", facts)
-    return facts
+        for first in range(0, len(numbers), OPEN_WRITERS):
+            lost |= _copy(shards, {number: ids[number] for number in numbers[first : first + OPEN_WRITERS]}, directory)
+    for number, members in groups.items():
+        place = directory / f"{number:03d}"
+        kept = ids[number][~np.isin(ids[number], list(lost))]
+        with open(place / "ids.npy", "wb") as file:
+            np.save(file, kept)
+        write_json(place / "routed.json", {
+            "schema": SCHEMA, "mode": mode, "fingerprint": shards.fingerprint, "samples": len(kept),
+            "bytes": sizes[number], "frequency": len(ids[number]) / len(shards), "classes": [int(c) for c in members],
+        })  # fmt: skip
+    return lost
 
 
-def _copy(shards: ShardSet, ids: np.ndarray, directory: Path) -> None:
-    label_member = shards.data.label.partition(":")[0]
-    with ShardWriter(directory, "routed", shards.class_names, overwrite=True) as writer:
-        for sample in ids.tolist():
-            (members,) = shards.raw([sample])
-            members.pop(label_member)
-            label = b"%d" % shards.labels[sample]
-            writer.write({"__key__": f"{sample:09d}", **members, "cls": label})
-    write_manifest(directory, shards.class_names, {"routed": writer.facts}, {"command": "route"})
+def _copy(shards: ShardSet, ids: dict[int, np.ndarray], directory: Path) -> dict[int, str]:
+    """Each sample's raw members to the shards of every group that it belongs to.  Returns the damaged: {id: reason}."""
+    samples = np.concatenate(list(ids.values()))
+    order = np.argsort(samples, kind="stable")
+    samples, owners = samples[order], np.repeat(list(ids), [len(found) for found in ids.values()])[order]
+    label_member, lost = shards.data.label.partition(":")[0], {}
+    with ExitStack() as stack:
+        writers = {}
+        for number in ids:
+            place = directory / f"{number:03d}"
+            writers[number] = stack.enter_context(ShardWriter(place, "routed", shards.class_names, overwrite=True))
+        distinct, starts = np.unique(samples, return_index=True)
+        ends = np.append(starts[1:], len(samples))
+        for first in range(0, len(distinct), CHUNK):
+            chunk = slice(first, first + CHUNK)
+            read, damaged = shards.read_raw(distinct[chunk])
+            lost |= damaged
+            for sample, members, start, end in zip(
+                distinct[chunk].tolist(), read, starts[chunk], ends[chunk], strict=True
+            ):
+                if sample in damaged:
+                    continue
+                if label_member != shards.data.input:
+                    members.pop(label_member)
+                members = {"__key__": f"{sample:09d}", **members, "cls": b"%d" % shards.labels[sample]}
+                for owner in owners[start:end].tolist():
+                    writers[owner].write(members)
+    for number, writer in writers.items():
+        write_manifest(directory / f"{number:03d}", shards.class_names, {"routed": writer.facts}, {"command": "route"})
+    return lost
+
+
+class RoutedShards(ShardSet):
+    """Copied samples, known by what they are in the set that they come from, whose account they are in."""
+
+    def __init__(self, copied: ShardSet, origin: ShardSet):
+        self.__dict__.update(copied.__dict__ | {"_files": {}, "split": origin.split})
+        self._origin = origin
+
+    def where(self, sample: int) -> str:
+        return self._origin.where(int(self.keys([sample])[0]))
 
 
 def open_routed(directory, shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
@@ -86,6 +130,7 @@ def open_routed(directory, shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
         raise UserError(f"{directory} was routed from other shards than {shards.names[0]} ...; run `route` again")
     if facts["mode"] == "index":
         return shards, ids
-    data = shards.data.model_copy(update={"label": "cls"})
-    copied = open_shards(str(directory), data, "routed")
+    # data.damage_share is of the whole split: a small group may by chance hold more of its damage.
+    data = shards.data.model_copy(update={"label": "cls", "damage_share": 0.999999})
+    copied = RoutedShards(open_shards(str(directory), data, "routed"), shards)
     return copied, np.arange(len(copied))

@@ -126,14 +126,23 @@ class ShardSet:
 
     def raw(self, ids) -> list[dict[str, bytes]]:
         """Every member of the samples, {extension: bytes}.  UserError if one is damaged."""
-        samples = []
+        samples, unreadable = self.read_raw(ids)
+        for sample, reason in unreadable.items():
+            raise UserError(f"{self.where(sample)}: {reason}")
+        return samples
+
+    def read_raw(self, ids) -> tuple[list[dict[str, bytes]], dict[int, str]]:
+        """As `read`: (every member of the samples, {id: reason} of the unreadable ones, whose members are {})."""
+        samples, unreadable = [], {}
         for sample, shard in zip(np.asarray(ids).tolist(), self.shard_of(ids).tolist(), strict=True):
             rows = range(self._start[sample], self._start[sample + 1])
             try:
                 samples.append({self.extensions[self._extension[row]]: self._member(shard, row) for row in rows})
             except _Damaged as damage:
-                raise UserError(f"{self.where(sample)}: {damage}") from None
-        return samples
+                samples.append({})
+                unreadable[sample] = str(damage)
+        self.check(unreadable)
+        return samples, unreadable
 
     def raw_bytes(self, ids) -> int:
         """Bytes that the samples' members take in a tar: contents and headers in whole blocks."""

@@ -40,7 +40,10 @@ def store_answers(session, ensemble, attempt: Attempt) -> None:
         if not session.ranks.is_main:
             continue
         for name in ("indices", "values"):
-            np.save(attempt.path(f"answers/{split}/{name}.npy"), found[name], allow_pickle=False)
+            # Damaged examples get no answer, and no stream delivers them.
+            answers = np.zeros((len(shards), k), found[name].dtype)
+            answers[found["ids"]] = found[name]
+            np.save(attempt.path(f"answers/{split}/{name}.npy"), answers, allow_pickle=False)
         tail = 1 - found["values"].sum(1, dtype=np.float64)
         write_json(attempt.path(f"answers/{split}/answers.json"), {
             "schema": 1, "num_classes": session.num_classes, "k": k, "samples": len(tail),

@@ -73,7 +73,7 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
         deciles=frequency(evidence),
         reliability=reliability_panels(evidence),
         examples=examples,
-        pictures=pictures(images, picture_rows(groups, examples)) if why_none is None else {},
+        pictures=pictures(images, picture_rows(groups, examples), evidence.ids) if why_none is None else {},
         why_no_pictures=why_none,
         names=evidence.names,
         facts=run_facts(evidence),
@@ -115,6 +115,11 @@ class Evidence:
     @property
     def labels(self) -> np.ndarray:
         return self.before["labels"]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The test sample of each prediction: damaged ones have none."""
+        return self.before["ids"]
 
     @cached_property
     def right(self) -> dict[str, np.ndarray]:

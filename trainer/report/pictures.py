@@ -36,8 +36,8 @@ def data_uri(pixels: np.ndarray) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def pictures(images, rows) -> dict[int, str]:
-    """Test rows -> data: URIs."""
+def pictures(images, rows, ids) -> dict[int, str]:
+    """Rows of the test predictions -> data: URIs.  ids: int [n], the sample of each row."""
     rows = sorted({int(row) for row in rows})
-    pixels = images.inputs(np.asarray(rows)) if rows else []
+    pixels = images.inputs(ids[rows]) if rows else []
     return {row: data_uri(one) for row, one in zip(rows, pixels, strict=True)}

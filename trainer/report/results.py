@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ..config import UserError
+from ..data.damage import merged, summary
 from ..run_directory import RunDirectory, Stage, read_json
 
 ROW_KEYS = ("n", "top1", "top5", "nll", "brier", "ece", "macro_top1")
@@ -29,6 +30,7 @@ def collect(run: RunDirectory) -> dict:
     found["student"] = found["students"].get("main")
     found["clusters"] = {key: ensemble["clusters"].get(key) for key in CLUSTER_KEYS}
     found["specialists"] = ensemble["specialists"]
+    found["damage"] = summary(merged([read_file(stage, "damage.json") or {} for stage in run.stages]))
     return _finite(found)
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shardsets import write_split, write_tar
 
 from trainer.config import Data, UserError
-from trainer.data import cached, open_routed, open_shards, route
+from trainer.data import cached, open_shards
 from trainer.data.augment import Augment, find_augment, flip_crop, shift
 
 
@@ -77,56 +77,6 @@ def test_inputs_of_several_shapes_are_not_cached(tmp_path):
     with pytest.raises(UserError, match="bring all to one size"):
         cached(shards, tmp_path / "cache/x", Data(cache="decoded"))
     assert not list((tmp_path / "cache").iterdir())
-
-
-# Routing
-
-
-@pytest.mark.parametrize("mode", ["index", "copy"])
-def test_a_route_holds_every_sample_of_its_classes_once(shards, tmp_path, mode):
-    facts = route(shards, [0, 2], tmp_path / "000", mode)
-    routed, ids = open_routed(tmp_path / "000", shards)
-    expected = np.flatnonzero(np.isin(shards.labels, [0, 2]))
-    assert facts["samples"] == len(ids) == len(expected)
-    assert facts["frequency"] == len(expected) / 150
-    assert routed.labels[ids].tolist() == shards.labels[expected].tolist()
-    assert (routed.inputs(ids) == shards.inputs(expected)).all()
-    assert routed.class_names == shards.class_names
-    assert [raw["png"] for raw in routed.raw(ids)] == [raw["png"] for raw in shards.raw(expected)]
-
-
-def test_groups_may_overlap(shards, tmp_path):
-    for index, members in enumerate(([0, 1, 2], [1, 2, 4])):
-        route(shards, members, tmp_path / f"{index:03d}", "copy")
-    sizes = [open_routed(tmp_path / f"{index:03d}", shards)[0].num_samples for index in range(2)]
-    assert sizes == [np.isin(shards.labels, members).sum() for members in ([0, 1, 2], [1, 2, 4])]
-
-
-def test_the_size_is_printed_and_a_limit_holds_before_anything_is_written(shards, tmp_path, capsys):
-    with pytest.raises(UserError, match="above specialists.route_max_bytes = 1000"):
-        route(shards, [0, 2], tmp_path / "000", "copy", max_bytes=1000)
-    assert "of 150 samples" in capsys.readouterr().out
-    assert not (tmp_path / "000").exists()
-
-
-def test_the_announced_size_of_a_copy_is_the_size_on_disk(shards, tmp_path):
-    facts = route(shards, [0, 1, 2, 4], tmp_path / "000", "copy")
-    (tar,) = (tmp_path / "000").glob("*.tar")
-    assert 0 <= tar.stat().st_size + 8 * facts["samples"] - facts["bytes"] <= 10240  # tar's end marks fill a record
-
-
-def test_a_route_of_other_shards_is_refused(shards, tmp_path):
-    route(shards, [0], tmp_path / "000")
-    other = open_shards(str(write_split(tmp_path / "set", 12)), Data(), "train")
-    with pytest.raises(UserError, match="was routed from other shards"):
-        open_routed(tmp_path / "000", other)
-    with pytest.raises(UserError, match="holds no routed samples"):
-        open_routed(tmp_path / "001", other)
-
-
-def test_classes_without_samples_are_refused(shards, tmp_path):
-    with pytest.raises(UserError, match="no sample of the 2 classes"):
-        route(shards, [3, 5], tmp_path / "000")  # no square is 3 or 5 modulo 7
 
 
 # Augmentation

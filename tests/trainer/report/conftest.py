@@ -41,7 +41,7 @@ def answers(probabilities, labels):
     """What evaluate keeps of probabilities [n, C]."""
     top5 = np.argsort(-probabilities, axis=1, kind="stable")[:, :5].astype(np.int32)
     return {
-        "labels": np.asarray(labels, np.int64), "top5": top5,
+        "ids": np.arange(len(labels)), "labels": np.asarray(labels, np.int64), "top5": top5,
         "top5_probability": np.take_along_axis(probabilities, top5, 1).astype(np.float32),
         "label_probability": probabilities[np.arange(len(labels)), labels].astype(np.float32),
     }  # fmt: skip
