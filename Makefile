@@ -23,6 +23,8 @@ test-all: install
 # Long repetitions of the fault tests; a few of each kind are in `make test`.
 soak: install
 	$(BIN)/python tests/trainer/data/damage.py 1000
+	$(BIN)/python tests/trainer/data/once.py
+	$(BIN)/python tests/trainer/data/killed.py 20
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -121,7 +121,10 @@ def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
         manifest = manifests.of(pattern)
         if manifest is None:
             return sorted(glob.glob(f"{glob.escape(pattern)}/{split}-*.tar"))
-        return [os.path.join(pattern, name) for name in _listed(manifest, split, pattern)]
+        listed = [os.path.join(pattern, name) for name in _listed(manifest, split, pattern)]
+        # Shards of the split's name that no split lists belong too, or they would be lost without a word.
+        present = sorted(glob.glob(f"{glob.escape(pattern)}/{split}-*.tar"))
+        return listed + [path for path in present if _facts(manifest, os.path.basename(path)) is None]
     if not glob.has_magic(pattern):
         return [pattern]
     directory = os.path.dirname(pattern)

@@ -179,4 +179,8 @@ def parse_manifest(path: Path, name, remedy: str = "") -> dict:
         raise UserError(f"{name} is not a manifest of shards: {place}: {first['msg']}{remedy}") from None
     if len(set(names)) != len(names):
         raise UserError(f"{name} has two classes of the same name{remedy}")
+    for split, facts in manifest["splits"].items():
+        total = sum(shard["samples"] for shard in facts["shards"])
+        if facts["samples"] != total:
+            raise UserError(f"{name} says split {split} has {facts['samples']} samples, its shards {total}{remedy}")
     return manifest

@@ -1,23 +1,33 @@
-"""Damaged shard sets, seeded, and the judgement on how they are met.
+"""Damaged shard sets, seeded, and the judgement on how they are met: by a measuring pass, by a training stream, by
+`trainer check` and by `referral shards validate`.
 
 `python tests/trainer/data/damage.py 1000` judges a thousand of them: `make soak`.
 """
 
+import contextlib
+import io
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 import traceback
+import warnings
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
 
+import tomli_w  # noqa: E402
 from shardsets import CLASSES, label_of, members_of, picture, write_tar, write_uneven  # noqa: E402
 
+from trainer.__main__ import main as trainer_main  # noqa: E402
 from trainer.config import Data, UserError  # noqa: E402
-from trainer.data import MeasuringStream, open_shards  # noqa: E402
+from trainer.data import MeasuringStream, Source, TrainingStream, cached, open_shards, shuffled  # noqa: E402
 
 SIZES = [5, 40, 12]
+READERS = ["in process", "two workers", "cached"]
+SECONDS = 120  # a set that takes longer hangs; the slowest takes about two
 
 
 def numbers_of(shard: int) -> range:
@@ -40,6 +50,13 @@ def garbled(path, chance):
     length = min(chance.choice([1, 16, 512, 4096]), len(content) - start)
     content[start : start + length] = chance.randbytes(length)
     path.write_bytes(content)
+
+
+def rotten(path, chance):
+    """Garbled without a new time of change, as by a failing disk."""
+    before = path.stat()
+    garbled(path, chance)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def zeroed(path, chance):
@@ -124,7 +141,7 @@ def wrong_manifest(path, chance):
         return absent(path, chance)
     manifest = json.loads(manifest_path.read_text())
     shard = chance.choice(manifest["splits"]["train"]["shards"])
-    kind = chance.choice(["samples", "counts", "sha256", "name", "half", "class"])
+    kind = chance.choice(["samples", "counts", "sha256", "name", "twice", "left out", "class", "type", "half", "list"])
     if kind == "samples":
         shard["samples"] += chance.choice([-1, 1])
     elif kind == "counts":
@@ -133,64 +150,138 @@ def wrong_manifest(path, chance):
         shard["sha256"] = "0" * 64
     elif kind == "name":
         shard["name"] = "train-999999.tar"
+    elif kind == "twice":
+        manifest["splits"]["train"]["shards"].append(shard)
+    elif kind == "left out":
+        manifest["splits"]["train"]["shards"].remove(shard)
     elif kind == "class":
         manifest["classes"] = manifest["classes"][:3]
-    text = json.dumps(manifest)
+    elif kind == "type":
+        shard[chance.choice(list(shard))] = chance.choice([None, [], {}, "many", -1])
+    text = json.dumps([manifest] if kind == "list" else manifest)
     manifest_path.write_text(text[: len(text) // 2] if kind == "half" else text)
 
 
 KINDS = [
-    truncated, cut_between_members, garbled, zeroed, missing_member, duplicate_key, duplicate_member, dotted_keys,
-    one_dotted_key, wrong_label, not_a_picture, empty_file, empty_tar, absent, wrong_manifest,
+    truncated, cut_between_members, garbled, rotten, zeroed, missing_member, duplicate_key, duplicate_member,
+    dotted_keys, one_dotted_key, wrong_label, not_a_picture, empty_file, empty_tar, absent, wrong_manifest,
 ]  # fmt: skip
 
 
-def judge(directory: Path, kind, seed: int, manifest: bool, indexed: bool, policy: str) -> str:
+def judge(directory: Path, kind, seed: int, manifest: bool, indexed: bool, policy: str, reader=READERS[0]) -> str:
     """Make one damaged set and read it: "refused", "counted" or "harmless".  AssertionError for anything else."""
     chance = random.Random(f"{kind.__name__} {seed}")
     write_uneven(directory, SIZES, manifest, indexed)
     kind(directory / f"train-{chance.randrange(len(SIZES)):06d}.tar", chance)
-    data = Data(classes=None if manifest else len(CLASSES), damage=policy, damage_share=0.99, cache="none")
-    pattern = str(directory) if manifest else str(directory / "train-{000000..000002}.tar")
+    data = Data(
+        train=str(directory) if manifest else str(directory / "train-{000000..000002}.tar"),
+        classes=None if manifest else len(CLASSES), damage=policy, damage_share=0.99,
+        cache="decoded" if reader == "cached" else "none",
+    )  # fmt: skip
+    verdict = measured(directory, data, workers=2 if reader == "two workers" else 0)
+    trained(directory, data, verdict)
+    return verdict
+
+
+def measured(directory: Path, data: Data, workers: int) -> str:
+    """The verdict of one exact pass."""
     try:
-        shards = open_shards(pattern, data, "train")
+        shards = cached(open_shards(data.train, data, "train"), directory / "cache" / "train", data)
         stream = MeasuringStream(shards, 16)
-        batches = list(stream.loader())
+        batches = list(stream.loader(workers=workers))
     except UserError as mistake:
         assert len(str(mistake).splitlines()) == 1, str(mistake)
         return "refused"
-    delivered = 0
-    for batch in batches:
-        keys = shards.keys(batch.ids.numpy())
-        for key, label, inputs in zip(keys, batch.labels.tolist(), batch.inputs.numpy(), strict=True):
-            assert label == label_of(int(key)), f"{key} has label {label}"
-            assert (inputs[0] == picture(int(key))).all(), f"{key} is garbled"
-            delivered += 1
-    assert len({key for batch in batches for key in shards.keys(batch.ids.numpy())}) == delivered, "a sample came twice"
+    delivered = [key for batch in batches for key in intact_keys(shards, batch)]
+    assert len(set(delivered)) == len(delivered), "a sample came twice"
     lost = shards.lost + len(stream.lost)
-    assert delivered + lost == sum(SIZES), f"{delivered} delivered, {lost} counted as lost, of {sum(SIZES)}"
+    assert len(delivered) + lost == sum(SIZES), f"{len(delivered)} delivered, {lost} counted as lost, of {sum(SIZES)}"
     if lost:
-        assert policy == "skip", f"strict delivered {delivered} and lost {lost}"
+        assert data.damage == "skip", f"strict delivered {len(delivered)} and lost {lost}"
         return "counted"
     return "harmless"
 
 
+def trained(directory: Path, data: Data, verdict: str) -> None:
+    """Two epochs of training on the same set: only whole batches of intact samples, or the same refusal."""
+    try:
+        shards = cached(open_shards(data.train, data, "train"), directory / "cache" / "train", data)
+        stream = TrainingStream([Source(shards, shuffled(len(shards), 0), 8)], 0)
+        batches = list(stream.loader(0, 2 * sum(SIZES) // 8))
+    except UserError as mistake:
+        assert len(str(mistake).splitlines()) == 1, str(mistake)
+        assert verdict == "refused", f"measuring: {verdict}, training: {mistake}"
+        return
+    assert verdict != "refused", "training reads what measuring refuses"
+    assert all(len(intact_keys(shards, batch)) == 8 for batch in batches)
+
+
+def intact_keys(shards, batch) -> list[str]:
+    """The batch's keys.  AssertionError if a label or an input is not that of its key."""
+    keys = shards.keys(batch.ids.numpy())
+    for key, label, inputs in zip(keys, batch.labels.tolist(), batch.inputs.numpy(), strict=True):
+        assert label == label_of(int(key)), f"{key} has label {label}"
+        assert (inputs[0] == picture(int(key))).all(), f"{key} is garbled"
+    return keys
+
+
+def command(words: list[str], stdin: str = "") -> tuple[int, str]:
+    """(exit code, what it printed to stderr) of `python -m trainer WORDS`, run in this process."""
+    said, before = io.StringIO(), sys.stdin
+    sys.stdin = io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = trainer_main(words)
+    finally:
+        sys.stdin = before
+    return code, said.getvalue()
+
+
+def judge_commands(directory: Path, manifest: bool, policy: str, verdict: str) -> None:
+    """`check` and `shards validate` on a set that `judge` made: exit codes and lines, no traceback."""
+    pattern = str(directory / "train-{000000..000002}.tar")
+    data = {"train": pattern, "val": pattern, "test": pattern, "damage": policy, "damage_share": 0.99, "cache": "none"}
+    config = {
+        "data": data if manifest else data | {"classes": len(CLASSES)},
+        "model": {"name": "mlp", "width": 8, "depth": 1}, "train": {"steps": 1, "batch_size": 8},
+    }  # fmt: skip
+    code, said = command(["check"], tomli_w.dumps(config))
+    assert code == 2 if said else code == 0, f"check: exit code {code}, {said!r}"
+    assert not said or (said.startswith("error: ") and said.count("\n") == 1), f"check: {said!r}"
+    assert verdict == "refused" or code == 0, f"{verdict} by the streams, check says {said!r}"
+    code, said = command(["shards", "validate", str(directory) if manifest else pattern])
+    assert code in (0, 1, 2) and bool(said) == bool(code), f"validate: exit code {code}, {said!r}"
+    # Without a manifest only the config says how many classes there are: `validate` takes the labels as they come.
+    if verdict != "harmless" and manifest:
+        assert code, f"{verdict} by the streams, nothing to say for validate"
+
+
+def timed_out(*_):
+    raise AssertionError(f"hangs: not done after {SECONDS} s")
+
+
 def soak(count: int) -> int:
     """Judge `count` damaged sets; prints a table and the first failures.  Returns the number of failures."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    signal.signal(signal.SIGALRM, timed_out)
     table: dict[str, dict[str, int]] = {}
     failures = 0
     for number in range(count):
         kind = KINDS[number % len(KINDS)]
-        seed, variant = divmod(number, len(KINDS))
+        seed = number // len(KINDS)
         manifest, indexed, policy = seed % 4 > 0, seed % 8 < 4, ("strict", "skip")[seed // 8 % 2]
+        manifest, reader = manifest or not indexed, READERS[seed % 3]
         with tempfile.TemporaryDirectory() as place:
+            signal.alarm(SECONDS)
             try:
-                verdict = judge(Path(place), kind, seed, manifest or not indexed, indexed, policy)
+                verdict = judge(Path(place), kind, seed, manifest, indexed, policy, reader)
+                judge_commands(Path(place), manifest, policy, verdict)
             except Exception:
                 verdict, failures = "FAILED", failures + 1
                 if failures <= 5:
-                    print(kind.__name__, seed, manifest, indexed, policy)
+                    print(kind.__name__, seed, manifest, indexed, policy, reader)
                     traceback.print_exc()
+            signal.alarm(0)
         row = table.setdefault(kind.__name__, {})
         row[verdict] = row.get(verdict, 0) + 1
     for name, row in table.items():

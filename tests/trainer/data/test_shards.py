@@ -140,6 +140,20 @@ def test_a_split_that_the_manifest_lacks_is_named(uneven):
     assert "no split 'val' (it has train)" in refusal(open_shards, str(uneven), Data(), "val")
 
 
+def test_a_shard_that_the_manifest_leaves_out_is_not_left_out_in_silence(tmp_path):
+    write_uneven(tmp_path, [4, 5])
+    write_tar(tmp_path / "train-000002.tar", members_of(range(9, 12)))
+    assert "train-000002.tar is not in" in refusal(open_shards, str(tmp_path), Data(), "train")
+
+
+def test_a_manifest_whose_total_is_not_that_of_its_shards_is_refused(tmp_path):
+    write_uneven(tmp_path, [4, 5])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["splits"]["train"]["samples"] = 10
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert "split train has 10 samples, its shards 9" in refusal(open_shards, str(tmp_path), Data(), "train")
+
+
 def test_without_a_manifest_the_config_says_how_many_classes_there_are(tmp_path):
     write_tar(tmp_path / "train-0.tar", members_of(range(9)))
     assert "set data.classes" in refusal(open_shards, str(tmp_path), Data(), "train")
@@ -165,12 +179,13 @@ def test_labels_come_from_a_json_field(tmp_path):
     write_tar(tmp_path / "train-0.tar", item(0, 3) + item(1, 0))
     shards = open_shards(str(tmp_path), Data(label="json:label", classes=7), "train")
     assert shards.labels.tolist() == [3, 0] and shards.inputs([1]).shape == (1, 1, 6, 5)
-    names = write_tar(tmp_path / "train-1.tar", item(0, "1") + item(1, "0"))
-    write_manifest(tmp_path, ["1", "0"], {"train": {"samples": 2, "shards": [
+    (named := tmp_path / "named").mkdir()
+    names = write_tar(named / "train-1.tar", item(0, "1") + item(1, "0"))
+    write_manifest(named, ["1", "0"], {"train": {"samples": 2, "shards": [
         {"name": "train-1.tar", "samples": 2, "bytes": 0, "sha256": scan_tar(names, "json:label").sha256,
          "class_counts": {"1": 1, "0": 1}}]}})  # fmt: skip
     # A text is a class's name even where it looks like a number.
-    assert open_shards(str(tmp_path), Data(label="json:label"), "train").labels.tolist() == [0, 1]
+    assert open_shards(str(named), Data(label="json:label"), "train").labels.tolist() == [0, 1]
     assert "no field 'x'" in refusal(open_shards, str(names), Data(label="json:x"), "train")
 
 
