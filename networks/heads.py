@@ -56,7 +56,7 @@ class ShardedLinear(nn.Module):
         self.weight, self.bias = rows.weight, rows.bias
 
     def forward(self, features: Tensor) -> LinearLogits:
-        exchange = self.exchange.of(len(features))
+        exchange = self.exchange.of(features)
         return LinearLogits(features, self.weight, self.bias, self.num_classes, self.block, exchange)
 
     def extra_repr(self) -> str:

@@ -27,8 +27,8 @@ class Alone:
     first = 0  # the class of the shard's first row
     share = 1.0  # of the weight's gradient: ranks that average gradients sum each its own loss's
 
-    def of(self, rows: int) -> Alone:
-        """The exchange of a batch of which this rank has so many rows."""
+    def of(self, features: Tensor) -> Alone:
+        """The exchange of a batch of which this rank has these rows."""
         return self
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from networks.linear_logits import LinearLogits, Targets
+
 
 def classification_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, log_prior: Tensor | None = None):
-    """Cross-entropy of [B, C] logits with labels [B].
+    """Cross-entropy of [B, C] logits, held or LinearLogits, with labels [B].
 
     log_prior: [C], log of (class share in training / natural share).  Added to the logits, it lets a network that is
     trained on resampled classes answer with the natural frequencies (logit adjustment, Menon et al. 2021, eq. 10).
     """
+    if isinstance(logits, LinearLogits):
+        targets = Targets.of_labels(labels, logits.num_classes, label_smoothing)
+        return logits.plus(log_prior).cross_entropy(targets).mean()
     if log_prior is not None:
         logits = logits + log_prior
     return F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)

@@ -1,5 +1,6 @@
-"""DDP with the classifier's rows split over the ranks, for label sets whose rows, gradients and optimizer states are too
-much for one rank.  The trunk is DDP's; the head's gradients never leave their rank, only features and sums do."""
+"""DDP with the classifier's rows split over the ranks, for label sets whose rows, gradients and optimizer states are
+too much for one rank.  The trunk is DDP's; the head's gradients never leave their rank, only features and sums do.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from .ddp import DDPEngine
 
 
 class ShardedHeadEngine(DDPEngine):
-    """Only a linear head over all classes is split; a specialist's logits are few, and its rows are left as they are."""
+    """Only a linear head over all classes is split; a specialist's logits are few, its rows are left as they are."""
 
     def __init__(self, config: Engine, ranks: Ranks):
         super().__init__(config, ranks)
@@ -164,7 +165,7 @@ class OverRanks(Alone):
 
     def of(self, features: Tensor) -> OverRanks:
         sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=features.device)
-        dist.all_gather_into_tensor(sizes, torch.tensor([len(features)], device=features.device))
+        dist.all_gather(list(sizes.split(1)), torch.tensor([len(features)], device=features.device))
         return replace(self, sizes=tuple(sizes.tolist()))
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -172,7 +173,7 @@ class OverRanks(Alone):
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
         every = rows.new_empty(len(self.sizes) * most, *rows.shape[1:])
-        dist.all_gather_into_tensor(every, padded)
+        dist.all_gather(list(every.split(most)), padded)
         if min(self.sizes) == most:
             return every
         return torch.cat([part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)])

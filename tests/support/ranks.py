@@ -1,0 +1,32 @@
+"""Scripts on several gloo ranks of this machine, and what a run of theirs left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from networks import load_classifier
+
+ENGINES = Path(__file__).parents[1] / "trainer" / "engines"
+
+
+def on_ranks(ranks: int, script: Path, *words) -> str:
+    """The output of a script; an AssertionError with its end where it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    found = subprocess.run([*command, str(script), *map(str, words)], env=environment, text=True, timeout=280,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert found.returncode == 0, found.stdout[-5000:]
+    return found.stdout
+
+
+def losses(run: Path) -> list[float]:
+    rows = map(json.loads, (run / "generalist" / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def weights(run: Path) -> dict:
+    return load_classifier(run / "generalist").state_dict()
