@@ -7,6 +7,7 @@ import gzip
 import io
 import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,13 +37,18 @@ def from_arrays(files: list, out, fractions: dict[str, float], seed: int = 0, **
                     f"{path}: a second array for {split}; give one array of inputs and one of labels per split"
                 )
             kind[split] = array
-    return write_arrays(inputs, labels, out, fractions, seed, [str(file) for file in files], **options)
+    made_by = {"command": "shards arrays", "files": [str(file) for file in files]}
+    return write_arrays(inputs, labels, out, fractions, seed, made_by, **options)
 
 
 def from_table(
-    path, out, text: str, label: str, fractions: dict[str, float], seed: int = 0, encoding="utf-8-sig", **options
-) -> dict[str, int]:
-    """Shards of a csv (or csv.gz) with a header: column `text` as txt members, column `label` as classes."""
+    path, out, text: str, label: str, fractions: dict[str, float], seed: int = 0, encoding="utf-8-sig",
+    drop: Sequence[str] = (), **options,
+) -> dict[str, int]:  # fmt: skip
+    """Shards of a csv (or csv.gz) with a header: column `text` as txt members, column `label` as classes.
+
+    drop: labels whose rows are left out.  Raises UserError for one that does not occur.
+    """
     path = Path(path)
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -59,10 +65,15 @@ def from_table(
     if len(kept) < len(rows):
         print(f"{path}: {len(rows) - len(kept)} of {len(rows)} rows have no {text} or no {label} and are left out")
     inputs, labels = (np.array([row[column].strip() for row in kept], dtype=np.str_) for column in (text, label))
-    return write_arrays({"train": inputs}, {"train": labels}, out, fractions, seed, [str(path)], **options)
+    for name in drop:
+        if name not in labels:
+            raise UserError(f"{path} has no {label} {name!r} to leave out")
+    inputs, labels = inputs[~np.isin(labels, drop)], labels[~np.isin(labels, drop)]
+    made_by = {"command": "shards table", "files": [str(path)], "text": text, "label": label, "drop": list(drop)}
+    return write_arrays({"train": inputs}, {"train": labels}, out, fractions, seed, made_by, **options)
 
 
-def write_arrays(inputs: dict, labels: dict, out, fractions, seed: int, origin: list[str], **options) -> dict[str, int]:
+def write_arrays(inputs: dict, labels: dict, out, fractions, seed: int, made_by: dict, **options) -> dict[str, int]:
     """Shards of {split: x} and {split: y}; see from_arrays."""
     if "train" not in inputs or inputs.keys() != labels.keys():
         raise UserError(f"found inputs for {sorted(inputs) or 'no split'} and labels for {sorted(labels) or 'none'}")
@@ -89,8 +100,7 @@ def write_arrays(inputs: dict, labels: dict, out, fractions, seed: int, origin: 
         extension, content = encode(inputs[split][number - starts[split]])
         return {extension: content, "cls": b"%d" % y[number]}
 
-    made_by = {"command": "shards arrays", "files": origin, "seed": seed}
-    return write_splits(out, names, splits, sample, made_by, **options)
+    return write_splits(out, names, splits, sample, made_by | {"seed": seed}, **options)
 
 
 def encode(x: np.ndarray) -> tuple[str, bytes]:

@@ -74,6 +74,7 @@ def table(
     text: Annotated[str, typer.Option(help="column with the input text")],
     label: Annotated[str, typer.Option(help="column with the class")],
     encoding: Annotated[str, typer.Option(help="of the file, e.g. cp1252")] = "utf-8-sig",
+    drop: Annotated[list[str] | None, typer.Option(help="leave out the rows of this class; may be repeated")] = None,
     val: Val = 0.1,
     test: Test = 0.1,
     seed: Seed = 0,
@@ -84,7 +85,7 @@ def table(
     from .arrays import from_table
 
     options = {"samples_per_shard": samples_per_shard, "overwrite": overwrite}
-    _say(out, from_table(file, out, text, label, {"val": val, "test": test}, seed, encoding, **options))
+    _say(out, from_table(file, out, text, label, {"val": val, "test": test}, seed, encoding, drop or (), **options))
 
 
 def from_webdataset(

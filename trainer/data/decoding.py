@@ -18,9 +18,13 @@ Decoder = Callable[[bytes], np.ndarray]
 
 def image(content: bytes) -> np.ndarray:
     """uint8 [1 or 3, H, W]: gray pictures have one channel, all others become RGB.  ValueError for 16-bit pictures."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    with Image.open(io.BytesIO(content)) as picture:
+    try:
+        opened = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError:
+        raise ValueError("no picture of a kind that Pillow knows") from None
+    with opened as picture:
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"a picture of mode {picture.mode} has more than 8 bits per channel")
         if picture.mode != "L" and picture.mode != "RGB":
@@ -90,6 +94,15 @@ def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:
     named = {extension.lower().lstrip("."): import_function(name, f"data.decoders.{extension}")
              for extension, name in decoders.items()}  # fmt: skip
     return BUILT_IN | named
+
+
+def decode(decoder: Decoder, content: bytes) -> np.ndarray:
+    """What the decoder makes of a member.  Raises ValueError if that is no array of numbers, and what it raises."""
+    array = decoder(content)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
+        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        raise ValueError(f"{decoder.__name__} gives {kind}; a numpy array of numbers is needed")
+    return array
 
 
 def find_decoder(table: dict[str, Decoder], extension: str) -> Decoder:

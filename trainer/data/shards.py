@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import Data, UserError
-from .decoding import decoder_table, find_decoder
+from .decoding import decode, decoder_table, find_decoder
 from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
 from .writing import ShardWriter, write_manifest
@@ -193,7 +193,7 @@ class ShardSet:
     def _decode(self, shard: int, row: int, shape, dtype) -> np.ndarray:
         content = self._member(shard, row)
         try:
-            array = self._decoders[int(self._extension[row])](content)
+            array = decode(self._decoders[int(self._extension[row])], content)
         except Exception as mistake:  # decoders, the user's too, raise what they like about bytes they do not know
             raise _Damaged(f"cannot be decoded: {type(mistake).__name__}: {mistake}".replace("\n", " ")) from None
         if array.shape == shape and array.dtype == dtype:
@@ -226,7 +226,7 @@ class ShardSet:
                 row = int(self._input_row[sample])
                 try:
                     content = self._member(int(self.shard_of(sample)), row)
-                    array = self._decoders[int(self._extension[row])](content)
+                    array = decode(self._decoders[int(self._extension[row])], content)
                     self._shape = array.shape, array.dtype
                     break
                 except Exception as mistake:  # as in _decode

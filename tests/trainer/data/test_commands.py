@@ -166,6 +166,11 @@ def test_a_table_becomes_texts(tmp_path):
     assert texts == {"Soy beans": "11", "Rape": "12", "Flax": "12"}
     message = refusal("table", tmp_path / "t.csv", "--out", tmp_path / "u", "--text", "x", "--label", "code")
     assert "no column 'x'; it has code, phrase" in message
+    assert run("table", tmp_path / "t.csv", "--out", tmp_path / "v", *options, "--drop", "11") == 0
+    assert open_shards(str(tmp_path / "v"), Data(), "train").class_names == ["12"]
+    assert "has no code '13' to leave out" in refusal(
+        "table", tmp_path / "t.csv", "--out", tmp_path / "w", *options, "--drop", "13"
+    )
 
 
 # index, validate, from-webdataset

@@ -20,7 +20,10 @@ def results(generalist, ensemble, students=None, **controls):
 
 def test_results_have_the_keys_of_the_design(hand_worked):
     found = collect(hand_worked)
-    assert set(found) == {"generalist", "ensemble", "controls", "students", "student", "clusters", "specialists"}
+    assert set(found) == {
+        "generalist", "ensemble", "controls", "students", "student", "clusters", "specialists", "damage",
+    }  # fmt: skip
+    assert found["damage"] == {}
     assert set(found["controls"]) == {"control_wall", "control_compute", "student_hard"}
     assert set(found["students"]) == {"main", "wide"} and found["student"] == found["students"]["main"]
     for one in (found["generalist"], found["ensemble"], *found["controls"].values(), *found["students"].values()):
