@@ -200,9 +200,16 @@ def _room(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
             f"inputs of dtype {dtype}: torch has none like it; name a function under data.decoders, or data.augment, "
             "that makes them uint8 or float32"
         ) from None
-    if np.prod(shape) and torch.utils.data.get_worker_info() is not None:
+    needed = int(np.prod(shape)) * room.itemsize
+    if needed and torch.utils.data.get_worker_info() is not None:
         # As torch.utils.data.default_collate does it; share_memory_() would first fill, then copy, private memory.
-        room.set_(torch.UntypedStorage._new_shared(int(np.prod(shape)) * room.itemsize))
+        try:
+            room.set_(torch.UntypedStorage._new_shared(needed))
+        except RuntimeError as mistake:
+            raise UserError(
+                f"no shared memory for a batch of {needed} bytes ({str(mistake).splitlines()[0]}): give /dev/shm more "
+                "(docker run --shm-size), or set data.workers = 0"
+            ) from None
     return room.resize_(shape)
 
 

@@ -135,6 +135,16 @@ def test_inputs_that_torch_has_no_dtype_for_are_refused(tmp_path, workers):
         list(stream.loader(workers=workers))
 
 
+def test_a_worker_without_shared_memory_is_told_of_in_one_line(shards, monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(UserError, match="no shared memory for a batch of 360 bytes .* --shm-size"):
+        list(two_sources(shards).loader(0, 2, workers=1))
+    assert len(list(two_sources(shards).loader(0, 2, workers=0))) == 2
+
+
 def test_making_a_loader_leaves_torchs_generator_alone(shards):
     torch.manual_seed(1)
     before = torch.get_rng_state()
