@@ -302,6 +302,11 @@ def test_pictures_become_channels_first(tmp_path, extension):
     assert abs(found.astype(int).mean((1, 2)) - [0, 200, 0]).max() < 6
 
 
+def test_each_channel_is_a_plane_of_the_picture(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (70, 1001, 3), dtype=np.uint8)  # beyond Pillow's 64 KiB buffer
+    assert np.array_equal(first_of(tmp_path, "png", png(pixels)), pixels.transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("mode, channels", [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)])
 def test_modes_become_gray_or_rgb(tmp_path, mode, channels):
     file = io.BytesIO()
