@@ -90,8 +90,8 @@ def cluster(session: Session, stage: Stage) -> None:
     with session.attempt(stage) as attempt:
         if not session.ranks.is_main:
             return
-        statistics = PredictionStatistics.load(session.run.measure.path("statistics.npz"))
         try:
+            statistics = PredictionStatistics.load(session.run.measure.path("statistics.npz"))
             if session.run.groups_file:
                 groups = ClassGroups.load(session.run.groups_file)
             else:

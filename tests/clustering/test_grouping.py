@@ -4,6 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
 from clustering import ClassGroups, PredictionStatistics, captured_unlabelled, group_classes
@@ -239,6 +241,45 @@ def test_without_capacity_one_group_may_take_nearly_all():
 
 def test_one_group_holds_everything(small):
     assert group_classes(small[0], 1).sizes.tolist() == [60]
+
+
+@st.composite
+def degenerate(draw):
+    """Statistics of few predictions of few kinds, and arguments of group_classes that fit them."""
+    num_classes = draw(st.integers(1, 9))
+    kinds = {
+        "certain": np.eye(num_classes),
+        "uniform": np.full((1, num_classes), 1 / num_classes),
+        "halves": (np.eye(num_classes) + np.eye(num_classes)[::-1]) / 2,
+        "nearly certain": 1e-7 / num_classes + (1 - 1e-7) * np.eye(num_classes),
+    }
+    possible = kinds[draw(st.sampled_from(sorted(kinds)))]
+    chosen = draw(st.lists(st.integers(0, len(possible) - 1), min_size=1, max_size=6))
+    statistics = PredictionStatistics(num_classes, draw(st.sampled_from([None, 1, 3])))
+    statistics.update(possible[chosen])
+    num_groups = draw(st.integers(1, num_classes))
+    method = draw(st.sampled_from(METHODS))
+    arguments = {
+        "num_groups": num_groups, "method": method, "overlap": draw(st.integers(1, min(3, num_groups))),
+        "capacity": draw(st.sampled_from([1.0, 1.3, None])), "refine": draw(st.sampled_from([None, True, False])),
+    }  # fmt: skip
+    if arguments["overlap"] > 1 and method != "random":
+        arguments["coverage"] = draw(st.sampled_from([None, 0.5, 1.0]))
+    if method == "classifier":
+        arguments["classifier_rows"] = np.zeros((num_classes, 2)) + draw(st.sampled_from([0, 1]))
+    return statistics, arguments
+
+
+@given(degenerate())
+@settings(deadline=None, max_examples=80)
+def test_whatever_the_statistics_groups_are_bounded_hold_every_class_and_none_is_empty(case):
+    statistics, arguments = case
+    groups = group_classes(statistics, **arguments)
+    assert len(groups) == arguments["num_groups"] and groups.covered.all() and groups.sizes.min() >= 1
+    assert groups.membership().sum(axis=1).max() <= arguments["overlap"]
+    if arguments["capacity"] is not None:
+        mean = groups.num_classes * arguments["overlap"] / len(groups)
+        assert groups.sizes.max() <= max(np.floor(arguments["capacity"] * mean), np.ceil(mean))
 
 
 # Errors

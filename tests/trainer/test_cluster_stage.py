@@ -6,12 +6,15 @@ import shutil
 import pytest
 from toy import toy_config
 
-from clustering import ClassGroups
+import clustering.statistics
+from clustering import ClassGroups, PredictionStatistics
 from trainer.config import UserError
 from trainer.distributed import process_group
 from trainer.run_directory import RunDirectory, read_json
 from trainer.session import Session
 from trainer.stages import cluster
+
+load = PredictionStatistics.load
 
 
 @pytest.fixture
@@ -72,6 +75,16 @@ def test_a_coverage_lets_some_classes_join_a_second_group(clustered):
     groups = ClassGroups.load(run.cluster.path("groups.json"))
     assert 24 <= groups.sizes.sum() < 48
     assert read_json(run.cluster.path("summary.json"))["captured_unlabelled"] >= 0.9
+
+
+def test_statistics_of_another_version_are_one_clear_error(clustered, small_run, tmp_path, monkeypatch):
+    statistics = PredictionStatistics.load(small_run.measure.path("statistics.npz"))
+    monkeypatch.setattr(PredictionStatistics, "load", lambda path: load(tmp_path / "other.npz"))
+    monkeypatch.setattr(clustering.statistics, "SCHEMA", 99)
+    statistics.save(tmp_path / "other.npz")
+    monkeypatch.setattr(clustering.statistics, "SCHEMA", 1)
+    with pytest.raises(UserError, match="has schema 99, this version reads 1; gather the statistics again"):
+        clustered()
 
 
 def test_a_coverage_without_overlap_is_refused_before_anything_is_trained():
