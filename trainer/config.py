@@ -155,6 +155,13 @@ class Clusters(Section):
         return self
 
 
+class Route(Section):
+    """The samples of each group's classes, found once for its specialist."""
+
+    mode: Literal["index", "copy"] = "index"  # remember which samples they are, or copy them to shards of their own
+    max_bytes: int = Field(64 * 1024**3, gt=0)  # refuse to write more
+
+
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh"] = "preserving"
     trainable: str = "all"  # all | head | last-N-blocks
@@ -163,8 +170,6 @@ class Specialists(Schedule):
     )
     fraction: float = Field(0.5, gt=0, lt=1)  # share of S_m's examples in a batch
     per_job: int = Field(1, gt=0)
-    route: Literal["index", "copy"] = "index"
-    route_max_bytes: int = Field(64 * 1024**3, gt=0)
 
     @field_validator("trainable")
     @classmethod
@@ -234,6 +239,7 @@ class Config(Section):
     train: Schedule = DEFAULT_SCHEDULE
     generalist: Generalist = Generalist()
     clusters: Clusters = Clusters()
+    route: Route = Route()
     specialists: Specialists = Specialists()
     controls: Controls = Controls()
     ensemble: Ensemble = Ensemble()

@@ -220,7 +220,7 @@ class RunDirectory:
 
     @cached_property
     def route(self) -> Stage:
-        return self._stage("route", "routed", [], [self.cluster], mode=self.config.specialists.route)
+        return self._stage("route", "routed", [], [self.cluster], mode=self.config.route.mode)
 
     @cached_property
     def specialists(self) -> list[Stage]:

@@ -137,12 +137,12 @@ def cluster(session: Session, stage: Stage) -> None:
 
 def route(session: Session, stage: Stage) -> None:
     """All groups' samples in one pass, so that no specialist reads the whole to keep a part."""
-    config, skipped = session.config.specialists, session.skipped()
+    config, skipped = session.config.route, session.skipped()
     with session.attempt(stage) as attempt:
         groups = {m: members for m, members in enumerate(session.groups().members) if m not in skipped}
         if session.ranks.is_main:
             train = session.shards("train")
-            lost = route_samples(train, groups, attempt.directory, config.route, config.route_max_bytes, session.say)
+            lost = route_samples(train, groups, attempt.directory, config.mode, config.max_bytes, session.say)
             session.losses.add(train, lost)
 
 

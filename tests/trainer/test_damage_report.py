@@ -65,7 +65,7 @@ def lost(splits: dict) -> dict:
 
 @pytest.fixture(scope="module", params=["none", "decoded"])
 def finished(request, data, tmp_path_factory):
-    run = prepare(tmp_path_factory.mktemp("run"), data, f"data.cache={request.param}", "specialists.route=copy")
+    run = prepare(tmp_path_factory.mktemp("run"), data, f"data.cache={request.param}", "route.mode=copy")
     logger = logging.getLogger("referral")
     level = logger.level
     logger.setLevel(logging.INFO)  # as start_logging does

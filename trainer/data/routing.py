@@ -51,8 +51,8 @@ def route(shards: ShardSet, groups: dict[int, np.ndarray], directory, mode="inde
     say(f"routing {samples} samples (of {len(shards)}) to {len(groups)} groups by {mode}: {total / 2**20:.1f} MiB")
     if total > max_bytes:
         raise UserError(
-            f"routing by {mode} takes {total} bytes, above specialists.route_max_bytes = {max_bytes}"
-            + ('; specialists.route = "index" writes only which samples they are' if mode == "copy" else "")
+            f"routing by {mode} takes {total} bytes, above route.max_bytes = {max_bytes}"
+            + ('; route.mode = "index" writes only which samples they are' if mode == "copy" else "")
         )
     for number in groups:
         (directory / f"{number:03d}").mkdir(parents=True, exist_ok=True)
