@@ -75,6 +75,7 @@ def local_search(
 
 
 def join_where_it_pays(
+    mutual: csr_array,
     affinity: csr_array,
     member_of: np.ndarray,
     num_groups: int,
@@ -83,20 +84,21 @@ def join_where_it_pays(
     similarity=None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Further memberships, best first, until the groups catch `coverage` of the affinity: member_of [C, r] -> [C, r].
+    """Further memberships, best first, until the groups catch `coverage` of `mutual`: member_of [C, r] -> [C, r].
 
     The -1 of member_of are what may be filled; a class that would meet nothing new joins nothing.  Each round lets the
-    classes that gain most join one group more, an eighth of all at most, and searches anew where everybody belongs.
+    classes that gain most join one group more, an eighth of all at most, and searches anew, by affinity, where
+    everybody belongs.
     size_of(memberships) -> the largest size that a group may have when there are so many memberships in all.
     """
-    target = coverage * float(affinity.sum())
+    target = coverage * float(mutual.sum())
     wanted = (member_of >= 0).sum(axis=1)
-    while (missing := target - captured_mass(affinity, member_of)) > 0:
-        gains = np.where(wanted < member_of.shape[1], _best_gains(affinity, member_of, num_groups), 0)
+    while (missing := target - captured_mass(mutual, member_of)) > 0:
+        gains = np.where(wanted < member_of.shape[1], _best_gains(mutual, member_of, num_groups), 0)
         order = np.argsort(-gains, kind="stable")[: max(1, min(len(gains) // 8, np.count_nonzero(gains)))]
         if gains[order[0]] <= 0:
             break
-        # The affinity is symmetric: who meets a gain is met as well.
+        # The masses are symmetric: who meets a gain is met as well.
         enough = 1 + np.searchsorted(np.cumsum(2 * gains[order]), missing)
         wanted[order[:enough]] += 1
         size = size_of(int(wanted.sum()))
@@ -105,9 +107,9 @@ def join_where_it_pays(
     return member_of
 
 
-def _best_gains(affinity: csr_array, member_of: np.ndarray, num_groups: int) -> np.ndarray:
-    """The most affinity not yet met that each class would meet in one group more, [C]."""
-    unmet = affinity.copy()
+def _best_gains(mutual: csr_array, member_of: np.ndarray, num_groups: int) -> np.ndarray:
+    """The most of `mutual` not yet met that each class would meet in one group more, [C]."""
+    unmet = mutual.copy()
     row_of = np.repeat(np.arange(len(member_of)), np.diff(unmet.indptr))
     unmet.data[_share(member_of, member_of, row_of, unmet.indices)] = 0
     memberships = _one_hot(member_of, num_groups)

@@ -62,17 +62,31 @@ def unit_rows(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, lengths, out=np.zeros_like(rows, dtype=np.float32), where=usable)
 
 
-def affinity(statistics) -> csr_array:
-    """How much two classes are confused, symmetric csr float32 [C, C] with no diagonal; needs no labels.
+def mutual_confusion(statistics) -> csr_array:
+    """The expected confusion both ways, symmetric csr float32 [C, C] with no diagonal; needs no labels.
 
-    The expected confusion both ways.  An example adds p_i to the pair of class i and its most probable class: the mass
-    that its top-1 error would be, where the covariance's p_i p_j also counts pairs that no top-1 error joins.
+    An example adds p_i to the pair of class i and its most probable class: the mass that its top-1 error would be,
+    where the covariance's p_i p_j also counts pairs that no top-1 error joins.
     """
     expected = statistics.expected_confusion
     both = (expected + expected.T).tocoo()
     rows, columns = both.coords
     apart = rows != columns
     return csr_array((both.data[apart].astype(np.float32), (rows[apart], columns[apart])), shape=both.shape)
+
+
+def affinity(mutual: csr_array) -> csr_array:
+    """How likely two classes are to be confused by examples not seen yet: (mass - its chance level) ** 1/4, or 0.
+
+    The chance level is what the totals of both classes would give without any preference, as in Newman's modularity.
+    The root, because a sample shows most pairs of thousands of classes once or never, and a few of its examples make up
+    most of the mass: groups of the mass itself are groups of those examples.  Many small masses foretell as well.
+    """
+    totals = np.asarray(mutual.sum(axis=1)).ravel()
+    rows = np.repeat(np.arange(mutual.shape[0]), np.diff(mutual.indptr))
+    chance = totals[rows] * (totals[mutual.indices] / max(float(totals.sum()), 1e-30))
+    evened = np.sqrt(np.sqrt(np.maximum(mutual.data - chance, 0)))
+    return csr_array((evened, mutual.indices, mutual.indptr), shape=mutual.shape)
 
 
 def _covariance(statistics):

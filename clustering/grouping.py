@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 
 from .assignment import assign, fill_empty, join_where_it_pays, local_search, sizes_of
-from .embedding import affinity, confusion_columns, covariance_columns, unit_rows
+from .embedding import affinity, confusion_columns, covariance_columns, mutual_confusion, unit_rows
 from .groups import ClassGroups
 from .statistics import DENSE_BYTES
 
@@ -47,7 +47,8 @@ def group_classes(
     """
     _check(statistics, num_groups, method, capacity, overlap, coverage, classifier_rows)
     num_classes = statistics.num_classes
-    confused = affinity(statistics)
+    mutual = mutual_confusion(statistics)
+    confused = affinity(mutual)
     refine = method not in ("raw", "random") if refine is None else refine
     if method in ("random", "graph"):
         columns = centres = None
@@ -70,8 +71,9 @@ def group_classes(
                 member_of = local_search(confused, member_of, num_groups, size, ties, seed=seed)
             else:
                 member_of = join_where_it_pays(
-                    confused, member_of, num_groups, coverage, lambda n: _max_size(n, num_groups, capacity), ties, seed
-                )
+                    mutual, confused, member_of, num_groups, coverage,
+                    lambda n: _max_size(n, num_groups, capacity), ties, seed,
+                )  # fmt: skip
     return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
 
