@@ -49,8 +49,18 @@ def run_stages(argv: list[str]) -> int:
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
         for name, stage, extra in work:
+            check_inputs(stage)
             STAGES[name](session, stage, *extra)
     return 0
+
+
+def check_inputs(stage) -> None:
+    """Raises UserError if another stage must be done first; a missing specialist is for `combine` to judge."""
+    from .config import UserError
+
+    missing = [wanted.place for wanted in stage.inputs if not wanted.is_done]
+    if missing and stage.name != "combine":
+        raise UserError(f"{stage.place} needs {', '.join(missing)}, which is not done: run it first")
 
 
 def chosen(run, name: str, args) -> list[tuple]:

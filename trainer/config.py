@@ -232,6 +232,90 @@ class Launch(Section):
     retries: int = Field(1, ge=0)  # of a job that fails
 
 
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+
+
+class Resources(Section):
+    """What Slurm is asked for.  An absent key is taken from [slurm.default]; where that has none, the site decides."""
+
+    nodes: int | None = Field(None, gt=0)
+    gpus: int | None = Field(None, ge=0)  # on each node
+    cpus: int | None = Field(None, gt=0)  # on each node
+    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$")  # of each node
+    time: str | None = None  # "90" (minutes), "HH:MM:SS", "DAYS-HH:MM:SS"
+    partition: str | None = Field(None, min_length=1)
+    constraint: str | None = Field(None, min_length=1)
+    qos: str | None = Field(None, min_length=1)
+    account: str | None = Field(None, min_length=1)
+    extra: list[str] = []  # further options of sbatch; those of [slurm.default] and the stage's own
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time(cls, value):
+        value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if isinstance(value, str) and not TIME.fullmatch(value):
+            raise ValueError('write minutes, "HH:MM:SS" or "DAYS-HH:MM:SS"')
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _extra(cls, value):
+        for option in value:
+            if not re.match(r"--[a-z]", option):
+                raise ValueError(f'{option!r} is no long option of sbatch; write it as one word: "--name=value"')
+            if option.partition("=")[0] in ("--array", "--dependency", "--output", "--wrap", "--parsable"):
+                raise ValueError(f"{option} is what referral itself says to sbatch")
+        return value
+
+    @property
+    def seconds(self) -> int | None:
+        """The time limit."""
+        if self.time is None:
+            return None
+        days, first, second, third = TIME.fullmatch(self.time).groups()
+        if days is not None:  # days-hours[:minutes[:seconds]]
+            return int(days) * 86400 + int(first) * 3600 + int(second or 0) * 60 + int(third or 0)
+        if third is not None:
+            return int(first) * 3600 + int(second) * 60 + int(third)
+        return int(first) * 60 + int(second or 0)  # minutes[:seconds]
+
+
+class Slurm(Section):
+    """`referral run --on slurm`: what each kind of job asks for."""
+
+    throttle: int | None = Field(None, gt=0)  # specialists at work at the same time
+    signal_s: int = Field(120, gt=0)  # so long before its time limit a job is asked for a checkpoint
+    default: Resources = Resources()
+    generalist: Resources = Resources()
+    clusters: Resources = Resources()
+    specialists: Resources = Resources()
+    combine: Resources = Resources()
+    controls: Resources = Resources()
+    students: Resources = Resources()
+    report: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _sound(self):
+        for kind in type(self).model_fields:
+            found = getattr(self, kind)
+            if not isinstance(found, Resources):
+                continue
+            if kind != "generalist" and (found.nodes or 1) > 1:
+                raise ValueError(f"slurm.{kind}.nodes = {found.nodes}: only the generalist trains on several nodes")
+            if found.seconds is not None and found.seconds <= 2 * self.signal_s:
+                raise ValueError(
+                    f'slurm.{kind}.time = "{found.time}": a job is asked for a checkpoint slurm.signal_s = '
+                    f"{self.signal_s} s before its end; give it more than twice that"
+                )
+        return self
+
+    def resources(self, kind: str) -> Resources:
+        """Those of one kind of job, with [slurm.default] where they say nothing."""
+        own = getattr(self, kind)
+        values = {key: value for key, value in self.default.model_dump().items() if getattr(own, key) is None}
+        return own.model_copy(update={**values, "extra": [*self.default.extra, *own.extra]})
+
+
 class Config(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     data: Data = Data()
@@ -246,7 +330,7 @@ class Config(Section):
     students: dict[str, Student] = {}
     engine: Engine = Engine()
     launch: Launch = Launch()
-    slurm: dict[str, dict[str, Any]] = {}
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="after")
     def _fill(self):

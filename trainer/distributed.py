@@ -133,15 +133,19 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step; all ranks agree on the step."""
+    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step; all ranks agree on the step.
+
+    One that comes between two trainings of a process is heeded at the first step of the second.
+    """
+
+    received = False  # by this process
 
     def __init__(self):
-        self.received = False
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._receive)
 
     def _receive(self, *_):
-        self.received = True
+        StopSignal.received = True
 
     def agreed(self, ranks: Ranks) -> bool:
         if ranks.world_size == 1:

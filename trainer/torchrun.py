@@ -7,6 +7,7 @@ start me again, reach the runner.  And the ranks die with this process, from the
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them; `arguments` are torchrun's options, then the trainer's own."""
     # With the shared store of torch 2.13 half of the elastic restarts (--max-restarts) hang or fail.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Slurm sends it to every process of a step; it is for the ranks, which do not inherit this handler.
+    signal.signal(signal.SIGUSR2, lambda *_: None)
     first = next((index for index, word in enumerate(arguments) if word == "--"), None)
     assert first is not None, "write -- between torchrun's options and the trainer's"
     # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path; it never sees it.
