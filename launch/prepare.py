@@ -75,7 +75,9 @@ def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
 
 def absolute(config: Config) -> Config:
     """The config with its paths made absolute, so that a run can be looked at, and gone on with, from any directory."""
-    data = config.data.model_copy(update={split: _absolute_pattern(getattr(config.data, split)) for split in SPLITS})
+    given = config.data.manifest
+    patterns = {split: _absolute_pattern(getattr(config.data, split)) for split in (*SPLITS, "transfer")}
+    data = config.data.model_copy(update={**patterns, "manifest": given and _absolute_pattern(given)})
     groups_file, init = config.clusters.groups_file, config.generalist.init
     clusters = config.clusters.model_copy(update={"groups_file": groups_file and os.path.abspath(groups_file)})
     generalist = config.generalist.model_copy(update={"init": init and os.path.abspath(init)})

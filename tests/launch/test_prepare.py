@@ -161,7 +161,10 @@ def test_paths_are_made_absolute(ward, monkeypatch):
     config = absolute(ward.config("data.train=data/train-000000.tar::https://x/y.tar", "clusters.groups_file=g.json"))
     assert config.data.train == f"{ward.data}/train-000000.tar::https://x/y.tar"
     assert config.clusters.groups_file == str(ward.root / "g.json")
-    assert config.generalist.init == ""
+    assert config.generalist.init == "" and config.data.manifest is None and config.data.transfer == ""
+    config = absolute(ward.config("data.transfer=more", "data.manifest=m.json"))
+    assert config.data.transfer == str(ward.root / "more") and config.data.manifest == str(ward.root / "m.json")
+    assert absolute(ward.config("data.manifest=http://x/m.json")).data.manifest == "http://x/m.json"
 
 
 def test_changed_keys_are_dotted_with_old_and_new(ward):
