@@ -10,6 +10,8 @@ _HOMES = {
     "Classifier": "classifier",
     "parameter_count": "classifier",
     "DustbinHead": "heads",
+    "unheld_logits": "heads",
+    "Summary": "linear_logits",
     "specialise": "surgery",
     "set_trainable": "surgery",
     "freeze_norm": "surgery",

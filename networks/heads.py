@@ -63,6 +63,12 @@ class ShardedLinear(nn.Module):
         return f"{self.in_features}, {len(self.weight)} of {self.num_classes} classes"
 
 
+def unheld_logits(classifier, raw: Tensor) -> LinearLogits:
+    """What a classifier with a plain linear head answers, without holding [B, C] logits."""
+    head = classifier.head
+    return LinearLogits(classifier.trunk(classifier.preprocess(raw)), head.weight, head.bias, len(head.weight))
+
+
 def make_head(spec: ModelSpec, in_features: int) -> nn.Module:
     """The head that `spec.head` describes, with fresh weights."""
     if spec.head["kind"] == "dustbin" and spec.head["rows"] == "all":

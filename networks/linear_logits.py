@@ -153,6 +153,10 @@ class LinearLogits:
         """The logits themselves, float32 [n, C], of one shard."""
         return F.linear(self.features, self.weight, self.bias).float()
 
+    def of_classes(self, classes: Tensor) -> Tensor:
+        """The logits of some classes, [n, len(classes)], of one shard."""
+        return F.linear(self.features, self.weight[classes], None if self.bias is None else self.bias[classes])
+
     @torch.no_grad()
     def summary(self, k: int, labels: Tensor | None = None) -> Summary:
         """The k most probable classes of each row and its figures; labels: int64 [n].  Of one shard.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clustering import captured_confusion
 from ensemble import COMBINERS, fit_temperature
+from networks import Summary, unheld_logits
 
 from .data.streams import Batch
 from .metrics import reliability, summarise
@@ -29,9 +30,8 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
         network.eval()
 
         def judge(batch: Batch):
-            logits = network(batch.inputs).float()
-            return {"loss": F.cross_entropy(logits, batch.labels, reduction="none"),
-                    "right": logits.argmax(1) == batch.labels}  # fmt: skip
+            found = unheld_logits(network, batch.inputs).summary(1, batch.labels)
+            return {"loss": -found.log_label, "right": found.indices[:, 0] == batch.labels}
 
         found = session.measured(shards, judge)
         return {"loss": float(found["loss"].mean(dtype=np.float64)), "top1": float(found["right"].mean())}
@@ -100,15 +100,21 @@ def fit_weight(session: Session, ensemble) -> list[float]:
     return [1.0, *[best] * M]
 
 
-def figures(probabilities: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """What one batch contributes to a row: probabilities [b, C], labels [b]."""
+def summary_of(probabilities: Tensor, labels: Tensor) -> Summary:
+    """probabilities [b, C], labels [b]."""
     top = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
-    missing = TOP - top.indices.shape[1]  # fewer than five classes: -1 stands for none
-    p_label = probabilities.gather(1, labels[:, None])[:, 0]
+    log_label = probabilities.gather(1, labels[:, None])[:, 0].log()
+    return Summary(top.indices, top.values, log_label, probabilities.square().sum(1))
+
+
+def figures(found: Summary, labels: Tensor) -> dict[str, Tensor]:
+    """What one batch contributes to a row."""
+    missing = TOP - found.indices.shape[1]  # fewer than five classes: -1 stands for none
+    p_label = found.log_label.exp()
     return {
-        "labels": labels, "top5": F.pad(top.indices, (0, missing), value=-1).int(),
-        "top5_probability": F.pad(top.values, (0, missing)).float(), "label_probability": p_label.float(),
-        "squared_error": probabilities.square().sum(1) - 2 * p_label + 1,
+        "labels": labels, "top5": F.pad(found.indices, (0, missing), value=-1).int(),
+        "top5_probability": F.pad(found.probabilities, (0, missing)).float(), "label_probability": p_label.float(),
+        "squared_error": found.squares - 2 * p_label + 1,
     }  # fmt: skip
 
 
@@ -128,7 +134,7 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
 
     def consult(batch: Batch):
         answer = ensemble.consult(batch.inputs)
-        return {**figures(answer.q, batch.labels), "active": answer.active}
+        return {**figures(summary_of(answer.q, batch.labels), batch.labels), "active": answer.active}
 
     after = session.measured(test, consult)
     extra = {
@@ -140,9 +146,10 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
 
 
 def evaluate_network(session: Session, attempt: Attempt, name: str, network: nn.Module, cost: dict):
-    found = session.measured(
-        session.shards("test"), lambda batch: figures(F.softmax(network(batch.inputs).float(), dim=1), batch.labels)
-    )
+    def judge(batch: Batch):
+        return figures(unheld_logits(network, batch.inputs).summary(TOP, batch.labels), batch.labels)
+
+    found = session.measured(session.shards("test"), judge)
     write_evaluation(session, attempt, name, found, cost)
     return found
 
@@ -189,7 +196,7 @@ def specialist_rows(session: Session, generalist, ensemble, active: np.ndarray, 
         inside = torch.tensor(members).to(session.ranks.device)
         if len(ids):
             found = session.measured(test, lambda batch, network=network, inside=inside: {
-                "before": inside[generalist(batch.inputs)[:, inside].argmax(1)],
+                "before": inside[unheld_logits(generalist, batch.inputs).of_classes(inside).argmax(1)],
                 "after": inside[network(batch.inputs)[:, :-1].argmax(1)], "labels": batch.labels,
             }, ids=ids)  # fmt: skip
             row["n"] = len(found["ids"])

@@ -12,7 +12,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from clustering import (
     ClassGroups,
@@ -23,7 +22,7 @@ from clustering import (
     forecast_table,
     group_classes,
 )
-from networks import freeze_norm, set_trainable, specialise
+from networks import freeze_norm, set_trainable, specialise, unheld_logits
 
 from .config import Schedule, Student, UserError
 from .data.routing import open_routed
@@ -64,16 +63,20 @@ def measure(session: Session, stage: Stage) -> None:
         shards = session.measuring_shards(VAL_EXAMPLES_PER_CLASS)
         statistics = PredictionStatistics(session.num_classes, top_k=session.config.clusters.top_k)
 
-        def predict(batch, statistics=None):
-            p = F.softmax(network(batch.inputs).float(), dim=1)
-            if statistics is not None:
-                statistics.update(p, batch.labels)
-            top = p.topk(min(ROUTED_TOP, p.shape[1]), dim=1)
-            return {"top": top.indices.int(), "top_probability": top.values, "labels": batch.labels}
+        def predict(batch, count=True):
+            logits = unheld_logits(network, batch.inputs)
+            top = logits.summary(max(ROUTED_TOP, statistics.top_k or 0))
+            if count and statistics.exact:
+                statistics.update(logits.held().softmax(1), batch.labels)
+            elif count:
+                k = statistics.top_k
+                statistics.update(top.indices[:, :k], top.probabilities[:, :k], batch.labels)
+            return {"top": top.indices[:, :ROUTED_TOP].int(), "top_probability": top.probabilities[:, :ROUTED_TOP],
+                    "labels": batch.labels}  # fmt: skip
 
-        found = session.measured(shards, lambda batch: predict(batch, statistics))
+        found = session.measured(shards, predict)
         if shards is not session.shards("val"):
-            found = session.measured(session.shards("val"), predict)
+            found = session.measured(session.shards("val"), lambda batch: predict(batch, count=False))
         statistics.save(attempt.path(f"statistics-{session.ranks.rank}.npz"))
         session.barrier()
         if session.ranks.is_main:

@@ -134,3 +134,10 @@ def test_summary_is_that_of_the_softmax(block):
 def test_summary_of_few_classes_names_them_all():
     logits = LinearLogits(torch.ones(2, 1), torch.tensor([[0.0], [1.0], [2.0]]), None, 3)
     assert logits.summary(5).indices.tolist() == [[2, 1, 0]] * 2
+
+
+def test_logits_of_some_classes_are_the_columns_of_all():
+    features, weight, bias = parts()
+    some = torch.tensor([22, 0, 7])
+    given = LinearLogits(features, weight, bias, CLASSES)
+    torch.testing.assert_close(given.of_classes(some), F.linear(features, weight, bias)[:, some])
