@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -25,9 +26,10 @@ from trainer.config import Config, UserError, load_config
 from trainer.run_directory import RunDirectory, Stage
 
 from . import demo as demos
+from . import sbatch, slurm
 from .display import Display
-from .journal import read_journal
-from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, tethered, trainer_command
+from .journal import Journal, read_journal
+from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, stop_launcher, tethered, trainer_command
 from .machine import this_machine
 from .plan import Job, plan
 from .prepare import check, check_place, lay_out, save_environment
@@ -120,25 +122,48 @@ def status(
     """Every stage: waiting, running, done, failed."""
     found = open_run(directory)
     jobs, console = plan(found), _console()
+    journal, doubt = current_journal(found, jobs)
+    stages = statuses(found, jobs, journal)
     if as_json:
-        stages = [asdict(stage) for stage in statuses(found, jobs, read_journal(found.root))]
-        print(json.dumps({"run": str(found.root), "stages": stages}, indent=2))
+        rows = [asdict(stage) for stage in stages]
+        print(json.dumps({"run": str(found.root), "runner": journal.runner, "doubt": doubt, "stages": rows}, indent=2))
         return 0
     if watch and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
-            while True:
-                stages = statuses(found, jobs, read_journal(found.root))
-                live.update(table(stages, summary(stages)), refresh=True)
-                if all(stage.state == "done" for stage in stages):
-                    return 0
-                time.sleep(1)
-    journal = read_journal(found.root)
-    stages = statuses(found, jobs, journal)
+            while not all(stage.state == "done" for stage in stages):
+                live.update(table(stages, f"{summary(stages)} {doubt}"), refresh=True)
+                time.sleep(5 if journal.runner == "slurm" else 1)
+                journal, doubt = current_journal(found, jobs)
+                stages = statuses(found, jobs, journal)
     console.print(Text(summary(stages)))
+    if doubt:
+        console.print(Text(doubt), soft_wrap=True)
     console.print(table(stages))
     for line in failures(found, stages, journal):
         console.print(Text(line), soft_wrap=True)
     return 0
+
+
+@app.command()
+def cancel(directory: DirArgument) -> int:
+    """Stop a run; what it has is kept, and `retry` goes on with it."""
+    found = open_run(directory)
+    journal = read_journal(found.root)
+    if journal.runner == "slurm":
+        with locked(found.root):
+            stopped = slurm.cancel(found, slurm.look(found, plan(found), journal))
+        said = f"cancelled {len(stopped)} jobs" if stopped else "no job is queued"
+    else:
+        said = "stopped" if stop_launcher(found.root) else "nothing is running"
+    _console().print(Text(f"{directory}: {said}"), soft_wrap=True)
+    return 0
+
+
+@app.command()
+def retry(directory: DirArgument) -> int:
+    """Run again what failed, was cancelled or got lost, and what stands behind it, where it ran before."""
+    found = open_run(directory)
+    return start(found.config, directory, Runner(read_journal(directory).runner), force=False)
 
 
 @app.command()
@@ -178,21 +203,27 @@ def start(
     config: Config, root: Path, on: Runner, force: bool, dry_run: bool = False, beside: tuple[str, ...] = ()
 ) -> int:
     """Check, lay out, run what is not done, and print the results."""
-    if on is Runner.slurm:
-        raise UserError("--on slurm is not built yet; leave it out to run on this machine")
     found, stale = check(config, root, force, beside)
-    machine = this_machine(found.config)
-    jobs, console = plan(found, machine.ranks), _console()
+    machine = this_machine(found.config) if on is Runner.local else None
+    jobs, console = plan(found, machine.ranks if machine else sbatch.ranks(found.config)), _console()
     if dry_run:
-        show_plan(found, jobs, stale, console)
+        if machine:
+            show_plan(found, jobs, stale, console)
+        else:
+            show_submission(found, jobs)
         return 0
+    if machine is None:
+        slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
     code = 0
     if stale or not (found.root / "config.toml").exists():
-        code = check_by_trainer(found.config, jobs[0].processes)
+        code = check_by_trainer(found.config, jobs[0].processes, on)
         if code:
             return code
     if not all(job.is_done for job in jobs):
         with locked(found.root):
+            if machine is None:
+                return hand_over(found, jobs, stale, console)
+            refuse_while_queued(found, jobs)
             lay_out(found, jobs, stale)
             save_environment(found.root)
             with Display(console) as display:
@@ -202,13 +233,60 @@ def start(
     return code
 
 
-def check_by_trainer(config: Config, processes: int) -> int:
+def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> int:
+    """Submit to Slurm what is neither done nor queued."""
+    began = time.monotonic()
+    journal = slurm.settle(run, jobs, read_journal(run.root), lambda text: console.print(Text(text), soft_wrap=True))
+    if stale and (queued := slurm.live(journal)):
+        raise UserError(
+            f"{run.root}: stages would be redone while {len(queued)} jobs of their old config are queued; first: "
+            f"referral cancel {shlex.quote(str(run.root))}"
+        )
+    lay_out(run, jobs, stale)
+    save_environment(run.root)
+    submitted = slurm.submit(run, jobs, journal)
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("job", "id", "waits for"):
+        rows.add_column(column, overflow="fold", no_wrap=column != "waits for")
+    for batch, number in submitted:
+        name = batch.name + (f" x {len(batch.jobs)}" if batch.places is not None else "")
+        rows.add_row(Text(name), number, Text(_shortened(batch.waits_for)))
+    console.print(rows if submitted else Text("every job that is left is queued already"))
+    said = f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; " if submitted else ""
+    console.print(Text(f"{said}referral status {shlex.quote(str(run.root))} --watch"), soft_wrap=True)
+    return 0
+
+
+def refuse_while_queued(run: RunDirectory, jobs: list[Job]) -> None:
+    """Raises UserError if jobs of this run wait or run in Slurm."""
+    journal = read_journal(run.root)
+    if journal.runner == "slurm" and (queued := slurm.live(slurm.look(run, jobs, journal))):
+        raise UserError(
+            f"{run.root} has {len(queued)} jobs in Slurm ({_shortened(list(queued.values()))}); to run it here, first: "
+            f"referral cancel {shlex.quote(str(run.root))}"
+        )
+
+
+def current_journal(run: RunDirectory, jobs: list[Job]) -> tuple[Journal, str]:
+    """The last launch's journal, brought up to date by Slurm; and why that could not be done, where it could not."""
+    journal = read_journal(run.root)
+    if journal.runner != "slurm":
+        return journal, ""
+    try:
+        return slurm.look(run, jobs, journal), ""
+    except UserError as mistake:
+        return journal, f"only what the run directory says, for Slurm does not answer: {mistake}"
+
+
+def check_by_trainer(config: Config, processes: int, on: Runner = Runner.local) -> int:
     """What only torch and a look into the shards can find wrong, before anything is written.  The trainer says what.
 
-    A login node without torch leaves it to the first job.
+    A login node without torch leaves it to the first job, and one without a GPU says nothing against those of Slurm.
     """
     if importlib.util.find_spec("torch") is None:
         return 0
+    if on is Runner.slurm:
+        config = config.model_copy(update={"engine": config.engine.model_copy(update={"device": "auto"})})
     command = [*(FAKE or TRAINER), "check", "--processes", str(processes)]
     return subprocess.run(tethered(command), input=tomli_w.dumps(config.dump()), text=True).returncode
 
@@ -229,6 +307,16 @@ def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
     for job in sorted(jobs, key=lambda job: -job.chain):
         if left[job.name]:
             console.print(Text(shlex.join(trainer_command(job, run, left[job.name], FAKE))), soft_wrap=True)
+
+
+def show_submission(run: RunDirectory, jobs: list[Job]) -> None:
+    """The sbatch commands, as a script that does the same by hand, and what they submit."""
+    journal = slurm.look(run, jobs, read_journal(run.root))
+    size = slurm.max_array_size() if shutil.which("scontrol") else sbatch.MAX_ARRAY_SIZE
+    chosen = slurm.choose(run, jobs, journal)
+    print(f"# site file: {slurm.site_file(run.root) or 'none'}")
+    print(sbatch.shell_script(run, jobs, chosen, slurm.live(journal), size))
+    print(f"\n# {sbatch.SCRIPT}:\n{sbatch.SCRIPT.read_text()}", end="")
 
 
 def _shortened(names: Sequence[str], most: int = 4) -> str:

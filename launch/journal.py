@@ -13,7 +13,10 @@ from trainer.run_directory import read_json, write_json
 
 @dataclass
 class JobRecord:
-    """state: waiting | running | done | failed | blocked | interrupted.  log_start: where this attempt's log begins."""
+    """state: waiting | running | done | failed | blocked | interrupted.  log_start: where this attempt's log begins.
+
+    Of a process on this machine: pid, born.  Of a job of Slurm's: id, node, restarts.
+    """
 
     state: str = "waiting"
     pid: int | None = None
@@ -25,6 +28,9 @@ class JobRecord:
     log_start: int = 0
     attempts: int = 0
     reason: str = ""
+    id: str = ""
+    node: str = ""
+    restarts: int = 0
 
     @property
     def is_running(self) -> bool:
@@ -33,12 +39,13 @@ class JobRecord:
 
 @dataclass
 class Journal:
-    """All jobs of one launch, on one host."""
+    """All jobs of one launch: on one host, or (runner = "slurm") handed over to Slurm."""
 
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
+    runner: str = "local"
 
     def save(self, run: Path) -> None:
         write_json(run / "jobs.json", {"schema": 1, **asdict(self)})
@@ -51,7 +58,7 @@ def read_journal(run: Path) -> Journal:
     except FileNotFoundError:
         return Journal()
     jobs = {name: JobRecord(**record) for name, record in content["jobs"].items()}
-    return Journal(jobs, content["host"], content["pid"], content["started"])
+    return Journal(jobs, content["host"], content["pid"], content["started"], content.get("runner", "local"))
 
 
 def birth(pid: int) -> str | None:

@@ -73,6 +73,29 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def stop_launcher(run: Path) -> bool:
+    """Ask the launcher that runs `run` to stop, as Ctrl-C does, and wait for it; False if there is none."""
+    number = None
+    deadline = time.monotonic() + GRACE_S + 15
+    while time.monotonic() < deadline:
+        try:
+            with locked(run):
+                return number is not None
+        except UserError as mistake:
+            if number is None:
+                number = _signal_holder(run, mistake)
+        time.sleep(0.1)
+    raise UserError(f"process {number}, which runs {run}, did not stop within {GRACE_S + 15} s")
+
+
+def _signal_holder(run: Path, mistake: UserError) -> int:
+    words = (run / ".lock").read_text().split()  # process NUMBER on HOST
+    if len(words) != 4 or words[3] != os.uname().nodename:
+        raise mistake
+    os.kill(int(words[1]), signal.SIGTERM)
+    return int(words[1])
+
+
 @dataclass
 class Pool:
     """The jobs of one launch: which run, which wait, which slots are free."""

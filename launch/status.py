@@ -19,6 +19,7 @@ from .journal import JobRecord, Journal, end_of_log
 from .plan import Job
 
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
+SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
 COLOURS = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "interrupted": "yellow"}
 
 
@@ -37,6 +38,9 @@ class StageStatus:
     attempts: int = 0
     log: str = ""
     detail: str = ""
+    id: str = ""
+    node: str = ""
+    restarts: int = 0
 
 
 def open_run(root: Path) -> RunDirectory:
@@ -53,7 +57,10 @@ def statuses(run: RunDirectory, jobs: list[Job], journal: Journal) -> list[Stage
 
 def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> StageStatus:
     record = journal.jobs.get(job.name, JobRecord())
-    status = StageStatus(stage.place, job.name, "waiting", attempts=record.attempts, log=record.log)
+    status = StageStatus(
+        stage.place, job.name, "waiting", attempts=record.attempts, log=record.log, id=record.id, node=record.node,
+        restarts=record.restarts,
+    )  # fmt: skip
     done = stage.done()
     if done is not None and done["hash"] == stage.key:
         status.state, status.seconds, status.log = "done", done["seconds"], status.log
@@ -65,19 +72,35 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
         if begun:
             status.seconds = time.time() - record.started
             _add_progress(status, stage, since=record.started)
+            status.detail = record.reason or _silence(run, record, stage)
     elif record.state in ("failed", "blocked"):
         status.state, status.detail = record.state, record.reason
-    elif stage.is_begun:
-        status.state = "interrupted"
+    elif journal.runner == "slurm" and record.state == "waiting":
+        status.detail = record.reason
+        _add_progress(status, stage)
+    elif record.state == "interrupted" or stage.is_begun:
+        status.state, status.detail = "interrupted", record.reason
         _add_progress(status, stage)
     return status
 
 
 def _runs(run: RunDirectory, record: JobRecord, journal: Journal) -> bool:
-    """A job runs if its process does; on a host that cannot be asked, if it wrote to its log lately."""
+    """A job runs if its process does; on a host that cannot be asked, if it wrote to its log lately.
+
+    Of Slurm's jobs the record says it: launch.slurm.look made it.
+    """
+    if journal.runner == "slurm":
+        return record.state == "running"
     if journal.host == socket.gethostname():
         return record.is_running
     return record.state == "running" and time.time() - _modified(run.root / record.log) < FRESH_S
+
+
+def _silence(run: RunDirectory, record: JobRecord, stage: Stage) -> str:
+    """What makes one doubt that a job of Slurm's runs: nothing that it writes has changed for long."""
+    written = max(_modified(run.root / record.log), _modified(stage.directory / "metrics.jsonl"), record.started)
+    silent = time.time() - written
+    return f"nothing written for {duration(silent)}" if record.id and silent > SILENT_S else ""
 
 
 def _modified(path: Path) -> float:
@@ -160,12 +183,16 @@ def summary(found: list[StageStatus]) -> str:
 
 
 def table(found: list[StageStatus], title: str | None = None) -> Table:
+    """One row for each stage; where Slurm ran any, its job, node and restarts beside it."""
     rows = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left", title_style="")
-    for column in ("stage", "state", "time", "progress"):
-        rows.add_column(column, justify="right" if column == "time" else "left", no_wrap=column != "progress")
+    slurm = any(status.id for status in found)
+    for column in ("stage", "state", *(("job", "node", "restarts") if slurm else ()), "time", "progress"):
+        justify = "right" if column in ("time", "restarts") else "left"
+        rows.add_column(column, justify=justify, no_wrap=column != "progress")
     for status in found:
         state = Text(status.state, style=COLOURS.get(status.state, "dim"))
-        rows.add_row(Text(status.stage), state, duration(status.seconds), Text(progress(status)))
+        place = (Text(status.id), Text(status.node), str(status.restarts or "")) if slurm else ()
+        rows.add_row(Text(status.stage), state, *place, duration(status.seconds), Text(progress(status)))
     return rows
 
 
