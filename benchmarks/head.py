@@ -129,7 +129,7 @@ def metrics(root: Path) -> list[dict]:
 
 
 def train(data: Path, root: Path, size: int, ranks: int, batch: int, steps: int, kill: bool) -> tuple[int, float]:
-    """(largest sum of resident sizes, seconds) of the stage; kill: end it a step after the checkpoint of step `steps`."""
+    """(largest sum of resident sizes, seconds) of the stage; kill: end it a step after the checkpoint of `steps`."""
     config = load_config(None, [], {
         "data": {split: str(data) for split in ("train", "val", "test")},
         "model": {"name": "mlp", "width": size, "depth": 1, "embedding": size},

@@ -4,6 +4,7 @@ over B."""
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,55 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
     if temperature == 1:
         return probabilities
     return F.softmax(probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log() / temperature, dim=-1)
+
+
+class TopAnswers(NamedTuple):
+    """[B, C] probabilities as they are kept: the k largest, indices (int64) and values [B, k]; what is missing to 1 is
+    even over the other C - k classes."""
+
+    indices: Tensor
+    values: Tensor
+    num_classes: int
+
+    @property
+    def tail(self) -> Tensor:
+        """[B]"""
+        return (1 - self.values.sum(1)).clamp_min(0)
+
+    def spread(self) -> Tensor:
+        """[B, C]"""
+        others = self.num_classes - self.indices.shape[1]
+        each = (self.tail / max(others, 1))[:, None]
+        return each.expand(-1, self.num_classes).scatter(1, self.indices, self.values)
+
+    def softened(self, temperature: float) -> tuple[Targets, Tensor]:
+        """soften of these as Targets, and sum p log p, [B]."""
+        others = self.num_classes - self.indices.shape[1]
+        p = torch.cat([self.values.float(), (self.tail / max(others, 1))[:, None]], 1)  # the last: of each other class
+        count = torch.ones_like(p[0])
+        count[-1] = others
+        if temperature != 1:
+            p = p.clamp_min(torch.finfo(p.dtype).tiny) ** (1 / temperature)
+            p = p / (p * count).sum(1, keepdim=True)
+        targets = Targets.of_top(self.indices, p[:, :-1], self.num_classes, p[:, -1] * others)
+        return targets, (torch.special.xlogy(p, p) * count).sum(1)
+
+
+def unheld_distillation_loss(
+    student: LinearLogits, teacher: Tensor | TopAnswers, labels: Tensor, temperature: float, soft_weight: float,
+    hard_weight: float, label_smoothing: float = 0.0,
+):  # fmt: skip
+    """distillation_loss of one student whose logits are not held; teacher: [B, C], or what is kept of it."""
+    if isinstance(teacher, TopAnswers):
+        targets, negative_entropy = teacher.softened(temperature)
+    else:
+        p = soften(teacher.float(), temperature)
+        targets, negative_entropy = Targets(dense=p), torch.special.xlogy(p, p).sum(1)
+    soft = (student.divided(temperature).cross_entropy(targets) + negative_entropy).mean() * temperature**2
+    if hard_weight == 0:
+        return soft_weight * soft
+    hard = student.cross_entropy(Targets.of_labels(labels, student.num_classes, label_smoothing)).mean()
+    return soft_weight * soft + hard_weight * hard
 
 
 def distillation_loss(

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from networks.linear_logits import LinearLogits
+
 from .config import Student
 from .data.streams import Batch
-from .losses import classification_loss, distillation_loss, specialist_loss
+from .losses import TopAnswers, classification_loss, distillation_loss, specialist_loss, unheld_distillation_loss
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 
@@ -42,17 +44,18 @@ def specialise_in(
     return objective
 
 
-def distil(teacher: Callable[[Batch], Tensor], student: Student) -> Objective:
-    """Learn the teacher's distributions: teacher(batch) is [B, C] probabilities."""
+def distil(teacher: Callable[[Batch], Tensor | TopAnswers], student: Student) -> Objective:
+    """Learn the teacher's distributions: teacher(batch) is [B, C] probabilities, or what is kept of them."""
+    weights = (student.temperature, student.soft_weight, student.hard_weight, student.label_smoothing)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         logits = network(batch.inputs)
         with torch.no_grad():
             target = teacher(batch)
-        return distillation_loss(
-            logits[None], target[None].to(logits.device), batch.labels, student.temperature, student.soft_weight,
-            student.hard_weight, student.label_smoothing,
-        )  # fmt: skip
+        if isinstance(logits, LinearLogits):
+            return unheld_distillation_loss(logits, target, batch.labels, *weights)
+        target = target.spread() if isinstance(target, TopAnswers) else target
+        return distillation_loss(logits[None], target[None].to(logits.device), batch.labels, *weights)
 
     return objective
 

@@ -6,7 +6,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.losses import classification_loss, distillation_loss, dustbin_shift, soften, specialist_loss
+from networks.linear_logits import LinearLogits
+from trainer.losses import (
+    TopAnswers,
+    classification_loss,
+    distillation_loss,
+    dustbin_shift,
+    soften,
+    specialist_loss,
+    unheld_distillation_loss,
+)
 
 
 def random_logits(*shape, seed=0):
@@ -100,6 +109,37 @@ def test_unlabelled_examples_have_no_hard_term():
     loss = distillation_loss(logits, logits.softmax(-1), torch.tensor([2, -1, -1, 0]), 1.0, 1.0, 1.0)
     by_hand = F.cross_entropy(logits[0, [0, 3]].float(), torch.tensor([2, 0]), reduction="sum") / 4
     assert float(loss) == pytest.approx(float(by_hand), abs=1e-6)
+
+
+def linear_head(classes):
+    """(features, weight, bias) of four examples, and the logits."""
+    parts = [random_logits(*shape, seed=n).float() for n, shape in enumerate(((4, 3), (classes, 3), (classes,)))]
+    return parts, F.linear(*parts)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 4.0))
+@pytest.mark.parametrize("kept", (2, 5, 7))
+def test_distilling_without_holding_the_logits_is_the_same(temperature, kept):
+    """From all of the teacher's seven classes, and from its two, five or seven most probable ones and their tail."""
+    parts, logits = linear_head(7)
+    labels, weights = torch.tensor([2, -1, 6, 0]), (temperature, 0.7, 0.3, 0.1)
+    p = random_logits(4, 7, seed=5).mul(2).softmax(1).float()
+    top = TopAnswers(p.topk(kept).indices, p.topk(kept).values, 7)
+    for teacher, spread in ((p, p), (top, top.spread())):
+        found = unheld_distillation_loss(LinearLogits(*parts, 7, block=3), teacher, labels, *weights)
+        torch.testing.assert_close(found, distillation_loss(logits[None], spread[None], labels, *weights))
+
+
+def test_what_is_kept_of_a_teacher_is_spread_evenly():
+    spread = TopAnswers(torch.tensor([[3, 0]]), torch.tensor([[0.5, 0.2]]), 5).spread()
+    torch.testing.assert_close(spread, torch.tensor([[0.2, 0.1, 0.1, 0.5, 0.1]]))
+
+
+def test_classifying_without_holding_the_logits_is_the_same():
+    parts, logits = linear_head(7)
+    labels, prior = torch.tensor([2, 5, 6, 0]), torch.randn(7)
+    found = classification_loss(LinearLogits(*parts, 7, block=2), labels, 0.1, prior)
+    torch.testing.assert_close(found, classification_loss(logits, labels, 0.1, prior))
 
 
 def test_distillation_refuses_shapes_that_disagree():

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..data.streams import Batch
+from ..losses import TopAnswers
 from ..run_directory import Attempt, read_json, write_json
 
 KEPT = 32  # classes per stored answer
 
-Teacher = Callable[[Batch], Tensor]
+Teacher = Callable[[Batch], Tensor | TopAnswers]
 
 
 def live_teacher(ensemble) -> Teacher:
@@ -54,8 +55,7 @@ def store_answers(session, ensemble, attempt: Attempt) -> None:
 
 
 def stored_teacher(directory: Path, sources, num_classes: int) -> Teacher:
-    """The stored answers to the inputs of a stream's `sources` as probabilities; the tail is even over the other
-    classes."""
+    """The stored answers to the inputs of a stream's `sources`."""
     answers = []
     for source in sources:
         place, facts = directory / source.shards.split, read_json(directory / source.shards.split / "answers.json")
@@ -63,23 +63,13 @@ def stored_teacher(directory: Path, sources, num_classes: int) -> Teacher:
         files = [place / "indices.npy", place / "values.npy"]
         answers.append([np.load(file, mmap_mode="r", allow_pickle=False) for file in files])
 
-    def teacher(batch: Batch) -> Tensor:
+    def teacher(batch: Batch) -> TopAnswers:
         ids, origin = batch.ids.cpu().numpy(), batch.source.cpu().numpy()
         indices, values = (np.empty((len(ids), part.shape[1]), part.dtype) for part in answers[0])
         for number, (stored_indices, stored_values) in enumerate(answers):
             rows = np.flatnonzero(origin == number)
             indices[rows], values[rows] = stored_indices[ids[rows]], stored_values[ids[rows]]
         device = batch.labels.device
-        return spread(torch.from_numpy(indices).to(device).long(), torch.from_numpy(values).to(device), num_classes)
+        return TopAnswers(torch.from_numpy(indices).to(device).long(), torch.from_numpy(values).to(device), num_classes)
 
     return teacher
-
-
-def spread(indices: Tensor, values: Tensor, num_classes: int) -> Tensor:
-    """[B, C] probabilities from the top k: indices, values [B, k]; what is missing to 1 is spread over the C - k
-    others."""
-    tail = (1 - values.sum(1, keepdim=True)).clamp_min(0)
-    others = num_classes - indices.shape[1]
-    if others == 0:
-        return torch.zeros(len(indices), num_classes, device=values.device).scatter_(1, indices, values)
-    return (tail / others).expand(-1, num_classes).scatter(1, indices, values)
