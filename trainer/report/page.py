@@ -20,7 +20,7 @@ import tomli_w
 from ..run_directory import RunDirectory, Stage, read_json, write_json, write_text
 from . import plots, tables
 from . import results as figures
-from .pictures import pictures, why_no_pictures
+from .pictures import phrases, pictures, why_no_pictures
 
 MOST_GROUPS, MOST_TILES, MOST_EXAMPLES, MOST_SPECIALISTS, MOST_CURVES = 24, 16, 12, 100, 5
 LONGEST_NAME = 80
@@ -74,6 +74,7 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
         reliability=reliability_panels(evidence),
         examples=examples,
         pictures=pictures(images, picture_rows(groups, examples), evidence.ids) if why_none is None else {},
+        phrases=phrases(images, picture_rows(groups, examples), evidence.ids) if why_none is not None else {},
         why_no_pictures=why_none,
         names=evidence.names,
         facts=run_facts(evidence),

@@ -1,4 +1,4 @@
-"""Small pictures as data: URIs."""
+"""What examples look like: small pictures as data: URIs, or their texts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
+LONGEST = 160  # characters of a text
 LARGEST = 64  # pixels: with the page's limits on how many are shown, the file stays below some 4 MB
 
 
@@ -41,3 +42,12 @@ def pictures(images, rows, ids) -> dict[int, str]:
     rows = sorted({int(row) for row in rows})
     pixels = images.inputs(ids[rows]) if rows else []
     return {row: data_uri(one) for row, one in zip(rows, pixels, strict=True)}
+
+
+def phrases(images, rows, ids) -> dict[int, str]:
+    """Rows of the test predictions -> their texts, where the inputs are txt members; none otherwise."""
+    if images is None or getattr(images, "input_extensions", None) != ["txt"]:
+        return {}
+    rows = sorted({int(row) for row in rows})
+    texts = [members["txt"].decode("utf-8", "replace") for members in images.raw(ids[rows])]
+    return {row: f"{text[:LONGEST]}…" if len(text) > LONGEST else text for row, text in zip(rows, texts, strict=True)}

@@ -1,3 +1,4 @@
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -172,3 +173,24 @@ def test_a_run_without_controls_and_students_has_a_report(tmp_path, make_hand_wo
     html = render(run, results)
     assert results["student"] is None and results["controls"] == {}
     assert "no control was trained" in html
+
+
+class Texts:
+    """Texts as a decoder makes vectors of them: what the report needs of a ShardSet."""
+
+    input_shape, input_dtype, input_extensions = (4,), "float32", ["txt"]
+
+    def __init__(self, class_names):
+        self.class_names = class_names
+
+    def raw(self, ids):
+        return [{"txt": f"phrase <{i}> {'x' * 300}".encode(), "cls": b"0"} for i in ids]
+
+
+def test_texts_are_shown_as_they_are_and_no_frames_for_pictures(glyphs):
+    run, images = glyphs
+    page = render(run, collect(run), Texts(images.class_names))
+    assert "No pictures: the inputs are no 8-bit gray or RGB images" in page
+    shown = re.findall(r'<q class="phrase clip" title="(phrase &lt;\d+&gt; x+…)"', page)
+    assert len(shown) > 5 and all(len(html.unescape(text)) == 161 for text in shown)
+    assert '<span class="blank' not in page and "<img" not in page and "picture of that class" not in page
