@@ -1,5 +1,6 @@
 """A head split over the ranks learns what the whole one learns."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,13 @@ import torch
 from ranks import ENGINES, losses, on_ranks, weights
 from toy import toy_config, write_toy
 
-from trainer.config import Engine, UserError
-from trainer.distributed import ALONE
+from clustering import ClassGroups
+from trainer.config import Engine, UserError, save_config
+from trainer.distributed import ALONE, process_group
 from trainer.engines import build_engine
+from trainer.run_directory import RunDirectory, read_json
+from trainer.session import Session
+from trainer.stages import STAGES
 
 SHARDED = ("engine.shard_head=true", "engine.head_block=5")
 REST = ("train.label_smoothing=0.1", "train.balance=0.5", "train.clip_norm=0.5", "train.accumulation=2",
@@ -65,6 +70,40 @@ def test_adams_states_are_split_and_joined_and_a_whole_head_goes_on_from_them(da
     train_all(3, data, tmp_path / "changed", "ddp", *adam, *SHARDED, "stop=10")  # of this attempt
     train_all(2, data, tmp_path / "changed", "ddp", *adam)
     np.testing.assert_allclose(losses(tmp_path / "changed" / "ddp"), losses(tmp_path / "whole" / "ddp"), atol=3e-5)
+
+
+@pytest.mark.slow
+def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
+    """Groups are given: where k-means has several optima a last digit decides between them."""
+    ClassGroups(np.arange(24).reshape(4, 6).tolist(), 24).save(tmp_path / "groups.json")
+    words = (f"clusters.groups_file={tmp_path}/groups.json", "train.steps=40", "students.main.temperature=2.0",
+             "students.main.hard_weight=0.3", "controls.enabled=false")  # fmt: skip
+    for name, more in (("held", ()), ("blocks", SHARDED)):
+        every_stage(tmp_path / name, toy_config(data, *words, *more))
+    for path in ("generalist", "specialists/003", "students/main"):
+        held, blocks = (read_lines(tmp_path / name / path / "metrics.jsonl") for name in ("held", "blocks"))
+        np.testing.assert_allclose(blocks, held, atol=1e-5)
+    held, blocks = (read_json(tmp_path / name / "results.json") for name in ("held", "blocks"))
+    for row in ("generalist", "ensemble", "student"):
+        for figure in ("top1", "top5", "nll", "brier", "ece"):
+            assert blocks[row][figure] == pytest.approx(held[row][figure], abs=1e-5), (row, figure)
+
+
+def every_stage(root, config):
+    run = RunDirectory(root, config)
+    root.mkdir()
+    save_config(config, root / "config.toml")
+    with process_group(config.engine) as ranks:
+        session = Session(run, ranks)
+        for stage in run.stages:
+            extra = (int(stage.directory.name),) if stage.name == "specialist" else ()
+            extra = (stage.directory.name,) if stage.name == "student" else extra
+            STAGES[stage.name](session, stage, *extra)
+
+
+def read_lines(path):
+    rows = map(json.loads, path.read_text().splitlines())
+    return [row["loss"] for row in rows if "loss" in row]
 
 
 def train_all(ranks, *words):
