@@ -129,6 +129,7 @@ def judge(directory: Path, kills: int, steps: int, seed: int) -> list[dict]:
     """Kill a run of `steps` steps `kills` times, let it end, and compare.  Returns what the attempts were."""
     write_shards(directory)
     expected, chance = uninterrupted(directory, steps), random.Random(seed)
+    assert len({each.split()[1] for each in expected}) == steps, "batches repeat: hashes would tell nothing"
     attempts = [kill_at_random(directory, chance, steps, kills) for _ in range(kills)]
     last = {"ranks": chance.choice([1, 2, 3]), "workers": chance.choice([0, 1, 2])}
     assert start(directory, **last, steps=steps).wait(600) == 0
