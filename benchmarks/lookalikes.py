@@ -22,7 +22,6 @@ import numpy as np
 from scipy.sparse import csr_array
 
 from clustering import ClassGroups, PredictionStatistics, captured_confusion, forecast, group_classes
-from clustering.embedding import affinity
 
 SHARED = Path(os.environ.get("REFERRAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
 LISTED = SHARED / "confusables" / "confusables-17.0.0.txt.gz"
@@ -85,9 +84,14 @@ def examples(shards) -> tuple[np.ndarray, np.ndarray]:
     return np.array(means), np.array(typical)
 
 
-def family(confused: csr_array, members: np.ndarray, count: int) -> list[int]:
-    """`count` of a group's classes: the two most confused first, then each that is most confused with those before."""
-    inside = confused[members][:, members].toarray()
+def family(expected: csr_array, members: np.ndarray, count: int) -> list[int]:
+    """`count` of a group's classes: the two most confused first, then each that is most confused with those before.
+
+    expected: the predictions' expected confusion, [C, C].
+    """
+    inside = expected[members][:, members].toarray()
+    inside += inside.T
+    np.fill_diagonal(inside, 0)
     order = [int(inside.max(axis=1).argmax())]
     met = inside[order[0]].copy()
     while len(order) < min(count, len(members)):
@@ -159,12 +163,12 @@ def main() -> None:
         looks, errors = together(groups, nearest)[0], captured_confusion(groups, statistics.confusion)[0]
         print(f"| {overlap} | {round(share * len(listed))} of {len(listed)} = {share:.3f} | {chance:.3f} | {looks:.3f} "
               f"| {errors:.3f} |")  # fmt: skip
-    groups, confused = by_overlap[1], affinity(statistics)
+    groups = by_overlap[1]
     foretold = forecast(groups, statistics)
     best = sorted(range(len(groups)), key=lambda g: -foretold[g]["gain"])[: options.shown]
     rows = [
         (f"group {g}: {foretold[g]['classes']} classes, {foretold[g]['errors_inside']} val errors inside",
-         family(confused, groups.members[g], COLUMNS)) for g in best
+         family(statistics.expected_confusion, groups.members[g], COLUMNS)) for g in best
     ]  # fmt: skip
     of_class = np.concatenate([np.full(len(members), g) for g, members in enumerate(groups.members)])
     of_class = of_class[np.argsort(np.concatenate(groups.members))]
