@@ -1,7 +1,6 @@
 """Checkpoints: a directory under a temporary name, then renamed; complete only with its marker.
 
 `state.pt` holds tensors and plain values only, and reading it is `weights_only=True`: nothing is unpickled into code.
-An engine whose state is spread over the ranks keeps its own files beside it.
 """
 
 from __future__ import annotations
@@ -9,68 +8,67 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .config import UserError
-from .distributed import ALONE, Ranks, broadcast, gather
+from .distributed import ALONE, Ranks, broadcast
 
 MARKER = "COMPLETE"
 
 
 def save_checkpoint(
-    directory: Path, step: int, state: dict, keep: int, *, best: int | None = None, ranks: Ranks = ALONE,
-    write_part: Callable[[Path], None] | None = None,
-) -> None:  # fmt: skip
-    """Write directory/step-STEP and drop all but the newest `keep` and that of step `best`.
+    directory: Path, step: int, state: dict, keep: int, *, best: int | None = None, ranks: Ranks = ALONE
+) -> None:
+    """Write rank 0's `state` as directory/step-STEP; drop all but the newest `keep` and that of step `best`.
 
-    state: rank 0's.  write_part(place): called on every rank, for what the engine has there; it may be collective.
-    A copy that another attempt wrote stays.  Raises UserError, on every rank, where any of them cannot write: nothing
-    is left of this one, and the earlier ones are as they were.
+    A copy that another attempt wrote stays.  Raises UserError, on every rank, where it cannot be written: nothing is
+    left of this one, and the earlier ones are as they were.  No rank goes on before the checkpoint is there.
     """
-    final, temporary = _places(directory, step, ranks)
-    if final is None:
-        return
-    problem = None
-    try:
-        if write_part:
-            write_part(temporary)
-        if ranks.is_main:
-            _write_state(temporary, state)
-    except (OSError, RuntimeError) as mistake:  # torch's writer turns a full disk into a RuntimeError
-        if isinstance(mistake, RuntimeError) and not _about_files(mistake):
-            raise
-        problem = getattr(mistake, "strerror", None) or str(mistake).splitlines()[0]
-    problems = [each for each in gather(problem, ranks) if each]
+    problem = _write(directory, checkpoint_place(directory, step), state) if ranks.is_main else None
+    if problem := broadcast(problem, ranks):
+        raise UserError(_refusal(directory, step, problem))
     if ranks.is_main:
-        if not problems:
-            _complete(temporary, final)
-            _prune(directory, keep, best)
-        shutil.rmtree(temporary, ignore_errors=True)
-    if problems:
-        raise UserError(_refusal(directory, step, problems[0]))
-    gather(None, ranks)  # no rank goes on, and perhaps dies, before the checkpoint is there
+        _prune(directory, keep, best)
 
 
-class BackgroundSaver:
-    """save_checkpoint in a thread, one at a time, for a state that one rank holds and that nobody writes to."""
+class Saver:
+    """The checkpoints of one training run: written at once, or by a thread while training goes on."""
 
-    def __init__(self):
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    def __init__(self, directory: Path, keep: int, ranks: Ranks):
+        self.directory, self.keep, self.ranks = directory, keep, ranks
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background(ranks) else None
         self.last: Future | None = None
 
-    def save(self, directory: Path, step: int, state: dict, keep: int, best: int | None = None) -> None:
-        """Begin to write.  Raises what the one before came to, for which it waits."""
-        self.wait()
-        self.last = self.thread.submit(save_checkpoint, directory, step, state, keep, best=best)
+    def save(self, step: int, state: dict, best: int | None) -> None:
+        """Write, or begin to: then this raises what the one before came to, for which it waits."""
+        if self.thread is None:
+            save_checkpoint(self.directory, step, state, self.keep, best=best, ranks=self.ranks)
+        elif self.ranks.is_main:
+            self.wait()
+            self.last = self.thread.submit(save_checkpoint, self.directory, step, on_cpu(state), self.keep, best=best)
 
     def wait(self) -> None:
+        """Until what was begun is there."""
         last, self.last = self.last, None
         if last is not None:
             last.result()
+
+
+def in_background(ranks: Ranks) -> bool:
+    """Whether a thread writes: where a copy on the CPU is needed anyway."""
+    return ranks.device.type == "cuda"
+
+
+def on_cpu(state):
+    """A deep copy whose tensors are on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: on_cpu(value) for key, value in state.items()}
+    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -91,36 +89,28 @@ def load_checkpoint(directory: Path, step: int, device="cpu") -> dict:
     return torch.load(checkpoint_place(directory, step) / "state.pt", map_location=device, weights_only=True)
 
 
-def _places(directory: Path, step: int, ranks: Ranks) -> tuple[Path | None, Path | None]:
-    """Where the checkpoint goes and the temporary directory that every rank writes to; None where it is there."""
-    final = checkpoint_place(directory, step)
-    name, problem = None, None
-    if ranks.is_main and not (final / MARKER).exists():
-        name = f".{final.name}.{uuid.uuid4().hex[:8]}"
-        try:
-            (directory / name).mkdir(parents=True)
-        except OSError as mistake:
-            problem = mistake.strerror
-    name, problem = broadcast((name, problem), ranks)
-    if problem:
-        raise UserError(_refusal(directory, step, problem))
-    return (final, directory / name) if name else (None, None)
-
-
-def _write_state(temporary: Path, state: dict) -> None:
-    with open(temporary / "state.pt", "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _complete(temporary: Path, final: Path) -> None:
-    (temporary / MARKER).touch()
+def _write(directory: Path, final: Path, state: dict) -> str | None:
+    """What went wrong with the disk, or None."""
+    if (final / MARKER).exists():
+        return None
+    temporary = directory / f".{final.name}.{uuid.uuid4().hex[:8]}"
     try:
+        temporary.mkdir(parents=True)
+        with open(temporary / "state.pt", "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        (temporary / MARKER).touch()
         os.rename(temporary, final)
-    except OSError:
-        if not (final / MARKER).exists():
+    except (OSError, RuntimeError) as mistake:  # torch's writer turns a full disk into a RuntimeError
+        if (final / MARKER).exists():  # another attempt was first
+            return None
+        if isinstance(mistake, RuntimeError) and not _about_files(mistake):
             raise
+        return getattr(mistake, "strerror", None) or str(mistake).splitlines()[0]
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return None
 
 
 def _prune(directory: Path, keep: int, best: int | None) -> None:

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from trainer.checkpoints import BackgroundSaver, complete_checkpoints, load_checkpoint, newest_step, save_checkpoint
+from trainer import checkpoints
+from trainer.checkpoints import Saver, complete_checkpoints, load_checkpoint, newest_step, save_checkpoint
 from trainer.config import UserError
+from trainer.distributed import ALONE
 
 
 def test_the_last_k_checkpoints_are_kept(tmp_path):
@@ -64,22 +66,14 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
 
 
-def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path):
-    def no_room(place):
-        (place / "part").write_text("half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(UserError, match="No space left on device; there is no earlier one"):
-        save_checkpoint(tmp_path, 2, {}, keep=1, write_part=no_room)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_background_save_raises_at_the_next_one(tmp_path):
-    saver = BackgroundSaver()
-    saver.save(tmp_path, 1, {"value": torch.ones(3)}, 2)
+def test_a_save_in_the_background_raises_at_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "in_background", lambda ranks: True)
+    saver = Saver(tmp_path / "run", 2, ALONE)
+    saver.save(1, {"value": torch.ones(3)}, None)
     saver.wait()
-    assert newest_step(tmp_path) == 1
+    assert newest_step(tmp_path / "run") == 1
     (tmp_path / "file").touch()
-    saver.save(tmp_path / "file", 2, {}, 2)
+    saver.directory = tmp_path / "file"
+    saver.save(2, {}, None)
     with pytest.raises(UserError, match="checkpoint of step 2"):
-        saver.save(tmp_path, 3, {}, 2)
+        saver.save(3, {}, None)

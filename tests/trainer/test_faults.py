@@ -10,7 +10,7 @@ import torch
 from running import run_all
 from toy import toy_config, write_toy
 
-from trainer import loop, tracking
+from trainer import checkpoints, loop, tracking
 from trainer.checkpoints import newest_step
 from trainer.config import UserError
 from trainer.run_directory import RunDirectory
@@ -55,7 +55,7 @@ def test_a_diverging_loss_stops_before_it_is_saved(data, tmp_path, monkeypatch, 
     steps, original = iter(range(1, 100)), loop.learning_rate
     monkeypatch.setattr(loop, "learning_rate", lambda *given: original(*given) if next(steps) < 33 else loss * 1e-3)
     config = toy_config(data, "train.log_every=25", "train.optimizer=sgd")
-    with pytest.raises(UserError, match=r"the loss is .* at step 40 .* last good checkpoint is that of step 20"):
+    with pytest.raises(UserError, match=r"the loss is .* at step 40; .* last good checkpoint is that of step 20"):
         run_all(tmp_path / "run", config, only={"generalist"})
     assert newest_step(RunDirectory(tmp_path / "run", config).generalist.directory / "checkpoints") == 20
 
@@ -71,7 +71,7 @@ def test_a_run_directory_that_cannot_be_written_is_one_error(data, tmp_path, mon
 
 def test_checkpoints_written_in_the_background_are_those_of_their_step(data, tmp_path, monkeypatch):
     whole = run_all(tmp_path / "whole", toy_config(data), only={"generalist"})
-    monkeypatch.setattr(loop, "in_background", lambda ranks: True)
+    monkeypatch.setattr(checkpoints, "in_background", lambda ranks: True)
     run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
     states = [
         torch.load(each.generalist.directory / "checkpoints" / "step-00000040" / "state.pt", weights_only=True)

@@ -10,7 +10,7 @@ from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
 from clustering import ClassGroups
-from trainer import loop
+from trainer import checkpoints, loop
 from trainer.config import UserError
 from trainer.data.streams import Source, TrainingStream
 from trainer.distributed import process_group
@@ -73,7 +73,7 @@ def test_ensemble_costs_the_generalist_and_all_specialists(finished):
 def test_a_stage_killed_between_checkpoints_ends_with_the_same_weights(data, finished, tmp_path, monkeypatch):
     """The process dies after step 47; the same stage again goes on from step 40 with the same batches."""
     steps = []
-    original = loop.save_checkpoint
+    original = checkpoints.save_checkpoint
 
     def die_later(directory, step, *rest, **more):
         original(directory, step, *rest, **more)
@@ -81,7 +81,7 @@ def test_a_stage_killed_between_checkpoints_ends_with_the_same_weights(data, fin
         if step == 40:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", die_later)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", die_later)
     with pytest.raises(KeyboardInterrupt):
         run_all(tmp_path / "run", toy_config(data), only={"generalist"})
     assert steps == [20, 40]
@@ -108,14 +108,14 @@ def test_each_way_to_train_learns_and_resumes_exactly(data, tmp_path, monkeypatc
     """Averages, dropout's random state and the best weights so far are all in a checkpoint."""
     config = toy_config(data, *overrides)
     whole = run_all(tmp_path / "whole", config, only={"generalist"})
-    original = loop.save_checkpoint
+    original = checkpoints.save_checkpoint
 
     def die_at_40(directory, step, *rest, **more):
         original(directory, step, *rest, **more)
         if step == 40:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "save_checkpoint", die_at_40)
+    monkeypatch.setattr(checkpoints, "save_checkpoint", die_at_40)
     with pytest.raises(KeyboardInterrupt):
         run_all(tmp_path / "killed", config, only={"generalist"})
     monkeypatch.undo()
@@ -197,7 +197,7 @@ def test_every_kind_of_columns_makes_groups(data, finished, tmp_path, method):
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(data, tmp_path):
     config = toy_config(data, "train.optimizer=sgd", "train.learning_rate=1e30", "train.weight_decay=1")
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+; lower the learning rate"):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step \d+; it began at .* Lower the learning rate"):
         run_all(tmp_path / "run", config, only={"generalist"})
 
 
