@@ -63,7 +63,7 @@ def lost(splits: dict) -> dict:
     return {name: (sum(n for _, n in split["where"].values()), split["samples"]) for name, split in splits.items()}
 
 
-@pytest.fixture(scope="module", params=["none", "decoded"])
+@pytest.fixture(scope="module", params=["none", pytest.param("decoded", marks=pytest.mark.slow)])
 def finished(request, data, tmp_path_factory):
     run = prepare(tmp_path_factory.mktemp("run"), data, f"data.cache={request.param}", "route.mode=copy")
     logger = logging.getLogger("referral")

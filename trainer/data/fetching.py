@@ -27,7 +27,7 @@ from ..config import Data, UserError
 from .tars import file_sha256, index_path
 from .writing import MANIFEST, parse_manifest
 
-ATTEMPTS = 3
+ATTEMPTS, PAUSE_S = 3, 0.2
 BLOCK = 1 << 20
 END_MARK = 1024  # bytes of zeros that a tar ends with
 REFUSED = 22  # curl: the server answered, with an HTTP error
@@ -172,7 +172,7 @@ class FetchDir:
                     raise UserError(f"{url}: the disk of {self.directory} is full; {remedy}") from None
                 if attempt == ATTEMPTS - 1 or getattr(mistake, "final", False):
                     raise _Unfetched(url, mistake) from None
-                time.sleep(0.2 * 4**attempt)
+                time.sleep(PAUSE_S * 4**attempt)
             finally:
                 part.unlink(missing_ok=True)
 

@@ -17,7 +17,7 @@ import pytest
 from shardsets import CLASSES, members_of, picture, write_tar, write_uneven
 
 from trainer.config import Data, UserError
-from trainer.data import MeasuringStream, fetching, open_shards
+from trainer.data import fetching, open_shards
 from trainer.data.commands import main
 from trainer.data.patterns import url_name
 
@@ -71,6 +71,7 @@ def served(tmp_path, monkeypatch):
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "_leases", {})
+    monkeypatch.setattr(fetching, "PAUSE_S", 0.001)
     return Data(fetch_dir=str(tmp_path / "kept"))
 
 
@@ -106,7 +107,9 @@ def test_shards_behind_urls_are_those_on_disk(served, data, pattern):
     assert remote.fingerprint == local.fingerprint and remote.class_names == CLASSES
     ids = np.arange(18)
     assert (remote.inputs(ids) == local.inputs(ids)).all() and remote.keys(ids) == local.keys(ids)
-    batches = list(MeasuringStream(remote, 4).loader(workers=2))
+    from trainer.data import MeasuringStream  # here, for the processes that are started below need no torch
+
+    batches = list(MeasuringStream(remote, 4).loader())
     assert sorted(int(i) for batch in batches for i in batch.ids) == list(range(18))
 
 
@@ -137,6 +140,7 @@ def test_a_server_that_fails_twice_is_asked_a_third_time(served, data, fault, ma
     assert (shards.inputs([8])[0, 0] == picture(12)).all()
 
 
+@pytest.mark.slow  # curl waits two seconds
 def test_a_busy_server_is_asked_again(served, data):
     served.faults += ["busy"]
     assert open_shards(f"{served.url}/train-000001.tar", data, "train").num_samples == 9
@@ -305,6 +309,7 @@ def _hold(pattern, data, opened, enough):
     assert shards.inputs([0]).shape == (1, 1, 6, 5)
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_fetch_each_shard_once(served, data):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
