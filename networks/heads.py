@@ -15,7 +15,7 @@ class DustbinHead(nn.Module):
 
     Their softmax is the generalist's with the classes outside S summed, so a specialist starts as the generalist.
     The rows are stored members first, each part in ascending order of class: the split is two slices of one product.
-    With S = every class the dustbin is -inf, probability 0.  [B, C] logits are never held.
+    With S = every class the dustbin is -inf, probability 0.  [B, C] logits are not held.
     """
 
     def __init__(self, in_features: int, num_classes: int, members):
@@ -40,7 +40,10 @@ class DustbinHead(nn.Module):
         inside = inside.to(torch.promote_types(inside.dtype, torch.float32))
         if not len(others):
             return F.pad(inside, (0, 1), value=float("-inf"))
-        dustbin, _ = LinearLogits(features, others, others_bias, len(others)).reduced()
+        if torch.compiler.is_compiling():  # programs (torch.export, ONNX) are of torch's own operators
+            dustbin = F.linear(features, others, others_bias).to(inside.dtype).logsumexp(dim=1)
+        else:
+            dustbin, _ = LinearLogits(features, others, others_bias, len(others)).reduced()
         return torch.cat([inside, dustbin[:, None]], dim=1)
 
     def extra_repr(self) -> str:
