@@ -12,6 +12,7 @@ _HOMES = {
     "DustbinHead": "heads",
     "unheld_logits": "heads",
     "Summary": "linear_logits",
+    "fit_rest": "rest",
     "specialise": "surgery",
     "set_trainable": "surgery",
     "freeze_norm": "surgery",

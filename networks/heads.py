@@ -13,28 +13,32 @@ from .spec import ModelSpec, check_members
 class DustbinHead(nn.Module):
     """A specialist's head that keeps the generalist's C rows: logits [B, |S| + 1], the others' log-sum-exp last.
 
+    kept: of the other classes only these keep their rows, and the last row stands for all that have none.
     Their softmax is the generalist's with the classes outside S summed, so a specialist starts as the generalist.
     The rows are stored members first, each part in ascending order of class: the split is two slices of one product.
     With S = every class the dustbin is -inf, probability 0.  [B, C] logits are not held.
     """
 
-    def __init__(self, in_features: int, num_classes: int, members):
+    def __init__(self, in_features: int, num_classes: int, members, kept=None):
         super().__init__()
         self.in_features, self.num_classes = in_features, num_classes
         members = torch.tensor(check_members(members, num_classes))
         self.register_buffer("members", members, persistent=False)
-        linear = nn.Linear(in_features, num_classes)
+        self.kept = kept
+        linear = nn.Linear(in_features, num_classes if kept is None else len(members) + len(kept) + 1)
         self.weight, self.bias = linear.weight, linear.bias
 
     @property
     def row_classes(self) -> Tensor:
-        """int64 [C]: the class that each stored row stands for."""
+        """int64 [rows]: the class that each stored row stands for; -1 is the row for the rest."""
+        if self.kept is not None:
+            return torch.cat([self.members, torch.tensor([*self.kept, -1], device=self.members.device)])
         outside = torch.ones(self.num_classes, dtype=torch.bool, device=self.members.device)
         outside[self.members] = False
         return torch.cat([self.members, outside.nonzero()[:, 0]])
 
     def forward(self, features: Tensor) -> Tensor:
-        parts = [len(self.members), self.num_classes - len(self.members)]
+        parts = [len(self.members), len(self.weight) - len(self.members)]
         (weight, others), (bias, others_bias) = self.weight.split(parts), self.bias.split(parts)
         inside = F.linear(features, weight, bias)
         inside = inside.to(torch.promote_types(inside.dtype, torch.float32))
@@ -74,6 +78,6 @@ def unheld_logits(classifier, raw: Tensor) -> LinearLogits:
 
 def make_head(spec: ModelSpec, in_features: int) -> nn.Module:
     """The head that `spec.head` describes, with fresh weights."""
-    if spec.head["kind"] == "dustbin" and spec.head["rows"] == "all":
-        return DustbinHead(in_features, spec.num_classes, spec.head["members"])
+    if spec.head["kind"] == "dustbin" and spec.head["rows"] != "fresh":
+        return DustbinHead(in_features, spec.num_classes, spec.head["members"], spec.head.get("kept"))
     return nn.Linear(in_features, spec.num_outputs)

@@ -13,7 +13,7 @@ from typing import Any
 
 SCHEMA = 1
 HEAD_KINDS = ("linear", "dustbin")
-DUSTBIN_ROWS = ("all", "fresh")
+DUSTBIN_ROWS = ("all", "kept", "fresh")
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class ModelSpec:
     builder: a built-in's name, `timm:NAME`, or a key of the `builders` that the caller passes.  Never code.
     options: keyword arguments of the builder; an option that is None takes the builder's default.
     num_classes, class_names: of the whole label set, also for a specialist.  No names: "0", "1", ...
-    head: {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": "all" | "fresh"}:
+    head: {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": "all" | "kept" | "fresh"}:
         with "all" there is a row for every class and the dustbin is the log-sum-exp of those that are not members,
-        with "fresh" it has a row of its own.
+        with "kept" it is that of the classes "kept" and of one row for all others, with "fresh" it has one row.
     """
 
     builder: str
@@ -151,6 +151,7 @@ def _checked_head(head, num_classes: int) -> dict:
     if not isinstance(head, dict) or head.get("kind") not in HEAD_KINDS:
         raise ValueError(f"head = {head!r}: its kind must be one of {', '.join(HEAD_KINDS)}")
     keys = {"kind"} if head["kind"] == "linear" else {"kind", "members", "rows"}
+    keys |= {"kept"} if head.get("rows") == "kept" else set()
     for key in set(head) - keys:
         raise ValueError(f"unknown key head.{key}; {nearest(key, sorted(keys))}")
     if head["kind"] == "linear":
@@ -161,7 +162,11 @@ def _checked_head(head, num_classes: int) -> dict:
     members = head.get("members")
     if not isinstance(members, (list, tuple)) or not all(map(_is_int, members)):
         raise ValueError("head.members: a list of class indices is needed")
-    return {"kind": "dustbin", "members": check_members(members, num_classes), "rows": rows}
+    head = {"kind": "dustbin", "members": check_members(members, num_classes), "rows": rows} | (
+        {"kept": list(head.get("kept", ()))} if rows == "kept" else {}
+    )
+    check_members([*head["members"], *head.get("kept", ())], num_classes)  # no class has two rows
+    return head
 
 
 def _known(values: dict, cls, prefix: str) -> dict:

@@ -13,17 +13,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .builders import builtin_options
 from .classifier import Classifier, build_classifier
-from .heads import DustbinHead
+from .heads import DustbinHead, make_head
+from .rest import RestRow
 from .spec import ModelSpec, check_members
 
 WIDTHS = {"width", "channels", "embedding"}
 
 
-def specialise(generalist: Classifier, members, dustbin: str = "preserving") -> Classifier:
+def specialise(
+    generalist: Classifier, members, dustbin: str = "preserving", kept=None, rest: RestRow | None = None
+) -> Classifier:
     """A copy of `generalist` whose logits are [B, |members| + 1]: the members in ascending order, the dustbin last.
 
     dustbin: "preserving" keeps every row, so the specialist starts as the generalist, the classes outside summed;
         "fresh" keeps the members' rows and draws one new row (it loses accuracy: methods.md, section 1).
+    kept, rest: of "preserving" keep the rows of these other classes only, and `rest` (fit_rest) for all without one.
     Raises ValueError for members that are not distinct classes, and if `generalist` is a specialist itself.
     """
     if dustbin not in ("preserving", "fresh"):
@@ -36,19 +40,19 @@ def specialise(generalist: Classifier, members, dustbin: str = "preserving") -> 
     for parameter in specialist.parameters():
         parameter.grad = None
     old = specialist.head
-    rows = "all" if dustbin == "preserving" else "fresh"
-    specialist.spec = replace(spec, head={"kind": "dustbin", "members": members, "rows": rows})
-    if rows == "all":
-        head = DustbinHead(old.in_features, spec.num_classes, members)
-        kept = head.row_classes
-    else:
-        head = nn.Linear(old.in_features, len(members) + 1)
-        kept = torch.tensor(members)
-    head = head.to(old.weight)
+    rows = "fresh" if dustbin == "fresh" else "all" if kept is None else "kept"
+    described = {"kind": "dustbin", "members": members, "rows": rows}
+    if rows == "kept":
+        described["kept"] = [int(c) for c in kept]
+    specialist.spec = replace(spec, head=described)
+    head = make_head(specialist.spec, old.in_features).to(old.weight)
+    classes = head.row_classes if rows != "fresh" else torch.tensor(members)
     with torch.no_grad():
-        kept = kept.to(old.weight.device)
-        head.weight[: len(kept)] = old.weight[kept]
-        head.bias[: len(kept)] = old.bias[kept]
+        classes = classes[classes >= 0].to(old.weight.device)
+        head.weight[: len(classes)] = old.weight[classes]
+        head.bias[: len(classes)] = old.bias[classes]
+        if rows == "kept":
+            head.weight[-1], head.bias[-1] = rest.weight, rest.bias
     specialist.head = head.train(old.training)
     return specialist
 

@@ -164,12 +164,19 @@ class Route(Section):
 
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh"] = "preserving"
+    dustbin_rows: int | None = Field(None, gt=0)  # of preserving: rows that it keeps beside a fitted one; None = all
     trainable: str = "all"  # all | head | last-N-blocks
     freeze_norm: bool = (
         True  # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
     )
     fraction: float = Field(0.5, gt=0, lt=1)  # share of S_m's examples in a batch
     per_job: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _rows(self):
+        if self.dustbin == "fresh" and self.dustbin_rows is not None:
+            raise ValueError('dustbin_rows is of dustbin = "preserving"; a fresh dustbin has one row; leave it out')
+        return self
 
     @field_validator("trainable")
     @classmethod

@@ -22,7 +22,7 @@ from clustering import (
     forecast_table,
     group_classes,
 )
-from networks import freeze_norm, set_trainable, specialise, unheld_logits
+from networks import fit_rest, freeze_norm, set_trainable, specialise, unheld_logits
 
 from .config import Schedule, Student, UserError
 from .data.routing import open_routed
@@ -172,8 +172,9 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
             shift = dustbin_shift(natural, own / batch)
         log_prior = balanced_log_prior(general.class_counts[members], schedule.balance)
         network = session.load(session.run.generalist)
+        kept, rest = dustbin_rows(session, network, members)
         torch.manual_seed(seed)
-        network = specialise(network, members, dustbin=schedule.dustbin)
+        network = specialise(network, members, schedule.dustbin, kept, rest)
         freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
         judge = validate_specialist(session, members)
         network, summary = session.train(
@@ -183,7 +184,30 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
         )  # fmt: skip
         summary |= {"classes": len(members), "natural_share": natural, "shift": shift,
                     "temperature": judge.temperature(network)}  # fmt: skip
+        if rest is not None:
+            summary["dustbin"] = {"rows": len(kept), "kl": rest.kl, "rms": rest.rms}
         session.save(attempt, network, summary)
+
+
+def dustbin_rows(session: Session, generalist, members: np.ndarray):
+    """(classes, RestRow): the classes outside `members` whose rows a specialist keeps, those it is confused with most,
+    and the row for the rest, fitted on val; (None, None) where it keeps all."""
+    count = session.config.specialists.dustbin_rows
+    if count is None or len(members) + count >= session.num_classes:
+        return None, None
+    expected = PredictionStatistics.load(session.run.measure.path("statistics.npz")).expected_confusion
+    confused = expected[members].sum(axis=0) + expected[:, members].sum(axis=1)
+    confused[members] = -1
+    kept = np.sort(np.argsort(-confused, kind="stable")[:count])
+
+    def features(batch):
+        return {"features": generalist.trunk(generalist.preprocess(batch.inputs))}
+
+    x = torch.from_numpy(session.measured(session.shards("val"), features)["features"]).to(session.ranks.device)
+    rest = fit_rest(generalist.head, x, members, kept)
+    session.say("dustbin: %d rows and one fitted to %d classes; on half of val KL %.2g from all rows, its logit's "
+                "error %.2g", count, session.num_classes - len(members) - count, rest.kl, rest.rms)  # fmt: skip
+    return kept, rest
 
 
 def combine(session: Session, stage: Stage) -> None:

@@ -12,6 +12,7 @@ from networks import (
     InputSpec,
     ModelSpec,
     build_classifier,
+    fit_rest,
     freeze_norm,
     load_classifier,
     parameter_count,
@@ -227,6 +228,52 @@ def test_a_specialist_starts_as_the_generalist_with_the_other_classes_summed(mem
     assert torch.allclose(specialist(images()).softmax(1), expected, atol=1e-14, rtol=0)
     single = specialise(generalist.float(), members)(images()).softmax(1)
     assert torch.allclose(single.double(), expected, atol=1e-6, rtol=0)
+
+
+def summed(generalist, members):
+    """The generalist's probabilities of `members`, the rest summed."""
+    p = generalist(images()).softmax(1)
+    return torch.cat([p[:, members], 1 - p[:, members].sum(1, keepdim=True)], 1)
+
+
+def test_a_row_for_one_class_is_that_classs_row(tmp_path):
+    """Then nothing is lost, whatever the examples, and the saved specialist says the same."""
+    generalist = trained_a_little(small(classes=10)).eval()
+    with torch.no_grad():
+        rest = fit_rest(generalist.head, torch.randn(200, 16), [4, 6], [0, 1, 2, 3, 5, 7, 8])
+    torch.testing.assert_close(rest.weight, generalist.head.weight[9].detach(), atol=1e-2, rtol=1e-2)
+    assert rest.kl < 1e-6 and rest.rms < 1e-2
+    specialist = specialise(generalist, [4, 6], kept=[0, 1, 2, 3, 5, 7, 8], rest=rest).eval()
+    torch.testing.assert_close(specialist(images()).softmax(1), summed(generalist, [4, 6]), atol=1e-3, rtol=0)
+    assert specialist.head.row_classes.tolist() == [4, 6, 0, 1, 2, 3, 5, 7, 8, -1]
+    save_classifier(specialist, tmp_path)
+    assert torch.equal(load_classifier(tmp_path)(images()), specialist(images()))
+
+
+def test_a_fitted_row_says_how_far_the_specialist_is_from_the_generalist():
+    """Its error on the half that it was not fitted to is that of the finished specialist on examples like these."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 40)
+    torch.nn.init.normal_(head.weight, std=0.5)
+    x, fresh, members = torch.randn(20000, 6), torch.randn(20000, 6), [0, 1, 2, 3]
+    errors = []
+    for kept in ([], list(range(4, 14)), list(range(4, 39))):
+        with torch.no_grad():
+            rest = fit_rest(head, x, members, kept)
+            z, rows = head(fresh), [*members, *kept]
+            whole = torch.cat([z[:, :4], z[:, 4:].logsumexp(1, keepdim=True)], 1).log_softmax(1)
+            fitted = (fresh @ rest.weight + rest.bias)[:, None]
+            others = torch.cat([z[:, rows[4:]], fitted], 1).logsumexp(1, keepdim=True)
+            ours = torch.cat([z[:, :4], others], 1).log_softmax(1)
+        kl = (whole.exp() * (whole - ours)).sum(1).mean()
+        assert rest.kl == pytest.approx(float(kl), rel=0.2, abs=1e-7)
+        errors.append(rest.kl)
+    assert 0.1 > errors[0] > errors[1] > errors[2]
+
+
+def test_no_class_has_two_rows_in_a_dustbin():
+    with pytest.raises(ValueError, match="member 4 is listed twice"):
+        ModelSpec("mlp", 5, GRAY, head={"kind": "dustbin", "members": [1, 4], "rows": "kept", "kept": [4]})
 
 
 def test_the_dustbin_of_every_class_has_probability_zero_and_finite_gradients():

@@ -89,6 +89,18 @@ def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
             assert blocks[row][figure] == pytest.approx(held[row][figure], abs=1e-5), (row, figure)
 
 
+@pytest.mark.slow
+def test_a_specialist_with_a_fitted_row_says_its_error_and_learns(data, tmp_path):
+    words = ("clusters.num_groups=4", "train.steps=40", "specialists.dustbin_rows=6", "controls.enabled=false")
+    every_stage(tmp_path / "run", toy_config(data, *words))
+    for m in range(4):
+        summary = read_json(tmp_path / "run" / f"specialists/{m:03d}/summary.json")
+        head = read_json(tmp_path / "run" / f"specialists/{m:03d}/model.json")["head"]
+        assert len(head["kept"]) == summary["dustbin"]["rows"] == 6 and 0 < summary["dustbin"]["kl"] < 0.1
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["ensemble"]["top1"] > results["generalist"]["top1"]
+
+
 def every_stage(root, config):
     run = RunDirectory(root, config)
     root.mkdir()
