@@ -74,7 +74,10 @@ def measure(session: Session, stage: Stage) -> None:
             return {"top": top.indices[:, :ROUTED_TOP].int(), "top_probability": top.probabilities[:, :ROUTED_TOP],
                     "labels": batch.labels}  # fmt: skip
 
-        found = session.measured(shards, predict)
+        try:
+            found = session.measured(shards, predict)
+        except ValueError as mistake:  # of the statistics: NaN, say
+            raise UserError(f"the generalist's predictions cannot be counted: {mistake}") from None
         if shards is not session.shards("val"):
             found = session.measured(session.shards("val"), lambda batch: predict(batch, count=False))
         statistics.save(attempt.path(f"statistics-{session.ranks.rank}.npz"))

@@ -10,6 +10,7 @@ import torch
 from running import run_all
 from toy import toy_config, write_toy
 
+from networks import load_classifier, save_classifier
 from trainer import checkpoints, loop, tracking
 from trainer.checkpoints import newest_step
 from trainer.config import UserError
@@ -124,3 +125,12 @@ def test_a_tracker_that_is_not_installed_is_one_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"wandb is not installed; pip install 'referral\[wandb\]'"):
         with tracking.trackers(["wandb"], tmp_path, tmp_path, "generalist"):
             pass
+
+
+def test_predictions_that_are_no_numbers_are_one_clear_error(data, tmp_path):
+    run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
+    network = load_classifier(run.generalist.path("model.json").parent)
+    torch.nn.init.constant_(network.head.weight, float("nan"))
+    save_classifier(network, run.generalist.path("model.json").parent)
+    with pytest.raises(UserError, match="predictions cannot be counted: row 0 of the predictions holds NaN"):
+        run_all(tmp_path / "run", toy_config(data), only={"measure"})
