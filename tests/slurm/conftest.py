@@ -1,0 +1,79 @@
+"""One Slurm for all tests of a session, with runs of the toy and of a fake trainer on it."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from cluster import Cluster, what_is_missing  # noqa: E402
+from patient import Patient  # noqa: E402
+
+MAX_ARRAY_SIZE = 4  # so that five specialists need two arrays
+
+
+@pytest.fixture(scope="session")
+def loopback(request):
+    """A running Slurm; its logs are kept if a test fails."""
+    if missing := what_is_missing():
+        pytest.skip(missing)
+    root = Path(tempfile.mkdtemp(prefix="referral-slurm-", dir="/tmp"))
+    root.chmod(0o755)  # munge refuses what others may write
+    cluster = Cluster(root, MAX_ARRAY_SIZE)
+    before = request.session.testsfailed
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        assert not cluster.processes()
+        if request.session.testsfailed == before:
+            shutil.rmtree(root)
+        else:
+            print(f"Slurm's logs: {root}")
+
+
+@pytest.fixture
+def cluster(loopback):
+    """Slurm with four idle nodes and no job."""
+    yield loopback
+    loopback.quiet()
+
+
+@pytest.fixture
+def ward(cluster, tmp_path):
+    """A run of five specialists whose trainer is a fake one, without torch: for what needs no figures."""
+    found = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
+    fake = tmp_path / "python"  # which is called as: python -m trainer STAGE ...
+    fake.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n')
+    fake.chmod(0o755)
+    site, data = tmp_path / ".config" / "referral" / "site.sh", tmp_path / "data"
+    site.parent.mkdir(parents=True)
+    site.write_text(f'python="{fake}"\n')
+    data.mkdir()
+    splits = {split: {"samples": 0, "shards": []} for split in ("train", "val", "test")}
+    (data / "manifest.json").write_text(json.dumps({"schema": 1, "classes": [*"abcdefgh"], "splits": splits}))
+    found.config.write_text(f"""
+data = {{ train = "{data}", val = "{data}", test = "{data}" }}
+train = {{ steps = 10 }}
+clusters = {{ num_groups = 5 }}
+controls = {{ enabled = false }}
+launch = {{ retries = 1 }}
+engine = {{ device = "cpu" }}
+""")
+    found.behave = lambda **places: (tmp_path / "behaviour.json").write_text(
+        json.dumps({place.replace("__", "/"): facts for place, facts in places.items()})
+    )
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _no_foreign_slurm(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
