@@ -10,6 +10,7 @@ and the mathematics is the same with one shard.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -29,6 +30,10 @@ class Alone:
 
     def of(self, features: Tensor) -> Alone:
         """The exchange of a batch of which this rank has these rows."""
+        return self
+
+    def among(self, classes: Tensor) -> Alone:
+        """The exchange of these classes alone, ascending, numbered anew."""
         return self
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -133,6 +138,27 @@ class LinearLogits:
             return self
         bias = None if self.bias is None else self.bias / temperature
         return replace(self, features=self.features / temperature, bias=bias)
+
+    def sampled(self, labels: Tensor, negatives: int, draw: torch.Generator) -> tuple[LinearLogits, Tensor]:
+        """Logits of the batch's own classes and of `negatives` others, and the labels as classes among them.
+
+        The others are drawn uniformly, without replacement, and stand for all others: their logits are raised by
+        log(number of others / negatives), the log Q correction of sampled softmax (Bengio & Senecal 2008; Jean et al.
+        2015, section 3).  So sum exp z is unbiased over the draw; its logarithm, the loss, is biased downwards, by less
+        the more are drawn, and exact with all.  labels: int64 [n], each a class; draw: alike on every rank.
+        """
+        own_classes = self.exchange.gather(labels).unique()
+        order = torch.randperm(self.num_classes, generator=draw).to(labels.device)
+        others = order[~torch.isin(order, own_classes)]
+        drawn = others[:negatives]
+        classes = torch.cat([own_classes, drawn]).sort().values
+        raised = torch.isin(classes, drawn) * math.log(max(1, len(others)) / max(1, len(drawn)))
+        here = (classes >= self.exchange.first) & (classes < self.exchange.first + len(self.weight))
+        rows = classes[here] - self.exchange.first
+        bias = raised[here].to(self.weight) + (0 if self.bias is None else self.bias[rows])
+        some = replace(self, weight=self.weight[rows], bias=bias, num_classes=len(classes),
+                       exchange=self.exchange.among(classes))  # fmt: skip
+        return some, torch.searchsorted(classes, labels)
 
     def reduced(self, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
         """(log sum_c exp z_c, sum_c t_c z_c), both [n] in float32 (float64 of float64) and differentiable in features,
@@ -253,7 +279,7 @@ class _Reduced(torch.autograd.Function):
 def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype | None, block: int | None):
     """(first class, z [N, at most block]) in turn; each z lives in the memory of the one before."""
     block = block or max(64, BLOCK_ENTRIES[x.device.type] // max(1, len(x)))
-    block = min(block, len(weight))
+    block = min(block, max(1, len(weight)))
     held = torch.empty(len(x) * block, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for start in range(0, len(weight), block):
         rows = weight[start : start + block]

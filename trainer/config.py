@@ -101,6 +101,7 @@ class Schedule(Section):
     momentum: float | None = Field(None, ge=0, lt=1)  # of sgd; of adamw it is beta1 = 0.9
     beta2: float | None = Field(None, gt=0, lt=1)  # of adamw; 0.99 suits short schedules
     label_smoothing: float | None = Field(None, ge=0, lt=1)
+    negatives: int | None = Field(None, gt=0)  # with engine.shard_head: other classes that labels meet; None = all
     ema: float | None = Field(None, ge=0, lt=1)  # decay per step of the averaged weights; 0 = none
     accumulation: int | None = Field(None, gt=0)  # micro-batches per optimizer step
     clip_norm: float | None = Field(None, ge=0)  # 0 = none
@@ -355,6 +356,17 @@ class Config(Section):
         if not self.controls.learning_rates:
             peak = self.specialists.learning_rate
             self.controls.learning_rates = [peak / 3, peak, peak * 3]
+        return self
+
+    @model_validator(mode="after")
+    def _negatives(self):
+        for name, section in (("train", self.train), ("specialists", self.specialists), *self.students.items()):
+            if section.negatives is not None and not self.engine.shard_head:
+                raise ValueError(f"{name}.negatives needs engine.shard_head = true: a whole head has all logits anyway")
+            if section.negatives is not None and section.label_smoothing:
+                raise ValueError(
+                    f"{name}.negatives leaves classes out and label_smoothing spreads over all: leave one of them out"
+                )
         return self
 
     def dump(self) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -17,14 +18,31 @@ from .losses import TopAnswers, classification_loss, distillation_loss, speciali
 Objective = Callable[[nn.Module, Batch], Tensor]
 
 
-def classify(label_smoothing: float = 0.0, log_prior: Tensor | None = None) -> Objective:
-    """Learn all classes; log_prior [C] where the stream resamples them."""
+def classify(
+    label_smoothing: float = 0.0, log_prior: Tensor | None = None, negatives: int | None = None
+) -> Objective:
+    """Learn all classes; log_prior [C] where the stream resamples them.
+
+    negatives: of a sharded head, learn each batch's own classes against so many others, drawn anew for each batch.
+    """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         prior = None if log_prior is None else log_prior.to(batch.labels.device)
-        return classification_loss(network(batch.inputs), batch.labels, label_smoothing, prior)
+        logits, labels = network(batch.inputs), batch.labels
+        if negatives is not None:
+            logits, labels = logits.plus(prior).sampled(labels, negatives, draw_for(batch, logits.exchange))
+            prior = None
+        return classification_loss(logits, labels, label_smoothing, prior)
 
     return objective
+
+
+def draw_for(batch: Batch, exchange) -> torch.Generator:
+    """A generator that is a function of the global batch's examples and their order: alike on any number of ranks, and
+    after a resume."""
+    ids = exchange.gather(batch.ids)
+    ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
+    return torch.Generator().manual_seed(zlib.crc32(ordered.cpu().numpy().tobytes()))
 
 
 def specialise_in(

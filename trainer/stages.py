@@ -242,7 +242,7 @@ def control(session: Session, stage: Stage, name: str) -> None:
         if name == "student_hard":
             schedule = config.students["main"]
             network, stream, steps = student_lesson(session, schedule, transfer=False)
-            objective = classify(schedule.label_smoothing)
+            objective = classify(schedule.label_smoothing, negatives=schedule.negatives)
         else:
             walls = {key: each for key, each in session.run.controls.items() if key.startswith("control_wall")}
             if name == "control_compute":
@@ -264,7 +264,7 @@ def student(session: Session, stage: Stage, name: str) -> None:
     with session.attempt(stage) as attempt:
         network, stream, steps = student_lesson(session, schedule, transfer=schedule.method != "hard")
         if schedule.method == "hard":
-            objective = classify(schedule.label_smoothing)
+            objective = classify(schedule.label_smoothing, negatives=schedule.negatives)
         elif session.teacher_is_stored:
             answers = session.run.combine.path("answers")
             objective = distil(stored_teacher(answers, stream.sources, session.num_classes), schedule)
@@ -305,7 +305,7 @@ def general_lesson(session: Session, schedule: Schedule, seed: int | None = None
     order = balanced(shards.labels, seed, schedule.balance)
     log_prior = balanced_log_prior(shards.class_counts, schedule.balance) if schedule.balance else None
     stream = TrainingStream([Source(shards, order, schedule.batch_size)], seed, session.config.data.augment)
-    return stream, classify(schedule.label_smoothing, log_prior)
+    return stream, classify(schedule.label_smoothing, log_prior, schedule.negatives)
 
 
 def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tensor:

@@ -141,3 +141,36 @@ def test_logits_of_some_classes_are_the_columns_of_all():
     some = torch.tensor([22, 0, 7])
     given = LinearLogits(features, weight, bias, CLASSES)
     torch.testing.assert_close(given.of_classes(some), F.linear(features, weight, bias)[:, some])
+
+
+def drawn(number):
+    return torch.Generator().manual_seed(number)
+
+
+def test_with_all_other_classes_sampling_changes_nothing():
+    given = LinearLogits(*parts(), CLASSES)
+    some, among = given.sampled(labels(), CLASSES, drawn(0))
+    assert some.num_classes == CLASSES and torch.equal(among, labels())
+    torch.testing.assert_close(some.reduced()[0], given.reduced()[0])
+
+
+def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
+    """And its logarithm is not: it lies below, by less the more are drawn."""
+    given, draws = LinearLogits(*parts(), CLASSES), 4000
+    true, shortfalls = given.reduced()[0].detach(), []
+    for negatives in (4, 10):
+        some = (given.sampled(labels(), negatives, drawn(n))[0] for n in range(draws))
+        found = torch.stack([logits.reduced()[0].detach() for logits in some])
+        sums = (found - true).exp()
+        error = sums.std(0) / draws**0.5
+        assert ((sums.mean(0) - 1).abs() < 4 * error).all()
+        shortfalls.append((true - found.mean(0)).mean())
+    assert shortfalls[0] > shortfalls[1] > 0
+
+
+def test_sampled_labels_name_the_same_classes():
+    features, weight, bias = parts()
+    some, among = LinearLogits(features, weight, bias, CLASSES).sampled(labels(), 3, drawn(0))
+    assert some.num_classes == len(labels().unique()) + 3
+    assert torch.equal(some.weight[among], weight[labels()])
+    assert torch.equal(some.bias[among], bias[labels()])  # only the drawn ones are raised

@@ -168,6 +168,10 @@ class OverRanks(Alone):
         dist.all_gather(list(sizes.split(1)), torch.tensor([len(features)], device=features.device))
         return replace(self, sizes=tuple(sizes.tolist()))
 
+    def among(self, classes: Tensor) -> OverRanks:
+        places = torch.searchsorted(classes, torch.tensor(self.bounds, device=classes.device))
+        return replace(self, bounds=tuple(places.tolist()))
+
     def gather(self, rows: Tensor) -> Tensor:
         most = max(self.sizes)
         padded = rows.new_zeros(most, *rows.shape[1:])

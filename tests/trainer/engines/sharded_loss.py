@@ -52,6 +52,21 @@ def main(sizes: list[int], bounds: list[int]) -> None:
             pairs.append((part.grad * dist.get_world_size(), all_of_it.grad[own]))  # ranks average their gradients
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+    for negatives in (2, 8, classes):
+        whole = [part.clone().requires_grad_() for part in (features, weight, bias)]
+        alone, target = LinearLogits(*whole, classes).sampled(labels, negatives, torch.Generator().manual_seed(1))
+        held = alone.cross_entropy(Targets.of_labels(target, alone.num_classes))
+        held.sum().backward()
+        parts = [part.clone().requires_grad_() for part in (features[mine], weight[own], bias[own])]
+        logits = LinearLogits(*parts, classes, 5, OverRanks(tuple(bounds)).of(parts[0]))
+        logits, target = logits.sampled(labels[mine], negatives, torch.Generator().manual_seed(1))
+        loss = logits.cross_entropy(Targets.of_labels(target, logits.num_classes))
+        loss.sum().backward()
+        torch.testing.assert_close(loss, held[mine], atol=TOLERANCE, rtol=0)
+        torch.testing.assert_close(parts[0].grad, whole[0].grad[mine], atol=TOLERANCE, rtol=0)
+        for part, all_of_it in zip(parts[1:], whole[1:], strict=True):
+            ours = part.grad * dist.get_world_size()
+            torch.testing.assert_close(ours, all_of_it.grad[own], atol=TOLERANCE, rtol=0)
     dist.destroy_process_group()
 
 

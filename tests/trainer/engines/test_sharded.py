@@ -72,6 +72,20 @@ def test_adams_states_are_split_and_joined_and_a_whole_head_goes_on_from_them(da
     np.testing.assert_allclose(losses(tmp_path / "changed" / "ddp"), losses(tmp_path / "whole" / "ddp"), atol=3e-5)
 
 
+@pytest.mark.engines
+@pytest.mark.slow
+def test_negatives_are_the_same_on_any_number_of_ranks_and_after_a_resume(data, tmp_path):
+    words = ("train.negatives=6", "train.balance=0.5", *SHARDED)
+    for ranks in (1, 3):
+        train_all(ranks, data, tmp_path / str(ranks), "ddp", *words)
+    train_all(2, data, tmp_path / "2", "ddp", *words, "stop=20")
+    train_all(3, data, tmp_path / "2", "ddp", *words)
+    alone = losses(tmp_path / "1" / "ddp")
+    assert alone[-1] < 0.7 * alone[0]
+    for ranks in (2, 3):
+        np.testing.assert_allclose(losses(tmp_path / str(ranks) / "ddp"), alone, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
     """Groups are given: where k-means has several optima a last digit decides between them."""
@@ -130,6 +144,13 @@ def compare(run: Path, other: Path) -> None:
 def test_deepspeed_and_a_sharded_head_exclude_each_other(data):
     with pytest.raises(UserError, match='shard_head = true needs engine.name = "ddp"'):
         toy_config(data, "engine.shard_head=true", "engine.name=deepspeed")
+
+
+def test_negatives_need_a_sharded_head_and_no_smoothing(data):
+    with pytest.raises(UserError, match="train.negatives needs engine.shard_head = true"):
+        toy_config(data, "train.negatives=5")
+    with pytest.raises(UserError, match="leave one of them out"):
+        toy_config(data, "train.negatives=5", "train.label_smoothing=0.1", "engine.shard_head=true")
 
 
 def test_fp16_is_refused(monkeypatch):
