@@ -13,11 +13,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks import parameter_count
+
 from ..config import Engine, Schedule, UserError
 from ..distributed import Ranks, precision
 from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state
 from . import refuse_average_of_split_weights
 
+BUCKET = 50_000_000  # weights whose gradients are exchanged at once
 SPLIT_WEIGHTS = 3  # the stage from which on no rank holds the whole network
 
 
@@ -34,7 +37,7 @@ class DeepSpeedEngine:
         if state is not None:
             network.load_state_dict(state["network"])
         # DeepSpeed's hooks stay on the network that it trains, and stage 3 takes its parameters apart.
-        self.network, self.plain = network, copy.deepcopy(network)
+        self.network, self.plain = network, without_weights(copy.deepcopy(network))
         self.driver, *_ = self.deepspeed.initialize(
             model=network, optimizer=build_optimizer(network, schedule), dist_init_required=False,
             config=self._config(schedule),
@@ -46,11 +49,16 @@ class DeepSpeedEngine:
     def _config(self, schedule: Schedule) -> dict:
         """Precision is torch's autocast as under DDP: float32 weights, so that averages and exports are exact."""
         parts = self.ranks.world_size * schedule.accumulation
+        # DeepSpeed takes the whole bucket at once, 2 GB by default, however small the network is.
+        bucket = min(BUCKET, max(1, parameter_count(self.network)))
         low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.precision)
         return {
             "train_micro_batch_size_per_gpu": schedule.batch_size // parts, "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False, "gradient_clipping": schedule.clip_norm,
-            "zero_optimization": {"stage": self.stage, "overlap_comm": False},
+            "zero_optimization": {
+                "stage": self.stage, "overlap_comm": False, "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
+            },
             "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": sys.maxsize, "wall_clock_breakdown": False,
             **({"torch_autocast": {"enabled": True, "dtype": low}} if low else {}),
@@ -153,16 +161,25 @@ class DeepSpeedEngine:
         finally:
             if average:
                 average.swap(network)
+            without_weights(network)
 
     def export(self) -> nn.Module:
         """The plain network with the trained weights."""
-        self.plain.load_state_dict(self.weights())
+        self.plain.load_state_dict(self.weights(), assign=True)
         return self.plain
 
     def close(self) -> None:
         driver, self.driver = getattr(self, "driver", None), None
         if driver is not None:
             driver.destroy()
+
+
+def without_weights(network: nn.Module) -> nn.Module:
+    """`network` itself, its parameters only shapes; its buffers stay."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
+    return network
 
 
 def _per_weight(value) -> bool:
