@@ -14,7 +14,7 @@ from rich.console import Console
 import launch.local
 from launch.display import Display
 from launch.journal import read_journal
-from launch.local import locked
+from launch.local import locked, stop_launcher
 from trainer.config import UserError
 
 
@@ -245,6 +245,23 @@ def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_ru
     assert "the same command goes on" in out and "Traceback" not in err
     assert not children_of(run.root)
     assert {state for state in states(run).values() if state not in ("done", "waiting")} == {"interrupted"}
+
+
+def test_cancel_lets_the_launcher_stop_and_retry_goes_on(ward, long_run, referral):
+    launcher, run = long_run()
+    assert referral("cancel", run.root)[:2] == (0, f"{run.root}: stopped\n")
+    assert launcher.wait(timeout=15) == 130 and len(ward.calls("checkpoint")) == 2
+    assert referral("cancel", run.root)[:2] == (0, f"{run.root}: nothing is running\n")
+    ward.behave()
+    code, out, err = referral("retry", run.root)
+    assert code == 0 and "fewer top-1 errors" in out, err
+
+
+def test_a_launcher_on_another_machine_is_not_signalled(ward):
+    with locked(ward.run_path):
+        (ward.run_path / ".lock").write_text("process 1 on another-machine\n")
+        with pytest.raises(UserError, match="another launcher is running .*process 1 on another-machine"):
+            stop_launcher(ward.run_path)
 
 
 def test_a_run_under_nohup_outlives_its_terminal(ward):

@@ -168,7 +168,7 @@ def test_paths_are_made_absolute(ward, monkeypatch):
 
 
 def test_changed_keys_are_dotted_with_old_and_new(ward):
-    old, new = ward.config(), ward.config("students.b.steps=3", "seed=4", "slurm.specialist.nodes=2")
+    old, new = ward.config(), ward.config("students.b.steps=3", "seed=4", "slurm.specialists.cpus=2")
     found = changed_keys(old, new)
     assert ("seed", 0, 4) in found and ("students.b.steps", None, 3) in found
     assert not any(key.startswith("slurm") for key, *_ in found)
