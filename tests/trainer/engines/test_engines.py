@@ -69,6 +69,7 @@ def test_every_engine_logs_the_losses_of_one_process(runs, ranks, engine):
     np.testing.assert_allclose(losses(runs / str(ranks) / engine), alone, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before, after", RESUMED)
 def test_a_run_goes_on_at_another_number_of_ranks(runs, resumed, before, after, engine):
@@ -81,6 +82,7 @@ def test_a_run_goes_on_at_another_number_of_ranks(runs, resumed, before, after, 
         torch.testing.assert_close(value, weights(undisturbed)[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_resumed_at_the_same_number_of_ranks_the_weights_are_the_same(runs, resumed):
     """Bit for bit under DDP, within 1e-6 under DeepSpeed."""
     for engine in ENGINES:
@@ -88,6 +90,7 @@ def test_resumed_at_the_same_number_of_ranks_the_weights_are_the_same(runs, resu
             torch.testing.assert_close(value, weights(runs / "2" / engine)[name], atol=1e-6 * (engine != "ddp"), rtol=0)
 
 
+@pytest.mark.slow
 def test_another_engine_goes_on_in_the_middle(runs, data, tmp_path):
     """Adam's state, its step count too, passes from each engine to each; here by two ranks, then by three."""
     adam = ("train.optimizer=adamw", "train.learning_rate=0.01")
