@@ -1,6 +1,6 @@
-"""A Slurm of virtual nodes on loopback: starts by itself, ends exactly what it started, keeps its logs on failure.
+"""A Slurm of virtual nodes on loopback: starts by itself and ends exactly what it started.
 
-Needs slurmctld, slurmd, munged and root.  What each line of the configuration is for: shared/field-notes.md.
+Needs slurmctld, slurmd, munged and root.  To try things out:  python tests/slurm/cluster.py  (until Ctrl-C).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -158,11 +160,16 @@ class Cluster:
         for name in ("n1", "n2", "n3", "n4"):
             if name not in self.daemons:
                 self.start_node(name)
-            if self.node_states().get(name, "down").startswith(("down", "drain")):
-                self.client("scontrol", "update", f"nodename={name}", "state=resume")
         ended = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
         self.until(lambda: set(self.jobs().values()) <= ended, "all jobs to end")
-        self.until(lambda: set(self.node_states().values()) == {"idle"}, "idle nodes")
+        self.until(self._all_idle, "idle nodes")
+
+    def _all_idle(self) -> bool:
+        states = self.node_states()
+        for name in [name for name, state in states.items() if state == "down"]:  # it may return by itself meanwhile
+            command = ["scontrol", "update", f"nodename={name}", "state=resume"]
+            subprocess.run(command, env=self.environment, capture_output=True, timeout=30)
+        return set(states.values()) == {"idle"}
 
     def stop(self) -> None:
         """End the daemons, and whatever jobs left behind: each of these has this SLURM_CONF in its environment."""
@@ -203,3 +210,24 @@ def free_ports(count: int) -> int:
             for each in sockets:
                 each.close()
     raise AssertionError("no free ports")
+
+
+def main() -> None:
+    """Run a Slurm until Ctrl-C, and say how to speak to it."""
+    if missing := what_is_missing():
+        sys.exit(missing)
+    with tempfile.TemporaryDirectory(prefix="referral-slurm-", dir="/tmp") as place:
+        Path(place).chmod(0o755)  # munge refuses what others may write
+        cluster = Cluster(Path(place) / "slurm")
+        try:
+            cluster.start()
+            print(f"export SLURM_CONF={cluster.conf}", flush=True)
+            signal.pause()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            cluster.stop()
+
+
+if __name__ == "__main__":
+    main()
