@@ -71,14 +71,14 @@ def environment(run: Path) -> dict[str, str]:
     site = site_file(run)
     if site is None:
         return own
-    command = ["bash", "-c", '. "$1" >&2 && env -0', "site", str(site.resolve())]
-    options = {"env": own, "capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    command = ["bash", "-c", '. "$1" >&2; env -0', "site", str(site.resolve())]  # what it prints is for the user
+    options = {"env": own, "stdout": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
     try:
         shell = subprocess.run(command, timeout=SUBMIT_S, **options)
     except subprocess.TimeoutExpired:
         raise UserError(f"{site} did not end within {SUBMIT_S} s") from None
     if shell.returncode:
-        raise UserError(f"{site} failed: {' '.join(shell.stderr.split())}")
+        raise UserError(f"{site} ended the shell that read it, with exit code {shell.returncode}")
     pairs = (entry.split("=", 1) for entry in shell.stdout.split("\0") if "=" in entry)
     return own | {name: value for name, value in pairs if name.startswith("SBATCH_")}
 

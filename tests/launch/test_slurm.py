@@ -170,7 +170,7 @@ def test_a_client_that_is_not_there_or_silent_or_unhappy_is_one_clear_line(clien
         slurm.ask(["sbatch"])
 
 
-def test_the_site_file_of_the_run_goes_before_the_users_and_gives_sbatch_its_variables(ward, clients, monkeypatch):
+def test_the_runs_site_file_goes_before_the_users_and_gives_sbatch_its_variables(ward, clients, monkeypatch, capfd):
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     home = ward.root / "home" / ".config" / "referral" / "site.sh"
     home.parent.mkdir(parents=True)
@@ -180,8 +180,11 @@ def test_the_site_file_of_the_run_goes_before_the_users_and_gives_sbatch_its_var
     assert found["SBATCH_PARTITION"] == "a b" and "OTHER" not in found and "SLURM_JOB_ID" not in found
     (run.root / "site.sh").write_text("export SBATCH_PARTITION=mine\n")
     assert slurm.environment(run.root)["SBATCH_PARTITION"] == "mine"
-    (run.root / "site.sh").write_text("module load cuda\n")
-    with pytest.raises(UserError, match="site.sh failed: .*module: command not found"):
+    (run.root / "site.sh").write_text("modul load cuda\n")
+    slurm.environment(run.root)
+    assert "modul: command not found" in capfd.readouterr().err
+    (run.root / "site.sh").write_text("exit 3\n")
+    with pytest.raises(UserError, match="site.sh ended the shell that read it, with exit code 3"):
         slurm.environment(run.root)
 
 

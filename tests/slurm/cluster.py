@@ -222,9 +222,9 @@ def main() -> None:
         try:
             cluster.start()
             print(f"export SLURM_CONF={cluster.conf}", flush=True)
-            signal.pause()
-        except KeyboardInterrupt:
-            pass
+            ends = {signal.SIGINT, signal.SIGTERM}
+            signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+            signal.sigwait(ends)
         finally:
             cluster.stop()
 
