@@ -190,6 +190,7 @@ def _per_weight(value) -> bool:
 def import_deepspeed(ranks: Ranks):
     """DeepSpeed, kept from compiling a shared-memory op at every start (a minute, and a crash without a compiler)."""
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # without torchrun; it asks even where the process group is there
     try:
         import deepspeed
         import deepspeed.ops

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toy import write_toy
+from toy import toy_config, write_toy
 
 from networks import load_classifier
+from trainer.config import save_config
+from trainer.run_directory import RunDirectory
 
 pytestmark = pytest.mark.engines
 TRAIN_ALL = Path(__file__).with_name("train_all.py")
@@ -67,6 +69,15 @@ def test_every_engine_logs_the_losses_of_one_process(runs, ranks, engine):
     alone = losses(runs / "1" / "ddp")
     assert len(alone) == 50 and alone[-1] < 0.7 * alone[0]
     np.testing.assert_allclose(losses(runs / str(ranks) / engine), alone, atol=1e-5)
+
+
+def test_a_job_of_one_rank_needs_no_torchrun(data, tmp_path):
+    """As the local runner starts specialists."""
+    config = toy_config(data, "engine.name=deepspeed", "engine.zero_stage=2", "train.steps=20", "specialists.steps=10")
+    save_config(config, tmp_path / "config.toml")
+    stages = ["generalist", "measure", "cluster", "route", "specialist", "--index", "0"]
+    subprocess.run([sys.executable, "-m", "trainer", *stages, "--run", str(tmp_path)], check=True, timeout=200)
+    assert RunDirectory(tmp_path, config).specialists[0].is_done
 
 
 @pytest.mark.slow
