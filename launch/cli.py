@@ -139,6 +139,8 @@ def status(
     if doubt:
         console.print(Text(doubt), soft_wrap=True)
     console.print(table(stages))
+    if journal.jobs:
+        console.print(Text(f"logs: {found.root / 'logs'}"), soft_wrap=True)
     for line in failures(found, stages, journal):
         console.print(Text(line), soft_wrap=True)
     return 0

@@ -9,6 +9,7 @@ import pytest
 from launch import slurm
 from launch.journal import JobRecord, Journal, read_journal
 from launch.plan import plan
+from launch.status import statuses
 from trainer.config import UserError
 
 
@@ -186,6 +187,18 @@ def test_the_runs_site_file_goes_before_the_users_and_gives_sbatch_its_variables
     (run.root / "site.sh").write_text("exit 3\n")
     with pytest.raises(UserError, match="site.sh ended the shell that read it, with exit code 3"):
         slurm.environment(run.root)
+
+
+def test_a_job_that_slurm_says_runs_and_that_writes_nothing_is_doubted(ward, clients):
+    run = ward.run()
+    jobs = plan(run)
+    clients.answer(line("1", "RUNNING", node="n1", elapsed="11:00"))
+    journal = slurm.look(run, jobs, Journal(of("1"), runner="slurm"))
+    assert statuses(run, jobs, journal)[0].detail == "nothing written for 11 min 00 s"
+    metrics = run.generalist.begin().path("metrics.jsonl")
+    metrics.touch()
+    (run.generalist.directory / "metrics.jsonl").symlink_to(metrics)
+    assert statuses(run, jobs, journal)[0].detail == ""
 
 
 # The command line
