@@ -5,6 +5,7 @@ Every key has a type, a default and a meaning; an unknown key is an error that n
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import re
@@ -257,11 +258,17 @@ class Resources(Section):
     account: str | None = Field(None, min_length=1)
     extra: list[str] = []  # further options of sbatch; those of [slurm.default] and the stage's own
 
-    @field_validator("time", mode="before")
+    @field_validator("time", "memory", mode="before")
+    @classmethod
+    def _bare(cls, value):
+        """TOML without quotes: 90 is a number, 04:00:00 a time of day."""
+        is_plain = isinstance(value, (int, datetime.time)) and not isinstance(value, bool)
+        return str(value) if is_plain else value
+
+    @field_validator("time")
     @classmethod
     def _time(cls, value):
-        value = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-        if isinstance(value, str) and not TIME.fullmatch(value):
+        if value is not None and not TIME.fullmatch(value):
             raise ValueError('write minutes, "HH:MM:SS" or "DAYS-HH:MM:SS"')
         return value
 

@@ -159,3 +159,8 @@ def test_a_wrong_resource_is_one_clear_line(setting, words):
 )
 def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
     assert load_config(None, [f'slurm.default.time="{time}"']).slurm.default.seconds == seconds
+
+
+def test_times_and_memory_may_come_without_quotes():
+    found = load_config(None, ["slurm.default.time=04:00:00", "slurm.default.memory=4000"]).slurm.default
+    assert (found.time, found.memory) == ("04:00:00", "4000")

@@ -15,9 +15,11 @@ def job(tmp_path):
     place, run = tmp_path / "bin", tmp_path / "a run"
     place.mkdir()
     run.mkdir()
-    # srun runs the launcher itself, on one node, and gives it the next of the exit codes.
+    # srun runs the launcher itself, on one node, with the job's environment whatever sbatch --export said; python ends
+    # with the next of the exit codes.
     (place / "srun").write_text("""#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
+[ "$SLURM_EXPORT_ENV" = ALL ] || exit 9
 SLURM_NODEID=3 SLURMD_NODENAME=n4 exec "$@"
 """)
     (place / "python").write_text("""#!/bin/bash
