@@ -28,6 +28,7 @@ class JobRecord:
     log_start: int = 0
     attempts: int = 0
     reason: str = ""
+    reached: list[str] = field(default_factory=list)  # by each stage, when this attempt began
     id: str = ""
     node: str = ""
     restarts: int = 0

@@ -189,6 +189,7 @@ class Pool:
         self._record(
             job, state="running", pid=child.pid, born=birth(child.pid), started=time.time(), ended=None, exit_code=None,
             log=str(log.relative_to(self.run.root)), log_start=start, attempts=attempts, reason="",
+            reached=reached(job),
         )  # fmt: skip
         self.display.event(f"{job.name} started" + (f" (attempt {attempts})" if attempts > 1 else ""))
 
@@ -219,7 +220,7 @@ class Pool:
             self._redo_what_went_without(job)
             self._record(job, state="done", **facts)
             self.display.event(f"{job.name} done in {seconds:.0f} s")
-        elif code == AGAIN and seconds > 1:
+        elif code == AGAIN and reached(job) != record.reached:
             self._record(job, state="waiting", **facts)
             self.display.event(f"{job.name} asked to be started again")
         else:
@@ -281,11 +282,18 @@ class Pool:
         return USERS_MISTAKE if all(record.exit_code == USERS_MISTAKE for record in failed.values()) else 1
 
 
+def reached(job: Job) -> list[str]:
+    """How far each stage of a job is: done, or its newest checkpoint."""
+    steps = [sorted(path.parent.name for path in stage.directory.glob("checkpoints/step-*/COMPLETE"))
+             for stage in job.stages]  # fmt: skip
+    return ["done" if stage.is_done else (found or [""])[-1] for stage, found in zip(job.stages, steps, strict=True)]
+
+
 def _reason(code: int, missing: list[str]) -> str:
     if code == 0:
         return f"it ended without finishing {', '.join(missing)}"
     if code == AGAIN:
-        return "it asked to be started again within a second"
+        return "it asked to be started again and had come no further"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}" if -code in list(signal.Signals) else f"killed by {-code}"
     return f"exit code {code}"
