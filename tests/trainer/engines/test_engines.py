@@ -1,5 +1,6 @@
 """DDP and ZeRO 0 to 3 are one trainer: the same losses, resumed at any number of ranks."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -113,3 +114,13 @@ def test_another_engine_goes_on_in_the_middle(runs, data, tmp_path):
     train_all(3, data, tmp_path / "changed", *ENGINES, *adam)
     for engine in ENGINES:
         np.testing.assert_allclose(losses(tmp_path / "changed" / engine), losses(tmp_path / "whole" / "ddp"), atol=3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero1"])
+def test_killed_workers_and_launchers_change_no_weight(engine, tmp_path):
+    """Three of the thirty kills that `make soak` does to each engine."""
+    spec = importlib.util.spec_from_file_location("killed", TRAIN_ALL.with_name("killed.py"))
+    killed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(killed)
+    assert killed.soak(engine, 3, tmp_path).startswith(f"{engine}: 3 kills in ")
