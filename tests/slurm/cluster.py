@@ -197,8 +197,9 @@ class Cluster:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on, below those that the kernel gives away."""
-    for first in range(20000 + os.getpid() % 5000, 32000, count):
+    """The first of `count` ports in a row that nobody listens on: above those of jobs (stage.sbatch), below those that
+    the kernel gives away."""
+    for first in range(29000 + os.getpid() % 3000, 32700, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
             for number, each in enumerate(sockets):

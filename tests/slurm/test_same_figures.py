@@ -17,11 +17,12 @@ from trainer.config import save_config
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 REFERRAL = ["-m", "launch.cli"]
 SCRIPT = Path(__file__).parents[2] / "slurm" / "stage.sbatch"
-WHOLE = ("clusters.num_groups=3", "students.main.steps=20", "launch.processes=2", "slurm.generalist.nodes=2")
+WHOLE = ("clusters.num_groups=2", "controls.learning_rates=[0.003]", "students.main.steps=20",
+         "launch.processes=2", "slurm.generalist.nodes=2")  # fmt: skip
 # The faults of tests/slurm/faults.py; a checkpoint now and then, a row for every step.
 SHORT = ("clusters.num_groups=2", "controls.enabled=false", "launch.processes=2", "slurm.generalist.nodes=2",
          "data.augment=faults:leave", "train.steps=120", "train.log_every=1", "train.checkpoint_every=5",
-         "specialists.steps=80", "specialists.log_every=1", "specialists.checkpoint_every=5")  # fmt: skip
+         "specialists.steps=160", "specialists.log_every=1", "specialists.checkpoint_every=5")  # fmt: skip
 
 
 def figures(run: Path) -> dict:
@@ -148,9 +149,10 @@ def test_a_killed_slurmd_whose_specialist_trains_on_beside_its_second_copy(at_th
     attempts = patient.run / "specialists" / "000" / "attempts"
     (first,) = attempts.iterdir()
     cluster.kill_node(patient.status()["specialists/000"]["node"])
-    patient.wait_until(lambda: len(list(attempts.glob("*/metrics.jsonl"))) == 2, "the second copy", 120)
+    patient.wait_until(lambda: patient.status()["specialists/000"]["restarts"] == 1, "the requeue", 120)
     size = (first / "metrics.jsonl").stat().st_size
-    patient.wait_until(lambda: (first / "metrics.jsonl").stat().st_size > size, "another step of the first copy", 20)
+    patient.wait_until(lambda: len(list(attempts.glob("*/metrics.jsonl"))) == 2, "the second copy")
+    assert (first / "metrics.jsonl").stat().st_size > size  # the first one has gone on
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
     assert json.loads((patient.run / "specialists" / "000" / "DONE").read_text())["attempt"] in os.listdir(attempts)
@@ -167,12 +169,12 @@ def test_an_element_that_fails_once_is_tried_again_in_place(patient, reference, 
 
 def test_an_element_that_fails_always_and_is_mended(patient, reference, at_the_specialists):
     (patient.faults / "fail-1").write_text("9")
+    patient.hurry()
     patient.wait_for_end()
     states = patient.states()
     assert states["specialists/000"] == "done" and states["specialists/001"] == "failed"
     assert "fallen off the bus" in patient.referral("status", patient.run)
     (patient.faults / "fail-1").unlink()
-    patient.hurry()
     patient.referral("retry", patient.run)
     assert ends_as_if_nothing_had_happened(patient, reference)
 
