@@ -51,10 +51,15 @@ class Saver:
             self.last = self.thread.submit(save_checkpoint, self.directory, step, on_cpu(state), self.keep, best=best)
 
     def wait(self) -> None:
-        """Until what was begun is there."""
+        """On rank 0, until what was begun is there."""
         last, self.last = self.last, None
         if last is not None:
             last.result()
+
+    def close(self) -> None:
+        """On every rank, until it is: a rank that ends first takes the others with it."""
+        self.wait()
+        broadcast(None, self.ranks)
 
 
 def in_background(ranks: Ranks) -> bool:

@@ -107,9 +107,9 @@ def train(
         if saving or progress.stopped:
             checkpoint()
         if stopping and not last:
-            saver.wait()
+            saver.close()
             raise Interrupted()
-    saver.wait()
+    saver.close()
     network = driver.export()
     if schedule.patience and best is not None:
         network.load_state_dict(best)
