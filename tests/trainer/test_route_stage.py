@@ -21,7 +21,8 @@ def data(tmp_path_factory):
 
 def prepare(root, data, *overrides) -> RunDirectory:
     root.mkdir(parents=True, exist_ok=True)
-    config = toy_config(data, "clusters.num_groups=3", "clusters.overlap=2", "train.steps=5", "specialists.steps=5", *overrides)
+    small = ("clusters.num_groups=3", "clusters.overlap=2", "train.steps=5", "specialists.steps=5")
+    config = toy_config(data, *small, *overrides)
     save_config(config, root / "config.toml")
     return RunDirectory(root, config)
 
