@@ -21,6 +21,8 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+from trainer.config import Data
+
 BARS = {"ddp": 0.97, "deepspeed": 0.95}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
 SHAPES = {  # builder, input shape, classes, global batch per process
@@ -44,8 +46,8 @@ def network_of(shape: str):
 class Decoded:
     """What the stream needs of a shard set, over random images in memory: the data plane has a benchmark of its own."""
 
-    class_names: list[str] = []
-    lost = 0
+    split, class_names, damage, lost = "train", (), (), 0
+    data = Data()
 
     def __init__(self, size: tuple[int, ...], classes: int, count: int):
         import numpy as np
