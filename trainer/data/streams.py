@@ -8,6 +8,7 @@ Measuring: finite, each sample exactly once over all ranks and workers, no commu
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -92,6 +93,7 @@ class _Stream:
         loader = torch.utils.data.DataLoader(
             _Fetch(fetch), batch_size=None, sampler=items, num_workers=workers, collate_fn=_same,
             generator=torch.Generator().manual_seed(0), pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_begin_worker,
         )  # fmt: skip
         for batch in loader:
             if isinstance(batch, UserError):
@@ -115,6 +117,11 @@ class _Fetch(torch.utils.data.Dataset):
             return self.fetch(item)
         except UserError as mistake:
             return mistake
+
+
+def _begin_worker(_: int) -> None:
+    """Leave what was inherited alone: a full collection writes to every object, and so copies its shared page."""
+    gc.freeze()
 
 
 def _same(batch):
