@@ -20,7 +20,8 @@ from ..distributed import Ranks, precision
 from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state
 from . import refuse_average_of_split_weights
 
-BUCKET = 50_000_000  # weights whose gradients are exchanged at once
+BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
+ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
 SPLIT_WEIGHTS = 3  # the stage from which on no rank holds the whole network
 
 
@@ -50,7 +51,7 @@ class DeepSpeedEngine:
         """Precision is torch's autocast as under DDP: float32 weights, so that averages and exports are exact."""
         parts = self.ranks.world_size * schedule.accumulation
         # DeepSpeed takes the whole bucket at once, 2 GB by default, however small the network is.
-        bucket = min(BUCKET, max(1, parameter_count(self.network)))
+        bucket = min(BUCKET, -(-parameter_count(self.network) // ALIGNED) * ALIGNED)
         low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.precision)
         return {
             "train_micro_batch_size_per_gpu": schedule.batch_size // parts, "gradient_accumulation_steps": 1,
