@@ -119,4 +119,6 @@ def predict(argv: list[str]) -> int:
 COMMANDS = {"check": check, "shards": shards, "doctor": doctor, "export": export, "predict": predict}
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from .leaving import leave
+
+    leave(lambda: main(sys.argv[1:]))

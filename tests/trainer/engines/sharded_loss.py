@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from networks.linear_logits import LinearLogits, Targets
 from trainer.engines.sharded import OverRanks
+from trainer.leaving import leave
 
 SIZE, TOLERANCE = 6, 1e-5
 
@@ -71,4 +72,4 @@ def main(sizes: list[int], bounds: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(*([int(number) for number in word.split(",")] for word in sys.argv[1:]))
+    leave(lambda: main(*([int(number) for number in word.split(",")] for word in sys.argv[1:])))

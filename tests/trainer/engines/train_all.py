@@ -14,6 +14,7 @@ from toy import toy_config  # noqa: E402
 from trainer import loop  # noqa: E402
 from trainer.config import save_config  # noqa: E402
 from trainer.distributed import process_group  # noqa: E402
+from trainer.leaving import leave  # noqa: E402
 from trainer.run_directory import RunDirectory  # noqa: E402
 from trainer.session import Session  # noqa: E402
 from trainer.stages import STAGES  # noqa: E402
@@ -46,4 +47,4 @@ def main(data: str, out: str, *words: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    leave(lambda: main(*sys.argv[1:]))
