@@ -22,6 +22,7 @@ from .display import Display
 from .journal import JobRecord, Journal, birth, end_of_log
 from .machine import Machine
 from .plan import Job
+from .results import groups_line
 
 USERS_MISTAKE, AGAIN, INTERRUPTED = 2, 75, 130  # exit codes
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
@@ -220,6 +221,8 @@ class Pool:
             self._redo_what_went_without(job)
             self._record(job, state="done", **facts)
             self.display.event(f"{job.name} done in {seconds:.0f} s")
+            if self.run.cluster in job.stages and (line := groups_line(self.run)):
+                self.display.event(line)
         elif code == AGAIN and reached(job) != record.reached:
             self._record(job, state="waiting", **facts)
             self.display.event(f"{job.name} asked to be started again")

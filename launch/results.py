@@ -1,4 +1,4 @@
-"""The table at the end of a run."""
+"""What a run tells on the terminal: of its groups, and at its end the table of results."""
 
 from __future__ import annotations
 
@@ -35,3 +35,18 @@ def results_table(results: dict) -> Table:
         figures += [percent(row["macro_top1"]), duration(cost["seconds"]), count(cost["examples_seen"])]
         table.add_row(Text(name), *figures, style="bold" if name == "ensemble" else "")
     return table
+
+
+def groups_line(run: RunDirectory) -> str | None:
+    """What the groups hold, for whoever watches the specialists begin; None where none were found yet."""
+    if not (run.cluster.directory / "summary.json").exists():
+        return None
+    found = read_json(run.cluster.directory / "summary.json")
+    sizes, left_out = found["sizes"], len(found["skipped"])
+    skipped = f"; {left_out} are not worth a specialist (clusters.min_gain)" if left_out else ""
+    caught = ""  # without errors there is no share
+    if found["captured"] is not None:
+        share, chance = 100 * found["captured"], 100 * found["chance"]
+        caught = f" hold {share:.1f} % of the generalist's errors on val (chance {chance:.1f} %)"
+    where = run.cluster.directory / "log-0.txt"
+    return f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} classes{caught}{skipped}; what each can gain: {where}"

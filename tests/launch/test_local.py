@@ -1,6 +1,7 @@
 """The pool: what runs, when, how often, and what is left of it."""
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import launch.local
 from launch.display import Display
 from launch.journal import read_journal
 from launch.local import locked, stop_launcher
+from launch.results import groups_line
 from trainer.config import UserError
 
 
@@ -295,3 +297,16 @@ def test_torchrun_ends_with_the_code_of_the_rank_that_failed_and_takes_its_ranks
     ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert ended.returncode == 2, ended.stderr
     assert "error:" in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_the_terminal_tells_what_the_groups_hold_before_specialists_are_paid_for(small):
+    run = small(left=[2])
+    assert groups_line(run) is None
+    summary = {"captured": 0.963, "chance": 0.176, "sizes": [54, 137, 80], "skipped": [2]}
+    (run.cluster.directory / "summary.json").write_text(json.dumps(summary))
+    assert groups_line(run).startswith(
+        "3 groups of 54 to 137 classes hold 96.3 % of the generalist's errors on val (chance 17.6 %); "
+        "1 are not worth a specialist (clusters.min_gain); what each can gain: "
+    )
+    (run.cluster.directory / "summary.json").write_text(json.dumps(summary | {"captured": None, "skipped": []}))
+    assert groups_line(run).startswith("3 groups of 54 to 137 classes; what each can gain: ")
