@@ -55,7 +55,8 @@ class DeepSpeedEngine:
         low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.precision)
         return {
             "train_micro_batch_size_per_gpu": schedule.batch_size // parts, "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False, "gradient_clipping": schedule.clip_norm,
+            # Managed, gradients are exchanged while backward goes on; unmanaged, in step, after every micro-batch's.
+            "managed_gradient_accumulation": schedule.accumulation == 1, "gradient_clipping": schedule.clip_norm,
             "zero_optimization": {
                 "stage": self.stage, "overlap_comm": False, "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
@@ -69,7 +70,7 @@ class DeepSpeedEngine:
         return torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def accumulating(self, last: bool):
-        """backward only adds up here; DeepSpeed exchanges gradients in step."""
+        """DeepSpeed itself knows when gradients are exchanged."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:

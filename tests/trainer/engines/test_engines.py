@@ -72,6 +72,13 @@ def test_every_engine_logs_the_losses_of_one_process(runs, ranks, engine):
     np.testing.assert_allclose(losses(runs / str(ranks) / engine), alone, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_accumulated_micro_batches_are_one_batch(runs, data, tmp_path):
+    train_all(2, data, tmp_path, *ENGINES, "train.accumulation=2")
+    for engine in ENGINES:
+        np.testing.assert_allclose(losses(tmp_path / engine), losses(runs / "1" / "ddp"), atol=1e-5)
+
+
 def test_a_job_of_one_rank_needs_no_torchrun(data, tmp_path):
     """As the local runner starts specialists."""
     config = toy_config(data, "engine.name=deepspeed", "engine.zero_stage=2", "train.steps=20", "specialists.steps=10")
