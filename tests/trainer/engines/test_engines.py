@@ -1,8 +1,6 @@
 """DDP and ZeRO 0 to 3 are one trainer: the same losses, resumed at any number of ranks."""
 
 import importlib.util
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import losses, on_ranks, weights
 from toy import toy_config, write_toy
 
-from networks import load_classifier
 from trainer.config import save_config
 from trainer.run_directory import RunDirectory
 
@@ -22,13 +20,8 @@ RESUMED = ((2, 1), (1, 2), (2, 3), (2, 2))
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 
 
-def train_all(ranks, data, out, *words, code=0):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    found = subprocess.run([*command, str(TRAIN_ALL), str(data), str(out), *words], env=environment, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280)  # fmt: skip
-    assert (found.returncode == 0) == (code == 0), found.stdout[-5000:]
-    return found.stdout
+def train_all(ranks, data, out, *words):
+    on_ranks(ranks, TRAIN_ALL, data, out, *words)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +46,6 @@ def resumed(data, tmp_path_factory):
         train_all(before, data, out / f"{before}-{after}", *ENGINES, "stop=20")
         train_all(after, data, out / f"{before}-{after}", *ENGINES)
     return out
-
-
-def losses(run: Path):
-    rows = map(json.loads, (run / "generalist" / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows if "loss" in row]
-
-
-def weights(run: Path):
-    return load_classifier(run / "generalist").state_dict()
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 from ranks import ENGINES, losses, on_ranks, weights
+from running import run_all
 from toy import toy_config, write_toy
 
 from clustering import ClassGroups
-from trainer.config import Engine, UserError, save_config
-from trainer.distributed import ALONE, process_group
+from trainer.config import Engine, UserError
+from trainer.distributed import ALONE
 from trainer.engines import build_engine
-from trainer.run_directory import RunDirectory, read_json
-from trainer.session import Session
-from trainer.stages import STAGES
+from trainer.run_directory import read_json
 
 SHARDED = ("engine.shard_head=true", "engine.head_block=5")
 REST = ("train.label_smoothing=0.1", "train.balance=0.5", "train.clip_norm=0.5", "train.accumulation=2",
@@ -93,7 +92,7 @@ def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
     words = (f"clusters.groups_file={tmp_path}/groups.json", "train.steps=40", "students.main.temperature=2.0",
              "students.main.hard_weight=0.3", "controls.enabled=false")  # fmt: skip
     for name, more in (("held", ()), ("blocks", SHARDED)):
-        every_stage(tmp_path / name, toy_config(data, *words, *more))
+        run_all(tmp_path / name, toy_config(data, *words, *more))
     for path in ("generalist", "specialists/003", "students/main"):
         held, blocks = (read_lines(tmp_path / name / path / "metrics.jsonl") for name in ("held", "blocks"))
         np.testing.assert_allclose(blocks, held, atol=1e-5)
@@ -106,25 +105,13 @@ def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
 @pytest.mark.slow
 def test_a_specialist_with_a_fitted_row_says_its_error_and_learns(data, tmp_path):
     words = ("clusters.num_groups=4", "train.steps=40", "specialists.dustbin_rows=6", "controls.enabled=false")
-    every_stage(tmp_path / "run", toy_config(data, *words))
+    run_all(tmp_path / "run", toy_config(data, *words))
     for m in range(4):
         summary = read_json(tmp_path / "run" / f"specialists/{m:03d}/summary.json")
         head = read_json(tmp_path / "run" / f"specialists/{m:03d}/model.json")["head"]
         assert len(head["kept"]) == summary["dustbin"]["rows"] == 6 and 0 < summary["dustbin"]["kl"] < 0.1
     results = read_json(tmp_path / "run" / "results.json")
     assert results["ensemble"]["top1"] > results["generalist"]["top1"]
-
-
-def every_stage(root, config):
-    run = RunDirectory(root, config)
-    root.mkdir()
-    save_config(config, root / "config.toml")
-    with process_group(config.engine) as ranks:
-        session = Session(run, ranks)
-        for stage in run.stages:
-            extra = (int(stage.directory.name),) if stage.name == "specialist" else ()
-            extra = (stage.directory.name,) if stage.name == "student" else extra
-            STAGES[stage.name](session, stage, *extra)
 
 
 def read_lines(path):
