@@ -1,8 +1,8 @@
 """How a step is taken on many ranks.
 
 An engine has prepare, autocast, accumulating, backward and step; state for checkpoints, from which prepare goes on;
-weights, judged and export for whoever wants the network; close.  The loop knows no more, and nothing behind export
-knows which engine ran.
+judged and export for whoever wants the network; close.  The loop knows no more, and nothing behind export knows which
+engine ran.
 """
 
 from ..config import Engine, Schedule, UserError

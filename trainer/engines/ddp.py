@@ -63,10 +63,6 @@ class DDPEngine:
         found = optimizer_state(self.optimizer, self.network)
         return {"network": self.network.state_dict(), "optimizer": found, **scaler}
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the whole network's state; collective."""
-        return {name: value.clone() for name, value in self.network.state_dict().items()}
-
     @contextmanager
     def judged(self, average: AveragedWeights | None):
         """The network as it would be exported now, with the averaged weights where there are any; collective."""

@@ -88,10 +88,6 @@ class ShardedHeadEngine(DDPEngine):
                 }
         return state | {"network": network, "optimizer": optimizer}
 
-    def weights(self) -> dict[str, Tensor]:
-        with self._whole():
-            return super().weights()
-
     @contextmanager
     def judged(self, average: AveragedWeights | None):
         with self._whole(), super().judged(average):
