@@ -22,8 +22,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from trainer import compare as comparing
 from trainer.config import Config, UserError, load_config
-from trainer.run_directory import RunDirectory, Stage
+from trainer.run_directory import RunDirectory, Stage, write_json
 
 from . import demo as demos
 from . import sbatch, slurm
@@ -33,7 +34,7 @@ from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, stop_launc
 from .machine import this_machine
 from .plan import Job, plan
 from .prepare import check, check_place, lay_out, save_environment
-from .results import show_results
+from .results import comparison_table, show_results
 from .status import failures, open_run, statuses, summary, table
 
 app = typer.Typer(
@@ -181,6 +182,39 @@ def report(directory: DirArgument) -> int:
     if code == 0:
         show_results(found, _console())
     return code
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")],
+    metric: Annotated[str, typer.Option("--metric", metavar="NAME,...", help="Which figures: top1,nll,...")] = "",
+    by: Annotated[
+        str, typer.Option("--by", metavar="KEY,...", help="Tell variants apart by these config keys alone.")
+    ] = "",
+    versus: Annotated[
+        str | None, typer.Option("--versus", metavar="ROW", help="Every figure less that of this row in the same run.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write all of it, each run's figures too.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")] = None,
+) -> int:
+    """Mean and sample deviation over runs: other seeds are repetitions, other configs variants side by side."""
+    found = comparing.compare(comparing.read_runs(runs), comparing.words(metric), comparing.words(by), versus)
+    console = _console()
+    for line in comparing.sentences(found):
+        console.print(Text(line), soft_wrap=True)
+    console.print(comparison_table(found))
+    if json_file is not None:
+        try:
+            write_json(json_file, found)
+        except OSError as mistake:
+            raise UserError(f"--json {json_file}: cannot be written: {mistake.strerror}") from None
+    if plot is None:
+        return 0
+    options = [f"--metric={metric}", f"--by={by}", *([f"--versus={versus}"] if versus is not None else [])]
+    command = [*(FAKE or TRAINER), "compare", *map(str, runs), "--plot", str(plot), *options]
+    return subprocess.run(command).returncode
 
 
 def _pass_on(name: str, text: str) -> None:

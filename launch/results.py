@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from trainer.compare import METRICS, cell
 from trainer.report.results import count, duration, named_rows, number, percent, student_verdict, verdict
 from trainer.run_directory import RunDirectory, read_json
 
@@ -34,6 +35,28 @@ def results_table(results: dict) -> Table:
         figures += [number(row[key]) for key in ("nll", "brier", "ece")]
         figures += [percent(row["macro_top1"]), duration(cost["seconds"]), count(cost["examples_seen"])]
         table.add_row(Text(name), *figures, style="bold" if name == "ensemble" else "")
+    return table
+
+
+def comparison_table(found: dict) -> Table:
+    """One row for each row of the results and each variant; found: what trainer.compare.compare says."""
+    sizes = {variant["name"]: variant["runs"] for variant in found["variants"]}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("", no_wrap=True)
+    for column in (["variant"] if len(sizes) > 1 else []) + ["runs", *(METRICS[m].label for m in found["metrics"])]:
+        table.add_column(column, justify="right", no_wrap=True)
+    last = None
+    for row in found["rows"]:
+        n, of = row["runs"], sizes[row["variant"]]
+        cells = [row["variant"]] if len(sizes) > 1 else []
+        cells.append(str(n) if n == of else f"{n} of {of}")
+        for metric in found["metrics"]:
+            over = row["figures"][metric]
+            fewer = f" ({over['n']})" if 0 < over["n"] < n else ""
+            cells.append(cell(over, metric, signed=found["versus"] is not None) + fewer)
+        name = row["row"] if row["row"] != last else ""
+        table.add_row(Text(name), *cells, style="bold" if row["row"] == "ensemble" else "")
+        last = row["row"]
     return table
 
 

@@ -60,7 +60,7 @@ def main() -> None:
     if sys.argv[1] == "check":
         config = sys.stdin.read()
         sys.exit("unlucky" in config and 2)
-    if sys.argv[1] in ("shards", "export", "predict", "doctor"):
+    if sys.argv[1] in ("shards", "export", "predict", "doctor", "compare"):
         print(" ".join(sys.argv[1:]))
         sys.exit(7 if "--seven" in sys.argv else 0)
     parser = argparse.ArgumentParser()

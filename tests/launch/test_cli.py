@@ -106,6 +106,8 @@ def test_what_the_trainer_finds_wrong_stops_before_anything_is_written(ward, ref
         (["status", "nowhere"], "is not a run"),
         (["status", "data"], "is not a run"),
         (["report", "nowhere"], "is not a run"),
+        (["compare", "nowhere"], "is not a run"),
+        (["compare"], "RUN"),
         (["cure"], "cure"),
     ],
 )
@@ -146,6 +148,29 @@ def test_report_is_written_anew_for_an_evaluated_run_only(short, referral):
     assert short.calls("end") == [("end", "report")]
 
 
+def test_compare_prints_writes_and_passes_the_plot_on(short, referral):
+    short.write_config()
+    for seed in (1, 2):
+        assert referral("run", short.toml, "--run", f"r{seed}", "--set", f"seed={seed}")[0] == 0
+    code, out, err = referral(
+        "compare", "r1", "r2", "--metric", "top1,nll", "--json", "c.json", "--plot", "c.png", "--versus", "generalist"
+    )
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0] == (
+        "2 runs, 2 seeds (1, 2); mean ± sample deviation over runs of the difference to generalist in the same run"
+    )
+    # The fake trainer's ensemble has 65 % and 1.1, its generalist 60 % and 1.2, in every run.
+    assert [line.split() for line in lines if line.startswith("ensemble")] == [
+        ["ensemble", "2", "+5.00", "±", "0.00", "-0.1000", "±", "0.0000"]
+    ]
+    assert lines[-1] == "compare r1 r2 --plot c.png --metric=top1,nll --by= --versus=generalist"
+    found = json.loads((short.root / "c.json").read_text())
+    figures = {one["row"]: one["figures"]["top1"]["mean"] for one in found["rows"]}
+    assert figures["ensemble"] == pytest.approx(0.05) and found["runs"][1]["seed"] == 2
+    assert "error: --json" in referral("compare", "r1", "--json", "nowhere/c.json")[2]
+
+
 @pytest.mark.parametrize("name", ["shards", "export", "predict", "doctor"])
 def test_commands_that_need_torch_pass_on_arguments_and_exit_code(referral, name):
     assert referral(name, "a b", "--help", "--x=1")[:2] == (0, f"{name} a b --help --x=1\n")
@@ -155,11 +180,11 @@ def test_commands_that_need_torch_pass_on_arguments_and_exit_code(referral, name
 def test_help_names_every_command(referral):
     code, out, _ = referral()
     assert code == 0
-    assert all(name in out for name in ("run", "demo", "prepare", "status", "report", "shards", "doctor"))
+    assert all(name in out for name in ("run", "demo", "prepare", "status", "report", "compare", "shards", "doctor"))
 
 
 def test_the_launcher_never_imports_torch():
-    command = "import launch.cli, sys; assert not {'torch', 'numpy'} & set(sys.modules), 'heavy'"
+    command = "import launch.cli, sys; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), 'heavy'"
     subprocess.run([sys.executable, "-c", command], check=True)
 
 
