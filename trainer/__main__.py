@@ -116,7 +116,15 @@ def predict(argv: list[str]) -> int:
     return predict_main(argv)
 
 
-COMMANDS = {"check": check, "shards": shards, "doctor": doctor, "export": export, "predict": predict}
+def compare(argv: list[str]) -> int:
+    from .compare import main as compare_main
+
+    return compare_main(argv)
+
+
+COMMANDS = {
+    "check": check, "shards": shards, "doctor": doctor, "export": export, "predict": predict, "compare": compare,
+}  # fmt: skip
 
 if __name__ == "__main__":
     from .leaving import leave
