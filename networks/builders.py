@@ -18,18 +18,29 @@ from .spec import nearest
 ACTIVATIONS = {"none": nn.Identity, "relu": nn.ReLU}
 
 
-def mlp(shape, width: int = 800, depth: int = 2, embedding: int = 0, dropout: float = 0.0, norm: str = "none"):
+def mlp(
+    shape,
+    width: int = 800,
+    depth: int = 2,
+    embedding: int = 0,
+    dropout: float = 0.0,
+    norm: str = "none",
+    input_dropout: float = 0.0,
+):
     """`depth` hidden layers of `width` ReLU units over the flattened input.  embedding > 0 adds a linear layer.
 
-    norm: "none" or "batch" (before each ReLU).  mlp(width=1200, depth=2) is Hinton et al. 2015's MNIST teacher.
+    norm: "none" or "batch" (before each ReLU).  input_dropout: of the preprocessed input's entries, dropout: of units.
+    mlp(width=1200, depth=2, dropout=0.5, input_dropout=0.2) is Hinton et al. 2015's MNIST teacher.
     """
-    _check(width=width, depth=depth, dropout=dropout, embedding=embedding)
+    _check(width=width, depth=depth, dropout=dropout, embedding=embedding, input_dropout=input_dropout)
     _one_of("norm", norm, ("none", "batch"))
     blocks, features = OrderedDict(), 1
     for length in shape:
         features *= length
     for index in range(depth):
         layers = OrderedDict(flatten=nn.Flatten()) if index == 0 else OrderedDict()
+        if index == 0 and input_dropout:
+            layers["dropout_in"] = nn.Dropout(input_dropout)
         layers["linear"] = nn.Linear(features, width, bias=norm == "none")
         if norm == "batch":
             layers["norm"] = nn.BatchNorm1d(width)
@@ -266,10 +277,11 @@ def _image(shape, name: str) -> tuple[int, int]:
 
 def _check(**numbers) -> None:
     for name, value in numbers.items():
-        low = 0 if name in ("embedding", "grid", "dropout") else 1
-        whole = isinstance(value, int) or (name == "dropout" and isinstance(value, float) and value < 1)
-        if not whole or isinstance(value, bool) or value < low:
-            rule = "a number from 0 to below 1" if name == "dropout" else f"a whole number, at least {low}"
+        share = name in ("dropout", "input_dropout")
+        low = 0 if share or name in ("embedding", "grid") else 1
+        right = isinstance(value, (int, float)) and value < 1 if share else isinstance(value, int)
+        if not right or isinstance(value, bool) or value < low:
+            rule = "a number from 0 to below 1" if share else f"a whole number, at least {low}"
             raise ValueError(f"{name} = {value!r}: must be {rule}")
 
 

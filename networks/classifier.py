@@ -10,11 +10,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .builders import BUILTIN, build_trunk
 from .heads import make_head
+from .members import MemberHeads, cut_trunk, member_head, share_weights
 from .spec import ModelSpec
 
 
 class Classifier(nn.Module):
-    """raw [B, *input.shape] -> .preprocess -> .trunk -> features [B, D] -> .head -> logits [B, spec.num_outputs]."""
+    """raw [B, *input.shape] -> .preprocess -> .trunk -> features [B, D] -> .head -> logits [B, spec.num_outputs].
+
+    With members (spec.members) the logits are [K, B, C].  Of kind "heads" .trunk is the body that they share and .head
+    the K heads with their blocks; of kind "batch" .trunk and .head read the batch K times, member by member.
+    """
 
     def __init__(self, spec: ModelSpec, trunk: nn.Module, head: nn.Module):
         super().__init__()
@@ -37,8 +42,17 @@ class Classifier(nn.Module):
             raise ValueError(f"inputs of shape {list(raw.shape)}; [B, {needed}] is needed")
         return torch.addcmul(self._offset, raw.to(self._gain.dtype), self._gain)
 
+    @property
+    def num_members(self) -> int:
+        """K; 1 of a plain network, whose logits have no axis of members."""
+        return 1 if self.spec.members is None else self.spec.members["count"]
+
     def forward(self, raw: Tensor) -> Tensor:
-        return self.head(self.trunk(self.preprocess(raw)))
+        inputs = self.preprocess(raw)
+        if self.spec.members is None or self.spec.members["kind"] == "heads":
+            return self.head(self.trunk(inputs))
+        tiled = inputs.repeat(self.num_members, *[1] * (inputs.dim() - 1))
+        return self.head(self.trunk(tiled)).unflatten(0, (self.num_members, -1))
 
     def train(self, mode: bool = True) -> Classifier:
         """As nn.Module's, but batch norm that set_trainable or freeze_norm has frozen stays in eval mode."""
@@ -54,10 +68,25 @@ def build_classifier(spec: ModelSpec, builders: dict[str, Callable] | None = Non
     """The network that `spec` describes, with fresh weights from torch's global generator.
 
     builders: {name: callable(shape, **options) -> nn.Module, [B, *shape] -> [B, D]}, for specs that name one of them.
-    Raises ValueError for an unknown builder or option, with the nearest valid name, and for a trunk not giving [B, D].
+    Raises ValueError for an unknown builder or option, with the nearest valid name, for a trunk not giving [B, D], and
+    for members that it cannot have.
     """
     trunk = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
-    return Classifier(spec, trunk, make_head(spec, _feature_size(trunk, spec, builders)))
+    features = _feature_size(trunk, spec, builders)
+    head, members = make_head(spec, features), spec.members
+    if members and members["kind"] == "heads":
+        blocks, whole = members["blocks"], trunk
+        trunk, end = cut_trunk(whole, blocks)
+        heads = [member_head(end, head)]
+        for _ in range(1, members["count"]):
+            if blocks:  # they draw their weights only as parts of a whole trunk
+                whole = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
+            heads.append(member_head(cut_trunk(whole, blocks)[1], make_head(spec, features)))
+        head = MemberHeads(heads)
+    classifier = Classifier(spec, trunk, head)
+    if members and members["kind"] == "batch":
+        share_weights(classifier, members["count"])
+    return classifier
 
 
 def parameter_count(module: nn.Module, trainable: bool = False) -> int:

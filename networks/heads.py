@@ -71,7 +71,12 @@ class ShardedLinear(nn.Module):
 
 
 def unheld_logits(classifier, raw: Tensor) -> LinearLogits:
-    """What a classifier with a plain linear head answers, without holding [B, C] logits."""
+    """What a classifier with a plain linear head answers, without holding [B, C] logits.
+
+    ValueError for one with members: their logits are held.
+    """
+    if classifier.num_members > 1:
+        raise ValueError("the logits of a network with members are held; take member_log_probabilities")
     head = classifier.head
     return LinearLogits(classifier.trunk(classifier.preprocess(raw)), head.weight, head.bias, len(head.weight))
 

@@ -14,6 +14,7 @@ from typing import Any
 SCHEMA = 1
 HEAD_KINDS = ("linear", "dustbin")
 DUSTBIN_ROWS = ("all", "kept", "fresh")
+MEMBER_KEYS = {"heads": ("kind", "count", "blocks"), "batch": ("kind", "count")}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ class ModelSpec:
     head: {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": "all" | "kept" | "fresh"}:
         with "all" there is a row for every class and the dustbin is the log-sum-exp of those that are not members,
         with "kept" it is that of the classes "kept" and of one row for all others, with "fresh" it has one row.
+    members: None for a plain network, or K of them, whose logits are [K, B, C]:
+        {"kind": "heads", "count": K, "blocks": N}: K heads on one body, each the last N blocks and a linear layer;
+        {"kind": "batch", "count": K}: a BatchEnsemble, rank-one factors of each member on every layer.
     """
 
     builder: str
@@ -71,6 +75,7 @@ class ModelSpec:
     options: dict[str, Any] = field(default_factory=dict)
     class_names: tuple[str, ...] = ()
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "linear"})
+    members: dict[str, Any] | None = None
 
     def __post_init__(self):
         put = object.__setattr__
@@ -87,6 +92,7 @@ class ModelSpec:
         if len(self.class_names) != self.num_classes:
             raise ValueError(f"class_names has {len(self.class_names)} entries for num_classes = {self.num_classes}")
         put(self, "head", _checked_head(self.head, self.num_classes))
+        put(self, "members", _checked_network_members(self.members, self.head))
 
     @property
     def num_outputs(self) -> int:
@@ -94,7 +100,10 @@ class ModelSpec:
         return self.num_classes if self.head["kind"] == "linear" else len(self.head["members"]) + 1
 
     def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA} | asdict(self), indent=1, ensure_ascii=False) + "\n"
+        values = {"schema": SCHEMA} | asdict(self)
+        if self.members is None:
+            del values["members"]  # a plain network's file is what it was before there were members
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
@@ -167,6 +176,25 @@ def _checked_head(head, num_classes: int) -> dict:
     )
     check_members([*head["members"], *head.get("kept", ())], num_classes)  # no class has two rows
     return head
+
+
+def _checked_network_members(members, head: dict) -> dict | None:
+    if members is None:
+        return None
+    if not isinstance(members, dict) or members.get("kind") not in MEMBER_KEYS:
+        raise ValueError(f"members = {members!r}: their kind must be one of {', '.join(MEMBER_KEYS)}")
+    keys = MEMBER_KEYS[members["kind"]]
+    for key in set(members) - set(keys):
+        raise ValueError(f"unknown key members.{key}; {nearest(key, keys)}")
+    if head["kind"] != "linear":
+        raise ValueError("a network with members needs a linear head; a specialist has no members")
+    members = {"kind": members["kind"], "count": members.get("count")} | (
+        {"blocks": members.get("blocks", 0)} if "blocks" in keys else {}
+    )
+    for key, low in (("count", 2), ("blocks", 0)):
+        if key in members and (not _is_int(members[key]) or members[key] < low):
+            raise ValueError(f"members.{key} = {members[key]!r}: must be a whole number, at least {low}")
+    return members
 
 
 def _known(values: dict, cls, prefix: str) -> dict:

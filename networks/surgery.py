@@ -1,4 +1,4 @@
-"""Operations on a finished classifier: make a specialist of it, freeze parts of it, widen it."""
+"""Operations on a finished classifier: make a specialist of it, give it members, freeze parts of it, widen it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .builders import builtin_options
 from .classifier import Classifier, build_classifier
 from .heads import DustbinHead, make_head
+from .members import FACTOR_STD, MemberHeads, cut_trunk, member_head, share_weights
 from .rest import RestRow
 from .spec import ModelSpec, check_members
 
 WIDTHS = {"width", "channels", "embedding"}
+DROPOUTS = {"dropout", "input_dropout"}
 
 
 def specialise(
@@ -28,10 +30,13 @@ def specialise(
     dustbin: "preserving" keeps every row, so the specialist starts as the generalist, the classes outside summed;
         "fresh" keeps the members' rows and draws one new row (it loses accuracy: methods.md, section 1).
     kept, rest: of "preserving" keep the rows of these other classes only, and `rest` (fit_rest) for all without one.
-    Raises ValueError for members that are not distinct classes, and if `generalist` is a specialist itself.
+    Raises ValueError for members that are not distinct classes, and if `generalist` is a specialist itself or has
+    members in the other sense, heads or factors.
     """
     if dustbin not in ("preserving", "fresh"):
         raise ValueError(f"dustbin = {dustbin!r}: must be preserving or fresh")
+    if generalist.spec.members is not None:
+        raise ValueError("a network with members cannot be specialised; specialise a plain one")
     if not isinstance(generalist.head, nn.Linear) or generalist.spec.head["kind"] != "linear":
         raise ValueError("only a classifier with a linear head can be specialised; this one is a specialist already")
     members = check_members(members, generalist.spec.num_classes)
@@ -57,6 +62,50 @@ def specialise(
     return specialist
 
 
+def hydra(classifier: Classifier, count: int, blocks: int = 0) -> Classifier:
+    """`count` heads grown from a plain classifier, each a copy of its last `blocks` blocks and its linear layer.
+
+    Every member starts as the classifier.  Tran et al. 2020, section 3: "the Hinton head" grows into the others.
+    A copy, with nothing frozen; the heads share the rest of the trunk.  Raises ValueError for a classifier that is a
+    specialist or has members, and for blocks that the trunk has not got.
+    """
+    spec = _with_members(classifier, {"kind": "heads", "count": count, "blocks": blocks})
+    body, end = cut_trunk(copy.deepcopy(classifier.trunk), blocks)
+    first = member_head(end, copy.deepcopy(classifier.head))
+    heads = MemberHeads([first, *(copy.deepcopy(first) for _ in range(1, count))])
+    return _thawed(Classifier(spec, body, heads), classifier)
+
+
+def batch_ensemble(
+    classifier: Classifier, count: int, std: float = FACTOR_STD, generator: torch.Generator | None = None
+) -> Classifier:
+    """A BatchEnsemble of `count` members on a plain classifier's weights.  Wen et al. 2020; Nam et al. 2021.
+
+    std: of the factors, drawn from N(1, std): with 0 every member starts as the classifier.
+    generator: None takes torch's global one.
+    A copy, with nothing frozen.  Raises ValueError for a classifier that is a specialist or has members, and for one
+    with a linear layer that is neither Linear nor Conv2d.
+    """
+    spec = _with_members(classifier, {"kind": "batch", "count": count})
+    grown = Classifier(spec, copy.deepcopy(classifier.trunk), copy.deepcopy(classifier.head))
+    share_weights(grown, count, std, generator)
+    return _thawed(grown, classifier)
+
+
+def _with_members(classifier: Classifier, members: dict) -> ModelSpec:
+    if classifier.spec.members is not None:
+        raise ValueError("this network has members already; they grow from a plain one")
+    return replace(classifier.spec, members=members)
+
+
+def _thawed(grown: Classifier, classifier: Classifier) -> Classifier:
+    """`grown`, in the mode, type and place of the classifier it comes from, with no gradients and nothing frozen."""
+    for parameter in grown.parameters():
+        parameter.grad = None
+    weight = next(classifier.parameters())
+    return grown.requires_grad_(True).to(weight.device, weight.dtype).train(classifier.training)
+
+
 def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
     """The ordered blocks that "last-N-blocks" counts: the children of a Sequential.
 
@@ -76,6 +125,7 @@ def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
 def set_trainable(classifier: Classifier, part: str) -> Classifier:
     """Train "all", only the "head", or the head and the "last-N-blocks" of the trunk; freeze the rest.
 
+    The head of a network with several heads is all of them with their blocks; N counts the blocks of their body.
     Batch norm in frozen blocks stays in eval mode.  Changes `classifier` and returns it.
     Raises ValueError for another `part`, and for more blocks than there are.
     """
@@ -112,9 +162,11 @@ def widen(classifier: Classifier, to: float | ModelSpec, generator: torch.Genera
     A new unit copies a random old one, and the weights that read a copied unit are split among its copies in random
     shares, entry by entry: their sum, and so the function, stays, and the copies do not stay twins.
     generator: None takes torch's global one.
-    Raises ValueError for other builders, and where a layer would become narrower.
+    Raises ValueError for other builders, for a network with members, and where a layer would become narrower.
     """
     spec = classifier.spec
+    if spec.members is not None:
+        raise ValueError("a network with members cannot be widened; widen the plain one, then give it members")
     if spec.builder not in ("mlp", "convnet") or not isinstance(classifier.trunk, nn.Sequential):
         raise ValueError(f"only mlp and convnet can be widened, not {spec.builder}")
     target = _checked_target(spec, to) if isinstance(to, ModelSpec) else _wider_spec(spec, to)
@@ -181,9 +233,10 @@ def _wider_spec(spec: ModelSpec, factor: float) -> ModelSpec:
 def _checked_target(spec: ModelSpec, target: ModelSpec) -> ModelSpec:
     def shape(spec):
         options = builtin_options(spec.builder) | spec.options
-        return spec.builder, {name: value for name, value in options.items() if name not in WIDTHS | {"dropout"}}
+        return spec.builder, {name: value for name, value in options.items() if name not in WIDTHS | DROPOUTS}
 
-    if shape(spec) != shape(target) or (spec.input, spec.head) != (target.input, target.head):
+    theirs = (target.input, target.head, target.members)
+    if shape(spec) != shape(target) or (spec.input, spec.head, spec.members) != theirs:
         raise ValueError(
             "widening changes width, channels, embedding and dropout; the rest of the two models must agree"
         )

@@ -115,9 +115,26 @@ def test_wrn_28_10_has_its_published_size():
         assert round(parameter_count(resnet((3, 32, 32), width=16, depth=20)) / 1e6, 2) == 0.27
 
 
+def test_input_dropout_drops_entries_of_the_input_and_changes_no_name():
+    options = {"width": 6, "depth": 2, "input_dropout": 0.2}
+    classifier = build_classifier(ModelSpec("mlp", 3, GRAY, options))
+    assert classifier.state_dict().keys() == small("mlp", 3).state_dict().keys()
+    seen = []
+    classifier.trunk.hidden1.linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    for training in (True, False):
+        classifier.train(training)(torch.zeros(50, 1, 28, 28))  # -2 after preprocessing
+    assert (seen[0] == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
+    torch.testing.assert_close(seen[0][seen[0] != 0], torch.tensor(-2.5).expand(int((seen[0] != 0).sum())))
+    assert torch.equal(seen[1], torch.full((50, 784), -2.0))
+    wider = widen(classifier, ModelSpec("mlp", 3, GRAY, {"width": 9, "depth": 2}))
+    torch.testing.assert_close(wider.eval()(images()), classifier(images()))
+
+
 @pytest.mark.parametrize(
     "builder, options, message",
     [
+        ("mlp", {"input_dropout": -0.1}, "input_dropout = -0.1: must be a number from 0 to below 1"),
         ("convnett", {}, "did you mean convnet"),
         ("convnet", {"widht": 3}, "did you mean width"),
         ("convnet", {"width": 0}, "width = 0: must be a whole number, at least 1"),
