@@ -34,6 +34,23 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
+def fit_shift(logits: Tensor, labels: Tensor, classes) -> float:
+    """b minimising the mean of - log softmax(logits + b on `classes`)[label].
+
+    logits: [n, C].  labels: int64 [n].  The NLL is convex in b and its slope is the mean mass on `classes` less their
+    share of the labels: bisection.  Within +-64, where only `classes`, or none of them, occur among the labels.
+    """
+    mask = torch.zeros(logits.shape[1], dtype=torch.bool)
+    mask[torch.as_tensor(classes)] = True
+    log_odds = logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
+    share = float(mask[labels.cpu()].double().mean())
+    low, high = -64.0, 64.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if float(torch.sigmoid(log_odds + middle).mean()) > share else (middle, high)
+    return (low + high) / 2
+
+
 def fit_temperatures(general: Tensor, special, groups, labels: Tensor) -> list[float]:
     """[1 + M], the generalist's first, each by itself.
 

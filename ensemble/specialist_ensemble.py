@@ -110,9 +110,11 @@ class SpecialistEnsemble:
             raise ValueError(
                 f"{root} has no generalist/model.json; give a run whose generalist is done, or an exported bundle"
             )
+        facts = read_settings(root)
+        if facts["kind"] != "specialists":
+            raise ValueError(f"{root} holds a deep ensemble, which has no specialists; load it with load_ensemble")
         if not (root / GROUPS).is_file():
             raise ValueError(f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle")
-        facts = read_settings(root)
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
         folders = {m: specialist_folder(root, m) for m in range(len(groups.members))}
@@ -277,6 +279,8 @@ def specialist_folder(root: Path, m: int) -> Path:
 def read_settings(root: Path) -> dict:
     """What ensemble.json says, with the defaults of a run that has none yet."""
     facts = {
+        "kind": "specialists",
+        "members": 1,
         "gate": 1,
         "max_specialists": None,
         "combine": "kl",

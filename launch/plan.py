@@ -41,12 +41,10 @@ class Job:
     def command(self, stages: Sequence[Stage] = ()) -> list[str]:
         """The trainer's arguments, without --run, for `stages` or for all of this job's."""
         stages = stages or self.stages
-        kind, names = stages[0].name, [stage.directory.name for stage in stages]
-        if kind == "specialist":
-            return [kind, "--index", *(str(int(name)) for name in names)]
-        if kind in ("control", "student"):
-            return [kind, "--name", *names]
-        return [stage.name for stage in stages]
+        indices = [str(int(stage.directory.name)) for stage in stages if stage.name in ("specialist", "member")]
+        names = [stage.directory.name for stage in stages if stage.name in ("control", "student", "answers")]
+        words = list(dict.fromkeys(stage.name for stage in stages))
+        return words + (["--index", *indices] if indices else []) + (["--name", *names] if names else [])
 
 
 def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
@@ -92,8 +90,11 @@ def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
             name = f"specialist-{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
         elif stage.name == "control":
             name = stage.directory.name
-        elif stage.name == "student":
-            name = f"student-{stage.directory.name}"
+        elif stage.name in ("student", "member"):
+            name = f"{stage.name}-{stage.directory.name}"
+        elif stage.name == "answers":  # the ensemble's, where nothing else is waited for, in the job that combines
+            only = stage.inputs and all(wanted.name == "combine" for wanted in stage.inputs)
+            name = "combine" if only else f"answers-{stage.directory.name}"
         groups.setdefault(name, []).append(stage)
     return list(groups.items())
 
@@ -101,7 +102,7 @@ def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
 def _steps(stage: Stage, run: RunDirectory) -> float:
     """About how many optimizer steps a stage takes; 0 for one that trains nothing."""
     config, name = run.config, stage.directory.name
-    if stage.name == "generalist":
+    if stage.name in ("generalist", "member"):
         return _length(config.train)
     if stage.name == "specialist":
         return _length(config.specialists)

@@ -76,12 +76,18 @@ def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
 def absolute(config: Config) -> Config:
     """The config with its paths made absolute, so that a run can be looked at, and gone on with, from any directory."""
     given = config.data.manifest
-    patterns = {split: _absolute_pattern(getattr(config.data, split)) for split in (*SPLITS, "transfer")}
+    patterns = {split: _absolute_pattern(getattr(config.data, split)) for split in (*SPLITS, "transfer", "ood")}
     data = config.data.model_copy(update={**patterns, "manifest": given and _absolute_pattern(given)})
     groups_file, init = config.clusters.groups_file, config.generalist.init
     clusters = config.clusters.model_copy(update={"groups_file": groups_file and os.path.abspath(groups_file)})
     generalist = config.generalist.model_copy(update={"init": init and os.path.abspath(init)})
-    return config.model_copy(update={"data": data, "clusters": clusters, "generalist": generalist})
+    students = {
+        name: student.model_copy(update={"teacher": os.path.abspath(student.teacher)}) if os.sep in student.teacher
+        else student for name, student in config.students.items()
+    }  # fmt: skip
+    return config.model_copy(
+        update={"data": data, "clusters": clusters, "generalist": generalist, "students": students}
+    )
 
 
 def _absolute_pattern(pattern: str) -> str:
@@ -140,6 +146,8 @@ def _missing(source: str, split: str) -> list[str]:
 def check_classes(run: RunDirectory) -> None:
     """Groups and labels fit the label set, as far as manifest and groups file tell."""
     groups = run.config.clusters
+    if run.config.is_deep:  # no groups
+        return
     if run.num_specialists < 1:
         raise UserError(f"clusters.groups_file = {groups.groups_file} holds no group; at least one is needed")
     num_classes, source = _num_classes(run.config)

@@ -16,8 +16,9 @@ from trainer.run_directory import RunDirectory
 from .plan import Job
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "stage.sbatch"
-KINDS = {"generalist": "generalist", "measure": "clusters", "specialist": "specialists", "combine": "combine",
-         "control": "controls", "student": "students", "evaluate": "report"}  # fmt: skip
+KINDS = {"generalist": "generalist", "member": "members", "answers": "combine", "measure": "clusters",
+         "specialist": "specialists", "combine": "combine", "control": "controls", "student": "students",
+         "evaluate": "report"}  # fmt: skip
 OPTIONS = {"gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time", "partition": "partition",
            "constraint": "constraint", "qos": "qos", "account": "account"}  # fmt: skip
 MAX_ARRAY_SIZE = 1001  # Slurm's own default
@@ -92,11 +93,8 @@ def batches(run: RunDirectory, jobs: Sequence[Job], max_array_size: int = MAX_AR
 
 
 def _single(run: RunDirectory, job: Job) -> Batch:
-    first, kind = job.stages[0].name, KINDS[job.stages[0].name]
-    words = [stage.name for stage in job.stages]
-    if first in ("control", "student"):
-        words = [first, *(stage.directory.name for stage in job.stages)]
-    return Batch(job.name, (job,), _options(run, kind), _arguments(run, kind, job.processes, words))
+    kind = KINDS[job.stages[0].name]
+    return Batch(job.name, (job,), _options(run, kind), _arguments(run, kind, job.processes, job.command()))
 
 
 def _arrays(run: RunDirectory, wanted: list[Job], max_array_size: int) -> list[Batch]:

@@ -24,12 +24,12 @@ def main(argv: list[str]) -> int:
 
 
 def run_stages(argv: list[str]) -> int:
-    names = "generalist measure cluster route specialist combine control student evaluate report".split()
+    names = "generalist member measure cluster route specialist combine answers control student evaluate report".split()
     parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
     parser.add_argument("stages", choices=names, nargs="+", metavar="STAGE", help=" | ".join([*names, *COMMANDS]))
     parser.add_argument("--run", required=True, metavar="DIR")
-    parser.add_argument("--index", type=int, nargs="+", default=[], help="which specialists")
-    parser.add_argument("--name", nargs="+", default=[], help="which controls or students")
+    parser.add_argument("--index", type=int, nargs="+", default=[], help="which specialists or members")
+    parser.add_argument("--name", nargs="+", default=[], help="which controls, students or answers")
     args = parser.parse_args(argv)
 
     from .session import open_run
@@ -67,16 +67,16 @@ def chosen(run, name: str, args) -> list[tuple]:
     """The stages that the command line names, each with what its function takes beside session and stage."""
     from .config import UserError
 
-    if name == "specialist":
+    if name in ("specialist", "member"):
+        known = dict(enumerate(run.specialists) if name == "specialist" else enumerate(run.members, 1))
         if not args.index:
-            raise UserError("specialist: say which by --index I [I ...]")
-        absent = [i for i in args.index if not 0 <= i < run.num_specialists]
+            raise UserError(f"{name}: say which by --index I [I ...]")
+        absent = [i for i in args.index if i not in known]
         if absent:
-            count = run.num_specialists
-            raise UserError(f"--index {absent[0]}: there are {count} specialists, 0 to {count - 1}")
-        return [(run.specialists[i], (i,)) for i in args.index]
-    if name in ("control", "student"):
-        known = run.controls if name == "control" else run.students
+            raise UserError(f"--index {absent[0]}: there are {len(known)} {name}s, {_span(known)}")
+        return [(known[i], (i,)) for i in args.index]
+    if name in ("control", "student", "answers"):
+        known = {"control": run.controls, "student": run.students, "answers": run.answers}[name]
         if not args.name:
             raise UserError(f"{name}: say which by --name NAME: {', '.join(known)}")
         for each in args.name:
@@ -84,6 +84,10 @@ def chosen(run, name: str, args) -> list[tuple]:
                 raise UserError(f"--name {each}: this run's are {', '.join(known) or 'none'}")
         return [(known[each], (each,)) for each in args.name]
     return [(getattr(run, name), ())]
+
+
+def _span(known: dict) -> str:
+    return f"{min(known)} to {max(known)}" if known else "this run has none"
 
 
 def shards(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -40,7 +41,9 @@ def _one_of(value: str, names: tuple[str, ...], also: str = "", pattern: str = "
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, protected_namespaces=(), ser_json_inf_nan="constants"
+    )
 
 
 class Data(Section):
@@ -50,6 +53,7 @@ class Data(Section):
     val: str = ""
     test: str = ""
     transfer: str = ""  # more inputs, their labels absent or not read: students learn what their teacher says of them
+    ood: str = ""  # inputs of other kinds: how well are they told from test's?  Labels are not read
     label: str = "cls"  # the member that holds the label; "json:FIELD" reads a field of the json member
     input: str = ""  # the member that holds the input; "" takes the one member that is not the label
     mean: list[float] = [0.5]  # per channel, of inputs scaled to 0..1; part of model.json
@@ -192,7 +196,8 @@ class Controls(Section):
 
 
 class Ensemble(Section):
-    kind: Literal["specialists"] = "specialists"
+    kind: Literal["specialists", "deep"] = "specialists"  # deep: generalists alone, each from another seed
+    members: int = Field(4, gt=0)  # of deep: generalists, the run's own among them
     gate: int = Field(1, gt=0)  # the n most probable classes of the generalist choose the specialists
     max_specialists: int | None = Field(None, gt=0)
     combine: str = "kl"
@@ -207,13 +212,52 @@ class Ensemble(Section):
 
 
 class Student(Schedule):
-    method: Literal["distill", "hard"] = "distill"
-    start: Literal["generalist", "scratch"] = "generalist"
-    temperature: float = Field(1.0, gt=0)
+    method: Literal["distill", "hard", "prior"] = "distill"  # learn a teacher's answers | labels | a Prior Network
+    network: Literal["single", "hydra", "batch_ensemble"] = "single"
+    members: int | None = Field(None, gt=1)  # of hydra and batch_ensemble; None: as many as the ensemble has
+    head_blocks: int = Field(0, ge=0)  # of hydra: a head is the last so many blocks of the trunk and a linear layer
+    start: str = "generalist"  # generalist | scratch | another student, whose network it is grown from
+    teacher: str = "ensemble"  # ensemble | generalist | another student | the path of a run or of a saved network
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"  # of a deep ensemble's members, to teach a single student
+    temperature: float = Field(1.0, gt=0)  # inf: match the logits, the limit
     hard_weight: float = Field(0.0, ge=0, le=1)
     soft_weight: float = Field(1.0, ge=0)
+    perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"  # what the inputs are moved by before both answer
+    perturb_size: float = Field(1 / 255, gt=0)  # of inputs scaled to 0..1
+    augment: str | None = None  # training views of its own; None: data.augment
+    views: int | None = Field(None, gt=0)  # of augmented inputs: the teacher answers so many views of each, once
+    share: float = Field(1.0, gt=0, le=1)  # of train, of each class alike
+    leave_out: list[str] = []  # classes whose examples it does not see
+    bias_correction: bool = False  # fit one shift of the bias of the classes left out on val
     transfer_share: float | None = Field(None, ge=0, le=1)  # of each batch; None = by the sizes of the two
     model: dict[str, Any] = {}  # keys of [model] that differ
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        return self.method == "distill"
+
+    @field_validator("augment")
+    @classmethod
+    def _augment(cls, value):
+        return value if value is None else _one_of(value, AUGMENTATIONS, " or module:function", r"[\w.]+:\w+")
+
+    @model_validator(mode="after")
+    def _agree(self):
+        if self.network == "single" and (self.members is not None or self.head_blocks):
+            raise ValueError('members and head_blocks are of network = "hydra" and "batch_ensemble"; leave them out')
+        if self.network == "batch_ensemble" and self.head_blocks:
+            raise ValueError('head_blocks is of network = "hydra"; leave it out')
+        if self.perturb != "none" and not self.learns_from_teacher:
+            raise ValueError(f'perturb = "{self.perturb}" needs a teacher: method = "distill"')
+        if self.perturb != "none" and self.views is not None:
+            raise ValueError("views are answered once, and perturbed inputs anew: leave one of views and perturb out")
+        if self.method == "prior" and self.network != "single":
+            raise ValueError('method = "prior" is of network = "single": its one output says how unsure it is')
+        if self.bias_correction and self.network != "single":
+            raise ValueError('bias_correction is of network = "single"')
+        if self.bias_correction and not self.leave_out:
+            raise ValueError("bias_correction is of classes left out: name them in leave_out")
+        return self
 
 
 class Engine(Section):
@@ -302,6 +346,7 @@ class Slurm(Section):
     signal_s: int = Field(120, gt=0)  # so long before its time limit a job is asked for a checkpoint
     default: Resources = Resources()
     generalist: Resources = Resources()
+    members: Resources = Resources()
     clusters: Resources = Resources()
     specialists: Resources = Resources()
     combine: Resources = Resources()
@@ -358,8 +403,10 @@ class Config(Section):
         for name in self.students:
             if not NAME.fullmatch(name):
                 raise ValueError(f"students.{name}: a student's name is letters, digits, '_' and '-'")
-            if name in ("generalist", "ensemble", "student_hard") or name.startswith("control_"):
+            if name in ("generalist", "ensemble", "scratch", "student_hard") or name.startswith("control_"):
                 raise ValueError(f"students.{name}: this name has a meaning of its own; choose another")
+        for name, student in self.students.items():
+            _check_ancestry(name, student, self)
         if not self.controls.learning_rates:
             peak = self.specialists.learning_rate
             self.controls.learning_rates = [peak / 3, peak, peak * 3]
@@ -376,9 +423,41 @@ class Config(Section):
                 )
         return self
 
+    @property
+    def is_deep(self) -> bool:
+        return self.ensemble.kind == "deep"
+
     def dump(self) -> dict:
         """Plain JSON-able values, absent ones left out; loads back to an equal Config."""
         return json.loads(self.model_dump_json(exclude_none=True, by_alias=True))
+
+
+def _check_ancestry(name: str, student: Student, config: Config) -> None:
+    """Teacher and start name what there is, and nobody is his own ancestor."""
+    place = f"students.{name}"
+    if os.sep not in student.teacher:
+        _known(
+            f"{place}.teacher", student.teacher, ("ensemble", "generalist", *config.students), ", or a path with a /"
+        )
+    _known(f"{place}.start", student.start, ("generalist", "scratch", *config.students))
+    seen, waiting = set(), [name]
+    while waiting:
+        one = config.students[waiting.pop()]
+        waiting += [each for each in (one.teacher, one.start) if each in config.students and each not in seen]
+        seen.update((one.teacher, one.start))
+    if config.engine.shard_head and student.network != "single":
+        raise ValueError(f'{place}.network = "{student.network}" has several heads; engine.shard_head splits one')
+    if name in seen:
+        raise ValueError(f"{place}: its teacher or its start comes from itself")
+    if student.network != "single" and student.members is None and not config.is_deep:
+        raise ValueError(f'{place}.members: how many? Only an ensemble.kind = "deep" says it by itself')
+
+
+def _known(place: str, value: str, names: tuple[str, ...], also: str = "") -> None:
+    try:
+        _one_of(value, names, also)
+    except ValueError as mistake:
+        raise ValueError(f"{place} = {value!r}: {mistake}") from None
 
 
 def _inherit(section: Schedule, parent: Schedule) -> Schedule:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,11 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clustering import captured_confusion
-from ensemble import COMBINERS, fit_temperature
-from networks import Summary, unheld_logits
+from ensemble import COMBINERS, DeepEnsemble, fit_temperature
+from networks import Summary, mean_log_probabilities, member_log_probabilities, unheld_logits
+from networks.linear_logits import LinearLogits
 
 from .data.streams import Batch
-from .metrics import reliability, summarise
+from .metrics import (
+    auroc,
+    deep_ensemble_equivalent,
+    dirichlet_uncertainty,
+    disagreement,
+    model_uncertainty,
+    pairwise_kl,
+    reliability,
+    summarise,
+)
 from .objectives import specialist_columns
 from .run_directory import Attempt, read_json, write_json
 from .session import Session, read_summary
@@ -30,7 +42,7 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
         network.eval()
 
         def judge(batch: Batch):
-            found = unheld_logits(network, batch.inputs).summary(1, batch.labels)
+            found = of_network(network)(batch.inputs).summary(1, batch.labels)
             return {"loss": -found.log_label, "right": found.indices[:, 0] == batch.labels}
 
         found = session.measured(shards, judge)
@@ -100,11 +112,54 @@ def fit_weight(session: Session, ensemble) -> list[float]:
     return [1.0, *[best] * M]
 
 
-def summary_of(probabilities: Tensor, labels: Tensor) -> Summary:
-    """probabilities [b, C], labels [b]."""
-    top = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
-    log_label = probabilities.gather(1, labels[:, None])[:, 0].log()
-    return Summary(top.indices, top.values, log_label, probabilities.square().sum(1))
+CALIBRATED = 2**25  # numbers held at a time while a temperature is fitted: n C, of as many val examples as fit
+FEWEST = 200
+
+
+class Held(NamedTuple):
+    """Log-probabilities [b, C] that are held, to be asked as LinearLogits are."""
+
+    log_p: Tensor
+
+    def held(self) -> Tensor:
+        return self.log_p
+
+    def divided(self, temperature: float) -> Held:
+        return Held(self.log_p / temperature)
+
+    def summary(self, k: int, labels: Tensor) -> Summary:
+        log_p = self.log_p.log_softmax(1)
+        top = log_p.topk(min(k, log_p.shape[1]), dim=1)
+        log_label = log_p.gather(1, labels[:, None])[:, 0]
+        return Summary(top.indices, top.values.exp(), log_label, (2 * log_p).exp().sum(1))
+
+
+def held_probabilities(p: Tensor) -> Held:
+    return Held(p.float().clamp_min(torch.finfo(torch.float32).tiny).log())
+
+
+def of_network(network: nn.Module) -> Callable[[Tensor], LinearLogits | Held]:
+    """What a network answers to raw inputs; one with several members by their mean."""
+    if network.num_members == 1:
+        return lambda raw: unheld_logits(network, raw)
+    return lambda raw: Held(mean_log_probabilities(network, raw))
+
+
+def calibration_ids(session: Session, members: int = 1) -> np.ndarray:
+    """Val examples, evenly over it, that a temperature is fitted on: a number needs no million."""
+    val = session.shards("val")
+    count = max(FEWEST, CALIBRATED // (session.num_classes * members))
+    return np.unique(np.linspace(0, len(val) - 1, min(count, len(val))).astype(np.int64))
+
+
+def calibrate(session: Session, answer: Callable[[Tensor], LinearLogits | Held]) -> float:
+    """The temperature that fits val best.  Guo et al. 2017, section 4.2."""
+
+    def ask(batch: Batch):
+        return {"logits": answer(batch.inputs).held().float(), "labels": batch.labels}
+
+    found = session.measured(session.shards("val"), ask, ids=calibration_ids(session))
+    return fit_temperature(torch.from_numpy(found["logits"]), torch.from_numpy(found["labels"]))
 
 
 def figures(found: Summary, labels: Tensor) -> dict[str, Tensor]:
@@ -120,58 +175,165 @@ def figures(found: Summary, labels: Tensor) -> dict[str, Tensor]:
 
 def evaluate_all(session: Session, attempt: Attempt) -> None:
     """Write evaluation/NAME.json and NAME.npz for the generalist, the ensemble, every control and every student."""
-    run, test = session.run, session.shards("test")
-    costs = Costs(session)
-    generalist = session.load(run.generalist)
-    before = evaluate_network(session, attempt, "generalist", generalist, costs.generalist)
-    for name, stage in named_controls(session).items():
-        evaluate_network(session, attempt, name, session.load(stage), costs.after_generalist(stage))
-    for name, stage in run.students.items():
-        base = costs.generalist if session.config.students[name].method == "hard" else costs.ensemble
-        evaluate_network(session, attempt, name, session.load(stage), add_costs(base, costs.of(stage)))
-
+    run, costs = session.run, Costs(session)
     ensemble = session.ensemble()
+    generalist = session.load(run.generalist)
+    sizes = ensemble_sizes(session, ensemble) if session.config.is_deep else []
+    judge = Judge(session, attempt, sizes)
 
-    def consult(batch: Batch):
-        answer = ensemble.consult(batch.inputs)
-        return {**figures(summary_of(answer.q, batch.labels), batch.labels), "active": answer.active}
+    before = judge(of_network(generalist), "generalist", costs.generalist, of_members(generalist))
+    for name, stage in named_controls(session).items():
+        network = session.load(stage)
+        judge(of_network(network), name, costs.after_generalist(stage), of_members(network))
+    for name, stage in run.students.items():
+        student, network = session.config.students[name], session.load(stage)
+        extra = of_prior(network) if student.method == "prior" else of_members(network)
+        judge(of_network(network), name, costs.student(name), extra)
 
-    after = session.measured(test, consult)
-    extra = {
-        "specialists": specialist_rows(session, generalist, ensemble, after["active"], costs),
+    if session.config.is_deep:
+        judge(lambda raw: held_probabilities(ensemble.probabilities(raw)), "ensemble", costs.ensemble,
+              of_deep(ensemble), more=lambda found: {"sizes": sizes})  # fmt: skip
+        return
+
+    def joint(raw: Tensor) -> tuple[Held, dict[str, Tensor]]:
+        answer = ensemble.consult(raw)
+        return held_probabilities(answer.q), {"active": answer.active}
+
+    judge(lambda raw: joint(raw)[0], "ensemble", costs.ensemble, both=joint, more=lambda found: {
+        "specialists": specialist_rows(session, generalist, ensemble, found["active"], costs),
         "clusters": captured(session, before),
         "missing": read_json(run.combine.path("ensemble.json"))["missing"],
-    }  # fmt: skip
-    write_evaluation(session, attempt, "ensemble", after, costs.ensemble, extra)
+    })  # fmt: skip
 
 
-def evaluate_network(session: Session, attempt: Attempt, name: str, network: nn.Module, cost: dict):
+Extra = Callable[[Tensor], dict[str, Tensor]]  # raw inputs -> {"mu": [b], ...}
+
+
+def of_members(network: nn.Module) -> Extra | None:
+    if network.num_members == 1:
+        return None
+    return lambda raw: member_figures(member_log_probabilities(network, raw))
+
+
+def of_deep(ensemble: DeepEnsemble) -> Extra:
+    return lambda raw: member_figures(ensemble.member_log_probabilities(raw))
+
+
+def of_prior(network: nn.Module) -> Extra:
+    return lambda raw: {"mu": dirichlet_uncertainty(network(raw))}
+
+
+def member_figures(log_p: Tensor) -> dict[str, Tensor]:
+    """Of members' answers [K, b, C]: what each example adds to MU, pairwise KL and disagreement."""
+    p = log_p.exp()
+    return {"mu": model_uncertainty(p), "pairwise_kl": pairwise_kl(log_p), "disagreement": disagreement(p)}
+
+
+class Judge:
+    """One answer after the other on test, after a temperature was fitted on val: evaluation/NAME.json and NAME.npz."""
+
+    def __init__(self, session: Session, attempt: Attempt, sizes: list[dict]):
+        self.session, self.attempt, self.sizes = session, attempt, sizes
+
+    def __call__(self, answer, name: str, cost: dict, extra: Extra | None = None, both=None, more=None) -> dict:
+        """answer: raw inputs -> LinearLogits or Held.  extra: figures of each example beside it.  both: answer and
+        extra from one pass.  more(found): further entries of the JSON.  Returns what was found, arrays over test."""
+        session, both = self.session, both or (lambda raw: (answer(raw), extra(raw) if extra else {}))
+        temperature = calibrate(session, answer)
+        scores = self.scores(answer, extra) if session.config.data.ood else None
+
+        def judge(batch: Batch):
+            answers, beside = both(batch.inputs)
+            found = figures(answers.summary(TOP, batch.labels), batch.labels)
+            scaled = figures(answers.divided(temperature).summary(TOP, batch.labels), batch.labels)
+            scaled = {f"calibrated_{key}": scaled[key] for key in OF_CALIBRATION}
+            return {**found, **scaled, **beside, **(scores(batch.inputs) if scores else {})}
+
+        found = session.measured(session.shards("test"), judge)
+        outside = session.measured(session.shards("ood"), lambda batch: scores(batch.inputs)) if scores else {}
+        if session.ranks.is_main:
+            self.write(name, found, cost, temperature, outside, more(found) if more else {})
+        elif more:
+            more(found)  # it measures on all ranks
+        return found
+
+    def scores(self, answer, extra: Extra | None) -> Callable[[Tensor], dict[str, Tensor]]:
+        """What tells inputs like test's from others; larger is more like test's."""
+
+        def score(raw: Tensor) -> dict[str, Tensor]:
+            log_p = answer(raw).held().float().log_softmax(1)
+            found = {"confidence": log_p.amax(1).exp(), "entropy": (log_p.exp() * log_p).sum(1)}
+            beside = extra(raw) if extra else {}
+            found |= {"mu": -beside["mu"]} if "mu" in beside else {}
+            return {f"score_{key}": value for key, value in found.items()}
+
+        return score
+
+    def write(self, name: str, found: dict, cost: dict, temperature: float, outside: dict, more: dict) -> None:
+        found = dict(found)
+        scaled = {key: found.pop(f"calibrated_{key}") for key in OF_CALIBRATION}
+        inside = {key: found.pop(key) for key in outside if key != "ids"}
+        beside = {key: found.pop(key) for key in ("mu", "pairwise_kl", "disagreement") if key in found}
+        top = (found["labels"], found["top5"])
+        row = summarise(*top, found["top5_probability"], found["label_probability"], found.pop("squared_error"))
+        after = summarise(*top, scaled["top5_probability"], scaled["label_probability"], scaled["squared_error"])
+        row |= {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
+        if beside:
+            row["members"] = {key: float(value.mean(dtype=np.float64)) for key, value in beside.items()}
+        if self.sizes:
+            row |= equivalent(row["cnll"], self.sizes)
+        if inside:
+            row["ood_auroc"] = {key.removeprefix("score_"): auroc(inside[key], outside[key]) for key in inside}
+        right = found["top5"][:, 0] == found["labels"]
+        write_json(self.attempt.path(f"{name}.json"), {
+            "name": name, "row": {**row, "cost": cost},
+            "reliability": reliability(found["top5_probability"][:, 0], right),
+            "reliability_calibrated": reliability(scaled["top5_probability"][:, 0], right), **more,
+        })  # fmt: skip
+        np.savez(self.attempt.path(f"{name}.npz"), **found)
+        self.session.say(
+            "%-16s top-1 %6.2f %%  top-5 %6.2f %%  NLL %.4f  Brier %.4f  ECE %.4f  calibrated NLL %.4f",
+            name, 100 * row["top1"], 100 * row["top5"], row["nll"], row["brier"], row["ece"], row["cnll"],
+        )  # fmt: skip
+
+
+OF_CALIBRATION = ("top5_probability", "label_probability", "squared_error")
+
+
+def equivalent(cnll: float, sizes: list[dict]) -> dict:
+    """DEE, as JSON knows it: null beyond the largest ensemble."""
+    dee = deep_ensemble_equivalent(cnll, [row["cnll"] for row in sizes])
+    return {"dee": None if math.isinf(dee) else dee, "dee_beyond": math.isinf(dee)}
+
+
+def ensemble_sizes(session: Session, ensemble: DeepEnsemble) -> list[dict]:
+    """NLL before and after calibration, and top-1, of the first 1, 2, ... M members together."""
+    count = len(ensemble.networks)
+
+    def ask(batch: Batch):
+        return {"log_p": means(ensemble.member_log_probabilities(batch.inputs)).transpose(0, 1), "labels": batch.labels}
+
+    def means(log_p: Tensor) -> Tensor:
+        """[M, b, C] -> log of the mean of the first 1, ..., M"""
+        return log_p.logcumsumexp(0) - torch.arange(1, count + 1, device=log_p.device).log()[:, None, None]
+
+    found = session.measured(session.shards("val"), ask, ids=calibration_ids(session, count))
+    labels = torch.from_numpy(found["labels"])
+    temperatures = [fit_temperature(torch.from_numpy(found["log_p"][:, k]), labels) for k in range(count)]
+
     def judge(batch: Batch):
-        return figures(unheld_logits(network, batch.inputs).summary(TOP, batch.labels), batch.labels)
+        log_p, rows = means(ensemble.member_log_probabilities(batch.inputs)), batch.labels[None, :, None]
+        each = torch.tensor(temperatures, device=log_p.device)[:, None, None]
+        scaled = (log_p / each).log_softmax(2)
+        of_label = [part.gather(2, rows.expand(count, -1, 1))[:, :, 0].T for part in (log_p, scaled)]
+        return {"nll": -of_label[0], "cnll": -of_label[1], "top1": (log_p.argmax(2) == batch.labels).T.float()}
 
     found = session.measured(session.shards("test"), judge)
-    write_evaluation(session, attempt, name, found, cost)
-    return found
-
-
-def write_evaluation(session: Session, attempt: Attempt, name: str, found: dict, cost: dict, extra: dict | None = None):
-    if not session.ranks.is_main:
-        return
-    found = dict(found)
-    row = summarise(
-        found["labels"],
-        found["top5"],
-        found["top5_probability"],
-        found["label_probability"],
-        found.pop("squared_error"),
-    )
-    bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == found["labels"])
-    write_json(attempt.path(f"{name}.json"), {
-        "name": name, "row": {**row, "cost": cost}, "reliability": bins, **(extra or {}),
-    })  # fmt: skip
-    np.savez(attempt.path(f"{name}.npz"), **found)
-    session.say("%-16s top-1 %6.2f %%  top-5 %6.2f %%  NLL %.4f  Brier %.4f  ECE %.4f", name, 100 * row["top1"],
-                100 * row["top5"], row["nll"], row["brier"], row["ece"])  # fmt: skip
+    mean = {key: found[key].mean(0, dtype=np.float64) for key in ("nll", "cnll", "top1")}
+    return [
+        {"size": k + 1, "temperature": temperatures[k], **{key: float(value[k]) for key, value in mean.items()}}
+        for k in range(count)
+    ]
 
 
 def named_controls(session: Session) -> dict[str, object]:
@@ -219,12 +381,17 @@ def captured(session: Session, before: dict) -> dict:
             "sizes": summary["sizes"]}  # fmt: skip
 
 
+TRAINED = ("generalist", "member", "specialist", "student")
+
+
 class Costs:
     """What each answer took to train, everything that it starts from included."""
 
     def __init__(self, session: Session):
         self.generalist = self.of(session.run.generalist)
-        parts = [self.of(stage) for stage in session.run.specialists if stage.is_done]
+        self.session = session
+        each = session.run.members if session.config.is_deep else session.run.specialists
+        parts = [self.of(stage) for stage in each if stage.is_done]
         self.ensemble = self.generalist
         for part in parts:
             self.ensemble = add_costs(self.ensemble, part)
@@ -235,6 +402,20 @@ class Costs:
 
     def after_generalist(self, stage) -> dict:
         return add_costs(self.generalist, self.of(stage))
+
+    def student(self, name: str) -> dict:
+        """A student's training, and that of everyone it comes from, each once."""
+        waiting, seen = [self.session.run.students[name]], {}
+        while waiting:
+            stage = waiting.pop()
+            if stage.place not in seen:
+                seen[stage.place] = stage
+                waiting += stage.inputs
+        parts = [self.of(stage) for stage in seen.values() if stage.name in TRAINED and stage.is_done]
+        total = parts[0]
+        for part in parts[1:]:
+            total = add_costs(total, part)
+        return total
 
 
 def add_costs(first: dict, second: dict) -> dict:

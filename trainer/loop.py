@@ -11,7 +11,7 @@ from torch import nn
 from .checkpoints import Saver, load_checkpoint, newest_step
 from .config import Schedule, UserError
 from .data.accounts import Passes
-from .data.streams import Batch, TrainingStream
+from .data.streams import NUMBERS, Batch, TrainingStream
 from .distributed import Ranks, StopSignal, broadcast, gather
 from .objectives import Objective
 from .optimisation import AveragedWeights, learning_rate
@@ -127,8 +127,8 @@ def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     """Equal parts of one rank's batch (check_batch_size made sure that they are equal)."""
     if parts == 1:
         return [batch]
-    pieces = [tensor.chunk(parts) for tensor in (batch.inputs, batch.labels, batch.ids, batch.source)]
-    return [Batch(*piece) for piece in zip(*pieces, strict=True)]
+    pieces = {name: getattr(batch, name).chunk(parts) for name in ("inputs", *NUMBERS)}
+    return [Batch(**{name: found[part] for name, found in pieces.items()}) for part in range(parts)]
 
 
 def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,14 +14,21 @@ from networks.linear_logits import LinearLogits
 
 from .config import Student
 from .data.streams import Batch
-from .losses import TopAnswers, classification_loss, distillation_loss, specialist_loss, unheld_distillation_loss
+from .losses import (
+    TopAnswers,
+    classification_loss,
+    distillation_loss,
+    hard_loss,
+    pooled,
+    prior_network_loss,
+    specialist_loss,
+    unheld_distillation_loss,
+)
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 
 
-def classify(
-    label_smoothing: float = 0.0, log_prior: Tensor | None = None, negatives: int | None = None
-) -> Objective:
+def classify(label_smoothing: float = 0.0, log_prior: Tensor | None = None, negatives: int | None = None) -> Objective:
     """Learn all classes; log_prior [C] where the stream resamples them.
 
     negatives: of a sharded head, learn each batch's own classes against so many others, drawn anew for each batch.
@@ -29,6 +37,8 @@ def classify(
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         prior = None if log_prior is None else log_prior.to(batch.labels.device)
         logits, labels = network(batch.inputs), batch.labels
+        if isinstance(logits, Tensor) and logits.dim() == 3:  # each of several members by itself
+            logits, labels = logits.flatten(0, 1), labels.repeat(len(logits))
         if negatives is not None:
             logits, labels = logits.plus(prior).sampled(labels, negatives, draw_for(batch, logits.exchange))
             prior = None
@@ -62,18 +72,68 @@ def specialise_in(
     return objective
 
 
-def distil(teacher: Callable[[Batch], Tensor | TopAnswers], student: Student) -> Objective:
-    """Learn the teacher's distributions: teacher(batch) is [B, C] probabilities, or what is kept of them."""
+def distil(
+    teacher: Callable[[Batch], Tensor | TopAnswers], student: Student, perturb: Callable[[Tensor], Tensor] | None = None
+) -> Objective:
+    """Learn the teacher's distributions: teacher(batch) is [K, B, C] probabilities, or what is kept of them.
+
+    A network with K members learns member k from member k; a single one their mean.
+    perturb: raw inputs -> raw inputs that teacher and student answer instead; labels stay with the clean ones.
+    """
     weights = (student.temperature, student.soft_weight, student.hard_weight, student.label_smoothing)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
+        if perturb is not None:
+            return of_moved_inputs(network, batch, teacher, perturb, student)
         logits = network(batch.inputs)
         with torch.no_grad():
             target = teacher(batch)
         if isinstance(logits, LinearLogits):
-            return unheld_distillation_loss(logits, target, batch.labels, *weights)
-        target = target.spread() if isinstance(target, TopAnswers) else target
-        return distillation_loss(logits[None], target[None].to(logits.device), batch.labels, *weights)
+            return unheld_distillation_loss(logits, for_single(target, student.mean), batch.labels, *weights)
+        logits = as_members(logits)
+        return distillation_loss(logits, for_members(target, student.mean, len(logits)), batch.labels, *weights)
+
+    return objective
+
+
+def of_moved_inputs(network, batch: Batch, teacher, perturb, student: Student) -> Tensor:
+    """(1 - alpha) CE on x and alpha T^2 KL on x~, Nam et al. 2021, section 3; one forward pass of both."""
+    moved = replace(batch, inputs=perturb(batch.inputs))
+    with torch.no_grad():
+        target = teacher(moved)
+    inputs = torch.cat([moved.inputs, batch.inputs.to(moved.inputs)]) if student.hard_weight else moved.inputs
+    logits = as_members(network(inputs))
+    answers, clean = logits[:, : len(batch)], logits[:, len(batch) :]
+    target = for_members(target, student.mean, len(logits))
+    loss = distillation_loss(answers, target, batch.labels, student.temperature, student.soft_weight, 0.0)
+    if student.hard_weight:
+        loss = loss + student.hard_weight * hard_loss(clean, batch.labels, student.label_smoothing)
+    return loss
+
+
+def as_members(logits: Tensor) -> Tensor:
+    """[B, C] or [K, B, C] -> [K, B, C]"""
+    return logits if logits.dim() == 3 else logits[None]
+
+
+def for_members(target: Tensor | TopAnswers, mean: str, members: int) -> Tensor:
+    """Teachers [K, B, C] as `members` students learn them: one each, or their mean."""
+    target = target.spread() if isinstance(target, TopAnswers) else target
+    return pooled(target, mean)[None] if members == 1 and len(target) > 1 else target
+
+
+def for_single(target: Tensor | TopAnswers, mean: str) -> Tensor | TopAnswers:
+    """[K, B, ...] -> [B, ...]: the one teacher's answers as they are kept, or the mean of several."""
+    if isinstance(target, TopAnswers) and len(target.indices) == 1:
+        return TopAnswers(target.indices[0], target.log_values[0], target.log_tail[0], target.num_classes)
+    return for_members(target, mean, 1)[0]
+
+
+def learn_priors() -> Objective:
+    """A Prior Network: the labels as Dirichlet distributions over the simplex.  Malinin & Gales 2019."""
+
+    def objective(network: nn.Module, batch: Batch) -> Tensor:
+        return prior_network_loss(network(batch.inputs), batch.labels)
 
     return objective
 

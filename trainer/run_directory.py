@@ -16,7 +16,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from .config import Config, UserError
@@ -169,8 +169,9 @@ class RunDirectory:
     def __init__(self, root: str | Path, config: Config):
         self.root, self.config = Path(root), config
         values = config.dump()
-        for split in ("train", "val", "test", "transfer"):
+        for split in ("train", "val", "test", "transfer", "ood"):
             values["data"][split] = _identities(values["data"][split])
+        self._ood = values["data"].pop("ood")  # of evaluation alone
         for key in ("cache", "cache_bytes", "workers", "fetch_dir", "fetch_bytes"):
             values["data"].pop(key, None)
         schedule_only_pace = ("checkpoint_every", "keep", "log_every")
@@ -180,6 +181,7 @@ class RunDirectory:
         values["specialists"].pop("per_job", None)
         values["ensemble"].pop("allow_missing", None)
         self._values = values
+        self.student, self.answers_for = cache(self._student), cache(self._answers_for)
 
     def _stage(self, name: str, place: str, sections: Iterable[str], inputs: Iterable[Stage] = (), **extra) -> Stage:
         parts, inputs = {section: self._section(section) for section in sections}, list(inputs)
@@ -197,6 +199,13 @@ class RunDirectory:
         return self._stage("generalist", "generalist", ["seed", "data", "model", "train", "generalist"])
 
     @cached_property
+    def members(self) -> list[Stage]:
+        """The further generalists of a deep ensemble, each from a seed of its own; the run's is its first."""
+        count = self.config.ensemble.members if self.config.is_deep else 1
+        sections = ["seed", "data", "model", "train"]
+        return [self._stage("member", f"members/{index:03d}", sections, index=index) for index in range(1, count)]
+
+    @cached_property
     def measure(self) -> Stage:
         return self._stage("measure", "clusters/statistics", [], [self.generalist], top_k=self.config.clusters.top_k)
 
@@ -211,6 +220,8 @@ class RunDirectory:
     @cached_property
     def num_specialists(self) -> int:
         """As many as groups: the config's number, or the length of the user's groups file."""
+        if self.config.is_deep:
+            return 0
         if self.groups_file is None:
             return self.config.clusters.num_groups
         try:
@@ -235,38 +246,78 @@ class RunDirectory:
         students.main."""
         if not self.config.controls.enabled:
             return {}
-        sections = ["specialists", "controls", "clusters"]
+        sections, found = ["specialists", "controls", "clusters"], {}
 
         def control(name, sections, inputs):
             return self._stage("control", f"controls/{name}", sections, inputs, called=name)
 
-        names = [f"control_wall-{index}" for index in range(len(self.config.controls.learning_rates))]
-        found = {name: control(name, sections, [self.cluster]) for name in names}
-        found["control_compute"] = control("control_compute", sections, list(found.values()))
+        if not self.config.is_deep:
+            names = [f"control_wall-{index}" for index in range(len(self.config.controls.learning_rates))]
+            found = {name: control(name, sections, [self.cluster]) for name in names}
+            found["control_compute"] = control("control_compute", sections, list(found.values()))
         if "main" in self.config.students:
-            found["student_hard"] = control("student_hard", ["students.main"], [self.generalist])
+            inputs = self._ancestors(self.config.students["main"].start)
+            found["student_hard"] = control("student_hard", ["seed", "data", "model", "students.main"], inputs)
         return found
 
     @cached_property
     def combine(self) -> Stage:
-        """The joint opinion: what is fitted on val, and the teacher's stored answers.  RUN/ensemble.json is its
-        file."""
-        return self._stage("combine", "ensemble", ["ensemble"], self.specialists)
+        """The joint opinion: what is fitted on val.  RUN/ensemble.json is its file."""
+        inputs = [self.generalist, *self.members] if self.config.is_deep else self.specialists
+        return self._stage("combine", "ensemble", ["ensemble"], inputs)
+
+    def _ancestors(self, name: str) -> list[Stage]:
+        """The stage of a teacher, or of the network that a student starts from; none of those that come from
+        elsewhere."""
+        if name in ("generalist", "ensemble"):
+            return [self.generalist if name == "generalist" else self.combine]
+        return [self.student(name)] if name in self.config.students else []
 
     @cached_property
     def students(self) -> dict[str, Stage]:
-        found = {}
-        for name, student in self.config.students.items():
-            sections, inputs = [f"students.{name}", "model"], [self.generalist]
-            if student.method != "hard":
-                inputs = [self.combine]
-            found[name] = self._stage("student", f"students/{name}", sections, inputs, called=name)
-        return found
+        return {name: self.student(name) for name in self.config.students}
+
+    @cached_property
+    def answers(self) -> dict[str, Stage]:
+        """Stored answers of teachers by the name of their directory; several students may read the same."""
+        found = [self.answers_for(name) for name in self.config.students]
+        return {stage.directory.name: stage for stage in found if stage is not None}
+
+    def _student(self, name: str) -> Stage:
+        student, extra = self.config.students[name], {}
+        inputs = self._ancestors(student.start)
+        if student.learns_from_teacher:
+            answers = self.answers_for(name)
+            inputs += [*self._ancestors(student.teacher), *([answers] if answers else [])]
+            extra = {"teacher": _given_identity(student.teacher)} if os.sep in student.teacher else {}
+        unique = {stage.place: stage for stage in inputs}.values()
+        sections = ["seed", "data", "model", f"students.{name}"]
+        return self._stage("student", f"students/{name}", sections, unique, called=name, **extra)
+
+    def _answers_for(self, name: str) -> Stage | None:
+        """Where the answers of a student's teacher are stored: of inputs that are always seen alike, once each; of
+        augmented ones, where the student says how many views.  None where the teacher answers as they come."""
+        student = self.config.students[name]
+        augment = self.augment_of(student)
+        if not student.learns_from_teacher or student.perturb != "none" or (augment != "none" and not student.views):
+            return None
+        given = os.sep in student.teacher
+        slug = f"given-{digest(student.teacher)[:8]}" if given else student.teacher
+        lesson = {"teacher": _given_identity(student.teacher) if given else student.teacher}
+        if augment != "none":
+            lesson |= {"augment": augment, "views": student.views}
+            slug += f"-{student.views}-views"
+            slug += "" if augment == self.config.data.augment else f"-{digest(augment)[:4]}"
+        inputs = self._ancestors(student.teacher)
+        return self._stage("answers", f"answers/{slug}", ["seed", "data"], inputs, **lesson)
+
+    def augment_of(self, student) -> str:
+        return student.augment or self.config.data.augment
 
     @cached_property
     def evaluate(self) -> Stage:
         inputs = [self.combine, *self.controls.values(), *self.students.values()]
-        return self._stage("evaluate", "evaluation", [], inputs)
+        return self._stage("evaluate", "evaluation", [], inputs, ood=self._ood)
 
     @cached_property
     def report(self) -> Stage:
@@ -276,8 +327,25 @@ class RunDirectory:
     @property
     def stages(self) -> list[Stage]:
         """Every stage, in an order in which each stands behind its inputs."""
-        return [self.generalist, self.measure, self.cluster, self.route, *self.specialists, self.combine,
-                *self.controls.values(), *self.students.values(), self.evaluate, self.report]  # fmt: skip
+        specialising = [] if self.config.is_deep else [self.measure, self.cluster, self.route, *self.specialists]
+        return [self.generalist, *self.members, *specialising, self.combine, *self._taught, self.evaluate,
+                self.report]  # fmt: skip
+
+    @property
+    def _taught(self) -> list[Stage]:
+        """Controls, stored answers and students, each behind those it needs."""
+        found: dict[str, Stage] = {}
+
+        def add(stage: Stage) -> None:
+            for wanted in stage.inputs:
+                if wanted.name in ("student", "answers"):
+                    add(wanted)
+            found.setdefault(stage.place, stage)
+
+        joint = [stage for stage in self.answers.values() if stage.inputs == (self.combine,)]  # in the job that combines
+        for stage in (*joint, *self.controls.values(), *self.students.values()):
+            add(stage)
+        return list(found.values())
 
 
 def _file_hash(path: Path | None) -> str | None:
@@ -285,6 +353,13 @@ def _file_hash(path: Path | None) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None else None
     except OSError:
         return None
+
+
+def _given_identity(place: str) -> list:
+    """What a teacher from elsewhere is: the contents of the files that describe and hold it."""
+    root = Path(place)
+    names = ("ensemble.json", "generalist/model.safetensors", "model.json", "model.safetensors")
+    return [_file_hash(root / name) for name in names]
 
 
 def _identities(pattern: str) -> list:

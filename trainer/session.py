@@ -14,8 +14,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clustering import ClassGroups
-from ensemble import SpecialistEnsemble
-from networks import Classifier, ModelSpec, adopt_weights, build_classifier, load_classifier, save_classifier, widen
+from ensemble import DeepEnsemble, SpecialistEnsemble
+from networks import (
+    Classifier,
+    ModelSpec,
+    adopt_weights,
+    batch_ensemble,
+    build_classifier,
+    hydra,
+    load_classifier,
+    save_classifier,
+    widen,
+)
 
 from .config import Schedule, Student, UserError, load_config
 from .data.accounts import Losses
@@ -42,10 +52,10 @@ class Session:
         self.losses = Losses()
 
     def shards(self, split: str) -> ShardSet:
-        """The train, val, test or transfer split, decoded once for all stages where [data] cache allows."""
+        """The train, val, test, transfer or ood split, decoded once for all stages where [data] cache allows."""
         if split not in self._shards:
             data = self.config.data
-            if split == "transfer":
+            if split in ("transfer", "ood"):
                 data = data.model_copy(update={"label": "", "classes": None})
             opened = open_shards(getattr(data, split), data, split)
             self.losses.add(opened, {})
@@ -84,8 +94,11 @@ class Session:
             log.removeHandler(handler)
             handler.close()
 
-    def fresh_network(self, student: Student | None = None) -> Classifier:
-        """A network of [model] (with a student's own keys over it), its weights drawn from the run's seed."""
+    def fresh_network(
+        self, student: Student | None = None, seed: int | None = None, members: dict | None = None
+    ) -> Classifier:
+        """A network of [model] (with a student's own keys over it), its weights drawn from `seed`, by default the
+        run's.  members: of networks with several, as model.json has it."""
         model = self.config.model
         if student is not None:
             model = type(model).model_validate({**model.model_dump(), **student.model})
@@ -95,12 +108,13 @@ class Session:
         options = {} if builders or model.name.startswith("timm:") else {
             "width": model.width, "depth": model.depth, "embedding": model.embedding, "dropout": model.dropout,
         }  # fmt: skip
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.seed if seed is None else seed)
         try:
             spec = ModelSpec(
                 builder=model.name, options={**options, **model.options}, num_classes=shards.num_classes,
                 class_names=list(shards.class_names),
                 input={"shape": shards.input_shape, "dtype": dtype, "mean": data.mean, "std": data.std},
+                members=members,
             )  # fmt: skip
             return build_classifier(spec, builders)
         except ValueError as mistake:
@@ -189,8 +203,10 @@ class Session:
             for m, members in enumerate(self.groups().members) if m not in skipped
         ]  # fmt: skip
 
-    def ensemble(self, facts: dict | None = None) -> SpecialistEnsemble:
-        """Generalist and specialists of this run, joined as ensemble.json says."""
+    def ensemble(self, facts: dict | None = None) -> SpecialistEnsemble | DeepEnsemble:
+        """Generalist and specialists of this run, joined as ensemble.json says; of a deep ensemble its members."""
+        if self.config.is_deep:
+            return DeepEnsemble([self.load(stage) for stage in (self.run.generalist, *self.run.members)])
         facts = facts or read_json(self.run.combine.path("ensemble.json"))
         without = {*facts["skipped"], *facts["missing"]}
         specialists = {m: self.load(each) for m, each in enumerate(self.run.specialists) if m not in without}
@@ -209,22 +225,38 @@ class Session:
         if self.ranks.is_main:
             write_json(path, value)
 
-    @property
-    def teacher_is_stored(self) -> bool:
-        """Fixed views can be answered once; augmented ones are answered as they come."""
-        distils = any(student.method != "hard" for student in self.config.students.values())
-        return distils and self.config.data.augment == "none"
+    def student_network(self, name: str, student: Student) -> Classifier:
+        """Fresh, a copy of the generalist (widened where the student's [model] is a wider one), or another student's
+        network; then with as many members as asked.  Its seed is of its name: nobody starts where his teacher did."""
+        seed, count = self.seed(f"student {name}", 0), self.student_members(student)
+        members = {"hydra": {"kind": "heads", "count": count, "blocks": student.head_blocks},
+                   "batch_ensemble": {"kind": "batch", "count": count}, "single": None}[student.network]  # fmt: skip
+        if student.start == "scratch":  # every head, or factor, drawn by itself
+            return self.fresh_network(student, seed, members)
+        if student.start == "generalist":
+            network = self._grown_generalist(self.fresh_network(student, seed).spec)
+        else:
+            network = self.load(self.run.students[student.start])
+        if network.spec.members == members:
+            return network
+        try:
+            if student.network == "hydra":
+                return hydra(network, count, student.head_blocks)
+            return batch_ensemble(network, count, generator=torch.Generator().manual_seed(seed))
+        except ValueError as mistake:
+            raise UserError(f"students.{name}: {mistake}") from None
 
-    def student_network(self, student: Student) -> Classifier:
-        """Fresh, or a copy of the generalist, widened where the student's [model] is a wider one."""
-        fresh = self.fresh_network(student)
-        if student.start == "scratch":
-            return fresh
+    def student_members(self, student: Student) -> int:
+        if student.network == "single":
+            return 1
+        return student.members or self.config.ensemble.members
+
+    def _grown_generalist(self, spec: ModelSpec) -> Classifier:
         generalist = self.load(self.run.generalist)
-        if generalist.spec == fresh.spec:
+        if generalist.spec == spec:
             return generalist
         try:
-            return widen(generalist, fresh.spec, torch.Generator().manual_seed(self.config.seed))
+            return widen(generalist, spec, torch.Generator().manual_seed(self.config.seed))
         except ValueError as mistake:
             raise UserError(f'{mistake}; a student of another shape needs start = "scratch"') from None
 

@@ -22,17 +22,19 @@ from clustering import (
     forecast_table,
     group_classes,
 )
+from ensemble import fit_shift
 from networks import fit_rest, freeze_norm, set_trainable, specialise, unheld_logits
 
 from .config import Schedule, Student, UserError
 from .data.routing import open_routed
 from .data.routing import route as route_samples
 from .data.streams import Source, TrainingStream, balanced, shuffled
-from .distillation.teachers import live_teacher, store_answers, stored_teacher
+from .distillation.answers import store_answers, stored_answers, views_of
+from .distillation.teachers import check_members, find_teacher, perturbation
 from .evaluation import evaluate_all, fit_weight, validate_classifier, validate_specialist
 from .losses import dustbin_shift
-from .objectives import classify, distil, specialise_in
-from .run_directory import Stage, write_json
+from .objectives import classify, distil, learn_priors, specialise_in
+from .run_directory import Stage, read_json, write_json
 from .session import Session, read_summary, save_summary
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
@@ -53,6 +55,18 @@ def generalist(session: Session, stage: Stage) -> None:
         else:
             summary = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0, "steps": 0, "best_step": 0,
                        "val": validate_classifier(session)(network)}  # fmt: skip
+        session.save(attempt, network, summary)
+
+
+def member(session: Session, stage: Stage, index: int) -> None:
+    """The generalist's lesson again, from another seed: one more of a deep ensemble."""
+    schedule, seed = session.config.train, session.seed("member", index)
+    with session.attempt(stage) as attempt:
+        stream, objective = general_lesson(session, schedule, seed)
+        steps = count_steps(schedule, session.shards("train").num_samples)
+        network, summary = session.train(
+            attempt, session.fresh_network(seed=seed), objective, stream, schedule, steps, validate_classifier(session)
+        )
         session.save(attempt, network, summary)
 
 
@@ -214,24 +228,41 @@ def dustbin_rows(session: Session, generalist, members: np.ndarray):
 
 
 def combine(session: Session, stage: Stage) -> None:
-    """The joint opinion, eq. 5: what it needs beside the networks, fitted on val, and its answers on the training
-    data."""
+    """The joint opinion, eq. 5: what it needs beside the networks, fitted on val.  A deep ensemble's is the mean."""
     config = session.config.ensemble
     with session.attempt(stage) as attempt:
-        absent = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
-        if absent and not config.allow_missing:
-            raise UserError(f"specialists {absent} are missing; `referral retry`, or set ensemble.allow_missing = true")
-        facts = {
-            "schema": 1, "gate": config.gate, "max_specialists": config.max_specialists, "combine": config.combine,
-            "temperatures": session.temperatures() if config.temperatures else None, "weights": None,
-            "skipped": sorted(session.skipped()), "missing": absent,
-        }  # fmt: skip
-        if config.fit_weight:
-            facts["weights"] = fit_weight(session, session.ensemble(facts))
+        if session.config.is_deep:
+            facts = {"schema": 1, "kind": "deep", "members": config.members}
+        else:
+            facts = joint_opinion(session)
         session.write_json(attempt.path("ensemble.json"), facts)
-        if session.teacher_is_stored:
-            store_answers(session, session.ensemble(facts), attempt)
     session.write_json(session.run.root / "ensemble.json", facts)
+
+
+def joint_opinion(session: Session) -> dict:
+    config = session.config.ensemble
+    absent = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
+    if absent and not config.allow_missing:
+        raise UserError(f"specialists {absent} are missing; `referral retry`, or set ensemble.allow_missing = true")
+    facts = {
+        "schema": 1, "gate": config.gate, "max_specialists": config.max_specialists, "combine": config.combine,
+        "temperatures": session.temperatures() if config.temperatures else None, "weights": None,
+        "skipped": sorted(session.skipped()), "missing": absent,
+    }  # fmt: skip
+    if config.fit_weight:
+        facts["weights"] = fit_weight(session, session.ensemble(facts))
+    return facts
+
+
+def answers(session: Session, stage: Stage, name: str) -> None:
+    """A teacher's answers to what is always seen alike, once for all students that learn from them."""
+    readers = {key: each for key, each in session.config.students.items() if session.run.answers_for(key) is not None
+               and session.run.answers_for(key).place == stage.place}  # fmt: skip
+    student = next(iter(readers.values()))
+    temperatures = sorted({1.0, *(each.temperature for each in readers.values())} - {math.inf})
+    with session.attempt(stage) as attempt:
+        store_answers(session, find_teacher(session, student), attempt, session.run.augment_of(student),
+                      views_of(session, student.views), temperatures)  # fmt: skip
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
@@ -241,7 +272,7 @@ def control(session: Session, stage: Stage, name: str) -> None:
         network = session.load(session.run.generalist)
         if name == "student_hard":
             schedule = config.students["main"]
-            network, stream, steps = student_lesson(session, schedule, transfer=False)
+            network, stream, steps = student_lesson(session, "main", schedule, transfer=False)
             objective = classify(schedule.label_smoothing, negatives=schedule.negatives)
         else:
             walls = {key: each for key, each in session.run.controls.items() if key.startswith("control_wall")}
@@ -259,21 +290,57 @@ def control(session: Session, stage: Stage, name: str) -> None:
 
 
 def student(session: Session, stage: Stage, name: str) -> None:
-    """One network learns what generalist and specialists say together (section 8's open end)."""
+    """One network learns what its teacher says: generalist and specialists together (section 8's open end), say."""
     schedule = session.config.students[name]
     with session.attempt(stage) as attempt:
-        network, stream, steps = student_lesson(session, schedule, transfer=schedule.method != "hard")
-        if schedule.method == "hard":
-            objective = classify(schedule.label_smoothing, negatives=schedule.negatives)
-        elif session.teacher_is_stored:
-            answers = session.run.combine.path("answers")
-            objective = distil(stored_teacher(answers, stream.sources, session.num_classes), schedule)
-        else:
-            objective = distil(live_teacher(session.ensemble()), schedule)
+        network, stream, steps = student_lesson(session, name, schedule, transfer=schedule.learns_from_teacher)
+        objective = {"hard": hard_objective, "prior": prior_objective, "distill": soft_objective}[schedule.method](
+            session, name, network, stream
+        )
         network, summary = session.train(
             attempt, network, objective, stream, schedule, steps, validate_classifier(session)
         )
+        if schedule.bias_correction:
+            summary["bias_shift"] = correct_bias(session, network, left_out(session, schedule))
         session.save(attempt, network, summary)
+
+
+def hard_objective(session: Session, name: str, network, stream):
+    schedule = session.config.students[name]
+    return classify(schedule.label_smoothing, negatives=schedule.negatives)
+
+
+def prior_objective(session: Session, name: str, network, stream):
+    return learn_priors()
+
+
+def soft_objective(session: Session, name: str, network, stream):
+    """Answers that are stored, or a teacher who answers as inputs come, perturbed where the student says so."""
+    schedule, stored = session.config.students[name], session.run.answers_for(name)
+    if stored is not None:
+        teach = stored_answers(stored.path(""), session, stream.sources, stream.views)
+        count = read_json(stored.path("train/answers.json"))["members"]
+        check_members(name, schedule, count, network.num_members)
+        return distil(teach, schedule)
+    teacher = find_teacher(session, schedule)
+    check_members(name, schedule, teacher.num_members, network.num_members)
+    move = None if schedule.perturb == "none" else perturbation(name, schedule, teacher, network.spec.input)
+    return distil(lambda batch: teacher.answer(batch.inputs), schedule, move)
+
+
+def correct_bias(session: Session, network, classes: np.ndarray) -> float:
+    """Raise the biases of `classes`, which the network was not shown, by what fits val best.  Section 3 of the paper
+    did so by hand."""
+
+    def ask(batch):
+        return {"logits": unheld_logits(network, batch.inputs).held(), "labels": batch.labels}
+
+    found = session.measured(session.shards("val"), ask)
+    shift = fit_shift(torch.from_numpy(found["logits"]), torch.from_numpy(found["labels"]), classes)
+    with torch.no_grad():
+        network.head.bias[torch.from_numpy(classes).to(network.head.bias.device)] += shift
+    session.say("the biases of %d classes that were left out are raised by %.2f", len(classes), shift)
+    return shift
 
 
 def evaluate(session: Session, stage: Stage) -> None:
@@ -294,8 +361,9 @@ def report(session: Session, stage: Stage) -> None:
 
 
 STAGES = {
-    "generalist": generalist, "measure": measure, "cluster": cluster, "route": route, "specialist": specialist,
-    "combine": combine, "control": control, "student": student, "evaluate": evaluate, "report": report,
+    "generalist": generalist, "member": member, "measure": measure, "cluster": cluster, "route": route,
+    "specialist": specialist, "combine": combine, "answers": answers, "control": control, "student": student,
+    "evaluate": evaluate, "report": report,
 }  # fmt: skip
 
 
@@ -318,28 +386,55 @@ def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tenso
     return torch.as_tensor(np.log(ratio), dtype=torch.float32)
 
 
-def student_lesson(session: Session, schedule: Student, transfer: bool = True):
+def student_lesson(session: Session, name: str, schedule: Student, transfer: bool = True):
     """A student's network, stream and number of steps.  Its twin with hard labels has the same, but for unlabelled
     inputs.
 
-    An epoch is one of train.  The stream's sources are train and, where [data] names them, the transfer inputs that
-    only a teacher can say something of.
+    An epoch is one of its part of train.  The stream's sources are train and, where [data] names them, the transfer
+    inputs that only a teacher can say something of.
     """
     train, seed = session.shards("train"), session.seed("student", 0)
-    sets, counts = [train], [schedule.batch_size]
+    ids = transfer_set(session, schedule)
+    sets, counts = [(train, ids)], [schedule.batch_size]
     if transfer and session.config.data.transfer:
-        sets = [train, session.shards("transfer")]
+        further = session.shards("transfer")
+        sets.append((further, np.arange(further.num_samples)))
         share = schedule.transfer_share
         if share is None:
-            share = len(sets[1]) / (len(train) + len(sets[1]))
+            share = len(further) / (len(ids) + len(further))
         unlabelled = round(share * schedule.batch_size)
         counts = [schedule.batch_size - unlabelled, unlabelled]
     sources = [
-        Source(shards, shuffled(np.arange(shards.num_samples), seed + number), count)
-        for number, (shards, count) in enumerate(zip(sets, counts, strict=True)) if count
+        Source(shards, shuffled(wanted, seed + number), count)
+        for number, ((shards, wanted), count) in enumerate(zip(sets, counts, strict=True)) if count
     ]  # fmt: skip
-    stream = TrainingStream(sources, seed, session.config.data.augment)
-    return session.student_network(schedule), stream, count_steps(schedule, len(train))
+    augment = session.run.augment_of(schedule)
+    views = views_of(session, schedule.views) if augment != "none" else None
+    stream = TrainingStream(sources, seed, augment, views)
+    return session.student_network(name, schedule), stream, count_steps(schedule, len(ids))
+
+
+def transfer_set(session: Session, schedule: Student) -> np.ndarray:
+    """ids of train that a student sees: `share` of each class, at least one example; none of the classes left out."""
+    labels, absent = session.shards("train").labels, left_out(session, schedule)
+    ids = np.flatnonzero(~np.isin(labels, absent))
+    if not len(ids):
+        raise UserError("leave_out leaves no example to learn from")
+    if schedule.share == 1:
+        return ids
+    shuffle = np.random.default_rng(session.seed("share", 0)).permutation(ids)
+    place = shuffle[np.argsort(labels[shuffle], kind="stable")]  # by class, in random order
+    _, first, counts = np.unique(labels[place], return_index=True, return_counts=True)
+    taken = np.maximum(1, np.round(schedule.share * counts)).astype(int)
+    return np.sort(np.concatenate([place[a : a + n] for a, n in zip(first, taken, strict=True)]))
+
+
+def left_out(session: Session, schedule: Student) -> np.ndarray:
+    names = {name: index for index, name in enumerate(session.class_names)}
+    unknown = [name for name in schedule.leave_out if name not in names]
+    if unknown:
+        raise UserError(f"leave_out = {unknown[0]!r} is no class; classes are called like {session.class_names[:3]}")
+    return np.array(sorted(names[name] for name in schedule.leave_out), np.int64)
 
 
 def no_nan(share: float) -> float | None:

@@ -21,6 +21,6 @@ def run_all(root, config, only=None):
 
 def arguments(run, stage):
     """What a stage's function takes beside session and stage."""
-    if stage.name == "specialist":
+    if stage.name in ("specialist", "member"):
         return (int(stage.directory.name),)
-    return (stage.directory.name,) if stage.name in ("control", "student") else ()
+    return (stage.directory.name,) if stage.name in ("control", "student", "answers") else ()

@@ -25,6 +25,34 @@ class Augment:
         return self.function(inputs, uniforms)
 
 
+@dataclass(frozen=True)
+class Views:
+    """A fixed number of views of each sample, so that a teacher can answer them once.
+
+    Which view a sample is seen in is a function of (seed, source, id, number of the view) alone.
+    """
+
+    count: int
+    seed: int
+
+    def uniforms(self, source: int, ids: np.ndarray, view: np.ndarray, numbers: int) -> np.ndarray:
+        """float64 [n, numbers] in [0, 1) for samples `ids` of a stream's source, in their `view`s; both int64 [n]."""
+        words = np.uint64(np.random.SeedSequence([self.seed, source]).generate_state(1, np.uint64)[0])
+        counter = ids.astype(np.uint64) * np.uint64(self.count) + view.astype(np.uint64)
+        # A hash of a hash: neighbours in (id, view) and in the number's place have nothing in common.
+        each = _mixed(_mixed(counter ^ words)[:, None] + np.arange(numbers, dtype=np.uint64)[None])
+        return (each >> np.uint64(11)) * 2.0**-53
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele et al. 2014): a bijection of 64-bit words that passes BigCrush as a
+    counter's."""
+    z = words * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
 def shift(inputs: np.ndarray, uniforms: np.ndarray, mode: str = "edge") -> np.ndarray:
     """Pictures [n, C, H, W] moved by up to an eighth of their size.  uniforms: [n, 2]."""
     _need_pictures(inputs, "shift")

@@ -16,19 +16,21 @@ import numpy as np
 import torch
 
 from ..config import UserError
-from .augment import Augment, find_augment
+from .augment import Augment, Views, find_augment
 from .orders import Order, balanced, generator, shuffled
 from .shards import ShardSet, check_share
 
 __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
 
 TRIES = 1000  # damaged samples in a row before a stream gives up
+NUMBERS = ("labels", "ids", "source", "view")  # of each example of a batch
 BLOCK = 256 * 1024  # bytes of inputs that are augmented at a time
 
 
 @dataclass
 class Batch:
     """inputs: tensor [b, ...] as decoded; labels, ids, source: int64 [b], ids counting within the source's ShardSet.
+    view: int64 [b], which of a sample's fixed views this is (trainer.data.augment.Views); 0 where there are none.
 
     lost: [(source, id, reason)] of the damaged samples met on the way (data.damage = skip): in training the next sample
     of the source's order stands in for them, in measuring they are absent.
@@ -39,26 +41,31 @@ class Batch:
     ids: torch.Tensor
     source: torch.Tensor
     lost: list[tuple[int, int, str]] = field(default_factory=list)
+    view: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.view is None:
+            self.view = torch.zeros_like(self.labels)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def to(self, device, non_blocking: bool = True) -> Batch:
         moved = {name: getattr(self, name).to(device, non_blocking=non_blocking)
-                 for name in ("inputs", "labels", "ids", "source")}  # fmt: skip
+                 for name in ("inputs", *NUMBERS)}  # fmt: skip
         return replace(self, **moved)
 
     # Between processes only the inputs go through shared memory: for a few numbers a file descriptor each costs more.
     def __getstate__(self) -> dict:
-        return vars(self) | {name: getattr(self, name).numpy() for name in ("labels", "ids", "source")}
+        return vars(self) | {name: getattr(self, name).numpy() for name in NUMBERS}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        for name in ("labels", "ids", "source"):
+        for name in NUMBERS:
             setattr(self, name, torch.from_numpy(state[name]))
 
     def pin_memory(self) -> Batch:
-        pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", "labels", "ids", "source")}
+        pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", *NUMBERS)}
         return replace(self, **pinned)
 
 
@@ -134,9 +141,11 @@ class TrainingStream(_Stream):
     seed: of the augmentation (each order has its own).  augment: a value of data.augment, or an Augment.
     """
 
-    def __init__(self, sources: list[Source], seed: int, augment: str | Augment | None = None):
+    def __init__(
+        self, sources: list[Source], seed: int, augment: str | Augment | None = None, views: Views | None = None
+    ):
         super().__init__()
-        self.sources, self.seed = list(sources), seed
+        self.sources, self.seed, self.views = list(sources), seed, views
         self.augment = augment if isinstance(augment, Augment) else find_augment(augment)
         self.batch_size = sum(source.per_batch for source in self.sources)
         shapes = {(source.shards.input_shape, str(source.shards.input_dtype)) for source in self.sources}
@@ -156,20 +165,32 @@ class TrainingStream(_Stream):
         shards = self.sources[0].shards
         inputs = _room((len(mine), *shards.input_shape), shards.input_dtype)
         labels, ids = np.empty(len(mine), np.int64), np.empty(len(mine), np.int64)
-        lost: list[tuple[int, int, str]] = []
+        view, lost = np.zeros(len(mine), np.int64), []
         for number, source in enumerate(self.sources):
             places = np.flatnonzero(owners == number)
             ids[places], damaged = _read(source, step * source.per_batch + turns[places], inputs.numpy(), places)
             labels[places] = source.shards.labels[ids[places]]
             lost.extend((number, sample, reason) for sample, reason in damaged.items())
+            if self.views is not None:  # one pass is of one view
+                view[places] = (step * source.per_batch + turns[places]) // len(source.order) % self.views.count
         if self.augment is not None:
-            inputs = _augmented(inputs, self.uniforms(step)[mine], self.augment)
-        return Batch(inputs, *map(torch.from_numpy, (labels, ids, owners)), lost)
+            inputs = _augmented(inputs, self._numbers(step, mine, owners, ids, view), self.augment)
+        return Batch(inputs, *map(torch.from_numpy, (labels, ids, owners)), lost, torch.from_numpy(view))
+
+    def _numbers(self, step: int, mine, owners, ids, view) -> np.ndarray:
+        """float64 [b, K]: what the augmentation of each example is made with."""
+        if self.views is None:
+            return self.uniforms(step)[mine]
+        found = np.empty((len(mine), self.augment.numbers))
+        for number in range(len(self.sources)):
+            here = owners == number
+            found[here] = self.views.uniforms(number, ids[here], view[here], self.augment.numbers)
+        return found
 
     def positions(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """int64[b]: where the examples of rank's share stand in the orders of their sources."""
         per_batch = np.array([source.per_batch for source in self.sources])
-        return (step * per_batch[self._owner] + self._turn)[rank :: world_size]
+        return (step * per_batch[self._owner] + self._turn)[rank::world_size]
 
     def uniforms(self, step: int) -> np.ndarray:
         """float64 [batch_size, K]: the numbers that belong to the step's positions, whatever was asked before."""
