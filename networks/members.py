@@ -62,6 +62,8 @@ class RankOne(nn.Module):
     ever built: s_j o (W (r_j o x)) + b_j.  Wen et al. 2020, eq. 2 to 5.  bias: [K, out] where the plain layer has one.
     """
 
+    FACTORS = ("r", "s")
+
     def __init__(self, plain: nn.Linear | nn.Conv2d, count: int, std: float, generator: torch.Generator | None = None):
         """Takes `plain` over: its weight is W, its bias every member's; r and s are drawn from N(1, std)."""
         super().__init__()
@@ -79,18 +81,18 @@ class RankOne(nn.Module):
         self.trailing = 0 if isinstance(plain, nn.Linear) else 2  # axes behind that of the units
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.shared(self._members(x).mul(self._along(self.r, x)).flatten(0, 1))
-        members, s = self._members(y), self._along(self.s, y)
-        y = members * s if self.bias is None else torch.addcmul(self._along(self.bias, y), members, s)
-        return y.flatten(0, 1)
+        y = self.shared(x * self._of_each(self.r, x))
+        s = self._of_each(self.s, y)
+        return y * s if self.bias is None else torch.addcmul(self._of_each(self.bias, y), y, s)
 
-    def _members(self, x: Tensor) -> Tensor:
-        return x.unflatten(0, (len(self.r), -1))
+    def _of_each(self, factors: Tensor, x: Tensor) -> Tensor:
+        """[K, units] -> [K B, ..., units, ...], as x has them; in x's type, which is low under autocast.
 
-    def _along(self, factors: Tensor, x: Tensor) -> Tensor:
-        """[K, units] -> [K, 1, ..., units, ...], against [K, B, ...] as x holds it; in x's type, low under autocast."""
+        Rows are repeated, though [K, B, ...] views would do without: torch.export makes no program of views on views.
+        """
+        rows = factors.to(x.dtype)[:, None].expand(-1, x.shape[0] // len(factors), -1).flatten(0, 1)
         between = x.dim() - 2 - self.trailing
-        return factors.to(x.dtype).view(len(factors), *[1] * (1 + between), -1, *[1] * self.trailing)
+        return rows.view(x.shape[0], *[1] * between, -1, *[1] * self.trailing)
 
     def extra_repr(self) -> str:
         return f"{len(self.r)} members"

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from networks import InputSpec, ModelSpec, build_classifier
 from trainer.config import DEFAULT_SCHEDULE
-from trainer.optimisation import AveragedWeights, build_optimizer, learning_rate
+from trainer.optimisation import AveragedWeights, build_optimizer, learning_rate, set_rate
 
 
 def schedule(**values):
@@ -40,6 +41,39 @@ def test_frozen_parameters_reach_no_optimizer():
     network[0].requires_grad_(False)
     groups = build_optimizer(network, schedule()).param_groups
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in network[1].parameters()}
+
+
+def batch_ensemble(count=3):
+    spec = ModelSpec("convnet", 5, InputSpec(shape=(1, 8, 8)), {"width": 4, "depth": 2, "embedding": 6},
+                     members={"kind": "batch", "count": count})  # fmt: skip
+    return build_classifier(spec)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_of_a_batch_ensemble_only_shared_weights_decay_and_its_factors_learn_at_half_the_rate(name):
+    network = batch_ensemble()
+    optimizer = build_optimizer(network, schedule(optimizer=name, weight_decay=0.5))
+    set_rate(optimizer, 0.2)
+    names = {id(p): n for n, p in network.named_parameters()}
+    found = [
+        ({names[id(p)] for p in group["params"]}, group["weight_decay"], group["lr"])
+        for group in optimizer.param_groups
+    ]
+    layers = {"trunk.stage1.conv", "trunk.stage2.conv", "trunk.embedding.linear", "head"}
+    norms = {f"trunk.stage{i}.norm.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
+    assert found == [
+        ({f"{layer}.shared.weight" for layer in layers}, 0.5, 0.2),
+        ({"trunk.embedding.linear.bias", "head.bias"} | norms, 0.0, 0.2),
+        ({f"{layer}.{factor}" for layer in layers for factor in "rs"}, 0.0, 0.1),
+    ]
+
+
+def test_frozen_factors_reach_no_optimizer():
+    network = batch_ensemble()
+    network.requires_grad_(False)
+    network.head.bias.requires_grad_(True)
+    (group,) = build_optimizer(network, schedule()).param_groups
+    assert [id(p) for p in group["params"]] == [id(network.head.bias)]
 
 
 def test_averaged_weights_follow_the_network_by_their_decay():

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import Engine, Schedule
 from ..distributed import Ranks, precision
-from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state
+from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state, set_rate
 
 
 class DDPEngine:
@@ -48,8 +48,7 @@ class DDPEngine:
         if self.clip_norm:
             self.scaler.unscale_(self.optimizer)
             self.clip()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimizer, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)

@@ -17,7 +17,7 @@ from networks import parameter_count
 
 from ..config import Engine, Schedule, UserError
 from ..distributed import Ranks, precision
-from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state
+from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state, set_rate
 from . import refuse_average_of_split_weights
 
 BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
@@ -78,8 +78,7 @@ class DeepSpeedEngine:
 
     def step(self, rate: float) -> None:
         """One optimizer step at this learning rate."""
-        for group in self.driver.optimizer.param_groups:
-            group["lr"] = rate
+        set_rate(self.driver.optimizer, rate)
         self.driver.step()
 
     def state(self) -> dict:

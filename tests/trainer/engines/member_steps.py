@@ -1,0 +1,77 @@
+"""Three steps of networks with members by engines in turn, in this process group, against one process's by hand:
+member_steps.py ENGINE ...
+
+Raises where a gradient (of ddp) or a weight differs.
+"""
+
+import copy
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from networks import InputSpec, ModelSpec, build_classifier
+from trainer.config import DEFAULT_SCHEDULE, Engine
+from trainer.distributed import process_group
+from trainer.engines import build_engine
+from trainer.leaving import leave
+
+K, BATCH, CLASSES, RATE, DECAY = 3, 12, 5, 0.2, 0.1
+KINDS = ({"kind": "heads", "count": K, "blocks": 1}, {"kind": "batch", "count": K})
+
+
+def main(engines: list[str]) -> None:
+    with process_group(Engine(device="cpu")) as ranks:
+        for engine in engines:
+            for members in KINDS:
+                compare(engine, members, ranks)
+
+
+def compare(engine: str, members: dict, ranks) -> None:
+    name, stage = ("deepspeed", int(engine[4:])) if engine != "ddp" else ("ddp", 0)
+    torch.manual_seed(0)
+    spec = ModelSpec("mlp", CLASSES, InputSpec(shape=(6,), dtype="float32"), {"width": 8, "depth": 2}, members=members)
+    network = build_classifier(spec)
+    alone = copy.deepcopy(network)
+    steps = [(torch.randn(BATCH, 6), torch.randint(CLASSES, (K, BATCH))) for _ in range(3)]
+    schedule = DEFAULT_SCHEDULE.model_copy(update={"optimizer": "sgd", "momentum": 0.0, "clip_norm": 0.0,
+                                                   "weight_decay": DECAY, "batch_size": BATCH, "ema": 0.0})  # fmt: skip
+    driver = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
+    module = driver.prepare(network, schedule)
+    for raw, targets in steps:
+        own = slice(ranks.rank, None, ranks.world_size)
+        with driver.accumulating(last=True):
+            loss = loss_of(module(raw[own]), targets[:, own])
+            driver.backward(loss)
+        alone.zero_grad()
+        loss_of(alone(raw), targets).backward()
+        if name == "ddp":
+            check({n: p.grad for n, p in network.named_parameters()}, {n: p.grad for n, p in alone.named_parameters()})
+        driver.step(RATE)
+        step_by_hand(alone)
+    check(dict(driver.export().named_parameters()), dict(alone.named_parameters()))
+    driver.close()
+    print(engine, members["kind"], "agree")
+
+
+def loss_of(logits, targets):
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def step_by_hand(network) -> None:
+    """Weights decay; factors take half steps."""
+    for name, parameter in network.named_parameters():
+        rate = RATE / 2 if name.endswith((".r", ".s")) else RATE
+        decay = DECAY if name.endswith("weight") else 0.0
+        parameter -= rate * (parameter.grad + decay * parameter)
+
+
+def check(ours: dict, theirs: dict) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+if __name__ == "__main__":
+    leave(lambda: main(sys.argv[1:]))
