@@ -219,14 +219,18 @@ class Export:
 
 
 class Answer(nn.Module):
-    """raw -> softmax(logits / temperature): a specialist's [B, |S_m| + 1] is then what combine_kl reads."""
+    """raw -> softmax(logits / temperature), [B, C], of a network with members the mean of theirs.
+
+    A specialist's [B, |S_m| + 1] is then what combine_kl reads.
+    """
 
     def __init__(self, network: nn.Module, temperature: float = 1.0):
         super().__init__()
         self.network, self.temperature = network, temperature
 
     def forward(self, raw: Tensor) -> Tensor:
-        return torch.softmax(self.network(raw).float() / self.temperature, 1)
+        p = torch.softmax(self.network(raw).float() / self.temperature, -1)
+        return p.mean(0) if p.dim() == 3 else p
 
 
 @torch.no_grad()

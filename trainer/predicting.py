@@ -22,7 +22,7 @@ from networks import InputSpec, load_classifier
 
 from .config import UserError
 from .data.decoding import BUILT_IN, Decoder, decoder_table, find_decoder, image, import_function, rgb
-from .exporting import builders_of, check_done, users_mistakes
+from .exporting import Answer, builders_of, check_done, users_mistakes
 from .run_directory import RunDirectory
 from .session import open_run
 
@@ -113,7 +113,7 @@ def check_device(name: str) -> None:
 @torch.no_grad()
 def alone(network, raw: torch.Tensor, top: int) -> list[dict]:
     """What SpecialistEnsemble.predict says, of one network that asks nobody."""
-    found = torch.softmax(network(raw).float(), 1).topk(min(top, network.spec.num_classes), dim=1)
+    found = Answer(network)(raw).topk(min(top, network.spec.num_classes), dim=1)
     names = network.spec.class_names
     return [
         {"classes": classes, "names": [names[c] for c in classes], "probabilities": probabilities, "specialists": []}

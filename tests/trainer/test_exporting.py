@@ -8,7 +8,7 @@ import torch
 from toy import NUM_CLASSES, images
 
 from ensemble import SpecialistEnsemble
-from networks import load_classifier
+from networks import InputSpec, ModelSpec, build_classifier, load_classifier
 from trainer import exporting
 from trainer.__main__ import main
 from trainer.run_directory import read_json, write_json
@@ -87,6 +87,35 @@ def test_programs_answer_as_eager_networks_do_at_any_batch_size(small_run, tmp_p
         torch.testing.assert_close(found, answer, rtol=0, atol=1e-5)
     found = torch.export.load(tmp_path / "out" / "programs" / f"specialist-{first:03d}.pt2").module()(RAW).detach()
     torch.testing.assert_close(found[rows], of_first, rtol=0, atol=1e-5)  # its temperature is inside
+
+
+MEMBERS = ({"kind": "heads", "count": 3, "blocks": 1}, {"kind": "batch", "count": 3})
+
+
+def with_members(members):
+    torch.manual_seed(0)
+    options = {"width": 4, "depth": 2, "embedding": 6}
+    spec = ModelSpec("convnet", NUM_CLASSES, InputSpec(shape=RAW.shape[1:]), options, members=members)
+    return build_classifier(spec).eval()
+
+
+@pytest.mark.parametrize("kinds", [["pt2"], pytest.param(["onnx"], marks=pytest.mark.slow)], ids=["pt2", "onnx"])
+@pytest.mark.parametrize("members", MEMBERS, ids=["heads", "batch"])
+def test_a_student_with_members_is_exported_with_all_of_them_and_answers_their_mean(members, kinds, tmp_path):
+    if kinds == ["onnx"]:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    network = with_members(members)
+    written = exporting.Export(tmp_path, {})
+    written.student("main", network, kinds)
+    assert max(written.differences.values()) <= 1e-6
+    assert torch.equal(load_classifier(tmp_path / "students" / "main")(RAW), network(RAW))
+    each = [torch.softmax(logits, 1) for logits in network(RAW)]
+    assert (each[0] - each[1]).abs().max() > 1e-3
+    read = {"pt2": exporting.run_program, "onnx": exporting.run_onnx}[kinds[0]]
+    for rows in (1, len(RAW)):
+        found = read(tmp_path / "programs" / f"student-main.{kinds[0]}", RAW[:rows])
+        torch.testing.assert_close(found, (sum(each) / 3)[:rows].detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -7,9 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from toy import NUM_CLASSES, encode_png, images
 
+from networks import InputSpec, ModelSpec
+from trainer import predicting
 from trainer.__main__ import main
 from trainer.data.shards import open_shards
 
@@ -52,6 +55,16 @@ def test_predictions_of_the_test_split_are_those_that_evaluate_wrote(small_run, 
         assert [row["specialists"] for row in rows] == [np.flatnonzero(a).tolist() for a in expected["active"]]
     else:
         assert all(row["specialists"] == [] for row in rows)
+
+
+def test_a_network_with_members_predicts_their_mean():
+    answers = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])  # of two members; the mean is 0.5, 0.4, 0.1
+    spec = ModelSpec("mlp", 3, InputSpec(shape=(1,), dtype="float32"), class_names=("a", "b", "c"))
+    network = torch.nn.Flatten(0)
+    network.forward, network.spec = lambda raw: answers.log()[:, None].expand(2, len(raw), 3), spec
+    (row,) = predicting.alone(network, torch.zeros(1, 1), top=2)
+    assert row["classes"] == [0, 1] and row["names"] == ["a", "b"]
+    assert row["probabilities"] == pytest.approx([0.5, 0.4])
 
 
 def test_images_in_files_and_directories_are_what_arrays_are(small_run, tmp_path, capsys):
