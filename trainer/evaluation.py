@@ -27,7 +27,7 @@ from .metrics import (
     reliability,
     summarise,
 )
-from .objectives import specialist_columns
+from .objectives import specialist_columns, with_dustbin
 from .run_directory import Attempt, read_json, write_json
 from .session import Session, read_summary
 
@@ -52,11 +52,15 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
 
 
 class validate_specialist:
-    """A specialist on the val examples that the generalist refers to it, at their natural frequencies."""
+    """A specialist on the val examples that the generalist refers to it, at their natural frequencies.
+
+    One that keeps a full softmax (dustbin = "full") is judged as what becomes of it.
+    """
 
     def __init__(self, session: Session, members: np.ndarray):
         self.session = session
         self.shards = session.shards("val")
+        self.members = members
         self.columns = specialist_columns(members, session.num_classes).to(session.ranks.device)
         with np.load(session.run.measure.path("predictions.npz"), allow_pickle=False) as found:
             top, ids = found["top"][:, : session.config.ensemble.gate], found["ids"]
@@ -68,7 +72,10 @@ class validate_specialist:
         network.eval()
 
         def judge(batch: Batch):
-            return {"logits": network(batch.inputs).float(), "targets": self.columns[batch.labels]}
+            logits = network(batch.inputs).float()
+            if network.spec.head["kind"] == "linear":
+                logits = with_dustbin(logits, self.members)
+            return {"logits": logits, "targets": self.columns[batch.labels]}
 
         found = self.session.measured(self.shards, judge, ids=self.ids)
         return torch.from_numpy(found["logits"]), torch.from_numpy(found["targets"])
@@ -215,7 +222,9 @@ def of_members(network: nn.Module) -> Extra | None:
     return lambda raw: member_figures(member_log_probabilities(network, raw))
 
 
-def of_deep(ensemble: DeepEnsemble) -> Extra:
+def of_deep(ensemble: DeepEnsemble) -> Extra | None:
+    if len(ensemble.networks) == 1:
+        return None
     return lambda raw: member_figures(ensemble.member_log_probabilities(raw))
 
 
@@ -280,7 +289,7 @@ class Judge:
         row |= {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
         if beside:
             row["members"] = {key: float(value.mean(dtype=np.float64)) for key, value in beside.items()}
-        if self.sizes:
+        if len(self.sizes) > 1:
             row |= equivalent(row["cnll"], self.sizes)
         if inside:
             row["ood_auroc"] = {key.removeprefix("score_"): auroc(inside[key], outside[key]) for key in inside}

@@ -88,6 +88,16 @@ def test_the_ensemble_of_one_is_the_generalist_and_its_size_is_its_equivalent(ru
     assert ensemble["dee"] == pytest.approx(3, abs=0.05)
 
 
+def test_an_ensemble_of_one_is_its_generalist_and_has_nobody_to_differ_from(tmp_path):
+    base = toy_config(write_toy(tmp_path / "data")).dump() | {"ensemble": {"kind": "deep", "members": 1}}
+    alone = run_all(tmp_path / "run", load_config(None, ["train.steps=5"], base))
+    generalist, ensemble = row(alone, "generalist"), row(alone, "ensemble")
+    assert ensemble["nll"] == pytest.approx(generalist["nll"], rel=1e-5)
+    for each in (generalist, ensemble):
+        assert "members" not in each and "dee" not in each
+    assert "dee" not in json.loads((alone.root / "results.json").read_text())["ensemble"]
+
+
 def test_the_ensembles_row_is_the_mean_of_its_members(run):
     test = open_shards(run.config.data.test, run.config.data, "test")
     inputs = torch.from_numpy(test.read(np.arange(len(test)))[0])
