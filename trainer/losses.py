@@ -107,7 +107,7 @@ def soften(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def pooled(probabilities: Tensor, mean: str = "arithmetic") -> Tensor:
-    """[K, B, C] of K members -> [B, C], their mean.  Hinton et al. 2015, section 2, allow either.
+    """[K, B, C] of K members -> [B, C], their mean; Hinton et al. 2015, section 1, take either.
 
     geometric: softmax of the mean of log p, a p of 0 counting as in log_or_least.
     """
@@ -240,7 +240,7 @@ def matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def dirichlet_kl(alpha: Tensor, beta: Tensor) -> Tensor:
     """KL( Dir(alpha) || Dir(beta) ), [B], of positive parameters [B, C], computed in float64 and returned in that.
 
-    Malinin & Gales 2019, "Reverse KL-Divergence Training of Prior Networks", appendix.  Accurate to rounding, in value
+    Malinin & Gales 2019, "Reverse KL-Divergence Training of Prior Networks".  Accurate to rounding, in value
     and gradient, for parameters from 1e-150 (where digamma's own slope overflows) up to 1e300 / C.
     """
     alpha, beta = alpha.double(), beta.double()
