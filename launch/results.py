@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.compare import METRICS, cell
-from trainer.report.results import count, duration, named_rows, number, percent, student_verdict, verdict
+from trainer.report.results import count, duration, named_rows, number, percent, student_verdict, verdict, worth
 from trainer.run_directory import RunDirectory, read_json
 
 
@@ -24,15 +24,22 @@ def show_results(run: RunDirectory, console: Console) -> None:
 
 
 def results_table(results: dict) -> Table:
-    """One row for each of generalist, controls, ensemble and students."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    """One row for each of generalist, controls, ensemble and students.
+
+    cNLL is after temperature scaling, DEE a row's worth in networks of a deep ensemble; only where a run has them.
+    """
+    table, rows = Table(box=None, pad_edge=False, header_style="bold"), named_rows(results)
+    calibrated, deep = (any(key in row for row in rows.values()) for key in ("cnll", "dee"))
     table.add_column("", no_wrap=True)
-    for column in ("top-1", "top-5", "NLL", "Brier", "ECE", "macro top-1", "time", "examples"):
+    for column in ("top-1", "top-5", "NLL", *(["cNLL"] if calibrated else []), "Brier", "ECE",
+                   *(["DEE"] if deep else []), "macro top-1", "time", "examples"):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
-    for name, row in named_rows(results).items():
+    for name, row in rows.items():
         cost = row["cost"]
-        figures = [percent(row["top1"]), percent(row["top5"])]
-        figures += [number(row[key]) for key in ("nll", "brier", "ece")]
+        figures = [percent(row["top1"]), percent(row["top5"]), number(row["nll"])]
+        figures += [number(row.get("cnll"))] if calibrated else []
+        figures += [number(row["brier"]), number(row["ece"])]
+        figures += [worth(row, results)] if deep else []
         figures += [percent(row["macro_top1"]), duration(cost["seconds"]), count(cost["examples_seen"])]
         table.add_row(Text(name), *figures, style="bold" if name == "ensemble" else "")
     return table

@@ -1,6 +1,7 @@
 """The command line: what it prints, what it exits with, and what it leaves alone."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -146,6 +147,26 @@ def test_report_is_written_anew_for_an_evaluated_run_only(short, referral):
     code, out, _ = referral("report", "run")
     assert code == 0 and "fewer top-1 errors" in out
     assert short.calls("end") == [("end", "report")]
+
+
+def test_the_table_of_results_shows_calibration_and_dee_only_where_a_run_has_them(ward):
+    from rich.console import Console
+
+    from launch.results import results_table
+
+    def shown(**more):
+        row = {"top1": 0.5, "top5": 0.9, "nll": 1.25, "brier": 0.5, "ece": 0.05, "macro_top1": 0.5,
+               "cost": {"seconds": 60.0, "examples_seen": 1000}}  # fmt: skip
+        results = {"generalist": row, "ensemble": {**row, **more}, "controls": {}, "students": {}, "sizes": [{}] * 4}
+        console = Console(width=200, record=True, file=open(os.devnull, "w"))
+        console.print(results_table(results))
+        return [line.split() for line in console.export_text().splitlines()]
+
+    assert "cNLL" not in shown()[0] and "DEE" not in shown()[0]
+    head, generalist, ensemble = shown(cnll=1.125, dee=None, dee_beyond=True)
+    assert head[:6] == ["top-1", "top-5", "NLL", "cNLL", "Brier", "ECE"] and head[6] == "DEE"
+    assert generalist[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "–", "0.5000", "0.0500"] and generalist[9] == "–"
+    assert ensemble[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "1.1250", "0.5000", "0.0500"] and ensemble[9] == ">4"
 
 
 def test_compare_prints_writes_and_passes_the_plot_on(short, referral):

@@ -6,10 +6,11 @@ names are anybody's text: the template escapes everything that is not Markup, an
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,15 +18,18 @@ import jinja2
 import numpy as np
 import tomli_w
 
+from ..config import Ensemble, Student
 from ..run_directory import RunDirectory, Stage, read_json, write_json, write_text
 from . import plots, tables
 from . import results as figures
 from .pictures import phrases, pictures, why_no_pictures
 
 MOST_GROUPS, MOST_TILES, MOST_EXAMPLES, MOST_SPECIALISTS, MOST_CURVES = 24, 16, 12, 100, 5
+MOST_SAID, MOST_PANELS, MOST_SIZES = 3, 8, 10
 LONGEST_NAME = 80
 KINDS = {"generalist": "generalist", "ensemble": "ensemble", "control_wall": "wall", "control_compute": "compute",
          "student_hard": "hard"}  # fmt: skip
+OTHER_COLOURS = 6
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
@@ -46,7 +50,7 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
     """The page as text."""
     evidence = Evidence(run, results, images, class_counts)
     why_none = why_no_pictures(images)
-    groups, examples = group_cards(evidence), changed_examples(evidence)
+    groups, examples = None if evidence.is_deep else group_cards(evidence), changed_examples(evidence)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -55,23 +59,28 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
                                duration=figures.duration, points=_points, bytes=_bytes, flow=_flow)  # fmt: skip
     page = environment.get_template("template.html.j2").render(
         verdict=figures.verdict(results),
-        students_say=[line for name in results["students"] if (line := figures.student_verdict(results, name))],
+        students_say=[figures.student_verdict(results, name) for name in told_students(results)],
         wins=figures.wins(results),
         title=run.root.resolve().name,
         results=results,
         missing=evidence.missing,
+        deep=evidence.is_deep,
         tiles=headline_tiles(results),
         rows=figure_rows(evidence),
         rows_explained=explanations(evidence),
         cost_plots=cost_plots(results),
         curves=learning_curves(run),
-        captured=captured_bars(evidence),
+        captured=None if evidence.is_deep else captured_bars(evidence),
         groups=groups,
-        specialists=specialist_rows(evidence),
-        forecast_plot=forecast_plot(evidence),
-        coverage=evidence.coverage,
+        specialists=None if evidence.is_deep else specialist_rows(evidence),
+        forecast_plot=None if evidence.is_deep else forecast_plot(evidence),
+        coverage=None if evidence.is_deep else evidence.coverage,
         deciles=frequency(evidence),
+        calibration=calibration_rows(results),
         reliability=reliability_panels(evidence),
+        diversity=diversity_table(results),
+        sizes=size_rows(results),
+        size_plot=size_plot(results),
         examples=examples,
         pictures=pictures(images, picture_rows(groups, examples), evidence.ids) if why_none is None else {},
         phrases=phrases(images, picture_rows(groups, examples), evidence.ids) if why_none is not None else {},
@@ -92,10 +101,12 @@ class Evidence:
     def __init__(self, run: RunDirectory, results: dict, images=None, class_counts=None):
         self.run, self.results, self.images = run, results, images
         self.ensemble = figures.read_evaluation(run.evaluate, "ensemble")
+        self.is_deep = run.config.is_deep
         self.missing = sorted(self.ensemble.get("missing") or [])
-        self.clusters = figures.read_file(run.cluster, "summary.json") or {}
+        self.clusters = {} if self.is_deep else figures.read_file(run.cluster, "summary.json") or {}
         self.skipped = self.clusters.get("skipped") or []
-        self.groups = [np.asarray(m, dtype=np.int64) for m in figures.read_file(run.cluster, "groups.json")["members"]]
+        found = {"members": []} if self.is_deep else figures.read_file(run.cluster, "groups.json")
+        self.groups = [np.asarray(m, dtype=np.int64) for m in found["members"]]
         self._class_counts = class_counts
 
     def predictions(self, name: str) -> dict[str, np.ndarray] | None:
@@ -132,17 +143,21 @@ class Evidence:
     @cached_property
     def names(self) -> list[str]:
         """A name for every class: the shards', else the model's, else its number."""
-        known = list(getattr(self.images, "class_names", None) or [])
-        if not known:
-            known = (figures.read_file(self.run.generalist, "model.json") or {}).get("class_names") or []
+        known = self.class_names
         names = [str(name) if str(name).strip() else f"class {c}" for c, name in enumerate(known)]
         names += [f"class {c}" for c in range(len(names), self.num_classes)]
         return [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
 
     @cached_property
+    def class_names(self) -> list:
+        known = list(getattr(self.images, "class_names", None) or [])
+        return known or (figures.read_file(self.run.generalist, "model.json") or {}).get("class_names") or []
+
+    @cached_property
     def num_classes(self) -> int:
-        said = (figures.read_file(self.run.cluster, "groups.json") or {}).get("num_classes")
-        return int(said or max(int(self.labels.max()), *(int(m.max()) for m in self.groups if len(m))) + 1)
+        said = None if self.is_deep else figures.read_file(self.run.cluster, "groups.json").get("num_classes")
+        largest = max([int(self.labels.max()), *(int(m.max()) for m in self.groups if len(m))])
+        return int(said or max(largest + 1, len(self.class_names)))
 
     @cached_property
     def class_counts(self) -> tuple[np.ndarray, str]:
@@ -166,7 +181,7 @@ class Evidence:
 
     @cached_property
     def specialist(self) -> dict[int, dict]:
-        return {row["index"]: row for row in self.results["specialists"]}
+        return {row["index"]: row for row in self.results.get("specialists", [])}
 
     def forecast(self, m: int) -> float | None:
         """Share of val examples that a perfect specialist m would put right."""
@@ -199,9 +214,14 @@ def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:
     return counts if counts.any() else None
 
 
+def told_students(results: dict) -> list[str]:
+    """The students that the head of the page speaks of: main, then the others in the config's order."""
+    return sorted(results["students"], key=lambda name: name != "main")[:MOST_SAID]
+
+
 def headline_tiles(results: dict) -> list[dict]:
     """The four figures that say most."""
-    generalist, ensemble, clusters = results["generalist"], results["ensemble"], results["clusters"]
+    generalist, ensemble, clusters = results["generalist"], results["ensemble"], results.get("clusters")
     before, after = figures.errors(generalist), figures.errors(ensemble)
     tiles = [
         {"what": "top-1 errors, generalist to ensemble", "from": f"{before:,}", "to": f"{after:,}",
@@ -216,7 +236,13 @@ def headline_tiles(results: dict) -> list[dict]:
         tiles.append({"what": "of the gain kept by one network, the student", "from": "",
                       "to": "–" if share is None else figures.percent(share, 0),
                       "note": f"{figures.percent(results['student']['top1'])} top-1"})  # fmt: skip
-    if clusters["captured_confusion"] is not None:
+    known = {name: row for name, row in results["students"].items() if "dee" in row or "dee_beyond" in row}
+    if known:
+        name = "main" if "main" in known else next(iter(known))
+        tiles.append({"what": f"networks of a deep ensemble have the calibrated NLL of the student {name} (DEE)",
+                      "from": "", "to": figures.worth(known[name], results),
+                      "note": f"of {len(results['sizes'])}"})  # fmt: skip
+    if clusters and clusters["captured_confusion"] is not None:
         chance = clusters["chance"]
         tiles.append({"what": "of the generalist's test errors lie inside a group", "from": "",
                       "to": figures.percent(clusters["captured_confusion"], 0),
@@ -232,13 +258,9 @@ COLUMNS = {
 
 def figure_rows(evidence: Evidence) -> list[dict]:
     """The table of figures: cells with the best of each column marked, and the paired difference to the generalist."""
-    named = figures.named_rows(evidence.results)
-    best = {}
-    for key, (_, which) in COLUMNS.items():
-        values = [row[key] for row in named.values() if row[key] is not None]
-        # Where all are equal, none is best.
-        best[key] = (max if which == "highest" else min)(values) if len(set(values)) > 1 else None
-    rows = []
+    named, rows = figures.named_rows(evidence.results), []
+    kinds = kinds_of(named)
+    best = {key: best_of(named, key, which) for key, (_, which) in COLUMNS.items()}
     for label, row in named.items():
         name = label.removeprefix("student ")
         right, versus = evidence.right.get(name), None
@@ -250,25 +272,41 @@ def figure_rows(evidence: Evidence) -> list[dict]:
             for key, show in zip(COLUMNS, shown, strict=True)
         ]
         share = figures.share_of_gain(row, evidence.results) if label.startswith("student ") else None
-        rows.append({"name": label, "kind": kind_of(label), "cells": cells, "versus": versus, "cost": row["cost"],
+        rows.append({"name": label, "kind": kinds[label], "cells": cells, "versus": versus, "cost": row["cost"],
                      "errors": figures.errors(row), "share": share})  # fmt: skip
     return rows
 
 
-def kind_of(name: str) -> str:
-    """The colour of a row: students called main apart from the others."""
-    name = name.removeprefix("student ")
-    return KINDS.get(name, "student" if name == "main" else "other")
+def best_of(named: dict[str, dict], key: str, which: str = "lowest") -> float | None:
+    """The best value of a column; where all are equal none is best."""
+    values = [row[key] for row in named.values() if row.get(key) is not None]
+    return (max if which == "highest" else min)(values) if len(set(values)) > 1 else None
+
+
+def kinds_of(names: Iterable[str]) -> dict[str, str]:
+    """The colour of each row, by its name in the table: the student main has its own, the others take turns."""
+    found, others = {}, itertools.cycle(f"other{i}" for i in range(OTHER_COLOURS))
+    for name in names:
+        own = {"student main": "student"} | KINDS
+        found[name] = own[name] if name in own else next(others)
+    return found
 
 
 def explanations(evidence: Evidence) -> list[dict]:
     """What each row is, with the numbers that make it fair or not."""
     run, config, results = evidence.run, evidence.run.config, evidence.results
-    said = {
-        "generalist": "One network for all classes. Everything else starts from its weights or its predictions.",
-        "ensemble": f"The generalist and the specialists whose group holds {_gate(config.ensemble.gate)}, "
-                    "joined to one distribution by eq. 5 of Hinton et al. 2015.",
-    }  # fmt: skip
+    if evidence.is_deep:
+        said = {
+            "generalist": "One network for all classes, the first member of the ensemble.",
+            "ensemble": f"{config.ensemble.members} networks, trained alike from different seeds, and the mean of "
+                        "their distributions (Lakshminarayanan et al. 2017).",
+        }  # fmt: skip
+    else:
+        said = {
+            "generalist": "One network for all classes. Everything else starts from its weights or its predictions.",
+            "ensemble": f"The generalist and the specialists whose group holds {_gate(config.ensemble.gate)}, "
+                        "joined to one distribution by eq. 5 of Hinton et al. 2015.",
+        }  # fmt: skip
     if "control_wall" in results["controls"]:
         rates, best = config.controls.learning_rates, figures.best_control_wall(run)
         chosen = f"; {rates[best]:.2g} was best" if best is not None else ""
@@ -293,16 +331,51 @@ def explanations(evidence: Evidence) -> list[dict]:
     for name, student in config.students.items():
         if name not in results["students"]:
             continue
-        size = ", ".join(f"{key} {value}" for key, value in student.model.items())
-        taught = "hard labels" if student.method == "hard" else "the ensemble's distributions as targets"
-        if student.method != "hard" and student.hard_weight:
-            taught += f" and the labels with weight {student.hard_weight:.2g}"
-        said[f"student {name}"] = (
-            f"One network {f'with {size}' if size else 'of the generalist’s size'}, trained on {taught}, starting "
-            f"{'as the generalist' if student.start == 'generalist' else 'from fresh weights'}. "
-            "At inference it costs one forward pass."
-        )
-    return [{"name": name, "kind": kind_of(name), "text": text} for name, text in said.items()]
+        said[f"student {name}"] = explain_student(student, config.ensemble)
+    kinds = kinds_of(figures.named_rows(results))
+    return [{"name": name, "kind": kinds[name], "text": text} for name, text in said.items()]
+
+
+def explain_student(student: Student, ensemble: Ensemble) -> str:
+    """What a student is, whom it learns from, and what it costs to ask."""
+    size = ", ".join(f"{key} {value}" for key, value in student.model.items())
+    size = f"with {size}" if size else "of the generalist’s size"
+    what, price = f"One network {size}", "At inference it costs one forward pass."
+    members = student.members or ensemble.members
+    if student.network == "hydra":
+        what = f"A Hydra {size}: one body, {members} heads"
+        price = "At inference the body runs once, and every head."
+    elif student.network == "batch_ensemble":
+        what = f"A BatchEnsemble {size}: {members} members, which share all but rank-one factors of their weights"
+        price = "At inference it costs a forward pass for each member."
+    taught = {
+        "hard": "hard labels",
+        "prior": "labels, as a Prior Network: its answer is a distribution over distributions",
+        "distill": f"{_whose(student.teacher)} distributions as targets",
+    }[student.method]
+    if student.method == "distill" and student.hard_weight:
+        taught += f" and the labels with weight {student.hard_weight:.2g}"
+    own_teachers = ensemble.kind == "deep" and student.teacher == "ensemble" and student.network != "single"
+    if student.method == "distill" and own_teachers:
+        taught += ", each member from one of its own"
+    if student.perturb != "none":
+        taught += f", at inputs moved by {PERTURBATIONS[student.perturb]}"
+    if student.share < 1:
+        taught += f", with {figures.percent(student.share, 1)} of the training examples"
+    if student.leave_out:
+        taught += f", without examples of {len(student.leave_out)} class{'es' if len(student.leave_out) > 1 else ''}"
+    starts = {"generalist": "as the generalist", "scratch": "from fresh weights"}
+    start = starts.get(student.start, f"as the student {student.start}")
+    return f"{what}, trained on {taught}, starting {start}. {price}"
+
+
+PERTURBATIONS = {"gaussian": "Gaussian noise", "ods": "output diversified sampling", "conf_ods": "ConfODS"}
+
+
+def _whose(teacher: str) -> str:
+    if "/" in teacher:
+        return f"{Path(teacher).name}'s"
+    return f"the {teacher}'s" if teacher in ("ensemble", "generalist") else f"the student {teacher}'s"
 
 
 def _gate(n: int) -> str:
@@ -319,11 +392,11 @@ def _seen(run: RunDirectory, which: int | str | None) -> str:
 
 def cost_plots(results: dict) -> list[dict]:
     """Top-1 against what it cost to train: examples, and seconds."""
-    found = []
+    found, kinds = [], kinds_of(figures.named_rows(results))
     for key, label, text in (("examples_seen", "training examples seen", plots.short),
                              ("seconds", "seconds of training", plots.short)):  # fmt: skip
         points = [
-            {"name": f"{name}: {figures.percent(row['top1'])}, {text(row['cost'][key])}", "kind": kind_of(name),
+            {"name": f"{name}: {figures.percent(row['top1'])}, {text(row['cost'][key])}", "kind": kinds[name],
              "label": name.removeprefix("student "), "x": row["cost"][key], "y": row["top1"]}
             for name, row in figures.named_rows(results).items() if row["cost"][key]
         ]  # fmt: skip
@@ -355,7 +428,8 @@ def read_metrics(stage: Stage | None) -> dict[str, list[tuple[float, float]]]:
 
 
 def learning_curves(run: RunDirectory) -> list[dict]:
-    """Two families of curves, each as training loss and as val top-1: whole-label-set networks, and specialists."""
+    """Two families of curves, each as training loss and as val top-1: whole-label-set networks, and specialists or
+    members."""
     base = over_examples(read_metrics(run.generalist))
     whole = {"generalist": base}
     best = figures.best_control_wall(run)
@@ -368,14 +442,17 @@ def learning_curves(run: RunDirectory) -> list[dict]:
     for name, stage in run.students.items():
         fresh = run.config.students[name].start == "scratch"
         whole[f"student {name}"] = over_examples(read_metrics(stage), None if fresh else base)
-    done = [m for m, stage in enumerate(run.specialists) if read_metrics(stage)]
-    few = {f"specialist {m}": over_examples(read_metrics(run.specialists[m])) for m in tables.spread(done, MOST_CURVES)}
-    found = []
-    for title, family in (("The generalist, controls and students", whole), (_some(len(few), len(done)), few)):
+    what = "member" if run.config.is_deep else "specialist"
+    parts = dict(enumerate([run.generalist, *run.members] if run.config.is_deep else run.specialists))
+    done = [m for m, stage in parts.items() if read_metrics(stage)]
+    few = {f"{what} {m}": over_examples(read_metrics(parts[m])) for m in tables.spread(done, MOST_CURVES)}
+    several = f"The {what}s" if len(few) == len(done) else f"{len(few)} of {len(done)} {what}s"
+    found, kinds = [], kinds_of(whole)
+    for title, family in (("The generalist, controls and students", whole), (several, few)):
         for key, label in (("loss", "training loss"), ("val/top1", "val top-1")):
             series = [
-                {"name": name, "kind": kind_of(name) if family is whole else f"curve{index}",
-                 "dashed": kind_of(name) == "hard", "points": tables.curve(curves[key])}
+                {"name": name, "kind": kinds[name] if family is whole else f"curve{index}",
+                 "dashed": name == "student_hard", "points": tables.curve(curves[key])}
                 for index, (name, curves) in enumerate(family.items()) if curves.get(key)
             ]  # fmt: skip
             drawing = plots.lines(
@@ -400,10 +477,6 @@ def over_examples(curves: dict, before: dict | None = None) -> dict[str, list[tu
     if before is not None and before.get("val/top1") and "val/top1" in found:
         found["val/top1"].insert(0, before["val/top1"][-1])
     return found
-
-
-def _some(shown: int, of: int) -> str:
-    return "The specialists" if shown == of else f"{shown} of {of} specialists"
 
 
 def captured_bars(evidence: Evidence) -> dict:
@@ -502,9 +575,10 @@ def frequency(evidence: Evidence) -> dict:
     rows = tables.frequency_deciles(counts, evidence.labels, evidence.right)
     shown = [name for name in ("generalist", "control_compute", "ensemble", "main") if name in evidence.right]
     series = [
-        {"name": name, "kind": kind_of(name), "points": [(i + 1, row["accuracy"][name]) for i, row in enumerate(rows)]}
+        {"name": name, "kind": KINDS.get(name, "student"),
+         "points": [(i + 1, row["accuracy"][name]) for i, row in enumerate(rows)]}
         for name in shown
-    ]
+    ]  # fmt: skip
     drawing = plots.lines(
         series, f"tenth of the classes, rarest first (examples in {split})", "top-1", markers=True,
         y_text=plots.whole_percent, x_ticks=[(i + 1, row["most"]) for i, row in enumerate(rows)],
@@ -514,15 +588,101 @@ def frequency(evidence: Evidence) -> dict:
             "ties": any(a["most"] == b["least"] for a, b in zip(rows, rows[1:], strict=False))}  # fmt: skip
 
 
-def reliability_panels(evidence: Evidence) -> list[dict]:
-    panels = []
-    for label, row in figures.named_rows(evidence.results).items():
-        name = label.removeprefix("student ")
-        bins = (figures.read_evaluation(evidence.run.evaluate, name) or {}).get("reliability")
-        if bins:
-            panels.append({"name": label, "kind": kind_of(label), "ece": row["ece"],
-                           "svg": plots.reliability(bins, kind_of(label), f"Reliability of {label}")})  # fmt: skip
-    return panels
+def calibration_rows(results: dict) -> list[dict]:
+    """NLL, Brier and ECE before and after temperature scaling; no rows where none was fitted."""
+    named = figures.named_rows(results)
+    if not any(row.get("temperature") is not None for row in named.values()):
+        return []
+    keys = ("nll", "cnll", "brier", "cbrier", "ece", "cece")
+    best, kinds = {key: best_of(named, key) for key in keys}, kinds_of(named)
+    return [
+        {"name": name, "kind": kinds[name], "temperature": row.get("temperature"), "cells": [
+            {"text": figures.number(row.get(key)), "best": row.get(key) is not None and row[key] == best[key]}
+            for key in keys
+        ]}
+        for name, row in named.items()
+    ]  # fmt: skip
+
+
+def reliability_panels(evidence: Evidence) -> dict:
+    """Reliability diagrams, as answered and after temperature scaling: generalist, ensemble, then students and
+    controls, MOST_PANELS in all, in the table's order."""
+    named = figures.named_rows(evidence.results)
+    files = {name: figures.read_evaluation(evidence.run.evaluate, name.removeprefix("student ")) for name in named}
+    drawn = [name for name, found in files.items() if found and found.get("reliability")]
+    rank = {"generalist": 0, "ensemble": 0, **{name: 2 for name in evidence.results["controls"]}}
+    chosen = sorted(drawn, key=lambda name: rank.get(name, 1))[:MOST_PANELS]
+    panels, kinds = [], kinds_of(named)
+    for name in drawn:
+        if name not in chosen:
+            continue
+        row, found, kind = named[name], files[name], kinds[name]
+        diagrams = [{"title": "as answered", "ece": row["ece"],
+                     "svg": plots.reliability(found["reliability"], kind, f"Reliability of {name}")}]  # fmt: skip
+        if found.get("reliability_calibrated"):
+            scaled = plots.reliability(found["reliability_calibrated"], kind, f"Reliability of {name}, calibrated")
+            diagrams.append({"title": f"at T = {row['temperature']:.2f}", "ece": row.get("cece"), "svg": scaled})
+        panels.append({"name": name, "kind": kind, "diagrams": diagrams})
+    return {"panels": panels, "rest": len(drawn) - len(panels), "fewest": plots.FEWEST}
+
+
+def diversity_table(results: dict) -> dict | None:
+    """What members disagree in, what a row is worth in members, and how well it tells inputs of other kinds: the
+    columns that any row fills; None where none does."""
+    named = figures.named_rows(results)
+    columns = [
+        ("members", lambda row: _count(row.get("members") or {}, "count")),
+        ("DEE", lambda row: figures.worth(row, results)),
+        ("MU", lambda row: figures.number((row.get("members") or {}).get("mu"))),
+        ("pairwise KL", lambda row: figures.number((row.get("members") or {}).get("pairwise_kl"))),
+        ("disagreement", lambda row: figures.percent((row.get("members") or {}).get("disagreement"))),
+    ] + [
+        (f"AUROC by {title}", lambda row, key=key: figures.number((row.get("ood_auroc") or {}).get(key)))
+        for key, title in (("confidence", "confidence"), ("entropy", "entropy"), ("mu", "MU"))
+    ]  # fmt: skip
+    texts = {name: [text(row) for _, text in columns] for name, row in named.items()}
+    filled = [i for i in range(len(columns)) if any(cells[i] != "–" for cells in texts.values())]
+    if not filled:
+        return None
+    kinds = kinds_of(named)
+    rows = [
+        {"name": name, "kind": kinds[name], "cells": [cells[i] for i in filled]}
+        for name, cells in texts.items() if any(cells[i] != "–" for i in filled)
+    ]  # fmt: skip
+    return {"columns": [columns[i][0] for i in filled], "rows": rows,
+            "members": any("members" in row for row in named.values()),
+            "ood": any("ood_auroc" in row for row in named.values())}  # fmt: skip
+
+
+def _count(values: dict, key: str) -> str:
+    return "–" if values.get(key) is None else f"{values[key]:,}"
+
+
+def size_rows(results: dict) -> list[dict]:
+    """The ensemble's first 1, 2, ... members together, the first and the last among those shown."""
+    sizes = results.get("sizes") or []
+    kept = {round(i * (len(sizes) - 1) / (MOST_SIZES - 1)) for i in range(MOST_SIZES)}
+    keys = ("size", "top1", "nll", "cnll", "temperature")
+    return [
+        {key: row.get(key) for key in keys} for i, row in enumerate(sizes) if len(sizes) <= MOST_SIZES or i in kept
+    ]
+
+
+def size_plot(results: dict):
+    """Calibrated NLL over the ensemble's size, every student and its hard twin at its DEE; None without sizes."""
+    sizes = [(row["size"], row["cnll"]) for row in results.get("sizes") or [] if row.get("cnll") is not None]
+    if not sizes:
+        return None
+    kinds = kinds_of(figures.named_rows(results))
+    placed = [
+        {"name": f"{name}: cNLL {row['cnll']:.4f}, DEE {figures.worth(row, results)}", "kind": kinds[name],
+         "label": f"{name.removeprefix('student ')} {figures.worth(row, results)}", "x": row.get("dee"),
+         "y": row["cnll"]}
+        for name, row in figures.named_rows(results).items()
+        if name not in ("generalist", "ensemble") and row.get("cnll") is not None
+        and (row.get("dee") is not None or row.get("dee_beyond"))
+    ]  # fmt: skip
+    return plots.equivalents(sizes, placed, "networks in the ensemble", "calibrated NLL")
 
 
 def changed_examples(evidence: Evidence) -> list[dict]:
@@ -543,9 +703,10 @@ def changed_examples(evidence: Evidence) -> list[dict]:
     return found
 
 
-def picture_rows(groups: dict, examples: list[dict]) -> set[int]:
+def picture_rows(groups: dict | None, examples: list[dict]) -> set[int]:
     """Every test row of which the page shows a picture."""
-    rows = {tile["row"] for card in groups["cards"] for family in card["families"] for tile in family}
+    cards = groups["cards"] if groups else []
+    rows = {tile["row"] for card in cards for family in card["families"] for tile in family}
     for part in examples:
         for example in part["examples"]:
             rows |= {example["row"], *(answer["row"] for answer in example["answers"])}
@@ -560,7 +721,8 @@ def run_facts(evidence: Evidence) -> list[tuple[str, str]]:
     facts = [
         ("run", str(run.root.resolve())), ("seed", str(run.config.seed)), ("evaluated", finished),
         ("classes", f"{evidence.num_classes:,}"), ("test examples", f"{results['ensemble']['n']:,}"),
-        ("groups", f"{len(evidence.groups)}"), ("network", run.config.model.name),
+        ("members", f"{run.config.ensemble.members}") if evidence.is_deep else ("groups", f"{len(evidence.groups)}"),
+        ("network", run.config.model.name),
     ]  # fmt: skip
     try:
         environment = read_json(run.root / "environment.json")
@@ -580,12 +742,13 @@ def _flat(value, prefix: str = ""):
 
 
 def stage_times(run: RunDirectory) -> list[dict]:
-    """Seconds of each finished stage, the specialists together."""
+    """Seconds of each finished stage, the specialists and the members of a deep ensemble together."""
+    together = {"specialist": "specialists", "member": "members"}
     times: dict[str, list[float]] = {}
     for stage in run.stages:
         done = stage.done()
         if done is not None and "seconds" in done:
-            times.setdefault("specialists" if stage.name == "specialist" else stage.place, []).append(done["seconds"])
+            times.setdefault(together.get(stage.name, stage.place), []).append(done["seconds"])
     return [{"place": place, "jobs": len(seconds), "seconds": sum(seconds)} for place, seconds in times.items()]
 
 

@@ -13,6 +13,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 36
+FEWEST = 20  # examples: the accuracy of a bin that holds fewer says little, and its bar is drawn pale
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -93,8 +94,42 @@ def scatter(
     return _svg(body, title or f"{y_label} against {x_label}")
 
 
+def equivalents(sizes: Sequence[tuple], placed: Sequence[dict], x_label: str, y_label: str) -> Markup:
+    """A figure over the size of an ensemble, and others led to the size that equals them.
+
+    sizes: (size, figure), lower is better.  placed: named points as scatter's; x None is "beyond the largest".  What is
+    worse than one network by more than the whole ensemble is better would press all else flat: it is drawn at the
+    upper edge, with an arrow.
+    """
+    largest, worst = max(size for size, _ in sizes), max(y for _, y in sizes)
+    edge = largest + max(0.12 * largest, 0.4)  # where what lies beyond is drawn
+    top = worst + ((worst - min(y for _, y in sizes)) or abs(worst))
+    spots = [(edge if one["x"] is None else one["x"], min(one["y"], top)) for one in placed]
+    labels = [f"{one['label']} ↑" if one["y"] > top else str(one["label"]) for one in placed]
+    frame = _Frame([*sizes, *spots, (edge, sizes[-1][1])], pad=0.06)
+    whole = sorted({max(round(value), 1) for value in ticks(1, largest)} | {largest}) if largest > 8 else [
+        size for size, _ in sizes]  # fmt: skip
+    body = [frame.axes(x_label, y_label, short, short, [(value, str(value)) for value in whole])]
+    for (x, y), one in zip(spots, placed, strict=True):
+        (left, across), (place, down) = frame.place(frame.x[0], y), frame.place(x, frame.y[0])
+        lead = f"M{left:.1f} {across:.1f} H{place:.1f}" + ("" if one["x"] is None else f" V{down:.1f}")
+        body.append(Markup('<path class="lead k-{}" d="{}"/>').format(one["kind"], lead))
+    drawn = [frame.place(x, y) for x, y in sizes]
+    path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
+    body.append(Markup('<path class="line k-ensemble" d="{}"/>').format(path))
+    said = [f"{size} networks: {value:.4f}" for size, value in sizes]
+    body += [_dot(x, y, "ensemble", text, 3) for (x, y), text in zip(drawn, said, strict=True)]
+    places = [frame.place(x, y) for x, y in spots]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in [*places, *drawn]]
+    for (x, y), one, label in zip(places, placed, labels, strict=True):
+        body.append(_dot(x, y, one["kind"], one["name"], 5))
+        body.append(_label(x, y, label, one["kind"], taken))
+    return _svg(body, f"{y_label} over {x_label}")
+
+
 def reliability(bins: Sequence[dict], kind: str, title: str) -> Markup:
-    """Accuracy against confidence; the shares of the examples as a strip below."""
+    """Accuracy against confidence, pale where fewer than FEWEST examples stand behind it; the shares of the examples
+    as a strip below."""
     size, left, top = 150, 34, 8
     total = sum(one["count"] for one in bins) or 1
     body = [
@@ -111,11 +146,12 @@ def reliability(bins: Sequence[dict], kind: str, title: str) -> Markup:
         share, height = one["count"] / total, size * one["accuracy"]
         said = (f"confidence {whole_percent(one['confidence'])}, right {whole_percent(one['accuracy'])}, "
                 f"{one['count']:,} examples")  # fmt: skip
-        body.append(_bar(kind, x, top + size - height, width, height, said))
+        pale = " pale" if one["count"] < FEWEST else ""
+        body.append(_bar(f"{kind}{pale}", x, top + size - height, width, height, said))
         drop = max(26 * math.sqrt(share), 0.8)  # the root, so that rare bins still show
         body.append(_bar(f"{kind} faint", x, top + size + 6, width, drop, f"{one['count']:,} examples"))
         cx, cy = left + size * one["confidence"], top + size - height
-        body.append(Markup('<circle class="dot k-{}" cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(kind, cx, cy))
+        body.append(Markup('<circle class="dot k-{}{}" cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(kind, pale, cx, cy))
     body.append(_text(left + size / 2, top + size + 64, "confidence, %", "label middle"))
     return _svg(body, title, 195, 226)
 

@@ -1,4 +1,8 @@
-"""results.json and the sentence that judges it.  No torch here."""
+"""results.json and the sentence that judges it.  No torch here.
+
+Runs of specialists have "clusters" and "specialists", those of a deep ensemble "sizes", a row for its first 1, 2, ... M
+members; the rest is the same.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,9 @@ from ..data.damage import merged, summary
 from ..run_directory import RunDirectory, Stage, read_json
 
 ROW_KEYS = ("n", "top1", "top5", "nll", "brier", "ece", "macro_top1")
+# After temperature scaling; of several members; in the currency of deep ensembles; against inputs of other kinds.  Not
+# every row has them: members and dee want an ensemble, ood_auroc wants [data] ood, and older runs have none.
+FURTHER_KEYS = ("temperature", "cnll", "cbrier", "cece", "members", "dee", "dee_beyond", "ood_auroc")
 COST_KEYS = ("seconds", "examples_seen", "peak_memory_bytes")
 CLUSTER_KEYS = ("captured_confusion", "chance", "captured_unlabelled", "sizes")
 
@@ -28,8 +35,11 @@ def collect(run: RunDirectory) -> dict:
         "students": {name: _row(student["row"]) for name, student in students.items() if student},
     }
     found["student"] = found["students"].get("main")
-    found["clusters"] = {key: ensemble["clusters"].get(key) for key in CLUSTER_KEYS}
-    found["specialists"] = ensemble["specialists"]
+    if run.config.is_deep:
+        found["sizes"] = ensemble["sizes"]
+    else:
+        found["clusters"] = {key: ensemble["clusters"].get(key) for key in CLUSTER_KEYS}
+        found["specialists"] = ensemble["specialists"]
     found["damage"] = summary(merged([read_file(stage, "damage.json") or {} for stage in run.stages]))
     return _finite(found)
 
@@ -66,6 +76,7 @@ def read_file(stage: Stage, file: str):
 
 def verdict(results: dict) -> str:
     """One line: is the ensemble better than the generalist and every control?  A control that beats it comes first."""
+    called = f"The ensemble of {len(results['sizes'])}" if results.get("sizes") else "The ensemble"
     ensemble, generalist, controls = results["ensemble"], results["generalist"], results["controls"]
     beaten_by = [
         f"{name} beats the ensemble in {' and '.join(where)}"
@@ -74,13 +85,15 @@ def verdict(results: dict) -> str:
     ]
     versus = _versus_generalist(ensemble, generalist)
     if beaten_by:
-        return f"{'; '.join(beaten_by)}. The ensemble makes {versus}."
+        return f"{'; '.join(beaten_by)}. {called} makes {versus}."
+    if not controls and results.get("sizes"):  # more of the same: there is no doubt where its gain comes from
+        return f"{called} makes {versus}."
     if not controls:
         return f"The ensemble makes {versus}; no control was trained, so nothing says where the difference comes from."
     ties = [name for name, row in controls.items() if errors(row) == errors(ensemble)]
     others = f"as many as {' and '.join(ties)}" if ties else "fewer than every control"
     lower = all(_below(ensemble["nll"], row["nll"]) for row in (generalist, *controls.values()))
-    return f"The ensemble makes {versus}, {others}{', with the lowest NLL of them all' if lower else ''}."
+    return f"{called} makes {versus}, {others}{', with the lowest NLL of them all' if lower else ''}."
 
 
 def wins(results: dict) -> bool:
@@ -101,11 +114,22 @@ def student_verdict(results: dict, name: str = "main") -> str | None:
         kept = f"The student {name}, one network, keeps {percent(share, 0)} of the ensemble's gain in top-1"
     else:
         kept = f"The student {name}, one network, keeps none of the ensemble's gain: it falls below the generalist"
+    if student.get("dee_beyond") or (student.get("dee") or 0) > 1:
+        kept += f", and is worth {worth(student, results)} networks of a deep ensemble (DEE)"
+    elif student.get("dee") is not None:  # 1 is a single network or worse
+        kept += ", and is worth no more than one network of the ensemble (DEE 1)"
     twin = results["controls"].get("student_hard")
     if name != "main" or twin is None or twin["nll"] is None or student["nll"] is None:
         return f"{kept}."
     relation = "below" if student["nll"] < twin["nll"] else "not below"
     return f"{kept}; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} of its twin on hard labels."
+
+
+def worth(row: dict, results: dict) -> str:
+    """A row's deep ensemble equivalent as it is printed: 2.74, or `>4` beyond the largest ensemble."""
+    if row.get("dee_beyond"):
+        return f">{len(results['sizes'])}"
+    return "–" if row.get("dee") is None else f"{row['dee']:.2f}"
 
 
 def share_of_gain(row: dict, results: dict) -> float | None:
@@ -178,7 +202,8 @@ def _below(a: float | None, b: float | None) -> bool:
 
 def _row(row: dict) -> dict:
     cost = row.get("cost") or {}
-    return {**{key: row.get(key) for key in ROW_KEYS}, "cost": {key: cost.get(key) for key in COST_KEYS}}
+    further = {key: row[key] for key in FURTHER_KEYS if key in row}
+    return {**{key: row.get(key) for key in ROW_KEYS}, **further, "cost": {key: cost.get(key) for key in COST_KEYS}}
 
 
 def _finite(value):

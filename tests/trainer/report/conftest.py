@@ -47,13 +47,22 @@ def answers(probabilities, labels):
     }  # fmt: skip
 
 
-def evaluation(name, probabilities, labels, cost):
-    found = answers(probabilities, labels)
-    target = np.eye(probabilities.shape[1])[labels]
-    row = summarise(labels, found["top5"], found["top5_probability"], found["label_probability"],
-                    ((probabilities - target) ** 2).sum(axis=1))  # fmt: skip
-    bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == labels)
-    return {"name": name, "row": {**row, "cost": cost}, "reliability": bins}, found
+def evaluation(name, probabilities, labels, cost, temperature=None, further=None):
+    """temperature: what a fit on val might have found; further: more keys of the row."""
+
+    def judged(p):
+        found, target = answers(p, labels), np.eye(p.shape[1])[labels]
+        bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == labels)
+        return found, bins, summarise(labels, found["top5"], found["top5_probability"], found["label_probability"],
+                                      ((p - target) ** 2).sum(axis=1))  # fmt: skip
+
+    found, bins, row = judged(probabilities)
+    said = {"name": name, "reliability": bins}
+    if temperature is not None:
+        scaled = probabilities ** (1 / temperature)
+        _, said["reliability_calibrated"], after = judged(scaled / scaled.sum(axis=1, keepdims=True))
+        row |= {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
+    return {**said, "row": {**row, **(further or {}), "cost": cost}}, found
 
 
 def cost(examples, seconds=None):
@@ -77,33 +86,8 @@ def learning(steps, top1, seed=0):
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def make_run(root, labels, probabilities, members, *, train_counts=None, controls=True, students=("main", "wide"),
-             active=None, missing=(), conditional=None, names=None, seed=0):  # fmt: skip
-    """A finished run below `root`; probabilities: name -> [n, C] for every row that it shall have."""
-    labels = np.asarray(labels)
-    num_classes, shards = probabilities["generalist"].shape[1], root / "shards"
-    shards.mkdir(parents=True)
-    if train_counts is not None:
-        called = names or [f"class-{c}" for c in range(num_classes)]
-        halves = [{name: int(n) // 2 for name, n in zip(called, train_counts, strict=True)},
-                  {name: int(n) - int(n) // 2 for name, n in zip(called, train_counts, strict=True)}]  # fmt: skip
-        write_json(shards / "manifest.json", {"schema": 1, "classes": called, "splits": {"train": {
-            "samples": int(sum(train_counts)), "shards": [{"name": f"train-{i}.tar", "class_counts": half}
-                                                          for i, half in enumerate(halves)]}}})  # fmt: skip
-    config = Config.model_validate({
-        "seed": seed, "data": {split: f"{shards}/{split}-{{000000..000001}}.tar" for split in ("train", "val", "test")},
-        "train": {"steps": 8000}, "clusters": {"num_groups": len(members), "overlap": 2}, "specialists": {"steps": 600},
-        "students": {name: {"model": {"width": 8} if name == "wide" else {}} for name in students},
-        "controls": {"enabled": controls},
-    })  # fmt: skip
-    run = RunDirectory(root / "run", config)
-    run.root.mkdir()
-    write_json(run.root / "environment.json", {
-        "commit": "0123abc", "machine": {"host": "<b>host</b>", "processor": "Xeon", "cores": 2, "gpus": []},
-        "packages": {"torch": "2.13.0", "python": "3.12.1"}})  # fmt: skip
-    files = {}
-    for name, p in probabilities.items():
-        files[name] = evaluation(name, np.asarray(p, float), labels, cost(COSTS.get(name, 2_000_000)))
+def add_specialists(files, labels, members, active, missing, conditional):
+    """What evaluate says of specialists beside the ensemble's row."""
     m = len(members)
     if active is None:
         predicted = files["generalist"][1]["top5"][:, 0]
@@ -126,12 +110,55 @@ def make_run(root, labels, probabilities, members, *, train_counts=None, control
         ],
         clusters={"captured_confusion": float(sharing[wrong].mean()) if wrong.any() else None, "chance": 0.1,
                   "captured_unlabelled": 0.6, "sizes": sizes}, missing=list(missing))  # fmt: skip
+
+
+def make_run(root, labels, probabilities, members, *, train_counts=None, controls=True, students=("main", "wide"),
+             active=None, missing=(), conditional=None, names=None, seed=0, temperatures=None, further=None,
+             sizes=None, student_keys=None):  # fmt: skip
+    """A finished run below `root`; probabilities: name -> [n, C] for every row that it shall have.
+
+    temperatures, further: by name, see `evaluation`.  sizes: makes it one of a deep ensemble of so many members.
+    """
+    temperatures, further, student_keys = temperatures or {}, further or {}, student_keys or {}
+    labels = np.asarray(labels)
+    num_classes, shards = probabilities["generalist"].shape[1], root / "shards"
+    shards.mkdir(parents=True)
+    if train_counts is not None:
+        called = names or [f"class-{c}" for c in range(num_classes)]
+        halves = [{name: int(n) // 2 for name, n in zip(called, train_counts, strict=True)},
+                  {name: int(n) - int(n) // 2 for name, n in zip(called, train_counts, strict=True)}]  # fmt: skip
+        write_json(shards / "manifest.json", {"schema": 1, "classes": called, "splits": {"train": {
+            "samples": int(sum(train_counts)), "shards": [{"name": f"train-{i}.tar", "class_counts": half}
+                                                          for i, half in enumerate(halves)]}}})  # fmt: skip
+    config = Config.model_validate({
+        "seed": seed, "data": {split: f"{shards}/{split}-{{000000..000001}}.tar" for split in ("train", "val", "test")},
+        "train": {"steps": 8000}, "clusters": {"num_groups": max(len(members), 1), "overlap": 2},
+        "specialists": {"steps": 600}, "ensemble": {"kind": "deep", "members": len(sizes)} if sizes else {},
+        "students": {
+            name: {"model": {"width": 8} if name == "wide" else {}, **student_keys.get(name, {})} for name in students
+        },
+        "controls": {"enabled": controls},
+    })  # fmt: skip
+    run = RunDirectory(root / "run", config)
+    run.root.mkdir()
+    write_json(run.root / "environment.json", {
+        "commit": "0123abc", "machine": {"host": "<b>host</b>", "processor": "Xeon", "cores": 2, "gpus": []},
+        "packages": {"torch": "2.13.0", "python": "3.12.1"}})  # fmt: skip
+    files = {}
+    for name, p in probabilities.items():
+        files[name] = evaluation(name, np.asarray(p, float), labels, cost(COSTS.get(name, 2_000_000)),
+                                 temperatures.get(name), further.get(name))  # fmt: skip
+    if sizes:
+        files["ensemble"][0]["sizes"] = sizes
+    else:
+        add_specialists(files, labels, members, active, missing, conditional)
     for stage in run.stages:
         if stage.name == "report" or (stage.name == "specialist" and int(stage.place[-3:]) in missing):
             continue
         attempt = stage.begin()
-        if stage.name in ("generalist", "specialist", "control", "student"):
-            steps = {"generalist": 8000, "student": 4000}.get(stage.name, 7200 if "compute" in stage.place else 600)
+        if stage.name in ("generalist", "member", "specialist", "control", "student"):
+            usual = 7200 if "compute" in stage.place else 600
+            steps = {"generalist": 8000, "member": 8000, "student": 4000}.get(stage.name, usual)
             index = sum(map(ord, stage.place))
             attempt.path("metrics.jsonl").write_text(learning(steps, 0.6 + index % 7 / 100, index))
             write_json(attempt.path("summary.json"), {
@@ -145,10 +172,11 @@ def make_run(root, labels, probabilities, members, *, train_counts=None, control
                 attempt.path("groups.json"),
                 {"schema": 1, "num_classes": num_classes, "members": [list(map(int, group)) for group in members]},
             )
-            forecast = [{"classes": size, "gain": 0.012 + 0.004 * i} for i, size in enumerate(sizes)]
+            group_sizes = [len(group) for group in members]
+            forecast = [{"classes": size, "gain": 0.012 + 0.004 * i} for i, size in enumerate(group_sizes)]
             write_json(attempt.path("summary.json"), {
-                "captured": 0.55, "chance": 0.1, "captured_unlabelled": 0.6, "chance_unlabelled": 0.1, "sizes": sizes,
-                "forecast": forecast, "skipped": []})  # fmt: skip
+                "captured": 0.55, "chance": 0.1, "captured_unlabelled": 0.6, "chance_unlabelled": 0.1,
+                "sizes": group_sizes, "forecast": forecast, "skipped": []})  # fmt: skip
         if stage.name == "evaluate":
             for name, (said, arrays) in files.items():
                 write_json(attempt.path(f"{name}.json"), said)
@@ -182,10 +210,40 @@ TRAIN_COUNTS = [10, 20, 30, 40, 50, 60]
 @pytest.fixture
 def make_hand_worked():
     def make(root, only=tuple(PREDICTED), **more):
-        probabilities = {name: one_hot(PREDICTED[name], 6) for name in only}
+        probabilities = {name: one_hot(PREDICTED.get(name, PREDICTED["main"]), 6) for name in only}
         return make_run(root, LABELS, probabilities, GROUPS, train_counts=TRAIN_COUNTS, names=HOSTILE[:6], **more)
 
     return make
+
+
+# A deep ensemble of three, whose calibrated NLL is 1.0, 0.8 and 0.7; a student of 0.9 is worth one and a half.
+SIZES = [
+    {"size": 1, "top1": 0.5, "nll": 1.3, "cnll": 1.0, "temperature": 1.4},
+    {"size": 2, "top1": 0.6, "nll": 1.0, "cnll": 0.8, "temperature": 1.2},
+    {"size": 3, "top1": 0.7, "nll": 0.9, "cnll": 0.7, "temperature": 1.1},
+]
+OF_DEEP = {
+    "generalist": {"cnll": 1.0, "dee": 1.0, "dee_beyond": False},
+    "ensemble": {"cnll": 0.7, "dee": 3.0, "dee_beyond": False,
+                 "members": {"count": 3, "mu": 0.25, "pairwise_kl": 0.5, "disagreement": 0.375}},
+    "main": {"cnll": 0.9, "dee": 1.5, "dee_beyond": False},
+    "heads": {"cnll": 0.65, "dee": None, "dee_beyond": True,
+              "members": {"count": 3, "mu": 0.125, "pairwise_kl": 0.0625, "disagreement": 0.1},
+              "ood_auroc": {"confidence": 0.75, "entropy": 0.8, "mu": 0.9}},
+}  # fmt: skip
+
+
+@pytest.fixture
+def deep(tmp_path):
+    """A deep ensemble's run of the same ten examples, with a Hydra among its students."""
+    names = {"generalist": "generalist", "ensemble": "ensemble", "student_hard": "student_hard", "main": "main",
+             "heads": "wide"}  # fmt: skip
+    probabilities = {name: one_hot(PREDICTED[of], 6) for name, of in names.items()}
+    return make_run(
+        tmp_path, LABELS, probabilities, [], train_counts=TRAIN_COUNTS, names=HOSTILE[:6], students=("main", "heads"),
+        temperatures=dict.fromkeys(names, 1.25), further=OF_DEEP, sizes=SIZES,
+        student_keys={"heads": {"network": "hydra", "start": "main", "perturb": "ods"}},
+    )  # fmt: skip
 
 
 @pytest.fixture

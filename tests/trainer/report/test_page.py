@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from trainer.report.page import manifest_counts, render, write_report
+from trainer.config import Ensemble, Student
+from trainer.report.page import explain_student, kinds_of, manifest_counts, render, size_rows, write_report
 from trainer.report.results import collect, verdict
 
 
@@ -33,10 +34,10 @@ class Page(HTMLParser):
             self.text.append(data.strip())
 
 
-def rows_of(html, section):
-    """The cells of the first table of a section, as text."""
+def rows_of(html, section, table=0):
+    """The cells of one table of a section, as text."""
     part = re.search(rf'<section id="{section}".*?</section>', html, re.S).group()
-    body = re.search(r"<tbody>(.*?)</tbody>", part, re.S).group(1)
+    body = re.findall(r"<tbody>(.*?)</tbody>", part, re.S)[table]
     clean = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", body, re.S)]
     return [[re.sub(r"<[^>]*>", "", cell).replace("\xa0", " ").strip() for cell in row] for row in clean]
 
@@ -194,3 +195,95 @@ def test_texts_are_shown_as_they_are_and_no_frames_for_pictures(glyphs):
     shown = re.findall(r'<q class="phrase clip" title="(phrase &lt;\d+&gt; x+…)"', page)
     assert len(shown) > 5 and all(len(html.unescape(text)) == 161 for text in shown)
     assert '<span class="blank' not in page and "<img" not in page and "picture of that class" not in page
+
+
+# Calibration, members, deep ensembles
+
+
+def test_calibration_of_the_hand_worked_twin(deep):
+    """T = 1.25 makes of .9 and .02 (five times) .9^.8 and .02^.8, over their sum .80782 and .03844; half are right."""
+    rows = {row[0]: row for row in rows_of(render(deep, collect(deep)), "calibration")}
+    # NLL -(ln .9 + ln .02) / 2, Brier (.012 + 1.772) / 2 and ECE .9 - .5; then -(ln .80782 + ln .03844) / 2,
+    # (.04432 + 1.58309) / 2 and .80782 - .5.
+    assert rows["student_hard"] == ["student_hard", "1.250", "2.0087", "1.7361", "0.8920", "0.8137", "0.4000", "0.3078"]
+
+
+def test_each_row_has_a_diagram_as_answered_and_one_calibrated(deep):
+    html = render(deep, collect(deep))
+    for name in ("generalist", "student_hard", "ensemble", "student main", "student heads"):
+        assert html.count(f'aria-label="Reliability of {name}"') == 1
+        assert html.count(f'aria-label="Reliability of {name}, calibrated"') == 1
+
+
+def test_a_run_without_the_newer_figures_has_a_report_without_their_tables(hand_worked):
+    html = render(hand_worked, collect(hand_worked))
+    assert html.count('aria-label="Reliability of') == 7 and ", calibrated" not in html
+    assert 'id="diversity"' not in html and "#diversity" not in html and "at T =" not in html
+    assert "DEE" not in html
+
+
+def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(tmp_path, make_hand_worked):
+    students = ("main", *(f"s{i}" for i in range(5)))
+    only = ("generalist", "ensemble", "control_wall", "control_compute", "student_hard", *students)
+    run = make_hand_worked(tmp_path, only=only, students=students)
+    html = render(run, collect(run))
+    drawn = re.findall(r'aria-label="Reliability of ([^"]*)"', html)
+    assert drawn == ["generalist", "ensemble", *(f"student {name}" for name in students)]
+    assert "and 3 more, in evaluation/." in html
+
+
+def test_a_deep_ensembles_page_has_sizes_instead_of_groups(deep):
+    html = render(deep, collect(deep))
+    sections = re.findall(r'<section id="(\w+)"', html)
+    assert sections == ["figures", "cost", "learning", "diversity", "frequency", "calibration", "examples", "run"]
+    assert re.findall(r'<a href="#(\w+)">', html) == sections
+    assert rows_of(html, "diversity") == [
+        ["1", "50.00 %", "1.3000", "1.0000", "1.400"], ["2", "60.00 %", "1.0000", "0.8000", "1.200"],
+        ["3", "70.00 %", "0.9000", "0.7000", "1.100"],
+    ]  # fmt: skip
+    assert "member 2" in html and "specialist" not in re.sub(r"<style>.*?</style>|<pre>.*?</pre>", "", html, flags=re.S)
+
+
+def test_diversity_shows_the_columns_that_some_row_fills(deep):
+    html = render(deep, collect(deep))
+    rows = {row[0]: row[1:] for row in rows_of(html, "diversity", table=1)}
+    # members, DEE, MU, pairwise KL, disagreement, AUROC by confidence, entropy, MU
+    assert rows["ensemble"] == ["3", "3.00", "0.2500", "0.5000", "37.50 %", "–", "–", "–"]
+    assert rows["student heads"] == ["3", "&gt;3", "0.1250", "0.0625", "10.00 %", "0.7500", "0.8000", "0.9000"]
+    assert rows["student main"] == ["–", "1.50", *["–"] * 6]
+    assert "student_hard" not in rows  # nothing to say of it
+
+
+def test_a_prior_network_has_an_mu_and_no_members(tmp_path, make_hand_worked):
+    run = make_hand_worked(tmp_path, further={"wide": {"members": {"mu": 0.5}}})
+    html = render(run, collect(run))
+    assert rows_of(html, "diversity") == [["student wide", "0.5000"]]
+    assert re.findall(r'<section id="(\w+)"', html)[-3:] == ["diversity", "examples", "run"]
+
+
+def test_of_many_sizes_the_first_and_the_last_are_among_ten_that_are_shown():
+    rows = size_rows({"sizes": [{"size": k, "cnll": 1 / k} for k in range(1, 51)]})
+    assert len(rows) == 10 and rows[0]["size"] == 1 and rows[-1]["size"] == 50 and rows[0]["top1"] is None
+
+
+def test_students_beside_main_have_colours_of_their_own():
+    kinds = kinds_of(["generalist", "ensemble", "student main", "student a", "student b"])
+    assert len(set(kinds.values())) == 5 and kinds["student main"] == "student"
+
+
+@pytest.mark.parametrize(
+    "keys, said",
+    [
+        ({}, "One network of the generalist’s size, trained on the ensemble's distributions as targets, starting as"),
+        ({"method": "hard", "start": "scratch"}, "trained on hard labels, starting from fresh weights"),
+        ({"network": "hydra", "start": "one"}, "4 heads, trained on the ensemble's distributions as targets, each "
+         "member from one of its own, starting as the student one. At inference the body runs once"),
+        ({"network": "batch_ensemble", "members": 2}, "2 members, which share all but rank-one factors"),
+        ({"perturb": "ods"}, "targets, at inputs moved by output diversified sampling, starting"),
+        ({"teacher": "one", "hard_weight": 0.5}, "the student one's distributions as targets and the labels with"),
+        ({"share": 0.03, "leave_out": ["3"]}, "with 3.0 % of the training examples, without examples of 1 class,"),
+        ({"method": "prior"}, "as a Prior Network"),
+    ],
+)  # fmt: skip
+def test_what_a_student_is_in_words(keys, said):
+    assert said in explain_student(Student(**keys), Ensemble(kind="deep", members=4))

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from trainer.config import Config, UserError
-from trainer.report.results import collect, errors, share_of_gain, student_verdict, verdict, wins
+from trainer.report.results import collect, errors, share_of_gain, student_verdict, verdict, wins, worth
 from trainer.run_directory import RunDirectory
 
 ROW = {"n", "top1", "top5", "nll", "brier", "ece", "macro_top1", "cost"}
@@ -116,3 +116,30 @@ def test_there_is_no_share_of_a_gain_that_is_not_there(hand_worked):
     found["ensemble"] = found["generalist"]
     assert share_of_gain(found["student"], found) is None
     assert "no gain of the ensemble to keep" in student_verdict(found)
+
+
+def test_results_of_a_deep_ensemble_have_sizes_and_no_groups(deep):
+    found = collect(deep)
+    assert set(found) == {"generalist", "ensemble", "controls", "students", "student", "sizes", "damage"}
+    assert [(one["size"], one["cnll"]) for one in found["sizes"]] == [(1, 1.0), (2, 0.8), (3, 0.7)]
+    assert set(found["controls"]) == {"student_hard"}
+    calibrated = {"temperature", "cnll", "cbrier", "cece"}
+    assert set(found["controls"]["student_hard"]) == ROW | calibrated
+    assert set(found["students"]["heads"]) == ROW | calibrated | {"members", "dee", "dee_beyond", "ood_auroc"}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(deep):
+    found = collect(deep)
+    assert verdict(found).startswith("The ensemble of 3 makes 40.0 % fewer top-1 errors than the generalist (3 against")
+    assert [worth(row, found) for row in (found["student"], found["students"]["heads"])] == ["1.50", ">3"]
+    assert worth(found["controls"]["student_hard"], found) == "–"
+    assert "is worth 1.50 networks of a deep ensemble (DEE)" in student_verdict(found)
+    assert "is worth >3 networks" in student_verdict(found, "heads")
+    found["students"]["main"]["dee"] = 1.0
+    assert "no more than one network" in student_verdict(found)
+
+
+def test_a_deep_ensemble_needs_no_control_to_tell_where_its_gain_comes_from(deep):
+    found = {**collect(deep), "controls": {}}
+    assert verdict(found).endswith("than the generalist (3 against 5 of 10).")
