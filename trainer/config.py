@@ -169,7 +169,7 @@ class Route(Section):
 
 
 class Specialists(Schedule):
-    dustbin: Literal["preserving", "fresh"] = "preserving"
+    dustbin: Literal["preserving", "fresh", "full"] = "preserving"  # full: trained on all classes
     dustbin_rows: int | None = Field(None, gt=0)  # of preserving: rows that it keeps beside a fitted one; None = all
     trainable: str = "all"  # all | head | last-N-blocks
     freeze_norm: bool = (
@@ -180,8 +180,9 @@ class Specialists(Schedule):
 
     @model_validator(mode="after")
     def _rows(self):
-        if self.dustbin == "fresh" and self.dustbin_rows is not None:
-            raise ValueError('dustbin_rows is of dustbin = "preserving"; a fresh dustbin has one row; leave it out')
+        if self.dustbin != "preserving" and self.dustbin_rows is not None:
+            rows = {"fresh": "a fresh dustbin has one row", "full": "a full softmax has them all"}[self.dustbin]
+            raise ValueError(f'dustbin_rows is of dustbin = "preserving"; {rows}; leave it out')
         return self
 
     @field_validator("trainable")
@@ -407,6 +408,7 @@ class Config(Section):
                 raise ValueError(f"students.{name}: this name has a meaning of its own; choose another")
         for name, student in self.students.items():
             _check_ancestry(name, student, self)
+        _check_full_softmax(self)
         if not self.controls.learning_rates:
             peak = self.specialists.learning_rate
             self.controls.learning_rates = [peak / 3, peak, peak * 3]
@@ -430,6 +432,19 @@ class Config(Section):
     def dump(self) -> dict:
         """Plain JSON-able values, absent ones left out; loads back to an equal Config."""
         return json.loads(self.model_dump_json(exclude_none=True, by_alias=True))
+
+
+def _check_full_softmax(config: Config) -> None:
+    """What dustbin = "full" does not go with."""
+    if config.specialists.dustbin != "full":
+        return
+    if config.engine.shard_head:
+        raise ValueError('specialists.dustbin = "full" holds all logits, engine.shard_head = true none; leave one out')
+    if config.specialists.label_smoothing:
+        raise ValueError(
+            f'specialists.dustbin = "full" has soft targets of its own; label_smoothing = '
+            f"{config.specialists.label_smoothing} is of hard ones: specialists.label_smoothing = 0"
+        )
 
 
 def _check_ancestry(name: str, student: Student, config: Config) -> None:

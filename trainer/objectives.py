@@ -18,6 +18,7 @@ from .losses import (
     TopAnswers,
     classification_loss,
     distillation_loss,
+    full_specialist_loss,
     hard_loss,
     pooled,
     prior_network_loss,
@@ -68,6 +69,28 @@ def specialise_in(
         targets = columns.to(batch.labels.device)[batch.labels]
         prior = None if log_prior is None else log_prior.to(batch.labels.device)
         return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior)
+
+    return objective
+
+
+def specialise_fully(
+    generalist: nn.Module, members: np.ndarray, num_classes: int, shift: float, log_prior: Tensor | None = None
+) -> Objective:
+    """Learn the classes `members` from labels and, where the label is another, the others from the generalist.
+
+    The network and the generalist answer with all classes, [B, C].  shift, log_prior: as specialise_in has them.
+    """
+    inside = torch.zeros(num_classes, dtype=torch.bool)
+    inside[torch.tensor(members)] = True
+    prior = torch.where(inside, shift, 0.0)  # specialise_in lowers the rest, which is the same
+    if log_prior is not None:
+        prior[torch.tensor(members)] += log_prior
+
+    def objective(network: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            p_general = generalist(batch.inputs).float().softmax(1)
+        logits, device = network(batch.inputs), batch.labels.device
+        return full_specialist_loss(logits, batch.labels, inside.to(device), p_general, prior.to(device))
 
     return objective
 
@@ -143,3 +166,11 @@ def specialist_columns(members: np.ndarray, num_classes: int) -> Tensor:
     columns = torch.full((num_classes,), len(members), dtype=torch.int64)
     columns[torch.tensor(members)] = torch.arange(len(members))
     return columns
+
+
+def with_dustbin(logits: Tensor, members: np.ndarray) -> Tensor:
+    """Logits of all classes [B, C] as a specialist has them, [B, |S_m| + 1]: the others' log-sum-exp last."""
+    own = torch.tensor(members, device=logits.device)
+    others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+    others[own] = False
+    return torch.cat([logits[:, own], logits[:, others].logsumexp(1, keepdim=True)], dim=1)

@@ -33,7 +33,7 @@ from .distillation.answers import store_answers, stored_answers, views_of
 from .distillation.teachers import check_members, find_teacher, perturbation
 from .evaluation import evaluate_all, fit_weight, validate_classifier, validate_specialist
 from .losses import dustbin_shift
-from .objectives import classify, distil, learn_priors, specialise_in
+from .objectives import classify, distil, learn_priors, specialise_fully, specialise_in
 from .run_directory import Stage, read_json, write_json
 from .session import Session, read_summary, save_summary
 
@@ -191,14 +191,20 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
         network = session.load(session.run.generalist)
         kept, rest = dustbin_rows(session, network, members)
         torch.manual_seed(seed)
-        network = specialise(network, members, schedule.dustbin, kept, rest)
+        if schedule.dustbin == "full":
+            generalist = session.load(session.run.generalist)
+            objective = specialise_fully(generalist, members, session.num_classes, shift, log_prior)
+        else:
+            network = specialise(network, members, schedule.dustbin, kept, rest)
+            objective = specialise_in(members, session.num_classes, shift, schedule.label_smoothing, log_prior)
         freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
         judge = validate_specialist(session, members)
         network, summary = session.train(
-            attempt, network, specialise_in(members, session.num_classes, shift, schedule.label_smoothing, log_prior),
-            TrainingStream(sources, seed, session.config.data.augment), schedule,
+            attempt, network, objective, TrainingStream(sources, seed, session.config.data.augment), schedule,
             specialist_steps(schedule, len(inside_ids)), judge.loss,
         )  # fmt: skip
+        if schedule.dustbin == "full":  # the same answers, and no more rows are asked than before
+            network = specialise(network, members, "preserving")
         summary |= {"classes": len(members), "natural_share": natural, "shift": shift,
                     "temperature": judge.temperature(network)}  # fmt: skip
         if rest is not None:
