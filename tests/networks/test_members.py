@@ -208,6 +208,16 @@ def test_any_convolution_of_rank_one_members_is_k_convolutions(count, batch, gro
         torch.testing.assert_close(found[j], expected)
 
 
+@OF_ALL_KINDS
+def test_under_autocast_members_compute_low_and_answer_nearly_the_same(members):
+    network = plain("convnet", {"count": 3} | members).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = network(images())
+        log_p = member_log_probabilities(network, images())
+    assert low.dtype == torch.bfloat16 and log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p, member_log_probabilities(network, images()), atol=0.05, rtol=0)
+
+
 def test_without_spread_every_member_starts_as_the_classifier():
     parent = trained_a_little(plain()).double()
     torch.testing.assert_close(batch_ensemble(parent, 3, std=0.0)(images()), parent(images()).expand(3, -1, -1))

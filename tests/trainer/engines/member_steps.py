@@ -1,7 +1,8 @@
-"""Three steps of networks with members by engines in turn, in this process group, against one process's by hand:
+"""Steps of networks with members by engines in turn, in this process group, against one process's by hand:
 member_steps.py ENGINE ...
 
-Raises where a gradient (of ddp) or a weight differs.
+After two of four steps a new engine goes on from the state of the first.  Raises where a gradient (of ddp) or a weight
+differs.
 """
 
 import copy
@@ -16,7 +17,7 @@ from trainer.distributed import process_group
 from trainer.engines import build_engine
 from trainer.leaving import leave
 
-K, BATCH, CLASSES, RATE, DECAY = 3, 12, 5, 0.2, 0.1
+K, BATCH, CLASSES, RATE, DECAY, MOMENTUM = 3, 12, 5, 0.2, 0.1, 0.5
 KINDS = ({"kind": "heads", "count": K, "blocks": 1}, {"kind": "batch", "count": K})
 
 
@@ -32,13 +33,19 @@ def compare(engine: str, members: dict, ranks) -> None:
     torch.manual_seed(0)
     spec = ModelSpec("mlp", CLASSES, InputSpec(shape=(6,), dtype="float32"), {"width": 8, "depth": 2}, members=members)
     network = build_classifier(spec)
-    alone = copy.deepcopy(network)
-    steps = [(torch.randn(BATCH, 6), torch.randint(CLASSES, (K, BATCH))) for _ in range(3)]
-    schedule = DEFAULT_SCHEDULE.model_copy(update={"optimizer": "sgd", "momentum": 0.0, "clip_norm": 0.0,
+    alone, velocity = copy.deepcopy(network), {}
+    steps = [(torch.randn(BATCH, 6), torch.randint(CLASSES, (K, BATCH))) for _ in range(4)]
+    schedule = DEFAULT_SCHEDULE.model_copy(update={"optimizer": "sgd", "momentum": MOMENTUM, "clip_norm": 0.0,
                                                    "weight_decay": DECAY, "batch_size": BATCH, "ema": 0.0})  # fmt: skip
     driver = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
     module = driver.prepare(network, schedule)
-    for raw, targets in steps:
+    for number, (raw, targets) in enumerate(steps):
+        if number == 2:
+            state = copy.deepcopy(driver.state())
+            driver.close()
+            driver = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
+            network = build_classifier(spec)
+            module = driver.prepare(network, schedule, state)
         own = slice(ranks.rank, None, ranks.world_size)
         with driver.accumulating(last=True):
             loss = loss_of(module(raw[own]), targets[:, own])
@@ -48,7 +55,7 @@ def compare(engine: str, members: dict, ranks) -> None:
         if name == "ddp":
             check({n: p.grad for n, p in network.named_parameters()}, {n: p.grad for n, p in alone.named_parameters()})
         driver.step(RATE)
-        step_by_hand(alone)
+        step_by_hand(alone, velocity)
     check(dict(driver.export().named_parameters()), dict(alone.named_parameters()))
     driver.close()
     print(engine, members["kind"], "agree")
@@ -59,12 +66,13 @@ def loss_of(logits, targets):
 
 
 @torch.no_grad()
-def step_by_hand(network) -> None:
+def step_by_hand(network, velocity: dict) -> None:
     """Weights decay; factors take half steps."""
     for name, parameter in network.named_parameters():
         rate = RATE / 2 if name.endswith((".r", ".s")) else RATE
         decay = DECAY if name.endswith("weight") else 0.0
-        parameter -= rate * (parameter.grad + decay * parameter)
+        velocity[name] = MOMENTUM * velocity.get(name, 0.0) + parameter.grad + decay * parameter
+        parameter -= rate * velocity[name]
 
 
 def check(ours: dict, theirs: dict) -> None:
