@@ -1,14 +1,16 @@
 """Networks of one kind from different seeds, averaged.  Lakshminarayanan, Pritzel & Blundell 2017."""
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from networks import Classifier, load_classifier, mean_log_probabilities
+from networks import Classifier, load_classifier, mean_log_probabilities, save_classifier
 
-from .specialist_ensemble import SpecialistEnsemble, read_settings
+from .specialist_ensemble import SCHEMA, SETTINGS, SpecialistEnsemble, read_settings
 
 
 class DeepEnsemble:
@@ -23,6 +25,7 @@ class DeepEnsemble:
         self.networks = [network.eval() for network in networks]
         self.class_names = list(networks[0].spec.class_names)
         self.device = next(networks[0].parameters()).device
+        self.generalist, self.missing = self.networks[0], []
 
     @classmethod
     def load(cls, directory, device="cpu", builders: Mapping[str, Callable] | None = None) -> "DeepEnsemble":
@@ -35,8 +38,17 @@ class DeepEnsemble:
         facts = read_settings(root)
         if facts["kind"] != "deep":
             raise ValueError(f"{root} holds an ensemble of {facts['kind']}; load it with load_ensemble")
-        folders = [root / "generalist", *(root / "members" / f"{index:03d}" for index in range(1, facts["members"]))]
-        return cls([load_classifier(folder, device, builders) for folder in folders])
+        return cls([load_classifier(_folder(root, index), device, builders) for index in range(facts["members"])])
+
+    def save(self, directory) -> None:
+        """Write `directory`, laid out as a run is, for DeepEnsemble.load."""
+        root = Path(directory)
+        for index, network in enumerate(self.networks):
+            save_classifier(network, _folder(root, index))
+        facts = {"schema": SCHEMA, "kind": "deep", "members": len(self.networks)}
+        unfinished = root / f".{SETTINGS}.{os.getpid()}"
+        unfinished.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, root / SETTINGS)
 
     @torch.no_grad()
     def member_log_probabilities(self, inputs) -> Tensor:
@@ -56,6 +68,10 @@ class DeepEnsemble:
             {"classes": row, "names": [self.class_names[c] for c in row], "probabilities": probabilities,
              "specialists": []} for row, probabilities in zip(classes.tolist(), values.tolist(), strict=True)
         ]  # fmt: skip
+
+
+def _folder(root: Path, index: int) -> Path:
+    return root / "members" / f"{index:03d}" if index else root / "generalist"
 
 
 def load_ensemble(directory, device="cpu", builders=None, **options) -> SpecialistEnsemble | DeepEnsemble:

@@ -14,7 +14,7 @@ ROOMS = {
     "launch": {"trainer"},
 }
 # Files that run on login nodes, where torch is not installed, and what of ours they may import.
-TORCHLESS = ["trainer.config", "trainer.run_directory", "trainer.report.results"]
+TORCHLESS = ["trainer.config", "trainer.run_directory", "trainer.report.results", "trainer.compare"]
 HEAVY = {"torch", "torchvision", "timm", "deepspeed", "webdataset", "sklearn", "scipy", "matplotlib", "PIL", "jinja2"}
 
 

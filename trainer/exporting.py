@@ -19,7 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ensemble import EnsembleProgram, SpecialistEnsemble, export_bundle, export_onnx, export_program
+from ensemble import (
+    DeepEnsemble,
+    EnsembleProgram,
+    SpecialistEnsemble,
+    export_bundle,
+    export_onnx,
+    export_program,
+    load_ensemble,
+)
 from networks import Classifier, ModelSpec, load_classifier, save_classifier
 
 from .config import UserError
@@ -73,7 +81,8 @@ def chosen(run: RunDirectory, what: str) -> tuple[bool, dict[str, Stage]]:
     if kind == "student" and name not in run.students:
         raise UserError(f"--what {what}: this run's students are {', '.join(run.students) or 'none'}")
     students = {"ensemble": {}, "student": {name: run.students.get(name)}, "all": run.students}[kind]
-    needed = [] if kind == "student" else [run.generalist, run.cluster, run.combine]
+    groups = [] if run.config.is_deep else [run.cluster]
+    needed = [] if kind == "student" else [run.generalist, *groups, run.combine]
     for stage in [*needed, *students.values()]:
         check_done(run, stage)
     return kind != "student", students
@@ -134,10 +143,10 @@ def builders_of(run: RunDirectory) -> dict[str, Callable]:
     return {key: function for name in names for key, function in (user_builders(name) or {}).items()}
 
 
-def loaded_ensemble(run: RunDirectory, builders: dict[str, Callable]) -> SpecialistEnsemble:
-    absent = read_json(run.combine.path("ensemble.json"))["missing"]
+def loaded_ensemble(run: RunDirectory, builders: dict[str, Callable]) -> SpecialistEnsemble | DeepEnsemble:
+    absent = read_json(run.combine.path("ensemble.json")).get("missing")
     with users_mistakes():
-        ensemble = SpecialistEnsemble.load(run.root, allow_missing=bool(absent), builders=builders)
+        ensemble = load_ensemble(run.root, builders=builders, allow_missing=bool(absent))
     if ensemble.missing:
         print(f"without specialists {', '.join(map(str, ensemble.missing))}, which this run went on without")
     return ensemble
@@ -161,7 +170,9 @@ class Export:
     def __init__(self, root: Path, builders: dict[str, Callable]):
         self.root, self.builders, self.differences = root, builders, {}
 
-    def ensemble(self, ensemble: SpecialistEnsemble, kinds: list[str]) -> None:
+    def ensemble(self, ensemble: SpecialistEnsemble | DeepEnsemble, kinds: list[str]) -> None:
+        if isinstance(ensemble, DeepEnsemble):
+            return self.deep(ensemble, kinds)
         with users_mistakes():
             facts = export_bundle(ensemble, self.root)
         raw = random_inputs(ensemble.generalist.spec)
@@ -182,6 +193,14 @@ class Export:
             return
         for kind, program in whole.items():
             self.program("ensemble", program, ensemble.probabilities(raw), raw, kind)
+
+    def deep(self, ensemble: DeepEnsemble, kinds: list[str]) -> None:
+        ensemble.save(self.root)
+        raw = random_inputs(ensemble.generalist.spec)
+        again = DeepEnsemble.load(self.root, builders=self.builders)
+        self.compare("bundle", ensemble.probabilities(raw), again.probabilities(raw))
+        for index, network in enumerate(ensemble.networks):
+            self.programs(f"member-{index:03d}", Answer(network), raw, kinds)
 
     def student(self, name: str, network: Classifier, kinds: list[str]) -> None:
         place, raw = self.root / "students" / name, random_inputs(network.spec)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ensemble import SpecialistEnsemble
+from ensemble import DeepEnsemble, load_ensemble
 from networks import InputSpec, load_classifier
 
 from .config import UserError
@@ -60,10 +60,9 @@ def main(argv: list[str]) -> int:
     run = open_run(args.directory) if (args.directory / "config.toml").is_file() else None
     decoders = BUILT_IN if run is None else decoder_table(run.config.data.decoders)
     files = list(found_files(args.files, decoders))
-    spec, answer = answerer(args, run)
+    spec, answer, asks = answerer(args, run)
     examples = (example for path in files for example in read_examples(path, spec.input, decoders, args.resize))
-    # Only the ensemble asks anybody.
-    show = print_json if args.json else TablePrinter(specialists=not (args.student or args.generalist))
+    show = print_json if args.json else TablePrinter(specialists=asks)
     for batch in batches(examples, BATCH):
         raw = torch.from_numpy(np.stack([example.raw for example in batch])).to(args.device)
         with users_mistakes():  # a specialist is read when it is first asked
@@ -75,22 +74,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def answerer(args, run: RunDirectory | None) -> tuple[object, Callable[[torch.Tensor, int], list[dict]]]:
-    """(ModelSpec, raw inputs -> rows as SpecialistEnsemble.predict gives them) of what the command line names."""
+def answerer(args, run: RunDirectory | None) -> tuple[object, Callable[[torch.Tensor, int], list[dict]], bool]:
+    """(ModelSpec, raw inputs -> rows as SpecialistEnsemble.predict gives them, whether it asks specialists) of what the
+    command line names."""
     check_device(args.device)
     builders = {} if run is None else builders_of(run)
     if args.builder:
         builders[args.builder] = import_function(args.builder, "--builder")
     if not (args.student or args.generalist):
         with users_mistakes():
-            ensemble = SpecialistEnsemble.load(
-                args.directory, args.device, allow_missing=args.allow_missing, builders=builders
-            )
+            ensemble = load_ensemble(args.directory, args.device, builders, allow_missing=args.allow_missing)
         if ensemble.missing:
             print(f"without specialists {', '.join(map(str, ensemble.missing))}, which are missing", file=sys.stderr)
         if run is not None and not args.allow_missing:  # else there is no ensemble.json yet, and the defaults hold
             check_done(run, run.combine)
-        return ensemble.generalist.spec, ensemble.predict
+        return ensemble.generalist.spec, ensemble.predict, not isinstance(ensemble, DeepEnsemble)
 
     place = args.directory / ("generalist" if args.generalist else f"students/{args.student}")
     if args.student and not (place / "model.json").is_file():
@@ -100,7 +98,7 @@ def answerer(args, run: RunDirectory | None) -> tuple[object, Callable[[torch.Te
         raise UserError(f"{args.directory} has no generalist/model.json; give a run with one, or an export")
     with users_mistakes():
         network = load_classifier(place, args.device, builders)
-    return network.spec, lambda raw, top: alone(network, raw, top)
+    return network.spec, lambda raw, top: alone(network, raw, top), False
 
 
 def check_device(name: str) -> None:

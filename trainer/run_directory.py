@@ -342,7 +342,7 @@ class RunDirectory:
                     add(wanted)
             found.setdefault(stage.place, stage)
 
-        joint = [stage for stage in self.answers.values() if stage.inputs == (self.combine,)]  # in the job that combines
+        joint = [stage for stage in self.answers.values() if stage.inputs == (self.combine,)]
         for stage in (*joint, *self.controls.values(), *self.students.values()):
             add(stage)
         return list(found.values())

@@ -173,10 +173,10 @@ def test_a_student_learns_on_unlabelled_inputs_too(data, finished, tmp_path, aug
                         "students.main.transfer_share=0.5")  # fmt: skip
     run = run_all(tmp_path / "run", config)
     assert row(run, "main")["n"] == 12 * NUM_CLASSES
-    stored = run.combine.path("answers")
-    assert stored.exists() == (augment == "none")
-    if stored.exists():
-        assert read_json(stored / "transfer" / "answers.json")["samples"] == 10 * NUM_CLASSES
+    stored = run.answers_for("main")
+    assert (stored is not None) == (augment == "none")
+    if stored is not None:
+        assert read_json(stored.path("transfer/answers.json"))["samples"] == 10 * NUM_CLASSES
 
 
 def test_a_balanced_run_trains_specialists_on_balanced_groups(data, tmp_path):

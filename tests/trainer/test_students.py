@@ -11,7 +11,9 @@ import torch
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
+from ensemble import SpecialistEnsemble, load_ensemble
 from networks import load_classifier, mean_log_probabilities, member_log_probabilities
+from trainer import exporting, predicting
 from trainer.config import UserError, load_config
 from trainer.data.augment import Views, find_augment
 from trainer.data.shards import open_shards
@@ -230,6 +232,21 @@ def test_costs_count_every_ancestor_once(run):
     assert row(run, "again")["cost"]["examples_seen"] == ensemble + seen("students/main") + seen("students/again")
     assert row(run, "few")["cost"]["examples_seen"] == seen("generalist") + seen("students/few")
     assert row(run, "labels")["cost"]["examples_seen"] == seen("students/labels")
+
+
+def test_a_deep_ensemble_answers_alike_from_the_run_from_a_bundle_and_on_the_command_line(run, tmp_path, capsys):
+    assert exporting.main([str(run.root), "--to", str(tmp_path / "bundle"), "--what", "ensemble"]) == 0
+    capsys.readouterr()
+    raw = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
+    ensembles = [load_ensemble(place) for place in (run.root, tmp_path / "bundle")]
+    assert torch.equal(*(each.probabilities(raw) for each in ensembles))
+    np.save(tmp_path / "inputs.npy", raw.numpy())
+    assert predicting.main([str(tmp_path / "bundle"), str(tmp_path / "inputs.npy"), "--json", "--top", "2"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = ensembles[0].predict(raw, 2)
+    assert [line["classes"] for line in said] == [each["classes"] for each in expected]
+    with pytest.raises(ValueError, match="load it with load_ensemble"):
+        SpecialistEnsemble.load(run.root)
 
 
 def test_what_is_kept_of_an_answer_is_close_to_it_and_small():
