@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Iterable, Sequence
@@ -326,7 +327,7 @@ def explanations(evidence: Evidence) -> list[dict]:
     if "student_hard" in results["controls"]:
         said["student_hard"] = (
             "The twin of the student main: the same network, start, steps and order of examples, but hard labels only. "
-            "The difference between the two is what the ensemble taught."
+            "The difference between the two is what its teacher taught."
         )
     for name, student in config.students.items():
         if name not in results["students"]:
@@ -353,6 +354,9 @@ def explain_student(student: Student, ensemble: Ensemble) -> str:
         "prior": "labels, as a Prior Network: its answer is a distribution over distributions",
         "distill": f"{_whose(student.teacher)} distributions as targets",
     }[student.method]
+    if student.method == "distill" and student.temperature != 1:
+        matching = math.isinf(student.temperature)
+        taught += ", their logits matched" if matching else f" at temperature {student.temperature:g}"
     if student.method == "distill" and student.hard_weight:
         taught += f" and the labels with weight {student.hard_weight:.2g}"
     own_teachers = ensemble.kind == "deep" and student.teacher == "ensemble" and student.network != "single"
@@ -364,6 +368,7 @@ def explain_student(student: Student, ensemble: Ensemble) -> str:
         taught += f", with {figures.percent(student.share, 1)} of the training examples"
     if student.leave_out:
         taught += f", without examples of {len(student.leave_out)} class{'es' if len(student.leave_out) > 1 else ''}"
+        taught += ", whose biases were then corrected on val" if student.bias_correction else ""
     starts = {"generalist": "as the generalist", "scratch": "from fresh weights"}
     start = starts.get(student.start, f"as the student {student.start}")
     return f"{what}, trained on {taught}, starting {start}. {price}"
@@ -668,21 +673,29 @@ def size_rows(results: dict) -> list[dict]:
     ]
 
 
-def size_plot(results: dict):
-    """Calibrated NLL over the ensemble's size, every student and its hard twin at its DEE; None without sizes."""
+def size_plot(results: dict) -> dict | None:
+    """Calibrated NLL over the ensemble's size, every student and its hard twin at its DEE; None without sizes.
+
+    What is worse than one network by more than the whole ensemble is better would press all else flat: "off" names it.
+    """
     sizes = [(row["size"], row["cnll"]) for row in results.get("sizes") or [] if row.get("cnll") is not None]
     if not sizes:
         return None
-    kinds = kinds_of(figures.named_rows(results))
-    placed = [
-        {"name": f"{name}: cNLL {row['cnll']:.4f}, DEE {figures.worth(row, results)}", "kind": kinds[name],
-         "label": f"{name.removeprefix('student ')} {figures.worth(row, results)}", "x": row.get("dee"),
-         "y": row["cnll"]}
-        for name, row in figures.named_rows(results).items()
-        if name not in ("generalist", "ensemble") and row.get("cnll") is not None
-        and (row.get("dee") is not None or row.get("dee_beyond"))
-    ]  # fmt: skip
-    return plots.equivalents(sizes, placed, "networks in the ensemble", "calibrated NLL")
+    worst, best = max(y for _, y in sizes), min(y for _, y in sizes)
+    named = figures.named_rows(results)
+    kinds, placed, off = kinds_of(named), [], []
+    for name, row in named.items():
+        placeable = row.get("cnll") is not None and (row.get("dee") is not None or row.get("dee_beyond"))
+        if name in ("generalist", "ensemble") or not placeable:
+            continue
+        short, worth = name.removeprefix("student "), figures.worth(row, results)
+        if worst > best and row["cnll"] > worst + (worst - best):
+            off.append(f"{short} ({row['cnll']:.3f})")
+        else:
+            placed.append({"name": f"{name}: cNLL {row['cnll']:.4f}, DEE {worth}", "kind": kinds[name],
+                           "label": f"{short} {worth}", "x": row.get("dee"), "y": row["cnll"]})  # fmt: skip
+    drawing = plots.equivalents(sizes, placed, "networks in the ensemble", "calibrated NLL")
+    return {"svg": drawing, "off": ", ".join(off)}
 
 
 def changed_examples(evidence: Evidence) -> list[dict]:

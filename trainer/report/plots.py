@@ -97,16 +97,12 @@ def scatter(
 def equivalents(sizes: Sequence[tuple], placed: Sequence[dict], x_label: str, y_label: str) -> Markup:
     """A figure over the size of an ensemble, and others led to the size that equals them.
 
-    sizes: (size, figure), lower is better.  placed: named points as scatter's; x None is "beyond the largest".  What is
-    worse than one network by more than the whole ensemble is better would press all else flat: it is drawn at the
-    upper edge, with an arrow.
+    sizes: (size, figure).  placed: named points as scatter's; x None stands for "beyond the largest".
     """
-    largest, worst = max(size for size, _ in sizes), max(y for _, y in sizes)
+    largest = max(size for size, _ in sizes)
     edge = largest + max(0.12 * largest, 0.4)  # where what lies beyond is drawn
-    top = worst + ((worst - min(y for _, y in sizes)) or abs(worst))
-    spots = [(edge if one["x"] is None else one["x"], min(one["y"], top)) for one in placed]
-    labels = [f"{one['label']} ↑" if one["y"] > top else str(one["label"]) for one in placed]
-    frame = _Frame([*sizes, *spots, (edge, sizes[-1][1])], pad=0.06)
+    spots = [(edge if one["x"] is None else one["x"], one["y"]) for one in placed]
+    frame = _Frame([*sizes, *spots, (edge, sizes[-1][1])], pad=0.1)
     whole = sorted({max(round(value), 1) for value in ticks(1, largest)} | {largest}) if largest > 8 else [
         size for size, _ in sizes]  # fmt: skip
     body = [frame.axes(x_label, y_label, short, short, [(value, str(value)) for value in whole])]
@@ -121,9 +117,9 @@ def equivalents(sizes: Sequence[tuple], placed: Sequence[dict], x_label: str, y_
     body += [_dot(x, y, "ensemble", text, 3) for (x, y), text in zip(drawn, said, strict=True)]
     places = [frame.place(x, y) for x, y in spots]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in [*places, *drawn]]
-    for (x, y), one, label in zip(places, placed, labels, strict=True):
+    for (x, y), one in zip(places, placed, strict=True):
         body.append(_dot(x, y, one["kind"], one["name"], 5))
-        body.append(_label(x, y, label, one["kind"], taken))
+        body.append(_label(x, y, str(one["label"]), one["kind"], taken))
     return _svg(body, f"{y_label} over {x_label}")
 
 

@@ -103,7 +103,8 @@ def wins(results: dict) -> bool:
 
 
 def student_verdict(results: dict, name: str = "main") -> str | None:
-    """One line on how much of the ensemble's gain a student keeps, and how it stands against its hard-label twin."""
+    """One line on how much of the ensemble's gain a student keeps, how it stands against its hard-label twin, and what
+    it is worth in networks."""
     student = results["students"].get(name)
     if student is None:
         return None
@@ -114,15 +115,15 @@ def student_verdict(results: dict, name: str = "main") -> str | None:
         kept = f"The student {name}, one network, keeps {percent(share, 0)} of the ensemble's gain in top-1"
     else:
         kept = f"The student {name}, one network, keeps none of the ensemble's gain: it falls below the generalist"
-    if student.get("dee_beyond") or (student.get("dee") or 0) > 1:
-        kept += f", and is worth {worth(student, results)} networks of a deep ensemble (DEE)"
-    elif student.get("dee") is not None:  # 1 is a single network or worse
-        kept += ", and is worth no more than one network of the ensemble (DEE 1)"
     twin = results["controls"].get("student_hard")
-    if name != "main" or twin is None or twin["nll"] is None or student["nll"] is None:
-        return f"{kept}."
-    relation = "below" if student["nll"] < twin["nll"] else "not below"
-    return f"{kept}; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} of its twin on hard labels."
+    if name == "main" and twin is not None and twin["nll"] is not None and student["nll"] is not None:
+        relation = "below" if student["nll"] < twin["nll"] else "not below"
+        kept += f"; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} of its twin on hard labels"
+    if student.get("dee_beyond") or (student.get("dee") or 0) > 1:
+        kept += f". By calibrated NLL it is worth {worth(student, results)} networks of a deep ensemble"
+    elif student.get("dee") is not None:  # 1 is a single network or worse
+        kept += ". By calibrated NLL it is worth no more than one network of the ensemble"
+    return f"{kept}."
 
 
 def worth(row: dict, results: dict) -> str:

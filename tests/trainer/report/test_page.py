@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainer.config import Ensemble, Student
-from trainer.report.page import explain_student, kinds_of, manifest_counts, render, size_rows, write_report
+from trainer.report.page import explain_student, kinds_of, manifest_counts, render, size_plot, size_rows, write_report
 from trainer.report.results import collect, verdict
 
 
@@ -261,6 +261,15 @@ def test_a_prior_network_has_an_mu_and_no_members(tmp_path, make_hand_worked):
     assert re.findall(r'<section id="(\w+)"', html)[-3:] == ["diversity", "examples", "run"]
 
 
+def test_a_student_that_is_worse_by_far_is_named_below_the_plot_that_it_would_press_flat(deep):
+    results = collect(deep)  # one network has 1.0 and three have 0.7: the edge is at 1.3
+    results["students"]["main"] |= {"dee": 1.0, "cnll": 1.31}
+    assert size_plot(results)["off"] == "main (1.310)" and "main" not in size_plot(results)["svg"]
+    assert "worse than one network: main (1.310)." in render(deep, results)
+    results["students"]["main"] |= {"dee": 1.0, "cnll": 1.29}
+    assert size_plot(results)["off"] == "" and "main 1.00" in size_plot(results)["svg"]
+
+
 def test_of_many_sizes_the_first_and_the_last_are_among_ten_that_are_shown():
     rows = size_rows({"sizes": [{"size": k, "cnll": 1 / k} for k in range(1, 51)]})
     assert len(rows) == 10 and rows[0]["size"] == 1 and rows[-1]["size"] == 50 and rows[0]["top1"] is None
@@ -283,6 +292,8 @@ def test_students_beside_main_have_colours_of_their_own():
         ({"teacher": "one", "hard_weight": 0.5}, "the student one's distributions as targets and the labels with"),
         ({"share": 0.03, "leave_out": ["3"]}, "with 3.0 % of the training examples, without examples of 1 class,"),
         ({"method": "prior"}, "as a Prior Network"),
+        ({"temperature": 4}, "as targets at temperature 4, starting"),
+        ({"temperature": float("inf")}, "as targets, their logits matched, starting"),
     ],
 )  # fmt: skip
 def test_what_a_student_is_in_words(keys, said):

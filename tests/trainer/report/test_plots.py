@@ -38,14 +38,6 @@ def test_what_is_beyond_the_largest_lies_right_of_it_and_has_no_size_below():
     assert "V" not in lead
 
 
-def test_what_is_worse_by_far_is_drawn_at_the_edge_with_an_arrow():
-    """1.0 + (1.0 - 0.7) is the edge: else one bad student would press the curve flat."""
-    placed = [point("bad", 1.0, 7.0), point("edge", 1.0, 1.3)]
-    svg = str(equivalents(SIZES, placed, "networks", "cNLL"))
-    assert dots(svg)["bad"] == dots(svg)["edge"]
-    assert ">bad ↑</text>" in svg and ">edge</text>" in svg
-
-
 def test_a_single_size_or_equal_ones_can_be_drawn():
     assert dots(equivalents([(1, 0.5)], [point("main", 1.0, 0.5)], "networks", "cNLL"))
     assert dots(equivalents([(1, 0.5), (2, 0.5)], [], "networks", "cNLL"))

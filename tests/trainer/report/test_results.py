@@ -134,8 +134,8 @@ def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(de
     assert verdict(found).startswith("The ensemble of 3 makes 40.0 % fewer top-1 errors than the generalist (3 against")
     assert [worth(row, found) for row in (found["student"], found["students"]["heads"])] == ["1.50", ">3"]
     assert worth(found["controls"]["student_hard"], found) == "–"
-    assert "is worth 1.50 networks of a deep ensemble (DEE)" in student_verdict(found)
-    assert "is worth >3 networks" in student_verdict(found, "heads")
+    assert "it is worth 1.50 networks of a deep ensemble." in student_verdict(found)
+    assert "it is worth >3 networks" in student_verdict(found, "heads")
     found["students"]["main"]["dee"] = 1.0
     assert "no more than one network" in student_verdict(found)
 
