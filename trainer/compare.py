@@ -168,7 +168,7 @@ def compare(
         "schema": SCHEMA, "metrics": metrics, "versus": versus, "differ": differ,
         "runs": [{"run": run.place, "seed": run.seed, "variant": called[run.place]} for run in runs],
         "variants": [
-            {"name": called[group[0].place], "settings": {key: group[0].settings.get(key) for key in keys},
+            {"name": called[group[0].place], "settings": {key: _plain(group[0].settings.get(key)) for key in keys},
              "runs": len(group)}
             for group in groups.values()
         ],
@@ -215,6 +215,11 @@ def _known_metrics(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> list[
 def _near(word: str, words: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _plain(value):
+    """JSON has no infinity, a temperature may be one."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _place(name: str) -> int:

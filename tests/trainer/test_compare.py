@@ -100,6 +100,15 @@ def test_configs_that_differ_are_variants_and_the_keys_are_named(finished):
     ]  # fmt: skip
 
 
+def test_a_setting_without_a_number_in_json_is_text(finished):
+    runs = [finished(name, [f"students.main.temperature={t}"]) for name, t in (("a", "inf"), ("b", "2.0"))]
+    found = compare(read_runs(runs))
+    assert [one["settings"] for one in found["variants"]] == [
+        {"students.main.temperature": "inf"}, {"students.main.temperature": 2.0},
+    ]  # fmt: skip
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
 def test_keys_that_are_inherited_from_train_are_not_named_twice(finished):
     students = ["students.main.method=distill"]
     runs = [finished(name, [f"train.steps={n}", *students]) for name, n in (("a", 5), ("b", 6))]
