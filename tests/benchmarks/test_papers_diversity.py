@@ -33,7 +33,7 @@ def test_no_image_is_in_two_splits_and_each_class_is_in_all_alike():
 
 
 def answers(*probabilities):
-    """Log-probabilities [K, n, 5] of members that give class 0, 1 and the rest so much: (p_0, p_1, each of the rest)."""
+    """Log-probabilities [K, 1, 5] of members, each given as (p_0, p_1, each of the rest)."""
     rows = [[p0, p1, rest, rest, rest] for p0, p1, rest in probabilities]
     return torch.tensor(rows)[:, None].log()
 
