@@ -121,7 +121,7 @@ def predict(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    from .compare import main as compare_main
+    from .report.comparison import main as compare_main
 
     return compare_main(argv)
 

@@ -213,23 +213,27 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
     })  # fmt: skip
 
 
-Extra = Callable[[Tensor], dict[str, Tensor]]  # raw inputs -> {"mu": [b], ...}
+class Extra(NamedTuple):
+    """What the figures of `count` members add: figures(raw inputs) -> {"mu": [b], ...}"""
+
+    count: int
+    figures: Callable[[Tensor], dict[str, Tensor]]
 
 
 def of_members(network: nn.Module) -> Extra | None:
     if network.num_members == 1:
         return None
-    return lambda raw: member_figures(member_log_probabilities(network, raw))
+    return Extra(network.num_members, lambda raw: member_figures(member_log_probabilities(network, raw)))
 
 
 def of_deep(ensemble: DeepEnsemble) -> Extra | None:
     if len(ensemble.networks) == 1:
         return None
-    return lambda raw: member_figures(ensemble.member_log_probabilities(raw))
+    return Extra(len(ensemble.networks), lambda raw: member_figures(ensemble.member_log_probabilities(raw)))
 
 
 def of_prior(network: nn.Module) -> Extra:
-    return lambda raw: {"mu": dirichlet_uncertainty(network(raw))}
+    return Extra(1, lambda raw: {"mu": dirichlet_uncertainty(network(raw))})
 
 
 def member_figures(log_p: Tensor) -> dict[str, Tensor]:
@@ -247,7 +251,7 @@ class Judge:
     def __call__(self, answer, name: str, cost: dict, extra: Extra | None = None, both=None, more=None) -> dict:
         """answer: raw inputs -> LinearLogits or Held.  extra: figures of each example beside it.  both: answer and
         extra from one pass.  more(found): further entries of the JSON.  Returns what was found, arrays over test."""
-        session, both = self.session, both or (lambda raw: (answer(raw), extra(raw) if extra else {}))
+        session, both = self.session, both or (lambda raw: (answer(raw), extra.figures(raw) if extra else {}))
         temperature = calibrate(session, answer)
         scores = self.scores(answer, extra) if session.config.data.ood else None
 
@@ -261,7 +265,7 @@ class Judge:
         found = session.measured(session.shards("test"), judge)
         outside = session.measured(session.shards("ood"), lambda batch: scores(batch.inputs)) if scores else {}
         if session.ranks.is_main:
-            self.write(name, found, cost, temperature, outside, more(found) if more else {})
+            self.write(name, found, cost, temperature, outside, more(found) if more else {}, extra)
         elif more:
             more(found)  # it measures on all ranks
         return found
@@ -272,13 +276,13 @@ class Judge:
         def score(raw: Tensor) -> dict[str, Tensor]:
             log_p = answer(raw).held().float().log_softmax(1)
             found = {"confidence": log_p.amax(1).exp(), "entropy": (log_p.exp() * log_p).sum(1)}
-            beside = extra(raw) if extra else {}
+            beside = extra.figures(raw) if extra else {}
             found |= {"mu": -beside["mu"]} if "mu" in beside else {}
             return {f"score_{key}": value for key, value in found.items()}
 
         return score
 
-    def write(self, name: str, found: dict, cost: dict, temperature: float, outside: dict, more: dict) -> None:
+    def write(self, name: str, found: dict, cost: dict, temperature: float, outside: dict, more: dict, extra) -> None:
         found = dict(found)
         scaled = {key: found.pop(f"calibrated_{key}") for key in OF_CALIBRATION}
         inside = {key: found.pop(key) for key in outside if key != "ids"}
@@ -288,9 +292,10 @@ class Judge:
         after = summarise(*top, scaled["top5_probability"], scaled["label_probability"], scaled["squared_error"])
         row |= {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
         if beside:
-            row["members"] = {key: float(value.mean(dtype=np.float64)) for key, value in beside.items()}
-        if len(self.sizes) > 1:
-            row |= equivalent(row["cnll"], self.sizes)
+            means = {key: float(value.mean(dtype=np.float64)) for key, value in beside.items()}
+            row["members"] = {"count": extra.count, **means}
+        if len(self.sizes) > 1:  # the ensemble is worth itself, however its temperature was rounded
+            row |= {"dee": float(len(self.sizes))} if name == "ensemble" else equivalent(row["cnll"], self.sizes)
         if inside:
             row["ood_auroc"] = {key.removeprefix("score_"): auroc(inside[key], outside[key]) for key in inside}
         right = found["top5"][:, 0] == found["labels"]

@@ -180,7 +180,7 @@ class RunDirectory:
                 section.pop(key, None)
         values["specialists"].pop("per_job", None)
         values["ensemble"].pop("allow_missing", None)
-        self._values = values
+        self.hashed = values  # what stages' keys are made of: the config without what changes no figure
         self.student, self.answers_for = cache(self._student), cache(self._answers_for)
 
     def _stage(self, name: str, place: str, sections: Iterable[str], inputs: Iterable[Stage] = (), **extra) -> Stage:
@@ -189,7 +189,7 @@ class RunDirectory:
         return Stage(self.root, place, key, name, inputs)
 
     def _section(self, name: str):
-        value = self._values
+        value = self.hashed
         for part in name.split("."):
             value = value[part]
         return value

@@ -277,6 +277,8 @@ class Session:
             network = load_classifier(place, self.ranks.device, user_builders(self.config.model.name))
         except (OSError, ValueError) as mistake:
             raise UserError(f"generalist.from = {given}: {mistake}") from None
+        if network.num_members > 1:
+            raise UserError(f"generalist.from = {given} has {network.num_members} members; a generalist has one")
         if network.spec.num_classes != self.num_classes:
             raise UserError(
                 f"generalist.from = {given} knows {network.spec.num_classes} classes, the data has {self.num_classes}"

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.compare import METRICS, cell, compare, differing, draw, flat, main, moments, read_runs, sentences, words
+from trainer.compare import METRICS, cell, compare, differing, flat, moments, read_runs, sentences, words
 from trainer.config import UserError, load_config, save_config
+from trainer.report.comparison import draw, main
 from trainer.run_directory import RunDirectory, write_json
 
 

@@ -87,7 +87,7 @@ def test_the_ensemble_of_one_is_the_generalist_and_its_size_is_its_equivalent(ru
     assert sizes[0]["nll"] == pytest.approx(generalist["nll"], rel=1e-5)
     assert sizes[0]["cnll"] == pytest.approx(generalist["cnll"], rel=1e-4)
     assert sizes[2]["nll"] == pytest.approx(ensemble["nll"], rel=1e-5)
-    assert ensemble["dee"] == pytest.approx(3, abs=0.05)
+    assert ensemble["dee"] == 3 and ensemble["members"]["count"] == 3
 
 
 def test_an_ensemble_of_one_is_its_generalist_and_has_nobody_to_differ_from(tmp_path):
