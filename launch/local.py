@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trainer.run_directory
 from trainer.config import UserError
-from trainer.run_directory import RunDirectory, Stage
+from trainer.run_directory import RunDirectory, Stage, complete_checkpoints
 
 from .display import Display
 from .journal import JobRecord, Journal, birth, end_of_log
@@ -287,8 +287,7 @@ class Pool:
 
 def reached(job: Job) -> list[str]:
     """How far each stage of a job is: done, or its newest checkpoint."""
-    steps = [sorted(path.parent.name for path in stage.directory.glob("checkpoints/step-*/COMPLETE"))
-             for stage in job.stages]  # fmt: skip
+    steps = [[path.name for path in complete_checkpoints(stage.checkpoints)] for stage in job.stages]
     return ["done" if stage.is_done else (found or [""])[-1] for stage, found in zip(job.stages, steps, strict=True)]
 
 

@@ -17,11 +17,12 @@ import torch
 from .config import Config, UserError, load_config
 from .data.augment import find_augment
 from .data.shards import open_shards
+from .distillation.teachers import from_elsewhere
 from .distributed import Ranks, choose_device, precision
-from .engines import refuse_average_of_split_weights
 from .loop import check_batch_size
 from .run_directory import RunDirectory
 from .session import Session
+from .stages import left_out
 
 
 def main(argv: list[str]) -> int:
@@ -47,7 +48,11 @@ def check(config: Config, processes: int) -> None:
     if session.given_generalist() is None:
         session.fresh_network()
     for student in config.students.values():
-        session.fresh_network(student)
+        find_augment(session.run.augment_of(student))
+        left_out(session, student)
+        session.fresh_network(student, members=session.student_members(student))
+        if os.sep in student.teacher:
+            from_elsewhere(student.teacher, session)
 
 
 def check_engine(config: Config) -> None:
@@ -55,10 +60,7 @@ def check_engine(config: Config) -> None:
     engine = config.engine
     precision(engine, choose_device(engine))
     if engine.name == "deepspeed" and find_spec("deepspeed") is None:
-        raise UserError('engine.name = "deepspeed" needs the package deepspeed: pip install \'referral[train]\'')
-    if engine.name == "deepspeed" and engine.zero_stage == 3:
-        for schedule in (config.train, config.specialists, *config.students.values()):
-            refuse_average_of_split_weights(schedule)
+        raise UserError("engine.name = \"deepspeed\" needs the package deepspeed: pip install 'referral[train]'")
     for name in engine.track:
         if find_spec(name) is None:
             raise UserError(f"engine.track: {name} is not installed; pip install 'referral[{name}]'")
@@ -75,10 +77,12 @@ def check_shards(config: Config) -> None:
             raise UserError(
                 f"data.{split} has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
             )
-    if config.data.transfer:
+    for split in ("transfer", "ood"):
+        if not getattr(config.data, split):
+            continue
         data = config.data.model_copy(update={"label": "", "classes": None})
-        shards = open_shards(config.data.transfer, data, "transfer")
+        shards = open_shards(getattr(config.data, split), data, split)
         if shards.input_shape != train.input_shape:
             raise UserError(
-                f"data.transfer has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
+                f"data.{split} has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
             )

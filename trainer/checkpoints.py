@@ -15,8 +15,7 @@ import torch
 
 from .config import UserError
 from .distributed import ALONE, Ranks, broadcast
-
-MARKER = "COMPLETE"
+from .run_directory import COMPLETE, complete_checkpoints
 
 
 def save_checkpoint(
@@ -76,11 +75,6 @@ def on_cpu(state):
     return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
 
 
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Oldest first."""
-    return sorted(path.parent for path in directory.glob(f"step-*/{MARKER}"))
-
-
 def newest_step(directory: Path) -> int | None:
     found = complete_checkpoints(directory)
     return int(found[-1].name.removeprefix("step-")) if found else None
@@ -96,7 +90,7 @@ def load_checkpoint(directory: Path, step: int, device="cpu") -> dict:
 
 def _write(directory: Path, final: Path, state: dict) -> str | None:
     """What went wrong with the disk, or None."""
-    if (final / MARKER).exists():
+    if (final / COMPLETE).exists():
         return None
     temporary = directory / f".{final.name}.{uuid.uuid4().hex[:8]}"
     try:
@@ -105,10 +99,10 @@ def _write(directory: Path, final: Path, state: dict) -> str | None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        (temporary / MARKER).touch()
+        (temporary / COMPLETE).touch()
         os.rename(temporary, final)
     except (OSError, RuntimeError) as mistake:  # torch's writer turns a full disk into a RuntimeError
-        if (final / MARKER).exists():  # another attempt was first
+        if (final / COMPLETE).exists():  # another attempt was first
             return None
         if isinstance(mistake, RuntimeError) and not _about_files(mistake):
             raise
@@ -122,7 +116,7 @@ def _prune(directory: Path, keep: int, best: int | None) -> None:
     kept = None if best is None else checkpoint_place(directory, best)
     for old in complete_checkpoints(directory)[:-keep]:
         if old != kept:
-            (old / MARKER).unlink(missing_ok=True)  # first, so that a half-removed one is none
+            (old / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed one is none
             shutil.rmtree(old, ignore_errors=True)
 
 

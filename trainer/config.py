@@ -425,6 +425,20 @@ class Config(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _averages(self):
+        """Averaged weights are of networks that a rank holds."""
+        whole = "zero_stage 0, 1 or 2" if self.engine.name == "deepspeed" else "shard_head = false"
+        splits = self.engine.name == "deepspeed" and self.engine.zero_stage == 3
+        sections = {"train": self.train, **{f"students.{name}": each for name, each in self.students.items()}}
+        sections |= {"specialists": self.specialists} if splits else {}  # a specialist's head is not split
+        for name, section in sections.items():
+            if section.ema and (splits or self.engine.shard_head):
+                raise ValueError(
+                    f"{name}.ema = {section.ema}: no rank holds the weights to average; take engine.{whole}, or ema = 0"
+                )
+        return self
+
     @property
     def is_deep(self) -> bool:
         return self.ensemble.kind == "deep"
@@ -460,6 +474,15 @@ def _check_ancestry(name: str, student: Student, config: Config) -> None:
         one = config.students[waiting.pop()]
         waiting += [each for each in (one.teacher, one.start) if each in config.students and each not in seen]
         seen.update((one.teacher, one.start))
+    taught = {"ensemble": config.ensemble.members if config.is_deep else 1, "generalist": 1}
+    taught |= {key: 1 if each.network == "single" else each.members or taught["ensemble"]
+               for key, each in config.students.items()}  # fmt: skip
+    teachers = taught.get(student.teacher) if student.learns_from_teacher else None
+    if teachers is not None and taught[name] > 1 and teachers != taught[name]:
+        raise ValueError(
+            f"{place} has {taught[name]} members, its teacher {student.teacher} {teachers}: member k learns from "
+            'member k; give it as many, or network = "single"'
+        )
     if config.engine.shard_head and student.network != "single":
         raise ValueError(f'{place}.network = "{student.network}" has several heads; engine.shard_head splits one')
     if name in seen:

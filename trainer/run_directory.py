@@ -22,6 +22,7 @@ from pathlib import Path
 from .config import Config, UserError
 
 SCHEMA = 1
+COMPLETE = "COMPLETE"  # in a checkpoint's directory
 
 
 def write_text(path: Path, text: str) -> None:
@@ -52,6 +53,11 @@ def read_json(path: Path):
 def digest(value) -> str:
     """Hash of a JSON-able value, the same for equal values whatever the order of their keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """step-STEP/ that hold all they should, oldest first: the marker is what is written last."""
+    return sorted(path.parent for path in directory.glob(f"step-*/{COMPLETE}"))
 
 
 class Stage:
@@ -111,6 +117,10 @@ class Stage:
         except OSError as mistake:
             raise UserError(f"{self.directory}: cannot be written: {mistake.strerror}") from None
         return Attempt(self, attempt, directory)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
 
     def clear(self) -> None:
         """Forget everything of this stage: checkpoints, attempts, DONE first, so that no half-cleared stage looks

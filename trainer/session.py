@@ -136,7 +136,7 @@ class Session:
         ):  # fmt: skip
             network, summary = train(
                 driver, network, objective, stream, schedule, steps, ranks=self.ranks,
-                checkpoints=attempt.stage.directory / "checkpoints", metrics=attempt.path("metrics.jsonl"),
+                checkpoints=attempt.stage.checkpoints, metrics=attempt.path("metrics.jsonl"),
                 validate=validate, workers=self.config.data.workers, trackers=tracked,
             )  # fmt: skip
         for source, sample, reason in summary.pop("lost"):
@@ -228,9 +228,7 @@ class Session:
     def student_network(self, name: str, student: Student) -> Classifier:
         """Fresh, a copy of the generalist (widened where the student's [model] is a wider one), or another student's
         network; then with as many members as asked.  Its seed is of its name: nobody starts where his teacher did."""
-        seed, count = self.seed(f"student {name}", 0), self.student_members(student)
-        members = {"hydra": {"kind": "heads", "count": count, "blocks": student.head_blocks},
-                   "batch_ensemble": {"kind": "batch", "count": count}, "single": None}[student.network]  # fmt: skip
+        seed, members = self.seed(f"student {name}", 0), self.student_members(student)
         if student.start == "scratch":  # every head, or factor, drawn by itself
             return self.fresh_network(student, seed, members)
         if student.start == "generalist":
@@ -241,15 +239,16 @@ class Session:
             return network
         try:
             if student.network == "hydra":
-                return hydra(network, count, student.head_blocks)
-            return batch_ensemble(network, count, generator=torch.Generator().manual_seed(seed))
+                return hydra(network, members["count"], student.head_blocks)
+            return batch_ensemble(network, members["count"], generator=torch.Generator().manual_seed(seed))
         except ValueError as mistake:
             raise UserError(f"students.{name}: {mistake}") from None
 
-    def student_members(self, student: Student) -> int:
-        if student.network == "single":
-            return 1
-        return student.members or self.config.ensemble.members
+    def student_members(self, student: Student) -> dict | None:
+        """As model.json has it; None for a single network."""
+        count = student.members or self.config.ensemble.members
+        return {"single": None, "hydra": {"kind": "heads", "count": count, "blocks": student.head_blocks},
+                "batch_ensemble": {"kind": "batch", "count": count}}[student.network]  # fmt: skip
 
     def _grown_generalist(self, spec: ModelSpec) -> Classifier:
         generalist = self.load(self.run.generalist)

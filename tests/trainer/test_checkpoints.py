@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from trainer import checkpoints
-from trainer.checkpoints import Saver, complete_checkpoints, load_checkpoint, newest_step, save_checkpoint
+from trainer.checkpoints import Saver, load_checkpoint, newest_step, save_checkpoint
 from trainer.config import UserError
 from trainer.distributed import ALONE
+from trainer.run_directory import complete_checkpoints
 
 
 def test_the_last_k_checkpoints_are_kept(tmp_path):

@@ -286,3 +286,22 @@ def test_a_student_that_needs_no_one_waits_for_no_one(tmp_path):
     run = RunDirectory(tmp_path, config)
     assert run.students["a"].inputs == ()
     assert [stage.place for stage in run.students["b"].inputs] == ["generalist", "answers/generalist"]
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["engine.name=deepspeed", "engine.zero_stage=3", "specialists.ema=0.9"], "specialists.ema = 0.9: no rank"),
+        (["engine.shard_head=true", "students.a.ema=0.9"], "take engine.shard_head = false"),
+        (["students.a.network=hydra", "students.a.members=4"], "its teacher ensemble 1"),
+        (["ensemble.kind=deep", "ensemble.members=3", "students.a.network=hydra", "students.a.members=4"],
+         "its teacher ensemble 3"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_averaged_or_taught_is_one_line(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load_config(None, overrides)
+
+
+def test_of_a_sharded_run_specialists_may_be_averaged():
+    assert load_config(None, ["engine.shard_head=true", "specialists.ema=0.9"]).specialists.ema == 0.9

@@ -5,7 +5,7 @@ judged and export for whoever wants the network; close.  The loop knows no more,
 engine ran.
 """
 
-from ..config import Engine, Schedule, UserError
+from ..config import Engine
 from ..distributed import Ranks
 
 
@@ -22,12 +22,3 @@ def build_engine(config: Engine, ranks: Ranks):
     from .ddp import DDPEngine
 
     return DDPEngine(config, ranks)
-
-
-def refuse_average_of_split_weights(schedule: Schedule) -> None:
-    """Of ZeRO stage 3: a rank sees a part of each weight at a time."""
-    if schedule.ema:
-        raise UserError(
-            f"ema = {schedule.ema}: with engine.zero_stage = 3 no rank holds the weights to average; take zero_stage "
-            "0, 1 or 2, or ema = 0"
-        )

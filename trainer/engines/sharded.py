@@ -35,10 +35,6 @@ class ShardedHeadEngine(DDPEngine):
     def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
         self.sharded = network.spec.head["kind"] == "linear"
         if self.sharded:
-            if schedule.ema:
-                raise UserError(
-                    f"ema = {schedule.ema}: with engine.shard_head no rank holds the rows to average; take ema = 0"
-                )
             self._shard(network, state)
         return super().prepare(network, schedule, state)
 

@@ -18,7 +18,6 @@ from networks import parameter_count
 from ..config import Engine, Schedule, UserError
 from ..distributed import Ranks, precision
 from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state, set_rate
-from . import refuse_average_of_split_weights
 
 BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
 ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
@@ -32,8 +31,6 @@ class DeepSpeedEngine:
 
     def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
         """Hand network and optimizer to DeepSpeed, going on from a checkpoint's state.  Returns the module to call."""
-        if self.stage == SPLIT_WEIGHTS:
-            refuse_average_of_split_weights(schedule)
         self.deepspeed = import_deepspeed(self.ranks)
         if state is not None:
             network.load_state_dict(state["network"])

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from toy import toy_config, write_toy  # noqa: E402
 
 from networks import load_classifier  # noqa: E402
-from trainer.checkpoints import complete_checkpoints, load_checkpoint  # noqa: E402
+from trainer.checkpoints import load_checkpoint  # noqa: E402
 from trainer.config import save_config  # noqa: E402
-from trainer.run_directory import RunDirectory  # noqa: E402
+from trainer.run_directory import RunDirectory, complete_checkpoints  # noqa: E402
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 KINDS = ("worker", "workers", "launcher")
