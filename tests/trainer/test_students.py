@@ -14,6 +14,7 @@ from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 from ensemble import SpecialistEnsemble, load_ensemble
 from networks import load_classifier, mean_log_probabilities, member_log_probabilities
 from trainer import exporting, predicting
+from trainer.checking import check
 from trainer.config import UserError, load_config
 from trainer.data.augment import Views, find_augment
 from trainer.data.shards import open_shards
@@ -305,3 +306,27 @@ def test_what_cannot_be_averaged_or_taught_is_one_line(overrides, words):
 
 def test_of_a_sharded_run_specialists_may_be_averaged():
     assert load_config(None, ["engine.shard_head=true", "specialists.ema=0.9"]).specialists.ema == 0.9
+
+
+@pytest.mark.parametrize("what, members", [("", 3), ("students/hydra", 3), ("generalist", 1)])
+def test_a_teacher_may_come_from_elsewhere(run, tmp_path, what, members):
+    place = run.root / what
+    base = toy_config(run.config.data.train).dump() | {
+        "ensemble": {"kind": "deep", "members": 1},
+        "students": {"main": {"steps": 3, "teacher": str(place), "start": "scratch"}},
+    }
+    other = run_all(tmp_path / "run", load_config(None, ["train.steps=3", "seed=7"], base))
+    stage = other.answers_for("main")
+    assert stage.place.startswith("answers/given-") and stage.inputs == ()
+    assert json.loads(stage.path("train/answers.json").read_text())["members"] == members
+    mine, theirs = (np.load(s.path("train/log_values.npy")) for s in (stage, run.answers["ensemble"]))
+    assert mine.shape == (theirs.shape[0], members, theirs.shape[2])
+    assert np.array_equal(mine, theirs) == (what == "")
+
+
+def test_a_teacher_of_other_classes_is_one_line(run, tmp_path):
+    names = [f"another {c}" for c in range(NUM_CLASSES)]
+    data = write_toy(tmp_path / "data", {"train": 4, "val": 2, "test": 2}, names)
+    base = toy_config(data).dump() | {"students": {"main": {"steps": 3, "teacher": str(run.root)}}}
+    with pytest.raises(UserError, match="knows other classes"):
+        check(load_config(None, [], base), 1)
