@@ -171,6 +171,7 @@ class Route(Section):
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"  # full: trained on all classes
     dustbin_rows: int | None = Field(None, gt=0)  # of preserving: rows that it keeps beside a fitted one; None = all
+    hard_negatives: float = Field(0.0, ge=0, lt=1)  # share of the other classes' examples drawn by confusion with it
     trainable: str = "all"  # all | head | last-N-blocks
     freeze_norm: bool = (
         True  # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
@@ -183,7 +184,15 @@ class Specialists(Schedule):
         if self.dustbin != "preserving" and self.dustbin_rows is not None:
             rows = {"fresh": "a fresh dustbin has one row", "full": "a full softmax has them all"}[self.dustbin]
             raise ValueError(f'dustbin_rows is of dustbin = "preserving"; {rows}; leave it out')
+        if self.hard_negatives and (self.dustbin == "fresh" or self.dustbin_rows is not None):
+            raise ValueError("hard_negatives are corrected for class by class, which needs every class's row: "
+                             'dustbin = "preserving" or "full", without dustbin_rows')  # fmt: skip
         return self
+
+    @property
+    def trains_all_rows(self) -> bool:
+        """With the generalist's head, whose rows of the other classes are summed when training is over."""
+        return self.dustbin == "full" or self.hard_negatives > 0
 
     @field_validator("trainable")
     @classmethod
@@ -449,15 +458,17 @@ class Config(Section):
 
 
 def _check_full_softmax(config: Config) -> None:
-    """What dustbin = "full" does not go with."""
-    if config.specialists.dustbin != "full":
+    """What dustbin = "full" and hard negatives do not go with."""
+    section = config.specialists
+    if not section.trains_all_rows:
         return
+    what = 'specialists.dustbin = "full"' if section.dustbin == "full" else "specialists.hard_negatives"
     if config.engine.shard_head:
-        raise ValueError('specialists.dustbin = "full" holds all logits, engine.shard_head = true none; leave one out')
-    if config.specialists.label_smoothing:
+        raise ValueError(f"{what} holds all logits, engine.shard_head = true none; leave one out")
+    if section.label_smoothing:
         raise ValueError(
-            f'specialists.dustbin = "full" has soft targets of its own; label_smoothing = '
-            f"{config.specialists.label_smoothing} is of hard ones: specialists.label_smoothing = 0"
+            f"{what} has a loss of its own, without label_smoothing = {section.label_smoothing}: set "
+            "specialists.label_smoothing = 0"
         )
 
 

@@ -57,12 +57,14 @@ def specialist_loss(
 
 
 def full_specialist_loss(
-    logits: Tensor, labels: Tensor, members: Tensor, p_general: Tensor, log_prior: Tensor, soft_weight: float = 1.0
-):
+    logits: Tensor, labels: Tensor, members: Tensor, p_general: Tensor | None, log_prior: Tensor,
+    soft_weight: float = 1.0,
+):  # fmt: skip
     """Loss of a specialist with a FULL softmax: hard targets on its own classes, soft ones on all others.
 
     Hinton et al. 2015, section 6.1, left open there.  logits: [B, C].  labels: [B], each a class.  members: bool [C],
-    the classes of S_m, out the others.  p_general: [B, C], the generalist's probabilities, read where the label is out.
+    the classes of S_m, out the others.  p_general: [B, C], the generalist's probabilities, read where the label is out;
+    None leaves the soft targets out.
     log_prior: [C], log of (class share in training / natural share): log(f / pi) in S_m and log((1 - f) / (1 - pi)) out
     where S_m, of natural share pi, is drawn as the fraction f (only the difference counts: dustbin_shift(pi, f)).
 
@@ -83,6 +85,8 @@ def full_specialist_loss(
     out = (~members).nonzero()[:, 0]
     is_out = ~members[labels]
     hard = -torch.where(is_out, log_q[:, out].logsumexp(1), log_q.gather(1, labels[:, None])[:, 0])
+    if p_general is None:
+        return hard.mean()
     target = F.log_softmax(log_or_least(p_general)[:, out], dim=1)
     answer = F.log_softmax(wide(logits)[:, out], dim=1)
     soft = (target.exp() * (target - answer)).sum(1)

@@ -74,21 +74,26 @@ def specialise_in(
 
 
 def specialise_fully(
-    generalist: nn.Module, members: np.ndarray, num_classes: int, shift: float, log_prior: Tensor | None = None
-) -> Objective:
-    """Learn the classes `members` from labels and, where the label is another, the others from the generalist.
+    generalist: nn.Module | None, members: np.ndarray, num_classes: int, shift: float, log_prior: Tensor | None = None,
+    others_log_prior: Tensor | None = None,
+) -> Objective:  # fmt: skip
+    """Learn the classes `members` from labels and, where the label is another, the others from the generalist; without
+    one only that it is another.
 
     The network and the generalist answer with all classes, [B, C].  shift, log_prior: as specialise_in has them.
+    others_log_prior: [C], where the stream resamples the other classes among themselves, 0 for members.
     """
     inside = torch.zeros(num_classes, dtype=torch.bool)
     inside[torch.tensor(members)] = True
     prior = torch.where(inside, shift, 0.0)  # specialise_in lowers the rest, which is the same
     if log_prior is not None:
         prior[torch.tensor(members)] += log_prior
+    if others_log_prior is not None:
+        prior = prior + others_log_prior
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         with torch.no_grad():
-            p_general = generalist(batch.inputs).float().softmax(1)
+            p_general = None if generalist is None else generalist(batch.inputs).float().softmax(1)
         logits, device = network(batch.inputs), batch.labels.device
         return full_specialist_loss(logits, batch.labels, inside.to(device), p_general, prior.to(device))
 

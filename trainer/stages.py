@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from ensemble import fit_shift
 from networks import fit_rest, freeze_norm, set_trainable, specialise, unheld_logits
 
 from .config import Schedule, Student, UserError
+from .data.orders import weighted
 from .data.routing import open_routed
 from .data.routing import route as route_samples
 from .data.streams import Source, TrainingStream, balanced, shuffled
@@ -33,7 +35,7 @@ from .distillation.answers import store_answers, stored_answers, views_of
 from .distillation.teachers import check_members, find_teacher, perturbation
 from .evaluation import evaluate_all, fit_weight, validate_classifier, validate_specialist
 from .losses import dustbin_shift
-from .objectives import classify, distil, learn_priors, specialise_fully, specialise_in
+from .objectives import Objective, classify, distil, learn_priors, specialise_fully, specialise_in
 from .run_directory import Stage, read_json, write_json
 from .session import Session, read_summary, save_summary
 
@@ -175,41 +177,83 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
             session.say("group %d is forecast to gain less than clusters.min_gain: no specialist", index)
             save_summary(attempt, {"skipped": True, "seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0})
             return
-        general = session.shards("train")
-        inside, inside_ids = open_routed(session.run.route.path(f"{index:03d}"), general)
-        outside_ids = np.flatnonzero(~np.isin(general.labels, members))
-        natural = len(inside_ids) / general.num_samples
-        seed, batch = session.seed("specialist", index), schedule.batch_size
-        own = min(max(1, round(schedule.fraction * batch)), batch - 1) if len(outside_ids) else batch
-        order = balanced(inside.labels, seed, schedule.balance, inside_ids)
-        sources = [Source(inside, order, own)]
-        shift = 0.0  # where S_m is every class nothing falls into the dustbin
-        if len(outside_ids):
-            sources.append(Source(general, shuffled(outside_ids, seed + 1), batch - own))
-            shift = dustbin_shift(natural, own / batch)
-        log_prior = balanced_log_prior(general.class_counts[members], schedule.balance)
-        network = session.load(session.run.generalist)
-        kept, rest = dustbin_rows(session, network, members)
-        torch.manual_seed(seed)
-        if schedule.dustbin == "full":
-            generalist = session.load(session.run.generalist)
-            objective = specialise_fully(generalist, members, session.num_classes, shift, log_prior)
-        else:
-            network = specialise(network, members, schedule.dustbin, kept, rest)
-            objective = specialise_in(members, session.num_classes, shift, schedule.label_smoothing, log_prior)
-        freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
+        lesson = specialist_lesson(session, index, members)
         judge = validate_specialist(session, members)
         network, summary = session.train(
-            attempt, network, objective, TrainingStream(sources, seed, session.config.data.augment), schedule,
-            specialist_steps(schedule, len(inside_ids)), judge.loss,
-        )  # fmt: skip
-        if schedule.dustbin == "full":  # the same answers, and no more rows are asked than before
+            attempt, lesson.network, lesson.objective, lesson.stream, schedule, lesson.steps, judge.loss
+        )
+        if schedule.trains_all_rows:  # the same answers, and no more rows are asked than before
             network = specialise(network, members, "preserving")
-        summary |= {"classes": len(members), "natural_share": natural, "shift": shift,
-                    "temperature": judge.temperature(network)}  # fmt: skip
-        if rest is not None:
-            summary["dustbin"] = {"rows": len(kept), "kl": rest.kl, "rms": rest.rms}
+        summary |= {"classes": len(members), **lesson.facts, "temperature": judge.temperature(network)}
         session.save(attempt, network, summary)
+
+
+class Lesson(NamedTuple):
+    network: torch.nn.Module
+    objective: Objective
+    stream: TrainingStream
+    steps: int
+    facts: dict  # for summary.json
+
+
+def specialist_lesson(session: Session, index: int, members: np.ndarray) -> Lesson:
+    """Whom a specialist starts from, what it sees and what it is asked."""
+    schedule, general = session.config.specialists, session.shards("train")
+    inside, inside_ids = open_routed(session.run.route.path(f"{index:03d}"), general)
+    outside_ids = np.flatnonzero(~np.isin(general.labels, members))
+    natural = len(inside_ids) / general.num_samples
+    seed, batch = session.seed("specialist", index), schedule.batch_size
+    own = min(max(1, round(schedule.fraction * batch)), batch - 1) if len(outside_ids) else batch
+    sources = [Source(inside, balanced(inside.labels, seed, schedule.balance, inside_ids), own)]
+    shift, others_prior = 0.0, None  # where S_m is every class nothing falls into the dustbin
+    if len(outside_ids):
+        order = shuffled(outside_ids, seed + 1)
+        if schedule.hard_negatives:
+            shares, others_prior = hard_negatives(session, members)
+            order = weighted(general.labels, seed + 1, shares, outside_ids)
+        sources.append(Source(general, order, batch - own))
+        shift = dustbin_shift(natural, own / batch)
+    facts = {"natural_share": natural, "shift": shift}
+    log_prior = balanced_log_prior(general.class_counts[members], schedule.balance)
+    network = session.load(session.run.generalist)
+    torch.manual_seed(seed)
+    if schedule.trains_all_rows:
+        teacher = session.load(session.run.generalist) if schedule.dustbin == "full" else None
+        objective = specialise_fully(teacher, members, session.num_classes, shift, log_prior, others_prior)
+    else:
+        kept, rest = dustbin_rows(session, network, members)
+        torch.manual_seed(seed)
+        network = specialise(network, members, schedule.dustbin, kept, rest)
+        objective = specialise_in(members, session.num_classes, shift, schedule.label_smoothing, log_prior)
+        if rest is not None:
+            facts["dustbin"] = {"rows": len(kept), "kl": rest.kl, "rms": rest.rms}
+    freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
+    stream = TrainingStream(sources, seed, session.config.data.augment)
+    return Lesson(network, objective, stream, specialist_steps(schedule, len(inside_ids)), facts)
+
+
+def confusion_with(session: Session, members: np.ndarray) -> np.ndarray:
+    """float [C]: how much the generalist confuses each class with those of a group, by what it says alone; 0 for
+    members."""
+    expected = PredictionStatistics.load(session.run.measure.path("statistics.npz")).expected_confusion
+    confused = np.asarray(expected[members].sum(axis=0) + expected[:, members].sum(axis=1), float).ravel()
+    confused[members] = 0
+    return confused
+
+
+def hard_negatives(session: Session, members: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+    """(weights [C] of the other classes' examples, log of their share over the natural one [C], 0 for members).
+
+    A share of them is drawn in proportion to the confusion with the group, the rest at natural frequencies.
+    """
+    share = session.config.specialists.hard_negatives
+    counts = session.shards("train").class_counts.astype(float)
+    counts[members] = 0
+    natural, confused = counts / counts.sum(), confusion_with(session, members) * (counts > 0)
+    confused = confused / confused.sum() if confused.any() else natural
+    weights = (1 - share) * natural + share * confused
+    ratio = np.divide(weights, natural, out=np.ones_like(natural), where=natural > 0)
+    return weights, torch.as_tensor(np.log(ratio), dtype=torch.float32)
 
 
 def dustbin_rows(session: Session, generalist, members: np.ndarray):
@@ -218,8 +262,7 @@ def dustbin_rows(session: Session, generalist, members: np.ndarray):
     count = session.config.specialists.dustbin_rows
     if count is None or len(members) + count >= session.num_classes:
         return None, None
-    expected = PredictionStatistics.load(session.run.measure.path("statistics.npz")).expected_confusion
-    confused = expected[members].sum(axis=0) + expected[:, members].sum(axis=1)
+    confused = confusion_with(session, members)
     confused[members] = -1
     kept = np.sort(np.argsort(-confused, kind="stable")[:count])
 

@@ -63,19 +63,28 @@ def shuffled(ids, seed: int) -> Order:
 
 
 def balanced(labels, seed: int, exponent: float, ids=None) -> Order:
-    """Class c is drawn in proportion to count_c^(1 - exponent); its members take turns, evenly over the epochs.
+    """Class c is drawn in proportion to count_c^(1 - exponent), as by `weighted`.
 
-    labels: int64[N], of all samples.  ids: the ones to draw from, all by default.
     exponent: 0 natural frequencies (every id once per epoch), 1 every class equally often.
-    An epoch has as many positions as there are ids; each class has the same number of them in every epoch, within one
-    of its exact share.  No class goes missing: count_c^(1 - exponent) rises with count_c, so the smallest share is the
-    rarest class's, and that is at least its natural one.
+    No class goes missing: count_c^(1 - exponent) rises with count_c, so the smallest share is the rarest class's, and
+    that is at least its natural one.
     """
     if not 0 <= exponent <= 1:
         raise ValueError(f"exponent {exponent} is not between 0 (natural) and 1 (uniform)")
+    chosen = np.asarray(labels) if ids is None else np.asarray(labels)[np.asarray(ids, np.int64)]
+    return weighted(labels, seed, np.bincount(chosen).astype(float) ** (1 - exponent), ids)
+
+
+def weighted(labels, seed: int, weights, ids=None) -> Order:
+    """Class c is drawn in proportion to weights[c]; its members take turns, evenly over the epochs.
+
+    labels: int64[N], of all samples.  weights: [C], not negative.  ids: the ones to draw from, all by default.
+    An epoch has as many positions as there are ids; each class has the same number of them in every epoch, within one
+    of its exact share.
+    """
     ids = np.arange(len(labels)) if ids is None else np.asarray(ids, np.int64)
-    _, classes, counts = np.unique(np.asarray(labels)[ids], return_inverse=True, return_counts=True)
-    weights = counts.astype(float) ** (1 - exponent)
+    present, classes, counts = np.unique(np.asarray(labels)[ids], return_inverse=True, return_counts=True)
+    weights = np.asarray(weights, float)[present]
     edges = np.cumsum(weights) / weights.sum() * len(ids)
     edges[-1] = len(ids)
     # Systematic sampling: class c gets the points 1/2, 3/2, ... that fall between its edges.
