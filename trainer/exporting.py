@@ -32,7 +32,7 @@ from networks import Classifier, ModelSpec, load_classifier, save_classifier
 
 from .config import UserError
 from .run_directory import RunDirectory, Stage, read_json, write_json
-from .session import open_run, user_builders
+from .session import builders_of, open_run
 
 SCHEMA = 1
 FACTS = "export.json"
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     if args.onnx:
         check_onnx()
     with put_in_place(args.to) as unfinished:
-        export = Export(unfinished, builders_of(run))
+        export = Export(unfinished, builders_of(run.config))
         if with_ensemble:
             export.ensemble(loaded_ensemble(run, export.builders), kinds)
         for name, stage in students.items():
@@ -135,12 +135,6 @@ def check_onnx() -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"--onnx needs {name}, which is not installed; pip install 'referral[onnx]' brings it")
-
-
-def builders_of(run: RunDirectory) -> dict[str, Callable]:
-    """The user's own builders that the run's config names."""
-    names = [run.config.model.name, *(student.model.get("name", "") for student in run.config.students.values())]
-    return {key: function for name in names for key, function in (user_builders(name) or {}).items()}
 
 
 def loaded_ensemble(run: RunDirectory, builders: dict[str, Callable]) -> SpecialistEnsemble | DeepEnsemble:

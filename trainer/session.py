@@ -27,7 +27,7 @@ from networks import (
     widen,
 )
 
-from .config import Schedule, Student, UserError, load_config
+from .config import Config, Schedule, Student, UserError, load_config
 from .data.accounts import Losses
 from .data.cache import cached
 from .data.shards import ShardSet, open_shards
@@ -123,7 +123,7 @@ class Session:
     def load(self, stage: Stage) -> Classifier:
         """A finished stage's network, in eval mode, on this rank's device."""
         directory = stage.path("model.safetensors").parent
-        return load_classifier(directory, self.ranks.device, user_builders(self.config.model.name))
+        return load_classifier(directory, self.ranks.device, builders_of(self.config))
 
     def train(
         self, attempt: Attempt, network: nn.Module, objective: Objective, stream, schedule: Schedule, steps: int,
@@ -273,7 +273,7 @@ class Session:
             place = Path(given) / "generalist" if (Path(given) / "generalist").is_dir() else Path(given)
             if place.is_file():
                 raise ValueError("is a file of weights; say what its last linear layer is called: generalist.head")
-            network = load_classifier(place, self.ranks.device, user_builders(self.config.model.name))
+            network = load_classifier(place, self.ranks.device, builders_of(self.config))
         except (OSError, ValueError) as mistake:
             raise UserError(f"generalist.from = {given}: {mistake}") from None
         if network.num_members > 1:
@@ -313,6 +313,12 @@ def user_builders(name: str) -> dict[str, Callable] | None:
     from .data.decoding import import_function
 
     return {name: import_function(name, "model.name")}
+
+
+def builders_of(config: Config) -> dict[str, Callable]:
+    """The user's own builders that the config names, for the generalist and for students."""
+    names = [config.model.name, *(student.model.get("name", "") for student in config.students.values())]
+    return {key: function for name in names for key, function in (user_builders(name) or {}).items()}
 
 
 def save_summary(attempt: Attempt, summary: dict) -> None:

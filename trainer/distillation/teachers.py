@@ -14,7 +14,7 @@ from ensemble import DeepEnsemble, SpecialistEnsemble, load_ensemble
 from networks import Classifier, InputSpec, load_classifier, member_log_probabilities
 
 from ..config import Student, UserError
-from ..session import Session, user_builders
+from ..session import Session, builders_of
 from .perturbations import perturb
 
 Answer = Callable[[Tensor], Tensor]  # raw inputs [B, ...] -> probabilities [K, B, C] of K members
@@ -47,7 +47,7 @@ def find_teacher(session: Session, student: Student) -> Teacher:
 
 def from_elsewhere(place: str, session: Session) -> Teacher:
     """The ensemble of a run or of a bundle, or the network that save_classifier wrote."""
-    builders, device, root = user_builders(session.config.model.name), session.ranks.device, Path(place)
+    builders, device, root = builders_of(session.config), session.ranks.device, Path(place)
     try:
         if (root / "ensemble.json").is_file():
             found = load_ensemble(root, device, builders)
