@@ -1,0 +1,90 @@
+"""Omniglot's 1,623 handwritten characters as one label set: generalist, specialists and controls.
+
+    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2] [--set KEY=VALUE] [--write]
+
+Of each character's 20 drawers the first 13 train, two are val and five are test.  Pictures are made 28 x 28, and
+training views turned, stretched and moved.  What is done is not done again.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from benchmarks.papers.lab import DATA, arguments, conditions, errors, finished, shards, spread, table, write_section
+from trainer.data.arrays import write_arrays
+
+SOURCE = DATA / "omniglot"
+CONFIG = Path(__file__).with_name("omniglot.toml")
+DRAWERS = {"train": slice(0, 13), "val": slice(13, 15), "test": slice(15, 20)}
+SIDE = 28
+ROWS = ("generalist", "control_wall", "control_compute", "ensemble")
+
+
+def pictures(source: Path = SOURCE) -> np.ndarray:
+    """uint8 [1623, 20, 28, 28], ink 255 on 0: background characters first."""
+    parts = []
+    for name in ("background", "evaluation"):
+        with np.load(source / f"images_{name}.npz", allow_pickle=False) as file:
+            parts.append(file["images"])
+    ink = torch.from_numpy(~np.concatenate(parts)).flatten(0, 1)
+    drawn = [F.interpolate(part[:, None].float(), (SIDE, SIDE), mode="area")[:, 0] for part in ink.split(2000)]
+    # A stroke is three pixels of 105 wide: the average over a cell is faint.
+    small = (torch.cat(drawn) * 2.5).clamp_max(1) * 255
+    return small.round().to(torch.uint8).numpy().reshape(-1, 20, SIDE, SIDE)
+
+
+def make(place: Path, source: Path = SOURCE) -> None:
+    drawn = pictures(source)
+    inputs = {split: np.concatenate(drawn[:, drawers]) for split, drawers in DRAWERS.items()}
+    labels = {split: np.repeat(np.arange(len(drawn)), drawn[:, drawers].shape[1]) for split, drawers in DRAWERS.items()}
+    write_arrays(inputs, labels, place, {}, 0, {"command": "benchmarks.characters.omniglot"})
+
+
+def distort(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Pictures [n, 1, H, W], turned by up to 20 degrees, stretched and sheared by up to a fifth, moved by up to a
+    tenth.  uniforms: [n, 7]."""
+    u = torch.from_numpy(uniforms).float() * 2 - 1
+    angle = u[:, 0] * (20 * np.pi / 180)
+    cos, sin = angle.cos(), angle.sin()
+    turn = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    stretch = torch.eye(2) + 0.2 * u[:, 1:5].view(-1, 2, 2)
+    affine = torch.cat([turn @ stretch, 0.2 * u[:, 5:7, None]], 2)  # in halves of the picture's side
+    grid = F.affine_grid(affine, list(inputs.shape), align_corners=False)
+    moved = F.grid_sample(torch.from_numpy(inputs).float(), grid, align_corners=False)
+    return moved.round().to(torch.uint8).numpy()
+
+
+distort.numbers = 7
+
+
+def report(results: list[dict]) -> str:
+    rows = []
+    for name in ROWS:
+        each = [found[name] if name in found else found["controls"][name] for found in results]
+        fewer = [1 - errors(row) / errors(found["generalist"]) for row, found in zip(each, results, strict=True)]
+        rows.append([name, spread([100 * row["top1"] for row in each], 2), spread([row["nll"] for row in each], 4),
+                     spread([100 * share for share in fewer], 1)])  # fmt: skip
+    return table(["", "top-1, %", "NLL", "errors fewer than the generalist's, %"], rows)
+
+
+def main() -> None:
+    args = arguments(__doc__).parse_args()
+    data = str(shards(args.to / "shards", make))
+    results = []
+    for seed in args.seeds:
+        config = tomllib.loads(CONFIG.read_text(encoding="utf-8")) | {"seed": seed}
+        config["data"] |= {split: data for split in DRAWERS}
+        results.append(finished(config, args.to / f"seed{seed}", args.set))
+    text = f"{report(results)}\n\n{conditions(args.seeds, 'python -m benchmarks.characters.omniglot')}"
+    print(text)
+    if args.write:
+        write_section("Omniglot", text, Path(__file__).parents[2] / "docs" / "results.md")
+
+
+if __name__ == "__main__":
+    main()
