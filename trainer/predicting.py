@@ -22,9 +22,9 @@ from networks import InputSpec, load_classifier
 
 from .config import UserError
 from .data.decoding import BUILT_IN, Decoder, decoder_table, find_decoder, image, import_function, rgb
-from .exporting import Answer, builders_of, check_done, users_mistakes
+from .exporting import Answer, check_done, users_mistakes
 from .run_directory import RunDirectory
-from .session import open_run
+from .session import builders_of, open_run
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 BATCH = 64
@@ -78,7 +78,7 @@ def answerer(args, run: RunDirectory | None) -> tuple[object, Callable[[torch.Te
     """(ModelSpec, raw inputs -> rows as SpecialistEnsemble.predict gives them, whether it asks specialists) of what the
     command line names."""
     check_device(args.device)
-    builders = {} if run is None else builders_of(run)
+    builders = {} if run is None else builders_of(run.config)
     if args.builder:
         builders[args.builder] = import_function(args.builder, "--builder")
     if not (args.student or args.generalist):
