@@ -104,6 +104,10 @@ def percents(shares: list[float | None], digits: int = 0) -> str:
     return f"**{100 * mean(shares):.{digits}f} %** ({each})"
 
 
+def listed(values: list, form: str) -> str:
+    return ", ".join(f"{value:{form}}" for value in values)
+
+
 def student_rows(found: list[dict], networks: dict, cost: dict) -> list[list]:
     """Of each width the student and its twin.  found: results of each seed."""
     rows = []
@@ -148,11 +152,12 @@ def verdicts(found: list[dict], least: float = 0.7) -> list[str]:
         name = student_name(width)
         pairs = [(results, results["students"][name], results["students"][name + HARD]) for results in found]
         kept = sum((share_of_gain(row, results) or 0) >= least for results, row, _ in pairs)
-        fewer = sum(errors(row) < errors(twin) for _, row, twin in pairs)
-        lower = sum(row["nll"] < twin["nll"] for _, row, twin in pairs)
+        fewer = [errors(twin) - errors(row) for _, row, twin in pairs]
+        lower = [twin["nll"] - row["nll"] for _, row, twin in pairs]
         lines.append(
             f"* {width} x: keeps at least {100 * least:.0f} % of the gain in top-1 at {kept} of {len(found)} seeds; "
-            f"fewer errors than its twin at {fewer}, a lower NLL at {lower}."
+            f"fewer errors than its twin at {sum(lead > 0 for lead in fewer)} (by {listed(fewer, 'd')}), "
+            f"a lower NLL at {sum(lead > 0 for lead in lower)} (by {listed(lower, '.3f')})."
         )
     return lines
 

@@ -76,7 +76,7 @@ def test_the_verdict_counts_the_seeds_that_pass():
     good, poor = results(), results(distilled=row(0.92, 0.3), hard=row(0.93, 0.35))
     assert script.verdicts([good, poor])[0] == (
         "* 1 x: keeps at least 70 % of the gain in top-1 at 1 of 2 seeds; "
-        "fewer errors than its twin at 1, a lower NLL at 2."
+        "fewer errors than its twin at 1 (by 20, -10), a lower NLL at 2 (by 0.100, 0.050)."
     )
 
 
