@@ -57,6 +57,18 @@ def finished(config: dict, place: Path, settings: Iterable[str] = ()) -> dict:
     return json.loads((place / "results.json").read_text(encoding="utf-8"))
 
 
+def mnist(place: Path) -> None:
+    """Shards of shared/data/mnist; a twelfth of each class of train is held out, 5,001 val."""
+    files = sorted((DATA / "mnist").glob("*-ubyte.gz"))
+    referral("shards", "arrays", *files, "--out", place, "--val", 1 / 12, "--test", 0)
+
+
+def seconds(run: Path) -> float:
+    """What the finished stages of a run took, one after the other."""
+    done = (path for path in run.rglob("DONE") if path.parent.parent.name != "attempts")
+    return sum(json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in done)
+
+
 def errors(row: dict) -> float:
     """Test errors, a count."""
     return round((1 - row["top1"]) * row["n"])
