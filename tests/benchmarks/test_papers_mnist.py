@@ -1,0 +1,89 @@
+"""MNIST's table: its configs are a user's, and its arithmetic is by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import tomli_w
+
+from benchmarks.papers import lab, mnist
+from trainer.config import load_config
+
+FILES = lab.DATA / "mnist"
+
+
+def rows(errors: dict[str, int], nll: float = 0.1) -> dict:
+    """results.json with so many errors of 10,000."""
+    found = {name: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll} for name, wrong in errors.items()}
+    return {"generalist": found.pop("generalist"), "ensemble": found.pop("ensemble", None), "students": found}
+
+
+def test_jitter_moves_a_dot_by_at_most_two_pixels_and_to_every_such_place_alike():
+    uniforms = np.array(list(itertools.product([0.1, 0.3, 0.5, 0.7, 0.9], repeat=2)))
+    dot = np.zeros((25, 1, 28, 28), np.uint8)
+    dot[:, 0, 10, 20] = 200
+    moved = mnist.jitter(dot, uniforms)
+    assert moved.shape == dot.shape and moved.dtype == np.uint8 and (moved.sum((1, 2, 3)) == 200).all()
+    places = {(int(y) - 10, int(x) - 20) for _, _, y, x in np.argwhere(moved)}
+    assert places == set(itertools.product(range(-2, 3), repeat=2))
+
+
+def test_what_is_moved_out_of_the_picture_is_lost_and_black_comes_in():
+    full = np.full((1, 1, 28, 28), 255, np.uint8)
+    moved = mnist.jitter(full, np.array([[0.0, 0.5]]))[0, 0]
+    assert (moved == 0).all(1).sum() == mnist.JITTER and (moved == 255).all(1).sum() == 28 - mnist.JITTER
+
+
+@pytest.mark.parametrize("config_of", [mnist.table_config, mnist.ten_config])
+@pytest.mark.parametrize("change", [mnist.quick, lambda config: config])
+def test_the_configs_are_what_a_user_may_write(config_of, change, tmp_path):
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(change(config_of(tmp_path, 2))))
+    config = load_config(tmp_path / "run.toml")
+    assert config.seed == 2 and config.is_deep and not config.controls.enabled
+
+
+def test_students_have_no_regularisation_and_differ_from_hard_targets_in_nothing_but_these(tmp_path):
+    students = load_config(None, [], mnist.table_config(tmp_path, 0)).students
+    for name, student in students.items():
+        assert (student.augment, student.weight_decay, student.start) == ("none", 0.0, "scratch"), name
+        assert student.model["dropout"] == 0 and student.model["options"] == {}, name
+        assert student.hard_weight == 0 and student.teacher == "generalist", name
+    for hard, soft in (("hard", "soft"), ("few_hard", "few_soft"), ("hard_30", "w30_T8"), ("hard_300", "w300_T2-5")):
+        one, other = students[hard].model_dump(), students[soft].model_dump()
+        assert {key for key in one if one[key] != other[key]} == {"method", "temperature"}, hard
+    assert math.isinf(students["w30_Tinf"].temperature)
+
+
+def test_each_left_out_class_is_one_of_mnists(tmp_path):
+    assert mnist.LEFT_OUT["only_7_8"] == list("01234569")
+    students = mnist.table_config(tmp_path, 0)["students"]
+    before, after = students["no_3"], students["no_3_corrected"]
+    assert after == before | {"bias_correction": True}
+
+
+def test_the_share_of_the_gain_is_of_means_over_seeds():
+    # Means 100, 50 and 60: 40 of a gain of 50, whatever the single seeds say.
+    assert mnist.kept([90, 110], [40, 60], [70, 50]) == pytest.approx(0.8)
+
+
+def test_soft_targets_recover_a_share_of_the_gap_between_few_and_all_data():
+    results = [rows({"generalist": 70, "hard": 140, "few_hard": 640, "few_soft": 340})]
+    assert mnist.recovered(results) == pytest.approx(300 / 500)
+
+
+def test_threes_are_counted_right_among_threes_alone(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    top5 = np.array([[3, 1], [1, 3], [3, 0], [3, 5]])
+    np.savez(tmp_path / "evaluation" / "no_3.npz", labels=np.array([3, 3, 3, 5]), top5=top5)
+    assert mnist.right_of_class(tmp_path, "no_3", 3) == (2, 3)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
+def test_a_twelfth_of_the_training_examples_is_held_out_and_none_for_test(tmp_path):
+    from trainer.run_directory import read_json
+
+    lab.mnist(tmp_path / "shards")
+    splits = read_json(tmp_path / "shards" / "manifest.json")["splits"]
+    assert {name: split["samples"] for name, split in splits.items()} == {"train": 54999, "val": 5001, "test": 10000}
