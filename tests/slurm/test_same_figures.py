@@ -117,7 +117,7 @@ def test_a_time_limit_in_the_generalist(patient, reference):
     """A real limit, of one minute; each step takes half a second until the job has been queued again."""
     patient.submit("slurm.generalist.time=1", "slurm.signal_s=20")
     patient.wait_until(lambda: patient.status()["generalist"]["restarts"] == 1, "the time limit", 120)
-    assert 5 < patient.steps("generalist") < 60
+    assert 0 < patient.steps("generalist") < 60
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
     assert "asks to be started again" in patient.log("generalist") and patient.starts("generalist") == 2
