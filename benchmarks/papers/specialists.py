@@ -12,6 +12,7 @@ its groups; its specialists alone are others, trained with dustbin = "full".
 
 from __future__ import annotations
 
+import shlex
 import sys
 import tomllib
 from pathlib import Path
@@ -21,7 +22,7 @@ from launch.demo import DEMO, make_glyphs
 from trainer.report.results import errors, share_of_gain
 from trainer.run_directory import read_json
 
-from .lab import arguments, conditions, finished, shards, spread, table, write_section
+from .lab import arguments, conditions, finished, seconds, shards, spread, table, write_section
 
 TITLE = "Students of a specialist ensemble, and specialists with a full softmax"
 # Of each width the demo's student that is nearest, whose lesson is taken, and [model]; the generalist's is 12 and 24.
@@ -120,6 +121,7 @@ def student_rows(found: list[dict], networks: dict, cost: dict) -> list[list]:
                 spread([100 * row["top1"] for row in own], 2), spread([row["nll"] for row in own], 4),
                 percents([share_of_gain(row, results) for row, results in zip(own, found, strict=True)]),
                 percents([nll_share(row, results) for row, results in zip(own, found, strict=True)]),
+                spread([row["cnll"] for row in own], 4),
                 f"{parameters:,}", f"{multiplications / 1e3:,.0f} k", trained(cost[name]),
             ])  # fmt: skip
     return rows
@@ -189,8 +191,8 @@ def costs_of(to: Path, seeds: list[int]) -> dict[str, list[dict]]:
 
 def trained(costs: list[dict]) -> str:
     """Examples and seconds, means over the seeds."""
-    examples, seconds = (mean(each[key] for each in costs) for key in ("examples_seen", "seconds"))
-    return f"{examples / 1e6:.2f} M, {seconds:.0f} s"
+    examples, took = (mean(each[key] for each in costs) for key in ("examples_seen", "seconds"))
+    return f"{examples / 1e6:.2f} M, {took:.0f} s"
 
 
 def text_of(to: Path, seeds: list[int], found: list[dict], full: list[dict]) -> str:
@@ -203,8 +205,8 @@ def text_of(to: Path, seeds: list[int], found: list[dict], full: list[dict]) -> 
         ensemble_rows(found, full, networks, cost),
     )  # fmt: skip
     second = table(
-        ["student", "top-1, %", "NLL", "gain kept, top-1", "gain kept, NLL", "parameters", "multiplications an image",
-         TRAINING],
+        ["student", "top-1, %", "NLL", "gain kept, top-1", "gain kept, NLL", "calibrated NLL", "parameters",
+         "multiplications an image", TRAINING],
         student_rows(found, networks, cost),
     )  # fmt: skip
     return "\n\n".join([first, second, "\n".join(verdicts(found))])
@@ -219,9 +221,11 @@ def main(words: list[str] | None = None) -> None:
     text = text_of(given.to, given.seeds, found, full)
     print(text)
     if given.write:
-        command = " ".join(["python -m benchmarks.papers.specialists", *(words or sys.argv[1:])])
-        n = found[0]["generalist"]["n"]
-        write_section(TITLE, f"{text}\n\nn = {n:,} test images.  {conditions(given.seeds, command)}")
+        command = shlex.join(["python", "-m", "benchmarks.papers.specialists", *(words or sys.argv[1:])])
+        minutes = sum(seconds(given.to / f"seed-{seed}{end}") for seed in given.seeds for end in ("", "-full")) / 60
+        took = f"{minutes:.0f} minutes in all, one process at a time beside others' work."
+        images = f"n = {found[0]['generalist']['n']:,} test images."
+        write_section(TITLE, f"{text}\n\n{images} {conditions(given.seeds, command)} {took}")
 
 
 if __name__ == "__main__":

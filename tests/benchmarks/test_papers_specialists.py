@@ -55,7 +55,7 @@ def test_shares_of_the_gain_in_errors_and_in_nll():
     rows = script.student_rows([found], dict.fromkeys(script.STUDENTS, (1000, 2000)), costs())
     # 40 of 50 errors and .15 of .20 nats; the twin 20 of 50 and .05 of .20.
     assert [each[3:5] for each in rows[:2]] == [["**80 %** (80)", "**75 %** (75)"], ["**40 %** (40)", "**25 %** (25)"]]
-    assert rows[0][:3] + rows[0][5:] == ["1 x, distilled", "94.00", "0.2500", "1,000", "2 k", "0.50 M, 7 s"]
+    assert rows[0][:3] + rows[0][5:] == ["1 x, distilled", "94.00", "0.2500", "0.2500", "1,000", "2 k", "0.50 M, 7 s"]
     assert script.fewer_errors(found["ensemble"], found) == pytest.approx(0.5)
 
 
