@@ -74,7 +74,7 @@ def test_an_element_of_an_array_takes_its_own_word(job):
 
 
 def test_controls_and_students_are_named(job):
-    assert job("a run", "student", "main")[1][0].startswith("<-m><trainer><student><--name><main><--run>")
+    assert job("a run", "student", "--name", "main")[1][0].startswith("<-m><trainer><student><--name><main><--run>")
 
 
 def test_a_failure_is_tried_again_as_often_as_said(job):
@@ -110,7 +110,7 @@ def test_the_site_file_names_python_and_the_container_and_sets_variables(job, tm
 def test_no_argument_is_executed(job, tmp_path):
     name = "$(touch pwned)`touch pwned`; touch pwned"
     (tmp_path / name).mkdir()
-    assert job(name, "student", "$(touch pwned)")[1] == [
+    assert job(name, "student", "--name", "$(touch pwned)")[1] == [
         f"<-m><trainer><student><--name><$(touch pwned)><--run><ROOT/{name}> 3 1"
     ]
     assert not list(tmp_path.rglob("pwned"))

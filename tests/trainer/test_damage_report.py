@@ -10,6 +10,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from running import arguments
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from trainer.config import UserError, save_config
@@ -72,9 +73,7 @@ def finished(request, data, tmp_path_factory):
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
         for stage in run.stages:
-            extra = (int(stage.directory.name),) if stage.name == "specialist" else ()
-            extra = (stage.directory.name,) if stage.name == "student" else extra
-            STAGES[stage.name](session, stage, *extra)
+            STAGES[stage.name](session, stage, *arguments(run, stage))
     logger.setLevel(level)
     return run
 
