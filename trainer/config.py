@@ -171,6 +171,7 @@ class Route(Section):
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"  # full: trained on all classes
     dustbin_rows: int | None = Field(None, gt=0)  # of preserving: rows that it keeps beside a fitted one; None = all
+    soft_weight: float = Field(1.0, ge=0)  # of full: of the KL from the generalist's answers among the other classes
     hard_negatives: float = Field(0.0, ge=0, lt=1)  # share of the other classes' examples drawn by confusion with it
     trainable: str = "all"  # all | head | last-N-blocks
     freeze_norm: bool = (
@@ -184,6 +185,8 @@ class Specialists(Schedule):
         if self.dustbin != "preserving" and self.dustbin_rows is not None:
             rows = {"fresh": "a fresh dustbin has one row", "full": "a full softmax has them all"}[self.dustbin]
             raise ValueError(f'dustbin_rows is of dustbin = "preserving"; {rows}; leave it out')
+        if self.dustbin != "full" and self.soft_weight != 1:
+            raise ValueError('soft_weight is of dustbin = "full", which alone learns from the generalist; leave it out')
         if self.hard_negatives and (self.dustbin == "fresh" or self.dustbin_rows is not None):
             raise ValueError("hard_negatives are corrected for class by class, which needs every class's row: "
                              'dustbin = "preserving" or "full", without dustbin_rows')  # fmt: skip

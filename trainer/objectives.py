@@ -75,13 +75,14 @@ def specialise_in(
 
 def specialise_fully(
     generalist: nn.Module | None, members: np.ndarray, num_classes: int, shift: float, log_prior: Tensor | None = None,
-    others_log_prior: Tensor | None = None,
+    others_log_prior: Tensor | None = None, soft_weight: float = 1.0,
 ) -> Objective:  # fmt: skip
     """Learn the classes `members` from labels and, where the label is another, the others from the generalist; without
     one only that it is another.
 
     The network and the generalist answer with all classes, [B, C].  shift, log_prior: as specialise_in has them.
     others_log_prior: [C], where the stream resamples the other classes among themselves, 0 for members.
+    soft_weight: of the KL from the generalist's answers.
     """
     inside = torch.zeros(num_classes, dtype=torch.bool)
     inside[torch.tensor(members)] = True
@@ -95,7 +96,7 @@ def specialise_fully(
         with torch.no_grad():
             p_general = None if generalist is None else generalist(batch.inputs).float().softmax(1)
         logits, device = network(batch.inputs), batch.labels.device
-        return full_specialist_loss(logits, batch.labels, inside.to(device), p_general, prior.to(device))
+        return full_specialist_loss(logits, batch.labels, inside.to(device), p_general, prior.to(device), soft_weight)
 
     return objective
 

@@ -219,7 +219,9 @@ def specialist_lesson(session: Session, index: int, members: np.ndarray) -> Less
     torch.manual_seed(seed)
     if schedule.trains_all_rows:
         teacher = session.load(session.run.generalist) if schedule.dustbin == "full" else None
-        objective = specialise_fully(teacher, members, session.num_classes, shift, log_prior, others_prior)
+        objective = specialise_fully(
+            teacher, members, session.num_classes, shift, log_prior, others_prior, schedule.soft_weight
+        )
     else:
         kept, rest = dustbin_rows(session, network, members)
         torch.manual_seed(seed)

@@ -56,6 +56,16 @@ def test_a_full_specialist_starts_with_the_loss_of_the_one_that_sums_the_rest(lo
     torch.testing.assert_close(full, summed)
 
 
+def test_soft_weight_multiplies_what_the_generalist_adds():
+    generalist, network, batch = random_network(), random_network(2), random_batch()
+    none, one, three = (
+        specialise_fully(generalist, MEMBERS, C, 1.7, soft_weight=weight)(network, batch) for weight in (0.0, 1.0, 3.0)
+    )
+    torch.testing.assert_close(none, specialise_fully(None, MEMBERS, C, 1.7)(network, batch))
+    torch.testing.assert_close(three - none, 3 * (one - none))
+    assert one > none + 0.01
+
+
 def test_the_generalist_that_teaches_gets_no_gradient_and_stays_as_it_is():
     generalist, network = random_network(), random_network(2)
     specialise_fully(generalist, MEMBERS, C, 0.0)(network, random_batch()).backward()
@@ -125,6 +135,19 @@ def test_among_other_classes_a_full_specialist_stays_nearer_to_the_generalist(ru
     assert drift(runs["full"]) < 0.7 * drift(runs["preserving"])
 
 
+def test_at_soft_weight_0_a_full_softmax_learns_what_the_sum_of_the_rest_does(runs, data, tmp_path):
+    given = ("controls.enabled=false", f"generalist.from={runs['preserving'].root}", "specialists.steps=5")
+
+    def specialists(name, *settings):
+        only = {"generalist", "measure", "cluster", "route", "specialist"}
+        return run_all(tmp_path / name, toy_config(data, *given, *settings), only).specialists
+
+    full = specialists("full", "specialists.dustbin=full", "specialists.soft_weight=0")
+    for one, other in zip(full, specialists("summed"), strict=True):
+        found, expected = (load_classifier(stage.path("").resolve()).state_dict() for stage in (one, other))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -137,3 +160,8 @@ def test_among_other_classes_a_full_specialist_stays_nearer_to_the_generalist(ru
 def test_a_full_softmax_refuses_what_it_does_not_go_with(settings, message):
     with pytest.raises(UserError, match=message):
         load_config(None, ["specialists.dustbin=full", *settings], {})
+
+
+def test_a_soft_weight_without_a_full_softmax_is_refused():
+    with pytest.raises(UserError, match="which alone learns from the generalist"):
+        load_config(None, ["specialists.soft_weight=0.5"], {})
