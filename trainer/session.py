@@ -40,6 +40,7 @@ from .run_directory import Attempt, RunDirectory, Stage, digest, new_attempt_id,
 from .tracking import trackers
 
 MEASURING_BATCH = 512
+HELD = 2**26  # probabilities of a batch that are held while measuring, at most: an ensemble's are of all classes
 log = logging.getLogger("referral")
 
 
@@ -150,7 +151,7 @@ class Session:
 
         Every rank returns the whole, "ids" among it: damaged examples are absent where data.damage = skip allows it.
         """
-        stream = MeasuringStream(shards, MEASURING_BATCH, ids=ids)
+        stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
         parts, lost = [], {}
         with torch.inference_mode():
             for batch in stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers):
@@ -304,6 +305,11 @@ class Session:
         """One line for whoever watches, from rank 0."""
         if self.ranks.is_main:
             log.info(message, *values)
+
+
+def measuring_batch(num_classes: int) -> int:
+    """Examples that are measured at a time: fewer of a huge label set, whose answers would fill the memory."""
+    return max(1, min(MEASURING_BATCH, HELD // num_classes))
 
 
 def user_builders(name: str) -> dict[str, Callable] | None:

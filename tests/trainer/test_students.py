@@ -21,6 +21,7 @@ from trainer.data.shards import open_shards
 from trainer.data.streams import Source, TrainingStream, shuffled
 from trainer.distillation.answers import lengthen, shorten
 from trainer.run_directory import RunDirectory
+from trainer.session import measuring_batch
 from trainer.stages import transfer_set
 
 STUDENTS = {
@@ -330,3 +331,7 @@ def test_a_teacher_of_other_classes_is_one_line(run, tmp_path):
     base = toy_config(data).dump() | {"students": {"main": {"steps": 3, "teacher": str(run.root)}}}
     with pytest.raises(UserError, match="knows other classes"):
         check(load_config(None, [], base), 1)
+
+
+def test_what_is_held_while_measuring_does_not_grow_with_the_label_set():
+    assert [measuring_batch(C) for C in (10, 100_000, 2**26 // 100, 10**6, 2**30)] == [512, 512, 100, 67, 1]
