@@ -119,8 +119,8 @@ def fit_weight(session: Session, ensemble) -> list[float]:
     return [1.0, *[best] * M]
 
 
-CALIBRATED = 2**25  # numbers held at a time while a temperature is fitted: n C, of as many val examples as fit
-FEWEST = 200
+CALIBRATED = 2**23  # numbers held at a time while a temperature is fitted: n C, of as many val examples as fit
+FEWEST = 500
 
 
 class Held(NamedTuple):
