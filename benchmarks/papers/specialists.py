@@ -6,8 +6,8 @@ Hinton, Vinyals & Dean 2015, section 8: "we have not yet shown" that specialists
 "currently exploring" specialists with a softmax over all classes.  The setting is `referral demo`'s (docs/demo.md),
 its glyphs rendered once for all seeds.  One run for each seed: generalist, specialists, and students of one, one and a
 half and two times the generalist's width, each beside a twin that learns the labels alone and is alike in all else
-(start, batches, steps, learning rate).  A second run for each seed begins with the first one's generalist, and so has
-its groups; its specialists alone are others, trained with dustbin = "full".
+(start, batches, steps, learning rate).  Further runs of each seed begin with that one's generalist, and so have its
+groups; their specialists alone are others, trained with dustbin = "full".
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ WIDTHS = {
     "1": ("main", {}), "1.5": ("wide", {"width": 18, "embedding": 36}), "2": ("wide", {"width": 24, "embedding": 48}),
 }  # fmt: skip
 HARD = "_hard"  # ends the twin's name
-
-
-PRESERVING, FULL = (f'ensemble, dustbin = "{kind}"' for kind in ("preserving", "full"))
+SOFT_WEIGHTS = (1.0, 0.1)  # the paper's question as it stands, and the one of .1 and .3 that is better on val at seed 0
+# Ensembles by name, and what ends the name of the run that has their specialists.
+ENSEMBLES = {'dustbin = "preserving"': ""} | {
+    f'dustbin = "full", soft_weight = {weight:g}': f"-full-{weight:g}" for weight in SOFT_WEIGHTS
+}
 TRAINING = "its training: examples, seconds"
 
 
@@ -56,9 +58,9 @@ def config_of(data: Path, seed: int) -> dict:
     }  # fmt: skip
 
 
-def full_config_of(config: dict, run: Path) -> dict:
+def full_config_of(config: dict, run: Path, soft_weight: float) -> dict:
     """The same with the generalist of a finished run and specialists that keep a full softmax; no students."""
-    specialists = config["specialists"] | {"dustbin": "full"}
+    specialists = config["specialists"] | {"dustbin": "full", "soft_weight": soft_weight}
     return config | {"generalist": {"from": str(run.resolve())}, "specialists": specialists, "students": {}}
 
 
@@ -109,7 +111,7 @@ def listed(values: list, form: str) -> str:
     return ", ".join(f"{value:{form}}" for value in values)
 
 
-def student_rows(found: list[dict], networks: dict, cost: dict) -> list[list]:
+def student_rows(found: list[dict], networks: dict, learnt: dict) -> list[list]:
     """Of each width the student and its twin.  found: results of each seed."""
     rows = []
     for width in WIDTHS:
@@ -122,29 +124,38 @@ def student_rows(found: list[dict], networks: dict, cost: dict) -> list[list]:
                 percents([share_of_gain(row, results) for row, results in zip(own, found, strict=True)]),
                 percents([nll_share(row, results) for row, results in zip(own, found, strict=True)]),
                 spread([row["cnll"] for row in own], 4),
-                f"{parameters:,}", f"{multiplications / 1e3:,.0f} k", trained(cost[name]),
+                f"{parameters:,}", f"{multiplications / 1e3:,.0f} k", trained(learnt[name]),
             ])  # fmt: skip
     return rows
 
 
-def ensemble_rows(found: list[dict], full: list[dict], networks: dict, cost: dict) -> list[list]:
-    """Generalist, ensemble, and the ensemble whose specialists were trained with a full softmax."""
-    parameters, multiplications = networks["generalist"]
-    rows = []
-    for name, results_of, key in (
-        ("generalist", found, "generalist"), (PRESERVING, found, "ensemble"), (FULL, full, "ensemble"),
-    ):  # fmt: skip
-        own = [results[key] for results in results_of]
-        count = 1 + (len(results_of[0]["specialists"]) if key == "ensemble" else 0)
-        asked = 1 + (mean(map(specialists_asked, results_of)) if key == "ensemble" else 0)
+def ensemble_rows(found: dict[str, list[dict]], parameters: int, multiplications: int, learnt: dict) -> list[list]:
+    """The generalist and each of ENSEMBLES.  found: results of each seed, by name.  learnt: what learnt_of says."""
+    first = next(iter(found.values()))
+
+    def described(name: str, rows: list[dict], networks: int, run: float) -> list:
+        return [
+            name, spread([100 * row["top1"] for row in rows], 2), spread([row["nll"] for row in rows], 4),
+            spread([row["cnll"] for row in rows], 4), f"{networks * parameters:,}",
+            f"{run * multiplications / 1e3:,.0f} k", trained(learnt[name]),
+        ]  # fmt: skip
+
+    rows = [[*described("generalist", [results["generalist"] for results in first], 1, 1), "", "", ""]]
+    for name, results_of in found.items():
+        own = [results["ensemble"] for results in results_of]
+        run, count = 1 + mean(map(specialists_asked, results_of)), 1 + len(results_of[0]["specialists"])
+        fewer = [fewer_errors(row, results) for row, results in zip(own, results_of, strict=True)]
         rows.append([
-            name, spread([100 * row["top1"] for row in own], 2), spread([row["nll"] for row in own], 4),
-            "" if key == "generalist" else percents(
-                [fewer_errors(row, results) for row, results in zip(own, results_of, strict=True)], 1),
-            spread([row["cnll"] for row in own], 4), f"{count * parameters:,}",
-            f"{asked * multiplications / 1e3:,.0f} k", trained(cost[name]),
+            *described(name, own, count, run), percents(fewer, 1),
+            spread([100 * own_gain(results) for results in results_of], 2),
+            spread([each["temperature"] for each in learnt[name]], 2),
         ])  # fmt: skip
     return rows
+
+
+def own_gain(results: dict) -> float:
+    """What specialists gain in top-1 among their own classes' test examples and names, a mean over the specialists."""
+    return mean(row["gain"] for row in results["specialists"])
 
 
 def verdicts(found: list[dict], least: float = 0.7) -> list[str]:
@@ -164,29 +175,32 @@ def verdicts(found: list[dict], least: float = 0.7) -> list[str]:
     return lines
 
 
-def of_seed(to: Path, data: Path, seed: int, settings: list[str]) -> tuple[dict, dict]:
-    """results.json of the run and of that with a full softmax."""
-    config, run, full = config_of(data, seed), to / f"seed-{seed}", to / f"seed-{seed}-full"
-    found = finished(config, run, settings), finished(full_config_of(config, run), full, settings)
-    same_groups(run, full)
+def of_seed(to: Path, data: Path, seed: int, settings: list[str]) -> dict[str, dict]:
+    """results.json of each of ENSEMBLES, the first one's with the students."""
+    config, run = config_of(data, seed), to / f"seed-{seed}"
+    configs = [config, *(full_config_of(config, run, weight) for weight in SOFT_WEIGHTS)]
+    found = {}
+    for (name, end), each in zip(ENSEMBLES.items(), configs, strict=True):
+        found[name] = finished(each, to / f"seed-{seed}{end}", settings)
+        same_groups(run, to / f"seed-{seed}{end}")
     return found
 
 
-def costs_of(to: Path, seeds: list[int]) -> dict[str, list[dict]]:
-    """{"seconds", "examples_seen"} of training at each seed, of a network by itself and of all specialists together."""
+def learnt_of(to: Path, seeds: list[int]) -> dict[str, list[dict]]:
+    """{"seconds", "examples_seen"} of training at each seed, of a network by itself and of all specialists together;
+    of these the mean "temperature" too, fitted on val: above 1 they are surer than they should be."""
 
     def of(*places: Path) -> dict:
         summaries = [read_json(place / "summary.json") for place in places]
-        return {key: sum(summary[key] for summary in summaries) for key in ("seconds", "examples_seen")}
+        found = {key: sum(summary[key] for summary in summaries) for key in ("seconds", "examples_seen")}
+        return found | {"temperature": mean(summary.get("temperature", 1.0) for summary in summaries)}
 
-    def of_specialists(run: Path) -> dict:
-        return of(*sorted((run / "specialists").glob("[0-9]*")))
-
-    runs, full = [to / f"seed-{seed}" for seed in seeds], [to / f"seed-{seed}-full" for seed in seeds]
-    return {name: [of(run / "students" / name) for run in runs] for name in STUDENTS} | {
-        "generalist": [of(run / "generalist") for run in runs],
-        PRESERVING: [of_specialists(run) for run in runs], FULL: [of_specialists(run) for run in full],
-    }  # fmt: skip
+    runs = [to / f"seed-{seed}" for seed in seeds]
+    single = {name: f"students/{name}" for name in STUDENTS} | {"generalist": "generalist"}
+    return {name: [of(run / place) for run in runs] for name, place in single.items()} | {
+        name: [of(*sorted((to / f"{run.name}{end}" / "specialists").glob("[0-9]*"))) for run in runs]
+        for name, end in ENSEMBLES.items()
+    }
 
 
 def trained(costs: list[dict]) -> str:
@@ -195,36 +209,35 @@ def trained(costs: list[dict]) -> str:
     return f"{examples / 1e6:.2f} M, {took:.0f} s"
 
 
-def text_of(to: Path, seeds: list[int], found: list[dict], full: list[dict]) -> str:
-    networks = {name: sizes(to / f"seed-{seeds[0]}" / "students" / name) for name in STUDENTS}
-    networks["generalist"] = sizes(to / f"seed-{seeds[0]}" / "generalist")
-    cost = costs_of(to, seeds)
+def text_of(to: Path, seeds: list[int], found: list[dict[str, dict]]) -> str:
+    """Both tables and the verdicts.  found: of_seed of each seed."""
+    run, learnt = to / f"seed-{seeds[0]}", learnt_of(to, seeds)
+    students = [next(iter(each.values())) for each in found]
+    columns = ["calibrated NLL", "parameters", "multiplications an image", TRAINING]
     first = table(
-        ["", "top-1, %", "NLL", "fewer errors than the generalist", "calibrated NLL", "parameters",
-         "multiplications an image", TRAINING],
-        ensemble_rows(found, full, networks, cost),
+        ["", "top-1, %", "NLL", *columns, "fewer errors than the generalist", "gain among their own classes, points",
+         "their temperature"],
+        ensemble_rows({name: [each[name] for each in found] for name in ENSEMBLES}, *sizes(run / "generalist"), learnt),
     )  # fmt: skip
     second = table(
-        ["student", "top-1, %", "NLL", "gain kept, top-1", "gain kept, NLL", "calibrated NLL", "parameters",
-         "multiplications an image", TRAINING],
-        student_rows(found, networks, cost),
-    )  # fmt: skip
-    return "\n\n".join([first, second, "\n".join(verdicts(found))])
+        ["student", "top-1, %", "NLL", "gain kept, top-1", "gain kept, NLL", *columns],
+        student_rows(students, {name: sizes(run / "students" / name) for name in STUDENTS}, learnt),
+    )
+    return "\n\n".join([first, second, "\n".join(verdicts(students))])
 
 
 def main(words: list[str] | None = None) -> None:
     given = arguments(__doc__).parse_args(words)
     given.to.mkdir(parents=True, exist_ok=True)
     data = shards(given.to.resolve() / "data", lambda place: make_glyphs(place.parent, 0, quick=False))
-    both = [of_seed(given.to, data, seed, given.set) for seed in given.seeds]
-    found, full = [pair[0] for pair in both], [pair[1] for pair in both]
-    text = text_of(given.to, given.seeds, found, full)
+    found = [of_seed(given.to, data, seed, given.set) for seed in given.seeds]
+    text = text_of(given.to, given.seeds, found)
     print(text)
     if given.write:
         command = shlex.join(["python", "-m", "benchmarks.papers.specialists", *(words or sys.argv[1:])])
-        minutes = sum(seconds(given.to / f"seed-{seed}{end}") for seed in given.seeds for end in ("", "-full")) / 60
-        took = f"{minutes:.0f} minutes in all, one process at a time beside others' work."
-        images = f"n = {found[0]['generalist']['n']:,} test images."
+        runs = [given.to / f"seed-{seed}{end}" for seed in given.seeds for end in ENSEMBLES.values()]
+        took = f"{sum(map(seconds, runs)) / 60:.0f} minutes in all, one process at a time beside others' work."
+        images = f"n = {next(iter(found[0].values()))['generalist']['n']:,} test images."
         write_section(TITLE, f"{text}\n\n{images} {conditions(given.seeds, command)} {took}")
 
 

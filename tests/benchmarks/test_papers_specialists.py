@@ -19,7 +19,7 @@ GOOD, FAIR = row(0.94, 0.25), row(0.92, 0.35)
 def results(distilled: dict = GOOD, hard: dict = FAIR) -> dict:
     """100 errors of the generalist, 50 of the ensemble; every student is alike."""
     students = {name: hard if name.endswith(script.HARD) else distilled for name in script.STUDENTS}
-    asked = [{"routed": 400}, {"routed": 350}]
+    asked = [{"routed": 400, "gain": 0.01}, {"routed": 350, "gain": 0.03}]
     return {"generalist": row(0.9, 0.4), "ensemble": row(0.95, 0.2), "students": students, "specialists": asked}
 
 
@@ -43,9 +43,10 @@ def test_widths_are_multiples_of_the_generalists():
 
 def test_the_second_run_differs_in_its_specialists_alone_and_teaches_nobody(tmp_path):
     config = script.config_of(Path("data"), 0)
-    first, second = (load_config(None, [], each) for each in (config, script.full_config_of(config, tmp_path)))
+    first, second = (load_config(None, [], each) for each in (config, script.full_config_of(config, tmp_path, 0.2)))
     assert second.generalist.init == str(tmp_path) and second.students == {}
-    assert (first.specialists.dustbin, second.specialists.dustbin) == ("preserving", "full")
+    assert first.specialists.dustbin == "preserving"
+    assert (second.specialists.dustbin, second.specialists.soft_weight) == ("full", 0.2)
     changed = {"generalist": first.generalist, "students": first.students, "specialists": first.specialists}
     assert second.model_copy(update=changed) == first
 
@@ -61,8 +62,10 @@ def test_shares_of_the_gain_in_errors_and_in_nll():
 
 def test_an_ensemble_runs_the_generalist_and_the_specialists_that_are_asked():
     """750 of 1000 examples ask one: 1.75 networks of 2,000 multiplications, and three of 1,000 parameters are kept."""
-    rows = script.ensemble_rows([results()], [results()], {"generalist": (1000, 2000)}, costs())
-    assert [each[5:7] for each in rows] == [["1,000", "2 k"], ["3,000", "4 k"], ["3,000", "4 k"]]
+    generalist, ensemble = script.ensemble_rows({"joint": [results()]}, 1000, 2000, costs())
+    assert generalist == ["generalist", "90.00", "0.4000", "0.4000", "1,000", "2 k", "0.50 M, 7 s", "", "", ""]
+    assert ensemble == ["joint", "95.00", "0.2000", "0.2000", "3,000", "4 k", "0.50 M, 7 s",
+                        "**50.0 %** (50.0)", "2.00", "1.50"]  # fmt: skip
 
 
 def test_a_mean_over_seeds_names_each_seed_and_no_gain_is_no_share():
@@ -81,5 +84,5 @@ def test_the_verdict_counts_the_seeds_that_pass():
 
 
 def costs() -> dict:
-    one = [{"seconds": 7.0, "examples_seen": 500_000}]
-    return dict.fromkeys([*script.STUDENTS, "generalist", script.PRESERVING, script.FULL], one)
+    one = [{"seconds": 7.0, "examples_seen": 500_000, "temperature": 1.5}]
+    return dict.fromkeys([*script.STUDENTS, "generalist", "joint"], one)
