@@ -19,6 +19,10 @@ def rows(errors: dict[str, int], nll: float = 0.1) -> dict:
     return {"generalist": found.pop("generalist"), "ensemble": found.pop("ensemble", None), "students": found}
 
 
+def table_of(place, seed: int) -> dict:
+    return mnist.table_config(place, seed, place / "ten")
+
+
 def test_jitter_moves_a_dot_by_at_most_two_pixels_and_to_every_such_place_alike():
     uniforms = np.array(list(itertools.product([0.1, 0.3, 0.5, 0.7, 0.9], repeat=2)))
     dot = np.zeros((25, 1, 28, 28), np.uint8)
@@ -35,16 +39,19 @@ def test_what_is_moved_out_of_the_picture_is_lost_and_black_comes_in():
     assert (moved == 0).all(1).sum() == mnist.JITTER and (moved == 255).all(1).sum() == 28 - mnist.JITTER
 
 
-@pytest.mark.parametrize("config_of", [mnist.table_config, mnist.ten_config])
+@pytest.mark.parametrize("kind", ["table", "ten"])
 @pytest.mark.parametrize("change", [mnist.quick, lambda config: config])
-def test_the_configs_are_what_a_user_may_write(config_of, change, tmp_path):
-    (tmp_path / "run.toml").write_text(tomli_w.dumps(change(config_of(tmp_path, 2))))
+def test_the_configs_are_what_a_user_may_write(kind, change, tmp_path):
+    made = table_of(tmp_path, 2) if kind == "table" else mnist.ten_config(tmp_path, tmp_path, 2)
+    (tmp_path / "run.toml").write_text(tomli_w.dumps(change(made)))
     config = load_config(tmp_path / "run.toml")
     assert config.seed == 2 and config.is_deep and not config.controls.enabled
 
 
 def test_students_have_no_regularisation_and_differ_from_hard_targets_in_nothing_but_these(tmp_path):
-    students = load_config(None, [], mnist.table_config(tmp_path, 0)).students
+    students = load_config(None, [], table_of(tmp_path, 0)).students
+    of_ten = students.pop("of_ten")
+    assert of_ten.teacher == str(tmp_path / "ten") and of_ten.model["name"] == "convnet"
     for name, student in students.items():
         assert (student.augment, student.weight_decay, student.start) == ("none", 0.0, "scratch"), name
         assert student.model["dropout"] == 0 and student.model["options"] == {}, name
@@ -57,7 +64,7 @@ def test_students_have_no_regularisation_and_differ_from_hard_targets_in_nothing
 
 def test_each_left_out_class_is_one_of_mnists(tmp_path):
     assert mnist.LEFT_OUT["only_7_8"] == list("01234569")
-    students = mnist.table_config(tmp_path, 0)["students"]
+    students = table_of(tmp_path, 0)["students"]
     before, after = students["no_3"], students["no_3_corrected"]
     assert after == before | {"bias_correction": True}
 
@@ -87,3 +94,24 @@ def test_a_twelfth_of_the_training_examples_is_held_out_and_none_for_test(tmp_pa
     lab.mnist(tmp_path / "shards")
     splits = read_json(tmp_path / "shards" / "manifest.json")["splits"]
     assert {name: split["samples"] for name, split in splits.items()} == {"train": 54999, "val": 5001, "test": 10000}
+
+
+def test_a_share_of_the_gain_of_ten_is_from_the_mean_of_each_alone():
+    row = lambda wrong, nll: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}  # noqa: E731
+    ten = [{"ensemble": row(200, 0.06), "students": {"twin": row(320, 0.2)}}]
+    page = mnist.table_of_ten(ten, [row(300, 0.1)], [{"students": {"of_ten": row(210, 0.07)}}])
+    assert "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page and "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
+def test_the_ten_know_a_tenth_of_each_class_and_nothing_that_is_held_out(tmp_path):
+    from trainer.config import Data
+    from trainer.data import open_shards
+
+    lab.mnist(tmp_path / "all")
+    mnist.labelled(tmp_path / "few", tmp_path / "all")
+    few, train = (open_shards(str(tmp_path / name), Data(), "train") for name in ("few", "all"))
+    np.testing.assert_allclose(np.bincount(few.labels), np.bincount(train.labels) / 10, atol=1)
+    known = {each.tobytes() for each in train.inputs(np.arange(len(train)))}
+    assert all(each.tobytes() in known for each in few.inputs(np.arange(len(few))))
