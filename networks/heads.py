@@ -70,6 +70,40 @@ class ShardedLinear(nn.Module):
         return f"{self.in_features}, {len(self.weight)} of {self.num_classes} classes"
 
 
+class GrownHead(nn.Module):
+    """A linear head of which only some rows learn: [n, D] -> logits [n, C].
+
+    linear: all C rows.  classes: int64 [K], those whose rows learn; they start as they are in `linear`.
+    The other rows are buffers: neither weight decay nor an average of weights reaches them.
+    """
+
+    def __init__(self, linear: nn.Linear, classes: Tensor):
+        super().__init__()
+        self.in_features = linear.in_features
+        self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("fixed_weight", linear.weight.detach().clone())
+        self.register_buffer("fixed_bias", linear.bias.detach().clone())
+        self.new = nn.Linear(linear.in_features, len(classes)).to(linear.weight)
+        with torch.no_grad():
+            self.new.weight.copy_(linear.weight[classes])
+            self.new.bias.copy_(linear.bias[classes])
+
+    @property
+    def weight(self) -> Tensor:
+        return self.fixed_weight.index_copy(0, self.classes, self.new.weight)
+
+    @property
+    def bias(self) -> Tensor:
+        return self.fixed_bias.index_copy(0, self.classes, self.new.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        fixed = F.linear(features, self.fixed_weight, self.fixed_bias)
+        return fixed.index_copy(1, self.classes, self.new(features))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {len(self.classes)} of {len(self.fixed_weight)} rows learn"
+
+
 def unheld_logits(classifier, raw: Tensor) -> LinearLogits:
     """What a classifier with a plain linear head answers, without holding [B, C] logits.
 

@@ -1,10 +1,11 @@
-"""Operations on a finished classifier: make a specialist of it, give it members, freeze parts of it, widen it."""
+"""Operations on a finished classifier: make a specialist of it, give it members or classes, freeze or widen it."""
 
 from __future__ import annotations
 
 import copy
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .builders import builtin_options
 from .classifier import Classifier, build_classifier
-from .heads import DustbinHead, make_head
+from .heads import DustbinHead, GrownHead, make_head
 from .members import FACTOR_STD, MemberHeads, cut_trunk, member_head, share_weights
 from .rest import RestRow
 from .spec import ModelSpec, check_members
@@ -60,6 +61,96 @@ def specialise(
             head.weight[-1], head.bias[-1] = rest.weight, rest.bias
     specialist.head = head.train(old.training)
     return specialist
+
+
+def match_classes(old_names: Sequence[str], names: Sequence[str]) -> list[int]:
+    """For each of `old_names` its place in `names`.
+
+    ValueError for an old class that `names` lacks, and for a name that either holds twice.
+    """
+    for called in (old_names, names):
+        if len(set(called)) < len(called):
+            twice = next(name for name in called if list(called).count(name) > 1)
+            raise ValueError(f"two classes are called {twice!r}; classes are matched by name, so names must differ")
+    place = {name: c for c, name in enumerate(names)}
+    for name in old_names:
+        if name not in place:
+            like = ", ".join(map(repr, names[:3]))
+            raise ValueError(f"class {name!r} is not among the {len(place)} classes now, which are called like {like}")
+    return [place[name] for name in old_names]
+
+
+def add_classes(classifier: Classifier, class_names: Sequence[str]) -> Classifier:
+    """A copy of a plain `classifier` that answers with all of `class_names` and can learn the new ones alone.
+
+    Classes are matched by name and come in the order of `class_names`.  Trunk, norms and the old rows stay bit for bit:
+    .head is a GrownHead, which settled() turns into a plain one.
+    A new row is the mean of the old ones, its bias lower by log K for K new classes.  A mean of C logits is at most
+    their log-sum-exp less log C (Jensen), so the new classes together hold at most 1 / (C + 1), whatever the input.
+    Raises ValueError for a specialist, for members, and where no class is new or an old one is absent.
+    """
+    spec = classifier.spec
+    if spec.members is not None or spec.head["kind"] != "linear":
+        raise ValueError("classes are added to a plain classifier, not to a specialist or a network with members")
+    places = torch.tensor(match_classes(spec.class_names, class_names))
+    new = sorted(set(range(len(class_names))) - set(places.tolist()))
+    if not new:
+        raise ValueError(f"the network knows all {len(class_names)} classes already; there is none to add")
+    grown, old = copy.deepcopy(classifier), classifier.head
+    grown.spec = replace(spec, num_classes=len(class_names), class_names=tuple(class_names))
+    places, new = places.to(old.weight.device), torch.tensor(new, device=old.weight.device)
+    linear = make_head(grown.spec, old.in_features).to(old.weight)
+    with torch.no_grad():
+        linear.weight[places], linear.bias[places] = old.weight, old.bias
+        linear.weight[new], linear.bias[new] = old.weight.mean(0), old.bias.mean() - math.log(len(new))
+    grown.head = GrownHead(linear, new)
+    return set_trainable(grown.train(classifier.training), "head")
+
+
+def settled(classifier: Classifier) -> Classifier:
+    """Give a network of add_classes a plain head with the rows that it has learnt.  Changes it and returns it."""
+    head = classifier.head
+    linear = make_head(classifier.spec, head.in_features).to(head.fixed_weight)
+    with torch.no_grad():
+        linear.weight.copy_(head.weight), linear.bias.copy_(head.bias)
+    classifier.head = linear.train(head.training)
+    return set_trainable(classifier, "all")
+
+
+def among_more(specialist: Classifier, generalist: Classifier) -> Classifier:
+    """A specialist that answers among `generalist`'s classes, which are its own and more, found by name.
+
+    A copy: what it says of its members stays, in the order that they have now, and new classes fall into its dustbin.
+    If that has a row for every class, the new ones get the generalist's, so that the specialist takes a new class for
+    one of its members no more than the generalist did; otherwise the row for the rest stands for them too.
+    Raises ValueError for a network that is no specialist, and where the generalist lacks one of its classes.
+    """
+    spec, head = specialist.spec, specialist.head
+    if spec.head["kind"] != "dustbin":
+        raise ValueError("this network is no specialist: it has no dustbin")
+    place = match_classes(spec.class_names, generalist.spec.class_names)
+    described = spec.head | {key: [place[c] for c in spec.head[key]] for key in ("members", "kept") if key in spec.head}
+    described["members"].sort()
+    grown = copy.deepcopy(specialist)
+    grown.spec = replace(
+        spec, num_classes=generalist.spec.num_classes, class_names=generalist.spec.class_names, head=described
+    )
+    rows = make_head(grown.spec, head.in_features).to(head.weight)
+
+    def classes_of(rows: nn.Module, members: list[int]) -> list[int]:
+        """The class of each stored row, -1 for one that stands for several."""
+        return rows.row_classes.tolist() if isinstance(rows, DustbinHead) else [*members, -1]
+
+    old = {c if c < 0 else place[c]: row for row, c in enumerate(classes_of(head, spec.head["members"]))}
+    wanted = list(enumerate(classes_of(rows, described["members"])))
+    known = [(row, old[c]) for row, c in wanted if c in old]
+    new = [(row, c) for row, c in wanted if c not in old]
+    with torch.no_grad():
+        for source, pairs in ((head, known), (generalist.head, new)):
+            to, origin = torch.tensor(pairs, dtype=torch.int64, device=head.weight.device).view(-1, 2).unbind(1)
+            rows.weight[to], rows.bias[to] = source.weight[origin], source.bias[origin]
+    grown.head = rows.train(head.training)
+    return grown
 
 
 def hydra(classifier: Classifier, count: int, blocks: int = 0) -> Classifier:

@@ -1,0 +1,166 @@
+"""Classes that come later: which weights stay, where new rows begin, what an old specialist says."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from networks import (
+    ModelSpec,
+    add_classes,
+    among_more,
+    batch_ensemble,
+    build_classifier,
+    fit_rest,
+    load_classifier,
+    match_classes,
+    save_classifier,
+    settled,
+    specialise,
+)
+
+OLD, NOW = list("abcde"), list("xeacbyd")  # x and y are new, the others in another order
+PLACES = [2, 4, 3, 6, 1]
+
+
+def small(names=OLD, seed=0, **options):
+    torch.manual_seed(seed)
+    options = {"width": 6, "depth": 2, "embedding": 5} | options
+    network = build_classifier(ModelSpec("convnet", len(names), {"shape": [1, 8, 8]}, options, tuple(names)))
+    with torch.no_grad():  # batch statistics that are not the initial ones
+        network.train()(inputs(64))
+    return network.eval()
+
+
+def inputs(n=9):
+    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def taught(network, steps=8, optimizer=torch.optim.AdamW):
+    """A few steps on labels of every class, with weight decay and in train mode."""
+    learning = optimizer([p for p in network.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
+    network.train()
+    for _ in range(steps):
+        learning.zero_grad()
+        F.cross_entropy(network(inputs(14)), torch.arange(14) % network.spec.num_outputs).backward()
+        learning.step()
+    return network.eval()
+
+
+def test_classes_are_matched_by_name_whatever_their_order():
+    assert match_classes(OLD, NOW) == PLACES
+
+
+@pytest.mark.parametrize(
+    ("old", "now", "message"),
+    [(["a", "q"], NOW, "class 'q' is not among the 7 classes now"), (["a", "a"], NOW, "two classes are called 'a'"),
+     (["a"], ["a", "b", "b"], "two classes are called 'b'")],
+)  # fmt: skip
+def test_names_that_cannot_be_matched_are_refused(old, now, message):
+    with pytest.raises(ValueError, match=message):
+        match_classes(old, now)
+
+
+def test_learning_new_rows_leaves_everything_else_bit_for_bit():
+    before = small()
+    after = settled(taught(add_classes(before, NOW)))
+    one, other = before.state_dict(), after.state_dict()
+    assert one.keys() == other.keys()
+    for name in one:
+        kept = other[name][PLACES] if name.startswith("head.") else other[name]
+        assert torch.equal(one[name], kept), name
+    torch.testing.assert_close(after(inputs())[:, PLACES], before(inputs()))  # a wider product may round otherwise
+    new = after.head.weight[[0, 5]]
+    assert not torch.allclose(new[0], new[1]) and not torch.allclose(new.mean(0), before.head.weight.mean(0))
+
+
+def test_what_is_being_learnt_answers_as_what_is_kept_of_it():
+    growing = taught(add_classes(small(), NOW), 2)
+    logits, weight = growing(inputs()), growing.head.weight.detach().clone()
+    kept = settled(growing)
+    assert torch.equal(kept.head.weight, weight)
+    torch.testing.assert_close(kept(inputs()), logits)
+    assert all(parameter.requires_grad for parameter in kept.parameters())
+
+
+def test_a_grown_network_is_saved_as_any_other(tmp_path):
+    kept = settled(add_classes(small(), NOW))
+    save_classifier(kept, tmp_path)
+    again = load_classifier(tmp_path)
+    assert again.spec.class_names == tuple(NOW) and torch.equal(again(inputs()), kept(inputs()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99), st.floats(0.1, 30))
+def test_at_the_start_new_classes_together_hold_at_most_one_share_of_c_plus_1(old, new, seed, scale):
+    names = [str(c) for c in range(old + new)]
+    network = small(names[new:], seed).double()
+    with torch.no_grad():
+        network.head.weight.mul_(scale)
+    after = settled(add_classes(network, names))(inputs()).softmax(1)
+    assert (after[:, :new].sum(1) <= 1 / (old + 1) + 1e-12).all()
+    before = network(inputs()).softmax(1)  # the old classes share the rest as before
+    torch.testing.assert_close(after[:, new:] / after[:, new:].sum(1, keepdim=True), before)
+
+
+def test_the_bound_is_met_where_the_old_network_knows_nothing():
+    network = small()
+    for parameter in network.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    found = settled(add_classes(network, NOW))(inputs(1)).softmax(1)[0]
+    torch.testing.assert_close(found[[0, 5]].sum().item(), 1 / 6)
+    torch.testing.assert_close(found[PLACES], torch.full((5,), 1 / 6))
+
+
+@pytest.mark.parametrize(
+    ("network", "names", "message"),
+    [
+        (lambda: small(), OLD[::-1], "knows all 5 classes already"),
+        (lambda: small(), NOW[:-1], "class 'd' is not among"),
+        (lambda: specialise(small(), [0, 1]), NOW, "not to a specialist"),
+        (lambda: batch_ensemble(small(), 2), NOW, "or a network with members"),
+    ],
+    ids=["none is new", "one is gone", "a specialist", "members"],
+)
+def test_what_cannot_grow_is_refused(network, names, message):
+    with pytest.raises(ValueError, match=message):
+        add_classes(network(), names)
+
+
+def rows_kept(network):
+    return specialise(network, [0, 3], kept=[4], rest=fit_rest(network.head, torch.randn(40, 5), [0, 3], [4]))
+
+
+@pytest.mark.parametrize("rows", ["all", "kept", "fresh"])
+def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
+    """a and d are 2 and 6 now; those of it whose order changed too: e and b, 4 and 1, are 1 and 4."""
+    old, now = small(), settled(taught(add_classes(small(), NOW)))
+    for members, columns, renumbered in (([0, 3], [0, 1], [2, 6]), ([1, 4], [1, 0], [1, 4])):
+        if rows == "kept" and members != [0, 3]:
+            continue
+        special = {"all": lambda m: specialise(old, m), "fresh": lambda m: specialise(old, m, "fresh"),
+                   "kept": lambda m: rows_kept(old)}[rows](members)  # fmt: skip
+        special = taught(special.train()).eval()
+        save_classifier(among_more(special, now), tmp_path)
+        found = load_classifier(tmp_path)
+        assert found.spec.head["members"] == renumbered and found.spec.class_names == tuple(NOW)
+        before, after = special(inputs()), found(inputs())
+        torch.testing.assert_close(after[:, :2], before[:, :2][:, columns])
+        if rows != "all":  # the row for the rest stands for new classes too
+            torch.testing.assert_close(after[:, 2], before[:, 2])
+            continue
+        features = special.trunk(special.preprocess(inputs()))
+        new = F.linear(features, now.head.weight[[0, 5]], now.head.bias[[0, 5]]).logsumexp(1)
+        torch.testing.assert_close(after[:, 2], torch.logaddexp(before[:, 2], new))
+
+
+def test_an_untrained_old_specialist_is_the_grown_generalist_with_the_rest_summed():
+    old, now = small(), settled(taught(add_classes(small(), NOW)))
+    found = among_more(specialise(old, [1, 4]), now)(inputs()).softmax(1)
+    torch.testing.assert_close(found, specialise(now, [1, 4])(inputs()).softmax(1))
+
+
+def test_only_a_specialist_is_put_among_more_classes():
+    with pytest.raises(ValueError, match="no specialist"):
+        among_more(small(), small())
