@@ -23,12 +23,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "OMP_NUM_THREADS": "1"}
 
 
-def arguments(description: str, seeds=(0, 1, 2)) -> argparse.ArgumentParser:
+def arguments(description: str, seeds=(0, 1, 2), page: Path = PAGE) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/papers"), help="runs and data go below it (runs/papers)")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/papers.md")
+    parser.add_argument("--write", action="store_true", help=f"put the table into docs/{page.name}")
     return parser
 
 
