@@ -78,14 +78,18 @@ def save_graph(jobs: list[Job], path: Path) -> None:
 
 
 def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
-    """(job name, its stages) in the order of the stages; specialists are packed specialists.per_job to a job."""
+    """(job name, its stages) in the order of the stages; specialists are packed specialists.per_job to a job, those
+    that are only taken over go with the clusters."""
     groups: dict[str, list[Stage]] = {}
     per_job = run.config.specialists.per_job
-    packs = [run.specialists[first : first + per_job] for first in range(0, len(run.specialists), per_job)]
+    starts = range(run.num_taken, len(run.specialists), per_job)
+    packs = [run.specialists[first : first + per_job] for first in starts]
     pack_of = {stage.place: pack for pack in packs for stage in pack}
     for stage in run.stages:
         name = TOGETHER.get(stage.name, stage.name)
-        if stage.name == "specialist":
+        if stage.name == "specialist" and stage.place not in pack_of:
+            name = TOGETHER["cluster"]
+        elif stage.name == "specialist":
             numbers = [other.directory.name for other in pack_of[stage.place]]
             name = f"specialist-{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
         elif stage.name == "control":
@@ -105,13 +109,14 @@ def _steps(stage: Stage, run: RunDirectory) -> float:
     if stage.name in ("generalist", "member"):
         return _length(config.train)
     if stage.name == "specialist":
-        return _length(config.specialists)
+        return 0 if int(name) < run.num_taken else _length(config.specialists)
     if stage.name == "student":
         return _length(config.students[name])
     if stage.name == "control":
         if name == "student_hard":
             return _length(config.students["main"])
-        return _length(config.specialists) * (len(run.specialists) if name == "control_compute" else 1)
+        trained = len(run.specialists) - run.num_taken
+        return _length(config.specialists) * (trained if name == "control_compute" else 1)
     return 0
 
 

@@ -52,6 +52,7 @@ def check(
     check_data(config)
     check_place(root, beside)
     run = RunDirectory(root, config)
+    check_old(run)
     check_classes(run)
     stale = _stale_stages(run)
     if stale and not force:
@@ -81,12 +82,13 @@ def absolute(config: Config) -> Config:
     groups_file, init = config.clusters.groups_file, config.generalist.init
     clusters = config.clusters.model_copy(update={"groups_file": groups_file and os.path.abspath(groups_file)})
     generalist = config.generalist.model_copy(update={"init": init and os.path.abspath(init)})
+    extend = config.extend.model_copy(update={"run": config.extend.run and os.path.abspath(config.extend.run)})
     students = {
         name: student.model_copy(update={"teacher": os.path.abspath(student.teacher)}) if os.sep in student.teacher
         else student for name, student in config.students.items()
     }  # fmt: skip
     return config.model_copy(
-        update={"data": data, "clusters": clusters, "generalist": generalist, "students": students}
+        update={"data": data, "clusters": clusters, "generalist": generalist, "extend": extend, "students": students}
     )
 
 
@@ -153,7 +155,7 @@ def check_classes(run: RunDirectory) -> None:
     num_classes, source = _num_classes(run.config)
     if num_classes is None:
         return
-    if not groups.groups_file and groups.num_groups > num_classes:
+    if not groups.groups_file and not run.old and groups.num_groups > num_classes:
         raise UserError(
             f"clusters.num_groups = {groups.num_groups} is more than the {num_classes} classes of {source}; "
             f"each group needs a class"
@@ -164,6 +166,23 @@ def check_classes(run: RunDirectory) -> None:
             f"clusters.groups_file = {groups.groups_file}: class index {outside[0]} is out of range; "
             f"{source} has {num_classes} classes, 0 to {num_classes - 1}"
         )
+
+
+def check_old(run: RunDirectory) -> None:
+    """The run whose classes are added to is another one, and has all that is taken over."""
+    if not run.old:
+        return
+    if run.old.resolve() == run.root.resolve():
+        raise UserError(f"extend.run = {run.old} is this run itself; give the new one another --run")
+    try:
+        skipped = read_json(run.old / "clusters" / "summary.json")["skipped"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"extend.run = {run.old}: its clusters are not done; finish that run first") from None
+    wanted = ["generalist", *(f"specialists/{m:03d}" for m in range(run.num_taken) if m not in skipped)]
+    absent = [place for place in wanted if not (run.old / place / "DONE").is_file()]
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise UserError(f"extend.run = {run.old}: {', '.join(absent[:3])}{more} not done; finish that run first")
 
 
 def _members(groups_file: str) -> list[int]:

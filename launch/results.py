@@ -9,7 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.compare import METRICS, cell
-from trainer.report.results import count, duration, named_rows, number, percent, student_verdict, verdict, worth
+from trainer.report.results import (
+    classes_line,
+    count,
+    duration,
+    named_rows,
+    number,
+    percent,
+    student_verdict,
+    verdict,
+    worth,
+)
 from trainer.run_directory import RunDirectory, read_json
 
 
@@ -19,6 +29,8 @@ def show_results(run: RunDirectory, console: Console) -> None:
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
     if student := student_verdict(results):
         console.print(Text(student), soft_wrap=True)
+    if line := classes_line(results):
+        console.print(Text(line), soft_wrap=True)
     console.print(results_table(results))
     console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
 

@@ -100,7 +100,7 @@ def _single(run: RunDirectory, job: Job) -> Batch:
 def _arrays(run: RunDirectory, wanted: list[Job], max_array_size: int) -> list[Batch]:
     """Arrays of the specialists' jobs.  Element K of the first is the K-th, whichever of them are wanted."""
     per_job, count, config = run.config.specialists.per_job, run.num_specialists, run.config.slurm
-    packs = [range(first, min(first + per_job, count)) for first in range(0, count, per_job)]
+    packs = [range(first, min(first + per_job, count)) for first in range(run.num_taken, count, per_job)]
     job_of = {int(job.stages[0].directory.name): job for job in wanted}  # by its first specialist
     starts, name, found = range(0, len(packs), max_array_size), "specialist" if per_job == 1 else "pack", []
     limit = max(1, config.throttle // len(starts)) if config.throttle else None

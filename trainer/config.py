@@ -136,6 +136,13 @@ class Generalist(Section):
     head: str | None = None  # in someone else's weights file: what its last linear layer is called; [model] is the rest
 
 
+class Extend(Section):
+    """New classes beside those of a finished run, whose generalist, groups and specialists are taken over."""
+
+    run: str = ""  # the finished run; its classes are found by name among the data's
+    companions: int | None = Field(None, ge=0)  # old classes in the new ones' group; None = by the largest old group
+
+
 class Clusters(Section):
     num_groups: int = Field(16, gt=0)
     method: str = "kmeans"
@@ -395,6 +402,7 @@ class Config(Section):
     model: Model = Model()
     train: Schedule = DEFAULT_SCHEDULE
     generalist: Generalist = Generalist()
+    extend: Extend = Extend()
     clusters: Clusters = Clusters()
     route: Route = Route()
     specialists: Specialists = Specialists()
@@ -421,6 +429,7 @@ class Config(Section):
         for name, student in self.students.items():
             _check_ancestry(name, student, self)
         _check_full_softmax(self)
+        _check_extend(self)
         if not self.controls.learning_rates:
             peak = self.specialists.learning_rate
             self.controls.learning_rates = [peak / 3, peak, peak * 3]
@@ -473,6 +482,22 @@ def _check_full_softmax(config: Config) -> None:
             f"{what} has a loss of its own, without label_smoothing = {section.label_smoothing}: set "
             "specialists.label_smoothing = 0"
         )
+
+
+def _check_extend(config: Config) -> None:
+    """What a run that adds classes takes over is not also asked of something else."""
+    if not config.extend.run:
+        return
+    if config.generalist.init:
+        raise ValueError("extend.run brings its own generalist; leave generalist.from out")
+    if config.clusters.groups_file:
+        raise ValueError("extend.run brings its own groups, to which one is added; leave clusters.groups_file out")
+    if config.is_deep:
+        raise ValueError('extend.run adds a specialist for the new classes, and ensemble.kind = "deep" has none; '
+                         "leave one of them out")  # fmt: skip
+    if config.engine.shard_head:
+        raise ValueError("extend.run trains a few rows of the head, and engine.shard_head = true splits them all over "
+                         "the ranks; set it to false")  # fmt: skip
 
 
 def _check_ancestry(name: str, student: Student, config: Config) -> None:

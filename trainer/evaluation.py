@@ -188,7 +188,8 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
     sizes = ensemble_sizes(session, ensemble) if session.config.is_deep else []
     judge = Judge(session, attempt, sizes)
 
-    before = judge(of_network(generalist), "generalist", costs.generalist, of_members(generalist))
+    adds = (lambda found: {"added": before_new_classes(session, generalist)}) if run.old else None
+    before = judge(of_network(generalist), "generalist", costs.generalist, of_members(generalist), more=adds)
     for name, stage in named_controls(session).items():
         network = session.load(stage)
         judge(of_network(network), name, costs.after_generalist(stage), of_members(network))
@@ -247,6 +248,7 @@ class Judge:
 
     def __init__(self, session: Session, attempt: Attempt, sizes: list[dict]):
         self.session, self.attempt, self.sizes = session, attempt, sizes
+        self.old_classes = session.old_classes() if session.run.old else None
 
     def __call__(self, answer, name: str, cost: dict, extra: Extra | None = None, both=None, more=None) -> dict:
         """answer: raw inputs -> LinearLogits or Held.  extra: figures of each example beside it.  both: answer and
@@ -287,10 +289,11 @@ class Judge:
         scaled = {key: found.pop(f"calibrated_{key}") for key in OF_CALIBRATION}
         inside = {key: found.pop(key) for key in outside if key != "ids"}
         beside = {key: found.pop(key) for key in ("mu", "pairwise_kl", "disagreement") if key in found}
+        parts = {} if self.old_classes is None else by_age(self.old_classes, found)
         top = (found["labels"], found["top5"])
         row = summarise(*top, found["top5_probability"], found["label_probability"], found.pop("squared_error"))
         after = summarise(*top, scaled["top5_probability"], scaled["label_probability"], scaled["squared_error"])
-        row |= {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
+        row |= parts | {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
         if beside:
             means = {key: float(value.mean(dtype=np.float64)) for key, value in beside.items()}
             row["members"] = {"count": extra.count, **means}
@@ -309,6 +312,37 @@ class Judge:
             "%-16s top-1 %6.2f %%  top-5 %6.2f %%  NLL %.4f  Brier %.4f  ECE %.4f  calibrated NLL %.4f",
             name, 100 * row["top1"], 100 * row["top5"], row["nll"], row["brier"], row["ece"], row["cnll"],
         )  # fmt: skip
+
+
+OF_AGE = ("n", "top1", "top5", "nll", "macro_top1")
+
+
+def by_age(old: np.ndarray, found: dict) -> dict[str, dict]:
+    """Of a run that adds classes: the figures of the test examples of old classes and of those of new ones, where there
+    are any.  Every answer is among all classes."""
+    keys = ("labels", "top5", "top5_probability", "label_probability", "squared_error")
+    inside, rows = np.isin(found["labels"], old), {}
+    for name, chosen in (("old_classes", inside), ("new_classes", ~inside)):
+        if chosen.any():
+            row = summarise(*(found[key][chosen] for key in keys))
+            rows[name] = {key: row[key] for key in OF_AGE}
+    return rows
+
+
+def before_new_classes(session: Session, generalist) -> dict:
+    """What there was: the old run's generalist on the test examples of its classes, among these alone.
+
+    Its logits are this generalist's, whose old rows and trunk are the same.
+    """
+    test, old = session.shards("test"), session.old_classes()
+    found = {"run": str(session.run.old), "old": len(old), "new": session.num_classes - len(old)}
+    ids, among = np.flatnonzero(np.isin(test.labels, old)), torch.from_numpy(old).to(session.ranks.device)
+    if len(ids):
+        asked = session.measured(test, lambda batch: {
+            "said": among[unheld_logits(generalist, batch.inputs).of_classes(among).argmax(1)], "labels": batch.labels,
+        }, ids=ids)  # fmt: skip
+        found["top1_before"] = float((asked["said"] == asked["labels"]).mean())
+    return found
 
 
 OF_CALIBRATION = ("top5_probability", "label_probability", "squared_error")

@@ -206,7 +206,8 @@ class RunDirectory:
 
     @cached_property
     def generalist(self) -> Stage:
-        return self._stage("generalist", "generalist", ["seed", "data", "model", "train", "generalist"])
+        sections = ["seed", "data", "model", "train", "generalist"]
+        return self._stage("generalist", "generalist", sections, **self._of_old("generalist"))
 
     @cached_property
     def members(self) -> list[Stage]:
@@ -221,7 +222,18 @@ class RunDirectory:
 
     @cached_property
     def cluster(self) -> Stage:
-        return self._stage("cluster", "clusters", ["clusters"], [self.measure], groups=_file_hash(self.groups_file))
+        extra = self._of_old("clusters") | ({"companions": self.config.extend.companions} if self.old else {})
+        groups = _file_hash(self.groups_file)
+        return self._stage("cluster", "clusters", ["clusters"], [self.measure], groups=groups, **extra)
+
+    @property
+    def old(self) -> Path | None:
+        """The finished run to whose classes this one adds."""
+        return Path(self.config.extend.run) if self.config.extend.run else None
+
+    def _of_old(self, place: str) -> dict:
+        """What is taken over from there, by the attempt that made it; nothing where no classes are added."""
+        return {"taken": _file_hash(self.old / place / "DONE")} if self.old else {}
 
     @property
     def groups_file(self) -> Path | None:
@@ -229,15 +241,23 @@ class RunDirectory:
 
     @cached_property
     def num_specialists(self) -> int:
-        """As many as groups: the config's number, or the length of the user's groups file."""
+        """As many as groups: the config's number, or the length of the user's groups file, or the old run's and one."""
         if self.config.is_deep:
             return 0
+        if self.old:
+            return self.num_taken + 1
         if self.groups_file is None:
             return self.config.clusters.num_groups
-        try:
-            return len(read_json(self.groups_file)["members"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"clusters.groups_file = {self.groups_file}: not a readable ClassGroups file") from None
+        file = self.groups_file
+        return _count_groups(file, f"clusters.groups_file = {file}: not a readable ClassGroups file")
+
+    @cached_property
+    def num_taken(self) -> int:
+        """The first so many specialists are the old run's; 0 where no classes are added."""
+        if not self.old:
+            return 0
+        file = self.old / "clusters" / "groups.json"
+        return _count_groups(file, f"extend.run = {self.old}: no run of specialists, it has no clusters/groups.json")
 
     @cached_property
     def route(self) -> Stage:
@@ -245,10 +265,13 @@ class RunDirectory:
 
     @cached_property
     def specialists(self) -> list[Stage]:
-        return [
-            self._stage("specialist", f"specialists/{index:03d}", ["specialists"], [self.route], index=index)
-            for index in range(self.num_specialists)
-        ]
+        found = []
+        for index in range(self.num_specialists):
+            place, sections, inputs, extra = f"specialists/{index:03d}", ["specialists"], [self.route], {}
+            if index < self.num_taken:
+                sections, inputs, extra = [], [self.cluster], self._of_old(place)
+            found.append(self._stage("specialist", place, sections, inputs, index=index, **extra))
+        return found
 
     @cached_property
     def controls(self) -> dict[str, Stage]:
@@ -356,6 +379,14 @@ class RunDirectory:
         for stage in (*joint, *self.controls.values(), *self.students.values()):
             add(stage)
         return list(found.values())
+
+
+def _count_groups(file: Path, otherwise: str) -> int:
+    """Groups in a ClassGroups file; UserError(otherwise) where it is none."""
+    try:
+        return len(read_json(file)["members"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(otherwise) from None
 
 
 def _file_hash(path: Path | None) -> str | None:

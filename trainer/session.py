@@ -18,11 +18,14 @@ from ensemble import DeepEnsemble, SpecialistEnsemble
 from networks import (
     Classifier,
     ModelSpec,
+    add_classes,
     adopt_weights,
+    among_more,
     batch_ensemble,
     build_classifier,
     hydra,
     load_classifier,
+    match_classes,
     save_classifier,
     widen,
 )
@@ -194,14 +197,14 @@ class Session:
         return set(read_json(self.run.cluster.path("summary.json"))["skipped"])
 
     def specialist_steps(self) -> list[int]:
-        """Planned steps of each specialist that is trained."""
+        """Planned steps of each specialist that is trained here."""
         from .stages import specialist_steps
 
         counts, schedule = self.shards("train").class_counts, self.config.specialists
         skipped = self.skipped()
         return [
             specialist_steps(schedule, int(counts[members].sum()))
-            for m, members in enumerate(self.groups().members) if m not in skipped
+            for m, members in enumerate(self.groups().members) if m >= self.run.num_taken and m not in skipped
         ]  # fmt: skip
 
     def ensemble(self, facts: dict | None = None) -> SpecialistEnsemble | DeepEnsemble:
@@ -262,7 +265,9 @@ class Session:
 
     def given_generalist(self) -> Classifier | None:
         """The network that [generalist] from names: a run's, one that save_classifier wrote, or a [model] with someone
-        else's weights."""
+        else's weights; where [extend] adds classes the old run's, with rows for them that are still to be learnt."""
+        if self.run.old:
+            return self._grown_old_generalist()
         given, head = self.config.generalist.init, self.config.generalist.head
         if not given:
             return None
@@ -284,6 +289,33 @@ class Session:
                 f"generalist.from = {given} knows {network.spec.num_classes} classes, the data has {self.num_classes}"
             )
         return network
+
+    def _grown_old_generalist(self) -> Classifier:
+        shape = tuple(self.shards("train").input_shape)
+        try:
+            network = load_classifier(self.run.old / "generalist", self.ranks.device, builders_of(self.config))
+            if network.spec.input.shape != shape:
+                theirs = list(network.spec.input.shape)
+                raise ValueError(f"its generalist reads inputs of shape {theirs}, the data's are {list(shape)}")
+            return add_classes(network, self.class_names)
+        except ValueError as mistake:
+            raise UserError(f"extend.run = {self.run.old}: {mistake}") from None
+
+    def old_classes(self) -> np.ndarray:
+        """int64 [C_old]: the classes that the old run knows, in its order, by their numbers here."""
+        spec = ModelSpec.load(self.run.old / "generalist" / "model.json")
+        return np.array(match_classes(spec.class_names, self.class_names))
+
+    def taken_specialist(self, index: int) -> tuple[Classifier, dict]:
+        """The old run's specialist among the classes of this one, and its summary: it costs nothing here."""
+        place = self.run.old / "specialists" / f"{index:03d}"
+        try:
+            network = load_classifier(place, self.ranks.device, builders_of(self.config))
+            network = among_more(network, self.load(self.run.generalist))
+            free = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0, "steps": 0, "taken_from": str(place)}
+            return network, read_json(place / "summary.json") | free
+        except (OSError, ValueError) as mistake:
+            raise UserError(f"extend.run = {self.run.old}: {mistake}") from None
 
     def save(self, attempt: Attempt, network: Classifier, summary: dict) -> None:
         if self.ranks.is_main:

@@ -24,7 +24,7 @@ from clustering import (
     group_classes,
 )
 from ensemble import fit_shift
-from networks import fit_rest, freeze_norm, set_trainable, specialise, unheld_logits
+from networks import fit_rest, freeze_norm, set_trainable, settled, specialise, unheld_logits
 
 from .config import Schedule, Student, UserError
 from .data.orders import weighted
@@ -44,16 +44,18 @@ VAL_EXAMPLES_PER_CLASS = 10  # fewer than this, and `measure` reads training dat
 
 
 def generalist(session: Session, stage: Stage) -> None:
-    """One network learns all classes, on all ranks."""
-    schedule = session.config.train
+    """One network learns all classes, on all ranks; where classes are added, their rows alone."""
+    schedule, adds = session.config.train, session.run.old is not None
     with session.attempt(stage) as attempt:
         network = session.given_generalist()
-        if network is None:
+        if network is None or adds:
             stream, objective = general_lesson(session, schedule)
             steps = count_steps(schedule, session.shards("train").num_samples)
             network, summary = session.train(
-                attempt, session.fresh_network(), objective, stream, schedule, steps, validate_classifier(session)
-            )
+                attempt, network if adds else session.fresh_network(), objective, stream, schedule, steps,
+                validate_classifier(session),
+            )  # fmt: skip
+            network = settled(network) if adds else network
         else:
             summary = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0, "steps": 0, "best_step": 0,
                        "val": validate_classifier(session)(network)}  # fmt: skip
@@ -116,6 +118,8 @@ def cluster(session: Session, stage: Stage) -> None:
             statistics = PredictionStatistics.load(session.run.measure.path("statistics.npz"))
             if session.run.groups_file:
                 groups = ClassGroups.load(session.run.groups_file)
+            elif session.run.old:
+                groups = groups_and_one(session)
             else:
                 rows = session.load(session.run.generalist).head.weight if config.method == "classifier" else None
                 groups = group_classes(
@@ -135,6 +139,8 @@ def cluster(session: Session, stage: Stage) -> None:
         unlabelled, unlabelled_chance = captured_unlabelled(groups, statistics)
         foretold = forecast(groups, statistics)
         skipped = [m for m, row in enumerate(foretold) if row["gain"] < config.min_gain]
+        if session.run.old:  # what is there costs nothing, and somebody must know the new classes
+            skipped = read_json(session.run.old / "clusters" / "summary.json")["skipped"]
         if len(skipped) == len(groups):
             raise UserError(
                 f"clusters.min_gain = {config.min_gain} leaves no group a specialist; the best forecast is "
@@ -157,11 +163,29 @@ def cluster(session: Session, stage: Stage) -> None:
                         len(skipped), len(groups), config.min_gain)  # fmt: skip
 
 
+def groups_and_one(session: Session) -> ClassGroups:
+    """The old run's groups, and one of the new classes with the old ones that the generalist confuses them with most.
+
+    It is as large as the largest old group, or has as many old classes as new ones where that is more, unless
+    extend.companions says how many.
+    """
+    groups, place = ClassGroups.load(session.run.old / "clusters" / "groups.json"), session.old_classes()
+    new, count = np.setdiff1d(np.arange(session.num_classes), place), session.config.extend.companions
+    if count is None:
+        count = max(int(groups.sizes.max()) - len(new), len(new))
+    confused = confusion_with(session, new)
+    companions = place[np.argsort(-confused[place], kind="stable")[:count]]
+    session.say("%d new classes, in a group with the %d of the %d old ones that they are confused with most: %.1f %% "
+                "of what they are confused with", len(new), len(companions), len(place),
+                100 * confused[companions].sum() / max(confused.sum(), 1e-30))  # fmt: skip
+    return ClassGroups([*(place[members] for members in groups.members), np.r_[new, companions]], session.num_classes)
+
+
 def route(session: Session, stage: Stage) -> None:
     """All groups' samples in one pass, so that no specialist reads the whole to keep a part."""
-    config, skipped = session.config.route, session.skipped()
+    config, done = session.config.route, session.skipped() | set(range(session.run.num_taken))
     with session.attempt(stage) as attempt:
-        groups = {m: members for m, members in enumerate(session.groups().members) if m not in skipped}
+        groups = {m: members for m, members in enumerate(session.groups().members) if m not in done}
         if session.ranks.is_main:
             train = session.shards("train")
             lost = route_samples(train, groups, attempt.directory, config.mode, config.max_bytes, session.say)
@@ -176,6 +200,9 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
         if index in session.skipped():
             session.say("group %d is forecast to gain less than clusters.min_gain: no specialist", index)
             save_summary(attempt, {"skipped": True, "seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0})
+            return
+        if index < session.run.num_taken:
+            session.save(attempt, *session.taken_specialist(index))
             return
         lesson = specialist_lesson(session, index, members)
         judge = validate_specialist(session, members)

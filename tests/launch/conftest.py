@@ -55,6 +55,19 @@ class Ward:
         save_config(found.config, self.run_path / "config.toml")
         return found
 
+    def old_run(self, groups: int) -> tuple[str, ...]:
+        """Settings that add classes to a finished run of so many groups, which it writes below root."""
+        old = self.root / "old"
+        for place in ("generalist", "clusters", *(f"specialists/{m:03d}" for m in range(groups))):
+            (old / place).mkdir(parents=True, exist_ok=True)
+            (old / place / "DONE").write_text(place)
+        members = [[m] for m in range(groups)]
+        (old / "clusters" / "groups.json").write_text(
+            json.dumps({"schema": 1, "num_classes": groups, "members": members})
+        )
+        (old / "clusters" / "summary.json").write_text(json.dumps({"skipped": []}))
+        return (f"extend.run={old}",)
+
     def finish(self, stages) -> None:
         for stage in stages:
             stage.begin().finish()

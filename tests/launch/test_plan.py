@@ -91,3 +91,22 @@ def test_the_graph_file_is_written_once(ward):
     first = json.loads(path.read_text())["jobs"][0]
     assert first == {"name": "generalist", "stages": ["generalist"], "command": ["generalist"], "processes": 1,
                      "waits_for": []}  # fmt: skip
+
+
+def test_specialists_that_are_taken_over_go_with_the_clusters(ward):
+    run = ward.run("specialists.per_job=2", *ward.old_run(groups=3))
+    jobs = by_name(plan(run))
+    assert jobs["clusters"].command() == ["measure", "cluster", "route", "specialist", "--index", "0", "1", "2"]
+    assert [name for name in jobs if name.startswith("specialist")] == ["specialist-003"]
+    assert jobs["specialist-003"].waits_for == ("clusters",)
+    assert jobs["combine"].waits_for == ("clusters", "specialist-003")
+
+
+def test_a_run_that_adds_classes_depends_on_what_it_takes_over(ward):
+    settings = ward.old_run(groups=3)
+    before = [stage.key for stage in ward.run(*settings).stages]
+    (ward.root / "old" / "specialists" / "001" / "DONE").write_text("another attempt")
+    after = ward.run(*settings).stages
+    changed = [stage.place for key, stage in zip(before, after, strict=True) if key != stage.key]
+    assert changed[0] == "specialists/001" and "ensemble" in changed and "generalist" not in changed
+    assert not {"specialists/000", "specialists/003"} & set(changed)

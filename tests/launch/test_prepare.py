@@ -85,6 +85,18 @@ def test_groups_of_ones_own_are_checked_against_the_classes(ward):
     assert len(run.specialists) == 2
 
 
+def test_a_run_whose_classes_are_added_to_has_all_that_is_taken_over(ward):
+    settings = ward.old_run(groups=3)
+    assert len(check(ward.config(*settings), ward.run_path)[0].specialists) == 4
+    assert "is this run itself" in mistake(ward, f"extend.run={ward.root}/old/../run")
+    (ward.root / "old" / "specialists" / "002" / "DONE").unlink()
+    assert "specialists/002 not done; finish that run first" in mistake(ward, *settings)
+    (ward.root / "old" / "clusters" / "summary.json").write_text(json.dumps({"skipped": [2]}))
+    check(ward.config(*settings), ward.run_path)
+    (ward.root / "old" / "clusters" / "groups.json").unlink()
+    assert "no run of specialists" in mistake(ward, *settings)
+
+
 def test_no_length_of_training_is_a_mistake(ward):
     del ward.values["train"]
     assert "set train.steps or train.epochs" in mistake(ward)

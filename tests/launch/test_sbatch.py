@@ -55,6 +55,13 @@ def test_packs_are_the_elements_of_the_array(ward):
     assert option(command, "array") == "0-1" and arguments(command)[-3:] == ["specialist", "0,1,2", "3"]
 
 
+def test_specialists_that_are_taken_over_are_no_elements_of_the_array(ward):
+    found = submitted(ward.run("specialists.per_job=2", *ward.old_run(groups=3)))
+    assert arguments(found["clusters"])[-5:] == ["specialist", "--index", "0", "1", "2"]
+    assert option(found["pack"], "array") == "0" and arguments(found["pack"])[-2:] == ["specialist", "3"]
+    assert option(found["combine"], "dependency") == "afterok:2:3"
+
+
 def test_arrays_are_no_larger_than_the_site_allows_and_share_the_throttle(ward):
     found = submitted(ward.run("slurm.throttle=2"), size=3)
     assert option(found["specialist"], "array") == "0-2%1" and option(found["specialist-3+"], "array") == "0%1"

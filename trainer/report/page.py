@@ -60,7 +60,8 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
                                duration=figures.duration, points=_points, bytes=_bytes, flow=_flow)  # fmt: skip
     page = environment.get_template("template.html.j2").render(
         verdict=figures.verdict(results),
-        students_say=[figures.student_verdict(results, name) for name in told_students(results)],
+        students_say=[figures.student_verdict(results, name) for name in told_students(results)]
+        + [line for line in [figures.classes_line(results)] if line],
         wins=figures.wins(results),
         title=run.root.resolve().name,
         results=results,

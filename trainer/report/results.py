@@ -15,7 +15,9 @@ from ..run_directory import RunDirectory, Stage, read_json
 ROW_KEYS = ("n", "top1", "top5", "nll", "brier", "ece", "macro_top1")
 # After temperature scaling; of several members; in the currency of deep ensembles; against inputs of other kinds.  Not
 # every row has them: members and dee want an ensemble, ood_auroc wants [data] ood, and older runs have none.
-FURTHER_KEYS = ("temperature", "cnll", "cbrier", "cece", "members", "dee", "dee_beyond", "ood_auroc")
+# old_classes and new_classes want a run that adds classes.
+FURTHER_KEYS = ("temperature", "cnll", "cbrier", "cece", "members", "dee", "dee_beyond", "ood_auroc", "old_classes",
+                "new_classes")  # fmt: skip
 COST_KEYS = ("seconds", "examples_seen", "peak_memory_bytes")
 CLUSTER_KEYS = ("captured_confusion", "chance", "captured_unlabelled", "sizes")
 
@@ -35,6 +37,8 @@ def collect(run: RunDirectory) -> dict:
         "students": {name: _row(student["row"]) for name, student in students.items() if student},
     }
     found["student"] = found["students"].get("main")
+    if "added" in generalist:
+        found["added"] = generalist["added"]
     if run.config.is_deep:
         found["sizes"] = ensemble["sizes"]
     else:
@@ -124,6 +128,21 @@ def student_verdict(results: dict, name: str = "main") -> str | None:
     elif student.get("dee") is not None:  # 1 is a single network or worse
         kept += ". By calibrated NLL it is worth no more than one network of the ensemble"
     return f"{kept}."
+
+
+def classes_line(results: dict) -> str | None:
+    """One line of a run that adds classes: how the old and the new ones fare; None of any other run."""
+    added, told = results.get("added"), []
+    if added is None:
+        return None
+    for age in ("old", "new"):
+        rows = {name: row[f"{age}_classes"] for name, row in named_rows(results).items() if row.get(f"{age}_classes")}
+        if rows:
+            told.append(f"{added[age]:,} {age} classes ({rows['generalist']['n']:,} test examples): "
+                        + ", ".join(f"{name} {percent(row['top1'])}" for name, row in rows.items()))  # fmt: skip
+    if "top1_before" in added:
+        told.append(f"the old classes among themselves had {percent(added['top1_before'])} of the generalist")
+    return f"Top-1 of {'; '.join(told)}."
 
 
 def worth(row: dict, results: dict) -> str:
