@@ -177,29 +177,32 @@ def main_runs(to: Path, configs: dict[int, dict], jobs: int) -> dict[int, dict]:
 # What results.json does not say
 
 
-def unseen(run: Path, data: Path, results: dict) -> dict[str, dict]:
-    """figures_on the fonts that nobody has seen, kept beside the run."""
-    kept = run.with_name(f"{run.name}-unseen.json")
-    of = [results["generalist"], results["ensemble"], read_json(data / "unseen" / "manifest.json")["made_by"]]
+def kept_figures(run: Path, results: dict, place: Path, split: str, most: int | None = None) -> dict[str, dict]:
+    """figures_on, kept beside the run; measured anew where the run or the shards in `place` are others."""
+    kept = run.with_name(f"{run.name}-{place.name}-{split}.json")
+    of = [results["generalist"], results["ensemble"], read_json(place / "manifest.json"), most]
     if not kept.exists() or read_json(kept)["of"] != of:
-        write_json(kept, {"of": of, "rows": figures_on(run, data / "unseen")})
+        write_json(kept, {"of": of, "rows": figures_on(run, place, split, most)})
     return read_json(kept)["rows"]
 
 
-def figures_on(run: Path, place: Path) -> dict[str, dict]:
-    """{"generalist": {"n", "top1", "nll"}, "ensemble": ...} of a run on the test split in `place`."""
+def figures_on(run: Path, place: Path, split: str = "test", most: int | None = None) -> dict[str, dict]:
+    """{"generalist": {"n", "top1", "nll"}, "ensemble": ...} of a run on a split in `place`, or on `most` of its
+    examples, evenly over it."""
     import torch
 
     from ensemble import SpecialistEnsemble
     from trainer.data import MeasuringStream, open_shards
 
     torch.set_num_threads(1)
-    opened, ensemble = open_shards(str(place), Data(), "test"), SpecialistEnsemble.load(run)
+    opened, ensemble = open_shards(str(place), Data(), split), SpecialistEnsemble.load(run)
     if opened.class_names != ensemble.class_names:
         raise SystemExit(f"{place} and {run} have other classes")
+    n = len(opened) if most is None else min(most, len(opened))
+    ids = np.linspace(0, len(opened) - 1, n).astype(np.int64)
     right, losses = {"generalist": 0, "ensemble": 0}, {"generalist": 0.0, "ensemble": 0.0}
-    with torch.inference_mode():
-        for batch in MeasuringStream(opened, 512).loader():
+    with torch.no_grad():  # specialists are loaded when asked: not as inference tensors, which cannot be shared
+        for batch in MeasuringStream(opened, 512, ids).loader():
             answers = {
                 "generalist": ensemble.generalist(batch.inputs).float().softmax(1),
                 "ensemble": ensemble.probabilities(batch.inputs),
@@ -208,7 +211,6 @@ def figures_on(run: Path, place: Path) -> dict[str, dict]:
                 right[name] += int((p.argmax(1) == batch.labels).sum())
                 of_label = p.gather(1, batch.labels[:, None]).double().clamp_min(1e-30)
                 losses[name] -= float(of_label.log().sum())
-    n = len(opened)
     return {name: {"n": n, "top1": right[name] / n, "nll": losses[name] / n} for name in right}
 
 
@@ -251,7 +253,7 @@ def reached(results: dict) -> float:
 def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, dict]) -> dict:
     """Everything that tables and verdicts need of one seed."""
     run = to / f"seed-{seed}"
-    found = {"seed": seed, "main": results, **further, "unseen": unseen(run, data, results)}
+    found = {"seed": seed, "main": results, **further, "unseen": kept_figures(run, results, data / "unseen", "test")}
     forecast = read_json(run / "clusters" / "summary.json")["forecast"]
     found["whole"], found["own"] = rank_correlations(forecast, results)
     found["seconds"] = seconds(run)

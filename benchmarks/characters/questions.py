@@ -6,7 +6,8 @@ Every row of a seed is a copy of that seed's headline run (benchmarks.characters
 there) less the stages that its settings change: all begin with one generalist, rows of [specialists] share its groups
 too, and rows of [ensemble] its specialists, so that only what is fitted on val and the figures on test are made anew.
 (Specialists stop early, and have their temperatures fitted, on the val examples that a gate of 1 refers to them.)
-No row trains students or controls.  The row that changes nothing is the headline run itself.
+No row trains students or controls.  The row that changes nothing is the headline run itself.  What is chosen for use is
+chosen by the column of val: test is there to be reported.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from benchmarks.papers.lab import conditions, spread, table, write_section
 from benchmarks.papers.specialists import fewer_errors, specialists_asked
 from trainer.config import COMBINERS, Config, load_config
 
-from .headline import PAGE, all_of, config_of, copied, drawn, main_runs, own_seconds, parsed, parser
+from .headline import PAGE, all_of, config_of, copied, drawn, kept_figures, main_runs, own_seconds, parsed, parser
 
+VAL = 20_000  # examples of val, evenly over it
 QUICK = ("dustbin", "gate")  # --quick asks these alone, unless --only names others
 
 
@@ -106,21 +108,24 @@ def specialists_cost(results: dict) -> tuple[float, float]:
 
 
 def question_table(rows: dict[str, list[dict]], default: str) -> str:
-    """rows: by name the results of each seed.  Shares are of the same seed's generalist, so are their deviations."""
+    """rows: by name the results of each seed, "on_val" among them.  Shares are of the same seed's generalist, so are
+    their deviations."""
     lines = []
     for name, results in rows.items():
         ensembles = [found["ensemble"] for found in results]
         caught = [100 * found["clusters"]["captured_confusion"] for found in results]
         examples, seconds = map(mean, zip(*map(specialists_cost, results), strict=True))
+        on_val = [fewer_errors(found["on_val"]["ensemble"], found["on_val"]) for found in results]
         lines.append([
             f"**{name}**, the default" if name == default else name,
             spread([100 * row["top1"] for row in ensembles], 2), spread([row["nll"] for row in ensembles], 4),
             spread([100 * fewer_errors(found["ensemble"], found) for found in results], 1),
-            spread([row["cnll"] for row in ensembles], 4), spread(caught, 1),
+            spread([100 * share for share in on_val], 1), spread([row["cnll"] for row in ensembles], 4),
+            spread(caught, 1),
             f"{mean(map(specialists_asked, results)):.2f}", f"{examples / 1e6:.2f} M, {seconds:.0f} s",
         ])  # fmt: skip
-    return table(["", "top-1, %", "NLL", "errors fewer than the generalist's, %", "calibrated NLL",
-                  "captured errors, %", "specialists asked", "their training"], lines)  # fmt: skip
+    return table(["", "top-1, %", "NLL", "errors fewer than the generalist's, %", "the same on val, %",
+                  "calibrated NLL", "captured errors, %", "specialists asked", "their training"], lines)  # fmt: skip
 
 
 def default_of(base: dict, rows: dict[str, dict]) -> str:
@@ -143,13 +148,17 @@ def main(words: list[str] | None = None) -> None:
     defaults = {name: default_of(first, rows) for name, rows in asked.items()}
     headline = main_runs(given.to, bases, given.jobs)
 
+    def with_val(results: dict, run: Path) -> dict:
+        return results | {"on_val": kept_figures(run, results, data / "seen", "val", VAL)}
+
+    headline = {seed: with_val(results, given.to / f"seed-{seed}") for seed, results in headline.items()}
     tasks = {}
     for name, rows in asked.items():
         for overrides in (rows[row] for row in rows if row != defaults[name]):
             for seed, base in bases.items():
                 run = given.to / f"seed-{seed}"
                 place, config = place_of(run, overrides), variant(base, overrides)
-                tasks[place] = lambda place=place, config=config, run=run: copied(config, place, run)
+                tasks[place] = lambda place=place, config=config, run=run: with_val(copied(config, place, run), place)
     found = all_of(tasks, given.jobs)
 
     def results_of(name: str, row: str) -> list[dict]:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.characters import headline as script
-from networks import ModelSpec, build_classifier, parameter_count
+from clustering import ClassGroups
+from ensemble import combine_kl, gate
+from networks import InputSpec, ModelSpec, build_classifier, parameter_count, save_classifier, specialise
 from trainer.config import load_config
+from trainer.data.arrays import write_arrays
 from trainer.run_directory import RunDirectory
 
 
@@ -163,6 +167,53 @@ def test_what_a_copy_took_over_is_not_counted_among_its_seconds(tmp_path):
     assert script.own_seconds(tmp_path) == 107
     (tmp_path / script.TAKEN).write_text('["generalist"]')
     assert script.own_seconds(tmp_path) == 7
+
+
+@pytest.fixture
+def untrained(tmp_path):
+    """(run, shards): a generalist and two specialists with weights of their own, on 60 random images of six classes."""
+    rng, groups = np.random.default_rng(0), ClassGroups([[0, 1, 2, 3], [3, 4, 5]], 6)
+    images, labels = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 6
+    splits = {split: images for split in ("train", "val", "test")}
+    write_arrays(splits, {split: labels.copy() for split in splits}, tmp_path / "shards", {}, 0, {"command": "test"})
+    run, names = tmp_path / "seed-0", [str(label) for label in range(6)]
+    spec = ModelSpec("convnet", 6, InputSpec((1, 8, 8)), {"width": 2, "depth": 2, "embedding": 8}, class_names=names)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        generalist = build_classifier(spec).eval()
+        save_classifier(generalist, run / "generalist")
+        specialists = [specialise(generalist, members.tolist()).eval() for members in groups.members]
+        for m, specialist in enumerate(specialists):
+            with torch.no_grad():
+                specialist.head.weight.add_(torch.randn_like(specialist.head.weight))
+            save_classifier(specialist, run / "specialists" / f"{m:03d}")
+    (run / "clusters").mkdir()
+    groups.save(run / "clusters" / "groups.json")
+    return run, tmp_path / "shards", (generalist, specialists, groups, images, labels)
+
+
+def test_figures_on_a_split_are_those_of_every_network_asked_plainly(untrained):
+    run, place, (generalist, specialists, groups, images, labels) = untrained
+    with torch.no_grad():
+        raw, y = torch.from_numpy(images)[:, None], torch.from_numpy(labels)
+        p = generalist(raw).softmax(1)
+        q = combine_kl(p, [each(raw).softmax(1) for each in specialists], groups, gate(p, groups))
+    found = script.figures_on(run, place)
+    for name, answer in (("generalist", p), ("ensemble", q)):
+        assert found[name]["n"] == 60
+        assert found[name]["top1"] == pytest.approx(float((answer.argmax(1) == y).double().mean()))
+        assert found[name]["nll"] == pytest.approx(float(-answer[torch.arange(60), y].log().mean()), rel=1e-5)
+    assert found["generalist"]["nll"] != pytest.approx(found["ensemble"]["nll"], rel=1e-3)
+    assert script.figures_on(run, place, "val", most=7)["ensemble"]["n"] == 7
+
+
+def test_figures_are_measured_once_for_a_run_and_again_when_it_is_another(untrained, monkeypatch):
+    run, place, _ = untrained
+    results, asked = {"generalist": row(10, 0.5), "ensemble": row(5, 0.4)}, []
+    monkeypatch.setattr(script, "figures_on", lambda *given: asked.append(given) or {"given": len(asked)})
+    assert [script.kept_figures(run, results, place, "test") for _ in range(2)] == [{"given": 1}] * 2
+    assert script.kept_figures(run, results | {"ensemble": row(4, 0.4)}, place, "test") == {"given": 2}
+    assert script.kept_figures(run, results, place, "val", 7) == {"given": 3}
 
 
 def test_forecast_and_gain_are_ranked_in_shares_of_all_examples_and_of_the_groups_own():
