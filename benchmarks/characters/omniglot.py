@@ -15,7 +15,18 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from benchmarks.papers.lab import DATA, arguments, conditions, errors, finished, shards, spread, table, write_section
+from benchmarks.papers.lab import (
+    DATA,
+    affine,
+    arguments,
+    conditions,
+    errors,
+    finished,
+    shards,
+    spread,
+    table,
+    write_section,
+)
 from trainer.data.arrays import write_arrays
 
 SOURCE = DATA / "omniglot"
@@ -48,15 +59,7 @@ def make(place: Path, source: Path = SOURCE) -> None:
 def distort(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     """Pictures [n, 1, H, W], turned by up to 20 degrees, stretched and sheared by up to a fifth, moved by up to a
     tenth.  uniforms: [n, 7]."""
-    u = torch.from_numpy(uniforms).float() * 2 - 1
-    angle = u[:, 0] * (20 * np.pi / 180)
-    cos, sin = angle.cos(), angle.sin()
-    turn = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
-    stretch = torch.eye(2) + 0.2 * u[:, 1:5].view(-1, 2, 2)
-    affine = torch.cat([turn @ stretch, 0.2 * u[:, 5:7, None]], 2)  # in halves of the picture's side
-    grid = F.affine_grid(affine, list(inputs.shape), align_corners=False)
-    moved = F.grid_sample(torch.from_numpy(inputs).float(), grid, align_corners=False)
-    return moved.round().to(torch.uint8).numpy()
+    return affine(inputs, uniforms, turn=20, stretch=0.2, move=0.1)
 
 
 distort.numbers = 7

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -15,7 +16,10 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import tomli_w
+import torch
+import torch.nn.functional as F
 
 DATA = Path(os.environ.get("REFERRAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
@@ -61,6 +65,20 @@ def mnist(place: Path) -> None:
     """Shards of shared/data/mnist; a twelfth of each class of train is held out, 5,001 val."""
     files = sorted((DATA / "mnist").glob("*-ubyte.gz"))
     referral("shards", "arrays", *files, "--out", place, "--val", 1 / 12, "--test", 0)
+
+
+def affine(inputs: np.ndarray, uniforms: np.ndarray, turn: float, stretch: float, move: float) -> np.ndarray:
+    """Pictures uint8 [n, c, H, W], each turned by up to `turn` degrees, stretched and sheared by up to `stretch`, moved
+    by up to `move` of a side; what comes in is 0.  uniforms: [n, 7]."""
+    u = torch.from_numpy(uniforms).float() * 2 - 1
+    angle = u[:, 0] * math.radians(turn)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
+    stretched = torch.eye(2) + stretch * u[:, 1:5].view(-1, 2, 2)
+    shift = 2 * move * u[:, 5:7, None]  # affine_grid's unit is half a side
+    grid = F.affine_grid(torch.cat([turned @ stretched, shift], 2), list(inputs.shape), align_corners=False)
+    moved = F.grid_sample(torch.from_numpy(inputs).float(), grid, align_corners=False)
+    return moved.round().to(torch.uint8).numpy()
 
 
 def seconds(run: Path) -> float:

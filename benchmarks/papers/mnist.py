@@ -31,7 +31,6 @@ from trainer.run_directory import read_json, write_json
 from . import lab
 
 TITLE = "MNIST (Hinton, Vinyals & Dean 2015, sections 3 and 6)"
-JITTER = 2  # pixels, to each side
 TEMPERATURES = (1.0, 2.0, 2.5, 4.0, 8.0, 20.0, 50.0, math.inf)
 WIDTHS = (30, 300)
 DIGITS = [str(digit) for digit in range(10)]
@@ -41,10 +40,11 @@ PAPER = {
     "only_7_8_corrected": 1320,
 }  # fmt: skip
 SETTING = (
-    "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter of up to 2 pixels; its students "
-    "are plain, start from fresh weights and see each picture as it is. 5,001 of the 60,000 training examples are held "
-    "out (val); all settings were chosen there, at other seeds. Test is only evaluated. The paper's teacher bounds the "
-    "weights' norms besides, and trains on all 60,000."
+    "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter; its students are plain, start "
+    "from fresh weights and see each picture as it is. 5,001 of the 60,000 training examples are held out (val); all "
+    "settings were chosen there, at other seeds. Test is only evaluated. The paper jitters by up to 2 pixels alone and "
+    "bounds the weights' norms; with 55,000 examples that left 43 to 51 errors on val (60 to 120 epochs, dropout of .3 "
+    "to .5), so ours turns and stretches besides, by up to 12 degrees and 15 %."
 )
 SWEEP = (
     "Students of one teacher by temperature, two hidden layers of so many units, 15 epochs (inf: the logits are "
@@ -64,15 +64,12 @@ STEPS_OF_TEN = 3200  # of the network that learns from all ten: 15 epochs
 
 
 def jitter(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """Pictures [n, C, H, W] moved by up to JITTER pixels to each side, all positions alike; what comes in is 0."""
-    height, width = inputs.shape[2:]
-    padded = np.pad(inputs, ((0, 0), (0, 0), (JITTER, JITTER), (JITTER, JITTER)))
-    top, left = np.floor(uniforms[:, :2] * (2 * JITTER + 1)).astype(int).T
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
-    return windows[np.arange(len(inputs)), :, top, left]
+    """Pictures [n, 1, 28, 28] moved by up to 2 pixels as the paper's, and also turned by up to 12 degrees and stretched
+    and sheared by up to 15 %.  uniforms: [n, 7]."""
+    return lab.affine(inputs, uniforms, turn=12, stretch=0.15, move=2 / 28)
 
 
-jitter.numbers = 2  # uniforms per example
+jitter.numbers = 7
 
 
 def labelled(place: Path, shards: Path) -> None:
@@ -118,10 +115,20 @@ def table_config(shards: Path, seed: int, ten: Path) -> dict:
     config = base(shards, seed)
     config["data"]["augment"] = "benchmarks.papers.mnist:jitter"
     config |= {
-        "model": {"name": "mlp", "width": 1200, "depth": 2, "dropout": 0.5, "options": {"input_dropout": 0.2}},
-        "train": {"epochs": 60, "batch_size": 256, "learning_rate": 1e-3, "checkpoint_every": 5000, "keep": 1},
+        "model": {"name": "mlp", "width": 1200, "depth": 2, "dropout": 0.2},
+        "train": {
+            "epochs": 100,
+            "batch_size": 512,
+            "learning_rate": 2e-3,
+            "weight_decay": 0.1,
+            "checkpoint_every": 5000,
+            "keep": 1,
+        },
         "ensemble": {"kind": "deep", "members": 1},
-        "students": {name: {"epochs": 30, "learning_rate": 1e-3, **student} for name, student in students.items()},
+        "students": {
+            name: {"epochs": 30, "batch_size": 256, "learning_rate": 1e-3, **student}
+            for name, student in students.items()
+        },
     }
     for student in config["students"].values():
         if "steps" in student:

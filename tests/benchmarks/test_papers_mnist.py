@@ -1,6 +1,5 @@
 """MNIST's table: its configs are a user's, and its arithmetic is by hand."""
 
-import itertools
 import math
 
 import numpy as np
@@ -23,20 +22,25 @@ def table_of(place, seed: int) -> dict:
     return mnist.table_config(place, seed, place / "ten")
 
 
-def test_jitter_moves_a_dot_by_at_most_two_pixels_and_to_every_such_place_alike():
-    uniforms = np.array(list(itertools.product([0.1, 0.3, 0.5, 0.7, 0.9], repeat=2)))
-    dot = np.zeros((25, 1, 28, 28), np.uint8)
-    dot[:, 0, 10, 20] = 200
-    moved = mnist.jitter(dot, uniforms)
-    assert moved.shape == dot.shape and moved.dtype == np.uint8 and (moved.sum((1, 2, 3)) == 200).all()
-    places = {(int(y) - 10, int(x) - 20) for _, _, y, x in np.argwhere(moved)}
-    assert places == set(itertools.product(range(-2, 3), repeat=2))
+def test_jitter_that_draws_the_middle_leaves_pictures_as_they_are():
+    pictures = np.random.default_rng(0).integers(0, 256, (5, 1, 28, 28)).astype(np.uint8)
+    np.testing.assert_array_equal(mnist.jitter(pictures, np.full((5, 7), 0.5)), pictures)
 
 
-def test_what_is_moved_out_of_the_picture_is_lost_and_black_comes_in():
+def test_jitter_moves_by_at_most_two_pixels_and_what_comes_in_is_black():
     full = np.full((1, 1, 28, 28), 255, np.uint8)
-    moved = mnist.jitter(full, np.array([[0.0, 0.5]]))[0, 0]
-    assert (moved == 0).all(1).sum() == mnist.JITTER and (moved == 255).all(1).sum() == 28 - mnist.JITTER
+    right_and_down = np.array([[0.5] * 5 + [0.0, 0.0]])
+    moved = mnist.jitter(full, right_and_down)[0, 0]
+    assert (moved[:2] == 0).all() and (moved[:, :2] == 0).all() and (moved[2:, 2:] == 255).all()
+
+
+def test_jitter_turns_by_at_most_twelve_degrees():
+    line = np.zeros((1, 1, 28, 28), np.uint8)
+    line[0, 0, 13:15] = 255  # level
+    turned = mnist.jitter(line, np.array([[1.0] + [0.5] * 6]))[0, 0].astype(float)
+    rows = (turned * np.arange(28)[:, None]).sum(0) / turned.sum(0)
+    slope = np.polyfit(np.arange(6, 22), rows[6:22], 1)[0]
+    assert abs(np.degrees(np.arctan(slope))) == pytest.approx(12, abs=0.7)
 
 
 @pytest.mark.parametrize("kind", ["table", "ten"])
