@@ -300,7 +300,7 @@ def table_of_variances(found: Iterable[dict]) -> str:
     lines = [line(f"{region}: {key}", lambda row, region=region, key=key: row[region][key])
              for region in REGIONS for key in ("total", "aleatoric", "epistemic")]  # fmt: skip
     lines.append(line("NLL of new examples", lambda row: row["nll"]))
-    return lab.table(["variance, where |x| is", f"ensemble of {CURVES}", f"Hydra of {CURVES} heads"], lines)
+    return lab.table(["variance, by the size of x", f"ensemble of {CURVES}", f"Hydra of {CURVES} heads"], lines)
 
 
 def regression(asked) -> None:
