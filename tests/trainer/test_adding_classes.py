@@ -1,5 +1,7 @@
 """Classes that come later: a finished run of ten classes, and one that takes it over and knows twelve."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -122,7 +124,18 @@ def test_the_report_has_one_line_of_old_and_new_classes(old, now):
     assert classes_line(collect(old)) is None
 
 
-def test_a_run_without_an_old_class_is_refused_before_it_is_made(data, old):
+def test_an_interrupted_lesson_of_new_rows_ends_where_it_would_have_ended(data, old, tmp_path):
+    config = toy_config(data["now"], *SMALL, f"extend.run={old.root}", "train.steps=40", "train.ema=0.9")
+    whole, broken = (run_all(tmp_path / name, config, only={"generalist"}) for name in ("whole", "broken"))
+    expected = network_of(whole.generalist).state_dict()
+    (broken.generalist.directory / "DONE").unlink()
+    [last] = broken.generalist.checkpoints.glob("step-*40")
+    shutil.rmtree(last)
+    again = run_all(tmp_path / "broken", config, only={"generalist"})
+    torch.testing.assert_close(network_of(again.generalist).state_dict(), expected, rtol=0, atol=0)
+
+
+def test_a_run_whose_classes_are_all_old_is_refused_before_it_is_made(data, old):
     config = toy_config(data["old"], *SMALL, f"extend.run={old.root}")
     with pytest.raises(UserError, match=f"extend.run = {old.root}: the network knows all 10 classes already"):
         check(config, 1)

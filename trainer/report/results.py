@@ -136,12 +136,13 @@ def classes_line(results: dict) -> str | None:
     if added is None:
         return None
     for age in ("old", "new"):
-        rows = {name: row[f"{age}_classes"] for name, row in named_rows(results).items() if row.get(f"{age}_classes")}
+        rows = {name: row[f"{age}_classes"] for name, row in named_rows(results).items()
+                if row.get(f"{age}_classes") and name not in results["controls"]}  # fmt: skip
+        each = ", ".join(f"{name} {percent(row['top1'])}" for name, row in rows.items())
+        if age == "old" and "top1_before" in added:
+            each += f" (before the new ones came the generalist had {percent(added['top1_before'])})"
         if rows:
-            told.append(f"{added[age]:,} {age} classes ({rows['generalist']['n']:,} test examples): "
-                        + ", ".join(f"{name} {percent(row['top1'])}" for name, row in rows.items()))  # fmt: skip
-    if "top1_before" in added:
-        told.append(f"the old classes among themselves had {percent(added['top1_before'])} of the generalist")
+            told.append(f"{added[age]:,} {age} classes ({rows['generalist']['n']:,} test examples): {each}")
     return f"Top-1 of {'; '.join(told)}."
 
 
