@@ -1,0 +1,102 @@
+"""Characters that come later: the data without them, the runs' configs, and the tables by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import encode_png
+
+from benchmarks.characters import later as script
+from benchmarks.characters.headline import config_of
+from trainer.config import Data, load_config
+from trainer.data.shards import ShardWriter, open_shards, write_manifest
+
+NAMES = ["a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Five classes, three images each, of which each says its class and its number."""
+    directory, splits = tmp_path / "source", {}
+    for split in ("train", "val", "test"):
+        with ShardWriter(directory, split, NAMES) as writer:
+            for k in range(15):
+                image = encode_png(np.full((4, 4), 10 * (k % 5) + k // 5, np.uint8))
+                writer.write({"__key__": f"{split}-{k:02d}", "cls": str(k % 5).encode(), "png": image})
+        splits[split] = writer.facts
+    write_manifest(directory, NAMES, splits)
+    return directory
+
+
+def test_the_characters_that_come_later_are_the_seeds_own():
+    names = [str(c) for c in range(50)]
+    first = script.left_out(names, 0, 10)
+    assert first == script.left_out(names, 0, 10) and len(set(first)) == 10 and set(first) <= set(names)
+    assert first != script.left_out(names, 1, 10) and first == sorted(first, key=int)
+
+
+def test_filtered_shards_have_the_other_classes_samples_byte_for_byte(source, tmp_path):
+    for _ in range(2):  # an interrupted one is begun again
+        script.write_without(source, tmp_path / "out", ["b", "d"])
+    for split in ("train", "val", "test"):
+        whole, found = (open_shards(str(place), Data(), split) for place in (source, tmp_path / "out"))
+        assert found.class_names == ["a", "c", "e"] and len(found) == 9
+        kept = [i for i, label in enumerate(whole.labels) if whole.class_names[label] not in "bd"]
+        assert found.keys(range(9)) == whole.keys(kept)
+        assert (found.inputs(np.arange(9)) == whole.inputs(np.array(kept))).all()
+        named = [found.class_names[label] for label in found.labels]
+        assert named == [whole.class_names[whole.labels[i]] for i in kept]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]["without"] == ["b", "d"]
+
+
+def test_the_runs_differ_from_the_headline_in_what_they_are_for(tmp_path):
+    config = config_of(Path("data"), 3)
+    before = load_config(None, [], script.without(config, Path("few")))
+    after = load_config(None, [], script.later(config, tmp_path / "old"))
+    whole = load_config(None, [], config)
+    assert before.data.train == before.data.test == "few" and not before.controls.enabled
+    assert after.data == whole.data and after.extend.run == str(tmp_path / "old") and after.controls.enabled
+    assert after.train == whole.train.model_copy(update={"steps": 4000, "validate_every": 400})
+    for run in (before, after):
+        assert run.students == {"same": whole.students["same"]} and run.seed == 3
+        assert (run.model, run.specialists, run.clusters) == (whole.model, whole.specialists, whole.clusters)
+    assert before.train == whole.train
+
+
+def leave(run, names, answers):
+    """What the figures are of: labels and the first of the top five for each answer."""
+    (run / "generalist").mkdir(parents=True)
+    (run / "evaluation").mkdir()
+    (run / "generalist" / "model.json").write_text(json.dumps({"class_names": names}))
+    for name, (labels, said) in answers.items():
+        top5 = np.full((len(said), 5), -1)
+        top5[:, 0] = said
+        np.savez(run / "evaluation" / f"{name}.npz", labels=np.array(labels), top5=top5)
+
+
+def result(examples, seconds=60.0):
+    row = {"cost": {"examples_seen": examples, "seconds": seconds}}
+    return {"ensemble": row, "students": {"same": {"cost": {"examples_seen": 2 * examples, "seconds": 2 * seconds}}}}
+
+
+def test_what_is_forgotten_and_learnt_by_hand(tmp_path):
+    """Of four old examples four were right, then three; of two new ones one; trained again four and two."""
+    labels = [0, 0, 2, 2, 1, 1]  # y is new
+    leave(tmp_path / "seed-0-without", ["x", "z"], dict.fromkeys(["generalist", "ensemble", "same"],
+                                                                 ([0, 0, 1, 1], [0, 0, 1, 1])))  # fmt: skip
+    after = dict.fromkeys(["generalist", "ensemble", "same", "control_wall"], (labels, [0, 1, 2, 2, 1, 0]))
+    leave(tmp_path / "seed-0-later", ["x", "y", "z"], after)
+    again = dict.fromkeys(["generalist", "ensemble", "same"], (labels, labels))
+    leave(tmp_path / "seed-0", ["x", "y", "z"], again)
+    one = script.of_seed(tmp_path, 0, result(10_000_000), result(1_000_000, 6), result(20_000_000))
+    expected = {"before": 1.0, "old": 0.75, "new": 0.5, "again_old": 1.0, "again_new": 1.0}
+    assert set(one["rows"]) == {*script.ANSWERS, "the whole generalist goes on"}
+    assert all(row == expected for row in one["rows"].values())
+    lines = script.answers_table([one]).splitlines()
+    assert lines[2] == "| generalist | 100.00 | 75.00 | 25.00 | 50.00 | 100.00 | 100.00 |"
+    lines = script.costs_table([one]).splitlines()
+    assert lines[3:5] == [
+        "| added: rows and one specialist | 1.00 M | 0.1 |",
+        "| added: and the student | 2.00 M | 0.2 |",
+    ]
