@@ -1,10 +1,12 @@
 """The data and the network of Allen-Zhu & Li, by hand and by their definitions."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +22,7 @@ from benchmarks.papers.multiview import (
     errors_of,
     in_units_of_mu,
     orthonormal_views,
+    raise_to,
     smoothed_relu,
     view_correlations,
     views_learned,
@@ -70,8 +73,8 @@ def test_views_of_other_classes_come_with_their_probability_and_weight():
     others[np.arange(2000), drawn.labels] = False
     weights = drawn.weights[others].reshape(2000, 8)
     assert abs((weights > 0).mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 16000)
-    assert set(np.unique(weights[drawn.single])) == {np.float32(0), np.float32(0.3)}
-    assert set(np.unique(weights[~drawn.single])) == {np.float32(0), np.float32(0.4)}
+    assert set(np.unique(weights[drawn.single])) == {np.float32(0), np.float32(problem.off_weight_single)}
+    assert set(np.unique(weights[~drawn.single])) == {np.float32(0), np.float32(problem.off_weight)}
 
 
 @given(seed=st.integers(0, 100), patches=st.integers(3, 10))
@@ -162,7 +165,8 @@ def test_errors_are_shares_of_each_kind_and_weighed_by_the_share_of_one_view():
 def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_refused(tmp_path, monkeypatch):
     plan = replace(
         QUICK, problem=Problem(classes=3, patches=5, dimension=32, per_class=6, single_share=1 / 6), members=2,
-        features=8, network=Lesson(3, 1.0, "fp32"), student=Lesson(3, 1.0, "fp32"), random=Lesson(3, 0.1, "fp32"),
+        features=8, network=Lesson(3, 1.0, "fp32"), student=Lesson(3, 1.0, "fp32"),
+        kl_student=Lesson(3, 1.0, "fp32"), random=Lesson(3, 0.1, "fp32"),
         test_per_class=4,
     )  # fmt: skip
     with process_group(Engine(device="cpu")) as ranks:
@@ -172,15 +176,15 @@ def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_re
         with pytest.raises(UserError, match="another plan"):
             Laboratory(replace(plan, members=3), 0, tmp_path, ranks)
     assert {name: len(rows) for name, rows in first.items()} == {
-        "single": 2, "ensemble": 1, "distilled": 1, "self": 1, "random": 2, "random_ensemble": 1, "random_distilled": 1,
-        "random_to_network": 1,
+        "single": 2, "ensemble": 1, "distilled": 1, "self": 1, "distilled_kl": 1, "self_kl": 1, "random": 2,
+        "random_ensemble": 1, "random_distilled": 1, "random_to_network": 1,
     }  # fmt: skip
     table = multiview.table_of([first, first])
     assert len(table.splitlines()) == 2 + len(multiview.NAMES) and len(multiview.verdicts([first])) == 5
 
 
 @pytest.mark.slow
-def test_an_ensemble_of_four_knows_views_that_its_members_lack_and_teaches_them(tmp_path):
+def test_an_ensemble_of_six_knows_views_that_its_members_lack_and_teaches_them(tmp_path):
     with process_group(Engine(device="cpu")) as ranks:
         lab = Laboratory(QUICK, 0, tmp_path, ranks)
         results = lab.results()
@@ -190,3 +194,15 @@ def test_an_ensemble_of_four_knows_views_that_its_members_lack_and_teaches_them(
     assert results["distilled"][0]["test"]["single"] < min(singles)
     both = [row["classes_by_views"][2] for row in results["single"]]
     assert results["distilled"][0]["classes_by_views"][2] > max(both)
+
+
+def test_raising_adds_half_the_square_of_what_the_student_lacks_and_nothing_where_it_has_more():
+    # The teachers' mean is [2, 1, 0]; the student's logits are [1, 3, 0]: it lacks 1 of the first.
+    teachers = torch.tensor([[[1.0, 0.0, 0.0]], [[3.0, 2.0, 0.0]]])
+    student = torch.tensor([[1.0, 3.0, 0.0]], requires_grad=True)
+    batch = SimpleNamespace(inputs=None, labels=torch.tensor([1]), ids=torch.tensor([0]))
+    loss = raise_to(teachers, weight=0.5)(lambda _: student, batch)
+    raised = loss - F.cross_entropy(student, batch.labels)
+    assert raised.item() == pytest.approx(0.5 * 1 / 2)
+    (slope,) = torch.autograd.grad(raised, student)
+    torch.testing.assert_close(slope, torch.tensor([[-0.5, 0.0, 0.0]]))
