@@ -88,6 +88,7 @@ class SpecialistEnsemble:
         self.runs: Counter = Counter()
 
     @classmethod
+    @torch.inference_mode(False)
     def load(
         cls,
         directory,
@@ -307,6 +308,7 @@ def read_settings(root: Path) -> dict:
 _building = threading.Lock()
 
 
+@torch.inference_mode(False)  # a caller under inference_mode gets networks like any other: their tensors can be shared
 def load_specialist(folder: Path, generalist, shared, device, builders) -> nn.Module:
     """One specialist, its tensors that equal the generalist's being the generalist's own.
 

@@ -185,6 +185,16 @@ def test_a_loaded_specialist_shares_the_generalists_storage(run):
     assert all(mine[name].data_ptr() == theirs[name].data_ptr() for name in mine)
 
 
+def test_specialists_may_be_loaded_under_inference_mode(run, images):
+    expected = SpecialistEnsemble.load(run).probabilities(images)
+    with torch.inference_mode():
+        ensemble = SpecialistEnsemble.load(run)
+        asked = ensemble.probabilities(images)  # which loads them
+    torch.testing.assert_close(asked, expected)
+    loaded = [p for m in range(len(ensemble.groups)) for p in ensemble.specialists[m].parameters()]
+    assert not any(p.is_inference() for p in loaded)
+
+
 def test_a_bundle_is_smaller_and_answers_alike(run, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundle")
     original = SpecialistEnsemble.load(run)
