@@ -8,7 +8,9 @@ import tomli_w
 import torch
 
 from benchmarks.papers import lab, mnist
-from trainer.config import load_config
+from trainer.config import Data, load_config
+from trainer.data import open_shards
+from trainer.run_directory import read_json
 
 FILES = lab.DATA / "mnist"
 
@@ -104,16 +106,6 @@ def test_threes_are_counted_right_among_threes_alone(tmp_path):
     assert mnist.right_of_class(tmp_path, "no_3", 3) == (2, 3)
 
 
-@pytest.mark.data
-@pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
-def test_a_twelfth_of_the_training_examples_is_held_out_and_none_for_test(tmp_path):
-    from trainer.run_directory import read_json
-
-    lab.mnist(tmp_path / "shards")
-    splits = read_json(tmp_path / "shards" / "manifest.json")["splits"]
-    assert {name: split["samples"] for name, split in splits.items()} == {"train": 54999, "val": 5001, "test": 10000}
-
-
 def test_a_share_of_the_gain_of_ten_is_from_the_mean_of_each_alone():
     row = lambda wrong, nll: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}  # noqa: E731
     ten = [{"ensemble": row(200, 0.06), "students": {"twin": row(320, 0.2)}}]
@@ -121,15 +113,28 @@ def test_a_share_of_the_gain_of_ten_is_from_the_mean_of_each_alone():
     assert "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page and "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
 
 
-@pytest.mark.data
-@pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
-def test_the_ten_know_a_tenth_of_each_class_and_nothing_that_is_held_out(tmp_path):
-    from trainer.config import Data
-    from trainer.data import open_shards
+needs_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
 
-    lab.mnist(tmp_path / "all")
-    mnist.labelled(tmp_path / "few", tmp_path / "all")
-    few, train = (open_shards(str(tmp_path / name), Data(), "train") for name in ("few", "all"))
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    place = tmp_path_factory.mktemp("mnist") / "shards"
+    lab.mnist(place)
+    return place
+
+
+@pytest.mark.data
+@needs_files
+def test_a_twelfth_of_the_training_examples_is_held_out_and_none_for_test(shards):
+    splits = read_json(shards / "manifest.json")["splits"]
+    assert {name: split["samples"] for name, split in splits.items()} == {"train": 54999, "val": 5001, "test": 10000}
+
+
+@pytest.mark.data
+@needs_files
+def test_the_ten_know_a_tenth_of_each_class_and_nothing_that_is_held_out(shards, tmp_path):
+    mnist.labelled(tmp_path, shards)
+    few, train = (open_shards(str(place), Data(), "train") for place in (tmp_path, shards))
     np.testing.assert_allclose(np.bincount(few.labels), np.bincount(train.labels) / 10, atol=1)
     known = {each.tobytes() for each in train.inputs(np.arange(len(train)))}
     assert all(each.tobytes() in known for each in few.inputs(np.arange(len(few))))
