@@ -180,7 +180,7 @@ def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_re
         "random_ensemble": 1, "random_distilled": 1, "random_to_network": 1,
     }  # fmt: skip
     table = multiview.table_of([first, first])
-    assert len(table.splitlines()) == 2 + len(multiview.NAMES) and len(multiview.verdicts([first])) == 5
+    assert len(table.splitlines()) == 2 + len(multiview.NAMES) and len(multiview.verdicts([first])) == 7
 
 
 @pytest.mark.slow
