@@ -106,10 +106,18 @@ def test_threes_are_counted_right_among_threes_alone(tmp_path):
     assert mnist.right_of_class(tmp_path, "no_3", 3) == (2, 3)
 
 
+def test_the_verdicts_are_of_means_over_seeds():
+    seed = {"generalist": 70, "hard": 140, "soft": 80, "only_7_8": 1400, "few_hard": 640, "few_soft": 400}
+    said = mnist.verdicts([rows(seed | {"soft": 80}), rows(seed | {"soft": 96, "hard": 150})], 0.979, 0.8)
+    assert [line.rpartition(": ")[2] for line in said] == [
+        "yes (70.0).", "yes (145.0).", "no (88.0).", "no (97.9%).", "yes (14.0%).", "no (48%).", "yes (80%).",
+    ]  # fmt: skip
+
+
 def test_a_share_of_the_gain_of_ten_is_from_the_mean_of_each_alone():
     row = lambda wrong, nll: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}  # noqa: E731
     ten = [{"ensemble": row(200, 0.06), "students": {"twin": row(320, 0.2)}}]
-    page = mnist.table_of_ten(ten, [row(300, 0.1)], [{"students": {"of_ten": row(210, 0.07)}}])
+    page = mnist.table_of_ten(mnist.of_ten(ten, [row(300, 0.1)], [{"students": {"of_ten": row(210, 0.07)}}]))
     assert "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page and "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
 
 
