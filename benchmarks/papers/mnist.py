@@ -220,7 +220,7 @@ def logits_on_test(network, shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(float [n, 10], labels [n]) of the test."""
     test = open_shards(str(shards), Data(), "test")
     inputs, labels = torch.from_numpy(test.inputs(np.arange(len(test)))), torch.from_numpy(test.labels)
-    with torch.inference_mode():
+    with torch.no_grad():
         return torch.cat([network.eval()(part) for part in inputs.split(1000)]).float(), labels
 
 
