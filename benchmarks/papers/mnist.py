@@ -41,14 +41,14 @@ PAPER = {
     "teacher": 67, "hard": 146, "soft": 74, "no_3_before": 206, "no_3": 109, "only_7_8_before": 4730, "only_7_8": 1320,
 }  # fmt: skip
 SETTING = (
-    "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter; its students are plain, start "
-    "from fresh weights and see each picture as it is. 5,001 of the 60,000 training examples are held out (val); the "
-    "teacher's settings were chosen there at other seeds, the students' (rate, epochs, steps with 7s and 8s alone) "
-    "with seed 0's teacher. That was after a first run of seed 0 whose students learned at a third of the rate, with 89 "
-    "test errors at T = 20 and 18 % with 7s and 8s alone: on val too they were short, 53 errors where the teacher had "
-    "32. The paper jitters by up to 2 pixels alone and "
-    "bounds the weights' norms; with 55,000 examples that left 43 to 51 errors on val (60 to 120 epochs, dropout of .3 "
-    "to .5), so ours turns and stretches besides, by up to 12 degrees and 15 %."
+    "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter; its students are plain, start"
+    " from fresh weights and see each picture as it is. 5,001 of the 60,000 training examples are held out (val); the"
+    " teacher's settings were chosen there at other seeds, the students' (rate, epochs, steps with 7s and 8s alone) "
+    "with seed 0's teacher. That was after a first run of seed 0 whose students learned at a third of the rate, with "
+    "89 test errors at T = 20 and 18 % with 7s and 8s alone: on val too they were short, 53 errors where the teacher "
+    "had 32. The paper jitters by up to 2 pixels alone and bounds the weights' norms; with 55,000 examples that left "
+    "43 to 51 errors on val (60 to 120 epochs, dropout of .3 to .5), so ours turns and stretches besides, by up to 12"
+    " degrees and 15 %."
 )
 SWEEP = (
     "Students of one teacher by temperature, two hidden layers of so many units, 30 epochs (inf: the logits are "
