@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -96,10 +97,14 @@ class Ward:
         return self.toml
 
     def start(self, *arguments) -> subprocess.Popen:
-        """The command `referral` in a process of its own, as a session leader."""
+        """The command `referral` in a process of its own, as a session leader; Ctrl-C reaches it.
+
+        Where the tests run as a shell's background job, SIGINT is ignored, and a child would inherit that.
+        """
         return subprocess.Popen(
             [*REFERRAL, *map(str, arguments)], cwd=self.root, start_new_session=True, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
 
