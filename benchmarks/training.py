@@ -21,7 +21,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-from trainer.config import Data
+from benchmarks.in_memory import InMemory
 
 BARS = {"ddp": 0.97, "deepspeed": 0.95}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
@@ -43,28 +43,11 @@ def network_of(shape: str):
     return build_classifier(spec, named)
 
 
-class Decoded:
-    """What the stream needs of a shard set, over random images in memory: the data plane has a benchmark of its own."""
+def random_images(size: tuple[int, ...], classes: int, count: int) -> InMemory:
+    import numpy as np
 
-    split, class_names, damage, lost = "train", (), (), 0
-    data = Data()
-
-    def __init__(self, size: tuple[int, ...], classes: int, count: int):
-        import numpy as np
-
-        rng = np.random.default_rng(0)
-        self.images = rng.integers(0, 256, (count, *size), dtype=np.uint8)
-        self.labels = rng.integers(0, classes, count)
-        self.input_shape, self.input_dtype = size, self.images.dtype
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    num_samples = property(__len__)
-
-    def read_into(self, inputs, places, ids) -> dict:
-        inputs[places] = self.images[ids]
-        return {}
+    rng = np.random.default_rng(0)
+    return InMemory(rng.integers(0, 256, (count, *size), dtype=np.uint8), rng.integers(0, classes, count))
 
 
 def ours(shape: str, engine, ranks, shards, steps: int, warm: int, place: Path) -> float:
@@ -165,7 +148,7 @@ def measure(shape: str, name: str, device: str, rounds: int, steps: int, warm: i
     engine = Engine(name=name, zero_stage=1, device=device)
     with process_group(engine) as ranks:
         _, size, classes, batch = SHAPES[shape]
-        shards = Decoded(size, classes, 8192 if size[1] <= 64 else 1024)
+        shards = random_images(size, classes, 8192 if size[1] <= 64 else 1024)
         rates: dict[str, list[float]] = {"ours": [], "bare": []}
         memory = {}
         for number in range(rounds):

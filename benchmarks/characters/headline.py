@@ -201,7 +201,7 @@ def figures_on(run: Path, place: Path, split: str = "test", most: int | None = N
     n = len(opened) if most is None else min(most, len(opened))
     ids = np.linspace(0, len(opened) - 1, n).astype(np.int64)
     right, losses = {"generalist": 0, "ensemble": 0}, {"generalist": 0.0, "ensemble": 0.0}
-    with torch.no_grad():  # specialists are loaded when asked: not as inference tensors, which cannot be shared
+    with torch.inference_mode():
         for batch in MeasuringStream(opened, 512, ids).loader():
             answers = {
                 "generalist": ensemble.generalist(batch.inputs).float().softmax(1),

@@ -23,15 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.in_memory import InMemory
 from networks.members import MemberHeads
-from trainer.config import Data, Engine, Schedule
+from trainer.config import Engine, Schedule
 from trainer.data.streams import Source, TrainingStream, shuffled
 from trainer.distributed import Ranks, process_group
 from trainer.engines import build_engine
 from trainer.loop import train
 from trainer.losses import gaussian_kl
 from trainer.objectives import Objective
-from trainer.run_directory import read_json, write_json
 
 from . import lab
 
@@ -175,25 +175,6 @@ LESSON = Schedule(
 MEMBER_STEPS, HYDRA_STEPS = 2000, 6000
 
 
-class Points:
-    """Rows float32 [n, D] in memory, as a stream's shards; they have no labels."""
-
-    split, class_names, damage, lost, data = "train", (), (), 0, Data()
-
-    def __init__(self, rows: np.ndarray):
-        self.rows, self.labels = rows.astype(np.float32), np.zeros(len(rows), np.int64)
-        self.input_shape, self.input_dtype = self.rows.shape[1:], self.rows.dtype
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    num_samples = property(__len__)
-
-    def read_into(self, inputs, places, ids) -> dict:
-        inputs[places] = self.rows[ids]
-        return {}
-
-
 def curve(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of y at x: sin(2 x) + x / 2, and noise of 0.1 + 0.05 |x|."""
     return np.sin(2 * x) + x / 2, 0.1 + 0.05 * np.abs(x)
@@ -236,7 +217,8 @@ def follow(answers: Tensor) -> Objective:
 
 def fitted(network, objective: Objective, rows: np.ndarray, steps: int, seed: int, place: Path, ranks: Ranks):
     """The network after its lesson; a lesson that ended is read from its last checkpoint."""
-    stream = TrainingStream([Source(Points(rows), shuffled(len(rows), seed), LESSON.batch_size)], seed)
+    points = InMemory(rows.astype(np.float32), np.zeros(len(rows), np.int64))
+    stream = TrainingStream([Source(points, shuffled(len(rows), seed), LESSON.batch_size)], seed)
     place.mkdir(parents=True, exist_ok=True)
     with closing(build_engine(Engine(device="cpu"), ranks)) as driver:
         network, _ = train(driver, network, objective, stream, LESSON, steps, ranks=ranks,
@@ -308,9 +290,7 @@ def regression(asked) -> None:
     with process_group(Engine(device="cpu")) as ranks:
         for seed in asked.seeds:
             place = asked.to / f"curves-{seed}"
-            if not (place / "figures.json").exists():
-                write_json(place / "figures.json", curves(seed, place, ranks))
-            found.append(read_json(place / "figures.json"))
+            found.append(lab.once(place / "figures.json", lambda seed=seed, place=place: curves(seed, place, ranks)))
     text = "\n\n".join([table_of_variances(found), lab.conditions(asked.seeds, command())])
     print(text)
     if asked.write:

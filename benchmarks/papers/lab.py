@@ -21,6 +21,8 @@ import tomli_w
 import torch
 import torch.nn.functional as F
 
+from trainer.run_directory import read_json, write_json
+
 DATA = Path(os.environ.get("REFERRAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
 # glibc would give each step's large buffers back to the system and ask for them anew: a fifth of the time, measured.
@@ -65,6 +67,13 @@ def mnist(place: Path) -> None:
     """Shards of shared/data/mnist; a twelfth of each class of train is held out, 5,001 val."""
     files = sorted((DATA / "mnist").glob("*-ubyte.gz"))
     referral("shards", "arrays", *files, "--out", place, "--val", 1 / 12, "--test", 0)
+
+
+def once(place: Path, work: Callable[[], dict]) -> dict:
+    """What `work` finds, kept at `place` as JSON and not sought again."""
+    if not place.exists():
+        write_json(place, work())
+    return read_json(place)
 
 
 def affine(inputs: np.ndarray, uniforms: np.ndarray, turn: float, stretch: float, move: float) -> np.ndarray:

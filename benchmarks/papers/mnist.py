@@ -14,7 +14,8 @@ import shlex
 import statistics
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from trainer.config import Data
 from trainer.data import open_shards
 from trainer.data.arrays import write_arrays
 from trainer.data.splitting import split_by_class
-from trainer.run_directory import read_json, write_json
+from trainer.run_directory import read_json
 
 from . import lab
 
@@ -220,19 +221,18 @@ def table_of_temperatures(results: list[dict]) -> str:
     ])  # fmt: skip
 
 
+@cache
+def examples_of_test(shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(inputs, labels) of the test, decoded once for all networks that are asked."""
+    test = open_shards(str(shards), Data(), "test")
+    return torch.from_numpy(test.inputs(np.arange(len(test)))), torch.from_numpy(test.labels)
+
+
 def logits_on_test(network, shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(float [n, 10], labels [n]) of the test."""
-    test = open_shards(str(shards), Data(), "test")
-    inputs, labels = torch.from_numpy(test.inputs(np.arange(len(test)))), torch.from_numpy(test.labels)
+    inputs, labels = examples_of_test(shards)
     with torch.no_grad():
         return torch.cat([network.eval()(part) for part in inputs.split(1000)]).float(), labels
-
-
-def once(place: Path, work: Callable[[], dict]) -> dict:
-    """What `work` finds, kept at `place` as JSON."""
-    if not place.exists():
-        write_json(place, work())
-    return read_json(place)
 
 
 def each_of_ten(run: Path, shards: Path) -> dict:
@@ -244,7 +244,7 @@ def each_of_ten(run: Path, shards: Path) -> dict:
         nll = statistics.mean(float(F.cross_entropy(logits, labels)) for logits, labels in asked)
         return {"top1": right, "nll": nll, "n": len(asked[0][1])}
 
-    return once(run.with_name(f"{run.name}-each.json"), work)
+    return lab.once(run.with_name(f"{run.name}-each.json"), work)
 
 
 def before_correction(run: Path, name: str, shards: Path) -> dict:
@@ -261,7 +261,7 @@ def before_correction(run: Path, name: str, shards: Path) -> dict:
             "threes": float(right[labels == 3].double().mean()),
         }
 
-    return once(run.with_name(f"{run.name}-{name}-before.json"), work)
+    return lab.once(run.with_name(f"{run.name}-{name}-before.json"), work)
 
 
 def of_ten(ten: list[dict], each: list[dict], table: list[dict]) -> dict[str, list[dict]]:

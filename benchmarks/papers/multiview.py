@@ -36,14 +36,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from trainer.config import Data, Engine, Schedule, Student, UserError
+from benchmarks.in_memory import InMemory
+from trainer.config import Engine, Schedule, Student, UserError
 from trainer.data.streams import MeasuringStream, Source, TrainingStream, shuffled
 from trainer.distributed import Ranks, process_group
 from trainer.engines import build_engine
 from trainer.loop import train
 from trainer.losses import classification_loss
 from trainer.objectives import Objective, classify, distil
-from trainer.run_directory import read_json, write_json
 
 from . import lab
 
@@ -135,25 +135,6 @@ def draw_examples(problem: Problem, views: np.ndarray, per_class: int, single_sh
     strength = weights.reshape(n, 2 * C)[example, view, None].astype(np.float32)
     inputs[example, places[example, turn]] += strength * views.reshape(-1, d)[view]
     return Drawn(inputs.astype(np.float16), labels, single, weights.astype(np.float32))
-
-
-class InMemory:
-    """Inputs [n, ...] and labels [n], as a stream's shards."""
-
-    class_names, damage, lost, data = (), (), 0, Data()
-
-    def __init__(self, inputs: np.ndarray, labels: np.ndarray, split: str = "train"):
-        self.rows, self.labels, self.split = inputs, labels, split
-        self.input_shape, self.input_dtype = inputs.shape[1:], inputs.dtype
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    num_samples = property(__len__)
-
-    def read_into(self, inputs, places, ids) -> dict:
-        inputs[places] = self.rows[ids]
-        return {}
 
 
 # The networks -------------------------------------------------------------------------------------------------------
@@ -360,12 +341,13 @@ class Laboratory:
 
     def part(self, name: str, work: Callable[[], dict]) -> dict:
         """What `work` finds; read from place/NAME.json where it was found before."""
-        written = self.place / f"{name}.json"
-        if not written.exists():
+
+        def timed() -> dict:
             began = time.process_time()
             found = work()
-            write_json(written, found | {"cpu_s": round(time.process_time() - began, 1)})
-        return read_json(written)
+            return found | {"cpu_s": round(time.process_time() - began, 1)}
+
+        return lab.once(self.place / f"{name}.json", timed)
 
     def draw(self, name: str, number: int = 0) -> int:
         """A seed of its own for each network and each draw of data."""
