@@ -77,14 +77,18 @@ def save_graph(jobs: list[Job], path: Path) -> None:
         write_text(path, text)
 
 
+def packs(run: RunDirectory) -> list[range]:
+    """The specialists that are trained here, specialists.per_job to a job, by their numbers."""
+    per_job, count = run.config.specialists.per_job, run.num_specialists
+    return [range(first, min(first + per_job, count)) for first in range(run.num_taken, count, per_job)]
+
+
 def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
     """(job name, its stages) in the order of the stages; specialists are packed specialists.per_job to a job, those
     that are only taken over go with the clusters."""
     groups: dict[str, list[Stage]] = {}
-    per_job = run.config.specialists.per_job
-    starts = range(run.num_taken, len(run.specialists), per_job)
-    packs = [run.specialists[first : first + per_job] for first in starts]
-    pack_of = {stage.place: pack for pack in packs for stage in pack}
+    together = [[run.specialists[index] for index in pack] for pack in packs(run)]
+    pack_of = {stage.place: pack for pack in together for stage in pack}
     for stage in run.stages:
         name = TOGETHER.get(stage.name, stage.name)
         if stage.name == "specialist" and stage.place not in pack_of:

@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.config import Config, UserError
 from trainer.run_directory import RunDirectory
 
-from .plan import Job
+from .plan import Job, packs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "stage.sbatch"
 KINDS = {"generalist": "generalist", "member": "members", "answers": "combine", "measure": "clusters",
@@ -99,13 +99,12 @@ def _single(run: RunDirectory, job: Job) -> Batch:
 
 def _arrays(run: RunDirectory, wanted: list[Job], max_array_size: int) -> list[Batch]:
     """Arrays of the specialists' jobs.  Element K of the first is the K-th, whichever of them are wanted."""
-    per_job, count, config = run.config.specialists.per_job, run.num_specialists, run.config.slurm
-    packs = [range(first, min(first + per_job, count)) for first in range(run.num_taken, count, per_job)]
+    per_job, config, every = run.config.specialists.per_job, run.config.slurm, packs(run)
     job_of = {int(job.stages[0].directory.name): job for job in wanted}  # by its first specialist
-    starts, name, found = range(0, len(packs), max_array_size), "specialist" if per_job == 1 else "pack", []
+    starts, name, found = range(0, len(every), max_array_size), "specialist" if per_job == 1 else "pack", []
     limit = max(1, config.throttle // len(starts)) if config.throttle else None
     for start in starts:
-        chunk = packs[start : start + max_array_size]
+        chunk = every[start : start + max_array_size]
         places = [place for place, pack in enumerate(chunk) if pack[0] in job_of]
         words = ["specialist", *(",".join(map(str, pack)) for pack in chunk)]
         if places:
