@@ -75,6 +75,7 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (RANK, WORLD_SIZE, ... in the environment), or be alone."""
     die_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_flush_denormal(True)  # softmaxes over many classes are full of them; a CPU takes ages over each
     device = choose_device(engine)
     if device.type == "cuda":
         torch.cuda.set_device(device)

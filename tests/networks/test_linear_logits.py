@@ -98,6 +98,18 @@ def test_large_logits_do_not_overflow():
     assert all(part.isfinite().all() for part in (weight.grad, bias.grad))
 
 
+def test_probabilities_that_underflow_count_as_nothing():
+    """Logits 60 to 1,000 apart, on both sides of where a float32's exp is subnormal, then 0."""
+    x, weight = torch.ones(4, 1), torch.tensor([0.0, -60.0, -90.0, -104.0, -1000.0])[:, None]
+    ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
+    asked = torch.tensor([0, 1, 3, 4])
+    loss = LinearLogits(x, ours, None, 5, block=2).cross_entropy(Targets.of_labels(asked, 5))
+    held = F.cross_entropy(F.linear(x, theirs), asked, reduction="none")
+    torch.testing.assert_close(loss, held)
+    loss.sum().backward(), held.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-30, rtol=1e-6)
+
+
 def test_what_is_frozen_gets_no_gradient():
     features, weight, bias = parts()
     loss = LinearLogits(features.detach(), weight.detach(), bias, CLASSES, 5)
