@@ -46,8 +46,8 @@ TITLE = "Specialists on 3,755 characters"
 HARD = "_hard"  # ends the twin's name
 TAKEN = "taken.json"  # in a copy of a run: the stages that it took over
 STUDENTS = {"same": "1 x", "double": "2 x"}  # of the generalist's parameters
-WIDER = {"width": 8, "embedding": 38}  # 328 k multiplications an image; three networks of 110 k are 331 k
-TENFOLD = {"width": 16, "embedding": 140}  # 696 k parameters, 1.3 M multiplications
+WIDER = {"width": 8, "embedding": 16}  # 234 k multiplications an image, as three networks of 78 k
+TENFOLD = {"width": 16, "embedding": 72}  # 371 k parameters
 QUICK_CLASSES = 120
 QUICK = [
     "train.steps=150", "train.validate_every=0", "clusters.num_groups=4", "specialists.steps=30",
