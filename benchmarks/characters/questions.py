@@ -2,12 +2,13 @@
 
     python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--jobs 2] [--write] [--quick]
 
-Every row of a seed is a copy of that seed's headline run (benchmarks.characters.headline, which is run if it is not
-there) less the stages that its settings change: all begin with one generalist, rows of [specialists] share its groups
-too, and rows of [ensemble] its specialists, so that only what is fitted on val and the figures on test are made anew.
-(Specialists stop early, and have their temperatures fitted, on the val examples that a gate of 1 refers to them.)
-No row trains students or controls.  The row that changes nothing is the headline run itself.  What is chosen for use is
-chosen by the column of val: test is there to be reported.
+Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its specialists' lessons
+cut to STEPS, so that all questions can be asked; it takes over what the headline's run
+(benchmarks.characters.headline) has of it.  Every other row is a copy of that run less the stages that its settings change: all begin with one
+generalist, rows of [specialists] share its groups too, and rows of [ensemble] its specialists, so that only what is
+fitted on val and the figures on test are made anew.  (Specialists stop early, and have their temperatures fitted, on
+the val examples that a gate of 1 refers to them.)  What is chosen for use is chosen by the column of val: test is there
+to be reported.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.papers.lab import conditions, spread, table, write_section
+from benchmarks.papers.lab import conditions, finished, spread, table, write_section
 from benchmarks.papers.specialists import fewer_errors, specialists_asked
 from trainer.config import COMBINERS, Config, load_config
 
-from .headline import PAGE, all_of, config_of, copied, drawn, kept_figures, main_runs, own_seconds, parsed, parser
+from .headline import PAGE, all_of, config_of, copied, drawn, kept_figures, own_seconds, parsed, parser
 
+STEPS = 400  # of each specialist, unless the row says otherwise
 VAL = 20_000  # examples of val, evenly over it
 QUICK = ("dustbin", "gate")  # --quick asks these alone, unless --only names others
 
 
 def questions(config: Config) -> dict[str, dict[str, dict]]:
-    """{question: {row: {key of the config: value}}} beside the config of the headline."""
+    """{question: {row: {key of the config: value}}} beside the config that all rows begin with."""
     steps, groups = config.specialists.steps, config.clusters.num_groups
     plain, full = {}, {"specialists.dustbin": "full"}
 
@@ -79,16 +81,22 @@ ASKED = {
     "clustering": "Which clustering?",
     "hard negatives": "Should the other half of a batch hold the classes that are confused with the group?",
     "calibration": "Is it calibrated before it is combined?",
-    "examples": "How many examples does a specialist need?  (Times the headline's steps, the rate annealed over them.)",
+    "examples": f"How many examples does a specialist need?  (Times {STEPS} steps, the rate annealed over them.)",
     "gate": "Whose specialists are asked: those of the generalist's n most probable classes.",
     "combine": "How do opinions become one?",
 }
 
 
+def base_of(data: Path, seed: int, settings: list[str]) -> dict:
+    """The headline's config with short specialists' lessons, without students and controls."""
+    base = config_of(data, seed, [f"specialists.steps={STEPS}", *settings])
+    return variant(base | {"students": {}, "controls": base["controls"] | {"enabled": False}}, {})
+
+
 def variant(base: dict, overrides: dict) -> dict:
-    """The headline's config without students and controls, and with `overrides`."""
-    plain = copy.deepcopy(base) | {"students": {}, "controls": base["controls"] | {"enabled": False}}
-    return load_config(None, [f"{key}={json.dumps(value)}" for key, value in overrides.items()], plain).dump()
+    """The config that all rows begin with, and `overrides`."""
+    settings = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return load_config(None, settings, copy.deepcopy(base)).dump()
 
 
 def changes_nothing(base: dict, overrides: dict) -> bool:
@@ -97,6 +105,8 @@ def changes_nothing(base: dict, overrides: dict) -> bool:
 
 def place_of(run: Path, overrides: dict) -> Path:
     """Where a variant of a seed's run lies: questions that share a row share its run."""
+    if not overrides:
+        return run
     words = "-".join(f"{key.partition('.')[2]}-{value}" for key, value in sorted(overrides.items()))
     return run.with_name(f"{run.name}-{re.sub(r'[^A-Za-z0-9._-]', '_', words)}")
 
@@ -132,7 +142,7 @@ def default_of(base: dict, rows: dict[str, dict]) -> str:
     """The one row that changes nothing.  Raises SystemExit unless there is one."""
     found = [name for name, overrides in rows.items() if changes_nothing(base, overrides)]
     if len(found) != 1:
-        raise SystemExit(f"of the rows {', '.join(rows)} {len(found)} are the headline's config: one is needed")
+        raise SystemExit(f"of the rows {', '.join(rows)} {len(found)} are the one that all begin with: one is needed")
     return found[0]
 
 
@@ -141,44 +151,50 @@ def main(words: list[str] | None = None) -> None:
     options.add_argument("--only", nargs="+", choices=ASKED, help="these questions, and no others")
     given = parsed(options, words)
     data = drawn(given.to, given.quick)
-    bases = {seed: config_of(data, seed, given.set) for seed in given.seeds}
+    bases = {seed: base_of(data, seed, given.set) for seed in given.seeds}
+    runs = {seed: given.to / f"seed-{seed}-asked" for seed in given.seeds}
     first = bases[given.seeds[0]]
     asked = {name: rows for name, rows in questions(load_config(None, [], first)).items()
              if name in (given.only or (QUICK if given.quick else ASKED))}  # fmt: skip
     defaults = {name: default_of(first, rows) for name, rows in asked.items()}
-    headline = main_runs(given.to, bases, given.jobs)
 
     def with_val(results: dict, run: Path) -> dict:
         return results | {"on_val": kept_figures(run, results, data / "seen", "val", VAL)}
 
-    headline = {seed: with_val(results, given.to / f"seed-{seed}") for seed, results in headline.items()}
+    def begun(seed: int) -> dict:
+        run, headline = runs[seed], given.to / f"seed-{seed}"
+        known = (headline / "config.toml").exists()
+        return with_val(copied(bases[seed], run, headline) if known else finished(bases[seed], run), run)
+
+    base_results = all_of({seed: lambda seed=seed: begun(seed) for seed in given.seeds}, given.jobs)
     tasks = {}
     for name, rows in asked.items():
         for overrides in (rows[row] for row in rows if row != defaults[name]):
             for seed, base in bases.items():
-                run = given.to / f"seed-{seed}"
-                place, config = place_of(run, overrides), variant(base, overrides)
-                tasks[place] = lambda place=place, config=config, run=run: with_val(copied(config, place, run), place)
+                place, config = place_of(runs[seed], overrides), variant(base, overrides)
+                tasks[place] = lambda place=place, config=config, run=runs[seed]: with_val(
+                    copied(config, place, run), place
+                )
     found = all_of(tasks, given.jobs)
 
     def results_of(name: str, row: str) -> list[dict]:
         if row == defaults[name]:
-            return [headline[seed] for seed in given.seeds]
-        return [found[place_of(given.to / f"seed-{seed}", asked[name][row])] for seed in given.seeds]
+            return [base_results[seed] for seed in given.seeds]
+        return [found[place_of(runs[seed], asked[name][row])] for seed in given.seeds]
 
     command = shlex.join(["python", "-m", "benchmarks.characters.questions", *(words or sys.argv[1:])])
     for name, rows in asked.items():
         text = f"{ASKED[name]}\n\n" + question_table({row: results_of(name, row) for row in rows}, defaults[name])
         print(f"\n{name}\n\n{text}")
-        places = [place_of(given.to / f"seed-{seed}", overrides) for overrides in rows.values() for seed in given.seeds]
+        places = [place_of(runs[seed], overrides) for overrides in rows.values() for seed in given.seeds]
         spent = sum(own_seconds(place) for place in places if place in found)
         if given.write:
-            n = headline[given.seeds[0]]["generalist"]["n"]
+            n = base_results[given.seeds[0]]["generalist"]["n"]
             write_section(
                 f"Question: {name}", f"{text}\n\nn = {n:,}. {conditions(given.seeds, command)} {spent / 60:.0f} "
-                "core-minutes beside the headline's runs.", PAGE,
+                "core-minutes beside the runs that all begin with.", PAGE,
             )  # fmt: skip
-    print(f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the headline's runs")
+    print(f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the runs that all begin with")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_students_are_at_most_their_multiple_of_the_generalist_and_tenfold_is_te
 
     generalist = parameters({})
     same, double = (parameters(config["students"][name].get("model", {})) for name in script.STUDENTS)
-    assert same == generalist == 69_479
+    assert same == generalist == 37_383
     assert 1.9 * generalist < double <= 2 * generalist
     assert parameters(script.TENFOLD) == pytest.approx(10 * generalist, rel=0.02)
 

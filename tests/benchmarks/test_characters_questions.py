@@ -9,7 +9,7 @@ from benchmarks.characters.headline import config_of
 from trainer.config import load_config
 from trainer.run_directory import RunDirectory
 
-BASE = config_of(Path("data"), seed=1)
+BASE = script.base_of(Path("data"), 1, [])
 QUESTIONS = script.questions(load_config(None, [], BASE))
 ROWS = [(name, row) for name, rows in QUESTIONS.items() for row in rows]
 
@@ -29,7 +29,7 @@ def test_every_question_has_a_sentence_and_one_row_that_is_the_default():
 
 
 @pytest.mark.parametrize("question, row", ROWS)
-def test_a_row_differs_from_the_headline_in_its_overrides_alone(question, row):
+def test_a_row_differs_from_the_first_run_in_its_overrides_alone(question, row):
     overrides = QUESTIONS[question][row]
     plain, changed = (flat(script.variant(BASE, each)) for each in ({}, overrides))
     differ = {key for key in plain.keys() | changed.keys() if plain.get(key) != changed.get(key)}
@@ -40,13 +40,23 @@ def test_a_row_differs_from_the_headline_in_its_overrides_alone(question, row):
     assert changed["seed"] == 1 and not changed["controls.enabled"]
 
 
+def test_all_begin_with_the_headlines_generalist_and_groups_and_short_lessons():
+    headline, first = (RunDirectory(Path("runs"), load_config(None, [], config))
+                       for config in (config_of(Path("data"), 1), BASE))  # fmt: skip
+    for stage in ("generalist", "measure", "cluster", "route"):
+        assert getattr(headline, stage).key == getattr(first, stage).key
+    assert first.config.specialists.steps == script.STEPS < headline.config.specialists.steps
+    assert not first.students and not first.controls
+    assert script.base_of(Path("data"), 1, ["specialists.steps=30"])["specialists"]["steps"] == 30
+
+
 def test_the_config_that_is_varied_stays_as_it_was():
     before = flat(BASE)
     script.variant(BASE, {"specialists.dustbin": "fresh", "clusters.overlap": 3})
     assert flat(BASE) == before
 
 
-def test_rows_share_with_the_headline_what_stands_before_their_change(tmp_path):
+def test_rows_share_with_the_first_run_what_stands_before_their_change(tmp_path):
     """Generalist and statistics all; groups those of [specialists] too; specialists those of [ensemble] too."""
     first = RunDirectory(tmp_path, load_config(None, [], BASE))
     for rows in QUESTIONS.values():
@@ -61,7 +71,7 @@ def test_rows_share_with_the_headline_what_stands_before_their_change(tmp_path):
 
 
 def test_runs_of_different_rows_lie_in_different_places_and_equal_ones_in_one():
-    run, configs = Path("runs/seed-1"), {}
+    run, configs = Path("runs/seed-1-asked"), {}
     for rows in QUESTIONS.values():
         for overrides in rows.values():
             if not script.changes_nothing(BASE, overrides):
@@ -69,7 +79,7 @@ def test_runs_of_different_rows_lie_in_different_places_and_equal_ones_in_one():
     assert all(config == group[0] for group in configs.values() for config in group)
     distinct = [group[0] for group in configs.values()]
     assert all(a != b for k, a in enumerate(distinct) for b in distinct[:k])
-    assert run.with_name("seed-1-dustbin-full-soft_weight-0.1") in configs
+    assert run.with_name("seed-1-asked-dustbin-full-soft_weight-0.1") in configs
 
 
 def test_more_groups_share_the_same_number_of_steps():
@@ -78,8 +88,8 @@ def test_more_groups_share_the_same_number_of_steps():
         assert overrides["clusters.num_groups"] * overrides["specialists.steps"] == steps
 
 
-def test_a_question_without_the_headlines_own_row_is_refused():
-    with pytest.raises(SystemExit, match="0 are the headline's config"):
+def test_a_question_without_the_first_runs_own_row_is_refused():
+    with pytest.raises(SystemExit, match="0 are the one that all begin with"):
         script.default_of(BASE, {"fresh": {"specialists.dustbin": "fresh"}})
 
 
