@@ -4,11 +4,11 @@
 
 Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its specialists' lessons
 cut to STEPS, so that all questions can be asked; it takes over what the headline's run
-(benchmarks.characters.headline) has of it.  Every other row is a copy of that run less the stages that its settings change: all begin with one
-generalist, rows of [specialists] share its groups too, and rows of [ensemble] its specialists, so that only what is
-fitted on val and the figures on test are made anew.  (Specialists stop early, and have their temperatures fitted, on
-the val examples that a gate of 1 refers to them.)  What is chosen for use is chosen by the column of val: test is there
-to be reported.
+(benchmarks.characters.headline) has of it.  Every other row is a copy of that run less the stages that its settings
+change: all begin with one generalist, rows of [specialists] share its groups too, and rows of [ensemble] its
+specialists, so that only what is fitted on val and the figures on test are made anew.  (Specialists stop early, and
+have their temperatures fitted, on the val examples that a gate of 1 refers to them.)  What is chosen for use is chosen
+by the column of val: test is there to be reported.
 """
 
 from __future__ import annotations
