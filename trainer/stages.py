@@ -359,7 +359,11 @@ def control(session: Session, stage: Stage, name: str) -> None:
                 rate, steps = read_summary(walls[best])["learning_rate"], sum(session.specialist_steps())
             else:
                 rate, steps = config.controls.learning_rates[list(walls).index(name)], max(session.specialist_steps())
-            schedule = config.specialists.model_copy(update={"learning_rate": rate, "patience": 0})
+            # As many times as one specialist: val is larger than the examples that a specialist is judged on.
+            every = config.specialists.validate_every * steps // max(session.specialist_steps())
+            schedule = config.specialists.model_copy(
+                update={"learning_rate": rate, "patience": 0, "validate_every": every}
+            )
             stream, objective = general_lesson(session, schedule, seed=session.seed("control", steps))
         network, summary = session.train(
             attempt, network, objective, stream, schedule, steps, validate_classifier(session)
