@@ -26,7 +26,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    return run_all(tmp_path_factory.mktemp("run"), toy_config(data))
+    return run_all(tmp_path_factory.mktemp("run"), toy_config(data, "specialists.validate_every=15"))
 
 
 def row(run, name):
@@ -56,6 +56,12 @@ def test_controls_see_as_many_examples_as_one_specialist_and_as_all_together(fin
     per_specialist = 30 * 96
     for name, seen in {"control_wall-0": per_specialist, "control_compute": 6 * per_specialist}.items():
         assert read_json(finished.controls[name].path("summary.json"))["examples_seen"] == seen
+
+
+def test_controls_are_judged_as_many_times_as_a_specialist(finished):
+    for name, steps in {"control_wall-0": [15, 30], "control_compute": [90, 180]}.items():
+        rows = map(json.loads, finished.controls[name].path("metrics.jsonl").read_text().splitlines())
+        assert [row["step"] for row in rows if "val/loss" in row] == steps
 
 
 def test_control_compute_takes_the_rate_that_was_best_on_val(finished):
