@@ -91,7 +91,7 @@ class validate_specialist:
         return fit_temperature(*self.answers(network))
 
 
-WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0)
+WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def fit_weight(session: Session, ensemble) -> list[float]:
