@@ -265,6 +265,11 @@ def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, d
 # Tables
 
 
+def students_in(results: dict) -> dict[str, str]:
+    """Those of STUDENTS that the run has: none with --no-students."""
+    return {name: size for name, size in STUDENTS.items() if name in results["students"]}
+
+
 def rows_of(one: dict) -> dict[str, dict]:
     """One seed's rows, as results.json has them, under the names of the table."""
     main, further = one["main"], {
@@ -275,7 +280,7 @@ def rows_of(one: dict) -> dict[str, dict]:
     rows |= {name: main["controls"][name] for name in ("control_wall", "control_compute")}
     rows |= {name: one[run][row] for name, (run, row) in further.items() if run in one}
     rows["**ensemble**"] = main["ensemble"]
-    for name, size in STUDENTS.items():
+    for name, size in students_in(main).items():
         rows[f"student, {size}"] = main["students"][name]
         rows[f"{size}, labels alone"] = main["students"][name + HARD]
     return rows
@@ -293,7 +298,7 @@ def networks_of(to: Path, one: dict) -> dict[str, tuple[float, float]]:
         found["deep ensemble"] = tuple(len(one["deep"]["sizes"]) * each for each in single)
     asked, count = specialists_asked(one["main"]), len(one["main"]["specialists"])
     found["**ensemble**"] = ((1 + count) * single[0], (1 + asked) * single[1])
-    for name, size in STUDENTS.items():
+    for name, size in students_in(one["main"]).items():
         found[f"student, {size}"] = found[f"{size}, labels alone"] = sizes(run / "students" / name)
     return found
 
@@ -375,7 +380,7 @@ def verdicts(found: list[dict], networks: dict[str, tuple[float, float]]) -> lis
         Verdict("on unseen fonts it makes no more errors than the generalist", mean(fonts) >= 0,
                 f"fewer by {percents(fonts, 1)}"),
         Verdict("on unseen fonts its NLL is no higher", mean(fonts_nll) >= 0, f"lower by {listed(fonts_nll, '.4f')}"),
-        *(line for name in STUDENTS for line in student_verdicts(found, name, networks)),
+        *(line for name in students_in(results[0]) for line in student_verdicts(found, name, networks)),
         Verdict("the forecast ranks the groups by gain, Spearman at least .6", mean(whole) >= 0.6,
                 f"{mean(whole):.2f} ({listed(whole, '.2f')})"),
         Verdict("these runs take at most 3 hours on 2 cores", hours / 2 <= 3,
@@ -413,9 +418,12 @@ def text_of(found: list[dict], networks: dict[str, tuple[float, float]]) -> str:
 def main(words: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--further", nargs="*", choices=FURTHER, default=["longer", "wider", "deep"])
+    options.add_argument("--no-students", action="store_true", help="leave out students: a third of the time")
     given = parsed(options, words)
     data = drawn(given.to, given.quick)
     configs = {seed: config_of(data, seed, given.set) for seed in given.seeds}
+    if given.no_students:
+        configs = {seed: config | {"students": {}} for seed, config in configs.items()}
     results = main_runs(given.to, configs, given.jobs)
 
     def task(seed: int, name: str) -> Callable[[], dict]:

@@ -272,6 +272,15 @@ def test_a_bar_that_is_missed_is_said_to_be(changed, claim):
     assert holds([seed_of(row(60, 0.4), **changed)])[claim] is False
 
 
+def test_a_run_without_students_has_neither_their_rows_nor_their_verdicts():
+    one = seed_of(row(60, 0.4))
+    with_students = holds([one])
+    one["main"]["students"] = {}
+    assert not any("student" in name or "labels alone" in name for name in script.rows_of(one))
+    left = {claim: holding for claim, holding in with_students.items() if "student" not in claim}
+    assert 0 < len(left) < len(with_students) and holds([one]) == left
+
+
 def test_a_student_of_twice_the_size_is_judged_and_one_of_the_same_size_stands_beside():
     one = seed_of(row(60, 0.4))
     kept, lead = script.student_verdicts([one], "double", networks(one))
