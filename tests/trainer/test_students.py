@@ -19,7 +19,8 @@ from trainer.config import UserError, load_config
 from trainer.data.augment import Views, find_augment
 from trainer.data.shards import open_shards
 from trainer.data.streams import Source, TrainingStream, shuffled
-from trainer.distillation.answers import lengthen, shorten
+from trainer.distillation.answers import lengthen, shorten, warnings
+from trainer.losses import TopAnswers
 from trainer.run_directory import RunDirectory
 from trainer.session import measuring_batch
 from trainer.stages import transfer_set
@@ -146,6 +147,18 @@ def test_students_with_one_teacher_and_one_view_share_its_answers(run):
         "generalist",
         "main",
     ]
+
+
+def test_an_even_tail_of_a_thousandth_outweighs_what_is_kept_at_a_temperature_of_2():
+    """3,000 classes of 1e-3 in all: sqrt(3,000 x 1e-3) = 1.732 beside sqrt(.999) = .9995, which is .634 of the sum."""
+    top = TopAnswers(torch.tensor([[0]]), torch.tensor([[0.999]]).log(), torch.tensor([1e-3]).log(), 3001)
+    assert float(1 - top.log_parts(2.0)[0, 0].exp()) == pytest.approx(0.634, abs=1e-3)
+
+
+def test_a_temperature_at_which_what_is_kept_is_far_from_the_teacher_is_named():
+    facts = {"num_classes": 3755, "truncation_kl": {"1": 0.023, "1.5": 0.09, "2": 0.6}}
+    (line,) = warnings(facts)
+    assert line.startswith("warning: at T = 2 what is kept of the 3,755 classes is 0.6 nats from what the teacher says")
 
 
 def test_stored_answers_are_the_members_answers(run):
