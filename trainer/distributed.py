@@ -75,7 +75,6 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
     """Join the ranks that torchrun started (RANK, WORLD_SIZE, ... in the environment), or be alone."""
     die_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    torch.set_flush_denormal(True)  # softmaxes over many classes are full of them; a CPU takes ages over each
     device = choose_device(engine)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -84,9 +83,11 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=timedelta(minutes=30))  # stages where rank 0 works alone take long
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.set_flush_denormal(True)  # softmaxes over many classes are full of them; a CPU takes ages over each
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, Watchdog(engine.hang_s))
     finally:
+        torch.set_flush_denormal(False)  # whoever called may want them
         dist.destroy_process_group()
 
 

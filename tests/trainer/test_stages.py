@@ -11,7 +11,7 @@ from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
 from clustering import ClassGroups
 from trainer import checkpoints, loop
-from trainer.config import UserError
+from trainer.config import Engine, UserError
 from trainer.data.streams import Source, TrainingStream
 from trainer.distributed import process_group
 from trainer.run_directory import RunDirectory, read_json
@@ -31,6 +31,13 @@ def finished(data, tmp_path_factory):
 
 def row(run, name):
     return read_json(run.evaluate.path(f"{name}.json"))["row"]
+
+
+def test_subnormals_are_flushed_while_ranks_work_and_not_afterwards():
+    tiny = torch.tensor(1e-40)
+    with process_group(Engine(device="cpu")):
+        assert float(tiny * 1) == 0
+    assert float(tiny * 1) > 0
 
 
 def test_every_stage_is_done(finished):
