@@ -354,13 +354,14 @@ def control(session: Session, stage: Stage, name: str) -> None:
             objective = classify(schedule.label_smoothing, negatives=schedule.negatives)
         else:
             walls = {key: each for key, each in session.run.controls.items() if key.startswith("control_wall")}
+            lessons = session.specialist_steps()
             if name == "control_compute":
                 best = min(walls, key=lambda key: read_summary(walls[key])["val"]["loss"])
-                rate, steps = read_summary(walls[best])["learning_rate"], sum(session.specialist_steps())
+                rate, steps = read_summary(walls[best])["learning_rate"], sum(lessons)
             else:
-                rate, steps = config.controls.learning_rates[list(walls).index(name)], max(session.specialist_steps())
+                rate, steps = config.controls.learning_rates[list(walls).index(name)], max(lessons)
             # As many times as one specialist: val is larger than the examples that a specialist is judged on.
-            every = config.specialists.validate_every * steps // max(session.specialist_steps())
+            every = config.specialists.validate_every * steps // max(lessons)
             schedule = config.specialists.model_copy(
                 update={"learning_rate": rate, "patience": 0, "validate_every": every}
             )

@@ -9,7 +9,7 @@ Of each seed a hundred characters are drawn, and three runs stand beside each ot
     seed-S           everything from scratch on all characters: the headline's run (benchmarks.characters.headline),
                      which is shared where it is done already, and otherwise done here
 
-The new rows learn for 4,000 steps, a tenth of the generalist's, and everything else as headline.toml says.  Nothing was
+The new rows learn for 4,000 steps, and everything else as headline.toml says.  Nothing was
 tuned here.  What is done is not done again.  --quick goes through all of it on 120 classes, ten of them later.
 """
 

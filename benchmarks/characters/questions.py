@@ -105,8 +105,6 @@ def changes_nothing(base: dict, overrides: dict) -> bool:
 
 def place_of(run: Path, overrides: dict) -> Path:
     """Where a variant of a seed's run lies: questions that share a row share its run."""
-    if not overrides:
-        return run
     words = "-".join(f"{key.partition('.')[2]}-{value}" for key, value in sorted(overrides.items()))
     return run.with_name(f"{run.name}-{re.sub(r'[^A-Za-z0-9._-]', '_', words)}")
 
