@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
+
+FIRST_SAYS_S = 5.0  # what rank 0 has to say the mistake of all ranks before another says its own
 
 
 def main(argv: list[str]) -> int:
@@ -18,8 +21,9 @@ def main(argv: list[str]) -> int:
             return COMMANDS[argv[0]](argv[1:]) or 0
         return run_stages(argv)
     except UserError as mistake:
-        if os.environ.get("RANK", "0") == "0":
-            print("\n".join(f"error: {line}" for line in str(mistake).splitlines()), file=sys.stderr)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(FIRST_SAYS_S)  # torchrun ends the other ranks with the first that ends
+        print("\n".join(f"error: {line}" for line in str(mistake).splitlines()), file=sys.stderr)
         return 2
 
 
