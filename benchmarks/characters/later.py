@@ -1,6 +1,6 @@
 """A hundred characters that come later: what adding them costs, what it forgets, and what training again gives.
 
-    python -m benchmarks.characters.later --to runs/characters [--seeds 0 1 2] [--jobs 2] [--write] [--quick]
+    python -m benchmarks.characters.later --to runs/characters [--seeds 0 1 2] [--third] [--jobs 2] [--write] [--quick]
 
 Of each seed a hundred characters are drawn, and three runs stand beside each other:
 
@@ -151,7 +151,7 @@ def costs_table(found: list[dict]) -> str:
 def main(words: list[str] | None = None) -> None:
     given = parsed(parser(__doc__), words)
     count = QUICK_LATER if given.quick else LATER
-    data = drawn(given.to, given.quick)
+    data = drawn(given.to, given.classes)
     configs = {seed: config_of(data, seed, given.set) for seed in given.seeds}
     scratch = main_runs(given.to, configs, given.jobs)
     tasks = {seed: lambda seed=seed: runs_of(given.to, data, seed, configs[seed], count) for seed in given.seeds}

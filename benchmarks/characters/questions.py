@@ -1,6 +1,6 @@
 """What makes specialists pay?  Each question is a table, each row of it one change of the headline's config.
 
-    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--jobs 2] [--write] [--quick]
+    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--third] [--jobs 2] [--write]
 
 Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its specialists' lessons
 cut to STEPS, so that all questions can be asked; it takes over what the headline's run
@@ -148,7 +148,7 @@ def main(words: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=ASKED, help="these questions, and no others")
     given = parsed(options, words)
-    data = drawn(given.to, given.quick)
+    data = drawn(given.to, given.classes)
     bases = {seed: base_of(data, seed, given.set) for seed in given.seeds}
     runs = {seed: given.to / f"seed-{seed}-asked" for seed in given.seeds}
     first = bases[given.seeds[0]]
@@ -189,7 +189,7 @@ def main(words: list[str] | None = None) -> None:
         if given.write:
             n = base_results[given.seeds[0]]["generalist"]["n"]
             write_section(
-                f"Question: {name}", f"{text}\n\nn = {n:,}. {conditions(given.seeds, command)} {spent / 60:.0f} "
+                f"Question: {name}", f"{text}\n\nn = {n:,}, {given.classes:,} classes. {conditions(given.seeds, command)} {spent / 60:.0f} "
                 "core-minutes beside the runs that all begin with.", PAGE,
             )  # fmt: skip
     print(f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the runs that all begin with")

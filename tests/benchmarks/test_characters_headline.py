@@ -30,6 +30,7 @@ def specialist(index: int, gain: float, n: int = 400, routed: int = 500) -> dict
 def seed_of(ensemble: dict, **changed) -> dict:
     """A generalist with 100 errors of 1,000, of which groups hold 80."""
     students = {"same": row(80, 0.3), "same_hard": row(90, 0.4), "double": row(70, 0.25), "double_hard": row(75, 0.35)}
+    students |= {"few": row(72, 0.3), "few_hard": row(85, 0.5)}
     main = {
         "generalist": row(100, 0.5), "ensemble": ensemble, "students": students,
         "controls": {"control_wall": row(110, 0.6), "control_compute": row(85, 0.45)},
@@ -72,8 +73,8 @@ def test_students_are_at_most_their_multiple_of_the_generalist_and_tenfold_is_te
         return parameter_count(build_classifier(spec))
 
     generalist = parameters({})
-    same, double = (parameters(config["students"][name].get("model", {})) for name in script.STUDENTS)
-    assert same == generalist == 37_383
+    same, double, few = (parameters(config["students"][name].get("model", {})) for name in script.STUDENTS)
+    assert same == generalist == 37_383 and few == double
     assert 1.9 * generalist < double <= 2 * generalist
     assert parameters(script.TENFOLD) == pytest.approx(10 * generalist, rel=0.02)
 
