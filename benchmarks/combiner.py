@@ -137,12 +137,11 @@ BARS = {"- L-BFGS": 1e-9, "- Adam": 1e-9, "KKT f64": 1e-8, "KKT f32": 1e-4}
 
 def measured(groups, g, p, active=None, weights=None) -> dict:
     """What BARS names, for opinions in float64; p[m] is [B, |S_m| + 1], and not read where not active."""
+
     def objective_of(general, special):
         w = torch.ones(1 + len(special)) if weights is None else weights
         read = torch.ones(len(g), len(p), dtype=torch.bool) if active is None else active
-        weighted = [
-            torch.where(read[:, m, None], float(w[1 + m]) * one.double(), 0.0) for m, one in enumerate(special)
-        ]
+        weighted = [torch.where(read[:, m, None], float(w[1 + m]) * one.double(), 0.0) for m, one in enumerate(special)]
         return Objective(groups, float(w[0]) * general.double(), weighted)
 
     objective, single = objective_of(g, p), objective_of(g.float(), [one.float() for one in p])

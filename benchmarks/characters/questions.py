@@ -27,7 +27,7 @@ from trainer.config import COMBINERS, Config, load_config
 
 from .headline import PAGE, all_of, config_of, copied, drawn, kept_figures, own_seconds, parsed, parser
 
-STEPS = 400  # of each specialist, unless the row says otherwise
+STEPS = 400  # of each specialist, unless the row or --third says otherwise
 VAL = 20_000  # examples of val, evenly over it
 QUICK = ("dustbin", "gate")  # --quick asks these alone, unless --only names others
 
@@ -81,7 +81,7 @@ ASKED = {
     "clustering": "Which clustering?",
     "hard negatives": "Should the other half of a batch hold the classes that are confused with the group?",
     "calibration": "Is it calibrated before it is combined?",
-    "examples": f"How many examples does a specialist need?  (Times {STEPS} steps, the rate annealed over them.)",
+    "examples": "How many examples does a specialist need?  (Times the others' steps, the rate annealed over them.)",
     "gate": "Whose specialists are asked: those of the generalist's n most probable classes.",
     "combine": "How do opinions become one?",
 }
@@ -188,10 +188,9 @@ def main(words: list[str] | None = None) -> None:
         spent = sum(own_seconds(place) for place in places if place in found)
         if given.write:
             n = base_results[given.seeds[0]]["generalist"]["n"]
-            write_section(
-                f"Question: {name}", f"{text}\n\nn = {n:,}, {given.classes:,} classes. {conditions(given.seeds, command)} {spent / 60:.0f} "
-                "core-minutes beside the runs that all begin with.", PAGE,
-            )  # fmt: skip
+            foot = f"n = {n:,} of {given.classes:,} classes. {conditions(given.seeds, command)} {spent / 60:.0f} "
+            foot += "core-minutes beside the runs that all begin with."
+            write_section(f"Question: {name}", f"{text}\n\n{foot}", PAGE)
     print(f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the runs that all begin with")
 
 
