@@ -9,11 +9,12 @@ labels of the same images alone.  Beside it further runs, which are copies of th
     longer   the generalist from scratch, the same weights at the start, for twice the examples: is it converged?
     wider    a generalist that spends as many multiplications on an image as the ensemble does (WIDER); one of the
              ensemble's 25 times the parameters would take a day, see tenfold
-    deep     as many generalists as the specialists' examples buy, two at least, averaged
+    deep     as many generalists as the specialists' examples buy, two at least, averaged (beside it stands, at no
+             training of its own, the mean of all seeds' generalists)
     tenfold  a generalist of ten times the parameters, only where --further names it: which errors does nobody heal?
 
 Data are rendered once for all seeds (benchmarks.characters.data, two minutes); DATA/unseen has the fonts that nobody
-has seen.  What is done is not done again.  --third is the same trial on the first third of the classes with short
+has seen.  What is done is not done again.  --sixth is the same trial on the first sixth of the classes with short
 lessons: what questions and later are asked of.  --quick goes through all of it on 120 classes, whose figures mean
 nothing.
 """
@@ -49,9 +50,9 @@ TAKEN = "taken.json"  # in a copy of a run: the stages that it took over
 STUDENTS = {"same": "1 x", "double": "2 x", "few": "2 x, few images"}  # of the generalist's parameters
 WIDER = {"width": 8, "embedding": 16}  # 234 k multiplications an image, as three networks of 78 k
 TENFOLD = {"width": 16, "embedding": 72}  # 371 k parameters
-THIRD_CLASSES = 1252
-THIRD = [  # chosen on val of seed 100
-    "model.embedding=7", "train.steps=5000", "train.validate_every=2500", "clusters.num_groups=16",
+SIXTH_CLASSES = 626
+SIXTH = [  # chosen on val of seed 100
+    "model.embedding=6", "train.steps=4000", "train.validate_every=2000", "clusters.num_groups=8",
     "specialists.steps=250",
 ]  # fmt: skip
 FASTER = ["engine.shard_head=true"]  # no logits held: students are 1.6 times as fast
@@ -71,21 +72,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     found.set_defaults(to=Path("runs/characters"))
     found.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side (all cores)")
     size = found.add_mutually_exclusive_group()
-    size.add_argument("--third", action="store_true", help=f"{THIRD_CLASSES:,} classes, below TO/third")
+    size.add_argument("--sixth", action="store_true", help=f"{SIXTH_CLASSES:,} classes, below TO/sixth")
     size.add_argument("--quick", action="store_true", help="120 classes, few steps: a rehearsal, below TO/quick")
     return found
 
 
 def parsed(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
-    """The arguments and the number of `classes`; --third and --quick name another place and shorter lessons."""
+    """The arguments and the number of `classes`; --sixth and --quick name another place and shorter lessons."""
     given = parser.parse_args(words)
     if given.quick and given.write:
         parser.error("--quick's figures mean nothing: leave out --write")
     given.classes = drawings.LEVEL_ONE
     if given.quick:
         given.to, given.set, given.classes = given.to / "quick", [*QUICK, *given.set], QUICK_CLASSES
-    if given.third:
-        given.to, given.set, given.classes = given.to / "third", [*THIRD, *given.set], THIRD_CLASSES
+    if given.sixth:
+        given.to, given.set, given.classes = given.to / "sixth", [*SIXTH, *given.set], SIXTH_CLASSES
     given.to.mkdir(parents=True, exist_ok=True)
     return given
 
@@ -190,39 +191,67 @@ def main_runs(to: Path, configs: dict[int, dict], jobs: int) -> dict[int, dict]:
 
 def kept_figures(run: Path, results: dict, place: Path, split: str, most: int | None = None) -> dict[str, dict]:
     """figures_on, kept beside the run; measured anew where the run or the shards in `place` are others."""
-    kept = run.with_name(f"{run.name}-{place.name}-{split}.json")
     of = [results["generalist"], results["ensemble"], read_json(place / "manifest.json"), most]
-    if not kept.exists() or read_json(kept)["of"] != of:
-        write_json(kept, {"of": of, "rows": figures_on(run, place, split, most)})
-    return read_json(kept)["rows"]
+    file = run.with_name(f"{run.name}-{place.name}-{split}.json")
+    return kept(file, of, lambda: figures_on(run, place, split, most))
+
+
+def kept(file: Path, of: list, measure: Callable[[], dict]) -> dict:
+    """What `measure` found, kept in `file` with what it is `of`; measured anew where that has changed."""
+    if not file.exists() or read_json(file)["of"] != of:
+        write_json(file, {"of": of, "rows": measure()})
+    return read_json(file)["rows"]
 
 
 def figures_on(run: Path, place: Path, split: str = "test", most: int | None = None) -> dict[str, dict]:
     """{"generalist": {"n", "top1", "nll"}, "ensemble": ...} of a run on a split in `place`, or on `most` of its
     examples, evenly over it."""
+    from ensemble import SpecialistEnsemble
+
+    ensemble = SpecialistEnsemble.load(run)
+    answers = {
+        "generalist": lambda inputs: ensemble.generalist(inputs).float().softmax(1),
+        "ensemble": ensemble.probabilities,
+    }
+    return figures_of(answers, ensemble.class_names, place, split, most)
+
+
+def generalists_together(runs: list[Path], place: Path) -> dict[str, dict]:
+    """figures_on test of the plain mean of the generalists' probabilities, as "together": a deep ensemble
+    (Lakshminarayanan et al. 2017) of as many members as there are seeds."""
+    from networks import load_classifier
+
+    members = [load_classifier(run / "generalist").eval() for run in runs]
+    names = read_json(runs[0] / "generalist" / "model.json")["class_names"]
+    return figures_of(
+        {"together": lambda inputs: sum(member(inputs).float().softmax(1) for member in members) / len(members)},
+        names, place, "test",
+    )  # fmt: skip
+
+
+def figures_of(
+    answers: dict[str, Callable], names: list[str], place: Path, split: str, most: int | None = None
+) -> dict[str, dict]:
+    """{name: {"n", "top1", "nll"}} of answers, each from raw inputs to probabilities [B, C] over `names`."""
     import torch
 
-    from ensemble import SpecialistEnsemble
     from trainer.data import MeasuringStream, open_shards
 
     torch.set_num_threads(1)
-    opened, ensemble = open_shards(str(place), Data(), split), SpecialistEnsemble.load(run)
-    if opened.class_names != ensemble.class_names:
-        raise SystemExit(f"{place} and {run} have other classes")
+    opened = open_shards(str(place), Data(), split)
+    if opened.class_names != names:
+        raise SystemExit(f"{place} has other classes than the run")
     n = len(opened) if most is None else min(most, len(opened))
     ids = np.linspace(0, len(opened) - 1, n).astype(np.int64)
-    right, losses = {"generalist": 0, "ensemble": 0}, {"generalist": 0.0, "ensemble": 0.0}
+    right, losses = dict.fromkeys(answers, 0), dict.fromkeys(answers, 0.0)
     with torch.inference_mode():
         for batch in MeasuringStream(opened, 512, ids).loader():
-            answers = {
-                "generalist": ensemble.generalist(batch.inputs).float().softmax(1),
-                "ensemble": ensemble.probabilities(batch.inputs),
-            }
-            for name, p in answers.items():
+            for name, answer in answers.items():
+                p = answer(batch.inputs)
                 right[name] += int((p.argmax(1) == batch.labels).sum())
                 of_label = p.gather(1, batch.labels[:, None]).double().clamp_min(1e-30)
                 losses[name] -= float(of_label.log().sum())
-    return {name: {"n": n, "top1": right[name] / n, "nll": losses[name] / n} for name in right}
+    return {name: {"n": n, "top1": right[name] / n, "nll": losses[name] / n} for name in answers}
 
 
 def still_wrong(run: Path, other: Path) -> float:
@@ -271,6 +300,16 @@ def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, d
     if "tenfold" in further:
         found["still_wrong"] = still_wrong(run, to / f"seed-{seed}-tenfold")
     return found
+
+
+def of_all(to: Path, data: Path, results: dict[int, dict]) -> dict | None:
+    """generalists_together of the seeds, kept beside their runs; None of one seed."""
+    if len(results) < 2:
+        return None
+    file = to / f"generalists-{'-'.join(map(str, results))}.json"
+    of = [[found["generalist"] for found in results.values()], read_json(data / "seen" / "manifest.json")]
+    runs = [to / f"seed-{seed}" for seed in results]
+    return kept(file, of, lambda: generalists_together(runs, data / "seen"))["together"]
 
 
 # Tables
@@ -366,8 +405,13 @@ def than(found: list[dict], row: str, rival: str) -> list[float]:
     return [1 - errors(own) / errors(other) for own, other in pairs]
 
 
-def verdicts(found: list[dict], networks: dict[str, tuple[float, float]]) -> list[Verdict]:
-    """The bars of the issue, each a mean over the seeds, and what specialists lose against."""
+def verdicts(
+    found: list[dict], networks: dict[str, tuple[float, float]], together: dict | None = None
+) -> list[Verdict]:
+    """The bars of the issue, each a mean over the seeds, and what specialists lose against.
+
+    together: figures of the seeds' generalists in one deep ensemble.
+    """
     ensemble, results = "**ensemble**", [one["main"] for one in found]
     converged = than(found, "twice the examples", "generalist") if "longer" in found[0] else None
     fewer, wall, compute = (than(found, ensemble, rival) for rival in
@@ -402,6 +446,11 @@ def verdicts(found: list[dict], networks: dict[str, tuple[float, float]]) -> lis
             lead = than(found, ensemble, rival)
             lines.append(Verdict(f"(no bar) the ensemble makes fewer errors than: {rival}", mean(lead) > 0,
                                  percents(lead, 1)))  # fmt: skip
+    if together:
+        lead = [1 - (1 - one["ensemble"]["top1"]) / (1 - together["top1"]) for one in results]
+        claim = f"(no bar) the ensemble makes fewer errors than the {len(found)} seeds' generalists averaged"
+        theirs = f"{percents(lead, 1)}; theirs: {together['top1']:.2%}, NLL {together['nll']:.3f}"
+        lines.append(Verdict(claim, mean(lead) > 0, theirs))
     return lines
 
 
@@ -422,8 +471,8 @@ def student_verdicts(found: list[dict], name: str, networks: dict[str, tuple[flo
     ]  # fmt: skip
 
 
-def text_of(found: list[dict], networks: dict[str, tuple[float, float]]) -> str:
-    judged = "\n".join(map(str, verdicts(found, networks)))
+def text_of(found: list[dict], networks: dict[str, tuple[float, float]], together: dict | None = None) -> str:
+    judged = "\n".join(map(str, verdicts(found, networks, together)))
     return "\n\n".join([main_table(found, networks), seeds_table(found), judged])
 
 
@@ -448,7 +497,7 @@ def main(words: list[str] | None = None) -> None:
         of_seed(given.to, data, seed, results[seed], {name: further[seed, name] for name in given.further})
         for seed in given.seeds
     ]
-    text = text_of(found, networks_of(given.to, found[0]))
+    text = text_of(found, networks_of(given.to, found[0]), of_all(given.to, data, results))
     print(text)
     if given.write:
         command = shlex.join(["python", "-m", "benchmarks.characters.headline", *(words or sys.argv[1:])])

@@ -1,6 +1,6 @@
 """A hundred characters that come later: what adding them costs, what it forgets, and what training again gives.
 
-    python -m benchmarks.characters.later --to runs/characters [--seeds 0 1 2] [--third] [--jobs 2] [--write] [--quick]
+    python -m benchmarks.characters.later --to runs/characters [--seeds 0 1 2] [--sixth] [--jobs 2] [--write] [--quick]
 
 Of each seed a hundred characters are drawn, and three runs stand beside each other:
 

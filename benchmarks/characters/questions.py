@@ -1,6 +1,6 @@
 """What makes specialists pay?  Each question is a table, each row of it one change of the headline's config.
 
-    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--third] [--jobs 2] [--write]
+    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--sixth] [--jobs 2] [--write]
 
 Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its specialists' lessons
 cut to STEPS, so that all questions can be asked; it takes over what the headline's run
@@ -27,7 +27,7 @@ from trainer.config import COMBINERS, Config, load_config
 
 from .headline import PAGE, all_of, config_of, copied, drawn, kept_figures, own_seconds, parsed, parser
 
-STEPS = 400  # of each specialist, unless the row or --third says otherwise
+STEPS = 400  # of each specialist, unless the row or --sixth says otherwise
 VAL = 20_000  # examples of val, evenly over it
 QUICK = ("dustbin", "gate")  # --quick asks these alone, unless --only names others
 

@@ -208,6 +208,27 @@ def test_figures_on_a_split_are_those_of_every_network_asked_plainly(untrained):
     assert script.figures_on(run, place, "val", most=7)["ensemble"]["n"] == 7
 
 
+def test_the_seeds_generalists_together_answer_with_the_mean_of_their_probabilities(untrained, tmp_path):
+    run, place, (generalist, _, _, images, labels) = untrained
+    other, y = tmp_path / "seed-1", torch.from_numpy(labels)
+    with torch.no_grad():
+        raw = torch.from_numpy(images)[:, None]
+        p = generalist(raw).softmax(1)
+        generalist.head.bias.add_(torch.tensor([3.0, 0, 0, 0, 0, 0]))
+        p = (p + generalist(raw).softmax(1)) / 2
+    save_classifier(generalist, other / "generalist")
+    found = script.generalists_together([run, other], place)["together"]
+    assert found["n"] == 60 and found["top1"] == pytest.approx(float((p.argmax(1) == y).double().mean()))
+    assert found["nll"] == pytest.approx(float(-p[torch.arange(60), y].log().mean()), rel=1e-5)
+
+
+def test_the_seeds_generalists_together_stand_beside_without_a_bar():
+    one = seed_of(row(60, 0.4))
+    last = script.verdicts([one], networks(one), {"top1": 0.92, "nll": 0.4})[-1]
+    assert "averaged" in last.claim and last.holds is True and last.figures.startswith("**25.0 %** (25.0)")  # 20 of 80
+    assert script.verdicts([one], networks(one), {"top1": 0.95, "nll": 0.2})[-1].holds is False
+
+
 def test_figures_are_measured_once_for_a_run_and_again_when_it_is_another(untrained, monkeypatch):
     run, place, _ = untrained
     results, asked = {"generalist": row(10, 0.5), "ensemble": row(5, 0.4)}, []
