@@ -1,6 +1,6 @@
 """Omniglot's 1,623 handwritten characters as one label set: generalist, specialists and controls.
 
-    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2] [--set KEY=VALUE] [--write]
+    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2] [--jobs 2] [--set KEY=VALUE] [--write]
 
 Of each character's 20 drawers the first 13 train, two are val and five are test.  Pictures are made 28 x 28, and
 training views turned, stretched and moved.  What is done is not done again.
@@ -8,8 +8,12 @@ training views turned, stretched and moved.  What is done is not done again.
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import tomllib
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -22,12 +26,16 @@ from benchmarks.papers.lab import (
     conditions,
     errors,
     finished,
+    seconds,
     shards,
     spread,
     table,
     write_section,
 )
+from benchmarks.papers.specialists import percents
 from trainer.data.arrays import write_arrays
+
+from .headline import PAGE, Verdict, all_of
 
 SOURCE = DATA / "omniglot"
 CONFIG = Path(__file__).with_name("omniglot.toml")
@@ -75,18 +83,39 @@ def report(results: list[dict]) -> str:
     return table(["", "top-1, %", "NLL", "errors fewer than the generalist's, %"], rows)
 
 
-def main() -> None:
-    args = arguments(__doc__).parse_args()
-    data = str(shards(args.to / "shards", make))
-    results = []
-    for seed in args.seeds:
+def verdicts(results: list[dict]) -> list[Verdict]:
+    """The bars of the issue, each a mean over the seeds; control_compute stands beside without one."""
+    lines = []
+    for rival in ("generalist", "control_wall", "control_compute"):
+        each = [found[rival] if rival in found else found["controls"][rival] for found in results]
+        lead = [1 - errors(found["ensemble"]) / errors(row) for row, found in zip(each, results, strict=True)]
+        bar = "" if rival != "control_compute" else "(no bar) "
+        claim = f"{bar}the ensemble makes fewer errors than: {rival}"
+        lines.append(Verdict(claim, mean(lead) > 0, percents(lead, 1)))
+    return lines
+
+
+def main(words: list[str] | None = None) -> None:
+    options = arguments(__doc__, page=PAGE)
+    options.set_defaults(to=Path("runs/omniglot"))
+    options.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side (all cores)")
+    given = options.parse_args(words)
+    data = str(shards(given.to / "shards", make))
+
+    def run(seed: int) -> dict:
         config = tomllib.loads(CONFIG.read_text(encoding="utf-8")) | {"seed": seed}
         config["data"] |= {split: data for split in DRAWERS}
-        results.append(finished(config, args.to / f"seed{seed}", args.set))
-    text = f"{report(results)}\n\n{conditions(args.seeds, 'python -m benchmarks.characters.omniglot')}"
+        return finished(config, given.to / f"seed{seed}", given.set)
+
+    results = list(all_of({seed: lambda seed=seed: run(seed) for seed in given.seeds}, given.jobs).values())
+    judged = "\n".join(map(str, verdicts(results)))
+    text = f"{report(results)}\n\n{judged}"
     print(text)
-    if args.write:
-        write_section("Omniglot", text, Path(__file__).parents[2] / "docs" / "results.md")
+    if given.write:
+        command = shlex.join(["python", "-m", "benchmarks.characters.omniglot", *(words or sys.argv[1:])])
+        spent = sum(seconds(given.to / f"seed{seed}") for seed in given.seeds) / 60
+        foot = f"n = {results[0]['generalist']['n']:,}. {conditions(given.seeds, command)} {spent:.0f} core-minutes."
+        write_section("Omniglot", f"{text}\n\n{foot}", PAGE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.characters.omniglot import CONFIG, DRAWERS, SOURCE, distort, pictures, report
+from benchmarks.characters.omniglot import CONFIG, DRAWERS, SOURCE, distort, pictures, report, verdicts
 from trainer.config import load_config
 from trainer.data.augment import find_augment
 
@@ -40,6 +40,11 @@ def test_the_table_counts_errors_against_each_seeds_own_generalist():
     lines = report(results).splitlines()
     assert lines[2].startswith("| generalist | 70.00 ± 14.14 | 1.0000 ± 0.0000 | 0.0")
     assert lines[5] == "| ensemble | 82.50 ± 3.54 | 1.0000 ± 0.0000 | 37.5 ± 17.7 |"  # 25 % and 50 %
+    against_generalist, against_wall, beside = verdicts(results)
+    assert (against_generalist.holds, against_generalist.figures) == (True, "**37.5 %** (25.0, 50.0)")
+    assert against_wall.figures == "**42.5 %** (25.0, 60.0)" and beside.claim.startswith("(no bar)")
+    worse = [found | {"ensemble": row(0.4)} for found in results]
+    assert not any(verdict.holds for verdict in verdicts(worse))
 
 
 @pytest.mark.data
