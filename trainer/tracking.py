@@ -26,6 +26,7 @@ def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Callable[[di
     except ImportError:
         raise UserError("engine.track: tensorboard is not installed; pip install 'referral[tensorboard]'") from None
     with SummaryWriter(str(directory / "tensorboard")) as writer:
+
         def track(row: dict) -> None:
             for key, value in row.items():
                 if key not in ("step", "steps", "time"):

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import trainer.__main__
 from trainer.__main__ import check_inputs
 from trainer.config import UserError, load_config
 from trainer.run_directory import RunDirectory
@@ -31,3 +32,17 @@ def test_a_stage_whose_inputs_are_not_done_is_refused_and_combine_judges_for_its
     check_inputs(run.combine)
     run.generalist.begin().finish()
     check_inputs(run.measure)
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_a_mistake_of_all_ranks_is_said_by_rank_0_while_the_others_wait(tmp_path, monkeypatch, capsys, rank):
+    """torchrun ends all ranks with the first that ends: one that ended at once took rank 0's words with it."""
+    waited = []
+    monkeypatch.setattr(trainer.__main__.time, "sleep", lambda s: waited.append((s, capsys.readouterr().err)))
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    assert trainer.__main__.main(["generalist", "--run", str(tmp_path / "none")]) == 2
+    assert waited == ([(trainer.__main__.FIRST_SAYS_S, "")] if rank == "1" else [])
+    assert "error:" in capsys.readouterr().err

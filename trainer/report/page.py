@@ -669,9 +669,7 @@ def size_rows(results: dict) -> list[dict]:
     sizes = results.get("sizes") or []
     kept = {round(i * (len(sizes) - 1) / (MOST_SIZES - 1)) for i in range(MOST_SIZES)}
     keys = ("size", "top1", "nll", "cnll", "temperature")
-    return [
-        {key: row.get(key) for key in keys} for i, row in enumerate(sizes) if len(sizes) <= MOST_SIZES or i in kept
-    ]
+    return [{key: row.get(key) for key in keys} for i, row in enumerate(sizes) if len(sizes) <= MOST_SIZES or i in kept]
 
 
 def size_plot(results: dict) -> dict | None:
