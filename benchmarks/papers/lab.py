@@ -131,7 +131,7 @@ def processor() -> str:
 
 
 def write_section(title: str, text: str, page: Path = PAGE) -> None:
-    """Replace the section `## title` of the page, or add it."""
+    """Replace the section `## title` of the page, or add it.  What a person wrote below a `### ` in it stays."""
     old = page.read_text(encoding="utf-8") if page.exists() else "# The papers' tables, ours beside them\n"
     parts = old.split("\n## ")
     body = f"{title}\n\n{text.strip()}\n"
@@ -139,5 +139,6 @@ def write_section(title: str, text: str, page: Path = PAGE) -> None:
     if place is None:
         parts.append(body)
     else:
-        parts[place] = body
+        _, heading, by_hand = parts[place].partition("\n### ")
+        parts[place] = body + heading + by_hand
     page.write_text("\n## ".join(part.rstrip("\n") + "\n" for part in parts), encoding="utf-8")
