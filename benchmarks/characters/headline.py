@@ -302,14 +302,19 @@ def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, d
     return found
 
 
-def of_all(to: Path, data: Path, results: dict[int, dict]) -> dict | None:
-    """generalists_together of the seeds, kept beside their runs; None of one seed."""
-    if len(results) < 2:
-        return None
-    file = to / f"generalists-{'-'.join(map(str, results))}.json"
-    of = [[found["generalist"] for found in results.values()], read_json(data / "seen" / "manifest.json")]
-    runs = [to / f"seed-{seed}" for seed in results]
-    return kept(file, of, lambda: generalists_together(runs, data / "seen"))["together"]
+def of_all(to: Path, data: Path, results: dict[int, dict]) -> dict[int, list[dict]]:
+    """{members: figures of generalists_together}: of each seed's with the next one's, and of all of them.  Kept beside
+    the runs; empty of one seed."""
+    seeds = list(results)
+
+    def together(some: list[int]) -> dict:
+        file = to / f"generalists-{'-'.join(map(str, some))}.json"
+        of = [[results[seed]["generalist"] for seed in some], read_json(data / "seen" / "manifest.json")]
+        return kept(file, of, lambda: generalists_together([to / f"seed-{seed}" for seed in some], data / "seen"))
+
+    sets = {2: [[a, b] for a, b in zip(seeds, seeds[1:] + seeds[:1], strict=True)] if len(seeds) > 1 else []}
+    sets |= {len(seeds): [seeds]} if len(seeds) > 2 else {}
+    return {count: [together(some)["together"] for some in each] for count, each in sets.items() if each}
 
 
 # Tables
@@ -410,7 +415,7 @@ def verdicts(
 ) -> list[Verdict]:
     """The bars of the issue, each a mean over the seeds, and what specialists lose against.
 
-    together: figures of the seeds' generalists in one deep ensemble.
+    together: of_all.
     """
     ensemble, results = "**ensemble**", [one["main"] for one in found]
     converged = than(found, "twice the examples", "generalist") if "longer" in found[0] else None
@@ -446,11 +451,14 @@ def verdicts(
             lead = than(found, ensemble, rival)
             lines.append(Verdict(f"(no bar) the ensemble makes fewer errors than: {rival}", mean(lead) > 0,
                                  percents(lead, 1)))  # fmt: skip
-    if together:
-        lead = [1 - (1 - one["ensemble"]["top1"]) / (1 - together["top1"]) for one in results]
-        claim = f"(no bar) the ensemble makes fewer errors than the {len(found)} seeds' generalists averaged"
-        theirs = f"{percents(lead, 1)}; theirs: {together['top1']:.2%}, NLL {together['nll']:.3f}"
-        lines.append(Verdict(claim, mean(lead) > 0, theirs))
+    for count, theirs in (together or {}).items():
+        rivals = theirs if len(theirs) > 1 else theirs * len(found)
+        lead = [1 - (1 - one["ensemble"]["top1"]) / (1 - rival["top1"])
+                for one, rival in zip(results, rivals, strict=True)]  # fmt: skip
+        top1, nll = ([row[key] for row in theirs] for key in ("top1", "nll"))
+        claim = f"(no bar) the ensemble makes fewer errors than the generalists of {count} seeds averaged"
+        figures = f"{percents(lead, 1)}; theirs: top-1 {100 * mean(top1):.2f} %, NLL {mean(nll):.4f}"
+        lines.append(Verdict(claim, mean(lead) > 0, figures))
     return lines
 
 
@@ -471,7 +479,9 @@ def student_verdicts(found: list[dict], name: str, networks: dict[str, tuple[flo
     ]  # fmt: skip
 
 
-def text_of(found: list[dict], networks: dict[str, tuple[float, float]], together: dict | None = None) -> str:
+def text_of(
+    found: list[dict], networks: dict[str, tuple[float, float]], together: dict[int, list[dict]] | None = None
+) -> str:
     judged = "\n".join(map(str, verdicts(found, networks, together)))
     return "\n\n".join([main_table(found, networks), seeds_table(found), judged])
 

@@ -14,7 +14,7 @@ from ensemble import combine_kl, gate
 from networks import InputSpec, ModelSpec, build_classifier, parameter_count, save_classifier, specialise
 from trainer.config import load_config
 from trainer.data.arrays import write_arrays
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, write_json
 
 
 def row(errors: int, nll: float, examples: int = 1000) -> dict:
@@ -224,9 +224,29 @@ def test_the_seeds_generalists_together_answer_with_the_mean_of_their_probabilit
 
 def test_the_seeds_generalists_together_stand_beside_without_a_bar():
     one = seed_of(row(60, 0.4))
-    last = script.verdicts([one], networks(one), {"top1": 0.92, "nll": 0.4})[-1]
-    assert "averaged" in last.claim and last.holds is True and last.figures.startswith("**25.0 %** (25.0)")  # 20 of 80
-    assert script.verdicts([one], networks(one), {"top1": 0.95, "nll": 0.2})[-1].holds is False
+    two = seed_of(row(60, 0.4))
+    pairs = [{"top1": 0.92, "nll": 0.4}, {"top1": 0.9, "nll": 0.2}]
+    *_, pair, three = script.verdicts([one, two], networks(one), {2: pairs, 3: [{"top1": 0.95, "nll": 0.2}]})
+    assert "of 2 seeds averaged" in pair.claim and pair.holds is True
+    assert pair.figures.startswith("**32.5 %** (25.0, 40.0)")  # 20 of 80, 40 of 100
+    assert three.holds is False and three.figures.startswith("**-20.0 %** (-20.0, -20.0)")
+
+
+def test_each_seeds_generalist_is_averaged_with_the_nexts_and_all_together(tmp_path, monkeypatch):
+    write_json(tmp_path / "seen" / "manifest.json", {})
+    asked = []
+
+    def together(runs, place):
+        asked.append([run.name for run in runs])
+        return {"together": {"top1": len(asked), "nll": 0.0}}
+
+    monkeypatch.setattr(script, "generalists_together", together)
+    results = {seed: {"generalist": row(seed, 0.1)} for seed in (0, 1, 2)}
+    for _ in range(2):  # kept
+        assert [len(each) for each in script.of_all(tmp_path, tmp_path, results).values()] == [3, 1]
+    names = [f"seed-{seed}" for seed in range(3)]
+    assert asked == [names[:2], names[1:], [names[2], names[0]], names]
+    assert script.of_all(tmp_path, tmp_path, {0: results[0]}) == {}
 
 
 def test_figures_are_measured_once_for_a_run_and_again_when_it_is_another(untrained, monkeypatch):
