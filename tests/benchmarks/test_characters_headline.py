@@ -233,6 +233,7 @@ def test_the_seeds_generalists_together_stand_beside_without_a_bar():
 
 
 def test_each_seeds_generalist_is_averaged_with_the_nexts_and_all_together(tmp_path, monkeypatch):
+    (tmp_path / "seen").mkdir()
     write_json(tmp_path / "seen" / "manifest.json", {})
     asked = []
 
