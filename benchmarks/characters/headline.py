@@ -9,8 +9,8 @@ labels of the same images alone.  Beside it further runs, which are copies of th
     longer   the generalist from scratch, the same weights at the start, for twice the examples: is it converged?
     wider    a generalist that spends as many multiplications on an image as the ensemble does (WIDER); one of the
              ensemble's 25 times the parameters would take a day, see tenfold
-    deep     as many generalists as the specialists' examples buy, two at least, averaged (beside it stands, at no
-             training of its own, the mean of all seeds' generalists)
+    deep     as many generalists as the specialists' examples buy, two at least, averaged (beside it stand, at no
+             training of their own, means of the seeds' generalists)
     tenfold  a generalist of ten times the parameters, only where --further names it: which errors does nobody heal?
 
 Data are rendered once for all seeds (benchmarks.characters.data, two minutes); DATA/unseen has the fonts that nobody
@@ -218,7 +218,7 @@ def figures_on(run: Path, place: Path, split: str = "test", most: int | None = N
 
 def generalists_together(runs: list[Path], place: Path) -> dict[str, dict]:
     """figures_on test of the plain mean of the generalists' probabilities, as "together": a deep ensemble
-    (Lakshminarayanan et al. 2017) of as many members as there are seeds."""
+    (Lakshminarayanan et al. 2017) whose members are those runs' generalists."""
     from networks import load_classifier
 
     members = [load_classifier(run / "generalist").eval() for run in runs]
@@ -411,7 +411,7 @@ def than(found: list[dict], row: str, rival: str) -> list[float]:
 
 
 def verdicts(
-    found: list[dict], networks: dict[str, tuple[float, float]], together: dict | None = None
+    found: list[dict], networks: dict[str, tuple[float, float]], together: dict[int, list[dict]] | None = None
 ) -> list[Verdict]:
     """The bars of the issue, each a mean over the seeds, and what specialists lose against.
 

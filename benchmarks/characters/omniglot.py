@@ -73,10 +73,15 @@ def distort(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 distort.numbers = 7
 
 
+def row_of(found: dict, name: str) -> dict:
+    """One of ROWS in a seed's results.json."""
+    return found[name] if name in found else found["controls"][name]
+
+
 def report(results: list[dict]) -> str:
     rows = []
     for name in ROWS:
-        each = [found[name] if name in found else found["controls"][name] for found in results]
+        each = [row_of(found, name) for found in results]
         fewer = [1 - errors(row) / errors(found["generalist"]) for row, found in zip(each, results, strict=True)]
         rows.append([name, spread([100 * row["top1"] for row in each], 2), spread([row["nll"] for row in each], 4),
                      spread([100 * share for share in fewer], 1)])  # fmt: skip
@@ -86,9 +91,8 @@ def report(results: list[dict]) -> str:
 def verdicts(results: list[dict]) -> list[Verdict]:
     """The bars of the issue, each a mean over the seeds; control_compute stands beside without one."""
     lines = []
-    for rival in ("generalist", "control_wall", "control_compute"):
-        each = [found[rival] if rival in found else found["controls"][rival] for found in results]
-        lead = [1 - errors(found["ensemble"]) / errors(row) for row, found in zip(each, results, strict=True)]
+    for rival in (name for name in ROWS if name != "ensemble"):
+        lead = [1 - errors(found["ensemble"]) / errors(row_of(found, rival)) for found in results]
         bar = "" if rival != "control_compute" else "(no bar) "
         claim = f"{bar}the ensemble makes fewer errors than: {rival}"
         lines.append(Verdict(claim, mean(lead) > 0, percents(lead, 1)))

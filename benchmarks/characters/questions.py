@@ -1,6 +1,6 @@
 """What makes specialists pay?  Each question is a table, each row of it one change of the headline's config.
 
-    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--sixth] [--jobs 2] [--write]
+    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--sixth | --quick] [--write]
 
 Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its specialists' lessons
 cut to STEPS, so that all questions can be asked; it takes over what the headline's run
