@@ -49,6 +49,7 @@ HARD = "_hard"  # ends the twin's name
 TAKEN = "taken.json"  # in a copy of a run: the stages that it took over
 STUDENTS = {"same": "1 x", "double": "2 x", "few": "2 x, few images"}  # of the generalist's parameters
 WIDER = {"width": 8, "embedding": 16}  # 234 k multiplications an image, as three networks of 78 k
+RIVALS = ("wider generalist", "deep ensemble", "ten times the parameters")  # rows of the table
 TENFOLD = {"width": 16, "embedding": 72}  # 371 k parameters
 SIXTH_CLASSES = 626
 SIXTH = [  # the generalist was looked at on val of seed 100
@@ -104,11 +105,14 @@ def config_of(data: Path, seed: int, settings: list[str] = ()) -> dict:
     return load_config(None, settings, config).dump()
 
 
+def alone(config: dict) -> dict:
+    """The config without students and controls."""
+    return config | {"students": {}, "controls": config.get("controls", {}) | {"enabled": False}}
+
+
 def deep(config: dict, members: int) -> dict:
     """The same generalist among others from other seeds, and nothing else."""
-    return config | {
-        "ensemble": {"kind": "deep", "members": members}, "students": {}, "controls": {"enabled": False},
-    }  # fmt: skip
+    return alone(config) | {"ensemble": {"kind": "deep", "members": members}}
 
 
 def members_bought(results: dict) -> int:
@@ -446,19 +450,21 @@ def verdicts(
         Verdict("these runs take at most 3 hours on 2 cores", hours / 2 <= 3,
                 f"{hours:.1f} core-hours in stages, half of that where both cores are busy"),
     ]  # fmt: skip
-    for rival in ("wider generalist", "deep ensemble", "ten times the parameters"):
-        if rival in rows_of(found[0]):
-            lead = than(found, ensemble, rival)
-            lines.append(Verdict(f"(no bar) the ensemble makes fewer errors than: {rival}", mean(lead) > 0,
-                                 percents(lead, 1)))  # fmt: skip
-    for count, theirs in (together or {}).items():
-        rivals = theirs if len(theirs) > 1 else theirs * len(found)
-        lead = [1 - (1 - one["ensemble"]["top1"]) / (1 - rival["top1"])
-                for one, rival in zip(results, rivals, strict=True)]  # fmt: skip
-        top1, nll = ([row[key] for row in theirs] for key in ("top1", "nll"))
-        claim = f"(no bar) the ensemble makes fewer errors than the generalists of {count} seeds averaged"
-        figures = f"{percents(lead, 1)}; theirs: top-1 {100 * mean(top1):.2f} %, NLL {mean(nll):.4f}"
-        lines.append(Verdict(claim, mean(lead) > 0, figures))
+    return lines + rival_verdicts(found, together or {})
+
+
+def rival_verdicts(found: list[dict], together: dict[int, list[dict]]) -> list[Verdict]:
+    """Without a bar: what specialists lose against.  together: of_all."""
+    rivals = {name: [rows_of(one)[name] for one in found] for name in RIVALS if name in rows_of(found[0])}
+    for count, theirs in together.items():
+        each = theirs if len(theirs) > 1 else theirs * len(found)
+        rivals[f"the generalists of {count} seeds averaged"] = each
+    lines = []
+    for name, theirs in rivals.items():
+        lead = [1 - errors(one["main"]["ensemble"]) / errors(row) for one, row in zip(found, theirs, strict=True)]
+        top1, nll = (mean(row[key] for row in theirs) for key in ("top1", "nll"))
+        lines.append(Verdict(f"(no bar) the ensemble makes fewer errors than: {name}", mean(lead) > 0,
+                             f"{percents(lead, 1)}; theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}"))  # fmt: skip
     return lines
 
 

@@ -27,7 +27,7 @@ from trainer.config import Data
 from trainer.data.shards import ShardWriter, open_shards, write_manifest
 from trainer.run_directory import read_json
 
-from .headline import PAGE, all_of, config_of, drawn, main_runs, parsed, parser
+from .headline import PAGE, all_of, alone, config_of, drawn, main_runs, parsed, parser
 
 TITLE = "A hundred characters that come later"
 LATER, QUICK_LATER = 100, 10
@@ -67,7 +67,7 @@ def write_without(source: Path, out: Path, absent: list[str]) -> None:
 
 def without(config: dict, data: Path) -> dict:
     """The headline's config on the shards in `data`, with one student and no controls."""
-    found = config | {"controls": {"enabled": False}, "students": {STUDENT: config["students"][STUDENT]}}
+    found = alone(config) | {"students": {STUDENT: config["students"][STUDENT]}}
     return found | {"data": config["data"] | {split: str(data) for split in ("train", "val", "test")}}
 
 

@@ -32,7 +32,7 @@ from benchmarks.papers.lab import (
     table,
     write_section,
 )
-from benchmarks.papers.specialists import percents
+from benchmarks.papers.specialists import fewer_errors, percents
 from trainer.data.arrays import write_arrays
 
 from .headline import PAGE, Verdict, all_of
@@ -82,7 +82,7 @@ def report(results: list[dict]) -> str:
     rows = []
     for name in ROWS:
         each = [row_of(found, name) for found in results]
-        fewer = [1 - errors(row) / errors(found["generalist"]) for row, found in zip(each, results, strict=True)]
+        fewer = [fewer_errors(row, found) for row, found in zip(each, results, strict=True)]
         rows.append([name, spread([100 * row["top1"] for row in each], 2), spread([row["nll"] for row in each], 4),
                      spread([100 * share for share in fewer], 1)])  # fmt: skip
     return table(["", "top-1, %", "NLL", "errors fewer than the generalist's, %"], rows)

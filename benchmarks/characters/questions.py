@@ -25,7 +25,7 @@ from benchmarks.papers.lab import conditions, finished, spread, table, write_sec
 from benchmarks.papers.specialists import fewer_errors, specialists_asked
 from trainer.config import COMBINERS, Config, load_config
 
-from .headline import PAGE, all_of, config_of, copied, drawn, kept_figures, own_seconds, parsed, parser
+from .headline import PAGE, all_of, alone, config_of, copied, drawn, kept_figures, own_seconds, parsed, parser
 
 STEPS = 400  # of each specialist, unless the row or --sixth says otherwise
 VAL = 20_000  # examples of val, evenly over it
@@ -90,7 +90,7 @@ ASKED = {
 def base_of(data: Path, seed: int, settings: list[str]) -> dict:
     """The headline's config with short specialists' lessons, without students and controls."""
     base = config_of(data, seed, [f"specialists.steps={STEPS}", *settings])
-    return variant(base | {"students": {}, "controls": base["controls"] | {"enabled": False}}, {})
+    return variant(alone(base), {})
 
 
 def variant(base: dict, overrides: dict) -> dict:

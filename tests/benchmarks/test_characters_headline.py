@@ -225,8 +225,8 @@ def test_the_seeds_generalists_together_answer_with_the_mean_of_their_probabilit
 def test_the_seeds_generalists_together_stand_beside_without_a_bar():
     one = seed_of(row(60, 0.4))
     two = seed_of(row(60, 0.4))
-    pairs = [{"top1": 0.92, "nll": 0.4}, {"top1": 0.9, "nll": 0.2}]
-    *_, pair, three = script.verdicts([one, two], networks(one), {2: pairs, 3: [{"top1": 0.95, "nll": 0.2}]})
+    pairs, all_three = [row(80, 0.4), row(100, 0.2)], [row(50, 0.2)]
+    *_, pair, three = script.verdicts([one, two], networks(one), {2: pairs, 3: all_three})
     assert "of 2 seeds averaged" in pair.claim and pair.holds is True
     assert pair.figures.startswith("**32.5 %** (25.0, 40.0)")  # 20 of 80, 40 of 100
     assert three.holds is False and three.figures.startswith("**-20.0 %** (-20.0, -20.0)")
