@@ -12,13 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from trainer.config import Data
 from trainer.data.glyphs import Distortion, ShardMaker, class_name, plan_shards
+from trainer.data.shards import ShardWriter, open_shards
 from trainer.data.writing import read_manifest, write_manifest
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -33,6 +36,7 @@ UNSEEN = ("ARPLUMingCN", "BabelStoneHan")  # close to each other, so both are he
 # Images of a class: multiples of the number of fonts, so that each font has its share.
 PER_CLASS = {"seen": {"train": 105, "val": 35, "test": 14}, "unseen": {"test": 14}}
 SIZE = 32
+CHUNK = 10_000  # samples that write_part holds at a time
 DISTORTION = Distortion()
 
 
@@ -79,6 +83,32 @@ def make(out: Path, num_classes: int = LEVEL_ONE, seed: int = 0, distortion: Dis
             shards = [maker(*shard) for shard in plan_shards(split, num_classes, images, seed)]
             facts = {"samples": num_classes * images, "shards": shards}
             write_manifest(directory, names, {split: facts}, made_by)
+
+
+def write_part(source: Path, out: Path, names: list[str], chosen: Callable[[str, np.ndarray], np.ndarray],
+               made_by: dict) -> None:  # fmt: skip
+    """Write OUT from the shards of `source`: of the classes `names` alone, numbered in that order, the samples that
+    chosen(split, labels) says, bool [n] of the labels of those classes' samples; in the order that they have there.
+
+    Raises ValueError if the source has no such class.
+    """
+    splits = {}
+    for split in ("train", "val", "test"):
+        opened = open_shards(str(source), Data(), split)
+        if unknown := set(names) - set(opened.class_names):
+            raise ValueError(f"{source} has no classes {', '.join(sorted(unknown))}")
+        number = {name: label for label, name in enumerate(names)}
+        label_of = np.array([number.get(name, -1) for name in opened.class_names])[opened.labels]
+        ids = np.flatnonzero(label_of >= 0)
+        ids = ids[chosen(split, label_of[ids])]
+        with ShardWriter(out, split, names, overwrite=True) as writer:
+            for start in range(0, len(ids), CHUNK):
+                part = ids[start : start + CHUNK]
+                samples = zip(opened.keys(part), opened.raw(part), label_of[part].tolist(), strict=True)
+                for key, members, label in samples:
+                    writer.write(members | {"__key__": key, "cls": str(label).encode()})
+        splits[split] = writer.facts
+    write_manifest(out, names, splits, made_by)
 
 
 def main() -> None:

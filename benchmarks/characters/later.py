@@ -23,10 +23,9 @@ from statistics import mean
 import numpy as np
 
 from benchmarks.papers.lab import conditions, finished, shards, spread, table, write_section
-from trainer.config import Data
-from trainer.data.shards import ShardWriter, open_shards, write_manifest
 from trainer.run_directory import read_json
 
+from .data import write_part
 from .headline import PAGE, all_of, alone, config_of, drawn, main_runs, parsed, parser
 
 TITLE = "A hundred characters that come later"
@@ -35,7 +34,6 @@ ROWS_STEPS = 4000  # of the new rows' lesson, at most the generalist's
 STUDENT = "same"
 ANSWERS = {"generalist": "generalist", "ensemble": "ensemble", f"student, {STUDENT} size": STUDENT}
 GOES_ON = "control_wall"  # the whole grown generalist, trained further for as many examples as the new specialist
-CHUNK = 10_000  # samples that are held at a time
 
 
 # The runs
@@ -48,21 +46,9 @@ def left_out(names: list[str], seed: int, count: int) -> list[str]:
 
 def write_without(source: Path, out: Path, absent: list[str]) -> None:
     """The shards of `source` without the samples of some classes; the others are numbered anew, in the same order."""
-    splits = {}
-    for split in ("train", "val", "test"):
-        opened = open_shards(str(source), Data(), split)
-        kept = [name for name in opened.class_names if name not in set(absent)]
-        number = {name: label for label, name in enumerate(kept)}
-        label_of = np.array([number.get(name, -1) for name in opened.class_names])[opened.labels]
-        ids = np.flatnonzero(label_of >= 0)
-        with ShardWriter(out, split, kept, overwrite=True) as writer:
-            for start in range(0, len(ids), CHUNK):
-                part = ids[start : start + CHUNK]
-                samples = zip(opened.keys(part), opened.raw(part), label_of[part].tolist(), strict=True)
-                for key, members, label in samples:
-                    writer.write(members | {"__key__": key, "cls": str(label).encode()})
-        splits[split] = writer.facts
-    write_manifest(out, kept, splits, {"command": "benchmarks.characters.later", "without": absent})
+    names = [name for name in read_json(source / "manifest.json")["classes"] if name not in set(absent)]
+    made_by = {"command": "benchmarks.characters.later", "without": absent}
+    write_part(source, out, names, lambda split, labels: np.ones(len(labels), bool), made_by)
 
 
 def without(config: dict, data: Path) -> dict:
