@@ -26,7 +26,7 @@ from trainer.data.writing import read_manifest, write_manifest
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SOURCE = Path(os.environ.get("REFERRAL_DATA", SHARED)) / "cjk_glyphs"
-LEVEL_ONE = 3755  # the first so many labels are level 1 of GB 2312
+LEVEL_ONE, BOTH_LEVELS = 3755, 6763  # the first so many labels are level 1 of GB 2312, and all of it
 ROWS, COLUMNS, SIDE = 83, 82, 48  # of a mosaic, and of a drawing in it
 SEEN = (
     "HanaMinA", "NotoSansSC-Bold", "NotoSansSC-Regular", "NotoSerifSC-Bold", "NotoSerifSC-Regular", "WQYMicroHei",

@@ -15,8 +15,8 @@ labels of the same images alone.  Beside it further runs, which are copies of th
 
 Data are rendered once for all seeds (benchmarks.characters.data, two minutes); DATA/unseen has the fonts that nobody
 has seen.  What is done is not done again.  --sixth is the same trial on the first sixth of the classes with short
-lessons: what questions and later are asked of.  --quick goes through all of it on 120 classes, whose figures mean
-nothing.
+lessons: what questions and later are asked of; --both-levels is the headline's on 6,763 classes.  --quick goes through
+all of it on 120 classes, whose figures mean nothing.
 """
 
 from __future__ import annotations
@@ -74,18 +74,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     found.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side (all cores)")
     size = found.add_mutually_exclusive_group()
     size.add_argument("--sixth", action="store_true", help=f"{SIXTH_CLASSES:,} classes, below TO/sixth")
+    size.add_argument("--both-levels", action="store_true", help=f"{drawings.BOTH_LEVELS:,} classes, below TO/both")
     size.add_argument("--quick", action="store_true", help="120 classes, few steps: a rehearsal, below TO/quick")
     return found
 
 
 def parsed(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
-    """The arguments and the number of `classes`; --sixth and --quick name another place and shorter lessons."""
+    """The arguments and the number of `classes`.  --sixth, --both-levels and --quick name another place; --sixth and
+    --quick shorter lessons, too."""
     given = parser.parse_args(words)
     if given.quick and given.write:
         parser.error("--quick's figures mean nothing: leave out --write")
     given.classes = drawings.LEVEL_ONE
     if given.quick:
         given.to, given.set, given.classes = given.to / "quick", [*QUICK, *given.set], QUICK_CLASSES
+    if given.both_levels:
+        given.to, given.classes = given.to / "both", drawings.BOTH_LEVELS
     if given.sixth:
         given.to, given.set, given.classes = given.to / "sixth", [*SIXTH, *given.set], SIXTH_CLASSES
     given.to.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,19 @@ from benchmarks.papers.lab import conditions, finished, spread, table, write_sec
 from benchmarks.papers.specialists import fewer_errors, specialists_asked
 from trainer.config import COMBINERS, Config, load_config
 
-from .headline import PAGE, all_of, alone, config_of, copied, drawn, kept_figures, own_seconds, parsed, parser
+from .headline import (
+    PAGE,
+    SIXTH_CLASSES,
+    all_of,
+    alone,
+    config_of,
+    copied,
+    drawn,
+    kept_figures,
+    own_seconds,
+    parsed,
+    parser,
+)
 
 STEPS = 400  # of each specialist, unless the row or --sixth says otherwise
 VAL = 20_000  # examples of val, evenly over it
@@ -144,6 +156,11 @@ def default_of(base: dict, rows: dict[str, dict]) -> str:
     return found[0]
 
 
+def title_of(name: str, classes: int) -> str:
+    """The section of the page: questions are asked of SIXTH_CLASSES, unless it says otherwise."""
+    return f"Question: {name}" + ("" if classes == SIXTH_CLASSES else f", of {classes:,} classes")
+
+
 def main(words: list[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--only", nargs="+", choices=ASKED, help="these questions, and no others")
@@ -190,7 +207,7 @@ def main(words: list[str] | None = None) -> None:
             n = base_results[given.seeds[0]]["generalist"]["n"]
             foot = f"n = {n:,} of {given.classes:,} classes. {conditions(given.seeds, command)} {spent / 60:.0f} "
             foot += "core-minutes beside the runs that all begin with."
-            write_section(f"Question: {name}", f"{text}\n\n{foot}", PAGE)
+            write_section(title_of(name, given.classes), f"{text}\n\n{foot}", PAGE)
     print(f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the runs that all begin with")
 
 

@@ -352,6 +352,15 @@ def test_seeds_stand_in_a_table_with_ceiling_fonts_and_forecast():
     assert line == "| 0 | 0.800 (0.100) | 50.0% | not measured | 60.00 → 62.00 | 2.0000 → 1.9000 | 0.70 | 0.40 |"
 
 
+def test_each_size_has_its_place_and_classes(tmp_path):
+    sizes = {"": 3755, "--sixth": 626, "--both-levels": 6763, "--quick": 120}
+    to = ["--to", str(tmp_path)]
+    found = {flag: script.parsed(script.parser("doc"), [*to, *flag.split()]) for flag in sizes}
+    assert {flag: given.classes for flag, given in found.items()} == sizes
+    assert len({given.to for given in found.values()}) == 4 and all(given.to.is_dir() for given in found.values())
+    assert found["--both-levels"].set == [] and found["--sixth"].set == script.SIXTH
+
+
 def test_quick_figures_are_never_written(capsys):
     with pytest.raises(SystemExit):
         script.parsed(script.parser("doc"), ["--quick", "--write"])

@@ -111,3 +111,8 @@ def test_the_table_shows_means_and_deviations_and_marks_the_default():
     assert lines[2] == ("| **a**, the default | 93.50 ± 0.71 | 0.5000 ± 0.0000 | 35.0 ± 7.1 | 25.0 ± 0.0 "
                         "| 0.4000 ± 0.0000 | 85.0 ± 7.1 | 1.20 | 1.00 M, 60 s |")  # fmt: skip
     assert lines[3].startswith("| b | 90.00 ± 0.00 |") and "| 0.0 ± 0.0 |" in lines[3]
+
+
+def test_answers_of_all_characters_stand_beside_those_of_a_sixth():
+    assert script.title_of("gate", 626) == "Question: gate"
+    assert script.title_of("gate", 3755) == "Question: gate, of 3,755 classes"
