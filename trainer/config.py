@@ -178,7 +178,7 @@ class Route(Section):
 class Specialists(Schedule):
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"  # full: trained on all classes
     dustbin_rows: int | None = Field(None, gt=0)  # of preserving: rows that it keeps beside a fitted one; None = all
-    soft_weight: float = Field(1.0, ge=0)  # of full: of the KL from the generalist's answers among the other classes
+    soft_weight: float | None = Field(None, ge=0)  # of full: of the KL from the generalist's answers elsewhere; 0.1
     hard_negatives: float = Field(0.0, ge=0, lt=1)  # share of the other classes' examples drawn by confusion with it
     trainable: str = "all"  # all | head | last-N-blocks
     freeze_norm: bool = (
@@ -192,6 +192,8 @@ class Specialists(Schedule):
         if self.dustbin != "preserving" and self.dustbin_rows is not None:
             rows = {"fresh": "a fresh dustbin has one row", "full": "a full softmax has them all"}[self.dustbin]
             raise ValueError(f'dustbin_rows is of dustbin = "preserving"; {rows}; leave it out')
+        if self.soft_weight is None:  # without a full softmax it weighs nothing: 1 is what older runs' keys say
+            self.soft_weight = 0.1 if self.dustbin == "full" else 1.0
         if self.dustbin != "full" and self.soft_weight != 1:
             raise ValueError('soft_weight is of dustbin = "full", which alone learns from the generalist; leave it out')
         if self.hard_negatives and (self.dustbin == "fresh" or self.dustbin_rows is not None):

@@ -47,7 +47,10 @@ QUICK = ("dustbin", "gate")  # --quick asks these alone, unless --only names oth
 def questions(config: Config) -> dict[str, dict[str, dict]]:
     """{question: {row: {key of the config: value}}} beside the config that all rows begin with."""
     steps, groups = config.specialists.steps, config.clusters.num_groups
-    plain, full = {}, {"specialists.dustbin": "full"}
+    plain = {}
+
+    def full(soft_weight: float) -> dict:
+        return {"specialists.dustbin": "full", "specialists.soft_weight": soft_weight}
 
     def many(count: int) -> dict:
         """Groups at the same number of steps in all."""
@@ -57,12 +60,12 @@ def questions(config: Config) -> dict[str, dict[str, dict]]:
         return {str(value): {key: value} for value in values}
 
     return {
-        "dustbin": {"preserving": plain, "fresh": {"specialists.dustbin": "fresh"}, "full softmax": full},
+        "dustbin": {"preserving": plain, "fresh": {"specialists.dustbin": "fresh"}, "full softmax": full(0.1)},
         "soft targets": {
             "no full softmax": plain,
-            "full softmax, soft_weight 0": full | {"specialists.soft_weight": 0},
-            "full softmax, soft_weight .1": full | {"specialists.soft_weight": 0.1},
-            "full softmax, soft_weight 1": full,
+            "full softmax, soft_weight 0": full(0),
+            "full softmax, soft_weight .1": full(0.1),
+            "full softmax, soft_weight 1": full(1),
         },
         "trainable": rows("specialists.trainable", "all", "last-2-blocks", "last-1-block", "head"),
         "overlap": rows("clusters.overlap", 1, 2, 3),

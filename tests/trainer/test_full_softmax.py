@@ -165,3 +165,14 @@ def test_a_full_softmax_refuses_what_it_does_not_go_with(settings, message):
 def test_a_soft_weight_without_a_full_softmax_is_refused():
     with pytest.raises(UserError, match="which alone learns from the generalist"):
         load_config(None, ["specialists.soft_weight=0.5"], {})
+
+
+def test_a_full_softmax_learns_the_generalists_answers_at_a_tenth_unless_told():
+    def weight(*settings: str) -> float:
+        return load_config(None, list(settings), {}).specialists.soft_weight
+
+    assert weight("specialists.dustbin=full") == 0.1
+    assert weight("specialists.dustbin=full", "specialists.soft_weight=1") == 1
+    again = load_config(None, [], load_config(None, ["specialists.dustbin=full"], {}).dump())
+    assert again.specialists.soft_weight == 0.1
+    assert load_config(None, [], load_config(None, [], {}).dump()) == load_config(None, [], {})
