@@ -133,9 +133,11 @@ def test_what_runs_without_a_missing_specialist_is_not_pulled_from_under(ward, c
 
 
 def test_a_refused_batch_takes_back_those_before_it(ward, clients):
-    clients(sbatch="""n=$(grep -c "^sbatch --parsable" "$CALLS")
+    clients(
+        sbatch="""n=$(grep -c "^sbatch --parsable" "$CALLS")
 [ $n -lt 3 ] && echo $n && exit
-echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1""")
+echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1"""
+    )
     run = ward.run()
     with pytest.raises(UserError) as mistake:
         slurm.submit(run, plan(run), Journal())

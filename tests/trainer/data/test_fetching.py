@@ -397,4 +397,3 @@ def test_from_webdataset_rewrites_what_lies_behind_urls(served, data, tmp_path, 
     shutil.rmtree(data.fetch_dir)
     options = ["--out", str(tmp_path / "b"), "--damage", "skip", "--fetch-dir", data.fetch_dir]
     assert "cannot be fetched" in refusal(main, ["from-webdataset", BRACES.format(served.url), *options])
-
