@@ -121,8 +121,9 @@ def among_more(specialist: Classifier, generalist: Classifier) -> Classifier:
     """A specialist that answers among `generalist`'s classes, which are its own and more, found by name.
 
     A copy: what it says of its members stays, in the order that they have now, and new classes fall into its dustbin.
-    If that has a row for every class, the new ones get the generalist's, so that the specialist takes a new class for
-    one of its members no more than the generalist did; otherwise the row for the rest stands for them too.
+    If that has a row for every class, the new ones get the generalist's, as a beginning: the specialist's features are
+    not the generalist's, and their biases are better fitted (trainer.stages.meet_new_classes); otherwise the row for
+    the rest stands for them too.
     Raises ValueError for a network that is no specialist, and where the generalist lacks one of its classes.
     """
     spec, head = specialist.spec, specialist.head

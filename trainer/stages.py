@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from clustering import (
     ClassGroups,
@@ -24,7 +25,7 @@ from clustering import (
     group_classes,
 )
 from ensemble import fit_shift
-from networks import fit_rest, freeze_norm, set_trainable, settled, specialise, unheld_logits
+from networks import DustbinHead, fit_rest, freeze_norm, set_trainable, settled, specialise, unheld_logits
 
 from .config import Schedule, Student, UserError
 from .data.orders import weighted
@@ -202,7 +203,9 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
             save_summary(attempt, {"skipped": True, "seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0})
             return
         if index < session.run.num_taken:
-            session.save(attempt, *session.taken_specialist(index))
+            network, summary = session.taken_specialist(index)
+            summary["new_rows_shift"] = meet_new_classes(session, network, members)
+            session.save(attempt, network, summary)
             return
         lesson = specialist_lesson(session, index, members)
         judge = validate_specialist(session, members)
@@ -213,6 +216,35 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
             network = specialise(network, members, "preserving")
         summary |= {"classes": len(members), **lesson.facts, "temperature": judge.temperature(network)}
         session.save(attempt, network, summary)
+
+
+def meet_new_classes(session: Session, network, members: np.ndarray) -> float | None:
+    """Raise the biases of an old specialist's rows of the new classes by what fits best the val examples that the
+    generalist refers to it; what it says of its members among themselves stays.  Changes the network.
+
+    These rows are the generalist's, and read features that were learnt without them, on which they come out too low.
+    None, and no change, where it has no such rows or is referred no example of a new class.
+    """
+    head = network.eval().head
+    if not isinstance(head, DustbinHead) or head.kept is not None:
+        return None
+    new = torch.ones(session.num_classes, dtype=torch.bool)
+    new[torch.from_numpy(session.old_classes())] = False
+    new = new.to(head.bias.device)
+    rows = new[head.row_classes]
+
+    def ask(batch):
+        logits = F.linear(network.trunk(network.preprocess(batch.inputs)), head.weight, head.bias).float()
+        either = [logits[:, ~rows].logsumexp(1), logits[:, rows].logsumexp(1)]
+        return {"logits": torch.stack(either, 1), "labels": new[batch.labels].long()}
+
+    found = session.measured(session.shards("val"), ask, ids=validate_specialist(session, members).ids)
+    if not found["labels"].any():
+        return None
+    shift = fit_shift(torch.from_numpy(found["logits"]), torch.from_numpy(found["labels"]), [1])
+    with torch.no_grad():
+        head.bias[rows] += shift
+    return shift
 
 
 class Lesson(NamedTuple):

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from running import run_all
+from torch.nn import functional as F
 from toy import encode_png, images, toy_config
 
 from clustering import ClassGroups
-from networks import load_classifier
+from networks import among_more, load_classifier
 from trainer.checking import check
 from trainer.config import UserError, load_config
 from trainer.data.shards import ShardWriter, open_shards, write_manifest
@@ -100,6 +101,34 @@ def test_old_specialists_are_taken_over_and_only_the_new_group_is_routed_and_tra
         assert (summary["seconds"], summary["examples_seen"]) == (0, 0) and summary["temperature"] == was["temperature"]
         assert not now.route.path(f"{m:03d}").exists()
     assert now.route.path("003").is_dir() and read_json(now.specialists[3].path("summary.json"))["steps"] == 60
+
+
+def test_an_old_specialist_believes_in_new_classes_as_often_as_it_is_referred_them(old, now, data):
+    """On val, where its rows of them are fitted: their mass is their share; untouched, the generalist's rows err."""
+    shards = open_shards(str(data["now"]), now.config.data, "val")
+    raw, labels = torch.from_numpy(shards.inputs(np.arange(len(shards)))), torch.from_numpy(shards.labels)
+    new = torch.tensor([name in NEW for name in shards.class_names])
+    generalist, shifted = network_of(now.generalist), 0
+    top = generalist(raw).argmax(1)
+    for m, members in enumerate(groups_of(now).members[:-1]):
+        network, stage = network_of(now.specialists[m]), now.specialists[m]
+        shift = read_json(stage.path("summary.json"))["new_rows_shift"]
+        asked = torch.isin(top, torch.tensor(members.tolist()))
+        rows = new[network.head.row_classes]
+        taken = among_more(network_of(old.specialists[m]), generalist)
+        assert torch.equal(taken.head.weight, network.head.weight)
+        expected = torch.zeros(12) if shift is None else shift * rows
+        torch.testing.assert_close(network.head.bias - taken.head.bias, expected)
+        if shift is None:
+            assert not new[labels[asked]].any()
+            continue
+        shifted += 1
+        features = network.trunk(network.preprocess(raw[asked]))
+        mass, before = (F.linear(features, each.head.weight, each.head.bias).softmax(1)[:, rows].sum(1).mean().detach()
+                        for each in (network, taken))  # fmt: skip
+        share = float(new[labels[asked]].float().mean())
+        assert float(mass) == pytest.approx(share, abs=1e-3) and abs(before - share) > abs(mass - share)
+    assert shifted
 
 
 def test_rows_tell_old_classes_from_new_ones_and_what_the_old_had_before(old, now, data):
