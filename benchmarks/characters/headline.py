@@ -47,9 +47,10 @@ CONFIG = Path(__file__).with_name("headline.toml")
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 HARD = "_hard"  # ends the twin's name
 TAKEN = "taken.json"  # in a copy of a run: the stages that it took over
+ROWS = ("generalist", "control_wall", "control_compute", "ensemble")  # of named_rows, where no students are asked about
+RIVALS = ("wider generalist", "deep ensemble", "ten times the parameters")  # rows of the headline's table
 STUDENTS = {"same": "1 x", "double": "2 x", "few": "2 x, few images"}  # of the generalist's parameters
 WIDER = {"width": 8, "embedding": 16}  # 234 k multiplications an image, as three networks of 78 k
-RIVALS = ("wider generalist", "deep ensemble", "ten times the parameters")  # rows of the table
 TENFOLD = {"width": 16, "embedding": 72}  # 371 k parameters
 SIXTH_CLASSES = 626
 SIXTH = [  # the generalist was looked at on val of seed 100
@@ -104,9 +105,14 @@ def drawn(to: Path, count: int) -> Path:
 def config_of(data: Path, seed: int, settings: list[str] = ()) -> dict:
     """headline.toml with data, seed, twins and `settings`, every default filled in."""
     config = tomllib.loads(CONFIG.read_text(encoding="utf-8")) | {"seed": seed}
-    config["data"] |= {split: str(data / "seen") for split in ("train", "val", "test")}
+    config = reading(config, data / "seen")
     config["students"] |= {name + HARD: config["students"][name] | {"method": "hard"} for name in STUDENTS}
     return load_config(None, settings, config).dump()
+
+
+def reading(config: dict, place: Path) -> dict:
+    """The config on the shards in `place`."""
+    return config | {"data": config["data"] | dict.fromkeys(("train", "val", "test"), str(place))}
 
 
 def alone(config: dict) -> dict:
@@ -262,15 +268,16 @@ def figures_of(
     return {name: {"n": n, "top1": right[name] / n, "nll": losses[name] / n} for name in answers}
 
 
+def on_test(run: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(labels [n], whether the answer is right [n]) of a row of results.json, a student by its own name."""
+    with np.load(run / "evaluation" / f"{name}.npz", allow_pickle=False) as found:
+        return found["labels"], found["top5"][:, 0] == found["labels"]
+
+
 def still_wrong(run: Path, other: Path) -> float:
     """The share of the errors of run's generalist on test that other's generalist makes too."""
-
-    def wrong(place: Path) -> np.ndarray:
-        with np.load(place / "evaluation" / "generalist.npz", allow_pickle=False) as found:
-            return found["top5"][:, 0] != found["labels"]
-
-    first = wrong(run)
-    return float(wrong(other)[first].mean())
+    first, second = (~on_test(place, "generalist")[1] for place in (run, other))
+    return float(second[first].mean())
 
 
 def healed(results: dict) -> dict[int, float]:

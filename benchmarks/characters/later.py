@@ -26,7 +26,7 @@ from benchmarks.papers.lab import conditions, finished, shards, spread, table, w
 from trainer.run_directory import read_json
 
 from .data import write_part
-from .headline import PAGE, all_of, alone, config_of, drawn, main_runs, parsed, parser
+from .headline import PAGE, all_of, alone, config_of, drawn, main_runs, on_test, parsed, parser, reading
 
 TITLE = "A hundred characters that come later"
 LATER, QUICK_LATER = 100, 10
@@ -54,7 +54,7 @@ def write_without(source: Path, out: Path, absent: list[str]) -> None:
 def without(config: dict, data: Path) -> dict:
     """The headline's config on the shards in `data`, with one student and no controls."""
     found = alone(config) | {"students": {STUDENT: config["students"][STUDENT]}}
-    return found | {"data": config["data"] | {split: str(data) for split in ("train", "val", "test")}}
+    return reading(found, data)
 
 
 def later(config: dict, old: Path) -> dict:
@@ -82,8 +82,7 @@ def runs_of(to: Path, data: Path, seed: int, config: dict, count: int) -> tuple[
 def top1_by_age(run: Path, name: str, absent: set[str]) -> tuple[float | None, float | None]:
     """Top-1 on the test examples of classes not in `absent`, and of those in it; None where there are none."""
     names = read_json(run / "generalist" / "model.json")["class_names"]
-    with np.load(run / "evaluation" / f"{name}.npz", allow_pickle=False) as found:
-        labels, right = found["labels"], found["top5"][:, 0] == found["labels"]
+    labels, right = on_test(run, name)
     new = np.array([name in absent for name in names])[labels]
     return tuple(float(right[chosen].mean()) if chosen.any() else None for chosen in (~new, new))
 

@@ -34,14 +34,14 @@ from benchmarks.papers.lab import (
 )
 from benchmarks.papers.specialists import fewer_errors, percents
 from trainer.data.arrays import write_arrays
+from trainer.report.results import named_rows
 
-from .headline import PAGE, Verdict, all_of
+from .headline import PAGE, ROWS, Verdict, all_of
 
 SOURCE = DATA / "omniglot"
 CONFIG = Path(__file__).with_name("omniglot.toml")
 DRAWERS = {"train": slice(0, 13), "val": slice(13, 15), "test": slice(15, 20)}
 SIDE = 28
-ROWS = ("generalist", "control_wall", "control_compute", "ensemble")
 
 
 def pictures(source: Path = SOURCE) -> np.ndarray:
@@ -73,15 +73,10 @@ def distort(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 distort.numbers = 7
 
 
-def row_of(found: dict, name: str) -> dict:
-    """One of ROWS in a seed's results.json."""
-    return found[name] if name in found else found["controls"][name]
-
-
 def report(results: list[dict]) -> str:
     rows = []
     for name in ROWS:
-        each = [row_of(found, name) for found in results]
+        each = [named_rows(found)[name] for found in results]
         fewer = [fewer_errors(row, found) for row, found in zip(each, results, strict=True)]
         rows.append([name, spread([100 * row["top1"] for row in each], 2), spread([row["nll"] for row in each], 4),
                      spread([100 * share for share in fewer], 1)])  # fmt: skip
@@ -92,7 +87,7 @@ def verdicts(results: list[dict]) -> list[Verdict]:
     """The bars of the issue, each a mean over the seeds; control_compute stands beside without one."""
     lines = []
     for rival in (name for name in ROWS if name != "ensemble"):
-        lead = [1 - errors(found["ensemble"]) / errors(row_of(found, rival)) for found in results]
+        lead = [1 - errors(found["ensemble"]) / errors(named_rows(found)[rival]) for found in results]
         bar = "" if rival != "control_compute" else "(no bar) "
         claim = f"{bar}the ensemble makes fewer errors than: {rival}"
         lines.append(Verdict(claim, mean(lead) > 0, percents(lead, 1)))

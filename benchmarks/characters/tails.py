@@ -18,17 +18,16 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.papers.lab import conditions, finished, seconds, shards, spread, table, write_section
-from trainer.config import load_config
+from trainer.report.results import named_rows
 from trainer.run_directory import read_json
 
 from .data import PER_CLASS, write_part
-from .headline import FASTER, PAGE, all_of, config_of, drawn, parsed, parser
+from .headline import FASTER, PAGE, ROWS, all_of, config_of, drawn, on_test, parsed, parser, reading
 
 TITLE = "A long tail"
 RAREST = 1 / 21  # of the most frequent class's images: 105 fall to 5
 BALANCES = (0.0, 0.5)
 THIRDS = ("frequent", "in between", "rare")
-ROWS = ("generalist", "control_wall", "control_compute", "ensemble")
 
 
 # The runs
@@ -70,8 +69,7 @@ def write_tail(source: Path, out: Path, seed: int) -> None:
 def tail_config(data: Path, seed: int, balance: float, settings: list[str]) -> dict:
     """The headline's without students, on the shards in `data`."""
     config = config_of(data, seed, [*FASTER, f"train.balance={balance}", *settings])
-    config["data"] |= {split: str(data) for split in ("train", "val", "test")}
-    return load_config(None, [], config | {"students": {}}).dump()
+    return reading(config | {"students": {}}, data)
 
 
 def runs_of(to: Path, data: Path, seed: int, settings: list[str]) -> dict[float, Path]:
@@ -88,13 +86,11 @@ def runs_of(to: Path, data: Path, seed: int, settings: list[str]) -> dict[float,
 
 def by_third(run: Path, seed: int) -> dict[str, list[float]]:
     """{row: top-1 on test of the frequent, the middling and the rare third of the classes}."""
-    found = {}
+    rank = ranks(len(read_json(run / "generalist" / "model.json")["class_names"]), seed)
+    third_of, found = rank * len(THIRDS) // len(rank), {}
     for name in ROWS:
-        with np.load(run / "evaluation" / f"{name}.npz", allow_pickle=False) as file:
-            labels, right = file["labels"], file["top5"][:, 0] == file["labels"]
-        rank = ranks(len(read_json(run / "generalist" / "model.json")["class_names"]), seed)
-        third = (rank * len(THIRDS) // len(rank))[labels]
-        found[name] = [float(right[third == k].mean()) for k in range(len(THIRDS))]
+        labels, right = on_test(run, name)
+        found[name] = [float(right[third_of[labels] == k].mean()) for k in range(len(THIRDS))]
     return found
 
 
@@ -108,14 +104,14 @@ def tail_table(figures: list[dict[str, list[float]]], results: list[dict]) -> st
     """figures: by_third of each seed; results: each seed's results.json."""
     rows = []
     for name in ROWS:
-        whole = [(found if name in found else found["controls"])[name] for found in results]
-        line = [name, spread([100 * row["top1"] for row in whole], 2), spread([row["nll"] for row in whole], 4)]
-        for k in range(len(THIRDS)):
-            line.append(spread([100 * seed[name][k] for seed in figures], 2))
-        fewer = [fewer_of(seed, name) for seed in figures]
-        for k in range(len(THIRDS)):
-            line.append("" if name == "generalist" else spread([100 * shares[k] for shares in fewer], 1))
-        rows.append(line)
+        whole = [named_rows(found)[name] for found in results]
+        thirds = zip(*(seed[name] for seed in figures), strict=True)  # of each third every seed's figure
+        fewer = zip(*(fewer_of(seed, name) for seed in figures), strict=True)
+        rows.append([
+            name, spread([100 * row["top1"] for row in whole], 2), spread([row["nll"] for row in whole], 4),
+            *(spread([100 * top1 for top1 in seeds], 2) for seeds in thirds),
+            *("" if name == "generalist" else spread([100 * share for share in seeds], 1) for seeds in fewer),
+        ])  # fmt: skip
     columns = [*(f"{third}: top-1, %" for third in THIRDS), *(f"{third}: errors fewer, %" for third in THIRDS)]
     return table(["", "top-1, %", "NLL", *columns], rows)
 

@@ -93,7 +93,8 @@ def test_thirds_by_hand(tmp_path, monkeypatch):
 def test_the_table_by_hand():
     figures = [{name: [0.8, 0.6, 0.2] for name in script.ROWS} | {"ensemble": [0.9, 0.7, 0.4]}]
     row = {"top1": 0.5, "nll": 2.0}
-    results = [{"generalist": row, "ensemble": row, "controls": {"control_wall": row, "control_compute": row}}]
+    controls = {"control_wall": row, "control_compute": row}
+    results = [{"generalist": row, "ensemble": row, "controls": controls, "students": {}}]
     lines = script.tail_table(figures, results).splitlines()
     assert lines[2] == "| generalist | 50.00 | 2.0000 | 80.00 | 60.00 | 20.00 |  |  |  |"
     assert lines[-1] == "| ensemble | 50.00 | 2.0000 | 90.00 | 70.00 | 40.00 | 50.0 | 25.0 | 25.0 |"

@@ -34,7 +34,12 @@ def test_the_table_counts_errors_against_each_seeds_own_generalist():
 
     tops = [(0.8, 0.85, 0.8, 0.82), (0.6, 0.8, 0.5, 0.6)]
     results = [
-        {"generalist": row(g), "ensemble": row(e), "controls": {"control_wall": row(w), "control_compute": row(c)}}
+        {
+            "generalist": row(g),
+            "ensemble": row(e),
+            "controls": {"control_wall": row(w), "control_compute": row(c)},
+            "students": {},
+        }
         for g, e, w, c in tops
     ]
     lines = report(results).splitlines()
