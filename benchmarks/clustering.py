@@ -80,7 +80,9 @@ def _matrix(indices, values, num_classes: int):
     from scipy.sparse import csr_array
 
     rows, columns = np.nonzero(indices >= 0)
-    return csr_array((values[rows, columns], (rows, indices[rows, columns])), shape=(len(indices), num_classes))
+    return csr_array(
+        (values[rows, columns], (rows, indices[rows, columns])), shape=(len(indices), num_classes)
+    )
 
 
 def _planted():
@@ -96,11 +98,17 @@ def _peak_gib() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--million", action="store_true", help="1,000,000 classes, 1,000 groups, 3 samples a class, and nothing else"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="1,500 and 6,000 classes instead, 30 groups")
+    parser.add_argument(
+        "--million",
+        action="store_true",
+        help="1,000,000 classes, 1,000 groups, 3 samples a class, and nothing else",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="1,500 and 6,000 classes instead, 30 groups"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -108,7 +116,9 @@ def main() -> None:
         print(json.dumps(measure(*options.case)))
         return
     threads = os.environ.get("OMP_NUM_THREADS", "unset")
-    print(f"# {os.cpu_count()} CPUs, OMP_NUM_THREADS={threads}, one seed, Python {sys.version.split()[0]}")
+    print(
+        f"# {os.cpu_count()} CPUs, OMP_NUM_THREADS={threads}, one seed, Python {sys.version.split()[0]}"
+    )
     if options.million:
         for refine in (False, True):
             _run(1_000_000, 1_000, 3, "minibatch", refine)
@@ -125,14 +135,26 @@ def main() -> None:
             row = _run(classes, groups, per_class, method, refine)
             seconds[row["method"], classes, per_class].append(row["gather_s"] + row["group_s"])
     for classes, per_class in ((small, 10), (small, 40), (large, 10)):
-        ours, plain_s = seconds["minibatch", classes, per_class], seconds["plain", classes, per_class]
+        ours, plain_s = (
+            seconds["minibatch", classes, per_class],
+            seconds["plain", classes, per_class],
+        )
         ratios = sorted(a / b for a, b in zip(ours, plain_s, strict=True))
-        print(f"# {classes:,} classes, {per_class} samples each: minibatch / plain = {median(ratios):.2f} "
-              f"({ratios[0]:.2f} to {ratios[-1]:.2f}, {len(ratios)} rounds)")  # fmt: skip
+        print(
+            f"# {classes:,} classes, {per_class} samples each: minibatch / plain = {median(ratios):.2f} "
+            f"({ratios[0]:.2f} to {ratios[-1]:.2f}, {len(ratios)} rounds)"
+        )
     for method in ("plain", "minibatch", "kmeans", "kmeans + refine"):
-        base, more, larger = (median(seconds[method, *size]) for size in ((small, 10), (small, 40), (large, 10)))
-        by_classes, by_samples = math.log(larger / base) / math.log(large / small), math.log(more / base) / math.log(4)
-        print(f"# {method}: seconds ~ classes^{by_classes:.2f} (samples in proportion), samples^{by_samples:.2f}")
+        base, more, larger = (
+            median(seconds[method, *size]) for size in ((small, 10), (small, 40), (large, 10))
+        )
+        by_classes, by_samples = (
+            math.log(larger / base) / math.log(large / small),
+            math.log(more / base) / math.log(4),
+        )
+        print(
+            f"# {method}: seconds ~ classes^{by_classes:.2f} (samples in proportion), samples^{by_samples:.2f}"
+        )
 
 
 def _run(*case) -> dict:

@@ -28,8 +28,16 @@ import torch
 import webdataset
 from PIL import Image
 
-from trainer.config import Data
-from trainer.data import ShardWriter, Source, TrainingStream, cached, open_shards, shuffled, write_manifest
+from pipeline.config import Data
+from trainer.data import (
+    ShardWriter,
+    Source,
+    TrainingStream,
+    cached,
+    open_shards,
+    shuffled,
+    write_manifest,
+)
 from trainer.data.decoding import image
 from trainer.data.orders import expected_distinct
 
@@ -44,7 +52,9 @@ def write(directory: Path, kind: str, side: int, count: int, classes: int = 2) -
         for number in range(count):
             small = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
             file = io.BytesIO()
-            small.resize((side, side), Image.Resampling.BICUBIC).save(file, "jpeg" if kind == "jpg" else kind)
+            small.resize((side, side), Image.Resampling.BICUBIC).save(
+                file, "jpeg" if kind == "jpg" else kind
+            )
             label = b"%d" % (number * classes // count)
             writer.write({"__key__": f"{number:06d}", kind: file.getvalue(), "cls": label})
     write_manifest(directory, names, {"train": writer.facts})
@@ -93,7 +103,9 @@ class Bare(torch.utils.data.IterableDataset):
 
 
 def bare(urls: list[str], kind: str, passes: int, workers: int):
-    for _, labels in torch.utils.data.DataLoader(Bare(urls, kind, passes), batch_size=None, num_workers=workers):
+    for _, labels in torch.utils.data.DataLoader(
+        Bare(urls, kind, passes), batch_size=None, num_workers=workers
+    ):
         yield labels
 
 
@@ -103,7 +115,9 @@ def rate(batches) -> float:
     return seen / (time.perf_counter() - began)
 
 
-def compare(name: str, kind: str, side: int, count: int, workers: int, rounds: int, seconds: float) -> None:
+def compare(
+    name: str, kind: str, side: int, count: int, workers: int, rounds: int, seconds: float
+) -> None:
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place)
         write(directory, kind, side, count)
@@ -122,7 +136,9 @@ def compare(name: str, kind: str, side: int, count: int, workers: int, rounds: i
         for turn in range(rounds):
             for run, call in list(runs.items())[:: 1 if turn % 2 else -1]:
                 rates[run].append(rate(call()) / max(workers, 1))
-    print(f"{name}, {count} pictures x {passes} passes, {workers} workers, {rounds} rounds, batches of {BATCH}")
+    print(
+        f"{name}, {count} pictures x {passes} passes, {workers} workers, {rounds} rounds, batches of {BATCH}"
+    )
     for run, values in rates.items():
         ratios = [mine / theirs for mine, theirs in zip(rates["ours"], values, strict=True)]
         print(
@@ -139,10 +155,17 @@ def mixing() -> None:
         urls = [str(path) for path in sorted(Path(place).glob("*.tar"))]
         shards = open_shards(place, Data(), "train")
         fair = expected_distinct(shards.class_counts, BATCH)
-        print(f"distinct classes in a batch of {BATCH}, 200 classes sorted by class; a fair draw: {fair:.2f}")
-        for run, batches in {"ours": ours(shards, 1, 0), "webdataset": webdatasets(urls, "png", 1, 0)}.items():
+        print(
+            f"distinct classes in a batch of {BATCH}, 200 classes sorted by class; a fair draw: {fair:.2f}"
+        )
+        for run, batches in {
+            "ours": ours(shards, 1, 0),
+            "webdataset": webdatasets(urls, "png", 1, 0),
+        }.items():
             found = [len(labels.unique()) for labels in batches if len(labels) == BATCH]
-            print(f"  {run:20} mean {np.mean(found):6.2f}, {np.mean(found) / fair:4.2f} of it; least {min(found)}")
+            print(
+                f"  {run:20} mean {np.mean(found):6.2f}, {np.mean(found) / fair:4.2f} of it; least {min(found)}"
+            )
 
 
 def main() -> None:
@@ -151,9 +174,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=2.0)
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # default_collate of decoded bytes
+    warnings.filterwarnings(
+        "ignore", "The given NumPy array is not writable"
+    )  # default_collate of decoded bytes
     for workers in args.workers:
-        for name, kind, side, count in (("32x32 PNG", "png", 32, 8000), ("224x224 JPEG", "jpg", 224, 1024)):
+        for name, kind, side, count in (
+            ("32x32 PNG", "png", 32, 8000),
+            ("224x224 JPEG", "jpg", 224, 1024),
+        ):
             compare(name, kind, side, count, workers, args.rounds, args.seconds)
     mixing()
 

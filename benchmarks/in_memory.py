@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from trainer.config import Data
+from pipeline.config import Data
 
 if TYPE_CHECKING:
     import numpy as np

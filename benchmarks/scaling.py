@@ -19,10 +19,19 @@ import sys
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 STATE = {  # bytes per weight on one of R ranks: weights, gradients, Adam's two averages, all float32
-    "ddp": lambda R: 4 + 4 + 8, "zero0": lambda R: 4 + 4 + 8, "zero1": lambda R: 4 + 4 + (4 + 8) / R,
-    "zero2": lambda R: 4 + (4 + 4 + 8) / R, "zero3": lambda R: (4 + 4 + 4 + 8) / R,
-}  # fmt: skip
-PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "reduce": 1, "broadcast": 1}  # of a ring
+    "ddp": lambda R: 4 + 4 + 8,
+    "zero0": lambda R: 4 + 4 + 8,
+    "zero1": lambda R: 4 + 4 + (4 + 8) / R,
+    "zero2": lambda R: 4 + (4 + 4 + 8) / R,
+    "zero3": lambda R: (4 + 4 + 4 + 8) / R,
+}
+PASSES = {
+    "all_reduce": 2,
+    "reduce_scatter": 1,
+    "all_gather": 1,
+    "reduce": 1,
+    "broadcast": 1,
+}  # of a ring
 
 
 def measure(name: str, width: int) -> None:
@@ -30,11 +39,13 @@ def measure(name: str, width: int) -> None:
     from torch.profiler import profile
 
     from networks import ModelSpec, build_classifier, parameter_count
-    from trainer.config import DEFAULT_SCHEDULE, Engine
-    from trainer.distributed import process_group
+    from pipeline.config import DEFAULT_SCHEDULE, Engine
+    from trainer.distributed.ranks import process_group
     from trainer.engines import build_engine
 
-    chosen = {"name": "ddp"} if name == "ddp" else {"name": "deepspeed", "zero_stage": int(name[4:])}
+    chosen = (
+        {"name": "ddp"} if name == "ddp" else {"name": "deepspeed", "zero_stage": int(name[4:])}
+    )
     engine = Engine(**chosen, device="cpu")
     with process_group(engine) as ranks:
         driver, R = build_engine(engine, ranks), ranks.world_size
@@ -62,16 +73,30 @@ def measure(name: str, width: int) -> None:
         for event in trace.events():
             kind = re.fullmatch(rf"(?:gloo|nccl):_?({'|'.join(PASSES)})\w*", event.name)
             if kind:
-                share = R if kind[1] == "all_gather" else 1  # its input is this rank's part of the whole
+                share = (
+                    R if kind[1] == "all_gather" else 1
+                )  # its input is this rank's part of the whole
                 moved = 4 * share * largest(event.input_shapes) * PASSES[kind[1]] * (R - 1) / R
                 sent[kind[1]] = sent.get(kind[1], 0.0) + moved
         if ranks.is_main:
-            print(json.dumps({
-                "engine": name, "ranks": R, "weights": count,
-                "held_bytes_per_weight": [round(between / count, 2), round(before_step / count, 2)],
-                "formula": round(STATE[name](R), 2),
-                "sent_bytes_per_weight": {kind: round(moved / count, 2) for kind, moved in sent.items()},
-            }), flush=True)  # fmt: skip
+            print(
+                json.dumps(
+                    {
+                        "engine": name,
+                        "ranks": R,
+                        "weights": count,
+                        "held_bytes_per_weight": [
+                            round(between / count, 2),
+                            round(before_step / count, 2),
+                        ],
+                        "formula": round(STATE[name](R), 2),
+                        "sent_bytes_per_weight": {
+                            kind: round(moved / count, 2) for kind, moved in sent.items()
+                        },
+                    }
+                ),
+                flush=True,
+            )
         driver.close()
 
 
@@ -100,7 +125,9 @@ def largest(shapes) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
@@ -110,7 +137,14 @@ def main() -> None:
         return measure(options.child, options.width)
     for engine in options.engines:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(options.processes), "-m", "benchmarks.scaling", "--child", engine]
+        command += [
+            "--nproc-per-node",
+            str(options.processes),
+            "-m",
+            "benchmarks.scaling",
+            "--child",
+            engine,
+        ]
         command += ["--width", str(options.width)]
         subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
 

@@ -49,7 +49,9 @@ def patient(cluster: Cluster, root: Path, specialists: int, sleep: float) -> Pat
     data.mkdir()
     splits = {split: {"samples": 0, "shards": []} for split in ("train", "val", "test")}
     names = [f"class {k}" for k in range(specialists)]
-    (data / "manifest.json").write_text(json.dumps({"schema": 1, "classes": names, "splits": splits}))
+    (data / "manifest.json").write_text(
+        json.dumps({"schema": 1, "classes": names, "splits": splits})
+    )
     found.config.write_text(
         f'data = {{ train = "{data}", val = "{data}", test = "{data}" }}\ntrain = {{ steps = 1 }}\n'
         f"clusters = {{ num_groups = {specialists} }}\nstudents.main = {{}}\n"
@@ -64,7 +66,9 @@ def submitting(cluster: Cluster, root: Path) -> None:
     ward, began = patient(cluster, root, 200, 0), time.monotonic()
     said = ward.submit("slurm.throttle=8")
     wall = time.monotonic() - began
-    print(f"200 specialists: {wall:.2f} s; {re.search(r'[0-9]+ submissions in [0-9.]+ s', said)[0]}")
+    print(
+        f"200 specialists: {wall:.2f} s; {re.search(r'[0-9]+ submissions in [0-9.]+ s', said)[0]}"
+    )
     ward.referral("cancel", ward.run)
 
 
@@ -75,10 +79,17 @@ def overhead(cluster: Cluster, root: Path, sleep: float) -> None:
     path = ["generalist", "clusters", "specialist-000", "combine", "student-main", "report"]
     rows = [ward.cluster.fields(ward.ids()[name]) for name in path]
     wall = max(moment(row["EndTime"]) for row in rows) - began
-    gaps = sum(moment(after["StartTime"]) - moment(row["EndTime"]) for row, after in zip(rows, rows[1:], strict=False))
+    gaps = sum(
+        moment(after["StartTime"]) - moment(row["EndTime"])
+        for row, after in zip(rows, rows[1:], strict=False)
+    )
     busy = sleep * len(path)
-    print(f"{len(path)} jobs of {sleep:g} s in a row: {wall:.0f} s, {wall / busy - 1:.1%} more than their sleeps")
-    print(f"Slurm's own time between them: {gaps:.0f} s; without it {(wall - gaps) / busy - 1:.1%} more")
+    print(
+        f"{len(path)} jobs of {sleep:g} s in a row: {wall:.0f} s, {wall / busy - 1:.1%} more than their sleeps"
+    )
+    print(
+        f"Slurm's own time between them: {gaps:.0f} s; without it {(wall - gaps) / busy - 1:.1%} more"
+    )
 
 
 def moment(text: str) -> float:
@@ -97,7 +108,10 @@ def main() -> None:
         cluster = Cluster(root / "slurm")
         try:
             cluster.start()
-            for name, measure in (("submitting", submitting), ("overhead", lambda *two: overhead(*two, sleep))):
+            for name, measure in (
+                ("submitting", submitting),
+                ("overhead", lambda *two: overhead(*two, sleep)),
+            ):
                 (root / name).mkdir()
                 measure(cluster, root / name)
         finally:

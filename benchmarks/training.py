@@ -24,7 +24,11 @@ from pathlib import Path
 from benchmarks.in_memory import InMemory
 
 BARS = {"ddp": 0.97, "deepspeed": 0.95}
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, from the vendor's data sheets
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}  # dense bf16, from the vendor's data sheets
 SHAPES = {  # builder, input shape, classes, global batch per process
     "convnet": ("convnet", (1, 32, 32), 3755, 256),
     "resnet50": ("benchmarks.shapes:resnet50", (3, 224, 224), 1000, 128),
@@ -47,23 +51,34 @@ def random_images(size: tuple[int, ...], classes: int, count: int) -> InMemory:
     import numpy as np
 
     rng = np.random.default_rng(0)
-    return InMemory(rng.integers(0, 256, (count, *size), dtype=np.uint8), rng.integers(0, classes, count))
+    return InMemory(
+        rng.integers(0, 256, (count, *size), dtype=np.uint8), rng.integers(0, classes, count)
+    )
 
 
 def ours(shape: str, engine, ranks, shards, steps: int, warm: int, place: Path) -> float:
     """Global samples per second after `warm` steps, from the rows that the loop itself logs."""
-    from trainer.config import Schedule
+    from pipeline.config import Schedule
+    from trainer.core.loop import train
+    from trainer.core.objectives import classify
     from trainer.data.streams import Source, TrainingStream, shuffled
     from trainer.engines import build_engine
-    from trainer.loop import train
-    from trainer.objectives import classify
 
     batch = SHAPES[shape][3] * ranks.world_size
     schedule = schedule_of(Schedule, batch, log_every=warm)
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), batch)], 0)
     with closing(build_engine(engine, ranks)) as driver:
-        train(driver, network_of(shape), classify(), stream, schedule, steps, ranks=ranks,
-              checkpoints=place / "checkpoints", metrics=place / "metrics.jsonl")  # fmt: skip
+        train(
+            driver,
+            network_of(shape),
+            classify(),
+            stream,
+            schedule,
+            steps,
+            ranks=ranks,
+            checkpoints=place / "checkpoints",
+            metrics=place / "metrics.jsonl",
+        )
     if not ranks.is_main:
         return 0.0
     rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
@@ -77,9 +92,9 @@ def bare(shape: str, engine, ranks, shards, steps: int, warm: int, place: Path) 
     import torch.nn.functional as F
     from torch.nn.parallel import DistributedDataParallel
 
-    from trainer.config import Schedule
-    from trainer.distributed import precision
-    from trainer.optimisation import build_optimizer
+    from pipeline.config import Schedule
+    from trainer.core.optim import build_optimizer
+    from trainer.distributed.ranks import precision
 
     batch, dtype = SHAPES[shape][3], precision(engine, ranks.device)
     network = network_of(shape).to(ranks.device).train()
@@ -89,13 +104,24 @@ def bare(shape: str, engine, ranks, shards, steps: int, warm: int, place: Path) 
     if engine.name == "deepspeed":
         from trainer.engines.zero import import_deepspeed
 
-        low = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}} if dtype == torch.bfloat16 else {}
+        low = (
+            {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+            if dtype == torch.bfloat16
+            else {}
+        )
         model, *_ = import_deepspeed(ranks).initialize(
-            model=network, optimizer=optimizer, dist_init_required=False,
-            config={"train_micro_batch_size_per_gpu": batch, "zero_optimization": {"stage": engine.zero_stage},
-                    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-                    "steps_per_print": sys.maxsize, **low},
-        )  # fmt: skip
+            model=network,
+            optimizer=optimizer,
+            dist_init_required=False,
+            config={
+                "train_micro_batch_size_per_gpu": batch,
+                "zero_optimization": {"stage": engine.zero_stage},
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "steps_per_print": sys.maxsize,
+                **low,
+            },
+        )
     else:
         devices = [ranks.device.index] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
@@ -124,7 +150,7 @@ def bare(shape: str, engine, ranks, shards, steps: int, warm: int, place: Path) 
 
 
 def schedule_of(kind, batch: int, log_every: int = 10):
-    from trainer.config import DEFAULT_SCHEDULE
+    from pipeline.config import DEFAULT_SCHEDULE
 
     update = {"batch_size": batch, "schedule": "constant", "warmup": 0.0, "log_every": log_every}
     update["checkpoint_every"] = 10**9
@@ -142,8 +168,8 @@ def measure(shape: str, name: str, device: str, rounds: int, steps: int, warm: i
     """One process of the job that `main` started; rank 0 prints one JSON line."""
     import torch
 
-    from trainer.config import Engine
-    from trainer.distributed import process_group
+    from pipeline.config import Engine
+    from trainer.distributed.ranks import process_group
 
     engine = Engine(name=name, zero_stage=1, device=device)
     with process_group(engine) as ranks:
@@ -164,14 +190,22 @@ def measure(shape: str, name: str, device: str, rounds: int, steps: int, warm: i
             return
         median = {which: statistics.median(values) for which, values in rates.items()}
         row = {
-            "shape": shape, "engine": name, "processes": ranks.world_size, "batch": batch * ranks.world_size,
+            "shape": shape,
+            "engine": name,
+            "processes": ranks.world_size,
+            "batch": batch * ranks.world_size,
             "samples_per_s": {which: round(rate, 1) for which, rate in median.items()},
-            "ratio": round(median["ours"] / median["bare"], 3), "bar": BARS[name], "peak_gib": memory,
-        }  # fmt: skip
+            "ratio": round(median["ours"] / median["bare"], 3),
+            "bar": BARS[name],
+            "peak_gib": memory,
+        }
         peak = next((flops for card, flops in PEAK_FLOPS.items() if card in card_name(ranks)), None)
         if peak:
             flops = training_flops(shape, ranks)
-            row["mfu"] = {which: round(rate * flops / ranks.world_size / peak, 3) for which, rate in median.items()}
+            row["mfu"] = {
+                which: round(rate * flops / ranks.world_size / peak, 3)
+                for which, rate in median.items()
+            }
         print(json.dumps(row), flush=True)
 
 
@@ -194,7 +228,9 @@ def training_flops(shape: str, ranks) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--shapes", nargs="+", default=["convnet"], choices=list(SHAPES))
     parser.add_argument("--engines", nargs="+", default=["ddp", "deepspeed"], choices=list(BARS))
@@ -210,7 +246,15 @@ def main() -> None:
         for engine in options.engines:
             for processes in options.processes or ([1, 2] if options.device == "cpu" else [1]):
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-                command += ["--nproc-per-node", str(processes), "-m", "benchmarks.training", "--child", shape, engine]
+                command += [
+                    "--nproc-per-node",
+                    str(processes),
+                    "-m",
+                    "benchmarks.training",
+                    "--child",
+                    shape,
+                    engine,
+                ]
                 for name in ("device", "rounds", "steps", "warm"):
                     command += [f"--{name}", str(getattr(options, name))]
                 subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})

@@ -24,7 +24,12 @@ def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
         best = asked.argmax(axis=1)
         value = asked[np.arange(len(waiting)), best]
         possible = value > -np.inf
-        waiting, asked, best, value = waiting[possible], asked[possible], best[possible], value[possible]
+        waiting, asked, best, value = (
+            waiting[possible],
+            asked[possible],
+            best[possible],
+            value[possible],
+        )
         if not len(waiting):
             break
         if asked.shape[1] > 1:
@@ -95,14 +100,18 @@ def join_where_it_pays(
     wanted = (member_of >= 0).sum(axis=1)
     while (missing := target - captured_mass(mutual, member_of)) > 0:
         gains = np.where(wanted < member_of.shape[1], _best_gains(mutual, member_of, num_groups), 0)
-        order = np.argsort(-gains, kind="stable")[: max(1, min(len(gains) // 8, np.count_nonzero(gains)))]
+        order = np.argsort(-gains, kind="stable")[
+            : max(1, min(len(gains) // 8, np.count_nonzero(gains)))
+        ]
         if gains[order[0]] <= 0:
             break
         # The masses are symmetric: who meets a gain is met as well.
         enough = 1 + np.searchsorted(np.cumsum(2 * gains[order]), missing)
         wanted[order[:enough]] += 1
         size = size_of(int(wanted.sum()))
-        member_of = local_search(affinity, member_of, num_groups, size, similarity, sweeps=4, seed=seed, wanted=wanted)
+        member_of = local_search(
+            affinity, member_of, num_groups, size, similarity, sweeps=4, seed=seed, wanted=wanted
+        )
         seed += 1
     return member_of
 
@@ -122,7 +131,11 @@ def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
     rows = np.repeat(np.arange(affinity.shape[0]), np.diff(affinity.indptr))
     for start in range(0, affinity.nnz, 2**22):
         block = slice(start, start + 2**22)
-        total += float(affinity.data[block][_share(member_of, member_of, rows[block], affinity.indices[block])].sum())
+        total += float(
+            affinity.data[block][
+                _share(member_of, member_of, rows[block], affinity.indices[block])
+            ].sum()
+        )
     return total
 
 
@@ -156,7 +169,11 @@ def _reassign(affinity, member_of, batch, num_groups, max_size, similarity, want
         block = batch[start : start + per_block]
         rows = affinity[block]
         row_of = np.repeat(np.arange(len(block)), np.diff(rows.indptr))
-        ties = np.float32(1e-6 * total / len(member_of)) * (max_size - sizes).astype(np.float32) / max_size
+        ties = (
+            np.float32(1e-6 * total / len(member_of))
+            * (max_size - sizes).astype(np.float32)
+            / max_size
+        )
         if similarity is not None:
             ties = ties + similarity(block)
         if small.any():
@@ -182,7 +199,9 @@ def _one_hot(member_of: np.ndarray, num_groups: int) -> csr_array:
     present = member_of >= 0
     pointers = np.concatenate([[0], np.cumsum(present.sum(axis=1))])
     groups = member_of[present]
-    return csr_array((np.ones(len(groups), np.float32), groups, pointers), shape=(len(member_of), num_groups))
+    return csr_array(
+        (np.ones(len(groups), np.float32), groups, pointers), shape=(len(member_of), num_groups)
+    )
 
 
 def _share(mine: np.ndarray, others: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:

@@ -21,10 +21,14 @@ def confusion_columns(confused: csr_array, rank: int | None = None, seed: int = 
     """
     totals = np.asarray(confused.sum(axis=1)).ravel().astype(np.float32)
     scale = np.divide(1, np.sqrt(totals), out=np.zeros_like(totals), where=totals > 0)[:, None]
-    return unit_rows(_projected_columns(lambda x: scale * (confused @ (scale * x)), len(totals), rank, seed))
+    return unit_rows(
+        _projected_columns(lambda x: scale * (confused @ (scale * x)), len(totals), rank, seed)
+    )
 
 
-def covariance_columns(statistics, scaled: bool = True, rank: int | None = None, seed: int = 0) -> np.ndarray:
+def covariance_columns(
+    statistics, scaled: bool = True, rank: int | None = None, seed: int = 0
+) -> np.ndarray:
     """The covariance's columns projected on its leading eigenvectors, float32 [C, r], r as above.
 
     scaled: of the correlation matrix, each row then of unit length; a class that never varies is a zero row.
@@ -35,9 +39,15 @@ def covariance_columns(statistics, scaled: bool = True, rank: int | None = None,
     if not scaled:
         return _projected_columns(multiply, statistics.num_classes, rank, seed)
     # A variance at the level of rounding is none: scaled up, it would be noise of unit length.
-    deviation = np.sqrt(np.where(variance > 1e-12 * max(variance.max(), 1e-300), variance, 0)).astype(np.float32)
+    deviation = np.sqrt(
+        np.where(variance > 1e-12 * max(variance.max(), 1e-300), variance, 0)
+    ).astype(np.float32)
     scale = np.divide(1, deviation, out=np.zeros_like(deviation), where=deviation > 0)[:, None]
-    return unit_rows(_projected_columns(lambda x: scale * multiply(scale * x), statistics.num_classes, rank, seed))
+    return unit_rows(
+        _projected_columns(
+            lambda x: scale * multiply(scale * x), statistics.num_classes, rank, seed
+        )
+    )
 
 
 def _projected_columns(multiply, num_classes: int, rank: int | None, seed: int) -> np.ndarray:
@@ -72,7 +82,9 @@ def mutual_confusion(statistics) -> csr_array:
     both = (expected + expected.T).tocoo()
     rows, columns = both.coords
     apart = rows != columns
-    return csr_array((both.data[apart].astype(np.float32), (rows[apart], columns[apart])), shape=both.shape)
+    return csr_array(
+        (both.data[apart].astype(np.float32), (rows[apart], columns[apart])), shape=both.shape
+    )
 
 
 def affinity(mutual: csr_array) -> csr_array:
@@ -96,7 +108,9 @@ def _covariance(statistics):
         return (lambda x: covariance @ x), np.diagonal(covariance).astype(np.float64)
     predictions, n = statistics.predictions, statistics.num_examples
     mean = np.asarray(predictions.sum(axis=0, dtype=np.float64)).ravel() / n
-    squares = np.bincount(predictions.indices, predictions.data.astype(np.float64) ** 2, minlength=len(mean))
+    squares = np.bincount(
+        predictions.indices, predictions.data.astype(np.float64) ** 2, minlength=len(mean)
+    )
     transposed = predictions.T.tocsr()
     mean32 = mean.astype(np.float32)[:, None]
 

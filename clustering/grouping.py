@@ -52,12 +52,16 @@ def group_classes(
     refine = method not in ("raw", "random") if refine is None else refine
     if method in ("random", "graph"):
         columns = centres = None
-        member_of = _random_memberships(num_classes, num_groups, overlap if method == "random" else 1, seed)
+        member_of = _random_memberships(
+            num_classes, num_groups, overlap if method == "random" else 1, seed
+        )
     else:
         columns = _columns(statistics, confused, method, classifier_rows, seed)
         labels = _CLUSTERING[method](columns, num_groups, seed)
         centres = _centres(columns, labels, num_groups)
-        member_of = _within(columns, centres, labels, _max_size(num_classes, num_groups, capacity), seed)
+        member_of = _within(
+            columns, centres, labels, _max_size(num_classes, num_groups, capacity), seed
+        )
     if refine or overlap > member_of.shape[1]:
         ties = _ties(columns, centres, confused)
         if refine:
@@ -71,9 +75,15 @@ def group_classes(
                 member_of = local_search(confused, member_of, num_groups, size, ties, seed=seed)
             else:
                 member_of = join_where_it_pays(
-                    mutual, confused, member_of, num_groups, coverage,
-                    lambda n: _max_size(n, num_groups, capacity), ties, seed,
-                )  # fmt: skip
+                    mutual,
+                    confused,
+                    member_of,
+                    num_groups,
+                    coverage,
+                    lambda n: _max_size(n, num_groups, capacity),
+                    ties,
+                    seed,
+                )
     return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
 
@@ -82,10 +92,16 @@ def _columns(statistics, confused, method: str, classifier_rows, seed: int) -> n
         return covariance_columns(statistics, scaled=method == "correlation", seed=seed)
     if method != "classifier":
         return confusion_columns(confused, seed=seed)
-    rows = classifier_rows.detach().cpu().float().numpy() if hasattr(classifier_rows, "detach") else classifier_rows
+    rows = (
+        classifier_rows.detach().cpu().float().numpy()
+        if hasattr(classifier_rows, "detach")
+        else classifier_rows
+    )
     rows = np.asarray(rows, dtype=np.float32)
     if rows.ndim != 2 or len(rows) != statistics.num_classes or not np.isfinite(rows).all():
-        raise ValueError(f"classifier_rows are {rows.shape}; they must be finite, [{statistics.num_classes}, features]")
+        raise ValueError(
+            f"classifier_rows are {rows.shape}; they must be finite, [{statistics.num_classes}, features]"
+        )
     return unit_rows(rows - rows.mean(axis=0))
 
 
@@ -99,7 +115,9 @@ def _kmeans(columns: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
 def _minibatch(columns: np.ndarray, num_groups: int, seed: int) -> np.ndarray:
     from sklearn.cluster import MiniBatchKMeans
 
-    model = MiniBatchKMeans(num_groups, batch_size=max(4096, 4 * num_groups), n_init=3, random_state=seed)
+    model = MiniBatchKMeans(
+        num_groups, batch_size=max(4096, 4 * num_groups), n_init=3, random_state=seed
+    )
     return _quietly(model, columns)
 
 
@@ -144,7 +162,10 @@ def _centres(columns: np.ndarray, labels: np.ndarray, num_groups: int) -> np.nda
     from scipy.sparse import csr_array
 
     sizes = np.bincount(labels, minlength=num_groups)
-    one_hot = csr_array((np.ones(len(labels), np.float32), (labels, np.arange(len(labels)))), (num_groups, len(labels)))
+    one_hot = csr_array(
+        (np.ones(len(labels), np.float32), (labels, np.arange(len(labels)))),
+        (num_groups, len(labels)),
+    )
     return (one_hot @ columns) / np.maximum(sizes, 1)[:, None].astype(np.float32)
 
 
@@ -161,11 +182,15 @@ def _within(columns, centres, labels, max_size: int, seed: int) -> np.ndarray:
     return member_of
 
 
-def _random_memberships(num_classes: int, num_groups: int, memberships: int, seed: int) -> np.ndarray:
+def _random_memberships(
+    num_classes: int, num_groups: int, memberships: int, seed: int
+) -> np.ndarray:
     rng = np.random.default_rng(seed)
     member_of = np.full((num_classes, memberships), -1, dtype=np.int32)
     for turn in range(memberships):
-        room = np.full(num_groups, math.ceil((turn + 1) * num_classes / num_groups)) - sizes_of(member_of, num_groups)
+        room = np.full(num_groups, math.ceil((turn + 1) * num_classes / num_groups)) - sizes_of(
+            member_of, num_groups
+        )
         for block in _blocks(num_classes, num_groups, seed + turn):
             scores = rng.random((len(block), num_groups), dtype=np.float32)
             for previous in range(turn):
@@ -192,14 +217,18 @@ def _blocks(num_classes: int, num_groups: int, seed: int) -> list[np.ndarray]:
 def _max_size(memberships: int, num_groups: int, capacity: float | None) -> int:
     if capacity is None:
         return memberships
-    return max(math.floor(capacity * memberships / num_groups + 1e-9), math.ceil(memberships / num_groups))
+    return max(
+        math.floor(capacity * memberships / num_groups + 1e-9), math.ceil(memberships / num_groups)
+    )
 
 
 def _class_groups(member_of: np.ndarray, num_groups: int) -> ClassGroups:
     classes, turns = np.nonzero(member_of >= 0)
     groups = member_of[classes, turns]
     ends = np.cumsum(np.bincount(groups, minlength=num_groups))
-    return ClassGroups(np.split(classes[np.argsort(groups, kind="stable")], ends[:-1]), len(member_of))
+    return ClassGroups(
+        np.split(classes[np.argsort(groups, kind="stable")], ends[:-1]), len(member_of)
+    )
 
 
 def _check(statistics, num_groups, method, capacity, overlap, coverage, classifier_rows) -> None:
@@ -211,17 +240,25 @@ def _check(statistics, num_groups, method, capacity, overlap, coverage, classifi
             f"num_groups is {num_groups}; for {num_classes} classes it must be an integer from 1 to {num_classes}"
         )
     if not 1 <= overlap <= num_groups or int(overlap) != overlap:
-        raise ValueError(f"overlap is {overlap}; with {num_groups} groups a class can be in 1 to {num_groups} of them")
+        raise ValueError(
+            f"overlap is {overlap}; with {num_groups} groups a class can be in 1 to {num_groups} of them"
+        )
     if capacity is not None and not capacity >= 1:
-        raise ValueError(f"capacity is {capacity}; below 1 the groups cannot hold every class, so give 1.3 or None")
+        raise ValueError(
+            f"capacity is {capacity}; below 1 the groups cannot hold every class, so give 1.3 or None"
+        )
     if coverage is not None and not 0 < coverage <= 1:
-        raise ValueError(f"coverage is {coverage}; it is a share of the expected errors, above 0 and at most 1")
+        raise ValueError(
+            f"coverage is {coverage}; it is a share of the expected errors, above 0 and at most 1"
+        )
     if coverage is not None and (overlap < 2 or method == "random"):
         raise ValueError(
             f"coverage decides who joins a second group and more, but overlap is {overlap} and method {method!r}; "
             'give an overlap of 2 or more and another method than "random", or no coverage'
         )
     if (method == "classifier") != (classifier_rows is not None):
-        raise ValueError('classifier_rows [C, features] go with method="classifier", and with no other')
+        raise ValueError(
+            'classifier_rows [C, features] go with method="classifier", and with no other'
+        )
     if statistics.num_examples == 0:
         raise ValueError("the statistics hold no predictions; call update first")

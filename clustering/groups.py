@@ -64,13 +64,17 @@ class ClassGroups:
         pointers = np.concatenate([[0], np.cumsum(self.sizes)])
         indices = np.concatenate(self.members)
         shape = (self.num_classes, len(self))
-        return csc_array((np.ones(len(indices), dtype=bool), indices, pointers), shape=shape).tocsr()
+        return csc_array(
+            (np.ones(len(indices), dtype=bool), indices, pointers), shape=shape
+        ).tocsr()
 
     def groups_of(self, label: int) -> np.ndarray:
         """The groups that hold class `label`, ascending, int64; empty where none does."""
         if not 0 <= label < self.num_classes:
             raise ValueError(f"class {label} is not in 0 ... {self.num_classes - 1}")
-        return np.array([g for g, classes in enumerate(self.members) if _holds(classes, label)], dtype=np.int64)
+        return np.array(
+            [g for g, classes in enumerate(self.members) if _holds(classes, label)], dtype=np.int64
+        )
 
     def save(self, path) -> None:
         """Write JSON: {"schema", "num_classes", "members": [[class, ...], ...]}; the file appears whole or never."""
@@ -90,8 +94,13 @@ class ClassGroups:
         try:
             content = json.loads(Path(path).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON ({error}); a groups file is written by ClassGroups.save") from None
-        if not isinstance(content, dict) or not {"schema", "num_classes", "members"} <= content.keys():
+            raise ValueError(
+                f"{path} is not JSON ({error}); a groups file is written by ClassGroups.save"
+            ) from None
+        if (
+            not isinstance(content, dict)
+            or not {"schema", "num_classes", "members"} <= content.keys()
+        ):
             form = f'{{"schema": {SCHEMA}, "num_classes": C, "members": [[class, ...], ...]}}'
             raise ValueError(f"{path} is no groups file; it needs {form}")
         if content["schema"] != SCHEMA:
@@ -99,7 +108,9 @@ class ClassGroups:
                 f"{path} has schema {content['schema']!r}, this version reads {SCHEMA}; group the classes again"
             )
         if not isinstance(content["members"], list) or not isinstance(content["num_classes"], int):
-            raise ValueError(f"{path}: num_classes must be an integer and members a list of lists of classes")
+            raise ValueError(
+                f"{path}: num_classes must be an integer and members a list of lists of classes"
+            )
         try:
             return cls(content["members"], content["num_classes"])
         except ValueError as error:
@@ -110,9 +121,13 @@ def _checked(classes, group: int, num_classes: int) -> np.ndarray:
     try:
         array = np.asarray(classes if hasattr(classes, "__array__") else list(classes))
     except (TypeError, ValueError):
-        raise ValueError(f"group {group} is {classes!r}; it must be a list of class indices") from None
+        raise ValueError(
+            f"group {group} is {classes!r}; it must be a list of class indices"
+        ) from None
     if array.size == 0:
-        raise ValueError(f"group {group} is empty; every group needs at least one class, so leave it out")
+        raise ValueError(
+            f"group {group} is empty; every group needs at least one class, so leave it out"
+        )
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(
             f"group {group} has dtype {array.dtype} and shape {array.shape}; "
@@ -125,7 +140,9 @@ def _checked(classes, group: int, num_classes: int) -> np.ndarray:
         raise ValueError(f"group {group} holds class {outside[0]}; {range_}")
     twice = array[1:][array[1:] == array[:-1]]
     if twice.size:
-        raise ValueError(f"group {group} holds class {twice[0]} more than once; list each class once per group")
+        raise ValueError(
+            f"group {group} holds class {twice[0]} more than once; list each class once per group"
+        )
     array.setflags(write=False)
     return array
 

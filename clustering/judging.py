@@ -63,7 +63,9 @@ def forecast_table(rows: list[dict], skipped=(), most: int = 40) -> list[str]:
     rows: what forecast returned; without labels the order is of "gain_unlabelled".  skipped: groups that get no job.
     """
     labelled = rows[0]["gain"] is not None
-    order = sorted(range(len(rows)), key=lambda g: -rows[g]["gain" if labelled else "gain_unlabelled"])
+    order = sorted(
+        range(len(rows)), key=lambda g: -rows[g]["gain" if labelled else "gain_unlabelled"]
+    )
     lines = ["group  classes  examples  errors inside  gain at most  expected"]
     for g in order[:most]:
         row = rows[g]
@@ -75,7 +77,9 @@ def forecast_table(rows: list[dict], skipped=(), most: int = 40) -> list[str]:
     if rest:
         best = max(rows[g]["gain" if labelled else "gain_unlabelled"] for g in rest)
         left_out = len(set(rest) & set(skipped))
-        lines.append(f"... and {len(rest):,} more of at most {best:.2%} each, {left_out:,} of them skipped")
+        lines.append(
+            f"... and {len(rest):,} more of at most {best:.2%} each, {left_out:,} of them skipped"
+        )
     return lines
 
 
@@ -85,7 +89,9 @@ def _inside(groups: ClassGroups, confusion) -> tuple[np.ndarray, np.ndarray]:
     membership = groups.membership().astype(np.float64)
     truths = membership.T @ confusion.sum(axis=1)
     errors = confusion - _diagonal(confusion)
-    return np.asarray((errors @ membership).multiply(membership).sum(axis=0)).ravel(), np.asarray(truths).ravel()
+    return np.asarray((errors @ membership).multiply(membership).sum(axis=0)).ravel(), np.asarray(
+        truths
+    ).ravel()
 
 
 def _diagonal(matrix: csr_array) -> csr_array:
@@ -121,20 +127,24 @@ def _patterns(membership: csr_array) -> tuple[csr_array, np.ndarray]:
     pieces, counts = [], []
     for length in np.unique(lengths[lengths > 0]):
         starts = membership.indptr[:-1][lengths == length]
-        rows, count = np.unique(membership.indices[starts[:, None] + np.arange(length)], axis=0, return_counts=True)
+        rows, count = np.unique(
+            membership.indices[starts[:, None] + np.arange(length)], axis=0, return_counts=True
+        )
         pieces.append(rows)
         counts.append(count)
     lengths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in pieces])
     pointers = np.concatenate([[0], np.cumsum(lengths)])
     indices = np.concatenate([rows.ravel() for rows in pieces])
     shape = (len(lengths), membership.shape[1])
-    return csr_array((np.ones(len(indices), np.int32), indices, pointers), shape=shape), np.concatenate(counts).astype(
-        float
-    )
+    return csr_array(
+        (np.ones(len(indices), np.int32), indices, pointers), shape=shape
+    ), np.concatenate(counts).astype(float)
 
 
 def _as_csr(confusion, groups: ClassGroups) -> csr_array:
     confusion = csr_array(confusion)
     if confusion.shape != (groups.num_classes,) * 2:
-        raise ValueError(f"the confusion is {confusion.shape}, the groups are of {groups.num_classes} classes")
+        raise ValueError(
+            f"the confusion is {confusion.shape}, the groups are of {groups.num_classes} classes"
+        )
     return confusion

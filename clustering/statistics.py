@@ -10,7 +10,9 @@ from scipy.sparse import csr_array
 
 SCHEMA = 1
 DENSE_BYTES = 2**30  # the one C x C array, float64: C up to 11,585
-EXPECTED_TOP_K = 32  # predictions per example that the expected confusion keeps where the covariance is exact
+EXPECTED_TOP_K = (
+    32  # predictions per example that the expected confusion keeps where the covariance is exact
+)
 TOP_K = 10  # kept per example, where C is beyond the limit and the caller names no number
 _COMPACT_ENTRIES = 2**22
 
@@ -40,7 +42,9 @@ class PredictionStatistics:
         self._probability_sum = np.zeros(self.num_classes)
         self._tail_sum = 0.0
         self._second_moment = np.zeros((self.num_classes,) * 2) if self.top_k is None else None
-        self._rows: list[tuple] = []  # (lengths [B], indices [nnz], values [nnz]), the sparse predictions
+        self._rows: list[
+            tuple
+        ] = []  # (lengths [B], indices [nnz], values [nnz]), the sparse predictions
         self._expected = _CountMatrix(self.num_classes, np.float64)
         self._confusion = _CountMatrix(self.num_classes, np.int64)
 
@@ -61,8 +65,12 @@ class PredictionStatistics:
         if values is not None and values.ndim == 1 and labels is None:
             values, labels = None, values
         if predictions.ndim != 2:
-            raise ValueError(f"predictions have shape {predictions.shape}; they must be [batch, classes] or [batch, k]")
-        labels = None if labels is None else self._checked_labels(_as_array(labels), len(predictions))
+            raise ValueError(
+                f"predictions have shape {predictions.shape}; they must be [batch, classes] or [batch, k]"
+            )
+        labels = (
+            None if labels is None else self._checked_labels(_as_array(labels), len(predictions))
+        )
         if values is None:
             self._add_dense(self._checked_probabilities(predictions), labels)
         else:
@@ -114,7 +122,9 @@ class PredictionStatistics:
     def predictions(self) -> csr_array:
         """The kept predictions, float32 csr [examples, C], as they came; ValueError where they are not kept."""
         if self.exact:
-            raise ValueError("these statistics hold the exact covariance and no predictions; gather them with top_k=10")
+            raise ValueError(
+                "these statistics hold the exact covariance and no predictions; gather them with top_k=10"
+            )
         lengths, indices, values = _concatenated(self._rows)
         pointers = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         return csr_array((values, indices, pointers), shape=(self.num_examples, self.num_classes))
@@ -154,7 +164,13 @@ class PredictionStatistics:
         if self.exact:
             arrays["second_moment"] = self._second_moment
         else:
-            arrays |= dict(zip(("row_lengths", "row_indices", "row_values"), _concatenated(self._rows), strict=True))
+            arrays |= dict(
+                zip(
+                    ("row_lengths", "row_indices", "row_values"),
+                    _concatenated(self._rows),
+                    strict=True,
+                )
+            )
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         with open(temporary, "wb") as file:
             np.savez(file, **arrays)
@@ -167,14 +183,20 @@ class PredictionStatistics:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
         except (zipfile.BadZipFile, ValueError, EOFError, AttributeError, TypeError) as error:
-            raise ValueError(f"{path} is no statistics file ({error}); gather the statistics again") from None
+            raise ValueError(
+                f"{path} is no statistics file ({error}); gather the statistics again"
+            ) from None
         if "schema" not in arrays or int(arrays["schema"]) != SCHEMA:
             found = int(arrays["schema"]) if "schema" in arrays else "none"
-            raise ValueError(f"{path} has schema {found}, this version reads {SCHEMA}; gather the statistics again")
+            raise ValueError(
+                f"{path} has schema {found}, this version reads {SCHEMA}; gather the statistics again"
+            )
         try:
             return cls._from_arrays(arrays)
         except (KeyError, IndexError) as error:
-            raise ValueError(f"{path} is a damaged statistics file ({error}); gather the statistics again") from None
+            raise ValueError(
+                f"{path} is a damaged statistics file ({error}); gather the statistics again"
+            ) from None
 
     @classmethod
     def _from_arrays(cls, arrays: dict) -> "PredictionStatistics":
@@ -189,9 +211,15 @@ class PredictionStatistics:
         statistics._second_moment = arrays["second_moment"] if top_k < 0 else None
         statistics._rows = []
         if top_k >= 0 and len(arrays["row_lengths"]):
-            statistics._rows = [(arrays["row_lengths"], arrays["row_indices"], arrays["row_values"])]
-        statistics._expected = _CountMatrix.from_arrays(arrays, "expected", statistics.num_classes, np.float64)
-        statistics._confusion = _CountMatrix.from_arrays(arrays, "confusion", statistics.num_classes, np.int64)
+            statistics._rows = [
+                (arrays["row_lengths"], arrays["row_indices"], arrays["row_values"])
+            ]
+        statistics._expected = _CountMatrix.from_arrays(
+            arrays, "expected", statistics.num_classes, np.float64
+        )
+        statistics._confusion = _CountMatrix.from_arrays(
+            arrays, "confusion", statistics.num_classes, np.int64
+        )
         return statistics
 
     def _add_dense(self, p_BC: np.ndarray, labels) -> None:
@@ -211,14 +239,22 @@ class PredictionStatistics:
             )
         if indices.shape[1] > self.top_k:
             largest = np.argpartition(-values, self.top_k - 1, axis=1)[:, : self.top_k]
-            indices, values = np.take_along_axis(indices, largest, 1), np.take_along_axis(values, largest, 1)
+            indices, values = (
+                np.take_along_axis(indices, largest, 1),
+                np.take_along_axis(values, largest, 1),
+            )
         present = (indices >= 0) & (values > 0)
         lengths = present.sum(axis=1)
-        flat_indices, flat_values = indices[present].astype(np.int32), values[present].astype(np.float32)
+        flat_indices, flat_values = (
+            indices[present].astype(np.int32),
+            values[present].astype(np.float32),
+        )
         tails = np.clip(1 - values.sum(axis=1), 0, None)
         others = self.num_classes - lengths
         spread = np.where(others > 0, tails / np.maximum(others, 1), 0)
-        tail_taken = np.bincount(flat_indices, np.repeat(spread, lengths), minlength=self.num_classes)
+        tail_taken = np.bincount(
+            flat_indices, np.repeat(spread, lengths), minlength=self.num_classes
+        )
         masses = np.bincount(flat_indices, flat_values, minlength=self.num_classes)
         self._probability_sum += masses + spread.sum() - tail_taken
         self._tail_sum += float(tails.sum())
@@ -255,12 +291,16 @@ class PredictionStatistics:
 
     def _checked_probabilities(self, p_BC: np.ndarray) -> np.ndarray:
         if p_BC.shape[1] != self.num_classes:
-            raise ValueError(f"probabilities have {p_BC.shape[1]} columns, the statistics {self.num_classes} classes")
+            raise ValueError(
+                f"probabilities have {p_BC.shape[1]} columns, the statistics {self.num_classes} classes"
+            )
         p_BC = p_BC.astype(np.float64)
         _check_distributions(p_BC, lowest_sum=0.98)
         return p_BC
 
-    def _checked_sparse(self, indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _checked_sparse(
+        self, indices: np.ndarray, values: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         if indices.shape != values.shape or indices.dtype.kind not in "iu":
             raise ValueError(
                 f"indices are {indices.dtype} {indices.shape}, values {values.dtype} {values.shape}; "
@@ -281,7 +321,9 @@ class PredictionStatistics:
         twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
         if twice.any():
             row, column = np.argwhere(twice)[0]
-            raise ValueError(f"row {row} names class {ordered[row, column]} twice; each of its k indices must differ")
+            raise ValueError(
+                f"row {row} names class {ordered[row, column]} twice; each of its k indices must differ"
+            )
         return indices, values
 
 
@@ -294,7 +336,9 @@ class _CountMatrix:
         self._num_pending = 0
 
     def add(self, rows, columns, weights) -> None:
-        self._pending.append((rows.astype(np.int32), columns.astype(np.int32), weights.astype(self._sum.dtype)))
+        self._pending.append(
+            (rows.astype(np.int32), columns.astype(np.int32), weights.astype(self._sum.dtype))
+        )
         self._num_pending += len(rows)
         if self._num_pending > max(_COMPACT_ENTRIES, self._sum.nnz):
             self.matrix()
@@ -312,7 +356,11 @@ class _CountMatrix:
 
     def arrays(self, name: str) -> dict:
         matrix = self.matrix()
-        return {f"{name}_data": matrix.data, f"{name}_indices": matrix.indices, f"{name}_indptr": matrix.indptr}
+        return {
+            f"{name}_data": matrix.data,
+            f"{name}_indices": matrix.indices,
+            f"{name}_indptr": matrix.indptr,
+        }
 
     @classmethod
     def from_arrays(cls, arrays: dict, name: str, num_classes: int, dtype) -> "_CountMatrix":

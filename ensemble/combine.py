@@ -33,7 +33,9 @@ ROWS_IN_CACHE = 32
 ROWS_TO_SHARE = 32
 
 
-def combine_kl(p_general: Tensor, p_special, groups, active=None, weights=None, method: str = "newton") -> Tensor:
+def combine_kl(
+    p_general: Tensor, p_special, groups, active=None, weights=None, method: str = "newton"
+) -> Tensor:
     """Distribution q minimising w_0 KL(p_g, q) + sum over active m of w_m KL(p_m, q).  Hinton et al. 2015, eq. 5.
 
     In KL(p_m, q) the mass that q has outside S_m is compared with p_m's dustbin.
@@ -89,7 +91,9 @@ def combined(job: Job, g: Tensor, active: Tensor) -> Tensor:
         return _combined(job, g, blocks[0], ours=False)
     order = torch.from_numpy(order).to(g.device)
     pieces = g.index_select(0, order).split([len(block.rows) for block in blocks])
-    done = [_combined(job, piece, block, ours=True) for piece, block in zip(pieces, blocks, strict=True)]
+    done = [
+        _combined(job, piece, block, ours=True) for piece, block in zip(pieces, blocks, strict=True)
+    ]
     return torch.cat(done).index_select(0, torch.argsort(order))
 
 
@@ -102,7 +106,9 @@ class Block:
     which: np.ndarray | None  # int64 [n]: index into sets; None: all rows have sets[0]
 
 
-def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block], np.ndarray | None]:
+def _blocks(
+    sets: list[tuple[int, ...]], which: np.ndarray
+) -> tuple[list[Block], np.ndarray | None]:
     """The blocks, and the order of rows that makes each contiguous (None: there is one block, and the order is what it
     was)."""
     if len(sets) <= 1:
@@ -113,7 +119,10 @@ def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block]
     for number, chosen in enumerate(sets):
         shared = rows_of_set[number] >= ROWS_TO_SHARE or not chosen
         members.setdefault(chosen if shared else len(chosen), []).append(number)
-    block_of_set, place_in_block = np.empty(len(sets), dtype=np.int64), np.empty(len(sets), dtype=np.int64)
+    block_of_set, place_in_block = (
+        np.empty(len(sets), dtype=np.int64),
+        np.empty(len(sets), dtype=np.int64),
+    )
     for block, numbers in enumerate(members.values()):
         block_of_set[numbers], place_in_block[numbers] = block, np.arange(len(numbers))
     order = np.argsort(block_of_set[which], kind="stable")
@@ -130,7 +139,11 @@ def _blocks(sets: list[tuple[int, ...]], which: np.ndarray) -> tuple[list[Block]
 def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     """q [n, C] of one block whose generalist rows are g [n, C].  ours: g is a copy that may be overwritten."""
     n, device = len(g), g.device
-    learning = g.requires_grad or job.opinions.requires_grad or (job.weights is not None and job.weights.requires_grad)
+    learning = (
+        g.requires_grad
+        or job.opinions.requires_grad
+        or (job.weights is not None and job.weights.requires_grad)
+    )
     differentiable = torch.is_grad_enabled() and learning
 
     def named(position) -> str:
@@ -146,12 +159,18 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         parts = job.opinions.side_by_side(block.sets[0], rows)
         said = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         same_width = len(set(index.widths)) == 1
-        sums = said.unflatten(1, (len(parts), -1)).sum(2) if same_width else torch.stack([x.sum(1) for x in parts], 1)
+        sums = (
+            said.unflatten(1, (len(parts), -1)).sum(2)
+            if same_width
+            else torch.stack([x.sum(1) for x in parts], 1)
+        )
         dustbin = said.index_select(1, index.dustbins).double()
         lowest = said.amin(1, keepdim=True)  # one for all of a row's opinions
     else:
         which = torch.from_numpy(block.which).to(device)
-        index = PaddedIndex([set_patterns(job.groups, s) for s in block.sets], which, device, job.opinions.width)
+        index = PaddedIndex(
+            [set_patterns(job.groups, s) for s in block.sets], which, device, job.opinions.width
+        )
         slots = torch.tensor(block.sets, device=device).index_select(0, which)
         said = job.opinions.padded(slots, rows)
         sizes = torch.tensor([len(members) for members in job.groups.members], device=device)
@@ -201,7 +220,11 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
         rest, outside = g, g @ index.outside_all if differentiable else outside
     else:
         nothing = torch.zeros((), dtype=g.dtype, device=device).expand(columns.shape)
-        rest = g.scatter_(1, columns, nothing) if ours and not differentiable else g.scatter(1, columns, nothing)
+        rest = (
+            g.scatter_(1, columns, nothing)
+            if ours and not differentiable
+            else g.scatter(1, columns, nothing)
+        )
         ours, outside = True, rest.sum(1)
     general = outside + on_union.sum(1)
     A = torch.cat([(outside.double() * w_general)[:, None], inside.double()], 1)
@@ -215,18 +238,26 @@ def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
     factor, even = factors(A / mass, Y, index.members)
     factor = factor / mass
     on_rest = (factor[:, :1] * w_general).to(g.dtype)
-    factor_of = torch.cat([factor, factor.new_zeros(n, 1)], 1).to(g.dtype).gather(1, index.pattern.expand(n, -1))
+    factor_of = (
+        torch.cat([factor, factor.new_zeros(n, 1)], 1)
+        .to(g.dtype)
+        .gather(1, index.pattern.expand(n, -1))
+    )
     if differentiable:
         rest, a = rest * on_rest, a * factor_of
         q = rest.scatter(1, columns, a) if one_sweep else rest.scatter_add(1, columns, a)
     elif one_sweep:
-        q = _written(rest, on_rest, a.mul_(factor_of), index, rest if ours else torch.empty_like(rest))
+        q = _written(
+            rest, on_rest, a.mul_(factor_of), index, rest if ours else torch.empty_like(rest)
+        )
     else:
         rest, a = rest.mul_(on_rest) if ours else rest * on_rest, a.mul_(factor_of)
         q = rest.scatter_add_(1, columns, a)
     if not bool((even > 0).any()):
         return q
-    stands_for = None if job.stands_for is None else job.stands_for[slice(None) if rows is None else rows]
+    stands_for = (
+        None if job.stands_for is None else job.stands_for[slice(None) if rows is None else rows]
+    )
     return _spread(q, even.to(q.dtype), index, columns, stands_for)
 
 
@@ -234,7 +265,9 @@ def _read(g: Tensor, index: SharedIndex) -> tuple[Tensor, Tensor]:
     """The generalist's mass outside the union [n], and its probabilities in it [n, U], while a few rows are in the
     cache."""
     outside, on_union = g.new_empty(len(g)), g.new_empty(len(g), index.classes.shape[1])
-    for rows, left, there in zip(*(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True):
+    for rows, left, there in zip(
+        *(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True
+    ):
         torch.mv(rows, index.outside_all, out=left)
         torch.gather(rows, 1, index.classes.expand(len(rows), -1), out=there)
     return outside, on_union
@@ -252,18 +285,24 @@ def _written(g: Tensor, factor: Tensor, on_union: Tensor, index: SharedIndex, q:
 def _per_column(w_special: Tensor, index, width: int) -> Tensor:
     """Each active specialist's weight [n, k], at every column of its opinion."""
     if isinstance(index, SharedIndex):
-        return w_special[:1].repeat_interleave(torch.tensor(index.widths, device=w_special.device), dim=1)
+        return w_special[:1].repeat_interleave(
+            torch.tensor(index.widths, device=w_special.device), dim=1
+        )
     return w_special.repeat_interleave(width, dim=1)
 
 
 def _check_some_weight(total: Tensor, block: Block) -> None:
     if bool((total <= 0).any()):
         row = int(block.rows[int((total <= 0).nonzero()[0, 0])])
-        raise ValueError(f"the generalist and all specialists active in row {row} have weight 0; give one of them some")
+        raise ValueError(
+            f"the generalist and all specialists active in row {row} have weight 0; give one of them some"
+        )
 
 
 def _spread(q: Tensor, even: Tensor, index, columns: Tensor, stands_for: Tensor | None) -> Tensor:
     """q and, for every class, what its pattern's classes get beside: even [n, P]."""
-    on_union = torch.cat([even, even.new_zeros(len(q), 1)], 1).gather(1, index.pattern.expand(len(q), -1))
+    on_union = torch.cat([even, even.new_zeros(len(q), 1)], 1).gather(
+        1, index.pattern.expand(len(q), -1)
+    )
     fill = even[:, :1] * (torch.ones_like(q) if stands_for is None else stands_for)
     return q + fill.scatter(1, columns, 0.0).scatter_add(1, columns, on_union)

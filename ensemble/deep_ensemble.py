@@ -21,14 +21,18 @@ class DeepEnsemble:
             raise ValueError("an ensemble needs at least one network")
         sizes = {network.spec.num_classes for network in networks}
         if len(sizes) > 1:
-            raise ValueError(f"networks of one ensemble need one label set; these have {sorted(sizes)} classes")
+            raise ValueError(
+                f"networks of one ensemble need one label set; these have {sorted(sizes)} classes"
+            )
         self.networks = [network.eval() for network in networks]
         self.class_names = list(networks[0].spec.class_names)
         self.device = next(networks[0].parameters()).device
         self.generalist, self.missing = self.networks[0], []
 
     @classmethod
-    def load(cls, directory, device="cpu", builders: Mapping[str, Callable] | None = None) -> "DeepEnsemble":
+    def load(
+        cls, directory, device="cpu", builders: Mapping[str, Callable] | None = None
+    ) -> "DeepEnsemble":
         """The ensemble of a run directory or of an exported bundle: safetensors and JSON, nothing is unpickled.
 
         builders: {name: callable} for a model.json that names one.  Raises ValueError for a missing or damaged file,
@@ -37,8 +41,15 @@ class DeepEnsemble:
         root = Path(directory)
         facts = read_settings(root)
         if facts["kind"] != "deep":
-            raise ValueError(f"{root} holds an ensemble of {facts['kind']}; load it with load_ensemble")
-        return cls([load_classifier(_folder(root, index), device, builders) for index in range(facts["members"])])
+            raise ValueError(
+                f"{root} holds an ensemble of {facts['kind']}; load it with load_ensemble"
+            )
+        return cls(
+            [
+                load_classifier(_folder(root, index), device, builders)
+                for index in range(facts["members"])
+            ]
+        )
 
     def save(self, directory) -> None:
         """Write `directory`, laid out as a run is, for DeepEnsemble.load."""
@@ -65,16 +76,23 @@ class DeepEnsemble:
         q = self.probabilities(inputs)
         values, classes = q.topk(min(top, q.shape[1]), dim=1)
         return [
-            {"classes": row, "names": [self.class_names[c] for c in row], "probabilities": probabilities,
-             "specialists": []} for row, probabilities in zip(classes.tolist(), values.tolist(), strict=True)
-        ]  # fmt: skip
+            {
+                "classes": row,
+                "names": [self.class_names[c] for c in row],
+                "probabilities": probabilities,
+                "specialists": [],
+            }
+            for row, probabilities in zip(classes.tolist(), values.tolist(), strict=True)
+        ]
 
 
 def _folder(root: Path, index: int) -> Path:
     return root / "members" / f"{index:03d}" if index else root / "generalist"
 
 
-def load_ensemble(directory, device="cpu", builders=None, **options) -> SpecialistEnsemble | DeepEnsemble:
+def load_ensemble(
+    directory, device="cpu", builders=None, **options
+) -> SpecialistEnsemble | DeepEnsemble:
     """Whichever ensemble a run directory or an exported bundle holds; options are SpecialistEnsemble.load's."""
     if read_settings(Path(directory))["kind"] == "deep":
         return DeepEnsemble.load(directory, device, builders)

@@ -95,7 +95,10 @@ class EnsembleProgram(nn.Module):
         self.generalist, self.portable = ensemble.generalist, portable
         self.specialists = nn.ModuleList(ensemble.specialists[m] for m in numbers)
         self.n, self.limit = ensemble.gate, ensemble.max_specialists
-        self.temperatures = [ensemble.temperatures[0], *[ensemble.temperatures[1 + m] for m in numbers]]
+        self.temperatures = [
+            ensemble.temperatures[0],
+            *[ensemble.temperatures[1 + m] for m in numbers],
+        ]
         weights = (
             [1.0] * (1 + len(ensemble.groups.members))
             if ensemble.weights is None
@@ -115,8 +118,12 @@ class EnsembleProgram(nn.Module):
         if numbers:
             patterns = set_patterns(ensemble.groups, tuple(numbers))
             pattern[torch.from_numpy(patterns.union[0])] = torch.from_numpy(patterns.union[1])
-            self.register_buffer("outside", torch.from_numpy(patterns.outside).to(device), persistent=False)
-            self.register_buffer("counts", torch.from_numpy(patterns.counts).to(device), persistent=False)
+            self.register_buffer(
+                "outside", torch.from_numpy(patterns.outside).to(device), persistent=False
+            )
+            self.register_buffer(
+                "counts", torch.from_numpy(patterns.counts).to(device), persistent=False
+            )
         self.register_buffer("pattern", pattern.to(device), persistent=False)
 
     def forward(self, raw: Tensor) -> Tensor:
@@ -130,20 +137,27 @@ class EnsembleProgram(nn.Module):
             p = torch.softmax(specialist(raw) / self.temperatures[1 + m], 1)
             inside, dustbin = p[:, :-1], p[:, -1].double()
             if self.complete[m]:
-                inside, dustbin = inside / inside.sum(1, keepdim=True).clamp(min=1e-30), torch.zeros_like(dustbin)
+                inside, dustbin = (
+                    inside / inside.sum(1, keepdim=True).clamp(min=1e-30),
+                    torch.zeros_like(dustbin),
+                )
             weight = self.weights[1 + m] * asked[:, m]
-            a = a.index_add(1, self.get_buffer(f"members_{m}"), inside * weight[:, None].to(g.dtype))
+            a = a.index_add(
+                1, self.get_buffer(f"members_{m}"), inside * weight[:, None].to(g.dtype)
+            )
             bins.append(dustbin * weight)
         d = torch.stack(bins, 1)
-        A = torch.zeros(g.shape[0], self.counts.shape[0], dtype=torch.float64, device=g.device).index_add(
-            1, self.pattern, a.double()
-        )
+        A = torch.zeros(
+            g.shape[0], self.counts.shape[0], dtype=torch.float64, device=g.device
+        ).index_add(1, self.pattern, a.double())
         mass = A.sum(1, keepdim=True) + d.sum(1, keepdim=True)
         members = Membership(self.outside, self.counts)
         Y = pattern_masses(A / mass, d / mass, members, 0.0, PROGRAM_STEPS, self.portable)
         factor, even = factors(A / mass, Y, members)
         factor = factor / mass
-        return a * factor.to(g.dtype).index_select(1, self.pattern) + even.to(g.dtype).index_select(1, self.pattern)
+        return a * factor.to(g.dtype).index_select(1, self.pattern) + even.to(g.dtype).index_select(
+            1, self.pattern
+        )
 
     def _gate(self, p: Tensor) -> Tensor:
         top = p.topk(self.n, dim=1).indices
@@ -175,7 +189,9 @@ def export_onnx(module: nn.Module, example: Tensor, path) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as missing:
-        raise ValueError(f"{missing.name} is not installed; pip install 'referral[onnx]' brings it") from None
+        raise ValueError(
+            f"{missing.name} is not installed; pip install 'referral[onnx]' brings it"
+        ) from None
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.onnx")
     with torch.no_grad():

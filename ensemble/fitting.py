@@ -20,7 +20,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     if len(logits) == 0:
         return 1.0
     logits = logits.detach().double()
-    logits = (logits - logits.amax(1, keepdim=True)).clamp(min=-1e4)  # a dustbin's logit may be -inf
+    logits = (logits - logits.amax(1, keepdim=True)).clamp(
+        min=-1e4
+    )  # a dustbin's logit may be -inf
     of_label = logits.gather(1, labels.to(logits.device)[:, None])[:, 0]
 
     def slope(inverse: float) -> float:
@@ -47,7 +49,11 @@ def fit_shift(logits: Tensor, labels: Tensor, classes) -> float:
     low, high = -64.0, 64.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if float(torch.sigmoid(log_odds + middle).mean()) > share else (middle, high)
+        low, high = (
+            (low, middle)
+            if float(torch.sigmoid(log_odds + middle).mean()) > share
+            else (middle, high)
+        )
     return (low + high) / 2
 
 
@@ -65,12 +71,22 @@ def fit_temperatures(general: Tensor, special, groups, labels: Tensor) -> list[f
         rows, logits = (torch.arange(len(labels)), given) if isinstance(given, Tensor) else given
         column = torch.full((groups.num_classes,), len(members))
         column[torch.tensor(members)] = torch.arange(len(members))
-        found.append(fit_temperature(logits, column[labels.cpu()[torch.as_tensor(rows).cpu()]].to(logits.device)))
+        found.append(
+            fit_temperature(
+                logits, column[labels.cpu()[torch.as_tensor(rows).cpu()]].to(logits.device)
+            )
+        )
     return found
 
 
 def fit_weights(
-    p_general: Tensor, p_special, groups, labels: Tensor, active=None, combine: str = "kl", shared: bool = True
+    p_general: Tensor,
+    p_special,
+    groups,
+    labels: Tensor,
+    active=None,
+    combine: str = "kl",
+    shared: bool = True,
 ) -> list[float]:
     """[1 + M] minimising the mean of - log q[label]: 1 for the generalist, and one for all specialists or
     (shared=False) for each.
@@ -79,7 +95,9 @@ def fit_weights(
     by one example, so that a specialist nobody asked has the shared weight.  Only ratios of weights matter to eq. 5.
     """
     if combine not in COMBINERS:
-        raise ValueError(f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}")
+        raise ValueError(
+            f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}"
+        )
     count, device = len(groups.members), p_general.device
     labels = labels.to(device)
 

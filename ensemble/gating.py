@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = None, available=None) -> Tensor:
+def gate(
+    p_general: Tensor, groups, n: int = 1, max_specialists: int | None = None, available=None
+) -> Tensor:
     """active [B, M] bool: the specialists whose S_m holds one of the n most probable classes.  Hinton et al. 2015,
     section 5.3.
 
@@ -22,14 +24,22 @@ def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = No
             f"p_general has shape {list(p_general.shape)}; it must be [B, {num_classes}] as the groups have it"
         )
     if not 1 <= n <= num_classes:
-        raise ValueError(f"n = {n} most probable classes; it must be from 1 to {num_classes}, the number of classes")
+        raise ValueError(
+            f"n = {n} most probable classes; it must be from 1 to {num_classes}, the number of classes"
+        )
     if max_specialists is not None and max_specialists < 1:
-        raise ValueError(f"max_specialists = {max_specialists}; it must be at least 1, or None for no limit")
+        raise ValueError(
+            f"max_specialists = {max_specialists}; it must be at least 1, or None for no limit"
+        )
     p_general = p_general.detach()
-    top, classes = p_general.max(1, keepdim=True) if n == 1 else p_general.topk(n, dim=1, sorted=False)
+    top, classes = (
+        p_general.max(1, keepdim=True) if n == 1 else p_general.topk(n, dim=1, sorted=False)
+    )
     if bool(torch.isnan(top).any()):
         row = int(torch.isnan(top).any(1).nonzero()[0])
-        raise ValueError(f"p_general has a NaN in row {row}; look for it in the generalist's logits")
+        raise ValueError(
+            f"p_general has a NaN in row {row}; look for it in the generalist's logits"
+        )
     holders = _holders(groups, p_general.device)[classes].flatten(1)
     active = torch.zeros(len(p_general), specialists + 1, dtype=torch.bool, device=p_general.device)
     active = active.scatter_(1, holders, True)[:, :specialists]
@@ -39,7 +49,9 @@ def gate(p_general: Tensor, groups, n: int = 1, max_specialists: int | None = No
         return active
     crowded = (active.sum(1) > max_specialists).nonzero()[:, 0]
     if len(crowded):
-        mass = torch.full((len(crowded), specialists), -1.0, device=p_general.device, dtype=p_general.dtype)
+        mass = torch.full(
+            (len(crowded), specialists), -1.0, device=p_general.device, dtype=p_general.dtype
+        )
         for m in active[crowded].any(0).nonzero()[:, 0].tolist():
             rows = active[crowded, m].nonzero()[:, 0]
             members = torch.tensor(groups.members[m], device=p_general.device)

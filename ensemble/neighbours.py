@@ -74,7 +74,11 @@ def _pooled(rule: Callable, p_general, p_special, groups, active, weights) -> Te
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)
-    weights = torch.ones(1 + len(groups.members), dtype=torch.float64, device=g.device) if weights is None else weights
+    weights = (
+        torch.ones(1 + len(groups.members), dtype=torch.float64, device=g.device)
+        if weights is None
+        else weights
+    )
     opinions = read_opinions(p_special, groups, active, g.dtype, dtype)
     check_sums(g.sum(1), dtype, lambda position: f"row {position[0]} of p_general")
     check_no_negative(g.amin(1), lambda position: f"row {position[0]} of p_general")
@@ -84,11 +88,19 @@ def _pooled(rule: Callable, p_general, p_special, groups, active, weights) -> Te
         rows = torch.from_numpy(np.flatnonzero(which == number)).to(g.device)
         said = opinions.side_by_side(chosen, rows)
         for m, part in zip(chosen, said, strict=True):
-            check_sums(part.sum(1), dtype, lambda at, rows=rows, m=m: f"row {int(rows[at[0]])} of p_special[{m}]")
-            check_no_negative(part.amin(1), lambda at, rows=rows, m=m: f"row {int(rows[at[0]])} of p_special[{m}]")
+            check_sums(
+                part.sum(1),
+                dtype,
+                lambda at, rows=rows, m=m: f"row {int(rows[at[0]])} of p_special[{m}]",
+            )
+            check_no_negative(
+                part.amin(1), lambda at, rows=rows, m=m: f"row {int(rows[at[0]])} of p_special[{m}]"
+            )
         w = weights[[0, *[1 + m for m in chosen]]].to(g.dtype)
         if float(w.sum()) <= 0:
-            raise ValueError(f"the generalist and specialists {list(chosen)} have weight 0; give one of them some")
+            raise ValueError(
+                f"the generalist and specialists {list(chosen)} have weight 0; give one of them some"
+            )
         pieces.append(rule(g[rows], said, set_patterns(groups, chosen), w) if chosen else g[rows])
         order.append(rows.cpu())
     return torch.cat(pieces).index_select(0, torch.argsort(torch.cat(order)).to(g.device)).to(dtype)
@@ -129,10 +141,14 @@ def _mixture(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
     alone = w[0] * g.index_fill(1, torch.cat(members), 0.0).sum(1, keepdim=True)
     total = alone * g
     for part, inside, weight in zip(said, members, w[1:], strict=True):
-        total = total + weight * g.index_select(1, inside).sum(1, keepdim=True) * _extended(g, part, inside)
+        total = total + weight * g.index_select(1, inside).sum(1, keepdim=True) * _extended(
+            g, part, inside
+        )
     mass = total.sum(1, keepdim=True)
     tiny = torch.finfo(g.dtype).tiny
-    return torch.where(mass > tiny, total / mass.clamp(min=tiny), g)  # weights of 0 may leave nobody who is responsible
+    return torch.where(
+        mass > tiny, total / mass.clamp(min=tiny), g
+    )  # weights of 0 may leave nobody who is responsible
 
 
 def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) -> Tensor:
@@ -154,7 +170,9 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
         logs = logs.index_add(1, inside, weight * _log(part[:, :-1]).double())
         c = c.index_add(0, inside, weight.expand(len(inside)))
     pattern = torch.zeros(g.shape[1], dtype=torch.int64, device=device)
-    pattern[torch.from_numpy(patterns.union[0]).to(device)] = torch.from_numpy(patterns.union[1]).to(device)
+    pattern[torch.from_numpy(patterns.union[0]).to(device)] = torch.from_numpy(
+        patterns.union[1]
+    ).to(device)
     outside = torch.from_numpy(patterns.outside).to(device)  # N [P, k]
     has = torch.from_numpy(patterns.counts > 0).to(device)
     b = torch.exp(logs / c)
@@ -164,7 +182,13 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
         c_P = torch.where(has, c_P, 1.0)
     d = torch.stack([part[:, -1] for part in said], 1).double().clamp(min=FLOOR)
     slopes = (
-        torch.cat([-outside * w[1:].double(), torch.ones(len(has), 1, dtype=torch.float64, device=device)], 1)
+        torch.cat(
+            [
+                -outside * w[1:].double(),
+                torch.ones(len(has), 1, dtype=torch.float64, device=device),
+            ],
+            1,
+        )
         / c_P[:, None]
     )
     bins = w[1:].double() * d
@@ -175,12 +199,18 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
         return Y, e, gradient
 
     def value(x):
-        return (c_P * B * torch.exp(x @ slopes.T)).sum(1) + (bins * torch.exp(x[:, :-1])).sum(1) - x[:, -1]
+        return (
+            (c_P * B * torch.exp(x @ slopes.T)).sum(1)
+            + (bins * torch.exp(x[:, :-1])).sum(1)
+            - x[:, -1]
+        )
 
     def step(x, hessian_at):
         Y, e, _ = pieces(hessian_at)
         curvature = torch.einsum("np,pi,pj->nij", (c_P * Y).detach(), slopes, slopes)
-        curvature = curvature + torch.diag_embed(torch.nn.functional.pad(e, (0, 1)).detach() + 1e-14)
+        curvature = curvature + torch.diag_embed(
+            torch.nn.functional.pad(e, (0, 1)).detach() + 1e-14
+        )
         return -torch.linalg.solve(curvature, pieces(x)[2][..., None])[..., 0]
 
     with torch.no_grad():
@@ -194,7 +224,10 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
                 break
             move, before = step(x, x), value(x)
             move = move * (20 / move.abs().amax(1, keepdim=True)).clamp(max=1)
-            slope, length = (gradient * move).sum(1), torch.ones(len(g), 1, dtype=torch.float64, device=device)
+            slope, length = (
+                (gradient * move).sum(1),
+                torch.ones(len(g), 1, dtype=torch.float64, device=device),
+            )
             for _ in range(40):
                 worse = ~(value(x + length * move) <= before + 1e-4 * length[:, 0] * slope + 1e-13)
                 if not bool(worse.any()):
@@ -202,7 +235,9 @@ def _reverse(g: Tensor, said: list[Tensor], patterns: SetPatterns, w: Tensor) ->
                 length = torch.where(worse[:, None], length / 2, length)
             x = x + length * move
         else:
-            raise ArithmeticError(f"reverse_kl did not converge (gradient {float(gradient.abs().max()):.1e})")
+            raise ArithmeticError(
+                f"reverse_kl did not converge (gradient {float(gradient.abs().max()):.1e})"
+            )
     if torch.is_grad_enabled() and (B.requires_grad or d.requires_grad):
         x = x + step(x, x)  # its derivative is the solution's, by the implicit function theorem
     exponent = (x @ slopes.T).index_select(1, pattern)

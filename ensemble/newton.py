@@ -59,7 +59,9 @@ class Membership:
         return _times(w, self._pairs).unflatten(-1, (self.outside.shape[-1],) * 2)
 
     def rows(self, index: Tensor) -> "Membership":
-        return self if self.outside.dim() == 2 else Membership(self.outside[index], self.counts[index])
+        return (
+            self if self.outside.dim() == 2 else Membership(self.outside[index], self.counts[index])
+        )
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
@@ -67,7 +69,12 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 def pattern_masses(
-    A: Tensor, d: Tensor, members: Membership, tolerance: float, steps: int | None = None, portable=False
+    A: Tensor,
+    d: Tensor,
+    members: Membership,
+    tolerance: float,
+    steps: int | None = None,
+    portable=False,
 ) -> Tensor:
     """Y [n, P], differentiable in A and d.
 
@@ -76,12 +83,18 @@ def pattern_masses(
     """
     A = torch.maximum(A, members.nothing)
     d = d.clamp(min=EMPTY)
-    if d.shape[1] == 1:  # closed form: the dustbin is shared among the classes outside in proportion to what they have
-        return A + d * members.outside[..., 0] * A / (members.to_specialists(A) + members.everything_inside)
+    if (
+        d.shape[1] == 1
+    ):  # closed form: the dustbin is shared among the classes outside in proportion to what they have
+        return A + d * members.outside[..., 0] * A / (
+            members.to_specialists(A) + members.everything_inside
+        )
     if steps is not None:
         state = _start(A, d, members)
         for _ in range(steps):
-            direction = _direction(A, d, state, members, solve=_eliminated if portable else _bounded)
+            direction = _direction(
+                A, d, state, members, solve=_eliminated if portable else _bounded
+            )
             state = _moved(state, direction, *state.rooms(direction))
         return state.Y
     with torch.no_grad():
@@ -104,7 +117,9 @@ class State:
     Q: Tensor
 
     def residual(self, A: Tensor, d: Tensor) -> Tensor:
-        return torch.maximum((self.Y * self.s - A).abs().amax(1), (self.Q * self.t - d).abs().amax(1))
+        return torch.maximum(
+            (self.Y * self.s - A).abs().amax(1), (self.Q * self.t - d).abs().amax(1)
+        )
 
     def take(self, rows: Tensor) -> "State":
         return State(self.Y[rows], self.s[rows], self.t[rows], self.Q[rows])
@@ -143,7 +158,9 @@ def factors(A: Tensor, Y: Tensor, members: Membership) -> tuple[Tensor, Tensor]:
 def _start(A: Tensor, d: Tensor, members: Membership) -> State:
     """One EM step from q in proportion to A, and t as near to d / Q as keeps every s positive."""
     base = A + 1e-9 * members.counts / members.counts.sum(-1, keepdim=True)
-    Y = A + base * members.to_patterns(d / (members.to_specialists(base) + members.everything_inside))
+    Y = A + base * members.to_patterns(
+        d / (members.to_specialists(base) + members.everything_inside)
+    )
     Q = members.to_specialists(Y) + members.everything_inside
     t = torch.where(members.everything_inside > 0, d, d / Q)
     load = members.to_patterns(t)
@@ -158,7 +175,9 @@ def _direction(A: Tensor, d: Tensor, at: State, members: Membership, solve: Call
         dt = _least_squares(missing_A, missing_d, at, members)
     else:
         matrix = members.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
-        dt = (solve or _cholesky)(matrix, missing_d / at.t - members.to_specialists(missing_A / at.s))
+        dt = (solve or _cholesky)(
+            matrix, missing_d / at.t - members.to_specialists(missing_A / at.s)
+        )
     ds = -members.to_patterns(dt)
     dY = (missing_A - at.Y * ds) / at.s
     return dY, ds, dt, members.to_specialists(dY)
@@ -208,9 +227,15 @@ def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Mem
     themselves, largest first, keeps what each row says (Cox and Higham 1998, row-wise stability).
     """
     rows = torch.cat(
-        [torch.sqrt(at.Y / at.s)[..., None] * members.outside, torch.diag_embed(torch.sqrt(at.Q / at.t))], 1
+        [
+            torch.sqrt(at.Y / at.s)[..., None] * members.outside,
+            torch.diag_embed(torch.sqrt(at.Q / at.t)),
+        ],
+        1,
     )
-    right = torch.cat([-missing_A / torch.sqrt(at.Y * at.s), missing_d / torch.sqrt(at.Q * at.t)], 1)
+    right = torch.cat(
+        [-missing_A / torch.sqrt(at.Y * at.s), missing_d / torch.sqrt(at.Q * at.t)], 1
+    )
     order = rows.amax(2).argsort(dim=1, descending=True)
     rows, right = rows.gather(1, order[..., None].expand_as(rows)), right.gather(1, order)
     q, r = torch.linalg.qr(rows)
@@ -263,7 +288,9 @@ def _followed(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> St
     n, (patterns, specialists) = len(A), members.outside.shape[-2:]
     t = torch.full_like(d, 0.5 / specialists)
     Y = torch.full_like(A, 1 / patterns)
-    state = State(Y, 1 - members.to_patterns(t), t, members.to_specialists(Y) + members.everything_inside)
+    state = State(
+        Y, 1 - members.to_patterns(t), t, members.to_specialists(Y) + members.everything_inside
+    )
     mu = torch.full((n, 1), 0.1 / (patterns + specialists), dtype=A.dtype, device=A.device)
     for _ in range(MAX_STEPS):
         target_A, target_d = torch.maximum(A, mu), torch.maximum(d, mu)

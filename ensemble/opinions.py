@@ -11,7 +11,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 # How far a row's sum may be from one.  The answer sums to one whatever the rows sum to within it.
-SUM_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+SUM_TOLERANCE = {
+    torch.float64: 1e-3,
+    torch.float32: 1e-3,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
 
 
 class Opinions:
@@ -21,7 +26,14 @@ class Opinions:
     about row b (-1: none); None where values[m] is about every row, in order.
     """
 
-    def __init__(self, values: list[Tensor | None], places: list[Tensor | None], rows: int, dtype: torch.dtype, device):
+    def __init__(
+        self,
+        values: list[Tensor | None],
+        places: list[Tensor | None],
+        rows: int,
+        dtype: torch.dtype,
+        device,
+    ):
         self.values, self.places = values, places
         self.width = max((v.shape[1] for v in values if v is not None), default=1)
         self._rows, self._dtype, self._device = rows, dtype, device
@@ -43,14 +55,20 @@ class Opinions:
     @cached_property
     def _table(self) -> tuple[Tensor, Tensor]:
         """All values one under the other, padded with zeros to `width`, and where [B, M] in it."""
-        where = torch.full((self._rows, len(self.values)), -1, dtype=torch.int64, device=self._device)
+        where = torch.full(
+            (self._rows, len(self.values)), -1, dtype=torch.int64, device=self._device
+        )
         blocks, height = [], 0
         every_row = torch.arange(self._rows, device=self._device)
         for m, values in enumerate(self.values):
             if values is None:
                 continue
             where[:, m] = height + (every_row if self.places[m] is None else self.places[m])
-            blocks.append(values if values.shape[1] == self.width else pad(values, (0, self.width - values.shape[1])))
+            blocks.append(
+                values
+                if values.shape[1] == self.width
+                else pad(values, (0, self.width - values.shape[1]))
+            )
             height += len(values)
         return torch.cat(blocks), where
 
@@ -64,7 +82,9 @@ def checked_general(p_general: Tensor, groups) -> tuple[Tensor, torch.dtype]:
     """p_general in float32 or float64, and the dtype it came in.  ValueError for a wrong shape or dtype; sums are
     checked later."""
     if not isinstance(p_general, Tensor):
-        raise ValueError(f"p_general is a {type(p_general).__name__}; it must be a torch tensor of probabilities")
+        raise ValueError(
+            f"p_general is a {type(p_general).__name__}; it must be a torch tensor of probabilities"
+        )
     if p_general.dim() != 2 or p_general.shape[1] != groups.num_classes:
         expected = f"[B, {groups.num_classes}] as the groups have it"
         raise ValueError(f"p_general has shape {list(p_general.shape)}; it must be {expected}")
@@ -91,7 +111,9 @@ def checked_active(active: Tensor | None, p_special, rows: int, groups, device) 
     active = torch.as_tensor(active, device=device)
     if active.dtype != torch.bool or active.shape != (rows, specialists):
         shape = f"dtype {active.dtype} and shape {list(active.shape)}"
-        raise ValueError(f"active has {shape}; it must be bool [{rows}, {specialists}], as gate returns it")
+        raise ValueError(
+            f"active has {shape}; it must be bool [{rows}, {specialists}], as gate returns it"
+        )
     return active
 
 
@@ -108,7 +130,9 @@ def checked_weights(weights, specialists: int, device) -> Tensor | None:
     return weights
 
 
-def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype, given_dtype: torch.dtype) -> Opinions:
+def read_opinions(
+    p_special, groups, active: Tensor, dtype: torch.dtype, given_dtype: torch.dtype
+) -> Opinions:
     """What active rows may need, as `dtype`.  Values are not looked at here, but for specialists of every class."""
     rows, specialists = active.shape
     device = active.device
@@ -144,7 +168,9 @@ def read_opinions(p_special, groups, active: Tensor, dtype: torch.dtype, given_d
         values[m] = given.to(device=device, dtype=dtype)
         if columns == groups.num_classes + 1:
             asked = active[:, m] if places[m] is None else places[m][active[:, m]]
-            check_sums(values[m][asked].sum(1), given_dtype, lambda _, m=m: f"a row of p_special[{m}]")
+            check_sums(
+                values[m][asked].sum(1), given_dtype, lambda _, m=m: f"a row of p_special[{m}]"
+            )
             values[m] = without_dustbin(values[m])
     return Opinions(values, places, rows, dtype, device)
 
@@ -165,7 +191,9 @@ def _checked_rows(given, m: int, rows: int, columns: int, device) -> tuple[Tenso
     about = torch.as_tensor(about, device=device)
     if about.dtype == torch.bool or about.is_floating_point() or about.dim() != 1:
         kind = f"dtype {about.dtype} and shape {list(about.shape)}"
-        raise ValueError(f"the rows of p_special[{m}] have {kind}; they must be a flat list of row numbers")
+        raise ValueError(
+            f"the rows of p_special[{m}] have {kind}; they must be a flat list of row numbers"
+        )
     if not isinstance(values, Tensor) or values.shape != (len(about), columns):
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
@@ -174,9 +202,13 @@ def _checked_rows(given, m: int, rows: int, columns: int, device) -> tuple[Tenso
         )
     about = about.long()
     if len(about) and not (0 <= int(about.min()) and int(about.max()) < rows):
-        raise ValueError(f"p_special[{m}] names row {int(about.max())}; rows go from 0 to {rows - 1}")
+        raise ValueError(
+            f"p_special[{m}] names row {int(about.max())}; rows go from 0 to {rows - 1}"
+        )
     if len(about) != len(torch.unique(about)):
-        raise ValueError(f"p_special[{m}] names a row more than once; give one prediction for each row")
+        raise ValueError(
+            f"p_special[{m}] names a row more than once; give one prediction for each row"
+        )
     return about, values
 
 

@@ -161,7 +161,9 @@ def _make(groups, specialists: tuple[int, ...]) -> SetPatterns:
     firsts = np.unique(of_entry, return_index=True)[1]
     rest = np.setdiff1d(np.arange(len(of_entry)), firsts)
     outside = np.concatenate([np.ones((1, len(chosen))), (~inside[first]).astype(float)])
-    counts = np.concatenate([[groups.num_classes - len(classes)], np.bincount(pattern)]).astype(float)
+    counts = np.concatenate([[groups.num_classes - len(classes)], np.bincount(pattern)]).astype(
+        float
+    )
     if counts[0] == 0:
         outside[0] = 0  # no class is there to take a dustbin's mass
     return SetPatterns(
@@ -182,6 +184,10 @@ def _cache_of(groups) -> tuple[OrderedDict, threading.Lock]:
     key = id(groups)
     found = _caches.get(key)
     if found is None or found[0]() is not groups:
-        found = (weakref.ref(groups, lambda _: _caches.pop(key, None)), OrderedDict(), threading.Lock())
+        found = (
+            weakref.ref(groups, lambda _: _caches.pop(key, None)),
+            OrderedDict(),
+            threading.Lock(),
+        )
         _caches[key] = found
     return found[1], found[2]

@@ -23,14 +23,18 @@ def combine_kl_sparse(
     class.
     """
     if not isinstance(values, Tensor) or values.dim() != 2 or values.dtype not in SUM_TOLERANCE:
-        raise ValueError(f"values must be a floating point tensor [B, k]; they are {_described(values)}")
+        raise ValueError(
+            f"values must be a floating point tensor [B, k]; they are {_described(values)}"
+        )
     rows, kept = values.shape
     if (
         not isinstance(indices, Tensor)
         or indices.shape != values.shape
         or indices.dtype not in (torch.int64, torch.int32)
     ):
-        raise ValueError(f"indices must be int64 [{rows}, {kept}] as values are; they are {_described(indices)}")
+        raise ValueError(
+            f"indices must be int64 [{rows}, {kept}] as values are; they are {_described(indices)}"
+        )
     if not isinstance(tail, Tensor) or tail.shape != (rows,):
         raise ValueError(f"tail must be [{rows}], one number per row; it is {_described(tail)}")
     dtype = values.dtype
@@ -56,8 +60,12 @@ def combine_kl_sparse(
 
     stands_for = torch.ones(1, kept + 1, dtype=work, device=values.device)
     stands_for[0, -1] = groups.num_classes - kept
-    job = Job(groups, weights, opinions, dtype, columns=columns, stands_for=stands_for.expand(rows, -1))
-    q = combined(job, torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work), active).to(dtype)
+    job = Job(
+        groups, weights, opinions, dtype, columns=columns, stands_for=stands_for.expand(rows, -1)
+    )
+    q = combined(job, torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work), active).to(
+        dtype
+    )
     return indices, q[:, :-1], q[:, -1]
 
 

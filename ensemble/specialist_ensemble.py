@@ -57,11 +57,15 @@ class SpecialistEnsemble:
         device=None,
     ):
         if combine not in COMBINERS:
-            raise ValueError(f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}")
+            raise ValueError(
+                f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}"
+            )
         count = len(groups.members)
         strange = sorted(m for m in {*specialists, *skipped} if not 0 <= m < count)
         if strange:
-            raise ValueError(f"there is no group {strange[0]}; the {count} groups are 0 to {count - 1}")
+            raise ValueError(
+                f"there is no group {strange[0]}; the {count} groups are 0 to {count - 1}"
+            )
         self.missing = sorted(set(range(count)) - set(specialists) - set(skipped))
         if self.missing and not allow_missing:
             raise ValueError(
@@ -73,13 +77,20 @@ class SpecialistEnsemble:
                 raise ValueError(
                     f"{name} has {len(values)} entries; it must have {1 + count}: the generalist's and one per group"
                 )
-        self.temperatures = [1.0] * (1 + count) if temperatures is None else [float(t) for t in temperatures]
+        self.temperatures = (
+            [1.0] * (1 + count) if temperatures is None else [float(t) for t in temperatures]
+        )
         if not all(0 < t < float("inf") for t in self.temperatures):
             raise ValueError(f"temperatures are {self.temperatures}; each must be positive")
         self.generalist = generalist.eval()
         self.device = torch.device(device) if device is not None else _device_of(generalist)
         self.specialists, self.groups = specialists, groups
-        self.gate, self.max_specialists, self.combine, self.weights = gate, max_specialists, combine, weights
+        self.gate, self.max_specialists, self.combine, self.weights = (
+            gate,
+            max_specialists,
+            combine,
+            weights,
+        )
         self.skipped, self.available = sorted(skipped), [m in specialists for m in range(count)]
         self.class_names = list(generalist.spec.class_names)
         self._prefixes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -113,26 +124,43 @@ class SpecialistEnsemble:
             )
         facts = read_settings(root)
         if facts["kind"] != "specialists":
-            raise ValueError(f"{root} holds a deep ensemble, which has no specialists; load it with load_ensemble")
+            raise ValueError(
+                f"{root} holds a deep ensemble, which has no specialists; load it with load_ensemble"
+            )
         if not (root / GROUPS).is_file():
-            raise ValueError(f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle")
+            raise ValueError(
+                f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle"
+            )
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
         folders = {m: specialist_folder(root, m) for m in range(len(groups.members))}
         found = [
-            m for m, place in folders.items() if all((place / n).is_file() for n in ("model.json", "model.safetensors"))
+            m
+            for m, place in folders.items()
+            if all((place / n).is_file() for n in ("model.json", "model.safetensors"))
         ]
         shelf = Shelf(
-            lambda m: load_specialist(folders[m], generalist, facts["shared"].get(str(m), ()), device, builders),
+            lambda m: load_specialist(
+                folders[m], generalist, facts["shared"].get(str(m), ()), device, builders
+            ),
             found,
             cache,
         )
         gate = facts["gate"] if gate is None else gate
         limit = facts["max_specialists"] if max_specialists is None else max_specialists
         return cls(
-            generalist, shelf, groups, gate, limit, facts["combine"], facts["temperatures"],
-            facts["weights"], facts["skipped"], allow_missing, device,
-        )  # fmt: skip
+            generalist,
+            shelf,
+            groups,
+            gate,
+            limit,
+            facts["combine"],
+            facts["temperatures"],
+            facts["weights"],
+            facts["skipped"],
+            allow_missing,
+            device,
+        )
 
     @torch.no_grad()
     def opinions(self, inputs) -> tuple[Tensor, list, Tensor]:
@@ -159,7 +187,9 @@ class SpecialistEnsemble:
     def consult(self, inputs) -> Consultation:
         p_general, p_special, active = self.opinions(inputs)
         with torch.no_grad():
-            q = COMBINERS[self.combine](p_general, p_special, self.groups, active=active, weights=self.weights)
+            q = COMBINERS[self.combine](
+                p_general, p_special, self.groups, active=active, weights=self.weights
+            )
         return Consultation(p_general, q, active)
 
     def probabilities(self, inputs) -> Tensor:
@@ -178,7 +208,9 @@ class SpecialistEnsemble:
                 "probabilities": probabilities,
                 "specialists": asked.nonzero()[:, 0].tolist(),
             }
-            for row, probabilities, asked in zip(classes.tolist(), values.tolist(), found.active.cpu(), strict=True)
+            for row, probabilities, asked in zip(
+                classes.tolist(), values.tolist(), found.active.cpu(), strict=True
+            )
         ]
 
     def _logits(self, inputs):
@@ -187,7 +219,9 @@ class SpecialistEnsemble:
         with self._lock:
             wanted = {0, *self._prefixes.values()}
         x = self.generalist.preprocess(raw)
-        reached = {0: x}  # what the generalist has after so many blocks, where a specialist is known to branch off
+        reached = {
+            0: x
+        }  # what the generalist has after so many blocks, where a specialist is known to branch off
         for depth, block in enumerate(blocks, 1):
             x = block(x)
             if depth in wanted:
@@ -242,7 +276,9 @@ class Shelf(Mapping):
 
     def __init__(self, load: Callable[[int], nn.Module], numbers, cache: int | None = None):
         if cache is not None and cache < 1:
-            raise ValueError(f"cache = {cache}; at least 1 specialist must be held, or None for all")
+            raise ValueError(
+                f"cache = {cache}; at least 1 specialist must be held, or None for all"
+            )
         self._load, self._numbers, self._cache = load, sorted(numbers), cache
         self._held: OrderedDict[int, nn.Module] = OrderedDict()
         self._lock = threading.Lock()
@@ -308,7 +344,9 @@ def read_settings(root: Path) -> dict:
 _building = threading.Lock()
 
 
-@torch.inference_mode(False)  # a caller under inference_mode gets networks like any other: their tensors can be shared
+@torch.inference_mode(
+    False
+)  # a caller under inference_mode gets networks like any other: their tensors can be shared
 def load_specialist(folder: Path, generalist, shared, device, builders) -> nn.Module:
     """One specialist, its tensors that equal the generalist's being the generalist's own.
 
@@ -325,13 +363,21 @@ def load_specialist(folder: Path, generalist, shared, device, builders) -> nn.Mo
     common = generalist.state_dict()
     if shared:
         try:
-            tensors = load_file(folder / "model.safetensors") | {name: common[name].cpu() for name in shared}
+            tensors = load_file(folder / "model.safetensors") | {
+                name: common[name].cpu() for name in shared
+            }
             specialist.load_state_dict(tensors)
         except Exception as mistake:
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit its model.json: {mistake}") from None
+            raise ValueError(
+                f"{folder / 'model.safetensors'} does not fit its model.json: {mistake}"
+            ) from None
         specialist.to(device).eval()
     for name, tensor in [*specialist.named_parameters(), *specialist.named_buffers()]:
-        if name in common and common[name].shape == tensor.shape and torch.equal(common[name], tensor.detach()):
+        if (
+            name in common
+            and common[name].shape == tensor.shape
+            and torch.equal(common[name], tensor.detach())
+        ):
             tensor.data = common[name]
     return specialist
 
@@ -341,7 +387,10 @@ def shared_prefix(generalist, specialist) -> int:
     differently."""
     if generalist.spec.input != specialist.spec.input:
         return -1
-    same = (generalist.spec.builder, generalist.spec.options) == (specialist.spec.builder, specialist.spec.options)
+    same = (generalist.spec.builder, generalist.spec.options) == (
+        specialist.spec.builder,
+        specialist.spec.options,
+    )
     if not same:
         return 0
     length = 0
@@ -358,7 +407,10 @@ def equal_tensors(one: nn.Module, other: nn.Module) -> bool:
     mine, theirs = one.state_dict(), other.state_dict()
     return mine.keys() == theirs.keys() and all(
         tensor is theirs[name]
-        or (tensor.shape == theirs[name].shape and torch.equal(tensor, theirs[name].to(tensor.device)))
+        or (
+            tensor.shape == theirs[name].shape
+            and torch.equal(tensor, theirs[name].to(tensor.device))
+        )
         for name, tensor in mine.items()
         if not name.endswith("num_batches_tracked")
     )
@@ -378,4 +430,6 @@ def _device_of(network) -> torch.device:
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:12])) + (f" and {len(numbers) - 12} more" if len(numbers) > 12 else "")
+    return ", ".join(map(str, numbers[:12])) + (
+        f" and {len(numbers) - 12} more" if len(numbers) > 12 else ""
+    )

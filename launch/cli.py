@@ -22,15 +22,24 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from trainer import compare as comparing
-from trainer.config import Config, UserError, load_config
-from trainer.run_directory import RunDirectory, Stage, write_json
+from pipeline import compare as comparing
+from pipeline.config import Config, UserError, load_config
+from pipeline.store import RunDirectory, Stage, write_json
 
 from . import demo as demos
 from . import sbatch, slurm
 from .display import Display
 from .journal import Journal, read_journal
-from .local import INTERRUPTED, TRAINER, USERS_MISTAKE, Pool, locked, stop_launcher, tethered, trainer_command
+from .local import (
+    INTERRUPTED,
+    TRAINER,
+    USERS_MISTAKE,
+    Pool,
+    locked,
+    stop_launcher,
+    tethered,
+    trainer_command,
+)
 from .machine import this_machine
 from .plan import Job, plan
 from .prepare import check, check_place, lay_out, save_environment
@@ -39,8 +48,10 @@ from .status import failures, open_run, statuses, summary, table
 
 app = typer.Typer(
     help="A generalist, specialists for the classes that it confuses, one distribution, one student.",
-    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-)  # fmt: skip
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 FAKE: list[str] | None = None  # a command that stands for the trainer, in tests
 
 
@@ -49,16 +60,27 @@ class Runner(StrEnum):
     slurm = "slurm"
 
 
-RunOption = Annotated[Path, typer.Option("--run", metavar="DIR", help="The run's directory, made if absent.")]
+RunOption = Annotated[
+    Path, typer.Option("--run", metavar="DIR", help="The run's directory, made if absent.")
+]
 SetOption = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key: --set train.steps=500. May be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one key: --set train.steps=500. May be repeated.",
+    ),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Redo the stages that another config made.")]
-DryOption = Annotated[bool, typer.Option("--dry-run", help="Print the jobs; write and start nothing.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Redo the stages that another config made.")
+]
+DryOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the jobs; write and start nothing.")
+]
 OnOption = Annotated[Runner, typer.Option("--on", help="Where the jobs run.")]
 ConfigArgument = Annotated[
-    Path | None, typer.Argument(metavar="CONFIG.toml", help="The config; without one, that of the run itself.")
+    Path | None,
+    typer.Argument(metavar="CONFIG.toml", help="The config; without one, that of the run itself."),
 ]
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
 
@@ -90,7 +112,9 @@ def prepare(
         return code
     with locked(run):
         lay_out(found, plan(found, this_machine(found.config).ranks), stale)
-    _console().print(Text(f"{run} is ready: referral run --run {shlex.quote(str(run))}"), soft_wrap=True)
+    _console().print(
+        Text(f"{run} is ready: referral run --run {shlex.quote(str(run))}"), soft_wrap=True
+    )
     return 0
 
 
@@ -99,7 +123,8 @@ def demo(
     run: RunOption = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Of the data and of all training.")] = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps.")
+        bool,
+        typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps."),
     ] = False,
     force: ForceOption = False,
     set: SetOption = [],  # noqa: B006
@@ -117,7 +142,9 @@ def demo(
 @app.command()
 def status(
     directory: DirArgument,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every second, until all is done.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every second, until all is done.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> int:
     """Every stage: waiting, running, done, failed."""
@@ -127,7 +154,12 @@ def status(
     stages = statuses(found, jobs, journal)
     if as_json:
         rows = [asdict(stage) for stage in stages]
-        print(json.dumps({"run": str(found.root), "runner": journal.runner, "doubt": doubt, "stages": rows}, indent=2))
+        print(
+            json.dumps(
+                {"run": str(found.root), "runner": journal.runner, "doubt": doubt, "stages": rows},
+                indent=2,
+            )
+        )
         return 0
     if watch and console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
@@ -174,11 +206,15 @@ def report(directory: DirArgument) -> int:
     """Write results.json and report.html of an evaluated run anew."""
     found = open_run(directory)
     if not found.evaluate.is_done:
-        raise UserError(f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}")
+        raise UserError(
+            f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}"
+        )
     job = plan(found)[-1]
     with locked(found.root):
         found.report.clear()
-        code = subprocess.run(trainer_command(job, found, [found.report], FAKE or TRAINER)).returncode
+        code = subprocess.run(
+            trainer_command(job, found, [found.report], FAKE or TRAINER)
+        ).returncode
     if code == 0:
         show_results(found, _console())
     return code
@@ -187,20 +223,35 @@ def report(directory: DirArgument) -> int:
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")],
-    metric: Annotated[str, typer.Option("--metric", metavar="NAME,...", help="Which figures: top1,nll,...")] = "",
+    metric: Annotated[
+        str, typer.Option("--metric", metavar="NAME,...", help="Which figures: top1,nll,...")
+    ] = "",
     by: Annotated[
-        str, typer.Option("--by", metavar="KEY,...", help="Tell variants apart by these config keys alone.")
+        str,
+        typer.Option(
+            "--by", metavar="KEY,...", help="Tell variants apart by these config keys alone."
+        ),
     ] = "",
     versus: Annotated[
-        str | None, typer.Option("--versus", metavar="ROW", help="Every figure less that of this row in the same run.")
+        str | None,
+        typer.Option(
+            "--versus", metavar="ROW", help="Every figure less that of this row in the same run."
+        ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write all of it, each run's figures too.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write all of it, each run's figures too."
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")
+    ] = None,
 ) -> int:
     """Mean and sample deviation over runs: other seeds are repetitions, other configs variants side by side."""
-    found = comparing.compare(comparing.read_runs(runs), comparing.words(metric), comparing.words(by), versus)
+    found = comparing.compare(
+        comparing.read_runs(runs), comparing.words(metric), comparing.words(by), versus
+    )
     console = _console()
     for line in comparing.sentences(found):
         console.print(Text(line), soft_wrap=True)
@@ -212,7 +263,11 @@ def compare(
             raise UserError(f"--json {json_file}: cannot be written: {mistake.strerror}") from None
     if plot is None:
         return 0
-    options = [f"--metric={metric}", f"--by={by}", *([f"--versus={versus}"] if versus is not None else [])]
+    options = [
+        f"--metric={metric}",
+        f"--by={by}",
+        *([f"--versus={versus}"] if versus is not None else []),
+    ]
     command = [*(FAKE or TRAINER), "compare", *map(str, runs), "--plot", str(plot), *options]
     return subprocess.run(command).returncode
 
@@ -220,13 +275,20 @@ def compare(
 def _pass_on(name: str, text: str) -> None:
     """A command whose work needs torch: its arguments go to `python -m trainer NAME` as they are."""
 
-    @app.command(name, help=text, add_help_option=False,
-                 context_settings={"allow_extra_args": True, "ignore_unknown_options": True})  # fmt: skip
+    @app.command(
+        name,
+        help=text,
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
     def command(context: typer.Context) -> int:
         return subprocess.run([*(FAKE or TRAINER), name, *context.args]).returncode
 
 
-_pass_on("shards", "Make, convert and check shards: glyphs | folder | arrays | from-webdataset | index | validate.")
+_pass_on(
+    "shards",
+    "Make, convert and check shards: glyphs | folder | arrays | from-webdataset | index | validate.",
+)
 _pass_on("export", "Write the ensemble or a student as one bundle.")
 _pass_on("predict", "Classify files with a finished run.")
 _pass_on("doctor", "Check this machine and what is installed.")
@@ -236,12 +298,20 @@ _pass_on("doctor", "Check this machine and what is installed.")
 
 
 def start(
-    config: Config, root: Path, on: Runner, force: bool, dry_run: bool = False, beside: tuple[str, ...] = ()
+    config: Config,
+    root: Path,
+    on: Runner,
+    force: bool,
+    dry_run: bool = False,
+    beside: tuple[str, ...] = (),
 ) -> int:
     """Check, lay out, run what is not done, and print the results."""
     found, stale = check(config, root, force, beside)
     machine = this_machine(found.config) if on is Runner.local else None
-    jobs, console = plan(found, machine.ranks if machine else sbatch.ranks(found.config)), _console()
+    jobs, console = (
+        plan(found, machine.ranks if machine else sbatch.ranks(found.config)),
+        _console(),
+    )
     if dry_run:
         if machine:
             show_plan(found, jobs, stale, console)
@@ -272,7 +342,9 @@ def start(
 def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> int:
     """Submit to Slurm what is neither done nor queued."""
     began = time.monotonic()
-    journal = slurm.settle(run, jobs, read_journal(run.root), lambda text: console.print(Text(text), soft_wrap=True))
+    journal = slurm.settle(
+        run, jobs, read_journal(run.root), lambda text: console.print(Text(text), soft_wrap=True)
+    )
     if stale and (queued := slurm.live(journal)):
         raise UserError(
             f"{run.root}: stages would be redone while {len(queued)} jobs of their old config are queued; first: "
@@ -288,8 +360,12 @@ def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
         name = batch.name + (f" x {len(batch.jobs)}" if batch.places is not None else "")
         rows.add_row(Text(name), number, Text(_shortened(batch.waits_for)))
     console.print(rows if submitted else Text("every job that is left is queued already"))
-    said = f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; " if submitted else ""
-    console.print(Text(f"{said}referral status {shlex.quote(str(run.root))} --watch"), soft_wrap=True)
+    said = (
+        f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; " if submitted else ""
+    )
+    console.print(
+        Text(f"{said}referral status {shlex.quote(str(run.root))} --watch"), soft_wrap=True
+    )
     return 0
 
 
@@ -322,9 +398,13 @@ def check_by_trainer(config: Config, processes: int, on: Runner = Runner.local) 
     if importlib.util.find_spec("torch") is None:
         return 0
     if on is Runner.slurm:
-        config = config.model_copy(update={"engine": config.engine.model_copy(update={"device": "auto"})})
+        config = config.model_copy(
+            update={"engine": config.engine.model_copy(update={"device": "auto"})}
+        )
     command = [*(FAKE or TRAINER), "check", "--processes", str(processes)]
-    return subprocess.run(tethered(command), input=tomli_w.dumps(config.dump()), text=True).returncode
+    return subprocess.run(
+        tethered(command), input=tomli_w.dumps(config.dump()), text=True
+    ).returncode
 
 
 def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:
@@ -342,7 +422,9 @@ def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
     console.print(rows)
     for job in sorted(jobs, key=lambda job: -job.chain):
         if left[job.name]:
-            console.print(Text(shlex.join(trainer_command(job, run, left[job.name], FAKE))), soft_wrap=True)
+            console.print(
+                Text(shlex.join(trainer_command(job, run, left[job.name], FAKE))), soft_wrap=True
+            )
 
 
 def show_submission(run: RunDirectory, jobs: list[Job]) -> None:

@@ -6,8 +6,8 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-from trainer.config import Config, UserError, load_config
-from trainer.run_directory import read_json, write_json
+from pipeline.config import Config, UserError, load_config
+from pipeline.store import read_json, write_json
 
 from .local import TRAINER, tethered
 
@@ -65,11 +65,21 @@ model = { width = 24, embedding = 48 }
 """
 
 QUICK = [
-    "train.steps=300", "train.validate_every=100", "clusters.num_groups=6", "specialists.steps=40",
-    "specialists.validate_every=0", "specialists.per_job=3", "students.main.steps=100", "students.wide.steps=100",
-]  # fmt: skip
+    "train.steps=300",
+    "train.validate_every=100",
+    "clusters.num_groups=6",
+    "specialists.steps=40",
+    "specialists.validate_every=0",
+    "specialists.per_job=3",
+    "students.main.steps=100",
+    "students.wide.steps=100",
+]
 
-GLYPHS = {"train": "60", "val": "20", "test": "20"}  # images per class and split: options of `referral shards glyphs`
+GLYPHS = {
+    "train": "60",
+    "val": "20",
+    "test": "20",
+}  # images per class and split: options of `referral shards glyphs`
 QUICK_GLYPHS = {"classes": "200", "train": "60", "val": "20", "test": "20"}
 
 

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from trainer.run_directory import RunDirectory
+from pipeline.store import RunDirectory
 
 from .journal import Journal
 from .plan import Job
@@ -24,7 +24,11 @@ class Display(AbstractContextManager):
     def __init__(self, console: Console | None = None, errors: Console | None = None):
         self.console = console or Console()
         self.errors = errors or Console(stderr=True)
-        self.live = Live(console=self.console, auto_refresh=False, transient=True) if self.console.is_terminal else None
+        self.live = (
+            Live(console=self.console, auto_refresh=False, transient=True)
+            if self.console.is_terminal
+            else None
+        )
         self.shown = time.monotonic() if self.live is None else 0.0
 
     def __enter__(self) -> Display:
@@ -54,7 +58,9 @@ class Display(AbstractContextManager):
         found = statuses(run, jobs, journal)
         running = [status for status in found if status.state == "running"]
         if self.live:
-            self.live.update(Group(Text(""), table(running), Text(summary(found), style="dim")), refresh=True)
+            self.live.update(
+                Group(Text(""), table(running), Text(summary(found), style="dim")), refresh=True
+            )
         else:
             for status in running:
                 self.event(f"{status.stage} running  {progress(status)}".rstrip())

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from trainer.run_directory import read_json, write_json
+from pipeline.store import read_json, write_json
 
 
 @dataclass
@@ -59,14 +59,18 @@ def read_journal(run: Path) -> Journal:
     except FileNotFoundError:
         return Journal()
     jobs = {name: JobRecord(**record) for name, record in content["jobs"].items()}
-    return Journal(jobs, content["host"], content["pid"], content["started"], content.get("runner", "local"))
+    return Journal(
+        jobs, content["host"], content["pid"], content["started"], content.get("runner", "local")
+    )
 
 
 def birth(pid: int) -> str | None:
     """A mark of the process now called `pid`, None if there is none: a pid alone may have been given away again."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if after_name[0] in "ZX" else after_name[19]  # start time in clock ticks since boot
+        return (
+            None if after_name[0] in "ZX" else after_name[19]
+        )  # start time in clock ticks since boot
     except ProcessLookupError:
         return None
     except FileNotFoundError:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import trainer.run_directory
-from trainer.config import UserError
-from trainer.run_directory import RunDirectory, Stage, complete_checkpoints
+import pipeline
+from pipeline.config import UserError
+from pipeline.store import RunDirectory, Stage, complete_checkpoints
 
 from .display import Display
 from .journal import JobRecord, Journal, birth, end_of_log
@@ -26,7 +26,7 @@ from .results import groups_line
 
 USERS_MISTAKE, AGAIN, INTERRUPTED = 2, 75, 130  # exit codes
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
-TETHER = Path(trainer.run_directory.__file__).with_name("tether.py")
+TETHER = Path(pipeline.__file__).parents[1] / "trainer" / "distributed" / "die_with_parent.py"
 TRAINER = [sys.executable, "-m", "trainer"]
 
 
@@ -37,8 +37,17 @@ def torchrun(processes: int) -> list[str]:
     """
     if processes == 1:
         return TRAINER
-    return [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", str(processes),
-            "--shutdown-timeout", str(GRACE_S - 3), "--"]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "trainer.distributed.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        "--shutdown-timeout",
+        str(GRACE_S - 3),
+        "--",
+    ]
 
 
 def trainer_command(
@@ -67,7 +76,9 @@ def locked(run: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{path}: another launcher is running {run} ({file.read().strip()})") from None
+            raise UserError(
+                f"{path}: another launcher is running {run} ({file.read().strip()})"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
@@ -137,7 +148,9 @@ class Pool:
 
     def _start_ready(self) -> None:
         self._block()
-        for job in sorted(self.jobs, key=lambda job: -job.chain):  # the longest chain first; sorted() is stable
+        for job in sorted(
+            self.jobs, key=lambda job: -job.chain
+        ):  # the longest chain first; sorted() is stable
             fits = len(self.free) >= min(job.processes, self.size)
             if fits and self._state(job.name) == "waiting" and self._inputs_ended(job):
                 self._start(job)
@@ -151,7 +164,8 @@ class Pool:
 
     def _inputs_ended(self, job: Job) -> bool:
         return all(
-            self._state(name) == "done" or (self._state(name) == "failed" and self._tolerates(job, name))
+            self._state(name) == "done"
+            or (self._state(name) == "failed" and self._tolerates(job, name))
             for name in job.waits_for
         )
 
@@ -159,7 +173,11 @@ class Pool:
         """Mark the jobs that wait, through others or directly, for one that failed."""
         for job in self.jobs:  # each stands behind those it waits for
             lost = [name for name in job.waits_for if self._state(name) in ("failed", "blocked")]
-            lost = [name for name in lost if not (self._state(name) == "failed" and self._tolerates(job, name))]
+            lost = [
+                name
+                for name in lost
+                if not (self._state(name) == "failed" and self._tolerates(job, name))
+            ]
             if lost and self._state(job.name) == "waiting":
                 self._record(job, state="blocked", reason=f"waits for {', '.join(lost)}")
 
@@ -174,31 +192,56 @@ class Pool:
     # One job's life
 
     def _start(self, job: Job) -> None:
-        slots = self.slots[job.name] = [self.free.pop(0) for _ in range(min(job.processes, self.size))]
+        slots = self.slots[job.name] = [
+            self.free.pop(0) for _ in range(min(job.processes, self.size))
+        ]
         command = trainer_command(job, self.run, job.pending, self.trainer)
         log = self.logs / f"{job.name}.txt"
         with open(log, "ab") as output:
             start = output.tell()
-            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+            output.write(
+                f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode()
+            )
             output.flush()
             child = subprocess.Popen(
-                tethered(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=self._environment(slots), start_new_session=True,
-            )  # fmt: skip
+                tethered(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment(slots),
+                start_new_session=True,
+            )
         self.children[job.name] = child
         attempts = self.journal.jobs[job.name].attempts + 1
         self._record(
-            job, state="running", pid=child.pid, born=birth(child.pid), started=time.time(), ended=None, exit_code=None,
-            log=str(log.relative_to(self.run.root)), log_start=start, attempts=attempts, reason="",
+            job,
+            state="running",
+            pid=child.pid,
+            born=birth(child.pid),
+            started=time.time(),
+            ended=None,
+            exit_code=None,
+            log=str(log.relative_to(self.run.root)),
+            log_start=start,
+            attempts=attempts,
+            reason="",
             reached=reached(job),
-        )  # fmt: skip
-        self.display.event(f"{job.name} started" + (f" (attempt {attempts})" if attempts > 1 else ""))
+        )
+        self.display.event(
+            f"{job.name} started" + (f" (attempt {attempts})" if attempts > 1 else "")
+        )
 
     def _environment(self, slots: list[int]) -> dict[str, str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
         environment["PYTHONUNBUFFERED"] = "1"
         if self.machine.devices:
-            mine = dict.fromkeys(self.machine.devices[slot % len(self.machine.devices)] for slot in slots)
+            mine = dict.fromkeys(
+                self.machine.devices[slot % len(self.machine.devices)] for slot in slots
+            )
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         return environment
 
@@ -228,10 +271,14 @@ class Pool:
             self.display.event(f"{job.name} asked to be started again")
         else:
             reason = _reason(code, missing)
-            again = code not in (USERS_MISTAKE, AGAIN) and record.attempts <= self.run.config.launch.retries
+            again = (
+                code not in (USERS_MISTAKE, AGAIN)
+                and record.attempts <= self.run.config.launch.retries
+            )
             self._record(job, state="waiting" if again else "failed", reason=reason, **facts)
             self.display.event(
-                f"{job.name} failed after {seconds:.0f} s: {reason}" + ("; trying again" if again else "")
+                f"{job.name} failed after {seconds:.0f} s: {reason}"
+                + ("; trying again" if again else "")
             )
 
     def _record(self, job: Job, **changes) -> None:
@@ -264,7 +311,9 @@ class Pool:
 
     def _verdict(self) -> int:
         """Say what failed, with the end of its log; 0 if nothing did, 2 if all of it was the user's mistake, else 1."""
-        failed = {name: record for name, record in self.journal.jobs.items() if record.state == "failed"}
+        failed = {
+            name: record for name, record in self.journal.jobs.items() if record.state == "failed"
+        }
         for name, record in failed.items():
             log = self.run.root / record.log
             end = end_of_log(log, record.log_start, lines=200)
@@ -273,22 +322,34 @@ class Pool:
                 self.display.error(*mistakes)
             else:
                 self.display.error(
-                    f"error: {name}: {record.reason}; {log} ends:", *(f"    {line}" for line in end[-12:])
+                    f"error: {name}: {record.reason}; {log} ends:",
+                    *(f"    {line}" for line in end[-12:]),
                 )
         blocked = [name for name, record in self.journal.jobs.items() if record.state == "blocked"]
         if blocked:
             self.display.error(f"not started for want of these: {', '.join(blocked)}")
         if blocked and all(name.startswith("specialist-") for name in failed):
-            self.display.error("to go on without these specialists: --set ensemble.allow_missing=true")
+            self.display.error(
+                "to go on without these specialists: --set ensemble.allow_missing=true"
+            )
         if not failed:
             return 0
-        return USERS_MISTAKE if all(record.exit_code == USERS_MISTAKE for record in failed.values()) else 1
+        return (
+            USERS_MISTAKE
+            if all(record.exit_code == USERS_MISTAKE for record in failed.values())
+            else 1
+        )
 
 
 def reached(job: Job) -> list[str]:
     """How far each stage of a job is: done, or its newest checkpoint."""
-    steps = [[path.name for path in complete_checkpoints(stage.checkpoints)] for stage in job.stages]
-    return ["done" if stage.is_done else (found or [""])[-1] for stage, found in zip(job.stages, steps, strict=True)]
+    steps = [
+        [path.name for path in complete_checkpoints(stage.checkpoints)] for stage in job.stages
+    ]
+    return [
+        "done" if stage.is_done else (found or [""])[-1]
+        for stage, found in zip(job.stages, steps, strict=True)
+    ]
 
 
 def _reason(code: int, missing: list[str]) -> str:
@@ -297,7 +358,11 @@ def _reason(code: int, missing: list[str]) -> str:
     if code == AGAIN:
         return "it asked to be started again and had come no further"
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}" if -code in list(signal.Signals) else f"killed by {-code}"
+        return (
+            f"killed by {signal.Signals(-code).name}"
+            if -code in list(signal.Signals)
+            else f"killed by {-code}"
+        )
     return f"exit code {code}"
 
 

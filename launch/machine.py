@@ -7,7 +7,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
-from trainer.config import Config, UserError
+from pipeline.config import Config, UserError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Machine:
 
 
 def this_machine(config: Config) -> Machine:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     machine = Machine(cores, tuple(_devices()) if config.engine.device != "cpu" else ())
     wanted = config.launch.processes
     if machine.devices and wanted and wanted > len(machine.devices):
@@ -47,7 +49,10 @@ def _devices() -> list[str]:
         return []
     try:  # uuids, because CUDA's order of the devices is not nvidia-smi's
         answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, timeout=30
+            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):
         return []

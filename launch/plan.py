@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Schedule
-from trainer.run_directory import RunDirectory, Stage, write_text
+from pipeline.config import Schedule
+from pipeline.store import RunDirectory, Stage, write_text
 
 OVERHEAD = 100  # what starting a job costs, in optimizer steps: it orders jobs and nothing else
 # Short stages that follow on each other and that nothing runs beside share a process: starting one takes seconds.
@@ -41,10 +41,22 @@ class Job:
     def command(self, stages: Sequence[Stage] = ()) -> list[str]:
         """The trainer's arguments, without --run, for `stages` or for all of this job's."""
         stages = stages or self.stages
-        indices = [str(int(stage.directory.name)) for stage in stages if stage.name in ("specialist", "member")]
-        names = [stage.directory.name for stage in stages if stage.name in ("control", "student", "answers")]
+        indices = [
+            str(int(stage.directory.name))
+            for stage in stages
+            if stage.name in ("specialist", "member")
+        ]
+        names = [
+            stage.directory.name
+            for stage in stages
+            if stage.name in ("control", "student", "answers")
+        ]
         words = list(dict.fromkeys(stage.name for stage in stages))
-        return words + (["--index", *indices] if indices else []) + (["--name", *names] if names else [])
+        return (
+            words
+            + (["--index", *indices] if indices else [])
+            + (["--name", *names] if names else [])
+        )
 
 
 def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
@@ -60,18 +72,28 @@ def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
         waits_for[name] = tuple(other for other in wanted if other != name)
     ranks = {"generalist": run.config.launch.processes or processes}
     costs = {
-        name: OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks.get(name, 1) for name, stages in groups
+        name: OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks.get(name, 1)
+        for name, stages in groups
     }
     chains = _chains(waits_for, costs)
-    return [Job(name, tuple(stages), ranks.get(name, 1), waits_for[name], chains[name]) for name, stages in groups]
+    return [
+        Job(name, tuple(stages), ranks.get(name, 1), waits_for[name], chains[name])
+        for name, stages in groups
+    ]
 
 
 def save_graph(jobs: list[Job], path: Path) -> None:
     """RUN/graph.json; not touched if it says the same already."""
     rows = [
-        {"name": job.name, "stages": [stage.place for stage in job.stages], "command": job.command(),
-         "processes": job.processes, "waits_for": list(job.waits_for)} for job in jobs
-    ]  # fmt: skip
+        {
+            "name": job.name,
+            "stages": [stage.place for stage in job.stages],
+            "command": job.command(),
+            "processes": job.processes,
+            "waits_for": list(job.waits_for),
+        }
+        for job in jobs
+    ]
     text = json.dumps({"schema": 1, "jobs": rows}, indent=2) + "\n"
     if not path.exists() or path.read_text() != text:
         write_text(path, text)
@@ -80,7 +102,9 @@ def save_graph(jobs: list[Job], path: Path) -> None:
 def packs(run: RunDirectory) -> list[range]:
     """The specialists that are trained here, specialists.per_job to a job, by their numbers."""
     per_job, count = run.config.specialists.per_job, run.num_specialists
-    return [range(first, min(first + per_job, count)) for first in range(run.num_taken, count, per_job)]
+    return [
+        range(first, min(first + per_job, count)) for first in range(run.num_taken, count, per_job)
+    ]
 
 
 def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
@@ -100,7 +124,9 @@ def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
             name = stage.directory.name
         elif stage.name in ("student", "member"):
             name = f"{stage.name}-{stage.directory.name}"
-        elif stage.name == "answers":  # the ensemble's, where nothing else is waited for, in the job that combines
+        elif (
+            stage.name == "answers"
+        ):  # the ensemble's, where nothing else is waited for, in the job that combines
             only = stage.inputs and all(wanted.name == "combine" for wanted in stage.inputs)
             name = "combine" if only else f"answers-{stage.directory.name}"
         groups.setdefault(name, []).append(stage)

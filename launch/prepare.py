@@ -16,8 +16,8 @@ from pathlib import Path
 import tomli_w
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from trainer.config import Config, UserError, load_config
-from trainer.run_directory import RunDirectory, Stage, read_json, write_json, write_text
+from pipeline.config import Config, UserError, load_config
+from pipeline.store import RunDirectory, Stage, read_json, write_json, write_text
 
 from .plan import Job, save_graph
 
@@ -77,24 +77,43 @@ def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
 def absolute(config: Config) -> Config:
     """The config with its paths made absolute, so that a run can be looked at, and gone on with, from any directory."""
     given = config.data.manifest
-    patterns = {split: _absolute_pattern(getattr(config.data, split)) for split in (*SPLITS, "transfer", "ood")}
-    data = config.data.model_copy(update={**patterns, "manifest": given and _absolute_pattern(given)})
+    patterns = {
+        split: _absolute_pattern(getattr(config.data, split))
+        for split in (*SPLITS, "transfer", "ood")
+    }
+    data = config.data.model_copy(
+        update={**patterns, "manifest": given and _absolute_pattern(given)}
+    )
     groups_file, init = config.clusters.groups_file, config.generalist.init
-    clusters = config.clusters.model_copy(update={"groups_file": groups_file and os.path.abspath(groups_file)})
+    clusters = config.clusters.model_copy(
+        update={"groups_file": groups_file and os.path.abspath(groups_file)}
+    )
     generalist = config.generalist.model_copy(update={"init": init and os.path.abspath(init)})
-    extend = config.extend.model_copy(update={"run": config.extend.run and os.path.abspath(config.extend.run)})
+    extend = config.extend.model_copy(
+        update={"run": config.extend.run and os.path.abspath(config.extend.run)}
+    )
     students = {
-        name: student.model_copy(update={"teacher": os.path.abspath(student.teacher)}) if os.sep in student.teacher
-        else student for name, student in config.students.items()
-    }  # fmt: skip
+        name: student.model_copy(update={"teacher": os.path.abspath(student.teacher)})
+        if os.sep in student.teacher
+        else student
+        for name, student in config.students.items()
+    }
     return config.model_copy(
-        update={"data": data, "clusters": clusters, "generalist": generalist, "extend": extend, "students": students}
+        update={
+            "data": data,
+            "clusters": clusters,
+            "generalist": generalist,
+            "extend": extend,
+            "students": students,
+        }
     )
 
 
 def _absolute_pattern(pattern: str) -> str:
     return "::".join(
-        source if _is_remote(source) else os.path.abspath(source) for source in pattern.split("::") if source
+        source if _is_remote(source) else os.path.abspath(source)
+        for source in pattern.split("::")
+        if source
     )
 
 
@@ -119,12 +138,15 @@ def check_data(config: Config) -> None:
     for split in SPLITS:
         pattern = getattr(config.data, split)
         if not pattern:
-            mistakes.append(f"data.{split} is empty; give the pattern of its shards, or their directory")
+            mistakes.append(
+                f"data.{split} is empty; give the pattern of its shards, or their directory"
+            )
         mistakes += [
             f"data.{split} = {pattern!r}: {problem}"
-            for source in pattern.split("::") if source and not _is_remote(source)
+            for source in pattern.split("::")
+            if source and not _is_remote(source)
             for problem in _missing(source, split)
-        ]  # fmt: skip
+        ]
     if mistakes:
         raise UserError("\n".join(mistakes))
 
@@ -151,7 +173,9 @@ def check_classes(run: RunDirectory) -> None:
     if run.config.is_deep:  # no groups
         return
     if run.num_specialists < 1:
-        raise UserError(f"clusters.groups_file = {groups.groups_file} holds no group; at least one is needed")
+        raise UserError(
+            f"clusters.groups_file = {groups.groups_file} holds no group; at least one is needed"
+        )
     num_classes, source = _num_classes(run.config)
     if num_classes is None:
         return
@@ -173,16 +197,25 @@ def check_old(run: RunDirectory) -> None:
     if not run.old:
         return
     if run.old.resolve() == run.root.resolve():
-        raise UserError(f"extend.run = {run.old} is this run itself; give the new one another --run")
+        raise UserError(
+            f"extend.run = {run.old} is this run itself; give the new one another --run"
+        )
     try:
         skipped = read_json(run.old / "clusters" / "summary.json")["skipped"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"extend.run = {run.old}: its clusters are not done; finish that run first") from None
-    wanted = ["generalist", *(f"specialists/{m:03d}" for m in range(run.num_taken) if m not in skipped)]
+        raise UserError(
+            f"extend.run = {run.old}: its clusters are not done; finish that run first"
+        ) from None
+    wanted = [
+        "generalist",
+        *(f"specialists/{m:03d}" for m in range(run.num_taken) if m not in skipped),
+    ]
     absent = [place for place in wanted if not (run.old / place / "DONE").is_file()]
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise UserError(f"extend.run = {run.old}: {', '.join(absent[:3])}{more} not done; finish that run first")
+        raise UserError(
+            f"extend.run = {run.old}: {', '.join(absent[:3])}{more} not done; finish that run first"
+        )
 
 
 def _members(groups_file: str) -> list[int]:
@@ -190,9 +223,13 @@ def _members(groups_file: str) -> list[int]:
     if not groups_file:
         return []
     try:
-        return [int(member) for group in read_json(Path(groups_file))["members"] for member in group]
+        return [
+            int(member) for group in read_json(Path(groups_file))["members"] for member in group
+        ]
     except (TypeError, ValueError):
-        raise UserError(f"clusters.groups_file = {groups_file}: its members are not lists of class indices") from None
+        raise UserError(
+            f"clusters.groups_file = {groups_file}: its members are not lists of class indices"
+        ) from None
 
 
 def _num_classes(config: Config) -> tuple[int | None, str]:
@@ -251,7 +288,11 @@ def check_place(root: Path, beside: tuple[str, ...]) -> None:
 
 
 def _stale_stages(run: RunDirectory) -> list[Stage]:
-    return [stage for stage in run.stages if stage.is_stale or (stage.done() is not None and not stage.is_done)]
+    return [
+        stage
+        for stage in run.stages
+        if stage.is_stale or (stage.done() is not None and not stage.is_done)
+    ]
 
 
 def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
@@ -259,7 +300,11 @@ def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
     cause = "\n".join(f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in changed)
     names = [stage.place for stage in stale]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    why = f"another config:\n{cause}" if changed else "other data, other groups or another version of referral"
+    why = (
+        f"another config:\n{cause}"
+        if changed
+        else "other data, other groups or another version of referral"
+    )
     return (
         f"{run.root} was made with {why}\nthese stages would have to be redone: {listed}\n"
         f"choose another --run, or redo just these with --force"
@@ -270,13 +315,17 @@ def changed_keys(old: Config, new: Config) -> list[tuple[str, object, object]]:
     """(dotted key, old value, new value) of each key that differs, but for those that no stage depends on."""
     before, after = _flat(old.dump()), _flat(new.dump())
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
-    return [(key, before.get(key), after.get(key)) for key in keys if not key.startswith(OF_NO_STAGE)]
+    return [
+        (key, before.get(key), after.get(key)) for key in keys if not key.startswith(OF_NO_STAGE)
+    ]
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
     found = {}
     for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
     return found
 
 
@@ -293,12 +342,23 @@ def save_environment(root: Path) -> None:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    write_json(root / "environment.json", {
-        "schema": 1, "python": platform.python_version(), "platform": platform.platform(), "hostname": platform.node(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "packages": versions, "commit": _commit(), "directory": os.getcwd(), "argv": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    })  # fmt: skip
+    write_json(
+        root / "environment.json",
+        {
+            "schema": 1,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "hostname": platform.node(),
+            "cores": len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count(),
+            "packages": versions,
+            "commit": _commit(),
+            "directory": os.getcwd(),
+            "argv": sys.argv,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        },
+    )
 
 
 def _commit() -> str | None:
@@ -306,7 +366,13 @@ def _commit() -> str | None:
     try:
         options = {"capture_output": True, "text": True, "timeout": 10}
         head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
-        changes = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], **options
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "") if head.returncode == 0 else None
+    return (
+        head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+        if head.returncode == 0
+        else None
+    )

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.compare import METRICS, cell
-from trainer.report.results import (
+from pipeline.compare import METRICS, cell
+from pipeline.results import (
     classes_line,
     count,
     duration,
@@ -20,7 +20,7 @@ from trainer.report.results import (
     verdict,
     worth,
 )
-from trainer.run_directory import RunDirectory, read_json
+from pipeline.store import RunDirectory, read_json
 
 
 def show_results(run: RunDirectory, console: Console) -> None:
@@ -43,8 +43,18 @@ def results_table(results: dict) -> Table:
     table, rows = Table(box=None, pad_edge=False, header_style="bold"), named_rows(results)
     calibrated, deep = (any(key in row for row in rows.values()) for key in ("cnll", "dee"))
     table.add_column("", no_wrap=True)
-    for column in ("top-1", "top-5", "NLL", *(["cNLL"] if calibrated else []), "Brier", "ECE",
-                   *(["DEE"] if deep else []), "macro top-1", "time", "examples"):  # fmt: skip
+    for column in (
+        "top-1",
+        "top-5",
+        "NLL",
+        *(["cNLL"] if calibrated else []),
+        "Brier",
+        "ECE",
+        *(["DEE"] if deep else []),
+        "macro top-1",
+        "time",
+        "examples",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for name, row in rows.items():
         cost = row["cost"]
@@ -52,17 +62,24 @@ def results_table(results: dict) -> Table:
         figures += [number(row.get("cnll"))] if calibrated else []
         figures += [number(row["brier"]), number(row["ece"])]
         figures += [worth(row, results)] if deep else []
-        figures += [percent(row["macro_top1"]), duration(cost["seconds"]), count(cost["examples_seen"])]
+        figures += [
+            percent(row["macro_top1"]),
+            duration(cost["seconds"]),
+            count(cost["examples_seen"]),
+        ]
         table.add_row(Text(name), *figures, style="bold" if name == "ensemble" else "")
     return table
 
 
 def comparison_table(found: dict) -> Table:
-    """One row for each row of the results and each variant; found: what trainer.compare.compare says."""
+    """One row for each row of the results and each variant; found: what pipeline.compare.compare says."""
     sizes = {variant["name"]: variant["runs"] for variant in found["variants"]}
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for column in (["variant"] if len(sizes) > 1 else []) + ["runs", *(METRICS[m].label for m in found["metrics"])]:
+    for column in (["variant"] if len(sizes) > 1 else []) + [
+        "runs",
+        *(METRICS[m].label for m in found["metrics"]),
+    ]:
         table.add_column(column, justify="right", no_wrap=True)
     last = None
     for row in found["rows"]:

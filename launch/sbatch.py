@@ -10,17 +10,33 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.config import Config, UserError
-from trainer.run_directory import RunDirectory
+from pipeline.config import Config, UserError
+from pipeline.store import RunDirectory
 
 from .plan import Job, packs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "stage.sbatch"
-KINDS = {"generalist": "generalist", "member": "members", "answers": "combine", "measure": "clusters",
-         "specialist": "specialists", "combine": "combine", "control": "controls", "student": "students",
-         "evaluate": "report"}  # fmt: skip
-OPTIONS = {"gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem", "time": "time", "partition": "partition",
-           "constraint": "constraint", "qos": "qos", "account": "account"}  # fmt: skip
+KINDS = {
+    "generalist": "generalist",
+    "member": "members",
+    "answers": "combine",
+    "measure": "clusters",
+    "specialist": "specialists",
+    "combine": "combine",
+    "control": "controls",
+    "student": "students",
+    "evaluate": "report",
+}
+OPTIONS = {
+    "gpus": "gpus-per-node",
+    "cpus": "cpus-per-task",
+    "memory": "mem",
+    "time": "time",
+    "partition": "partition",
+    "constraint": "constraint",
+    "qos": "qos",
+    "account": "account",
+}
 MAX_ARRAY_SIZE = 1001  # Slurm's own default
 
 
@@ -46,7 +62,9 @@ class Batch:
         """Per job its id, where sbatch answered with `number`."""
         if self.places is None:
             return {self.jobs[0].name: number}
-        return {job.name: f"{number}_{place}" for job, place in zip(self.jobs, self.places, strict=True)}
+        return {
+            job.name: f"{number}_{place}" for job, place in zip(self.jobs, self.places, strict=True)
+        }
 
     def logs(self) -> dict[str, str]:
         """Per job its log, below RUN."""
@@ -59,7 +77,9 @@ class Batch:
         """argv of sbatch.  waits: its word for what this waits for."""
         title = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{run.name}-{self.name}").lstrip("-")
         # In the path of a log Slurm replaces %% by %, %3a by an element's number, and more.
-        log = f"{run}/logs/{self.name}".replace("%", "%%") + (".txt" if self.places is None else "-%3a.txt")
+        log = f"{run}/logs/{self.name}".replace("%", "%%") + (
+            ".txt" if self.places is None else "-%3a.txt"
+        )
         own = [f"--job-name={title}", f"--output={log}"]
         if self.places is not None:
             own.append(f"--array={ranges(self.places)}" + (f"%{self.limit}" if self.limit else ""))
@@ -80,7 +100,9 @@ def ranks(config: Config) -> int:
     return processes
 
 
-def batches(run: RunDirectory, jobs: Sequence[Job], max_array_size: int = MAX_ARRAY_SIZE) -> list[Batch]:
+def batches(
+    run: RunDirectory, jobs: Sequence[Job], max_array_size: int = MAX_ARRAY_SIZE
+) -> list[Batch]:
     """The commands that submit `jobs`, each behind those it waits for, as the jobs are."""
     specialists = [job for job in jobs if job.stages[0].name == "specialist"]
     found = []
@@ -94,24 +116,36 @@ def batches(run: RunDirectory, jobs: Sequence[Job], max_array_size: int = MAX_AR
 
 def _single(run: RunDirectory, job: Job) -> Batch:
     kind = KINDS[job.stages[0].name]
-    return Batch(job.name, (job,), _options(run, kind), _arguments(run, kind, job.processes, job.command()))
+    return Batch(
+        job.name, (job,), _options(run, kind), _arguments(run, kind, job.processes, job.command())
+    )
 
 
 def _arrays(run: RunDirectory, wanted: list[Job], max_array_size: int) -> list[Batch]:
     """Arrays of the specialists' jobs.  Element K of the first is the K-th, whichever of them are wanted."""
     per_job, config, every = run.config.specialists.per_job, run.config.slurm, packs(run)
     job_of = {int(job.stages[0].directory.name): job for job in wanted}  # by its first specialist
-    starts, name, found = range(0, len(every), max_array_size), "specialist" if per_job == 1 else "pack", []
+    starts, name, found = (
+        range(0, len(every), max_array_size),
+        "specialist" if per_job == 1 else "pack",
+        [],
+    )
     limit = max(1, config.throttle // len(starts)) if config.throttle else None
     for start in starts:
         chunk = every[start : start + max_array_size]
         places = [place for place, pack in enumerate(chunk) if pack[0] in job_of]
         words = ["specialist", *(",".join(map(str, pack)) for pack in chunk)]
         if places:
-            found.append(Batch(
-                f"{name}-{start}+" if start else name, tuple(job_of[chunk[place][0]] for place in places),
-                _options(run, "specialists"), _arguments(run, "specialists", 1, words), tuple(places), limit,
-            ))  # fmt: skip
+            found.append(
+                Batch(
+                    f"{name}-{start}+" if start else name,
+                    tuple(job_of[chunk[place][0]] for place in places),
+                    _options(run, "specialists"),
+                    _arguments(run, "specialists", 1, words),
+                    tuple(places),
+                    limit,
+                )
+            )
     return found
 
 
@@ -119,13 +153,27 @@ def _options(run: RunDirectory, kind: str) -> tuple[str, ...]:
     wanted = run.config.slurm.resources(kind)
     asked = {option: getattr(wanted, key) for key, option in OPTIONS.items()}
     words = [f"--{option}={value}" for option, value in asked.items() if value]
-    return (f"--nodes={wanted.nodes or 1}", f"--signal=USR2@{run.config.slurm.signal_s}", *words, *wanted.extra)
+    return (
+        f"--nodes={wanted.nodes or 1}",
+        f"--signal=USR2@{run.config.slurm.signal_s}",
+        *words,
+        *wanted.extra,
+    )
 
 
 def _arguments(run: RunDirectory, kind: str, processes: int, words: list[str]) -> tuple[str, ...]:
     on_each = processes // (run.config.slurm.resources(kind).nodes or 1)
     tries = str(run.config.launch.retries)
-    return ("-r", str(on_each), "-t", tries, "-p", sys.executable, os.path.abspath(run.root), *words)
+    return (
+        "-r",
+        str(on_each),
+        "-t",
+        tries,
+        "-p",
+        sys.executable,
+        os.path.abspath(run.root),
+        *words,
+    )
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -140,7 +188,11 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def dependency(
-    run: RunDirectory, batch: Batch, ids: dict[str, str], whole: Collection[str], done: Callable[[str], bool]
+    run: RunDirectory,
+    batch: Batch,
+    ids: dict[str, str],
+    whole: Collection[str],
+    done: Callable[[str], bool],
 ) -> str:
     """sbatch's word for what a batch waits for.
 
@@ -152,13 +204,23 @@ def dependency(
     for name in batch.waits_for:
         if not done(name):
             number = ids[name].partition("_")[0]
-            how = "afterany" if run.config.ensemble.allow_missing and name.startswith("specialist-") else "afterok"
+            how = (
+                "afterany"
+                if run.config.ensemble.allow_missing and name.startswith("specialist-")
+                else "afterok"
+            )
             words[how].append(number if number in whole else ids[name])
-    return ",".join(":".join([how, *dict.fromkeys(listed)]) for how, listed in words.items() if listed)
+    return ",".join(
+        ":".join([how, *dict.fromkeys(listed)]) for how, listed in words.items() if listed
+    )
 
 
 def shell_script(
-    run: RunDirectory, jobs: Sequence[Job], chosen: Sequence[Job], queued: dict[str, str], max_array_size: int
+    run: RunDirectory,
+    jobs: Sequence[Job],
+    chosen: Sequence[Job],
+    queued: dict[str, str],
+    max_array_size: int,
 ) -> str:
     """What would be submitted, as a shell script of its own.  queued: ids of the jobs that are queued already."""
     done, ids, whole, lines = {job.name for job in jobs if job.is_done}, dict(queued), set(), []

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.config import UserError
-from trainer.run_directory import RunDirectory
+from pipeline.config import UserError
+from pipeline.store import RunDirectory
 
 from .journal import JobRecord, Journal
 from .plan import Job
@@ -28,15 +28,32 @@ ENDING_S = 60  # how long a job that is being ended may take (Slurm's KillWait i
 ENDING = "ending"  # the reason of a job that Slurm is ending, or taking back into its queue
 
 # States of squeue; all others are ends.
-WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+WAITING = {
+    "PENDING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "RESV_DEL_HOLD",
+    "SPECIAL_EXIT",
+}
 RUNNING = {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
-COLUMNS = {"JobArrayID": 40, "State": 24, "Reason": 80, "RestartCnt": 10, "NodeList": 120, "TimeUsed": 24}
+COLUMNS = {
+    "JobArrayID": 40,
+    "State": 24,
+    "Reason": 80,
+    "RestartCnt": 10,
+    "NodeList": 120,
+    "TimeUsed": 24,
+}
 
 
 # Talking to Slurm
 
 
-def ask(command: Sequence[str], timeout: float = CLIENT_S, environment: dict[str, str] | None = None) -> str:
+def ask(
+    command: Sequence[str], timeout: float = CLIENT_S, environment: dict[str, str] | None = None
+) -> str:
     """What a client of Slurm answers.  Raises UserError, with Slurm's own words, where there is no answer."""
     options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
     try:
@@ -49,13 +66,19 @@ def ask(command: Sequence[str], timeout: float = CLIENT_S, environment: dict[str
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within {timeout:g} s") from None
     if ended.returncode:
-        said = [re.sub(r"^\w+: (error|fatal): ", "", line.strip()) for line in ended.stderr.splitlines()]
-        raise UserError(f"{command[0]}: {'; '.join(filter(None, said)) or f'exit code {ended.returncode}'}")
+        said = [
+            re.sub(r"^\w+: (error|fatal): ", "", line.strip()) for line in ended.stderr.splitlines()
+        ]
+        raise UserError(
+            f"{command[0]}: {'; '.join(filter(None, said)) or f'exit code {ended.returncode}'}"
+        )
     return ended.stdout
 
 
 def max_array_size() -> int:
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]), re.MULTILINE)
+    found = re.search(
+        r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]), re.MULTILINE
+    )
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 
@@ -67,11 +90,21 @@ def site_file(run: Path) -> Path | None:
 
 def environment(run: Path) -> dict[str, str]:
     """For sbatch: ours, without what a Slurm job around us has set, and the site's SBATCH_ variables."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name == "SLURM_CONF"}
+    own = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("SLURM_") or name == "SLURM_CONF"
+    }
     site = site_file(run)
     if site is None:
         return own
-    command = ["bash", "-c", '. "$1" >&2; env -0', "site", str(site.resolve())]  # what it prints is for the user
+    command = [
+        "bash",
+        "-c",
+        '. "$1" >&2; env -0',
+        "site",
+        str(site.resolve()),
+    ]  # what it prints is for the user
     options = {"env": own, "stdout": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
     try:
         shell = subprocess.run(command, timeout=SUBMIT_S, **options)
@@ -100,7 +133,13 @@ def queue(ids: Sequence[str]) -> dict[str, Row]:
     if not numbers:
         return {}
     columns = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    options = ["--noheader", "--array", "--states=all", f"--jobs={','.join(numbers)}", f"--Format={columns}"]
+    options = [
+        "--noheader",
+        "--array",
+        "--states=all",
+        f"--jobs={','.join(numbers)}",
+        f"--Format={columns}",
+    ]
     try:
         answer = ask(["squeue", *options])
     except UserError as mistake:
@@ -117,7 +156,9 @@ def parse(line: str) -> tuple[str, Row]:
         values[name] = line[start : start + width].strip()
         start += width
     elapsed, restarts = seconds(values["TimeUsed"]), int(values["RestartCnt"] or 0)
-    return values["JobArrayID"], Row(values["State"], values["Reason"], restarts, values["NodeList"], elapsed)
+    return values["JobArrayID"], Row(
+        values["State"], values["Reason"], restarts, values["NodeList"], elapsed
+    )
 
 
 def seconds(text: str) -> float:
@@ -125,7 +166,9 @@ def seconds(text: str) -> float:
     days, _, clock = text.rpartition("-")
     if not re.fullmatch(r"[\d:]+", clock):
         return 0.0
-    return int(days or 0) * 86400.0 + sum(int(part) * 60**k for k, part in enumerate(reversed(clock.split(":"))))
+    return int(days or 0) * 86400.0 + sum(
+        int(part) * 60**k for k, part in enumerate(reversed(clock.split(":")))
+    )
 
 
 # What became of the jobs
@@ -136,12 +179,18 @@ def look(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> Journal:
     rows, records = queue([record.id for record in journal.jobs.values() if record.id]), {}
     for job in jobs:  # each stands behind those it waits for
         noted = journal.jobs.get(job.name, JobRecord())
-        lost = [name for name in job.waits_for if records[name].state in ("failed", "blocked", "interrupted")]
+        lost = [
+            name
+            for name in job.waits_for
+            if records[name].state in ("failed", "blocked", "interrupted")
+        ]
         records[job.name] = _judge(run, job, noted, rows.get(noted.id), lost)
     return replace(journal, jobs=records)
 
 
-def _judge(run: RunDirectory, job: Job, noted: JobRecord, row: Row | None, lost: list[str]) -> JobRecord:
+def _judge(
+    run: RunDirectory, job: Job, noted: JobRecord, row: Row | None, lost: list[str]
+) -> JobRecord:
     """One job's record.  lost: what it waits for and will not get."""
     ending = row is not None and row.state == "COMPLETING"
     if job.is_done:
@@ -151,7 +200,11 @@ def _judge(run: RunDirectory, job: Job, noted: JobRecord, row: Row | None, lost:
     if row is None:
         if lost and not (run.root / noted.log).exists():
             return replace(noted, state="blocked", reason=f"waits for {', '.join(lost)}")
-        return replace(noted, state="failed", reason=f"it ended unfinished, and Slurm has forgotten job {noted.id}")
+        return replace(
+            noted,
+            state="failed",
+            reason=f"it ended unfinished, and Slurm has forgotten job {noted.id}",
+        )
     found = replace(noted, restarts=row.restarts, attempts=row.restarts + 1, node=row.node)
     if row.state in WAITING:
         return replace(found, state="waiting", attempts=row.restarts, reason=row.reason)
@@ -162,7 +215,9 @@ def _judge(run: RunDirectory, job: Job, noted: JobRecord, row: Row | None, lost:
         if lost and not row.node:
             return replace(found, state="blocked", reason=f"waits for {', '.join(lost)}")
         return replace(found, state="interrupted", reason="cancelled")
-    reason = f"Slurm says {row.state}" + (f", {row.reason}" if row.reason not in ("None", "NonZeroExitCode") else "")
+    reason = f"Slurm says {row.state}" + (
+        f", {row.reason}" if row.reason not in ("None", "NonZeroExitCode") else ""
+    )
     if "LaunchFailure" in reason or ":53" in reason:  # how slurmd says that it cannot open the log
         reason += f": {row.node} cannot write {run.root / noted.log}; the run must lie where compute nodes see it"
     return replace(found, state="failed", reason=reason)
@@ -170,11 +225,17 @@ def _judge(run: RunDirectory, job: Job, noted: JobRecord, row: Row | None, lost:
 
 def live(journal: Journal) -> dict[str, str]:
     """Per job that waits or runs its id, in a journal as `look` returns it."""
-    queued = {name: record for name, record in journal.jobs.items() if record.state in ("waiting", "running")}
+    queued = {
+        name: record
+        for name, record in journal.jobs.items()
+        if record.state in ("waiting", "running")
+    }
     return {name: record.id for name, record in queued.items() if record.id}
 
 
-def settle(run: RunDirectory, jobs: Sequence[Job], journal: Journal, say: Callable[[str], None]) -> Journal:
+def settle(
+    run: RunDirectory, jobs: Sequence[Job], journal: Journal, say: Callable[[str], None]
+) -> Journal:
     """`look`, once the jobs that Slurm is just ending or taking back into its queue have ended or are queued."""
     deadline, told = time.monotonic() + ENDING_S, False
     while True:
@@ -216,7 +277,9 @@ def submit(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> list[tup
     cancelled.
     """
     if "\\" in str(run.root.absolute()):
-        raise UserError(f"{run.root}: Slurm doubles the backslashes in a job's arguments; choose another --run")
+        raise UserError(
+            f"{run.root}: Slurm doubles the backslashes in a job's arguments; choose another --run"
+        )
     variables, size, chosen = environment(run.root), max_array_size(), choose(run, jobs, journal)
     queued, names = live(journal), {job.name for job in chosen}
     if superseded := [number for name, number in queued.items() if name in names]:
@@ -244,7 +307,11 @@ def submit(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> list[tup
 
 
 def _withdrawn(
-    run: RunDirectory, refused: Batch, submitted: dict[Batch, str], noted: Journal, mistake: BaseException
+    run: RunDirectory,
+    refused: Batch,
+    submitted: dict[Batch, str],
+    noted: Journal,
+    mistake: BaseException,
 ) -> str:
     """Cancel what was submitted before the refused batch; the words for it."""
     why = f"{refused.name} was not submitted: {str(mistake) or 'interrupted'}"
@@ -257,7 +324,9 @@ def _withdrawn(
         return f"{why}\nstill queued, for they could not be cancelled ({trouble}): {named}"
     for batch in submitted:
         for job in batch.jobs:
-            noted.jobs[job.name] = replace(noted.jobs[job.name], state="interrupted", reason="cancelled")
+            noted.jobs[job.name] = replace(
+                noted.jobs[job.name], state="interrupted", reason="cancelled"
+            )
     noted.save(run.root)
     return f"{why}\nwhat was submitted before it is cancelled: {named}"
 
@@ -268,6 +337,8 @@ def cancel(run: RunDirectory, journal: Journal) -> list[str]:
     if queued:
         ask(["scancel", *queued.values()], SUBMIT_S)
         for name in queued:
-            journal.jobs[name] = replace(journal.jobs[name], state="interrupted", reason="cancelled")
+            journal.jobs[name] = replace(
+                journal.jobs[name], state="interrupted", reason="cancelled"
+            )
         journal.save(run.root)
     return list(queued.values())

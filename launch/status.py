@@ -12,15 +12,21 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from trainer.config import UserError, load_config
-from trainer.run_directory import RunDirectory, Stage
+from pipeline.config import UserError, load_config
+from pipeline.store import RunDirectory, Stage
 
 from .journal import JobRecord, Journal, end_of_log
 from .plan import Job
 
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
 SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
-COLOURS = {"done": "green", "running": "cyan", "failed": "red", "stale": "yellow", "interrupted": "yellow"}
+COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "failed": "red",
+    "stale": "yellow",
+    "interrupted": "yellow",
+}
 
 
 @dataclass
@@ -58,9 +64,15 @@ def statuses(run: RunDirectory, jobs: list[Job], journal: Journal) -> list[Stage
 def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> StageStatus:
     record = journal.jobs.get(job.name, JobRecord())
     status = StageStatus(
-        stage.place, job.name, "waiting", attempts=record.attempts, log=record.log, id=record.id, node=record.node,
+        stage.place,
+        job.name,
+        "waiting",
+        attempts=record.attempts,
+        log=record.log,
+        id=record.id,
+        node=record.node,
         restarts=record.restarts,
-    )  # fmt: skip
+    )
     done = stage.done()
     if done is not None and done["hash"] == stage.key:
         status.state, status.seconds, status.log = "done", done["seconds"], status.log
@@ -98,7 +110,11 @@ def _runs(run: RunDirectory, record: JobRecord, journal: Journal) -> bool:
 
 def _silence(run: RunDirectory, record: JobRecord, stage: Stage) -> str:
     """What makes one doubt that a job of Slurm's runs: nothing that it writes has changed for long."""
-    written = max(_modified(run.root / record.log), _modified(stage.directory / "metrics.jsonl"), record.started)
+    written = max(
+        _modified(run.root / record.log),
+        _modified(stage.directory / "metrics.jsonl"),
+        record.started,
+    )
     silent = time.time() - written
     return f"nothing written for {duration(silent)}" if record.id and silent > SILENT_S else ""
 
@@ -179,20 +195,37 @@ def summary(found: list[StageStatus]) -> str:
     """`17 stages: 5 done, 2 running, 10 waiting`."""
     states = ["done", "running", "interrupted", "failed", "blocked", "stale", "waiting"]
     counts = [(sum(status.state == state for status in found), state) for state in states]
-    return f"{len(found)} stages: " + ", ".join(f"{count} {state}" for count, state in counts if count)
+    return f"{len(found)} stages: " + ", ".join(
+        f"{count} {state}" for count, state in counts if count
+    )
 
 
 def table(found: list[StageStatus], title: str | None = None) -> Table:
     """One row for each stage; where Slurm ran any, its job, node and restarts beside it."""
-    rows = Table(title=title, box=None, pad_edge=False, header_style="bold", title_justify="left", title_style="")
+    rows = Table(
+        title=title,
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        title_justify="left",
+        title_style="",
+    )
     slurm = any(status.id for status in found)
-    for column in ("stage", "state", *(("job", "node", "restarts") if slurm else ()), "time", "progress"):
+    for column in (
+        "stage",
+        "state",
+        *(("job", "node", "restarts") if slurm else ()),
+        "time",
+        "progress",
+    ):
         justify = "right" if column in ("time", "restarts") else "left"
         rows.add_column(column, justify=justify, no_wrap=column != "progress")
     for status in found:
         state = Text(status.state, style=COLOURS.get(status.state, "dim"))
         place = (Text(status.id), Text(status.node), str(status.restarts or "")) if slurm else ()
-        rows.add_row(Text(status.stage), state, *place, duration(status.seconds), Text(progress(status)))
+        rows.add_row(
+            Text(status.stage), state, *place, duration(status.seconds), Text(progress(status))
+        )
     return rows
 
 

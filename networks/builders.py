@@ -32,7 +32,9 @@ def mlp(
     norm: "none" or "batch" (before each ReLU).  input_dropout: of the preprocessed input's entries, dropout: of units.
     mlp(width=1200, depth=2, dropout=0.5, input_dropout=0.2) is Hinton et al. 2015's MNIST teacher.
     """
-    _check(width=width, depth=depth, dropout=dropout, embedding=embedding, input_dropout=input_dropout)
+    _check(
+        width=width, depth=depth, dropout=dropout, embedding=embedding, input_dropout=input_dropout
+    )
     _one_of("norm", norm, ("none", "batch"))
     blocks, features = OrderedDict(), 1
     for length in shape:
@@ -81,7 +83,10 @@ def convnet(
         _check(width=width, depth=depth)
         channels = [width * 2**stage for stage in range(depth)]
     channels = _per_stage("channels", channels, None)
-    kernels, strides = _per_stage("kernel", kernel, len(channels)), _per_stage("stride", stride, len(channels))
+    kernels, strides = (
+        _per_stage("kernel", kernel, len(channels)),
+        _per_stage("stride", stride, len(channels)),
+    )
     _check(dropout=dropout, embedding=embedding, grid=grid)
     _one_of("downsample", downsample, ("stride", "max", "average"))
     _one_of("padding", padding, ("same", "valid"))
@@ -99,7 +104,9 @@ def convnet(
             layers["pool"] = nn.MaxPool2d(s) if downsample == "max" else nn.AvgPool2d(s)
             size = tuple(length // s for length in size)
         if min(size) < 1:
-            raise ValueError(f"convnet: nothing is left of a {shape[1]} x {shape[2]} image after stage {index + 1}")
+            raise ValueError(
+                f"convnet: nothing is left of a {shape[1]} x {shape[2]} image after stage {index + 1}"
+            )
         blocks[f"stage{index + 1}"] = nn.Sequential(layers)
         features = out
     tail = OrderedDict()
@@ -128,7 +135,9 @@ def resnet(shape, width: int = 16, depth: int = 20, embedding: int = 0, dropout:
     _image(shape, "resnet")
     _check(width=width, depth=depth, dropout=dropout, embedding=embedding)
     per_stage = _layers("resnet", depth, 2)
-    stem = OrderedDict(conv=_conv(shape[0], width, 3, 1), norm=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True))
+    stem = OrderedDict(
+        conv=_conv(shape[0], width, 3, 1), norm=nn.BatchNorm2d(width), relu=nn.ReLU(inplace=True)
+    )
     blocks, features = OrderedDict(stem=nn.Sequential(stem)), width
     for stage in range(3):
         for index in range(per_stage):
@@ -138,7 +147,9 @@ def resnet(shape, width: int = 16, depth: int = 20, embedding: int = 0, dropout:
     return _with_average(blocks, OrderedDict(), features, embedding, dropout)
 
 
-def wideresnet(shape, width: int = 2, depth: int = 16, embedding: int = 0, dropout: float = 0.0, base: int = 16):
+def wideresnet(
+    shape, width: int = 2, depth: int = 16, embedding: int = 0, dropout: float = 0.0, base: int = 16
+):
     """Zagoruyko & Komodakis 2016, WRN-depth-width: 6n + 4 layers, blocks of base * width * (1, 2, 4) channels.
 
     dropout: between the two convolutions of a block.  embedding > 0 adds a linear layer of that size.
@@ -204,7 +215,9 @@ def builtin_options(name: str) -> dict:
     return {parameter.name: parameter.default for parameter in parameters}
 
 
-def build_trunk(name: str, shape: tuple[int, ...], options: dict, builders: dict[str, Callable] | None = None):
+def build_trunk(
+    name: str, shape: tuple[int, ...], options: dict, builders: dict[str, Callable] | None = None
+):
     """The module [B, *shape] -> [B, D] that `name` and `options` describe.
 
     A name in `builders` wins over a built-in: builders[name](shape, **options).  ValueError for unknown ones.
@@ -216,7 +229,9 @@ def build_trunk(name: str, shape: tuple[int, ...], options: dict, builders: dict
     if name not in BUILTIN:
         valid = [*BUILTIN, *(builders or {}), "timm:NAME"]
         hint = nearest(name, valid)
-        raise ValueError(f"unknown builder {name!r}; {hint} (a builder of your own is passed as builders={{...}})")
+        raise ValueError(
+            f"unknown builder {name!r}; {hint} (a builder of your own is passed as builders={{...}})"
+        )
     known = builtin_options(name)
     for option in options:
         if option not in known:
@@ -229,19 +244,30 @@ def _timm(name: str, shape: tuple[int, ...], options: dict) -> nn.Module:
     if not re.fullmatch(r"[A-Za-z0-9_.]+", name):
         raise ValueError(f"timm:{name}: a plain timm model name is needed")
     for option in options:
-        if option.startswith(("pretrained", "checkpoint", "cache")) or option in ("num_classes", "in_chans"):
-            raise ValueError(f"option {option!r} of timm:{name} cannot be set; weights come from model.safetensors")
+        if option.startswith(("pretrained", "checkpoint", "cache")) or option in (
+            "num_classes",
+            "in_chans",
+        ):
+            raise ValueError(
+                f"option {option!r} of timm:{name} cannot be set; weights come from model.safetensors"
+            )
     _image(shape, f"timm:{name}")
     try:
         import timm
     except ImportError as missing:
-        raise ValueError(f"timm:{name} needs timm ({missing}); pip install 'referral[timm]'") from None
+        raise ValueError(
+            f"timm:{name} needs timm ({missing}); pip install 'referral[timm]'"
+        ) from None
     if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}; {nearest(name.split('.')[0], timm.list_models())}")
+        raise ValueError(
+            f"timm has no model {name!r}; {nearest(name.split('.')[0], timm.list_models())}"
+        )
     return timm.create_model(name, pretrained=False, num_classes=0, in_chans=shape[0], **options)
 
 
-def _with_average(blocks: OrderedDict, last: OrderedDict, features: int, embedding: int, dropout: float):
+def _with_average(
+    blocks: OrderedDict, last: OrderedDict, features: int, embedding: int, dropout: float
+):
     """`blocks` with the global average behind the last of them, and an embedding if one is asked for."""
     last |= OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten())
     if dropout:
@@ -271,7 +297,9 @@ def _layers(name: str, depth: int, extra: int) -> int:
 
 def _image(shape, name: str) -> tuple[int, int]:
     if len(shape) != 3:
-        raise ValueError(f"{name} takes images [C, H, W]; the input shape is {list(shape)} (mlp takes any shape)")
+        raise ValueError(
+            f"{name} takes images [C, H, W]; the input shape is {list(shape)} (mlp takes any shape)"
+        )
     return shape[1:]
 
 
@@ -293,7 +321,9 @@ def _one_of(name: str, value, valid) -> None:
 def _per_stage(name: str, value, stages: int | None) -> list[int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * (stages or 1)
     if not values or (stages is not None and len(values) != stages):
-        raise ValueError(f"{name} = {value!r}: one number, or one for each of the {stages or 1} stages")
+        raise ValueError(
+            f"{name} = {value!r}: one number, or one for each of the {stages or 1} stages"
+        )
     for entry in values:
         _check(**{name: entry})
     return values

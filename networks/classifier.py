@@ -29,7 +29,9 @@ class Classifier(nn.Module):
         # (raw * scale - mean) / std as one multiplication and one addition.
         mean, std = torch.tensor(spec.input.mean).double(), torch.tensor(spec.input.std).double()
         trailing = (-1, *[1] * (len(spec.input.shape) - 1))
-        self.register_buffer("_gain", (spec.input.scale / std).float().view(trailing), persistent=False)
+        self.register_buffer(
+            "_gain", (spec.input.scale / std).float().view(trailing), persistent=False
+        )
         self.register_buffer("_offset", (-mean / std).float().view(trailing), persistent=False)
 
     def preprocess(self, raw: Tensor) -> Tensor:
@@ -59,7 +61,9 @@ class Classifier(nn.Module):
         super().train(mode)
         if mode and (self._frozen_norms or self._all_norms_fixed):
             for name, module in self.named_modules():
-                if isinstance(module, _BatchNorm) and (self._all_norms_fixed or name in self._frozen_norms):
+                if isinstance(module, _BatchNorm) and (
+                    self._all_norms_fixed or name in self._frozen_norms
+                ):
                     module.eval()
         return self
 
@@ -91,7 +95,11 @@ def build_classifier(spec: ModelSpec, builders: dict[str, Callable] | None = Non
 
 def parameter_count(module: nn.Module, trainable: bool = False) -> int:
     """Number of parameters of `module`, or only of those that training changes."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trainable)
+    return sum(
+        parameter.numel()
+        for parameter in module.parameters()
+        if parameter.requires_grad or not trainable
+    )
 
 
 def _feature_size(trunk: nn.Module, spec: ModelSpec, builders) -> int:
@@ -103,5 +111,7 @@ def _feature_size(trunk: nn.Module, spec: ModelSpec, builders) -> int:
     if not isinstance(features, Tensor) or features.dim() != 2:
         assert spec.builder not in BUILTIN or builders
         shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"builder {spec.builder!r} gives {shape} for one input; features [1, D] are needed")
+        raise ValueError(
+            f"builder {spec.builder!r} gives {shape} for one input; features [1, D] are needed"
+        )
     return features.shape[1]

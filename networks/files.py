@@ -21,7 +21,10 @@ def save_classifier(classifier: Classifier, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Clones: tensors that share memory cannot be written as they are.
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in classifier.state_dict().items()}
+    tensors = {
+        name: tensor.detach().cpu().contiguous().clone()
+        for name, tensor in classifier.state_dict().items()
+    }
     unfinished = directory / f".{WEIGHTS}.{os.getpid()}"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, directory / WEIGHTS)
@@ -29,7 +32,9 @@ def save_classifier(classifier: Classifier, directory: str | Path) -> None:
 
 
 def load_classifier(
-    directory: str | Path, device: str | torch.device = "cpu", builders: dict[str, Callable] | None = None
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    builders: dict[str, Callable] | None = None,
 ) -> Classifier:
     """The classifier that save_classifier wrote, on `device`, in eval mode; torch's generators are left as they were.
 
@@ -60,8 +65,14 @@ def adopt_weights(classifier: Classifier, path: str | Path, head: str) -> None:
     found = _read_tensors(path) if path.suffix == ".safetensors" else _read_state_dict(path)
     found = {name.removeprefix("module."): tensor for name, tensor in found.items()}
     if f"{head}.weight" not in found:
-        heads = sorted(name[:-7] for name, value in found.items() if name.endswith(".weight") and value.ndim == 2)
-        raise ValueError(f"{path} has no {head}.weight; its linear layers are {_few(heads) or 'none'}")
+        heads = sorted(
+            name[:-7]
+            for name, value in found.items()
+            if name.endswith(".weight") and value.ndim == 2
+        )
+        raise ValueError(
+            f"{path} has no {head}.weight; its linear layers are {_few(heads) or 'none'}"
+        )
     renamed = {
         f"head.{name[len(head) + 1 :]}" if name.startswith(f"{head}.") else f"trunk.{name}": tensor
         for name, tensor in found.items()
@@ -77,13 +88,17 @@ def _read_state_dict(path: Path) -> dict[str, torch.Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as mistake:
         raise ValueError(f"{path}: cannot be read: {mistake.strerror or mistake}") from None
-    except Exception as mistake:  # pickle, zip and torch have a dozen kinds for a foreign or an unsafe file
+    except (
+        Exception
+    ) as mistake:  # pickle, zip and torch have a dozen kinds for a foreign or an unsafe file
         reason = str(mistake).splitlines()[0] if str(mistake) else type(mistake).__name__
         raise ValueError(f"{path}: not a state dict of plain tensors: {reason}") from None
     for wrapper in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]
-    if not isinstance(found, dict) or not all(isinstance(value, torch.Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(value, torch.Tensor) for value in found.values()
+    ):
         raise ValueError(f"{path}: not a state dict: {{name: tensor}} is needed")
     return found
 

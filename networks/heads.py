@@ -25,14 +25,18 @@ class DustbinHead(nn.Module):
         members = torch.tensor(check_members(members, num_classes))
         self.register_buffer("members", members, persistent=False)
         self.kept = kept
-        linear = nn.Linear(in_features, num_classes if kept is None else len(members) + len(kept) + 1)
+        linear = nn.Linear(
+            in_features, num_classes if kept is None else len(members) + len(kept) + 1
+        )
         self.weight, self.bias = linear.weight, linear.bias
 
     @property
     def row_classes(self) -> Tensor:
         """int64 [rows]: the class that each stored row stands for; -1 is the row for the rest."""
         if self.kept is not None:
-            return torch.cat([self.members, torch.tensor([*self.kept, -1], device=self.members.device)])
+            return torch.cat(
+                [self.members, torch.tensor([*self.kept, -1], device=self.members.device)]
+            )
         outside = torch.ones(self.num_classes, dtype=torch.bool, device=self.members.device)
         outside[self.members] = False
         return torch.cat([self.members, outside.nonzero()[:, 0]])
@@ -44,7 +48,9 @@ class DustbinHead(nn.Module):
         inside = inside.to(torch.promote_types(inside.dtype, torch.float32))
         if not len(others):
             return F.pad(inside, (0, 1), value=float("-inf"))
-        if torch.compiler.is_compiling():  # programs (torch.export, ONNX) are of torch's own operators
+        if (
+            torch.compiler.is_compiling()
+        ):  # programs (torch.export, ONNX) are of torch's own operators
             dustbin = F.linear(features, others, others_bias).to(inside.dtype).logsumexp(dim=1)
         else:
             dustbin, _ = LinearLogits(features, others, others_bias, len(others)).reduced()
@@ -57,14 +63,23 @@ class DustbinHead(nn.Module):
 class ShardedLinear(nn.Module):
     """Some rows of a linear head, as the exchange splits them: [n, D] -> LinearLogits of all num_classes classes."""
 
-    def __init__(self, rows: nn.Linear, num_classes: int, exchange: Alone, block: int | None = None):
+    def __init__(
+        self, rows: nn.Linear, num_classes: int, exchange: Alone, block: int | None = None
+    ):
         super().__init__()
-        self.in_features, self.num_classes, self.exchange, self.block = rows.in_features, num_classes, exchange, block
+        self.in_features, self.num_classes, self.exchange, self.block = (
+            rows.in_features,
+            num_classes,
+            exchange,
+            block,
+        )
         self.weight, self.bias = rows.weight, rows.bias
 
     def forward(self, features: Tensor) -> LinearLogits:
         exchange = self.exchange.of(features)
-        return LinearLogits(features, self.weight, self.bias, self.num_classes, self.block, exchange)
+        return LinearLogits(
+            features, self.weight, self.bias, self.num_classes, self.block, exchange
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {len(self.weight)} of {self.num_classes} classes"
@@ -110,13 +125,19 @@ def unheld_logits(classifier, raw: Tensor) -> LinearLogits:
     ValueError for one with members: their logits are held.
     """
     if classifier.num_members > 1:
-        raise ValueError("the logits of a network with members are held; take member_log_probabilities")
+        raise ValueError(
+            "the logits of a network with members are held; take member_log_probabilities"
+        )
     head = classifier.head
-    return LinearLogits(classifier.trunk(classifier.preprocess(raw)), head.weight, head.bias, len(head.weight))
+    return LinearLogits(
+        classifier.trunk(classifier.preprocess(raw)), head.weight, head.bias, len(head.weight)
+    )
 
 
 def make_head(spec: ModelSpec, in_features: int) -> nn.Module:
     """The head that `spec.head` describes, with fresh weights."""
     if spec.head["kind"] == "dustbin" and spec.head["rows"] != "fresh":
-        return DustbinHead(in_features, spec.num_classes, spec.head["members"], spec.head.get("kept"))
+        return DustbinHead(
+            in_features, spec.num_classes, spec.head["members"], spec.head.get("kept")
+        )
     return nn.Linear(in_features, spec.num_outputs)

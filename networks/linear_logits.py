@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-BLOCK_ENTRIES = {"cpu": 2**22, "cuda": 2**26}  # logits held at a time: 16 MiB stay near a CPU core, 256 MiB fill a GPU
+BLOCK_ENTRIES = {
+    "cpu": 2**22,
+    "cuda": 2**26,
+}  # logits held at a time: 16 MiB stay near a CPU core, 256 MiB fill a GPU
 LEAST_EXPONENT = -80.0
 
 
@@ -70,14 +73,18 @@ class Targets(NamedTuple):
     dense: Tensor | None = None
 
     @classmethod
-    def of_labels(cls, labels: Tensor, num_classes: int, smoothing: float = 0.0, weight=1.0) -> Targets:
+    def of_labels(
+        cls, labels: Tensor, num_classes: int, smoothing: float = 0.0, weight=1.0
+    ) -> Targets:
         """weight * ((1 - smoothing) onehot(label) + smoothing / C), and 0 for a label of -1; labels: int64 [N]."""
         known = (labels >= 0).float() * weight
         uniform = known * (smoothing / num_classes) if smoothing else None
         return cls(labels.clamp_min(0)[:, None], (known * (1 - smoothing))[:, None], uniform)
 
     @classmethod
-    def of_top(cls, indices: Tensor, values: Tensor, num_classes: int, tail: Tensor | None = None) -> Targets:
+    def of_top(
+        cls, indices: Tensor, values: Tensor, num_classes: int, tail: Tensor | None = None
+    ) -> Targets:
         """The k largest probabilities [N, k], and their tail [N] spread evenly over the other classes (None: no tail).
 
         indices: int64, distinct in a row.
@@ -130,7 +137,9 @@ class LinearLogits:
         """These logits + log_prior [C]."""
         if log_prior is None:
             return self
-        own = log_prior[self.exchange.first : self.exchange.first + len(self.weight)].to(self.weight)
+        own = log_prior[self.exchange.first : self.exchange.first + len(self.weight)].to(
+            self.weight
+        )
         return replace(self, bias=own if self.bias is None else self.bias + own)
 
     def divided(self, temperature: float) -> LinearLogits:
@@ -140,7 +149,9 @@ class LinearLogits:
         bias = None if self.bias is None else self.bias / temperature
         return replace(self, features=self.features / temperature, bias=bias)
 
-    def sampled(self, labels: Tensor, negatives: int, draw: torch.Generator) -> tuple[LinearLogits, Tensor]:
+    def sampled(
+        self, labels: Tensor, negatives: int, draw: torch.Generator
+    ) -> tuple[LinearLogits, Tensor]:
         """Logits of the batch's own classes and of `negatives` others, and the labels as classes among them.
 
         The others are drawn uniformly, without replacement, and stand for all others: their logits are raised by
@@ -157,8 +168,13 @@ class LinearLogits:
         here = (classes >= self.exchange.first) & (classes < self.exchange.first + len(self.weight))
         rows = classes[here] - self.exchange.first
         bias = raised[here].to(self.weight) + (0 if self.bias is None else self.bias[rows])
-        some = replace(self, weight=self.weight[rows], bias=bias, num_classes=len(classes),
-                       exchange=self.exchange.among(classes))  # fmt: skip
+        some = replace(
+            self,
+            weight=self.weight[rows],
+            bias=bias,
+            num_classes=len(classes),
+            exchange=self.exchange.among(classes),
+        )
         return some, torch.searchsorted(classes, labels)
 
     def reduced(self, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
@@ -168,7 +184,13 @@ class LinearLogits:
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         with torch.autocast(kind, enabled=False):
             return _Reduced.apply(
-                self.features, self.weight, self.bias, targets or Targets(), low, self.block, self.exchange
+                self.features,
+                self.weight,
+                self.bias,
+                targets or Targets(),
+                low,
+                self.block,
+                self.exchange,
             )
 
     def cross_entropy(self, targets: Targets) -> Tensor:
@@ -182,7 +204,9 @@ class LinearLogits:
 
     def of_classes(self, classes: Tensor) -> Tensor:
         """The logits of some classes, [n, len(classes)], of one shard."""
-        return F.linear(self.features, self.weight[classes], None if self.bias is None else self.bias[classes])
+        return F.linear(
+            self.features, self.weight[classes], None if self.bias is None else self.bias[classes]
+        )
 
     @torch.no_grad()
     def summary(self, k: int, labels: Tensor | None = None) -> Summary:
@@ -191,10 +215,22 @@ class LinearLogits:
         Of classes that tie any may come first.
         """
         rows, k = len(self.features), min(k, self.num_classes)
-        like = self.features.new_zeros(rows, dtype=torch.promote_types(self.features.dtype, torch.float32))
-        peak, total, squares, label_logit = like - torch.inf, like.clone(), like.clone(), like.clone()
-        top, classes = like.new_full((rows, 0), 0), torch.zeros(rows, 0, dtype=torch.int64, device=like.device)
-        for start, z in _blocks(self.features.to(self.weight), self.weight, self.bias, None, self.block):
+        like = self.features.new_zeros(
+            rows, dtype=torch.promote_types(self.features.dtype, torch.float32)
+        )
+        peak, total, squares, label_logit = (
+            like - torch.inf,
+            like.clone(),
+            like.clone(),
+            like.clone(),
+        )
+        top, classes = (
+            like.new_full((rows, 0), 0),
+            torch.zeros(rows, 0, dtype=torch.int64, device=like.device),
+        )
+        for start, z in _blocks(
+            self.features.to(self.weight), self.weight, self.bias, None, self.block
+        ):
             if labels is not None:
                 label_logit += _gathered(z, labels[:, None] - start)[:, 0]
             there = z.topk(min(k, z.shape[1]), dim=1)
@@ -223,7 +259,10 @@ class _Reduced(torch.autograd.Function):
         if t.indices is not None:
             t = t._replace(indices=t.indices - exchange.first)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        peak, total = x.new_full((len(x),), -torch.inf, dtype=dtype), x.new_zeros(len(x), dtype=dtype)
+        peak, total = (
+            x.new_full((len(x),), -torch.inf, dtype=dtype),
+            x.new_zeros(len(x), dtype=dtype),
+        )
         dot = torch.zeros_like(total)
         for start, z in _blocks(x, weight, bias, low, block):
             if t.indices is not None:
@@ -277,11 +316,15 @@ class _Reduced(torch.autograd.Function):
         return d_x, d_weight, d_bias, None, None, None, None
 
 
-def _blocks(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype | None, block: int | None):
+def _blocks(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype | None, block: int | None
+):
     """(first class, z [N, at most block]) in turn; each z lives in the memory of the one before."""
     block = block or max(64, BLOCK_ENTRIES[x.device.type] // max(1, len(x)))
     block = min(block, max(1, len(weight)))
-    held = torch.empty(len(x) * block, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    held = torch.empty(
+        len(x) * block, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device
+    )
     for start in range(0, len(weight), block):
         rows = weight[start : start + block]
         z = held[: len(x) * len(rows)].view(len(x), len(rows))

@@ -47,8 +47,12 @@ def cut_trunk(trunk: nn.Module, blocks: int) -> tuple[nn.Module, nn.Sequential]:
     children = list(trunk.named_children())
     if blocks > len(children):
         names = ", ".join(name for name, _ in children)
-        raise ValueError(f"members.blocks = {blocks}: the trunk has {len(children)} blocks ({names})")
-    body, end = (nn.Sequential(OrderedDict(part)) for part in (children[:-blocks], children[-blocks:]))
+        raise ValueError(
+            f"members.blocks = {blocks}: the trunk has {len(children)} blocks ({names})"
+        )
+    body, end = (
+        nn.Sequential(OrderedDict(part)) for part in (children[:-blocks], children[-blocks:])
+    )
     first = next(module for module in end.modules() if not list(module.children()))
     if getattr(first, "inplace", False):  # every head reads the same features
         first.inplace = False
@@ -64,7 +68,13 @@ class RankOne(nn.Module):
 
     FACTORS = ("r", "s")
 
-    def __init__(self, plain: nn.Linear | nn.Conv2d, count: int, std: float, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        plain: nn.Linear | nn.Conv2d,
+        count: int,
+        std: float,
+        generator: torch.Generator | None = None,
+    ):
         """Takes `plain` over: its weight is W, its bias every member's; r and s are drawn from N(1, std)."""
         super().__init__()
         width_in, width_out = (
@@ -128,5 +138,7 @@ def mean_log_probabilities(classifier: Callable[[Tensor], Tensor], raw: Tensor) 
     return each.logsumexp(0) - math.log(len(each))
 
 
-def _factors(count: int, width: int, std: float, generator: torch.Generator | None, like: Tensor) -> nn.Parameter:
+def _factors(
+    count: int, width: int, std: float, generator: torch.Generator | None, like: Tensor
+) -> nn.Parameter:
     return nn.Parameter((1 + std * torch.randn(count, width, generator=generator)).to(like))

@@ -34,12 +34,17 @@ def fit_rest(head: nn.Linear, features: Tensor, members, kept) -> RestRow:
     x = features.double()
     others = torch.ones(len(head.weight), dtype=torch.bool, device=head.weight.device)
     members, kept = (
-        torch.tensor([int(c) for c in some], dtype=torch.int64, device=x.device) for some in (members, kept)
+        torch.tensor([int(c) for c in some], dtype=torch.int64, device=x.device)
+        for some in (members, kept)
     )
     others[members] = others[kept] = False
     if not others.any() or len(x) < 4:
-        raise ValueError(f"a row for {int(others.sum())} classes cannot be fitted to {len(x)} examples")
-    inside, near, rest = (_log_sum(head, features, classes) for classes in (members, kept, others.nonzero()[:, 0]))
+        raise ValueError(
+            f"a row for {int(others.sum())} classes cannot be fitted to {len(x)} examples"
+        )
+    inside, near, rest = (
+        _log_sum(head, features, classes) for classes in (members, kept, others.nonzero()[:, 0])
+    )
     dustbin = torch.logaddexp(near, rest)
     p = torch.sigmoid(dustbin - inside)
     weights = p * (1 - p) * (rest - dustbin).exp() ** 2
@@ -57,7 +62,9 @@ def _log_sum(head: nn.Linear, features: Tensor, classes: Tensor) -> Tensor:
     if not len(classes):
         return features.new_full((len(features),), -torch.inf, dtype=torch.float64)
     with torch.no_grad():
-        some = LinearLogits(features.to(head.weight), head.weight[classes], head.bias[classes], len(classes))
+        some = LinearLogits(
+            features.to(head.weight), head.weight[classes], head.bias[classes], len(classes)
+        )
         return some.reduced()[0].double()
 
 

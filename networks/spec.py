@@ -45,13 +45,23 @@ class InputSpec:
             raise ValueError(f"input.shape = {list(self.shape)}: every length must be at least 1")
         if self.dtype not in ("uint8", "float32"):
             raise ValueError(f"input.dtype = {self.dtype!r}: must be uint8 or float32")
-        put(self, "scale", float(self.scale) if self.scale is not None else (1 / 255 if self.dtype == "uint8" else 1.0))
+        put(
+            self,
+            "scale",
+            float(self.scale)
+            if self.scale is not None
+            else (1 / 255 if self.dtype == "uint8" else 1.0),
+        )
         for name in ("mean", "std"):
             length = len(getattr(self, name))
             if length not in (1, self.shape[0]):
-                raise ValueError(f"input.{name} has {length} values; 1 or {self.shape[0]} (input.shape[0]) are needed")
+                raise ValueError(
+                    f"input.{name} has {length} values; 1 or {self.shape[0]} (input.shape[0]) are needed"
+                )
         if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std, self.scale))):
-            raise ValueError(f"input.std = {list(self.std)}: must be positive, and mean, std and scale finite")
+            raise ValueError(
+                f"input.std = {list(self.std)}: must be positive, and mean, std and scale finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,11 +96,19 @@ class ModelSpec:
         if not isinstance(self.options, dict):
             raise ValueError(f"options = {self.options!r}: an object is needed")
         if not _is_int(self.num_classes) or self.num_classes < 1:
-            raise ValueError(f"num_classes = {self.num_classes!r}: must be a whole number, at least 1")
-        put(self, "options", {name: value for name, value in self.options.items() if value is not None})
+            raise ValueError(
+                f"num_classes = {self.num_classes!r}: must be a whole number, at least 1"
+            )
+        put(
+            self,
+            "options",
+            {name: value for name, value in self.options.items() if value is not None},
+        )
         put(self, "class_names", tuple(map(str, self.class_names or range(self.num_classes))))
         if len(self.class_names) != self.num_classes:
-            raise ValueError(f"class_names has {len(self.class_names)} entries for num_classes = {self.num_classes}")
+            raise ValueError(
+                f"class_names has {len(self.class_names)} entries for num_classes = {self.num_classes}"
+            )
         put(self, "head", _checked_head(self.head, self.num_classes))
         put(self, "members", _checked_network_members(self.members, self.head))
 
@@ -130,7 +148,9 @@ class ModelSpec:
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as mistake:
-            raise ValueError(f"{path}: cannot be read: {getattr(mistake, 'strerror', None) or mistake}") from None
+            raise ValueError(
+                f"{path}: cannot be read: {getattr(mistake, 'strerror', None) or mistake}"
+            ) from None
         except ValueError as mistake:
             raise ValueError(f"{path}: {mistake}") from None
 
@@ -182,7 +202,9 @@ def _checked_network_members(members, head: dict) -> dict | None:
     if members is None:
         return None
     if not isinstance(members, dict) or members.get("kind") not in MEMBER_KEYS:
-        raise ValueError(f"members = {members!r}: their kind must be one of {', '.join(MEMBER_KEYS)}")
+        raise ValueError(
+            f"members = {members!r}: their kind must be one of {', '.join(MEMBER_KEYS)}"
+        )
     keys = MEMBER_KEYS[members["kind"]]
     for key in set(members) - set(keys):
         raise ValueError(f"unknown key members.{key}; {nearest(key, keys)}")
@@ -193,7 +215,9 @@ def _checked_network_members(members, head: dict) -> dict | None:
     )
     for key, low in (("count", 2), ("blocks", 0)):
         if key in members and (not _is_int(members[key]) or members[key] < low):
-            raise ValueError(f"members.{key} = {members[key]!r}: must be a whole number, at least {low}")
+            raise ValueError(
+                f"members.{key} = {members[key]!r}: must be a whole number, at least {low}"
+            )
     return members
 
 

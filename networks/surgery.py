@@ -24,7 +24,11 @@ DROPOUTS = {"dropout", "input_dropout"}
 
 
 def specialise(
-    generalist: Classifier, members, dustbin: str = "preserving", kept=None, rest: RestRow | None = None
+    generalist: Classifier,
+    members,
+    dustbin: str = "preserving",
+    kept=None,
+    rest: RestRow | None = None,
 ) -> Classifier:
     """A copy of `generalist` whose logits are [B, |members| + 1]: the members in ascending order, the dustbin last.
 
@@ -39,7 +43,9 @@ def specialise(
     if generalist.spec.members is not None:
         raise ValueError("a network with members cannot be specialised; specialise a plain one")
     if not isinstance(generalist.head, nn.Linear) or generalist.spec.head["kind"] != "linear":
-        raise ValueError("only a classifier with a linear head can be specialised; this one is a specialist already")
+        raise ValueError(
+            "only a classifier with a linear head can be specialised; this one is a specialist already"
+        )
     members = check_members(members, generalist.spec.num_classes)
     spec = generalist.spec
     specialist = copy.deepcopy(generalist)
@@ -71,12 +77,16 @@ def match_classes(old_names: Sequence[str], names: Sequence[str]) -> list[int]:
     for called in (old_names, names):
         if len(set(called)) < len(called):
             twice = next(name for name in called if list(called).count(name) > 1)
-            raise ValueError(f"two classes are called {twice!r}; classes are matched by name, so names must differ")
+            raise ValueError(
+                f"two classes are called {twice!r}; classes are matched by name, so names must differ"
+            )
     place = {name: c for c, name in enumerate(names)}
     for name in old_names:
         if name not in place:
             like = ", ".join(map(repr, names[:3]))
-            raise ValueError(f"class {name!r} is not among the {len(place)} classes now, which are called like {like}")
+            raise ValueError(
+                f"class {name!r} is not among the {len(place)} classes now, which are called like {like}"
+            )
     return [place[name] for name in old_names]
 
 
@@ -91,18 +101,25 @@ def add_classes(classifier: Classifier, class_names: Sequence[str]) -> Classifie
     """
     spec = classifier.spec
     if spec.members is not None or spec.head["kind"] != "linear":
-        raise ValueError("classes are added to a plain classifier, not to a specialist or a network with members")
+        raise ValueError(
+            "classes are added to a plain classifier, not to a specialist or a network with members"
+        )
     places = torch.tensor(match_classes(spec.class_names, class_names))
     new = sorted(set(range(len(class_names))) - set(places.tolist()))
     if not new:
-        raise ValueError(f"the network knows all {len(class_names)} classes already; there is none to add")
+        raise ValueError(
+            f"the network knows all {len(class_names)} classes already; there is none to add"
+        )
     grown, old = copy.deepcopy(classifier), classifier.head
     grown.spec = replace(spec, num_classes=len(class_names), class_names=tuple(class_names))
     places, new = places.to(old.weight.device), torch.tensor(new, device=old.weight.device)
     linear = make_head(grown.spec, old.in_features).to(old.weight)
     with torch.no_grad():
         linear.weight[places], linear.bias[places] = old.weight, old.bias
-        linear.weight[new], linear.bias[new] = old.weight.mean(0), old.bias.mean() - math.log(len(new))
+        linear.weight[new], linear.bias[new] = (
+            old.weight.mean(0),
+            old.bias.mean() - math.log(len(new)),
+        )
     grown.head = GrownHead(linear, new)
     return set_trainable(grown.train(classifier.training), "head")
 
@@ -122,7 +139,7 @@ def among_more(specialist: Classifier, generalist: Classifier) -> Classifier:
 
     A copy: what it says of its members stays, in the order that they have now, and new classes fall into its dustbin.
     If that has a row for every class, the new ones get the generalist's, as a beginning: the specialist's features are
-    not the generalist's, and their biases are better fitted (trainer.stages.meet_new_classes); otherwise the row for
+    not the generalist's, and their biases are better fitted (trainer.stages.story.meet_new_classes); otherwise the row for
     the rest stands for them too.
     Raises ValueError for a network that is no specialist, and where the generalist lacks one of its classes.
     """
@@ -130,11 +147,16 @@ def among_more(specialist: Classifier, generalist: Classifier) -> Classifier:
     if spec.head["kind"] != "dustbin":
         raise ValueError("this network is no specialist: it has no dustbin")
     place = match_classes(spec.class_names, generalist.spec.class_names)
-    described = spec.head | {key: [place[c] for c in spec.head[key]] for key in ("members", "kept") if key in spec.head}
+    described = spec.head | {
+        key: [place[c] for c in spec.head[key]] for key in ("members", "kept") if key in spec.head
+    }
     described["members"].sort()
     grown = copy.deepcopy(specialist)
     grown.spec = replace(
-        spec, num_classes=generalist.spec.num_classes, class_names=generalist.spec.class_names, head=described
+        spec,
+        num_classes=generalist.spec.num_classes,
+        class_names=generalist.spec.class_names,
+        head=described,
     )
     rows = make_head(grown.spec, head.in_features).to(head.weight)
 
@@ -142,13 +164,20 @@ def among_more(specialist: Classifier, generalist: Classifier) -> Classifier:
         """The class of each stored row, -1 for one that stands for several."""
         return rows.row_classes.tolist() if isinstance(rows, DustbinHead) else [*members, -1]
 
-    old = {c if c < 0 else place[c]: row for row, c in enumerate(classes_of(head, spec.head["members"]))}
+    old = {
+        c if c < 0 else place[c]: row
+        for row, c in enumerate(classes_of(head, spec.head["members"]))
+    }
     wanted = list(enumerate(classes_of(rows, described["members"])))
     known = [(row, old[c]) for row, c in wanted if c in old]
     new = [(row, c) for row, c in wanted if c not in old]
     with torch.no_grad():
         for source, pairs in ((head, known), (generalist.head, new)):
-            to, origin = torch.tensor(pairs, dtype=torch.int64, device=head.weight.device).view(-1, 2).unbind(1)
+            to, origin = (
+                torch.tensor(pairs, dtype=torch.int64, device=head.weight.device)
+                .view(-1, 2)
+                .unbind(1)
+            )
             rows.weight[to], rows.bias[to] = source.weight[origin], source.bias[origin]
     grown.head = rows.train(head.training)
     return grown
@@ -169,7 +198,10 @@ def hydra(classifier: Classifier, count: int, blocks: int = 0) -> Classifier:
 
 
 def batch_ensemble(
-    classifier: Classifier, count: int, std: float = FACTOR_STD, generator: torch.Generator | None = None
+    classifier: Classifier,
+    count: int,
+    std: float = FACTOR_STD,
+    generator: torch.Generator | None = None,
 ) -> Classifier:
     """A BatchEnsemble of `count` members on a plain classifier's weights.  Wen et al. 2020; Nam et al. 2021.
 
@@ -223,11 +255,15 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
     """
     match = re.fullmatch(r"all|head|last-([1-9][0-9]*)-blocks?", part)
     if not match:
-        raise ValueError(f"trainable = {part!r}: must be all, head or last-N-blocks (such as last-2-blocks)")
+        raise ValueError(
+            f"trainable = {part!r}: must be all, head or last-N-blocks (such as last-2-blocks)"
+        )
     blocks = trunk_blocks(classifier.trunk)
     count = int(match[1] or 0)
     if count > len(blocks):
-        raise ValueError(f"trainable = {part!r}: the trunk has {len(blocks)} blocks ({', '.join(blocks)})")
+        raise ValueError(
+            f"trainable = {part!r}: the trunk has {len(blocks)} blocks ({', '.join(blocks)})"
+        )
     classifier.requires_grad_(part == "all")
     open_blocks = [classifier.head, *list(blocks.values())[len(blocks) - count :]]
     for block in open_blocks:
@@ -247,7 +283,9 @@ def freeze_norm(classifier: Classifier, fixed: bool = True) -> Classifier:
     return classifier.train(classifier.training)
 
 
-def widen(classifier: Classifier, to: float | ModelSpec, generator: torch.Generator | None = None) -> Classifier:
+def widen(
+    classifier: Classifier, to: float | ModelSpec, generator: torch.Generator | None = None
+) -> Classifier:
     """A wider mlp or convnet that computes the same function.  Chen et al. 2015, Net2WiderNet.
 
     to: a factor for width, channels and embedding; or a spec that differs from the classifier's in these alone.
@@ -258,7 +296,9 @@ def widen(classifier: Classifier, to: float | ModelSpec, generator: torch.Genera
     """
     spec = classifier.spec
     if spec.members is not None:
-        raise ValueError("a network with members cannot be widened; widen the plain one, then give it members")
+        raise ValueError(
+            "a network with members cannot be widened; widen the plain one, then give it members"
+        )
     if spec.builder not in ("mlp", "convnet") or not isinstance(classifier.trunk, nn.Sequential):
         raise ValueError(f"only mlp and convnet can be widened, not {spec.builder}")
     target = _checked_target(spec, to) if isinstance(to, ModelSpec) else _wider_spec(spec, to)
@@ -266,7 +306,9 @@ def widen(classifier: Classifier, to: float | ModelSpec, generator: torch.Genera
         wider = build_classifier(target)
     for old, new in zip(_layers(classifier), _layers(wider), strict=True):
         if new.weight.shape[0] < old.weight.shape[0]:
-            raise ValueError(f"a layer of {old.weight.shape[0]} units cannot be widened to {new.weight.shape[0]}")
+            raise ValueError(
+                f"a layer of {old.weight.shape[0]} units cannot be widened to {new.weight.shape[0]}"
+            )
     wider.to(next(classifier.parameters()))
     # origin: the old unit that each unit of the layer below copies; at the start the inputs themselves.
     num_units = math.prod(spec.input.shape) if spec.builder == "mlp" else spec.input.shape[0]
@@ -280,7 +322,9 @@ def widen(classifier: Classifier, to: float | ModelSpec, generator: torch.Genera
                 new.running_var.copy_(_take(old.running_var, origin))
                 new.num_batches_tracked.copy_(old.num_batches_tracked)
                 continue
-            positions = old.weight.shape[1] // num_units  # of each channel, where maps were flattened
+            positions = (
+                old.weight.shape[1] // num_units
+            )  # of each channel, where maps were flattened
             origin = (origin[:, None] * positions + torch.arange(positions)).flatten()
             copies = _copies(old.weight.shape[0], new.weight.shape[0], generator)
             new.weight.copy_(_share_out(_take(old.weight, copies), origin, generator))
@@ -306,10 +350,14 @@ def _copies(old: int, new: int, generator: torch.Generator | None) -> Tensor:
 
 def _share_out(weight: Tensor, origin: Tensor, generator: torch.Generator | None) -> Tensor:
     """[out, old, ...] -> [out, new, ...]: column j is old column origin[j] times a random share; shares sum to 1."""
-    shares = torch.rand(weight.shape[0], len(origin), generator=generator, dtype=torch.float64) + 0.25
+    shares = (
+        torch.rand(weight.shape[0], len(origin), generator=generator, dtype=torch.float64) + 0.25
+    )
     sums = torch.zeros(weight.shape[:2], dtype=torch.float64).index_add_(1, origin, shares)
     shares = (shares / sums[:, origin]).to(weight)
-    return weight[:, origin.to(weight.device)] * shares.view(*shares.shape, *[1] * (weight.dim() - 2))
+    return weight[:, origin.to(weight.device)] * shares.view(
+        *shares.shape, *[1] * (weight.dim() - 2)
+    )
 
 
 def _wider_spec(spec: ModelSpec, factor: float) -> ModelSpec:
@@ -325,7 +373,9 @@ def _wider_spec(spec: ModelSpec, factor: float) -> ModelSpec:
 def _checked_target(spec: ModelSpec, target: ModelSpec) -> ModelSpec:
     def shape(spec):
         options = builtin_options(spec.builder) | spec.options
-        return spec.builder, {name: value for name, value in options.items() if name not in WIDTHS | DROPOUTS}
+        return spec.builder, {
+            name: value for name, value in options.items() if name not in WIDTHS | DROPOUTS
+        }
 
     theirs = (target.input, target.head, target.members)
     if shape(spec) != shape(target) or (spec.input, spec.head, spec.members) != theirs:
@@ -335,7 +385,9 @@ def _checked_target(spec: ModelSpec, target: ModelSpec) -> ModelSpec:
     if bool(_option(spec, "embedding")) != bool(_option(target, "embedding")):
         raise ValueError("widening cannot add or remove the embedding")
     if spec.num_classes != target.num_classes:
-        raise ValueError(f"a model of {spec.num_classes} classes cannot be widened to one of {target.num_classes}")
+        raise ValueError(
+            f"a model of {spec.num_classes} classes cannot be widened to one of {target.num_classes}"
+        )
     return target
 
 

@@ -14,8 +14,19 @@ ROOMS = {
     "launch": {"trainer"},
 }
 # Files that run on login nodes, where torch is not installed, and what of ours they may import.
-TORCHLESS = ["trainer.config", "trainer.run_directory", "trainer.report.results", "trainer.compare"]
-HEAVY = {"torch", "torchvision", "timm", "deepspeed", "webdataset", "sklearn", "scipy", "matplotlib", "PIL", "jinja2"}
+TORCHLESS = ["pipeline.config", "pipeline.store", "pipeline.results", "pipeline.compare"]
+HEAVY = {
+    "torch",
+    "torchvision",
+    "timm",
+    "deepspeed",
+    "webdataset",
+    "sklearn",
+    "scipy",
+    "matplotlib",
+    "PIL",
+    "jinja2",
+}
 
 
 def imports(path: Path) -> set[str]:
@@ -39,7 +50,9 @@ def files(room: str) -> list[Path]:
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_imports_only_the_rooms_below_it(room):
     for path in files(room):
-        foreign = {name.split(".")[0] for name in imports(path)} & (ROOMS.keys() - ROOMS[room] - {room})
+        foreign = {name.split(".")[0] for name in imports(path)} & (
+            ROOMS.keys() - ROOMS[room] - {room}
+        )
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
@@ -54,7 +67,7 @@ def test_of_clustering_the_ensemble_knows_the_groups_alone():
 def test_the_launcher_imports_of_the_trainer_only_what_needs_no_torch():
     for path in files("launch"):
         for name in imports(path):
-            if name.startswith("trainer.") and name != "trainer.run_directory":
+            if name.startswith("trainer.") and name != "pipeline.store":
                 assert name.startswith(tuple(TORCHLESS)), f"{path.relative_to(ROOT)} imports {name}"
             assert name.split(".")[0] not in HEAVY, f"{path.relative_to(ROOT)} imports {name}"
 

@@ -11,17 +11,27 @@ import time
 import pytest
 from toy import toy_config, write_toy
 
-from trainer.config import save_config
+from pipeline.config import save_config
 
-SMALL = ("clusters.num_groups=3", "specialists.per_job=3", "train.steps=200", "train.checkpoint_every=20",
-         "students.main.steps=60")  # fmt: skip
+SMALL = (
+    "clusters.num_groups=3",
+    "specialists.per_job=3",
+    "train.steps=200",
+    "train.checkpoint_every=20",
+    "students.main.steps=60",
+)
 
 
 def start(config, run, *more):
     command = [sys.executable, "-m", "launch.cli", "run", str(config), "--run", str(run), *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env=environment,
     )
 
 
@@ -59,7 +69,15 @@ def figures(run):
 def test_a_run_ends_with_results_a_report_and_the_verdict_on_the_terminal(finished):
     run, output = finished
     results = figures(run)
-    assert {"generalist", "ensemble", "controls", "students", "student", "clusters", "specialists"} <= set(results)
+    assert {
+        "generalist",
+        "ensemble",
+        "controls",
+        "students",
+        "student",
+        "clusters",
+        "specialists",
+    } <= set(results)
     assert set(results["controls"]) == {"control_wall", "control_compute", "student_hard"}
     assert len(results["specialists"]) == 3
     assert (run / "report.html").read_text().startswith("<!doctype html>")
@@ -70,12 +88,18 @@ def test_the_same_command_on_a_finished_run_changes_nothing(config, finished):
     run, _ = finished
 
     def state():
-        return {path: (path.lstat().st_mtime_ns, path.lstat().st_size) for path in run.rglob("*") if path.is_file()}
+        return {
+            path: (path.lstat().st_mtime_ns, path.lstat().st_size)
+            for path in run.rglob("*")
+            if path.is_file()
+        }
 
     before = state()
     code, output = finish(start(config, run))
     assert code == 0, output
-    changed = {str(path.relative_to(run)) for path, facts in state().items() if before.get(path) != facts}
+    changed = {
+        str(path.relative_to(run)) for path, facts in state().items() if before.get(path) != facts
+    }
     assert changed <= {".lock"}
 
 
@@ -103,4 +127,6 @@ def test_kill_9_of_everything_at_any_moment_ends_with_the_same_figures(config, f
 def survivors(run):
     """Processes that still work on `run`, a second later."""
     time.sleep(1)
-    return subprocess.run(["pgrep", "-f", f"--run {run}"], capture_output=True, text=True).stdout.split()
+    return subprocess.run(
+        ["pgrep", "-f", f"--run {run}"], capture_output=True, text=True
+    ).stdout.split()

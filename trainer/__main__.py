@@ -12,9 +12,11 @@ FIRST_SAYS_S = 5.0  # what rank 0 has to say the mistake of all ranks before ano
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 1 ours, 2 the user's mistake, 75 interrupted with a checkpoint (run again, it goes on)."""
-    from .config import UserError
+    from pipeline.config import UserError
 
-    if argv[:1] == ["--"]:  # `torchrun -m trainer -- STAGE --run DIR`: torchrun would take --run for its own --run-path
+    if argv[:1] == [
+        "--"
+    ]:  # `torchrun -m trainer -- STAGE --run DIR`: torchrun would take --run for its own --run-path
         argv = argv[1:]
     try:
         if argv and argv[0] in COMMANDS:
@@ -30,9 +32,13 @@ def main(argv: list[str]) -> int:
 def run_stages(argv: list[str]) -> int:
     names = "generalist member measure cluster route specialist combine answers control student evaluate report".split()
     parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
-    parser.add_argument("stages", choices=names, nargs="+", metavar="STAGE", help=" | ".join([*names, *COMMANDS]))
+    parser.add_argument(
+        "stages", choices=names, nargs="+", metavar="STAGE", help=" | ".join([*names, *COMMANDS])
+    )
     parser.add_argument("--run", required=True, metavar="DIR")
-    parser.add_argument("--index", type=int, nargs="+", default=[], help="which specialists or members")
+    parser.add_argument(
+        "--index", type=int, nargs="+", default=[], help="which specialists or members"
+    )
     parser.add_argument("--name", nargs="+", default=[], help="which controls, students or answers")
     args = parser.parse_args(argv)
 
@@ -40,14 +46,17 @@ def run_stages(argv: list[str]) -> int:
 
     run = open_run(args.run)
     work = [
-        (name, stage, extra) for name in args.stages for stage, extra in chosen(run, name, args) if not stage.is_done
+        (name, stage, extra)
+        for name in args.stages
+        for stage, extra in chosen(run, name, args)
+        if not stage.is_done
     ]
     if not work:
         return 0
 
-    from .distributed import process_group
+    from .distributed.ranks import process_group
     from .session import Session, start_logging
-    from .stages import STAGES
+    from .stages.story import STAGES
 
     start_logging()
     with process_group(run.config.engine) as ranks:
@@ -60,19 +69,23 @@ def run_stages(argv: list[str]) -> int:
 
 def check_inputs(stage) -> None:
     """Raises UserError if another stage must be done first; a missing specialist is for `combine` to judge."""
-    from .config import UserError
+    from pipeline.config import UserError
 
     missing = [wanted.place for wanted in stage.inputs if not wanted.is_done]
     if missing and stage.name != "combine":
-        raise UserError(f"{stage.place} needs {', '.join(missing)}, which is not done: run it first")
+        raise UserError(
+            f"{stage.place} needs {', '.join(missing)}, which is not done: run it first"
+        )
 
 
 def chosen(run, name: str, args) -> list[tuple]:
     """The stages that the command line names, each with what its function takes beside session and stage."""
-    from .config import UserError
+    from pipeline.config import UserError
 
     if name in ("specialist", "member"):
-        known = dict(enumerate(run.specialists) if name == "specialist" else enumerate(run.members, 1))
+        known = dict(
+            enumerate(run.specialists) if name == "specialist" else enumerate(run.members, 1)
+        )
         if not args.index:
             raise UserError(f"{name}: say which by --index I [I ...]")
         absent = [i for i in args.index if i not in known]
@@ -95,46 +108,51 @@ def _span(known: dict) -> str:
 
 
 def shards(argv: list[str]) -> int:
-    from .data.commands import main as shards_main
+    from .commands.shards import main as shards_main
 
     return shards_main(argv)
 
 
 def check(argv: list[str]) -> int:
-    from .checking import main as check_main
+    from .commands.check import main as check_main
 
     return check_main(argv)
 
 
 def doctor(argv: list[str]) -> int:
-    from .doctor import main as doctor_main
+    from .commands.doctor import main as doctor_main
 
     return doctor_main(argv)
 
 
 def export(argv: list[str]) -> int:
-    from .exporting import main as export_main
+    from .commands.export import main as export_main
 
     return export_main(argv)
 
 
 def predict(argv: list[str]) -> int:
-    from .predicting import main as predict_main
+    from .commands.predict import main as predict_main
 
     return predict_main(argv)
 
 
 def compare(argv: list[str]) -> int:
-    from .report.comparison import main as compare_main
+    from .commands.compare_plot import main as compare_main
 
     return compare_main(argv)
 
 
 COMMANDS = {
-    "check": check, "shards": shards, "doctor": doctor, "export": export, "predict": predict, "compare": compare,
-}  # fmt: skip
+    "check": check,
+    "shards": shards,
+    "doctor": doctor,
+    "export": export,
+    "predict": predict,
+    "compare": compare,
+}
 
 if __name__ == "__main__":
-    from .leaving import leave
+    from .distributed.exit import leave
 
     leave(lambda: main(sys.argv[1:]))

@@ -29,21 +29,32 @@ from networks import (
     save_classifier,
     widen,
 )
+from pipeline.config import Config, Schedule, Student, UserError, load_config
+from pipeline.store import (
+    Attempt,
+    RunDirectory,
+    Stage,
+    digest,
+    new_attempt_id,
+    read_json,
+    write_bytes,
+    write_json,
+)
 
-from .config import Config, Schedule, Student, UserError, load_config
+from .core.loop import train
+from .core.objectives import Objective
+from .core.tracking import trackers
 from .data.accounts import Losses
 from .data.cache import cached
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
-from .distributed import Ranks, broadcast, gather
+from .distributed.ranks import Ranks, broadcast, gather
 from .engines import build_engine
-from .loop import train
-from .objectives import Objective
-from .run_directory import Attempt, RunDirectory, Stage, digest, new_attempt_id, read_json, write_bytes, write_json
-from .tracking import trackers
 
 MEASURING_BATCH = 512
-HELD = 2**26  # probabilities of a batch that are held while measuring, at most: an ensemble's are of all classes
+HELD = (
+    2**26
+)  # probabilities of a batch that are held while measuring, at most: an ensemble's are of all classes
 log = logging.getLogger("referral")
 
 
@@ -85,7 +96,13 @@ class Session:
         if self.ranks.is_main:
             attempt.publish("metrics.jsonl")
             attempt.publish("log-0.txt")
-        log.info("%s: attempt %s on %s, %d ranks", stage.label, identity, self.ranks.device, self.ranks.world_size)
+        log.info(
+            "%s: attempt %s on %s, %d ranks",
+            stage.label,
+            identity,
+            self.ranks.device,
+            self.ranks.world_size,
+        )
         try:
             yield attempt
             dist.barrier()
@@ -109,17 +126,31 @@ class Session:
         shards, data = self.shards("train"), self.config.data
         dtype = "uint8" if shards.input_dtype == np.uint8 else "float32"
         builders = user_builders(model.name)
-        options = {} if builders or model.name.startswith("timm:") else {
-            "width": model.width, "depth": model.depth, "embedding": model.embedding, "dropout": model.dropout,
-        }  # fmt: skip
+        options = (
+            {}
+            if builders or model.name.startswith("timm:")
+            else {
+                "width": model.width,
+                "depth": model.depth,
+                "embedding": model.embedding,
+                "dropout": model.dropout,
+            }
+        )
         torch.manual_seed(self.config.seed if seed is None else seed)
         try:
             spec = ModelSpec(
-                builder=model.name, options={**options, **model.options}, num_classes=shards.num_classes,
+                builder=model.name,
+                options={**options, **model.options},
+                num_classes=shards.num_classes,
                 class_names=list(shards.class_names),
-                input={"shape": shards.input_shape, "dtype": dtype, "mean": data.mean, "std": data.std},
+                input={
+                    "shape": shards.input_shape,
+                    "dtype": dtype,
+                    "mean": data.mean,
+                    "std": data.std,
+                },
                 members=members,
-            )  # fmt: skip
+            )
             return build_classifier(spec, builders)
         except ValueError as mistake:
             raise UserError(f"[model] {mistake}") from None
@@ -130,19 +161,35 @@ class Session:
         return load_classifier(directory, self.ranks.device, builders_of(self.config))
 
     def train(
-        self, attempt: Attempt, network: nn.Module, objective: Objective, stream, schedule: Schedule, steps: int,
+        self,
+        attempt: Attempt,
+        network: nn.Module,
+        objective: Objective,
+        stream,
+        schedule: Schedule,
+        steps: int,
         validate=None,
-    ) -> tuple[nn.Module, dict]:  # fmt: skip
+    ) -> tuple[nn.Module, dict]:
         names = self.config.engine.track if self.ranks.is_main else []
         with (
-            closing(build_engine(self.config.engine, self.ranks)) as driver, self.ranks.watchdog.watching(),
+            closing(build_engine(self.config.engine, self.ranks)) as driver,
+            self.ranks.watchdog.watching(),
             trackers(names, attempt.directory, self.run.root, attempt.stage.place) as tracked,
-        ):  # fmt: skip
+        ):
             network, summary = train(
-                driver, network, objective, stream, schedule, steps, ranks=self.ranks,
-                checkpoints=attempt.stage.checkpoints, metrics=attempt.path("metrics.jsonl"),
-                validate=validate, workers=self.config.data.workers, trackers=tracked,
-            )  # fmt: skip
+                driver,
+                network,
+                objective,
+                stream,
+                schedule,
+                steps,
+                ranks=self.ranks,
+                checkpoints=attempt.stage.checkpoints,
+                metrics=attempt.path("metrics.jsonl"),
+                validate=validate,
+                workers=self.config.data.workers,
+                trackers=tracked,
+            )
         for source, sample, reason in summary.pop("lost"):
             self.losses.add(stream.sources[source].shards, {sample: reason})
         return network, summary
@@ -157,7 +204,9 @@ class Session:
         stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
         parts, lost = [], {}
         with torch.inference_mode():
-            for batch in stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers):
+            for batch in stream.loader(
+                self.ranks.rank, self.ranks.world_size, self.config.data.workers
+            ):
                 lost |= {sample: reason for _, sample, reason in batch.lost}
                 self.ranks.progress()
                 batch = batch.to(self.ranks.device)
@@ -198,27 +247,39 @@ class Session:
 
     def specialist_steps(self) -> list[int]:
         """Planned steps of each specialist that is trained here."""
-        from .stages import specialist_steps
+        from .stages.story import specialist_steps
 
         counts, schedule = self.shards("train").class_counts, self.config.specialists
         skipped = self.skipped()
         return [
             specialist_steps(schedule, int(counts[members].sum()))
-            for m, members in enumerate(self.groups().members) if m >= self.run.num_taken and m not in skipped
-        ]  # fmt: skip
+            for m, members in enumerate(self.groups().members)
+            if m >= self.run.num_taken and m not in skipped
+        ]
 
     def ensemble(self, facts: dict | None = None) -> SpecialistEnsemble | DeepEnsemble:
         """Generalist and specialists of this run, joined as ensemble.json says; of a deep ensemble its members."""
         if self.config.is_deep:
-            return DeepEnsemble([self.load(stage) for stage in (self.run.generalist, *self.run.members)])
+            return DeepEnsemble(
+                [self.load(stage) for stage in (self.run.generalist, *self.run.members)]
+            )
         facts = facts or read_json(self.run.combine.path("ensemble.json"))
         without = {*facts["skipped"], *facts["missing"]}
-        specialists = {m: self.load(each) for m, each in enumerate(self.run.specialists) if m not in without}
+        specialists = {
+            m: self.load(each) for m, each in enumerate(self.run.specialists) if m not in without
+        }
         return SpecialistEnsemble(
-            self.load(self.run.generalist), specialists, self.groups(), gate=facts["gate"],
-            max_specialists=facts["max_specialists"], combine=facts["combine"], temperatures=facts["temperatures"],
-            weights=facts["weights"], skipped=facts["skipped"], allow_missing=bool(facts["missing"]),
-        )  # fmt: skip
+            self.load(self.run.generalist),
+            specialists,
+            self.groups(),
+            gate=facts["gate"],
+            max_specialists=facts["max_specialists"],
+            combine=facts["combine"],
+            temperatures=facts["temperatures"],
+            weights=facts["weights"],
+            skipped=facts["skipped"],
+            allow_missing=bool(facts["missing"]),
+        )
 
     def temperatures(self) -> list[float]:
         """[1 + M]: 1 for the generalist, and what was fitted for each specialist on val (1 where there is none)."""
@@ -244,15 +305,20 @@ class Session:
         try:
             if student.network == "hydra":
                 return hydra(network, members["count"], student.head_blocks)
-            return batch_ensemble(network, members["count"], generator=torch.Generator().manual_seed(seed))
+            return batch_ensemble(
+                network, members["count"], generator=torch.Generator().manual_seed(seed)
+            )
         except ValueError as mistake:
             raise UserError(f"students.{name}: {mistake}") from None
 
     def student_members(self, student: Student) -> dict | None:
         """As model.json has it; None for a single network."""
         count = student.members or self.config.ensemble.members
-        return {"single": None, "hydra": {"kind": "heads", "count": count, "blocks": student.head_blocks},
-                "batch_ensemble": {"kind": "batch", "count": count}}[student.network]  # fmt: skip
+        return {
+            "single": None,
+            "hydra": {"kind": "heads", "count": count, "blocks": student.head_blocks},
+            "batch_ensemble": {"kind": "batch", "count": count},
+        }[student.network]
 
     def _grown_generalist(self, spec: ModelSpec) -> Classifier:
         generalist = self.load(self.run.generalist)
@@ -261,7 +327,9 @@ class Session:
         try:
             return widen(generalist, spec, torch.Generator().manual_seed(self.config.seed))
         except ValueError as mistake:
-            raise UserError(f'{mistake}; a student of another shape needs start = "scratch"') from None
+            raise UserError(
+                f'{mistake}; a student of another shape needs start = "scratch"'
+            ) from None
 
     def given_generalist(self) -> Classifier | None:
         """The network that [generalist] from names: a run's, one that save_classifier wrote, or a [model] with someone
@@ -276,14 +344,20 @@ class Session:
                 network = self.fresh_network()
                 adopt_weights(network, given, head)
                 return network.to(self.ranks.device)
-            place = Path(given) / "generalist" if (Path(given) / "generalist").is_dir() else Path(given)
+            place = (
+                Path(given) / "generalist" if (Path(given) / "generalist").is_dir() else Path(given)
+            )
             if place.is_file():
-                raise ValueError("is a file of weights; say what its last linear layer is called: generalist.head")
+                raise ValueError(
+                    "is a file of weights; say what its last linear layer is called: generalist.head"
+                )
             network = load_classifier(place, self.ranks.device, builders_of(self.config))
         except (OSError, ValueError) as mistake:
             raise UserError(f"generalist.from = {given}: {mistake}") from None
         if network.num_members > 1:
-            raise UserError(f"generalist.from = {given} has {network.num_members} members; a generalist has one")
+            raise UserError(
+                f"generalist.from = {given} has {network.num_members} members; a generalist has one"
+            )
         if network.spec.num_classes != self.num_classes:
             raise UserError(
                 f"generalist.from = {given} knows {network.spec.num_classes} classes, the data has {self.num_classes}"
@@ -293,10 +367,14 @@ class Session:
     def _grown_old_generalist(self) -> Classifier:
         shape = tuple(self.shards("train").input_shape)
         try:
-            network = load_classifier(self.run.old / "generalist", self.ranks.device, builders_of(self.config))
+            network = load_classifier(
+                self.run.old / "generalist", self.ranks.device, builders_of(self.config)
+            )
             if network.spec.input.shape != shape:
                 theirs = list(network.spec.input.shape)
-                raise ValueError(f"its generalist reads inputs of shape {theirs}, the data's are {list(shape)}")
+                raise ValueError(
+                    f"its generalist reads inputs of shape {theirs}, the data's are {list(shape)}"
+                )
             return add_classes(network, self.class_names)
         except ValueError as mistake:
             raise UserError(f"extend.run = {self.run.old}: {mistake}") from None
@@ -312,7 +390,13 @@ class Session:
         try:
             network = load_classifier(place, self.ranks.device, builders_of(self.config))
             network = among_more(network, self.load(self.run.generalist))
-            free = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0, "steps": 0, "taken_from": str(place)}
+            free = {
+                "seconds": 0.0,
+                "examples_seen": 0,
+                "peak_memory_bytes": 0,
+                "steps": 0,
+                "taken_from": str(place),
+            }
             return network, read_json(place / "summary.json") | free
         except (OSError, ValueError) as mistake:
             raise UserError(f"extend.run = {self.run.old}: {mistake}") from None
@@ -355,8 +439,13 @@ def user_builders(name: str) -> dict[str, Callable] | None:
 
 def builders_of(config: Config) -> dict[str, Callable]:
     """The user's own builders that the config names, for the generalist and for students."""
-    names = [config.model.name, *(student.model.get("name", "") for student in config.students.values())]
-    return {key: function for name in names for key, function in (user_builders(name) or {}).items()}
+    names = [
+        config.model.name,
+        *(student.model.get("name", "") for student in config.students.values()),
+    ]
+    return {
+        key: function for name in names for key, function in (user_builders(name) or {}).items()
+    }
 
 
 def save_summary(attempt: Attempt, summary: dict) -> None:
@@ -371,7 +460,9 @@ def open_run(directory: str | Path, ranks: Ranks | None = None) -> RunDirectory:
     """The run that RUN/config.toml describes."""
     root = Path(directory)
     if not (root / "config.toml").exists():
-        raise UserError(f"{root} is not a run: it has no config.toml; `referral prepare CONFIG --run {root}` makes one")
+        raise UserError(
+            f"{root} is not a run: it has no config.toml; `referral prepare CONFIG --run {root}` makes one"
+        )
     return RunDirectory(root, load_config(root / "config.toml"))
 
 

@@ -22,17 +22,32 @@ ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": s
 def commands(run: Path, data: Path, seed: int, settings: list[str]) -> list[list[str]]:
     """What lays the run out and what trains and measures its generalist; both do nothing where that is done."""
     places = [f"data.{split}={data / 'seen'}" for split in ("train", "val", "test")]
-    words = [word for setting in [*places, f"seed={seed}", *settings] for word in ("--set", setting)]
-    prepare = [sys.executable, "-m", "launch.cli", "prepare", str(CONFIG), "--run", str(run), *words]
+    words = [
+        word for setting in [*places, f"seed={seed}", *settings] for word in ("--set", setting)
+    ]
+    prepare = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "prepare",
+        str(CONFIG),
+        "--run",
+        str(run),
+        *words,
+    ]
     return [prepare, [sys.executable, "-m", "trainer", "generalist", "measure", "--run", str(run)]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of `referral prepare`")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of `referral prepare`"
+    )
     args = parser.parse_args()
     for seed in args.seeds:
         for command in commands(args.out / f"seed{seed}", args.data.resolve(), seed, args.set):

@@ -35,11 +35,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from benchmarks.papers.lab import arguments, conditions, finished, seconds, shards, spread, table, write_section
+from benchmarks.papers.lab import (
+    arguments,
+    conditions,
+    finished,
+    seconds,
+    shards,
+    spread,
+    table,
+    write_section,
+)
 from benchmarks.papers.specialists import fewer_errors, listed, percents, sizes, specialists_asked
-from trainer.config import Data, load_config
-from trainer.report.results import errors, share_of_gain
-from trainer.run_directory import RunDirectory, read_json, write_json
+from pipeline.config import Data, load_config
+from pipeline.results import errors, share_of_gain
+from pipeline.store import RunDirectory, read_json, write_json
 
 from . import data as drawings
 
@@ -47,23 +56,44 @@ CONFIG = Path(__file__).with_name("headline.toml")
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 HARD = "_hard"  # ends the twin's name
 TAKEN = "taken.json"  # in a copy of a run: the stages that it took over
-ROWS = ("generalist", "control_wall", "control_compute", "ensemble")  # of named_rows, where no students are asked about
-RIVALS = ("wider generalist", "deep ensemble", "ten times the parameters")  # rows of the headline's table
-STUDENTS = {"same": "1 x", "double": "2 x", "few": "2 x, few images"}  # of the generalist's parameters
+ROWS = (
+    "generalist",
+    "control_wall",
+    "control_compute",
+    "ensemble",
+)  # of named_rows, where no students are asked about
+RIVALS = (
+    "wider generalist",
+    "deep ensemble",
+    "ten times the parameters",
+)  # rows of the headline's table
+STUDENTS = {
+    "same": "1 x",
+    "double": "2 x",
+    "few": "2 x, few images",
+}  # of the generalist's parameters
 WIDER = {"width": 8, "embedding": 16}  # 234 k multiplications an image, as three networks of 78 k
 TENFOLD = {"width": 16, "embedding": 72}  # 371 k parameters
 SIXTH_CLASSES = 626
 SIXTH = [  # the generalist was looked at on val of seed 100
-    "model.embedding=6", "train.steps=4000", "train.validate_every=2000", "clusters.num_groups=12",
-    "specialists.steps=170", "specialists.validate_every=85",
-]  # fmt: skip
+    "model.embedding=6",
+    "train.steps=4000",
+    "train.validate_every=2000",
+    "clusters.num_groups=12",
+    "specialists.steps=170",
+    "specialists.validate_every=85",
+]
 FASTER = ["engine.shard_head=true"]  # no logits held: students are 1.6 times as fast
 QUICK_CLASSES = 120
 QUICK = [
-    "train.steps=150", "train.validate_every=0", "clusters.num_groups=4", "specialists.steps=30",
-    "specialists.validate_every=0", "controls.learning_rates=[3e-3]",
+    "train.steps=150",
+    "train.validate_every=0",
+    "clusters.num_groups=4",
+    "specialists.steps=30",
+    "specialists.validate_every=0",
+    "controls.learning_rates=[3e-3]",
     *(f"students.{name}{end}.steps=60" for name in STUDENTS for end in ("", HARD)),
-]  # fmt: skip
+]
 
 
 # The runs
@@ -72,11 +102,24 @@ QUICK = [
 def parser(description: str) -> argparse.ArgumentParser:
     found = arguments(description, page=PAGE)
     found.set_defaults(to=Path("runs/characters"))
-    found.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="runs side by side (all cores)")
+    found.add_argument(
+        "--jobs",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="runs side by side (all cores)",
+    )
     size = found.add_mutually_exclusive_group()
-    size.add_argument("--sixth", action="store_true", help=f"{SIXTH_CLASSES:,} classes, below TO/sixth")
-    size.add_argument("--both-levels", action="store_true", help=f"{drawings.BOTH_LEVELS:,} classes, below TO/both")
-    size.add_argument("--quick", action="store_true", help="120 classes, few steps: a rehearsal, below TO/quick")
+    size.add_argument(
+        "--sixth", action="store_true", help=f"{SIXTH_CLASSES:,} classes, below TO/sixth"
+    )
+    size.add_argument(
+        "--both-levels",
+        action="store_true",
+        help=f"{drawings.BOTH_LEVELS:,} classes, below TO/both",
+    )
+    size.add_argument(
+        "--quick", action="store_true", help="120 classes, few steps: a rehearsal, below TO/quick"
+    )
     return found
 
 
@@ -106,7 +149,9 @@ def config_of(data: Path, seed: int, settings: list[str] = ()) -> dict:
     """headline.toml with data, seed, twins and `settings`, every default filled in."""
     config = tomllib.loads(CONFIG.read_text(encoding="utf-8")) | {"seed": seed}
     config = reading(config, data / "seen")
-    config["students"] |= {name + HARD: config["students"][name] | {"method": "hard"} for name in STUDENTS}
+    config["students"] |= {
+        name + HARD: config["students"][name] | {"method": "hard"} for name in STUDENTS
+    }
     return load_config(None, settings, config).dump()
 
 
@@ -133,7 +178,9 @@ def members_bought(results: dict) -> int:
 
 def longer(config: dict) -> dict:
     lesson = config["train"]
-    return deep(config, 1) | {"train": lesson | {key: 2 * lesson[key] for key in ("steps", "epochs") if key in lesson}}
+    return deep(config, 1) | {
+        "train": lesson | {key: 2 * lesson[key] for key in ("steps", "epochs") if key in lesson}
+    }
 
 
 def of_width(config: dict, model: dict) -> dict:
@@ -157,15 +204,23 @@ def begin(place: Path, config: dict, run: Path) -> None:
     unfinished = place.with_name(f".{place.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    wanted = {stage.place: stage.key for stage in RunDirectory(place, load_config(None, [], config)).stages}
-    taken = [stage for stage in RunDirectory(run, load_config(run / "config.toml")).stages
-             if stage.is_done and wanted.get(stage.place) == stage.key]  # fmt: skip
+    wanted = {
+        stage.place: stage.key
+        for stage in RunDirectory(place, load_config(None, [], config)).stages
+    }
+    taken = [
+        stage
+        for stage in RunDirectory(run, load_config(run / "config.toml")).stages
+        if stage.is_done and wanted.get(stage.place) == stage.key
+    ]
     for stage in taken:
         link(stage.directory, unfinished / stage.place, below=("attempts",))
     write_json(unfinished / TAKEN, [stage.place for stage in taken])
     if (run / "cache").is_dir():
         link(run / "cache", unfinished / "cache")
-    shutil.copy(run / "config.toml", unfinished)  # what makes it a run; `referral run` writes its own
+    shutil.copy(
+        run / "config.toml", unfinished
+    )  # what makes it a run; `referral run` writes its own
     unfinished.rename(place)
 
 
@@ -176,10 +231,15 @@ def link(source: Path, target: Path, below: tuple[str, ...] = ()) -> None:
         here = Path(directory)
         if here != source:
             return []
-        return [name for name in names if (here / name).is_dir() and not (here / name).is_symlink()
-                and name not in below]  # fmt: skip
+        return [
+            name
+            for name in names
+            if (here / name).is_dir() and not (here / name).is_symlink() and name not in below
+        ]
 
-    shutil.copytree(source, target, symlinks=True, copy_function=os.link, ignore=left_out, dirs_exist_ok=True)
+    shutil.copytree(
+        source, target, symlinks=True, copy_function=os.link, ignore=left_out, dirs_exist_ok=True
+    )
 
 
 def copied(config: dict, place: Path, run: Path) -> dict:
@@ -197,13 +257,18 @@ def all_of(tasks: dict, jobs: int) -> dict:
 
 def main_runs(to: Path, configs: dict[int, dict], jobs: int) -> dict[int, dict]:
     """results.json of each seed's run, to / "seed-SEED"."""
-    return all_of({seed: lambda seed=seed: finished(configs[seed], to / f"seed-{seed}") for seed in configs}, jobs)
+    return all_of(
+        {seed: lambda seed=seed: finished(configs[seed], to / f"seed-{seed}") for seed in configs},
+        jobs,
+    )
 
 
 # What results.json does not say
 
 
-def kept_figures(run: Path, results: dict, place: Path, split: str, most: int | None = None) -> dict[str, dict]:
+def kept_figures(
+    run: Path, results: dict, place: Path, split: str, most: int | None = None
+) -> dict[str, dict]:
     """figures_on, kept beside the run; measured anew where the run or the shards in `place` are others."""
     of = [results["generalist"], results["ensemble"], read_json(place / "manifest.json"), most]
     file = run.with_name(f"{run.name}-{place.name}-{split}.json")
@@ -217,7 +282,9 @@ def kept(file: Path, of: list, measure: Callable[[], dict]) -> dict:
     return read_json(file)["rows"]
 
 
-def figures_on(run: Path, place: Path, split: str = "test", most: int | None = None) -> dict[str, dict]:
+def figures_on(
+    run: Path, place: Path, split: str = "test", most: int | None = None
+) -> dict[str, dict]:
     """{"generalist": {"n", "top1", "nll"}, "ensemble": ...} of a run on a split in `place`, or on `most` of its
     examples, evenly over it."""
     from ensemble import SpecialistEnsemble
@@ -238,9 +305,15 @@ def generalists_together(runs: list[Path], place: Path) -> dict[str, dict]:
     members = [load_classifier(run / "generalist").eval() for run in runs]
     names = read_json(runs[0] / "generalist" / "model.json")["class_names"]
     return figures_of(
-        {"together": lambda inputs: sum(member(inputs).float().softmax(1) for member in members) / len(members)},
-        names, place, "test",
-    )  # fmt: skip
+        {
+            "together": lambda inputs: (
+                sum(member(inputs).float().softmax(1) for member in members) / len(members)
+            )
+        },
+        names,
+        place,
+        "test",
+    )
 
 
 def figures_of(
@@ -283,8 +356,10 @@ def still_wrong(run: Path, other: Path) -> float:
 def healed(results: dict) -> dict[int, float]:
     """By group, what its specialist gained on the test examples of its classes, predictions restricted to them, as a
     share of all test examples: the unit of the forecast."""
-    return {row["index"]: row.get("gain", 0.0) * row["n"] / results["generalist"]["n"]
-            for row in results["specialists"]}  # fmt: skip
+    return {
+        row["index"]: row.get("gain", 0.0) * row["n"] / results["generalist"]["n"]
+        for row in results["specialists"]
+    }
 
 
 def rank_correlations(forecast: list[dict], results: dict) -> tuple[float, float]:
@@ -308,7 +383,12 @@ def reached(results: dict) -> float:
 def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, dict]) -> dict:
     """Everything that tables and verdicts need of one seed."""
     run = to / f"seed-{seed}"
-    found = {"seed": seed, "main": results, **further, "unseen": kept_figures(run, results, data / "unseen", "test")}
+    found = {
+        "seed": seed,
+        "main": results,
+        **further,
+        "unseen": kept_figures(run, results, data / "unseen", "test"),
+    }
     forecast = read_json(run / "clusters" / "summary.json")["forecast"]
     found["whole"], found["own"] = rank_correlations(forecast, results)
     found["seconds"] = seconds(run)
@@ -324,12 +404,25 @@ def of_all(to: Path, data: Path, results: dict[int, dict]) -> dict[int, list[dic
 
     def together(some: list[int]) -> dict:
         file = to / f"generalists-{'-'.join(map(str, some))}.json"
-        of = [[results[seed]["generalist"] for seed in some], read_json(data / "seen" / "manifest.json")]
-        return kept(file, of, lambda: generalists_together([to / f"seed-{seed}" for seed in some], data / "seen"))
+        of = [
+            [results[seed]["generalist"] for seed in some],
+            read_json(data / "seen" / "manifest.json"),
+        ]
+        return kept(
+            file,
+            of,
+            lambda: generalists_together([to / f"seed-{seed}" for seed in some], data / "seen"),
+        )
 
-    sets = {2: [[a, b] for a, b in zip(seeds, seeds[1:] + seeds[:1], strict=True)] if len(seeds) > 1 else []}
+    sets = {
+        2: [[a, b] for a, b in zip(seeds, seeds[1:] + seeds[:1], strict=True)]
+        if len(seeds) > 1
+        else []
+    }
     sets |= {len(seeds): [seeds]} if len(seeds) > 2 else {}
-    return {count: [together(some)["together"] for some in each] for count, each in sets.items() if each}
+    return {
+        count: [together(some)["together"] for some in each] for count, each in sets.items() if each
+    }
 
 
 # Tables
@@ -342,10 +435,15 @@ def students_in(results: dict) -> dict[str, str]:
 
 def rows_of(one: dict) -> dict[str, dict]:
     """One seed's rows, as results.json has them, under the names of the table."""
-    main, further = one["main"], {
-        "twice the examples": ("longer", "generalist"), "wider generalist": ("wider", "generalist"),
-        "deep ensemble": ("deep", "ensemble"), "ten times the parameters": ("tenfold", "generalist"),
-    }  # fmt: skip
+    main, further = (
+        one["main"],
+        {
+            "twice the examples": ("longer", "generalist"),
+            "wider generalist": ("wider", "generalist"),
+            "deep ensemble": ("deep", "ensemble"),
+            "ten times the parameters": ("tenfold", "generalist"),
+        },
+    )
     rows = {"generalist": main["generalist"]}
     rows |= {name: main["controls"][name] for name in ("control_wall", "control_compute")}
     rows |= {name: one[run][row] for name, (run, row) in further.items() if run in one}
@@ -380,14 +478,31 @@ def main_table(found: list[dict], networks: dict[str, tuple[float, float]]) -> s
         fewer = [fewer_errors(row, one["main"]) for row, one in zip(own, found, strict=True)]
         parameters, multiplications = networks[name]
         cost = {key: mean(row["cost"][key] for row in own) for key in ("examples_seen", "seconds")}
-        rows.append([
-            name, spread([100 * row["top1"] for row in own], 2), spread([row["nll"] for row in own], 4),
-            "" if name == "generalist" else percents(fewer, 1), spread([row["cnll"] for row in own], 4),
-            f"{parameters:,.0f}", f"{multiplications / 1e3:,.0f} k",
-            f"{cost['examples_seen'] / 1e6:.1f} M, {cost['seconds'] / 60:.1f} min",
-        ])  # fmt: skip
-    return table(["", "top-1, %", "NLL", "errors fewer than the generalist's", "calibrated NLL", "parameters",
-                  "multiplications an image", "training in all"], rows)  # fmt: skip
+        rows.append(
+            [
+                name,
+                spread([100 * row["top1"] for row in own], 2),
+                spread([row["nll"] for row in own], 4),
+                "" if name == "generalist" else percents(fewer, 1),
+                spread([row["cnll"] for row in own], 4),
+                f"{parameters:,.0f}",
+                f"{multiplications / 1e3:,.0f} k",
+                f"{cost['examples_seen'] / 1e6:.1f} M, {cost['seconds'] / 60:.1f} min",
+            ]
+        )
+    return table(
+        [
+            "",
+            "top-1, %",
+            "NLL",
+            "errors fewer than the generalist's",
+            "calibrated NLL",
+            "parameters",
+            "multiplications an image",
+            "training in all",
+        ],
+        rows,
+    )
 
 
 def seeds_table(found: list[dict]) -> str:
@@ -395,16 +510,33 @@ def seeds_table(found: list[dict]) -> str:
     rows = []
     for one in found:
         groups, after = one["main"]["clusters"], one["unseen"]
-        rows.append([
-            one["seed"], f"{groups['captured_confusion']:.3f} ({groups['chance']:.3f})", f"{reached(one['main']):.1%}",
-            f"{one['still_wrong']:.1%}" if "still_wrong" in one else "not measured",
-            " → ".join(f"{100 * after[name]['top1']:.2f}" for name in ("generalist", "ensemble")),
-            " → ".join(f"{after[name]['nll']:.4f}" for name in ("generalist", "ensemble")),
-            f"{one['whole']:.2f}", f"{one['own']:.2f}",
-        ])  # fmt: skip
-    return table(["seed", "errors that perfect specialists would heal (chance)", "share of them healed, net",
-                  "errors that ten times the parameters make too", "unseen fonts: top-1, %", "NLL",
-                  "forecast against gain, Spearman: shares of all", "shares of the group's own"], rows)  # fmt: skip
+        rows.append(
+            [
+                one["seed"],
+                f"{groups['captured_confusion']:.3f} ({groups['chance']:.3f})",
+                f"{reached(one['main']):.1%}",
+                f"{one['still_wrong']:.1%}" if "still_wrong" in one else "not measured",
+                " → ".join(
+                    f"{100 * after[name]['top1']:.2f}" for name in ("generalist", "ensemble")
+                ),
+                " → ".join(f"{after[name]['nll']:.4f}" for name in ("generalist", "ensemble")),
+                f"{one['whole']:.2f}",
+                f"{one['own']:.2f}",
+            ]
+        )
+    return table(
+        [
+            "seed",
+            "errors that perfect specialists would heal (chance)",
+            "share of them healed, net",
+            "errors that ten times the parameters make too",
+            "unseen fonts: top-1, %",
+            "NLL",
+            "forecast against gain, Spearman: shares of all",
+            "shares of the group's own",
+        ],
+        rows,
+    )
 
 
 # Verdicts
@@ -426,7 +558,9 @@ def than(found: list[dict], row: str, rival: str) -> list[float]:
 
 
 def verdicts(
-    found: list[dict], networks: dict[str, tuple[float, float]], together: dict[int, list[dict]] | None = None
+    found: list[dict],
+    networks: dict[str, tuple[float, float]],
+    together: dict[int, list[dict]] | None = None,
 ) -> list[Verdict]:
     """The bars of the issue, each a mean over the seeds, and what specialists lose against.
 
@@ -434,8 +568,9 @@ def verdicts(
     """
     ensemble, results = "**ensemble**", [one["main"] for one in found]
     converged = than(found, "twice the examples", "generalist") if "longer" in found[0] else None
-    fewer, wall, compute = (than(found, ensemble, rival) for rival in
-                            ("generalist", "control_wall", "control_compute"))  # fmt: skip
+    fewer, wall, compute = (
+        than(found, ensemble, rival) for rival in ("generalist", "control_wall", "control_compute")
+    )
     lower = [one["generalist"]["nll"] - one["ensemble"]["nll"] for one in results]
     away = [one["unseen"] for one in found]
     fonts = [1 - errors(rows["ensemble"]) / errors(rows["generalist"]) for rows in away]
@@ -444,42 +579,85 @@ def verdicts(
     hours = sum(one["seconds"] for one in found) / 3600
     lines = []
     if converged is not None:
-        lines.append(Verdict("doubling the generalist's examples removes less than 10 % of its errors",
-                             mean(converged) < 0.1, percents(converged, 1)))  # fmt: skip
+        lines.append(
+            Verdict(
+                "doubling the generalist's examples removes less than 10 % of its errors",
+                mean(converged) < 0.1,
+                percents(converged, 1),
+            )
+        )
     lines += [
-        Verdict("the ensemble removes at least 30 % of the generalist's errors", mean(fewer) >= 0.3,
-                percents(fewer, 1)),
+        Verdict(
+            "the ensemble removes at least 30 % of the generalist's errors",
+            mean(fewer) >= 0.3,
+            percents(fewer, 1),
+        ),
         Verdict("it lowers NLL", mean(lower) > 0, f"by {listed(lower, '.4f')}"),
-        Verdict("it makes at least 20 % fewer errors than control_wall", mean(wall) >= 0.2, percents(wall, 1)),
-        Verdict("it makes fewer errors than control_compute", mean(compute) > 0, percents(compute, 1)),
-        Verdict("on unseen fonts it makes no more errors than the generalist", mean(fonts) >= 0,
-                f"fewer by {percents(fonts, 1)}"),
-        Verdict("on unseen fonts its NLL is no higher", mean(fonts_nll) >= 0, f"lower by {listed(fonts_nll, '.4f')}"),
-        *(line for name in students_in(results[0]) for line in student_verdicts(found, name, networks)),
-        Verdict("the forecast ranks the groups by gain, Spearman at least .6", mean(whole) >= 0.6,
-                f"{mean(whole):.2f} ({listed(whole, '.2f')})"),
-        Verdict("these runs take at most 3 hours on 2 cores", hours / 2 <= 3,
-                f"{hours:.1f} core-hours in stages, half of that where both cores are busy"),
-    ]  # fmt: skip
+        Verdict(
+            "it makes at least 20 % fewer errors than control_wall",
+            mean(wall) >= 0.2,
+            percents(wall, 1),
+        ),
+        Verdict(
+            "it makes fewer errors than control_compute", mean(compute) > 0, percents(compute, 1)
+        ),
+        Verdict(
+            "on unseen fonts it makes no more errors than the generalist",
+            mean(fonts) >= 0,
+            f"fewer by {percents(fonts, 1)}",
+        ),
+        Verdict(
+            "on unseen fonts its NLL is no higher",
+            mean(fonts_nll) >= 0,
+            f"lower by {listed(fonts_nll, '.4f')}",
+        ),
+        *(
+            line
+            for name in students_in(results[0])
+            for line in student_verdicts(found, name, networks)
+        ),
+        Verdict(
+            "the forecast ranks the groups by gain, Spearman at least .6",
+            mean(whole) >= 0.6,
+            f"{mean(whole):.2f} ({listed(whole, '.2f')})",
+        ),
+        Verdict(
+            "these runs take at most 3 hours on 2 cores",
+            hours / 2 <= 3,
+            f"{hours:.1f} core-hours in stages, half of that where both cores are busy",
+        ),
+    ]
     return lines + rival_verdicts(found, together or {})
 
 
 def rival_verdicts(found: list[dict], together: dict[int, list[dict]]) -> list[Verdict]:
     """Without a bar: what specialists lose against.  together: of_all."""
-    rivals = {name: [rows_of(one)[name] for one in found] for name in RIVALS if name in rows_of(found[0])}
+    rivals = {
+        name: [rows_of(one)[name] for one in found] for name in RIVALS if name in rows_of(found[0])
+    }
     for count, theirs in together.items():
         each = theirs if len(theirs) > 1 else theirs * len(found)
         rivals[f"the generalists of {count} seeds averaged"] = each
     lines = []
     for name, theirs in rivals.items():
-        lead = [1 - errors(one["main"]["ensemble"]) / errors(row) for one, row in zip(found, theirs, strict=True)]
+        lead = [
+            1 - errors(one["main"]["ensemble"]) / errors(row)
+            for one, row in zip(found, theirs, strict=True)
+        ]
         top1, nll = (mean(row[key] for row in theirs) for key in ("top1", "nll"))
-        lines.append(Verdict(f"(no bar) the ensemble makes fewer errors than: {name}", mean(lead) > 0,
-                             f"{percents(lead, 1)}; theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}"))  # fmt: skip
+        lines.append(
+            Verdict(
+                f"(no bar) the ensemble makes fewer errors than: {name}",
+                mean(lead) > 0,
+                f"{percents(lead, 1)}; theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}",
+            )
+        )
     return lines
 
 
-def student_verdicts(found: list[dict], name: str, networks: dict[str, tuple[float, float]]) -> list[Verdict]:
+def student_verdicts(
+    found: list[dict], name: str, networks: dict[str, tuple[float, float]]
+) -> list[Verdict]:
     """Of two times the generalist's parameters at most, of all images or of few: 70 % of the gain, fewer errors than
     the twin; of its own size the same figures without a bar."""
     size, is_bar = STUDENTS[name], name != "same"
@@ -489,15 +667,23 @@ def student_verdicts(found: list[dict], name: str, networks: dict[str, tuple[flo
     less = ", of few images," if name == "few" else ""
     enough = None not in kept and mean(kept) >= 0.7 and times <= 2
     return [
-        Verdict(f"the student of {times:.2f} times the generalist's parameters{less} keeps at least 70 % of the gain",
-                enough if is_bar else None, percents(kept)),
-        Verdict(f"the student of {times:.2f} times{less} makes fewer errors than its twin on labels alone",
-                mean(lead) > 0 if is_bar else None, percents(lead, 1)),
-    ]  # fmt: skip
+        Verdict(
+            f"the student of {times:.2f} times the generalist's parameters{less} keeps at least 70 % of the gain",
+            enough if is_bar else None,
+            percents(kept),
+        ),
+        Verdict(
+            f"the student of {times:.2f} times{less} makes fewer errors than its twin on labels alone",
+            mean(lead) > 0 if is_bar else None,
+            percents(lead, 1),
+        ),
+    ]
 
 
 def text_of(
-    found: list[dict], networks: dict[str, tuple[float, float]], together: dict[int, list[dict]] | None = None
+    found: list[dict],
+    networks: dict[str, tuple[float, float]],
+    together: dict[int, list[dict]] | None = None,
 ) -> str:
     judged = "\n".join(map(str, verdicts(found, networks, together)))
     return "\n\n".join([main_table(found, networks), seeds_table(found), judged])
@@ -505,8 +691,12 @@ def text_of(
 
 def main(words: list[str] | None = None) -> None:
     options = parser(__doc__)
-    options.add_argument("--further", nargs="*", choices=FURTHER, default=["longer", "wider", "deep"])
-    options.add_argument("--no-students", action="store_true", help="leave out students: a third of the time")
+    options.add_argument(
+        "--further", nargs="*", choices=FURTHER, default=["longer", "wider", "deep"]
+    )
+    options.add_argument(
+        "--no-students", action="store_true", help="leave out students: a third of the time"
+    )
     given = parsed(options, words)
     data = drawn(given.to, given.classes)
     configs = {seed: config_of(data, seed, [*FASTER, *given.set]) for seed in given.seeds}
@@ -519,23 +709,41 @@ def main(words: list[str] | None = None) -> None:
         config = FURTHER[name](configs[seed], results[seed])
         return lambda: copied(config, run.with_name(f"{run.name}-{name}"), run)
 
-    further = all_of({(seed, name): task(seed, name) for name in given.further for seed in given.seeds}, given.jobs)
+    further = all_of(
+        {(seed, name): task(seed, name) for name in given.further for seed in given.seeds},
+        given.jobs,
+    )
     found = [
-        of_seed(given.to, data, seed, results[seed], {name: further[seed, name] for name in given.further})
+        of_seed(
+            given.to,
+            data,
+            seed,
+            results[seed],
+            {name: further[seed, name] for name in given.further},
+        )
         for seed in given.seeds
     ]
     text = text_of(found, networks_of(given.to, found[0]), of_all(given.to, data, results))
     print(text)
     if given.write:
-        command = shlex.join(["python", "-m", "benchmarks.characters.headline", *(words or sys.argv[1:])])
-        title, foot = f"Specialists on {given.classes:,} characters", footnote(given, found, command)
+        command = shlex.join(
+            ["python", "-m", "benchmarks.characters.headline", *(words or sys.argv[1:])]
+        )
+        title, foot = (
+            f"Specialists on {given.classes:,} characters",
+            footnote(given, found, command),
+        )
         write_section(title, f"{text}\n\n{foot}", PAGE)
 
 
 def footnote(given: argparse.Namespace, found: list[dict], command: str) -> str:
     """What the figures are of, and what they took."""
     spent = sum(one["seconds"] for one in found)
-    more = sum(own_seconds(given.to / f"seed-{one['seed']}-{name}") for one in found for name in given.further)
+    more = sum(
+        own_seconds(given.to / f"seed-{one['seed']}-{name}")
+        for one in found
+        for name in given.further
+    )
     n = found[0]["main"]["generalist"]["n"], found[0]["unseen"]["generalist"]["n"]
     return (
         f"n = {n[0]:,} test images, {n[1]:,} of unseen fonts. {conditions(given.seeds, command)} {spent / 60:.0f} "

@@ -23,10 +23,21 @@ from statistics import mean
 import numpy as np
 
 from benchmarks.papers.lab import conditions, finished, shards, spread, table, write_section
-from trainer.run_directory import read_json
+from pipeline.store import read_json
 
 from .data import write_part
-from .headline import PAGE, all_of, alone, config_of, drawn, main_runs, on_test, parsed, parser, reading
+from .headline import (
+    PAGE,
+    all_of,
+    alone,
+    config_of,
+    drawn,
+    main_runs,
+    on_test,
+    parsed,
+    parser,
+    reading,
+)
 
 TITLE = "A hundred characters that come later"
 LATER, QUICK_LATER = 100, 10
@@ -41,12 +52,19 @@ GOES_ON = "control_wall"  # the whole grown generalist, trained further for as m
 
 def left_out(names: list[str], seed: int, count: int) -> list[str]:
     """The characters that come later, in the order of `names`."""
-    return [names[c] for c in np.sort(np.random.default_rng([seed, count]).choice(len(names), count, replace=False))]
+    return [
+        names[c]
+        for c in np.sort(
+            np.random.default_rng([seed, count]).choice(len(names), count, replace=False)
+        )
+    ]
 
 
 def write_without(source: Path, out: Path, absent: list[str]) -> None:
     """The shards of `source` without the samples of some classes; the others are numbered anew, in the same order."""
-    names = [name for name in read_json(source / "manifest.json")["classes"] if name not in set(absent)]
+    names = [
+        name for name in read_json(source / "manifest.json")["classes"] if name not in set(absent)
+    ]
     made_by = {"command": "benchmarks.characters.later", "without": absent}
     write_part(source, out, names, lambda split, labels: np.ones(len(labels), bool), made_by)
 
@@ -89,8 +107,10 @@ def top1_by_age(run: Path, name: str, absent: set[str]) -> tuple[float | None, f
 
 def of_seed(to: Path, seed: int, before: dict, after: dict, scratch: dict) -> dict:
     """{answer: {"before", "old", "new", "again_old", "again_new"}} in top-1, and what each took."""
-    runs = {name: to / f"seed-{seed}{end}" for name, end in
-            (("before", "-without"), ("after", "-later"), ("again", ""))}  # fmt: skip
+    runs = {
+        name: to / f"seed-{seed}{end}"
+        for name, end in (("before", "-without"), ("after", "-later"), ("again", ""))
+    }
     known = set(read_json(runs["before"] / "generalist" / "model.json")["class_names"])
     absent = set(read_json(runs["after"] / "generalist" / "model.json")["class_names"]) - known
 
@@ -99,8 +119,13 @@ def of_seed(to: Path, seed: int, before: dict, after: dict, scratch: dict) -> di
         was = "generalist" if name == GOES_ON else name
         old, new = top1_by_age(runs["after"], name, absent)
         again_old, again_new = top1_by_age(runs["again"], was, absent)
-        return {"before": top1_by_age(runs["before"], was, absent)[0], "old": old, "new": new,
-                "again_old": again_old, "again_new": again_new}  # fmt: skip
+        return {
+            "before": top1_by_age(runs["before"], was, absent)[0],
+            "old": old,
+            "new": new,
+            "again_old": again_old,
+            "again_new": again_new,
+        }
 
     answers = ANSWERS | {"the whole generalist goes on": GOES_ON}
     costs = {
@@ -110,7 +135,11 @@ def of_seed(to: Path, seed: int, before: dict, after: dict, scratch: dict) -> di
         "trained again: generalist and specialists": scratch["ensemble"]["cost"],
         "trained again: and the student": scratch["students"][STUDENT]["cost"],
     }
-    return {"seed": seed, "rows": {answer: row(name) for answer, name in answers.items()}, "costs": costs}
+    return {
+        "seed": seed,
+        "rows": {answer: row(name) for answer, name in answers.items()},
+        "costs": costs,
+    }
 
 
 def answers_table(found: list[dict]) -> str:
@@ -121,14 +150,27 @@ def answers_table(found: list[dict]) -> str:
         columns.append([was - now for was, now in zip(*columns, strict=True)])
         columns += [[100 * row[key] for row in own] for key in ("new", "again_old", "again_new")]
         rows.append([answer, *(spread(column, 2) for column in columns)])
-    return table(["top-1, %", "old characters before", "old ones after", "forgotten, points", "new ones",
-                  "trained again: old", "trained again: new"], rows)  # fmt: skip
+    return table(
+        [
+            "top-1, %",
+            "old characters before",
+            "old ones after",
+            "forgotten, points",
+            "new ones",
+            "trained again: old",
+            "trained again: new",
+        ],
+        rows,
+    )
 
 
 def costs_table(found: list[dict]) -> str:
     rows = []
     for name in found[0]["costs"]:
-        cost = {key: mean(one["costs"][name][key] for one in found) for key in ("examples_seen", "seconds")}
+        cost = {
+            key: mean(one["costs"][name][key] for one in found)
+            for key in ("examples_seen", "seconds")
+        }
         rows.append([name, f"{cost['examples_seen'] / 1e6:.2f} M", f"{cost['seconds'] / 60:.1f}"])
     return table(["training, one after the other", "examples", "minutes"], rows)
 
@@ -139,13 +181,18 @@ def main(words: list[str] | None = None) -> None:
     data = drawn(given.to, given.classes)
     configs = {seed: config_of(data, seed, given.set) for seed in given.seeds}
     scratch = main_runs(given.to, configs, given.jobs)
-    tasks = {seed: lambda seed=seed: runs_of(given.to, data, seed, configs[seed], count) for seed in given.seeds}
+    tasks = {
+        seed: lambda seed=seed: runs_of(given.to, data, seed, configs[seed], count)
+        for seed in given.seeds
+    }
     both = all_of(tasks, given.jobs)
     found = [of_seed(given.to, seed, *both[seed], scratch[seed]) for seed in given.seeds]
     text = f"{answers_table(found)}\n\n{costs_table(found)}"
     print(text)
     if given.write:
-        command = shlex.join(["python", "-m", "benchmarks.characters.later", *(words or sys.argv[1:])])
+        command = shlex.join(
+            ["python", "-m", "benchmarks.characters.later", *(words or sys.argv[1:])]
+        )
         n = [both[given.seeds[0]][1]["generalist"][f"{age}_classes"]["n"] for age in ("old", "new")]
         footnote = f"n = {n[0]:,} test images of old characters, {n[1]:,} of the {count} new ones, drawn by the seed."
         write_section(TITLE, f"{text}\n\n{footnote} {conditions(given.seeds, command)}", PAGE)

@@ -23,7 +23,7 @@ from statistics import mean
 
 from benchmarks.papers.lab import conditions, finished, spread, table, write_section
 from benchmarks.papers.specialists import fewer_errors, specialists_asked
-from trainer.config import COMBINERS, Config, load_config
+from pipeline.config import COMBINERS, Config, load_config
 
 from .headline import (
     PAGE,
@@ -60,7 +60,11 @@ def questions(config: Config) -> dict[str, dict[str, dict]]:
         return {str(value): {key: value} for value in values}
 
     return {
-        "dustbin": {"preserving": plain, "fresh": {"specialists.dustbin": "fresh"}, "full softmax": full(0.1)},
+        "dustbin": {
+            "preserving": plain,
+            "fresh": {"specialists.dustbin": "fresh"},
+            "full softmax": full(0.1),
+        },
         "soft targets": {
             "no full softmax": plain,
             "full softmax, soft_weight 0": full(0),
@@ -69,7 +73,9 @@ def questions(config: Config) -> dict[str, dict[str, dict]]:
         },
         "trainable": rows("specialists.trainable", "all", "last-2-blocks", "last-1-block", "head"),
         "overlap": rows("clusters.overlap", 1, 2, 3),
-        "number of groups": {f"{count} groups": many(count) for count in (groups // 2, groups, 2 * groups)},
+        "number of groups": {
+            f"{count} groups": many(count) for count in (groups // 2, groups, 2 * groups)
+        },
         "clustering": rows("clusters.method", "kmeans", "graph", "classifier", "raw", "random"),
         "hard negatives": rows("specialists.hard_negatives", 0.0, 0.25, 0.5),
         "calibration": {
@@ -80,11 +86,12 @@ def questions(config: Config) -> dict[str, dict[str, dict]]:
             "label smoothing .1 besides": {"specialists.label_smoothing": 0.1},
         },
         "examples": {
-            f"{share:g} x": {"specialists.steps": max(1, round(share * steps))} for share in (0.25, 0.5, 1, 2)
+            f"{share:g} x": {"specialists.steps": max(1, round(share * steps))}
+            for share in (0.25, 0.5, 1, 2)
         },
         "gate": {f"n = {n}": {"ensemble.gate": n} for n in (1, 2, 5)},
         "combine": rows("ensemble.combine", *COMBINERS),
-    }  # fmt: skip
+    }
 
 
 ASKED = {
@@ -139,23 +146,42 @@ def question_table(rows: dict[str, list[dict]], default: str) -> str:
         caught = [100 * found["clusters"]["captured_confusion"] for found in results]
         examples, seconds = map(mean, zip(*map(specialists_cost, results), strict=True))
         on_val = [fewer_errors(found["on_val"]["ensemble"], found["on_val"]) for found in results]
-        lines.append([
-            f"**{name}**, the default" if name == default else name,
-            spread([100 * row["top1"] for row in ensembles], 2), spread([row["nll"] for row in ensembles], 4),
-            spread([100 * fewer_errors(found["ensemble"], found) for found in results], 1),
-            spread([100 * share for share in on_val], 1), spread([row["cnll"] for row in ensembles], 4),
-            spread(caught, 1),
-            f"{mean(map(specialists_asked, results)):.2f}", f"{examples / 1e6:.2f} M, {seconds:.0f} s",
-        ])  # fmt: skip
-    return table(["", "top-1, %", "NLL", "errors fewer than the generalist's, %", "the same on val, %",
-                  "calibrated NLL", "captured errors, %", "specialists asked", "their training"], lines)  # fmt: skip
+        lines.append(
+            [
+                f"**{name}**, the default" if name == default else name,
+                spread([100 * row["top1"] for row in ensembles], 2),
+                spread([row["nll"] for row in ensembles], 4),
+                spread([100 * fewer_errors(found["ensemble"], found) for found in results], 1),
+                spread([100 * share for share in on_val], 1),
+                spread([row["cnll"] for row in ensembles], 4),
+                spread(caught, 1),
+                f"{mean(map(specialists_asked, results)):.2f}",
+                f"{examples / 1e6:.2f} M, {seconds:.0f} s",
+            ]
+        )
+    return table(
+        [
+            "",
+            "top-1, %",
+            "NLL",
+            "errors fewer than the generalist's, %",
+            "the same on val, %",
+            "calibrated NLL",
+            "captured errors, %",
+            "specialists asked",
+            "their training",
+        ],
+        lines,
+    )
 
 
 def default_of(base: dict, rows: dict[str, dict]) -> str:
     """The one row that changes nothing.  Raises SystemExit unless there is one."""
     found = [name for name, overrides in rows.items() if changes_nothing(base, overrides)]
     if len(found) != 1:
-        raise SystemExit(f"of the rows {', '.join(rows)} {len(found)} are the one that all begin with: one is needed")
+        raise SystemExit(
+            f"of the rows {', '.join(rows)} {len(found)} are the one that all begin with: one is needed"
+        )
     return found[0]
 
 
@@ -172,8 +198,11 @@ def main(words: list[str] | None = None) -> None:
     bases = {seed: base_of(data, seed, given.set) for seed in given.seeds}
     runs = {seed: given.to / f"seed-{seed}-asked" for seed in given.seeds}
     first = bases[given.seeds[0]]
-    asked = {name: rows for name, rows in questions(load_config(None, [], first)).items()
-             if name in (given.only or (QUICK if given.quick else ASKED))}  # fmt: skip
+    asked = {
+        name: rows
+        for name, rows in questions(load_config(None, [], first)).items()
+        if name in (given.only or (QUICK if given.quick else ASKED))
+    }
     defaults = {name: default_of(first, rows) for name, rows in asked.items()}
 
     def with_val(results: dict, run: Path) -> dict:
@@ -182,7 +211,9 @@ def main(words: list[str] | None = None) -> None:
     def begun(seed: int) -> dict:
         run, headline = runs[seed], given.to / f"seed-{seed}"
         known = (headline / "config.toml").exists()
-        return with_val(copied(bases[seed], run, headline) if known else finished(bases[seed], run), run)
+        return with_val(
+            copied(bases[seed], run, headline) if known else finished(bases[seed], run), run
+        )
 
     base_results = all_of({seed: lambda seed=seed: begun(seed) for seed in given.seeds}, given.jobs)
     tasks = {}
@@ -200,18 +231,26 @@ def main(words: list[str] | None = None) -> None:
             return [base_results[seed] for seed in given.seeds]
         return [found[place_of(runs[seed], asked[name][row])] for seed in given.seeds]
 
-    command = shlex.join(["python", "-m", "benchmarks.characters.questions", *(words or sys.argv[1:])])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.characters.questions", *(words or sys.argv[1:])]
+    )
     for name, rows in asked.items():
-        text = f"{ASKED[name]}\n\n" + question_table({row: results_of(name, row) for row in rows}, defaults[name])
+        text = f"{ASKED[name]}\n\n" + question_table(
+            {row: results_of(name, row) for row in rows}, defaults[name]
+        )
         print(f"\n{name}\n\n{text}")
-        places = [place_of(runs[seed], overrides) for overrides in rows.values() for seed in given.seeds]
+        places = [
+            place_of(runs[seed], overrides) for overrides in rows.values() for seed in given.seeds
+        ]
         spent = sum(own_seconds(place) for place in places if place in found)
         if given.write:
             n = base_results[given.seeds[0]]["generalist"]["n"]
             foot = f"n = {n:,} of {given.classes:,} classes. {conditions(given.seeds, command)} {spent / 60:.0f} "
             foot += "core-minutes beside the runs that all begin with."
             write_section(title_of(name, given.classes), f"{text}\n\n{foot}", PAGE)
-    print(f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the runs that all begin with")
+    print(
+        f"\n{sum(map(own_seconds, found)) / 60:.1f} core-minutes in all, beside the runs that all begin with"
+    )
 
 
 if __name__ == "__main__":

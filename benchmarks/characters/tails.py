@@ -17,9 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.papers.lab import conditions, finished, seconds, shards, spread, table, write_section
-from trainer.report.results import named_rows
-from trainer.run_directory import read_json
+from benchmarks.papers.lab import (
+    conditions,
+    finished,
+    seconds,
+    shards,
+    spread,
+    table,
+    write_section,
+)
+from pipeline.results import named_rows
+from pipeline.store import read_json
 
 from .data import PER_CLASS, write_part
 from .headline import FASTER, PAGE, ROWS, all_of, config_of, drawn, on_test, parsed, parser, reading
@@ -63,7 +71,13 @@ def write_tail(source: Path, out: Path, seed: int) -> None:
             return np.ones(len(labels), bool)
         return thinned(labels, images_kept(rank, PER_CLASS["seen"][split]), seed)
 
-    write_part(source, out, names, chosen, {"command": "benchmarks.characters.tails", "seed": seed, "rarest": RAREST})
+    write_part(
+        source,
+        out,
+        names,
+        chosen,
+        {"command": "benchmarks.characters.tails", "seed": seed, "rarest": RAREST},
+    )
 
 
 def tail_config(data: Path, seed: int, balance: float, settings: list[str]) -> dict:
@@ -105,22 +119,36 @@ def tail_table(figures: list[dict[str, list[float]]], results: list[dict]) -> st
     rows = []
     for name in ROWS:
         whole = [named_rows(found)[name] for found in results]
-        thirds = zip(*(seed[name] for seed in figures), strict=True)  # of each third every seed's figure
+        thirds = zip(
+            *(seed[name] for seed in figures), strict=True
+        )  # of each third every seed's figure
         fewer = zip(*(fewer_of(seed, name) for seed in figures), strict=True)
-        rows.append([
-            name, spread([100 * row["top1"] for row in whole], 2), spread([row["nll"] for row in whole], 4),
-            *(spread([100 * top1 for top1 in seeds], 2) for seeds in thirds),
-            *("" if name == "generalist" else spread([100 * share for share in seeds], 1) for seeds in fewer),
-        ])  # fmt: skip
-    columns = [*(f"{third}: top-1, %" for third in THIRDS), *(f"{third}: errors fewer, %" for third in THIRDS)]
+        rows.append(
+            [
+                name,
+                spread([100 * row["top1"] for row in whole], 2),
+                spread([row["nll"] for row in whole], 4),
+                *(spread([100 * top1 for top1 in seeds], 2) for seeds in thirds),
+                *(
+                    "" if name == "generalist" else spread([100 * share for share in seeds], 1)
+                    for seeds in fewer
+                ),
+            ]
+        )
+    columns = [
+        *(f"{third}: top-1, %" for third in THIRDS),
+        *(f"{third}: errors fewer, %" for third in THIRDS),
+    ]
     return table(["", "top-1, %", "NLL", *columns], rows)
 
 
 def main(words: list[str] | None = None) -> None:
     given = parsed(parser(__doc__), words)
     data = drawn(given.to, given.classes)
-    places = all_of({seed: lambda seed=seed: runs_of(given.to, data, seed, given.set) for seed in given.seeds},
-                    given.jobs)  # fmt: skip
+    places = all_of(
+        {seed: lambda seed=seed: runs_of(given.to, data, seed, given.set) for seed in given.seeds},
+        given.jobs,
+    )
     parts = []
     for balance in BALANCES:
         runs = {seed: places[seed][balance] for seed in given.seeds}
@@ -130,12 +158,18 @@ def main(words: list[str] | None = None) -> None:
     text = "\n\n".join(parts)
     print(text)
     if given.write:
-        command = shlex.join(["python", "-m", "benchmarks.characters.tails", *(words or sys.argv[1:])])
+        command = shlex.join(
+            ["python", "-m", "benchmarks.characters.tails", *(words or sys.argv[1:])]
+        )
         kept = images_kept(ranks(given.classes, 0), PER_CLASS["seen"]["train"])
         spent = sum(seconds(run) for runs in places.values() for run in runs.values()) / 60
         foot = f"n = {results[0]['generalist']['n']:,} of {given.classes:,} classes, in thirds by how many images of a "
         foot += f"class are learnt from ({kept.max()} to {kept.min()}, {kept.sum():,} in all). "
-        write_section(TITLE, f"{text}\n\n{foot}{conditions(given.seeds, command)} {spent:.0f} core-minutes.", PAGE)
+        write_section(
+            TITLE,
+            f"{text}\n\n{foot}{conditions(given.seeds, command)} {spent:.0f} core-minutes.",
+            PAGE,
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from statistics import mean
 
 import numpy as np
 
-from trainer.run_directory import read_json, write_json
+from pipeline.store import read_json, write_json
 
 from .lab import DATA, arguments, conditions, finished, shards, spread, table, write_section
 
@@ -33,21 +33,42 @@ TRAIN, SHARES = 2_500, {"test": 0.2, "val": 0.1}  # of 50,000
 GIVEN = "given"  # the split of the set's own test images
 STUDENTS = {"plain": "none", "gaussian": "gaussian", "ods": "ods", "conf_ods": "conf_ods"}
 NAMES = {
-    "DE-1": "single", "DE-2": "DE-2", "DE-3": "DE-3", "DE-4": "DE-4", "plain": "BE-4 distilled",
-    "gaussian": "+ Gaussian", "ods": "+ ODS", "conf_ods": "+ ConfODS",
-}  # fmt: skip
+    "DE-1": "single",
+    "DE-2": "DE-2",
+    "DE-3": "DE-3",
+    "DE-4": "DE-4",
+    "plain": "BE-4 distilled",
+    "gaussian": "+ Gaussian",
+    "ods": "+ ODS",
+    "conf_ods": "+ ConfODS",
+}
 HEADER = ["", "ACC %", "NLL", "Brier", "ECE", "cNLL", "cBrier", "cECE", "DEE", "pairwise KL", "MU"]
 MEMBERS = 4
 CONFIDENCE_BINS = 5
 MOVED = 2_000  # examples of train, and of test, that Figure 6's rows are measured on
 
-MODEL = {"name": "convnet", "embedding": 0, "options": {"channels": [16, 32, 64, 128], "kernel": [5, 3, 3, 3]}}
+MODEL = {
+    "name": "convnet",
+    "embedding": 0,
+    "options": {"channels": [16, 32, 64, 128], "kernel": [5, 3, 3, 3]},
+}
 SCHEDULE = {
-    "batch_size": 128, "optimizer": "adamw", "learning_rate": 0.004, "weight_decay": 0.02, "warmup": 0.1,
-    "schedule": "cosine", "beta2": 0.99, "checkpoint_every": 2000, "log_every": 100,
-}  # fmt: skip
+    "batch_size": 128,
+    "optimizer": "adamw",
+    "learning_rate": 0.004,
+    "weight_decay": 0.02,
+    "warmup": 0.1,
+    "schedule": "cosine",
+    "beta2": 0.99,
+    "checkpoint_every": 2000,
+    "log_every": 100,
+}
 EPOCHS = STUDENT_EPOCHS = 60
-TEMPERATURE, HARD, SIZE = 1.0, 0.1, 1 / 255  # the paper's of CIFAR-100 and TinyImageNet; of CIFAR-10 T = 4
+TEMPERATURE, HARD, SIZE = (
+    1.0,
+    0.1,
+    1 / 255,
+)  # the paper's of CIFAR-100 and TinyImageNet; of CIFAR-10 T = 4
 
 
 def pictures() -> tuple[np.ndarray, np.ndarray]:
@@ -64,7 +85,7 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
 
 def parts(labels: np.ndarray) -> dict[str, np.ndarray]:
     """ids of train, val, test and GIVEN.  labels: [51000]; the split is the same for every seed."""
-    from trainer.data.splitting import split_by_class
+    from trainer.data.authoring.splitting import split_by_class
 
     own = len(labels) - PER_MOSAIC
     unused = 1 - TRAIN / own - sum(SHARES.values())
@@ -77,7 +98,7 @@ def make(place: Path) -> None:
     """Shards of what parts() names."""
     from PIL import Image
 
-    from trainer.data.splitting import write_splits
+    from trainer.data.authoring.splitting import write_splits
 
     images, labels = pictures()
 
@@ -92,17 +113,28 @@ def make(place: Path) -> None:
 def config_of(data: Path, seed: int) -> dict:
     """Four networks, and a BatchEnsemble for each of STUDENTS, alike in all but `perturb`."""
     student = {
-        "start": "scratch", "network": "batch_ensemble", "temperature": TEMPERATURE, "hard_weight": HARD,
-        "soft_weight": 1 - HARD, "epochs": STUDENT_EPOCHS,
-    }  # fmt: skip
-    moved = {name: student | {"perturb": kind, "perturb_size": SIZE} for name, kind in STUDENTS.items()}
+        "start": "scratch",
+        "network": "batch_ensemble",
+        "temperature": TEMPERATURE,
+        "hard_weight": HARD,
+        "soft_weight": 1 - HARD,
+        "epochs": STUDENT_EPOCHS,
+    }
+    moved = {
+        name: student | {"perturb": kind, "perturb_size": SIZE} for name, kind in STUDENTS.items()
+    }
     return {
-        "seed": seed, "model": MODEL, "train": SCHEDULE | {"epochs": EPOCHS},
-        "data": {split: str(data) for split in ("train", "val", "test")} | {
-            "mean": [0.491, 0.482, 0.447], "std": [0.247, 0.243, 0.262]},
-        "ensemble": {"kind": "deep", "members": MEMBERS}, "students": moved, "controls": {"enabled": False},
-        "launch": {"processes": 1, "pool": 1}, "engine": {"device": "cpu", "precision": "bf16"},
-    }  # fmt: skip
+        "seed": seed,
+        "model": MODEL,
+        "train": SCHEDULE | {"epochs": EPOCHS},
+        "data": {split: str(data) for split in ("train", "val", "test")}
+        | {"mean": [0.491, 0.482, 0.447], "std": [0.247, 0.243, 0.262]},
+        "ensemble": {"kind": "deep", "members": MEMBERS},
+        "students": moved,
+        "controls": {"enabled": False},
+        "launch": {"processes": 1, "pool": 1},
+        "engine": {"device": "cpu", "precision": "bf16"},
+    }
 
 
 def judge(val: tuple, test: tuple) -> dict:
@@ -110,7 +142,7 @@ def judge(val: tuple, test: tuple) -> dict:
     import torch
 
     from ensemble import fit_temperature
-    from trainer.metrics import model_uncertainty, pairwise_kl, summarise
+    from trainer.core.metrics import model_uncertainty, pairwise_kl, summarise
 
     def mixed(log_p):
         return log_p.logsumexp(0) - math.log(len(log_p))
@@ -123,7 +155,10 @@ def judge(val: tuple, test: tuple) -> dict:
 
     temperature = fit_temperature(mixed(val[0]), val[1])
     row, after = figures(mixed(test[0])), figures(mixed(test[0]) / temperature)
-    row |= {"temperature": temperature, **{f"c{key}": after[key] for key in ("nll", "brier", "ece")}}
+    row |= {
+        "temperature": temperature,
+        **{f"c{key}": after[key] for key in ("nll", "brier", "ece")},
+    }
     if len(test[0]) > 1:
         apart = {"pairwise_kl": pairwise_kl(test[0]), "mu": model_uncertainty(test[0].exp())}
         row["members"] = {key: float(value.double().mean()) for key, value in apart.items()}
@@ -132,10 +167,13 @@ def judge(val: tuple, test: tuple) -> dict:
 
 def with_equivalents(rows: dict[str, dict]) -> dict[str, dict]:
     """The rows with DEE among DE-1 ... DE-4; math.inf beyond."""
-    from trainer.metrics import deep_ensemble_equivalent
+    from trainer.core.metrics import deep_ensemble_equivalent
 
     sizes = [rows[f"DE-{m}"]["cnll"] for m in range(1, MEMBERS + 1)]
-    return {name: row | {"dee": deep_ensemble_equivalent(row["cnll"], sizes)} for name, row in rows.items()}
+    return {
+        name: row | {"dee": deep_ensemble_equivalent(row["cnll"], sizes)}
+        for name, row in rows.items()
+    }
 
 
 def measured(place: Path, run: Path) -> dict:
@@ -154,13 +192,18 @@ def measured(place: Path, run: Path) -> dict:
         other = {name: (log_p[split][name], labels[split]) for name in log_p[split]}
         rows[split] = with_equivalents({name: judge(own[name], other[name]) for name in NAMES})
     check_against(done, rows["test"])
-    found = {"of": done, **rows, "by_confidence": by_confidence(log_p["test"]), "moved": moved(place, networks)}
+    found = {
+        "of": done,
+        **rows,
+        "by_confidence": by_confidence(log_p["test"]),
+        "moved": moved(place, networks),
+    }
     write_json(kept, found)
     return found
 
 
 def opened(place: Path, split: str):
-    from trainer.config import Data
+    from pipeline.config import Data
     from trainer.data import open_shards
 
     return open_shards(str(place), Data(), split)
@@ -180,11 +223,16 @@ def answers(place: Path, run: Path):
     log_p, labels = {}, {}
     for split in ("val", "test", GIVEN, "train"):
         data = opened(place, split)
-        raw, labels[split] = torch.from_numpy(data.inputs(np.arange(len(data)))), torch.from_numpy(data.labels)
+        raw, labels[split] = (
+            torch.from_numpy(data.inputs(np.arange(len(data)))),
+            torch.from_numpy(data.labels),
+        )
 
         def ask(network, raw=raw):
             with torch.inference_mode():
-                return torch.cat([member_log_probabilities(network.eval(), part) for part in raw.split(500)], 1)
+                return torch.cat(
+                    [member_log_probabilities(network.eval(), part) for part in raw.split(500)], 1
+                )
 
         each = torch.cat([ask(network) for network in networks])
         log_p[split] = {f"DE-{m}": each[:m] for m in range(1, MEMBERS + 1)}
@@ -194,16 +242,22 @@ def answers(place: Path, run: Path):
 
 def check_against(results: dict, rows: dict) -> None:
     """Raises SystemExit where results.json says something else of the same network: an oracle for both."""
-    pairs = [("DE-1", results["generalist"]), (f"DE-{MEMBERS}", results["ensemble"]), *results["students"].items()]
+    pairs = [
+        ("DE-1", results["generalist"]),
+        (f"DE-{MEMBERS}", results["ensemble"]),
+        *results["students"].items(),
+    ]
     for name, row in pairs:
         for key in ("top1", "nll", "brier", "ece", "cnll", "cbrier", "cece"):
             if not math.isclose(row[key], rows[name][key], rel_tol=2e-3, abs_tol=2e-4):
-                raise SystemExit(f"{name}: {key} is {row[key]} in results.json and {rows[name][key]} here")
+                raise SystemExit(
+                    f"{name}: {key} is {row[key]} in results.json and {rows[name][key]} here"
+                )
 
 
 def by_confidence(log_p: dict) -> dict[str, list[dict]]:
     """Of the ensemble and each student: the members' pairwise KL in bins of the confidence of their mean."""
-    from trainer.metrics import by_confidence, pairwise_kl
+    from trainer.core.metrics import by_confidence, pairwise_kl
 
     found = {}
     for name in (f"DE-{MEMBERS}", *STUDENTS):
@@ -221,8 +275,8 @@ def moved(place: Path, networks: list) -> dict[str, dict[str, dict[str, float]]]
     import torch
 
     from networks import member_log_probabilities
-    from trainer.distillation.perturbations import perturb
-    from trainer.metrics import pairwise_kl
+    from trainer.core.metrics import pairwise_kl
+    from trainer.core.perturbations import perturb
 
     scale = networks[0].spec.input.scale
 
@@ -242,16 +296,23 @@ def moved(place: Path, networks: list) -> dict[str, dict[str, dict[str, float]]]
             for giver in range(MEMBERS):
                 draw = torch.Generator().manual_seed(giver)
                 given_by = [lambda x, network=networks[giver]: network(x / scale)]
-                x = torch.cat([
-                    perturb(kind, part.float() * scale, SIZE, TEMPERATURE, given_by, draw) for part in raw.split(500)
-                ])  # fmt: skip
+                x = torch.cat(
+                    [
+                        perturb(kind, part.float() * scale, SIZE, TEMPERATURE, given_by, draw)
+                        for part in raw.split(500)
+                    ]
+                )
                 after = ask(x)
                 others = [m for m in range(MEMBERS) if m != giver]
                 far = shift(clean, after)
-                drawn.append({
-                    "own": float(far[giver]), "others": float(far[others].mean()),
-                    "apart": float(pairwise_kl(after).mean()), "apart_others": float(pairwise_kl(after[others]).mean()),
-                })  # fmt: skip
+                drawn.append(
+                    {
+                        "own": float(far[giver]),
+                        "others": float(far[others].mean()),
+                        "apart": float(pairwise_kl(after).mean()),
+                        "apart_others": float(pairwise_kl(after[others]).mean()),
+                    }
+                )
             found[split][kind] = {key: mean(row[key] for row in drawn) for key in drawn[0]}
     return found
 
@@ -259,16 +320,21 @@ def moved(place: Path, networks: list) -> dict[str, dict[str, dict[str, float]]]
 def table_row(name: str, rows: list[dict]) -> list[str]:
     """rows: of each seed."""
     cells = [NAMES[name], spread([100 * row["top1"] for row in rows], 2)]
-    cells += [spread([row[key] for row in rows], 4) for key in ("nll", "brier", "ece", "cnll", "cbrier", "cece")]
+    cells += [
+        spread([row[key] for row in rows], 4)
+        for key in ("nll", "brier", "ece", "cnll", "cbrier", "cece")
+    ]
     cells.append(equivalents([row["dee"] for row in rows]))
     for key in ("pairwise_kl", "mu"):
-        cells.append(spread([row["members"][key] for row in rows], 3) if "members" in rows[0] else "–")
+        cells.append(
+            spread([row["members"][key] for row in rows], 3) if "members" in rows[0] else "–"
+        )
     return cells
 
 
 def equivalents(found: list[float | None]) -> str:
     """DEE of each seed; ">4" beyond."""
-    from trainer.metrics import format_equivalent
+    from trainer.core.metrics import format_equivalent
 
     each = [format_equivalent(math.inf if dee is None else dee, MEMBERS) for dee in found]
     if any(dee is None or math.isinf(dee) for dee in found):
@@ -302,10 +368,17 @@ def confidence_table(found: list[dict]) -> str:
         bins, cells = [each["by_confidence"][name] for each in found], []
         for number in range(CONFIDENCE_BINS):
             own = [each[number] for each in bins]
-            count, every = sum(b["count"] for b in own), sum(b["count"] for each in bins for b in each)
-            cells.append(f"{sum(b['count'] * b['value'] for b in own) / max(count, 1):.3f} ({count / every:.0%})")
+            count, every = (
+                sum(b["count"] for b in own),
+                sum(b["count"] for each in bins for b in each),
+            )
+            cells.append(
+                f"{sum(b['count'] * b['value'] for b in own) / max(count, 1):.3f} ({count / every:.0%})"
+            )
         rows.append([NAMES[name], *cells])
-    edges = [f"({b / CONFIDENCE_BINS:g}, {(b + 1) / CONFIDENCE_BINS:g}]" for b in range(CONFIDENCE_BINS)]
+    edges = [
+        f"({b / CONFIDENCE_BINS:g}, {(b + 1) / CONFIDENCE_BINS:g}]" for b in range(CONFIDENCE_BINS)
+    ]
     return table(["", *edges], rows)
 
 
@@ -314,46 +387,73 @@ def moved_table(found: list[dict]) -> str:
     for split in ("train", "test"):
         for kind in STUDENTS.values():
             own = [each["moved"][split][kind] for each in found]
-            cells = [f"{mean(row[key] for row in own):.4f}" for key in ("own", "others", "apart", "apart_others")]
+            cells = [
+                f"{mean(row[key] for row in own):.4f}"
+                for key in ("own", "others", "apart", "apart_others")
+            ]
             rows.append([f"{split}, {kind}", *cells])
-    header = ["inputs", "answer moves: the giver's", "the others'", "pairwise KL: all", "the others"]
+    header = [
+        "inputs",
+        "answer moves: the giver's",
+        "the others'",
+        "pairwise KL: all",
+        "the others",
+    ]
     return table(header, rows)
 
 
 def figures_text(found: list[dict]) -> str:
-    return "\n\n".join([
-        "Pairwise KL of the members (nats, mean over the test examples in the bin; in brackets the share of examples) "
-        "by the confidence of the members' mean, as in the paper's Figure 3:",
-        confidence_table(found),
-        f"What moves the teachers (paper's Figure 6), {MOVED:,} inputs, not augmented: KL of a teacher's answer to the "
-        "moved input from its answer to the clean one, where it gave the direction and where another did; and the "
-        "teachers' pairwise KL on the moved inputs, of all four and of the three that did not give the direction:",
-        moved_table(found),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            "Pairwise KL of the members (nats, mean over the test examples in the bin; in brackets the share of examples) "
+            "by the confidence of the members' mean, as in the paper's Figure 3:",
+            confidence_table(found),
+            f"What moves the teachers (paper's Figure 6), {MOVED:,} inputs, not augmented: KL of a teacher's answer to the "
+            "moved input from its answer to the clean one, where it gave the direction and where another did; and the "
+            "teachers' pairwise KL on the moved inputs, of all four and of the three that did not give the direction:",
+            moved_table(found),
+        ]
+    )
 
 
 def text_of(found: list[dict], results: list[dict]) -> str:
     """The page's section, but for its conditions.  found, results: of each seed."""
     rows = [rows_of(one, result) for one, result in zip(found, results, strict=True)]
     main = table(HEADER, [table_row(name, [each[name] for each in rows]) for name in NAMES])
-    small = table(HEADER, [table_row(name, [each[GIVEN][name] for each in found]) for name in NAMES])
-    fitted = ", ".join(
-        f"{NAMES[name]} {spread([100 * each['train'][name]['top1'] for each in found], 1)} %" for name in NAMES
+    small = table(
+        HEADER, [table_row(name, [each[GIVEN][name] for each in found]) for name in NAMES]
     )
-    return "\n\n".join([
-        f"Test: {results[0]['generalist']['n']:,} images that were held out of train.", main, "\n".join(verdicts(rows)),
-        "The same on the set's own 1,000 test images:", small, "\n".join(verdicts([each[GIVEN] for each in found])),
-        f"Accuracy on the training images, not augmented: {fitted}.", figures_text(found),
-    ])  # fmt: skip
+    fitted = ", ".join(
+        f"{NAMES[name]} {spread([100 * each['train'][name]['top1'] for each in found], 1)} %"
+        for name in NAMES
+    )
+    return "\n\n".join(
+        [
+            f"Test: {results[0]['generalist']['n']:,} images that were held out of train.",
+            main,
+            "\n".join(verdicts(rows)),
+            "The same on the set's own 1,000 test images:",
+            small,
+            "\n".join(verdicts([each[GIVEN] for each in found])),
+            f"Accuracy on the training images, not augmented: {fitted}.",
+            figures_text(found),
+        ]
+    )
 
 
 def rows_of(found: dict, results: dict) -> dict[str, dict]:
     """results.json's rows where it has them, and ensembles of two and three from what was measured."""
-    rows = {"DE-1": results["generalist"], f"DE-{MEMBERS}": results["ensemble"], **results["students"]}
+    rows = {
+        "DE-1": results["generalist"],
+        f"DE-{MEMBERS}": results["ensemble"],
+        **results["students"],
+    }
     return {name: rows.get(name, found["test"][name]) for name in NAMES}
 
 
-def run_all(place: Path, seeds: list[int], settings: list[str], data: Path) -> tuple[list[dict], list[dict]]:
+def run_all(
+    place: Path, seeds: list[int], settings: list[str], data: Path
+) -> tuple[list[dict], list[dict]]:
     found, results = [], []
     for seed in seeds:
         run = place / f"seed-{seed}"
@@ -364,10 +464,16 @@ def run_all(place: Path, seeds: list[int], settings: list[str], data: Path) -> t
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--figures", action="store_true", help="print the figures of runs that are done, and no more")
+    parser.add_argument(
+        "--figures",
+        action="store_true",
+        help="print the figures of runs that are done, and no more",
+    )
     options = parser.parse_args(argv)
     if not SOURCE.is_dir():
-        raise SystemExit(f"{SOURCE} is not there; REFERRAL_DATA names the directory that holds cifar10/")
+        raise SystemExit(
+            f"{SOURCE} is not there; REFERRAL_DATA names the directory that holds cifar10/"
+        )
     place = options.to
     data = shards(place / "data", make)
     if options.figures:

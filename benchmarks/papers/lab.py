@@ -21,19 +21,32 @@ import tomli_w
 import torch
 import torch.nn.functional as F
 
-from trainer.run_directory import read_json, write_json
+from pipeline.store import read_json, write_json
 
 DATA = Path(os.environ.get("REFERRAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
 PAGE = Path(__file__).parents[2] / "docs" / "papers.md"
 # glibc would give each step's large buffers back to the system and ask for them anew: a fifth of the time, measured.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**33), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def arguments(description: str, seeds=(0, 1, 2), page: Path = PAGE) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to", type=Path, default=Path("runs/papers"), help="runs and data go below it (runs/papers)")
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=Path("runs/papers"),
+        help="runs and data go below it (runs/papers)",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of every run"
+    )
     parser.add_argument("--write", action="store_true", help=f"put the table into docs/{page.name}")
     return parser
 
@@ -41,7 +54,9 @@ def arguments(description: str, seeds=(0, 1, 2), page: Path = PAGE) -> argparse.
 def referral(*words: str) -> None:
     """A command of referral's, its output shown; ends this program with its exit code if it fails."""
     command = [sys.executable, "-m", "launch.cli", *map(str, words)]
-    code = subprocess.run(command, env=os.environ | ENVIRONMENT, cwd=Path(__file__).parents[2]).returncode
+    code = subprocess.run(
+        command, env=os.environ | ENVIRONMENT, cwd=Path(__file__).parents[2]
+    ).returncode
     if code:
         raise SystemExit(code)
 
@@ -76,7 +91,9 @@ def once(place: Path, work: Callable[[], dict]) -> dict:
     return read_json(place)
 
 
-def affine(inputs: np.ndarray, uniforms: np.ndarray, turn: float, stretch: float, move: float) -> np.ndarray:
+def affine(
+    inputs: np.ndarray, uniforms: np.ndarray, turn: float, stretch: float, move: float
+) -> np.ndarray:
     """Pictures uint8 [n, c, H, W], each turned by up to `turn` degrees, stretched and sheared by up to `stretch`, moved
     by up to `move` of a side; what comes in is 0.  uniforms: [n, 7]."""
     u = torch.from_numpy(uniforms).float() * 2 - 1
@@ -85,7 +102,9 @@ def affine(inputs: np.ndarray, uniforms: np.ndarray, turn: float, stretch: float
     turned = torch.stack([cos, -sin, sin, cos], 1).view(-1, 2, 2)
     stretched = torch.eye(2) + stretch * u[:, 1:5].view(-1, 2, 2)
     shift = 2 * move * u[:, 5:7, None]  # affine_grid's unit is half a side
-    grid = F.affine_grid(torch.cat([turned @ stretched, shift], 2), list(inputs.shape), align_corners=False)
+    grid = F.affine_grid(
+        torch.cat([turned @ stretched, shift], 2), list(inputs.shape), align_corners=False
+    )
     moved = F.grid_sample(torch.from_numpy(inputs).float(), grid, align_corners=False)
     return moved.round().to(torch.uint8).numpy()
 
@@ -116,7 +135,9 @@ def table(header: list[str], rows: list[list]) -> str:
 
 def conditions(seeds: Iterable[int], command: str) -> str:
     """Machine, seeds, commit and command, for under a table."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=PAGE.parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=PAGE.parent
+    )
     return (
         f"Seeds {', '.join(map(str, seeds))}; {processor()}, {len(os.sched_getaffinity(0))} cores, one thread each; "
         f"commit {commit.stdout.strip()}; `{command}`."
@@ -124,7 +145,9 @@ def conditions(seeds: Iterable[int], command: str) -> str:
 
 
 def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+    for line in (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
+    ):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -132,7 +155,11 @@ def processor() -> str:
 
 def write_section(title: str, text: str, page: Path = PAGE) -> None:
     """Replace the section `## title` of the page, or add it.  What a person wrote below a `### ` in it stays."""
-    old = page.read_text(encoding="utf-8") if page.exists() else "# The papers' tables, ours beside them\n"
+    old = (
+        page.read_text(encoding="utf-8")
+        if page.exists()
+        else "# The papers' tables, ours beside them\n"
+    )
     parts = old.split("\n## ")
     body = f"{title}\n\n{text.strip()}\n"
     place = next((k for k, part in enumerate(parts) if part.splitlines()[0] == title), None)

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 
 from ensemble import load_ensemble
 from networks import load_classifier
-from trainer.config import Data
+from pipeline.config import Data
+from pipeline.store import read_json
 from trainer.data import open_shards
-from trainer.data.arrays import write_arrays
-from trainer.data.splitting import split_by_class
-from trainer.run_directory import read_json
+from trainer.data.authoring.arrays import write_arrays
+from trainer.data.authoring.splitting import split_by_class
 
 from . import lab
 
@@ -39,8 +39,14 @@ WIDTHS = (30, 300)
 DIGITS = [str(digit) for digit in range(10)]
 LEFT_OUT = {"no_3": ["3"], "only_7_8": [digit for digit in DIGITS if digit not in "78"]}
 PAPER = {
-    "teacher": 67, "hard": 146, "soft": 74, "no_3_before": 206, "no_3": 109, "only_7_8_before": 4730, "only_7_8": 1320,
-}  # fmt: skip
+    "teacher": 67,
+    "hard": 146,
+    "soft": 74,
+    "no_3_before": 206,
+    "no_3": 109,
+    "only_7_8_before": 4730,
+    "only_7_8": 1320,
+}
 SETTING = (
     "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter; its students are plain, start"
     " from fresh weights and see each picture as it is. 5,001 of the 60,000 training examples are held out (val); the"
@@ -64,8 +70,20 @@ TEN = (
     "for as long as the student: in errors longer training does nearly as much here, in NLL it does harm."
 )
 LABELLED = 0.1  # of the training examples, for the ten networks
-SMALL = {"name": "convnet", "width": 8, "depth": 2, "embedding": 64, "options": {"kernel": 5, "activation": "relu"}}
-OF_SMALL = {"batch_size": 256, "learning_rate": 4e-3, "beta2": 0.99, "warmup": 0.1, "weight_decay": 0.01}
+SMALL = {
+    "name": "convnet",
+    "width": 8,
+    "depth": 2,
+    "embedding": 64,
+    "options": {"kernel": 5, "activation": "relu"},
+}
+OF_SMALL = {
+    "batch_size": 256,
+    "learning_rate": 4e-3,
+    "beta2": 0.99,
+    "warmup": 0.1,
+    "weight_decay": 0.01,
+}
 STEPS_OF_TEN = 3200  # of the network that learns from all ten: 15 epochs
 
 
@@ -83,14 +101,20 @@ def labelled(place: Path, shards: Path) -> None:
     train = open_shards(str(shards), Data(), "train")
     ids = split_by_class(train.labels, {"few": LABELLED}, seed=0)["few"]
     pictures, labels = train.inputs(ids)[:, 0], train.labels[ids]
-    write_arrays({"train": pictures}, {"train": labels}, place, {}, 0, {"command": "benchmarks.papers.mnist"})
+    write_arrays(
+        {"train": pictures}, {"train": labels}, place, {}, 0, {"command": "benchmarks.papers.mnist"}
+    )
 
 
 def base(shards: Path, seed: int) -> dict:
     """What both runs share: pixels in 0..1, black 0, one process."""
     return {
         "seed": seed,
-        "data": {**dict.fromkeys(("train", "val", "test"), str(shards)), "mean": [0.0], "std": [1.0]},
+        "data": {
+            **dict.fromkeys(("train", "val", "test"), str(shards)),
+            "mean": [0.0],
+            "std": [1.0],
+        },
         "controls": {"enabled": False},
         "engine": {"precision": "bf16", "device": "cpu"},
         "launch": {"processes": 1},
@@ -100,23 +124,34 @@ def base(shards: Path, seed: int) -> dict:
 def plain(width: int, **keys) -> dict:
     """A student 784-width-width-10 from fresh weights, without any regularisation: no dropout, no jitter, no decay."""
     model = {"width": width, "dropout": 0.0, "options": {}}
-    return {"start": "scratch", "teacher": "generalist", "augment": "none", "weight_decay": 0.0, "model": model, **keys}
+    return {
+        "start": "scratch",
+        "teacher": "generalist",
+        "augment": "none",
+        "weight_decay": 0.0,
+        "model": model,
+        **keys,
+    }
 
 
 def table_config(shards: Path, seed: int, ten: Path) -> dict:
     """The teacher, regularised and on jittered pictures, and its students; and one whose teacher is the run `ten`."""
     soft, few = {"temperature": 20.0, "learning_rate": RATE}, {"share": 0.03, "steps": 2000}
     students = {
-        "hard": plain(800, method="hard"), "soft": plain(800, **soft),
-        "few_hard": plain(800, method="hard", **few), "few_soft": plain(800, **soft, **few),
-    }  # fmt: skip
+        "hard": plain(800, method="hard"),
+        "soft": plain(800, **soft),
+        "few_hard": plain(800, method="hard", **few),
+        "few_soft": plain(800, **soft, **few),
+    }
     for name, classes in LEFT_OUT.items():
         students[name] = plain(800, **soft, leave_out=classes, bias_correction=True)
     students["only_7_8"]["steps"] = 4000  # a fifth of the examples: 91 epochs of them
     for width in WIDTHS:
         students[f"hard_{width}"] = plain(width, method="hard", learning_rate=RATE)
         for temperature in TEMPERATURES:
-            students[of_sweep(width, temperature)] = plain(width, temperature=temperature, learning_rate=RATE)
+            students[of_sweep(width, temperature)] = plain(
+                width, temperature=temperature, learning_rate=RATE
+            )
     config = base(shards, seed)
     config["data"]["augment"] = "benchmarks.papers.mnist:jitter"
     config |= {
@@ -139,9 +174,13 @@ def table_config(shards: Path, seed: int, ten: Path) -> dict:
         if "steps" in student:
             del student["epochs"]
     config["students"]["of_ten"] = OF_SMALL | {
-        "start": "scratch", "teacher": str(ten), "augment": "none", "model": SMALL | {"dropout": 0.0},
-        "temperature": 1.0, "steps": STEPS_OF_TEN,
-    }  # fmt: skip
+        "start": "scratch",
+        "teacher": str(ten),
+        "augment": "none",
+        "model": SMALL | {"dropout": 0.0},
+        "temperature": 1.0,
+        "steps": STEPS_OF_TEN,
+    }
     return config
 
 
@@ -153,10 +192,11 @@ def of_sweep(width: int, temperature: float) -> str:
 def ten_config(few: Path, shards: Path, seed: int) -> dict:
     """Ten networks of one kind from ten seeds, which know the labels of `few`; and one of those trained for longer."""
     config = base(shards, seed) | {
-        "model": SMALL, "train": OF_SMALL | {"epochs": 12},
+        "model": SMALL,
+        "train": OF_SMALL | {"epochs": 12},
         "ensemble": {"kind": "deep", "members": 10},
         "students": {"twin": {"start": "scratch", "method": "hard", "steps": STEPS_OF_TEN}},
-    }  # fmt: skip
+    }
     config["data"]["train"] = str(few)
     return config
 
@@ -181,7 +221,11 @@ def quick(config: dict) -> dict:
         for name, student in config["students"].items()
     }
     ensemble = config["ensemble"] | {"members": min(2, config["ensemble"]["members"])}
-    return config | {"train": config["train"] | {"epochs": 0.5}, "students": students, "ensemble": ensemble}
+    return config | {
+        "train": config["train"] | {"epochs": 0.5},
+        "students": students,
+        "ensemble": ensemble,
+    }
 
 
 def row_of(found: dict, name: str) -> dict:
@@ -205,20 +249,35 @@ def table_of_errors(results: list[dict]) -> str:
         ("the same, the other biases raised", "only_7_8", "only_7_8"),
         ("3 % of the data, hard targets", "few_hard", None),
         ("3 % of the data, soft targets, T = 20", "few_soft", None),
-    ]  # fmt: skip
-    return lab.table(["", "errors of 10,000", "each seed", "the paper"], [
-        [words, lab.spread(errors_of(results, name), 1), ", ".join(map(str, errors_of(results, name))),
-         PAPER.get(paper, "-")] for words, name, paper in rows
-    ])  # fmt: skip
+    ]
+    return lab.table(
+        ["", "errors of 10,000", "each seed", "the paper"],
+        [
+            [
+                words,
+                lab.spread(errors_of(results, name), 1),
+                ", ".join(map(str, errors_of(results, name))),
+                PAPER.get(paper, "-"),
+            ]
+            for words, name, paper in rows
+        ],
+    )
 
 
 def table_of_temperatures(results: list[dict]) -> str:
     """Test errors of the sweep, and of hard targets, per number of units."""
     names = [f"{temperature:g}" for temperature in TEMPERATURES]
-    return lab.table(["units", "hard", *(f"T = {name}" for name in names)], [
-        [f"{width} and {width}", lab.spread(errors_of(results, f"hard_{width}"), 0),
-         *(lab.spread(errors_of(results, of_sweep(width, t)), 0) for t in TEMPERATURES)] for width in WIDTHS
-    ])  # fmt: skip
+    return lab.table(
+        ["units", "hard", *(f"T = {name}" for name in names)],
+        [
+            [
+                f"{width} and {width}",
+                lab.spread(errors_of(results, f"hard_{width}"), 0),
+                *(lab.spread(errors_of(results, of_sweep(width, t)), 0) for t in TEMPERATURES),
+            ]
+            for width in WIDTHS
+        ],
+    )
 
 
 @cache
@@ -240,7 +299,9 @@ def each_of_ten(run: Path, shards: Path) -> dict:
 
     def work() -> dict:
         asked = [logits_on_test(network, shards) for network in load_ensemble(run).networks]
-        right = statistics.mean(float((logits.argmax(1) == labels).double().mean()) for logits, labels in asked)
+        right = statistics.mean(
+            float((logits.argmax(1) == labels).double().mean()) for logits, labels in asked
+        )
         nll = statistics.mean(float(F.cross_entropy(logits, labels)) for logits, labels in asked)
         return {"top1": right, "nll": nll, "n": len(asked[0][1])}
 
@@ -251,7 +312,10 @@ def before_correction(run: Path, name: str, shards: Path) -> dict:
     """{"top1", "n", "threes": share of the threes that are right}: a student with its raised biases as they were."""
 
     def work() -> dict:
-        network, classes = load_classifier(run / "students" / name), [int(digit) for digit in LEFT_OUT[name]]
+        network, classes = (
+            load_classifier(run / "students" / name),
+            [int(digit) for digit in LEFT_OUT[name]],
+        )
         logits, labels = logits_on_test(network, shards)
         logits[:, classes] -= shift_of(run, name)
         right = logits.argmax(1) == labels
@@ -267,19 +331,29 @@ def before_correction(run: Path, name: str, shards: Path) -> dict:
 def of_ten(ten: list[dict], each: list[dict], table: list[dict]) -> dict[str, list[dict]]:
     """Ten networks: the mean of each alone, all together, the one that learned from them and the one that did not."""
     return {
-        "one network, the mean of the ten": each, "ten networks, their mean answer": [row["ensemble"] for row in ten],
+        "one network, the mean of the ten": each,
+        "ten networks, their mean answer": [row["ensemble"] for row in ten],
         "one network that learned from the ten": [row["students"]["of_ten"] for row in table],
         "one network, its own labels for as many steps": [row["students"]["twin"] for row in ten],
-    }  # fmt: skip
+    }
 
 
 def table_of_ten(rows: dict[str, list[dict]]) -> str:
-    figures = {words: ([lab.errors(row) for row in of], [row["nll"] for row in of]) for words, of in rows.items()}
+    figures = {
+        words: ([lab.errors(row) for row in of], [row["nll"] for row in of])
+        for words, of in rows.items()
+    }
     (one, one_nll), (all_ten, all_nll), *_ = figures.values()
     lines = []
     for number, (words, (wrong, nlls)) in enumerate(figures.items()):
-        shares = ["", ""] if number < 2 else [f"{kept(one, all_ten, wrong):.0%}", f"{kept(one_nll, all_nll, nlls):.0%}"]
-        lines.append([words, lab.spread(wrong, 1), ", ".join(map(str, wrong)), lab.spread(nlls, 4), *shares])
+        shares = (
+            ["", ""]
+            if number < 2
+            else [f"{kept(one, all_ten, wrong):.0%}", f"{kept(one_nll, all_nll, nlls):.0%}"]
+        )
+        lines.append(
+            [words, lab.spread(wrong, 1), ", ".join(map(str, wrong)), lab.spread(nlls, 4), *shares]
+        )
     header = ["", "errors of 10,000", "each seed", "NLL", "gain kept, errors", "gain kept, NLL"]
     return lab.table(header, lines)
 
@@ -297,18 +371,40 @@ def threes_right(runs: list[Path], name: str) -> float:
 
 def verdicts(table: list[dict], threes: float, share_of_ten: float) -> list[str]:
     """What is asked, of the means over seeds.  threes: right after the correction; share_of_ten: of the gain kept."""
-    mean = {name: statistics.mean(errors_of(table, name)) for name in ("generalist", "hard", "soft", "only_7_8")}
+    mean = {
+        name: statistics.mean(errors_of(table, name))
+        for name in ("generalist", "hard", "soft", "only_7_8")
+    }
     few = recovered(table)
     asked = [
-        ("the teacher makes at most 75 errors", mean["generalist"] <= 75, f"{mean['generalist']:.1f}"),
+        (
+            "the teacher makes at most 75 errors",
+            mean["generalist"] <= 75,
+            f"{mean['generalist']:.1f}",
+        ),
         ("hard targets leave 120 to 160", 120 <= mean["hard"] <= 160, f"{mean['hard']:.1f}"),
         ("soft ones at T = 20 at most 85", mean["soft"] <= 85, f"{mean['soft']:.1f}"),
         ("without 3s at least 98 % of the threes are right", threes >= 0.98, f"{threes:.1%}"),
-        ("with 7s and 8s alone the error is below 15 %", mean["only_7_8"] < 1500, f"{mean['only_7_8'] / 1e4:.1%}"),
-        ("with 3 % of the data soft targets recover at least half of the gap", few >= 0.5, f"{few:.0%}"),
-        ("the student of ten keeps at least 80 % of their gain", share_of_ten >= 0.8, f"{share_of_ten:.0%}"),
+        (
+            "with 7s and 8s alone the error is below 15 %",
+            mean["only_7_8"] < 1500,
+            f"{mean['only_7_8'] / 1e4:.1%}",
+        ),
+        (
+            "with 3 % of the data soft targets recover at least half of the gap",
+            few >= 0.5,
+            f"{few:.0%}",
+        ),
+        (
+            "the student of ten keeps at least 80 % of their gain",
+            share_of_ten >= 0.8,
+            f"{share_of_ten:.0%}",
+        ),
     ]
-    return [f"{words[0].upper()}{words[1:]}: {'yes' if holds else 'no'} ({figure})." for words, holds, figure in asked]
+    return [
+        f"{words[0].upper()}{words[1:]}: {'yes' if holds else 'no'} ({figure})."
+        for words, holds, figure in asked
+    ]
 
 
 def shift_of(place: Path, name: str) -> float:
@@ -316,7 +412,9 @@ def shift_of(place: Path, name: str) -> float:
     return read_json(place / "students" / name / "summary.json")["bias_shift"]
 
 
-def section(found: dict[str, list[dict]], each: list[dict], places: dict[str, list[Path]], conditions: str) -> str:
+def section(
+    found: dict[str, list[dict]], each: list[dict], places: dict[str, list[Path]], conditions: str
+) -> str:
     """The text below the title."""
     table, runs = found["table"], places["table"]
     rows_of_ten = of_ten(found["ten"], each, table)
@@ -327,19 +425,29 @@ def section(found: dict[str, list[dict]], each: list[dict], places: dict[str, li
     of_gap = kept(*(errors_of(table, name) for name in ("hard", "generalist", "soft")))
     papers = kept(*([PAPER[name]] for name in ("hard", "teacher", "soft")))
     minutes = sum(lab.seconds(run) for each in places.values() for run in each) / 60
-    return "\n\n".join([
-        paragraph(SETTING), table_of_errors(table), paragraph(
-            f"Soft targets make up for {of_gap:.0%} of what lies between hard targets and the teacher (the paper's: "
-            f"{papers:.0%}). Of the threes {before:.1%} are right without a 3 in the transfer set, and "
-            f"{threes:.1%} after its bias was raised by {shifts['no_3']} (the paper's: 86.8% and "
-            f"98.6%, by 3.5). With 7s and 8s alone the other eight biases rise by {shifts['only_7_8']} (the paper "
-            "lowers those of 7 and 8 by 7.6). Both shifts are fitted on val; the paper's on test. With 3 % of the data "
-            f"soft targets recover {recovered(table):.0%} of the gap to hard targets with all of it; the teacher, as "
-            "the paper's, has seen all data."
-        ), paragraph(SWEEP), table_of_temperatures(table), paragraph(TEN), table_of_ten(rows_of_ten),
-        "\n".join(f"* {line}" for line in verdicts(table, threes, kept(one, all_ten, student))),
-        paragraph(f"{conditions} {minutes:.0f} minutes in all, one process at a time beside others' work."),
-    ])  # fmt: skip
+    return "\n\n".join(
+        [
+            paragraph(SETTING),
+            table_of_errors(table),
+            paragraph(
+                f"Soft targets make up for {of_gap:.0%} of what lies between hard targets and the teacher (the paper's: "
+                f"{papers:.0%}). Of the threes {before:.1%} are right without a 3 in the transfer set, and "
+                f"{threes:.1%} after its bias was raised by {shifts['no_3']} (the paper's: 86.8% and "
+                f"98.6%, by 3.5). With 7s and 8s alone the other eight biases rise by {shifts['only_7_8']} (the paper "
+                "lowers those of 7 and 8 by 7.6). Both shifts are fitted on val; the paper's on test. With 3 % of the data "
+                f"soft targets recover {recovered(table):.0%} of the gap to hard targets with all of it; the teacher, as "
+                "the paper's, has seen all data."
+            ),
+            paragraph(SWEEP),
+            table_of_temperatures(table),
+            paragraph(TEN),
+            table_of_ten(rows_of_ten),
+            "\n".join(f"* {line}" for line in verdicts(table, threes, kept(one, all_ten, student))),
+            paragraph(
+                f"{conditions} {minutes:.0f} minutes in all, one process at a time beside others' work."
+            ),
+        ]
+    )
 
 
 def paragraph(text: str) -> str:
@@ -356,16 +464,21 @@ def main() -> None:
     few = lab.shards(asked.to / "few", lambda place: labelled(place, shards))
     for kind, configs in {
         "ten": (ten_config(few, shards, seed) for seed in asked.seeds),
-        "table": (table_config(shards, seed, (asked.to / f"ten-{seed}").resolve()) for seed in asked.seeds),
+        "table": (
+            table_config(shards, seed, (asked.to / f"ten-{seed}").resolve()) for seed in asked.seeds
+        ),
     }.items():
         places[kind] = [asked.to / f"{kind}-{seed}" for seed in asked.seeds]
         found[kind] = [
-            lab.finished(make(config), place, asked.set) for config, place in zip(configs, places[kind], strict=True)
+            lab.finished(make(config), place, asked.set)
+            for config, place in zip(configs, places[kind], strict=True)
         ]
     command = shlex.join(["python", "-m", "benchmarks.papers.mnist", *sys.argv[1:]])
     each = [each_of_ten(place, shards) for place in places["ten"]]
     for row, place in zip(found["table"], places["table"], strict=True):
-        row["students"] |= {f"{name}_before": before_correction(place, name, shards) for name in LEFT_OUT}
+        row["students"] |= {
+            f"{name}_before": before_correction(place, name, shards) for name in LEFT_OUT
+        }
     text = section(found, each, places, lab.conditions(asked.seeds, command))
     print(text)
     if asked.write:

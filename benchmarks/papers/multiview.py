@@ -37,31 +37,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.in_memory import InMemory
-from trainer.config import Engine, Schedule, Student, UserError
+from pipeline.config import Engine, Schedule, Student, UserError
+from trainer.core.loop import train
+from trainer.core.losses import classification_loss
+from trainer.core.objectives import Objective, classify, distil
 from trainer.data.streams import MeasuringStream, Source, TrainingStream, shuffled
-from trainer.distributed import Ranks, process_group
+from trainer.distributed.ranks import Ranks, process_group
 from trainer.engines import build_engine
-from trainer.loop import train
-from trainer.losses import classification_loss
-from trainer.objectives import Objective, classify, distil
 
 from . import lab
 
 TITLE = "Multi-view data (Allen-Zhu & Li 2020)"
 MEMBERS, SELF_STUDENTS, KL_STUDENTS = 10, 4, 2
 PAPER = {  # test error in units of mu, theorems 1 to 4
-    "single": "0.49 to 0.51", "ensemble": "at most 0.01",
-    "distilled_kl": "at most 0.01", "self_kl": "at most 0.26", "distilled": "at most 0.01", "self": "at most 0.26",
-    "random": "-", "random_ensemble": "lower", "random_distilled": "as one", "random_to_network": "-",
-}  # fmt: skip
+    "single": "0.49 to 0.51",
+    "ensemble": "at most 0.01",
+    "distilled_kl": "at most 0.01",
+    "self_kl": "at most 0.26",
+    "distilled": "at most 0.01",
+    "self": "at most 0.26",
+    "random": "-",
+    "random_ensemble": "lower",
+    "random_distilled": "as one",
+    "random_to_network": "-",
+}
 NAMES = {
-    "single": "one network", "ensemble": f"ensemble of {MEMBERS}, mean logits",
-    "distilled_kl": "student of the ensemble, KL", "self_kl": "student of one other network, KL",
-    "distilled": "student of the ensemble, raised", "self": "student of one other network, raised",
-    "random": "random features: one", "random_ensemble": f"random features: ensemble of {MEMBERS}",
+    "single": "one network",
+    "ensemble": f"ensemble of {MEMBERS}, mean logits",
+    "distilled_kl": "student of the ensemble, KL",
+    "self_kl": "student of one other network, KL",
+    "distilled": "student of the ensemble, raised",
+    "self": "student of one other network, raised",
+    "random": "random features: one",
+    "random_ensemble": f"random features: ensemble of {MEMBERS}",
     "random_distilled": "random features: student of their ensemble",
     "random_to_network": "the paper's network as that ensemble's student",
-}  # fmt: skip
+}
 
 
 # The data -----------------------------------------------------------------------------------------------------------
@@ -107,7 +118,9 @@ def orthonormal_views(problem: Problem, seed: int) -> np.ndarray:
     return np.ascontiguousarray(basis.T, np.float32).reshape(problem.classes, 2, problem.dimension)
 
 
-def draw_examples(problem: Problem, views: np.ndarray, per_class: int, single_share: float, seed: int) -> Drawn:
+def draw_examples(
+    problem: Problem, views: np.ndarray, per_class: int, single_share: float, seed: int
+) -> Drawn:
     """per_class examples of each class, round(single_share per_class) of them with one view, each view as likely."""
     draw = np.random.default_rng([seed, 1])
     C, P, d, n = problem.classes, problem.patches, problem.dimension, per_class * problem.classes
@@ -131,7 +144,9 @@ def draw_examples(problem: Problem, views: np.ndarray, per_class: int, single_sh
     inputs = draw.standard_normal((n, P, d), np.float32) * np.float32(problem.noise / math.sqrt(d))
     places = draw.random((n, P)).argsort(1)
     example, view = weights.reshape(n, 2 * C).nonzero()
-    turn = np.arange(len(example)) - np.searchsorted(example, example)  # the how-manieth view of its example
+    turn = np.arange(len(example)) - np.searchsorted(
+        example, example
+    )  # the how-manieth view of its example
     strength = weights.reshape(n, 2 * C)[example, view, None].astype(np.float32)
     inputs[example, places[example, turn]] += strength * views.reshape(-1, d)[view]
     return Drawn(inputs.astype(np.float16), labels, single, weights.astype(np.float32))
@@ -150,7 +165,9 @@ def smoothed_relu(z: Tensor, q: int, rho: float) -> Tensor:
 class MultiViewNetwork(nn.Module):
     """F_i(x) = sum over r, p of smoothed_relu(<w_i,r, x_p>), w ~ N(0, scale^2).  [B, P, d] -> float32 [B, C]."""
 
-    def __init__(self, classes: int, dimension: int, neurons: int, q: int, rho: float, scale: float):
+    def __init__(
+        self, classes: int, dimension: int, neurons: int, q: int, rho: float, scale: float
+    ):
         super().__init__()
         self.classes, self.q, self.rho = classes, q, rho
         self.weight = nn.Parameter(torch.randn(classes * neurons, dimension) * scale)
@@ -179,7 +196,9 @@ class RandomFeatures:
     """
 
     def __init__(self, count: int, dimension: int, seed: int, inputs: np.ndarray):
-        self.directions = torch.randn(count, dimension, generator=torch.Generator().manual_seed(seed))
+        self.directions = torch.randn(
+            count, dimension, generator=torch.Generator().manual_seed(seed)
+        )
         self.mean, self.deviation = 0.0, 1.0
         found = self(inputs)
         self.mean, self.deviation = found.mean(0), found.std(0)
@@ -187,7 +206,10 @@ class RandomFeatures:
     def __call__(self, inputs: np.ndarray) -> np.ndarray:
         """[n, P, d] -> float32 [n, count]"""
         blocks = np.array_split(inputs, -(-len(inputs) // 256))
-        sums = [F.relu(F.linear(torch.from_numpy(block).float(), self.directions)).sum(1).numpy() for block in blocks]
+        sums = [
+            F.relu(F.linear(torch.from_numpy(block).float(), self.directions)).sum(1).numpy()
+            for block in blocks
+        ]
         return (np.concatenate(sums) - self.mean) / self.deviation
 
 
@@ -196,8 +218,12 @@ class RandomFeatures:
 
 # What students mind.  An ensemble's answer is its mean logits, as in the paper: its members' geometric mean.
 RAISE = 0.3
-KL_STUDENT = Student(temperature=30, soft_weight=2, hard_weight=0.3, label_smoothing=0, mean="geometric")
-RANDOM_STUDENT = Student(temperature=1, soft_weight=1, hard_weight=0, label_smoothing=0, mean="geometric")
+KL_STUDENT = Student(
+    temperature=30, soft_weight=2, hard_weight=0.3, label_smoothing=0, mean="geometric"
+)
+RANDOM_STUDENT = Student(
+    temperature=1, soft_weight=1, hard_weight=0, label_smoothing=0, mean="geometric"
+)
 
 
 @dataclass(frozen=True)
@@ -231,23 +257,49 @@ class Plan:
 
 QUICK = Plan(
     Problem(classes=5, dimension=512, patches=8, off_weight_single=0.3, noise=1.0),
-    members=6, self_students=1, kl_students=1, neurons=6, scale=0.01,
-    network=Lesson(300, 20.0, "bf16"), student=Lesson(600, 10.0, "bf16"), kl_student=Lesson(600, 10.0, "bf16"),
+    members=6,
+    self_students=1,
+    kl_students=1,
+    neurons=6,
+    scale=0.01,
+    network=Lesson(300, 20.0, "bf16"),
+    student=Lesson(600, 10.0, "bf16"),
+    kl_student=Lesson(600, 10.0, "bf16"),
     test_per_class=50,
-)  # fmt: skip
+)
 
 
 def schedule_of(lesson: Lesson, examples: int) -> Schedule:
     """Every step all examples; a constant rate, no momentum, no decay."""
     return Schedule(
-        batch_size=examples, optimizer="sgd", learning_rate=lesson.rate, schedule="constant", warmup=0.0,
-        weight_decay=0.0, momentum=0.0, beta2=0.999, label_smoothing=0.0, ema=0.0, accumulation=1, clip_norm=0.0,
-        balance=0.0, validate_every=0, patience=0, checkpoint_every=500, keep=1, log_every=50,
-    )  # fmt: skip
+        batch_size=examples,
+        optimizer="sgd",
+        learning_rate=lesson.rate,
+        schedule="constant",
+        warmup=0.0,
+        weight_decay=0.0,
+        momentum=0.0,
+        beta2=0.999,
+        label_smoothing=0.0,
+        ema=0.0,
+        accumulation=1,
+        clip_norm=0.0,
+        balance=0.0,
+        validate_every=0,
+        patience=0,
+        checkpoint_every=500,
+        keep=1,
+        log_every=50,
+    )
 
 
 def trained(
-    network: nn.Module, shards: InMemory, objective: Objective, lesson: Lesson, place: Path, ranks: Ranks
+    network: nn.Module,
+    shards: InMemory,
+    objective: Objective,
+    lesson: Lesson,
+    place: Path,
+    ranks: Ranks,
 ) -> nn.Module:
     """The network after its lesson, by the product's loop; read from `place` where it has had it."""
     written = place / "weights.safetensors"
@@ -258,8 +310,17 @@ def trained(
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), len(shards))], 0)
     engine = Engine(device="cpu", precision=lesson.precision)
     with closing(build_engine(engine, ranks)) as driver:
-        network, _ = train(driver, network, objective, stream, schedule_of(lesson, len(shards)), lesson.steps,
-                           ranks=ranks, checkpoints=place / "checkpoints", metrics=place / "metrics.jsonl")  # fmt: skip
+        network, _ = train(
+            driver,
+            network,
+            objective,
+            stream,
+            schedule_of(lesson, len(shards)),
+            lesson.steps,
+            ranks=ranks,
+            checkpoints=place / "checkpoints",
+            metrics=place / "metrics.jsonl",
+        )
     save_file(network.state_dict(), place / ".part")
     (place / ".part").rename(written)
     return network
@@ -288,7 +349,9 @@ def raise_to(logits: Tensor, weight: float = RAISE) -> Objective:
     def objective(network: nn.Module, batch) -> Tensor:
         found = network(batch.inputs)
         lacking = (mean[batch.ids] - found).clamp_min(0)
-        return classification_loss(found, batch.labels) + weight * lacking.square().sum(1).mean() / 2
+        return (
+            classification_loss(found, batch.labels) + weight * lacking.square().sum(1).mean() / 2
+        )
 
     return objective
 
@@ -296,7 +359,10 @@ def raise_to(logits: Tensor, weight: float = RAISE) -> Objective:
 def errors_of(logits: Tensor, drawn: Drawn) -> dict[str, float]:
     """Of [n, C]: the shares of errors among the examples with both views ("multi") and with one ("single")."""
     wrong = logits.argmax(1).numpy() != drawn.labels
-    return {"multi": float(wrong[~drawn.single].mean()), "single": float(wrong[drawn.single].mean())}
+    return {
+        "multi": float(wrong[~drawn.single].mean()),
+        "single": float(wrong[drawn.single].mean()),
+    }
 
 
 def in_units_of_mu(errors: dict[str, float], mu: float) -> float:
@@ -310,15 +376,23 @@ class Laboratory:
     def __init__(self, plan: Plan, seed: int, place: Path, ranks: Ranks):
         self.plan, self.seed, self.place, self.ranks = plan, seed, place, ranks
         place.mkdir(parents=True, exist_ok=True)
-        students = {"kl": KL_STUDENT.model_dump(), "random": RANDOM_STUDENT.model_dump(), "raise": RAISE}
+        students = {
+            "kl": KL_STUDENT.model_dump(),
+            "random": RANDOM_STUDENT.model_dump(),
+            "raise": RAISE,
+        }
         asked = asdict(plan) | {"seed": seed, "students": students}
         if self.part("plan", lambda: {"plan": asked})["plan"] != asked:
-            raise UserError(f"{place} holds another plan's results, see its plan.json; take another --to")
+            raise UserError(
+                f"{place} holds another plan's results, see its plan.json; take another --to"
+            )
         problem = plan.problem
         self.views = orthonormal_views(problem, self.draw("views"))
         each, mu = problem.per_class, problem.single_share
         self.taught = draw_examples(problem, self.views, each, mu, self.draw("training"))
-        self.asked = draw_examples(problem, self.views, 2 * plan.test_per_class, 0.5, self.draw("test"))
+        self.asked = draw_examples(
+            problem, self.views, 2 * plan.test_per_class, 0.5, self.draw("test")
+        )
         self.shards = InMemory(self.taught.inputs, self.taught.labels)
         self.test = InMemory(self.asked.inputs, self.asked.labels, "test")
 
@@ -330,12 +404,24 @@ class Laboratory:
             "single": [lambda m=m: self.figures(self.single(m)) for m in members],
             "ensemble": [lambda: self.measured(self.say(members, self.test), self.say(members))],
             "distilled": [lambda: self.figures(self.student("distilled", 0, self.say(members)))],
-            "self": [lambda k=k: self.figures(self.student("self", k, self.say([k]))) for k in students],
-            "distilled_kl": [lambda: self.figures(self.kl_student("distilled_kl", 0, self.say(members)))],
-            "self_kl": [lambda k=k: self.figures(self.kl_student("self_kl", k, self.say([k]))) for k in by_kl],
-            "random_to_network": [lambda: self.figures(self.student("random_to_network", 0, self.say_randoms()))],
+            "self": [
+                lambda k=k: self.figures(self.student("self", k, self.say([k]))) for k in students
+            ],
+            "distilled_kl": [
+                lambda: self.figures(self.kl_student("distilled_kl", 0, self.say(members)))
+            ],
+            "self_kl": [
+                lambda k=k: self.figures(self.kl_student("self_kl", k, self.say([k])))
+                for k in by_kl
+            ],
+            "random_to_network": [
+                lambda: self.figures(self.student("random_to_network", 0, self.say_randoms()))
+            ],
         }
-        found = {name: [self.part(f"{name}-{k}", each) for k, each in enumerate(rows)] for name, rows in work.items()}
+        found = {
+            name: [self.part(f"{name}-{k}", each) for k, each in enumerate(rows)]
+            for name, rows in work.items()
+        }
         found |= self.part("random", self.control)
         return {name: found[name] for name in NAMES}
 
@@ -365,29 +451,44 @@ class Laboratory:
     def kl_student(self, name: str, number: int, teachers: Tensor) -> MultiViewNetwork:
         return self.network(name, number, learn_from(teachers, KL_STUDENT), self.plan.kl_student)
 
-    def network(self, name: str, number: int, objective: Objective, lesson: Lesson) -> MultiViewNetwork:
+    def network(
+        self, name: str, number: int, objective: Objective, lesson: Lesson
+    ) -> MultiViewNetwork:
         plan, problem = self.plan, self.plan.problem
         torch.manual_seed(self.draw(name, number))
-        network = MultiViewNetwork(problem.classes, problem.dimension, plan.neurons, plan.q, plan.rho, plan.scale)
-        return trained(network, self.shards, objective, lesson, self.place / f"{name}-{number}", self.ranks)
+        network = MultiViewNetwork(
+            problem.classes, problem.dimension, plan.neurons, plan.q, plan.rho, plan.scale
+        )
+        return trained(
+            network, self.shards, objective, lesson, self.place / f"{name}-{number}", self.ranks
+        )
 
     def say(self, members, shards: InMemory | None = None) -> Tensor:
         """[K, n, C]: single networks' logits, of the training examples by default."""
-        return torch.stack([logits_of(self.single(number), shards or self.shards) for number in members])
+        return torch.stack(
+            [logits_of(self.single(number), shards or self.shards) for number in members]
+        )
 
     def figures(self, network: MultiViewNetwork) -> dict:
         """Errors, and how many classes the network knows by none, one, both of their views."""
         phi = view_correlations(network, self.views)
         learned = views_learned(phi, self.plan.problem.off_weight)
-        return self.measured(logits_of(network, self.test)[None], logits_of(network, self.shards)[None]) | {
-            "classes_by_views": torch.bincount(learned.sum(1), minlength=3).tolist(), "correlations": phi.tolist(),
-        }  # fmt: skip
+        return self.measured(
+            logits_of(network, self.test)[None], logits_of(network, self.shards)[None]
+        ) | {
+            "classes_by_views": torch.bincount(learned.sum(1), minlength=3).tolist(),
+            "correlations": phi.tolist(),
+        }
 
     def measured(self, on_test: Tensor, on_training: Tensor) -> dict:
         """Errors of the mean of [K, n, C] logits."""
         test = errors_of(on_test.mean(0), self.asked)
         error = in_units_of_mu(test, self.plan.problem.single_share)
-        return {"error": error, "test": test, "training": errors_of(on_training.mean(0), self.taught)}
+        return {
+            "error": error,
+            "test": test,
+            "training": errors_of(on_training.mean(0), self.taught),
+        }
 
     # The control.
 
@@ -397,30 +498,41 @@ class Laboratory:
         teachers, on_test = (torch.stack(each) for each in zip(*ones, strict=True))
         objective = learn_from(teachers, RANDOM_STUDENT)
         students = [
-            self.last_layer("random_distilled", number, objective, number) for number in range(self.plan.self_students)
+            self.last_layer("random_distilled", number, objective, number)
+            for number in range(self.plan.self_students)
         ]
         return {
             "random": [self.measured(test[None], training[None]) for training, test in ones],
             "random_ensemble": [self.measured(on_test, teachers)],
-            "random_distilled": [self.measured(test[None], training[None]) for training, test in students],
-        }  # fmt: skip
+            "random_distilled": [
+                self.measured(test[None], training[None]) for training, test in students
+            ],
+        }
 
-    def last_layer(self, name: str, number: int, objective: Objective, features: int) -> tuple[Tensor, Tensor]:
+    def last_layer(
+        self, name: str, number: int, objective: Objective, features: int
+    ) -> tuple[Tensor, Tensor]:
         """Logits [n, C] of the training and the test examples; the last layer over these fixed features starts at 0."""
         plan = self.plan
         seed = self.draw("features", features)
         fixed = RandomFeatures(plan.features, plan.problem.dimension, seed, self.taught.inputs)
-        taught, asked = (InMemory(fixed(drawn.inputs), drawn.labels) for drawn in (self.taught, self.asked))
+        taught, asked = (
+            InMemory(fixed(drawn.inputs), drawn.labels) for drawn in (self.taught, self.asked)
+        )
         head = nn.Linear(plan.features, plan.problem.classes)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
-        head = trained(head, taught, objective, plan.random, self.place / f"{name}-{number}", self.ranks)
+        head = trained(
+            head, taught, objective, plan.random, self.place / f"{name}-{number}", self.ranks
+        )
         return logits_of(head, taught), logits_of(head, asked)
 
     def say_randoms(self) -> Tensor:
         """[K, n, C]: the members' logits of the training examples."""
         members = range(self.plan.members)
-        return torch.stack([self.last_layer("random", number, classify(), number)[0] for number in members])
+        return torch.stack(
+            [self.last_layer("random", number, classify(), number)[0] for number in members]
+        )
 
 
 # The table ----------------------------------------------------------------------------------------------------------
@@ -435,33 +547,49 @@ def views_of(results: list[dict], name: str) -> str:
     rows = [row for each in results for row in each[name]]
     if "classes_by_views" not in rows[0]:
         return "-"
-    return " / ".join(f"{statistics.mean(row['classes_by_views'][k] for row in rows):.1f}" for k in range(3))
+    return " / ".join(
+        f"{statistics.mean(row['classes_by_views'][k] for row in rows):.1f}" for k in range(3)
+    )
 
 
 def table_of(results: list[dict]) -> str:
     """A row for each of NAMES: means over a seed's networks, of which mean and deviation over seeds."""
     columns = {
-        "test error / mu": lambda row: row["error"], "test, both views": lambda row: row["test"]["multi"],
+        "test error / mu": lambda row: row["error"],
+        "test, both views": lambda row: row["test"]["multi"],
         "training, both views": lambda row: row["training"]["multi"],
         "training, one view": lambda row: row["training"]["single"],
-    }  # fmt: skip
+    }
     lines = []
     for name, words in NAMES.items():
-        cells = [lab.spread([of_seed(each[name], key) for each in results]) for key in columns.values()]
+        cells = [
+            lab.spread([of_seed(each[name], key) for each in results]) for key in columns.values()
+        ]
         lines.append([words, cells[0], PAPER[name], views_of(results, name), *cells[1:]])
     first, *others = columns
-    return lab.table(["", first, "the paper", "classes known by no / one / both views", *others], lines)
+    return lab.table(
+        ["", first, "the paper", "classes known by no / one / both views", *others], lines
+    )
 
 
 def verdicts(results: list[dict]) -> list[str]:
     """What is asked, of the means over seeds."""
-    mean = {name: statistics.mean(of_seed(each[name], lambda row: row["error"]) for each in results) for name in NAMES}
+    mean = {
+        name: statistics.mean(of_seed(each[name], lambda row: row["error"]) for each in results)
+        for name in NAMES
+    }
     # The control's students share the features of its first members.
     gain = mean["random"] - mean["random_ensemble"]
-    kept = statistics.mean(
-        own["error"] - student["error"]
-        for each in results for own, student in zip(each["random"], each["random_distilled"], strict=False)
-    ) / gain if gain > 0 else math.nan  # fmt: skip
+    kept = (
+        statistics.mean(
+            own["error"] - student["error"]
+            for each in results
+            for own, student in zip(each["random"], each["random_distilled"], strict=False)
+        )
+        / gain
+        if gain > 0
+        else math.nan
+    )
     return [
         f"{words}: {'yes' if holds else 'no'} ({figure:.3f})."
         for words, figure, holds in [
@@ -471,14 +599,20 @@ def verdicts(results: list[dict]) -> list[str]:
             ("Its student, raised, below 0.05 mu", mean["distilled"], mean["distilled"] < 0.05),
             ("Self-distillation by KL below 0.35 mu", mean["self_kl"], mean["self_kl"] < 0.35),
             ("Self-distillation, raised, below 0.35 mu", mean["self"], mean["self"] < 0.35),
-            ("Random features: students keep less than a twentieth of their ensemble's gain", kept, kept < 0.05),
+            (
+                "Random features: students keep less than a twentieth of their ensemble's gain",
+                kept,
+                kept < 0.05,
+            ),
         ]
-    ]  # fmt: skip
+    ]
 
 
 def main() -> None:
     parser = lab.arguments(__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smaller problem and four members: a look, no result")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smaller problem and four members: a look, no result"
+    )
     asked = parser.parse_args()
     plan = QUICK if asked.quick else Plan()
     results = []

@@ -9,9 +9,9 @@ from scipy.sparse import csr_array
 
 from benchmarks.characters import data, groups
 from clustering import PredictionStatistics
-from trainer.config import Data
+from pipeline.config import Data
 from trainer.data import open_shards
-from trainer.data.glyphs import Distortion
+from trainer.data.authoring.glyphs import Distortion
 
 needs_drawings = pytest.mark.skipif(not data.SOURCE.is_dir(), reason=f"{data.SOURCE} is absent")
 FEW = {"seen": {"train": 7, "val": 7}, "unseen": {"test": 2}}
@@ -31,13 +31,19 @@ def test_drawings_are_in_the_order_of_their_labels():
     for font in data.SEEN + data.UNSEEN:
         ink = data.drawings(font) > 128
         rows = np.flatnonzero(ink[one].any(axis=1))
-        assert np.ptp(rows) < 16 and ink[one].any(axis=0).sum() > 28, font  # one stroke from left to right
-        assert not ink[mouth][20:28, 20:28].any() and ink[mouth].sum() > 100, font  # a box, empty in its middle
+        assert np.ptp(rows) < 16 and ink[one].any(axis=0).sum() > 28, (
+            font
+        )  # one stroke from left to right
+        assert not ink[mouth][20:28, 20:28].any() and ink[mouth].sum() > 100, (
+            font
+        )  # a box, empty in its middle
 
 
 @needs_drawings
 def test_every_font_is_either_seen_or_unseen():
-    assert sorted(data.SEEN + data.UNSEEN) == sorted(path.stem for path in data.SOURCE.glob("*.webp"))
+    assert sorted(data.SEEN + data.UNSEEN) == sorted(
+        path.stem for path in data.SOURCE.glob("*.webp")
+    )
 
 
 @needs_drawings
@@ -48,7 +54,9 @@ def test_without_distortion_the_images_of_a_class_are_its_drawings_in_each_font(
         found = shards.inputs(np.flatnonzero(shards.labels == label))[:, 0].astype(float)
         for font in data.SEEN:
             drawing = data.drawings(font)[label].astype(float)
-            means = drawing.reshape(16, 3, 16, 3).mean((1, 3))  # both at a third of the drawing's size
+            means = drawing.reshape(16, 3, 16, 3).mean(
+                (1, 3)
+            )  # both at a third of the drawing's size
             apart = np.abs(found.reshape(-1, 16, 2, 16, 2).mean((2, 4)) - means).mean((1, 2))
             assert apart.min() < 5 < np.sort(apart)[1], (label, font, apart)
 
@@ -84,8 +92,13 @@ def quartets(labelled):
 
 def test_groups_are_found_without_labels_and_judged_on_test():
     # Test errors between 0 and 1 (3 of them, in one quartet) and between 0 and 4 (1, in different ones); 5 is right.
-    test = csr_array((np.array([3, 1, 9]), (np.array([0, 0, 5]), np.array([1, 4, 5]))), shape=(16, 16))
-    found = [groups.measure(quartets(labelled), None, test, 4, "kmeans", True, 1, 0) for labelled in (True, False)]
+    test = csr_array(
+        (np.array([3, 1, 9]), (np.array([0, 0, 5]), np.array([1, 4, 5]))), shape=(16, 16)
+    )
+    found = [
+        groups.measure(quartets(labelled), None, test, 4, "kmeans", True, 1, 0)
+        for labelled in (True, False)
+    ]
     assert [figures["test"] for figures in found] == [0.75, 0.75]
     assert found[0]["val_unlabelled"] == found[1]["val_unlabelled"]
     assert found[0]["largest"] == 1.0 and found[0]["chance"] == pytest.approx(3 / 15)
@@ -94,11 +107,20 @@ def test_groups_are_found_without_labels_and_judged_on_test():
 def test_the_table_shows_means_over_seeds_best_method_first():
     figures = dict.fromkeys(groups.FIGURES, 1.0)
     rows = [
-        {"method": method, "refine": True, "overlap": overlap, **figures, "test": share + shift, "chance": 0.05}
+        {
+            "method": method,
+            "refine": True,
+            "overlap": overlap,
+            **figures,
+            "test": share + shift,
+            "chance": 0.05,
+        }
         for method, share in (("raw", 0.1), ("kmeans", 0.4))
         for overlap in groups.OVERLAPS
         for shift in (-0.01, 0.01)
     ]
     text = groups.table(groups.summary_of(rows)).splitlines()
     assert text[2].startswith("| `kmeans` | yes | 0.400 ± 0.014 | 0.400 ± 0.014 |")
-    assert text[3].startswith("| `raw` | yes | 0.100 ± 0.014 |") and text[4].startswith("| chance | | 0.050 | 0.050 |")
+    assert text[3].startswith("| `raw` | yes | 0.100 ± 0.014 |") and text[4].startswith(
+        "| chance | | 0.050 | 0.050 |"
+    )

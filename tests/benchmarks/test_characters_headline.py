@@ -11,15 +11,27 @@ import torch
 from benchmarks.characters import headline as script
 from clustering import ClassGroups
 from ensemble import combine_kl, gate
-from networks import InputSpec, ModelSpec, build_classifier, parameter_count, save_classifier, specialise
-from trainer.config import load_config
-from trainer.data.arrays import write_arrays
-from trainer.run_directory import RunDirectory, write_json
+from networks import (
+    InputSpec,
+    ModelSpec,
+    build_classifier,
+    parameter_count,
+    save_classifier,
+    specialise,
+)
+from pipeline.config import load_config
+from pipeline.store import RunDirectory, write_json
+from trainer.data.authoring.arrays import write_arrays
 
 
 def row(errors: int, nll: float, examples: int = 1000) -> dict:
-    return {"n": 1000, "top1": 1 - errors / 1000, "nll": nll, "cnll": nll,
-            "cost": {"examples_seen": examples, "seconds": 60.0}}  # fmt: skip
+    return {
+        "n": 1000,
+        "top1": 1 - errors / 1000,
+        "nll": nll,
+        "cnll": nll,
+        "cost": {"examples_seen": examples, "seconds": 60.0},
+    }
 
 
 def specialist(index: int, gain: float, n: int = 400, routed: int = 500) -> dict:
@@ -29,14 +41,21 @@ def specialist(index: int, gain: float, n: int = 400, routed: int = 500) -> dict
 
 def seed_of(ensemble: dict, **changed) -> dict:
     """A generalist with 100 errors of 1,000, of which groups hold 80."""
-    students = {"same": row(80, 0.3), "same_hard": row(90, 0.4), "double": row(70, 0.25), "double_hard": row(75, 0.35)}
+    students = {
+        "same": row(80, 0.3),
+        "same_hard": row(90, 0.4),
+        "double": row(70, 0.25),
+        "double_hard": row(75, 0.35),
+    }
     students |= {"few": row(72, 0.3), "few_hard": row(85, 0.5)}
     main = {
-        "generalist": row(100, 0.5), "ensemble": ensemble, "students": students,
+        "generalist": row(100, 0.5),
+        "ensemble": ensemble,
+        "students": students,
         "controls": {"control_wall": row(110, 0.6), "control_compute": row(85, 0.45)},
         "specialists": [specialist(0, 0.05), specialist(1, 0.02), specialist(2, 0.01)],
         "clusters": {"captured_confusion": 0.8, "chance": 0.1},
-    }  # fmt: skip
+    }
     unseen = {"generalist": row(400, 2.0), "ensemble": row(380, 1.9)}
     found = {"seed": 0, "main": main, "unseen": unseen, "whole": 0.7, "own": 0.4, "seconds": 3600.0}
     found["longer"], found["wider"] = {"generalist": row(95, 0.45)}, {"generalist": row(50, 0.3)}
@@ -69,11 +88,19 @@ def test_students_are_at_most_their_multiple_of_the_generalist_and_tenfold_is_te
         options = {key: model[key] for key in ("width", "depth", "embedding")} | {"dropout": 0.0}
         names = [str(label) for label in range(3755)]
         given = {"shape": [1, 32, 32], "dtype": "uint8", "mean": [0.2], "std": [0.3]}
-        spec = ModelSpec(builder=model["name"], options=options, num_classes=len(names), class_names=names, input=given)
+        spec = ModelSpec(
+            builder=model["name"],
+            options=options,
+            num_classes=len(names),
+            class_names=names,
+            input=given,
+        )
         return parameter_count(build_classifier(spec))
 
     generalist = parameters({})
-    same, double, few = (parameters(config["students"][name].get("model", {})) for name in script.STUDENTS)
+    same, double, few = (
+        parameters(config["students"][name].get("model", {})) for name in script.STUDENTS
+    )
     assert same == generalist == 37_383 and few == double
     assert 1.9 * generalist < double <= 2 * generalist
     assert parameters(script.TENFOLD) == pytest.approx(10 * generalist, rel=0.02)
@@ -82,7 +109,9 @@ def test_students_are_at_most_their_multiple_of_the_generalist_and_tenfold_is_te
 def test_settings_reach_what_a_further_run_has_and_add_no_student_to_it():
     config = script.config_of(Path("data"), 0, ["students.same.steps=7", "train.steps=50"])
     assert config["students"]["same"]["steps"] == 7
-    assert script.longer(config)["students"] == {} and script.longer(config)["train"]["steps"] == 100
+    assert (
+        script.longer(config)["students"] == {} and script.longer(config)["train"]["steps"] == 100
+    )
 
 
 def test_a_further_run_differs_from_the_headline_in_what_its_name_says():
@@ -104,7 +133,9 @@ def test_a_further_run_differs_from_the_headline_in_what_its_name_says():
 
 def test_a_deep_ensemble_has_the_generalists_that_the_specialists_examples_buy_and_two_at_least():
     results = seed_of(row(60, 0.4))["main"]
-    assert script.members_bought(results) == 2  # 600 examples of specialists beside 1,000: 1 + round(.6)
+    assert (
+        script.members_bought(results) == 2
+    )  # 600 examples of specialists beside 1,000: 1 + round(.6)
     results["specialists"] = [specialist(m, 0.1) for m in range(12)]  # 2,400
     assert script.members_bought(results) == 3
     results["specialists"] = [specialist(0, 0.1)]  # 200
@@ -128,7 +159,9 @@ def done_run(root: Path, config: dict) -> RunDirectory:
     return run
 
 
-@pytest.mark.parametrize("name, taken", [("deep", ["generalist"]), ("longer", []), ("wider", []), ("itself", None)])
+@pytest.mark.parametrize(
+    "name, taken", [("deep", ["generalist"]), ("longer", []), ("wider", []), ("itself", None)]
+)
 def test_a_copy_takes_over_the_stages_that_its_config_leaves_as_they_are(tmp_path, name, taken):
     config = script.config_of(tmp_path, 0)
     run = done_run(tmp_path / "seed-0", config)
@@ -144,7 +177,9 @@ def test_a_copy_takes_over_the_stages_that_its_config_leaves_as_they_are(tmp_pat
         assert json.loads(stage.path("fact.json").read_text()) == stage.place
         assert (stage.directory / "below" / "000.txt").read_text() == "kept"  # through the link
         assert not stage.checkpoints.exists()
-    assert (place / "cache" / "test.npy").stat().st_ino == (run.root / "cache" / "test.npy").stat().st_ino
+    assert (place / "cache" / "test.npy").stat().st_ino == (
+        run.root / "cache" / "test.npy"
+    ).stat().st_ino
     assert (place / "config.toml").exists() and not list(tmp_path.glob(".*.unfinished"))
 
 
@@ -176,14 +211,29 @@ def untrained(tmp_path):
     rng, groups = np.random.default_rng(0), ClassGroups([[0, 1, 2, 3], [3, 4, 5]], 6)
     images, labels = rng.integers(0, 256, (60, 8, 8), dtype=np.uint8), np.arange(60) % 6
     splits = {split: images for split in ("train", "val", "test")}
-    write_arrays(splits, {split: labels.copy() for split in splits}, tmp_path / "shards", {}, 0, {"command": "test"})
+    write_arrays(
+        splits,
+        {split: labels.copy() for split in splits},
+        tmp_path / "shards",
+        {},
+        0,
+        {"command": "test"},
+    )
     run, names = tmp_path / "seed-0", [str(label) for label in range(6)]
-    spec = ModelSpec("convnet", 6, InputSpec((1, 8, 8)), {"width": 2, "depth": 2, "embedding": 8}, class_names=names)
+    spec = ModelSpec(
+        "convnet",
+        6,
+        InputSpec((1, 8, 8)),
+        {"width": 2, "depth": 2, "embedding": 8},
+        class_names=names,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         generalist = build_classifier(spec).eval()
         save_classifier(generalist, run / "generalist")
-        specialists = [specialise(generalist, members.tolist()).eval() for members in groups.members]
+        specialists = [
+            specialise(generalist, members.tolist()).eval() for members in groups.members
+        ]
         for m, specialist in enumerate(specialists):
             with torch.no_grad():
                 specialist.head.weight.add_(torch.randn_like(specialist.head.weight))
@@ -203,12 +253,16 @@ def test_figures_on_a_split_are_those_of_every_network_asked_plainly(untrained):
     for name, answer in (("generalist", p), ("ensemble", q)):
         assert found[name]["n"] == 60
         assert found[name]["top1"] == pytest.approx(float((answer.argmax(1) == y).double().mean()))
-        assert found[name]["nll"] == pytest.approx(float(-answer[torch.arange(60), y].log().mean()), rel=1e-5)
+        assert found[name]["nll"] == pytest.approx(
+            float(-answer[torch.arange(60), y].log().mean()), rel=1e-5
+        )
     assert found["generalist"]["nll"] != pytest.approx(found["ensemble"]["nll"], rel=1e-3)
     assert script.figures_on(run, place, "val", most=7)["ensemble"]["n"] == 7
 
 
-def test_the_seeds_generalists_together_answer_with_the_mean_of_their_probabilities(untrained, tmp_path):
+def test_the_seeds_generalists_together_answer_with_the_mean_of_their_probabilities(
+    untrained, tmp_path
+):
     run, place, (generalist, _, _, images, labels) = untrained
     other, y = tmp_path / "seed-1", torch.from_numpy(labels)
     with torch.no_grad():
@@ -218,7 +272,9 @@ def test_the_seeds_generalists_together_answer_with_the_mean_of_their_probabilit
         p = (p + generalist(raw).softmax(1)) / 2
     save_classifier(generalist, other / "generalist")
     found = script.generalists_together([run, other], place)["together"]
-    assert found["n"] == 60 and found["top1"] == pytest.approx(float((p.argmax(1) == y).double().mean()))
+    assert found["n"] == 60 and found["top1"] == pytest.approx(
+        float((p.argmax(1) == y).double().mean())
+    )
     assert found["nll"] == pytest.approx(float(-p[torch.arange(60), y].log().mean()), rel=1e-5)
 
 
@@ -253,9 +309,15 @@ def test_each_seeds_generalist_is_averaged_with_the_nexts_and_all_together(tmp_p
 def test_figures_are_measured_once_for_a_run_and_again_when_it_is_another(untrained, monkeypatch):
     run, place, _ = untrained
     results, asked = {"generalist": row(10, 0.5), "ensemble": row(5, 0.4)}, []
-    monkeypatch.setattr(script, "figures_on", lambda *given: asked.append(given) or {"given": len(asked)})
-    assert [script.kept_figures(run, results, place, "test") for _ in range(2)] == [{"given": 1}] * 2
-    assert script.kept_figures(run, results | {"ensemble": row(4, 0.4)}, place, "test") == {"given": 2}
+    monkeypatch.setattr(
+        script, "figures_on", lambda *given: asked.append(given) or {"given": len(asked)}
+    )
+    assert [script.kept_figures(run, results, place, "test") for _ in range(2)] == [
+        {"given": 1}
+    ] * 2
+    assert script.kept_figures(run, results | {"ensemble": row(4, 0.4)}, place, "test") == {
+        "given": 2
+    }
     assert script.kept_figures(run, results, place, "val", 7) == {"given": 3}
 
 
@@ -265,8 +327,10 @@ def test_forecast_and_gain_are_ranked_in_shares_of_all_examples_and_of_the_group
     results["specialists"][2]["n"] = 1600
     assert script.healed(results) == pytest.approx({0: 0.02, 1: 0.008, 2: 0.016})
     # Ranks 3, 1, 2 of both; and of the own examples .1, .05, .06 beside .05, .02, .01: one swap, 1 - 6 * 2 / 24.
-    forecast = [{"gain": gain, "errors_inside": inside, "examples": 1000}
-                for gain, inside in ((0.9, 100), (0.1, 50), (0.2, 60))]  # fmt: skip
+    forecast = [
+        {"gain": gain, "errors_inside": inside, "examples": 1000}
+        for gain, inside in ((0.9, 100), (0.1, 50), (0.2, 60))
+    ]
     assert script.rank_correlations(forecast, results) == pytest.approx((1.0, 0.5))
 
 
@@ -280,17 +344,23 @@ def test_errors_that_nobody_heals_are_counted_among_the_generalists(tmp_path):
         place.mkdir(parents=True)
         top5 = np.array([[first, 0, 0, 0, 0] for first in predicted])
         np.savez(place / "generalist.npz", top5=top5, labels=np.arange(4))
-    assert script.still_wrong(tmp_path / "one", tmp_path / "other") == pytest.approx(1 / 3)  # of 1, 2, 3 the 2
+    assert script.still_wrong(tmp_path / "one", tmp_path / "other") == pytest.approx(
+        1 / 3
+    )  # of 1, 2, 3 the 2
 
 
 def test_every_bar_is_judged_by_its_mean_over_the_seeds():
     good, poor = seed_of(row(60, 0.4)), seed_of(row(90, 0.55))
     found = holds([good])
     lost = {claim for claim, value in found.items() if value is False}
-    assert lost == {"(no bar) the ensemble makes fewer errors than: wider generalist"}  # 60 beside 50
+    assert lost == {
+        "(no bar) the ensemble makes fewer errors than: wider generalist"
+    }  # 60 beside 50
     assert found["the ensemble removes at least 30 % of the generalist's errors"]  # 40 %
     both = holds([good, poor])
-    assert not both["the ensemble removes at least 30 % of the generalist's errors"]  # (40 + 10) / 2 %
+    assert not both[
+        "the ensemble removes at least 30 % of the generalist's errors"
+    ]  # (40 + 10) / 2 %
     assert both["it lowers NLL"]  # (.1 - .05) / 2
     assert both["it makes at least 20 % fewer errors than control_wall"]  # (45.5 + 18.2) / 2 %
     assert both["it makes fewer errors than control_compute"]  # (29.4 - 5.9) / 2 %
@@ -299,17 +369,26 @@ def test_every_bar_is_judged_by_its_mean_over_the_seeds():
 @pytest.mark.parametrize(
     "changed, claim",
     [
-        ({"longer": {"generalist": row(89, 0.4)}},
-         "doubling the generalist's examples removes less than 10 % of its errors"),
-        ({"unseen": {"generalist": row(400, 2.0), "ensemble": row(401, 1.9)}},
-         "on unseen fonts it makes no more errors than the generalist"),
-        ({"unseen": {"generalist": row(400, 2.0), "ensemble": row(380, 2.1)}}, "on unseen fonts its NLL is no higher"),
+        (
+            {"longer": {"generalist": row(89, 0.4)}},
+            "doubling the generalist's examples removes less than 10 % of its errors",
+        ),
+        (
+            {"unseen": {"generalist": row(400, 2.0), "ensemble": row(401, 1.9)}},
+            "on unseen fonts it makes no more errors than the generalist",
+        ),
+        (
+            {"unseen": {"generalist": row(400, 2.0), "ensemble": row(380, 2.1)}},
+            "on unseen fonts its NLL is no higher",
+        ),
         ({"whole": 0.59}, "the forecast ranks the groups by gain, Spearman at least .6"),
         ({"seconds": 6.1 * 3600}, "these runs take at most 3 hours on 2 cores"),
-        ({"deep": {"ensemble": row(55, 0.3), "sizes": [{}, {}]}},
-         "(no bar) the ensemble makes fewer errors than: deep ensemble"),
+        (
+            {"deep": {"ensemble": row(55, 0.3), "sizes": [{}, {}]}},
+            "(no bar) the ensemble makes fewer errors than: deep ensemble",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_bar_that_is_missed_is_said_to_be(changed, claim):
     assert holds([seed_of(row(60, 0.4))])[claim]
     assert holds([seed_of(row(60, 0.4), **changed)])[claim] is False
@@ -349,7 +428,10 @@ def test_the_table_has_each_rows_errors_beside_the_generalists():
 
 def test_seeds_stand_in_a_table_with_ceiling_fonts_and_forecast():
     line = script.seeds_table([seed_of(row(60, 0.4))]).splitlines()[2]
-    assert line == "| 0 | 0.800 (0.100) | 50.0% | not measured | 60.00 → 62.00 | 2.0000 → 1.9000 | 0.70 | 0.40 |"
+    assert (
+        line
+        == "| 0 | 0.800 (0.100) | 50.0% | not measured | 60.00 → 62.00 | 2.0000 → 1.9000 | 0.70 | 0.40 |"
+    )
 
 
 def test_each_size_has_its_place_and_classes(tmp_path):
@@ -357,7 +439,9 @@ def test_each_size_has_its_place_and_classes(tmp_path):
     to = ["--to", str(tmp_path)]
     found = {flag: script.parsed(script.parser("doc"), [*to, *flag.split()]) for flag in sizes}
     assert {flag: given.classes for flag, given in found.items()} == sizes
-    assert len({given.to for given in found.values()}) == 4 and all(given.to.is_dir() for given in found.values())
+    assert len({given.to for given in found.values()}) == 4 and all(
+        given.to.is_dir() for given in found.values()
+    )
     assert found["--both-levels"].set == [] and found["--sixth"].set == script.SIXTH
 
 

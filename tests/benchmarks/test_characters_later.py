@@ -9,7 +9,7 @@ from toy import encode_png
 
 from benchmarks.characters import later as script
 from benchmarks.characters.headline import config_of
-from trainer.config import Data, load_config
+from pipeline.config import Data, load_config
 from trainer.data.shards import ShardWriter, open_shards, write_manifest
 
 NAMES = ["a", "b", "c", "d", "e"]
@@ -23,7 +23,9 @@ def source(tmp_path):
         with ShardWriter(directory, split, NAMES) as writer:
             for k in range(15):
                 image = encode_png(np.full((4, 4), 10 * (k % 5) + k // 5, np.uint8))
-                writer.write({"__key__": f"{split}-{k:02d}", "cls": str(k % 5).encode(), "png": image})
+                writer.write(
+                    {"__key__": f"{split}-{k:02d}", "cls": str(k % 5).encode(), "png": image}
+                )
         splits[split] = writer.facts
     write_manifest(directory, NAMES, splits)
     return directory
@@ -32,7 +34,11 @@ def source(tmp_path):
 def test_the_characters_that_come_later_are_the_seeds_own():
     names = [str(c) for c in range(50)]
     first = script.left_out(names, 0, 10)
-    assert first == script.left_out(names, 0, 10) and len(set(first)) == 10 and set(first) <= set(names)
+    assert (
+        first == script.left_out(names, 0, 10)
+        and len(set(first)) == 10
+        and set(first) <= set(names)
+    )
     assert first != script.left_out(names, 1, 10) and first == sorted(first, key=int)
 
 
@@ -40,14 +46,19 @@ def test_filtered_shards_have_the_other_classes_samples_byte_for_byte(source, tm
     for _ in range(2):  # an interrupted one is begun again
         script.write_without(source, tmp_path / "out", ["b", "d"])
     for split in ("train", "val", "test"):
-        whole, found = (open_shards(str(place), Data(), split) for place in (source, tmp_path / "out"))
+        whole, found = (
+            open_shards(str(place), Data(), split) for place in (source, tmp_path / "out")
+        )
         assert found.class_names == ["a", "c", "e"] and len(found) == 9
         kept = [i for i, label in enumerate(whole.labels) if whole.class_names[label] not in "bd"]
         assert found.keys(range(9)) == whole.keys(kept)
         assert (found.inputs(np.arange(9)) == whole.inputs(np.array(kept))).all()
         named = [found.class_names[label] for label in found.labels]
         assert named == [whole.class_names[whole.labels[i]] for i in kept]
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]["without"] == ["b", "d"]
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]["without"] == [
+        "b",
+        "d",
+    ]
 
 
 def test_the_runs_differ_from_the_headline_in_what_they_are_for(tmp_path):
@@ -56,11 +67,19 @@ def test_the_runs_differ_from_the_headline_in_what_they_are_for(tmp_path):
     after = load_config(None, [], script.later(config, tmp_path / "old"))
     whole = load_config(None, [], config)
     assert before.data.train == before.data.test == "few" and not before.controls.enabled
-    assert after.data == whole.data and after.extend.run == str(tmp_path / "old") and after.controls.enabled
+    assert (
+        after.data == whole.data
+        and after.extend.run == str(tmp_path / "old")
+        and after.controls.enabled
+    )
     assert after.train == whole.train.model_copy(update={"steps": 4000})
     for run in (before, after):
         assert run.students == {"same": whole.students["same"]} and run.seed == 3
-        assert (run.model, run.specialists, run.clusters) == (whole.model, whole.specialists, whole.clusters)
+        assert (run.model, run.specialists, run.clusters) == (
+            whole.model,
+            whole.specialists,
+            whole.clusters,
+        )
     assert before.train == whole.train
 
 
@@ -77,15 +96,23 @@ def leave(run, names, answers):
 
 def result(examples, seconds=60.0):
     row = {"cost": {"examples_seen": examples, "seconds": seconds}}
-    return {"ensemble": row, "students": {"same": {"cost": {"examples_seen": 2 * examples, "seconds": 2 * seconds}}}}
+    return {
+        "ensemble": row,
+        "students": {"same": {"cost": {"examples_seen": 2 * examples, "seconds": 2 * seconds}}},
+    }
 
 
 def test_what_is_forgotten_and_learnt_by_hand(tmp_path):
     """Of four old examples four were right, then three; of two new ones one; trained again four and two."""
     labels = [0, 0, 2, 2, 1, 1]  # y is new
-    leave(tmp_path / "seed-0-without", ["x", "z"], dict.fromkeys(["generalist", "ensemble", "same"],
-                                                                 ([0, 0, 1, 1], [0, 0, 1, 1])))  # fmt: skip
-    after = dict.fromkeys(["generalist", "ensemble", "same", "control_wall"], (labels, [0, 1, 2, 2, 1, 0]))
+    leave(
+        tmp_path / "seed-0-without",
+        ["x", "z"],
+        dict.fromkeys(["generalist", "ensemble", "same"], ([0, 0, 1, 1], [0, 0, 1, 1])),
+    )
+    after = dict.fromkeys(
+        ["generalist", "ensemble", "same", "control_wall"], (labels, [0, 1, 2, 2, 1, 0])
+    )
     leave(tmp_path / "seed-0-later", ["x", "y", "z"], after)
     again = dict.fromkeys(["generalist", "ensemble", "same"], (labels, labels))
     leave(tmp_path / "seed-0", ["x", "y", "z"], again)

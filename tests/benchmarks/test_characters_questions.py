@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.characters import questions as script
 from benchmarks.characters.headline import config_of
-from trainer.config import load_config
-from trainer.run_directory import RunDirectory
+from pipeline.config import load_config
+from pipeline.store import RunDirectory
 
 BASE = script.base_of(Path("data"), 1, [])
 QUESTIONS = script.questions(load_config(None, [], BASE))
@@ -17,7 +17,9 @@ ROWS = [(name, row) for name, rows in QUESTIONS.items() for row in rows]
 def flat(values: dict, above: str = "") -> dict:
     found = {}
     for key, value in values.items():
-        found |= flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+        found |= (
+            flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
+        )
     return found
 
 
@@ -41,8 +43,10 @@ def test_a_row_differs_from_the_first_run_in_its_overrides_alone(question, row):
 
 
 def test_all_begin_with_the_headlines_generalist_and_groups_and_short_lessons():
-    headline, first = (RunDirectory(Path("runs"), load_config(None, [], config))
-                       for config in (config_of(Path("data"), 1), BASE))  # fmt: skip
+    headline, first = (
+        RunDirectory(Path("runs"), load_config(None, [], config))
+        for config in (config_of(Path("data"), 1), BASE)
+    )
     for stage in ("generalist", "measure", "cluster", "route"):
         assert getattr(headline, stage).key == getattr(first, stage).key
     assert first.config.specialists.steps == script.STEPS < headline.config.specialists.steps
@@ -64,10 +68,15 @@ def test_rows_share_with_the_first_run_what_stands_before_their_change(tmp_path)
             is_default = script.changes_nothing(BASE, overrides)
             sections = set() if is_default else {key.partition(".")[0] for key in overrides}
             other = RunDirectory(tmp_path, load_config(None, [], script.variant(BASE, overrides)))
-            assert (first.generalist.key, first.measure.key) == (other.generalist.key, other.measure.key)
+            assert (first.generalist.key, first.measure.key) == (
+                other.generalist.key,
+                other.measure.key,
+            )
             assert (first.cluster.key == other.cluster.key) == ("clusters" not in sections)
             specialists = [[stage.key for stage in run.specialists] for run in (first, other)]
-            assert (specialists[0] == specialists[1]) == (not {"clusters", "specialists"} & sections)
+            assert (specialists[0] == specialists[1]) == (
+                not {"clusters", "specialists"} & sections
+            )
 
 
 def test_runs_of_different_rows_lie_in_different_places_and_equal_ones_in_one():
@@ -75,7 +84,9 @@ def test_runs_of_different_rows_lie_in_different_places_and_equal_ones_in_one():
     for rows in QUESTIONS.values():
         for overrides in rows.values():
             if not script.changes_nothing(BASE, overrides):
-                configs.setdefault(script.place_of(run, overrides), []).append(script.variant(BASE, overrides))
+                configs.setdefault(script.place_of(run, overrides), []).append(
+                    script.variant(BASE, overrides)
+                )
     assert all(config == group[0] for group in configs.values() for config in group)
     distinct = [group[0] for group in configs.values()]
     assert all(a != b for k, a in enumerate(distinct) for b in distinct[:k])
@@ -98,18 +109,25 @@ def results(errors: int, captured: float, routed: int) -> dict:
     cost = {"examples_seen": 500_000, "seconds": 30.0}
     on_val = {"generalist": row | {"top1": 0.8}, "ensemble": row | {"top1": 0.85}}  # 50 of 200
     return {
-        "on_val": on_val, "generalist": row | {"top1": 0.9}, "ensemble": row | {"top1": 1 - errors / 1000},
+        "on_val": on_val,
+        "generalist": row | {"top1": 0.9},
+        "ensemble": row | {"top1": 1 - errors / 1000},
         "clusters": {"captured_confusion": captured},
         "specialists": [{"routed": routed, "cost": cost}, {"routed": routed, "cost": cost}],
-    }  # fmt: skip
+    }
 
 
 def test_the_table_shows_means_and_deviations_and_marks_the_default():
     """100 errors of the generalist; 60 and 70 are left: 40 and 30 % fewer, deviation sqrt(50)."""
-    rows = {"a": [results(60, 0.8, 500), results(70, 0.9, 700)], "b": [results(100, 0.5, 0), results(100, 0.5, 0)]}
+    rows = {
+        "a": [results(60, 0.8, 500), results(70, 0.9, 700)],
+        "b": [results(100, 0.5, 0), results(100, 0.5, 0)],
+    }
     lines = script.question_table(rows, "a").splitlines()
-    assert lines[2] == ("| **a**, the default | 93.50 ± 0.71 | 0.5000 ± 0.0000 | 35.0 ± 7.1 | 25.0 ± 0.0 "
-                        "| 0.4000 ± 0.0000 | 85.0 ± 7.1 | 1.20 | 1.00 M, 60 s |")  # fmt: skip
+    assert lines[2] == (
+        "| **a**, the default | 93.50 ± 0.71 | 0.5000 ± 0.0000 | 35.0 ± 7.1 | 25.0 ± 0.0 "
+        "| 0.4000 ± 0.0000 | 85.0 ± 7.1 | 1.20 | 1.00 M, 60 s |"
+    )
     assert lines[3].startswith("| b | 90.00 ± 0.00 |") and "| 0.0 ± 0.0 |" in lines[3]
 
 

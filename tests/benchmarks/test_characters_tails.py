@@ -10,32 +10,50 @@ from hypothesis import strategies as st
 from toy import encode_png
 
 from benchmarks.characters import tails as script
-from trainer.config import Data, load_config
+from pipeline.config import Data, load_config
+from pipeline.store import write_json
 from trainer.data.shards import ShardWriter, open_shards, write_manifest
-from trainer.run_directory import write_json
 
 
 def test_the_profile_falls_from_the_most_frequent_to_a_twenty_first():
-    assert script.images_kept(np.arange(5), 105).tolist() == [105, 49, 23, 11, 5]  # 105 * 21 ** (-k / 4)
+    assert script.images_kept(np.arange(5), 105).tolist() == [
+        105,
+        49,
+        23,
+        11,
+        5,
+    ]  # 105 * 21 ** (-k / 4)
     assert script.images_kept(np.array([2, 0, 1]), 35).tolist() == [2, 35, 8]
     assert script.images_kept(np.arange(2), 10).tolist() == [10, 1]  # never none
     assert script.images_kept(np.arange(1), 10).tolist() == [10]
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=6), st.integers(0, 3))
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=6),
+    st.integers(0, 3),
+)
 @settings(deadline=None)
 def test_of_each_class_as_many_samples_stay_as_asked_or_all(classes, seed):
-    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(classes)), [n for n, _ in classes]))
+    labels = np.random.default_rng(seed).permutation(
+        np.repeat(np.arange(len(classes)), [n for n, _ in classes])
+    )
     kept = np.array([k for _, k in classes])
     chosen = script.thinned(labels, kept, seed)
-    assert np.bincount(labels[chosen], minlength=len(kept)).tolist() == [min(n, k) for n, k in classes]
+    assert np.bincount(labels[chosen], minlength=len(kept)).tolist() == [
+        min(n, k) for n, k in classes
+    ]
 
 
 def test_which_samples_stay_is_the_seeds():
     labels, kept = np.repeat(np.arange(3), 40), np.array([20, 20, 20])
     first = script.thinned(labels, kept, 0)
-    assert (first == script.thinned(labels, kept, 0)).all() and (first != script.thinned(labels, kept, 1)).any()
-    assert sorted(script.ranks(30, 1)) == list(range(30)) and (script.ranks(30, 1) != script.ranks(30, 2)).any()
+    assert (first == script.thinned(labels, kept, 0)).all() and (
+        first != script.thinned(labels, kept, 1)
+    ).any()
+    assert (
+        sorted(script.ranks(30, 1)) == list(range(30))
+        and (script.ranks(30, 1) != script.ranks(30, 2)).any()
+    )
 
 
 @pytest.fixture
@@ -46,7 +64,9 @@ def source(tmp_path):
         with ShardWriter(directory, split, ["a", "b"]) as writer:
             for k in range(2 * count):
                 image = encode_png(np.full((2, 2), k, np.uint8))
-                writer.write({"__key__": f"{split}-{k:03d}", "cls": str(k % 2).encode(), "png": image})
+                writer.write(
+                    {"__key__": f"{split}-{k:03d}", "cls": str(k % 2).encode(), "png": image}
+                )
         splits[split] = writer.facts
     write_manifest(directory, ["a", "b"], splits)
     return directory
@@ -56,16 +76,27 @@ def test_train_and_val_are_thinned_and_test_is_not(source, tmp_path):
     script.write_tail(source, tmp_path / "tail", 3)
     frequent = int(script.ranks(2, 3).argmin())
     for split, most, least in (("train", 105, 5), ("val", 35, 2), ("test", 14, 14)):
-        whole, found = (open_shards(str(place), Data(), split) for place in (source, tmp_path / "tail"))
+        whole, found = (
+            open_shards(str(place), Data(), split) for place in (source, tmp_path / "tail")
+        )
         counts = np.bincount(found.labels)
-        assert found.class_names == ["a", "b"] and counts[frequent] == most and counts[1 - frequent] == least
+        assert (
+            found.class_names == ["a", "b"]
+            and counts[frequent] == most
+            and counts[1 - frequent] == least
+        )
         assert set(found.keys(range(len(found)))) <= set(whole.keys(range(len(whole))))
     assert json.loads((tmp_path / "tail" / "manifest.json").read_text())["made_by"]["seed"] == 3
 
 
 def test_both_runs_differ_in_the_balance_alone():
-    plain, balanced = (script.tail_config(Path("data"), 1, balance, ["train.steps=7"]) for balance in script.BALANCES)
-    assert load_config(None, [], balanced).specialists.balance == 0.5 and plain["train"]["steps"] == 7
+    plain, balanced = (
+        script.tail_config(Path("data"), 1, balance, ["train.steps=7"])
+        for balance in script.BALANCES
+    )
+    assert (
+        load_config(None, [], balanced).specialists.balance == 0.5 and plain["train"]["steps"] == 7
+    )
     assert plain["students"] == {} and plain["data"]["train"] == "data" and plain["seed"] == 1
     plain["train"]["balance"] = plain["specialists"]["balance"] = 0.5
     assert plain == balanced
@@ -78,15 +109,23 @@ def test_thirds_by_hand(tmp_path, monkeypatch):
     write_json(tmp_path / "generalist" / "model.json", {"class_names": ["a", "b", "c"]})
     (tmp_path / "evaluation").mkdir()
     labels = np.array([0, 0, 1, 1, 2, 2])
-    said = {"generalist": [1, 1, 1, 1, 2, 0], "control_wall": [1, 1, 1, 1, 2, 0],
-            "control_compute": [1, 1, 1, 1, 2, 2], "ensemble": [0, 1, 1, 0, 2, 2]}  # fmt: skip
+    said = {
+        "generalist": [1, 1, 1, 1, 2, 0],
+        "control_wall": [1, 1, 1, 1, 2, 0],
+        "control_compute": [1, 1, 1, 1, 2, 2],
+        "ensemble": [0, 1, 1, 0, 2, 2],
+    }
     for name, first in said.items():
         top5 = np.full((6, 5), -1)
         top5[:, 0] = first
         np.savez(tmp_path / "evaluation" / f"{name}.npz", labels=labels, top5=top5)
     found = script.by_third(tmp_path, 0)
     assert found["generalist"] == [1.0, 0.5, 0.0] and found["ensemble"] == [0.5, 1.0, 0.5]
-    assert script.fewer_of(found, "ensemble") == [0.0, 1.0, 0.5]  # of the frequent there is no error to remove
+    assert script.fewer_of(found, "ensemble") == [
+        0.0,
+        1.0,
+        0.5,
+    ]  # of the frequent there is no error to remove
     assert script.fewer_of(found, "control_compute") == [0.0, 1.0, 0.0]
 
 

@@ -23,13 +23,18 @@ def test_the_list_gives_prototypes_of_single_characters():
 
 def test_classes_of_one_prototype_are_pairs_and_a_class_of_several_characters_counts_for_each():
     # Classes: 1, W, I and l, Cyrillic a and b, x, a.  1 I and 1 l are one pair of classes.
-    pairs = lookalikes.listed_pairs(lookalikes.prototypes(LIST), ["1", "W", "Il", "\u0430b", "x", "a"])
+    pairs = lookalikes.listed_pairs(
+        lookalikes.prototypes(LIST), ["1", "W", "Il", "\u0430b", "x", "a"]
+    )
     assert pairs == [(0, 2), (3, 5)]
 
 
 def test_two_of_three_pairs_share_a_group_where_one_pair_in_three_would_by_chance():
     groups = ClassGroups([[0, 1], [2, 3]], 4)
-    assert lookalikes.together(groups, [(0, 1), (2, 3), (1, 2)]) == (pytest.approx(2 / 3), pytest.approx(2 / 6))
+    assert lookalikes.together(groups, [(0, 1), (2, 3), (1, 2)]) == (
+        pytest.approx(2 / 3),
+        pytest.approx(2 / 6),
+    )
 
 
 def test_the_nearest_image_is_of_the_same_shape_whatever_its_contrast():
@@ -38,8 +43,18 @@ def test_the_nearest_image_is_of_the_same_shape_whatever_its_contrast():
 
 
 def test_the_characters_of_a_class_come_from_its_name_or_from_those_merged_into_it():
-    shards = SimpleNamespace(class_names=["A U+0041 LATIN CAPITAL LETTER A", "土 U+571F CJK UNIFIED IDEOGRAPH-571F"])
-    merged = [{"class": 0, "characters": ["A U+0041 LATIN CAPITAL LETTER A", "Α U+0391 GREEK CAPITAL LETTER ALPHA"]}]
+    shards = SimpleNamespace(
+        class_names=["A U+0041 LATIN CAPITAL LETTER A", "土 U+571F CJK UNIFIED IDEOGRAPH-571F"]
+    )
+    merged = [
+        {
+            "class": 0,
+            "characters": [
+                "A U+0041 LATIN CAPITAL LETTER A",
+                "Α U+0391 GREEK CAPITAL LETTER ALPHA",
+            ],
+        }
+    ]
     assert lookalikes.characters_of(shards, []) == ["A", "土"]
     assert lookalikes.characters_of(shards, merged) == ["AΑ", "土"]
 

@@ -27,8 +27,8 @@ from benchmarks.papers.multiview import (
     view_correlations,
     views_learned,
 )
-from trainer.config import Engine, UserError
-from trainer.distributed import process_group
+from pipeline.config import Engine, UserError
+from trainer.distributed.ranks import process_group
 
 SMALL = Problem(classes=5, patches=6, dimension=64, off_classes=1.5)
 
@@ -52,7 +52,9 @@ def test_views_are_orthonormal(seed, classes):
 
 
 def test_the_asked_share_of_each_class_shows_one_view_and_all_others_both():
-    drawn = draw_examples(SMALL, orthonormal_views(SMALL, 0), per_class=40, single_share=0.25, seed=1)
+    drawn = draw_examples(
+        SMALL, orthonormal_views(SMALL, 0), per_class=40, single_share=0.25, seed=1
+    )
     own = drawn.weights[np.arange(200), drawn.labels]
     np.testing.assert_array_equal(np.bincount(drawn.labels), [40] * 5)
     np.testing.assert_array_equal(np.bincount(drawn.labels[drawn.single]), [10] * 5)
@@ -61,19 +63,28 @@ def test_the_asked_share_of_each_class_shows_one_view_and_all_others_both():
 
 
 def test_either_view_is_as_likely_to_be_the_one_shown():
-    drawn = draw_examples(SMALL, orthonormal_views(SMALL, 0), per_class=800, single_share=1.0, seed=1)
+    drawn = draw_examples(
+        SMALL, orthonormal_views(SMALL, 0), per_class=800, single_share=1.0, seed=1
+    )
     first = drawn.weights[np.arange(4000), drawn.labels, 0]
     assert abs(first.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
 
 
 def test_views_of_other_classes_come_with_their_probability_and_weight():
-    problem = replace(SMALL, patches=10)  # room for all: off-class views are 1.5 / 5 of the other eight
-    drawn = draw_examples(problem, orthonormal_views(problem, 0), per_class=400, single_share=0.5, seed=1)
+    problem = replace(
+        SMALL, patches=10
+    )  # room for all: off-class views are 1.5 / 5 of the other eight
+    drawn = draw_examples(
+        problem, orthonormal_views(problem, 0), per_class=400, single_share=0.5, seed=1
+    )
     others = np.ones((2000, 5, 2), bool)
     others[np.arange(2000), drawn.labels] = False
     weights = drawn.weights[others].reshape(2000, 8)
     assert abs((weights > 0).mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 16000)
-    assert set(np.unique(weights[drawn.single])) == {np.float32(0), np.float32(problem.off_weight_single)}
+    assert set(np.unique(weights[drawn.single])) == {
+        np.float32(0),
+        np.float32(problem.off_weight_single),
+    }
     assert set(np.unique(weights[~drawn.single])) == {np.float32(0), np.float32(problem.off_weight)}
 
 
@@ -90,7 +101,9 @@ def test_without_noise_each_view_lies_in_a_patch_of_its_own_with_its_weight(seed
 
 def test_noise_has_its_norm_in_every_patch():
     problem = replace(SMALL, dimension=2048, noise=1.5, off_classes=0.0)
-    drawn = draw_examples(problem, np.zeros((5, 2, 2048), np.float32), per_class=20, single_share=0.5, seed=0)
+    drawn = draw_examples(
+        problem, np.zeros((5, 2, 2048), np.float32), per_class=20, single_share=0.5, seed=0
+    )
     norms = np.linalg.norm(drawn.inputs.astype(np.float64), axis=2)
     assert norms.shape == (100, 6) and abs(norms - 1.5).max() < 0.2
 
@@ -108,9 +121,13 @@ def test_draws_of_other_seeds_share_nothing_and_of_one_seed_everything():
 def test_smoothed_relu_is_as_worked_by_hand():
     # q = 3, rho = 2: z^3 / 12 up to 2, where it is 2/3, then z - 4/3.
     z = torch.tensor([-3.0, 0.0, 1.0, 2.0, 5.0])
-    torch.testing.assert_close(smoothed_relu(z, 3, 2.0), torch.tensor([0.0, 0.0, 1 / 12, 2 / 3, 11 / 3]))
+    torch.testing.assert_close(
+        smoothed_relu(z, 3, 2.0), torch.tensor([0.0, 0.0, 1 / 12, 2 / 3, 11 / 3])
+    )
     # q = 4, rho = 1: z^4 / 4, then z - 3/4.
-    torch.testing.assert_close(smoothed_relu(torch.tensor([0.5, 2.0]), 4, 1.0), torch.tensor([1 / 64, 1.25]))
+    torch.testing.assert_close(
+        smoothed_relu(torch.tensor([0.5, 2.0]), 4, 1.0), torch.tensor([1 / 64, 1.25])
+    )
 
 
 @given(q=st.integers(2, 5), rho=st.floats(0.1, 3))
@@ -137,10 +154,17 @@ def test_views_are_counted_from_hand_made_weights():
     weight[0, 0, 0], weight[0, 1, 0] = 3.0, 2.0  # class 0: its first view by two neurons, 3 + 2
     weight[0, 0, 1] = -4.0  # against its second
     weight[1, 0, 2], weight[1, 1, 3] = 4.0, 2.5  # class 1: both
-    weight[2, 0, 4], weight[2, 1, 0] = 1.9, 9.0  # class 2: hardly its first; class 0 is none of its own
+    weight[2, 0, 4], weight[2, 1, 0] = (
+        1.9,
+        9.0,
+    )  # class 2: hardly its first; class 0 is none of its own
     phi = view_correlations(network_of(weight), views)
     torch.testing.assert_close(phi, torch.tensor([[5.0, 0], [4.0, 2.5], [1.9, 0]]))
-    assert views_learned(phi, 0.4).tolist() == [[True, False], [True, True], [False, False]]  # above 0.4 x 5
+    assert views_learned(phi, 0.4).tolist() == [
+        [True, False],
+        [True, True],
+        [False, False],
+    ]  # above 0.4 x 5
 
 
 # The control, and what is measured ----------------------------------------------------------------------------------
@@ -156,19 +180,30 @@ def test_random_features_are_standardised_where_they_were_made_and_moved_by_noth
 
 
 def test_errors_are_shares_of_each_kind_and_weighed_by_the_share_of_one_view():
-    drawn = multiview.Drawn(None, np.array([0, 1, 0, 1]), np.array([False, False, True, True]), None)
+    drawn = multiview.Drawn(
+        None, np.array([0, 1, 0, 1]), np.array([False, False, True, True]), None
+    )
     logits = torch.tensor([[2.0, 1], [2, 1], [1, 2], [2, 1]])
     assert errors_of(logits, drawn) == {"multi": 0.5, "single": 1.0}
-    assert in_units_of_mu({"multi": 0.01, "single": 0.5}, 0.1) == pytest.approx((0.9 * 0.01 + 0.1 * 0.5) / 0.1)
+    assert in_units_of_mu({"multi": 0.01, "single": 0.5}, 0.1) == pytest.approx(
+        (0.9 * 0.01 + 0.1 * 0.5) / 0.1
+    )
 
 
-def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_refused(tmp_path, monkeypatch):
+def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_refused(
+    tmp_path, monkeypatch
+):
     plan = replace(
-        QUICK, problem=Problem(classes=3, patches=5, dimension=32, per_class=6, single_share=1 / 6), members=2,
-        features=8, network=Lesson(3, 1.0, "fp32"), student=Lesson(3, 1.0, "fp32"),
-        kl_student=Lesson(3, 1.0, "fp32"), random=Lesson(3, 0.1, "fp32"),
+        QUICK,
+        problem=Problem(classes=3, patches=5, dimension=32, per_class=6, single_share=1 / 6),
+        members=2,
+        features=8,
+        network=Lesson(3, 1.0, "fp32"),
+        student=Lesson(3, 1.0, "fp32"),
+        kl_student=Lesson(3, 1.0, "fp32"),
+        random=Lesson(3, 0.1, "fp32"),
         test_per_class=4,
-    )  # fmt: skip
+    )
     with process_group(Engine(device="cpu")) as ranks:
         first = Laboratory(plan, 0, tmp_path, ranks).results()
         monkeypatch.setattr(multiview, "train", lambda *_, **__: pytest.fail("trained again"))
@@ -176,11 +211,22 @@ def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_re
         with pytest.raises(UserError, match="another plan"):
             Laboratory(replace(plan, members=3), 0, tmp_path, ranks)
     assert {name: len(rows) for name, rows in first.items()} == {
-        "single": 2, "ensemble": 1, "distilled": 1, "self": 1, "distilled_kl": 1, "self_kl": 1, "random": 2,
-        "random_ensemble": 1, "random_distilled": 1, "random_to_network": 1,
-    }  # fmt: skip
+        "single": 2,
+        "ensemble": 1,
+        "distilled": 1,
+        "self": 1,
+        "distilled_kl": 1,
+        "self_kl": 1,
+        "random": 2,
+        "random_ensemble": 1,
+        "random_distilled": 1,
+        "random_to_network": 1,
+    }
     table = multiview.table_of([first, first])
-    assert len(table.splitlines()) == 2 + len(multiview.NAMES) and len(multiview.verdicts([first])) == 7
+    assert (
+        len(table.splitlines()) == 2 + len(multiview.NAMES)
+        and len(multiview.verdicts([first])) == 7
+    )
 
 
 @pytest.mark.slow
@@ -190,7 +236,9 @@ def test_an_ensemble_of_six_knows_views_that_its_members_lack_and_teaches_them(t
         results = lab.results()
     singles = [row["test"]["single"] for row in results["single"]]
     assert all(row["test"]["multi"] == 0 for row in results["single"])
-    assert results["ensemble"][0]["test"]["single"] < 0.5 * np.mean(singles)  # as the table compares them
+    assert results["ensemble"][0]["test"]["single"] < 0.5 * np.mean(
+        singles
+    )  # as the table compares them
     assert results["distilled"][0]["test"]["single"] < min(singles)
     both = [row["classes_by_views"][2] for row in results["single"]]
     assert results["distilled"][0]["classes_by_views"][2] > max(both)

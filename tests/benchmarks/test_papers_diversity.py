@@ -7,16 +7,23 @@ import pytest
 import torch
 
 from benchmarks.papers import diversity
-from trainer.config import load_config
+from pipeline.config import load_config
 
-needs_data = pytest.mark.skipif(not diversity.SOURCE.is_dir(), reason=f"{diversity.SOURCE} is absent")
+needs_data = pytest.mark.skipif(
+    not diversity.SOURCE.is_dir(), reason=f"{diversity.SOURCE} is absent"
+)
 
 
 def test_students_are_alike_in_all_but_what_moves_their_inputs():
     config = load_config(None, [], diversity.config_of("data", seed=3))
     kept = [student.model_dump(exclude={"perturb"}) for student in config.students.values()]
     assert all(each == kept[0] for each in kept)
-    assert [student.perturb for student in config.students.values()] == ["none", "gaussian", "ods", "conf_ods"]
+    assert [student.perturb for student in config.students.values()] == [
+        "none",
+        "gaussian",
+        "ods",
+        "conf_ods",
+    ]
     assert config.is_deep and config.ensemble.members == 4 and config.seed == 3
 
 
@@ -24,12 +31,18 @@ def test_no_image_is_in_two_splits_and_each_class_is_in_all_alike():
     labels = np.arange(51_000) % 10
     found = diversity.parts(labels)
     assert {name: len(ids) for name, ids in found.items()} == {
-        "train": 2_500, "val": 5_000, "test": 10_000, "given": 1_000}  # fmt: skip
+        "train": 2_500,
+        "val": 5_000,
+        "test": 10_000,
+        "given": 1_000,
+    }
     every = np.concatenate(list(found.values()))
     assert len(np.unique(every)) == len(every)
     for ids in found.values():
         assert len(set(np.bincount(labels[ids]))) == 1
-    assert (found["given"] >= 50_000).all() and (np.concatenate([found["train"], found["test"]]) < 50_000).all()
+    assert (found["given"] >= 50_000).all() and (
+        np.concatenate([found["train"], found["test"]]) < 50_000
+    ).all()
 
 
 def answers(*probabilities):
@@ -46,7 +59,10 @@ def test_a_row_is_of_the_mean_of_its_members():
     assert row["top1"] == 1 and row["nll"] == pytest.approx(-math.log(0.45), abs=1e-6)
     assert row["brier"] == pytest.approx(0.4**2 + 0.55**2 + 3 * 0.05**2, abs=1e-6)
     # KL(first || second) = .7 ln 7 + .15 ln .2, and the other way .1 ln (1/7) + .75 ln 5.
-    there, back = 0.7 * math.log(7) + 0.15 * math.log(0.2), 0.1 * math.log(1 / 7) + 0.75 * math.log(5)
+    there, back = (
+        0.7 * math.log(7) + 0.15 * math.log(0.2),
+        0.1 * math.log(1 / 7) + 0.75 * math.log(5),
+    )
     assert row["members"]["pairwise_kl"] == pytest.approx((there + back) / 2, abs=1e-6)
 
 
@@ -92,11 +108,18 @@ def test_the_verdict_counts_seeds():
 
 def test_confidence_bins_of_several_seeds_are_joined_by_their_examples():
     def seed(count, value):
-        bins = [{"count": count, "value": value}] + [{"count": 0, "value": 0.0}] * 3 + [{"count": 10, "value": 1.0}]
+        bins = (
+            [{"count": count, "value": value}]
+            + [{"count": 0, "value": 0.0}] * 3
+            + [{"count": 10, "value": 1.0}]
+        )
         return {"by_confidence": {name: bins for name in ("DE-4", *diversity.STUDENTS)}}
 
     written = diversity.confidence_table([seed(10, 0.2), seed(30, 0.4)])
-    assert written.splitlines()[2] == "| DE-4 | 0.350 (67%) | 0.000 (0%) | 0.000 (0%) | 0.000 (0%) | 1.000 (33%) |"
+    assert (
+        written.splitlines()[2]
+        == "| DE-4 | 0.350 (67%) | 0.000 (0%) | 0.000 (0%) | 0.000 (0%) | 1.000 (33%) |"
+    )
 
 
 def test_figures_that_results_json_contradicts_are_refused():

@@ -10,7 +10,7 @@ import torch
 from benchmarks.papers import hydra
 from networks import ModelSpec, build_classifier
 from networks import hydra as grow
-from trainer.config import load_config
+from pipeline.config import load_config
 
 
 def student(options):
@@ -20,7 +20,7 @@ def student(options):
 
 @pytest.mark.parametrize("make", [lambda config: config, hydra.quick])
 def test_students_share_trunk_and_length_and_their_teachers_answers_are_stored_once(make, tmp_path):
-    from trainer.run_directory import RunDirectory
+    from pipeline.store import RunDirectory
 
     config = load_config(None, [], make(hydra.config_of(tmp_path, 3)))
     one, two = config.students["hinton"], config.students["hydra"]
@@ -38,21 +38,31 @@ def test_a_head_is_100_100_10_on_a_body_of_convolutions():
     assert [name for name, _ in many.trunk.named_children()] == ["stage1", "stage2"]
     for head in many.head.heads:
         layers = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)]
-        assert [(layer.in_features, layer.out_features) for layer in layers] == [(1568, 100), (100, 100), (100, 10)]
+        assert [(layer.in_features, layer.out_features) for layer in layers] == [
+            (1568, 100),
+            (100, 100),
+            (100, 10),
+        ]
     assert many(torch.zeros(2, 1, 28, 28)).shape == (3, 2, 10)
 
 
 def results(ensemble, hydra_, prior_mu, distill_nll):
     """ensemble, hydra_: (accuracy, NLL, MU)."""
     row = lambda top1, nll, mu: {  # noqa: E731
-        "top1": top1, "nll": nll, "brier": 0.02, "ece": 0.01, "cnll": nll, **({"members": {"mu": mu}} if mu else {}),
-    }  # fmt: skip
+        "top1": top1,
+        "nll": nll,
+        "brier": 0.02,
+        "ece": 0.01,
+        "cnll": nll,
+        **({"members": {"mu": mu}} if mu else {}),
+    }
     single = dict.fromkeys(("distill", "distill_1"), (0.98, distill_nll, None))
     students = {"hydra": hydra_, "prior": (0.98, 0.05, prior_mu), **single}
     return {
-        "generalist": row(0.98, 0.06, None), "ensemble": row(*ensemble),
+        "generalist": row(0.98, 0.06, None),
+        "ensemble": row(*ensemble),
         "students": {name: row(*figures) for name, figures in students.items()},
-    }  # fmt: skip
+    }
 
 
 def test_each_bar_is_judged_seed_by_seed():
@@ -63,7 +73,9 @@ def test_each_bar_is_judged_seed_by_seed():
 
 
 def test_the_table_prints_briers_score_as_the_paper_does_and_ours_above_theirs():
-    lines = hydra.table_of([results((0.985, 0.040, 0.010), (0.985, 0.0439, 0.007), 0.005, 0.045)]).splitlines()
+    lines = hydra.table_of(
+        [results((0.985, 0.040, 0.010), (0.985, 0.0439, 0.007), 0.005, 0.045)]
+    ).splitlines()
     assert len(lines) == 2 + len(hydra.NAMES) + len(hydra.PAPER)
     assert lines[3] == "| ensemble of 50 | 0.9850 | 0.0400 | -0.9800 | 0.01000 | 0.0100 | 0.0400 |"
     assert lines[4] == "| ensemble of 50: the paper | 0.9851 | 0.0439 | -0.978 | 9.97e-06 | - | - |"
@@ -74,7 +86,9 @@ def test_variance_is_noise_and_the_members_own_differences():
     # Means 1 and 3, variances 1 and 4: aleatoric 2.5, epistemic ((1 - 2)^2 + (3 - 2)^2) / 2 = 1.
     answers = torch.tensor([[[1.0, 0.0]], [[3.0, math.log(4)]]])
     parts = hydra.variance_parts(answers)
-    assert parts["aleatoric"].item() == pytest.approx(2.5) and parts["epistemic"].item() == pytest.approx(1)
+    assert parts["aleatoric"].item() == pytest.approx(2.5) and parts[
+        "epistemic"
+    ].item() == pytest.approx(1)
     assert parts["total"].item() == pytest.approx(3.5)
     # At y = 1: densities 1 / sqrt(2 pi) and exp(-4 / 8) / (2 sqrt(2 pi)).
     density = (1 + math.exp(-0.5) / 2) / 2 / math.sqrt(2 * math.pi)
@@ -87,7 +101,9 @@ def test_the_mixtures_variance_is_that_of_its_draws():
     which = torch.randint(3, (200_000,), generator=draw)
     noise = torch.randn(200_000, generator=draw)
     drawn = answers[which, 0, 0] + noise * (answers[which, 0, 1] / 2).exp()
-    assert hydra.variance_parts(answers)["total"].item() == pytest.approx(float(drawn.var()), rel=0.02)
+    assert hydra.variance_parts(answers)["total"].item() == pytest.approx(
+        float(drawn.var()), rel=0.02
+    )
 
 
 def test_the_likelihood_is_that_of_a_normal_distribution_less_its_constant():
@@ -108,14 +124,18 @@ def test_a_head_follows_its_own_member():
 
 def test_members_see_nothing_between_the_two_parts_of_the_data():
     rows = hydra.examples(0, 500)
-    assert (np.abs(rows[:, 0]) >= 1).all() and (np.abs(rows[:, 0]) <= 4).all() and (rows[:, 0] < 0).any()
+    assert (
+        (np.abs(rows[:, 0]) >= 1).all()
+        and (np.abs(rows[:, 0]) <= 4).all()
+        and (rows[:, 0] < 0).any()
+    )
     mean, deviation = hydra.curve(rows[:, 0])
     assert np.std((rows[:, 1] - mean) / deviation) == pytest.approx(1, abs=0.1)
 
 
 def test_a_lesson_that_ended_is_read_from_its_checkpoint(tmp_path):
-    from trainer.config import Engine
-    from trainer.distributed import process_group
+    from pipeline.config import Engine
+    from trainer.distributed.ranks import process_group
 
     rows, asked = hydra.examples(0, 120), []
 

@@ -8,17 +8,24 @@ import tomli_w
 import torch
 
 from benchmarks.papers import lab, mnist
-from trainer.config import Data, load_config
+from pipeline.config import Data, load_config
+from pipeline.store import read_json
 from trainer.data import open_shards
-from trainer.run_directory import read_json
 
 FILES = lab.DATA / "mnist"
 
 
 def rows(errors: dict[str, int], nll: float = 0.1) -> dict:
     """results.json with so many errors of 10,000."""
-    found = {name: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll} for name, wrong in errors.items()}
-    return {"generalist": found.pop("generalist"), "ensemble": found.pop("ensemble", None), "students": found}
+    found = {
+        name: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}
+        for name, wrong in errors.items()
+    }
+    return {
+        "generalist": found.pop("generalist"),
+        "ensemble": found.pop("ensemble", None),
+        "students": found,
+    }
 
 
 def table_of(place, seed: int) -> dict:
@@ -55,20 +62,31 @@ def test_the_configs_are_what_a_user_may_write(kind, change, tmp_path):
     assert config.seed == 2 and config.is_deep and not config.controls.enabled
 
 
-def test_students_have_no_regularisation_and_differ_from_hard_targets_in_nothing_but_these(tmp_path):
+def test_students_have_no_regularisation_and_differ_from_hard_targets_in_nothing_but_these(
+    tmp_path,
+):
     students = load_config(None, [], table_of(tmp_path, 0)).students
     of_ten = students.pop("of_ten")
     assert of_ten.teacher == str(tmp_path / "ten") and of_ten.model["name"] == "convnet"
     for name, student in students.items():
-        assert (student.augment, student.weight_decay, student.start) == ("none", 0.0, "scratch"), name
+        assert (student.augment, student.weight_decay, student.start) == ("none", 0.0, "scratch"), (
+            name
+        )
         assert student.model["dropout"] == 0 and student.model["options"] == {}, name
         assert student.hard_weight == 0 and student.teacher == "generalist", name
     for hard, soft in (("hard_30", "w30_T8"), ("hard_300", "w300_T2-5")):
         one, other = students[hard].model_dump(), students[soft].model_dump()
         assert {key for key in one if one[key] != other[key]} == {"method", "temperature"}, hard
-    for hard, soft in (("hard", "soft"), ("few_hard", "few_soft")):  # each at the rate that is better for it on val
+    for hard, soft in (
+        ("hard", "soft"),
+        ("few_hard", "few_soft"),
+    ):  # each at the rate that is better for it on val
         one, other = students[hard].model_dump(), students[soft].model_dump()
-        assert {key for key in one if one[key] != other[key]} == {"method", "temperature", "learning_rate"}, hard
+        assert {key for key in one if one[key] != other[key]} == {
+            "method",
+            "temperature",
+            "learning_rate",
+        }, hard
     assert math.isinf(students["w30_Tinf"].temperature)
 
 
@@ -83,7 +101,11 @@ def test_before_its_correction_a_student_has_the_raised_biases_lowered_again(tmp
     monkeypatch.setattr(mnist, "load_classifier", lambda place: None)
     monkeypatch.setattr(mnist, "shift_of", lambda run, name: 2.0)
     logits = torch.zeros(2, 10)
-    logits[0, 3], logits[0, 5], logits[1, 3] = 1.5, 1.0, 4.0  # without 2 more for 3 the first is called a 5
+    logits[0, 3], logits[0, 5], logits[1, 3] = (
+        1.5,
+        1.0,
+        4.0,
+    )  # without 2 more for 3 the first is called a 5
     monkeypatch.setattr(mnist, "logits_on_test", lambda *_: (logits, torch.tensor([3, 3])))
     found = mnist.before_correction(tmp_path / "run", "no_3", tmp_path)
     assert found == {"top1": 0.5, "n": 2, "threes": 0.5}
@@ -107,18 +129,38 @@ def test_threes_are_counted_right_among_threes_alone(tmp_path):
 
 
 def test_the_verdicts_are_of_means_over_seeds():
-    seed = {"generalist": 70, "hard": 140, "soft": 80, "only_7_8": 1400, "few_hard": 640, "few_soft": 400}
-    said = mnist.verdicts([rows(seed | {"soft": 80}), rows(seed | {"soft": 96, "hard": 150})], 0.979, 0.8)
+    seed = {
+        "generalist": 70,
+        "hard": 140,
+        "soft": 80,
+        "only_7_8": 1400,
+        "few_hard": 640,
+        "few_soft": 400,
+    }
+    said = mnist.verdicts(
+        [rows(seed | {"soft": 80}), rows(seed | {"soft": 96, "hard": 150})], 0.979, 0.8
+    )
     assert [line.rpartition(": ")[2] for line in said] == [
-        "yes (70.0).", "yes (145.0).", "no (88.0).", "no (97.9%).", "yes (14.0%).", "no (48%).", "yes (80%).",
-    ]  # fmt: skip
+        "yes (70.0).",
+        "yes (145.0).",
+        "no (88.0).",
+        "no (97.9%).",
+        "yes (14.0%).",
+        "no (48%).",
+        "yes (80%).",
+    ]
 
 
 def test_a_share_of_the_gain_of_ten_is_from_the_mean_of_each_alone():
     row = lambda wrong, nll: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}  # noqa: E731
     ten = [{"ensemble": row(200, 0.06), "students": {"twin": row(320, 0.2)}}]
-    page = mnist.table_of_ten(mnist.of_ten(ten, [row(300, 0.1)], [{"students": {"of_ten": row(210, 0.07)}}]))
-    assert "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page and "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
+    page = mnist.table_of_ten(
+        mnist.of_ten(ten, [row(300, 0.1)], [{"students": {"of_ten": row(210, 0.07)}}])
+    )
+    assert (
+        "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page
+        and "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
+    )
 
 
 needs_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
@@ -135,7 +177,11 @@ def shards(tmp_path_factory):
 @needs_files
 def test_a_twelfth_of_the_training_examples_is_held_out_and_none_for_test(shards):
     splits = read_json(shards / "manifest.json")["splits"]
-    assert {name: split["samples"] for name, split in splits.items()} == {"train": 54999, "val": 5001, "test": 10000}
+    assert {name: split["samples"] for name, split in splits.items()} == {
+        "train": 54999,
+        "val": 5001,
+        "test": 10000,
+    }
 
 
 @pytest.mark.data

@@ -15,7 +15,9 @@ def planted_predictions(num_classes, num_groups, per_class, top_k=10, noise=0.2,
     sizes = np.bincount(group_of, minlength=num_groups)
     labels = np.repeat(np.arange(num_classes), per_class)
     group = group_of[labels][:, None]
-    inside = members[starts[group] + (rng.random((len(labels), top_k - 1)) * sizes[group]).astype(np.int64)]
+    inside = members[
+        starts[group] + (rng.random((len(labels), top_k - 1)) * sizes[group]).astype(np.int64)
+    ]
     anywhere = rng.integers(0, num_classes, inside.shape)
     others = np.where(rng.random(inside.shape) < noise, anywhere, inside)
     indices = np.concatenate([labels[:, None], others], axis=1)

@@ -30,11 +30,16 @@ def test_a_full_group_keeps_who_would_lose_most():
 
 
 def test_forbidden_groups_are_not_given():
-    assert assign(np.array([[-np.inf, 0.0], [-np.inf, -np.inf]]), np.array([5, 5])).tolist() == [1, -1]
+    assert assign(np.array([[-np.inf, 0.0], [-np.inf, -np.inf]]), np.array([5, 5])).tolist() == [
+        1,
+        -1,
+    ]
 
 
 def test_assign_is_within_5_percent_of_the_best_assignment_on_average():
-    choices = np.array([c for c in itertools.product(range(3), repeat=6) if np.bincount(c).max() <= 2])
+    choices = np.array(
+        [c for c in itertools.product(range(3), repeat=6) if np.bincount(c).max() <= 2]
+    )
     rows = np.arange(6)
     ratios = []
     for seed in range(100):

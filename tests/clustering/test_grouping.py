@@ -19,7 +19,9 @@ LEARNED = tuple(method for method in METHODS if method != "random")
 
 
 def planted_statistics(num_classes, num_groups, per_class, exact=False, **options):
-    indices, values, labels, group_of = planted.planted_predictions(num_classes, num_groups, per_class, **options)
+    indices, values, labels, group_of = planted.planted_predictions(
+        num_classes, num_groups, per_class, **options
+    )
     statistics = PredictionStatistics(num_classes, None if exact else indices.shape[1])
     if exact:
         rest = (1 - values.sum(axis=1, keepdims=True)) / num_classes
@@ -73,11 +75,17 @@ def test_planted_groups_are_found_among_many_classes(num_classes):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("overlap", [1, 2, 3])
 @pytest.mark.parametrize("capacity", [1.0, 1.3])
-def test_no_group_is_larger_than_the_capacity_and_every_class_has_its_groups(small, method, overlap, capacity):
+def test_no_group_is_larger_than_the_capacity_and_every_class_has_its_groups(
+    small, method, overlap, capacity
+):
     statistics, group_of = small
-    groups = group_classes(statistics, 7, capacity=capacity, overlap=overlap, **arguments_of(method, group_of))
+    groups = group_classes(
+        statistics, 7, capacity=capacity, overlap=overlap, **arguments_of(method, group_of)
+    )
     assert len(groups) == 7
-    assert groups.sizes.max() <= max(np.floor(capacity * 60 * overlap / 7), np.ceil(60 * overlap / 7))
+    assert groups.sizes.max() <= max(
+        np.floor(capacity * 60 * overlap / 7), np.ceil(60 * overlap / 7)
+    )
     memberships = groups.membership().sum(axis=1)
     assert memberships.max() == overlap and groups.covered.all()
     assert memberships.sum() >= 0.95 * 60 * overlap
@@ -122,7 +130,9 @@ def test_a_class_between_two_groups_joins_both():
 @pytest.mark.parametrize("method", LEARNED)
 def test_a_coverage_is_reached_and_hardly_passed_within_the_capacity(method):
     statistics, group_of = planted_statistics(120, 24, 10, noise=0.5)
-    groups = group_classes(statistics, 8, overlap=3, coverage=0.75, **arguments_of(method, group_of))
+    groups = group_classes(
+        statistics, 8, overlap=3, coverage=0.75, **arguments_of(method, group_of)
+    )
     assert 0.75 <= captured_unlabelled(groups, statistics)[0] < 0.8
     memberships = groups.membership().sum(axis=1)
     assert groups.covered.all() and memberships.max() <= 3
@@ -154,7 +164,10 @@ def test_only_the_class_between_two_groups_joins_both():
     pairs = np.array(blocks * 3 + [(8, j) for j in range(8)] * 3)
     statistics.update(pairs, np.tile([0.6, 0.4], (len(pairs), 1)))
     groups = group_classes(statistics, 2, overlap=2, coverage=1.0)
-    assert sorted(members.tolist() for members in groups.members) == [[0, 1, 2, 3, 8], [4, 5, 6, 7, 8]]
+    assert sorted(members.tolist() for members in groups.members) == [
+        [0, 1, 2, 3, 8],
+        [4, 5, 6, 7, 8],
+    ]
 
 
 def test_a_coverage_out_of_reach_ends_where_all_overlap_is_used():
@@ -178,7 +191,8 @@ def test_raw_columns_collapse_and_correlation_drowns_where_scaled_confusion_find
     statistics.update(indices, values)
     score = {
         method: adjusted_rand_score(
-            group_of, planted.labels_of(group_classes(statistics, 10, method, capacity=None, refine=False))
+            group_of,
+            planted.labels_of(group_classes(statistics, 10, method, capacity=None, refine=False)),
         )
         for method in ("kmeans", "correlation", "raw")
     }
@@ -187,7 +201,9 @@ def test_raw_columns_collapse_and_correlation_drowns_where_scaled_confusion_find
 
 def test_classifier_rows_may_be_a_torch_parameter(small):
     statistics, group_of = small
-    rows = torch.nn.Parameter(torch.as_tensor(arguments_of("classifier", group_of)["classifier_rows"]))
+    rows = torch.nn.Parameter(
+        torch.as_tensor(arguments_of("classifier", group_of)["classifier_rows"])
+    )
     groups = group_classes(statistics, 6, "classifier", classifier_rows=rows)
     assert adjusted_rand_score(group_of, planted.labels_of(groups)) == 1
 
@@ -260,9 +276,12 @@ def degenerate(draw):
     num_groups = draw(st.integers(1, num_classes))
     method = draw(st.sampled_from(METHODS))
     arguments = {
-        "num_groups": num_groups, "method": method, "overlap": draw(st.integers(1, min(3, num_groups))),
-        "capacity": draw(st.sampled_from([1.0, 1.3, None])), "refine": draw(st.sampled_from([None, True, False])),
-    }  # fmt: skip
+        "num_groups": num_groups,
+        "method": method,
+        "overlap": draw(st.integers(1, min(3, num_groups))),
+        "capacity": draw(st.sampled_from([1.0, 1.3, None])),
+        "refine": draw(st.sampled_from([None, True, False])),
+    }
     if arguments["overlap"] > 1 and method != "random":
         arguments["coverage"] = draw(st.sampled_from([None, 0.5, 1.0]))
     if method == "classifier":
@@ -275,7 +294,9 @@ def degenerate(draw):
 def test_whatever_the_statistics_groups_are_bounded_hold_every_class_and_none_is_empty(case):
     statistics, arguments = case
     groups = group_classes(statistics, **arguments)
-    assert len(groups) == arguments["num_groups"] and groups.covered.all() and groups.sizes.min() >= 1
+    assert (
+        len(groups) == arguments["num_groups"] and groups.covered.all() and groups.sizes.min() >= 1
+    )
     assert groups.membership().sum(axis=1).max() <= arguments["overlap"]
     if arguments["capacity"] is not None:
         mean = groups.num_classes * arguments["overlap"] / len(groups)
@@ -303,7 +324,10 @@ def test_whatever_the_statistics_groups_are_bounded_hold_every_class_and_none_is
         ({"method": "magic"}, "method 'magic' is not one of kmeans, minibatch, correlation, raw"),
         ({"method": "classifier"}, "classifier_rows"),
         ({"classifier_rows": np.ones((60, 2))}, 'go with method="classifier"'),
-        ({"method": "classifier", "classifier_rows": np.ones((6, 2))}, r"they must be finite, \[60, features\]"),
+        (
+            {"method": "classifier", "classifier_rows": np.ones((6, 2))},
+            r"they must be finite, \[60, features\]",
+        ),
         ({"method": "classifier", "classifier_rows": np.full((60, 2), np.nan)}, "finite"),
     ],
 )

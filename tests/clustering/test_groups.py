@@ -70,7 +70,9 @@ def test_membership_agrees_with_groups_of():
     membership = groups.membership()
     assert membership.shape == (5, 3) and membership.dtype == bool
     for label in range(5):
-        assert np.flatnonzero(membership.toarray()[label]).tolist() == groups.groups_of(label).tolist()
+        assert (
+            np.flatnonzero(membership.toarray()[label]).tolist() == groups.groups_of(label).tolist()
+        )
 
 
 def test_a_class_out_of_range_has_no_groups_of():
@@ -88,7 +90,11 @@ def test_saving_and_loading_is_the_identity(tmp_path_factory, groups):
 
 def test_the_file_is_json_with_a_schema(tmp_path):
     ClassGroups([[1, 0], [2]], 4).save(tmp_path / "g.json")
-    assert json.loads((tmp_path / "g.json").read_text()) == {"schema": 1, "num_classes": 4, "members": [[0, 1], [2]]}
+    assert json.loads((tmp_path / "g.json").read_text()) == {
+        "schema": 1,
+        "num_classes": 4,
+        "members": [[0, 1], [2]],
+    }
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def brute_force(groups, confusion):
     inside = total = 0
     for i, j in itertools.permutations(range(groups.num_classes), 2):
         total += confusion[i, j]
-        inside += confusion[i, j] * any({i, j} <= set(members.tolist()) for members in groups.members)
+        inside += confusion[i, j] * any(
+            {i, j} <= set(members.tolist()) for members in groups.members
+        )
     return inside / total if total else float("nan")
 
 
@@ -61,7 +63,9 @@ def test_chance_is_the_mean_over_random_relabellings():
     groups = ClassGroups([[0, 1, 2], [2, 3]], 5)
     confusion = np.random.default_rng(0).integers(0, 9, (5, 5))
     shares = [
-        captured_confusion(ClassGroups([[p[c] for c in members] for members in groups.members], 5), confusion)[0]
+        captured_confusion(
+            ClassGroups([[p[c] for c in members] for members in groups.members], 5), confusion
+        )[0]
         for p in itertools.permutations(range(5))
     ]
     assert captured_confusion(groups, confusion)[1] == pytest.approx(np.mean(shares))
@@ -111,7 +115,9 @@ PREDICTIONS = [
 
 
 def test_forecast_by_hand():
-    rows = forecast(ClassGroups([[0, 1], [0, 2]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2]))
+    rows = forecast(
+        ClassGroups([[0, 1], [0, 2]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2])
+    )
     assert rows == [
         {
             "classes": 2,
@@ -151,7 +157,8 @@ def test_forecast_of_no_examples_is_no_gain():
 def test_gains_of_disjoint_groups_add_up_to_the_captured_share_of_the_errors(case):
     groups, confusion = case
     disjoint = ClassGroups(
-        np.array_split(np.arange(groups.num_classes), min(3, groups.num_classes)), groups.num_classes
+        np.array_split(np.arange(groups.num_classes), min(3, groups.num_classes)),
+        groups.num_classes,
     )
     true, predicted = np.nonzero(confusion)
     true, predicted = (np.repeat(x, confusion[true, predicted]) for x in (true, predicted))
@@ -172,7 +179,9 @@ def test_captured_unlabelled_judges_what_the_predictions_expect():
 
 
 def test_the_table_has_the_group_most_worth_a_job_first_and_says_which_are_skipped():
-    rows = forecast(ClassGroups([[0, 1], [0, 2]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2]))
+    rows = forecast(
+        ClassGroups([[0, 1], [0, 2]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2])
+    )
     assert forecast_table(rows, skipped=[0]) == [
         "group  classes  examples  errors inside  gain at most  expected",
         "    1        2         4              2        40.00%     6.00%",
@@ -181,7 +190,9 @@ def test_the_table_has_the_group_most_worth_a_job_first_and_says_which_are_skipp
 
 
 def test_the_table_of_many_groups_sums_up_the_rest():
-    rows = forecast(ClassGroups([[0, 1], [0, 2], [1]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2]))
+    rows = forecast(
+        ClassGroups([[0, 1], [0, 2], [1]], 3), statistics_of(PREDICTIONS, labels=[1, 0, 0, 2, 2])
+    )
     lines = forecast_table(rows, skipped=[0, 2], most=1)
     assert lines[2:] == ["... and 2 more of at most 20.00% each, 2 of them skipped"]
 

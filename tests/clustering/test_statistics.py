@@ -23,7 +23,9 @@ def same(a, b):
     assert (a.num_examples, a.num_labelled, a.top_k) == (b.num_examples, b.num_labelled, b.top_k)
     np.testing.assert_allclose(a.frequency, b.frequency, rtol=1e-12)
     np.testing.assert_allclose(a.covariance, b.covariance, atol=1e-12)
-    np.testing.assert_allclose(a.expected_confusion.toarray(), b.expected_confusion.toarray(), atol=1e-12)
+    np.testing.assert_allclose(
+        a.expected_confusion.toarray(), b.expected_confusion.toarray(), atol=1e-12
+    )
     np.testing.assert_array_equal(a.confusion.toarray(), b.confusion.toarray())
     assert a.tail == pytest.approx(b.tail)
 
@@ -95,7 +97,9 @@ def test_statistics_merged_in_any_order_equal_one_pass(seed, n, num_classes, k, 
     p = random_predictions(seed, n, num_classes)
     labels = np.random.default_rng(seed).integers(0, num_classes, n)
     parts = [PredictionStatistics(num_classes, k) for _ in range(4)]
-    for part, rows in zip(parts, np.array_split(np.arange(n), [n // 5, n // 2, n // 2]), strict=True):
+    for part, rows in zip(
+        parts, np.array_split(np.arange(n), [n // 5, n // 2, n // 2]), strict=True
+    ):
         part.update(p[rows], labels[rows])
     merged = PredictionStatistics(num_classes, k)
     for position in order:
@@ -123,7 +127,9 @@ def test_ranks_with_unequal_counts_and_files_equal_one_pass(tmp_path, world, top
 
 
 def test_different_arguments_do_not_merge():
-    with pytest.raises(ValueError, match="4 classes with top_k 2 do not merge into 4 classes with top_k None"):
+    with pytest.raises(
+        ValueError, match="4 classes with top_k 2 do not merge into 4 classes with top_k None"
+    ):
         PredictionStatistics(4).merge(PredictionStatistics(4, 2))
     with pytest.raises(ValueError, match="same arguments"):
         PredictionStatistics(4).merge(PredictionStatistics(5))
@@ -152,7 +158,9 @@ def test_top_k_from_full_rows_equals_top_k_given_as_such():
     p, labels = random_predictions(5, 20, 8), np.arange(20) % 8
     given_k, given_more = PredictionStatistics(8, 3), PredictionStatistics(8, 3)
     given_k.update(*top(p, 3), labels)
-    given_more.update(torch.tensor(top(p, 5)[0]), torch.tensor(top(p, 5)[1]), labels=torch.tensor(labels))
+    given_more.update(
+        torch.tensor(top(p, 5)[0]), torch.tensor(top(p, 5)[1]), labels=torch.tensor(labels)
+    )
     same(given_k, gather(p, labels, 3))
     same(given_more, given_k)
 
@@ -167,13 +175,20 @@ def test_the_tail_is_the_mass_that_was_not_kept_and_is_spread_evenly_in_the_freq
 @given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
 @settings(deadline=None, max_examples=40)
 def test_the_frequency_always_sums_to_one(seed, n, num_classes, k):
-    assert gather(random_predictions(seed, n, num_classes), top_k=k).frequency.sum() == pytest.approx(1, abs=1e-6)
+    assert gather(
+        random_predictions(seed, n, num_classes), top_k=k
+    ).frequency.sum() == pytest.approx(1, abs=1e-6)
 
 
 def test_kept_predictions_come_back_as_they_are():
     statistics = PredictionStatistics(5, 3)
-    statistics.update(np.array([[4, 0, -1], [2, 1, 3]]), np.array([[0.75, 0.25, 0], [0.5, 0.25, 0.125]]))
-    assert statistics.predictions.toarray().tolist() == [[0.25, 0, 0, 0, 0.75], [0, 0.25, 0.5, 0.125, 0]]
+    statistics.update(
+        np.array([[4, 0, -1], [2, 1, 3]]), np.array([[0.75, 0.25, 0], [0.5, 0.25, 0.125]])
+    )
+    assert statistics.predictions.toarray().tolist() == [
+        [0.25, 0, 0, 0, 0.75],
+        [0, 0.25, 0.5, 0.125, 0],
+    ]
 
 
 def test_exact_statistics_keep_no_predictions():
@@ -214,7 +229,9 @@ def test_a_million_classes_cost_memory_by_the_example_only():
 def test_what_is_no_distribution_is_refused_and_changes_nothing(p, message, top_k):
     statistics = gather(TINY, [0, 0, 2, 1], top_k)
     with pytest.raises(ValueError, match=message):
-        statistics.update(np.array(p), labels=np.zeros(len(p), dtype=int) if np.ndim(p) == 2 else None)
+        statistics.update(
+            np.array(p), labels=np.zeros(len(p), dtype=int) if np.ndim(p) == 2 else None
+        )
     same(statistics, gather(TINY, [0, 0, 2, 1], top_k))
 
 
@@ -291,7 +308,9 @@ def test_a_file_from_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(clustering.statistics, "SCHEMA", 99)
     gather(TINY).save(tmp_path / "s.npz")
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="s.npz has schema 99, this version reads 1; gather the statistics again"):
+    with pytest.raises(
+        ValueError, match="s.npz has schema 99, this version reads 1; gather the statistics again"
+    ):
         PredictionStatistics.load(tmp_path / "s.npz")
 
 

@@ -14,11 +14,15 @@ from ensemble import combine_kl
 F64 = torch.float64
 
 
-def opinions(seed, rows=6, classes=12, specialists=3, size=4, scale=2.0, conflicting=False, dtype=F64):
+def opinions(
+    seed, rows=6, classes=12, specialists=3, size=4, scale=2.0, conflicting=False, dtype=F64
+):
     """(groups, p_general, p_special): overlapping random groups, softmax of random logits; dustbins of .999 and 1e-6 if
     conflicting."""
     rng = torch.Generator().manual_seed(seed)
-    members = [torch.randperm(classes, generator=rng)[: max(1, size)].tolist() for _ in range(specialists)]
+    members = [
+        torch.randperm(classes, generator=rng)[: max(1, size)].tolist() for _ in range(specialists)
+    ]
     groups = ClassGroups(members, classes)
     p_general = torch.softmax(scale * torch.randn(rows, classes, generator=rng, dtype=dtype), 1)
     p_special = []
@@ -49,7 +53,10 @@ def objective(q, p_general, p_special, groups, active=None, weights=None):
 
 def em(p_general, p_special, groups, iterations):
     """methods.md's EM: q_i <- [a_i + q_i sum over m with i outside of d_m / Q_m] / (1 + M)."""
-    a, outside = p_general.clone(), torch.ones(len(groups.members), p_general.shape[1], dtype=p_general.dtype)
+    a, outside = (
+        p_general.clone(),
+        torch.ones(len(groups.members), p_general.shape[1], dtype=p_general.dtype),
+    )
     for m, classes in enumerate(groups.members):
         a[:, torch.tensor(classes)] += p_special[m][:, :-1]
         outside[m, torch.tensor(classes)] = 0
@@ -92,7 +99,12 @@ def kkt_residual(q, p_general, p_special, groups, active=None):
         outside = torch.ones(q.shape[1], dtype=torch.bool)
         outside[torch.tensor(classes)] = False
         a[:, torch.tensor(classes)] += on * p_special[m][:, :-1].double()
-        load += outside * on * p_special[m][:, -1:].double() / q[:, outside].sum(1, keepdim=True).clamp(min=1e-300)
+        load += (
+            outside
+            * on
+            * p_special[m][:, -1:].double()
+            / q[:, outside].sum(1, keepdim=True).clamp(min=1e-300)
+        )
     stationarity = q * (1 + active.double().sum(1, keepdim=True) - load) - a
     return max(float(stationarity.abs().max()), float((q.sum(1) - 1).abs().max()))
 
@@ -118,7 +130,9 @@ def test_two_disjoint_specialists_by_hand():
     g, p = torch.full((1, 3), 1 / 3, dtype=F64), torch.full((1, 2), 0.5, dtype=F64)
     # -(5/3)(1 - 2x)(1 - x) + (2/3) x (1 - x) + x (1 - 2x) = -(5/3) + (20/3) x - 6 x^2 = 0
     x = (20 / 3 - math.sqrt((20 / 3) ** 2 - 40)) / 12
-    torch.testing.assert_close(combine_kl(g, [p, p], groups), torch.tensor([[x, x, 1 - 2 * x]], dtype=F64))
+    torch.testing.assert_close(
+        combine_kl(g, [p, p], groups), torch.tensor([[x, x, 1 - 2 * x]], dtype=F64)
+    )
 
 
 def test_weights_scale_the_terms_of_the_objective():
@@ -147,7 +161,9 @@ def test_specialist_of_every_class_loses_its_dustbin():
     groups = ClassGroups([[0, 1, 2]], 3)
     g = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64)
     p = torch.tensor([[0.1, 0.1, 0.2, 0.6]], dtype=F64)
-    torch.testing.assert_close(combine_kl(g, [p], groups), torch.tensor([[0.375, 0.275, 0.35]], dtype=F64))
+    torch.testing.assert_close(
+        combine_kl(g, [p], groups), torch.tensor([[0.375, 0.275, 0.35]], dtype=F64)
+    )
 
 
 def test_dustbin_mass_without_takers_is_spread_evenly():
@@ -159,7 +175,11 @@ def test_dustbin_mass_without_takers_is_spread_evenly():
     groups = ClassGroups([[0, 1], [2, 3], [0, 1]], 4)
     zero = torch.tensor([[0.0, 0.0, 1.0]])
     q = combine_kl(g, [p, zero, p], groups)
-    assert torch.isfinite(q).all() and float(q[0, 2]) == pytest.approx(float(q[0, 3])) and float(q[0, 2]) > 0.1
+    assert (
+        torch.isfinite(q).all()
+        and float(q[0, 2]) == pytest.approx(float(q[0, 3]))
+        and float(q[0, 2]) > 0.1
+    )
     assert float(q.sum()) == pytest.approx(1, abs=1e-6)
 
 
@@ -182,7 +202,8 @@ def test_newton_equals_em_on_benign_input(specialists):
 @pytest.mark.parametrize("conflicting", [False, True])
 @pytest.mark.parametrize("scale", [3, 8, 20])
 @pytest.mark.parametrize(
-    "classes, specialists, size", [(100, 1, 20), (100, 2, 30), (100, 5, 40), (60, 10, 20), (200, 30, 40)]
+    "classes, specialists, size",
+    [(100, 1, 20), (100, 2, 30), (100, 5, 40), (60, 10, 20), (200, 30, 40)],
 )
 def test_objective_is_never_above_that_of_lbfgs(conflicting, scale, classes, specialists, size):
     groups, g, p = opinions(1, 4, classes, specialists, size, scale, conflicting)
@@ -205,7 +226,10 @@ def test_float32_satisfies_the_optimality_conditions(scale, conflicting):
 def test_fixed_steps_reach_the_optimum():
     groups, g, p = opinions(4, 16, 100, 5, 30, 3)
     torch.testing.assert_close(
-        combine_kl(g, p, groups, method="newton-fixed"), combine_kl(g, p, groups), rtol=0, atol=1e-10
+        combine_kl(g, p, groups, method="newton-fixed"),
+        combine_kl(g, p, groups),
+        rtol=0,
+        atol=1e-10,
     )
 
 
@@ -278,7 +302,9 @@ def test_rows_sum_to_one_and_satisfy_the_optimality_conditions(**problem):
     active = random_active(problem["seed"], len(g), len(p))
     # At an S_m of every class the dustbin has no meaning, and the residual no dustbin.
     p_meant = [
-        torch.cat([x[:, :-1] / x[:, :-1].sum(1, keepdim=True), torch.zeros(len(x), 1, dtype=F64)], 1)
+        torch.cat(
+            [x[:, :-1] / x[:, :-1].sum(1, keepdim=True), torch.zeros(len(x), 1, dtype=F64)], 1
+        )
         if len(S) == groups.num_classes
         else x
         for x, S in zip(p, groups.members, strict=True)
@@ -293,7 +319,9 @@ def test_each_row_is_answered_as_if_alone(**problem):
     active = random_active(problem["seed"], len(g), len(p))
     together = combine_kl(g, p, groups, active)
     rows = [slice(row, row + 1) for row in range(len(g))]
-    alone = torch.cat([combine_kl(g[one], [x[one] for x in p], groups, active[one]) for one in rows])
+    alone = torch.cat(
+        [combine_kl(g[one], [x[one] for x in p], groups, active[one]) for one in rows]
+    )
     assert_same_answer(alone, together, problem["scale"], g, p, groups, active)
 
 
@@ -301,7 +329,9 @@ def test_each_row_is_answered_as_if_alone(**problem):
 @given(**problems)
 def test_relabelling_classes_permutes_the_answer(**problem):
     groups, g, p = opinions(**problem)
-    new_name = torch.randperm(groups.num_classes, generator=torch.Generator().manual_seed(problem["seed"]))
+    new_name = torch.randperm(
+        groups.num_classes, generator=torch.Generator().manual_seed(problem["seed"])
+    )
     renamed_members = [new_name[torch.tensor(S)] for S in groups.members]
     orders = [S.argsort() for S in renamed_members]
     renamed = ClassGroups([S.numpy() for S in renamed_members], groups.num_classes)
@@ -332,7 +362,9 @@ def agreeing(q, classes):
 def test_specialist_that_agrees_with_the_answer_changes_nothing(**problem):
     groups, g, p = opinions(**problem)
     q = combine_kl(g, p, groups)
-    extra = np.random.default_rng(problem["seed"]).permutation(groups.num_classes)[: groups.num_classes // 2]
+    extra = np.random.default_rng(problem["seed"]).permutation(groups.num_classes)[
+        : groups.num_classes // 2
+    ]
     extra = np.sort(extra)
     more = ClassGroups([*groups.members, extra], groups.num_classes)
     torch.testing.assert_close(combine_kl(g, [*p, agreeing(q, extra)], more), q, rtol=0, atol=1e-8)
@@ -360,7 +392,9 @@ def test_inputs_are_left_as_they_were():
     before = g.clone(), [x.clone() for x in p]
     combine_kl(g, p, groups, active)
     combine_kl(g, p, groups)
-    assert torch.equal(g, before[0]) and all(torch.equal(x, y) for x, y in zip(p, before[1], strict=True))
+    assert torch.equal(g, before[0]) and all(
+        torch.equal(x, y) for x, y in zip(p, before[1], strict=True)
+    )
 
 
 def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():
@@ -369,7 +403,9 @@ def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():
     dense = combine_kl(g, p, groups, active)
     rows = [active[:, m].nonzero()[:, 0].flip(0) for m in range(3)]
     sparse_form = [(r, p[m][r]) for m, r in enumerate(rows)]
-    torch.testing.assert_close(combine_kl(g, sparse_form, groups, active), dense, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        combine_kl(g, sparse_form, groups, active), dense, rtol=0, atol=1e-12
+    )
     spoiled = [torch.where(active[:, m, None], x, float("nan")) for m, x in enumerate(p)]
     torch.testing.assert_close(combine_kl(g, spoiled, groups, active), dense, rtol=0, atol=1e-12)
 
@@ -381,7 +417,10 @@ def test_frequent_and_rare_active_sets_are_answered_alike():
     q = combine_kl(g, p, groups, active)
     assert kkt_residual(q, g, p, groups, active) < 1e-10
     torch.testing.assert_close(
-        combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60]), q[50:60], rtol=0, atol=1e-12
+        combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60]),
+        q[50:60],
+        rtol=0,
+        atol=1e-12,
     )
 
 
@@ -404,7 +443,11 @@ def test_gradcheck(specialists, method):
 
     def answer(g_logits, *logits):
         return combine_kl(
-            torch.softmax(g_logits, 1), [torch.softmax(x, 1) for x in logits], groups, active, method=method
+            torch.softmax(g_logits, 1),
+            [torch.softmax(x, 1) for x in logits],
+            groups,
+            active,
+            method=method,
         )
 
     inputs = [x.log().detach().requires_grad_() for x in (g, *p)]
@@ -420,7 +463,9 @@ def test_gradients_do_not_change_the_answer():
     groups, g, p = opinions(9, rows=100, dtype=torch.float32)
     active = random_active(3, 100, 3)
     q = combine_kl(g, p, groups, active)
-    q_grad = combine_kl(g.clone().requires_grad_(), [x.clone().requires_grad_() for x in p], groups, active)
+    q_grad = combine_kl(
+        g.clone().requires_grad_(), [x.clone().requires_grad_() for x in p], groups, active
+    )
     torch.testing.assert_close(q_grad, q, rtol=0, atol=1e-6)
 
 
@@ -443,7 +488,10 @@ class Broken:
     "change, words",
     [
         (lambda g, p, G: dict(p_general=g[:, :-1]), ["p_general", "[6, 11]", "[B, 12]"]),
-        (lambda g, p, G: dict(p_general=g * 2), ["row 0 of p_general", "sums to 2", "within 0.001", "softmax"]),
+        (
+            lambda g, p, G: dict(p_general=g * 2),
+            ["row 0 of p_general", "sums to 2", "within 0.001", "softmax"],
+        ),
         (lambda g, p, G: dict(p_general=changed(g, 2, 3, math.nan)), ["row 2 of p_general", "NaN"]),
         (lambda g, p, G: dict(p_general=g.round().long()), ["dtype torch.int64", "floating point"]),
         (lambda g, p, G: dict(p_special=p[:2]), ["2 entries for 3 groups", "None"]),
@@ -455,24 +503,43 @@ class Broken:
             lambda g, p, G: dict(p_special=[p[0], changed(p[1], 4, 0, math.inf), p[2]]),
             ["row 4 of p_special[1]", "infinity"],
         ),
-        (lambda g, p, G: dict(p_special=[p[0], p[1], p[2].log()]), ["row 0 of p_special[2]", "sums to"]),
+        (
+            lambda g, p, G: dict(p_special=[p[0], p[1], p[2].log()]),
+            ["row 0 of p_special[2]", "sums to"],
+        ),
         (
             lambda g, p, G: dict(
-                p_special=[changed(changed(p[0], 1, 0, -0.5), 1, 1, 0.5 + float(p[0][1, :2].sum())), p[1], p[2]]
+                p_special=[
+                    changed(changed(p[0], 1, 0, -0.5), 1, 1, 0.5 + float(p[0][1, :2].sum())),
+                    p[1],
+                    p[2],
+                ]
             ),
             ["row 1 of p_special", "-0.5", "not negative"],
         ),
         (lambda g, p, G: dict(p_special=[None, p[1], p[2]]), ["p_special[0] is None", "row 0"]),
-        (lambda g, p, G: dict(p_special=[([0, 1], p[0][:2]), p[1], p[2]]), ["row 2 is active", "p_special[0]"]),
-        (lambda g, p, G: dict(p_special=[([0, 1, 1, 2, 3, 4], p[0]), p[1], p[2]]), ["more than once"]),
-        (lambda g, p, G: dict(p_special=[([0, 1, 2, 3, 4, 9], p[0]), p[1], p[2]]), ["row 9", "0 to 5"]),
+        (
+            lambda g, p, G: dict(p_special=[([0, 1], p[0][:2]), p[1], p[2]]),
+            ["row 2 is active", "p_special[0]"],
+        ),
+        (
+            lambda g, p, G: dict(p_special=[([0, 1, 1, 2, 3, 4], p[0]), p[1], p[2]]),
+            ["more than once"],
+        ),
+        (
+            lambda g, p, G: dict(p_special=[([0, 1, 2, 3, 4, 9], p[0]), p[1], p[2]]),
+            ["row 9", "0 to 5"],
+        ),
         (lambda g, p, G: dict(active=torch.ones(6, 2).bool()), ["active", "[6, 2]", "[6, 3]"]),
         (lambda g, p, G: dict(active=torch.ones(6, 3)), ["active", "float32", "bool"]),
         (lambda g, p, G: dict(weights=[1, 1]), ["weights", "[2]", "[4]"]),
         (lambda g, p, G: dict(weights=[1, 1, -1, 1]), ["-1", "zero or more"]),
         (lambda g, p, G: dict(weights=[0, 0, 0, 0]), ["weight 0"]),
         (lambda g, p, G: dict(method="adam"), ["'adam' is unknown", "newton, newton-fixed"]),
-        (lambda g, p, G: dict(groups=Broken, p_special=p[:2]), ["group 1 is empty", "leave it out"]),
+        (
+            lambda g, p, G: dict(groups=Broken, p_special=p[:2]),
+            ["group 1 is empty", "leave it out"],
+        ),
     ],
 )
 def test_a_mistake_names_the_value_the_rule_and_the_remedy(change, words):
@@ -496,7 +563,9 @@ def test_rare_sets_name_the_callers_row():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu():
-    groups, g, p = opinions(10, rows=200, classes=100, specialists=6, size=20, scale=3, dtype=torch.float32)
+    groups, g, p = opinions(
+        10, rows=200, classes=100, specialists=6, size=20, scale=3, dtype=torch.float32
+    )
     active = random_active(5, 200, 6)
     q = combine_kl(g.cuda(), [x.cuda() for x in p], groups, active.cuda())
     torch.testing.assert_close(q.cpu(), combine_kl(g, p, groups, active), rtol=0, atol=1e-6)

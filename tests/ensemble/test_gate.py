@@ -26,10 +26,19 @@ def test_specialists_of_the_n_most_probable_classes_by_hand():
 
 def test_the_limit_keeps_those_with_most_of_the_generalists_mass():
     # Mass in S_0, S_1, S_2: .55 .85 .06 / .10 .38 .25 / .53 .20 .20
-    assert torch.equal(gate(P, GROUPS, n=6, max_specialists=1), torch.tensor([[0, 1, 0], [0, 1, 0], [1, 0, 0]]).bool())
+    assert torch.equal(
+        gate(P, GROUPS, n=6, max_specialists=1),
+        torch.tensor([[0, 1, 0], [0, 1, 0], [1, 0, 0]]).bool(),
+    )
     # A tie goes to the first, and one that is not asked does not count.
-    assert torch.equal(gate(P, GROUPS, n=6, max_specialists=2), torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 0]]).bool())
-    assert torch.equal(gate(P, GROUPS, n=2, max_specialists=1), torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0]]).bool())
+    assert torch.equal(
+        gate(P, GROUPS, n=6, max_specialists=2),
+        torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 0]]).bool(),
+    )
+    assert torch.equal(
+        gate(P, GROUPS, n=2, max_specialists=1),
+        torch.tensor([[0, 1, 0], [0, 0, 1], [1, 0, 0]]).bool(),
+    )
 
 
 def test_specialists_that_are_not_there_take_no_place():

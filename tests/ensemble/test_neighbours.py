@@ -15,9 +15,15 @@ F64 = torch.float64
 
 def opinions(seed, rows=8, classes=10, specialists=3, size=4, scale=1.5):
     rng = torch.Generator().manual_seed(seed)
-    groups = ClassGroups([torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)], classes)
+    groups = ClassGroups(
+        [torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)],
+        classes,
+    )
     g = torch.softmax(scale * torch.randn(rows, classes, generator=rng, dtype=F64), 1)
-    p = [torch.softmax(scale * torch.randn(rows, size + 1, generator=rng, dtype=F64), 1) for _ in range(specialists)]
+    p = [
+        torch.softmax(scale * torch.randn(rows, size + 1, generator=rng, dtype=F64), 1)
+        for _ in range(specialists)
+    ]
     return groups, g, p
 
 
@@ -59,7 +65,11 @@ def reverse_objective(q, g, p, groups):
     for part, classes in zip(p, groups.members, strict=True):
         outside = torch.ones(q.shape[1], dtype=torch.bool)
         outside[torch.tensor(classes)] = False
-        total = total + kl(q[:, torch.tensor(classes)], part[:, :-1]).sum(1) + kl(q[:, outside].sum(1), part[:, -1])
+        total = (
+            total
+            + kl(q[:, torch.tensor(classes)], part[:, :-1]).sum(1)
+            + kl(q[:, outside].sum(1), part[:, -1])
+        )
     return total
 
 
@@ -68,7 +78,9 @@ def test_reverse_kl_reaches_the_minimum_that_gradient_descent_finds(scale):
     groups, g, p = opinions(1, scale=scale)
     q = reverse_kl(g, p, groups)
     logits = g.log().clone().requires_grad_()
-    optimiser = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimiser.zero_grad()
@@ -78,7 +90,9 @@ def test_reverse_kl_reaches_the_minimum_that_gradient_descent_finds(scale):
 
     optimiser.step(closure)
     found = torch.softmax(logits.detach(), 1)
-    assert (reverse_objective(q, g, p, groups) <= reverse_objective(found, g, p, groups) + 1e-9).all()
+    assert (
+        reverse_objective(q, g, p, groups) <= reverse_objective(found, g, p, groups) + 1e-9
+    ).all()
     torch.testing.assert_close(q, found, rtol=0, atol=1e-4)
 
 
@@ -152,7 +166,9 @@ def test_specialists_temperatures_see_other_classes_as_the_dustbin():
     column = torch.multinomial(torch.softmax(logits, 1), 1, generator=rng)[:, 0]
     labels = torch.tensor([2, 5, 1])[column]
     rows = torch.arange(0, 20_000, 2)
-    found = fit_temperatures(torch.zeros(20_000, 6), [(rows, 2 * logits[rows]), None], groups, labels)
+    found = fit_temperatures(
+        torch.zeros(20_000, 6), [(rows, 2 * logits[rows]), None], groups, labels
+    )
     assert found[1] == pytest.approx(2, rel=0.05) and found[2] == 1.0
 
 
@@ -167,7 +183,12 @@ def test_a_specialist_that_knows_gets_more_weight_than_one_that_guesses(shared):
     guesses = torch.softmax(2 * torch.randn(400, 4, generator=rng, dtype=F64), 1)
     weights = fit_weights(g, [knows, guesses], groups, labels, shared=shared)
     before = combine_kl(g, [knows, guesses], groups).gather(1, labels[:, None]).log().mean()
-    after = combine_kl(g, [knows, guesses], groups, weights=weights).gather(1, labels[:, None]).log().mean()
+    after = (
+        combine_kl(g, [knows, guesses], groups, weights=weights)
+        .gather(1, labels[:, None])
+        .log()
+        .mean()
+    )
     assert weights[0] == 1 and float(after) >= float(before)
     if shared:
         assert weights[1] == weights[2]

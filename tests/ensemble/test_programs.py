@@ -27,12 +27,16 @@ def ensemble():
             with torch.no_grad():
                 for parameter in specialists[m].head.parameters():
                     parameter.add_(0.5 * torch.randn(parameter.shape))
-    return lambda n: SpecialistEnsemble(generalist, specialists, groups, gate=n, weights=[1.0] + [2.0] * SPECIALISTS)
+    return lambda n: SpecialistEnsemble(
+        generalist, specialists, groups, gate=n, weights=[1.0] + [2.0] * SPECIALISTS
+    )
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
 def test_the_program_equals_the_ensemble_where_few_of_many_specialists_are_asked(ensemble, n):
-    raw = torch.randint(0, 256, (256, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    raw = torch.randint(
+        0, 256, (256, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
+    )
     expected = ensemble(n).consult(raw)
     assert 0 < expected.active.float().mean() < (0.15 if n == 1 else 0.7)
     for portable in (False, True):

@@ -10,14 +10,22 @@ from ensemble import combine_kl, combine_kl_sparse
 def problem(seed, rows=60, classes=200, specialists=6, size=12, kept=90, dtype=torch.float64):
     """Dense opinions, and for each row `kept` classes in random order: all of its active groups and others."""
     rng = torch.Generator().manual_seed(seed)
-    groups = ClassGroups([torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)], classes)
+    groups = ClassGroups(
+        [torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)],
+        classes,
+    )
     g = torch.softmax(2 * torch.randn(rows, classes, generator=rng, dtype=dtype), 1)
-    p = [torch.softmax(2 * torch.randn(rows, size + 1, generator=rng, dtype=dtype), 1) for _ in range(specialists)]
+    p = [
+        torch.softmax(2 * torch.randn(rows, size + 1, generator=rng, dtype=dtype), 1)
+        for _ in range(specialists)
+    ]
     active = torch.rand(rows, specialists, generator=rng) < 0.5
     needed = torch.zeros(rows, classes)
     for m, members in enumerate(groups.members):
         needed[:, torch.tensor(members)] += active[:, m, None].float()
-    order = (needed.clamp(max=1) + torch.rand(rows, classes, generator=rng)).topk(kept, dim=1).indices
+    order = (
+        (needed.clamp(max=1) + torch.rand(rows, classes, generator=rng)).topk(kept, dim=1).indices
+    )
     shuffle = torch.rand(rows, kept, generator=rng).argsort(1)
     return groups, g, p, active, order.gather(1, shuffle)
 
@@ -64,7 +72,9 @@ def test_gradcheck():
     def answer(values, tail, *p):
         return combine_kl_sparse(indices, values, tail, list(p), groups, active)[1:]
 
-    assert torch.autograd.gradcheck(answer, [x.detach().requires_grad_() for x in (values, 1 - values.sum(1), *p)])
+    assert torch.autograd.gradcheck(
+        answer, [x.detach().requires_grad_() for x in (values, 1 - values.sum(1), *p)]
+    )
 
 
 def broken(indices, row, column, value):
@@ -82,11 +92,21 @@ def test_mistakes_name_the_row_and_the_class():
     there = (indices[5] == wanted).nonzero()
     if not len(there):
         there = torch.tensor([[0]])
-    absent = next(c for c in range(200) if c not in indices[5].tolist() and not any(c in S for S in groups.members))
-    with pytest.raises(ValueError, match=r"indices of row 5 lack class \d+ of a group that is active there"):
-        combine_kl_sparse(broken(indices, 5, int(there[0, 0]), absent), values, tail, p, groups, active)
+    absent = next(
+        c
+        for c in range(200)
+        if c not in indices[5].tolist() and not any(c in S for S in groups.members)
+    )
+    with pytest.raises(
+        ValueError, match=r"indices of row 5 lack class \d+ of a group that is active there"
+    ):
+        combine_kl_sparse(
+            broken(indices, 5, int(there[0, 0]), absent), values, tail, p, groups, active
+        )
     with pytest.raises(ValueError, match="row 2 hold class .* more than once"):
-        combine_kl_sparse(broken(indices, 2, 0, int(indices[2, 1])), values, tail, p, groups, active)
+        combine_kl_sparse(
+            broken(indices, 2, 0, int(indices[2, 1])), values, tail, p, groups, active
+        )
     with pytest.raises(ValueError, match="hold class 200; classes go from 0 to 199"):
         combine_kl_sparse(broken(indices, 2, 0, 200), values, tail, p, groups, active)
     with pytest.raises(ValueError, match=r"row \d+ of p_general sums to"):

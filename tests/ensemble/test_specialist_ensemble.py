@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from clustering.groups import ClassGroups
-from ensemble import EnsembleProgram, SpecialistEnsemble, combine_kl, export_bundle, export_onnx, export_program, gate
+from ensemble import (
+    EnsembleProgram,
+    SpecialistEnsemble,
+    combine_kl,
+    export_bundle,
+    export_onnx,
+    export_program,
+    gate,
+)
 from networks import InputSpec, ModelSpec, build_classifier, save_classifier, specialise
 
 CLASSES = 12
@@ -20,14 +28,21 @@ def networks():
     head."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        spec = ModelSpec("convnet", CLASSES, InputSpec((1, 8, 8)), dict(width=2, depth=2, embedding=8))
+        spec = ModelSpec(
+            "convnet", CLASSES, InputSpec((1, 8, 8)), dict(width=2, depth=2, embedding=8)
+        )
         generalist = build_classifier(spec).eval()
         with torch.no_grad():
             generalist.head.weight.mul_(8)
         specialists = {}
         for m, members in enumerate(GROUPS.members):
             specialist = specialise(generalist, members.tolist()).eval()
-            moved = {0: ["head"], 1: ["head", "trunk.embedding"], 2: ["head", "trunk"], 3: ["head"]}[m]
+            moved = {
+                0: ["head"],
+                1: ["head", "trunk.embedding"],
+                2: ["head", "trunk"],
+                3: ["head"],
+            }[m]
             with torch.no_grad():
                 for name, parameter in specialist.named_parameters():
                     if name.startswith(tuple(moved)):
@@ -38,7 +53,9 @@ def networks():
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def plainly(networks, images, n, temperatures=None, weights=None):
@@ -57,13 +74,17 @@ def test_answers_equal_running_everything_on_every_row(networks, images, n):
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n)
     for found, expected in zip(ensemble.consult(images), plainly(networks, images, n), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(ensemble.probabilities(images.numpy()), ensemble.probabilities(images))
+    torch.testing.assert_close(
+        ensemble.probabilities(images.numpy()), ensemble.probabilities(images)
+    )
 
 
 def test_temperatures_and_weights_are_applied(networks, images):
     T, w = [1.5, 2.0, 0.5, 1.0, 3.0], [1.0, 2.0, 0.5, 1.0, 4.0]
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=2, temperatures=T, weights=w)
-    torch.testing.assert_close(ensemble.probabilities(images), plainly(networks, images, 2, T, w)[1], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ensemble.probabilities(images), plainly(networks, images, 2, T, w)[1], rtol=0, atol=1e-6
+    )
 
 
 def test_only_specialists_that_a_row_needs_run_and_only_on_its_rows(networks, images):
@@ -71,7 +92,9 @@ def test_only_specialists_that_a_row_needs_run_and_only_on_its_rows(networks, im
     ensemble = SpecialistEnsemble(generalist, specialists, GROUPS)
     seen = {}
     hooks = [
-        specialist.head.register_forward_hook(lambda _, inputs, __, m=m: seen.setdefault(m, []).append(len(inputs[0])))
+        specialist.head.register_forward_hook(
+            lambda _, inputs, __, m=m: seen.setdefault(m, []).append(len(inputs[0]))
+        )
         for m, specialist in specialists.items()
     ]
     active = ensemble.consult(images).active
@@ -90,7 +113,9 @@ def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
     ensemble = SpecialistEnsemble(generalist, specialists, GROUPS, gate=CLASSES)
     counts = {}
     hooks = [
-        block.register_forward_hook(lambda *_, name=(owner, name): counts.update({name: counts.get(name, 0) + 1}))
+        block.register_forward_hook(
+            lambda *_, name=(owner, name): counts.update({name: counts.get(name, 0) + 1})
+        )
         for owner, network in [("g", generalist), *specialists.items()]
         for name, block in network.trunk.named_children()
     ]
@@ -119,7 +144,9 @@ def test_predictions_name_classes_and_specialists(networks, images):
     assert len(ensemble.predict(images[:1], top=99)[0]["classes"]) == CLASSES
 
 
-def test_missing_specialists_are_an_error_unless_allowed_and_skipped_ones_are_none(networks, images):
+def test_missing_specialists_are_an_error_unless_allowed_and_skipped_ones_are_none(
+    networks, images
+):
     generalist, specialists = networks
     some = {m: specialists[m] for m in (0, 2)}
     with pytest.raises(ValueError, match="specialists 1, 3 of 4 are missing.*allow_missing=True"):
@@ -201,7 +228,9 @@ def test_a_bundle_is_smaller_and_answers_alike(run, images, tmp_path_factory):
     facts = export_bundle(original, out)
     assert facts["shared"] > 0
     loaded = SpecialistEnsemble.load(out)
-    torch.testing.assert_close(loaded.probabilities(images), original.probabilities(images), rtol=0, atol=0)
+    torch.testing.assert_close(
+        loaded.probabilities(images), original.probabilities(images), rtol=0, atol=0
+    )
     whole = (run / "specialists/000/model.safetensors").stat().st_size
     assert (out / "specialists/000/model.safetensors").stat().st_size < whole
     assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl"))
@@ -247,9 +276,13 @@ def test_what_is_wrong_with_a_run_is_named(run):
 
 @pytest.mark.parametrize("n, limit", [(1, None), (6, None), (CLASSES, 1)])
 def test_the_program_of_fixed_shape_equals_the_ensemble(networks, images, n, limit):
-    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n, max_specialists=limit, weights=[1, 2, 1, 0.5, 1])
+    ensemble = SpecialistEnsemble(
+        *networks, GROUPS, gate=n, max_specialists=limit, weights=[1, 2, 1, 0.5, 1]
+    )
     with torch.no_grad():
-        torch.testing.assert_close(EnsembleProgram(ensemble)(images), ensemble.probabilities(images), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            EnsembleProgram(ensemble)(images), ensemble.probabilities(images), rtol=0, atol=1e-5
+        )
 
 
 def test_the_exported_program_equals_the_ensemble_at_another_batch_size(networks, images, tmp_path):
@@ -265,6 +298,10 @@ def test_onnx_equals_the_ensemble(networks, images, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=6)
-    path = export_onnx(EnsembleProgram(ensemble, portable=True), images[:4], tmp_path / "ensemble.onnx")
+    path = export_onnx(
+        EnsembleProgram(ensemble, portable=True), images[:4], tmp_path / "ensemble.onnx"
+    )
     (found,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(found), ensemble.probabilities(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(found), ensemble.probabilities(images), rtol=0, atol=1e-5
+    )

@@ -13,8 +13,8 @@ from launch.local import Pool
 from launch.machine import Machine
 from launch.plan import plan
 from launch.prepare import absolute
-from trainer.config import load_config, save_config
-from trainer.run_directory import RunDirectory
+from pipeline.config import load_config, save_config
+from pipeline.store import RunDirectory
 
 HERE = Path(__file__).parent
 FAKE_TRAINER = [sys.executable, str(HERE / "fake_trainer.py")]
@@ -32,7 +32,10 @@ class Ward:
             (self.data / f"{split}-000000.tar").touch()
         self.write_manifest(CLASSES)
         self.values = {
-            "data": {split: str(self.data / f"{split}-{{000000..000003}}.tar") for split in ("train", "val", "test")},
+            "data": {
+                split: str(self.data / f"{split}-{{000000..000003}}.tar")
+                for split in ("train", "val", "test")
+            },
             "train": {"steps": 100},
             "specialists": {"steps": 20},
             "clusters": {"num_groups": 4},
@@ -44,7 +47,9 @@ class Ward:
 
     def write_manifest(self, classes):
         splits = {split: {"samples": 0, "shards": []} for split in ("train", "val", "test")}
-        (self.data / "manifest.json").write_text(json.dumps({"schema": 1, "classes": classes, "splits": splits}))
+        (self.data / "manifest.json").write_text(
+            json.dumps({"schema": 1, "classes": classes, "splits": splits})
+        )
 
     def config(self, *overrides):
         return absolute(load_config(None, list(overrides), json.loads(json.dumps(self.values))))
@@ -75,12 +80,17 @@ class Ward:
 
     def behave(self, **places) -> None:
         """What goes wrong in a stage; `__` stands for `/`."""
-        content = {place.replace("__", "/").replace("wall_", "wall-"): facts for place, facts in places.items()}
+        content = {
+            place.replace("__", "/").replace("wall_", "wall-"): facts
+            for place, facts in places.items()
+        }
         (self.root / "behaviour.json").write_text(json.dumps(content))
 
     def pool(self, run: RunDirectory, size: int = 2, devices=(), display=None) -> Pool:
         jobs = plan(run)
-        display = display or Display(Console(file=open(os.devnull, "w")), Console(file=open(os.devnull, "w")))
+        display = display or Display(
+            Console(file=open(os.devnull, "w")), Console(file=open(os.devnull, "w"))
+        )
         return Pool(run, jobs, Machine(size, tuple(devices)), display, FAKE_TRAINER)
 
     def calls(self, *words) -> list[tuple[str, str]]:
@@ -102,10 +112,14 @@ class Ward:
         Where the tests run as a shell's background job, SIGINT is ignored, and a child would inherit that.
         """
         return subprocess.Popen(
-            [*REFERRAL, *map(str, arguments)], cwd=self.root, start_new_session=True, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*REFERRAL, *map(str, arguments)],
+            cwd=self.root,
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
+        )
 
 
 @pytest.fixture

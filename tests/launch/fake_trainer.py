@@ -12,11 +12,19 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.config import load_config
-from trainer.run_directory import RunDirectory
+from pipeline.config import load_config
+from pipeline.store import RunDirectory
 
-ROW = {"n": 100, "top1": 0.6, "top5": 0.9, "nll": 1.2, "brier": 0.5, "ece": 0.05, "macro_top1": 0.6,
-       "cost": {"seconds": 1.0, "examples_seen": 1000, "peak_memory_bytes": 1}}  # fmt: skip
+ROW = {
+    "n": 100,
+    "top1": 0.6,
+    "top5": 0.9,
+    "nll": 1.2,
+    "brier": 0.5,
+    "ece": 0.05,
+    "macro_top1": 0.6,
+    "cost": {"seconds": 1.0, "examples_seen": 1000, "peak_memory_bytes": 1},
+}
 
 
 def note(root: Path, *words) -> None:
@@ -32,8 +40,15 @@ def train(stage, behaviour: dict, root: Path) -> None:
     attempt.publish("metrics.jsonl")
     steps = behaviour.get("steps", 2)
     for step in range(1, steps + 1):
-        row = {"step": step, "steps": steps, "loss": 1.0, "lr": 1e-3, "examples": 8 * step, "seconds": 0.05 * step,
-               "samples_per_s": 160.0}  # fmt: skip
+        row = {
+            "step": step,
+            "steps": steps,
+            "loss": 1.0,
+            "lr": 1e-3,
+            "examples": 8 * step,
+            "seconds": 0.05 * step,
+            "samples_per_s": 160.0,
+        }
         with open(metrics, "a") as file:
             file.write(json.dumps(row) + "\n")
         time.sleep(0.05)
@@ -50,7 +65,12 @@ def train(stage, behaviour: dict, root: Path) -> None:
         sys.exit(behaviour["exit"])
     if stage.name == "report":
         better = {**ROW, "top1": 0.65, "nll": 1.1}
-        results = {"generalist": ROW, "ensemble": better, "controls": {"control_wall": ROW}, "students": {"main": ROW}}
+        results = {
+            "generalist": ROW,
+            "ensemble": better,
+            "controls": {"control_wall": ROW},
+            "students": {"main": ROW},
+        }
         (root / "results.json").write_text(json.dumps(results))
     attempt.finish()
     note(root, "end", stage.place)
@@ -72,7 +92,9 @@ def main() -> None:
     run = RunDirectory(args.run, load_config(args.run / "config.toml"))
     of_kind = {"specialist": run.specialists, "control": run.controls, "student": run.students}
     names = [*args.index, *args.name]
-    stages = [of_kind[args.stages[0]][name] for name in names] or [getattr(run, name) for name in args.stages]
+    stages = [of_kind[args.stages[0]][name] for name in names] or [
+        getattr(run, name) for name in args.stages
+    ]
     behaviour = args.run.parent / "behaviour.json"
     behaviour = json.loads(behaviour.read_text()) if behaviour.exists() else {}
     if not behaviour.get("deaf"):

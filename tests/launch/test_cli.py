@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from launch.demo import demo_config, is_complete
-from trainer.run_directory import RunDirectory
+from pipeline.store import RunDirectory
 
 
 def snapshot(directory):
@@ -36,10 +36,15 @@ def test_run_then_run_again_prints_the_same_results_and_changes_nothing(short, r
     assert referral("run", "--run", "run")[0] == 0
     code, out, _ = referral("status", "run")
     assert "8 stages: 8 done" in out
-    assert all(stage["state"] == "done" for stage in json.loads(referral("status", "run", "--json")[1])["stages"])
+    assert all(
+        stage["state"] == "done"
+        for stage in json.loads(referral("status", "run", "--json")[1])["stages"]
+    )
 
 
-def test_a_run_may_be_looked_at_and_resumed_from_elsewhere(short, referral, monkeypatch, tmp_path_factory):
+def test_a_run_may_be_looked_at_and_resumed_from_elsewhere(
+    short, referral, monkeypatch, tmp_path_factory
+):
     short.values["data"] = {split: f"data/{split}-000000.tar" for split in ("train", "val", "test")}
     assert referral("prepare", short.write_config(), "--run", "run")[0] == 0
     run = RunDirectory(short.run_path, short.config())
@@ -53,13 +58,21 @@ def test_prepare_lays_out_and_starts_nothing(ward, referral):
     code, out, _ = referral("prepare", ward.write_config(), "--run", "run", "--set", "seed=3")
     assert code == 0 and "is ready" in out
     assert "seed = 3" in (ward.run_path / "config.toml").read_text()
-    assert not ward.calls() and len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 14
+    assert (
+        not ward.calls()
+        and len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 14
+    )
 
 
 def test_dry_run_prints_every_job_and_writes_nothing(ward, referral):
     code, out, _ = referral("run", ward.write_config(), "--run", "run", "--dry-run")
     assert code == 0 and not ward.run_path.exists()
-    for words in ("specialist-003", "combine, control_wall-0", "control --name control_compute --run run", "to run"):
+    for words in (
+        "specialist-003",
+        "combine, control_wall-0",
+        "control --name control_compute --run run",
+        "to run",
+    ):
         assert words in out
 
 
@@ -78,7 +91,9 @@ def test_dry_run_prints_every_job_and_writes_nothing(ward, referral):
     ],
 )
 @pytest.mark.parametrize("command", ["run", "prepare"])
-def test_bad_config_is_one_clear_line_and_exit_2_and_nothing_written(ward, referral, command, overrides, words):
+def test_bad_config_is_one_clear_line_and_exit_2_and_nothing_written(
+    ward, referral, command, overrides, words
+):
     options = [word for override in overrides for word in ("--set", override)]
     code, out, err = referral(command, ward.write_config(), "--run", "run", *options)
     assert code == 2 and words in err and not ward.run_path.exists()
@@ -88,7 +103,9 @@ def test_bad_config_is_one_clear_line_and_exit_2_and_nothing_written(ward, refer
 
 @pytest.mark.parametrize("command", ["run", "prepare"])
 def test_what_the_trainer_finds_wrong_stops_before_anything_is_written(ward, referral, command):
-    code, _, _ = referral(command, ward.write_config(), "--run", "run", "--set", "data.input=unlucky")
+    code, _, _ = referral(
+        command, ward.write_config(), "--run", "run", "--set", "data.input=unlucky"
+    )
     assert code == 2 and not ward.run_path.exists()
 
 
@@ -123,14 +140,30 @@ def test_bad_arguments_are_one_clear_line_and_exit_2(ward, referral, arguments, 
 def test_another_config_is_refused_and_force_redoes_what_is_stale(short, referral):
     run = short.run()
     short.finish(run.stages)
-    code, _, err = referral("run", short.write_config(), "--run", "run", "--set", "specialists.steps=21")
-    assert code == 2 and "specialists.steps: 20 -> 21" in err and "--force" in err and run.report.is_done
-    code, out, err = referral("run", short.toml, "--run", "run", "--set", "specialists.steps=21", "--force")
+    code, _, err = referral(
+        "run", short.write_config(), "--run", "run", "--set", "specialists.steps=21"
+    )
+    assert (
+        code == 2
+        and "specialists.steps: 20 -> 21" in err
+        and "--force" in err
+        and run.report.is_done
+    )
+    code, out, err = referral(
+        "run", short.toml, "--run", "run", "--set", "specialists.steps=21", "--force"
+    )
     assert code == 0, err
-    assert [place for _, place in short.calls("begin")] == ["specialists/000", "ensemble", "evaluation", "report"]
+    assert [place for _, place in short.calls("begin")] == [
+        "specialists/000",
+        "ensemble",
+        "evaluation",
+        "report",
+    ]
 
 
-def test_results_without_a_failed_specialist_are_shown_and_the_exit_code_says_that_it_failed(short, referral):
+def test_results_without_a_failed_specialist_are_shown_and_the_exit_code_says_that_it_failed(
+    short, referral
+):
     short.values |= {"clusters": {"num_groups": 2}, "ensemble": {"allow_missing": True}}
     run = short.run()
     short.finish([run.generalist, run.measure, run.cluster, run.route, run.specialists[0]])
@@ -155,9 +188,22 @@ def test_the_table_of_results_shows_calibration_and_dee_only_where_a_run_has_the
     from launch.results import results_table
 
     def shown(**more):
-        row = {"top1": 0.5, "top5": 0.9, "nll": 1.25, "brier": 0.5, "ece": 0.05, "macro_top1": 0.5,
-               "cost": {"seconds": 60.0, "examples_seen": 1000}}  # fmt: skip
-        results = {"generalist": row, "ensemble": {**row, **more}, "controls": {}, "students": {}, "sizes": [{}] * 4}
+        row = {
+            "top1": 0.5,
+            "top5": 0.9,
+            "nll": 1.25,
+            "brier": 0.5,
+            "ece": 0.05,
+            "macro_top1": 0.5,
+            "cost": {"seconds": 60.0, "examples_seen": 1000},
+        }
+        results = {
+            "generalist": row,
+            "ensemble": {**row, **more},
+            "controls": {},
+            "students": {},
+            "sizes": [{}] * 4,
+        }
         console = Console(width=200, record=True, file=open(os.devnull, "w"))
         console.print(results_table(results))
         return [line.split() for line in console.export_text().splitlines()]
@@ -165,8 +211,14 @@ def test_the_table_of_results_shows_calibration_and_dee_only_where_a_run_has_the
     assert "cNLL" not in shown()[0] and "DEE" not in shown()[0]
     head, generalist, ensemble = shown(cnll=1.125, dee=None, dee_beyond=True)
     assert head[:6] == ["top-1", "top-5", "NLL", "cNLL", "Brier", "ECE"] and head[6] == "DEE"
-    assert generalist[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "–", "0.5000", "0.0500"] and generalist[9] == "–"
-    assert ensemble[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "1.1250", "0.5000", "0.0500"] and ensemble[9] == ">4"
+    assert (
+        generalist[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "–", "0.5000", "0.0500"]
+        and generalist[9] == "–"
+    )
+    assert (
+        ensemble[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "1.1250", "0.5000", "0.0500"]
+        and ensemble[9] == ">4"
+    )
 
 
 def test_compare_prints_writes_and_passes_the_plot_on(short, referral):
@@ -174,7 +226,17 @@ def test_compare_prints_writes_and_passes_the_plot_on(short, referral):
     for seed in (1, 2):
         assert referral("run", short.toml, "--run", f"r{seed}", "--set", f"seed={seed}")[0] == 0
     code, out, err = referral(
-        "compare", "r1", "r2", "--metric", "top1,nll", "--json", "c.json", "--plot", "c.png", "--versus", "generalist"
+        "compare",
+        "r1",
+        "r2",
+        "--metric",
+        "top1,nll",
+        "--json",
+        "c.json",
+        "--plot",
+        "c.png",
+        "--versus",
+        "generalist",
     )
     assert code == 0, err
     lines = out.splitlines()
@@ -201,7 +263,10 @@ def test_commands_that_need_torch_pass_on_arguments_and_exit_code(referral, name
 def test_help_names_every_command(referral):
     code, out, _ = referral()
     assert code == 0
-    assert all(name in out for name in ("run", "demo", "prepare", "status", "report", "compare", "shards", "doctor"))
+    assert all(
+        name in out
+        for name in ("run", "demo", "prepare", "status", "report", "compare", "shards", "doctor")
+    )
 
 
 def test_the_launcher_never_imports_torch():
@@ -254,7 +319,9 @@ def test_a_demo_of_other_glyphs_wants_another_run(tmp_path, referral):
     data = tmp_path / "run" / "data"
     data.mkdir(parents=True)
     (data / "a.tar").touch()
-    splits = {split: {"shards": [{"name": "a.tar", "bytes": 0}]} for split in ("train", "val", "test")}
+    splits = {
+        split: {"shards": [{"name": "a.tar", "bytes": 0}]} for split in ("train", "val", "test")
+    }
     (data / "manifest.json").write_text(json.dumps({"classes": ["x"], "splits": splits}))
     (data / "demo.json").write_text(json.dumps({"seed": "1"}))
     code, _, err = referral("demo", "--run", tmp_path / "run")

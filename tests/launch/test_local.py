@@ -17,7 +17,7 @@ from launch.display import Display
 from launch.journal import read_journal
 from launch.local import locked, stop_launcher
 from launch.results import groups_line
-from trainer.config import UserError
+from pipeline.config import UserError
 
 
 @pytest.fixture
@@ -66,7 +66,10 @@ def test_done_stages_are_not_run_again(ward, small):
 @pytest.mark.parametrize("size", [1, 3])
 def test_no_more_jobs_run_than_the_pool_holds(ward, small, size):
     run = small(f"launch.pool={size}")
-    ward.behave(**{f"specialists/{index:03d}": {"steps": 6} for index in range(4)}, ensemble={"exit": 1, "times": 1})
+    ward.behave(
+        **{f"specialists/{index:03d}": {"steps": 6} for index in range(4)},
+        ensemble={"exit": 1, "times": 1},
+    )
     ward.pool(run).execute()
     running = most = 0
     for word, _ in ward.calls():
@@ -92,7 +95,11 @@ def test_more_ranks_than_slots_take_the_whole_pool(ward):
 
 def test_each_slot_has_its_gpu(ward):
     pool = ward.pool(ward.run("launch.pool=4"), devices=["GPU-a", "GPU-b"])
-    assert [pool._environment([slot])["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["GPU-a", "GPU-b", "GPU-a"]
+    assert [pool._environment([slot])["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == [
+        "GPU-a",
+        "GPU-b",
+        "GPU-a",
+    ]
     assert pool._environment([0, 1])["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
     assert pool._environment([0])["OMP_NUM_THREADS"] == "1"
 
@@ -105,7 +112,9 @@ def test_a_failed_specialist_stops_neither_the_others_nor_is_it_passed_over(ward
     assert [stage.is_done for stage in run.specialists] == [True, False, True, True]
     assert states(run)["specialist-001"] == "failed" and states(run)["combine"] == "blocked"
     assert not run.evaluate.is_done
-    assert "specialist-001" in errors.getvalue() and "RuntimeError: out of luck" in errors.getvalue()
+    assert (
+        "specialist-001" in errors.getvalue() and "RuntimeError: out of luck" in errors.getvalue()
+    )
     assert "ensemble.allow_missing" in errors.getvalue()
 
 
@@ -117,7 +126,9 @@ def test_allow_missing_goes_on_and_a_mended_specialist_is_then_taken_in(ward, sm
     assert ward.pool(run).execute() == 0
     places = [place for _, place in ward.calls("end")]
     assert places.count("specialists/000") == 1
-    assert [places.count(place) for place in ("specialists/001", "ensemble", "evaluation", "report")] == [1, 2, 2, 2]
+    assert [
+        places.count(place) for place in ("specialists/001", "ensemble", "evaluation", "report")
+    ] == [1, 2, 2, 2]
 
 
 def test_a_job_is_tried_again_as_often_as_the_config_says(ward, small):
@@ -143,7 +154,13 @@ def test_75_without_a_newer_checkpoint_is_a_failure_and_does_not_spin(ward, smal
 
 def test_a_users_mistake_is_said_in_its_own_words_and_not_tried_again(ward, small):
     run = small("launch.retries=3", left=[])
-    ward.behave(ensemble={"exit": 2, "times": 9, "says": "warning: x\nerror: val has no examples of class 7"})
+    ward.behave(
+        ensemble={
+            "exit": 2,
+            "times": 9,
+            "says": "warning: x\nerror: val has no examples of class 7",
+        }
+    )
     shown, _, errors = display()
     assert ward.pool(run, display=shown).execute() == 2
     assert errors.getvalue().splitlines()[0] == "error: val has no examples of class 7"
@@ -171,7 +188,10 @@ def test_a_done_stage_counts_whatever_the_exit_code(ward, small, monkeypatch):
 
 
 def test_two_launchers_of_one_run_are_one_too_many(ward):
-    with locked(ward.run_path), pytest.raises(UserError, match=r"\.lock.*another launcher.*process \d+"):
+    with (
+        locked(ward.run_path),
+        pytest.raises(UserError, match=r"\.lock.*another launcher.*process \d+"),
+    ):
         with locked(ward.run_path):
             pass
     with locked(ward.run_path):
@@ -213,7 +233,9 @@ def long_run(ward):
 
     def make(**behaviour):
         if behaviour:
-            ward.behave(**{f"specialists/{index:03d}": {"steps": 400} for index in range(4)}, **behaviour)
+            ward.behave(
+                **{f"specialists/{index:03d}": {"steps": 400} for index in range(4)}, **behaviour
+            )
         launcher = ward.start("run", ward.write_config(), "--run", ward.run_path)
         started.append(launcher)
         until(lambda: len(ward.calls("begin")) == 2 or launcher.poll() is not None)
@@ -246,7 +268,9 @@ def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_ru
     assert len(ward.calls("checkpoint")) == 2
     assert "the same command goes on" in out and "Traceback" not in err
     assert not children_of(run.root)
-    assert {state for state in states(run).values() if state not in ("done", "waiting")} == {"interrupted"}
+    assert {state for state in states(run).values() if state not in ("done", "waiting")} == {
+        "interrupted"
+    }
 
 
 def test_cancel_lets_the_launcher_stop_and_retry_goes_on(ward, long_run, referral):
@@ -262,7 +286,9 @@ def test_cancel_lets_the_launcher_stop_and_retry_goes_on(ward, long_run, referra
 def test_a_launcher_on_another_machine_is_not_signalled(ward):
     with locked(ward.run_path):
         (ward.run_path / ".lock").write_text("process 1 on another-machine\n")
-        with pytest.raises(UserError, match="another launcher is running .*process 1 on another-machine"):
+        with pytest.raises(
+            UserError, match="another launcher is running .*process 1 on another-machine"
+        ):
             stop_launcher(ward.run_path)
 
 
@@ -308,5 +334,7 @@ def test_the_terminal_tells_what_the_groups_hold_before_specialists_are_paid_for
         "3 groups of 54 to 137 classes hold 96.3 % of the generalist's errors on val (chance 17.6 %); "
         "1 are not worth a specialist (clusters.min_gain); what each can gain: "
     )
-    (run.cluster.directory / "summary.json").write_text(json.dumps(summary | {"captured": None, "skipped": []}))
+    (run.cluster.directory / "summary.json").write_text(
+        json.dumps(summary | {"captured": None, "skipped": []})
+    )
     assert groups_line(run).startswith("3 groups of 54 to 137 classes; what each can gain: ")

@@ -12,11 +12,18 @@ def by_name(jobs):
 def test_every_stage_is_in_one_job_behind_the_jobs_of_its_inputs(ward):
     run = ward.run("specialists.per_job=3")
     jobs = plan(run)
-    assert [stage.place for job in jobs for stage in job.stages] == [stage.place for stage in run.stages]
+    assert [stage.place for job in jobs for stage in job.stages] == [
+        stage.place for stage in run.stages
+    ]
     seen = set()
     for job in jobs:
         inputs = {wanted.place for stage in job.stages for wanted in stage.inputs}
-        provided = {stage.place for other in jobs if other.name in (*job.waits_for, job.name) for stage in other.stages}
+        provided = {
+            stage.place
+            for other in jobs
+            if other.name in (*job.waits_for, job.name)
+            for stage in other.stages
+        }
         assert inputs <= provided
         assert set(job.waits_for) <= seen
         seen.add(job.name)
@@ -28,9 +35,18 @@ def test_the_graph_of_the_demo(ward):
     assert jobs["clusters"].command() == ["measure", "cluster", "route"]
     assert jobs["specialist-002"].waits_for == ("clusters",)
     assert jobs["control_wall-0"].waits_for == ("clusters",)
-    assert jobs["control_compute"].waits_for == ("control_wall-0", "control_wall-1", "control_wall-2")
+    assert jobs["control_compute"].waits_for == (
+        "control_wall-0",
+        "control_wall-1",
+        "control_wall-2",
+    )
     assert jobs["student_hard"].waits_for == ("generalist",)
-    assert set(jobs["report"].waits_for) >= {"combine", "control_compute", "student_hard", "student-main"}
+    assert set(jobs["report"].waits_for) >= {
+        "combine",
+        "control_compute",
+        "student_hard",
+        "student-main",
+    }
     assert jobs["report"].command() == ["evaluate", "report"]
 
 
@@ -61,7 +77,9 @@ def test_a_finished_stage_does_not_change_the_graph(ward):
 def test_the_generalists_ranks_are_the_configs_or_else_the_machines(ward):
     assert by_name(plan(ward.run(), processes=2))["generalist"].processes == 2
     assert by_name(plan(ward.run("launch.processes=4"), processes=2))["generalist"].processes == 4
-    assert {job.processes for job in plan(ward.run(), processes=2) if job.name != "generalist"} == {1}
+    assert {job.processes for job in plan(ward.run(), processes=2) if job.name != "generalist"} == {
+        1
+    }
 
 
 def test_the_longest_chain_goes_first(ward):
@@ -89,14 +107,28 @@ def test_the_graph_file_is_written_once(ward):
     save_graph(plan(ward.run()), path)
     assert path.stat().st_mtime_ns == written
     first = json.loads(path.read_text())["jobs"][0]
-    assert first == {"name": "generalist", "stages": ["generalist"], "command": ["generalist"], "processes": 1,
-                     "waits_for": []}  # fmt: skip
+    assert first == {
+        "name": "generalist",
+        "stages": ["generalist"],
+        "command": ["generalist"],
+        "processes": 1,
+        "waits_for": [],
+    }
 
 
 def test_specialists_that_are_taken_over_go_with_the_clusters(ward):
     run = ward.run("specialists.per_job=2", *ward.old_run(groups=3))
     jobs = by_name(plan(run))
-    assert jobs["clusters"].command() == ["measure", "cluster", "route", "specialist", "--index", "0", "1", "2"]
+    assert jobs["clusters"].command() == [
+        "measure",
+        "cluster",
+        "route",
+        "specialist",
+        "--index",
+        "0",
+        "1",
+        "2",
+    ]
     assert [name for name in jobs if name.startswith("specialist")] == ["specialist-003"]
     assert jobs["specialist-003"].waits_for == ("clusters",)
     assert jobs["combine"].waits_for == ("clusters", "specialist-003")

@@ -7,8 +7,8 @@ import pytest
 
 from launch.plan import plan
 from launch.prepare import absolute, changed_keys, check, lay_out, save_environment
-from trainer.config import UserError, load_config
-from trainer.run_directory import read_json
+from pipeline.config import UserError, load_config
+from pipeline.store import read_json
 
 
 def mistake(ward, *overrides, **options) -> str:
@@ -37,7 +37,10 @@ def test_a_laid_out_run_holds_its_config_and_its_graph(ward):
         ("data.test=data/test-{000000..00000", "the braces do not match|no shard matches"),
         ("clusters.num_groups=0", "clusters.num_groups = 0: Input should be greater than 0"),
         ("clusters.num_groups=9", "clusters.num_groups = 9 is more than the 8 classes"),
-        ("data.classes=5", "data.classes = 5, but .* names 8 classes: class index 7 is out of range"),
+        (
+            "data.classes=5",
+            "data.classes = 5, but .* names 8 classes: class index 7 is out of range",
+        ),
     ],
 )
 def test_a_mistake_in_the_config_is_named(ward, override, words):
@@ -163,24 +166,37 @@ def test_moved_data_do_not(ward):
     ward.finish([ward.run().generalist])
     moved = ward.root / "elsewhere"
     ward.data.rename(moved)
-    overrides = [f"data.{split}={moved}/{split}-{{000000..000003}}.tar" for split in ("train", "val", "test")]
+    overrides = [
+        f"data.{split}={moved}/{split}-{{000000..000003}}.tar" for split in ("train", "val", "test")
+    ]
     run, stale = check(ward.config(*overrides), ward.run_path)
     assert run.generalist.is_done and not stale
 
 
 def test_paths_are_made_absolute(ward, monkeypatch):
     monkeypatch.chdir(ward.root)
-    config = absolute(ward.config("data.train=data/train-000000.tar::https://x/y.tar", "clusters.groups_file=g.json"))
+    config = absolute(
+        ward.config(
+            "data.train=data/train-000000.tar::https://x/y.tar", "clusters.groups_file=g.json"
+        )
+    )
     assert config.data.train == f"{ward.data}/train-000000.tar::https://x/y.tar"
     assert config.clusters.groups_file == str(ward.root / "g.json")
-    assert config.generalist.init == "" and config.data.manifest is None and config.data.transfer == ""
+    assert (
+        config.generalist.init == "" and config.data.manifest is None and config.data.transfer == ""
+    )
     config = absolute(ward.config("data.transfer=more", "data.manifest=m.json"))
-    assert config.data.transfer == str(ward.root / "more") and config.data.manifest == str(ward.root / "m.json")
+    assert config.data.transfer == str(ward.root / "more") and config.data.manifest == str(
+        ward.root / "m.json"
+    )
     assert absolute(ward.config("data.manifest=http://x/m.json")).data.manifest == "http://x/m.json"
 
 
 def test_changed_keys_are_dotted_with_old_and_new(ward):
-    old, new = ward.config(), ward.config("students.b.steps=3", "seed=4", "slurm.specialists.cpus=2")
+    old, new = (
+        ward.config(),
+        ward.config("students.b.steps=3", "seed=4", "slurm.specialists.cpus=2"),
+    )
     found = changed_keys(old, new)
     assert ("seed", 0, 4) in found and ("students.b.steps", None, 3) in found
     assert not any(key.startswith("slurm") for key, *_ in found)

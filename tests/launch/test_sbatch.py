@@ -6,14 +6,16 @@ import pytest
 
 from launch.plan import plan
 from launch.sbatch import SCRIPT, batches, dependency, ranges, ranks, shell_script
-from trainer.config import UserError, load_config
+from pipeline.config import UserError, load_config
 
 
 def submitted(run, *, done=(), size=1001):
     """Per batch its name, the batch, and the command with ids 1, 2, 3, ..."""
     jobs = plan(run, ranks(run.config))
     ids, whole, found = {}, set(), {}
-    for number, batch in enumerate(batches(run, [job for job in jobs if job.name not in done], size), 1):
+    for number, batch in enumerate(
+        batches(run, [job for job in jobs if job.name not in done], size), 1
+    ):
         command = batch.command(run.root, dependency(run, batch, ids, whole, done.__contains__))
         whole.add(str(number))
         ids |= batch.ids(str(number))
@@ -33,11 +35,24 @@ def arguments(command):
 def test_each_job_waits_for_the_jobs_of_its_inputs(ward):
     found = submitted(ward.run())
     assert list(found) == [
-        "generalist", "clusters", "specialist", "combine", "control_wall-0", "control_wall-1", "control_wall-2",
-        "control_compute", "student_hard", "student-main", "report",
-    ]  # fmt: skip
+        "generalist",
+        "clusters",
+        "specialist",
+        "combine",
+        "control_wall-0",
+        "control_wall-1",
+        "control_wall-2",
+        "control_compute",
+        "student_hard",
+        "student-main",
+        "report",
+    ]
     waits = {name: option(command, "dependency") for name, command in found.items()}
-    assert waits["generalist"] is None and waits["clusters"] == "afterok:1" and waits["specialist"] == "afterok:2"
+    assert (
+        waits["generalist"] is None
+        and waits["clusters"] == "afterok:1"
+        and waits["specialist"] == "afterok:2"
+    )
     assert waits["combine"] == "afterok:3"  # the whole array
     assert waits["control_compute"] == "afterok:5:6:7" and waits["student_hard"] == "afterok:1"
     assert waits["report"] == "afterok:4:5:6:7:8:9:10"
@@ -52,26 +67,41 @@ def test_specialists_are_one_array_with_a_throttle(ward):
 
 def test_packs_are_the_elements_of_the_array(ward):
     command = submitted(ward.run("specialists.per_job=3"))["pack"]
-    assert option(command, "array") == "0-1" and arguments(command)[-3:] == ["specialist", "0,1,2", "3"]
+    assert option(command, "array") == "0-1" and arguments(command)[-3:] == [
+        "specialist",
+        "0,1,2",
+        "3",
+    ]
 
 
 def test_specialists_that_are_taken_over_are_no_elements_of_the_array(ward):
     found = submitted(ward.run("specialists.per_job=2", *ward.old_run(groups=3)))
     assert arguments(found["clusters"])[-5:] == ["specialist", "--index", "0", "1", "2"]
-    assert option(found["pack"], "array") == "0" and arguments(found["pack"])[-2:] == ["specialist", "3"]
+    assert option(found["pack"], "array") == "0" and arguments(found["pack"])[-2:] == [
+        "specialist",
+        "3",
+    ]
     assert option(found["combine"], "dependency") == "afterok:2:3"
 
 
 def test_arrays_are_no_larger_than_the_site_allows_and_share_the_throttle(ward):
     found = submitted(ward.run("slurm.throttle=2"), size=3)
-    assert option(found["specialist"], "array") == "0-2%1" and option(found["specialist-3+"], "array") == "0%1"
+    assert (
+        option(found["specialist"], "array") == "0-2%1"
+        and option(found["specialist-3+"], "array") == "0%1"
+    )
     assert arguments(found["specialist-3+"])[-2:] == ["specialist", "3"]
     assert option(found["combine"], "dependency") == "afterok:3:4"
 
 
 def test_only_what_is_left_of_an_array_is_submitted_each_at_its_place(ward):
-    found = submitted(ward.run(), done={"generalist", "clusters", "specialist-000", "specialist-002"})
-    assert option(found["specialist"], "array") == "1,3" and option(found["specialist"], "dependency") is None
+    found = submitted(
+        ward.run(), done={"generalist", "clusters", "specialist-000", "specialist-002"}
+    )
+    assert (
+        option(found["specialist"], "array") == "1,3"
+        and option(found["specialist"], "dependency") is None
+    )
     assert arguments(found["specialist"])[-5:] == ["specialist", "0", "1", "2", "3"]
 
 
@@ -79,7 +109,12 @@ def test_elements_that_are_queued_are_waited_for_one_by_one(ward):
     """The array that they are of has an element that failed: of the whole, afterok would never hold."""
     run = ward.run()
     combine = next(batch for batch in batches(run, plan(run)) if batch.name == "combine")
-    ids = {"specialist-000": "7_0", "specialist-001": "9_1", "specialist-002": "7_2", "specialist-003": "9_3"}
+    ids = {
+        "specialist-000": "7_0",
+        "specialist-001": "9_1",
+        "specialist-002": "7_2",
+        "specialist-003": "9_3",
+    }
     assert dependency(run, combine, ids, {"9"}, set().__contains__) == "afterok:7_0:9:7_2"
 
 
@@ -90,14 +125,32 @@ def test_specialists_that_may_be_missing_are_only_waited_for(ward):
 
 
 def test_resources_are_the_stages_own_then_those_of_default(ward):
-    settings = ['slurm.default.partition="cpu"', "slurm.default.memory=4G", 'slurm.default.extra=["--exclude=n9"]',
-                "slurm.default.time=600", 'slurm.generalist.partition="gpu"', "slurm.generalist.nodes=2",
-                "slurm.generalist.gpus=4", "slurm.generalist.cpus=16", 'slurm.generalist.time="1-12:00:00"',
-                'slurm.generalist.extra=["--reservation=x"]', "slurm.signal_s=90"]  # fmt: skip
+    settings = [
+        'slurm.default.partition="cpu"',
+        "slurm.default.memory=4G",
+        'slurm.default.extra=["--exclude=n9"]',
+        "slurm.default.time=600",
+        'slurm.generalist.partition="gpu"',
+        "slurm.generalist.nodes=2",
+        "slurm.generalist.gpus=4",
+        "slurm.generalist.cpus=16",
+        'slurm.generalist.time="1-12:00:00"',
+        'slurm.generalist.extra=["--reservation=x"]',
+        "slurm.signal_s=90",
+    ]
     run = ward.run(*settings)
     found = submitted(run)
-    words = ["--nodes=2", "--signal=USR2@90", "--gpus-per-node=4", "--cpus-per-task=16", "--mem=4G",
-             "--time=1-12:00:00", "--partition=gpu", "--exclude=n9", "--reservation=x"]  # fmt: skip
+    words = [
+        "--nodes=2",
+        "--signal=USR2@90",
+        "--gpus-per-node=4",
+        "--cpus-per-task=16",
+        "--mem=4G",
+        "--time=1-12:00:00",
+        "--partition=gpu",
+        "--exclude=n9",
+        "--reservation=x",
+    ]
     assert [word for word in found["generalist"] if word in words] == words
     assert ranks(run.config) == 8 and arguments(found["generalist"])[:2] == ["-r", "4"]
     words = ["--nodes=1", "--mem=4G", "--time=600", "--partition=cpu", "--exclude=n9"]
@@ -107,7 +160,11 @@ def test_resources_are_the_stages_own_then_those_of_default(ward):
 
 @pytest.mark.parametrize(
     "settings, expected",
-    [([], 1), (["slurm.generalist.nodes=3"], 3), (["slurm.generalist.nodes=2", "launch.processes=8"], 8)],
+    [
+        ([], 1),
+        (["slurm.generalist.nodes=3"], 3),
+        (["slurm.generalist.nodes=2", "launch.processes=8"], 8),
+    ],
 )
 def test_the_generalists_ranks(settings, expected):
     assert ranks(load_config(None, settings)) == expected
@@ -122,7 +179,9 @@ def test_whatever_a_run_is_called_it_is_one_word_and_nothing_else(ward):
     ward.run_path = ward.root / "--wrap=x %j $(touch pwned)\n'\""
     command = submitted(ward.run())["generalist"]
     assert option(command, "job-name") == "wrap_x__j___touch_pwned____-generalist"
-    assert option(command, "output") == str(ward.run_path).replace("%", "%%") + "/logs/generalist.txt"
+    assert (
+        option(command, "output") == str(ward.run_path).replace("%", "%%") + "/logs/generalist.txt"
+    )
     assert arguments(command)[-2:] == [str(ward.run_path), "generalist"]
 
 
@@ -133,7 +192,9 @@ def test_the_dry_runs_script_is_the_same_commands_for_a_shell(ward):
     lines = shell_script(run, jobs, jobs, {}, 1001).splitlines()
     assert len(lines) == 11 and lines[0].startswith("generalist=$(sbatch ")
     words = shlex.split(lines[1].removeprefix("clusters=$(").removesuffix(")"))
-    assert words == submitted(run)["clusters"][:4] + ["--dependency=afterok:${generalist}"] + words[5:]
+    assert (
+        words == submitted(run)["clusters"][:4] + ["--dependency=afterok:${generalist}"] + words[5:]
+    )
     assert "'--output=" in lines[1] and "--dependency=afterok:${specialist}" in lines[3]
 
 
@@ -144,8 +205,14 @@ def test_ranges_read_like_slurms():
 @pytest.mark.parametrize(
     "setting, words",
     [
-        ("slurm.generalist.gpu=4", "unknown key slurm.generalist.gpu; did you mean slurm.generalist.gpus?"),
-        ("slurm.specialist.gpus=1", "unknown key slurm.specialist; did you mean slurm.specialists?"),
+        (
+            "slurm.generalist.gpu=4",
+            "unknown key slurm.generalist.gpu; did you mean slurm.generalist.gpus?",
+        ),
+        (
+            "slurm.specialist.gpus=1",
+            "unknown key slurm.specialist; did you mean slurm.specialists?",
+        ),
         ("slurm.default.time=soon", 'write minutes, "HH:MM:SS" or "DAYS-HH:MM:SS"'),
         ("slurm.default.time=4", "slurm.signal_s = 120 s before its end"),
         ("slurm.default.memory=lots", "slurm.default.memory = 'lots'"),
@@ -162,12 +229,15 @@ def test_a_wrong_resource_is_one_clear_line(setting, words):
 
 
 @pytest.mark.parametrize(
-    "time, seconds", [("90", 5400), ("5:30", 330), ("04:00:00", 14400), ("2-0", 172800), ("1-02:03", 93780)]
+    "time, seconds",
+    [("90", 5400), ("5:30", 330), ("04:00:00", 14400), ("2-0", 172800), ("1-02:03", 93780)],
 )
 def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
     assert load_config(None, [f'slurm.default.time="{time}"']).slurm.default.seconds == seconds
 
 
 def test_times_and_memory_may_come_without_quotes():
-    found = load_config(None, ["slurm.default.time=04:00:00", "slurm.default.memory=4000"]).slurm.default
+    found = load_config(
+        None, ["slurm.default.time=04:00:00", "slurm.default.memory=4000"]
+    ).slurm.default
     assert (found.time, found.memory) == ("04:00:00", "4000")

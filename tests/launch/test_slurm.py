@@ -10,13 +10,15 @@ from launch import slurm
 from launch.journal import JobRecord, Journal, read_journal
 from launch.plan import plan
 from launch.status import statuses
-from trainer.config import UserError
+from pipeline.config import UserError
 
 
 def line(number, state, reason="None", restarts=0, node="", elapsed="0:00"):
     """As squeue prints it, in slurm.COLUMNS."""
     values = (number, state, reason, str(restarts), node, elapsed)
-    return "".join(value.ljust(width) for value, width in zip(values, slurm.COLUMNS.values(), strict=True))
+    return "".join(
+        value.ljust(width) for value, width in zip(values, slurm.COLUMNS.values(), strict=True)
+    )
 
 
 @pytest.fixture
@@ -30,14 +32,23 @@ def clients(tmp_path, monkeypatch):
 
     def make(**scripts):
         for name, script in scripts.items():
-            (place / name).write_text(f'#!/bin/bash\necho "$(basename "$0") $*" >> "$CALLS"\n{script}\n')
+            (place / name).write_text(
+                f'#!/bin/bash\necho "$(basename "$0") $*" >> "$CALLS"\n{script}\n'
+            )
             (place / name).chmod(0o755)
 
     # Numbers its jobs from 1 on.
-    make(sbatch='[ "$1" = --version ] && exit; n=$(grep -c "^sbatch --parsable" "$CALLS"); echo "$n;loopback"',
-         scontrol='echo "MaxArraySize            = 1001"', squeue="", scancel="")  # fmt: skip
-    make.calls = lambda name: [words for words in (tmp_path / "clients.txt").read_text().splitlines()
-                               if words.startswith(name + " ")]  # fmt: skip
+    make(
+        sbatch='[ "$1" = --version ] && exit; n=$(grep -c "^sbatch --parsable" "$CALLS"); echo "$n;loopback"',
+        scontrol='echo "MaxArraySize            = 1001"',
+        squeue="",
+        scancel="",
+    )
+    make.calls = lambda name: [
+        words
+        for words in (tmp_path / "clients.txt").read_text().splitlines()
+        if words.startswith(name + " ")
+    ]
     make.answer = lambda *lines: make(squeue="printf '%s\\n' " + shlex.join(lines))
     return make
 
@@ -49,8 +60,18 @@ def look(run, records, lines, clients):
 
 def of(*ids, state="waiting"):
     """Records of the jobs of the generalist, the clusters, specialist 0, ... as submitted."""
-    names = ["generalist", "clusters", "specialist-000", "specialist-001", "specialist-002", "specialist-003"]
-    return {name: JobRecord(state, id=number, log=f"logs/{name}.txt") for name, number in zip(names, ids, strict=False)}
+    names = [
+        "generalist",
+        "clusters",
+        "specialist-000",
+        "specialist-001",
+        "specialist-002",
+        "specialist-003",
+    ]
+    return {
+        name: JobRecord(state, id=number, log=f"logs/{name}.txt")
+        for name, number in zip(names, ids, strict=False)
+    }
 
 
 def test_squeues_columns_are_read_by_their_widths():
@@ -86,14 +107,26 @@ def test_a_done_stage_is_done_whatever_slurm_says(ward, clients):
 
 
 def test_a_log_that_a_node_cannot_open_is_told_as_what_it_is(ward, clients):
-    record = look(ward.run(), of("1"), [line("1", "FAILED", "JobLaunchFailure", node="n5")], clients)["generalist"]
-    assert f"n5 cannot write {ward.run_path}/logs/generalist.txt; the run must lie where" in record.reason
+    record = look(
+        ward.run(), of("1"), [line("1", "FAILED", "JobLaunchFailure", node="n5")], clients
+    )["generalist"]
+    assert (
+        f"n5 cannot write {ward.run_path}/logs/generalist.txt; the run must lie where"
+        in record.reason
+    )
 
 
 def test_what_stands_behind_a_lost_job_is_blocked_not_cancelled(ward, clients):
-    lines = [line("1", "FAILED", node="n1"), line("2", "CANCELLED", "DependencyNeverSatisfied"), line("3_0", "PENDING")]
+    lines = [
+        line("1", "FAILED", node="n1"),
+        line("2", "CANCELLED", "DependencyNeverSatisfied"),
+        line("3_0", "PENDING"),
+    ]
     records = look(ward.run(), of("1", "2", "3_0"), lines, clients)
-    assert records["clusters"].state == "blocked" and records["clusters"].reason == "waits for generalist"
+    assert (
+        records["clusters"].state == "blocked"
+        and records["clusters"].reason == "waits for generalist"
+    )
     assert records["specialist-000"].state == "waiting"
 
 
@@ -105,9 +138,17 @@ def test_a_single_job_that_slurm_has_forgotten_is_no_error(ward, clients):
 def test_only_what_failed_and_what_stands_behind_it_is_submitted_again(ward, clients):
     run = ward.run("controls.enabled=false")
     ward.finish([run.generalist, run.measure, run.cluster, run.route, run.specialists[0]])
-    records = of("1", "2", "3_0", "3_1", "3_2", "3_3") | {"combine": JobRecord(id="4"), "report": JobRecord(id="6")}
-    lines = [line("3_1", "FAILED", node="n1"), line("3_2", "RUNNING"), line("3_3", "PENDING"),
-             line("4", "PENDING", "Dependency"), line("6", "PENDING", "Dependency")]  # fmt: skip
+    records = of("1", "2", "3_0", "3_1", "3_2", "3_3") | {
+        "combine": JobRecord(id="4"),
+        "report": JobRecord(id="6"),
+    }
+    lines = [
+        line("3_1", "FAILED", node="n1"),
+        line("3_2", "RUNNING"),
+        line("3_3", "PENDING"),
+        line("4", "PENDING", "Dependency"),
+        line("6", "PENDING", "Dependency"),
+    ]
     clients.answer(*lines)
     jobs = plan(run)
     journal = slurm.look(run, jobs, Journal(records, runner="slurm"))
@@ -128,7 +169,9 @@ def test_what_runs_without_a_missing_specialist_is_not_pulled_from_under(ward, c
     clients.answer(line("3_0", "FAILED"), line("4", "RUNNING"))
     records = {"specialist-000": JobRecord(id="3_0"), "combine": JobRecord(id="4")}
     journal = slurm.look(run, plan(run), Journal(records, runner="slurm"))
-    with pytest.raises(UserError, match=r"combine \(job 4\) is running without specialist-000; wait"):
+    with pytest.raises(
+        UserError, match=r"combine \(job 4\) is running without specialist-000; wait"
+    ):
         slurm.choose(run, plan(run), journal)
 
 
@@ -150,8 +193,14 @@ echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS po
 
 
 def test_jobs_that_could_not_be_taken_back_are_listed(ward, clients):
-    clients(sbatch='[ "$(grep -c "^sbatch --parsable" "$CALLS")" = 1 ] && echo 41 && exit; exit 3', scancel="exit 1")
-    with pytest.raises(UserError, match=r"still queued, for they could not be cancelled \(scancel: exit code 1\): 41"):
+    clients(
+        sbatch='[ "$(grep -c "^sbatch --parsable" "$CALLS")" = 1 ] && echo 41 && exit; exit 3',
+        scancel="exit 1",
+    )
+    with pytest.raises(
+        UserError,
+        match=r"still queued, for they could not be cancelled \(scancel: exit code 1\): 41",
+    ):
         slurm.submit(ward.run(), plan(ward.run()), Journal())
     assert read_journal(ward.run_path).jobs["generalist"].id == "41"
 
@@ -169,18 +218,24 @@ def test_a_client_that_is_not_there_or_silent_or_unhappy_is_one_clear_line(clien
     with pytest.raises(UserError, match="^sbatch: no$"):
         slurm.ask(["sbatch"])
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(UserError, match="sbatch is not on the PATH: .*login node.* leave out --on slurm"):
+    with pytest.raises(
+        UserError, match="sbatch is not on the PATH: .*login node.* leave out --on slurm"
+    ):
         slurm.ask(["sbatch"])
 
 
-def test_the_runs_site_file_goes_before_the_users_and_gives_sbatch_its_variables(ward, clients, monkeypatch, capfd):
+def test_the_runs_site_file_goes_before_the_users_and_gives_sbatch_its_variables(
+    ward, clients, monkeypatch, capfd
+):
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     home = ward.root / "home" / ".config" / "referral" / "site.sh"
     home.parent.mkdir(parents=True)
     home.write_text("echo hello\nexport SBATCH_PARTITION='a b' OTHER=1\n")
     run = ward.run()
     found = slurm.environment(run.root)
-    assert found["SBATCH_PARTITION"] == "a b" and "OTHER" not in found and "SLURM_JOB_ID" not in found
+    assert (
+        found["SBATCH_PARTITION"] == "a b" and "OTHER" not in found and "SLURM_JOB_ID" not in found
+    )
     (run.root / "site.sh").write_text("export SBATCH_PARTITION=mine\n")
     assert slurm.environment(run.root)["SBATCH_PARTITION"] == "mine"
     (run.root / "site.sh").write_text("modul load cuda\n")
@@ -218,17 +273,25 @@ def test_run_submits_status_tells_cancel_cancels(ward, clients, referral):
     second = found["stages"][1]
     assert found["runner"] == "slurm" and second["id"] == "2" and second["detail"] == "Dependency"
     code, out, _ = referral("cancel", "run")
-    assert code == 0 and "cancelled" in out and clients.calls("scancel")[0].startswith("scancel 1 2 ")
+    assert (
+        code == 0 and "cancelled" in out and clients.calls("scancel")[0].startswith("scancel 1 2 ")
+    )
     assert "no job is queued" in referral("cancel", "run")[1]
 
 
-def test_status_without_slurms_answer_says_so_and_what_the_run_directory_says(ward, clients, referral):
+def test_status_without_slurms_answer_says_so_and_what_the_run_directory_says(
+    ward, clients, referral
+):
     run = ward.run()
     ward.finish([run.generalist])
     Journal(of("1", "2"), runner="slurm").save(run.root)
     clients(squeue='echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
     code, out, _ = referral("status", "run")
-    assert code == 0 and "1 done" in out and "Slurm does not answer: squeue: slurm_load_jobs error: Unable" in out
+    assert (
+        code == 0
+        and "1 done" in out
+        and "Slurm does not answer: squeue: slurm_load_jobs error: Unable" in out
+    )
 
 
 def test_a_run_in_slurm_is_not_started_here_too(ward, clients, referral):
@@ -242,9 +305,18 @@ def test_a_run_in_slurm_is_not_started_here_too(ward, clients, referral):
 def test_without_sbatch_nothing_is_written(ward, referral, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, err = referral("run", ward.write_config(), "--run", "run", "--on", "slurm")
-    assert code == 2 and err.startswith("error: sbatch is not on the PATH") and not ward.run_path.exists()
+    assert (
+        code == 2
+        and err.startswith("error: sbatch is not on the PATH")
+        and not ward.run_path.exists()
+    )
     code, out, _ = referral("run", ward.toml, "--run", "run", "--on", "slurm", "--dry-run")
-    assert code == 0 and "report=$(sbatch " in out and "#SBATCH --requeue" in out and not ward.run_path.exists()
+    assert (
+        code == 0
+        and "report=$(sbatch " in out
+        and "#SBATCH --requeue" in out
+        and not ward.run_path.exists()
+    )
 
 
 @pytest.mark.parametrize("count", [200])

@@ -13,18 +13,29 @@ from launch.status import duration, failures, statuses, summary
 
 
 def look(run, journal=None):
-    return {status.stage: status for status in statuses(run, plan(run), journal or read_journal(run.root))}
+    return {
+        status.stage: status
+        for status in statuses(run, plan(run), journal or read_journal(run.root))
+    }
 
 
 def running(**facts):
-    return JobRecord("running", pid=os.getpid(), born=birth(os.getpid()), started=time.time() - 5, **facts)
+    return JobRecord(
+        "running", pid=os.getpid(), born=birth(os.getpid()), started=time.time() - 5, **facts
+    )
 
 
 def write_metrics(stage, rows, steps=100):
     path = stage.directory / "metrics.jsonl"
     with open(path, "w") as file:
         for step, seconds in rows:
-            row = {"step": step, "steps": steps, "loss": 1, "seconds": seconds, "samples_per_s": 500}
+            row = {
+                "step": step,
+                "steps": steps,
+                "loss": 1,
+                "seconds": seconds,
+                "samples_per_s": 500,
+            }
             file.write(json.dumps(row) + "\n")
         file.write(json.dumps({"step": step, "val/loss": 1.0}) + '\n{"step": 9')
 
@@ -82,20 +93,32 @@ def test_in_a_packed_job_only_what_is_begun_runs(ward):
     ward.finish([run.specialists[0]])
     run.specialists[1].begin()
     found = look(run, Journal({"specialist-000-002": running()}))
-    assert [found[f"specialists/00{index}"].state for index in range(4)] == ["done", "running", "waiting", "waiting"]
+    assert [found[f"specialists/00{index}"].state for index in range(4)] == [
+        "done",
+        "running",
+        "waiting",
+        "waiting",
+    ]
 
 
 def test_a_failed_job_shows_the_end_of_its_log_from_this_attempt_on(ward):
     run = ward.run()
     (run.root / "log.txt").write_text("an earlier attempt\nTraceback\nValueError: seven\n")
     record = JobRecord(
-        "failed", exit_code=1, log="log.txt", log_start=len("an earlier attempt\n"), reason="exit code 1"
+        "failed",
+        exit_code=1,
+        log="log.txt",
+        log_start=len("an earlier attempt\n"),
+        reason="exit code 1",
     )
     journal = Journal({"generalist": record, "clusters": JobRecord("blocked")})
     found = statuses(run, plan(run), journal)
     assert [status.state for status in found[:3]] == ["failed", "blocked", "blocked"]
     lines = failures(run, found, journal)
-    assert "generalist: exit code 1" in lines[0] and lines[1:] == ["    Traceback", "    ValueError: seven"]
+    assert "generalist: exit code 1" in lines[0] and lines[1:] == [
+        "    Traceback",
+        "    ValueError: seven",
+    ]
 
 
 def test_a_stage_of_another_config_is_stale(ward):
@@ -108,7 +131,9 @@ def test_the_journal_reads_back(ward):
     run = ward.run()
     journal = Journal({"generalist": running(log="x")})
     journal.save(run.root)
-    assert read_journal(run.root) == journal and read_journal(run.root).jobs["generalist"].is_running
+    assert (
+        read_journal(run.root) == journal and read_journal(run.root).jobs["generalist"].is_running
+    )
 
 
 def test_the_end_of_a_log_is_its_last_lines(tmp_path):

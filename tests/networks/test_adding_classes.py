@@ -27,19 +27,25 @@ PLACES = [2, 4, 3, 6, 1]
 def small(names=OLD, seed=0, **options):
     torch.manual_seed(seed)
     options = {"width": 6, "depth": 2, "embedding": 5} | options
-    network = build_classifier(ModelSpec("convnet", len(names), {"shape": [1, 8, 8]}, options, tuple(names)))
+    network = build_classifier(
+        ModelSpec("convnet", len(names), {"shape": [1, 8, 8]}, options, tuple(names))
+    )
     with torch.no_grad():  # batch statistics that are not the initial ones
         network.train()(inputs(64))
     return network.eval()
 
 
 def inputs(n=9):
-    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def taught(network, steps=8, optimizer=torch.optim.AdamW):
     """A few steps on labels of every class, with weight decay and in train mode."""
-    learning = optimizer([p for p in network.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
+    learning = optimizer(
+        [p for p in network.parameters() if p.requires_grad], 0.1, weight_decay=0.1
+    )
     network.train()
     for _ in range(steps):
         learning.zero_grad()
@@ -54,9 +60,12 @@ def test_classes_are_matched_by_name_whatever_their_order():
 
 @pytest.mark.parametrize(
     ("old", "now", "message"),
-    [(["a", "q"], NOW, "class 'q' is not among the 7 classes now"), (["a", "a"], NOW, "two classes are called 'a'"),
-     (["a"], ["a", "b", "b"], "two classes are called 'b'")],
-)  # fmt: skip
+    [
+        (["a", "q"], NOW, "class 'q' is not among the 7 classes now"),
+        (["a", "a"], NOW, "two classes are called 'a'"),
+        (["a"], ["a", "b", "b"], "two classes are called 'b'"),
+    ],
+)
 def test_names_that_cannot_be_matched_are_refused(old, now, message):
     with pytest.raises(ValueError, match=message):
         match_classes(old, now)
@@ -70,9 +79,13 @@ def test_learning_new_rows_leaves_everything_else_bit_for_bit():
     for name in one:
         kept = other[name][PLACES] if name.startswith("head.") else other[name]
         assert torch.equal(one[name], kept), name
-    torch.testing.assert_close(after(inputs())[:, PLACES], before(inputs()))  # a wider product may round otherwise
+    torch.testing.assert_close(
+        after(inputs())[:, PLACES], before(inputs())
+    )  # a wider product may round otherwise
     new = after.head.weight[[0, 5]]
-    assert not torch.allclose(new[0], new[1]) and not torch.allclose(new.mean(0), before.head.weight.mean(0))
+    assert not torch.allclose(new[0], new[1]) and not torch.allclose(
+        new.mean(0), before.head.weight.mean(0)
+    )
 
 
 def test_what_is_being_learnt_answers_as_what_is_kept_of_it():
@@ -93,7 +106,9 @@ def test_a_grown_network_is_saved_as_any_other(tmp_path):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99), st.floats(0.1, 30))
-def test_at_the_start_new_classes_together_hold_at_most_one_share_of_c_plus_1(old, new, seed, scale):
+def test_at_the_start_new_classes_together_hold_at_most_one_share_of_c_plus_1(
+    old, new, seed, scale
+):
     names = [str(c) for c in range(old + new)]
     network = small(names[new:], seed).double()
     with torch.no_grad():
@@ -129,7 +144,9 @@ def test_what_cannot_grow_is_refused(network, names, message):
 
 
 def rows_kept(network):
-    return specialise(network, [0, 3], kept=[4], rest=fit_rest(network.head, torch.randn(40, 5), [0, 3], [4]))
+    return specialise(
+        network, [0, 3], kept=[4], rest=fit_rest(network.head, torch.randn(40, 5), [0, 3], [4])
+    )
 
 
 @pytest.mark.parametrize("rows", ["all", "kept", "fresh"])
@@ -139,8 +156,11 @@ def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
     for members, columns, renumbered in (([0, 3], [0, 1], [2, 6]), ([1, 4], [1, 0], [1, 4])):
         if rows == "kept" and members != [0, 3]:
             continue
-        special = {"all": lambda m: specialise(old, m), "fresh": lambda m: specialise(old, m, "fresh"),
-                   "kept": lambda m: rows_kept(old)}[rows](members)  # fmt: skip
+        special = {
+            "all": lambda m: specialise(old, m),
+            "fresh": lambda m: specialise(old, m, "fresh"),
+            "kept": lambda m: rows_kept(old),
+        }[rows](members)
         special = taught(special.train()).eval()
         save_classifier(among_more(special, now), tmp_path)
         found = load_classifier(tmp_path)

@@ -70,7 +70,11 @@ class Evil:
         (Theirs().state_dict(), "classifier", "has no classifier.weight; its linear layers are fc"),
         ({**Theirs().state_dict(), "extra": torch.ones(1)}, "fc", "has unexpected trunk.extra"),
         ({"fc.weight": torch.ones(5, 4)}, "fc", "lacks trunk.conv.bias, trunk.conv.weight"),
-        ({**Theirs().state_dict(), "fc.weight": torch.ones(7, 4)}, "fc", r"head.weight is \[7, 4\], not \[5, 4\]"),
+        (
+            {**Theirs().state_dict(), "fc.weight": torch.ones(7, 4)},
+            "fc",
+            r"head.weight is \[7, 4\], not \[5, 4\]",
+        ),
         ([1, 2], "fc", "not a state dict"),
         (Evil(), "fc", "not a state dict of plain tensors"),
     ],

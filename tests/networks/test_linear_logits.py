@@ -14,7 +14,10 @@ def parts(dtype=torch.float64, seed=0):
     """features, weight and bias, each a leaf."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ((ROWS, SIZE), (CLASSES, SIZE), (CLASSES,))
-    return [torch.randn(*shape, generator=draw, dtype=dtype).mul_(2).requires_grad_() for shape in shapes]
+    return [
+        torch.randn(*shape, generator=draw, dtype=dtype).mul_(2).requires_grad_()
+        for shape in shapes
+    ]
 
 
 def labels(seed=1):
@@ -22,7 +25,11 @@ def labels(seed=1):
 
 
 def distributions(dtype=torch.float64):
-    return torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(2), dtype=dtype).mul_(3).softmax(1)
+    return (
+        torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(2), dtype=dtype)
+        .mul_(3)
+        .softmax(1)
+    )
 
 
 def top_and_tail(k=4):
@@ -36,7 +43,9 @@ TARGETS = {
     "some unlabelled": lambda: Targets.of_labels(torch.tensor([3, -1, 0, 22, -1]), CLASSES, 0.1),
     "top 4 and tail": lambda: Targets.of_top(*top_and_tail()[:2], CLASSES, top_and_tail()[2]),
     "dense": lambda: Targets(dense=distributions()),
-    "all of it": lambda: Targets.of_labels(labels(), CLASSES, 0.2, 0.3)._replace(dense=0.7 * distributions()),
+    "all of it": lambda: Targets.of_labels(labels(), CLASSES, 0.2, 0.3)._replace(
+        dense=0.7 * distributions()
+    ),
 }
 
 
@@ -53,7 +62,11 @@ def spelled_out(targets: Targets):
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("name", TARGETS)
 def test_loss_and_gradients_are_those_of_held_logits(name, block):
-    ours, theirs, weights = parts(), parts(), torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double()
+    ours, theirs, weights = (
+        parts(),
+        parts(),
+        torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double(),
+    )
     targets = TARGETS[name]()
     loss = LinearLogits(*ours, CLASSES, block).cross_entropy(targets)
     held = -(spelled_out(targets) * F.linear(*theirs).log_softmax(1)).sum(1)
@@ -67,7 +80,11 @@ def test_loss_and_gradients_are_those_of_held_logits(name, block):
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
 def test_float32_equals_torchs_cross_entropy_to_1e_5(smoothing):
     ours, theirs = parts(torch.float32), parts(torch.float32)
-    loss = LinearLogits(*ours, CLASSES, 7).cross_entropy(Targets.of_labels(labels(), CLASSES, smoothing)).mean()
+    loss = (
+        LinearLogits(*ours, CLASSES, 7)
+        .cross_entropy(Targets.of_labels(labels(), CLASSES, smoothing))
+        .mean()
+    )
     held = F.cross_entropy(F.linear(*theirs), labels(), label_smoothing=smoothing)
     torch.testing.assert_close(loss, held, atol=1e-5, rtol=0)
     loss.backward(), held.backward()
@@ -78,7 +95,9 @@ def test_float32_equals_torchs_cross_entropy_to_1e_5(smoothing):
 @pytest.mark.parametrize("name", TARGETS)
 def test_gradients_agree_with_finite_differences(name):
     targets = TARGETS[name]()
-    assert torch.autograd.gradcheck(lambda *given: LinearLogits(*given, CLASSES, 6).reduced(targets), parts())
+    assert torch.autograd.gradcheck(
+        lambda *given: LinearLogits(*given, CLASSES, 6).reduced(targets), parts()
+    )
 
 
 def test_a_prior_and_a_temperature_act_on_the_logits():
@@ -91,7 +110,9 @@ def test_a_prior_and_a_temperature_act_on_the_logits():
 
 def test_large_logits_do_not_overflow():
     features, weight, bias = parts(torch.float32)
-    loss = LinearLogits(features * 1e4, weight, bias, CLASSES, 5).cross_entropy(Targets.of_labels(labels(), CLASSES))
+    loss = LinearLogits(features * 1e4, weight, bias, CLASSES, 5).cross_entropy(
+        Targets.of_labels(labels(), CLASSES)
+    )
     held = F.cross_entropy(F.linear(features * 1e4, weight, bias), labels(), reduction="none")
     torch.testing.assert_close(loss, held, rtol=1e-5, atol=1e-2)
     loss.sum().backward()
@@ -121,7 +142,11 @@ def test_under_autocast_products_are_low_and_sums_float32():
     """As a linear layer under autocast: its logits in bfloat16, the loss of these in float32."""
     ours, theirs = parts(torch.float32), parts(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = LinearLogits(*ours, CLASSES, 7).cross_entropy(Targets.of_labels(labels(), CLASSES, 0.1)).mean()
+        loss = (
+            LinearLogits(*ours, CLASSES, 7)
+            .cross_entropy(Targets.of_labels(labels(), CLASSES, 0.1))
+            .mean()
+        )
         held = F.cross_entropy(F.linear(*theirs).float(), labels(), label_smoothing=0.1)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, held, rtol=1e-2, atol=0)

@@ -46,7 +46,9 @@ def plain(builder="convnet", members=None, seed=0, builders=None, **options):
 
 
 def images(n=6, seed=0):
-    return torch.randint(0, 256, (n, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def trained_a_little(network, steps=3):
@@ -55,7 +57,9 @@ def trained_a_little(network, steps=3):
     network.train()
     for step in range(steps):
         optimizer.zero_grad()
-        loss = -mean_log_probabilities(network, images(14, step))[torch.arange(14), torch.arange(14) % CLASSES].mean()
+        loss = -mean_log_probabilities(network, images(14, step))[
+            torch.arange(14), torch.arange(14) % CLASSES
+        ].mean()
         loss.backward()
         optimizer.step()
     return network.eval()
@@ -66,7 +70,9 @@ def fresh(kind, builder="convnet", count=3, **more):
 
 
 KINDS = [{"kind": "heads"}, {"kind": "heads", "blocks": 2}, {"kind": "batch"}]
-OF_ALL_KINDS = pytest.mark.parametrize("members", KINDS, ids=["heads", "heads with blocks", "batch"])
+OF_ALL_KINDS = pytest.mark.parametrize(
+    "members", KINDS, ids=["heads", "heads with blocks", "batch"]
+)
 
 
 @OF_ALL_KINDS
@@ -106,10 +112,14 @@ def test_growing_leaves_the_parent_alone_and_nothing_frozen():
     parent = set_trainable(trained_a_little(plain()), "head")
     before = parent(images())
     for grown in (hydra(parent, 2, 1), batch_ensemble(parent, 2)):
-        assert all(parameter.requires_grad and parameter.grad is None for parameter in grown.parameters())
+        assert all(
+            parameter.requires_grad and parameter.grad is None for parameter in grown.parameters()
+        )
         assert grown.training == parent.training
         trained_a_little(grown)
-    assert torch.equal(parent(images()), before) and not parent.trunk.stage1.conv.weight.requires_grad
+    assert (
+        torch.equal(parent(images()), before) and not parent.trunk.stage1.conv.weight.requires_grad
+    )
 
 
 @pytest.mark.parametrize("blocks", [0, 2, 3])
@@ -119,7 +129,9 @@ def test_a_head_learns_from_its_own_targets_alone(blocks):
     for k, head in enumerate(network.head.heads):
         learns = [p.grad is not None and bool(p.grad.any()) for p in head.parameters()]
         assert all(learns) if k == 1 else not any(learns)
-    assert all(p.grad.any() for p in network.trunk.parameters())  # the body learns from every member
+    assert all(
+        p.grad.any() for p in network.trunk.parameters()
+    )  # the body learns from every member
 
 
 def test_factors_learn_from_their_own_members_targets_alone_and_shared_weights_from_all():
@@ -136,15 +148,21 @@ def odd(shape):
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(shape[0], 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
         nn.Conv2d(6, 4, (3, 1), padding="same", groups=2, bias=False, padding_mode="circular"),
-        nn.Sequential(nn.Conv2d(4, 8, 3, dilation=2, groups=4), nn.Flatten(), nn.Linear(8 * 4, 5, bias=False)),
+        nn.Sequential(
+            nn.Conv2d(4, 8, 3, dilation=2, groups=4), nn.Flatten(), nn.Linear(8 * 4, 5, bias=False)
+        ),
     )
 
 
 def member(ensemble, parent, j):
     """Member j as a plain network: every weight multiplied by hand, output by input."""
     network, state = copy.deepcopy(parent), ensemble.state_dict()
-    layers = {name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))}
-    others = {name: state[name] for name in network.state_dict() if name.rpartition(".")[0] not in layers}
+    layers = {
+        name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
+    }
+    others = {
+        name: state[name] for name in network.state_dict() if name.rpartition(".")[0] not in layers
+    }
     network.load_state_dict(others, strict=False)  # norms, which the members share
     for name in layers:
         layer, factors = network.get_submodule(name), ensemble.get_submodule(name)
@@ -165,7 +183,9 @@ def member(ensemble, parent, j):
 def test_member_j_is_the_plain_network_of_weights_w_times_r_s(builder):
     builders = {"odd": odd}
     parent = plain(builder, builders=builders)
-    ensemble = trained_a_little(batch_ensemble(parent, 3, generator=torch.Generator().manual_seed(5))).double()
+    ensemble = trained_a_little(
+        batch_ensemble(parent, 3, generator=torch.Generator().manual_seed(5))
+    ).double()
     each = torch.stack([member(ensemble, parent.double(), j)(images()) for j in range(3)])
     assert (each[0] - each[1]).abs().max() > 1e-2
     torch.testing.assert_close(ensemble(images()), each, atol=1e-10, rtol=0)
@@ -193,18 +213,28 @@ def test_factors_reach_the_tokens_of_a_sequence():
 
 @settings(max_examples=25, deadline=None)
 @given(
-    count=st.integers(2, 4), batch=st.integers(1, 4), groups=st.sampled_from([1, 2]), stride=st.integers(1, 2),
-    bias=st.booleans(), seed=st.integers(0, 9),
-)  # fmt: skip
-def test_any_convolution_of_rank_one_members_is_k_convolutions(count, batch, groups, stride, bias, seed):
+    count=st.integers(2, 4),
+    batch=st.integers(1, 4),
+    groups=st.sampled_from([1, 2]),
+    stride=st.integers(1, 2),
+    bias=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_any_convolution_of_rank_one_members_is_k_convolutions(
+    count, batch, groups, stride, bias, seed
+):
     torch.manual_seed(seed)
-    layer = RankOne(nn.Conv2d(4, 2, 3, stride=stride, padding=1, groups=groups, bias=bias).double(), count, 0.5)
+    layer = RankOne(
+        nn.Conv2d(4, 2, 3, stride=stride, padding=1, groups=groups, bias=bias).double(), count, 0.5
+    )
     x = torch.randn(batch, 4, 5, 6, dtype=torch.float64)
     found = layer(x.repeat(count, 1, 1, 1)).unflatten(0, (count, batch))
     for j in range(count):
         r = layer.r[j].view(groups, 4 // groups).repeat_interleave(2 // groups, 0)
         weight = layer.shared.weight * (layer.s[j][:, None] * r)[:, :, None, None]
-        expected = F.conv2d(x, weight, None if not bias else layer.bias[j], stride, 1, groups=groups)
+        expected = F.conv2d(
+            x, weight, None if not bias else layer.bias[j], stride, 1, groups=groups
+        )
         torch.testing.assert_close(found[j], expected)
 
 
@@ -215,18 +245,26 @@ def test_under_autocast_members_compute_low_and_answer_nearly_the_same(members):
         low = network(images())
         log_p = member_log_probabilities(network, images())
     assert low.dtype == torch.bfloat16 and log_p.dtype == torch.float32
-    torch.testing.assert_close(log_p, member_log_probabilities(network, images()), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        log_p, member_log_probabilities(network, images()), atol=0.05, rtol=0
+    )
 
 
 def test_without_spread_every_member_starts_as_the_classifier():
     parent = trained_a_little(plain()).double()
-    torch.testing.assert_close(batch_ensemble(parent, 3, std=0.0)(images()), parent(images()).expand(3, -1, -1))
+    torch.testing.assert_close(
+        batch_ensemble(parent, 3, std=0.0)(images()), parent(images()).expand(3, -1, -1)
+    )
 
 
 def test_factors_are_drawn_around_one_from_the_generator():
     def factors(seed):
-        ensemble = batch_ensemble(plain("mlp", width=400), 4, generator=torch.Generator().manual_seed(seed))
-        return torch.cat([p.flatten() for name, p in ensemble.named_parameters() if name.endswith((".r", ".s"))])
+        ensemble = batch_ensemble(
+            plain("mlp", width=400), 4, generator=torch.Generator().manual_seed(seed)
+        )
+        return torch.cat(
+            [p.flatten() for name, p in ensemble.named_parameters() if name.endswith((".r", ".s"))]
+        )
 
     drawn = factors(3)
     assert torch.equal(drawn, factors(3)) and not torch.equal(drawn, factors(4))
@@ -237,7 +275,9 @@ def test_factors_are_drawn_around_one_from_the_generator():
 def test_batch_norm_of_a_batch_ensemble_sees_the_examples_of_all_members():
     network = fresh("batch").train()
     seen = []
-    network.trunk.stage1.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    network.trunk.stage1.norm.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
     network(images(5))
     assert seen[0].shape[0] == 3 * 5
     expected = 0.1 * seen[0].mean((0, 2, 3))
@@ -248,7 +288,9 @@ def test_parameters_are_counted_by_formula():
     # 144-10-10-10-7 with biases
     hidden1, hidden, last = 144 * 10 + 10, 10 * 10 + 10, 10 * 7 + 7
     assert parameter_count(plain("mlp")) == hidden1 + 2 * hidden + last
-    for blocks, head in enumerate([last, last + hidden, last + 2 * hidden, last + 2 * hidden + hidden1]):
+    for blocks, head in enumerate(
+        [last, last + hidden, last + 2 * hidden, last + 2 * hidden + hidden1]
+    ):
         whole = parameter_count(plain("mlp"))
         assert parameter_count(fresh("heads", "mlp", 5, blocks=blocks)) == whole + 4 * head
     weights, inputs, outputs = 144 * 10 + 2 * 10 * 10 + 10 * 7, 144 + 3 * 10, 3 * 10 + 7
@@ -287,8 +329,14 @@ def test_the_file_of_a_plain_network_has_no_members_and_null_is_none(tmp_path):
         ({"kind": "batch"}, "members.count = None: must be a whole number, at least 2"),
         ({"kind": "heads", "count": 1}, "members.count = 1: must be a whole number, at least 2"),
         ({"kind": "heads", "count": True}, "members.count = True"),
-        ({"kind": "heads", "count": 2, "blocks": -1}, "members.blocks = -1: must be a whole number, at least 0"),
-        ({"kind": "heads", "count": 2, "blocks": 4}, r"the trunk has 3 blocks \(stage1, stage2, embedding\)"),
+        (
+            {"kind": "heads", "count": 2, "blocks": -1},
+            "members.blocks = -1: must be a whole number, at least 0",
+        ),
+        (
+            {"kind": "heads", "count": 2, "blocks": 4},
+            r"the trunk has 3 blocks \(stage1, stage2, embedding\)",
+        ),
     ],
 )
 def test_wrong_members_are_named(tmp_path, members, message):
@@ -348,7 +396,9 @@ def test_a_linear_layer_that_factors_do_not_know_is_named():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    network = plain("mine", builders={"mine": lambda shape: nn.Sequential(nn.Flatten(), Scaled(144, 5))})
+    network = plain(
+        "mine", builders={"mine": lambda shape: nn.Sequential(nn.Flatten(), Scaled(144, 5))}
+    )
     with pytest.raises(ValueError, match="trunk.1 is a Scaled; take members.kind = 'heads'"):
         batch_ensemble(network, 2)
 
@@ -399,7 +449,11 @@ def test_parts_of_a_network_with_members_are_frozen_and_opened(members):
 @pytest.mark.parametrize("members", [{"kind": "heads", "blocks": 3}, {"kind": "batch"}])
 def test_fixed_norms_stay_fixed_in_every_member(members):
     network = freeze_norm(plain("convnet", {"count": 2} | members).train())
-    norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
     assert len(norms) == (4 if members["kind"] == "heads" else 2)
     network.train()(images())
     assert all(not norm.running_mean.any() for norm in norms.values())
@@ -410,7 +464,9 @@ def test_log_probabilities_are_those_of_the_members_and_of_their_arithmetic_mean
     network = plain("mlp", {"count": 3} | members).eval().double()
     p = torch.stack([logits.softmax(1) for logits in network(images())])
     torch.testing.assert_close(member_log_probabilities(network, images()).exp(), p)
-    torch.testing.assert_close(mean_log_probabilities(network, images()).exp(), (p[0] + p[1] + p[2]) / 3)
+    torch.testing.assert_close(
+        mean_log_probabilities(network, images()).exp(), (p[0] + p[1] + p[2]) / 3
+    )
 
 
 def test_a_plain_network_is_one_member():

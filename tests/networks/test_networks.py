@@ -37,7 +37,9 @@ def small(builder="convnet", classes=10, seed=0, **options):
 
 
 def images(n=8, seed=0):
-    return torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def trained_a_little(classifier, steps=3):
@@ -46,7 +48,9 @@ def trained_a_little(classifier, steps=3):
     classifier.train()
     for step in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(classifier(images(16, step)), torch.arange(16) % classifier.spec.num_outputs).backward()
+        F.cross_entropy(
+            classifier(images(16, step)), torch.arange(16) % classifier.spec.num_outputs
+        ).backward()
         optimizer.step()
     return classifier
 
@@ -97,7 +101,16 @@ def test_the_demo_network_has_27_thousand_parameters():
 @pytest.mark.parametrize(
     "options, features",
     [
-        ({"channels": [8, 16], "kernel": [5, 3], "stride": [3, 2], "padding": "valid", "embedding": 0}, 16 * 3 * 3),
+        (
+            {
+                "channels": [8, 16],
+                "kernel": [5, 3],
+                "stride": [3, 2],
+                "padding": "valid",
+                "embedding": 0,
+            },
+            16 * 3 * 3,
+        ),
         ({"width": 4, "downsample": "max", "embedding": 0}, 16 * 3 * 3),
         ({"width": 4, "downsample": "average", "grid": 1, "embedding": 0}, 16),
         ({"width": 4, "grid": 2, "embedding": 12, "activation": "relu"}, 12),
@@ -120,12 +133,16 @@ def test_input_dropout_drops_entries_of_the_input_and_changes_no_name():
     classifier = build_classifier(ModelSpec("mlp", 3, GRAY, options))
     assert classifier.state_dict().keys() == small("mlp", 3).state_dict().keys()
     seen = []
-    classifier.trunk.hidden1.linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    classifier.trunk.hidden1.linear.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     torch.manual_seed(0)
     for training in (True, False):
         classifier.train(training)(torch.zeros(50, 1, 28, 28))  # -2 after preprocessing
     assert (seen[0] == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    torch.testing.assert_close(seen[0][seen[0] != 0], torch.tensor(-2.5).expand(int((seen[0] != 0).sum())))
+    torch.testing.assert_close(
+        seen[0][seen[0] != 0], torch.tensor(-2.5).expand(int((seen[0] != 0).sum()))
+    )
     assert torch.equal(seen[1], torch.full((50, 784), -2.0))
     wider = widen(classifier, ModelSpec("mlp", 3, GRAY, {"width": 9, "depth": 2}))
     torch.testing.assert_close(wider.eval()(images()), classifier(images()))
@@ -134,14 +151,22 @@ def test_input_dropout_drops_entries_of_the_input_and_changes_no_name():
 @pytest.mark.parametrize(
     "builder, options, message",
     [
-        ("mlp", {"input_dropout": -0.1}, "input_dropout = -0.1: must be a number from 0 to below 1"),
+        (
+            "mlp",
+            {"input_dropout": -0.1},
+            "input_dropout = -0.1: must be a number from 0 to below 1",
+        ),
         ("convnett", {}, "did you mean convnet"),
         ("convnet", {"widht": 3}, "did you mean width"),
         ("convnet", {"width": 0}, "width = 0: must be a whole number, at least 1"),
         ("convnet", {"width": "4"}, "width = '4'"),
         ("convnet", {"dropout": 1.0}, "dropout = 1.0"),
         ("convnet", {"stride": [2, 2]}, "one for each of the 3 stages"),
-        ("convnet", {"depth": 4, "padding": "valid"}, "nothing is left of a 28 x 28 image after stage 4"),
+        (
+            "convnet",
+            {"depth": 4, "padding": "valid"},
+            "nothing is left of a 28 x 28 image after stage 4",
+        ),
         ("resnet", {"depth": 18}, "depth 18 is not 6 n \\+ 2; try 20"),
         ("wideresnet", {"depth": 3}, "try 10"),
         ("timm:hf-hub:someone/model", {}, "plain timm model name"),
@@ -208,9 +233,13 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
     refused("has unexpected trunk.stage3", options={"width": 4, "depth": 2, "embedding": 16})
     refused("input.std", input=good["input"] | {"std": [0]})
     refused("head.members", head={"kind": "dustbin", "members": "all"})
-    refused("member 10 is not a class; classes are 0 to 9", head={"kind": "dustbin", "members": [1, 10]})
+    refused(
+        "member 10 is not a class; classes are 0 to 9", head={"kind": "dustbin", "members": [1, 10]}
+    )
     refused("unknown key input.shap; did you mean shape", input={"shap": [3]})
-    (tmp_path / "model.json").write_text(json.dumps({k: v for k, v in good.items() if k != "builder"}))
+    (tmp_path / "model.json").write_text(
+        json.dumps({k: v for k, v in good.items() if k != "builder"})
+    )
     with pytest.raises(ValueError, match="the key builder is missing"):
         load_classifier(tmp_path)
     (tmp_path / "model.json").write_text("{")
@@ -228,7 +257,9 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
 
 def test_model_json_survives_a_round_trip():
     head = {"kind": "dustbin", "members": [3, 1], "rows": "all"}
-    spec = ModelSpec("convnet", 4, GRAY, {"width": 4, "dropout": None}, ("A", "ß", "<b>", "\u2028"), head)
+    spec = ModelSpec(
+        "convnet", 4, GRAY, {"width": 4, "dropout": None}, ("A", "ß", "<b>", "\u2028"), head
+    )
     assert spec.head["members"] == [1, 3] and spec.options == {"width": 4} and spec.num_outputs == 3
     again = ModelSpec.from_json(spec.to_json())
     assert again.to_json() == spec.to_json()
@@ -258,10 +289,14 @@ def test_a_row_for_one_class_is_that_classs_row(tmp_path):
     generalist = trained_a_little(small(classes=10)).eval()
     with torch.no_grad():
         rest = fit_rest(generalist.head, torch.randn(200, 16), [4, 6], [0, 1, 2, 3, 5, 7, 8])
-    torch.testing.assert_close(rest.weight, generalist.head.weight[9].detach(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(
+        rest.weight, generalist.head.weight[9].detach(), atol=1e-2, rtol=1e-2
+    )
     assert rest.kl < 1e-6 and rest.rms < 1e-2
     specialist = specialise(generalist, [4, 6], kept=[0, 1, 2, 3, 5, 7, 8], rest=rest).eval()
-    torch.testing.assert_close(specialist(images()).softmax(1), summed(generalist, [4, 6]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        specialist(images()).softmax(1), summed(generalist, [4, 6]), atol=1e-3, rtol=0
+    )
     assert specialist.head.row_classes.tolist() == [4, 6, 0, 1, 2, 3, 5, 7, 8, -1]
     save_classifier(specialist, tmp_path)
     assert torch.equal(load_classifier(tmp_path)(images()), specialist(images()))
@@ -290,7 +325,9 @@ def test_a_fitted_row_says_how_far_the_specialist_is_from_the_generalist():
 
 def test_no_class_has_two_rows_in_a_dustbin():
     with pytest.raises(ValueError, match="member 4 is listed twice"):
-        ModelSpec("mlp", 5, GRAY, head={"kind": "dustbin", "members": [1, 4], "rows": "kept", "kept": [4]})
+        ModelSpec(
+            "mlp", 5, GRAY, head={"kind": "dustbin", "members": [1, 4], "rows": "kept", "kept": [4]}
+        )
 
 
 def test_the_dustbin_of_every_class_has_probability_zero_and_finite_gradients():
@@ -324,7 +361,8 @@ def test_row_classes_say_what_each_stored_row_stands_for():
 
 
 @pytest.mark.parametrize(
-    "members, message", [([], "at least one"), ([1, 1], "listed twice"), ([-1], "-1 is not a class")]
+    "members, message",
+    [([], "at least one"), ([1, 1], "listed twice"), ([-1], "-1 is not a class")],
 )
 def test_members_must_be_distinct_classes(members, message):
     with pytest.raises(ValueError, match=message):
@@ -337,15 +375,29 @@ def test_a_specialist_is_not_specialised_again():
 
 
 def trainable_names(classifier):
-    return {name.removeprefix("trunk.").split(".")[0] for name, p in classifier.named_parameters() if p.requires_grad}
+    return {
+        name.removeprefix("trunk.").split(".")[0]
+        for name, p in classifier.named_parameters()
+        if p.requires_grad
+    }
 
 
 def test_trainable_parts_count_from_the_end():
     classifier = small()
     assert trainable_names(set_trainable(classifier, "head")) == {"head"}
     assert trainable_names(set_trainable(classifier, "last-1-blocks")) == {"embedding", "head"}
-    assert trainable_names(set_trainable(classifier, "last-2-blocks")) == {"stage3", "embedding", "head"}
-    assert trainable_names(set_trainable(classifier, "all")) == {"stage1", "stage2", "stage3", "embedding", "head"}
+    assert trainable_names(set_trainable(classifier, "last-2-blocks")) == {
+        "stage3",
+        "embedding",
+        "head",
+    }
+    assert trainable_names(set_trainable(classifier, "all")) == {
+        "stage1",
+        "stage2",
+        "stage3",
+        "embedding",
+        "head",
+    }
     with pytest.raises(ValueError, match="the trunk has 4 blocks"):
         set_trainable(classifier, "last-5-blocks")
     with pytest.raises(ValueError, match="must be all, head or last-N-blocks"):
@@ -408,9 +460,18 @@ def test_widening_keeps_the_function(builder, options, factor):
 
 
 def test_twice_as_wide_is_the_network_of_twice_the_width():
-    options = {"width": 8, "depth": 2, "embedding": 16, "kernel": [5, 3], "stride": [3, 2], "padding": "valid"}
+    options = {
+        "width": 8,
+        "depth": 2,
+        "embedding": 16,
+        "kernel": [5, 3],
+        "stride": [3, 2],
+        "padding": "valid",
+    }
     wider = widen(build_classifier(ModelSpec("convnet", 10, GRAY, options)), 2)
-    twice = build_classifier(ModelSpec("convnet", 10, GRAY, options | {"width": 16, "embedding": 32}))
+    twice = build_classifier(
+        ModelSpec("convnet", 10, GRAY, options | {"width": 16, "embedding": 32})
+    )
     assert [p.shape for p in wider.parameters()] == [p.shape for p in twice.parameters()]
 
 

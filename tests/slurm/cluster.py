@@ -78,10 +78,17 @@ class Cluster:
             (root / name).mkdir(parents=True)
         first = free_ports(6)
         self.conf = root / "slurm.conf"
-        self.conf.write_text(CONF.format(
-            host=HOST, root=root, controller=first + 5, nodes=5, first=first, last=first + 4,
-            max_array_size=max_array_size,
-        ))  # fmt: skip
+        self.conf.write_text(
+            CONF.format(
+                host=HOST,
+                root=root,
+                controller=first + 5,
+                nodes=5,
+                first=first,
+                last=first + 4,
+                max_array_size=max_array_size,
+            )
+        )
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
@@ -89,7 +96,9 @@ class Cluster:
         self._start("slurmctld", ["slurmctld", "-D", "-i"])
         for number in range(1, 5):
             self.start_node(f"n{number}")
-        self.until(lambda: self.node_states() == {f"n{k}": "idle" for k in range(1, 5)}, "four idle nodes")
+        self.until(
+            lambda: self.node_states() == {f"n{k}": "idle" for k in range(1, 5)}, "four idle nodes"
+        )
 
     def _start_munge(self) -> None:
         """munged wants directories that nobody else may write, and a key of its own."""
@@ -112,9 +121,14 @@ class Cluster:
     def _start(self, name: str, command: list[str]) -> None:
         with open(self.root / f"{name}.out", "ab") as output:
             self.daemons[name] = subprocess.Popen(
-                command, env=self.environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL,
-                start_new_session=True, cwd=self.root,
-            )  # fmt: skip
+                command,
+                env=self.environment,
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd=self.root,
+            )
 
     def kill_node(self, name: str) -> None:
         """The machine goes silent: its slurmd is killed, what runs on it goes on."""
@@ -124,14 +138,21 @@ class Cluster:
 
     def client(self, *command: str) -> str:
         """The output of squeue, scontrol, scancel, sbatch."""
-        ended = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=30
+        )
         assert ended.returncode == 0, f"{command}: {ended.stderr}"
         return ended.stdout
 
     def node_states(self) -> dict[str, str]:
         """The nodes that answer or did once, and what sinfo calls them; `idle*` does not answer."""
         try:
-            rows = [line.split() for line in self.client("sinfo", "-h", "-N", "-p", "all", "-o", "%N %t").splitlines()]
+            rows = [
+                line.split()
+                for line in self.client(
+                    "sinfo", "-h", "-N", "-p", "all", "-o", "%N %t"
+                ).splitlines()
+            ]
         except AssertionError:  # slurmctld is not up yet
             return {}
         return dict(rows)
@@ -151,7 +172,9 @@ class Cluster:
         while not condition():
             dead = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
             assert not dead, f"{dead} ended; logs in {self.root}"
-            assert time.monotonic() < deadline, f"waited {seconds} s in vain for {what}; logs in {self.root}"
+            assert time.monotonic() < deadline, (
+                f"waited {seconds} s in vain for {what}; logs in {self.root}"
+            )
             time.sleep(0.1)
 
     def quiet(self) -> None:
@@ -160,13 +183,23 @@ class Cluster:
         for name in ("n1", "n2", "n3", "n4"):
             if name not in self.daemons:
                 self.start_node(name)
-        ended = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY"}
+        ended = {
+            "COMPLETED",
+            "CANCELLED",
+            "FAILED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "PREEMPTED",
+            "OUT_OF_MEMORY",
+        }
         self.until(lambda: set(self.jobs().values()) <= ended, "all jobs to end")
         self.until(self._all_idle, "idle nodes")
 
     def _all_idle(self) -> bool:
         states = self.node_states()
-        for name in [name for name, state in states.items() if state == "down"]:  # it may return by itself meanwhile
+        for name in [
+            name for name, state in states.items() if state == "down"
+        ]:  # it may return by itself meanwhile
             command = ["scontrol", "update", f"nodename={name}", "state=resume"]
             subprocess.run(command, env=self.environment, capture_output=True, timeout=30)
         return set(states.values()) == {"idle"}

@@ -51,14 +51,18 @@ def ward(cluster, tmp_path):
     """A run of five specialists whose trainer is a fake one, without torch: for what needs no figures."""
     found = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
     fake = tmp_path / "python"  # which is called as: python -m trainer STAGE ...
-    fake.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n')
+    fake.write_text(
+        f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n'
+    )
     fake.chmod(0o755)
     site, data = tmp_path / ".config" / "referral" / "site.sh", tmp_path / "data"
     site.parent.mkdir(parents=True)
     site.write_text(f'python="{fake}"\n')
     data.mkdir()
     splits = {split: {"samples": 0, "shards": []} for split in ("train", "val", "test")}
-    (data / "manifest.json").write_text(json.dumps({"schema": 1, "classes": [*"abcdefgh"], "splits": splits}))
+    (data / "manifest.json").write_text(
+        json.dumps({"schema": 1, "classes": [*"abcdefgh"], "splits": splits})
+    )
     found.config.write_text(f"""
 data = {{ train = "{data}", val = "{data}", test = "{data}" }}
 train = {{ steps = 10 }}

@@ -22,27 +22,40 @@ class Patient:
         self.run, self.config, self.faults = root / "run", root / "config.toml", root / "faults"
         self.faults.mkdir(exist_ok=True)
         self.environment = {
-            **cluster.environment, "OMP_NUM_THREADS": "1", "HOME": str(root), "REFERRAL_FAULTS": str(self.faults),
+            **cluster.environment,
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(root),
+            "REFERRAL_FAULTS": str(self.faults),
             "PYTHONPATH": f"{HERE}:{HERE.parent.parent}",
-        }  # fmt: skip
+        }
 
     def referral(self, *words, code: int = 0) -> str:
         """What the command prints on both streams, after the exit code that is expected."""
         ended = subprocess.run(
-            [sys.executable, *self.program, *map(str, words)], env=self.environment, cwd=self.root, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200,
-        )  # fmt: skip
+            [sys.executable, *self.program, *map(str, words)],
+            env=self.environment,
+            cwd=self.root,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=200,
+        )
         assert ended.returncode == code, ended.stdout
         assert "Traceback" not in ended.stdout
         return ended.stdout
 
     def submit(self, *settings: str, code: int = 0) -> str:
         options = [word for setting in settings for word in ("--set", setting)]
-        return self.referral("run", self.config, "--run", self.run, "--on", "slurm", *options, code=code)
+        return self.referral(
+            "run", self.config, "--run", self.run, "--on", "slurm", *options, code=code
+        )
 
     def status(self) -> dict[str, dict]:
         """Per stage what `referral status --json` says."""
-        return {stage["stage"]: stage for stage in json.loads(self.referral("status", self.run, "--json"))["stages"]}
+        return {
+            stage["stage"]: stage
+            for stage in json.loads(self.referral("status", self.run, "--json"))["stages"]
+        }
 
     def states(self) -> dict[str, str]:
         return {place: stage["state"] for place, stage in self.status().items()}
@@ -57,7 +70,10 @@ class Patient:
         deadline = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > deadline:
-                logs = "".join(f"{log}:\n{log.read_text()[-3000:]}\n" for log in sorted(self.run.glob("logs/*.txt")))
+                logs = "".join(
+                    f"{log}:\n{log.read_text()[-3000:]}\n"
+                    for log in sorted(self.run.glob("logs/*.txt"))
+                )
                 raise AssertionError(f"waited in vain for {what}\n{self.cluster.jobs()}\n{logs}")
             time.sleep(0.2)
 

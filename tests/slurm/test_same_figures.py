@@ -12,17 +12,32 @@ import pytest
 from patient import Patient
 from toy import toy_config, write_toy
 
-from trainer.config import save_config
+from pipeline.config import save_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 REFERRAL = ["-m", "launch.cli"]
 SCRIPT = Path(__file__).parents[2] / "slurm" / "stage.sbatch"
-WHOLE = ("clusters.num_groups=2", "controls.learning_rates=[0.003]", "students.main.steps=20",
-         "launch.processes=2", "slurm.generalist.nodes=2")  # fmt: skip
+WHOLE = (
+    "clusters.num_groups=2",
+    "controls.learning_rates=[0.003]",
+    "students.main.steps=20",
+    "launch.processes=2",
+    "slurm.generalist.nodes=2",
+)
 # The faults of tests/slurm/faults.py; a checkpoint now and then, a row for every step.
-SHORT = ("clusters.num_groups=2", "controls.enabled=false", "launch.processes=2", "slurm.generalist.nodes=2",
-         "data.augment=faults:leave", "train.steps=120", "train.log_every=1", "train.checkpoint_every=5",
-         "specialists.steps=160", "specialists.log_every=1", "specialists.checkpoint_every=5")  # fmt: skip
+SHORT = (
+    "clusters.num_groups=2",
+    "controls.enabled=false",
+    "launch.processes=2",
+    "slurm.generalist.nodes=2",
+    "data.augment=faults:leave",
+    "train.steps=120",
+    "train.log_every=1",
+    "train.checkpoint_every=5",
+    "specialists.steps=160",
+    "specialists.log_every=1",
+    "specialists.checkpoint_every=5",
+)
 
 
 def figures(run: Path) -> dict:
@@ -52,7 +67,9 @@ def make(cluster, tmp_path, data):
     def made(settings, students=True):
         patient = Patient(cluster, tmp_path, REFERRAL)
         config = toy_config(data, *settings)
-        save_config(config if students else config.model_copy(update={"students": {}}), patient.config)
+        save_config(
+            config if students else config.model_copy(update={"students": {}}), patient.config
+        )
         return patient
 
     return made
@@ -81,7 +98,16 @@ def patient(make, reference):
 def at_the_specialists(patient, reference):
     """The same, its generalist and its groups done, its two specialists at work."""
     shutil.copytree(reference.run, patient.run, symlinks=True)
-    left = ("specialists", "ensemble", "evaluation", "report", "results.json", "report.html", "jobs.json", "logs")
+    left = (
+        "specialists",
+        "ensemble",
+        "evaluation",
+        "report",
+        "results.json",
+        "report.html",
+        "jobs.json",
+        "logs",
+    )
     for place in left:
         path = patient.run / place
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -98,7 +124,9 @@ def ends_as_if_nothing_had_happened(patient, reference):
     return True
 
 
-def test_the_whole_method_on_slurm_ends_with_the_figures_of_this_machine(make, tmp_path, data, cluster):
+def test_the_whole_method_on_slurm_ends_with_the_figures_of_this_machine(
+    make, tmp_path, data, cluster
+):
     """Generalist on two nodes; specialists, controls, combination and student; two local ranks beside it."""
     on_slurm = make(WHOLE)
     on_slurm.submit()
@@ -116,19 +144,32 @@ def test_the_whole_method_on_slurm_ends_with_the_figures_of_this_machine(make, t
 def test_a_time_limit_in_the_generalist(patient, reference):
     """A real limit, of one minute; each step takes half a second until the job has been queued again."""
     patient.submit("slurm.generalist.time=1", "slurm.signal_s=20")
-    patient.wait_until(lambda: patient.status()["generalist"]["restarts"] == 1, "the time limit", 120)
+    patient.wait_until(
+        lambda: patient.status()["generalist"]["restarts"] == 1, "the time limit", 120
+    )
     assert 0 < patient.steps("generalist") < 60
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
-    assert "asks to be started again" in patient.log("generalist") and patient.starts("generalist") == 2
+    assert (
+        "asks to be started again" in patient.log("generalist")
+        and patient.starts("generalist") == 2
+    )
 
 
 def test_a_preempted_specialist(at_the_specialists, reference):
     patient, cluster = at_the_specialists, at_the_specialists.cluster
     node = patient.status()["specialists/001"]["node"]
-    cluster.client("sbatch", "--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null",
-                   "--wrap=sleep 3")  # fmt: skip
-    patient.wait_until(lambda: patient.status()["specialists/001"]["restarts"] == 1, "the preemption")
+    cluster.client(
+        "sbatch",
+        "--partition=urgent",
+        f"--nodelist={node}",
+        "--exclusive",
+        "--output=/dev/null",
+        "--wrap=sleep 3",
+    )
+    patient.wait_until(
+        lambda: patient.status()["specialists/001"]["restarts"] == 1, "the preemption"
+    )
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
     assert patient.starts("specialist-001") == 2
@@ -144,18 +185,24 @@ def test_a_node_set_down_under_a_specialist(at_the_specialists, reference):
     assert patient.starts("specialist-000") == 2
 
 
-def test_a_killed_slurmd_whose_specialist_trains_on_beside_its_second_copy(at_the_specialists, reference):
+def test_a_killed_slurmd_whose_specialist_trains_on_beside_its_second_copy(
+    at_the_specialists, reference
+):
     patient, cluster = at_the_specialists, at_the_specialists.cluster
     attempts = patient.run / "specialists" / "000" / "attempts"
     (first,) = attempts.iterdir()
     cluster.kill_node(patient.status()["specialists/000"]["node"])
-    patient.wait_until(lambda: patient.status()["specialists/000"]["restarts"] == 1, "the requeue", 120)
+    patient.wait_until(
+        lambda: patient.status()["specialists/000"]["restarts"] == 1, "the requeue", 120
+    )
     size = (first / "metrics.jsonl").stat().st_size
     patient.wait_until(lambda: len(list(attempts.glob("*/metrics.jsonl"))) == 2, "the second copy")
     assert (first / "metrics.jsonl").stat().st_size > size  # the first one has gone on
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
-    assert json.loads((patient.run / "specialists" / "000" / "DONE").read_text())["attempt"] in os.listdir(attempts)
+    assert json.loads((patient.run / "specialists" / "000" / "DONE").read_text())[
+        "attempt"
+    ] in os.listdir(attempts)
 
 
 def test_an_element_that_fails_once_is_tried_again_in_place(patient, reference, at_the_specialists):
@@ -164,7 +211,10 @@ def test_an_element_that_fails_once_is_tried_again_in_place(patient, reference, 
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
     assert "this GPU has fallen off the bus" in patient.log("specialist-001")
-    assert "restarts 0, try 2" in patient.log("specialist-001") and patient.starts("specialist-001") == 1
+    assert (
+        "restarts 0, try 2" in patient.log("specialist-001")
+        and patient.starts("specialist-001") == 1
+    )
 
 
 def test_an_element_that_fails_always_and_is_mended(patient, reference, at_the_specialists):
@@ -186,7 +236,9 @@ def test_the_whole_graph_cancelled_and_submitted_again(patient, reference):
     patient.hurry()
     patient.submit()
     assert ends_as_if_nothing_had_happened(patient, reference)
-    steps = json.loads((patient.run / "generalist" / "metrics.jsonl").read_text().splitlines()[0])["step"]
+    steps = json.loads((patient.run / "generalist" / "metrics.jsonl").read_text().splitlines()[0])[
+        "step"
+    ]
     assert steps == 1  # the metrics of both attempts, from the first step on
 
 
@@ -197,15 +249,20 @@ def test_the_scripts_by_hand(patient, reference):
 
     def sbatch(*words):
         options = ["sbatch", "--parsable", f"--output={patient.run}/by-hand-%j.txt", *words]
-        ended = subprocess.run(options, env=patient.environment, cwd=patient.root, capture_output=True, text=True)
+        ended = subprocess.run(
+            options, env=patient.environment, cwd=patient.root, capture_output=True, text=True
+        )
         assert ended.returncode == 0, ended.stderr
         return ended.stdout.strip()
 
     last, own = "", (str(SCRIPT), "-p", sys.executable, str(patient.run))
     for options, stages in (
-        (["--nodes=2"], ["generalist"]), ([], ["measure", "cluster", "route"]),
-        (["--array=0-1"], ["specialist", "0", "1"]), ([], ["combine"]), ([], ["evaluate", "report"]),
-    ):  # fmt: skip
+        (["--nodes=2"], ["generalist"]),
+        ([], ["measure", "cluster", "route"]),
+        (["--array=0-1"], ["specialist", "0", "1"]),
+        ([], ["combine"]),
+        ([], ["evaluate", "report"]),
+    ):
         last = sbatch(*options, *([f"--dependency=afterok:{last}"] if last else []), *own, *stages)
     patient.wait_until((patient.run / "report" / "DONE").exists, "the report")
     assert figures(patient.run) == figures(reference.run)

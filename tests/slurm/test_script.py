@@ -39,12 +39,22 @@ exit 0
         (tmp_path / "codes").write_text(codes)
         (tmp_path / "calls").write_text("")
         ended = subprocess.run(
-            ["bash", str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30,
-            cwd=tmp_path, env={
-                "PATH": f"{place}:{os.environ['PATH']}", "HOME": str(tmp_path), "ROOT": str(tmp_path),
-                "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n4", **environment,
+            ["bash", str(SCRIPT), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=30,
+            cwd=tmp_path,
+            env={
+                "PATH": f"{place}:{os.environ['PATH']}",
+                "HOME": str(tmp_path),
+                "ROOT": str(tmp_path),
+                "SLURM_JOB_ID": "7",
+                "SLURM_JOB_NUM_NODES": "1",
+                "SLURM_JOB_NODELIST": "n4",
+                **environment,
             },
-        )  # fmt: skip
+        )
         calls = (tmp_path / "calls").read_text().replace(str(tmp_path), "ROOT").splitlines()
         return ended.returncode, calls, ended.stdout
 
@@ -60,8 +70,12 @@ def test_several_ranks_run_under_one_launcher_on_each_node_at_a_port_of_the_jobs
     both = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "593"}
     code, calls, _ = job("a run", "generalist", **both)
     call = calls[-1]
-    assert code == 0 and "<-m><trainer.torchrun><--nnodes><2><--nproc-per-node><4>" in call
-    assert "<--master-port><20488>" in call and call.endswith("<--><generalist><--run><ROOT/a run> 3 1")
+    assert (
+        code == 0 and "<-m><trainer.distributed.torchrun><--nnodes><2><--nproc-per-node><4>" in call
+    )
+    assert "<--master-port><20488>" in call and call.endswith(
+        "<--><generalist><--run><ROOT/a run> 3 1"
+    )
     ports = {20000 + (16 * number) % 9000 for number in range(10_000)}
     assert 29500 not in ports and max(ports) < 32768
 
@@ -69,12 +83,16 @@ def test_several_ranks_run_under_one_launcher_on_each_node_at_a_port_of_the_jobs
 def test_an_element_of_an_array_takes_its_own_word(job):
     packs = ("a run", "specialist", "0,1,2", "3,4", "5")
     element = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
-    assert job(*packs, **element)[1] == ["<-m><trainer><specialist><--index><3><4><--run><ROOT/a run> 3 1"]
+    assert job(*packs, **element)[1] == [
+        "<-m><trainer><specialist><--index><3><4><--run><ROOT/a run> 3 1"
+    ]
     assert job("a run", "specialist", "9")[1][0].startswith("<-m><trainer><specialist><--index><9>")
 
 
 def test_controls_and_students_are_named(job):
-    assert job("a run", "student", "--name", "main")[1][0].startswith("<-m><trainer><student><--name><main><--run>")
+    assert job("a run", "student", "--name", "main")[1][0].startswith(
+        "<-m><trainer><student><--name><main><--run>"
+    )
 
 
 def test_a_failure_is_tried_again_as_often_as_said(job):
@@ -88,7 +106,9 @@ def test_a_mistake_of_the_users_is_not_tried_again(job):
     assert code == 2 and len(calls) == 1
 
 
-@pytest.mark.parametrize("ended", [75, 140, 143])  # a checkpoint is written; SIGUSR2 or SIGTERM came before training
+@pytest.mark.parametrize(
+    "ended", [75, 140, 143]
+)  # a checkpoint is written; SIGUSR2 or SIGTERM came before training
 def test_after_a_signal_the_job_is_queued_again(job, ended):
     code, calls, log = job("a run", "combine", codes=f"{ended} 0")
     assert code == 75 and calls[1:] == ["requeue 7"] and "asks to be started again" in log
@@ -103,7 +123,9 @@ def test_neither_a_cancelled_job_nor_an_old_copy_of_one_queues_it_again(job):
 
 
 def test_the_site_file_names_python_and_the_container_and_sets_variables(job, tmp_path):
-    (tmp_path / "a run" / "site.sh").write_text("container=(env INSIDE=1)\nexport OMP_NUM_THREADS=8\n")
+    (tmp_path / "a run" / "site.sh").write_text(
+        "container=(env INSIDE=1)\nexport OMP_NUM_THREADS=8\n"
+    )
     assert job("-p", "python", "a run", "combine")[1][0].endswith(" 3 8")
 
 

@@ -15,10 +15,23 @@ ENGINES = Path(__file__).parents[1] / "trainer" / "engines"
 
 def on_ranks(ranks: int, script: Path, *words) -> str:
     """The output of a script; an AssertionError with its end where it fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    found = subprocess.run([*command, str(script), *map(str, words)], env=environment, text=True, timeout=280,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    found = subprocess.run(
+        [*command, str(script), *map(str, words)],
+        env=environment,
+        text=True,
+        timeout=280,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert found.returncode == 0, found.stdout[-5000:]
     return found.stdout
 

@@ -1,10 +1,10 @@
 """Stages of a run, one after the other in this process."""
 
-from trainer.config import save_config
-from trainer.distributed import process_group
-from trainer.run_directory import RunDirectory
+from pipeline.config import save_config
+from pipeline.store import RunDirectory
+from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages import STAGES
+from trainer.stages.story import STAGES
 
 
 def run_all(root, config, only=None):

@@ -9,7 +9,7 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from trainer.config import Config, load_config
+from pipeline.config import Config, load_config
 from trainer.data.shards import ShardWriter, write_manifest
 
 NUM_CLASSES, LOOK_ALIKES = 24, 4
@@ -20,7 +20,9 @@ def images(labels: np.ndarray, seed: int, noise: float = 40.0) -> np.ndarray:
     fixed, random = np.random.default_rng(0), np.random.default_rng(seed)
     families = fixed.normal(128, 60, (NUM_CLASSES // LOOK_ALIKES, 8, 8))
     own = fixed.normal(0, 18, (NUM_CLASSES, 8, 8))
-    drawn = families[labels // LOOK_ALIKES] + own[labels] + random.normal(0, noise, (len(labels), 8, 8))
+    drawn = (
+        families[labels // LOOK_ALIKES] + own[labels] + random.normal(0, noise, (len(labels), 8, 8))
+    )
     return drawn.clip(0, 255).astype(np.uint8)
 
 
@@ -40,7 +42,9 @@ def encode_png(image: np.ndarray) -> bytes:
     return png.getvalue()
 
 
-def write_toy(directory: Path, per_class: dict[str, int] | None = None, names: list[str] | None = None) -> Path:
+def write_toy(
+    directory: Path, per_class: dict[str, int] | None = None, names: list[str] | None = None
+) -> Path:
     """Shards of train, val and test in `directory`."""
     per_class = per_class or {"train": 40, "val": 12, "test": 12}
     names = names or [f"class {c}" for c in range(NUM_CLASSES)]
@@ -48,8 +52,12 @@ def write_toy(directory: Path, per_class: dict[str, int] | None = None, names: l
     for number, (split, count) in enumerate(per_class.items()):
         labels = np.repeat(np.arange(NUM_CLASSES), count)
         with ShardWriter(directory, split, names, samples_per_shard=300) as writer:
-            for k, (image, label) in enumerate(zip(images(labels, number + 1), labels, strict=True)):
-                writer.write({"__key__": f"{k:06d}", "png": encode_png(image), "cls": str(label).encode()})
+            for k, (image, label) in enumerate(
+                zip(images(labels, number + 1), labels, strict=True)
+            ):
+                writer.write(
+                    {"__key__": f"{k:06d}", "png": encode_png(image), "cls": str(label).encode()}
+                )
         splits[split] = writer.facts
     write_manifest(directory, names, splits)
     return directory
@@ -60,7 +68,13 @@ def toy_config(data: Path, *overrides: str) -> Config:
     base = {
         "data": {split: str(data) for split in ("train", "val", "test")},
         "model": {"name": "mlp", "width": 24, "depth": 1},
-        "train": {"steps": 60, "batch_size": 96, "learning_rate": 0.01, "checkpoint_every": 20, "log_every": 10},
+        "train": {
+            "steps": 60,
+            "batch_size": 96,
+            "learning_rate": 0.01,
+            "checkpoint_every": 20,
+            "log_every": 10,
+        },
         "clusters": {"num_groups": 6, "overlap": 1},
         "specialists": {"steps": 30, "learning_rate": 0.003},
         "students": {"main": {"steps": 30, "learning_rate": 0.003}},

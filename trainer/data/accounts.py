@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..config import UserError
+from pipeline.config import UserError
+
 from .damage import count, example
 from .shards import ShardSet, check_share
 from .streams import Batch, TrainingStream
@@ -29,7 +30,9 @@ class Losses:
 
     def add(self, shards: ShardSet, lost: Lost) -> None:
         """Opening's losses and those of a pass.  UserError if all together exceed data.damage_share."""
-        split = self.splits.setdefault(shards.split, {"samples": len(shards) + shards.lost, "where": {}})
+        split = self.splits.setdefault(
+            shards.split, {"samples": len(shards) + shards.lost, "where": {}}
+        )
         for damage in shards.damage:
             split["where"][f"{damage.shard}: {damage.member}"] = [damage.reason, damage.samples]
         for sample, reason in lost.items():
@@ -44,14 +47,20 @@ class Passes:
     lost: [(source, id, reason)] met by earlier attempts, from a checkpoint.
     """
 
-    def __init__(self, stream: TrainingStream, first_step: int, rank: int = 0, world_size: int = 1, lost=()):
+    def __init__(
+        self, stream: TrainingStream, first_step: int, rank: int = 0, world_size: int = 1, lost=()
+    ):
         self.stream, self.step, self.share = stream, first_step, (rank, world_size)
         self.lost: list[Lost] = [{} for _ in stream.sources]
         for source, sample, reason in lost:
             self.lost[source][sample] = reason
-        self._begun = [first_step * source.per_batch for source in stream.sources]  # positions: the pass's, or later
+        self._begun = [
+            first_step * source.per_batch for source in stream.sources
+        ]  # positions: the pass's, or later
         self._seen = [np.zeros(len(source.shards), bool) for source in stream.sources]
-        self._ahead = [np.zeros(0, np.int64) for _ in stream.sources]  # seen by the same step, of the next pass
+        self._ahead = [
+            np.zeros(0, np.int64) for _ in stream.sources
+        ]  # seen by the same step, of the next pass
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches, from the first step on, each entered."""
@@ -60,7 +69,11 @@ class Passes:
             yield batch
 
     def enter(self, batch: Batch) -> None:
-        ids, owners, positions = batch.ids.numpy(), batch.source.numpy(), self.stream.positions(self.step, *self.share)
+        ids, owners, positions = (
+            batch.ids.numpy(),
+            batch.source.numpy(),
+            self.stream.positions(self.step, *self.share),
+        )
         for number in range(len(self.lost)):
             mine = owners == number
             inside = positions[mine] < self.end(number)
@@ -121,5 +134,12 @@ class Passes:
     def all_lost(self, gather) -> list[tuple[int, int, str]]:
         """[(source, id, reason)] of every rank, for a checkpoint."""
         parts = gather(self.lost)
-        joined = [{key: reason for part in parts for key, reason in part[n].items()} for n in range(len(self.lost))]
-        return [(number, sample, reason) for number, lost in enumerate(joined) for sample, reason in lost.items()]
+        joined = [
+            {key: reason for part in parts for key, reason in part[n].items()}
+            for n in range(len(self.lost))
+        ]
+        return [
+            (number, sample, reason)
+            for number, lost in enumerate(joined)
+            for sample, reason in lost.items()
+        ]

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import UserError
+from pipeline.config import UserError
+
 from .decoding import import_function
 
 
@@ -37,7 +38,9 @@ class Views:
 
     def uniforms(self, source: int, ids: np.ndarray, view: np.ndarray, numbers: int) -> np.ndarray:
         """float64 [n, numbers] in [0, 1) for samples `ids` of a stream's source, in their `view`s; both int64 [n]."""
-        words = np.uint64(np.random.SeedSequence([self.seed, source]).generate_state(1, np.uint64)[0])
+        words = np.uint64(
+            np.random.SeedSequence([self.seed, source]).generate_state(1, np.uint64)[0]
+        )
         counter = ids.astype(np.uint64) * np.uint64(self.count) + view.astype(np.uint64)
         # A hash of a hash: neighbours in (id, view) and in the number's place have nothing in common.
         each = _mixed(_mixed(counter ^ words)[:, None] + np.arange(numbers, dtype=np.uint64)[None])

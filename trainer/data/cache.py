@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import Data, UserError
-from ..run_directory import read_json, write_json
+from pipeline.config import Data, UserError
+from pipeline.store import read_json, write_json
+
 from .shards import ShardSet
 
 SCHEMA = 1
@@ -61,15 +62,21 @@ def cached(shards: ShardSet, path, data: Data) -> ShardSet:
     path = Path(path)
     path = path.with_suffix("") if path.suffix == ".npy" else path
     key = _key(shards)
-    array_path, header_path = (path.with_name(f"{path.name}-{key[:16]}{suffix}") for suffix in (".npy", ".json"))
+    array_path, header_path = (
+        path.with_name(f"{path.name}-{key[:16]}{suffix}") for suffix in (".npy", ".json")
+    )
     found = _open(shards, array_path, header_path, key)
     if found is not None:
         return found
-    size = len(shards) * int(np.prod(shards.input_shape, dtype=np.int64)) * shards.input_dtype.itemsize
+    size = (
+        len(shards) * int(np.prod(shards.input_shape, dtype=np.int64)) * shards.input_dtype.itemsize
+    )
     if size > data.cache_bytes:
         if data.cache == "auto":
             return shards
-        raise UserError(f'data.cache = "decoded" takes {size} bytes, more than data.cache_bytes = {data.cache_bytes}')
+        raise UserError(
+            f'data.cache = "decoded" takes {size} bytes, more than data.cache_bytes = {data.cache_bytes}'
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = _write(shards, array_path, header_path, key, data)
@@ -114,9 +121,14 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
     temporary = array_path.with_name(f".{array_path.name}.{uuid.uuid4().hex[:8]}")
     shape = (len(shards), *shards.input_shape)
     lenient = copy.copy(shards)
-    lenient._files, lenient.data = {}, data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
+    lenient._files, lenient.data = (
+        {},
+        data.model_copy(update={"damage": "skip", "damage_share": 0.999999}),
+    )
     try:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=shards.input_dtype, shape=shape)
+        array = np.lib.format.open_memmap(
+            temporary, mode="w+", dtype=shards.input_dtype, shape=shape
+        )
         unreadable: dict[int, str] = {}
         for batch in MeasuringStream(lenient, 256).loader(workers=data.workers):
             array[batch.ids.numpy()] = batch.inputs.numpy()
@@ -128,7 +140,10 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
         del array
         shards.check(unreadable)
         temporary.replace(array_path)
-        write_json(header_path, {"key": key, "unreadable": {str(i): reason for i, reason in unreadable.items()}})
+        write_json(
+            header_path,
+            {"key": key, "unreadable": {str(i): reason for i, reason in unreadable.items()}},
+        )
     finally:
         temporary.unlink(missing_ok=True)
     return True

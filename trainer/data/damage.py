@@ -28,7 +28,15 @@ def example(split: dict) -> str:
 def summary(splits: dict) -> dict:
     """results.json's: {split: {samples, lost, share, examples}} of the splits that lost anything."""
     return {
-        name: {"samples": split["samples"], "lost": count(split), "share": count(split) / split["samples"],
-               "examples": [f"{place}: {reason}" for place, (reason, _) in list(split["where"].items())[:EXAMPLES]]}
-        for name, split in splits.items() if split["where"]
-    }  # fmt: skip
+        name: {
+            "samples": split["samples"],
+            "lost": count(split),
+            "share": count(split) / split["samples"],
+            "examples": [
+                f"{place}: {reason}"
+                for place, (reason, _) in list(split["where"].items())[:EXAMPLES]
+            ],
+        }
+        for name, split in splits.items()
+        if split["where"]
+    }

@@ -11,7 +11,7 @@ from importlib import import_module
 
 import numpy as np
 
-from ..config import UserError
+from pipeline.config import UserError
 
 Decoder = Callable[[bytes], np.ndarray]
 
@@ -59,17 +59,27 @@ def numbers(content: bytes) -> np.ndarray:
     return np.asarray(json.loads(content), dtype=np.float32)
 
 
-def hashed_ngrams(content: bytes, size: int = 2048, lengths: tuple[int, ...] = (2, 3, 4)) -> np.ndarray:
+def hashed_ngrams(
+    content: bytes, size: int = 2048, lengths: tuple[int, ...] = (2, 3, 4)
+) -> np.ndarray:
     """float32 [size]: character n-grams of a lower-cased phrase, counted in hashed bins and scaled to length 1."""
     phrase = " " + " ".join(content.decode("utf-8").lower().split()) + " "
     grams = [phrase[start : start + n] for n in lengths for start in range(len(phrase) - n + 1)]
-    counts = np.bincount([zlib.crc32(gram.encode()) % size for gram in grams], minlength=size).astype(np.float32)
+    counts = np.bincount(
+        [zlib.crc32(gram.encode()) % size for gram in grams], minlength=size
+    ).astype(np.float32)
     return counts / max(float(np.sqrt(counts @ counts)), 1.0)
 
 
 BUILT_IN: dict[str, Decoder] = {
-    "jpg": image, "jpeg": image, "png": image, "webp": image, "npy": npy, "txt": text, "json": numbers,
-}  # fmt: skip
+    "jpg": image,
+    "jpeg": image,
+    "png": image,
+    "webp": image,
+    "npy": npy,
+    "txt": text,
+    "json": numbers,
+}
 
 
 def import_function(name: str, key: str) -> Callable:
@@ -77,7 +87,9 @@ def import_function(name: str, key: str) -> Callable:
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise UserError(f"{key} = {name!r}: write module:function")
-    sys.path.insert(0, "")  # a user's module lies in the working directory, as it would for `python -m`
+    sys.path.insert(
+        0, ""
+    )  # a user's module lies in the working directory, as it would for `python -m`
     try:
         found = getattr(import_module(module), function, None)
     except ImportError as mistake:
@@ -91,8 +103,10 @@ def import_function(name: str, key: str) -> Callable:
 
 def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:
     """The built-in table with the config's data.decoders on top."""
-    named = {extension.lower().lstrip("."): import_function(name, f"data.decoders.{extension}")
-             for extension, name in decoders.items()}  # fmt: skip
+    named = {
+        extension.lower().lstrip("."): import_function(name, f"data.decoders.{extension}")
+        for extension, name in decoders.items()
+    }
     return BUILT_IN | named
 
 
@@ -111,4 +125,6 @@ def find_decoder(table: dict[str, Decoder], extension: str) -> Decoder:
         if candidate in table:
             return table[candidate]
     known = ", ".join(sorted(table))
-    raise UserError(f"no decoder for .{extension} members (known: {known}); name one as data.decoders.{extension}")
+    raise UserError(
+        f"no decoder for .{extension} members (known: {known}); name one as data.decoders.{extension}"
+    )

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import Data, UserError
+from pipeline.config import Data, UserError
+
 from .tars import file_sha256, index_path
 from .writing import MANIFEST, parse_manifest
 
@@ -31,10 +32,21 @@ ATTEMPTS, PAUSE_S = 3, 0.2
 BLOCK = 1 << 20
 END_MARK = 1024  # bytes of zeros that a tar ends with
 REFUSED = 22  # curl: the server answered, with an HTTP error
-TRIED = (6, REFUSED, 28)  # webdataset lets curl itself try again for a minute: unknown hosts, HTTP 5xx, time-outs
-CURL = {6: "there is no such host", 7: "the connection is refused", 18: "its body is cut short",
-        22: "the server answers with an error, such as 404", 28: "it takes too long", 35: "TLS fails",
-        56: "the connection breaks", 60: "the server's certificate is not trusted"}  # fmt: skip
+TRIED = (
+    6,
+    REFUSED,
+    28,
+)  # webdataset lets curl itself try again for a minute: unknown hosts, HTTP 5xx, time-outs
+CURL = {
+    6: "there is no such host",
+    7: "the connection is refused",
+    18: "its body is cut short",
+    22: "the server answers with an error, such as 404",
+    28: "it takes too long",
+    35: "TLS fails",
+    56: "the connection breaks",
+    60: "the server's certificate is not trusted",
+}
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 _leases: dict[Path, object] = {}  # by directory: this process's lease, an open and locked file
@@ -52,7 +64,9 @@ class FetchDir:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as mistake:
-            raise UserError(f"data.fetch_dir = {self.directory}: cannot be made: {mistake.strerror}") from None
+            raise UserError(
+                f"data.fetch_dir = {self.directory}: cannot be made: {mistake.strerror}"
+            ) from None
 
     def shards(self, urls: list[str], facts: list[dict | None]) -> list[Path]:
         """Local copies of the shards, fetched where there are none.  facts: each one's entry of the manifest, if any.
@@ -90,9 +104,16 @@ class FetchDir:
         with self._locked():
             self._hold(path.name)
             if path.exists():
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # when it was used last
+                os.utime(
+                    path, ns=(time.time_ns(), path.stat().st_mtime_ns)
+                )  # when it was used last
             else:
-                self._write(url, path, lambda part: _check_whole(part, facts), facts["bytes"] if facts else 0)
+                self._write(
+                    url,
+                    path,
+                    lambda part: _check_whole(part, facts),
+                    facts["bytes"] if facts else 0,
+                )
         return path
 
     @contextmanager
@@ -100,7 +121,9 @@ class FetchDir:
         try:
             file = open(self.directory / ".lock", "w")
         except OSError as mistake:
-            raise UserError(f"data.fetch_dir = {self.directory}: cannot be written: {mistake.strerror}") from None
+            raise UserError(
+                f"data.fetch_dir = {self.directory}: cannot be written: {mistake.strerror}"
+            ) from None
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
@@ -110,7 +133,9 @@ class FetchDir:
         place = self.directory.resolve()
         if place not in _leases:
             self._leased()  # clears away the leases of processes that have ended
-            lease = open(place / f"lease-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}", "w")
+            lease = open(
+                place / f"lease-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}", "w"
+            )
             fcntl.flock(lease, fcntl.LOCK_EX)
             _leases[place] = lease
         _leases[place].write(name + "\n")
@@ -131,7 +156,9 @@ class FetchDir:
 
     def _make_room(self, url: str, needed: int, written: int) -> int:
         """Evict until a file of `needed` bytes, of which `written` are on disk, has room.  Returns what it may take."""
-        sizes = {path: path.stat().st_size for path in self.directory.iterdir() if path.suffix != ".part"}
+        sizes = {
+            path: path.stat().st_size for path in self.directory.iterdir() if path.suffix != ".part"
+        }
         leased = self._leased()
         idle = [path for path in sizes if path.suffix == ".tar" and path.name not in leased]
         idle.sort(key=lambda path: path.stat().st_atime_ns, reverse=True)
@@ -169,7 +196,9 @@ class FetchDir:
             except (OSError, ValueError, ImportError, EOFError, lzma.LZMAError) as mistake:
                 if getattr(mistake, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                     remedy = "set data.fetch_dir to a place on another"
-                    raise UserError(f"{url}: the disk of {self.directory} is full; {remedy}") from None
+                    raise UserError(
+                        f"{url}: the disk of {self.directory} is full; {remedy}"
+                    ) from None
                 if attempt == ATTEMPTS - 1 or getattr(mistake, "final", False):
                     raise _Unfetched(url, mistake) from None
                 time.sleep(PAUSE_S * 4**attempt)
@@ -181,7 +210,9 @@ class FetchDir:
 
         room, written = self._make_room(url, size, 0), 0
         stream = gopen(url, "rb")
-        set_options(stream, ignore_errors=True)  # webdataset's own check is silent where GOPEN_VERBOSE is set
+        set_options(
+            stream, ignore_errors=True
+        )  # webdataset's own check is silent where GOPEN_VERBOSE is set
         with stream, open(part, "wb") as file:
             while block := stream.read(BLOCK):
                 if written + len(block) > room:
@@ -198,7 +229,9 @@ class _Exit(OSError):
         curl = url.startswith(("http:", "https:", "hf:"))
         self.answered = curl and status == REFUSED
         self.final = curl and status in TRIED
-        super().__init__(CURL.get(status, f"curl's exit code is {status}") if curl else f"exit code {status}")
+        super().__init__(
+            CURL.get(status, f"curl's exit code is {status}") if curl else f"exit code {status}"
+        )
 
 
 class _Unfetched(UserError):
@@ -223,7 +256,9 @@ def _check_whole(path: Path, facts: dict | None) -> None:
         while block := file.read(BLOCK):
             tail = (tail + block)[-END_MARK:]
     if tail != bytes(END_MARK):
-        raise ValueError("it does not end as a tar does: it is cut short, or no tar" if size else "it is empty")
+        raise ValueError(
+            "it does not end as a tar does: it is cut short, or no tar" if size else "it is empty"
+        )
 
 
 def is_packed(path: Path) -> bool:
@@ -235,4 +270,6 @@ def unpacked(path: Path):
     """The file's content as a binary stream, decompressed where it is gzip, bzip2 or xz."""
     with open(path, "rb") as file:
         start = file.read(5)
-    return next((opened for magic, opened in PACKED.items() if start.startswith(magic)), open)(path, "rb")
+    return next((opened for magic, opened in PACKED.items() if start.startswith(magic)), open)(
+        path, "rb"
+    )

@@ -83,7 +83,9 @@ def weighted(labels, seed: int, weights, ids=None) -> Order:
     of its exact share.
     """
     ids = np.arange(len(labels)) if ids is None else np.asarray(ids, np.int64)
-    present, classes, counts = np.unique(np.asarray(labels)[ids], return_inverse=True, return_counts=True)
+    present, classes, counts = np.unique(
+        np.asarray(labels)[ids], return_inverse=True, return_counts=True
+    )
     weights = np.asarray(weights, float)[present]
     edges = np.cumsum(weights) / weights.sum() * len(ids)
     edges[-1] = len(ids)

@@ -9,7 +9,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
-from ..config import Data, UserError
+from pipeline.config import Data, UserError
+
 from .fetching import FetchDir, is_packed
 from .writing import MANIFEST, parse_manifest, read_manifest
 
@@ -31,7 +32,9 @@ class Shard:
 def expand(pattern: str, data: Data, split: str) -> list[Shard]:
     """The shards that `pattern` means, in order.  UserError if it is empty, or matches nothing or a shard twice."""
     if not pattern.strip():
-        raise UserError(f"data.{split} is empty; give a directory, or DIR/{split}-{{000000..000007}}.tar")
+        raise UserError(
+            f"data.{split} is empty; give a directory, or DIR/{split}-{{000000..000007}}.tar"
+        )
     manifests = _Manifests(data)
     shards: list[Shard] = []
     for part in pattern.split("::"):
@@ -42,7 +45,9 @@ def expand(pattern: str, data: Data, split: str) -> list[Shard]:
     for place, times in Counter(os.path.realpath(shard.path) for shard in shards).items():
         if times > 1:
             name = next(shard.name for shard in shards if os.path.realpath(shard.path) == place)
-            raise UserError(f"data.{split} names {name} {times} times; its samples would count as often")
+            raise UserError(
+                f"data.{split} names {name} {times} times; its samples would count as often"
+            )
     return shards
 
 
@@ -70,7 +75,11 @@ class _Manifests:
             return None
         if name not in self._known:
             try:
-                read = FetchDir(self.data).manifest if name.startswith(URL) else lambda path: parse_manifest(path, path)
+                read = (
+                    FetchDir(self.data).manifest
+                    if name.startswith(URL)
+                    else lambda path: parse_manifest(path, path)
+                )
                 self._known[name] = read(name)
             except OSError:
                 raise UserError(f"data.manifest = {name}: no such file") from None
@@ -109,8 +118,10 @@ def braces(pattern: str) -> list[str]:
 
 def _found(pattern: str, split: str, manifests: _Manifests) -> list[Shard]:
     paths = [match for braced in braces(pattern) for match in _matches(braced, split, manifests)]
-    if not any(os.path.exists(path) or _facts(manifests.of(os.path.dirname(path)), os.path.basename(path))
-               for path in paths):  # fmt: skip
+    if not any(
+        os.path.exists(path) or _facts(manifests.of(os.path.dirname(path)), os.path.basename(path))
+        for path in paths
+    ):
         raise UserError(f"{pattern}: no {split} shard matches")
     return [_local(path, manifests) for path in paths]
 
@@ -124,7 +135,9 @@ def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
         listed = [os.path.join(pattern, name) for name in _listed(manifest, split, pattern)]
         # Shards of the split's name that no split lists belong too, or they would be lost without a word.
         present = sorted(glob.glob(f"{glob.escape(pattern)}/{split}-*.tar"))
-        return listed + [path for path in present if _facts(manifest, os.path.basename(path)) is None]
+        return listed + [
+            path for path in present if _facts(manifest, os.path.basename(path)) is None
+        ]
     if not glob.has_magic(pattern):
         return [pattern]
     directory = os.path.dirname(pattern)
@@ -144,7 +157,9 @@ def _local(path: str, manifests: _Manifests) -> Shard:
     if manifest and facts is None:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such shard")
-        raise UserError(f"{path} is not in {directory}/{MANIFEST}; add it with `referral shards index {directory}`")
+        raise UserError(
+            f"{path} is not in {directory}/{MANIFEST}; add it with `referral shards index {directory}`"
+        )
     return Shard(path, path, directory, manifest, facts)
 
 
@@ -153,7 +168,9 @@ def _local(path: str, manifests: _Manifests) -> Shard:
 
 def _fetched(pattern: str, split: str, manifests: _Manifests) -> list[Shard]:
     urls = [url for braced in braces(pattern) for url in _meant(braced, split, manifests)]
-    described = [manifests.given if url.startswith("pipe:") else manifests.of(_place(url)) for url in urls]
+    described = [
+        manifests.given if url.startswith("pipe:") else manifests.of(_place(url)) for url in urls
+    ]
     facts = [_facts(manifest, url_name(url)) for url, manifest in zip(urls, described, strict=True)]
     for url, manifest, entry in zip(urls, described, facts, strict=True):
         if manifest and entry is None:
@@ -161,7 +178,9 @@ def _fetched(pattern: str, split: str, manifests: _Manifests) -> list[Shard]:
     paths = FetchDir(manifests.data).shards(urls, facts)
     for url, path in zip(urls, paths, strict=True):
         if is_packed(path):
-            raise UserError(f"{url} is compressed; `pipe:curl -sf URL | gunzip` unpacks it, or {REWRITE}")
+            raise UserError(
+                f"{url} is compressed; `pipe:curl -sf URL | gunzip` unpacks it, or {REWRITE}"
+            )
     return [
         Shard(url, str(path), _place(url), manifest, entry)
         for url, path, manifest, entry in zip(urls, paths, described, facts, strict=True)
@@ -172,12 +191,16 @@ def _meant(url: str, split: str, manifests: _Manifests) -> list[str]:
     """A shard's URL is itself; a directory's, one that does not end in .tar, means the split's shards there."""
     if url.startswith("pipe:") or ".tar" in url.rpartition("/")[2]:
         if "*" in url and not url.startswith("pipe:"):
-            raise UserError(f"{url}: a URL cannot have *; write braces, {{000000..000007}}, or name the directory")
+            raise UserError(
+                f"{url}: a URL cannot have *; write braces, {{000000..000007}}, or name the directory"
+            )
         return [url]
     place = url.rstrip("/")
     manifest = manifests.of(place)
     if manifest is None:
-        raise UserError(f"{url} has no {MANIFEST}: name its shards, {place}/{split}-{{000000..000007}}.tar")
+        raise UserError(
+            f"{url} has no {MANIFEST}: name its shards, {place}/{split}-{{000000..000007}}.tar"
+        )
     return [f"{place}/{name}" for name in _listed(manifest, split, place)]
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import UserError
-from ..run_directory import read_json, write_json
+from pipeline.config import UserError
+from pipeline.store import read_json, write_json
+
 from .shards import ShardSet, open_shards
 from .writing import ShardWriter, write_manifest
 
@@ -31,7 +32,14 @@ def routed_bytes(shards: ShardSet, ids: np.ndarray, mode: str) -> int:
     return ids.nbytes + (shards.raw_bytes(ids) if mode == "copy" else 0)
 
 
-def route(shards: ShardSet, groups: dict[int, np.ndarray], directory, mode="index", max_bytes=64 * 1024**3, say=print):
+def route(
+    shards: ShardSet,
+    groups: dict[int, np.ndarray],
+    directory,
+    mode="index",
+    max_bytes=64 * 1024**3,
+    say=print,
+):
     """Write DIRECTORY/000/{ids.npy, routed.json} ..., and with mode "copy" DIRECTORY/000/routed-*.tar, for each group.
 
     groups: {number: its classes}, which may overlap.  All are written in one pass over the shards, which reads each
@@ -45,30 +53,50 @@ def route(shards: ShardSet, groups: dict[int, np.ndarray], directory, mode="inde
     ids = {number: routed_ids(shards.labels, members) for number, members in groups.items()}
     for number, found in ids.items():
         if not len(found):
-            raise UserError(f"{shards.split} has no sample of the {len(groups[number])} classes of group {number}")
+            raise UserError(
+                f"{shards.split} has no sample of the {len(groups[number])} classes of group {number}"
+            )
     sizes = {number: routed_bytes(shards, found, mode) for number, found in ids.items()}
     total, samples = sum(sizes.values()), sum(map(len, ids.values()))
-    say(f"routing {samples} samples (of {len(shards)}) to {len(groups)} groups by {mode}: {total / 2**20:.1f} MiB")
+    say(
+        f"routing {samples} samples (of {len(shards)}) to {len(groups)} groups by {mode}: {total / 2**20:.1f} MiB"
+    )
     if total > max_bytes:
         raise UserError(
             f"routing by {mode} takes {total} bytes, above route.max_bytes = {max_bytes}"
-            + ('; route.mode = "index" writes only which samples they are' if mode == "copy" else "")
+            + (
+                '; route.mode = "index" writes only which samples they are'
+                if mode == "copy"
+                else ""
+            )
         )
     for number in groups:
         (directory / f"{number:03d}").mkdir(parents=True, exist_ok=True)
     numbers, lost = list(groups), {}
     if mode == "copy":
         for first in range(0, len(numbers), OPEN_WRITERS):
-            lost |= _copy(shards, {number: ids[number] for number in numbers[first : first + OPEN_WRITERS]}, directory)
+            lost |= _copy(
+                shards,
+                {number: ids[number] for number in numbers[first : first + OPEN_WRITERS]},
+                directory,
+            )
     for number, members in groups.items():
         place = directory / f"{number:03d}"
         kept = ids[number][~np.isin(ids[number], list(lost))]
         with open(place / "ids.npy", "wb") as file:
             np.save(file, kept)
-        write_json(place / "routed.json", {
-            "schema": SCHEMA, "mode": mode, "fingerprint": shards.fingerprint, "samples": len(kept),
-            "bytes": sizes[number], "frequency": len(ids[number]) / len(shards), "classes": [int(c) for c in members],
-        })  # fmt: skip
+        write_json(
+            place / "routed.json",
+            {
+                "schema": SCHEMA,
+                "mode": mode,
+                "fingerprint": shards.fingerprint,
+                "samples": len(kept),
+                "bytes": sizes[number],
+                "frequency": len(ids[number]) / len(shards),
+                "classes": [int(c) for c in members],
+            },
+        )
     return lost
 
 
@@ -76,13 +104,18 @@ def _copy(shards: ShardSet, ids: dict[int, np.ndarray], directory: Path) -> dict
     """Each sample's raw members to the shards of every group that it belongs to.  Returns the damaged: {id: reason}."""
     samples = np.concatenate(list(ids.values()))
     order = np.argsort(samples, kind="stable")
-    samples, owners = samples[order], np.repeat(list(ids), [len(found) for found in ids.values()])[order]
+    samples, owners = (
+        samples[order],
+        np.repeat(list(ids), [len(found) for found in ids.values()])[order],
+    )
     label_member, lost = shards.data.label.partition(":")[0], {}
     with ExitStack() as stack:
         writers = {}
         for number in ids:
             place = directory / f"{number:03d}"
-            writers[number] = stack.enter_context(ShardWriter(place, "routed", shards.class_names, overwrite=True))
+            writers[number] = stack.enter_context(
+                ShardWriter(place, "routed", shards.class_names, overwrite=True)
+            )
         distinct, starts = np.unique(samples, return_index=True)
         ends = np.append(starts[1:], len(samples))
         for first in range(0, len(distinct), CHUNK):
@@ -96,11 +129,20 @@ def _copy(shards: ShardSet, ids: dict[int, np.ndarray], directory: Path) -> dict
                     continue
                 if label_member != shards.data.input:
                     members.pop(label_member)
-                members = {"__key__": f"{sample:09d}", **members, "cls": b"%d" % shards.labels[sample]}
+                members = {
+                    "__key__": f"{sample:09d}",
+                    **members,
+                    "cls": b"%d" % shards.labels[sample],
+                }
                 for owner in owners[start:end].tolist():
                     writers[owner].write(members)
     for number, writer in writers.items():
-        write_manifest(directory / f"{number:03d}", shards.class_names, {"routed": writer.facts}, {"command": "route"})
+        write_manifest(
+            directory / f"{number:03d}",
+            shards.class_names,
+            {"routed": writer.facts},
+            {"command": "route"},
+        )
     return lost
 
 
@@ -125,9 +167,13 @@ def open_routed(directory, shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
         facts = read_json(directory / "routed.json")
         ids = np.load(directory / "ids.npy", allow_pickle=False)
     except (OSError, ValueError):
-        raise UserError(f"{directory} holds no routed samples; run the stage `route` again") from None
+        raise UserError(
+            f"{directory} holds no routed samples; run the stage `route` again"
+        ) from None
     if facts["fingerprint"] != shards.fingerprint:
-        raise UserError(f"{directory} was routed from other shards than {shards.names[0]} ...; run `route` again")
+        raise UserError(
+            f"{directory} was routed from other shards than {shards.names[0]} ...; run `route` again"
+        )
     if facts["mode"] == "index":
         return shards, ids
     # data.damage_share is of the whole split: a small group may by chance hold more of its damage.

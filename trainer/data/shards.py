@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import Data, UserError
+from pipeline.config import Data, UserError
+
 from .decoding import decode, decoder_table, find_decoder
 from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
@@ -47,25 +48,39 @@ class ShardSet:
     """
 
     def __init__(
-        self, split: str, shards: list[Shard], indexes: list[TarIndex], labels, class_names, damage, data: Data
+        self,
+        split: str,
+        shards: list[Shard],
+        indexes: list[TarIndex],
+        labels,
+        class_names,
+        damage,
+        data: Data,
     ):
         self.split, self.data, self.damage = split, data, list(damage)
         self.class_names = list(class_names)
         self.labels = np.concatenate(labels)
         self.paths = [shard.path for shard in shards]
         self.names = [shard.name for shard in shards]
-        self.extensions = sorted({str(extension) for index in indexes for extension in index.extensions})
+        self.extensions = sorted(
+            {str(extension) for index in indexes for extension in index.extensions}
+        )
         numbers = {extension: number for number, extension in enumerate(self.extensions)}
         self._shard_start = np.cumsum([0] + [len(index) for index in indexes])
         self._keys = [index.keys for index in indexes]
         row_start = np.cumsum([0] + [len(index.offset) for index in indexes])
         self._start = np.concatenate(
-            [index.member_start[:-1] + first for index, first in zip(indexes, row_start, strict=False)]
+            [
+                index.member_start[:-1] + first
+                for index, first in zip(indexes, row_start, strict=False)
+            ]
             + [row_start[-1:]]
         )
         self._extension = np.concatenate(
             [
-                np.array([numbers[str(extension)] for extension in index.extensions], np.int16)[index.member_extension]
+                np.array([numbers[str(extension)] for extension in index.extensions], np.int16)[
+                    index.member_extension
+                ]
                 for index in indexes
             ]
         )
@@ -73,7 +88,10 @@ class ShardSet:
         self._size = np.concatenate([index.size for index in indexes])
         self._crc = np.concatenate([index.crc for index in indexes])
         self._input_row = np.concatenate(
-            [_input_rows(index, data) + first for index, first in zip(indexes, row_start, strict=False)]
+            [
+                _input_rows(index, data) + first
+                for index, first in zip(indexes, row_start, strict=False)
+            ]
         )
         facts = [
             [os.path.basename(shard.name), index.sha256, len(index)]
@@ -83,7 +101,9 @@ class ShardSet:
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         table = decoder_table(data.decoders)
         used = np.unique(self._extension[self._input_row])
-        self._decoders = {int(number): find_decoder(table, self.extensions[number]) for number in used}
+        self._decoders = {
+            int(number): find_decoder(table, self.extensions[number]) for number in used
+        }
         self.input_extensions = [self.extensions[number] for number in used]
         self._files: dict[int, int] = {}
         self._shape: tuple[tuple[int, ...], np.dtype] | None = None
@@ -122,7 +142,10 @@ class ShardSet:
         """The samples' keys as webdataset gives them."""
         ids = np.asarray(ids)
         places = zip(self.shard_of(ids), ids, strict=True)
-        return [self._keys[s][i - self._shard_start[s]].decode("utf-8", "surrogateescape") for s, i in places]
+        return [
+            self._keys[s][i - self._shard_start[s]].decode("utf-8", "surrogateescape")
+            for s, i in places
+        ]
 
     def raw(self, ids) -> list[dict[str, bytes]]:
         """Every member of the samples, {extension: bytes}.  UserError if one is damaged."""
@@ -134,10 +157,17 @@ class ShardSet:
     def read_raw(self, ids) -> tuple[list[dict[str, bytes]], dict[int, str]]:
         """As `read`: (every member of the samples, {id: reason} of the unreadable ones, whose members are {})."""
         samples, unreadable = [], {}
-        for sample, shard in zip(np.asarray(ids).tolist(), self.shard_of(ids).tolist(), strict=True):
+        for sample, shard in zip(
+            np.asarray(ids).tolist(), self.shard_of(ids).tolist(), strict=True
+        ):
             rows = range(self._start[sample], self._start[sample + 1])
             try:
-                samples.append({self.extensions[self._extension[row]]: self._member(shard, row) for row in rows})
+                samples.append(
+                    {
+                        self.extensions[self._extension[row]]: self._member(shard, row)
+                        for row in rows
+                    }
+                )
             except _Damaged as damage:
                 samples.append({})
                 unreadable[sample] = str(damage)
@@ -174,7 +204,9 @@ class ShardSet:
         shape, dtype = self._first_input()
         unreadable: dict[int, str] = {}
         shards, rows = self.shard_of(ids).tolist(), self._input_row[ids].tolist()
-        for place, sample, shard, row in zip(places.tolist(), ids.tolist(), shards, rows, strict=True):
+        for place, sample, shard, row in zip(
+            places.tolist(), ids.tolist(), shards, rows, strict=True
+        ):
             try:
                 inputs[place] = self._decode(shard, row, shape, dtype)
             except _Damaged as damage:
@@ -194,8 +226,12 @@ class ShardSet:
         content = self._member(shard, row)
         try:
             array = decode(self._decoders[int(self._extension[row])], content)
-        except Exception as mistake:  # decoders, the user's too, raise what they like about bytes they do not know
-            raise _Damaged(f"cannot be decoded: {type(mistake).__name__}: {mistake}".replace("\n", " ")) from None
+        except (
+            Exception
+        ) as mistake:  # decoders, the user's too, raise what they like about bytes they do not know
+            raise _Damaged(
+                f"cannot be decoded: {type(mistake).__name__}: {mistake}".replace("\n", " ")
+            ) from None
         if array.shape == shape and array.dtype == dtype:
             return array
         if len(shape) == 3 == array.ndim and array.shape[0] == 1 and array.shape[1:] == shape[1:]:
@@ -216,7 +252,9 @@ class ShardSet:
             raise _Damaged(f"cannot be read: {mistake.strerror}") from None
         if len(content) != size or zlib.crc32(content) != self._crc[row]:
             extension = self.extensions[self._extension[row]]
-            raise _Damaged(f"its member .{extension} has changed since the shard was indexed (checksum)")
+            raise _Damaged(
+                f"its member .{extension} has changed since the shard was indexed (checksum)"
+            )
         return content
 
     def _first_input(self):
@@ -326,10 +364,16 @@ def _check_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | N
         if data.damage == "skip":
             # The index was made when the shard was whole: its checksums say which samples still are.
             good = intact(shard.path, stored)
-            damage.extend(Damage(shard.name, key.decode(), "has changed (checksum)") for key in stored.keys[~good])
+            damage.extend(
+                Damage(shard.name, key.decode(), "has changed (checksum)")
+                for key in stored.keys[~good]
+            )
             return stored.take(good)
     index = scan_tar(shard.path, data.label)
-    found = [Damage(shard.name, str(k), str(r)) for k, r in zip(index.damaged, index.reasons, strict=True)]
+    found = [
+        Damage(shard.name, str(k), str(r))
+        for k, r in zip(index.damaged, index.reasons, strict=True)
+    ]
     if expected and index.sha256 != expected:
         if data.damage == "strict" and found:
             raise UserError(_refusal(found))
@@ -338,7 +382,9 @@ def _check_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | N
             raise UserError(
                 f"{shard.name}: {reason}; fetch it again, or run `referral shards index` on it if the change was meant"
             )
-        damage.append(Damage(shard.name, "", reason, shard.facts["samples"] if shard.facts else len(stored)))
+        damage.append(
+            Damage(shard.name, "", reason, shard.facts["samples"] if shard.facts else len(stored))
+        )
         return None
     if not index.countable and data.damage == "skip":
         what = next(item for item in found if not item.member)
@@ -358,13 +404,18 @@ def _label(shard: Shard, index: TarIndex, class_names: list[str], data: Data, da
     without_input = _input_rows(index, data) < 0
     if not data.label:
         kept = ~without_input
-        damage.extend(Damage(shard.name, key.decode("utf-8", "replace"), "has not one input member")
-                      for key in index.keys[without_input])  # fmt: skip
+        damage.extend(
+            Damage(shard.name, key.decode("utf-8", "replace"), "has not one input member")
+            for key in index.keys[without_input]
+        )
         index = index if kept.all() else index.take(kept)
         return index, np.full(len(index), UNLABELLED, np.int64)
     labels = parse_labels(index.label_texts, class_names)
     for sample in np.flatnonzero((labels < 0) | without_input).tolist():
-        key, text = index.keys[sample].decode("utf-8", "replace"), index.label_texts[sample].decode("utf-8", "replace")
+        key, text = (
+            index.keys[sample].decode("utf-8", "replace"),
+            index.label_texts[sample].decode("utf-8", "replace"),
+        )
         if without_input[sample]:
             reason = f"has no member .{data.input}" if data.input else "has not one input member"
         else:
@@ -380,7 +431,9 @@ def parse_labels(texts: np.ndarray, class_names: list[str]) -> np.ndarray:
         labels = texts.astype(np.int64)
     except (ValueError, OverflowError):
         numbers = {name: number for number, name in enumerate(class_names)}
-        labels = np.array([_parse_label(text.decode("utf-8", "replace"), numbers) for text in texts], np.int64)
+        labels = np.array(
+            [_parse_label(text.decode("utf-8", "replace"), numbers) for text in texts], np.int64
+        )
     return np.where((labels >= 0) & (labels < len(class_names)), labels, -1)
 
 
@@ -395,28 +448,41 @@ def _parse_label(text: str, numbers: dict[str, int]) -> int:
 
 def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
     """int64[n]: the row of each sample's input member, -1 where there is none, or several to choose from."""
-    label = data.label.partition(":")[0] or "cls"  # unlabelled shards may carry labels that are not to be read
+    label = (
+        data.label.partition(":")[0] or "cls"
+    )  # unlabelled shards may carry labels that are not to be read
     extensions = [str(extension) for extension in index.extensions]
-    wanted = [extension == data.input.lower() if data.input else extension != label for extension in extensions]
+    wanted = [
+        extension == data.input.lower() if data.input else extension != label
+        for extension in extensions
+    ]
     rows = np.flatnonzero(np.array(wanted, bool)[index.member_extension])
     samples = np.searchsorted(index.member_start, rows, side="right") - 1
     found = np.full(len(index), -1, np.int64)
     found[samples] = rows
     several = np.bincount(samples, minlength=len(index)) > 1
     if several.sum() * 2 > len(index):
-        members = ", ".join(extension for extension, yes in zip(extensions, wanted, strict=True) if yes)
-        raise UserError(f"samples have the members {members}; say which is the input with data.input")
+        members = ", ".join(
+            extension for extension, yes in zip(extensions, wanted, strict=True) if yes
+        )
+        raise UserError(
+            f"samples have the members {members}; say which is the input with data.input"
+        )
     found[several] = -1
     return found
 
 
-def _check_counts(shard: Shard, labels: np.ndarray, class_names: list[str], damage: list[Damage]) -> None:
+def _check_counts(
+    shard: Shard, labels: np.ndarray, class_names: list[str], damage: list[Damage]
+) -> None:
     """The manifest's counts against what was found, unless damage explains the difference."""
     if shard.facts is None or any(item.shard == shard.name for item in damage):
         return
     if (labels == UNLABELLED).all() and len(labels) == shard.facts["samples"]:
         return
-    counts = {class_names[c]: int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)}
+    counts = {
+        class_names[c]: int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)
+    }
     if len(labels) != shard.facts["samples"] or counts != shard.facts["class_counts"]:
         raise UserError(
             f"{shard.name}: manifest.json says {shard.facts['samples']} samples of {len(shard.facts['class_counts'])} "
@@ -443,6 +509,4 @@ def check_share(lost: int, samples: int, data: Data, example) -> None:
 
 def _refusal(damage: list[Damage]) -> str:
     more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-    return (
-        f'{damage[0]}{more}; `referral shards validate` lists all, data.damage = "skip" leaves them out and counts them'
-    )
+    return f'{damage[0]}{more}; `referral shards validate` lists all, data.damage = "skip" leaves them out and counts them'

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from ..config import UserError
+from pipeline.config import UserError
+
 from .augment import Augment, Views, find_augment
 from .orders import Order, balanced, generator, shuffled
 from .shards import ShardSet, check_share
@@ -51,8 +52,10 @@ class Batch:
         return len(self.labels)
 
     def to(self, device, non_blocking: bool = True) -> Batch:
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking)
-                 for name in ("inputs", *NUMBERS)}  # fmt: skip
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=non_blocking)
+            for name in ("inputs", *NUMBERS)
+        }
         return replace(self, **moved)
 
     # Between processes only the inputs go through shared memory: for a few numbers a file descriptor each costs more.
@@ -79,7 +82,9 @@ class Source:
 
     def __post_init__(self):
         if self.per_batch < 1:
-            raise UserError(f"a source with {self.per_batch} examples per batch: give it at least 1, or leave it out")
+            raise UserError(
+                f"a source with {self.per_batch} examples per batch: give it at least 1, or leave it out"
+            )
 
 
 class _Stream:
@@ -98,10 +103,15 @@ class _Stream:
     def _load(self, items: range, fetch, workers: int) -> Iterator[Batch]:
         # A generator of its own: the loader's base seed would otherwise come from, and advance, torch's global state.
         loader = torch.utils.data.DataLoader(
-            _Fetch(fetch), batch_size=None, sampler=items, num_workers=workers, collate_fn=_same,
-            generator=torch.Generator().manual_seed(0), pin_memory=torch.cuda.is_available(),
+            _Fetch(fetch),
+            batch_size=None,
+            sampler=items,
+            num_workers=workers,
+            collate_fn=_same,
+            generator=torch.Generator().manual_seed(0),
+            pin_memory=torch.cuda.is_available(),
             worker_init_fn=_begin_worker,
-        )  # fmt: skip
+        )
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -109,7 +119,12 @@ class _Stream:
                 self._lost[source, sample] = reason
                 shards = self.sources[source].shards
                 lost = shards.lost + sum(s == source for s, _ in self._lost)
-                check_share(lost, shards.lost + len(shards), shards.data, f"{shards.where(sample)}: {reason}")
+                check_share(
+                    lost,
+                    shards.lost + len(shards),
+                    shards.data,
+                    f"{shards.where(sample)}: {reason}",
+                )
             yield batch
 
 
@@ -142,17 +157,27 @@ class TrainingStream(_Stream):
     """
 
     def __init__(
-        self, sources: list[Source], seed: int, augment: str | Augment | None = None, views: Views | None = None
+        self,
+        sources: list[Source],
+        seed: int,
+        augment: str | Augment | None = None,
+        views: Views | None = None,
     ):
         super().__init__()
         self.sources, self.seed, self.views = list(sources), seed, views
         self.augment = augment if isinstance(augment, Augment) else find_augment(augment)
         self.batch_size = sum(source.per_batch for source in self.sources)
-        shapes = {(source.shards.input_shape, str(source.shards.input_dtype)) for source in self.sources}
+        shapes = {
+            (source.shards.input_shape, str(source.shards.input_dtype)) for source in self.sources
+        }
         if len(shapes) != 1:
-            raise UserError(f"sources of one batch need one input shape, these have {sorted(map(str, shapes))}")
+            raise UserError(
+                f"sources of one batch need one input shape, these have {sorted(map(str, shapes))}"
+            )
         # A fixed random arrangement, so that each rank's share of a batch holds about as much of each source.
-        owners = np.repeat(np.arange(len(self.sources)), [source.per_batch for source in self.sources])
+        owners = np.repeat(
+            np.arange(len(self.sources)), [source.per_batch for source in self.sources]
+        )
         self._owner = generator(3).permutation(owners)
         self._turn = np.empty(self.batch_size, np.int64)
         for number, source in enumerate(self.sources):
@@ -168,14 +193,22 @@ class TrainingStream(_Stream):
         view, lost = np.zeros(len(mine), np.int64), []
         for number, source in enumerate(self.sources):
             places = np.flatnonzero(owners == number)
-            ids[places], damaged = _read(source, step * source.per_batch + turns[places], inputs.numpy(), places)
+            ids[places], damaged = _read(
+                source, step * source.per_batch + turns[places], inputs.numpy(), places
+            )
             labels[places] = source.shards.labels[ids[places]]
             lost.extend((number, sample, reason) for sample, reason in damaged.items())
             if self.views is not None:  # one pass is of one view
-                view[places] = (step * source.per_batch + turns[places]) // len(source.order) % self.views.count
+                view[places] = (
+                    (step * source.per_batch + turns[places])
+                    // len(source.order)
+                    % self.views.count
+                )
         if self.augment is not None:
             inputs = _augmented(inputs, self._numbers(step, mine, owners, ids, view), self.augment)
-        return Batch(inputs, *map(torch.from_numpy, (labels, ids, owners)), lost, torch.from_numpy(view))
+        return Batch(
+            inputs, *map(torch.from_numpy, (labels, ids, owners)), lost, torch.from_numpy(view)
+        )
 
     def _numbers(self, step: int, mine, owners, ids, view) -> np.ndarray:
         """float64 [b, K]: what the augmentation of each example is made with."""
@@ -198,10 +231,14 @@ class TrainingStream(_Stream):
         blocks = -(-self.augment.numbers // 4)
         key = np.random.SeedSequence([self.seed, 4]).generate_state(2, np.uint64)
         counter = step * self.batch_size * blocks
-        numbers = np.random.Generator(np.random.Philox(key=key, counter=counter)).random((self.batch_size, 4 * blocks))
+        numbers = np.random.Generator(np.random.Philox(key=key, counter=counter)).random(
+            (self.batch_size, 4 * blocks)
+        )
         return numbers[:, : self.augment.numbers]
 
-    def loader(self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1, workers: int = 0):
+    def loader(
+        self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    ):
         """Iterator of this rank's batches of steps first_step .. last_step - 1, read ahead by `workers` processes."""
         return self._load(range(first_step, last_step), _Share(self, rank, world_size), workers)
 
@@ -275,7 +312,9 @@ def _read(source: Source, positions: np.ndarray, inputs: np.ndarray, places: np.
                 break
             damaged |= again
         else:
-            raise UserError(f"{TRIES} damaged samples in a row, e.g. {source.shards.where(int(ids[turn]))}")
+            raise UserError(
+                f"{TRIES} damaged samples in a row, e.g. {source.shards.where(int(ids[turn]))}"
+            )
     return ids, damaged
 
 
@@ -307,6 +346,10 @@ class MeasuringStream(_Stream):
         for batch in self._load(numbers, self.batch, workers):
             seen, lost = seen + len(batch), lost + len(batch.lost)
             yield batch
-        expected = sum(min(self.batch_size, len(self.ids) - number * self.batch_size) for number in numbers)
+        expected = sum(
+            min(self.batch_size, len(self.ids) - number * self.batch_size) for number in numbers
+        )
         if seen + lost != expected:
-            raise UserError(f"{self.shards.split}: {expected} samples expected, {seen} seen and {lost} damaged")
+            raise UserError(
+                f"{self.shards.split}: {expected} samples expected, {seen} seen and {lost} damaged"
+            )

@@ -22,7 +22,9 @@ import numpy as np
 
 SCHEMA = 1
 BLOCK = tarfile.BLOCKSIZE
-NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # webdataset's rule: the key ends at the first dot of the base name
+NAME = re.compile(
+    r"((?:.*/|)[^.]+)[.]([^/]*)"
+)  # webdataset's rule: the key ends at the first dot of the base name
 
 
 @dataclass
@@ -58,7 +60,10 @@ class TarIndex:
         """The same index with only the samples where `kept` (bool[n]) holds."""
         lengths = np.diff(self.member_start)
         rows = np.repeat(kept, lengths)
-        changed = {name: getattr(self, name)[rows] for name in ("member_extension", "offset", "size", "crc")}
+        changed = {
+            name: getattr(self, name)[rows]
+            for name in ("member_extension", "offset", "size", "crc")
+        }
         changed |= {"keys": self.keys[kept], "label_texts": self.label_texts[kept]}
         start = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
         return replace(self, member_start=start, **changed)
@@ -86,7 +91,11 @@ def read_label(content: bytes, label: str) -> str:
         value = json.loads(content)
     except ValueError:
         raise ValueError(f"{kind} member is not valid JSON") from None
-    if not isinstance(value, dict) or not isinstance(value.get(field), str | int) or isinstance(value.get(field), bool):
+    if (
+        not isinstance(value, dict)
+        or not isinstance(value.get(field), str | int)
+        or isinstance(value.get(field), bool)
+    ):
         raise ValueError(f"{kind} member has no field {field!r} that is a number or a name")
     return json.dumps(value[field])  # a name keeps its quotes, which tell it from a number
 
@@ -226,17 +235,28 @@ def _next_header(content: mmap.mmap, offset: int) -> int:
 def _as_index(path, label, samples, damage, countable) -> TarIndex:
     extensions = sorted({extension for _, members, _ in samples for extension in members})
     numbers = {extension: number for number, extension in enumerate(extensions)}
-    rows = [(numbers[extension], *place) for _, members, _ in samples for extension, place in members.items()]
+    rows = [
+        (numbers[extension], *place)
+        for _, members, _ in samples
+        for extension, place in members.items()
+    ]
     extension, offset, size, crc = np.array(rows, np.int64).reshape(-1, 4).T
     return TarIndex(
-        sha256=file_sha256(path), bytes=os.path.getsize(path), label=label,
-        keys=_bytes([key for key, _, _ in samples]), label_texts=_bytes([text for _, _, text in samples]),
+        sha256=file_sha256(path),
+        bytes=os.path.getsize(path),
+        label=label,
+        keys=_bytes([key for key, _, _ in samples]),
+        label_texts=_bytes([text for _, _, text in samples]),
         member_start=np.cumsum([0] + [len(members) for _, members, _ in samples]).astype(np.int64),
-        extensions=np.array(extensions, dtype=np.str_), member_extension=extension.astype(np.int16),
-        offset=offset, size=size, crc=crc.astype(np.uint32),
+        extensions=np.array(extensions, dtype=np.str_),
+        member_extension=extension.astype(np.int16),
+        offset=offset,
+        size=size,
+        crc=crc.astype(np.uint32),
         damaged=np.array([key for key, _ in damage], dtype=np.str_),
-        reasons=np.array([reason for _, reason in damage], dtype=np.str_), countable=countable,
-    )  # fmt: skip
+        reasons=np.array([reason for _, reason in damage], dtype=np.str_),
+        countable=countable,
+    )
 
 
 def _bytes(texts: list[str]) -> np.ndarray:
@@ -270,7 +290,9 @@ def load_index(shard: str | Path) -> tuple[TarIndex, bool] | None:
                 return None
             values = {field.name: file[field.name] for field in fields(TarIndex)}
             stat = file["stat"].tolist()
-    except Exception:  # a half-written or foreign file: numpy and zipfile raise a dozen kinds; it is rebuilt
+    except (
+        Exception
+    ):  # a half-written or foreign file: numpy and zipfile raise a dozen kinds; it is rebuilt
         return None
     for name, kind in (("sha256", str), ("bytes", int), ("label", str), ("countable", bool)):
         values[name] = kind(values[name])
@@ -285,5 +307,7 @@ def intact(shard: str | Path, index: TarIndex) -> np.ndarray:
         for sample in range(len(index)):
             for row in range(index.member_start[sample], index.member_start[sample + 1]):
                 content = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
-                good[sample] &= len(content) == index.size[row] and zlib.crc32(content) == index.crc[row]
+                good[sample] &= (
+                    len(content) == index.size[row] and zlib.crc32(content) == index.crc[row]
+                )
     return good

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from ..config import UserError
-from ..run_directory import read_json, write_json
+from pipeline.config import UserError
+from pipeline.store import read_json, write_json
+
 from .tars import index_path, save_index, scan_tar
 
 MANIFEST = "manifest.json"
@@ -44,7 +45,14 @@ class ShardWriter:
     Raises UserError if the split exists already (overwrite=True replaces it) or the directory cannot be written.
     """
 
-    def __init__(self, directory, split: str, class_names: list[str], samples_per_shard: int = 10_000, overwrite=False):
+    def __init__(
+        self,
+        directory,
+        split: str,
+        class_names: list[str],
+        samples_per_shard: int = 10_000,
+        overwrite=False,
+    ):
         assert samples_per_shard > 0, samples_per_shard
         self.directory, self.split, self.class_names = Path(directory), split, list(class_names)
         self.samples_per_shard = samples_per_shard
@@ -70,7 +78,9 @@ class ShardWriter:
         """Append one sample.  Raises UserError for a class index out of range, ValueError for a key with a dot."""
         key = sample["__key__"]
         if not key or "." in key or key.startswith("__"):
-            raise ValueError(f"key {key!r}: webdataset cuts keys at dots; use letters, digits, '-', '_' and '/'")
+            raise ValueError(
+                f"key {key!r}: webdataset cuts keys at dots; use letters, digits, '-', '_' and '/'"
+            )
         label = int(sample["cls"])
         if not 0 <= label < len(self.class_names):
             raise UserError(f"sample {key}: class {label} is not in 0..{len(self.class_names) - 1}")
@@ -119,18 +129,30 @@ class ShardWriter:
             os.replace(path, shard)
             save_index(shard, index)
             labels = index.label_texts.astype(np.int64)
-            shards.append(shard_facts(shard.name, index.bytes, index.sha256, labels, self.class_names))
+            shards.append(
+                shard_facts(shard.name, index.bytes, index.sha256, labels, self.class_names)
+            )
         self.facts = {"samples": self._written, "shards": shards}
 
 
-def shard_facts(name: str, size: int, sha256: str, labels: np.ndarray, class_names: list[str]) -> dict:
+def shard_facts(
+    name: str, size: int, sha256: str, labels: np.ndarray, class_names: list[str]
+) -> dict:
     """One shard's entry of the manifest.  labels: int64[n]."""
     classes, counts = np.unique(labels, return_counts=True)
     class_counts = {class_names[c]: int(n) for c, n in zip(classes, counts, strict=True)}
-    return {"name": name, "samples": len(labels), "bytes": size, "sha256": sha256, "class_counts": class_counts}
+    return {
+        "name": name,
+        "samples": len(labels),
+        "bytes": size,
+        "sha256": sha256,
+        "class_counts": class_counts,
+    }
 
 
-def write_manifest(directory, class_names: list[str], splits: dict[str, dict], made_by: dict | None = None) -> Path:
+def write_manifest(
+    directory, class_names: list[str], splits: dict[str, dict], made_by: dict | None = None
+) -> Path:
     """Write DIRECTORY/manifest.json, or add `splits` ({"train": writer.facts, ...}) to the one that is there.
 
     Raises UserError if a split that stays has other classes, or if two classes have the same name.
@@ -143,8 +165,15 @@ def write_manifest(directory, class_names: list[str], splits: dict[str, dict], m
     old = read_manifest(directory) or {"splits": {}}
     kept = {split: facts for split, facts in old["splits"].items() if split not in splits}
     if kept and old["classes"] != names:
-        raise UserError(f"{path} describes {', '.join(kept)} with other classes; give an empty directory")
-    manifest = {"schema": SCHEMA, "classes": names, "splits": kept | splits, "made_by": made_by or {}}
+        raise UserError(
+            f"{path} describes {', '.join(kept)} with other classes; give an empty directory"
+        )
+    manifest = {
+        "schema": SCHEMA,
+        "classes": names,
+        "splits": kept | splits,
+        "made_by": made_by or {},
+    }
     try:
         write_json(path, manifest)
     except OSError as mistake:
@@ -156,7 +185,9 @@ def read_manifest(directory) -> dict | None:
     """The manifest of a directory of shards, or None.  Raises UserError if it is not one."""
     path = Path(directory) / MANIFEST
     try:
-        return parse_manifest(path, path, f"; make it anew with `referral shards index {directory}`")
+        return parse_manifest(
+            path, path, f"; make it anew with `referral shards index {directory}`"
+        )
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -170,17 +201,23 @@ def parse_manifest(path: Path, name, remedy: str = "") -> dict:
     except (json.JSONDecodeError, UnicodeDecodeError, OSError):
         raise UserError(f"{name} cannot be read as JSON{remedy}") from None
     if isinstance(manifest, dict) and manifest.get("schema") != SCHEMA:
-        raise UserError(f"{name} has schema {manifest.get('schema')!r}, this program reads {SCHEMA}{remedy}")
+        raise UserError(
+            f"{name} has schema {manifest.get('schema')!r}, this program reads {SCHEMA}{remedy}"
+        )
     try:
         names = _Manifest.model_validate(manifest).classes
     except ValidationError as mistakes:
         first = mistakes.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise UserError(f"{name} is not a manifest of shards: {place}: {first['msg']}{remedy}") from None
+        raise UserError(
+            f"{name} is not a manifest of shards: {place}: {first['msg']}{remedy}"
+        ) from None
     if len(set(names)) != len(names):
         raise UserError(f"{name} has two classes of the same name{remedy}")
     for split, facts in manifest["splits"].items():
         total = sum(shard["samples"] for shard in facts["shards"])
         if facts["samples"] != total:
-            raise UserError(f"{name} says split {split} has {facts['samples']} samples, its shards {total}{remedy}")
+            raise UserError(
+                f"{name} says split {split} has {facts['samples']} samples, its shards {total}{remedy}"
+            )
     return manifest

@@ -5,8 +5,9 @@ judged and export for whoever wants the network; close.  The loop knows no more,
 engine ran.
 """
 
-from ..config import Engine
-from ..distributed import Ranks
+from pipeline.config import Engine
+
+from ..distributed.ranks import Ranks
 
 
 def build_engine(config: Engine, ranks: Ranks):

@@ -8,18 +8,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..config import Engine, Schedule
-from ..distributed import Ranks, precision
-from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state, set_rate
+from pipeline.config import Engine, Schedule
+
+from ..core.optim import (
+    AveragedWeights,
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    set_rate,
+)
+from ..distributed.ranks import Ranks, precision
 
 
 class DDPEngine:
     def __init__(self, config: Engine, ranks: Ranks):
         self.ranks = ranks
         self.precision = precision(config, ranks.device)
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=self.precision == torch.float16)
+        self.scaler = torch.amp.GradScaler(
+            ranks.device.type, enabled=self.precision == torch.float16
+        )
 
-    def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
+    def prepare(
+        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+    ) -> nn.Module:
         """Build the optimizer, go on from a checkpoint's state.  Returns the module to call in the forward pass."""
         self.network = network
         self.optimizer = build_optimizer(network, schedule)
@@ -30,11 +41,15 @@ class DDPEngine:
             if self.scaler.is_enabled() and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
         devices = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-        self.module = DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True)
+        self.module = DistributedDataParallel(
+            network, device_ids=devices, gradient_as_bucket_view=True
+        )
         return self.module
 
     def autocast(self):
-        return torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32)
+        return torch.autocast(
+            self.ranks.device.type, self.precision, enabled=self.precision != torch.float32
+        )
 
     def accumulating(self, last: bool):
         """Gradients are exchanged once a step, in the last micro-batch."""

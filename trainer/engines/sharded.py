@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from networks.heads import ShardedLinear
 from networks.linear_logits import Alone
+from pipeline.config import Engine, Schedule, UserError
 
-from ..config import Engine, Schedule, UserError
-from ..distributed import Ranks
-from ..optimisation import AveragedWeights
+from ..core.optim import AveragedWeights
+from ..distributed.ranks import Ranks
 from .ddp import DDPEngine
 
 
@@ -32,7 +32,9 @@ class ShardedHeadEngine(DDPEngine):
                 'engine.shard_head with precision = "fp16": ranks would disagree on which steps overflowed; take "bf16"'
             )
 
-    def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
+    def prepare(
+        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+    ) -> nn.Module:
         self.sharded = network.spec.head["kind"] == "linear"
         if self.sharded:
             self._shard(network, state)
@@ -42,22 +44,30 @@ class ShardedHeadEngine(DDPEngine):
         """Leave this rank its rows of the head, of its weights in a checkpoint and of their optimizer states too."""
         classes, world = network.spec.num_classes, self.ranks.world_size
         if classes < world:
-            raise UserError(f"engine.shard_head cannot split {classes} classes over {world} ranks; take fewer ranks")
+            raise UserError(
+                f"engine.shard_head cannot split {classes} classes over {world} ranks; take fewer ranks"
+            )
         self.bounds = [classes * rank // world for rank in range(world + 1)]
         own = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
         self.head_names = [f"head.{name}" for name, _ in network.head.named_parameters()]
-        network.head = ShardedLinear(cut(network.head, own), classes, OverRanks(tuple(self.bounds)), self.block)
+        network.head = ShardedLinear(
+            cut(network.head, own), classes, OverRanks(tuple(self.bounds)), self.block
+        )
         for name in self.head_names if state else ():
             state["network"][name] = state["network"][name][own].clone()
             for key, value in state["optimizer"].get(name, {}).items():
                 if is_per_row(value):
                     state["optimizer"][name][key] = value[own].clone()
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, self.head_names)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            network, self.head_names
+        )
 
     def clip(self) -> None:
         if not self.sharded:
             return super().clip()
-        trunk = [p.grad for name, p in self.network.named_parameters() if name not in self.head_names]
+        trunk = [
+            p.grad for name, p in self.network.named_parameters() if name not in self.head_names
+        ]
         head = [p.grad for p in self.network.head.parameters()]
         squares = nn.utils.get_total_norm([g for g in head if g is not None]) ** 2
         dist.all_reduce(squares)
@@ -80,7 +90,8 @@ class ShardedHeadEngine(DDPEngine):
             network[name] = self._on_main(network[name])
             if name in optimizer:
                 optimizer[name] = {
-                    key: self._on_main(value) if is_per_row(value) else value for key, value in optimizer[name].items()
+                    key: self._on_main(value) if is_per_row(value) else value
+                    for key, value in optimizer[name].items()
                 }
         return state | {"network": network, "optimizer": optimizer}
 
@@ -134,7 +145,9 @@ class ShardedHeadEngine(DDPEngine):
         return whole
 
     def _parts(self, whole: Tensor) -> tuple[Tensor, ...]:
-        return whole.split([last - first for first, last in zip(self.bounds, self.bounds[1:], strict=False)])
+        return whole.split(
+            [last - first for first, last in zip(self.bounds, self.bounds[1:], strict=False)]
+        )
 
 
 @dataclass(frozen=True)
@@ -172,7 +185,9 @@ class OverRanks(Alone):
         dist.all_gather(list(every.split(most)), padded)
         if min(self.sizes) == most:
             return every
-        return torch.cat([part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)])
+        return torch.cat(
+            [part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)]
+        )
 
     def own(self, rows: Tensor) -> Tensor:
         return rows.split(self.sizes)[dist.get_rank()]

@@ -14,10 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks import parameter_count
+from pipeline.config import Engine, Schedule, UserError
 
-from ..config import Engine, Schedule, UserError
-from ..distributed import Ranks, precision
-from ..optimisation import AveragedWeights, build_optimizer, load_optimizer_state, optimizer_state, set_rate
+from ..core.optim import (
+    AveragedWeights,
+    build_optimizer,
+    load_optimizer_state,
+    optimizer_state,
+    set_rate,
+)
+from ..distributed.ranks import Ranks, precision
 
 BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
 ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
@@ -29,7 +35,9 @@ class DeepSpeedEngine:
         self.ranks, self.stage = ranks, config.zero_stage
         self.precision = precision(config, ranks.device)
 
-    def prepare(self, network: nn.Module, schedule: Schedule, state: dict | None = None) -> nn.Module:
+    def prepare(
+        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+    ) -> nn.Module:
         """Hand network and optimizer to DeepSpeed, going on from a checkpoint's state.  Returns the module to call."""
         self.deepspeed = import_deepspeed(self.ranks)
         if state is not None:
@@ -37,9 +45,11 @@ class DeepSpeedEngine:
         # DeepSpeed's hooks stay on the network that it trains, and stage 3 takes its parameters apart.
         self.network, self.plain = network, without_weights(copy.deepcopy(network))
         self.driver, *_ = self.deepspeed.initialize(
-            model=network, optimizer=build_optimizer(network, schedule), dist_init_required=False,
+            model=network,
+            optimizer=build_optimizer(network, schedule),
+            dist_init_required=False,
             config=self._config(schedule),
-        )  # fmt: skip
+        )
         if state is not None:
             self._load_optimizer(state["optimizer"])
         return self.driver
@@ -51,20 +61,29 @@ class DeepSpeedEngine:
         bucket = min(BUCKET, -(-parameter_count(self.network) // ALIGNED) * ALIGNED)
         low = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.precision)
         return {
-            "train_micro_batch_size_per_gpu": schedule.batch_size // parts, "gradient_accumulation_steps": 1,
+            "train_micro_batch_size_per_gpu": schedule.batch_size // parts,
+            "gradient_accumulation_steps": 1,
             # Managed, gradients are exchanged while backward goes on; unmanaged, in step, after every micro-batch's.
-            "managed_gradient_accumulation": schedule.accumulation == 1, "gradient_clipping": schedule.clip_norm,
+            "managed_gradient_accumulation": schedule.accumulation == 1,
+            "gradient_clipping": schedule.clip_norm,
             "zero_optimization": {
-                "stage": self.stage, "overlap_comm": False, "reduce_bucket_size": bucket,
-                "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
+                "stage": self.stage,
+                "overlap_comm": False,
+                "reduce_bucket_size": bucket,
+                "allgather_bucket_size": bucket,
+                "stage3_prefetch_bucket_size": bucket,
             },
-            "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": sys.maxsize, "wall_clock_breakdown": False,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": sys.maxsize,
+            "wall_clock_breakdown": False,
             **({"torch_autocast": {"enabled": True, "dtype": low}} if low else {}),
-        }  # fmt: skip
+        }
 
     def autocast(self):
-        return torch.autocast(self.ranks.device.type, self.precision, enabled=self.precision != torch.float32)
+        return torch.autocast(
+            self.ranks.device.type, self.precision, enabled=self.precision != torch.float32
+        )
 
     def accumulating(self, last: bool):
         """DeepSpeed itself knows when gradients are exchanged."""
@@ -94,8 +113,11 @@ class DeepSpeedEngine:
         found = {}
         for name, parameter in self.network.named_parameters():
             if parameter.requires_grad:
-                found[name] = {key: get(parameter, key).clone() if _per_weight(value) else value.clone()
-                               for key, value in shared.items() if value is not None}  # fmt: skip
+                found[name] = {
+                    key: get(parameter, key).clone() if _per_weight(value) else value.clone()
+                    for key, value in shared.items()
+                    if value is not None
+                }
         return found
 
     def _load_optimizer(self, states: dict[str, dict]) -> None:
@@ -104,7 +126,9 @@ class DeepSpeedEngine:
         shared = next(iter(states.values()), {})
         for flat in self._flat_weights:
             self._optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if _per_weight(value) else value.clone()  # each group counts its own steps
+                key: torch.zeros_like(flat)
+                if _per_weight(value)
+                else value.clone()  # each group counts its own steps
                 for key, value in shared.items()
             }
         self._link()
@@ -127,7 +151,9 @@ class DeepSpeedEngine:
             return utils.safe_set_full_optimizer_state(parameter, value, key)
         size = parameter.ds_tensor.numel()
         padded = F.pad(value.flatten(), (0, size * self.ranks.world_size - value.numel()))
-        utils.safe_set_local_optimizer_state(parameter, padded[size * self.ranks.rank :][:size], key)
+        utils.safe_set_local_optimizer_state(
+            parameter, padded[size * self.ranks.rank :][:size], key
+        )
 
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -137,16 +163,24 @@ class DeepSpeedEngine:
     @property
     def _flat_weights(self) -> list[Tensor]:
         zero = self.driver.optimizer
-        return zero.single_partition_of_fp32_groups if self.stage < SPLIT_WEIGHTS else zero.fp32_partitioned_groups_flat
+        return (
+            zero.single_partition_of_fp32_groups
+            if self.stage < SPLIT_WEIGHTS
+            else zero.fp32_partitioned_groups_flat
+        )
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the whole network's state; collective."""
-        for buffer in self.network.buffers():  # each rank has its own running statistics; rank 0's count, as under DDP
+        for buffer in (
+            self.network.buffers()
+        ):  # each rank has its own running statistics; rank 0's count, as under DDP
             dist.broadcast(buffer, src=0)
         whole = self.deepspeed.zero.GatheredParameters(list(self.network.parameters()))
         whole = whole if self.stage == SPLIT_WEIGHTS else nullcontext()
         with whole:
-            return {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+            return {
+                name: value.detach().clone() for name, value in self.network.state_dict().items()
+            }
 
     @contextmanager
     def judged(self, average: AveragedWeights | None):
@@ -176,7 +210,9 @@ def without_weights(network: nn.Module) -> nn.Module:
     """`network` itself, its parameters only shapes; its buffers stay."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad))
+            setattr(
+                module, name, nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            )
     return network
 
 
@@ -188,12 +224,16 @@ def _per_weight(value) -> bool:
 def import_deepspeed(ranks: Ranks):
     """DeepSpeed, kept from compiling a shared-memory op at every start (a minute, and a crash without a compiler)."""
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # without torchrun; it asks even where the process group is there
+    os.environ.setdefault(
+        "LOCAL_RANK", "0"
+    )  # without torchrun; it asks even where the process group is there
     try:
         import deepspeed
         import deepspeed.ops
     except ImportError as mistake:
-        raise UserError(f'engine.name = "deepspeed" needs the package deepspeed: {mistake}') from None
+        raise UserError(
+            f'engine.name = "deepspeed" needs the package deepspeed: {mistake}'
+        ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

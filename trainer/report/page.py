@@ -19,22 +19,30 @@ import jinja2
 import numpy as np
 import tomli_w
 
-from ..config import Ensemble, Student
-from ..run_directory import RunDirectory, Stage, read_json, write_json, write_text
+from pipeline import results as figures
+from pipeline.config import Ensemble, Student
+from pipeline.store import RunDirectory, Stage, read_json, write_json, write_text
+
 from . import plots, tables
-from . import results as figures
 from .pictures import phrases, pictures, why_no_pictures
 
 MOST_GROUPS, MOST_TILES, MOST_EXAMPLES, MOST_SPECIALISTS, MOST_CURVES = 24, 16, 12, 100, 5
 MOST_SAID, MOST_PANELS, MOST_SIZES = 3, 8, 10
 LONGEST_NAME = 80
-KINDS = {"generalist": "generalist", "ensemble": "ensemble", "control_wall": "wall", "control_compute": "compute",
-         "student_hard": "hard"}  # fmt: skip
+KINDS = {
+    "generalist": "generalist",
+    "ensemble": "ensemble",
+    "control_wall": "wall",
+    "control_compute": "compute",
+    "student_hard": "hard",
+}
 OTHER_COLOURS = 6
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 
-def write_report(run: RunDirectory, directory: Path, images=None, class_counts: Sequence[int] | None = None) -> dict:
+def write_report(
+    run: RunDirectory, directory: Path, images=None, class_counts: Sequence[int] | None = None
+) -> dict:
     """Write results.json and report.html into `directory`; returns the results.
 
     images: the test split's ShardSet, for its pictures.  class_counts: [C], training examples of each class; absent,
@@ -51,13 +59,26 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
     """The page as text."""
     evidence = Evidence(run, results, images, class_counts)
     why_none = why_no_pictures(images)
-    groups, examples = None if evidence.is_deep else group_cards(evidence), changed_examples(evidence)
+    groups, examples = (
+        None if evidence.is_deep else group_cards(evidence),
+        changed_examples(evidence),
+    )
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters.update(percent=figures.percent, number=figures.number, count=figures.count,
-                               duration=figures.duration, points=_points, bytes=_bytes, flow=_flow)  # fmt: skip
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=figures.percent,
+        number=figures.number,
+        count=figures.count,
+        duration=figures.duration,
+        points=_points,
+        bytes=_bytes,
+        flow=_flow,
+    )
     page = environment.get_template("template.html.j2").render(
         verdict=figures.verdict(results),
         students_say=[figures.student_verdict(results, name) for name in told_students(results)]
@@ -84,8 +105,12 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
         sizes=size_rows(results),
         size_plot=size_plot(results),
         examples=examples,
-        pictures=pictures(images, picture_rows(groups, examples), evidence.ids) if why_none is None else {},
-        phrases=phrases(images, picture_rows(groups, examples), evidence.ids) if why_none is not None else {},
+        pictures=pictures(images, picture_rows(groups, examples), evidence.ids)
+        if why_none is None
+        else {},
+        phrases=phrases(images, picture_rows(groups, examples), evidence.ids)
+        if why_none is not None
+        else {},
         why_no_pictures=why_none,
         names=evidence.names,
         facts=run_facts(evidence),
@@ -94,7 +119,11 @@ def render(run: RunDirectory, results: dict, images=None, class_counts=None) -> 
     )
     page = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", page)
     # A lone surrogate cannot be written as UTF-8, and HTML has no NUL: class names may hold either.
-    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page).encode("utf-8", "replace").decode("utf-8")
+    return (
+        UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
+        .encode("utf-8", "replace")
+        .decode("utf-8")
+    )
 
 
 class Evidence:
@@ -148,16 +177,26 @@ class Evidence:
         known = self.class_names
         names = [str(name) if str(name).strip() else f"class {c}" for c, name in enumerate(known)]
         names += [f"class {c}" for c in range(len(names), self.num_classes)]
-        return [name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names]
+        return [
+            name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…" for name in names
+        ]
 
     @cached_property
     def class_names(self) -> list:
         known = list(getattr(self.images, "class_names", None) or [])
-        return known or (figures.read_file(self.run.generalist, "model.json") or {}).get("class_names") or []
+        return (
+            known
+            or (figures.read_file(self.run.generalist, "model.json") or {}).get("class_names")
+            or []
+        )
 
     @cached_property
     def num_classes(self) -> int:
-        said = None if self.is_deep else figures.read_file(self.run.cluster, "groups.json").get("num_classes")
+        said = (
+            None
+            if self.is_deep
+            else figures.read_file(self.run.cluster, "groups.json").get("num_classes")
+        )
         largest = max([int(self.labels.max()), *(int(m.max()) for m in self.groups if len(m))])
         return int(said or max(largest + 1, len(self.class_names)))
 
@@ -173,13 +212,17 @@ class Evidence:
 
     @cached_property
     def weights(self) -> dict[tuple[int, int], float]:
-        return tables.confusion_weights(self.labels, self.before["top5"], self.before["top5_probability"])
+        return tables.confusion_weights(
+            self.labels, self.before["top5"], self.before["top5_probability"]
+        )
 
     @cached_property
     def coverage(self) -> list[dict]:
         absent = {*self.missing, *self.skipped}
         covering = tables.covering_specialists(self.groups, self.num_classes, absent)
-        return tables.coverage_table(self.labels, self.right["generalist"], self.right["ensemble"], covering)
+        return tables.coverage_table(
+            self.labels, self.right["generalist"], self.right["ensemble"], covering
+        )
 
     @cached_property
     def specialist(self) -> dict[int, dict]:
@@ -196,7 +239,11 @@ class Evidence:
         active = self.after.get("active")
         if active is None or m in (*self.missing, *self.skipped):
             return None
-        asked, was, now = active[:, m].astype(bool), self.right["generalist"], self.right["ensemble"]
+        asked, was, now = (
+            active[:, m].astype(bool),
+            self.right["generalist"],
+            self.right["ensemble"],
+        )
         return int((asked & now & ~was).sum()), int((asked & was & ~now).sum())
 
 
@@ -223,39 +270,76 @@ def told_students(results: dict) -> list[str]:
 
 def headline_tiles(results: dict) -> list[dict]:
     """The four figures that say most."""
-    generalist, ensemble, clusters = results["generalist"], results["ensemble"], results.get("clusters")
+    generalist, ensemble, clusters = (
+        results["generalist"],
+        results["ensemble"],
+        results.get("clusters"),
+    )
     before, after = figures.errors(generalist), figures.errors(ensemble)
     tiles = [
-        {"what": "top-1 errors, generalist to ensemble", "from": f"{before:,}", "to": f"{after:,}",
-         "note": f"{_signed(100 * (after - before) / before, 1)} %" if before else ""},
-    ]  # fmt: skip
+        {
+            "what": "top-1 errors, generalist to ensemble",
+            "from": f"{before:,}",
+            "to": f"{after:,}",
+            "note": f"{_signed(100 * (after - before) / before, 1)} %" if before else "",
+        },
+    ]
     if generalist["nll"] is not None and ensemble["nll"] is not None:
         change = ensemble["nll"] - generalist["nll"]
-        tiles.append({"what": "NLL, generalist to ensemble", "from": f"{generalist['nll']:.3f}",
-                      "to": f"{ensemble['nll']:.3f}", "note": _signed(change, 3)})  # fmt: skip
+        tiles.append(
+            {
+                "what": "NLL, generalist to ensemble",
+                "from": f"{generalist['nll']:.3f}",
+                "to": f"{ensemble['nll']:.3f}",
+                "note": _signed(change, 3),
+            }
+        )
     if results["student"] is not None:
         share = figures.share_of_gain(results["student"], results)
-        tiles.append({"what": "of the gain kept by one network, the student", "from": "",
-                      "to": "–" if share is None else figures.percent(share, 0),
-                      "note": f"{figures.percent(results['student']['top1'])} top-1"})  # fmt: skip
-    known = {name: row for name, row in results["students"].items() if "dee" in row or "dee_beyond" in row}
+        tiles.append(
+            {
+                "what": "of the gain kept by one network, the student",
+                "from": "",
+                "to": "–" if share is None else figures.percent(share, 0),
+                "note": f"{figures.percent(results['student']['top1'])} top-1",
+            }
+        )
+    known = {
+        name: row
+        for name, row in results["students"].items()
+        if "dee" in row or "dee_beyond" in row
+    }
     if known:
         name = "main" if "main" in known else next(iter(known))
-        tiles.append({"what": f"networks of a deep ensemble have the calibrated NLL of the student {name} (DEE)",
-                      "from": "", "to": figures.worth(known[name], results),
-                      "note": f"of {len(results['sizes'])}"})  # fmt: skip
+        tiles.append(
+            {
+                "what": f"networks of a deep ensemble have the calibrated NLL of the student {name} (DEE)",
+                "from": "",
+                "to": figures.worth(known[name], results),
+                "note": f"of {len(results['sizes'])}",
+            }
+        )
     if clusters and clusters["captured_confusion"] is not None:
         chance = clusters["chance"]
-        tiles.append({"what": "of the generalist's test errors lie inside a group", "from": "",
-                      "to": figures.percent(clusters["captured_confusion"], 0),
-                      "note": f"{clusters['captured_confusion'] / chance:.1f} × chance" if chance else ""})  # fmt: skip
+        tiles.append(
+            {
+                "what": "of the generalist's test errors lie inside a group",
+                "from": "",
+                "to": figures.percent(clusters["captured_confusion"], 0),
+                "note": f"{clusters['captured_confusion'] / chance:.1f} × chance" if chance else "",
+            }
+        )
     return tiles
 
 
 COLUMNS = {
-    "top1": ("top-1", "highest"), "top5": ("top-5", "highest"), "nll": ("NLL", "lowest"), "brier": ("Brier", "lowest"),
-    "ece": ("ECE", "lowest"), "macro_top1": ("macro top-1", "highest"),
-}  # fmt: skip
+    "top1": ("top-1", "highest"),
+    "top5": ("top-5", "highest"),
+    "nll": ("NLL", "lowest"),
+    "brier": ("Brier", "lowest"),
+    "ece": ("ECE", "lowest"),
+    "macro_top1": ("macro top-1", "highest"),
+}
 
 
 def figure_rows(evidence: Evidence) -> list[dict]:
@@ -268,14 +352,32 @@ def figure_rows(evidence: Evidence) -> list[dict]:
         right, versus = evidence.right.get(name), None
         if name != "generalist" and right is not None:
             versus = tables.paired_difference(evidence.right["generalist"], right)
-        shown = figures.percent, figures.percent, figures.number, figures.number, figures.number, figures.percent
+        shown = (
+            figures.percent,
+            figures.percent,
+            figures.number,
+            figures.number,
+            figures.number,
+            figures.percent,
+        )
         cells = [
             {"text": show(row[key]), "best": row[key] is not None and row[key] == best[key]}
             for key, show in zip(COLUMNS, shown, strict=True)
         ]
-        share = figures.share_of_gain(row, evidence.results) if label.startswith("student ") else None
-        rows.append({"name": label, "kind": kinds[label], "cells": cells, "versus": versus, "cost": row["cost"],
-                     "errors": figures.errors(row), "share": share})  # fmt: skip
+        share = (
+            figures.share_of_gain(row, evidence.results) if label.startswith("student ") else None
+        )
+        rows.append(
+            {
+                "name": label,
+                "kind": kinds[label],
+                "cells": cells,
+                "versus": versus,
+                "cost": row["cost"],
+                "errors": figures.errors(row),
+                "share": share,
+            }
+        )
     return rows
 
 
@@ -301,14 +403,14 @@ def explanations(evidence: Evidence) -> list[dict]:
         said = {
             "generalist": "One network for all classes, the first member of the ensemble.",
             "ensemble": f"{config.ensemble.members} networks, trained alike from different seeds, and the mean of "
-                        "their distributions (Lakshminarayanan et al. 2017).",
-        }  # fmt: skip
+            "their distributions (Lakshminarayanan et al. 2017).",
+        }
     else:
         said = {
             "generalist": "One network for all classes. Everything else starts from its weights or its predictions.",
             "ensemble": f"The generalist and the specialists whose group holds {_gate(config.ensemble.gate)}, "
-                        "joined to one distribution by eq. 5 of Hinton et al. 2015.",
-        }  # fmt: skip
+            "joined to one distribution by eq. 5 of Hinton et al. 2015.",
+        }
     if "control_wall" in results["controls"]:
         rates, best = config.controls.learning_rates, figures.best_control_wall(run)
         chosen = f"; {rates[best]:.2g} was best" if best is not None else ""
@@ -357,10 +459,14 @@ def explain_student(student: Student, ensemble: Ensemble) -> str:
     }[student.method]
     if student.method == "distill" and student.temperature != 1:
         matching = math.isinf(student.temperature)
-        taught += ", their logits matched" if matching else f" at temperature {student.temperature:g}"
+        taught += (
+            ", their logits matched" if matching else f" at temperature {student.temperature:g}"
+        )
     if student.method == "distill" and student.hard_weight:
         taught += f" and the labels with weight {student.hard_weight:.2g}"
-    own_teachers = ensemble.kind == "deep" and student.teacher == "ensemble" and student.network != "single"
+    own_teachers = (
+        ensemble.kind == "deep" and student.teacher == "ensemble" and student.network != "single"
+    )
     if student.method == "distill" and own_teachers:
         taught += ", each member from one of its own"
     if student.perturb != "none":
@@ -375,22 +481,34 @@ def explain_student(student: Student, ensemble: Ensemble) -> str:
     return f"{what}, trained on {taught}, starting {start}. {price}"
 
 
-PERTURBATIONS = {"gaussian": "Gaussian noise", "ods": "output diversified sampling", "conf_ods": "ConfODS"}
+PERTURBATIONS = {
+    "gaussian": "Gaussian noise",
+    "ods": "output diversified sampling",
+    "conf_ods": "ConfODS",
+}
 
 
 def _whose(teacher: str) -> str:
     if "/" in teacher:
         return f"{Path(teacher).name}'s"
-    return f"the {teacher}'s" if teacher in ("ensemble", "generalist") else f"the student {teacher}'s"
+    return (
+        f"the {teacher}'s" if teacher in ("ensemble", "generalist") else f"the student {teacher}'s"
+    )
 
 
 def _gate(n: int) -> str:
-    return "the generalist's most probable class" if n == 1 else f"one of the generalist's {n} most probable classes"
+    return (
+        "the generalist's most probable class"
+        if n == 1
+        else f"one of the generalist's {n} most probable classes"
+    )
 
 
 def _seen(run: RunDirectory, which: int | str | None) -> str:
     name = f"control_wall-{which}" if isinstance(which, int) else which
-    summary = figures.read_file(run.controls[name], "summary.json") if name in run.controls else None
+    summary = (
+        figures.read_file(run.controls[name], "summary.json") if name in run.controls else None
+    )
     if not summary or summary.get("examples_seen") is None:
         return ""
     return f" ({figures.count(summary['examples_seen'])})"
@@ -399,17 +517,32 @@ def _seen(run: RunDirectory, which: int | str | None) -> str:
 def cost_plots(results: dict) -> list[dict]:
     """Top-1 against what it cost to train: examples, and seconds."""
     found, kinds = [], kinds_of(figures.named_rows(results))
-    for key, label, text in (("examples_seen", "training examples seen", plots.short),
-                             ("seconds", "seconds of training", plots.short)):  # fmt: skip
+    for key, label, text in (
+        ("examples_seen", "training examples seen", plots.short),
+        ("seconds", "seconds of training", plots.short),
+    ):
         points = [
-            {"name": f"{name}: {figures.percent(row['top1'])}, {text(row['cost'][key])}", "kind": kinds[name],
-             "label": name.removeprefix("student "), "x": row["cost"][key], "y": row["top1"]}
-            for name, row in figures.named_rows(results).items() if row["cost"][key]
-        ]  # fmt: skip
+            {
+                "name": f"{name}: {figures.percent(row['top1'])}, {text(row['cost'][key])}",
+                "kind": kinds[name],
+                "label": name.removeprefix("student "),
+                "x": row["cost"][key],
+                "y": row["top1"],
+            }
+            for name, row in figures.named_rows(results).items()
+            if row["cost"][key]
+        ]
         spread = points and max(p["x"] for p in points) > 8 * min(p["x"] for p in points)
-        drawing = plots.scatter(points, label, "top-1", log_x=bool(spread), y_text=plots.whole_percent)
+        drawing = plots.scatter(
+            points, label, "top-1", log_x=bool(spread), y_text=plots.whole_percent
+        )
         if drawing:
-            found.append({"svg": drawing, "caption": f"Top-1 against {label}{', logarithmic' if spread else ''}"})
+            found.append(
+                {
+                    "svg": drawing,
+                    "caption": f"Top-1 against {label}{', logarithmic' if spread else ''}",
+                }
+            )
     return found
 
 
@@ -440,7 +573,9 @@ def learning_curves(run: RunDirectory) -> list[dict]:
     whole = {"generalist": base}
     best = figures.best_control_wall(run)
     if best is not None:
-        whole["control_wall"] = over_examples(read_metrics(run.controls[f"control_wall-{best}"]), base)
+        whole["control_wall"] = over_examples(
+            read_metrics(run.controls[f"control_wall-{best}"]), base
+        )
     for name, stage in run.controls.items():
         if not name.startswith("control_wall-"):
             fresh = name == "student_hard" and run.config.students["main"].start == "scratch"
@@ -449,23 +584,37 @@ def learning_curves(run: RunDirectory) -> list[dict]:
         fresh = run.config.students[name].start == "scratch"
         whole[f"student {name}"] = over_examples(read_metrics(stage), None if fresh else base)
     what = "member" if run.config.is_deep else "specialist"
-    parts = dict(enumerate([run.generalist, *run.members] if run.config.is_deep else run.specialists))
+    parts = dict(
+        enumerate([run.generalist, *run.members] if run.config.is_deep else run.specialists)
+    )
     done = [m for m, stage in parts.items() if read_metrics(stage)]
-    few = {f"{what} {m}": over_examples(read_metrics(parts[m])) for m in tables.spread(done, MOST_CURVES)}
+    few = {
+        f"{what} {m}": over_examples(read_metrics(parts[m]))
+        for m in tables.spread(done, MOST_CURVES)
+    }
     several = f"The {what}s" if len(few) == len(done) else f"{len(few)} of {len(done)} {what}s"
     found, kinds = [], kinds_of(whole)
     for title, family in (("The generalist, controls and students", whole), (several, few)):
         for key, label in (("loss", "training loss"), ("val/top1", "val top-1")):
             series = [
-                {"name": name, "kind": kinds[name] if family is whole else f"curve{index}",
-                 "dashed": name == "student_hard", "points": tables.curve(curves[key])}
-                for index, (name, curves) in enumerate(family.items()) if curves.get(key)
-            ]  # fmt: skip
+                {
+                    "name": name,
+                    "kind": kinds[name] if family is whole else f"curve{index}",
+                    "dashed": name == "student_hard",
+                    "points": tables.curve(curves[key]),
+                }
+                for index, (name, curves) in enumerate(family.items())
+                if curves.get(key)
+            ]
             drawing = plots.lines(
-                series, "examples seen", f"{label}, logarithmic" if key == "loss" else label, log_y=key == "loss",
-                markers=key != "loss", y_text=plots.short if key == "loss" else plots.whole_percent,
+                series,
+                "examples seen",
+                f"{label}, logarithmic" if key == "loss" else label,
+                log_y=key == "loss",
+                markers=key != "loss",
+                y_text=plots.short if key == "loss" else plots.whole_percent,
                 title=f"{title}: {label}",
-            )  # fmt: skip
+            )
             if drawing:
                 legend = [(one["name"], one["kind"]) for one in series]
                 found.append({"svg": drawing, "caption": title, "legend": legend})
@@ -478,7 +627,9 @@ def over_examples(curves: dict, before: dict | None = None) -> dict[str, list[tu
     if not curves.get("examples"):
         return {}
     step, examples = curves.pop("examples")[-1]
-    found = {key: [(start + x * examples / step, y) for x, y in points] for key, points in curves.items()}
+    found = {
+        key: [(start + x * examples / step, y) for x, y in points] for key, points in curves.items()
+    }
     # What goes on from a network starts with its accuracy: copying and widening preserve the function.
     if before is not None and before.get("val/top1") and "val/top1" in found:
         found["val/top1"].insert(0, before["val/top1"][-1])
@@ -492,28 +643,44 @@ def captured_bars(evidence: Evidence) -> dict:
         ("test errors inside a group", clusters["captured_confusion"], "ensemble"),
         ("chance: random groups of these sizes", clusters["chance"], "chance"),
         ("val errors inside a group", summary.get("captured"), "generalist"),
-        ("expected on val without labels, from predictions alone", clusters["captured_unlabelled"], "generalist"),
+        (
+            "expected on val without labels, from predictions alone",
+            clusters["captured_unlabelled"],
+            "generalist",
+        ),
     ]
     sizes = clusters["sizes"] or [len(members) for members in evidence.groups]
     memberships = np.bincount(np.concatenate(evidence.groups), minlength=evidence.num_classes)
     return {
-        "bars": [{"label": label, "share": share, "kind": kind} for label, share, kind in bars if share is not None],
-        "groups": len(sizes), "smallest": min(sizes), "largest": max(sizes),
-        "in_none": int((memberships == 0).sum()), "in_several": int((memberships > 1).sum()),
+        "bars": [
+            {"label": label, "share": share, "kind": kind}
+            for label, share, kind in bars
+            if share is not None
+        ],
+        "groups": len(sizes),
+        "smallest": min(sizes),
+        "largest": max(sizes),
+        "in_none": int((memberships == 0).sum()),
+        "in_several": int((memberships > 1).sum()),
         "num_classes": evidence.num_classes,
-    }  # fmt: skip
+    }
 
 
 def group_cards(evidence: Evidence) -> dict:
     """Groups by how much confusion they hold, each with its families of look-alikes."""
     predicted, labels = evidence.before["top5"][:, 0], evidence.labels
-    wrong, typical = predicted != labels, tables.typical_examples(labels, evidence.before["label_probability"])
+    wrong, typical = (
+        predicted != labels,
+        tables.typical_examples(labels, evidence.before["label_probability"]),
+    )
     cards = []
     for m, members in enumerate(evidence.groups):
         inside = np.zeros(evidence.num_classes, dtype=bool)
         inside[members] = True
         caught = wrong & inside[labels] & inside[predicted]
-        cards.append({"index": m, "size": len(members), "members": members, "errors": int(caught.sum())})
+        cards.append(
+            {"index": m, "size": len(members), "members": members, "errors": int(caught.sum())}
+        )
     cards.sort(key=lambda card: (-card["errors"], card["index"]))
     for card in cards[:MOST_GROUPS]:
         m, members = card["index"], card.pop("members")
@@ -526,35 +693,59 @@ def group_cards(evidence: Evidence) -> dict:
         if not families:
             families = [[{"c": int(c), "row": typical.get(int(c))}] for c in members[:MOST_TILES]]
             shown = len(families)
-        card |= {"families": families, "rest": card["size"] - shown, "forecast": evidence.forecast(m),
-                 "specialist": evidence.specialist.get(m), "changes": evidence.changes(m),
-                 "missing": m in evidence.missing, "skipped": m in evidence.skipped}  # fmt: skip
+        card |= {
+            "families": families,
+            "rest": card["size"] - shown,
+            "forecast": evidence.forecast(m),
+            "specialist": evidence.specialist.get(m),
+            "changes": evidence.changes(m),
+            "missing": m in evidence.missing,
+            "skipped": m in evidence.skipped,
+        }
     return {"cards": cards[:MOST_GROUPS], "rest": max(len(cards) - MOST_GROUPS, 0)}
 
 
 def specialist_rows(evidence: Evidence) -> dict:
     """Each specialist's conditional accuracy before and after, the largest gain first."""
     known = [
-        row for row in evidence.results["specialists"]
+        row
+        for row in evidence.results["specialists"]
         if row.get("conditional_before") is not None and row.get("conditional_after") is not None
-    ]  # fmt: skip
+    ]
     if not known:
-        return {"rows": [], "rest": 0, "before": None, "unmeasured": len(evidence.results["specialists"])}
+        return {
+            "rows": [],
+            "rest": 0,
+            "before": None,
+            "unmeasured": len(evidence.results["specialists"]),
+        }
     values = [row[key] for row in known for key in ("conditional_before", "conditional_after")]
     low, high = min(values), max(values)
     rows = [
-        {**row, "difference": row["conditional_after"] - row["conditional_before"],
-         "forecast": evidence.forecast(row["index"]), "changes": evidence.changes(row["index"]),
-         "svg": plots.dumbbell(row["conditional_before"], row["conditional_after"], low, high)}
+        {
+            **row,
+            "difference": row["conditional_after"] - row["conditional_before"],
+            "forecast": evidence.forecast(row["index"]),
+            "changes": evidence.changes(row["index"]),
+            "svg": plots.dumbbell(row["conditional_before"], row["conditional_after"], low, high),
+        }
         for row in known
-    ]  # fmt: skip
+    ]
     rows.sort(key=lambda row: (-row["difference"], row["index"]))
     n = np.array([row["n"] for row in known], dtype=float)
-    means = [np.average([row[key] for row in known], weights=n) if n.sum() else None
-             for key in ("conditional_before", "conditional_after")]  # fmt: skip
-    return {"rows": rows[:MOST_SPECIALISTS], "rest": max(len(rows) - MOST_SPECIALISTS, 0), "before": means[0],
-            "after": means[1], "low": low, "high": high,
-            "unmeasured": len(evidence.results["specialists"]) - len(known)}  # fmt: skip
+    means = [
+        np.average([row[key] for row in known], weights=n) if n.sum() else None
+        for key in ("conditional_before", "conditional_after")
+    ]
+    return {
+        "rows": rows[:MOST_SPECIALISTS],
+        "rest": max(len(rows) - MOST_SPECIALISTS, 0),
+        "before": means[0],
+        "after": means[1],
+        "low": low,
+        "high": high,
+        "unmeasured": len(evidence.results["specialists"]) - len(known),
+    }
 
 
 def forecast_plot(evidence: Evidence):
@@ -569,7 +760,10 @@ def forecast_plot(evidence: Evidence):
     if not points:
         return None
     return plots.scatter(
-        points, "forecast from val: points that a perfect specialist would add", "points gained on test", diagonal=True
+        points,
+        "forecast from val: points that a perfect specialist would add",
+        "points gained on test",
+        diagonal=True,
     )
 
 
@@ -579,19 +773,36 @@ def frequency(evidence: Evidence) -> dict:
     if len(np.unique(counts[np.unique(evidence.labels)])) == 1:
         return {"split": split, "same": int(counts[evidence.labels[0]]), "rows": []}
     rows = tables.frequency_deciles(counts, evidence.labels, evidence.right)
-    shown = [name for name in ("generalist", "control_compute", "ensemble", "main") if name in evidence.right]
+    shown = [
+        name
+        for name in ("generalist", "control_compute", "ensemble", "main")
+        if name in evidence.right
+    ]
     series = [
-        {"name": name, "kind": KINDS.get(name, "student"),
-         "points": [(i + 1, row["accuracy"][name]) for i, row in enumerate(rows)]}
+        {
+            "name": name,
+            "kind": KINDS.get(name, "student"),
+            "points": [(i + 1, row["accuracy"][name]) for i, row in enumerate(rows)],
+        }
         for name in shown
-    ]  # fmt: skip
+    ]
     drawing = plots.lines(
-        series, f"tenth of the classes, rarest first (examples in {split})", "top-1", markers=True,
-        y_text=plots.whole_percent, x_ticks=[(i + 1, row["most"]) for i, row in enumerate(rows)],
-    )  # fmt: skip
-    return {"split": split, "same": None, "rows": rows, "shown": shown, "svg": drawing,
-            "legend": [(one["name"], one["kind"]) for one in series],
-            "ties": any(a["most"] == b["least"] for a, b in zip(rows, rows[1:], strict=False))}  # fmt: skip
+        series,
+        f"tenth of the classes, rarest first (examples in {split})",
+        "top-1",
+        markers=True,
+        y_text=plots.whole_percent,
+        x_ticks=[(i + 1, row["most"]) for i, row in enumerate(rows)],
+    )
+    return {
+        "split": split,
+        "same": None,
+        "rows": rows,
+        "shown": shown,
+        "svg": drawing,
+        "legend": [(one["name"], one["kind"]) for one in series],
+        "ties": any(a["most"] == b["least"] for a, b in zip(rows, rows[1:], strict=False)),
+    }
 
 
 def calibration_rows(results: dict) -> list[dict]:
@@ -602,19 +813,30 @@ def calibration_rows(results: dict) -> list[dict]:
     keys = ("nll", "cnll", "brier", "cbrier", "ece", "cece")
     best, kinds = {key: best_of(named, key) for key in keys}, kinds_of(named)
     return [
-        {"name": name, "kind": kinds[name], "temperature": row.get("temperature"), "cells": [
-            {"text": figures.number(row.get(key)), "best": row.get(key) is not None and row[key] == best[key]}
-            for key in keys
-        ]}
+        {
+            "name": name,
+            "kind": kinds[name],
+            "temperature": row.get("temperature"),
+            "cells": [
+                {
+                    "text": figures.number(row.get(key)),
+                    "best": row.get(key) is not None and row[key] == best[key],
+                }
+                for key in keys
+            ],
+        }
         for name, row in named.items()
-    ]  # fmt: skip
+    ]
 
 
 def reliability_panels(evidence: Evidence) -> dict:
     """Reliability diagrams, as answered and after temperature scaling: generalist, ensemble, then students and
     controls, MOST_PANELS in all, in the table's order."""
     named = figures.named_rows(evidence.results)
-    files = {name: figures.read_evaluation(evidence.run.evaluate, name.removeprefix("student ")) for name in named}
+    files = {
+        name: figures.read_evaluation(evidence.run.evaluate, name.removeprefix("student "))
+        for name in named
+    }
     drawn = [name for name, found in files.items() if found and found.get("reliability")]
     rank = {"generalist": 0, "ensemble": 0, **{name: 2 for name in evidence.results["controls"]}}
     chosen = sorted(drawn, key=lambda name: rank.get(name, 1))[:MOST_PANELS]
@@ -623,11 +845,20 @@ def reliability_panels(evidence: Evidence) -> dict:
         if name not in chosen:
             continue
         row, found, kind = named[name], files[name], kinds[name]
-        diagrams = [{"title": "as answered", "ece": row["ece"],
-                     "svg": plots.reliability(found["reliability"], kind, f"Reliability of {name}")}]  # fmt: skip
+        diagrams = [
+            {
+                "title": "as answered",
+                "ece": row["ece"],
+                "svg": plots.reliability(found["reliability"], kind, f"Reliability of {name}"),
+            }
+        ]
         if found.get("reliability_calibrated"):
-            scaled = plots.reliability(found["reliability_calibrated"], kind, f"Reliability of {name}, calibrated")
-            diagrams.append({"title": f"at T = {row['temperature']:.2f}", "ece": row.get("cece"), "svg": scaled})
+            scaled = plots.reliability(
+                found["reliability_calibrated"], kind, f"Reliability of {name}, calibrated"
+            )
+            diagrams.append(
+                {"title": f"at T = {row['temperature']:.2f}", "ece": row.get("cece"), "svg": scaled}
+            )
         panels.append({"name": name, "kind": kind, "diagrams": diagrams})
     return {"panels": panels, "rest": len(drawn) - len(panels), "fewest": plots.FEWEST}
 
@@ -641,11 +872,17 @@ def diversity_table(results: dict) -> dict | None:
         ("DEE", lambda row: figures.worth(row, results)),
         ("MU", lambda row: figures.number((row.get("members") or {}).get("mu"))),
         ("pairwise KL", lambda row: figures.number((row.get("members") or {}).get("pairwise_kl"))),
-        ("disagreement", lambda row: figures.percent((row.get("members") or {}).get("disagreement"))),
+        (
+            "disagreement",
+            lambda row: figures.percent((row.get("members") or {}).get("disagreement")),
+        ),
     ] + [
-        (f"AUROC by {title}", lambda row, key=key: figures.number((row.get("ood_auroc") or {}).get(key)))
+        (
+            f"AUROC by {title}",
+            lambda row, key=key: figures.number((row.get("ood_auroc") or {}).get(key)),
+        )
         for key, title in (("confidence", "confidence"), ("entropy", "entropy"), ("mu", "MU"))
-    ]  # fmt: skip
+    ]
     texts = {name: [text(row) for _, text in columns] for name, row in named.items()}
     filled = [i for i in range(len(columns)) if any(cells[i] != "–" for cells in texts.values())]
     if not filled:
@@ -653,11 +890,15 @@ def diversity_table(results: dict) -> dict | None:
     kinds = kinds_of(named)
     rows = [
         {"name": name, "kind": kinds[name], "cells": [cells[i] for i in filled]}
-        for name, cells in texts.items() if any(cells[i] != "–" for i in filled)
-    ]  # fmt: skip
-    return {"columns": [columns[i][0] for i in filled], "rows": rows,
-            "members": any("members" in row for row in named.values()),
-            "ood": any("ood_auroc" in row for row in named.values())}  # fmt: skip
+        for name, cells in texts.items()
+        if any(cells[i] != "–" for i in filled)
+    ]
+    return {
+        "columns": [columns[i][0] for i in filled],
+        "rows": rows,
+        "members": any("members" in row for row in named.values()),
+        "ood": any("ood_auroc" in row for row in named.values()),
+    }
 
 
 def _count(values: dict, key: str) -> str:
@@ -669,7 +910,11 @@ def size_rows(results: dict) -> list[dict]:
     sizes = results.get("sizes") or []
     kept = {round(i * (len(sizes) - 1) / (MOST_SIZES - 1)) for i in range(MOST_SIZES)}
     keys = ("size", "top1", "nll", "cnll", "temperature")
-    return [{key: row.get(key) for key in keys} for i, row in enumerate(sizes) if len(sizes) <= MOST_SIZES or i in kept]
+    return [
+        {key: row.get(key) for key in keys}
+        for i, row in enumerate(sizes)
+        if len(sizes) <= MOST_SIZES or i in kept
+    ]
 
 
 def size_plot(results: dict) -> dict | None:
@@ -677,22 +922,35 @@ def size_plot(results: dict) -> dict | None:
 
     What is worse than one network by more than the whole ensemble is better would press all else flat: "off" names it.
     """
-    sizes = [(row["size"], row["cnll"]) for row in results.get("sizes") or [] if row.get("cnll") is not None]
+    sizes = [
+        (row["size"], row["cnll"])
+        for row in results.get("sizes") or []
+        if row.get("cnll") is not None
+    ]
     if not sizes:
         return None
     worst, best = max(y for _, y in sizes), min(y for _, y in sizes)
     named = figures.named_rows(results)
     kinds, placed, off = kinds_of(named), [], []
     for name, row in named.items():
-        placeable = row.get("cnll") is not None and (row.get("dee") is not None or row.get("dee_beyond"))
+        placeable = row.get("cnll") is not None and (
+            row.get("dee") is not None or row.get("dee_beyond")
+        )
         if name in ("generalist", "ensemble") or not placeable:
             continue
         short, worth = name.removeprefix("student "), figures.worth(row, results)
         if worst > best and row["cnll"] > worst + (worst - best):
             off.append(f"{short} ({row['cnll']:.3f})")
         else:
-            placed.append({"name": f"{name}: cNLL {row['cnll']:.4f}, DEE {worth}", "kind": kinds[name],
-                           "label": f"{short} {worth}", "x": row.get("dee"), "y": row["cnll"]})  # fmt: skip
+            placed.append(
+                {
+                    "name": f"{name}: cNLL {row['cnll']:.4f}, DEE {worth}",
+                    "kind": kinds[name],
+                    "label": f"{short} {worth}",
+                    "x": row.get("dee"),
+                    "y": row["cnll"],
+                }
+            )
     drawing = plots.equivalents(sizes, placed, "networks in the ensemble", "calibrated NLL")
     return {"svg": drawing, "off": ", ".join(off)}
 
@@ -706,10 +964,18 @@ def changed_examples(evidence: Evidence) -> list[dict]:
         rows, examples = np.flatnonzero(chosen), []
         for row in tables.spread(rows, MOST_EXAMPLES).tolist():
             answers = [
-                {"who": who, "c": int(p["top5"][row, 0]), "probability": float(p["top5_probability"][row, 0]),
-                 "right": bool(right[row]), "row": typical.get(int(p["top5"][row, 0]))}
-                for who, p, right in (("generalist", evidence.before, was), ("ensemble", evidence.after, now))
-            ]  # fmt: skip
+                {
+                    "who": who,
+                    "c": int(p["top5"][row, 0]),
+                    "probability": float(p["top5_probability"][row, 0]),
+                    "right": bool(right[row]),
+                    "row": typical.get(int(p["top5"][row, 0])),
+                }
+                for who, p, right in (
+                    ("generalist", evidence.before, was),
+                    ("ensemble", evidence.after, now),
+                )
+            ]
             examples.append({"row": row, "c": int(evidence.labels[row]), "answers": answers})
         found.append({"kind": kind, "title": title, "total": len(rows), "examples": examples})
     return found
@@ -729,13 +995,22 @@ def run_facts(evidence: Evidence) -> list[tuple[str, str]]:
     """Seed, sizes, machine, commit: the conditions of every figure above."""
     run, results = evidence.run, evidence.results
     done = run.evaluate.done() or {}
-    finished = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(done["finished"])) if "finished" in done else "–"
+    finished = (
+        time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(done["finished"]))
+        if "finished" in done
+        else "–"
+    )
     facts = [
-        ("run", str(run.root.resolve())), ("seed", str(run.config.seed)), ("evaluated", finished),
-        ("classes", f"{evidence.num_classes:,}"), ("test examples", f"{results['ensemble']['n']:,}"),
-        ("members", f"{run.config.ensemble.members}") if evidence.is_deep else ("groups", f"{len(evidence.groups)}"),
+        ("run", str(run.root.resolve())),
+        ("seed", str(run.config.seed)),
+        ("evaluated", finished),
+        ("classes", f"{evidence.num_classes:,}"),
+        ("test examples", f"{results['ensemble']['n']:,}"),
+        ("members", f"{run.config.ensemble.members}")
+        if evidence.is_deep
+        else ("groups", f"{len(evidence.groups)}"),
         ("network", run.config.model.name),
-    ]  # fmt: skip
+    ]
     try:
         environment = read_json(run.root / "environment.json")
     except (OSError, ValueError):
@@ -761,7 +1036,10 @@ def stage_times(run: RunDirectory) -> list[dict]:
         done = stage.done()
         if done is not None and "seconds" in done:
             times.setdefault(together.get(stage.name, stage.place), []).append(done["seconds"])
-    return [{"place": place, "jobs": len(seconds), "seconds": sum(seconds)} for place, seconds in times.items()]
+    return [
+        {"place": place, "jobs": len(seconds), "seconds": sum(seconds)}
+        for place, seconds in times.items()
+    ]
 
 
 def _signed(value: float, digits: int) -> str:

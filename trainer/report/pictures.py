@@ -50,4 +50,7 @@ def phrases(images, rows, ids) -> dict[int, str]:
         return {}
     rows = sorted({int(row) for row in rows})
     texts = [members["txt"].decode("utf-8", "replace") for members in images.raw(ids[rows])]
-    return {row: f"{text[:LONGEST]}…" if len(text) > LONGEST else text for row, text in zip(rows, texts, strict=True)}
+    return {
+        row: f"{text[:LONGEST]}…" if len(text) > LONGEST else text
+        for row, text in zip(rows, texts, strict=True)
+    }

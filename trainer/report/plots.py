@@ -13,7 +13,9 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 360, 230
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 24, 36
-FEWEST = 20  # examples: the accuracy of a bin that holds fewer says little, and its bar is drawn pale
+FEWEST = (
+    20  # examples: the accuracy of a bin that holds fewer says little, and its bar is drawn pale
+)
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -33,7 +35,9 @@ def log_ticks(low: float, high: float) -> list[float]:
         return [value for value in ticks(low, high) if value > 0]
     factors = (1,) if high / low > 100 else (1, 2, 5)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001]
+    return [
+        f * 10.0**d for d in decades for f in factors if low * 0.999 <= f * 10.0**d <= high * 1.001
+    ]
 
 
 def short(value: float) -> str:
@@ -49,9 +53,15 @@ def whole_percent(value: float) -> str:
 
 
 def lines(
-    series: Sequence[dict], x_label: str, y_label: str, log_y: bool = False, markers: bool = False,
-    y_text: Callable = short, x_ticks: Sequence[tuple] | None = None, title: str = "",
-) -> Markup:  # fmt: skip
+    series: Sequence[dict],
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+    markers: bool = False,
+    y_text: Callable = short,
+    x_ticks: Sequence[tuple] | None = None,
+    title: str = "",
+) -> Markup:
     """Curves over a common x."""
     points = [point for one in series for point in one["points"] if not log_y or point[1] > 0]
     if not points:
@@ -64,16 +74,25 @@ def lines(
             continue
         style = f"line k-{one['kind']}{' dashed' if one.get('dashed') else ''}"
         path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
-        body.append(Markup('<path class="{}" d="{}"><title>{}</title></path>').format(style, path, one["name"]))
+        body.append(
+            Markup('<path class="{}" d="{}"><title>{}</title></path>').format(
+                style, path, one["name"]
+            )
+        )
         if (markers and len(drawn) <= 15) or len(drawn) == 1:
             body.append(Markup("").join(_dot(x, y, one["kind"], one["name"], 3) for x, y in drawn))
     return _svg(body, title or f"{y_label} over {x_label}")
 
 
 def scatter(
-    points: Sequence[dict], x_label: str, y_label: str, log_x: bool = False, y_text: Callable = short,
-    diagonal: bool = False, title: str = "",
-) -> Markup:  # fmt: skip
+    points: Sequence[dict],
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    y_text: Callable = short,
+    diagonal: bool = False,
+    title: str = "",
+) -> Markup:
     """Named points {"name", "kind", "x", "y"}; those with a "label" carry it beside them."""
     points = [point for point in points if not log_x or point["x"] > 0]
     if not points:
@@ -84,7 +103,11 @@ def scatter(
         low, high = max(frame.x[0], frame.y[0]), min(frame.x[1], frame.y[1])
         if low < high:
             (x1, y1), (x2, y2) = frame.place(low, low), frame.place(high, high)
-            body.append(Markup('<path class="diagonal" d="M{:.1f} {:.1f} L{:.1f} {:.1f}"/>').format(x1, y1, x2, y2))
+            body.append(
+                Markup('<path class="diagonal" d="M{:.1f} {:.1f} L{:.1f} {:.1f}"/>').format(
+                    x1, y1, x2, y2
+                )
+            )
     places = [frame.place(point["x"], point["y"]) for point in points]
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]
     for point, (x, y) in zip(points, places, strict=True):
@@ -94,7 +117,9 @@ def scatter(
     return _svg(body, title or f"{y_label} against {x_label}")
 
 
-def equivalents(sizes: Sequence[tuple], placed: Sequence[dict], x_label: str, y_label: str) -> Markup:
+def equivalents(
+    sizes: Sequence[tuple], placed: Sequence[dict], x_label: str, y_label: str
+) -> Markup:
     """A figure over the size of an ensemble, and others led to the size that equals them.
 
     sizes: (size, figure).  placed: named points as scatter's; x None stands for "beyond the largest".
@@ -103,12 +128,17 @@ def equivalents(sizes: Sequence[tuple], placed: Sequence[dict], x_label: str, y_
     edge = largest + max(0.12 * largest, 0.4)  # where what lies beyond is drawn
     spots = [(edge if one["x"] is None else one["x"], one["y"]) for one in placed]
     frame = _Frame([*sizes, *spots, (edge, sizes[-1][1])], pad=0.1)
-    whole = sorted({max(round(value), 1) for value in ticks(1, largest)} | {largest}) if largest > 8 else [
-        size for size, _ in sizes]  # fmt: skip
+    whole = (
+        sorted({max(round(value), 1) for value in ticks(1, largest)} | {largest})
+        if largest > 8
+        else [size for size, _ in sizes]
+    )
     body = [frame.axes(x_label, y_label, short, short, [(value, str(value)) for value in whole])]
     for (x, y), one in zip(spots, placed, strict=True):
         (left, across), (place, down) = frame.place(frame.x[0], y), frame.place(x, frame.y[0])
-        lead = f"M{left:.1f} {across:.1f} H{place:.1f}" + ("" if one["x"] is None else f" V{down:.1f}")
+        lead = f"M{left:.1f} {across:.1f} H{place:.1f}" + (
+            "" if one["x"] is None else f" V{down:.1f}"
+        )
         body.append(Markup('<path class="lead k-{}" d="{}"/>').format(one["kind"], lead))
     drawn = [frame.place(x, y) for x, y in sizes]
     path = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in drawn)
@@ -129,25 +159,41 @@ def reliability(bins: Sequence[dict], kind: str, title: str) -> Markup:
     size, left, top = 150, 34, 8
     total = sum(one["count"] for one in bins) or 1
     body = [
-        Markup('<rect class="panel" x="{}" y="{}" width="{}" height="{}"/>').format(left, top, size, size),
-        Markup('<path class="diagonal" d="M{} {} L{} {}"/>').format(left, top + size, left + size, top),
+        Markup('<rect class="panel" x="{}" y="{}" width="{}" height="{}"/>').format(
+            left, top, size, size
+        ),
+        Markup('<path class="diagonal" d="M{} {} L{} {}"/>').format(
+            left, top + size, left + size, top
+        ),
     ]
     for value in (0, 0.5, 1):
-        body.append(_text(left - 5, top + size * (1 - value) + 3.5, f"{100 * value:.0f}", "tick end"))
-        body.append(_text(left + size * value, top + size + 50, f"{100 * value:.0f}", "tick middle"))
+        body.append(
+            _text(left - 5, top + size * (1 - value) + 3.5, f"{100 * value:.0f}", "tick end")
+        )
+        body.append(
+            _text(left + size * value, top + size + 50, f"{100 * value:.0f}", "tick middle")
+        )
     for one in bins:
         if not one["count"]:
             continue
         x, width = left + size * one["lo"], size * (one["hi"] - one["lo"]) - 1
         share, height = one["count"] / total, size * one["accuracy"]
-        said = (f"confidence {whole_percent(one['confidence'])}, right {whole_percent(one['accuracy'])}, "
-                f"{one['count']:,} examples")  # fmt: skip
+        said = (
+            f"confidence {whole_percent(one['confidence'])}, right {whole_percent(one['accuracy'])}, "
+            f"{one['count']:,} examples"
+        )
         pale = " pale" if one["count"] < FEWEST else ""
         body.append(_bar(f"{kind}{pale}", x, top + size - height, width, height, said))
         drop = max(26 * math.sqrt(share), 0.8)  # the root, so that rare bins still show
-        body.append(_bar(f"{kind} faint", x, top + size + 6, width, drop, f"{one['count']:,} examples"))
+        body.append(
+            _bar(f"{kind} faint", x, top + size + 6, width, drop, f"{one['count']:,} examples")
+        )
         cx, cy = left + size * one["confidence"], top + size - height
-        body.append(Markup('<circle class="dot k-{}{}" cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(kind, pale, cx, cy))
+        body.append(
+            Markup('<circle class="dot k-{}{}" cx="{:.1f}" cy="{:.1f}" r="2.2"/>').format(
+                kind, pale, cx, cy
+            )
+        )
     body.append(_text(left + size / 2, top + size + 64, "confidence, %", "label middle"))
     return _svg(body, title, 195, 226)
 
@@ -161,12 +207,22 @@ def dumbbell(before: float, after: float, low: float, high: float) -> Markup:
 
     a, b, kind = place(before), place(after), "good" if after >= before else "bad"
     body = [
-        Markup('<path class="rail" d="M{} {} L{} {}"/>').format(pad, height / 2, width - pad, height / 2),
-        Markup('<path class="bridge k-{}" d="M{:.1f} {} L{:.1f} {}"/>').format(kind, a, height / 2, b, height / 2),
-        Markup('<circle class="dot hollow k-generalist" cx="{:.1f}" cy="{}" r="3.6"/>').format(a, height / 2),
-        Markup('<circle class="dot k-{}" cx="{:.1f}" cy="{}" r="4.2"/>').format(kind, b, height / 2),
+        Markup('<path class="rail" d="M{} {} L{} {}"/>').format(
+            pad, height / 2, width - pad, height / 2
+        ),
+        Markup('<path class="bridge k-{}" d="M{:.1f} {} L{:.1f} {}"/>').format(
+            kind, a, height / 2, b, height / 2
+        ),
+        Markup('<circle class="dot hollow k-generalist" cx="{:.1f}" cy="{}" r="3.6"/>').format(
+            a, height / 2
+        ),
+        Markup('<circle class="dot k-{}" cx="{:.1f}" cy="{}" r="4.2"/>').format(
+            kind, b, height / 2
+        ),
     ]
-    return _svg(body, f"{whole_percent(before)} before, {whole_percent(after)} after", width, height, "mini")
+    return _svg(
+        body, f"{whole_percent(before)} before, {whole_percent(after)} after", width, height, "mini"
+    )
 
 
 class _Frame:
@@ -189,7 +245,9 @@ class _Frame:
     def place(self, x, y):
         across = self._share(x, self.x, self.log_x)
         up = self._share(y, self.y, self.log_y)
-        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+        return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (
+            HEIGHT - TOP - BOTTOM
+        )
 
     @staticmethod
     def _share(value, bounds, log):
@@ -202,16 +260,25 @@ class _Frame:
         body = []
         for value in log_ticks(*self.y) if self.log_y else ticks(*self.y):
             _, y = self.place(self.x[0], value)
-            body.append(Markup('<path class="grid" d="M{} {:.1f} H{}"/>').format(LEFT, y, WIDTH - RIGHT))
+            body.append(
+                Markup('<path class="grid" d="M{} {:.1f} H{}"/>').format(LEFT, y, WIDTH - RIGHT)
+            )
             body.append(_text(LEFT - 6, y + 3.5, y_text(value), "tick end"))
         if x_ticks is None:
-            x_ticks = [(value, x_text(value)) for value in (log_ticks(*self.x) if self.log_x else ticks(*self.x))]
+            x_ticks = [
+                (value, x_text(value))
+                for value in (log_ticks(*self.x) if self.log_x else ticks(*self.x))
+            ]
         for value, text in x_ticks:
             x, _ = self.place(value, self.y[0])
             body.append(_text(x, HEIGHT - BOTTOM + 14, text, "tick middle"))
         body.append(_text(LEFT + (WIDTH - LEFT - RIGHT) / 2, HEIGHT - 5, x_label, "label middle"))
         body.append(_text(2, 10, y_label, "label"))
-        body.append(Markup('<path class="axis" d="M{} {} H{}"/>').format(LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT))
+        body.append(
+            Markup('<path class="axis" d="M{} {} H{}"/>').format(
+                LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT
+            )
+        )
         return Markup("").join(body)
 
 
@@ -232,9 +299,13 @@ def _label(x: float, y: float, text: str, kind: str, taken: list) -> Markup:
     def free(place):
         left, top, right, bottom = box(place)
         inside = left >= LEFT and right <= WIDTH and top >= TOP and bottom <= HEIGHT - BOTTOM
-        return inside and all(right < l or left > r or bottom < t or top > b for l, t, r, b in taken)
+        return inside and all(
+            right < l or left > r or bottom < t or top > b for l, t, r, b in taken
+        )
 
-    shift, side = next((place for place in places if free(place)), (0, 1 if x + 8 + width <= WIDTH else -1))
+    shift, side = next(
+        (place for place in places if free(place)), (0, 1 if x + 8 + width <= WIDTH else -1)
+    )
     taken.append(box((shift, side)))
     words = _text(x + 8 * side, y + shift + 3.5, text, f"name k-{kind}{' end' if side < 0 else ''}")
     if not shift:
@@ -244,9 +315,9 @@ def _label(x: float, y: float, text: str, kind: str, taken: list) -> Markup:
 
 
 def _dot(x, y, kind, name, radius) -> Markup:
-    return Markup('<circle class="dot k-{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>').format(
-        kind, x, y, radius, name
-    )
+    return Markup(
+        '<circle class="dot k-{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>'
+    ).format(kind, x, y, radius, name)
 
 
 def _bar(kind, x, y, width, height, said) -> Markup:

@@ -22,8 +22,17 @@ def coverage_table(labels, before, after, covering, most: int = 10) -> list[dict
         here = number == k
         was, now = int(before[here].sum()), int(after[here].sum())
         relative = (now - was) / was if was else None
-        rows.append({"specialists": int(k), "or_more": bool(k == most), "n": int(here.sum()), "before": was,
-                     "after": now, "delta": now - was, "relative": relative})  # fmt: skip
+        rows.append(
+            {
+                "specialists": int(k),
+                "or_more": bool(k == most),
+                "n": int(here.sum()),
+                "before": was,
+                "after": now,
+                "delta": now - was,
+                "relative": relative,
+            }
+        )
     return rows
 
 
@@ -50,9 +59,15 @@ def frequency_deciles(class_counts, labels, right: dict, parts: int = 10) -> lis
     for part, classes in enumerate(piece for piece in np.array_split(ordered, parts) if len(piece)):
         part_of[classes] = part
         here = part_of[labels] == part
-        rows.append({"classes": len(classes), "least": int(class_counts[classes].min()),
-                     "most": int(class_counts[classes].max()), "n": int(here.sum()),
-                     "accuracy": {name: float(hits[here].mean()) for name, hits in right.items()}})  # fmt: skip
+        rows.append(
+            {
+                "classes": len(classes),
+                "least": int(class_counts[classes].min()),
+                "most": int(class_counts[classes].max()),
+                "n": int(here.sum()),
+                "accuracy": {name: float(hits[here].mean()) for name, hits in right.items()},
+            }
+        )
     return rows
 
 
@@ -63,7 +78,9 @@ def paired_difference(before, after) -> tuple[float, float]:
     return difference, 1.96 * np.sqrt(max((gained + lost) / n - difference**2, 0) / n)
 
 
-def confusion_weights(labels, top5, top5_probability, most: int = 100_000) -> dict[tuple[int, int], float]:
+def confusion_weights(
+    labels, top5, top5_probability, most: int = 100_000
+) -> dict[tuple[int, int], float]:
     """(a, b), a < b -> probability that the generalist puts on b at examples of a and the other way round, summed.
 
     Only the `most` heaviest pairs.  An entry of top5 below 0 stands for no class.
@@ -74,7 +91,9 @@ def confusion_weights(labels, top5, top5_probability, most: int = 100_000) -> di
     if not len(other):
         return {}
     base = int(max(labels.max(), other.max())) + 1
-    pairs, where = np.unique(np.minimum(labels, other) * base + np.maximum(labels, other), return_inverse=True)
+    pairs, where = np.unique(
+        np.minimum(labels, other) * base + np.maximum(labels, other), return_inverse=True
+    )
     weights = np.bincount(where, weights=mass)
     heaviest = np.argsort(-weights, kind="stable")[:most]
     return {(int(pairs[i] // base), int(pairs[i] % base)): float(weights[i]) for i in heaviest}
@@ -89,7 +108,11 @@ def families(members, weights: dict[tuple[int, int], float], most: int = 4) -> l
     inside = set(int(c) for c in members)
     family_of = {c: [c] for c in inside}
     total: Counter = Counter()
-    pairs = [(pair, weight) for pair, weight in weights.items() if pair[0] in inside and pair[1] in inside]
+    pairs = [
+        (pair, weight)
+        for pair, weight in weights.items()
+        if pair[0] in inside and pair[1] in inside
+    ]
     for (a, b), weight in sorted(pairs, key=lambda item: (-item[1], item[0])):
         one, two = family_of[a], family_of[b]
         if one is not two:

@@ -2,10 +2,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from shardsets import write_uneven
 
-sys.path.insert(0, str(Path(__file__).parent))  # shardsets.py; --import-mode=importlib adds no directories
-
-from shardsets import write_uneven  # noqa: E402
+# damage.py, once.py and killed.py; --import-mode=importlib adds no directories.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")

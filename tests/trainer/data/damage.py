@@ -16,13 +16,13 @@ import traceback
 import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
+sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import tomli_w  # noqa: E402
 from shardsets import CLASSES, label_of, members_of, picture, write_tar, write_uneven  # noqa: E402
 
+from pipeline.config import Data, UserError  # noqa: E402
 from trainer.__main__ import main as trainer_main  # noqa: E402
-from trainer.config import Data, UserError  # noqa: E402
 from trainer.data import MeasuringStream, Source, TrainingStream, cached, open_shards, shuffled  # noqa: E402
 
 SIZES = [5, 40, 12]
@@ -104,7 +104,8 @@ def one_dotted_key(members, chance):
     place = 2 * chance.randrange(len(members) // 2 - 1)
     key = members[place][0].partition(".")[0]
     return [
-        (f"{key}.v2.{n.partition('.')[2]}" if place + 2 <= i < place + 4 else n, c) for i, (n, c) in enumerate(members)
+        (f"{key}.v2.{n.partition('.')[2]}" if place + 2 <= i < place + 4 else n, c)
+        for i, (n, c) in enumerate(members)
     ]
 
 
@@ -141,7 +142,20 @@ def wrong_manifest(path, chance):
         return absent(path, chance)
     manifest = json.loads(manifest_path.read_text())
     shard = chance.choice(manifest["splits"]["train"]["shards"])
-    kind = chance.choice(["samples", "counts", "sha256", "name", "twice", "left out", "class", "type", "half", "list"])
+    kind = chance.choice(
+        [
+            "samples",
+            "counts",
+            "sha256",
+            "name",
+            "twice",
+            "left out",
+            "class",
+            "type",
+            "half",
+            "list",
+        ]
+    )
     if kind == "samples":
         shard["samples"] += chance.choice([-1, 1])
     elif kind == "counts":
@@ -163,21 +177,39 @@ def wrong_manifest(path, chance):
 
 
 KINDS = [
-    truncated, cut_between_members, garbled, rotten, zeroed, missing_member, duplicate_key, duplicate_member,
-    dotted_keys, one_dotted_key, wrong_label, not_a_picture, empty_file, empty_tar, absent, wrong_manifest,
-]  # fmt: skip
+    truncated,
+    cut_between_members,
+    garbled,
+    rotten,
+    zeroed,
+    missing_member,
+    duplicate_key,
+    duplicate_member,
+    dotted_keys,
+    one_dotted_key,
+    wrong_label,
+    not_a_picture,
+    empty_file,
+    empty_tar,
+    absent,
+    wrong_manifest,
+]
 
 
-def judge(directory: Path, kind, seed: int, manifest: bool, indexed: bool, policy: str, reader=READERS[0]) -> str:
+def judge(
+    directory: Path, kind, seed: int, manifest: bool, indexed: bool, policy: str, reader=READERS[0]
+) -> str:
     """Make one damaged set and read it: "refused", "counted" or "harmless".  AssertionError for anything else."""
     chance = random.Random(f"{kind.__name__} {seed}")
     write_uneven(directory, SIZES, manifest, indexed)
     kind(directory / f"train-{chance.randrange(len(SIZES)):06d}.tar", chance)
     data = Data(
         train=str(directory) if manifest else str(directory / "train-{000000..000002}.tar"),
-        classes=None if manifest else len(CLASSES), damage=policy, damage_share=0.99,
+        classes=None if manifest else len(CLASSES),
+        damage=policy,
+        damage_share=0.99,
         cache="decoded" if reader == "cached" else "none",
-    )  # fmt: skip
+    )
     verdict = measured(directory, data, workers=2 if reader == "two workers" else 0)
     trained(directory, data, verdict)
     return verdict
@@ -195,7 +227,9 @@ def measured(directory: Path, data: Data, workers: int) -> str:
     delivered = [key for batch in batches for key in intact_keys(shards, batch)]
     assert len(set(delivered)) == len(delivered), "a sample came twice"
     lost = shards.lost + len(stream.lost)
-    assert len(delivered) + lost == sum(SIZES), f"{len(delivered)} delivered, {lost} counted as lost, of {sum(SIZES)}"
+    assert len(delivered) + lost == sum(SIZES), (
+        f"{len(delivered)} delivered, {lost} counted as lost, of {sum(SIZES)}"
+    )
     if lost:
         assert data.damage == "skip", f"strict delivered {len(delivered)} and lost {lost}"
         return "counted"
@@ -240,11 +274,19 @@ def command(words: list[str], stdin: str = "") -> tuple[int, str]:
 def judge_commands(directory: Path, manifest: bool, policy: str, verdict: str) -> None:
     """`check` and `shards validate` on a set that `judge` made: exit codes and lines, no traceback."""
     pattern = str(directory / "train-{000000..000002}.tar")
-    data = {"train": pattern, "val": pattern, "test": pattern, "damage": policy, "damage_share": 0.99, "cache": "none"}
+    data = {
+        "train": pattern,
+        "val": pattern,
+        "test": pattern,
+        "damage": policy,
+        "damage_share": 0.99,
+        "cache": "none",
+    }
     config = {
         "data": data if manifest else data | {"classes": len(CLASSES)},
-        "model": {"name": "mlp", "width": 8, "depth": 1}, "train": {"steps": 1, "batch_size": 8},
-    }  # fmt: skip
+        "model": {"name": "mlp", "width": 8, "depth": 1},
+        "train": {"steps": 1, "batch_size": 8},
+    }
     code, said = command(["check"], tomli_w.dumps(config))
     assert code == 2 if said else code == 0, f"check: exit code {code}, {said!r}"
     assert not said or (said.startswith("error: ") and said.count("\n") == 1), f"check: {said!r}"

@@ -20,17 +20,20 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
+sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import numpy as np  # noqa: E402
 from shardsets import png, write_tar  # noqa: E402
 
-from trainer.config import Data  # noqa: E402
+from pipeline.config import Data  # noqa: E402
+from pipeline.store import read_json, write_json  # noqa: E402
 from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled  # noqa: E402
-from trainer.run_directory import read_json, write_json  # noqa: E402
 
 SIZES = [1, 40, 7, 13, 60, 2, 27]
-UNREADABLE = {5, 90}  # a damaged sample in training has a stand-in, which must be the same one again
+UNREADABLE = {
+    5,
+    90,
+}  # a damaged sample in training has a stand-in, which must be the same one again
 EVERY = 7  # steps between two states
 
 
@@ -51,15 +54,21 @@ def the_stream(directory: Path) -> TrainingStream:
     data = Data(classes=5, damage="skip", damage_share=0.1, cache="none")
     shards = open_shards(str(directory / "train-*.tar"), data, "train")
     own = Source(shards, shuffled(np.flatnonzero(shards.labels == 1), 3), 15)
-    return TrainingStream([own, Source(shards, balanced(shards.labels, 4, 1.0), 33)], 5, "flip-crop")
+    return TrainingStream(
+        [own, Source(shards, balanced(shards.labels, 4, 1.0), 33)], 5, "flip-crop"
+    )
 
 
 def digests(stream: TrainingStream, batch) -> list[bytes]:
     """One for each example: of its key, label, source and input."""
     keys = stream.sources[0].shards.keys(batch.ids.numpy())
-    facts = zip(keys, batch.labels.tolist(), batch.source.tolist(), batch.inputs.numpy(), strict=True)
-    return [hashlib.sha256(f"{key} {label} {source} ".encode() + inputs.tobytes()).digest()
-            for key, label, source, inputs in facts]  # fmt: skip
+    facts = zip(
+        keys, batch.labels.tolist(), batch.source.tolist(), batch.inputs.numpy(), strict=True
+    )
+    return [
+        hashlib.sha256(f"{key} {label} {source} ".encode() + inputs.tobytes()).digest()
+        for key, label, source, inputs in facts
+    ]
 
 
 def line(step: int, examples: list[bytes]) -> str:
@@ -72,7 +81,9 @@ def uninterrupted(directory: Path, steps: int) -> list[str]:
     return [line(step, digests(stream, stream.batch(step))) for step in range(steps)]
 
 
-def read_as_rank(directory: Path, first: int, steps: int, rank: int, ranks: int, workers: int, pipe) -> None:
+def read_as_rank(
+    directory: Path, first: int, steps: int, rank: int, ranks: int, workers: int, pipe
+) -> None:
     stream = the_stream(directory)
     for batch in stream.loader(first, steps, rank, ranks, workers):
         pipe.send(digests(stream, batch))
@@ -80,7 +91,9 @@ def read_as_rank(directory: Path, first: int, steps: int, rank: int, ranks: int,
 
 def go_on(directory: Path, ranks: int, workers: int, steps: int) -> None:
     """Read from the last state to the end, each rank in a process of its own."""
-    first = read_json(directory / "state.json")["step"] if (directory / "state.json").exists() else 0
+    first = (
+        read_json(directory / "state.json")["step"] if (directory / "state.json").exists() else 0
+    )
     fork, pipes, processes = multiprocessing.get_context("fork"), [], []
     for rank in range(ranks):
         ours, theirs = fork.Pipe(duplex=False)
@@ -103,7 +116,16 @@ def go_on(directory: Path, ranks: int, workers: int, steps: int) -> None:
 
 
 def start(directory: Path, ranks: int, workers: int, steps: int) -> subprocess.Popen:
-    words = [sys.executable, "-W", "ignore::UserWarning", __file__, directory, ranks, workers, steps]
+    words = [
+        sys.executable,
+        "-W",
+        "ignore::UserWarning",
+        __file__,
+        directory,
+        ranks,
+        workers,
+        steps,
+    ]
     return subprocess.Popen([str(word) for word in words], start_new_session=True)
 
 
@@ -129,14 +151,20 @@ def judge(directory: Path, kills: int, steps: int, seed: int) -> list[dict]:
     """Kill a run of `steps` steps `kills` times, let it end, and compare.  Returns what the attempts were."""
     write_shards(directory)
     expected, chance = uninterrupted(directory, steps), random.Random(seed)
-    assert len({each.split()[1] for each in expected}) == steps, "batches repeat: hashes would tell nothing"
+    assert len({each.split()[1] for each in expected}) == steps, (
+        "batches repeat: hashes would tell nothing"
+    )
     attempts = [kill_at_random(directory, chance, steps, kills) for _ in range(kills)]
     last = {"ranks": chance.choice([1, 2, 3]), "workers": chance.choice([0, 1, 2])}
     assert start(directory, **last, steps=steps).wait(600) == 0
     seen = (directory / "seen").read_text().splitlines()
     wrong = [each for each in seen if each != expected[int(each.split()[0])]]
-    assert not wrong, f"{len(wrong)} of {len(seen)} batches differ, the first at step {wrong[0].split()[0]}: {attempts}"
-    assert set(seen) == set(expected), f"{len(set(expected) - set(seen))} steps were never seen: {attempts}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(seen)} batches differ, the first at step {wrong[0].split()[0]}: {attempts}"
+    )
+    assert set(seen) == set(expected), (
+        f"{len(set(expected) - set(seen))} steps were never seen: {attempts}"
+    )
     return [*attempts, last | {"seen": len(seen) - sum(attempt["seen"] for attempt in attempts)}]
 
 

@@ -9,12 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
+sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import numpy as np  # noqa: E402
 from shardsets import png, write_tar  # noqa: E402
 
-from trainer.config import Data  # noqa: E402
+from pipeline.config import Data  # noqa: E402
 from trainer.data import Source, TrainingStream, open_shards, shuffled  # noqa: E402
 
 SAMPLES, BATCH, SIDE = 960, 64, 64
@@ -23,7 +23,11 @@ SAMPLES, BATCH, SIDE = 960, 64, 64
 def private_bytes(pid: int) -> int:
     """What the process alone holds: its private pages, without those that it shares with its parent."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
+    return 1024 * sum(
+        int(line.split()[1])
+        for line in lines
+        if line.startswith(("Private_Clean", "Private_Dirty"))
+    )
 
 
 def measure(directory: Path, epochs: int) -> dict:

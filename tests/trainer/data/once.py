@@ -10,12 +10,12 @@ import tempfile
 import warnings
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
+sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import numpy as np  # noqa: E402
 from shardsets import label_of, picture, write_uneven  # noqa: E402
 
-from trainer.config import Data  # noqa: E402
+from pipeline.config import Data  # noqa: E402
 from trainer.data import MeasuringStream, open_shards  # noqa: E402
 
 RANKS, WORKERS, SEEDS = range(1, 6), range(4), range(5)
@@ -32,7 +32,9 @@ def times_seen(shards, batch_size: int, ranks: int, workers: int) -> np.ndarray:
     times = np.zeros(len(shards), np.int64)
     for rank in range(ranks):
         for batch in MeasuringStream(shards, batch_size).loader(rank, ranks, workers):
-            for sample, label, inputs in zip(batch.ids.tolist(), batch.labels.tolist(), batch.inputs, strict=True):
+            for sample, label, inputs in zip(
+                batch.ids.tolist(), batch.labels.tolist(), batch.inputs, strict=True
+            ):
                 assert label == label_of(sample) and (inputs[0].numpy() == picture(sample)).all()
                 times[sample] += 1
     return times
@@ -47,7 +49,9 @@ def soak() -> None:
             for ranks, workers in itertools.product(RANKS, WORKERS):
                 batch_size = random.Random(f"{seed} {ranks} {workers}").choice([1, 7, 16, 64, 1000])
                 times = times_seen(shards, batch_size, ranks, workers)
-                assert (times == 1).all(), f"seed {seed}, {ranks} ranks, {workers} workers: {np.bincount(times)}"
+                assert (times == 1).all(), (
+                    f"seed {seed}, {ranks} ranks, {workers} workers: {np.bincount(times)}"
+                )
                 passes, samples = passes + 1, samples + len(times)
     print(f"{passes} passes, {samples} samples, each seen exactly once")
 

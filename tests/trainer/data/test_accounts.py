@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from shardsets import members_of, write_tar, write_uneven
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
 from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled
 from trainer.data.accounts import Losses, Passes
 from trainer.data.damage import count, merged, summary
@@ -28,7 +28,9 @@ def garble(directory, number: int):
 
 @pytest.fixture
 def shards(tmp_path):
-    return open_shards(str(write_uneven(tmp_path, [40, 7, 13, 60])), Data(damage="skip", damage_share=0.1), "train")
+    return open_shards(
+        str(write_uneven(tmp_path, [40, 7, 13, 60])), Data(damage="skip", damage_share=0.1), "train"
+    )
 
 
 def run(stream, steps, ranks=1, first=0, drop=lambda step, rank, batch: batch) -> list[Passes]:
@@ -61,8 +63,13 @@ def test_every_pass_of_an_undamaged_set_closes(shards, ranks, exponent):
 
 
 def test_sources_close_each_at_its_own_pace(shards):
-    sources = [Source(shards, shuffled(np.arange(10), 1), 12), Source(shards, shuffled(np.arange(10, 120), 2), 6)]
-    run(TrainingStream(sources, 0), 40, ranks=2)  # the first one's passes are shorter than its share of a batch
+    sources = [
+        Source(shards, shuffled(np.arange(10), 1), 12),
+        Source(shards, shuffled(np.arange(10, 120), 2), 6),
+    ]
+    run(
+        TrainingStream(sources, 0), 40, ranks=2
+    )  # the first one's passes are shorter than its share of a batch
 
 
 def test_a_pass_begun_in_the_middle_closes_too(shards):
@@ -80,7 +87,10 @@ def test_a_sample_that_nobody_saw_is_missed_at_the_end_of_the_pass(shards, ranks
             batch.ids[0] = batch.ids[1]  # instead of the first, the second comes twice
         return batch
 
-    with pytest.raises(UserError, match="1 of 120 samples were neither seen nor found damaged in the pass that ended"):
+    with pytest.raises(
+        UserError,
+        match="1 of 120 samples were neither seen nor found damaged in the pass that ended",
+    ):
         run(stream, 20, ranks, drop=lose_one)
 
 
@@ -94,7 +104,9 @@ def test_an_epoch_reports_what_all_ranks_lost(tmp_path, caplog, ranks):
     with caplog.at_level(logging.INFO, "referral"):
         passes = run(stream, 8, ranks)
     lines = [record.message for record in caplog.records]
-    assert [line.split(" damaged")[0] for line in lines] == [f"epoch {e} of train: 3 of 120 samples" for e in (1, 2)]
+    assert [line.split(" damaged")[0] for line in lines] == [
+        f"epoch {e} of train: 3 of 120 samples" for e in (1, 2)
+    ]
     assert "(2.50%), e.g. " in lines[0] and "has changed since the shard was indexed" in lines[0]
     found = passes[0].all_lost(lambda _: [each.lost for each in passes])
     assert sorted(sample for _, sample, _ in found) == [3, 44, 118]
@@ -108,7 +120,9 @@ def test_the_share_is_judged_over_all_ranks(tmp_path):
     for number in (3, 44, 118):
         garble(directory, number)
     stream = TrainingStream([Source(shards, shuffled(120, 3), 30)], 0)
-    with pytest.raises(UserError, match="3 of 120 samples are damaged, above data.damage_share = 0.02; e.g. "):
+    with pytest.raises(
+        UserError, match="3 of 120 samples are damaged, above data.damage_share = 0.02; e.g. "
+    ):
         run(stream, 8, ranks=2)
 
 

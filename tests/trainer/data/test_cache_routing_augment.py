@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shardsets import write_split, write_tar
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
 from trainer.data import cached, open_shards
 from trainer.data.augment import Augment, find_augment, flip_crop, shift
 
@@ -36,7 +36,9 @@ def test_the_second_process_decodes_nothing(shards, tmp_path, monkeypatch):
 
 def test_processes_that_race_for_the_cache_all_win(shards, tmp_path):
     with ThreadPoolExecutor(4) as pool:
-        sets = list(pool.map(lambda _: cached(open_like(shards), tmp_path / "train", Data()), range(4)))
+        sets = list(
+            pool.map(lambda _: cached(open_like(shards), tmp_path / "train", Data()), range(4))
+        )
     expected = shards.inputs([5, 149])
     assert all((each.inputs([5, 149]) == expected).all() for each in sets)
     assert len(list(tmp_path.iterdir())) == 2
@@ -48,7 +50,10 @@ def open_like(shards):
 
 def test_other_shards_get_another_cache(shards, tmp_path):
     other = open_shards(str(write_split(tmp_path / "set", 12)), Data(), "train")
-    first, second = cached(shards, tmp_path / "c/train", Data()), cached(other, tmp_path / "c/train", Data())
+    first, second = (
+        cached(shards, tmp_path / "c/train", Data()),
+        cached(other, tmp_path / "c/train", Data()),
+    )
     assert (first.num_samples, second.num_samples) == (150, 12)
     assert (second.inputs([3]) == other.inputs([3])).all()
 
@@ -71,7 +76,10 @@ def test_none_auto_and_decoded(shards, tmp_path):
 
 
 def test_inputs_of_several_shapes_are_not_cached(tmp_path):
-    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.txt", b"one"), ("b.cls", b"0"), ("b.txt", b"three")])
+    write_tar(
+        tmp_path / "train-0.tar",
+        [("a.cls", b"0"), ("a.txt", b"one"), ("b.cls", b"0"), ("b.txt", b"three")],
+    )
     shards = open_shards(str(tmp_path), Data(classes=2), "train")
     assert cached(shards, tmp_path / "cache/x", Data()) is shards
     with pytest.raises(UserError, match="bring all to one size"):
@@ -82,22 +90,32 @@ def test_inputs_of_several_shapes_are_not_cached(tmp_path):
 # Augmentation
 
 
-@given(seed=st.integers(0, 1000), n=st.integers(1, 6), size=st.sampled_from([(8, 8), (28, 28), (9, 17), (3, 3)]))
+@given(
+    seed=st.integers(0, 1000),
+    n=st.integers(1, 6),
+    size=st.sampled_from([(8, 8), (28, 28), (9, 17), (3, 3)]),
+)
 def test_each_view_depends_on_its_own_picture_and_numbers_only(seed, n, size):
     rng = np.random.default_rng(seed)
     pictures, uniforms = rng.integers(0, 256, (n, 2, *size), dtype=np.uint8), rng.random((n, 3))
     for function in (shift, flip_crop):
         together = function(pictures, uniforms)
         assert together.shape == pictures.shape and together.dtype == np.uint8
-        alone = np.concatenate([function(pictures[i : i + 1], uniforms[i : i + 1]) for i in range(n)])
+        alone = np.concatenate(
+            [function(pictures[i : i + 1], uniforms[i : i + 1]) for i in range(n)]
+        )
         assert (together == alone).all()
 
 
 def test_shift_moves_by_hand():
-    picture = np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8)  # an eighth is 1: left or up, none, right or down
+    picture = np.arange(64, dtype=np.uint8).reshape(
+        1, 1, 8, 8
+    )  # an eighth is 1: left or up, none, right or down
     assert (shift(picture, np.array([[0.5, 0.5]])) == picture).all()
     right = shift(picture, np.array([[0.5, 0.1]]))[0, 0]
-    assert (right[:, 1:] == picture[0, 0, :, :-1]).all() and (right[:, 0] == picture[0, 0, :, 0]).all()
+    assert (right[:, 1:] == picture[0, 0, :, :-1]).all() and (
+        right[:, 0] == picture[0, 0, :, 0]
+    ).all()
     up = shift(picture, np.array([[0.9, 0.5]]))[0, 0]
     assert (up[:-1] == picture[0, 0, 1:]).all() and (up[-1] == picture[0, 0, -1]).all()
 

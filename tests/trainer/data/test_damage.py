@@ -29,7 +29,10 @@ def test_workers_and_the_decoded_cache_meet_damage_the_same_way(tmp_path, name, 
         (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
         here = judge(tmp_path / "here", kind, seed, True, True, policy)
         assert judge(tmp_path / "there", kind, seed, True, True, policy, reader) == here
-        (tmp_path / "here").rename(tmp_path / f"here {seed}"), (tmp_path / "there").rename(tmp_path / f"there {seed}")
+        (
+            (tmp_path / "here").rename(tmp_path / f"here {seed}"),
+            (tmp_path / "there").rename(tmp_path / f"there {seed}"),
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -47,9 +50,18 @@ def test_as_a_process_validate_lists_the_damage_and_exits_with_1(tmp_path):
 
 
 STRUCTURAL = {
-    "truncated", "cut_between_members", "missing_member", "duplicate_key", "duplicate_member", "one_dotted_key",
-    "wrong_label", "not_a_picture", "empty_file", "empty_tar", "absent",
-}  # fmt: skip
+    "truncated",
+    "cut_between_members",
+    "missing_member",
+    "duplicate_key",
+    "duplicate_member",
+    "one_dotted_key",
+    "wrong_label",
+    "not_a_picture",
+    "empty_file",
+    "empty_tar",
+    "absent",
+}
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTURAL))

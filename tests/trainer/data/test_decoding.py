@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from shardsets import write_tar
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
 from trainer.data import MeasuringStream, open_shards
 from trainer.data.decoding import BUILT_IN, hashed_ngrams
 
 
 def opened(path, extension, contents, **data):
-    members = [(f"{n}.{e}", c) for n, content in enumerate(contents) for e, c in (("cls", b"0"), (extension, content))]
+    members = [
+        (f"{n}.{e}", c)
+        for n, content in enumerate(contents)
+        for e, c in (("cls", b"0"), (extension, content))
+    ]
     write_tar(path / "train-0.tar", members)
     (path / "train-0.tar.index.npz").unlink(missing_ok=True)
     return open_shards(str(path), Data(classes=2, **data), "train")
@@ -46,11 +50,18 @@ def test_the_table_is_small():
 
 
 def test_a_users_function_decodes_what_it_is_named_for(tmp_path, users):
-    users("import numpy as np\ndef words(content):\n    return np.array([len(content.split())], np.float32)\n")
+    users(
+        "import numpy as np\ndef words(content):\n    return np.array([len(content.split())], np.float32)\n"
+    )
     shards = opened(tmp_path, "txt", [b"a b c", b"d"], decoders={"txt": "mine:words"})
     assert shards.inputs([0, 1]).tolist() == [[3.0], [1.0]]
-    assert [batch.inputs.tolist() for batch in MeasuringStream(shards, 1).loader(workers=1)] == [[[3.0]], [[1.0]]]
-    shards = opened(tmp_path, "words", [b"a b"], decoders={"words": "mine:words"})  # an extension of the user's own
+    assert [batch.inputs.tolist() for batch in MeasuringStream(shards, 1).loader(workers=1)] == [
+        [[3.0]],
+        [[1.0]],
+    ]
+    shards = opened(
+        tmp_path, "words", [b"a b"], decoders={"words": "mine:words"}
+    )  # an extension of the user's own
     assert shards.inputs([0]).tolist() == [[2.0]]
 
 
@@ -60,9 +71,11 @@ def test_a_users_function_decodes_what_it_is_named_for(tmp_path, users):
         ("mine:absent", "data.decoders.txt = 'mine:absent': module mine has no function absent"),
         ("mine:VALUE", "module mine has no function VALUE"),
         ("nobodys:f", "data.decoders.txt = 'nobodys:f': No module named 'nobodys'"),
-        ("mine", "write module:function"), (":f", "write module:function"), ("mine:", "write module:function"),
+        ("mine", "write module:function"),
+        (":f", "write module:function"),
+        ("mine:", "write module:function"),
     ],
-)  # fmt: skip
+)
 def test_a_decoder_that_cannot_be_imported_is_named(tmp_path, users, name, message):
     users("VALUE = 3\n")
     assert message in refusal(opened, tmp_path, "txt", [b"a"], decoders={"txt": name})
@@ -78,7 +91,7 @@ def test_a_decoder_that_cannot_be_imported_is_named(tmp_path, users, name, messa
         ("import numpy as np; return np.array([{}], object)", "f gives object"),
         ("return 1 / 0", "division by zero"),
     ],
-)  # fmt: skip
+)
 def test_a_decoder_that_gives_no_array_is_told_so(tmp_path, users, body, message):
     users(f"def f(content):\n    {body}\n")
     shards = opened(tmp_path, "txt", [b"a"], decoders={"txt": "mine:f"})
@@ -87,10 +100,16 @@ def test_a_decoder_that_gives_no_array_is_told_so(tmp_path, users, body, message
 
 
 def test_a_decoder_whose_shape_or_type_changes_is_told_so(tmp_path, users):
-    users("import numpy as np\ndef f(content):\n    return np.zeros(len(content), 'f4' if content < b'm' else 'f8')\n")
+    users(
+        "import numpy as np\ndef f(content):\n    return np.zeros(len(content), 'f4' if content < b'm' else 'f8')\n"
+    )
     shards = opened(tmp_path, "txt", [b"ab", b"abc", b"xy"], decoders={"txt": "mine:f"})
-    assert "sample 1: is float32 [3], the first sample float32 [2]" in refusal(shards.inputs, [0, 1])
-    assert "sample 2: is float64 [2], the first sample float32 [2]" in refusal(shards.inputs, [0, 2])
+    assert "sample 1: is float32 [3], the first sample float32 [2]" in refusal(
+        shards.inputs, [0, 1]
+    )
+    assert "sample 2: is float64 [2], the first sample float32 [2]" in refusal(
+        shards.inputs, [0, 2]
+    )
 
 
 def test_texts_and_json_without_a_decoder_of_ones_own(tmp_path):
@@ -121,7 +140,11 @@ def test_npy_keeps_its_type_and_refuses_the_rest(tmp_path):
 
 
 def test_hashed_ngrams_see_characters_and_not_their_case_or_spacing():
-    a, b, c = hashed_ngrams(b"Soybean farming"), hashed_ngrams(b"  soybean   FARMING "), hashed_ngrams(b"soy farm")
+    a, b, c = (
+        hashed_ngrams(b"Soybean farming"),
+        hashed_ngrams(b"  soybean   FARMING "),
+        hashed_ngrams(b"soy farm"),
+    )
     assert (a == b).all() and abs(np.linalg.norm(a) - 1) < 1e-6
     assert 0 < a @ c < 1 and hashed_ngrams(b"").sum() > 0
     assert a @ hashed_ngrams(b"Soybean farms") > 2 * abs(a @ hashed_ngrams(b"quick zephyr"))

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from shardsets import CLASSES, members_of, picture, write_tar, write_uneven
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
+from trainer.commands.shards import main
 from trainer.data import fetching, open_shards
-from trainer.data.commands import main
 from trainer.data.patterns import url_name
 
 
@@ -27,7 +27,9 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        fault = self.server.faults.pop(0) if self.server.faults and self.path.endswith(".tar") else None
+        fault = (
+            self.server.faults.pop(0) if self.server.faults and self.path.endswith(".tar") else None
+        )
         if fault == "silent":
             self.close_connection = True
         elif fault == "short":
@@ -100,14 +102,18 @@ def forget(data) -> None:
 BRACES = "{}/train-{{000000..000002}}.tar"
 
 
-@pytest.mark.parametrize("pattern", [BRACES, "{0}/train-000000.tar::{0}/train-{{000001..000002}}.tar", "{}", "{}/"])
+@pytest.mark.parametrize(
+    "pattern", [BRACES, "{0}/train-000000.tar::{0}/train-{{000001..000002}}.tar", "{}", "{}/"]
+)
 def test_shards_behind_urls_are_those_on_disk(served, data, pattern):
     local = open_shards(str(served.directory), Data(), "train")
     remote = open_shards(pattern.format(served.url), data, "train")
     assert remote.fingerprint == local.fingerprint and remote.class_names == CLASSES
     ids = np.arange(18)
     assert (remote.inputs(ids) == local.inputs(ids)).all() and remote.keys(ids) == local.keys(ids)
-    from trainer.data import MeasuringStream  # here, for the processes that are started below need no torch
+    from trainer.data import (
+        MeasuringStream,  # here, for the processes that are started below need no torch
+    )
 
     batches = list(MeasuringStream(remote, 4).loader())
     assert sorted(int(i) for batch in batches for i in batch.ids) == list(range(18))
@@ -176,24 +182,38 @@ def test_renewed_shards_are_fetched_anew(served, data):
     "pattern, message",
     [
         ("{url}/train-000009.tar", "its manifest has no shard 'train-000009.tar'"),
-        ("{url}/sub/train-0.tar", "/sub/train-0.tar: cannot be fetched: the server answers with an error, such as 404"),
+        (
+            "{url}/sub/train-0.tar",
+            "/sub/train-0.tar: cannot be fetched: the server answers with an error, such as 404",
+        ),
         ("{url}/sub", "/sub has no manifest.json: name its shards"),
         ("{url}/train-*.tar", "a URL cannot have *"),
         ("{url}/train-{{0..", "the braces do not match"),
         ("{url}/train-000000.tar::{url}/train-{{000000..000002}}.tar", "/train-000000.tar 2 times"),
-        ("http://127.0.0.1:9/train-0.tar", ":9/manifest.json: cannot be fetched: the connection is refused"),
+        (
+            "http://127.0.0.1:9/train-0.tar",
+            ":9/manifest.json: cannot be fetched: the connection is refused",
+        ),
         ("pipe:exit 3", "pipe:exit 3: cannot be fetched: exit code 3"),
         ("pipe:true", "pipe:true: cannot be fetched: it is empty"),
         ("nonsense:thing", "no train shard matches"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_url_gets_one_line(served, data, pattern, message):
     assert message in refusal(open_shards, pattern.format(url=served.url), data, "train")
 
 
 def test_a_wrong_url_is_the_users_mistake_for_the_command_too(served, data):
-    command = [sys.executable, "-m", "trainer", "shards", "validate", f"{served.url}/sub/train-0.tar", "--fetch-dir",
-               data.fetch_dir]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "shards",
+        "validate",
+        f"{served.url}/sub/train-0.tar",
+        "--fetch-dir",
+        data.fetch_dir,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert f"{served.url}/sub/train-0.tar: cannot be fetched" in done.stderr
@@ -207,7 +227,9 @@ def test_compressed_shards_are_refused_with_the_remedy(served, data):
     assert "is compressed; `pipe:curl -sf URL | gunzip`" in refusal(
         open_shards, f"{served.url}/train-000000.tar", options, "train"
     )
-    unpacked = open_shards(f"pipe:curl -sf {served.url}/train-000000.tar | gunzip", options, "train")
+    unpacked = open_shards(
+        f"pipe:curl -sf {served.url}/train-000000.tar | gunzip", options, "train"
+    )
     assert unpacked.num_samples == 4
 
 
@@ -244,11 +266,14 @@ def test_the_config_names_the_manifest_of_a_pipe(served, data, tmp_path):
 @pytest.mark.parametrize(
     "url, name",
     [
-        ("http://host/d/train-0.tar", "train-0.tar"), ("https://host/train-0.tar?X-Sig=a/b.c", "train-0.tar"),
-        ("pipe:ssh host 'cat /data/train-0.tar'", "train-0.tar"), ("s3://bucket/a.b/train-0.tar", "train-0.tar"),
-        ("pipe:curl -sf http://host/x.tar.gz | gunzip", "x.tar.gz"), ("pipe:make shards", "pipe:make shards"),
+        ("http://host/d/train-0.tar", "train-0.tar"),
+        ("https://host/train-0.tar?X-Sig=a/b.c", "train-0.tar"),
+        ("pipe:ssh host 'cat /data/train-0.tar'", "train-0.tar"),
+        ("s3://bucket/a.b/train-0.tar", "train-0.tar"),
+        ("pipe:curl -sf http://host/x.tar.gz | gunzip", "x.tar.gz"),
+        ("pipe:make shards", "pipe:make shards"),
     ],
-)  # fmt: skip
+)
 def test_a_url_is_known_to_its_manifest_by_its_file_name(url, name):
     assert url_name(url) == name
 
@@ -268,8 +293,12 @@ def test_the_least_recently_used_shard_makes_room(served, data):
         open_shards(f"{served.url}/train-{shard:06d}.tar", options, "train")
         forget(data)
         for path in kept(data):  # a clock that ticks between uses
-            os.utime(path, ns=(path.stat().st_atime_ns - 10**9 * (3 - turn), path.stat().st_mtime_ns))
-    options = data.model_copy(update={"fetch_bytes": sum(map(size_of, Path(data.fetch_dir).iterdir())) + 10_000})
+            os.utime(
+                path, ns=(path.stat().st_atime_ns - 10**9 * (3 - turn), path.stat().st_mtime_ns)
+            )
+    options = data.model_copy(
+        update={"fetch_bytes": sum(map(size_of, Path(data.fetch_dir).iterdir())) + 10_000}
+    )
     open_shards(f"{served.url}/train-000002.tar", options, "train")
     asked = asked_for(served)
     open_shards(f"{served.url}/train-000000.tar", options, "train")
@@ -313,7 +342,10 @@ def _hold(pattern, data, opened, enough):
 def test_processes_that_ask_at_once_fetch_each_shard_once(served, data):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_open, args=(BRACES.format(served.url), data, results)) for _ in range(3)]
+    processes = [
+        context.Process(target=_open, args=(BRACES.format(served.url), data, results))
+        for _ in range(3)
+    ]
     for process in processes:
         process.start()
     assert [results.get(timeout=60) for _ in processes] == [18, 18, 18]
@@ -326,7 +358,9 @@ def _open(pattern, data, results):
     results.put(len(open_shards(pattern, data, "train").inputs(np.arange(18))))
 
 
-def test_a_set_that_the_manifest_says_is_too_large_is_refused_before_anything_is_fetched(served, data):
+def test_a_set_that_the_manifest_says_is_too_large_is_refused_before_anything_is_fetched(
+    served, data
+):
     options = data.model_copy(update={"fetch_bytes": 20_000})
     assert "3 shards of" in refusal(open_shards, BRACES.format(served.url), options, "train")
     assert asked_for(served) == []
@@ -336,7 +370,9 @@ def test_a_shard_larger_than_the_limit_is_refused_while_it_comes(served, data, t
     large = tmp_path / "large.tar"
     write_tar(large, [("a.cls", b"0"), ("a.npy", os.urandom(3 << 20))])
     options = data.model_copy(update={"fetch_bytes": 2 << 20, "classes": 7})
-    assert "more than data.fetch_bytes = 2097152" in refusal(open_shards, f"pipe:cat {large}", options, "train")
+    assert "more than data.fetch_bytes = 2097152" in refusal(
+        open_shards, f"pipe:cat {large}", options, "train"
+    )
     assert not list(Path(data.fetch_dir).glob("*.part")) and not kept(data)
 
 
@@ -344,7 +380,9 @@ def test_a_disk_smaller_than_one_shard_is_one_clear_error(served, data, monkeypa
     usage = shutil._ntuple_diskusage(10_000, 5_000, 5_000)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage)
     message = refusal(open_shards, BRACES.format(served.url), data, "train")
-    assert "has 5000 left; set data.fetch_dir to a place on a larger one" in message and not kept(data)
+    assert "has 5000 left; set data.fetch_dir to a place on a larger one" in message and not kept(
+        data
+    )
 
 
 def test_half_files_of_a_killed_process_are_cleared_away(served, data):
@@ -367,7 +405,9 @@ def test_validate_reads_urls(served, data, capsys):
     forget(data)
     shutil.rmtree(data.fetch_dir)
     assert main(arguments) == 1
-    assert f"{served.url}/train-000001.tar: 00004 has only the member .cls" in capsys.readouterr().err
+    assert (
+        f"{served.url}/train-000001.tar: 00004 has only the member .cls" in capsys.readouterr().err
+    )
 
 
 def test_index_describes_shards_behind_urls(served, data, tmp_path):
@@ -390,10 +430,24 @@ def test_from_webdataset_rewrites_what_lies_behind_urls(served, data, tmp_path, 
         path = served.directory / "train-000001.tar"
         path.write_bytes(gzip.compress(path.read_bytes()))
     out = tmp_path / "out"
-    assert main(["from-webdataset", BRACES.format(served.url), "--out", str(out), "--fetch-dir", data.fetch_dir]) == 0
+    assert (
+        main(
+            [
+                "from-webdataset",
+                BRACES.format(served.url),
+                "--out",
+                str(out),
+                "--fetch-dir",
+                data.fetch_dir,
+            ]
+        )
+        == 0
+    )
     assert open_shards(str(out), Data(), "train").num_samples == 18
     served.faults += ["short"] * 9
     forget(data)
     shutil.rmtree(data.fetch_dir)
     options = ["--out", str(tmp_path / "b"), "--damage", "skip", "--fetch-dir", data.fetch_dir]
-    assert "cannot be fetched" in refusal(main, ["from-webdataset", BRACES.format(served.url), *options])
+    assert "cannot be fetched" in refusal(
+        main, ["from-webdataset", BRACES.format(served.url), *options]
+    )

@@ -15,8 +15,8 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from trainer.config import UserError
-from trainer.data import glyphs as g
+from pipeline.config import UserError
+from trainer.data.authoring import glyphs as g
 
 STILL = g.Distortion().times(0)
 SMALL = {"train": 3, "val": 2}
@@ -45,15 +45,21 @@ def render(directory, **options):
 @pytest.fixture(scope="module")
 def default_glyphs():
     faces = g.find_faces()
-    characters = "".join(chr(code) for low, high in g.DEFAULT_RANGES for code in range(low, high + 1))
-    return g.draw_glyphs(faces, "".join(c for c in characters if g._is_symbol(ord(c))), 28, g.DEFAULT_MIN_FACES)
+    characters = "".join(
+        chr(code) for low, high in g.DEFAULT_RANGES for code in range(low, high + 1)
+    )
+    return g.draw_glyphs(
+        faces, "".join(c for c in characters if g._is_symbol(ord(c))), 28, g.DEFAULT_MIN_FACES
+    )
 
 
 def test_the_default_faces_give_more_than_a_thousand_classes_of_five_faces_each(default_glyphs):
     assert len(default_glyphs.characters) >= 1000
     assert default_glyphs.count.min() >= 5 and default_glyphs.count.max() <= 12
     assert len(set(default_glyphs.class_names)) == len(default_glyphs.class_names)
-    scripts = {name.split(" ")[2] for name in default_glyphs.class_names if len(name.split(" ")) > 2}
+    scripts = {
+        name.split(" ")[2] for name in default_glyphs.class_names if len(name.split(" ")) > 2
+    }
     assert {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN"} <= scripts
 
 
@@ -62,7 +68,9 @@ def test_characters_that_look_the_same_in_every_face_are_one_class(default_glyph
     assert of["A"] == "A\u0391"  # Alpha; Cyrillic A is drawn otherwise in DejaVu Serif
     assert set("O\u041e\u039f") <= set(of["O"])
     assert of["O"] != of["0"] and of["c"] != of["C"]
-    entry = next(entry for entry in g.merged(default_glyphs) if entry["name"].startswith("B U+0042"))
+    entry = next(
+        entry for entry in g.merged(default_glyphs) if entry["name"].startswith("B U+0042")
+    )
     assert entry["characters"] == [
         "B U+0042 LATIN CAPITAL LETTER B",
         "\u0392 U+0392 GREEK CAPITAL LETTER BETA",
@@ -87,14 +95,27 @@ def test_shards_manifest_and_merge_list_agree(tmp_path):
     assert made.characters == ["A\u0391", "B"]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["classes"] == made.class_names
-    assert made.class_names == ["A U+0041 LATIN CAPITAL LETTER A", "B U+0042 LATIN CAPITAL LETTER B"]
-    assert {split: facts["samples"] for split, facts in manifest["splits"].items()} == {"train": 6, "val": 4}
-    assert manifest["splits"]["train"]["shards"][0]["class_counts"] == dict.fromkeys(made.class_names, 3)
+    assert made.class_names == [
+        "A U+0041 LATIN CAPITAL LETTER A",
+        "B U+0042 LATIN CAPITAL LETTER B",
+    ]
+    assert {split: facts["samples"] for split, facts in manifest["splits"].items()} == {
+        "train": 6,
+        "val": 4,
+    }
+    assert manifest["splits"]["train"]["shards"][0]["class_counts"] == dict.fromkeys(
+        made.class_names, 3
+    )
     assert manifest["made_by"]["distortion"]["rotation"] == g.Distortion().rotation
-    assert [entry["class"] for entry in json.loads((tmp_path / "out" / "merged.json").read_text())] == [0]
+    assert [
+        entry["class"] for entry in json.loads((tmp_path / "out" / "merged.json").read_text())
+    ] == [0]
     found = samples(tmp_path / "out", "train")
     assert sorted(found) == [f"train-000{code}-0000{k}" for code in (41, 42) for k in range(3)]
-    assert all(label == int("-00042-" in key) and pixels.shape == (28, 28) for key, (label, pixels) in found.items())
+    assert all(
+        label == int("-00042-" in key) and pixels.shape == (28, 28)
+        for key, (label, pixels) in found.items()
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
@@ -103,7 +124,10 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp
     for name, processes, seed in (("one", 1, 3), ("two", 2, 3), ("other", 1, 4)):
         render(tmp_path / name, processes=processes, seed=seed)
     shards = [f"train-00000{number}.tar" for number in range(4)]  # 18 images
-    files = {name: [(tmp_path / name / shard).read_bytes() for shard in shards] for name in ("one", "two", "other")}
+    files = {
+        name: [(tmp_path / name / shard).read_bytes() for shard in shards]
+        for name in ("one", "two", "other")
+    }
     assert files["one"] == files["two"] != files["other"]
     assert not list((tmp_path / "two").glob(".*"))
     manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())["splits"]["train"]
@@ -175,7 +199,9 @@ def test_elastic_displacements_have_the_stated_size_at_the_control_points():
     normal = np.sqrt(-2 * np.log1p(-u[:, 0::2])) * np.cos(2 * np.pi * u[:, 1::2])
     assert normal.std() == pytest.approx(1, rel=0.01)
     shares = g._bicubic(5, 29)  # every 7th pixel of 29 lies on a control point
-    assert torch.allclose(shares.view(25, 29, 29)[:, ::7, ::7].reshape(25, 25), torch.eye(25), atol=1e-6)
+    assert torch.allclose(
+        shares.view(25, 29, 29)[:, ::7, ::7].reshape(25, 25), torch.eye(25), atol=1e-6
+    )
 
 
 def test_strength_multiplies_every_amplitude_and_not_the_grid():
@@ -228,7 +254,9 @@ def not_a_font(tmp_path):
 )
 def test_mistakes_are_named_and_leave_nothing_behind(tmp_path, options, message):
     if "fonts" in options:
-        options = options | {"fonts": [font(tmp_path) if callable(font) else font for font in options["fonts"]]}
+        options = options | {
+            "fonts": [font(tmp_path) if callable(font) else font for font in options["fonts"]]
+        }
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match=re.escape(message)):
         render(tmp_path / "out", **options)
@@ -243,7 +271,10 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    alive, dead = (tmp_path / f".out.unfinished-{platform.node()}-{number}" for number in (os.getppid(), 2**22 + 1))
+    alive, dead = (
+        tmp_path / f".out.unfinished-{platform.node()}-{number}"
+        for number in (os.getppid(), 2**22 + 1)
+    )
     alive.mkdir()
     dead.mkdir()
     render(tmp_path / "out", classes="AB")
@@ -288,15 +319,37 @@ def command(*arguments):
 
 def test_the_command_takes_characters_files_and_distortions(tmp_path):
     (tmp_path / "classes.txt").write_text("A B C\nD")
-    result = command("--out", tmp_path / "out", "--classes", tmp_path / "classes.txt", "--train", 2, "--val", 1,
-                     "--test", 1, "--strength", 0.5, "--rotation", 20)  # fmt: skip
+    result = command(
+        "--out",
+        tmp_path / "out",
+        "--classes",
+        tmp_path / "classes.txt",
+        "--train",
+        2,
+        "--val",
+        1,
+        "--test",
+        1,
+        "--strength",
+        0.5,
+        "--rotation",
+        20,
+    )
     assert result.exit_code == 0, result.output
-    assert "4 classes, 0 of several characters (merged.json); images: train 8, val 4, test 4" in result.output
+    assert (
+        "4 classes, 0 of several characters (merged.json); images: train 8, val 4, test 4"
+        in result.output
+    )
     made_by = json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]
     assert made_by["distortion"]["rotation"] == 10.0
     assert isinstance(command("--out", tmp_path / "out").exception, UserError)
-    assert command("--out", tmp_path / "out", "--classes", "AB", "--train", 1, "--overwrite").exit_code == 0
-    assert g.read_classes("12") == 12 and g.read_classes("AB") == "AB" and g.read_classes(None) is None
+    assert (
+        command("--out", tmp_path / "out", "--classes", "AB", "--train", 1, "--overwrite").exit_code
+        == 0
+    )
+    assert (
+        g.read_classes("12") == 12 and g.read_classes("AB") == "AB" and g.read_classes(None) is None
+    )
     assert g.read_classes("x" * 5000) == "x" * 5000
     with pytest.raises(UserError, match="no such file of characters"):
         g.read_classes(str(tmp_path / "absent.txt"))
@@ -317,6 +370,9 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     # The workers hold the pipe open: reading it to its end waits for the last of them.
     root = os.path.dirname(os.path.dirname(os.path.dirname(g.__file__)))
     ended = subprocess.run(
-        [sys.executable, script, tmp_path], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": root}, timeout=60
+        [sys.executable, script, tmp_path],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": root},
+        timeout=60,
     )
     assert ended.returncode == -9

@@ -14,7 +14,9 @@ def seven(tmp_path_factory):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5])
-def test_each_example_of_7_uneven_shards_is_measured_once_by_all_ranks_together(seven, ranks, batch_size):
+def test_each_example_of_7_uneven_shards_is_measured_once_by_all_ranks_together(
+    seven, ranks, batch_size
+):
     assert np.array_equal(times_seen(seven, batch_size, ranks, workers=0), np.ones(len(seven)))
 
 

@@ -95,7 +95,9 @@ def test_class_sorted_samples_are_mixed_as_by_a_fair_draw():
     distinct = [len(np.unique(labels[batch])) for batch in ids.reshape(-1, 100)]
     # A batch's number has a standard deviation of 3.0 (the occupancy problem's), the mean of 200 one of 0.21.
     assert np.mean(distinct) == pytest.approx(expected_distinct([50] * 100, 100), abs=4 * 0.21)
-    assert min(distinct) > 63.7 - 5 * 3.0  # samples in file order, or a buffer of 1,000, would start with 2 to 20
+    assert (
+        min(distinct) > 63.7 - 5 * 3.0
+    )  # samples in file order, or a buffer of 1,000, would start with 2 to 20
 
 
 def test_an_exponent_beyond_1_is_refused():

@@ -8,11 +8,15 @@ import pytest
 import webdataset
 from shardsets import CLASSES, label_of, sample, write_split, write_tar, write_uneven
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
 from trainer.data import open_routed, open_shards, route
 from trainer.data.tars import scan_tar
 
-GROUPS = {0: np.array([0, 1, 2]), 3: np.array([1, 2, 4]), 4: np.array([0, 1, 2, 4])}  # no square is 3, 5 or 6 modulo 7
+GROUPS = {
+    0: np.array([0, 1, 2]),
+    3: np.array([1, 2, 4]),
+    4: np.array([0, 1, 2, 4]),
+}  # no square is 3, 5 or 6 modulo 7
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,12 @@ def test_every_group_holds_every_sample_of_its_classes_once(shards, tmp_path, mo
         assert routed.labels[ids].tolist() == shards.labels[expected].tolist()
         assert (routed.inputs(ids) == shards.inputs(expected)).all()
         assert routed.class_names == shards.class_names
-        assert [raw["png"] for raw in routed.raw(ids)] == [raw["png"] for raw in shards.raw(expected)]
-        assert [routed.where(sample) for sample in ids] == [shards.where(sample) for sample in expected]
+        assert [raw["png"] for raw in routed.raw(ids)] == [
+            raw["png"] for raw in shards.raw(expected)
+        ]
+        assert [routed.where(sample) for sample in ids] == [
+            shards.where(sample) for sample in expected
+        ]
     assert sorted(place.name for place in tmp_path.iterdir()) == ["000", "003", "004"]
 
 
@@ -49,7 +57,9 @@ def test_one_pass_reads_each_sample_once_however_many_groups_want_it(shards, tmp
     monkeypatch.setattr(type(shards), "read_raw", counting)
     monkeypatch.setattr("trainer.data.routing.CHUNK", 16)
     route(shards, GROUPS, tmp_path, "copy")
-    assert set(read.values()) == {1} and len(read) == 150  # every square belongs to one of the groups
+    assert (
+        set(read.values()) == {1} and len(read) == 150
+    )  # every square belongs to one of the groups
     assert order == sorted(order)
 
 
@@ -57,11 +67,19 @@ def test_routed_copies_are_plain_webdatasets(shards, tmp_path):
     route(shards, GROUPS, tmp_path, "copy")
     members = GROUPS[3]
     numbers = [n for n in range(150) if label_of(n) in members]
-    read = list(webdataset.WebDataset(f"{tmp_path}/003/routed-{{000000..000000}}.tar", shardshuffle=False))
+    read = list(
+        webdataset.WebDataset(f"{tmp_path}/003/routed-{{000000..000000}}.tar", shardshuffle=False)
+    )
     assert [int(item["__key__"]) for item in read] == numbers
     assert all(item["png"] == sample(n)["png"] for item, n in zip(read, numbers, strict=True))
     assert [int(item["cls"]) for item in read] == [label_of(n) for n in numbers]
-    decoded = next(iter(webdataset.WebDataset(f"{tmp_path}/003/routed-000000.tar", shardshuffle=False).decode("l8")))
+    decoded = next(
+        iter(
+            webdataset.WebDataset(f"{tmp_path}/003/routed-000000.tar", shardshuffle=False).decode(
+                "l8"
+            )
+        )
+    )
     assert decoded["png"].shape == (6, 5)
     manifest = json.loads((tmp_path / "003/manifest.json").read_text())
     (entry,) = manifest["splits"]["routed"]["shards"]
@@ -73,11 +91,18 @@ def test_raw_members_keep_their_bytes_whatever_they_are(tmp_path):
     directory = tmp_path / "set"
     directory.mkdir()
     facts = [{"label": n % 3, "note": f"sample {n}"} for n in range(9)]
-    write_tar(directory / "train-0.tar", [
-        (f"{n}.{extension}", content) for n, fact in enumerate(facts)
-        for extension, content in (("json", json.dumps(fact).encode()), ("seg.png", b"mask %d" % n),
-                                   ("png", sample(n)["png"]))
-    ])  # fmt: skip
+    write_tar(
+        directory / "train-0.tar",
+        [
+            (f"{n}.{extension}", content)
+            for n, fact in enumerate(facts)
+            for extension, content in (
+                ("json", json.dumps(fact).encode()),
+                ("seg.png", b"mask %d" % n),
+                ("png", sample(n)["png"]),
+            )
+        ],
+    )
     shards = open_shards(str(directory), Data(label="json:label", input="png", classes=3), "train")
     route(shards, {0: np.array([1])}, tmp_path / "routed", "copy")
     routed, ids = open_routed(tmp_path / "routed/000", shards)
@@ -89,10 +114,17 @@ def test_raw_members_keep_their_bytes_whatever_they_are(tmp_path):
 def test_the_size_is_said_beforehand_and_bounds_all_groups_together(shards, tmp_path, mode):
     said = []
     route(shards, GROUPS, tmp_path / "a", mode, say=said.append)
-    total = sum(json.loads(path.read_text())["bytes"] for path in (tmp_path / "a").glob("*/routed.json"))
+    total = sum(
+        json.loads(path.read_text())["bytes"] for path in (tmp_path / "a").glob("*/routed.json")
+    )
     samples = sum(np.isin(shards.labels, members).sum() for members in GROUPS.values())
-    assert said == [f"routing {samples} samples (of 150) to 3 groups by {mode}: {total / 2**20:.1f} MiB"]
-    with pytest.raises(UserError, match=f"routing by {mode} takes {total} bytes, above route.max_bytes = {total - 1}"):
+    assert said == [
+        f"routing {samples} samples (of 150) to 3 groups by {mode}: {total / 2**20:.1f} MiB"
+    ]
+    with pytest.raises(
+        UserError,
+        match=f"routing by {mode} takes {total} bytes, above route.max_bytes = {total - 1}",
+    ):
         route(shards, GROUPS, tmp_path / "b", mode, total - 1, said.append)
     assert len(said) == 2 and not (tmp_path / "b").exists()
     route(shards, GROUPS, tmp_path / "b", mode, total, said.append)
@@ -103,21 +135,28 @@ def test_the_announced_size_of_a_copy_is_the_size_on_disk(shards, tmp_path):
     for place in tmp_path.iterdir():
         facts = json.loads((place / "routed.json").read_text())
         (tar,) = place.glob("*.tar")
-        assert 0 <= tar.stat().st_size + 8 * facts["samples"] - facts["bytes"] <= 10240  # tar's end marks fill a record
+        assert (
+            0 <= tar.stat().st_size + 8 * facts["samples"] - facts["bytes"] <= 10240
+        )  # tar's end marks fill a record
 
 
 def test_more_groups_than_files_may_be_open_take_more_passes(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.routing.OPEN_WRITERS", 2)
     route(shards, GROUPS, tmp_path, "copy")
     for number, members in GROUPS.items():
-        assert len(open_routed(tmp_path / f"{number:03d}", shards)[1]) == np.isin(shards.labels, members).sum()
+        assert (
+            len(open_routed(tmp_path / f"{number:03d}", shards)[1])
+            == np.isin(shards.labels, members).sum()
+        )
 
 
 def test_damaged_samples_are_not_copied_but_counted(tmp_path):
     directory = tmp_path / "set"
     directory.mkdir()
     write_uneven(directory, [30, 30])
-    lenient, strict = (open_shards(str(directory), Data(damage=damage), "train") for damage in ("skip", "strict"))
+    lenient, strict = (
+        open_shards(str(directory), Data(damage=damage), "train") for damage in ("skip", "strict")
+    )
     with tarfile.open(directory / "train-000000.tar") as tar:
         place = tar.getmember("00011.png").offset_data
     with open(directory / "train-000000.tar", "r+b") as file:
@@ -152,8 +191,14 @@ def test_texts_and_arrays_are_routed_as_they_are(tmp_path):
     np.save(array, np.arange(4.0))
     directory = tmp_path / "set"
     directory.mkdir()
-    write_tar(directory / "train-0.tar", [(f"{n}.{e}", c) for n in range(4) for e, c in
-                                          (("cls", b"%d" % (n % 2)), ("npy", array.getvalue()))])  # fmt: skip
+    write_tar(
+        directory / "train-0.tar",
+        [
+            (f"{n}.{e}", c)
+            for n in range(4)
+            for e, c in (("cls", b"%d" % (n % 2)), ("npy", array.getvalue()))
+        ],
+    )
     shards = open_shards(str(directory), Data(classes=2), "train")
     route(shards, {0: np.array([1])}, tmp_path / "routed", "copy")
     routed, ids = open_routed(tmp_path / "routed/000", shards)

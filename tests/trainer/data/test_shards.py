@@ -7,9 +7,19 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
-from shardsets import CLASSES, label_of, members_of, picture, png, sample, write_split, write_tar, write_uneven
+from shardsets import (
+    CLASSES,
+    label_of,
+    members_of,
+    picture,
+    png,
+    sample,
+    write_split,
+    write_tar,
+    write_uneven,
+)
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
 from trainer.data import ShardWriter, open_shards, write_manifest
 from trainer.data.tars import index_path, load_index, scan_tar
 
@@ -29,7 +39,10 @@ def test_webdataset_reads_what_we_write(tmp_path):
     urls = str(tmp_path / "train-{000000..000002}.tar")
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [item["__key__"] for item in read] == [f"{n:05d}" for n in range(25)]
-    assert all(item["png"] == sample(n)["png"] and int(item["cls"]) == label_of(n) for n, item in enumerate(read))
+    assert all(
+        item["png"] == sample(n)["png"] and int(item["cls"]) == label_of(n)
+        for n, item in enumerate(read)
+    )
 
 
 def test_the_manifest_counts_what_the_shards_hold(tmp_path):
@@ -66,12 +79,17 @@ def test_a_split_is_not_overwritten_unasked(tmp_path):
     assert "already holds train shards" in refusal(ShardWriter, tmp_path, "train", CLASSES)
     with ShardWriter(tmp_path, "train", CLASSES, overwrite=True) as writer:
         writer.write(sample(0))
-    assert sorted(file.name for file in tmp_path.glob("train*")) == ["train-000000.tar", "train-000000.tar.index.npz"]
+    assert sorted(file.name for file in tmp_path.glob("train*")) == [
+        "train-000000.tar",
+        "train-000000.tar.index.npz",
+    ]
 
 
 def test_a_writer_refuses_labels_and_keys_that_no_reader_would_understand(tmp_path):
     with ShardWriter(tmp_path, "train", CLASSES) as writer:
-        assert "class 7 is not in 0..6" in refusal(writer.write, {"__key__": "a", "cls": b"7", "png": b""})
+        assert "class 7 is not in 0..6" in refusal(
+            writer.write, {"__key__": "a", "cls": b"7", "png": b""}
+        )
         with pytest.raises(ValueError, match="dots"):
             writer.write({"__key__": "a.b", "cls": b"0", "png": b""})
 
@@ -82,7 +100,9 @@ def test_splits_of_one_manifest_share_their_classes(tmp_path):
     assert open_shards(str(tmp_path), Data(), "val").num_samples == 3
     with ShardWriter(tmp_path, "test", ["other"]) as writer:
         writer.write({"__key__": "a", "cls": b"0", "png": b"x"})
-    assert "with other classes" in refusal(write_manifest, tmp_path, ["other"], {"test": writer.facts})
+    assert "with other classes" in refusal(
+        write_manifest, tmp_path, ["other"], {"test": writer.facts}
+    )
 
 
 def test_class_names_must_differ(tmp_path):
@@ -106,16 +126,24 @@ def test_a_shard_set_is_what_was_written(uneven):
 
 def test_patterns_that_mean_the_same_give_the_same_set(uneven):
     patterns = [
-        f"{uneven}", f"{uneven}/", f"{uneven}/train-{{000000..000006}}.tar", f"{uneven}/train-*.tar",
+        f"{uneven}",
+        f"{uneven}/",
+        f"{uneven}/train-{{000000..000006}}.tar",
+        f"{uneven}/train-*.tar",
         f"{uneven}/train-{{000000..000003}}.tar::{uneven}/train-00000[456].tar",
-    ]  # fmt: skip
+    ]
     labels = [open_shards(pattern, Data(), "train").labels.tolist() for pattern in patterns]
     assert all(found == labels[0] for found in labels)
 
 
 def test_the_fingerprint_knows_content_not_place(tmp_path):
-    a, b, c = (write_split(tmp_path / name, count) for name, count in (("a", 9), ("b", 9), ("c", 10)))
-    a, b, c = (open_shards(str(place / "train-000000.tar"), Data(), "train").fingerprint for place in (a, b, c))
+    a, b, c = (
+        write_split(tmp_path / name, count) for name, count in (("a", 9), ("b", 9), ("c", 10))
+    )
+    a, b, c = (
+        open_shards(str(place / "train-000000.tar"), Data(), "train").fingerprint
+        for place in (a, b, c)
+    )
     assert a == b != c
 
 
@@ -151,14 +179,18 @@ def test_a_manifest_whose_total_is_not_that_of_its_shards_is_refused(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["splits"]["train"]["samples"] = 10
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert "split train has 10 samples, its shards 9" in refusal(open_shards, str(tmp_path), Data(), "train")
+    assert "split train has 10 samples, its shards 9" in refusal(
+        open_shards, str(tmp_path), Data(), "train"
+    )
 
 
 def test_without_a_manifest_the_config_says_how_many_classes_there_are(tmp_path):
     write_tar(tmp_path / "train-0.tar", members_of(range(9)))
     assert "set data.classes" in refusal(open_shards, str(tmp_path), Data(), "train")
     assert open_shards(str(tmp_path), Data(classes=9), "train").num_classes == 9
-    assert "label 4, which is none of the 3" in refusal(open_shards, str(tmp_path), Data(classes=3), "train")
+    assert "label 4, which is none of the 3" in refusal(
+        open_shards, str(tmp_path), Data(classes=3), "train"
+    )
 
 
 def test_the_config_may_not_contradict_the_manifest(uneven):
@@ -174,16 +206,34 @@ def test_directories_of_different_classes_do_not_mix(uneven, tmp_path):
 
 def test_labels_come_from_a_json_field(tmp_path):
     def item(number, value):
-        return [(f"{number}.json", json.dumps({"label": value}).encode()), (f"{number}.png", sample(number)["png"])]
+        return [
+            (f"{number}.json", json.dumps({"label": value}).encode()),
+            (f"{number}.png", sample(number)["png"]),
+        ]
 
     write_tar(tmp_path / "train-0.tar", item(0, 3) + item(1, 0))
     shards = open_shards(str(tmp_path), Data(label="json:label", classes=7), "train")
     assert shards.labels.tolist() == [3, 0] and shards.inputs([1]).shape == (1, 1, 6, 5)
     (named := tmp_path / "named").mkdir()
     names = write_tar(named / "train-1.tar", item(0, "1") + item(1, "0"))
-    write_manifest(named, ["1", "0"], {"train": {"samples": 2, "shards": [
-        {"name": "train-1.tar", "samples": 2, "bytes": 0, "sha256": scan_tar(names, "json:label").sha256,
-         "class_counts": {"1": 1, "0": 1}}]}})  # fmt: skip
+    write_manifest(
+        named,
+        ["1", "0"],
+        {
+            "train": {
+                "samples": 2,
+                "shards": [
+                    {
+                        "name": "train-1.tar",
+                        "samples": 2,
+                        "bytes": 0,
+                        "sha256": scan_tar(names, "json:label").sha256,
+                        "class_counts": {"1": 1, "0": 1},
+                    }
+                ],
+            }
+        },
+    )
     # A text is a class's name even where it looks like a number.
     assert open_shards(str(named), Data(label="json:label"), "train").labels.tolist() == [0, 1]
     assert "no field 'x'" in refusal(open_shards, str(names), Data(label="json:x"), "train")
@@ -195,8 +245,13 @@ def test_the_input_is_named_where_there_are_several(tmp_path):
         members += members_of([number]) + [(f"{number:05d}.txt", b"text")]
     write_tar(tmp_path / "train-0.tar", members)
     assert "members png, txt" in refusal(open_shards, str(tmp_path), Data(classes=7), "train")
-    assert open_shards(str(tmp_path), Data(classes=7, input="txt"), "train").inputs([0])[0].tobytes() == b"text"
-    assert "has no member .npy" in refusal(open_shards, str(tmp_path), Data(classes=7, input="npy"), "train")
+    assert (
+        open_shards(str(tmp_path), Data(classes=7, input="txt"), "train").inputs([0])[0].tobytes()
+        == b"text"
+    )
+    assert "has no member .npy" in refusal(
+        open_shards, str(tmp_path), Data(classes=7, input="npy"), "train"
+    )
 
 
 def test_an_unknown_extension_names_the_known_ones(tmp_path):
@@ -224,7 +279,9 @@ def test_a_touched_shard_is_recognised_and_a_changed_one_refused(tmp_path):
     open_shards(str(tmp_path), Data(classes=7), "train")
     assert load_index(shard)[1]
     write_tar(shard, members_of(range(10, 15)))
-    assert "is not the shard that was indexed" in refusal(open_shards, str(tmp_path), Data(classes=7), "train")
+    assert "is not the shard that was indexed" in refusal(
+        open_shards, str(tmp_path), Data(classes=7), "train"
+    )
     index_path(shard).unlink()
     assert open_shards(str(tmp_path), Data(classes=7), "train").num_samples == 5
 
@@ -261,8 +318,14 @@ def test_a_member_that_changes_after_opening_is_caught_by_its_checksum(tmp_path)
 def test_tars_of_other_writers_are_read(tmp_path, format):
     long = "deep/" * 30 + "sample"
     with tarfile.open(tmp_path / "train-0.tar", "w", format=format) as archive:
-        for name, content in ((f"{long}.png", sample(0)["png"]), (f"{long}.cls", b"2"), ("é.png", sample(1)["png"]),
-                              ("é.cls", b"3"), ("__meta__", b"x"), ("README", b"x")):  # fmt: skip
+        for name, content in (
+            (f"{long}.png", sample(0)["png"]),
+            (f"{long}.cls", b"2"),
+            ("é.png", sample(1)["png"]),
+            ("é.cls", b"3"),
+            ("__meta__", b"x"),
+            ("README", b"x"),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
@@ -296,18 +359,24 @@ def test_pictures_become_channels_first(tmp_path, extension):
     pixels = np.zeros((8, 6, 3), np.uint8)
     pixels[..., 1] = 200
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "jpeg" if extension.startswith("j") else extension, quality=95)
+    Image.fromarray(pixels).save(
+        file, "jpeg" if extension.startswith("j") else extension, quality=95
+    )
     found = first_of(tmp_path, extension, file.getvalue())
     assert found.shape == (3, 8, 6) and found.dtype == np.uint8
     assert abs(found.astype(int).mean((1, 2)) - [0, 200, 0]).max() < 6
 
 
 def test_each_channel_is_a_plane_of_the_picture(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (70, 1001, 3), dtype=np.uint8)  # beyond Pillow's 64 KiB buffer
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (70, 1001, 3), dtype=np.uint8
+    )  # beyond Pillow's 64 KiB buffer
     assert np.array_equal(first_of(tmp_path, "png", png(pixels)), pixels.transpose(2, 0, 1))
 
 
-@pytest.mark.parametrize("mode, channels", [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)])
+@pytest.mark.parametrize(
+    "mode, channels", [("L", 1), ("1", 1), ("RGB", 3), ("RGBA", 3), ("P", 3), ("CMYK", 3)]
+)
 def test_modes_become_gray_or_rgb(tmp_path, mode, channels):
     file = io.BytesIO()
     Image.new("RGB", (4, 4), (255, 255, 255)).convert(mode).save(file, "tiff")
@@ -343,19 +412,37 @@ def test_the_config_names_a_decoder(tmp_path):
         ("json:nothing", "no function nothing"),
         ("x", "write"),
     ):
-        assert message in refusal(open_shards, str(tmp_path), Data(classes=2, decoders={"txt": wrong}), "train")
+        assert message in refusal(
+            open_shards, str(tmp_path), Data(classes=2, decoders={"txt": wrong}), "train"
+        )
 
 
 def test_inputs_of_two_sizes_are_refused_with_the_remedy(tmp_path):
-    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.png", png(np.zeros((4, 4), np.uint8))),
-                                         ("b.cls", b"0"), ("b.png", png(np.zeros((4, 5), np.uint8)))])  # fmt: skip
+    write_tar(
+        tmp_path / "train-0.tar",
+        [
+            ("a.cls", b"0"),
+            ("a.png", png(np.zeros((4, 4), np.uint8))),
+            ("b.cls", b"0"),
+            ("b.png", png(np.zeros((4, 5), np.uint8))),
+        ],
+    )
     shards = open_shards(str(tmp_path), Data(classes=2), "train")
-    assert "sample b: is uint8 [1, 4, 5], the first sample uint8 [1, 4, 4]" in refusal(shards.inputs, [0, 1])
+    assert "sample b: is uint8 [1, 4, 5], the first sample uint8 [1, 4, 4]" in refusal(
+        shards.inputs, [0, 1]
+    )
 
 
 def test_a_gray_picture_among_coloured_ones_gets_three_equal_channels(tmp_path):
     gray = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.png", png(np.zeros((4, 4, 3), np.uint8))),
-                                         ("b.cls", b"0"), ("b.png", png(gray))])  # fmt: skip
+    write_tar(
+        tmp_path / "train-0.tar",
+        [
+            ("a.cls", b"0"),
+            ("a.png", png(np.zeros((4, 4, 3), np.uint8))),
+            ("b.cls", b"0"),
+            ("b.png", png(gray)),
+        ],
+    )
     found = open_shards(str(tmp_path), Data(classes=2), "train").inputs([1])[0]
     assert (found == gray).all() and found.shape == (3, 4, 4)

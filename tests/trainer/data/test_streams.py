@@ -6,7 +6,7 @@ import pytest
 import torch
 from shardsets import label_of, picture, sample, write_tar
 
-from trainer.config import Data, UserError
+from pipeline.config import Data, UserError
 from trainer.data import (
     MeasuringStream,
     Source,
@@ -35,7 +35,9 @@ def two_sources(shards, augment="flip-crop", batch=12):
 
 def joined(stream, first, last, world_size, workers):
     """The global batches of the steps, put together again from what the ranks' loaders give."""
-    parts = [list(stream.loader(first, last, rank, world_size, workers)) for rank in range(world_size)]
+    parts = [
+        list(stream.loader(first, last, rank, world_size, workers)) for rank in range(world_size)
+    ]
     for step in range(last - first):
         whole = {}
         for name in ("inputs", "labels", "ids", "source"):
@@ -56,7 +58,9 @@ def digest(batch):
 def test_the_global_batch_does_not_depend_on_ranks_and_workers(shards, world_size, workers):
     stream = two_sources(shards)
     expected = [digest(stream.batch(step)) for step in range(4, 9)]
-    assert [digest(batch) for batch in joined(two_sources(shards), 4, 9, world_size, workers)] == expected
+    assert [
+        digest(batch) for batch in joined(two_sources(shards), 4, 9, world_size, workers)
+    ] == expected
 
 
 def test_every_global_batch_holds_exactly_per_batch_of_each_source(shards):
@@ -68,7 +72,9 @@ def test_every_global_batch_holds_exactly_per_batch_of_each_source(shards):
 
 def test_labels_and_inputs_belong_to_their_ids(shards):
     batch = two_sources(shards, augment=None).batch(3)
-    for inputs, label, number in zip(batch.inputs, batch.labels.tolist(), batch.ids.tolist(), strict=True):
+    for inputs, label, number in zip(
+        batch.inputs, batch.labels.tolist(), batch.ids.tolist(), strict=True
+    ):
         assert label == label_of(number)
         assert (inputs[0].numpy() == picture(number)).all()
 
@@ -90,8 +96,16 @@ def test_augmentation_belongs_to_the_position_and_changes_from_epoch_to_epoch(sh
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), 25)], 0, "shift")
     plain = TrainingStream([Source(shards, shuffled(len(shards), 0), 25)], 0)
     assert len(shards) == 150
-    first = {i: x for s in range(6) for i, x in zip(stream.batch(s).ids.tolist(), stream.uniforms(s), strict=True)}
-    second = {i: x for s in range(6, 12) for i, x in zip(stream.batch(s).ids.tolist(), stream.uniforms(s), strict=True)}
+    first = {
+        i: x
+        for s in range(6)
+        for i, x in zip(stream.batch(s).ids.tolist(), stream.uniforms(s), strict=True)
+    }
+    second = {
+        i: x
+        for s in range(6, 12)
+        for i, x in zip(stream.batch(s).ids.tolist(), stream.uniforms(s), strict=True)
+    }
     assert all((first[i] != second[i]).any() for i in range(150))
     assert plain.batch(2).ids.tolist() == stream.batch(2).ids.tolist()
 
@@ -99,7 +113,9 @@ def test_augmentation_belongs_to_the_position_and_changes_from_epoch_to_epoch(sh
 def test_uniforms_are_those_of_one_long_sequence(shards):
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), 10)], 7, "flip-crop")
     long = TrainingStream([Source(shards, shuffled(len(shards), 0), 50)], 7, "flip-crop")
-    assert np.array_equal(np.concatenate([stream.uniforms(step) for step in range(5)]), long.uniforms(0))
+    assert np.array_equal(
+        np.concatenate([stream.uniforms(step) for step in range(5)]), long.uniforms(0)
+    )
 
 
 def test_a_view_does_not_depend_on_how_many_are_made_at_a_time(shards, monkeypatch):
@@ -115,7 +131,9 @@ def test_views_may_have_another_shape_and_dtype_than_the_inputs(shards, workers)
     (batch,) = stream.loader(2, 3, workers=workers)
     plain = two_sources(shards, None).batch(2).inputs.numpy()
     assert batch.inputs.dtype == torch.float64
-    assert np.array_equal(batch.inputs.numpy(), plain[..., 1:4] + stream.uniforms(2)[:, 0, None, None, None])
+    assert np.array_equal(
+        batch.inputs.numpy(), plain[..., 1:4] + stream.uniforms(2)[:, 0, None, None, None]
+    )
 
 
 def test_more_ranks_than_examples_leave_a_rank_empty_batches(shards):
@@ -186,11 +204,15 @@ def undecodable(directory, bad, count=300):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_strict_stops_at_the_first_undecodable_sample_and_names_it(tmp_path, workers):
     shards = open_shards(undecodable(tmp_path, {17}), Data(classes=7), "train")
-    with pytest.raises(UserError, match=r"train-000000.tar: sample 00017: cannot be decoded") as caught:
+    with pytest.raises(
+        UserError, match=r"train-000000.tar: sample 00017: cannot be decoded"
+    ) as caught:
         list(MeasuringStream(shards, 10).loader(workers=workers))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="sample 00017"):
-        list(TrainingStream([Source(shards, shuffled(300, 0), 10)], 0).loader(0, 30, workers=workers))
+        list(
+            TrainingStream([Source(shards, shuffled(300, 0), 10)], 0).loader(0, 30, workers=workers)
+        )
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -217,12 +239,18 @@ def test_in_training_the_next_of_the_order_stands_in_for_a_damaged_sample(tmp_pa
     assert len(stream.lost) == 1
     for world_size in (2, 3):
         again = TrainingStream([Source(shards, shuffled(300, 0), 20)], 0)
-        assert [digest(b) for b in joined(again, 0, 15, world_size, 0)] == [digest(b) for b in whole]
+        assert [digest(b) for b in joined(again, 0, 15, world_size, 0)] == [
+            digest(b) for b in whole
+        ]
 
 
 def test_skip_stops_above_the_stated_share(tmp_path):
-    shards = open_shards(undecodable(tmp_path, {3, 4, 5, 6}), Data(classes=7, damage="skip"), "train")
-    with pytest.raises(UserError, match="4 of 300 samples are damaged, above data.damage_share = 0.01"):
+    shards = open_shards(
+        undecodable(tmp_path, {3, 4, 5, 6}), Data(classes=7, damage="skip"), "train"
+    )
+    with pytest.raises(
+        UserError, match="4 of 300 samples are damaged, above data.damage_share = 0.01"
+    ):
         list(MeasuringStream(shards, 10).loader())
 
 

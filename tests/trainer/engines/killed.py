@@ -22,13 +22,19 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from toy import toy_config, write_toy  # noqa: E402
 
 from networks import load_classifier  # noqa: E402
-from trainer.checkpoints import load_checkpoint  # noqa: E402
-from trainer.config import save_config  # noqa: E402
-from trainer.run_directory import RunDirectory, complete_checkpoints  # noqa: E402
+from pipeline.config import save_config  # noqa: E402
+from pipeline.store import RunDirectory, complete_checkpoints  # noqa: E402
+from trainer.core.checkpoints import load_checkpoint  # noqa: E402
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
 KINDS = ("worker", "workers", "launcher")
-STEPS = ["train.steps=1200", "train.checkpoint_every=25", "train.log_every=25", "train.ema=0", "model.dropout=0.1"]
+STEPS = [
+    "train.steps=1200",
+    "train.checkpoint_every=25",
+    "train.log_every=25",
+    "train.ema=0",
+    "model.dropout=0.1",
+]
 TOLERANCE = {"ddp": 0.0}  # of the weights; DeepSpeed's are 1e-6
 
 
@@ -41,14 +47,29 @@ def prepare(root: Path, data: Path, engine: str) -> RunDirectory:
 
 
 def start(run: RunDirectory, ranks: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "trainer.torchrun", "--standalone", "--nproc-per-node", str(ranks), "--"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.distributed.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "--",
+    ]
     log = open(run.root / "log.txt", "ab")
-    return subprocess.Popen([*command, "generalist", "--run", str(run.root)], stdout=log, stderr=log,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)  # fmt: skip
+    return subprocess.Popen(
+        [*command, "generalist", "--run", str(run.root)],
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
 
 
 def workers(launcher: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-P", str(launcher)], capture_output=True, text=True
+    ).stdout.split()
     return [int(pid) for pid in found]
 
 
@@ -74,16 +95,23 @@ def disturbed(run: RunDirectory, kills: list[str], longest_s: float, rng: random
                 kill(process, kind, rng)
         code = process.wait(300)
         for place in complete_checkpoints(run.generalist.directory / "checkpoints"):
-            load_checkpoint(place.parent, int(place.name.removeprefix("step-")))  # what says COMPLETE can be read
+            load_checkpoint(
+                place.parent, int(place.name.removeprefix("step-"))
+            )  # what says COMPLETE can be read
         if run.generalist.is_done:
             return met
-        assert kind is not None, f"the undisturbed last attempt ended with {code}: see {run.root}/log.txt"
+        assert kind is not None, (
+            f"the undisturbed last attempt ended with {code}: see {run.root}/log.txt"
+        )
         time.sleep(0.3)  # for orphans to die with their launcher
     raise AssertionError("unreachable")
 
 
 def difference(one: RunDirectory, other: RunDirectory) -> float:
-    weights = [load_classifier(run.generalist.path("model.safetensors").parent).state_dict() for run in (one, other)]
+    weights = [
+        load_classifier(run.generalist.path("model.safetensors").parent).state_dict()
+        for run in (one, other)
+    ]
     return max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 

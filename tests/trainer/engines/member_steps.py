@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 
 from networks import InputSpec, ModelSpec, build_classifier
-from trainer.config import DEFAULT_SCHEDULE, Engine
-from trainer.distributed import process_group
+from pipeline.config import DEFAULT_SCHEDULE, Engine
+from trainer.distributed.exit import leave
+from trainer.distributed.ranks import process_group
 from trainer.engines import build_engine
-from trainer.leaving import leave
 
 K, BATCH, CLASSES, RATE, DECAY, MOMENTUM = 3, 12, 5, 0.2, 0.1, 0.5
 KINDS = ({"kind": "heads", "count": K, "blocks": 1}, {"kind": "batch", "count": K})
@@ -31,12 +31,26 @@ def main(engines: list[str]) -> None:
 def compare(engine: str, members: dict, ranks) -> None:
     name, stage = ("deepspeed", int(engine[4:])) if engine != "ddp" else ("ddp", 0)
     torch.manual_seed(0)
-    spec = ModelSpec("mlp", CLASSES, InputSpec(shape=(6,), dtype="float32"), {"width": 8, "depth": 2}, members=members)
+    spec = ModelSpec(
+        "mlp",
+        CLASSES,
+        InputSpec(shape=(6,), dtype="float32"),
+        {"width": 8, "depth": 2},
+        members=members,
+    )
     network = build_classifier(spec)
     alone, velocity = copy.deepcopy(network), {}
     steps = [(torch.randn(BATCH, 6), torch.randint(CLASSES, (K, BATCH))) for _ in range(4)]
-    schedule = DEFAULT_SCHEDULE.model_copy(update={"optimizer": "sgd", "momentum": MOMENTUM, "clip_norm": 0.0,
-                                                   "weight_decay": DECAY, "batch_size": BATCH, "ema": 0.0})  # fmt: skip
+    schedule = DEFAULT_SCHEDULE.model_copy(
+        update={
+            "optimizer": "sgd",
+            "momentum": MOMENTUM,
+            "clip_norm": 0.0,
+            "weight_decay": DECAY,
+            "batch_size": BATCH,
+            "ema": 0.0,
+        }
+    )
     driver = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
     module = driver.prepare(network, schedule)
     for number, (raw, targets) in enumerate(steps):
@@ -53,7 +67,10 @@ def compare(engine: str, members: dict, ranks) -> None:
         alone.zero_grad()
         loss_of(alone(raw), targets).backward()
         if name == "ddp":
-            check({n: p.grad for n, p in network.named_parameters()}, {n: p.grad for n, p in alone.named_parameters()})
+            check(
+                {n: p.grad for n, p in network.named_parameters()},
+                {n: p.grad for n, p in alone.named_parameters()},
+            )
         driver.step(RATE)
         step_by_hand(alone, velocity)
     check(dict(driver.export().named_parameters()), dict(alone.named_parameters()))
@@ -78,7 +95,9 @@ def step_by_hand(network, velocity: dict) -> None:
 def check(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from networks.linear_logits import LinearLogits, Targets
+from trainer.distributed.exit import leave
 from trainer.engines.sharded import OverRanks
-from trainer.leaving import leave
 
 SIZE, TOLERANCE = 6, 1e-5
 
@@ -20,7 +20,11 @@ def main(sizes: list[int], bounds: list[int]) -> None:
     dist.init_process_group("gloo")
     rank, rows, classes = dist.get_rank(), sum(sizes), bounds[-1]
     torch.manual_seed(0)
-    features, weight, bias = torch.randn(rows, SIZE), torch.randn(classes, SIZE), torch.randn(classes)
+    features, weight, bias = (
+        torch.randn(rows, SIZE),
+        torch.randn(classes, SIZE),
+        torch.randn(classes),
+    )
     labels = torch.randint(classes, (rows,))
     top = torch.randn(rows, classes).mul(3).softmax(1).topk(4)
     soft = torch.randn(rows, classes).mul(3).softmax(1)
@@ -34,7 +38,10 @@ def main(sizes: list[int], bounds: list[int]) -> None:
         "labels": (Targets.of_labels(labels[mine], classes), (labels, 0.0)),
         "smoothed": (Targets.of_labels(labels[mine], classes, 0.1), (labels, 0.1)),
         "soft": (Targets(dense=soft[mine]), (soft, 0.0)),
-        "top": (Targets.of_top(top.indices[mine], top.values[mine], classes, tail[mine]), (spread, 0.0)),
+        "top": (
+            Targets.of_top(top.indices[mine], top.values[mine], classes, tail[mine]),
+            (spread, 0.0),
+        ),
     }
     for name, (targets, (target, smoothing)) in cases.items():
         whole = [part.clone().requires_grad_() for part in (features, weight, bias)]
@@ -50,12 +57,18 @@ def main(sizes: list[int], bounds: list[int]) -> None:
 
         pairs = [(loss, held[mine]), (parts[0].grad, whole[0].grad[mine])]
         for part, all_of_it in zip(parts[1:], whole[1:], strict=True):
-            pairs.append((part.grad * dist.get_world_size(), all_of_it.grad[own]))  # ranks average their gradients
+            pairs.append(
+                (part.grad * dist.get_world_size(), all_of_it.grad[own])
+            )  # ranks average their gradients
         for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                ours, theirs, atol=TOLERANCE, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+            )
     for negatives in (2, 8, classes):
         whole = [part.clone().requires_grad_() for part in (features, weight, bias)]
-        alone, target = LinearLogits(*whole, classes).sampled(labels, negatives, torch.Generator().manual_seed(1))
+        alone, target = LinearLogits(*whole, classes).sampled(
+            labels, negatives, torch.Generator().manual_seed(1)
+        )
         held = alone.cross_entropy(Targets.of_labels(target, alone.num_classes))
         held.sum().backward()
         parts = [part.clone().requires_grad_() for part in (features[mine], weight[own], bias[own])]

@@ -11,14 +11,20 @@ from running import run_all
 from toy import toy_config, write_toy
 
 from clustering import ClassGroups
-from trainer.config import Engine, UserError
-from trainer.distributed import ALONE
+from pipeline.config import Engine, UserError
+from pipeline.store import read_json
+from trainer.distributed.ranks import ALONE
 from trainer.engines import build_engine
-from trainer.run_directory import read_json
 
 SHARDED = ("engine.shard_head=true", "engine.head_block=5")
-REST = ("train.label_smoothing=0.1", "train.balance=0.5", "train.clip_norm=0.5", "train.accumulation=2",
-        "train.validate_every=10", "train.patience=9")  # fmt: skip
+REST = (
+    "train.label_smoothing=0.1",
+    "train.balance=0.5",
+    "train.clip_norm=0.5",
+    "train.accumulation=2",
+    "train.validate_every=10",
+    "train.patience=9",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +40,9 @@ def whole(data, tmp_path_factory):
     return out / "ddp"
 
 
-@pytest.mark.parametrize("sizes, bounds", (("7", "0,29"), ("4,3", "0,10,29"), ("3,0,4", "0,3,20,29")))
+@pytest.mark.parametrize(
+    "sizes, bounds", (("7", "0,29"), ("4,3", "0,10,29"), ("3,0,4", "0,3,20,29"))
+)
 def test_loss_and_gradients_are_torchs_however_rows_and_classes_are_split(sizes, bounds):
     """Labels, smoothing, dense and top-k targets, a prior; each row with a weight of its own."""
     on_ranks(len(sizes.split(",")), ENGINES / "sharded_loss.py", sizes, bounds)
@@ -43,7 +51,9 @@ def test_loss_and_gradients_are_torchs_however_rows_and_classes_are_split(sizes,
 @pytest.mark.engines
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", (1, 2, 3))
-def test_a_sharded_head_logs_the_losses_of_one_process_with_a_whole_one(data, whole, tmp_path, ranks):
+def test_a_sharded_head_logs_the_losses_of_one_process_with_a_whole_one(
+    data, whole, tmp_path, ranks
+):
     """With smoothing, a prior, clipping, accumulation and validation; and what is exported is the whole network."""
     train_all(ranks, data, tmp_path, "ddp", *REST, *SHARDED)
     np.testing.assert_allclose(losses(tmp_path / "ddp"), losses(whole), atol=1e-5)
@@ -68,7 +78,9 @@ def test_adams_states_are_split_and_joined_and_a_whole_head_goes_on_from_them(da
     train_all(2, data, tmp_path / "changed", "ddp", *adam, *SHARDED, "stop=20")
     train_all(3, data, tmp_path / "changed", "ddp", *adam, *SHARDED, "stop=10")  # of this attempt
     train_all(2, data, tmp_path / "changed", "ddp", *adam)
-    np.testing.assert_allclose(losses(tmp_path / "changed" / "ddp"), losses(tmp_path / "whole" / "ddp"), atol=3e-5)
+    np.testing.assert_allclose(
+        losses(tmp_path / "changed" / "ddp"), losses(tmp_path / "whole" / "ddp"), atol=3e-5
+    )
 
 
 @pytest.mark.engines
@@ -89,12 +101,19 @@ def test_negatives_are_the_same_on_any_number_of_ranks_and_after_a_resume(data, 
 def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
     """Groups are given: where k-means has several optima a last digit decides between them."""
     ClassGroups(np.arange(24).reshape(4, 6).tolist(), 24).save(tmp_path / "groups.json")
-    words = (f"clusters.groups_file={tmp_path}/groups.json", "train.steps=40", "students.main.temperature=2.0",
-             "students.main.hard_weight=0.3", "controls.enabled=false")  # fmt: skip
+    words = (
+        f"clusters.groups_file={tmp_path}/groups.json",
+        "train.steps=40",
+        "students.main.temperature=2.0",
+        "students.main.hard_weight=0.3",
+        "controls.enabled=false",
+    )
     for name, more in (("held", ()), ("blocks", SHARDED)):
         run_all(tmp_path / name, toy_config(data, *words, *more))
     for path in ("generalist", "specialists/003", "students/main"):
-        held, blocks = (read_lines(tmp_path / name / path / "metrics.jsonl") for name in ("held", "blocks"))
+        held, blocks = (
+            read_lines(tmp_path / name / path / "metrics.jsonl") for name in ("held", "blocks")
+        )
         np.testing.assert_allclose(blocks, held, atol=1e-5)
     held, blocks = (read_json(tmp_path / name / "results.json") for name in ("held", "blocks"))
     for row in ("generalist", "ensemble", "student"):
@@ -104,12 +123,20 @@ def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_specialist_with_a_fitted_row_says_its_error_and_learns(data, tmp_path):
-    words = ("clusters.num_groups=4", "train.steps=40", "specialists.dustbin_rows=6", "controls.enabled=false")
+    words = (
+        "clusters.num_groups=4",
+        "train.steps=40",
+        "specialists.dustbin_rows=6",
+        "controls.enabled=false",
+    )
     run_all(tmp_path / "run", toy_config(data, *words))
     for m in range(4):
         summary = read_json(tmp_path / "run" / f"specialists/{m:03d}/summary.json")
         head = read_json(tmp_path / "run" / f"specialists/{m:03d}/model.json")["head"]
-        assert len(head["kept"]) == summary["dustbin"]["rows"] == 6 and 0 < summary["dustbin"]["kl"] < 0.1
+        assert (
+            len(head["kept"]) == summary["dustbin"]["rows"] == 6
+            and 0 < summary["dustbin"]["kl"] < 0.1
+        )
     results = read_json(tmp_path / "run" / "results.json")
     assert results["ensemble"]["top1"] > results["generalist"]["top1"]
 

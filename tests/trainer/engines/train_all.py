@@ -11,15 +11,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from toy import toy_config  # noqa: E402
 
-from trainer import loop  # noqa: E402
-from trainer.config import save_config  # noqa: E402
-from trainer.distributed import process_group  # noqa: E402
-from trainer.leaving import leave  # noqa: E402
-from trainer.run_directory import RunDirectory  # noqa: E402
+from pipeline.config import save_config  # noqa: E402
+from pipeline.store import RunDirectory  # noqa: E402
+from trainer.core import loop  # noqa: E402
+from trainer.distributed.exit import leave  # noqa: E402
+from trainer.distributed.ranks import process_group  # noqa: E402
 from trainer.session import Session  # noqa: E402
-from trainer.stages import STAGES  # noqa: E402
+from trainer.stages.story import STAGES  # noqa: E402
 
-SGD = ["train.optimizer=sgd", "train.momentum=0.9", "train.learning_rate=0.1", "train.steps=50", "train.log_every=1"]
+SGD = [
+    "train.optimizer=sgd",
+    "train.momentum=0.9",
+    "train.learning_rate=0.1",
+    "train.steps=50",
+    "train.log_every=1",
+]
 
 
 def main(data: str, out: str, *words: str) -> None:
@@ -28,7 +34,9 @@ def main(data: str, out: str, *words: str) -> None:
     stop = next((int(word[5:]) for word in words if word.startswith("stop=")), None)
     configs = {}
     for engine in engines:
-        chosen = ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
+        chosen = (
+            ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
+        )
         configs[engine] = toy_config(Path(data), *SGD, *chosen, *overrides)
     with process_group(configs[engines[0]].engine) as ranks:
         for engine, config in configs.items():

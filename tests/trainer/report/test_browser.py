@@ -13,11 +13,21 @@ import pytest
 
 from trainer.report.page import write_report
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe",
-]  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-dev-shm-usage",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--remote-debugging-pipe",
+]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium"),
@@ -31,21 +41,28 @@ class Chromium:
         theirs_in, self.ours_out = os.pipe()
         self.ours_in, theirs_out = os.pipe()
         # Away from 3 and 4, where the child's ends go.
-        theirs_in, theirs_out = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out))
+        theirs_in, theirs_out = (
+            fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)
+        )
 
         def give():
             os.dup2(theirs_in, 3)
             os.dup2(theirs_out, 4)
 
         self.process = subprocess.Popen(
-            [BROWSER, *FLAGS, f"--user-data-dir={profile}", "about:blank"], preexec_fn=give, pass_fds=(3, 4),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [BROWSER, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            preexec_fn=give,
+            pass_fds=(3, 4),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs_in)
         os.close(theirs_out)
         self.numbers, self.events, self.rest, self.session = itertools.count(1), [], b"", None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -76,17 +93,27 @@ class Chromium:
         return message
 
     def open(self, url, width, height, dark=False):
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2,
-                  mobile=width < 500)  # fmt: skip
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2,
+            mobile=width < 500,
+        )
         scheme = "dark" if dark else "light"
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self.call(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
         self.events.clear()
         self.call("Page.navigate", url=url)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.read()
 
     def evaluate(self, expression):
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"]["value"]
 
@@ -107,8 +134,12 @@ def browser(tmp_path):
     chromium.close()
 
 
-@pytest.mark.parametrize("width, height, dark", [(390, 844, False), (390, 844, True), (1600, 1000, False)])
-def test_report_opens_without_error_request_or_missing_picture(glyphs, tmp_path, browser, width, height, dark):
+@pytest.mark.parametrize(
+    "width, height, dark", [(390, 844, False), (390, 844, True), (1600, 1000, False)]
+)
+def test_report_opens_without_error_request_or_missing_picture(
+    glyphs, tmp_path, browser, width, height, dark
+):
     run, images = glyphs
     write_report(run, tmp_path, images)
     browser.open((tmp_path / "report.html").as_uri(), width, height, dark)
@@ -126,12 +157,28 @@ def test_report_opens_without_error_request_or_missing_picture(glyphs, tmp_path,
     assert loaded["images"] > 80 and loaded["broken"] == 0
     assert loaded["scripts"] == 0
     assert loaded["overflow"] <= 0, "the page scrolls sideways"
-    assert "beats the ensemble" in loaded["first"] or loaded["first"].startswith("The ensemble makes")
+    assert "beats the ensemble" in loaded["first"] or loaded["first"].startswith(
+        "The ensemble makes"
+    )
     assert loaded["smallest"] >= 7, "text in a plot is too small to read"
-    assert browser.named("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening") == []
-    assert [said for said in browser.named("Log.entryAdded") if said["entry"]["level"] in ("error", "warning")] == []
-    requested = {one["request"]["url"].split(":")[0] for one in browser.named("Network.requestWillBeSent")}
+    assert (
+        browser.named(
+            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening"
+        )
+        == []
+    )
+    assert [
+        said
+        for said in browser.named("Log.entryAdded")
+        if said["entry"]["level"] in ("error", "warning")
+    ] == []
+    requested = {
+        one["request"]["url"].split(":")[0] for one in browser.named("Network.requestWillBeSent")
+    }
     assert requested <= {"file", "data"}
-    documents = {one["request"]["url"] for one in browser.named("Network.requestWillBeSent")
-                 if one["request"]["url"].startswith("file")}  # fmt: skip
+    documents = {
+        one["request"]["url"]
+        for one in browser.named("Network.requestWillBeSent")
+        if one["request"]["url"].startswith("file")
+    }
     assert documents == {(tmp_path / "report.html").as_uri()}

@@ -6,9 +6,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from trainer.config import Ensemble, Student
-from trainer.report.page import explain_student, kinds_of, manifest_counts, render, size_plot, size_rows, write_report
-from trainer.report.results import collect, verdict
+from pipeline.config import Ensemble, Student
+from pipeline.results import collect, verdict
+from trainer.report.page import (
+    explain_student,
+    kinds_of,
+    manifest_counts,
+    render,
+    size_plot,
+    size_rows,
+    write_report,
+)
 
 
 class Page(HTMLParser):
@@ -38,14 +46,24 @@ def rows_of(html, section, table=0):
     """The cells of one table of a section, as text."""
     part = re.search(rf'<section id="{section}".*?</section>', html, re.S).group()
     body = re.findall(r"<tbody>(.*?)</tbody>", part, re.S)[table]
-    clean = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in re.findall(r"<tr.*?</tr>", body, re.S)]
-    return [[re.sub(r"<[^>]*>", "", cell).replace("\xa0", " ").strip() for cell in row] for row in clean]
+    clean = [
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
+        for row in re.findall(r"<tr.*?</tr>", body, re.S)
+    ]
+    return [
+        [re.sub(r"<[^>]*>", "", cell).replace("\xa0", " ").strip() for cell in row] for row in clean
+    ]
 
 
 def test_report_writes_both_files(hand_worked, tmp_path):
     results = write_report(hand_worked, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results == collect(hand_worked)
-    assert (tmp_path / "report.html").read_text(encoding="utf-8").lstrip().startswith("<!doctype html>")
+    assert (
+        (tmp_path / "report.html")
+        .read_text(encoding="utf-8")
+        .lstrip()
+        .startswith("<!doctype html>")
+    )
 
 
 def test_the_verdict_is_the_first_line_of_the_page(hand_worked):
@@ -58,9 +76,10 @@ def test_coverage_of_the_hand_worked_run(hand_worked):
     rows = rows_of(render(hand_worked, collect(hand_worked)), "coverage")
     # By hand: classes 4, 5 are covered by none, 0, 1, 3 by one, 2 by two specialists.
     assert rows == [
-        ["0", "2", "1", "1", "+0", "0.0 %"], ["1", "6", "3", "4", "+1", "+33.3 %"],
+        ["0", "2", "1", "1", "+0", "0.0 %"],
+        ["1", "6", "3", "4", "+1", "+33.3 %"],
         ["2", "2", "1", "2", "+1", "+100.0 %"],
-    ]  # fmt: skip
+    ]
 
 
 def test_deciles_of_the_hand_worked_run_are_ordered_by_training_counts(hand_worked):
@@ -99,7 +118,17 @@ def test_manifest_counts_are_summed_over_shards_by_class_name(hand_worked):
 def test_no_script_no_handler_and_nothing_fetched(glyphs):
     run, images = glyphs
     page = Page(render(run, collect(run), images))
-    fetching = {"src", "href", "srcset", "data", "action", "poster", "xlink:href", "formaction", "background"}
+    fetching = {
+        "src",
+        "href",
+        "srcset",
+        "data",
+        "action",
+        "poster",
+        "xlink:href",
+        "formaction",
+        "background",
+    }
     assert "script" not in {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
@@ -107,7 +136,9 @@ def test_no_script_no_handler_and_nothing_fetched(glyphs):
             assert attributes[key].startswith(("data:", "#")), (tag, attributes[key])
     style = re.search(r"<style>(.*?)</style>", render(run, collect(run), images), re.S).group(1)
     assert "url(" not in style and "@import" not in style
-    policy = next(a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'") and "script" not in policy
 
 
@@ -127,7 +158,9 @@ def test_hostile_class_names_are_text(glyphs):
     )
 
 
-@pytest.mark.parametrize("name", ["nul\x00 bell\x07", "lone \ud800 surrogate", "x" * 5000, "  ", "{{ 7 * 7 }}"])
+@pytest.mark.parametrize(
+    "name", ["nul\x00 bell\x07", "lone \ud800 surrogate", "x" * 5000, "  ", "{{ 7 * 7 }}"]
+)
 def test_any_string_may_be_a_class_name(hand_worked, tmp_path, name):
     model = hand_worked.generalist.path("model.json")
     model.write_text(json.dumps({"class_names": [name] * 6}))
@@ -148,12 +181,16 @@ def test_pictures_are_inline_and_the_file_stays_small(glyphs, tmp_path):
 
 def test_colour_pictures_are_shown_small(glyphs):
     run, images = glyphs
-    images.pixels = np.random.default_rng(0).integers(0, 256, (len(images.labels), 3, 160, 120), dtype=np.uint8)
+    images.pixels = np.random.default_rng(0).integers(
+        0, 256, (len(images.labels), 3, 160, 120), dtype=np.uint8
+    )
     html = render(run, collect(run), images)
     assert "data:image/jpeg;base64," in html and len(html) < 4_000_000
 
 
-@pytest.mark.parametrize("pixels", [np.zeros((480, 40), np.int64), np.zeros((480, 5, 8, 8), np.uint8)])
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((480, 40), np.int64), np.zeros((480, 5, 8, 8), np.uint8)]
+)
 def test_inputs_that_are_no_pictures_are_left_out_and_the_page_says_so(glyphs, pixels):
     run, images = glyphs
     images.pixels = pixels
@@ -194,7 +231,11 @@ def test_texts_are_shown_as_they_are_and_no_frames_for_pictures(glyphs):
     assert "No pictures: the inputs are no 8-bit gray or RGB images" in page
     shown = re.findall(r'<q class="phrase clip" title="(phrase &lt;\d+&gt; x+…)"', page)
     assert len(shown) > 5 and all(len(html.unescape(text)) == 161 for text in shown)
-    assert '<span class="blank' not in page and "<img" not in page and "picture of that class" not in page
+    assert (
+        '<span class="blank' not in page
+        and "<img" not in page
+        and "picture of that class" not in page
+    )
 
 
 # Calibration, members, deep ensembles
@@ -205,7 +246,16 @@ def test_calibration_of_the_hand_worked_twin(deep):
     rows = {row[0]: row for row in rows_of(render(deep, collect(deep)), "calibration")}
     # NLL -(ln .9 + ln .02) / 2, Brier (.012 + 1.772) / 2 and ECE .9 - .5; then -(ln .80782 + ln .03844) / 2,
     # (.04432 + 1.58309) / 2 and .80782 - .5.
-    assert rows["student_hard"] == ["student_hard", "1.250", "2.0087", "1.7361", "0.8920", "0.8137", "0.4000", "0.3078"]
+    assert rows["student_hard"] == [
+        "student_hard",
+        "1.250",
+        "2.0087",
+        "1.7361",
+        "0.8920",
+        "0.8137",
+        "0.4000",
+        "0.3078",
+    ]
 
 
 def test_each_row_has_a_diagram_as_answered_and_one_calibrated(deep):
@@ -222,7 +272,9 @@ def test_a_run_without_the_newer_figures_has_a_report_without_their_tables(hand_
     assert "DEE" not in html
 
 
-def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(tmp_path, make_hand_worked):
+def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(
+    tmp_path, make_hand_worked
+):
     students = ("main", *(f"s{i}" for i in range(5)))
     only = ("generalist", "ensemble", "control_wall", "control_compute", "student_hard", *students)
     run = make_hand_worked(tmp_path, only=only, students=students)
@@ -235,13 +287,25 @@ def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(tmp_
 def test_a_deep_ensembles_page_has_sizes_instead_of_groups(deep):
     html = render(deep, collect(deep))
     sections = re.findall(r'<section id="(\w+)"', html)
-    assert sections == ["figures", "cost", "learning", "diversity", "frequency", "calibration", "examples", "run"]
+    assert sections == [
+        "figures",
+        "cost",
+        "learning",
+        "diversity",
+        "frequency",
+        "calibration",
+        "examples",
+        "run",
+    ]
     assert re.findall(r'<a href="#(\w+)">', html) == sections
     assert rows_of(html, "diversity") == [
-        ["1", "50.00 %", "1.3000", "1.0000", "1.400"], ["2", "60.00 %", "1.0000", "0.8000", "1.200"],
+        ["1", "50.00 %", "1.3000", "1.0000", "1.400"],
+        ["2", "60.00 %", "1.0000", "0.8000", "1.200"],
         ["3", "70.00 %", "0.9000", "0.7000", "1.100"],
-    ]  # fmt: skip
-    assert "member 2" in html and "specialist" not in re.sub(r"<style>.*?</style>|<pre>.*?</pre>", "", html, flags=re.S)
+    ]
+    assert "member 2" in html and "specialist" not in re.sub(
+        r"<style>.*?</style>|<pre>.*?</pre>", "", html, flags=re.S
+    )
 
 
 def test_diversity_shows_the_columns_that_some_row_fills(deep):
@@ -249,7 +313,16 @@ def test_diversity_shows_the_columns_that_some_row_fills(deep):
     rows = {row[0]: row[1:] for row in rows_of(html, "diversity", table=1)}
     # members, DEE, MU, pairwise KL, disagreement, AUROC by confidence, entropy, MU
     assert rows["ensemble"] == ["3", "3.00", "0.2500", "0.5000", "37.50 %", "–", "–", "–"]
-    assert rows["student heads"] == ["3", "&gt;3", "0.1250", "0.0625", "10.00 %", "0.7500", "0.8000", "0.9000"]
+    assert rows["student heads"] == [
+        "3",
+        "&gt;3",
+        "0.1250",
+        "0.0625",
+        "10.00 %",
+        "0.7500",
+        "0.8000",
+        "0.9000",
+    ]
     assert rows["student main"] == ["–", "1.50", *["–"] * 6]
     assert "student_hard" not in rows  # nothing to say of it
 
@@ -272,7 +345,12 @@ def test_a_student_that_is_worse_by_far_is_named_below_the_plot_that_it_would_pr
 
 def test_of_many_sizes_the_first_and_the_last_are_among_ten_that_are_shown():
     rows = size_rows({"sizes": [{"size": k, "cnll": 1 / k} for k in range(1, 51)]})
-    assert len(rows) == 10 and rows[0]["size"] == 1 and rows[-1]["size"] == 50 and rows[0]["top1"] is None
+    assert (
+        len(rows) == 10
+        and rows[0]["size"] == 1
+        and rows[-1]["size"] == 50
+        and rows[0]["top1"] is None
+    )
 
 
 def test_students_beside_main_have_colours_of_their_own():
@@ -283,18 +361,36 @@ def test_students_beside_main_have_colours_of_their_own():
 @pytest.mark.parametrize(
     "keys, said",
     [
-        ({}, "One network of the generalist’s size, trained on the ensemble's distributions as targets, starting as"),
-        ({"method": "hard", "start": "scratch"}, "trained on hard labels, starting from fresh weights"),
-        ({"network": "hydra", "start": "one"}, "4 heads, trained on the ensemble's distributions as targets, each "
-         "member from one of its own, starting as the student one. At inference the body runs once"),
-        ({"network": "batch_ensemble", "members": 2}, "2 members, which share all but rank-one factors"),
+        (
+            {},
+            "One network of the generalist’s size, trained on the ensemble's distributions as targets, starting as",
+        ),
+        (
+            {"method": "hard", "start": "scratch"},
+            "trained on hard labels, starting from fresh weights",
+        ),
+        (
+            {"network": "hydra", "start": "one"},
+            "4 heads, trained on the ensemble's distributions as targets, each "
+            "member from one of its own, starting as the student one. At inference the body runs once",
+        ),
+        (
+            {"network": "batch_ensemble", "members": 2},
+            "2 members, which share all but rank-one factors",
+        ),
         ({"perturb": "ods"}, "targets, at inputs moved by output diversified sampling, starting"),
-        ({"teacher": "one", "hard_weight": 0.5}, "the student one's distributions as targets and the labels with"),
-        ({"share": 0.03, "leave_out": ["3"]}, "with 3.0 % of the training examples, without examples of 1 class,"),
+        (
+            {"teacher": "one", "hard_weight": 0.5},
+            "the student one's distributions as targets and the labels with",
+        ),
+        (
+            {"share": 0.03, "leave_out": ["3"]},
+            "with 3.0 % of the training examples, without examples of 1 class,",
+        ),
         ({"method": "prior"}, "as a Prior Network"),
         ({"temperature": 4}, "as targets at temperature 4, starting"),
         ({"temperature": float("inf")}, "as targets, their logits matched, starting"),
     ],
-)  # fmt: skip
+)
 def test_what_a_student_is_in_words(keys, said):
     assert said in explain_student(Student(**keys), Ensemble(kind="deep", members=4))

@@ -24,13 +24,20 @@ def test_coverage_counts_specialists_of_the_true_class():
     after = np.array([1, 1, 1, 0, 1, 1, 1, 0, 1, 0], bool)
     rows = coverage_table(labels, before, after, covering)
     assert [(row["specialists"], row["n"], row["delta"], row["relative"]) for row in rows] == [
-        (0, 2, 0, 0.0), (1, 6, 1, pytest.approx(1 / 3)), (2, 2, 1, 1.0),
-    ]  # fmt: skip
+        (0, 2, 0, 0.0),
+        (1, 6, 1, pytest.approx(1 / 3)),
+        (2, 2, 1, 1.0),
+    ]
 
 
 def test_coverage_of_ten_and_more_is_one_row():
-    rows = coverage_table(np.array([0, 1, 2]), np.zeros(3, bool), np.ones(3, bool), np.array([9, 10, 14]))
-    assert [(row["specialists"], row["or_more"], row["n"]) for row in rows] == [(9, False, 1), (10, True, 2)]
+    rows = coverage_table(
+        np.array([0, 1, 2]), np.zeros(3, bool), np.ones(3, bool), np.array([9, 10, 14])
+    )
+    assert [(row["specialists"], row["or_more"], row["n"]) for row in rows] == [
+        (9, False, 1),
+        (10, True, 2),
+    ]
     assert rows[0]["relative"] is None  # nothing was right before
 
 
@@ -40,8 +47,10 @@ def test_deciles_go_from_the_rarest_classes_to_the_most_frequent():
     right = np.array([1, 0, 0, 1, 0, 1, 1, 0], bool)
     rows = frequency_deciles(counts, labels, {"generalist": right}, parts=3)
     assert [(row["least"], row["most"], row["classes"], row["n"]) for row in rows] == [
-        (10, 20, 2, 3), (30, 40, 2, 2), (50, 60, 2, 3),
-    ]  # fmt: skip
+        (10, 20, 2, 3),
+        (30, 40, 2, 2),
+        (50, 60, 2, 3),
+    ]
     assert [row["accuracy"]["generalist"] for row in rows] == [0, 1, pytest.approx(2 / 3)]
 
 
@@ -94,7 +103,11 @@ def test_curve_keeps_its_end_and_drops_what_is_not_finite():
 
 @pytest.mark.parametrize(
     "low, high, expected",
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0.62, 0.66, [0.62, 0.63, 0.64, 0.65, 0.66]), (3, 3, [3])],
+    [
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.62, 0.66, [0.62, 0.63, 0.64, 0.65, 0.66]),
+        (3, 3, [3]),
+    ],
 )
 def test_ticks_are_round(low, high, expected):
     assert ticks(low, high) == pytest.approx(expected)

@@ -1,0 +1,100 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from pipeline.config import Config, Schedule, Student, UserError, load_config, save_config
+
+
+def test_a_saved_config_loads_back_equal(tmp_path):
+    config = load_config(
+        None, ["seed=3", "train.steps=10", "specialists.epochs=2", "students.main.temperature=4"]
+    )
+    save_config(config, tmp_path / "config.toml")
+    assert load_config(tmp_path / "config.toml") == config
+
+
+def test_specialists_and_students_inherit_the_training_schedule():
+    config = load_config(
+        None,
+        ["train.steps=10", "train.batch_size=64", "specialists.steps=5", "students.a.epochs=1"],
+    )
+    assert config.specialists.batch_size == 64 and config.specialists.steps == 5
+    assert config.students["a"].epochs == 1 and config.students["a"].steps is None
+
+
+def test_control_wall_tries_three_rates_around_the_specialists():
+    config = load_config(None, ["specialists.learning_rate=0.003"])
+    assert config.controls.learning_rates == pytest.approx([0.001, 0.003, 0.009])
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.trian=x", "unknown key data.trian; did you mean data.train?"),
+        ("clusters.num_group=3", "did you mean clusters.num_groups?"),
+        ("students.main.tempratur=3", "did you mean students.main.temperature?"),
+        ("train.steps=abc", "train.steps = 'abc'"),
+        ("clusters.num_groups=0", "clusters.num_groups = 0"),
+        ("specialists.fraction=1.5", "specialists.fraction = 1.5"),
+        (
+            "ensemble.combine=kll",
+            "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture; did you mean kl?",
+        ),
+        ("clusters.method=kmean", "did you mean kmeans?"),
+        ("model.name=resnett", "did you mean resnet?"),
+        ("data.augment=flip", "must be one of none, shift, flip-crop or module:function"),
+        ("specialists.trainable=last-0-blocks", "must be one of all, head or last-N-blocks"),
+        ("students.main.balance=0.5", "students learn at natural frequencies"),
+        ("train.steps", "write section.key=value"),
+        ("seed.x=1", "seed"),
+        ("students.a b.steps=1", "a student's name is letters"),
+        ("students.control_wall.steps=1", "this name has a meaning of its own"),
+    ],
+)
+def test_a_wrong_key_or_value_is_one_clear_line(override, message):
+    with pytest.raises(UserError) as mistake:
+        load_config(None, [override])
+    assert message in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(tmp_path / "absent.toml")
+    (tmp_path / "broken.toml").write_text("[data\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(tmp_path / "broken.toml")
+
+
+def test_the_documented_config_is_valid_and_names_every_key():
+    text = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
+    documented, further = (
+        tomllib.loads(part.split("```")[0]) for part in text.split("```toml\n")[1:]
+    )
+    assert load_config(None, [], documented) and load_config(None, [], further)
+    for name, field in Config.model_fields.items():
+        section = Student if name == "students" else field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            continue
+        keys = {f.alias or key for key, f in section.model_fields.items()}
+        written = set(
+            [*documented["students"]["main"], *further["students"]["heads"]]
+            if name == "students"
+            else documented[name]
+        )
+        inherited = set(Schedule.model_fields) if name != "train" else {"epochs"}
+        assert keys - inherited <= written, name
+
+
+def test_the_config_knows_what_the_rooms_offer():
+    """The config is read where torch is not installed, so it has the names of its own."""
+    from clustering import grouping
+    from ensemble import COMBINERS
+    from networks.builders import BUILTIN
+    from pipeline import config
+
+    assert set(config.COMBINERS) == set(COMBINERS)
+    assert set(config.METHODS) == set(grouping.METHODS)
+    assert set(config.NETWORKS) == set(BUILTIN)

@@ -1,0 +1,241 @@
+"""`referral export`: what it writes answers as the run does; nothing half-written; mistakes as one line."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from toy import NUM_CLASSES, images
+
+from ensemble import SpecialistEnsemble
+from networks import InputSpec, ModelSpec, build_classifier, load_classifier
+from pipeline.store import read_json, write_json
+from trainer.__main__ import main
+from trainer.commands import export as exporting
+
+RAW = torch.from_numpy(images(np.arange(NUM_CLASSES), seed=8)[:, None])
+
+
+def export(capsys, *argv):
+    code = main(["export", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def below(directory):
+    return sorted(
+        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
+    )
+
+
+@pytest.fixture()
+def copied(small_run, tmp_path):
+    """A copy of the run, to be damaged."""
+    return shutil.copytree(small_run.root, tmp_path / "run", symlinks=True)
+
+
+def test_a_bundle_equals_its_run_bit_for_bit(small_run, tmp_path, capsys):
+    code, out, err = export(capsys, small_run.root, "--to", tmp_path / "deep" / "bundle")
+    assert code == 0, err
+    assert "largest difference 0.0e+00" in out and "is ready" in out.splitlines()[-1]
+    place = tmp_path / "deep" / "bundle"
+    run, bundle = SpecialistEnsemble.load(small_run.root), SpecialistEnsemble.load(place)
+    for one, other in zip(run.consult(RAW), bundle.consult(RAW), strict=True):
+        assert torch.equal(one, other)
+    student = small_run.students["main"].path("model.safetensors").read_bytes()
+    assert (place / "students/main/model.safetensors").read_bytes() == student
+    assert {path.rsplit(".")[-1] for path in below(place)} == {"json", "safetensors"}
+    assert list(tmp_path.joinpath("deep").iterdir()) == [place]
+
+
+def test_predictions_from_a_bundle_are_the_runs(small_run, tmp_path, capsys):
+    np.save(tmp_path / "inputs.npy", RAW.numpy())
+    assert export(capsys, small_run.root, "--to", tmp_path / "bundle")[0] == 0
+    said = []
+    for place in (small_run.root, tmp_path / "bundle"):
+        for who in ([], ["--student", "main"], ["--generalist"]):
+            assert main(["predict", str(place), str(tmp_path / "inputs.npy"), "--json", *who]) == 0
+            said.append(capsys.readouterr().out)
+    assert said[:3] == said[3:] and len(set(said)) == 3
+
+
+def test_one_student_alone(small_run, tmp_path, capsys):
+    assert (
+        export(capsys, small_run.root, "--to", tmp_path / "out", "--what", "student:main")[0] == 0
+    )
+    files = ["export.json", "students/main/model.json", "students/main/model.safetensors"]
+    assert below(tmp_path / "out") == files
+    assert export(capsys, small_run.root, "--to", tmp_path / "two", "--what", "ensemble")[0] == 0
+    assert not (tmp_path / "two" / "students").exists()
+
+
+def test_programs_answer_as_eager_networks_do_at_any_batch_size(small_run, tmp_path, capsys):
+    code, out, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--programs")
+    assert code == 0, err
+    names = [*(f"specialist-{m:03d}" for m in range(4)), "ensemble", "generalist", "student-main"]
+    assert below(tmp_path / "out" / "programs") == sorted(f"{name}.pt2" for name in names)
+    differences = read_json(tmp_path / "out" / "export.json")["largest_difference"]
+    assert {f"programs/{name}.pt2" for name in names} < differences.keys()
+    assert all(
+        f"{what:32} largest difference {value:.1e}" in out for what, value in differences.items()
+    )
+    assert max(differences.values()) <= 1e-5
+
+    run = SpecialistEnsemble.load(small_run.root)
+    student = load_classifier(small_run.students["main"].path("model.json").parent)
+    p_general, p_special, _ = run.opinions(RAW)
+    rows, of_first = next(said for said in p_special if said is not None)
+    first = next(m for m, said in enumerate(p_special) if said is not None)
+    expected = {"ensemble": run.probabilities(RAW), "generalist": p_general}
+    expected |= {"student-main": torch.softmax(student(RAW), 1).detach()}
+    for name, answer in expected.items():
+        found = (
+            torch.export.load(tmp_path / "out" / "programs" / f"{name}.pt2").module()(RAW).detach()
+        )
+        torch.testing.assert_close(found, answer, rtol=0, atol=1e-5)
+    found = (
+        torch.export.load(tmp_path / "out" / "programs" / f"specialist-{first:03d}.pt2")
+        .module()(RAW)
+        .detach()
+    )
+    torch.testing.assert_close(
+        found[rows], of_first, rtol=0, atol=1e-5
+    )  # its temperature is inside
+
+
+MEMBERS = ({"kind": "heads", "count": 3, "blocks": 1}, {"kind": "batch", "count": 3})
+
+
+def with_members(members):
+    torch.manual_seed(0)
+    options = {"width": 4, "depth": 2, "embedding": 6}
+    spec = ModelSpec(
+        "convnet", NUM_CLASSES, InputSpec(shape=RAW.shape[1:]), options, members=members
+    )
+    return build_classifier(spec).eval()
+
+
+@pytest.mark.parametrize(
+    "kinds", [["pt2"], pytest.param(["onnx"], marks=pytest.mark.slow)], ids=["pt2", "onnx"]
+)
+@pytest.mark.parametrize("members", MEMBERS, ids=["heads", "batch"])
+def test_a_student_with_members_is_exported_with_all_of_them_and_answers_their_mean(
+    members, kinds, tmp_path
+):
+    if kinds == ["onnx"]:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    network = with_members(members)
+    written = exporting.Export(tmp_path, {})
+    written.student("main", network, kinds)
+    assert max(written.differences.values()) <= 1e-6
+    assert torch.equal(load_classifier(tmp_path / "students" / "main")(RAW), network(RAW))
+    each = [torch.softmax(logits, 1) for logits in network(RAW)]
+    assert (each[0] - each[1]).abs().max() > 1e-3
+    read = {"pt2": exporting.run_program, "onnx": exporting.run_onnx}[kinds[0]]
+    for rows in (1, len(RAW)):
+        found = read(tmp_path / "programs" / f"student-main.{kinds[0]}", RAW[:rows])
+        torch.testing.assert_close(found, (sum(each) / 3)[:rows].detach(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # torch's exporter takes minutes on a busy machine
+def test_onnx_answers_as_eager_networks_do(small_run, tmp_path, capsys):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    code, out, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--onnx")
+    assert code == 0, err
+    assert len(below(tmp_path / "out" / "programs")) == 7 and "[torch.onnx]" not in out
+    session = runtime.InferenceSession(str(tmp_path / "out" / "programs" / "ensemble.onnx"))
+    (found,) = session.run(None, {"raw": RAW.numpy()})
+    expected = SpecialistEnsemble.load(small_run.root).probabilities(RAW)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+
+
+def test_onnx_without_its_extra_names_it(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    code, _, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--onnx")
+    assert code == 2 and "pip install 'referral[onnx]'" in err and not (tmp_path / "out").exists()
+
+
+def test_only_an_earlier_export_is_replaced_and_only_by_force(small_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()  # empty: as good as absent
+    assert (
+        export(capsys, small_run.root, "--to", out, "--programs", "--what", "student:main")[0] == 0
+    )
+    before = below(out)
+    code, _, err = export(capsys, small_run.root, "--to", out)
+    assert code == 2 and "is not empty" in err and "--force" in err and below(out) == before
+    assert export(capsys, small_run.root, "--to", out, "--what", "ensemble", "--force")[0] == 0
+    assert (
+        (out / "ensemble.json").is_file()
+        and not (out / "programs").exists()
+        and not (out / "students").exists()
+    )
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("irreplaceable")
+    code, _, err = export(capsys, small_run.root, "--to", mine, "--force")
+    assert (
+        code == 2
+        and "holds something other than an export" in err
+        and below(mine) == ["thesis.txt"]
+    )
+    code, _, err = export(capsys, small_run.root, "--to", mine / "thesis.txt")
+    assert code == 2 and "is a file" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_an_export_that_differs_leaves_nothing_behind(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        exporting, "run_program", lambda path, raw: torch.zeros(len(raw), NUM_CLASSES)
+    )
+    place = tmp_path / "out"
+    code, _, err = export(
+        capsys, small_run.root, "--to", place, "--what", "student:main", "--programs"
+    )
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "programs/student-main.pt2 differs" in err and "1e-05 is allowed" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "place, what",
+    [("ensemble", "ensemble"), ("generalist", "all"), ("students/main", "student:main")],
+)
+def test_an_unfinished_run_names_the_stage(copied, tmp_path, capsys, place, what):
+    (copied / place / "DONE").unlink()
+    code, _, err = export(capsys, copied, "--to", tmp_path / "out", "--what", what)
+    assert code == 2 and len(err.splitlines()) == 1 and f"stage {place} is not done" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_went_on_without_a_specialist_says_so(copied, tmp_path, capsys):
+    shutil.rmtree(copied / "specialists" / "001")
+    code, _, err = export(capsys, copied, "--to", tmp_path / "out")
+    assert code == 2 and "specialists 1 of 4 are missing" in err and not (tmp_path / "out").exists()
+    facts = (
+        copied / "ensemble.json",
+        next((copied / "ensemble" / "attempts").glob("*/ensemble.json")),
+    )
+    for path in facts:
+        write_json(path, read_json(path) | {"missing": [1]})
+    code, out, _ = export(capsys, copied, "--to", tmp_path / "out")
+    assert code == 0 and "without specialists 1," in out
+    assert SpecialistEnsemble.load(tmp_path / "out", allow_missing=True).missing == [1]
+
+
+@pytest.mark.parametrize(
+    "what, words",
+    [
+        ("students", "write ensemble, student:NAME or all"),
+        ("student:mian", "this run's students are main"),
+    ],
+)
+def test_what_there_is_to_export_is_named(small_run, tmp_path, capsys, what, words):
+    code, _, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--what", what)
+    assert code == 2 and words in err
+    assert export(capsys, tmp_path, "--to", tmp_path / "out")[2].startswith(
+        f"error: {tmp_path} is not a run"
+    )

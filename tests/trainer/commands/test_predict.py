@@ -1,0 +1,229 @@
+"""`referral predict`: files in, the evaluate stage's figures out; mistakes as one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy import NUM_CLASSES, encode_png, images
+
+from networks import InputSpec, ModelSpec
+from trainer.__main__ import main
+from trainer.commands import predict as predicting
+from trainer.data.shards import open_shards
+
+
+def predict(capsys, *argv):
+    code = main(["predict", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def rows_of(capsys, *argv):
+    code, out, err = predict(capsys, *argv, "--json")
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture(scope="session")
+def test_split(small_run, tmp_path_factory):
+    """The whole test split as one .npy file, in the order of the split."""
+    data = small_run.config.data
+    shards = open_shards(data.test, data, "test")
+    path = tmp_path_factory.mktemp("test") / "test.npy"
+    np.save(path, shards.inputs(np.arange(shards.num_samples)))
+    return path
+
+
+@pytest.mark.parametrize(
+    "who, options",
+    [("ensemble", []), ("main", ["--student", "main"]), ("generalist", ["--generalist"])],
+)
+def test_predictions_of_the_test_split_are_those_that_evaluate_wrote(
+    small_run, test_split, capsys, who, options
+):
+    rows = rows_of(capsys, small_run.root, test_split, "--top", NUM_CLASSES, *options)
+    with np.load(small_run.evaluate.path(f"{who}.npz"), allow_pickle=False) as found:
+        expected = dict(found)
+    assert [row["index"] for row in rows] == list(range(len(expected["labels"])))
+    assert [row["classes"][0] for row in rows] == expected["top5"][:, 0].tolist()
+    of_label = [
+        row["probabilities"][row["classes"].index(y)]
+        for row, y in zip(rows, expected["labels"], strict=True)
+    ]
+    np.testing.assert_allclose(of_label, expected["label_probability"], rtol=0, atol=1e-6)
+    if who == "ensemble":
+        assert expected["active"].sum() > len(rows)  # more than one for some
+        assert [row["specialists"] for row in rows] == [
+            np.flatnonzero(a).tolist() for a in expected["active"]
+        ]
+    else:
+        assert all(row["specialists"] == [] for row in rows)
+
+
+def test_a_network_with_members_predicts_their_mean():
+    answers = torch.tensor(
+        [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]]
+    )  # of two members; the mean is 0.5, 0.4, 0.1
+    spec = ModelSpec("mlp", 3, InputSpec(shape=(1,), dtype="float32"), class_names=("a", "b", "c"))
+    network = torch.nn.Flatten(0)
+    network.forward, network.spec = lambda raw: answers.log()[:, None].expand(2, len(raw), 3), spec
+    (row,) = predicting.alone(network, torch.zeros(1, 1), top=2)
+    assert row["classes"] == [0, 1] and row["names"] == ["a", "b"]
+    assert row["probabilities"] == pytest.approx([0.5, 0.4])
+
+
+def test_images_in_files_and_directories_are_what_arrays_are(small_run, tmp_path, capsys):
+    pixels = images(np.arange(3), seed=5)
+    np.save(tmp_path / "all.npy", pixels[:, None])
+    (tmp_path / "pictures" / "deep").mkdir(parents=True)
+    for place, picture in zip(("a.png", "b.PNG", "deep/c.png"), pixels, strict=True):
+        (tmp_path / "pictures" / place).write_bytes(encode_png(picture))
+    (tmp_path / "pictures" / "notes.txt").write_text("not an input")
+    from_array = rows_of(capsys, small_run.root, tmp_path / "all.npy")
+    from_files = rows_of(capsys, small_run.root, tmp_path / "pictures")
+    assert [row.pop("file").rsplit("/")[-1] for row in from_files] == ["a.png", "b.PNG", "c.png"]
+    for row in from_array:
+        del row["file"], row["index"]
+    assert from_array == from_files
+    assert (
+        from_array[0]["names"] == [f"class {c}" for c in from_array[0]["classes"]]
+        and len(from_array[0]["names"]) == 5
+    )
+
+
+def test_colour_becomes_gray_and_another_size_is_scaled_when_told_to(small_run, tmp_path, capsys):
+    gray = np.kron(images(np.array([4]), seed=1)[0], np.ones((2, 2))).astype(
+        np.uint8
+    )  # 16 x 16, each pixel four times
+    Image.fromarray(np.stack([gray] * 3, axis=2)).save(tmp_path / "large.png")
+    Image.fromarray(np.stack([images(np.array([4]), seed=1)[0]] * 3, axis=2)).save(
+        tmp_path / "small.png"
+    )
+    code, _, err = predict(capsys, small_run.root, tmp_path / "large.png")
+    assert (
+        code == 2
+        and "has shape [1, 16, 16]; the network reads [1, 8, 8]; --resize scales images" in err
+    )
+    large, small = rows_of(
+        capsys, small_run.root, tmp_path / "large.png", tmp_path / "small.png", "--resize"
+    )
+    assert len(large["classes"]) == len(small["classes"]) == 5
+    np.save(tmp_path / "small.npy", images(np.array([4]), seed=1))
+    (alone,) = rows_of(capsys, small_run.root, tmp_path / "small.npy")
+    assert alone["probabilities"] == pytest.approx(small["probabilities"], abs=1e-6)
+
+
+def test_the_table_names_files_classes_and_specialists(small_run, tmp_path, capsys):
+    (tmp_path / "a [red] one.png").write_bytes(encode_png(images(np.array([4]), seed=1)[0]))
+    (row,) = rows_of(capsys, small_run.root, tmp_path, "--top", 2)
+    code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 2)
+    assert code == 0 and len(out.splitlines()) == 3
+    assert (
+        "a [red] one.png" in out
+        and row["names"][1] in out
+        and f"{row['probabilities'][0]:.4f}" in out
+    )
+    assert out.splitlines()[1].rstrip().endswith(", ".join(map(str, row["specialists"])))
+    assert "specialists" not in predict(capsys, small_run.root, tmp_path, "--generalist")[1]
+
+
+def test_missing_specialists_are_one_line_unless_allowed(small_run, test_split, tmp_path, capsys):
+    root = tmp_path / "run"
+    shutil.copytree(small_run.root, root, symlinks=True)
+    shutil.rmtree(root / "specialists" / "001")
+    code, out, err = predict(capsys, root, test_split)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "specialists 1 of 4 are missing" in err and "--allow-missing" in err
+    code, out, err = predict(capsys, root, test_split, "--json", "--allow-missing")
+    assert code == 0 and err == "without specialists 1, which are missing\n"
+    assert {m for line in out.splitlines() for m in json.loads(line)["specialists"]} == {0, 2, 3}
+
+
+def test_an_unfinished_run_names_the_stage(small_run, test_split, tmp_path, capsys):
+    root = tmp_path / "run"
+    shutil.copytree(small_run.root, root, symlinks=True)
+    shutil.rmtree(root / "ensemble")
+    code, _, err = predict(capsys, root, test_split)
+    assert code == 2 and "stage ensemble is not done" in err
+    shutil.rmtree(root / "generalist")
+    assert "generalist is done" in predict(capsys, root, test_split)[2]
+    assert "no generalist/model.json" in predict(capsys, root, test_split, "--generalist")[2]
+
+
+@pytest.mark.parametrize(
+    "content, name, options, words",
+    [
+        (b"not a picture", "a.png", [], "a.png: cannot be decoded"),
+        (b"anything", "a.tiff", [], "a.tiff: no decoder for .tiff (known: jpeg, jpg,"),
+        (
+            np.zeros((1, 8, 8)),
+            "a.npy",
+            [],
+            "a.npy holds float64; the network reads uint8, 0 to 255",
+        ),
+        (np.full((1, 8, 8), 256), "a.npy", [], "a.npy holds int64; the network reads uint8"),
+        (
+            np.zeros((3, 4), np.uint8),
+            "a.npy",
+            [],
+            "a.npy has shape [3, 4]; the network reads [1, 8, 8]",
+        ),
+        (None, "nowhere.png", [], "nowhere.png: no such file"),
+        (np.zeros((1, 8, 8), np.uint8), "a.npy", ["--top", 0], "--top 0: at least 1"),
+        (np.zeros((1, 8, 8), np.uint8), "a.npy", ["--student", "maine"], "--student maine: "),
+        (np.zeros((1, 8, 8), np.uint8), "a.npy", ["--device", "nonsense"], "--device nonsense: "),
+    ],
+)
+def test_a_mistake_is_one_line(small_run, tmp_path, capsys, content, name, options, words):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        np.save(tmp_path / name, content)
+    code, out, err = predict(capsys, small_run.root, tmp_path / name, *options)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith("error: ")
+    assert words in err, err
+
+
+def test_a_directory_that_is_no_run_and_one_without_inputs_are_named(small_run, tmp_path, capsys):
+    (tmp_path / "a.npy").touch()
+    assert "generalist/model.json" in predict(capsys, tmp_path, tmp_path / "a.npy")[2]
+    (tmp_path / "empty").mkdir()
+    assert (
+        "holds no files with an extension of jpeg, jpg, npy, png, webp"
+        in predict(capsys, small_run.root, tmp_path / "empty")[2]
+    )
+
+
+def test_export_and_predict_are_commands_of_referral():
+    for name, option in (("export", "--programs"), ("predict", "--student")):
+        asked = [sys.executable, "-m", "launch.cli", name, "--help"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
+        assert (
+            done.returncode == 0
+            and f"usage: referral {name}" in done.stdout
+            and option in done.stdout
+        )
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(small_run, tmp_path):
+    np.save(tmp_path / "many.npy", np.zeros((1000, 1, 8, 8), np.uint8))
+    asked = [
+        sys.executable,
+        "-m",
+        "trainer",
+        "predict",
+        small_run.root,
+        tmp_path / "many.npy",
+        "--json",
+    ]
+    with subprocess.Popen(
+        list(map(str, asked)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert json.loads(process.stdout.readline())["index"] == 0
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait(60) == 0

@@ -1,0 +1,543 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from networks.linear_logits import LinearLogits
+from trainer.core.losses import (
+    TopAnswers,
+    classification_loss,
+    dirichlet_kl,
+    distillation_loss,
+    dustbin_shift,
+    entropic,
+    full_specialist_loss,
+    gaussian_kl,
+    pooled,
+    prior_network_loss,
+    soften,
+    specialist_loss,
+    unheld_distillation_loss,
+)
+
+
+def random_logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_dustbin_shift_is_the_log_of_the_odds_ratio():
+    # f = 1/2, pi = 0.02: odds 1 against 0.02 / 0.98, log 49 (the literal log(f / pi) = log 25 is 0.67 too low).
+    assert dustbin_shift(0.02, 0.5) == pytest.approx(math.log(49))
+    assert dustbin_shift(0.02, 0.5) - math.log(0.5 / 0.02) == pytest.approx(0.673, abs=1e-3)
+
+
+def test_dustbin_shift_is_zero_without_oversampling():
+    assert dustbin_shift(0.3, 0.3) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("natural, training", [(0, 0.5), (1, 0.5), (0.2, 0), (0.2, 1)])
+def test_dustbin_shift_refuses_a_share_that_is_none_or_all(natural, training):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        dustbin_shift(natural, training)
+
+
+def test_specialist_prior_and_shift_recover_natural_frequencies_of_a_resampled_group():
+    """Classes a, b of S_m and the rest: naturally .06, .02, .92; in training a quarter, a quarter and half."""
+    natural, training = (
+        torch.tensor([0.06, 0.02, 0.92]).double(),
+        torch.tensor([0.25, 0.25, 0.5]).double(),
+    )
+    log_prior = (torch.tensor([0.5, 0.5]) / torch.tensor([0.75, 0.25])).log().double()
+    logits = natural.log().expand(3, 3)  # says nothing but the natural frequencies
+    shift = dustbin_shift(0.08, 0.5)
+    per_class = [
+        float(specialist_loss(logits[:1], torch.tensor([c]), shift, log_prior=log_prior))
+        for c in range(3)
+    ]
+    for c in range(
+        3
+    ):  # and so its training loss is that of the training frequencies, the best there is
+        assert per_class[c] == pytest.approx(-math.log(training[c]), rel=1e-5)
+
+
+@given(natural=st.floats(0.01, 0.9), training=st.floats(0.05, 0.95))
+def test_dustbin_shift_recovers_the_true_prior(natural, training):
+    """With inputs that say nothing, the loss's minimiser at training shares answers with the natural shares
+    unshifted."""
+    # Classes: one in S_m, the rest in the dustbin.  The minimiser's shifted probabilities are the training shares.
+    shifted = torch.tensor([math.log(training), math.log(1 - training)], dtype=torch.float64)
+    unshifted = shifted + torch.tensor([0.0, dustbin_shift(natural, training)], dtype=torch.float64)
+    assert float(unshifted.softmax(0)[0]) == pytest.approx(natural, rel=1e-9)
+
+
+def test_specialist_loss_lowers_the_dustbin_alone():
+    logits, targets = random_logits(5, 4), torch.tensor([0, 1, 2, 3, 3])
+    by_hand = logits.clone()
+    by_hand[:, 3] -= 1.5
+    assert specialist_loss(logits, targets, 1.5) == pytest.approx(
+        F.cross_entropy(by_hand.float(), targets).item()
+    )
+    assert specialist_loss(logits, targets, 0.0) == pytest.approx(
+        F.cross_entropy(logits.float(), targets).item()
+    )
+
+
+def test_log_prior_makes_a_balanced_stream_answer_with_natural_frequencies():
+    natural = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    balanced = torch.full((3,), 1 / 3, dtype=torch.float64)
+    logits = natural.log().repeat(3, 1)  # a network that knows the natural shares and nothing else
+    loss = classification_loss(logits, torch.arange(3), log_prior=(balanced / natural).log())
+    assert float(loss) == pytest.approx(math.log(3), rel=1e-6)  # is optimal on the balanced stream
+
+
+def test_softening_equals_dividing_the_logits():
+    logits = random_logits(6, 9)
+    for temperature in (0.5, 1.0, 4.0, 20.0):
+        torch.testing.assert_close(
+            soften(logits.softmax(1), temperature), (logits / temperature).softmax(1)
+        )
+
+
+def test_distillation_loss_is_zero_when_student_equals_teacher():
+    logits = random_logits(3, 4, 7)
+    for temperature in (1.0, 3.0):
+        loss = distillation_loss(
+            logits, logits.softmax(-1), torch.zeros(4, dtype=torch.long), temperature, 1.0, 0.0
+        )
+        assert abs(float(loss)) < 1e-6
+
+
+def test_distillation_at_infinite_temperature_is_half_the_mean_squared_distance_of_zero_mean_logits():
+    # v = log p of the teacher, off by a constant per row.  By hand: z - v = (1, -1, 0) and (3, 0, 0) - 1 = (2, -1, -1):
+    # (2 / (2 * 3) + 6 / (2 * 3)) / 2 rows = 2 / 3.
+    teacher = random_logits(1, 2, 3)
+    student = teacher + torch.tensor([[1.0, -1.0, 0.0], [3.0, 0.0, 0.0]]) + 7
+    loss = distillation_loss(student, teacher.softmax(-1), torch.tensor([0, 1]), math.inf, 1.0, 0.0)
+    assert float(loss) == pytest.approx(2 / 3, rel=1e-12)
+
+
+def test_a_high_temperature_comes_close_to_the_infinite_one():
+    """In value and gradient, to order 1 / T; at T = 1000 of losses of size 1."""
+    student, teacher = (
+        random_logits(2, 4, 5, seed=1).requires_grad_(),
+        random_logits(2, 4, 5, seed=2),
+    )
+    found, labels = {}, torch.tensor([0, 1, 2, 3])
+    for temperature in (1e3, math.inf):
+        loss = distillation_loss(student, teacher.softmax(-1), labels, temperature, 1.0, 0.0)
+        found[temperature] = loss.detach(), *torch.autograd.grad(loss, student)
+    torch.testing.assert_close(found[1e3], found[math.inf], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("temperature, rtol", [(1e3, 2e-2), (math.inf, 1e-10)])
+def test_distillation_matches_logits_in_the_limit_of_high_temperature(temperature, rtol):
+    """Hinton et al. 2015, eq. 4: T^2-scaled gradient -> (z - v) / C for zero-mean logits, a row of K * B = 4."""
+    z, v = (random_logits(2, 2, 5, seed=seed) for seed in (1, 2))
+    z, v = z - z.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
+    z.requires_grad_()
+    loss = distillation_loss(
+        z, v.softmax(-1), torch.zeros(2, dtype=torch.long), temperature, 1.0, 0.0
+    )
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, z)[0], (z - v).detach() / 5 / 4, rtol=rtol, atol=rtol / 10
+    )
+
+
+def test_matching_logits_with_what_is_kept_of_a_teacher_has_an_even_tail_as_target():
+    """Student logits that are the kept ones and one value for all others: no loss."""
+    top = TopAnswers(
+        torch.tensor([[[3, 0]]]), torch.tensor([[[0.5, 0.2]]]).log(), torch.tensor([[0.3]]).log(), 5
+    )
+    logits = torch.tensor([0.2, 0.1, 0.1, 0.5, 0.1]).log()[None, None] + 4
+    assert (
+        float(distillation_loss(logits, top.spread(), torch.tensor([0]), math.inf, 1.0, 0.0))
+        < 1e-12
+    )
+
+
+def test_a_head_that_does_not_hold_its_logits_refuses_infinite_temperature():
+    parts, _ = linear_head(7)
+    with pytest.raises(ValueError, match="finite temperature"):
+        unheld_distillation_loss(
+            LinearLogits(*parts, 7), torch.full((4, 7), 1 / 7), torch.zeros(4), math.inf, 1.0, 0.0
+        )
+
+
+def test_member_k_learns_from_member_k_alone():
+    student, teacher = (
+        random_logits(3, 4, 5, seed=1).requires_grad_(),
+        random_logits(3, 4, 5, seed=2).softmax(-1),
+    )
+    teacher[1] = (
+        student[1].detach().softmax(-1)
+    )  # the second has nothing left to learn, whatever the others say
+    distillation_loss(student, teacher, torch.zeros(4, dtype=torch.long), 2.0, 1.0, 0.0).backward()
+    moved = student.grad.abs().amax((1, 2))
+    assert moved[1] < 1e-12 < 1e-3 < min(moved[0], moved[2])
+
+
+def test_pooling_two_members_by_hand():
+    p = torch.tensor([[[0.8, 0.2]], [[0.5, 0.5]]])
+    torch.testing.assert_close(pooled(p), torch.tensor([[0.65, 0.35]]))
+    # Geometric: sqrt(.8 * .5) to sqrt(.2 * .5) is 2 to 1.
+    torch.testing.assert_close(pooled(p, "geometric"), torch.tensor([[2 / 3, 1 / 3]]))
+    with pytest.raises(ValueError, match="'arithmetic' or 'geometric'"):
+        pooled(p, "harmonic")
+
+
+def test_geometric_pooling_averages_logits():
+    logits = random_logits(4, 3, 6) * 30
+    torch.testing.assert_close(pooled(logits.softmax(-1), "geometric"), logits.mean(0).softmax(-1))
+
+
+def test_geometric_pooling_of_members_that_exclude_each_other_stays_a_distribution():
+    p = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]])
+    torch.testing.assert_close(pooled(p, "geometric"), torch.tensor([[0.5, 0.5, 0.0]]))
+
+
+def test_hard_weight_adds_the_cross_entropy_of_every_member():
+    logits, labels = random_logits(2, 4, 3), torch.tensor([0, 1, 2, 0])
+    loss = distillation_loss(logits, logits.softmax(-1), labels, 2.0, 1.0, 0.25)
+    hard = sum(F.cross_entropy(member.float(), labels) for member in logits) / 2
+    assert float(loss) == pytest.approx(0.25 * float(hard), abs=1e-6)
+
+
+def test_unlabelled_examples_have_no_hard_term():
+    logits = random_logits(1, 4, 3)
+    loss = distillation_loss(
+        logits, logits.softmax(-1), torch.tensor([2, -1, -1, 0]), 1.0, 1.0, 1.0
+    )
+    by_hand = F.cross_entropy(logits[0, [0, 3]].float(), torch.tensor([2, 0]), reduction="sum") / 4
+    assert float(loss) == pytest.approx(float(by_hand), abs=1e-6)
+
+
+def linear_head(classes):
+    """(features, weight, bias) of four examples, and the logits."""
+    parts = [
+        random_logits(*shape, seed=n).float()
+        for n, shape in enumerate(((4, 3), (classes, 3), (classes,)))
+    ]
+    return parts, F.linear(*parts)
+
+
+@pytest.mark.parametrize("temperature", (0.5, 1.0, 4.0))
+@pytest.mark.parametrize("kept", (2, 5, 7))
+def test_distilling_without_holding_the_logits_is_the_same(temperature, kept):
+    """From all of the teacher's seven classes, and from its two, five or seven most probable ones and their tail."""
+    parts, logits = linear_head(7)
+    labels, weights = torch.tensor([2, -1, 6, 0]), (temperature, 0.7, 0.3, 0.1)
+    p = random_logits(4, 7, seed=5).mul(2).softmax(1).float()
+    top = TopAnswers.of(p.log(), kept)
+    for teacher, spread in ((p, p), (top, top.spread())):
+        found = unheld_distillation_loss(
+            LinearLogits(*parts, 7, block=3), teacher, labels, *weights
+        )
+        torch.testing.assert_close(
+            found, distillation_loss(logits[None], spread[None], labels, *weights)
+        )
+
+
+def test_what_is_kept_of_a_teacher_is_spread_evenly():
+    top = TopAnswers(
+        torch.tensor([[3, 0]]), torch.tensor([[0.5, 0.2]]).log(), torch.tensor([0.3]).log(), 5
+    )
+    torch.testing.assert_close(top.spread(), torch.tensor([[0.2, 0.1, 0.1, 0.5, 0.1]]))
+
+
+def test_what_is_kept_of_log_probabilities_by_hand():
+    top = TopAnswers.of(torch.tensor([[0.2, 0.06, 0.04, 0.7]]).log(), 2)
+    assert top.indices.tolist() == [[3, 0]] and top.num_classes == 4
+    torch.testing.assert_close(top.log_values.exp(), torch.tensor([[0.7, 0.2]]))
+    torch.testing.assert_close(top.log_tail.exp(), torch.tensor([0.1]))
+
+
+@pytest.mark.parametrize("temperature", (1.0, 4.0, 20.0))
+def test_a_tail_far_below_the_rounding_of_one_counts_at_high_temperature(temperature):
+    """Three classes share e^-30; 1 - sum of values would have been 0, and the answer at T = 20 another one."""
+    logits = torch.tensor([[0.0, -30.0, -30.0, -30.0]])
+    top = TopAnswers.of(logits.log_softmax(1), 1)
+    torch.testing.assert_close(soften(top.spread(), temperature), (logits / temperature).softmax(1))
+    targets, negative_entropy = top.softened(temperature)
+    expected = (logits / temperature).softmax(1)
+    torch.testing.assert_close(targets.uniform, expected[:, 1])
+    torch.testing.assert_close(negative_entropy, (expected * expected.log()).sum(1))
+
+
+@given(
+    seed=st.integers(0, 99),
+    kept=st.integers(1, 9),
+    members=st.sampled_from(((), (3,))),
+    temperature=st.sampled_from((0.5, 1.0, 5.0)),
+)
+def test_what_is_kept_in_half_precision_is_a_distribution_close_to_the_answer(
+    seed, kept, members, temperature
+):
+    """Nine classes of which all but `kept` are alike, so that nothing is lost but the rounding of logs."""
+    log_p = random_logits(*members, 4, 9, seed=seed).float() * 3
+    log_p = log_p.sort(descending=True).values
+    log_p[..., kept:] = log_p[..., kept - 1 :].mean(-1, keepdim=True)
+    log_p = log_p.log_softmax(-1)
+    whole = TopAnswers.of(log_p, kept)
+    torch.testing.assert_close(whole.spread(), log_p.exp())
+    half = TopAnswers(
+        whole.indices, whole.log_values.half().float(), whole.log_tail.half().float(), 9
+    )
+    torch.testing.assert_close(half.spread().sum(-1), torch.ones(*members, 4))
+    torch.testing.assert_close(half.spread(), log_p.exp(), rtol=2e-2, atol=1e-6)
+    if not members:
+        targets, negative_entropy = half.softened(temperature)
+        torch.testing.assert_close(targets.mass(9), torch.ones(4))
+        p = soften(half.spread(), temperature)
+        torch.testing.assert_close(
+            negative_entropy, torch.special.xlogy(p, p).sum(-1), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_classifying_without_holding_the_logits_is_the_same():
+    parts, logits = linear_head(7)
+    labels, prior = torch.tensor([2, 5, 6, 0]), torch.randn(7)
+    found = classification_loss(LinearLogits(*parts, 7, block=2), labels, 0.1, prior)
+    torch.testing.assert_close(found, classification_loss(logits, labels, 0.1, prior))
+
+
+def test_distillation_refuses_shapes_that_disagree():
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\) and teacher \(1, 2, 4\)"):
+        distillation_loss(
+            torch.zeros(1, 2, 3), torch.zeros(1, 2, 4), torch.zeros(2, dtype=torch.long), 1, 1, 0
+        )
+
+
+MEMBERS = torch.tensor(
+    [True, False, True, False]
+)  # of a specialist; the four classes of a small world
+WORLD = torch.tensor([0.04, 0.5, 0.06, 0.4]).double()  # their natural shares: pi = 0.1
+
+
+def small_world(fraction=0.5, seed=0, out_ratio=(1.0, 1.0)):
+    """Five inputs.  (p(c | x) naturally [5, 4], joint share of (x, c) in training [5, 4], log_prior [4])."""
+    given_class = random_logits(5, 4, seed=seed).mul(2).softmax(0)  # p(x | c)
+    natural = WORLD * given_class
+    training_share = torch.where(MEMBERS, fraction / 0.1 * WORLD, (1 - fraction) / 0.9 * WORLD)
+    resampled = training_share * torch.tensor([1.0, out_ratio[0], 1.0, out_ratio[1]])
+    resampled[~MEMBERS] *= (1 - fraction) / resampled[~MEMBERS].sum()
+    return (
+        natural / natural.sum(1, keepdim=True),
+        resampled * given_class,
+        (resampled / WORLD).log(),
+    )
+
+
+def expected_loss(logits, training, loss):
+    """Mean over the 20 pairs of loss(logits [1, 4], label [1], input), each pair weighed by its share in training."""
+    total = 0.0
+    for x in range(5):
+        for c in range(4):
+            total = total + training[x, c] * loss(logits[x : x + 1], torch.tensor([c]), x)
+    return total
+
+
+@given(
+    seed=st.integers(0, 50),
+    fraction=st.sampled_from((0.1, 0.5, 0.8)),
+    soft_weight=st.sampled_from((0.0, 0.3, 1.0, 4.0)),
+    out_ratio=st.sampled_from(((1.0, 1.0), (3.0, 0.2))),
+)
+def test_full_specialist_is_unbiased_where_the_generalist_knows_its_own_classes(
+    seed, fraction, soft_weight, out_ratio
+):
+    """The natural posterior is stationary, however S_m is oversampled, the rest resampled or soft targets weighed; and
+    what the generalist says about S_m is of no importance."""
+    posterior, training, log_prior = small_world(fraction, seed, out_ratio)
+    general = posterior * torch.where(MEMBERS, torch.tensor([9.0, 1.0, 0.1, 1.0]).double(), 1.0)
+    general = general / general.sum(1, keepdim=True)
+    logits = posterior.log().requires_grad_()
+
+    def loss(z, label, x):
+        return full_specialist_loss(z, label, MEMBERS, general[x : x + 1], log_prior, soft_weight)
+
+    total = expected_loss(logits, training, loss)
+    torch.testing.assert_close(
+        torch.autograd.grad(total, logits)[0], torch.zeros(5, 4).double(), rtol=0, atol=1e-12
+    )
+
+
+def test_soft_targets_of_an_exact_generalist_stand_for_hard_ones():
+    """Averaged over the labels they give the gradient of the plain adjusted cross-entropy, at any network."""
+    posterior, training, log_prior = small_world()
+    logits = random_logits(5, 4, seed=7).requires_grad_()
+    soft = expected_loss(
+        logits,
+        training,
+        lambda z, c, x: full_specialist_loss(z, c, MEMBERS, posterior[x : x + 1], log_prior),
+    )
+    hard = expected_loss(
+        logits, training, lambda z, c, x: classification_loss(z, c, log_prior=log_prior)
+    )
+    torch.testing.assert_close(torch.autograd.grad(soft, logits), torch.autograd.grad(hard, logits))
+
+
+def test_full_specialist_without_soft_targets_is_the_one_with_a_dustbin():
+    logits, labels = random_logits(4, 4), torch.tensor([0, 1, 2, 3])
+    shift = dustbin_shift(0.1, 0.5)
+    log_prior = torch.where(MEMBERS, 0.0, -shift).double()
+    found = full_specialist_loss(
+        logits, labels, MEMBERS, torch.full((4, 4), 0.25), log_prior, soft_weight=0.0
+    )
+    dustbin = torch.cat([logits[:, MEMBERS], logits[:, ~MEMBERS].logsumexp(1, keepdim=True)], 1)
+    expected = specialist_loss(dustbin, torch.tensor([0, 2, 1, 2]), shift)
+    torch.testing.assert_close(found, expected)
+
+
+def test_soft_term_is_zero_when_the_specialist_agrees_with_the_generalist_on_other_classes():
+    logits = random_logits(3, 4)
+    general = (logits + 2 * MEMBERS).softmax(1)  # it disagrees on S_m only
+    args = torch.tensor([1, 3, 3]), MEMBERS, general, torch.zeros(4).double()
+    torch.testing.assert_close(
+        full_specialist_loss(logits, *args, 5.0), full_specialist_loss(logits, *args, 0.0)
+    )
+
+
+def test_full_specialist_bears_a_generalist_that_is_certain_of_a_class_in_its_group():
+    general = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    loss = full_specialist_loss(
+        torch.zeros(1, 4), torch.tensor([1]), MEMBERS, general, torch.zeros(4)
+    )
+    assert float(loss) == pytest.approx(
+        math.log(2)
+    )  # out: 2 of 4; which of the two it does not say
+
+
+def test_dirichlet_kl_by_hand():
+    # Dir(2, 1) has density 2 x, Dir(1, 1) density 1: E log 2x = log 2 + E log x = log 2 - 1/2, of x ~ Beta(2, 1).
+    found = dirichlet_kl(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+    torch.testing.assert_close(found, torch.tensor([math.log(2) - 0.5]).double())
+
+
+positive = st.lists(st.floats(-4, 9).map(math.exp), min_size=5, max_size=5)
+
+
+@given(positive, positive)
+def test_dirichlet_kl_agrees_with_torch_distributions(alpha, beta):
+    alpha, beta = (torch.tensor([each], dtype=torch.float64) for each in (alpha, beta))
+    oracle = torch.distributions.kl_divergence(*map(torch.distributions.Dirichlet, (alpha, beta)))
+    found = dirichlet_kl(alpha, beta)
+    torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-9)
+    assert float(found) > -1e-10
+    torch.testing.assert_close(
+        dirichlet_kl(alpha, alpha), torch.zeros(1).double(), rtol=0, atol=1e-10
+    )
+
+
+def test_dirichlet_kl_of_huge_parameters_keeps_its_figures():
+    """Alike and huge, Dir(n m_1, n m_2) against Dir(1, 1): log of a Beta's density at its peak, by Stirling
+    log sqrt(n / (2 pi m_1 m_2)) - 1/2; the definition in float64 has lost all figures at n = 1e200."""
+    for n in (1e8, 1e30, 1e200):
+        found = dirichlet_kl(
+            torch.tensor([[0.3 * n, 0.7 * n]], dtype=torch.float64), torch.ones(1, 2)
+        )
+        assert float(found) == pytest.approx(math.log(n / (2 * math.pi * 0.21)) / 2 - 0.5, rel=1e-7)
+
+
+def test_entropic_is_the_difference_it_stands_for_on_both_sides_of_its_seam():
+    import mpmath  # sympy needs it, and torch sympy
+
+    x = torch.tensor([1e-9, 0.3, 1.0, 17.0, 63.999, 64.0, 64.001, 300.0, 1e6], dtype=torch.float64)
+    with mpmath.workdps(50):
+        exact = [
+            float(mpmath.loggamma(v) - v * mpmath.digamma(v) + v)
+            for v in map(mpmath.mpf, x.tolist())
+        ]
+    torch.testing.assert_close(
+        entropic(x), torch.tensor(exact, dtype=torch.float64), rtol=1e-12, atol=2e-13
+    )
+
+
+def test_a_prior_network_that_says_the_target_has_no_loss():
+    logits = torch.tensor(
+        [[math.log(1001), 0.0, 0.0], [0.0, 0.0, math.log(1001)]], dtype=torch.float64
+    )
+    assert abs(float(prior_network_loss(logits, torch.tensor([0, 2])))) < 1e-9
+    assert float(prior_network_loss(logits, torch.tensor([1, 1]))) > 1
+
+
+def test_the_prior_network_loss_is_finite_over_the_range_it_states():
+    for z in (-345.0, -40.0, 0.0, 40.0, 690.0):
+        logits = torch.tensor([[z, 0.0, 1.0]], dtype=torch.float64).requires_grad_()
+        loss = prior_network_loss(logits, torch.tensor([0]))
+        (slope,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and slope.isfinite().all(), z
+    logits = torch.tensor([[-60.0, 60.0]], requires_grad=True)  # float32, as networks give them
+    prior_network_loss(logits, torch.tensor([0])).backward()
+    assert logits.grad.isfinite().all()
+
+
+gaussians = st.lists(st.floats(-3, 3), min_size=6, max_size=6).map(
+    lambda v: torch.tensor(v).double().view(1, 2, 3)
+)
+
+
+@given(gaussians, gaussians, gaussians, gaussians)
+def test_gaussian_kl_agrees_with_torch_distributions(m_t, v_t, m_s, v_s):
+    teacher, student = (
+        torch.distributions.Normal(m, (v / 2).exp()) for m, v in ((m_t, v_t), (m_s, v_s))
+    )
+    oracle = torch.distributions.kl_divergence(teacher, student).sum(-1).mean()
+    torch.testing.assert_close(gaussian_kl(m_t, v_t, m_s, v_s), oracle, rtol=1e-9, atol=1e-12)
+    assert float(gaussian_kl(m_t, v_t, m_t, v_t)) == 0
+
+
+def test_gaussian_kl_by_hand():
+    # One wide by 1, off by 2, of unit variances: 2^2 / 2 = 2; a second output alike: 0; a second example alike: halved.
+    m_t, zeros = torch.tensor([[[2.0, 0.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
+    m_s = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
+    assert float(gaussian_kl(m_t, zeros, m_s, zeros)) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"\[K, B, D\]"):
+        gaussian_kl(m_t[0], zeros[0], m_s[0], zeros[0])
+
+
+LABELS = torch.tensor([0, 1, 3])
+TEACHER = random_logits(2, 3, 4, seed=5)
+LOSSES = {
+    "classification": lambda z: classification_loss(
+        z[0], LABELS, 0.1, torch.tensor([0.1, -0.2, 0.3, 0.0]).double()
+    ),
+    "specialist": lambda z: specialist_loss(z[0], LABELS, 0.7, 0.1),
+    "full specialist": lambda z: full_specialist_loss(
+        z[0],
+        LABELS,
+        MEMBERS,
+        TEACHER[0].softmax(-1),
+        torch.tensor([0.4, -0.1, 0.4, -0.1]).double(),
+        0.7,
+    ),
+    "distillation": lambda z: distillation_loss(z, TEACHER.softmax(-1), LABELS, 2.0, 0.9, 0.1),
+    "distillation, matching logits": lambda z: distillation_loss(
+        z, TEACHER.softmax(-1), LABELS, math.inf, 0.9, 0.1
+    ),
+    "prior network": lambda z: prior_network_loss(3 * z[0], LABELS, 50.0),
+    "Dirichlet KL": lambda z: dirichlet_kl(
+        (2 * z[0]).exp() * 30, (TEACHER[0]).exp()
+    ),  # on both sides of 64
+    "Gaussian KL": lambda z: gaussian_kl(TEACHER, TEACHER.flip(0), z, z.flip(1)),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_gradients_agree_with_finite_differences(loss):
+    assert torch.autograd.gradcheck(loss, (random_logits(2, 3, 4).requires_grad_(),))
+
+
+def test_losses_of_half_precision_logits_are_computed_in_float32():
+    logits, teacher = (
+        random_logits(1, 3, 4).bfloat16(),
+        random_logits(1, 3, 4, seed=5).softmax(-1).float(),
+    )
+    for temperature in (3.0, math.inf):
+        found = distillation_loss(logits, teacher, LABELS, temperature, 1.0, 0.5)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(
+            found, distillation_loss(logits.float(), teacher, LABELS, temperature, 1.0, 0.5)
+        )

@@ -1,0 +1,214 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from trainer.core.perturbations import KINDS, ods, perturb
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def linear_teacher(classes, size, seed=0, gain=1.0):
+    weight = torch.randn(classes, size, generator=draw(seed)) * gain
+    return lambda x: x.flatten(1) @ weight.to(x).T
+
+
+def small_network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.5),
+        nn.Linear(16, 5),
+    )
+
+
+def aim(logits_of, inputs, weights, temperature):
+    """What a direction is to raise, [B]."""
+    return (weights * (logits_of(inputs) / temperature).softmax(1)).sum(1)
+
+
+def test_direction_of_a_linear_teacher_by_hand():
+    # Two classes, logits = x = (1/2, 1/2), w = (1, 0), tau = 1: p = (1/2, 1/2), the slope of w . p (1/4, -1/4), D = 2:
+    # the direction is sqrt(2) (1, -1) / sqrt(2).
+    direction, confidence = ods(
+        lambda x: x, torch.full((1, 2), 0.5), torch.tensor([[1.0, 0.0]]), 1.0
+    )
+    torch.testing.assert_close(direction, torch.tensor([[1.0, -1.0]]))
+    torch.testing.assert_close(confidence, torch.tensor([0.5]))
+
+
+def test_confidence_is_the_largest_probability_at_the_temperature():
+    logits = torch.tensor([[2 * math.log(8), 0.0, 0.0]])
+    confidence = ods(lambda x: logits + 0 * x, torch.rand(1, 3), torch.rand(1, 3), 2.0)[1]
+    torch.testing.assert_close(confidence, torch.tensor([0.8]))  # 8 of 8 + 1 + 1
+
+
+@given(
+    seed=st.integers(0, 500),
+    temperature=st.sampled_from((0.5, 1.0, 4.0)),
+    gain=st.sampled_from((1e-20, 1e-3, 1.0)),
+)
+def test_a_direction_has_norm_sqrt_d_and_raises_the_weighted_sum(seed, temperature, gain):
+    """However flat the teacher is: the squares of slopes of 1e-20 would underflow in float32."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)).double()
+    for number, parameter in enumerate(network.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=draw(seed + number)).double()
+    x, weights = (
+        torch.rand(4, 3, 2, 2, generator=draw(seed)),
+        torch.rand(4, 5, generator=draw(seed)) * 2 - 1,
+    )
+    direction, _ = ods(lambda x: network.float()(x) * gain, x, weights, temperature)
+    torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.full((4,), math.sqrt(12)))
+    network.double()
+    before = aim(network, x.double(), weights, temperature / gain)
+    after = aim(network, x.double() + 1e-5 * direction, weights, temperature / gain)
+    if gain > 1e-10:  # in float64 the rise at 1e-20 is not to be seen
+        assert (after > before).all()
+
+
+@pytest.mark.parametrize(
+    "gap, dtype", ((0, torch.float32), (20, torch.float32), (80, torch.float32), (20, torch.half))
+)
+def test_direction_is_right_for_teachers_that_are_certain_beyond_rounding(gap, dtype):
+    """At a gap of 20 the top class's 1 - p is 1e-9: in float32 the plain gradient leaves that class out, in half
+    precision it is 0 altogether; at 80, through a layer that scales it down, in float32 too."""
+    x, weights = torch.rand(6, 10, generator=draw(1)), torch.rand(6, 4, generator=draw(2)) * 2 - 1
+    bias = -torch.tensor([0.0, gap, gap + 1, gap + 2])
+    body = linear_teacher(4, 10, gain=1e12)
+
+    def teacher(x):
+        return body(x) * 1e-12 + bias.to(x)
+
+    wide = x.double().requires_grad_()
+    p = teacher(wide).softmax(1)
+    # Lowering all weights by the top class's changes no gradient and takes the cancellation out of the oracle.
+    (gradient,) = torch.autograd.grad(((weights - weights[:, :1]).double() * p).sum(), wide)
+    expected = gradient / gradient.norm(dim=1, keepdim=True) * math.sqrt(10)
+    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    found, _ = ods(lambda x: teacher(x).to(dtype), x, weights, 1.0)
+    torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_where_the_teacher_is_flat_the_direction_is_zero():
+    x = torch.rand(2, 3)
+    direction, _ = ods(lambda x: x * 0, x, torch.rand(2, 3), 1.0)
+    assert (direction == 0).all()
+    same = perturb("ods", x, 0.1, 1.0, [lambda x: x * 0])
+    assert torch.equal(same, x)
+
+
+@given(kind=st.sampled_from(KINDS), seed=st.integers(0, 99), size=st.floats(0, 2))
+def test_perturbed_inputs_stay_between_0_and_1(kind, seed, size):
+    x = torch.rand(5, 2, 3, generator=draw(seed))
+    moved = perturb(kind, x, size, 2.0, [linear_teacher(4, 6)], draw(seed))
+    assert moved.shape == x.shape and moved.dtype == x.dtype and not moved.requires_grad
+    assert moved.min() >= 0 and moved.max() <= 1
+
+
+def test_gaussian_has_the_size_as_standard_deviation():
+    x = torch.full((4, 50_000), 0.5)
+    moved = perturb("gaussian", x, 0.03, 1.0, [], draw()) - 0.5
+    # Of 200,000 draws the deviation of the deviation is 0.03 / sqrt(400,000): 5 of them.
+    assert float(moved.std()) == pytest.approx(0.03, abs=5 * 0.03 / math.sqrt(400_000))
+    assert float(moved.mean()) == pytest.approx(0, abs=5 * 0.03 / math.sqrt(200_000))
+
+
+def test_ods_moves_by_size_times_sqrt_d_and_conf_ods_by_the_teacher_s_confidence_of_that():
+    x, size = torch.full((8, 6), 0.5), 1e-3
+    teacher = linear_teacher(4, 6)
+    plain, weighed = (
+        perturb(kind, x, size, 3.0, [teacher], draw(1)) - x for kind in ("ods", "conf_ods")
+    )
+    torch.testing.assert_close(
+        plain.norm(dim=1), torch.full((8,), size * math.sqrt(6)), rtol=1e-3, atol=0
+    )
+    confidence = (teacher(x) / 3.0).softmax(1).amax(1, keepdim=True)
+    torch.testing.assert_close(weighed, plain * confidence, rtol=1e-3, atol=1e-7)
+
+
+def test_one_teacher_is_drawn_for_a_whole_batch_and_each_gets_its_turn():
+    """Teacher k's gradient is along the k-th pair of inputs, so the move says who was asked."""
+    teachers = [lambda x, k=k: x[:, 2 * k : 2 * k + 2] for k in range(3)]
+    turns = torch.zeros(3, dtype=torch.long)
+    generator = draw()
+    for _ in range(60):
+        moved = perturb("ods", torch.full((4, 6), 0.5), 0.01, 1.0, teachers, generator) != 0.5
+        asked = {row.nonzero()[:, 0].tolist()[0] // 2 for row in moved}
+        assert len(asked) == 1
+        turns[asked.pop()] += 1
+    assert turns.min() >= 5  # of 60 at 1/3: below 5 with a chance of 1e-5
+
+
+def test_weights_are_drawn_for_each_example():
+    """Of two classes half of the draws aim at the first."""
+    moved = perturb("ods", torch.full((400, 2), 0.5), 0.01, 1.0, [lambda x: x], draw())
+    upwards = (moved[:, 0] > 0.5).float().mean()
+    assert 0.4 < float(upwards) < 0.6  # 4 deviations of 1/40
+
+
+def test_without_a_generator_the_global_one_of_the_cpu_draws():
+    x, teachers = torch.rand(3, 6), [linear_teacher(4, 6, seed) for seed in range(5)]
+    for kind in ("gaussian", "ods", "conf_ods"):
+        state = torch.get_rng_state()
+        first = perturb(kind, x, 0.1, 1.0, teachers)
+        assert not torch.equal(first, perturb(kind, x, 0.1, 1.0, teachers))
+        torch.set_rng_state(state)
+        assert torch.equal(first, perturb(kind, x, 0.1, 1.0, teachers))
+
+
+@pytest.mark.parametrize("kind", ("ods", "conf_ods"))
+def test_teachers_are_left_as_they_were_also_under_no_grad_and_autocast(kind):
+    network = small_network()
+    network.eval()
+    network[4].train()  # flags of any mixture
+    flags = [module.training for module in network.modules()]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    x = torch.rand(2, 3, 4, 4)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = perturb(kind, x, 0.05, 2.0, [network])
+        assert not torch.is_grad_enabled()
+    assert moved.dtype == torch.float32 and not torch.equal(moved, x)
+    assert all(parameter.grad is None for parameter in network.parameters())
+    assert [module.training for module in network.modules()] == flags
+    assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+    assert not x.requires_grad
+
+
+def test_under_autocast_the_direction_is_that_of_float32_to_its_precision():
+    network = small_network().eval()
+    x, weights = torch.rand(8, 3, 4, 4), torch.rand(8, 5) * 2 - 1
+    exact, _ = ods(network, x, weights, 2.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        rough, _ = ods(network, x, weights, 2.0)
+    assert F.cosine_similarity(exact.flatten(1), rough.flatten(1)).min() > 0.98
+
+
+def test_a_student_still_learns_after_inputs_were_moved_under_autocast():
+    """The cast copies of weights that autocast keeps must not be the ones whose graph is gone."""
+    network = small_network().eval()
+    x = torch.rand(2, 3, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        moved = perturb("ods", x, 0.05, 2.0, [network])
+        network(moved).float().square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in network[0].parameters())
+
+
+def test_mistakes_are_named():
+    x = torch.rand(2, 3)
+    with pytest.raises(ValueError, match="'pgd' must be one of none, gaussian, ods, conf_ods"):
+        perturb("pgd", x, 0.1, 1.0, [])
+    with pytest.raises(ValueError, match="'conf_ods' follows a teacher's gradient"):
+        perturb("conf_ods", x, 0.1, 1.0, [])
+    with pytest.raises(ValueError, match=r"torch.uint8 cannot be perturbed; scale them to 0..1"):
+        perturb("gaussian", torch.zeros(2, 3, dtype=torch.uint8), 0.1, 1.0, [])
+    with pytest.raises(ValueError, match="answer under torch.no_grad"):
+        perturb("ods", x, 0.1, 1.0, [torch.no_grad()(lambda x: 2 * x)])

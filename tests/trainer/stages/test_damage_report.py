@@ -1,0 +1,168 @@
+"""data.damage = skip through the whole method: what is lost is counted once, whoever meets it, and told."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from running import arguments
+from toy import NUM_CLASSES, toy_config, write_toy
+
+from pipeline.config import UserError, save_config
+from pipeline.store import RunDirectory, read_json
+from trainer.data.authoring.indexing import index_directory
+from trainer.distributed.ranks import process_group
+from trainer.session import Session
+from trainer.stages.story import STAGES
+
+
+def spoil(directory, shard: str, keys: set[str]) -> None:
+    """Pictures that are none, under checksums that are right: only decoding finds them."""
+    members = []
+    with tarfile.open(directory / shard) as tar:
+        for member in tar:
+            content = tar.extractfile(member).read()
+            if member.name.endswith(".png") and member.name.removesuffix(".png") in keys:
+                content = b"no picture" + content[10:]
+            members.append((member, content))
+    with tarfile.open(directory / shard, "w") as tar:
+        for member, content in members:
+            tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Toy shards of which 5 of 480 train, 1 of 288 val and 2 of 144 test pictures cannot be decoded."""
+    directory = write_toy(tmp_path_factory.mktemp("data"), {"train": 20, "val": 12, "test": 6})
+    spoil(directory, "train-000000.tar", {"000001", "000100", "000299"})
+    spoil(directory, "train-000001.tar", {"000300", "000479"})
+    spoil(directory, "val-000000.tar", {"000123"})
+    spoil(directory, "test-000000.tar", {"000000", "000077"})
+    index_directory(directory)
+    return directory
+
+
+LOST = {"train": (5, 480), "val": (1, 288), "test": (2, 144)}
+OVERRIDES = (
+    "data.damage=skip",
+    "data.damage_share=0.02",
+    "controls.enabled=false",
+    "train.steps=15",
+    "clusters.num_groups=3",
+)
+
+
+def prepare(root, data, *overrides) -> RunDirectory:
+    config = toy_config(data, *OVERRIDES, *overrides)
+    root.mkdir(parents=True, exist_ok=True)
+    save_config(config, root / "config.toml")
+    return RunDirectory(root, config)
+
+
+def lost(splits: dict) -> dict:
+    return {
+        name: (sum(n for _, n in split["where"].values()), split["samples"])
+        for name, split in splits.items()
+    }
+
+
+@pytest.fixture(scope="module", params=["none", pytest.param("decoded", marks=pytest.mark.slow)])
+def finished(request, data, tmp_path_factory):
+    run = prepare(
+        tmp_path_factory.mktemp("run"), data, f"data.cache={request.param}", "route.mode=copy"
+    )
+    logger = logging.getLogger("referral")
+    level = logger.level
+    logger.setLevel(logging.INFO)  # as start_logging does
+    with process_group(run.config.engine) as ranks:
+        session = Session(run, ranks)
+        for stage in run.stages:
+            STAGES[stage.name](session, stage, *arguments(run, stage))
+    logger.setLevel(level)
+    return run
+
+
+def test_results_and_report_tell_what_every_split_lost(finished):
+    results = read_json(finished.report.path("results.json"))
+    found = {name: (facts["lost"], facts["samples"]) for name, facts in results["damage"].items()}
+    assert found == LOST
+    assert results["damage"]["test"]["share"] == 2 / 144
+    assert any(
+        "sample 000077: cannot be decoded" in line for line in results["damage"]["test"]["examples"]
+    )
+    page = finished.report.path("report.html").read_text()
+    assert "2 of 144 test samples (1.39" in page and "are damaged and were left out" in page
+
+
+def test_figures_are_of_the_examples_that_could_be_read(finished):
+    for name in ("generalist", "ensemble", "main"):
+        assert read_json(finished.evaluate.path(f"{name}.json"))["row"]["n"] == 6 * NUM_CLASSES - 2
+    with np.load(finished.evaluate.path("ensemble.npz")) as found:
+        assert set(range(144)) - set(found["ids"].tolist()) == {0, 77}
+
+
+def test_the_log_reports_every_epoch(finished):
+    text = finished.generalist.path("log-0.txt").read_text()
+    epochs = [line.split(" ", 2)[2] for line in text.splitlines() if "epoch" in line]
+    assert [line.split("samples")[0] for line in epochs] == [
+        f"epoch {e} of train: 5 of 480 " for e in (1, 2, 3)
+    ]
+    assert "damaged (1.04%), e.g. " in epochs[0] and ".tar: sample 000" in epochs[0]
+
+
+def test_a_share_above_the_stated_one_stops_the_run(data, tmp_path):
+    run = prepare(tmp_path, data, "data.damage_share=0.01", "data.cache=none")
+    with process_group(run.config.engine) as ranks:
+        with pytest.raises(
+            UserError, match="5 of 480 samples are damaged, above data.damage_share = 0.01"
+        ):
+            STAGES["generalist"](Session(run, ranks), run.generalist)
+
+
+def test_strict_stops_at_the_first(data, tmp_path):
+    run = prepare(tmp_path, data, "data.damage=strict", "data.cache=none")
+    with process_group(run.config.engine) as ranks:
+        with pytest.raises(
+            UserError, match=r'sample 000\d+: cannot be decoded.*data.damage = "skip" leaves such'
+        ):
+            STAGES["generalist"](Session(run, ranks), run.generalist)
+
+
+@pytest.mark.slow
+def test_two_ranks_count_each_loss_once(data, tmp_path):
+    run = prepare(tmp_path / "run", data, "data.cache=none", "data.workers=1")
+    for stage in ("generalist", "measure"):
+        command = [
+            sys.executable,
+            "-m",
+            "trainer.distributed.torchrun",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--",
+            stage,
+        ]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        done = subprocess.run(
+            [*command, "--run", str(run.root)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    expected = {split: LOST[split] for split in ("train", "val")}
+    assert lost(json.loads(run.generalist.path("damage.json").read_text())) == expected
+    assert lost(json.loads(run.measure.path("damage.json").read_text()))["val"] == LOST["val"]
+    assert run.generalist.path("log-0.txt").read_text().count(": 5 of 480 samples damaged") == 3
+    with np.load(run.measure.path("predictions.npz")) as found:
+        assert len(found["ids"]) == 287

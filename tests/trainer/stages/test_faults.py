@@ -1,0 +1,168 @@
+"""What stops a training run, and what is left then."""
+
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from running import run_all
+from toy import toy_config, write_toy
+
+from networks import load_classifier, save_classifier
+from pipeline.config import UserError
+from pipeline.store import RunDirectory
+from trainer.core import checkpoints, loop, tracking
+from trainer.core.checkpoints import newest_step
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("data"))
+
+
+def hang(seconds):
+    """A process whose watchdog sees three signs of progress and then none."""
+    program = f"""
+import time
+from trainer.distributed import Watchdog
+dog = Watchdog({seconds})
+with dog.watching():
+    for _ in range(3):
+        time.sleep({seconds} * 0.6)
+        dog.progress()
+        print("alive", flush=True)
+    time.sleep(60)
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+
+
+def test_a_hung_rank_is_ended_with_its_traceback():
+    ended = hang(0.5)
+    assert ended.stdout.split() == ["alive"] * 3
+    assert ended.returncode == 1 and "Timeout" in ended.stderr and "line 10" in ended.stderr
+
+
+def test_outside_of_training_the_watchdog_sleeps():
+    program = "import time; from trainer.distributed.ranks import Watchdog\ndog = Watchdog(0.2)\nwith dog.watching(): pass\n"
+    ended = subprocess.run(
+        [sys.executable, "-c", program + "dog.progress(); time.sleep(0.6)"], timeout=50
+    )
+    assert ended.returncode == 0
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e4])
+def test_a_diverging_loss_stops_before_it_is_saved(data, tmp_path, monkeypatch, loss):
+    """From step 33 on the loss is bad; the next look is at 40, and step 20 is the last good checkpoint."""
+    steps, original = iter(range(1, 100)), loop.learning_rate
+    monkeypatch.setattr(
+        loop, "learning_rate", lambda *given: original(*given) if next(steps) < 33 else loss * 1e-3
+    )
+    config = toy_config(data, "train.log_every=25", "train.optimizer=sgd")
+    with pytest.raises(
+        UserError, match=r"the loss is .* at step 40; .* last good checkpoint is that of step 20"
+    ):
+        run_all(tmp_path / "run", config, only={"generalist"})
+    assert (
+        newest_step(RunDirectory(tmp_path / "run", config).generalist.directory / "checkpoints")
+        == 20
+    )
+
+
+def test_a_run_directory_that_cannot_be_written_is_one_error(data, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with pytest.raises(
+        UserError, match="checkpoint of step 20 cannot be written .* Read-only file system"
+    ):
+        run_all(tmp_path / "run", toy_config(data), only={"generalist"})
+
+
+def test_checkpoints_written_in_the_background_are_those_of_their_step(data, tmp_path, monkeypatch):
+    whole = run_all(tmp_path / "whole", toy_config(data), only={"generalist"})
+    monkeypatch.setattr(checkpoints, "in_background", lambda ranks: True)
+    run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
+    states = [
+        torch.load(
+            each.generalist.directory / "checkpoints" / "step-00000040" / "state.pt",
+            weights_only=True,
+        )
+        for each in (whole, run)
+    ]
+    for name, value in states[0]["network"].items():
+        assert torch.equal(value, states[1]["network"][name])
+    for name, kept in states[0]["optimizer"].items():
+        assert all(torch.equal(kept[key], states[1]["optimizer"][name][key]) for key in kept)
+    assert states[0]["progress"]["step"] == states[1]["progress"]["step"] == 40
+
+
+def test_rows_say_how_long_data_was_waited_for_and_what_memory_was_taken(data, tmp_path):
+    run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
+    rows = [
+        json.loads(line) for line in run.generalist.path("metrics.jsonl").read_text().splitlines()
+    ]
+    for row in (row for row in rows if "loss" in row):
+        assert 0 <= row["data_wait"] <= 1 and row["memory_bytes"] > 2**20
+
+
+def test_tensorboard_shows_the_rows_of_metrics(data, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = run_all(
+        tmp_path / "run", toy_config(data, 'engine.track=["tensorboard"]'), only={"generalist"}
+    )
+    found = events.EventAccumulator(str(run.generalist.path("tensorboard"))).Reload()
+    rows = [
+        json.loads(line) for line in run.generalist.path("metrics.jsonl").read_text().splitlines()
+    ]
+    assert [event.step for event in found.Scalars("loss")] == [
+        row["step"] for row in rows if "loss" in row
+    ]
+    assert found.Scalars("val/top1")[-1].value == pytest.approx(rows[-1]["val/top1"])
+
+
+def test_wandb_is_given_one_run_per_stage(tmp_path, monkeypatch):
+    logged, opened = [], []
+
+    class Run:
+        def log(self, row, step):
+            logged.append((step, row))
+
+        def finish(self):
+            logged.append("finished")
+
+    fake = types.SimpleNamespace(init=lambda **facts: opened.append(facts) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        with tracking.trackers(["wandb"], tmp_path, tmp_path / "run", "specialists/003") as (
+            track,
+        ):
+            track({"step": 5, "loss": 1.0})
+    assert logged == [(5, {"loss": 1.0}), "finished"] * 2
+    assert (
+        opened[0] == opened[1]
+        and opened[0]["name"] == "specialists/003"
+        and opened[0]["resume"] == "allow"
+    )
+
+
+def test_a_tracker_that_is_not_installed_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'referral\[wandb\]'"):
+        with tracking.trackers(["wandb"], tmp_path, tmp_path, "generalist"):
+            pass
+
+
+def test_predictions_that_are_no_numbers_are_one_clear_error(data, tmp_path):
+    run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
+    network = load_classifier(run.generalist.path("model.json").parent)
+    torch.nn.init.constant_(network.head.weight, float("nan"))
+    save_classifier(network, run.generalist.path("model.json").parent)
+    with pytest.raises(
+        UserError, match="predictions cannot be counted: row 0 of the predictions holds NaN"
+    ):
+        run_all(tmp_path / "run", toy_config(data), only={"measure"})

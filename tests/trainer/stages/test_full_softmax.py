@@ -1,0 +1,203 @@
+"""Specialists with a full softmax (Hinton et al. 2015, section 6.1): what they learn, and what becomes of them."""
+
+import numpy as np
+import pytest
+import torch
+from running import run_all
+from toy import NUM_CLASSES, toy_config, write_toy
+
+from clustering import ClassGroups
+from networks import ModelSpec, build_classifier, load_classifier, specialise
+from pipeline.config import UserError, load_config
+from pipeline.store import read_json
+from trainer.core.objectives import specialise_fully, specialise_in, with_dustbin
+from trainer.data.streams import Batch
+from trainer.distributed.ranks import process_group
+from trainer.session import Session
+from trainer.stages.evaluate import validate_specialist
+
+MEMBERS, C = np.array([1, 4, 5]), 7
+
+
+def random_network(seed=0):
+    torch.manual_seed(seed)
+    spec = ModelSpec(
+        builder="mlp",
+        num_classes=C,
+        input={"shape": [2, 3], "dtype": "float32"},
+        options={"width": 8},
+    )
+    return build_classifier(spec)
+
+
+def random_batch():
+    torch.manual_seed(1)
+    labels = torch.arange(40) % C
+    return Batch(torch.randn(40, 2, 3), labels, labels, torch.zeros_like(labels))
+
+
+def test_the_dustbin_of_all_logits_is_the_log_sum_exp_of_the_other_classes():
+    logits = torch.tensor([[0.1, 0.25, 0.15, 0.5]]).log()
+    found = with_dustbin(logits, np.array([1, 3])).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.25, 0.5, 0.25]]))
+
+
+def test_a_group_of_every_class_has_an_empty_dustbin_and_a_finite_lesson():
+    network, batch = random_network(), random_batch()
+    assert (with_dustbin(network(batch.inputs), np.arange(C))[:, -1] == -torch.inf).all()
+    loss = specialise_fully(random_network(2), np.arange(C), C, 0.0)(network, batch)
+    loss.backward()
+    plain = torch.nn.functional.cross_entropy(network(batch.inputs), batch.labels)
+    torch.testing.assert_close(loss, plain)
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    "log_prior", [None, torch.tensor([0.3, -1.0, 0.2])], ids=["natural", "balanced"]
+)
+def test_a_full_specialist_starts_with_the_loss_of_the_one_that_sums_the_rest(log_prior):
+    """Soft targets from itself add nothing, so the shift and the prior are where specialise_in has them."""
+    generalist, batch = random_network(), random_batch()
+    full = specialise_fully(generalist, MEMBERS, C, 1.7, log_prior)(generalist, batch)
+    summed = specialise_in(MEMBERS, C, 1.7, log_prior=log_prior)(
+        specialise(generalist, MEMBERS), batch
+    )
+    torch.testing.assert_close(full, summed)
+
+
+def test_soft_weight_multiplies_what_the_generalist_adds():
+    generalist, network, batch = random_network(), random_network(2), random_batch()
+    none, one, three = (
+        specialise_fully(generalist, MEMBERS, C, 1.7, soft_weight=weight)(network, batch)
+        for weight in (0.0, 1.0, 3.0)
+    )
+    torch.testing.assert_close(none, specialise_fully(None, MEMBERS, C, 1.7)(network, batch))
+    torch.testing.assert_close(three - none, 3 * (one - none))
+    assert one > none + 0.01
+
+
+def test_the_generalist_that_teaches_gets_no_gradient_and_stays_as_it_is():
+    generalist, network = random_network(), random_network(2)
+    specialise_fully(generalist, MEMBERS, C, 0.0)(network, random_batch()).backward()
+    assert all(parameter.grad is None for parameter in generalist.parameters())
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    """Specialists of both kinds with one generalist's groups."""
+    root = tmp_path_factory.mktemp("runs")
+    rest = ["controls.enabled=false", "students={}"]
+    summed = run_all(root / "summed", toy_config(data, *rest))
+    config = toy_config(
+        data, *rest, f"generalist.from={root / 'summed'}", "specialists.dustbin=full"
+    )
+    return {"preserving": summed, "full": run_all(root / "full", config)}
+
+
+def test_a_run_with_full_softmaxes_answers_through_the_same_ensemble(runs):
+    run = runs["full"]
+    assert all(stage.is_done for stage in run.stages)
+    heads = [ModelSpec.load(each.path("model.json")).head for each in run.specialists]
+    assert all(head["kind"] == "dustbin" and head["rows"] == "all" for head in heads)
+    rows = {name: read_json(runs[name].evaluate.path("ensemble.json"))["row"] for name in runs}
+    before = read_json(run.evaluate.path("generalist.json"))["row"]
+    assert rows["full"]["nll"] < before["nll"] and rows["full"]["nll"] != rows["preserving"]["nll"]
+
+
+def test_what_is_saved_is_what_was_judged_while_it_had_all_its_rows(runs):
+    run = runs["full"]
+    with process_group(run.config.engine) as ranks:
+        session = Session(run, ranks)
+        for members, stage in zip(session.groups().members, run.specialists, strict=True):
+            judged = read_json(stage.path("summary.json"))["val"]
+            again = validate_specialist(session, members).loss(
+                load_classifier(stage.path("").resolve())
+            )
+            assert again == pytest.approx(judged, rel=1e-5)
+
+
+def test_among_other_classes_a_full_specialist_stays_nearer_to_the_generalist(runs):
+    """Mean KL over the specialists, on val: that is what the soft targets ask for."""
+
+    def drift(run):
+        groups, found = ClassGroups.load(run.cluster.path("groups.json")), []
+        with process_group(run.config.engine) as ranks:
+            session = Session(run, ranks)
+            generalist = session.load(run.generalist)
+            for members, stage in zip(groups.members, run.specialists, strict=True):
+                specialist = load_classifier(stage.path("").resolve())
+                rows = specialist.head.row_classes[len(members) :]
+                outside = set(rows.tolist())
+                assert outside == set(range(NUM_CLASSES)) - set(members.tolist())
+
+                def ask(batch, specialist=specialist, rows=rows, members=members):
+                    features = specialist.trunk(specialist.preprocess(batch.inputs))
+                    theirs = (features @ specialist.head.weight.T + specialist.head.bias)[
+                        :, len(members) :
+                    ]
+                    p = generalist(batch.inputs)[:, rows].log_softmax(1)
+                    return {
+                        "kl": (p.exp() * (p - theirs.log_softmax(1))).sum(1),
+                        "labels": batch.labels,
+                    }
+
+                answers = session.measured(session.shards("val"), ask)
+                found.append(answers["kl"][~np.isin(answers["labels"], members)].mean())
+        return np.mean(found)
+
+    assert drift(runs["full"]) < 0.7 * drift(runs["preserving"])
+
+
+def test_at_soft_weight_0_a_full_softmax_learns_what_the_sum_of_the_rest_does(runs, data, tmp_path):
+    given = (
+        "controls.enabled=false",
+        f"generalist.from={runs['preserving'].root}",
+        "specialists.steps=5",
+    )
+
+    def specialists(name, *settings):
+        only = {"generalist", "measure", "cluster", "route", "specialist"}
+        return run_all(tmp_path / name, toy_config(data, *given, *settings), only).specialists
+
+    full = specialists("full", "specialists.dustbin=full", "specialists.soft_weight=0")
+    for one, other in zip(full, specialists("summed"), strict=True):
+        found, expected = (
+            load_classifier(stage.path("").resolve()).state_dict() for stage in (one, other)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["engine.shard_head=true"], "holds all logits"),
+        (["train.label_smoothing=0.1"], "specialists.label_smoothing = 0"),
+        (["specialists.dustbin_rows=5"], "a full softmax has them all"),
+    ],
+    ids=["no logits", "smoothing", "rows"],
+)
+def test_a_full_softmax_refuses_what_it_does_not_go_with(settings, message):
+    with pytest.raises(UserError, match=message):
+        load_config(None, ["specialists.dustbin=full", *settings], {})
+
+
+def test_a_soft_weight_without_a_full_softmax_is_refused():
+    with pytest.raises(UserError, match="which alone learns from the generalist"):
+        load_config(None, ["specialists.soft_weight=0.5"], {})
+
+
+def test_a_full_softmax_learns_the_generalists_answers_at_a_tenth_unless_told():
+    def weight(*settings: str) -> float:
+        return load_config(None, list(settings), {}).specialists.soft_weight
+
+    assert weight("specialists.dustbin=full") == 0.1
+    assert weight("specialists.dustbin=full", "specialists.soft_weight=1") == 1
+    again = load_config(None, [], load_config(None, ["specialists.dustbin=full"], {}).dump())
+    assert again.specialists.soft_weight == 0.1
+    assert load_config(None, [], load_config(None, [], {}).dump()) == load_config(None, [], {})

@@ -1,0 +1,54 @@
+"""Signals that come at any time, and stages that are asked for too early."""
+
+import subprocess
+import sys
+
+import pytest
+
+import trainer.__main__
+from pipeline.config import UserError, load_config
+from pipeline.store import RunDirectory
+from trainer.__main__ import check_inputs
+
+
+def test_a_signal_between_two_trainings_is_heeded_in_the_second():
+    program = """
+import os, signal
+from trainer.distributed import ALONE, StopSignal
+first = StopSignal()
+assert not first.agreed(ALONE)
+os.kill(os.getpid(), signal.SIGUSR2)
+assert StopSignal().agreed(ALONE)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
+
+
+def test_a_stage_whose_inputs_are_not_done_is_refused_and_combine_judges_for_itself(tmp_path):
+    """Slurm takes a dependency on a job that it has forgotten for fulfilled."""
+    run = RunDirectory(tmp_path, load_config(None, ["train.steps=1", "clusters.num_groups=2"]))
+    with pytest.raises(
+        UserError, match="clusters/statistics needs generalist, which is not done: run it first"
+    ):
+        check_inputs(run.measure)
+    check_inputs(run.generalist)
+    check_inputs(run.combine)
+    run.generalist.begin().finish()
+    check_inputs(run.measure)
+
+
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_a_mistake_of_all_ranks_is_said_by_rank_0_while_the_others_wait(
+    tmp_path, monkeypatch, capsys, rank
+):
+    """torchrun ends all ranks with the first that ends: one that ended at once took rank 0's words with it."""
+    waited = []
+    monkeypatch.setattr(
+        trainer.__main__.time, "sleep", lambda s: waited.append((s, capsys.readouterr().err))
+    )
+    if rank is None:
+        monkeypatch.delenv("RANK", raising=False)
+    else:
+        monkeypatch.setenv("RANK", rank)
+    assert trainer.__main__.main(["generalist", "--run", str(tmp_path / "none")]) == 2
+    assert waited == ([(trainer.__main__.FIRST_SAYS_S, "")] if rank == "1" else [])
+    assert "error:" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Commands that need torch: check, shards, doctor, export, predict, compare."""

@@ -1,0 +1,1 @@
+"""Make shards of what people have: arrays, folders, rendered glyphs; split and index them."""

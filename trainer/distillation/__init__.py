@@ -1,1 +1,0 @@
-"""Teachers and what they say."""

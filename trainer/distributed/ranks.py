@@ -1,0 +1,164 @@
+"""Processes at the edge: one group of ranks, started by torchrun or alone (world size 1 is not a second path)."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import Engine, UserError
+
+from .die_with_parent import die_with_parent
+
+
+class Watchdog:
+    """Ends this process, with a traceback of every thread, `seconds` after the last sign of progress; exit code 1.
+
+    Python's own faulthandler does it, from a thread that needs no interpreter, so that a hang in a collective or in
+    a driver is ended too.  The launcher then ends the other ranks.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds, self.armed, self.last = seconds, False, 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Progress is expected inside."""
+        self.armed, self.last = True, 0.0
+        self.progress()
+        try:
+            yield
+        finally:
+            self.armed = False
+            faulthandler.cancel_dump_traceback_later()
+
+    def progress(self) -> None:
+        """A step, or a batch, is done.  Setting the clock anew costs a thread: once a second, or a fiftieth of it."""
+        now = time.monotonic()
+        if self.armed and now - self.last > min(1.0, self.seconds / 50):
+            self.last = now
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world_size, and the device that it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    watchdog: Watchdog | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def progress(self) -> None:
+        """Tell the watchdog that this rank is alive."""
+        if self.watchdog is not None:
+            self.watchdog.progress()
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@contextmanager
+def process_group(engine: Engine) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started (RANK, WORLD_SIZE, ... in the environment), or be alone."""
+    die_with_parent()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    device = choose_device(engine)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(
+            backend, timeout=timedelta(minutes=30)
+        )  # stages where rank 0 works alone take long
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.set_flush_denormal(
+        True
+    )  # softmaxes over many classes are full of them; a CPU takes ages over each
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, Watchdog(engine.hang_s))
+    finally:
+        torch.set_flush_denormal(False)  # whoever called may want them
+        dist.destroy_process_group()
+
+
+def choose_device(engine: Engine) -> torch.device:
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            'engine.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"'
+        )
+    if engine.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def precision(engine: Engine, device: torch.device) -> torch.dtype:
+    """What the forward pass computes in; weights are float32 always."""
+    if engine.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if engine.precision == "fp16" and device.type == "cpu":
+        raise UserError('engine.precision = "fp16" needs a GPU; on a CPU take "bf16" or "fp32"')
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+
+
+def broadcast(value, ranks: Ranks):
+    """Rank 0's value (any small JSON-able object) on every rank."""
+    if ranks.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=ranks.device)
+    return box[0]
+
+
+def gather(value, ranks: Ranks) -> list:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    if ranks.world_size == 1:
+        return [value]
+    box = [None] * ranks.world_size
+    dist.all_gather_object(box, value)
+    return box
+
+
+def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The sum over the ranks, in float64 so that it does not depend on how examples fell to ranks."""
+    total = tensor.detach().to(ranks.device, torch.float64)
+    if ranks.world_size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step; all ranks agree on the step.
+
+    One that comes between two trainings of a process is heeded at the first step of the second.
+    """
+
+    received = False  # by this process
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._receive)
+
+    def _receive(self, *_):
+        StopSignal.received = True
+
+    def agreed(self, ranks: Ranks) -> bool:
+        if ranks.world_size == 1:
+            return self.received
+        flag = torch.tensor([float(self.received)], device=ranks.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())

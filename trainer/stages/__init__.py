@@ -1,0 +1,1 @@
+"""The method, stage by stage."""
