@@ -241,7 +241,7 @@ def trained(run: str, rows: int = 128) -> list[dict]:
     )
     for n in (1, 2, 5):
         ensemble = SpecialistEnsemble.load(run, gate=n, allow_missing=True)
-        p_general, p_special, active = ensemble.opinions(inputs)
+        p_general, p_special, active = ensemble.predictions(inputs)
         asked = active.any(1).nonzero()[:rows, 0]
         g = p_general[asked].double()
         g, p = g / g.sum(1, keepdim=True), []

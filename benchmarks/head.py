@@ -40,7 +40,7 @@ SMOOTHING = 0.1
 MIB = 2**20
 
 
-def held(x, weight, bias, labels):
+def materialize(x, weight, bias, labels):
     return F.cross_entropy(F.linear(x, weight, bias), labels, label_smoothing=SMOOTHING)
 
 
@@ -49,7 +49,7 @@ def in_blocks(x, weight, bias, labels):
     return LinearLogits(x, weight, bias, len(weight)).cross_entropy(targets).mean()
 
 
-FORMS = {"held": held, "blocks": in_blocks}
+FORMS = {"dense": materialize, "blocks": in_blocks}
 
 
 def one_step(form: str, rows: int, size: int, classes: int) -> None:
@@ -120,7 +120,7 @@ def steps(rows: int, size: int, classes: int, rounds: int) -> None:
             f"  {form:8} {row['extra'] / MIB:8.0f} MiB extra {row['seconds']:6.2f} s {row['cpu_seconds']:6.2f} s CPU;"
             f" loss {found[form][0]['loss']:.6f}, |gradients| {found[form][0]['gradients']}"
         )
-    ratio = {key: middle["blocks"][key] / middle["held"][key] for key in middle["held"]}
+    ratio = {key: middle["blocks"][key] / middle["dense"][key] for key in middle["dense"]}
     print(
         f"  blocks / held: memory {ratio['extra']:.3f} (bar 0.1), time {ratio['seconds']:.2f}, CPU time "
         f"{ratio['cpu_seconds']:.2f} (bar 1.5)"

@@ -48,21 +48,21 @@ def measure(name: str, width: int) -> None:
     )
     engine = Engine(**chosen, device="cpu")
     with process_group(engine) as ranks:
-        driver, R = build_engine(engine, ranks), ranks.world_size
+        engine, R = build_engine(engine, ranks), ranks.world_size
         x = torch.zeros(8, 1, 20, 20, dtype=torch.uint8)
         options = {"width": width, "depth": 3}
         spec = ModelSpec("mlp", 1000, {"shape": (1, 20, 20), "mean": [0.5], "std": [0.25]}, options)
         network = build_classifier(spec)
         count = parameter_count(network)
-        module = driver.prepare(network, DEFAULT_SCHEDULE.model_copy(update={"batch_size": 8 * R}))
+        module = engine.prepare(network, DEFAULT_SCHEDULE.model_copy(update={"batch_size": 8 * R}))
 
         held = []
 
         def step():
-            with driver.accumulating(last=True):
-                driver.backward(module(x).float().square().mean())
+            with engine.accumulating(last=True):
+                engine.backward(module(x).float().square().mean())
             held.append(storages())
-            driver.step(1e-3)
+            engine.step(1e-3)
 
         for _ in range(3):
             step()
@@ -97,7 +97,7 @@ def measure(name: str, width: int) -> None:
                 ),
                 flush=True,
             )
-        driver.close()
+        engine.close()
 
 
 def storages() -> int:

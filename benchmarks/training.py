@@ -67,9 +67,9 @@ def ours(shape: str, engine, ranks, shards, steps: int, warm: int, place: Path) 
     batch = SHAPES[shape][3] * ranks.world_size
     schedule = schedule_of(Schedule, batch, log_every=warm)
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), batch)], 0)
-    with closing(build_engine(engine, ranks)) as driver:
+    with closing(build_engine(engine, ranks)) as engine:
         train(
-            driver,
+            engine,
             network_of(shape),
             classify(),
             stream,

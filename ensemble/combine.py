@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from .newton import factors, pattern_masses
-from .opinions import (
-    Opinions,
+from .patterns import PaddedIndex, SharedIndex, set_patterns
+from .predictions import (
+    SpecialistPredictions,
     active_sets,
     check_no_negative,
     check_sums,
     checked_active,
     checked_general,
     checked_weights,
-    read_opinions,
+    read_predictions,
 )
-from .patterns import PaddedIndex, SharedIndex, set_patterns
 
 METHODS = ("newton", "newton-fixed")
 FIXED_STEPS = 16
@@ -57,7 +57,7 @@ def combine_kl(
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)
-    opinions = read_opinions(p_special, groups, active, g.dtype, dtype)
+    opinions = read_predictions(p_special, groups, active, g.dtype, dtype)
     steps = FIXED_STEPS if method == "newton-fixed" else None
     return combined(Job(groups, weights, opinions, dtype, steps), g, active).to(dtype)
 
@@ -75,7 +75,7 @@ class Job:
 
     groups: object
     weights: Tensor | None
-    opinions: Opinions
+    opinions: SpecialistPredictions
     dtype: torch.dtype
     steps: int | None = None
     columns: Callable[[Tensor, Tensor], Tensor] | None = None

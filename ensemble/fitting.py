@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .neighbours import COMBINERS
+from .pooling import COMBINERS
 
 # Temperatures and weights are looked for within a factor of this.
 WIDEST = 32.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .combine import Job, combined
-from .opinions import SUM_TOLERANCE, checked_active, checked_weights, read_opinions
+from .predictions import SUM_TOLERANCE, checked_active, checked_weights, read_predictions
 
 
 def combine_kl_sparse(
@@ -41,7 +41,7 @@ def combine_kl_sparse(
     work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
     active = checked_active(active, p_special, rows, groups, values.device)
     weights = checked_weights(weights, len(groups.members), values.device)
-    opinions = read_opinions(p_special, groups, active, work, dtype)
+    opinions = read_predictions(p_special, groups, active, work, dtype)
     ascending, position = _sorted(indices.long())
     _check_indices(ascending, groups.num_classes)
 

@@ -15,14 +15,14 @@ from clustering.groups import ClassGroups
 from networks import ModelSpec, build_classifier, load_classifier
 
 from .gating import gate as open_gate
-from .neighbours import COMBINERS
+from .pooling import COMBINERS
 
 SCHEMA = 1
 SETTINGS = "ensemble.json"
 GROUPS = "clusters/groups.json"
 
 
-class Consultation(NamedTuple):
+class EnsembleOutput(NamedTuple):
     """What became of a batch: p_general [B, C], the combined q [B, C], and which specialists were asked, bool [B,
     M]."""
 
@@ -139,7 +139,7 @@ class SpecialistEnsemble:
             for m, place in folders.items()
             if all((place / n).is_file() for n in ("model.json", "model.safetensors"))
         ]
-        shelf = Shelf(
+        shelf = LazySpecialists(
             lambda m: load_specialist(
                 folders[m], generalist, facts["shared"].get(str(m), ()), device, builders
             ),
@@ -163,7 +163,7 @@ class SpecialistEnsemble:
         )
 
     @torch.no_grad()
-    def opinions(self, inputs) -> tuple[Tensor, list, Tensor]:
+    def predictions(self, inputs) -> tuple[Tensor, list, Tensor]:
         """(p_general [B, C], p_special, active [B, M]) as combine_kl takes them: p_special[m] is (rows, [len(rows),
         |S_m| + 1]) or None.
 
@@ -184,22 +184,22 @@ class SpecialistEnsemble:
         logits, active, special = self._logits(inputs)
         return logits, special, active
 
-    def consult(self, inputs) -> Consultation:
-        p_general, p_special, active = self.opinions(inputs)
+    def forward_with_details(self, inputs) -> EnsembleOutput:
+        p_general, p_special, active = self.predictions(inputs)
         with torch.no_grad():
             q = COMBINERS[self.combine](
                 p_general, p_special, self.groups, active=active, weights=self.weights
             )
-        return Consultation(p_general, q, active)
+        return EnsembleOutput(p_general, q, active)
 
     def probabilities(self, inputs) -> Tensor:
         """q [B, C] for raw inputs [B, ...]."""
-        return self.consult(inputs).q
+        return self.forward_with_details(inputs).q
 
     def predict(self, inputs, top: int = 5) -> list[dict]:
         """Per row {classes, names, probabilities, specialists}: the `top` most probable classes, and the specialists
         asked."""
-        found = self.consult(inputs)
+        found = self.forward_with_details(inputs)
         values, classes = found.q.topk(min(top, found.q.shape[1]), dim=1)
         return [
             {
@@ -271,7 +271,7 @@ class SpecialistEnsemble:
             self.runs.update(names)
 
 
-class Shelf(Mapping):
+class LazySpecialists(Mapping):
     """Specialists by number, loaded when first asked; the `cache` last asked are kept.  Threads may share it."""
 
     def __init__(self, load: Callable[[int], nn.Module], numbers, cache: int | None = None):

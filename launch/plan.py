@@ -103,7 +103,8 @@ def packs(run: RunDirectory) -> list[range]:
     """The specialists that are trained here, specialists.per_job to a job, by their numbers."""
     per_job, count = run.config.specialists.per_job, run.num_specialists
     return [
-        range(first, min(first + per_job, count)) for first in range(run.num_taken, count, per_job)
+        range(first, min(first + per_job, count))
+        for first in range(run.num_inherited, count, per_job)
     ]
 
 
@@ -139,13 +140,13 @@ def _steps(stage: Stage, run: RunDirectory) -> float:
     if stage.name in ("generalist", "member"):
         return _length(config.train)
     if stage.name == "specialist":
-        return 0 if int(name) < run.num_taken else _length(config.specialists)
+        return 0 if int(name) < run.num_inherited else _length(config.specialists)
     if stage.name == "student":
         return _length(config.students[name])
     if stage.name == "control":
         if name == "student_hard":
             return _length(config.students["main"])
-        trained = len(run.specialists) - run.num_taken
+        trained = len(run.specialists) - run.num_inherited
         return _length(config.specialists) * (trained if name == "control_compute" else 1)
     return 0
 

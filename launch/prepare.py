@@ -208,7 +208,7 @@ def check_old(run: RunDirectory) -> None:
         ) from None
     wanted = [
         "generalist",
-        *(f"specialists/{m:03d}" for m in range(run.num_taken) if m not in skipped),
+        *(f"specialists/{m:03d}" for m in range(run.num_inherited) if m not in skipped),
     ]
     absent = [place for place in wanted if not (run.old / place / "DONE").is_file()]
     if absent:

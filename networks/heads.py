@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .linear_logits import Alone, LinearLogits
+from .linear_logits import LinearLogits, LocalComm
 from .spec import ModelSpec, check_members
 
 
@@ -53,7 +53,9 @@ class DustbinHead(nn.Module):
         ):  # programs (torch.export, ONNX) are of torch's own operators
             dustbin = F.linear(features, others, others_bias).to(inside.dtype).logsumexp(dim=1)
         else:
-            dustbin, _ = LinearLogits(features, others, others_bias, len(others)).reduced()
+            dustbin, _ = LinearLogits(
+                features, others, others_bias, len(others)
+            ).logsumexp_and_dot()
         return torch.cat([inside, dustbin[:, None]], dim=1)
 
     def extra_repr(self) -> str:
@@ -61,25 +63,23 @@ class DustbinHead(nn.Module):
 
 
 class ShardedLinear(nn.Module):
-    """Some rows of a linear head, as the exchange splits them: [n, D] -> LinearLogits of all num_classes classes."""
+    """Some rows of a linear head, as the comm splits them: [n, D] -> LinearLogits of all num_classes classes."""
 
     def __init__(
-        self, rows: nn.Linear, num_classes: int, exchange: Alone, block: int | None = None
+        self, rows: nn.Linear, num_classes: int, comm: LocalComm, block: int | None = None
     ):
         super().__init__()
-        self.in_features, self.num_classes, self.exchange, self.block = (
+        self.in_features, self.num_classes, self.comm, self.block = (
             rows.in_features,
             num_classes,
-            exchange,
+            comm,
             block,
         )
         self.weight, self.bias = rows.weight, rows.bias
 
     def forward(self, features: Tensor) -> LinearLogits:
-        exchange = self.exchange.of(features)
-        return LinearLogits(
-            features, self.weight, self.bias, self.num_classes, self.block, exchange
-        )
+        comm = self.comm.of(features)
+        return LinearLogits(features, self.weight, self.bias, self.num_classes, self.block, comm)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {len(self.weight)} of {self.num_classes} classes"
@@ -119,7 +119,7 @@ class GrownHead(nn.Module):
         return f"{self.in_features}, {len(self.classes)} of {len(self.fixed_weight)} rows learn"
 
 
-def unheld_logits(classifier, raw: Tensor) -> LinearLogits:
+def lazy_logits(classifier, raw: Tensor) -> LinearLogits:
     """What a classifier with a plain linear head answers, without holding [B, C] logits.
 
     ValueError for one with members: their logits are held.

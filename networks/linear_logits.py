@@ -4,7 +4,7 @@ N rows, D features, C classes of the whole label set, c of them in one shard; z 
 is one block, N x block, whatever C is: the forward pass keeps each row's log-sum-exp, the backward pass computes the
 block's logits again (online softmax, Milakov & Gimelshein 2018; the recomputation of Dao et al. 2022, section 3.1).
 
-Where the rows of `weight` are split over ranks, an `exchange` carries rows and sums between them.  Here it is a value,
+Where the rows of `weight` are split over ranks, an `comm` carries rows and sums between them.  Here it is a value,
 and the mathematics is the same with one shard.
 """
 
@@ -26,18 +26,18 @@ BLOCK_ENTRIES = {
 LEAST_EXPONENT = -80.0
 
 
-class Alone:
-    """The exchange of one shard that holds every class."""
+class LocalComm:
+    """The comm of one shard that holds every class."""
 
     first = 0  # the class of the shard's first row
     share = 1.0  # of the weight's gradient: ranks that average gradients sum each its own loss's
 
-    def of(self, features: Tensor) -> Alone:
-        """The exchange of a batch of which this rank has these rows."""
+    def of(self, features: Tensor) -> LocalComm:
+        """The comm of a batch of which this rank has these rows."""
         return self
 
-    def among(self, classes: Tensor) -> Alone:
-        """The exchange of these classes alone, ascending, numbered anew."""
+    def among(self, classes: Tensor) -> LocalComm:
+        """The comm of these classes alone, ascending, numbered anew."""
         return self
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -131,18 +131,16 @@ class LinearLogits:
     bias: Tensor | None
     num_classes: int
     block: int | None = None  # classes at a time; None: BLOCK_ENTRIES of the device
-    exchange: Alone = field(default_factory=Alone)
+    comm: LocalComm = field(default_factory=LocalComm)
 
-    def plus(self, log_prior: Tensor | None) -> LinearLogits:
+    def add_bias(self, log_prior: Tensor | None) -> LinearLogits:
         """These logits + log_prior [C]."""
         if log_prior is None:
             return self
-        own = log_prior[self.exchange.first : self.exchange.first + len(self.weight)].to(
-            self.weight
-        )
+        own = log_prior[self.comm.first : self.comm.first + len(self.weight)].to(self.weight)
         return replace(self, bias=own if self.bias is None else self.bias + own)
 
-    def divided(self, temperature: float) -> LinearLogits:
+    def scale_by_temperature(self, temperature: float) -> LinearLogits:
         """These logits / temperature."""
         if temperature == 1:
             return self
@@ -159,25 +157,25 @@ class LinearLogits:
         2015, section 3).  So sum exp z is unbiased over the draw; its logarithm, the loss, is biased downwards, by less
         the more are drawn, and exact with all.  labels: int64 [n], each a class; draw: alike on every rank.
         """
-        own_classes = self.exchange.gather(labels).unique()
+        own_classes = self.comm.gather(labels).unique()
         order = torch.randperm(self.num_classes, generator=draw).to(labels.device)
         others = order[~torch.isin(order, own_classes)]
         drawn = others[:negatives]
         classes = torch.cat([own_classes, drawn]).sort().values
         raised = torch.isin(classes, drawn) * math.log(max(1, len(others)) / max(1, len(drawn)))
-        here = (classes >= self.exchange.first) & (classes < self.exchange.first + len(self.weight))
-        rows = classes[here] - self.exchange.first
+        here = (classes >= self.comm.first) & (classes < self.comm.first + len(self.weight))
+        rows = classes[here] - self.comm.first
         bias = raised[here].to(self.weight) + (0 if self.bias is None else self.bias[rows])
         some = replace(
             self,
             weight=self.weight[rows],
             bias=bias,
             num_classes=len(classes),
-            exchange=self.exchange.among(classes),
+            comm=self.comm.among(classes),
         )
         return some, torch.searchsorted(classes, labels)
 
-    def reduced(self, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
+    def logsumexp_and_dot(self, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
         """(log sum_c exp z_c, sum_c t_c z_c), both [n] in float32 (float64 of float64) and differentiable in features,
         weight and bias."""
         kind = self.features.device.type
@@ -190,15 +188,15 @@ class LinearLogits:
                 targets or Targets(),
                 low,
                 self.block,
-                self.exchange,
+                self.comm,
             )
 
     def cross_entropy(self, targets: Targets) -> Tensor:
         """-sum_c t_c log softmax(z)_c, [n]."""
-        log_sum, dot = self.reduced(targets)
+        log_sum, dot = self.logsumexp_and_dot(targets)
         return targets.mass(self.num_classes) * log_sum - dot
 
-    def held(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """The logits themselves, float32 [n, C], of one shard."""
         return F.linear(self.features, self.weight, self.bias).float()
 
@@ -251,13 +249,13 @@ class _Reduced(torch.autograd.Function):
     """LinearLogits.reduced."""
 
     @staticmethod
-    def forward(ctx, features, weight, bias, targets: Targets, low, block, exchange):
-        x = exchange.gather(features).to(low or torch.promote_types(features.dtype, weight.dtype))
-        given = [exchange.gather(part) if part is not None else None for part in targets[:3]]
-        dense = exchange.own_columns(targets.dense) if targets.dense is not None else None
+    def forward(ctx, features, weight, bias, targets: Targets, low, block, comm):
+        x = comm.gather(features).to(low or torch.promote_types(features.dtype, weight.dtype))
+        given = [comm.gather(part) if part is not None else None for part in targets[:3]]
+        dense = comm.own_columns(targets.dense) if targets.dense is not None else None
         t = Targets(*given, dense)
         if t.indices is not None:
-            t = t._replace(indices=t.indices - exchange.first)
+            t = t._replace(indices=t.indices - comm.first)
         dtype = torch.promote_types(x.dtype, torch.float32)
         peak, total = (
             x.new_full((len(x),), -torch.inf, dtype=dtype),
@@ -274,20 +272,20 @@ class _Reduced(torch.autograd.Function):
         if t.uniform is not None:  # sum_c z_c is linear in the sum of the weight's rows
             every = x.to(dtype) @ weight.sum(0, dtype=dtype)
             dot += t.uniform * (every if bias is None else every + bias.sum())
-        highest = exchange.max(peak)
-        total = exchange.sum(total * (peak - highest).exp())
+        highest = comm.max(peak)
+        total = comm.sum(total * (peak - highest).exp())
         log_sum = highest + total.log()
         ctx.save_for_backward(x, weight, bias, log_sum, *t)
-        ctx.facts = features.dtype, low, block, exchange
-        return exchange.own(log_sum), exchange.own(exchange.sum(dot))
+        ctx.facts = features.dtype, low, block, comm
+        return comm.own(log_sum), comm.own(comm.sum(dot))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_log_sum, d_dot):
         x, weight, bias, log_sum, *t = ctx.saved_tensors
-        given_dtype, low, block, exchange = ctx.facts
-        t, share = Targets(*t), exchange.share
-        d_log_sum, d_dot = exchange.gather(d_log_sum), exchange.gather(d_dot)
+        given_dtype, low, block, comm = ctx.facts
+        t, share = Targets(*t), comm.share
+        d_log_sum, d_dot = comm.gather(d_log_sum), comm.gather(d_dot)
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
         d_x = torch.zeros_like(x, dtype=log_sum.dtype) if to_x else None
         d_weight = torch.empty_like(weight) if to_weight else None
@@ -312,7 +310,7 @@ class _Reduced(torch.autograd.Function):
                 _product(d_z, x, even_x, low, share, out=d_weight[here])
         if to_x and t.uniform is not None:
             d_x += torch.outer(even, weight.sum(0, dtype=d_x.dtype))
-        d_x = exchange.own(exchange.sum(d_x)).to(given_dtype) if to_x else None
+        d_x = comm.own(comm.sum(d_x)).to(given_dtype) if to_x else None
         return d_x, d_weight, d_bias, None, None, None, None
 
 

@@ -16,7 +16,7 @@ from .builders import builtin_options
 from .classifier import Classifier, build_classifier
 from .heads import DustbinHead, GrownHead, make_head
 from .members import FACTOR_STD, MemberHeads, cut_trunk, member_head, share_weights
-from .rest import RestRow
+from .residual_row import ResidualRow
 from .spec import ModelSpec, check_members
 
 WIDTHS = {"width", "channels", "embedding"}
@@ -28,13 +28,13 @@ def specialise(
     members,
     dustbin: str = "preserving",
     kept=None,
-    rest: RestRow | None = None,
+    rest: ResidualRow | None = None,
 ) -> Classifier:
     """A copy of `generalist` whose logits are [B, |members| + 1]: the members in ascending order, the dustbin last.
 
     dustbin: "preserving" keeps every row, so the specialist starts as the generalist, the classes outside summed;
         "fresh" keeps the members' rows and draws one new row (it loses accuracy: methods.md, section 1).
-    kept, rest: of "preserving" keep the rows of these other classes only, and `rest` (fit_rest) for all without one.
+    kept, rest: of "preserving" keep the rows of these other classes only, and `rest` (fit_residual_row) for all without one.
     Raises ValueError for members that are not distinct classes, and if `generalist` is a specialist itself or has
     members in the other sense, heads or factors.
     """
@@ -94,7 +94,7 @@ def add_classes(classifier: Classifier, class_names: Sequence[str]) -> Classifie
     """A copy of a plain `classifier` that answers with all of `class_names` and can learn the new ones alone.
 
     Classes are matched by name and come in the order of `class_names`.  Trunk, norms and the old rows stay bit for bit:
-    .head is a GrownHead, which settled() turns into a plain one.
+    .head is a GrownHead, which merge_grown_head() turns into a plain one.
     A new row is the mean of the old ones, its bias lower by log K for K new classes.  A mean of C logits is at most
     their log-sum-exp less log C (Jensen), so the new classes together hold at most 1 / (C + 1), whatever the input.
     Raises ValueError for a specialist, for members, and where no class is new or an old one is absent.
@@ -124,7 +124,7 @@ def add_classes(classifier: Classifier, class_names: Sequence[str]) -> Classifie
     return set_trainable(grown.train(classifier.training), "head")
 
 
-def settled(classifier: Classifier) -> Classifier:
+def merge_grown_head(classifier: Classifier) -> Classifier:
     """Give a network of add_classes a plain head with the rows that it has learnt.  Changes it and returns it."""
     head = classifier.head
     linear = make_head(classifier.spec, head.in_features).to(head.fixed_weight)
@@ -134,12 +134,12 @@ def settled(classifier: Classifier) -> Classifier:
     return set_trainable(classifier, "all")
 
 
-def among_more(specialist: Classifier, generalist: Classifier) -> Classifier:
+def remap_specialist(specialist: Classifier, generalist: Classifier) -> Classifier:
     """A specialist that answers among `generalist`'s classes, which are its own and more, found by name.
 
     A copy: what it says of its members stays, in the order that they have now, and new classes fall into its dustbin.
     If that has a row for every class, the new ones get the generalist's, as a beginning: the specialist's features are
-    not the generalist's, and their biases are better fitted (trainer.stages.story.meet_new_classes); otherwise the row for
+    not the generalist's, and their biases are better fitted (trainer.stages.story.calibrate_new_class_bias); otherwise the row for
     the rest stands for them too.
     Raises ValueError for a network that is no specialist, and where the generalist lacks one of its classes.
     """

@@ -276,7 +276,7 @@ class RunDirectory:
         if self.config.is_deep:
             return 0
         if self.old:
-            return self.num_taken + 1
+            return self.num_inherited + 1
         if self.groups_file is None:
             return self.config.clusters.num_groups
         file = self.groups_file
@@ -285,7 +285,7 @@ class RunDirectory:
         )
 
     @cached_property
-    def num_taken(self) -> int:
+    def num_inherited(self) -> int:
         """The first so many specialists are the old run's; 0 where no classes are added."""
         if not self.old:
             return 0
@@ -308,7 +308,7 @@ class RunDirectory:
                 [self.route],
                 {},
             )
-            if index < self.num_taken:
+            if index < self.num_inherited:
                 sections, inputs, extra = [], [self.cluster], self._of_old(place)
             found.append(self._stage("specialist", place, sections, inputs, index=index, **extra))
         return found

@@ -20,12 +20,12 @@ from networks import (
     ModelSpec,
     add_classes,
     adopt_weights,
-    among_more,
     batch_ensemble,
     build_classifier,
     hydra,
     load_classifier,
     match_classes,
+    remap_specialist,
     save_classifier,
     widen,
 )
@@ -44,8 +44,8 @@ from pipeline.store import (
 from .core.loop import train
 from .core.objectives import Objective
 from .core.tracking import trackers
-from .data.accounts import Losses
 from .data.cache import cached
+from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
 from .distributed.ranks import Ranks, broadcast, gather
@@ -64,7 +64,7 @@ class Session:
     def __init__(self, run: RunDirectory, ranks: Ranks):
         self.run, self.ranks, self.config = run, ranks, run.config
         self._shards: dict[str, ShardSet] = {}
-        self.losses = Losses()
+        self.losses = LostSamples()
 
     def shards(self, split: str) -> ShardSet:
         """The train, val, test, transfer or ood split, decoded once for all stages where [data] cache allows."""
@@ -172,12 +172,12 @@ class Session:
     ) -> tuple[nn.Module, dict]:
         names = self.config.engine.track if self.ranks.is_main else []
         with (
-            closing(build_engine(self.config.engine, self.ranks)) as driver,
+            closing(build_engine(self.config.engine, self.ranks)) as engine,
             self.ranks.watchdog.watching(),
             trackers(names, attempt.directory, self.run.root, attempt.stage.place) as tracked,
         ):
             network, summary = train(
-                driver,
+                engine,
                 network,
                 objective,
                 stream,
@@ -254,7 +254,7 @@ class Session:
         return [
             specialist_steps(schedule, int(counts[members].sum()))
             for m, members in enumerate(self.groups().members)
-            if m >= self.run.num_taken and m not in skipped
+            if m >= self.run.num_inherited and m not in skipped
         ]
 
     def ensemble(self, facts: dict | None = None) -> SpecialistEnsemble | DeepEnsemble:
@@ -384,12 +384,12 @@ class Session:
         spec = ModelSpec.load(self.run.old / "generalist" / "model.json")
         return np.array(match_classes(spec.class_names, self.class_names))
 
-    def taken_specialist(self, index: int) -> tuple[Classifier, dict]:
+    def inherited_specialist(self, index: int) -> tuple[Classifier, dict]:
         """The old run's specialist among the classes of this one, and its summary: it costs nothing here."""
         place = self.run.old / "specialists" / f"{index:03d}"
         try:
             network = load_classifier(place, self.ranks.device, builders_of(self.config))
-            network = among_more(network, self.load(self.run.generalist))
+            network = remap_specialist(network, self.load(self.run.generalist))
             free = {
                 "seconds": 0.0,
                 "examples_seen": 0,

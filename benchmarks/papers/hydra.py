@@ -333,9 +333,9 @@ def fitted(
     points = InMemory(rows.astype(np.float32), np.zeros(len(rows), np.int64))
     stream = TrainingStream([Source(points, shuffled(len(rows), seed), LESSON.batch_size)], seed)
     place.mkdir(parents=True, exist_ok=True)
-    with closing(build_engine(Engine(device="cpu"), ranks)) as driver:
+    with closing(build_engine(Engine(device="cpu"), ranks)) as engine:
         network, _ = train(
-            driver,
+            engine,
             network,
             objective,
             stream,

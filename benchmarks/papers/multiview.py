@@ -227,7 +227,7 @@ RANDOM_STUDENT = Student(
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainingTask:
     """Full-batch gradient descent: so many steps at this rate."""
 
     steps: int
@@ -248,10 +248,10 @@ class Plan:
     rho: float = 2.0
     scale: float = 0.004  # of the initial weights
     features: int = 240  # random ones: four for each neuron of a network
-    network: Lesson = Lesson(900, 20.0, "bf16")
-    student: Lesson = Lesson(1500, 10.0, "bf16")
-    kl_student: Lesson = Lesson(1500, 24.0, "bf16")
-    random: Lesson = Lesson(1000, 0.1, "fp32")
+    network: TrainingTask = TrainingTask(900, 20.0, "bf16")
+    student: TrainingTask = TrainingTask(1500, 10.0, "bf16")
+    kl_student: TrainingTask = TrainingTask(1500, 24.0, "bf16")
+    random: TrainingTask = TrainingTask(1000, 0.1, "fp32")
     test_per_class: int = 200  # of each kind, one view and both
 
 
@@ -262,14 +262,14 @@ QUICK = Plan(
     kl_students=1,
     neurons=6,
     scale=0.01,
-    network=Lesson(300, 20.0, "bf16"),
-    student=Lesson(600, 10.0, "bf16"),
-    kl_student=Lesson(600, 10.0, "bf16"),
+    network=TrainingTask(300, 20.0, "bf16"),
+    student=TrainingTask(600, 10.0, "bf16"),
+    kl_student=TrainingTask(600, 10.0, "bf16"),
     test_per_class=50,
 )
 
 
-def schedule_of(lesson: Lesson, examples: int) -> Schedule:
+def schedule_of(lesson: TrainingTask, examples: int) -> Schedule:
     """Every step all examples; a constant rate, no momentum, no decay."""
     return Schedule(
         batch_size=examples,
@@ -297,7 +297,7 @@ def trained(
     network: nn.Module,
     shards: InMemory,
     objective: Objective,
-    lesson: Lesson,
+    lesson: TrainingTask,
     place: Path,
     ranks: Ranks,
 ) -> nn.Module:
@@ -309,9 +309,9 @@ def trained(
     place.mkdir(parents=True, exist_ok=True)
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), len(shards))], 0)
     engine = Engine(device="cpu", precision=lesson.precision)
-    with closing(build_engine(engine, ranks)) as driver:
+    with closing(build_engine(engine, ranks)) as engine:
         network, _ = train(
-            driver,
+            engine,
             network,
             objective,
             stream,
@@ -452,7 +452,7 @@ class Laboratory:
         return self.network(name, number, learn_from(teachers, KL_STUDENT), self.plan.kl_student)
 
     def network(
-        self, name: str, number: int, objective: Objective, lesson: Lesson
+        self, name: str, number: int, objective: Objective, lesson: TrainingTask
     ) -> MultiViewNetwork:
         plan, problem = self.plan, self.plan.problem
         torch.manual_seed(self.draw(name, number))

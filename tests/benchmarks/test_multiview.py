@@ -14,10 +14,10 @@ from benchmarks.papers import multiview
 from benchmarks.papers.multiview import (
     QUICK,
     Laboratory,
-    Lesson,
     MultiViewNetwork,
     Problem,
     RandomFeatures,
+    TrainingTask,
     draw_examples,
     errors_of,
     in_units_of_mu,
@@ -198,10 +198,10 @@ def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_re
         problem=Problem(classes=3, patches=5, dimension=32, per_class=6, single_share=1 / 6),
         members=2,
         features=8,
-        network=Lesson(3, 1.0, "fp32"),
-        student=Lesson(3, 1.0, "fp32"),
-        kl_student=Lesson(3, 1.0, "fp32"),
-        random=Lesson(3, 0.1, "fp32"),
+        network=TrainingTask(3, 1.0, "fp32"),
+        student=TrainingTask(3, 1.0, "fp32"),
+        kl_student=TrainingTask(3, 1.0, "fp32"),
+        random=TrainingTask(3, 0.1, "fp32"),
         test_per_class=4,
     )
     with process_group(Engine(device="cpu")) as ranks:

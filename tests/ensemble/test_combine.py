@@ -14,7 +14,7 @@ from ensemble import combine_kl
 F64 = torch.float64
 
 
-def opinions(
+def predictions(
     seed, rows=6, classes=12, specialists=3, size=4, scale=2.0, conflicting=False, dtype=F64
 ):
     """(groups, p_general, p_special): overlapping random groups, softmax of random logits; dustbins of .999 and 1e-6 if
@@ -146,7 +146,7 @@ def test_weights_scale_the_terms_of_the_objective():
 
 
 def test_weights_reach_the_minimum_of_their_objective():
-    groups, g, p = opinions(3)
+    groups, g, p = predictions(3)
     weights = [0.7, 2.0, 0.1, 1.3]
     q = combine_kl(g, p, groups, weights=weights)
     best = objective(q, g, p, groups, weights=weights)
@@ -184,7 +184,7 @@ def test_dustbin_mass_without_takers_is_spread_evenly():
 
 
 def test_weightless_generalist_still_gives_a_distribution():
-    groups, g, p = opinions(0)
+    groups, g, p = predictions(0)
     q = combine_kl(g, p, groups, weights=[0, 1, 1, 1])
     assert torch.isfinite(q).all() and (q >= 0).all()
     torch.testing.assert_close(q.sum(1), torch.ones(len(q), dtype=F64))
@@ -195,7 +195,7 @@ def test_weightless_generalist_still_gives_a_distribution():
 
 @pytest.mark.parametrize("specialists", [1, 2, 5])
 def test_newton_equals_em_on_benign_input(specialists):
-    groups, g, p = opinions(specialists, specialists=specialists, scale=1.0)
+    groups, g, p = predictions(specialists, specialists=specialists, scale=1.0)
     torch.testing.assert_close(combine_kl(g, p, groups), em(g, p, groups, 3000), rtol=0, atol=1e-10)
 
 
@@ -206,7 +206,7 @@ def test_newton_equals_em_on_benign_input(specialists):
     [(100, 1, 20), (100, 2, 30), (100, 5, 40), (60, 10, 20), (200, 30, 40)],
 )
 def test_objective_is_never_above_that_of_lbfgs(conflicting, scale, classes, specialists, size):
-    groups, g, p = opinions(1, 4, classes, specialists, size, scale, conflicting)
+    groups, g, p = predictions(1, 4, classes, specialists, size, scale, conflicting)
     q = combine_kl(g, p, groups)
     assert torch.isfinite(q).all()
     assert kkt_residual(q, g, p, groups) < 1e-8
@@ -217,14 +217,14 @@ def test_objective_is_never_above_that_of_lbfgs(conflicting, scale, classes, spe
 @pytest.mark.parametrize("scale", [3, 8, 20])
 @pytest.mark.parametrize("conflicting", [False, True])
 def test_float32_satisfies_the_optimality_conditions(scale, conflicting):
-    groups, g, p = opinions(2, 32, 1000, 10, 100, scale, conflicting, torch.float32)
+    groups, g, p = predictions(2, 32, 1000, 10, 100, scale, conflicting, torch.float32)
     q = combine_kl(g, p, groups)
     assert q.dtype == torch.float32
     assert kkt_residual(q, g, p, groups) < 1e-4
 
 
 def test_fixed_steps_reach_the_optimum():
-    groups, g, p = opinions(4, 16, 100, 5, 30, 3)
+    groups, g, p = predictions(4, 16, 100, 5, 30, 3)
     torch.testing.assert_close(
         combine_kl(g, p, groups, method="newton-fixed"),
         combine_kl(g, p, groups),
@@ -236,7 +236,7 @@ def test_fixed_steps_reach_the_optimum():
 @pytest.mark.parametrize("specialists", [11, 30])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_fixed_steps_are_near_and_never_nan_where_opinions_underflow(specialists, dtype):
-    groups, g, p = opinions(3, 256, 160, specialists, 40, 80, True)
+    groups, g, p = predictions(3, 256, 160, specialists, 40, 80, True)
     g, p = g.to(dtype), [x.to(dtype) for x in p]
     q = combine_kl(g, p, groups, method="newton-fixed")
     assert bool(torch.isfinite(q).all())
@@ -298,7 +298,7 @@ def random_active(seed, rows, specialists):
 @some
 @given(**problems)
 def test_rows_sum_to_one_and_satisfy_the_optimality_conditions(**problem):
-    groups, g, p = opinions(**problem)
+    groups, g, p = predictions(**problem)
     active = random_active(problem["seed"], len(g), len(p))
     # At an S_m of every class the dustbin has no meaning, and the residual no dustbin.
     p_meant = [
@@ -315,7 +315,7 @@ def test_rows_sum_to_one_and_satisfy_the_optimality_conditions(**problem):
 @some
 @given(**problems)
 def test_each_row_is_answered_as_if_alone(**problem):
-    groups, g, p = opinions(**problem)
+    groups, g, p = predictions(**problem)
     active = random_active(problem["seed"], len(g), len(p))
     together = combine_kl(g, p, groups, active)
     rows = [slice(row, row + 1) for row in range(len(g))]
@@ -328,7 +328,7 @@ def test_each_row_is_answered_as_if_alone(**problem):
 @some
 @given(**problems)
 def test_relabelling_classes_permutes_the_answer(**problem):
-    groups, g, p = opinions(**problem)
+    groups, g, p = predictions(**problem)
     new_name = torch.randperm(
         groups.num_classes, generator=torch.Generator().manual_seed(problem["seed"])
     )
@@ -345,7 +345,7 @@ def test_relabelling_classes_permutes_the_answer(**problem):
 @some
 @given(**problems)
 def test_order_of_specialists_does_not_matter(**problem):
-    groups, g, p = opinions(**problem)
+    groups, g, p = predictions(**problem)
     order = np.random.default_rng(problem["seed"]).permutation(len(p))
     shuffled = ClassGroups([groups.members[m] for m in order], groups.num_classes)
     reordered = combine_kl(g, [p[m] for m in order], shuffled)
@@ -360,7 +360,7 @@ def agreeing(q, classes):
 @some
 @given(**{**problems, "conflicting": st.just(False), "scale": st.sampled_from([0.5, 3.0])})
 def test_specialist_that_agrees_with_the_answer_changes_nothing(**problem):
-    groups, g, p = opinions(**problem)
+    groups, g, p = predictions(**problem)
     q = combine_kl(g, p, groups)
     extra = np.random.default_rng(problem["seed"]).permutation(groups.num_classes)[
         : groups.num_classes // 2
@@ -373,13 +373,13 @@ def test_specialist_that_agrees_with_the_answer_changes_nothing(**problem):
 @some
 @given(**{**problems, "conflicting": st.just(False)})
 def test_if_all_agree_with_the_generalist_it_is_the_answer(**problem):
-    groups, g, _ = opinions(**problem)
+    groups, g, _ = predictions(**problem)
     p = [agreeing(g, S) for S in groups.members]
     torch.testing.assert_close(combine_kl(g, p, groups), g, rtol=0, atol=1e-8)
 
 
 def test_nothing_active_gives_the_generalist_back():
-    groups, g, p = opinions(0)
+    groups, g, p = predictions(0)
     none = torch.zeros(len(g), 3, dtype=torch.bool)
     q = combine_kl(g, [None, None, None], groups, none)
     assert torch.equal(q, g) and q.data_ptr() != g.data_ptr()
@@ -387,7 +387,7 @@ def test_nothing_active_gives_the_generalist_back():
 
 
 def test_inputs_are_left_as_they_were():
-    groups, g, p = opinions(0, rows=80)
+    groups, g, p = predictions(0, rows=80)
     active = random_active(0, 80, 3)
     before = g.clone(), [x.clone() for x in p]
     combine_kl(g, p, groups, active)
@@ -398,7 +398,7 @@ def test_inputs_are_left_as_they_were():
 
 
 def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():
-    groups, g, p = opinions(5, rows=100)
+    groups, g, p = predictions(5, rows=100)
     active = random_active(1, 100, 3)
     dense = combine_kl(g, p, groups, active)
     rows = [active[:, m].nonzero()[:, 0].flip(0) for m in range(3)]
@@ -411,7 +411,7 @@ def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():
 
 
 def test_frequent_and_rare_active_sets_are_answered_alike():
-    groups, g, p = opinions(6, rows=300, specialists=6)
+    groups, g, p = predictions(6, rows=300, specialists=6)
     active = random_active(2, 300, 6)
     active[:100] = active[0]  # shared by many rows; the others are rare
     q = combine_kl(g, p, groups, active)
@@ -426,7 +426,7 @@ def test_frequent_and_rare_active_sets_are_answered_alike():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_comes_back_as_it_came(dtype):
-    groups, g, p = opinions(7, classes=20)
+    groups, g, p = predictions(7, classes=20)
     q = combine_kl(g.to(dtype), [x.to(dtype) for x in p], groups)
     assert q.dtype == dtype
     torch.testing.assert_close(q.double(), combine_kl(g, p, groups), rtol=0, atol=2e-2)
@@ -438,7 +438,7 @@ def test_half_precision_comes_back_as_it_came(dtype):
 @pytest.mark.parametrize("method", ["newton", "newton-fixed"])
 @pytest.mark.parametrize("specialists", [1, 3])
 def test_gradcheck(specialists, method):
-    groups, g, p = opinions(8, rows=3, classes=8, specialists=specialists, size=3, scale=1)
+    groups, g, p = predictions(8, rows=3, classes=8, specialists=specialists, size=3, scale=1)
     active = None if specialists == 1 else torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]]).bool()
 
     def answer(g_logits, *logits):
@@ -460,7 +460,7 @@ def test_gradcheck(specialists, method):
 
 
 def test_gradients_do_not_change_the_answer():
-    groups, g, p = opinions(9, rows=100, dtype=torch.float32)
+    groups, g, p = predictions(9, rows=100, dtype=torch.float32)
     active = random_active(3, 100, 3)
     q = combine_kl(g, p, groups, active)
     q_grad = combine_kl(
@@ -543,7 +543,7 @@ class Broken:
     ],
 )
 def test_a_mistake_names_the_value_the_rule_and_the_remedy(change, words):
-    groups, g, p = opinions(0)
+    groups, g, p = predictions(0)
     arguments = dict(p_general=g, p_special=p, groups=groups) | change(g, p, groups)
     with pytest.raises(ValueError) as caught:
         combine_kl(**arguments)
@@ -552,7 +552,7 @@ def test_a_mistake_names_the_value_the_rule_and_the_remedy(change, words):
 
 
 def test_rare_sets_name_the_callers_row():
-    groups, g, p = opinions(1, rows=40)
+    groups, g, p = predictions(1, rows=40)
     active = random_active(4, 40, 3)
     row, m = 31, 1
     active[row, m] = True
@@ -563,7 +563,7 @@ def test_rare_sets_name_the_callers_row():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu():
-    groups, g, p = opinions(
+    groups, g, p = predictions(
         10, rows=200, classes=100, specialists=6, size=20, scale=3, dtype=torch.float32
     )
     active = random_active(5, 200, 6)

@@ -37,7 +37,7 @@ def test_the_program_equals_the_ensemble_where_few_of_many_specialists_are_asked
     raw = torch.randint(
         0, 256, (256, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
     )
-    expected = ensemble(n).consult(raw)
+    expected = ensemble(n).forward_with_details(raw)
     assert 0 < expected.active.float().mean() < (0.15 if n == 1 else 0.7)
     for portable in (False, True):
         with torch.no_grad():

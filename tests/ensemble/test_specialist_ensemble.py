@@ -72,7 +72,9 @@ def plainly(networks, images, n, temperatures=None, weights=None):
 @pytest.mark.parametrize("n", [1, 3])
 def test_answers_equal_running_everything_on_every_row(networks, images, n):
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n)
-    for found, expected in zip(ensemble.consult(images), plainly(networks, images, n), strict=True):
+    for found, expected in zip(
+        ensemble.forward_with_details(images), plainly(networks, images, n), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         ensemble.probabilities(images.numpy()), ensemble.probabilities(images)
@@ -97,14 +99,14 @@ def test_only_specialists_that_a_row_needs_run_and_only_on_its_rows(networks, im
         )
         for m, specialist in specialists.items()
     ]
-    active = ensemble.consult(images).active
+    active = ensemble.forward_with_details(images).active
     for hook in hooks:
         hook.remove()
     assert seen == {m: [int(active[:, m].sum())] for m in range(4) if active[:, m].any()}
     one_needs_nothing = active.any(1).logical_not().nonzero()
     if len(one_needs_nothing):
         before = dict(ensemble.runs)
-        ensemble.consult(images[one_needs_nothing[:1, 0]])
+        ensemble.forward_with_details(images[one_needs_nothing[:1, 0]])
         assert ensemble.runs - type(ensemble.runs)(before) == {"trunk": 1}
 
 
@@ -135,7 +137,7 @@ def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
 
 def test_predictions_name_classes_and_specialists(networks, images):
     ensemble = SpecialistEnsemble(*networks, GROUPS)
-    q, active = ensemble.consult(images)[1:]
+    q, active = ensemble.forward_with_details(images)[1:]
     for row, said in enumerate(ensemble.predict(images, top=3)):
         assert said["classes"] == q[row].topk(3).indices.tolist()
         assert said["names"] == [str(c) for c in said["classes"]]
@@ -155,7 +157,7 @@ def test_missing_specialists_are_an_error_unless_allowed_and_skipped_ones_are_no
         SpecialistEnsemble(generalist, some, GROUPS, skipped=[1])
     ensemble = SpecialistEnsemble(generalist, some, GROUPS, skipped=[1], allow_missing=True, gate=4)
     assert ensemble.missing == [3]
-    active = ensemble.consult(images).active
+    active = ensemble.forward_with_details(images).active
     assert not active[:, [1, 3]].any() and active[:, [0, 2]].any()
 
 

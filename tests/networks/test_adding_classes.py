@@ -9,14 +9,14 @@ from torch.nn import functional as F
 from networks import (
     ModelSpec,
     add_classes,
-    among_more,
     batch_ensemble,
     build_classifier,
-    fit_rest,
+    fit_residual_row,
     load_classifier,
     match_classes,
+    merge_grown_head,
+    remap_specialist,
     save_classifier,
-    settled,
     specialise,
 )
 
@@ -73,7 +73,7 @@ def test_names_that_cannot_be_matched_are_refused(old, now, message):
 
 def test_learning_new_rows_leaves_everything_else_bit_for_bit():
     before = small()
-    after = settled(taught(add_classes(before, NOW)))
+    after = merge_grown_head(taught(add_classes(before, NOW)))
     one, other = before.state_dict(), after.state_dict()
     assert one.keys() == other.keys()
     for name in one:
@@ -91,14 +91,14 @@ def test_learning_new_rows_leaves_everything_else_bit_for_bit():
 def test_what_is_being_learnt_answers_as_what_is_kept_of_it():
     growing = taught(add_classes(small(), NOW), 2)
     logits, weight = growing(inputs()), growing.head.weight.detach().clone()
-    kept = settled(growing)
+    kept = merge_grown_head(growing)
     assert torch.equal(kept.head.weight, weight)
     torch.testing.assert_close(kept(inputs()), logits)
     assert all(parameter.requires_grad for parameter in kept.parameters())
 
 
 def test_a_grown_network_is_saved_as_any_other(tmp_path):
-    kept = settled(add_classes(small(), NOW))
+    kept = merge_grown_head(add_classes(small(), NOW))
     save_classifier(kept, tmp_path)
     again = load_classifier(tmp_path)
     assert again.spec.class_names == tuple(NOW) and torch.equal(again(inputs()), kept(inputs()))
@@ -113,7 +113,7 @@ def test_at_the_start_new_classes_together_hold_at_most_one_share_of_c_plus_1(
     network = small(names[new:], seed).double()
     with torch.no_grad():
         network.head.weight.mul_(scale)
-    after = settled(add_classes(network, names))(inputs()).softmax(1)
+    after = merge_grown_head(add_classes(network, names))(inputs()).softmax(1)
     assert (after[:, :new].sum(1) <= 1 / (old + 1) + 1e-12).all()
     before = network(inputs()).softmax(1)  # the old classes share the rest as before
     torch.testing.assert_close(after[:, new:] / after[:, new:].sum(1, keepdim=True), before)
@@ -123,7 +123,7 @@ def test_the_bound_is_met_where_the_old_network_knows_nothing():
     network = small()
     for parameter in network.head.parameters():
         torch.nn.init.zeros_(parameter)
-    found = settled(add_classes(network, NOW))(inputs(1)).softmax(1)[0]
+    found = merge_grown_head(add_classes(network, NOW))(inputs(1)).softmax(1)[0]
     torch.testing.assert_close(found[[0, 5]].sum().item(), 1 / 6)
     torch.testing.assert_close(found[PLACES], torch.full((5,), 1 / 6))
 
@@ -145,14 +145,17 @@ def test_what_cannot_grow_is_refused(network, names, message):
 
 def rows_kept(network):
     return specialise(
-        network, [0, 3], kept=[4], rest=fit_rest(network.head, torch.randn(40, 5), [0, 3], [4])
+        network,
+        [0, 3],
+        kept=[4],
+        rest=fit_residual_row(network.head, torch.randn(40, 5), [0, 3], [4]),
     )
 
 
 @pytest.mark.parametrize("rows", ["all", "kept", "fresh"])
 def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
     """a and d are 2 and 6 now; those of it whose order changed too: e and b, 4 and 1, are 1 and 4."""
-    old, now = small(), settled(taught(add_classes(small(), NOW)))
+    old, now = small(), merge_grown_head(taught(add_classes(small(), NOW)))
     for members, columns, renumbered in (([0, 3], [0, 1], [2, 6]), ([1, 4], [1, 0], [1, 4])):
         if rows == "kept" and members != [0, 3]:
             continue
@@ -162,7 +165,7 @@ def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
             "kept": lambda m: rows_kept(old),
         }[rows](members)
         special = taught(special.train()).eval()
-        save_classifier(among_more(special, now), tmp_path)
+        save_classifier(remap_specialist(special, now), tmp_path)
         found = load_classifier(tmp_path)
         assert found.spec.head["members"] == renumbered and found.spec.class_names == tuple(NOW)
         before, after = special(inputs()), found(inputs())
@@ -176,11 +179,11 @@ def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
 
 
 def test_an_untrained_old_specialist_is_the_grown_generalist_with_the_rest_summed():
-    old, now = small(), settled(taught(add_classes(small(), NOW)))
-    found = among_more(specialise(old, [1, 4]), now)(inputs()).softmax(1)
+    old, now = small(), merge_grown_head(taught(add_classes(small(), NOW)))
+    found = remap_specialist(specialise(old, [1, 4]), now)(inputs()).softmax(1)
     torch.testing.assert_close(found, specialise(now, [1, 4])(inputs()).softmax(1))
 
 
 def test_only_a_specialist_is_put_among_more_classes():
     with pytest.raises(ValueError, match="no specialist"):
-        among_more(small(), small())
+        remap_specialist(small(), small())

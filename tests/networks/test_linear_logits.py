@@ -96,7 +96,7 @@ def test_float32_equals_torchs_cross_entropy_to_1e_5(smoothing):
 def test_gradients_agree_with_finite_differences(name):
     targets = TARGETS[name]()
     assert torch.autograd.gradcheck(
-        lambda *given: LinearLogits(*given, CLASSES, 6).reduced(targets), parts()
+        lambda *given: LinearLogits(*given, CLASSES, 6).logsumexp_and_dot(targets), parts()
     )
 
 
@@ -104,8 +104,12 @@ def test_a_prior_and_a_temperature_act_on_the_logits():
     features, weight, bias = parts()
     prior, wanted = torch.randn(CLASSES, dtype=torch.float64), F.linear(features, weight, bias)
     given = LinearLogits(features, weight, bias, CLASSES, 5)
-    torch.testing.assert_close(given.plus(prior).reduced()[0], (wanted + prior).logsumexp(1))
-    torch.testing.assert_close(given.divided(3.0).reduced()[0], (wanted / 3).logsumexp(1))
+    torch.testing.assert_close(
+        given.add_bias(prior).logsumexp_and_dot()[0], (wanted + prior).logsumexp(1)
+    )
+    torch.testing.assert_close(
+        given.scale_by_temperature(3.0).logsumexp_and_dot()[0], (wanted / 3).logsumexp(1)
+    )
 
 
 def test_large_logits_do_not_overflow():
@@ -188,16 +192,16 @@ def test_with_all_other_classes_sampling_changes_nothing():
     given = LinearLogits(*parts(), CLASSES)
     some, among = given.sampled(labels(), CLASSES, drawn(0))
     assert some.num_classes == CLASSES and torch.equal(among, labels())
-    torch.testing.assert_close(some.reduced()[0], given.reduced()[0])
+    torch.testing.assert_close(some.logsumexp_and_dot()[0], given.logsumexp_and_dot()[0])
 
 
 def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
     """And its logarithm is not: it lies below, by less the more are drawn."""
     given, draws = LinearLogits(*parts(), CLASSES), 4000
-    true, shortfalls = given.reduced()[0].detach(), []
+    true, shortfalls = given.logsumexp_and_dot()[0].detach(), []
     for negatives in (4, 10):
         some = (given.sampled(labels(), negatives, drawn(n))[0] for n in range(draws))
-        found = torch.stack([logits.reduced()[0].detach() for logits in some])
+        found = torch.stack([logits.logsumexp_and_dot()[0].detach() for logits in some])
         sums = (found - true).exp()
         error = sums.std(0) / draws**0.5
         assert ((sums.mean(0) - 1).abs() < 4 * error).all()

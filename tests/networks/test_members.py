@@ -18,6 +18,7 @@ from networks import (
     build_classifier,
     freeze_norm,
     hydra,
+    lazy_logits,
     load_classifier,
     mean_log_probabilities,
     member_log_probabilities,
@@ -25,7 +26,6 @@ from networks import (
     save_classifier,
     set_trainable,
     specialise,
-    unheld_logits,
     widen,
 )
 
@@ -365,7 +365,7 @@ def test_what_is_made_of_plain_networks_refuses_members(members):
     with pytest.raises(ValueError, match="members cannot be widened"):
         widen(network, 2)
     with pytest.raises(ValueError, match="logits of a network with members are held"):
-        unheld_logits(network, images())
+        lazy_logits(network, images())
     for grow in (hydra, batch_ensemble):
         with pytest.raises(ValueError, match="has members already"):
             grow(network, 2)

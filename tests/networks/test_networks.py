@@ -12,7 +12,7 @@ from networks import (
     InputSpec,
     ModelSpec,
     build_classifier,
-    fit_rest,
+    fit_residual_row,
     freeze_norm,
     load_classifier,
     parameter_count,
@@ -288,7 +288,9 @@ def test_a_row_for_one_class_is_that_classs_row(tmp_path):
     """Then nothing is lost, whatever the examples, and the saved specialist says the same."""
     generalist = trained_a_little(small(classes=10)).eval()
     with torch.no_grad():
-        rest = fit_rest(generalist.head, torch.randn(200, 16), [4, 6], [0, 1, 2, 3, 5, 7, 8])
+        rest = fit_residual_row(
+            generalist.head, torch.randn(200, 16), [4, 6], [0, 1, 2, 3, 5, 7, 8]
+        )
     torch.testing.assert_close(
         rest.weight, generalist.head.weight[9].detach(), atol=1e-2, rtol=1e-2
     )
@@ -311,7 +313,7 @@ def test_a_fitted_row_says_how_far_the_specialist_is_from_the_generalist():
     errors = []
     for kept in ([], list(range(4, 14)), list(range(4, 39))):
         with torch.no_grad():
-            rest = fit_rest(head, x, members, kept)
+            rest = fit_residual_row(head, x, members, kept)
             z, rows = head(fresh), [*members, *kept]
             whole = torch.cat([z[:, :4], z[:, 4:].logsumexp(1, keepdim=True)], 1).log_softmax(1)
             fitted = (fresh @ rest.weight + rest.bias)[:, None]

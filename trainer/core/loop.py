@@ -10,13 +10,13 @@ from torch import nn
 
 from pipeline.config import Schedule, UserError
 
-from ..data.accounts import Passes
+from ..data.sample_accounting import EpochAccounting
 from ..data.streams import NUMBERS, Batch, TrainingStream
 from ..distributed.ranks import Ranks, StopSignal, broadcast, gather
 from .checkpoints import Saver, load_checkpoint, newest_step
 from .objectives import Objective
 from .optim import AveragedWeights, learning_rate
-from .progress import Diary, Progress, peak_memory
+from .progress import MetricsLogger, Progress, peak_memory
 
 Validate = Callable[
     [nn.Module], dict[str, float]
@@ -32,7 +32,7 @@ class Interrupted(SystemExit):
 
 
 def train(
-    driver,
+    engine,
     network: nn.Module,
     objective: Objective,
     stream: TrainingStream,
@@ -59,8 +59,8 @@ def train(
     average = (
         AveragedWeights(network, schedule.ema, state and state["average"]) if schedule.ema else None
     )
-    module = driver.prepare(network, schedule, state)
-    diary = Diary(metrics, progress, ranks, steps, stream.batch_size, trackers)
+    module = engine.prepare(network, schedule, state)
+    logger = MetricsLogger(metrics, progress, ranks, steps, stream.batch_size, trackers)
     saver, stop = Saver(checkpoints, schedule.keep, ranks), StopSignal()
 
     def everywhere(value):
@@ -69,12 +69,12 @@ def train(
     def judge():
         """Validate (averaged weights where there are any), remember the best, decide whether to stop early."""
         nonlocal best
-        with driver.judged(average) as judged:
-            figures = validate(judged)
+        with engine.eval_model(average) as eval_model:
+            figures = validate(eval_model)
             better = figures["loss"] < progress.best_loss
             if better and schedule.patience:
-                best = {name: value.clone() for name, value in judged.state_dict().items()}
-        diary.write(
+                best = {name: value.clone() for name, value in eval_model.state_dict().items()}
+        logger.write(
             {"step": progress.step, **{f"val/{key}": value for key, value in figures.items()}}
         )
         progress.waited += 1
@@ -89,12 +89,12 @@ def train(
         progress.stopped = bool(schedule.patience) and progress.waited >= schedule.patience
 
     def checkpoint():
-        diary.look_at_the_clock()
+        logger.look_at_the_clock()
         progress.lost = passes.all_lost(everywhere)
         saver.save(
             progress.step,
             {
-                **driver.state(),
+                **engine.state(),
                 "progress": vars(progress),
                 "best": best,
                 "average": average.average if average else None,
@@ -106,22 +106,22 @@ def train(
     if validate and progress.step == 0 and schedule.patience:
         judge()  # the start is a candidate too: a specialist that only gets worse stays the generalist
     module.train()
-    passes = Passes(stream, progress.step, ranks.rank, ranks.world_size, progress.lost)
+    passes = EpochAccounting(stream, progress.step, ranks.rank, ranks.world_size, progress.lost)
     batches = passes.watch(
         stream.loader(progress.step, steps, ranks.rank, ranks.world_size, workers)
     )
     while progress.step < steps and not progress.stopped:
-        with diary.waiting():
+        with logger.waiting():
             batch = next(batches).to(ranks.device)
         rate = learning_rate(progress.step, steps, schedule)
         parts = micro_batches(batch, schedule.accumulation)
         for index, part in enumerate(parts):
-            with driver.accumulating(last=index == len(parts) - 1):
-                with driver.autocast():
+            with engine.accumulating(last=index == len(parts) - 1):
+                with engine.autocast():
                     loss = objective(module, part) / len(parts)
-                driver.backward(loss)
-            diary.add(loss)
-        driver.step(rate)
+                engine.backward(loss)
+            logger.add(loss)
+        engine.step(rate)
         if average:
             average.update(network, progress.step)
         progress.step += 1
@@ -132,7 +132,7 @@ def train(
         if (
             saving or progress.step % schedule.log_every == 0
         ):  # nothing is saved whose loss nobody has looked at
-            diary.row(rate, checkpoints)
+            logger.row(rate, checkpoints)
         if validate and (
             last or (schedule.validate_every and progress.step % schedule.validate_every == 0)
         ):
@@ -144,7 +144,7 @@ def train(
             saver.close()
             raise Interrupted()
     saver.close()
-    network = driver.export()
+    network = engine.export()
     if schedule.patience and best is not None:
         network.load_state_dict(best)
     elif average:

@@ -23,10 +23,10 @@ def classification_loss(
     """
     if isinstance(logits, LinearLogits):
         targets = Targets.of_labels(labels, logits.num_classes, label_smoothing)
-        return logits.plus(log_prior).cross_entropy(targets).mean()
+        return logits.add_bias(log_prior).cross_entropy(targets).mean()
     if log_prior is not None:
         logits = logits + log_prior
-    return F.cross_entropy(wide(logits), labels, label_smoothing=label_smoothing)
+    return F.cross_entropy(to_float32(logits), labels, label_smoothing=label_smoothing)
 
 
 def dustbin_shift(natural_share: float, training_share: float) -> float:
@@ -63,7 +63,7 @@ def specialist_loss(
     """
     own = logits[:, :-1] if log_prior is None else logits[:, :-1] + log_prior
     lowered = torch.cat([own, logits[:, -1:] - shift], dim=1)
-    return F.cross_entropy(wide(lowered), targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(to_float32(lowered), targets, label_smoothing=label_smoothing)
 
 
 def full_specialist_loss(
@@ -95,50 +95,52 @@ def full_specialist_loss(
     # that is not would have to weigh target and answer alike: both stay in natural frequencies.  The second term is
     # constant in q(out), so soft_weight does not move the balance, and q = p, the true posterior, is the minimiser
     # wherever p_general(. | out) is right.
-    log_q = F.log_softmax(wide(logits) + log_prior, dim=1)
+    log_q = F.log_softmax(to_float32(logits) + log_prior, dim=1)
     out = (~members).nonzero()[:, 0]
     is_out = ~members[labels]
     hard = -torch.where(is_out, log_q[:, out].logsumexp(1), log_q.gather(1, labels[:, None])[:, 0])
     if p_general is None:
         return hard.mean()
-    target = F.log_softmax(log_or_least(p_general)[:, out], dim=1)
-    answer = F.log_softmax(wide(logits)[:, out], dim=1)
+    target = F.log_softmax(safe_log(p_general)[:, out], dim=1)
+    answer = F.log_softmax(to_float32(logits)[:, out], dim=1)
     soft = (target.exp() * (target - answer)).sum(1)
     return (hard + soft_weight * soft * is_out).mean()
 
 
-def wide(values: Tensor) -> Tensor:
+def to_float32(values: Tensor) -> Tensor:
     """In float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def log_or_least(probabilities: Tensor) -> Tensor:
+def safe_log(probabilities: Tensor) -> Tensor:
     """log p, and of a p that is 0 the log of the smallest normal number (-87.3 in float32), so that it stays finite."""
-    return wide(probabilities).clamp_min(torch.finfo(wide(probabilities).dtype).tiny).log()
+    return (
+        to_float32(probabilities).clamp_min(torch.finfo(to_float32(probabilities).dtype).tiny).log()
+    )
 
 
 def soften(probabilities: Tensor, temperature: float) -> Tensor:
     """softmax(log p / T) over the last dimension: what a softmax at temperature T makes of p's own logits."""
     if temperature == 1:
         return probabilities
-    return F.softmax(log_or_least(probabilities) / temperature, dim=-1)
+    return F.softmax(safe_log(probabilities) / temperature, dim=-1)
 
 
-def pooled(probabilities: Tensor, mean: str = "arithmetic") -> Tensor:
+def average_members(probabilities: Tensor, mean: str = "arithmetic") -> Tensor:
     """[K, B, C] of K members -> [B, C], their mean; Hinton et al. 2015, section 1, take either.
 
-    geometric: softmax of the mean of log p, a p of 0 counting as in log_or_least.
+    geometric: softmax of the mean of log p, a p of 0 counting as in safe_log.
     """
     if mean == "arithmetic":
         return probabilities.mean(0)
     if mean == "geometric":
-        return F.softmax(log_or_least(probabilities).mean(0), dim=-1)
+        return F.softmax(safe_log(probabilities).mean(0), dim=-1)
     raise ValueError(
         f"mean {mean!r} of the members' probabilities must be 'arithmetic' or 'geometric'"
     )
 
 
-class TopAnswers(NamedTuple):
+class TopKTargets(NamedTuple):
     """[..., C] probabilities as they are kept: of the k largest the classes `indices` (int64, distinct in a row) and
     their `log_values`, both [..., k]; `log_tail` [...], the log of what the other C - k classes hold, evenly.
 
@@ -152,11 +154,11 @@ class TopAnswers(NamedTuple):
     num_classes: int
 
     @classmethod
-    def of(cls, log_probabilities: Tensor, k: int) -> TopAnswers:
+    def of(cls, log_probabilities: Tensor, k: int) -> TopKTargets:
         """What is kept of log p [..., C]."""
         num_classes = log_probabilities.shape[-1]
-        top = wide(log_probabilities).topk(min(k, num_classes), dim=-1)
-        rest = wide(log_probabilities).scatter(-1, top.indices, -torch.inf)
+        top = to_float32(log_probabilities).topk(min(k, num_classes), dim=-1)
+        rest = to_float32(log_probabilities).scatter(-1, top.indices, -torch.inf)
         return cls(top.indices, top.values, rest.logsumexp(-1), num_classes)
 
     @property
@@ -166,8 +168,8 @@ class TopAnswers(NamedTuple):
 
     def log_parts(self, temperature: float) -> Tensor:
         """[..., k + 1]: soften's log p of each kept class and, last, of each single one of the others."""
-        each = wide(self.log_tail) - math.log(max(self.others, 1))
-        log_p = torch.cat([wide(self.log_values), each[..., None]], -1)
+        each = to_float32(self.log_tail) - math.log(max(self.others, 1))
+        log_p = torch.cat([to_float32(self.log_values), each[..., None]], -1)
         log_p = log_p.clamp_min(math.log(torch.finfo(torch.float32).tiny)) / temperature
         log_count = torch.zeros_like(log_p)
         log_count[..., -1] = math.log(self.others) if self.others else -math.inf
@@ -192,9 +194,9 @@ class TopAnswers(NamedTuple):
         return targets, negative_entropy.sum(1)
 
 
-def unheld_distillation_loss(
+def lazy_distillation_loss(
     student: LinearLogits,
-    teacher: Tensor | TopAnswers,
+    teacher: Tensor | TopKTargets,
     labels: Tensor,
     temperature: float,
     soft_weight: float,
@@ -210,13 +212,13 @@ def unheld_distillation_loss(
             "temperature inf matches logits, and a head that does not hold its logits cannot; "
             "use a finite temperature, of 20 say, or a plain linear head"
         )
-    if isinstance(teacher, TopAnswers):
+    if isinstance(teacher, TopKTargets):
         targets, negative_entropy = teacher.softened(temperature)
     else:
-        p = soften(wide(teacher), temperature)
+        p = soften(to_float32(teacher), temperature)
         targets, negative_entropy = Targets(dense=p), torch.special.xlogy(p, p).sum(1)
     soft = (
-        student.divided(temperature).cross_entropy(targets) + negative_entropy
+        student.scale_by_temperature(temperature).cross_entropy(targets) + negative_entropy
     ).mean() * temperature**2
     if hard_weight == 0:
         return soft_weight * soft
@@ -248,10 +250,10 @@ def distillation_loss(
         )
     members, batch, _ = student_logits.shape
     if math.isinf(temperature):
-        soft = matching_loss(student_logits, log_or_least(teacher_probabilities))
+        soft = matching_loss(student_logits, safe_log(teacher_probabilities))
     else:
-        log_q = F.log_softmax(wide(student_logits) / temperature, dim=-1)
-        p = soften(wide(teacher_probabilities), temperature)
+        log_q = F.log_softmax(to_float32(student_logits) / temperature, dim=-1)
+        p = soften(to_float32(teacher_probabilities), temperature)
         soft = F.kl_div(log_q, p, reduction="sum") / (members * batch) * temperature**2
     if hard_weight == 0:
         return soft_weight * soft
@@ -261,7 +263,7 @@ def distillation_loss(
 def hard_loss(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of each of K members, [K, B, C], with labels [B]; one of -1 adds 0, and the divisor stays K B."""
     members, batch, _ = student_logits.shape
-    logits, every = wide(student_logits).flatten(0, 1), labels.repeat(members)
+    logits, every = to_float32(student_logits).flatten(0, 1), labels.repeat(members)
     total = F.cross_entropy(
         logits, every, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing
     )
@@ -276,7 +278,7 @@ def matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     # With z and v zero-mean, softmax(z / T)_i = (1 + z_i / T) / C + O(1 / T^2), likewise for v, and for p near q
     # KL(p || q) = sum (p - q)^2 / (2 q) + O(|p - q|^3) = sum ((v_i - z_i) / (C T))^2 C / 2 + O(1 / T^3).
     # Taking means away from z and v leaves the variance of z - v over the classes.
-    return (wide(student_logits) - teacher_logits).var(-1, correction=0).mean() / 2
+    return (to_float32(student_logits) - teacher_logits).var(-1, correction=0).mean() / 2
 
 
 def dirichlet_kl(alpha: Tensor, beta: Tensor) -> Tensor:
@@ -317,7 +319,7 @@ def prior_network_loss(logits: Tensor, labels: Tensor, concentration: float = 1e
     """
     target = torch.ones_like(logits, dtype=torch.float64)
     target.scatter_(1, labels[:, None], 1 + concentration)
-    return dirichlet_kl(logits.double().exp(), target).mean().to(wide(logits).dtype)
+    return dirichlet_kl(logits.double().exp(), target).mean().to(to_float32(logits).dtype)
 
 
 def gaussian_kl(
@@ -334,6 +336,8 @@ def gaussian_kl(
         raise ValueError(
             f"teacher's and student's means and log variances {shapes} must all be of one shape [K, B, D]"
         )
-    ratio = wide(teacher_log_var) - wide(student_log_var)
-    square = (wide(teacher_mean) - wide(student_mean)).square() * (-wide(student_log_var)).exp()
+    ratio = to_float32(teacher_log_var) - to_float32(student_log_var)
+    square = (to_float32(teacher_mean) - to_float32(student_mean)).square() * (
+        -to_float32(student_log_var)
+    ).exp()
     return (torch.expm1(ratio) - ratio + square).sum(-1).mean() / 2

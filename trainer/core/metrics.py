@@ -1,4 +1,4 @@
-"""What a network is judged by: pure functions of predictions.  n examples, C classes, K members."""
+"""What a network is eval_model by: pure functions of predictions.  n examples, C classes, K members."""
 
 from __future__ import annotations
 

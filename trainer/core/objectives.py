@@ -15,15 +15,15 @@ from pipeline.config import Student
 
 from ..data.streams import Batch
 from .losses import (
-    TopAnswers,
+    TopKTargets,
+    average_members,
     classification_loss,
     distillation_loss,
     full_specialist_loss,
     hard_loss,
-    pooled,
+    lazy_distillation_loss,
     prior_network_loss,
     specialist_loss,
-    unheld_distillation_loss,
 )
 
 Objective = Callable[[nn.Module, Batch], Tensor]
@@ -43,8 +43,8 @@ def classify(
         if isinstance(logits, Tensor) and logits.dim() == 3:  # each of several members by itself
             logits, labels = logits.flatten(0, 1), labels.repeat(len(logits))
         if negatives is not None:
-            logits, labels = logits.plus(prior).sampled(
-                labels, negatives, draw_for(batch, logits.exchange)
+            logits, labels = logits.add_bias(prior).sampled(
+                labels, negatives, draw_for(batch, logits.comm)
             )
             prior = None
         return classification_loss(logits, labels, label_smoothing, prior)
@@ -52,10 +52,10 @@ def classify(
     return objective
 
 
-def draw_for(batch: Batch, exchange) -> torch.Generator:
+def draw_for(batch: Batch, comm) -> torch.Generator:
     """A generator that is a function of the global batch's examples and their order: alike on any number of ranks, and
     after a resume."""
-    ids = exchange.gather(batch.ids)
+    ids = comm.gather(batch.ids)
     ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
     return torch.Generator().manual_seed(zlib.crc32(ordered.cpu().numpy().tobytes()))
 
@@ -117,7 +117,7 @@ def specialise_fully(
 
 
 def distil(
-    teacher: Callable[[Batch], Tensor | TopAnswers],
+    teacher: Callable[[Batch], Tensor | TopKTargets],
     student: Student,
     perturb: Callable[[Tensor], Tensor] | None = None,
 ) -> Objective:
@@ -140,7 +140,7 @@ def distil(
         with torch.no_grad():
             target = teacher(batch)
         if isinstance(logits, LinearLogits):
-            return unheld_distillation_loss(
+            return lazy_distillation_loss(
                 logits, for_single(target, student.mean), batch.labels, *weights
             )
         logits = as_members(logits)
@@ -177,16 +177,16 @@ def as_members(logits: Tensor) -> Tensor:
     return logits if logits.dim() == 3 else logits[None]
 
 
-def for_members(target: Tensor | TopAnswers, mean: str, members: int) -> Tensor:
+def for_members(target: Tensor | TopKTargets, mean: str, members: int) -> Tensor:
     """Teachers [K, B, C] as `members` students learn them: one each, or their mean."""
-    target = target.spread() if isinstance(target, TopAnswers) else target
-    return pooled(target, mean)[None] if members == 1 and len(target) > 1 else target
+    target = target.spread() if isinstance(target, TopKTargets) else target
+    return average_members(target, mean)[None] if members == 1 and len(target) > 1 else target
 
 
-def for_single(target: Tensor | TopAnswers, mean: str) -> Tensor | TopAnswers:
+def for_single(target: Tensor | TopKTargets, mean: str) -> Tensor | TopKTargets:
     """[K, B, ...] -> [B, ...]: the one teacher's answers as they are kept, or the mean of several."""
-    if isinstance(target, TopAnswers) and len(target.indices) == 1:
-        return TopAnswers(
+    if isinstance(target, TopKTargets) and len(target.indices) == 1:
+        return TopKTargets(
             target.indices[0], target.log_values[0], target.log_tail[0], target.num_classes
         )
     return for_members(target, mean, 1)[0]

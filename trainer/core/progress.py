@@ -40,7 +40,7 @@ class Progress:
     )  # damaged samples so far: (source, id, reason)
 
 
-class Diary:
+class MetricsLogger:
     """metrics.jsonl: the rows up to the checkpoint first, then each new one as it comes; trackers get the same.
 
     Every rank keeps one, since a mean is over all of them; rank 0 writes.  batch: of all ranks.

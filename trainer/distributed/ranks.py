@@ -24,7 +24,7 @@ class Watchdog:
     """Ends this process, with a traceback of every thread, `seconds` after the last sign of progress; exit code 1.
 
     Python's own faulthandler does it, from a thread that needs no interpreter, so that a hang in a collective or in
-    a driver is ended too.  The launcher then ends the other ranks.
+    a engine is ended too.  The launcher then ends the other ranks.
     """
 
     def __init__(self, seconds: float):

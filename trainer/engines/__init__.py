@@ -1,7 +1,7 @@
 """How a step is taken on many ranks.
 
 An engine has prepare, autocast, accumulating, backward and step; state for checkpoints, from which prepare goes on;
-judged and export for whoever wants the network; close.  The loop knows no more, and nothing behind export knows which
+eval_model and export for whoever wants the network; close.  The loop knows no more, and nothing behind export knows which
 engine ran.
 """
 

@@ -78,7 +78,7 @@ class DDPEngine:
         return {"network": self.network.state_dict(), "optimizer": found, **scaler}
 
     @contextmanager
-    def judged(self, average: AveragedWeights | None):
+    def eval_model(self, average: AveragedWeights | None):
         """The network as it would be exported now, with the averaged weights where there are any; collective."""
         if average:
             average.swap(self.network)

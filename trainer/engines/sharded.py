@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from networks.heads import ShardedLinear
-from networks.linear_logits import Alone
+from networks.linear_logits import LocalComm
 from pipeline.config import Engine, Schedule, UserError
 
 from ..core.optim import AveragedWeights
@@ -51,7 +51,7 @@ class ShardedHeadEngine(DDPEngine):
         own = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
         self.head_names = [f"head.{name}" for name, _ in network.head.named_parameters()]
         network.head = ShardedLinear(
-            cut(network.head, own), classes, OverRanks(tuple(self.bounds)), self.block
+            cut(network.head, own), classes, DistributedComm(tuple(self.bounds)), self.block
         )
         for name in self.head_names if state else ():
             state["network"][name] = state["network"][name][own].clone()
@@ -96,8 +96,8 @@ class ShardedHeadEngine(DDPEngine):
         return state | {"network": network, "optimizer": optimizer}
 
     @contextmanager
-    def judged(self, average: AveragedWeights | None):
-        with self._whole(), super().judged(average):
+    def eval_model(self, average: AveragedWeights | None):
+        with self._whole(), super().eval_model(average):
             yield self.network
 
     def export(self) -> nn.Module:
@@ -151,8 +151,8 @@ class ShardedHeadEngine(DDPEngine):
 
 
 @dataclass(frozen=True)
-class OverRanks(Alone):
-    """The exchange over the default process group; rank r holds the classes bounds[r] to bounds[r + 1].
+class DistributedComm(LocalComm):
+    """The comm over the default process group; rank r holds the classes bounds[r] to bounds[r + 1].
 
     sizes: the rows that each rank has of the batch, which may differ.
     """
@@ -168,12 +168,12 @@ class OverRanks(Alone):
     def share(self) -> float:
         return 1 / dist.get_world_size()
 
-    def of(self, features: Tensor) -> OverRanks:
+    def of(self, features: Tensor) -> DistributedComm:
         sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=features.device)
         dist.all_gather(list(sizes.split(1)), torch.tensor([len(features)], device=features.device))
         return replace(self, sizes=tuple(sizes.tolist()))
 
-    def among(self, classes: Tensor) -> OverRanks:
+    def among(self, classes: Tensor) -> DistributedComm:
         places = torch.searchsorted(classes, torch.tensor(self.bounds, device=classes.device))
         return replace(self, bounds=tuple(places.tolist()))
 

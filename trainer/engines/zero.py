@@ -44,7 +44,7 @@ class DeepSpeedEngine:
             network.load_state_dict(state["network"])
         # DeepSpeed's hooks stay on the network that it trains, and stage 3 takes its parameters apart.
         self.network, self.plain = network, without_weights(copy.deepcopy(network))
-        self.driver, *_ = self.deepspeed.initialize(
+        self.engine, *_ = self.deepspeed.initialize(
             model=network,
             optimizer=build_optimizer(network, schedule),
             dist_init_required=False,
@@ -52,7 +52,7 @@ class DeepSpeedEngine:
         )
         if state is not None:
             self._load_optimizer(state["optimizer"])
-        return self.driver
+        return self.engine
 
     def _config(self, schedule: Schedule) -> dict:
         """Precision is torch's autocast as under DDP: float32 weights, so that averages and exports are exact."""
@@ -90,12 +90,12 @@ class DeepSpeedEngine:
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self.driver.backward(loss)
+        self.engine.backward(loss)
 
     def step(self, rate: float) -> None:
         """One optimizer step at this learning rate."""
-        set_rate(self.driver.optimizer, rate)
-        self.driver.step()
+        set_rate(self.engine.optimizer, rate)
+        self.engine.step()
 
     def state(self) -> dict:
         """What a checkpoint keeps, by the names of the parameters: any engine goes on from it.  Collective.
@@ -106,7 +106,7 @@ class DeepSpeedEngine:
 
     def _optimizer_state(self) -> dict[str, dict]:
         if self.stage == 0:
-            return optimizer_state(self.driver.optimizer, self.network)
+            return optimizer_state(self.engine.optimizer, self.network)
         self._link()
         shared = next(iter(self._optimizer.state.values()), {})
         get = self.deepspeed.utils.safe_get_full_optimizer_state
@@ -122,7 +122,7 @@ class DeepSpeedEngine:
 
     def _load_optimizer(self, states: dict[str, dict]) -> None:
         if self.stage == 0:
-            return load_optimizer_state(self.driver.optimizer, self.network, states)
+            return load_optimizer_state(self.engine.optimizer, self.network, states)
         shared = next(iter(states.values()), {})
         for flat in self._flat_weights:
             self._optimizer.state[flat] = {
@@ -141,8 +141,8 @@ class DeepSpeedEngine:
         """Tell the parameters where their optimizer states are: DeepSpeed does so once, after its first group's first
         step, when the other groups have none."""
         if self.stage < SPLIT_WEIGHTS:
-            self.driver.optimizer._hp_optimizer_states_linked = False
-            self.driver.optimizer._lazy_init_hp_params_optimizer_state()
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         """This rank's share of one parameter's state.  DeepSpeed's safe_set_full_... cannot set what it had to pad."""
@@ -158,11 +158,11 @@ class DeepSpeedEngine:
     @property
     def _optimizer(self) -> torch.optim.Optimizer:
         """torch's, of the flat shares that this rank steps."""
-        return self.driver.optimizer.optimizer
+        return self.engine.optimizer.optimizer
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        zero = self.driver.optimizer
+        zero = self.engine.optimizer
         return (
             zero.single_partition_of_fp32_groups
             if self.stage < SPLIT_WEIGHTS
@@ -183,7 +183,7 @@ class DeepSpeedEngine:
             }
 
     @contextmanager
-    def judged(self, average: AveragedWeights | None):
+    def eval_model(self, average: AveragedWeights | None):
         """The network as it would be exported now, with the averaged weights where there are any; collective."""
         network = self.export()
         if average:
@@ -201,9 +201,9 @@ class DeepSpeedEngine:
         return self.plain
 
     def close(self) -> None:
-        driver, self.driver = getattr(self, "driver", None), None
-        if driver is not None:
-            driver.destroy()
+        engine, self.engine = getattr(self, "engine", None), None
+        if engine is not None:
+            engine.destroy()
 
 
 def without_weights(network: nn.Module) -> nn.Module:

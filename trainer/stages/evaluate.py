@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clustering import captured_confusion
 from ensemble import COMBINERS, DeepEnsemble, fit_temperature
-from networks import Summary, mean_log_probabilities, member_log_probabilities, unheld_logits
+from networks import Summary, lazy_logits, mean_log_probabilities, member_log_probabilities
 from networks.linear_logits import LinearLogits
 from pipeline.store import Attempt, read_json, write_json
 
@@ -57,7 +57,7 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
 class validate_specialist:
     """A specialist on the val examples that the generalist refers to it, at their natural frequencies.
 
-    One that keeps a full softmax (dustbin = "full") is judged as what becomes of it.
+    One that keeps a full softmax (dustbin = "full") is eval_model as what becomes of it.
     """
 
     def __init__(self, session: Session, members: np.ndarray):
@@ -107,7 +107,7 @@ def fit_weight(session: Session, ensemble) -> list[float]:
     M = len(ensemble.groups.members)
 
     def ask(batch: Batch):
-        p_general, p_special, active = ensemble.opinions(batch.inputs)
+        p_general, p_special, active = ensemble.predictions(batch.inputs)
         losses = []
         for weight in WEIGHTS:
             weights = torch.tensor([1.0, *[weight] * M])
@@ -133,16 +133,16 @@ CALIBRATED = (
 FEWEST = 500
 
 
-class Held(NamedTuple):
+class DenseLogits(NamedTuple):
     """Log-probabilities [b, C] that are held, to be asked as LinearLogits are."""
 
     log_p: Tensor
 
-    def held(self) -> Tensor:
+    def materialize(self) -> Tensor:
         return self.log_p
 
-    def divided(self, temperature: float) -> Held:
-        return Held(self.log_p / temperature)
+    def scale_by_temperature(self, temperature: float) -> DenseLogits:
+        return DenseLogits(self.log_p / temperature)
 
     def summary(self, k: int, labels: Tensor) -> Summary:
         log_p = self.log_p.log_softmax(1)
@@ -151,15 +151,15 @@ class Held(NamedTuple):
         return Summary(top.indices, top.values.exp(), log_label, (2 * log_p).exp().sum(1))
 
 
-def held_probabilities(p: Tensor) -> Held:
-    return Held(p.float().clamp_min(torch.finfo(torch.float32).tiny).log())
+def dense_log_probabilities(p: Tensor) -> DenseLogits:
+    return DenseLogits(p.float().clamp_min(torch.finfo(torch.float32).tiny).log())
 
 
-def of_network(network: nn.Module) -> Callable[[Tensor], LinearLogits | Held]:
+def of_network(network: nn.Module) -> Callable[[Tensor], LinearLogits | DenseLogits]:
     """What a network answers to raw inputs; one with several members by their mean."""
     if network.num_members == 1:
-        return lambda raw: unheld_logits(network, raw)
-    return lambda raw: Held(mean_log_probabilities(network, raw))
+        return lambda raw: lazy_logits(network, raw)
+    return lambda raw: DenseLogits(mean_log_probabilities(network, raw))
 
 
 def calibration_ids(session: Session, members: int = 1) -> np.ndarray:
@@ -169,11 +169,11 @@ def calibration_ids(session: Session, members: int = 1) -> np.ndarray:
     return np.unique(np.linspace(0, len(val) - 1, min(count, len(val))).astype(np.int64))
 
 
-def calibrate(session: Session, answer: Callable[[Tensor], LinearLogits | Held]) -> float:
+def calibrate(session: Session, answer: Callable[[Tensor], LinearLogits | DenseLogits]) -> float:
     """The temperature that fits val best.  Guo et al. 2017, section 4.2."""
 
     def ask(batch: Batch):
-        return {"logits": answer(batch.inputs).held().float(), "labels": batch.labels}
+        return {"logits": answer(batch.inputs).materialize().float(), "labels": batch.labels}
 
     found = session.measured(session.shards("val"), ask, ids=calibration_ids(session))
     return fit_temperature(torch.from_numpy(found["logits"]), torch.from_numpy(found["labels"]))
@@ -198,7 +198,7 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
     ensemble = session.ensemble()
     generalist = session.load(run.generalist)
     sizes = ensemble_sizes(session, ensemble) if session.config.is_deep else []
-    judge = Judge(session, attempt, sizes)
+    judge = TestEvaluator(session, attempt, sizes)
 
     adds = (lambda found: {"added": before_new_classes(session, generalist)}) if run.old else None
     before = judge(
@@ -214,7 +214,7 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
 
     if session.config.is_deep:
         judge(
-            lambda raw: held_probabilities(ensemble.probabilities(raw)),
+            lambda raw: dense_log_probabilities(ensemble.probabilities(raw)),
             "ensemble",
             costs.ensemble,
             of_deep(ensemble),
@@ -222,9 +222,9 @@ def evaluate_all(session: Session, attempt: Attempt) -> None:
         )
         return
 
-    def joint(raw: Tensor) -> tuple[Held, dict[str, Tensor]]:
-        answer = ensemble.consult(raw)
-        return held_probabilities(answer.q), {"active": answer.active}
+    def joint(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
+        answer = ensemble.forward_with_details(raw)
+        return dense_log_probabilities(answer.q), {"active": answer.active}
 
     judge(
         lambda raw: joint(raw)[0],
@@ -276,7 +276,7 @@ def member_figures(log_p: Tensor) -> dict[str, Tensor]:
     }
 
 
-class Judge:
+class TestEvaluator:
     """One answer after the other on test, after a temperature was fitted on val: evaluation/NAME.json and NAME.npz."""
 
     def __init__(self, session: Session, attempt: Attempt, sizes: list[dict]):
@@ -286,7 +286,7 @@ class Judge:
     def __call__(
         self, answer, name: str, cost: dict, extra: Extra | None = None, both=None, more=None
     ) -> dict:
-        """answer: raw inputs -> LinearLogits or Held.  extra: figures of each example beside it.  both: answer and
+        """answer: raw inputs -> LinearLogits or DenseLogits.  extra: figures of each example beside it.  both: answer and
         extra from one pass.  more(found): further entries of the JSON.  Returns what was found, arrays over test."""
         session, both = (
             self.session,
@@ -298,7 +298,9 @@ class Judge:
         def judge(batch: Batch):
             answers, beside = both(batch.inputs)
             found = figures(answers.summary(TOP, batch.labels), batch.labels)
-            scaled = figures(answers.divided(temperature).summary(TOP, batch.labels), batch.labels)
+            scaled = figures(
+                answers.scale_by_temperature(temperature).summary(TOP, batch.labels), batch.labels
+            )
             scaled = {f"calibrated_{key}": scaled[key] for key in OF_CALIBRATION}
             return {**found, **scaled, **beside, **(scores(batch.inputs) if scores else {})}
 
@@ -318,7 +320,7 @@ class Judge:
         """What tells inputs like test's from others; larger is more like test's."""
 
         def score(raw: Tensor) -> dict[str, Tensor]:
-            log_p = answer(raw).held().float().log_softmax(1)
+            log_p = answer(raw).materialize().float().log_softmax(1)
             found = {"confidence": log_p.amax(1).exp(), "entropy": (log_p.exp() * log_p).sum(1)}
             beside = extra.figures(raw) if extra else {}
             found |= {"mu": -beside["mu"]} if "mu" in beside else {}
@@ -342,7 +344,7 @@ class Judge:
         beside = {
             key: found.pop(key) for key in ("mu", "pairwise_kl", "disagreement") if key in found
         }
-        parts = {} if self.old_classes is None else by_age(self.old_classes, found)
+        parts = {} if self.old_classes is None else split_old_new(self.old_classes, found)
         top = (found["labels"], found["top5"])
         row = summarise(
             *top, found["top5_probability"], found["label_probability"], found.pop("squared_error")
@@ -394,7 +396,7 @@ class Judge:
 OF_AGE = ("n", "top1", "top5", "nll", "macro_top1")
 
 
-def by_age(old: np.ndarray, found: dict) -> dict[str, dict]:
+def split_old_new(old: np.ndarray, found: dict) -> dict[str, dict]:
     """Of a run that adds classes: the figures of the test examples of old classes and of those of new ones, where there
     are any.  Every answer is among all classes."""
     keys = ("labels", "top5", "top5_probability", "label_probability", "squared_error")
@@ -421,7 +423,7 @@ def before_new_classes(session: Session, generalist) -> dict:
         asked = session.measured(
             test,
             lambda batch: {
-                "said": among[unheld_logits(generalist, batch.inputs).of_classes(among).argmax(1)],
+                "said": among[lazy_logits(generalist, batch.inputs).of_classes(among).argmax(1)],
                 "labels": batch.labels,
             },
             ids=ids,
@@ -525,7 +527,7 @@ def specialist_rows(
                 test,
                 lambda batch, network=network, inside=inside: {
                     "before": inside[
-                        unheld_logits(generalist, batch.inputs).of_classes(inside).argmax(1)
+                        lazy_logits(generalist, batch.inputs).of_classes(inside).argmax(1)
                     ],
                     "after": inside[network(batch.inputs)[:, :-1].argmax(1)],
                     "labels": batch.labels,

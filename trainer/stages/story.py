@@ -27,12 +27,12 @@ from clustering import (
 from ensemble import fit_shift
 from networks import (
     DustbinHead,
-    fit_rest,
+    fit_residual_row,
     freeze_norm,
+    lazy_logits,
+    merge_grown_head,
     set_trainable,
-    settled,
     specialise,
-    unheld_logits,
 )
 from pipeline.config import Schedule, Student, UserError
 from pipeline.store import Stage, read_json, write_json
@@ -52,7 +52,7 @@ from ..data.routing import route as route_samples
 from ..data.streams import Source, TrainingStream, balanced, shuffled
 from ..session import Session, read_summary, save_summary
 from .evaluate import evaluate_all, fit_weight, validate_classifier, validate_specialist
-from .targets import store_answers, stored_answers, views_of
+from .targets import store_targets, stored_targets, views_of
 from .teachers import check_members, find_teacher, perturbation
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
@@ -65,7 +65,7 @@ def generalist(session: Session, stage: Stage) -> None:
     with session.attempt(stage) as attempt:
         network = session.given_generalist()
         if network is None or adds:
-            stream, objective = general_lesson(session, schedule)
+            stream, objective = generalist_task(session, schedule)
             steps = count_steps(schedule, session.shards("train").num_samples)
             network, summary = session.train(
                 attempt,
@@ -76,7 +76,7 @@ def generalist(session: Session, stage: Stage) -> None:
                 steps,
                 validate_classifier(session),
             )
-            network = settled(network) if adds else network
+            network = merge_grown_head(network) if adds else network
         else:
             summary = {
                 "seconds": 0.0,
@@ -93,7 +93,7 @@ def member(session: Session, stage: Stage, index: int) -> None:
     """The generalist's lesson again, from another seed: one more of a deep ensemble."""
     schedule, seed = session.config.train, session.seed("member", index)
     with session.attempt(stage) as attempt:
-        stream, objective = general_lesson(session, schedule, seed)
+        stream, objective = generalist_task(session, schedule, seed)
         steps = count_steps(schedule, session.shards("train").num_samples)
         network, summary = session.train(
             attempt,
@@ -115,10 +115,10 @@ def measure(session: Session, stage: Stage) -> None:
         statistics = PredictionStatistics(session.num_classes, top_k=session.config.clusters.top_k)
 
         def predict(batch, count=True):
-            logits = unheld_logits(network, batch.inputs)
+            logits = lazy_logits(network, batch.inputs)
             top = logits.summary(max(ROUTED_TOP, statistics.top_k or 0))
             if count and statistics.exact:
-                statistics.update(logits.held().softmax(1), batch.labels)
+                statistics.update(logits.materialize().softmax(1), batch.labels)
             elif count:
                 k = statistics.top_k
                 statistics.update(top.indices[:, :k], top.probabilities[:, :k], batch.labels)
@@ -157,7 +157,7 @@ def cluster(session: Session, stage: Stage) -> None:
             if session.run.groups_file:
                 groups = ClassGroups.load(session.run.groups_file)
             elif session.run.old:
-                groups = groups_and_one(session)
+                groups = extend_groups(session)
             else:
                 rows = (
                     session.load(session.run.generalist).head.weight
@@ -230,7 +230,7 @@ def cluster(session: Session, stage: Stage) -> None:
             )
 
 
-def groups_and_one(session: Session) -> ClassGroups:
+def extend_groups(session: Session) -> ClassGroups:
     """The old run's groups, and one of the new classes with the old ones that the generalist confuses them with most.
 
     It is as large as the largest old group, or has as many old classes as new ones where that is more, unless
@@ -264,7 +264,7 @@ def groups_and_one(session: Session) -> ClassGroups:
 
 def route(session: Session, stage: Stage) -> None:
     """All groups' samples in one pass, so that no specialist reads the whole to keep a part."""
-    config, done = session.config.route, session.skipped() | set(range(session.run.num_taken))
+    config, done = session.config.route, session.skipped() | set(range(session.run.num_inherited))
     with session.attempt(stage) as attempt:
         groups = {m: members for m, members in enumerate(session.groups().members) if m not in done}
         if session.ranks.is_main:
@@ -289,12 +289,12 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
                 {"skipped": True, "seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0},
             )
             return
-        if index < session.run.num_taken:
-            network, summary = session.taken_specialist(index)
-            summary["new_rows_shift"] = meet_new_classes(session, network, members)
+        if index < session.run.num_inherited:
+            network, summary = session.inherited_specialist(index)
+            summary["new_rows_shift"] = calibrate_new_class_bias(session, network, members)
             session.save(attempt, network, summary)
             return
-        lesson = specialist_lesson(session, index, members)
+        lesson = specialist_task(session, index, members)
         judge = validate_specialist(session, members)
         network, summary = session.train(
             attempt,
@@ -315,7 +315,7 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
         session.save(attempt, network, summary)
 
 
-def meet_new_classes(session: Session, network, members: np.ndarray) -> float | None:
+def calibrate_new_class_bias(session: Session, network, members: np.ndarray) -> float | None:
     """Raise the biases of an old specialist's rows of the new classes by what fits best the val examples that the
     generalist refers to it; what it says of its members among themselves stays.  Changes the network.
 
@@ -348,7 +348,7 @@ def meet_new_classes(session: Session, network, members: np.ndarray) -> float | 
     return shift
 
 
-class Lesson(NamedTuple):
+class TrainingTask(NamedTuple):
     network: torch.nn.Module
     objective: Objective
     stream: TrainingStream
@@ -356,7 +356,7 @@ class Lesson(NamedTuple):
     facts: dict  # for summary.json
 
 
-def specialist_lesson(session: Session, index: int, members: np.ndarray) -> Lesson:
+def specialist_task(session: Session, index: int, members: np.ndarray) -> TrainingTask:
     """Whom a specialist starts from, what it sees and what it is asked."""
     schedule, general = session.config.specialists, session.shards("train")
     inside, inside_ids = open_routed(session.run.route.path(f"{index:03d}"), general)
@@ -399,7 +399,9 @@ def specialist_lesson(session: Session, index: int, members: np.ndarray) -> Less
             facts["dustbin"] = {"rows": len(kept), "kl": rest.kl, "rms": rest.rms}
     freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
     stream = TrainingStream(sources, seed, session.config.data.augment)
-    return Lesson(network, objective, stream, specialist_steps(schedule, len(inside_ids)), facts)
+    return TrainingTask(
+        network, objective, stream, specialist_steps(schedule, len(inside_ids)), facts
+    )
 
 
 def confusion_with(session: Session, members: np.ndarray) -> np.ndarray:
@@ -431,7 +433,7 @@ def hard_negatives(session: Session, members: np.ndarray) -> tuple[np.ndarray, t
 
 
 def dustbin_rows(session: Session, generalist, members: np.ndarray):
-    """(classes, RestRow): the classes outside `members` whose rows a specialist keeps, those it is confused with most,
+    """(classes, ResidualRow): the classes outside `members` whose rows a specialist keeps, those it is confused with most,
     and the row for the rest, fitted on val; (None, None) where it keeps all."""
     count = session.config.specialists.dustbin_rows
     if count is None or len(members) + count >= session.num_classes:
@@ -446,7 +448,7 @@ def dustbin_rows(session: Session, generalist, members: np.ndarray):
     x = torch.from_numpy(session.measured(session.shards("val"), features)["features"]).to(
         session.ranks.device
     )
-    rest = fit_rest(generalist.head, x, members, kept)
+    rest = fit_residual_row(generalist.head, x, members, kept)
     session.say(
         "dustbin: %d rows and one fitted to %d classes; on half of val KL %.2g from all rows, its logit's "
         "error %.2g",
@@ -465,12 +467,12 @@ def combine(session: Session, stage: Stage) -> None:
         if session.config.is_deep:
             facts = {"schema": 1, "kind": "deep", "members": config.members}
         else:
-            facts = joint_opinion(session)
+            facts = fit_ensemble_settings(session)
         session.write_json(attempt.path("ensemble.json"), facts)
     session.write_json(session.run.root / "ensemble.json", facts)
 
 
-def joint_opinion(session: Session) -> dict:
+def fit_ensemble_settings(session: Session) -> dict:
     config = session.config.ensemble
     absent = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
     if absent and not config.allow_missing:
@@ -503,7 +505,7 @@ def answers(session: Session, stage: Stage, name: str) -> None:
     student = next(iter(readers.values()))
     temperatures = sorted({1.0, *(each.temperature for each in readers.values())} - {math.inf})
     with session.attempt(stage) as attempt:
-        store_answers(
+        store_targets(
             session,
             find_teacher(session, student),
             attempt,
@@ -520,7 +522,7 @@ def control(session: Session, stage: Stage, name: str) -> None:
         network = session.load(session.run.generalist)
         if name == "student_hard":
             schedule = config.students["main"]
-            network, stream, steps = student_lesson(session, "main", schedule, transfer=False)
+            network, stream, steps = student_task(session, "main", schedule, transfer=False)
             objective = classify(schedule.label_smoothing, negatives=schedule.negatives)
         else:
             walls = {
@@ -534,12 +536,12 @@ def control(session: Session, stage: Stage, name: str) -> None:
                 rate, steps = read_summary(walls[best])["learning_rate"], sum(lessons)
             else:
                 rate, steps = config.controls.learning_rates[list(walls).index(name)], max(lessons)
-            # As many times as one specialist: val is larger than the examples that a specialist is judged on.
+            # As many times as one specialist: val is larger than the examples that a specialist is eval_model on.
             every = config.specialists.validate_every * steps // max(lessons)
             schedule = config.specialists.model_copy(
                 update={"learning_rate": rate, "patience": 0, "validate_every": every}
             )
-            stream, objective = general_lesson(
+            stream, objective = generalist_task(
                 session, schedule, seed=session.seed("control", steps)
             )
         network, summary = session.train(
@@ -552,7 +554,7 @@ def student(session: Session, stage: Stage, name: str) -> None:
     """One network learns what its teacher says: generalist and specialists together (section 8's open end), say."""
     schedule = session.config.students[name]
     with session.attempt(stage) as attempt:
-        network, stream, steps = student_lesson(
+        network, stream, steps = student_task(
             session, name, schedule, transfer=schedule.learns_from_teacher
         )
         objective = {"hard": hard_objective, "prior": prior_objective, "distill": soft_objective}[
@@ -579,7 +581,7 @@ def soft_objective(session: Session, name: str, network, stream):
     """Answers that are stored, or a teacher who answers as inputs come, perturbed where the student says so."""
     schedule, stored = session.config.students[name], session.run.answers_for(name)
     if stored is not None:
-        teach = stored_answers(stored.path(""), session, stream.sources, stream.views)
+        teach = stored_targets(stored.path(""), session, stream.sources, stream.views)
         count = read_json(stored.path("train/answers.json"))["members"]
         check_members(name, schedule, count, network.num_members)
         return distil(teach, schedule)
@@ -598,7 +600,7 @@ def correct_bias(session: Session, network, classes: np.ndarray) -> float:
     did so by hand."""
 
     def ask(batch):
-        return {"logits": unheld_logits(network, batch.inputs).held(), "labels": batch.labels}
+        return {"logits": lazy_logits(network, batch.inputs).materialize(), "labels": batch.labels}
 
     found = session.measured(session.shards("val"), ask)
     shift = fit_shift(torch.from_numpy(found["logits"]), torch.from_numpy(found["labels"]), classes)
@@ -648,7 +650,7 @@ STAGES = {
 }
 
 
-def general_lesson(session: Session, schedule: Schedule, seed: int | None = None):
+def generalist_task(session: Session, schedule: Schedule, seed: int | None = None):
     """All classes: the stream and the objective, the prior of a balanced stream carried through the loss."""
     shards, seed = session.shards("train"), session.config.seed if seed is None else seed
     order = balanced(shards.labels, seed, schedule.balance)
@@ -671,7 +673,7 @@ def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tenso
     return torch.as_tensor(np.log(ratio), dtype=torch.float32)
 
 
-def student_lesson(session: Session, name: str, schedule: Student, transfer: bool = True):
+def student_task(session: Session, name: str, schedule: Student, transfer: bool = True):
     """A student's network, stream and number of steps.  Its twin with hard labels has the same, but for unlabelled
     inputs.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pipeline.store import Attempt, read_json, write_json
 
-from ..core.losses import TopAnswers, log_or_least, soften
+from ..core.losses import TopKTargets, safe_log, soften
 from ..data.augment import Views, find_augment
 from ..data.streams import Batch
 from ..session import Session
@@ -29,9 +29,9 @@ def views_of(session: Session, count: int | None) -> Views | None:
     return None if count is None else Views(count, session.seed("views", 0))
 
 
-def shorten(probabilities: Tensor, k: int) -> dict[str, Tensor]:
+def compress(probabilities: Tensor, k: int) -> dict[str, Tensor]:
     """[K, B, C] -> {indices int32 [B, K, k], log_values float16 [B, K, k], log_tail float16 [B, K]}."""
-    kept = TopAnswers.of(log_or_least(probabilities).transpose(0, 1), k)
+    kept = TopKTargets.of(safe_log(probabilities).transpose(0, 1), k)
     return {
         "indices": kept.indices.int(),
         "log_values": kept.log_values.half(),
@@ -39,18 +39,18 @@ def shorten(probabilities: Tensor, k: int) -> dict[str, Tensor]:
     }
 
 
-def lengthen(indices, log_values, log_tail, num_classes: int, device) -> TopAnswers:
-    """Stored rows [B, K, ...] -> TopAnswers [K, B, ...], normalised: float16 rounds logarithms by 5e-4 of them."""
+def decompress(indices, log_values, log_tail, num_classes: int, device) -> TopKTargets:
+    """Stored rows [B, K, ...] -> TopKTargets [K, B, ...], normalised: float16 rounds logarithms by 5e-4 of them."""
     stored = (
         torch.from_numpy(np.ascontiguousarray(part)) for part in (indices, log_values, log_tail)
     )
     indices, log_values, log_tail = (part.to(device).transpose(0, 1) for part in stored)
     log_values, log_tail = log_values.float(), log_tail.float()
     total = torch.cat([log_values, log_tail[..., None]], -1).logsumexp(-1)
-    return TopAnswers(indices.long(), log_values - total[..., None], log_tail - total, num_classes)
+    return TopKTargets(indices.long(), log_values - total[..., None], log_tail - total, num_classes)
 
 
-def store_answers(
+def store_targets(
     session: Session, teacher, attempt: Attempt, augment: str, views: Views | None, temperatures
 ) -> None:
     """SPLIT/{indices,log_values,log_tail}.npy for train and transfer, [N * views, K, ...]: row id * views + view.
@@ -75,8 +75,8 @@ def store_answers(
                     )
                     raw = torch.from_numpy(augmentation(raw.cpu().numpy(), uniforms)).to(raw.device)
                 answered = teacher.answer(raw)
-                found = shorten(answered, KEPT)
-                kept = lengthen(
+                found = compress(answered, KEPT)
+                kept = decompress(
                     *(found[name].cpu().numpy() for name in FILES), session.num_classes, raw.device
                 )
                 lost = [_kl(soften(answered, T), soften(kept.spread(), T)) for T in temperatures]
@@ -166,8 +166,8 @@ def warnings(facts: dict) -> list[str]:
     ]
 
 
-def stored_answers(directory: Path, session: Session, sources, views: Views | None):
-    """batch -> TopAnswers [K, b, k]: the stored answers to the inputs of a stream's `sources`."""
+def stored_targets(directory: Path, session: Session, sources, views: Views | None):
+    """batch -> TopKTargets [K, b, k]: the stored answers to the inputs of a stream's `sources`."""
     held = []
     for source in sources:
         place = directory / source.shards.split
@@ -185,7 +185,7 @@ def stored_answers(directory: Path, session: Session, sources, views: Views | No
         )
     count = views.count if views else 1
 
-    def answers(batch: Batch) -> TopAnswers:
+    def answers(batch: Batch) -> TopKTargets:
         rows, origin = (batch.ids * count + batch.view).cpu().numpy(), batch.source.cpu().numpy()
         parts = [np.empty((len(rows), *part.shape[1:]), part.dtype) for part in held[0]]
         for number, files in enumerate(held):
@@ -193,6 +193,6 @@ def stored_answers(directory: Path, session: Session, sources, views: Views | No
             for part, file in zip(parts, files, strict=True):
                 part[here] = file[rows[here]]
         parts[0] = parts[0].astype(np.int64)
-        return lengthen(*parts, session.num_classes, batch.labels.device)
+        return decompress(*parts, session.num_classes, batch.labels.device)
 
     return answers

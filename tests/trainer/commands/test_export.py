@@ -40,7 +40,9 @@ def test_a_bundle_equals_its_run_bit_for_bit(small_run, tmp_path, capsys):
     assert "largest difference 0.0e+00" in out and "is ready" in out.splitlines()[-1]
     place = tmp_path / "deep" / "bundle"
     run, bundle = SpecialistEnsemble.load(small_run.root), SpecialistEnsemble.load(place)
-    for one, other in zip(run.consult(RAW), bundle.consult(RAW), strict=True):
+    for one, other in zip(
+        run.forward_with_details(RAW), bundle.forward_with_details(RAW), strict=True
+    ):
         assert torch.equal(one, other)
     student = small_run.students["main"].path("model.safetensors").read_bytes()
     assert (place / "students/main/model.safetensors").read_bytes() == student
@@ -83,7 +85,7 @@ def test_programs_answer_as_eager_networks_do_at_any_batch_size(small_run, tmp_p
 
     run = SpecialistEnsemble.load(small_run.root)
     student = load_classifier(small_run.students["main"].path("model.json").parent)
-    p_general, p_special, _ = run.opinions(RAW)
+    p_general, p_special, _ = run.predictions(RAW)
     rows, of_first = next(said for said in p_special if said is not None)
     first = next(m for m, said in enumerate(p_special) if said is not None)
     expected = {"ensemble": run.probabilities(RAW), "generalist": p_general}

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from networks.linear_logits import LinearLogits
 from trainer.core.losses import (
-    TopAnswers,
+    TopKTargets,
+    average_members,
     classification_loss,
     dirichlet_kl,
     distillation_loss,
@@ -16,11 +17,10 @@ from trainer.core.losses import (
     entropic,
     full_specialist_loss,
     gaussian_kl,
-    pooled,
+    lazy_distillation_loss,
     prior_network_loss,
     soften,
     specialist_loss,
-    unheld_distillation_loss,
 )
 
 
@@ -148,7 +148,7 @@ def test_distillation_matches_logits_in_the_limit_of_high_temperature(temperatur
 
 def test_matching_logits_with_what_is_kept_of_a_teacher_has_an_even_tail_as_target():
     """Student logits that are the kept ones and one value for all others: no loss."""
-    top = TopAnswers(
+    top = TopKTargets(
         torch.tensor([[[3, 0]]]), torch.tensor([[[0.5, 0.2]]]).log(), torch.tensor([[0.3]]).log(), 5
     )
     logits = torch.tensor([0.2, 0.1, 0.1, 0.5, 0.1]).log()[None, None] + 4
@@ -161,7 +161,7 @@ def test_matching_logits_with_what_is_kept_of_a_teacher_has_an_even_tail_as_targ
 def test_a_head_that_does_not_hold_its_logits_refuses_infinite_temperature():
     parts, _ = linear_head(7)
     with pytest.raises(ValueError, match="finite temperature"):
-        unheld_distillation_loss(
+        lazy_distillation_loss(
             LinearLogits(*parts, 7), torch.full((4, 7), 1 / 7), torch.zeros(4), math.inf, 1.0, 0.0
         )
 
@@ -181,21 +181,23 @@ def test_member_k_learns_from_member_k_alone():
 
 def test_pooling_two_members_by_hand():
     p = torch.tensor([[[0.8, 0.2]], [[0.5, 0.5]]])
-    torch.testing.assert_close(pooled(p), torch.tensor([[0.65, 0.35]]))
+    torch.testing.assert_close(average_members(p), torch.tensor([[0.65, 0.35]]))
     # Geometric: sqrt(.8 * .5) to sqrt(.2 * .5) is 2 to 1.
-    torch.testing.assert_close(pooled(p, "geometric"), torch.tensor([[2 / 3, 1 / 3]]))
+    torch.testing.assert_close(average_members(p, "geometric"), torch.tensor([[2 / 3, 1 / 3]]))
     with pytest.raises(ValueError, match="'arithmetic' or 'geometric'"):
-        pooled(p, "harmonic")
+        average_members(p, "harmonic")
 
 
 def test_geometric_pooling_averages_logits():
     logits = random_logits(4, 3, 6) * 30
-    torch.testing.assert_close(pooled(logits.softmax(-1), "geometric"), logits.mean(0).softmax(-1))
+    torch.testing.assert_close(
+        average_members(logits.softmax(-1), "geometric"), logits.mean(0).softmax(-1)
+    )
 
 
 def test_geometric_pooling_of_members_that_exclude_each_other_stays_a_distribution():
     p = torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]])
-    torch.testing.assert_close(pooled(p, "geometric"), torch.tensor([[0.5, 0.5, 0.0]]))
+    torch.testing.assert_close(average_members(p, "geometric"), torch.tensor([[0.5, 0.5, 0.0]]))
 
 
 def test_hard_weight_adds_the_cross_entropy_of_every_member():
@@ -230,25 +232,23 @@ def test_distilling_without_holding_the_logits_is_the_same(temperature, kept):
     parts, logits = linear_head(7)
     labels, weights = torch.tensor([2, -1, 6, 0]), (temperature, 0.7, 0.3, 0.1)
     p = random_logits(4, 7, seed=5).mul(2).softmax(1).float()
-    top = TopAnswers.of(p.log(), kept)
+    top = TopKTargets.of(p.log(), kept)
     for teacher, spread in ((p, p), (top, top.spread())):
-        found = unheld_distillation_loss(
-            LinearLogits(*parts, 7, block=3), teacher, labels, *weights
-        )
+        found = lazy_distillation_loss(LinearLogits(*parts, 7, block=3), teacher, labels, *weights)
         torch.testing.assert_close(
             found, distillation_loss(logits[None], spread[None], labels, *weights)
         )
 
 
 def test_what_is_kept_of_a_teacher_is_spread_evenly():
-    top = TopAnswers(
+    top = TopKTargets(
         torch.tensor([[3, 0]]), torch.tensor([[0.5, 0.2]]).log(), torch.tensor([0.3]).log(), 5
     )
     torch.testing.assert_close(top.spread(), torch.tensor([[0.2, 0.1, 0.1, 0.5, 0.1]]))
 
 
 def test_what_is_kept_of_log_probabilities_by_hand():
-    top = TopAnswers.of(torch.tensor([[0.2, 0.06, 0.04, 0.7]]).log(), 2)
+    top = TopKTargets.of(torch.tensor([[0.2, 0.06, 0.04, 0.7]]).log(), 2)
     assert top.indices.tolist() == [[3, 0]] and top.num_classes == 4
     torch.testing.assert_close(top.log_values.exp(), torch.tensor([[0.7, 0.2]]))
     torch.testing.assert_close(top.log_tail.exp(), torch.tensor([0.1]))
@@ -258,7 +258,7 @@ def test_what_is_kept_of_log_probabilities_by_hand():
 def test_a_tail_far_below_the_rounding_of_one_counts_at_high_temperature(temperature):
     """Three classes share e^-30; 1 - sum of values would have been 0, and the answer at T = 20 another one."""
     logits = torch.tensor([[0.0, -30.0, -30.0, -30.0]])
-    top = TopAnswers.of(logits.log_softmax(1), 1)
+    top = TopKTargets.of(logits.log_softmax(1), 1)
     torch.testing.assert_close(soften(top.spread(), temperature), (logits / temperature).softmax(1))
     targets, negative_entropy = top.softened(temperature)
     expected = (logits / temperature).softmax(1)
@@ -280,9 +280,9 @@ def test_what_is_kept_in_half_precision_is_a_distribution_close_to_the_answer(
     log_p = log_p.sort(descending=True).values
     log_p[..., kept:] = log_p[..., kept - 1 :].mean(-1, keepdim=True)
     log_p = log_p.log_softmax(-1)
-    whole = TopAnswers.of(log_p, kept)
+    whole = TopKTargets.of(log_p, kept)
     torch.testing.assert_close(whole.spread(), log_p.exp())
-    half = TopAnswers(
+    half = TopKTargets(
         whole.indices, whole.log_values.half().float(), whole.log_tail.half().float(), 9
     )
     torch.testing.assert_close(half.spread().sum(-1), torch.ones(*members, 4))

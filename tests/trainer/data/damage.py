@@ -303,7 +303,7 @@ def timed_out(*_):
 
 
 def soak(count: int) -> int:
-    """Judge `count` damaged sets; prints a table and the first failures.  Returns the number of failures."""
+    """TestEvaluator `count` damaged sets; prints a table and the first failures.  Returns the number of failures."""
     warnings.filterwarnings("ignore", "This DataLoader will create")
     signal.signal(signal.SIGALRM, timed_out)
     table: dict[str, dict[str, int]] = {}

@@ -51,19 +51,19 @@ def compare(engine: str, members: dict, ranks) -> None:
             "ema": 0.0,
         }
     )
-    driver = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
-    module = driver.prepare(network, schedule)
+    engine = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
+    module = engine.prepare(network, schedule)
     for number, (raw, targets) in enumerate(steps):
         if number == 2:
-            state = copy.deepcopy(driver.state())
-            driver.close()
-            driver = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
+            state = copy.deepcopy(engine.state())
+            engine.close()
+            engine = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
             network = build_classifier(spec)
-            module = driver.prepare(network, schedule, state)
+            module = engine.prepare(network, schedule, state)
         own = slice(ranks.rank, None, ranks.world_size)
-        with driver.accumulating(last=True):
+        with engine.accumulating(last=True):
             loss = loss_of(module(raw[own]), targets[:, own])
-            driver.backward(loss)
+            engine.backward(loss)
         alone.zero_grad()
         loss_of(alone(raw), targets).backward()
         if name == "ddp":
@@ -71,10 +71,10 @@ def compare(engine: str, members: dict, ranks) -> None:
                 {n: p.grad for n, p in network.named_parameters()},
                 {n: p.grad for n, p in alone.named_parameters()},
             )
-        driver.step(RATE)
+        engine.step(RATE)
         step_by_hand(alone, velocity)
-    check(dict(driver.export().named_parameters()), dict(alone.named_parameters()))
-    driver.close()
+    check(dict(engine.export().named_parameters()), dict(alone.named_parameters()))
+    engine.close()
     print(engine, members["kind"], "agree")
 
 

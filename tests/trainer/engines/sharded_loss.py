@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from networks.linear_logits import LinearLogits, Targets
 from trainer.distributed.exit import leave
-from trainer.engines.sharded import OverRanks
+from trainer.engines.sharded import DistributedComm
 
 SIZE, TOLERANCE = 6, 1e-5
 
@@ -51,8 +51,8 @@ def main(sizes: list[int], bounds: list[int]) -> None:
 
         parts = [features[mine].clone(), weight[own].clone(), bias[own].clone()]
         parts = [part.requires_grad_() for part in parts]
-        exchange = OverRanks(tuple(bounds)).of(parts[0])
-        loss = LinearLogits(*parts, classes, 5, exchange).plus(prior).cross_entropy(targets)
+        comm = DistributedComm(tuple(bounds)).of(parts[0])
+        loss = LinearLogits(*parts, classes, 5, comm).add_bias(prior).cross_entropy(targets)
         (loss * weights[mine]).sum().backward()
 
         pairs = [(loss, held[mine]), (parts[0].grad, whole[0].grad[mine])]
@@ -72,7 +72,7 @@ def main(sizes: list[int], bounds: list[int]) -> None:
         held = alone.cross_entropy(Targets.of_labels(target, alone.num_classes))
         held.sum().backward()
         parts = [part.clone().requires_grad_() for part in (features[mine], weight[own], bias[own])]
-        logits = LinearLogits(*parts, classes, 5, OverRanks(tuple(bounds)).of(parts[0]))
+        logits = LinearLogits(*parts, classes, 5, DistributedComm(tuple(bounds)).of(parts[0]))
         logits, target = logits.sampled(labels[mine], negatives, torch.Generator().manual_seed(1))
         loss = logits.cross_entropy(Targets.of_labels(target, logits.num_classes))
         loss.sum().backward()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from toy import encode_png, images, toy_config
 
 from clustering import ClassGroups
-from networks import among_more, load_classifier
+from networks import load_classifier, remap_specialist
 from pipeline.config import UserError, load_config
 from pipeline.results import classes_line, collect
 from pipeline.store import read_json
@@ -117,7 +117,7 @@ def test_old_specialists_are_taken_over_and_only_the_new_group_is_routed_and_tra
     raw = torch.from_numpy(
         open_shards(str(data["now"]), now.config.data, "val").inputs(np.arange(40))
     )
-    assert now.num_taken == 3
+    assert now.num_inherited == 3
     for m in range(3):
         before, after = network_of(old.specialists[m]), network_of(now.specialists[m])
         names = [
@@ -153,7 +153,7 @@ def test_an_old_specialist_believes_in_new_classes_as_often_as_it_is_referred_th
         shift = read_json(stage.path("summary.json"))["new_rows_shift"]
         asked = torch.isin(top, torch.tensor(members.tolist()))
         rows = new[network.head.row_classes]
-        taken = among_more(network_of(old.specialists[m]), generalist)
+        taken = remap_specialist(network_of(old.specialists[m]), generalist)
         assert torch.equal(taken.head.weight, network.head.weight)
         expected = torch.zeros(12) if shift is None else shift * rows
         torch.testing.assert_close(network.head.bias - taken.head.bias, expected)

@@ -18,13 +18,13 @@ from pipeline.store import RunDirectory
 from trainer.commands import export as exporting
 from trainer.commands import predict as predicting
 from trainer.commands.check import check
-from trainer.core.losses import TopAnswers
+from trainer.core.losses import TopKTargets
 from trainer.data.augment import Views, find_augment
 from trainer.data.shards import open_shards
 from trainer.data.streams import Source, TrainingStream, shuffled
 from trainer.session import measuring_batch
 from trainer.stages.story import transfer_set
-from trainer.stages.targets import lengthen, shorten, warnings
+from trainer.stages.targets import compress, decompress, warnings
 
 STUDENTS = {
     "main": {"temperature": 4.0},
@@ -178,7 +178,7 @@ def test_students_with_one_teacher_and_one_view_share_its_answers(run):
 
 def test_an_even_tail_of_a_thousandth_outweighs_what_is_kept_at_a_temperature_of_2():
     """3,000 classes of 1e-3 in all: sqrt(3,000 x 1e-3) = 1.732 beside sqrt(.999) = .9995, which is .634 of the sum."""
-    top = TopAnswers(
+    top = TopKTargets(
         torch.tensor([[0]]), torch.tensor([[0.999]]).log(), torch.tensor([1e-3]).log(), 3001
     )
     assert float(1 - top.log_parts(2.0)[0, 0].exp()) == pytest.approx(0.634, abs=1e-3)
@@ -201,7 +201,7 @@ def test_stored_answers_are_the_members_answers(run):
     inputs = torch.from_numpy(shards.read(np.array([5]))[0])
     parts = [np.load(stored / f"{name}.npy")[5:6] for name in ("indices", "log_values", "log_tail")]
     parts[0] = parts[0].astype(np.int64)
-    kept = lengthen(*parts, NUM_CLASSES, "cpu").spread()
+    kept = decompress(*parts, NUM_CLASSES, "cpu").spread()
     with torch.no_grad():
         for k, stage in enumerate((run.generalist, *run.members)):
             torch.testing.assert_close(
@@ -231,7 +231,7 @@ def test_answers_of_views_say_which_views(run):
     with torch.no_grad():
         answer = network(batch.inputs[k : k + 1]).softmax(1)
     torch.testing.assert_close(
-        lengthen(*parts, NUM_CLASSES, "cpu").spread()[1], answer, atol=2e-3, rtol=1e-2
+        decompress(*parts, NUM_CLASSES, "cpu").spread()[1], answer, atol=2e-3, rtol=1e-2
     )
     assert augment.numbers == 2
 
@@ -328,11 +328,11 @@ def test_a_deep_ensemble_answers_alike_from_the_run_from_a_bundle_and_on_the_com
 def test_what_is_kept_of_an_answer_is_close_to_it_and_small():
     torch.manual_seed(0)
     p = (torch.randn(2, 7, 1000) * 3).softmax(-1)
-    rows = shorten(p, 32)
+    rows = compress(p, 32)
     assert (
         sum(part[0, 0].numel() * part.element_size() for part in rows.values()) == 32 * (4 + 2) + 2
     )
-    kept = lengthen(
+    kept = decompress(
         *(rows[name].numpy() for name in ("indices", "log_values", "log_tail")), 1000, "cpu"
     ).spread()
     assert kept.shape == p.shape

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from .combine import combine_kl
-from .opinions import (
+from .patterns import SetPatterns, set_patterns
+from .predictions import (
     active_sets,
     check_no_negative,
     check_sums,
     checked_active,
     checked_general,
     checked_weights,
-    read_opinions,
+    read_predictions,
 )
-from .patterns import SetPatterns, set_patterns
 
 # Stands for a probability of 0 under a logarithm.
 FLOOR = 1e-30
@@ -79,7 +79,7 @@ def _pooled(rule: Callable, p_general, p_special, groups, active, weights) -> Te
         if weights is None
         else weights
     )
-    opinions = read_opinions(p_special, groups, active, g.dtype, dtype)
+    opinions = read_predictions(p_special, groups, active, g.dtype, dtype)
     check_sums(g.sum(1), dtype, lambda position: f"row {position[0]} of p_general")
     check_no_negative(g.amin(1), lambda position: f"row {position[0]} of p_general")
     sets, which = active_sets(active)

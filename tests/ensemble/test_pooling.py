@@ -8,12 +8,12 @@ import torch
 from clustering.groups import ClassGroups
 from ensemble import COMBINERS, combine_kl, fit_temperatures, fit_weights
 from ensemble.fitting import fit_temperature
-from ensemble.neighbours import arithmetic_mean, log_ratio_product, mixture_gating, reverse_kl
+from ensemble.pooling import arithmetic_mean, log_ratio_product, mixture_gating, reverse_kl
 
 F64 = torch.float64
 
 
-def opinions(seed, rows=8, classes=10, specialists=3, size=4, scale=1.5):
+def predictions(seed, rows=8, classes=10, specialists=3, size=4, scale=1.5):
     rng = torch.Generator().manual_seed(seed)
     groups = ClassGroups(
         [torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)],
@@ -75,7 +75,7 @@ def reverse_objective(q, g, p, groups):
 
 @pytest.mark.parametrize("scale", [1.0, 4.0])
 def test_reverse_kl_reaches_the_minimum_that_gradient_descent_finds(scale):
-    groups, g, p = opinions(1, scale=scale)
+    groups, g, p = predictions(1, scale=scale)
     q = reverse_kl(g, p, groups)
     logits = g.log().clone().requires_grad_()
     optimiser = torch.optim.LBFGS(
@@ -111,7 +111,7 @@ def test_with_all_classes_in_every_group_the_means_are_the_usual_ones():
 
 @pytest.mark.parametrize("name", COMBINERS)
 def test_every_combiner_keeps_the_contract(name):
-    groups, g, p = opinions(2, rows=40)
+    groups, g, p = predictions(2, rows=40)
     active = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     q = COMBINERS[name](g, p, groups, active=active, weights=[1.0, 0.5, 2.0, 1.0])
     assert (q >= 0).all()
@@ -140,7 +140,7 @@ def test_every_combiner_keeps_the_contract(name):
 
 @pytest.mark.parametrize("name", COMBINERS)
 def test_every_combiner_has_the_derivative_that_differences_show(name):
-    groups, g, p = opinions(3, rows=2, classes=6, specialists=2, size=3, scale=1)
+    groups, g, p = predictions(3, rows=2, classes=6, specialists=2, size=3, scale=1)
 
     def answer(g, *p):
         return COMBINERS[name](torch.softmax(g, 1), [torch.softmax(x, 1) for x in p], groups)

@@ -22,7 +22,7 @@ Lost = dict[int, str]  # id -> reason
 log = logging.getLogger("referral")
 
 
-class Losses:
+class LostSamples:
     """What one process knows to be lost.  splits: see trainer.data.damage."""
 
     def __init__(self):
@@ -41,7 +41,7 @@ class Losses:
             check_share(count(split), split["samples"], shards.data, example(split))
 
 
-class Passes:
+class EpochAccounting:
     """One rank's account of a training stream, closed with the other ranks' at the end of each source's every pass.
 
     lost: [(source, id, reason)] met by earlier attempts, from a checkpoint.

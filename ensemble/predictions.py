@@ -19,7 +19,7 @@ SUM_TOLERANCE = {
 }
 
 
-class Opinions:
+class SpecialistPredictions:
     """What the specialists say.
 
     values[m]: [R_m, |S_m| + 1], or None where no row is active.  places[m]: int64 [B], the row of values[m] that is
@@ -130,9 +130,9 @@ def checked_weights(weights, specialists: int, device) -> Tensor | None:
     return weights
 
 
-def read_opinions(
+def read_predictions(
     p_special, groups, active: Tensor, dtype: torch.dtype, given_dtype: torch.dtype
-) -> Opinions:
+) -> SpecialistPredictions:
     """What active rows may need, as `dtype`.  Values are not looked at here, but for specialists of every class."""
     rows, specialists = active.shape
     device = active.device
@@ -172,7 +172,7 @@ def read_opinions(
                 values[m][asked].sum(1), given_dtype, lambda _, m=m: f"a row of p_special[{m}]"
             )
             values[m] = without_dustbin(values[m])
-    return Opinions(values, places, rows, dtype, device)
+    return SpecialistPredictions(values, places, rows, dtype, device)
 
 
 def without_dustbin(values: Tensor) -> Tensor:

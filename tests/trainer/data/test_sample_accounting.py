@@ -9,8 +9,8 @@ from shardsets import members_of, write_tar, write_uneven
 
 from pipeline.config import Data, UserError
 from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled
-from trainer.data.accounts import Losses, Passes
 from trainer.data.damage import count, merged, summary
+from trainer.data.sample_accounting import EpochAccounting, LostSamples
 
 
 def garble(directory, number: int):
@@ -33,10 +33,12 @@ def shards(tmp_path):
     )
 
 
-def run(stream, steps, ranks=1, first=0, drop=lambda step, rank, batch: batch) -> list[Passes]:
+def run(
+    stream, steps, ranks=1, first=0, drop=lambda step, rank, batch: batch
+) -> list[EpochAccounting]:
     """`steps` steps on `ranks` ranks, one thread each, that meet wherever the account is closed."""
     everyone, values = threading.Barrier(ranks), [None] * ranks
-    passes = [Passes(stream, first, rank, ranks) for rank in range(ranks)]
+    passes = [EpochAccounting(stream, first, rank, ranks) for rank in range(ranks)]
 
     def work(rank):
         def gather(value):
@@ -110,7 +112,7 @@ def test_an_epoch_reports_what_all_ranks_lost(tmp_path, caplog, ranks):
     assert "(2.50%), e.g. " in lines[0] and "has changed since the shard was indexed" in lines[0]
     found = passes[0].all_lost(lambda _: [each.lost for each in passes])
     assert sorted(sample for _, sample, _ in found) == [3, 44, 118]
-    again = Passes(stream, 8, lost=found)
+    again = EpochAccounting(stream, 8, lost=found)
     assert again.lost[0].keys() == {3, 44, 118}
 
 
@@ -129,14 +131,14 @@ def test_the_share_is_judged_over_all_ranks(tmp_path):
 def test_losses_are_put_together_over_passes_and_stages(tmp_path):
     directory = write_uneven(tmp_path, [40, 7, 13, 60])
     write_tar(directory / "train-000001.tar", members_of(range(40, 46)) + members_of([46])[:1])
-    losses = Losses()
+    losses = LostSamples()
     shards = open_shards(str(directory), Data(damage="skip", damage_share=0.1), "train")
     losses.add(shards, {})
     losses.add(shards, {2: "is no picture"})
     losses.add(shards, {2: "is no picture", 50: "is no picture"})
     opening = shards.lost
     assert opening >= 1 and count(losses.splits["train"]) == opening + 2
-    other = Losses()
+    other = LostSamples()
     other.add(shards, {7: "is no picture"})
     found = summary(merged([losses.splits, other.splits]))
     assert found["train"]["samples"] == 120 and found["train"]["lost"] == opening + 3

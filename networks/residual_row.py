@@ -12,7 +12,7 @@ from .linear_logits import LinearLogits
 RIDGE = 1e-4  # of the mean squared feature: there may be fewer examples than features
 
 
-class RestRow(NamedTuple):
+class ResidualRow(NamedTuple):
     """weight [D], bias []: the row.  kl: mean KL (nats) of the specialist with all rows from the one with this row, and
     rms: the root mean square error of the row's logit, both on the half of the examples that it was not fitted to."""
 
@@ -22,7 +22,7 @@ class RestRow(NamedTuple):
     rms: float
 
 
-def fit_rest(head: nn.Linear, features: Tensor, members, kept) -> RestRow:
+def fit_residual_row(head: nn.Linear, features: Tensor, members, kept) -> ResidualRow:
     """The row w x + b nearest to l = log sum exp of head's logits of the classes neither in `members` nor in `kept`.
 
     features: [n, D], of examples at their natural frequencies.  An error e of the row moves the dustbin's logit by
@@ -54,7 +54,7 @@ def fit_rest(head: nn.Linear, features: Tensor, members, kept) -> RestRow:
     moved = torch.logaddexp(near[~half], rest[~half] + error) - inside[~half]
     kl = _binary_kl((dustbin - inside)[~half], moved)
     row = _least_squares(x, rest, weights).to(head.weight)
-    return RestRow(row[:-1], row[-1], float(kl.mean()), float(error.square().mean().sqrt()))
+    return ResidualRow(row[:-1], row[-1], float(kl.mean()), float(error.square().mean().sqrt()))
 
 
 def _log_sum(head: nn.Linear, features: Tensor, classes: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def _log_sum(head: nn.Linear, features: Tensor, classes: Tensor) -> Tensor:
         some = LinearLogits(
             features.to(head.weight), head.weight[classes], head.bias[classes], len(classes)
         )
-        return some.reduced()[0].double()
+        return some.logsumexp_and_dot()[0].double()
 
 
 def _least_squares(x: Tensor, wanted: Tensor, weights: Tensor) -> Tensor:
