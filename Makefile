@@ -28,4 +28,6 @@ soak: install
 	$(BIN)/python tests/trainer/engines/killed.py 30
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --level error
