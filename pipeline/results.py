@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from trainer.data.damage import merged, summary
+from trainer.data.corruption import merged, summary
 
 from .config import UserError
 from .store import RunDirectory, Stage, read_json

@@ -1,4 +1,4 @@
-"""Bytes to arrays: a table from a member's extension to a function.  The config's data.decoders adds to it."""
+"""Bytes to arrays: the functions behind `choices.DECODERS`, and how a user's own are found."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ import numpy as np
 
 from pipeline.config import UserError
 
+from .choices import DECODERS
+
+# The whole content of one file -> an array of numbers; see trainer.data.choices for the contract.
 Decoder = Callable[[bytes], np.ndarray]
 
 
 def image(content: bytes) -> np.ndarray:
-    """uint8 [1 or 3, H, W]: gray pictures have one channel, all others become RGB.  ValueError for 16-bit pictures."""
+    """uint8 [1 or 3, H, W]: gray pictures keep one channel, all others become RGB.
+
+    Raises ValueError for pictures of 16 or more bits per channel.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
@@ -27,9 +33,12 @@ def image(content: bytes) -> np.ndarray:
     with opened as picture:
         if picture.mode.startswith(("I", "F")):
             raise ValueError(f"a picture of mode {picture.mode} has more than 8 bits per channel")
-        if picture.mode != "L" and picture.mode != "RGB":
-            picture = picture.convert("L" if picture.mode == "1" else "RGB")
-        # Plane by plane: Pillow separates the channels faster than numpy turns [H, W, 3] into [3, H, W] afterwards.
+        if picture.mode == "1":
+            picture = picture.convert("L")
+        elif picture.mode not in ("L", "RGB"):
+            picture = picture.convert("RGB")
+        # Plane by plane: Pillow separates the channels faster than numpy turns [H, W, 3] into
+        # [3, H, W] afterwards.
         planes = b"".join([picture.tobytes("raw", band) for band in picture.getbands()])
         return np.frombuffer(planes, np.uint8).reshape(-1, picture.height, picture.width)
 
@@ -41,7 +50,7 @@ def rgb(content: bytes) -> np.ndarray:
 
 
 def npy(content: bytes) -> np.ndarray:
-    """The array of a .npy member; pickles are refused."""
+    """The array of a .npy file; pickles are refused."""
     array = np.load(io.BytesIO(content), allow_pickle=False)
     if not isinstance(array, np.ndarray):
         raise ValueError("holds several arrays, not one")
@@ -55,31 +64,24 @@ def text(content: bytes) -> np.ndarray:
 
 
 def numbers(content: bytes) -> np.ndarray:
-    """float32: a json member that is a number or a nested list of them."""
+    """float32: a json file that is a number or a nested list of them."""
     return np.asarray(json.loads(content), dtype=np.float32)
 
 
 def hashed_ngrams(
     content: bytes, size: int = 2048, lengths: tuple[int, ...] = (2, 3, 4)
 ) -> np.ndarray:
-    """float32 [size]: character n-grams of a lower-cased phrase, counted in hashed bins and scaled to length 1."""
+    """float32 [size]: a phrase's character n-grams, counted in hashed bins and scaled to length 1.
+
+    Case and spacing do not count.
+    """
     phrase = " " + " ".join(content.decode("utf-8").lower().split()) + " "
-    grams = [phrase[start : start + n] for n in lengths for start in range(len(phrase) - n + 1)]
-    counts = np.bincount(
-        [zlib.crc32(gram.encode()) % size for gram in grams], minlength=size
-    ).astype(np.float32)
+    bins: list[int] = []
+    for n in lengths:
+        grams = [phrase[start : start + n] for start in range(len(phrase) - n + 1)]
+        bins += [zlib.crc32(gram.encode()) % size for gram in grams]
+    counts = np.bincount(bins, minlength=size).astype(np.float32)
     return counts / max(float(np.sqrt(counts @ counts)), 1.0)
-
-
-BUILT_IN: dict[str, Decoder] = {
-    "jpg": image,
-    "jpeg": image,
-    "png": image,
-    "webp": image,
-    "npy": npy,
-    "txt": text,
-    "json": numbers,
-}
 
 
 def import_function(name: str, key: str) -> Callable:
@@ -87,44 +89,57 @@ def import_function(name: str, key: str) -> Callable:
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise UserError(f"{key} = {name!r}: write module:function")
-    sys.path.insert(
-        0, ""
-    )  # a user's module lies in the working directory, as it would for `python -m`
+    # A user's module lies in the working directory, as it would for `python -m`.
+    sys.path.insert(0, "")
     try:
-        found = getattr(import_module(module), function, None)
-    except ImportError as mistake:
-        raise UserError(f"{key} = {name!r}: {mistake}") from None
+        imported = getattr(import_module(module), function, None)
+    except ImportError as error:
+        raise UserError(f"{key} = {name!r}: {error}") from None
     finally:
         sys.path.remove("")
-    if not callable(found):
+    if not callable(imported):
         raise UserError(f"{key} = {name!r}: module {module} has no function {function}")
-    return found
+    return imported
 
 
 def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:
-    """The built-in table with the config's data.decoders on top."""
-    named = {
-        extension.lower().lstrip("."): import_function(name, f"data.decoders.{extension}")
-        for extension, name in decoders.items()
-    }
-    return BUILT_IN | named
+    """{extension: function} of the built-in decoders, with the config's data.decoders on top."""
+    table = dict(BUILT_IN)
+    for extension, name in decoders.items():
+        function = import_function(name, f"data.decoders.{extension}")
+        table[extension.lower().lstrip(".")] = function
+    return table
 
 
 def decode(decoder: Decoder, content: bytes) -> np.ndarray:
-    """What the decoder makes of a member.  Raises ValueError if that is no array of numbers, and what it raises."""
+    """The decoder's array.  Raises ValueError if it is not one of numbers, and what it raises."""
     array = decoder(content)
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "biuf":
-        kind = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
-        raise ValueError(f"{decoder.__name__} gives {kind}; a numpy array of numbers is needed")
-    return array
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biuf":
+        return array
+    kind = type(array).__name__
+    if isinstance(array, np.ndarray):
+        kind = array.dtype
+    name = getattr(decoder, "__name__", repr(decoder))
+    raise ValueError(f"{name} gives {kind}; a numpy array of numbers is needed")
 
 
 def find_decoder(table: dict[str, Decoder], extension: str) -> Decoder:
-    """The decoder of a member, by its whole extension or its last part.  Raises UserError with the valid ones."""
+    """The decoder of a file, by its whole extension or the last part of it.
+
+    Raises UserError, with the known extensions.
+    """
     for candidate in (extension, extension.rpartition(".")[2]):
         if candidate in table:
             return table[candidate]
     known = ", ".join(sorted(table))
     raise UserError(
-        f"no decoder for .{extension} members (known: {known}); name one as data.decoders.{extension}"
+        f"no decoder for .{extension} members (known: {known}); "
+        f"name one as data.decoders.{extension}"
     )
+
+
+# At the end, because most rows of the table name functions of this module.
+BUILT_IN: dict[str, Decoder] = {
+    extension: import_function(name, f"DECODERS[{extension!r}]")
+    for extension, name in DECODERS.items()
+}
