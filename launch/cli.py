@@ -24,7 +24,8 @@ from rich.text import Text
 
 from pipeline import compare as comparing
 from pipeline.config import Config, UserError, load_config
-from pipeline.store import RunDirectory, Stage, write_json
+from pipeline.graph import RunDirectory, open_run
+from pipeline.store import Stage, write_json
 
 from . import demo as demos
 from . import sbatch, slurm
@@ -44,7 +45,7 @@ from .machine import this_machine
 from .plan import Job, plan
 from .prepare import check, check_place, lay_out, save_environment
 from .results import comparison_table, show_results
-from .status import failures, open_run, statuses, summary, table
+from .status import failures, statuses, summary, table
 
 app = typer.Typer(
     help="A generalist, specialists for the classes that it confuses, one distribution, one student.",
@@ -205,7 +206,7 @@ def retry(directory: DirArgument) -> int:
 def report(directory: DirArgument) -> int:
     """Write results.json and report.html of an evaluated run anew."""
     found = open_run(directory)
-    if not found.evaluate.is_done:
+    if not (found.evaluate.is_done or found.evaluate.is_older):
         raise UserError(
             f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}"
         )

@@ -9,7 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 from .journal import Journal
 from .plan import Job

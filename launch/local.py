@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pipeline
 from pipeline.config import UserError
-from pipeline.store import RunDirectory, Stage, complete_checkpoints
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage, complete_checkpoints
 
 from .display import Display
 from .journal import JobRecord, Journal, birth, end_of_log
 from .machine import Machine
-from .plan import Job
+from .plan import Job, is_of_specialists
 from .results import groups_line
 
 USERS_MISTAKE, AGAIN, INTERRUPTED = 2, 75, 130  # exit codes
@@ -160,7 +161,7 @@ class Pool:
 
     def _tolerates(self, job: Job, name: str) -> bool:
         """A specialist that failed may be left out, if the config says so."""
-        return self.run.config.ensemble.allow_missing and name.startswith("specialist-")
+        return self.run.config.ensemble.allow_missing and is_of_specialists(name)
 
     def _inputs_ended(self, job: Job) -> bool:
         return all(
@@ -196,7 +197,7 @@ class Pool:
             self.free.pop(0) for _ in range(min(job.processes, self.size))
         ]
         command = trainer_command(job, self.run, job.pending, self.trainer)
-        log = self.logs / f"{job.name}.txt"
+        log = self.run.root / job.log
         with open(log, "ab") as output:
             start = output.tell()
             output.write(
@@ -264,7 +265,11 @@ class Pool:
             self._redo_what_went_without(job)
             self._record(job, state="done", **facts)
             self.display.event(f"{job.name} done in {seconds:.0f} s")
-            if self.run.cluster in job.stages and (line := groups_line(self.run)):
+            if self.run.method.has_groups and self.run.cluster in job.stages:
+                line = groups_line(self.run)
+            else:
+                line = None
+            if line:
                 self.display.event(line)
         elif code == AGAIN and reached(job) != record.reached:
             self._record(job, state="waiting", **facts)
@@ -328,7 +333,7 @@ class Pool:
         blocked = [name for name, record in self.journal.jobs.items() if record.state == "blocked"]
         if blocked:
             self.display.error(f"not started for want of these: {', '.join(blocked)}")
-        if blocked and all(name.startswith("specialist-") for name in failed):
+        if blocked and all(is_of_specialists(name) for name in failed):
             self.display.error(
                 "to go on without these specialists: --set ensemble.allow_missing=true"
             )

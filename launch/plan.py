@@ -1,4 +1,4 @@
-"""The job graph, a pure function of the run's config; either runner executes it."""
+"""The job graph, a pure function of the run's stages; either runner executes it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Schedule
-from pipeline.store import RunDirectory, Stage, write_text
+from pipeline.controls import COMPUTE
+from pipeline.graph import RunDirectory
+from pipeline.stages import KINDS
+from pipeline.store import Stage, write_text
 
 OVERHEAD = 100  # what starting a job costs, in optimizer steps: it orders jobs and nothing else
-# Short stages that follow on each other and that nothing runs beside share a process: starting one takes seconds.
-TOGETHER = {"measure": "clusters", "cluster": "clusters", "route": "clusters", "evaluate": "report"}
 EPOCH = 1000  # steps per epoch where no manifest says how many examples there are
 
 
@@ -20,7 +21,8 @@ EPOCH = 1000  # steps per epoch where no manifest says how many examples there a
 class Job:
     """One command of the trainer's, for one stage or several in a row.
 
-    processes: ranks.  waits_for: names of jobs.  chain: estimated steps from this job's start to the end of the run.
+    name: the place of its stage, or what its stages share.  processes: ranks.  waits_for: names of jobs.
+    chain: estimated steps from this job's start to the end of the run.
     """
 
     name: str
@@ -38,47 +40,41 @@ class Job:
     def is_done(self) -> bool:
         return not self.pending
 
+    @property
+    def log(self) -> str:
+        """Its log on this machine, below RUN."""
+        return f"logs/{file_name(self.name)}.txt"
+
     def command(self, stages: Sequence[Stage] = ()) -> list[str]:
         """The trainer's arguments, without --run, for `stages` or for all of this job's."""
         stages = stages or self.stages
-        indices = [
-            str(int(stage.directory.name))
-            for stage in stages
-            if stage.name in ("specialist", "member")
-        ]
-        names = [
-            stage.directory.name
-            for stage in stages
-            if stage.name in ("control", "student", "answers")
-        ]
         words = list(dict.fromkeys(stage.name for stage in stages))
-        return (
-            words
-            + (["--index", *indices] if indices else [])
-            + (["--name", *names] if names else [])
-        )
+        for option, addressed_by in (("--index", "index"), ("--name", "name")):
+            family = [stage for stage in stages if stage.kind.addressed_by == addressed_by]
+            if family:
+                words += [option, *(str(stage.address) for stage in family)]
+        return words
 
 
 def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
     """Every job of the run, finished or not, each behind those it waits for.
 
-    processes: ranks of the generalist where launch.processes does not say.
+    processes: ranks of the jobs that train on several, where launch.processes does not say.
     """
     groups = _grouped(run)
-    job_of = {stage.place: name for name, stages in groups for stage in stages}
-    waits_for = {}
-    for name, stages in groups:
-        wanted = dict.fromkeys(job_of[input.place] for stage in stages for input in stage.inputs)
-        waits_for[name] = tuple(other for other in wanted if other != name)
-    ranks = {"generalist": run.config.launch.processes or processes}
-    costs = {
-        name: OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks.get(name, 1)
-        for name, stages in groups
-    }
+    job_of = {stage.place: name for name, stages in groups.items() for stage in stages}
+    wanted = run.config.launch.processes or processes
+    waits_for, ranks, costs = {}, {}, {}
+    for name, stages in groups.items():
+        needed = dict.fromkeys(job_of[each.place] for stage in stages for each in stage.inputs)
+        needed.pop(name, None)
+        waits_for[name] = tuple(needed)
+        ranks[name] = wanted if any(stage.kind.scales for stage in stages) else 1
+        costs[name] = OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks[name]
     chains = _chains(waits_for, costs)
     return [
-        Job(name, tuple(stages), ranks.get(name, 1), waits_for[name], chains[name])
-        for name, stages in groups
+        Job(name, tuple(stages), ranks[name], waits_for[name], chains[name])
+        for name, stages in groups.items()
     ]
 
 
@@ -99,56 +95,57 @@ def save_graph(jobs: list[Job], path: Path) -> None:
         write_text(path, text)
 
 
+def file_name(job: str) -> str:
+    """A job's name as a part of a file's name."""
+    return job.replace("/", "-")
+
+
+def is_of_specialists(job: str) -> bool:
+    """Whether a job, by its name, trains specialists: ensemble.allow_missing lets these fail."""
+    return job.startswith(KINDS["specialist"].place.partition("{")[0])
+
+
 def packs(run: RunDirectory) -> list[range]:
     """The specialists that are trained here, specialists.per_job to a job, by their numbers."""
-    per_job, count = run.config.specialists.per_job, run.num_specialists
-    return [
-        range(first, min(first + per_job, count))
-        for first in range(run.num_inherited, count, per_job)
-    ]
+    per_job = run.config.specialists.per_job
+    count = len(run.specialists)
+    first = count - sum(stage.kind.trains for stage in run.specialists)
+    return [range(start, min(start + per_job, count)) for start in range(first, count, per_job)]
 
 
-def _grouped(run: RunDirectory) -> list[tuple[str, list[Stage]]]:
-    """(job name, its stages) in the order of the stages; specialists are packed specialists.per_job to a job, those
-    that are only taken over go with the clusters."""
+def _grouped(run: RunDirectory) -> dict[str, list[Stage]]:
+    """The stages of each job by the job's name, in the order of the stages."""
     groups: dict[str, list[Stage]] = {}
-    together = [[run.specialists[index] for index in pack] for pack in packs(run)]
-    pack_of = {stage.place: pack for pack in together for stage in pack}
+    pack_of = {index: pack for pack in packs(run) for index in pack}
     for stage in run.stages:
-        name = TOGETHER.get(stage.name, stage.name)
-        if stage.name == "specialist" and stage.place not in pack_of:
-            name = TOGETHER["cluster"]
-        elif stage.name == "specialist":
-            numbers = [other.directory.name for other in pack_of[stage.place]]
-            name = f"specialist-{numbers[0]}" + (f"-{numbers[-1]}" if len(numbers) > 1 else "")
-        elif stage.name == "control":
-            name = stage.directory.name
-        elif stage.name in ("student", "member"):
-            name = f"{stage.name}-{stage.directory.name}"
-        elif (
-            stage.name == "answers"
-        ):  # the ensemble's, where nothing else is waited for, in the job that combines
-            only = stage.inputs and all(wanted.name == "combine" for wanted in stage.inputs)
-            name = "combine" if only else f"answers-{stage.directory.name}"
-        groups.setdefault(name, []).append(stage)
-    return list(groups.items())
+        groups.setdefault(_job_name(stage, pack_of), []).append(stage)
+    return groups
+
+
+def _job_name(stage: Stage, pack_of: dict[int, range]) -> str:
+    """A stage's own place, or what it shares with those that run in the same process."""
+    if stage.kind.job:
+        return stage.kind.job
+    if stage.name == "specialist":
+        pack = pack_of[int(stage.address or 0)]
+        first = stage.kind.place_of(pack[0])
+        return first if len(pack) == 1 else f"{first}-{pack[-1]:03d}"
+    # The ensemble's own targets, if nothing else is waited for, go in the job that makes it.
+    if stage.name == "targets" and stage.inputs:
+        shared = {needed.kind.job for needed in stage.inputs}
+        if shared == {"ensemble"}:
+            return "ensemble"
+    return stage.place
 
 
 def _steps(stage: Stage, run: RunDirectory) -> float:
     """About how many optimizer steps a stage takes; 0 for one that trains nothing."""
-    config, name = run.config, stage.directory.name
-    if stage.name in ("generalist", "member"):
-        return _length(config.train)
-    if stage.name == "specialist":
-        return 0 if int(name) < run.num_inherited else _length(config.specialists)
-    if stage.name == "student":
-        return _length(config.students[name])
-    if stage.name == "control":
-        if name == "student_hard":
-            return _length(config.students["main"])
-        trained = len(run.specialists) - run.num_inherited
-        return _length(config.specialists) * (trained if name == "control_compute" else 1)
-    return 0
+    if not stage.kind.trains:
+        return 0
+    length = _length(run.schedule(stage))
+    if stage.name == "control" and stage.address == COMPUTE:
+        return length * sum(each.kind.trains for each in run.specialists)
+    return length
 
 
 def _length(schedule: Schedule) -> float:
@@ -156,9 +153,12 @@ def _length(schedule: Schedule) -> float:
 
 
 def _chains(waits_for: dict[str, tuple[str, ...]], costs: dict[str, float]) -> dict[str, float]:
-    """Per job, the cost of the dearest chain of jobs that starts with it (the upward rank of list scheduling)."""
+    """Per job, the cost of the dearest chain of jobs that starts with it.
+
+    It is the upward rank of list scheduling.
+    """
     chains: dict[str, float] = {}
     for name in reversed(waits_for):  # dependents stand behind what they wait for
-        behind = [chains[other] for other, wanted in waits_for.items() if name in wanted]
+        behind = [chains[other] for other, needed in waits_for.items() if name in needed]
         chains[name] = costs[name] + max(behind, default=0)
     return chains

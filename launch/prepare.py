@@ -16,8 +16,10 @@ from pathlib import Path
 import tomli_w
 from braceexpand import UnbalancedBracesError, braceexpand
 
-from pipeline.config import Config, UserError, load_config
-from pipeline.store import RunDirectory, Stage, read_json, write_json, write_text
+from pipeline.config import Config, UserError, flat, load_config
+from pipeline.config.loading import unknown_to
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage, read_json, write_json, write_text
 
 from .plan import Job, save_graph
 
@@ -52,8 +54,7 @@ def check(
     check_data(config)
     check_place(root, beside)
     run = RunDirectory(root, config)
-    check_old(run)
-    check_classes(run)
+    run.method.check(*_num_classes(run.config))
     stale = _stale_stages(run)
     if stale and not force:
         raise UserError(_explain_stale(run, stale))
@@ -167,71 +168,6 @@ def _missing(source: str, split: str) -> list[str]:
     return [] if found else ["no shard matches"]
 
 
-def check_classes(run: RunDirectory) -> None:
-    """Groups and labels fit the label set, as far as manifest and groups file tell."""
-    groups = run.config.clusters
-    if run.config.is_deep:  # no groups
-        return
-    if run.num_specialists < 1:
-        raise UserError(
-            f"clusters.groups_file = {groups.groups_file} holds no group; at least one is needed"
-        )
-    num_classes, source = _num_classes(run.config)
-    if num_classes is None:
-        return
-    if not groups.groups_file and not run.old and groups.num_groups > num_classes:
-        raise UserError(
-            f"clusters.num_groups = {groups.num_groups} is more than the {num_classes} classes of {source}; "
-            f"each group needs a class"
-        )
-    outside = [member for member in _members(groups.groups_file) if not 0 <= member < num_classes]
-    if outside:
-        raise UserError(
-            f"clusters.groups_file = {groups.groups_file}: class index {outside[0]} is out of range; "
-            f"{source} has {num_classes} classes, 0 to {num_classes - 1}"
-        )
-
-
-def check_old(run: RunDirectory) -> None:
-    """The run whose classes are added to is another one, and has all that is taken over."""
-    if not run.old:
-        return
-    if run.old.resolve() == run.root.resolve():
-        raise UserError(
-            f"extend.run = {run.old} is this run itself; give the new one another --run"
-        )
-    try:
-        skipped = read_json(run.old / "clusters" / "summary.json")["skipped"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(
-            f"extend.run = {run.old}: its clusters are not done; finish that run first"
-        ) from None
-    wanted = [
-        "generalist",
-        *(f"specialists/{m:03d}" for m in range(run.num_inherited) if m not in skipped),
-    ]
-    absent = [place for place in wanted if not (run.old / place / "DONE").is_file()]
-    if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
-        raise UserError(
-            f"extend.run = {run.old}: {', '.join(absent[:3])}{more} not done; finish that run first"
-        )
-
-
-def _members(groups_file: str) -> list[int]:
-    """Every class index in a ClassGroups file; none where there is no file."""
-    if not groups_file:
-        return []
-    try:
-        return [
-            int(member) for group in read_json(Path(groups_file))["members"] for member in group
-        ]
-    except (TypeError, ValueError):
-        raise UserError(
-            f"clusters.groups_file = {groups_file}: its members are not lists of class indices"
-        ) from None
-
-
 def _num_classes(config: Config) -> tuple[int | None, str]:
     """Size of the label set and what says so; a manifest that holds more than data.classes is a mistake."""
     said = config.data.classes
@@ -296,37 +232,37 @@ def _stale_stages(run: RunDirectory) -> list[Stage]:
 
 
 def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
-    changed = changed_keys(load_config(run.root / "config.toml"), run.config)
-    cause = "\n".join(f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in changed)
     names = [stage.place for stage in stale]
-    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    why = (
-        f"another config:\n{cause}"
-        if changed
-        else "other data, other groups or another version of referral"
-    )
+    listed = ", ".join(names[:8])
+    if len(names) > 8:
+        listed += f" and {len(names) - 8} more"
     return (
-        f"{run.root} was made with {why}\nthese stages would have to be redone: {listed}\n"
+        f"{run.root} was made {_why_stale(run, stale)}\n"
+        f"these stages would have to be redone: {listed}\n"
         f"choose another --run, or redo just these with --force"
     )
 
 
+def _why_stale(run: RunDirectory, stale: list[Stage]) -> str:
+    """ "with another config: ...", "by an older version ..." or what else it can be."""
+    changed = changed_keys(load_config(run.root / "config.toml"), run.config)
+    if changed:
+        lines = [f"  {key}: {_short(old)} -> {_short(new)}" for key, old, new in changed]
+        return "\n".join(["with another config:", *lines])
+    if any(stage.is_older for stage in stale):
+        keys = unknown_to(run.root / "config.toml", run.config)
+        known = f"; it has no {', '.join(keys)}" if keys else ""
+        return f"by an older version of referral, whose results can still be read{known}"
+    return "with other data, other groups or another version of referral"
+
+
 def changed_keys(old: Config, new: Config) -> list[tuple[str, object, object]]:
     """(dotted key, old value, new value) of each key that differs, but for those that no stage depends on."""
-    before, after = _flat(old.dump()), _flat(new.dump())
+    before, after = flat(old.dump()), flat(new.dump())
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     return [
         (key, before.get(key), after.get(key)) for key in keys if not key.startswith(OF_NO_STAGE)
     ]
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    found = {}
-    for key, value in values.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return found
 
 
 def _short(value) -> str:

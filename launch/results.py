@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.compare import METRICS, cell
+from pipeline.graph import RunDirectory
 from pipeline.results import (
     classes_line,
     count,
@@ -20,7 +21,7 @@ from pipeline.results import (
     verdict,
     worth,
 )
-from pipeline.store import RunDirectory, read_json
+from pipeline.store import read_json
 
 
 def show_results(run: RunDirectory, console: Console) -> None:

@@ -11,22 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config, UserError
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
-from .plan import Job, packs
+from .plan import Job, file_name, is_of_specialists, packs
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "stage.sbatch"
-KINDS = {
-    "generalist": "generalist",
-    "member": "members",
-    "answers": "combine",
-    "measure": "clusters",
-    "specialist": "specialists",
-    "combine": "combine",
-    "control": "controls",
-    "student": "students",
-    "evaluate": "report",
-}
 OPTIONS = {
     "gpus": "gpus-per-node",
     "cpus": "cpus-per-task",
@@ -69,15 +58,15 @@ class Batch:
     def logs(self) -> dict[str, str]:
         """Per job its log, below RUN."""
         if self.places is None:
-            return {self.jobs[0].name: f"logs/{self.name}.txt"}
+            return {self.jobs[0].name: f"logs/{file_name(self.name)}.txt"}
         pairs = zip(self.jobs, self.places, strict=True)
-        return {job.name: f"logs/{self.name}-{place:03d}.txt" for job, place in pairs}
+        return {job.name: f"logs/{file_name(self.name)}-{place:03d}.txt" for job, place in pairs}
 
     def command(self, run: Path, waits: str = "") -> list[str]:
         """argv of sbatch.  waits: its word for what this waits for."""
         title = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{run.name}-{self.name}").lstrip("-")
         # In the path of a log Slurm replaces %% by %, %3a by an element's number, and more.
-        log = f"{run}/logs/{self.name}".replace("%", "%%") + (
+        log = f"{run}/logs/{file_name(self.name)}".replace("%", "%%") + (
             ".txt" if self.places is None else "-%3a.txt"
         )
         own = [f"--job-name={title}", f"--output={log}"]
@@ -104,10 +93,10 @@ def batches(
     run: RunDirectory, jobs: Sequence[Job], max_array_size: int = MAX_ARRAY_SIZE
 ) -> list[Batch]:
     """The commands that submit `jobs`, each behind those it waits for, as the jobs are."""
-    specialists = [job for job in jobs if job.stages[0].name == "specialist"]
+    specialists = [job for job in jobs if is_of_specialists(job.name)]
     found = []
     for job in jobs:
-        if job.stages[0].name != "specialist":
+        if not is_of_specialists(job.name):
             found.append(_single(run, job))
         elif job is specialists[0]:
             found += _arrays(run, specialists, max_array_size)
@@ -115,7 +104,7 @@ def batches(
 
 
 def _single(run: RunDirectory, job: Job) -> Batch:
-    kind = KINDS[job.stages[0].name]
+    kind = job.stages[0].kind.slurm
     return Batch(
         job.name, (job,), _options(run, kind), _arguments(run, kind, job.processes, job.command())
     )
@@ -124,10 +113,10 @@ def _single(run: RunDirectory, job: Job) -> Batch:
 def _arrays(run: RunDirectory, wanted: list[Job], max_array_size: int) -> list[Batch]:
     """Arrays of the specialists' jobs.  Element K of the first is the K-th, whichever of them are wanted."""
     per_job, config, every = run.config.specialists.per_job, run.config.slurm, packs(run)
-    job_of = {int(job.stages[0].directory.name): job for job in wanted}  # by its first specialist
+    job_of = {job.stages[0].address: job for job in wanted}  # by its first specialist
     starts, name, found = (
         range(0, len(every), max_array_size),
-        "specialist" if per_job == 1 else "pack",
+        "specialists" if per_job == 1 else "specialists-pack",
         [],
     )
     limit = max(1, config.throttle // len(starts)) if config.throttle else None
@@ -204,11 +193,8 @@ def dependency(
     for name in batch.waits_for:
         if not done(name):
             number = ids[name].partition("_")[0]
-            how = (
-                "afterany"
-                if run.config.ensemble.allow_missing and name.startswith("specialist-")
-                else "afterok"
-            )
+            may_fail = run.config.ensemble.allow_missing and is_of_specialists(name)
+            how = "afterany" if may_fail else "afterok"
             words[how].append(number if number in whole else ids[name])
     return ",".join(
         ":".join([how, *dict.fromkeys(listed)]) for how, listed in words.items() if listed

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import UserError
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 from .journal import JobRecord, Journal
 from .plan import Job

@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config import UserError, load_config
-from pipeline.store import RunDirectory, Stage
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage
 
 from .journal import JobRecord, Journal, end_of_log
 from .plan import Job
@@ -49,13 +49,6 @@ class StageStatus:
     restarts: int = 0
 
 
-def open_run(root: Path) -> RunDirectory:
-    """The run that RUN/config.toml describes."""
-    if not (root / "config.toml").is_file():
-        raise UserError(f"{root} is not a run: it has no config.toml")
-    return RunDirectory(root, load_config(root / "config.toml"))
-
-
 def statuses(run: RunDirectory, jobs: list[Job], journal: Journal) -> list[StageStatus]:
     """One for each stage, in the order of the jobs."""
     return [_status(run, job, stage, journal) for job in jobs for stage in job.stages]
@@ -74,8 +67,10 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
         restarts=record.restarts,
     )
     done = stage.done()
-    if done is not None and done["hash"] == stage.key:
-        status.state, status.seconds, status.log = "done", done["seconds"], status.log
+    if done is not None and (stage.is_done or stage.is_older):
+        status.state, status.seconds = "done", done["seconds"]
+        if stage.is_older:
+            status.detail = "made by an older version"
     elif stage.is_stale or done is not None:
         status.state, status.detail = "stale", "made with another config or other data"
     elif _runs(run, record, journal):

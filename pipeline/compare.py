@@ -14,9 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .config import UserError, load_config
+from .config import UserError, flat, load_config
+from .graph import RunDirectory
 from .results import errors, named_rows
-from .store import RunDirectory, read_json
+from .store import read_json
 
 SCHEMA = 1
 OF_NO_FIGURE = ("seed", "engine.", "launch.", "slurm.")  # keys that make no variant of a run
@@ -123,21 +124,9 @@ def read_runs(places: Iterable[str | Path]) -> list[FinishedRun]:
                 str(place),
                 run.config.seed,
                 flat(run.config.dump()),
-                flat(run.hashed),
+                flat(run.identity.values),
                 named_rows(read_json(place / "results.json")),
             )
-        )
-    return found
-
-
-def flat(values: dict, prefix: str = "") -> dict:
-    """Nested values under dotted keys; lists and empty sections are values."""
-    found = {}
-    for key, value in values.items():
-        found |= (
-            flat(value, f"{prefix}{key}.")
-            if isinstance(value, dict) and value
-            else {prefix + key: value}
         )
     return found
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 
-from trainer.data.corruption import merged, summary
-
 from .config import UserError
-from .store import RunDirectory, Stage, read_json
+from .controls import best_wall, control_names
+from .corruption import merged, summary
+from .graph import RunDirectory
+from .store import Stage, read_json
 
 ROW_KEYS = ("n", "top1", "top5", "nll", "brier", "ece", "macro_top1")
 # After temperature scaling; of several members; in the currency of deep ensembles; against inputs of other kinds.  Not
@@ -52,7 +53,7 @@ def collect(run: RunDirectory) -> dict:
     found["student"] = found["students"].get("main")
     if "added" in generalist:
         found["added"] = generalist["added"]
-    if run.config.is_deep:
+    if not run.method.has_groups:
         found["sizes"] = ensemble["sizes"]
     else:
         found["clusters"] = {key: ensemble["clusters"].get(key) for key in CLUSTER_KEYS}
@@ -61,26 +62,6 @@ def collect(run: RunDirectory) -> dict:
         merged([read_file(stage, "damage.json") or {} for stage in run.stages])
     )
     return _finite(found)
-
-
-def control_names(run: RunDirectory) -> list[str]:
-    """The controls as evaluated: the control_wall-i are candidates for one control_wall."""
-    return list(
-        dict.fromkeys(
-            "control_wall" if name.startswith("control_wall-") else name for name in run.controls
-        )
-    )
-
-
-def best_control_wall(run: RunDirectory) -> int | None:
-    """Which of the control_wall-i has the lowest loss on val: the one that is evaluated as control_wall."""
-    losses = {}
-    for index in range(len(run.config.controls.learning_rates)):
-        stage = run.controls.get(f"control_wall-{index}")
-        summary = read_file(stage, "summary.json") if stage else None
-        if summary is not None:
-            losses[index] = (summary.get("val") or {}).get("loss", math.inf)
-    return min(losses, key=losses.get) if losses else None
 
 
 def read_evaluation(evaluate: Stage, name: str) -> dict | None:
@@ -279,3 +260,9 @@ def _finite(value):
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def best_control_wall(run: RunDirectory) -> int | None:
+    """The number of the wall control that counts as control_wall."""
+    best = best_wall(run)
+    return int(best.rpartition("-")[2]) if best else None

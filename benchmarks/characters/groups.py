@@ -25,7 +25,8 @@ from scipy.sparse import csr_array
 
 import clustering
 from clustering import PredictionStatistics, captured_confusion, captured_unlabelled, group_classes
-from pipeline.store import RunDirectory, read_json, write_json
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json, write_json
 
 OVERLAPS = (1, 2, 3)
 # (method, refine): each in its own form, and with the local search on the expected confusion after it.

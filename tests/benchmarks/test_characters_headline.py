@@ -20,7 +20,8 @@ from networks import (
     specialise,
 )
 from pipeline.config import load_config
-from pipeline.store import RunDirectory, write_json
+from pipeline.graph import RunDirectory
+from pipeline.store import write_json
 from trainer.data.authoring.arrays import write_arrays
 
 

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.characters import questions as script
 from benchmarks.characters.headline import config_of
 from pipeline.config import load_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 BASE = script.base_of(Path("data"), 1, [])
 QUESTIONS = script.questions(load_config(None, [], BASE))

@@ -20,7 +20,7 @@ def student(options):
 
 @pytest.mark.parametrize("make", [lambda config: config, hydra.quick])
 def test_students_share_trunk_and_length_and_their_teachers_answers_are_stored_once(make, tmp_path):
-    from pipeline.store import RunDirectory
+    from pipeline.graph import RunDirectory
 
     config = load_config(None, [], make(hydra.config_of(tmp_path, 3)))
     one, two = config.students["hinton"], config.students["hydra"]

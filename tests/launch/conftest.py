@@ -14,7 +14,7 @@ from launch.machine import Machine
 from launch.plan import plan
 from launch.prepare import absolute
 from pipeline.config import load_config, save_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 HERE = Path(__file__).parent
 FAKE_TRAINER = [sys.executable, str(HERE / "fake_trainer.py")]

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from pipeline.config import load_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 ROW = {
     "n": 100,

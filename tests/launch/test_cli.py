@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from launch.demo import demo_config, is_complete
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 
 def snapshot(directory):

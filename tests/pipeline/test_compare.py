@@ -19,7 +19,8 @@ from pipeline.compare import (
     words,
 )
 from pipeline.config import UserError, load_config, save_config
-from pipeline.store import RunDirectory, write_json
+from pipeline.graph import RunDirectory
+from pipeline.store import write_json
 from trainer.commands.compare_plot import draw, main
 
 

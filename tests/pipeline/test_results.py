@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.config import Config, UserError
 from pipeline.results import collect, errors, share_of_gain, student_verdict, verdict, wins, worth
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 ROW = {"n", "top1", "top5", "nll", "brier", "ece", "macro_top1", "cost"}
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from pipeline.config import Config
-from pipeline.store import RunDirectory, write_json
+from pipeline.graph import RunDirectory
+from pipeline.store import write_json
 from trainer.core.metrics import reliability, summarise
 
 HOSTILE = [

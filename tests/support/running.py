@@ -1,7 +1,7 @@
 """Stages of a run, one after the other in this process."""
 
 from pipeline.config import save_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
 from trainer.stages.story import STAGES

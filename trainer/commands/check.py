@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import torch
 
 from pipeline.config import Config, UserError, load_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 from ..core.loop import check_batch_size
 from ..data.augment import find_augment

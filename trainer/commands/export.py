@@ -30,7 +30,8 @@ from ensemble import (
 )
 from networks import Classifier, ModelSpec, load_classifier, save_classifier
 from pipeline.config import UserError
-from pipeline.store import RunDirectory, Stage, read_json, write_json
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage, read_json, write_json
 
 from ..session import builders_of, open_run
 

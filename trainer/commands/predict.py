@@ -20,7 +20,7 @@ from rich.text import Text
 from ensemble import DeepEnsemble, load_ensemble
 from networks import InputSpec, load_classifier
 from pipeline.config import UserError
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 from ..data.decoding import (
     BUILT_IN,

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.config import UserError
 
-from .corruption import count, example
+from pipeline.corruption import count, example
 from .shards import ShardSet, check_share
 from .streams import Batch, TrainingStream
 

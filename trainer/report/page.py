@@ -21,7 +21,8 @@ import tomli_w
 
 from pipeline import results as figures
 from pipeline.config import Ensemble, Student
-from pipeline.store import RunDirectory, Stage, read_json, write_json, write_text
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage, read_json, write_json, write_text
 
 from . import plots, tables
 from .pictures import phrases, pictures, why_no_pictures

@@ -9,7 +9,7 @@ from shardsets import members_of, write_tar, write_uneven
 
 from pipeline.config import Data, UserError
 from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled
-from trainer.data.corruption import count, merged, summary
+from pipeline.corruption import count, merged, summary
 from trainer.data.sample_accounting import EpochAccounting, LostSamples
 
 

@@ -23,7 +23,8 @@ from toy import toy_config, write_toy  # noqa: E402
 
 from networks import load_classifier  # noqa: E402
 from pipeline.config import save_config  # noqa: E402
-from pipeline.store import RunDirectory, complete_checkpoints  # noqa: E402
+from pipeline.graph import RunDirectory
+from pipeline.store import complete_checkpoints
 from trainer.core.checkpoints import load_checkpoint  # noqa: E402
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")

@@ -12,7 +12,7 @@ from ranks import losses, on_ranks, weights
 from toy import toy_config, write_toy
 
 from pipeline.config import save_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 
 pytestmark = pytest.mark.engines
 TRAIN_ALL = Path(__file__).with_name("train_all.py")

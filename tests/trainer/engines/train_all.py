@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from toy import toy_config  # noqa: E402
 
 from pipeline.config import save_config  # noqa: E402
-from pipeline.store import RunDirectory  # noqa: E402
+from pipeline.graph import RunDirectory
 from trainer.core import loop  # noqa: E402
 from trainer.distributed.exit import leave  # noqa: E402
 from trainer.distributed.ranks import process_group  # noqa: E402

@@ -9,7 +9,8 @@ from toy import toy_config
 import clustering.statistics
 from clustering import ClassGroups, PredictionStatistics
 from pipeline.config import UserError
-from pipeline.store import RunDirectory, read_json
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
 from trainer.stages.story import cluster

@@ -14,7 +14,8 @@ from running import arguments
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from pipeline.config import UserError, save_config
-from pipeline.store import RunDirectory, read_json
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
 from trainer.data.authoring.indexing import index_directory
 from trainer.distributed.ranks import process_group
 from trainer.session import Session

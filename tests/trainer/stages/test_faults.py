@@ -12,7 +12,7 @@ from toy import toy_config, write_toy
 
 from networks import load_classifier, save_classifier
 from pipeline.config import UserError
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 from trainer.core import checkpoints, loop, tracking
 from trainer.core.checkpoints import newest_step
 

@@ -7,7 +7,7 @@ import pytest
 
 import trainer.__main__
 from pipeline.config import UserError, load_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 from trainer.__main__ import check_inputs
 
 

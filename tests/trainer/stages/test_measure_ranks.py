@@ -12,7 +12,7 @@ from toy import toy_config, write_toy
 
 from clustering import PredictionStatistics, group_classes
 from pipeline.config import Data, save_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 from trainer.data.shards import open_shards
 from trainer.data.streams import MeasuringStream
 from trainer.distributed.ranks import process_group

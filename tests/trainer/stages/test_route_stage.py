@@ -8,7 +8,8 @@ import pytest
 from toy import toy_config, write_toy
 
 from pipeline.config import UserError, save_config
-from pipeline.store import RunDirectory, read_json
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
 from trainer.stages.story import STAGES

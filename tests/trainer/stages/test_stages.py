@@ -11,7 +11,8 @@ from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 
 from clustering import ClassGroups
 from pipeline.config import Engine, UserError
-from pipeline.store import RunDirectory, read_json
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
 from trainer.core import checkpoints, loop
 from trainer.data.streams import Source, TrainingStream
 from trainer.distributed.ranks import process_group

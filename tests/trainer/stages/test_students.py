@@ -14,7 +14,7 @@ from toy import NUM_CLASSES, toy_config, write_toy, write_unlabelled
 from ensemble import SpecialistEnsemble, load_ensemble
 from networks import load_classifier, mean_log_probabilities, member_log_probabilities
 from pipeline.config import UserError, load_config
-from pipeline.store import RunDirectory
+from pipeline.graph import RunDirectory
 from trainer.commands import export as exporting
 from trainer.commands import predict as predicting
 from trainer.commands.check import check

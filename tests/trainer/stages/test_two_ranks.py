@@ -13,7 +13,8 @@ from toy import toy_config, write_toy
 
 from clustering import PredictionStatistics
 from pipeline.config import save_config
-from pipeline.store import RunDirectory, read_json
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
 
 
 @pytest.fixture(scope="module")

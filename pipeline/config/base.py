@@ -1,0 +1,39 @@
+"""What every section of the config is made of."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ConfigDict
+
+MODULE_FUNCTION = r"[\w.]+:\w+"  # how a user names code of his own
+
+
+class UserError(Exception):
+    """The user's mistake: printed as one line, exit code 2, no traceback."""
+
+
+class Section(BaseModel):
+    """A table of the config.  An unknown key is an error."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_default=True,
+        protected_namespaces=(),
+        ser_json_inf_nan="constants",
+    )
+
+
+def one_of(value: str, names: Iterable[str], also: str = "", pattern: str = "") -> str:
+    """`value` if it is one of `names` or matches `pattern`, which `also` describes.
+
+    Raises ValueError, with the nearest name, otherwise.
+    """
+    names = list(names)
+    if value in names or (pattern and re.fullmatch(pattern, value)):
+        return value
+    near = difflib.get_close_matches(value, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"must be one of {', '.join(names)}{also}{hint}")

@@ -1,0 +1,137 @@
+"""The defaults that stages' keys are made against.  Do not change a value in this file.
+
+A stage's key holds only the values that differ from these.  So a key of the config that is added later,
+at its default, stales no finished run; a default that changes later enters the keys of new runs, because
+it differs from the one here.  A new key of the config is added to `SINCE_SCHEMA_1` with the default that
+it was born with; `tests/pipeline/test_identity.py` says when one is missing.  Where the meaning of a
+default itself changes, raise `pipeline.store.SCHEMA`.
+"""
+
+SCHEDULE = {
+    "batch_size": 256,
+    "optimizer": "adamw",
+    "learning_rate": 0.002,
+    "schedule": "cosine",
+    "warmup": 0.05,
+    "weight_decay": 0.01,
+    "momentum": 0.9,
+    "beta2": 0.999,
+    "label_smoothing": 0.0,
+    "ema": 0.0,
+    "accumulation": 1,
+    "clip_norm": 0.0,
+    "balance": 0.0,
+    "validate_every": 0,
+    "patience": 0,
+}
+
+# The keys that runs of schema 1 were made with.  A key whose default is None is absent.
+SCHEMA_1 = {
+    "seed": 0,
+    "data": {
+        "train": "",
+        "val": "",
+        "test": "",
+        "transfer": "",
+        "label": "cls",
+        "input": "",
+        "mean": [0.5],
+        "std": [0.25],
+        "augment": "none",
+        "damage": "strict",
+        "damage_share": 0.01,
+        "manifest": None,
+        "decoders": {},
+        "classes": None,
+    },
+    "model": {
+        "name": "convnet",
+        "width": None,
+        "depth": None,
+        "embedding": None,
+        "dropout": 0.0,
+        "options": {},
+    },
+    "train": {"steps": None, "epochs": None, "negatives": None, **SCHEDULE},
+    "generalist": {"from": "", "head": None},
+    "clusters": {
+        "num_groups": 16,
+        "method": "kmeans",
+        "capacity": 1.3,
+        "overlap": 1,
+        "coverage": None,
+        "groups_file": "",
+        "top_k": None,
+        "min_gain": 0.0,
+    },
+    "specialists": {
+        "steps": None,
+        "epochs": None,
+        "negatives": None,
+        **SCHEDULE,
+        "dustbin": "preserving",
+        "dustbin_rows": None,
+        "soft_weight": 1.0,
+        "hard_negatives": 0.0,
+        "trainable": "all",
+        "freeze_norm": True,
+        "fraction": 0.5,
+    },
+    "controls": {"enabled": True, "learning_rates": []},
+    "ensemble": {
+        "kind": "specialists",
+        "members": 4,
+        "gate": 1,
+        "max_specialists": None,
+        "combine": "kl",
+        "temperatures": True,
+        "fit_weight": True,
+    },
+    "students": {
+        "steps": None,
+        "epochs": None,
+        "negatives": None,
+        **SCHEDULE,
+        "method": "distill",
+        "network": "single",
+        "members": None,
+        "head_blocks": 0,
+        "start": "generalist",
+        "teacher": "ensemble",
+        "mean": "arithmetic",
+        "temperature": 1.0,
+        "hard_weight": 0.0,
+        "soft_weight": 1.0,
+        "perturb": "none",
+        "perturb_size": 1 / 255,
+        "augment": None,
+        "views": None,
+        "share": 1.0,
+        "leave_out": [],
+        "bias_correction": False,
+        "transfer_share": None,
+        "model": {},
+    },
+}
+
+# Keys that were added later, with the default that they were added with.
+SINCE_SCHEMA_1 = {
+    "train": {"loss": "cross_entropy"},
+    "specialists": {"loss": "cross_entropy"},
+    "students": {"loss": "cross_entropy"},
+}
+
+# Keys that change no metric of any stage.
+IN_NO_KEY = {
+    "data": ["cache", "cache_bytes", "workers", "fetch_dir", "fetch_bytes"],
+    "train": ["checkpoint_every", "keep", "log_every"],
+    "specialists": ["checkpoint_every", "keep", "log_every", "per_job"],
+    "students": ["checkpoint_every", "keep", "log_every"],
+    "ensemble": ["allow_missing"],
+}
+# Keys of which pipeline.graph says itself how they enter a key.
+IN_A_KEY_OTHERWISE = {
+    "data": ["ood"],
+    "extend": ["run", "companions"],
+    "route": ["mode", "max_bytes"],
+}

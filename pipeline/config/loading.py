@@ -1,0 +1,130 @@
+"""TOML in, checked config out; each mistake is one line that names the value, the rule, the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from .base import UserError
+from .run import Config, ConfigFile
+from .schedule import Student
+
+# Keys of earlier versions and what they are called now.
+RENAMED = {"slurm.combine": "slurm.ensemble"}
+
+
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), base: dict | None = None
+) -> Config:
+    """Read a TOML file (or take `base`), apply `section.key=value` overrides, and check everything.
+
+    Raises UserError with one line per mistake, each naming the value, the rule and the nearest key.
+    """
+    values = dict(base or {}) if path is None else read_toml(Path(path))
+    for override in overrides:
+        apply_override(values, override)
+    for old, new in RENAMED.items():
+        rename_key(values, old.split("."), new.split("."))
+    source = "config" if path is None else str(path)
+    try:
+        return ConfigFile.model_validate(values).resolve()
+    except ValidationError as errors:
+        lines = [f"{source}: {_explain(error)}" for error in errors.errors()]
+        raise UserError("\n".join(lines)) from None
+    except ValueError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    path.write_text(tomli_w.dumps(config.dump()), encoding="utf-8")
+
+
+def read_toml(path: Path) -> dict:
+    """A TOML file's values.  Raises UserError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a directory; give a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def apply_override(values: dict, override: str) -> None:
+    """Set one `a.b=value` in nested `values`; the value is TOML, or a bare string."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {override}: {section} is not a section")
+    values[last] = value
+
+
+def rename_key(values: dict, old: list[str], new: list[str]) -> None:
+    """Move the value of a key to its new name, where there is none yet."""
+    for section in old[:-1]:
+        values = values.get(section, {})
+    if isinstance(values, dict) and old[-1] in values:
+        values.setdefault(new[-1], values.pop(old[-1]))
+
+
+def flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested tables as {"section.key": value}; lists and empty tables are values."""
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            leaves |= flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves
+
+
+def unknown_to(path: Path, config: Config) -> list[str]:
+    """The keys of `config` that a file, which an older version wrote, does not have."""
+    written = flat(read_toml(path))
+    return [key for key in flat(config.dump()) if key not in written]
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in our words."""
+    keys = [str(part) for part in error["loc"]]
+    name = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        valid = _valid_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], valid, n=1, cutoff=0.4)
+        hint = f"; valid keys: {', '.join(valid)}"
+        if near:
+            hint = f"; did you mean {'.'.join([*keys[:-1], near[0]])}?"
+        return f"unknown key {name}{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{name} = {error['input']!r}: {message}" if name else message
+
+
+def _valid_keys(sections: list[str]) -> list[str]:
+    """The keys of a section that is reached by these names."""
+    section: Any = ConfigFile
+    if sections[:1] == ["students"]:
+        return _fields(Student) if len(sections) > 1 else []
+    for name in sections:
+        section = section.model_fields[name].annotation
+    return _fields(section)
+
+
+def _fields(section: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,0 +1,110 @@
+"""The whole config: what a file may say, and what the trainer reads."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic import Field, model_validator
+
+from .base import Section
+from .checks import check_all
+from .schedule import (
+    DEFAULT_SCHEDULE,
+    ResolvedSchedule,
+    ResolvedSpecialists,
+    ResolvedStudent,
+    Schedule,
+    Specialists,
+    Student,
+    resolve,
+)
+from .sections import (
+    Clusters,
+    Controls,
+    Data,
+    Engine,
+    Ensemble,
+    Extend,
+    Generalist,
+    Launch,
+    Model,
+    Route,
+)
+from .slurm import Slurm
+
+
+class ConfigFile(Section):
+    """What a TOML file says; `resolve` fills in what it leaves out."""
+
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: Data = Data()
+    model: Model = Model()
+    train: Schedule = Schedule()
+    generalist: Generalist = Generalist()
+    extend: Extend = Extend()
+    clusters: Clusters = Clusters()
+    route: Route = Route()
+    specialists: Specialists = Specialists()
+    controls: Controls = Controls()
+    ensemble: Ensemble = Ensemble()
+    students: dict[str, Student] = {}
+    engine: Engine = Engine()
+    launch: Launch = Launch()
+    slurm: Slurm = Slurm()
+
+    def resolve(self) -> Config:
+        """The config with nothing left to inherit.
+
+        Raises ValueError (or pydantic's ValidationError, one) where sections disagree.
+        """
+        train = resolve(self.train, DEFAULT_SCHEDULE, ResolvedSchedule)
+        students = {}
+        for name, student in self.students.items():
+            if student.balance:
+                raise ValueError(
+                    f"students.{name}.balance: students learn at natural frequencies; leave it out"
+                )
+            natural = student.model_copy(update={"balance": 0.0})
+            students[name] = resolve(natural, train, ResolvedStudent)
+        sections = {key: getattr(self, key) for key in ConfigFile.model_fields}
+        sections["train"] = train
+        sections["specialists"] = resolve(self.specialists, train, ResolvedSpecialists)
+        sections["students"] = students
+        return Config(**sections)
+
+
+class Config(ConfigFile):
+    """What the trainer and the launcher read; `Config()` holds the defaults.
+
+    `load_config` explains errors; `Config.model_validate(values)` takes the same nested tables.
+    """
+
+    train: ResolvedSchedule = DEFAULT_SCHEDULE
+    specialists: ResolvedSpecialists = resolve(Specialists(), DEFAULT_SCHEDULE, ResolvedSpecialists)
+    students: dict[str, ResolvedStudent] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_tables(cls, values):
+        if not values or isinstance(values.get("train"), ResolvedSchedule):
+            return values
+        config = ConfigFile.model_validate(values).resolve()
+        return {key: getattr(config, key) for key in cls.model_fields}
+
+    @model_validator(mode="after")
+    def _agree(self):
+        check_all(self)
+        if not self.controls.learning_rates:
+            peak = self.specialists.learning_rate
+            rates = [peak / 3, peak, peak * 3]
+            self.controls = self.controls.model_copy(update={"learning_rates": rates})
+        return self
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether the ensemble is one of generalists, without specialists."""
+        return self.ensemble.kind == "deep"
+
+    def dump(self) -> dict:
+        """Plain JSON-able values, absent ones left out; loads back to an equal Config."""
+        return json.loads(self.model_dump_json(exclude_none=True, by_alias=True))

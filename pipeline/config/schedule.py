@@ -1,0 +1,285 @@
+"""How one network is trained: the schedule, and what specialists and students add to it.
+
+A class comes in two forms.  `Schedule` is what a file may say, where an absent key is inherited from
+[train].  `ResolvedSchedule` is what the trainer reads, where nothing is absent but what may be None.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, field_validator, model_validator
+
+from ..choices import AUGMENTATIONS, LOSSES, STUDENT_METHODS
+from .base import MODULE_FUNCTION, Section, one_of
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+
+
+class Schedule(Section):
+    """How one network is trained.
+
+    In [specialists] and [students.NAME] an absent key is taken from [train].
+    """
+
+    # optimizer steps; exactly one of steps and epochs
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    # examples per optimizer step, over all ranks
+    batch_size: int | None = Field(None, gt=0)
+    optimizer: Literal["adamw", "sgd"] | None = None
+    # the peak
+    learning_rate: float | None = Field(None, gt=0)
+    schedule: Literal["cosine", "onecycle", "constant"] | None = None
+    # fraction of the steps in which the rate rises linearly
+    warmup: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+    # of sgd; of adamw it is beta1 = 0.9
+    momentum: float | None = Field(None, ge=0, lt=1)
+    # of adamw; 0.99 suits short schedules
+    beta2: float | None = Field(None, gt=0, lt=1)
+    # of class labels, a name in pipeline.choices.LOSSES
+    loss: str | None = None
+    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    # with engine.shard_head: other classes that labels are compared with; None = all
+    negatives: int | None = Field(None, gt=0)
+    # decay per step of the averaged weights; 0 = none
+    ema: float | None = Field(None, ge=0, lt=1)
+    # micro-batches per optimizer step
+    accumulation: int | None = Field(None, gt=0)
+    # 0 = none
+    clip_norm: float | None = Field(None, ge=0)
+    # 0 natural frequencies, 1 every class equally often
+    balance: float | None = Field(None, ge=0, le=1)
+    # steps; 0 = only at the end
+    validate_every: int | None = Field(None, ge=0)
+    # stop after so many validations without a better loss; 0 = never
+    patience: int | None = Field(None, ge=0)
+    # steps
+    checkpoint_every: int | None = Field(None, gt=0)
+    # checkpoints kept
+    keep: int | None = Field(None, gt=0)
+    # steps
+    log_every: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_length(self):
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        return self
+
+    @field_validator("loss")
+    @classmethod
+    def _loss(cls, value):
+        return None if value is None else one_of(value, LOSSES)
+
+
+class ResolvedSchedule(Schedule):
+    """A schedule of which nothing is left to inherit.
+
+    Of steps and epochs one may be None; negatives = None stands for all classes.
+    """
+
+    batch_size: int
+    optimizer: Literal["adamw", "sgd"]
+    learning_rate: float
+    schedule: Literal["cosine", "onecycle", "constant"]
+    warmup: float
+    weight_decay: float
+    momentum: float
+    beta2: float
+    loss: str
+    label_smoothing: float
+    ema: float
+    accumulation: int
+    clip_norm: float
+    balance: float
+    validate_every: int
+    patience: int
+    checkpoint_every: int
+    keep: int
+    log_every: int
+
+
+DEFAULT_SCHEDULE = ResolvedSchedule(
+    batch_size=256,
+    optimizer="adamw",
+    learning_rate=2e-3,
+    schedule="cosine",
+    warmup=0.05,
+    weight_decay=0.01,
+    momentum=0.9,
+    beta2=0.999,
+    loss="cross_entropy",
+    label_smoothing=0.0,
+    ema=0.0,
+    accumulation=1,
+    clip_norm=0.0,
+    balance=0.0,
+    validate_every=0,
+    patience=0,
+    checkpoint_every=500,
+    keep=2,
+    log_every=50,
+)
+
+
+class Specialists(Schedule):
+    """One network for each group of confusable classes, started from the generalist."""
+
+    # full: trained on all classes
+    dustbin: Literal["preserving", "fresh", "full"] = "preserving"
+    # of preserving: rows that it keeps beside a fitted one; None = all
+    dustbin_rows: int | None = Field(None, gt=0)
+    # of full: weight of the KL from the generalist's predictions elsewhere; 0.1
+    soft_weight: float | None = Field(None, ge=0)
+    # fraction of the other classes' examples drawn by confusion with the group
+    hard_negatives: float = Field(0.0, ge=0, lt=1)
+    # all | head | last-N-blocks
+    trainable: str = "all"
+    # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
+    freeze_norm: bool = True
+    # fraction of a batch drawn from the group's classes
+    fraction: float = Field(0.5, gt=0, lt=1)
+    # specialists that one job trains, one after the other
+    per_job: int = Field(1, gt=0)
+
+    @model_validator(mode="after")
+    def _rows(self):
+        if self.dustbin != "preserving" and self.dustbin_rows is not None:
+            rows = {"fresh": "a fresh dustbin has one row", "full": "a full softmax has them all"}
+            raise ValueError(
+                f'dustbin_rows is of dustbin = "preserving"; {rows[self.dustbin]}; leave it out'
+            )
+        if self.soft_weight is None:
+            # Without a full softmax it has no effect.
+            self.soft_weight = 0.1 if self.dustbin == "full" else 1.0
+        if self.dustbin != "full" and self.soft_weight != 1:
+            raise ValueError(
+                'soft_weight is of dustbin = "full", which alone learns from the generalist; '
+                "leave it out"
+            )
+        if self.hard_negatives and (self.dustbin == "fresh" or self.dustbin_rows is not None):
+            raise ValueError(
+                "hard_negatives are corrected for class by class, which needs every class's row: "
+                'dustbin = "preserving" or "full", without dustbin_rows'
+            )
+        return self
+
+    @property
+    def trains_all_rows(self) -> bool:
+        """Whether it has the generalist's head while it learns.
+
+        The rows of the other classes are then summed into a dustbin when training is over.
+        """
+        return self.dustbin == "full" or self.hard_negatives > 0
+
+    @field_validator("trainable")
+    @classmethod
+    def _trainable(cls, value):
+        return one_of(value, ("all", "head"), " or last-N-blocks", r"last-[1-9][0-9]*-blocks?")
+
+
+class ResolvedSpecialists(ResolvedSchedule, Specialists):
+    soft_weight: float
+
+
+class Student(Schedule):
+    """One network that learns from a teacher, or from labels as a twin does."""
+
+    # distill: a teacher's predictions | hard: labels | prior: a Prior Network
+    method: str = "distill"
+    network: Literal["single", "hydra", "batch_ensemble"] = "single"
+    # of hydra and batch_ensemble; None: as many as the ensemble has
+    members: int | None = Field(None, gt=1)
+    # of hydra: a head is the last so many blocks of the trunk and a linear layer
+    head_blocks: int = Field(0, ge=0)
+    # generalist | scratch | another student, whose network it is grown from
+    start: str = "generalist"
+    # ensemble | generalist | another student | the path of a run or of a saved network
+    teacher: str = "ensemble"
+    # of a deep ensemble's members, to teach a single student
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+    # inf: match the logits, the limit
+    temperature: float = Field(1.0, gt=0)
+    hard_weight: float = Field(0.0, ge=0, le=1)
+    soft_weight: float = Field(1.0, ge=0)
+    # what the inputs are moved by before teacher and student see them
+    perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
+    # of inputs scaled to 0..1
+    perturb_size: float = Field(1 / 255, gt=0)
+    # training views of its own; None: data.augment
+    augment: str | None = None
+    # of augmented inputs: the teacher predicts so many views of each, once
+    views: int | None = Field(None, gt=0)
+    # of train, of each class alike
+    share: float = Field(1.0, gt=0, le=1)
+    # classes whose examples it does not see
+    leave_out: list[str] = []
+    # fit one shift of the bias of the classes left out on val
+    bias_correction: bool = False
+    # of each batch; None = by the sizes of the two
+    transfer_share: float | None = Field(None, ge=0, le=1)
+    # keys of [model] that differ
+    model: dict[str, Any] = {}
+
+    @property
+    def learns_from_teacher(self) -> bool:
+        return STUDENT_METHODS[self.method].learns_from_teacher
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value):
+        return one_of(value, STUDENT_METHODS)
+
+    @field_validator("augment")
+    @classmethod
+    def _augment(cls, value):
+        if value is None:
+            return None
+        return one_of(value, AUGMENTATIONS, " or module:function", MODULE_FUNCTION)
+
+    @model_validator(mode="after")
+    def _agree(self):
+        single, method = self.network == "single", STUDENT_METHODS[self.method]
+        if single and (self.members is not None or self.head_blocks):
+            raise ValueError(
+                'members and head_blocks are of network = "hydra" and "batch_ensemble"; '
+                "leave them out"
+            )
+        if self.network == "batch_ensemble" and self.head_blocks:
+            raise ValueError('head_blocks is of network = "hydra"; leave it out')
+        if self.perturb != "none" and not self.learns_from_teacher:
+            raise ValueError(f'perturb = "{self.perturb}" needs a teacher: method = "distill"')
+        if self.perturb != "none" and self.views is not None:
+            raise ValueError(
+                "views are predicted once, and perturbed inputs anew: "
+                "leave one of views and perturb out"
+            )
+        if method.single_only and not single:
+            raise ValueError(f'method = "{self.method}" is of network = "single": {method.why}')
+        if self.bias_correction and not single:
+            raise ValueError('bias_correction is of network = "single"')
+        if self.bias_correction and not self.leave_out:
+            raise ValueError("bias_correction is of classes left out: name them in leave_out")
+        return self
+
+
+class ResolvedStudent(ResolvedSchedule, Student):
+    pass
+
+
+Resolved = TypeVar("Resolved", bound=ResolvedSchedule)
+
+
+def resolve(section: Schedule, parent: ResolvedSchedule, form: type[Resolved]) -> Resolved:
+    """`section` in its resolved form, each absent schedule key taken from `parent`.
+
+    Its own steps hide the parent's epochs, and the other way round.
+    """
+    own = section.model_dump(exclude_none=True)
+    inherited = {key: getattr(parent, key) for key in Schedule.model_fields}
+    if "steps" in own or "epochs" in own:
+        del inherited["steps"], inherited["epochs"]
+    return form.model_validate({**inherited, **own})

@@ -1,0 +1,228 @@
+"""The sections of the config but for schedules and Slurm.  Each key has a type, a default, a meaning."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..choices import AUGMENTATIONS, COMBINERS, ENGINES, METHODS, NETWORKS, EngineKind
+from .base import MODULE_FUNCTION, Section, one_of
+
+
+class Data(Section):
+    """Shards.
+
+    Each of train, val, test is a pattern, `dir/train-{000000..000007}.tar`, several joined by `::`.
+    """
+
+    train: str = ""
+    val: str = ""
+    test: str = ""
+    # more inputs without labels: students learn what their teacher predicts for them
+    transfer: str = ""
+    # inputs of other kinds: how well are they told from test's?  Labels are not read
+    ood: str = ""
+    # the member that holds the label; "json:FIELD" reads a field of the json member
+    label: str = "cls"
+    # the member that holds the input; "" takes the one member that is not the label
+    input: str = ""
+    # per channel, of inputs scaled to 0..1; part of model.json
+    mean: list[float] = [0.5]
+    std: list[float] = [0.25]
+    # training views: none | shift | flip-crop | module:function
+    augment: str = "none"
+    # keep decoded inputs in one memory-mapped file under RUN/cache
+    cache: Literal["auto", "decoded", "none"] = "auto"
+    # the most that such a file may take
+    cache_bytes: int = Field(2 * 1024**3, gt=0)
+    # reading processes per rank
+    workers: int = Field(0, ge=0)
+    # stop at the first corrupt sample, or leave them out and count them
+    damage: Literal["strict", "skip"] = "strict"
+    # with skip: stop when more than this fraction is corrupt
+    damage_share: float = Field(0.01, ge=0, lt=1)
+    # manifest.json (a path or URL) of shards that come without one beside them: pipe:
+    manifest: str | None = None
+    # where shards behind URLs are kept; "" is ~/.cache/referral/shards
+    fetch_dir: str = ""
+    # the most that they may take
+    fetch_bytes: int = Field(256 * 1024**3, gt=0)
+    # extension -> module:function, beside the built-in table
+    decoders: dict[str, str] = {}
+    # the label set's size, where no manifest says it
+    classes: int | None = Field(None, gt=0)
+
+    @field_validator("augment")
+    @classmethod
+    def _augment(cls, value):
+        return one_of(value, AUGMENTATIONS, " or module:function", MODULE_FUNCTION)
+
+
+class Model(Section):
+    """The network.  `options` is for timm models and a user's own builder."""
+
+    # mlp | convnet | resnet | wideresnet | timm:NAME | module:function
+    name: str = "convnet"
+    # None: the builder's own default
+    width: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0)
+    # size of the last hidden layer; 0 = none
+    embedding: int | None = Field(None, ge=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    options: dict[str, Any] = {}
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value):
+        pattern = rf"timm:.+|{MODULE_FUNCTION}"
+        return one_of(value, NETWORKS, ", timm:NAME or module:function", pattern)
+
+
+class Generalist(Section):
+    """Where the generalist comes from, if it is not trained here from scratch."""
+
+    # a run, a directory with model.safetensors and model.json, or a weights file
+    init: str = Field("", alias="from")
+    # in someone else's weights file: what its last linear layer is called; [model] is the rest
+    head: str | None = None
+
+
+class Extend(Section):
+    """New classes beside those of a finished run.
+
+    Its generalist, groups and specialists are inherited.
+    """
+
+    # the finished run; its classes are found by name among the data's
+    run: str = ""
+    # old classes in the new ones' group; None = by the largest old group
+    companions: int | None = Field(None, ge=0)
+
+
+class Clusters(Section):
+    """Groups of classes that the generalist confuses."""
+
+    num_groups: int = Field(16, gt=0)
+    method: str = "kmeans"
+    # the largest group, as a multiple of the mean size
+    capacity: float = Field(1.3, ge=1)
+    # groups that a class belongs to; with coverage the most
+    overlap: int = Field(1, ge=1)
+    # classes join further groups until these catch such a fraction of the errors
+    coverage: float | None = Field(None, gt=0, le=1)
+    # a user's own taxonomy (ClassGroups JSON) instead of clustering
+    groups_file: str = ""
+    # statistics keep the k largest predictions; None = all while C^2 fits
+    top_k: int | None = Field(None, gt=0)
+    # groups whose forecast gain (fraction of val examples) is below get no specialist
+    min_gain: float = Field(0.0, ge=0)
+
+    @field_validator("method")
+    @classmethod
+    def _method(cls, value):
+        return one_of(value, METHODS)
+
+    @model_validator(mode="after")
+    def _room_for_coverage(self):
+        if self.coverage is not None and (self.overlap < 2 or self.method == "random"):
+            raise ValueError(
+                f"coverage = {self.coverage} decides who joins a second group: "
+                'it needs overlap = 2 or more and a method other than "random"'
+            )
+        return self
+
+
+class Route(Section):
+    """The samples of each group's classes, found once for its specialist."""
+
+    # remember which samples they are, or copy them to shards of their own
+    mode: Literal["index", "copy"] = "index"
+    # refuse to write more
+    max_bytes: int = Field(64 * 1024**3, gt=0)
+
+
+class Controls(Section):
+    """What the same examples do for the generalist alone."""
+
+    enabled: bool = True
+    # control_wall's peaks; [] = 1/3, 1 and 3 times the specialists'
+    learning_rates: list[float] = []
+
+
+class Ensemble(Section):
+    """How the predictions of several networks become one distribution."""
+
+    # deep: generalists alone, each from another seed
+    kind: Literal["specialists", "deep"] = "specialists"
+    # of deep: generalists, the run's own among them
+    members: int = Field(4, gt=0)
+    # the n most probable classes of the generalist choose the specialists
+    gate: int = Field(1, gt=0)
+    max_specialists: int | None = Field(None, gt=0)
+    combine: str = "kl"
+    # fit one temperature per specialist on val
+    temperatures: bool = True
+    # fit the specialists' weight in the objective on val; false = the paper's 1
+    fit_weight: bool = True
+    allow_missing: bool = False
+
+    @field_validator("combine")
+    @classmethod
+    def _combine(cls, value):
+        return one_of(value, COMBINERS)
+
+
+class Engine(Section):
+    """How a step is taken on many ranks.  Never in a stage's key: it changes no metric."""
+
+    name: str = "ddp"
+    # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
+    zero_stage: int = Field(1, ge=0, le=3)
+    # auto: bf16 on CUDA, fp32 elsewhere
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # of ddp: the classifier's rows split over the ranks, its [B, C] logits never stored
+    shard_head: bool = False
+    # classes whose logits are computed at a time; None = what fits a cache
+    head_block: int | None = Field(None, gt=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # a rank that makes no step and measures no batch for so long is ended
+    hang_s: float = Field(900, gt=0)
+    # where the rows of metrics.jsonl go besides
+    track: list[Literal["tensorboard", "wandb"]] = []
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value):
+        return one_of(value, ENGINES)
+
+    @model_validator(mode="after")
+    def _one_head(self):
+        if self.shard_head and self.kind.sharded_head is None:
+            able = next(name for name, kind in ENGINES.items() if kind.sharded_head)
+            raise ValueError(
+                f'engine.shard_head = true needs engine.name = "{able}": '
+                f'"{self.name}" would average the rows of the ranks'
+            )
+        return self
+
+    @property
+    def kind(self) -> EngineKind:
+        """The engine and what it can do."""
+        return ENGINES[self.name]
+
+    @property
+    def splits_weights(self) -> bool:
+        """Whether no rank holds the whole network."""
+        return self.kind.splits_weights(self.zero_stage)
+
+
+class Launch(Section):
+    """How the launcher runs jobs on this machine."""
+
+    # ranks of the generalist (None: one per GPU, or per core up to 2)
+    processes: int | None = Field(None, gt=0)
+    # jobs of one process side by side (None: as many as devices or cores)
+    pool: int | None = Field(None, gt=0)
+    # of a job that fails
+    retries: int = Field(1, ge=0)

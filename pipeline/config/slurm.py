@@ -1,0 +1,126 @@
+"""[slurm]: what each kind of job asks a cluster for."""
+
+from __future__ import annotations
+
+import datetime
+import re
+
+from pydantic import Field, field_validator, model_validator
+
+from ..stages import KINDS
+from .base import Section
+
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+OURS = ("--array", "--dependency", "--output", "--wrap", "--parsable")  # what referral itself says
+
+
+class Resources(Section):
+    """What Slurm is asked for.
+
+    An absent key is taken from [slurm.default]; where that has none, the site decides.
+    """
+
+    nodes: int | None = Field(None, gt=0)
+    # on each node
+    gpus: int | None = Field(None, ge=0)
+    # on each node
+    cpus: int | None = Field(None, gt=0)
+    # of each node
+    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$")
+    # "90" (minutes), "HH:MM:SS", "DAYS-HH:MM:SS"
+    time: str | None = None
+    partition: str | None = Field(None, min_length=1)
+    constraint: str | None = Field(None, min_length=1)
+    qos: str | None = Field(None, min_length=1)
+    account: str | None = Field(None, min_length=1)
+    # further options of sbatch; those of [slurm.default] and the job's own
+    extra: list[str] = []
+
+    @field_validator("time", "memory", mode="before")
+    @classmethod
+    def _bare(cls, value):
+        """TOML without quotes: 90 is a number, 04:00:00 a time of day."""
+        if isinstance(value, (int, datetime.time)) and not isinstance(value, bool):
+            return str(value)
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _time(cls, value):
+        if value is not None and not TIME.fullmatch(value):
+            raise ValueError('write minutes, "HH:MM:SS" or "DAYS-HH:MM:SS"')
+        return value
+
+    @field_validator("extra")
+    @classmethod
+    def _extra(cls, value):
+        for option in value:
+            if not re.match(r"--[a-z]", option):
+                raise ValueError(
+                    f'{option!r} is no long option of sbatch; write it as one word: "--name=value"'
+                )
+            if option.partition("=")[0] in OURS:
+                raise ValueError(f"{option} is what referral itself says to sbatch")
+        return value
+
+    @property
+    def seconds(self) -> int | None:
+        """The time limit."""
+        match = TIME.fullmatch(self.time or "")
+        if match is None:
+            return None
+        days, first, second, third = (int(part or 0) for part in match.groups())
+        if match[1] is not None:  # days-hours[:minutes[:seconds]]
+            return days * 86400 + first * 3600 + second * 60 + third
+        if match[4] is not None:  # hours:minutes:seconds
+            return first * 3600 + second * 60 + third
+        return first * 60 + second  # minutes[:seconds]
+
+
+class Slurm(Section):
+    """`referral run --on slurm`: what each kind of job asks for."""
+
+    # specialists that train at the same time
+    throttle: int | None = Field(None, gt=0)
+    # so many seconds before its time limit a job is asked for a checkpoint
+    signal_s: int = Field(120, gt=0)
+    default: Resources = Resources()
+    generalist: Resources = Resources()
+    members: Resources = Resources()
+    clusters: Resources = Resources()
+    specialists: Resources = Resources()
+    ensemble: Resources = Resources()
+    controls: Resources = Resources()
+    students: Resources = Resources()
+    report: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _sound(self):
+        scaling = {kind.slurm for kind in KINDS.values() if kind.scales}
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if not isinstance(section, Resources):
+                continue
+            if name not in scaling and (section.nodes or 1) > 1:
+                raise ValueError(
+                    f"slurm.{name}.nodes = {section.nodes}: "
+                    f"only the {', '.join(sorted(scaling))} trains on several nodes"
+                )
+            if section.seconds is not None and section.seconds <= 2 * self.signal_s:
+                raise ValueError(
+                    f'slurm.{name}.time = "{section.time}": a job is asked for a checkpoint '
+                    f"slurm.signal_s = {self.signal_s} s before its end; "
+                    "give it more than twice that"
+                )
+        return self
+
+    def resources(self, name: str) -> Resources:
+        """Those of one kind of job, with [slurm.default] where they say nothing."""
+        own = getattr(self, name, Resources())
+        inherited = {
+            key: value
+            for key, value in self.default.model_dump().items()
+            if getattr(own, key) is None
+        }
+        extra = [*self.default.extra, *own.extra]
+        return own.model_copy(update={**inherited, "extra": extra})

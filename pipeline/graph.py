@@ -1,0 +1,255 @@
+"""The graph of a run's stages, a pure function of its config (and of files that the config names)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cache, cached_property
+from pathlib import Path
+
+from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
+from .config.loading import unknown_to
+from .controls import COMPUTE, HARD_TWIN, wall_names
+from .identity import Identity, digest, network_identity
+from .methods import Method, method_of
+from .stages import KINDS, StageKind
+from .store import Stage
+
+
+class RunDirectory:
+    """RUN: its config and its stages.
+
+    `method` is what kind of run it is: of specialists, of a deep ensemble, or one that adds classes.
+    Families are lists (members, specialists) or dicts by name (targets, controls, students).
+    """
+
+    def __init__(self, root: str | Path, config: Config):
+        self.root = Path(root)
+        self.config = config
+        self.identity = Identity(config)
+        self.student = cache(self._student)
+        self.targets_for = cache(self._targets_for)
+        self.method: Method = method_of(self)
+
+    def stage(
+        self,
+        name: str,
+        inputs: Iterable[Stage] = (),
+        address: int | str | None = None,
+        sections: tuple[str, ...] | None = None,
+        kind: StageKind | None = None,
+        **extra,
+    ) -> Stage:
+        """A stage of the kind `name`, with its key.
+
+        address: its index or name, in a family.  sections: instead of its row's.  kind: a row of the
+        run's own, instead of the table's.  extra: what enters its key beside config and inputs.
+        """
+        kind = kind or KINDS[name]
+        inputs = list(inputs)
+        keys = self.identity.keys(
+            (name, kind.former_name or name),
+            kind.sections if sections is None else sections,
+            [(each.keys[0], each.keys[-1]) for each in inputs],
+            extra,
+        )
+        return Stage(self.root, kind, keys, inputs, address)
+
+    # The way to the ensemble
+
+    @cached_property
+    def generalist(self) -> Stage:
+        return self.method.generalist()
+
+    @cached_property
+    def members(self) -> list[Stage]:
+        """The further generalists of a deep ensemble; the run's own is its first."""
+        return self.method.members()
+
+    @cached_property
+    def measure(self) -> Stage:
+        return self.stage("measure", [self.generalist], top_k=self.config.clusters.top_k)
+
+    @cached_property
+    def cluster(self) -> Stage:
+        return self.method.cluster()
+
+    @cached_property
+    def route(self) -> Stage:
+        return self.stage("route", [self.cluster], mode=self.config.route.mode)
+
+    @cached_property
+    def specialists(self) -> list[Stage]:
+        return self.method.specialists()
+
+    @cached_property
+    def ensemble(self) -> Stage:
+        """How the networks are joined: what is fitted on val.  RUN/ensemble.json is its file."""
+        return self.method.ensemble()
+
+    # Beside it and behind it
+
+    @cached_property
+    def controls(self) -> dict[str, Stage]:
+        """control_wall-0, -1, ... (one peak rate each), control_compute, and student_hard."""
+        if not self.config.controls.enabled:
+            return {}
+        controls = {}
+        if self.method.has_groups:
+            for name in wall_names(self.config):
+                controls[name] = self._control(name, [self.cluster])
+            controls[COMPUTE] = self._control(COMPUTE, list(controls.values()))
+        if "main" in self.config.students:
+            inputs = self._ancestors(self.config.students["main"].start)
+            sections = ("seed", "data", "model", "students.main")
+            controls[HARD_TWIN] = self._control(HARD_TWIN, inputs, sections)
+        return controls
+
+    def _control(self, name: str, inputs: list[Stage], sections: tuple[str, ...] | None = None):
+        return self.stage("control", inputs, name, sections, called=name)
+
+    @cached_property
+    def students(self) -> dict[str, Stage]:
+        return {name: self.student(name) for name in self.config.students}
+
+    @cached_property
+    def targets(self) -> dict[str, Stage]:
+        """Stored predictions of teachers by the name of their directory; students may share them."""
+        stages = [self.targets_for(name) for name in self.config.students]
+        return {stage.directory.name: stage for stage in stages if stage is not None}
+
+    @cached_property
+    def evaluate(self) -> Stage:
+        inputs = [self.ensemble, *self.controls.values(), *self.students.values()]
+        kind = self.method.kinds.get("evaluate")
+        return self.stage("evaluate", inputs, kind=kind, ood=self.identity.ood)
+
+    @cached_property
+    def report(self) -> Stage:
+        """Its files, results.json and report.html, are published in RUN itself."""
+        return self.stage("report", [self.evaluate])
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Every stage, in an order in which each stands behind its inputs."""
+        stages = [
+            self.generalist,
+            *self.method.before_ensemble(),
+            self.ensemble,
+            *self._learners(),
+            self.evaluate,
+            self.report,
+        ]
+        return stages + self._further(stages)
+
+    def _further(self, stages: list[Stage]) -> list[Stage]:
+        """Those of kinds that nothing above names: a row whose inputs are kinds of single stages."""
+        single = {stage.name: stage for stage in stages if stage.address is None}
+        further = []
+        for kind in KINDS.values():
+            if kind.inputs and kind.name not in single:
+                stage = self.stage(kind.name, [single[name] for name in kind.inputs])
+                single[kind.name] = stage
+                further.append(stage)
+        return further
+
+    def find(self, name: str) -> list[Stage]:
+        """Every stage of one kind."""
+        return [stage for stage in self.stages if stage.name == name]
+
+    def schedule(self, stage: Stage) -> ResolvedSchedule:
+        """How the network of a stage that trains is trained."""
+        name = stage.name
+        if name in ("generalist", "member"):
+            return self.config.train
+        if name == "student":
+            return self.config.students[str(stage.address)]
+        if stage.address == HARD_TWIN:
+            return self.config.students["main"]
+        return self.config.specialists
+
+    def augment_of(self, student: ResolvedStudent) -> str:
+        return student.augment or self.config.data.augment
+
+    # Students and what they learn from
+
+    def _ancestors(self, name: str) -> list[Stage]:
+        """The stage of a teacher, or of the network that a student starts from.
+
+        None for those that come from elsewhere.
+        """
+        if name == "generalist":
+            return [self.generalist]
+        if name == "ensemble":
+            return [self.ensemble]
+        return [self.student(name)] if name in self.config.students else []
+
+    def _student(self, name: str) -> Stage:
+        student = self.config.students[name]
+        inputs = self._ancestors(student.start)
+        extra = {}
+        if student.learns_from_teacher:
+            inputs = [*inputs, *self._ancestors(student.teacher)]
+            targets = self.targets_for(name)
+            if targets is not None:
+                inputs.append(targets)
+            if os.sep in student.teacher:
+                extra = {"teacher": network_identity(student.teacher)}
+        unique = {stage.place: stage for stage in inputs}.values()
+        sections = ("seed", "data", "model", f"students.{name}")
+        return self.stage("student", unique, name, sections, called=name, **extra)
+
+    def _targets_for(self, name: str) -> Stage | None:
+        """Where the predictions of a student's teacher are stored.
+
+        Inputs that are always seen alike are predicted once each; augmented ones in as many views as the
+        student says.  None where the teacher predicts while the student trains.
+        """
+        student = self.config.students[name]
+        augment = self.augment_of(student)
+        if not student.learns_from_teacher or student.perturb != "none":
+            return None
+        if augment != "none" and not student.views:
+            return None
+        directory = teacher = student.teacher
+        if os.sep in student.teacher:
+            directory = f"given-{digest(student.teacher)[:8]}"
+            teacher = network_identity(student.teacher)
+        extra: dict = {"teacher": teacher}
+        if augment != "none":
+            extra |= {"augment": augment, "views": student.views}
+            directory += f"-{student.views}-views"
+            if augment != self.config.data.augment:
+                directory += f"-{digest(augment)[:4]}"
+        return self.stage("targets", self._ancestors(student.teacher), directory, **extra)
+
+    def _learners(self) -> list[Stage]:
+        """Controls, stored targets and students, each behind those it needs."""
+        ordered: dict[str, Stage] = {}
+
+        def add(stage: Stage) -> None:
+            for needed in stage.inputs:
+                if needed.name in ("student", "targets"):
+                    add(needed)
+            ordered.setdefault(stage.place, stage)
+
+        of_ensemble = [stage for stage in self.targets.values() if stage.inputs == (self.ensemble,)]
+        for stage in (*of_ensemble, *self.controls.values(), *self.students.values()):
+            add(stage)
+        return list(ordered.values())
+
+
+def open_run(directory: str | Path) -> RunDirectory:
+    """The run that RUN/config.toml describes.  Raises UserError if there is none."""
+    root = Path(directory)
+    if not (root / "config.toml").is_file():
+        raise UserError(
+            f"{root} is not a run: it has no config.toml; "
+            f"`referral prepare CONFIG --run {root}` makes one"
+        )
+    return RunDirectory(root, load_config(root / "config.toml"))
+
+
+def keys_since(run: RunDirectory) -> list[str]:
+    """The keys of today's config that RUN/config.toml, which an older version wrote, does not have."""
+    return unknown_to(run.root / "config.toml", run.config)

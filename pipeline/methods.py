@@ -1,0 +1,298 @@
+"""What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it bears.
+
+Three methods: a generalist with specialists; a deep ensemble of generalists; and specialists that add
+classes to a finished run, whose generalist, groups and specialists are inherited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from .config import UserError
+from .identity import file_hash
+from .stages import KINDS, StageKind
+from .store import Stage, read_json
+
+if TYPE_CHECKING:
+    from .graph import RunDirectory
+
+
+class Method(Protocol):
+    """has_groups: whether classes are grouped for specialists.  kinds: rows that differ from the table."""
+
+    has_groups: bool
+    kinds: dict[str, StageKind]
+
+    def generalist(self) -> Stage: ...
+
+    def members(self) -> list[Stage]: ...
+
+    def cluster(self) -> Stage: ...
+
+    def specialists(self) -> list[Stage]: ...
+
+    def ensemble(self) -> Stage: ...
+
+    def before_ensemble(self) -> list[Stage]:
+        """The stages between generalist and ensemble, in order."""
+        ...
+
+    def joined(self) -> list[Stage]:
+        """The stages whose networks join the generalist; their cost is the ensemble's."""
+        ...
+
+    def check(self, num_classes: int | None, source: str) -> None:
+        """Raises UserError for what can be known to be wrong before anything runs.
+
+        num_classes: the size of the label set, if known, as `source` says.
+        """
+        ...
+
+
+class SpecialistMethod:
+    """Hinton, Vinyals & Dean 2015, section 5: a generalist, and a specialist for each group."""
+
+    has_groups = True
+    kinds: dict[str, StageKind] = {}
+
+    def __init__(self, run: RunDirectory):
+        self.run = run
+
+    def generalist(self) -> Stage:
+        return self.run.stage("generalist")
+
+    def members(self) -> list[Stage]:
+        return []
+
+    def cluster(self) -> Stage:
+        groups = file_hash(self.groups_file)
+        return self.run.stage("cluster", [self.run.measure], groups=groups)
+
+    def specialists(self) -> list[Stage]:
+        route = [self.run.route]
+        return [
+            self.run.stage("specialist", route, index, index=index)
+            for index in range(self.num_groups)
+        ]
+
+    def ensemble(self) -> Stage:
+        return self.run.stage("ensemble", self.run.specialists)
+
+    def before_ensemble(self) -> list[Stage]:
+        return [self.run.measure, self.run.cluster, self.run.route, *self.run.specialists]
+
+    def joined(self) -> list[Stage]:
+        return self.run.specialists
+
+    def check(self, num_classes: int | None, source: str) -> None:
+        """There are groups, not more than classes, and of classes that exist."""
+        config = self.run.config.clusters
+        if self.num_groups < 1:
+            raise UserError(
+                f"clusters.groups_file = {config.groups_file} holds no group; "
+                "at least one is needed"
+            )
+        if num_classes is None:
+            return
+        if self.groups_file is None:
+            if config.num_groups > num_classes:
+                raise UserError(
+                    f"clusters.num_groups = {config.num_groups} is more than the {num_classes} "
+                    f"classes of {source}; each group needs a class"
+                )
+            return
+        outside = [c for c in classes_in(self.groups_file) if not 0 <= c < num_classes]
+        if outside:
+            raise UserError(
+                f"clusters.groups_file = {self.groups_file}: class index {outside[0]} is out of "
+                f"range; {source} has {num_classes} classes, 0 to {num_classes - 1}"
+            )
+
+    @property
+    def groups_file(self) -> Path | None:
+        """The user's own groups, instead of clustering."""
+        file = self.run.config.clusters.groups_file
+        return Path(file) if file else None
+
+    @cached_property
+    def num_groups(self) -> int:
+        """The config's number, or the length of the user's groups file."""
+        file = self.groups_file
+        if file is None:
+            return self.run.config.clusters.num_groups
+        return count_groups(file, f"clusters.groups_file = {file}: not a readable ClassGroups file")
+
+
+class DeepMethod:
+    """A deep ensemble: generalists alone, each from a seed of its own."""
+
+    has_groups = False
+    kinds = {
+        "evaluate": dataclasses.replace(
+            KINDS["evaluate"], function="trainer.stages.evaluate:evaluate_deep"
+        )
+    }
+
+    def __init__(self, run: RunDirectory):
+        self.run = run
+
+    def generalist(self) -> Stage:
+        return self.run.stage("generalist")
+
+    def members(self) -> list[Stage]:
+        count = self.run.config.ensemble.members
+        return [self.run.stage("member", (), index, index=index) for index in range(1, count)]
+
+    def cluster(self) -> Stage:
+        raise AssertionError("a deep ensemble has no groups")
+
+    def specialists(self) -> list[Stage]:
+        return []
+
+    def ensemble(self) -> Stage:
+        kind = dataclasses.replace(
+            KINDS["ensemble"], function="trainer.stages.joining:deep_ensemble"
+        )
+        inputs = [self.run.generalist, *self.run.members]
+        return self.run.stage("ensemble", inputs, kind=kind)
+
+    def before_ensemble(self) -> list[Stage]:
+        return self.run.members
+
+    def joined(self) -> list[Stage]:
+        return self.run.members
+
+    def check(self, num_classes: int | None, source: str) -> None:
+        """It has no groups that could be wrong."""
+
+
+class ExtendingMethod(SpecialistMethod):
+    """New classes beside those of a finished run.
+
+    Its generalist gets rows for them, its groups and specialists are inherited, and there is one new
+    group and specialist.
+    """
+
+    # An inherited specialist is not trained, and is handed on in the job that finds the groups.
+    INHERITED = dataclasses.replace(
+        KINDS["specialist"],
+        function="trainer.stages.extending:inherit_specialist",
+        sections=(),
+        job=KINDS["cluster"].job,
+        slurm=KINDS["cluster"].slurm,
+        trains=False,
+    )
+    kinds = {
+        "evaluate": dataclasses.replace(
+            KINDS["evaluate"], function="trainer.stages.evaluate:evaluate_extended"
+        )
+    }
+
+    def __init__(self, run: RunDirectory):
+        super().__init__(run)
+        self.old = Path(run.config.extend.run)
+
+    def generalist(self) -> Stage:
+        kind = dataclasses.replace(
+            KINDS["generalist"], function="trainer.stages.extending:generalist"
+        )
+        return self.run.stage("generalist", kind=kind, **self._inherited("generalist"))
+
+    def cluster(self) -> Stage:
+        kind = dataclasses.replace(KINDS["cluster"], function="trainer.stages.extending:cluster")
+        return self.run.stage(
+            "cluster",
+            [self.run.measure],
+            kind=kind,
+            groups=None,
+            companions=self.run.config.extend.companions,
+            **self._inherited("clusters"),
+        )
+
+    def specialists(self) -> list[Stage]:
+        stages = []
+        for index in range(self.num_inherited):
+            extra = self._inherited(f"specialists/{index:03d}")
+            kind = self.INHERITED
+            inputs = [self.run.cluster]
+            stages.append(
+                self.run.stage("specialist", inputs, index, kind=kind, index=index, **extra)
+            )
+        index = self.num_inherited
+        return [*stages, self.run.stage("specialist", [self.run.route], index, index=index)]
+
+    def _inherited(self, place: str) -> dict:
+        """What is inherited from a place of the old run: the attempt that made it."""
+        return {"taken": file_hash(self.old / place / "DONE")}
+
+    @cached_property
+    def num_inherited(self) -> int:
+        """The first so many specialists are the old run's."""
+        file = self.old / "clusters" / "groups.json"
+        return count_groups(
+            file, f"extend.run = {self.old}: no run of specialists, it has no clusters/groups.json"
+        )
+
+    def check(self, num_classes: int | None, source: str) -> None:
+        """The old run is another one, and all that is inherited is done."""
+        if self.old.resolve() == self.run.root.resolve():
+            raise UserError(
+                f"extend.run = {self.old} is this run itself; give the new one another --run"
+            )
+        try:
+            skipped = self.skipped()
+        except (OSError, ValueError, KeyError):
+            raise UserError(
+                f"extend.run = {self.old}: its clusters are not done; finish that run first"
+            ) from None
+        specialists = [
+            f"specialists/{m:03d}" for m in range(self.num_inherited) if m not in skipped
+        ]
+        places = ["generalist", *specialists]
+        absent = [place for place in places if not (self.old / place / "DONE").is_file()]
+        if absent:
+            more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+            raise UserError(
+                f"extend.run = {self.old}: {', '.join(absent[:3])}{more} not done; "
+                "finish that run first"
+            )
+
+    def skipped(self) -> list[int]:
+        """Groups of the old run that got no specialist."""
+        return read_json(self.old / "clusters" / "summary.json")["skipped"]
+
+    @property
+    def groups_file(self) -> None:
+        return None
+
+    @cached_property
+    def num_groups(self) -> int:
+        return self.num_inherited + 1
+
+
+def method_of(run: RunDirectory) -> Method:
+    if run.config.is_deep:
+        return DeepMethod(run)
+    return ExtendingMethod(run) if run.config.extend.run else SpecialistMethod(run)
+
+
+def classes_in(groups_file: Path) -> list[int]:
+    """Every class index in a ClassGroups file."""
+    try:
+        groups = read_json(groups_file)["members"]
+        return [int(index) for classes in groups for index in classes]
+    except (TypeError, ValueError):
+        raise UserError(
+            f"clusters.groups_file = {groups_file}: its members are not lists of class indices"
+        ) from None
+
+
+def count_groups(file: Path, otherwise: str) -> int:
+    """Groups in a ClassGroups file.  Raises UserError(otherwise) where it is none."""
+    try:
+        return len(read_json(file)["members"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(otherwise) from None

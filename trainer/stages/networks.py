@@ -1,0 +1,202 @@
+"""Networks of a run: fresh ones, those of finished stages, and those that come from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from networks import (
+    Classifier,
+    ModelSpec,
+    adopt_weights,
+    batch_ensemble,
+    build_classifier,
+    hydra,
+    load_classifier,
+    save_classifier,
+    widen,
+)
+from pipeline.config import Config, Model, Student, UserError
+from pipeline.store import Attempt, Stage, read_json, write_json
+
+from ..data.decoding import import_function
+from ..session import Session
+
+
+def fresh_network(
+    session: Session,
+    student: Student | None = None,
+    seed: int | None = None,
+    members: dict | None = None,
+) -> Classifier:
+    """A network of [model], its weights drawn from `seed`, by default the run's.
+
+    student: its own keys of [model] count first.  members: of networks with several, as model.json has
+    it.
+    """
+    model = session.config.model
+    if student is not None:
+        model = Model.model_validate({**model.model_dump(), **student.model})
+    shards = session.shards("train")
+    builders = user_builders(model.name)
+    torch.manual_seed(session.config.seed if seed is None else seed)
+    try:
+        spec = ModelSpec(
+            builder=model.name,
+            options=model_options(model, builders),
+            num_classes=shards.num_classes,
+            class_names=list(shards.class_names),
+            input={
+                "shape": shards.input_shape,
+                "dtype": "uint8" if shards.input_dtype == np.uint8 else "float32",
+                "mean": session.config.data.mean,
+                "std": session.config.data.std,
+            },
+            members=members,
+        )
+        return build_classifier(spec, builders)
+    except ValueError as error:
+        raise UserError(f"[model] {error}") from None
+
+
+def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
+    """What the builder gets: [model]'s own keys for a built-in network, and `options`."""
+    if builders or model.name.startswith("timm:"):
+        return dict(model.options)
+    return {
+        "width": model.width,
+        "depth": model.depth,
+        "embedding": model.embedding,
+        "dropout": model.dropout,
+        **model.options,
+    }
+
+
+def load_network(session: Session, stage: Stage) -> Classifier:
+    """A finished stage's network, in eval mode, on this rank's device."""
+    directory = stage.path("model.safetensors").parent
+    return load_classifier(directory, session.ranks.device, builders_of(session.config))
+
+
+def save_network(session: Session, attempt: Attempt, network: Classifier, summary: dict) -> None:
+    """The network and what training it took, by rank 0."""
+    if session.ranks.is_main:
+        save_classifier(network, attempt.directory)
+        save_summary(attempt, summary)
+
+
+def save_summary(attempt: Attempt, summary: dict) -> None:
+    write_json(attempt.path("summary.json"), summary)
+
+
+def read_summary(stage: Stage) -> dict:
+    return read_json(stage.path("summary.json"))
+
+
+def given_generalist(session: Session) -> Classifier | None:
+    """The network that [generalist] from names; None where the generalist is trained here.
+
+    It is a run's, one that save_classifier wrote, or a [model] with someone else's weights.
+    """
+    source, head = session.config.generalist.init, session.config.generalist.head
+    if not source:
+        return None
+    try:
+        if head is not None:
+            network = fresh_network(session)
+            adopt_weights(network, source, head)
+            return network.to(session.ranks.device)
+        network = _saved_network(session, Path(source))
+    except (OSError, ValueError) as error:
+        raise UserError(f"generalist.from = {source}: {error}") from None
+    if network.num_members > 1:
+        raise UserError(
+            f"generalist.from = {source} has {network.num_members} members; a generalist has one"
+        )
+    if network.spec.num_classes != session.num_classes:
+        raise UserError(
+            f"generalist.from = {source} knows {network.spec.num_classes} classes, "
+            f"the data has {session.num_classes}"
+        )
+    return network
+
+
+def _saved_network(session: Session, path: Path) -> Classifier:
+    """Of a run its generalist, of another directory the network itself."""
+    if (path / "generalist").is_dir():
+        path = path / "generalist"
+    if path.is_file():
+        raise ValueError(
+            "is a file of weights; say what its last linear layer is called: generalist.head"
+        )
+    return load_classifier(path, session.ranks.device, builders_of(session.config))
+
+
+def student_network(session: Session, name: str, student: Student) -> Classifier:
+    """Fresh, a copy of the generalist, or another student's network, with as many members as asked.
+
+    The copy is widened where the student's [model] is a wider one.  The seed is drawn from the student's
+    name, so that it never shares its teacher's initialization.
+    """
+    seed = session.seed(f"student {name}", 0)
+    members = student_members(session.config, student)
+    if student.start == "scratch":  # every head, or factor, drawn by itself
+        return fresh_network(session, student, seed, members)
+    if student.start == "generalist":
+        network = _grown_generalist(session, fresh_network(session, student, seed).spec)
+    else:
+        network = load_network(session, session.run.students[student.start])
+    if network.spec.members == members:
+        return network
+    if members is None:
+        raise UserError(
+            f"students.{name}.start = {student.start!r} has {network.num_members} members, "
+            'which network = "single" cannot be grown from'
+        )
+    try:
+        if student.network == "hydra":
+            return hydra(network, members["count"], student.head_blocks)
+        generator = torch.Generator().manual_seed(seed)
+        return batch_ensemble(network, members["count"], generator=generator)
+    except ValueError as error:
+        raise UserError(f"students.{name}: {error}") from None
+
+
+def student_members(config: Config, student: Student) -> dict | None:
+    """As model.json has it; None for a single network."""
+    count = student.members or config.ensemble.members
+    if student.network == "hydra":
+        return {"kind": "heads", "count": count, "blocks": student.head_blocks}
+    if student.network == "batch_ensemble":
+        return {"kind": "batch", "count": count}
+    return None
+
+
+def _grown_generalist(session: Session, spec: ModelSpec) -> Classifier:
+    generalist = load_network(session, session.run.generalist)
+    if generalist.spec == spec:
+        return generalist
+    try:
+        return widen(generalist, spec, torch.Generator().manual_seed(session.config.seed))
+    except ValueError as error:
+        raise UserError(f'{error}; a student of another shape needs start = "scratch"') from None
+
+
+def user_builders(name: str) -> dict[str, Callable] | None:
+    """A `module:function` of the config, imported; a loaded file never names code."""
+    if ":" not in name or name.startswith("timm:"):
+        return None
+    return {name: import_function(name, "model.name")}
+
+
+def builders_of(config: Config) -> dict[str, Callable]:
+    """The user's own builders that the config names, for the generalist and for students."""
+    names = [config.model.name]
+    names += [student.model.get("name", "") for student in config.students.values()]
+    builders: dict[str, Callable] = {}
+    for name in names:
+        builders |= user_builders(name) or {}
+    return builders

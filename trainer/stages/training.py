@@ -1,0 +1,129 @@
+"""Training one network of a run: what a stage hands to the loop, and for how long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import closing
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.choices import LOSSES, resolve
+from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
+from pipeline.store import Attempt
+
+from ..core.loop import train
+from ..core.objectives import Objective, classify
+from ..core.tracking import trackers
+from ..data.streams import Source, TrainingStream, balanced
+from ..engines import build_engine
+from ..session import Session
+
+Validate = Callable[[nn.Module], dict[str, float]]
+
+
+class TrainingTask(NamedTuple):
+    """Who learns what from which examples, for how many steps.  notes: for summary.json."""
+
+    network: nn.Module
+    objective: Objective
+    stream: TrainingStream
+    steps: int
+    notes: dict = {}
+
+
+def train_network(
+    session: Session,
+    attempt: Attempt,
+    task: TrainingTask,
+    schedule: ResolvedSchedule,
+    validate: Validate | None = None,
+) -> tuple[nn.Module, dict]:
+    """The trained network and its summary {seconds, examples_seen, steps, best_step, val, ...}."""
+    ranks, engine = session.ranks, session.config.engine
+    names = engine.track if ranks.is_main else []
+    with (
+        closing(build_engine(engine, ranks)) as built,
+        ranks.watchdog.watching(),
+        trackers(names, attempt.directory, session.run.root, attempt.stage.place) as tracked,
+    ):
+        network, summary = train(
+            built,
+            task.network,
+            task.objective,
+            task.stream,
+            schedule,
+            task.steps,
+            ranks=ranks,
+            checkpoints=attempt.stage.checkpoints,
+            metrics=attempt.path("metrics.jsonl"),
+            validate=validate,
+            workers=session.config.data.workers,
+            trackers=tracked,
+        )
+    for source, sample, reason in summary.pop("lost"):
+        session.losses.add(task.stream.sources[source].shards, {sample: reason})
+    return network, summary | task.notes
+
+
+def generalist_task(
+    session: Session,
+    network: nn.Module,
+    schedule: ResolvedSchedule,
+    seed: int | None = None,
+    steps: int | None = None,
+) -> TrainingTask:
+    """Learn all classes.  The prior of a balanced stream is carried through the loss.
+
+    seed: of the stream, by default the run's.  steps: by default the schedule's.
+    """
+    shards = session.shards("train")
+    if seed is None:
+        seed = session.config.seed
+    if steps is None:
+        steps = count_steps(schedule, shards.num_samples)
+    log_prior = None
+    if schedule.balance:
+        log_prior = balanced_log_prior(shards.class_counts, schedule.balance)
+    order = balanced(shards.labels, seed, schedule.balance)
+    source = Source(shards, order, schedule.batch_size)
+    stream = TrainingStream([source], seed, session.config.data.augment)
+    objective = classify(
+        schedule.label_smoothing, log_prior, schedule.negatives, loss=loss_of(schedule)
+    )
+    return TrainingTask(network, objective, stream, steps)
+
+
+def loss_of(schedule: ResolvedSchedule):
+    """The function (logits, labels, label_smoothing) -> mean loss that the schedule names."""
+    return resolve(LOSSES[schedule.loss].function)
+
+
+def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tensor:
+    """log(fraction in a stream balanced by `exponent` / natural fraction) of each class, float32 [C].
+
+    It is 0 for a class without examples.
+    """
+    natural = class_counts / class_counts.sum()
+    present = class_counts > 0
+    sampled = np.where(present, np.power(np.maximum(natural, 1e-12), 1 - exponent), 0)
+    sampled = sampled / sampled.sum()
+    ratio = np.where(present, sampled / np.maximum(natural, 1e-12), 1)
+    return torch.as_tensor(np.log(ratio), dtype=torch.float32)
+
+
+def count_steps(schedule: ResolvedSchedule, examples: int) -> int:
+    """Optimizer steps of a schedule over so many examples."""
+    if schedule.steps is not None:
+        return schedule.steps
+    if schedule.epochs is None:
+        raise UserError("train.steps or train.epochs is missing: say how long to train")
+    return max(1, math.ceil(schedule.epochs * examples / schedule.batch_size))
+
+
+def specialist_steps(schedule: ResolvedSpecialists, examples: int) -> int:
+    """An epoch of a specialist is one pass over its own classes, which fill `fraction` of a batch."""
+    return count_steps(schedule, math.ceil(examples / schedule.fraction))
