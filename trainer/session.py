@@ -41,7 +41,7 @@ from pipeline.store import (
     write_json,
 )
 
-from .core.loop import train
+from .core.loop import Trainer, TrainingFiles, TrainingTask
 from .core.objectives import Objective
 from .core.tracking import trackers
 from .data.cache import cached
@@ -176,23 +176,16 @@ class Session:
             self.ranks.watchdog.watching(),
             trackers(names, attempt.directory, self.run.root, attempt.stage.place) as tracked,
         ):
-            network, summary = train(
-                engine,
-                network,
-                objective,
-                stream,
-                schedule,
-                steps,
-                ranks=self.ranks,
-                checkpoints=attempt.stage.checkpoints,
-                metrics=attempt.path("metrics.jsonl"),
-                validate=validate,
-                workers=self.config.data.workers,
-                trackers=tracked,
+            task = TrainingTask(
+                network, objective, stream, schedule, steps, validate, self.config.data.workers
             )
-        for source, sample, reason in summary.pop("lost"):
+            files = TrainingFiles(
+                attempt.stage.checkpoints, attempt.path("metrics.jsonl"), tracked
+            )
+            network, summary = Trainer(task, engine, self.ranks, files).train()
+        for source, sample, reason in summary.lost:
             self.losses.add(stream.sources[source].shards, {sample: reason})
-        return network, summary
+        return network, summary.to_json()
 
     def measured(
         self, shards: ShardSet, measure: Callable[[Batch], dict[str, Tensor]], ids=None
