@@ -1,39 +1,90 @@
-"""Build a network from model.json and safetensors: trunks, heads, dustbins, preprocessing.  Nothing of ours."""
+"""Build a network from model.json and safetensors: trunks, heads, dustbins, preprocessing.
+
+Nothing of the other packages.  Names are imported when they are first used: importing networks, or
+networks.choices, imports no torch.
+"""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-_HOMES = {
+if TYPE_CHECKING:
+    from .builders import builtin_options, declared_options
+    from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
+    from .files import adopt_weights, load_classifier, save_classifier
+    from .freezing import freeze_norm, set_trainable
+    from .growing import add_classes, match_classes, merge_grown_head, remap_specialist
+    from .heads import DustbinHead
+    from .linear_logits import Summary
+    from .members import RankOne, mean_log_probabilities, member_log_probabilities
+    from .multiplying import batch_ensemble, hydra
+    from .residual_row import ResidualRow, fit_residual_row
+    from .spec import InputSpec, ModelSpec
+    from .specialising import specialise
+    from .widening import widen
+
+_MODULE_OF = {
     "InputSpec": "spec",
     "ModelSpec": "spec",
     "builtin_options": "builders",
+    "declared_options": "builders",
     "build_classifier": "classifier",
     "Classifier": "classifier",
+    "lazy_logits": "classifier",
     "parameter_count": "classifier",
     "DustbinHead": "heads",
-    "lazy_logits": "heads",
     "Summary": "linear_logits",
+    "ResidualRow": "residual_row",
     "fit_residual_row": "residual_row",
     "member_log_probabilities": "members",
     "mean_log_probabilities": "members",
     "RankOne": "members",
-    "specialise": "surgery",
-    "match_classes": "surgery",
-    "add_classes": "surgery",
-    "merge_grown_head": "surgery",
-    "remap_specialist": "surgery",
-    "hydra": "surgery",
-    "batch_ensemble": "surgery",
-    "set_trainable": "surgery",
-    "freeze_norm": "surgery",
-    "widen": "surgery",
+    "specialise": "specialising",
+    "match_classes": "growing",
+    "add_classes": "growing",
+    "merge_grown_head": "growing",
+    "remap_specialist": "growing",
+    "hydra": "multiplying",
+    "batch_ensemble": "multiplying",
+    "set_trainable": "freezing",
+    "freeze_norm": "freezing",
+    "widen": "widening",
     "save_classifier": "files",
     "load_classifier": "files",
     "adopt_weights": "files",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "Classifier",
+    "DustbinHead",
+    "InputSpec",
+    "ModelSpec",
+    "RankOne",
+    "ResidualRow",
+    "Summary",
+    "add_classes",
+    "adopt_weights",
+    "batch_ensemble",
+    "build_classifier",
+    "builtin_options",
+    "declared_options",
+    "fit_residual_row",
+    "freeze_norm",
+    "hydra",
+    "lazy_logits",
+    "load_classifier",
+    "match_classes",
+    "mean_log_probabilities",
+    "member_log_probabilities",
+    "merge_grown_head",
+    "parameter_count",
+    "remap_specialist",
+    "save_classifier",
+    "set_trainable",
+    "specialise",
+    "widen",
+]
 
 
 def __getattr__(name: str):
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)

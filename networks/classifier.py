@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .builders import BUILTIN, build_trunk
-from .heads import make_head
-from .members import MemberHeads, cut_trunk, member_head, share_weights
+from .builders import Builders, build_trunk
+from .heads import DustbinHead, GrownHead, ShardedLinear, make_head
+from .linear_logits import LinearLogits
+from .members import MemberHeads, RankOne, cut_trunk, member_head, share_weights
 from .spec import ModelSpec
+
+Head = nn.Linear | DustbinHead | ShardedLinear | GrownHead | MemberHeads | RankOne
 
 
 class Classifier(nn.Module):
-    """raw [B, *input.shape] -> .preprocess -> .trunk -> features [B, D] -> .head -> logits [B, spec.num_outputs].
+    """raw [B, *input.shape] -> preprocess -> trunk -> features [B, D] -> head -> logits.
 
-    With members (spec.members) the logits are [K, B, C].  Of kind "heads" .trunk is the body that they share and .head
-    the K heads with their blocks; of kind "batch" .trunk and .head read the batch K times, member by member.
+    The logits are [B, spec.num_outputs], or [K, B, C] of a network with members (spec.members).
+    Of members of kind "heads" .trunk is the body that they share and .head the K heads with their
+    blocks.  Of kind "batch" .trunk and .head read the batch K times, member by member.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+        What model.json says of it.
+    trunk : nn.Module
+        [B, *input.shape] -> features [B, D].
+    head : Head
+        nn.Linear and DustbinHead are what is saved.  GrownHead, while new classes are learnt, and
+        ShardedLinear, while ranks split the rows, are there during training only.
     """
 
-    def __init__(self, spec: ModelSpec, trunk: nn.Module, head: nn.Module):
+    spec: ModelSpec
+    trunk: nn.Module
+    head: Head
+    _gain: Tensor
+    _offset: Tensor
+
+    def __init__(self, spec: ModelSpec, trunk: nn.Module, head: Head):
         super().__init__()
-        self.spec, self.trunk, self.head = spec, trunk, head
+        self.spec = spec
+        self.trunk = trunk
+        self.head = head
         self._frozen_norms: frozenset[str] = frozenset()
         self._all_norms_fixed = False
         # (raw * scale - mean) / std as one multiplication and one addition.
-        mean, std = torch.tensor(spec.input.mean).double(), torch.tensor(spec.input.std).double()
+        mean = torch.tensor(spec.input.mean).double()
+        std = torch.tensor(spec.input.std).double()
         trailing = (-1, *[1] * (len(spec.input.shape) - 1))
-        self.register_buffer(
-            "_gain", (spec.input.scale / std).float().view(trailing), persistent=False
-        )
-        self.register_buffer("_offset", (-mean / std).float().view(trailing), persistent=False)
+        gain = (spec.input.scale / std).float().view(trailing)
+        offset = (-mean / std).float().view(trailing)
+        self.register_buffer("_gain", gain, persistent=False)
+        self.register_buffer("_offset", offset, persistent=False)
 
     def preprocess(self, raw: Tensor) -> Tensor:
-        """(raw * scale - mean) / std in the network's floating type; raw is uint8 or float, in raw units.
+        """(raw * scale - mean) / std in the network's floating type.
 
+        raw: uint8 or float, in raw units.
         Raises ValueError if one example's shape is not spec.input.shape.
         """
         if tuple(raw.shape[1:]) != self.spec.input.shape:
@@ -57,27 +79,48 @@ class Classifier(nn.Module):
         return self.head(self.trunk(tiled)).unflatten(0, (self.num_members, -1))
 
     def train(self, mode: bool = True) -> Classifier:
-        """As nn.Module's, but batch norm that set_trainable or freeze_norm has frozen stays in eval mode."""
+        """As nn.Module's, but norms that set_trainable or freeze_norm froze stay in eval mode."""
         super().train(mode)
         if mode and (self._frozen_norms or self._all_norms_fixed):
             for name, module in self.named_modules():
-                if isinstance(module, _BatchNorm) and (
-                    self._all_norms_fixed or name in self._frozen_norms
-                ):
+                frozen = self._all_norms_fixed or name in self._frozen_norms
+                if frozen and isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
 
-def build_classifier(spec: ModelSpec, builders: dict[str, Callable] | None = None) -> Classifier:
+def build_classifier(spec: ModelSpec, builders: Builders | None = None) -> Classifier:
     """The network that `spec` describes, with fresh weights from torch's global generator.
 
-    builders: {name: callable(shape, **options) -> nn.Module, [B, *shape] -> [B, D]}, for specs that name one of them.
-    Raises ValueError for an unknown builder or option, with the nearest valid name, for a trunk not giving [B, D], and
-    for members that it cannot have.
+    Parameters
+    ----------
+    spec : ModelSpec
+        The contents of a model.json.
+    builders : mapping, optional
+        {name: callable(shape, **options) -> nn.Module, [B, *shape] -> [B, D]}, for specs that name
+        one of them.  networks.choices says what a builder has to be.
+
+    Returns
+    -------
+    Classifier
+
+    Raises
+    ------
+    ValueError
+        For an unknown builder or option, with the nearest valid name; for a trunk that does not
+        give [B, D]; for members that it cannot have.
+
+    Examples
+    --------
+    >>> from networks import InputSpec, ModelSpec, build_classifier
+    >>> spec = ModelSpec("convnet", 10, InputSpec(shape=(1, 28, 28)), {"width": 8})
+    >>> build_classifier(spec).head
+    Linear(in_features=128, out_features=10, bias=True)
     """
     trunk = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
-    features = _feature_size(trunk, spec, builders)
-    head, members = make_head(spec, features), spec.members
+    features = _feature_size(trunk, spec)
+    head: Head = make_head(spec, features)
+    members = spec.members
     if members and members["kind"] == "heads":
         blocks, whole = members["blocks"], trunk
         trunk, end = cut_trunk(whole, blocks)
@@ -94,24 +137,64 @@ def build_classifier(spec: ModelSpec, builders: dict[str, Callable] | None = Non
 
 
 def parameter_count(module: nn.Module, trainable: bool = False) -> int:
-    """Number of parameters of `module`, or only of those that training changes."""
-    return sum(
-        parameter.numel()
-        for parameter in module.parameters()
-        if parameter.requires_grad or not trainable
-    )
+    """Number of parameters of a module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module, say a Classifier.
+    trainable : bool
+        Count only those that training changes.
+
+    Returns
+    -------
+    int
+    """
+    parameters = module.parameters()
+    if trainable:
+        parameters = filter(lambda parameter: parameter.requires_grad, parameters)
+    return sum(parameter.numel() for parameter in parameters)
 
 
-def _feature_size(trunk: nn.Module, spec: ModelSpec, builders) -> int:
+def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
+    """The logits of a classifier with a plain linear head, which are never [B, C] at once.
+
+    Parameters
+    ----------
+    classifier : Classifier
+        Its head has one row per class; those of add_classes may still be learning.
+    raw : Tensor [B, *input.shape]
+
+    Returns
+    -------
+    LinearLogits
+        Of B rows.
+
+    Raises
+    ------
+    ValueError
+        For a network with members: take member_log_probabilities.
+    """
+    if classifier.num_members > 1:
+        raise ValueError(
+            "the logits of a network with members are held; take member_log_probabilities"
+        )
+    head = classifier.head
+    assert isinstance(head, (nn.Linear, GrownHead)), f"no linear head: {type(head).__name__}"
+    features = classifier.trunk(classifier.preprocess(raw))
+    weight = head.weight
+    return LinearLogits(features, weight, head.bias, len(weight))
+
+
+def _feature_size(trunk: nn.Module, spec: ModelSpec) -> int:
     was_training = trunk.training
     trunk.eval()
     with torch.no_grad():
         features = trunk(torch.zeros(1, *spec.input.shape))
     trunk.train(was_training)
-    if not isinstance(features, Tensor) or features.dim() != 2:
-        assert spec.builder not in BUILTIN or builders
-        shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(
-            f"builder {spec.builder!r} gives {shape} for one input; features [1, D] are needed"
-        )
-    return features.shape[1]
+    if isinstance(features, Tensor) and features.dim() == 2:
+        return features.shape[1]
+    given = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    raise ValueError(
+        f"builder {spec.builder!r} gives {given} for one input; features [1, D] are needed"
+    )

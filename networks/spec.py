@@ -7,28 +7,41 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 SCHEMA = 1
 HEAD_KINDS = ("linear", "dustbin")
 DUSTBIN_ROWS = ("all", "kept", "fresh")
 MEMBER_KEYS = {"heads": ("kind", "count", "blocks"), "batch": ("kind", "count")}
+REQUIRED_KEYS = ("builder", "num_classes", "input", "shape")
 
 
 @dataclass(frozen=True)
 class InputSpec:
     """One raw input, and the map to what the trunk reads: (raw * scale - mean) / std.
 
-    shape: of one example, [C, H, W] for images.  dtype: "uint8" or "float32", as decoded.
-    scale: None takes 1/255 for uint8, 1 for float32.
-    mean, std: of scaled inputs, one value or one per entry of the first axis.
+    Parameters
+    ----------
+    shape : tuple of int
+        Of one example, [C, H, W] for images.
+    dtype : {"uint8", "float32"}
+        As decoded.
+    scale : float, optional
+        By default 1/255 for uint8 and 1 for float32.
+    mean, std : tuple of float
+        Of scaled inputs: one value, or one per entry of the first axis.
+
+    Raises
+    ------
+    ValueError
+        For a value that cannot be, which it names.
     """
 
     shape: tuple[int, ...]
     dtype: str = "uint8"
-    scale: float | None = None
+    scale: float = cast(float, None)  # __post_init__ puts a number here
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
 
@@ -45,18 +58,14 @@ class InputSpec:
             raise ValueError(f"input.shape = {list(self.shape)}: every length must be at least 1")
         if self.dtype not in ("uint8", "float32"):
             raise ValueError(f"input.dtype = {self.dtype!r}: must be uint8 or float32")
-        put(
-            self,
-            "scale",
-            float(self.scale)
-            if self.scale is not None
-            else (1 / 255 if self.dtype == "uint8" else 1.0),
-        )
+        default_scale = {"uint8": 1 / 255, "float32": 1.0}[self.dtype]
+        put(self, "scale", default_scale if self.scale is None else float(self.scale))
         for name in ("mean", "std"):
             length = len(getattr(self, name))
             if length not in (1, self.shape[0]):
                 raise ValueError(
-                    f"input.{name} has {length} values; 1 or {self.shape[0]} (input.shape[0]) are needed"
+                    f"input.{name} has {length} values; "
+                    f"1 or {self.shape[0]} (input.shape[0]) are needed"
                 )
         if min(self.std) <= 0 or not all(map(math.isfinite, (*self.mean, *self.std, self.scale))):
             raise ValueError(
@@ -68,15 +77,38 @@ class InputSpec:
 class ModelSpec:
     """The contents of model.json, schema 1.
 
-    builder: a built-in's name, `timm:NAME`, or a key of the `builders` that the caller passes.  Never code.
-    options: keyword arguments of the builder; an option that is None takes the builder's default.
-    num_classes, class_names: of the whole label set, also for a specialist.  No names: "0", "1", ...
-    head: {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": "all" | "kept" | "fresh"}:
-        with "all" there is a row for every class and the dustbin is the log-sum-exp of those that are not members,
-        with "kept" it is that of the classes "kept" and of one row for all others, with "fresh" it has one row.
-    members: None for a plain network, or K of them, whose logits are [K, B, C]:
-        {"kind": "heads", "count": K, "blocks": N}: K heads on one body, each the last N blocks and a linear layer;
-        {"kind": "batch", "count": K}: a BatchEnsemble, rank-one factors of each member on every layer.
+    Parameters
+    ----------
+    builder : str
+        A built-in's name, `timm:NAME`, or a key of the `builders` that the caller passes.
+        Never code.
+    num_classes : int
+        Of the whole label set, also for a specialist.
+    input : InputSpec
+        One raw input.
+    options : dict
+        Keyword arguments of the builder; an option that is None takes the builder's default.
+    class_names : tuple of str
+        Of the whole label set, also for a specialist.  By default "0", "1", ...
+    head : dict
+        {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": rows}.
+        The rows say what the dustbin is made of:
+
+        "all"    a row for every class: the dustbin is the log-sum-exp of those outside "members"
+        "kept"   rows for the classes in the list "kept" and one row for all others
+        "fresh"  one row
+    members : dict, optional
+        None for a plain network, or K members whose logits are [K, B, C]:
+
+        {"kind": "heads", "count": K, "blocks": N}
+            K heads on one body, each made of the last N blocks and a linear layer
+        {"kind": "batch", "count": K}
+            a BatchEnsemble: every layer has rank-one factors of each member
+
+    Raises
+    ------
+    ValueError
+        For a value that cannot be, which it names.
     """
 
     builder: str
@@ -90,7 +122,7 @@ class ModelSpec:
     def __post_init__(self):
         put = object.__setattr__
         if isinstance(self.input, dict):
-            put(self, "input", InputSpec(**_known(self.input, InputSpec, "input.")))
+            put(self, "input", InputSpec(**_checked_keys(self.input, InputSpec, "input.")))
         if not isinstance(self.builder, str) or not self.builder:
             raise ValueError(f"builder = {self.builder!r}: a name is needed")
         if not isinstance(self.options, dict):
@@ -99,23 +131,22 @@ class ModelSpec:
             raise ValueError(
                 f"num_classes = {self.num_classes!r}: must be a whole number, at least 1"
             )
-        put(
-            self,
-            "options",
-            {name: value for name, value in self.options.items() if value is not None},
-        )
+        put(self, "options", {key: v for key, v in self.options.items() if v is not None})
         put(self, "class_names", tuple(map(str, self.class_names or range(self.num_classes))))
         if len(self.class_names) != self.num_classes:
             raise ValueError(
-                f"class_names has {len(self.class_names)} entries for num_classes = {self.num_classes}"
+                f"class_names has {len(self.class_names)} entries "
+                f"for num_classes = {self.num_classes}"
             )
         put(self, "head", _checked_head(self.head, self.num_classes))
-        put(self, "members", _checked_network_members(self.members, self.head))
+        put(self, "members", _checked_members(self.members, self.head))
 
     @property
     def num_outputs(self) -> int:
-        """Width of the logits: every class, or the members and the dustbin."""
-        return self.num_classes if self.head["kind"] == "linear" else len(self.head["members"]) + 1
+        """Width of the logits: every class, or a specialist's classes and the dustbin."""
+        if self.head["kind"] == "linear":
+            return self.num_classes
+        return len(self.head["members"]) + 1
 
     def to_json(self) -> str:
         values = {"schema": SCHEMA} | asdict(self)
@@ -128,14 +159,14 @@ class ModelSpec:
         """Raises ValueError for what is not JSON, another schema, and unknown or missing keys."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as mistake:
-            raise ValueError(f"not valid JSON: {mistake}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
         if not isinstance(values, dict):
             raise ValueError("a JSON object is needed")
         schema = values.pop("schema", None)
         if schema != SCHEMA:
             raise ValueError(f"schema {schema!r}; this version reads schema {SCHEMA}")
-        return cls(**_known(values, cls, ""))
+        return cls(**_checked_keys(values, cls, ""))
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
@@ -145,60 +176,69 @@ class ModelSpec:
 
     @classmethod
     def load(cls, path: str | Path) -> ModelSpec:
+        """Raises ValueError, naming the file, where it cannot be read or is not a model.json."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as mistake:
-            raise ValueError(
-                f"{path}: cannot be read: {getattr(mistake, 'strerror', None) or mistake}"
-            ) from None
-        except ValueError as mistake:
-            raise ValueError(f"{path}: {mistake}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{path}: cannot be read: {reason}") from None
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of an error about an unknown `name`: the nearest valid one, or all of them."""
     valid = list(valid)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"valid: {', '.join(valid)}"
 
 
-def check_members(members, num_classes: int) -> list[int]:
-    """`members` as a sorted list of distinct class indices.  ValueError if empty, repeated or out of range."""
-    members = sorted(int(member) for member in members)
-    if not members:
+def checked_classes(classes: Iterable[int], num_classes: int) -> list[int]:
+    """`classes` as a sorted list of distinct class indices.
+
+    Raises ValueError if there is none, one is repeated, or one is out of range.
+    """
+    ordered = sorted(int(c) for c in classes)
+    if not ordered:
         raise ValueError("a dustbin head needs at least one member")
-    if members[0] < 0 or members[-1] >= num_classes:
-        wrong = members[0] if members[0] < 0 else members[-1]
-        raise ValueError(f"member {wrong} is not a class; classes are 0 to {num_classes - 1}")
-    repeated = [a for a, b in zip(members, members[1:], strict=False) if a == b]
-    if repeated:
-        raise ValueError(f"member {repeated[0]} is listed twice")
-    return members
+    for c in (ordered[0], ordered[-1]):
+        if not 0 <= c < num_classes:
+            raise ValueError(f"member {c} is not a class; classes are 0 to {num_classes - 1}")
+    for c, following in zip(ordered, ordered[1:], strict=False):
+        if c == following:
+            raise ValueError(f"member {c} is listed twice")
+    return ordered
 
 
-def _checked_head(head, num_classes: int) -> dict:
+def _checked_head(head: dict[str, Any], num_classes: int) -> dict[str, Any]:
     if not isinstance(head, dict) or head.get("kind") not in HEAD_KINDS:
         raise ValueError(f"head = {head!r}: its kind must be one of {', '.join(HEAD_KINDS)}")
-    keys = {"kind"} if head["kind"] == "linear" else {"kind", "members", "rows"}
-    keys |= {"kept"} if head.get("rows") == "kept" else set()
-    for key in set(head) - keys:
+    rows = head.get("rows", "all")
+    keys = ["kind"]
+    if head["kind"] == "dustbin":
+        keys += ["members", "rows"]
+    if head.get("rows") == "kept":
+        keys += ["kept"]
+    for key in set(head) - set(keys):
         raise ValueError(f"unknown key head.{key}; {nearest(key, sorted(keys))}")
     if head["kind"] == "linear":
         return {"kind": "linear"}
-    rows = head.get("rows", "all")
     if rows not in DUSTBIN_ROWS:
         raise ValueError(f"head.rows = {rows!r}: must be one of {', '.join(DUSTBIN_ROWS)}")
-    members = head.get("members")
-    if not isinstance(members, (list, tuple)) or not all(map(_is_int, members)):
+    classes = head.get("members")
+    if not isinstance(classes, (list, tuple)) or not all(map(_is_int, classes)):
         raise ValueError("head.members: a list of class indices is needed")
-    head = {"kind": "dustbin", "members": check_members(members, num_classes), "rows": rows} | (
-        {"kept": list(head.get("kept", ()))} if rows == "kept" else {}
-    )
-    check_members([*head["members"], *head.get("kept", ())], num_classes)  # no class has two rows
-    return head
+    checked = {"kind": "dustbin", "members": checked_classes(classes, num_classes), "rows": rows}
+    if rows == "kept":
+        checked["kept"] = list(head.get("kept", ()))
+    # No class has two rows.
+    checked_classes([*checked["members"], *checked.get("kept", ())], num_classes)
+    return checked
 
 
-def _checked_network_members(members, head: dict) -> dict | None:
+def _checked_members(members: dict[str, Any] | None, head: dict[str, Any]) -> dict[str, Any] | None:
     if members is None:
         return None
     if not isinstance(members, dict) or members.get("kind") not in MEMBER_KEYS:
@@ -210,33 +250,36 @@ def _checked_network_members(members, head: dict) -> dict | None:
         raise ValueError(f"unknown key members.{key}; {nearest(key, keys)}")
     if head["kind"] != "linear":
         raise ValueError("a network with members needs a linear head; a specialist has no members")
-    members = {"kind": members["kind"], "count": members.get("count")} | (
-        {"blocks": members.get("blocks", 0)} if "blocks" in keys else {}
-    )
-    for key, low in (("count", 2), ("blocks", 0)):
-        if key in members and (not _is_int(members[key]) or members[key] < low):
+    checked = {"kind": members["kind"], "count": members.get("count")}
+    if "blocks" in keys:
+        checked["blocks"] = members.get("blocks", 0)
+    for key, least in (("count", 2), ("blocks", 0)):
+        if key in checked and (not _is_int(checked[key]) or checked[key] < least):
             raise ValueError(
-                f"members.{key} = {members[key]!r}: must be a whole number, at least {low}"
+                f"members.{key} = {checked[key]!r}: must be a whole number, at least {least}"
             )
-    return members
+    return checked
 
 
-def _known(values: dict, cls, prefix: str) -> dict:
-    fields = cls.__dataclass_fields__
+def _checked_keys(values: dict[str, Any], cls: type, prefix: str) -> dict[str, Any]:
+    """`values`, whose keys are fields of `cls` and hold the required ones; else ValueError."""
+    valid = [f.name for f in fields(cls)]
     for name in values:
-        if name not in fields:
-            raise ValueError(f"unknown key {prefix}{name}; {nearest(name, fields)}")
-    for name in ("builder", "num_classes", "input", "shape"):
-        if name in fields and name not in values:
+        if name not in valid:
+            raise ValueError(f"unknown key {prefix}{name}; {nearest(name, valid)}")
+    for name in REQUIRED_KEYS:
+        if name in valid and name not in values:
             raise ValueError(f"the key {prefix}{name} is missing")
     return values
 
 
-def _is_int(value) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_numbers(value) -> bool:
-    return isinstance(value, (list, tuple)) and all(
-        isinstance(n, (int, float)) and not isinstance(n, bool) for n in value
-    )
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_numbers(values: object) -> bool:
+    return isinstance(values, (list, tuple)) and all(map(_is_number, values))

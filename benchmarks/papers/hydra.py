@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from benchmarks.in_memory import InMemory
 from networks.members import MemberHeads
 from pipeline.config import Engine, Schedule
-from trainer.core.loop import train
-from trainer.core.losses import gaussian_kl
+from trainer.core.distillation import gaussian_kl
+from trainer.core.loop import Trainer, TrainingFiles, TrainingTask
 from trainer.core.objectives import Objective
 from trainer.data.streams import Source, TrainingStream, shuffled
 from trainer.distributed.ranks import Ranks, process_group
@@ -333,18 +333,10 @@ def fitted(
     points = InMemory(rows.astype(np.float32), np.zeros(len(rows), np.int64))
     stream = TrainingStream([Source(points, shuffled(len(rows), seed), LESSON.batch_size)], seed)
     place.mkdir(parents=True, exist_ok=True)
+    task = TrainingTask(network, objective, stream, LESSON, steps)
+    files = TrainingFiles(place / "checkpoints", place / "metrics.jsonl")
     with closing(build_engine(Engine(device="cpu"), ranks)) as engine:
-        network, _ = train(
-            engine,
-            network,
-            objective,
-            stream,
-            LESSON,
-            steps,
-            ranks=ranks,
-            checkpoints=place / "checkpoints",
-            metrics=place / "metrics.jsonl",
-        )
+        network, _ = Trainer(task, engine, ranks, files).train()
     return network
 
 

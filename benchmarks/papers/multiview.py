@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.in_memory import InMemory
 from pipeline.config import Engine, Schedule, Student, UserError
-from trainer.core.loop import train
+from trainer.core import loop
 from trainer.core.losses import classification_loss
 from trainer.core.objectives import Objective, classify, distil
 from trainer.data.streams import MeasuringStream, Source, TrainingStream, shuffled
@@ -308,19 +308,12 @@ def trained(
         return network.eval()
     place.mkdir(parents=True, exist_ok=True)
     stream = TrainingStream([Source(shards, shuffled(len(shards), 0), len(shards))], 0)
-    engine = Engine(device="cpu", precision=lesson.precision)
-    with closing(build_engine(engine, ranks)) as engine:
-        network, _ = train(
-            engine,
-            network,
-            objective,
-            stream,
-            schedule_of(lesson, len(shards)),
-            lesson.steps,
-            ranks=ranks,
-            checkpoints=place / "checkpoints",
-            metrics=place / "metrics.jsonl",
-        )
+    schedule = schedule_of(lesson, len(shards))
+    task = loop.TrainingTask(network, objective, stream, schedule, lesson.steps)
+    files = loop.TrainingFiles(place / "checkpoints", place / "metrics.jsonl")
+    config = Engine(device="cpu", precision=lesson.precision)
+    with closing(build_engine(config, ranks)) as engine:
+        network, _ = loop.Trainer(task, engine, ranks, files).train()
     save_file(network.state_dict(), place / ".part")
     (place / ".part").rename(written)
     return network

@@ -92,9 +92,9 @@ def test_the_config_knows_what_the_rooms_offer():
     """The config is read where torch is not installed, so it has the names of its own."""
     from clustering import grouping
     from ensemble import COMBINERS
-    from networks.builders import BUILTIN
+    from networks.choices import NETWORKS
     from pipeline import config
 
     assert set(config.COMBINERS) == set(COMBINERS)
     assert set(config.METHODS) == set(grouping.METHODS)
-    assert set(config.NETWORKS) == set(BUILTIN)
+    assert set(config.NETWORKS) == set(NETWORKS)

@@ -39,7 +39,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("from-webdataset")(from_webdataset)
     app.command("index")(index)
     app.command("validate")(validate)
-    from ..data.authoring.glyphs import add_glyphs_command
+    from ..data.authoring.glyph_command import add_glyphs_command
 
     add_glyphs_command(app)
 

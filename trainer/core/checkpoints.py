@@ -1,6 +1,7 @@
 """Checkpoints: a directory under a temporary name, then renamed; complete only with its marker.
 
-`state.pt` holds tensors and plain values only, and reading it is `weights_only=True`: nothing is unpickled into code.
+`state.pt` holds tensors and plain values only.  It is read with `weights_only=True`, so that
+nothing is unpickled into code.
 """
 
 from __future__ import annotations
@@ -18,90 +19,110 @@ from pipeline.store import COMPLETE, complete_checkpoints
 
 from ..distributed.ranks import ALONE, Ranks, broadcast
 
+State = dict  # of tensors and plain values, nested in dicts and lists
+
 
 def save_checkpoint(
     directory: Path,
     step: int,
-    state: dict,
+    state: State,
     keep: int,
     *,
     best: int | None = None,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Write rank 0's `state` as directory/step-STEP; drop all but the newest `keep` and that of step `best`.
+    """Write rank 0's `state` as directory/step-STEP, then drop old checkpoints.
 
-    A copy that another attempt wrote stays.  Raises UserError, on every rank, where it cannot be written: nothing is
-    left of this one, and the earlier ones are as they were.  No rank goes on before the checkpoint is there.
+    The newest `keep` stay, and that of step `best`.  One that another attempt wrote stays too.
+    No rank continues before the checkpoint is complete.
+    Raises UserError, on every rank, where it cannot be written.  Nothing is left of it then, and
+    the earlier checkpoints are unchanged.
     """
-    problem = _write(directory, checkpoint_place(directory, step), state) if ranks.is_main else None
-    if problem := broadcast(problem, ranks):
+    problem = None
+    if ranks.is_main:
+        problem = _write(directory, checkpoint_path(directory, step), state)
+    problem = broadcast(problem, ranks)
+    if problem:
         raise UserError(_refusal(directory, step, problem))
     if ranks.is_main:
         _prune(directory, keep, best)
 
 
 class Saver:
-    """The checkpoints of one training run: written at once, or by a thread while training goes on."""
+    """The checkpoints of one training run, written at once or by a thread beside the training."""
 
     def __init__(self, directory: Path, keep: int, ranks: Ranks):
-        self.directory, self.keep, self.ranks = directory, keep, ranks
-        self.thread = (
-            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background(ranks) else None
-        )
-        self.last: Future | None = None
+        self.directory = directory
+        self.keep = keep
+        self.ranks = ranks
+        self.thread: ThreadPoolExecutor | None = None
+        if in_background(ranks):
+            self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pending: Future[None] | None = None
 
-    def save(self, step: int, state: dict, best: int | None) -> None:
-        """Write, or begin to: then this raises what the one before came to, for which it waits."""
+    def save(self, step: int, state: State, best: int | None) -> None:
+        """Save now, or start an asynchronous save.
+
+        An asynchronous save waits for the previous one and raises its error.
+        """
         if self.thread is None:
             save_checkpoint(self.directory, step, state, self.keep, best=best, ranks=self.ranks)
         elif self.ranks.is_main:
             self.wait()
-            self.last = self.thread.submit(
+            self.pending = self.thread.submit(
                 save_checkpoint, self.directory, step, on_cpu(state), self.keep, best=best
             )
 
     def wait(self) -> None:
-        """On rank 0, until what was begun is there."""
-        last, self.last = self.last, None
-        if last is not None:
-            last.result()
+        """Wait, on rank 0, for the save that was started, and raise its error."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
-        """On every rank, until it is: a rank that ends first takes the others with it."""
+        """Wait on every rank: one that ends before the save is done ends the others too."""
         self.wait()
         broadcast(None, self.ranks)
 
 
 def in_background(ranks: Ranks) -> bool:
-    """Whether a thread writes: where a copy on the CPU is needed anyway."""
+    """Whether a thread writes: on CUDA, where a copy on the CPU is needed anyway."""
     return ranks.device.type == "cuda"
 
 
-def on_cpu(state):
+def on_cpu(state: State) -> State:
     """A deep copy whose tensors are on the CPU."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: on_cpu(value) for key, value in state.items()}
-    return [on_cpu(value) for value in state] if isinstance(state, (list, tuple)) else state
+    return {key: _copy_on_cpu(value) for key, value in state.items()}
+
+
+def _copy_on_cpu(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return on_cpu(value)
+    if isinstance(value, (list, tuple)):
+        return [_copy_on_cpu(item) for item in value]
+    return value
 
 
 def newest_step(directory: Path) -> int | None:
-    found = complete_checkpoints(directory)
-    return int(found[-1].name.removeprefix("step-")) if found else None
+    """The step of the newest complete checkpoint, None where there is none."""
+    checkpoints = complete_checkpoints(directory)
+    if not checkpoints:
+        return None
+    return int(checkpoints[-1].name.removeprefix("step-"))
 
 
-def checkpoint_place(directory: Path, step: int) -> Path:
+def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def load_checkpoint(directory: Path, step: int, device="cpu") -> dict:
-    return torch.load(
-        checkpoint_place(directory, step) / "state.pt", map_location=device, weights_only=True
-    )
+def load_checkpoint(directory: Path, step: int, device: torch.device | str = "cpu") -> State:
+    path = checkpoint_path(directory, step) / "state.pt"
+    return torch.load(path, map_location=device, weights_only=True)
 
 
-def _write(directory: Path, final: Path, state: dict) -> str | None:
+def _write(directory: Path, final: Path, state: State) -> str | None:
     """What went wrong with the disk, or None."""
     if (final / COMPLETE).exists():
         return None
@@ -114,36 +135,37 @@ def _write(directory: Path, final: Path, state: dict) -> str | None:
             os.fsync(file.fileno())
         (temporary / COMPLETE).touch()
         os.rename(temporary, final)
-    except (
-        OSError,
-        RuntimeError,
-    ) as mistake:  # torch's writer turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch's writer makes a full disk a RuntimeError
         if (final / COMPLETE).exists():  # another attempt was first
             return None
-        if isinstance(mistake, RuntimeError) and not _about_files(mistake):
+        if isinstance(error, RuntimeError) and not _about_files(error):
             raise
-        return getattr(mistake, "strerror", None) or str(mistake).splitlines()[0]
+        return getattr(error, "strerror", None) or str(error).splitlines()[0]
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return None
 
 
 def _prune(directory: Path, keep: int, best: int | None) -> None:
-    kept = None if best is None else checkpoint_place(directory, best)
-    for old in complete_checkpoints(directory)[:-keep]:
-        if old != kept:
-            (old / COMPLETE).unlink(missing_ok=True)  # first, so that a half-removed one is none
-            shutil.rmtree(old, ignore_errors=True)
+    best_path = None
+    if best is not None:
+        best_path = checkpoint_path(directory, best)
+    for path in complete_checkpoints(directory)[:-keep]:
+        if path != best_path:
+            # The marker goes first, so that a half-removed checkpoint is not taken for one.
+            (path / COMPLETE).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _about_files(mistake: RuntimeError) -> bool:
-    text = str(mistake)
-    return any(
-        word in text for word in ("PytorchStreamWriter", "No space left", "unexpected pos", "file")
-    )
+def _about_files(error: RuntimeError) -> bool:
+    message = str(error)
+    words = ("PytorchStreamWriter", "No space left", "unexpected pos", "file")
+    return any(word in message for word in words)
 
 
 def _refusal(directory: Path, step: int, problem: str) -> str:
     newest = newest_step(directory)
-    earlier = f"that of step {newest} stands" if newest is not None else "there is no earlier one"
+    earlier = "there is no earlier one"
+    if newest is not None:
+        earlier = f"that of step {newest} stands"
     return f"the checkpoint of step {step} cannot be written in {directory}: {problem}; {earlier}"

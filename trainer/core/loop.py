@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config import Schedule, UserError
 
 from ..data.sample_accounting import EpochAccounting
 from ..data.streams import NUMBERS, Batch, TrainingStream
 from ..distributed.ranks import Ranks, StopSignal, broadcast, gather
-from .checkpoints import Saver, load_checkpoint, newest_step
+from ..engines import Engine
+from .checkpoints import Saver, State, load_checkpoint, newest_step
 from .objectives import Objective
 from .optim import AveragedWeights, learning_rate
 from .progress import MetricsLogger, Progress, peak_memory
+from .tracking import Tracker
 
-Validate = Callable[
-    [nn.Module], dict[str, float]
-]  # -> {"loss": ..., "top1": ...}, equal on every rank
-REQUEUE = 75  # EX_TEMPFAIL: "run me again, I shall go on"
+T = TypeVar("T")
+# network -> {"loss": ..., "top1": ...}, equal on every rank
+Validate = Callable[[nn.Module], dict[str, float]]
+REQUEUE = 75  # EX_TEMPFAIL: start this job again, and it resumes
 
 
 class Interrupted(SystemExit):
@@ -31,149 +35,230 @@ class Interrupted(SystemExit):
         super().__init__(REQUEUE)
 
 
-def train(
-    engine,
-    network: nn.Module,
-    objective: Objective,
-    stream: TrainingStream,
-    schedule: Schedule,
-    steps: int,
-    *,
-    ranks: Ranks,
-    checkpoints: Path,
-    metrics: Path,
-    validate: Validate | None = None,
-    workers: int = 0,
-    trackers: Sequence[Callable[[dict], None]] = (),
-) -> tuple[nn.Module, dict]:
-    """Train `network` for `steps` steps by an engine (trainer.engines), going on from the newest checkpoint.
+@dataclass(frozen=True)
+class TrainingTask:
+    """What one network learns, from which examples, how and how long."""
 
-    Returns the network (the best validated weights where schedule.patience is set, the last ones otherwise; averaged
-    weights where schedule.ema is set) and its summary {seconds, examples_seen, peak_memory_bytes, steps, best_step,
-    val, lost}.
-    Raises Interrupted after SIGTERM or SIGUSR2 (with a checkpoint), UserError where the loss is not finite or diverges.
+    network: nn.Module
+    objective: Objective
+    stream: TrainingStream
+    schedule: Schedule
+    steps: int
+    validate: Validate | None = None
+    workers: int = 0  # processes that read batches ahead
+
+
+@dataclass(frozen=True)
+class TrainingFiles:
+    """Where a training run keeps its state and reports its metrics."""
+
+    checkpoints: Path  # a directory, whose newest complete checkpoint is resumed
+    metrics: Path  # metrics.jsonl
+    trackers: Sequence[Tracker] = ()  # each is given the rows of metrics.jsonl
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a training run cost, earlier attempts included, and how it ended."""
+
+    seconds: float
+    examples_seen: int
+    peak_memory_bytes: int
+    steps: int
+    best_step: int
+    stopped_early: bool
+    val: dict[str, float] | None  # metrics of the returned weights
+    lost: list[tuple[int, int, str]]  # corrupt samples: (source, id, reason)
+
+    def to_json(self) -> dict:
+        """What summary.json says of the training: all but `lost`."""
+        return {key: value for key, value in asdict(self).items() if key != "lost"}
+
+
+class Trainer:
+    """One training run by an engine on these ranks; it resumes the newest checkpoint.
+
+    Parameters
+    ----------
+    task : TrainingTask
+    engine : Engine
+        A fresh one; whoever made it closes it.
+    ranks : Ranks
+    files : TrainingFiles
+
+    Raises
+    ------
+    UserError
+        Where the batch size cannot be divided by ranks and accumulation steps.
     """
-    check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)
-    progress, state = resume(checkpoints, ranks)
-    best, network = state and state["best"], network.to(ranks.device)
-    average = (
-        AveragedWeights(network, schedule.ema, state and state["average"]) if schedule.ema else None
-    )
-    module = engine.prepare(network, schedule, state)
-    logger = MetricsLogger(metrics, progress, ranks, steps, stream.batch_size, trackers)
-    saver, stop = Saver(checkpoints, schedule.keep, ranks), StopSignal()
 
-    def everywhere(value):
-        return gather(value, ranks)
-
-    def judge():
-        """Validate (averaged weights where there are any), remember the best, decide whether to stop early."""
-        nonlocal best
-        with engine.eval_model(average) as eval_model:
-            figures = validate(eval_model)
-            better = figures["loss"] < progress.best_loss
-            if better and schedule.patience:
-                best = {name: value.clone() for name, value in eval_model.state_dict().items()}
-        logger.write(
-            {"step": progress.step, **{f"val/{key}": value for key, value in figures.items()}}
+    def __init__(self, task: TrainingTask, engine: Engine, ranks: Ranks, files: TrainingFiles):
+        schedule, stream = task.schedule, task.stream
+        check_batch_size(stream.batch_size, ranks.world_size, schedule.accumulation)
+        self.task = task
+        self.engine = engine
+        self.ranks = ranks
+        self.files = files
+        self.progress, state = resume(files.checkpoints, ranks)
+        saved = state or {}
+        self.best: dict[str, Tensor] | None = saved.get("best")  # weights, with patience
+        self.network = task.network.to(ranks.device)
+        self.average: AveragedWeights | None = None
+        if schedule.ema:
+            self.average = AveragedWeights(self.network, schedule.ema, saved.get("average"))
+        self.module = engine.prepare(self.network, schedule, state)
+        self.logger = MetricsLogger(
+            files.metrics, self.progress, ranks, task.steps, stream.batch_size, files.trackers
         )
-        progress.waited += 1
-        if better:
-            progress.best_loss, progress.best_step, progress.waited = (
-                figures["loss"],
-                progress.step,
-                0,
-            )
-        if not schedule.patience or progress.best_step == progress.step:
-            progress.val = figures
-        progress.stopped = bool(schedule.patience) and progress.waited >= schedule.patience
-
-    def checkpoint():
-        logger.look_at_the_clock()
-        progress.lost = passes.all_lost(everywhere)
-        saver.save(
-            progress.step,
-            {
-                **engine.state(),
-                "progress": vars(progress),
-                "best": best,
-                "average": average.average if average else None,
-                "rng": everywhere(random_state(ranks)),
-            },
-            progress.best_step,
+        self.saver = Saver(files.checkpoints, schedule.keep, ranks)
+        self.stop_signal = StopSignal()
+        self.accounting = EpochAccounting(
+            stream, self.progress.step, ranks.rank, ranks.world_size, self.progress.lost
         )
 
-    if validate and progress.step == 0 and schedule.patience:
-        judge()  # the start is a candidate too: a specialist that only gets worse stays the generalist
-    module.train()
-    passes = EpochAccounting(stream, progress.step, ranks.rank, ranks.world_size, progress.lost)
-    batches = passes.watch(
-        stream.loader(progress.step, steps, ranks.rank, ranks.world_size, workers)
-    )
-    while progress.step < steps and not progress.stopped:
-        with logger.waiting():
-            batch = next(batches).to(ranks.device)
-        rate = learning_rate(progress.step, steps, schedule)
-        parts = micro_batches(batch, schedule.accumulation)
+    def train(self) -> tuple[nn.Module, TrainingSummary]:
+        """Train until the task's steps are done, or until validation stops it early.
+
+        Returns
+        -------
+        network : nn.Module
+            In eval mode.  With the best validated weights where schedule.patience is set, the last
+            ones otherwise; averaged weights where schedule.ema is set.
+        summary : TrainingSummary
+
+        Raises
+        ------
+        Interrupted
+            After SIGTERM or SIGUSR2; a checkpoint is written.
+        UserError
+            Where the loss is not finite or diverges, or a checkpoint cannot be written.
+        """
+        progress, schedule = self.progress, self.task.schedule
+        if progress.step == 0 and schedule.patience:
+            # The start is a candidate too: a specialist that only gets worse stays the generalist.
+            self.validate()
+        self.module.train()
+        batches = self.batches()
+        while progress.step < self.task.steps and not progress.stopped:
+            with self.logger.waiting():
+                batch = next(batches).to(self.ranks.device)
+            rate = learning_rate(progress.step, self.task.steps, schedule)
+            self.train_step(batch, rate)
+            self.accounting.close_ended(self._gather)
+            is_last = progress.step == self.task.steps
+            interrupted = self.stop_signal.agreed(self.ranks)
+            saving = is_last or interrupted or self._is_due(schedule.checkpoint_every)
+            # Nothing is saved whose loss nobody has looked at.
+            if saving or self._is_due(schedule.log_every):
+                self.logger.log(rate, self.files.checkpoints)
+            if is_last or self._is_due(schedule.validate_every):
+                self.validate()
+            if saving or progress.stopped:
+                self.save_checkpoint()
+            if interrupted and not is_last:
+                self.saver.close()
+                raise Interrupted()
+        self.saver.close()
+        return self.export(), self.summary()
+
+    def batches(self) -> Iterator[Batch]:
+        """This rank's batches from the current step on, each entered in the accounting."""
+        task, ranks = self.task, self.ranks
+        loader = task.stream.loader(
+            self.progress.step, task.steps, ranks.rank, ranks.world_size, task.workers
+        )
+        return self.accounting.watch(loader)
+
+    def train_step(self, batch: Batch, rate: float) -> None:
+        """One optimizer step on this rank's share of the global batch."""
+        parts = micro_batches(batch, self.task.schedule.accumulation)
         for index, part in enumerate(parts):
-            with engine.accumulating(last=index == len(parts) - 1):
-                with engine.autocast():
-                    loss = objective(module, part) / len(parts)
-                engine.backward(loss)
-            logger.add(loss)
-        engine.step(rate)
-        if average:
-            average.update(network, progress.step)
-        progress.step += 1
-        ranks.progress()
-        passes.close_ended(everywhere)
-        last, stopping = progress.step == steps, stop.agreed(ranks)
-        saving = last or stopping or progress.step % schedule.checkpoint_every == 0
-        if (
-            saving or progress.step % schedule.log_every == 0
-        ):  # nothing is saved whose loss nobody has looked at
-            logger.row(rate, checkpoints)
-        if validate and (
-            last or (schedule.validate_every and progress.step % schedule.validate_every == 0)
-        ):
-            judge()
-            module.train()
-        if saving or progress.stopped:
-            checkpoint()
-        if stopping and not last:
-            saver.close()
-            raise Interrupted()
-    saver.close()
-    network = engine.export()
-    if schedule.patience and best is not None:
-        network.load_state_dict(best)
-    elif average:
-        average.swap(network)
-    network.eval()
-    return network, {
-        "seconds": round(progress.seconds, 3),
-        "examples_seen": progress.step * stream.batch_size,
-        "peak_memory_bytes": peak_memory(ranks),
-        "steps": progress.step,
-        "best_step": progress.best_step,
-        "stopped_early": progress.stopped,
-        "val": progress.val,
-        "lost": progress.lost,
-    }
+            with self.engine.accumulating(last=index == len(parts) - 1):
+                with self.engine.autocast():
+                    loss = self.task.objective(self.module, part) / len(parts)
+                self.engine.backward(loss)
+            self.logger.add(loss)
+        self.engine.step(rate)
+        if self.average is not None:
+            self.average.update(self.network, self.progress.step)
+        self.progress.step += 1
+        self.ranks.progress()
+
+    def validate(self) -> None:
+        """Measure the weights that would be exported now, and remember the best ones.
+
+        Does nothing where the task has no validation.
+        """
+        if self.task.validate is None:
+            return
+        progress, patience = self.progress, self.task.schedule.patience
+        with self.engine.eval_model(self.average) as network:
+            metrics = self.task.validate(network)
+            if patience and metrics["loss"] < progress.best_loss:
+                self.best = {name: value.clone() for name, value in network.state_dict().items()}
+        self.module.train()
+        row = {f"val/{name}": value for name, value in metrics.items()}
+        self.logger.write({"step": progress.step, **row})
+        progress.record_validation(metrics, patience)
+
+    def save_checkpoint(self) -> None:
+        """Save all that a later attempt needs; collective."""
+        self.logger.update_seconds()
+        self.progress.lost = self.accounting.all_lost(self._gather)
+        state = {
+            **self.engine.state(),
+            "progress": vars(self.progress),
+            "best": self.best,
+            "average": self.average.average if self.average else None,
+            "rng": self._gather(random_state(self.ranks)),
+        }
+        self.saver.save(self.progress.step, state, self.progress.best_step)
+
+    def export(self) -> nn.Module:
+        """The plain network with the weights that the run is for, in eval mode; collective."""
+        network = self.engine.export()
+        if self.task.schedule.patience and self.best is not None:
+            network.load_state_dict(self.best)
+        elif self.average is not None:
+            self.average.swap(network)
+        return network.eval()
+
+    def summary(self) -> TrainingSummary:
+        progress = self.progress
+        return TrainingSummary(
+            seconds=round(progress.seconds, 3),
+            examples_seen=progress.step * self.task.stream.batch_size,
+            peak_memory_bytes=peak_memory(self.ranks),
+            steps=progress.step,
+            best_step=progress.best_step,
+            stopped_early=progress.stopped,
+            val=progress.val,
+            lost=progress.lost,
+        )
+
+    def _is_due(self, interval: int) -> bool:
+        """Whether something that happens every `interval` steps happens now; 0 is never."""
+        return interval > 0 and self.progress.step % interval == 0
+
+    def _gather(self, value: T) -> list[T]:
+        return gather(value, self.ranks)
 
 
 def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     """Equal parts of one rank's batch (check_batch_size made sure that they are equal)."""
     if parts == 1:
         return [batch]
-    pieces = {name: getattr(batch, name).chunk(parts) for name in ("inputs", *NUMBERS)}
-    return [Batch(**{name: found[part] for name, found in pieces.items()}) for part in range(parts)]
+    chunks = {name: getattr(batch, name).chunk(parts) for name in ("inputs", *NUMBERS)}
+    return [
+        Batch(**{name: tensors[part] for name, tensors in chunks.items()}) for part in range(parts)
+    ]
 
 
-def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:
-    """The newest checkpoint's progress and state, its generators set; where there is none, a beginning and None.
+def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, State | None]:
+    """The newest checkpoint's progress and state; its random generators are set.
 
-    It may be another engine's, or of another number of ranks.
+    The checkpoint may be another engine's, or of another number of ranks.  Where there is none, a
+    fresh progress and None.
     """
     step = broadcast(newest_step(checkpoints), ranks)
     if step is None:
@@ -184,26 +269,29 @@ def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, dict | None]:
     return Progress(**state["progress"]), state
 
 
-def random_state(ranks: Ranks) -> dict:
-    """torch's generators on this rank; data needs none, its order is a function of seed and step."""
-    cuda = {"cuda": torch.cuda.get_rng_state(ranks.device)} if ranks.device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
+def random_state(ranks: Ranks) -> dict[str, Tensor]:
+    """torch's generators on this rank; the order of data is a function of seed and step alone."""
+    state = {"cpu": torch.get_rng_state()}
+    if ranks.device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
+    return state
 
 
-def set_random_state(state: dict, ranks: Ranks) -> None:
+def set_random_state(state: dict[str, Tensor], ranks: Ranks) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if ranks.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), ranks.device)
 
 
 def check_batch_size(batch: int, ranks: int, accumulation: int) -> None:
+    """UserError where `batch` does not divide into ranks x accumulation equal parts."""
     parts = ranks * accumulation
-    if batch % parts:
-        near = (
-            f"{batch // parts * parts} or {(batch // parts + 1) * parts}"
-            if batch > parts
-            else f"{parts}"
-        )
-        raise UserError(
-            f"batch {batch} is not divisible by {ranks} ranks x {accumulation} accumulation steps; try {near}"
-        )
+    if batch % parts == 0:
+        return
+    proposal = str(parts)
+    if batch > parts:
+        proposal = f"{batch // parts * parts} or {(batch // parts + 1) * parts}"
+    raise UserError(
+        f"batch {batch} is not divisible by {ranks} ranks x {accumulation} accumulation steps; "
+        f"try {proposal}"
+    )

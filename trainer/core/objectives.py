@@ -1,4 +1,9 @@
-"""What a network is asked to do with a batch: functions (network, batch) -> loss, a mean over the batch."""
+"""Objectives: functions (network, batch) -> loss, a mean over the batch.
+
+An objective says what a network is asked to do with a batch; the losses themselves are in
+losses.py, distillation.py and dirichlet.py.  B batch, C classes, K members of a network,
+S_m the classes of specialist m.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +15,68 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from networks.linear_logits import LinearLogits
+from networks.linear_logits import LinearLogits, LocalComm
 from pipeline.config import Student
 
 from ..data.streams import Batch
+from .dirichlet import prior_network_loss
+from .distillation import TopKTargets, distillation_loss, hard_loss, lazy_distillation_loss
 from .losses import (
-    TopKTargets,
-    average_members,
+    Loss,
     classification_loss,
-    distillation_loss,
+    cross_entropy,
     full_specialist_loss,
-    hard_loss,
-    lazy_distillation_loss,
-    prior_network_loss,
     specialist_loss,
 )
+from .probabilities import average_members
 
 Objective = Callable[[nn.Module, Batch], Tensor]
+Teacher = Callable[[Batch], Tensor | TopKTargets]  # -> [K, B, C] probabilities, or stored ones
+Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
 def classify(
-    label_smoothing: float = 0.0, log_prior: Tensor | None = None, negatives: int | None = None
+    label_smoothing: float = 0.0,
+    log_prior: Tensor | None = None,
+    negatives: int | None = None,
+    loss: Loss = cross_entropy,
 ) -> Objective:
-    """Learn all classes; log_prior [C] where the stream resamples them.
+    """Learn all classes from labels.
 
-    negatives: of a sharded head, learn each batch's own classes against so many others, drawn anew for each batch.
+    Parameters
+    ----------
+    label_smoothing : float
+    log_prior : Tensor [C], optional
+        Where the stream resamples the classes; see `classification_loss`.
+    negatives : int, optional
+        Of a sharded head: learn each batch's own classes against so many others, drawn anew for
+        each batch.
+    loss : callable
+        (logits [B, C], labels [B], label_smoothing) -> scalar mean.
     """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        prior = None if log_prior is None else log_prior.to(batch.labels.device)
-        logits, labels = network(batch.inputs), batch.labels
+        prior = _to(batch, log_prior)
+        logits = network(batch.inputs)
+        labels = batch.labels
         if isinstance(logits, Tensor) and logits.dim() == 3:  # each of several members by itself
-            logits, labels = logits.flatten(0, 1), labels.repeat(len(logits))
+            labels = labels.repeat(len(logits))
+            logits = logits.flatten(0, 1)
         if negatives is not None:
-            logits, labels = logits.add_bias(prior).sampled(
-                labels, negatives, draw_for(batch, logits.comm)
-            )
+            assert isinstance(logits, LinearLogits), "negatives are of a sharded head"
+            generator = negatives_generator(batch, logits.comm)
+            logits, labels = logits.add_bias(prior).sampled(labels, negatives, generator)
             prior = None
-        return classification_loss(logits, labels, label_smoothing, prior)
+        return classification_loss(logits, labels, label_smoothing, prior, loss)
 
     return objective
 
 
-def draw_for(batch: Batch, comm) -> torch.Generator:
-    """A generator that is a function of the global batch's examples and their order: alike on any number of ranks, and
-    after a resume."""
+def negatives_generator(batch: Batch, comm: LocalComm) -> torch.Generator:
+    """A generator seeded by the global batch's examples and their order.
+
+    It is the same on any number of ranks, and after a resume.
+    """
     ids = comm.gather(batch.ids)
     ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
     return torch.Generator().manual_seed(zlib.crc32(ordered.cpu().numpy().tobytes()))
@@ -66,17 +88,29 @@ def specialise_in(
     shift: float,
     label_smoothing: float = 0.0,
     log_prior: Tensor | None = None,
+    loss: Loss = cross_entropy,
 ) -> Objective:
-    """Learn the classes `members` and one dustbin for the rest, the shift of the oversampling inside the loss.
+    """Learn the classes of one group and a dustbin for the rest.
 
-    log_prior: [|S_m|], where the stream resamples the members among themselves.
+    Parameters
+    ----------
+    members : int array [|S_m|]
+        The group's classes.
+    num_classes : int
+    shift : float
+        How far the dustbin is lowered for the oversampling of S_m; see `dustbin_shift`.
+    label_smoothing : float
+    log_prior : Tensor [|S_m|], optional
+        Where the stream resamples the group's classes among themselves.
+    loss : callable
+        (logits [B, |S_m| + 1], labels [B], label_smoothing) -> scalar mean.
     """
     columns = specialist_columns(members, num_classes)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         targets = columns.to(batch.labels.device)[batch.labels]
-        prior = None if log_prior is None else log_prior.to(batch.labels.device)
-        return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior)
+        prior = _to(batch, log_prior)
+        return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior, loss)
 
     return objective
 
@@ -90,101 +124,132 @@ def specialise_fully(
     others_log_prior: Tensor | None = None,
     soft_weight: float = 1.0,
 ) -> Objective:
-    """Learn the classes `members` from labels and, where the label is another, the others from the generalist; without
-    one only that it is another.
+    """Learn one group's classes from labels, and the other classes from the generalist.
 
-    The network and the generalist answer with all classes, [B, C].  shift, log_prior: as specialise_in has them.
-    others_log_prior: [C], where the stream resamples the other classes among themselves, 0 for members.
-    soft_weight: of the KL from the generalist's answers.
+    Parameters
+    ----------
+    generalist : nn.Module, optional
+        inputs -> logits [B, C].  It is the teacher where the label is outside the group; without
+        one a network learns there only that the label is outside.
+    members, num_classes, shift, log_prior
+        As in `specialise_in`.
+    others_log_prior : Tensor [C], optional
+        Where the stream resamples the other classes among themselves; 0 for members.
+    soft_weight : float
+        Of the KL from the generalist's predictions.
+
+    References
+    ----------
+    Hinton et al. 2015, section 6.1; see `full_specialist_loss`.
     """
+    classes = torch.tensor(members)
     inside = torch.zeros(num_classes, dtype=torch.bool)
-    inside[torch.tensor(members)] = True
-    prior = torch.where(inside, shift, 0.0)  # specialise_in lowers the rest, which is the same
+    inside[classes] = True
+    full_prior = torch.where(inside, shift, 0.0)  # specialise_in lowers the rest, which is the same
     if log_prior is not None:
-        prior[torch.tensor(members)] += log_prior
+        full_prior[classes] += log_prior
     if others_log_prior is not None:
-        prior = prior + others_log_prior
+        full_prior = full_prior + others_log_prior
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        with torch.no_grad():
-            p_general = None if generalist is None else generalist(batch.inputs).float().softmax(1)
-        logits, device = network(batch.inputs), batch.labels.device
+        p_general = None
+        if generalist is not None:
+            with torch.no_grad():
+                p_general = generalist(batch.inputs).float().softmax(1)
+        logits = network(batch.inputs)
+        device = batch.labels.device
         return full_specialist_loss(
-            logits, batch.labels, inside.to(device), p_general, prior.to(device), soft_weight
+            logits,
+            batch.labels,
+            inside.to(device),
+            p_general,
+            full_prior.to(device),
+            soft_weight,
         )
 
     return objective
 
 
-def distil(
-    teacher: Callable[[Batch], Tensor | TopKTargets],
-    student: Student,
-    perturb: Callable[[Tensor], Tensor] | None = None,
-) -> Objective:
-    """Learn the teacher's distributions: teacher(batch) is [K, B, C] probabilities, or what is kept of them.
+def distil(teacher: Teacher, student: Student, perturb: Perturb | None = None) -> Objective:
+    """Learn a teacher's distributions.
 
-    A network with K members learns member k from member k; a single one their mean.
-    perturb: raw inputs -> raw inputs that teacher and student answer instead; labels stay with the clean ones.
+    Parameters
+    ----------
+    teacher : callable
+        batch -> probabilities [K, B, C], or what is stored of them (TopKTargets).  A network with K
+        members learns member k from teacher k; a single one learns their mean.
+    student : Student
+        Temperature, weights and the kind of mean.
+    perturb : callable, optional
+        Raw inputs -> the raw inputs that teacher and student see instead.  Labels stay with the
+        clean ones.
     """
-    weights = (
-        student.temperature,
-        student.soft_weight,
-        student.hard_weight,
-        student.label_smoothing,
-    )
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         if perturb is not None:
-            return of_moved_inputs(network, batch, teacher, perturb, student)
+            return _perturbed_loss(network, batch, teacher, perturb, student)
         logits = network(batch.inputs)
         with torch.no_grad():
             target = teacher(batch)
         if isinstance(logits, LinearLogits):
-            return lazy_distillation_loss(
-                logits, for_single(target, student.mean), batch.labels, *weights
-            )
+            single = for_single(target, student.mean)
+            return lazy_distillation_loss(logits, single, batch.labels, *_weights(student))
         logits = as_members(logits)
-        return distillation_loss(
-            logits, for_members(target, student.mean, len(logits)), batch.labels, *weights
-        )
+        target = for_members(target, student.mean, len(logits))
+        return distillation_loss(logits, target, batch.labels, *_weights(student))
 
     return objective
 
 
-def of_moved_inputs(network, batch: Batch, teacher, perturb, student: Student) -> Tensor:
-    """(1 - alpha) CE on x and alpha T^2 KL on x~, Nam et al. 2021, section 3; one forward pass of both."""
-    moved = replace(batch, inputs=perturb(batch.inputs))
+def _weights(student: Student) -> tuple[float, float, float, float]:
+    """Of both distillation losses, in the order of their parameters."""
+    return student.temperature, student.soft_weight, student.hard_weight, student.label_smoothing
+
+
+def _perturbed_loss(
+    network: nn.Module, batch: Batch, teacher: Teacher, perturb: Perturb, student: Student
+) -> Tensor:
+    """(1 - alpha) CE on x and alpha T^2 KL on x~, in one forward pass of both.
+
+    Nam et al. 2021, section 3.
+    """
+    perturbed = replace(batch, inputs=perturb(batch.inputs))
     with torch.no_grad():
-        target = teacher(moved)
-    inputs = (
-        torch.cat([moved.inputs, batch.inputs.to(moved.inputs)])
-        if student.hard_weight
-        else moved.inputs
-    )
+        target = teacher(perturbed)
+    inputs = perturbed.inputs
+    if student.hard_weight:
+        inputs = torch.cat([inputs, batch.inputs.to(inputs)])
     logits = as_members(network(inputs))
-    answers, clean = logits[:, : len(batch)], logits[:, len(batch) :]
+    soft_logits = logits[:, : len(batch)]
+    clean_logits = logits[:, len(batch) :]
     target = for_members(target, student.mean, len(logits))
     loss = distillation_loss(
-        answers, target, batch.labels, student.temperature, student.soft_weight, 0.0
+        soft_logits, target, batch.labels, student.temperature, student.soft_weight, hard_weight=0.0
     )
     if student.hard_weight:
-        loss = loss + student.hard_weight * hard_loss(clean, batch.labels, student.label_smoothing)
+        hard = hard_loss(clean_logits, batch.labels, student.label_smoothing)
+        loss = loss + student.hard_weight * hard
     return loss
 
 
 def as_members(logits: Tensor) -> Tensor:
     """[B, C] or [K, B, C] -> [K, B, C]"""
-    return logits if logits.dim() == 3 else logits[None]
+    if logits.dim() == 3:
+        return logits
+    return logits[None]
 
 
 def for_members(target: Tensor | TopKTargets, mean: str, members: int) -> Tensor:
-    """Teachers [K, B, C] as `members` students learn them: one each, or their mean."""
-    target = target.spread() if isinstance(target, TopKTargets) else target
-    return average_members(target, mean)[None] if members == 1 and len(target) > 1 else target
+    """The teachers' [K, B, C] as `members` students learn them: one each, or their mean."""
+    if isinstance(target, TopKTargets):
+        target = target.spread()
+    if members == 1 and len(target) > 1:
+        return average_members(target, mean)[None]
+    return target
 
 
 def for_single(target: Tensor | TopKTargets, mean: str) -> Tensor | TopKTargets:
-    """[K, B, ...] -> [B, ...]: the one teacher's answers as they are kept, or the mean of several."""
+    """[K, B, ...] -> [B, ...]: the one teacher's targets as stored, or the mean of several."""
     if isinstance(target, TopKTargets) and len(target.indices) == 1:
         return TopKTargets(
             target.indices[0], target.log_values[0], target.log_tail[0], target.num_classes
@@ -193,7 +258,12 @@ def for_single(target: Tensor | TopKTargets, mean: str) -> Tensor | TopKTargets:
 
 
 def learn_priors() -> Objective:
-    """A Prior Network: the labels as Dirichlet distributions over the simplex.  Malinin & Gales 2019."""
+    """Learn the labels as Dirichlet distributions over the simplex: a Prior Network.
+
+    References
+    ----------
+    Malinin & Gales 2019, "Reverse KL-Divergence Training of Prior Networks".
+    """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         return prior_network_loss(network(batch.inputs), batch.labels)
@@ -202,15 +272,28 @@ def learn_priors() -> Objective:
 
 
 def specialist_columns(members: np.ndarray, num_classes: int) -> Tensor:
-    """int64 [C]: the column of each class in a specialist's output; |S_m|, the dustbin's, for classes outside."""
+    """int64 [C]: the column of each class in a specialist's output.
+
+    It is |S_m|, the dustbin's, for classes outside.
+    """
     columns = torch.full((num_classes,), len(members), dtype=torch.int64)
     columns[torch.tensor(members)] = torch.arange(len(members))
     return columns
 
 
 def with_dustbin(logits: Tensor, members: np.ndarray) -> Tensor:
-    """Logits of all classes [B, C] as a specialist has them, [B, |S_m| + 1]: the others' log-sum-exp last."""
+    """Logits of all classes [B, C] as a specialist has them, [B, |S_m| + 1].
+
+    Last comes the dustbin, the log-sum-exp of the others.
+    """
     own = torch.tensor(members, device=logits.device)
     others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     others[own] = False
     return torch.cat([logits[:, own], logits[:, others].logsumexp(1, keepdim=True)], dim=1)
+
+
+def _to(batch: Batch, log_prior: Tensor | None) -> Tensor | None:
+    """`log_prior` on the batch's device."""
+    if log_prior is None:
+        return None
+    return log_prior.to(batch.labels.device)

@@ -12,10 +12,16 @@ from pipeline.config import Schedule
 
 
 def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters, in groups whose rate is the schedule's times their rate_scale.
+    """AdamW or SGD over the trainable parameters.
 
-    Matrices and kernels decay; vectors (norms) and biases, also one for each member, do not, nor do the rank-one
-    factors of a BatchEnsemble, which learn at half the rate (Nam et al. 2021, in their code).
+    Each group's rate is the schedule's times the group's rate_scale (see set_rate).
+
+    parameters                         weight decay   rate_scale
+    matrices and kernels               schedule's     1
+    vectors (norms) and biases,        0              1
+    also one for each member
+    rank-one factors of a              0              0.5  (Nam et al. 2021, in their code)
+    BatchEnsemble
     """
     decayed, plain, factors = [], [], []
     for name, parameter in network.named_parameters():
@@ -41,8 +47,8 @@ def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optim
     )
 
 
-def set_rate(optimizer, rate: float) -> None:
-    """The schedule's rate of this step, times each group's own scale."""
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the schedule's rate of this step, times each group's own scale."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["rate_scale"]
 
@@ -57,25 +63,30 @@ def optimizer_state(optimizer: torch.optim.Optimizer, network: nn.Module) -> dic
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, network: nn.Module, states: dict[str, dict]
 ) -> None:
+    """Set what `optimizer_state` returned, on the device of each parameter."""
     for name, p in network.named_parameters():
         if name in states:
-            optimizer.state[p] = {key: _placed(value, p) for key, value in states[name].items()}
+            optimizer.state[p] = {key: _copy_to(p, value) for key, value in states[name].items()}
 
 
-def _placed(value, parameter: nn.Parameter):
-    return value.to(parameter.device, copy=True) if isinstance(value, torch.Tensor) else value
+def _copy_to(parameter: nn.Parameter, value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return value.to(parameter.device, copy=True)
+    return value
 
 
 def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
-    """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then by `schedule.schedule`.
+    """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then the schedule.
 
-    cosine: to zero.  onecycle: the rise starts at 1/25 of the peak and is a cosine too (Smith & Topin 2018).
-    constant: flat.
+    cosine    falls to zero
+    onecycle  the same; the rise starts at 1/25 of the peak and is a cosine too
+              (Smith & Topin 2018)
+    constant  stays at the peak
     """
-    peak, rise = (
-        schedule.learning_rate,
-        max(1, round(schedule.warmup * steps)) if schedule.warmup else 0,
-    )
+    peak = schedule.learning_rate
+    rise = 0
+    if schedule.warmup:
+        rise = max(1, round(schedule.warmup * steps))
     if step < rise:
         if schedule.schedule == "onecycle":
             return peak * (1 / 25 + (1 - 1 / 25) * (1 - math.cos(math.pi * (step + 1) / rise)) / 2)
@@ -86,15 +97,17 @@ def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
 
 
 class AveragedWeights:
-    """Exponential moving average of a network's parameters; buffers are those of the network itself.
+    """Exponential moving average of a network's parameters; buffers are the network's own.
 
-    The decay is warmed up, min(decay, (1 + t) / (10 + t)), so that early averages are not stuck at the initial weights.
+    The decay is warmed up, min(decay, (1 + t) / (10 + t)), so that early averages are not stuck at
+    the initial weights.
+
+    average: the averages so far, from a checkpoint; by default they start at the network's weights.
     """
 
     def __init__(
         self, network: nn.Module, decay: float, average: dict[str, torch.Tensor] | None = None
     ):
-        """average: where it stands already."""
         self.decay = decay
         self.average = average or {
             name: p.detach().clone() for name, p in network.named_parameters()
@@ -104,14 +117,17 @@ class AveragedWeights:
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         current = dict(network.named_parameters())
-        torch._foreach_lerp_(
-            list(self.average.values()), [current[n].detach() for n in self.average], 1 - decay
+        # One kernel for all tensors, as torch's own optimizers do it; torch has no public name.
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.average.values()),
+            [current[name].detach() for name in self.average],
+            1 - decay,
         )
 
     @torch.no_grad()
     def swap(self, network: nn.Module) -> None:
         """Exchange the network's weights and the averages; a second call undoes it."""
         for name, parameter in network.named_parameters():
-            kept = parameter.detach().clone()
+            current = parameter.detach().clone()
             parameter.copy_(self.average[name])
-            self.average[name].copy_(kept)
+            self.average[name].copy_(current)

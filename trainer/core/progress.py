@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and what its users watch: metrics.jsonl and the trackers."""
+"""What a training run carries from step to step, and what its users watch: metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,32 +18,45 @@ from pipeline.config import UserError
 
 from ..distributed.ranks import Ranks, sum_over_ranks
 from .checkpoints import newest_step
+from .tracking import Row, Tracker
 
 DIVERGED = 10  # times the loss of the first steps (or 1 nat, where that is less)
 
 
 @dataclass
 class Progress:
-    """All of it is in a checkpoint."""
+    """The state of one training run; every field is written to its checkpoints."""
 
     step: int = 0
     seconds: float = 0.0
-    first_loss: float | None = None  # of the first logged steps
+    first_loss: float | None = None  # mean over the first logged steps
     best_loss: float = math.inf
     best_step: int = 0
-    val: dict | None = None  # the figures of the weights that `train` would return now
+    val: dict[str, float] | None = None  # metrics of the weights that training would return now
     waited: int = 0  # validations since the best
     stopped: bool = False  # early
-    metrics: list[str] = field(default_factory=list)  # the lines of metrics.jsonl so far
-    lost: list[tuple[int, int, str]] = field(
-        default_factory=list
-    )  # damaged samples so far: (source, id, reason)
+    metrics: list[str] = field(default_factory=list)  # lines of metrics.jsonl so far
+    # Corrupt samples so far: (source, id, reason).
+    lost: list[tuple[int, int, str]] = field(default_factory=list)
+
+    def record_validation(self, metrics: dict[str, float], patience: int) -> None:
+        """Remember the best step; stop after `patience` validations without a better loss."""
+        self.waited += 1
+        if metrics["loss"] < self.best_loss:
+            self.best_loss = metrics["loss"]
+            self.best_step = self.step
+            self.waited = 0
+        if not patience or self.best_step == self.step:
+            self.val = metrics
+        self.stopped = bool(patience) and self.waited >= patience
 
 
 class MetricsLogger:
-    """metrics.jsonl: the rows up to the checkpoint first, then each new one as it comes; trackers get the same.
+    """Writes metrics.jsonl: first the rows up to the checkpoint, then each new one; trackers too.
 
-    Every rank keeps one, since a mean is over all of them; rank 0 writes.  batch: of all ranks.
+    Every rank has one, since a mean is over all ranks; rank 0 writes.
+
+    steps: planned for the whole run.  batch_size: examples per step, over all ranks.
     """
 
     def __init__(
@@ -52,101 +65,111 @@ class MetricsLogger:
         progress: Progress,
         ranks: Ranks,
         steps: int,
-        batch: int,
-        trackers: Sequence[Callable[[dict], None]] = (),
+        batch_size: int,
+        trackers: Sequence[Tracker] = (),
     ):
-        self.path, self.progress, self.ranks, self.trackers = path, progress, ranks, trackers
-        self.steps, self.batch = steps, batch
+        self.path = path
+        self.progress = progress
+        self.ranks = ranks
+        self.steps = steps
+        self.batch_size = batch_size
+        self.trackers = trackers
         self.started = time.monotonic() - progress.seconds
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self.first, self.since, self.waited = progress.step, time.monotonic(), 0.0
+        self._start_interval(time.monotonic())
         if ranks.is_main:
             path.write_text("".join(line + "\n" for line in progress.metrics))
             for line in progress.metrics:
                 self._track(json.loads(line))
 
+    def _start_interval(self, now: float) -> None:
+        """Begin the steps that the next row is about."""
+        self.interval_step = self.progress.step
+        self.interval_began = now
+        self.data_wait = 0.0
+
     @contextmanager
-    def waiting(self):
-        """For the next batch."""
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for the next batch."""
         began = time.monotonic()
         yield
-        self.waited += time.monotonic() - began
+        self.data_wait += time.monotonic() - began
 
     def add(self, loss: torch.Tensor) -> None:
-        """One micro-batch's share of its step's loss."""
+        """Add one micro-batch's part of its step's loss."""
         self.loss_sum += loss.detach()
 
-    def row(self, rate: float, checkpoints: Path) -> None:
-        """The mean loss since the last row; collective.  Raises UserError where it is not finite, or has diverged.
+    def log(self, rate: float, checkpoints: Path) -> None:
+        """Write a row with the mean loss since the last one; collective.
 
-        seconds: of training so far, earlier attempts included.  data_wait: rank 0's share of the time since the last
-        row that went to waiting for batches.
+        The row's `seconds` are of training so far, earlier attempts included.  Its `data_wait` is
+        the fraction of the time since the last row that rank 0 waited for batches.
+        Raises UserError where the loss is not finite, or has diverged.
         """
-        progress, now = self.progress, time.monotonic()
-        loss = (
-            float(sum_over_ranks(self.loss_sum, self.ranks))
-            / self.ranks.world_size
-            / (progress.step - self.first)
-        )
+        progress = self.progress
+        now = time.monotonic()
+        total = float(sum_over_ranks(self.loss_sum, self.ranks))
+        loss = total / self.ranks.world_size / (progress.step - self.interval_step)
         progress.seconds = now - self.started
-        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        if progress.first_loss is None:
+            progress.first_loss = loss
         if not loss < DIVERGED * max(1.0, progress.first_loss):  # nan is not smaller either
-            raise UserError(self._diverged(loss, rate, checkpoints))
+            raise UserError(self._diverged(loss, progress.first_loss, rate, checkpoints))
+        examples = progress.step * self.batch_size
         self.write(
             {
                 "step": progress.step,
                 "steps": self.steps,
                 "loss": loss,
                 "lr": rate,
-                "examples": progress.step * self.batch,
+                "examples": examples,
                 "seconds": round(progress.seconds, 3),
-                "samples_per_s": round(self.batch * progress.step / max(progress.seconds, 1e-9), 1),
-                "data_wait": round(self.waited / max(now - self.since, 1e-9), 4),
+                "samples_per_s": round(examples / max(progress.seconds, 1e-9), 1),
+                "data_wait": round(self.data_wait / max(now - self.interval_began, 1e-9), 4),
                 "memory_bytes": peak_memory(self.ranks),
                 "time": time.time(),
             }
         )
         self.loss_sum.zero_()
-        self.first, self.since, self.waited = progress.step, now, 0.0
+        self._start_interval(now)
 
-    def write(self, row: dict) -> None:
-        """`row` as it is, from rank 0."""
+    def write(self, row: Row) -> None:
+        """Write `row` as it is, on rank 0."""
         if not self.ranks.is_main:
             return
-        line = json.dumps(
-            {
-                key: round(value, 8) if isinstance(value, float) else value
-                for key, value in row.items()
-            }
-        )
+        line = json.dumps({key: _rounded(value) for key, value in row.items()})
         self.progress.metrics.append(line)
         with open(self.path, "a") as file:
             file.write(line + "\n")
         self._track(row)
 
-    def look_at_the_clock(self) -> None:
+    def update_seconds(self) -> None:
+        """Bring progress.seconds up to now."""
         self.progress.seconds = time.monotonic() - self.started
 
-    def _track(self, row: dict) -> None:
-        for tracker in self.trackers:
-            tracker(row)
+    def _track(self, row: Row) -> None:
+        for track in self.trackers:
+            track(row)
 
-    def _diverged(self, loss: float, rate: float, checkpoints: Path) -> str:
-        good = newest_step(checkpoints)
-        stands = (
-            f"the last good checkpoint is that of step {good} in {checkpoints}"
-            if good
-            else "there is none yet"
-        )
+    def _diverged(self, loss: float, first_loss: float, rate: float, checkpoints: Path) -> str:
+        last_good = "there is none yet"
+        if step := newest_step(checkpoints):
+            last_good = f"the last good checkpoint is that of step {step} in {checkpoints}"
         return (
-            f"the loss is {loss:.4g} at step {self.progress.step}; it began at {self.progress.first_loss:.4g}. Lower "
-            f"the learning rate ({rate:.3g}) or clip gradients (clip_norm); {stands}"
+            f"the loss is {loss:.4g} at step {self.progress.step}; it began at {first_loss:.4g}. "
+            f"Lower the learning rate ({rate:.3g}) or clip gradients (clip_norm); {last_good}"
         )
+
+
+def _rounded(value: float) -> float:
+    return round(value, 8) if isinstance(value, float) else value
 
 
 def peak_memory(ranks: Ranks) -> int:
     """Bytes: of the GPU as torch counts them, or of this process."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":
+        return peak
+    return peak * 1024

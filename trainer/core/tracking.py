@@ -1,21 +1,27 @@
-"""The rows of metrics.jsonl, sent to TensorBoard or Weights & Biases as well: extras, imported only if asked for."""
+"""Send the rows of metrics.jsonl to TensorBoard or Weights & Biases: extras, imported on demand."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from pipeline.config import UserError
+
+Row = dict[str, float]
+Tracker = Callable[[Row], None]
 
 
 @contextmanager
 def trackers(
     names: Sequence[str], directory: Path, run: Path, stage: str
-) -> Iterator[list[Callable[[dict], None]]]:
-    """A function of a row for each of `names`.  directory: the attempt's, whose event files are then whole."""
+) -> Iterator[list[Tracker]]:
+    """A function of a row for each of `names`.
+
+    directory: the attempt's own, so that its event files are whole.
+    """
     with ExitStack() as stack:
         yield [
             stack.enter_context(KINDS[name](directory, run, stage)) for name in dict.fromkeys(names)
@@ -23,8 +29,8 @@ def trackers(
 
 
 @contextmanager
-def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Callable[[dict], None]]:
-    """`tensorboard --logdir RUN` shows every stage."""
+def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
+    """Event files under `directory`; `tensorboard --logdir RUN` shows every stage."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -33,19 +39,22 @@ def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Callable[[di
         ) from None
     with SummaryWriter(str(directory / "tensorboard")) as writer:
 
-        def track(row: dict) -> None:
+        def track(row: Row) -> None:
             for key, value in row.items():
                 if key not in ("step", "steps", "time"):
-                    writer.add_scalar(key, value, row["step"], walltime=row.get("time"))
+                    writer.add_scalar(key, value, int(row["step"]), walltime=row.get("time"))
 
         yield track
 
 
 @contextmanager
-def wandb(directory: Path, run: Path, stage: str) -> Iterator[Callable[[dict], None]]:
-    """One W&B run per stage, grouped by RUN; a resumed stage goes on in its own.  WANDB_PROJECT and the like hold."""
+def wandb(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
+    """One W&B run per stage, grouped by RUN; a resumed stage continues its own.
+
+    W&B's environment variables (WANDB_PROJECT and the like) apply.
+    """
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
     except ImportError:
         raise UserError(
             "engine.track: wandb is not installed; pip install 'referral[wandb]'"
@@ -59,12 +68,18 @@ def wandb(directory: Path, run: Path, stage: str) -> Iterator[Callable[[dict], N
         resume="allow",
         dir=str(directory),
     )
+
+    def track(row: Row) -> None:
+        values = {key: value for key, value in row.items() if key != "step"}
+        session.log(values, step=row["step"])
+
     try:
-        yield lambda row: session.log(
-            {key: value for key, value in row.items() if key != "step"}, step=row["step"]
-        )
+        yield track
     finally:
         session.finish()
 
 
-KINDS = {"tensorboard": tensorboard, "wandb": wandb}
+KINDS: dict[str, Callable[[Path, Path, str], AbstractContextManager[Tracker]]] = {
+    "tensorboard": tensorboard,
+    "wandb": wandb,
+}

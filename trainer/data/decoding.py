@@ -138,8 +138,13 @@ def find_decoder(table: dict[str, Decoder], extension: str) -> Decoder:
     )
 
 
+def built_in() -> dict[str, Decoder]:
+    """{extension: function} of DECODERS.  Imports the modules that it names."""
+    return {
+        extension: import_function(name, f"DECODERS[{extension!r}]")
+        for extension, name in DECODERS.items()
+    }
+
+
 # At the end, because most rows of the table name functions of this module.
-BUILT_IN: dict[str, Decoder] = {
-    extension: import_function(name, f"DECODERS[{extension!r}]")
-    for extension, name in DECODERS.items()
-}
+BUILT_IN = built_in()

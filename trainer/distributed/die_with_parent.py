@@ -1,7 +1,10 @@
-"""Replace this process by a command that dies with its parent:  python -I die_with_parent.py PARENT_PID COMMAND...
+"""Replace this process by a command that dies with its parent.
 
-A killed launcher or torchrun agent must leave no process that trains on alone.  The request survives exec, and is made
-here, before the command's slow imports begin.  Linux only; elsewhere the command just runs.
+    python -I die_with_parent.py PARENT_PID COMMAND...
+
+A killed launcher or torchrun agent must leave no process that trains on alone.  The kernel keeps
+the request over exec, and it is made here, before the command's slow imports begin.  Linux only;
+elsewhere the command just runs.
 """
 
 import ctypes
@@ -11,6 +14,7 @@ import sys
 
 
 def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent ends."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

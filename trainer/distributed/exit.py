@@ -13,15 +13,16 @@ from typing import NoReturn
 def leave(work: Callable[[], int | None]) -> NoReturn:
     """Do the work and end this process with its exit code, without the interpreter's finalisation.
 
-    gloo's threads outlive the process group (torch 2.13): now and then a rank that has done everything aborts in its
-    finalisation beside them (exit codes -6 and -11), and the launcher takes the whole job for failed.
+    gloo's threads outlive the process group (torch 2.13).  Now and then a rank that has done
+    everything aborts in its finalisation beside them (exit codes -6 and -11), and the launcher
+    takes the whole job for failed.
     """
     try:
         code = work() or 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+    except SystemExit as error:
+        code = _exit_code(error)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -29,6 +30,13 @@ def leave(work: Callable[[], int | None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a reader that has seen enough
+        except OSError:  # the reader has closed its end
             pass
     os._exit(code)
+
+
+def _exit_code(error: SystemExit) -> int:
+    """As the interpreter has it: 0 of None, 1 of a message."""
+    if isinstance(error.code, int):
+        return error.code
+    return int(error.code is not None)

@@ -1,4 +1,7 @@
-"""Processes at the edge: one group of ranks, started by torchrun or alone (world size 1 is not a second path)."""
+"""Ranks: one group of processes, started by torchrun or alone.
+
+World size 1 is not a second path.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TextIO, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,21 +23,28 @@ from pipeline.config import Engine, UserError
 
 from .die_with_parent import die_with_parent
 
+T = TypeVar("T")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Watchdog:
-    """Ends this process, with a traceback of every thread, `seconds` after the last sign of progress; exit code 1.
+    """Ends this process `seconds` after the last sign of progress, with every thread's traceback.
 
-    Python's own faulthandler does it, from a thread that needs no interpreter, so that a hang in a collective or in
-    a engine is ended too.  The launcher then ends the other ranks.
+    The exit code is 1, and the launcher then ends the other ranks.  Python's own faulthandler does
+    it, from a thread that needs no interpreter, so that a hang in a collective or in an engine is
+    ended too.
     """
 
     def __init__(self, seconds: float):
-        self.seconds, self.armed, self.last = seconds, False, 0.0
+        self.seconds = seconds
+        self.armed = False
+        self.last = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Progress is expected inside."""
-        self.armed, self.last = True, 0.0
+        self.armed = True
+        self.last = 0.0
         self.progress()
         try:
             yield
@@ -42,16 +53,19 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def progress(self) -> None:
-        """A step, or a batch, is done.  Setting the clock anew costs a thread: once a second, or a fiftieth of it."""
+        """Report that a step, or a batch, is done."""
+        # Setting the clock anew costs a thread: once a second, or a fiftieth of `seconds`.
         now = time.monotonic()
         if self.armed and now - self.last > min(1.0, self.seconds / 50):
             self.last = now
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(
+                self.seconds, exit=True, file=cast(TextIO, sys.__stderr__)
+            )
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place: rank of world_size, and the device that it computes on."""
+    """This process's rank of world_size, and the device that it computes on."""
 
     rank: int
     world_size: int
@@ -73,22 +87,26 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 @contextmanager
 def process_group(engine: Engine) -> Iterator[Ranks]:
-    """Join the ranks that torchrun started (RANK, WORLD_SIZE, ... in the environment), or be alone."""
+    """Join the ranks that torchrun started, or be alone.
+
+    torchrun sets RANK, WORLD_SIZE, ... in the environment.
+    """
     die_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = choose_device(engine)
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl"
     if "RANK" in os.environ:
-        dist.init_process_group(
-            backend, timeout=timedelta(minutes=30)
-        )  # stages where rank 0 works alone take long
+        # Stages where rank 0 works alone take long.
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    torch.set_flush_denormal(
-        True
-    )  # softmaxes over many classes are full of them; a CPU takes ages over each
+        # Documented, but missing from torch.distributed's __all__.
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    # Softmaxes over many classes are full of denormals, and a CPU takes ages over each.
+    torch.set_flush_denormal(True)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, Watchdog(engine.hang_s))
     finally:
@@ -97,6 +115,7 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
 
 
 def choose_device(engine: Engine) -> torch.device:
+    """The device of this process: of several GPUs the one of its LOCAL_RANK."""
     if engine.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             'engine.device = "cuda", but torch sees no CUDA device; use "auto" or "cpu"'
@@ -107,16 +126,16 @@ def choose_device(engine: Engine) -> torch.device:
 
 
 def precision(engine: Engine, device: torch.device) -> torch.dtype:
-    """What the forward pass computes in; weights are float32 always."""
+    """The dtype that the forward pass computes in; weights are float32 always."""
     if engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if engine.precision == "fp16" and device.type == "cpu":
         raise UserError('engine.precision = "fp16" needs a GPU; on a CPU take "bf16" or "fp32"')
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[engine.precision]
+    return PRECISIONS[engine.precision]
 
 
-def broadcast(value, ranks: Ranks):
-    """Rank 0's value (any small JSON-able object) on every rank."""
+def broadcast(value: T, ranks: Ranks) -> T:
+    """Rank 0's value (any small JSON-able object) on every rank; collective."""
     if ranks.world_size == 1:
         return value
     box = [value]
@@ -124,17 +143,17 @@ def broadcast(value, ranks: Ranks):
     return box[0]
 
 
-def gather(value, ranks: Ranks) -> list:
-    """Every rank's value, in the order of the ranks, on every rank."""
+def gather(value: T, ranks: Ranks) -> list[T]:
+    """Every rank's value, in the order of the ranks, on every rank; collective."""
     if ranks.world_size == 1:
         return [value]
-    box = [None] * ranks.world_size
-    dist.all_gather_object(box, value)
-    return box
+    values = [value] * ranks.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The sum over the ranks, in float64 so that it does not depend on how examples fell to ranks."""
+    """The sum over the ranks, in float64: it does not depend on how examples fell to ranks."""
     total = tensor.detach().to(ranks.device, torch.float64)
     if ranks.world_size > 1:
         dist.all_reduce(total)
@@ -153,10 +172,11 @@ class StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._receive)
 
-    def _receive(self, *_):
+    def _receive(self, *_) -> None:
         StopSignal.received = True
 
     def agreed(self, ranks: Ranks) -> bool:
+        """Whether any rank has received a signal; collective."""
         if ranks.world_size == 1:
             return self.received
         flag = torch.tensor([float(self.received)], device=ranks.device)

@@ -1,17 +1,98 @@
 """How a step is taken on many ranks.
 
-An engine has prepare, autocast, accumulating, backward and step; state for checkpoints, from which prepare goes on;
-eval_model and export for whoever wants the network; close.  The loop knows no more, and nothing behind export knows which
-engine ran.
+The loop knows an `Engine` and no more: any class with these methods is one.  Nothing behind
+`export` knows which engine ran.
 """
 
-from pipeline.config import Engine
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+from pipeline.config import Engine as EngineConfig
+from pipeline.config import Schedule
 
 from ..distributed.ranks import Ranks
 
+if TYPE_CHECKING:
+    from ..core.optim import AveragedWeights
 
-def build_engine(config: Engine, ranks: Ranks):
-    """The engine that `[engine] name` asks for, on these ranks.  DeepSpeed is imported only where it is chosen."""
+__all__ = ["Engine", "build_engine"]
+
+
+class Engine(Protocol):
+    """One network's optimizer steps on these ranks; a new engine for each training run.
+
+    "Collective" methods exchange data: every rank calls them, in the same order.
+    The call order is prepare; then for each step, for each micro-batch `accumulating` around
+    `autocast` and `backward`, and `step`; at last export and close.
+    """
+
+    def __init__(self, config: EngineConfig, ranks: Ranks) -> None: ...
+
+    def prepare(
+        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+    ) -> nn.Module:
+        """Take over `network`, on the rank's device, and build its optimizer; collective.
+
+        state: what `state` returned on rank 0, of any engine and any number of ranks.
+        Returns the module to call in the forward pass.
+        """
+        ...
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of the forward pass: precision is torch's autocast, weights are float32."""
+        ...
+
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
+        """The context of one micro-batch; last: whether it is the last one of its step."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch's loss; collective."""
+        ...
+
+    def step(self, rate: float) -> None:
+        """One optimizer step at this learning rate, with gradients averaged over ranks; collective.
+
+        Gradients are zero, or None, afterwards.
+        """
+        ...
+
+    def state(self) -> dict:
+        """What a checkpoint keeps of network and optimizer, whole on rank 0; collective.
+
+        {"network": {name: tensor}, "optimizer": {parameter: {key: tensor}}}, by the names of the
+        parameters, so that every engine can resume from it.
+        """
+        ...
+
+    def eval_model(self, average: AveragedWeights | None) -> AbstractContextManager[nn.Module]:
+        """The context of the network as `export` would return it now, on every rank; collective.
+
+        average: averaged weights, which it has inside.
+        """
+        ...
+
+    def export(self) -> nn.Module:
+        """The plain network with the trained weights, whole on every rank; collective.
+
+        No step can follow.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what holds the process group; may be called twice, and before `prepare`."""
+        ...
+
+
+def build_engine(config: EngineConfig, ranks: Ranks) -> Engine:
+    """The engine that [engine] asks for, on these ranks.
+
+    DeepSpeed is imported only where it is chosen.
+    """
     if config.name == "deepspeed":
         from .zero import DeepSpeedEngine
 

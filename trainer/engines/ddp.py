@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.config import Engine, Schedule
+from pipeline.config import Engine as EngineConfig
+from pipeline.config import Schedule
 
 from ..core.optim import (
     AveragedWeights,
@@ -21,7 +24,15 @@ from ..distributed.ranks import Ranks, precision
 
 
 class DDPEngine:
-    def __init__(self, config: Engine, ranks: Ranks):
+    """An Engine (see trainer.engines) by DistributedDataParallel."""
+
+    # From `prepare` on.
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    clip_norm: float
+    module: DistributedDataParallel | None = None
+
+    def __init__(self, config: EngineConfig, ranks: Ranks):
         self.ranks = ranks
         self.precision = precision(config, ranks.device)
         self.scaler = torch.amp.GradScaler(
@@ -31,7 +42,6 @@ class DDPEngine:
     def prepare(
         self, network: nn.Module, schedule: Schedule, state: dict | None = None
     ) -> nn.Module:
-        """Build the optimizer, go on from a checkpoint's state.  Returns the module to call in the forward pass."""
         self.network = network
         self.optimizer = build_optimizer(network, schedule)
         self.clip_norm = schedule.clip_norm
@@ -46,20 +56,22 @@ class DDPEngine:
         )
         return self.module
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(
             self.ranks.device.type, self.precision, enabled=self.precision != torch.float32
         )
 
-    def accumulating(self, last: bool):
+    def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are exchanged once a step, in the last micro-batch."""
-        return nullcontext() if last else self.module.no_sync()
+        assert self.module is not None, "prepare comes first"
+        if last:
+            return nullcontext()
+        return self.module.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
     def step(self, rate: float) -> None:
-        """One optimizer step at this learning rate."""
         if self.clip_norm:
             self.scaler.unscale_(self.optimizer)
             self.clip()
@@ -69,17 +81,20 @@ class DDPEngine:
         self.optimizer.zero_grad(set_to_none=False)
 
     def clip(self) -> None:
+        """Scale the gradients down to a norm of at most clip_norm."""
         nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
 
     def state(self) -> dict:
-        """What a checkpoint keeps, by the names of the parameters: any engine goes on from it.  Collective."""
-        scaler = {"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}
-        found = optimizer_state(self.optimizer, self.network)
-        return {"network": self.network.state_dict(), "optimizer": found, **scaler}
+        state = {
+            "network": self.network.state_dict(),
+            "optimizer": optimizer_state(self.optimizer, self.network),
+        }
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
+        return state
 
     @contextmanager
-    def eval_model(self, average: AveragedWeights | None):
-        """The network as it would be exported now, with the averaged weights where there are any; collective."""
+    def eval_model(self, average: AveragedWeights | None) -> Iterator[nn.Module]:
         if average:
             average.swap(self.network)
         try:
@@ -89,12 +104,20 @@ class DDPEngine:
                 average.swap(self.network)
 
     def export(self) -> nn.Module:
-        """The plain network with the trained weights."""
         return self.network
 
     def close(self) -> None:
-        """Let go of the reducer while the process group lives.  If an exception's frames kept it, it would be the
-        last to let go of the group, and joining gloo's threads with the interpreter locked is a deadlock."""
-        if getattr(self, "module", None) is not None:
-            self.module.logger = self.module.reducer = None
+        """Let go of the reducer while the process group lives.
+
+        An exception's frames may keep this engine.  Its reducer would then be the last to let go of
+        the group, and joining gloo's threads with the interpreter locked is a deadlock.
+        """
+        if self.module is not None:
+            del self.module.logger, self.module.reducer
             self.module = None
+
+
+if TYPE_CHECKING:
+    from . import Engine
+
+    _: type[Engine] = DDPEngine

@@ -1,20 +1,27 @@
-"""DDP with the classifier's rows split over the ranks, for label sets whose rows, gradients and optimizer states are
-too much for one rank.  The trunk is DDP's; the head's gradients never leave their rank, only features and sums do.
+"""DDP with the classifier's rows split over the ranks.
+
+For label sets whose rows, gradients and optimizer states are too much for one rank.  The trunk is
+DDP's.  The head's gradients never leave their rank, only features and sums do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from networks import Classifier
 from networks.heads import ShardedLinear
 from networks.linear_logits import LocalComm
-from pipeline.config import Engine, Schedule, UserError
+from pipeline.config import Engine as EngineConfig
+from pipeline.config import Schedule, UserError
 
 from ..core.optim import AveragedWeights
 from ..distributed.ranks import Ranks
@@ -22,107 +29,137 @@ from .ddp import DDPEngine
 
 
 class ShardedHeadEngine(DDPEngine):
-    """Only a linear head over all classes is split; a specialist's logits are few, its rows are left as they are."""
+    """An Engine (see trainer.engines) that splits a linear head over all classes.
 
-    def __init__(self, config: Engine, ranks: Ranks):
+    A specialist's logits are few, and so its head is left whole.
+    """
+
+    head: HeadShard | None = None  # from `prepare` on; None of a head that is left whole
+
+    def __init__(self, config: EngineConfig, ranks: Ranks):
         super().__init__(config, ranks)
         self.block = config.head_block
         if self.scaler.is_enabled():
             raise UserError(
-                'engine.shard_head with precision = "fp16": ranks would disagree on which steps overflowed; take "bf16"'
+                'engine.shard_head with precision = "fp16": ranks would disagree on which steps '
+                'overflowed; take "bf16"'
             )
 
     def prepare(
         self, network: nn.Module, schedule: Schedule, state: dict | None = None
     ) -> nn.Module:
-        self.sharded = network.spec.head["kind"] == "linear"
-        if self.sharded:
-            self._shard(network, state)
+        assert isinstance(network, Classifier), "a sharded head needs a network with a head"
+        if network.spec.head["kind"] == "linear":
+            self.head = self._shard(network)
+            if state is not None:
+                self.head.cut_state(state)
         return super().prepare(network, schedule, state)
 
-    def _shard(self, network: nn.Module, state: dict | None) -> None:
-        """Leave this rank its rows of the head, of its weights in a checkpoint and of their optimizer states too."""
+    def _shard(self, network: Classifier) -> HeadShard:
+        """Leave this rank its rows of the head."""
         classes, world = network.spec.num_classes, self.ranks.world_size
         if classes < world:
             raise UserError(
-                f"engine.shard_head cannot split {classes} classes over {world} ranks; take fewer ranks"
+                f"engine.shard_head cannot split {classes} classes over {world} ranks; "
+                "take fewer ranks"
             )
-        self.bounds = [classes * rank // world for rank in range(world + 1)]
-        own = slice(*self.bounds[self.ranks.rank : self.ranks.rank + 2])
-        self.head_names = [f"head.{name}" for name, _ in network.head.named_parameters()]
-        network.head = ShardedLinear(
-            cut(network.head, own), classes, DistributedComm(tuple(self.bounds)), self.block
-        )
-        for name in self.head_names if state else ():
-            state["network"][name] = state["network"][name][own].clone()
-            for key, value in state["optimizer"].get(name, {}).items():
-                if is_per_row(value):
-                    state["optimizer"][name][key] = value[own].clone()
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-            network, self.head_names
-        )
+        whole = network.head
+        assert isinstance(whole, nn.Linear)
+        names = [f"head.{name}" for name, _ in whole.named_parameters()]
+        bounds = tuple(classes * rank // world for rank in range(world + 1))
+        own = slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
+        rows = ShardedLinear(cut(whole, own), classes, DistributedComm(bounds), self.block)
+        network.head = rows
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+        return HeadShard(network, rows, names, self.ranks)
 
     def clip(self) -> None:
-        if not self.sharded:
+        if self.head is None:
             return super().clip()
-        trunk = [
-            p.grad for name, p in self.network.named_parameters() if name not in self.head_names
-        ]
-        head = [p.grad for p in self.network.head.parameters()]
-        squares = nn.utils.get_total_norm([g for g in head if g is not None]) ** 2
+        names = self.head.names
+        trunk = [p.grad for name, p in self.network.named_parameters() if name not in names]
+        rows = [p.grad for p in self.head.rows.parameters()]
+        squares = nn.utils.get_total_norm([grad for grad in rows if grad is not None]) ** 2
         dist.all_reduce(squares)
-        norm = (squares + nn.utils.get_total_norm([g for g in trunk if g is not None]) ** 2).sqrt()
+        trunk_norm = nn.utils.get_total_norm([grad for grad in trunk if grad is not None])
+        norm = (squares + trunk_norm**2).sqrt()
         nn.utils.clip_grads_with_norm_(self.network.parameters(), self.clip_norm, norm)
 
     def step(self, rate: float) -> None:
         super().step(rate)
-        if self.sharded:
-            for parameter in self.network.head.parameters():
+        if self.head is not None:
+            for parameter in self.head.rows.parameters():
                 parameter.grad = None  # else the next one would lie beside it
 
     def state(self) -> dict:
-        """As DDP's, whole on rank 0 and of no use elsewhere.  Collective."""
+        """As DDP's; the head is whole on rank 0 and empty elsewhere."""
         state = super().state()
-        if not self.sharded:
+        if self.head is None:
             return state
-        network, optimizer = dict(state["network"]), dict(state["optimizer"])
-        for name in self.head_names:
-            network[name] = self._on_main(network[name])
+        network = dict(state["network"])
+        optimizer = dict(state["optimizer"])
+        for name in self.head.names:
+            network[name] = self.head.join_on_main(network[name])
             if name in optimizer:
-                optimizer[name] = {
-                    key: self._on_main(value) if is_per_row(value) else value
-                    for key, value in optimizer[name].items()
-                }
+                optimizer[name] = self.head.join_state_on_main(optimizer[name])
         return state | {"network": network, "optimizer": optimizer}
 
     @contextmanager
-    def eval_model(self, average: AveragedWeights | None):
-        with self._whole(), super().eval_model(average):
-            yield self.network
+    def eval_model(self, average: AveragedWeights | None) -> Iterator[nn.Module]:
+        with self._whole_network(), super().eval_model(average) as network:
+            yield network
 
     def export(self) -> nn.Module:
-        self.optimizer = None  # its states go before the whole head comes
-        if self.sharded:
-            self.network.head = self._whole_head()
+        del self.optimizer  # its states go before the whole head comes
+        if self.head is not None:
+            self.head.network.head = self.head.whole()
+            self.head = None
         return super().export()
 
     @contextmanager
-    def _whole(self):
-        """The network with a plain head, on every rank; collective."""
-        if not self.sharded:
+    def _whole_network(self) -> Iterator[None]:
+        """Inside, the network has a plain head, on every rank; collective."""
+        if self.head is None:
             yield
             return
-        shard, self.network.head = self.network.head, self._whole_head()
+        self.head.network.head = self.head.whole()
         try:
             yield
         finally:
-            self.network.head = shard
+            self.head.network.head = self.head.rows
 
-    def _whole_head(self) -> nn.Linear:
-        head = self.network.head
-        whole = empty_linear(head.in_features, head.num_classes, head.weight)
+
+@dataclass(frozen=True)
+class HeadShard:
+    """This rank's rows of the head of `network`."""
+
+    network: Classifier
+    rows: ShardedLinear
+    names: list[str]  # of the head's parameters within the network
+    ranks: Ranks
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """Rank r has the classes bounds[r] to bounds[r + 1]."""
+        comm = self.rows.comm
+        assert isinstance(comm, DistributedComm)
+        return comm.bounds
+
+    def cut_state(self, state: dict) -> None:
+        """Leave in a checkpoint's state only this rank's rows, of weights and optimizer states."""
+        own = slice(self.bounds[self.ranks.rank], self.bounds[self.ranks.rank + 1])
+        for name in self.names:
+            state["network"][name] = state["network"][name][own].clone()
+            for key, value in state["optimizer"].get(name, {}).items():
+                if is_per_row(value):
+                    state["optimizer"][name][key] = value[own].clone()
+
+    def whole(self) -> nn.Linear:
+        """The plain head, on every rank; collective."""
+        rows = self.rows
+        whole = empty_linear(rows.in_features, rows.num_classes, rows.weight)
         for name, parameter in whole.named_parameters():
-            own = getattr(head, name)
+            own = rows.get_parameter(name)
             for rank, part in enumerate(self._parts(parameter.data)):
                 if rank == self.ranks.rank:
                     part.copy_(own.detach())
@@ -130,8 +167,8 @@ class ShardedHeadEngine(DDPEngine):
             parameter.requires_grad_(own.requires_grad)
         return whole
 
-    def _on_main(self, rows: Tensor) -> Tensor:
-        """Every rank's rows, joined in rank 0's host memory; elsewhere nothing."""
+    def join_on_main(self, rows: Tensor) -> Tensor:
+        """Every rank's rows, joined in rank 0's host memory; elsewhere nothing.  Collective."""
         if not self.ranks.is_main:
             dist.send(rows.detach().contiguous(), dst=0)
             return rows.new_empty(0)
@@ -144,10 +181,16 @@ class ShardedHeadEngine(DDPEngine):
             part.copy_(theirs)
         return whole
 
+    def join_state_on_main(self, state: dict[str, object]) -> dict[str, object]:
+        """`join_on_main` of what an optimizer's state of one parameter has per row; collective."""
+        joined = dict(state)
+        for key, value in state.items():
+            if is_per_row(value):
+                joined[key] = self.join_on_main(value)
+        return joined
+
     def _parts(self, whole: Tensor) -> tuple[Tensor, ...]:
-        return whole.split(
-            [last - first for first, last in zip(self.bounds, self.bounds[1:], strict=False)]
-        )
+        return whole.split([last - first for first, last in pairwise(self.bounds)])
 
 
 @dataclass(frozen=True)
@@ -174,57 +217,65 @@ class DistributedComm(LocalComm):
         return replace(self, sizes=tuple(sizes.tolist()))
 
     def among(self, classes: Tensor) -> DistributedComm:
-        places = torch.searchsorted(classes, torch.tensor(self.bounds, device=classes.device))
-        return replace(self, bounds=tuple(places.tolist()))
+        bounds = torch.searchsorted(classes, torch.tensor(self.bounds, device=classes.device))
+        return replace(self, bounds=tuple(bounds.tolist()))
 
     def gather(self, rows: Tensor) -> Tensor:
         most = max(self.sizes)
         padded = rows.new_zeros(most, *rows.shape[1:])
         padded[: len(rows)] = rows
-        every = rows.new_empty(len(self.sizes) * most, *rows.shape[1:])
-        dist.all_gather(list(every.split(most)), padded)
+        gathered = rows.new_empty(len(self.sizes) * most, *rows.shape[1:])
+        parts = gathered.split(most)
+        dist.all_gather(list(parts), padded)
         if min(self.sizes) == most:
-            return every
-        return torch.cat(
-            [part[:size] for part, size in zip(every.split(most), self.sizes, strict=True)]
-        )
+            return gathered
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def own(self, rows: Tensor) -> Tensor:
         return rows.split(self.sizes)[dist.get_rank()]
 
     def own_columns(self, dense: Tensor) -> Tensor:
-        found = None
-        for rank, (first, last) in enumerate(zip(self.bounds, self.bounds[1:], strict=False)):
-            every = self.gather(dense[:, first:last])
+        own = None
+        for rank, (first, last) in enumerate(pairwise(self.bounds)):
+            columns = self.gather(dense[:, first:last])
             if rank == dist.get_rank():
-                found = every
-        return found
+                own = columns
+        assert own is not None
+        return own
 
     def max(self, values: Tensor) -> Tensor:
-        found = values.clone()
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-        return found
+        result = values.clone()
+        dist.all_reduce(result, op=dist.ReduceOp.MAX)
+        return result
 
     def sum(self, values: Tensor) -> Tensor:
-        found = values.clone()
-        dist.all_reduce(found)
-        return found
+        result = values.clone()
+        dist.all_reduce(result)
+        return result
 
 
 def cut(head: nn.Linear, own: slice) -> nn.Linear:
     """A copy of some of its rows."""
     rows = empty_linear(head.in_features, own.stop - own.start, head.weight)
     for name, parameter in rows.named_parameters():
-        whole = getattr(head, name)
+        whole = head.get_parameter(name)
         parameter.data.copy_(whole.detach()[own])
         parameter.requires_grad_(whole.requires_grad)
     return rows
 
 
 def empty_linear(in_features: int, rows: int, like: Tensor) -> nn.Linear:
-    return nn.utils.skip_init(nn.Linear, in_features, rows, device=like.device, dtype=like.dtype)
+    """An unfilled layer, on the device and of the dtype of `like`."""
+    layer = nn.utils.skip_init(nn.Linear, in_features, rows, device=like.device, dtype=like.dtype)
+    return cast(nn.Linear, layer)
 
 
-def is_per_row(value) -> bool:
+def is_per_row(value: object) -> TypeGuard[Tensor]:
     """Whether an optimizer's state has an entry for each weight; a step count has not."""
     return isinstance(value, Tensor) and value.ndim > 0
+
+
+if TYPE_CHECKING:
+    from . import Engine
+
+    _: type[Engine] = ShardedHeadEngine

@@ -1,13 +1,19 @@
-"""What a finished run says: results.json and report.html."""
+"""report.html and results.json, written from what a finished run left on disk."""
 
-_EXPORTS = {"collect": "results", "verdict": "results", "write_report": "page"}
+from __future__ import annotations
 
-__all__ = list(_EXPORTS)
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .page import write_report
+
+_EXPORTS = {"write_report": "page"}
+
+__all__ = ["write_report"]
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f".{_EXPORTS[name]}", __name__), name)

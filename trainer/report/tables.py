@@ -1,55 +1,102 @@
-"""Figures that the report works out from predictions: numpy in, numbers out.
+"""What the report works out from predictions: numpy in, numbers out.
 
-n test examples, C classes, M specialists; `right` is bool [n], `labels` and `predicted` are integers [n].
+n test examples, C classes, M specialists, k predictions kept of each example. `labels` are integers
+[n]; `before`, `after` and `correct` are bool [n].
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+Pair = tuple[int, int]
 
-def coverage_table(labels, before, after, covering, most: int = 10) -> list[dict]:
-    """Gain by the number of specialists that cover the true class.  Hinton et al. 2015, table 4.
 
-    before, after: bool [n], right without and with specialists.  covering: int [C], specialists per class.
-    Rows {specialists, or_more, n, before, after, delta, relative}; `most` and above share a row, as in the paper.
+@dataclass(frozen=True)
+class CoverageRow:
+    """Test examples whose true class is covered by `specialists` specialists, or by more.
+
+    before, after: how many are right without and with specialists. delta: after - before;
+    relative: delta / before, None where nothing was right before.
     """
-    number = np.minimum(np.asarray(covering)[labels], most)
+
+    specialists: int
+    or_more: bool
+    n: int
+    before: int
+    after: int
+    delta: int
+    relative: float | None
+
+
+def coverage_table(
+    labels: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    covering: np.ndarray,
+    most: int = 10,
+) -> list[CoverageRow]:
+    """Gain by the number of specialists that cover the true class. Hinton et al. 2015, table 4.
+
+    covering: int [C], specialists per class. `most` and above share a row, as in the paper.
+    """
+    coverage = np.minimum(np.asarray(covering)[labels], most)
     rows = []
-    for k in np.unique(number):
-        here = number == k
+    for specialists in np.unique(coverage):
+        here = coverage == specialists
         was, now = int(before[here].sum()), int(after[here].sum())
-        relative = (now - was) / was if was else None
         rows.append(
-            {
-                "specialists": int(k),
-                "or_more": bool(k == most),
-                "n": int(here.sum()),
-                "before": was,
-                "after": now,
-                "delta": now - was,
-                "relative": relative,
-            }
+            CoverageRow(
+                specialists=int(specialists),
+                or_more=bool(specialists == most),
+                n=int(here.sum()),
+                before=was,
+                after=now,
+                delta=now - was,
+                relative=(now - was) / was if was else None,
+            )
         )
     return rows
 
 
-def covering_specialists(members: list, num_classes: int, missing=()) -> np.ndarray:
-    """How many specialists cover each class: int [C].  Missing specialists cover nothing."""
+def covering_specialists(
+    groups: Iterable[Sequence[int] | np.ndarray], num_classes: int, missing: Collection[int] = ()
+) -> np.ndarray:
+    """How many specialists cover each class: int [C]. Missing specialists cover nothing."""
     covering = np.zeros(num_classes, dtype=np.int64)
-    for index, classes in enumerate(members):
+    for index, classes in enumerate(groups):
         if index not in missing:
             covering[np.asarray(classes, dtype=np.int64)] += 1
     return covering
 
 
-def frequency_deciles(class_counts, labels, right: dict, parts: int = 10) -> list[dict]:
-    """Accuracy by how often a class occurs in training, from the rarest tenth of the classes to the most frequent.
+@dataclass(frozen=True)
+class FrequencyRow:
+    """A tenth of the classes. least, most: training examples of its rarest and its commonest class.
 
-    class_counts: [C].  right: name -> bool [n].  Only classes with test examples count.  Rows {classes, least, most, n,
-    accuracy: {name: share}}.  Classes that occur equally often are told apart by their number alone.
+    n: its test examples; accuracy: name -> fraction of them that are right.
+    """
+
+    classes: int
+    least: int
+    most: int
+    n: int
+    accuracy: dict[str, float]
+
+
+def frequency_deciles(
+    class_counts: Sequence[int] | np.ndarray,
+    labels: np.ndarray,
+    correct: Mapping[str, np.ndarray],
+    parts: int = 10,
+) -> list[FrequencyRow]:
+    """Accuracy by how often a class occurs in training, from the rarest tenth of the classes up.
+
+    class_counts: [C]. correct: name -> bool [n]. Only classes with test examples count. Classes
+    that occur equally often are told apart by their index alone.
     """
     class_counts = np.asarray(class_counts)
     tested = np.unique(labels)
@@ -60,59 +107,64 @@ def frequency_deciles(class_counts, labels, right: dict, parts: int = 10) -> lis
         part_of[classes] = part
         here = part_of[labels] == part
         rows.append(
-            {
-                "classes": len(classes),
-                "least": int(class_counts[classes].min()),
-                "most": int(class_counts[classes].max()),
-                "n": int(here.sum()),
-                "accuracy": {name: float(hits[here].mean()) for name, hits in right.items()},
-            }
+            FrequencyRow(
+                classes=len(classes),
+                least=int(class_counts[classes].min()),
+                most=int(class_counts[classes].max()),
+                n=int(here.sum()),
+                accuracy={name: float(hits[here].mean()) for name, hits in correct.items()},
+            )
         )
     return rows
 
 
-def paired_difference(before, after) -> tuple[float, float]:
-    """Difference of two accuracies on the same examples, and half its 95 % interval (normal approximation)."""
-    gained, lost, n = int((after & ~before).sum()), int((before & ~after).sum()), len(before)
+def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """Difference of two accuracies on the same examples, and half its 95 % interval.
+
+    The interval is the normal approximation.
+    """
+    n = len(before)
+    gained = int((after & ~before).sum())
+    lost = int((before & ~after).sum())
     difference = (gained - lost) / n
     return difference, 1.96 * np.sqrt(max((gained + lost) / n - difference**2, 0) / n)
 
 
 def confusion_weights(
-    labels, top5, top5_probability, most: int = 100_000
-) -> dict[tuple[int, int], float]:
-    """(a, b), a < b -> probability that the generalist puts on b at examples of a and the other way round, summed.
+    labels: np.ndarray, top5: np.ndarray, top5_probability: np.ndarray, most: int = 100_000
+) -> dict[Pair, float]:
+    """How much the generalist confuses two classes: (a, b) with a < b -> probability.
 
-    Only the `most` heaviest pairs.  An entry of top5 below 0 stands for no class.
+    The probability that it puts on b at examples of a, and on a at examples of b, summed. Only the
+    `most` heaviest pairs. top5, top5_probability: [n, k]; a class below 0 stands for none.
     """
-    labels, other = np.repeat(labels, top5.shape[1]), top5.reshape(-1).astype(np.int64)
+    labels = np.repeat(labels, top5.shape[1])
+    other = top5.reshape(-1).astype(np.int64)
     wrong = (other != labels) & (other >= 0)
-    labels, other, mass = labels[wrong], other[wrong], top5_probability.reshape(-1)[wrong]
+    labels, other = labels[wrong], other[wrong]
+    mass = top5_probability.reshape(-1)[wrong]
     if not len(other):
         return {}
     base = int(max(labels.max(), other.max())) + 1
-    pairs, where = np.unique(
-        np.minimum(labels, other) * base + np.maximum(labels, other), return_inverse=True
-    )
-    weights = np.bincount(where, weights=mass)
+    codes = np.minimum(labels, other) * base + np.maximum(labels, other)
+    pairs, pair_of = np.unique(codes, return_inverse=True)
+    weights = np.bincount(pair_of, weights=mass)
     heaviest = np.argsort(-weights, kind="stable")[:most]
     return {(int(pairs[i] // base), int(pairs[i] % base)): float(weights[i]) for i in heaviest}
 
 
-def families(members, weights: dict[tuple[int, int], float], most: int = 4) -> list[list[int]]:
+def families(
+    classes: Iterable[int] | np.ndarray, weights: Mapping[Pair, float], most: int = 4
+) -> list[list[int]]:
     """Classes of one group joined to families of look-alikes, the most confused family first.
 
-    Pairs are joined from the heaviest down, as in Kruskal's spanning tree, as long as a family keeps to `most` classes.
-    Classes that are confused with nothing in the group are in no family.
+    Pairs are joined from the heaviest down, as in Kruskal's spanning tree, as long as a family
+    keeps to `most` classes. Classes that are confused with nothing in the group are in no family.
     """
-    inside = set(int(c) for c in members)
+    inside = {int(c) for c in classes}
     family_of = {c: [c] for c in inside}
-    total: Counter = Counter()
-    pairs = [
-        (pair, weight)
-        for pair, weight in weights.items()
-        if pair[0] in inside and pair[1] in inside
-    ]
+    total: dict[int, float] = defaultdict(float)  # by the id() of the family's list
+    pairs = [item for item in weights.items() if inside.issuperset(item[0])]
     for (a, b), weight in sorted(pairs, key=lambda item: (-item[1], item[0])):
         one, two = family_of[a], family_of[b]
         if one is not two:
@@ -127,25 +179,26 @@ def families(members, weights: dict[tuple[int, int], float], most: int = 4) -> l
     return sorted(distinct.values(), key=lambda family: (-total[id(family)], family))
 
 
-def spread(rows, number: int) -> np.ndarray:
-    """`number` of rows, evenly spaced: a sample that nobody picked."""
+def spread(rows: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """`count` of the rows, evenly spaced: a sample that nobody picked."""
     rows = np.asarray(rows)
-    if len(rows) <= number:
+    if len(rows) <= count:
         return rows
-    return rows[(np.arange(number) * len(rows)) // number]
+    return rows[(np.arange(count) * len(rows)) // count]
 
 
-def typical_examples(labels, label_probability) -> dict[int, int]:
+def typical_examples(labels: np.ndarray, label_probability: np.ndarray) -> dict[int, int]:
     """Per class the test example that the generalist is surest of: class -> row."""
     order = np.lexsort((-np.asarray(label_probability), labels))
     classes, first = np.unique(np.asarray(labels)[order], return_index=True)
     return dict(zip(classes.tolist(), order[first].tolist(), strict=True))
 
 
-def curve(points: list[tuple[float, float]], most: int = 160) -> list[tuple[float, float]]:
+def curve(points: Iterable[tuple[float, float]], most: int = 160) -> list[tuple[float, float]]:
     """At most `most` points: neighbours are averaged, the last one stays."""
     points = [(x, y) for x, y in points if np.isfinite(x) and np.isfinite(y)]
     if len(points) <= most:
         return points
     pieces = np.array_split(np.asarray(points), most)
-    return [tuple(piece.mean(axis=0)) for piece in pieces[:-1]] + [points[-1]]
+    means = [piece.mean(axis=0) for piece in pieces[:-1]]
+    return [(float(x), float(y)) for x, y in means] + [points[-1]]

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pipeline.store import Attempt, read_json, write_json
 
-from ..core.losses import TopKTargets, safe_log, soften
+from ..core.distillation import TopKTargets
+from ..core.probabilities import safe_log, soften
 from ..data.augment import Views, find_augment
 from ..data.streams import Batch
 from ..session import Session

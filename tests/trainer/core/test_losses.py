@@ -7,21 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from networks.linear_logits import LinearLogits
-from trainer.core.losses import (
+from trainer.core.dirichlet import dirichlet_kl, entropic, prior_network_loss
+from trainer.core.distillation import (
     TopKTargets,
-    average_members,
-    classification_loss,
-    dirichlet_kl,
     distillation_loss,
-    dustbin_shift,
-    entropic,
-    full_specialist_loss,
     gaussian_kl,
     lazy_distillation_loss,
-    prior_network_loss,
-    soften,
+)
+from trainer.core.losses import (
+    classification_loss,
+    dustbin_shift,
+    full_specialist_loss,
     specialist_loss,
 )
+from trainer.core.probabilities import average_members, soften
 
 
 def random_logits(*shape, seed=0):

@@ -10,6 +10,8 @@ from shardsets import write_split, write_tar
 from pipeline.config import Data, UserError
 from trainer.data import cached, open_shards
 from trainer.data.augment import Augment, find_augment, flip_crop, shift
+from trainer.data.choices import AUGMENTATIONS
+from trainer.data.decoding import rgb
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +128,14 @@ def test_flip_crop_mirrors_half():
     assert (flip_crop(picture, np.array([[0.5, 0.5, 0.7]])) == picture).all()
 
 
+def test_every_augmentation_of_the_table_is_found():
+    assert [name for name in AUGMENTATIONS if find_augment(name) is None] == ["none"]
+
+
 def test_a_users_function_is_found_and_a_wrong_name_told():
     assert find_augment("none") is None and find_augment(None) is None
-    assert find_augment("trainer.data.augment:shift") == Augment(shift, 8)
+    assert find_augment("trainer.data.augment:shift") == find_augment("shift") == Augment(shift, 2)
+    assert find_augment("trainer.data.decoding:rgb") == Augment(rgb, 8)  # says no number of its own
     with pytest.raises(UserError, match="none, shift, flip-crop, or module:function"):
         find_augment("flip")
     with pytest.raises(UserError, match="needs pictures"):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -9,17 +10,16 @@ import pytest
 from shardsets import write_tar
 
 from pipeline.config import Data, UserError
-from trainer.data import MeasuringStream, open_shards
+from trainer.data import MeasuringStream, decoding, open_shards
+from trainer.data.choices import DECODERS
 from trainer.data.decoding import BUILT_IN, hashed_ngrams
 
 
 def opened(path, extension, contents, **data):
-    members = [
-        (f"{n}.{e}", c)
-        for n, content in enumerate(contents)
-        for e, c in (("cls", b"0"), (extension, content))
-    ]
-    write_tar(path / "train-0.tar", members)
+    files = []
+    for number, content in enumerate(contents):
+        files += [(f"{number}.cls", b"0"), (f"{number}.{extension}", content)]
+    write_tar(path / "train-0.tar", files)
     (path / "train-0.tar.index.npz").unlink(missing_ok=True)
     return open_shards(str(path), Data(classes=2, **data), "train")
 
@@ -33,7 +33,7 @@ def refusal(call, *arguments, **options) -> str:
 
 @pytest.fixture
 def users(tmp_path, monkeypatch):
-    """A module `mine` in the working directory, as a user has it; returns a function that writes it."""
+    """A module `mine` in the working directory, as a user has it: a function that writes it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
@@ -46,12 +46,29 @@ def users(tmp_path, monkeypatch):
 
 
 def test_the_table_is_small():
-    assert set(BUILT_IN) == {"jpg", "jpeg", "png", "webp", "npy", "txt", "json"}
+    assert set(DECODERS) == {"jpg", "jpeg", "png", "webp", "npy", "txt", "json"}
+    assert BUILT_IN.keys() == DECODERS.keys()
+
+
+def test_a_decoder_is_one_row_and_one_function(users, monkeypatch):
+    users("import numpy as np\ndef f(content):\n    return np.frombuffer(content, 'u1')\n")
+    monkeypatch.setitem(DECODERS, "raw", "mine:f")
+    monkeypatch.setattr(decoding, "BUILT_IN", decoding.built_in())
+    table = decoding.decoder_table({})
+    assert decoding.decode(decoding.find_decoder(table, "raw"), b"ab").tolist() == [97, 98]
+
+
+def test_the_tables_of_names_import_nothing_heavy():
+    heavy = "{'torch', 'PIL', 'numpy'} & set(sys.modules)"
+    script = f"import sys, trainer.data.choices; sys.exit(bool({heavy}))"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
 def test_a_users_function_decodes_what_it_is_named_for(tmp_path, users):
     users(
-        "import numpy as np\ndef words(content):\n    return np.array([len(content.split())], np.float32)\n"
+        "import numpy as np\n"
+        "def words(content):\n"
+        "    return np.array([len(content.split())], np.float32)\n"
     )
     shards = opened(tmp_path, "txt", [b"a b c", b"d"], decoders={"txt": "mine:words"})
     assert shards.inputs([0, 1]).tolist() == [[3.0], [1.0]]
@@ -59,9 +76,8 @@ def test_a_users_function_decodes_what_it_is_named_for(tmp_path, users):
         [[3.0]],
         [[1.0]],
     ]
-    shards = opened(
-        tmp_path, "words", [b"a b"], decoders={"words": "mine:words"}
-    )  # an extension of the user's own
+    # An extension of the user's own:
+    shards = opened(tmp_path, "words", [b"a b"], decoders={"words": "mine:words"})
     assert shards.inputs([0]).tolist() == [[2.0]]
 
 
@@ -101,7 +117,9 @@ def test_a_decoder_that_gives_no_array_is_told_so(tmp_path, users, body, message
 
 def test_a_decoder_whose_shape_or_type_changes_is_told_so(tmp_path, users):
     users(
-        "import numpy as np\ndef f(content):\n    return np.zeros(len(content), 'f4' if content < b'm' else 'f8')\n"
+        "import numpy as np\n"
+        "def f(content):\n"
+        "    return np.zeros(len(content), 'f4' if content < b'm' else 'f8')\n"
     )
     shards = opened(tmp_path, "txt", [b"ab", b"abc", b"xy"], decoders={"txt": "mine:f"})
     assert "sample 1: is float32 [3], the first sample float32 [2]" in refusal(
@@ -140,11 +158,9 @@ def test_npy_keeps_its_type_and_refuses_the_rest(tmp_path):
 
 
 def test_hashed_ngrams_see_characters_and_not_their_case_or_spacing():
-    a, b, c = (
-        hashed_ngrams(b"Soybean farming"),
-        hashed_ngrams(b"  soybean   FARMING "),
-        hashed_ngrams(b"soy farm"),
-    )
+    a = hashed_ngrams(b"Soybean farming")
+    b = hashed_ngrams(b"  soybean   FARMING ")
+    c = hashed_ngrams(b"soy farm")
     assert (a == b).all() and abs(np.linalg.norm(a) - 1) < 1e-6
     assert 0 < a @ c < 1 and hashed_ngrams(b"").sum() > 0
     assert a @ hashed_ngrams(b"Soybean farms") > 2 * abs(a @ hashed_ngrams(b"quick zephyr"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,20 @@ from typer.testing import CliRunner
 
 from pipeline.config import UserError
 from trainer.data.authoring import glyphs as g
+from trainer.data.authoring.glyph_classes import (
+    default_characters,
+    draw_glyphs,
+    merge_identical,
+    merged_classes,
+)
+from trainer.data.authoring.glyph_command import add_glyphs_command, read_classes
+from trainer.data.authoring.glyph_drawing import (
+    bicubic_weights,
+    distort,
+    num_uniform,
+    random_uniform,
+)
+from trainer.data.authoring.glyph_fonts import find_faces
 
 STILL = g.Distortion().times(0)
 SMALL = {"train": 3, "val": 2}
@@ -24,17 +39,17 @@ SMALL = {"train": 3, "val": 2}
 
 def samples(directory, split):
     """{key: (label, pixels)} of a split, read with tarfile and Pillow."""
-    found = {}
+    images = {}
     for shard in sorted(directory.glob(f"{split}-*.tar")):
         with tarfile.open(shard) as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar}
-        for name in members:
+            files = {file.name: tar.extractfile(file).read() for file in tar}
+        for name in files:
             key, extension = name.split(".")
             if extension == "png":
-                image = Image.open(io.BytesIO(members[name]))
+                image = Image.open(io.BytesIO(files[name]))
                 assert image.mode == "L"
-                found[key] = (int(members[f"{key}.cls"]), np.asarray(image))
-    return found
+                images[key] = (int(files[f"{key}.cls"]), np.asarray(image))
+    return images
 
 
 def render(directory, **options):
@@ -44,13 +59,7 @@ def render(directory, **options):
 
 @pytest.fixture(scope="module")
 def default_glyphs():
-    faces = g.find_faces()
-    characters = "".join(
-        chr(code) for low, high in g.DEFAULT_RANGES for code in range(low, high + 1)
-    )
-    return g.draw_glyphs(
-        faces, "".join(c for c in characters if g._is_symbol(ord(c))), 28, g.DEFAULT_MIN_FACES
-    )
+    return draw_glyphs(find_faces(), default_characters(), 28, g.DEFAULT_MIN_FACES)
 
 
 def test_the_default_faces_give_more_than_a_thousand_classes_of_five_faces_each(default_glyphs):
@@ -68,10 +77,9 @@ def test_characters_that_look_the_same_in_every_face_are_one_class(default_glyph
     assert of["A"] == "A\u0391"  # Alpha; Cyrillic A is drawn otherwise in DejaVu Serif
     assert set("O\u041e\u039f") <= set(of["O"])
     assert of["O"] != of["0"] and of["c"] != of["C"]
-    entry = next(
-        entry for entry in g.merged(default_glyphs) if entry["name"].startswith("B U+0042")
-    )
-    assert entry["characters"] == [
+    entries = {entry["name"].split(" ")[0]: entry for entry in merged_classes(default_glyphs)}
+    assert entries["B"]["name"].startswith("B U+0042")
+    assert entries["B"]["characters"] == [
         "B U+0042 LATIN CAPITAL LETTER B",
         "\u0392 U+0392 GREEK CAPITAL LETTER BETA",
         "\u0412 U+0412 CYRILLIC CAPITAL LETTER VE",
@@ -86,8 +94,8 @@ def test_merging_needs_every_shared_face_to_agree_and_enough_of_them():
         4: {2: b"z", 3: b"w"},  # shares one face only
         5: {3: b"w"},  # drawn by one face
     }
-    assert g.merge_identical(looks, 2) == [[1, 2], [3], [4]]
-    assert g.merge_identical(looks, 1) == [[1, 2, 4, 5], [3]]
+    assert merge_identical(looks, 2) == [[1, 2], [3], [4]]
+    assert merge_identical(looks, 1) == [[1, 2, 4, 5], [3]]
 
 
 def test_shards_manifest_and_merge_list_agree(tmp_path):
@@ -99,23 +107,17 @@ def test_shards_manifest_and_merge_list_agree(tmp_path):
         "A U+0041 LATIN CAPITAL LETTER A",
         "B U+0042 LATIN CAPITAL LETTER B",
     ]
-    assert {split: facts["samples"] for split, facts in manifest["splits"].items()} == {
-        "train": 6,
-        "val": 4,
-    }
-    assert manifest["splits"]["train"]["shards"][0]["class_counts"] == dict.fromkeys(
-        made.class_names, 3
-    )
+    splits = manifest["splits"]
+    assert {name: split["samples"] for name, split in splits.items()} == {"train": 6, "val": 4}
+    class_counts = splits["train"]["shards"][0]["class_counts"]
+    assert class_counts == dict.fromkeys(made.class_names, 3)
     assert manifest["made_by"]["distortion"]["rotation"] == g.Distortion().rotation
-    assert [
-        entry["class"] for entry in json.loads((tmp_path / "out" / "merged.json").read_text())
-    ] == [0]
-    found = samples(tmp_path / "out", "train")
-    assert sorted(found) == [f"train-000{code}-0000{k}" for code in (41, 42) for k in range(3)]
-    assert all(
-        label == int("-00042-" in key) and pixels.shape == (28, 28)
-        for key, (label, pixels) in found.items()
-    )
+    merged = json.loads((tmp_path / "out" / "merged.json").read_text())
+    assert [entry["class"] for entry in merged] == [0]
+    images = samples(tmp_path / "out", "train")
+    assert sorted(images) == [f"train-000{code}-0000{k}" for code in (41, 42) for k in range(3)]
+    for key, (label, pixels) in images.items():
+        assert label == int("-00042-" in key) and pixels.shape == (28, 28)
 
 
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
@@ -159,10 +161,13 @@ def test_without_distortion_every_face_takes_its_turn_undistorted(tmp_path):
 
 
 def distorted(drawing, uniform=0.5, **amplitudes):
-    """One image of a drawing under a distortion of these amplitudes alone, all its random numbers `uniform`."""
+    """One image of a drawing, distorted by these amplitudes alone.
+
+    All its random numbers are `uniform`.
+    """
     distortion = replace(STILL, **amplitudes)
-    numbers = np.full((1, g.num_uniform(distortion)), uniform, np.float32)
-    return g.distort(drawing[None], numbers, torch.zeros(1, 28, 28), 28, distortion)[0]
+    numbers = np.full((1, num_uniform(distortion)), uniform, np.float32)
+    return distort(drawing[None], numbers, torch.zeros(1, 28, 28), 28, distortion)[0]
 
 
 def test_shift_is_in_pixels():
@@ -194,14 +199,13 @@ def test_contrast_and_noise_are_shares_of_full_ink(tmp_path):
 
 
 def test_elastic_displacements_have_the_stated_size_at_the_control_points():
-    u = g.random_uniform(0, "train", np.arange(4000), np.zeros(4000), 8 + 2 * 25)[:, 8:]
+    u = random_uniform(0, "train", np.arange(4000), np.zeros(4000), 8 + 2 * 25)[:, 8:]
     assert abs(u.mean() - 0.5) < 0.002 and abs(np.corrcoef(u[:, 0], u[:, 1])[0, 1]) < 0.05
     normal = np.sqrt(-2 * np.log1p(-u[:, 0::2])) * np.cos(2 * np.pi * u[:, 1::2])
     assert normal.std() == pytest.approx(1, rel=0.01)
-    shares = g._bicubic(5, 29)  # every 7th pixel of 29 lies on a control point
-    assert torch.allclose(
-        shares.view(25, 29, 29)[:, ::7, ::7].reshape(25, 25), torch.eye(25), atol=1e-6
-    )
+    weights = bicubic_weights(5, 29)  # every 7th pixel of 29 lies on a control point
+    at_points = weights.view(25, 29, 29)[:, ::7, ::7].reshape(25, 25)
+    assert torch.allclose(at_points, torch.eye(25), atol=1e-6)
 
 
 def test_strength_multiplies_every_amplitude_and_not_the_grid():
@@ -220,7 +224,7 @@ def test_other_sizes_are_whole_pngs(tmp_path, size):
 
 
 def test_ones_own_fonts_and_a_number_of_classes(tmp_path):
-    font = g.find_faces()[0].path
+    font = find_faces()[0].path
     made = render(tmp_path / "out", fonts=[font], classes=30)
     assert len(made.characters) == 30 and made.characters[0] == "!" and set(made.count) == {1}
     with pytest.raises(UserError, match="classes = 1000000: at least 1 faces draw only"):
@@ -312,63 +316,48 @@ def test_a_place_that_cannot_hold_a_directory_is_told(tmp_path):
 
 def command(*arguments):
     app = typer.Typer()
-    g.add_glyphs_command(app)
+    add_glyphs_command(app)
     app.command("other")(lambda: None)
     return CliRunner().invoke(app, ["glyphs", *map(str, arguments)])
 
 
 def test_the_command_takes_characters_files_and_distortions(tmp_path):
     (tmp_path / "classes.txt").write_text("A B C\nD")
-    result = command(
-        "--out",
-        tmp_path / "out",
-        "--classes",
-        tmp_path / "classes.txt",
-        "--train",
-        2,
-        "--val",
-        1,
-        "--test",
-        1,
-        "--strength",
-        0.5,
-        "--rotation",
-        20,
-    )
+    counts = ("--train", 2, "--val", 1, "--test", 1)
+    distortion = ("--strength", 0.5, "--rotation", 20)
+    classes = ("--classes", tmp_path / "classes.txt")
+    result = command("--out", tmp_path / "out", *classes, *counts, *distortion)
     assert result.exit_code == 0, result.output
-    assert (
-        "4 classes, 0 of several characters (merged.json); images: train 8, val 4, test 4"
-        in result.output
-    )
+    assert "4 classes, 0 of several characters (merged.json); images: " in result.output
+    assert "images: train 8, val 4, test 4" in result.output
     made_by = json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]
     assert made_by["distortion"]["rotation"] == 10.0
     assert isinstance(command("--out", tmp_path / "out").exception, UserError)
-    assert (
-        command("--out", tmp_path / "out", "--classes", "AB", "--train", 1, "--overwrite").exit_code
-        == 0
-    )
-    assert (
-        g.read_classes("12") == 12 and g.read_classes("AB") == "AB" and g.read_classes(None) is None
-    )
-    assert g.read_classes("x" * 5000) == "x" * 5000
+    again = command("--out", tmp_path / "out", "--classes", "AB", "--train", 1, "--overwrite")
+    assert again.exit_code == 0
+    assert read_classes("12") == 12 and read_classes("AB") == "AB" and read_classes(None) is None
+    assert read_classes("x" * 5000) == "x" * 5000
     with pytest.raises(UserError, match="no such file of characters"):
-        g.read_classes(str(tmp_path / "absent.txt"))
+        read_classes(str(tmp_path / "absent.txt"))
 
 
 def test_workers_end_when_their_parent_is_killed(tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, signal, sys\n"
-        "from trainer.data import glyphs as g\n"
+        "from trainer.data.authoring import glyphs as g\n"
         "if __name__ == '__main__':\n"
         "    import numpy as np, pathlib\n"
-        "    arrays = np.zeros((1, 32, 32), np.uint8), np.zeros(1, int), np.ones(1, int), np.array([65])\n"
-        "    with g._shard_makers(2, pathlib.Path(sys.argv[1]), *arrays, ['A'], 28, 0, g.Distortion()) as make_all:\n"
+        "    out = pathlib.Path(sys.argv[1])\n"
+        "    drawings = np.zeros((1, 32, 32), np.uint8)\n"
+        "    arrays = drawings, np.zeros(1, int), np.ones(1, int), np.array([65])\n"
+        "    options = ['A'], 28, 0, g.Distortion()\n"
+        "    with g._shard_makers(2, out, *arrays, *options) as make_all:\n"
         "        next(make_all([('train', 0, np.zeros(1, int), np.zeros(1, int))]))\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     # The workers hold the pipe open: reading it to its end waits for the last of them.
-    root = os.path.dirname(os.path.dirname(os.path.dirname(g.__file__)))
+    root = str(Path(g.__file__).parents[3])
     ended = subprocess.run(
         [sys.executable, script, tmp_path],
         stdout=subprocess.PIPE,

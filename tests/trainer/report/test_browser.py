@@ -1,4 +1,7 @@
-"""report.html in headless Chromium, driven through the DevTools protocol over a pipe: no package but the browser."""
+"""report.html in headless Chromium, driven through the DevTools protocol over a pipe.
+
+This needs no package, only the browser.
+"""
 
 import fcntl
 import itertools
@@ -35,7 +38,10 @@ pytestmark = [
 
 
 class Chromium:
-    """One page of a browser of its own.  It reads NUL-terminated JSON from file descriptor 3 and writes it to 4."""
+    """One page of a browser of its own.
+
+    It reads NUL-terminated JSON from file descriptor 3 and writes it to 4.
+    """
 
     def __init__(self, profile):
         theirs_in, self.ours_out = os.pipe()
@@ -148,7 +154,8 @@ def test_report_opens_without_error_request_or_missing_picture(
         await Promise.all(images.map(image => image.decode().catch(() => {})));
         return {
             images: images.length, broken: images.filter(image => !image.naturalWidth).length,
-            scripts: document.scripts.length, overflow: document.documentElement.scrollWidth - innerWidth,
+            scripts: document.scripts.length,
+            overflow: document.documentElement.scrollWidth - innerWidth,
             first: document.body.innerText.trim().split("\\n")[0],
             smallest: Math.min(...[...document.querySelectorAll("svg.plot text")].map(
                 text => text.getBoundingClientRect().height)),
@@ -161,24 +168,12 @@ def test_report_opens_without_error_request_or_missing_picture(
         "The ensemble makes"
     )
     assert loaded["smallest"] >= 7, "text in a plot is too small to read"
-    assert (
-        browser.named(
-            "Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening"
-        )
-        == []
-    )
-    assert [
-        said
-        for said in browser.named("Log.entryAdded")
-        if said["entry"]["level"] in ("error", "warning")
-    ] == []
-    requested = {
-        one["request"]["url"].split(":")[0] for one in browser.named("Network.requestWillBeSent")
-    }
-    assert requested <= {"file", "data"}
-    documents = {
-        one["request"]["url"]
-        for one in browser.named("Network.requestWillBeSent")
-        if one["request"]["url"].startswith("file")
-    }
-    assert documents == {(tmp_path / "report.html").as_uri()}
+    shown = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
+    assert browser.named(*shown) == []
+    levels = {message["entry"]["level"] for message in browser.named("Log.entryAdded")}
+    assert not levels & {"error", "warning"}
+    requests = browser.named("Network.requestWillBeSent")
+    urls = {event["request"]["url"] for event in requests}
+    assert {url.split(":")[0] for url in urls} <= {"file", "data"}
+    files = {url for url in urls if url.startswith("file")}
+    assert files == {(tmp_path / "report.html").as_uri()}

@@ -8,15 +8,11 @@ import pytest
 
 from pipeline.config import Ensemble, Student
 from pipeline.results import collect, verdict
-from trainer.report.page import (
-    explain_student,
-    kinds_of,
-    manifest_counts,
-    render,
-    size_plot,
-    size_rows,
-    write_report,
-)
+from trainer.report.diversity import size_plot, size_rows
+from trainer.report.evidence import Evidence, manifest_counts
+from trainer.report.explanations import explain_student
+from trainer.report.formatting import colours_of
+from trainer.report.page import render, write_report
 
 
 class Page(HTMLParser):
@@ -58,12 +54,8 @@ def rows_of(html, section, table=0):
 def test_report_writes_both_files(hand_worked, tmp_path):
     results = write_report(hand_worked, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == results == collect(hand_worked)
-    assert (
-        (tmp_path / "report.html")
-        .read_text(encoding="utf-8")
-        .lstrip()
-        .startswith("<!doctype html>")
-    )
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.lstrip().startswith("<!doctype html>")
 
 
 def test_the_verdict_is_the_first_line_of_the_page(hand_worked):
@@ -84,14 +76,15 @@ def test_coverage_of_the_hand_worked_run(hand_worked):
 
 def test_deciles_of_the_hand_worked_run_are_ordered_by_training_counts(hand_worked):
     rows = rows_of(render(hand_worked, collect(hand_worked)), "frequency")
-    # Six classes make six parts; 10 training examples of class 0, whose second test example the ensemble put right.
+    # Six classes make six parts; 10 training examples of class 0, whose second test example the
+    # ensemble fixed.
     assert [row[1] for row in rows] == ["10", "20", "30", "40", "50", "60"]
     assert rows[0] == ["1", "10", "2", "50.0 %", "100.0 %", "100.0 %", "100.0 %"]
 
 
-def test_figures_mark_the_best_and_give_the_paired_difference(hand_worked):
+def test_metrics_mark_the_best_and_give_the_paired_difference(hand_worked):
     html = render(hand_worked, collect(hand_worked))
-    rows = {row[0]: row for row in rows_of(html, "figures")}
+    rows = {row[0]: row for row in rows_of(html, "metrics")}
     assert rows["generalist"][1] == "50.00 %" and rows["ensemble"][1] == "70.00 %"
     assert rows["control_compute"][7] == "2"  # errors
     assert rows["ensemble"][8].startswith("+20.00 ± ")
@@ -118,17 +111,7 @@ def test_manifest_counts_are_summed_over_shards_by_class_name(hand_worked):
 def test_no_script_no_handler_and_nothing_fetched(glyphs):
     run, images = glyphs
     page = Page(render(run, collect(run), images))
-    fetching = {
-        "src",
-        "href",
-        "srcset",
-        "data",
-        "action",
-        "poster",
-        "xlink:href",
-        "formaction",
-        "background",
-    }
+    fetching = set("src href srcset data action poster xlink:href formaction background".split())
     assert "script" not in {tag for tag, _ in page.tags}
     for tag, attributes in page.tags:
         assert not [key for key in attributes if key.startswith("on")], (tag, attributes)
@@ -151,11 +134,12 @@ def test_hostile_class_names_are_text(glyphs):
     assert len(shown) >= 5  # those among the most confused of their group
     assert "<script" not in html and "<img src=x" not in html and "</script" not in html
     assert html.count("</style>") == 1 and html.count("<!--") == 0
-    assert {tag for tag, _ in page.tags} <= set(
-        "html head meta title link style body header h1 h2 h3 p div small nav a main section table thead tbody tr th "
-        "td br span dl dt dd figure figcaption svg path circle rect text ul li b article img bdi details summary pre "
-        "footer".split()
+    allowed = (
+        "html head meta title link style body header h1 h2 h3 p div small nav a main section table "
+        "thead tbody tr th td br span dl dt dd figure figcaption svg path circle rect text ul li b "
+        "article img bdi details summary pre footer"
     )
+    assert {tag for tag, _ in page.tags} <= set(allowed.split())
 
 
 @pytest.mark.parametrize(
@@ -231,41 +215,33 @@ def test_texts_are_shown_as_they_are_and_no_frames_for_pictures(glyphs):
     assert "No pictures: the inputs are no 8-bit gray or RGB images" in page
     shown = re.findall(r'<q class="phrase clip" title="(phrase &lt;\d+&gt; x+…)"', page)
     assert len(shown) > 5 and all(len(html.unescape(text)) == 161 for text in shown)
-    assert (
-        '<span class="blank' not in page
-        and "<img" not in page
-        and "picture of that class" not in page
-    )
+    assert '<span class="blank' not in page and "<img" not in page
+    assert "picture of that class" not in page
 
 
 # Calibration, members, deep ensembles
 
 
 def test_calibration_of_the_hand_worked_twin(deep):
-    """T = 1.25 makes of .9 and .02 (five times) .9^.8 and .02^.8, over their sum .80782 and .03844; half are right."""
+    """T = 1.25 makes .9^.8 and .02^.8 of .9 and .02 (five times); half of the examples are right.
+
+    Over their sum these are .80782 and .03844.
+    """
     rows = {row[0]: row for row in rows_of(render(deep, collect(deep)), "calibration")}
-    # NLL -(ln .9 + ln .02) / 2, Brier (.012 + 1.772) / 2 and ECE .9 - .5; then -(ln .80782 + ln .03844) / 2,
-    # (.04432 + 1.58309) / 2 and .80782 - .5.
-    assert rows["student_hard"] == [
-        "student_hard",
-        "1.250",
-        "2.0087",
-        "1.7361",
-        "0.8920",
-        "0.8137",
-        "0.4000",
-        "0.3078",
-    ]
+    # NLL -(ln .9 + ln .02) / 2, Brier (.012 + 1.772) / 2 and ECE .9 - .5; then
+    # -(ln .80782 + ln .03844) / 2, (.04432 + 1.58309) / 2 and .80782 - .5.
+    metrics = ["2.0087", "1.7361", "0.8920", "0.8137", "0.4000", "0.3078"]
+    assert rows["student_hard"] == ["student_hard", "1.250", *metrics]
 
 
-def test_each_row_has_a_diagram_as_answered_and_one_calibrated(deep):
+def test_each_row_has_a_diagram_as_predicted_and_one_calibrated(deep):
     html = render(deep, collect(deep))
     for name in ("generalist", "student_hard", "ensemble", "student main", "student heads"):
         assert html.count(f'aria-label="Reliability of {name}"') == 1
         assert html.count(f'aria-label="Reliability of {name}, calibrated"') == 1
 
 
-def test_a_run_without_the_newer_figures_has_a_report_without_their_tables(hand_worked):
+def test_a_run_without_the_newer_metrics_has_a_report_without_their_tables(hand_worked):
     html = render(hand_worked, collect(hand_worked))
     assert html.count('aria-label="Reliability of') == 7 and ", calibrated" not in html
     assert 'id="diversity"' not in html and "#diversity" not in html and "at T =" not in html
@@ -287,25 +263,16 @@ def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(
 def test_a_deep_ensembles_page_has_sizes_instead_of_groups(deep):
     html = render(deep, collect(deep))
     sections = re.findall(r'<section id="(\w+)"', html)
-    assert sections == [
-        "figures",
-        "cost",
-        "learning",
-        "diversity",
-        "frequency",
-        "calibration",
-        "examples",
-        "run",
-    ]
+    expected = "metrics cost learning diversity frequency calibration examples run"
+    assert sections == expected.split()
     assert re.findall(r'<a href="#(\w+)">', html) == sections
     assert rows_of(html, "diversity") == [
         ["1", "50.00 %", "1.3000", "1.0000", "1.400"],
         ["2", "60.00 %", "1.0000", "0.8000", "1.200"],
         ["3", "70.00 %", "0.9000", "0.7000", "1.100"],
     ]
-    assert "member 2" in html and "specialist" not in re.sub(
-        r"<style>.*?</style>|<pre>.*?</pre>", "", html, flags=re.S
-    )
+    prose = re.sub(r"<style>.*?</style>|<pre>.*?</pre>", "", html, flags=re.S)
+    assert "member 2" in html and "specialist" not in prose
 
 
 def test_diversity_shows_the_columns_that_some_row_fills(deep):
@@ -313,16 +280,8 @@ def test_diversity_shows_the_columns_that_some_row_fills(deep):
     rows = {row[0]: row[1:] for row in rows_of(html, "diversity", table=1)}
     # members, DEE, MU, pairwise KL, disagreement, AUROC by confidence, entropy, MU
     assert rows["ensemble"] == ["3", "3.00", "0.2500", "0.5000", "37.50 %", "–", "–", "–"]
-    assert rows["student heads"] == [
-        "3",
-        "&gt;3",
-        "0.1250",
-        "0.0625",
-        "10.00 %",
-        "0.7500",
-        "0.8000",
-        "0.9000",
-    ]
+    heads = ["3", "&gt;3", "0.1250", "0.0625", "10.00 %", "0.7500", "0.8000", "0.9000"]
+    assert rows["student heads"] == heads
     assert rows["student main"] == ["–", "1.50", *["–"] * 6]
     assert "student_hard" not in rows  # nothing to say of it
 
@@ -336,43 +295,43 @@ def test_a_prior_network_has_an_mu_and_no_members(tmp_path, make_hand_worked):
 
 def test_a_student_that_is_worse_by_far_is_named_below_the_plot_that_it_would_press_flat(deep):
     results = collect(deep)  # one network has 1.0 and three have 0.7: the edge is at 1.3
+
+    def plot():
+        return size_plot(Evidence(deep, results))
+
     results["students"]["main"] |= {"dee": 1.0, "cnll": 1.31}
-    assert size_plot(results)["off"] == "main (1.310)" and "main" not in size_plot(results)["svg"]
+    assert plot().off == "main (1.310)" and "main" not in plot().svg
     assert "worse than one network: main (1.310)." in render(deep, results)
     results["students"]["main"] |= {"dee": 1.0, "cnll": 1.29}
-    assert size_plot(results)["off"] == "" and "main 1.00" in size_plot(results)["svg"]
+    assert plot().off == "" and "main 1.00" in plot().svg
 
 
 def test_of_many_sizes_the_first_and_the_last_are_among_ten_that_are_shown():
     rows = size_rows({"sizes": [{"size": k, "cnll": 1 / k} for k in range(1, 51)]})
-    assert (
-        len(rows) == 10
-        and rows[0]["size"] == 1
-        and rows[-1]["size"] == 50
-        and rows[0]["top1"] is None
-    )
+    assert len(rows) == 10 and rows[0]["top1"] is None
+    assert rows[0]["size"] == 1 and rows[-1]["size"] == 50
 
 
 def test_students_beside_main_have_colours_of_their_own():
-    kinds = kinds_of(["generalist", "ensemble", "student main", "student a", "student b"])
-    assert len(set(kinds.values())) == 5 and kinds["student main"] == "student"
+    colours = colours_of(["generalist", "ensemble", "student main", "student a", "student b"])
+    assert len(set(colours.values())) == 5 and colours["student main"] == "student"
+
+
+OF_THE_ENSEMBLE = "trained on the ensemble's distributions as targets"
 
 
 @pytest.mark.parametrize(
-    "keys, said",
+    "keys, expected",
     [
-        (
-            {},
-            "One network of the generalist’s size, trained on the ensemble's distributions as targets, starting as",
-        ),
+        ({}, f"One network of the generalist’s size, {OF_THE_ENSEMBLE}, starting as"),
         (
             {"method": "hard", "start": "scratch"},
             "trained on hard labels, starting from fresh weights",
         ),
         (
             {"network": "hydra", "start": "one"},
-            "4 heads, trained on the ensemble's distributions as targets, each "
-            "member from one of its own, starting as the student one. At inference the body runs once",
+            f"4 heads, {OF_THE_ENSEMBLE}, each member from one of its own, "
+            "starting as the student one. At inference the body runs once",
         ),
         (
             {"network": "batch_ensemble", "members": 2},
@@ -392,5 +351,5 @@ def test_students_beside_main_have_colours_of_their_own():
         ({"temperature": float("inf")}, "as targets, their logits matched, starting"),
     ],
 )
-def test_what_a_student_is_in_words(keys, said):
-    assert said in explain_student(Student(**keys), Ensemble(kind="deep", members=4))
+def test_what_a_student_is_in_words(keys, expected):
+    assert expected in explain_student(Student(**keys), Ensemble(kind="deep", members=4))

@@ -1,25 +1,26 @@
 """Where plots put what: read back from the SVG."""
 
+import math
 import re
 
 import pytest
 
-from trainer.report.plots import FEWEST, equivalents, reliability
+from trainer.report.plots import FEWEST, Dot, equivalents, reliability
 
 SIZES = [(1, 1.0), (2, 0.8), (3, 0.7)]
 
 
 def point(name, x, y):
-    return {"name": name, "label": name, "kind": "student", "x": x, "y": y}
+    return Dot(name, "student", x, y, label=name)
 
 
 def dots(svg):
     """Name -> (x, y) of its dot, in units of the drawing: y grows downwards."""
-    found = re.findall(
+    located = re.findall(
         r'<circle class="[^"]*" cx="([\d.]+)" cy="([\d.]+)" r="[\d.]+"><title>([^<]*)</title>',
         str(svg),
     )
-    return {name: (float(x), float(y)) for x, y, name in found}
+    return {name: (float(x), float(y)) for x, y, name in located}
 
 
 def bins(*counts):
@@ -36,20 +37,17 @@ def bins(*counts):
 
 
 def test_a_student_half_way_between_two_ensembles_lies_on_the_line_between_their_dots():
-    found = dots(equivalents(SIZES, [point("main", 1.5, 0.9)], "networks", "cNLL"))
-    (x1, y1), (x2, y2) = found["1 networks: 1.0000"], found["2 networks: 0.8000"]
-    assert found["main"] == pytest.approx(
-        ((x1 + x2) / 2, (y1 + y2) / 2), abs=0.11
-    )  # a decimal is kept
+    located = dots(equivalents(SIZES, [point("main", 1.5, 0.9)], "networks", "cNLL"))
+    (x1, y1), (x2, y2) = located["1 networks: 1.0000"], located["2 networks: 0.8000"]
+    # One decimal is kept.
+    assert located["main"] == pytest.approx(((x1 + x2) / 2, (y1 + y2) / 2), abs=0.11)
 
 
 def test_what_is_beyond_the_largest_lies_right_of_it_and_has_no_size_below():
-    svg = str(equivalents(SIZES, [point("heads", None, 0.65)], "networks", "cNLL"))
-    found = dots(svg)
-    assert (
-        found["heads"][0] > found["3 networks: 0.7000"][0]
-        and found["heads"][1] > found["3 networks: 0.7000"][1]
-    )
+    svg = str(equivalents(SIZES, [point("heads", math.inf, 0.65)], "networks", "cNLL"))
+    located = dots(svg)
+    (x, y), (x_largest, y_largest) = located["heads"], located["3 networks: 0.7000"]
+    assert x > x_largest and y > y_largest
     (lead,) = re.findall(r'class="lead k-student" d="([^"]*)"', svg)
     assert "V" not in lead
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from trainer.report.plots import log_ticks, ticks
+from trainer.report.svg import log_ticks, ticks
 from trainer.report.tables import (
     confusion_weights,
     coverage_table,
@@ -23,7 +23,7 @@ def test_coverage_counts_specialists_of_the_true_class():
     before = np.array([1, 0, 1, 0, 0, 1, 1, 0, 1, 0], bool)
     after = np.array([1, 1, 1, 0, 1, 1, 1, 0, 1, 0], bool)
     rows = coverage_table(labels, before, after, covering)
-    assert [(row["specialists"], row["n"], row["delta"], row["relative"]) for row in rows] == [
+    assert [(row.specialists, row.n, row.delta, row.relative) for row in rows] == [
         (0, 2, 0, 0.0),
         (1, 6, 1, pytest.approx(1 / 3)),
         (2, 2, 1, 1.0),
@@ -34,11 +34,11 @@ def test_coverage_of_ten_and_more_is_one_row():
     rows = coverage_table(
         np.array([0, 1, 2]), np.zeros(3, bool), np.ones(3, bool), np.array([9, 10, 14])
     )
-    assert [(row["specialists"], row["or_more"], row["n"]) for row in rows] == [
+    assert [(row.specialists, row.or_more, row.n) for row in rows] == [
         (9, False, 1),
         (10, True, 2),
     ]
-    assert rows[0]["relative"] is None  # nothing was right before
+    assert rows[0].relative is None  # nothing was right before
 
 
 def test_deciles_go_from_the_rarest_classes_to_the_most_frequent():
@@ -46,23 +46,23 @@ def test_deciles_go_from_the_rarest_classes_to_the_most_frequent():
     labels = np.array([0, 1, 1, 2, 3, 4, 5, 5])
     right = np.array([1, 0, 0, 1, 0, 1, 1, 0], bool)
     rows = frequency_deciles(counts, labels, {"generalist": right}, parts=3)
-    assert [(row["least"], row["most"], row["classes"], row["n"]) for row in rows] == [
+    assert [(row.least, row.most, row.classes, row.n) for row in rows] == [
         (10, 20, 2, 3),
         (30, 40, 2, 2),
         (50, 60, 2, 3),
     ]
-    assert [row["accuracy"]["generalist"] for row in rows] == [0, 1, pytest.approx(2 / 3)]
+    assert [row.accuracy["generalist"] for row in rows] == [0, 1, pytest.approx(2 / 3)]
 
 
 def test_classes_without_test_examples_are_in_no_decile():
     rows = frequency_deciles([5, 6, 7], np.array([0, 2]), {"generalist": np.ones(2, bool)})
-    assert [(row["least"], row["n"]) for row in rows] == [(5, 1), (7, 1)]
+    assert [(row.least, row.n) for row in rows] == [(5, 1), (7, 1)]
 
 
 def test_paired_difference_knows_only_the_examples_that_changed():
     before = np.array([1] * 60 + [0] * 40, bool)
     after = before.copy()
-    after[60:66], after[:2] = True, False  # six put right, two spoilt
+    after[60:66], after[:2] = True, False  # six fixed, two broken
     difference, half = paired_difference(before, after)
     assert difference == pytest.approx(0.04)
     assert half == pytest.approx(1.96 * np.sqrt((8 / 100 - 0.04**2) / 100))

@@ -18,7 +18,7 @@ from pipeline.graph import RunDirectory
 from trainer.commands import export as exporting
 from trainer.commands import predict as predicting
 from trainer.commands.check import check
-from trainer.core.losses import TopKTargets
+from trainer.core.distillation import TopKTargets
 from trainer.data.augment import Views, find_augment
 from trainer.data.shards import open_shards
 from trainer.data.streams import Source, TrainingStream, shuffled

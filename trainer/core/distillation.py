@@ -1,0 +1,237 @@
+"""Losses of a teacher's targets: pure functions of tensors, each a mean over the batch.
+
+B batch, C classes, K members of a student or a teacher, k classes that stored targets keep.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from networks.linear_logits import LinearLogits, Targets
+
+from .probabilities import safe_log, soften, to_float32
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_probabilities: Tensor,
+    labels: Tensor,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """soft_weight T^2 KL(teacher_T || student_T) + hard_weight CE(labels, student).
+
+    The first term is the KL itself, not the cross-entropy: it is zero when student equals teacher.
+
+    Parameters
+    ----------
+    student_logits, teacher_probabilities : Tensor [K, B, C]
+        K = 1 is plain distillation; otherwise member k learns from teacher k (Tran et al. 2020).
+    labels : int64 Tensor [B]
+        -1 for unlabelled examples.  They add nothing to the second term, which is divided by B all
+        the same.
+    temperature : float
+        T; math.inf is the limit, `matching_loss` of the logits.
+    soft_weight, hard_weight, label_smoothing : float
+
+    Raises
+    ------
+    ValueError
+        Where student and teacher differ in shape.
+
+    References
+    ----------
+    Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.
+    Tran et al. 2020, "Hydra: Preserving Ensemble Diversity for Model Distillation".
+    """
+    if student_logits.shape != teacher_probabilities.shape:
+        raise ValueError(
+            f"student {tuple(student_logits.shape)} and teacher "
+            f"{tuple(teacher_probabilities.shape)} differ in shape"
+        )
+    members, batch, _ = student_logits.shape
+    if math.isinf(temperature):
+        soft = matching_loss(student_logits, safe_log(teacher_probabilities))
+    else:
+        log_q = F.log_softmax(to_float32(student_logits) / temperature, dim=-1)
+        p = soften(to_float32(teacher_probabilities), temperature)
+        soft = F.kl_div(log_q, p, reduction="sum") / (members * batch) * temperature**2
+    if hard_weight == 0:
+        return soft_weight * soft
+    return soft_weight * soft + hard_weight * hard_loss(student_logits, labels, label_smoothing)
+
+
+def hard_loss(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each of K members [K, B, C] with labels [B].
+
+    A label of -1 adds 0, and the divisor stays K B.
+    """
+    members, batch, _ = student_logits.shape
+    total = F.cross_entropy(
+        to_float32(student_logits).flatten(0, 1),
+        labels.repeat(members),
+        ignore_index=-1,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return total / (members * batch)
+
+
+def matching_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """||z - v||^2 / (2 C) of zero-mean logits [..., C], a mean over the rows: T^2 KL as T grows.
+
+    Hinton et al. 2015, section 2.1 (eq. 4 is its gradient, (z - v) / C for each row).
+    """
+    # With z and v zero-mean, softmax(z / T)_i = (1 + z_i / T) / C + O(1 / T^2), likewise for v, and
+    # for p near q
+    #     KL(p || q) = sum (p - q)^2 / (2 q) + O(|p - q|^3)
+    #                = sum ((v_i - z_i) / (C T))^2 C / 2 + O(1 / T^3).
+    # Taking means away from z and v leaves the variance of z - v over the classes.
+    return (to_float32(student_logits) - teacher_logits).var(-1, correction=0).mean() / 2
+
+
+class TopKTargets(NamedTuple):
+    """Probabilities [..., C] as they are stored: the k largest, and the mass of the rest.
+
+    indices     int64 [..., k]  the classes of the k largest, distinct in a row
+    log_values  [..., k]        log p of these
+    log_tail    [...]           log of the mass of the other C - k classes, spread evenly over them
+
+    Logarithms, because a tail of 1e-9 is lost in 1 - sum of values but says much at a high
+    temperature.  Rows are normalised where they are read: logs kept in float16 sum to 1 only to
+    about 1e-3.
+    """
+
+    indices: Tensor
+    log_values: Tensor
+    log_tail: Tensor
+    num_classes: int
+
+    @classmethod
+    def of(cls, log_probabilities: Tensor, k: int) -> TopKTargets:
+        """The k largest of log p [..., C], and the tail."""
+        num_classes = log_probabilities.shape[-1]
+        top = to_float32(log_probabilities).topk(min(k, num_classes), dim=-1)
+        others = to_float32(log_probabilities).scatter(-1, top.indices, -torch.inf)
+        return cls(top.indices, top.values, others.logsumexp(-1), num_classes)
+
+    @property
+    def others(self) -> int:
+        """C - k"""
+        return self.num_classes - self.indices.shape[-1]
+
+    def log_parts(self, temperature: float) -> Tensor:
+        """log of the softened p, [..., k + 1].
+
+        Last comes that of each single one of the other classes.
+        """
+        each = to_float32(self.log_tail) - math.log(max(self.others, 1))
+        log_p = torch.cat([to_float32(self.log_values), each[..., None]], -1)
+        log_p = log_p.clamp_min(math.log(torch.finfo(torch.float32).tiny)) / temperature
+        log_count = torch.zeros_like(log_p)
+        log_count[..., -1] = math.log(self.others) if self.others else -math.inf
+        return log_p - (log_p + log_count).logsumexp(-1, keepdim=True)
+
+    def spread(self) -> Tensor:
+        """The probabilities [..., C], the tail evenly over the other classes."""
+        p = self.log_parts(1).exp()
+        tail = p[..., -1:].expand(*p.shape[:-1], self.num_classes)
+        return tail.scatter(-1, self.indices, p[..., :-1])
+
+    def softened(self, temperature: float) -> tuple[Targets, Tensor]:
+        """The softened rows [B, k] as Targets, and their sum of p log p, [B]."""
+        log_p = self.log_parts(temperature)
+        p = log_p.exp()
+        targets = Targets.of_top(self.indices, p[:, :-1], self.num_classes, p[:, -1] * self.others)
+        negative_entropy = p * log_p
+        negative_entropy[:, -1] *= self.others
+        return targets, negative_entropy.sum(1)
+
+
+def lazy_distillation_loss(
+    student: LinearLogits,
+    teacher: Tensor | TopKTargets,
+    labels: Tensor,
+    temperature: float,
+    soft_weight: float,
+    hard_weight: float,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`distillation_loss` of one student whose logits are never held as a whole.
+
+    Parameters
+    ----------
+    student : LinearLogits
+        Of B rows and C classes.
+    teacher : Tensor [B, C] or TopKTargets
+        Probabilities, or what is stored of them.
+    labels, temperature, soft_weight, hard_weight, label_smoothing
+        As in `distillation_loss`.
+
+    Raises
+    ------
+    ValueError
+        At temperature inf: matching logits needs all of them.
+    """
+    if math.isinf(temperature):
+        raise ValueError(
+            "temperature inf matches logits, and a head that does not hold its logits cannot; "
+            "use a finite temperature, of 20 say, or a plain linear head"
+        )
+    if isinstance(teacher, TopKTargets):
+        targets, negative_entropy = teacher.softened(temperature)
+    else:
+        p = soften(to_float32(teacher), temperature)
+        targets = Targets(dense=p)
+        negative_entropy = torch.special.xlogy(p, p).sum(1)
+    soft_cross_entropy = student.scale_by_temperature(temperature).cross_entropy(targets)
+    soft = (soft_cross_entropy + negative_entropy).mean() * temperature**2
+    if hard_weight == 0:
+        return soft_weight * soft
+    hard_targets = Targets.of_labels(labels, student.num_classes, label_smoothing)
+    hard = student.cross_entropy(hard_targets).mean()
+    return soft_weight * soft + hard_weight * hard
+
+
+def gaussian_kl(
+    teacher_mean: Tensor, teacher_log_var: Tensor, student_mean: Tensor, student_log_var: Tensor
+) -> Tensor:
+    """KL( N(teacher) || N(student) ) of independent outputs, the loss of Hydra's regression.
+
+    Parameters
+    ----------
+    teacher_mean, teacher_log_var, student_mean, student_log_var : Tensor [K, B, D]
+        Means and natural logs of variances.
+
+    Returns
+    -------
+    Tensor []
+        Summed over the D outputs, a mean over members and batch.
+
+    Raises
+    ------
+    ValueError
+        Where the four are not of one shape [K, B, D].
+
+    References
+    ----------
+    Tran et al. 2020, "Hydra: Preserving Ensemble Diversity for Model Distillation".
+    """
+    parts = (teacher_mean, teacher_log_var, student_mean, student_log_var)
+    shapes = [tuple(part.shape) for part in parts]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 3:
+        raise ValueError(
+            f"teacher's and student's means and log variances {shapes} must all be of one shape "
+            "[K, B, D]"
+        )
+    student_precision = (-to_float32(student_log_var)).exp()
+    log_ratio = to_float32(teacher_log_var) - to_float32(student_log_var)
+    squares = (to_float32(teacher_mean) - to_float32(student_mean)).square() * student_precision
+    return (torch.expm1(log_ratio) - log_ratio + squares).sum(-1).mean() / 2

@@ -1,0 +1,115 @@
+"""`referral shards glyphs`: the options of render_glyphs on the command line."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from pipeline.config import UserError
+
+from .glyph_classes import Glyphs
+from .glyph_drawing import SIDE, Distortion
+from .glyphs import IMAGES_PER_CLASS, render_glyphs
+
+DEFAULT = Distortion()
+
+
+def add_glyphs_command(app: typer.Typer) -> None:
+    """Add `glyphs` to a typer application."""
+    app.command("glyphs")(glyphs)
+
+
+def glyphs(
+    out: Annotated[Path, Option(help="the new directory")],
+    fonts: Annotated[
+        list[Path] | None,
+        Option(
+            help="font file or directory of fonts; repeat for more [DejaVu]", show_default=False
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None, Option(help="the characters, a text file of them, or N: the first N")
+    ] = None,
+    size: Annotated[int, Option(help="side of the images in pixels")] = SIDE,
+    train: Annotated[
+        int, Option(help="images per class; likewise --val and --test")
+    ] = IMAGES_PER_CLASS["train"],
+    val: int = IMAGES_PER_CLASS["val"],
+    test: int = IMAGES_PER_CLASS["test"],
+    min_faces: Annotated[
+        int | None, Option(help="faces that must draw a character [5; with --fonts 1]")
+    ] = None,
+    strength: Annotated[float, Option(help="multiplies all the distortions that follow")] = 1.0,
+    rotation: Annotated[float, Option(help="degrees")] = DEFAULT.rotation,
+    shear: float = DEFAULT.shear,
+    scale: float = DEFAULT.scale,
+    shift: Annotated[
+        float, Option(help="pixels of a 28 x 28 image; likewise --elastic")
+    ] = DEFAULT.shift,
+    elastic: float = DEFAULT.elastic,
+    contrast: float = DEFAULT.contrast,
+    noise: float = DEFAULT.noise,
+    seed: Annotated[int, Option(min=0)] = 0,
+    processes: Annotated[int | None, Option(help="[one per core]")] = None,
+    overwrite: Annotated[
+        bool, Option("--overwrite", "--force", help="replace the shards in --out")
+    ] = False,
+) -> None:
+    """Render a labelled data set of glyph images from fonts: shards, manifest.json, merged.json."""
+    distortion = Distortion(
+        rotation, shear, scale, shift, elastic, DEFAULT.grid, contrast, noise
+    ).times(strength)
+    per_class = {"train": train, "val": val, "test": test}
+    if processes is None:
+        processes = len(os.sched_getaffinity(0))
+    rendered = render_glyphs(
+        out,
+        fonts,
+        read_classes(classes),
+        size,
+        per_class,
+        seed,
+        distortion,
+        min_faces,
+        processes,
+        force=overwrite,
+    )
+    _print_summary(out, rendered, per_class)
+
+
+def _print_summary(out: Path, rendered: Glyphs, per_class: dict[str, int]) -> None:
+    num_classes = len(rendered.characters)
+    several = sum(len(characters) > 1 for characters in rendered.characters)
+    images = ", ".join(f"{split} {count * num_classes:,}" for split, count in per_class.items())
+    print(
+        f"{out}: {num_classes} classes, {several} of several characters (merged.json); "
+        f"images: {images}"
+    )
+    left_out = rendered.left_out
+    if left_out:
+        shown = left_out if len(left_out) <= 40 else f"{left_out[:40]}..."
+        print(f"left out, because too few faces draw them: {len(left_out)} characters: {shown}")
+
+
+def read_classes(text: str | None) -> int | str | None:
+    """--classes: a number, the characters of a text file, or the characters themselves."""
+    if text is None:
+        return None
+    if text.isdecimal():
+        return int(text)
+    try:
+        if Path(text).is_file():
+            return Path(text).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{text}: not a UTF-8 text file") from None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise UserError(f"{text}: cannot be read: {error.strerror}") from None
+    if text.endswith(".txt"):
+        raise UserError(f"{text}: no such file of characters")
+    return text

@@ -1,0 +1,74 @@
+"""The conditions of a run: seed, sizes, machine, commit, and the time of each stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
+
+from .evidence import Evidence
+
+# Stages of which a run has many are shown as one row.
+TOGETHER = {"specialist": "specialists", "member": "members"}
+
+
+@dataclass(frozen=True)
+class StageTime:
+    place: str
+    jobs: int
+    seconds: float
+
+
+def run_conditions(evidence: Evidence) -> list[tuple[str, str]]:
+    """(name, value) of what every metric of the page depends on."""
+    run, config = evidence.run, evidence.run.config
+    if evidence.is_deep:
+        networks = ("members", f"{config.ensemble.members}")
+    else:
+        networks = ("groups", f"{len(evidence.groups)}")
+    try:
+        environment = read_json(run.root / "environment.json")
+    except (OSError, ValueError):
+        environment = {"environment": "environment.json is missing"}
+    return [
+        ("run", str(run.root.resolve())),
+        ("seed", str(config.seed)),
+        ("evaluated", _time_of_evaluation(run)),
+        ("classes", f"{evidence.num_classes:,}"),
+        ("test examples", f"{evidence.results['ensemble']['n']:,}"),
+        networks,
+        ("network", config.model.name),
+        *_flat(environment),
+    ]
+
+
+def _time_of_evaluation(run: RunDirectory) -> str:
+    done = run.evaluate.done() or {}
+    if "finished" not in done:
+        return "–"
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(done["finished"]))
+
+
+def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Nested values of a JSON file as (keys, text)."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix} {key}".strip())
+    elif isinstance(value, list):
+        yield prefix, ", ".join(str(item) for item in value)
+    else:
+        yield prefix, "–" if value is None else str(value)
+
+
+def stage_times(run: RunDirectory) -> list[StageTime]:
+    """Seconds of each finished stage; the specialists or the members together."""
+    times: dict[str, list[float]] = {}
+    for stage in run.stages:
+        done = stage.done()
+        if done is not None and "seconds" in done:
+            place = TOGETHER.get(stage.name, stage.place)
+            times.setdefault(place, []).append(done["seconds"])
+    return [StageTime(place, len(seconds), sum(seconds)) for place, seconds in times.items()]

@@ -1,0 +1,137 @@
+"""Learning curves: training loss and top-1 on val over the examples that a network saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+from pipeline.results import best_control_wall
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage
+
+from . import plots, tables
+from .formatting import Plot, colours_of
+from .svg import whole_percent
+
+MOST_CURVES = 5
+
+Curves = dict[str, list[tuple[float, float]]]  # "loss", "val/top1", ... -> (x, y)
+
+
+def learning_curves(run: RunDirectory) -> list[Plot]:
+    """Plots of the networks for all classes, and of specialists or members."""
+    networks = _networks_for_all_classes(run)
+    title = "The generalist, controls and students"
+    drawn = _family_plots(title, networks, colours_of(networks))
+    title, parts = _parts(run)
+    colours = {name: f"curve{index}" for index, name in enumerate(parts)}
+    return drawn + _family_plots(title, parts, colours)
+
+
+def _networks_for_all_classes(run: RunDirectory) -> dict[str, Curves]:
+    generalist = over_examples(read_metrics(run.generalist))
+
+    def continued(stage: Stage, student: str | None = None) -> Curves:
+        from_scratch = student and run.config.students[student].start == "scratch"
+        return over_examples(read_metrics(stage), None if from_scratch else generalist)
+
+    networks = {"generalist": generalist}
+    best = best_control_wall(run)
+    if best is not None:
+        networks["control_wall"] = continued(run.controls[f"control_wall-{best}"])
+    for name, stage in run.controls.items():
+        if not name.startswith("control_wall-"):
+            networks[name] = continued(stage, "main" if name == "student_hard" else None)
+    for name, stage in run.students.items():
+        networks[f"student {name}"] = continued(stage, name)
+    return networks
+
+
+def _parts(run: RunDirectory) -> tuple[str, dict[str, Curves]]:
+    """A title, and the curves of a few specialists, or of a few members of a deep ensemble."""
+    if run.config.is_deep:
+        kind, stages = "member", [run.generalist, *run.members]
+    else:
+        kind, stages = "specialist", run.specialists
+    done = [index for index, stage in enumerate(stages) if read_metrics(stage)]
+    few = tables.spread(done, MOST_CURVES)
+    curves = {f"{kind} {index}": over_examples(read_metrics(stages[index])) for index in few}
+    if len(curves) == len(done):
+        return f"The {kind}s", curves
+    return f"{len(curves)} of {len(done)} {kind}s", curves
+
+
+def _family_plots(
+    title: str, networks: Mapping[str, Curves], colours: Mapping[str, str]
+) -> list[Plot]:
+    """Training loss and val top-1 of some networks, as far as any has them."""
+
+    def series(key: str) -> list[plots.Series]:
+        return [
+            plots.Series(name, colours[name], tables.curve(curves[key]), name == "student_hard")
+            for name, curves in networks.items()
+            if curves.get(key)
+        ]
+
+    losses, top1 = series("loss"), series("val/top1")
+    loss_plot = plots.lines(
+        losses,
+        "examples seen",
+        "training loss, logarithmic",
+        log_y=True,
+        title=f"{title}: training loss",
+    )
+    top1_plot = plots.lines(
+        top1,
+        "examples seen",
+        "val top-1",
+        markers=True,
+        y_text=whole_percent,
+        title=f"{title}: val top-1",
+    )
+    drawn = [
+        Plot(drawing, title, tuple((one.name, one.colour) for one in curves))
+        for drawing, curves in ((loss_plot, losses), (top1_plot, top1))
+    ]
+    return [plot for plot in drawn if plot.svg]
+
+
+def read_metrics(stage: Stage | None) -> Curves:
+    """metrics.jsonl as curves over steps; of a step that was trained twice, the last."""
+    if stage is None or stage.done() is None:
+        return {}
+    try:
+        text = stage.path("metrics.jsonl").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    values: dict[str, dict[float, float]] = {}
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # an attempt that was killed may have left half a line
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                values.setdefault(key, {})[row["step"]] = float(value)
+    return {key: sorted(by_step.items()) for key, by_step in values.items()}
+
+
+def over_examples(curves: Curves, before: Curves | None = None) -> Curves:
+    """The same curves over examples seen.
+
+    before: the curves of the network that this one started from; it begins at their end.
+    """
+    if not curves.get("examples"):
+        return {}
+    ends = [points[-1][0] for points in (before or {}).values()]
+    start = max(ends, default=0)
+    step, examples = curves["examples"][-1]
+    moved = {
+        key: [(start + x * examples / step, y) for x, y in points]
+        for key, points in curves.items()
+        if key != "examples"
+    }
+    # A copied or widened network computes the same function, so it starts with the same accuracy.
+    if before and before.get("val/top1") and "val/top1" in moved:
+        moved["val/top1"].insert(0, before["val/top1"][-1])
+    return moved

@@ -1,0 +1,246 @@
+"""What a finished run left on disk, read once for all sections of the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from pipeline.results import named_rows, read_evaluation, read_file
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json
+
+from . import tables
+
+if TYPE_CHECKING:
+    from ..data.shards import ShardSet
+
+LONGEST_NAME = 80  # characters of a class name
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `evaluate` kept of one network's predictions: a row for each of n test examples.
+
+    ids: int64 [n], the sample of each row; corrupt samples have none. labels: int64 [n].
+    top5, top5_probability: [n, 5]. label_probability: [n]. active: of the ensemble, bool [n, M],
+    the specialists that each example was routed to; else None.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    top5: np.ndarray
+    top5_probability: np.ndarray
+    label_probability: np.ndarray
+    active: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Predictions | None:
+        """The predictions in an .npz file; None where there is no such file."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = [field.name for field in fields(cls)]
+                arrays = {name: file[name] for name in names if name in file.files}
+        except FileNotFoundError:
+            return None
+        return cls(**arrays)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [n]"""
+        return self.top5[:, 0] == self.labels
+
+
+class Changes(NamedTuple):
+    """Of the test examples routed to a specialist: those that the ensemble fixed, and broke."""
+
+    fixed: int
+    broken: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A finished run and what can be read of it; absent parts are None or empty.
+
+    results: the content of results.json. images: the test split, for its pictures.
+    given_counts: [C], training examples of each class; None: the manifest's count.
+    """
+
+    run: RunDirectory
+    results: dict
+    images: ShardSet | None = None
+    given_counts: Sequence[int] | np.ndarray | None = None
+
+    @property
+    def is_deep(self) -> bool:
+        return self.run.config.is_deep
+
+    @cached_property
+    def rows(self) -> dict[str, dict]:
+        """The rows of results.json by their name in the tables."""
+        return named_rows(self.results)
+
+    @cached_property
+    def missing(self) -> list[int]:
+        """Specialists that the ensemble was evaluated without."""
+        ensemble = read_evaluation(self.run.evaluate, "ensemble") or {}
+        return sorted(ensemble.get("missing") or [])
+
+    # Predictions
+
+    def predictions(self, name: str) -> Predictions | None:
+        return Predictions.read(self.run.evaluate.path(f"{name}.npz"))
+
+    @cached_property
+    def before(self) -> Predictions:
+        """The generalist's predictions."""
+        predictions = self.predictions("generalist")
+        assert predictions is not None, "evaluate writes it before it is done"
+        return predictions
+
+    @cached_property
+    def after(self) -> Predictions:
+        """The ensemble's predictions."""
+        predictions = self.predictions("ensemble")
+        assert predictions is not None, "evaluate writes it before it is done"
+        return predictions
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.before.labels
+
+    @cached_property
+    def correct(self) -> dict[str, np.ndarray]:
+        """Name -> bool [n], for every row with predictions."""
+        names = ["generalist", *self.results["controls"], "ensemble", *self.results["students"]]
+        predictions = {name: self.predictions(name) for name in names}
+        return {name: p.correct for name, p in predictions.items() if p is not None}
+
+    # Classes
+
+    @cached_property
+    def class_names(self) -> list:
+        """The class names of the shards, else of the model, else none."""
+        known = list(getattr(self.images, "class_names", None) or [])
+        model = {} if known else read_file(self.run.generalist, "model.json") or {}
+        return known or model.get("class_names") or []
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A short name for every class; its index where it has none."""
+        names = [str(name) for name in self.class_names]
+        names += [""] * (self.num_classes - len(names))
+        return [_short_name(name, c) for c, name in enumerate(names)]
+
+    @cached_property
+    def num_classes(self) -> int:
+        declared = self._groups_file.get("num_classes")
+        if declared:
+            return int(declared)
+        largest = max(int(self.labels.max()), *(int(m.max()) for m in self.groups if len(m)), -1)
+        return max(largest + 1, len(self.class_names))
+
+    @cached_property
+    def class_counts(self) -> tuple[np.ndarray, str]:
+        """Examples of each class [C], and of which split."""
+        if self.given_counts is not None:
+            return np.asarray(self.given_counts), "training"
+        counts = manifest_counts(self.run.config.data.train, self.num_classes)
+        if counts is not None:
+            return counts, "training"
+        return np.bincount(self.labels, minlength=self.num_classes), "test"
+
+    @cached_property
+    def confusion_weights(self) -> dict[tables.Pair, float]:
+        before = self.before
+        return tables.confusion_weights(self.labels, before.top5, before.top5_probability)
+
+    @cached_property
+    def typical_examples(self) -> dict[int, int]:
+        """Class -> row of the test example that the generalist is surest of."""
+        return tables.typical_examples(self.labels, self.before.label_probability)
+
+    # Groups and specialists
+
+    @cached_property
+    def _groups_file(self) -> dict:
+        if self.is_deep:
+            return {}
+        content = read_file(self.run.cluster, "groups.json")
+        assert content is not None, "evaluate needs the groups"
+        return content
+
+    @cached_property
+    def groups(self) -> list[np.ndarray]:
+        """The classes of each group; none of a deep ensemble."""
+        groups = self._groups_file.get("members", [])
+        return [np.asarray(classes, dtype=np.int64) for classes in groups]
+
+    @cached_property
+    def clusters(self) -> dict:
+        """The summary of clustering; empty for a deep ensemble."""
+        if self.is_deep:
+            return {}
+        return read_file(self.run.cluster, "summary.json") or {}
+
+    @property
+    def skipped(self) -> list[int]:
+        """Groups that were forecast to gain too little for a specialist."""
+        return self.clusters.get("skipped") or []
+
+    def has_specialist(self, index: int) -> bool:
+        return index not in self.missing and index not in self.skipped
+
+    @cached_property
+    def specialists(self) -> dict[int, dict]:
+        """The rows of results.json by the specialist's index."""
+        return {row["index"]: row for row in self.results.get("specialists", [])}
+
+    def forecast(self, index: int) -> float | None:
+        """Fraction of the val examples that a perfect specialist would fix."""
+        forecasts = self.clusters.get("forecast") or []
+        forecast = forecasts[index] if index < len(forecasts) else None
+        return forecast.get("gain") if isinstance(forecast, dict) else forecast
+
+    def changes(self, index: int) -> Changes | None:
+        active = self.after.active
+        if active is None or not self.has_specialist(index):
+            return None
+        routed = active[:, index].astype(bool)
+        was, now = self.correct["generalist"], self.correct["ensemble"]
+        fixed = int((routed & now & ~was).sum())
+        broken = int((routed & was & ~now).sum())
+        return Changes(fixed, broken)
+
+    @cached_property
+    def coverage(self) -> list[tables.CoverageRow]:
+        absent = {*self.missing, *self.skipped}
+        covering = tables.covering_specialists(self.groups, self.num_classes, absent)
+        before, after = self.correct["generalist"], self.correct["ensemble"]
+        return tables.coverage_table(self.labels, before, after, covering)
+
+
+def _short_name(name: str, index: int) -> str:
+    if not name.strip():
+        return f"class {index}"
+    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+
+
+def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:
+    """Training examples of each class [C], from the manifest beside the shards, or None."""
+    first = Path(pattern.split("::")[0])
+    directory = first if first.is_dir() else first.parent
+    try:
+        manifest = read_json(directory / "manifest.json")
+        index_of = {name: c for c, name in enumerate(manifest["classes"])}
+        counts = np.zeros(num_classes, dtype=np.int64)
+        for shard in manifest["splits"]["train"]["shards"]:
+            for name, count in shard["class_counts"].items():
+                counts[index_of[name]] += count
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    return counts if counts.any() else None
