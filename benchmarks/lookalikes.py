@@ -162,10 +162,10 @@ def main() -> None:
             f"skipped: {LISTED} is not there; REFERRAL_DATA names the directory that holds confusables/"
         )
 
+    from pipeline.graph import open_run
     from pipeline.store import read_json
     from trainer.data.cache import cached
     from trainer.data.shards import open_shards
-    from trainer.session import open_run
 
     run = open_run(options.run)
     config, place = run.config, Path(run.config.data.val)

@@ -13,6 +13,7 @@ from importlib import import_module
 
 from clustering.choices import METHODS
 from ensemble.choices import COMBINERS
+
 from networks.choices import NETWORKS
 
 __all__ = [

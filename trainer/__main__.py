@@ -1,4 +1,4 @@
-"""`torchrun -m trainer STAGE [STAGE ...] --run DIR`: stages of one run.  Also what needs torch: shards, doctor, ..."""
+"""`torchrun -m trainer STAGE [STAGE ...] --run DIR`: stages of one run, or a command that needs torch."""
 
 from __future__ import annotations
 
@@ -6,151 +6,132 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-FIRST_SAYS_S = 5.0  # what rank 0 has to say the mistake of all ranks before another says its own
+from pipeline.choices import resolve
+
+if TYPE_CHECKING:
+    from pipeline.graph import RunDirectory
+    from pipeline.store import Stage
+
+RANK_0_FIRST_S = (
+    5.0  # how long rank 0 has to say everybody's error before another rank says its own
+)
+COMMANDS = {
+    "check": "trainer.commands.check:main",
+    "shards": "trainer.commands.shards:main",
+    "doctor": "trainer.commands.doctor:main",
+    "export": "trainer.commands.export:main",
+    "predict": "trainer.commands.predict:main",
+    "compare": "trainer.commands.compare_plot:main",
+}
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 done, 1 ours, 2 the user's mistake, 75 interrupted with a checkpoint (run again, it goes on)."""
+    """Exit codes: 0 done, 1 our error, 2 the user's, 75 interrupted with a checkpoint (run again)."""
     from pipeline.config import UserError
 
-    if argv[:1] == [
-        "--"
-    ]:  # `torchrun -m trainer -- STAGE --run DIR`: torchrun would take --run for its own --run-path
+    if argv[:1] == ["--"]:  # `torchrun -m trainer -- STAGE --run DIR`: --run is torchrun's, too
         argv = argv[1:]
     try:
         if argv and argv[0] in COMMANDS:
-            return COMMANDS[argv[0]](argv[1:]) or 0
+            command: Callable[[list[str]], int | None] = resolve(COMMANDS[argv[0]])
+            return command(argv[1:]) or 0
         return run_stages(argv)
-    except UserError as mistake:
+    except UserError as error:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(FIRST_SAYS_S)  # torchrun ends the other ranks with the first that ends
-        print("\n".join(f"error: {line}" for line in str(mistake).splitlines()), file=sys.stderr)
+            time.sleep(RANK_0_FIRST_S)  # torchrun ends the other ranks with the first that ends
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return 2
 
 
 def run_stages(argv: list[str]) -> int:
-    names = "generalist member measure cluster route specialist combine answers control student evaluate report".split()
-    parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
-    parser.add_argument(
-        "stages", choices=names, nargs="+", metavar="STAGE", help=" | ".join([*names, *COMMANDS])
-    )
-    parser.add_argument("--run", required=True, metavar="DIR")
-    parser.add_argument(
-        "--index", type=int, nargs="+", default=[], help="which specialists or members"
-    )
-    parser.add_argument("--name", nargs="+", default=[], help="which controls, students or answers")
-    args = parser.parse_args(argv)
+    from pipeline.graph import open_run
 
-    from .session import open_run
-
+    args = parse(argv)
     run = open_run(args.run)
-    work = [
-        (name, stage, extra)
-        for name in args.stages
-        for stage, extra in chosen(run, name, args)
-        if not stage.is_done
-    ]
-    if not work:
+    chosen = [stage for name in args.stages for stage in choose(run, name, args)]
+    pending = [stage for stage in chosen if not stage.is_done]
+    if not pending:
         return 0
 
     from .distributed.ranks import process_group
     from .session import Session, start_logging
-    from .stages.story import STAGES
+    from .stages import run_stage
 
     start_logging()
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
-        for name, stage, extra in work:
+        for stage in pending:
             check_inputs(stage)
-            STAGES[name](session, stage, *extra)
+            run_stage(session, stage)
     return 0
 
 
-def check_inputs(stage) -> None:
-    """Raises UserError if another stage must be done first; a missing specialist is for `combine` to judge."""
+def parse(argv: list[str]) -> argparse.Namespace:
+    from pipeline.stages import KINDS
+
+    parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
+    words = " | ".join([*KINDS, *COMMANDS])
+    parser.add_argument("stages", choices=list(KINDS), nargs="+", metavar="STAGE", help=words)
+    parser.add_argument("--run", required=True, metavar="DIR")
+    families = {
+        option: ", ".join(kind.name for kind in KINDS.values() if kind.addressed_by == option)
+        for option in ("index", "name")
+    }
+    parser.add_argument(
+        "--index", type=int, nargs="+", default=[], help=f"which of: {families['index']}"
+    )
+    parser.add_argument("--name", nargs="+", default=[], help=f"which of: {families['name']}")
+    return parser.parse_args(argv)
+
+
+def choose(run: RunDirectory, name: str, args: argparse.Namespace) -> list[Stage]:
+    """The stages of one kind that the command line names."""
+    from pipeline.config import UserError
+    from pipeline.stages import KINDS
+
+    kind = KINDS[name]
+    stages = run.find(name)
+    if kind.addressed_by == "nothing":
+        if not stages:
+            raise UserError(f"{name}: this run has no such stage")
+        return stages
+    option = f"--{kind.addressed_by}"
+    known = {stage.address: stage for stage in stages}
+    addresses = getattr(args, kind.addressed_by)
+    listed = describe(list(known))
+    if not addresses:
+        raise UserError(f"{name}: say which by {option}; this run has {listed}")
+    absent = [address for address in addresses if address not in known]
+    if absent:
+        raise UserError(f"{option} {absent[0]}: no {name} is called so; this run has {listed}")
+    return [known[address] for address in addresses]
+
+
+def describe(addresses: list) -> str:
+    """`0 to 11`, `main, wide` or `none`."""
+    if not addresses:
+        return "none"
+    if all(isinstance(address, int) for address in addresses):
+        return f"{min(addresses)} to {max(addresses)}"
+    return ", ".join(addresses)
+
+
+def check_inputs(stage: Stage) -> None:
+    """Raises UserError if another stage must be done first.
+
+    A missing specialist is for `ensemble` to judge.  The results of an older version can be reported.
+    """
     from pipeline.config import UserError
 
-    missing = [wanted.place for wanted in stage.inputs if not wanted.is_done]
-    if missing and stage.name != "combine":
+    missing = [needed.place for needed in stage.inputs if not (needed.is_done or needed.is_older)]
+    if missing and stage.name != "ensemble":
         raise UserError(
             f"{stage.place} needs {', '.join(missing)}, which is not done: run it first"
         )
 
-
-def chosen(run, name: str, args) -> list[tuple]:
-    """The stages that the command line names, each with what its function takes beside session and stage."""
-    from pipeline.config import UserError
-
-    if name in ("specialist", "member"):
-        known = dict(
-            enumerate(run.specialists) if name == "specialist" else enumerate(run.members, 1)
-        )
-        if not args.index:
-            raise UserError(f"{name}: say which by --index I [I ...]")
-        absent = [i for i in args.index if i not in known]
-        if absent:
-            raise UserError(f"--index {absent[0]}: there are {len(known)} {name}s, {_span(known)}")
-        return [(known[i], (i,)) for i in args.index]
-    if name in ("control", "student", "answers"):
-        known = {"control": run.controls, "student": run.students, "answers": run.answers}[name]
-        if not args.name:
-            raise UserError(f"{name}: say which by --name NAME: {', '.join(known)}")
-        for each in args.name:
-            if each not in known:
-                raise UserError(f"--name {each}: this run's are {', '.join(known) or 'none'}")
-        return [(known[each], (each,)) for each in args.name]
-    return [(getattr(run, name), ())]
-
-
-def _span(known: dict) -> str:
-    return f"{min(known)} to {max(known)}" if known else "this run has none"
-
-
-def shards(argv: list[str]) -> int:
-    from .commands.shards import main as shards_main
-
-    return shards_main(argv)
-
-
-def check(argv: list[str]) -> int:
-    from .commands.check import main as check_main
-
-    return check_main(argv)
-
-
-def doctor(argv: list[str]) -> int:
-    from .commands.doctor import main as doctor_main
-
-    return doctor_main(argv)
-
-
-def export(argv: list[str]) -> int:
-    from .commands.export import main as export_main
-
-    return export_main(argv)
-
-
-def predict(argv: list[str]) -> int:
-    from .commands.predict import main as predict_main
-
-    return predict_main(argv)
-
-
-def compare(argv: list[str]) -> int:
-    from .commands.compare_plot import main as compare_main
-
-    return compare_main(argv)
-
-
-COMMANDS = {
-    "check": check,
-    "shards": shards,
-    "doctor": doctor,
-    "export": export,
-    "predict": predict,
-    "compare": compare,
-}
 
 if __name__ == "__main__":
     from .distributed.exit import leave

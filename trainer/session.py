@@ -111,9 +111,7 @@ class Session:
         stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
         parts, lost = [], {}
         with torch.inference_mode():
-            loader = stream.loader(
-                self.ranks.rank, self.ranks.world_size, self.config.data.workers
-            )
+            loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
             for batch in loader:
                 lost |= {sample: reason for _, sample, reason in batch.lost}
                 self.ranks.progress()

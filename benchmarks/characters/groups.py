@@ -244,7 +244,7 @@ def conditions() -> dict:
 
 
 def main() -> None:
-    from trainer.session import open_run
+    from pipeline.graph import open_run
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

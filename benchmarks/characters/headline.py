@@ -47,8 +47,8 @@ from benchmarks.papers.lab import (
 )
 from benchmarks.papers.specialists import fewer_errors, listed, percents, sizes, specialists_asked
 from pipeline.config import Data, load_config
-from pipeline.results import errors, share_of_gain
 from pipeline.graph import RunDirectory
+from pipeline.results import errors, share_of_gain
 from pipeline.store import read_json, write_json
 
 from . import data as drawings

@@ -214,7 +214,7 @@ def answers(place: Path, run: Path):
     import torch
 
     from networks import load_classifier, member_log_probabilities
-    from trainer.session import open_run
+    from pipeline.graph import open_run
 
     stages = open_run(run)
     of = lambda stage: load_classifier(stage.path("model.safetensors").parent)  # noqa: E731

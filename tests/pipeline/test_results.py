@@ -4,8 +4,8 @@ import json
 import pytest
 
 from pipeline.config import Config, UserError
-from pipeline.results import collect, errors, share_of_gain, student_verdict, verdict, wins, worth
 from pipeline.graph import RunDirectory
+from pipeline.results import collect, errors, share_of_gain, student_verdict, verdict, wins, worth
 
 ROW = {"n", "top1", "top5", "nll", "brier", "ece", "macro_top1", "cost"}
 

@@ -22,7 +22,9 @@ from ..data.augment import find_augment
 from ..data.shards import open_shards
 from ..distributed.ranks import Ranks, choose_device, precision
 from ..session import Session
-from ..stages.story import left_out
+from ..stages.extending import grown_generalist
+from ..stages.networks import fresh_network, given_generalist, student_members
+from ..stages.student import left_out
 from ..stages.teachers import from_elsewhere
 
 
@@ -46,14 +48,21 @@ def check(config: Config, processes: int) -> None:
     # Nothing is written: no cache, and a run directory that is not there.
     plain = config.model_copy(update={"data": config.data.model_copy(update={"cache": "none"})})
     session = Session(RunDirectory(os.devnull, plain), Ranks(0, 1, torch.device("cpu")))
-    if session.given_generalist() is None:
-        session.fresh_network()
+    check_generalist(session)
     for student in config.students.values():
         find_augment(session.run.augment_of(student))
         left_out(session, student)
-        session.fresh_network(student, members=session.student_members(student))
+        fresh_network(session, student, members=student_members(config, student))
         if os.sep in student.teacher:
             from_elsewhere(student.teacher, session)
+
+
+def check_generalist(session: Session) -> None:
+    """It can be built, or what it starts from can be loaded and fits the data."""
+    if session.config.extend.run:
+        grown_generalist(session)
+    elif given_generalist(session) is None:
+        fresh_network(session)
 
 
 def check_engine(config: Config) -> None:

@@ -30,10 +30,10 @@ from ensemble import (
 )
 from networks import Classifier, ModelSpec, load_classifier, save_classifier
 from pipeline.config import UserError
-from pipeline.graph import RunDirectory
+from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
 
-from ..session import builders_of, open_run
+from ..stages.networks import builders_of
 
 SCHEMA = 1
 FACTS = "export.json"
@@ -108,8 +108,8 @@ def chosen(run: RunDirectory, what: str) -> tuple[bool, dict[str, Stage]]:
     students = {"ensemble": {}, "student": {name: run.students.get(name)}, "all": run.students}[
         kind
     ]
-    groups = [] if run.config.is_deep else [run.cluster]
-    needed = [] if kind == "student" else [run.generalist, *groups, run.combine]
+    groups = [run.cluster] if run.method.has_groups else []
+    needed = [] if kind == "student" else [run.generalist, *groups, run.ensemble]
     for stage in [*needed, *students.values()]:
         check_done(run, stage)
     return kind != "student", students
@@ -119,7 +119,7 @@ def check_done(run: RunDirectory, stage: Stage) -> None:
     # DONE alone counts: where the run's data are no longer in their place its config hashes to something else.
     if stage.done() is None:
         raise UserError(
-            f"{run.root}: stage {stage.label} is not done; `referral run --run {run.root}` goes on with it"
+            f"{run.root}: stage {stage.place} is not done; `referral run --run {run.root}` goes on with it"
         )
 
 
@@ -177,7 +177,7 @@ def check_onnx() -> None:
 def loaded_ensemble(
     run: RunDirectory, builders: dict[str, Callable]
 ) -> SpecialistEnsemble | DeepEnsemble:
-    absent = read_json(run.combine.path("ensemble.json")).get("missing")
+    absent = read_json(run.ensemble.path("ensemble.json")).get("missing")
     with users_mistakes():
         ensemble = load_ensemble(run.root, builders=builders, allow_missing=bool(absent))
     if ensemble.missing:

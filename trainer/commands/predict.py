@@ -20,7 +20,7 @@ from rich.text import Text
 from ensemble import DeepEnsemble, load_ensemble
 from networks import InputSpec, load_classifier
 from pipeline.config import UserError
-from pipeline.graph import RunDirectory
+from pipeline.graph import RunDirectory, open_run
 
 from ..data.decoding import (
     BUILT_IN,
@@ -31,7 +31,7 @@ from ..data.decoding import (
     import_function,
     rgb,
 )
-from ..session import builders_of, open_run
+from ..stages.networks import builders_of
 from .export import Answer, check_done, users_mistakes
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -121,7 +121,7 @@ def answerer(
         if (
             run is not None and not args.allow_missing
         ):  # else there is no ensemble.json yet, and the defaults hold
-            check_done(run, run.combine)
+            check_done(run, run.ensemble)
         return ensemble.generalist.spec, ensemble.predict, not isinstance(ensemble, DeepEnsemble)
 
     place = args.directory / ("generalist" if args.generalist else f"students/{args.student}")

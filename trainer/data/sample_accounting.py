@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from pipeline.config import UserError
-
 from pipeline.corruption import count, example
+
 from .shards import ShardSet, check_share
 from .streams import Batch, TrainingStream
 

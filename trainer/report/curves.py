@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from pipeline.results import best_control_wall
 from pipeline.graph import RunDirectory
+from pipeline.results import best_control_wall
 from pipeline.store import Stage
 
 from . import plots, tables

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.results import named_rows, read_evaluation, read_file
 from pipeline.graph import RunDirectory
+from pipeline.results import named_rows, read_evaluation, read_file
 from pipeline.store import read_json
 
 from . import tables

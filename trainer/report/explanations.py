@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Ensemble, Student
-from pipeline.results import best_control_wall, count, percent, read_file
 from pipeline.graph import RunDirectory
+from pipeline.results import best_control_wall, count, percent, read_file
 
 from .evidence import Evidence
 from .formatting import colours_of

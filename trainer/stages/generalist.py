@@ -17,8 +17,8 @@ def generalist(session: Session, stage: Stage) -> None:
         validate = validate_classifier(session)
         network = given_generalist(session)
         if network is None:
-            task = generalist_task(session, fresh_network(session), schedule)
-            network, summary = train_network(session, attempt, task, schedule, validate)
+            task = generalist_task(session, fresh_network(session), schedule, validate)
+            network, summary = train_network(session, attempt, task)
         else:
             summary = {
                 "seconds": 0.0,
@@ -35,8 +35,8 @@ def member(session: Session, stage: Stage, index: int) -> None:
     """The generalist's task again, from another seed: one more of a deep ensemble."""
     schedule, seed = session.config.train, session.seed("member", index)
     with session.attempt(stage) as attempt:
-        task = generalist_task(session, fresh_network(session, seed=seed), schedule, seed)
-        network, summary = train_network(
-            session, attempt, task, schedule, validate_classifier(session)
-        )
+        validate = validate_classifier(session)
+        network = fresh_network(session, seed=seed)
+        task = generalist_task(session, network, schedule, validate, seed)
+        network, summary = train_network(session, attempt, task)
         save_network(session, attempt, network, summary)

@@ -35,9 +35,7 @@ def measure(session: Session, stage: Stage) -> None:
     with session.attempt(stage) as attempt:
         network = load_network(session, session.run.generalist)
         shards = measuring_shards(session)
-        statistics = PredictionStatistics(
-            session.num_classes, top_k=session.config.clusters.top_k
-        )
+        statistics = PredictionStatistics(session.num_classes, top_k=session.config.clusters.top_k)
         try:
             predictions = session.measured(
                 shards, lambda batch: predicted_top(network, batch, statistics)

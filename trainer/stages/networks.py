@@ -85,11 +85,7 @@ def save_network(session: Session, attempt: Attempt, network: Classifier, summar
     """The network and what training it took, by rank 0."""
     if session.ranks.is_main:
         save_classifier(network, attempt.directory)
-        save_summary(attempt, summary)
-
-
-def save_summary(attempt: Attempt, summary: dict) -> None:
-    write_json(attempt.path("summary.json"), summary)
+        write_json(attempt.path("summary.json"), summary)
 
 
 def read_summary(stage: Stage) -> dict:

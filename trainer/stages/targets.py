@@ -1,29 +1,53 @@
-"""Stored answers: per sample (and view) the teacher's k largest log-probabilities and the mass of the rest.
+"""Stored soft targets: per sample (and view) the teacher's k most probable classes.
 
-A teacher that always sees an input alike is asked once.  What is kept is a few hundred bytes a sample whatever the
-number of classes; the rest's mass is taken to be even over the other classes, at any temperature.
+A teacher that always sees an input alike predicts it once.  Kept are the k largest log-probabilities and
+the mass of the rest: a few hundred bytes a sample whatever the number of classes.  The rest's mass is
+taken to be even over the other classes, at any temperature.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.store import Attempt, read_json, write_json
+from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..core.distillation import TopKTargets
 from ..core.probabilities import safe_log, soften
 from ..data.augment import Views, find_augment
-from ..data.streams import Batch
+from ..data.streams import Batch, Source
 from ..session import Session
+from .teachers import Teacher, find_teacher
 
-KEPT = 32  # classes per stored answer
-FAR = 0.1  # nats: what is kept is no longer what the teacher says
+KEPT = 32  # classes per stored prediction
+FAR = 0.1  # nats: what is kept is no longer what the teacher predicts
 SCHEMA = 2
 FILES = ("indices", "log_values", "log_tail")
+
+
+def targets(session: Session, stage: Stage, name: str) -> None:
+    """A teacher's predictions of what is always seen alike, once for all students that learn from them."""
+    readers = [
+        student
+        for key, student in session.config.students.items()
+        if (of_student := session.run.targets_for(key)) and of_student.place == stage.place
+    ]
+    temperatures = {1.0, *(student.temperature for student in readers)} - {math.inf}
+    student = readers[0]
+    with session.attempt(stage) as attempt:
+        store_targets(
+            session,
+            find_teacher(session, student),
+            attempt,
+            session.run.augment_of(student),
+            views_of(session, student.views),
+            sorted(temperatures),
+        )
 
 
 def views_of(session: Session, count: int | None) -> Views | None:
@@ -40,97 +64,127 @@ def compress(probabilities: Tensor, k: int) -> dict[str, Tensor]:
     }
 
 
-def decompress(indices, log_values, log_tail, num_classes: int, device) -> TopKTargets:
-    """Stored rows [B, K, ...] -> TopKTargets [K, B, ...], normalised: float16 rounds logarithms by 5e-4 of them."""
-    stored = (
-        torch.from_numpy(np.ascontiguousarray(part)) for part in (indices, log_values, log_tail)
-    )
-    indices, log_values, log_tail = (part.to(device).transpose(0, 1) for part in stored)
-    log_values, log_tail = log_values.float(), log_tail.float()
-    total = torch.cat([log_values, log_tail[..., None]], -1).logsumexp(-1)
-    return TopKTargets(indices.long(), log_values - total[..., None], log_tail - total, num_classes)
+def decompress(
+    indices: np.ndarray, log_values: np.ndarray, log_tail: np.ndarray, num_classes: int, device
+) -> TopKTargets:
+    """Stored rows [B, K, ...] -> TopKTargets [K, B, ...].
+
+    They are normalised again: float16 rounds logarithms by 5e-4 of them.
+    """
+    stored = [np.ascontiguousarray(part) for part in (indices, log_values, log_tail)]
+    tensors = [torch.from_numpy(part).to(device).transpose(0, 1) for part in stored]
+    values, tail = tensors[1].float(), tensors[2].float()
+    total = torch.cat([values, tail[..., None]], -1).logsumexp(-1)
+    return TopKTargets(tensors[0].long(), values - total[..., None], tail - total, num_classes)
 
 
 def store_targets(
-    session: Session, teacher, attempt: Attempt, augment: str, views: Views | None, temperatures
+    session: Session,
+    teacher: Teacher,
+    attempt: Attempt,
+    augment: str,
+    views: Views | None,
+    temperatures: Sequence[float],
 ) -> None:
-    """SPLIT/{indices,log_values,log_tail}.npy for train and transfer, [N * views, K, ...]: row id * views + view.
+    """SPLIT/{indices,log_values,log_tail}.npy for train and transfer, [N * views, K, ...].
 
-    answers.json says of what: the shards' fingerprint, the views' seed, and what was lost by keeping k classes: the
-    mean KL(answer || what is kept of it), nats, at each of `temperatures`.
+    Row id * views + view.  answers.json says of what: the shards' fingerprint, the views' seed, and
+    what was lost by keeping k classes: the mean KL(prediction || what is kept of it), nats, at each of
+    `temperatures`.
     """
-    augmentation = find_augment(augment)
-    for number, split in enumerate(
-        ("train", "transfer") if session.config.data.transfer else ("train",)
-    ):
-        shards = session.shards(split)
+    splits = ["train"]
+    if session.config.data.transfer:
+        splits.append("transfer")
+    for source, split in enumerate(splits):
         parts = []
         for view in range(views.count if views else 1):
-
-            def ask(batch: Batch, view=view, number=number):
-                raw = batch.inputs
-                if augmentation is not None:
-                    ids = batch.ids.cpu().numpy()
-                    uniforms = views.uniforms(
-                        number, ids, np.full_like(ids, view), augmentation.numbers
-                    )
-                    raw = torch.from_numpy(augmentation(raw.cpu().numpy(), uniforms)).to(raw.device)
-                answered = teacher.answer(raw)
-                found = compress(answered, KEPT)
-                kept = decompress(
-                    *(found[name].cpu().numpy() for name in FILES), session.num_classes, raw.device
-                )
-                lost = [_kl(soften(answered, T), soften(kept.spread(), T)) for T in temperatures]
-                return found | {"lost": torch.stack(lost, 1)}
-
-            parts.append(session.measured(shards, ask))
+            see = view_of(augment, views, source, view)
+            measure = compressing(session, teacher, see, temperatures)
+            parts.append(session.measured(session.shards(split), measure))
         if session.ranks.is_main:
-            _write(session, attempt, split, parts, augment, views, temperatures)
+            notes = write_targets(session, attempt, split, parts, temperatures)
+            notes |= {
+                "augment": augment,
+                "views": views.count if views else None,
+                "views_seed": views.seed if views else None,
+            }
+            write_json(attempt.path(f"{split}/answers.json"), notes)
+            say_targets(session, split, notes)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """[K, B, C] twice -> KL(p || q), mean over K: [B]."""
+def view_of(augment: str, views: Views | None, source: int, view: int) -> Callable[[Batch], Tensor]:
+    """A function batch -> its inputs as the teacher sees them in this view."""
+    augmentation = find_augment(augment)
+    if augmentation is None or views is None:
+        return lambda batch: batch.inputs
+
+    def see(batch: Batch) -> Tensor:
+        ids = batch.ids.cpu().numpy()
+        same = np.full_like(ids, view)
+        uniforms = views.uniforms(source, ids, same, augmentation.numbers)
+        seen = augmentation(batch.inputs.cpu().numpy(), uniforms)
+        return torch.from_numpy(seen).to(batch.inputs.device)
+
+    return see
+
+
+def compressing(
+    session: Session,
+    teacher: Teacher,
+    see: Callable[[Batch], Tensor],
+    temperatures: Sequence[float],
+) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function batch -> what is kept of the teacher's predictions, and what that loses."""
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        raw = see(batch)
+        predicted = teacher.predict(raw)
+        stored = compress(predicted, KEPT)
+        arrays = [stored[name].cpu().numpy() for name in FILES]
+        kept = decompress(*arrays, session.num_classes, raw.device)
+        lost = [mean_kl(soften(predicted, T), soften(kept.spread(), T)) for T in temperatures]
+        return stored | {"lost": torch.stack(lost, 1)}
+
+    return measure
+
+
+def mean_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of [K, B, C] twice, mean over K: [B], nats."""
     tiny = torch.finfo(q.dtype).tiny
     return (torch.special.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1).mean(0)
 
 
-def _write(
-    session: Session, attempt: Attempt, split: str, parts: list[dict], augment, views, temperatures
-) -> None:
-    shards, count = session.shards(split), len(parts)
+def write_targets(
+    session: Session,
+    attempt: Attempt,
+    split: str,
+    parts: list[dict[str, np.ndarray]],
+    temperatures: Sequence[float],
+) -> dict:
+    """Write the arrays of a split, one part for each view; returns what answers.json says of them."""
+    shards, views = session.shards(split), len(parts)
     size = 0
     for name in FILES:
         first = parts[0][name]
-        dtype = (
-            first.dtype
-            if name != "indices"
-            else np.uint16
-            if session.num_classes <= 2**16
-            else np.int32
+        shape = first.shape[1:]
+        # Corrupt samples stay 0: no stream has them.
+        rows = np.zeros(
+            (len(shards), views, *shape), stored_dtype(name, first, session.num_classes)
         )
-        answers = np.zeros(
-            (len(shards), count, *first.shape[1:]), dtype
-        )  # damaged samples stay 0: no stream has them
         for view, part in enumerate(parts):
-            answers[part["ids"], view] = part[name]
-        size += answers.nbytes
-        np.save(
-            attempt.path(f"{split}/{name}.npy"),
-            answers.reshape(-1, *first.shape[1:]),
-            allow_pickle=False,
-        )
+            rows[part["ids"], view] = part[name]
+        size += rows.nbytes
+        path = attempt.path(f"{split}/{name}.npy")
+        np.save(path, rows.reshape(-1, *shape), allow_pickle=False)
     tails = np.exp(np.concatenate([part["log_tail"] for part in parts]).astype(np.float64))
     lost = np.concatenate([part["lost"] for part in parts]).mean(0, dtype=np.float64)
-    facts = {
+    return {
         "schema": SCHEMA,
         "num_classes": session.num_classes,
         "members": parts[0]["indices"].shape[1],
         "k": parts[0]["indices"].shape[2],
         "samples": len(parts[0]["ids"]),
         "fingerprint": shards.fingerprint,
-        "augment": augment,
-        "views": views.count if views else None,
-        "views_seed": views.seed if views else None,
         "mean_tail": float(tails.mean()),
         "max_tail": float(tails.max()),
         "bytes_per_sample": size / len(shards),
@@ -138,62 +192,81 @@ def _write(
             f"{T:g}": float(value) for T, value in zip(temperatures, lost, strict=True)
         },
     }
-    write_json(attempt.path(f"{split}/answers.json"), facts)
-    said = ", ".join(f"{value:.2g} at T = {T}" for T, value in facts["truncation_kl"].items())
+
+
+def stored_dtype(name: str, values: np.ndarray, num_classes: int) -> np.dtype:
+    """Class indices in as few bytes as hold them; other values as they are."""
+    if name != "indices":
+        return values.dtype
+    return np.dtype(np.uint16 if num_classes <= 2**16 else np.int32)
+
+
+def say_targets(session: Session, split: str, notes: dict) -> None:
+    kl = ", ".join(f"{value:.2g} at T = {T}" for T, value in notes["truncation_kl"].items())
     session.say(
-        "stored answers on %s: top %d of %d classes, %.0f bytes a sample, mean mass left out %.2g; KL from the "
-        "whole answer %s",
+        "stored targets on %s: top %d of %d classes, %.0f bytes a sample, mean mass left out %.2g; "
+        "KL from the whole prediction %s",
         split,
-        facts["k"],
+        notes["k"],
         session.num_classes,
-        facts["bytes_per_sample"],
-        facts["mean_tail"],
-        said,
+        notes["bytes_per_sample"],
+        notes["mean_tail"],
+        kl,
     )
-    for line in warnings(facts):
+    for line in warnings(notes):
         session.say("%s", line)
 
 
-def warnings(facts: dict) -> list[str]:
-    """A line for each temperature, as answers.json has them, at which what is kept is FAR from the whole answer.
+def warnings(notes: dict) -> list[str]:
+    """A line for each temperature at which what is kept is FAR from the whole prediction.
 
-    A temperature lifts what is rare: an even tail of 1e-3 over 3,000 classes holds .63 of all at T = 2.
+    notes: of answers.json.  A temperature raises what is rare: an even tail of 1e-3 over 3,000 classes
+    holds .63 of all at T = 2.
     """
     return [
-        f"warning: at T = {T} what is kept of the {facts['num_classes']:,} classes is {lost:.2g} nats from what the "
-        "teacher says; let students learn at temperature 1, where the tail keeps its mass"
-        for T, lost in facts["truncation_kl"].items()
+        f"warning: at T = {T} what is kept of the {notes['num_classes']:,} classes is "
+        f"{lost:.2g} nats from what the teacher predicts; let students learn at temperature 1, "
+        "where the tail keeps its mass"
+        for T, lost in notes["truncation_kl"].items()
         if lost > FAR and T != "1"
     ]
 
 
-def stored_targets(directory: Path, session: Session, sources, views: Views | None):
-    """batch -> TopKTargets [K, b, k]: the stored answers to the inputs of a stream's `sources`."""
-    held = []
-    for source in sources:
-        place = directory / source.shards.split
-        facts = read_json(place / "answers.json")
-        expected = (
-            source.shards.fingerprint,
-            session.num_classes,
-            views.count if views else None,
-            views.seed if views else None,
-        )
-        found = (facts["fingerprint"], facts["num_classes"], facts["views"], facts["views_seed"])
-        assert found == expected, f"{place}: answers of {found}, {expected} asked"
-        held.append(
-            [np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES]
-        )
+def stored_targets(
+    directory: Path, session: Session, sources: Sequence[Source], views: Views | None
+) -> Callable[[Batch], TopKTargets]:
+    """A function batch -> TopKTargets [K, b, k] of the inputs of a stream's `sources`."""
+    files = [open_targets(directory, session, source, views) for source in sources]
     count = views.count if views else 1
 
-    def answers(batch: Batch) -> TopKTargets:
-        rows, origin = (batch.ids * count + batch.view).cpu().numpy(), batch.source.cpu().numpy()
-        parts = [np.empty((len(rows), *part.shape[1:]), part.dtype) for part in held[0]]
-        for number, files in enumerate(held):
-            here = np.flatnonzero(origin == number)
-            for part, file in zip(parts, files, strict=True):
-                part[here] = file[rows[here]]
-        parts[0] = parts[0].astype(np.int64)
-        return decompress(*parts, session.num_classes, batch.labels.device)
+    def read(batch: Batch) -> TopKTargets:
+        rows = (batch.ids * count + batch.view).cpu().numpy()
+        origin = batch.source.cpu().numpy()
+        parts = [np.empty((len(rows), *array.shape[1:]), array.dtype) for array in files[0]]
+        for source, arrays in enumerate(files):
+            here = np.flatnonzero(origin == source)
+            for part, array in zip(parts, arrays, strict=True):
+                part[here] = array[rows[here]]
+        indices, log_values, log_tail = parts
+        device = batch.labels.device
+        wide = indices.astype(np.int64)
+        return decompress(wide, log_values, log_tail, session.num_classes, device)
 
-    return answers
+    return read
+
+
+def open_targets(
+    directory: Path, session: Session, source: Source, views: Views | None
+) -> list[np.ndarray]:
+    """The memory-mapped arrays of one split, which must be of these shards and views."""
+    place = directory / source.shards.split
+    notes = read_json(place / "answers.json")
+    expected = (
+        source.shards.fingerprint,
+        session.num_classes,
+        views.count if views else None,
+        views.seed if views else None,
+    )
+    stored = (notes["fingerprint"], notes["num_classes"], notes["views"], notes["views_seed"])
+    assert stored == expected, f"{place}: targets of {stored}, {expected} needed"
+    return [np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES]

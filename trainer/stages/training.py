@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import closing
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,64 +13,35 @@ from pipeline.choices import LOSSES, resolve
 from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
 from pipeline.store import Attempt
 
-from ..core.loop import train
-from ..core.objectives import Objective, classify
+from ..core.loop import Trainer, TrainingFiles, TrainingTask, Validate
+from ..core.objectives import classify
 from ..core.tracking import trackers
 from ..data.streams import Source, TrainingStream, balanced
 from ..engines import build_engine
 from ..session import Session
 
-Validate = Callable[[nn.Module], dict[str, float]]
 
-
-class TrainingTask(NamedTuple):
-    """Who learns what from which examples, for how many steps.  notes: for summary.json."""
-
-    network: nn.Module
-    objective: Objective
-    stream: TrainingStream
-    steps: int
-    notes: dict = {}
-
-
-def train_network(
-    session: Session,
-    attempt: Attempt,
-    task: TrainingTask,
-    schedule: ResolvedSchedule,
-    validate: Validate | None = None,
-) -> tuple[nn.Module, dict]:
-    """The trained network and its summary {seconds, examples_seen, steps, best_step, val, ...}."""
-    ranks, engine = session.ranks, session.config.engine
-    names = engine.track if ranks.is_main else []
+def train_network(session: Session, attempt: Attempt, task: TrainingTask) -> tuple[nn.Module, dict]:
+    """The trained network and what summary.json says of its training."""
+    ranks, config = session.ranks, session.config.engine
+    names = config.track if ranks.is_main else []
     with (
-        closing(build_engine(engine, ranks)) as built,
+        closing(build_engine(config, ranks)) as engine,
         ranks.watchdog.watching(),
         trackers(names, attempt.directory, session.run.root, attempt.stage.place) as tracked,
     ):
-        network, summary = train(
-            built,
-            task.network,
-            task.objective,
-            task.stream,
-            schedule,
-            task.steps,
-            ranks=ranks,
-            checkpoints=attempt.stage.checkpoints,
-            metrics=attempt.path("metrics.jsonl"),
-            validate=validate,
-            workers=session.config.data.workers,
-            trackers=tracked,
-        )
-    for source, sample, reason in summary.pop("lost"):
+        files = TrainingFiles(attempt.stage.checkpoints, attempt.path("metrics.jsonl"), tracked)
+        network, summary = Trainer(task, engine, ranks, files).train()
+    for source, sample, reason in summary.lost:
         session.losses.add(task.stream.sources[source].shards, {sample: reason})
-    return network, summary | task.notes
+    return network, summary.to_json()
 
 
 def generalist_task(
     session: Session,
     network: nn.Module,
     schedule: ResolvedSchedule,
+    validate: Validate,
     seed: int | None = None,
     steps: int | None = None,
 ) -> TrainingTask:
@@ -94,7 +63,8 @@ def generalist_task(
     objective = classify(
         schedule.label_smoothing, log_prior, schedule.negatives, loss=loss_of(schedule)
     )
-    return TrainingTask(network, objective, stream, steps)
+    workers = session.config.data.workers
+    return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
 
 
 def loss_of(schedule: ResolvedSchedule):

@@ -8,8 +8,8 @@ import pytest
 from shardsets import members_of, write_tar, write_uneven
 
 from pipeline.config import Data, UserError
-from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled
 from pipeline.corruption import count, merged, summary
+from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled
 from trainer.data.sample_accounting import EpochAccounting, LostSamples
 
 

@@ -17,7 +17,7 @@ from trainer.core import loop  # noqa: E402
 from trainer.distributed.exit import leave  # noqa: E402
 from trainer.distributed.ranks import process_group  # noqa: E402
 from trainer.session import Session  # noqa: E402
-from trainer.stages.story import STAGES  # noqa: E402
+from trainer.stages import run_stage  # noqa: E402
 
 SGD = [
     "train.optimizer=sgd",
@@ -49,7 +49,7 @@ def main(data: str, out: str, *words: str) -> None:
             asked = itertools.count(1)
             loop.StopSignal.agreed = lambda self, ranks, asked=asked: next(asked) == stop
             try:
-                STAGES["generalist"](session, session.run.generalist)
+                run_stage(session, session.run.generalist)
             except loop.Interrupted:
                 assert stop is not None
 

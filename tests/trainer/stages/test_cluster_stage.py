@@ -13,7 +13,7 @@ from pipeline.graph import RunDirectory
 from pipeline.store import read_json
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages.story import cluster
+from trainer.stages.grouping import cluster
 
 load = PredictionStatistics.load
 

@@ -10,7 +10,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from running import arguments
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from pipeline.config import UserError, save_config
@@ -19,7 +18,7 @@ from pipeline.store import read_json
 from trainer.data.authoring.indexing import index_directory
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages.story import STAGES
+from trainer.stages import run_stage
 
 
 def spoil(directory, shard: str, keys: set[str]) -> None:
@@ -83,7 +82,7 @@ def finished(request, data, tmp_path_factory):
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
         for stage in run.stages:
-            STAGES[stage.name](session, stage, *arguments(run, stage))
+            run_stage(session, stage)
     logger.setLevel(level)
     return run
 
@@ -122,7 +121,7 @@ def test_a_share_above_the_stated_one_stops_the_run(data, tmp_path):
         with pytest.raises(
             UserError, match="5 of 480 samples are damaged, above data.damage_share = 0.01"
         ):
-            STAGES["generalist"](Session(run, ranks), run.generalist)
+            run_stage(Session(run, ranks), run.generalist)
 
 
 def test_strict_stops_at_the_first(data, tmp_path):
@@ -131,7 +130,7 @@ def test_strict_stops_at_the_first(data, tmp_path):
         with pytest.raises(
             UserError, match=r'sample 000\d+: cannot be decoded.*data.damage = "skip" leaves such'
         ):
-            STAGES["generalist"](Session(run, ranks), run.generalist)
+            run_stage(Session(run, ranks), run.generalist)
 
 
 @pytest.mark.slow

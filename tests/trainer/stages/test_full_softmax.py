@@ -14,7 +14,9 @@ from trainer.core.objectives import specialise_fully, specialise_in, with_dustbi
 from trainer.data.streams import Batch
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages.evaluate import validate_specialist
+from trainer.stages.grouping import groups_of
+from trainer.stages.networks import load_network
+from trainer.stages.validate import SpecialistValidator
 
 MEMBERS, C = np.array([1, 4, 5]), 7
 
@@ -114,11 +116,9 @@ def test_what_is_saved_is_what_was_judged_while_it_had_all_its_rows(runs):
     run = runs["full"]
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
-        for members, stage in zip(session.groups().members, run.specialists, strict=True):
+        for members, stage in zip(groups_of(session).members, run.specialists, strict=True):
             judged = read_json(stage.path("summary.json"))["val"]
-            again = validate_specialist(session, members).loss(
-                load_classifier(stage.path("").resolve())
-            )
+            again = SpecialistValidator(session, members)(load_classifier(stage.path("").resolve()))
             assert again == pytest.approx(judged, rel=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_among_other_classes_a_full_specialist_stays_nearer_to_the_generalist(ru
         groups, found = ClassGroups.load(run.cluster.path("groups.json")), []
         with process_group(run.config.engine) as ranks:
             session = Session(run, ranks)
-            generalist = session.load(run.generalist)
+            generalist = load_network(session, run.generalist)
             for members, stage in zip(groups.members, run.specialists, strict=True):
                 specialist = load_classifier(stage.path("").resolve())
                 rows = specialist.head.row_classes[len(members) :]

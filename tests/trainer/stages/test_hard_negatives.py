@@ -13,7 +13,8 @@ from pipeline.config import UserError, load_config
 from pipeline.store import read_json
 from trainer.core.losses import dustbin_shift, full_specialist_loss
 from trainer.data.orders import weighted
-from trainer.stages.story import confusion_with, hard_negatives
+from trainer.stages.grouping import confusion_with
+from trainer.stages.specialist import hard_negatives
 
 
 def test_classes_are_drawn_in_proportion_to_their_weights_and_members_take_turns():

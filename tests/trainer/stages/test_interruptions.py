@@ -31,7 +31,7 @@ def test_a_stage_whose_inputs_are_not_done_is_refused_and_combine_judges_for_its
     ):
         check_inputs(run.measure)
     check_inputs(run.generalist)
-    check_inputs(run.combine)
+    check_inputs(run.ensemble)
     run.generalist.begin().finish()
     check_inputs(run.measure)
 

@@ -17,7 +17,7 @@ from trainer.data.shards import open_shards
 from trainer.data.streams import MeasuringStream
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages.story import STAGES
+from trainer.stages import run_stage
 
 VAL = 60  # images per class: 1,440 in all, three batches of 512 at most
 
@@ -67,7 +67,7 @@ def test_measure_with_1_2_and_3_processes_gives_the_same_statistics_and_groups(d
     config = toy_config(data, "train.steps=30")
     trained = RunDirectory(tmp_path / "trained", config)
     with process_group(config.engine) as ranks:
-        STAGES["generalist"](Session(trained, ranks), trained.generalist)
+        run_stage(Session(trained, ranks), trained.generalist)
     save_config(config, trained.root / "config.toml")
     found = {}
     for processes in (1, 2, 3):

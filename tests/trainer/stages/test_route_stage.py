@@ -12,7 +12,8 @@ from pipeline.graph import RunDirectory
 from pipeline.store import read_json
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages.story import STAGES
+from trainer.stages import run_stage
+from trainer.stages.grouping import groups_of
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def play(run, *names) -> None:
         for stage in run.stages:
             if stage.name in names:
                 extra = (int(stage.directory.name),) if stage.name == "specialist" else ()
-                STAGES[stage.name](session, stage, *extra)
+                run_stage(session, stage)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +90,9 @@ def test_every_batch_of_a_specialist_is_divided_exactly(runs, mode, fraction, ow
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
         session.config = run.config.model_copy(update={"specialists": schedule})
-        members = session.groups().members[1]
+        members = groups_of(session).members[1]
         with pytest.raises(Enough):
-            STAGES["specialist"](session, run.specialists[1], 1)
+            run_stage(session, run.specialists[1])
     for step in range(25):  # several passes of the group's samples
         batch = streams[0].batch(step)
         inside = np.isin(batch.labels.numpy(), members)

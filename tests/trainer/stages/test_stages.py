@@ -17,7 +17,9 @@ from trainer.core import checkpoints, loop
 from trainer.data.streams import Source, TrainingStream
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages.story import balanced_log_prior
+from trainer.stages.grouping import groups_of
+from trainer.stages.networks import load_network
+from trainer.stages.training import balanced_log_prior
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +206,11 @@ def test_a_specialist_that_only_gets_worse_stays_the_generalist(data, finished, 
     assert summary["best_step"] == 0 and summary["stopped_early"]
     with process_group(config.engine) as ranks:
         session = Session(run, ranks)
-        generalist, specialist = session.load(run.generalist), session.load(run.specialists[0])
-        members = torch.tensor(session.groups().members[0])
+        generalist, specialist = (
+            load_network(session, run.generalist),
+            load_network(session, run.specialists[0]),
+        )
+        members = torch.tensor(groups_of(session).members[0])
         inputs = torch.as_tensor(session.shards("test").inputs(np.arange(20)))
         inside = generalist(inputs).softmax(1)[:, members]
         torch.testing.assert_close(
@@ -225,7 +230,7 @@ def test_a_student_learns_on_unlabelled_inputs_too(data, finished, tmp_path, aug
     )
     run = run_all(tmp_path / "run", config)
     assert row(run, "main")["n"] == 12 * NUM_CLASSES
-    stored = run.answers_for("main")
+    stored = run.targets_for("main")
     assert (stored is not None) == (augment == "none")
     if stored is not None:
         assert read_json(stored.path("transfer/answers.json"))["samples"] == 10 * NUM_CLASSES

@@ -23,7 +23,7 @@ from trainer.data.augment import Views, find_augment
 from trainer.data.shards import open_shards
 from trainer.data.streams import Source, TrainingStream, shuffled
 from trainer.session import measuring_batch
-from trainer.stages.story import transfer_set
+from trainer.stages.student import transfer_set
 from trainer.stages.targets import compress, decompress, warnings
 
 STUDENTS = {
@@ -166,11 +166,11 @@ def test_a_student_has_as_many_members_as_its_teacher_or_as_asked(run, name, mem
 
 
 def test_students_with_one_teacher_and_one_view_share_its_answers(run):
-    assert run.answers_for("main").place == run.answers_for("hydra").place == "answers/ensemble"
-    assert run.answers_for("batch") is None and run.answers_for("prior") is None
-    assert sorted(run.answers) == [
+    assert run.targets_for("main").place == run.targets_for("hydra").place == "targets/ensemble"
+    assert run.targets_for("batch") is None and run.targets_for("prior") is None
+    assert sorted(run.targets) == [
         "ensemble",
-        "ensemble-2-views-" + run.answers_for("views").place[-4:],
+        "ensemble-2-views-" + run.targets_for("views").place[-4:],
         "generalist",
         "main",
     ]
@@ -193,7 +193,7 @@ def test_a_temperature_at_which_what_is_kept_is_far_from_the_teacher_is_named():
 
 
 def test_stored_answers_are_the_members_answers(run):
-    stored = run.answers["ensemble"].path("train")
+    stored = run.targets["ensemble"].path("train")
     facts = json.loads((stored / "answers.json").read_text())
     assert (facts["members"], facts["k"], facts["views"]) == (3, 24, None)
     assert 0 <= facts["truncation_kl"]["1"] < 1e-5  # float16, nothing is left out
@@ -210,7 +210,7 @@ def test_stored_answers_are_the_members_answers(run):
 
 
 def test_answers_of_views_say_which_views(run):
-    stage = next(stage for name, stage in run.answers.items() if "views" in name)
+    stage = next(stage for name, stage in run.targets.items() if "views" in name)
     facts = json.loads(stage.path("train/answers.json").read_text())
     assert (
         facts["views"] == 2 and facts["augment"] == "shift" and isinstance(facts["views_seed"], int)
@@ -422,11 +422,11 @@ def test_a_teacher_may_come_from_elsewhere(run, tmp_path, what, members):
         "students": {"main": {"steps": 3, "teacher": str(place), "start": "scratch"}},
     }
     other = run_all(tmp_path / "run", load_config(None, ["train.steps=3", "seed=7"], base))
-    stage = other.answers_for("main")
+    stage = other.targets_for("main")
     assert stage.place.startswith("answers/given-") and stage.inputs == ()
     assert json.loads(stage.path("train/answers.json").read_text())["members"] == members
     mine, theirs = (
-        np.load(s.path("train/log_values.npy")) for s in (stage, run.answers["ensemble"])
+        np.load(s.path("train/log_values.npy")) for s in (stage, run.targets["ensemble"])
     )
     assert mine.shape == (theirs.shape[0], members, theirs.shape[2])
     assert np.array_equal(mine, theirs) == (what == "")

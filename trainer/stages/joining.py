@@ -1,0 +1,135 @@
+"""Several networks, one distribution: eq. 5's settings, fitted on val, and the ensemble itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ensemble import DeepEnsemble, SpecialistEnsemble, combiner
+from pipeline.config import UserError
+from pipeline.store import Stage, read_json
+
+from ..data.streams import Batch
+from ..session import Session
+from .grouping import groups_of, skipped_groups
+from .networks import load_network, read_summary
+
+SETTINGS = "ensemble.json"
+WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+
+
+def ensemble(session: Session, stage: Stage) -> None:
+    """What eq. 5 needs beside the networks: temperatures, and the specialists' weight."""
+    with session.attempt(stage) as attempt:
+        settings = fit_ensemble_settings(session)
+        session.write_json(attempt.path(SETTINGS), settings)
+    session.write_json(session.run.root / SETTINGS, settings)
+
+
+def deep_ensemble(session: Session, stage: Stage) -> None:
+    """The mean of the members; there is nothing to fit."""
+    with session.attempt(stage) as attempt:
+        count = session.config.ensemble.members
+        settings = {"schema": 1, "kind": "deep", "members": count}
+        session.write_json(attempt.path(SETTINGS), settings)
+    session.write_json(session.run.root / SETTINGS, settings)
+
+
+def fit_ensemble_settings(session: Session) -> dict:
+    """The content of ensemble.json.  Raises UserError if specialists are missing that may not be."""
+    config = session.config.ensemble
+    missing = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
+    if missing and not config.allow_missing:
+        raise UserError(
+            f"specialists {missing} are missing; "
+            "`referral retry`, or set ensemble.allow_missing = true"
+        )
+    settings = {
+        "schema": 1,
+        "gate": config.gate,
+        "max_specialists": config.max_specialists,
+        "combine": config.combine,
+        "temperatures": fitted_temperatures(session) if config.temperatures else None,
+        "weights": None,
+        "skipped": sorted(skipped_groups(session)),
+        "missing": missing,
+    }
+    if config.fit_weight:
+        settings["weights"] = fit_weight(session, specialist_ensemble(session, settings))
+    return settings
+
+
+def fitted_temperatures(session: Session) -> list[float]:
+    """[1 + M]: 1 for the generalist, and each specialist's, fitted on val when it was trained."""
+    temperatures = [1.0]
+    for stage in session.run.specialists:
+        summary = read_summary(stage) if stage.is_done else {}
+        temperatures.append(summary.get("temperature", 1.0))
+    return temperatures
+
+
+def load_ensemble(session: Session) -> SpecialistEnsemble | DeepEnsemble:
+    """The run's networks, joined as ensemble.json says."""
+    settings = read_json(session.run.ensemble.path(SETTINGS))
+    if settings.get("kind") == "deep":
+        return load_deep_ensemble(session)
+    return specialist_ensemble(session, settings)
+
+
+def load_deep_ensemble(session: Session) -> DeepEnsemble:
+    stages = [session.run.generalist, *session.run.method.joined()]
+    return DeepEnsemble([load_network(session, stage) for stage in stages])
+
+
+def specialist_ensemble(session: Session, settings: dict | None = None) -> SpecialistEnsemble:
+    """Generalist and specialists.  settings: of ensemble.json, if that is not written yet."""
+    settings = settings or read_json(session.run.ensemble.path(SETTINGS))
+    absent = {*settings["skipped"], *settings["missing"]}
+    specialists = {
+        m: load_network(session, stage)
+        for m, stage in enumerate(session.run.specialists)
+        if m not in absent
+    }
+    return SpecialistEnsemble(
+        load_network(session, session.run.generalist),
+        specialists,
+        groups_of(session),
+        gate=settings["gate"],
+        max_specialists=settings["max_specialists"],
+        combine=settings["combine"],
+        temperatures=settings["temperatures"],
+        weights=settings["weights"],
+        skipped=settings["skipped"],
+        allow_missing=bool(settings["missing"]),
+    )
+
+
+def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
+    """[1 + M]: 1 for the generalist and one weight for all specialists in eq. 5.
+
+    It is the best of WEIGHTS by NLL on val.  The specialists start from the generalist and then learn
+    more about their classes: their predictions differ from it where they know better, so that counting
+    both alike may count the generalist too much.
+    """
+    count = len(joined.groups.members)
+    combine = combiner(joined.combine)
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        p_general, p_special, active = joined.predictions(batch.inputs)
+        losses = []
+        for weight in WEIGHTS:
+            weights = torch.tensor([1.0, *[weight] * count])
+            q = combine(p_general, p_special, joined.groups, active=active, weights=weights)
+            losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
+        return {"losses": torch.stack(losses, dim=1)}
+
+    values = session.measured(session.shards("val"), measure)
+    losses = values["losses"].mean(axis=0, dtype=np.float64)
+    best = WEIGHTS[int(losses.argmin())]
+    session.say(
+        "eq. 5: the specialists' weight is %g (NLL on val %s)",
+        best,
+        ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, losses, strict=True)),
+    )
+    return [1.0, *[best] * count]

@@ -1,0 +1,208 @@
+"""The generalist again, for one group of confusable classes and a dustbin."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from networks import (
+    Classifier,
+    ResidualRow,
+    fit_residual_row,
+    freeze_norm,
+    set_trainable,
+    specialise,
+)
+from pipeline.store import Attempt, Stage
+
+from ..core.loop import TrainingTask
+from ..core.losses import dustbin_shift
+from ..core.objectives import Objective, specialise_fully, specialise_in
+from ..data.orders import weighted
+from ..data.routing import open_routed
+from ..data.streams import Batch, Source, TrainingStream, balanced, shuffled
+from ..session import Session
+from .grouping import confusion_with, groups_of, skipped_groups
+from .networks import load_network, save_network
+from .training import balanced_log_prior, loss_of, specialist_steps, train_network
+from .validate import SpecialistValidator
+
+
+def specialist(session: Session, stage: Stage, index: int) -> None:
+    """Half of each batch from the group's classes, half from the rest, which is the dustbin."""
+    classes = groups_of(session).members[index]
+    with session.attempt(stage) as attempt:
+        if index in skipped_groups(session):
+            save_skipped(session, attempt, index)
+            return
+        validator = SpecialistValidator(session, classes)
+        task, notes = specialist_task(session, index, classes, validator)
+        network, summary = train_network(session, attempt, task)
+        if session.config.specialists.trains_all_rows:
+            # The same predictions, and inference needs no more rows than before.
+            network = specialise(network, classes, "preserving")
+        summary |= {"classes": len(classes), **notes}
+        summary["temperature"] = validator.temperature(network)
+        save_network(session, attempt, network, summary)
+
+
+def save_skipped(session: Session, attempt: Attempt, index: int) -> None:
+    """A group without a specialist: its stage is done at once, for nothing."""
+    session.say("group %d is forecast to gain less than clusters.min_gain: no specialist", index)
+    free = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0}
+    session.write_json(attempt.path("summary.json"), {"skipped": True, **free})
+
+
+def specialist_task(
+    session: Session, index: int, classes: np.ndarray, validate: SpecialistValidator
+) -> tuple[TrainingTask, dict]:
+    """What a specialist starts from, what it sees and what it learns; and notes for summary.json."""
+    schedule = session.config.specialists
+    mixture = mix_batches(session, index, classes)
+    notes = {"natural_share": mixture.natural_fraction, "shift": mixture.shift}
+    network = load_network(session, session.run.generalist)
+    torch.manual_seed(mixture.seed)
+    if schedule.trains_all_rows:
+        objective = full_softmax_objective(session, classes, mixture)
+    else:
+        network, objective, dustbin = dustbin_network(session, network, classes, mixture)
+        notes |= dustbin
+    freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
+    stream = TrainingStream(mixture.sources, mixture.seed, session.config.data.augment)
+    steps = specialist_steps(schedule, mixture.num_inside)
+    workers = session.config.data.workers
+    return TrainingTask(network, objective, stream, schedule, steps, validate, workers), notes
+
+
+@dataclasses.dataclass
+class Mixture:
+    """What a specialist's batches are made of.
+
+    natural_fraction: of train that is of its classes.  shift: what the oversampling adds to their
+    logits.  log_prior: of the classes among themselves, [|S_m|].  others_log_prior: of the other classes,
+    [C]; None where they come at natural frequencies.
+    """
+
+    sources: list[Source]
+    seed: int
+    num_inside: int
+    natural_fraction: float
+    shift: float
+    log_prior: Tensor
+    others_log_prior: Tensor | None
+
+
+def mix_batches(session: Session, index: int, classes: np.ndarray) -> Mixture:
+    """A `fraction` of each batch from the group's own shards, the rest from the other classes."""
+    schedule, train = session.config.specialists, session.shards("train")
+    inside, inside_ids = open_routed(session.run.route.path(f"{index:03d}"), train)
+    outside_ids = np.flatnonzero(~np.isin(train.labels, classes))
+    natural = len(inside_ids) / train.num_samples
+    seed = session.seed("specialist", index)
+    batch = schedule.batch_size
+    own = batch
+    if len(outside_ids):
+        own = min(max(1, round(schedule.fraction * batch)), batch - 1)
+    order = balanced(inside.labels, seed, schedule.balance, inside_ids)
+    sources = [Source(inside, order, own)]
+    shift, others_log_prior = 0.0, None
+    if len(outside_ids):  # otherwise nothing falls into the dustbin
+        order = shuffled(outside_ids, seed + 1)
+        if schedule.hard_negatives:
+            weights, others_log_prior = hard_negatives(session, classes)
+            order = weighted(train.labels, seed + 1, weights, outside_ids)
+        sources.append(Source(train, order, batch - own))
+        shift = dustbin_shift(natural, own / batch)
+    log_prior = balanced_log_prior(train.class_counts[classes], schedule.balance)
+    return Mixture(sources, seed, len(inside_ids), natural, shift, log_prior, others_log_prior)
+
+
+def full_softmax_objective(session: Session, classes: np.ndarray, mixture: Mixture) -> Objective:
+    """All rows of the head learn; with dustbin = "full" also from the generalist's predictions."""
+    schedule = session.config.specialists
+    teacher = None
+    if schedule.dustbin == "full":
+        teacher = load_network(session, session.run.generalist)
+    return specialise_fully(
+        teacher,
+        classes,
+        session.num_classes,
+        mixture.shift,
+        mixture.log_prior,
+        mixture.others_log_prior,
+        schedule.soft_weight,
+    )
+
+
+def dustbin_network(
+    session: Session, generalist: Classifier, classes: np.ndarray, mixture: Mixture
+) -> tuple[Classifier, Objective, dict]:
+    """The network with |S_m| + 1 logits, its objective, and notes on the dustbin's rows."""
+    schedule = session.config.specialists
+    kept, residual = dustbin_rows(session, generalist, classes)
+    torch.manual_seed(mixture.seed)
+    network = specialise(generalist, classes, schedule.dustbin, kept, residual)
+    objective = specialise_in(
+        classes,
+        session.num_classes,
+        mixture.shift,
+        schedule.label_smoothing,
+        mixture.log_prior,
+        loss=loss_of(schedule),
+    )
+    if kept is None or residual is None:
+        return network, objective, {}
+    dustbin = {"rows": len(kept), "kl": residual.kl, "rms": residual.rms}
+    return network, objective, {"dustbin": dustbin}
+
+
+def hard_negatives(session: Session, classes: np.ndarray) -> tuple[np.ndarray, Tensor]:
+    """(weights [C] of the other classes' examples, log of their fraction over the natural one [C]).
+
+    A fraction of them is drawn in proportion to the confusion with the group, the rest at natural
+    frequencies.  Both are 0 for the group's own classes.
+    """
+    fraction = session.config.specialists.hard_negatives
+    counts = session.shards("train").class_counts.astype(float)
+    counts[classes] = 0
+    natural = counts / counts.sum()
+    confusion = confusion_with(session, classes) * (counts > 0)
+    confusion = confusion / confusion.sum() if confusion.any() else natural
+    weights = (1 - fraction) * natural + fraction * confusion
+    ratio = np.divide(weights, natural, out=np.ones_like(natural), where=natural > 0)
+    return weights, torch.as_tensor(np.log(ratio), dtype=torch.float32)
+
+
+def dustbin_rows(
+    session: Session, generalist: Classifier, classes: np.ndarray
+) -> tuple[np.ndarray | None, ResidualRow | None]:
+    """(the other classes whose rows a specialist keeps, the row that stands for the rest).
+
+    It keeps those that it is confused with most; the row is fitted on val.  (None, None) where all
+    rows are kept.
+    """
+    count = session.config.specialists.dustbin_rows
+    if count is None or len(classes) + count >= session.num_classes:
+        return None, None
+    confusion = confusion_with(session, classes)
+    confusion[classes] = -1
+    kept = np.sort(np.argsort(-confusion, kind="stable")[:count])
+
+    def features(batch: Batch) -> dict[str, Tensor]:
+        return {"features": generalist.trunk(generalist.preprocess(batch.inputs))}
+
+    values = session.measured(session.shards("val"), features)["features"]
+    inputs = torch.from_numpy(values).to(session.ranks.device)
+    residual = fit_residual_row(generalist.head, inputs, classes, kept)
+    session.say(
+        "dustbin: %d rows and one fitted to %d classes; on half of val KL %.2g from all rows, "
+        "its logit's error %.2g",
+        count,
+        session.num_classes - len(classes) - count,
+        residual.kl,
+        residual.rms,
+    )
+    return kept, residual
