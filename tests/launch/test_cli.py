@@ -68,8 +68,8 @@ def test_dry_run_prints_every_job_and_writes_nothing(ward, referral):
     code, out, _ = referral("run", ward.write_config(), "--run", "run", "--dry-run")
     assert code == 0 and not ward.run_path.exists()
     for words in (
-        "specialist-003",
-        "combine, control_wall-0",
+        "specialists/003",
+        "ensemble, controls/control_wall-0",
         "control --name control_compute --run run",
         "to run",
     ):
@@ -169,7 +169,7 @@ def test_results_without_a_failed_specialist_are_shown_and_the_exit_code_says_th
     short.finish([run.generalist, run.measure, run.cluster, run.route, run.specialists[0]])
     short.behave(specialists__001={"exit": 1, "times": 9})
     code, out, err = referral("run", short.write_config(), "--run", "run")
-    assert code == 1 and "specialist-001" in err and "fewer top-1 errors" in out
+    assert code == 1 and "specialists/001" in err and "fewer top-1 errors" in out
 
 
 def test_report_is_written_anew_for_an_evaluated_run_only(short, referral):

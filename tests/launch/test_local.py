@@ -110,10 +110,10 @@ def test_a_failed_specialist_stops_neither_the_others_nor_is_it_passed_over(ward
     shown, _, errors = display()
     assert ward.pool(run, display=shown).execute() == 1
     assert [stage.is_done for stage in run.specialists] == [True, False, True, True]
-    assert states(run)["specialist-001"] == "failed" and states(run)["combine"] == "blocked"
+    assert states(run)["specialists/001"] == "failed" and states(run)["ensemble"] == "blocked"
     assert not run.evaluate.is_done
     assert (
-        "specialist-001" in errors.getvalue() and "RuntimeError: out of luck" in errors.getvalue()
+        "specialists/001" in errors.getvalue() and "RuntimeError: out of luck" in errors.getvalue()
     )
     assert "ensemble.allow_missing" in errors.getvalue()
 
@@ -179,12 +179,12 @@ def test_a_done_stage_counts_whatever_the_exit_code(ward, small, monkeypatch):
     """The markers are the truth: a crash after DONE lost nothing."""
     run = small(left=[])
     pool = ward.pool(run)
-    job = next(job for job in pool.jobs if job.name == "combine")
+    job = next(job for job in pool.jobs if job.name == "ensemble")
     pool._start(job)
-    pool.children["combine"].wait()
-    pool.children["combine"].returncode = 1
+    pool.children["ensemble"].wait()
+    pool.children["ensemble"].returncode = 1
     pool._reap()
-    assert states(run)["combine"] == "done"
+    assert states(run)["ensemble"] == "done"
 
 
 def test_two_launchers_of_one_run_are_one_too_many(ward):

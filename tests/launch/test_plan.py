@@ -33,37 +33,41 @@ def test_the_graph_of_the_demo(ward):
     jobs = by_name(plan(ward.run()))
     assert jobs["clusters"].waits_for == ("generalist",)
     assert jobs["clusters"].command() == ["measure", "cluster", "route"]
-    assert jobs["specialist-002"].waits_for == ("clusters",)
-    assert jobs["control_wall-0"].waits_for == ("clusters",)
-    assert jobs["control_compute"].waits_for == (
-        "control_wall-0",
-        "control_wall-1",
-        "control_wall-2",
+    assert jobs["specialists/002"].waits_for == ("clusters",)
+    assert jobs["controls/control_wall-0"].waits_for == ("clusters",)
+    assert jobs["controls/control_compute"].waits_for == (
+        "controls/control_wall-0",
+        "controls/control_wall-1",
+        "controls/control_wall-2",
     )
-    assert jobs["student_hard"].waits_for == ("generalist",)
+    assert jobs["controls/student_hard"].waits_for == ("generalist",)
     assert set(jobs["report"].waits_for) >= {
-        "combine",
-        "control_compute",
-        "student_hard",
-        "student-main",
+        "ensemble",
+        "controls/control_compute",
+        "controls/student_hard",
+        "students/main",
     }
     assert jobs["report"].command() == ["evaluate", "report"]
 
 
 def test_specialists_are_packed_per_job(ward):
     jobs = by_name(plan(ward.run("specialists.per_job=3")))
-    assert jobs["specialist-000-002"].command() == ["specialist", "--index", "0", "1", "2"]
-    assert jobs["specialist-003"].command() == ["specialist", "--index", "3"]
-    assert jobs["combine"].waits_for == ("specialist-000-002", "specialist-003")
+    assert jobs["specialists/000-002"].command() == ["specialist", "--index", "0", "1", "2"]
+    assert jobs["specialists/003"].command() == ["specialist", "--index", "3"]
+    assert jobs["ensemble"].waits_for == ("specialists/000-002", "specialists/003")
 
 
 def test_a_command_names_the_stages_that_are_asked_for(ward):
     run = ward.run("specialists.per_job=4")
     ward.finish([run.specialists[1]])
-    job = by_name(plan(run))["specialist-000-003"]
+    job = by_name(plan(run))["specialists/000-003"]
     assert job.command(job.pending) == ["specialist", "--index", "0", "2", "3"]
-    assert by_name(plan(run))["control_wall-1"].command() == ["control", "--name", "control_wall-1"]
-    assert by_name(plan(run))["student-main"].command() == ["student", "--name", "main"]
+    assert by_name(plan(run))["controls/control_wall-1"].command() == [
+        "control",
+        "--name",
+        "control_wall-1",
+    ]
+    assert by_name(plan(run))["students/main"].command() == ["student", "--name", "main"]
 
 
 def test_a_finished_stage_does_not_change_the_graph(ward):
@@ -87,17 +91,17 @@ def test_the_longest_chain_goes_first(ward):
     # a specialist (120) to combine (100) and a student of 1,000 steps (1,100).
     chain = {job.name: job.chain for job in plan(ward.run("students.main.steps=1000"))}
     assert chain["report"] == 100
-    assert chain["control_compute"] == 100 + 100 + 4 * 20
-    assert chain["control_wall-0"] == chain["control_compute"] + 120
-    assert chain["student-main"] == chain["student_hard"] == 100 + 1100
-    assert chain["specialist-000"] == 1200 + 100 + 120
+    assert chain["controls/control_compute"] == 100 + 100 + 4 * 20
+    assert chain["controls/control_wall-0"] == chain["controls/control_compute"] + 120
+    assert chain["students/main"] == chain["controls/student_hard"] == 100 + 1100
+    assert chain["specialists/000"] == 1200 + 100 + 120
     assert chain["generalist"] == max(chain.values())
 
 
 def test_without_controls_and_students_there_are_no_such_jobs(ward):
     del ward.values["students"]
     names = [job.name for job in plan(ward.run("controls.enabled=false", "clusters.num_groups=1"))]
-    assert names == ["generalist", "clusters", "specialist-000", "combine", "report"]
+    assert names == ["generalist", "clusters", "specialists/000", "ensemble", "report"]
 
 
 def test_the_graph_file_is_written_once(ward):
@@ -129,9 +133,9 @@ def test_specialists_that_are_taken_over_go_with_the_clusters(ward):
         "1",
         "2",
     ]
-    assert [name for name in jobs if name.startswith("specialist")] == ["specialist-003"]
-    assert jobs["specialist-003"].waits_for == ("clusters",)
-    assert jobs["combine"].waits_for == ("clusters", "specialist-003")
+    assert [name for name in jobs if name.startswith("specialist")] == ["specialists/003"]
+    assert jobs["specialists/003"].waits_for == ("clusters",)
+    assert jobs["ensemble"].waits_for == ("clusters", "specialists/003")
 
 
 def test_a_run_that_adds_classes_depends_on_what_it_takes_over(ward):

@@ -37,36 +37,39 @@ def test_each_job_waits_for_the_jobs_of_its_inputs(ward):
     assert list(found) == [
         "generalist",
         "clusters",
-        "specialist",
-        "combine",
-        "control_wall-0",
-        "control_wall-1",
-        "control_wall-2",
-        "control_compute",
-        "student_hard",
-        "student-main",
+        "specialists",
+        "ensemble",
+        "controls/control_wall-0",
+        "controls/control_wall-1",
+        "controls/control_wall-2",
+        "controls/control_compute",
+        "controls/student_hard",
+        "students/main",
         "report",
     ]
     waits = {name: option(command, "dependency") for name, command in found.items()}
     assert (
         waits["generalist"] is None
         and waits["clusters"] == "afterok:1"
-        and waits["specialist"] == "afterok:2"
+        and waits["specialists"] == "afterok:2"
     )
-    assert waits["combine"] == "afterok:3"  # the whole array
-    assert waits["control_compute"] == "afterok:5:6:7" and waits["student_hard"] == "afterok:1"
+    assert waits["ensemble"] == "afterok:3"  # the whole array
+    assert (
+        waits["controls/control_compute"] == "afterok:5:6:7"
+        and waits["controls/student_hard"] == "afterok:1"
+    )
     assert waits["report"] == "afterok:4:5:6:7:8:9:10"
 
 
 def test_specialists_are_one_array_with_a_throttle(ward):
-    command = submitted(ward.run("slurm.throttle=3"))["specialist"]
+    command = submitted(ward.run("slurm.throttle=3"))["specialists"]
     assert option(command, "array") == "0-3%3"
     assert arguments(command)[-5:] == ["specialist", "0", "1", "2", "3"]
-    assert option(command, "output") == f"{ward.run_path}/logs/specialist-%3a.txt"
+    assert option(command, "output") == f"{ward.run_path}/logs/specialists-%3a.txt"
 
 
 def test_packs_are_the_elements_of_the_array(ward):
-    command = submitted(ward.run("specialists.per_job=3"))["pack"]
+    command = submitted(ward.run("specialists.per_job=3"))["specialists-pack"]
     assert option(command, "array") == "0-1" and arguments(command)[-3:] == [
         "specialist",
         "0,1,2",
@@ -77,51 +80,53 @@ def test_packs_are_the_elements_of_the_array(ward):
 def test_specialists_that_are_taken_over_are_no_elements_of_the_array(ward):
     found = submitted(ward.run("specialists.per_job=2", *ward.old_run(groups=3)))
     assert arguments(found["clusters"])[-5:] == ["specialist", "--index", "0", "1", "2"]
-    assert option(found["pack"], "array") == "0" and arguments(found["pack"])[-2:] == [
+    assert option(found["specialists-pack"], "array") == "0" and arguments(
+        found["specialists-pack"]
+    )[-2:] == [
         "specialist",
         "3",
     ]
-    assert option(found["combine"], "dependency") == "afterok:2:3"
+    assert option(found["ensemble"], "dependency") == "afterok:2:3"
 
 
 def test_arrays_are_no_larger_than_the_site_allows_and_share_the_throttle(ward):
     found = submitted(ward.run("slurm.throttle=2"), size=3)
     assert (
-        option(found["specialist"], "array") == "0-2%1"
-        and option(found["specialist-3+"], "array") == "0%1"
+        option(found["specialists"], "array") == "0-2%1"
+        and option(found["specialists-3+"], "array") == "0%1"
     )
-    assert arguments(found["specialist-3+"])[-2:] == ["specialist", "3"]
-    assert option(found["combine"], "dependency") == "afterok:3:4"
+    assert arguments(found["specialists-3+"])[-2:] == ["specialist", "3"]
+    assert option(found["ensemble"], "dependency") == "afterok:3:4"
 
 
 def test_only_what_is_left_of_an_array_is_submitted_each_at_its_place(ward):
     found = submitted(
-        ward.run(), done={"generalist", "clusters", "specialist-000", "specialist-002"}
+        ward.run(), done={"generalist", "clusters", "specialists/000", "specialists/002"}
     )
     assert (
-        option(found["specialist"], "array") == "1,3"
-        and option(found["specialist"], "dependency") is None
+        option(found["specialists"], "array") == "1,3"
+        and option(found["specialists"], "dependency") is None
     )
-    assert arguments(found["specialist"])[-5:] == ["specialist", "0", "1", "2", "3"]
+    assert arguments(found["specialists"])[-5:] == ["specialist", "0", "1", "2", "3"]
 
 
 def test_elements_that_are_queued_are_waited_for_one_by_one(ward):
     """The array that they are of has an element that failed: of the whole, afterok would never hold."""
     run = ward.run()
-    combine = next(batch for batch in batches(run, plan(run)) if batch.name == "combine")
+    combine = next(batch for batch in batches(run, plan(run)) if batch.name == "ensemble")
     ids = {
-        "specialist-000": "7_0",
-        "specialist-001": "9_1",
-        "specialist-002": "7_2",
-        "specialist-003": "9_3",
+        "specialists/000": "7_0",
+        "specialists/001": "9_1",
+        "specialists/002": "7_2",
+        "specialists/003": "9_3",
     }
     assert dependency(run, combine, ids, {"9"}, set().__contains__) == "afterok:7_0:9:7_2"
 
 
 def test_specialists_that_may_be_missing_are_only_waited_for(ward):
     found = submitted(ward.run("ensemble.allow_missing=true"))
-    assert option(found["combine"], "dependency") == "afterany:3"
-    assert option(found["specialist"], "dependency") == "afterok:2"
+    assert option(found["ensemble"], "dependency") == "afterany:3"
+    assert option(found["specialists"], "dependency") == "afterok:2"
 
 
 def test_resources_are_the_stages_own_then_those_of_default(ward):
@@ -195,7 +200,7 @@ def test_the_dry_runs_script_is_the_same_commands_for_a_shell(ward):
     assert (
         words == submitted(run)["clusters"][:4] + ["--dependency=afterok:${generalist}"] + words[5:]
     )
-    assert "'--output=" in lines[1] and "--dependency=afterok:${specialist}" in lines[3]
+    assert "'--output=" in lines[1] and "--dependency=afterok:${specialists}" in lines[3]
 
 
 def test_ranges_read_like_slurms():

@@ -63,10 +63,10 @@ def of(*ids, state="waiting"):
     names = [
         "generalist",
         "clusters",
-        "specialist-000",
-        "specialist-001",
-        "specialist-002",
-        "specialist-003",
+        "specialists/000",
+        "specialists/001",
+        "specialists/002",
+        "specialists/003",
     ]
     return {
         name: JobRecord(state, id=number, log=f"logs/{name}.txt")
@@ -127,7 +127,7 @@ def test_what_stands_behind_a_lost_job_is_blocked_not_cancelled(ward, clients):
         records["clusters"].state == "blocked"
         and records["clusters"].reason == "waits for generalist"
     )
-    assert records["specialist-000"].state == "waiting"
+    assert records["specialists/000"].state == "waiting"
 
 
 def test_a_single_job_that_slurm_has_forgotten_is_no_error(ward, clients):
@@ -139,7 +139,7 @@ def test_only_what_failed_and_what_stands_behind_it_is_submitted_again(ward, cli
     run = ward.run("controls.enabled=false")
     ward.finish([run.generalist, run.measure, run.cluster, run.route, run.specialists[0]])
     records = of("1", "2", "3_0", "3_1", "3_2", "3_3") | {
-        "combine": JobRecord(id="4"),
+        "ensemble": JobRecord(id="4"),
         "report": JobRecord(id="6"),
     }
     lines = [
@@ -153,24 +153,24 @@ def test_only_what_failed_and_what_stands_behind_it_is_submitted_again(ward, cli
     jobs = plan(run)
     journal = slurm.look(run, jobs, Journal(records, runner="slurm"))
     chosen = [job.name for job in slurm.choose(run, jobs, journal)]
-    assert chosen == ["specialist-001", "combine", "student-main", "report"]
+    assert chosen == ["specialists/001", "ensemble", "students/main", "report"]
     submitted = slurm.submit(run, jobs, journal)
     assert [number for _, number in submitted] == ["1", "2", "3", "4"]
     assert clients.calls("scancel") == ["scancel 4 6"]  # they would wait for what will never be
     array, combine, *_ = clients.calls("sbatch")
     assert "--array=1 " in array and "--dependency=afterok:1:3_2:3_3" in combine
     noted = read_journal(run.root).jobs
-    assert noted["specialist-001"].id == "1_1" and noted["specialist-002"].id == "3_2"
+    assert noted["specialists/001"].id == "1_1" and noted["specialists/002"].id == "3_2"
 
 
 def test_what_runs_without_a_missing_specialist_is_not_pulled_from_under(ward, clients):
     run = ward.run("ensemble.allow_missing=true")
     ward.finish([run.generalist, run.measure, run.cluster, run.route, *run.specialists[1:]])
     clients.answer(line("3_0", "FAILED"), line("4", "RUNNING"))
-    records = {"specialist-000": JobRecord(id="3_0"), "combine": JobRecord(id="4")}
+    records = {"specialists/000": JobRecord(id="3_0"), "ensemble": JobRecord(id="4")}
     journal = slurm.look(run, plan(run), Journal(records, runner="slurm"))
     with pytest.raises(
-        UserError, match=r"combine \(job 4\) is running without specialist-000; wait"
+        UserError, match=r"ensemble \(job 4\) is running without specialists/000; wait"
     ):
         slurm.choose(run, plan(run), journal)
 
@@ -185,7 +185,7 @@ echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS po
     with pytest.raises(UserError) as mistake:
         slurm.submit(run, plan(run), Journal())
     assert str(mistake.value).splitlines() == [
-        "specialist was not submitted: sbatch: Batch job submission failed: Job violates accounting/QOS policy",
+        "specialists was not submitted: sbatch: Batch job submission failed: Job violates accounting/QOS policy",
         "what was submitted before it is cancelled: 1 (generalist), 2 (clusters)",
     ]
     assert clients.calls("scancel") == ["scancel 1 2"]
@@ -263,7 +263,7 @@ def test_a_job_that_slurm_says_runs_and_that_writes_nothing_is_doubted(ward, cli
 
 def test_run_submits_status_tells_cancel_cancels(ward, clients, referral):
     code, out, err = referral("run", ward.write_config(), "--run", "run", "--on", "slurm")
-    assert code == 0 and "specialist x 4" in out and "11 submissions in" in out, err
+    assert code == 0 and "specialists x 4" in out and "11 submissions in" in out, err
     waiting = [line(str(k), "PENDING", "Dependency") for k in range(2, 12)]
     clients.answer(line("1", "RUNNING", node="n1", elapsed="0:30"), *waiting)
     code, out, _ = referral("status", "run")

@@ -92,7 +92,7 @@ def test_in_a_packed_job_only_what_is_begun_runs(ward):
     run = ward.run("specialists.per_job=3")
     ward.finish([run.specialists[0]])
     run.specialists[1].begin()
-    found = look(run, Journal({"specialist-000-002": running()}))
+    found = look(run, Journal({"specialists/000-002": running()}))
     assert [found[f"specialists/00{index}"].state for index in range(4)] == [
         "done",
         "running",

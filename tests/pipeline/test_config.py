@@ -86,15 +86,3 @@ def test_the_documented_config_is_valid_and_names_every_key():
         )
         inherited = set(Schedule.model_fields) if name != "train" else {"epochs"}
         assert keys - inherited <= written, name
-
-
-def test_the_config_knows_what_the_rooms_offer():
-    """The config is read where torch is not installed, so it has the names of its own."""
-    from clustering import grouping
-    from ensemble import COMBINERS
-    from networks.choices import NETWORKS
-    from pipeline import config
-
-    assert set(config.COMBINERS) == set(COMBINERS)
-    assert set(config.METHODS) == set(grouping.METHODS)
-    assert set(config.NETWORKS) == set(NETWORKS)

@@ -14,7 +14,7 @@ def finished(ward):
 
 def test_the_whole_graph_runs_in_arrays_no_larger_than_the_site_allows(ward):
     said = ward.submit("slurm.throttle=2")
-    assert "specialist x 4" in said and "specialist-4+ x 1" in said and "6 submissions" in said
+    assert "specialists x 4" in said and "specialists-4+ x 1" in said and "6 submissions" in said
     assert finished(ward)
     assert "fewer top-1 errors" in ward.submit() and "fewer top-1 errors" in ward.referral(
         "retry", ward.run
@@ -24,7 +24,7 @@ def test_the_whole_graph_runs_in_arrays_no_larger_than_the_site_allows(ward):
         "node"
     ].startswith("n")
     assert (
-        status["specialists/004"]["log"] == "logs/specialist-4+-000.txt"
+        status["specialists/004"]["log"] == "logs/specialists-4+-000.txt"
         and (ward.run / "logs").exists()
     )
 
@@ -50,14 +50,14 @@ def test_an_element_that_always_fails_is_tried_as_often_as_said_and_named_and_re
         "done",
     ]
     assert states["ensemble"] == states["report"] == "blocked"
-    assert ward.log("specialist-001").count("RuntimeError: out of luck") == 2  # launch.retries = 1
+    assert ward.log("specialists/001").count("RuntimeError: out of luck") == 2  # launch.retries = 1
     said = ward.referral("status", ward.run)
-    assert "specialist-001: Slurm says FAILED" in said and "    RuntimeError: out of luck" in said
+    assert "specialists/001: Slurm says FAILED" in said and "    RuntimeError: out of luck" in said
     ward.behave()
     said = ward.referral("retry", ward.run)
     assert "specialist x 1" in said and "3 submissions" in said
     assert finished(ward)
-    assert ward.log("specialist-000").count("--- ") == 1  # what was done was not done again
+    assert ward.log("specialists/000").count("--- ") == 1  # what was done was not done again
 
 
 def test_a_mistake_of_the_users_is_not_tried_again(ward):
@@ -87,7 +87,7 @@ def test_a_job_that_asks_for_it_is_queued_again_with_its_log_and_its_dependents(
     ward.submit()
     ward.wait_until(lambda: ward.status()["specialists/003"]["restarts"] == 1, "a restart")
     assert finished(ward)
-    log = ward.log("specialist-003")
+    log = ward.log("specialists/003")
     assert (
         "restarts 0, try 1" in log
         and "restarts 1, try 1" in log
@@ -99,20 +99,20 @@ def test_scontrol_requeue_of_one_element_begins_it_again_alone(ward):
     ward.behave(specialists__002={"steps": 100})
     ward.submit()
     ward.wait_until(lambda: ward.states()["specialists/002"] == "running", "the specialist's start")
-    ward.cluster.client("scontrol", "requeue", ward.ids()["specialist-002"])
+    ward.cluster.client("scontrol", "requeue", ward.ids()["specialists/002"])
     assert finished(ward)
-    assert ward.starts("specialist-002") == 2 and ward.starts("specialist-001") == 1
+    assert ward.starts("specialists/002") == 2 and ward.starts("specialists/001") == 1
 
 
 def test_scancel_of_one_element_blocks_what_needs_it_until_retry(ward):
     ward.behave(specialists__002={"steps": 200})
     ward.submit()
     ward.wait_until(lambda: ward.states()["specialists/002"] == "running", "the specialist's start")
-    ward.cluster.client("scancel", ward.ids()["specialist-002"])
+    ward.cluster.client("scancel", ward.ids()["specialists/002"])
     ward.wait_for_end()
     states = ward.states()
     assert states["specialists/002"] == "interrupted" and states["ensemble"] == "blocked"
-    assert ward.starts("specialist-002") == 1  # a cancelled job does not queue again by itself
+    assert ward.starts("specialists/002") == 1  # a cancelled job does not queue again by itself
     ward.behave()
     ward.referral("retry", ward.run)
     assert finished(ward)

@@ -172,7 +172,7 @@ def test_a_preempted_specialist(at_the_specialists, reference):
     )
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
-    assert patient.starts("specialist-001") == 2
+    assert patient.starts("specialists/001") == 2
 
 
 def test_a_node_set_down_under_a_specialist(at_the_specialists, reference):
@@ -182,7 +182,7 @@ def test_a_node_set_down_under_a_specialist(at_the_specialists, reference):
     patient.wait_until(lambda: patient.status()["specialists/000"]["restarts"] == 1, "the requeue")
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
-    assert patient.starts("specialist-000") == 2
+    assert patient.starts("specialists/000") == 2
 
 
 def test_a_killed_slurmd_whose_specialist_trains_on_beside_its_second_copy(
@@ -210,10 +210,10 @@ def test_an_element_that_fails_once_is_tried_again_in_place(patient, reference, 
     patient.wait_until(lambda: not (patient.faults / "fail-1").exists(), "the failure")
     patient.hurry()
     assert ends_as_if_nothing_had_happened(patient, reference)
-    assert "this GPU has fallen off the bus" in patient.log("specialist-001")
+    assert "this GPU has fallen off the bus" in patient.log("specialists/001")
     assert (
-        "restarts 0, try 2" in patient.log("specialist-001")
-        and patient.starts("specialist-001") == 1
+        "restarts 0, try 2" in patient.log("specialists/001")
+        and patient.starts("specialists/001") == 1
     )
 
 
@@ -260,7 +260,7 @@ def test_the_scripts_by_hand(patient, reference):
         (["--nodes=2"], ["generalist"]),
         ([], ["measure", "cluster", "route"]),
         (["--array=0-1"], ["specialist", "0", "1"]),
-        ([], ["combine"]),
+        ([], ["ensemble"]),
         ([], ["evaluate", "report"]),
     ):
         last = sbatch(*options, *([f"--dependency=afterok:{last}"] if last else []), *own, *stages)

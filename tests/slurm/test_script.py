@@ -96,13 +96,13 @@ def test_controls_and_students_are_named(job):
 
 
 def test_a_failure_is_tried_again_as_often_as_said(job):
-    assert len(job("-t", "2", "a run", "combine", codes="1 1 0")[1]) == 3
-    code, calls, log = job("-t", "1", "a run", "combine", codes="1 137 0")
+    assert len(job("-t", "2", "a run", "ensemble", codes="1 1 0")[1]) == 3
+    code, calls, log = job("-t", "1", "a run", "ensemble", codes="1 137 0")
     assert code == 1 and len(calls) == 2 and "n4: exit code 137" in log
 
 
 def test_a_mistake_of_the_users_is_not_tried_again(job):
-    code, calls, _ = job("-t", "5", "a run", "combine", codes="2 0")
+    code, calls, _ = job("-t", "5", "a run", "ensemble", codes="2 0")
     assert code == 2 and len(calls) == 1
 
 
@@ -110,23 +110,23 @@ def test_a_mistake_of_the_users_is_not_tried_again(job):
     "ended", [75, 140, 143]
 )  # a checkpoint is written; SIGUSR2 or SIGTERM came before training
 def test_after_a_signal_the_job_is_queued_again(job, ended):
-    code, calls, log = job("a run", "combine", codes=f"{ended} 0")
+    code, calls, log = job("a run", "ensemble", codes=f"{ended} 0")
     assert code == 75 and calls[1:] == ["requeue 7"] and "asks to be started again" in log
     element = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
     assert job("a run", "specialist", "0", "1", codes="75", **element)[1][1:] == ["requeue 6_1"]
 
 
 def test_neither_a_cancelled_job_nor_an_old_copy_of_one_queues_it_again(job):
-    assert len(job("a run", "combine", codes="75", STATE="CANCELLED")[1]) == 1
-    assert len(job("a run", "combine", codes="75", NOW="1")[1]) == 1
-    assert len(job("a run", "combine", codes="75", NOW="1", SLURM_RESTART_COUNT="1")[1]) == 2
+    assert len(job("a run", "ensemble", codes="75", STATE="CANCELLED")[1]) == 1
+    assert len(job("a run", "ensemble", codes="75", NOW="1")[1]) == 1
+    assert len(job("a run", "ensemble", codes="75", NOW="1", SLURM_RESTART_COUNT="1")[1]) == 2
 
 
 def test_the_site_file_names_python_and_the_container_and_sets_variables(job, tmp_path):
     (tmp_path / "a run" / "site.sh").write_text(
         "container=(env INSIDE=1)\nexport OMP_NUM_THREADS=8\n"
     )
-    assert job("-p", "python", "a run", "combine")[1][0].endswith(" 3 8")
+    assert job("-p", "python", "a run", "ensemble")[1][0].endswith(" 3 8")
 
 
 def test_no_argument_is_executed(job, tmp_path):

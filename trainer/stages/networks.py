@@ -14,6 +14,7 @@ from networks import (
     adopt_weights,
     batch_ensemble,
     build_classifier,
+    declared_options,
     hydra,
     load_classifier,
     save_classifier,
@@ -63,16 +64,14 @@ def fresh_network(
 
 
 def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
-    """What the builder gets: [model]'s own keys for a built-in network, and `options`."""
-    if builders or model.name.startswith("timm:"):
-        return dict(model.options)
-    return {
+    """What the builder gets: [model]'s own keys as far as it declares them, and `options`."""
+    generic = {
         "width": model.width,
         "depth": model.depth,
         "embedding": model.embedding,
         "dropout": model.dropout,
-        **model.options,
     }
+    return declared_options(model.name, generic, model.options, builders)
 
 
 def load_network(session: Session, stage: Stage) -> Classifier:

@@ -26,7 +26,7 @@ def hang(seconds):
     """A process whose watchdog sees three signs of progress and then none."""
     program = f"""
 import time
-from trainer.distributed import Watchdog
+from trainer.distributed.ranks import Watchdog
 dog = Watchdog({seconds})
 with dog.watching():
     for _ in range(3):

@@ -176,7 +176,7 @@ def test_at_soft_weight_0_a_full_softmax_learns_what_the_sum_of_the_rest_does(ru
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["engine.shard_head=true"], "holds all logits"),
+        (["engine.shard_head=true"], "computes all logits"),
         (["train.label_smoothing=0.1"], "specialists.label_smoothing = 0"),
         (["specialists.dustbin_rows=5"], "a full softmax has them all"),
     ],

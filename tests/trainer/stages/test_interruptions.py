@@ -14,7 +14,7 @@ from trainer.__main__ import check_inputs
 def test_a_signal_between_two_trainings_is_heeded_in_the_second():
     program = """
 import os, signal
-from trainer.distributed import ALONE, StopSignal
+from trainer.distributed.ranks import ALONE, StopSignal
 first = StopSignal()
 assert not first.agreed(ALONE)
 os.kill(os.getpid(), signal.SIGUSR2)
@@ -50,5 +50,5 @@ def test_a_mistake_of_all_ranks_is_said_by_rank_0_while_the_others_wait(
     else:
         monkeypatch.setenv("RANK", rank)
     assert trainer.__main__.main(["generalist", "--run", str(tmp_path / "none")]) == 2
-    assert waited == ([(trainer.__main__.FIRST_SAYS_S, "")] if rank == "1" else [])
+    assert waited == ([(trainer.__main__.RANK_0_FIRST_S, "")] if rank == "1" else [])
     assert "error:" in capsys.readouterr().err

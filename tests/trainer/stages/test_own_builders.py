@@ -9,6 +9,7 @@ from toy import NUM_CLASSES, toy_config, write_toy
 from pipeline.config import load_config
 from trainer.distributed.ranks import ALONE
 from trainer.session import Session
+from trainer.stages.networks import load_network
 
 MINE = """
 from torch import nn
@@ -37,6 +38,6 @@ def test_students_have_a_builder_that_the_generalist_has_not_and_others_grow_fro
     run = run_all(tmp_path / "run", load_config(None, [], base))
     found = json.loads((run.root / "results.json").read_text())["students"]
     assert set(found) == set(base["students"])
-    grown = Session(run, ALONE).load(run.students["many"])
+    grown = load_network(Session(run, ALONE), run.students["many"])
     assert grown(torch.zeros(3, *grown.spec.input.shape)).shape == (2, 3, NUM_CLASSES)
     assert [head.linear.in_features for head in grown.head.heads] == [12, 12]

@@ -34,7 +34,6 @@ def play(run, *names) -> None:
         session = Session(run, ranks)
         for stage in run.stages:
             if stage.name in names:
-                extra = (int(stage.directory.name),) if stage.name == "specialist" else ()
                 run_stage(session, stage)
 
 
@@ -81,11 +80,11 @@ def test_every_batch_of_a_specialist_is_divided_exactly(runs, mode, fraction, ow
     class Enough(Exception):
         pass
 
-    def train(self, attempt, network, objective, stream, *_):
-        streams.append(stream)
+    def train(session, attempt, task):
+        streams.append(task.stream)
         raise Enough
 
-    monkeypatch.setattr(Session, "train", train)
+    monkeypatch.setattr("trainer.stages.specialist.train_network", train)
     schedule = run.config.specialists.model_copy(update={"fraction": fraction})
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)

@@ -281,7 +281,9 @@ def test_balanced_prior_is_flat_for_equal_classes_and_lifts_rare_ones():
 def test_accumulated_micro_batches_give_the_same_weights(data, finished, tmp_path):
     run = run_all(tmp_path / "run", toy_config(data, "train.accumulation=4"), only={"generalist"})
     with process_group(run.config.engine) as ranks:
-        whole, parts = (Session(each, ranks).load(each.generalist) for each in (finished, run))
+        whole, parts = (
+            load_network(Session(each, ranks), each.generalist) for each in (finished, run)
+        )
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

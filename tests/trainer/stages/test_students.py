@@ -88,8 +88,8 @@ def test_a_run_without_groups_has_no_stage_of_them(run):
     assert {stage.name for stage in run.stages} == {
         "generalist",
         "member",
-        "combine",
-        "answers",
+        "ensemble",
+        "targets",
         "student",
         "control",
         "evaluate",
@@ -188,7 +188,7 @@ def test_a_temperature_at_which_what_is_kept_is_far_from_the_teacher_is_named():
     facts = {"num_classes": 3755, "truncation_kl": {"1": 0.023, "1.5": 0.09, "2": 0.6}}
     (line,) = warnings(facts)
     assert line.startswith(
-        "warning: at T = 2 what is kept of the 3,755 classes is 0.6 nats from what the teacher says"
+        "warning: at T = 2 what is kept of the 3,755 classes is 0.6 nats from what the teacher predicts"
     )
 
 
@@ -379,7 +379,7 @@ def test_a_student_that_needs_no_one_waits_for_no_one(tmp_path):
     assert run.students["a"].inputs == ()
     assert [stage.place for stage in run.students["b"].inputs] == [
         "generalist",
-        "answers/generalist",
+        "targets/generalist",
     ]
 
 
@@ -423,7 +423,7 @@ def test_a_teacher_may_come_from_elsewhere(run, tmp_path, what, members):
     }
     other = run_all(tmp_path / "run", load_config(None, ["train.steps=3", "seed=7"], base))
     stage = other.targets_for("main")
-    assert stage.place.startswith("answers/given-") and stage.inputs == ()
+    assert stage.place.startswith("targets/given-") and stage.inputs == ()
     assert json.loads(stage.path("train/answers.json").read_text())["members"] == members
     mine, theirs = (
         np.load(s.path("train/log_values.npy")) for s in (stage, run.targets["ensemble"])
