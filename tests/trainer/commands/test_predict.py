@@ -72,9 +72,6 @@ def test_a_network_with_members_predicts_their_mean():
     network = torch.nn.Flatten(0)
     network.spec = spec
     network.forward = lambda raw: predicted.log()[:, None].expand(2, len(raw), 3)
-        lambda raw: predicted.log()[:, None].expand(2, len(raw), 3),
-        spec,
-    )
     (row,) = predicting.predict_alone(network, torch.zeros(1, 1), top=2)
     assert row["classes"] == [0, 1] and row["names"] == ["a", "b"]
     assert row["probabilities"] == pytest.approx([0.5, 0.4])
