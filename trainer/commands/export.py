@@ -125,11 +125,13 @@ def selected(run: RunDirectory, what: str) -> tuple[bool, dict[str, Stage]]:
     elif kind == "ensemble":
         students = {}
     with_ensemble = kind != "student"
-    needed = list(students.values())
+    needed = []
     if with_ensemble:
-        groups = [] if run.config.is_deep else [run.cluster]
-        needed = [run.generalist, *groups, run.combine, *needed]
-    for stage in needed:
+        needed.append(run.generalist)
+        if not run.config.is_deep:
+            needed.append(run.cluster)
+        needed.append(run.combine)
+    for stage in [*needed, *students.values()]:
         check_done(run, stage)
     return with_ensemble, students
 

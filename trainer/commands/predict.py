@@ -70,9 +70,10 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1 class is needed")
-    is_run = (args.directory / "config.toml").is_file()
-    run = open_run(args.directory) if is_run else None
-    decoders = BUILT_IN if run is None else decoder_table(run.config.data.decoders)
+    run, decoders = None, BUILT_IN
+    if (args.directory / "config.toml").is_file():
+        run = open_run(args.directory)
+        decoders = decoder_table(run.config.data.decoders)
     files = list(find_files(args.files, decoders))
     predictor = load_predictor(args, run)
     inputs = (read_examples(path, predictor.spec.input, decoders, args.resize) for path in files)

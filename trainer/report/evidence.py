@@ -125,8 +125,10 @@ class Evidence:
     def class_names(self) -> list:
         """The class names of the shards, else of the model, else none."""
         known = list(getattr(self.images, "class_names", None) or [])
-        model = {} if known else read_file(self.run.generalist, "model.json") or {}
-        return known or model.get("class_names") or []
+        if known:
+            return known
+        model = read_file(self.run.generalist, "model.json") or {}
+        return model.get("class_names") or []
 
     @cached_property
     def names(self) -> list[str]:
@@ -202,7 +204,9 @@ class Evidence:
     def forecast(self, index: int) -> float | None:
         """Fraction of the val examples that a perfect specialist would fix."""
         forecasts = self.clusters.get("forecast") or []
-        forecast = forecasts[index] if index < len(forecasts) else None
+        if index >= len(forecasts):
+            return None
+        forecast = forecasts[index]
         return forecast.get("gain") if isinstance(forecast, dict) else forecast
 
     def changes(self, index: int) -> Changes | None:
@@ -226,7 +230,9 @@ class Evidence:
 def _short_name(name: str, index: int) -> str:
     if not name.strip():
         return f"class {index}"
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    if len(name) > LONGEST_NAME:
+        return name[: LONGEST_NAME - 1] + "…"
+    return name
 
 
 def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:

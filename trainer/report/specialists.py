@@ -89,7 +89,9 @@ def _specialist_row(evidence: Evidence, row: dict, low: float, high: float) -> S
 
 
 def _weighted_mean(values: list[float], weights: np.ndarray) -> float | None:
-    return float(np.average(values, weights=weights)) if weights.sum() else None
+    if not weights.sum():
+        return None
+    return float(np.average(values, weights=weights))
 
 
 def forecast_plot(evidence: Evidence) -> str | None:
