@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clustering import captured_confusion
-from ensemble import COMBINERS, DeepEnsemble, fit_temperature
+from ensemble import DeepEnsemble, combiner, fit_temperature
 from networks import Summary, lazy_logits, mean_log_probabilities, member_log_probabilities
 from networks.linear_logits import LinearLogits
 from pipeline.store import Attempt, read_json, write_json
@@ -111,7 +111,7 @@ def fit_weight(session: Session, ensemble) -> list[float]:
         losses = []
         for weight in WEIGHTS:
             weights = torch.tensor([1.0, *[weight] * M])
-            q = COMBINERS[ensemble.combine](
+            q = combiner(ensemble.combine)(
                 p_general, p_special, ensemble.groups, active=active, weights=weights
             )
             losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
