@@ -168,7 +168,8 @@ def main() -> None:
     if options.child:
         return measure(options.child, options.width)
     if options.quick:
-        vars(options).update(QUICK)
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args()
     print(json.dumps({"rows": [run_engine(engine, options) for engine in options.engines]}))
 
 

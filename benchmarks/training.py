@@ -322,7 +322,8 @@ def main() -> None:
         shape, engine = options.child
         return measure(shape, engine, options)
     if options.quick:
-        vars(options).update(QUICK)
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args()
     processes = options.processes
     if processes is None:
         processes = [1, 2] if options.device == "cpu" else [1]
