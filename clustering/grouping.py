@@ -6,7 +6,7 @@ member_of: int32 [C, memberships], the groups of each class, -1 where it has few
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 import numpy as np
@@ -93,15 +93,16 @@ def group_classes(
     num_classes = statistics.num_classes
     mutual = mutual_confusion(statistics)
     confused = affinity(mutual)
-    initial = _initial_groups(
-        method,
-        statistics=statistics,
-        confused=confused,
-        num_groups=num_groups,
-        overlap=overlap,
-        seed=seed,
-        classifier_rows=classifier_rows,
-    )
+    inputs = {
+        "statistics": statistics,
+        "confused": confused,
+        "num_groups": num_groups,
+        "overlap": overlap,
+        "seed": seed,
+        "classifier_rows": classifier_rows,
+    }
+    initial = _initial_groups(method, inputs)
+    _check_labels(initial.labels, method, num_classes, num_groups)
 
     def max_size(memberships: int) -> int:
         return _max_size(memberships, num_groups, capacity)
@@ -137,12 +138,11 @@ def group_classes(
     return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
 
-def _initial_groups(method: str, **inputs: object) -> InitialGroups:
+def _initial_groups(method: str, inputs: Mapping[str, object]) -> InitialGroups:
     """Call the method's function with those of the inputs that it declares."""
     function = _function_of(method)
     declared = inspect.signature(function).parameters
-    initial = function(**{name: value for name, value in inputs.items() if name in declared})
-    return initial
+    return function(**{name: value for name, value in inputs.items() if name in declared})
 
 
 def _function_of(method: str) -> Callable[..., InitialGroups]:
@@ -214,6 +214,16 @@ def _class_groups(member_of: np.ndarray, num_groups: int) -> ClassGroups:
     ends = np.cumsum(np.bincount(groups, minlength=num_groups))
     by_group = np.split(classes[np.argsort(groups, kind="stable")], ends[:-1])
     return ClassGroups(by_group, len(member_of))
+
+
+def _check_labels(labels: np.ndarray, method: str, num_classes: int, num_groups: int) -> None:
+    if labels.ndim == 2:
+        return
+    if labels.shape != (num_classes,) or labels.min() < 0 or labels.max() >= num_groups:
+        raise ValueError(
+            f"method {method!r} returned labels {labels.shape} from {labels.min()} to "
+            f"{labels.max()}; they must be [{num_classes}], from 0 to {num_groups - 1}"
+        )
 
 
 def _check_arguments(

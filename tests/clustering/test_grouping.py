@@ -267,6 +267,12 @@ def test_labels_without_columns_are_kept_within_the_capacity(small, use_method):
     assert groups.sizes.tolist() == [10] * 6
 
 
+def test_labels_of_other_groups_are_refused(small, use_method):
+    use_method(lambda seed: InitialGroups(np.full(60, 6)))
+    with pytest.raises(ValueError, match="from 6 to 6; they must be .60., from 0 to 5"):
+        group_classes(small[0], 6, "mine")
+
+
 def test_a_method_that_chooses_all_groups_leaves_a_coverage_nothing(small, use_method):
     use_method(lambda overlap: InitialGroups(np.zeros((60, overlap), dtype=int)))
     with pytest.raises(ValueError, match="method 'mine' chooses all groups itself"):
