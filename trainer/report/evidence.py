@@ -61,6 +61,13 @@ class Changes(NamedTuple):
     broken: int
 
 
+class Conditional(NamedTuple):
+    """Accuracy on a specialist's classes, among these: of the generalist, of the specialist."""
+
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A finished run and what can be read of it; absent parts are None or empty.
@@ -200,6 +207,13 @@ class Evidence:
     def specialists(self) -> dict[int, dict]:
         """The rows of results.json by the specialist's index."""
         return {row["index"]: row for row in self.results.get("specialists", [])}
+
+    def conditional(self, index: int) -> Conditional | None:
+        row = self.specialists.get(index, {})
+        before, after = row.get("conditional_before"), row.get("conditional_after")
+        if before is None or after is None:
+            return None
+        return Conditional(before, after)
 
     def forecast(self, index: int) -> float | None:
         """Fraction of the val examples that a perfect specialist would fix."""

@@ -89,7 +89,7 @@ def printable(page: str) -> str:
 
     Class names may hold lone surrogates, which have no UTF-8, and NUL, which HTML has not.
     """
-    page = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", page)
+    page = re.sub(r"(?<=\d)\s(?=%)", "\N{NO-BREAK SPACE}", page)
     page = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
     return page.encode("utf-8", "replace").decode("utf-8")
 
