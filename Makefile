@@ -22,7 +22,7 @@ test-all: install
 
 # Long repetitions of the fault tests; a few of each kind are in `make test`.
 soak: install
-	$(BIN)/python tests/trainer/data/damage.py 1000
+	$(BIN)/python tests/trainer/data/corrupt_sets.py 1000
 	$(BIN)/python tests/trainer/data/once.py
 	$(BIN)/python tests/trainer/data/killed.py 20
 	$(BIN)/python tests/trainer/engines/killed.py 30

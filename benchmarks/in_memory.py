@@ -1,29 +1,32 @@
-"""Examples in memory where the stream expects a shard set: for measurements that are not of the data plane."""
+"""Examples in memory where a stream expects a shard set: to measure what is not the data plane."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pipeline.config import Data
+from trainer.data.shards import ShardSet
 
 if TYPE_CHECKING:
-    import numpy as np
+    from trainer.data.shards import Ids
 
 
-class InMemory:
-    """Inputs [n, ...] and labels [n], as a stream's shards."""
-
-    class_names, damage, lost, data = (), (), 0, Data()
+class InMemory(ShardSet):
+    """Decoded inputs [n, ...] and labels int64 [n] as a stream's shards."""
 
     def __init__(self, inputs: np.ndarray, labels: np.ndarray, split: str = "train"):
-        self.rows, self.labels, self.split = inputs, labels, split
-        self.input_shape, self.input_dtype = inputs.shape[1:], inputs.dtype
+        self.rows = inputs
+        self.labels = labels
+        self.split = split
+        self.data = Data()
+        self.class_names = []
+        self.corruption = []
+        self._files = {}
+        self._first = inputs.shape[1:], inputs.dtype
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    num_samples = property(__len__)
-
-    def read_into(self, inputs, places, ids) -> dict:
-        inputs[places] = self.rows[ids]
+    def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:
+        """See ShardSet; nothing is unreadable."""
+        inputs[rows] = self.rows[ids]
         return {}

@@ -1,10 +1,15 @@
-"""What each engine holds in memory and sends per step on one rank, beside the formulas of docs/scaling.md.
+"""What each engine holds in memory and sends per step on one rank, beside formulas.
 
     OMP_NUM_THREADS=1 python -m benchmarks.scaling [--width 2000] [--processes 2]
+    python -m benchmarks.scaling --quick          seconds: does it run at all?
 
-An MLP of P weights takes a few AdamW steps.  Bytes held: the storages of all tensors alive between two steps, and
-between backward and step.  Bytes sent: the tensors given to each collective in one step, from torch's profiler, as a
-ring of R ranks moves them.
+The formulas are those of docs/scaling.md.  An MLP of P weights takes a few AdamW steps.
+
+Bytes held  the storages of all tensors alive between two steps, and between backward and step.
+Bytes sent  the tensors given to each collective in one step, from torch's profiler, as a ring of R
+            ranks moves them.
+
+Each engine prints its row as a JSON object; the last line is {"rows": [all of them]}.
 """
 
 from __future__ import annotations
@@ -16,105 +21,117 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.profiler import profile
+
+from networks import InputSpec, ModelSpec, build_classifier, parameter_count
+from pipeline.config import DEFAULT_SCHEDULE, Engine
+from trainer.distributed.ranks import process_group
+from trainer.engines import build_engine
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
-STATE = {  # bytes per weight on one of R ranks: weights, gradients, Adam's two averages, all float32
+# Bytes per weight on one of R ranks: weights, gradients, Adam's two averages, all float32.
+STATE: dict[str, Callable[[int], float]] = {
     "ddp": lambda R: 4 + 4 + 8,
     "zero0": lambda R: 4 + 4 + 8,
     "zero1": lambda R: 4 + 4 + (4 + 8) / R,
     "zero2": lambda R: 4 + (4 + 4 + 8) / R,
     "zero3": lambda R: (4 + 4 + 4 + 8) / R,
 }
-PASSES = {
-    "all_reduce": 2,
-    "reduce_scatter": 1,
-    "all_gather": 1,
-    "reduce": 1,
-    "broadcast": 1,
-}  # of a ring
+# How often a ring moves the whole.
+PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "reduce": 1, "broadcast": 1}
+COLLECTIVE = re.compile(rf"(?:gloo|nccl):_?({'|'.join(PASSES)})\w*")
+QUICK = {"width": 200, "engines": ["ddp"], "processes": 2}
+
+
+def engine_config(name: str) -> Engine:
+    if name == "ddp":
+        return Engine(name="ddp", device="cpu")
+    return Engine(name="deepspeed", zero_stage=int(name.removeprefix("zero")), device="cpu")
 
 
 def measure(name: str, width: int) -> None:
-    import torch
-    from torch.profiler import profile
-
-    from networks import ModelSpec, build_classifier, parameter_count
-    from pipeline.config import DEFAULT_SCHEDULE, Engine
-    from trainer.distributed.ranks import process_group
-    from trainer.engines import build_engine
-
-    chosen = (
-        {"name": "ddp"} if name == "ddp" else {"name": "deepspeed", "zero_stage": int(name[4:])}
-    )
-    engine = Engine(**chosen, device="cpu")
-    with process_group(engine) as ranks:
-        engine, R = build_engine(engine, ranks), ranks.world_size
+    """One process of the job that `main` started; rank 0 prints one JSON line."""
+    config = engine_config(name)
+    with process_group(config) as ranks:
+        engine = build_engine(config, ranks)
         x = torch.zeros(8, 1, 20, 20, dtype=torch.uint8)
-        options = {"width": width, "depth": 3}
-        spec = ModelSpec("mlp", 1000, {"shape": (1, 20, 20), "mean": [0.5], "std": [0.25]}, options)
+        spec = ModelSpec(
+            "mlp",
+            1000,
+            InputSpec((1, 20, 20), mean=(0.5,), std=(0.25,)),
+            {"width": width, "depth": 3},
+        )
         network = build_classifier(spec)
         count = parameter_count(network)
-        module = engine.prepare(network, DEFAULT_SCHEDULE.model_copy(update={"batch_size": 8 * R}))
+        schedule = DEFAULT_SCHEDULE.model_copy(update={"batch_size": 8 * ranks.world_size})
+        module = engine.prepare(network, schedule)
 
-        held = []
-
-        def step():
+        def backward() -> None:
             with engine.accumulating(last=True):
                 engine.backward(module(x).float().square().mean())
-            held.append(storages())
-            engine.step(1e-3)
 
-        for _ in range(3):
-            step()
-        between, before_step = storages(), held[-1]
+        for _ in range(2):
+            backward()
+            engine.step(1e-3)
+        backward()
+        before_step = storages()
+        engine.step(1e-3)
+        between = storages()
         with profile(record_shapes=True) as trace:
-            step()
-        sent: dict[str, float] = {}
-        for event in trace.events():
-            kind = re.fullmatch(rf"(?:gloo|nccl):_?({'|'.join(PASSES)})\w*", event.name)
-            if kind:
-                share = (
-                    R if kind[1] == "all_gather" else 1
-                )  # its input is this rank's part of the whole
-                moved = 4 * share * largest(event.input_shapes) * PASSES[kind[1]] * (R - 1) / R
-                sent[kind[1]] = sent.get(kind[1], 0.0) + moved
+            backward()
+            engine.step(1e-3)
         if ranks.is_main:
-            print(
-                json.dumps(
-                    {
-                        "engine": name,
-                        "ranks": R,
-                        "weights": count,
-                        "held_bytes_per_weight": [
-                            round(between / count, 2),
-                            round(before_step / count, 2),
-                        ],
-                        "formula": round(STATE[name](R), 2),
-                        "sent_bytes_per_weight": {
-                            kind: round(moved / count, 2) for kind, moved in sent.items()
-                        },
-                    }
-                ),
-                flush=True,
-            )
+            sent = sent_bytes(trace.events() or (), ranks.world_size)
+            row = {
+                "engine": name,
+                "ranks": ranks.world_size,
+                "weights": count,
+                "held_bytes_per_weight": [round(between / count, 2), round(before_step / count, 2)],
+                "formula": round(STATE[name](ranks.world_size), 2),
+                "sent_bytes_per_weight": {
+                    kind: round(moved / count, 2) for kind, moved in sent.items()
+                },
+            }
+            print(json.dumps(row), flush=True)
         engine.close()
+
+
+def sent_bytes(events: Iterable, ranks: int) -> dict[str, float]:
+    """Bytes that a ring of `ranks` moves on each, by kind of collective; events: a profile's."""
+    sent: dict[str, float] = {}
+    for event in events:
+        collective = COLLECTIVE.fullmatch(event.name)
+        if not collective:
+            continue
+        kind = collective[1]
+        # An all_gather's input is this rank's part of the whole.
+        parts = ranks if kind == "all_gather" else 1
+        moved = 4 * parts * largest(event.input_shapes) * PASSES[kind] * (ranks - 1) / ranks
+        sent[kind] = sent.get(kind, 0.0) + moved
+    return sent
 
 
 def storages() -> int:
     """Bytes of all tensors that this process holds, each storage once."""
-    import torch
-
     gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(found.values())
+    sizes: dict[int, int] = {}
+    for value in gc.get_objects():
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            continue
+        tensors = [value]
+        if value.is_leaf and value.grad is not None:
+            tensors.append(value.grad)
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
-def largest(shapes) -> int:
+def largest(shapes: Iterable) -> int:
+    """Entries of the largest of some inputs' shapes; inputs that are no tensors have none."""
     sizes = [0]
     for shape in shapes:
         total = 1
@@ -124,6 +141,20 @@ def largest(shapes) -> int:
     return max(sizes)
 
 
+def run_engine(engine: str, options: argparse.Namespace) -> dict:
+    """Start the processes of one engine; their row."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(options.processes), "-m", "benchmarks.scaling"]
+    command += ["--child", engine, "--width", str(options.width)]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    output = subprocess.run(
+        command, check=True, env=environment, stdout=subprocess.PIPE, text=True
+    ).stdout
+    row = json.loads(output.splitlines()[-1])
+    print(json.dumps(row), flush=True)
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,22 +162,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--quick", action="store_true", help="a narrow network by DDP, in seconds")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         return measure(options.child, options.width)
-    for engine in options.engines:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [
-            "--nproc-per-node",
-            str(options.processes),
-            "-m",
-            "benchmarks.scaling",
-            "--child",
-            engine,
-        ]
-        command += ["--width", str(options.width)]
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    if options.quick:
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args()
+    print(json.dumps({"rows": [run_engine(engine, options) for engine in options.engines]}))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,47 @@
-"""Which classes does the generalist confuse?  Statistics of its predictions, groups, what they capture."""
+"""Which classes does the generalist confuse?  Statistics of its predictions, and groups of classes.
+
+The names are imported when they are first read, so that `import clustering` loads nothing heavy.
+"""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-_HOMES = {
+if TYPE_CHECKING:
+    from .choices import METHODS
+    from .grouping import group_classes
+    from .groups import ClassGroups
+    from .judging import GroupForecast, captured_confusion, captured_unlabelled, forecast
+    from .statistics import PredictionStatistics
+    from .tables import forecast_table
+
+_MODULE_OF = {
+    "METHODS": "choices",
     "ClassGroups": "groups",
+    "GroupForecast": "judging",
     "PredictionStatistics": "statistics",
-    "group_classes": "grouping",
     "captured_confusion": "judging",
     "captured_unlabelled": "judging",
     "forecast": "judging",
-    "forecast_table": "judging",
+    "forecast_table": "tables",
+    "group_classes": "grouping",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "METHODS",
+    "ClassGroups",
+    "GroupForecast",
+    "PredictionStatistics",
+    "captured_confusion",
+    "captured_unlabelled",
+    "forecast",
+    "forecast_table",
+    "group_classes",
+]
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,18 +1,29 @@
 """Classes into groups of bounded size, and the local search that brings confused classes together.
 
-C classes, G groups, r memberships per class.  member_of: int32 [C, r], the groups of each class, -1 where it has fewer.
+C classes, G groups, r memberships per class.
+member_of: int32 [C, r], the groups of each class, -1 where it has fewer.
 """
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 from scipy.sparse import csr_array
 
+from .sparse import entries
+
 _BLOCK_SCORES = 2**25  # entries of a dense [classes, G] block of scores
+_BLOCK_ENTRIES = 2**22
+_BATCHES = 8  # parts of the classes that one sweep takes out and puts back, one after the other
+
+Similarity = Callable[[np.ndarray], np.ndarray]  # classes [B] -> [B, G]
 
 
 def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """A group for each row within the groups' room, at a high total score: a full group keeps who would lose most.
+    """A group for each row within the groups' room, at a high total score.
 
-    scores: [B, G], -inf where a row may not go (is overwritten).  room: int [G].
+    A full group keeps who would lose most.
+    scores: [B, G], -inf where a row may not go; it is overwritten.  room: int [G].
     Returns int32 [B], -1 where no room is left.
     """
     room = room.copy()
@@ -20,21 +31,18 @@ def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
     waiting = np.arange(len(scores))
     while len(waiting):
         scores[:, room <= 0] = -np.inf
-        asked = scores[waiting]
-        best = asked.argmax(axis=1)
-        value = asked[np.arange(len(waiting)), best]
+        bids = scores[waiting]
+        best = bids.argmax(axis=1)
+        value = bids[np.arange(len(waiting)), best]
         possible = value > -np.inf
-        waiting, asked, best, value = (
-            waiting[possible],
-            asked[possible],
-            best[possible],
-            value[possible],
-        )
+        waiting, bids = waiting[possible], bids[possible]
+        best, value = best[possible], value[possible]
         if not len(waiting):
             break
-        if asked.shape[1] > 1:
-            asked[np.arange(len(waiting)), best] = -np.inf
-            value = np.nan_to_num(value - asked.max(axis=1), posinf=np.finfo(np.float32).max)
+        if bids.shape[1] > 1:
+            bids[np.arange(len(waiting)), best] = -np.inf
+            loss = value - bids.max(axis=1)
+            value = np.nan_to_num(loss, posinf=float(np.finfo(np.float32).max))
         order = np.lexsort((-value, best))
         rank_in_group = np.arange(len(order)) - np.searchsorted(best[order], best[order])
         kept = order[rank_in_group < room[best[order]]]
@@ -49,29 +57,35 @@ def local_search(
     member_of: np.ndarray,
     num_groups: int,
     max_size: int,
-    similarity=None,
+    similarity: Similarity | None = None,
     sweeps: int = 20,
-    batches: int = 8,
     seed: int = 0,
     wanted: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Memberships that catch more affinity inside groups of at most max_size: member_of [C, r], start and result.
+    """Memberships that catch more affinity inside groups of at most max_size.
 
-    A pair of classes counts once, however many groups they share.  Each step takes a random part of the classes out and
-    puts them back where they meet the most affinity not yet met; the best state seen is returned.
-    similarity(classes) -> [B, G], or None: breaks ties, at a weight below any affinity that matters; then comes room.
+    member_of [C, r] is the start, and the result has its shape. A pair of classes counts once,
+    however many groups they share. Each step takes a random part of the classes out and puts them
+    back where they meet the most affinity not yet met. The best state seen is returned.
+    similarity: breaks ties, at a weight below any affinity that matters; after it, room does.
     wanted: int [C], how many of its r memberships each class is to have; None: all.
     """
-    wanted = np.full(len(member_of), member_of.shape[1]) if wanted is None else wanted
+    if wanted is None:
+        wanted = np.full(len(member_of), member_of.shape[1])
+    num_batches = min(_BATCHES, len(member_of))
     rng = np.random.default_rng(seed)
     member_of = member_of.astype(np.int32).copy()
-    best, best_mass = member_of.copy(), captured_mass(affinity, member_of)
+    best = member_of.copy()
+    best_mass = captured_mass(affinity, member_of)
     stale = 0
     for _ in range(sweeps):
-        for batch in np.array_split(rng.permutation(len(member_of)), min(batches, len(member_of))):
+        for batch in np.array_split(rng.permutation(len(member_of)), num_batches):
             _reassign(affinity, member_of, batch, num_groups, max_size, similarity, wanted)
         mass = captured_mass(affinity, member_of)
-        stale = 0 if mass > best_mass * 1.0005 else stale + 1
+        if mass > best_mass * 1.0005:
+            stale = 0
+        else:
+            stale += 1
         if mass > best_mass:
             best, best_mass = member_of.copy(), mass
         if stale >= 3:
@@ -85,66 +99,61 @@ def join_where_it_pays(
     member_of: np.ndarray,
     num_groups: int,
     coverage: float,
-    size_of,
-    similarity=None,
+    max_size: Callable[[int], int],
+    similarity: Similarity | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Further memberships, best first, until the groups catch `coverage` of `mutual`: member_of [C, r] -> [C, r].
+    """Further memberships, best first, until the groups catch `coverage` of `mutual`.
 
-    The -1 of member_of are what may be filled; a class that would meet nothing new joins nothing.  Each round lets the
-    classes that gain most join one group more, an eighth of all at most, and searches anew, by affinity, where
-    everybody belongs.
-    size_of(memberships) -> the largest size that a group may have when there are so many memberships in all.
+    member_of [C, r]: its -1 are what may be filled; the result has its shape. A class that would
+    meet nothing new joins nothing. Each round lets the classes that gain most join one group more,
+    an eighth of all at most. Then it searches anew, by affinity, where everybody belongs.
+    max_size(memberships): the largest size of a group when there are so many memberships in all.
     """
     target = coverage * float(mutual.sum())
     wanted = (member_of >= 0).sum(axis=1)
     while (missing := target - captured_mass(mutual, member_of)) > 0:
-        gains = np.where(wanted < member_of.shape[1], _best_gains(mutual, member_of, num_groups), 0)
-        order = np.argsort(-gains, kind="stable")[
-            : max(1, min(len(gains) // 8, np.count_nonzero(gains)))
-        ]
+        has_room = wanted < member_of.shape[1]
+        gains = np.where(has_room, _best_gains(mutual, member_of, num_groups), 0)
+        most = max(1, min(len(gains) // 8, np.count_nonzero(gains)))
+        order = np.argsort(-gains, kind="stable")[:most]
         if gains[order[0]] <= 0:
             break
         # The masses are symmetric: who meets a gain is met as well.
         enough = 1 + np.searchsorted(np.cumsum(2 * gains[order]), missing)
         wanted[order[:enough]] += 1
-        size = size_of(int(wanted.sum()))
         member_of = local_search(
-            affinity, member_of, num_groups, size, similarity, sweeps=4, seed=seed, wanted=wanted
+            affinity,
+            member_of,
+            num_groups,
+            max_size(int(wanted.sum())),
+            similarity,
+            sweeps=4,
+            seed=seed,
+            wanted=wanted,
         )
         seed += 1
     return member_of
 
 
-def _best_gains(mutual: csr_array, member_of: np.ndarray, num_groups: int) -> np.ndarray:
-    """The most of `mutual` not yet met that each class would meet in one group more, [C]."""
-    unmet = mutual.copy()
-    row_of = np.repeat(np.arange(len(member_of)), np.diff(unmet.indptr))
-    unmet.data[_share(member_of, member_of, row_of, unmet.indices)] = 0
-    memberships = _one_hot(member_of, num_groups)
-    return (unmet @ memberships).max(axis=1).toarray().ravel()
-
-
 def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
     """Sum of the affinities between classes that share a group."""
+    rows, columns, masses = entries(affinity)
     total = 0.0
-    rows = np.repeat(np.arange(affinity.shape[0]), np.diff(affinity.indptr))
-    for start in range(0, affinity.nnz, 2**22):
-        block = slice(start, start + 2**22)
-        total += float(
-            affinity.data[block][
-                _share(member_of, member_of, rows[block], affinity.indices[block])
-            ].sum()
-        )
+    for start in range(0, len(masses), _BLOCK_ENTRIES):
+        block = slice(start, start + _BLOCK_ENTRIES)
+        met = _share_a_group(member_of, member_of, rows[block], columns[block])
+        total += float(masses[block][met].sum())
     return total
 
 
 def sizes_of(member_of: np.ndarray, num_groups: int) -> np.ndarray:
+    """Classes per group, int [G]."""
     return np.bincount(member_of[member_of >= 0], minlength=num_groups)
 
 
 def fill_empty(member_of: np.ndarray, num_groups: int) -> np.ndarray:
-    """Each empty group is given one class, from the largest group then."""
+    """Each empty group is given one class, from the group that is then the largest."""
     member_of = member_of.copy()
     sizes = sizes_of(member_of, num_groups)
     for group in np.flatnonzero(sizes == 0):
@@ -156,42 +165,82 @@ def fill_empty(member_of: np.ndarray, num_groups: int) -> np.ndarray:
     return member_of
 
 
-def _reassign(affinity, member_of, batch, num_groups, max_size, similarity, wanted) -> None:
+def random_blocks(num_classes: int, num_groups: int, seed: int) -> list[np.ndarray]:
+    """All classes in random order, in blocks whose dense scores [B, G] fit the memory."""
+    order = np.random.default_rng(seed).permutation(num_classes)
+    return np.array_split(order, max(1, math.ceil(num_classes * num_groups / _BLOCK_SCORES)))
+
+
+def _best_gains(mutual: csr_array, member_of: np.ndarray, num_groups: int) -> np.ndarray:
+    """The most of `mutual` not yet met that each class would meet in one group more, [C]."""
+    unmet = mutual.copy()
+    rows, columns, masses = entries(unmet)
+    masses[_share_a_group(member_of, member_of, rows, columns)] = 0
+    gains = csr_array(unmet @ _one_hot(member_of, num_groups))
+    return gains.max(axis=1).toarray().ravel()
+
+
+def _reassign(
+    affinity: csr_array,
+    member_of: np.ndarray,
+    batch: np.ndarray,
+    num_groups: int,
+    max_size: int,
+    similarity: Similarity | None,
+    wanted: np.ndarray,
+) -> None:
     """Take the batch's memberships back and give them anew, in place."""
     total = np.float32(affinity.sum())
     all_sizes = sizes_of(member_of, num_groups)
     sizes = all_sizes - sizes_of(member_of[batch], num_groups)
-    # A group that would fall below half the mean keeps its members: a specialist for three classes is a job wasted.
+    # A group that would fall below half the mean keeps its classes: a specialist for three classes
+    # is a job wasted.
     small = 2 * sizes < all_sizes.mean()
     memberships = _one_hot(member_of, num_groups)
+    room_weight = np.float32(1e-6 * total / len(member_of))
     per_block = max(1, _BLOCK_SCORES // num_groups)
     for start in range(0, len(batch), per_block):
         block = batch[start : start + per_block]
-        rows = affinity[block]
-        row_of = np.repeat(np.arange(len(block)), np.diff(rows.indptr))
-        ties = (
-            np.float32(1e-6 * total / len(member_of))
-            * (max_size - sizes).astype(np.float32)
-            / max_size
-        )
+        ties = room_weight * (max_size - sizes).astype(np.float32) / max_size
         if similarity is not None:
             ties = ties + similarity(block)
         if small.any():
             kept = _one_hot(member_of[block], num_groups).toarray()
             ties = ties + (kept * small) * (1 + total)
-        new = np.full((len(block), member_of.shape[1]), -1, dtype=np.int32)
-        for turn in range(member_of.shape[1]):
-            scores = (rows @ memberships).toarray() + ties
-            for previous in range(turn):
-                taken = np.flatnonzero(new[:, previous] >= 0)
-                scores[taken, new[taken, previous]] = -np.inf
-            scores[wanted[block] <= turn] = -np.inf
-            new[:, turn] = assign(scores, max_size - sizes)
-            sizes = sizes + sizes_of(new[:, turn], num_groups)
-            if turn + 1 < member_of.shape[1]:
-                # What is met already counts no more.
-                rows.data[_share(new[:, [turn]], member_of, row_of, rows.indices)] = 0
-        member_of[block] = new
+        member_of[block], sizes = _placed(
+            affinity[block], memberships, member_of, ties, wanted[block], sizes, max_size
+        )
+
+
+def _placed(
+    unmet: csr_array,
+    memberships: csr_array,
+    member_of: np.ndarray,
+    ties: np.ndarray,
+    wanted: np.ndarray,
+    sizes: np.ndarray,
+    max_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """New memberships [B, r] of a block of classes, and the groups' sizes [G] with them.
+
+    unmet: the block's affinities to all classes, csr [B, C]; what is met is set to 0 in place.
+    memberships: csr [C, G], those of all classes before.  ties: [G] or [B, G].  wanted: int [B].
+    """
+    rows, columns, masses = entries(unmet)
+    turns = member_of.shape[1]
+    placed = np.full((len(wanted), turns), -1, dtype=np.int32)
+    for turn in range(turns):
+        scores = csr_array(unmet @ memberships).toarray() + ties
+        for previous in range(turn):
+            taken = np.flatnonzero(placed[:, previous] >= 0)
+            scores[taken, placed[taken, previous]] = -np.inf
+        scores[wanted <= turn] = -np.inf
+        placed[:, turn] = assign(scores, max_size - sizes)
+        sizes = sizes + sizes_of(placed[:, turn], len(sizes))
+        if turn + 1 < turns:
+            # What is met already counts no more.
+            masses[_share_a_group(placed[:, [turn]], member_of, rows, columns)] = 0
+    return placed, sizes
 
 
 def _one_hot(member_of: np.ndarray, num_groups: int) -> csr_array:
@@ -199,15 +248,16 @@ def _one_hot(member_of: np.ndarray, num_groups: int) -> csr_array:
     present = member_of >= 0
     pointers = np.concatenate([[0], np.cumsum(present.sum(axis=1))])
     groups = member_of[present]
-    return csr_array(
-        (np.ones(len(groups), np.float32), groups, pointers), shape=(len(member_of), num_groups)
-    )
+    ones = np.ones(len(groups), np.float32)
+    return csr_array((ones, groups, pointers), shape=(len(member_of), num_groups))
 
 
-def _share(mine: np.ndarray, others: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-    """Whether classes i, by the memberships `mine`, and j, by `others`, have a group in common, bool [len(i)]."""
+def _share_a_group(
+    member_of: np.ndarray, others: np.ndarray, i: np.ndarray, j: np.ndarray
+) -> np.ndarray:
+    """Whether classes i, by `member_of`, and j, by `others`, have a group in common, bool."""
     share = np.zeros(len(i), dtype=bool)
-    for column in mine.T:
+    for column in member_of.T:
         group = column[i]
         for other in others.T:
             share |= (group == other[j]) & (group >= 0)

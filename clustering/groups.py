@@ -1,12 +1,19 @@
 """Groups of classes: they may overlap, and need not cover every class."""
 
+from __future__ import annotations
+
 import json
 import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 SCHEMA = 1
 
@@ -14,98 +21,122 @@ SCHEMA = 1
 class ClassGroups:
     """The classes of each specialist, S_0 ... S_{G-1}.
 
-    members: G collections of class indices in 0 ... num_classes - 1, each non-empty and without duplicates.
-    .members are sorted, read-only int64 arrays, groups in the order given.
-    Raises ValueError for no groups, an empty group, a class out of range, a duplicate or a member that is no integer.
+    Parameters
+    ----------
+    members : iterable of G collections of int
+        The classes of each group, in 0 ... num_classes - 1, in any order. Lists, sets, arrays and
+        tensors of integers will do. Each group has at least one class and none twice.
+    num_classes : int
+        C, the number of all classes, in groups or not.
+
+    Attributes
+    ----------
+    members : list of int64 arrays
+        The classes of each group, sorted and read-only. Groups keep the order given.
+    num_classes : int
+
+    Raises
+    ------
+    ValueError
+        For no groups, an empty group, a class out of range, a class twice in a group, or a class
+        that is no integer.
+
+    Examples
+    --------
+    >>> groups = ClassGroups([[0, 1], [2, 1]], num_classes=4)
+    >>> groups.sizes
+    array([2, 2])
     """
 
-    def __init__(self, members: Iterable, num_classes: int):
+    members: list[NDArray[np.int64]]
+    num_classes: int
+
+    def __init__(self, members: Iterable[Iterable[int] | ArrayLike], num_classes: int):
         if isinstance(num_classes, bool) or int(num_classes) != num_classes or num_classes < 1:
             raise ValueError(f"num_classes is {num_classes!r}; it must be a positive integer")
         self.num_classes = int(num_classes)
-        self.members = [_checked(classes, g, self.num_classes) for g, classes in enumerate(members)]
+        self.members = [
+            _checked_classes(classes, group, self.num_classes)
+            for group, classes in enumerate(members)
+        ]
         if not self.members:
             raise ValueError("there are no groups; give at least one")
 
     def __len__(self) -> int:
         return len(self.members)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, ClassGroups):
             return NotImplemented
-        return (
-            self.num_classes == other.num_classes
-            and len(self) == len(other)
-            and all(np.array_equal(a, b) for a, b in zip(self.members, other.members, strict=True))
-        )
-
-    __hash__ = None
+        if self.num_classes != other.num_classes or len(self) != len(other):
+            return False
+        pairs = zip(self.members, other.members, strict=True)
+        return all(np.array_equal(mine, others) for mine, others in pairs)
 
     def __repr__(self) -> str:
-        sizes = self.sizes
-        return f"ClassGroups({len(self)} groups of {sizes.min()} to {sizes.max()} of {self.num_classes} classes)"
+        smallest, largest = self.sizes.min(), self.sizes.max()
+        sizes = f"{smallest} to {largest} of {self.num_classes} classes"
+        return f"ClassGroups({len(self)} groups of {sizes})"
 
     @property
-    def sizes(self) -> np.ndarray:
+    def sizes(self) -> NDArray[np.int64]:
         """Classes per group, int64 [G]."""
         return np.array([len(classes) for classes in self.members], dtype=np.int64)
 
-    @property
-    def covered(self) -> np.ndarray:
-        """Which classes are in any group, bool [C]."""
-        covered = np.zeros(self.num_classes, dtype=bool)
-        covered[np.concatenate(self.members)] = True
-        return covered
-
-    def membership(self):
-        """Which class is in which group, scipy.sparse csr_array of bool [C, G]; .toarray() is dense."""
+    def membership(self) -> csr_array:
+        """Which class is in which group, scipy.sparse csr_array of bool [C, G]."""
         from scipy.sparse import csc_array
 
         pointers = np.concatenate([[0], np.cumsum(self.sizes)])
         indices = np.concatenate(self.members)
-        shape = (self.num_classes, len(self))
-        return csc_array(
-            (np.ones(len(indices), dtype=bool), indices, pointers), shape=shape
-        ).tocsr()
+        values = np.ones(len(indices), dtype=bool)
+        by_group = csc_array((values, indices, pointers), shape=(self.num_classes, len(self)))
+        return by_group.tocsr()
 
-    def groups_of(self, label: int) -> np.ndarray:
-        """The groups that hold class `label`, ascending, int64; empty where none does."""
-        if not 0 <= label < self.num_classes:
-            raise ValueError(f"class {label} is not in 0 ... {self.num_classes - 1}")
-        return np.array(
-            [g for g, classes in enumerate(self.members) if _holds(classes, label)], dtype=np.int64
-        )
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the groups as JSON; the file appears whole or never.
 
-    def save(self, path) -> None:
-        """Write JSON: {"schema", "num_classes", "members": [[class, ...], ...]}; the file appears whole or never."""
+        Parameters
+        ----------
+        path : path of the file
+            It will hold {"schema": 1, "num_classes": C, "members": [[class, ...], ...]}.
+        """
         path = Path(path)
-        lines = ",\n  ".join(json.dumps(classes.tolist()) for classes in self.members)
-        text = f'{{"schema": {SCHEMA}, "num_classes": {self.num_classes}, "members": [\n  {lines}\n]}}\n'
+        lists = ",\n  ".join(json.dumps(classes.tolist()) for classes in self.members)
+        head = f'"schema": {SCHEMA}, "num_classes": {self.num_classes}'
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(text)
+        temporary.write_text(f'{{{head}, "members": [\n  {lists}\n]}}\n')
         os.replace(temporary, path)
 
     @classmethod
-    def load(cls, path) -> "ClassGroups":
-        """Read what save wrote, or a user's own file of the same form.
+    def load(cls, path: str | os.PathLike[str]) -> ClassGroups:
+        """Read what `save` wrote, or a user's own file of the same form.
 
-        Raises ValueError if it is not such a file, FileNotFoundError if there is none.
+        Parameters
+        ----------
+        path : path of the file
+
+        Returns
+        -------
+        ClassGroups
+
+        Raises
+        ------
+        ValueError
+            If it is no such file, or holds groups that the constructor refuses.
+        FileNotFoundError
+            If there is no file.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"{path} is not JSON ({error}); a groups file is written by ClassGroups.save"
-            ) from None
-        if (
-            not isinstance(content, dict)
-            or not {"schema", "num_classes", "members"} <= content.keys()
+        content = _read_json(path)
+        if not isinstance(content, dict) or not {"schema", "num_classes", "members"} <= set(
+            content
         ):
             form = f'{{"schema": {SCHEMA}, "num_classes": C, "members": [[class, ...], ...]}}'
             raise ValueError(f"{path} is no groups file; it needs {form}")
         if content["schema"] != SCHEMA:
             raise ValueError(
-                f"{path} has schema {content['schema']!r}, this version reads {SCHEMA}; group the classes again"
+                f"{path} has schema {content['schema']!r}, this version reads {SCHEMA}; "
+                "group the classes again"
             )
         if not isinstance(content["members"], list) or not isinstance(content["num_classes"], int):
             raise ValueError(
@@ -117,13 +148,20 @@ class ClassGroups:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _checked(classes, group: int, num_classes: int) -> np.ndarray:
+def _read_json(path: str | os.PathLike[str]) -> object:
     try:
-        array = np.asarray(classes if hasattr(classes, "__array__") else list(classes))
-    except (TypeError, ValueError):
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"group {group} is {classes!r}; it must be a list of class indices"
+            f"{path} is not JSON ({error}); a groups file is written by ClassGroups.save"
         ) from None
+
+
+def _checked_classes(
+    classes: Iterable[int] | ArrayLike, group: int, num_classes: int
+) -> NDArray[np.int64]:
+    """One group's classes as a sorted read-only array; ValueError where they are no group."""
+    array = _as_array(classes, group)
     if array.size == 0:
         raise ValueError(
             f"group {group} is empty; every group needs at least one class, so leave it out"
@@ -136,17 +174,25 @@ def _checked(classes, group: int, num_classes: int) -> np.ndarray:
     array = np.sort(array.astype(np.int64))
     outside = array[(array < 0) | (array >= num_classes)]
     if outside.size:
-        range_ = f"with {num_classes} classes they go from 0 to {num_classes - 1}"
-        raise ValueError(f"group {group} holds class {outside[0]}; {range_}")
-    twice = array[1:][array[1:] == array[:-1]]
-    if twice.size:
+        bounds = f"with {num_classes} classes they go from 0 to {num_classes - 1}"
+        raise ValueError(f"group {group} holds class {outside[0]}; {bounds}")
+    repeated = array[1:][array[1:] == array[:-1]]
+    if repeated.size:
         raise ValueError(
-            f"group {group} holds class {twice[0]} more than once; list each class once per group"
+            f"group {group} holds class {repeated[0]} more than once; "
+            "list each class once per group"
         )
     array.setflags(write=False)
     return array
 
 
-def _holds(classes: np.ndarray, label: int) -> bool:
-    position = np.searchsorted(classes, label)
-    return bool(position < len(classes) and classes[position] == label)
+def _as_array(classes: Iterable[int] | ArrayLike, group: int) -> np.ndarray:
+    try:
+        if hasattr(classes, "__array__"):
+            return np.asarray(classes)
+        # numpy would not open a set.
+        return np.asarray(list(cast(Iterable[int], classes)))
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"group {group} is {classes!r}; it must be a list of class indices"
+        ) from None

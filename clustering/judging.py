@@ -1,150 +1,197 @@
 """What groups of classes capture, and what specialists for them could gain."""
 
+from typing import TypedDict
+
 import numpy as np
-from scipy.sparse import csr_array
+from numpy.typing import ArrayLike
+from scipy.sparse import csr_array, sparray, spmatrix
 
 from .groups import ClassGroups
+from .statistics import PredictionStatistics
 
 _BLOCK_ENTRIES = 2**22
 
+Confusion = ArrayLike | sparray | spmatrix
 
-def captured_confusion(groups: ClassGroups, confusion) -> tuple[float, float]:
+
+class GroupForecast(TypedDict):
+    """What a perfect specialist for one group could fix; None where it needs labels.
+
+    classes: |S|.
+    examples: those with a label in S.
+    errors_inside: of these, those whose most probable class is a wrong one of S.
+    gain: errors_inside / examples with any label.
+    gain_unlabelled: the same share of all examples, as the predictions expect it.
+    """
+
+    classes: int
+    examples: int | None
+    errors_inside: int | None
+    gain: float | None
+    gain_unlabelled: float
+
+
+def captured_confusion(groups: ClassGroups, confusion: Confusion) -> tuple[float, float]:
     """Share of the errors whose true and predicted class share a group, and its chance level.
 
-    confusion: [C, C] counts or masses, true class x predicted class, sparse or dense; the diagonal is not read.
-    `statistics.confusion` judges with labels, `statistics.expected_confusion` without.
-    Chance is the mean share over random relabellings of the classes: the same sizes, the same overlap.
-    Without errors the share is nan.
+    Parameters
+    ----------
+    groups : ClassGroups
+        Of C classes.
+    confusion : sparse or dense array [C, C]
+        Counts or masses, true class x predicted class; the diagonal is not read.
+        `statistics.confusion` judges with labels, `statistics.expected_confusion` without.
+
+    Returns
+    -------
+    share : float
+        In 0 ... 1; nan without errors.
+    chance : float
+        The mean share over random relabellings of the classes: the same sizes, the same overlap.
+
+    Raises
+    ------
+    ValueError
+        If the confusion is not [C, C].
     """
-    confusion = _as_csr(confusion, groups).tocoo()
-    rows, columns = confusion.coords
-    errors = (rows != columns) & (confusion.data != 0)
-    rows, columns, masses = rows[errors], columns[errors], confusion.data[errors]
-    membership = groups.membership().astype(np.int32)
+    cells = _checked_confusion(confusion, groups).tocoo()
+    rows, columns = cells.coords
+    errors = (rows != columns) & (cells.data != 0)
+    rows, columns, masses = rows[errors], columns[errors], cells.data[errors]
+    membership = csr_array(groups.membership(), dtype=np.int32)
     captured = 0.0
     for start in range(0, len(rows), _BLOCK_ENTRIES):
         block = slice(start, start + _BLOCK_ENTRIES)
         shared = membership[rows[block]].multiply(membership[columns[block]]).sum(axis=1) > 0
         captured += float(masses[block][shared].sum())
     total = float(masses.sum())
-    return (captured / total if total else float("nan")), _chance(groups)
+    share = captured / total if total else float("nan")
+    return share, _chance(groups)
 
 
-def captured_unlabelled(groups: ClassGroups, statistics) -> tuple[float, float]:
-    """captured_confusion of the errors that the predictions themselves expect; needs no labels."""
+def captured_unlabelled(
+    groups: ClassGroups, statistics: PredictionStatistics
+) -> tuple[float, float]:
+    """`captured_confusion` of the errors that the predictions themselves expect.
+
+    Parameters
+    ----------
+    groups : ClassGroups
+    statistics : PredictionStatistics
+        No labels are needed.
+
+    Returns
+    -------
+    share, chance : float
+    """
     return captured_confusion(groups, statistics.expected_confusion)
 
 
-def forecast(groups: ClassGroups, statistics) -> list[dict]:
-    """What a perfect specialist for each group could heal, in shares of all examples.
+def forecast(groups: ClassGroups, statistics: PredictionStatistics) -> list[GroupForecast]:
+    """What a perfect specialist for each group could fix.
 
-    Per group: "classes" |S|; "examples" with a label in S; "errors_inside", those whose most probable class is a wrong
-    one of S; "gain" = errors_inside / examples with any label; "gain_unlabelled", the same as the predictions expect.
-    Without labels the three that need them are None.  Gains of overlapping groups may count an error twice.
+    Parameters
+    ----------
+    groups : ClassGroups
+    statistics : PredictionStatistics
+
+    Returns
+    -------
+    list of GroupForecast
+        One for each group. Without labels what needs them is None. Gains of overlapping groups may
+        count an error twice.
+
+    Raises
+    ------
+    ValueError
+        If groups and statistics are of different numbers of classes.
     """
-    labelled, n = statistics.num_labelled, statistics.num_examples
-    inside, examples = _inside(groups, statistics.confusion)
-    expected, _ = _inside(groups, statistics.expected_confusion)
-    return [
-        {
-            "classes": int(groups.sizes[g]),
-            "examples": round(float(examples[g])) if labelled else None,
-            "errors_inside": round(float(inside[g])) if labelled else None,
-            "gain": float(inside[g]) / labelled if labelled else None,
-            "gain_unlabelled": float(expected[g]) / n if n else 0.0,
+    num_labelled, num_examples = statistics.num_labelled, statistics.num_examples
+    inside, examples = _masses_inside(groups, statistics.confusion)
+    expected, _ = _masses_inside(groups, statistics.expected_confusion)
+    rows: list[GroupForecast] = []
+    for group, size in enumerate(groups.sizes):
+        row: GroupForecast = {
+            "classes": int(size),
+            "examples": None,
+            "errors_inside": None,
+            "gain": None,
+            "gain_unlabelled": float(expected[group]) / max(num_examples, 1),
         }
-        for g in range(len(groups))
-    ]
+        if num_labelled:
+            row["examples"] = round(float(examples[group]))
+            row["errors_inside"] = round(float(inside[group]))
+            row["gain"] = float(inside[group]) / num_labelled
+        rows.append(row)
+    return rows
 
 
-def forecast_table(rows: list[dict], skipped=(), most: int = 40) -> list[str]:
-    """A forecast as lines of text, the group most worth a job first; beyond `most` groups the rest is one line.
-
-    rows: what forecast returned; without labels the order is of "gain_unlabelled".  skipped: groups that get no job.
-    """
-    labelled = rows[0]["gain"] is not None
-    order = sorted(
-        range(len(rows)), key=lambda g: -rows[g]["gain" if labelled else "gain_unlabelled"]
-    )
-    lines = ["group  classes  examples  errors inside  gain at most  expected"]
-    for g in order[:most]:
-        row = rows[g]
-        counts = [f"{row[key]:,}" if labelled else "-" for key in ("examples", "errors_inside")]
-        gains = f"{row['gain']:.2%}" if labelled else "-", f"{row['gain_unlabelled']:.2%}"
-        line = f"{g:5d}  {row['classes']:7,}  {counts[0]:>8}  {counts[1]:>13}  {gains[0]:>12}  {gains[1]:>8}"
-        lines.append(line + ("  skipped" if g in skipped else ""))
-    rest = order[most:]
-    if rest:
-        best = max(rows[g]["gain" if labelled else "gain_unlabelled"] for g in rest)
-        left_out = len(set(rest) & set(skipped))
-        lines.append(
-            f"... and {len(rest):,} more of at most {best:.2%} each, {left_out:,} of them skipped"
-        )
-    return lines
-
-
-def _inside(groups: ClassGroups, confusion) -> tuple[np.ndarray, np.ndarray]:
-    """Per group [G]: mass of errors with both classes inside, and mass of everything whose true class is inside."""
-    confusion = _as_csr(confusion, groups).astype(np.float64)
-    membership = groups.membership().astype(np.float64)
+def _masses_inside(groups: ClassGroups, confusion: csr_array) -> tuple[np.ndarray, np.ndarray]:
+    """Per group [G]: mass of errors with both classes inside; mass of all whose true class is."""
+    confusion = csr_array(_checked_confusion(confusion, groups), dtype=np.float64)
+    membership = csr_array(groups.membership(), dtype=np.float64)
     truths = membership.T @ confusion.sum(axis=1)
-    errors = confusion - _diagonal(confusion)
-    return np.asarray((errors @ membership).multiply(membership).sum(axis=0)).ravel(), np.asarray(
-        truths
-    ).ravel()
+    errors = csr_array(confusion - _diagonal(confusion))
+    inside = csr_array(errors @ membership).multiply(membership).sum(axis=0)
+    return np.asarray(inside).ravel(), np.asarray(truths).ravel()
 
 
 def _diagonal(matrix: csr_array) -> csr_array:
-    indices = np.arange(matrix.shape[0])
-    return csr_array((matrix.diagonal(), (indices, indices)), shape=matrix.shape)
+    diagonal = matrix.diagonal()
+    indices = np.arange(len(diagonal))
+    return csr_array((diagonal, (indices, indices)), shape=matrix.shape)
 
 
 def _chance(groups: ClassGroups) -> float:
     """Share of the unordered pairs of classes that have a group in common.
 
-    Classes with the same memberships behave alike, so pairs of membership patterns are counted, not pairs of classes.
+    Classes with the same memberships behave alike, so it counts pairs of membership patterns, not
+    pairs of classes.
     """
     num_classes = groups.num_classes
     if num_classes < 2:
         return float("nan")
-    membership = groups.membership()
-    patterns, counts = _patterns(membership)
+    patterns, counts = _patterns(groups.membership(), len(groups))
     pairs = float((counts * (counts - 1)).sum())  # ordered, inside one pattern
-    block = max(1, _BLOCK_ENTRIES // max(1, int(groups.sizes.max())))
+    patterns_per_block = max(1, _BLOCK_ENTRIES // max(1, int(groups.sizes.max())))
     transposed = patterns.T.tocsr()
-    for start in range(0, patterns.shape[0], block):
-        met = (patterns[start : start + block] @ transposed).tocoo()
+    for start in range(0, len(counts), patterns_per_block):
+        met = (patterns[start : start + patterns_per_block] @ transposed).tocoo()
         i, j = met.coords
         i = i + start
         pairs += float((counts[i] * counts[j])[i != j].sum())
     return pairs / (num_classes * (num_classes - 1))
 
 
-def _patterns(membership: csr_array) -> tuple[csr_array, np.ndarray]:
-    """The distinct non-empty rows of a bool csr [C, G], as int32 csr [K, G], and how often each occurs, float64 [K]."""
+def _patterns(membership: csr_array, num_groups: int) -> tuple[csr_array, np.ndarray]:
+    """The distinct non-empty rows of a bool csr [C, G], and how often each occurs, float64 [K].
+
+    Returns the rows as int32 csr [K, G].
+    """
     membership.sort_indices()
-    lengths = np.diff(membership.indptr)
-    pieces, counts = [], []
+    columns, starts = membership.indices, membership.indptr
+    assert columns is not None and starts is not None
+    lengths = np.diff(starts)
+    patterns, counts = [], []
     for length in np.unique(lengths[lengths > 0]):
-        starts = membership.indptr[:-1][lengths == length]
+        first = starts[:-1][lengths == length]
         rows, count = np.unique(
-            membership.indices[starts[:, None] + np.arange(length)], axis=0, return_counts=True
+            columns[first[:, None] + np.arange(length)], axis=0, return_counts=True
         )
-        pieces.append(rows)
+        patterns.append(rows)
         counts.append(count)
-    lengths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in pieces])
+    lengths = np.concatenate([np.full(len(rows), rows.shape[1]) for rows in patterns])
     pointers = np.concatenate([[0], np.cumsum(lengths)])
-    indices = np.concatenate([rows.ravel() for rows in pieces])
-    shape = (len(lengths), membership.shape[1])
-    return csr_array(
-        (np.ones(len(indices), np.int32), indices, pointers), shape=shape
-    ), np.concatenate(counts).astype(float)
+    indices = np.concatenate([rows.ravel() for rows in patterns])
+    ones = np.ones(len(indices), np.int32)
+    matrix = csr_array((ones, indices, pointers), shape=(len(lengths), num_groups))
+    return matrix, np.concatenate(counts).astype(float)
 
 
-def _as_csr(confusion, groups: ClassGroups) -> csr_array:
-    confusion = csr_array(confusion)
-    if confusion.shape != (groups.num_classes,) * 2:
+def _checked_confusion(confusion: Confusion, groups: ClassGroups) -> csr_array:
+    matrix = csr_array(confusion)
+    if matrix.shape != (groups.num_classes, groups.num_classes):
         raise ValueError(
-            f"the confusion is {confusion.shape}, the groups are of {groups.num_classes} classes"
+            f"the confusion is {matrix.shape}, the groups are of {groups.num_classes} classes"
         )
-    return confusion
+    return matrix

@@ -1,18 +1,56 @@
-"""Many opinions, one distribution: a generalist's and its specialists' predictions, combined."""
+"""Many predictions, one distribution: a generalist's and its specialists', combined."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from .choices import COMBINERS, Combiner, combiner
+    from .combine import combine_kl
+    from .deep_ensemble import DeepEnsemble, load_ensemble
+    from .export import EnsembleProgram, export_bundle, export_onnx, export_program
+    from .fitting import fit_shift, fit_temperature, fit_temperatures, fit_weights
+    from .gating import gate
+    from .settings import EnsembleSettings
+    from .sparse import combine_kl_sparse
+    from .specialist_ensemble import EnsembleOutput, SpecialistEnsemble
+
+__all__ = [
+    "COMBINERS",
+    "Combiner",
+    "DeepEnsemble",
+    "EnsembleOutput",
+    "EnsembleProgram",
+    "EnsembleSettings",
+    "SpecialistEnsemble",
+    "combine_kl",
+    "combine_kl_sparse",
+    "combiner",
+    "export_bundle",
+    "export_onnx",
+    "export_program",
+    "fit_shift",
+    "fit_temperature",
+    "fit_temperatures",
+    "fit_weights",
+    "gate",
+    "load_ensemble",
+]
+
+# Where each name is defined; its module is imported when the name is first used.
 _HOMES = {
     "combine_kl": "combine",
     "combine_kl_sparse": "sparse",
     "gate": "gating",
-    "COMBINERS": "pooling",
+    "COMBINERS": "choices",
+    "Combiner": "choices",
+    "combiner": "choices",
     "fit_weights": "fitting",
     "fit_temperature": "fitting",
     "fit_temperatures": "fitting",
     "fit_shift": "fitting",
     "SpecialistEnsemble": "specialist_ensemble",
     "EnsembleOutput": "specialist_ensemble",
+    "EnsembleSettings": "settings",
     "DeepEnsemble": "deep_ensemble",
     "load_ensemble": "deep_ensemble",
     "EnsembleProgram": "export",
@@ -20,7 +58,6 @@ _HOMES = {
     "export_program": "export",
     "export_onnx": "export",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):

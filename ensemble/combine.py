@@ -1,19 +1,28 @@
-"""Eq. 5 of Hinton, Vinyals and Dean 2015, solved exactly: the passes over B x C.  newton.py has the mathematics.
+"""Eq. 5 of Hinton, Vinyals and Dean 2015, solved exactly: read, solve, write.
 
-Legend: B rows, C classes, M specialists; in a block n rows, k active specialists, U classes in any of them, P patterns.
+The passes over B x C are here.  newton.py has the mathematics of the solution, and patterns.py the
+index tensors that lead from classes to the few unknowns and back.
+
+Legend: B rows, C classes, M specialists.  In a block n rows, k active specialists, U classes in any
+of them (their union), P patterns.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .newton import factors, pattern_masses
-from .patterns import PaddedIndex, SharedIndex, set_patterns
+from clustering.groups import ClassGroups
+
+from .newton import Scaling, solve
+from .patterns import PaddedIndex, PatternIndex, SharedIndex, set_patterns
 from .predictions import (
+    Naming,
+    SpecialistInput,
     SpecialistPredictions,
+    Weights,
     active_sets,
     check_no_negative,
     check_sums,
@@ -21,288 +30,447 @@ from .predictions import (
     checked_general,
     checked_weights,
     read_predictions,
+    without_dustbin,
 )
 
 METHODS = ("newton", "newton-fixed")
-FIXED_STEPS = 16
 # How far the optimum's conditions may be off, as masses (newton.py).
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
 # Rows that are read twice, or written twice, before the next ones push them out of the cache.
 ROWS_IN_CACHE = 32
-# A set that so many rows share gets index tensors of its own; rows with rarer sets are padded to each other.
+# A set that so many rows share gets index tensors of its own; rows with rarer sets are padded.
 ROWS_TO_SHARE = 32
 
 
 def combine_kl(
-    p_general: Tensor, p_special, groups, active=None, weights=None, method: str = "newton"
+    p_general: Tensor,
+    p_special: SpecialistInput,
+    groups: ClassGroups,
+    active: Tensor | None = None,
+    weights: Weights | None = None,
+    method: str = "newton",
 ) -> Tensor:
-    """Distribution q minimising w_0 KL(p_g, q) + sum over active m of w_m KL(p_m, q).  Hinton et al. 2015, eq. 5.
+    """Distribution q minimising w_0 KL(p_g, q) + sum over active m of w_m KL(p_m, q).
 
     In KL(p_m, q) the mass that q has outside S_m is compared with p_m's dustbin.
-    p_general: [B, C], rows sum to 1.  groups: ClassGroups.
-    p_special[m]: [B, |S_m| + 1], column j is class groups.members[m][j], the dustbin last; or (rows, [len(rows), |S_m|
-    + 1]); or None where no row is active.  With S_m = every class the dustbin is dropped and the rest renormalised.
-    active: [B, M] bool, None is all.  A specialist's rows that are not active are never read.
-    weights: [1 + M], the generalist's first; None is all 1.
-    method: "newton", or "newton-fixed": FIXED_STEPS steps without a line search, the same for every input.
-    Returns q [B, C] in p_general's dtype, differentiable in probabilities and weights; where nothing is active q is
-    p_general.
-    Dustbin mass where nobody else leaves any outside S_m is spread evenly over the classes outside.
-    Raises ValueError for shapes that disagree, rows that do not sum to 1 (opinions.SUM_TOLERANCE), NaN in rows that are
-    read, an empty group, an unknown method.  Negative entries are looked for in the specialists' rows and the
-    generalist's sums.
+
+    Parameters
+    ----------
+    p_general : Tensor [B, C]
+        The generalist's probabilities.  Each row sums to 1.
+    p_special : sequence of M entries
+        Entry m is [B, |S_m| + 1].  Column j is class `groups.members[m][j]`; the dustbin is last.
+        Or `(rows, [len(rows), |S_m| + 1])`; or None where no row is active for m.
+        With S_m = every class the dustbin is dropped and the rest renormalised.
+    groups : ClassGroups
+        The classes of each specialist.
+    active : bool Tensor [B, M], optional
+        Which specialists count in which row.  None is all.  A specialist's rows that are not active
+        are never read.
+    weights : [1 + M], optional
+        w, the generalist's first.  None is all 1.
+    method : {"newton", "newton-fixed"}
+        "newton-fixed" takes a fixed number of steps without a line search, the same operations for
+        every input.
+
+    Returns
+    -------
+    Tensor [B, C]
+        q in p_general's dtype, differentiable in probabilities and weights.  A row without an
+        active specialist is p_general's.  Dustbin mass where nobody else leaves any outside S_m is
+        spread evenly over the classes outside.
+
+    Raises
+    ------
+    ValueError
+        For shapes that disagree, rows that do not sum to 1 (within `predictions.SUM_TOLERANCE`),
+        NaN in rows that are read, an empty group and an unknown method.  Negative entries are
+        looked for in the specialists' rows and the generalist's sums.
+
+    References
+    ----------
+    Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural network", eq. 5.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from clustering import ClassGroups
+    >>> groups = ClassGroups([[0, 1]], num_classes=4)
+    >>> p_general = torch.tensor([[0.4, 0.2, 0.3, 0.1]])
+    >>> combine_kl(p_general, [torch.tensor([[0.5, 0.3, 0.2]])], groups)
+    tensor([[0.4500, 0.2500, 0.2250, 0.0750]])
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r} is unknown; it must be one of {', '.join(METHODS)}")
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)
-    opinions = read_predictions(p_special, groups, active, g.dtype, dtype)
-    steps = FIXED_STEPS if method == "newton-fixed" else None
-    return combined(Job(groups, weights, opinions, dtype, steps), g, active).to(dtype)
+    special = read_predictions(p_special, groups, active, g.dtype, dtype)
+    tolerance = TOLERANCE[g.dtype] if method == "newton" else None
+    return combine_rows(Problem(groups, special, weights, dtype, tolerance), g, active).to(dtype)
+
+
+class GeneralLayout(Protocol):
+    """Where a generalist's rows do not hold the C classes in order."""
+
+    def columns(self, classes: Tensor, rows: Tensor | None) -> Tensor:
+        """The columns of `classes` [n, U] in `rows` (None: every row, in order)."""
+        ...
+
+    def classes_per_column(self, rows: Tensor | None) -> Tensor:
+        """[n, columns], how many classes each column is the sum of."""
+        ...
 
 
 @dataclass
-class Job:
+class Problem:
     """What all blocks have in common.
 
-    dtype: that the caller's probabilities had; it decides how far a sum may be off.  steps: of "newton-fixed", else
-    None.
-    columns: where a generalist's row does not hold the C classes in order: (classes [n, U], rows) -> their columns in
-    it.
-    stands_for: [B, columns], how many classes a column is the sum of; None is one.
+    dtype: that the caller's probabilities had; it decides how far a sum may be off.
+    tolerance: None is a fixed number of steps (newton.py).
     """
 
-    groups: object
+    groups: ClassGroups
+    special: SpecialistPredictions
     weights: Tensor | None
-    opinions: SpecialistPredictions
     dtype: torch.dtype
-    steps: int | None = None
-    columns: Callable[[Tensor, Tensor], Tensor] | None = None
-    stands_for: Tensor | None = None
+    tolerance: float | None
+    layout: GeneralLayout | None = None
+
+    def is_learning(self, g: Tensor) -> bool:
+        """Whether somebody may ask for the gradient."""
+        if not torch.is_grad_enabled():
+            return False
+        weights_learn = self.weights is not None and self.weights.requires_grad
+        return g.requires_grad or self.special.requires_grad or weights_learn
 
 
-def combined(job: Job, g: Tensor, active: Tensor) -> Tensor:
+def combine_rows(problem: Problem, g: Tensor, active: Tensor) -> Tensor:
     """q of every row, block by block."""
     blocks, order = _blocks(*active_sets(active))
     if not blocks:
         return g.clone()
     if order is None:
-        return _combined(job, g, blocks[0], ours=False)
-    order = torch.from_numpy(order).to(g.device)
-    pieces = g.index_select(0, order).split([len(block.rows) for block in blocks])
-    done = [
-        _combined(job, piece, block, ours=True) for piece, block in zip(pieces, blocks, strict=True)
+        return _combine_block(problem, g, blocks[0], owned=False)
+    row_order = torch.from_numpy(order).to(g.device)
+    pieces = g.index_select(0, row_order).split([len(block.rows) for block in blocks])
+    combined = [
+        _combine_block(problem, piece, block, owned=True)
+        for piece, block in zip(pieces, blocks, strict=True)
     ]
-    return torch.cat(done).index_select(0, torch.argsort(order))
+    return torch.cat(combined).index_select(0, torch.argsort(row_order))
+
+
+# ---- blocks of rows
 
 
 @dataclass
 class Block:
-    """Rows that are solved together: k specialists are active in each; one set for all, or a set per row."""
+    """Rows that are solved together.  As many specialists are active in each.
+
+    rows: their numbers.  set_of_row: int64 [n], index into sets; None: all rows have sets[0].
+    """
 
     rows: np.ndarray
     sets: list[tuple[int, ...]]
-    which: np.ndarray | None  # int64 [n]: index into sets; None: all rows have sets[0]
+    set_of_row: np.ndarray | None
 
 
 def _blocks(
-    sets: list[tuple[int, ...]], which: np.ndarray
+    sets: list[tuple[int, ...]], set_of_row: np.ndarray
 ) -> tuple[list[Block], np.ndarray | None]:
-    """The blocks, and the order of rows that makes each contiguous (None: there is one block, and the order is what it
-    was)."""
-    if len(sets) <= 1:
-        return [Block(np.arange(len(which)), sets, None)] if sets else [], None
-    # Of each block, its sets: a frequent one is alone, rare ones are together with others of their size.
-    members: dict = {}
-    rows_of_set = np.bincount(which, minlength=len(sets))
-    for number, chosen in enumerate(sets):
-        shared = rows_of_set[number] >= ROWS_TO_SHARE or not chosen
-        members.setdefault(chosen if shared else len(chosen), []).append(number)
-    block_of_set, place_in_block = (
-        np.empty(len(sets), dtype=np.int64),
-        np.empty(len(sets), dtype=np.int64),
-    )
-    for block, numbers in enumerate(members.values()):
-        block_of_set[numbers], place_in_block[numbers] = block, np.arange(len(numbers))
-    order = np.argsort(block_of_set[which], kind="stable")
-    lengths = np.bincount(block_of_set[which], minlength=len(members))
-    blocks, start = [], 0
-    for numbers, length in zip(members.values(), lengths, strict=True):
-        rows = order[start : start + length]
-        start += length
-        which_of = place_in_block[which[rows]] if len(numbers) > 1 else None
-        blocks.append(Block(rows, [sets[number] for number in numbers], which_of))
+    """The blocks, and the order of rows that makes each contiguous.
+
+    The order is None where there is one block and its rows stay where they are.
+    """
+    if not sets:
+        return [], None
+    if len(sets) == 1:
+        return [Block(np.arange(len(set_of_row)), sets, None)], None
+    sets_of_block = _sets_of_blocks(sets, np.bincount(set_of_row, minlength=len(sets)))
+    block_of_set = np.empty(len(sets), dtype=np.int64)
+    index_in_block = np.empty(len(sets), dtype=np.int64)
+    for block, indices in enumerate(sets_of_block):
+        block_of_set[indices] = block
+        index_in_block[indices] = np.arange(len(indices))
+    block_of_row = block_of_set[set_of_row]
+    order = np.argsort(block_of_row, kind="stable")
+    ends = np.cumsum(np.bincount(block_of_row, minlength=len(sets_of_block)))
+    blocks = []
+    for indices, rows in zip(sets_of_block, np.split(order, ends[:-1]), strict=True):
+        own = index_in_block[set_of_row[rows]] if len(indices) > 1 else None
+        blocks.append(Block(rows, [sets[index] for index in indices], own))
     return blocks, order if len(blocks) > 1 else None
 
 
-def _combined(job: Job, g: Tensor, block: Block, ours: bool) -> Tensor:
-    """q [n, C] of one block whose generalist rows are g [n, C].  ours: g is a copy that may be overwritten."""
-    n, device = len(g), g.device
-    learning = (
-        g.requires_grad
-        or job.opinions.requires_grad
-        or (job.weights is not None and job.weights.requires_grad)
-    )
-    differentiable = torch.is_grad_enabled() and learning
+def _sets_of_blocks(sets: list[tuple[int, ...]], rows_of_set: np.ndarray) -> list[list[int]]:
+    """Of each block, the indices of its sets.
 
-    def named(position) -> str:
-        return f"row {block.rows[position[0]]} of p_general"
+    A frequent set is alone; rare ones are together with others of their size.
+    """
+    by_key: dict[tuple[int, ...] | int, list[int]] = {}
+    for index, specialists in enumerate(sets):
+        alone = rows_of_set[index] >= ROWS_TO_SHARE or not specialists
+        by_key.setdefault(specialists if alone else len(specialists), []).append(index)
+    return list(by_key.values())
 
+
+def _combine_block(problem: Problem, g: Tensor, block: Block, owned: bool) -> Tensor:
+    """q [n, C] of the rows g [n, C] of one block.  owned: g is a copy that may be overwritten."""
     if not block.sets[0]:
-        check_sums(g.sum(1), job.dtype, named)
-        return g if ours else g.clone()
-    rows = torch.from_numpy(block.rows).to(device) if ours else None
-    if block.which is None:
-        index = set_patterns(job.groups, block.sets[0]).on(device, g.dtype, job.groups.num_classes)
-        slots = torch.tensor(block.sets, device=device).expand(n, -1)
-        parts = job.opinions.side_by_side(block.sets[0], rows)
-        said = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-        same_width = len(set(index.widths)) == 1
-        sums = (
-            said.unflatten(1, (len(parts), -1)).sum(2)
-            if same_width
-            else torch.stack([x.sum(1) for x in parts], 1)
-        )
-        dustbin = said.index_select(1, index.dustbins).double()
-        lowest = said.amin(1, keepdim=True)  # one for all of a row's opinions
-    else:
-        which = torch.from_numpy(block.which).to(device)
-        index = PaddedIndex(
-            [set_patterns(job.groups, s) for s in block.sets], which, device, job.opinions.width
-        )
-        slots = torch.tensor(block.sets, device=device).index_select(0, which)
-        said = job.opinions.padded(slots, rows)
-        sizes = torch.tensor([len(members) for members in job.groups.members], device=device)
-        dustbin = said.gather(2, sizes[slots][..., None])[..., 0].double()
-        sums, lowest = said.sum(2), said.amin(2)
-        said = said.flatten(1)
-
-    def specialist_named(position) -> str:
-        return f"row {block.rows[position[0]]} of p_special[{int(slots[position])}]"
-
-    check_sums(sums, job.dtype, specialist_named)
-    check_no_negative(lowest, lambda position: f"row {block.rows[position[0]]} of p_special")
-    w_general = 1.0
-    if job.weights is not None:
-        w_general, w_special = job.weights[0], job.weights[1:][slots]
-        _check_some_weight(w_general + w_special.sum(1), block)
-        dustbin = dustbin * w_special
-        said = said * _per_column(w_special.to(said.dtype), index, job.opinions.width)
-
-    # a [n, U]: what generalist and specialists say together, on the union of the active groups.
-    # Its columns are unique in a row, but for padding, which names a column of the row again and must add nothing
-    # there.
-    columns = index.classes.expand(n, -1)
-    if job.columns is not None:
-        columns = job.columns(columns, slice(None) if rows is None else rows)
-    one_sweep = isinstance(index, SharedIndex) and job.columns is None
-    if one_sweep and not differentiable:
-        outside, on_union = _read(g, index)
-    else:
-        on_union = g.gather(1, columns)
-    a = said.gather(1, index.source.expand(n, -1))
-    a = (
-        a + w_general * on_union
-        if differentiable
-        else a.add_(on_union if job.weights is None else w_general * on_union)
+        check_sums(g.sum(1), problem.dtype, _row_naming(block))
+        return g if owned else g.clone()
+    rows = torch.from_numpy(block.rows).to(g.device) if owned else None
+    index = _index_of(problem, block, g)
+    mode = Mode(
+        owned=owned,
+        learning=problem.is_learning(g),
+        sweep=isinstance(index, SharedIndex) and problem.layout is None,
     )
-    if index.more_at.shape[1]:
-        more = said.gather(1, index.more_source.expand(n, -1))
-        more = more if isinstance(index, SharedIndex) else more * index.more_real
-        a = a.scatter_add_(1, index.more_at.expand(n, -1), more)
-    # The generalist's mass outside is summed as such: one minus the rest would be noise where it is sure of a class
-    # inside.
-    inside = index.pattern_sums(a)
-    if isinstance(index, PaddedIndex):
-        on_union = on_union * index.real
-    if one_sweep:
-        rest, outside = g, g @ index.outside_all if differentiable else outside
-    else:
-        nothing = torch.zeros((), dtype=g.dtype, device=device).expand(columns.shape)
-        rest = (
-            g.scatter_(1, columns, nothing)
-            if ours and not differentiable
-            else g.scatter(1, columns, nothing)
-        )
-        ours, outside = True, rest.sum(1)
-    general = outside + on_union.sum(1)
-    A = torch.cat([(outside.double() * w_general)[:, None], inside.double()], 1)
-    check_sums(general, job.dtype, named)
-    check_no_negative(A, named)
-
-    # Divided by the mass that is really there, and not by the sum of the weights, q sums to one whatever the rows sum
-    # to.
-    mass = A.sum(1, keepdim=True) + dustbin.sum(1, keepdim=True)
-    Y = pattern_masses(A / mass, dustbin / mass, index.members, TOLERANCE[g.dtype], job.steps)
-    factor, even = factors(A / mass, Y, index.members)
-    factor = factor / mass
-    on_rest = (factor[:, :1] * w_general).to(g.dtype)
-    factor_of = (
-        torch.cat([factor, factor.new_zeros(n, 1)], 1)
-        .to(g.dtype)
-        .gather(1, index.pattern.expand(n, -1))
-    )
-    if differentiable:
-        rest, a = rest * on_rest, a * factor_of
-        q = rest.scatter(1, columns, a) if one_sweep else rest.scatter_add(1, columns, a)
-    elif one_sweep:
-        q = _written(
-            rest, on_rest, a.mul_(factor_of), index, rest if ours else torch.empty_like(rest)
-        )
-    else:
-        rest, a = rest.mul_(on_rest) if ours else rest * on_rest, a.mul_(factor_of)
-        q = rest.scatter_add_(1, columns, a)
-    if not bool((even > 0).any()):
+    joined = _read(problem, g, block, rows, index, mode)
+    scaling = solve(joined.masses, joined.dustbins, index.membership, problem.tolerance)
+    q = _write(joined, scaling, index, mode)
+    if not bool((scaling.even > 0).any()):
         return q
-    stands_for = (
-        None if job.stands_for is None else job.stands_for[slice(None) if rows is None else rows]
-    )
-    return _spread(q, even.to(q.dtype), index, columns, stands_for)
+    classes_per_column = torch.ones_like(q)
+    if problem.layout is not None:
+        classes_per_column = problem.layout.classes_per_column(rows)
+    return _spread(q, scaling, index, joined.columns, classes_per_column)
 
 
-def _read(g: Tensor, index: SharedIndex) -> tuple[Tensor, Tensor]:
-    """The generalist's mass outside the union [n], and its probabilities in it [n, U], while a few rows are in the
-    cache."""
-    outside, on_union = g.new_empty(len(g)), g.new_empty(len(g), index.classes.shape[1])
-    for rows, left, there in zip(
-        *(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True
-    ):
-        torch.mv(rows, index.outside_all, out=left)
-        torch.gather(rows, 1, index.classes.expand(len(rows), -1), out=there)
-    return outside, on_union
+def _index_of(problem: Problem, block: Block, g: Tensor) -> PatternIndex:
+    groups = problem.groups
+    if block.set_of_row is None:
+        return set_patterns(groups, block.sets[0]).on(g.device, g.dtype, groups.num_classes)
+    sets = [set_patterns(groups, specialists) for specialists in block.sets]
+    set_of_row = torch.from_numpy(block.set_of_row).to(g.device)
+    return PaddedIndex(sets, set_of_row, g.device, problem.special.width, groups)
 
 
-def _written(g: Tensor, factor: Tensor, on_union: Tensor, index: SharedIndex, q: Tensor) -> Tensor:
-    """q = g times factor [n, 1], but for the union, where it is on_union; likewise."""
-    parts = zip(*(x.split(ROWS_IN_CACHE) for x in (g, factor, on_union, q)), strict=True)
-    for rows, by, there, to in parts:
-        torch.mul(rows, by, out=to)
-        to.scatter_(1, index.classes.expand(len(rows), -1), there)
-    return q
+@dataclass
+class Mode:
+    """How a block's [n, C] rows are read and written; the results are the same.
+
+    owned: the generalist's rows are a copy that may be overwritten.
+    learning: nothing may be overwritten that the gradient needs.
+    sweep: the union's columns are the same in every row and ascend, so that a row is read and
+    written in one go.
+    """
+
+    owned: bool
+    learning: bool
+    sweep: bool
 
 
-def _per_column(w_special: Tensor, index, width: int) -> Tensor:
-    """Each active specialist's weight [n, k], at every column of its opinion."""
-    if isinstance(index, SharedIndex):
-        return w_special[:1].repeat_interleave(
-            torch.tensor(index.widths, device=w_special.device), dim=1
-        )
-    return w_special.repeat_interleave(width, dim=1)
+# ---- read
+
+
+class General(NamedTuple):
+    """What the generalist predicts: on_union [n, U], and outside [n], the sum over all others.
+
+    rest: [n, C], its rows.  Without a sweep the union's columns are 0.
+    """
+
+    on_union: Tensor
+    outside: Tensor
+    rest: Tensor
+
+
+class Joined(NamedTuple):
+    """What generalist and specialists predict together, weighted and added.
+
+    columns: [n, U], where the union's classes are in a row of the generalist.  They are distinct,
+        but for padding, which names a column of the row again and adds nothing there.
+    on_union: [n, U], of each class.
+    rest: [n, C], as General has it, not weighted.  general_weight: of the generalist; None is 1.
+    masses: A [n, P], summed over each pattern, float64.
+    dustbins: d [n, k], float64.
+    """
+
+    columns: Tensor
+    on_union: Tensor
+    rest: Tensor
+    general_weight: Tensor | float | None
+    masses: Tensor
+    dustbins: Tensor
+
+
+def _read(
+    problem: Problem,
+    g: Tensor,
+    block: Block,
+    rows: Tensor | None,
+    index: PatternIndex,
+    mode: Mode,
+) -> Joined:
+    """Gather and check a block's predictions, weigh them and add them."""
+    values, dustbins, sums, lowest = index.read(problem.special, rows)
+    check_sums(sums, problem.dtype, _specialist_naming(block, index))
+    check_no_negative(lowest, lambda at: f"row {block.rows[at[0]]} of p_special")
+    general_weight = None
+    if problem.weights is not None:
+        general_weight = problem.weights[0]
+        w_special = problem.weights[1:][index.slots.expand(len(g), -1)]
+        _check_some_weight(general_weight + w_special.sum(1), block)
+        dustbins = dustbins * w_special
+        if isinstance(index, SharedIndex):
+            w_special = w_special[:1]  # the same in every row
+        values = values * index.per_column(w_special.to(values.dtype))
+
+    columns = index.classes.expand(len(g), -1)
+    if problem.layout is not None:
+        columns = problem.layout.columns(columns, rows)
+    general = _read_general(g, columns, index, mode)
+    joined = _join(general, general_weight, values, dustbins, columns, index)
+    total = general.outside + index.without_padding(general.on_union).sum(1)
+    check_sums(total, problem.dtype, _row_naming(block))
+    check_no_negative(joined.masses, _row_naming(block))
+    return joined
+
+
+def _read_general(g: Tensor, columns: Tensor, index: PatternIndex, mode: Mode) -> General:
+    # The generalist's mass outside is summed as such: one minus the rest would be noise where it is
+    # sure of a class inside.
+    if mode.sweep:
+        assert isinstance(index, SharedIndex)
+        if not mode.learning:
+            return _sweep_read(g, index)
+        return General(g.gather(1, columns), g @ index.outside_all, g)
+    on_union = g.gather(1, columns)
+    zeros = g.new_zeros(()).expand(columns.shape)
+    if mode.owned and not mode.learning:
+        rest = g.scatter_(1, columns, zeros)
+    else:
+        rest = g.scatter(1, columns, zeros)
+    return General(on_union, rest.sum(1), rest)
+
+
+def _sweep_read(g: Tensor, index: SharedIndex) -> General:
+    """Read twice while a few rows are in the cache."""
+    on_union = g.new_empty(len(g), index.classes.shape[1])
+    outside = g.new_empty(len(g))
+    parts = zip(*(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True)
+    for rows, rows_outside, rows_on_union in parts:
+        torch.mv(rows, index.outside_all, out=rows_outside)
+        torch.gather(rows, 1, index.classes.expand(len(rows), -1), out=rows_on_union)
+    return General(on_union, outside, g)
+
+
+def _join(
+    general: General,
+    general_weight: Tensor | float | None,
+    values: Tensor,
+    dustbins: Tensor,
+    columns: Tensor,
+    index: PatternIndex,
+) -> Joined:
+    """Add the generalist's predictions and the specialists', values [n, L] that are weighted."""
+    first = index.first(values)
+    weighted = general.on_union if general_weight is None else general_weight * general.on_union
+    on_union = index.add_further(first.add_(weighted), values)
+    inside = index.pattern_sums(on_union)
+    outside = general.outside.double()
+    if general_weight is not None:
+        outside = outside * general_weight
+    masses = torch.cat([outside[:, None], inside.double()], 1)
+    return Joined(columns, on_union, general.rest, general_weight, masses, dustbins)
 
 
 def _check_some_weight(total: Tensor, block: Block) -> None:
     if bool((total <= 0).any()):
         row = int(block.rows[int((total <= 0).nonzero()[0, 0])])
         raise ValueError(
-            f"the generalist and all specialists active in row {row} have weight 0; give one of them some"
+            f"the generalist and all specialists active in row {row} have weight 0; "
+            "give one of them some"
         )
 
 
-def _spread(q: Tensor, even: Tensor, index, columns: Tensor, stands_for: Tensor | None) -> Tensor:
-    """q and, for every class, what its pattern's classes get beside: even [n, P]."""
-    on_union = torch.cat([even, even.new_zeros(len(q), 1)], 1).gather(
-        1, index.pattern.expand(len(q), -1)
-    )
-    fill = even[:, :1] * (torch.ones_like(q) if stands_for is None else stands_for)
-    return q + fill.scatter(1, columns, 0.0).scatter_add(1, columns, on_union)
+def _row_naming(block: Block) -> Naming:
+    return lambda position: f"row {block.rows[position[0]]} of p_general"
+
+
+def _specialist_naming(block: Block, index: PatternIndex) -> Naming:
+    def naming(position: tuple[int, ...]) -> str:
+        specialist = int(index.slots.expand(len(block.rows), -1)[position])
+        return f"row {block.rows[position[0]]} of p_special[{specialist}]"
+
+    return naming
+
+
+# ---- write
+
+
+def _write(joined: Joined, scaling: Scaling, index: PatternIndex, mode: Mode) -> Tensor:
+    """q [n, C]: what was joined, each pattern multiplied by its factor."""
+    columns, on_union, rest = joined.columns, joined.on_union, joined.rest
+    factor = scaling.factor
+    on_rest = factor[:, :1]
+    if joined.general_weight is not None:
+        on_rest = on_rest * joined.general_weight
+    on_rest = on_rest.to(rest.dtype)
+    factors = index.of_union(factor.to(rest.dtype))
+    if mode.learning:
+        rest = rest * on_rest
+        on_union = on_union * factors
+        if mode.sweep:
+            return rest.scatter(1, columns, on_union)
+        return rest.scatter_add(1, columns, on_union)
+    on_union = on_union.mul_(factors)
+    if mode.sweep:
+        q = rest if mode.owned else torch.empty_like(rest)
+        return _sweep_write(rest, on_rest, on_union, columns, q)
+    # Reading without a sweep has made a copy of the rows.
+    return rest.mul_(on_rest).scatter_add_(1, columns, on_union)
+
+
+def _sweep_write(g: Tensor, factor: Tensor, on_union: Tensor, columns: Tensor, q: Tensor) -> Tensor:
+    """q = g times factor [n, 1], but for the union: written twice while rows are in the cache."""
+    parts = zip(*(x.split(ROWS_IN_CACHE) for x in (g, factor, on_union, columns, q)), strict=True)
+    for rows, rows_factor, rows_on_union, rows_columns, out in parts:
+        torch.mul(rows, rows_factor, out=out)
+        out.scatter_(1, rows_columns, rows_on_union)
+    return q
+
+
+def _spread(
+    q: Tensor,
+    scaling: Scaling,
+    index: PatternIndex,
+    columns: Tensor,
+    classes_per_column: Tensor,
+) -> Tensor:
+    """q and, for every class, what its pattern's classes get beside (Scaling.even)."""
+    even = scaling.even.to(q.dtype)
+    outside = even[:, :1] * classes_per_column
+    return q + outside.scatter(1, columns, 0.0).scatter_add(1, columns, index.of_union(even))
+
+
+# ---- in a program
+
+
+def combine_unrolled(
+    p_general: Tensor,
+    p_special: list[Tensor],
+    general_weight: float,
+    special_weights: Tensor,
+    index: SharedIndex,
+    portable: bool,
+) -> Tensor:
+    """Eq. 5 by operations that depend on shapes alone, for torch.export.  Nothing is checked.
+
+    p_general: [B, C].  p_special: [B, |S_m| + 1] of every specialist of `index`, on every row.
+    special_weights: [B, k], float64, 0 where a specialist is not active.
+    portable: as newton.pattern_masses has it.
+    """
+    of_all = p_general.shape[1] + 1
+    values = torch.cat([without_dustbin(p) if p.shape[1] == of_all else p for p in p_special], 1)
+    dustbins = index.dustbins(values) * special_weights
+    values = values * index.per_column(special_weights.to(values.dtype))
+    columns = index.classes.expand(p_general.shape[0], -1)
+    # What may not overwrite anything is what an exporter can follow.
+    mode = Mode(owned=False, learning=True, sweep=True)
+    general = _read_general(p_general, columns, index, mode)
+    joined = _join(general, general_weight, values, dustbins, columns, index)
+    scaling = solve(joined.masses, joined.dustbins, index.membership, None, portable)
+    q = _write(joined, scaling, index, mode)
+    return _spread(q, scaling, index, columns, torch.ones_like(q))

@@ -1,20 +1,39 @@
-"""Networks of one kind from different seeds, averaged.  Lakshminarayanan, Pritzel & Blundell 2017."""
+"""Networks of one kind from different seeds, averaged."""
 
-import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from networks import Classifier, load_classifier, mean_log_probabilities, save_classifier
+from networks.builders import Builders
 
-from .specialist_ensemble import SCHEMA, SETTINGS, SpecialistEnsemble, read_settings
+from .ranking import Prediction, top_predictions
+from .settings import EnsembleSettings
+from .specialist_ensemble import RawInputs, SpecialistEnsemble
 
 
 class DeepEnsemble:
-    """The arithmetic mean of its networks' distributions; they are put into eval mode and not changed otherwise."""
+    """The arithmetic mean of its networks' distributions.
+
+    The networks are put into eval mode and not changed otherwise.
+
+    Parameters
+    ----------
+    networks : sequence of networks.Classifier
+        At least one, of one label set.
+
+    Raises
+    ------
+    ValueError
+        For no networks, and for label sets of different sizes.
+
+    References
+    ----------
+    Lakshminarayanan, Pritzel and Blundell 2017, "Simple and scalable predictive uncertainty
+    estimation using deep ensembles".
+    """
 
     def __init__(self, networks: Sequence[Classifier]):
         if not networks:
@@ -27,63 +46,68 @@ class DeepEnsemble:
         self.networks = [network.eval() for network in networks]
         self.class_names = list(networks[0].spec.class_names)
         self.device = next(networks[0].parameters()).device
-        self.generalist, self.missing = self.networks[0], []
+        self.generalist = self.networks[0]
+        self.missing: list[int] = []
 
     @classmethod
     def load(
-        cls, directory, device="cpu", builders: Mapping[str, Callable] | None = None
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        builders: Builders | None = None,
     ) -> "DeepEnsemble":
-        """The ensemble of a run directory or of an exported bundle: safetensors and JSON, nothing is unpickled.
+        """The ensemble of a run directory or of an exported bundle.
 
-        builders: {name: callable} for a model.json that names one.  Raises ValueError for a missing or damaged file,
-        and for a directory whose ensemble is of another kind.
+        Reads safetensors and JSON; nothing is unpickled.
+
+        Parameters
+        ----------
+        directory : path
+        device : str or torch.device
+        builders : dict of callables, optional
+            {name: callable} for a model.json that names one.
+
+        Returns
+        -------
+        DeepEnsemble
+
+        Raises
+        ------
+        ValueError
+            For a missing or corrupt file, and for a directory whose ensemble is of another kind.
         """
         root = Path(directory)
-        facts = read_settings(root)
-        if facts["kind"] != "deep":
+        settings = EnsembleSettings.load(root)
+        if settings.kind != "deep":
             raise ValueError(
-                f"{root} holds an ensemble of {facts['kind']}; load it with load_ensemble"
+                f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble"
             )
-        return cls(
-            [
-                load_classifier(_folder(root, index), device, builders)
-                for index in range(facts["members"])
-            ]
-        )
+        folders = [_folder(root, index) for index in range(settings.members)]
+        return cls([load_classifier(folder, device, builders) for folder in folders])
 
-    def save(self, directory) -> None:
+    def save(self, directory: str | Path) -> None:
         """Write `directory`, laid out as a run is, for DeepEnsemble.load."""
         root = Path(directory)
         for index, network in enumerate(self.networks):
             save_classifier(network, _folder(root, index))
-        facts = {"schema": SCHEMA, "kind": "deep", "members": len(self.networks)}
-        unfinished = root / f".{SETTINGS}.{os.getpid()}"
-        unfinished.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        os.replace(unfinished, root / SETTINGS)
+        EnsembleSettings(kind="deep", members=len(self.networks)).save(root)
 
     @torch.no_grad()
-    def member_log_probabilities(self, inputs) -> Tensor:
-        """[M, B, C] for raw inputs [B, ...]; a network with several members gives its mean."""
+    def member_log_probabilities(self, inputs: RawInputs) -> Tensor:
+        """[M, B, C] for raw inputs [B, ...]; a network with several heads gives its mean."""
         raw = torch.as_tensor(inputs).to(self.device)
         return torch.stack([mean_log_probabilities(network, raw) for network in self.networks])
 
-    def probabilities(self, inputs) -> Tensor:
+    def probabilities(self, inputs: RawInputs) -> Tensor:
         """[B, C] for raw inputs [B, ...]."""
         return self.member_log_probabilities(inputs).exp().mean(0)
 
-    def predict(self, inputs, top: int = 5) -> list[dict]:
-        """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's; nobody was referred."""
-        q = self.probabilities(inputs)
-        values, classes = q.topk(min(top, q.shape[1]), dim=1)
-        return [
-            {
-                "classes": row,
-                "names": [self.class_names[c] for c in row],
-                "probabilities": probabilities,
-                "specialists": [],
-            }
-            for row, probabilities in zip(classes.tolist(), values.tolist(), strict=True)
-        ]
+    def predict(self, inputs: RawInputs, top: int = 5) -> list[Prediction]:
+        """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.
+
+        There are no specialists.
+        """
+        return top_predictions(self.probabilities(inputs), self.class_names, top)
 
 
 def _folder(root: Path, index: int) -> Path:
@@ -91,9 +115,32 @@ def _folder(root: Path, index: int) -> Path:
 
 
 def load_ensemble(
-    directory, device="cpu", builders=None, **options
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    builders: Builders | None = None,
+    gate: int | None = None,
+    max_specialists: int | None = None,
+    cache: int | None = None,
+    allow_missing: bool = False,
 ) -> SpecialistEnsemble | DeepEnsemble:
-    """Whichever ensemble a run directory or an exported bundle holds; options are SpecialistEnsemble.load's."""
-    if read_settings(Path(directory))["kind"] == "deep":
+    """Whichever ensemble a run directory or an exported bundle holds.
+
+    Parameters
+    ----------
+    directory, device, builders, gate, max_specialists, cache, allow_missing
+        As `SpecialistEnsemble.load` has them.  A deep ensemble uses the first three alone.
+
+    Returns
+    -------
+    SpecialistEnsemble or DeepEnsemble
+
+    Raises
+    ------
+    ValueError
+        As `SpecialistEnsemble.load` and `DeepEnsemble.load` do.
+    """
+    if EnsembleSettings.load(Path(directory)).kind == "deep":
         return DeepEnsemble.load(directory, device, builders)
-    return SpecialistEnsemble.load(directory, device, builders=builders, **options)
+    return SpecialistEnsemble.load(
+        directory, device, gate, max_specialists, cache, allow_missing, builders
+    )

@@ -1,28 +1,47 @@
 """Temperatures and weights from predictions on val: pure functions, nothing is trained."""
 
 import math
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .pooling import COMBINERS
+from clustering.groups import ClassGroups
+
+from .choices import combiner
+from .predictions import SpecialistInput
 
 # Temperatures and weights are looked for within a factor of this.
 WIDEST = 32.0
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """T minimising the mean of - log softmax(logits / T)[label].  Guo et al. 2017, section 4.2.
+    """T minimising the mean of - log softmax(logits / T)[label].
 
-    logits: [n, K].  labels: int64 [n].  The NLL is convex in 1 / T: bisection of its slope.  1 where there is nothing
-    to fit; at most WIDEST, or its inverse, where the labels are never, or always, the most probable.
+    The NLL is convex in 1 / T, so the zero of its slope is found by bisection.
+
+    Parameters
+    ----------
+    logits : Tensor [n, K]
+        Entries may be -inf, as a dustbin's is.
+    labels : int64 Tensor [n]
+        Columns of `logits`.
+
+    Returns
+    -------
+    float
+        1 where there is nothing to fit.  At most WIDEST, or its inverse, where the labels are
+        never, or always, the most probable.
+
+    References
+    ----------
+    Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern neural networks", section 4.2.
     """
     if len(logits) == 0:
         return 1.0
     logits = logits.detach().double()
-    logits = (logits - logits.amax(1, keepdim=True)).clamp(
-        min=-1e4
-    )  # a dustbin's logit may be -inf
+    logits = (logits - logits.amax(1, keepdim=True)).clamp(min=-1e4)
     of_label = logits.gather(1, labels.to(logits.device)[:, None])[:, 0]
 
     def slope(inverse: float) -> float:
@@ -32,78 +51,125 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     low, high = -math.log(WIDEST), math.log(WIDEST)
     for _ in range(28):  # to 1e-7 of its logarithm
         middle = (low + high) / 2
-        low, high = (low, middle) if slope(math.exp(middle)) > 0 else (middle, high)
+        if slope(math.exp(middle)) > 0:
+            high = middle
+        else:
+            low = middle
     return math.exp(-(low + high) / 2)
 
 
-def fit_shift(logits: Tensor, labels: Tensor, classes) -> float:
+def fit_shift(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarray) -> float:
     """b minimising the mean of - log softmax(logits + b on `classes`)[label].
 
-    logits: [n, C].  labels: int64 [n].  The NLL is convex in b and its slope is the mean mass on `classes` less their
-    share of the labels: bisection.  Within +-64, where only `classes`, or none of them, occur among the labels.
+    The NLL is convex in b.  Its slope is the mean mass on `classes` less their fraction of the
+    labels, so its zero is found by bisection.
+
+    Parameters
+    ----------
+    logits : Tensor [n, C]
+    labels : int64 Tensor [n]
+    classes : sequence of int
+        The classes whose logits are shifted.
+
+    Returns
+    -------
+    float
+        Within +-64, where only `classes`, or none of them, occur among the labels.
     """
     mask = torch.zeros(logits.shape[1], dtype=torch.bool)
     mask[torch.as_tensor(classes)] = True
     log_odds = logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
-    share = float(mask[labels.cpu()].double().mean())
+    fraction = float(mask[labels.cpu()].double().mean())
     low, high = -64.0, 64.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (
-            (low, middle)
-            if float(torch.sigmoid(log_odds + middle).mean()) > share
-            else (middle, high)
-        )
+        if float(torch.sigmoid(log_odds + middle).mean()) > fraction:
+            high = middle
+        else:
+            low = middle
     return (low + high) / 2
 
 
-def fit_temperatures(general: Tensor, special, groups, labels: Tensor) -> list[float]:
-    """[1 + M], the generalist's first, each by itself.
+def fit_temperatures(
+    general: Tensor, special: SpecialistInput, groups: ClassGroups, labels: Tensor
+) -> list[float]:
+    """A temperature for the generalist and one for each specialist, each by itself.
 
-    general: logits [n, C].  special[m]: logits [n, |S_m| + 1], dustbin last, or (rows, logits), or None.  labels: int64
-    [n].  To specialist m a label outside S_m is its dustbin.  As SpecialistEnsemble.logits gives them.
+    To specialist m a label outside S_m is its dustbin.
+
+    Parameters
+    ----------
+    general : Tensor [n, C]
+        Logits.
+    special : sequence of M entries
+        Entry m: logits [n, |S_m| + 1], dustbin last, or (rows, logits), or None.  As
+        `SpecialistEnsemble.logits` gives them.
+    groups : ClassGroups
+    labels : int64 Tensor [n]
+
+    Returns
+    -------
+    list of 1 + M floats
+        The generalist's first; 1 for a specialist that is None.
     """
-    found = [fit_temperature(general, labels)]
-    for given, members in zip(special, groups.members, strict=True):
-        if given is None:
-            found.append(1.0)
+    temperatures = [fit_temperature(general, labels)]
+    for entry, classes in zip(special, groups.members, strict=True):
+        if entry is None:
+            temperatures.append(1.0)
             continue
-        rows, logits = (torch.arange(len(labels)), given) if isinstance(given, Tensor) else given
-        column = torch.full((groups.num_classes,), len(members))
-        column[torch.tensor(members)] = torch.arange(len(members))
-        found.append(
-            fit_temperature(
-                logits, column[labels.cpu()[torch.as_tensor(rows).cpu()]].to(logits.device)
-            )
-        )
-    return found
+        if isinstance(entry, Tensor):
+            rows, logits = torch.arange(len(labels)), entry
+        else:
+            rows, logits = torch.as_tensor(entry[0]).cpu(), entry[1]
+        column = torch.full((groups.num_classes,), len(classes))
+        column[torch.tensor(classes)] = torch.arange(len(classes))
+        targets = column[labels.cpu()[rows]]
+        temperatures.append(fit_temperature(logits, targets.to(logits.device)))
+    return temperatures
 
 
 def fit_weights(
     p_general: Tensor,
-    p_special,
-    groups,
+    p_special: SpecialistInput,
+    groups: ClassGroups,
     labels: Tensor,
-    active=None,
+    active: Tensor | None = None,
     combine: str = "kl",
     shared: bool = True,
 ) -> list[float]:
-    """[1 + M] minimising the mean of - log q[label]: 1 for the generalist, and one for all specialists or
-    (shared=False) for each.
+    """Weights minimising the mean of - log q[label]: 1 for the generalist.
 
-    Arguments as combine_kl's; labels: int64 [n].  With shared=False each log weight is drawn towards the shared one as
-    by one example, so that a specialist nobody asked has the shared weight.  Only ratios of weights matter to eq. 5.
+    Only ratios of weights matter to eq. 5.
+
+    Parameters
+    ----------
+    p_general, p_special, groups, active
+        As `combine_kl` has them.
+    labels : int64 Tensor [n]
+    combine : str
+        A name of `COMBINERS`.
+    shared : bool
+        One weight for all specialists.  Otherwise one each, its logarithm drawn towards the shared
+        one as by one example, so that a specialist that no row needs has the shared weight.
+
+    Returns
+    -------
+    list of 1 + M floats
+        The generalist's first.
+
+    Raises
+    ------
+    ValueError
+        For an unknown combiner, and as it does.
     """
-    if combine not in COMBINERS:
-        raise ValueError(
-            f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}"
-        )
-    count, device = len(groups.members), p_general.device
+    function = combiner(combine)
+    count = len(groups.members)
+    device = p_general.device
     labels = labels.to(device)
 
     def loss(logs: Tensor) -> Tensor:
         weights = torch.cat([torch.ones(1, dtype=torch.float64, device=device), logs.exp()])
-        q = COMBINERS[combine](p_general, p_special, groups, active=active, weights=weights)
+        q = function(p_general, p_special, groups, active=active, weights=weights)
         return -q.gather(1, labels[:, None])[:, 0].clamp(min=1e-30).log().double().mean()
 
     def shared_loss(log: float) -> float:
@@ -113,25 +179,30 @@ def fit_weights(
     common = _golden(shared_loss, -math.log(WIDEST), math.log(WIDEST))
     logs = torch.full((count,), common, dtype=torch.float64, device=device)
     if not shared:
-        start = logs.clone()
-        logs.requires_grad_()
-        optimiser = torch.optim.LBFGS([logs], max_iter=30, line_search_fn="strong_wolfe")
-
-        def closure():
-            optimiser.zero_grad()
-            with torch.enable_grad():
-                total = loss(logs.clamp(-math.log(WIDEST), math.log(WIDEST)))
-                total = total + (logs - start).square().sum() / (2 * max(1, len(labels)))
-            total.backward()
-            return total
-
-        optimiser.step(closure)
-        logs = logs.detach().clamp(-math.log(WIDEST), math.log(WIDEST))
+        logs = _refined(loss, logs, len(labels))
     return [1.0, *logs.exp().tolist()]
 
 
-def _golden(f, low: float, high: float, steps: int = 16) -> float:
-    """The minimum of f by golden sections of a grid's best bracket: f need not be convex everywhere."""
+def _refined(loss: Callable[[Tensor], Tensor], start: Tensor, examples: int) -> Tensor:
+    """The log weights [M] near `start` that minimise the loss and their distance from it."""
+    widest = math.log(WIDEST)
+    logs = start.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS([logs], max_iter=30, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            total = loss(logs.clamp(-widest, widest))
+            total = total + (logs - start).square().sum() / (2 * max(1, examples))
+        total.backward()
+        return total
+
+    optimiser.step(closure)  # pyright: ignore[reportArgumentType]  # the stub wants a float
+    return logs.detach().clamp(-widest, widest)
+
+
+def _golden(f: Callable[[float], float], low: float, high: float, steps: int = 16) -> float:
+    """The minimum of f by golden sections of a grid's best bracket: f need not be convex."""
     grid = [low + (high - low) * i / 8 for i in range(9)]
     values = [f(x) for x in grid]
     best = min(range(9), key=values.__getitem__)

@@ -2,82 +2,145 @@
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from clustering.groups import ClassGroups
+
 
 def gate(
-    p_general: Tensor, groups, n: int = 1, max_specialists: int | None = None, available=None
+    p_general: Tensor,
+    groups: ClassGroups,
+    n: int = 1,
+    max_specialists: int | None = None,
+    available: Tensor | Sequence[bool] | None = None,
 ) -> Tensor:
-    """active [B, M] bool: the specialists whose S_m holds one of the n most probable classes.  Hinton et al. 2015,
-    section 5.3.
+    """The specialists whose S_m holds one of the n most probable classes.
 
-    p_general: [B, C]; only the order of a row's entries and their sums matter.
-    max_specialists: at most so many per row, those whose classes hold most of the generalist's mass (ties: the first).
-    available: [M] bool, the specialists that there are to open; None is all.
-    Raises ValueError if n or the limit is not positive, the width is not the groups', or a row has a NaN.
+    Parameters
+    ----------
+    p_general : Tensor [B, C]
+        The generalist's probabilities.  Only the order of a row's entries and their sums matter.
+    groups : ClassGroups
+        The classes of each specialist.
+    n : int
+        How many of the most probable classes are asked about.
+    max_specialists : int, optional
+        At most so many per row: those whose classes hold most of the generalist's mass (ties: the
+        first).  None is no limit.
+    available : bool [M], optional
+        The specialists that there are to open.  None is all.
+
+    Returns
+    -------
+    bool Tensor [B, M]
+        Which specialists are active in each row.
+
+    Raises
+    ------
+    ValueError
+        If n or the limit is not positive, the width is not the groups', or a row has a NaN.
+
+    References
+    ----------
+    Hinton, Vinyals and Dean 2015, section 5.3, where n = 1.
     """
-    num_classes, specialists = groups.num_classes, len(groups.members)
+    _check(p_general, groups, n, max_specialists)
+    p_general = p_general.detach()
+    classes = _most_probable(p_general, n)
+    specialists = len(groups.members)
+    holders = _holders(groups, p_general.device)[classes].flatten(1)
+    shape = (len(p_general), specialists + 1)
+    active = torch.zeros(shape, dtype=torch.bool, device=p_general.device)
+    active = active.scatter_(1, holders, True)[:, :specialists]
+    if available is not None:
+        active = active & torch.as_tensor(available, dtype=torch.bool, device=active.device)
+    if max_specialists is not None and max_specialists < specialists:
+        _limit(active, p_general, groups, max_specialists)
+    return active
+
+
+def static_gate(p_general: Tensor, membership: Tensor, n: int, limit: int | None) -> Tensor:
+    """gate by operations that depend on shapes alone, for torch.export.
+
+    membership: [C, k], 1 where the class belongs to the specialist.
+    Returns [B, k], 1 where the specialist is active, else 0.  Ties under the limit: any of them.
+    """
+    classes = p_general.topk(n, dim=1).indices
+    active = membership[classes].amax(1)
+    if limit is None or limit >= membership.shape[1]:
+        return active
+    mass = torch.where(active > 0, p_general @ membership, -1.0)
+    kept = mass.topk(limit, dim=1).indices
+    return active * torch.zeros_like(active).scatter(1, kept, 1.0)
+
+
+def _check(p_general: Tensor, groups: ClassGroups, n: int, max_specialists: int | None) -> None:
+    num_classes = groups.num_classes
     if p_general.dim() != 2 or p_general.shape[1] != num_classes:
-        raise ValueError(
-            f"p_general has shape {list(p_general.shape)}; it must be [B, {num_classes}] as the groups have it"
-        )
+        expected = f"[B, {num_classes}] as the groups have it"
+        raise ValueError(f"p_general has shape {list(p_general.shape)}; it must be {expected}")
     if not 1 <= n <= num_classes:
         raise ValueError(
-            f"n = {n} most probable classes; it must be from 1 to {num_classes}, the number of classes"
+            f"n = {n} most probable classes; "
+            f"it must be from 1 to {num_classes}, the number of classes"
         )
     if max_specialists is not None and max_specialists < 1:
         raise ValueError(
             f"max_specialists = {max_specialists}; it must be at least 1, or None for no limit"
         )
-    p_general = p_general.detach()
-    top, classes = (
-        p_general.max(1, keepdim=True) if n == 1 else p_general.topk(n, dim=1, sorted=False)
-    )
+
+
+def _most_probable(p_general: Tensor, n: int) -> Tensor:
+    """[B, n], in any order."""
+    if n == 1:
+        top, classes = p_general.max(1, keepdim=True)
+    else:
+        top, classes = p_general.topk(n, dim=1, sorted=False)
     if bool(torch.isnan(top).any()):
         row = int(torch.isnan(top).any(1).nonzero()[0])
         raise ValueError(
             f"p_general has a NaN in row {row}; look for it in the generalist's logits"
         )
-    holders = _holders(groups, p_general.device)[classes].flatten(1)
-    active = torch.zeros(len(p_general), specialists + 1, dtype=torch.bool, device=p_general.device)
-    active = active.scatter_(1, holders, True)[:, :specialists]
-    if available is not None:
-        active = active & torch.as_tensor(available, dtype=torch.bool, device=active.device)
-    if max_specialists is None or max_specialists >= specialists:
-        return active
-    crowded = (active.sum(1) > max_specialists).nonzero()[:, 0]
-    if len(crowded):
-        mass = torch.full(
-            (len(crowded), specialists), -1.0, device=p_general.device, dtype=p_general.dtype
-        )
-        for m in active[crowded].any(0).nonzero()[:, 0].tolist():
-            rows = active[crowded, m].nonzero()[:, 0]
-            members = torch.tensor(groups.members[m], device=p_general.device)
-            mass[rows, m] = p_general[crowded[rows][:, None], members].sum(1)
-        kept = mass.sort(dim=1, descending=True, stable=True).indices[:, :max_specialists]
-        active[crowded] = torch.zeros_like(active[crowded]).scatter_(1, kept, True)
-    return active
+    return classes
 
 
-_tables: dict[tuple, tuple[weakref.ref, Tensor]] = {}
+def _limit(active: Tensor, p_general: Tensor, groups: ClassGroups, limit: int) -> None:
+    """Leave at most `limit` specialists active per row, in place."""
+    crowded = (active.sum(1) > limit).nonzero()[:, 0]
+    if len(crowded) == 0:
+        return
+    shape = (len(crowded), active.shape[1])
+    mass = torch.full(shape, -1.0, device=p_general.device, dtype=p_general.dtype)
+    for m in active[crowded].any(0).nonzero()[:, 0].tolist():
+        rows = active[crowded, m].nonzero()[:, 0]
+        classes = torch.tensor(groups.members[m], device=p_general.device)
+        mass[rows, m] = p_general[crowded[rows][:, None], classes].sum(1)
+    kept = mass.sort(dim=1, descending=True, stable=True).indices[:, :limit]
+    active[crowded] = torch.zeros_like(active[crowded]).scatter_(1, kept, True)
+
+
+_tables: dict[tuple[int, str], tuple[weakref.ref, Tensor]] = {}
 _lock = threading.Lock()
 
 
-def _holders(groups, device) -> Tensor:
+def _holders(groups: ClassGroups, device: torch.device) -> Tensor:
     """int64 [C, most specialists that hold one class]: which they are, filled up with M."""
     key = (id(groups), str(device))
-    found = _tables.get(key)
-    if found is not None and found[0]() is groups:
-        return found[1]
-    owner = torch.cat([torch.full((len(members),), m) for m, members in enumerate(groups.members)])
-    classes = torch.cat([torch.tensor(members) for members in groups.members])
+    entry = _tables.get(key)
+    if entry is not None and entry[0]() is groups:
+        return entry[1]
+    owners = [torch.full((len(classes),), m) for m, classes in enumerate(groups.members)]
+    owner = torch.cat(owners)
+    classes = torch.cat([torch.tensor(classes) for classes in groups.members])
     order = torch.argsort(classes, stable=True)
-    owner, classes = owner[order], classes[order]
-    held = torch.bincount(classes, minlength=groups.num_classes)
-    rank = torch.arange(len(classes)) - (held.cumsum(0) - held)[classes]
-    table = torch.full((groups.num_classes, max(1, int(held.max()))), len(groups.members))
+    owner = owner[order]
+    classes = classes[order]
+    counts = torch.bincount(classes, minlength=groups.num_classes)
+    rank = torch.arange(len(classes)) - (counts.cumsum(0) - counts)[classes]
+    table = torch.full((groups.num_classes, max(1, int(counts.max()))), len(groups.members))
     table[classes, rank] = owner
     table = table.to(device)
     with _lock:

@@ -1,47 +1,63 @@
 """Eq. 5 on the level of patterns: a few masses instead of C probabilities.
 
-Classes that belong to the same active specialists form a pattern.  Legend: n rows, P patterns, M active specialists.
-    A [n, P]    mass that generalist and specialists put on each pattern      d [n, M]  dustbin masses;  A and d
-    together sum to 1 N [P, M]    1 where the pattern lies outside S_m                          Q = Y N   mass of the
-    answer outside S_m
-Wanted: Y [n, P] minimising  - sum_P A_P log Y_P - sum_m d_m log Q_m  with sum Y = 1.  With t_m = d_m / Q_m the optimum
-is
-    Y_P s_P = A_P,   Q_m t_m = d_m,   s_P = 1 - sum_m N_Pm t_m        (methods.md, section 1: s is the denominator
-    there, divided by 1 + M)
+Classes that belong to the same active specialists form a pattern.  Legend:
+
+    n, P, M     rows, patterns, active specialists
+    A [n, P]    mass that generalist and specialists together put on each pattern
+    d [n, M]    dustbin masses; A and d of a row together sum to 1
+    N [P, M]    1 where the pattern lies outside S_m, else 0
+    Y [n, P]    mass of each pattern in the result: the unknown
+    Q [n, M]    mass of the result outside S_m: Q = Y N
+
+Wanted is the Y with sum Y = 1 that minimises
+
+    - sum_P A_P log Y_P - sum_m d_m log Q_m
+
+With t_m = d_m / Q_m the optimum is where
+
+    Y_P s_P = A_P,      Q_m t_m = d_m,      s_P = 1 - sum_m N_Pm t_m
+
+docs/combiner.md derives this.  s_P is the denominator there, divided by the sum of the weights.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-# Stands for no mass at all, in a pattern or a dustbin: far below every tolerance, and still a float32.
+# Stands for no mass at all, in a pattern or a dustbin: far below every tolerance, still a float32.
 EMPTY = 1e-30
 # Mass that nobody misses.
 NEGLIGIBLE = 1e-20
-# A step of less than this, relative to every variable, needs no line search: it stays inside and Newton's error
-# squares.
+# A step of less than this, relative to every variable, needs no line search: it stays inside and
+# Newton's error squares.
 SURE = 0.3
 QUICK_STEPS = 8
 MAX_STEPS = 200
-# What unrolled steps add to a unit diagonal: above the rounding of 30 specialists' pivots, and no more than a step's
-# last digits.
+# Benign predictions need 3 steps.  Absurdly conflicting ones (probabilities that underflow) may
+# need more than this; UNROLLED_STEPS cannot follow them up.
+UNROLLED_STEPS = 16
+# What unrolled steps add to a unit diagonal: above the rounding of 30 specialists' pivots, and no
+# more than a step's last digits.
 RIDGE = 1e-14
-# The smallest target that the long way aims at: its effect on the objective is below float64's resolution of it.
+# The smallest target of the central path: its effect on the objective is below float64's
+# resolution of it.
 SMALLEST_TARGET = 1e-14
 
 
 @dataclass
 class Membership:
-    """Which patterns lie outside which specialists: outside [P, M], the same for all rows, or [n, P, M]; counts
-    likewise."""
+    """Which patterns lie outside which specialists, and how many classes each pattern has.
+
+    outside: N [P, M], the same for all rows, or [n, P, M].  counts: [P] or [n, P].
+    """
 
     outside: Tensor
     counts: Tensor
 
     def __post_init__(self):
-        *_, patterns, specialists = self.outside.shape
         self._transposed = self.outside.mT
         self._pairs = (self.outside[..., :, None] * self.outside[..., None, :]).flatten(-2)
         # A pattern's mass is at least this, in proportion to its classes.
@@ -49,9 +65,11 @@ class Membership:
         self.everything_inside = (self.outside.sum(-2) == 0).to(self.outside.dtype)
 
     def to_specialists(self, x: Tensor) -> Tensor:
+        """x N, [n, P] -> [n, M]."""
         return _times(x, self.outside)
 
     def to_patterns(self, t: Tensor) -> Tensor:
+        """t N^T, [n, M] -> [n, P]."""
         return _times(t, self._transposed)
 
     def weighted(self, w: Tensor) -> Tensor:
@@ -59,57 +77,103 @@ class Membership:
         return _times(w, self._pairs).unflatten(-1, (self.outside.shape[-1],) * 2)
 
     def rows(self, index: Tensor) -> "Membership":
-        return (
-            self if self.outside.dim() == 2 else Membership(self.outside[index], self.counts[index])
-        )
+        if self.outside.dim() == 2:
+            return self
+        return Membership(self.outside[index], self.counts[index])
 
 
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
-    return x @ matrix if matrix.dim() == 2 else (x[:, None] @ matrix)[:, 0]
+    if matrix.dim() == 2:
+        return x @ matrix
+    return (x[:, None] @ matrix)[:, 0]
+
+
+class Scaling(NamedTuple):
+    """How a pattern's classes get their mass in the result.
+
+    factor: [n, P], by what their joined probabilities are multiplied.
+    even: [n, P], what each class gets where all but a dustbin leave the pattern empty: its mass is
+    spread evenly over its classes.
+    """
+
+    factor: Tensor
+    even: Tensor
+
+
+def solve(
+    A: Tensor,
+    d: Tensor,
+    membership: Membership,
+    tolerance: float | None,
+    portable: bool = False,
+) -> Scaling:
+    """Eq. 5 for pattern masses A [n, P] and dustbin masses d [n, M] that need not sum to 1.
+
+    tolerance, portable: as pattern_masses has them.
+    """
+    # Divided by the mass that is really there, and not by the sum of the weights, q sums to one
+    # whatever the rows sum to.
+    mass = A.sum(1, keepdim=True) + d.sum(1, keepdim=True)
+    Y = pattern_masses(A / mass, d / mass, membership, tolerance, portable)
+    scaling = _scaling(A / mass, Y, membership)
+    return Scaling(scaling.factor / mass, scaling.even)
 
 
 def pattern_masses(
     A: Tensor,
     d: Tensor,
-    members: Membership,
-    tolerance: float,
-    steps: int | None = None,
-    portable=False,
+    membership: Membership,
+    tolerance: float | None,
+    portable: bool = False,
 ) -> Tensor:
     """Y [n, P], differentiable in A and d.
 
-    tolerance: of |Y s - A| and |Q t - d|.  steps: that many, unrolled, without a line search; None: until converged.
-    portable: unrolled steps of products and sums alone.  Raises ArithmeticError if a row does not converge.
+    tolerance: Newton's steps go on until |Y s - A| and |Q t - d| are within it; ArithmeticError for
+    a row that does not get there.  None: UNROLLED_STEPS steps without a line search, the same
+    operations for every input.
+    portable: the unrolled steps are products and sums alone, which every runtime has.
     """
-    A = torch.maximum(A, members.nothing)
+    A = torch.maximum(A, membership.nothing)
     d = d.clamp(min=EMPTY)
-    if (
-        d.shape[1] == 1
-    ):  # closed form: the dustbin is shared among the classes outside in proportion to what they have
-        return A + d * members.outside[..., 0] * A / (
-            members.to_specialists(A) + members.everything_inside
-        )
-    if steps is not None:
-        state = _start(A, d, members)
-        for _ in range(steps):
-            direction = _direction(
-                A, d, state, members, solve=_eliminated if portable else _bounded
-            )
-            state = _moved(state, direction, *state.rooms(direction))
-        return state.Y
+    if d.shape[1] == 1:
+        return _one_specialist(A, d, membership)
+    if tolerance is None:
+        return _unrolled(A, d, membership, _by_elimination if portable else _by_scaled_cholesky)
     with torch.no_grad():
-        state = _solved(A, d, members, tolerance)
+        state = _converged(A, d, membership, tolerance)
     if not (A.requires_grad or d.requires_grad):
         return state.Y
-    # Newton's method differentiates itself: at the optimum one more step, with the matrix held fixed, changes nothing
-    # and has the derivative that the implicit function theorem gives.
-    return state.Y + _direction(A, d, state, members)[0]
+    # Newton's method differentiates itself: at the optimum one more step, with the matrix held
+    # fixed, changes nothing and has the derivative that the implicit function theorem gives.
+    return state.Y + _newton_step(A, d, state, membership).dY
+
+
+def _one_specialist(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
+    """Closed form: the dustbin is shared among the classes outside as they share A."""
+    taken = d * membership.outside[..., 0] * A
+    return A + taken / (membership.to_specialists(A) + membership.everything_inside)
+
+
+def _scaling(A: Tensor, Y: Tensor, membership: Membership) -> Scaling:
+    starved = (A < membership.nothing) & (Y > NEGLIGIBLE)
+    factor = torch.where(starved, 0.0, Y / torch.maximum(A, membership.nothing))
+    even = torch.where(starved, Y / membership.counts.clamp(min=1), 0.0)
+    return Scaling(factor, even)
+
+
+class Step(NamedTuple):
+    dY: Tensor
+    ds: Tensor
+    dt: Tensor
+    dQ: Tensor
 
 
 @dataclass
 class State:
-    """A point with Q = Y N and s = 1 - N t; Newton's steps keep both, and s and Y small numbers of their own, never
-    differences."""
+    """A point with Q = Y N and s = 1 - N t.
+
+    Newton's steps keep both, and s and Y stay small numbers of their own, never differences.
+    """
 
     Y: Tensor
     s: Tensor
@@ -117,70 +181,187 @@ class State:
     Q: Tensor
 
     def residual(self, A: Tensor, d: Tensor) -> Tensor:
-        return torch.maximum(
-            (self.Y * self.s - A).abs().amax(1), (self.Q * self.t - d).abs().amax(1)
-        )
+        """How far the optimum's conditions are missed, [n]."""
+        missed_A = (self.Y * self.s - A).abs().amax(1)
+        missed_d = (self.Q * self.t - d).abs().amax(1)
+        return torch.maximum(missed_A, missed_d)
 
-    def take(self, rows: Tensor) -> "State":
-        return State(self.Y[rows], self.s[rows], self.t[rows], self.Q[rows])
-
-    def largest_step(self, direction) -> Tensor:
-        """The largest relative change that a full step makes, [n]."""
-        dY, ds, dt, dQ = direction
-        parts = [dY / self.Y, ds / self.s, dt / self.t]
+    def largest_change(self, step: Step) -> Tensor:
+        """The largest relative change that the full step makes, [n]."""
+        parts = [step.dY / self.Y, step.ds / self.s, step.dt / self.t]
         return torch.stack([part.abs().amax(1) for part in parts]).amax(0)
 
-    def rooms(self, direction) -> tuple[Tensor, Tensor]:
-        """The longest steps, at most 1, that take no variable further than 95 % of the way to zero: of Y and Q, and of
-        s and t, [n, 1] each."""
-        dY, ds, dt, dQ = direction
-        primal = (-dY / self.Y).amax(1)
-        dual = torch.maximum((-ds / self.s).amax(1), (-dt / self.t).amax(1))
-        return tuple((0.95 / shrinking.clamp(min=0.95))[:, None] for shrinking in (primal, dual))
+    def longest(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Lengths, at most 1, that take no variable further than 95 % of the way to zero.
 
-    def room(self, direction) -> Tensor:
-        """The longest common step, [n, 1]."""
-        return torch.minimum(*self.rooms(direction))
+        Of Y and Q, and of s and t, [n, 1] each.
+        """
+        primal = (-step.dY / self.Y).amax(1)
+        dual = torch.maximum((-step.ds / self.s).amax(1), (-step.dt / self.t).amax(1))
+        primal_length = (0.95 / primal.clamp(min=0.95))[:, None]
+        dual_length = (0.95 / dual.clamp(min=0.95))[:, None]
+        return primal_length, dual_length
 
+    def moved(self, step: Step, primal: Tensor | float, dual: Tensor | float) -> "State":
+        """Q = Y N and s = 1 - N t survive steps of two lengths, as in interior-point methods.
 
-def factors(A: Tensor, Y: Tensor, members: Membership) -> tuple[Tensor, Tensor]:
-    """By what each pattern's classes are multiplied to have mass Y [n, P], and what each gets where there is no mass.
-
-    Where all but a dustbin leave a pattern empty, its mass is spread evenly over its classes.
-    """
-    starved = (A < members.nothing) & (Y > NEGLIGIBLE)
-    return (
-        torch.where(starved, 0.0, Y / torch.maximum(A, members.nothing)),
-        torch.where(starved, Y / members.counts.clamp(min=1), 0.0),
-    )
-
-
-def _start(A: Tensor, d: Tensor, members: Membership) -> State:
-    """One EM step from q in proportion to A, and t as near to d / Q as keeps every s positive."""
-    base = A + 1e-9 * members.counts / members.counts.sum(-1, keepdim=True)
-    Y = A + base * members.to_patterns(
-        d / (members.to_specialists(base) + members.everything_inside)
-    )
-    Q = members.to_specialists(Y) + members.everything_inside
-    t = torch.where(members.everything_inside > 0, d, d / Q)
-    load = members.to_patterns(t)
-    t = t * (0.9 / load.amax(1, keepdim=True)).clamp(max=1.0)
-    return State(Y, 1 - members.to_patterns(t), t, Q)
-
-
-def _direction(A: Tensor, d: Tensor, at: State, members: Membership, solve: Callable | None = None):
-    """Newton's step for Y s = A, Q t = d; dY and ds are eliminated, so one [M, M] system per row is left."""
-    missing_A, missing_d = A - at.Y * at.s, d - at.Q * at.t
-    if solve is _least_squares:
-        dt = _least_squares(missing_A, missing_d, at, members)
-    else:
-        matrix = members.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
-        dt = (solve or _cholesky)(
-            matrix, missing_d / at.t - members.to_specialists(missing_A / at.s)
+        So an empty pattern that shrinks Y does not hold up t.
+        """
+        return State(
+            self.Y + primal * step.dY,
+            self.s + dual * step.ds,
+            self.t + dual * step.dt,
+            self.Q + primal * step.dQ,
         )
-    ds = -members.to_patterns(dt)
+
+    def put(self, rows: Tensor, other: "State") -> None:
+        self.Y[rows] = other.Y
+        self.s[rows] = other.s
+        self.t[rows] = other.t
+        self.Q[rows] = other.Q
+
+
+def _start(A: Tensor, d: Tensor, membership: Membership) -> State:
+    """One EM step from q in proportion to A, and t as near to d / Q as keeps every s positive."""
+    base = A + 1e-9 * membership.counts / membership.counts.sum(-1, keepdim=True)
+    left = membership.to_specialists(base) + membership.everything_inside
+    Y = A + base * membership.to_patterns(d / left)
+    Q = membership.to_specialists(Y) + membership.everything_inside
+    t = torch.where(membership.everything_inside > 0, d, d / Q)
+    load = membership.to_patterns(t)
+    t = t * (0.9 / load.amax(1, keepdim=True)).clamp(max=1.0)
+    return State(Y, 1 - membership.to_patterns(t), t, Q)
+
+
+def _unrolled(A: Tensor, d: Tensor, membership: Membership, solver: "Solver") -> Tensor:
+    """Y after UNROLLED_STEPS."""
+    state = _start(A, d, membership)
+    for _ in range(UNROLLED_STEPS):
+        step = _newton_step(A, d, state, membership, solver)
+        primal, dual = state.longest(step)
+        state = state.moved(step, primal, dual)
+    return state.Y
+
+
+def _converged(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -> State:
+    """Straight to the target from a good guess, which is all that most rows need.
+
+    What is left after QUICK_STEPS follows the central path.
+    """
+    state = _start(A, d, membership)
+    for count in range(QUICK_STEPS + 1):
+        done = state.residual(A, d) <= tolerance
+        if bool(done.all()):
+            return _polished(A, state)
+        if count == QUICK_STEPS:
+            break
+        step = _newton_step(A, d, state, membership)
+        if bool((state.largest_change(step) <= SURE).all()):
+            state = state.moved(step, 1.0, 1.0)
+        elif not bool(torch.isfinite(step.dt).all()):
+            break
+        else:
+            state = _searched(A, d, state, step)
+    left = (~(state.residual(A, d) <= tolerance)).nonzero()[:, 0]
+    state.put(left, _central_path(A[left], d[left], membership.rows(left), tolerance))
+    return _polished(A, state)
+
+
+def _central_path(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -> State:
+    """As interior-point methods go: every target at least mu, and mu falls near a row's target.
+
+    Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
+    """
+    n = len(A)
+    patterns, specialists = membership.outside.shape[-2:]
+    t = torch.full_like(d, 0.5 / specialists)
+    Y = torch.full_like(A, 1 / patterns)
+    Q = membership.to_specialists(Y) + membership.everything_inside
+    state = State(Y, 1 - membership.to_patterns(t), t, Q)
+    mu = torch.full((n, 1), 0.1 / (patterns + specialists), dtype=A.dtype, device=A.device)
+    for _ in range(MAX_STEPS):
+        if bool((state.residual(A, d) <= tolerance).all()):
+            return state
+        near = _is_near(state, torch.maximum(A, mu), torch.maximum(d, mu))
+        mu = torch.where(near[:, None], mu * 0.1, mu).clamp(min=SMALLEST_TARGET)
+        target_A = torch.maximum(A, mu)
+        target_d = torch.maximum(d, mu)
+        solver = _by_least_squares if bool(mu.min() < 1e-6) else _by_cholesky
+        step = _newton_step(target_A, target_d, state, membership, solver)
+        state = _searched(target_A, target_d, state, step)
+    worst = float(state.residual(A, d).max())
+    raise ArithmeticError(
+        f"{n} rows did not converge in {MAX_STEPS} Newton steps "
+        f"(residual {worst:.1e} > {tolerance:.0e})"
+    )
+
+
+def _is_near(state: State, target_A: Tensor, target_d: Tensor) -> Tensor:
+    """Whether each row is within a factor of its targets, bool [n]."""
+    off_A = (state.Y * state.s / target_A - 1).abs().amax(1)
+    off_d = (state.Q * state.t / target_d - 1).abs().amax(1)
+    return torch.maximum(off_A, off_d) < 0.5
+
+
+def _searched(A: Tensor, d: Tensor, state: State, step: Step) -> State:
+    """As far along the step as every variable stays positive and the merit falls."""
+    length = torch.minimum(*state.longest(step))
+    before = _merit(A, d, state)
+    trial = state.moved(step, length, length)
+    for _ in range(39):
+        worse = ~(_merit(A, d, trial) <= before + 1e-13)
+        if not bool(worse.any()):
+            break
+        length = torch.where(worse[:, None], length / 2, length)
+        trial = state.moved(step, length, length)
+    return trial
+
+
+def _merit(A: Tensor, d: Tensor, at: State) -> Tensor:
+    """Primal plus dual objective, [n]: minimal at the optimum, and falling along Newton's step."""
+    masses = torch.cat([A, d], 1)
+    products = torch.cat([at.Y * at.s, at.Q * at.t], 1)
+    return (products - masses * products.log()).sum(1)
+
+
+def _polished(A: Tensor, state: State) -> State:
+    """Where s is no small number, Y = A / s is right also relative to a tiny A."""
+    state.Y = torch.where(state.s > 0.1, A / state.s, state.Y)
+    return state
+
+
+# ---- the linear system of a step
+
+# (missing_A [n, P], missing_d [n, M], state, membership) -> dt [n, M]
+Solver: TypeAlias = Callable[[Tensor, Tensor, State, Membership], Tensor]
+
+
+def _by_cholesky(missing_A: Tensor, missing_d: Tensor, at: State, membership: Membership) -> Tensor:
+    return _cholesky(*_normal_equations(missing_A, missing_d, at, membership))
+
+
+def _newton_step(
+    A: Tensor, d: Tensor, at: State, membership: Membership, solver: Solver = _by_cholesky
+) -> Step:
+    """Newton's step for Y s = A, Q t = d.
+
+    dY and ds are eliminated, so that one [M, M] system per row is left.
+    """
+    missing_A = A - at.Y * at.s
+    missing_d = d - at.Q * at.t
+    dt = solver(missing_A, missing_d, at, membership)
+    ds = -membership.to_patterns(dt)
     dY = (missing_A - at.Y * ds) / at.s
-    return dY, ds, dt, members.to_specialists(dY)
+    return Step(dY, ds, dt, membership.to_specialists(dY))
+
+
+def _normal_equations(
+    missing_A: Tensor, missing_d: Tensor, at: State, membership: Membership
+) -> tuple[Tensor, Tensor]:
+    """(N^T diag(Y / s) N + diag(Q / t), right side): [n, M, M] and [n, M]."""
+    matrix = membership.weighted(at.Y / at.s) + torch.diag_embed(at.Q / at.t)
+    right = missing_d / at.t - membership.to_specialists(missing_A / at.s)
+    return matrix, right
 
 
 def _cholesky(matrix: Tensor, right: Tensor) -> Tensor:
@@ -189,28 +370,35 @@ def _cholesky(matrix: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right[..., None], factor)[..., 0]
 
 
-def _eliminated(matrix: Tensor, right: Tensor) -> Tensor:
-    """Gauss and Jordan's elimination, written out: products and sums alone, which every runtime has.  The matrix is
-    positive definite."""
-    size = matrix.shape[-1]
-    matrix, scale = _scaled(matrix)
-    work = torch.cat([matrix, (right * scale)[..., None]], -1)
-    for pivot in range(size):
-        row = work[:, pivot : pivot + 1] / work[:, pivot : pivot + 1, pivot : pivot + 1]
-        others = [work[:, :pivot] - work[:, :pivot, pivot : pivot + 1] * row, row]
-        others.append(work[:, pivot + 1 :] - work[:, pivot + 1 :, pivot : pivot + 1] * row)
-        work = torch.cat(others, 1)
-    return work[..., -1] * scale
-
-
-def _bounded(matrix: Tensor, right: Tensor) -> Tensor:
-    """_cholesky of the scaled matrix, for steps that nothing can follow up."""
+def _by_scaled_cholesky(
+    missing_A: Tensor, missing_d: Tensor, at: State, membership: Membership
+) -> Tensor:
+    """For steps that nothing can follow up."""
+    matrix, right = _normal_equations(missing_A, missing_d, at, membership)
     matrix, scale = _scaled(matrix)
     return _cholesky(matrix, right * scale) * scale
 
 
+def _by_elimination(
+    missing_A: Tensor, missing_d: Tensor, at: State, membership: Membership
+) -> Tensor:
+    """Gauss and Jordan's elimination, written out: products and sums alone.
+
+    The matrix is positive definite, so it needs no pivoting.
+    """
+    matrix, right = _normal_equations(missing_A, missing_d, at, membership)
+    matrix, scale = _scaled(matrix)
+    work = torch.cat([matrix, (right * scale)[..., None]], -1)
+    for pivot in range(matrix.shape[-1]):
+        row = work[:, pivot : pivot + 1] / work[:, pivot : pivot + 1, pivot : pivot + 1]
+        above = work[:, :pivot] - work[:, :pivot, pivot : pivot + 1] * row
+        below = work[:, pivot + 1 :] - work[:, pivot + 1 :, pivot : pivot + 1] * row
+        work = torch.cat([above, row, below], 1)
+    return work[..., -1] * scale
+
+
 def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix with a diagonal of 1 + RIDGE, and by what right side and solution are to be multiplied.
+    """The matrix with a diagonal of 1 + RIDGE; by what right side and solution are multiplied.
 
     Rounding cannot then leave a pivot at zero or below, which would be NaN for good.
     """
@@ -219,109 +407,26 @@ def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix * scale[..., :, None] * scale[..., None, :] + RIDGE * identity, scale
 
 
-def _least_squares(missing_A: Tensor, missing_d: Tensor, at: State, members: Membership) -> Tensor:
-    """The same system as normal equations of rows sqrt(Y / s) N dt = - missing_A / sqrt(Y s) and sqrt(Q / t) dt =
-    missing_d / sqrt(Q t).
+def _by_least_squares(
+    missing_A: Tensor, missing_d: Tensor, at: State, membership: Membership
+) -> Tensor:
+    """The same system, of which the matrix above has the normal equations, by QR of its rows:
 
-    Where a pattern's s is next to nothing, its Y / s swamps all else in the sum that the matrix is.  QR of the rows
-    themselves, largest first, keeps what each row says (Cox and Higham 1998, row-wise stability).
+        sqrt(Y / s) N dt = - missing_A / sqrt(Y s)
+        sqrt(Q / t) dt   =   missing_d / sqrt(Q t)
+
+    Where a pattern's s is next to nothing, its Y / s swamps all else in the sum that the matrix is.
+    QR of the rows themselves, largest first, keeps what each row says (Cox and Higham 1998,
+    row-wise stability).
     """
-    rows = torch.cat(
-        [
-            torch.sqrt(at.Y / at.s)[..., None] * members.outside,
-            torch.diag_embed(torch.sqrt(at.Q / at.t)),
-        ],
-        1,
-    )
-    right = torch.cat(
-        [-missing_A / torch.sqrt(at.Y * at.s), missing_d / torch.sqrt(at.Q * at.t)], 1
-    )
+    pattern_rows = torch.sqrt(at.Y / at.s)[..., None] * membership.outside
+    specialist_rows = torch.diag_embed(torch.sqrt(at.Q / at.t))
+    rows = torch.cat([pattern_rows, specialist_rows], 1)
+    right_A = -missing_A / torch.sqrt(at.Y * at.s)
+    right_d = missing_d / torch.sqrt(at.Q * at.t)
+    right = torch.cat([right_A, right_d], 1)
     order = rows.amax(2).argsort(dim=1, descending=True)
-    rows, right = rows.gather(1, order[..., None].expand_as(rows)), right.gather(1, order)
+    rows = rows.gather(1, order[..., None].expand_as(rows))
+    right = right.gather(1, order)
     q, r = torch.linalg.qr(rows)
     return torch.linalg.solve_triangular(r, q.mT @ right[..., None], upper=True)[..., 0]
-
-
-def _moved(at: State, direction, step, dual_step=None) -> State:
-    """Q = Y N and s = 1 - N t survive steps of two lengths, as in primal-dual interior-point methods: an empty pattern
-    that shrinks Y does not then hold up t."""
-    dY, ds, dt, dQ = direction
-    other = step if dual_step is None else dual_step
-    return State(at.Y + step * dY, at.s + other * ds, at.t + other * dt, at.Q + step * dQ)
-
-
-def _merit(A: Tensor, d: Tensor, at: State) -> Tensor:
-    """Primal plus dual objective, [n]; minimal exactly at the optimum, and Newton's direction descends it."""
-    masses, products = torch.cat([A, d], 1), torch.cat([at.Y * at.s, at.Q * at.t], 1)
-    return (products - masses * products.log()).sum(1)
-
-
-def _solved(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> State:
-    """Straight to the target from a good guess, which is all that most rows need; what is left goes the long way."""
-    state = _start(A, d, members)
-    for step in range(QUICK_STEPS + 1):
-        done = state.residual(A, d) <= tolerance
-        if bool(done.all()):
-            return _polished(A, state)
-        if step == QUICK_STEPS:
-            break
-        direction = _direction(A, d, state, members)
-        if bool((state.largest_step(direction) <= SURE).all()):
-            state = _moved(state, direction, 1.0)
-        elif not bool(torch.isfinite(direction[2]).all()):
-            break
-        else:
-            state = _searched(A, d, state, direction)
-    left = (~done).nonzero()[:, 0]
-    found = _followed(A[left], d[left], members.rows(left), tolerance)
-    for name in ("Y", "s", "t", "Q"):
-        getattr(state, name)[left] = getattr(found, name)
-    return _polished(A, state)
-
-
-def _followed(A: Tensor, d: Tensor, members: Membership, tolerance: float) -> State:
-    """Along the central path, as interior-point methods go: every target at least mu, and mu falls once a row is near
-    its target.
-
-    Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
-    """
-    n, (patterns, specialists) = len(A), members.outside.shape[-2:]
-    t = torch.full_like(d, 0.5 / specialists)
-    Y = torch.full_like(A, 1 / patterns)
-    state = State(
-        Y, 1 - members.to_patterns(t), t, members.to_specialists(Y) + members.everything_inside
-    )
-    mu = torch.full((n, 1), 0.1 / (patterns + specialists), dtype=A.dtype, device=A.device)
-    for _ in range(MAX_STEPS):
-        target_A, target_d = torch.maximum(A, mu), torch.maximum(d, mu)
-        off_A, off_d = state.Y * state.s / target_A, state.Q * state.t / target_d
-        near = torch.maximum((off_A - 1).abs().amax(1), (off_d - 1).abs().amax(1)) < 0.5
-        if bool((state.residual(A, d) <= tolerance).all()):
-            return state
-        mu = torch.where(near[:, None], mu * 0.1, mu).clamp(min=SMALLEST_TARGET)
-        target_A, target_d = torch.maximum(A, mu), torch.maximum(d, mu)
-        solve = _least_squares if bool(mu.min() < 1e-6) else None
-        direction = _direction(target_A, target_d, state, members, solve)
-        state = _searched(target_A, target_d, state, direction)
-    worst = float(state.residual(A, d).max())
-    raise ArithmeticError(
-        f"{n} rows did not converge in {MAX_STEPS} Newton steps (residual {worst:.1e} > {tolerance:.0e})"
-    )
-
-
-def _searched(A: Tensor, d: Tensor, state: State, direction) -> State:
-    """As far along the direction as every variable stays positive and the merit falls."""
-    length, before = state.room(direction), _merit(A, d, state)
-    for _ in range(40):
-        trial = _moved(state, direction, length)
-        worse = ~(_merit(A, d, trial) <= before + 1e-13)
-        if not bool(worse.any()):
-            break
-        length = torch.where(worse[:, None], length / 2, length)
-    return trial
-
-
-def _polished(A: Tensor, state: State) -> State:
-    """Where s is no small number, Y = A / s is right also relative to a tiny A."""
-    state.Y = torch.where(state.s > 0.1, A / state.s, state.Y)
-    return state

@@ -1,97 +1,162 @@
-"""Eq. 5 where C is too large for a row of C numbers: the generalist's largest probabilities, and the rest as one
-sum."""
+"""Eq. 5 where C is too large for a row of C numbers.
+
+The generalist is given as its largest probabilities, and the rest as one sum.
+"""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .combine import Job, combined
-from .predictions import SUM_TOLERANCE, checked_active, checked_weights, read_predictions
+from clustering.groups import ClassGroups
+
+from .combine import TOLERANCE, Problem, combine_rows
+from .predictions import (
+    SUM_TOLERANCE,
+    SpecialistInput,
+    Weights,
+    checked_active,
+    checked_weights,
+    read_predictions,
+    working_dtype,
+)
 
 
 def combine_kl_sparse(
-    indices: Tensor, values: Tensor, tail: Tensor, p_special, groups, active=None, weights=None
+    indices: Tensor,
+    values: Tensor,
+    tail: Tensor,
+    p_special: SpecialistInput,
+    groups: ClassGroups,
+    active: Tensor | None = None,
+    weights: Weights | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """combine_kl of a generalist given as values [B, k] of the classes indices [B, k] and the sum of all others, tail
-    [B].
+    """combine_kl of a generalist that is given for some classes, and as one sum for all others.
 
-    indices: int64, distinct in a row, in any order; they hold every class of the row's active groups.  Then the answer
-    is exact: classes outside all of them keep their proportions, so their sum suffices.  p_special, active, weights: as
-    combine_kl has them.
-    Returns (indices, values, tail) of q.  Memory grows with B k, not with C.
-    Raises ValueError as combine_kl does, and for a class of an active group that indices lack, with the row and the
-    class.
+    The answer is exact: classes outside all active groups keep their proportions, so that their sum
+    suffices.  Memory grows with B k, not with C.
+
+    Parameters
+    ----------
+    indices : int64 Tensor [B, k]
+        Classes, distinct in a row, in any order.  They hold every class of the row's active groups.
+    values : Tensor [B, k]
+        Their probabilities.
+    tail : Tensor [B]
+        The sum of all others' probabilities.
+    p_special, groups, active, weights
+        As `combine_kl` has them.
+
+    Returns
+    -------
+    indices : int64 Tensor [B, k]
+        As given.
+    values : Tensor [B, k]
+        q of these classes.
+    tail : Tensor [B]
+        The sum of q over all others.
+
+    Raises
+    ------
+    ValueError
+        As `combine_kl` does; and for a class of an active group that indices lack, with the row and
+        the class.
     """
-    if not isinstance(values, Tensor) or values.dim() != 2 or values.dtype not in SUM_TOLERANCE:
-        raise ValueError(
-            f"values must be a floating point tensor [B, k]; they are {_described(values)}"
-        )
+    _check_arguments(indices, values, tail)
     rows, kept = values.shape
-    if (
-        not isinstance(indices, Tensor)
-        or indices.shape != values.shape
-        or indices.dtype not in (torch.int64, torch.int32)
-    ):
-        raise ValueError(
-            f"indices must be int64 [{rows}, {kept}] as values are; they are {_described(indices)}"
-        )
-    if not isinstance(tail, Tensor) or tail.shape != (rows,):
-        raise ValueError(f"tail must be [{rows}], one number per row; it is {_described(tail)}")
     dtype = values.dtype
-    work = dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    work = working_dtype(dtype)
     active = checked_active(active, p_special, rows, groups, values.device)
     weights = checked_weights(weights, len(groups.members), values.device)
-    opinions = read_predictions(p_special, groups, active, work, dtype)
+    special = read_predictions(p_special, groups, active, work, dtype)
     ascending, position = _sorted(indices.long())
     _check_indices(ascending, groups.num_classes)
 
-    def columns(classes: Tensor, chosen) -> Tensor:
-        there = ascending[chosen]
-        found = torch.searchsorted(there, classes.contiguous()).clamp(max=kept - 1)
-        absent = there.gather(1, found) != classes
-        if bool(absent.any()):
-            row, place = absent.nonzero()[0].tolist()
-            number = torch.arange(rows, device=values.device)[chosen][row]
-            raise ValueError(
-                f"indices of row {int(number)} lack class {int(classes[row, place])} of a group that is active there; "
-                "gather every class of the active groups beside the largest probabilities"
-            )
-        return position[chosen].gather(1, found)
-
-    stands_for = torch.ones(1, kept + 1, dtype=work, device=values.device)
-    stands_for[0, -1] = groups.num_classes - kept
-    job = Job(
-        groups, weights, opinions, dtype, columns=columns, stands_for=stands_for.expand(rows, -1)
-    )
-    q = combined(job, torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work), active).to(
-        dtype
-    )
+    classes_per_column = torch.ones(1, kept + 1, dtype=work, device=values.device)
+    classes_per_column[0, -1] = groups.num_classes - kept
+    layout = SparseLayout(ascending, position, classes_per_column)
+    problem = Problem(groups, special, weights, dtype, TOLERANCE[work], layout)
+    p_general = torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work)
+    q = combine_rows(problem, p_general, active).to(dtype)
     return indices, q[:, :-1], q[:, -1]
+
+
+class SparseLayout:
+    """Rows of k classes in any order and a last column that is the sum of all others.
+
+    ascending, position: int64 [B, k], the classes of each row in order and their columns.
+    """
+
+    def __init__(self, ascending: Tensor, position: Tensor, classes_per_column: Tensor):
+        self._ascending = ascending
+        self._position = position
+        self._classes_per_column = classes_per_column
+
+    def columns(self, classes: Tensor, rows: Tensor | None) -> Tensor:
+        ascending = self._ascending
+        position = self._position
+        if rows is not None:
+            ascending = ascending[rows]
+            position = position[rows]
+        last = ascending.shape[1] - 1
+        order = torch.searchsorted(ascending, classes.contiguous()).clamp(max=last)
+        absent = ascending.gather(1, order) != classes
+        if bool(absent.any()):
+            row, entry = absent.nonzero()[0].tolist()
+            original = row if rows is None else int(rows[row])
+            raise ValueError(
+                f"indices of row {original} lack class {int(classes[row, entry])} of a group that "
+                "is active there; gather every class of the active groups beside the largest "
+                "probabilities"
+            )
+        return position.gather(1, order)
+
+    def classes_per_column(self, rows: Tensor | None) -> Tensor:
+        count = len(self._ascending) if rows is None else len(rows)
+        return self._classes_per_column.expand(count, -1)
 
 
 def _sorted(indices: Tensor) -> tuple[Tensor, Tensor]:
     if indices.device.type != "cpu":
         return indices.sort(dim=1)
-    order = np.argsort(indices.numpy(), axis=1)  # four times as fast as torch's sort
-    order = torch.from_numpy(order)
+    # Four times as fast as torch's sort.
+    order = torch.from_numpy(np.argsort(indices.numpy(), axis=1))
     return indices.gather(1, order), order
+
+
+def _check_arguments(indices: Tensor, values: Tensor, tail: Tensor) -> None:
+    if not isinstance(values, Tensor) or values.dim() != 2 or values.dtype not in SUM_TOLERANCE:
+        raise ValueError(
+            f"values must be a floating point tensor [B, k]; they are {_described(values)}"
+        )
+    rows, kept = values.shape
+    integers = (torch.int64, torch.int32)
+    same_shape = isinstance(indices, Tensor) and indices.shape == values.shape
+    if not same_shape or indices.dtype not in integers:
+        raise ValueError(
+            f"indices must be int64 [{rows}, {kept}] as values are; they are {_described(indices)}"
+        )
+    if not isinstance(tail, Tensor) or tail.shape != (rows,):
+        raise ValueError(f"tail must be [{rows}], one number per row; it is {_described(tail)}")
 
 
 def _check_indices(ascending: Tensor, num_classes: int) -> None:
     if ascending.numel() == 0:
         return
-    lowest, highest = int(ascending[:, 0].min()), int(ascending[:, -1].max())
+    lowest = int(ascending[:, 0].min())
+    highest = int(ascending[:, -1].max())
     if lowest < 0 or highest >= num_classes:
-        raise ValueError(
-            f"indices hold class {lowest if lowest < 0 else highest}; classes go from 0 to {num_classes - 1}"
-        )
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"indices hold class {wrong}; classes go from 0 to {num_classes - 1}")
     twice = ascending[:, 1:] == ascending[:, :-1]
     if bool(twice.any()):
-        row, place = twice.nonzero()[0].tolist()
+        row, entry = twice.nonzero()[0].tolist()
         raise ValueError(
-            f"indices of row {row} hold class {int(ascending[row, place])} more than once; list each class once"
+            f"indices of row {row} hold class {int(ascending[row, entry])} more than once; "
+            "list each class once"
         )
 
 
-def _described(x) -> str:
-    return f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+def _described(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"{x.dtype} {list(x.shape)}"
+    return type(x).__name__

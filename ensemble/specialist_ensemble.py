@@ -1,30 +1,40 @@
-"""The generalist, its specialists and the combiner, as one thing that answers."""
+"""The generalist, its specialists and the combiner, as one classifier."""
 
-import json
 import threading
 import weakref
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from clustering.groups import ClassGroups
-from networks import ModelSpec, build_classifier, load_classifier
+from networks import Classifier, load_classifier
+from networks.builders import Builders
 
+from .choices import check_combiner, combiner
 from .gating import gate as open_gate
-from .pooling import COMBINERS
+from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
+from .predictions import Weights, softmax
+from .ranking import Prediction, top_predictions
+from .settings import EnsembleSettings
+from .sharing import blocks, shared_prefix
 
-SCHEMA = 1
-SETTINGS = "ensemble.json"
 GROUPS = "clusters/groups.json"
+
+RawInputs: TypeAlias = Tensor | np.ndarray
+# Entry m: (rows, [len(rows), |S_m| + 1]), or None where no row needs specialist m.
+SpecialRows: TypeAlias = list[tuple[Tensor, Tensor] | None]
 
 
 class EnsembleOutput(NamedTuple):
-    """What became of a batch: p_general [B, C], the combined q [B, C], and which specialists were asked, bool [B,
-    M]."""
+    """What became of a batch.
+
+    p_general: [B, C].  q: [B, C], combined.  active: bool [B, M], the specialists that were run.
+    """
 
     p_general: Tensor
     q: Tensor
@@ -32,404 +42,346 @@ class EnsembleOutput(NamedTuple):
 
 
 class SpecialistEnsemble:
-    """Answers with eq. 5 (or another of COMBINERS); runs only the specialists that some row needs, on only those rows.
+    """Combines predictions by eq. 5 (or another of COMBINERS).
 
-    generalist: a networks.Classifier, logits [B, C].  specialists: {m: Classifier with logits [B, |S_m| + 1], dustbin
-    last}, a dict or another mapping that loads them when asked.  groups: ClassGroups.
-    gate: n, specialists of the n most probable classes are asked; max_specialists: at most so many for one row.
-    temperatures, weights: [1 + M], the generalist's first; None is all 1.
-    skipped: groups that have no specialist on purpose.  Any other group without one is an error, unless allow_missing.
-    The networks are put into eval mode, and are not changed otherwise.  Threads may share an ensemble.
+    Runs only the specialists that some row needs, on only those rows.  The networks are put into
+    eval mode, and are not changed otherwise.  Threads may share an ensemble.
+
+    Parameters
+    ----------
+    generalist : networks.Classifier
+        Its logits are [B, C].
+    specialists : mapping of int to networks.Classifier
+        Specialist m's logits are [B, |S_m| + 1], the dustbin last.  A dict, or another mapping that
+        loads them when first needed.
+    groups : ClassGroups
+        The classes of each specialist.
+    gate : int
+        Specialists of the `gate` most probable classes are run.
+    max_specialists : int, optional
+        At most so many for one row.  None is no limit.
+    combine : str
+        A name of `COMBINERS`.
+    temperatures, weights : [1 + M], optional
+        The generalist's first.  None is all 1.
+    skipped : collection of int
+        Groups that have no specialist on purpose.
+    allow_missing : bool
+        Otherwise any other group without a specialist is an error.
+    device : str or torch.device, optional
+        None is the generalist's.
+
+    Attributes
+    ----------
+    missing : list of int
+        Groups without a specialist that were not skipped on purpose.
+    runs : Counter
+        How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks
+        that are its own.
+
+    Raises
+    ------
+    ValueError
+        For an unknown combiner, specialists that are missing or have no group, and temperatures or
+        weights of another length.
     """
 
     def __init__(
         self,
-        generalist,
-        specialists: Mapping[int, nn.Module],
-        groups,
+        generalist: Classifier,
+        specialists: Mapping[int, Classifier],
+        groups: ClassGroups,
         gate: int = 1,
         max_specialists: int | None = None,
         combine: str = "kl",
-        temperatures=None,
-        weights=None,
-        skipped=(),
+        temperatures: Sequence[float] | None = None,
+        weights: Weights | None = None,
+        skipped: Collection[int] = (),
         allow_missing: bool = False,
-        device=None,
+        device: str | torch.device | None = None,
     ):
-        if combine not in COMBINERS:
-            raise ValueError(
-                f"combine = {combine!r} is unknown; it must be one of {', '.join(COMBINERS)}"
-            )
         count = len(groups.members)
-        strange = sorted(m for m in {*specialists, *skipped} if not 0 <= m < count)
-        if strange:
+        missing = sorted(set(range(count)) - set(specialists) - set(skipped))
+        check_combiner(combine)
+        _check_numbers([*specialists, *skipped], count)
+        if missing and not allow_missing:
             raise ValueError(
-                f"there is no group {strange[0]}; the {count} groups are 0 to {count - 1}"
-            )
-        self.missing = sorted(set(range(count)) - set(specialists) - set(skipped))
-        if self.missing and not allow_missing:
-            raise ValueError(
-                f"specialists {_listed(self.missing)} of {count} are missing; train them, "
+                f"specialists {_listed(missing)} of {count} are missing; train them, "
                 "or go on without them with allow_missing=True"
             )
-        for name, values in (("temperatures", temperatures), ("weights", weights)):
-            if values is not None and len(values) != 1 + count:
-                raise ValueError(
-                    f"{name} has {len(values)} entries; it must have {1 + count}: the generalist's and one per group"
-                )
-        self.temperatures = (
-            [1.0] * (1 + count) if temperatures is None else [float(t) for t in temperatures]
-        )
-        if not all(0 < t < float("inf") for t in self.temperatures):
-            raise ValueError(f"temperatures are {self.temperatures}; each must be positive")
+        _check_length("temperatures", temperatures, 1 + count)
+        _check_length("weights", weights, 1 + count)
         self.generalist = generalist.eval()
-        self.device = torch.device(device) if device is not None else _device_of(generalist)
-        self.specialists, self.groups = specialists, groups
-        self.gate, self.max_specialists, self.combine, self.weights = (
-            gate,
-            max_specialists,
-            combine,
-            weights,
-        )
-        self.skipped, self.available = sorted(skipped), [m in specialists for m in range(count)]
+        self.specialists = specialists
+        self.groups = groups
+        self.gate = gate
+        self.max_specialists = max_specialists
+        self.combine = combine
+        self.temperatures = _checked_temperatures(temperatures, 1 + count)
+        self.weights = weights
+        self.skipped = sorted(skipped)
+        self.missing = missing
+        self.available = [m in specialists for m in range(count)]
+        self.device = _device_of(generalist) if device is None else torch.device(device)
         self.class_names = list(generalist.spec.class_names)
-        self._prefixes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self.runs: Counter[str | int | tuple[str, int]] = Counter()
+        self._prefixes: weakref.WeakKeyDictionary[Classifier, int] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
-        # How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks that are its own.
-        self.runs: Counter = Counter()
 
     @classmethod
     @torch.inference_mode(False)
     def load(
         cls,
-        directory,
-        device="cpu",
+        directory: str | Path,
+        device: str | torch.device = "cpu",
         gate: int | None = None,
         max_specialists: int | None = None,
         cache: int | None = None,
         allow_missing: bool = False,
-        builders: Mapping[str, Callable] | None = None,
+        builders: Builders | None = None,
     ) -> "SpecialistEnsemble":
-        """The ensemble of a run directory or of an exported bundle: safetensors and JSON, nothing is unpickled.
+        """The ensemble of a run directory or of an exported bundle.
 
-        gate, max_specialists: None takes what ensemble.json says (else 1, and no limit).  cache: how many specialists
-        are held at a time; None is all.  They are loaded when first asked.  builders: {name: callable} for a model.json
-        that names one.
-        Raises ValueError for a missing specialist (unless allow_missing), a missing or damaged file and another schema.
+        Reads safetensors and JSON; nothing is unpickled.  Specialists are loaded when first needed.
+
+        Parameters
+        ----------
+        directory : path
+        device : str or torch.device
+        gate, max_specialists : int, optional
+            None takes what ensemble.json says (else 1, and no limit).
+        cache : int, optional
+            How many specialists are held at a time.  None is all.
+        allow_missing : bool
+            Go on without specialists that are missing.
+        builders : dict of callables, optional
+            {name: callable} for a model.json that names one.
+
+        Returns
+        -------
+        SpecialistEnsemble
+
+        Raises
+        ------
+        ValueError
+            For a missing specialist (unless allow_missing), a missing or corrupt file and another
+            schema.
         """
         root = Path(directory)
-        if not (root / "generalist" / "model.json").is_file():
-            raise ValueError(
-                f"{root} has no generalist/model.json; give a run whose generalist is done, or an exported bundle"
-            )
-        facts = read_settings(root)
-        if facts["kind"] != "specialists":
-            raise ValueError(
-                f"{root} holds a deep ensemble, which has no specialists; load it with load_ensemble"
-            )
-        if not (root / GROUPS).is_file():
-            raise ValueError(
-                f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle"
-            )
+        settings = _settings_of(root)
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
-        folders = {m: specialist_folder(root, m) for m in range(len(groups.members))}
-        found = [
-            m
-            for m, place in folders.items()
-            if all((place / n).is_file() for n in ("model.json", "model.safetensors"))
+
+        def load_one(m: int) -> Classifier:
+            shared = settings.shared.get(str(m), ())
+            return load_specialist(specialist_folder(root, m), generalist, shared, device, builders)
+
+        if gate is None:
+            gate = settings.gate
+        if max_specialists is None:
+            max_specialists = settings.max_specialists
+        numbers = [
+            m for m in range(len(groups.members)) if _is_complete(specialist_folder(root, m))
         ]
-        shelf = LazySpecialists(
-            lambda m: load_specialist(
-                folders[m], generalist, facts["shared"].get(str(m), ()), device, builders
-            ),
-            found,
-            cache,
-        )
-        gate = facts["gate"] if gate is None else gate
-        limit = facts["max_specialists"] if max_specialists is None else max_specialists
         return cls(
             generalist,
-            shelf,
+            LazySpecialists(load_one, numbers, cache),
             groups,
-            gate,
-            limit,
-            facts["combine"],
-            facts["temperatures"],
-            facts["weights"],
-            facts["skipped"],
-            allow_missing,
-            device,
+            gate=gate,
+            max_specialists=max_specialists,
+            combine=settings.combine,
+            temperatures=settings.temperatures,
+            weights=settings.weights,
+            skipped=settings.skipped,
+            allow_missing=allow_missing,
+            device=device,
         )
 
-    @torch.no_grad()
-    def predictions(self, inputs) -> tuple[Tensor, list, Tensor]:
-        """(p_general [B, C], p_special, active [B, M]) as combine_kl takes them: p_special[m] is (rows, [len(rows),
-        |S_m| + 1]) or None.
+    def probabilities(self, inputs: RawInputs) -> Tensor:
+        """q [B, C] for raw inputs [B, ...].
 
-        inputs: raw, as decoded (uint8 or float), [B, ...]; the networks preprocess.
+        Parameters
+        ----------
+        inputs : Tensor or array [B, ...]
+            As decoded (uint8 or float).  The networks preprocess them.
+
+        Returns
+        -------
+        Tensor [B, C]
         """
-        logits, active, special = self._logits(inputs)
-        p_general = _softmax(logits, self.temperatures[0])
-        p_special = [
-            None if found is None else (found[0], _softmax(found[1], self.temperatures[1 + m]))
-            for m, found in enumerate(special)
-        ]
-        return p_general, p_special, active
+        return self.forward_with_details(inputs).q
 
-    @torch.no_grad()
-    def logits(self, inputs) -> tuple[Tensor, list, Tensor]:
-        """(general [B, C], special, active [B, M]) before temperatures, for fitting them: special[m] is (rows, logits)
-        or None."""
-        logits, active, special = self._logits(inputs)
-        return logits, special, active
+    def predict(self, inputs: RawInputs, top: int = 5) -> list[Prediction]:
+        """The `top` most probable classes of each row, and the specialists that were active.
 
-    def forward_with_details(self, inputs) -> EnsembleOutput:
+        Parameters
+        ----------
+        inputs : Tensor or array [B, ...]
+            As `probabilities` has them.
+        top : int
+
+        Returns
+        -------
+        list of dicts
+            Per row {classes, names, probabilities, specialists}.
+        """
+        output = self.forward_with_details(inputs)
+        return top_predictions(output.q, self.class_names, top, output.active)
+
+    def forward_with_details(self, inputs: RawInputs) -> EnsembleOutput:
+        """The generalist's probabilities, the combined ones, and the specialists that were run."""
         p_general, p_special, active = self.predictions(inputs)
         with torch.no_grad():
-            q = COMBINERS[self.combine](
+            q = combiner(self.combine)(
                 p_general, p_special, self.groups, active=active, weights=self.weights
             )
         return EnsembleOutput(p_general, q, active)
 
-    def probabilities(self, inputs) -> Tensor:
-        """q [B, C] for raw inputs [B, ...]."""
-        return self.forward_with_details(inputs).q
+    @torch.no_grad()
+    def predictions(self, inputs: RawInputs) -> tuple[Tensor, SpecialRows, Tensor]:
+        """(p_general [B, C], p_special, active [B, M]) as combine_kl takes them.
 
-    def predict(self, inputs, top: int = 5) -> list[dict]:
-        """Per row {classes, names, probabilities, specialists}: the `top` most probable classes, and the specialists
-        asked."""
-        found = self.forward_with_details(inputs)
-        values, classes = found.q.topk(min(top, found.q.shape[1]), dim=1)
-        return [
-            {
-                "classes": row,
-                "names": [self.class_names[c] for c in row],
-                "probabilities": probabilities,
-                "specialists": asked.nonzero()[:, 0].tolist(),
-            }
-            for row, probabilities, asked in zip(
-                classes.tolist(), values.tolist(), found.active.cpu(), strict=True
-            )
-        ]
+        p_special[m] is (rows, [len(rows), |S_m| + 1]), or None.
+        """
+        logits, special, active = self.logits(inputs)
+        p_general = softmax(logits, self.temperatures[0])
+        p_special: SpecialRows = [None] * len(special)
+        for m, entry in enumerate(special):
+            if entry is not None:
+                rows, own = entry
+                p_special[m] = rows, softmax(own, self.temperatures[1 + m])
+        return p_general, p_special, active
 
-    def _logits(self, inputs):
+    @torch.no_grad()
+    def logits(self, inputs: RawInputs) -> tuple[Tensor, SpecialRows, Tensor]:
+        """(general [B, C], special, active [B, M]) before temperatures, for fitting them.
+
+        special[m] is (rows, logits), or None.
+        """
         raw = torch.as_tensor(inputs).to(self.device)
-        blocks = _blocks(self.generalist.trunk)
+        features, reached = self._run_trunk(raw)
+        logits = self.generalist.head(features)
+        self._count("trunk")
+        p_general = softmax(logits, 1.0)
+        active = open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
+        special: SpecialRows = [None] * len(self.groups.members)
+        for m in active.any(0).nonzero()[:, 0].tolist():
+            rows = active[:, m].nonzero()[:, 0]
+            special[m] = rows, self._run_specialist(m, raw, rows, reached)
+        return logits, special, active
+
+    def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """The generalist's features, and what it has after as many blocks as a specialist shares.
+
+        The latter only where it is known that a specialist branches off there.
+        """
+        trunk = blocks(self.generalist.trunk)
         with self._lock:
-            wanted = {0, *self._prefixes.values()}
+            wanted = {len(trunk), *self._prefixes.values()}
         x = self.generalist.preprocess(raw)
-        reached = {
-            0: x
-        }  # what the generalist has after so many blocks, where a specialist is known to branch off
-        for depth, block in enumerate(blocks, 1):
+        reached = {0: x}
+        for depth, block in enumerate(trunk, 1):
             x = block(x)
             if depth in wanted:
                 reached[depth] = x
-        reached[len(blocks)] = x
-        logits = self.generalist.head(x)
-        self._count("trunk")
-        p_general = _softmax(logits, 1.0)
-        active = open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
-        special: list = [None] * len(self.groups.members)
-        for m in active.any(0).nonzero()[:, 0].tolist():
-            specialist = self.specialists[m]
-            rows = active[:, m].nonzero()[:, 0]
-            shared = self._prefix(m, specialist)
-            if shared >= 0:
-                nearest = max(depth for depth in reached if depth <= shared)
-                x = reached[nearest][rows]
-                for block in blocks[nearest:shared]:
-                    x = block(x)
-            else:
-                x = specialist.preprocess(raw[rows])
-            own = _blocks(specialist.trunk)[max(shared, 0) :]
-            for block in own:
-                x = block(x)
-            special[m] = rows, specialist.head(x)
-            self._count(m, *([("trunk", m)] if own else []))
-        return logits, active, special
+        return x, reached
 
-    def _prefix(self, m: int, specialist) -> int:
-        """How many leading blocks are the generalist's, tensor for tensor; -1 where not even the preprocessing is."""
+    def _run_specialist(
+        self, m: int, raw: Tensor, rows: Tensor, reached: dict[int, Tensor]
+    ) -> Tensor:
+        """Logits [len(rows), |S_m| + 1], from where the generalist's blocks end."""
+        specialist = self.specialists[m]
+        shared = self._prefix(m, specialist)
+        if shared >= 0:
+            nearest = max(depth for depth in reached if depth <= shared)
+            x = reached[nearest][rows]
+            for block in blocks(self.generalist.trunk)[nearest:shared]:
+                x = block(x)
+        else:
+            x = specialist.preprocess(raw[rows])
+        own = blocks(specialist.trunk)[max(shared, 0) :]
+        for block in own:
+            x = block(x)
+        logits = specialist.head(x)
+        self._count(m)
+        if own:
+            self._count(("trunk", m))
+        return logits
+
+    def _prefix(self, m: int, specialist: Classifier) -> int:
+        """How many leading blocks are the generalist's; -1 where not even the preprocessing is."""
         with self._lock:
             known = self._prefixes.get(specialist)
         if known is not None:
             return known
-        members = specialist.spec.head.get("members")
-        if members is not None and list(members) != self.groups.members[m].tolist():
+        classes = specialist.spec.head.get("members")
+        if classes is not None and list(classes) != self.groups.members[m].tolist():
             raise ValueError(
-                f"specialist {m} was trained for other classes than group {m} has; the groups are not this run's"
+                f"specialist {m} was trained for other classes than group {m} has; "
+                "the groups are not this run's"
             )
         length = shared_prefix(self.generalist, specialist.eval())
         with self._lock:
             self._prefixes[specialist] = length
         return length
 
-    def _count(self, *names) -> None:
+    def _count(self, name: str | int | tuple[str, int]) -> None:
         with self._lock:
-            self.runs.update(names)
+            self.runs[name] += 1
 
 
-class LazySpecialists(Mapping):
-    """Specialists by number, loaded when first asked; the `cache` last asked are kept.  Threads may share it."""
-
-    def __init__(self, load: Callable[[int], nn.Module], numbers, cache: int | None = None):
-        if cache is not None and cache < 1:
-            raise ValueError(
-                f"cache = {cache}; at least 1 specialist must be held, or None for all"
-            )
-        self._load, self._numbers, self._cache = load, sorted(numbers), cache
-        self._held: OrderedDict[int, nn.Module] = OrderedDict()
-        self._lock = threading.Lock()
-        self._loading = {m: threading.Lock() for m in self._numbers}
-        self.loads = 0
-
-    def __contains__(self, m) -> bool:
-        return m in self._loading
-
-    def __iter__(self):
-        return iter(self._numbers)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, m: int) -> nn.Module:
-        with self._loading[m]:  # two threads that ask for the same one wait for one loading
-            with self._lock:
-                if m in self._held:
-                    self._held.move_to_end(m)
-                    return self._held[m]
-            specialist = self._load(m)
-            with self._lock:
-                self.loads += 1
-                self._held[m] = specialist
-                while self._cache is not None and len(self._held) > self._cache:
-                    self._held.popitem(last=False)
-            return specialist
-
-
-def specialist_folder(root: Path, m: int) -> Path:
-    return root / "specialists" / f"{m:03d}"
-
-
-def read_settings(root: Path) -> dict:
-    """What ensemble.json says, with the defaults of a run that has none yet."""
-    facts = {
-        "kind": "specialists",
-        "members": 1,
-        "gate": 1,
-        "max_specialists": None,
-        "combine": "kl",
-        "temperatures": None,
-        "weights": None,
-        "skipped": [],
-        "shared": {},
-    }
-    path = root / SETTINGS
-    if not path.is_file():
-        return facts
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as mistake:
-        raise ValueError(f"{path}: cannot be read: {mistake}") from None
-    if not isinstance(said, dict) or said.get("schema") != SCHEMA:
-        schema = said.get("schema") if isinstance(said, dict) else None
+def _settings_of(root: Path) -> EnsembleSettings:
+    """What ensemble.json says of a directory that has what an ensemble of specialists needs."""
+    if not (root / "generalist" / "model.json").is_file():
         raise ValueError(
-            f"{path} has schema {schema!r}; this version reads {SCHEMA}: export it again with this version"
+            f"{root} has no generalist/model.json; "
+            "give a run whose generalist is done, or an exported bundle"
         )
-    return facts | {name: value for name, value in said.items() if name in facts}
-
-
-_building = threading.Lock()
-
-
-@torch.inference_mode(
-    False
-)  # a caller under inference_mode gets networks like any other: their tensors can be shared
-def load_specialist(folder: Path, generalist, shared, device, builders) -> nn.Module:
-    """One specialist, its tensors that equal the generalist's being the generalist's own.
-
-    shared: names of tensors that the folder leaves out because they are the generalist's (a bundle does so).
-    """
-    from safetensors.torch import load_file
-
-    with _building:  # torch's generators are set aside while a network is built
-        if not shared:
-            specialist = load_classifier(folder, device, builders)
-        else:
-            with torch.random.fork_rng(devices=[]):
-                specialist = build_classifier(ModelSpec.load(folder / "model.json"), builders)
-    common = generalist.state_dict()
-    if shared:
-        try:
-            tensors = load_file(folder / "model.safetensors") | {
-                name: common[name].cpu() for name in shared
-            }
-            specialist.load_state_dict(tensors)
-        except Exception as mistake:
-            raise ValueError(
-                f"{folder / 'model.safetensors'} does not fit its model.json: {mistake}"
-            ) from None
-        specialist.to(device).eval()
-    for name, tensor in [*specialist.named_parameters(), *specialist.named_buffers()]:
-        if (
-            name in common
-            and common[name].shape == tensor.shape
-            and torch.equal(common[name], tensor.detach())
-        ):
-            tensor.data = common[name]
-    return specialist
-
-
-def shared_prefix(generalist, specialist) -> int:
-    """How many leading blocks of the trunks do the same, tensor for tensor; -1 where the inputs are preprocessed
-    differently."""
-    if generalist.spec.input != specialist.spec.input:
-        return -1
-    same = (generalist.spec.builder, generalist.spec.options) == (
-        specialist.spec.builder,
-        specialist.spec.options,
-    )
-    if not same:
-        return 0
-    length = 0
-    for ours, theirs in zip(_blocks(generalist.trunk), _blocks(specialist.trunk), strict=True):
-        if not equal_tensors(ours, theirs):
-            break
-        length += 1
-    return length
-
-
-def equal_tensors(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules of one architecture hold the same parameters and buffers (but for batch norm's counter of
-    batches)."""
-    mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(
-        tensor is theirs[name]
-        or (
-            tensor.shape == theirs[name].shape
-            and torch.equal(tensor, theirs[name].to(tensor.device))
+    settings = EnsembleSettings.load(root)
+    if settings.kind != "specialists":
+        raise ValueError(
+            f"{root} holds a deep ensemble, which has no specialists; load it with load_ensemble"
         )
-        for name, tensor in mine.items()
-        if not name.endswith("num_batches_tracked")
-    )
+    if not (root / GROUPS).is_file():
+        raise ValueError(
+            f"{root} has no {GROUPS}; give a run whose groups are made, or an exported bundle"
+        )
+    return settings
 
 
-def _blocks(trunk: nn.Module) -> list[nn.Module]:
-    return list(trunk.children()) if isinstance(trunk, nn.Sequential) else [trunk]
+def _is_complete(folder: Path) -> bool:
+    return (folder / "model.json").is_file() and (folder / "model.safetensors").is_file()
 
 
-def _softmax(logits: Tensor, temperature: float) -> Tensor:
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return torch.softmax(logits if temperature == 1 else logits / temperature, dim=1)
+def _check_numbers(numbers: list[int], count: int) -> None:
+    unknown = sorted(m for m in set(numbers) if not 0 <= m < count)
+    if unknown:
+        raise ValueError(f"there is no group {unknown[0]}; the {count} groups are 0 to {count - 1}")
 
 
-def _device_of(network) -> torch.device:
+def _check_length(name: str, values: Weights | None, length: int) -> None:
+    if values is not None and len(values) != length:
+        raise ValueError(
+            f"{name} has {len(values)} entries; "
+            f"it must have {length}: the generalist's and one per group"
+        )
+
+
+def _checked_temperatures(temperatures: Sequence[float] | None, length: int) -> list[float]:
+    if temperatures is None:
+        return [1.0] * length
+    checked = [float(t) for t in temperatures]
+    if not all(0 < t < float("inf") for t in checked):
+        raise ValueError(f"temperatures are {checked}; each must be positive")
+    return checked
+
+
+def _device_of(network: nn.Module) -> torch.device:
     return next((tensor.device for tensor in network.parameters()), torch.device("cpu"))
 
 
 def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:12])) + (
-        f" and {len(numbers) - 12} more" if len(numbers) > 12 else ""
-    )
+    text = ", ".join(map(str, numbers[:12]))
+    if len(numbers) > 12:
+        text += f" and {len(numbers) - 12} more"
+    return text

@@ -71,6 +71,12 @@ class Classifier(nn.Module):
         """K; 1 of a plain network, whose logits have no axis of members."""
         return 1 if self.spec.members is None else self.spec.members["count"]
 
+    @property
+    def linear_head(self) -> nn.Linear:
+        """The head of a classifier that is known to have a plain one, as nn.Linear."""
+        assert isinstance(self.head, nn.Linear), f"no plain head: {type(self.head).__name__}"
+        return self.head
+
     def forward(self, raw: Tensor) -> Tensor:
         inputs = self.preprocess(raw)
         if self.spec.members is None or self.spec.members["kind"] == "heads":

@@ -84,12 +84,12 @@ def add_classes(classifier: Classifier, class_names: Sequence[str]) -> Classifie
         For a specialist, for a network with members, and where no class is new or an old one is
         absent.
     """
-    spec, old = classifier.spec, classifier.head
+    spec = classifier.spec
     if spec.members is not None or spec.head["kind"] != "linear":
         raise ValueError(
             "classes are added to a plain classifier, not to a specialist or a network with members"
         )
-    assert isinstance(old, nn.Linear)
+    old = classifier.linear_head
     indices = match_classes(spec.class_names, class_names)
     new_indices = sorted(set(range(len(class_names))) - set(indices))
     if not new_indices:
@@ -160,7 +160,7 @@ def remap_specialist(specialist: Classifier, generalist: Classifier) -> Classifi
     spec, head = specialist.spec, specialist.head
     if spec.head["kind"] != "dustbin":
         raise ValueError("this network is no specialist: it has no dustbin")
-    assert isinstance(head, (nn.Linear, DustbinHead)) and isinstance(generalist.head, nn.Linear)
+    assert isinstance(head, (nn.Linear, DustbinHead))
     new_class = match_classes(spec.class_names, generalist.spec.class_names)
     described = dict(spec.head)
     for key in ("members", "kept"):
@@ -186,7 +186,7 @@ def remap_specialist(specialist: Classifier, generalist: Classifier) -> Classifi
             new.append((row, c))
     with torch.no_grad():
         _copy_rows(head, rows, known)
-        _copy_rows(generalist.head, rows, new)
+        _copy_rows(generalist.linear_head, rows, new)
     grown.head = rows.train(head.training)
     return grown
 

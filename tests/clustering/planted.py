@@ -4,20 +4,21 @@ import numpy as np
 
 
 def planted_predictions(num_classes, num_groups, per_class, top_k=10, noise=0.2, seed=0):
-    """indices, values [N, k], labels [N], group_of [C]: others fall in the label's group, but `noise` of them.
+    """indices, values [N, k], labels [N], group_of [C].
 
-    A label's own probability is 0.3 to 0.9, the rest an exponential share each; the top prediction is at times wrong.
+    The predictions beside the label fall in its group, but for a share `noise` of them. A label's
+    own probability is 0.3 to 0.9, the rest an exponential share each; the top prediction is at
+    times wrong.
     """
     rng = np.random.default_rng(seed)
     group_of = rng.permutation(np.arange(num_classes) % num_groups)
-    members = np.argsort(group_of, kind="stable")
-    starts = np.searchsorted(group_of[members], np.arange(num_groups))
+    by_group = np.argsort(group_of, kind="stable")
+    starts = np.searchsorted(group_of[by_group], np.arange(num_groups))
     sizes = np.bincount(group_of, minlength=num_groups)
     labels = np.repeat(np.arange(num_classes), per_class)
     group = group_of[labels][:, None]
-    inside = members[
-        starts[group] + (rng.random((len(labels), top_k - 1)) * sizes[group]).astype(np.int64)
-    ]
+    offsets = (rng.random((len(labels), top_k - 1)) * sizes[group]).astype(np.int64)
+    inside = by_group[starts[group] + offsets]
     anywhere = rng.integers(0, num_classes, inside.shape)
     others = np.where(rng.random(inside.shape) < noise, anywhere, inside)
     indices = np.concatenate([labels[:, None], others], axis=1)
@@ -38,8 +39,8 @@ def planted_predictions(num_classes, num_groups, per_class, top_k=10, noise=0.2,
 def labels_of(groups):
     """The group of each class, [C], for groups that are a partition."""
     labels = np.full(groups.num_classes, -1)
-    for g, members in enumerate(groups.members):
-        assert (labels[members] == -1).all()
-        labels[members] = g
+    for group, classes in enumerate(groups.members):
+        assert (labels[classes] == -1).all()
+        labels[classes] = group
     assert (labels >= 0).all()
     return labels

@@ -30,16 +30,13 @@ def test_a_full_group_keeps_who_would_lose_most():
 
 
 def test_forbidden_groups_are_not_given():
-    assert assign(np.array([[-np.inf, 0.0], [-np.inf, -np.inf]]), np.array([5, 5])).tolist() == [
-        1,
-        -1,
-    ]
+    scores = np.array([[-np.inf, 0.0], [-np.inf, -np.inf]])
+    assert assign(scores, np.array([5, 5])).tolist() == [1, -1]
 
 
 def test_assign_is_within_5_percent_of_the_best_assignment_on_average():
-    choices = np.array(
-        [c for c in itertools.product(range(3), repeat=6) if np.bincount(c).max() <= 2]
-    )
+    every = itertools.product(range(3), repeat=6)
+    choices = np.array([groups for groups in every if np.bincount(groups).max() <= 2])
     rows = np.arange(6)
     ratios = []
     for seed in range(100):
@@ -51,7 +48,7 @@ def test_assign_is_within_5_percent_of_the_best_assignment_on_average():
 
 def random_affinity(seed, n):
     a = np.random.default_rng(seed).exponential(size=(n, n)) ** 3
-    return csr_array(np.triu(a, 1) + np.triu(a, 1).T).astype(np.float32)
+    return csr_array(np.triu(a, 1) + np.triu(a, 1).T, dtype=np.float32)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 3))
@@ -61,10 +58,10 @@ def test_local_search_never_loses_and_keeps_to_the_size(seed, memberships):
     start = np.full((24, memberships), -1, dtype=np.int32)
     start[:, 0] = np.arange(24) % 4
     size = 7 * memberships
-    found = local_search(affinity, start, 4, size, seed=seed)
-    assert captured_mass(affinity, found) >= captured_mass(affinity, start)
-    assert sizes_of(found, 4).max() <= size
-    for row in found:
+    member_of = local_search(affinity, start, 4, size, seed=seed)
+    assert captured_mass(affinity, member_of) >= captured_mass(affinity, start)
+    assert sizes_of(member_of, 4).max() <= size
+    for row in member_of:
         assert len(set(row[row >= 0])) == (row >= 0).sum()
 
 
@@ -79,8 +76,8 @@ def test_local_search_undoes_a_swap():
     blocks = np.kron(np.eye(3), np.ones((8, 8)) - np.eye(8)).astype(np.float32)
     start = np.repeat(np.arange(3), 8)
     start[[0, 8]] = start[[8, 0]]
-    found = local_search(csr_array(blocks), start[:, None], 3, 8)
-    assert captured_mass(csr_array(blocks), found) == blocks.sum()
+    member_of = local_search(csr_array(blocks), start[:, None], 3, 8)
+    assert captured_mass(csr_array(blocks), member_of) == blocks.sum()
 
 
 def test_fill_empty_takes_from_the_largest():
@@ -95,5 +92,5 @@ def test_the_block_size_changes_no_bound(monkeypatch, block):
 
     monkeypatch.setattr(clustering.assignment, "_BLOCK_SCORES", block)
     start = np.stack([np.arange(24) % 4, np.full(24, -1)], axis=1)
-    found = local_search(random_affinity(0, 24), start, 4, 13)
-    assert sizes_of(found, 4).max() <= 13 and (found >= 0).all()
+    member_of = local_search(random_affinity(0, 24), start, 4, 13)
+    assert sizes_of(member_of, 4).max() <= 13 and (member_of >= 0).all()

@@ -97,13 +97,12 @@ def test_statistics_merged_in_any_order_equal_one_pass(seed, n, num_classes, k, 
     p = random_predictions(seed, n, num_classes)
     labels = np.random.default_rng(seed).integers(0, num_classes, n)
     parts = [PredictionStatistics(num_classes, k) for _ in range(4)]
-    for part, rows in zip(
-        parts, np.array_split(np.arange(n), [n // 5, n // 2, n // 2]), strict=True
-    ):
+    splits = np.array_split(np.arange(n), [n // 5, n // 2, n // 2])
+    for part, rows in zip(parts, splits, strict=True):
         part.update(p[rows], labels[rows])
     merged = PredictionStatistics(num_classes, k)
-    for position in order:
-        merged.merge(parts[position])
+    for index in order:
+        merged.merge(parts[index])
     same(merged, gather(p, labels, k))
 
 
@@ -118,7 +117,7 @@ def test_merging_leaves_the_other_as_it_was(top_k):
 def test_ranks_with_unequal_counts_and_files_equal_one_pass(tmp_path, world, top_k):
     p, labels = random_predictions(3, 50, 7), np.arange(50) % 7
     for rank in range(world):
-        rows = np.arange(50)[rank::world] if rank else np.concatenate([np.arange(50)[0::world]])
+        rows = np.arange(50)[rank::world]
         gather(p[rows], labels[rows], top_k).save(tmp_path / f"{rank}.npz")
     merged = PredictionStatistics.load(tmp_path / "0.npz")
     for rank in range(1, world):
@@ -127,9 +126,8 @@ def test_ranks_with_unequal_counts_and_files_equal_one_pass(tmp_path, world, top
 
 
 def test_different_arguments_do_not_merge():
-    with pytest.raises(
-        ValueError, match="4 classes with top_k 2 do not merge into 4 classes with top_k None"
-    ):
+    message = "4 classes with top_k 2 do not merge into 4 classes with top_k None"
+    with pytest.raises(ValueError, match=message):
         PredictionStatistics(4).merge(PredictionStatistics(4, 2))
     with pytest.raises(ValueError, match="same arguments"):
         PredictionStatistics(4).merge(PredictionStatistics(5))
@@ -158,9 +156,8 @@ def test_top_k_from_full_rows_equals_top_k_given_as_such():
     p, labels = random_predictions(5, 20, 8), np.arange(20) % 8
     given_k, given_more = PredictionStatistics(8, 3), PredictionStatistics(8, 3)
     given_k.update(*top(p, 3), labels)
-    given_more.update(
-        torch.tensor(top(p, 5)[0]), torch.tensor(top(p, 5)[1]), labels=torch.tensor(labels)
-    )
+    indices, values = map(torch.tensor, top(p, 5))
+    given_more.update(indices, values, labels=torch.tensor(labels))
     same(given_k, gather(p, labels, 3))
     same(given_more, given_k)
 
@@ -175,9 +172,8 @@ def test_the_tail_is_the_mass_that_was_not_kept_and_is_spread_evenly_in_the_freq
 @given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 9), st.integers(1, 9))
 @settings(deadline=None, max_examples=40)
 def test_the_frequency_always_sums_to_one(seed, n, num_classes, k):
-    assert gather(
-        random_predictions(seed, n, num_classes), top_k=k
-    ).frequency.sum() == pytest.approx(1, abs=1e-6)
+    statistics = gather(random_predictions(seed, n, num_classes), top_k=k)
+    assert statistics.frequency.sum() == pytest.approx(1, abs=1e-6)
 
 
 def test_kept_predictions_come_back_as_they_are():
@@ -228,10 +224,9 @@ def test_a_million_classes_cost_memory_by_the_example_only():
 )
 def test_what_is_no_distribution_is_refused_and_changes_nothing(p, message, top_k):
     statistics = gather(TINY, [0, 0, 2, 1], top_k)
+    labels = np.zeros(len(p), dtype=int)
     with pytest.raises(ValueError, match=message):
-        statistics.update(
-            np.array(p), labels=np.zeros(len(p), dtype=int) if np.ndim(p) == 2 else None
-        )
+        statistics.update(np.array(p), labels=labels)
     same(statistics, gather(TINY, [0, 0, 2, 1], top_k))
 
 
@@ -282,7 +277,7 @@ def test_wrong_sizes_are_refused(arguments, message):
 # Files
 
 
-def test_saving_and_loading_gives_the_same_and_goes_on(tmp_path, top_k):
+def test_saved_statistics_load_and_resume(tmp_path, top_k):
     path = tmp_path / "statistics"
     statistics = gather(TINY, [0, 0, 2, 1], top_k)
     statistics.save(path)
@@ -308,9 +303,8 @@ def test_a_file_from_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(clustering.statistics, "SCHEMA", 99)
     gather(TINY).save(tmp_path / "s.npz")
     monkeypatch.undo()
-    with pytest.raises(
-        ValueError, match="s.npz has schema 99, this version reads 1; gather the statistics again"
-    ):
+    message = "s.npz has schema 99, this version reads 1; gather the statistics again"
+    with pytest.raises(ValueError, match=message):
         PredictionStatistics.load(tmp_path / "s.npz")
 
 
@@ -339,7 +333,7 @@ def test_other_arrays_are_not_statistics(tmp_path):
     with pytest.raises(ValueError, match="a.npz has schema none"):
         PredictionStatistics.load(tmp_path / "a.npz")
     np.savez(tmp_path / "b.npz", schema=1)
-    with pytest.raises(ValueError, match="b.npz is a damaged statistics file"):
+    with pytest.raises(ValueError, match="b.npz is a corrupt statistics file"):
         PredictionStatistics.load(tmp_path / "b.npz")
 
 

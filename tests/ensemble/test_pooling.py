@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clustering.groups import ClassGroups
-from ensemble import COMBINERS, combine_kl, fit_temperatures, fit_weights
+from ensemble import COMBINERS, combine_kl, combiner, fit_temperatures, fit_weights
 from ensemble.fitting import fit_temperature
 from ensemble.pooling import arithmetic_mean, log_ratio_product, mixture_gating, reverse_kl
 
@@ -113,7 +113,7 @@ def test_with_all_classes_in_every_group_the_means_are_the_usual_ones():
 def test_every_combiner_keeps_the_contract(name):
     groups, g, p = predictions(2, rows=40)
     active = torch.rand(40, 3, generator=torch.Generator().manual_seed(0)) < 0.5
-    q = COMBINERS[name](g, p, groups, active=active, weights=[1.0, 0.5, 2.0, 1.0])
+    q = combiner(name)(g, p, groups, active=active, weights=[1.0, 0.5, 2.0, 1.0])
     assert (q >= 0).all()
     torch.testing.assert_close(q.sum(1), torch.ones(40, dtype=F64))
     nobody = ~active.any(1)
@@ -123,18 +123,18 @@ def test_every_combiner_keeps_the_contract(name):
     for classes in groups.members:
         inside = g[:, torch.tensor(classes)]
         agree.append(torch.cat([inside, 1 - inside.sum(1, keepdim=True)], 1))
-    torch.testing.assert_close(COMBINERS[name](g, agree, groups, active=active), g)
+    torch.testing.assert_close(combiner(name)(g, agree, groups, active=active), g)
     with pytest.raises(ValueError, match="row 3 of p_special"):
         spoiled = [x.clone() for x in p]
         spoiled[0][3] *= 2
-        COMBINERS[name](g, spoiled, groups)
+        combiner(name)(g, spoiled, groups)
     # Sure and contradictory.
     sure = torch.zeros(1, 10, dtype=F64)
     sure[0, 0] = 1
     no = torch.zeros(1, 5, dtype=F64)
     no[0, -1] = 1
     yes = no.flip(1)
-    q = COMBINERS[name](sure, [yes, no, yes], groups)
+    q = combiner(name)(sure, [yes, no, yes], groups)
     assert torch.isfinite(q).all() and float(q.sum()) == pytest.approx(1)
 
 
@@ -143,7 +143,7 @@ def test_every_combiner_has_the_derivative_that_differences_show(name):
     groups, g, p = predictions(3, rows=2, classes=6, specialists=2, size=3, scale=1)
 
     def answer(g, *p):
-        return COMBINERS[name](torch.softmax(g, 1), [torch.softmax(x, 1) for x in p], groups)
+        return combiner(name)(torch.softmax(g, 1), [torch.softmax(x, 1) for x in p], groups)
 
     assert torch.autograd.gradcheck(answer, [x.log().detach().requires_grad_() for x in (g, *p)])
 

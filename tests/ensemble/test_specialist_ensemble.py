@@ -198,7 +198,7 @@ def test_a_loaded_run_answers_as_its_networks_do(run, networks, images):
         assert loaded.specialists.loads == 4
         loaded.probabilities(images)
         assert loaded.specialists.loads == (4 if cache is None else 8)
-        assert len(loaded.specialists._held) == (cache or 4)
+        assert len(loaded.specialists._loaded) == (cache or 4)
     torch.testing.assert_close(
         SpecialistEnsemble.load(run, gate=1).probabilities(images),
         plainly(networks, images, 1, [1, 2, 1, 1, 1])[1],

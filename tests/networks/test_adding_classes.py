@@ -1,4 +1,4 @@
-"""Classes that come later: which weights stay, where new rows begin, what an old specialist says."""
+"""Classes that come later: which weights stay, where new rows begin, what old specialists say."""
 
 import pytest
 import torch
@@ -21,31 +21,28 @@ from networks import (
 )
 
 OLD, NOW = list("abcde"), list("xeacbyd")  # x and y are new, the others in another order
-PLACES = [2, 4, 3, 6, 1]
+INDICES = [2, 4, 3, 6, 1]  # of the old ones among all
 
 
 def small(names=OLD, seed=0, **options):
     torch.manual_seed(seed)
     options = {"width": 6, "depth": 2, "embedding": 5} | options
-    network = build_classifier(
-        ModelSpec("convnet", len(names), {"shape": [1, 8, 8]}, options, tuple(names))
-    )
+    spec = ModelSpec("convnet", len(names), {"shape": [1, 8, 8]}, options, tuple(names))
+    network = build_classifier(spec)
     with torch.no_grad():  # batch statistics that are not the initial ones
         network.train()(inputs(64))
     return network.eval()
 
 
 def inputs(n=9):
-    return torch.randint(
-        0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    draw = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=draw)
 
 
 def taught(network, steps=8, optimizer=torch.optim.AdamW):
     """A few steps on labels of every class, with weight decay and in train mode."""
-    learning = optimizer(
-        [p for p in network.parameters() if p.requires_grad], 0.1, weight_decay=0.1
-    )
+    learning_parts = [p for p in network.parameters() if p.requires_grad]
+    learning = optimizer(learning_parts, 0.1, weight_decay=0.1)
     network.train()
     for _ in range(steps):
         learning.zero_grad()
@@ -55,7 +52,7 @@ def taught(network, steps=8, optimizer=torch.optim.AdamW):
 
 
 def test_classes_are_matched_by_name_whatever_their_order():
-    assert match_classes(OLD, NOW) == PLACES
+    assert match_classes(OLD, NOW) == INDICES
 
 
 @pytest.mark.parametrize(
@@ -77,15 +74,13 @@ def test_learning_new_rows_leaves_everything_else_bit_for_bit():
     one, other = before.state_dict(), after.state_dict()
     assert one.keys() == other.keys()
     for name in one:
-        kept = other[name][PLACES] if name.startswith("head.") else other[name]
+        kept = other[name][INDICES] if name.startswith("head.") else other[name]
         assert torch.equal(one[name], kept), name
-    torch.testing.assert_close(
-        after(inputs())[:, PLACES], before(inputs())
-    )  # a wider product may round otherwise
+    # A wider product may round otherwise.
+    torch.testing.assert_close(after(inputs())[:, INDICES], before(inputs()))
     new = after.head.weight[[0, 5]]
-    assert not torch.allclose(new[0], new[1]) and not torch.allclose(
-        new.mean(0), before.head.weight.mean(0)
-    )
+    assert not torch.allclose(new[0], new[1])
+    assert not torch.allclose(new.mean(0), before.head.weight.mean(0))
 
 
 def test_what_is_being_learnt_answers_as_what_is_kept_of_it():
@@ -123,9 +118,9 @@ def test_the_bound_is_met_where_the_old_network_knows_nothing():
     network = small()
     for parameter in network.head.parameters():
         torch.nn.init.zeros_(parameter)
-    found = merge_grown_head(add_classes(network, NOW))(inputs(1)).softmax(1)[0]
-    torch.testing.assert_close(found[[0, 5]].sum().item(), 1 / 6)
-    torch.testing.assert_close(found[PLACES], torch.full((5,), 1 / 6))
+    p = merge_grown_head(add_classes(network, NOW))(inputs(1)).softmax(1)[0]
+    torch.testing.assert_close(p[[0, 5]].sum().item(), 1 / 6)
+    torch.testing.assert_close(p[INDICES], torch.full((5,), 1 / 6))
 
 
 @pytest.mark.parametrize(
@@ -144,31 +139,30 @@ def test_what_cannot_grow_is_refused(network, names, message):
 
 
 def rows_kept(network):
-    return specialise(
-        network,
-        [0, 3],
-        kept=[4],
-        rest=fit_residual_row(network.head, torch.randn(40, 5), [0, 3], [4]),
-    )
+    rest = fit_residual_row(network.head, torch.randn(40, 5), [0, 3], [4])
+    return specialise(network, [0, 3], kept=[4], rest=rest)
 
 
-@pytest.mark.parametrize("rows", ["all", "kept", "fresh"])
-def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
-    """a and d are 2 and 6 now; those of it whose order changed too: e and b, 4 and 1, are 1 and 4."""
+SPECIALISTS = {
+    "all": specialise,
+    "fresh": lambda network, classes: specialise(network, classes, "fresh"),
+    "kept": lambda network, classes: rows_kept(network),
+}
+
+
+@pytest.mark.parametrize("rows", SPECIALISTS)
+def test_an_old_specialist_says_of_its_classes_what_it_said(rows, tmp_path):
+    """a and d are 2 and 6 now.  The order of b and e changes too: 1 and 4 are 4 and 1."""
     old, now = small(), merge_grown_head(taught(add_classes(small(), NOW)))
-    for members, columns, renumbered in (([0, 3], [0, 1], [2, 6]), ([1, 4], [1, 0], [1, 4])):
-        if rows == "kept" and members != [0, 3]:
+    for classes, columns, renumbered in (([0, 3], [0, 1], [2, 6]), ([1, 4], [1, 0], [1, 4])):
+        if rows == "kept" and classes != [0, 3]:
             continue
-        special = {
-            "all": lambda m: specialise(old, m),
-            "fresh": lambda m: specialise(old, m, "fresh"),
-            "kept": lambda m: rows_kept(old),
-        }[rows](members)
-        special = taught(special.train()).eval()
+        special = taught(SPECIALISTS[rows](old, classes).train()).eval()
         save_classifier(remap_specialist(special, now), tmp_path)
-        found = load_classifier(tmp_path)
-        assert found.spec.head["members"] == renumbered and found.spec.class_names == tuple(NOW)
-        before, after = special(inputs()), found(inputs())
+        remapped = load_classifier(tmp_path)
+        assert remapped.spec.head["members"] == renumbered
+        assert remapped.spec.class_names == tuple(NOW)
+        before, after = special(inputs()), remapped(inputs())
         torch.testing.assert_close(after[:, :2], before[:, :2][:, columns])
         if rows != "all":  # the row for the rest stands for new classes too
             torch.testing.assert_close(after[:, 2], before[:, 2])
@@ -180,8 +174,8 @@ def test_an_old_specialist_says_of_its_members_what_it_said(rows, tmp_path):
 
 def test_an_untrained_old_specialist_is_the_grown_generalist_with_the_rest_summed():
     old, now = small(), merge_grown_head(taught(add_classes(small(), NOW)))
-    found = remap_specialist(specialise(old, [1, 4]), now)(inputs()).softmax(1)
-    torch.testing.assert_close(found, specialise(now, [1, 4])(inputs()).softmax(1))
+    p = remap_specialist(specialise(old, [1, 4]), now)(inputs()).softmax(1)
+    torch.testing.assert_close(p, specialise(now, [1, 4])(inputs()).softmax(1))
 
 
 def test_only_a_specialist_is_put_among_more_classes():

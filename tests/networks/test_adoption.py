@@ -65,7 +65,7 @@ class Evil:
 
 
 @pytest.mark.parametrize(
-    "content, head, said",
+    "content, head, message",
     [
         (Theirs().state_dict(), "classifier", "has no classifier.weight; its linear layers are fc"),
         ({**Theirs().state_dict(), "extra": torch.ones(1)}, "fc", "has unexpected trunk.extra"),
@@ -80,10 +80,10 @@ class Evil:
     ],
     ids=["head", "unexpected", "missing", "classes", "list", "code"],
 )
-def test_what_does_not_fit_is_one_clear_error(tmp_path, capsys, content, head, said):
+def test_what_does_not_fit_is_one_clear_error(tmp_path, capsys, content, head, message):
     torch.save(content, tmp_path / "weights.pt")
     mine = ours()
     before = mine.head.weight.clone()
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         adopt_weights(mine, tmp_path / "weights.pt", head)
     assert torch.equal(mine.head.weight, before) and "owned" not in capsys.readouterr().out

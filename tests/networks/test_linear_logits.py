@@ -1,4 +1,4 @@
-"""Logits that are never held give what held ones give."""
+"""Logits that are read in blocks give what dense ones give."""
 
 import pytest
 import torch
@@ -14,10 +14,8 @@ def parts(dtype=torch.float64, seed=0):
     """features, weight and bias, each a leaf."""
     draw = torch.Generator().manual_seed(seed)
     shapes = ((ROWS, SIZE), (CLASSES, SIZE), (CLASSES,))
-    return [
-        torch.randn(*shape, generator=draw, dtype=dtype).mul_(2).requires_grad_()
-        for shape in shapes
-    ]
+    drawn_parts = [torch.randn(*shape, generator=draw, dtype=dtype).mul_(2) for shape in shapes]
+    return [part.requires_grad_() for part in drawn_parts]
 
 
 def labels(seed=1):
@@ -25,11 +23,8 @@ def labels(seed=1):
 
 
 def distributions(dtype=torch.float64):
-    return (
-        torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(2), dtype=dtype)
-        .mul_(3)
-        .softmax(1)
-    )
+    draw = torch.Generator().manual_seed(2)
+    return torch.randn(ROWS, CLASSES, generator=draw, dtype=dtype).mul_(3).softmax(1)
 
 
 def top_and_tail(k=4):
@@ -56,23 +51,22 @@ def spelled_out(targets: Targets):
         t.scatter_add_(1, targets.indices, targets.values.double())
     if targets.uniform is not None:
         t += targets.uniform[:, None]
-    return t + (targets.dense if targets.dense is not None else 0)
+    if targets.dense is not None:
+        t += targets.dense
+    return t
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("name", TARGETS)
-def test_loss_and_gradients_are_those_of_held_logits(name, block):
-    ours, theirs, weights = (
-        parts(),
-        parts(),
-        torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double(),
-    )
+def test_loss_and_gradients_are_those_of_dense_logits(name, block):
+    ours, theirs = parts(), parts()
+    weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double()
     targets = TARGETS[name]()
     loss = LinearLogits(*ours, CLASSES, block).cross_entropy(targets)
-    held = -(spelled_out(targets) * F.linear(*theirs).log_softmax(1)).sum(1)
-    torch.testing.assert_close(loss, held, atol=2e-6, rtol=0)  # targets are float32
+    dense = -(spelled_out(targets) * F.linear(*theirs).log_softmax(1)).sum(1)
+    torch.testing.assert_close(loss, dense, atol=2e-6, rtol=0)  # targets are float32
     (loss * weights).sum().backward()
-    (held * weights).sum().backward()
+    (dense * weights).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, atol=2e-6, rtol=1e-6)
 
@@ -80,14 +74,12 @@ def test_loss_and_gradients_are_those_of_held_logits(name, block):
 @pytest.mark.parametrize("smoothing", (0.0, 0.1))
 def test_float32_equals_torchs_cross_entropy_to_1e_5(smoothing):
     ours, theirs = parts(torch.float32), parts(torch.float32)
-    loss = (
-        LinearLogits(*ours, CLASSES, 7)
-        .cross_entropy(Targets.of_labels(labels(), CLASSES, smoothing))
-        .mean()
-    )
-    held = F.cross_entropy(F.linear(*theirs), labels(), label_smoothing=smoothing)
-    torch.testing.assert_close(loss, held, atol=1e-5, rtol=0)
-    loss.backward(), held.backward()
+    targets = Targets.of_labels(labels(), CLASSES, smoothing)
+    loss = LinearLogits(*ours, CLASSES, 7).cross_entropy(targets).mean()
+    dense = F.cross_entropy(F.linear(*theirs), labels(), label_smoothing=smoothing)
+    torch.testing.assert_close(loss, dense, atol=1e-5, rtol=0)
+    loss.backward()
+    dense.backward()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=0)
 
@@ -102,23 +94,21 @@ def test_gradients_agree_with_finite_differences(name):
 
 def test_a_prior_and_a_temperature_act_on_the_logits():
     features, weight, bias = parts()
-    prior, wanted = torch.randn(CLASSES, dtype=torch.float64), F.linear(features, weight, bias)
-    given = LinearLogits(features, weight, bias, CLASSES, 5)
-    torch.testing.assert_close(
-        given.add_bias(prior).logsumexp_and_dot()[0], (wanted + prior).logsumexp(1)
-    )
-    torch.testing.assert_close(
-        given.scale_by_temperature(3.0).logsumexp_and_dot()[0], (wanted / 3).logsumexp(1)
-    )
+    prior = torch.randn(CLASSES, dtype=torch.float64)
+    dense = F.linear(features, weight, bias)
+    logits = LinearLogits(features, weight, bias, CLASSES, 5)
+    with_prior, _ = logits.add_bias(prior).logsumexp_and_dot()
+    torch.testing.assert_close(with_prior, (dense + prior).logsumexp(1))
+    scaled, _ = logits.scale_by_temperature(3.0).logsumexp_and_dot()
+    torch.testing.assert_close(scaled, (dense / 3).logsumexp(1))
 
 
 def test_large_logits_do_not_overflow():
     features, weight, bias = parts(torch.float32)
-    loss = LinearLogits(features * 1e4, weight, bias, CLASSES, 5).cross_entropy(
-        Targets.of_labels(labels(), CLASSES)
-    )
-    held = F.cross_entropy(F.linear(features * 1e4, weight, bias), labels(), reduction="none")
-    torch.testing.assert_close(loss, held, rtol=1e-5, atol=1e-2)
+    logits = LinearLogits(features * 1e4, weight, bias, CLASSES, 5)
+    loss = logits.cross_entropy(Targets.of_labels(labels(), CLASSES))
+    dense = F.cross_entropy(F.linear(features * 1e4, weight, bias), labels(), reduction="none")
+    torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-2)
     loss.sum().backward()
     assert all(part.isfinite().all() for part in (weight.grad, bias.grad))
 
@@ -127,11 +117,12 @@ def test_probabilities_that_underflow_count_as_nothing():
     """Logits 60 to 1,000 apart, on both sides of where a float32's exp is subnormal, then 0."""
     x, weight = torch.ones(4, 1), torch.tensor([0.0, -60.0, -90.0, -104.0, -1000.0])[:, None]
     ours, theirs = weight.clone().requires_grad_(), weight.clone().requires_grad_()
-    asked = torch.tensor([0, 1, 3, 4])
-    loss = LinearLogits(x, ours, None, 5, block=2).cross_entropy(Targets.of_labels(asked, 5))
-    held = F.cross_entropy(F.linear(x, theirs), asked, reduction="none")
-    torch.testing.assert_close(loss, held)
-    loss.sum().backward(), held.sum().backward()
+    classes = torch.tensor([0, 1, 3, 4])
+    loss = LinearLogits(x, ours, None, 5, block=2).cross_entropy(Targets.of_labels(classes, 5))
+    dense = F.cross_entropy(F.linear(x, theirs), classes, reduction="none")
+    torch.testing.assert_close(loss, dense)
+    loss.sum().backward()
+    dense.sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-30, rtol=1e-6)
 
 
@@ -146,15 +137,13 @@ def test_under_autocast_products_are_low_and_sums_float32():
     """As a linear layer under autocast: its logits in bfloat16, the loss of these in float32."""
     ours, theirs = parts(torch.float32), parts(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = (
-            LinearLogits(*ours, CLASSES, 7)
-            .cross_entropy(Targets.of_labels(labels(), CLASSES, 0.1))
-            .mean()
-        )
-        held = F.cross_entropy(F.linear(*theirs).float(), labels(), label_smoothing=0.1)
+        targets = Targets.of_labels(labels(), CLASSES, 0.1)
+        loss = LinearLogits(*ours, CLASSES, 7).cross_entropy(targets).mean()
+        dense = F.cross_entropy(F.linear(*theirs).float(), labels(), label_smoothing=0.1)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, held, rtol=1e-2, atol=0)
-    loss.backward(), held.backward()
+    torch.testing.assert_close(loss, dense, rtol=1e-2, atol=0)
+    loss.backward()
+    dense.backward()
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.grad.dtype == torch.float32
         torch.testing.assert_close(mine.grad, other.grad, rtol=2e-2, atol=5e-3)
@@ -164,12 +153,12 @@ def test_under_autocast_products_are_low_and_sums_float32():
 def test_summary_is_that_of_the_softmax(block):
     features, weight, bias = parts()
     p = F.linear(features, weight, bias).softmax(1)
-    found = LinearLogits(features, weight, bias, CLASSES, block).summary(5, labels())
+    summary = LinearLogits(features, weight, bias, CLASSES, block).summary(5, labels())
     top = p.topk(5)
-    assert torch.equal(found.indices, top.indices)
-    torch.testing.assert_close(found.probabilities, top.values)
-    torch.testing.assert_close(found.log_label, p.gather(1, labels()[:, None])[:, 0].log())
-    torch.testing.assert_close(found.squares, p.square().sum(1))
+    assert torch.equal(summary.indices, top.indices)
+    torch.testing.assert_close(summary.probabilities, top.values)
+    torch.testing.assert_close(summary.log_label, p.gather(1, labels()[:, None])[:, 0].log())
+    torch.testing.assert_close(summary.squares, p.square().sum(1))
 
 
 def test_summary_of_few_classes_names_them_all():
@@ -184,8 +173,8 @@ def test_logits_of_some_classes_are_the_columns_of_all():
     torch.testing.assert_close(given.of_classes(some), F.linear(features, weight, bias)[:, some])
 
 
-def drawn(number):
-    return torch.Generator().manual_seed(number)
+def drawn(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def test_with_all_other_classes_sampling_changes_nothing():
@@ -197,15 +186,15 @@ def test_with_all_other_classes_sampling_changes_nothing():
 
 def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
     """And its logarithm is not: it lies below, by less the more are drawn."""
-    given, draws = LinearLogits(*parts(), CLASSES), 4000
-    true, shortfalls = given.logsumexp_and_dot()[0].detach(), []
+    logits, draws = LinearLogits(*parts(), CLASSES), 4000
+    true, shortfalls = logits.logsumexp_and_dot()[0].detach(), []
     for negatives in (4, 10):
-        some = (given.sampled(labels(), negatives, drawn(n))[0] for n in range(draws))
-        found = torch.stack([logits.logsumexp_and_dot()[0].detach() for logits in some])
-        sums = (found - true).exp()
+        sampled = (logits.sampled(labels(), negatives, drawn(n))[0] for n in range(draws))
+        log_sums = torch.stack([some.logsumexp_and_dot()[0].detach() for some in sampled])
+        sums = (log_sums - true).exp()
         error = sums.std(0) / draws**0.5
         assert ((sums.mean(0) - 1).abs() < 4 * error).all()
-        shortfalls.append((true - found.mean(0)).mean())
+        shortfalls.append((true - log_sums.mean(0)).mean())
     assert shortfalls[0] > shortfalls[1] > 0
 
 

@@ -46,20 +46,18 @@ def plain(builder="convnet", members=None, seed=0, builders=None, **options):
 
 
 def images(n=6, seed=0):
-    return torch.randint(
-        0, 256, (n, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 1, 12, 12), dtype=torch.uint8, generator=draw)
 
 
 def trained_a_little(network, steps=3):
-    """After a few steps, in eval mode: batch statistics are not the initial ones, biases not zero."""
+    """In eval mode, after a few steps: batch statistics are not the initial ones, biases not 0."""
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     network.train()
     for step in range(steps):
         optimizer.zero_grad()
-        loss = -mean_log_probabilities(network, images(14, step))[
-            torch.arange(14), torch.arange(14) % CLASSES
-        ].mean()
+        log_p = mean_log_probabilities(network, images(14, step))
+        loss = -log_p[torch.arange(14), torch.arange(14) % CLASSES].mean()
         loss.backward()
         optimizer.step()
     return network.eval()
@@ -112,14 +110,11 @@ def test_growing_leaves_the_parent_alone_and_nothing_frozen():
     parent = set_trainable(trained_a_little(plain()), "head")
     before = parent(images())
     for grown in (hydra(parent, 2, 1), batch_ensemble(parent, 2)):
-        assert all(
-            parameter.requires_grad and parameter.grad is None for parameter in grown.parameters()
-        )
+        assert all(p.requires_grad and p.grad is None for p in grown.parameters())
         assert grown.training == parent.training
         trained_a_little(grown)
-    assert (
-        torch.equal(parent(images()), before) and not parent.trunk.stage1.conv.weight.requires_grad
-    )
+    assert torch.equal(parent(images()), before)
+    assert not parent.trunk.stage1.conv.weight.requires_grad
 
 
 @pytest.mark.parametrize("blocks", [0, 2, 3])
@@ -129,9 +124,8 @@ def test_a_head_learns_from_its_own_targets_alone(blocks):
     for k, head in enumerate(network.head.heads):
         learns = [p.grad is not None and bool(p.grad.any()) for p in head.parameters()]
         assert all(learns) if k == 1 else not any(learns)
-    assert all(
-        p.grad.any() for p in network.trunk.parameters()
-    )  # the body learns from every member
+    # The body learns from every member.
+    assert all(p.grad.any() for p in network.trunk.parameters())
 
 
 def test_factors_learn_from_their_own_members_targets_alone_and_shared_weights_from_all():
@@ -144,7 +138,7 @@ def test_factors_learn_from_their_own_members_targets_alone_and_shared_weights_f
 
 
 def odd(shape):
-    """Strided, dilated, grouped and circular convolutions, with bias and without; a linear layer without."""
+    """Strided, dilated, grouped and circular convolutions and a linear layer, some without bias."""
     return nn.Sequential(
         nn.Sequential(nn.Conv2d(shape[0], 6, 3, stride=2, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
         nn.Conv2d(6, 4, (3, 1), padding="same", groups=2, bias=False, padding_mode="circular"),
@@ -157,13 +151,11 @@ def odd(shape):
 def member(ensemble, parent, j):
     """Member j as a plain network: every weight multiplied by hand, output by input."""
     network, state = copy.deepcopy(parent), ensemble.state_dict()
-    layers = {
-        name for name, layer in network.named_modules() if isinstance(layer, (nn.Linear, nn.Conv2d))
-    }
-    others = {
-        name: state[name] for name in network.state_dict() if name.rpartition(".")[0] not in layers
-    }
-    network.load_state_dict(others, strict=False)  # norms, which the members share
+    modules = network.named_modules()
+    layers = {name for name, layer in modules if isinstance(layer, (nn.Linear, nn.Conv2d))}
+    # Of the rest, norms, the members share everything.
+    shared = [name for name in network.state_dict() if name.rpartition(".")[0] not in layers]
+    network.load_state_dict({name: state[name] for name in shared}, strict=False)
     for name in layers:
         layer, factors = network.get_submodule(name), ensemble.get_submodule(name)
         weight = factors.shared.weight.detach().clone()
@@ -182,13 +174,11 @@ def member(ensemble, parent, j):
 @pytest.mark.parametrize("builder", ["mlp", "convnet", "resnet", "wideresnet", "odd"])
 def test_member_j_is_the_plain_network_of_weights_w_times_r_s(builder):
     builders = {"odd": odd}
-    parent = plain(builder, builders=builders)
-    ensemble = trained_a_little(
-        batch_ensemble(parent, 3, generator=torch.Generator().manual_seed(5))
-    ).double()
-    each = torch.stack([member(ensemble, parent.double(), j)(images()) for j in range(3)])
-    assert (each[0] - each[1]).abs().max() > 1e-2
-    torch.testing.assert_close(ensemble(images()), each, atol=1e-10, rtol=0)
+    parent, draw = plain(builder, builders=builders), torch.Generator().manual_seed(5)
+    ensemble = trained_a_little(batch_ensemble(parent, 3, generator=draw)).double()
+    by_hand = torch.stack([member(ensemble, parent.double(), j)(images()) for j in range(3)])
+    assert (by_hand[0] - by_hand[1]).abs().max() > 1e-2
+    torch.testing.assert_close(ensemble(images()), by_hand, atol=1e-10, rtol=0)
 
 
 def test_two_members_of_one_linear_layer_by_hand():
@@ -224,18 +214,16 @@ def test_any_convolution_of_rank_one_members_is_k_convolutions(
     count, batch, groups, stride, bias, seed
 ):
     torch.manual_seed(seed)
-    layer = RankOne(
-        nn.Conv2d(4, 2, 3, stride=stride, padding=1, groups=groups, bias=bias).double(), count, 0.5
-    )
+    conv = nn.Conv2d(4, 2, 3, stride=stride, padding=1, groups=groups, bias=bias)
+    layer = RankOne(conv.double(), count, 0.5)
     x = torch.randn(batch, 4, 5, 6, dtype=torch.float64)
-    found = layer(x.repeat(count, 1, 1, 1)).unflatten(0, (count, batch))
+    y = layer(x.repeat(count, 1, 1, 1)).unflatten(0, (count, batch))
     for j in range(count):
         r = layer.r[j].view(groups, 4 // groups).repeat_interleave(2 // groups, 0)
         weight = layer.shared.weight * (layer.s[j][:, None] * r)[:, :, None, None]
-        expected = F.conv2d(
-            x, weight, None if not bias else layer.bias[j], stride, 1, groups=groups
-        )
-        torch.testing.assert_close(found[j], expected)
+        own_bias = layer.bias[j] if bias else None
+        expected = F.conv2d(x, weight, own_bias, stride, 1, groups=groups)
+        torch.testing.assert_close(y[j], expected)
 
 
 @OF_ALL_KINDS
@@ -245,26 +233,22 @@ def test_under_autocast_members_compute_low_and_answer_nearly_the_same(members):
         low = network(images())
         log_p = member_log_probabilities(network, images())
     assert low.dtype == torch.bfloat16 and log_p.dtype == torch.float32
-    torch.testing.assert_close(
-        log_p, member_log_probabilities(network, images()), atol=0.05, rtol=0
-    )
+    expected = member_log_probabilities(network, images())
+    torch.testing.assert_close(log_p, expected, atol=0.05, rtol=0)
 
 
 def test_without_spread_every_member_starts_as_the_classifier():
     parent = trained_a_little(plain()).double()
-    torch.testing.assert_close(
-        batch_ensemble(parent, 3, std=0.0)(images()), parent(images()).expand(3, -1, -1)
-    )
+    logits = batch_ensemble(parent, 3, std=0.0)(images())
+    torch.testing.assert_close(logits, parent(images()).expand(3, -1, -1))
 
 
 def test_factors_are_drawn_around_one_from_the_generator():
     def factors(seed):
-        ensemble = batch_ensemble(
-            plain("mlp", width=400), 4, generator=torch.Generator().manual_seed(seed)
-        )
-        return torch.cat(
-            [p.flatten() for name, p in ensemble.named_parameters() if name.endswith((".r", ".s"))]
-        )
+        draw = torch.Generator().manual_seed(seed)
+        ensemble = batch_ensemble(plain("mlp", width=400), 4, generator=draw)
+        named = ensemble.named_parameters()
+        return torch.cat([p.flatten() for name, p in named if name.endswith((".r", ".s"))])
 
     drawn = factors(3)
     assert torch.equal(drawn, factors(3)) and not torch.equal(drawn, factors(4))
@@ -288,9 +272,8 @@ def test_parameters_are_counted_by_formula():
     # 144-10-10-10-7 with biases
     hidden1, hidden, last = 144 * 10 + 10, 10 * 10 + 10, 10 * 7 + 7
     assert parameter_count(plain("mlp")) == hidden1 + 2 * hidden + last
-    for blocks, head in enumerate(
-        [last, last + hidden, last + 2 * hidden, last + 2 * hidden + hidden1]
-    ):
+    heads = [last, last + hidden, last + 2 * hidden, last + 2 * hidden + hidden1]
+    for blocks, head in enumerate(heads):
         whole = parameter_count(plain("mlp"))
         assert parameter_count(fresh("heads", "mlp", 5, blocks=blocks)) == whole + 4 * head
     weights, inputs, outputs = 144 * 10 + 2 * 10 * 10 + 10 * 7, 144 + 3 * 10, 3 * 10 + 7
@@ -396,9 +379,10 @@ def test_a_linear_layer_that_factors_do_not_know_is_named():
         def forward(self, x):
             return 2 * super().forward(x)
 
-    network = plain(
-        "mine", builders={"mine": lambda shape: nn.Sequential(nn.Flatten(), Scaled(144, 5))}
-    )
+    def mine(shape):
+        return nn.Sequential(nn.Flatten(), Scaled(144, 5))
+
+    network = plain("mine", builders={"mine": mine})
     with pytest.raises(ValueError, match="trunk.1 is a Scaled; take members.kind = 'heads'"):
         batch_ensemble(network, 2)
 
@@ -414,7 +398,7 @@ def test_a_layer_that_is_used_twice_stays_one():
     torch.testing.assert_close(ensemble(images()), parent(images()).expand(2, -1, -1))
 
 
-def test_heads_do_not_spoil_the_features_that_the_others_read():
+def test_heads_do_not_change_the_features_that_the_others_read():
     def in_place(shape):
         body = nn.Sequential(nn.Flatten(), nn.Linear(144, 5))
         return nn.Sequential(body, nn.Sequential(nn.Dropout(0.5, inplace=True)))
@@ -449,14 +433,10 @@ def test_parts_of_a_network_with_members_are_frozen_and_opened(members):
 @pytest.mark.parametrize("members", [{"kind": "heads", "blocks": 3}, {"kind": "batch"}])
 def test_fixed_norms_stay_fixed_in_every_member(members):
     network = freeze_norm(plain("convnet", {"count": 2} | members).train())
-    norms = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    }
-    assert len(norms) == (4 if members["kind"] == "heads" else 2)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) == {"heads": 4, "batch": 2}[members["kind"]]
     network.train()(images())
-    assert all(not norm.running_mean.any() for norm in norms.values())
+    assert all(not norm.running_mean.any() for norm in norms)
 
 
 @OF_ALL_KINDS
@@ -478,7 +458,7 @@ def test_a_plain_network_is_one_member():
 
 def test_the_mean_of_two_members_by_hand():
     logits = torch.tensor([[[0.0, 0.0]], [[0.0, 200.0]]])  # (1/2, 1/2) and (0, 1)
-    found = mean_log_probabilities(lambda raw: logits, torch.zeros(1))
-    torch.testing.assert_close(found.exp(), torch.tensor([[0.25, 0.75]]))
+    log_p = mean_log_probabilities(lambda raw: logits, torch.zeros(1))
+    torch.testing.assert_close(log_p.exp(), torch.tensor([[0.25, 0.75]]))
     low = member_log_probabilities(lambda raw: logits.to(torch.bfloat16), torch.zeros(1))
     assert low.dtype == torch.float32

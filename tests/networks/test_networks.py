@@ -37,9 +37,8 @@ def small(builder="convnet", classes=10, seed=0, **options):
 
 
 def images(n=8, seed=0):
-    return torch.randint(
-        0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
-    )
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=draw)
 
 
 def trained_a_little(classifier, steps=3):
@@ -48,16 +47,15 @@ def trained_a_little(classifier, steps=3):
     classifier.train()
     for step in range(steps):
         optimizer.zero_grad()
-        F.cross_entropy(
-            classifier(images(16, step)), torch.arange(16) % classifier.spec.num_outputs
-        ).backward()
+        labels = torch.arange(16) % classifier.spec.num_outputs
+        F.cross_entropy(classifier(images(16, step)), labels).backward()
         optimizer.step()
     return classifier
 
 
 def test_importing_networks_imports_no_torch():
-    code = "import sys, networks, networks.spec; assert 'torch' not in sys.modules; networks.Classifier"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = "import sys, networks, networks.spec; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", f"{code}; networks.Classifier"], check=True)
 
 
 @pytest.mark.parametrize("builder", SMALL)
@@ -98,19 +96,13 @@ def test_the_demo_network_has_27_thousand_parameters():
     assert parameter_count(build_classifier(spec)) == by_hand == 26044
 
 
+UNEVEN = {"kernel": [5, 3], "stride": [3, 2], "padding": "valid"}
+
+
 @pytest.mark.parametrize(
     "options, features",
     [
-        (
-            {
-                "channels": [8, 16],
-                "kernel": [5, 3],
-                "stride": [3, 2],
-                "padding": "valid",
-                "embedding": 0,
-            },
-            16 * 3 * 3,
-        ),
+        (UNEVEN | {"channels": [8, 16], "embedding": 0}, 16 * 3 * 3),
         ({"width": 4, "downsample": "max", "embedding": 0}, 16 * 3 * 3),
         ({"width": 4, "downsample": "average", "grid": 1, "embedding": 0}, 16),
         ({"width": 4, "grid": 2, "embedding": 12, "activation": "relu"}, 12),
@@ -140,9 +132,8 @@ def test_input_dropout_drops_entries_of_the_input_and_changes_no_name():
     for training in (True, False):
         classifier.train(training)(torch.zeros(50, 1, 28, 28))  # -2 after preprocessing
     assert (seen[0] == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    torch.testing.assert_close(
-        seen[0][seen[0] != 0], torch.tensor(-2.5).expand(int((seen[0] != 0).sum()))
-    )
+    kept = seen[0][seen[0] != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, -2.5))
     assert torch.equal(seen[1], torch.full((50, 784), -2.0))
     wider = widen(classifier, ModelSpec("mlp", 3, GRAY, {"width": 9, "depth": 2}))
     torch.testing.assert_close(wider.eval()(images()), classifier(images()))
@@ -237,9 +228,8 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
         "member 10 is not a class; classes are 0 to 9", head={"kind": "dustbin", "members": [1, 10]}
     )
     refused("unknown key input.shap; did you mean shape", input={"shap": [3]})
-    (tmp_path / "model.json").write_text(
-        json.dumps({k: v for k, v in good.items() if k != "builder"})
-    )
+    without_builder = {key: value for key, value in good.items() if key != "builder"}
+    (tmp_path / "model.json").write_text(json.dumps(without_builder))
     with pytest.raises(ValueError, match="the key builder is missing"):
         load_classifier(tmp_path)
     (tmp_path / "model.json").write_text("{")
@@ -257,9 +247,8 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
 
 def test_model_json_survives_a_round_trip():
     head = {"kind": "dustbin", "members": [3, 1], "rows": "all"}
-    spec = ModelSpec(
-        "convnet", 4, GRAY, {"width": 4, "dropout": None}, ("A", "ß", "<b>", "\u2028"), head
-    )
+    names = ("A", "ß", "<b>", "\u2028")
+    spec = ModelSpec("convnet", 4, GRAY, {"width": 4, "dropout": None}, names, head)
     assert spec.head["members"] == [1, 3] and spec.options == {"width": 4} and spec.num_outputs == 3
     again = ModelSpec.from_json(spec.to_json())
     assert again.to_json() == spec.to_json()
@@ -286,26 +275,22 @@ def summed(generalist, members):
 
 def test_a_row_for_one_class_is_that_classs_row(tmp_path):
     """Then nothing is lost, whatever the examples, and the saved specialist says the same."""
-    generalist = trained_a_little(small(classes=10)).eval()
+    generalist, kept = trained_a_little(small(classes=10)).eval(), [0, 1, 2, 3, 5, 7, 8]
     with torch.no_grad():
-        rest = fit_residual_row(
-            generalist.head, torch.randn(200, 16), [4, 6], [0, 1, 2, 3, 5, 7, 8]
-        )
-    torch.testing.assert_close(
-        rest.weight, generalist.head.weight[9].detach(), atol=1e-2, rtol=1e-2
-    )
+        rest = fit_residual_row(generalist.head, torch.randn(200, 16), [4, 6], kept)
+    row = generalist.head.weight[9].detach()
+    torch.testing.assert_close(rest.weight, row, atol=1e-2, rtol=1e-2)
     assert rest.kl < 1e-6 and rest.rms < 1e-2
-    specialist = specialise(generalist, [4, 6], kept=[0, 1, 2, 3, 5, 7, 8], rest=rest).eval()
-    torch.testing.assert_close(
-        specialist(images()).softmax(1), summed(generalist, [4, 6]), atol=1e-3, rtol=0
-    )
+    specialist = specialise(generalist, [4, 6], kept=kept, rest=rest).eval()
+    p = specialist(images()).softmax(1)
+    torch.testing.assert_close(p, summed(generalist, [4, 6]), atol=1e-3, rtol=0)
     assert specialist.head.row_classes.tolist() == [4, 6, 0, 1, 2, 3, 5, 7, 8, -1]
     save_classifier(specialist, tmp_path)
     assert torch.equal(load_classifier(tmp_path)(images()), specialist(images()))
 
 
 def test_a_fitted_row_says_how_far_the_specialist_is_from_the_generalist():
-    """Its error on the half that it was not fitted to is that of the finished specialist on examples like these."""
+    """Its error on the half that it was not fitted to is the specialist's on fresh examples."""
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 40)
     torch.nn.init.normal_(head.weight, std=0.5)
@@ -326,10 +311,14 @@ def test_a_fitted_row_says_how_far_the_specialist_is_from_the_generalist():
 
 
 def test_no_class_has_two_rows_in_a_dustbin():
+    head = {"kind": "dustbin", "members": [1, 4], "rows": "kept", "kept": [4]}
     with pytest.raises(ValueError, match="member 4 is listed twice"):
-        ModelSpec(
-            "mlp", 5, GRAY, head={"kind": "dustbin", "members": [1, 4], "rows": "kept", "kept": [4]}
-        )
+        ModelSpec("mlp", 5, GRAY, head=head)
+
+
+def test_rows_that_are_not_kept_need_one_for_the_rest():
+    with pytest.raises(ValueError, match="kept needs rest"):
+        specialise(small(), [1, 4], kept=[3])
 
 
 def test_the_dustbin_of_every_class_has_probability_zero_and_finite_gradients():
@@ -388,18 +377,9 @@ def test_trainable_parts_count_from_the_end():
     classifier = small()
     assert trainable_names(set_trainable(classifier, "head")) == {"head"}
     assert trainable_names(set_trainable(classifier, "last-1-blocks")) == {"embedding", "head"}
-    assert trainable_names(set_trainable(classifier, "last-2-blocks")) == {
-        "stage3",
-        "embedding",
-        "head",
-    }
-    assert trainable_names(set_trainable(classifier, "all")) == {
-        "stage1",
-        "stage2",
-        "stage3",
-        "embedding",
-        "head",
-    }
+    last_two, others = {"stage3", "embedding", "head"}, {"stage1", "stage2"}
+    assert trainable_names(set_trainable(classifier, "last-2-blocks")) == last_two
+    assert trainable_names(set_trainable(classifier, "all")) == last_two | others
     with pytest.raises(ValueError, match="the trunk has 4 blocks"):
         set_trainable(classifier, "last-5-blocks")
     with pytest.raises(ValueError, match="must be all, head or last-N-blocks"):
@@ -462,18 +442,10 @@ def test_widening_keeps_the_function(builder, options, factor):
 
 
 def test_twice_as_wide_is_the_network_of_twice_the_width():
-    options = {
-        "width": 8,
-        "depth": 2,
-        "embedding": 16,
-        "kernel": [5, 3],
-        "stride": [3, 2],
-        "padding": "valid",
-    }
+    options = UNEVEN | {"width": 8, "depth": 2, "embedding": 16}
     wider = widen(build_classifier(ModelSpec("convnet", 10, GRAY, options)), 2)
-    twice = build_classifier(
-        ModelSpec("convnet", 10, GRAY, options | {"width": 16, "embedding": 32})
-    )
+    spec = ModelSpec("convnet", 10, GRAY, options | {"width": 16, "embedding": 32})
+    twice = build_classifier(spec)
     assert [p.shape for p in wider.parameters()] == [p.shape for p in twice.parameters()]
 
 

@@ -1,4 +1,7 @@
-"""Runs that no training made: the files that evaluate and earlier stages leave, written as the stages write them."""
+"""Runs that no training made.
+
+They have the files that evaluate and earlier stages leave, written as the stages write them.
+"""
 
 import json
 from dataclasses import dataclass
@@ -51,7 +54,7 @@ class Images:
         return self.pixels[ids]
 
 
-def answers(probabilities, labels):
+def kept_predictions(probabilities, labels):
     """What evaluate keeps of probabilities [n, C]."""
     top5 = np.argsort(-probabilities, axis=1, kind="stable")[:, :5].astype(np.int32)
     return {
@@ -63,41 +66,41 @@ def answers(probabilities, labels):
     }
 
 
+def measured(probabilities, labels):
+    """(what evaluate keeps, the bins of a reliability diagram, the metrics of a row)."""
+    kept = kept_predictions(probabilities, labels)
+    confidence, right = kept["top5_probability"][:, 0], kept["top5"][:, 0] == labels
+    targets = np.eye(probabilities.shape[1])[labels]
+    metrics = summarise(
+        labels,
+        kept["top5"],
+        kept["top5_probability"],
+        kept["label_probability"],
+        ((probabilities - targets) ** 2).sum(axis=1),
+    )
+    return kept, reliability(confidence, right), metrics
+
+
 def evaluation(name, probabilities, labels, cost, temperature=None, further=None):
-    """temperature: what a fit on val might have found; further: more keys of the row."""
+    """The JSON and the arrays that evaluate writes of one row.
 
-    def judged(p):
-        found, target = answers(p, labels), np.eye(p.shape[1])[labels]
-        bins = reliability(found["top5_probability"][:, 0], found["top5"][:, 0] == labels)
-        return (
-            found,
-            bins,
-            summarise(
-                labels,
-                found["top5"],
-                found["top5_probability"],
-                found["label_probability"],
-                ((p - target) ** 2).sum(axis=1),
-            ),
-        )
-
-    found, bins, row = judged(probabilities)
-    said = {"name": name, "reliability": bins}
+    temperature: what a fit on val might have found; further: more keys of the row.
+    """
+    kept, bins, row = measured(probabilities, labels)
+    content = {"name": name, "reliability": bins}
     if temperature is not None:
         scaled = probabilities ** (1 / temperature)
-        _, said["reliability_calibrated"], after = judged(
-            scaled / scaled.sum(axis=1, keepdims=True)
-        )
-        row |= {
-            "temperature": temperature,
-            **{f"c{key}": after[key] for key in ("nll", "brier", "ece")},
-        }
-    return {**said, "row": {**row, **(further or {}), "cost": cost}}, found
+        scaled /= scaled.sum(axis=1, keepdims=True)
+        _, content["reliability_calibrated"], calibrated = measured(scaled, labels)
+        row |= {f"c{key}": calibrated[key] for key in ("nll", "brier", "ece")}
+        row["temperature"] = temperature
+    content["row"] = row | (further or {}) | {"cost": cost}
+    return content, kept
 
 
-def cost(examples, seconds=None):
+def cost(examples):
     return {
-        "seconds": seconds or examples / 9000,
+        "seconds": examples / 9000,
         "examples_seen": examples,
         "peak_memory_bytes": 412 * 2**20,
     }
@@ -111,6 +114,8 @@ COSTS = {
     "main": 4_840_000,
     "wide": 5_000_000,
 }
+STEPS = {"generalist": 8000, "member": 8000, "student": 4000}
+WALL_LOSSES = {"control_wall-0": 1.3, "control_wall-1": 1.2, "control_wall-2": 1.4}
 
 
 def learning(steps, top1, seed=0):
@@ -131,61 +136,123 @@ def learning(steps, top1, seed=0):
             }
         )
         if step % (max(steps // 500, 1) * 50) == 0:
-            lines.append(
-                {
-                    "step": step,
-                    "val/top1": top1 * (1 - np.exp(-5 * done)),
-                    "val/loss": 3 * np.exp(-2 * done),
-                }
-            )
+            val_top1, val_loss = top1 * (1 - np.exp(-5 * done)), 3 * np.exp(-2 * done)
+            lines.append({"step": step, "val/top1": val_top1, "val/loss": val_loss})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def add_specialists(files, labels, members, active, missing, conditional):
-    """What evaluate says of specialists beside the ensemble's row."""
-    m = len(members)
+def add_specialists(evaluations, labels, groups, active, missing, conditional):
+    """What evaluate writes of specialists beside the ensemble's row."""
+    m = len(groups)
+    content, arrays = evaluations["ensemble"]
+    predicted = evaluations["generalist"][1]["top5"][:, 0]
     if active is None:
-        predicted = files["generalist"][1]["top5"][:, 0]
-        active = np.stack([np.isin(predicted, group) for group in members], axis=1)
-    files["ensemble"][1]["active"] = active
-    predicted = files["generalist"][1]["top5"][:, 0]
+        active = np.stack([np.isin(predicted, classes) for classes in groups], axis=1)
+    arrays["active"] = active
     wrong, sharing = predicted != labels, np.zeros(len(labels), bool)
-    for group in members:
-        sharing |= np.isin(labels, group) & np.isin(predicted, group)
-    sizes = [len(group) for group in members]
+    for classes in groups:
+        sharing |= np.isin(labels, classes) & np.isin(predicted, classes)
     conditional = conditional or [
         (0.7 + 0.2 * i / m, 0.7 + 0.2 * i / m + 0.03 * np.sin(i + 1) + 0.02) for i in range(m)
     ]
-    files["ensemble"][0].update(
-        specialists=[
-            {
-                "index": i,
-                "classes": sizes[i],
-                "routed": int(active[:, i].sum()),
-                "n": int(np.isin(labels, group).sum()),
-                "conditional_before": conditional[i][0],
-                "conditional_after": conditional[i][1],
-                "gain": 0.002,
-                "cost": cost(153_600),
-            }
-            for i, group in enumerate(members)
-            if i not in missing
+    content["specialists"] = [
+        {
+            "index": i,
+            "classes": len(classes),
+            "routed": int(active[:, i].sum()),
+            "n": int(np.isin(labels, classes).sum()),
+            "conditional_before": conditional[i][0],
+            "conditional_after": conditional[i][1],
+            "gain": 0.002,
+            "cost": cost(153_600),
+        }
+        for i, classes in enumerate(groups)
+        if i not in missing
+    ]
+    content["clusters"] = {
+        "captured_confusion": float(sharing[wrong].mean()) if wrong.any() else None,
+        "chance": 0.1,
+        "captured_unlabelled": 0.6,
+        "sizes": [len(classes) for classes in groups],
+    }
+    content["missing"] = list(missing)
+
+
+def write_manifest(shards, class_names, train_counts):
+    """Training examples of each class, in two shards."""
+    counts = dict(zip(class_names, map(int, train_counts), strict=True))
+    first = {name: count // 2 for name, count in counts.items()}
+    second = {name: count - count // 2 for name, count in counts.items()}
+    train = {
+        "samples": sum(counts.values()),
+        "shards": [
+            {"name": "train-0.tar", "class_counts": first},
+            {"name": "train-1.tar", "class_counts": second},
         ],
-        clusters={
-            "captured_confusion": float(sharing[wrong].mean()) if wrong.any() else None,
-            "chance": 0.1,
-            "captured_unlabelled": 0.6,
-            "sizes": sizes,
-        },
-        missing=list(missing),
+    }
+    manifest = {"schema": 1, "classes": class_names, "splits": {"train": train}}
+    write_json(shards / "manifest.json", manifest)
+
+
+def make_config(shards, groups, students, student_keys, controls, sizes, seed):
+    def student(name):
+        model = {"width": 8} if name == "wide" else {}
+        return {"model": model, **student_keys.get(name, {})}
+
+    splits = ("train", "val", "test")
+    return Config.model_validate(
+        {
+            "seed": seed,
+            "data": {split: f"{shards}/{split}-{{000000..000001}}.tar" for split in splits},
+            "train": {"steps": 8000},
+            "clusters": {"num_groups": max(len(groups), 1), "overlap": 2},
+            "specialists": {"steps": 600},
+            "ensemble": {"kind": "deep", "members": len(sizes)} if sizes else {},
+            "students": {name: student(name) for name in students},
+            "controls": {"enabled": controls},
+        }
     )
+
+
+def write_training(attempt, stage):
+    """metrics.jsonl and summary.json of a stage that trains a network."""
+    steps = STEPS.get(stage.name, 7200 if "compute" in stage.place else 600)
+    index = sum(map(ord, stage.place))
+    attempt.path("metrics.jsonl").write_text(learning(steps, 0.6 + index % 7 / 100, index))
+    val = {"loss": WALL_LOSSES.get(stage.place.split("/")[-1], 1.0), "top1": 0.6}
+    summary = {**cost(256 * steps), "steps": steps, "best_step": steps, "val": val}
+    write_json(attempt.path("summary.json"), summary)
+
+
+def write_clusters(attempt, groups, num_classes):
+    groups = [list(map(int, classes)) for classes in groups]
+    content = {"schema": 1, "num_classes": num_classes, "members": groups}
+    write_json(attempt.path("groups.json"), content)
+    sizes = [len(classes) for classes in groups]
+    summary = {
+        "captured": 0.55,
+        "chance": 0.1,
+        "captured_unlabelled": 0.6,
+        "chance_unlabelled": 0.1,
+        "sizes": sizes,
+        "forecast": [{"classes": size, "gain": 0.012 + 0.004 * i} for i, size in enumerate(sizes)],
+        "skipped": [],
+    }
+    write_json(attempt.path("summary.json"), summary)
+
+
+ENVIRONMENT = {
+    "commit": "0123abc",
+    "machine": {"host": "<b>host</b>", "processor": "Xeon", "cores": 2, "gpus": []},
+    "packages": {"torch": "2.13.0", "python": "3.12.1"},
+}
 
 
 def make_run(
     root,
     labels,
     probabilities,
-    members,
+    groups,
     *,
     train_counts=None,
     controls=True,
@@ -202,136 +269,47 @@ def make_run(
 ):
     """A finished run below `root`; probabilities: name -> [n, C] for every row that it shall have.
 
-    temperatures, further: by name, see `evaluation`.  sizes: makes it one of a deep ensemble of so many members.
+    temperatures, further: by name, see `evaluation`. sizes: makes it one of a deep ensemble of so
+    many members.
     """
-    temperatures, further, student_keys = temperatures or {}, further or {}, student_keys or {}
+    temperatures, further = temperatures or {}, further or {}
     labels = np.asarray(labels)
-    num_classes, shards = probabilities["generalist"].shape[1], root / "shards"
+    num_classes = probabilities["generalist"].shape[1]
+    shards = root / "shards"
     shards.mkdir(parents=True)
     if train_counts is not None:
-        called = names or [f"class-{c}" for c in range(num_classes)]
-        halves = [
-            {name: int(n) // 2 for name, n in zip(called, train_counts, strict=True)},
-            {name: int(n) - int(n) // 2 for name, n in zip(called, train_counts, strict=True)},
-        ]
-        write_json(
-            shards / "manifest.json",
-            {
-                "schema": 1,
-                "classes": called,
-                "splits": {
-                    "train": {
-                        "samples": int(sum(train_counts)),
-                        "shards": [
-                            {"name": f"train-{i}.tar", "class_counts": half}
-                            for i, half in enumerate(halves)
-                        ],
-                    }
-                },
-            },
-        )
-    config = Config.model_validate(
-        {
-            "seed": seed,
-            "data": {
-                split: f"{shards}/{split}-{{000000..000001}}.tar"
-                for split in ("train", "val", "test")
-            },
-            "train": {"steps": 8000},
-            "clusters": {"num_groups": max(len(members), 1), "overlap": 2},
-            "specialists": {"steps": 600},
-            "ensemble": {"kind": "deep", "members": len(sizes)} if sizes else {},
-            "students": {
-                name: {
-                    "model": {"width": 8} if name == "wide" else {},
-                    **student_keys.get(name, {}),
-                }
-                for name in students
-            },
-            "controls": {"enabled": controls},
-        }
-    )
+        class_names = names or [f"class-{c}" for c in range(num_classes)]
+        write_manifest(shards, class_names, train_counts)
+    config = make_config(shards, groups, students, student_keys or {}, controls, sizes, seed)
     run = RunDirectory(root / "run", config)
     run.root.mkdir()
-    write_json(
-        run.root / "environment.json",
-        {
-            "commit": "0123abc",
-            "machine": {"host": "<b>host</b>", "processor": "Xeon", "cores": 2, "gpus": []},
-            "packages": {"torch": "2.13.0", "python": "3.12.1"},
-        },
-    )
-    files = {}
+    write_json(run.root / "environment.json", ENVIRONMENT)
+
+    evaluations = {}
     for name, p in probabilities.items():
-        files[name] = evaluation(
-            name,
-            np.asarray(p, float),
-            labels,
-            cost(COSTS.get(name, 2_000_000)),
-            temperatures.get(name),
-            further.get(name),
-        )
+        of_row = cost(COSTS.get(name, 2_000_000))
+        fitted = temperatures.get(name)
+        p = np.asarray(p, float)
+        evaluations[name] = evaluation(name, p, labels, of_row, fitted, further.get(name))
     if sizes:
-        files["ensemble"][0]["sizes"] = sizes
+        evaluations["ensemble"][0]["sizes"] = sizes
     else:
-        add_specialists(files, labels, members, active, missing, conditional)
+        add_specialists(evaluations, labels, groups, active, missing, conditional)
+
+    absent = {run.report, *(run.specialists[index] for index in missing)}
     for stage in run.stages:
-        if stage.name == "report" or (
-            stage.name == "specialist" and int(stage.place[-3:]) in missing
-        ):
+        if stage in absent:
             continue
         attempt = stage.begin()
         if stage.name in ("generalist", "member", "specialist", "control", "student"):
-            usual = 7200 if "compute" in stage.place else 600
-            steps = {"generalist": 8000, "member": 8000, "student": 4000}.get(stage.name, usual)
-            index = sum(map(ord, stage.place))
-            attempt.path("metrics.jsonl").write_text(learning(steps, 0.6 + index % 7 / 100, index))
-            write_json(
-                attempt.path("summary.json"),
-                {
-                    **cost(256 * steps),
-                    "steps": steps,
-                    "best_step": steps,
-                    "val": {
-                        "loss": {
-                            "control_wall-0": 1.3,
-                            "control_wall-1": 1.2,
-                            "control_wall-2": 1.4,
-                        }.get(stage.place.split("/")[-1], 1.0),
-                        "top1": 0.6,
-                    },
-                },
-            )
+            write_training(attempt, stage)
         if stage.name == "generalist":
             write_json(attempt.path("model.json"), {"schema": 1, "class_names": names})
         if stage.name == "cluster":
-            write_json(
-                attempt.path("groups.json"),
-                {
-                    "schema": 1,
-                    "num_classes": num_classes,
-                    "members": [list(map(int, group)) for group in members],
-                },
-            )
-            group_sizes = [len(group) for group in members]
-            forecast = [
-                {"classes": size, "gain": 0.012 + 0.004 * i} for i, size in enumerate(group_sizes)
-            ]
-            write_json(
-                attempt.path("summary.json"),
-                {
-                    "captured": 0.55,
-                    "chance": 0.1,
-                    "captured_unlabelled": 0.6,
-                    "chance_unlabelled": 0.1,
-                    "sizes": group_sizes,
-                    "forecast": forecast,
-                    "skipped": [],
-                },
-            )
+            write_clusters(attempt, groups, num_classes)
         if stage.name == "evaluate":
-            for name, (said, arrays) in files.items():
-                write_json(attempt.path(f"{name}.json"), said)
+            for name, (content, arrays) in evaluations.items():
+                write_json(attempt.path(f"{name}.json"), content)
                 np.savez(attempt.path(f"{name}.npz"), **arrays)
         attempt.finish()
     return run
@@ -344,7 +322,8 @@ def one_hot(predicted, num_classes, sure=0.9):
     return p
 
 
-# Ten examples, six classes.  Groups {0, 1, 2} and {2, 3}; 4 and 5 are covered by nobody, 2 by both specialists.
+# Ten examples, six classes. Groups {0, 1, 2} and {2, 3}; 4 and 5 are covered by nobody, 2 by both
+# specialists.
 LABELS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
 GROUPS = [[0, 1, 2], [2, 3]]
 PREDICTED = {
@@ -376,7 +355,8 @@ def make_hand_worked():
     return make
 
 
-# A deep ensemble of three, whose calibrated NLL is 1.0, 0.8 and 0.7; a student of 0.9 is worth one and a half.
+# A deep ensemble of three, whose calibrated NLL is 1.0, 0.8 and 0.7; a student of 0.9 is worth one
+# and a half.
 SIZES = [
     {"size": 1, "top1": 0.5, "nll": 1.3, "cnll": 1.0, "temperature": 1.4},
     {"size": 2, "top1": 0.6, "nll": 1.0, "cnll": 0.8, "temperature": 1.2},
@@ -434,34 +414,47 @@ def hand_worked(tmp_path, make_hand_worked):
 
 def glyph_images(num_classes, per_class, seed=0, size=32):
     """Characters of DejaVu Sans, shaken: uint8 [n, 1, size, size], labels, names."""
-    import unicodedata
-
     import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import ImageFont
 
     path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    from fontTools.ttLib import TTFont
-
-    points = sorted(TTFont(path).getBestCmap())
-    points = [p for p in points if unicodedata.category(chr(p))[0] == "L"][
-        :: max(1, 2400 // num_classes)
-    ][:num_classes]
+    points = letters(path, num_classes)
     font, random = ImageFont.truetype(path, 22), np.random.default_rng(seed)
-    pixels = np.zeros((num_classes * per_class, 1, size, size), np.uint8)
-    for c, point in enumerate(points):
-        for i in range(per_class):
-            picture = Image.new("L", (size, size), 0)
-            ImageDraw.Draw(picture).text(
-                (size / 2, size / 2), chr(point), fill=255, font=font, anchor="mm"
-            )
-            picture = picture.rotate(random.uniform(-9, 9), Image.Resampling.BILINEAR)
-            shaken = np.roll(np.asarray(picture, np.int16), random.integers(-2, 3, 2), (0, 1))
-            pixels[c * per_class + i, 0] = np.clip(
-                shaken + random.normal(0, 9, shaken.shape), 0, 255
-            )
+    pixels = [shaken(chr(point), font, size, random) for point in points for _ in range(per_class)]
     labels = np.repeat(np.arange(len(points)), per_class)
     order = random.permutation(len(labels))
-    return Images(pixels[order], labels[order], [chr(p) for p in points])
+    return Images(np.stack(pixels)[order, None], labels[order], [chr(p) for p in points])
+
+
+def letters(font_file, count):
+    """The code points of `count` letters that a font has, evenly spaced."""
+    import unicodedata
+
+    from fontTools.ttLib import TTFont
+
+    points = sorted(TTFont(font_file).getBestCmap())
+    points = [point for point in points if unicodedata.category(chr(point))[0] == "L"]
+    return points[:: max(1, 2400 // count)][:count]
+
+
+def shaken(character, font, size, random):
+    """A character turned, moved and with noise on it: uint8 [size, size]."""
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("L", (size, size), 0)
+    middle = (size / 2, size / 2)
+    ImageDraw.Draw(picture).text(middle, character, fill=255, font=font, anchor="mm")
+    picture = picture.rotate(random.uniform(-9, 9), Image.Resampling.BILINEAR)
+    moved = np.roll(np.asarray(picture, np.int16), random.integers(-2, 3, 2), (0, 1))
+    return np.clip(moved + random.normal(0, 9, moved.shape), 0, 255).astype(np.uint8)
+
+
+def look_alike_groups(means, count):
+    """Overlapping groups of classes that lie beside each other on two axes of their means."""
+    axis = np.linalg.svd(means - means.mean(0), full_matrices=False)[0]
+    first = np.array_split(np.argsort(axis[:, 0]), count)
+    second = np.array_split(np.argsort(axis[:, 1]), count)
+    return [np.union1d(a, b[: len(b) // 2]) for a, b in zip(first, second, strict=True)]
 
 
 def glyph_run(root, num_classes=80, per_class=6, num_groups=5, names=None, seed=0, **more):
@@ -472,21 +465,18 @@ def glyph_run(root, num_classes=80, per_class=6, num_groups=5, names=None, seed=
     flat = (flat - flat.mean()) / flat.std()
     means = np.stack([flat[labels == c].mean(axis=0) for c in range(num_classes)])
     similar = flat @ means.T / flat.shape[1]
-    axis = np.linalg.svd(means - means.mean(0), full_matrices=False)[0]
-    groups = np.array_split(np.argsort(axis[:, 0]), num_groups)
-    second = np.array_split(np.argsort(axis[:, 1]), num_groups)
-    members = [np.union1d(a, b[: len(b) // 2]) for a, b in zip(groups, second, strict=True)]
+    groups = look_alike_groups(means, num_groups)
 
-    def answer(noise, shift=0.0):
+    def predict(noise, shift=0.0):
         logits = 14 * (similar + noise * random.normal(size=similar.shape))
         logits[np.arange(len(labels)), labels] += shift
         p = np.exp(logits - logits.max(1, keepdims=True))
         return p / p.sum(1, keepdims=True)
 
-    base = answer(0.085)
+    base = predict(0.085)
 
-    def better(share):
-        p = base ** (1 - share) * answer(0.06, 0.3) ** share
+    def better(fraction):
+        p = base ** (1 - fraction) * predict(0.06, 0.3) ** fraction
         return p / p.sum(1, keepdims=True)
 
     probabilities = {
@@ -501,10 +491,8 @@ def glyph_run(root, num_classes=80, per_class=6, num_groups=5, names=None, seed=
     if names is not None:
         images.class_names = (names + images.class_names)[:num_classes]
     counts = random.integers(20, 200, num_classes)
-    run = make_run(
-        root, labels, probabilities, members, train_counts=counts, names=images.class_names, **more
-    )
-    return run, images
+    more = {"train_counts": counts, "names": images.class_names} | more
+    return make_run(root, labels, probabilities, groups, **more), images
 
 
 @pytest.fixture

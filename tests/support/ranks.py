@@ -8,38 +8,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
 from networks import load_classifier
 
 ENGINES = Path(__file__).parents[1] / "trainer" / "engines"
 
 
-def on_ranks(ranks: int, script: Path, *words) -> str:
+def on_ranks(ranks: int, script: Path, *arguments) -> str:
     """The output of a script; an AssertionError with its end where it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    found = subprocess.run(
-        [*command, str(script), *map(str, words)],
+    ended = subprocess.run(
+        command,
         env=environment,
         text=True,
         timeout=280,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    assert found.returncode == 0, found.stdout[-5000:]
-    return found.stdout
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    return ended.stdout
 
 
 def losses(run: Path) -> list[float]:
+    """The losses that the generalist logged."""
     rows = map(json.loads, (run / "generalist" / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def weights(run: Path) -> dict:
+def weights(run: Path) -> dict[str, Tensor]:
     return load_classifier(run / "generalist").state_dict()

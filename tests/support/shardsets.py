@@ -8,7 +8,7 @@ from PIL import Image
 
 from trainer.data import ShardWriter, write_manifest
 from trainer.data.tars import save_index, scan_tar
-from trainer.data.writing import shard_facts
+from trainer.data.writing import shard_entry
 
 CLASSES = [f"class {c}" for c in range(7)]
 
@@ -55,7 +55,7 @@ def write_uneven(directory, sizes, manifest=True, indexed=True):
         if indexed:
             save_index(path, index)
         labels = np.array([label_of(number) for number in numbers])
-        shards.append(shard_facts(path.name, index.bytes, index.sha256, labels, CLASSES))
+        shards.append(shard_entry(path.name, index.bytes, index.sha256, labels, CLASSES))
         first += size
     if manifest:
         write_manifest(directory, CLASSES, {"train": {"samples": first, "shards": shards}})

@@ -1,1 +1,1 @@
-"""Commands that need torch: check, shards, doctor, export, predict, compare."""
+"""The commands that need torch: check, shards, doctor, export, predict, compare."""

@@ -1,7 +1,7 @@
-"""`python -m trainer check`: what only torch and a look into the shards can find wrong with a config, before RUN is
-made.
+"""`python -m trainer check`: the mistakes in a config that only torch and the shards can show.
 
-The config comes as TOML on standard input.  Silence and exit code 0: nothing was found.
+It runs before RUN is made. The config comes as TOML on standard input. Silence and exit code 0:
+nothing was found.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from importlib.util import find_spec
 
 import torch
 
-from pipeline.config import Config, UserError, load_config
+from pipeline.config import Config, Schedule, UserError, load_config
 from pipeline.graph import RunDirectory
 
 from ..core.loop import check_batch_size
 from ..data.augment import find_augment
-from ..data.shards import open_shards
+from ..data.shards import ShardSet, open_shards
 from ..distributed.ranks import Ranks, choose_device, precision
 from ..session import Session
 from ..stages.extending import grown_generalist
@@ -37,32 +37,18 @@ def main(argv: list[str]) -> int:
 
 
 def check(config: Config, processes: int) -> None:
-    """Raises UserError for shards that cannot be read or do not belong together, networks that cannot be built, batches
-    that the ranks cannot share."""
+    """Raise UserError where a run of this config is bound to fail.
+
+    Shards may be unreadable or not belong together, networks impossible to build, and batches
+    impossible to share among the ranks.
+    """
     check_engine(config)
-    check_batch_size(config.train.batch_size, processes, config.train.accumulation)
+    check_batches(config.train, processes)
     for schedule in (config.specialists, *config.students.values()):
-        check_batch_size(schedule.batch_size, 1, schedule.accumulation)
+        check_batches(schedule, 1)
     find_augment(config.data.augment)
     check_shards(config)
-    # Nothing is written: no cache, and a run directory that is not there.
-    plain = config.model_copy(update={"data": config.data.model_copy(update={"cache": "none"})})
-    session = Session(RunDirectory(os.devnull, plain), Ranks(0, 1, torch.device("cpu")))
-    check_generalist(session)
-    for student in config.students.values():
-        find_augment(session.run.augment_of(student))
-        left_out(session, student)
-        fresh_network(session, student, members=student_members(config, student))
-        if os.sep in student.teacher:
-            from_elsewhere(student.teacher, session)
-
-
-def check_generalist(session: Session) -> None:
-    """It can be built, or what it starts from can be loaded and fits the data."""
-    if session.config.extend.run:
-        grown_generalist(session)
-    elif given_generalist(session) is None:
-        fresh_network(session)
+    check_networks(config)
 
 
 def check_engine(config: Config) -> None:
@@ -80,6 +66,13 @@ def check_engine(config: Config) -> None:
             )
 
 
+def check_batches(schedule: Schedule, processes: int) -> None:
+    """A batch can be divided among the ranks and the accumulation steps."""
+    batch_size, accumulation = schedule.batch_size, schedule.accumulation
+    assert batch_size is not None and accumulation is not None, "load_config fills them in"
+    check_batch_size(batch_size, processes, accumulation)
+
+
 def check_shards(config: Config) -> None:
     """Every split opens; val and test have the classes and the shape of train."""
     train = open_shards(config.data.train, config.data, "train")
@@ -89,16 +82,33 @@ def check_shards(config: Config) -> None:
             raise UserError(
                 f"data.{split} has other classes than data.train: they need one label set"
             )
-        if shards.input_shape != train.input_shape:
-            raise UserError(
-                f"data.{split} has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
-            )
+        check_shape(shards, train)
+    unlabelled = config.data.model_copy(update={"label": "", "classes": None})
     for split in ("transfer", "ood"):
-        if not getattr(config.data, split):
-            continue
-        data = config.data.model_copy(update={"label": "", "classes": None})
-        shards = open_shards(getattr(config.data, split), data, split)
-        if shards.input_shape != train.input_shape:
-            raise UserError(
-                f"data.{split} has inputs of shape {list(shards.input_shape)}, data.train {list(train.input_shape)}"
-            )
+        pattern = getattr(config.data, split)
+        if pattern:
+            check_shape(open_shards(pattern, unlabelled, split), train)
+
+
+def check_shape(shards: ShardSet, train: ShardSet) -> None:
+    shape, expected = list(shards.input_shape), list(train.input_shape)
+    if shape != expected:
+        raise UserError(f"data.{shards.split} has inputs of shape {shape}, data.train {expected}")
+
+
+def check_networks(config: Config) -> None:
+    """The generalist and every student can be built, and teachers from elsewhere can be read."""
+    # Nothing is written: no cache, and a run directory that is not there.
+    data = config.data.model_copy(update={"cache": "none"})
+    uncached = config.model_copy(update={"data": data})
+    session = Session(RunDirectory(os.devnull, uncached), Ranks(0, 1, torch.device("cpu")))
+    if config.extend.run:
+        grown_generalist(session)
+    elif given_generalist(session) is None:
+        fresh_network(session)
+    for student in config.students.values():
+        find_augment(session.run.augment_of(student))
+        left_out(session, student)
+        fresh_network(session, student, members=student_members(config, student))
+        if os.sep in student.teacher:
+            from_elsewhere(student.teacher, session)

@@ -1,7 +1,8 @@
-"""`referral doctor`: is this machine fit for a run?  One line a finding; exit code 1 if something needed is missing.
+"""`referral doctor`: is this machine fit for a run?
 
-Under torchrun (`torchrun ... -m trainer -- doctor --run DIR`) every rank looks for itself, and rank 0 tells what only
-some ranks see, or see differently.
+One line a finding; exit code 1 if something needed is missing. Under torchrun (`torchrun ... -m
+trainer -- doctor --run DIR`) every rank looks for itself, and rank 0 reports what only some ranks
+see, or see differently.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import shutil
 import socket
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from pipeline.config import UserError, load_config
+from pipeline.config import Engine, UserError, load_config
 
 NEEDED = (
     "torch",
@@ -30,7 +32,19 @@ NEEDED = (
     "matplotlib",
 )
 OPTIONAL = ("deepspeed", "onnx", "timm", "tensorboard", "wandb")
-Finding = tuple[bool, str]  # (whether all is well, what was found)
+
+
+class Finding(NamedTuple):
+    """ok: whether all is well."""
+
+    ok: bool
+    text: str
+
+
+class RankFindings(NamedTuple):
+    host: str
+    device: str
+    findings: list[Finding]
 
 
 def main(argv: list[str]) -> int:
@@ -39,107 +53,134 @@ def main(argv: list[str]) -> int:
         "--run", metavar="DIR", help="also look at this run's shards and free disk space"
     )
     args = parser.parse_args(argv)
+    run = Path(args.run) if args.run else None
     if "RANK" in os.environ:
-        return every_rank(args)
-    return tell([*versions(), *devices(), *(run_findings(Path(args.run)) if args.run else [])])
+        return examine_ranks(run)
+    return report([*versions(), *devices(), *run_findings(run)])
 
 
-def tell(findings: list[Finding]) -> int:
-    for good, what in findings:
-        print(f"{'ok     ' if good else 'MISSING'}  {what}")
-    return 0 if all(good for good, _ in findings) else 1
+def report(findings: list[Finding]) -> int:
+    for ok, text in findings:
+        print(f"{'ok     ' if ok else 'MISSING'}  {text}")
+    return 0 if all(ok for ok, _ in findings) else 1
 
 
-def every_rank(args) -> int:
-    """Rank 0's findings, one sum over all ranks, and each rank whose own findings differ from rank 0's."""
+# Every rank
+
+
+def examine_ranks(run: Path | None) -> int:
+    """Report rank 0's findings, one sum over all ranks, and where other ranks' findings differ."""
     import torch
-
-    from pipeline.config import Engine
 
     from ..distributed.ranks import broadcast, gather, process_group, sum_over_ranks
 
-    engine = load_config(Path(args.run) / "config.toml").engine if args.run else Engine()
+    engine = Engine.model_validate({})
+    if run is not None:
+        engine = load_config(run / "config.toml").engine
     with process_group(engine) as ranks:
         total = float(sum_over_ranks(torch.ones(()), ranks))
-        own = [*versions(), *(run_findings(Path(args.run)) if args.run else [])]
-        found = gather((socket.gethostname(), str(ranks.device), own), ranks)
-        code = tell(compared(found, total)) if ranks.is_main else None
+        findings = [*versions(), *run_findings(run)]
+        own = RankFindings(socket.gethostname(), str(ranks.device), findings)
+        gathered = gather(own, ranks)
+        code = report(compare_ranks(gathered, total)) if ranks.is_main else 0
         return broadcast(code, ranks)
 
 
-def compared(found: list[tuple[str, str, list[Finding]]], total: float) -> list[Finding]:
-    """found: (host, device, findings) of each rank, in their order; total: of an all-reduce of ones."""
-    world, first = len(found), found[0][2]
-    lines = [*first, (total == world, f"all-reduce over {world} ranks: {total:g}")]
-    for rank, (host, device, own) in enumerate(found):
-        others = [
-            finding for finding in own if finding not in first and "free under" not in finding[1]
-        ]
-        agrees = "sees the same" if not others else "sees other things than rank 0:"
-        lines.append((not others, f"rank {rank} on {host}, {device}, {agrees}"))
-        lines += [(good, f"    {what}") for good, what in others]
+def compare_ranks(ranks: list[RankFindings], total: float) -> list[Finding]:
+    """Rank 0's findings, and those of other ranks that differ.
+
+    ranks: in their order. total: of an all-reduce of ones.
+    """
+    world, first = len(ranks), ranks[0].findings
+    lines = [*first, Finding(total == world, f"all-reduce over {world} ranks: {total:g}")]
+    for rank, (host, device, findings) in enumerate(ranks):
+        different = [finding for finding in findings if finding not in first]
+        # Disks fill up while the ranks look at them.
+        different = [finding for finding in different if "free under" not in finding[1]]
+        agrees = "sees other things than rank 0:" if different else "sees the same"
+        lines.append(Finding(not different, f"rank {rank} on {host}, {device}, {agrees}"))
+        lines += [Finding(ok, f"    {text}") for ok, text in different]
     return lines
 
 
+# What is looked at
+
+
 def versions() -> list[Finding]:
-    found = [
-        (
-            sys.version_info >= (3, 11),
-            f"Python {platform.python_version()} on {platform.platform()}",
-        )
-    ]
+    python = f"Python {platform.python_version()} on {platform.platform()}"
+    findings = [Finding(sys.version_info >= (3, 11), python)]
     for name in (*NEEDED, *OPTIONAL):
         try:
-            found.append((True, f"{name} {importlib.metadata.version(name)}"))
+            findings.append(Finding(True, f"{name} {importlib.metadata.version(name)}"))
         except importlib.metadata.PackageNotFoundError:
             if name in NEEDED:
-                found.append((False, f"{name}: pip install 'referral[train]'"))
-    return found
+                findings.append(Finding(False, f"{name}: pip install 'referral[train]'"))
+    return findings
 
 
 def devices() -> list[Finding]:
-    """A one-process collective on every backend that would be used, not only a look at version numbers."""
+    """Cores and GPUs, and a collective on every backend that a run would use."""
+    import torch
+
+    threads = os.environ.get("OMP_NUM_THREADS", "not set")
+    findings = [Finding(True, f"{_num_cores()} cores, OMP_NUM_THREADS = {threads}")]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            gpu = torch.cuda.get_device_properties(index)
+            text = f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+            findings.append(Finding(True, text))
+    else:
+        findings.append(Finding(True, "no CUDA device: runs go on gloo and the CPU"))
+    findings.append(_collective("gloo", "cpu"))
+    if torch.cuda.is_available():
+        findings.append(_collective("nccl", "cuda"))
+    return findings
+
+
+def _num_cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _collective(backend: str, device: str) -> Finding:
+    """An all-reduce in one process, which says more than a version number."""
     import torch
     import torch.distributed as dist
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [
-        (True, f"{cores} cores, OMP_NUM_THREADS = {os.environ.get('OMP_NUM_THREADS', 'not set')}")
-    ]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            facts = torch.cuda.get_device_properties(index)
-            found.append((True, f"cuda:{index} {facts.name}, {facts.total_memory / 2**30:.0f} GiB"))
-    else:
-        found.append((True, "no CUDA device: runs go on gloo and the CPU"))
-    for backend, device in (("gloo", "cpu"), ("nccl", "cuda")):
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
-        try:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-            one = torch.ones(1, device=device)
-            dist.all_reduce(one)
-            dist.destroy_process_group()
-            found.append((one.item() == 1, f"{backend}: all-reduce on {device}"))
-        except Exception as mistake:  # whatever a broken installation raises is the finding
-            found.append((False, f"{backend}: {mistake}"))
-    return found
+    try:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] torch documents it
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        one = torch.ones(1, device=device)
+        dist.all_reduce(one)
+        dist.destroy_process_group()
+        is_one = one.item() == 1
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Finding(False, f"{backend}: {error}")
+    return Finding(is_one, f"{backend}: all-reduce on {device}")
 
 
-def run_findings(root: Path) -> list[Finding]:
+def run_findings(root: Path | None) -> list[Finding]:
+    """The disk and the shards of a run, where one is named."""
+    if root is None:
+        return []
     from ..data.shards import open_shards
 
     config = load_config(root / "config.toml")
     free = shutil.disk_usage(root).free
-    found = [
-        (free > 2**30, f"{free / 2**30:.1f} GiB free under {root}"),
-        (os.access(root, os.W_OK), f"{root} can be written"),
+    findings = [
+        Finding(free > 2**30, f"{free / 2**30:.1f} GiB free under {root}"),
+        Finding(os.access(root, os.W_OK), f"{root} can be written"),
     ]
     for split in ("train", "val", "test"):
         try:
             shards = open_shards(getattr(config.data, split), config.data, split)
-            what = f"{split}: {shards.num_samples} samples of {shards.num_classes} classes ({shards.fingerprint[:8]})"
-            found.append((True, what))
-        except UserError as mistake:
-            found.append((False, str(mistake)))
-    return found
+        except UserError as error:
+            findings.append(Finding(False, str(error)))
+            continue
+        text = (
+            f"{split}: {shards.num_samples} samples of {shards.num_classes} classes "
+            f"({shards.fingerprint[:8]})"
+        )
+        findings.append(Finding(True, text))
+    return findings

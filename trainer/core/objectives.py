@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from networks.linear_logits import LinearLogits, LocalComm
+from networks.linear_logits import Comm, LinearLogits
 from pipeline.config import Student
 
 from ..data.streams import Batch
@@ -72,7 +72,7 @@ def classify(
     return objective
 
 
-def negatives_generator(batch: Batch, comm: LocalComm) -> torch.Generator:
+def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:
     """A generator seeded by the global batch's examples and their order.
 
     It is the same on any number of ranks, and after a resume.

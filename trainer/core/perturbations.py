@@ -1,5 +1,7 @@
-"""Inputs moved to where the members of an ensemble disagree.  Nam et al. 2021, "Diversity matters when learning from
-ensembles", after the output diversified sampling of Tashiro et al. 2020.
+"""Inputs moved to where the members of an ensemble disagree.
+
+Nam et al. 2021, "Diversity matters when learning from ensembles", after the output diversified
+sampling of Tashiro et al. 2020.
 
 B batch, C classes, D numbers in one input; x inputs, floats scaled to 0..1.
 """
@@ -14,23 +16,40 @@ from torch import Tensor
 
 KINDS = ("none", "gaussian", "ods", "conf_ods")
 
-LogitsOf = Callable[
-    [Tensor], Tensor
-]  # inputs [B, ...] -> logits [B, C], each row of its own input alone
+# inputs [B, ...] -> logits [B, C]; each row depends on its own input alone.
+LogitsOf = Callable[[Tensor], Tensor]
 
 
 def ods(
     logits_of: LogitsOf, inputs: Tensor, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """(direction [B, ...], confidence [B]) of a teacher at inputs [B, ...]; weights: [B, C].
+    """The direction of output diversified sampling, and a teacher's confidence.
 
-    direction = sqrt(D) g / ||g||_2 with g = grad_x weights . softmax(logits_of(x) / temperature), Nam et al. 2021;
-    0 where g is 0.  confidence: the largest softmax(logits_of(x) / temperature).  Works under no_grad and autocast; no
-    parameter gets a gradient.
-    Raises ValueError where the logits cannot be differentiated by the inputs.
+    Works under no_grad and autocast; no parameter gets a gradient.
+
+    Parameters
+    ----------
+    logits_of : callable
+        The teacher: inputs [B, ...] -> logits [B, C].
+    inputs : Tensor [B, ...]
+    weights : Tensor [B, C]
+    temperature : float
+
+    Returns
+    -------
+    direction : Tensor [B, ...]
+        sqrt(D) g / ||g||_2 with g = grad_x weights . softmax(logits_of(x) / temperature); 0 where g
+        is 0.
+    confidence : Tensor [B]
+        The largest softmax(logits_of(x) / temperature).
+
+    Raises
+    ------
+    ValueError
+        Where the logits cannot be differentiated by the inputs.
     """
-    inputs, logits = _asked(logits_of, inputs)
-    return _along(inputs, logits, weights, temperature)
+    inputs, logits = _differentiable_logits(logits_of, inputs)
+    return _direction(inputs, logits, weights, temperature)
 
 
 def perturb(
@@ -43,13 +62,29 @@ def perturb(
 ) -> Tensor:
     """clip(x + size eps, 0, 1), of the shape and type of `inputs`.
 
-    eps: "gaussian", N(0, 1) in each number, so that size is the standard deviation; "ods", the direction of one of
-    `teachers`, drawn for the whole batch, with weights ~ U(-1, 1)^C of each example's own; "conf_ods", that times the
-    teacher's confidence; "none" gives the inputs back.  Nam et al. 2021: size 1/255, the same result for every member.
+    Nam et al. 2021 take size 1/255, and the same result for every member.
 
-    teachers: see ods; in eval mode, for batch norm in training mode mixes examples (their flags are left as they are).
-    generator: draws; None: torch's global one of the CPU, which checkpoints keep.
-    Raises ValueError for an unknown kind, inputs that are not floating and a direction without teachers.
+    Parameters
+    ----------
+    kind : {"none", "gaussian", "ods", "conf_ods"}
+        What eps is.
+        none: the inputs are returned as they are.
+        gaussian: N(0, 1) in each number, so that size is the standard deviation.
+        ods: the direction of one of `teachers`, drawn for the whole batch, with weights
+        ~ U(-1, 1)^C of each example's own.
+        conf_ods: that times the teacher's confidence.
+    inputs : float Tensor [B, ...]
+    size, temperature : float
+    teachers : sequence of callables
+        See `ods`.  In eval mode, for batch norm in training mode mixes examples; their flags are
+        left as they are.
+    generator : torch.Generator, optional
+        What draws; by default torch's global one of the CPU, which checkpoints keep.
+
+    Raises
+    ------
+    ValueError
+        For an unknown kind, inputs that are not floating, and a direction without teachers.
     """
     if kind not in KINDS:
         raise ValueError(f"perturbation {kind!r} must be one of {', '.join(KINDS)}")
@@ -57,25 +92,25 @@ def perturb(
         return inputs
     if not inputs.is_floating_point():
         raise ValueError(f"inputs of {inputs.dtype} cannot be perturbed; scale them to 0..1 first")
-    device = generator.device if generator is not None else "cpu"
+    device = torch.device("cpu")
+    if generator is not None:
+        device = generator.device
     if kind == "gaussian":
         eps = torch.randn(inputs.shape, generator=generator, device=device).to(inputs)
-    else:
-        if not teachers:
-            raise ValueError(
-                f"perturbation {kind!r} follows a teacher's gradient, and there is none"
-            )
-        drawn = int(torch.randint(len(teachers), (), generator=generator, device=device))
-        asked, logits = _asked(teachers[drawn], inputs)
-        weights = torch.rand(logits.shape, generator=generator, device=device) * 2 - 1
-        eps, confidence = _along(asked, logits, weights.to(logits.device), temperature)
-        if kind == "conf_ods":
-            eps = eps * confidence.view(-1, *[1] * (eps.dim() - 1)).to(eps)
+        return (inputs.detach() + size * eps).clamp(0, 1)
+    if not teachers:
+        raise ValueError(f"perturbation {kind!r} follows a teacher's gradient, and there is none")
+    teacher = int(torch.randint(len(teachers), (), generator=generator, device=device))
+    leaf, logits = _differentiable_logits(teachers[teacher], inputs)
+    weights = torch.rand(logits.shape, generator=generator, device=device) * 2 - 1
+    eps, confidence = _direction(leaf, logits, weights.to(logits.device), temperature)
+    if kind == "conf_ods":
+        eps = eps * confidence.view(-1, *[1] * (eps.dim() - 1)).to(eps)
     return (inputs.detach() + size * eps).clamp(0, 1)
 
 
-def _asked(logits_of: LogitsOf, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """The inputs as a leaf, and the teacher's answer to them with what its gradient needs."""
+def _differentiable_logits(logits_of: LogitsOf, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The inputs as a leaf, and the teacher's logits of them with what their gradient needs."""
     with torch.enable_grad():
         inputs = inputs.detach().requires_grad_()
         logits = logits_of(inputs)
@@ -86,25 +121,26 @@ def _asked(logits_of: LogitsOf, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return inputs, logits
 
 
-def _along(
+def _direction(
     inputs: Tensor, logits: Tensor, weights: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """ods, once the teacher has answered."""
+    """`ods`, once the teacher's logits are known."""
     p = torch.softmax(logits.detach().float() / temperature, dim=1)
     confidence, top = p.max(1, keepdim=True)
-    # The slope by the logits is p_i (w_i - w . p) / temperature.  Of a teacher that is certain to within rounding, the
-    # top class's would round to 0; but it is minus the sum of the others', for softmax ignores a constant.
+    # The slope by the logits is p_i (w_i - w . p) / temperature.  Of a teacher that is certain to
+    # within rounding, the top class's would round to 0; but it is minus the sum of the others', for
+    # softmax ignores a constant.
     slope = p * (weights - (weights * p).sum(1, keepdim=True))
     slope = slope.scatter(1, top, 0.0)
     slope = slope.scatter(1, top, -slope.sum(1, keepdim=True))
-    # Only the direction is asked, so each row is scaled to size 1 before it could underflow on its way through the
-    # teacher.  The square of a small gradient underflows too, and so that is scaled as well.
+    # Only the direction matters, so each row is scaled to size 1 before it could underflow on its
+    # way through the teacher.  The square of a small gradient underflows too, and so that is scaled
+    # as well.
     (gradient,) = torch.autograd.grad(logits, inputs, _unit_peak(slope).to(logits.dtype))
     gradient = _unit_peak(gradient.float().flatten(1))
     norm = gradient.square().sum(1, keepdim=True).sqrt()
-    direction = gradient * (
-        math.sqrt(gradient.shape[1]) / norm.clamp_min(0.5)
-    )  # norm >= 1, or the gradient is 0
+    # norm >= 1, or the gradient is 0.
+    direction = gradient * (math.sqrt(gradient.shape[1]) / norm.clamp_min(0.5))
     return direction.view_as(inputs).to(inputs.dtype), confidence[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""Decoded inputs in one memory-mapped file: decode once, then every batch is an index into an array."""
+"""Decoded inputs in one memory-mapped file: decode once, then a batch is an index into an array."""
 
 from __future__ import annotations
 
@@ -14,32 +14,43 @@ import numpy as np
 from pipeline.config import Data, UserError
 from pipeline.store import read_json, write_json
 
-from .shards import ShardSet
+from .shards import Ids, ShardSet
 
 SCHEMA = 1
 
 
 class CachedShards(ShardSet):
-    """The same samples; reading indexes a memory-mapped array instead of decoding."""
+    """The same samples; reading indexes a memory-mapped array instead of decoding.
+
+    array_path: .npy of [N, *input_shape].  unreadable: {id: reason} of rows that hold nothing.
+    """
 
     def __init__(self, shards: ShardSet, array_path: Path, unreadable: dict[int, str]):
-        self.__dict__.update(copy.copy(shards.__dict__) | {"_files": {}})
-        self._array_path, self._unreadable = array_path, unreadable
-        self._map()
-        self._shape = self._array.shape[1:], self._array.dtype
-        self._bad = np.array(sorted(unreadable), np.int64)
+        self._take_over(shards)
+        self._array_path = array_path
+        self._unreadable = unreadable
+        self._unreadable_ids = np.array(sorted(unreadable), np.int64)
+        self._array = self._map()
+        self._first = self._array.shape[1:], self._array.dtype
 
-    def _map(self) -> None:
+    @property
+    def num_cached(self) -> int:
+        """Rows of the file."""
+        return len(self._array)
+
+    def _map(self) -> np.ndarray:
         # A plain array over the mapping: numpy's memmap class costs more than the indexing itself.
-        self._array = np.asarray(np.load(self._array_path, mmap_mode="r", allow_pickle=False))
+        return np.asarray(np.load(self._array_path, mmap_mode="r", allow_pickle=False))
 
-    def read_into(self, inputs: np.ndarray, places, ids) -> dict[int, str]:
+    def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:
+        """See ShardSet."""
         ids = np.asarray(ids, np.int64)
         unreadable = {}
-        if len(self._bad):
-            unreadable = {i: self._unreadable[i] for i in ids[np.isin(ids, self._bad)].tolist()}
+        if len(self._unreadable_ids):
+            asked = ids[np.isin(ids, self._unreadable_ids)].tolist()
+            unreadable = {sample: self._unreadable[sample] for sample in asked}
             self.check(unreadable)
-        inputs[places] = self._array[ids]
+        inputs[rows] = self._array[ids]
         return unreadable
 
     def __getstate__(self) -> dict:
@@ -47,71 +58,96 @@ class CachedShards(ShardSet):
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
-        self._map()
+        self._array = self._map()
 
 
-def cached(shards: ShardSet, path, data: Data) -> ShardSet:
-    """The same samples, ids and fingerprint, decoded once into PATH-KEY.npy (KEY: of the shards and the decoders).
+def cached(shards: ShardSet, path: str | Path, data: Data) -> ShardSet:
+    """Decode a set's inputs once, into a file that later calls open.
 
-    data.cache: "none" returns `shards` as they are; "auto" too where inputs differ in shape or take more
-    than data.cache_bytes, and "decoded" makes that a UserError.  Several processes may do this at once: each writes
-    under a name of its own, and the same content is renamed into place.
+    Several processes may do this at once: each writes under a name of its own, and the same content
+    is renamed into place.
+
+    Parameters
+    ----------
+    shards : ShardSet
+    path : path
+        The file is PATH-KEY.npy, with PATH-KEY.json beside it.  KEY is a hash of the shards and the
+        decoders.
+    data : Data
+        data.cache: "none" decodes nothing; "auto" decodes where all inputs have one shape and take
+        at most data.cache_bytes; "decoded" insists on it.
+
+    Returns
+    -------
+    ShardSet
+        The same samples, ids and fingerprint; `shards` itself where nothing is cached.
+
+    Raises
+    ------
+    UserError
+        With "decoded", where the inputs take more than data.cache_bytes, differ in shape, or cannot
+        be written.  With data.damage = strict, for a sample that cannot be decoded.
     """
     if data.cache == "none" or isinstance(shards, CachedShards):
         return shards
     path = Path(path)
-    path = path.with_suffix("") if path.suffix == ".npy" else path
+    if path.suffix == ".npy":
+        path = path.with_suffix("")
     key = _key(shards)
-    array_path, header_path = (
-        path.with_name(f"{path.name}-{key[:16]}{suffix}") for suffix in (".npy", ".json")
-    )
-    found = _open(shards, array_path, header_path, key)
-    if found is not None:
-        return found
-    size = (
-        len(shards) * int(np.prod(shards.input_shape, dtype=np.int64)) * shards.input_dtype.itemsize
-    )
+    array_path = path.with_name(f"{path.name}-{key[:16]}.npy")
+    header_path = path.with_name(f"{path.name}-{key[:16]}.json")
+    existing = _open(shards, array_path, header_path, key)
+    if existing is not None:
+        return existing
+    size = len(shards) * int(np.prod(shards.input_shape, dtype=np.int64))
+    size *= shards.input_dtype.itemsize
     if size > data.cache_bytes:
         if data.cache == "auto":
             return shards
         raise UserError(
-            f'data.cache = "decoded" takes {size} bytes, more than data.cache_bytes = {data.cache_bytes}'
+            f'data.cache = "decoded" takes {size} bytes, '
+            f"more than data.cache_bytes = {data.cache_bytes}"
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         written = _write(shards, array_path, header_path, key, data)
-    except OSError as mistake:
+    except OSError as error:
         if data.cache == "auto":
             return shards
-        raise UserError(f"{array_path}: cannot be written: {mistake.strerror}") from None
+        raise UserError(f"{array_path}: cannot be written: {error.strerror}") from None
     if not written:
         return shards
-    return _open(shards, array_path, header_path, key)
+    opened = _open(shards, array_path, header_path, key)
+    assert opened is not None, array_path
+    return opened
 
 
 def _key(shards: ShardSet) -> str:
-    """Hash of what the decoded arrays depend on: the shards, and the source files of the decoders."""
+    """Hash of what the decoded arrays depend on: the shards, and the decoders' source files."""
     sources = []
     for extension in shards.input_extensions:
         name = shards.data.decoders.get(extension, "built-in")
         if name != "built-in":
-            file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
-            name += hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+            module = sys.modules.get(name.partition(":")[0])
+            file = getattr(module, "__file__", None)
+            if file:
+                name += hashlib.sha256(Path(file).read_bytes()).hexdigest()
         sources.append([extension, name])
     return hashlib.sha256(json.dumps([SCHEMA, shards.fingerprint, sources]).encode()).hexdigest()
 
 
 def _open(shards: ShardSet, array_path: Path, header_path: Path, key: str) -> CachedShards | None:
+    """What was written, or None if there is nothing whole for this key."""
     try:
         header = read_json(header_path)
         unreadable = {int(sample): reason for sample, reason in header["unreadable"].items()}
         if header["key"] != key:
             return None
-        found = CachedShards(shards, array_path, unreadable)
+        opened = CachedShards(shards, array_path, unreadable)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    found.check(unreadable)
-    return found if len(found._array) == len(shards) else None
+    opened.check(unreadable)
+    return opened if opened.num_cached == len(shards) else None
 
 
 def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data: Data) -> bool:
@@ -120,17 +156,13 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
 
     temporary = array_path.with_name(f".{array_path.name}.{uuid.uuid4().hex[:8]}")
     shape = (len(shards), *shards.input_shape)
-    lenient = copy.copy(shards)
-    lenient._files, lenient.data = (
-        {},
-        data.model_copy(update={"damage": "skip", "damage_share": 0.999999}),
-    )
+    stream = MeasuringStream(_lenient(shards, data), 256)
     try:
         array = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=shards.input_dtype, shape=shape
         )
         unreadable: dict[int, str] = {}
-        for batch in MeasuringStream(lenient, 256).loader(workers=data.workers):
+        for batch in stream.loader(workers=data.workers):
             array[batch.ids.numpy()] = batch.inputs.numpy()
             for _, sample, reason in batch.lost:
                 unreadable[sample] = reason
@@ -140,10 +172,16 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
         del array
         shards.check(unreadable)
         temporary.replace(array_path)
-        write_json(
-            header_path,
-            {"key": key, "unreadable": {str(i): reason for i, reason in unreadable.items()}},
-        )
+        reasons = {str(sample): reason for sample, reason in unreadable.items()}
+        write_json(header_path, {"key": key, "unreadable": reasons})
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def _lenient(shards: ShardSet, data: Data) -> ShardSet:
+    """The same samples, with corrupt ones left out whatever data.damage says."""
+    lenient = copy.copy(shards)
+    lenient._files = {}
+    lenient.data = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
+    return lenient

@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 
 import numpy as np
@@ -123,7 +123,7 @@ def decode(decoder: Decoder, content: bytes) -> np.ndarray:
     raise ValueError(f"{name} gives {kind}; a numpy array of numbers is needed")
 
 
-def find_decoder(table: dict[str, Decoder], extension: str) -> Decoder:
+def find_decoder(table: Mapping[str, Decoder], extension: str) -> Decoder:
     """The decoder of a file, by its whole extension or the last part of it.
 
     Raises UserError, with the known extensions.

@@ -1,6 +1,11 @@
-"""In what order samples are seen: pure functions of (seed, position), so that a stream resumes at any position."""
+"""In what order samples are seen: pure functions of (seed, position).
+
+So a stream resumes at any position.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,15 +16,26 @@ def generator(*words: int) -> np.random.Generator:
 
 
 class Order:
-    """Positions int64[n] of an endless stream -> ids int64[n].  An epoch is len(order) positions, permuted anew.
+    """Positions int64 [n] of an endless stream -> ids int64 [n].
 
-    ids: int64[L].  repeats(epoch): int64[L] summing to L, how often each id occurs in that epoch; None is once each.
+    An epoch is len(order) positions, permuted anew.
+
+    ids: int64 [L].
+    repeats: repeats(epoch) is int64 [L], summing to L: how often each id occurs in that epoch.
+    None is once each.
     """
 
     KEPT = 2  # epochs in memory: a batch may lie across the seam of two
 
-    def __init__(self, ids: np.ndarray, seed: int, repeats=None):
-        self.ids, self.seed, self.repeats = np.asarray(ids, np.int64), seed, repeats
+    def __init__(
+        self,
+        ids: np.ndarray,
+        seed: int,
+        repeats: Callable[[int], np.ndarray] | None = None,
+    ):
+        self.ids = np.asarray(ids, np.int64)
+        self.seed = seed
+        self.repeats = repeats
         self._epochs: dict[int, np.ndarray] = {}
         if not len(self.ids):
             raise ValueError("an order needs at least one id")
@@ -27,18 +43,20 @@ class Order:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __call__(self, positions) -> np.ndarray:
-        epochs, places = np.divmod(np.asarray(positions, np.int64), len(self))
-        ids = np.empty(len(places), np.int64)
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), len(self))
+        ids = np.empty(len(offsets), np.int64)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            ids[here] = self.epoch(epoch)[places[here]]
+            ids[here] = self.epoch(epoch)[offsets[here]]
         return ids
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """int64[L]: one whole epoch in order."""
+        """int64 [L]: one whole epoch in order."""
         if epoch not in self._epochs:
-            ids = self.ids if self.repeats is None else np.repeat(self.ids, self.repeats(epoch))
+            ids = self.ids
+            if self.repeats is not None:
+                ids = np.repeat(ids, self.repeats(epoch))
             assert len(ids) == len(self), (len(ids), len(self))
             while len(self._epochs) >= self.KEPT:
                 del self._epochs[next(iter(self._epochs))]
@@ -46,41 +64,85 @@ class Order:
         return self._epochs[epoch]
 
     def expected(self, first: int, last: int) -> np.ndarray:
-        """int64[k]: the ids at positions first .. last - 1, all within one epoch, each id once."""
-        epoch, place = divmod(first, len(self))
-        assert last - first <= len(self) - place, (first, last)
-        if place or last - first < len(self):
-            return np.unique(self.epoch(epoch)[place : place + last - first])
-        return self.ids if self.repeats is None else self.ids[self.repeats(epoch) > 0]
+        """int64 [k]: the ids at positions first .. last - 1, all within one epoch, each id once."""
+        epoch, offset = divmod(first, len(self))
+        assert last - first <= len(self) - offset, (first, last)
+        if offset or last - first < len(self):
+            return np.unique(self.epoch(epoch)[offset : offset + last - first])
+        if self.repeats is None:
+            return self.ids
+        return self.ids[self.repeats(epoch) > 0]
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_epochs": {}}
 
 
-def shuffled(ids, seed: int) -> Order:
-    """Every id exactly once per epoch.  ids: int64[n], or the number of samples."""
-    return Order(np.arange(ids) if isinstance(ids, int) else ids, seed)
+def shuffled(ids: int | Sequence[int] | np.ndarray, seed: int) -> Order:
+    """Every id exactly once per epoch.
+
+    Parameters
+    ----------
+    ids : int64 [n] or int
+        The ids, or the number of samples.
+    seed : int
+
+    Returns
+    -------
+    Order
+    """
+    if isinstance(ids, int):
+        return Order(np.arange(ids), seed)
+    return Order(np.asarray(ids, np.int64), seed)
 
 
-def balanced(labels, seed: int, exponent: float, ids=None) -> Order:
+def balanced(
+    labels: np.ndarray, seed: int, exponent: float, ids: Sequence[int] | np.ndarray | None = None
+) -> Order:
     """Class c is drawn in proportion to count_c^(1 - exponent), as by `weighted`.
 
-    exponent: 0 natural frequencies (every id once per epoch), 1 every class equally often.
-    No class goes missing: count_c^(1 - exponent) rises with count_c, so the smallest share is the rarest class's, and
-    that is at least its natural one.
+    No class goes missing: count_c^(1 - exponent) rises with count_c, so the smallest share is the
+    rarest class's, and that is at least its natural one.
+
+    Parameters
+    ----------
+    labels : int64 [N]
+        Of all samples.
+    seed : int
+    exponent : float
+        0: natural frequencies, every id once per epoch.  1: every class equally often.
+    ids : int64 [n], optional
+        The samples to draw from, all by default.
+
+    Returns
+    -------
+    Order
+
+    Raises
+    ------
+    ValueError
+        If the exponent is not between 0 and 1.
     """
     if not 0 <= exponent <= 1:
         raise ValueError(f"exponent {exponent} is not between 0 (natural) and 1 (uniform)")
-    chosen = np.asarray(labels) if ids is None else np.asarray(labels)[np.asarray(ids, np.int64)]
+    chosen = np.asarray(labels)
+    if ids is not None:
+        chosen = chosen[np.asarray(ids, np.int64)]
     return weighted(labels, seed, np.bincount(chosen).astype(float) ** (1 - exponent), ids)
 
 
-def weighted(labels, seed: int, weights, ids=None) -> Order:
-    """Class c is drawn in proportion to weights[c]; its members take turns, evenly over the epochs.
+def weighted(
+    labels: np.ndarray,
+    seed: int,
+    weights: np.ndarray | Sequence[float],
+    ids: Sequence[int] | np.ndarray | None = None,
+) -> Order:
+    """Class c is drawn in proportion to weights[c]; its samples take turns, evenly over the epochs.
 
-    labels: int64[N], of all samples.  weights: [C], not negative.  ids: the ones to draw from, all by default.
-    An epoch has as many positions as there are ids; each class has the same number of them in every epoch, within one
-    of its exact share.
+    An epoch has as many positions as there are ids.  Each class has the same number of them in
+    every epoch, within one of its exact share.
+
+    labels: int64 [N], of all samples.  weights: [C], not negative.
+    ids: int64 [n], the samples to draw from, all by default.
     """
     ids = np.arange(len(labels)) if ids is None else np.asarray(ids, np.int64)
     present, classes, counts = np.unique(
@@ -90,35 +152,45 @@ def weighted(labels, seed: int, weights, ids=None) -> Order:
     edges = np.cumsum(weights) / weights.sum() * len(ids)
     edges[-1] = len(ids)
     # Systematic sampling: class c gets the points 1/2, 3/2, ... that fall between its edges.
-    shares = np.diff(np.concatenate([[0], np.floor(edges + 0.5).astype(np.int64)]))
-    # Each member's place in a fixed random sequence of its class: draw number d of the class goes to place d mod count.
+    draws = np.diff(np.concatenate([[0], np.floor(edges + 0.5).astype(np.int64)]))
+    # Each sample's place in a fixed random sequence of its class: draw number d of the class goes
+    # to place d mod count.
     shuffle = generator(seed, 2).permutation(len(ids))
     by_class = shuffle[np.argsort(classes[shuffle], kind="stable")]
     places = np.empty(len(ids), np.int64)
     places[by_class] = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return Order(ids, seed, _Turns(places, shares[classes], counts[classes]))
+    return Order(ids, seed, _Turns(places, draws[classes], counts[classes]))
 
 
 class _Turns:
-    """How often each member occurs in an epoch when its class (of `counts`) has `shares` draws per epoch."""
+    """How often each sample occurs in an epoch.
 
-    def __init__(self, places, shares, counts):
-        self.places, self.shares, self.counts = places, shares, counts
+    Its class has `counts` samples and `draws` draws per epoch; it stands at `places` of its class's
+    sequence.  All int64 [L].
+    """
+
+    def __init__(self, places: np.ndarray, draws: np.ndarray, counts: np.ndarray):
+        self.places = places
+        self.draws = draws
+        self.counts = counts
 
     def __call__(self, epoch: int) -> np.ndarray:
-        # Of the class's draws epoch * share + k, k < share, each place gets share // count, and one more if it is among
-        # the (share mod count) places that follow the epoch's first.
-        behind = (self.places - epoch * self.shares) % self.counts
-        return self.shares // self.counts + (behind < self.shares % self.counts)
+        # Of the class's draws epoch * draws + k, k < draws, each place gets draws // count, and one
+        # more if it is among the (draws mod count) places that follow the epoch's first.
+        behind = (self.places - epoch * self.draws) % self.counts
+        return self.draws // self.counts + (behind < self.draws % self.counts)
 
 
-def expected_distinct(class_counts, batch: int) -> float:
-    """Distinct classes expected in a fair draw of `batch` samples without replacement: how well an order mixes.
+def expected_distinct(class_counts: np.ndarray | Sequence[int], batch: int) -> float:
+    """Distinct classes expected in a fair draw of `batch` samples without replacement.
 
-    class_counts: [C].  A class of n among N samples is missed with probability C(N - n, batch) / C(N, batch).
+    How well an order mixes is measured against this.  A class of n among N samples is missed with
+    probability C(N - n, batch) / C(N, batch).
+
+    class_counts: [C].
     """
     counts = np.asarray(class_counts, float)
-    rest = counts.sum() - counts
-    draws = np.arange(batch)[:, None]
-    missed = np.prod(np.maximum(rest - draws, 0) / (counts.sum() - draws), axis=0)
+    others = counts.sum() - counts
+    drawn = np.arange(batch)[:, None]
+    missed = np.prod(np.maximum(others - drawn, 0) / (counts.sum() - drawn), axis=0)
     return float((1 - missed).sum())

@@ -1,13 +1,16 @@
 """Routed samples: what the specialists read of the training data, found once after clustering.
 
-Mode "index" keeps the ids of each S_m's samples; "copy" also their raw members, in shards of the group's own, so that a
-specialist with 2 % of the classes does not read from everywhere in a large set.
+Mode "index" keeps the ids of each group's samples.  Mode "copy" also keeps their raw files, in
+shards of the group's own, so that a specialist with 2 % of the classes does not read from
+everywhere in a large set.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -21,162 +24,222 @@ SCHEMA = 1
 CHUNK = 256  # samples read together
 OPEN_WRITERS = 256  # one open file each, well below the usual limit of 1,024
 
-
-def routed_ids(labels: np.ndarray, members) -> np.ndarray:
-    """int64: the samples whose label is one of `members`, in order."""
-    return np.flatnonzero(np.isin(labels, members))
+Mode = Literal["index", "copy"]
 
 
-def routed_bytes(shards: ShardSet, ids: np.ndarray, mode: str) -> int:
-    """What routing these samples writes: their ids, and with mode "copy" their members in whole tar blocks."""
-    return ids.nbytes + (shards.raw_bytes(ids) if mode == "copy" else 0)
+def routed_ids(labels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """int64: the samples whose label is one of `classes`, in order."""
+    return np.flatnonzero(np.isin(labels, classes))
+
+
+def routed_bytes(shards: ShardSet, ids: np.ndarray, mode: Mode) -> int:
+    """What routing these samples writes: their ids, and with "copy" their files in tar blocks."""
+    if mode == "copy":
+        return ids.nbytes + shards.raw_bytes(ids)
+    return ids.nbytes
+
+
+def group_directory(directory: str | Path, group: int) -> Path:
+    """Where a group's routed samples lie."""
+    return Path(directory) / f"{group:03d}"
 
 
 def route(
     shards: ShardSet,
-    groups: dict[int, np.ndarray],
-    directory,
-    mode="index",
-    max_bytes=64 * 1024**3,
-    say=print,
-):
-    """Write DIRECTORY/000/{ids.npy, routed.json} ..., and with mode "copy" DIRECTORY/000/routed-*.tar, for each group.
+    groups: Mapping[int, np.ndarray],
+    directory: str | Path,
+    mode: Mode = "index",
+    max_bytes: int = 64 * 1024**3,
+    say: Callable[[str], object] = print,
+) -> dict[int, str]:
+    """Write each group's samples to DIRECTORY/000, DIRECTORY/001, ...
 
-    groups: {number: its classes}, which may overlap.  All are written in one pass over the shards, which reads each
-    sample once (one pass for every OPEN_WRITERS groups, with mode "copy").  The size is said before.
-    routed.json: {"samples", "bytes", "frequency", ...}: frequency is the share of S_m's samples in the whole set, from
-    which the dustbin's shift is computed.
-    Returns {id: reason} of the damaged samples, which are not copied (data.damage = skip).
-    Raises UserError if a group has no sample, or if all together would take more than max_bytes.
+    A group's directory gets ids.npy and routed.json, and with mode "copy" routed-*.tar.  All are
+    written in one pass over the shards, which reads each sample once; with "copy", one pass for
+    every OPEN_WRITERS groups.
+
+    routed.json has {"samples", "bytes", "frequency", ...}: frequency is the group's share of the
+    whole set's samples, from which the dustbin's shift is computed.
+
+    Parameters
+    ----------
+    shards : ShardSet
+    groups : {number of the group: its classes, int64}
+        They may overlap.
+    directory : path
+    mode : "index" or "copy"
+    max_bytes : int
+        What may be written at most.
+    say : callable
+        Told the size before anything is written.
+
+    Returns
+    -------
+    {id: reason}
+        The corrupt samples, which are not copied (data.damage = skip).
+
+    Raises
+    ------
+    UserError
+        If a group has no sample, or if all together would take more than max_bytes.
     """
-    directory = Path(directory)
-    ids = {number: routed_ids(shards.labels, members) for number, members in groups.items()}
-    for number, found in ids.items():
-        if not len(found):
+    ids = {group: routed_ids(shards.labels, classes) for group, classes in groups.items()}
+    for group, group_ids in ids.items():
+        if not len(group_ids):
             raise UserError(
-                f"{shards.split} has no sample of the {len(groups[number])} classes of group {number}"
+                f"{shards.split} has no sample of the {len(groups[group])} classes of group {group}"
             )
-    sizes = {number: routed_bytes(shards, found, mode) for number, found in ids.items()}
-    total, samples = sum(sizes.values()), sum(map(len, ids.values()))
+    sizes = {group: routed_bytes(shards, group_ids, mode) for group, group_ids in ids.items()}
+    _check_size(shards, ids, sizes, mode, max_bytes, say)
+    for group in groups:
+        group_directory(directory, group).mkdir(parents=True, exist_ok=True)
+    lost: dict[int, str] = {}
+    if mode == "copy":
+        numbers = list(groups)
+        for first in range(0, len(numbers), OPEN_WRITERS):
+            together = numbers[first : first + OPEN_WRITERS]
+            lost |= _copy(shards, {group: ids[group] for group in together}, directory)
+    for group, classes in groups.items():
+        kept = ids[group][~np.isin(ids[group], list(lost))]
+        with open(group_directory(directory, group) / "ids.npy", "wb") as file:
+            np.save(file, kept)
+        header = {
+            "schema": SCHEMA,
+            "mode": mode,
+            "fingerprint": shards.fingerprint,
+            "samples": len(kept),
+            "bytes": sizes[group],
+            "frequency": len(ids[group]) / len(shards),
+            "classes": [int(c) for c in classes],
+        }
+        write_json(group_directory(directory, group) / "routed.json", header)
+    return lost
+
+
+def _check_size(
+    shards: ShardSet,
+    ids: Mapping[int, np.ndarray],
+    sizes: Mapping[int, int],
+    mode: Mode,
+    max_bytes: int,
+    say: Callable[[str], object],
+) -> None:
+    total = sum(sizes.values())
+    samples = sum(map(len, ids.values()))
     say(
-        f"routing {samples} samples (of {len(shards)}) to {len(groups)} groups by {mode}: {total / 2**20:.1f} MiB"
+        f"routing {samples} samples (of {len(shards)}) to {len(ids)} groups by {mode}: "
+        f"{total / 2**20:.1f} MiB"
     )
     if total > max_bytes:
+        remedy = ""
+        if mode == "copy":
+            remedy = '; route.mode = "index" writes only which samples they are'
         raise UserError(
-            f"routing by {mode} takes {total} bytes, above route.max_bytes = {max_bytes}"
-            + (
-                '; route.mode = "index" writes only which samples they are'
-                if mode == "copy"
-                else ""
-            )
+            f"routing by {mode} takes {total} bytes, above route.max_bytes = {max_bytes}{remedy}"
         )
-    for number in groups:
-        (directory / f"{number:03d}").mkdir(parents=True, exist_ok=True)
-    numbers, lost = list(groups), {}
-    if mode == "copy":
-        for first in range(0, len(numbers), OPEN_WRITERS):
-            lost |= _copy(
-                shards,
-                {number: ids[number] for number in numbers[first : first + OPEN_WRITERS]},
-                directory,
-            )
-    for number, members in groups.items():
-        place = directory / f"{number:03d}"
-        kept = ids[number][~np.isin(ids[number], list(lost))]
-        with open(place / "ids.npy", "wb") as file:
-            np.save(file, kept)
-        write_json(
-            place / "routed.json",
-            {
-                "schema": SCHEMA,
-                "mode": mode,
-                "fingerprint": shards.fingerprint,
-                "samples": len(kept),
-                "bytes": sizes[number],
-                "frequency": len(ids[number]) / len(shards),
-                "classes": [int(c) for c in members],
-            },
-        )
-    return lost
 
 
-def _copy(shards: ShardSet, ids: dict[int, np.ndarray], directory: Path) -> dict[int, str]:
-    """Each sample's raw members to the shards of every group that it belongs to.  Returns the damaged: {id: reason}."""
+def _copy(shards: ShardSet, ids: Mapping[int, np.ndarray], directory: str | Path) -> dict[int, str]:
+    """Copy each sample's raw files to the shards of every group that it belongs to.
+
+    Returns {id: reason} of the corrupt ones.
+    """
     samples = np.concatenate(list(ids.values()))
+    owners = np.repeat(list(ids), [len(group_ids) for group_ids in ids.values()])
     order = np.argsort(samples, kind="stable")
-    samples, owners = (
-        samples[order],
-        np.repeat(list(ids), [len(found) for found in ids.values()])[order],
-    )
-    label_member, lost = shards.data.label.partition(":")[0], {}
+    samples, owners = samples[order], owners[order]
+    distinct, starts = np.unique(samples, return_index=True)
+    owners_of = np.split(owners, starts[1:])
+    lost: dict[int, str] = {}
     with ExitStack() as stack:
         writers = {}
-        for number in ids:
-            place = directory / f"{number:03d}"
-            writers[number] = stack.enter_context(
-                ShardWriter(place, "routed", shards.class_names, overwrite=True)
-            )
-        distinct, starts = np.unique(samples, return_index=True)
-        ends = np.append(starts[1:], len(samples))
+        for group in ids:
+            out = group_directory(directory, group)
+            writer = ShardWriter(out, "routed", shards.class_names, overwrite=True)
+            writers[group] = stack.enter_context(writer)
         for first in range(0, len(distinct), CHUNK):
             chunk = slice(first, first + CHUNK)
-            read, damaged = shards.read_raw(distinct[chunk])
-            lost |= damaged
-            for sample, members, start, end in zip(
-                distinct[chunk].tolist(), read, starts[chunk], ends[chunk], strict=True
+            read, corrupt = shards.read_raw(distinct[chunk])
+            lost |= corrupt
+            for sample, files, groups in zip(
+                distinct[chunk].tolist(), read, owners_of[chunk], strict=True
             ):
-                if sample in damaged:
+                if sample in corrupt:
                     continue
-                if label_member != shards.data.input:
-                    members.pop(label_member)
-                members = {
-                    "__key__": f"{sample:09d}",
-                    **members,
-                    "cls": b"%d" % shards.labels[sample],
-                }
-                for owner in owners[start:end].tolist():
-                    writers[owner].write(members)
-    for number, writer in writers.items():
-        write_manifest(
-            directory / f"{number:03d}",
-            shards.class_names,
-            {"routed": writer.facts},
-            {"command": "route"},
-        )
+                copied = _copied_sample(shards, sample, files)
+                for group in groups.tolist():
+                    writers[group].write(copied)
+    for group, writer in writers.items():
+        out = group_directory(directory, group)
+        write_manifest(out, shards.class_names, {"routed": writer.facts}, {"command": "route"})
     return lost
+
+
+def _copied_sample(
+    shards: ShardSet, sample: int, files: dict[str, bytes]
+) -> dict[str, str | bytes]:
+    """A sample for ShardWriter.  Its key is its id, and its label is the class index."""
+    label = shards.data.label.partition(":")[0]
+    others = {
+        extension: content
+        for extension, content in files.items()
+        if extension != label or label == shards.data.input
+    }
+    return {"__key__": f"{sample:09d}", **others, "cls": b"%d" % shards.labels[sample]}
 
 
 class RoutedShards(ShardSet):
-    """Copied samples, known by what they are in the set that they come from, whose account they are in."""
+    """Copied samples, named in messages and records as in the set that they come from."""
 
     def __init__(self, copied: ShardSet, origin: ShardSet):
-        self.__dict__.update(copied.__dict__ | {"_files": {}, "split": origin.split})
+        self._take_over(copied)
+        self.split = origin.split
         self._origin = origin
 
     def where(self, sample: int) -> str:
+        """See ShardSet."""
         return self._origin.where(int(self.keys([sample])[0]))
 
 
-def open_routed(directory, shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
-    """(shards, ids) of a group's samples: the caller's shards with mode "index", the copy and all its ids with "copy".
+def open_routed(directory: str | Path, shards: ShardSet) -> tuple[ShardSet, np.ndarray]:
+    """Open a group's routed samples.
 
-    Raises UserError if `directory` was routed from other shards.
+    Parameters
+    ----------
+    directory : path
+        One group's.
+    shards : ShardSet
+        What it was routed from.
+
+    Returns
+    -------
+    shards : ShardSet
+        The caller's with mode "index", the copy with "copy".
+    ids : int64 [n]
+        The group's samples in it.
+
+    Raises
+    ------
+    UserError
+        If `directory` holds no routed samples, or some of other shards.
     """
     directory = Path(directory)
     try:
-        facts = read_json(directory / "routed.json")
+        header = read_json(directory / "routed.json")
         ids = np.load(directory / "ids.npy", allow_pickle=False)
     except (OSError, ValueError):
         raise UserError(
             f"{directory} holds no routed samples; run the stage `route` again"
         ) from None
-    if facts["fingerprint"] != shards.fingerprint:
+    if header["fingerprint"] != shards.fingerprint:
         raise UserError(
-            f"{directory} was routed from other shards than {shards.names[0]} ...; run `route` again"
+            f"{directory} was routed from other shards than {shards.names[0]} ...; "
+            "run `route` again"
         )
-    if facts["mode"] == "index":
+    if header["mode"] == "index":
         return shards, ids
-    # data.damage_share is of the whole split: a small group may by chance hold more of its damage.
+    # data.damage_share is of the whole split: a small group may by chance hold more of its corrupt
+    # samples.
     data = shards.data.model_copy(update={"label": "cls", "damage_share": 0.999999})
     copied = RoutedShards(open_shards(str(directory), data, "routed"), shards)
     return copied, np.arange(len(copied))

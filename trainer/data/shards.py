@@ -1,7 +1,7 @@
-"""A set of shards as one array-like: labels, keys, raw members and decoded inputs of any samples, by number.
+"""A set of shards as one array-like: labels, keys, raw files and decoded inputs of any samples.
 
-Opening finds structural damage: each tar is checked once against its manifest, its index and itself.  Reading checks
-every member's checksum, so that no garbled byte reaches a decoder unnoticed.
+Opening finds structural corruption: each tar is checked once against its manifest, its index and
+itself.  Reading checks every file's checksum, so that no garbled byte reaches a decoder unnoticed.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,14 +22,16 @@ from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
 from .writing import ShardWriter, write_manifest
 
-__all__ = ["Damage", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
+__all__ = ["Corruption", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
 
 OPEN_FILES = 256
 UNLABELLED = -1  # the label of every sample where data.label = ""
 
+Ids = Sequence[int] | np.ndarray  # indices of samples, int64 [n]
+
 
 @dataclass(frozen=True)
-class Damage:
+class Corruption:
     """Something unreadable: where, why, and how many samples are lost by it."""
 
     shard: str
@@ -37,82 +40,100 @@ class Damage:
     samples: int = 1
 
     def __str__(self) -> str:
-        return f"{self.shard}: {self.member + ' ' if self.member else ''}{self.reason}"
+        if not self.member:
+            return f"{self.shard}: {self.reason}"
+        return f"{self.shard}: {self.member} {self.reason}"
 
 
 class ShardSet:
     """Samples 0 .. num_samples - 1 of one split, in the order of the shards.
 
-    labels: int64[N], UNLABELLED throughout where data.label is ""; class_names: C strings; class_counts: int64[C].
-    damage: what opening left out (nothing under data.damage = strict).
+    Attributes
+    ----------
+    split : str
+    labels : int64 [N]
+        UNLABELLED throughout where data.label is "".
+    class_names : list of C str
+    class_counts : int64 [C]
+    corruption : list of Corruption
+        What opening left out; nothing under data.damage = strict.
+    names, paths : list of str
+        Each shard as the user knows it, and where it is read.
+    extensions : list of str
+        Of all files in the shards.
+    input_extensions : list of str
+        Of the files that are inputs.
+    input_shape, input_dtype
+        Of one decoded input: the first readable one's.
+    fingerprint : str
+        A hash of the shards' contents, the classes and what is read of them.
     """
 
     def __init__(
         self,
         split: str,
-        shards: list[Shard],
-        indexes: list[TarIndex],
-        labels,
-        class_names,
-        damage,
+        shards: Sequence[Shard],
+        indexes: Sequence[TarIndex],
+        labels: Sequence[np.ndarray],
+        class_names: Iterable[str],
+        corruption: Iterable[Corruption],
         data: Data,
     ):
-        self.split, self.data, self.damage = split, data, list(damage)
+        self.split = split
+        self.data = data
+        self.corruption = list(corruption)
         self.class_names = list(class_names)
         self.labels = np.concatenate(labels)
         self.paths = [shard.path for shard in shards]
         self.names = [shard.name for shard in shards]
-        self.extensions = sorted(
-            {str(extension) for index in indexes for extension in index.extensions}
-        )
-        numbers = {extension: number for number, extension in enumerate(self.extensions)}
-        self._shard_start = np.cumsum([0] + [len(index) for index in indexes])
         self._keys = [index.keys for index in indexes]
+        self._shard_start = np.cumsum([0] + [len(index) for index in indexes])
+        self._join_indexes(indexes)
+        self.fingerprint = self._fingerprint(indexes)
+        table = decoder_table(data.decoders)
+        used = np.unique(self._extension[self._input_row]).tolist()
+        self._decoders = {number: find_decoder(table, self.extensions[number]) for number in used}
+        self.input_extensions = [self.extensions[number] for number in used]
+        self._files: dict[int, int] = {}
+        self._first: tuple[tuple[int, ...], np.dtype] | None = None
+
+    def _join_indexes(self, indexes: Sequence[TarIndex]) -> None:
+        """One row for each file in any shard; sample i has rows _start[i] : _start[i + 1]."""
+        extensions = {str(extension) for index in indexes for extension in index.extensions}
+        self.extensions = sorted(extensions)
+        number_of = {extension: number for number, extension in enumerate(self.extensions)}
         row_start = np.cumsum([0] + [len(index.offset) for index in indexes])
-        self._start = np.concatenate(
-            [
-                index.member_start[:-1] + first
-                for index, first in zip(indexes, row_start, strict=False)
-            ]
-            + [row_start[-1:]]
-        )
-        self._extension = np.concatenate(
-            [
-                np.array([numbers[str(extension)] for extension in index.extensions], np.int16)[
-                    index.member_extension
-                ]
-                for index in indexes
-            ]
-        )
+        starts, extension_numbers, input_rows = [], [], []
+        for index, first in zip(indexes, row_start[:-1], strict=True):
+            numbers = np.array([number_of[str(extension)] for extension in index.extensions])
+            starts.append(index.member_start[:-1] + first)
+            extension_numbers.append(numbers.astype(np.int16)[index.member_extension])
+            input_rows.append(_input_rows(index, self.data) + first)
+        self._start = np.concatenate([*starts, row_start[-1:]])
+        self._extension = np.concatenate(extension_numbers)
+        self._input_row = np.concatenate(input_rows)
         self._offset = np.concatenate([index.offset for index in indexes])
         self._size = np.concatenate([index.size for index in indexes])
         self._crc = np.concatenate([index.crc for index in indexes])
-        self._input_row = np.concatenate(
-            [
-                _input_rows(index, data) + first
-                for index, first in zip(indexes, row_start, strict=False)
-            ]
-        )
-        facts = [
-            [os.path.basename(shard.name), index.sha256, len(index)]
-            for shard, index in zip(shards, indexes, strict=True)
+
+    def _fingerprint(self, indexes: Sequence[TarIndex]) -> str:
+        contents = [
+            [os.path.basename(name), index.sha256, len(index)]
+            for name, index in zip(self.names, indexes, strict=True)
         ]
-        identity = json.dumps([facts, data.label, data.input, self.class_names])
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-        table = decoder_table(data.decoders)
-        used = np.unique(self._extension[self._input_row])
-        self._decoders = {
-            int(number): find_decoder(table, self.extensions[number]) for number in used
-        }
-        self.input_extensions = [self.extensions[number] for number in used]
-        self._files: dict[int, int] = {}
-        self._shape: tuple[tuple[int, ...], np.dtype] | None = None
+        identity = [contents, self.data.label, self.data.input, self.class_names]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def _take_over(self, other: ShardSet) -> None:
+        """Become another set's samples, with no open files: for the constructors of subclasses."""
+        self.__dict__.update(other.__dict__ | {"_files": {}})
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     @property
     def num_samples(self) -> int:
         return len(self.labels)
-
-    __len__ = num_samples.fget
 
     @property
     def num_classes(self) -> int:
@@ -125,7 +146,7 @@ class ShardSet:
     @property
     def lost(self) -> int:
         """Samples that opening left out."""
-        return sum(damage.samples for damage in self.damage)
+        return sum(corruption.samples for corruption in self.corruption)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -135,112 +156,117 @@ class ShardSet:
     def input_dtype(self) -> np.dtype:
         return self._first_input()[1]
 
-    def shard_of(self, ids) -> np.ndarray:
+    def shard_of(self, ids: Ids) -> np.ndarray:
+        """int64 [n]: the index of each sample's shard."""
         return np.searchsorted(self._shard_start, ids, side="right") - 1
 
-    def keys(self, ids) -> list[str]:
+    def keys(self, ids: Ids) -> list[str]:
         """The samples' keys as webdataset gives them."""
-        ids = np.asarray(ids)
-        places = zip(self.shard_of(ids), ids, strict=True)
-        return [
-            self._keys[s][i - self._shard_start[s]].decode("utf-8", "surrogateescape")
-            for s, i in places
-        ]
+        keys = []
+        for sample, shard in zip(np.asarray(ids), self.shard_of(ids), strict=True):
+            key = self._keys[shard][sample - self._shard_start[shard]]
+            keys.append(key.decode("utf-8", "surrogateescape"))
+        return keys
 
-    def raw(self, ids) -> list[dict[str, bytes]]:
-        """Every member of the samples, {extension: bytes}.  UserError if one is damaged."""
+    def where(self, sample: int) -> str:
+        """Shard and key of a sample, for messages."""
+        shard = int(self.shard_of([sample])[0])
+        return f"{self.names[shard]}: sample {self.keys([sample])[0]}"
+
+    def raw(self, ids: Ids) -> list[dict[str, bytes]]:
+        """Every file of the samples, {extension: content}.  UserError if one is corrupt."""
         samples, unreadable = self.read_raw(ids)
-        for sample, reason in unreadable.items():
-            raise UserError(f"{self.where(sample)}: {reason}")
+        self._refuse(unreadable)
         return samples
 
-    def read_raw(self, ids) -> tuple[list[dict[str, bytes]], dict[int, str]]:
-        """As `read`: (every member of the samples, {id: reason} of the unreadable ones, whose members are {})."""
-        samples, unreadable = [], {}
-        for sample, shard in zip(
-            np.asarray(ids).tolist(), self.shard_of(ids).tolist(), strict=True
-        ):
-            rows = range(self._start[sample], self._start[sample + 1])
+    def read_raw(self, ids: Ids) -> tuple[list[dict[str, bytes]], dict[int, str]]:
+        """As `read`: (every file of the samples, {id: reason} of the unreadable ones).
+
+        An unreadable sample has no files, {}.
+        """
+        samples: list[dict[str, bytes]] = []
+        unreadable: dict[int, str] = {}
+        shards = self.shard_of(ids).tolist()
+        for sample, shard in zip(np.asarray(ids).tolist(), shards, strict=True):
             try:
-                samples.append(
-                    {
-                        self.extensions[self._extension[row]]: self._member(shard, row)
-                        for row in rows
-                    }
-                )
-            except _Damaged as damage:
+                samples.append(self._files_of(sample, shard))
+            except _Corrupt as reason:
                 samples.append({})
-                unreadable[sample] = str(damage)
+                unreadable[sample] = str(reason)
         self.check(unreadable)
         return samples, unreadable
 
-    def raw_bytes(self, ids) -> int:
-        """Bytes that the samples' members take in a tar: contents and headers in whole blocks."""
+    def _files_of(self, sample: int, shard: int) -> dict[str, bytes]:
+        rows = range(self._start[sample], self._start[sample + 1])
+        return {self.extensions[self._extension[row]]: self._content(shard, row) for row in rows}
+
+    def raw_bytes(self, ids: Ids) -> int:
+        """Bytes that the samples' files take in a tar: contents and headers in whole blocks."""
         ids = np.asarray(ids)
         blocks = np.concatenate([[0], np.cumsum(1 + (self._size + 511) // 512)])
         return int(512 * (blocks[self._start[ids + 1]] - blocks[self._start[ids]]).sum())
 
-    def where(self, sample: int) -> str:
-        return f"{self.names[int(self.shard_of(sample))]}: sample {self.keys([sample])[0]}"
-
-    def inputs(self, ids) -> np.ndarray:
+    def inputs(self, ids: Ids) -> np.ndarray:
         """Decoded inputs [n, *input_shape].  UserError if one cannot be read."""
         inputs, unreadable = self.read(ids)
-        for sample, reason in unreadable.items():
-            raise UserError(f"{self.where(sample)}: {reason}")
+        self._refuse(unreadable)
         return inputs
 
-    def read(self, ids) -> tuple[np.ndarray, dict[int, str]]:
-        """(inputs [n, *input_shape], {id: reason} of the unreadable ones, whose rows are arbitrary).
+    def read(self, ids: Ids) -> tuple[np.ndarray, dict[int, str]]:
+        """(inputs [n, *input_shape], {id: reason} of the unreadable ones).
 
-        Under data.damage = strict an unreadable sample is a UserError that names shard, sample and reason.
+        The rows of unreadable samples are arbitrary.  Under data.damage = strict one is a UserError
+        that names shard, sample and reason.
         """
         inputs = np.empty((len(ids), *self.input_shape), self.input_dtype)
         return inputs, self.read_into(inputs, np.arange(len(ids)), ids)
 
-    def read_into(self, inputs: np.ndarray, places, ids) -> dict[int, str]:
-        """As `read`, into rows `places` (int64[n]) of an array of the set's shape and dtype."""
+    def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:
+        """As `read`, into `rows` (int64 [n]) of an array of the set's shape and dtype."""
         ids = np.asarray(ids, np.int64)
         shape, dtype = self._first_input()
         unreadable: dict[int, str] = {}
-        shards, rows = self.shard_of(ids).tolist(), self._input_row[ids].tolist()
-        for place, sample, shard, row in zip(
-            places.tolist(), ids.tolist(), shards, rows, strict=True
+        shards, file_rows = self.shard_of(ids).tolist(), self._input_row[ids].tolist()
+        for row, sample, shard, file_row in zip(
+            rows.tolist(), ids.tolist(), shards, file_rows, strict=True
         ):
             try:
-                inputs[place] = self._decode(shard, row, shape, dtype)
-            except _Damaged as damage:
-                unreadable[sample] = str(damage)
+                inputs[row] = self._decode(shard, file_row, shape, dtype)
+            except _Corrupt as reason:
+                unreadable[sample] = str(reason)
         self.check(unreadable)
         return unreadable
 
     def check(self, unreadable: dict[int, str]) -> None:
-        """Raises UserError for the first of `unreadable` ({id: reason}) under data.damage = strict."""
+        """Raises UserError for the first of `unreadable` under data.damage = strict."""
         if unreadable and self.data.damage == "strict":
             sample, reason = next(iter(unreadable.items()))
             raise UserError(
-                f'{self.where(sample)}: {reason}; data.damage = "skip" leaves such samples out and counts them'
+                f"{self.where(sample)}: {reason}; "
+                'data.damage = "skip" leaves such samples out and counts them'
             )
 
-    def _decode(self, shard: int, row: int, shape, dtype) -> np.ndarray:
-        content = self._member(shard, row)
+    def _refuse(self, unreadable: dict[int, str]) -> None:
+        for sample, reason in unreadable.items():
+            raise UserError(f"{self.where(sample)}: {reason}")
+
+    def _decode(self, shard: int, row: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        content = self._content(shard, row)
         try:
             array = decode(self._decoders[int(self._extension[row])], content)
-        except (
-            Exception
-        ) as mistake:  # decoders, the user's too, raise what they like about bytes they do not know
-            raise _Damaged(
-                f"cannot be decoded: {type(mistake).__name__}: {mistake}".replace("\n", " ")
-            ) from None
+        except Exception as error:  # decoders, the user's too, raise what they like
+            reason = f"cannot be decoded: {type(error).__name__}: {error}"
+            raise _Corrupt(reason.replace("\n", " ")) from None
         if array.shape == shape and array.dtype == dtype:
             return array
         if len(shape) == 3 == array.ndim and array.shape[0] == 1 and array.shape[1:] == shape[1:]:
             return array  # a gray picture among RGB ones: assignment repeats its channel
-        raise _Damaged(
-            f"is {array.dtype} {list(array.shape)}, the first sample {dtype} {list(shape)}; bring all to one size"
+        raise _Corrupt(
+            f"is {array.dtype} {list(array.shape)}, the first sample {dtype} {list(shape)}; "
+            "bring all to one size"
         )
 
-    def _member(self, shard: int, row: int) -> bytes:
+    def _content(self, shard: int, row: int) -> bytes:
         size = int(self._size[row])
         try:
             if shard not in self._files:
@@ -248,32 +274,33 @@ class ShardSet:
                     self._close()
                 self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             content = os.pread(self._files[shard], size, int(self._offset[row]))
-        except OSError as mistake:
-            raise _Damaged(f"cannot be read: {mistake.strerror}") from None
+        except OSError as error:
+            raise _Corrupt(f"cannot be read: {error.strerror}") from None
         if len(content) != size or zlib.crc32(content) != self._crc[row]:
             extension = self.extensions[self._extension[row]]
-            raise _Damaged(
+            raise _Corrupt(
                 f"its member .{extension} has changed since the shard was indexed (checksum)"
             )
         return content
 
-    def _first_input(self):
-        if self._shape is None:
-            reason = ""
-            for sample in range(min(len(self), 100)):
-                row = int(self._input_row[sample])
-                try:
-                    content = self._member(int(self.shard_of(sample)), row)
-                    array = decode(self._decoders[int(self._extension[row])], content)
-                    self._shape = array.shape, array.dtype
+    def _first_input(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Shape and dtype of the first readable input.  UserError if the first 100 are not."""
+        if self._first is not None:
+            return self._first
+        reason = ""
+        for sample in range(min(len(self), 100)):
+            row = int(self._input_row[sample])
+            try:
+                content = self._content(int(self.shard_of([sample])[0]), row)
+                array = decode(self._decoders[int(self._extension[row])], content)
+            except Exception as error:  # as in _decode
+                reason = reason or f"{self.where(sample)}: cannot be decoded: {error}"
+                if self.data.damage == "strict":
                     break
-                except Exception as mistake:  # as in _decode
-                    reason = reason or f"{self.where(sample)}: cannot be decoded: {mistake}"
-                    if self.data.damage == "strict":
-                        break
-            if self._shape is None:
-                raise UserError(reason)
-        return self._shape
+            else:
+                self._first = array.shape, array.dtype
+                return self._first
+        raise UserError(reason)
 
     def _close(self) -> None:
         for file in self._files.values():
@@ -288,225 +315,308 @@ class ShardSet:
         return self.__dict__ | {"_files": {}}
 
 
-class _Damaged(Exception):
+class _Corrupt(Exception):
     pass
 
 
 def open_shards(pattern: str, data: Data, split: str) -> ShardSet:
-    """The samples of one split.
+    """Open the samples of one split.
 
-    pattern: tars with braces or globs, a directory of shards, URLs that webdataset opens, several joined by `::`.
-    split: train, val or test; says which shards of a directory are meant.
-    Raises UserError, one line: nothing matches, a shard is absent or empty, a label is no class, a manifest disagrees;
-    under data.damage = strict any damage, under skip damage that cannot be counted or exceeds data.damage_share.
+    Parameters
+    ----------
+    pattern : str
+        Tars with braces or globs, a directory of shards, URLs that webdataset opens; several are
+        joined by `::`.
+    data : Data
+        The config's section [data].
+    split : str
+        train, val or test: which shards of a directory are meant.
+
+    Returns
+    -------
+    ShardSet
+
+    Raises
+    ------
+    UserError
+        In one line: nothing matches, a shard is absent or empty, a label is no class, a manifest
+        disagrees.  Under data.damage = strict also any corruption; under skip, corruption that
+        cannot be counted or exceeds data.damage_share.
     """
     shards = expand(pattern, data, split)
     class_names = _class_names(shards, data, split)
-    damage: list[Damage] = []
-    indexes, labels, kept = [], [], []
+    corruption: list[Corruption] = []
+    indexes: list[TarIndex] = []
+    labels: list[np.ndarray] = []
+    kept: list[Shard] = []
     for shard in shards:
-        index = _open_shard(shard, data, damage)
+        index = _open_shard(shard, data, corruption)
         if index is None:
             continue
-        index, shard_labels = _label(shard, index, class_names, data, damage)
-        _check_counts(shard, shard_labels, class_names, damage)
-        indexes.append(index), labels.append(shard_labels), kept.append(shard)
-    _judge(damage, sum(map(len, indexes)), data)
-    if not sum(map(len, indexes)):
+        index, shard_labels = label_samples(shard, index, class_names, data, corruption)
+        _check_counts(shard, shard_labels, class_names, corruption)
+        indexes.append(index)
+        labels.append(shard_labels)
+        kept.append(shard)
+    num_samples = sum(map(len, indexes))
+    _check_corruption(corruption, num_samples, data)
+    if not num_samples:
         raise UserError(f"{pattern}: the {split} shards hold no samples")
-    return ShardSet(split, kept, indexes, labels, class_names, damage, data)
+    return ShardSet(split, kept, indexes, labels, class_names, corruption, data)
 
 
 def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
+    names = _manifest_classes(shards)
+    if names is None:
+        if not data.label:
+            return []
+        if data.classes is None:
+            directory = shards[0].directory or "DIRECTORY"
+            raise UserError(
+                f"{shards[0].name} has no manifest; set data.classes, "
+                f"or make one with `referral shards index {directory}`"
+            )
+        return [str(number) for number in range(data.classes)]
+    if data.classes is not None and data.classes != len(names):
+        raise UserError(
+            f"data.classes = {data.classes}, but the manifest of the {split} shards "
+            f"has {len(names)} classes"
+        )
+    return names
+
+
+def _manifest_classes(shards: list[Shard]) -> list[str] | None:
+    """The class names of the shards' manifests, which must agree; None where there is none."""
     manifests = {shard.directory: shard.manifest for shard in shards if shard.manifest}
     names = None
     for directory, manifest in manifests.items():
         if names is not None and manifest["classes"] != names:
             raise UserError(
-                f"{directory} and {next(iter(manifests))} have different classes; one split needs one label set"
+                f"{directory} and {next(iter(manifests))} have different classes; "
+                "one split needs one label set"
             )
         names = manifest["classes"]
-    if names is None and not data.label:
-        return []
-    if names is None and data.classes is None:
-        directory = shards[0].directory or "DIRECTORY"
-        raise UserError(
-            f"{shards[0].name} has no manifest; set data.classes, or make one with `referral shards index {directory}`"
-        )
-    if names is not None and data.classes is not None and data.classes != len(names):
-        raise UserError(
-            f"data.classes = {data.classes}, but the manifest of the {split} shards has {len(names)} classes"
-        )
-    return names if names is not None else [str(number) for number in range(data.classes)]
+    return names
 
 
-def _open_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | None:
-    """The index of the shard's intact samples; the others go to `damage`.  None if nothing of the shard is left."""
+def _open_shard(shard: Shard, data: Data, corruption: list[Corruption]) -> TarIndex | None:
+    """The index of the shard's intact samples; the others go to `corruption`.
+
+    None if nothing of the shard is left.
+    """
     if not os.path.exists(shard.path):
-        if shard.facts is None or data.damage == "strict":
+        if shard.entry is None or data.damage == "strict":
             raise UserError(f"{shard.name}: no such shard")
-        damage.append(Damage(shard.name, "", "is absent", shard.facts["samples"]))
+        corruption.append(Corruption(shard.name, "", "is absent", shard.entry["samples"]))
         return None
     try:
-        return _check_shard(shard, data, damage)
-    except OSError as mistake:
-        raise UserError(f"{shard.name}: cannot be read: {mistake.strerror or mistake}") from None
+        stored, unchanged = load_index(shard.path) or (None, False)
+        index = _stored_index(shard, stored, unchanged, data, corruption)
+        if index is None:
+            index = _scanned_index(shard, stored, data, corruption)
+        return index
+    except OSError as error:
+        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}") from None
 
 
-def _check_shard(shard: Shard, data: Data, damage: list[Damage]) -> TarIndex | None:
-    stored, unchanged = load_index(shard.path) or (None, False)
-    expected = shard.facts["sha256"] if shard.facts else stored.sha256 if stored else None
-    if stored and stored.label == data.label and stored.sha256 == expected:
-        if unchanged or file_sha256(shard.path) == expected:
-            if not unchanged:
-                save_index(shard.path, stored)
-            return stored
-        if data.damage == "skip":
-            # The index was made when the shard was whole: its checksums say which samples still are.
-            good = intact(shard.path, stored)
-            damage.extend(
-                Damage(shard.name, key.decode(), "has changed (checksum)")
-                for key in stored.keys[~good]
-            )
-            return stored.take(good)
+def expected_sha256(shard: Shard, stored: TarIndex | None) -> str | None:
+    """What the manifest says of the whole file, or else the index beside it."""
+    if shard.entry:
+        return shard.entry["sha256"]
+    return stored.sha256 if stored else None
+
+
+def _stored_index(
+    shard: Shard,
+    stored: TarIndex | None,
+    unchanged: bool,
+    data: Data,
+    corruption: list[Corruption],
+) -> TarIndex | None:
+    """The index kept beside the shard, where it may be used."""
+    expected = expected_sha256(shard, stored)
+    if stored is None or stored.label != data.label or stored.sha256 != expected:
+        return None
+    if unchanged:
+        return stored
+    if file_sha256(shard.path) == expected:
+        save_index(shard.path, stored)
+        return stored
+    if data.damage == "strict":
+        return None
+    # The index was made when the shard was whole: its checksums say which samples still are.
+    good = intact(shard.path, stored)
+    for key in stored.keys[~good]:
+        corruption.append(Corruption(shard.name, key.decode(), "has changed (checksum)"))
+    return stored.take(good)
+
+
+def _scanned_index(
+    shard: Shard, stored: TarIndex | None, data: Data, corruption: list[Corruption]
+) -> TarIndex | None:
+    """The index made by reading the whole shard; kept beside it where nothing is corrupt."""
     index = scan_tar(shard.path, data.label)
-    found = [
-        Damage(shard.name, str(k), str(r))
-        for k, r in zip(index.damaged, index.reasons, strict=True)
-    ]
+    found = scanned_corruption(shard.name, index)
+    expected = expected_sha256(shard, stored)
     if expected and index.sha256 != expected:
         if data.damage == "strict" and found:
-            raise UserError(_refusal(found))
+            raise UserError(refusal(found))
         reason = "is not the shard that was indexed (sha256)"
         if data.damage == "strict":
             raise UserError(
-                f"{shard.name}: {reason}; fetch it again, or run `referral shards index` on it if the change was meant"
+                f"{shard.name}: {reason}; fetch it again, or run `referral shards index` on it "
+                "if the change was meant"
             )
-        damage.append(
-            Damage(shard.name, "", reason, shard.facts["samples"] if shard.facts else len(stored))
-        )
+        corruption.append(Corruption(shard.name, "", reason, _indexed_samples(shard, stored)))
         return None
     if not index.countable and data.damage == "skip":
-        what = next(item for item in found if not item.member)
+        unreadable = next(item for item in found if not item.member)
         raise UserError(
-            f"{what}; without a manifest the loss cannot be counted: `referral shards from-webdataset` saves the rest"
+            f"{unreadable}; without a manifest the loss cannot be counted: "
+            "`referral shards from-webdataset` saves the rest"
         )
-    damage.extend(found)
+    corruption.extend(found)
     if not found:
         save_index(shard.path, index)
-    if not len(index) and not found:
-        raise UserError(f"{shard.name}: the shard is empty")
+        if not len(index):
+            raise UserError(f"{shard.name}: the shard is empty")
     return index
 
 
-def _label(shard: Shard, index: TarIndex, class_names: list[str], data: Data, damage: list[Damage]):
+def scanned_corruption(name: str, index: TarIndex) -> list[Corruption]:
+    """What `scan_tar` found unreadable in the shard called `name`."""
+    return [
+        Corruption(name, str(key), str(reason))
+        for key, reason in zip(index.damaged, index.reasons, strict=True)
+    ]
+
+
+def _indexed_samples(shard: Shard, stored: TarIndex | None) -> int:
+    if shard.entry:
+        return shard.entry["samples"]
+    assert stored is not None
+    return len(stored)
+
+
+def label_samples(
+    shard: Shard,
+    index: TarIndex,
+    class_names: list[str],
+    data: Data,
+    corruption: list[Corruption],
+) -> tuple[TarIndex, np.ndarray]:
     """(index, int64 labels) of the samples that have an input and a valid label."""
-    without_input = _input_rows(index, data) < 0
-    if not data.label:
-        kept = ~without_input
-        damage.extend(
-            Damage(shard.name, key.decode("utf-8", "replace"), "has not one input member")
-            for key in index.keys[without_input]
-        )
-        index = index if kept.all() else index.take(kept)
-        return index, np.full(len(index), UNLABELLED, np.int64)
-    labels = parse_labels(index.label_texts, class_names)
-    for sample in np.flatnonzero((labels < 0) | without_input).tolist():
-        key, text = (
-            index.keys[sample].decode("utf-8", "replace"),
-            index.label_texts[sample].decode("utf-8", "replace"),
-        )
-        if without_input[sample]:
-            reason = f"has no member .{data.input}" if data.input else "has not one input member"
-        else:
+    has_input = _input_rows(index, data) >= 0
+    if data.label:
+        labels = parse_labels(index.label_texts, class_names)
+        kept = (labels >= 0) & has_input
+    else:
+        labels = np.full(len(index), UNLABELLED, np.int64)
+        kept = has_input
+    for sample in np.flatnonzero(~kept).tolist():
+        key = index.keys[sample].decode("utf-8", "replace")
+        if has_input[sample]:
+            text = index.label_texts[sample].decode("utf-8", "replace")
             reason = f"has label {text}, which is none of the {len(class_names)} classes"
-        damage.append(Damage(shard.name, key, reason))
-    kept = (labels >= 0) & ~without_input
-    return (index, labels) if kept.all() else (index.take(kept), labels[kept])
+        elif data.label and data.input:
+            reason = f"has no member .{data.input}"
+        else:
+            reason = "has not one input member"
+        corruption.append(Corruption(shard.name, key, reason))
+    if kept.all():
+        return index, labels
+    return index.take(kept), labels[kept]
 
 
 def parse_labels(texts: np.ndarray, class_names: list[str]) -> np.ndarray:
-    """int64[n]: class indices; -1 where the text is neither an index nor (in quotes, or no number) a class's name."""
+    """int64 [n]: class indices of label texts.
+
+    -1 where the text is neither an index nor (in quotes, or no number) the name of a class.
+    """
     try:
         labels = texts.astype(np.int64)
     except (ValueError, OverflowError):
-        numbers = {name: number for number, name in enumerate(class_names)}
-        labels = np.array(
-            [_parse_label(text.decode("utf-8", "replace"), numbers) for text in texts], np.int64
-        )
+        class_of = {name: number for number, name in enumerate(class_names)}
+        decoded = [text.decode("utf-8", "replace") for text in texts]
+        labels = np.array([_parse_label(text, class_of) for text in decoded], np.int64)
     return np.where((labels >= 0) & (labels < len(class_names)), labels, -1)
 
 
-def _parse_label(text: str, numbers: dict[str, int]) -> int:
+def _parse_label(text: str, class_of: dict[str, int]) -> int:
     if text.startswith('"'):
-        return numbers.get(json.loads(text), -1)
+        return class_of.get(json.loads(text), -1)
     try:
         return min(int(text), 2**62)
     except ValueError:
-        return numbers.get(text, -1)
+        return class_of.get(text, -1)
 
 
 def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
-    """int64[n]: the row of each sample's input member, -1 where there is none, or several to choose from."""
-    label = (
-        data.label.partition(":")[0] or "cls"
-    )  # unlabelled shards may carry labels that are not to be read
+    """int64 [n]: the row of each sample's input; -1 where there is none, or several to choose."""
     extensions = [str(extension) for extension in index.extensions]
-    wanted = [
-        extension == data.input.lower() if data.input else extension != label
-        for extension in extensions
-    ]
-    rows = np.flatnonzero(np.array(wanted, bool)[index.member_extension])
+    if data.input:
+        is_input = [extension == data.input.lower() for extension in extensions]
+    else:
+        # Unlabelled shards may carry labels that are not to be read.
+        label = data.label.partition(":")[0] or "cls"
+        is_input = [extension != label for extension in extensions]
+    rows = np.flatnonzero(np.array(is_input, bool)[index.member_extension])
     samples = np.searchsorted(index.member_start, rows, side="right") - 1
-    found = np.full(len(index), -1, np.int64)
-    found[samples] = rows
+    input_rows = np.full(len(index), -1, np.int64)
+    input_rows[samples] = rows
     several = np.bincount(samples, minlength=len(index)) > 1
     if several.sum() * 2 > len(index):
-        members = ", ".join(
-            extension for extension, yes in zip(extensions, wanted, strict=True) if yes
-        )
+        inputs = [e for e, chosen in zip(extensions, is_input, strict=True) if chosen]
         raise UserError(
-            f"samples have the members {members}; say which is the input with data.input"
+            f"samples have the members {', '.join(inputs)}; say which is the input with data.input"
         )
-    found[several] = -1
-    return found
+    input_rows[several] = -1
+    return input_rows
 
 
 def _check_counts(
-    shard: Shard, labels: np.ndarray, class_names: list[str], damage: list[Damage]
+    shard: Shard, labels: np.ndarray, class_names: list[str], corruption: list[Corruption]
 ) -> None:
-    """The manifest's counts against what was found, unless damage explains the difference."""
-    if shard.facts is None or any(item.shard == shard.name for item in damage):
+    """Compare with the manifest's counts, unless corruption explains a difference."""
+    if shard.entry is None or any(item.shard == shard.name for item in corruption):
         return
-    if (labels == UNLABELLED).all() and len(labels) == shard.facts["samples"]:
+    samples, class_counts = shard.entry["samples"], shard.entry["class_counts"]
+    if (labels == UNLABELLED).all() and len(labels) == samples:
         return
-    counts = {
-        class_names[c]: int(n) for c, n in zip(*np.unique(labels, return_counts=True), strict=True)
-    }
-    if len(labels) != shard.facts["samples"] or counts != shard.facts["class_counts"]:
+    classes, numbers = np.unique(labels, return_counts=True)
+    counts = {class_names[c]: int(n) for c, n in zip(classes, numbers, strict=True)}
+    if len(labels) != samples or counts != class_counts:
         raise UserError(
-            f"{shard.name}: manifest.json says {shard.facts['samples']} samples of {len(shard.facts['class_counts'])} "
-            f"classes, it has {len(labels)} of {len(counts)}; `referral shards index {shard.directory}` makes it anew"
+            f"{shard.name}: manifest.json says {samples} samples of {len(class_counts)} classes, "
+            f"it has {len(labels)} of {len(counts)}; "
+            f"`referral shards index {shard.directory}` makes it anew"
         )
 
 
-def _judge(damage: list[Damage], intact_samples: int, data: Data) -> None:
-    if not damage:
+def _check_corruption(corruption: list[Corruption], intact_samples: int, data: Data) -> None:
+    if not corruption:
         return
     if data.damage == "strict":
-        raise UserError(_refusal(damage))
-    lost = sum(item.samples for item in damage)
-    check_share(lost, intact_samples + lost, data, damage[0])
+        raise UserError(refusal(corruption))
+    lost = sum(item.samples for item in corruption)
+    check_share(lost, intact_samples + lost, data, corruption[0])
 
 
-def check_share(lost: int, samples: int, data: Data, example) -> None:
+def check_share(lost: int, samples: int, data: Data, example: object) -> None:
     """UserError if more than data.damage_share of the samples are lost."""
     if lost > data.damage_share * samples:
         raise UserError(
-            f"{lost} of {samples} samples are damaged, above data.damage_share = {data.damage_share}; e.g. {example}"
+            f"{lost} of {samples} samples are corrupt, above "
+            f"data.damage_share = {data.damage_share}; e.g. {example}"
         )
 
 
-def _refusal(damage: list[Damage]) -> str:
-    more = f" (and {len(damage) - 1} more)" if len(damage) > 1 else ""
-    return f'{damage[0]}{more}; `referral shards validate` lists all, data.damage = "skip" leaves them out and counts them'
+def refusal(corruption: list[Corruption]) -> str:
+    """The message about corruption under data.damage = strict."""
+    more = ""
+    if len(corruption) > 1:
+        more = f" (and {len(corruption) - 1} more)"
+    return (
+        f"{corruption[0]}{more}; `referral shards validate` lists all, "
+        'data.damage = "skip" leaves them out and counts them'
+    )

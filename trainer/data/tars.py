@@ -1,6 +1,7 @@
-"""One pass over a webdataset tar: where each sample's members lie, their checksums, and what is damaged.
+"""One pass over a webdataset tar: where each sample's files lie, their checksums, what is corrupt.
 
-The result is kept beside the shard as NAME.tar.index.npz: later readers go straight to a sample with one `pread`.
+The result is kept beside the shard as NAME.tar.index.npz: later readers go straight to a sample
+with one `pread`.
 """
 
 from __future__ import annotations
@@ -14,28 +15,34 @@ import re
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 SCHEMA = 1
 BLOCK = tarfile.BLOCKSIZE
-NAME = re.compile(
-    r"((?:.*/|)[^.]+)[.]([^/]*)"
-)  # webdataset's rule: the key ends at the first dot of the base name
+# webdataset's rule: the key ends at the first dot of the base name.
+NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+BESIDE_A_GAP = "next to a corrupt part of the file"
 
 
 @dataclass
 class TarIndex:
-    """The intact samples of one tar.  Members of sample i are rows member_start[i] : member_start[i + 1].
+    """The intact samples of one tar.  Sample i has rows member_start[i] : member_start[i + 1].
 
-    sha256, bytes: of the whole file.  label: the member (or "json:FIELD") that label_texts was read from.
-    keys, label_texts: bytes[n].  extensions: str[k]; member_extension: int16[m] into it.
-    offset, size: int64[m]; crc: uint32[m], zlib's.
-    damaged, reasons: str[d], one for each sample (or place) that is not among the intact ones.
-    countable: False where something is unreadable, so that the tar alone cannot say how many samples are lost.
+    sha256, bytes:     of the whole file.
+    label:             the member (or "json:FIELD") that label_texts was read from.
+    keys, label_texts: bytes [n].
+    extensions:        str [k].
+    member_extension:  int16 [m], indices into `extensions`.
+    offset, size:      int64 [m].
+    crc:               uint32 [m], zlib's.
+    damaged, reasons:  str [d], of each sample (or place) that is not among the intact ones.
+    countable:         False where something is unreadable, so that the tar alone cannot say how
+                       many samples are lost.
     """
 
     sha256: str
@@ -57,20 +64,24 @@ class TarIndex:
         return len(self.keys)
 
     def take(self, kept: np.ndarray) -> TarIndex:
-        """The same index with only the samples where `kept` (bool[n]) holds."""
+        """The same index with only the samples where `kept` (bool [n]) holds."""
         lengths = np.diff(self.member_start)
         rows = np.repeat(kept, lengths)
-        changed = {
-            name: getattr(self, name)[rows]
-            for name in ("member_extension", "offset", "size", "crc")
-        }
-        changed |= {"keys": self.keys[kept], "label_texts": self.label_texts[kept]}
         start = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
-        return replace(self, member_start=start, **changed)
+        return replace(
+            self,
+            keys=self.keys[kept],
+            label_texts=self.label_texts[kept],
+            member_start=start,
+            member_extension=self.member_extension[rows],
+            offset=self.offset[rows],
+            size=self.size[rows],
+            crc=self.crc[rows],
+        )
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """("a/b", "png") of "a/b.png", as webdataset splits it; None for members that webdataset passes over."""
+    """("a/b", "png") of "a/b.png", as webdataset splits it; None for files that it passes over."""
     match = NAME.fullmatch(name)
     if not match or re.match(r"__[^/]*__($|/)", name):
         return None
@@ -83,110 +94,174 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_label(content: bytes, label: str) -> str:
-    """The label's text.  content: the member `cls`, or the json of "json:FIELD".  Raises ValueError with the reason."""
+    """The label's text.  Raises ValueError with the reason.
+
+    content: the member `cls`, or the json of "json:FIELD".
+    """
     kind, colon, field = label.partition(":")
     if not colon:
         return content.decode("utf-8", "replace").strip()
     try:
-        value = json.loads(content)
+        parsed = json.loads(content)
     except ValueError:
         raise ValueError(f"{kind} member is not valid JSON") from None
-    if (
-        not isinstance(value, dict)
-        or not isinstance(value.get(field), str | int)
-        or isinstance(value.get(field), bool)
-    ):
+    value = parsed.get(field) if isinstance(parsed, dict) else None
+    if not isinstance(value, str | int) or isinstance(value, bool):
         raise ValueError(f"{kind} member has no field {field!r} that is a number or a name")
-    return json.dumps(value[field])  # a name keeps its quotes, which tell it from a number
+    return json.dumps(value)  # a name keeps its quotes, which tell it from a number
 
 
 def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
-    """Read a tar once: headers, checksums, labels.  Damage is listed, not raised.  OSError if it cannot be read.
+    """Read a tar once: headers, checksums, labels.
 
-    label: the member with the label, or "json:FIELD"; "" reads none: unlabelled samples.
+    Corruption is listed, not raised.
+
+    Parameters
+    ----------
+    path : path
+    label : str
+        The member with the label, or "json:FIELD"; "" reads none: unlabelled samples.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
     """
-    size = os.path.getsize(path)
-    if size == 0:
+    if os.path.getsize(path) == 0:
         return _as_index(path, label, [], [("", "is an empty file")], countable=False)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        samples: list[tuple[str, dict]] = []
-        damage: list[tuple[str, str]] = []
-        countable = True
-        seen: set[str] = set()
-        key, members, doubtful = None, {}, ""
-
-        def close():
-            if key is None:
-                return
-            reason = doubtful or _what_is_wrong(members, label)
-            if key in seen:
-                reason = reason or "its key occurs twice, apart from each other"
-            seen.add(key)
-            if reason:
-                damage.append((key, reason))
+        grouping = _Grouping(label)
+        for name, offset, size in _files(content):
+            if offset < 0:
+                grouping.gap(reason=name)
             else:
-                samples.append((key, members))
-
-        for name, offset, length in _members(content):
-            if offset < 0:  # a gap: what stood next to it may have lost members
-                doubtful = doubtful or "next to a damaged part of the file"
-                close()
-                key, members, doubtful = None, {}, "next to a damaged part of the file"
-                damage.append(("", name))
-                countable = False
-                continue
-            parts = split_name(name)
-            if parts is None:
-                continue
-            if parts[0] != key:
-                after_gap = doubtful if key is None else ""
-                close()
-                key, members, doubtful = parts[0], {}, after_gap
-            if parts[1] in members:
-                doubtful = doubtful or f"two members are called {name}"
-            members[parts[1]] = (offset, length)
-        close()
-        for position, (key, members) in enumerate(samples):  # noqa: B020
-            for extension, (offset, length) in members.items():
-                members[extension] = (offset, length, zlib.crc32(content[offset : offset + length]))
-            extension = label.partition(":")[0]
+                grouping.add(name, offset, size)
+        grouping.close()
+        corruption = grouping.corruption
+        samples: list[_Sample] = []
+        for key, extents in grouping.samples:
             try:
-                offset, length, _ = members[extension] if label else (0, 0, 0)
-                text = read_label(content[offset : offset + length], label) if label else ""
+                text = _label_text(content, extents, label)
             except ValueError as reason:
-                damage.append((key, str(reason)))
-                samples[position] = None
-            else:
-                samples[position] = (key, members, text)
-        return _as_index(path, label, [sample for sample in samples if sample], damage, countable)
+                corruption.append((key, str(reason)))
+                continue
+            rows = {
+                extension: _Row(offset, size, zlib.crc32(content[offset : offset + size]))
+                for extension, (offset, size) in extents.items()
+            }
+            samples.append(_Sample(key, rows, text))
+        return _as_index(path, label, samples, corruption, grouping.countable)
 
 
-def _what_is_wrong(members: dict, label: str) -> str:
-    label_extension = label.partition(":")[0]
+class _Row(NamedTuple):
+    offset: int
+    size: int
+    crc: int
+
+
+class _Sample(NamedTuple):
+    key: str
+    rows: dict[str, _Row]  # by extension
+    label_text: str
+
+
+class _Grouping:
+    """Puts neighbouring files of one key together, as webdataset does.
+
+    samples:    (key, {extension: (offset, size)}).
+    corruption: (key or "", reason).
+    countable:  as in TarIndex.
+    """
+
+    def __init__(self, label: str):
+        self.label = label
+        self.samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+        self.corruption: list[tuple[str, str]] = []
+        self.countable = True
+        self._seen: set[str] = set()
+        self._begin(None, "")
+
+    def _begin(self, key: str | None, doubt: str) -> None:
+        """doubt: why the sample cannot be trusted, "" if nothing speaks against it."""
+        self._key = key
+        self._extents: dict[str, tuple[int, int]] = {}
+        self._doubt = doubt
+
+    def add(self, name: str, offset: int, size: int) -> None:
+        """The next file of the tar."""
+        parts = split_name(name)
+        if parts is None:
+            return
+        key, extension = parts
+        if key != self._key:
+            behind_a_gap = self._doubt if self._key is None else ""
+            self.close()
+            self._begin(key, behind_a_gap)
+        if extension in self._extents:
+            self._doubt = self._doubt or f"two members are called {name}"
+        self._extents[extension] = (offset, size)
+
+    def gap(self, reason: str) -> None:
+        """An unreadable part of the tar: what stood next to it may have lost files."""
+        self._doubt = self._doubt or BESIDE_A_GAP
+        self.close()
+        self._begin(None, BESIDE_A_GAP)
+        self.corruption.append(("", reason))
+        self.countable = False
+
+    def close(self) -> None:
+        """End the current sample."""
+        if self._key is None:
+            return
+        reason = self._doubt or _what_is_wrong(self._extents, self.label)
+        if self._key in self._seen:
+            reason = reason or "its key occurs twice, apart from each other"
+        self._seen.add(self._key)
+        if reason:
+            self.corruption.append((self._key, reason))
+        else:
+            self.samples.append((self._key, self._extents))
+
+
+def _what_is_wrong(extents: dict[str, tuple[int, int]], label: str) -> str:
+    """Why the files of a key are no labelled sample, or ""."""
     if not label:
         return ""
-    if label_extension not in members:
+    label_extension = label.partition(":")[0]
+    if label_extension not in extents:
         return f"has no member .{label_extension}"
-    if len(members) == 1 and ":" not in label:
+    if len(extents) == 1 and ":" not in label:
         return f"has only the member .{label_extension}"
-    for extension in members:
+    for extension in extents:
         if extension.endswith(f".{label_extension}"):
             return f"dots in its key merge samples: it has both .{label_extension} and .{extension}"
     return ""
 
 
-def _members(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each plain file in the tar; (what is wrong, -1, 0) where it is damaged, then on."""
-    # tarfile's own loop takes a broken header for the end of the archive, so only its header parser is used here: the
-    # archive is opened on an empty one, and headers are then read from `content`, one by one.
+def _label_text(content: mmap.mmap, extents: dict[str, tuple[int, int]], label: str) -> str:
+    if not label:
+        return ""
+    offset, size = extents[label.partition(":")[0]]
+    return read_label(content[offset : offset + size], label)
+
+
+def _files(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of each plain file in the tar.
+
+    Where it is corrupt, (what is wrong, -1, 0); then it goes on behind that.
+    """
+    # tarfile's own loop takes a broken header for the end of the archive, so only its header parser
+    # is used here: the archive is opened on an empty one, and headers are then read from `content`,
+    # one by one.
     archive = tarfile.open(fileobj=io.BytesIO(bytes(tarfile.RECORDSIZE)), mode="r:")
-    archive.fileobj = content
-    end, offset = len(content), 0
+    archive.fileobj = content  # pyright: ignore[reportAttributeAccessIssue] - reads, seeks and tells
+    end = len(content)
+    offset = 0
     while True:
         content.seek(min(offset, end))
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # pyright: ignore[reportAttributeAccessIssue] - not in stubs
             following = _next_header(content, offset + BLOCK)
             if following == end:
                 return
@@ -219,42 +294,48 @@ def _unreadable(offset: int, following: int, end: int) -> str:
 
 def _next_header(content: mmap.mmap, offset: int) -> int:
     """Start of the first valid header at or behind `offset`; the file's length if there is none."""
-    place = content.find(b"ustar", offset)
-    while place >= 0:
-        start = place - 257
+    magic = content.find(b"ustar", offset)
+    while magic >= 0:
+        start = magic - 257
         if start >= offset and start % BLOCK == 0:
             try:
                 tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "surrogateescape")
                 return start
             except tarfile.HeaderError:
                 pass
-        place = content.find(b"ustar", place + 1)
+        magic = content.find(b"ustar", magic + 1)
     return len(content)
 
 
-def _as_index(path, label, samples, damage, countable) -> TarIndex:
-    extensions = sorted({extension for _, members, _ in samples for extension in members})
-    numbers = {extension: number for number, extension in enumerate(extensions)}
-    rows = [
-        (numbers[extension], *place)
-        for _, members, _ in samples
-        for extension, place in members.items()
-    ]
+def _as_index(
+    path: str | Path,
+    label: str,
+    samples: Sequence[_Sample],
+    corruption: Sequence[tuple[str, str]],
+    countable: bool,
+) -> TarIndex:
+    extensions = sorted({extension for sample in samples for extension in sample.rows})
+    number_of = {extension: number for number, extension in enumerate(extensions)}
+    rows: list[tuple[int, int, int, int]] = []
+    for sample in samples:
+        for name, row in sample.rows.items():
+            rows.append((number_of[name], row.offset, row.size, row.crc))
     extension, offset, size, crc = np.array(rows, np.int64).reshape(-1, 4).T
+    lengths = [len(sample.rows) for sample in samples]
     return TarIndex(
         sha256=file_sha256(path),
         bytes=os.path.getsize(path),
         label=label,
-        keys=_bytes([key for key, _, _ in samples]),
-        label_texts=_bytes([text for _, _, text in samples]),
-        member_start=np.cumsum([0] + [len(members) for _, members, _ in samples]).astype(np.int64),
+        keys=_bytes([sample.key for sample in samples]),
+        label_texts=_bytes([sample.label_text for sample in samples]),
+        member_start=np.cumsum([0, *lengths]).astype(np.int64),
         extensions=np.array(extensions, dtype=np.str_),
         member_extension=extension.astype(np.int16),
         offset=offset,
         size=size,
         crc=crc.astype(np.uint32),
-        damaged=np.array([key for key, _ in damage], dtype=np.str_),
-        reasons=np.array([reason for _, reason in damage], dtype=np.str_),
+        damaged=np.array([key for key, _ in corruption], dtype=np.str_),
+        reasons=np.array([reason for _, reason in corruption], dtype=np.str_),
         countable=countable,
     )
 
@@ -268,7 +349,10 @@ def index_path(shard: str | Path) -> Path:
 
 
 def save_index(shard: str | Path, index: TarIndex) -> bool:
-    """Keep `index` beside the shard, with the shard's size and time.  False where the directory cannot be written."""
+    """Keep `index` beside the shard, with the shard's size and time.
+
+    False where the directory cannot be written.
+    """
     stat = os.stat(shard)
     path = index_path(shard)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npz")
@@ -283,16 +367,18 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
 
 
 def load_index(shard: str | Path) -> tuple[TarIndex, bool] | None:
-    """(index, whether size and time of the shard are still those indexed), or None where there is no readable index."""
+    """(index, whether size and time of the shard are still those indexed).
+
+    None where there is no readable index.
+    """
     try:
         with np.load(index_path(shard), allow_pickle=False) as file:
             if int(file["schema"]) != SCHEMA:
                 return None
             values = {field.name: file[field.name] for field in fields(TarIndex)}
             stat = file["stat"].tolist()
-    except (
-        Exception
-    ):  # a half-written or foreign file: numpy and zipfile raise a dozen kinds; it is rebuilt
+    except Exception:
+        # A half-written or foreign file: numpy and zipfile raise a dozen kinds.  It is rebuilt.
         return None
     for name, kind in (("sha256", str), ("bytes", int), ("label", str), ("countable", bool)):
         values[name] = kind(values[name])
@@ -301,13 +387,13 @@ def load_index(shard: str | Path) -> tuple[TarIndex, bool] | None:
 
 
 def intact(shard: str | Path, index: TarIndex) -> np.ndarray:
-    """bool[n]: the samples whose members still have the checksums that the index recorded."""
+    """bool [n]: the samples whose files still have the checksums that the index recorded."""
     good = np.ones(len(index), bool)
     with open(shard, "rb") as file:
         for sample in range(len(index)):
             for row in range(index.member_start[sample], index.member_start[sample + 1]):
-                content = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
-                good[sample] &= (
-                    len(content) == index.size[row] and zlib.crc32(content) == index.crc[row]
-                )
+                size = int(index.size[row])
+                content = os.pread(file.fileno(), size, int(index.offset[row]))
+                if len(content) != size or zlib.crc32(content) != index.crc[row]:
+                    good[sample] = False
     return good

@@ -1,11 +1,17 @@
-"""Write webdataset tars and the manifest that says what is in them.  Nothing gets its name before it is complete."""
+"""Write webdataset tars and the manifest that says what is in them.
+
+Nothing gets its name before it is complete.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -14,6 +20,9 @@ from pipeline.config import UserError
 from pipeline.store import read_json, write_json
 
 from .tars import index_path, save_index, scan_tar
+
+if TYPE_CHECKING:
+    from webdataset.writer import TarWriter
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -38,45 +47,73 @@ class _Manifest(BaseModel):
 
 
 class ShardWriter:
-    """Write samples to DIRECTORY/SPLIT-000000.tar, ...; the tars get their names when the `with` block ends well.
+    """Write samples to DIRECTORY/SPLIT-000000.tar, ...
 
-    A sample is {"__key__": str without dots, "cls": bytes (the class index in decimal), "png" / "npy" / ...: bytes}.
-    After the block `facts` is the split's part of the manifest: {"samples": N, "shards": [...]}; see write_manifest.
-    Raises UserError if the split exists already (overwrite=True replaces it) or the directory cannot be written.
+    A context manager: the tars get their names when the `with` block ends well.
+
+    Parameters
+    ----------
+    directory : path
+    split : str
+    class_names : sequence of str
+    samples_per_shard : int
+    overwrite : bool
+        Replace the split if it is there.
+
+    Attributes
+    ----------
+    facts : dict
+        After the block, the split's entry of the manifest: {"samples": N, "shards": [...]}; see
+        write_manifest.
+
+    Raises
+    ------
+    UserError
+        If the split exists already, or the directory cannot be written.
     """
 
     def __init__(
         self,
-        directory,
+        directory: str | Path,
         split: str,
-        class_names: list[str],
+        class_names: Sequence[str],
         samples_per_shard: int = 10_000,
-        overwrite=False,
+        overwrite: bool = False,
     ):
         assert samples_per_shard > 0, samples_per_shard
-        self.directory, self.split, self.class_names = Path(directory), split, list(class_names)
+        self.directory = Path(directory)
+        self.split = split
+        self.class_names = list(class_names)
         self.samples_per_shard = samples_per_shard
         self.facts: dict = {}
         self._temporary: list[Path] = []
-        self._tar = self._file = None
+        self._tar: TarWriter | None = None
+        self._file: BinaryIO | None = None
         self._written = 0
         self._mark = uuid.uuid4().hex[:8]
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-        except OSError as mistake:
-            raise UserError(f"{self.directory}: cannot be made: {mistake.strerror}") from None
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be made: {error.strerror}") from None
         self._old = sorted(self.directory.glob(f"{split}-*.tar"))
         if self._old and not overwrite:
             raise UserError(
-                f"{self.directory} already holds {split} shards; overwrite them, or give an empty directory"
+                f"{self.directory} already holds {split} shards; overwrite them, "
+                "or give an empty directory"
             )
 
     def __enter__(self) -> ShardWriter:
         return self
 
-    def write(self, sample: dict) -> None:
-        """Append one sample.  Raises UserError for a class index out of range, ValueError for a key with a dot."""
+    def write(self, sample: Mapping[str, str | bytes]) -> None:
+        """Append one sample.
+
+        sample: {"__key__": str without dots, "cls": bytes (the class index in decimal), "png" /
+        "npy" / ...: bytes}.
+        Raises UserError for a class index out of range, ValueError for a key with a dot.
+        """
         key = sample["__key__"]
+        assert isinstance(key, str), key
         if not key or "." in key or key.startswith("__"):
             raise ValueError(
                 f"key {key!r}: webdataset cuts keys at dots; use letters, digits, '-', '_' and '/'"
@@ -84,30 +121,37 @@ class ShardWriter:
         label = int(sample["cls"])
         if not 0 <= label < len(self.class_names):
             raise UserError(f"sample {key}: class {label} is not in 0..{len(self.class_names) - 1}")
-        if self._written % self.samples_per_shard == 0:
-            self._next_tar()
-        self._tar.write(sample)
+        if self._tar is None or self._written % self.samples_per_shard == 0:
+            self._tar = self._next_tar()
+        self._tar.write(dict(sample))
         self._written += 1
 
-    def _next_tar(self) -> None:
-        from webdataset import TarWriter
+    def _next_tar(self) -> TarWriter:
+        from webdataset.writer import TarWriter
 
         self._close_tar()
         path = self.directory / f".{self.split}-{len(self._temporary):06d}.tar.{self._mark}"
         try:
             self._file = open(path, "wb")
-        except OSError as mistake:
-            raise UserError(f"{self.directory}: cannot be written: {mistake.strerror}") from None
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be written: {error.strerror}") from None
         self._temporary.append(path)
-        self._tar = TarWriter(self._file, encoder=False, mtime=0)
+        return TarWriter(self._file, encoder=False, mtime=0)
 
     def _close_tar(self) -> None:
         if self._tar is not None:
             self._tar.close()
+            self._tar = None
+        if self._file is not None:
             self._file.close()
-            self._tar = self._file = None
+            self._file = None
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._close_tar()
         try:
             if kind is None:
@@ -129,16 +173,15 @@ class ShardWriter:
             os.replace(path, shard)
             save_index(shard, index)
             labels = index.label_texts.astype(np.int64)
-            shards.append(
-                shard_facts(shard.name, index.bytes, index.sha256, labels, self.class_names)
-            )
+            entry = shard_entry(shard.name, index.bytes, index.sha256, labels, self.class_names)
+            shards.append(entry)
         self.facts = {"samples": self._written, "shards": shards}
 
 
-def shard_facts(
-    name: str, size: int, sha256: str, labels: np.ndarray, class_names: list[str]
+def shard_entry(
+    name: str, size: int, sha256: str, labels: np.ndarray, class_names: Sequence[str]
 ) -> dict:
-    """One shard's entry of the manifest.  labels: int64[n]."""
+    """One shard's entry of the manifest.  labels: int64 [n]."""
     classes, counts = np.unique(labels, return_counts=True)
     class_counts = {class_names[c]: int(n) for c, n in zip(classes, counts, strict=True)}
     return {
@@ -151,11 +194,31 @@ def shard_facts(
 
 
 def write_manifest(
-    directory, class_names: list[str], splits: dict[str, dict], made_by: dict | None = None
+    directory: str | Path,
+    class_names: Sequence[str],
+    splits: dict[str, dict],
+    made_by: dict | None = None,
 ) -> Path:
-    """Write DIRECTORY/manifest.json, or add `splits` ({"train": writer.facts, ...}) to the one that is there.
+    """Write DIRECTORY/manifest.json, or add splits to the one that is there.
 
-    Raises UserError if a split that stays has other classes, or if two classes have the same name.
+    Parameters
+    ----------
+    directory : path
+    class_names : sequence of str
+    splits : {split: entry}
+        Entries are ShardWriter.facts.
+    made_by : dict, optional
+        The command that made them, and its options.
+
+    Returns
+    -------
+    Path
+        Of the manifest.
+
+    Raises
+    ------
+    UserError
+        If a split that stays has other classes, or if two classes have the same name.
     """
     path = Path(directory) / MANIFEST
     names = list(class_names)
@@ -163,7 +226,7 @@ def write_manifest(
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two classes are called {twice!r}; class names must differ")
     old = read_manifest(directory) or {"splits": {}}
-    kept = {split: facts for split, facts in old["splits"].items() if split not in splits}
+    kept = {split: entry for split, entry in old["splits"].items() if split not in splits}
     if kept and old["classes"] != names:
         raise UserError(
             f"{path} describes {', '.join(kept)} with other classes; give an empty directory"
@@ -176,26 +239,28 @@ def write_manifest(
     }
     try:
         write_json(path, manifest)
-    except OSError as mistake:
-        raise UserError(f"{path}: cannot be written: {mistake.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return path
 
 
-def read_manifest(directory) -> dict | None:
+def read_manifest(directory: str | Path) -> dict | None:
     """The manifest of a directory of shards, or None.  Raises UserError if it is not one."""
     path = Path(directory) / MANIFEST
+    remedy = f"; make it anew with `referral shards index {directory}`"
     try:
-        return parse_manifest(
-            path, path, f"; make it anew with `referral shards index {directory}`"
-        )
+        return parse_manifest(path, path, remedy)
     except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def parse_manifest(path: Path, name, remedy: str = "") -> dict:
-    """The manifest in the file `path`, which the user knows as `name`.  Raises UserError if it is not one."""
+def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict:
+    """The manifest in the file `path`, which the user knows as `name`.
+
+    Raises UserError if it is not one, FileNotFoundError or NotADirectoryError if it is not there.
+    """
     try:
-        manifest = read_json(path)
+        manifest = read_json(Path(path))
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (json.JSONDecodeError, UnicodeDecodeError, OSError):
@@ -205,19 +270,20 @@ def parse_manifest(path: Path, name, remedy: str = "") -> dict:
             f"{name} has schema {manifest.get('schema')!r}, this program reads {SCHEMA}{remedy}"
         )
     try:
-        names = _Manifest.model_validate(manifest).classes
-    except ValidationError as mistakes:
-        first = mistakes.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        class_names = _Manifest.model_validate(manifest).classes
+    except ValidationError as errors:
+        first = errors.errors()[0]
+        key = ".".join(map(str, first["loc"]))
         raise UserError(
-            f"{name} is not a manifest of shards: {place}: {first['msg']}{remedy}"
+            f"{name} is not a manifest of shards: {key}: {first['msg']}{remedy}"
         ) from None
-    if len(set(names)) != len(names):
+    if len(set(class_names)) != len(class_names):
         raise UserError(f"{name} has two classes of the same name{remedy}")
-    for split, facts in manifest["splits"].items():
-        total = sum(shard["samples"] for shard in facts["shards"])
-        if facts["samples"] != total:
+    for split, entry in manifest["splits"].items():
+        total = sum(shard["samples"] for shard in entry["shards"])
+        if entry["samples"] != total:
             raise UserError(
-                f"{name} says split {split} has {facts['samples']} samples, its shards {total}{remedy}"
+                f"{name} says split {split} has {entry['samples']} samples, "
+                f"its shards {total}{remedy}"
             )
     return manifest

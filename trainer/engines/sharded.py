@@ -19,7 +19,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from networks import Classifier
 from networks.heads import ShardedLinear
-from networks.linear_logits import LocalComm
 from pipeline.config import Engine as EngineConfig
 from pipeline.config import Schedule, UserError
 
@@ -194,8 +193,8 @@ class HeadShard:
 
 
 @dataclass(frozen=True)
-class DistributedComm(LocalComm):
-    """The comm over the default process group; rank r holds the classes bounds[r] to bounds[r + 1].
+class DistributedComm:
+    """The Comm over the default process group; rank r has the classes bounds[r] to bounds[r + 1].
 
     sizes: the rows that each rank has of the batch, which may differ.
     """
@@ -276,6 +275,9 @@ def is_per_row(value: object) -> TypeGuard[Tensor]:
 
 
 if TYPE_CHECKING:
+    from networks.linear_logits import Comm
+
     from . import Engine
 
     _: type[Engine] = ShardedHeadEngine
+    __: type[Comm] = DistributedComm

@@ -32,16 +32,18 @@ def _networks_for_all_classes(run: RunDirectory) -> dict[str, Curves]:
     generalist = over_examples(read_metrics(run.generalist))
 
     def continued(stage: Stage, student: str | None = None) -> Curves:
-        from_scratch = student and run.config.students[student].start == "scratch"
-        return over_examples(read_metrics(stage), None if from_scratch else generalist)
+        if student and run.config.students[student].start == "scratch":
+            return over_examples(read_metrics(stage))
+        return over_examples(read_metrics(stage), before=generalist)
 
     networks = {"generalist": generalist}
     best = best_control_wall(run)
     if best is not None:
         networks["control_wall"] = continued(run.controls[f"control_wall-{best}"])
+    twin_of = {"student_hard": "main"}  # which starts as its student does
     for name, stage in run.controls.items():
         if not name.startswith("control_wall-"):
-            networks[name] = continued(stage, "main" if name == "student_hard" else None)
+            networks[name] = continued(stage, twin_of.get(name))
     for name, stage in run.students.items():
         networks[f"student {name}"] = continued(stage, name)
     return networks

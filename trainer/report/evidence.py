@@ -62,6 +62,13 @@ class Changes(NamedTuple):
     broken: int
 
 
+class Conditional(NamedTuple):
+    """Accuracy on a specialist's classes, among these: of the generalist, of the specialist."""
+
+    before: float
+    after: float
+
+
 @dataclass(frozen=True)
 class Evidence:
     """A finished run and what can be read of it; absent parts are None or empty.
@@ -126,8 +133,10 @@ class Evidence:
     def class_names(self) -> list:
         """The class names of the shards, else of the model, else none."""
         known = list(getattr(self.images, "class_names", None) or [])
-        model = {} if known else read_file(self.run.generalist, "model.json") or {}
-        return known or model.get("class_names") or []
+        if known:
+            return known
+        model = read_file(self.run.generalist, "model.json") or {}
+        return model.get("class_names") or []
 
     @cached_property
     def names(self) -> list[str]:
@@ -200,10 +209,19 @@ class Evidence:
         """The rows of results.json by the specialist's index."""
         return {row["index"]: row for row in self.results.get("specialists", [])}
 
+    def conditional(self, index: int) -> Conditional | None:
+        row = self.specialists.get(index, {})
+        before, after = row.get("conditional_before"), row.get("conditional_after")
+        if before is None or after is None:
+            return None
+        return Conditional(before, after)
+
     def forecast(self, index: int) -> float | None:
         """Fraction of the val examples that a perfect specialist would fix."""
         forecasts = self.clusters.get("forecast") or []
-        forecast = forecasts[index] if index < len(forecasts) else None
+        if index >= len(forecasts):
+            return None
+        forecast = forecasts[index]
         return forecast.get("gain") if isinstance(forecast, dict) else forecast
 
     def changes(self, index: int) -> Changes | None:
@@ -227,7 +245,9 @@ class Evidence:
 def _short_name(name: str, index: int) -> str:
     if not name.strip():
         return f"class {index}"
-    return name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…"
+    if len(name) > LONGEST_NAME:
+        return name[: LONGEST_NAME - 1] + "…"
+    return name
 
 
 def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,8 +76,8 @@ def _example(evidence: Evidence, row: int) -> Example:
 def picture_rows(groups: GroupCards | None, changed: list[ChangedExamples]) -> set[int]:
     """Every test row of which the page shows a picture."""
     rows: set[int | None] = set()
-    for card in groups.cards if groups else []:
-        for family in card.families:
+    if groups is not None:
+        for family in itertools.chain.from_iterable(card.families for card in groups.cards):
             rows.update(tile.row for tile in family)
     for part in changed:
         for example in part.examples:

@@ -48,7 +48,9 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 def best_of(rows: dict[str, dict], key: str, better: Callable[..., float] = min) -> float | None:
     """The best value of a column, by min or max; where all are equal none is best."""
     values = [row[key] for row in rows.values() if row.get(key) is not None]
-    return better(values) if len(set(values)) > 1 else None
+    if len(set(values)) < 2:
+        return None
+    return better(values)
 
 
 def cell(row: dict, key: str, best: float | None, text: Callable[[float | None], str]) -> Cell:
@@ -61,7 +63,7 @@ def signed(value: float, digits: int) -> str:
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text
-    return f"{'+' if value > 0 else '−'}{text}"
+    return f"+{text}" if value > 0 else f"−{text}"
 
 
 def points(fraction: float | None, digits: int = 2) -> str:
@@ -87,7 +89,7 @@ def printable(page: str) -> str:
 
     Class names may hold lone surrogates, which have no UTF-8, and NUL, which HTML has not.
     """
-    page = re.sub(r"(?<=\d) (?=%)", "\N{NO-BREAK SPACE}", page)
+    page = re.sub(r"(?<=\d)\s(?=%)", "\N{NO-BREAK SPACE}", page)
     page = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
     return page.encode("utf-8", "replace").decode("utf-8")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import tables
-from .evidence import Changes, Evidence
+from .evidence import Changes, Conditional, Evidence
 
 MOST_GROUPS, MOST_TILES = 24, 16
 
@@ -44,7 +44,7 @@ class Tile:
 class GroupCard:
     """families: classes that are confused with each other. rest: classes of the group not shown.
 
-    errors: the generalist's test errors inside the group. specialist: its row of results.json.
+    errors: the generalist's test errors inside the group. conditional: None where not measured.
     """
 
     index: int
@@ -53,7 +53,7 @@ class GroupCard:
     families: list[list[Tile]]
     rest: int
     forecast: float | None
-    specialist: dict | None
+    conditional: Conditional | None
     changes: Changes | None
     missing: bool
     skipped: bool
@@ -122,7 +122,7 @@ def _group_card(evidence: Evidence, index: int, errors: int) -> GroupCard:
         families=[[Tile(c, typical.get(c)) for c in family] for family in families],
         rest=len(classes) - sum(map(len, families)),
         forecast=evidence.forecast(index),
-        specialist=evidence.specialists.get(index),
+        conditional=evidence.conditional(index),
         changes=evidence.changes(index),
         missing=index in evidence.missing,
         skipped=index in evidence.skipped,

@@ -95,7 +95,7 @@ def _dee_tile(results: dict) -> Tile | None:
     measured = [name for name, row in students.items() if "dee" in row or "dee_beyond" in row]
     if not measured:
         return None
-    name = "main" if "main" in measured else measured[0]
+    name = min(measured, key=lambda name: name != "main")
     what = f"networks of a deep ensemble have the calibrated NLL of the student {name} (DEE)"
     return Tile(what, worth(students[name], results), f"of {len(results['sizes'])}")
 

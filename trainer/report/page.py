@@ -140,7 +140,9 @@ def _sections(evidence: Evidence) -> dict[str, object]:
 
 def _groups_and_examples(evidence: Evidence) -> dict[str, object]:
     """The two sections with pictures, or texts, of test examples."""
-    groups = None if evidence.is_deep else group_cards(evidence)
+    groups = None
+    if not evidence.is_deep:
+        groups = group_cards(evidence)
     examples = changed_examples(evidence)
     rows = picture_rows(groups, examples)
     images, ids = evidence.images, evidence.before.ids

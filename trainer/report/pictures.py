@@ -36,7 +36,7 @@ def data_uri(pixels: np.ndarray) -> str:
     pixels: uint8 [H, W], [1, H, W] or [3, H, W].
     """
     if pixels.ndim == 3:
-        pixels = pixels[0] if pixels.shape[0] == 1 else np.moveaxis(pixels, 0, -1)
+        pixels = pixels[0] if len(pixels) == 1 else np.moveaxis(pixels, 0, -1)
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -71,4 +71,6 @@ def phrases(images: ShardSet | None, rows: Iterable[int], ids: np.ndarray) -> di
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    if len(text) > LONGEST:
+        return f"{text[:LONGEST]}…"
+    return text

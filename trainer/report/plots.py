@@ -121,7 +121,7 @@ def equivalents(
     """
     largest = max(size for size, _ in sizes)
     edge = largest + max(0.12 * largest, 0.4)  # where what lies beyond is drawn
-    spots = [(edge if math.isinf(dot.x) else dot.x, dot.y) for dot in dots]
+    spots = [(min(dot.x, edge), dot.y) for dot in dots]
     frame = Frame([*sizes, *spots, (edge, sizes[-1][1])], pad=0.1)
     x_ticks = [(value, str(value)) for value in _whole_sizes(sizes, largest)]
     parts = [frame.axes(x_label, y_label, short, short, x_ticks)]

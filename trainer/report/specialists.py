@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import plots
-from .evidence import Changes, Evidence
+from .evidence import Changes, Conditional, Evidence
 from .formatting import points
 
 MOST_SPECIALISTS = 100
@@ -47,41 +47,40 @@ class SpecialistRows:
 
 def specialist_rows(evidence: Evidence) -> SpecialistRows:
     """Each specialist's conditional accuracy before and after, the largest gain first."""
-    specialists = evidence.results["specialists"]
-    measured = [row for row in specialists if _is_measured(row)]
+    conditionals = {index: evidence.conditional(index) for index in evidence.specialists}
+    measured = {index: one for index, one in conditionals.items() if one is not None}
+    unmeasured = len(conditionals) - len(measured)
     if not measured:
-        return SpecialistRows([], unmeasured=len(specialists))
-    before = [row["conditional_before"] for row in measured]
-    after = [row["conditional_after"] for row in measured]
-    low, high = min(before + after), max(before + after)
-    rows = [_specialist_row(evidence, row, low, high) for row in measured]
+        return SpecialistRows([], unmeasured)
+    low = min(min(one) for one in measured.values())
+    high = max(max(one) for one in measured.values())
+    rows = [_specialist_row(evidence, index, one, low, high) for index, one in measured.items()]
     rows.sort(key=lambda row: (-row.difference, row.index))
-    examples = np.array([row["n"] for row in measured], dtype=float)
+    examples = np.array([evidence.specialists[index]["n"] for index in measured], dtype=float)
     return SpecialistRows(
         rows=rows[:MOST_SPECIALISTS],
-        unmeasured=len(specialists) - len(measured),
+        unmeasured=unmeasured,
         rest=max(len(rows) - MOST_SPECIALISTS, 0),
-        before=_weighted_mean(before, examples),
-        after=_weighted_mean(after, examples),
+        before=_weighted_mean([one.before for one in measured.values()], examples),
+        after=_weighted_mean([one.after for one in measured.values()], examples),
         low=low,
         high=high,
     )
 
 
-def _is_measured(row: dict) -> bool:
-    return row.get("conditional_before") is not None and row.get("conditional_after") is not None
-
-
-def _specialist_row(evidence: Evidence, row: dict, low: float, high: float) -> SpecialistRow:
-    before, after = row["conditional_before"], row["conditional_after"]
+def _specialist_row(
+    evidence: Evidence, index: int, conditional: Conditional, low: float, high: float
+) -> SpecialistRow:
+    before, after = conditional
+    row = evidence.specialists[index]
     return SpecialistRow(
-        index=row["index"],
+        index=index,
         before=before,
         after=after,
         difference=after - before,
         svg=plots.dumbbell(before, after, low, high),
-        changes=evidence.changes(row["index"]),
-        forecast=evidence.forecast(row["index"]),
+        changes=evidence.changes(index),
+        forecast=evidence.forecast(index),
         classes=row["classes"],
         routed=row["routed"],
         cost=row.get("cost") or {},
@@ -89,7 +88,9 @@ def _specialist_row(evidence: Evidence, row: dict, low: float, high: float) -> S
 
 
 def _weighted_mean(values: list[float], weights: np.ndarray) -> float | None:
-    return float(np.average(values, weights=weights)) if weights.sum() else None
+    if not weights.sum():
+        return None
+    return float(np.average(values, weights=weights))
 
 
 def forecast_plot(evidence: Evidence) -> str | None:

@@ -1,9 +1,10 @@
-"""Mistakes that are found before a run directory is made: one line, exit code 2, nothing written."""
+"""Mistakes that are found before a run is made: one line, exit code 2, nothing written."""
 
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import webdataset as wds
 from toy import encode_png, images, toy_config, write_toy
@@ -38,9 +39,9 @@ def test_a_sound_config_passes_and_writes_nothing(data, tmp_path, monkeypatch):
     ],
 )
 def test_a_mistake_is_found_before_anything_runs(data, override, message):
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         check(toy_config(data, override), 2)
-    assert message in str(mistake.value) and "\n" not in str(mistake.value)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_val_with_other_classes_is_refused(data, tmp_path):
@@ -51,21 +52,14 @@ def test_val_with_other_classes_is_refused(data, tmp_path):
 
 def test_a_class_index_out_of_range_leaves_no_run_behind(data, tmp_path):
     with wds.TarWriter(str(tmp_path / "wrong-000000.tar")) as tar:
-        tar.write({"__key__": "a", "cls": b"99", "png": encode_png(images(data_labels(), 1)[0])})
+        tar.write({"__key__": "a", "cls": b"99", "png": encode_png(images(np.array([0]), 1)[0])})
     config, run = tmp_path / "config.toml", tmp_path / "run"
     save_config(
         toy_config(data, f"data.train={tmp_path}/wrong-000000.tar", "data.classes=24"), config
     )
     command = [sys.executable, "-m", "launch.cli", "run", str(config), "--run", str(run)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and not run.exists()
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "has label 99, which is none of the 24 classes" in done.stderr
-
-
-def data_labels():
-    import numpy as np
-
-    return np.array([0])

@@ -5,7 +5,7 @@ from toy import toy_config, write_toy
 
 from pipeline.config import save_config
 from trainer.commands import doctor
-from trainer.commands.doctor import compared
+from trainer.commands.doctor import Finding, RankFindings, compare_ranks
 
 
 @pytest.fixture
@@ -18,12 +18,9 @@ def run(tmp_path):
 
 def test_a_fit_machine_is_told_so_with_the_runs_shards(run, capsys):
     assert doctor.main(["--run", str(run)]) == 0
-    told = capsys.readouterr().out
-    assert (
-        "train: 960 samples of 24 classes" in told
-        and "gloo: all-reduce on cpu" in told
-        and "MISSING" not in told
-    )
+    printed = capsys.readouterr().out
+    assert "train: 960 samples of 24 classes" in printed
+    assert "gloo: all-reduce on cpu" in printed and "MISSING" not in printed
 
 
 def test_a_shard_that_is_gone_is_found(run, capsys):
@@ -33,27 +30,26 @@ def test_a_shard_that_is_gone_is_found(run, capsys):
 
 
 SAME = [
-    (True, "torch 2.13"),
-    (True, "train: 10 samples of 2 classes (abcd)"),
-    (True, "5.0 GiB free under /run"),
+    Finding(True, "torch 2.13"),
+    Finding(True, "train: 10 samples of 2 classes (abcd)"),
+    Finding(True, "5.0 GiB free under /run"),
 ]
+RANK_0 = RankFindings("a", "cpu", SAME)
 
 
 def test_ranks_that_see_the_same_are_well():
-    others = [*SAME[:2], (True, "9.0 GiB free under /run")]
-    lines = compared([("a", "cpu", SAME), ("b", "cpu", others)], 2.0)
-    assert all(good for good, _ in lines) and (True, "rank 1 on b, cpu, sees the same") in lines
+    other = RankFindings("b", "cpu", [*SAME[:2], Finding(True, "9.0 GiB free under /run")])
+    lines = compare_ranks([RANK_0, other], 2.0)
+    assert all(ok for ok, _ in lines) and (True, "rank 1 on b, cpu, sees the same") in lines
 
 
 def test_a_rank_that_does_not_see_the_shards_is_named():
-    lines = compared(
-        [("a", "cpu", SAME), ("b", "cpu", [SAME[0], (False, "/data: no shards"), SAME[2]])], 2.0
-    )
+    other = RankFindings("b", "cpu", [SAME[0], Finding(False, "/data: no shards"), SAME[2]])
+    lines = compare_ranks([RANK_0, other], 2.0)
     assert (False, "rank 1 on b, cpu, sees other things than rank 0:") in lines
     assert (False, "    /data: no shards") in lines
 
 
 def test_a_sum_that_misses_a_rank_is_found():
-    assert (False, "all-reduce over 2 ranks: 1") in compared(
-        [("a", "cpu", SAME), ("b", "cpu", SAME)], 1.0
-    )
+    lines = compare_ranks([RANK_0, RankFindings("b", "cpu", SAME)], 1.0)
+    assert (False, "all-reduce over 2 ranks: 1") in lines

@@ -1,4 +1,4 @@
-"""`referral export`: what it writes answers as the run does; nothing half-written; mistakes as one line."""
+"""`referral export`: it predicts what the run does; never half-written; one line for a mistake."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def below(directory):
 
 @pytest.fixture()
 def copied(small_run, tmp_path):
-    """A copy of the run, to be damaged."""
+    """A copy of the run, to be corrupted."""
     return shutil.copytree(small_run.root, tmp_path / "run", symlinks=True)
 
 
@@ -53,12 +53,12 @@ def test_a_bundle_equals_its_run_bit_for_bit(small_run, tmp_path, capsys):
 def test_predictions_from_a_bundle_are_the_runs(small_run, tmp_path, capsys):
     np.save(tmp_path / "inputs.npy", RAW.numpy())
     assert export(capsys, small_run.root, "--to", tmp_path / "bundle")[0] == 0
-    said = []
+    printed = []
     for place in (small_run.root, tmp_path / "bundle"):
         for who in ([], ["--student", "main"], ["--generalist"]):
             assert main(["predict", str(place), str(tmp_path / "inputs.npy"), "--json", *who]) == 0
-            said.append(capsys.readouterr().out)
-    assert said[:3] == said[3:] and len(set(said)) == 3
+            printed.append(capsys.readouterr().out)
+    assert printed[:3] == printed[3:] and len(set(printed)) == 3
 
 
 def test_one_student_alone(small_run, tmp_path, capsys):
@@ -71,38 +71,33 @@ def test_one_student_alone(small_run, tmp_path, capsys):
     assert not (tmp_path / "two" / "students").exists()
 
 
-def test_programs_answer_as_eager_networks_do_at_any_batch_size(small_run, tmp_path, capsys):
+def test_programs_predict_what_eager_networks_do_at_any_batch_size(small_run, tmp_path, capsys):
     code, out, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--programs")
     assert code == 0, err
     names = [*(f"specialist-{m:03d}" for m in range(4)), "ensemble", "generalist", "student-main"]
     assert below(tmp_path / "out" / "programs") == sorted(f"{name}.pt2" for name in names)
     differences = read_json(tmp_path / "out" / "export.json")["largest_difference"]
     assert {f"programs/{name}.pt2" for name in names} < differences.keys()
-    assert all(
-        f"{what:32} largest difference {value:.1e}" in out for what, value in differences.items()
-    )
+    for what, value in differences.items():
+        assert f"{what:32} largest difference {value:.1e}" in out
     assert max(differences.values()) <= 1e-5
 
     run = SpecialistEnsemble.load(small_run.root)
     student = load_classifier(small_run.students["main"].path("model.json").parent)
     p_general, p_special, _ = run.predictions(RAW)
-    rows, of_first = next(said for said in p_special if said is not None)
-    first = next(m for m, said in enumerate(p_special) if said is not None)
+    first = next(m for m, predictions in enumerate(p_special) if predictions is not None)
+    rows, of_first = p_special[first]
     expected = {"ensemble": run.probabilities(RAW), "generalist": p_general}
     expected |= {"student-main": torch.softmax(student(RAW), 1).detach()}
-    for name, answer in expected.items():
-        found = (
-            torch.export.load(tmp_path / "out" / "programs" / f"{name}.pt2").module()(RAW).detach()
-        )
-        torch.testing.assert_close(found, answer, rtol=0, atol=1e-5)
-    found = (
-        torch.export.load(tmp_path / "out" / "programs" / f"specialist-{first:03d}.pt2")
-        .module()(RAW)
-        .detach()
-    )
-    torch.testing.assert_close(
-        found[rows], of_first, rtol=0, atol=1e-5
-    )  # its temperature is inside
+
+    def exported(name):
+        return exporting.run_program(tmp_path / "out" / "programs" / f"{name}.pt2", RAW)
+
+    for name, p in expected.items():
+        torch.testing.assert_close(exported(name), p, rtol=0, atol=1e-5)
+    # A specialist's temperature is part of its program.
+    of_program = exported(f"specialist-{first:03d}")[rows]
+    torch.testing.assert_close(of_program, of_first, rtol=0, atol=1e-5)
 
 
 MEMBERS = ({"kind": "heads", "count": 3, "blocks": 1}, {"kind": "batch", "count": 3})
@@ -121,7 +116,7 @@ def with_members(members):
     "kinds", [["pt2"], pytest.param(["onnx"], marks=pytest.mark.slow)], ids=["pt2", "onnx"]
 )
 @pytest.mark.parametrize("members", MEMBERS, ids=["heads", "batch"])
-def test_a_student_with_members_is_exported_with_all_of_them_and_answers_their_mean(
+def test_a_student_with_members_is_exported_with_all_of_them_and_predicts_their_mean(
     members, kinds, tmp_path
 ):
     if kinds == ["onnx"]:
@@ -136,22 +131,22 @@ def test_a_student_with_members_is_exported_with_all_of_them_and_answers_their_m
     assert (each[0] - each[1]).abs().max() > 1e-3
     read = {"pt2": exporting.run_program, "onnx": exporting.run_onnx}[kinds[0]]
     for rows in (1, len(RAW)):
-        found = read(tmp_path / "programs" / f"student-main.{kinds[0]}", RAW[:rows])
-        torch.testing.assert_close(found, (sum(each) / 3)[:rows].detach(), rtol=0, atol=1e-6)
+        predicted = read(tmp_path / "programs" / f"student-main.{kinds[0]}", RAW[:rows])
+        torch.testing.assert_close(predicted, (sum(each) / 3)[:rows].detach(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # torch's exporter takes minutes on a busy machine
-def test_onnx_answers_as_eager_networks_do(small_run, tmp_path, capsys):
+def test_onnx_predicts_what_eager_networks_do(small_run, tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     code, out, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--onnx")
     assert code == 0, err
     assert len(below(tmp_path / "out" / "programs")) == 7 and "[torch.onnx]" not in out
     session = runtime.InferenceSession(str(tmp_path / "out" / "programs" / "ensemble.onnx"))
-    (found,) = session.run(None, {"raw": RAW.numpy()})
+    (predicted,) = session.run(None, {"raw": RAW.numpy()})
     expected = SpecialistEnsemble.load(small_run.root).probabilities(RAW)
-    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(predicted), expected, rtol=0, atol=1e-5)
 
 
 def test_onnx_without_its_extra_names_it(small_run, tmp_path, capsys, monkeypatch):
@@ -170,20 +165,14 @@ def test_only_an_earlier_export_is_replaced_and_only_by_force(small_run, tmp_pat
     code, _, err = export(capsys, small_run.root, "--to", out)
     assert code == 2 and "is not empty" in err and "--force" in err and below(out) == before
     assert export(capsys, small_run.root, "--to", out, "--what", "ensemble", "--force")[0] == 0
-    assert (
-        (out / "ensemble.json").is_file()
-        and not (out / "programs").exists()
-        and not (out / "students").exists()
-    )
+    assert (out / "ensemble.json").is_file()
+    assert not (out / "programs").exists() and not (out / "students").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("irreplaceable")
     code, _, err = export(capsys, small_run.root, "--to", mine, "--force")
-    assert (
-        code == 2
-        and "holds something other than an export" in err
-        and below(mine) == ["thesis.txt"]
-    )
+    assert code == 2 and "holds something other than an export" in err
+    assert below(mine) == ["thesis.txt"]
     code, _, err = export(capsys, small_run.root, "--to", mine / "thesis.txt")
     assert code == 2 and "is a file" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
@@ -213,15 +202,12 @@ def test_an_unfinished_run_names_the_stage(copied, tmp_path, capsys, place, what
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_went_on_without_a_specialist_says_so(copied, tmp_path, capsys):
+def test_a_run_that_continued_without_a_specialist_says_so(copied, tmp_path, capsys):
     shutil.rmtree(copied / "specialists" / "001")
     code, _, err = export(capsys, copied, "--to", tmp_path / "out")
     assert code == 2 and "specialists 1 of 4 are missing" in err and not (tmp_path / "out").exists()
-    facts = (
-        copied / "ensemble.json",
-        next((copied / "ensemble" / "attempts").glob("*/ensemble.json")),
-    )
-    for path in facts:
+    of_attempt = next((copied / "ensemble" / "attempts").glob("*/ensemble.json"))
+    for path in (copied / "ensemble.json", of_attempt):
         write_json(path, read_json(path) | {"missing": [1]})
     code, out, _ = export(capsys, copied, "--to", tmp_path / "out")
     assert code == 0 and "without specialists 1," in out

@@ -1,4 +1,4 @@
-"""`referral predict`: files in, the evaluate stage's figures out; mistakes as one line."""
+"""`referral predict`: files in, the evaluate stage's predictions out; one line for a mistake."""
 
 import json
 import shutil
@@ -47,8 +47,8 @@ def test_predictions_of_the_test_split_are_those_that_evaluate_wrote(
     small_run, test_split, capsys, who, options
 ):
     rows = rows_of(capsys, small_run.root, test_split, "--top", NUM_CLASSES, *options)
-    with np.load(small_run.evaluate.path(f"{who}.npz"), allow_pickle=False) as found:
-        expected = dict(found)
+    with np.load(small_run.evaluate.path(f"{who}.npz"), allow_pickle=False) as file:
+        expected = dict(file)
     assert [row["index"] for row in rows] == list(range(len(expected["labels"])))
     assert [row["classes"][0] for row in rows] == expected["top5"][:, 0].tolist()
     of_label = [
@@ -66,13 +66,13 @@ def test_predictions_of_the_test_split_are_those_that_evaluate_wrote(
 
 
 def test_a_network_with_members_predicts_their_mean():
-    answers = torch.tensor(
-        [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]]
-    )  # of two members; the mean is 0.5, 0.4, 0.1
+    # Of two members; the mean is 0.5, 0.4, 0.1.
+    predicted = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
     spec = ModelSpec("mlp", 3, InputSpec(shape=(1,), dtype="float32"), class_names=("a", "b", "c"))
     network = torch.nn.Flatten(0)
-    network.forward, network.spec = lambda raw: answers.log()[:, None].expand(2, len(raw), 3), spec
-    (row,) = predicting.alone(network, torch.zeros(1, 1), top=2)
+    network.spec = spec
+    network.forward = lambda raw: predicted.log()[:, None].expand(2, len(raw), 3)
+    (row,) = predicting.predict_alone(network, torch.zeros(1, 1), top=2)
     assert row["classes"] == [0, 1] and row["names"] == ["a", "b"]
     assert row["probabilities"] == pytest.approx([0.5, 0.4])
 
@@ -90,25 +90,18 @@ def test_images_in_files_and_directories_are_what_arrays_are(small_run, tmp_path
     for row in from_array:
         del row["file"], row["index"]
     assert from_array == from_files
-    assert (
-        from_array[0]["names"] == [f"class {c}" for c in from_array[0]["classes"]]
-        and len(from_array[0]["names"]) == 5
-    )
+    assert from_array[0]["names"] == [f"class {c}" for c in from_array[0]["classes"]]
+    assert len(from_array[0]["names"]) == 5
 
 
 def test_colour_becomes_gray_and_another_size_is_scaled_when_told_to(small_run, tmp_path, capsys):
-    gray = np.kron(images(np.array([4]), seed=1)[0], np.ones((2, 2))).astype(
-        np.uint8
-    )  # 16 x 16, each pixel four times
-    Image.fromarray(np.stack([gray] * 3, axis=2)).save(tmp_path / "large.png")
-    Image.fromarray(np.stack([images(np.array([4]), seed=1)[0]] * 3, axis=2)).save(
-        tmp_path / "small.png"
-    )
+    small = images(np.array([4]), seed=1)[0]
+    large = np.kron(small, np.ones((2, 2))).astype(np.uint8)  # 16 x 16, each pixel four times
+    for name, gray in (("large.png", large), ("small.png", small)):
+        Image.fromarray(np.stack([gray] * 3, axis=2)).save(tmp_path / name)
     code, _, err = predict(capsys, small_run.root, tmp_path / "large.png")
-    assert (
-        code == 2
-        and "has shape [1, 16, 16]; the network reads [1, 8, 8]; --resize scales images" in err
-    )
+    assert code == 2
+    assert "has shape [1, 16, 16]; the network reads [1, 8, 8]; --resize scales images" in err
     large, small = rows_of(
         capsys, small_run.root, tmp_path / "large.png", tmp_path / "small.png", "--resize"
     )
@@ -123,11 +116,8 @@ def test_the_table_names_files_classes_and_specialists(small_run, tmp_path, caps
     (row,) = rows_of(capsys, small_run.root, tmp_path, "--top", 2)
     code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 2)
     assert code == 0 and len(out.splitlines()) == 3
-    assert (
-        "a [red] one.png" in out
-        and row["names"][1] in out
-        and f"{row['probabilities'][0]:.4f}" in out
-    )
+    for text in ("a [red] one.png", row["names"][1], f"{row['probabilities'][0]:.4f}"):
+        assert text in out
     assert out.splitlines()[1].rstrip().endswith(", ".join(map(str, row["specialists"])))
     assert "specialists" not in predict(capsys, small_run.root, tmp_path, "--generalist")[1]
 
@@ -193,37 +183,24 @@ def test_a_directory_that_is_no_run_and_one_without_inputs_are_named(small_run, 
     (tmp_path / "a.npy").touch()
     assert "generalist/model.json" in predict(capsys, tmp_path, tmp_path / "a.npy")[2]
     (tmp_path / "empty").mkdir()
-    assert (
-        "holds no files with an extension of jpeg, jpg, npy, png, webp"
-        in predict(capsys, small_run.root, tmp_path / "empty")[2]
-    )
+    err = predict(capsys, small_run.root, tmp_path / "empty")[2]
+    assert "holds no files with an extension of jpeg, jpg, npy, png, webp" in err
 
 
 def test_export_and_predict_are_commands_of_referral():
     for name, option in (("export", "--programs"), ("predict", "--student")):
-        asked = [sys.executable, "-m", "launch.cli", name, "--help"]
-        done = subprocess.run(asked, capture_output=True, text=True, timeout=120)
-        assert (
-            done.returncode == 0
-            and f"usage: referral {name}" in done.stdout
-            and option in done.stdout
-        )
+        command = [sys.executable, "-m", "launch.cli", name, "--help"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0
+        assert f"usage: referral {name}" in done.stdout and option in done.stdout
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(small_run, tmp_path):
     np.save(tmp_path / "many.npy", np.zeros((1000, 1, 8, 8), np.uint8))
-    asked = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "predict",
-        small_run.root,
-        tmp_path / "many.npy",
-        "--json",
-    ]
-    with subprocess.Popen(
-        list(map(str, asked)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    arguments = [str(small_run.root), str(tmp_path / "many.npy"), "--json"]
+    command = [sys.executable, "-m", "trainer", "predict", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
         assert json.loads(process.stdout.readline())["index"] == 0
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(60) == 0

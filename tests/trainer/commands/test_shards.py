@@ -224,7 +224,7 @@ def test_shards_without_a_manifest_get_one(tmp_path):
     assert open_shards(str(tmp_path), Data(), "val").class_names == ["0", "1", "2", "3", "4"]
 
 
-def test_a_manifest_never_vouches_for_damage(tmp_path):
+def test_a_manifest_never_vouches_for_corruption(tmp_path):
     write_tar(tmp_path / "train-0.tar", members_of(range(5))[:-1])
     assert "has only the member .cls" in refusal("index", tmp_path)
     assert not (tmp_path / "manifest.json").exists()
@@ -240,7 +240,7 @@ def test_index_accepts_a_change_that_was_meant(tmp_path):
     assert open_shards(str(tmp_path), Data(), "train").num_samples == 11
 
 
-def test_validate_is_silent_about_good_shards_and_lists_damaged_ones(tmp_path, capsys):
+def test_validate_is_silent_about_good_shards_and_lists_corrupt_ones(tmp_path, capsys):
     write_uneven(tmp_path, [5, 8])
     assert run("validate", tmp_path) == 0
     content = sample(3)["png"]
@@ -254,7 +254,7 @@ def test_validate_is_silent_about_good_shards_and_lists_damaged_ones(tmp_path, c
         "train-000000.tar: 00003 cannot be decoded" in err
         and "train-000000.tar: is not the shard" in err
     )
-    assert "1 of 2 shards are damaged" in err and "train-000001" not in err
+    assert "1 of 2 shards are corrupt" in err and "train-000001" not in err
     (tmp_path / "train-000001.tar").unlink()
     assert run("validate", tmp_path) == 1
     assert "train-000001.tar: is absent" in capsys.readouterr().err

@@ -39,18 +39,18 @@ def test_two_copies_of_one_job_may_write_the_same_step(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    "error",
     [
         OSError(28, "No space left on device"),
         RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
     ],
     ids=["OSError", "torch's writer"],
 )
-def test_a_full_disk_is_one_error_and_loses_no_earlier_checkpoint(tmp_path, monkeypatch, mistake):
+def test_a_full_disk_is_one_error_and_loses_no_earlier_checkpoint(tmp_path, monkeypatch, error):
     save_checkpoint(tmp_path, 1, {"value": 1}, keep=1)
 
     def full_disk(*_):
-        raise mistake
+        raise error
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(

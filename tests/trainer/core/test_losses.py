@@ -16,6 +16,7 @@ from trainer.core.distillation import (
 )
 from trainer.core.losses import (
     classification_loss,
+    cross_entropy,
     dustbin_shift,
     full_specialist_loss,
     specialist_loss,
@@ -28,7 +29,8 @@ def random_logits(*shape, seed=0):
 
 
 def test_dustbin_shift_is_the_log_of_the_odds_ratio():
-    # f = 1/2, pi = 0.02: odds 1 against 0.02 / 0.98, log 49 (the literal log(f / pi) = log 25 is 0.67 too low).
+    # f = 1/2, pi = 0.02: odds 1 against 0.02 / 0.98, log 49.  The literal log(f / pi) = log 25 is
+    # 0.67 too low.
     assert dustbin_shift(0.02, 0.5) == pytest.approx(math.log(49))
     assert dustbin_shift(0.02, 0.5) - math.log(0.5 / 0.02) == pytest.approx(0.673, abs=1e-3)
 
@@ -44,11 +46,9 @@ def test_dustbin_shift_refuses_a_share_that_is_none_or_all(natural, training):
 
 
 def test_specialist_prior_and_shift_recover_natural_frequencies_of_a_resampled_group():
-    """Classes a, b of S_m and the rest: naturally .06, .02, .92; in training a quarter, a quarter and half."""
-    natural, training = (
-        torch.tensor([0.06, 0.02, 0.92]).double(),
-        torch.tensor([0.25, 0.25, 0.5]).double(),
-    )
+    """Classes a, b of S_m and the rest: .06, .02, .92; in training 1/4, 1/4 and 1/2."""
+    natural = torch.tensor([0.06, 0.02, 0.92]).double()
+    training = torch.tensor([0.25, 0.25, 0.5]).double()
     log_prior = (torch.tensor([0.5, 0.5]) / torch.tensor([0.75, 0.25])).log().double()
     logits = natural.log().expand(3, 3)  # says nothing but the natural frequencies
     shift = dustbin_shift(0.08, 0.5)
@@ -56,17 +56,16 @@ def test_specialist_prior_and_shift_recover_natural_frequencies_of_a_resampled_g
         float(specialist_loss(logits[:1], torch.tensor([c]), shift, log_prior=log_prior))
         for c in range(3)
     ]
-    for c in range(
-        3
-    ):  # and so its training loss is that of the training frequencies, the best there is
+    # So its training loss is that of the training frequencies, the best there is.
+    for c in range(3):
         assert per_class[c] == pytest.approx(-math.log(training[c]), rel=1e-5)
 
 
 @given(natural=st.floats(0.01, 0.9), training=st.floats(0.05, 0.95))
 def test_dustbin_shift_recovers_the_true_prior(natural, training):
-    """With inputs that say nothing, the loss's minimiser at training shares answers with the natural shares
-    unshifted."""
-    # Classes: one in S_m, the rest in the dustbin.  The minimiser's shifted probabilities are the training shares.
+    """With inputs that say nothing, the minimiser at training shares has the natural ones."""
+    # One class in S_m, the rest in the dustbin.  The minimiser's shifted probabilities are the
+    # training shares.
     shifted = torch.tensor([math.log(training), math.log(1 - training)], dtype=torch.float64)
     unshifted = shifted + torch.tensor([0.0, dustbin_shift(natural, training)], dtype=torch.float64)
     assert float(unshifted.softmax(0)[0]) == pytest.approx(natural, rel=1e-9)
@@ -109,9 +108,9 @@ def test_distillation_loss_is_zero_when_student_equals_teacher():
         assert abs(float(loss)) < 1e-6
 
 
-def test_distillation_at_infinite_temperature_is_half_the_mean_squared_distance_of_zero_mean_logits():
-    # v = log p of the teacher, off by a constant per row.  By hand: z - v = (1, -1, 0) and (3, 0, 0) - 1 = (2, -1, -1):
-    # (2 / (2 * 3) + 6 / (2 * 3)) / 2 rows = 2 / 3.
+def test_at_infinite_temperature_it_is_half_the_mean_squared_distance_of_zero_mean_logits():
+    # v = log p of the teacher, off by a constant per row.  By hand: z - v = (1, -1, 0) and
+    # (3, 0, 0) - 1 = (2, -1, -1): (2 / (2 * 3) + 6 / (2 * 3)) / 2 rows = 2 / 3.
     teacher = random_logits(1, 2, 3)
     student = teacher + torch.tensor([[1.0, -1.0, 0.0], [3.0, 0.0, 0.0]]) + 7
     loss = distillation_loss(student, teacher.softmax(-1), torch.tensor([0, 1]), math.inf, 1.0, 0.0)
@@ -120,29 +119,29 @@ def test_distillation_at_infinite_temperature_is_half_the_mean_squared_distance_
 
 def test_a_high_temperature_comes_close_to_the_infinite_one():
     """In value and gradient, to order 1 / T; at T = 1000 of losses of size 1."""
-    student, teacher = (
-        random_logits(2, 4, 5, seed=1).requires_grad_(),
-        random_logits(2, 4, 5, seed=2),
-    )
-    found, labels = {}, torch.tensor([0, 1, 2, 3])
+    student = random_logits(2, 4, 5, seed=1).requires_grad_()
+    teacher = random_logits(2, 4, 5, seed=2)
+    labels = torch.tensor([0, 1, 2, 3])
+    results = {}
     for temperature in (1e3, math.inf):
         loss = distillation_loss(student, teacher.softmax(-1), labels, temperature, 1.0, 0.0)
-        found[temperature] = loss.detach(), *torch.autograd.grad(loss, student)
-    torch.testing.assert_close(found[1e3], found[math.inf], rtol=1e-2, atol=1e-4)
+        results[temperature] = loss.detach(), *torch.autograd.grad(loss, student)
+    torch.testing.assert_close(results[1e3], results[math.inf], rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("temperature, rtol", [(1e3, 2e-2), (math.inf, 1e-10)])
 def test_distillation_matches_logits_in_the_limit_of_high_temperature(temperature, rtol):
-    """Hinton et al. 2015, eq. 4: T^2-scaled gradient -> (z - v) / C for zero-mean logits, a row of K * B = 4."""
+    """Hinton et al. 2015, eq. 4: T^2-scaled gradient -> (z - v) / C for zero-mean logits.
+
+    It is one row's of K * B = 4.
+    """
     z, v = (random_logits(2, 2, 5, seed=seed) for seed in (1, 2))
     z, v = z - z.mean(-1, keepdim=True), v - v.mean(-1, keepdim=True)
     z.requires_grad_()
-    loss = distillation_loss(
-        z, v.softmax(-1), torch.zeros(2, dtype=torch.long), temperature, 1.0, 0.0
-    )
-    torch.testing.assert_close(
-        torch.autograd.grad(loss, z)[0], (z - v).detach() / 5 / 4, rtol=rtol, atol=rtol / 10
-    )
+    labels = torch.zeros(2, dtype=torch.long)
+    loss = distillation_loss(z, v.softmax(-1), labels, temperature, 1.0, 0.0)
+    (gradient,) = torch.autograd.grad(loss, z)
+    torch.testing.assert_close(gradient, (z - v).detach() / 5 / 4, rtol=rtol, atol=rtol / 10)
 
 
 def test_matching_logits_with_what_is_kept_of_a_teacher_has_an_even_tail_as_target():
@@ -151,10 +150,8 @@ def test_matching_logits_with_what_is_kept_of_a_teacher_has_an_even_tail_as_targ
         torch.tensor([[[3, 0]]]), torch.tensor([[[0.5, 0.2]]]).log(), torch.tensor([[0.3]]).log(), 5
     )
     logits = torch.tensor([0.2, 0.1, 0.1, 0.5, 0.1]).log()[None, None] + 4
-    assert (
-        float(distillation_loss(logits, top.spread(), torch.tensor([0]), math.inf, 1.0, 0.0))
-        < 1e-12
-    )
+    loss = distillation_loss(logits, top.spread(), torch.tensor([0]), math.inf, 1.0, 0.0)
+    assert float(loss) < 1e-12
 
 
 def test_a_head_that_does_not_hold_its_logits_refuses_infinite_temperature():
@@ -166,13 +163,10 @@ def test_a_head_that_does_not_hold_its_logits_refuses_infinite_temperature():
 
 
 def test_member_k_learns_from_member_k_alone():
-    student, teacher = (
-        random_logits(3, 4, 5, seed=1).requires_grad_(),
-        random_logits(3, 4, 5, seed=2).softmax(-1),
-    )
-    teacher[1] = (
-        student[1].detach().softmax(-1)
-    )  # the second has nothing left to learn, whatever the others say
+    student = random_logits(3, 4, 5, seed=1).requires_grad_()
+    teacher = random_logits(3, 4, 5, seed=2).softmax(-1)
+    # The second has nothing left to learn, whatever the others say.
+    teacher[1] = student[1].detach().softmax(-1)
     distillation_loss(student, teacher, torch.zeros(4, dtype=torch.long), 2.0, 1.0, 0.0).backward()
     moved = student.grad.abs().amax((1, 2))
     assert moved[1] < 1e-12 < 1e-3 < min(moved[0], moved[2])
@@ -227,16 +221,15 @@ def linear_head(classes):
 @pytest.mark.parametrize("temperature", (0.5, 1.0, 4.0))
 @pytest.mark.parametrize("kept", (2, 5, 7))
 def test_distilling_without_holding_the_logits_is_the_same(temperature, kept):
-    """From all of the teacher's seven classes, and from its two, five or seven most probable ones and their tail."""
+    """From all of the teacher's seven classes, and from its most probable ones and their tail."""
     parts, logits = linear_head(7)
     labels, weights = torch.tensor([2, -1, 6, 0]), (temperature, 0.7, 0.3, 0.1)
     p = random_logits(4, 7, seed=5).mul(2).softmax(1).float()
     top = TopKTargets.of(p.log(), kept)
     for teacher, spread in ((p, p), (top, top.spread())):
-        found = lazy_distillation_loss(LinearLogits(*parts, 7, block=3), teacher, labels, *weights)
-        torch.testing.assert_close(
-            found, distillation_loss(logits[None], spread[None], labels, *weights)
-        )
+        lazy = lazy_distillation_loss(LinearLogits(*parts, 7, block=3), teacher, labels, *weights)
+        dense = distillation_loss(logits[None], spread[None], labels, *weights)
+        torch.testing.assert_close(lazy, dense)
 
 
 def test_what_is_kept_of_a_teacher_is_spread_evenly():
@@ -255,7 +248,7 @@ def test_what_is_kept_of_log_probabilities_by_hand():
 
 @pytest.mark.parametrize("temperature", (1.0, 4.0, 20.0))
 def test_a_tail_far_below_the_rounding_of_one_counts_at_high_temperature(temperature):
-    """Three classes share e^-30; 1 - sum of values would have been 0, and the answer at T = 20 another one."""
+    """Three classes share e^-30; 1 - sum of values would be 0, and p at T = 20 another one."""
     logits = torch.tensor([[0.0, -30.0, -30.0, -30.0]])
     top = TopKTargets.of(logits.log_softmax(1), 1)
     torch.testing.assert_close(soften(top.spread(), temperature), (logits / temperature).softmax(1))
@@ -274,7 +267,7 @@ def test_a_tail_far_below_the_rounding_of_one_counts_at_high_temperature(tempera
 def test_what_is_kept_in_half_precision_is_a_distribution_close_to_the_answer(
     seed, kept, members, temperature
 ):
-    """Nine classes of which all but `kept` are alike, so that nothing is lost but the rounding of logs."""
+    """Nine classes of which all but `kept` are alike: nothing is lost but the rounding of logs."""
     log_p = random_logits(*members, 4, 9, seed=seed).float() * 3
     log_p = log_p.sort(descending=True).values
     log_p[..., kept:] = log_p[..., kept - 1 :].mean(-1, keepdim=True)
@@ -298,8 +291,37 @@ def test_what_is_kept_in_half_precision_is_a_distribution_close_to_the_answer(
 def test_classifying_without_holding_the_logits_is_the_same():
     parts, logits = linear_head(7)
     labels, prior = torch.tensor([2, 5, 6, 0]), torch.randn(7)
-    found = classification_loss(LinearLogits(*parts, 7, block=2), labels, 0.1, prior)
-    torch.testing.assert_close(found, classification_loss(logits, labels, 0.1, prior))
+    lazy = classification_loss(LinearLogits(*parts, 7, block=2), labels, 0.1, prior)
+    torch.testing.assert_close(lazy, classification_loss(logits, labels, 0.1, prior))
+
+
+def squared_error(logits, labels, label_smoothing=0.0):
+    """A loss that a user may bring."""
+    targets = F.one_hot(labels, logits.shape[1]) * (1 - label_smoothing)
+    return (logits.softmax(1) - targets).square().sum(1).mean()
+
+
+def test_a_loss_is_given_the_logits_after_prior_and_shift():
+    logits, labels = random_logits(4, 3), torch.tensor([0, 1, 2, 2])
+    prior = torch.tensor([0.1, -0.2, 0.4])
+    torch.testing.assert_close(
+        classification_loss(logits, labels, 0.1, prior, squared_error),
+        squared_error(logits + prior, labels, 0.1),
+    )
+    shift = torch.tensor([0.1, -0.2, -0.7])
+    torch.testing.assert_close(
+        specialist_loss(logits, labels, 0.7, 0.1, prior[:2], squared_error),
+        squared_error(logits + shift, labels, 0.1),
+    )
+
+
+def test_a_head_that_does_not_hold_its_logits_knows_cross_entropy_alone():
+    parts, logits = linear_head(7)
+    labels = torch.tensor([2, 5, 6, 0])
+    with pytest.raises(ValueError, match="'squared_error' needs dense logits"):
+        classification_loss(LinearLogits(*parts, 7), labels, loss=squared_error)
+    lazy = classification_loss(LinearLogits(*parts, 7), labels, loss=cross_entropy)
+    torch.testing.assert_close(lazy, cross_entropy(logits, labels))
 
 
 def test_distillation_refuses_shapes_that_disagree():
@@ -309,14 +331,13 @@ def test_distillation_refuses_shapes_that_disagree():
         )
 
 
-MEMBERS = torch.tensor(
-    [True, False, True, False]
-)  # of a specialist; the four classes of a small world
-WORLD = torch.tensor([0.04, 0.5, 0.06, 0.4]).double()  # their natural shares: pi = 0.1
+# Which of a small world's four classes are a specialist's, and their natural shares: pi = 0.1.
+MEMBERS = torch.tensor([True, False, True, False])
+WORLD = torch.tensor([0.04, 0.5, 0.06, 0.4]).double()
 
 
 def small_world(fraction=0.5, seed=0, out_ratio=(1.0, 1.0)):
-    """Five inputs.  (p(c | x) naturally [5, 4], joint share of (x, c) in training [5, 4], log_prior [4])."""
+    """Of five inputs p(c | x) naturally, the share of (x, c) in training, [5, 4]; log_prior [4]."""
     given_class = random_logits(5, 4, seed=seed).mul(2).softmax(0)  # p(x | c)
     natural = WORLD * given_class
     training_share = torch.where(MEMBERS, fraction / 0.1 * WORLD, (1 - fraction) / 0.9 * WORLD)
@@ -330,7 +351,7 @@ def small_world(fraction=0.5, seed=0, out_ratio=(1.0, 1.0)):
 
 
 def expected_loss(logits, training, loss):
-    """Mean over the 20 pairs of loss(logits [1, 4], label [1], input), each pair weighed by its share in training."""
+    """Mean of loss(logits [1, 4], label [1], input) over 20 pairs, by their share in training."""
     total = 0.0
     for x in range(5):
         for c in range(4):
@@ -347,8 +368,10 @@ def expected_loss(logits, training, loss):
 def test_full_specialist_is_unbiased_where_the_generalist_knows_its_own_classes(
     seed, fraction, soft_weight, out_ratio
 ):
-    """The natural posterior is stationary, however S_m is oversampled, the rest resampled or soft targets weighed; and
-    what the generalist says about S_m is of no importance."""
+    """The natural posterior is stationary, however S_m is oversampled or the rest resampled.
+
+    Nor does the weight of the soft targets matter, or what the generalist says about S_m.
+    """
     posterior, training, log_prior = small_world(fraction, seed, out_ratio)
     general = posterior * torch.where(MEMBERS, torch.tensor([9.0, 1.0, 0.1, 1.0]).double(), 1.0)
     general = general / general.sum(1, keepdim=True)
@@ -364,7 +387,7 @@ def test_full_specialist_is_unbiased_where_the_generalist_knows_its_own_classes(
 
 
 def test_soft_targets_of_an_exact_generalist_stand_for_hard_ones():
-    """Averaged over the labels they give the gradient of the plain adjusted cross-entropy, at any network."""
+    """Averaged over the labels they give the adjusted cross-entropy's gradient, at any network."""
     posterior, training, log_prior = small_world()
     logits = random_logits(5, 4, seed=7).requires_grad_()
     soft = expected_loss(
@@ -382,12 +405,12 @@ def test_full_specialist_without_soft_targets_is_the_one_with_a_dustbin():
     logits, labels = random_logits(4, 4), torch.tensor([0, 1, 2, 3])
     shift = dustbin_shift(0.1, 0.5)
     log_prior = torch.where(MEMBERS, 0.0, -shift).double()
-    found = full_specialist_loss(
+    loss = full_specialist_loss(
         logits, labels, MEMBERS, torch.full((4, 4), 0.25), log_prior, soft_weight=0.0
     )
     dustbin = torch.cat([logits[:, MEMBERS], logits[:, ~MEMBERS].logsumexp(1, keepdim=True)], 1)
     expected = specialist_loss(dustbin, torch.tensor([0, 2, 1, 2]), shift)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_soft_term_is_zero_when_the_specialist_agrees_with_the_generalist_on_other_classes():
@@ -404,15 +427,15 @@ def test_full_specialist_bears_a_generalist_that_is_certain_of_a_class_in_its_gr
     loss = full_specialist_loss(
         torch.zeros(1, 4), torch.tensor([1]), MEMBERS, general, torch.zeros(4)
     )
-    assert float(loss) == pytest.approx(
-        math.log(2)
-    )  # out: 2 of 4; which of the two it does not say
+    # Out: 2 of 4; which of the two it does not say.
+    assert float(loss) == pytest.approx(math.log(2))
 
 
 def test_dirichlet_kl_by_hand():
-    # Dir(2, 1) has density 2 x, Dir(1, 1) density 1: E log 2x = log 2 + E log x = log 2 - 1/2, of x ~ Beta(2, 1).
-    found = dirichlet_kl(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
-    torch.testing.assert_close(found, torch.tensor([math.log(2) - 0.5]).double())
+    # Dir(2, 1) has density 2 x, Dir(1, 1) density 1: E log 2x = log 2 + E log x = log 2 - 1/2,
+    # of x ~ Beta(2, 1).
+    kl = dirichlet_kl(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+    torch.testing.assert_close(kl, torch.tensor([math.log(2) - 0.5]).double())
 
 
 positive = st.lists(st.floats(-4, 9).map(math.exp), min_size=5, max_size=5)
@@ -420,24 +443,26 @@ positive = st.lists(st.floats(-4, 9).map(math.exp), min_size=5, max_size=5)
 
 @given(positive, positive)
 def test_dirichlet_kl_agrees_with_torch_distributions(alpha, beta):
-    alpha, beta = (torch.tensor([each], dtype=torch.float64) for each in (alpha, beta))
+    alpha, beta = (torch.tensor([values], dtype=torch.float64) for values in (alpha, beta))
     oracle = torch.distributions.kl_divergence(*map(torch.distributions.Dirichlet, (alpha, beta)))
-    found = dirichlet_kl(alpha, beta)
-    torch.testing.assert_close(found, oracle, rtol=1e-9, atol=1e-9)
-    assert float(found) > -1e-10
+    kl = dirichlet_kl(alpha, beta)
+    torch.testing.assert_close(kl, oracle, rtol=1e-9, atol=1e-9)
+    assert float(kl) > -1e-10
     torch.testing.assert_close(
         dirichlet_kl(alpha, alpha), torch.zeros(1).double(), rtol=0, atol=1e-10
     )
 
 
-def test_dirichlet_kl_of_huge_parameters_keeps_its_figures():
-    """Alike and huge, Dir(n m_1, n m_2) against Dir(1, 1): log of a Beta's density at its peak, by Stirling
-    log sqrt(n / (2 pi m_1 m_2)) - 1/2; the definition in float64 has lost all figures at n = 1e200."""
+def test_dirichlet_kl_of_huge_parameters_keeps_its_digits():
+    """Alike and huge, Dir(n m_1, n m_2) against Dir(1, 1).
+
+    It is the log of a Beta's density at its peak, by Stirling log sqrt(n / (2 pi m_1 m_2)) - 1/2.
+    The definition in float64 has lost all digits at n = 1e200.
+    """
     for n in (1e8, 1e30, 1e200):
-        found = dirichlet_kl(
-            torch.tensor([[0.3 * n, 0.7 * n]], dtype=torch.float64), torch.ones(1, 2)
-        )
-        assert float(found) == pytest.approx(math.log(n / (2 * math.pi * 0.21)) / 2 - 0.5, rel=1e-7)
+        alpha = torch.tensor([[0.3 * n, 0.7 * n]], dtype=torch.float64)
+        kl = dirichlet_kl(alpha, torch.ones(1, 2))
+        assert float(kl) == pytest.approx(math.log(n / (2 * math.pi * 0.21)) / 2 - 0.5, rel=1e-7)
 
 
 def test_entropic_is_the_difference_it_stands_for_on_both_sides_of_its_seam():
@@ -489,7 +514,8 @@ def test_gaussian_kl_agrees_with_torch_distributions(m_t, v_t, m_s, v_s):
 
 
 def test_gaussian_kl_by_hand():
-    # One wide by 1, off by 2, of unit variances: 2^2 / 2 = 2; a second output alike: 0; a second example alike: halved.
+    # One wide by 1, off by 2, of unit variances: 2^2 / 2 = 2; a second output alike: 0; a second
+    # example alike: halved.
     m_t, zeros = torch.tensor([[[2.0, 0.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
     m_s = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])
     assert float(gaussian_kl(m_t, zeros, m_s, zeros)) == pytest.approx(1.0)
@@ -517,9 +543,8 @@ LOSSES = {
         z, TEACHER.softmax(-1), LABELS, math.inf, 0.9, 0.1
     ),
     "prior network": lambda z: prior_network_loss(3 * z[0], LABELS, 50.0),
-    "Dirichlet KL": lambda z: dirichlet_kl(
-        (2 * z[0]).exp() * 30, (TEACHER[0]).exp()
-    ),  # on both sides of 64
+    # On both sides of 64.
+    "Dirichlet KL": lambda z: dirichlet_kl((2 * z[0]).exp() * 30, (TEACHER[0]).exp()),
     "Gaussian KL": lambda z: gaussian_kl(TEACHER, TEACHER.flip(0), z, z.flip(1)),
 }
 
@@ -530,13 +555,10 @@ def test_gradients_agree_with_finite_differences(loss):
 
 
 def test_losses_of_half_precision_logits_are_computed_in_float32():
-    logits, teacher = (
-        random_logits(1, 3, 4).bfloat16(),
-        random_logits(1, 3, 4, seed=5).softmax(-1).float(),
-    )
+    logits = random_logits(1, 3, 4).bfloat16()
+    teacher = random_logits(1, 3, 4, seed=5).softmax(-1).float()
     for temperature in (3.0, math.inf):
-        found = distillation_loss(logits, teacher, LABELS, temperature, 1.0, 0.5)
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(
-            found, distillation_loss(logits.float(), teacher, LABELS, temperature, 1.0, 0.5)
-        )
+        loss = distillation_loss(logits, teacher, LABELS, temperature, 1.0, 0.5)
+        assert loss.dtype == torch.float32
+        in_float32 = distillation_loss(logits.float(), teacher, LABELS, temperature, 1.0, 0.5)
+        torch.testing.assert_close(loss, in_float32)

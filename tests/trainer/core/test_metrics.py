@@ -24,8 +24,9 @@ from trainer.core.metrics import (
 )
 
 
-def test_figures_of_a_hand_worked_example():
-    # Three examples of two classes (0, 0, 1); answers: right at .8, wrong at .6 (so p(true) = .4), right at .9.
+def test_metrics_of_a_hand_worked_example():
+    # Three examples of two classes (0, 0, 1); predictions: right at .8, wrong at .6 (so
+    # p(true) = .4), right at .9.
     labels = [0, 0, 1]
     top5 = [[0, 1, -1, -1, -1], [1, 0, -1, -1, -1], [1, 0, -1, -1, -1]]
     probability = [[0.8, 0.2, 0, 0, 0], [0.6, 0.4, 0, 0, 0], [0.9, 0.1, 0, 0, 0]]
@@ -66,7 +67,8 @@ def members(*shape, seed=0):
 
 def test_model_uncertainty_by_hand():
     p = torch.tensor([[[1.0, 0.0], [0.5, 0.5], [0.9, 0.1]], [[0.0, 1.0], [0.5, 0.5], [0.5, 0.5]]])
-    # Certain of different classes: log 2.  Both unsure alike: 0.  H[.7, .3] - (H[.9, .1] + log 2) / 2 = .1018.
+    # Certain of different classes: log 2.  Both unsure alike: 0.
+    # H[.7, .3] - (H[.9, .1] + log 2) / 2 = .1018.
     torch.testing.assert_close(
         model_uncertainty(p), torch.tensor([math.log(2), 0.0, 0.1018]), rtol=1e-3, atol=0
     )
@@ -75,10 +77,10 @@ def test_model_uncertainty_by_hand():
 @given(seed=st.integers(0, 999), K=st.integers(1, 6))
 def test_model_uncertainty_is_the_mean_kl_from_the_mean_and_lies_between_0_and_log_k(seed, K):
     p = members(K, 4, 5, seed=seed).exp()
-    found, mean = model_uncertainty(p).double(), p.mean(0)
-    kl = (p * (p / mean).log()).sum(-1).mean(0)
-    torch.testing.assert_close(found, kl, rtol=1e-5, atol=1e-7)
-    assert (found >= 0).all() and (found <= math.log(K) + 1e-6).all()
+    uncertainty = model_uncertainty(p).double()
+    kl = (p * (p / p.mean(0)).log()).sum(-1).mean(0)
+    torch.testing.assert_close(uncertainty, kl, rtol=1e-5, atol=1e-7)
+    assert (uncertainty >= 0).all() and (uncertainty <= math.log(K) + 1e-6).all()
 
 
 def test_model_uncertainty_of_1e_8_is_not_lost_in_float32_entropies():
@@ -91,31 +93,32 @@ def test_model_uncertainty_of_1e_8_is_not_lost_in_float32_entropies():
     "a, b", [(1.0, 1.0), (0.2, 3.0), (40.0, 60.0), (1001.0, 1.0), (0.05, 0.05)]
 )
 def test_dirichlet_uncertainty_agrees_with_an_integral_over_the_members(a, b):
-    """Of two classes Dir(alpha) is a Beta: H[mean] - the integral of its density times the entropy."""
+    """Of two classes Dir(alpha) is a Beta: H[mean] - integral of its density times the entropy."""
 
     def entropy(x):
         return -sum(p * math.log(p) for p in (x, 1 - x) if p > 0)
 
     splits = beta.ppf([1e-6, 0.01, 0.5, 0.99, 1 - 1e-6], a, b)
-    edges = [0, *sorted({float(each) for each in splits if 0 < each < 1}), 1]
+    edges = [0, *sorted({float(split) for split in splits if 0 < split < 1}), 1]
     parts = zip(edges, edges[1:], strict=False)
     inner = sum(
         quad(lambda x: beta.pdf(x, a, b) * entropy(x), lo, hi, limit=200)[0] for lo, hi in parts
     )
-    found = dirichlet_uncertainty(torch.tensor([[math.log(a), math.log(b)]], dtype=torch.float64))
-    assert float(found) == pytest.approx(entropy(a / (a + b)) - inner, rel=1e-4, abs=1e-7)
+    logits = torch.tensor([[math.log(a), math.log(b)]], dtype=torch.float64)
+    assert float(dirichlet_uncertainty(logits)) == pytest.approx(
+        entropy(a / (a + b)) - inner, rel=1e-4, abs=1e-7
+    )
 
 
 def test_dirichlet_uncertainty_stays_finite_and_falls_with_the_evidence():
-    logits = (
-        torch.tensor([[0.0, 1.0, 2.0]])
-        + torch.tensor([-2000.0, -5.0, 0.0, 5.0, 20.0, 2000.0])[:, None]
-    )
-    found = dirichlet_uncertainty(logits)
-    assert found.isfinite().all() and (found[:-1] >= found[1:]).all() and float(found[-1]) < 1e-9
+    evidence = torch.tensor([-2000.0, -5.0, 0.0, 5.0, 20.0, 2000.0])
+    logits = torch.tensor([[0.0, 1.0, 2.0]]) + evidence[:, None]
+    uncertainty = dirichlet_uncertainty(logits)
+    assert uncertainty.isfinite().all()
+    assert (uncertainty[:-1] >= uncertainty[1:]).all() and float(uncertainty[-1]) < 1e-9
     # Without evidence each draw is certain of one class: the uncertainty is the mean's entropy.
     p = logits[0].softmax(-1)
-    torch.testing.assert_close(found[0], -(p * p.log()).sum())
+    torch.testing.assert_close(uncertainty[0], -(p * p.log()).sum())
 
 
 def test_pairwise_kl_by_hand():
@@ -135,7 +138,7 @@ def test_pairwise_kl_agrees_with_a_loop_over_pairs(seed, K):
 
 
 def test_pairwise_kl_of_excluded_classes():
-    """0 log 0 is 0 where all members exclude a class, and inf where one does what another does not."""
+    """0 log 0 is 0 where all members exclude a class, and inf where one of them does not."""
     alike = torch.tensor([[[0.5, 0.5, 0.0]], [[0.5, 0.5, 0.0]]]).log()
     assert float(pairwise_kl(alike)) == 0
     apart = torch.tensor([[[0.5, 0.5, 0.0]], [[0.25, 0.25, 0.5]]]).log()
@@ -149,9 +152,9 @@ def test_disagreement_is_the_share_of_pairs_that_vote_apart():
 
 
 def test_how_far_members_differ_needs_two_of_them():
-    for figure in (pairwise_kl, disagreement):
+    for metric in (pairwise_kl, disagreement):
         with pytest.raises(ValueError, match="there is 1"):
-            figure(members(1, 3, 4))
+            metric(members(1, 3, 4))
 
 
 def test_values_by_confidence_by_hand():
@@ -182,9 +185,8 @@ def test_deep_ensemble_equivalent_by_hand(nll, expected):
 
 def test_the_first_descent_counts_where_a_further_member_hurt():
     nlls = [1.0, 0.8, 0.9, 0.6]
-    assert deep_ensemble_equivalent(0.85, nlls) == pytest.approx(
-        1.75
-    )  # not 3.17, where the line comes by again
+    # Not 3.17, where the line comes by again.
+    assert deep_ensemble_equivalent(0.85, nlls) == pytest.approx(1.75)
     assert deep_ensemble_equivalent(0.75, nlls) == pytest.approx(3.5)
     assert deep_ensemble_equivalent(0.8, [1.0, 0.8, 0.8]) == 2
 
@@ -192,12 +194,11 @@ def test_the_first_descent_counts_where_a_further_member_hurt():
 @given(st.lists(st.floats(0.01, 9), min_size=1, max_size=6), st.floats(0.01, 9), st.floats(0.01, 9))
 def test_a_lower_nll_is_never_worth_fewer_members(nlls, first, second):
     better, worse = min(first, second), max(first, second)
-    found = deep_ensemble_equivalent(better, nlls), deep_ensemble_equivalent(worse, nlls)
-    assert found[0] >= found[1] >= 1 and (math.isinf(found[0]) or found[0] <= len(nlls))
-    size = found[0]
-    if (
-        1 < size < math.inf
-    ):  # and that many members, on the line between two sizes, are exactly as good
+    size = deep_ensemble_equivalent(better, nlls)
+    assert size >= deep_ensemble_equivalent(worse, nlls) >= 1
+    assert math.isinf(size) or size <= len(nlls)
+    # That many members, on the line between two sizes, are exactly as good.
+    if 1 < size < math.inf:
         assert np.interp(size, range(1, len(nlls) + 1), nlls) == pytest.approx(better, rel=1e-6)
 
 

@@ -37,8 +37,8 @@ def aim(logits_of, inputs, weights, temperature):
 
 
 def test_direction_of_a_linear_teacher_by_hand():
-    # Two classes, logits = x = (1/2, 1/2), w = (1, 0), tau = 1: p = (1/2, 1/2), the slope of w . p (1/4, -1/4), D = 2:
-    # the direction is sqrt(2) (1, -1) / sqrt(2).
+    # Two classes, logits = x = (1/2, 1/2), w = (1, 0), tau = 1: p = (1/2, 1/2), the slope of w . p
+    # (1/4, -1/4), D = 2: the direction is sqrt(2) (1, -1) / sqrt(2).
     direction, confidence = ods(
         lambda x: x, torch.full((1, 2), 0.5), torch.tensor([[1.0, 0.0]]), 1.0
     )
@@ -60,12 +60,10 @@ def test_confidence_is_the_largest_probability_at_the_temperature():
 def test_a_direction_has_norm_sqrt_d_and_raises_the_weighted_sum(seed, temperature, gain):
     """However flat the teacher is: the squares of slopes of 1e-20 would underflow in float32."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)).double()
-    for number, parameter in enumerate(network.parameters()):
-        parameter.data = torch.randn(parameter.shape, generator=draw(seed + number)).double()
-    x, weights = (
-        torch.rand(4, 3, 2, 2, generator=draw(seed)),
-        torch.rand(4, 5, generator=draw(seed)) * 2 - 1,
-    )
+    for index, parameter in enumerate(network.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=draw(seed + index)).double()
+    x = torch.rand(4, 3, 2, 2, generator=draw(seed))
+    weights = torch.rand(4, 5, generator=draw(seed)) * 2 - 1
     direction, _ = ods(lambda x: network.float()(x) * gain, x, weights, temperature)
     torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.full((4,), math.sqrt(12)))
     network.double()
@@ -79,8 +77,11 @@ def test_a_direction_has_norm_sqrt_d_and_raises_the_weighted_sum(seed, temperatu
     "gap, dtype", ((0, torch.float32), (20, torch.float32), (80, torch.float32), (20, torch.half))
 )
 def test_direction_is_right_for_teachers_that_are_certain_beyond_rounding(gap, dtype):
-    """At a gap of 20 the top class's 1 - p is 1e-9: in float32 the plain gradient leaves that class out, in half
-    precision it is 0 altogether; at 80, through a layer that scales it down, in float32 too."""
+    """At a gap of 20 the top class's 1 - p is 1e-9.
+
+    In float32 the plain gradient leaves that class out, in half precision it is 0 altogether; at a
+    gap of 80, through a layer that scales it down, in float32 too.
+    """
     x, weights = torch.rand(6, 10, generator=draw(1)), torch.rand(6, 4, generator=draw(2)) * 2 - 1
     bias = -torch.tensor([0.0, gap, gap + 1, gap + 2])
     body = linear_teacher(4, 10, gain=1e12)
@@ -90,12 +91,13 @@ def test_direction_is_right_for_teachers_that_are_certain_beyond_rounding(gap, d
 
     wide = x.double().requires_grad_()
     p = teacher(wide).softmax(1)
-    # Lowering all weights by the top class's changes no gradient and takes the cancellation out of the oracle.
+    # Lowering all weights by the top class's changes no gradient and takes the cancellation out of
+    # the oracle.
     (gradient,) = torch.autograd.grad(((weights - weights[:, :1]).double() * p).sum(), wide)
     expected = gradient / gradient.norm(dim=1, keepdim=True) * math.sqrt(10)
     tolerance = 1e-3 if dtype == torch.float32 else 3e-2
-    found, _ = ods(lambda x: teacher(x).to(dtype), x, weights, 1.0)
-    torch.testing.assert_close(found, expected.float(), rtol=tolerance, atol=tolerance)
+    direction, _ = ods(lambda x: teacher(x).to(dtype), x, weights, 1.0)
+    torch.testing.assert_close(direction, expected.float(), rtol=tolerance, atol=tolerance)
 
 
 def test_where_the_teacher_is_flat_the_direction_is_zero():
@@ -136,15 +138,15 @@ def test_ods_moves_by_size_times_sqrt_d_and_conf_ods_by_the_teacher_s_confidence
 
 
 def test_one_teacher_is_drawn_for_a_whole_batch_and_each_gets_its_turn():
-    """Teacher k's gradient is along the k-th pair of inputs, so the move says who was asked."""
+    """Teacher k's gradient is along the k-th pair of inputs, so the move says which was drawn."""
     teachers = [lambda x, k=k: x[:, 2 * k : 2 * k + 2] for k in range(3)]
     turns = torch.zeros(3, dtype=torch.long)
     generator = draw()
     for _ in range(60):
         moved = perturb("ods", torch.full((4, 6), 0.5), 0.01, 1.0, teachers, generator) != 0.5
-        asked = {row.nonzero()[:, 0].tolist()[0] // 2 for row in moved}
-        assert len(asked) == 1
-        turns[asked.pop()] += 1
+        drawn = {row.nonzero()[:, 0].tolist()[0] // 2 for row in moved}
+        assert len(drawn) == 1
+        turns[drawn.pop()] += 1
     assert turns.min() >= 5  # of 60 at 1/3: below 5 with a chance of 1e-5
 
 

@@ -1,11 +1,14 @@
-"""A training stream read by several ranks of several workers, killed with SIGKILL at random moments and resumed.
+"""A training stream of several ranks and workers, killed at random moments and resumed.
 
-    python tests/trainer/data/killed.py 20          judges a run that is killed 20 times: `make soak`
-    python tests/trainer/data/killed.py DIRECTORY RANKS WORKERS STEPS          goes on with a run until it ends
+    python tests/trainer/data/killed.py 20
+        judges a run that is killed 20 times: `make soak`
+    python tests/trainer/data/killed.py DIRECTORY RANKS WORKERS STEPS
+        resumes a run until it ends
 
-The run keeps DIRECTORY/seen, a line for every global batch in the order in which it came: its step, and a hash of the
-keys, labels, sources and decoded, augmented inputs.  Its whole state is one number, written now and then as a
-training run writes checkpoints, so that the steps after it are seen again.
+The run keeps DIRECTORY/seen, a line for every global batch in the order in which it came: its step,
+and a hash of the keys, labels, sources and decoded, augmented inputs.  Its whole state is one
+number, written now and then as a training run writes checkpoints, so that the steps after it are
+seen again.
 """
 
 import hashlib
@@ -30,10 +33,8 @@ from pipeline.store import read_json, write_json  # noqa: E402
 from trainer.data import Source, TrainingStream, balanced, open_shards, shuffled  # noqa: E402
 
 SIZES = [1, 40, 7, 13, 60, 2, 27]
-UNREADABLE = {
-    5,
-    90,
-}  # a damaged sample in training has a stand-in, which must be the same one again
+# A corrupt sample in training has a stand-in, which must be the same one again.
+UNREADABLE = {5, 90}
 EVERY = 7  # steps between two states
 
 
@@ -62,13 +63,12 @@ def the_stream(directory: Path) -> TrainingStream:
 def digests(stream: TrainingStream, batch) -> list[bytes]:
     """One for each example: of its key, label, source and input."""
     keys = stream.sources[0].shards.keys(batch.ids.numpy())
-    facts = zip(
-        keys, batch.labels.tolist(), batch.source.tolist(), batch.inputs.numpy(), strict=True
-    )
-    return [
-        hashlib.sha256(f"{key} {label} {source} ".encode() + inputs.tobytes()).digest()
-        for key, label, source, inputs in facts
-    ]
+    labels, sources = batch.labels.tolist(), batch.source.tolist()
+    hashes = []
+    for key, label, source, inputs in zip(keys, labels, sources, batch.inputs.numpy(), strict=True):
+        content = f"{key} {label} {source} ".encode() + inputs.tobytes()
+        hashes.append(hashlib.sha256(content).digest())
+    return hashes
 
 
 def line(step: int, examples: list[bytes]) -> str:
@@ -91,10 +91,11 @@ def read_as_rank(
 
 def go_on(directory: Path, ranks: int, workers: int, steps: int) -> None:
     """Read from the last state to the end, each rank in a process of its own."""
-    first = (
-        read_json(directory / "state.json")["step"] if (directory / "state.json").exists() else 0
-    )
-    fork, pipes, processes = multiprocessing.get_context("fork"), [], []
+    first = 0
+    if (directory / "state.json").exists():
+        first = read_json(directory / "state.json")["step"]
+    fork = multiprocessing.get_context("fork")
+    pipes, processes = [], []
     for rank in range(ranks):
         ours, theirs = fork.Pipe(duplex=False)
         arguments = (directory, first, steps, rank, ranks, workers, theirs)
@@ -116,21 +117,13 @@ def go_on(directory: Path, ranks: int, workers: int, steps: int) -> None:
 
 
 def start(directory: Path, ranks: int, workers: int, steps: int) -> subprocess.Popen:
-    words = [
-        sys.executable,
-        "-W",
-        "ignore::UserWarning",
-        __file__,
-        directory,
-        ranks,
-        workers,
-        steps,
-    ]
+    python = [sys.executable, "-W", "ignore::UserWarning"]
+    words = [*python, __file__, directory, ranks, workers, steps]
     return subprocess.Popen([str(word) for word in words], start_new_session=True)
 
 
 def kill_at_random(directory: Path, chance: random.Random, steps: int, kills: int) -> dict:
-    """Start the run anew at random ranks and workers and kill all its processes at a random moment."""
+    """Start the run anew at random ranks and workers, and kill all its processes."""
     geometry = {"ranks": chance.choice([1, 2, 3]), "workers": chance.choice([0, 1, 2])}
     process, before = start(directory, **geometry, steps=steps), lines_seen(directory)
     enough = before + chance.randrange(steps // (2 * kills))
@@ -144,33 +137,33 @@ def kill_at_random(directory: Path, chance: random.Random, steps: int, kills: in
 
 
 def lines_seen(directory: Path) -> int:
-    return (directory / "seen").read_bytes().count(b"\n") if (directory / "seen").exists() else 0
+    path = directory / "seen"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def judge(directory: Path, kills: int, steps: int, seed: int) -> list[dict]:
-    """Kill a run of `steps` steps `kills` times, let it end, and compare.  Returns what the attempts were."""
+    """Kill a run of `steps` steps `kills` times, let it end, and compare.
+
+    Returns what the attempts were.
+    """
     write_shards(directory)
     expected, chance = uninterrupted(directory, steps), random.Random(seed)
-    assert len({each.split()[1] for each in expected}) == steps, (
-        "batches repeat: hashes would tell nothing"
-    )
+    hashes = {each.split()[1] for each in expected}
+    assert len(hashes) == steps, "batches repeat: hashes would tell nothing"
     attempts = [kill_at_random(directory, chance, steps, kills) for _ in range(kills)]
     last = {"ranks": chance.choice([1, 2, 3]), "workers": chance.choice([0, 1, 2])}
     assert start(directory, **last, steps=steps).wait(600) == 0
     seen = (directory / "seen").read_text().splitlines()
     wrong = [each for each in seen if each != expected[int(each.split()[0])]]
-    assert not wrong, (
-        f"{len(wrong)} of {len(seen)} batches differ, the first at step {wrong[0].split()[0]}: {attempts}"
-    )
-    assert set(seen) == set(expected), (
-        f"{len(set(expected) - set(seen))} steps were never seen: {attempts}"
-    )
+    assert not wrong, f"{len(wrong)} of {len(seen)} batches differ: {wrong[0]}, {attempts}"
+    never = set(expected) - set(seen)
+    assert set(seen) == set(expected), f"{len(never)} steps were never seen: {attempts}"
     return [*attempts, last | {"seen": len(seen) - sum(attempt["seen"] for attempt in attempts)}]
 
 
 def soak(kills: int) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        attempts = judge(Path(place), kills, steps=100 * kills, seed=0)
+    with tempfile.TemporaryDirectory() as directory:
+        attempts = judge(Path(directory), kills, steps=100 * kills, seed=0)
     for attempt in attempts:
         print(json.dumps(attempt))
     again = sum(attempt["seen"] for attempt in attempts) - 100 * kills

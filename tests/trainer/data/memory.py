@@ -1,6 +1,6 @@
 """What a worker of a training stream holds in memory over many epochs of raw shards.
 
-python tests/trainer/data/memory.py [EPOCHS]   prints a line of JSON: bytes per epoch, and the stated bound.
+`python tests/trainer/data/memory.py [EPOCHS]` prints a line of JSON: bytes per epoch and bound.
 """
 
 import json
@@ -21,13 +21,10 @@ SAMPLES, BATCH, SIDE = 960, 64, 64
 
 
 def private_bytes(pid: int) -> int:
-    """What the process alone holds: its private pages, without those that it shares with its parent."""
+    """What the process alone has in memory: its private pages, not those shared with its parent."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return 1024 * sum(
-        int(line.split()[1])
-        for line in lines
-        if line.startswith(("Private_Clean", "Private_Dirty"))
-    )
+    private = [line for line in lines if line.startswith(("Private_Clean", "Private_Dirty"))]
+    return 1024 * sum(int(line.split()[1]) for line in private)
 
 
 def measure(directory: Path, epochs: int) -> dict:
@@ -41,13 +38,15 @@ def measure(directory: Path, epochs: int) -> dict:
         write_tar(directory / f"train-{shard}.tar", members)
     shards = open_shards(str(directory), Data(classes=1, cache="none"), "train")
     stream = TrainingStream([Source(shards, shuffled(SAMPLES, 0), BATCH)], 0, "flip-crop")
-    held, steps = np.zeros(epochs, np.int64), SAMPLES // BATCH
+    most = np.zeros(epochs, np.int64)
+    steps = SAMPLES // BATCH
     for step, _ in enumerate(stream.loader(0, epochs * steps, workers=1)):
         (worker,) = multiprocessing.active_children()
-        held[step // steps] = max(held[step // steps], private_bytes(worker.pid))
-    return {"worker": held.tolist(), "batch": BATCH * 3 * SIDE * SIDE}
+        most[step // steps] = max(most[step // steps], private_bytes(worker.pid))
+    return {"worker": most.tolist(), "batch": BATCH * 3 * SIDE * SIDE}
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as place:
-        print(json.dumps(measure(Path(place), int(sys.argv[1]) if len(sys.argv) > 1 else 50)))
+    num_epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 50
+    with tempfile.TemporaryDirectory() as temporary:
+        print(json.dumps(measure(Path(temporary), num_epochs)))

@@ -28,7 +28,10 @@ def uneven_set(directory: Path, seed: int):
 
 
 def times_seen(shards, batch_size: int, ranks: int, workers: int) -> np.ndarray:
-    """int64[N]: how often each sample came, over all ranks.  AssertionError if one came with what is not its own."""
+    """int64 [N]: how often each sample came, over all ranks.
+
+    Raises AssertionError if one came with what is not its own.
+    """
     times = np.zeros(len(shards), np.int64)
     for rank in range(ranks):
         for batch in MeasuringStream(shards, batch_size).loader(rank, ranks, workers):
@@ -44,15 +47,16 @@ def soak() -> None:
     warnings.filterwarnings("ignore", "This DataLoader will create")
     passes = samples = 0
     for seed in SEEDS:
-        with tempfile.TemporaryDirectory() as place:
-            shards = uneven_set(Path(place), seed)
+        with tempfile.TemporaryDirectory() as directory:
+            shards = uneven_set(Path(directory), seed)
             for ranks, workers in itertools.product(RANKS, WORKERS):
                 batch_size = random.Random(f"{seed} {ranks} {workers}").choice([1, 7, 16, 64, 1000])
                 times = times_seen(shards, batch_size, ranks, workers)
                 assert (times == 1).all(), (
                     f"seed {seed}, {ranks} ranks, {workers} workers: {np.bincount(times)}"
                 )
-                passes, samples = passes + 1, samples + len(times)
+                passes += 1
+                samples += len(times)
     print(f"{passes} passes, {samples} samples, each seen exactly once")
 
 

@@ -110,9 +110,8 @@ def test_each_view_depends_on_its_own_picture_and_numbers_only(seed, n, size):
 
 
 def test_shift_moves_by_hand():
-    picture = np.arange(64, dtype=np.uint8).reshape(
-        1, 1, 8, 8
-    )  # an eighth is 1: left or up, none, right or down
+    # An eighth of 8 is 1: left or up, none, right or down.
+    picture = np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8)
     assert (shift(picture, np.array([[0.5, 0.5]])) == picture).all()
     right = shift(picture, np.array([[0.5, 0.1]]))[0, 0]
     assert (right[:, 1:] == picture[0, 0, :, :-1]).all() and (

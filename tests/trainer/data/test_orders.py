@@ -51,13 +51,13 @@ def test_each_class_gets_its_share_of_every_epoch_within_one(seed, counts, expon
     exact = weights / weights.sum() * len(labels)
     for epoch in (0, 3):
         ids = order(np.arange(epoch * len(labels), (epoch + 1) * len(labels)))
-        found = np.bincount(labels[ids], minlength=len(counts))
-        assert (abs(found - exact) <= 1 + 1e-9).all()
-        assert found.min() >= 1
+        draws = np.bincount(labels[ids], minlength=len(counts))
+        assert (abs(draws - exact) <= 1 + 1e-9).all()
+        assert draws.min() >= 1
 
 
 @given(seed=st.integers(0, 100), epochs=st.integers(1, 12))
-def test_members_of_a_class_take_turns(seed, epochs):
+def test_samples_of_a_class_take_turns(seed, epochs):
     labels = np.repeat([0, 1, 2], [50, 7, 1])
     ids = balanced(labels, seed, 1.0)(np.arange(epochs * len(labels)))
     times = np.bincount(ids, minlength=len(labels))
@@ -67,7 +67,7 @@ def test_members_of_a_class_take_turns(seed, epochs):
 
 
 def test_balance_1_on_a_tail_of_58_ids_by_hand():
-    # 58 positions over 3 classes: 19.33 each, edges at 19.33, 38.67 and 58, so 19, 20 and 19 points.
+    # 58 positions over 3 classes: 19.33 each, edges at 19.33, 38.67 and 58: 19, 20 and 19 points.
     labels = np.repeat([0, 1, 2], [50, 7, 1])
     ids = balanced(labels, 0, 1.0)(np.arange(58))
     assert np.bincount(labels[ids]).tolist() == [19, 20, 19]
@@ -89,15 +89,16 @@ def test_distinct_classes_of_a_fair_draw_by_hand():
 
 
 def test_class_sorted_samples_are_mixed_as_by_a_fair_draw():
-    # How mixing is measured: distinct classes per batch, over the number expected of a draw without replacement.
+    # How mixing is measured: distinct classes per batch, over the number expected of a draw without
+    # replacement.
     labels = np.repeat(np.arange(100), 50)
     ids = np.concatenate([shuffled(5000, seed)(np.arange(5000)) for seed in range(4)])
     distinct = [len(np.unique(labels[batch])) for batch in ids.reshape(-1, 100)]
-    # A batch's number has a standard deviation of 3.0 (the occupancy problem's), the mean of 200 one of 0.21.
+    # A batch's number has a standard deviation of 3.0 (the occupancy problem's), the mean of 200
+    # one of 0.21.
     assert np.mean(distinct) == pytest.approx(expected_distinct([50] * 100, 100), abs=4 * 0.21)
-    assert (
-        min(distinct) > 63.7 - 5 * 3.0
-    )  # samples in file order, or a buffer of 1,000, would start with 2 to 20
+    # Samples in file order, or a buffer of 1,000, would start with 2 to 20.
+    assert min(distinct) > 63.7 - 5 * 3.0
 
 
 def test_an_exponent_beyond_1_is_refused():

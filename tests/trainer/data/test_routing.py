@@ -12,11 +12,8 @@ from pipeline.config import Data, UserError
 from trainer.data import open_routed, open_shards, route
 from trainer.data.tars import scan_tar
 
-GROUPS = {
-    0: np.array([0, 1, 2]),
-    3: np.array([1, 2, 4]),
-    4: np.array([0, 1, 2, 4]),
-}  # no square is 3, 5 or 6 modulo 7
+# No square is 3, 5 or 6 modulo 7.
+GROUPS = {0: np.array([0, 1, 2]), 3: np.array([1, 2, 4]), 4: np.array([0, 1, 2, 4])}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +54,8 @@ def test_one_pass_reads_each_sample_once_however_many_groups_want_it(shards, tmp
     monkeypatch.setattr(type(shards), "read_raw", counting)
     monkeypatch.setattr("trainer.data.routing.CHUNK", 16)
     route(shards, GROUPS, tmp_path, "copy")
-    assert (
-        set(read.values()) == {1} and len(read) == 150
-    )  # every square belongs to one of the groups
+    # Every square belongs to one of the groups.
+    assert set(read.values()) == {1} and len(read) == 150
     assert order == sorted(order)
 
 
@@ -112,45 +108,38 @@ def test_raw_members_keep_their_bytes_whatever_they_are(tmp_path):
 
 @pytest.mark.parametrize("mode", ["index", "copy"])
 def test_the_size_is_said_beforehand_and_bounds_all_groups_together(shards, tmp_path, mode):
-    said = []
-    route(shards, GROUPS, tmp_path / "a", mode, say=said.append)
-    total = sum(
-        json.loads(path.read_text())["bytes"] for path in (tmp_path / "a").glob("*/routed.json")
-    )
-    samples = sum(np.isin(shards.labels, members).sum() for members in GROUPS.values())
-    assert said == [
-        f"routing {samples} samples (of 150) to 3 groups by {mode}: {total / 2**20:.1f} MiB"
-    ]
-    with pytest.raises(
-        UserError,
-        match=f"routing by {mode} takes {total} bytes, above route.max_bytes = {total - 1}",
-    ):
-        route(shards, GROUPS, tmp_path / "b", mode, total - 1, said.append)
-    assert len(said) == 2 and not (tmp_path / "b").exists()
-    route(shards, GROUPS, tmp_path / "b", mode, total, said.append)
+    lines = []
+    route(shards, GROUPS, tmp_path / "a", mode, say=lines.append)
+    headers = [json.loads(path.read_text()) for path in tmp_path.glob("a/*/routed.json")]
+    total = sum(header["bytes"] for header in headers)
+    samples = sum(np.isin(shards.labels, classes).sum() for classes in GROUPS.values())
+    size = f"{total / 2**20:.1f} MiB"
+    assert lines == [f"routing {samples} samples (of 150) to 3 groups by {mode}: {size}"]
+    message = f"routing by {mode} takes {total} bytes, above route.max_bytes = {total - 1}"
+    with pytest.raises(UserError, match=message):
+        route(shards, GROUPS, tmp_path / "b", mode, total - 1, lines.append)
+    assert len(lines) == 2 and not (tmp_path / "b").exists()
+    route(shards, GROUPS, tmp_path / "b", mode, total, lines.append)
 
 
 def test_the_announced_size_of_a_copy_is_the_size_on_disk(shards, tmp_path):
     route(shards, GROUPS, tmp_path, "copy")
     for place in tmp_path.iterdir():
-        facts = json.loads((place / "routed.json").read_text())
+        header = json.loads((place / "routed.json").read_text())
         (tar,) = place.glob("*.tar")
-        assert (
-            0 <= tar.stat().st_size + 8 * facts["samples"] - facts["bytes"] <= 10240
-        )  # tar's end marks fill a record
+        # Tar's end marks fill a record.
+        assert 0 <= tar.stat().st_size + 8 * header["samples"] - header["bytes"] <= 10240
 
 
 def test_more_groups_than_files_may_be_open_take_more_passes(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.routing.OPEN_WRITERS", 2)
     route(shards, GROUPS, tmp_path, "copy")
-    for number, members in GROUPS.items():
-        assert (
-            len(open_routed(tmp_path / f"{number:03d}", shards)[1])
-            == np.isin(shards.labels, members).sum()
-        )
+    for number, classes in GROUPS.items():
+        _, ids = open_routed(tmp_path / f"{number:03d}", shards)
+        assert len(ids) == np.isin(shards.labels, classes).sum()
 
 
-def test_damaged_samples_are_not_copied_but_counted(tmp_path):
+def test_corrupt_samples_are_not_copied_but_counted(tmp_path):
     directory = tmp_path / "set"
     directory.mkdir()
     write_uneven(directory, [30, 30])

@@ -14,12 +14,13 @@ from trainer.data.sample_accounting import EpochAccounting, LostSamples
 
 
 def garble(directory, number: int):
-    """Damage the picture of sample `number` behind the back of its index, which stays the newer."""
+    """Corrupt the picture of sample `number` behind the back of its newer index."""
     for shard in sorted(directory.glob("*.tar")):
         content = shard.read_bytes()
-        place = content.find(b"%05d.png" % number)
-        if place >= 0:
-            changed = content[: place + 512 + 40] + b"\x00\xff" + content[place + 512 + 42 :]
+        header = content.find(b"%05d.png" % number)
+        if header >= 0:
+            start = header + 512 + 40
+            changed = content[:start] + b"\x00\xff" + content[start + 2 :]
             with open(shard, "r+b") as file:
                 file.write(changed)
             return
@@ -36,30 +37,31 @@ def shards(tmp_path):
 def run(
     stream, steps, ranks=1, first=0, drop=lambda step, rank, batch: batch
 ) -> list[EpochAccounting]:
-    """`steps` steps on `ranks` ranks, one thread each, that meet wherever the account is closed."""
-    everyone, values = threading.Barrier(ranks), [None] * ranks
-    passes = [EpochAccounting(stream, first, rank, ranks) for rank in range(ranks)]
+    """`steps` steps on `ranks` ranks, one thread each; they meet wherever an account is closed."""
+    everyone = threading.Barrier(ranks)
+    values = [None] * ranks
+    accounts = [EpochAccounting(stream, first, rank, ranks) for rank in range(ranks)]
 
     def work(rank):
         def gather(value):
             values[rank] = copy.deepcopy(value)
             everyone.wait()
-            found = copy.deepcopy(values)
+            gathered = copy.deepcopy(values)
             everyone.wait()
-            return found
+            return gathered
 
         for step in range(first, first + steps):
-            passes[rank].enter(drop(step, rank, stream.batch(step, rank, ranks)))
-            passes[rank].close_ended(gather)
+            accounts[rank].enter(drop(step, rank, stream.batch(step, rank, ranks)))
+            accounts[rank].close_ended(gather)
 
     with ThreadPoolExecutor(ranks) as pool:
         list(pool.map(work, range(ranks)))
-    return passes
+    return accounts
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("exponent", [0, 0.7])
-def test_every_pass_of_an_undamaged_set_closes(shards, ranks, exponent):
+def test_every_epoch_of_an_intact_set_closes(shards, ranks, exponent):
     stream = TrainingStream([Source(shards, balanced(shards.labels, 3, exponent), 18)], 0)
     run(stream, 31, ranks)  # 31 steps of 18 are 4 epochs of 120 and a part
 
@@ -69,19 +71,18 @@ def test_sources_close_each_at_its_own_pace(shards):
         Source(shards, shuffled(np.arange(10), 1), 12),
         Source(shards, shuffled(np.arange(10, 120), 2), 6),
     ]
-    run(
-        TrainingStream(sources, 0), 40, ranks=2
-    )  # the first one's passes are shorter than its share of a batch
+    # The first one's epochs are shorter than its share of a batch.
+    run(TrainingStream(sources, 0), 40, ranks=2)
 
 
-def test_a_pass_begun_in_the_middle_closes_too(shards):
+def test_an_epoch_begun_in_the_middle_closes_too(shards):
     stream = TrainingStream([Source(shards, shuffled(120, 3), 18)], 0)
     run(stream, 20, first=5)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", [0, 4, 6, 13])
-def test_a_sample_that_nobody_saw_is_missed_at_the_end_of_the_pass(shards, ranks, step):
+def test_a_sample_that_nobody_saw_is_missed_at_the_end_of_the_epoch(shards, ranks, step):
     stream = TrainingStream([Source(shards, shuffled(120, 3), 18)], 0)
 
     def lose_one(now, rank, batch):
@@ -89,10 +90,8 @@ def test_a_sample_that_nobody_saw_is_missed_at_the_end_of_the_pass(shards, ranks
             batch.ids[0] = batch.ids[1]  # instead of the first, the second comes twice
         return batch
 
-    with pytest.raises(
-        UserError,
-        match="1 of 120 samples were neither seen nor found damaged in the pass that ended",
-    ):
+    message = "1 of 120 samples were neither seen nor found corrupt in the epoch that ended"
+    with pytest.raises(UserError, match=message):
         run(stream, 20, ranks, drop=lose_one)
 
 
@@ -104,15 +103,14 @@ def test_an_epoch_reports_what_all_ranks_lost(tmp_path, caplog, ranks):
         garble(directory, number)
     stream = TrainingStream([Source(shards, shuffled(120, 3), 30)], 0)
     with caplog.at_level(logging.INFO, "referral"):
-        passes = run(stream, 8, ranks)
+        accounts = run(stream, 8, ranks)
     lines = [record.message for record in caplog.records]
-    assert [line.split(" damaged")[0] for line in lines] == [
-        f"epoch {e} of train: 3 of 120 samples" for e in (1, 2)
-    ]
+    expected = [f"epoch {e} of train: 3 of 120 samples" for e in (1, 2)]
+    assert [line.split(" corrupt")[0] for line in lines] == expected
     assert "(2.50%), e.g. " in lines[0] and "has changed since the shard was indexed" in lines[0]
-    found = passes[0].all_lost(lambda _: [each.lost for each in passes])
-    assert sorted(sample for _, sample, _ in found) == [3, 44, 118]
-    again = EpochAccounting(stream, 8, lost=found)
+    lost = accounts[0].all_lost(lambda _: [account.lost for account in accounts])
+    assert sorted(sample for _, sample, _ in lost) == [3, 44, 118]
+    again = EpochAccounting(stream, 8, lost=lost)
     assert again.lost[0].keys() == {3, 44, 118}
 
 
@@ -122,13 +120,12 @@ def test_the_share_is_judged_over_all_ranks(tmp_path):
     for number in (3, 44, 118):
         garble(directory, number)
     stream = TrainingStream([Source(shards, shuffled(120, 3), 30)], 0)
-    with pytest.raises(
-        UserError, match="3 of 120 samples are damaged, above data.damage_share = 0.02; e.g. "
-    ):
+    message = "3 of 120 samples are corrupt, above data.damage_share = 0.02; e.g. "
+    with pytest.raises(UserError, match=message):
         run(stream, 8, ranks=2)
 
 
-def test_losses_are_put_together_over_passes_and_stages(tmp_path):
+def test_lost_samples_are_put_together_over_epochs_and_stages(tmp_path):
     directory = write_uneven(tmp_path, [40, 7, 13, 60])
     write_tar(directory / "train-000001.tar", members_of(range(40, 46)) + members_of([46])[:1])
     losses = LostSamples()
@@ -140,10 +137,10 @@ def test_losses_are_put_together_over_passes_and_stages(tmp_path):
     assert opening >= 1 and count(losses.splits["train"]) == opening + 2
     other = LostSamples()
     other.add(shards, {7: "is no picture"})
-    found = summary(merged([losses.splits, other.splits]))
-    assert found["train"]["samples"] == 120 and found["train"]["lost"] == opening + 3
-    assert found["train"]["share"] == (opening + 3) / 120
-    assert any("is no picture" in line for line in found["train"]["examples"])
+    train = summary(merged([losses.splits, other.splits]))["train"]
+    assert train["samples"] == 120 and train["lost"] == opening + 3
+    assert train["share"] == (opening + 3) / 120
+    assert any("is no picture" in line for line in train["examples"])
     with pytest.raises(UserError, match="above data.damage_share"):
         losses.add(shards, {sample: "is no picture" for sample in range(20, 40)})
     assert summary(merged([{}, {"val": {"samples": 9, "where": {}}}])) == {}

@@ -368,9 +368,8 @@ def test_pictures_become_channels_first(tmp_path, extension):
 
 
 def test_each_channel_is_a_plane_of_the_picture(tmp_path):
-    pixels = np.random.default_rng(0).integers(
-        0, 256, (70, 1001, 3), dtype=np.uint8
-    )  # beyond Pillow's 64 KiB buffer
+    shape = (70, 1001, 3)  # beyond Pillow's 64 KiB buffer
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     assert np.array_equal(first_of(tmp_path, "png", png(pixels)), pixels.transpose(2, 0, 1))
 
 

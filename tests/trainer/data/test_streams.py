@@ -226,7 +226,7 @@ def test_skip_leaves_out_and_counts_exactly(tmp_path, keep):
     assert sorted(name[-5:] for name in stream.lost) == ["00017", "00200"]
 
 
-def test_in_training_the_next_of_the_order_stands_in_for_a_damaged_sample(tmp_path):
+def test_in_training_the_next_of_the_order_stands_in_for_a_corrupt_sample(tmp_path):
     data = Data(classes=7, damage="skip")
     shards = open_shards(undecodable(tmp_path, {17}), data, "train")
     stream = TrainingStream([Source(shards, shuffled(300, 0), 20)], 0)
@@ -249,7 +249,7 @@ def test_skip_stops_above_the_stated_share(tmp_path):
         undecodable(tmp_path, {3, 4, 5, 6}), Data(classes=7, damage="skip"), "train"
     )
     with pytest.raises(
-        UserError, match="4 of 300 samples are damaged, above data.damage_share = 0.01"
+        UserError, match="4 of 300 samples are corrupt, above data.damage_share = 0.01"
     ):
         list(MeasuringStream(shards, 10).loader())
 

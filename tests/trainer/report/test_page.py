@@ -46,9 +46,12 @@ def rows_of(html, section, table=0):
         re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
         for row in re.findall(r"<tr.*?</tr>", body, re.S)
     ]
-    return [
-        [re.sub(r"<[^>]*>", "", cell).replace("\xa0", " ").strip() for cell in row] for row in clean
-    ]
+    return [[text_of(cell) for cell in row] for row in clean]
+
+
+def text_of(html):
+    """Without tags, and with every run of white space as one space, as a browser shows it."""
+    return " ".join(re.sub(r"<[^>]*>", "", html).split())
 
 
 def test_report_writes_both_files(hand_worked, tmp_path):
@@ -94,14 +97,15 @@ def test_metrics_mark_the_best_and_give_the_paired_difference(hand_worked):
 
 def test_equal_class_counts_have_no_deciles(hand_worked):
     html = render(hand_worked, collect(hand_worked), class_counts=[7] * 6)
-    assert "Every class has the same number of training examples, 7" in html
+    assert "Every class has the same number of training examples, 7:" in text_of(html)
 
 
 def test_test_labels_stand_in_for_a_manifest_without_counts(hand_worked):
     manifest = hand_worked.root.parent / "shards" / "manifest.json"
     manifest.unlink()
     assert manifest_counts(hand_worked.config.data.train, 6) is None
-    assert "the test split’s stand in" in render(hand_worked, collect(hand_worked))
+    html = render(hand_worked, collect(hand_worked))
+    assert "the test split’s stand in" in text_of(html)
 
 
 def test_manifest_counts_are_summed_over_shards_by_class_name(hand_worked):
@@ -179,13 +183,14 @@ def test_inputs_that_are_no_pictures_are_left_out_and_the_page_says_so(glyphs, p
     run, images = glyphs
     images.pixels = pixels
     html = render(run, collect(run), images)
-    assert "<img" not in html and "No pictures: the inputs are no 8-bit gray or RGB images" in html
+    assert "<img" not in html
+    assert "No pictures: the inputs are no 8-bit gray or RGB images" in text_of(html)
 
 
 def test_a_missing_specialist_is_named(tmp_path, make_hand_worked):
     run = make_hand_worked(tmp_path, missing=[1])
     html = render(run, collect(run))
-    assert "Specialist 1 missing" in html
+    assert "Specialist 1 missing" in text_of(html)
     assert [row[:2] for row in rows_of(html, "coverage")] == [["0", "4"], ["1", "6"]]
 
 
@@ -212,11 +217,11 @@ class Texts:
 def test_texts_are_shown_as_they_are_and_no_frames_for_pictures(glyphs):
     run, images = glyphs
     page = render(run, collect(run), Texts(images.class_names))
-    assert "No pictures: the inputs are no 8-bit gray or RGB images" in page
+    assert "No pictures: the inputs are no 8-bit gray or RGB images" in text_of(page)
     shown = re.findall(r'<q class="phrase clip" title="(phrase &lt;\d+&gt; x+…)"', page)
     assert len(shown) > 5 and all(len(html.unescape(text)) == 161 for text in shown)
     assert '<span class="blank' not in page and "<img" not in page
-    assert "picture of that class" not in page
+    assert "picture of that class" not in text_of(page)
 
 
 # Calibration, members, deep ensembles
@@ -257,7 +262,7 @@ def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(
     html = render(run, collect(run))
     drawn = re.findall(r'aria-label="Reliability of ([^"]*)"', html)
     assert drawn == ["generalist", "ensemble", *(f"student {name}" for name in students)]
-    assert "and 3 more, in evaluation/." in html
+    assert "and 3 more, in evaluation/." in text_of(html)
 
 
 def test_a_deep_ensembles_page_has_sizes_instead_of_groups(deep):
@@ -301,7 +306,7 @@ def test_a_student_that_is_worse_by_far_is_named_below_the_plot_that_it_would_pr
 
     results["students"]["main"] |= {"dee": 1.0, "cnll": 1.31}
     assert plot().off == "main (1.310)" and "main" not in plot().svg
-    assert "worse than one network: main (1.310)." in render(deep, results)
+    assert "worse than one network: main (1.310)." in text_of(render(deep, results))
     results["students"]["main"] |= {"dee": 1.0, "cnll": 1.29}
     assert plot().off == "" and "main 1.00" in plot().svg
 

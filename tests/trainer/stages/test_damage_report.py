@@ -96,7 +96,7 @@ def test_results_and_report_tell_what_every_split_lost(finished):
         "sample 000077: cannot be decoded" in line for line in results["damage"]["test"]["examples"]
     )
     page = finished.report.path("report.html").read_text()
-    assert "2 of 144 test samples (1.39" in page and "are damaged and were left out" in page
+    assert "2 of 144 test samples (1.39" in page and "are corrupt and were left out" in page
 
 
 def test_figures_are_of_the_examples_that_could_be_read(finished):
@@ -112,14 +112,14 @@ def test_the_log_reports_every_epoch(finished):
     assert [line.split("samples")[0] for line in epochs] == [
         f"epoch {e} of train: 5 of 480 " for e in (1, 2, 3)
     ]
-    assert "damaged (1.04%), e.g. " in epochs[0] and ".tar: sample 000" in epochs[0]
+    assert "corrupt (1.04%), e.g. " in epochs[0] and ".tar: sample 000" in epochs[0]
 
 
 def test_a_share_above_the_stated_one_stops_the_run(data, tmp_path):
     run = prepare(tmp_path, data, "data.damage_share=0.01", "data.cache=none")
     with process_group(run.config.engine) as ranks:
         with pytest.raises(
-            UserError, match="5 of 480 samples are damaged, above data.damage_share = 0.01"
+            UserError, match="5 of 480 samples are corrupt, above data.damage_share = 0.01"
         ):
             run_stage(Session(run, ranks), run.generalist)
 
@@ -163,6 +163,6 @@ def test_two_ranks_count_each_loss_once(data, tmp_path):
     expected = {split: LOST[split] for split in ("train", "val")}
     assert lost(json.loads(run.generalist.path("damage.json").read_text())) == expected
     assert lost(json.loads(run.measure.path("damage.json").read_text()))["val"] == LOST["val"]
-    assert run.generalist.path("log-0.txt").read_text().count(": 5 of 480 samples damaged") == 3
+    assert run.generalist.path("log-0.txt").read_text().count(": 5 of 480 samples corrupt") == 3
     with np.load(run.measure.path("predictions.npz")) as found:
         assert len(found["ids"]) == 287

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,72 +11,63 @@ import numpy as np
 from pipeline.config import UserError
 
 from ..decoding import BUILT_IN
-from .splitting import split_by_class, write_splits
+from .splitting import add_missing_splits, write_splits
 
 SPLITS = ("train", "val", "test")
 PICTURES = ("jpg", "jpeg", "png", "webp")
 
 
 def from_folder(
-    directory,
-    out,
-    fractions: dict[str, float],
+    directory: str | Path,
+    out: str | Path,
+    fractions: Mapping[str, float],
     size: int | None = None,
     gray: bool = False,
     seed: int = 0,
-    **options,
+    samples_per_shard: int = 10_000,
+    overwrite: bool = False,
 ) -> dict[str, int]:
-    """DIRECTORY/CLASS/FILE, or DIRECTORY/SPLIT/CLASS/FILE, into shards.  Returns {split: samples}.
+    """DIRECTORY/CLASS/FILE, or DIRECTORY/SPLIT/CLASS/FILE, into shards.
 
-    fractions: the shares of val and test, taken from train where the directory has no such split.
-    size: pictures are cut to the middle square, scaled to size x size and kept as PNG; without it files are kept as
-    they are, and must agree in size and mode.  gray: one channel.
-    Raises UserError, naming the file, for one that cannot be decoded; then nothing is written.
+    Parameters
+    ----------
+    directory, out : path
+    fractions : {split: fraction}
+        Of each class for val and test, taken from train where the directory has no such split.
+    size : int, optional
+        Pictures are cut to the middle square, scaled to size x size and kept as PNG.  Without it
+        files are kept as they are, and must agree in size and mode.
+    gray : bool
+        One channel.
+    seed : int
+        Of the division into splits.
+    samples_per_shard : int
+    overwrite : bool
+
+    Returns
+    -------
+    {split: number of samples}
+
+    Raises
+    ------
+    UserError
+        Naming the file, for one that cannot be decoded; then nothing is written.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory} is not a directory")
-    places = {split: directory / split for split in SPLITS if (directory / split).is_dir()}
-    places = places if "train" in places else {"train": directory}
-    names = sorted({child.name for place in places.values() for child in _classes(place)})
+    roots = _split_roots(directory)
+    names = sorted({child.name for root in roots.values() for child in _class_directories(root)})
     if len(names) < 2:
         raise UserError(
-            f"{directory} has {len(names)} class directories; it needs one directory per class, at least 2"
+            f"{directory} has {len(names)} class directories; "
+            "it needs one directory per class, at least 2"
         )
-    files, labels, splits = [], [], {}
-    for split, place in places.items():
-        first = len(files)
-        for child in _classes(place):
-            found = sorted(
-                file for file in child.rglob("*") if _extension(file) in BUILT_IN and file.is_file()
-            )
-            if not found and split == "train":
-                raise UserError(
-                    f"{child} holds no file of a known kind ({', '.join(sorted(BUILT_IN))})"
-                )
-            files += found
-            labels += [names.index(child.name)] * len(found)
-        splits[split] = np.arange(first, len(files))
-    labels = np.array(labels)
-    missing = {
-        split: share for split, share in fractions.items() if split not in splits and share > 0
-    }
-    if missing:
-        train = splits["train"]
-        divided = split_by_class(labels[train], missing, seed)
-        splits |= {split: train[ids] for split, ids in divided.items()}
+    files, labels, splits = _list_files(roots, names)
+    splits = add_missing_splits(splits, labels, fractions, seed)
     _check_sizes(files, size, gray)
 
-    def sample(number: int) -> dict:
-        extension, content = _extension(files[number]), files[number].read_bytes()
-        try:
-            if extension in PICTURES and (size or gray):
-                extension, content = "png", _resized(content, size, gray)
-            else:
-                BUILT_IN[extension](content)
-        except Exception as mistake:  # Pillow raises what it likes about bytes it does not know
-            raise UserError(f"{files[number]}: cannot be decoded: {mistake}") from None
-        return {extension: content, "cls": b"%d" % labels[number]}
+    def sample(index: int) -> dict:
+        extension, content = _encoded(files[index], size, gray)
+        return {extension: content, "cls": b"%d" % labels[index]}
 
     made_by = {
         "command": "shards folder",
@@ -84,17 +76,62 @@ def from_folder(
         "gray": gray,
         "seed": seed,
     }
-    return write_splits(out, names, splits, sample, made_by, **options)
+    return write_splits(out, names, splits, sample, made_by, samples_per_shard, overwrite)
 
 
-def _classes(place: Path) -> list[Path]:
-    return sorted(
-        child for child in place.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
+def _split_roots(directory: Path) -> dict[str, Path]:
+    """{split: the directory of its class directories}."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory")
+    roots = {split: directory / split for split in SPLITS if (directory / split).is_dir()}
+    if "train" in roots:
+        return roots
+    return {"train": directory}
+
+
+def _class_directories(root: Path) -> list[Path]:
+    children = [child for child in root.iterdir() if child.is_dir()]
+    return sorted(child for child in children if not child.name.startswith("."))
+
+
+def _list_files(
+    roots: dict[str, Path], names: list[str]
+) -> tuple[list[Path], np.ndarray, dict[str, np.ndarray]]:
+    """(all files, their labels int64 [n], {split: indices of its files})."""
+    files: list[Path] = []
+    labels: list[int] = []
+    splits: dict[str, np.ndarray] = {}
+    for split, root in roots.items():
+        first = len(files)
+        for child in _class_directories(root):
+            known = [file for file in child.rglob("*") if _extension(file) in BUILT_IN]
+            inside = sorted(file for file in known if file.is_file())
+            if not inside and split == "train":
+                raise UserError(
+                    f"{child} holds no file of a known kind ({', '.join(sorted(BUILT_IN))})"
+                )
+            files += inside
+            labels += [names.index(child.name)] * len(inside)
+        splits[split] = np.arange(first, len(files))
+    return files, np.array(labels), splits
 
 
 def _extension(file: Path) -> str:
-    return "" if file.name.startswith(".") else file.suffix.lower().removeprefix(".")
+    if file.name.startswith("."):
+        return ""
+    return file.suffix.lower().removeprefix(".")
+
+
+def _encoded(file: Path, size: int | None, gray: bool) -> tuple[str, bytes]:
+    """(extension, content) as the shard holds it."""
+    extension, content = _extension(file), file.read_bytes()
+    try:
+        if extension in PICTURES and (size or gray):
+            return "png", _resized(content, size, gray)
+        BUILT_IN[extension](content)
+    except Exception as error:  # Pillow raises what it likes about bytes it does not know
+        raise UserError(f"{file}: cannot be decoded: {error}") from None
+    return extension, content
 
 
 def _check_sizes(files: list[Path], size: int | None, gray: bool) -> None:
@@ -103,22 +140,22 @@ def _check_sizes(files: list[Path], size: int | None, gray: bool) -> None:
         return
     from PIL import Image
 
-    seen: dict[tuple, Path] = {}
+    # (width, height, whether it has one channel) -> the first file like that
+    seen: dict[tuple[int, int, bool], Path] = {}
     for file in files:
-        if _extension(file) in PICTURES:
-            try:
-                with Image.open(file) as picture:
-                    seen.setdefault((*picture.size, gray or picture.mode in ("1", "L")), file)
-            except OSError as mistake:
-                raise UserError(f"{file}: cannot be decoded: {mistake}") from None
+        if _extension(file) not in PICTURES:
+            continue
+        try:
+            with Image.open(file) as picture:
+                one_channel = gray or picture.mode in ("1", "L")
+                seen.setdefault((picture.width, picture.height, one_channel), file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be decoded: {error}") from None
         if len(seen) > 1:
             (a, first), (b, second) = seen.items()
-            unlike = "size" if a[:2] != b[:2] else "mode"
-            remedy = (
-                "--size N brings all to one"
-                if unlike == "size"
-                else "--gray or --size N brings all to one"
-            )
+            unlike, remedy = "mode", "--gray or --size N brings all to one"
+            if a[:2] != b[:2]:
+                unlike, remedy = "size", "--size N brings all to one"
             raise UserError(
                 f"{first} and {second} differ in {unlike} ({a[0]}x{a[1]}, {b[0]}x{b[1]}); {remedy}"
             )
@@ -127,8 +164,8 @@ def _check_sizes(files: list[Path], size: int | None, gray: bool) -> None:
 def _resized(content: bytes, size: int | None, gray: bool) -> bytes:
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(content)) as picture:
-        picture = picture.convert("L" if gray else "RGB")
+    with Image.open(io.BytesIO(content)) as opened:
+        picture = opened.convert("L" if gray else "RGB")
         if size:
             picture = ImageOps.fit(picture, (size, size))
         file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Existing shards: give them a manifest, check every member, rewrite them."""
+"""Existing shards: give them a manifest, check every file in them, rewrite them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,59 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from pipeline.config import Data, UserError
 
-from ..decoding import decoder_table, find_decoder
+from ..decoding import Decoder, decoder_table, find_decoder
 from ..fetching import FetchDir, is_packed, unpacked
 from ..patterns import URL, Shard, braces, expand, url_name
-from ..shards import Damage, ShardSet, _label, _refusal, parse_labels
-from ..tars import load_index, read_label, save_index, scan_tar
-from ..writing import MANIFEST, ShardWriter, read_manifest, shard_facts, write_manifest
+from ..shards import (
+    Corruption,
+    ShardSet,
+    expected_sha256,
+    label_samples,
+    parse_labels,
+    refusal,
+    scanned_corruption,
+)
+from ..tars import TarIndex, load_index, read_label, save_index, scan_tar
+from ..writing import MANIFEST, ShardWriter, read_manifest, shard_entry, write_manifest
+
+Sample = dict[str, str | bytes]  # as webdataset gives it: "__key__", and content by extension
+Skip = Callable[[str], None]  # told why something is left out; may raise UserError
+
+# Indexing
 
 
 def index_directory(
-    directory, label: str = "cls", class_names: list[str] | None = None
+    directory: str | Path, label: str = "cls", class_names: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """Scan DIRECTORY/SPLIT-NUMBER.tar, write their indexes and the manifest anew.  Returns {split: samples}.
+    """Scan DIRECTORY/SPLIT-NUMBER.tar, write their indexes and the manifest anew.
 
-    class_names: by default the old manifest's, else the numbers up to the largest label, or the names found, sorted.
-    Raises UserError for any damage: a manifest vouches for what it describes.
+    Parameters
+    ----------
+    directory : path
+    label : str
+        The member with the label, or "json:FIELD".
+    class_names : sequence of str, optional
+        By default the old manifest's, else the numbers up to the largest label, or the names found,
+        sorted.
+
+    Returns
+    -------
+    {split: number of samples}
+
+    Raises
+    ------
+    UserError
+        For any corruption: a manifest vouches for what it describes.
     """
     directory = Path(directory)
     tars = {tar.name: tar for tar in sorted(directory.glob("*.tar"))}
@@ -41,61 +70,70 @@ def index_directory(
 
 
 def index_urls(
-    pattern: str, out, data: Data, class_names: list[str] | None = None
+    pattern: str, out: str | Path, data: Data, class_names: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """The same of shards behind URLs; the manifest is written to OUT, for data.manifest or to be put beside them."""
-    urls = [url for part in pattern.split("::") for url in braces(part.strip())]
+    """As index_directory, of shards behind URLs.
+
+    The manifest is written to the directory `out`, for data.manifest or to be put beside them.
+    """
+    urls = _expand_places(pattern)
     paths = FetchDir(data).shards(urls, [None] * len(urls))
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as mistake:
-        raise UserError(f"{out}: cannot be made: {mistake.strerror}") from None
-    return _index(
-        {url_name(url): path for url, path in zip(urls, paths, strict=True)},
-        out,
-        data.label,
-        class_names,
-    )
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made: {error.strerror}") from None
+    tars = {url_name(url): path for url, path in zip(urls, paths, strict=True)}
+    return _index(tars, out, data.label, class_names)
+
+
+def _expand_places(pattern: str) -> list[str]:
+    """The files and URLs of several patterns joined by `::`."""
+    places: list[str] = []
+    for part in pattern.split("::"):
+        places += braces(part.strip())
+    return places
 
 
 def _index(
-    tars: dict[str, Path], out: Path, label: str, class_names: list[str] | None
+    tars: Mapping[str, Path], out: Path, label: str, class_names: Sequence[str] | None
 ) -> dict[str, int]:
     from rich.progress import track
 
     indexes = {
         name: scan_tar(tar, label) for name, tar in track(tars.items(), description="scanning")
     }
-    damage = [
-        Damage(name, str(key), str(reason))
-        for name, index in indexes.items()
-        for key, reason in zip(index.damaged, index.reasons, strict=True)
-    ]
-    damage += [
-        Damage(name, "", "the shard is empty")
-        for name, index in indexes.items()
-        if not len(index) and not len(index.damaged)
-    ]
-    if damage:
-        raise UserError(_refusal(damage))
-    names = class_names or _found_classes(
-        np.concatenate([index.label_texts for index in indexes.values()])
-    )
+    _refuse_corruption(indexes)
+    names = list(class_names or ())
+    if not names:
+        names = _found_classes(np.concatenate([index.label_texts for index in indexes.values()]))
+    corruption: list[Corruption] = []
     splits: dict[str, dict] = {}
     for name, index in indexes.items():
-        _, labels = _label(Shard(name, str(tars[name])), index, names, Data(label=label), damage)
+        shard = Shard(name, str(tars[name]))
+        _, labels = label_samples(shard, index, names, Data(label=label), corruption)
         split = re.sub(r"[-_.]?\d+$", "", name.removesuffix(".tar")) or "train"
-        facts = splits.setdefault(split, {"samples": 0, "shards": []})
-        facts["shards"].append(shard_facts(name, index.bytes, index.sha256, labels, names))
-        facts["samples"] += len(labels)
-    if damage:
-        raise UserError(f"{_refusal(damage)}; --classes FILE gives other classes")
+        entry = splits.setdefault(split, {"samples": 0, "shards": []})
+        entry["shards"].append(shard_entry(name, index.bytes, index.sha256, labels, names))
+        entry["samples"] += len(labels)
+    if corruption:
+        raise UserError(f"{refusal(corruption)}; --classes FILE gives other classes")
     for name, index in indexes.items():
         save_index(tars[name], index)
     (out / MANIFEST).unlink(missing_ok=True)
     write_manifest(out, names, splits, {"command": "shards index", "label": label})
-    return {split: facts["samples"] for split, facts in splits.items()}
+    return {split: entry["samples"] for split, entry in splits.items()}
+
+
+def _refuse_corruption(indexes: Mapping[str, TarIndex]) -> None:
+    corruption: list[Corruption] = []
+    for name, index in indexes.items():
+        corruption += scanned_corruption(name, index)
+    for name, index in indexes.items():
+        if not len(index) and not len(index.damaged):
+            corruption.append(Corruption(name, "", "the shard is empty"))
+    if corruption:
+        raise UserError(refusal(corruption))
 
 
 def _old_classes(directory: Path) -> list[str] | None:
@@ -107,46 +145,15 @@ def _old_classes(directory: Path) -> list[str] | None:
 
 
 def _found_classes(texts: np.ndarray) -> list[str]:
+    """Class names of label texts: numbers up to the largest, or the names, sorted."""
     try:
         return [str(number) for number in range(int(texts.astype(np.int64).max()) + 1)]
     except (ValueError, OverflowError):
-        found = {text.decode("utf-8", "replace") for text in texts.tolist()}
-        return sorted(json.loads(text) if text.startswith('"') else text for text in found)
+        distinct = {text.decode("utf-8", "replace") for text in texts.tolist()}
+        return sorted(json.loads(text) if text.startswith('"') else text for text in distinct)
 
 
-@contextmanager
-def _plain(place: str, data: Data) -> Iterator[Path]:
-    """A local, uncompressed tar with the content of a file or URL.  UserError if it cannot be read or fetched."""
-    (path,) = FetchDir(data).shards([place], [None]) if place.startswith(URL) else (Path(place),)
-    try:
-        if not is_packed(path):
-            yield path
-            return
-        with tempfile.NamedTemporaryFile(suffix=".tar") as file, unpacked(path) as content:
-            shutil.copyfileobj(content, file)
-            file.flush()
-            yield Path(file.name)
-    except (OSError, EOFError, lzma.LZMAError) as mistake:
-        raise UserError(
-            f"{place}: cannot be read: {getattr(mistake, 'strerror', None) or mistake}"
-        ) from None
-
-
-def _read_tar(
-    name: str, path: Path, label: str, skip: Callable[[Exception], bool]
-) -> Iterator[dict]:
-    """The intact samples of a tar as webdataset gives them; itself it stops at damage without a word."""
-    index = scan_tar(path, label)
-    for key, reason in zip(index.damaged, index.reasons, strict=True):
-        skip(ValueError(str(Damage(name, str(key), str(reason)))))
-    with open(path, "rb") as file:
-        for number, key in enumerate(index.keys):
-            rows = range(index.member_start[number], index.member_start[number + 1])
-            sample = {"__key__": key.decode("utf-8", "replace")}
-            for row in rows:
-                content = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
-                sample[str(index.extensions[index.member_extension[row]])] = content
-            yield sample
+# Validating
 
 
 @dataclass
@@ -156,155 +163,252 @@ class Finding:
     shard: str
     samples: int
     bytes: int
-    damage: list[Damage] = field(default_factory=list)
+    corruption: list[Corruption] = field(default_factory=list)
+
+    def add(self, reason: str, key: str = "", samples: int = 0) -> None:
+        """Note that the shard, or its sample `key`, is corrupt."""
+        self.corruption.append(Corruption(self.shard, key, reason, samples))
 
 
 def validate(pattern: str, data: Data, split: str) -> list[Finding]:
-    """Check every shard against its manifest and itself, and decode every input.  UserError only for the pattern."""
+    """Check every shard against its manifest and itself, and decode every input.
+
+    Raises UserError only for the pattern.
+    """
     from rich.progress import track
 
     # Each shard is opened alone and leniently, so that one finding does not hide the next.
-    return [
-        _validate(shard, data)
-        for shard in track(expand(pattern, data, split), description="validating")
-    ]
+    shards = expand(pattern, data, split)
+    return [_validate(shard, data) for shard in track(shards, description="validating")]
 
 
 def _validate(shard: Shard, data: Data) -> Finding:
     path = Path(shard.path)
     if not path.exists():
-        return Finding(shard.name, 0, 0, [Damage(shard.name, "", "is absent")])
+        return Finding(shard.name, 0, 0, [Corruption(shard.name, "", "is absent")])
     stored, _ = load_index(path) or (None, False)
     index = scan_tar(path, data.label)
-    finding = Finding(shard.name, len(index), index.bytes)
-    finding.damage = [
-        Damage(shard.name, str(k), str(r))
-        for k, r in zip(index.damaged, index.reasons, strict=True)
-    ]
-    expected = shard.facts["sha256"] if shard.facts else stored.sha256 if stored else None
+    finding = Finding(shard.name, len(index), index.bytes, scanned_corruption(shard.name, index))
+    expected = expected_sha256(shard, stored)
     if expected and expected != index.sha256:
-        finding.damage.append(
-            Damage(shard.name, "", "is not the shard that was indexed (sha256)", 0)
-        )
+        finding.add("is not the shard that was indexed (sha256)")
     if not len(index):
-        finding.damage.append(Damage(shard.name, "", "holds no intact sample", 0))
+        finding.add("holds no intact sample")
         return finding
-    names = shard.manifest["classes"] if shard.manifest else None
-    if names is None:
-        names = (
-            [str(number) for number in range(data.classes)]
-            if data.classes
-            else _found_classes(index.label_texts)
-        )
-    index, labels = _label(shard, index, names, data, finding.damage)
-    if shard.facts and not finding.damage:
-        now = shard_facts(path.name, index.bytes, index.sha256, labels, names)
-        if any(now[key] != shard.facts[key] for key in ("samples", "class_counts")):
-            finding.damage.append(Damage(shard.name, "", "manifest.json counts it otherwise", 0))
+    names = _class_names(shard, index, data)
+    index, labels = label_samples(shard, index, names, data, finding.corruption)
+    if shard.entry and not finding.corruption:
+        now = shard_entry(path.name, index.bytes, index.sha256, labels, names)
+        if any(now[key] != shard.entry[key] for key in ("samples", "class_counts")):
+            finding.add("manifest.json counts it otherwise")
     if len(index):
         lenient = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
         _decode_all(ShardSet("all", [shard], [index], [labels], names, [], lenient), finding)
     return finding
 
 
+def _class_names(shard: Shard, index: TarIndex, data: Data) -> list[str]:
+    if shard.manifest:
+        return shard.manifest["classes"]
+    if data.classes:
+        return [str(number) for number in range(data.classes)]
+    return _found_classes(index.label_texts)
+
+
 def _decode_all(shards: ShardSet, finding: Finding) -> None:
     for first in range(0, len(shards), 256):
         try:
             _, unreadable = shards.read(np.arange(first, min(first + 256, len(shards))))
-        except UserError as mistake:  # not even the first sample can be decoded
-            finding.damage.append(Damage(finding.shard, "", str(mistake), 0))
+        except UserError as error:  # not even the first sample can be decoded
+            finding.add(str(error))
             return
         for sample, reason in unreadable.items():
-            finding.damage.append(Damage(finding.shard, shards.keys([sample])[0], reason))
+            finding.add(reason, shards.keys([sample])[0], samples=1)
+
+
+# Rewriting
 
 
 def from_webdataset(
     urls: str,
-    out,
+    out: str | Path,
     split: str = "train",
     label: str = "cls",
     input_member: str = "",
-    class_names: list[str] | None = None,
-    damage: str = "strict",
+    class_names: Sequence[str] | None = None,
+    damage: Literal["strict", "skip"] = "strict",
     data: Data | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
 ) -> tuple[int, list[str]]:
-    """Rewrite whatever webdataset reads (URLs, compressed tars) as one split of shards with a manifest.
+    """Rewrite whatever webdataset reads as one split of shards with a manifest.
 
-    label: the member cls with a number or a name, or "json:FIELD".  input_member: which other member to keep;
-    by default the only one that can be decoded.  damage "skip" leaves unreadable samples out.
-    Returns (samples written, what was left out and why, one line per sample or place in a tar).
+    Parameters
+    ----------
+    urls : str
+        Files and URLs, compressed or not, with braces, several joined by `::`.
+    out : path
+    split : str
+    label : str
+        The member cls with a number or a name, or "json:FIELD".
+    input_member : str
+        Which other member to keep; by default the only one that can be decoded.
+    class_names : sequence of str, optional
+        By default what is found.
+    damage : "strict" or "skip"
+        "skip" leaves unreadable samples out.
+    data : Data, optional
+        Its decoders and fetch_dir are used.
+    samples_per_shard : int
+    overwrite : bool
+
+    Returns
+    -------
+    written : int
+        Samples.
+    lost : list of str
+        What was left out and why, one line for each sample or place in a tar.
+
+    Raises
+    ------
+    UserError
+        If nothing can be read, and under "strict" for the first unreadable sample.
     """
-    from rich.progress import track
-
     data = data or Data()
-    table = decoder_table(data.decoders)
-    places = [place for part in urls.split("::") for place in braces(part.strip())]
+    places = _expand_places(urls)
     lost: list[str] = []
 
-    def skip(mistake: Exception) -> bool:
+    def skip(reason: str) -> None:
         if damage == "strict":
-            raise UserError(
-                f"{str(mistake) or type(mistake).__name__}; --damage skip leaves it out".replace(
-                    "\n", " "
-                )
-            )
-        lost.append(str(mistake))
-        return True
+            raise UserError(f"{reason}; --damage skip leaves it out".replace("\n", " "))
+        lost.append(reason)
 
-    member, texts = label.partition(":")[0], []
-
-    def samples(description: str) -> Iterator[dict]:
-        for place in track(places, description=description):
-            with _plain(place, data) as path:
-                yield from _read_tar(place, path, label, skip)
-
-    def inputs(sample: dict) -> tuple[str, bytes]:
-        found = [name for name in sample if not name.startswith("__") and name != member]
-        chosen = (
-            [name for name in found if name == input_member]
-            if input_member
-            else [name for name in found if name in table or name.rpartition(".")[2] in table]
-        )
-        if len(chosen) != 1:
-            raise ValueError(
-                f"sample {sample['__key__']} has the members {', '.join(found)}; choose one with --input"
-            )
-        find_decoder(table, chosen[0])(sample[chosen[0]])
-        return chosen[0].rpartition(".")[2], sample[chosen[0]]
-
-    # Two passes: class names, if they are to be found, are needed before the first sample is written.
-    names = class_names
-    if names is None:
-        for sample in samples("labels"):
-            try:
-                texts.append(read_label(sample[member], label).encode())
-            except (KeyError, ValueError):
-                continue
-        if not texts:
+    # Two passes: class names, if they are to be found, are needed before the first sample is
+    # written.
+    names = list(class_names or ())
+    if class_names is None:
+        names = _names_of_labels(_read_samples(places, data, label, skip, "labels"), label)
+        if not names:
             raise UserError(f"{urls}: no sample has a label {label}")
-        names = _found_classes(np.array(texts))
         lost.clear()
-    number = 0
+    table = decoder_table(data.decoders)
+    written = 0
     with ShardWriter(out, split, names, samples_per_shard, overwrite) as writer:
-        for sample in samples(split):
+        for sample in _read_samples(places, data, label, skip, split):
             try:
-                text = read_label(sample[member], label)
-                (found,) = parse_labels(np.array([text.encode()]), names)
-                if found < 0:
-                    raise ValueError(f"label {text} is none of the {len(names)} classes")
-                extension, content = inputs(sample)
+                number = _class_of(sample, label, names)
+                extension, content = _choose_input(sample, label, input_member, table)
             except UserError:
                 raise
-            except Exception as mistake:  # a decoder's
-                reason = f"no member .{member}" if isinstance(mistake, KeyError) else str(mistake)
-                skip(ValueError(f"{sample['__key__']}: {reason}"))
+            except Exception as error:  # a decoder's
+                skip(f"{sample['__key__']}: {error}")
                 continue
-            writer.write({"__key__": f"{number:08d}", extension: content, "cls": b"%d" % found})
-            number += 1
-        if not number:
+            key = f"{written:08d}"
+            writer.write({"__key__": key, extension: content, "cls": b"%d" % number})
+            written += 1
+        if not written:
             raise UserError(f"{urls}: no readable sample")
     made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(lost)}
     write_manifest(out, names, {split: writer.facts}, made_by)
-    return number, lost
+    return written, lost
+
+
+def _read_samples(
+    places: Sequence[str], data: Data, label: str, skip: Skip, description: str
+) -> Iterator[Sample]:
+    """The intact samples of several tars."""
+    from rich.progress import track
+
+    for place in track(places, description=description):
+        with _plain_tar(place, data) as path:
+            yield from _read_tar(place, path, label, skip)
+
+
+@contextmanager
+def _plain_tar(place: str, data: Data) -> Iterator[Path]:
+    """A local, uncompressed tar with the content of a file or URL.
+
+    Raises UserError if it cannot be read or fetched.
+    """
+    path = Path(place)
+    if place.startswith(URL):
+        (path,) = FetchDir(data).shards([place], [None])
+    try:
+        if not is_packed(path):
+            yield path
+            return
+        with tempfile.NamedTemporaryFile(suffix=".tar") as file, unpacked(path) as content:
+            shutil.copyfileobj(content, file)
+            file.flush()
+            yield Path(file.name)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{place}: cannot be read: {reason}") from None
+
+
+def _read_tar(name: str, path: Path, label: str, skip: Skip) -> Iterator[Sample]:
+    """The intact samples of a tar as webdataset gives them.
+
+    webdataset itself stops at corruption without a word.
+    """
+    index = scan_tar(path, label)
+    for corruption in scanned_corruption(name, index):
+        skip(str(corruption))
+    with open(path, "rb") as file:
+        for number, key in enumerate(index.keys):
+            sample: Sample = {"__key__": key.decode("utf-8", "replace")}
+            for row in range(index.member_start[number], index.member_start[number + 1]):
+                extension = str(index.extensions[index.member_extension[row]])
+                size, offset = int(index.size[row]), int(index.offset[row])
+                sample[extension] = os.pread(file.fileno(), size, offset)
+            yield sample
+
+
+def _label_text(sample: Sample, label: str) -> str:
+    """Raises ValueError if the sample has no label."""
+    member = label.partition(":")[0]
+    content = sample.get(member)
+    if not isinstance(content, bytes):
+        raise ValueError(f"no member .{member}")
+    return read_label(content, label)
+
+
+def _names_of_labels(samples: Iterator[Sample], label: str) -> list[str]:
+    texts: list[bytes] = []
+    for sample in samples:
+        try:
+            texts.append(_label_text(sample, label).encode())
+        except ValueError:
+            continue
+    return _found_classes(np.array(texts)) if texts else []
+
+
+def _class_of(sample: Sample, label: str, class_names: list[str]) -> int:
+    """Raises ValueError if the label is none of the classes."""
+    text = _label_text(sample, label)
+    (number,) = parse_labels(np.array([text.encode()]), class_names)
+    if number < 0:
+        raise ValueError(f"label {text} is none of the {len(class_names)} classes")
+    return int(number)
+
+
+def _choose_input(
+    sample: Sample, label: str, input_member: str, table: Mapping[str, Decoder]
+) -> tuple[str, bytes]:
+    """(extension, content) of the sample's input.  Raises what its decoder raises."""
+    label_member = label.partition(":")[0]
+    names = [name for name in sample if not name.startswith("__") and name != label_member]
+    if input_member:
+        chosen = [name for name in names if name == input_member]
+    else:
+        chosen = [name for name in names if name in table or name.rpartition(".")[2] in table]
+    if len(chosen) != 1:
+        raise ValueError(
+            f"sample {sample['__key__']} has the members {', '.join(names)}; "
+            "choose one with --input"
+        )
+    (name,) = chosen
+    content = sample[name]
+    assert isinstance(content, bytes), name
+    find_decoder(table, name)(content)
+    return name.rpartition(".")[2], content

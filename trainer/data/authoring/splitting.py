@@ -1,9 +1,10 @@
-"""From labelled samples to a directory of splits: who goes where, and writing all of it or nothing."""
+"""From labelled samples to a directory of splits: who goes where, and writing all or nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 
@@ -14,59 +15,113 @@ from ..writing import ShardWriter, write_manifest
 
 
 def split_by_class(
-    labels: np.ndarray, fractions: dict[str, float], seed: int
+    labels: np.ndarray, fractions: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
-    """{split: ids int64, shuffled}: of each class `fractions[split]` to val and test, rounded; the rest is train.
+    """Divide samples into train and other splits, class by class.
 
-    Every class keeps at least one sample in train.  Raises UserError for fractions that leave no train split.
+    Every class keeps at least one sample in train.
+
+    Parameters
+    ----------
+    labels : int64 [n]
+    fractions : {split: fraction of each class}
+        For val and test; rounded.  The rest is train.
+    seed : int
+
+    Returns
+    -------
+    {split: int64 [k]}
+        Indices of the samples, shuffled.
+
+    Raises
+    ------
+    UserError
+        For fractions that leave no train split.
     """
-    if any(not 0 <= share < 1 for share in fractions.values()) or sum(fractions.values()) >= 1:
+    values = list(fractions.values())
+    if any(not 0 <= fraction < 1 for fraction in values) or sum(values) >= 1:
         raise UserError(
-            f"split fractions {fractions}: each is 0 or more, and together they leave something to train"
+            f"split fractions {fractions}: each is 0 or more, "
+            "and together they leave something to train"
         )
     order = generator(seed, 5).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    # Of each sample in `by_class`: its place within its class, and the class's size.
     places = np.arange(len(labels)) - np.repeat(starts, counts)
     counts = np.repeat(counts, counts)
     split_of = np.full(len(labels), "train", dtype=object)
     taken = np.zeros(len(labels))
-    for split, share in fractions.items():
-        wanted = np.minimum(np.round(share * counts), counts - 1 - taken).clip(min=0)
-        split_of[by_class[(places >= taken) & (places < taken + wanted)]] = split
-        taken = taken + wanted
+    for split, fraction in fractions.items():
+        size = np.minimum(np.round(fraction * counts), counts - 1 - taken).clip(min=0)
+        split_of[by_class[(places >= taken) & (places < taken + size)]] = split
+        taken = taken + size
     return {split: order[split_of[order] == split] for split in ("train", *fractions)}
 
 
+def add_missing_splits(
+    splits: dict[str, np.ndarray], labels: np.ndarray, fractions: Mapping[str, float], seed: int
+) -> dict[str, np.ndarray]:
+    """Take the splits of `fractions` that are absent from train.  splits: {split: indices}."""
+    missing = {
+        split: fraction
+        for split, fraction in fractions.items()
+        if split not in splits and fraction > 0
+    }
+    if not missing:
+        return splits
+    train = splits["train"]
+    divided = split_by_class(labels[train], missing, seed)
+    return splits | {split: train[ids] for split, ids in divided.items()}
+
+
 def write_splits(
-    out,
-    class_names: list[str],
-    splits: dict[str, Iterable[int]],
+    out: str | Path,
+    class_names: Sequence[str],
+    splits: Mapping[str, Sequence[int] | np.ndarray],
     sample: Callable[[int], dict],
     made_by: dict,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Write each split's samples, sample(id) -> {"cls": bytes, extension: bytes}, and the manifest; all or nothing.
+    """Write each split's shards and the manifest; all or nothing.
 
-    Empty splits are left out.  Returns {split: number of samples}.
+    Parameters
+    ----------
+    out : path
+    class_names : sequence of str
+    splits : {split: indices}
+        Empty splits are left out.
+    sample : callable
+        sample(index) -> {"cls": bytes, extension: bytes}.
+    made_by : dict
+        For the manifest.
+    samples_per_shard : int
+    overwrite : bool
+
+    Returns
+    -------
+    {split: number of samples}
+
+    Raises
+    ------
+    UserError
+        If there is nothing to write, or the directory cannot be written.
     """
     from rich.progress import Progress
 
-    splits = {split: list(ids) for split, ids in splits.items() if len(ids)}
-    if not splits:
+    lists = {split: list(ids) for split, ids in splits.items() if len(ids)}
+    if not lists:
         raise UserError("there is nothing to write: no samples found")
     with ExitStack() as stack:
-        writers = {}
-        for split in splits:
-            writers[split] = stack.enter_context(
-                ShardWriter(out, split, class_names, samples_per_shard, overwrite)
-            )
+        writers: dict[str, ShardWriter] = {}
+        for split in lists:
+            writer = ShardWriter(out, split, class_names, samples_per_shard, overwrite)
+            writers[split] = stack.enter_context(writer)
         with Progress() as progress:
-            for split, ids in splits.items():
-                for number, item in enumerate(progress.track(ids, description=split)):
-                    writers[split].write({"__key__": f"{number:08d}", **sample(item)})
-    write_manifest(
-        out, class_names, {split: writer.facts for split, writer in writers.items()}, made_by
-    )
-    return {split: len(ids) for split, ids in splits.items()}
+            for split, ids in lists.items():
+                for number, index in enumerate(progress.track(ids, description=split)):
+                    writers[split].write({"__key__": f"{number:08d}", **sample(index)})
+    entries = {split: writer.facts for split, writer in writers.items()}
+    write_manifest(out, class_names, entries, made_by)
+    return {split: len(ids) for split, ids in lists.items()}

@@ -1,10 +1,10 @@
-"""A few damaged sets of each kind; `make soak` judges a thousand."""
+"""A few corrupt sets of each kind; `make soak` judges a thousand."""
 
 import subprocess
 import sys
 
 import pytest
-from damage import KINDS, READERS, judge, judge_commands
+from corrupt_sets import KINDS, READERS, judge, judge_commands
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
@@ -12,7 +12,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("policy", ["strict", "skip"])
 @pytest.mark.parametrize("manifest, indexed", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_damage_is_refused_or_its_loss_counted_exactly(tmp_path, kind, manifest, indexed, policy):
+def test_corruption_is_refused_or_its_loss_counted_exactly(
+    tmp_path, kind, manifest, indexed, policy
+):
     for seed in range(2):
         directory = tmp_path / str(seed)
         directory.mkdir()
@@ -23,16 +25,16 @@ def test_damage_is_refused_or_its_loss_counted_exactly(tmp_path, kind, manifest,
 @pytest.mark.parametrize("policy", ["strict", "skip"])
 @pytest.mark.parametrize("reader", READERS[1:])
 @pytest.mark.parametrize("name", ["rotten", "not_a_picture"])
-def test_workers_and_the_decoded_cache_meet_damage_the_same_way(tmp_path, name, reader, policy):
+def test_workers_and_the_decoded_cache_meet_corruption_the_same_way(tmp_path, name, reader, policy):
     (kind,) = (kind for kind in KINDS if kind.__name__ == name)
     for seed in range(2):
-        (tmp_path / "here").mkdir(), (tmp_path / "there").mkdir()
-        here = judge(tmp_path / "here", kind, seed, True, True, policy)
-        assert judge(tmp_path / "there", kind, seed, True, True, policy, reader) == here
-        (
-            (tmp_path / "here").rename(tmp_path / f"here {seed}"),
-            (tmp_path / "there").rename(tmp_path / f"there {seed}"),
-        )
+        here, there = tmp_path / "here", tmp_path / "there"
+        here.mkdir()
+        there.mkdir()
+        verdict = judge(here, kind, seed, True, True, policy)
+        assert judge(there, kind, seed, True, True, policy, reader) == verdict
+        here.rename(tmp_path / f"here {seed}")
+        there.rename(tmp_path / f"there {seed}")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -40,13 +42,13 @@ def test_check_and_validate_end_with_an_exit_code_and_lines(tmp_path, kind):
     judge_commands(tmp_path, True, "strict", judge(tmp_path, kind, 0, True, True, "strict"))
 
 
-def test_as_a_process_validate_lists_the_damage_and_exits_with_1(tmp_path):
+def test_as_a_process_validate_lists_the_corruption_and_exits_with_1(tmp_path):
     (kind,) = (kind for kind in KINDS if kind.__name__ == "truncated")
     judge(tmp_path, kind, 0, True, True, "strict")
     words = [sys.executable, "-m", "trainer", "shards", "validate", tmp_path]
-    found = subprocess.run(words, capture_output=True, text=True, timeout=60)
-    assert found.returncode == 1 and "Traceback" not in found.stderr
-    assert "is cut off" in found.stderr and "1 of 3 shards are damaged" in found.stderr
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "is cut off" in ended.stderr and "1 of 3 shards are corrupt" in ended.stderr
 
 
 STRUCTURAL = {
@@ -65,6 +67,6 @@ STRUCTURAL = {
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTURAL))
-def test_strict_refuses_damage_that_shows_without_manifest_or_index(tmp_path, name):
+def test_strict_refuses_corruption_that_shows_without_manifest_or_index(tmp_path, name):
     (kind,) = (kind for kind in KINDS if kind.__name__ == name)
     assert judge(tmp_path, kind, 0, manifest=False, indexed=False, policy="strict") == "refused"

@@ -1,7 +1,7 @@
-"""Damaged shard sets, seeded, and the judgement on how they are met: by a measuring pass, by a training stream, by
-`trainer check` and by `referral shards validate`.
+"""Corrupt shard sets, seeded, and the judgement on how they are met.
 
-`python tests/trainer/data/damage.py 1000` judges a thousand of them: `make soak`.
+They meet a measuring pass, a training stream, `trainer check` and `referral shards validate`.
+`python tests/trainer/data/corrupt_sets.py 1000` judges a thousand of them: `make soak`.
 """
 
 import contextlib
@@ -23,7 +23,14 @@ from shardsets import CLASSES, label_of, members_of, picture, write_tar, write_u
 
 from pipeline.config import Data, UserError  # noqa: E402
 from trainer.__main__ import main as trainer_main  # noqa: E402
-from trainer.data import MeasuringStream, Source, TrainingStream, cached, open_shards, shuffled  # noqa: E402
+from trainer.data import (  # noqa: E402
+    MeasuringStream,
+    Source,
+    TrainingStream,
+    cached,
+    open_shards,
+    shuffled,
+)
 
 SIZES = [5, 40, 12]
 READERS = ["in process", "two workers", "cached"]
@@ -68,12 +75,12 @@ def zeroed(path, chance):
 
 
 def _rewritten(change):
-    def damage(path, chance):
+    def corrupt(path, chance):
         members = members_of(numbers_of(int(path.stem[-6:])))
         write_tar(path, change(members, chance))
 
-    damage.__name__ = change.__name__
-    return damage
+    corrupt.__name__ = change.__name__
+    return corrupt
 
 
 @_rewritten
@@ -84,14 +91,14 @@ def missing_member(members, chance):
 
 @_rewritten
 def duplicate_key(members, chance):
-    place = 2 * chance.randrange(len(members) // 2)
-    return members + members[place : place + 2]
+    first = 2 * chance.randrange(len(members) // 2)
+    return members + members[first : first + 2]
 
 
 @_rewritten
 def duplicate_member(members, chance):
-    place = chance.randrange(len(members))
-    return members[:place] + [members[place]] + members[place:]
+    index = chance.randrange(len(members))
+    return members[:index] + [members[index]] + members[index:]
 
 
 @_rewritten
@@ -101,26 +108,27 @@ def dotted_keys(members, chance):
 
 @_rewritten
 def one_dotted_key(members, chance):
-    place = 2 * chance.randrange(len(members) // 2 - 1)
-    key = members[place][0].partition(".")[0]
-    return [
-        (f"{key}.v2.{n.partition('.')[2]}" if place + 2 <= i < place + 4 else n, c)
-        for i, (n, c) in enumerate(members)
-    ]
+    first = 2 * chance.randrange(len(members) // 2 - 1)
+    key = members[first][0].partition(".")[0]
+    for index in (first + 2, first + 3):
+        name, content = members[index]
+        members[index] = (f"{key}.v2.{name.partition('.')[2]}", content)
+    return members
 
 
 @_rewritten
 def wrong_label(members, chance):
-    place = 2 * chance.randrange(len(members) // 2)
+    index = 2 * chance.randrange(len(members) // 2)
     bad = chance.choice([b"7", b"-1", b"99999999999999999999", b"cat", b"", b"1.5", b"\xff\xfe"])
-    members[place] = (members[place][0], bad)
+    members[index] = (members[index][0], bad)
     return members
 
 
 @_rewritten
 def not_a_picture(members, chance):
-    place = 2 * chance.randrange(len(members) // 2) + 1
-    members[place] = (members[place][0], chance.choice([b"", b"text", members[place][1][:60]]))
+    index = 2 * chance.randrange(len(members) // 2) + 1
+    name, content = members[index]
+    members[index] = (name, chance.choice([b"", b"text", content[:60]]))
     return members
 
 
@@ -136,26 +144,18 @@ def absent(path, chance):
     path.unlink()
 
 
+MANIFEST_KINDS = (
+    "samples counts sha256 name twice".split() + ["left out"] + "class type half list".split()
+)
+
+
 def wrong_manifest(path, chance):
     manifest_path = path.parent / "manifest.json"
     if not manifest_path.exists():
         return absent(path, chance)
     manifest = json.loads(manifest_path.read_text())
     shard = chance.choice(manifest["splits"]["train"]["shards"])
-    kind = chance.choice(
-        [
-            "samples",
-            "counts",
-            "sha256",
-            "name",
-            "twice",
-            "left out",
-            "class",
-            "type",
-            "half",
-            "list",
-        ]
-    )
+    kind = chance.choice(MANIFEST_KINDS)
     if kind == "samples":
         shard["samples"] += chance.choice([-1, 1])
     elif kind == "counts":
@@ -199,7 +199,10 @@ KINDS = [
 def judge(
     directory: Path, kind, seed: int, manifest: bool, indexed: bool, policy: str, reader=READERS[0]
 ) -> str:
-    """Make one damaged set and read it: "refused", "counted" or "harmless".  AssertionError for anything else."""
+    """Make one corrupt set and read it: "refused", "counted" or "harmless".
+
+    Raises AssertionError for anything else.
+    """
     chance = random.Random(f"{kind.__name__} {seed}")
     write_uneven(directory, SIZES, manifest, indexed)
     kind(directory / f"train-{chance.randrange(len(SIZES)):06d}.tar", chance)
@@ -221,8 +224,8 @@ def measured(directory: Path, data: Data, workers: int) -> str:
         shards = cached(open_shards(data.train, data, "train"), directory / "cache" / "train", data)
         stream = MeasuringStream(shards, 16)
         batches = list(stream.loader(workers=workers))
-    except UserError as mistake:
-        assert len(str(mistake).splitlines()) == 1, str(mistake)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, str(error)
         return "refused"
     delivered = [key for batch in batches for key in intact_keys(shards, batch)]
     assert len(set(delivered)) == len(delivered), "a sample came twice"
@@ -237,14 +240,17 @@ def measured(directory: Path, data: Data, workers: int) -> str:
 
 
 def trained(directory: Path, data: Data, verdict: str) -> None:
-    """Two epochs of training on the same set: only whole batches of intact samples, or the same refusal."""
+    """Two epochs of training on the same set.
+
+    Only whole batches of intact samples come, or the same refusal.
+    """
     try:
         shards = cached(open_shards(data.train, data, "train"), directory / "cache" / "train", data)
         stream = TrainingStream([Source(shards, shuffled(len(shards), 0), 8)], 0)
         batches = list(stream.loader(0, 2 * sum(SIZES) // 8))
-    except UserError as mistake:
-        assert len(str(mistake).splitlines()) == 1, str(mistake)
-        assert verdict == "refused", f"measuring: {verdict}, training: {mistake}"
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1, str(error)
+        assert verdict == "refused", f"measuring: {verdict}, training: {error}"
         return
     assert verdict != "refused", "training reads what measuring refuses"
     assert all(len(intact_keys(shards, batch)) == 8 for batch in batches)
@@ -261,39 +267,36 @@ def intact_keys(shards, batch) -> list[str]:
 
 def command(words: list[str], stdin: str = "") -> tuple[int, str]:
     """(exit code, what it printed to stderr) of `python -m trainer WORDS`, run in this process."""
-    said, before = io.StringIO(), sys.stdin
+    stderr, before = io.StringIO(), sys.stdin
     sys.stdin = io.StringIO(stdin)
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
             code = trainer_main(words)
     finally:
         sys.stdin = before
-    return code, said.getvalue()
+    return code, stderr.getvalue()
 
 
 def judge_commands(directory: Path, manifest: bool, policy: str, verdict: str) -> None:
-    """`check` and `shards validate` on a set that `judge` made: exit codes and lines, no traceback."""
+    """`check` and `shards validate` on a set that `judge` made: exit codes and lines."""
     pattern = str(directory / "train-{000000..000002}.tar")
-    data = {
-        "train": pattern,
-        "val": pattern,
-        "test": pattern,
-        "damage": policy,
-        "damage_share": 0.99,
-        "cache": "none",
-    }
+    data = {"train": pattern, "val": pattern, "test": pattern}
+    data |= {"damage": policy, "damage_share": 0.99, "cache": "none"}
     config = {
         "data": data if manifest else data | {"classes": len(CLASSES)},
         "model": {"name": "mlp", "width": 8, "depth": 1},
         "train": {"steps": 1, "batch_size": 8},
     }
-    code, said = command(["check"], tomli_w.dumps(config))
-    assert code == 2 if said else code == 0, f"check: exit code {code}, {said!r}"
-    assert not said or (said.startswith("error: ") and said.count("\n") == 1), f"check: {said!r}"
-    assert verdict == "refused" or code == 0, f"{verdict} by the streams, check says {said!r}"
-    code, said = command(["shards", "validate", str(directory) if manifest else pattern])
-    assert code in (0, 1, 2) and bool(said) == bool(code), f"validate: exit code {code}, {said!r}"
-    # Without a manifest only the config says how many classes there are: `validate` takes the labels as they come.
+    code, stderr = command(["check"], tomli_w.dumps(config))
+    assert code == 2 if stderr else code == 0, f"check: exit code {code}, {stderr!r}"
+    if stderr:
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1, f"check: {stderr!r}"
+    assert verdict == "refused" or code == 0, f"{verdict} by the streams, check says {stderr!r}"
+    code, stderr = command(["shards", "validate", str(directory) if manifest else pattern])
+    assert code in (0, 1, 2), f"validate: exit code {code}, {stderr!r}"
+    assert bool(stderr) == bool(code), f"validate: exit code {code}, {stderr!r}"
+    # Without a manifest only the config says how many classes there are: `validate` takes the
+    # labels as they come.
     if verdict != "harmless" and manifest:
         assert code, f"{verdict} by the streams, nothing to say for validate"
 
@@ -303,7 +306,10 @@ def timed_out(*_):
 
 
 def soak(count: int) -> int:
-    """TestEvaluator `count` damaged sets; prints a table and the first failures.  Returns the number of failures."""
+    """Judge `count` corrupt sets; prints a table and the first failures.
+
+    Returns the number of failures.
+    """
     warnings.filterwarnings("ignore", "This DataLoader will create")
     signal.signal(signal.SIGALRM, timed_out)
     table: dict[str, dict[str, int]] = {}
@@ -313,11 +319,11 @@ def soak(count: int) -> int:
         seed = number // len(KINDS)
         manifest, indexed, policy = seed % 4 > 0, seed % 8 < 4, ("strict", "skip")[seed // 8 % 2]
         manifest, reader = manifest or not indexed, READERS[seed % 3]
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory() as directory:
             signal.alarm(SECONDS)
             try:
-                verdict = judge(Path(place), kind, seed, manifest, indexed, policy, reader)
-                judge_commands(Path(place), manifest, policy, verdict)
+                verdict = judge(Path(directory), kind, seed, manifest, indexed, policy, reader)
+                judge_commands(Path(directory), manifest, policy, verdict)
             except Exception:
                 verdict, failures = "FAILED", failures + 1
                 if failures <= 5:
@@ -328,7 +334,7 @@ def soak(count: int) -> int:
         row[verdict] = row.get(verdict, 0) + 1
     for name, row in table.items():
         print(f"{name:22}", row)
-    print(f"{count} damaged sets, {failures} failures")
+    print(f"{count} corrupt sets, {failures} failures")
     return failures
 
 

@@ -1,0 +1,68 @@
+"""ensemble.json: how the networks of a run directory or an exported bundle are joined."""
+
+import json
+import os
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+SCHEMA = 1
+SETTINGS = "ensemble.json"
+
+
+@dataclass
+class EnsembleSettings:
+    """The contents of ensemble.json.  The defaults are those of a run that has none yet.
+
+    kind: "specialists", or "deep" for networks of one kind that are averaged.
+    members: how many networks a deep ensemble has.
+    gate, max_specialists, combine, temperatures, weights: as SpecialistEnsemble has them.
+    skipped: groups that have no specialist on purpose.
+    missing: groups whose specialist failed.
+    shared: {"m": names of the tensors that specialist m's file leaves out, since they are the
+    generalist's}.
+    """
+
+    kind: str = "specialists"
+    members: int = 1
+    gate: int = 1
+    max_specialists: int | None = None
+    combine: str = "kl"
+    temperatures: list[float] | None = None
+    weights: list[float] | None = None
+    skipped: list[int] = field(default_factory=list)
+    missing: list[int] = field(default_factory=list)
+    shared: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, root: Path) -> "EnsembleSettings":
+        """What `root`/ensemble.json says; the defaults where there is none.
+
+        Raises ValueError, naming the file, for one that cannot be read and for another schema.
+        """
+        path = root / SETTINGS
+        if not path.is_file():
+            return cls()
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: cannot be read: {error}") from None
+        schema = content.get("schema") if isinstance(content, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{path} has schema {schema!r}; this version reads {SCHEMA}: "
+                "export it again with this version"
+            )
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in known})
+
+    def save(self, root: Path) -> None:
+        """Write `root`/ensemble.json with the keys of its kind.  It appears whole or never."""
+        content: dict[str, object] = {"schema": SCHEMA}
+        if self.kind == "specialists":
+            names = [each.name for each in fields(self) if each.name not in ("kind", "members")]
+        else:
+            names = ["kind", "members"]
+        content |= {name: getattr(self, name) for name in names}
+        unfinished = root / f".{SETTINGS}.{os.getpid()}"
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, root / SETTINGS)

@@ -1,0 +1,64 @@
+"""What a specialist has in common with the generalist that it started as."""
+
+import torch
+from torch import Tensor, nn
+
+from networks import Classifier
+
+
+def same_tensor(one: Tensor, other: Tensor) -> bool:
+    if one is other:
+        return True
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
+
+
+def shared_names(generalist: nn.Module, specialist: nn.Module) -> list[str]:
+    """The names of the specialist's tensors that equal the generalist's."""
+    common = generalist.state_dict()
+    return [
+        name
+        for name, tensor in specialist.state_dict().items()
+        if name in common and same_tensor(common[name], tensor)
+    ]
+
+
+def share_storage(generalist: nn.Module, specialist: nn.Module) -> None:
+    """Let the specialist's tensors that equal the generalist's be the generalist's own."""
+    common = generalist.state_dict()
+    for name, tensor in [*specialist.named_parameters(), *specialist.named_buffers()]:
+        if name in common and same_tensor(common[name], tensor.detach()):
+            tensor.data = common[name]
+
+
+def shared_prefix(generalist: Classifier, specialist: Classifier) -> int:
+    """How many leading blocks of the trunks do the same, tensor for tensor.
+
+    -1 where the inputs are preprocessed differently.
+    """
+    one, other = generalist.spec, specialist.spec
+    if one.input != other.input:
+        return -1
+    if (one.builder, one.options) != (other.builder, other.options):
+        return 0
+    length = 0
+    for mine, theirs in zip(blocks(generalist.trunk), blocks(specialist.trunk), strict=True):
+        if not _equal_tensors(mine, theirs):
+            break
+        length += 1
+    return length
+
+
+def blocks(trunk: nn.Module) -> list[nn.Module]:
+    return list(trunk.children()) if isinstance(trunk, nn.Sequential) else [trunk]
+
+
+def _equal_tensors(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules of one architecture hold the same parameters and buffers.
+
+    Batch norm's counter of batches aside.
+    """
+    mine, theirs = one.state_dict(), other.state_dict()
+    if mine.keys() != theirs.keys():
+        return False
+    names = [name for name in mine if not name.endswith("num_batches_tracked")]
+    return all(same_tensor(mine[name], theirs[name]) for name in names)
