@@ -119,7 +119,8 @@ def read_webdataset(urls: list[str], extension: str, passes: int, workers: int) 
         .to_tuple(extension, "cls")
         .batched(BATCH, collation_fn=default_collate)
     )
-    for _, labels in DataLoader(pipeline, batch_size=None, num_workers=workers):
+    dataset = cast(IterableDataset, pipeline)
+    for _, labels in DataLoader(dataset, batch_size=None, num_workers=workers):
         yield labels
 
 
