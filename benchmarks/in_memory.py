@@ -23,7 +23,7 @@ class InMemory(ShardSet):
         self.data = Data()
         self.class_names = []
         self.corruption = []
-        self._files = {}
+        self._descriptors = {}
         self._first = inputs.shape[1:], inputs.dtype
 
     def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:

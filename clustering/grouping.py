@@ -7,6 +7,7 @@ member_of: int32 [C, memberships], the groups of each class, -1 where it has few
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 
 import numpy as np
@@ -104,10 +105,8 @@ def group_classes(
     initial = _initial_groups(method, inputs)
     _check_labels(initial.labels, method, num_classes, num_groups)
 
-    def max_size(memberships: int) -> int:
-        return _max_size(memberships, num_groups, capacity)
-
-    member_of, centres = _within_capacity(initial, num_groups, max_size(num_classes), seed)
+    max_size = _max_size(num_classes, num_groups, capacity)
+    member_of, centres = _within_capacity(initial, num_groups, max_size, seed)
     num_further = overlap - member_of.shape[1]
     if coverage is not None and num_further == 0:
         raise ValueError(
@@ -116,26 +115,53 @@ def group_classes(
         )
     if refine is None:
         refine = initial.refine
-    ties = None
     if refine or num_further:
         ties = _ties(initial.columns, centres, confused)
+        search = _Search(mutual, confused, num_groups, capacity, ties, seed)
+        if refine:
+            member_of = search.refine(member_of)
+        if num_further:
+            member_of = search.extend(member_of, num_further, coverage)
+    return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
-    def search(member_of: np.ndarray) -> np.ndarray:
-        bound = max_size(member_of.size)
-        return local_search(confused, member_of, num_groups, bound, ties, seed=seed)
 
-    if refine:
-        member_of = search(member_of)
-    if num_further:
-        missing = np.full((num_classes, num_further), -1, dtype=np.int32)
+@dataclass(frozen=True)
+class _Search:
+    """The local search on the expected confusion, within the capacity."""
+
+    mutual: csr_array
+    confused: csr_array
+    num_groups: int
+    capacity: float | None
+    ties: Similarity | None
+    seed: int
+
+    def refine(self, member_of: np.ndarray) -> np.ndarray:
+        """As many memberships [C, r] as there are places, better ones."""
+        max_size = self.max_size(member_of.size)
+        return local_search(
+            self.confused, member_of, self.num_groups, max_size, self.ties, seed=self.seed
+        )
+
+    def extend(self, member_of: np.ndarray, num_further: int, coverage: float | None) -> np.ndarray:
+        """Up to num_further more memberships for each class: [C, r + num_further]."""
+        missing = np.full((len(member_of), num_further), -1, dtype=np.int32)
         member_of = np.hstack([member_of, missing])
         if coverage is None:
-            member_of = search(member_of)
-        else:
-            member_of = join_where_it_pays(
-                mutual, confused, member_of, num_groups, coverage, max_size, ties, seed
-            )
-    return _class_groups(fill_empty(member_of, num_groups), num_groups)
+            return self.refine(member_of)
+        return join_where_it_pays(
+            self.mutual,
+            self.confused,
+            member_of,
+            self.num_groups,
+            coverage,
+            self.max_size,
+            self.ties,
+            self.seed,
+        )
+
+    def max_size(self, memberships: int) -> int:
+        return _max_size(memberships, self.num_groups, self.capacity)
 
 
 def _initial_groups(method: str, inputs: Mapping[str, object]) -> InitialGroups:

@@ -19,8 +19,8 @@ from .statistics import DENSE_BYTES, PredictionStatistics, as_array
 class InitialGroups(NamedTuple):
     """What a method finds; `group_classes` bounds the groups' sizes and refines them.
 
-    labels: int [C], each class's group in 0 ... G - 1. Or int [C, overlap], where the method gives
-        every class all its groups; these must keep to the capacity.
+    labels: int [C], each class's group in 0 ... G - 1. Or int [C, overlap], -1 for none, where the
+        method chooses all groups of a class; it then keeps to the capacity itself.
     columns: float32 [C, r], or None. A class moves from a full group to the nearest by columns,
         and their similarity breaks the ties of the local search.
     refine: whether a local search follows unless the caller decides.

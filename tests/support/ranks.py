@@ -32,6 +32,13 @@ def on_ranks(ranks: int, script: Path, *arguments) -> str:
     return ended.stdout
 
 
+def engine_overrides(engine: str) -> list[str]:
+    """What selects ddp, or zero0 to zero3, in a config."""
+    if engine == "ddp":
+        return []
+    return ["engine.name=deepspeed", f"engine.zero_stage={engine.removeprefix('zero')}"]
+
+
 def losses(run: Path) -> list[float]:
     """The losses that the generalist logged."""
     rows = map(json.loads, (run / "generalist" / "metrics.jsonl").read_text().splitlines())

@@ -138,7 +138,7 @@ def specialist_loss(
 def full_specialist_loss(
     logits: Tensor,
     labels: Tensor,
-    members: Tensor,
+    in_group: Tensor,
     p_general: Tensor | None,
     log_prior: Tensor,
     soft_weight: float = 1.0,
@@ -159,7 +159,7 @@ def full_specialist_loss(
     logits : Tensor [B, C]
     labels : int64 Tensor [B]
         Each a class.
-    members : bool Tensor [C]
+    in_group : bool Tensor [C]
         The classes of S_m; the others are "out".
     p_general : Tensor [B, C], optional
         The generalist's probabilities, read where the label is out.  None leaves the soft targets
@@ -180,8 +180,8 @@ def full_specialist_loss(
     # The second term is constant in q(out), so soft_weight does not move the balance, and q = p,
     # the true posterior, is the minimiser wherever p_general(. | out) is right.
     log_q = F.log_softmax(to_float32(logits) + log_prior, dim=1)
-    out = (~members).nonzero()[:, 0]
-    is_out = ~members[labels]
+    out = (~in_group).nonzero()[:, 0]
+    is_out = ~in_group[labels]
     log_q_label = log_q.gather(1, labels[:, None])[:, 0]
     hard = -torch.where(is_out, log_q[:, out].logsumexp(1), log_q_label)
     if p_general is None:

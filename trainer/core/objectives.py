@@ -83,7 +83,7 @@ def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:
 
 
 def specialise_in(
-    members: np.ndarray,
+    group_classes: np.ndarray,
     num_classes: int,
     shift: float,
     label_smoothing: float = 0.0,
@@ -94,8 +94,7 @@ def specialise_in(
 
     Parameters
     ----------
-    members : int array [|S_m|]
-        The group's classes.
+    group_classes : int array [|S_m|]
     num_classes : int
     shift : float
         How far the dustbin is lowered for the oversampling of S_m; see `dustbin_shift`.
@@ -105,7 +104,7 @@ def specialise_in(
     loss : callable
         (logits [B, |S_m| + 1], labels [B], label_smoothing) -> scalar mean.
     """
-    columns = specialist_columns(members, num_classes)
+    columns = specialist_columns(group_classes, num_classes)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         targets = columns.to(batch.labels.device)[batch.labels]
@@ -117,7 +116,7 @@ def specialise_in(
 
 def specialise_fully(
     generalist: nn.Module | None,
-    members: np.ndarray,
+    group_classes: np.ndarray,
     num_classes: int,
     shift: float,
     log_prior: Tensor | None = None,
@@ -131,10 +130,10 @@ def specialise_fully(
     generalist : nn.Module, optional
         inputs -> logits [B, C].  It is the teacher where the label is outside the group; without
         one a network learns there only that the label is outside.
-    members, num_classes, shift, log_prior
+    group_classes, num_classes, shift, log_prior
         As in `specialise_in`.
     others_log_prior : Tensor [C], optional
-        Where the stream resamples the other classes among themselves; 0 for members.
+        Where the stream resamples the other classes among themselves; 0 in the group.
     soft_weight : float
         Of the KL from the generalist's predictions.
 
@@ -142,12 +141,12 @@ def specialise_fully(
     ----------
     Hinton et al. 2015, section 6.1; see `full_specialist_loss`.
     """
-    classes = torch.tensor(members)
+    own = torch.tensor(group_classes)
     inside = torch.zeros(num_classes, dtype=torch.bool)
-    inside[classes] = True
+    inside[own] = True
     full_prior = torch.where(inside, shift, 0.0)  # specialise_in lowers the rest, which is the same
     if log_prior is not None:
-        full_prior[classes] += log_prior
+        full_prior[own] += log_prior
     if others_log_prior is not None:
         full_prior = full_prior + others_log_prior
 
@@ -271,22 +270,22 @@ def learn_priors() -> Objective:
     return objective
 
 
-def specialist_columns(members: np.ndarray, num_classes: int) -> Tensor:
+def specialist_columns(group_classes: np.ndarray, num_classes: int) -> Tensor:
     """int64 [C]: the column of each class in a specialist's output.
 
     It is |S_m|, the dustbin's, for classes outside.
     """
-    columns = torch.full((num_classes,), len(members), dtype=torch.int64)
-    columns[torch.tensor(members)] = torch.arange(len(members))
+    columns = torch.full((num_classes,), len(group_classes), dtype=torch.int64)
+    columns[torch.tensor(group_classes)] = torch.arange(len(group_classes))
     return columns
 
 
-def with_dustbin(logits: Tensor, members: np.ndarray) -> Tensor:
+def with_dustbin(logits: Tensor, group_classes: np.ndarray) -> Tensor:
     """Logits of all classes [B, C] as a specialist has them, [B, |S_m| + 1].
 
     Last comes the dustbin, the log-sum-exp of the others.
     """
-    own = torch.tensor(members, device=logits.device)
+    own = torch.tensor(group_classes, device=logits.device)
     others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     others[own] = False
     return torch.cat([logits[:, own], logits[:, others].logsumexp(1, keepdim=True)], dim=1)

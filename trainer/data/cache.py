@@ -182,6 +182,6 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
 def _lenient(shards: ShardSet, data: Data) -> ShardSet:
     """The same samples, with corrupt ones left out whatever data.damage says."""
     lenient = copy.copy(shards)
-    lenient._files = {}
+    lenient._descriptors = {}
     lenient.data = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
     return lenient

@@ -94,13 +94,13 @@ class ShardSet:
         used = np.unique(self._extension[self._input_row]).tolist()
         self._decoders = {number: find_decoder(table, self.extensions[number]) for number in used}
         self.input_extensions = [self.extensions[number] for number in used]
-        self._files: dict[int, int] = {}
+        self._descriptors: dict[int, int] = {}
         self._first: tuple[tuple[int, ...], np.dtype] | None = None
 
     def _join_indexes(self, indexes: Sequence[TarIndex]) -> None:
         """One row for each file in any shard; sample i has rows _start[i] : _start[i + 1]."""
-        extensions = {str(extension) for index in indexes for extension in index.extensions}
-        self.extensions = sorted(extensions)
+        extensions = np.concatenate([index.extensions for index in indexes])
+        self.extensions: list[str] = np.unique(extensions).tolist()
         number_of = {extension: number for number, extension in enumerate(self.extensions)}
         row_start = np.cumsum([0] + [len(index.offset) for index in indexes])
         starts, extension_numbers, input_rows = [], [], []
@@ -126,7 +126,7 @@ class ShardSet:
 
     def _take_over(self, other: ShardSet) -> None:
         """Become another set's samples, with no open files: for the constructors of subclasses."""
-        self.__dict__.update(other.__dict__ | {"_files": {}})
+        self.__dict__.update(other.__dict__ | {"_descriptors": {}})
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -269,11 +269,11 @@ class ShardSet:
     def _content(self, shard: int, row: int) -> bytes:
         size = int(self._size[row])
         try:
-            if shard not in self._files:
-                if len(self._files) >= OPEN_FILES:
+            if shard not in self._descriptors:
+                if len(self._descriptors) >= OPEN_FILES:
                     self._close()
-                self._files[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-            content = os.pread(self._files[shard], size, int(self._offset[row]))
+                self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
+            content = os.pread(self._descriptors[shard], size, int(self._offset[row]))
         except OSError as error:
             raise _Corrupt(f"cannot be read: {error.strerror}") from None
         if len(content) != size or zlib.crc32(content) != self._crc[row]:
@@ -303,16 +303,16 @@ class ShardSet:
         raise UserError(reason)
 
     def _close(self) -> None:
-        for file in self._files.values():
+        for file in self._descriptors.values():
             os.close(file)
-        self._files.clear()
+        self._descriptors.clear()
 
     def __del__(self):
-        if hasattr(self, "_files"):
+        if hasattr(self, "_descriptors"):
             self._close()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": {}}
+        return self.__dict__ | {"_descriptors": {}}
 
 
 class _Corrupt(Exception):

@@ -314,7 +314,7 @@ def _as_index(
     corruption: Sequence[tuple[str, str]],
     countable: bool,
 ) -> TarIndex:
-    extensions = sorted({extension for sample in samples for extension in sample.rows})
+    extensions = sorted(set().union(*(sample.rows for sample in samples)))
     number_of = {extension: number for number, extension in enumerate(extensions)}
     rows: list[tuple[int, int, int, int]] = []
     for sample in samples:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,44 +15,12 @@ from pipeline.results import named_rows, read_evaluation, read_file
 from pipeline.store import read_json
 
 from . import tables
+from .predictions import Predictions
 
 if TYPE_CHECKING:
     from ..data.shards import ShardSet
 
 LONGEST_NAME = 80  # characters of a class name
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What `evaluate` kept of one network's predictions: a row for each of n test examples.
-
-    ids: int64 [n], the sample of each row; corrupt samples have none. labels: int64 [n].
-    top5, top5_probability: [n, 5]. label_probability: [n]. active: of the ensemble, bool [n, M],
-    the specialists that each example was routed to; else None.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    top5: np.ndarray
-    top5_probability: np.ndarray
-    label_probability: np.ndarray
-    active: np.ndarray | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> Predictions | None:
-        """The predictions in an .npz file; None where there is no such file."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names = [field.name for field in fields(cls)]
-                arrays = {name: file[name] for name in names if name in file.files}
-        except FileNotFoundError:
-            return None
-        return cls(**arrays)
-
-    @property
-    def correct(self) -> np.ndarray:
-        """bool [n]"""
-        return self.top5[:, 0] == self.labels
 
 
 class Changes(NamedTuple):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import tables
-from .evidence import Evidence, Predictions
+from .evidence import Evidence
 from .groups import GroupCards
+from .predictions import Predictions
 
 MOST_EXAMPLES = 12
 

@@ -82,11 +82,11 @@ def test_a_folder_with_splits_of_its_own_keeps_them(tmp_path):
     for split, count in (("train", 8), ("test", 2)):
         picture_folder(tmp_path / "trees" / split, count=count)
     run("folder", tmp_path / "trees", "--out", tmp_path / "shards", "--val", 0.25, "--test", 0.5)
-    found = {
+    samples = {
         split: open_shards(str(tmp_path / "shards"), Data(), split).num_samples
         for split in ("train", "val", "test")
     }
-    assert found == {"train": 18, "val": 6, "test": 6}
+    assert samples == {"train": 18, "val": 6, "test": 6}
 
 
 def test_pictures_of_several_sizes_are_refused_until_a_size_is_given(tmp_path):

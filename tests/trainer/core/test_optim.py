@@ -72,13 +72,13 @@ def test_of_a_batch_ensemble_only_shared_weights_decay_and_its_factors_learn_at_
     optimizer = build_optimizer(network, schedule(optimizer=name, weight_decay=0.5))
     set_rate(optimizer, 0.2)
     names = {id(p): n for n, p in network.named_parameters()}
-    found = [
+    groups = [
         ({names[id(p)] for p in group["params"]}, group["weight_decay"], group["lr"])
         for group in optimizer.param_groups
     ]
     layers = {"trunk.stage1.conv", "trunk.stage2.conv", "trunk.embedding.linear", "head"}
     norms = {f"trunk.stage{i}.norm.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
-    assert found == [
+    assert groups == [
         ({f"{layer}.shared.weight" for layer in layers}, 0.5, 0.2),
         ({"trunk.embedding.linear.bias", "head.bias"} | norms, 0.0, 0.2),
         ({f"{layer}.{factor}" for layer in layers for factor in "rs"}, 0.0, 0.1),

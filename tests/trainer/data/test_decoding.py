@@ -111,8 +111,8 @@ def test_a_decoder_that_cannot_be_imported_is_named(tmp_path, users, name, messa
 def test_a_decoder_that_gives_no_array_is_told_so(tmp_path, users, body, message):
     users(f"def f(content):\n    {body}\n")
     shards = opened(tmp_path, "txt", [b"a"], decoders={"txt": "mine:f"})
-    found = refusal(shards.inputs, [0])
-    assert "train-0.tar: sample 0: cannot be decoded: " in found and message in found
+    line = refusal(shards.inputs, [0])
+    assert "train-0.tar: sample 0: cannot be decoded: " in line and message in line
 
 
 def test_a_decoder_whose_shape_or_type_changes_is_told_so(tmp_path, users):
@@ -152,8 +152,8 @@ def test_npy_keeps_its_type_and_refuses_the_rest(tmp_path):
         return file.getvalue()
 
     for kind in ("uint8", "int64", "float32", "float64"):
-        found = opened(tmp_path, "npy", [content(np.arange(3).astype(kind))]).inputs([0])
-        assert found.dtype == kind and found.tolist() == [[0, 1, 2]]
+        array = opened(tmp_path, "npy", [content(np.arange(3).astype(kind))]).inputs([0])
+        assert array.dtype == kind and array.tolist() == [[0, 1, 2]]
     assert "cannot be decoded" in refusal(opened(tmp_path, "npy", [b"rubbish"]).inputs, [0])
 
 

@@ -27,9 +27,9 @@ class Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        fault = (
-            self.server.faults.pop(0) if self.server.faults and self.path.endswith(".tar") else None
-        )
+        fault = None
+        if self.server.faults and self.path.endswith(".tar"):
+            fault = self.server.faults.pop(0)
         if fault == "silent":
             self.close_connection = True
         elif fault == "short":
@@ -60,7 +60,8 @@ def served(tmp_path, monkeypatch):
     directory.mkdir()
     write_uneven(directory, [4, 9, 5])
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
-    server.faults, server.asked, server.directory = [], [], directory
+    server.faults, server.asked = [], []
+    server.directory = directory
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -111,9 +112,8 @@ def test_shards_behind_urls_are_those_on_disk(served, data, pattern):
     assert remote.fingerprint == local.fingerprint and remote.class_names == CLASSES
     ids = np.arange(18)
     assert (remote.inputs(ids) == local.inputs(ids)).all() and remote.keys(ids) == local.keys(ids)
-    from trainer.data import (
-        MeasuringStream,  # here, for the processes that are started below need no torch
-    )
+    # Imported here, for the processes that are started below need no torch.
+    from trainer.data import MeasuringStream
 
     batches = list(MeasuringStream(remote, 4).loader())
     assert sorted(int(i) for batch in batches for i in batch.ids) == list(range(18))

@@ -155,8 +155,8 @@ def test_classes_are_mixed_within_a_split(tmp_path):
 
 def test_without_distortion_every_face_takes_its_turn_undistorted(tmp_path):
     made = render(tmp_path / "out", classes="AB", per_class={"train": 24}, distortion=STILL)
-    found = [pixels for label, pixels in samples(tmp_path / "out", "train").values() if label == 0]
-    different, counts = np.unique(np.stack(found), axis=0, return_counts=True)
+    images = [pixels for label, pixels in samples(tmp_path / "out", "train").values() if label == 0]
+    different, counts = np.unique(np.stack(images), axis=0, return_counts=True)
     assert len(different) == made.count[0] == 12 and set(counts) == {2}
 
 
@@ -219,8 +219,8 @@ def test_strength_multiplies_every_amplitude_and_not_the_grid():
 @pytest.mark.parametrize("size", [16, 32, 40])
 def test_other_sizes_are_whole_pngs(tmp_path, size):
     render(tmp_path / "out", size=size, classes="AB", per_class={"train": 2})
-    found = samples(tmp_path / "out", "train")
-    assert all(pixels.shape == (size, size) and pixels.max() > 150 for _, pixels in found.values())
+    images = samples(tmp_path / "out", "train")
+    assert all(pixels.shape == (size, size) and pixels.max() > 150 for _, pixels in images.values())
 
 
 def test_ones_own_fonts_and_a_number_of_classes(tmp_path):

@@ -39,7 +39,7 @@ def test_every_group_holds_every_sample_of_its_classes_once(shards, tmp_path, mo
         assert [routed.where(sample) for sample in ids] == [
             shards.where(sample) for sample in expected
         ]
-    assert sorted(place.name for place in tmp_path.iterdir()) == ["000", "003", "004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "003", "004"]
 
 
 def test_one_pass_reads_each_sample_once_however_many_groups_want_it(shards, tmp_path, monkeypatch):
@@ -124,9 +124,9 @@ def test_the_size_is_said_beforehand_and_bounds_all_groups_together(shards, tmp_
 
 def test_the_announced_size_of_a_copy_is_the_size_on_disk(shards, tmp_path):
     route(shards, GROUPS, tmp_path, "copy")
-    for place in tmp_path.iterdir():
-        header = json.loads((place / "routed.json").read_text())
-        (tar,) = place.glob("*.tar")
+    for directory in tmp_path.iterdir():
+        header = json.loads((directory / "routed.json").read_text())
+        (tar,) = directory.glob("*.tar")
         # Tar's end marks fill a record.
         assert 0 <= tar.stat().st_size + 8 * header["samples"] - header["bytes"] <= 10240
 
@@ -147,9 +147,9 @@ def test_corrupt_samples_are_not_copied_but_counted(tmp_path):
         open_shards(str(directory), Data(damage=damage), "train") for damage in ("skip", "strict")
     )
     with tarfile.open(directory / "train-000000.tar") as tar:
-        place = tar.getmember("00011.png").offset_data
+        offset = tar.getmember("00011.png").offset_data
     with open(directory / "train-000000.tar", "r+b") as file:
-        file.seek(place + 40)
+        file.seek(offset + 40)
         file.write(b"\x00\xff\x00")
     lost = route(lenient, GROUPS, tmp_path / "a", "copy")
     assert list(lost) == [11] and "checksum" in lost[11]

@@ -133,7 +133,7 @@ def test_patterns_that_mean_the_same_give_the_same_set(uneven):
         f"{uneven}/train-{{000000..000003}}.tar::{uneven}/train-00000[456].tar",
     ]
     labels = [open_shards(pattern, Data(), "train").labels.tolist() for pattern in patterns]
-    assert all(found == labels[0] for found in labels)
+    assert all(given == labels[0] for given in labels)
 
 
 def test_the_fingerprint_knows_content_not_place(tmp_path):
@@ -141,8 +141,8 @@ def test_the_fingerprint_knows_content_not_place(tmp_path):
         write_split(tmp_path / name, count) for name, count in (("a", 9), ("b", 9), ("c", 10))
     )
     a, b, c = (
-        open_shards(str(place / "train-000000.tar"), Data(), "train").fingerprint
-        for place in (a, b, c)
+        open_shards(str(directory / "train-000000.tar"), Data(), "train").fingerprint
+        for directory in (a, b, c)
     )
     assert a == b != c
 
@@ -306,9 +306,9 @@ def test_shards_are_read_where_no_index_can_be_kept(tmp_path, monkeypatch):
 
 def test_a_member_that_changes_after_opening_is_caught_by_its_checksum(tmp_path):
     shards = open_shards(str(write_uneven(tmp_path, [4])), Data(), "train")
-    place = shards._offset[shards._input_row[2]]
+    offset = shards._offset[shards._input_row[2]]
     with open(tmp_path / "train-000000.tar", "r+b") as file:
-        file.seek(int(place) + 50)
+        file.seek(int(offset) + 50)
         file.write(b"\0\1")
     assert "sample 00002: its member .png has changed" in refusal(shards.inputs, [2])
     assert shards.inputs([1]).shape == (1, 1, 6, 5)
@@ -362,9 +362,9 @@ def test_pictures_become_channels_first(tmp_path, extension):
     Image.fromarray(pixels).save(
         file, "jpeg" if extension.startswith("j") else extension, quality=95
     )
-    found = first_of(tmp_path, extension, file.getvalue())
-    assert found.shape == (3, 8, 6) and found.dtype == np.uint8
-    assert abs(found.astype(int).mean((1, 2)) - [0, 200, 0]).max() < 6
+    pixels = first_of(tmp_path, extension, file.getvalue())
+    assert pixels.shape == (3, 8, 6) and pixels.dtype == np.uint8
+    assert abs(pixels.astype(int).mean((1, 2)) - [0, 200, 0]).max() < 6
 
 
 def test_each_channel_is_a_plane_of_the_picture(tmp_path):
@@ -404,8 +404,8 @@ def test_pickles_are_refused(tmp_path):
 
 def test_the_config_names_a_decoder(tmp_path):
     name = "trainer.data.decoding:hashed_ngrams"
-    found = first_of(tmp_path, "txt", b"Soybean farming", decoders={"txt": name})
-    assert found.shape == (2048,) and abs(np.linalg.norm(found) - 1) < 1e-6
+    array = first_of(tmp_path, "txt", b"Soybean farming", decoders={"txt": name})
+    assert array.shape == (2048,) and abs(np.linalg.norm(array) - 1) < 1e-6
     for wrong, message in (
         ("no_such_module:f", "No module named"),
         ("json:nothing", "no function nothing"),
@@ -443,5 +443,5 @@ def test_a_gray_picture_among_coloured_ones_gets_three_equal_channels(tmp_path):
             ("b.png", png(gray)),
         ],
     )
-    found = open_shards(str(tmp_path), Data(classes=2), "train").inputs([1])[0]
-    assert (found == gray).all() and found.shape == (3, 4, 4)
+    pixels = open_shards(str(tmp_path), Data(classes=2), "train").inputs([1])[0]
+    assert (pixels == gray).all() and pixels.shape == (3, 4, 4)

@@ -234,8 +234,8 @@ def test_in_training_the_next_of_the_order_stands_in_for_a_corrupt_sample(tmp_pa
     assert all(len(batch) == 20 for batch in whole)
     ids = torch.cat([batch.ids for batch in whole]).tolist()
     order = shuffled(300, 0)(np.arange(301)).tolist()
-    place = order.index(17)
-    assert ids == order[:place] + [order[place + 1]] + order[place + 1 : 300]
+    index = order.index(17)
+    assert ids == order[:index] + [order[index + 1]] + order[index + 1 : 300]
     assert len(stream.lost) == 1
     for world_size in (2, 3):
         again = TrainingStream([Source(shards, shuffled(300, 0), 20)], 0)

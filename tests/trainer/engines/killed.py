@@ -1,8 +1,9 @@
-"""Kill a training run at random moments until it ends, and compare its weights with the undisturbed run's.
+"""Kill a training run at random moments until it ends; its weights are the undisturbed run's.
 
     python tests/trainer/engines/killed.py [KILLS_PER_ENGINE] [ENGINE ...]
 
-Each kill is a `kill -9` of one worker, of all workers, or of the launcher.  The same command then goes on.
+Each kill is a `kill -9` of one worker, of all workers, or of the launcher.  The same command then
+resumes the run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+from ranks import engine_overrides  # noqa: E402
 from toy import toy_config, write_toy  # noqa: E402
 
 from networks import load_classifier  # noqa: E402
@@ -40,26 +42,18 @@ TOLERANCE = {"ddp": 0.0}  # of the weights; DeepSpeed's are 1e-6
 
 
 def prepare(root: Path, data: Path, engine: str) -> RunDirectory:
-    chosen = ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
-    config = toy_config(data, *STEPS, *chosen)
+    config = toy_config(data, *STEPS, *engine_overrides(engine))
     root.mkdir(parents=True)
     save_config(config, root / "config.toml")
     return RunDirectory(root, config)
 
 
 def start(run: RunDirectory, ranks: int = 2) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.distributed.torchrun",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "--",
-    ]
+    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "--", "generalist", "--run", str(run.root)]
     log = open(run.root / "log.txt", "ab")
     return subprocess.Popen(
-        [*command, "generalist", "--run", str(run.root)],
+        command,
         stdout=log,
         stderr=log,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -68,15 +62,18 @@ def start(run: RunDirectory, ranks: int = 2) -> subprocess.Popen:
 
 
 def workers(launcher: int) -> list[int]:
-    found = subprocess.run(
-        ["pgrep", "-P", str(launcher)], capture_output=True, text=True
-    ).stdout.split()
-    return [int(pid) for pid in found]
+    command = ["pgrep", "-P", str(launcher)]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    return [int(pid) for pid in output.split()]
 
 
 def kill(launcher: subprocess.Popen, kind: str, rng: random.Random) -> None:
-    victims = [launcher.pid] if kind == "launcher" else workers(launcher.pid)
-    for victim in rng.sample(victims, 1) if kind == "worker" and victims else victims:
+    victims = [launcher.pid]
+    if kind != "launcher":
+        victims = workers(launcher.pid)
+    if kind == "worker" and victims:
+        victims = rng.sample(victims, 1)
+    for victim in victims:
         try:
             os.kill(victim, signal.SIGKILL)
         except ProcessLookupError:
@@ -84,7 +81,7 @@ def kill(launcher: subprocess.Popen, kind: str, rng: random.Random) -> None:
 
 
 def disturbed(run: RunDirectory, kills: list[str], longest_s: float, rng: random.Random) -> int:
-    """Run to the end, killed as often as `kills` says.  Returns how many of the kills met a running job."""
+    """Run to the end, killed as `kills` says.  Returns how many kills met a running job."""
     met = 0
     for kind in [*kills, None]:
         process = start(run)
@@ -95,10 +92,9 @@ def disturbed(run: RunDirectory, kills: list[str], longest_s: float, rng: random
                 met += 1
                 kill(process, kind, rng)
         code = process.wait(300)
-        for place in complete_checkpoints(run.generalist.directory / "checkpoints"):
-            load_checkpoint(
-                place.parent, int(place.name.removeprefix("step-"))
-            )  # what says COMPLETE can be read
+        # What says COMPLETE can be read.
+        for path in complete_checkpoints(run.generalist.directory / "checkpoints"):
+            load_checkpoint(path.parent, int(path.name.removeprefix("step-")))
         if run.generalist.is_done:
             return met
         assert kind is not None, (
@@ -116,19 +112,22 @@ def difference(one: RunDirectory, other: RunDirectory) -> float:
     return max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
 
 
-def soak(engine: str, kills: int, place: Path, seed: int = 0) -> str:
-    rng, data = random.Random(seed), place / "data"
+def soak(engine: str, kills: int, directory: Path, seed: int = 0) -> str:
+    rng, data = random.Random(seed), directory / "data"
     if not data.exists():
         write_toy(data)
-    whole = prepare(place / f"{engine}-whole", data, engine)
+    whole = prepare(directory / f"{engine}-whole", data, engine)
     began = time.monotonic()
     assert start(whole).wait(600) == 0, (whole.root / "log.txt").read_text()[-3000:]
-    longest, done, runs, worst = time.monotonic() - began, 0, 0, 0.0
+    longest = time.monotonic() - began
+    done = runs = 0
+    worst = 0.0
     while done < kills:
-        run = prepare(place / f"{engine}-{runs}", data, engine)
-        wanted = [KINDS[(done + k) % len(KINDS)] for k in range(min(3, kills - done))]
-        done += disturbed(run, wanted, longest, rng)
-        worst, runs = max(worst, difference(whole, run)), runs + 1
+        run = prepare(directory / f"{engine}-{runs}", data, engine)
+        kinds = [KINDS[(done + k) % len(KINDS)] for k in range(min(3, kills - done))]
+        done += disturbed(run, kinds, longest, rng)
+        worst = max(worst, difference(whole, run))
+        runs += 1
     assert worst <= TOLERANCE.get(engine, 1e-6), f"{engine}: weights differ by {worst}"
     return f"{engine}: {done} kills in {runs} runs, weights differ by at most {worst:g}"
 

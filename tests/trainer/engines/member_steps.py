@@ -1,8 +1,9 @@
-"""Steps of networks with members by engines in turn, in this process group, against one process's by hand:
-member_steps.py ENGINE ...
+"""Steps of networks with members by engines in turn, against one process's by hand.
 
-After two of four steps a new engine goes on from the state of the first.  Raises where a gradient (of ddp) or a weight
-differs.
+    member_steps.py ENGINE ...          in this process group
+
+After two of four steps a new engine resumes from the state of the first.  Raises where a gradient
+(of ddp) or a weight differs.
 """
 
 import copy
@@ -23,13 +24,18 @@ KINDS = ({"kind": "heads", "count": K, "blocks": 1}, {"kind": "batch", "count": 
 
 def main(engines: list[str]) -> None:
     with process_group(Engine(device="cpu")) as ranks:
-        for engine in engines:
+        for name in engines:
             for members in KINDS:
-                compare(engine, members, ranks)
+                compare(name, members, ranks)
 
 
-def compare(engine: str, members: dict, ranks) -> None:
-    name, stage = ("deepspeed", int(engine[4:])) if engine != "ddp" else ("ddp", 0)
+def engine_config(name: str) -> Engine:
+    if name == "ddp":
+        return Engine(device="cpu")
+    return Engine(name="deepspeed", zero_stage=int(name.removeprefix("zero")), device="cpu")
+
+
+def compare(name: str, members: dict, ranks) -> None:
     torch.manual_seed(0)
     spec = ModelSpec(
         "mlp",
@@ -51,13 +57,13 @@ def compare(engine: str, members: dict, ranks) -> None:
             "ema": 0.0,
         }
     )
-    engine = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
+    engine = build_engine(engine_config(name), ranks)
     module = engine.prepare(network, schedule)
-    for number, (raw, targets) in enumerate(steps):
-        if number == 2:
+    for index, (raw, targets) in enumerate(steps):
+        if index == 2:
             state = copy.deepcopy(engine.state())
             engine.close()
-            engine = build_engine(Engine(name=name, zero_stage=stage, device="cpu"), ranks)
+            engine = build_engine(engine_config(name), ranks)
             network = build_classifier(spec)
             module = engine.prepare(network, schedule, state)
         own = slice(ranks.rank, None, ranks.world_size)
@@ -67,15 +73,16 @@ def compare(engine: str, members: dict, ranks) -> None:
         alone.zero_grad()
         loss_of(alone(raw), targets).backward()
         if name == "ddp":
-            check(
-                {n: p.grad for n, p in network.named_parameters()},
-                {n: p.grad for n, p in alone.named_parameters()},
-            )
+            check(gradients(network), gradients(alone))
         engine.step(RATE)
         step_by_hand(alone, velocity)
     check(dict(engine.export().named_parameters()), dict(alone.named_parameters()))
     engine.close()
-    print(engine, members["kind"], "agree")
+    print(name, members["kind"], "agree")
+
+
+def gradients(network) -> dict:
+    return {name: parameter.grad for name, parameter in network.named_parameters()}
 
 
 def loss_of(logits, targets):

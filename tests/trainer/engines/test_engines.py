@@ -40,7 +40,7 @@ def runs(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def resumed(data, tmp_path_factory):
-    """Runs of every engine, stopped at step 20 and gone on with at another number of ranks."""
+    """Runs of every engine, stopped at step 20 and resumed at another number of ranks."""
     out = tmp_path_factory.mktemp("resumed")
     for before, after in RESUMED:
         train_all(before, data, out / f"{before}-{after}", *ENGINES, "stop=20")
@@ -83,7 +83,7 @@ def test_a_job_of_one_rank_needs_no_torchrun(data, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("before, after", RESUMED)
-def test_a_run_goes_on_at_another_number_of_ranks(runs, resumed, before, after, engine):
+def test_a_run_resumes_at_another_number_of_ranks(runs, resumed, before, after, engine):
     run = resumed / f"{before}-{after}" / engine
     attempts = sorted(
         run.glob("generalist/attempts/*/metrics.jsonl"), key=lambda path: path.stat().st_mtime
@@ -106,8 +106,8 @@ def test_resumed_at_the_same_number_of_ranks_the_weights_are_the_same(runs, resu
 
 
 @pytest.mark.slow
-def test_another_engine_goes_on_in_the_middle(runs, data, tmp_path):
-    """Adam's state, its step count too, passes from each engine to each; here by two ranks, then by three."""
+def test_another_engine_resumes_in_the_middle(runs, data, tmp_path):
+    """Adam's state, its step count too, passes between all engines: by two ranks, then by three."""
     adam = ("train.optimizer=adamw", "train.learning_rate=0.01")
     train_all(2, data, tmp_path / "whole", "ddp", *adam)
     train_all(2, data, tmp_path / "begun", *ENGINES, *adam, "stop=20")

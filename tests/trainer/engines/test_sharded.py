@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_torchs_however_rows_and_classes_are_split(sizes,
 def test_a_sharded_head_logs_the_losses_of_one_process_with_a_whole_one(
     data, whole, tmp_path, ranks
 ):
-    """With smoothing, a prior, clipping, accumulation and validation; and what is exported is the whole network."""
+    """With smoothing, a prior, clipping, accumulation and validation; it exports a whole head."""
     train_all(ranks, data, tmp_path, "ddp", *REST, *SHARDED)
     np.testing.assert_allclose(losses(tmp_path / "ddp"), losses(whole), atol=1e-5)
     compare(tmp_path / "ddp", whole)
@@ -63,7 +63,7 @@ def test_a_sharded_head_logs_the_losses_of_one_process_with_a_whole_one(
 @pytest.mark.engines
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", ((2, 1), (1, 2), (2, 3)))
-def test_a_sharded_run_goes_on_at_another_number_of_ranks(data, whole, tmp_path, before, after):
+def test_a_sharded_run_resumes_at_another_number_of_ranks(data, whole, tmp_path, before, after):
     train_all(before, data, tmp_path, "ddp", *REST, *SHARDED, "stop=20")
     train_all(after, data, tmp_path, "ddp", *REST, *SHARDED)
     np.testing.assert_allclose(losses(tmp_path / "ddp"), losses(whole), atol=1e-5)
@@ -72,7 +72,7 @@ def test_a_sharded_run_goes_on_at_another_number_of_ranks(data, whole, tmp_path,
 
 @pytest.mark.engines
 @pytest.mark.slow
-def test_adams_states_are_split_and_joined_and_a_whole_head_goes_on_from_them(data, tmp_path):
+def test_adams_states_are_split_and_joined_and_a_whole_head_resumes_from_them(data, tmp_path):
     adam = ("train.optimizer=adamw", "train.learning_rate=0.01")
     train_all(1, data, tmp_path / "whole", "ddp", *adam)
     train_all(2, data, tmp_path / "changed", "ddp", *adam, *SHARDED, "stop=20")
@@ -98,7 +98,7 @@ def test_negatives_are_the_same_on_any_number_of_ranks_and_after_a_resume(data, 
 
 
 @pytest.mark.slow
-def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
+def test_every_stage_in_blocks_gives_what_dense_logits_give(data, tmp_path):
     """Groups are given: where k-means has several optima a last digit decides between them."""
     ClassGroups(np.arange(24).reshape(4, 6).tolist(), 24).save(tmp_path / "groups.json")
     words = (
@@ -108,17 +108,18 @@ def test_every_stage_in_blocks_finds_what_held_logits_find(data, tmp_path):
         "students.main.hard_weight=0.3",
         "controls.enabled=false",
     )
-    for name, more in (("held", ()), ("blocks", SHARDED)):
+    for name, more in (("dense", ()), ("blocks", SHARDED)):
         run_all(tmp_path / name, toy_config(data, *words, *more))
     for path in ("generalist", "specialists/003", "students/main"):
-        held, blocks = (
-            read_lines(tmp_path / name / path / "metrics.jsonl") for name in ("held", "blocks")
+        dense, blocks = (
+            read_losses(tmp_path / name / path / "metrics.jsonl") for name in ("dense", "blocks")
         )
-        np.testing.assert_allclose(blocks, held, atol=1e-5)
-    held, blocks = (read_json(tmp_path / name / "results.json") for name in ("held", "blocks"))
+        np.testing.assert_allclose(blocks, dense, atol=1e-5)
+    dense, blocks = (read_json(tmp_path / name / "results.json") for name in ("dense", "blocks"))
     for row in ("generalist", "ensemble", "student"):
-        for figure in ("top1", "top5", "nll", "brier", "ece"):
-            assert blocks[row][figure] == pytest.approx(held[row][figure], abs=1e-5), (row, figure)
+        for metric in ("top1", "top5", "nll", "brier", "ece"):
+            expected = pytest.approx(dense[row][metric], abs=1e-5)
+            assert blocks[row][metric] == expected, (row, metric)
 
 
 @pytest.mark.slow
@@ -131,17 +132,15 @@ def test_a_specialist_with_a_fitted_row_says_its_error_and_learns(data, tmp_path
     )
     run_all(tmp_path / "run", toy_config(data, *words))
     for m in range(4):
-        summary = read_json(tmp_path / "run" / f"specialists/{m:03d}/summary.json")
+        dustbin = read_json(tmp_path / "run" / f"specialists/{m:03d}/summary.json")["dustbin"]
         head = read_json(tmp_path / "run" / f"specialists/{m:03d}/model.json")["head"]
-        assert (
-            len(head["kept"]) == summary["dustbin"]["rows"] == 6
-            and 0 < summary["dustbin"]["kl"] < 0.1
-        )
+        assert len(head["kept"]) == dustbin["rows"] == 6
+        assert 0 < dustbin["kl"] < 0.1
     results = read_json(tmp_path / "run" / "results.json")
     assert results["ensemble"]["top1"] > results["generalist"]["top1"]
 
 
-def read_lines(path):
+def read_losses(path):
     rows = map(json.loads, path.read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
 

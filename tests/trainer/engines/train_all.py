@@ -1,7 +1,9 @@
-"""Train the toy's generalist by every engine in turn, in this one process group:  train_all.py DATA OUT [ENGINE ...]
+"""Train the toy's generalist by every engine in turn, in this one process group.
 
-ENGINE is ddp, zero0 ... zero3; KEY=VALUE overrides the config, stop=STEP sends every run the stop signal at that step.
-A run that is there goes on.
+    train_all.py DATA OUT [ENGINE ...] [KEY=VALUE ...] [stop=STEP]
+
+ENGINE is ddp, zero0 ... zero3.  KEY=VALUE overrides the config, and stop=STEP sends every run the
+stop signal at that step.  A run that is there is resumed.
 """
 
 import itertools
@@ -9,6 +11,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+from ranks import engine_overrides  # noqa: E402
 from toy import toy_config  # noqa: E402
 
 from pipeline.config import save_config  # noqa: E402
@@ -32,12 +35,10 @@ def main(data: str, out: str, *words: str) -> None:
     engines = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word and not word.startswith("stop=")]
     stop = next((int(word[5:]) for word in words if word.startswith("stop=")), None)
-    configs = {}
-    for engine in engines:
-        chosen = (
-            ["engine.name=deepspeed", f"engine.zero_stage={engine[4:]}"] if engine != "ddp" else []
-        )
-        configs[engine] = toy_config(Path(data), *SGD, *chosen, *overrides)
+    configs = {
+        engine: toy_config(Path(data), *SGD, *engine_overrides(engine), *overrides)
+        for engine in engines
+    }
     with process_group(configs[engines[0]].engine) as ranks:
         for engine, config in configs.items():
             root = Path(out) / engine
@@ -46,8 +47,8 @@ def main(data: str, out: str, *words: str) -> None:
                 save_config(config, root / "config.toml")
             session = Session(RunDirectory(root, config), ranks)
             session.barrier()
-            asked = itertools.count(1)
-            loop.StopSignal.agreed = lambda self, ranks, asked=asked: next(asked) == stop
+            steps = itertools.count(1)
+            loop.StopSignal.agreed = lambda self, ranks, steps=steps: next(steps) == stop
             try:
                 run_stage(session, session.run.generalist)
             except loop.Interrupted:

@@ -55,7 +55,10 @@ def from_folder(
     """
     directory = Path(directory)
     roots = _split_roots(directory)
-    names = sorted({child.name for root in roots.values() for child in _class_directories(root)})
+    children: set[str] = set()
+    for root in roots.values():
+        children |= {child.name for child in _class_directories(root)}
+    names = sorted(children)
     if len(names) < 2:
         raise UserError(
             f"{directory} has {len(names)} class directories; "

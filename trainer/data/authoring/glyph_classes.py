@@ -66,7 +66,9 @@ def class_name(character: str) -> str:
 
 def default_characters() -> str:
     """The symbols of DEFAULT_RANGES."""
-    codes = (code for low, high in DEFAULT_RANGES for code in range(low, high + 1))
+    codes: list[int] = []
+    for low, high in DEFAULT_RANGES:
+        codes += range(low, high + 1)
     return "".join(chr(code) for code in codes if is_symbol(code))
 
 
@@ -163,7 +165,7 @@ def _collect(groups: list[list[int]], drawn: Drawn, codes: list[int]) -> Glyphs:
             by_face |= {face: drawing for face, (_, drawing) in drawn[code].items()}
         drawings += [by_face[face] for face in sorted(by_face)]
         counts.append(len(by_face))
-    kept = {code for group in groups for code in group}
+    kept = set().union(*groups)
     count = np.array(counts)
     return Glyphs(
         drawings=np.stack(drawings),

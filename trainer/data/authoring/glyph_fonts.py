@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".ttf", ".otf", ".ttc", ".otc")
 COLLECTIONS = (".ttc", ".otc")
-DEJAVU = [
-    f"DejaVu{family}{style}.ttf"
-    for family, slanted in (("Sans", "Oblique"), ("SansMono", "Oblique"), ("Serif", "Italic"))
-    for style in ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")
-]
+# matplotlib's: the families, and what each calls its slanted style.
+DEJAVU = {"Sans": "Oblique", "SansMono": "Oblique", "Serif": "Italic"}
 
 
 class Face(NamedTuple):
@@ -41,7 +38,7 @@ def find_faces(fonts: Sequence[str | Path] | None = None) -> list[Face]:
         from matplotlib import get_data_path
 
         directory = Path(get_data_path(), "fonts", "ttf")
-        return [Face(str(directory / name), 0) for name in DEJAVU]
+        return [Face(str(directory / name), 0) for name in _dejavu_files()]
     paths: list[Path] = []
     for font in map(Path, fonts):
         if font.is_dir():
@@ -52,7 +49,18 @@ def find_faces(fonts: Sequence[str | Path] | None = None) -> list[Face]:
             raise UserError(f"{font}: no such font file")
     if not paths:
         raise UserError("no fonts: give font files or directories of them")
-    return [Face(str(path), index) for path in paths for index in range(_num_faces(path))]
+    faces: list[Face] = []
+    for path in paths:
+        faces += [Face(str(path), index) for index in range(_num_faces(path))]
+    return faces
+
+
+def _dejavu_files() -> list[str]:
+    files: list[str] = []
+    for family, slanted in DEJAVU.items():
+        styles = ("", "-Bold", f"-{slanted}", f"-Bold{slanted}")
+        files += [f"DejaVu{family}{style}.ttf" for style in styles]
+    return files
 
 
 def _fonts_in(directory: Path) -> list[Path]:

@@ -76,7 +76,7 @@ def index_urls(
 
     The manifest is written to the directory `out`, for data.manifest or to be put beside them.
     """
-    urls = _expand_places(pattern)
+    urls = _expand_locations(pattern)
     paths = FetchDir(data).shards(urls, [None] * len(urls))
     out = Path(out)
     try:
@@ -87,12 +87,12 @@ def index_urls(
     return _index(tars, out, data.label, class_names)
 
 
-def _expand_places(pattern: str) -> list[str]:
+def _expand_locations(pattern: str) -> list[str]:
     """The files and URLs of several patterns joined by `::`."""
-    places: list[str] = []
+    locations: list[str] = []
     for part in pattern.split("::"):
-        places += braces(part.strip())
-    return places
+        locations += braces(part.strip())
+    return locations
 
 
 def _index(
@@ -267,7 +267,7 @@ def from_webdataset(
     written : int
         Samples.
     lost : list of str
-        What was left out and why, one line for each sample or place in a tar.
+        What was left out and why, one line for each sample or location in a tar.
 
     Raises
     ------
@@ -275,7 +275,7 @@ def from_webdataset(
         If nothing can be read, and under "strict" for the first unreadable sample.
     """
     data = data or Data()
-    places = _expand_places(urls)
+    locations = _expand_locations(urls)
     lost: list[str] = []
 
     def skip(reason: str) -> None:
@@ -287,16 +287,16 @@ def from_webdataset(
     # written.
     names = list(class_names or ())
     if class_names is None:
-        names = _names_of_labels(_read_samples(places, data, label, skip, "labels"), label)
+        names = _names_of_labels(_read_samples(locations, data, label, skip, "labels"), label)
         if not names:
             raise UserError(f"{urls}: no sample has a label {label}")
         lost.clear()
     table = decoder_table(data.decoders)
     written = 0
     with ShardWriter(out, split, names, samples_per_shard, overwrite) as writer:
-        for sample in _read_samples(places, data, label, skip, split):
+        for sample in _read_samples(locations, data, label, skip, split):
             try:
-                number = _class_of(sample, label, names)
+                class_index = _class_of(sample, label, names)
                 extension, content = _choose_input(sample, label, input_member, table)
             except UserError:
                 raise
@@ -304,7 +304,7 @@ def from_webdataset(
                 skip(f"{sample['__key__']}: {error}")
                 continue
             key = f"{written:08d}"
-            writer.write({"__key__": key, extension: content, "cls": b"%d" % number})
+            writer.write({"__key__": key, extension: content, "cls": b"%d" % class_index})
             written += 1
         if not written:
             raise UserError(f"{urls}: no readable sample")
@@ -314,25 +314,25 @@ def from_webdataset(
 
 
 def _read_samples(
-    places: Sequence[str], data: Data, label: str, skip: Skip, description: str
+    locations: Sequence[str], data: Data, label: str, skip: Skip, description: str
 ) -> Iterator[Sample]:
     """The intact samples of several tars."""
     from rich.progress import track
 
-    for place in track(places, description=description):
-        with _plain_tar(place, data) as path:
-            yield from _read_tar(place, path, label, skip)
+    for location in track(locations, description=description):
+        with _plain_tar(location, data) as path:
+            yield from _read_tar(location, path, label, skip)
 
 
 @contextmanager
-def _plain_tar(place: str, data: Data) -> Iterator[Path]:
+def _plain_tar(location: str, data: Data) -> Iterator[Path]:
     """A local, uncompressed tar with the content of a file or URL.
 
     Raises UserError if it cannot be read or fetched.
     """
-    path = Path(place)
-    if place.startswith(URL):
-        (path,) = FetchDir(data).shards([place], [None])
+    path = Path(location)
+    if location.startswith(URL):
+        (path,) = FetchDir(data).shards([location], [None])
     try:
         if not is_packed(path):
             yield path
@@ -343,7 +343,7 @@ def _plain_tar(place: str, data: Data) -> Iterator[Path]:
             yield Path(file.name)
     except (OSError, EOFError, lzma.LZMAError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{place}: cannot be read: {reason}") from None
+        raise UserError(f"{location}: cannot be read: {reason}") from None
 
 
 def _read_tar(name: str, path: Path, label: str, skip: Skip) -> Iterator[Sample]:
@@ -386,10 +386,10 @@ def _names_of_labels(samples: Iterator[Sample], label: str) -> list[str]:
 def _class_of(sample: Sample, label: str, class_names: list[str]) -> int:
     """Raises ValueError if the label is none of the classes."""
     text = _label_text(sample, label)
-    (number,) = parse_labels(np.array([text.encode()]), class_names)
-    if number < 0:
+    (class_index,) = parse_labels(np.array([text.encode()]), class_names)
+    if class_index < 0:
         raise ValueError(f"label {text} is none of the {len(class_names)} classes")
-    return int(number)
+    return int(class_index)
 
 
 def _choose_input(

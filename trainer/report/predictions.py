@@ -1,0 +1,41 @@
+"""What `evaluate` keeps of one network's predictions on the test split."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """A row for each of n test examples.
+
+    ids: int64 [n], the sample of each row; corrupt samples have none. labels: int64 [n].
+    top5, top5_probability: [n, 5]. label_probability: [n]. active: of the ensemble, bool [n, M],
+    the specialists that each example was routed to; else None.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    top5: np.ndarray
+    top5_probability: np.ndarray
+    label_probability: np.ndarray
+    active: np.ndarray | None = None
+
+    @classmethod
+    def read(cls, path: Path) -> Predictions | None:
+        """The predictions in an .npz file; None where there is no such file."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                names = [field.name for field in fields(cls)]
+                arrays = {name: file[name] for name in names if name in file.files}
+        except FileNotFoundError:
+            return None
+        return cls(**arrays)
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool [n]"""
+        return self.top5[:, 0] == self.labels
