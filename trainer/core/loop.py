@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import Schedule, UserError
+from pipeline.config import ResolvedSchedule, UserError
 
 from ..data.sample_accounting import EpochAccounting
 from ..data.streams import NUMBERS, Batch, TrainingStream
@@ -42,7 +42,7 @@ class TrainingTask:
     network: nn.Module
     objective: Objective
     stream: TrainingStream
-    schedule: Schedule
+    schedule: ResolvedSchedule
     steps: int
     validate: Validate | None = None
     workers: int = 0  # processes that read batches ahead

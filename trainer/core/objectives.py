@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.linear_logits import Comm, LinearLogits
-from pipeline.config import Student
+from pipeline.config import ResolvedStudent
 
 from ..data.streams import Batch
 from .dirichlet import prior_network_loss
@@ -169,7 +169,7 @@ def specialise_fully(
     return objective
 
 
-def distil(teacher: Teacher, student: Student, perturb: Perturb | None = None) -> Objective:
+def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None = None) -> Objective:
     """Learn a teacher's distributions.
 
     Parameters
@@ -177,7 +177,7 @@ def distil(teacher: Teacher, student: Student, perturb: Perturb | None = None) -
     teacher : callable
         batch -> probabilities [K, B, C], or what is stored of them (TopKTargets).  A network with K
         members learns member k from teacher k; a single one learns their mean.
-    student : Student
+    student : ResolvedStudent
         Temperature, weights and the kind of mean.
     perturb : callable, optional
         Raw inputs -> the raw inputs that teacher and student see instead.  Labels stay with the
@@ -200,13 +200,13 @@ def distil(teacher: Teacher, student: Student, perturb: Perturb | None = None) -
     return objective
 
 
-def _weights(student: Student) -> tuple[float, float, float, float]:
+def _weights(student: ResolvedStudent) -> tuple[float, float, float, float]:
     """Of both distillation losses, in the order of their parameters."""
     return student.temperature, student.soft_weight, student.hard_weight, student.label_smoothing
 
 
 def _perturbed_loss(
-    network: nn.Module, batch: Batch, teacher: Teacher, perturb: Perturb, student: Student
+    network: nn.Module, batch: Batch, teacher: Teacher, perturb: Perturb, student: ResolvedStudent
 ) -> Tensor:
     """(1 - alpha) CE on x and alpha T^2 KL on x~, in one forward pass of both.
 

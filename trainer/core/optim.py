@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from networks import RankOne
-from pipeline.config import Schedule
+from pipeline.config import ResolvedSchedule
 
 
-def build_optimizer(network: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, schedule: ResolvedSchedule) -> torch.optim.Optimizer:
     """AdamW or SGD over the trainable parameters.
 
     Each group's rate is the schedule's times the group's rate_scale (see set_rate).
@@ -75,7 +75,7 @@ def _copy_to(parameter: nn.Parameter, value: object) -> object:
     return value
 
 
-def learning_rate(step: int, steps: int, schedule: Schedule) -> float:
+def learning_rate(step: int, steps: int, schedule: ResolvedSchedule) -> float:
     """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then the schedule.
 
     cosine    falls to zero

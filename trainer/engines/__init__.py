@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
+from pipeline.choices import resolve
 from pipeline.config import Engine as EngineConfig
-from pipeline.config import Schedule
+from pipeline.config import ResolvedSchedule
 
 from ..distributed.ranks import Ranks
 
@@ -33,7 +34,7 @@ class Engine(Protocol):
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None: ...
 
     def prepare(
-        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+        self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
         """Take over `network`, on the rank's device, and build its optimizer; collective.
 
@@ -91,16 +92,11 @@ class Engine(Protocol):
 def build_engine(config: EngineConfig, ranks: Ranks) -> Engine:
     """The engine that [engine] asks for, on these ranks.
 
-    DeepSpeed is imported only where it is chosen.
+    Only the chosen engine's module is imported, and so DeepSpeed only where it is chosen.
     """
-    if config.name == "deepspeed":
-        from .zero import DeepSpeedEngine
-
-        return DeepSpeedEngine(config, ranks)
+    target = config.kind.engine
     if config.shard_head:
-        from .sharded import ShardedHeadEngine
-
-        return ShardedHeadEngine(config, ranks)
-    from .ddp import DDPEngine
-
-    return DDPEngine(config, ranks)
+        assert config.kind.sharded_head is not None, "the config has checked it"
+        target = config.kind.sharded_head
+    engine_class: type[Engine] = resolve(target)
+    return engine_class(config, ranks)

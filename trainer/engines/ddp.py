@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config import Engine as EngineConfig
-from pipeline.config import Schedule
+from pipeline.config import ResolvedSchedule
 
 from ..core.optim import (
     AveragedWeights,
@@ -40,7 +40,7 @@ class DDPEngine:
         )
 
     def prepare(
-        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+        self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
         self.network = network
         self.optimizer = build_optimizer(network, schedule)

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from networks import Classifier
 from networks.heads import ShardedLinear
 from pipeline.config import Engine as EngineConfig
-from pipeline.config import Schedule, UserError
+from pipeline.config import ResolvedSchedule, UserError
 
 from ..core.optim import AveragedWeights
 from ..distributed.ranks import Ranks
@@ -45,7 +45,7 @@ class ShardedHeadEngine(DDPEngine):
             )
 
     def prepare(
-        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+        self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
         assert isinstance(network, Classifier), "a sharded head needs a network with a head"
         if network.spec.head["kind"] == "linear":

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from networks import parameter_count
 from pipeline.config import Engine as EngineConfig
-from pipeline.config import Schedule, UserError
+from pipeline.config import ResolvedSchedule, UserError
 
 from ..core.optim import (
     AveragedWeights,
@@ -82,7 +82,7 @@ class DeepSpeedEngine:
         self.precision = precision(config, ranks.device)
 
     def prepare(
-        self, network: nn.Module, schedule: Schedule, state: dict | None = None
+        self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
         self.deepspeed = import_deepspeed(self.ranks)
         if state is not None:
@@ -100,7 +100,7 @@ class DeepSpeedEngine:
             self._load_optimizer(state["optimizer"])
         return module
 
-    def _config(self, schedule: Schedule) -> dict[str, object]:
+    def _config(self, schedule: ResolvedSchedule) -> dict[str, object]:
         """Precision is torch's autocast as under DDP.
 
         Weights are float32, so that averages and exports are exact.
