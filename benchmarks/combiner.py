@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from clustering.groups import ClassGroups
-from ensemble import combine_kl, combine_kl_sparse
+from ensemble import SpecialistEnsemble, combine_kl, combine_kl_sparse
 
 SEED = 0
 # Of L-BFGS and of Adam, on the logits.
@@ -293,7 +293,6 @@ def exactness(everything: bool, quick: bool) -> list[Errors]:
 
 def trained(run: str, rows: int = 128) -> list[Errors]:
     """The same on what a run's networks predict of its test split, at the gates n = 1, 2, 5."""
-    from ensemble import SpecialistEnsemble
     from pipeline.config import load_config
     from trainer.data import open_shards
 
@@ -326,7 +325,7 @@ def trained(run: str, rows: int = 128) -> list[Errors]:
     return all_errors
 
 
-def _first_rows(ensemble, inputs: Tensor, rows: int) -> tuple[Problem, Tensor]:
+def _first_rows(ensemble: SpecialistEnsemble, inputs: Tensor, rows: int) -> tuple[Problem, Tensor]:
     """The first rows that need a specialist, in float64, and which are active [n, M]."""
     p_general, p_special, active = ensemble.predictions(inputs)
     chosen = active.any(1).nonzero()[:rows, 0]

@@ -17,13 +17,15 @@ F64 = torch.float64
 def predictions(
     seed, rows=6, classes=12, specialists=3, size=4, scale=2.0, conflicting=False, dtype=F64
 ):
-    """(groups, p_general, p_special): overlapping random groups, softmax of random logits; dustbins of .999 and 1e-6 if
-    conflicting."""
+    """(groups, p_general, p_special): overlapping random groups, softmax of random logits.
+
+    conflicting: dustbins of .999 and 1e-6 at random.
+    """
     rng = torch.Generator().manual_seed(seed)
-    members = [
+    group_classes = [
         torch.randperm(classes, generator=rng)[: max(1, size)].tolist() for _ in range(specialists)
     ]
-    groups = ClassGroups(members, classes)
+    groups = ClassGroups(group_classes, classes)
     p_general = torch.softmax(scale * torch.randn(rows, classes, generator=rng, dtype=dtype), 1)
     p_special = []
     for chosen in groups.members:
@@ -52,11 +54,9 @@ def objective(q, p_general, p_special, groups, active=None, weights=None):
 
 
 def em(p_general, p_special, groups, iterations):
-    """methods.md's EM: q_i <- [a_i + q_i sum over m with i outside of d_m / Q_m] / (1 + M)."""
-    a, outside = (
-        p_general.clone(),
-        torch.ones(len(groups.members), p_general.shape[1], dtype=p_general.dtype),
-    )
+    """EM: q_i <- [a_i + q_i sum over m with i outside of d_m / Q_m] / (1 + M)."""
+    a = p_general.clone()
+    outside = torch.ones(len(groups.members), p_general.shape[1], dtype=p_general.dtype)
     for m, classes in enumerate(groups.members):
         a[:, torch.tensor(classes)] += p_special[m][:, :-1]
         outside[m, torch.tensor(classes)] = 0
@@ -90,21 +90,22 @@ def lbfgs(p_general, p_special, groups, iterations=300):
 
 
 def kkt_residual(q, p_general, p_special, groups, active=None):
-    """max |q_i (1 + M - sum over m with i outside of d_m / Q_m) - a_i| and |sum q - 1|, in float64."""
-    q, rows, count = q.double(), len(q), len(groups.members)
-    active = torch.ones(rows, count, dtype=torch.bool) if active is None else active
-    a, load = p_general.double().clone(), torch.zeros_like(q)
+    """max |q_i (1 + M - sum over m with i outside of d_m / Q_m) - a_i| and |sum q - 1|.
+
+    In float64.
+    """
+    q = q.double()
+    if active is None:
+        active = torch.ones(len(q), len(groups.members), dtype=torch.bool)
+    a = p_general.double().clone()
+    load = torch.zeros_like(q)
     for m, classes in enumerate(groups.members):
         on = active[:, m, None].double()
         outside = torch.ones(q.shape[1], dtype=torch.bool)
         outside[torch.tensor(classes)] = False
         a[:, torch.tensor(classes)] += on * p_special[m][:, :-1].double()
-        load += (
-            outside
-            * on
-            * p_special[m][:, -1:].double()
-            / q[:, outside].sum(1, keepdim=True).clamp(min=1e-300)
-        )
+        left = q[:, outside].sum(1, keepdim=True).clamp(min=1e-300)
+        load += outside * on * p_special[m][:, -1:].double() / left
     stationarity = q * (1 + active.double().sum(1, keepdim=True) - load) - a
     return max(float(stationarity.abs().max()), float((q.sum(1) - 1).abs().max()))
 
@@ -122,10 +123,10 @@ def test_one_active_specialist_has_closed_form():
 
 
 def test_two_disjoint_specialists_by_hand():
-    # Symmetric: S_0 = {0}, S_1 = {1}, one class outside both.  g = (1/3, 1/3, 1/3), both say (1/2, 1/2).
+    # Symmetric: S_0 = {0}, S_1 = {1}, one class outside both.
+    # g = (1/3, 1/3, 1/3), both specialists predict (1/2, 1/2).
     # q = (x, x, 1 - 2x); minimise -(1/3 + 1/2) 2 log x - 1/3 log(1 - 2x) - 2 (1/2) log(1 - x).
-    # Derivative zero: -(5/3)/x + (2/3)/(1 - 2x) + 1/(1 - x) = 0  ->  (20/3) x^2 - (22/3) x + 5/3 = 0... solved for x
-    # below 1/2.
+    # Its derivative is zero: -(5/3)/x + (2/3)/(1 - 2x) + 1/(1 - x) = 0; solved for x below 1/2.
     groups = ClassGroups([[0], [1]], 3)
     g, p = torch.full((1, 3), 1 / 3, dtype=F64), torch.full((1, 2), 0.5, dtype=F64)
     # -(5/3)(1 - 2x)(1 - x) + (2/3) x (1 - x) + x (1 - 2x) = -(5/3) + (20/3) x - 6 x^2 = 0
@@ -175,11 +176,9 @@ def test_dustbin_mass_without_takers_is_spread_evenly():
     groups = ClassGroups([[0, 1], [2, 3], [0, 1]], 4)
     zero = torch.tensor([[0.0, 0.0, 1.0]])
     q = combine_kl(g, [p, zero, p], groups)
-    assert (
-        torch.isfinite(q).all()
-        and float(q[0, 2]) == pytest.approx(float(q[0, 3]))
-        and float(q[0, 2]) > 0.1
-    )
+    assert torch.isfinite(q).all()
+    assert float(q[0, 2]) == pytest.approx(float(q[0, 3]))
+    assert float(q[0, 2]) > 0.1
     assert float(q.sum()) == pytest.approx(1, abs=1e-6)
 
 
@@ -281,10 +280,11 @@ some = settings(max_examples=25, deadline=None)
 
 
 def assert_same_answer(one, other, scale, g, p, groups, active=None):
-    """Equally good, to 1e-9 of the objective, for any opinions; and the same to 1e-9 where they determine the answer.
+    """Equally good, to 1e-9 of the objective; and the same to 1e-9 where that determines q.
 
-    With logits of scale 20 and more the objective is so flat in some directions that changes of q by 1e-6 change it by
-    less than its rounding: there float64 knows the optimum, but not which q it is any better.
+    With logits of scale 20 and more the objective is so flat in some directions that changes of q
+    by 1e-6 change it by less than its rounding: there float64 knows the optimum, but not which q it
+    is any better.
     """
     values = [objective(q, g, p, groups, active) for q in (one, other)]
     torch.testing.assert_close(*values, rtol=1e-12, atol=1e-9)
@@ -301,14 +301,12 @@ def test_rows_sum_to_one_and_satisfy_the_optimality_conditions(**problem):
     groups, g, p = predictions(**problem)
     active = random_active(problem["seed"], len(g), len(p))
     # At an S_m of every class the dustbin has no meaning, and the residual no dustbin.
-    p_meant = [
-        torch.cat(
-            [x[:, :-1] / x[:, :-1].sum(1, keepdim=True), torch.zeros(len(x), 1, dtype=F64)], 1
-        )
-        if len(S) == groups.num_classes
-        else x
-        for x, S in zip(p, groups.members, strict=True)
-    ]
+    p_meant = []
+    for x, classes in zip(p, groups.members, strict=True):
+        if len(classes) == groups.num_classes:
+            rest = x[:, :-1] / x[:, :-1].sum(1, keepdim=True)
+            x = torch.cat([rest, torch.zeros(len(x), 1, dtype=F64)], 1)
+        p_meant.append(x)
     assert kkt_residual(combine_kl(g, p, groups, active), g, p_meant, groups, active) < 1e-8
 
 
@@ -332,9 +330,9 @@ def test_relabelling_classes_permutes_the_answer(**problem):
     new_name = torch.randperm(
         groups.num_classes, generator=torch.Generator().manual_seed(problem["seed"])
     )
-    renamed_members = [new_name[torch.tensor(S)] for S in groups.members]
-    orders = [S.argsort() for S in renamed_members]
-    renamed = ClassGroups([S.numpy() for S in renamed_members], groups.num_classes)
+    renamed_classes = [new_name[torch.tensor(S)] for S in groups.members]
+    orders = [S.argsort() for S in renamed_classes]
+    renamed = ClassGroups([S.numpy() for S in renamed_classes], groups.num_classes)
     p_renamed = [torch.cat([x[:, :-1][:, o], x[:, -1:]], 1) for x, o in zip(p, orders, strict=True)]
     g_renamed = torch.empty_like(g)
     g_renamed[:, new_name] = g
@@ -362,10 +360,8 @@ def agreeing(q, classes):
 def test_specialist_that_agrees_with_the_answer_changes_nothing(**problem):
     groups, g, p = predictions(**problem)
     q = combine_kl(g, p, groups)
-    extra = np.random.default_rng(problem["seed"]).permutation(groups.num_classes)[
-        : groups.num_classes // 2
-    ]
-    extra = np.sort(extra)
+    order = np.random.default_rng(problem["seed"]).permutation(groups.num_classes)
+    extra = np.sort(order[: groups.num_classes // 2])
     more = ClassGroups([*groups.members, extra], groups.num_classes)
     torch.testing.assert_close(combine_kl(g, [*p, agreeing(q, extra)], more), q, rtol=0, atol=1e-8)
 
@@ -389,12 +385,10 @@ def test_nothing_active_gives_the_generalist_back():
 def test_inputs_are_left_as_they_were():
     groups, g, p = predictions(0, rows=80)
     active = random_active(0, 80, 3)
-    before = g.clone(), [x.clone() for x in p]
+    before = [x.clone() for x in (g, *p)]
     combine_kl(g, p, groups, active)
     combine_kl(g, p, groups)
-    assert torch.equal(g, before[0]) and all(
-        torch.equal(x, y) for x, y in zip(p, before[1], strict=True)
-    )
+    assert all(torch.equal(x, y) for x, y in zip((g, *p), before, strict=True))
 
 
 def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():

@@ -1,4 +1,4 @@
-"""docs/combiner.md: its example runs, and what it says of it is so."""
+"""docs/combiner.md: its example runs and gives what it says."""
 
 import re
 from pathlib import Path
@@ -7,6 +7,6 @@ from pathlib import Path
 def test_the_example_runs():
     page = (Path(__file__).parents[2] / "docs" / "combiner.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    found = {}
-    exec(compile(example, "docs/combiner.md", "exec"), found)
-    assert found["active"].tolist() == [[True, False], [False, False]]
+    names = {}
+    exec(compile(example, "docs/combiner.md", "exec"), names)
+    assert names["active"].tolist() == [[True, False], [False, False]]

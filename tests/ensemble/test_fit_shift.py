@@ -17,9 +17,8 @@ def test_with_nothing_known_the_shift_makes_the_mass_the_share():
 
 def test_two_classes_share_one_shift():
     logits, labels = torch.zeros(4, 4), torch.tensor([0, 1, 2, 2])
-    assert fit_shift(logits, labels, [0, 1, 3]) == pytest.approx(
-        math.log(1 / 3)
-    )  # 3 e^b / (1 + 3 e^b) = 1/2
+    # 3 e^b / (1 + 3 e^b) = 1/2
+    assert fit_shift(logits, labels, [0, 1, 3]) == pytest.approx(math.log(1 / 3))
 
 
 def test_without_examples_of_the_classes_the_shift_stays_finite():

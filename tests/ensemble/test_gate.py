@@ -1,4 +1,4 @@
-"""Which specialists are asked."""
+"""Which specialists are active."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_the_limit_keeps_those_with_most_of_the_generalists_mass():
         gate(P, GROUPS, n=6, max_specialists=1),
         torch.tensor([[0, 1, 0], [0, 1, 0], [1, 0, 0]]).bool(),
     )
-    # A tie goes to the first, and one that is not asked does not count.
+    # A tie goes to the first, and one that is not active does not count.
     assert torch.equal(
         gate(P, GROUPS, n=6, max_specialists=2),
         torch.tensor([[1, 1, 0], [0, 1, 1], [1, 1, 0]]).bool(),
@@ -42,8 +42,8 @@ def test_the_limit_keeps_those_with_most_of_the_generalists_mass():
 
 
 def test_specialists_that_are_not_there_take_no_place():
-    asked = gate(P, GROUPS, n=6, max_specialists=1, available=[True, False, True])
-    assert torch.equal(asked, torch.tensor([[1, 0, 0], [0, 0, 1], [1, 0, 0]]).bool())
+    active = gate(P, GROUPS, n=6, max_specialists=1, available=[True, False, True])
+    assert torch.equal(active, torch.tensor([[1, 0, 0], [0, 0, 1], [1, 0, 0]]).bool())
 
 
 def test_gate_agrees_with_its_definition_on_random_groups():

@@ -65,11 +65,8 @@ def reverse_objective(q, g, p, groups):
     for part, classes in zip(p, groups.members, strict=True):
         outside = torch.ones(q.shape[1], dtype=torch.bool)
         outside[torch.tensor(classes)] = False
-        total = (
-            total
-            + kl(q[:, torch.tensor(classes)], part[:, :-1]).sum(1)
-            + kl(q[:, outside].sum(1), part[:, -1])
-        )
+        total = total + kl(q[:, torch.tensor(classes)], part[:, :-1]).sum(1)
+        total = total + kl(q[:, outside].sum(1), part[:, -1])
     return total
 
 
@@ -89,11 +86,10 @@ def test_reverse_kl_reaches_the_minimum_that_gradient_descent_finds(scale):
         return loss
 
     optimiser.step(closure)
-    found = torch.softmax(logits.detach(), 1)
-    assert (
-        reverse_objective(q, g, p, groups) <= reverse_objective(found, g, p, groups) + 1e-9
-    ).all()
-    torch.testing.assert_close(q, found, rtol=0, atol=1e-4)
+    other = torch.softmax(logits.detach(), 1)
+    reached = reverse_objective(other, g, p, groups)
+    assert (reverse_objective(q, g, p, groups) <= reached + 1e-9).all()
+    torch.testing.assert_close(q, other, rtol=0, atol=1e-4)
 
 
 def test_with_all_classes_in_every_group_the_means_are_the_usual_ones():
@@ -166,10 +162,10 @@ def test_specialists_temperatures_see_other_classes_as_the_dustbin():
     column = torch.multinomial(torch.softmax(logits, 1), 1, generator=rng)[:, 0]
     labels = torch.tensor([2, 5, 1])[column]
     rows = torch.arange(0, 20_000, 2)
-    found = fit_temperatures(
+    temperatures = fit_temperatures(
         torch.zeros(20_000, 6), [(rows, 2 * logits[rows]), None], groups, labels
     )
-    assert found[1] == pytest.approx(2, rel=0.05) and found[2] == 1.0
+    assert temperatures[1] == pytest.approx(2, rel=0.05) and temperatures[2] == 1.0
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -183,12 +179,8 @@ def test_a_specialist_that_knows_gets_more_weight_than_one_that_guesses(shared):
     guesses = torch.softmax(2 * torch.randn(400, 4, generator=rng, dtype=F64), 1)
     weights = fit_weights(g, [knows, guesses], groups, labels, shared=shared)
     before = combine_kl(g, [knows, guesses], groups).gather(1, labels[:, None]).log().mean()
-    after = (
-        combine_kl(g, [knows, guesses], groups, weights=weights)
-        .gather(1, labels[:, None])
-        .log()
-        .mean()
-    )
+    weighted = combine_kl(g, [knows, guesses], groups, weights=weights)
+    after = weighted.gather(1, labels[:, None]).log().mean()
     assert weights[0] == 1 and float(after) >= float(before)
     if shared:
         assert weights[1] == weights[2]

@@ -1,4 +1,4 @@
-"""An ensemble as one program where most of its specialists, and most patterns of classes, have nothing to say."""
+"""An ensemble as one program where most specialists and patterns of classes have no mass."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CLASSES, SPECIALISTS = 160, 16
 
 @pytest.fixture(scope="module")
 def ensemble():
-    """Sure of themselves (the generalist's favourite has .82 on average) and of different minds; 16 groups."""
+    """Confident (the generalist gives its favourite .82 on average) and of different minds."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         spec = ModelSpec("mlp", CLASSES, InputSpec((1, 6, 6)), dict(width=24, depth=1))
@@ -22,8 +22,8 @@ def ensemble():
         parts = [part.numpy() for _ in range(2) for part in torch.randperm(CLASSES).split(20)]
         groups = ClassGroups(parts, CLASSES)
         specialists = {}
-        for m, members in enumerate(groups.members):
-            specialists[m] = specialise(generalist, members.tolist()).eval()
+        for m, classes in enumerate(groups.members):
+            specialists[m] = specialise(generalist, classes.tolist()).eval()
             with torch.no_grad():
                 for parameter in specialists[m].head.parameters():
                     parameter.add_(0.5 * torch.randn(parameter.shape))
@@ -33,7 +33,7 @@ def ensemble():
 
 
 @pytest.mark.parametrize("n", [1, 3, 8])
-def test_the_program_equals_the_ensemble_where_few_of_many_specialists_are_asked(ensemble, n):
+def test_the_program_equals_the_ensemble_where_few_of_many_specialists_are_active(ensemble, n):
     raw = torch.randint(
         0, 256, (256, 1, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(n)
     )
@@ -41,5 +41,5 @@ def test_the_program_equals_the_ensemble_where_few_of_many_specialists_are_asked
     assert 0 < expected.active.float().mean() < (0.15 if n == 1 else 0.7)
     for portable in (False, True):
         with torch.no_grad():
-            found = EnsembleProgram(ensemble(n), portable)(raw)
-        torch.testing.assert_close(found, expected.q, rtol=0, atol=1e-5)
+            q = EnsembleProgram(ensemble(n), portable)(raw)
+        torch.testing.assert_close(q, expected.q, rtol=0, atol=1e-5)

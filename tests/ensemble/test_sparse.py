@@ -8,7 +8,10 @@ from ensemble import combine_kl, combine_kl_sparse
 
 
 def problem(seed, rows=60, classes=200, specialists=6, size=12, kept=90, dtype=torch.float64):
-    """Dense opinions, and for each row `kept` classes in random order: all of its active groups and others."""
+    """Dense predictions, and for each row `kept` classes in random order.
+
+    They hold all classes of its active groups, and others.
+    """
     rng = torch.Generator().manual_seed(seed)
     groups = ClassGroups(
         [torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)],
@@ -21,11 +24,10 @@ def problem(seed, rows=60, classes=200, specialists=6, size=12, kept=90, dtype=t
     ]
     active = torch.rand(rows, specialists, generator=rng) < 0.5
     needed = torch.zeros(rows, classes)
-    for m, members in enumerate(groups.members):
-        needed[:, torch.tensor(members)] += active[:, m, None].float()
-    order = (
-        (needed.clamp(max=1) + torch.rand(rows, classes, generator=rng)).topk(kept, dim=1).indices
-    )
+    for m, group_classes in enumerate(groups.members):
+        needed[:, torch.tensor(group_classes)] += active[:, m, None].float()
+    score = needed.clamp(max=1) + torch.rand(rows, classes, generator=rng)
+    order = score.topk(kept, dim=1).indices
     shuffle = torch.rand(rows, kept, generator=rng).argsort(1)
     return groups, g, p, active, order.gather(1, shuffle)
 
@@ -35,8 +37,9 @@ def test_sparse_equals_dense(rows):
     groups, g, p, active, indices = problem(rows, rows)
     values = g.gather(1, indices)
     q = combine_kl(g, p, groups, active)
-    found, q_values, tail = combine_kl_sparse(indices, values, 1 - values.sum(1), p, groups, active)
-    assert torch.equal(found, indices)
+    tail = 1 - values.sum(1)
+    q_indices, q_values, tail = combine_kl_sparse(indices, values, tail, p, groups, active)
+    assert torch.equal(q_indices, indices)
     torch.testing.assert_close(q_values, q.gather(1, indices), rtol=0, atol=1e-10)
     torch.testing.assert_close(tail, 1 - q_values.sum(1), rtol=0, atol=1e-10)
 
@@ -44,9 +47,8 @@ def test_sparse_equals_dense(rows):
 def test_weights_and_one_set_for_all_rows():
     groups, g, p, _, _ = problem(1)
     weights = [1, 2, 0.5, 1, 1, 1, 3]
-    indices = torch.randperm(200, generator=torch.Generator().manual_seed(0)).expand(
-        60, -1
-    )  # everything: the tail is empty
+    # Every class: the tail is empty.
+    indices = torch.randperm(200, generator=torch.Generator().manual_seed(0)).expand(60, -1)
     _, q_values, tail = combine_kl_sparse(
         indices, g.gather(1, indices), torch.zeros(60).double(), p, groups, weights=weights
     )
@@ -88,21 +90,14 @@ def test_mistakes_name_the_row_and_the_class():
     values = g.gather(1, indices)
     tail = 1 - values.sum(1)
     active[5, 0] = True
-    wanted = int(groups.members[0][3])
-    there = (indices[5] == wanted).nonzero()
-    if not len(there):
-        there = torch.tensor([[0]])
-    absent = next(
-        c
-        for c in range(200)
-        if c not in indices[5].tolist() and not any(c in S for S in groups.members)
-    )
+    columns = (indices[5] == int(groups.members[0][3])).nonzero()
+    column = int(columns[0, 0]) if len(columns) else 0
+    grouped = {c for classes in groups.members for c in classes.tolist()}
+    absent = min(set(range(200)) - set(indices[5].tolist()) - grouped)
     with pytest.raises(
         ValueError, match=r"indices of row 5 lack class \d+ of a group that is active there"
     ):
-        combine_kl_sparse(
-            broken(indices, 5, int(there[0, 0]), absent), values, tail, p, groups, active
-        )
+        combine_kl_sparse(broken(indices, 5, column, absent), values, tail, p, groups, active)
     with pytest.raises(ValueError, match="row 2 hold class .* more than once"):
         combine_kl_sparse(
             broken(indices, 2, 0, int(indices[2, 1])), values, tail, p, groups, active

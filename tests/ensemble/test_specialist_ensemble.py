@@ -1,4 +1,7 @@
-"""SpecialistEnsemble over small networks: who is asked, how often, and what comes out; runs, bundles and programs."""
+"""SpecialistEnsemble over small networks: what runs, how often, and what comes out.
+
+Also runs, bundles and programs.
+"""
 
 import json
 import threading
@@ -24,8 +27,10 @@ GROUPS = ClassGroups([[0, 1, 2], [2, 3, 4, 5], [6, 7, 8], [9, 10]], CLASSES)
 
 @pytest.fixture(scope="module")
 def networks():
-    """A generalist, and specialists that moved away from it: 0 its head, 1 its last block too, 2 everything, 3 its
-    head."""
+    """A generalist, and specialists that moved away from it.
+
+    Specialist 0 its head, 1 its last block too, 2 everything, 3 its head.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         spec = ModelSpec(
@@ -35,8 +40,8 @@ def networks():
         with torch.no_grad():
             generalist.head.weight.mul_(8)
         specialists = {}
-        for m, members in enumerate(GROUPS.members):
-            specialist = specialise(generalist, members.tolist()).eval()
+        for m, classes in enumerate(GROUPS.members):
+            specialist = specialise(generalist, classes.tolist()).eval()
             moved = {
                 0: ["head"],
                 1: ["head", "trunk.embedding"],
@@ -72,10 +77,9 @@ def plainly(networks, images, n, temperatures=None, weights=None):
 @pytest.mark.parametrize("n", [1, 3])
 def test_answers_equal_running_everything_on_every_row(networks, images, n):
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n)
-    for found, expected in zip(
-        ensemble.forward_with_details(images), plainly(networks, images, n), strict=True
-    ):
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    output = ensemble.forward_with_details(images)
+    for value, expected in zip(output, plainly(networks, images, n), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(
         ensemble.probabilities(images.numpy()), ensemble.probabilities(images)
     )
@@ -130,7 +134,8 @@ def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
     # Specialists 0 and 3 have a frozen trunk: none of their blocks ever runs.
     assert ("trunk", 0) not in ensemble.runs and ("trunk", 3) not in ensemble.runs
     assert not {name for name in counts if name[0] in (0, 3)}
-    # Specialist 1 shares all but the last block; the first time the branch is not known yet and its prefix runs again.
+    # Specialist 1 shares all but the last block.  The first time the branch is not known yet and
+    # its prefix runs again.
     assert {name for name in counts if name[0] == 1} == {(1, "embedding")}
     assert len({name for name in counts if name[0] == 2}) == 3
 
@@ -138,11 +143,11 @@ def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
 def test_predictions_name_classes_and_specialists(networks, images):
     ensemble = SpecialistEnsemble(*networks, GROUPS)
     q, active = ensemble.forward_with_details(images)[1:]
-    for row, said in enumerate(ensemble.predict(images, top=3)):
-        assert said["classes"] == q[row].topk(3).indices.tolist()
-        assert said["names"] == [str(c) for c in said["classes"]]
-        assert said["probabilities"] == pytest.approx(q[row].topk(3).values.tolist())
-        assert said["specialists"] == active[row].nonzero()[:, 0].tolist()
+    for row, prediction in enumerate(ensemble.predict(images, top=3)):
+        assert prediction["classes"] == q[row].topk(3).indices.tolist()
+        assert prediction["names"] == [str(c) for c in prediction["classes"]]
+        assert prediction["probabilities"] == pytest.approx(q[row].topk(3).values.tolist())
+        assert prediction["specialists"] == active[row].nonzero()[:, 0].tolist()
     assert len(ensemble.predict(images[:1], top=99)[0]["classes"]) == CLASSES
 
 
@@ -178,15 +183,17 @@ def run(networks, tmp_path):
         save_classifier(specialist, tmp_path / "specialists" / f"{m:03d}")
     (tmp_path / "clusters").mkdir()
     GROUPS.save(tmp_path / "clusters" / "groups.json")
-    facts = {
+    settings = {
         "schema": 1,
         "gate": CLASSES,
         "max_specialists": None,
         "combine": "kl",
         "temperatures": [1, 2, 1, 1, 1],
         "weights": None,
+        "skipped": [],
+        "missing": [],
     }
-    (tmp_path / "ensemble.json").write_text(json.dumps(facts | {"skipped": [], "missing": []}))
+    (tmp_path / "ensemble.json").write_text(json.dumps(settings))
     return tmp_path
 
 
@@ -218,8 +225,8 @@ def test_specialists_may_be_loaded_under_inference_mode(run, images):
     expected = SpecialistEnsemble.load(run).probabilities(images)
     with torch.inference_mode():
         ensemble = SpecialistEnsemble.load(run)
-        asked = ensemble.probabilities(images)  # which loads them
-    torch.testing.assert_close(asked, expected)
+        q = ensemble.probabilities(images)  # which loads them
+    torch.testing.assert_close(q, expected)
     loaded = [p for m in range(len(ensemble.groups)) for p in ensemble.specialists[m].parameters()]
     assert not any(p.is_inference() for p in loaded)
 
@@ -227,8 +234,8 @@ def test_specialists_may_be_loaded_under_inference_mode(run, images):
 def test_a_bundle_is_smaller_and_answers_alike(run, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundle")
     original = SpecialistEnsemble.load(run)
-    facts = export_bundle(original, out)
-    assert facts["shared"] > 0
+    sizes = export_bundle(original, out)
+    assert sizes["shared"] > 0
     loaded = SpecialistEnsemble.load(out)
     torch.testing.assert_close(
         loaded.probabilities(images), original.probabilities(images), rtol=0, atol=0
@@ -241,18 +248,18 @@ def test_a_bundle_is_smaller_and_answers_alike(run, images, tmp_path_factory):
 def test_many_threads_get_the_same_answer(run, images):
     loaded = SpecialistEnsemble.load(run, cache=1)
     expected = SpecialistEnsemble.load(run).probabilities(images)
-    answers = [None] * 8
+    results = [None] * 8
 
-    def ask(i):
-        answers[i] = loaded.probabilities(images)
+    def run_one(i):
+        results[i] = loaded.probabilities(images)
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    threads = [threading.Thread(target=run_one, args=(i,)) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for answer in answers:
-        torch.testing.assert_close(answer, expected, rtol=0, atol=0)
+    for q in results:
+        torch.testing.assert_close(q, expected, rtol=0, atol=0)
 
 
 def test_what_is_wrong_with_a_run_is_named(run):
@@ -303,7 +310,7 @@ def test_onnx_equals_the_ensemble(networks, images, tmp_path):
     path = export_onnx(
         EnsembleProgram(ensemble, portable=True), images[:4], tmp_path / "ensemble.onnx"
     )
-    (found,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
+    (q,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
     torch.testing.assert_close(
-        torch.from_numpy(found), ensemble.probabilities(images), rtol=0, atol=1e-5
+        torch.from_numpy(q), ensemble.probabilities(images), rtol=0, atol=1e-5
     )
