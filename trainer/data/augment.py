@@ -1,6 +1,12 @@
 """Training views: pure functions of the inputs and of uniform numbers.
 
 The numbers belong to positions in the stream, so a view does not depend on who makes it or when.
+
+The contract of a function behind `pipeline.choices.AUGMENTATIONS`, or of a user's own:
+function(inputs [n, ...], uniforms float64 [n, K]) -> views [n, ...].  A view is a pure function of
+its own input and its own K numbers in [0, 1), however many come in one call.  K is the function's
+attribute `numbers` (see `draws`; 8 where it has none).  Views may differ from the inputs in shape
+and dtype, but must agree with each other.
 """
 
 from __future__ import annotations
@@ -11,9 +17,9 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from pipeline.choices import AUGMENTATIONS
 from pipeline.config import UserError
 
-from .choices import AUGMENTATIONS
 from .decoding import import_function
 
 ViewFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]

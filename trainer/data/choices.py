@@ -17,15 +17,3 @@ DECODERS: dict[str, str] = {
     "txt": "trainer.data.decoding:text",
     "json": "trainer.data.decoding:numbers",
 }
-
-# Name in data.augment -> "module:function" that makes a training view; "" makes none.
-#
-# The contract: function(inputs [n, ...], uniforms float64 [n, K]) -> views [n, ...].  A view is a
-# pure function of its own input and its own K numbers in [0, 1), however many come in one call.
-# K is the function's attribute `numbers` (8 where it has none).  Views may differ from the inputs
-# in shape and dtype, but must agree with each other.
-AUGMENTATIONS: dict[str, str] = {
-    "none": "",
-    "shift": "trainer.data.augment:shift",
-    "flip-crop": "trainer.data.augment:flip_crop",
-}

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from shardsets import write_split, write_tar
 
+from pipeline.choices import AUGMENTATIONS
 from pipeline.config import Data, UserError
 from trainer.data import cached, open_shards
 from trainer.data.augment import Augment, find_augment, flip_crop, shift
-from trainer.data.choices import AUGMENTATIONS
 from trainer.data.decoding import rgb
 
 
