@@ -26,7 +26,7 @@ def gate(
     groups : ClassGroups
         The classes of each specialist.
     n : int
-        How many of the most probable classes are asked about.
+        How many of the most probable classes count.
     max_specialists : int, optional
         At most so many per row: those whose classes hold most of the generalist's mass (ties: the
         first).  None is no limit.

@@ -62,7 +62,7 @@ def combine_kl_sparse(
         the class.
     """
     _check_arguments(indices, values, tail)
-    rows, kept = values.shape
+    rows, k = values.shape
     dtype = values.dtype
     work = working_dtype(dtype)
     active = checked_active(active, p_special, rows, groups, values.device)
@@ -71,8 +71,8 @@ def combine_kl_sparse(
     ascending, position = _sorted(indices.long())
     _check_indices(ascending, groups.num_classes)
 
-    classes_per_column = torch.ones(1, kept + 1, dtype=work, device=values.device)
-    classes_per_column[0, -1] = groups.num_classes - kept
+    classes_per_column = torch.ones(1, k + 1, dtype=work, device=values.device)
+    classes_per_column[0, -1] = groups.num_classes - k
     layout = SparseLayout(ascending, position, classes_per_column)
     problem = Problem(groups, special, weights, dtype, TOLERANCE[work], layout)
     p_general = torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work)
@@ -128,12 +128,12 @@ def _check_arguments(indices: Tensor, values: Tensor, tail: Tensor) -> None:
         raise ValueError(
             f"values must be a floating point tensor [B, k]; they are {_described(values)}"
         )
-    rows, kept = values.shape
+    rows, k = values.shape
     integers = (torch.int64, torch.int32)
     same_shape = isinstance(indices, Tensor) and indices.shape == values.shape
     if not same_shape or indices.dtype not in integers:
         raise ValueError(
-            f"indices must be int64 [{rows}, {kept}] as values are; they are {_described(indices)}"
+            f"indices must be int64 [{rows}, {k}] as values are; they are {_described(indices)}"
         )
     if not isinstance(tail, Tensor) or tail.shape != (rows,):
         raise ValueError(f"tail must be [{rows}], one number per row; it is {_described(tail)}")

@@ -277,12 +277,12 @@ class SpecialistEnsemble:
         """
         trunk = blocks(self.generalist.trunk)
         with self._lock:
-            wanted = {len(trunk), *self._prefixes.values()}
+            depths = {len(trunk), *self._prefixes.values()}
         x = self.generalist.preprocess(raw)
         reached = {0: x}
         for depth, block in enumerate(trunk, 1):
             x = block(x)
-            if depth in wanted:
+            if depth in depths:
                 reached[depth] = x
         return x, reached
 
