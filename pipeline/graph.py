@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
 from .config.loading import unknown_to
@@ -187,7 +188,7 @@ class RunDirectory:
     def _student(self, name: str) -> Stage:
         student = self.config.students[name]
         inputs = self._ancestors(student.start)
-        extra = {}
+        extra: dict[str, Any] = {}
         if student.learns_from_teacher:
             inputs = [*inputs, *self._ancestors(student.teacher)]
             targets = self.targets_for(name)
@@ -215,7 +216,7 @@ class RunDirectory:
         if os.sep in student.teacher:
             directory = f"given-{digest(student.teacher)[:8]}"
             teacher = network_identity(student.teacher)
-        extra: dict = {"teacher": teacher}
+        extra: dict[str, Any] = {"teacher": teacher}
         if augment != "none":
             extra |= {"augment": augment, "views": student.views}
             directory += f"-{student.views}-views"

@@ -89,7 +89,7 @@ def check_ancestry(name: str, student: ResolvedStudent, config: Config) -> None:
         teachers = ("ensemble", "generalist", *names)
         _known(f"{section}.teacher", student.teacher, teachers, ", or a path with a /")
     _known(f"{section}.start", student.start, ("generalist", "scratch", *names))
-    own = members_of(name, config)
+    own = members_of(name, config) or 1
     teachers = members_of(student.teacher, config) if student.learns_from_teacher else None
     if teachers is not None and own > 1 and teachers != own:
         raise ValueError(

@@ -36,7 +36,7 @@ from .slurm import Slurm
 class ConfigFile(Section):
     """What a TOML file says; `resolve` fills in what it leaves out."""
 
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     data: Data = Data()
     model: Model = Model()
     train: Schedule = Schedule()

@@ -24,44 +24,44 @@ class Schedule(Section):
     """
 
     # optimizer steps; exactly one of steps and epochs
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     # examples per optimizer step, over all ranks
-    batch_size: int | None = Field(None, gt=0)
+    batch_size: int | None = Field(default=None, gt=0)
     optimizer: Literal["adamw", "sgd"] | None = None
     # the peak
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0)
     schedule: Literal["cosine", "onecycle", "constant"] | None = None
     # fraction of the steps in which the rate rises linearly
-    warmup: float | None = Field(None, ge=0, lt=1)
-    weight_decay: float | None = Field(None, ge=0)
+    warmup: float | None = Field(default=None, ge=0, lt=1)
+    weight_decay: float | None = Field(default=None, ge=0)
     # of sgd; of adamw it is beta1 = 0.9
-    momentum: float | None = Field(None, ge=0, lt=1)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
     # of adamw; 0.99 suits short schedules
-    beta2: float | None = Field(None, gt=0, lt=1)
+    beta2: float | None = Field(default=None, gt=0, lt=1)
     # of class labels, a name in pipeline.choices.LOSSES
     loss: str | None = None
-    label_smoothing: float | None = Field(None, ge=0, lt=1)
+    label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     # with engine.shard_head: other classes that labels are compared with; None = all
-    negatives: int | None = Field(None, gt=0)
+    negatives: int | None = Field(default=None, gt=0)
     # decay per step of the averaged weights; 0 = none
-    ema: float | None = Field(None, ge=0, lt=1)
+    ema: float | None = Field(default=None, ge=0, lt=1)
     # micro-batches per optimizer step
-    accumulation: int | None = Field(None, gt=0)
+    accumulation: int | None = Field(default=None, gt=0)
     # 0 = none
-    clip_norm: float | None = Field(None, ge=0)
+    clip_norm: float | None = Field(default=None, ge=0)
     # 0 natural frequencies, 1 every class equally often
-    balance: float | None = Field(None, ge=0, le=1)
+    balance: float | None = Field(default=None, ge=0, le=1)
     # steps; 0 = only at the end
-    validate_every: int | None = Field(None, ge=0)
+    validate_every: int | None = Field(default=None, ge=0)
     # stop after so many validations without a better loss; 0 = never
-    patience: int | None = Field(None, ge=0)
+    patience: int | None = Field(default=None, ge=0)
     # steps
-    checkpoint_every: int | None = Field(None, gt=0)
+    checkpoint_every: int | None = Field(default=None, gt=0)
     # checkpoints kept
-    keep: int | None = Field(None, gt=0)
+    keep: int | None = Field(default=None, gt=0)
     # steps
-    log_every: int | None = Field(None, gt=0)
+    log_every: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _one_length(self):
@@ -76,53 +76,33 @@ class Schedule(Section):
 
 
 class ResolvedSchedule(Schedule):
-    """A schedule of which nothing is left to inherit.
+    """A schedule of which nothing is left to inherit; here are the defaults.
 
     Of steps and epochs one may be None; negatives = None stands for all classes.
     """
 
-    batch_size: int
-    optimizer: Literal["adamw", "sgd"]
-    learning_rate: float
-    schedule: Literal["cosine", "onecycle", "constant"]
-    warmup: float
-    weight_decay: float
-    momentum: float
-    beta2: float
-    loss: str
-    label_smoothing: float
-    ema: float
-    accumulation: int
-    clip_norm: float
-    balance: float
-    validate_every: int
-    patience: int
-    checkpoint_every: int
-    keep: int
-    log_every: int
+    batch_size: int = 256
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = 2e-3
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.01
+    momentum: float = 0.9
+    beta2: float = 0.999
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    accumulation: int = 1
+    clip_norm: float = 0.0
+    balance: float = 0.0
+    validate_every: int = 0
+    patience: int = 0
+    checkpoint_every: int = 500
+    keep: int = 2
+    log_every: int = 50
 
 
-DEFAULT_SCHEDULE = ResolvedSchedule(
-    batch_size=256,
-    optimizer="adamw",
-    learning_rate=2e-3,
-    schedule="cosine",
-    warmup=0.05,
-    weight_decay=0.01,
-    momentum=0.9,
-    beta2=0.999,
-    loss="cross_entropy",
-    label_smoothing=0.0,
-    ema=0.0,
-    accumulation=1,
-    clip_norm=0.0,
-    balance=0.0,
-    validate_every=0,
-    patience=0,
-    checkpoint_every=500,
-    keep=2,
-    log_every=50,
-)
+DEFAULT_SCHEDULE = ResolvedSchedule()
 
 
 class Specialists(Schedule):
@@ -131,19 +111,19 @@ class Specialists(Schedule):
     # full: trained on all classes
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"
     # of preserving: rows that it keeps beside a fitted one; None = all
-    dustbin_rows: int | None = Field(None, gt=0)
+    dustbin_rows: int | None = Field(default=None, gt=0)
     # of full: weight of the KL from the generalist's predictions elsewhere; 0.1
-    soft_weight: float | None = Field(None, ge=0)
+    soft_weight: float | None = Field(default=None, ge=0)
     # fraction of the other classes' examples drawn by confusion with the group
-    hard_negatives: float = Field(0.0, ge=0, lt=1)
+    hard_negatives: float = Field(default=0.0, ge=0, lt=1)
     # all | head | last-N-blocks
     trainable: str = "all"
     # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
     freeze_norm: bool = True
     # fraction of a batch drawn from the group's classes
-    fraction: float = Field(0.5, gt=0, lt=1)
+    fraction: float = Field(default=0.5, gt=0, lt=1)
     # specialists that one job trains, one after the other
-    per_job: int = Field(1, gt=0)
+    per_job: int = Field(default=1, gt=0)
 
     @model_validator(mode="after")
     def _rows(self):
@@ -182,7 +162,7 @@ class Specialists(Schedule):
 
 
 class ResolvedSpecialists(ResolvedSchedule, Specialists):
-    soft_weight: float
+    soft_weight: float = 1.0
 
 
 class Student(Schedule):
@@ -192,9 +172,9 @@ class Student(Schedule):
     method: str = "distill"
     network: Literal["single", "hydra", "batch_ensemble"] = "single"
     # of hydra and batch_ensemble; None: as many as the ensemble has
-    members: int | None = Field(None, gt=1)
+    members: int | None = Field(default=None, gt=1)
     # of hydra: a head is the last so many blocks of the trunk and a linear layer
-    head_blocks: int = Field(0, ge=0)
+    head_blocks: int = Field(default=0, ge=0)
     # generalist | scratch | another student, whose network it is grown from
     start: str = "generalist"
     # ensemble | generalist | another student | the path of a run or of a saved network
@@ -202,25 +182,25 @@ class Student(Schedule):
     # of a deep ensemble's members, to teach a single student
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     # inf: match the logits, the limit
-    temperature: float = Field(1.0, gt=0)
-    hard_weight: float = Field(0.0, ge=0, le=1)
-    soft_weight: float = Field(1.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    hard_weight: float = Field(default=0.0, ge=0, le=1)
+    soft_weight: float = Field(default=1.0, ge=0)
     # what the inputs are moved by before teacher and student see them
     perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
     # of inputs scaled to 0..1
-    perturb_size: float = Field(1 / 255, gt=0)
+    perturb_size: float = Field(default=1 / 255, gt=0)
     # training views of its own; None: data.augment
     augment: str | None = None
     # of augmented inputs: the teacher predicts so many views of each, once
-    views: int | None = Field(None, gt=0)
+    views: int | None = Field(default=None, gt=0)
     # of train, of each class alike
-    share: float = Field(1.0, gt=0, le=1)
+    share: float = Field(default=1.0, gt=0, le=1)
     # classes whose examples it does not see
     leave_out: list[str] = []
     # fit one shift of the bias of the classes left out on val
     bias_correction: bool = False
     # of each batch; None = by the sizes of the two
-    transfer_share: float | None = Field(None, ge=0, le=1)
+    transfer_share: float | None = Field(default=None, ge=0, le=1)
     # keys of [model] that differ
     model: dict[str, Any] = {}
 

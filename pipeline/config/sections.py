@@ -35,23 +35,23 @@ class Data(Section):
     # keep decoded inputs in one memory-mapped file under RUN/cache
     cache: Literal["auto", "decoded", "none"] = "auto"
     # the most that such a file may take
-    cache_bytes: int = Field(2 * 1024**3, gt=0)
+    cache_bytes: int = Field(default=2 * 1024**3, gt=0)
     # reading processes per rank
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     # stop at the first corrupt sample, or leave them out and count them
     damage: Literal["strict", "skip"] = "strict"
     # with skip: stop when more than this fraction is corrupt
-    damage_share: float = Field(0.01, ge=0, lt=1)
+    damage_share: float = Field(default=0.01, ge=0, lt=1)
     # manifest.json (a path or URL) of shards that come without one beside them: pipe:
     manifest: str | None = None
     # where shards behind URLs are kept; "" is ~/.cache/referral/shards
     fetch_dir: str = ""
     # the most that they may take
-    fetch_bytes: int = Field(256 * 1024**3, gt=0)
+    fetch_bytes: int = Field(default=256 * 1024**3, gt=0)
     # extension -> module:function, beside the built-in table
     decoders: dict[str, str] = {}
     # the label set's size, where no manifest says it
-    classes: int | None = Field(None, gt=0)
+    classes: int | None = Field(default=None, gt=0)
 
     @field_validator("augment")
     @classmethod
@@ -65,11 +65,11 @@ class Model(Section):
     # mlp | convnet | resnet | wideresnet | timm:NAME | module:function
     name: str = "convnet"
     # None: the builder's own default
-    width: int | None = Field(None, gt=0)
-    depth: int | None = Field(None, gt=0)
+    width: int | None = Field(default=None, gt=0)
+    depth: int | None = Field(default=None, gt=0)
     # size of the last hidden layer; 0 = none
-    embedding: int | None = Field(None, ge=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    embedding: int | None = Field(default=None, ge=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     options: dict[str, Any] = {}
 
     @field_validator("name")
@@ -83,7 +83,7 @@ class Generalist(Section):
     """Where the generalist comes from, if it is not trained here from scratch."""
 
     # a run, a directory with model.safetensors and model.json, or a weights file
-    init: str = Field("", alias="from")
+    init: str = Field(default="", alias="from")
     # in someone else's weights file: what its last linear layer is called; [model] is the rest
     head: str | None = None
 
@@ -97,26 +97,26 @@ class Extend(Section):
     # the finished run; its classes are found by name among the data's
     run: str = ""
     # old classes in the new ones' group; None = by the largest old group
-    companions: int | None = Field(None, ge=0)
+    companions: int | None = Field(default=None, ge=0)
 
 
 class Clusters(Section):
     """Groups of classes that the generalist confuses."""
 
-    num_groups: int = Field(16, gt=0)
+    num_groups: int = Field(default=16, gt=0)
     method: str = "kmeans"
     # the largest group, as a multiple of the mean size
-    capacity: float = Field(1.3, ge=1)
+    capacity: float = Field(default=1.3, ge=1)
     # groups that a class belongs to; with coverage the most
-    overlap: int = Field(1, ge=1)
+    overlap: int = Field(default=1, ge=1)
     # classes join further groups until these catch such a fraction of the errors
-    coverage: float | None = Field(None, gt=0, le=1)
+    coverage: float | None = Field(default=None, gt=0, le=1)
     # a user's own taxonomy (ClassGroups JSON) instead of clustering
     groups_file: str = ""
     # statistics keep the k largest predictions; None = all while C^2 fits
-    top_k: int | None = Field(None, gt=0)
+    top_k: int | None = Field(default=None, gt=0)
     # groups whose forecast gain (fraction of val examples) is below get no specialist
-    min_gain: float = Field(0.0, ge=0)
+    min_gain: float = Field(default=0.0, ge=0)
 
     @field_validator("method")
     @classmethod
@@ -139,7 +139,7 @@ class Route(Section):
     # remember which samples they are, or copy them to shards of their own
     mode: Literal["index", "copy"] = "index"
     # refuse to write more
-    max_bytes: int = Field(64 * 1024**3, gt=0)
+    max_bytes: int = Field(default=64 * 1024**3, gt=0)
 
 
 class Controls(Section):
@@ -156,10 +156,10 @@ class Ensemble(Section):
     # deep: generalists alone, each from another seed
     kind: Literal["specialists", "deep"] = "specialists"
     # of deep: generalists, the run's own among them
-    members: int = Field(4, gt=0)
+    members: int = Field(default=4, gt=0)
     # the n most probable classes of the generalist choose the specialists
-    gate: int = Field(1, gt=0)
-    max_specialists: int | None = Field(None, gt=0)
+    gate: int = Field(default=1, gt=0)
+    max_specialists: int | None = Field(default=None, gt=0)
     combine: str = "kl"
     # fit one temperature per specialist on val
     temperatures: bool = True
@@ -178,16 +178,16 @@ class Engine(Section):
 
     name: str = "ddp"
     # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
-    zero_stage: int = Field(1, ge=0, le=3)
+    zero_stage: int = Field(default=1, ge=0, le=3)
     # auto: bf16 on CUDA, fp32 elsewhere
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # of ddp: the classifier's rows split over the ranks, its [B, C] logits never stored
     shard_head: bool = False
     # classes whose logits are computed at a time; None = what fits a cache
-    head_block: int | None = Field(None, gt=0)
+    head_block: int | None = Field(default=None, gt=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # a rank that makes no step and measures no batch for so long is ended
-    hang_s: float = Field(900, gt=0)
+    hang_s: float = Field(default=900, gt=0)
     # where the rows of metrics.jsonl go besides
     track: list[Literal["tensorboard", "wandb"]] = []
 
@@ -221,8 +221,8 @@ class Launch(Section):
     """How the launcher runs jobs on this machine."""
 
     # ranks of the generalist (None: one per GPU, or per core up to 2)
-    processes: int | None = Field(None, gt=0)
+    processes: int | None = Field(default=None, gt=0)
     # jobs of one process side by side (None: as many as devices or cores)
-    pool: int | None = Field(None, gt=0)
+    pool: int | None = Field(default=None, gt=0)
     # of a job that fails
-    retries: int = Field(1, ge=0)
+    retries: int = Field(default=1, ge=0)

@@ -20,19 +20,19 @@ class Resources(Section):
     An absent key is taken from [slurm.default]; where that has none, the site decides.
     """
 
-    nodes: int | None = Field(None, gt=0)
+    nodes: int | None = Field(default=None, gt=0)
     # on each node
-    gpus: int | None = Field(None, ge=0)
+    gpus: int | None = Field(default=None, ge=0)
     # on each node
-    cpus: int | None = Field(None, gt=0)
+    cpus: int | None = Field(default=None, gt=0)
     # of each node
-    memory: str | None = Field(None, pattern=r"^[0-9]+[KMGT]?$")
+    memory: str | None = Field(default=None, pattern=r"^[0-9]+[KMGT]?$")
     # "90" (minutes), "HH:MM:SS", "DAYS-HH:MM:SS"
     time: str | None = None
-    partition: str | None = Field(None, min_length=1)
-    constraint: str | None = Field(None, min_length=1)
-    qos: str | None = Field(None, min_length=1)
-    account: str | None = Field(None, min_length=1)
+    partition: str | None = Field(default=None, min_length=1)
+    constraint: str | None = Field(default=None, min_length=1)
+    qos: str | None = Field(default=None, min_length=1)
+    account: str | None = Field(default=None, min_length=1)
     # further options of sbatch; those of [slurm.default] and the job's own
     extra: list[str] = []
 
@@ -81,9 +81,9 @@ class Slurm(Section):
     """`referral run --on slurm`: what each kind of job asks for."""
 
     # specialists that train at the same time
-    throttle: int | None = Field(None, gt=0)
+    throttle: int | None = Field(default=None, gt=0)
     # so many seconds before its time limit a job is asked for a checkpoint
-    signal_s: int = Field(120, gt=0)
+    signal_s: int = Field(default=120, gt=0)
     default: Resources = Resources()
     generalist: Resources = Resources()
     members: Resources = Resources()

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TextIO, TypeVar, cast
@@ -80,6 +80,10 @@ class Ranks:
         """Tell the watchdog that this rank is alive."""
         if self.watchdog is not None:
             self.watchdog.progress()
+
+    def watching(self) -> AbstractContextManager[None]:
+        """While this holds, the watchdog expects progress."""
+        return self.watchdog.watching() if self.watchdog else nullcontext()
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))

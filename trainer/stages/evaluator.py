@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -54,6 +54,7 @@ def metrics_of_members(log_p: Tensor) -> dict[str, Tensor]:
 def metrics_of_batch(summary: Summary, labels: Tensor) -> dict[str, Tensor]:
     """What one batch contributes to a row."""
     missing = TOP - summary.indices.shape[1]  # fewer than five classes: -1 stands for none
+    assert summary.log_label is not None
     p_label = summary.log_label.exp()
     return {
         "labels": labels,
@@ -183,7 +184,8 @@ class TestEvaluator:
             **entries,
         }
         write_json(self.attempt.path(f"{name}.json"), content)
-        np.savez(self.attempt.path(f"{name}.npz"), **kept(values))
+        arrays: dict[str, Any] = kept(values)
+        np.savez(self.attempt.path(f"{name}.npz"), **arrays)
         self.session.say(
             "%-16s top-1 %6.2f %%  top-5 %6.2f %%  NLL %.4f  Brier %.4f  ECE %.4f  "
             "calibrated NLL %.4f",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from clustering import (
     ClassGroups,
+    GroupForecast,
     PredictionStatistics,
     captured_confusion,
     captured_unlabelled,
@@ -55,7 +57,8 @@ def measure(session: Session, stage: Stage) -> None:
                 other = attempt.path(f"statistics-{rank}.npz")
                 merged.merge(PredictionStatistics.load(other))
             merged.save(attempt.path("statistics.npz"))
-            np.savez(attempt.path("predictions.npz"), **predictions)
+            arrays: dict[str, Any] = predictions
+            np.savez(attempt.path("predictions.npz"), **arrays)
 
 
 def predicted_top(
@@ -103,7 +106,7 @@ def cluster(session: Session, stage: Stage) -> None:
         groups.save(attempt.path("groups.json"))
         rows = forecast(groups, statistics)
         least = session.config.clusters.min_gain
-        skipped = [m for m, row in enumerate(rows) if row["gain"] < least]
+        skipped = [m for m, row in enumerate(rows) if forecast_gain(row) < least]
         summary = judge_groups(session, groups, statistics, rows, skipped)
         write_json(attempt.path("summary.json"), summary)
         say_groups(session, groups, summary)
@@ -125,7 +128,8 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
         else:
             rows = None
             if config.method == "classifier":
-                rows = load_network(session, session.run.generalist).head.weight
+                network = load_network(session, session.run.generalist)
+                rows = network.linear_head.weight.detach().cpu().numpy()
             groups = group_classes(
                 statistics,
                 config.num_groups,
@@ -150,7 +154,7 @@ def judge_groups(
     session: Session,
     groups: ClassGroups,
     statistics: PredictionStatistics,
-    rows: list[dict],
+    rows: list[GroupForecast],
     skipped: list[int],
 ) -> dict:
     """What summary.json says of groups: the errors that they capture, against chance.
@@ -158,7 +162,7 @@ def judge_groups(
     rows: the forecast of each.  Raises UserError if all are skipped.
     """
     if len(skipped) == len(groups):
-        best = max(row["gain"] for row in rows)
+        best = max(forecast_gain(row) for row in rows)
         raise UserError(
             f"clusters.min_gain = {session.config.clusters.min_gain} leaves no group a "
             f"specialist; the best forecast is {best:.4f}"
@@ -174,6 +178,12 @@ def judge_groups(
         "forecast": rows,
         "skipped": skipped,
     }
+
+
+def forecast_gain(row: GroupForecast) -> float:
+    """The gain of a forecast with labels, which val always has."""
+    assert row["gain"] is not None
+    return row["gain"]
 
 
 def say_groups(session: Session, groups: ClassGroups, summary: dict) -> None:

@@ -69,9 +69,14 @@ def fitted_temperatures(session: Session) -> list[float]:
     return temperatures
 
 
+def read_settings(session: Session) -> dict:
+    """The content of ensemble.json."""
+    return read_json(session.run.ensemble.path(SETTINGS))
+
+
 def load_ensemble(session: Session) -> SpecialistEnsemble | DeepEnsemble:
     """The run's networks, joined as ensemble.json says."""
-    settings = read_json(session.run.ensemble.path(SETTINGS))
+    settings = read_settings(session)
     if settings.get("kind") == "deep":
         return load_deep_ensemble(session)
     return specialist_ensemble(session, settings)
@@ -84,7 +89,8 @@ def load_deep_ensemble(session: Session) -> DeepEnsemble:
 
 def specialist_ensemble(session: Session, settings: dict | None = None) -> SpecialistEnsemble:
     """Generalist and specialists.  settings: of ensemble.json, if that is not written yet."""
-    settings = settings or read_json(session.run.ensemble.path(SETTINGS))
+    if settings is None:
+        settings = read_settings(session)
     absent = {*settings["skipped"], *settings["missing"]}
     specialists = {
         m: load_network(session, stage)

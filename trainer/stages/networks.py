@@ -10,6 +10,7 @@ import torch
 
 from networks import (
     Classifier,
+    InputSpec,
     ModelSpec,
     adopt_weights,
     batch_ensemble,
@@ -49,13 +50,13 @@ def fresh_network(
             builder=model.name,
             options=model_options(model, builders),
             num_classes=shards.num_classes,
-            class_names=list(shards.class_names),
-            input={
-                "shape": shards.input_shape,
-                "dtype": "uint8" if shards.input_dtype == np.uint8 else "float32",
-                "mean": session.config.data.mean,
-                "std": session.config.data.std,
-            },
+            class_names=tuple(shards.class_names),
+            input=InputSpec(
+                shape=tuple(shards.input_shape),
+                dtype="uint8" if shards.input_dtype == np.uint8 else "float32",
+                mean=tuple(session.config.data.mean),
+                std=tuple(session.config.data.std),
+            ),
             members=members,
         )
         return build_classifier(spec, builders)

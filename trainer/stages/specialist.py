@@ -196,7 +196,7 @@ def dustbin_rows(
 
     values = session.measured(session.shards("val"), features)["features"]
     inputs = torch.from_numpy(values).to(session.ranks.device)
-    residual = fit_residual_row(generalist.head, inputs, classes, kept)
+    residual = fit_residual_row(generalist.linear_head, inputs, classes, kept)
     session.say(
         "dustbin: %d rows and one fitted to %d classes; on half of val KL %.2g from all rows, "
         "its logit's error %.2g",

@@ -185,7 +185,7 @@ def correct_bias(session: Session, network: Classifier, classes: np.ndarray) -> 
     values = session.measured(session.shards("val"), measure)
     logits, labels = (torch.from_numpy(values[key]) for key in ("logits", "labels"))
     shift = fit_shift(logits, labels, classes)
-    bias = network.head.bias
+    bias = network.linear_head.bias
     with torch.no_grad():
         bias[torch.from_numpy(classes).to(bias.device)] += shift
     session.say(

@@ -140,8 +140,8 @@ def compressing(
         raw = see(batch)
         predicted = teacher.predict(raw)
         stored = compress(predicted, KEPT)
-        arrays = [stored[name].cpu().numpy() for name in FILES]
-        kept = decompress(*arrays, session.num_classes, raw.device)
+        indices, log_values, log_tail = (stored[name].cpu().numpy() for name in FILES)
+        kept = decompress(indices, log_values, log_tail, session.num_classes, raw.device)
         lost = [mean_kl(soften(predicted, T), soften(kept.spread(), T)) for T in temperatures]
         return stored | {"lost": torch.stack(lost, 1)}
 

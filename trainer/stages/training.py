@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from networks import Classifier
 from pipeline.choices import LOSSES, resolve
 from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
 from pipeline.store import Attempt
@@ -21,19 +22,20 @@ from ..engines import build_engine
 from ..session import Session
 
 
-def train_network(session: Session, attempt: Attempt, task: TrainingTask) -> tuple[nn.Module, dict]:
+def train_network(session: Session, attempt: Attempt, task: TrainingTask) -> tuple[Classifier, dict]:
     """The trained network and what summary.json says of its training."""
     ranks, config = session.ranks, session.config.engine
     names = config.track if ranks.is_main else []
     with (
         closing(build_engine(config, ranks)) as engine,
-        ranks.watchdog.watching(),
+        ranks.watching(),
         trackers(names, attempt.directory, session.run.root, attempt.stage.place) as tracked,
     ):
         files = TrainingFiles(attempt.stage.checkpoints, attempt.path("metrics.jsonl"), tracked)
         network, summary = Trainer(task, engine, ranks, files).train()
     for source, sample, reason in summary.lost:
         session.losses.add(task.stream.sources[source].shards, {sample: reason})
+    assert isinstance(network, Classifier)
     return network, summary.to_json()
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ensemble import fit_temperature
+from networks import Classifier
 
 from ..core.dense_logits import predictor_of
 from ..core.objectives import specialist_columns, with_dustbin
@@ -22,11 +23,12 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
     shards = session.shards("val")
 
     def validate(network: nn.Module) -> dict[str, float]:
-        network.eval()
-        predict = predictor_of(network)
+        assert isinstance(network, Classifier)
+        predict = predictor_of(network.eval())
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             summary = predict(batch.inputs).summary(1, batch.labels)
+            assert summary.log_label is not None
             return {
                 "loss": -summary.log_label,
                 "correct": summary.indices[:, 0] == batch.labels,
@@ -55,7 +57,7 @@ class SpecialistValidator:
         self.columns = columns.to(session.ranks.device)
         self.ids = referred_examples(session, classes)
 
-    def logits_and_targets(self, network: nn.Module) -> tuple[Tensor, Tensor]:
+    def logits_and_targets(self, network: Classifier) -> tuple[Tensor, Tensor]:
         """(logits [n, |S_m| + 1], columns of the labels [n])"""
         network.eval()
 
@@ -70,13 +72,14 @@ class SpecialistValidator:
 
     def __call__(self, network: nn.Module) -> dict[str, float]:
         """{"loss": nats, "top1"}"""
+        assert isinstance(network, Classifier)
         logits, targets = self.logits_and_targets(network)
         return {
             "loss": float(F.cross_entropy(logits, targets)),
             "top1": float((logits.argmax(1) == targets).float().mean()),
         }
 
-    def temperature(self, network: nn.Module) -> float:
+    def temperature(self, network: Classifier) -> float:
         """The temperature that fits these examples best."""
         return fit_temperature(*self.logits_and_targets(network))
 
