@@ -1,16 +1,20 @@
-"""What a run tells on the terminal: of its groups, and at its end the table of results."""
+"""What a run shows on the terminal: its groups, and at its end the table of results."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.compare import METRICS, cell
+from pipeline.compare import METRICS, ComparedRow, Comparison, cell
 from pipeline.graph import RunDirectory
 from pipeline.results import (
+    Results,
+    Row,
     classes_line,
     count,
     duration,
@@ -25,88 +29,110 @@ from pipeline.store import read_json
 
 
 def show_results(run: RunDirectory, console: Console) -> None:
-    """Print RUN/results.json: whether the ensemble beats every control, then the figures, then where the report is."""
-    results = read_json(run.root / "results.json")
+    """Print RUN/results.json: the verdict, the metrics, and where the report is."""
+    results: Results = read_json(run.root / "results.json")
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
-    if student := student_verdict(results):
-        console.print(Text(student), soft_wrap=True)
-    if line := classes_line(results):
-        console.print(Text(line), soft_wrap=True)
+    for line in (student_verdict(results), classes_line(results)):
+        if line is not None:
+            console.print(Text(line), soft_wrap=True)
     console.print(results_table(results))
     console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
 
 
-def results_table(results: dict) -> Table:
+class Column(NamedTuple):
+    """needs: a key that some row must have, or the column is left out; "" is always shown."""
+
+    title: str
+    text: Callable[[Row, Results], str]
+    needs: str = ""
+
+
+COLUMNS = [
+    Column("top-1", lambda row, _: percent(row["top1"])),
+    Column("top-5", lambda row, _: percent(row["top5"])),
+    Column("NLL", lambda row, _: number(row["nll"])),
+    Column("cNLL", lambda row, _: number(row.get("cnll")), needs="cnll"),
+    Column("Brier", lambda row, _: number(row["brier"])),
+    Column("ECE", lambda row, _: number(row["ece"])),
+    Column("DEE", worth, needs="dee"),
+    Column("macro top-1", lambda row, _: percent(row["macro_top1"])),
+    Column("time", lambda row, _: duration(row["cost"]["seconds"])),
+    Column("examples", lambda row, _: count(row["cost"]["examples_seen"])),
+]
+
+
+def results_table(results: Results) -> Table:
     """One row for each of generalist, controls, ensemble and students.
 
-    cNLL is after temperature scaling, DEE a row's worth in networks of a deep ensemble; only where a run has them.
+    cNLL is after temperature scaling, DEE a row's worth in networks of a deep ensemble.  Both are
+    shown only where a run has them.
     """
-    table, rows = Table(box=None, pad_edge=False, header_style="bold"), named_rows(results)
-    calibrated, deep = (any(key in row for row in rows.values()) for key in ("cnll", "dee"))
+    rows = named_rows(results)
+    known = {"", *(key for row in rows.values() for key in row)}
+    columns = [column for column in COLUMNS if column.needs in known]
+    table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for column in (
-        "top-1",
-        "top-5",
-        "NLL",
-        *(["cNLL"] if calibrated else []),
-        "Brier",
-        "ECE",
-        *(["DEE"] if deep else []),
-        "macro top-1",
-        "time",
-        "examples",
-    ):
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in columns:
+        table.add_column(column.title, justify="right", no_wrap=True)
     for name, row in rows.items():
-        cost = row["cost"]
-        figures = [percent(row["top1"]), percent(row["top5"]), number(row["nll"])]
-        figures += [number(row.get("cnll"))] if calibrated else []
-        figures += [number(row["brier"]), number(row["ece"])]
-        figures += [worth(row, results)] if deep else []
-        figures += [
-            percent(row["macro_top1"]),
-            duration(cost["seconds"]),
-            count(cost["examples_seen"]),
-        ]
-        table.add_row(Text(name), *figures, style="bold" if name == "ensemble" else "")
+        cells = [column.text(row, results) for column in columns]
+        table.add_row(Text(name), *cells, style=_style(name))
     return table
 
 
-def comparison_table(found: dict) -> Table:
-    """One row for each row of the results and each variant; found: what pipeline.compare.compare says."""
-    sizes = {variant["name"]: variant["runs"] for variant in found["variants"]}
+def comparison_table(comparison: Comparison) -> Table:
+    """One row for each row of the results and each variant."""
+    sizes = {variant["name"]: variant["runs"] for variant in comparison["variants"]}
+    columns = ["runs", *(METRICS[metric].label for metric in comparison["metrics"])]
+    if len(sizes) > 1:
+        columns.insert(0, "variant")
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for column in (["variant"] if len(sizes) > 1 else []) + [
-        "runs",
-        *(METRICS[m].label for m in found["metrics"]),
-    ]:
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     last = None
-    for row in found["rows"]:
-        n, of = row["runs"], sizes[row["variant"]]
-        cells = [row["variant"]] if len(sizes) > 1 else []
-        cells.append(str(n) if n == of else f"{n} of {of}")
-        for metric in found["metrics"]:
-            over = row["figures"][metric]
-            fewer = f" ({over['n']})" if 0 < over["n"] < n else ""
-            cells.append(cell(over, metric, signed=found["versus"] is not None) + fewer)
+    for row in comparison["rows"]:
+        cells = _compared_cells(row, comparison, sizes)
         name = row["row"] if row["row"] != last else ""
-        table.add_row(Text(name), *cells, style="bold" if row["row"] == "ensemble" else "")
+        table.add_row(Text(name), *cells, style=_style(row["row"]))
         last = row["row"]
     return table
 
 
+def _compared_cells(row: ComparedRow, comparison: Comparison, sizes: dict[str, int]) -> list[str]:
+    """sizes: the runs of each variant."""
+    n, size = row["runs"], sizes[row["variant"]]
+    cells = [row["variant"]] if len(sizes) > 1 else []
+    cells.append(str(n) if n == size else f"{n} of {size}")
+    for metric in comparison["metrics"]:
+        spread = row["figures"][metric]
+        text = cell(spread, metric, signed=comparison["versus"] is not None)
+        if 0 < spread["n"] < n:
+            text += f" ({spread['n']})"
+        cells.append(text)
+    return cells
+
+
+def _style(name: str) -> str:
+    return "bold" if name == "ensemble" else ""
+
+
 def groups_line(run: RunDirectory) -> str | None:
-    """What the groups hold, for whoever watches the specialists begin; None where none were found yet."""
-    if not (run.cluster.directory / "summary.json").exists():
+    """What the groups hold, for whoever watches the specialists begin.
+
+    None of a run without groups, and while none are found.
+    """
+    if not run.method.has_groups:
         return None
-    found = read_json(run.cluster.directory / "summary.json")
-    sizes, left_out = found["sizes"], len(found["skipped"])
-    skipped = f"; {left_out} are not worth a specialist (clusters.min_gain)" if left_out else ""
-    caught = ""  # without errors there is no share
-    if found["captured"] is not None:
-        share, chance = 100 * found["captured"], 100 * found["chance"]
-        caught = f" hold {share:.1f} % of the generalist's errors on val (chance {chance:.1f} %)"
-    where = run.cluster.directory / "log-0.txt"
-    return f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} classes{caught}{skipped}; what each can gain: {where}"
+    directory = run.cluster.directory
+    if not (directory / "summary.json").exists():
+        return None
+    summary = read_json(directory / "summary.json")
+    sizes, skipped = summary["sizes"], len(summary["skipped"])
+    line = f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} classes"
+    if summary["captured"] is not None:  # without errors there is no fraction of them
+        captured, chance = 100 * summary["captured"], 100 * summary["chance"]
+        line += f" hold {captured:.1f} % of the generalist's errors on val (chance {chance:.1f} %)"
+    if skipped:
+        line += f"; {skipped} are not worth a specialist (clusters.min_gain)"
+    return f"{line}; what each can gain: {directory / 'log-0.txt'}"

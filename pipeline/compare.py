@@ -1,7 +1,7 @@
-"""Several finished runs beside each other: mean and sample deviation over repetitions.  No torch, no numpy here.
+"""Several finished runs beside each other: mean and sample deviation over repetitions.
 
-A repetition is another seed; runs whose configs differ in more are variants.  `referral compare` prints what is found
-here, trainer.commands.compare_plot draws it.
+A repetition is another seed; runs whose configs differ in more are variants.  `referral compare`
+prints what is found here, trainer.commands.compare_plot draws it.  No torch and no numpy here.
 """
 
 from __future__ import annotations
@@ -10,26 +10,31 @@ import difflib
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NotRequired, TypedDict
 
 from .config import UserError, flat, load_config
 from .graph import RunDirectory
-from .results import errors, named_rows
+from .results import Row, errors, named_rows
 from .store import read_json
 
 SCHEMA = 1
-OF_NO_FIGURE = ("seed", "engine.", "launch.", "slurm.")  # keys that make no variant of a run
+OF_NO_METRIC = ("seed", "engine.", "launch.", "slurm.")  # keys that make no variant of a run
 WHERE_DATA_LIES = ("data.train", "data.val", "data.test", "data.transfer", "data.ood")
 
 
 @dataclass(frozen=True)
 class Metric:
-    """label: of a column.  place: keys below a row of results.json.  Shown as scale x value with `digits` decimals."""
+    """A metric and how it is shown.
+
+    label: of its column.  keys: where a row of results.json has it.
+    It is shown as scale x value with `digits` decimals.
+    """
 
     label: str
-    place: tuple[str, ...]
+    keys: tuple[str, ...]
     scale: float = 1.0
     digits: int = 4
 
@@ -57,91 +62,113 @@ METRICS = {
     "examples_seen": Metric("examples, M", ("cost", "examples_seen"), 1e-6, 3),
     "peak_memory_bytes": Metric("memory, MiB", ("cost", "peak_memory_bytes"), 2**-20, 0),
 }
-BY_THEMSELVES = (
-    "top1",
-    "nll",
-    "cnll",
-    "ece",
-    "dee",
-)  # shown where nobody says which, as far as the runs have them
-
-
-def figure(row: dict, metric: str) -> float | None:
-    """One figure of one row; inf for a DEE beyond the largest ensemble, None where the run does not have it."""
-    if metric == "errors":
-        return errors(row)
-    if metric == "dee" and row.get("dee_beyond"):
-        return math.inf
-    for key in METRICS[metric].place:
-        row = (row or {}).get(key)
-    return row
-
-
-def moments(values: Sequence[float]) -> dict:
-    """{"n", "mean", "deviation"}: the sample deviation, sqrt(sum (x - mean)^2 / (n - 1)), None for fewer than two.
-
-    A DEE beyond the largest ensemble has no number: then {"beyond": how many} and no mean, for one over the others
-    would be too low.
-    """
-    beyond = sum(math.isinf(value) for value in values)
-    if beyond or not values:
-        return {
-            "n": len(values),
-            "mean": None,
-            "deviation": None,
-            **({"beyond": beyond} if beyond else {}),
-        }
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"n": len(values), "mean": statistics.fmean(values), "deviation": deviation}
+DEFAULT_METRICS = ("top1", "nll", "cnll", "ece", "dee")  # as far as some run has them
 
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """place: as the user named it.  settings: dotted config key -> value.  compared: those that can make a variant."""
+    """A run to compare.
 
-    place: str
+    path: as the user named it.  settings: dotted config key -> value.
+    compared: those that can make a variant.
+    """
+
+    path: str
     seed: int
     settings: dict
     compared: dict
-    rows: dict[str, dict]
+    rows: dict[str, Row]
 
 
-def read_runs(places: Iterable[str | Path]) -> list[FinishedRun]:
-    """Raises UserError for what is no run, is not finished, or is named twice, be it as a copy."""
-    found, seen = [], {}
-    for place in map(Path, places):
-        if not (place / "config.toml").is_file():
-            raise UserError(f"{place} is not a run: it has no config.toml")
-        run = RunDirectory(place, load_config(place / "config.toml"))
-        if run.report.done() is None or not (place / "results.json").is_file():
-            raise UserError(f"{place} is not finished: referral run --run {place}")
-        marker = (run.evaluate.done() or {}).get("attempt", str(place.resolve()))
-        if marker in seen:
-            raise UserError(f"{seen[marker]} and {place} are the same run")
-        seen[marker] = place
-        found.append(
-            FinishedRun(
-                str(place),
-                run.config.seed,
-                flat(run.config.dump()),
-                flat(run.identity.values),
-                named_rows(read_json(place / "results.json")),
-            )
-        )
-    return found
+# What `--json` writes
 
 
-def differing(settings: Sequence[dict]) -> list[str]:
-    """The keys whose values are not the same everywhere; an absent key is a value too."""
-    keys = dict.fromkeys(key for one in settings for key in one)
-    return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+class Moments(TypedDict):
+    """deviation: the sample deviation; None for fewer than two values.
+
+    beyond: how many values are a DEE beyond the largest ensemble; then mean and deviation are None.
+    """
+
+    n: int
+    mean: float | None
+    deviation: float | None
+    beyond: NotRequired[int]
 
 
-def _follows(key: str, settings: Sequence[dict]) -> bool:
-    """Whether a key of [specialists] or [students.NAME] says in every run what [train] says: it is inherited."""
-    section, _, last = key.rpartition(".")
-    inherits = section == "specialists" or section.startswith("students.")
-    return inherits and all(one.get(key) == one.get(f"train.{last}") for one in settings)
+class Spread(Moments):
+    """values: by run; None for a DEE beyond the largest ensemble."""
+
+    values: dict[str, float | None]
+
+
+class ComparedRow(TypedDict):
+    """One row of the results in one variant.  runs: how many have it.  figures: by metric."""
+
+    row: str
+    variant: str
+    runs: int
+    figures: dict[str, Spread]
+
+
+class Variant(TypedDict):
+    """settings: the keys that tell variants apart.  runs: how many are of it."""
+
+    name: str
+    settings: dict
+    runs: int
+
+
+class ComparedRun(TypedDict):
+    run: str
+    seed: int
+    variant: str
+
+
+class Comparison(TypedDict):
+    """differ: the config keys that are not the same in all runs, the seed left out."""
+
+    schema: int
+    metrics: list[str]
+    versus: str | None
+    differ: list[str]
+    runs: list[ComparedRun]
+    variants: list[Variant]
+    rows: list[ComparedRow]
+
+
+# Reading
+
+
+def read_runs(paths: Iterable[str | Path]) -> list[FinishedRun]:
+    """The runs as they are on disk.
+
+    Raises UserError for what is no run, is not finished, or is named twice, be it as a copy.
+    """
+    runs: list[FinishedRun] = []
+    path_of: dict[str, Path] = {}
+    for path in map(Path, paths):
+        run = _open_finished(path)
+        attempt = (run.evaluate.done() or {}).get("attempt", str(path.resolve()))
+        if attempt in path_of:
+            raise UserError(f"{path_of[attempt]} and {path} are the same run")
+        path_of[attempt] = path
+        rows = named_rows(read_json(path / "results.json"))
+        settings = flat(run.config.dump())
+        compared = flat(run.identity.values)
+        runs.append(FinishedRun(str(path), run.config.seed, settings, compared, rows))
+    return runs
+
+
+def _open_finished(path: Path) -> RunDirectory:
+    if not (path / "config.toml").is_file():
+        raise UserError(f"{path} is not a run: it has no config.toml")
+    run = RunDirectory(path, load_config(path / "config.toml"))
+    if run.report.done() is None or not (path / "results.json").is_file():
+        raise UserError(f"{path} is not finished: referral run --run {path}")
+    return run
+
+
+# Comparing
 
 
 def compare(
@@ -149,183 +176,296 @@ def compare(
     metrics: Sequence[str] = (),
     by: Sequence[str] = (),
     versus: str | None = None,
-) -> dict:
-    """What the runs have in common and how far they scatter, JSON-able.
+) -> Comparison:
+    """What the runs have in common and how far they scatter.
 
-    metrics: names of METRICS; none: BY_THEMSELVES.  by: the config keys that tell variants apart; none: all that
-    differ but for the seed and where the data lie.  versus: a row; every figure is then the difference to that of
-    this row in the same run.
-    {"schema", "metrics", "versus", "differ", "runs": [{"run", "seed", "variant"}],
-     "variants": [{"name", "settings", "runs": n}],
-     "rows": [{"row", "variant", "runs": n, "figures": {metric: {"n", "mean", "deviation", "values": {run: x}}}}]}
+    Parameters
+    ----------
+    runs : sequence of FinishedRun
+        As `read_runs` returns them.
+    metrics : sequence of str
+        Names of METRICS. By default DEFAULT_METRICS, as far as some run has them.
+    by : sequence of str
+        The config keys that tell variants apart. By default all that differ, but for the seed and
+        where the data lie.
+    versus : str, optional
+        A row. Every metric is then its difference to that of this row in the same run.
+
+    Returns
+    -------
+    Comparison
+        JSON-able: rows in the order of `named_rows`, one for each variant that has them.
+
+    Raises
+    ------
+    UserError
+        For a metric, a key or a row that no run has.
     """
     metrics = _known_metrics(runs, metrics)
-    if by:
-        known = dict.fromkeys(key for run in runs for key in run.settings)
-        for key in by:
-            if key not in known:
-                raise UserError(f"--by {key}: no run's config has this key{_near(key, known)}")
+    _check_keys(runs, by)
     compared = [run.compared for run in runs]
-    differ = [
-        key
-        for key in differing(compared)
-        if not key.startswith(OF_NO_FIGURE) and not _follows(key, compared)
-    ]
+    differ = [key for key in differing(compared) if _makes_variant(key, compared)]
     keys = list(by) or [key for key in differ if key not in WHERE_DATA_LIES]
-    groups: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        groups.setdefault(json.dumps([run.settings.get(key) for key in keys]), []).append(run)
     names = list(dict.fromkeys(name for run in runs for name in run.rows))
     if versus is not None and versus not in names:
         raise UserError(f"--versus {versus}: the runs' rows are {', '.join(names)}")
-    called = {
-        run.place: _letters(number) for number, group in enumerate(groups.values()) for run in group
-    }
+    variants = _variants(runs, keys)
+    variant_of = {run.path: name for name, group in variants.items() for run in group}
+    rows: list[ComparedRow] = []
+    for row in sorted(names, key=_rank):
+        if row != versus:
+            rows += _compared_rows(row, variants, metrics, versus)
     return {
         "schema": SCHEMA,
         "metrics": metrics,
         "versus": versus,
         "differ": differ,
         "runs": [
-            {"run": run.place, "seed": run.seed, "variant": called[run.place]} for run in runs
+            {"run": run.path, "seed": run.seed, "variant": variant_of[run.path]} for run in runs
         ],
-        "variants": [
-            {
-                "name": called[group[0].place],
-                "settings": {key: _plain(group[0].settings.get(key)) for key in keys},
-                "runs": len(group),
-            }
-            for group in groups.values()
-        ],
-        "rows": [
-            {
-                "row": name,
-                "variant": called[group[0].place],
-                "runs": sum(name in run.rows for run in group),
-                "figures": {metric: _over(group, name, metric, versus) for metric in metrics},
-            }
-            for name in sorted(names, key=_place)
-            if name != versus
-            for group in groups.values()
-            if any(name in run.rows for run in group)
-        ],
+        "variants": [_variant(name, group, keys) for name, group in variants.items()],
+        "rows": rows,
     }
 
 
-def _over(group: Sequence[FinishedRun], name: str, metric: str, versus: str | None) -> dict:
-    """One row's figure over the runs of one variant; the runs that lack it are left out of n."""
-    values = {}
-    for run in group:
-        if name not in run.rows or (versus is not None and versus not in run.rows):
-            continue
-        value = figure(run.rows[name], metric)
-        if versus is not None and value is not None:
-            base = figure(run.rows[versus], metric)
-            value = None if base is None or math.isinf(base) else value - base
-        if value is not None:
-            values[run.place] = value
-    finite = {place: None if math.isinf(value) else value for place, value in values.items()}
-    return {**moments(list(values.values())), "values": finite}
-
-
 def _known_metrics(runs: Sequence[FinishedRun], metrics: Sequence[str]) -> list[str]:
-    """The metrics asked for, or those of BY_THEMSELVES that some run has."""
+    """The metrics asked for, or those of DEFAULT_METRICS that some run has."""
 
-    def had(metric: str) -> bool:
-        return any(figure(row, metric) is not None for run in runs for row in run.rows.values())
+    def is_there(metric: str) -> bool:
+        rows = [row for run in runs for row in run.rows.values()]
+        return any(value_of(row, metric) is not None for row in rows)
 
     for metric in metrics:
         if metric not in METRICS:
-            raise UserError(
-                f"--metric {metric}: must be of {', '.join(METRICS)}{_near(metric, METRICS)}"
-            )
-        if not had(metric):
-            others = ", ".join(filter(had, METRICS))
+            names = ", ".join(METRICS)
+            raise UserError(f"--metric {metric}: must be of {names}{_suggest(metric, METRICS)}")
+        if not is_there(metric):
+            others = ", ".join(filter(is_there, METRICS))
             raise UserError(f"--metric {metric}: none of these runs has it; they have {others}")
-    return list(dict.fromkeys(metrics)) or [metric for metric in BY_THEMSELVES if had(metric)]
+    return list(dict.fromkeys(metrics)) or [name for name in DEFAULT_METRICS if is_there(name)]
 
 
-def _near(word: str, words: Iterable[str]) -> str:
+def _check_keys(runs: Sequence[FinishedRun], by: Sequence[str]) -> None:
+    known = dict.fromkeys(key for run in runs for key in run.settings)
+    for key in by:
+        if key not in known:
+            raise UserError(f"--by {key}: no run's config has this key{_suggest(key, known)}")
+
+
+def _suggest(word: str, words: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _plain(value):
-    """JSON has no infinity, a temperature may be one."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+def differing(settings: Sequence[Mapping]) -> list[str]:
+    """The keys whose values are not the same everywhere; an absent key is a value too."""
+    keys = dict.fromkeys(key for one in settings for key in one)
+    return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
 
-def _place(name: str) -> int:
-    """Rows in the order of named_rows, whichever runs have which: generalist, controls, ensemble, students."""
-    return {"generalist": 0, "ensemble": 2}.get(name, 3 if name.startswith("student ") else 1)
+def _makes_variant(key: str, settings: Sequence[Mapping]) -> bool:
+    return not key.startswith(OF_NO_METRIC) and not _is_inherited(key, settings)
 
 
-def _letters(number: int) -> str:
+def _is_inherited(key: str, settings: Sequence[Mapping]) -> bool:
+    """Whether a key of [specialists] or [students.NAME] says in every run what [train] says."""
+    section, _, last = key.rpartition(".")
+    inherits = section == "specialists" or section.startswith("students.")
+    return inherits and all(one.get(key) == one.get(f"train.{last}") for one in settings)
+
+
+def _variants(runs: Sequence[FinishedRun], keys: Sequence[str]) -> dict[str, list[FinishedRun]]:
+    """The runs that agree in these keys, under a letter each."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        values = json.dumps([run.settings.get(key) for key in keys])
+        groups.setdefault(values, []).append(run)
+    return {_letter(index): group for index, group in enumerate(groups.values())}
+
+
+def _letter(index: int) -> str:
     """A, B, ..., Z, A1, B1, ..."""
-    return chr(ord("A") + number % 26) + (str(number // 26) if number >= 26 else "")
+    cycle, position = divmod(index, 26)
+    letter = chr(ord("A") + position)
+    return f"{letter}{cycle}" if cycle else letter
+
+
+def _variant(name: str, group: Sequence[FinishedRun], keys: Sequence[str]) -> Variant:
+    settings = {key: _plain(group[0].settings.get(key)) for key in keys}
+    return {"name": name, "settings": settings, "runs": len(group)}
+
+
+def _plain(value):
+    """The value as JSON has it: a temperature may be infinite, which is text there."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _rank(row: str) -> int:
+    """Rows in the order of named_rows, whichever runs have which."""
+    if row.startswith("student "):
+        return 3
+    return {"generalist": 0, "ensemble": 2}.get(row, 1)  # controls between the two
+
+
+def _compared_rows(
+    row: str,
+    variants: Mapping[str, Sequence[FinishedRun]],
+    metrics: Sequence[str],
+    versus: str | None,
+) -> list[ComparedRow]:
+    """One row of the results in each variant that has it."""
+    compared: list[ComparedRow] = []
+    for variant, group in variants.items():
+        having = [run for run in group if row in run.rows]
+        if having:
+            figures = {metric: _spread(having, row, metric, versus) for metric in metrics}
+            compared.append(
+                {"row": row, "variant": variant, "runs": len(having), "figures": figures}
+            )
+    return compared
+
+
+def _spread(runs: Sequence[FinishedRun], row: str, metric: str, versus: str | None) -> Spread:
+    """One row's metric over runs; those that lack it are left out of n."""
+    values: dict[str, float] = {}
+    for run in runs:
+        value = _value_in(run, row, metric, versus)
+        if value is not None:
+            values[run.path] = value
+    finite = {path: None if math.isinf(value) else value for path, value in values.items()}
+    return {**moments(list(values.values())), "values": finite}
+
+
+def _value_in(run: FinishedRun, row: str, metric: str, versus: str | None) -> float | None:
+    """A row's metric, or its difference to that of the row `versus`."""
+    value = value_of(run.rows[row], metric)
+    if versus is None or value is None:
+        return value
+    if versus not in run.rows:
+        return None
+    base = value_of(run.rows[versus], metric)
+    if base is None or math.isinf(base):
+        return None
+    return value - base
+
+
+def value_of(row: Row, metric: str) -> float | None:
+    """One metric of one row.
+
+    inf for a DEE beyond the largest ensemble, None where the run does not have it.
+    """
+    if metric == "errors":
+        return errors(row)
+    if metric == "dee" and row.get("dee_beyond"):
+        return math.inf
+    value: Any = row
+    for key in METRICS[metric].keys:
+        value = (value or {}).get(key)
+    return value
+
+
+def moments(values: Sequence[float]) -> Moments:
+    """Mean and sample deviation, sqrt(sum (x - mean)^2 / (n - 1)).
+
+    A DEE beyond the largest ensemble, inf, has no number.  A mean over the others would be too low,
+    so there is none.
+    """
+    n = len(values)
+    beyond = sum(math.isinf(value) for value in values)
+    if beyond:
+        return {"n": n, "mean": None, "deviation": None, "beyond": beyond}
+    if not values:
+        return {"n": 0, "mean": None, "deviation": None}
+    deviation = statistics.stdev(values) if n > 1 else None
+    return {"n": n, "mean": statistics.fmean(values), "deviation": deviation}
 
 
 # How it looks
 
 
-def sentences(found: dict) -> list[str]:
-    """What one must know before reading the figures: how many runs, in what they differ, what stands for what."""
-    runs, variants = found["runs"], found["variants"]
-    seeds = sorted({run["seed"] for run in runs})
-    which = f"{_counted(len(runs), 'run')}, {_counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))})"
-    said = [f"{which}; mean ± sample deviation over runs"]
-    if found["versus"]:
-        said[0] += f" of the difference to {found['versus']} in the same run"
-    if found["differ"]:
-        said.append(f"beside the seed they differ in {_shortened(found['differ'])}")
-    data = [key for key in found["differ"] if key in WHERE_DATA_LIES]
+def sentences(comparison: Comparison) -> list[str]:
+    """What one must know before reading the metrics.
+
+    How many runs there are, in what they differ, and what stands for what.
+    """
+    variants, differ = comparison["variants"], comparison["differ"]
+    lines = [_runs_sentence(comparison)]
+    if differ:
+        lines.append(f"beside the seed they differ in {_shortened(differ)}")
+    data = [key for key in differ if key in WHERE_DATA_LIES]
     if data and not set(data) & set(variants[0]["settings"]):
-        said.append(f"other data alone makes no variant: --by {data[0]} tells them apart")
+        lines.append(f"other data alone makes no variant: --by {data[0]} tells them apart")
     if len(variants) > 1:
-        said += [
-            f"{one['name']}: {setting(one)} ({_counted(one['runs'], 'run')})" for one in variants
-        ]
-    for one in variants:
-        own = [run["seed"] for run in runs if run["variant"] == one["name"]]
-        twice = sorted({seed for seed in own if own.count(seed) > 1})
-        if twice:
-            where = f" in {one['name']}" if len(variants) > 1 else ""
-            said.append(
-                f"seed {', '.join(map(str, twice))} more than once{where}: such runs are no independent draws"
-            )
-    return said
+        for variant in variants:
+            runs = _counted(variant["runs"], "run")
+            lines.append(f"{variant['name']}: {setting(variant)} ({runs})")
+    for variant in variants:
+        lines += _repeated_seeds(comparison, variant["name"])
+    return lines
 
 
-def setting(variant: dict) -> str:
+def _runs_sentence(comparison: Comparison) -> str:
+    runs = comparison["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    listed = ", ".join(map(str, seeds))
+    line = (
+        f"{_counted(len(runs), 'run')}, {_counted(len(seeds), 'seed')} ({listed}); "
+        "mean ± sample deviation over runs"
+    )
+    if comparison["versus"]:
+        line += f" of the difference to {comparison['versus']} in the same run"
+    return line
+
+
+def _repeated_seeds(comparison: Comparison, variant: str) -> list[str]:
+    """A warning, if a variant has runs of the same seed."""
+    seeds = [run["seed"] for run in comparison["runs"] if run["variant"] == variant]
+    repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    if not repeated:
+        return []
+    where = f" in {variant}" if len(comparison["variants"]) > 1 else ""
+    listed = ", ".join(map(str, repeated))
+    return [f"seed {listed} more than once{where}: such runs are no independent draws"]
+
+
+def setting(variant: Variant) -> str:
     """`clusters.num_groups = 24, specialists.steps = 600`"""
-    parts = [
-        f"{key} = {'not set' if v is None else json.dumps(v)}"
-        for key, v in variant["settings"].items()
-    ]
-    return _shortened([part if len(part) <= 60 else part[:57] + "..." for part in parts])
+    parts = []
+    for key, value in variant["settings"].items():
+        part = f"{key} = {'not set' if value is None else json.dumps(value)}"
+        parts.append(part if len(part) <= 60 else part[:57] + "...")
+    return _shortened(parts)
 
 
-def cell(found: dict, metric: str, signed: bool = False) -> str:
+def cell(spread: Moments, metric: str, signed: bool = False) -> str:
     """`78.25 ± 0.34`; one run has no deviation, and a DEE beyond the largest ensemble no mean."""
     scale, digits = METRICS[metric].scale, METRICS[metric].digits
-    if found.get("beyond"):
-        return f"beyond in {found['beyond']} of {found['n']}"
-    if found["mean"] is None:
+    mean, deviation = spread["mean"], spread["deviation"]
+    beyond = spread.get("beyond")
+    if beyond:
+        return f"beyond in {beyond} of {spread['n']}"
+    if mean is None:
         return "–"
-    text = f"{scale * found['mean']:{'+' if signed else ''}.{digits}f}"
-    return (
-        text if found["deviation"] is None else f"{text} ± {scale * found['deviation']:.{digits}f}"
-    )
-
-
-def _counted(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
-
-
-def _shortened(names: Sequence[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    sign = "+" if signed else ""
+    text = f"{scale * mean:{sign}.{digits}f}"
+    if deviation is not None:
+        text += f" ± {scale * deviation:.{digits}f}"
+    return text
 
 
 def words(text: str) -> list[str]:
     """The parts between commas."""
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _shortened(names: Sequence[str], most: int = 6) -> str:
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text

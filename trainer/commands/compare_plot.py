@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.compare import METRICS, compare, read_runs, setting, words
+from pipeline.compare import METRICS, Comparison, compare, read_runs, setting, words
 from pipeline.config import UserError
 
 matplotlib.use("Agg")
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def draw(comparison: dict, path: Path) -> None:
+def draw(comparison: Comparison, path: Path) -> None:
     """A panel for each metric: every run a dot, mean and deviation over them.
 
     Raises UserError if `path` cannot be written.
@@ -58,7 +58,7 @@ def draw(comparison: dict, path: Path) -> None:
         pyplot.close(figure)
 
 
-def _empty_panels(count: int, rows: int, comparison: dict) -> tuple[Figure, list[Axes]]:
+def _empty_panels(count: int, rows: int, comparison: Comparison) -> tuple[Figure, list[Axes]]:
     across = min(count, MOST_ACROSS)
     down = math.ceil(count / across)
     height = 0.7 + rows * (0.1 + 0.17 * len(comparison["variants"]))
@@ -75,7 +75,7 @@ def _empty_panels(count: int, rows: int, comparison: dict) -> tuple[Figure, list
     return figure, list(panels.flat[:count])
 
 
-def _draw_metric(panel: Axes, comparison: dict, metric: str, names: list[str]) -> None:
+def _draw_metric(panel: Axes, comparison: Comparison, metric: str, names: list[str]) -> None:
     variants = [variant["name"] for variant in comparison["variants"]]
     scale = METRICS[metric].scale
     for row in comparison["rows"]:
@@ -112,7 +112,7 @@ def _style(panel: Axes, title: str, names: list[str]) -> None:
         panel.spines[side].set_visible(False)
 
 
-def _add_texts(figure: Figure, comparison: dict) -> None:
+def _add_texts(figure: Figure, comparison: Comparison) -> None:
     """A legend of the variants, and what the dots are."""
     variants = comparison["variants"]
     if len(variants) > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.results import number, read_evaluation
+from pipeline.results import Evaluation, Row, number, read_evaluation
 
 from . import plots
 from .evidence import Evidence
@@ -83,7 +83,7 @@ def reliability_panels(evidence: Evidence) -> Panels:
     return Panels(panels, rest=len(evaluations) - len(panels))
 
 
-def _evaluations_with_bins(evidence: Evidence) -> dict[str, dict]:
+def _evaluations_with_bins(evidence: Evidence) -> dict[str, Evaluation]:
     """The files of evaluation/ that have a reliability diagram, by the row's name."""
     evaluations = {}
     for name in evidence.rows:
@@ -93,12 +93,14 @@ def _evaluations_with_bins(evidence: Evidence) -> dict[str, dict]:
     return evaluations
 
 
-def _panel(name: str, colour: str, row: dict, evaluation: dict) -> Panel:
-    drawing = plots.reliability(evaluation["reliability"], colour, f"Reliability of {name}")
+def _panel(name: str, colour: str, row: Row, evaluation: Evaluation) -> Panel:
+    bins = evaluation.get("reliability", [])
+    drawing = plots.reliability(bins, colour, f"Reliability of {name}")
     diagrams = [Diagram("as predicted", row["ece"], drawing)]
     calibrated = evaluation.get("reliability_calibrated")
-    if calibrated:
+    temperature = row.get("temperature")
+    if calibrated and temperature is not None:
         title = f"Reliability of {name}, calibrated"
         drawing = plots.reliability(calibrated, colour, title)
-        diagrams.append(Diagram(f"at T = {row['temperature']:.2f}", row.get("cece"), drawing))
+        diagrams.append(Diagram(f"at T = {temperature:.2f}", row.get("cece"), drawing))
     return Panel(name, colour, diagrams)

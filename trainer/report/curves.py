@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from pipeline.controls import HARD_TWIN, evaluated_controls
 from pipeline.graph import RunDirectory
-from pipeline.results import best_control_wall
 from pipeline.store import Stage
 
 from . import plots, tables
@@ -37,13 +37,9 @@ def _networks_for_all_classes(run: RunDirectory) -> dict[str, Curves]:
         return over_examples(read_metrics(stage), before=generalist)
 
     networks = {"generalist": generalist}
-    best = best_control_wall(run)
-    if best is not None:
-        networks["control_wall"] = continued(run.controls[f"control_wall-{best}"])
-    twin_of = {"student_hard": "main"}  # which starts as its student does
-    for name, stage in run.controls.items():
-        if not name.startswith("control_wall-"):
-            networks[name] = continued(stage, twin_of.get(name))
+    twin_of = {HARD_TWIN: "main"}  # which starts as its student does
+    for name, stage in evaluated_controls(run).items():
+        networks[name] = continued(stage, twin_of.get(name))
     for name, stage in run.students.items():
         networks[f"student {name}"] = continued(stage, name)
     return networks

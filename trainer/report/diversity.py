@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pipeline.results import number, percent, worth
+from pipeline.results import Results, Row, number, percent, worth
 
 from . import plots
 from .evidence import Evidence
@@ -69,10 +69,10 @@ def diversity_table(evidence: Evidence) -> DiversityTable | None:
     )
 
 
-def _columns(results: dict) -> dict[str, Callable[[dict], str]]:
+def _columns(results: Results) -> dict[str, Callable[[Row], str]]:
     """Title -> the text of a row's cell."""
 
-    def nested(part: str, key: str, text: Callable[[float | None], str]) -> Callable[[dict], str]:
+    def nested(part: str, key: str, text: Callable[[float | None], str]) -> Callable[[Row], str]:
         return lambda row: text((row.get(part) or {}).get(key))
 
     return {
@@ -91,7 +91,7 @@ def _whole(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,}"
 
 
-def size_rows(results: dict) -> list[dict]:
+def size_rows(results: Results) -> list[dict]:
     """The metrics of the ensemble's first 1, 2, ... members together.
 
     MOST_SIZES at most, evenly spaced, the first and the last among them.
@@ -111,9 +111,9 @@ def size_plot(evidence: Evidence) -> SizePlot | None:
     all else flat: it is named as `off`. None without sizes.
     """
     sizes = [
-        (row["size"], row["cnll"])
+        (row["size"], cnll)
         for row in evidence.results.get("sizes") or []
-        if row.get("cnll") is not None
+        if (cnll := row.get("cnll")) is not None
     ]
     if not sizes:
         return None
@@ -122,27 +122,28 @@ def size_plot(evidence: Evidence) -> SizePlot | None:
     colours = colours_of(evidence.rows)
     dots, off = [], []
     for name, row in evidence.rows.items():
-        if name in ("generalist", "ensemble") or not _has_equivalent(row):
+        cnll = row.get("cnll")
+        if name in ("generalist", "ensemble") or cnll is None or not _has_equivalent(row):
             continue
-        if row["cnll"] > edge:
-            off.append(f"{name.removeprefix('student ')} ({row['cnll']:.3f})")
+        if cnll > edge:
+            off.append(f"{name.removeprefix('student ')} ({cnll:.3f})")
         else:
-            dots.append(_equivalent(name, row, colours[name], worth(row, evidence.results)))
+            dee = worth(row, evidence.results)
+            dots.append(_equivalent(name, row.get("dee"), cnll, colours[name], dee))
     drawing = plots.equivalents(sizes, dots, "networks in the ensemble", "calibrated NLL")
     return SizePlot(drawing, ", ".join(off))
 
 
-def _has_equivalent(row: dict) -> bool:
-    has_dee = row.get("dee") is not None or bool(row.get("dee_beyond"))
-    return has_dee and row.get("cnll") is not None
+def _has_equivalent(row: Row) -> bool:
+    return row.get("dee") is not None or bool(row.get("dee_beyond"))
 
 
-def _equivalent(name: str, row: dict, colour: str, dee: str) -> plots.Dot:
-    size = row.get("dee")
+def _equivalent(name: str, size: float | None, cnll: float, colour: str, dee: str) -> plots.Dot:
+    """size: the row's DEE, None beyond the largest ensemble.  dee: the same as text."""
     return plots.Dot(
-        name=f"{name}: cNLL {row['cnll']:.4f}, DEE {dee}",
+        name=f"{name}: cNLL {cnll:.4f}, DEE {dee}",
         colour=colour,
         x=math.inf if size is None else size,
-        y=row["cnll"],
+        y=cnll,
         label=f"{name.removeprefix('student ')} {dee}",
     )

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from pipeline.graph import RunDirectory
-from pipeline.results import named_rows, read_evaluation, read_file
+from pipeline.results import (
+    Results,
+    Row,
+    SpecialistMetrics,
+    named_rows,
+    read_evaluation,
+    read_file,
+)
 from pipeline.store import read_json
 
 from . import tables
@@ -46,7 +53,7 @@ class Evidence:
     """
 
     run: RunDirectory
-    results: dict
+    results: Results
     images: ShardSet | None = None
     given_counts: Sequence[int] | np.ndarray | None = None
 
@@ -55,14 +62,16 @@ class Evidence:
         return self.run.config.is_deep
 
     @cached_property
-    def rows(self) -> dict[str, dict]:
+    def rows(self) -> dict[str, Row]:
         """The rows of results.json by their name in the tables."""
         return named_rows(self.results)
 
     @cached_property
     def missing(self) -> list[int]:
         """Specialists that the ensemble was evaluated without."""
-        ensemble = read_evaluation(self.run.evaluate, "ensemble") or {}
+        ensemble = read_evaluation(self.run.evaluate, "ensemble")
+        if ensemble is None:
+            return []
         return sorted(ensemble.get("missing") or [])
 
     # Predictions
@@ -173,12 +182,14 @@ class Evidence:
         return index not in self.missing and index not in self.skipped
 
     @cached_property
-    def specialists(self) -> dict[int, dict]:
+    def specialists(self) -> dict[int, SpecialistMetrics]:
         """The rows of results.json by the specialist's index."""
         return {row["index"]: row for row in self.results.get("specialists", [])}
 
     def conditional(self, index: int) -> Conditional | None:
-        row = self.specialists.get(index, {})
+        row = self.specialists.get(index)
+        if row is None:
+            return None
         before, after = row.get("conditional_before"), row.get("conditional_after")
         if before is None or after is None:
             return None

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Ensemble, Student
+from pipeline.controls import best_wall, wall_rate
 from pipeline.graph import RunDirectory
-from pipeline.results import best_control_wall, count, percent, read_file
+from pipeline.results import count, percent, read_file
 
 from .evidence import Evidence
 from .formatting import colours_of
@@ -74,11 +75,11 @@ def _explain_ensemble(ensemble: Ensemble) -> str:
 
 
 def _explain_control_wall(run: RunDirectory) -> str:
-    rates, best = run.config.controls.learning_rates, best_control_wall(run)
+    rates, best = run.config.controls.learning_rates, best_wall(run)
     seen, chosen = "", ""
     if best is not None:
-        seen = _examples_seen(run, f"control_wall-{best}")
-        chosen = f"; {rates[best]:.2g} was best"
+        seen = _examples_seen(run, best)
+        chosen = f"; {wall_rate(run.config, best):.2g} was best"
     return (
         "The generalist trained on, without groups, for as many further examples as one specialist "
         f"sees{seen}: what the same wall-clock time would have given, where all specialists train "

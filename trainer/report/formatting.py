@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pipeline.results import count, duration, number, percent
+from pipeline.results import Row, count, duration, number, percent
 
 # Rows whose colour is fixed; other students and candidates take turns.
 COLOURS = {
@@ -45,15 +45,15 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
     return {name: fixed.get(name) or next(others) for name in names}
 
 
-def best_of(rows: dict[str, dict], key: str, better: Callable[..., float] = min) -> float | None:
+def best_of(rows: dict[str, Row], key: str, better: Callable[..., float] = min) -> float | None:
     """The best value of a column, by min or max; where all are equal none is best."""
-    values = [row[key] for row in rows.values() if row.get(key) is not None]
+    values = [value for row in rows.values() if (value := row.get(key)) is not None]
     if len(set(values)) < 2:
         return None
     return better(values)
 
 
-def cell(row: dict, key: str, best: float | None, text: Callable[[float | None], str]) -> Cell:
+def cell(row: Row, key: str, best: float | None, text: Callable[[float | None], str]) -> Cell:
     value = row.get(key)
     return Cell(text(value), best=value is not None and value == best)
 

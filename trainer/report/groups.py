@@ -67,7 +67,8 @@ class GroupCards:
 
 def captured_confusion(evidence: Evidence) -> CapturedConfusion:
     """Captured confusion: measured on test and val errors, expected from predictions, by chance."""
-    clusters = evidence.results["clusters"]
+    clusters = evidence.results.get("clusters")
+    assert clusters is not None, "a run of specialists has groups"
     fractions = [
         ("test errors inside a group", clusters["captured_confusion"], "ensemble"),
         ("chance: random groups of these sizes", clusters["chance"], "chance"),

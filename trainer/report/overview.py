@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from pipeline.results import errors, number, percent, share_of_gain, worth
+from pipeline.results import (
+    Cost,
+    Results,
+    Row,
+    errors,
+    number,
+    percent,
+    share_of_gain,
+    worth,
+)
 
 from . import plots, tables
 from .evidence import Evidence
@@ -42,10 +52,10 @@ class MetricRow:
     cells: list[Cell]
     errors: int
     versus: tuple[float, float] | None
-    cost: dict
+    cost: Cost
 
 
-def students_in_the_head(results: dict) -> list[str]:
+def students_in_the_head(results: Results) -> list[str]:
     """The students that the head of the page speaks of: main, then in the config's order."""
     return sorted(results["students"], key=lambda name: name != "main")[:MOST_STUDENTS]
 
@@ -53,7 +63,7 @@ def students_in_the_head(results: dict) -> list[str]:
 # Tiles
 
 
-def headline_tiles(results: dict) -> list[Tile]:
+def headline_tiles(results: Results) -> list[Tile]:
     """The few metrics that say most."""
     tiles = [
         _errors_tile(results),
@@ -65,14 +75,14 @@ def headline_tiles(results: dict) -> list[Tile]:
     return [tile for tile in tiles if tile is not None]
 
 
-def _errors_tile(results: dict) -> Tile:
+def _errors_tile(results: Results) -> Tile:
     before, after = errors(results["generalist"]), errors(results["ensemble"])
     change = f"{signed(100 * (after - before) / before, 1)} %" if before else ""
     what = "top-1 errors, generalist to ensemble"
     return Tile(what, f"{after:,}", change, before=f"{before:,}")
 
 
-def _nll_tile(results: dict) -> Tile | None:
+def _nll_tile(results: Results) -> Tile | None:
     before, after = results["generalist"]["nll"], results["ensemble"]["nll"]
     if before is None or after is None:
         return None
@@ -80,7 +90,7 @@ def _nll_tile(results: dict) -> Tile | None:
     return Tile(what, f"{after:.3f}", signed(after - before, 3), before=f"{before:.3f}")
 
 
-def _student_tile(results: dict) -> Tile | None:
+def _student_tile(results: Results) -> Tile | None:
     student = results["student"]
     if student is None:
         return None
@@ -90,17 +100,18 @@ def _student_tile(results: dict) -> Tile | None:
     return Tile(what, kept, f"{percent(student['top1'])} top-1")
 
 
-def _dee_tile(results: dict) -> Tile | None:
+def _dee_tile(results: Results) -> Tile | None:
     students = results["students"]
     measured = [name for name, row in students.items() if "dee" in row or "dee_beyond" in row]
     if not measured:
         return None
     name = min(measured, key=lambda name: name != "main")
     what = f"networks of a deep ensemble have the calibrated NLL of the student {name} (DEE)"
-    return Tile(what, worth(students[name], results), f"of {len(results['sizes'])}")
+    size = len(results.get("sizes") or [])
+    return Tile(what, worth(students[name], results), f"of {size}")
 
 
-def _groups_tile(results: dict) -> Tile | None:
+def _groups_tile(results: Results) -> Tile | None:
     clusters = results.get("clusters")
     if not clusters or clusters["captured_confusion"] is None:
         return None
@@ -150,19 +161,15 @@ def cost_plots(evidence: Evidence) -> list[Plot]:
     return [plot for plot in plotted if plot.svg]
 
 
-def _cost_plot(rows: dict[str, dict], key: str, label: str) -> Plot:
-    colours = colours_of(rows)
-    dots = [
-        plots.Dot(
-            name=f"{name}: {percent(row['top1'])}, {short(row['cost'][key])}",
-            colour=colours[name],
-            x=row["cost"][key],
-            y=row["top1"],
-            label=name.removeprefix("student "),
-        )
-        for name, row in rows.items()
-        if row["cost"][key]
-    ]
+def _cost_plot(rows: dict[str, Row], key: Literal["examples_seen", "seconds"], label: str) -> Plot:
+    colours, dots = colours_of(rows), []
+    for name, row in rows.items():
+        cost = row["cost"][key]
+        if cost:
+            text = f"{name}: {percent(row['top1'])}, {short(cost)}"
+            dots.append(
+                plots.Dot(text, colours[name], cost, row["top1"], name.removeprefix("student "))
+            )
     costs = [dot.x for dot in dots]
     log_x = bool(costs) and max(costs) > 8 * min(costs)
     drawing = plots.scatter(dots, label, "top-1", log_x=log_x, y_text=whole_percent)

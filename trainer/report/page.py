@@ -42,7 +42,7 @@ def write_report(
     directory: Path,
     images: ShardSet | None = None,
     class_counts: Sequence[int] | np.ndarray | None = None,
-) -> dict:
+) -> metrics.Results:
     """Write results.json and report.html into a directory.
 
     Parameters
@@ -59,7 +59,7 @@ def write_report(
 
     Returns
     -------
-    dict
+    Results
         The content of results.json.
 
     Raises
@@ -76,7 +76,7 @@ def write_report(
 
 def render(
     run: RunDirectory,
-    results: dict,
+    results: metrics.Results,
     images: ShardSet | None = None,
     class_counts: Sequence[int] | np.ndarray | None = None,
 ) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class SpecialistRow:
     forecast: float | None
     classes: int
     routed: int
-    cost: dict
+    cost: Mapping[str, object]
 
 
 @dataclass(frozen=True)

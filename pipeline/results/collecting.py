@@ -1,0 +1,123 @@
+"""results.json, put together from what the stage `evaluate` wrote."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NotRequired, TypedDict, cast
+
+from ..config import UserError
+from ..controls import control_names
+from ..corruption import merged, summary
+from ..graph import RunDirectory
+from ..store import Stage, read_json
+from .rows import (
+    AddedClasses,
+    Clusters,
+    Cost,
+    FurtherMetrics,
+    Metrics,
+    Results,
+    Row,
+    SizeRow,
+    SpecialistMetrics,
+)
+
+
+class Evaluation(TypedDict):
+    """evaluation/NAME.json.
+
+    reliability: a dict {lo, hi, count, confidence, accuracy} for each bin of confidence.
+    added: in the generalist's file, of a run that adds classes.
+    sizes, or clusters, specialists and missing (their indices): in the ensemble's file.
+    """
+
+    name: str
+    row: Row
+    reliability: NotRequired[list[dict]]
+    reliability_calibrated: NotRequired[list[dict]]
+    added: NotRequired[AddedClasses]
+    sizes: NotRequired[list[SizeRow]]
+    clusters: NotRequired[Clusters]
+    specialists: NotRequired[list[SpecialistMetrics]]
+    missing: NotRequired[list[int]]
+
+
+def collect(run: RunDirectory) -> Results:
+    """The content of results.json.
+
+    Raises UserError if the run is not evaluated yet.
+    """
+    generalist = read_evaluation(run.evaluate, "generalist")
+    ensemble = read_evaluation(run.evaluate, "ensemble")
+    if generalist is None or ensemble is None:
+        raise UserError(
+            f"{run.root}: nothing to report before the stage `evaluate` is done; "
+            "finish the run first"
+        )
+    students = _rows(run, run.students)
+    results: dict[str, Any] = {
+        "generalist": _row(generalist["row"]),
+        "ensemble": _row(ensemble["row"]),
+        "controls": _rows(run, control_names(run)),
+        "students": students,
+        "student": students.get("main"),
+    }
+    if "added" in generalist:
+        results["added"] = generalist["added"]
+    results |= _parts(run, ensemble)
+    results["damage"] = summary(
+        merged([read_file(stage, "damage.json") or {} for stage in run.stages])
+    )
+    return cast(Results, _finite(results))
+
+
+def read_evaluation(evaluate: Stage, name: str) -> Evaluation | None:
+    """evaluation/NAME.json, or None where there is none."""
+    return read_file(evaluate, f"{name}.json")
+
+
+def read_file(stage: Stage, file: str):
+    """A finished stage's JSON file, or None where the stage is not done or wrote no such file."""
+    if stage.done() is None:
+        return None
+    try:
+        return read_json(stage.path(file))
+    except FileNotFoundError:
+        return None
+
+
+def _rows(run: RunDirectory, names) -> dict[str, Row]:
+    """The rows of those that were evaluated."""
+    evaluations = {name: read_evaluation(run.evaluate, name) for name in names}
+    return {name: _row(content["row"]) for name, content in evaluations.items() if content}
+
+
+def _row(row: Row) -> Row:
+    """A row in the order of results.json; metrics that an older version did not write are None."""
+    metrics = {key: row.get(key) for key in Metrics.__annotations__}
+    further = {key: row.get(key) for key in FurtherMetrics.__annotations__ if key in row}
+    cost = row.get("cost") or {}
+    costs = {key: cost.get(key) for key in Cost.__annotations__}
+    return cast(Row, {**metrics, **further, "cost": costs})
+
+
+def _parts(run: RunDirectory, ensemble: Evaluation) -> dict:
+    """What the ensemble is made of: groups and specialists, or members."""
+    if not run.method.has_groups:
+        return {"sizes": ensemble.get("sizes")}
+    clusters = ensemble.get("clusters") or {}
+    return {
+        "clusters": {key: clusters.get(key) for key in Clusters.__annotations__},
+        "specialists": ensemble.get("specialists"),
+    }
+
+
+def _finite(value):
+    """The same without NaN and infinity, which JSON does not have: such a metric is None."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,159 @@
+"""What results.json holds, and what every reader works out of its rows."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+
+class Metrics(TypedDict):
+    """A predictor on n test examples.  Runs of older versions lack some metrics: they are None."""
+
+    n: int
+    top1: float
+    top5: float | None
+    nll: float | None
+    brier: float | None
+    ece: float | None
+    macro_top1: float | None
+
+
+class MemberMetrics(TypedDict):
+    """What several members disagree in: in nats, but for `disagreement`, a fraction of examples."""
+
+    count: int
+    mu: NotRequired[float | None]
+    pairwise_kl: NotRequired[float | None]
+    disagreement: NotRequired[float | None]
+
+
+class FurtherMetrics(TypedDict, total=False):
+    """What not every row has.
+
+    temperature, cnll, cbrier, cece: after temperature scaling.
+    members: of a network or an ensemble of several members.
+    dee: the row's worth in networks of the run's deep ensemble; None, and dee_beyond, for more than
+        all of them.
+    ood_auroc: how well a score tells test from [data] ood, by the score.
+    old_classes, new_classes: the same metrics on their test examples, in a run that adds classes.
+    """
+
+    temperature: float | None
+    cnll: float | None
+    cbrier: float | None
+    cece: float | None
+    members: MemberMetrics
+    dee: float | None
+    dee_beyond: bool
+    ood_auroc: dict[str, float | None]
+    old_classes: Metrics
+    new_classes: Metrics
+
+
+class Cost(TypedDict):
+    """What the training of a row took, with all that it starts from."""
+
+    seconds: float | None
+    examples_seen: int | None
+    peak_memory_bytes: int | None
+
+
+class Row(Metrics, FurtherMetrics):
+    """One predictor of a run: the generalist, the ensemble, a control or a student."""
+
+    cost: Cost
+
+
+class Clusters(TypedDict):
+    """The groups, by test errors of the generalist whose two classes share one.
+
+    captured_confusion: the fraction of such errors, None where there is no error.
+    chance: the same, expected of random groups of these sizes.
+    captured_unlabelled: the fraction of the confusion that predictions alone forecast.
+    sizes: classes of each group.
+    """
+
+    captured_confusion: float | None
+    chance: float | None
+    captured_unlabelled: float | None
+    sizes: list[int] | None
+
+
+class SpecialistMetrics(TypedDict):
+    """A specialist on the n test examples of its classes, predictions restricted to these.
+
+    conditional_before, conditional_after: top-1 of the generalist and of the specialist.
+    gain: their difference.  Where n is 0 none of the three is there.
+    routed: test examples for which the gate opens it.
+    """
+
+    index: int
+    classes: int
+    routed: int
+    n: int
+    conditional_before: NotRequired[float]
+    conditional_after: NotRequired[float]
+    gain: NotRequired[float]
+    cost: Cost
+
+
+class SizeRow(TypedDict):
+    """The first `size` members of a deep ensemble together."""
+
+    size: int
+    temperature: float | None
+    nll: float | None
+    cnll: float | None
+    top1: float | None
+
+
+class AddedClasses(TypedDict):
+    """How many classes the older run had, and how many are new.
+
+    top1_before: the older generalist on the test examples of its classes, among these alone.
+    """
+
+    run: str
+    old: int
+    new: int
+    top1_before: NotRequired[float | None]
+
+
+class Results(TypedDict):
+    """results.json.  student: the row of the student called main."""
+
+    generalist: Row
+    ensemble: Row
+    controls: dict[str, Row]
+    students: dict[str, Row]
+    student: Row | None
+    added: NotRequired[AddedClasses]
+    sizes: NotRequired[list[SizeRow]]
+    clusters: NotRequired[Clusters]
+    specialists: NotRequired[list[SpecialistMetrics]]
+    damage: dict[str, dict]
+
+
+def named_rows(results: Results) -> dict[str, Row]:
+    """Every row under its name, in the order in which people compare them."""
+    return {
+        "generalist": results["generalist"],
+        **results["controls"],
+        "ensemble": results["ensemble"],
+        **{f"student {name}": row for name, row in results["students"].items()},
+    }
+
+
+def errors(row: Metrics) -> int:
+    """Top-1 errors, the whole number that n and top1 stand for."""
+    return row["n"] - round(row["n"] * row["top1"])
+
+
+def share_of_gain(row: Metrics, results: Results) -> float | None:
+    """How much of the ensemble's gain over the generalist a row keeps, in top-1 errors.
+
+    1 is all of it, negative is worse than the generalist.  None where the ensemble gains nothing.
+    """
+    before, after = errors(results["generalist"]), errors(results["ensemble"])
+    if after >= before:
+        return None
+    return (before - errors(row)) / (before - after)
