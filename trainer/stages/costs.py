@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
+from pipeline.results.rows import Cost
 from pipeline.store import Stage
 
 from ..session import Session
 from .networks import read_summary
 
-COST_KEYS = ("seconds", "examples_seen", "peak_memory_bytes")
 
-
-def cost_of(stage: Stage) -> dict:
+def cost_of(stage: Stage) -> Cost:
     """The cost of one stage's training, from its summary."""
     summary = read_summary(stage)
-    return {key: summary[key] for key in COST_KEYS}
+    return Cost(
+        seconds=summary["seconds"],
+        examples_seen=summary["examples_seen"],
+        peak_memory_bytes=summary["peak_memory_bytes"],
+    )
 
 
-def cost_of_ensemble(session: Session) -> dict:
+def cost_of_ensemble(session: Session) -> Cost:
     """The generalist's, and that of every network that joins it."""
     joined = [stage for stage in session.run.method.joined() if stage.is_done]
     return total_cost([session.run.generalist, *joined])
 
 
-def cost_of_control(session: Session, stage: Stage) -> dict:
+def cost_of_control(session: Session, stage: Stage) -> Cost:
     """The generalist's, from which it starts, and its own."""
     return total_cost([session.run.generalist, stage])
 
 
-def cost_of_student(session: Session, name: str) -> dict:
+def cost_of_student(session: Session, name: str) -> Cost:
     """A student's training, and that of everyone it comes from, each once."""
     waiting = [session.run.students[name]]
     sources: dict[str, Stage] = {}
@@ -40,14 +43,11 @@ def cost_of_student(session: Session, name: str) -> dict:
     return total_cost(trained)
 
 
-def total_cost(stages: list[Stage]) -> dict:
+def total_cost(stages: list[Stage]) -> Cost:
     """The sum of seconds and examples, the maximum of memory."""
-    total = cost_of(stages[0])
-    for stage in stages[1:]:
-        cost = cost_of(stage)
-        total = {
-            "seconds": round(total["seconds"] + cost["seconds"], 3),
-            "examples_seen": total["examples_seen"] + cost["examples_seen"],
-            "peak_memory_bytes": max(total["peak_memory_bytes"], cost["peak_memory_bytes"]),
-        }
-    return total
+    summaries = [read_summary(stage) for stage in stages]
+    return Cost(
+        seconds=round(sum(each["seconds"] for each in summaries), 3),
+        examples_seen=sum(each["examples_seen"] for each in summaries),
+        peak_memory_bytes=max(each["peak_memory_bytes"] for each in summaries),
+    )

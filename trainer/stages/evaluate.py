@@ -12,6 +12,7 @@ from torch import Tensor
 from clustering import captured_confusion
 from ensemble import DeepEnsemble, SpecialistEnsemble
 from networks import Classifier, lazy_logits, member_log_probabilities
+from pipeline.choices import STUDENT_METHODS
 from pipeline.controls import evaluated_controls
 from pipeline.store import Stage, read_json
 
@@ -24,7 +25,7 @@ from .deep import ensemble_sizes
 from .evaluator import MemberMetrics, TestEvaluator, metrics_of_members
 from .extending import before_new_classes, old_classes, split_old_new
 from .grouping import groups_of
-from .joining import SETTINGS, load_deep_ensemble, specialist_ensemble
+from .joining import load_deep_ensemble, read_settings, specialist_ensemble
 from .networks import load_network
 
 
@@ -80,7 +81,7 @@ def evaluate_specialists(
         return {
             "specialists": specialist_rows(session, generalist, ensemble, values["active"]),
             "clusters": captured(session, before),
-            "missing": read_json(session.run.ensemble.path(SETTINGS))["missing"],
+            "missing": read_settings(session).missing,
         }
 
     evaluator(
@@ -114,7 +115,7 @@ def evaluate_networks(
     for name, stage in run.students.items():
         network = load_network(session, stage)
         members = metrics_of_network(network)
-        if session.config.students[name].method == "prior":
+        if STUDENT_METHODS[session.config.students[name].method].dirichlet:
             members = metrics_of_prior(network)
         evaluator(predictor_of(network), name, cost_of_student(session, name), members)
     return before

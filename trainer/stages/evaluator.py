@@ -12,6 +12,7 @@ from torch import Tensor
 
 from networks import Summary
 from networks.linear_logits import LinearLogits
+from pipeline.results.rows import Cost
 from pipeline.store import Attempt, write_json
 
 from ..core.dense_logits import DenseLogits, Predictor
@@ -89,7 +90,7 @@ class TestEvaluator:
         self,
         predict: Predictor,
         name: str,
-        cost: dict,
+        cost: Cost,
         members: MemberMetrics | None = None,
         together: Callable[[Tensor], tuple[LinearLogits | DenseLogits, dict]] | None = None,
         more: Callable[[Values], dict] | None = None,

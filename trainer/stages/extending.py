@@ -36,10 +36,10 @@ from ..session import Session
 from .grouping import (
     confusion_with,
     groups_of,
-    judge_groups,
     prediction_statistics,
     say_groups,
     skipped_groups,
+    summarise_groups,
 )
 from .networks import builders_of, load_network, save_network
 from .specialist import save_skipped
@@ -99,7 +99,7 @@ def cluster(session: Session, stage: Stage) -> None:
         groups.save(attempt.path("groups.json"))
         rows = forecast(groups, statistics)
         skipped = method_of(session).skipped()
-        summary = judge_groups(session, groups, statistics, rows, skipped)
+        summary = summarise_groups(session, groups, statistics, rows, skipped)
         write_json(attempt.path("summary.json"), summary)
         say_groups(session, groups, summary)
 

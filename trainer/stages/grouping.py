@@ -17,6 +17,7 @@ from clustering import (
     forecast,
     forecast_table,
     group_classes,
+    method_inputs,
 )
 from networks import Classifier, lazy_logits
 from pipeline.config import UserError
@@ -107,7 +108,7 @@ def cluster(session: Session, stage: Stage) -> None:
         rows = forecast(groups, statistics)
         least = session.config.clusters.min_gain
         skipped = [m for m, row in enumerate(rows) if forecast_gain(row) < least]
-        summary = judge_groups(session, groups, statistics, rows, skipped)
+        summary = summarise_groups(session, groups, statistics, rows, skipped)
         write_json(attempt.path("summary.json"), summary)
         say_groups(session, groups, summary)
 
@@ -127,7 +128,7 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
             groups = ClassGroups.load(config.groups_file)
         else:
             rows = None
-            if config.method == "classifier":
+            if "classifier_rows" in method_inputs(config.method):
                 network = load_network(session, session.run.generalist)
                 rows = network.linear_head.weight.detach().cpu().numpy()
             groups = group_classes(
@@ -150,7 +151,7 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
     return groups
 
 
-def judge_groups(
+def summarise_groups(
     session: Session,
     groups: ClassGroups,
     statistics: PredictionStatistics,

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble import DeepEnsemble, SpecialistEnsemble, combiner
+from ensemble import DeepEnsemble, EnsembleSettings, SpecialistEnsemble, combiner
 from pipeline.config import UserError
-from pipeline.store import Stage, read_json
+from pipeline.store import Stage
 
 from ..data.streams import Batch
 from ..session import Session
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, read_summary
 
-SETTINGS = "ensemble.json"
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
@@ -23,21 +24,30 @@ def ensemble(session: Session, stage: Stage) -> None:
     """What eq. 5 needs beside the networks: temperatures, and the specialists' weight."""
     with session.attempt(stage) as attempt:
         settings = fit_ensemble_settings(session)
-        session.write_json(attempt.path(SETTINGS), settings)
-    session.write_json(session.run.root / SETTINGS, settings)
+        save_settings(session, settings, attempt.directory)
+    save_settings(session, settings, session.run.root)
 
 
 def deep_ensemble(session: Session, stage: Stage) -> None:
     """The mean of the members; there is nothing to fit."""
     with session.attempt(stage) as attempt:
-        count = session.config.ensemble.members
-        settings = {"schema": 1, "kind": "deep", "members": count}
-        session.write_json(attempt.path(SETTINGS), settings)
-    session.write_json(session.run.root / SETTINGS, settings)
+        settings = EnsembleSettings(kind="deep", members=session.config.ensemble.members)
+        save_settings(session, settings, attempt.directory)
+    save_settings(session, settings, session.run.root)
 
 
-def fit_ensemble_settings(session: Session) -> dict:
-    """The content of ensemble.json.  Raises UserError if specialists are missing that may not be."""
+def save_settings(session: Session, settings: EnsembleSettings, directory: Path) -> None:
+    if session.ranks.is_main:
+        settings.save(directory)
+
+
+def read_settings(session: Session) -> EnsembleSettings:
+    """What the stage `ensemble` found."""
+    return EnsembleSettings.load(session.run.ensemble.path("ensemble.json").parent)
+
+
+def fit_ensemble_settings(session: Session) -> EnsembleSettings:
+    """Raises UserError if specialists are missing that may not be."""
     config = session.config.ensemble
     missing = [m for m, each in enumerate(session.run.specialists) if not each.is_done]
     if missing and not config.allow_missing:
@@ -45,18 +55,17 @@ def fit_ensemble_settings(session: Session) -> dict:
             f"specialists {missing} are missing; "
             "`referral retry`, or set ensemble.allow_missing = true"
         )
-    settings = {
-        "schema": 1,
-        "gate": config.gate,
-        "max_specialists": config.max_specialists,
-        "combine": config.combine,
-        "temperatures": fitted_temperatures(session) if config.temperatures else None,
-        "weights": None,
-        "skipped": sorted(skipped_groups(session)),
-        "missing": missing,
-    }
+    settings = EnsembleSettings(
+        gate=config.gate,
+        max_specialists=config.max_specialists,
+        combine=config.combine,
+        skipped=sorted(skipped_groups(session)),
+        missing=missing,
+    )
+    if config.temperatures:
+        settings.temperatures = fitted_temperatures(session)
     if config.fit_weight:
-        settings["weights"] = fit_weight(session, specialist_ensemble(session, settings))
+        settings.weights = fit_weight(session, specialist_ensemble(session, settings))
     return settings
 
 
@@ -69,15 +78,10 @@ def fitted_temperatures(session: Session) -> list[float]:
     return temperatures
 
 
-def read_settings(session: Session) -> dict:
-    """The content of ensemble.json."""
-    return read_json(session.run.ensemble.path(SETTINGS))
-
-
 def load_ensemble(session: Session) -> SpecialistEnsemble | DeepEnsemble:
     """The run's networks, joined as ensemble.json says."""
     settings = read_settings(session)
-    if settings.get("kind") == "deep":
+    if settings.kind == "deep":
         return load_deep_ensemble(session)
     return specialist_ensemble(session, settings)
 
@@ -87,11 +91,13 @@ def load_deep_ensemble(session: Session) -> DeepEnsemble:
     return DeepEnsemble([load_network(session, stage) for stage in stages])
 
 
-def specialist_ensemble(session: Session, settings: dict | None = None) -> SpecialistEnsemble:
+def specialist_ensemble(
+    session: Session, settings: EnsembleSettings | None = None
+) -> SpecialistEnsemble:
     """Generalist and specialists.  settings: of ensemble.json, if that is not written yet."""
     if settings is None:
         settings = read_settings(session)
-    absent = {*settings["skipped"], *settings["missing"]}
+    absent = {*settings.skipped, *settings.missing}
     specialists = {
         m: load_network(session, stage)
         for m, stage in enumerate(session.run.specialists)
@@ -101,13 +107,13 @@ def specialist_ensemble(session: Session, settings: dict | None = None) -> Speci
         load_network(session, session.run.generalist),
         specialists,
         groups_of(session),
-        gate=settings["gate"],
-        max_specialists=settings["max_specialists"],
-        combine=settings["combine"],
-        temperatures=settings["temperatures"],
-        weights=settings["weights"],
-        skipped=settings["skipped"],
-        allow_missing=bool(settings["missing"]),
+        gate=settings.gate,
+        max_specialists=settings.max_specialists,
+        combine=settings.combine,
+        temperatures=settings.temperatures,
+        weights=settings.weights,
+        skipped=settings.skipped,
+        allow_missing=bool(settings.missing),
     )
 
 

@@ -22,7 +22,9 @@ from ..engines import build_engine
 from ..session import Session
 
 
-def train_network(session: Session, attempt: Attempt, task: TrainingTask) -> tuple[Classifier, dict]:
+def train_network(
+    session: Session, attempt: Attempt, task: TrainingTask
+) -> tuple[Classifier, dict]:
     """The trained network and what summary.json says of its training."""
     ranks, config = session.ranks, session.config.engine
     names = config.track if ranks.is_main else []
