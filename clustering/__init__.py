@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .choices import METHODS
-    from .grouping import group_classes
+    from .grouping import group_classes, method_inputs
     from .groups import ClassGroups
     from .judging import GroupForecast, captured_confusion, captured_unlabelled, forecast
     from .statistics import PredictionStatistics
@@ -24,6 +24,7 @@ _MODULE_OF = {
     "forecast": "judging",
     "forecast_table": "tables",
     "group_classes": "grouping",
+    "method_inputs": "grouping",
 }
 __all__ = [
     "METHODS",
@@ -35,6 +36,7 @@ __all__ = [
     "forecast",
     "forecast_table",
     "group_classes",
+    "method_inputs",
 ]
 
 

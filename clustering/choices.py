@@ -8,8 +8,8 @@ It returns a `clustering.methods.InitialGroups`, which `group_classes` bounds an
     num_groups       G, from 1 to C
     overlap          the most groups that a class may be in, from 1 to G
     seed             int; the same seed gives the same groups
-    classifier_rows  array or tensor [C, D]; the caller must give it to a method that declares it,
-                     and to no other
+    classifier_rows  array or tensor [C, D], in a run the weights of the generalist's head; the
+                     caller must give it to a method that declares it, and to no other
 
 This module imports nothing, so that a config can be read where numpy is not installed.
 """
@@ -24,3 +24,6 @@ METHODS: dict[str, str] = {  # name: "module:function"
     "classifier": "clustering.methods:classifier",
     "random": "clustering.methods:random",
 }
+
+# Those that choose all groups of a class themselves, so that a coverage cannot add to them.
+CHOOSE_ALL_GROUPS: set[str] = {"random"}

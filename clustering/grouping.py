@@ -125,6 +125,17 @@ def group_classes(
     return _class_groups(fill_empty(member_of, num_groups), num_groups)
 
 
+def method_inputs(method: str) -> set[str]:
+    """The inputs that a method declares; `clustering.choices` lists all that there are.
+
+    Parameters
+    ----------
+    method : str
+        A name of `clustering.METHODS`.
+    """
+    return set(inspect.signature(_function_of(method)).parameters)
+
+
 @dataclass(frozen=True)
 class _Search:
     """The local search on the expected confusion, within the capacity."""
@@ -166,8 +177,8 @@ class _Search:
 
 def _initial_groups(method: str, inputs: Mapping[str, object]) -> InitialGroups:
     """Call the method's function with those of the inputs that it declares."""
+    declared = method_inputs(method)
     function = _function_of(method)
-    declared = inspect.signature(function).parameters
     return function(**{name: value for name, value in inputs.items() if name in declared})
 
 
@@ -289,7 +300,7 @@ def _check_arguments(
             f"but overlap is {overlap} and method {method!r}; "
             "give an overlap of 2 or more, or no coverage"
         )
-    reads_rows = "classifier_rows" in inspect.signature(_function_of(method)).parameters
+    reads_rows = "classifier_rows" in method_inputs(method)
     if reads_rows != (classifier_rows is not None):
         raise ValueError(
             'classifier_rows [C, features] go with method="classifier", and with no other'

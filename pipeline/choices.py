@@ -1,8 +1,8 @@
-"""What a user can choose by name.  Each dict maps a name to "module:function" of what does the work.
+"""What a user can choose by name: each dict maps a name to the "module:function" that does it.
 
 The config validates names against these dicts, the trainer resolves them, docs and tests list them.
-So a new choice is one row here (or in the room's own `choices` module) and one function.  Nothing
-heavy is imported: login nodes without torch read this.
+So a new choice is one row here (or in the room's own `choices` module) and one function;
+docs/extending.md shows each.  Nothing heavy is imported: login nodes without torch read this.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 
-from clustering.choices import METHODS
+from clustering.choices import CHOOSE_ALL_GROUPS, METHODS
 from ensemble.choices import COMBINERS
-
 from networks.choices import NETWORKS
 
 __all__ = [
     "AUGMENTATIONS",
+    "CHOOSE_ALL_GROUPS",
     "COMBINERS",
     "ENGINES",
     "LOSSES",
@@ -44,13 +44,15 @@ class EngineKind:
     engine: "module:Class" of a trainer.engines.Engine.
     sharded_head: the class that serves `engine.shard_head = true`; None if the engine cannot.
     splits_weights: whether no rank holds the whole network at a given zero_stage.
-    whole_weights: the setting under which each rank holds all weights, for error messages.
+    whole_weights: the setting of [engine] with which each rank holds all weights, for messages.
+    package: what it needs to be installed beside torch.
     """
 
     engine: str
     sharded_head: str | None = None
     splits_weights: Callable[[int], bool] = lambda zero_stage: False
     whole_weights: str = ""
+    package: str = ""
 
 
 ENGINES: dict[str, EngineKind] = {
@@ -63,6 +65,7 @@ ENGINES: dict[str, EngineKind] = {
         "trainer.engines.zero:DeepSpeedEngine",
         splits_weights=lambda zero_stage: zero_stage == 3,
         whole_weights="zero_stage 0, 1 or 2",
+        package="deepspeed",
     ),
 }
 
@@ -71,7 +74,7 @@ ENGINES: dict[str, EngineKind] = {
 class LossKind:
     """A loss of class labels.
 
-    function: "module:function" of (logits [B, C], labels [B], label_smoothing) -> scalar mean, nats.
+    function: "module:function" of (logits [B, C], labels [B], label_smoothing) -> mean in nats.
     on_lazy_logits: whether engine.shard_head, which holds no [B, C] logits, can compute it.
     """
 
@@ -88,23 +91,30 @@ LOSSES: dict[str, LossKind] = {
 class StudentMethod:
     """How a student learns.
 
-    objective: "module:function" of (session, name, network, stream) -> trainer.core.objectives.Objective.
+    objective: "module:function" of (session, name, network, stream) -> Objective, a function of
+        trainer.core.objectives.
+    learns: what it learns, as the report says it; of a teacher the report says more.
     single_only: whether a network of several members cannot learn so; `why` completes the message.
+    dirichlet: whether its logits are a Dirichlet's log concentrations, so that test measures mu.
     """
 
     objective: str
     learns_from_teacher: bool = False
+    learns: str = "labels"
     single_only: bool = False
     why: str = ""
+    dirichlet: bool = False
 
 
 STUDENT_METHODS: dict[str, StudentMethod] = {
     "distill": StudentMethod("trainer.stages.student:soft_objective", learns_from_teacher=True),
-    "hard": StudentMethod("trainer.stages.student:hard_objective"),
+    "hard": StudentMethod("trainer.stages.student:hard_objective", learns="hard labels"),
     "prior": StudentMethod(
         "trainer.stages.student:prior_objective",
+        learns="labels, as a Prior Network: its prediction is a distribution over distributions",
         single_only=True,
         why="its one output says how unsure it is",
+        dirichlet=True,
     ),
 }
 

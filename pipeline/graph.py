@@ -144,13 +144,20 @@ class RunDirectory:
         return stages + self._further(stages)
 
     def _further(self, stages: list[Stage]) -> list[Stage]:
-        """Those of kinds that nothing above names: a row whose inputs are kinds of single stages."""
-        single = {stage.name: stage for stage in stages if stage.address is None}
+        """Those of rows that say what they wait for, and that nothing above makes.
+
+        A kind that waits for one that this run has not (a deep ensemble has no groups) has no stage.
+        """
+        known: dict[str, list[Stage]] = {}
+        for stage in stages:
+            known.setdefault(stage.name, []).append(stage)
         further = []
         for kind in KINDS.values():
-            if kind.inputs and kind.name not in single:
-                stage = self.stage(kind.name, [single[name] for name in kind.inputs])
-                single[kind.name] = stage
+            assert KINDS.keys() >= set(kind.inputs), f"{kind.name} waits for {kind.inputs}"
+            if kind.inputs and kind.name not in known and known.keys() >= set(kind.inputs):
+                inputs = [stage for name in kind.inputs for stage in known[name]]
+                stage = self.stage(kind.name, inputs)
+                known[kind.name] = [stage]
                 further.append(stage)
         return further
 
@@ -160,14 +167,11 @@ class RunDirectory:
 
     def schedule(self, stage: Stage) -> ResolvedSchedule:
         """How the network of a stage that trains is trained."""
-        name = stage.name
-        if name in ("generalist", "member"):
-            return self.config.train
-        if name == "student":
-            return self.config.students[str(stage.address)]
         if stage.address == HARD_TWIN:
             return self.config.students["main"]
-        return self.config.specialists
+        if stage.kind.schedule == "students":
+            return self.config.students[str(stage.address)]
+        return getattr(self.config, stage.kind.schedule)
 
     def augment_of(self, student: ResolvedStudent) -> str:
         return student.augment or self.config.data.augment

@@ -1,7 +1,7 @@
 """The stages of a run, one row each.
 
-The graph, the launcher, sbatch, status, costs, the report and the tests read this table.  A new stage
-is one row and one function: locally and on Slurm.
+The graph, the launcher, sbatch, status, costs, the report and the tests read this table.  A new
+stage is one row and one function, locally and on Slurm: docs/extending.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ class StageKind:
     place: its directory below RUN; a family has one for each {index} or {name}.
     function: "module:function" of (session, stage), and of the index or name by which it is addressed.
     sections: keys of the config that change what it makes; with its inputs they are its identity.
-    inputs: the kinds that it waits for, where it has no family and is in every run.  Stages whose
-        inputs depend on the config are put together by pipeline.graph.
+    inputs: the kinds that it waits for, all stages of each, where it has no family itself.  It is
+        in every run that has them.  Stages whose inputs depend on the config are put together by
+        pipeline.graph.
     addressed_by: how one of a family is named on the command line.
     job: the job that it shares a process with; "" has a job of its own, called by its place.
     slurm: the section of [slurm] that says what its job asks for.
     trains: whether it takes optimizer steps, so that its cost counts.
     scales: whether it trains on several ranks.
+    schedule: the section of the config by which it trains.
     former_name, former_place: what versions before schema 2 called it.
     """
 
@@ -38,6 +40,7 @@ class StageKind:
     slurm: str = "report"
     trains: bool = False
     scales: bool = False
+    schedule: Literal["train", "specialists", "students"] = "train"
     former_name: str = ""
     former_place: str = ""
 
@@ -97,6 +100,7 @@ _ROWS = [
         addressed_by="index",
         slurm="specialists",
         trains=True,
+        schedule="specialists",
     ),
     StageKind(
         "ensemble",
@@ -125,6 +129,7 @@ _ROWS = [
         addressed_by="name",
         slurm="controls",
         trains=True,
+        schedule="specialists",
     ),
     StageKind(
         "student",
@@ -134,6 +139,7 @@ _ROWS = [
         addressed_by="name",
         slurm="students",
         trains=True,
+        schedule="students",
     ),
     StageKind(
         "evaluate",

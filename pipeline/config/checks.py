@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..choices import LOSSES
 from .base import one_of
-from .schedule import NAME, ResolvedSchedule, ResolvedStudent
+from .schedule import DEFAULT_SCHEDULE, NAME, ResolvedSchedule, ResolvedStudent
 
 if TYPE_CHECKING:
     from .run import Config
@@ -55,6 +55,11 @@ def check_full_softmax(config: Config) -> None:
         raise ValueError(
             f"{key} has a loss of its own, without label_smoothing = {section.label_smoothing}: "
             "set specialists.label_smoothing = 0"
+        )
+    if section.loss != DEFAULT_SCHEDULE.loss:
+        raise ValueError(
+            f"{key} has a loss of its own instead of loss = {section.loss!r}: "
+            f'set specialists.loss = "{DEFAULT_SCHEDULE.loss}"'
         )
 
 
@@ -147,12 +152,19 @@ def check_negatives(config: Config) -> None:
 
 
 def check_losses(config: Config) -> None:
-    """A head that is split over ranks has no logits [B, C] for just any loss."""
+    """A head that is split over ranks, and a student with a teacher, do not take just any loss."""
     for name, section in schedules(config).items():
         if config.engine.shard_head and not LOSSES[section.loss].on_lazy_logits:
             able = ", ".join(key for key, loss in LOSSES.items() if loss.on_lazy_logits)
             raise ValueError(
                 f"{name}.loss = {section.loss!r}: engine.shard_head = true has {able} alone"
+            )
+    for name, student in config.students.items():
+        learns_both = student.learns_from_teacher and student.hard_weight
+        if learns_both and student.loss != DEFAULT_SCHEDULE.loss:
+            raise ValueError(
+                f"students.{name}.loss = {student.loss!r}: beside a teacher labels are learnt by "
+                f"{DEFAULT_SCHEDULE.loss}; take that, or hard_weight = 0"
             )
 
 
@@ -163,9 +175,11 @@ def check_averages(config: Config) -> None:
         # A specialist's head is never split over the ranks.
         split = engine.splits_weights or (engine.shard_head and name != "specialists")
         if section.ema and split:
+            remedy = "set ema = 0"
+            if engine.kind.whole_weights:
+                remedy = f"take engine.{engine.kind.whole_weights}, or ema = 0"
             raise ValueError(
-                f"{name}.ema = {section.ema}: no rank holds the weights to average; "
-                f"take engine.{engine.kind.whole_weights}, or ema = 0"
+                f"{name}.ema = {section.ema}: no rank holds the weights to average; {remedy}"
             )
 
 

@@ -6,7 +6,15 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from ..choices import AUGMENTATIONS, COMBINERS, ENGINES, METHODS, NETWORKS, EngineKind
+from ..choices import (
+    AUGMENTATIONS,
+    CHOOSE_ALL_GROUPS,
+    COMBINERS,
+    ENGINES,
+    METHODS,
+    NETWORKS,
+    EngineKind,
+)
 from .base import MODULE_FUNCTION, Section, one_of
 
 
@@ -125,10 +133,13 @@ class Clusters(Section):
 
     @model_validator(mode="after")
     def _room_for_coverage(self):
-        if self.coverage is not None and (self.overlap < 2 or self.method == "random"):
+        if self.coverage is None:
+            return self
+        if self.overlap < 2 or self.method in CHOOSE_ALL_GROUPS:
+            others = " or ".join(f'"{name}"' for name in sorted(CHOOSE_ALL_GROUPS))
             raise ValueError(
                 f"coverage = {self.coverage} decides who joins a second group: "
-                'it needs overlap = 2 or more and a method other than "random"'
+                f"it needs overlap = 2 or more and a method other than {others}"
             )
         return self
 

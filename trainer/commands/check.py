@@ -55,9 +55,10 @@ def check_engine(config: Config) -> None:
     """What [engine] asks for is installed, and can be had together."""
     engine = config.engine
     precision(engine, choose_device(engine))
-    if engine.name == "deepspeed" and find_spec("deepspeed") is None:
+    package = engine.kind.package
+    if package and find_spec(package) is None:
         raise UserError(
-            "engine.name = \"deepspeed\" needs the package deepspeed: pip install 'referral[train]'"
+            f'engine.name = "{engine.name}" needs the package {package}: pip install {package}'
         )
     for name in engine.track:
         if find_spec(name) is None:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.choices import ENGINES
 from pipeline.config import Engine, UserError, load_config
 
 NEEDED = (
@@ -31,7 +32,8 @@ NEEDED = (
     "jinja2",
     "matplotlib",
 )
-OPTIONAL = ("deepspeed", "onnx", "timm", "tensorboard", "wandb")
+ENGINES_NEED = tuple(engine.package for engine in ENGINES.values() if engine.package)
+OPTIONAL = (*ENGINES_NEED, "onnx", "timm", "tensorboard", "wandb")
 
 
 class Finding(NamedTuple):

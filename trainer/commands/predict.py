@@ -28,7 +28,6 @@ from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 
 from ..data.decoding import (
-    BUILT_IN,
     Decoder,
     decoder_table,
     find_decoder,
@@ -42,7 +41,8 @@ from .export import Probabilities, as_user_errors, check_done
 if TYPE_CHECKING:
     from ensemble.ranking import Prediction
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
+# Below a directory these lie beside the inputs; a file that is named is read whatever it is.
+NOTES = ("txt", "json")
 BATCH = 64
 
 
@@ -70,10 +70,11 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1 class is needed")
-    run, decoders = None, BUILT_IN
+    run, named = None, {}
     if (args.directory / "config.toml").is_file():
         run = open_run(args.directory)
-        decoders = decoder_table(run.config.data.decoders)
+        named = run.config.data.decoders
+    decoders = decoder_table(named)
     files = list(find_files(args.files, decoders))
     predictor = load_predictor(args, run)
     inputs = (read_examples(path, predictor.spec.input, decoders, args.resize) for path in files)
@@ -216,9 +217,9 @@ def predict_alone(network: Classifier, raw: Tensor, top: int) -> list[Prediction
 def find_files(paths: list[Path], decoders: dict[str, Decoder]) -> Iterator[Path]:
     """The files that are named, and those below directories that hold inputs.
 
-    Below a directory these are images, arrays and what the config has decoders for.
+    Below a directory these are all that have a decoder, but for text and JSON.
     """
-    extensions = {*IMAGES, "npy", *(decoders.keys() - BUILT_IN.keys())}
+    extensions = decoders.keys() - NOTES
     for path in paths:
         if path.is_dir():
             inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, extensions)]

@@ -104,7 +104,7 @@ def import_function(name: str, key: str) -> Callable:
 
 def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:
     """{extension: function} of the built-in decoders, with the config's data.decoders on top."""
-    table = dict(BUILT_IN)
+    table = built_in()
     for extension, name in decoders.items():
         function = import_function(name, f"data.decoders.{extension}")
         table[extension.lower().lstrip(".")] = function
@@ -139,12 +139,8 @@ def find_decoder(table: Mapping[str, Decoder], extension: str) -> Decoder:
 
 
 def built_in() -> dict[str, Decoder]:
-    """{extension: function} of DECODERS.  Imports the modules that it names."""
+    """{extension: function} of DECODERS.  Imports the modules that they are in."""
     return {
         extension: import_function(name, f"DECODERS[{extension!r}]")
         for extension, name in DECODERS.items()
     }
-
-
-# At the end, because most rows of the table name functions of this module.
-BUILT_IN = built_in()

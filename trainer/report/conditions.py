@@ -11,9 +11,6 @@ from pipeline.store import read_json
 
 from .evidence import Evidence
 
-# Stages of which a run has many are shown as one row.
-TOGETHER = {"specialist": "specialists", "member": "members"}
-
 
 @dataclass(frozen=True)
 class StageTime:
@@ -64,11 +61,13 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def stage_times(run: RunDirectory) -> list[StageTime]:
-    """Seconds of each finished stage; the specialists or the members together."""
+    """Seconds of each finished stage; those with an index, the specialists say, together."""
     times: dict[str, list[float]] = {}
     for stage in run.stages:
         done = stage.done()
         if done is not None and "seconds" in done:
-            place = TOGETHER.get(stage.name, stage.place)
+            place = stage.place
+            if stage.kind.addressed_by == "index":
+                place = place.rpartition("/")[0]
             times.setdefault(place, []).append(done["seconds"])
     return [StageTime(place, len(seconds), sum(seconds)) for place, seconds in times.items()]

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.choices import STUDENT_METHODS
 from pipeline.config import Ensemble, Student
 from pipeline.controls import best_wall, wall_rate
 from pipeline.graph import RunDirectory
@@ -142,10 +143,8 @@ def _network_and_cost(student: Student, members: int) -> tuple[str, str]:
 
 
 def _targets(student: Student, ensemble: Ensemble) -> str:
-    if student.method == "hard":
-        return "hard labels"
-    if student.method == "prior":
-        return "labels, as a Prior Network: its prediction is a distribution over distributions"
+    if not student.learns_from_teacher:
+        return STUDENT_METHODS[student.method].learns
     text = f"{_possessive(student.teacher)} distributions as targets"
     if math.isinf(student.temperature):
         text += ", their logits matched"

@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.config import UserError
 
-from ..decoding import BUILT_IN
+from ..choices import DECODERS
+from ..decoding import Decoder, built_in
 from .splitting import add_missing_splits, write_splits
 
 SPLITS = ("train", "val", "test")
@@ -67,9 +68,10 @@ def from_folder(
     files, labels, splits = _list_files(roots, names)
     splits = add_missing_splits(splits, labels, fractions, seed)
     _check_sizes(files, size, gray)
+    decoders = built_in()
 
     def sample(index: int) -> dict:
-        extension, content = _encoded(files[index], size, gray)
+        extension, content = _encoded(files[index], size, gray, decoders)
         return {extension: content, "cls": b"%d" % labels[index]}
 
     made_by = {
@@ -107,11 +109,11 @@ def _list_files(
     for split, root in roots.items():
         first = len(files)
         for child in _class_directories(root):
-            known = [file for file in child.rglob("*") if _extension(file) in BUILT_IN]
+            known = [file for file in child.rglob("*") if _extension(file) in DECODERS]
             inside = sorted(file for file in known if file.is_file())
             if not inside and split == "train":
                 raise UserError(
-                    f"{child} holds no file of a known kind ({', '.join(sorted(BUILT_IN))})"
+                    f"{child} holds no file of a known kind ({', '.join(sorted(DECODERS))})"
                 )
             files += inside
             labels += [names.index(child.name)] * len(inside)
@@ -125,13 +127,15 @@ def _extension(file: Path) -> str:
     return file.suffix.lower().removeprefix(".")
 
 
-def _encoded(file: Path, size: int | None, gray: bool) -> tuple[str, bytes]:
+def _encoded(
+    file: Path, size: int | None, gray: bool, decoders: dict[str, Decoder]
+) -> tuple[str, bytes]:
     """(extension, content) as the shard holds it."""
     extension, content = _extension(file), file.read_bytes()
     try:
         if extension in PICTURES and (size or gray):
             return "png", _resized(content, size, gray)
-        BUILT_IN[extension](content)
+        decoders[extension](content)
     except Exception as error:  # Pillow raises what it likes about bytes it does not know
         raise UserError(f"{file}: cannot be decoded: {error}") from None
     return extension, content
