@@ -16,6 +16,7 @@ from pathlib import Path
 import tomli_w
 from braceexpand import UnbalancedBracesError, braceexpand
 
+from pipeline.choices import ENGINES
 from pipeline.config import Config, UserError, flat, load_config
 from pipeline.config.loading import unknown_to
 from pipeline.graph import RunDirectory
@@ -33,7 +34,7 @@ PACKAGES = (
     "numpy",
     "scipy",
     "scikit-learn",
-    "deepspeed",
+    *(engine.package for engine in ENGINES.values() if engine.package),
     "webdataset",
     "safetensors",
     "timm",
