@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -324,18 +324,29 @@ def build_trunk(
     ValueError for an unknown name or option.
     """
     if builders and name in builders:
-        return builders[name](shape, **options)
+        builder = builders[name]
+        _check_options(name, builder, options)
+        return builder(shape, **options)
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), shape, options)
     if name not in NETWORKS:
         hint = nearest(name, [*NETWORKS, *(builders or {}), "timm:NAME"])
         own = "a builder of your own is passed as builders={...}"
         raise ValueError(f"unknown builder {name!r}; {hint} ({own})")
-    declared = builtin_options(name)
+    builder = _builtin(name)
+    _check_options(name, builder, options)
+    return builder(shape, **options)
+
+
+def _check_options(name: str, builder: Builder, options: Iterable[str]) -> None:
+    """ValueError, with the nearest one, for an option that the builder does not declare."""
+    parameters = list(inspect.signature(builder).parameters.values())[1:]
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return
+    declared = [parameter.name for parameter in parameters]
     for option in options:
         if option not in declared:
             raise ValueError(f"{name} has no option {option!r}; {nearest(option, declared)}")
-    return _builtin(name)(shape, **options)
 
 
 def _builtin(name: str) -> Builder:
