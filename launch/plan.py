@@ -21,8 +21,8 @@ EPOCH = 1000  # steps per epoch where no manifest says how many examples there a
 class Job:
     """One command of the trainer's, for one stage or several in a row.
 
-    name: the place of its stage, or what its stages share.  processes: ranks.  waits_for: names of jobs.
-    chain: estimated steps from this job's start to the end of the run.
+    name: the place of its stage, or what its stages share.  processes: ranks.  waits_for: names
+    of jobs. chain: estimated steps from this job's start to the end of the run.
     """
 
     name: str

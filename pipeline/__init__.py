@@ -1,1 +1,4 @@
-"""The run as data: its config, its stages, its directory, its results.  No torch here: login nodes read it."""
+"""The run as data: its config, its stages, its directory, its results.
+
+No torch here: login nodes read it.
+"""

@@ -34,7 +34,7 @@ def wall_rate(config: Config, name: str) -> float:
 
 
 def best_wall(run: RunDirectory) -> str | None:
-    """Of the finished wall controls the one with the lowest loss on val; it counts as control_wall."""
+    """The finished wall control with the lowest loss on val; it counts as control_wall."""
     losses = {}
     for name, stage in run.controls.items():
         if is_wall(name) and stage.done() is not None:

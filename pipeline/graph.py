@@ -1,4 +1,4 @@
-"""The graph of a run's stages, a pure function of its config (and of files that the config names)."""
+"""The graph of a run's stages, a function of its config and of files that it names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
-from .config.loading import unknown_to
 from .controls import COMPUTE, HARD_TWIN, wall_names
 from .identity import Identity, digest, network_identity
 from .methods import Method, method_of
@@ -20,8 +19,9 @@ from .store import Stage
 class RunDirectory:
     """RUN: its config and its stages.
 
-    `method` is what kind of run it is: of specialists, of a deep ensemble, or one that adds classes.
-    Families are lists (members, specialists) or dicts by name (targets, controls, students).
+    `method` is what kind of run it is: of specialists, of a deep ensemble, or one that adds
+    classes. Families are lists (members, specialists) or dicts by name (targets, controls,
+    students).
     """
 
     def __init__(self, root: str | Path, config: Config):
@@ -43,8 +43,9 @@ class RunDirectory:
     ) -> Stage:
         """A stage of the kind `name`, with its key.
 
-        address: its index or name, in a family.  sections: instead of its row's.  kind: a row of the
-        run's own, instead of the table's.  extra: what enters its key beside config and inputs.
+        address: its index or name, in a family.  sections: instead of its row's.  kind: a row of
+        the run's own, instead of the table's.  extra: what enters its key beside config and
+        inputs.
         """
         kind = kind or KINDS[name]
         inputs = list(inputs)
@@ -115,7 +116,7 @@ class RunDirectory:
 
     @cached_property
     def targets(self) -> dict[str, Stage]:
-        """Stored predictions of teachers by the name of their directory; students may share them."""
+        """Stored predictions of teachers by their directory's name; students may share them."""
         stages = [self.targets_for(name) for name in self.config.students]
         return {stage.directory.name: stage for stage in stages if stage is not None}
 
@@ -146,7 +147,8 @@ class RunDirectory:
     def _further(self, stages: list[Stage]) -> list[Stage]:
         """Those of rows that say what they wait for, and that nothing above makes.
 
-        A kind that waits for one that this run has not (a deep ensemble has no groups) has no stage.
+        A kind that waits for one that this run has not (a deep ensemble has no groups) has no
+        stage.
         """
         known: dict[str, list[Stage]] = {}
         for stage in stages:
@@ -207,8 +209,8 @@ class RunDirectory:
     def _targets_for(self, name: str) -> Stage | None:
         """Where the predictions of a student's teacher are stored.
 
-        Inputs that are always seen alike are predicted once each; augmented ones in as many views as the
-        student says.  None where the teacher predicts while the student trains.
+        Inputs that are always seen alike are predicted once each; augmented ones in as many views
+        as the student says.  None where the teacher predicts while the student trains.
         """
         student = self.config.students[name]
         augment = self.augment_of(student)
@@ -253,8 +255,3 @@ def open_run(directory: str | Path) -> RunDirectory:
             f"`referral prepare CONFIG --run {root}` makes one"
         )
     return RunDirectory(root, load_config(root / "config.toml"))
-
-
-def keys_since(run: RunDirectory) -> list[str]:
-    """The keys of today's config that RUN/config.toml, which an older version wrote, does not have."""
-    return unknown_to(run.root / "config.toml", run.config)

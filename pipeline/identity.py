@@ -1,7 +1,7 @@
 """What makes a stage the stage that it is: the config that it reads, the data, its inputs.
 
-The identity is a hash, a stage's key.  It holds what differs from frozen defaults, so that a key of the
-config that a later version adds stales nothing.
+The identity is a hash, a stage's key.  It holds what differs from frozen defaults, so that a key
+of the config that a later version adds stales nothing.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class Identity:
     ) -> tuple[str, str]:
         """A stage's key, and the one that version 1 gave the same stage.
 
-        names: of its kind, today's and version 1's.  inputs: the same pair of each stage that it waits
-        for.  extra: what enters beside config and inputs.
+        names: of its kind, today's and version 1's.  inputs: the same pair of each stage that it
+        waits for.  extra: what enters beside config and inputs.
         """
         now, before = zip(*inputs, strict=True) if inputs else ((), ())
         new = {section: self.difference(section) for section in sections}

@@ -1,7 +1,8 @@
-"""What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it bears.
+"""What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
+bears.
 
-Three methods: a generalist with specialists; a deep ensemble of generalists; and specialists that add
-classes to a finished run, whose generalist, groups and specialists are inherited.
+Three methods: a generalist with specialists; a deep ensemble of generalists; and specialists that
+add classes to a finished run, whose generalist, groups and specialists are inherited.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """has_groups: whether classes are grouped for specialists.  kinds: rows that differ from the table."""
+    """has_groups: whether classes are grouped for specialists.
+
+    kinds: rows that differ from the table.
+    """
 
     has_groups: bool
     kinds: dict[str, StageKind]
@@ -172,8 +176,8 @@ class DeepMethod:
 class ExtendingMethod(SpecialistMethod):
     """New classes beside those of a finished run.
 
-    Its generalist gets rows for them, its groups and specialists are inherited, and there is one new
-    group and specialist.
+    Its generalist gets rows for them, its groups and specialists are inherited, and there is one
+    new group and specialist.
     """
 
     # An inherited specialist is not trained, and is handed on in the job that finds the groups.

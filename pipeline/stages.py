@@ -16,7 +16,7 @@ class StageKind:
 
     name: what `python -m trainer NAME` calls it.
     place: its directory below RUN; a family has one for each {index} or {name}.
-    function: "module:function" of (session, stage), and of the index or name by which it is addressed.
+    function: "module:function" of (session, stage), and of the index or name of its family.
     sections: keys of the config that change what it makes; with its inputs they are its identity.
     inputs: the kinds that it waits for, all stages of each, where it has no family itself.  It is
         in every run that has them.  Stages whose inputs depend on the config are put together by
@@ -28,6 +28,7 @@ class StageKind:
     scales: whether it trains on several ranks.
     schedule: the section of the config by which it trains.
     former_name, former_place: what versions before schema 2 called it.
+
     """
 
     name: str

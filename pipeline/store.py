@@ -1,8 +1,8 @@
 """Files of a run directory, a stage's place in it, and attempts at a stage.  No torch here.
 
-A stage's place holds `attempts/ID/` (one for each try), `checkpoints/`, and, once it is done, `DONE`.
-The first attempt that hard-links its DONE into place wins, so two copies of one job cannot harm each
-other.  The winner's files are published by links.
+A stage's place holds `attempts/ID/` (one for each try), `checkpoints/`, and, once it is done,
+`DONE`. The first attempt that hard-links its DONE into place wins, so two copies of one job
+cannot harm each other.  The winner's files are published by links.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ class Stage:
     """One stage's place in the run: what it is, whether it is done, and where an attempt writes.
 
     kind: its row of pipeline.stages.  address: the index or name in its family, None without one.
-    keys: hashes of the config that it reads and of its inputs' keys, so that a changed section changes
-    the key of every stage behind it.  The first is today's; the others are those by which earlier
-    versions know the same stage.
+    keys: hashes of the config that it reads and of its inputs' keys, so that a changed section
+    changes the key of every stage behind it.  The first is today's; the others are those by which
+    earlier versions know the same stage.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Stage:
 
     @property
     def is_older(self) -> bool:
-        """Finished by a version whose keys this one cannot compare: it can be read, not gone on with."""
+        """Finished by a version whose keys this one cannot compare: readable, but not to resume."""
         done = self.done()
         return done is not None and done["schema"] < SCHEMA and done["hash"] not in self.keys
 
@@ -163,7 +163,7 @@ class Stage:
 
 
 class Attempt:
-    """One try at a stage: `path(NAME)` to write, `publish(NAME)` to show early, `finish()` to win."""
+    """One try at a stage: `path` is where to write, `publish` shows early, `finish` wins."""
 
     def __init__(self, stage: Stage, attempt: str, directory: Path):
         self.stage = stage

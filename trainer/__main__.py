@@ -1,4 +1,4 @@
-"""`torchrun -m trainer STAGE [STAGE ...] --run DIR`: stages of one run, or a command that needs torch."""
+"""`torchrun -m trainer STAGE ... --run DIR`: stages of a run, or a command that needs torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    """Exit codes: 0 done, 1 our error, 2 the user's, 75 interrupted with a checkpoint (run again)."""
+    """Exit codes: 0 done, 1 our error, 2 the user's, 75 interrupted: run again to resume."""
     from pipeline.config import UserError
 
     if argv[:1] == ["--"]:  # `torchrun -m trainer -- STAGE --run DIR`: --run is torchrun's, too
@@ -122,7 +122,8 @@ def describe(addresses: list) -> str:
 def check_inputs(stage: Stage) -> None:
     """Raises UserError if another stage must be done first.
 
-    A missing specialist is for `ensemble` to judge.  The results of an older version can be reported.
+    A missing specialist is for `ensemble` to judge.  The results of an older version can be
+    reported.
     """
     from pipeline.config import UserError
 

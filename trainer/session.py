@@ -105,8 +105,8 @@ class Session:
     ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards.
 
-        ids: only these examples, in this order.  Every rank returns the whole, "ids" among it; corrupt
-        examples are absent where data.damage = skip allows it.
+        ids: only these examples, in this order.  Every rank returns the whole, "ids" among it;
+        corrupt examples are absent where data.damage = skip allows it.
         """
         stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
         parts, lost = [], {}

@@ -87,7 +87,7 @@ def check_extend(config: Config) -> None:
 
 
 def check_ancestry(name: str, student: ResolvedStudent, config: Config) -> None:
-    """Teacher and start exist, have as many members as they must, and nobody is his own ancestor."""
+    """Teacher and start exist and have as many members as they must; nobody is his own ancestor."""
     section = f"students.{name}"
     names = tuple(config.students)
     if os.sep not in student.teacher:

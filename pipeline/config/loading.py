@@ -1,4 +1,4 @@
-"""TOML in, checked config out; each mistake is one line that names the value, the rule, the remedy."""
+"""TOML in, checked config out; a mistake is one line that names value, rule and remedy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """How one network is trained: the schedule, and what specialists and students add to it.
 
-A class comes in two forms.  `Schedule` is what a file may say, where an absent key is inherited from
-[train].  `ResolvedSchedule` is what the trainer reads, where nothing is absent but what may be None.
+A class comes in two forms.  `Schedule` is what a file may say, where an absent key is inherited
+from [train].  `ResolvedSchedule` is what the trainer reads, where nothing is absent but what may
+be None.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The sections of the config but for schedules and Slurm.  Each key has a type, a default, a meaning."""
+"""The sections of the config but for schedules and Slurm.
+
+Each key has a type, a default, a meaning.
+"""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """The method, stage by stage.  Hinton, Vinyals & Dean 2015, section 5, and back into one network.
 
     generalist -> measure -> cluster -> route -> specialist 0 ... M-1 -> ensemble -> students
-                                   \\-> controls                                  -> evaluate -> report
+                                   \\-> controls               -> evaluate -> report
 
-`measure` and everything that is fitted (groups, early stopping, temperatures, weights) read val; test is
-read by `evaluate` alone.  pipeline.stages is the table of stages, one function here for each row:
+`measure` and everything that is fitted (groups, early stopping, temperatures, weights) read val;
+test is read by `evaluate` alone.  pipeline.stages is the table of stages, one function here for
+each row:
 
     generalist.py   one network learns all classes
     grouping.py     which classes does it confuse?  measure, cluster, route

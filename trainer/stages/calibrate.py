@@ -18,7 +18,7 @@ FEWEST_EXAMPLES = 500
 
 
 def calibration_ids(session: Session, members: int = 1) -> np.ndarray:
-    """Val examples, evenly over it, that a temperature is fitted on: one number needs no million."""
+    """Val examples, evenly over it, to fit a temperature on: one number needs no million."""
     val = session.shards("val")
     count = max(FEWEST_EXAMPLES, LOGITS_IN_MEMORY // (session.num_classes * members))
     return np.unique(np.linspace(0, len(val) - 1, min(count, len(val))).astype(np.int64))

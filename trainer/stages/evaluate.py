@@ -68,7 +68,10 @@ def evaluate_specialists(
     evaluator: TestEvaluator,
     added: Callable[[], dict] | None = None,
 ) -> None:
-    """Every network, then generalist and specialists together.  added: a note on the generalist's row."""
+    """Every network, then generalist and specialists together.
+
+    added: a note on the generalist's row.
+    """
     ensemble = specialist_ensemble(session)
     before = evaluate_networks(session, evaluator, added)
     generalist = load_network(session, session.run.generalist)
@@ -164,7 +167,7 @@ def specialist_rows(
 def conditional_accuracy(
     session: Session, generalist: Classifier, network: Classifier, classes: np.ndarray
 ) -> dict:
-    """{n, conditional_before, conditional_after, gain} of one specialist; {n: 0} without examples."""
+    """{n, conditional_before, conditional_after, gain}; {n: 0} without examples."""
     test = session.shards("test")
     ids = np.flatnonzero(np.isin(test.labels, classes))
     if not len(ids):

@@ -36,7 +36,7 @@ Values = dict[str, np.ndarray]  # over test, in the order of its shards
 
 
 class MemberMetrics(NamedTuple):
-    """What several members add to each example's metrics: function(raw inputs) -> {"mu": [b], ...}"""
+    """What members add to each example's metrics: function(raw inputs) -> {"mu": [b], ...}"""
 
     count: int
     function: Callable[[Tensor], dict[str, Tensor]]
@@ -69,7 +69,8 @@ def metrics_of_batch(summary: Summary, labels: Tensor) -> dict[str, Tensor]:
 class TestEvaluator:
     """Predictors on test, one after the other: evaluation/NAME.json and NAME.npz.
 
-    sizes: of a deep ensemble, the row of each size.  parts: further rows of a part of test, by name.
+    sizes: of a deep ensemble, the row of each size.  parts: further rows of a part of test, by
+    name.
     """
 
     __test__ = False  # not a test of pytest's

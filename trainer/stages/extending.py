@@ -1,7 +1,8 @@
 """Classes that come later: what differs in a run that adds them to a finished one.
 
-The old run's generalist gets new rows, which alone learn.  Its groups and specialists are inherited, and
-one new group has the new classes and the old ones that they are confused with most.
+The old run's generalist gets new rows, which alone learn.  Its groups and specialists are
+inherited, and one new group has the new classes and the old ones that they are confused with
+most.
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ def cluster(session: Session, stage: Stage) -> None:
 def extend_groups(session: Session) -> ClassGroups:
     """The old run's groups, and one of the new classes with the old ones most confused with them.
 
-    It is as large as the largest old group, or has as many old classes as new ones where that is more,
-    unless extend.companions says how many.
+    It is as large as the largest old group, or has as many old classes as new ones where that is
+    more, unless extend.companions says how many.
     """
     groups = ClassGroups.load(method_of(session).old / "clusters" / "groups.json")
     known = old_classes(session)
@@ -162,10 +163,10 @@ def calibrate_new_class_bias(
 ) -> float | None:
     """Raise the biases of an inherited specialist's rows of the new classes.  Changes the network.
 
-    The shift is what fits best the val examples that the generalist refers to it; what it predicts among
-    its own classes stays.  These rows are the generalist's, and read features that were learned without
-    them, on which they come out too low.  None, and no change, where it has no such rows or is referred
-    no example of a new class.
+    The shift is what fits best the val examples that the generalist refers to it; what it
+    predicts among its own classes stays.  These rows are the generalist's, and read features that
+    were learned without them, on which they come out too low.  None, and no change, where it has
+    no such rows or is referred no example of a new class.
     """
     head = network.eval().head
     if not isinstance(head, DustbinHead) or head.kept is not None:

@@ -1,4 +1,7 @@
-"""Which classes does the generalist confuse?  Measure its predictions, group classes, route samples."""
+"""Which classes does the generalist confuse?
+
+Measure its predictions, group classes, route samples.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +86,8 @@ def predicted_top(
 def measuring_shards(session: Session, enough: int = VAL_EXAMPLES_PER_CLASS) -> ShardSet:
     """What groups are found on: val, or train where val has few examples per class.
 
-    A temperature or a weight is one number, and is fitted on val however few: on training data that the
-    networks know by heart it says nothing.
+    A temperature or a weight is one number, and is fitted on val however few: on training data
+    that the networks know by heart it says nothing.
     """
     val = session.shards("val")
     if val.num_samples < enough * val.num_classes:
@@ -121,7 +124,10 @@ def prediction_statistics(session: Session) -> PredictionStatistics:
 
 
 def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGroups:
-    """The user's own groups, or those of clustering.  Raises UserError if they do not fit the data."""
+    """The user's own groups, or those of clustering.
+
+    Raises UserError if they do not fit the data.
+    """
     config = session.config.clusters
     try:
         if config.groups_file:

@@ -120,9 +120,9 @@ def specialist_ensemble(
 def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
     """[1 + M]: 1 for the generalist and one weight for all specialists in eq. 5.
 
-    It is the best of WEIGHTS by NLL on val.  The specialists start from the generalist and then learn
-    more about their classes: their predictions differ from it where they know better, so that counting
-    both alike may count the generalist too much.
+    It is the best of WEIGHTS by NLL on val.  The specialists start from the generalist and then
+    learn more about their classes: their predictions differ from it where they know better, so
+    that counting both alike may count the generalist too much.
     """
     count = len(joined.groups.members)
     combine = combiner(joined.combine)

@@ -36,8 +36,8 @@ def fresh_network(
 ) -> Classifier:
     """A network of [model], its weights drawn from `seed`, by default the run's.
 
-    student: its own keys of [model] count first.  members: of networks with several, as model.json has
-    it.
+    student: its own keys of [model] count first.  members: of networks with several, as
+    model.json has it.
     """
     model = session.config.model
     if student is not None:
@@ -134,8 +134,8 @@ def _saved_network(session: Session, path: Path) -> Classifier:
 def student_network(session: Session, name: str, student: Student) -> Classifier:
     """Fresh, a copy of the generalist, or another student's network, with as many members as asked.
 
-    The copy is widened where the student's [model] is a wider one.  The seed is drawn from the student's
-    name, so that it never shares its teacher's initialization.
+    The copy is widened where the student's [model] is a wider one.  The seed is drawn from the
+    student's name, so that it never shares its teacher's initialization.
     """
     seed = session.seed(f"student {name}", 0)
     members = student_members(session.config, student)

@@ -59,7 +59,7 @@ def save_skipped(session: Session, attempt: Attempt, index: int) -> None:
 def specialist_task(
     session: Session, index: int, classes: np.ndarray, validate: SpecialistValidator
 ) -> tuple[TrainingTask, dict]:
-    """What a specialist starts from, what it sees and what it learns; and notes for summary.json."""
+    """What a specialist starts from, sees and learns; and notes for summary.json."""
     schedule = session.config.specialists
     mixture = mix_batches(session, index, classes)
     notes = {"natural_share": mixture.natural_fraction, "shift": mixture.shift}
@@ -82,8 +82,8 @@ class Mixture:
     """What a specialist's batches are made of.
 
     natural_fraction: of train that is of its classes.  shift: what the oversampling adds to their
-    logits.  log_prior: of the classes among themselves, [|S_m|].  others_log_prior: of the other classes,
-    [C]; None where they come at natural frequencies.
+    logits.  log_prior: of the classes among themselves, [|S_m|].  others_log_prior: of the other
+    classes, [C]; None where they come at natural frequencies.
     """
 
     sources: list[Source]

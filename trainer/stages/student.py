@@ -1,7 +1,7 @@
 """One network learns what its teacher predicts: generalist and specialists together, say.
 
-Hinton et al. 2015, section 8: that the specialists' knowledge can be put back into one network was left
-open there.
+Hinton et al. 2015, section 8: that the specialists' knowledge can be put back into one network
+was left open there.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def student(session: Session, stage: Stage, name: str) -> None:
 
 
 def hard_twin_task(session: Session, name: str) -> TrainingTask:
-    """The same network, stream and steps as a student's, but labels alone and no unlabelled inputs."""
+    """A student's network, stream and steps, but labels alone and no unlabelled inputs."""
     schedule = session.config.students[name]
     stream, steps = student_stream(session, schedule, transfer=False)
     network = student_network(session, name, schedule)
@@ -114,8 +114,8 @@ def student_stream(
 ) -> tuple[TrainingStream, int]:
     """A student's stream and number of steps; an epoch is one of its part of train.
 
-    The stream's sources are train and, with `transfer`, the transfer inputs of [data], about which only
-    a teacher can say something.
+    The stream's sources are train and, with `transfer`, the transfer inputs of [data], about
+    which only a teacher can say something.
     """
     train, seed = session.shards("train"), session.seed("student", 0)
     ids = transfer_set(session, schedule)
@@ -161,7 +161,10 @@ def transfer_set(session: Session, schedule: ResolvedStudent) -> np.ndarray:
 
 
 def left_out(session: Session, schedule: ResolvedStudent) -> np.ndarray:
-    """The classes that a student does not see, int64, sorted.  Raises UserError for an unknown name."""
+    """The classes that a student does not see, int64, sorted.
+
+    Raises UserError for an unknown name.
+    """
     indices = {name: index for index, name in enumerate(session.class_names)}
     unknown = [name for name in schedule.leave_out if name not in indices]
     if unknown:

@@ -1,8 +1,8 @@
 """Stored soft targets: per sample (and view) the teacher's k most probable classes.
 
-A teacher that always sees an input alike predicts it once.  Kept are the k largest log-probabilities and
-the mass of the rest: a few hundred bytes a sample whatever the number of classes.  The rest's mass is
-taken to be even over the other classes, at any temperature.
+A teacher that always sees an input alike predicts it once.  Kept are the k largest
+log-probabilities and the mass of the rest: a few hundred bytes a sample whatever the number of
+classes.  The rest's mass is taken to be even over the other classes, at any temperature.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FILES = ("indices", "log_values", "log_tail")
 
 
 def targets(session: Session, stage: Stage, name: str) -> None:
-    """A teacher's predictions of what is always seen alike, once for all students that learn from them."""
+    """A teacher's predictions of what is always seen alike, once for all its students."""
     readers = [
         student
         for key, student in session.config.students.items()
@@ -55,7 +55,7 @@ def views_of(session: Session, count: int | None) -> Views | None:
 
 
 def compress(probabilities: Tensor, k: int) -> dict[str, Tensor]:
-    """[K, B, C] -> {indices int32 [B, K, k], log_values float16 [B, K, k], log_tail float16 [B, K]}."""
+    """[K, B, C] -> int32 indices, float16 log_values [B, K, k], float16 log_tail [B, K]."""
     kept = TopKTargets.of(safe_log(probabilities).transpose(0, 1), k)
     return {
         "indices": kept.indices.int(),
@@ -88,9 +88,9 @@ def store_targets(
 ) -> None:
     """SPLIT/{indices,log_values,log_tail}.npy for train and transfer, [N * views, K, ...].
 
-    Row id * views + view.  answers.json says of what: the shards' fingerprint, the views' seed, and
-    what was lost by keeping k classes: the mean KL(prediction || what is kept of it), nats, at each of
-    `temperatures`.
+    Row id * views + view.  answers.json says of what: the shards' fingerprint, the views' seed,
+    and what was lost by keeping k classes: the mean KL(prediction || what is kept of it), nats,
+    at each of `temperatures`.
     """
     splits = ["train"]
     if session.config.data.transfer:
@@ -161,7 +161,7 @@ def write_targets(
     parts: list[dict[str, np.ndarray]],
     temperatures: Sequence[float],
 ) -> dict:
-    """Write the arrays of a split, one part for each view; returns what answers.json says of them."""
+    """Write a split's arrays, one part for each view; returns what answers.json says."""
     shards, views = session.shards(split), len(parts)
     size = 0
     for name in FILES:
@@ -220,8 +220,8 @@ def say_targets(session: Session, split: str, notes: dict) -> None:
 def warnings(notes: dict) -> list[str]:
     """A line for each temperature at which what is kept is FAR from the whole prediction.
 
-    notes: of answers.json.  A temperature raises what is rare: an even tail of 1e-3 over 3,000 classes
-    holds .63 of all at T = 2.
+    notes: of answers.json.  A temperature raises what is rare: an even tail of 1e-3 over 3,000
+    classes holds .63 of all at T = 2.
     """
     return [
         f"warning: at T = {T} what is kept of the {notes['num_classes']:,} classes is "

@@ -24,8 +24,8 @@ from .networks import builders_of, load_network
 class Teacher:
     """predict: raw inputs [B, ...] -> probabilities [K, B, C] of its K members.
 
-    logits: per member a function raw inputs -> logits [B, C] that can be differentiated by the inputs;
-    none where the prediction is more than a network's.
+    logits: per member a function raw inputs -> logits [B, C] that can be differentiated by the
+    inputs; none where the prediction is more than a network's.
     """
 
     predict: Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class Teacher:
 
 
 def find_teacher(session: Session, student: Student) -> Teacher:
-    """Whom `students.NAME.teacher` names: the run's ensemble, generalist or a student, or a path."""
+    """Whom `students.NAME.teacher` names: ensemble, generalist, a student, or a path."""
     name = student.teacher
     if name == "ensemble":
         return of_ensemble(load_ensemble_of_run(session))
@@ -98,7 +98,7 @@ def member_logits(network: Classifier, k: int) -> Callable[[Tensor], Tensor]:
 
 
 def check_members(name: str, student: Student, teacher_members: int, student_members: int) -> None:
-    """Raises UserError where a student of several members has a teacher of another number of them."""
+    """Raises UserError where student and teacher have different numbers of members."""
     if student_members > 1 and teacher_members != student_members:
         raise UserError(
             f"students.{name} has {student_members} members, its teacher "
@@ -110,7 +110,7 @@ def check_members(name: str, student: Student, teacher_members: int, student_mem
 def perturbation(
     name: str, student: Student, teacher: Teacher, inputs: InputSpec
 ) -> Callable[[Tensor], Tensor]:
-    """A function raw inputs -> raw inputs moved by `student.perturb`, which knows inputs in 0..1."""
+    """A function raw inputs -> raw inputs moved by `student.perturb`."""
     if inputs.dtype != "uint8":
         raise UserError(
             f"students.{name}.perturb moves pictures, uint8 scaled to 0..1; "

@@ -77,7 +77,8 @@ def loss_of(schedule: ResolvedSchedule):
 
 
 def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tensor:
-    """log(fraction in a stream balanced by `exponent` / natural fraction) of each class, float32 [C].
+    """log(fraction in a stream balanced by `exponent` / natural fraction) of each class, float32
+    [C].
 
     It is 0 for a class without examples.
     """
@@ -99,5 +100,5 @@ def count_steps(schedule: ResolvedSchedule, examples: int) -> int:
 
 
 def specialist_steps(schedule: ResolvedSpecialists, examples: int) -> int:
-    """An epoch of a specialist is one pass over its own classes, which fill `fraction` of a batch."""
+    """An epoch is one pass over its own classes, which fill `fraction` of a batch."""
     return count_steps(schedule, math.ceil(examples / schedule.fraction))
