@@ -1,4 +1,4 @@
-"""`referral run` on a toy from nothing to the report: once quietly, and once killed again and again."""
+"""`referral run` on a toy from nothing to the report: once undisturbed, once killed repeatedly."""
 
 import json
 import os
@@ -55,29 +55,24 @@ def finished(config, tmp_path_factory):
     return run, output
 
 
-def figures(run):
-    """results.json but for what depends on the machine's mood."""
+def without_cost(value):
+    if isinstance(value, dict):
+        return {key: without_cost(each) for key, each in value.items() if key != "cost"}
+    if isinstance(value, list):
+        return [without_cost(each) for each in value]
+    return value
 
-    def without_cost(value):
-        if isinstance(value, dict):
-            return {key: without_cost(each) for key, each in value.items() if key != "cost"}
-        return [without_cost(each) for each in value] if isinstance(value, list) else value
 
+def metrics_of(run):
+    """results.json but for the costs, which depend on how busy the machine is."""
     return without_cost(json.loads((run / "results.json").read_text()))
 
 
 def test_a_run_ends_with_results_a_report_and_the_verdict_on_the_terminal(finished):
     run, output = finished
-    results = figures(run)
-    assert {
-        "generalist",
-        "ensemble",
-        "controls",
-        "students",
-        "student",
-        "clusters",
-        "specialists",
-    } <= set(results)
+    results = metrics_of(run)
+    sections = "generalist ensemble controls students student clusters specialists"
+    assert set(sections.split()) <= set(results)
     assert set(results["controls"]) == {"control_wall", "control_compute", "student_hard"}
     assert len(results["specialists"]) == 3
     assert (run / "report.html").read_text().startswith("<!doctype html>")
@@ -88,45 +83,41 @@ def test_the_same_command_on_a_finished_run_changes_nothing(config, finished):
     run, _ = finished
 
     def state():
-        return {
-            path: (path.lstat().st_mtime_ns, path.lstat().st_size)
-            for path in run.rglob("*")
-            if path.is_file()
-        }
+        """{(path, time of its last change, size) of every file}."""
+        files = [path for path in run.rglob("*") if path.is_file()]
+        stats = [path.lstat() for path in files]
+        return {(p, s.st_mtime_ns, s.st_size) for p, s in zip(files, stats, strict=True)}
 
     before = state()
     code, output = finish(start(config, run))
     assert code == 0, output
-    changed = {
-        str(path.relative_to(run)) for path, facts in state().items() if before.get(path) != facts
-    }
+    changed = {str(path.relative_to(run)) for path, *_ in state() - before}
     assert changed <= {".lock"}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_kill_9_of_everything_at_any_moment_ends_with_the_same_figures(config, finished, tmp_path):
-    moments, run, killed = random.Random(1), tmp_path / "run", 0
+def test_kill_9_of_everything_at_any_moment_ends_with_the_same_metrics(config, finished, tmp_path):
+    moments, run, kills = random.Random(1), tmp_path / "run", 0
     while True:
         process = start(config, run)
         try:
-            patience = 1.2**killed  # so that a machine on which a start takes a minute gets on too
-            output, _ = process.communicate(timeout=moments.uniform(2, 6) * patience)
+            # The patience grows, so that a machine on which a start takes a minute progresses too.
+            output, _ = process.communicate(timeout=moments.uniform(2, 6) * 1.2**kills)
             assert process.returncode == 0, output
             break
         except subprocess.TimeoutExpired:
-            os.kill(process.pid, signal.SIGKILL)  # its children go with it
+            os.kill(process.pid, signal.SIGKILL)  # its children die with it
             process.communicate()
-            killed += 1
-            assert killed < 30, "it does not get on"
-    assert killed >= 2
-    assert figures(run) == figures(finished[0])
+            kills += 1
+            assert kills < 30, "the run makes no progress"
+    assert kills >= 2
+    assert metrics_of(run) == metrics_of(finished[0])
     assert not survivors(run)
 
 
 def survivors(run):
     """Processes that still work on `run`, a second later."""
     time.sleep(1)
-    return subprocess.run(
-        ["pgrep", "-f", f"--run {run}"], capture_output=True, text=True
-    ).stdout.split()
+    search = subprocess.run(["pgrep", "-f", f"--run {run}"], capture_output=True, text=True)
+    return search.stdout.split()

@@ -1,4 +1,4 @@
-"""Scripts on several gloo ranks of this machine, and what a run of theirs left."""
+"""Scripts and stages on several gloo ranks of this machine, and what a run of theirs left."""
 
 from __future__ import annotations
 
@@ -15,14 +15,39 @@ from networks import load_classifier
 ENGINES = Path(__file__).parents[1] / "trainer" / "engines"
 
 
+def gloo_environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def start_stage(ranks: int, stage: str, root: Path) -> subprocess.Popen[str]:
+    """A stage of the run at `root` under torchrun, in a session (process group) of its own."""
+    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "--", stage, "--run", str(root)]
+    return subprocess.Popen(
+        command,
+        env=gloo_environment(),
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def stage_on_ranks(ranks: int, stage: str, root: Path, timeout: float = 120) -> str:
+    """The output of a stage; an AssertionError with it where the stage fails."""
+    process = start_stage(ranks, stage, root)
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
 def on_ranks(ranks: int, script: Path, *arguments) -> str:
     """The output of a script; an AssertionError with its end where it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     ended = subprocess.run(
         command,
-        env=environment,
+        env=gloo_environment(),
         text=True,
         timeout=280,
         stdout=subprocess.PIPE,

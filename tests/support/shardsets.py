@@ -50,7 +50,7 @@ def write_uneven(directory, sizes, manifest=True, indexed=True):
     shards, first = [], 0
     for shard, size in enumerate(sizes):
         numbers = range(first, first + size)
-        path = write_tar(directory / f"train-{shard:06d}.tar", members_of(numbers))
+        path = write_tar(directory / f"train-{shard:06d}.tar", tar_files(numbers))
         index = scan_tar(path)
         if indexed:
             save_index(path, index)
@@ -62,19 +62,19 @@ def write_uneven(directory, sizes, manifest=True, indexed=True):
     return directory
 
 
-def members_of(numbers) -> list[tuple[str, bytes]]:
-    return [
-        (f"{n:05d}.{extension}", sample(n)[extension])
-        for n in numbers
-        for extension in ("cls", "png")
-    ]
+def tar_files(numbers) -> list[tuple[str, bytes]]:
+    files = []
+    for number in numbers:
+        content = sample(number)
+        files += [(f"{number:05d}.{extension}", content[extension]) for extension in ("cls", "png")]
+    return files
 
 
-def write_tar(path, members: list[tuple[str, bytes]]):
-    """A tar of exactly these members, whatever their names."""
+def write_tar(path, files: list[tuple[str, bytes]]):
+    """A tar of exactly these files, whatever their names."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
     return path

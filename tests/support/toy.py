@@ -1,4 +1,4 @@
-"""A toy data set: 24 classes in 6 look-alike quadruples, 8 x 8 gray images, as shards with a manifest."""
+"""A toy data set, as shards with a manifest: 24 classes in 6 look-alike quadruples, 8 x 8 gray."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ def images(labels: np.ndarray, seed: int, noise: float = 40.0) -> np.ndarray:
     fixed, random = np.random.default_rng(0), np.random.default_rng(seed)
     families = fixed.normal(128, 60, (NUM_CLASSES // LOOK_ALIKES, 8, 8))
     own = fixed.normal(0, 18, (NUM_CLASSES, 8, 8))
-    drawn = (
-        families[labels // LOOK_ALIKES] + own[labels] + random.normal(0, noise, (len(labels), 8, 8))
-    )
-    return drawn.clip(0, 255).astype(np.uint8)
+    patterns = families[labels // LOOK_ALIKES] + own[labels]
+    noisy = patterns + random.normal(0, noise, patterns.shape)
+    return noisy.clip(0, 255).astype(np.uint8)
 
 
 def write_unlabelled(directory: Path, count: int = 10) -> Path:
-    """More toy images, without labels: no cls member at all."""
+    """More toy images, without labels: no cls file at all."""
     labels = np.repeat(np.arange(NUM_CLASSES), count)
     directory.mkdir(parents=True)
     with wds.ShardWriter(f"{directory}/transfer-%06d.tar", maxcount=150, verbose=0) as writer:
@@ -49,15 +48,12 @@ def write_toy(
     per_class = per_class or {"train": 40, "val": 12, "test": 12}
     names = names or [f"class {c}" for c in range(NUM_CLASSES)]
     splits = {}
-    for number, (split, count) in enumerate(per_class.items()):
+    for seed, (split, count) in enumerate(per_class.items(), start=1):
         labels = np.repeat(np.arange(NUM_CLASSES), count)
         with ShardWriter(directory, split, names, samples_per_shard=300) as writer:
-            for k, (image, label) in enumerate(
-                zip(images(labels, number + 1), labels, strict=True)
-            ):
-                writer.write(
-                    {"__key__": f"{k:06d}", "png": encode_png(image), "cls": str(label).encode()}
-                )
+            for k, image in enumerate(images(labels, seed)):
+                label = str(labels[k]).encode()
+                writer.write({"__key__": f"{k:06d}", "png": encode_png(image), "cls": label})
         splits[split] = writer.facts
     write_manifest(directory, names, splits)
     return directory

@@ -1,4 +1,4 @@
-"""Mistakes that are found before a run is made: one line, exit code 2, nothing written."""
+"""Errors that are found before a run is made: one line, exit code 2, nothing written."""
 
 import os
 import subprocess
@@ -24,13 +24,13 @@ def test_a_sound_config_passes_and_writes_nothing(data, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+INDIVISIBLE = "batch 95 is not divisible by 2 ranks x 1 accumulation steps; try 94 or 96"
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
-        (
-            "train.batch_size=95",
-            "batch 95 is not divisible by 2 ranks x 1 accumulation steps; try 94 or 96",
-        ),
+        ("train.batch_size=95", INDIVISIBLE),
         ("train.accumulation=7", "not divisible by 2 ranks x 7 accumulation steps"),
         ("model.options={widht=3}", "widht"),
         ("generalist.from=/tmp/no/such/run", "generalist.from = /tmp/no/such/run"),
@@ -38,7 +38,7 @@ def test_a_sound_config_passes_and_writes_nothing(data, tmp_path, monkeypatch):
         ("model.name=no_such_module:build", "no_such_module"),
     ],
 )
-def test_a_mistake_is_found_before_anything_runs(data, override, message):
+def test_an_error_is_found_before_anything_runs(data, override, message):
     with pytest.raises(UserError) as error:
         check(toy_config(data, override), 2)
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -54,9 +54,8 @@ def test_a_class_index_out_of_range_leaves_no_run_behind(data, tmp_path):
     with wds.TarWriter(str(tmp_path / "wrong-000000.tar")) as tar:
         tar.write({"__key__": "a", "cls": b"99", "png": encode_png(images(np.array([0]), 1)[0])})
     config, run = tmp_path / "config.toml", tmp_path / "run"
-    save_config(
-        toy_config(data, f"data.train={tmp_path}/wrong-000000.tar", "data.classes=24"), config
-    )
+    wrong = (f"data.train={tmp_path}/wrong-000000.tar", "data.classes=24")
+    save_config(toy_config(data, *wrong), config)
     command = [sys.executable, "-m", "launch.cli", "run", str(config), "--run", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

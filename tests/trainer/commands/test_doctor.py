@@ -16,7 +16,7 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_fit_machine_is_told_so_with_the_runs_shards(run, capsys):
+def test_a_fit_machine_passes_and_the_runs_shards_are_listed(run, capsys):
     assert doctor.main(["--run", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "train: 960 samples of 24 classes" in printed
@@ -37,7 +37,7 @@ SAME = [
 RANK_0 = RankFindings("a", "cpu", SAME)
 
 
-def test_ranks_that_see_the_same_are_well():
+def test_ranks_that_see_the_same_pass():
     other = RankFindings("b", "cpu", [*SAME[:2], Finding(True, "9.0 GiB free under /run")])
     lines = compare_ranks([RANK_0, other], 2.0)
     assert all(ok for ok, _ in lines) and (True, "rank 1 on b, cpu, sees the same") in lines

@@ -1,4 +1,4 @@
-"""`referral export`: it predicts what the run does; never half-written; one line for a mistake."""
+"""`referral export`: it predicts what the run does; never half-written; one line for an error."""
 
 import shutil
 
@@ -23,12 +23,11 @@ def export(capsys, *argv):
 
 
 def below(directory):
-    return sorted(
-        str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()
-    )
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(directory)) for path in files)
 
 
-@pytest.fixture()
+@pytest.fixture
 def copied(small_run, tmp_path):
     """A copy of the run, to be corrupted."""
     return shutil.copytree(small_run.root, tmp_path / "run", symlinks=True)
@@ -38,35 +37,34 @@ def test_a_bundle_equals_its_run_bit_for_bit(small_run, tmp_path, capsys):
     code, out, err = export(capsys, small_run.root, "--to", tmp_path / "deep" / "bundle")
     assert code == 0, err
     assert "largest difference 0.0e+00" in out and "is ready" in out.splitlines()[-1]
-    place = tmp_path / "deep" / "bundle"
-    run, bundle = SpecialistEnsemble.load(small_run.root), SpecialistEnsemble.load(place)
-    for one, other in zip(
-        run.forward_with_details(RAW), bundle.forward_with_details(RAW), strict=True
-    ):
+    bundle = tmp_path / "deep" / "bundle"
+    expected = SpecialistEnsemble.load(small_run.root).forward_with_details(RAW)
+    outputs = SpecialistEnsemble.load(bundle).forward_with_details(RAW)
+    for one, other in zip(expected, outputs, strict=True):
         assert torch.equal(one, other)
     student = small_run.students["main"].path("model.safetensors").read_bytes()
-    assert (place / "students/main/model.safetensors").read_bytes() == student
-    assert {path.rsplit(".")[-1] for path in below(place)} == {"json", "safetensors"}
-    assert list(tmp_path.joinpath("deep").iterdir()) == [place]
+    assert (bundle / "students/main/model.safetensors").read_bytes() == student
+    assert {path.rsplit(".")[-1] for path in below(bundle)} == {"json", "safetensors"}
+    assert list(tmp_path.joinpath("deep").iterdir()) == [bundle]
 
 
 def test_predictions_from_a_bundle_are_the_runs(small_run, tmp_path, capsys):
-    np.save(tmp_path / "inputs.npy", RAW.numpy())
+    inputs = tmp_path / "inputs.npy"
+    np.save(inputs, RAW.numpy())
     assert export(capsys, small_run.root, "--to", tmp_path / "bundle")[0] == 0
     printed = []
-    for place in (small_run.root, tmp_path / "bundle"):
-        for who in ([], ["--student", "main"], ["--generalist"]):
-            assert main(["predict", str(place), str(tmp_path / "inputs.npy"), "--json", *who]) == 0
+    for directory in (small_run.root, tmp_path / "bundle"):
+        for network in ([], ["--student", "main"], ["--generalist"]):
+            assert main(["predict", str(directory), str(inputs), "--json", *network]) == 0
             printed.append(capsys.readouterr().out)
     assert printed[:3] == printed[3:] and len(set(printed)) == 3
 
 
-def test_one_student_alone(small_run, tmp_path, capsys):
-    assert (
-        export(capsys, small_run.root, "--to", tmp_path / "out", "--what", "student:main")[0] == 0
-    )
+def test_a_student_can_be_exported_alone(small_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert export(capsys, small_run.root, "--to", out, "--what", "student:main")[0] == 0
     files = ["export.json", "students/main/model.json", "students/main/model.safetensors"]
-    assert below(tmp_path / "out") == files
+    assert below(out) == files
     assert export(capsys, small_run.root, "--to", tmp_path / "two", "--what", "ensemble")[0] == 0
     assert not (tmp_path / "two" / "students").exists()
 
@@ -106,9 +104,8 @@ MEMBERS = ({"kind": "heads", "count": 3, "blocks": 1}, {"kind": "batch", "count"
 def with_members(members):
     torch.manual_seed(0)
     options = {"width": 4, "depth": 2, "embedding": 6}
-    spec = ModelSpec(
-        "convnet", NUM_CLASSES, InputSpec(shape=RAW.shape[1:]), options, members=members
-    )
+    inputs = InputSpec(shape=RAW.shape[1:])
+    spec = ModelSpec("convnet", NUM_CLASSES, inputs, options, members=members)
     return build_classifier(spec).eval()
 
 
@@ -158,9 +155,8 @@ def test_onnx_without_its_extra_names_it(small_run, tmp_path, capsys, monkeypatc
 def test_only_an_earlier_export_is_replaced_and_only_by_force(small_run, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()  # empty: as good as absent
-    assert (
-        export(capsys, small_run.root, "--to", out, "--programs", "--what", "student:main")[0] == 0
-    )
+    options = ("--programs", "--what", "student:main")
+    assert export(capsys, small_run.root, "--to", out, *options)[0] == 0
     before = below(out)
     code, _, err = export(capsys, small_run.root, "--to", out)
     assert code == 2 and "is not empty" in err and "--force" in err and below(out) == before
@@ -179,26 +175,25 @@ def test_only_an_earlier_export_is_replaced_and_only_by_force(small_run, tmp_pat
 
 
 def test_an_export_that_differs_leaves_nothing_behind(small_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(
-        exporting, "run_program", lambda path, raw: torch.zeros(len(raw), NUM_CLASSES)
-    )
-    place = tmp_path / "out"
-    code, _, err = export(
-        capsys, small_run.root, "--to", place, "--what", "student:main", "--programs"
-    )
+    def run_program(path, raw):
+        return torch.zeros(len(raw), NUM_CLASSES)
+
+    monkeypatch.setattr(exporting, "run_program", run_program)
+    options = ("--what", "student:main", "--programs")
+    code, _, err = export(capsys, small_run.root, "--to", tmp_path / "out", *options)
     assert code == 2 and len(err.splitlines()) == 1
     assert "programs/student-main.pt2 differs" in err and "1e-05 is allowed" in err
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "place, what",
+    "stage, what",
     [("ensemble", "ensemble"), ("generalist", "all"), ("students/main", "student:main")],
 )
-def test_an_unfinished_run_names_the_stage(copied, tmp_path, capsys, place, what):
-    (copied / place / "DONE").unlink()
+def test_an_unfinished_run_names_the_stage(copied, tmp_path, capsys, stage, what):
+    (copied / stage / "DONE").unlink()
     code, _, err = export(capsys, copied, "--to", tmp_path / "out", "--what", what)
-    assert code == 2 and len(err.splitlines()) == 1 and f"stage {place} is not done" in err
+    assert code == 2 and len(err.splitlines()) == 1 and f"stage {stage} is not done" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -224,6 +219,5 @@ def test_a_run_that_continued_without_a_specialist_says_so(copied, tmp_path, cap
 def test_what_there_is_to_export_is_named(small_run, tmp_path, capsys, what, words):
     code, _, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--what", what)
     assert code == 2 and words in err
-    assert export(capsys, tmp_path, "--to", tmp_path / "out")[2].startswith(
-        f"error: {tmp_path} is not a run"
-    )
+    _, _, err = export(capsys, tmp_path, "--to", tmp_path / "out")
+    assert err.startswith(f"error: {tmp_path} is not a run")

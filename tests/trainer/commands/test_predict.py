@@ -1,4 +1,4 @@
-"""`referral predict`: files in, the evaluate stage's predictions out; one line for a mistake."""
+"""`referral predict`: files in, the evaluate stage's predictions out; one line for an error."""
 
 import json
 import shutil
@@ -40,29 +40,27 @@ def test_split(small_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "who, options",
+    "row, options",
     [("ensemble", []), ("main", ["--student", "main"]), ("generalist", ["--generalist"])],
 )
 def test_predictions_of_the_test_split_are_those_that_evaluate_wrote(
-    small_run, test_split, capsys, who, options
+    small_run, test_split, capsys, row, options
 ):
-    rows = rows_of(capsys, small_run.root, test_split, "--top", NUM_CLASSES, *options)
-    with np.load(small_run.evaluate.path(f"{who}.npz"), allow_pickle=False) as file:
+    lines = rows_of(capsys, small_run.root, test_split, "--top", NUM_CLASSES, *options)
+    with np.load(small_run.evaluate.path(f"{row}.npz"), allow_pickle=False) as file:
         expected = dict(file)
-    assert [row["index"] for row in rows] == list(range(len(expected["labels"])))
-    assert [row["classes"][0] for row in rows] == expected["top5"][:, 0].tolist()
-    of_label = [
-        row["probabilities"][row["classes"].index(y)]
-        for row, y in zip(rows, expected["labels"], strict=True)
-    ]
-    np.testing.assert_allclose(of_label, expected["label_probability"], rtol=0, atol=1e-6)
-    if who == "ensemble":
-        assert expected["active"].sum() > len(rows)  # more than one for some
-        assert [row["specialists"] for row in rows] == [
-            np.flatnonzero(a).tolist() for a in expected["active"]
-        ]
+    assert [line["index"] for line in lines] == list(range(len(expected["labels"])))
+    assert [line["classes"][0] for line in lines] == expected["top5"][:, 0].tolist()
+    p_label = []
+    for line, label in zip(lines, expected["labels"], strict=True):
+        p_label.append(line["probabilities"][line["classes"].index(label)])
+    np.testing.assert_allclose(p_label, expected["label_probability"], rtol=0, atol=1e-6)
+    specialists = [line["specialists"] for line in lines]
+    if row == "ensemble":
+        assert expected["active"].sum() > len(lines)  # more than one for some
+        assert specialists == [np.flatnonzero(active).tolist() for active in expected["active"]]
     else:
-        assert all(row["specialists"] == [] for row in rows)
+        assert specialists == [[]] * len(lines)
 
 
 def test_a_network_with_members_predicts_their_mean():
@@ -77,12 +75,12 @@ def test_a_network_with_members_predicts_their_mean():
     assert row["probabilities"] == pytest.approx([0.5, 0.4])
 
 
-def test_images_in_files_and_directories_are_what_arrays_are(small_run, tmp_path, capsys):
+def test_images_of_files_and_directories_are_those_of_arrays(small_run, tmp_path, capsys):
     pixels = images(np.arange(3), seed=5)
     np.save(tmp_path / "all.npy", pixels[:, None])
     (tmp_path / "pictures" / "deep").mkdir(parents=True)
-    for place, picture in zip(("a.png", "b.PNG", "deep/c.png"), pixels, strict=True):
-        (tmp_path / "pictures" / place).write_bytes(encode_png(picture))
+    for name, picture in zip(("a.png", "b.PNG", "deep/c.png"), pixels, strict=True):
+        (tmp_path / "pictures" / name).write_bytes(encode_png(picture))
     (tmp_path / "pictures" / "notes.txt").write_text("not an input")
     from_array = rows_of(capsys, small_run.root, tmp_path / "all.npy")
     from_files = rows_of(capsys, small_run.root, tmp_path / "pictures")
@@ -94,7 +92,7 @@ def test_images_in_files_and_directories_are_what_arrays_are(small_run, tmp_path
     assert len(from_array[0]["names"]) == 5
 
 
-def test_colour_becomes_gray_and_another_size_is_scaled_when_told_to(small_run, tmp_path, capsys):
+def test_colour_becomes_gray_and_resize_scales_another_size(small_run, tmp_path, capsys):
     small = images(np.array([4]), seed=1)[0]
     large = np.kron(small, np.ones((2, 2))).astype(np.uint8)  # 16 x 16, each pixel four times
     for name, gray in (("large.png", large), ("small.png", small)):
@@ -102,9 +100,8 @@ def test_colour_becomes_gray_and_another_size_is_scaled_when_told_to(small_run, 
     code, _, err = predict(capsys, small_run.root, tmp_path / "large.png")
     assert code == 2
     assert "has shape [1, 16, 16]; the network reads [1, 8, 8]; --resize scales images" in err
-    large, small = rows_of(
-        capsys, small_run.root, tmp_path / "large.png", tmp_path / "small.png", "--resize"
-    )
+    pictures = (tmp_path / "large.png", tmp_path / "small.png")
+    large, small = rows_of(capsys, small_run.root, *pictures, "--resize")
     assert len(large["classes"]) == len(small["classes"]) == 5
     np.save(tmp_path / "small.npy", images(np.array([4]), seed=1))
     (alone,) = rows_of(capsys, small_run.root, tmp_path / "small.npy")
@@ -145,31 +142,26 @@ def test_an_unfinished_run_names_the_stage(small_run, test_split, tmp_path, caps
     assert "no generalist/model.json" in predict(capsys, root, test_split, "--generalist")[2]
 
 
+FLOATS = np.zeros((1, 8, 8))
+IMAGE = np.zeros((1, 8, 8), np.uint8)
+MATRIX = np.zeros((3, 4), np.uint8)
+
+
 @pytest.mark.parametrize(
     "content, name, options, words",
     [
         (b"not a picture", "a.png", [], "a.png: cannot be decoded"),
         (b"anything", "a.tiff", [], "a.tiff: no decoder for .tiff (known: jpeg, jpg,"),
-        (
-            np.zeros((1, 8, 8)),
-            "a.npy",
-            [],
-            "a.npy holds float64; the network reads uint8, 0 to 255",
-        ),
+        (FLOATS, "a.npy", [], "a.npy holds float64; the network reads uint8, 0 to 255"),
         (np.full((1, 8, 8), 256), "a.npy", [], "a.npy holds int64; the network reads uint8"),
-        (
-            np.zeros((3, 4), np.uint8),
-            "a.npy",
-            [],
-            "a.npy has shape [3, 4]; the network reads [1, 8, 8]",
-        ),
+        (MATRIX, "a.npy", [], "a.npy has shape [3, 4]; the network reads [1, 8, 8]"),
         (None, "nowhere.png", [], "nowhere.png: no such file"),
-        (np.zeros((1, 8, 8), np.uint8), "a.npy", ["--top", 0], "--top 0: at least 1"),
-        (np.zeros((1, 8, 8), np.uint8), "a.npy", ["--student", "maine"], "--student maine: "),
-        (np.zeros((1, 8, 8), np.uint8), "a.npy", ["--device", "nonsense"], "--device nonsense: "),
+        (IMAGE, "a.npy", ["--top", 0], "--top 0: at least 1"),
+        (IMAGE, "a.npy", ["--student", "maine"], "--student maine: "),
+        (IMAGE, "a.npy", ["--device", "nonsense"], "--device nonsense: "),
     ],
 )
-def test_a_mistake_is_one_line(small_run, tmp_path, capsys, content, name, options, words):
+def test_an_error_is_one_line(small_run, tmp_path, capsys, content, name, options, words):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content is not None:
@@ -195,7 +187,7 @@ def test_export_and_predict_are_commands_of_referral():
         assert f"usage: referral {name}" in done.stdout and option in done.stdout
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(small_run, tmp_path):
+def test_a_reader_that_closes_the_pipe_early_is_no_error(small_run, tmp_path):
     np.save(tmp_path / "many.npy", np.zeros((1000, 1, 8, 8), np.uint8))
     arguments = [str(small_run.root), str(tmp_path / "many.npy"), "--json"]
     command = [sys.executable, "-m", "trainer", "predict", *arguments]

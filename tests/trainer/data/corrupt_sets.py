@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import tomli_w  # noqa: E402
-from shardsets import CLASSES, label_of, members_of, picture, write_tar, write_uneven  # noqa: E402
+from shardsets import CLASSES, label_of, picture, tar_files, write_tar, write_uneven  # noqa: E402
 
 from pipeline.config import Data, UserError  # noqa: E402
 from trainer.__main__ import main as trainer_main  # noqa: E402
@@ -76,7 +76,7 @@ def zeroed(path, chance):
 
 def _rewritten(change):
     def corrupt(path, chance):
-        members = members_of(numbers_of(int(path.stem[-6:])))
+        members = tar_files(numbers_of(int(path.stem[-6:])))
         write_tar(path, change(members, chance))
 
     corrupt.__name__ = change.__name__

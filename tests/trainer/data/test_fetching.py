@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from shardsets import CLASSES, members_of, picture, write_tar, write_uneven
+from shardsets import CLASSES, picture, tar_files, write_tar, write_uneven
 
 from pipeline.config import Data, UserError
 from trainer.commands.shards import main
@@ -165,7 +165,7 @@ def test_what_stays_cut_short_is_refused_and_no_half_file_is_kept(served, data, 
 
 
 def test_a_shard_that_is_not_the_manifests_is_refused(served, data):
-    write_tar(served.directory / "train-000001.tar", members_of(range(30, 39)))
+    write_tar(served.directory / "train-000001.tar", tar_files(range(30, 39)))
     message = refusal(open_shards, BRACES.format(served.url), data, "train")
     assert "train-000001.tar: cannot be fetched: it is not what manifest.json describes" in message
     assert len(kept(data)) == 1
@@ -253,7 +253,7 @@ def test_the_config_names_the_manifest_of_a_pipe(served, data, tmp_path):
     for manifest in (str(served.directory / "manifest.json"), f"{served.url}/manifest.json"):
         shards = open_shards(url, data.model_copy(update={"manifest": manifest}), "train")
         assert shards.class_names == CLASSES and shards.num_samples == 18
-    write_tar(served.directory / "train-000001.tar", members_of(range(9)))
+    write_tar(served.directory / "train-000001.tar", tar_files(range(9)))
     forget(data)
     shutil.rmtree(data.fetch_dir)
     assert "it is not what manifest.json describes" in refusal(
@@ -400,7 +400,7 @@ def test_validate_reads_urls(served, data, capsys):
     assert main(arguments) == 0
     assert main(["validate", served.url, "--split", "train", "--fetch-dir", data.fetch_dir]) == 0
     (served.directory / "manifest.json").unlink()
-    content = members_of(range(5))[:-1]
+    content = tar_files(range(5))[:-1]
     write_tar(served.directory / "train-000001.tar", content)
     forget(data)
     shutil.rmtree(data.fetch_dir)

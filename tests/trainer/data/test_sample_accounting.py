@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from shardsets import members_of, write_tar, write_uneven
+from shardsets import tar_files, write_tar, write_uneven
 
 from pipeline.config import Data, UserError
 from pipeline.corruption import count, merged, summary
@@ -127,7 +127,7 @@ def test_the_share_is_judged_over_all_ranks(tmp_path):
 
 def test_lost_samples_are_put_together_over_epochs_and_stages(tmp_path):
     directory = write_uneven(tmp_path, [40, 7, 13, 60])
-    write_tar(directory / "train-000001.tar", members_of(range(40, 46)) + members_of([46])[:1])
+    write_tar(directory / "train-000001.tar", tar_files(range(40, 46)) + tar_files([46])[:1])
     losses = LostSamples()
     shards = open_shards(str(directory), Data(damage="skip", damage_share=0.1), "train")
     losses.add(shards, {})

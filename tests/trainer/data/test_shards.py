@@ -10,10 +10,10 @@ from PIL import Image
 from shardsets import (
     CLASSES,
     label_of,
-    members_of,
     picture,
     png,
     sample,
+    tar_files,
     write_split,
     write_tar,
     write_uneven,
@@ -170,7 +170,7 @@ def test_a_split_that_the_manifest_lacks_is_named(uneven):
 
 def test_a_shard_that_the_manifest_leaves_out_is_not_left_out_in_silence(tmp_path):
     write_uneven(tmp_path, [4, 5])
-    write_tar(tmp_path / "train-000002.tar", members_of(range(9, 12)))
+    write_tar(tmp_path / "train-000002.tar", tar_files(range(9, 12)))
     assert "train-000002.tar is not in" in refusal(open_shards, str(tmp_path), Data(), "train")
 
 
@@ -185,7 +185,7 @@ def test_a_manifest_whose_total_is_not_that_of_its_shards_is_refused(tmp_path):
 
 
 def test_without_a_manifest_the_config_says_how_many_classes_there_are(tmp_path):
-    write_tar(tmp_path / "train-0.tar", members_of(range(9)))
+    write_tar(tmp_path / "train-0.tar", tar_files(range(9)))
     assert "set data.classes" in refusal(open_shards, str(tmp_path), Data(), "train")
     assert open_shards(str(tmp_path), Data(classes=9), "train").num_classes == 9
     assert "label 4, which is none of the 3" in refusal(
@@ -242,7 +242,7 @@ def test_labels_come_from_a_json_field(tmp_path):
 def test_the_input_is_named_where_there_are_several(tmp_path):
     members = []
     for number in range(3):
-        members += members_of([number]) + [(f"{number:05d}.txt", b"text")]
+        members += tar_files([number]) + [(f"{number:05d}.txt", b"text")]
     write_tar(tmp_path / "train-0.tar", members)
     assert "members png, txt" in refusal(open_shards, str(tmp_path), Data(classes=7), "train")
     assert (
@@ -278,7 +278,7 @@ def test_a_touched_shard_is_recognised_and_a_changed_one_refused(tmp_path):
     assert not load_index(shard)[1]
     open_shards(str(tmp_path), Data(classes=7), "train")
     assert load_index(shard)[1]
-    write_tar(shard, members_of(range(10, 15)))
+    write_tar(shard, tar_files(range(10, 15)))
     assert "is not the shard that was indexed" in refusal(
         open_shards, str(tmp_path), Data(classes=7), "train"
     )
@@ -341,7 +341,7 @@ def _directory(name):
 
 
 def test_a_refusal_names_shard_member_and_reason(tmp_path):
-    write_tar(tmp_path / "train-0.tar", members_of(range(3))[:-1])
+    write_tar(tmp_path / "train-0.tar", tar_files(range(3))[:-1])
     message = refusal(open_shards, str(tmp_path), Data(classes=7), "train")
     assert "train-0.tar: 00002 has only the member .cls" in message
 

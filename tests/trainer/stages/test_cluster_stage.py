@@ -1,4 +1,4 @@
-"""The stage `cluster`: what it writes and what it tells whoever pays for the specialists."""
+"""The stage `cluster`: what it writes, and what it forecasts of the specialists' worth."""
 
 import logging
 import shutil
@@ -25,15 +25,9 @@ def clustered(small_run, tmp_path, caplog):
 
     def again(*overrides):
         shutil.copytree(small_run.root, tmp_path / "run", symlinks=True)
+        of_small_run = ("controls.enabled=false", "clusters.num_groups=4", "ensemble.gate=2")
         data = small_run.config.data.train
-        config = toy_config(
-            data,
-            "controls.enabled=false",
-            "clusters.num_groups=4",
-            "ensemble.gate=2",
-            "train.steps=40",
-            *overrides,
-        )
+        config = toy_config(data, *of_small_run, "train.steps=40", *overrides)
         run = RunDirectory(tmp_path / "run", config)
         run.cluster.clear()
         with process_group(config.engine) as ranks:
@@ -44,11 +38,11 @@ def clustered(small_run, tmp_path, caplog):
 
 
 def lines_of(run):
-    """What the stage said, without the times."""
+    """The stage's log, without the times."""
     return [line[24:] for line in run.cluster.path("log-0.txt").read_text().splitlines()]
 
 
-def test_the_log_names_share_chance_and_every_group_s_forecast(clustered):
+def test_the_log_gives_captured_confusion_chance_and_every_groups_forecast(clustered):
     run = clustered()
     summary, lines = read_json(run.cluster.path("summary.json")), lines_of(run)
     (headline,) = [line for line in lines if "of the generalist's errors" in line]
@@ -56,17 +50,14 @@ def test_the_log_names_share_chance_and_every_group_s_forecast(clustered):
     assert headline.startswith(f"4 groups of {smallest} to {largest} classes, 1.00 per class")
     assert f"hold {100 * summary['captured']:.1f} % of the generalist's errors on val" in headline
     assert f"(chance {100 * summary['chance']:.1f} %)" in headline
-    table = lines[
-        lines.index("group  classes  examples  errors inside  gain at most  expected") + 1 :
-    ][:4]
+    head = lines.index("group  classes  examples  errors inside  gain at most  expected")
+    table = lines[head + 1 : head + 5]
     gains = [float(line.split()[4].rstrip("%")) for line in table]
     assert gains == sorted(gains, reverse=True)
     for line in table:
-        group, classes, examples, errors = line.replace(",", "").split()[:4]
-        row = summary["forecast"][int(group)]
-        assert [int(classes), int(examples), int(errors)] == [
-            row[k] for k in ("classes", "examples", "errors_inside")
-        ]
+        group, *counts = map(int, line.replace(",", "").split()[:4])
+        row = summary["forecast"][group]
+        assert counts == [row[key] for key in ("classes", "examples", "errors_inside")]
 
 
 def test_groups_below_the_smallest_gain_are_skipped_and_marked(small_run, clustered):
@@ -77,10 +68,8 @@ def test_groups_below_the_smallest_gain_are_skipped_and_marked(small_run, cluste
     assert read_json(run.cluster.path("summary.json"))["skipped"] == skipped and len(skipped) == 2
     lines = lines_of(run)
     assert sorted(int(line.split()[0]) for line in lines if line.endswith("skipped")) == skipped
-    assert (
-        f"2 of 4 groups are forecast to gain less than clusters.min_gain = {enough:g}: no specialist"
-        in lines
-    )
+    forecast = f"forecast to gain less than clusters.min_gain = {enough:g}"
+    assert f"2 of 4 groups are {forecast}: no specialist" in lines
 
 
 def test_a_coverage_lets_some_classes_join_a_second_group(clustered):
@@ -98,16 +87,14 @@ def test_statistics_of_another_version_are_one_clear_error(
     monkeypatch.setattr(clustering.statistics, "SCHEMA", 99)
     statistics.save(tmp_path / "other.npz")
     monkeypatch.setattr(clustering.statistics, "SCHEMA", 1)
-    with pytest.raises(
-        UserError, match="has schema 99, this version reads 1; gather the statistics again"
-    ):
+    message = "has schema 99, this version reads 1; gather the statistics again"
+    with pytest.raises(UserError, match=message):
         clustered()
 
 
 def test_a_coverage_without_overlap_is_refused_before_anything_is_trained():
-    with pytest.raises(
-        UserError, match="coverage = 0.9 decides who joins a second group: it needs overlap = 2"
-    ):
+    message = "coverage = 0.9 decides who joins a second group: it needs overlap = 2"
+    with pytest.raises(UserError, match=message):
         toy_config("data", "clusters.coverage=0.9")
 
 

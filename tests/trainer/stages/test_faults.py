@@ -35,9 +35,8 @@ with dog.watching():
         print("alive", flush=True)
     time.sleep(60)
 """
-    return subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
-    )
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, timeout=50)
 
 
 def test_a_hung_rank_is_ended_with_its_traceback():
@@ -47,29 +46,33 @@ def test_a_hung_rank_is_ended_with_its_traceback():
 
 
 def test_outside_of_training_the_watchdog_sleeps():
-    program = "import time; from trainer.distributed.ranks import Watchdog\ndog = Watchdog(0.2)\nwith dog.watching(): pass\n"
-    ended = subprocess.run(
-        [sys.executable, "-c", program + "dog.progress(); time.sleep(0.6)"], timeout=50
-    )
+    program = """
+import time
+from trainer.distributed.ranks import Watchdog
+dog = Watchdog(0.2)
+with dog.watching(): pass
+dog.progress()
+time.sleep(0.6)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=50)
     assert ended.returncode == 0
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e4])
 def test_a_diverging_loss_stops_before_it_is_saved(data, tmp_path, monkeypatch, loss):
-    """From step 33 on the loss is bad; the next look is at 40, and step 20 is the last good checkpoint."""
+    """The loss is bad from step 33 on and seen at step 40; the last good checkpoint is of 20."""
     steps, original = iter(range(1, 100)), loop.learning_rate
-    monkeypatch.setattr(
-        loop, "learning_rate", lambda *given: original(*given) if next(steps) < 33 else loss * 1e-3
-    )
+
+    def ruinous_rate(*arguments):
+        return original(*arguments) if next(steps) < 33 else loss * 1e-3
+
+    monkeypatch.setattr(loop, "learning_rate", ruinous_rate)
     config = toy_config(data, "train.log_every=25", "train.optimizer=sgd")
-    with pytest.raises(
-        UserError, match=r"the loss is .* at step 40; .* last good checkpoint is that of step 20"
-    ):
+    message = r"the loss is .* at step 40; .* last good checkpoint is that of step 20"
+    with pytest.raises(UserError, match=message):
         run_all(tmp_path / "run", config, only={"generalist"})
-    assert (
-        newest_step(RunDirectory(tmp_path / "run", config).generalist.directory / "checkpoints")
-        == 20
-    )
+    generalist = RunDirectory(tmp_path / "run", config).generalist
+    assert newest_step(generalist.directory / "checkpoints") == 20
 
 
 def test_a_run_directory_that_cannot_be_written_is_one_error(data, tmp_path, monkeypatch):
@@ -77,9 +80,8 @@ def test_a_run_directory_that_cannot_be_written_is_one_error(data, tmp_path, mon
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(torch, "save", refuse)
-    with pytest.raises(
-        UserError, match="checkpoint of step 20 cannot be written .* Read-only file system"
-    ):
+    message = "checkpoint of step 20 cannot be written .* Read-only file system"
+    with pytest.raises(UserError, match=message):
         run_all(tmp_path / "run", toy_config(data), only={"generalist"})
 
 
@@ -87,42 +89,38 @@ def test_checkpoints_written_in_the_background_are_those_of_their_step(data, tmp
     whole = run_all(tmp_path / "whole", toy_config(data), only={"generalist"})
     monkeypatch.setattr(checkpoints, "in_background", lambda ranks: True)
     run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
-    states = [
-        torch.load(
-            each.generalist.directory / "checkpoints" / "step-00000040" / "state.pt",
-            weights_only=True,
-        )
-        for each in (whole, run)
-    ]
-    for name, value in states[0]["network"].items():
-        assert torch.equal(value, states[1]["network"][name])
-    for name, kept in states[0]["optimizer"].items():
-        assert all(torch.equal(kept[key], states[1]["optimizer"][name][key]) for key in kept)
-    assert states[0]["progress"]["step"] == states[1]["progress"]["step"] == 40
+    file = "checkpoints/step-00000040/state.pt"
+    expected = torch.load(whole.generalist.directory / file, weights_only=True)
+    state = torch.load(run.generalist.directory / file, weights_only=True)
+    for name, value in expected["network"].items():
+        assert torch.equal(value, state["network"][name])
+    for name, moments in expected["optimizer"].items():
+        for key in moments:
+            assert torch.equal(moments[key], state["optimizer"][name][key])
+    assert state["progress"]["step"] == expected["progress"]["step"] == 40
 
 
-def test_rows_say_how_long_data_was_waited_for_and_what_memory_was_taken(data, tmp_path):
+def metrics_of(stage):
+    """The rows of a stage's metrics.jsonl."""
+    return [json.loads(line) for line in stage.path("metrics.jsonl").read_text().splitlines()]
+
+
+def test_rows_tell_the_time_waited_for_data_and_the_memory_in_use(data, tmp_path):
     run = run_all(tmp_path / "run", toy_config(data), only={"generalist"})
-    rows = [
-        json.loads(line) for line in run.generalist.path("metrics.jsonl").read_text().splitlines()
-    ]
-    for row in (row for row in rows if "loss" in row):
-        assert 0 <= row["data_wait"] <= 1 and row["memory_bytes"] > 2**20
+    for row in metrics_of(run.generalist):
+        if "loss" in row:
+            assert 0 <= row["data_wait"] <= 1 and row["memory_bytes"] > 2**20
 
 
 def test_tensorboard_shows_the_rows_of_metrics(data, tmp_path):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = run_all(
-        tmp_path / "run", toy_config(data, 'engine.track=["tensorboard"]'), only={"generalist"}
-    )
-    found = events.EventAccumulator(str(run.generalist.path("tensorboard"))).Reload()
-    rows = [
-        json.loads(line) for line in run.generalist.path("metrics.jsonl").read_text().splitlines()
-    ]
-    assert [event.step for event in found.Scalars("loss")] == [
-        row["step"] for row in rows if "loss" in row
-    ]
-    assert found.Scalars("val/top1")[-1].value == pytest.approx(rows[-1]["val/top1"])
+    config = toy_config(data, 'engine.track=["tensorboard"]')
+    run = run_all(tmp_path / "run", config, only={"generalist"})
+    logged = events.EventAccumulator(str(run.generalist.path("tensorboard"))).Reload()
+    rows = metrics_of(run.generalist)
+    steps = [row["step"] for row in rows if "loss" in row]
+    assert [event.step for event in logged.Scalars("loss")] == steps
+    assert logged.Scalars("val/top1")[-1].value == pytest.approx(rows[-1]["val/top1"])
 
 
 def test_wandb_is_given_one_run_per_stage(tmp_path, monkeypatch):
@@ -135,19 +133,18 @@ def test_wandb_is_given_one_run_per_stage(tmp_path, monkeypatch):
         def finish(self):
             logged.append("finished")
 
-    fake = types.SimpleNamespace(init=lambda **facts: opened.append(facts) or Run())
-    monkeypatch.setitem(sys.modules, "wandb", fake)
+    def init(**settings):
+        opened.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     for _ in range(2):
-        with tracking.trackers(["wandb"], tmp_path, tmp_path / "run", "specialists/003") as (
-            track,
-        ):
+        trackers = tracking.trackers(["wandb"], tmp_path, tmp_path / "run", "specialists/003")
+        with trackers as (track,):
             track({"step": 5, "loss": 1.0})
     assert logged == [(5, {"loss": 1.0}), "finished"] * 2
-    assert (
-        opened[0] == opened[1]
-        and opened[0]["name"] == "specialists/003"
-        and opened[0]["resume"] == "allow"
-    )
+    assert opened[0] == opened[1]
+    assert opened[0]["name"] == "specialists/003" and opened[0]["resume"] == "allow"
 
 
 def test_a_tracker_that_is_not_installed_is_one_error(tmp_path, monkeypatch):
@@ -162,7 +159,6 @@ def test_predictions_that_are_no_numbers_are_one_clear_error(data, tmp_path):
     network = load_classifier(run.generalist.path("model.json").parent)
     torch.nn.init.constant_(network.head.weight, float("nan"))
     save_classifier(network, run.generalist.path("model.json").parent)
-    with pytest.raises(
-        UserError, match="predictions cannot be counted: row 0 of the predictions holds NaN"
-    ):
+    message = "predictions cannot be counted: row 0 of the predictions holds NaN"
+    with pytest.raises(UserError, match=message):
         run_all(tmp_path / "run", toy_config(data), only={"measure"})

@@ -19,9 +19,11 @@ def weights(data, tmp_path_factory):
     """What torch.save left of the trunk's own names and a head called fc."""
     run = run_all(tmp_path_factory.mktemp("theirs"), toy_config(data), only={"generalist"})
     state = load_classifier(run.generalist.path("model.json").parent).state_dict()
-    theirs = {
-        name.removeprefix("trunk.").replace("head.", "fc."): value for name, value in state.items()
-    }
+
+    def their_name(name):
+        return name.removeprefix("trunk.").replace("head.", "fc.")
+
+    theirs = {their_name(name): value for name, value in state.items()}
     path = tmp_path_factory.mktemp("weights") / "theirs.pt"
     torch.save({"state_dict": theirs}, path)
     return path, state
@@ -38,7 +40,6 @@ def test_a_run_starts_at_the_clusters_with_someone_elses_weights(data, weights, 
 
 def test_a_file_without_the_heads_name_says_what_is_missing(data, weights, tmp_path):
     config = toy_config(data, f"generalist.from={weights[0]}")
-    with pytest.raises(
-        UserError, match="say what its last linear layer is called: generalist.head"
-    ):
+    message = "say what its last linear layer is called: generalist.head"
+    with pytest.raises(UserError, match=message):
         run_all(tmp_path / "run", config, only={"generalist"})

@@ -1,4 +1,4 @@
-"""Other classes drawn by how much they are confused with the group, and the loss that corrects for it."""
+"""Other classes, drawn by their confusion with the group; and the loss that corrects for it."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from trainer.stages.grouping import confusion_with
 from trainer.stages.specialist import hard_negatives
 
 
-def test_classes_are_drawn_in_proportion_to_their_weights_and_members_take_turns():
+def test_classes_are_drawn_in_proportion_to_their_weights_and_their_samples_take_turns():
     labels = np.repeat([0, 1, 2], [10, 20, 70])
     order = weighted(labels, 3, [5.0, 0.0, 15.0])
     drawn = order(np.arange(100))
@@ -27,16 +27,13 @@ def test_classes_are_drawn_in_proportion_to_their_weights_and_members_take_turns
 
 
 def session_of(counts, expected, share, tmp_path):
-    """What hard_negatives asks a session for."""
+    """What hard_negatives needs of a session."""
     statistics = PredictionStatistics(len(counts))
-    for row, column, mass in zip(
-        *np.nonzero(expected), expected[np.nonzero(expected)], strict=True
-    ):
-        p = torch.zeros(
-            1, len(counts)
-        )  # one example that the generalist takes for `column`, the rest on `row`
-        p[0, row] = mass
-        p[0, column] += 1 - mass
+    for row, column in np.argwhere(expected):
+        # One example that the generalist takes for `column`, the rest of its mass on `row`.
+        p = torch.zeros(1, len(counts))
+        p[0, row] = expected[row, column]
+        p[0, column] += 1 - expected[row, column]
         statistics.update(p)
     statistics.save(tmp_path / "statistics.npz")
     return SimpleNamespace(
@@ -48,41 +45,40 @@ def session_of(counts, expected, share, tmp_path):
 
 def test_weights_mix_confusion_and_natural_frequencies(tmp_path):
     expected = np.zeros((4, 4))
-    expected[2, 0], expected[3, 1] = 0.3, 0.1  # class 2 is taken for member 0, class 3 for member 1
+    expected[2, 0] = 0.3  # class 2 is taken for class 0, of the group
+    expected[3, 1] = 0.1  # class 3 is taken for class 1, of the group
     session = session_of([10, 10, 20, 60], expected, 0.5, tmp_path)
-    members = np.array([0, 1])
-    assert confusion_with(session, members) == pytest.approx([0, 0, 0.3, 0.1])
-    weights, log_ratio = hard_negatives(session, members)
-    # natural shares of the others .25 and .75; by confusion .75 and .25; half of each
+    classes = np.array([0, 1])
+    assert confusion_with(session, classes) == pytest.approx([0, 0, 0.3, 0.1])
+    weights, log_ratio = hard_negatives(session, classes)
+    # Natural fractions of the others .25 and .75; by confusion .75 and .25; half of each.
     assert weights == pytest.approx([0, 0, 0.5, 0.5])
     assert log_ratio.tolist() == pytest.approx([0, 0, np.log(2), np.log(2 / 3)])
 
 
 def test_the_loss_at_drawn_frequencies_is_smallest_at_natural_ones():
-    """With inputs that say nothing, logits that are the log of the natural shares have no gradient."""
+    """With uninformative inputs, the logarithms of natural frequencies have no gradient."""
     natural = torch.tensor([0.1, 0.1, 0.2, 0.6], dtype=torch.float64)
     inside, fraction = torch.tensor([True, True, False, False]), 0.5
-    drawn_out = torch.tensor([0, 0, 0.5, 0.5], dtype=torch.float64)  # instead of .25 and .75
-    drawn = torch.where(
-        inside, fraction * natural / natural[inside].sum(), (1 - fraction) * drawn_out
-    )
-    ratio = torch.where(inside, 1.0, drawn_out / (natural / natural[~inside].sum()))
+    drawn_outside = torch.tensor([0, 0, 0.5, 0.5], dtype=torch.float64)  # instead of .25 and .75
+    drawn_inside = natural / natural[inside].sum()
+    drawn = torch.where(inside, fraction * drawn_inside, (1 - fraction) * drawn_outside)
+    ratio = torch.where(inside, 1.0, drawn_outside / (natural / natural[~inside].sum()))
     prior = torch.where(inside, dustbin_shift(0.2, fraction), 0.0) + ratio.log()
     logits = natural.log().repeat(4, 1).requires_grad_()
-    each = [
-        full_specialist_loss(logits[c : c + 1], torch.tensor([c]), inside, None, prior)
-        for c in range(4)
-    ]
-    losses = torch.stack(each)
+
+    def loss_of(c):
+        return full_specialist_loss(logits[c : c + 1], torch.tensor([c]), inside, None, prior)
+
+    losses = torch.stack([loss_of(c) for c in range(4)])
     gradient = torch.autograd.grad((losses * drawn).sum(), logits)[0].sum(0)
     torch.testing.assert_close(gradient, torch.zeros(4, dtype=torch.float64), atol=1e-8, rtol=0)
 
 
 def test_specialists_of_a_run_may_see_hard_negatives(tmp_path):
     data = write_toy(tmp_path / "data")
-    config = toy_config(
-        data, "specialists.hard_negatives=0.5", "controls.enabled=false", "students={}"
-    )
+    overrides = ("specialists.hard_negatives=0.5", "controls.enabled=false", "students={}")
+    config = toy_config(data, *overrides)
     run = run_all(tmp_path / "run", config)
     spec = read_json(run.specialists[0].path("model.json"))
     assert spec["head"]["kind"] == "dustbin" and spec["head"]["rows"] == "all"
@@ -98,6 +94,6 @@ def test_specialists_of_a_run_may_see_hard_negatives(tmp_path):
         (["specialists.label_smoothing=0.1"], "label_smoothing = 0"),
     ],
 )
-def test_what_hard_negatives_do_not_go_with_is_one_line(overrides, words):
+def test_what_hard_negatives_cannot_be_combined_with_is_one_line(overrides, words):
     with pytest.raises(UserError, match=words):
         load_config(None, ["specialists.hard_negatives=0.5", *overrides])

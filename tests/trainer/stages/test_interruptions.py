@@ -1,4 +1,4 @@
-"""Signals that come at any time, and stages that are asked for too early."""
+"""Signals that come at any time, and stages that are started too early."""
 
 import subprocess
 import sys
@@ -23,12 +23,14 @@ assert StopSignal().agreed(ALONE)
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
 
-def test_a_stage_whose_inputs_are_not_done_is_refused_and_combine_judges_for_itself(tmp_path):
-    """Slurm takes a dependency on a job that it has forgotten for fulfilled."""
+def test_a_stage_whose_inputs_are_not_done_is_refused_but_for_the_ensemble(tmp_path):
+    """Slurm counts a dependency on a job that it has forgotten as fulfilled.
+
+    The ensemble decides by itself which specialists it can do without.
+    """
     run = RunDirectory(tmp_path, load_config(None, ["train.steps=1", "clusters.num_groups=2"]))
-    with pytest.raises(
-        UserError, match="clusters/statistics needs generalist, which is not done: run it first"
-    ):
+    message = "clusters/statistics needs generalist, which is not done: run it first"
+    with pytest.raises(UserError, match=message):
         check_inputs(run.measure)
     check_inputs(run.generalist)
     check_inputs(run.ensemble)
@@ -37,18 +39,21 @@ def test_a_stage_whose_inputs_are_not_done_is_refused_and_combine_judges_for_its
 
 
 @pytest.mark.parametrize("rank", [None, "0", "1"])
-def test_a_mistake_of_all_ranks_is_said_by_rank_0_while_the_others_wait(
+def test_an_error_of_all_ranks_is_printed_by_rank_0_while_the_others_wait(
     tmp_path, monkeypatch, capsys, rank
 ):
-    """torchrun ends all ranks with the first that ends: one that ended at once took rank 0's words with it."""
-    waited = []
-    monkeypatch.setattr(
-        trainer.__main__.time, "sleep", lambda s: waited.append((s, capsys.readouterr().err))
-    )
+    """torchrun ends all ranks with the first that ends, so that rank 0 might print nothing."""
+    waits = []
+
+    def sleep(seconds):
+        waits.append((seconds, capsys.readouterr().err))
+
+    monkeypatch.setattr(trainer.__main__.time, "sleep", sleep)
     if rank is None:
         monkeypatch.delenv("RANK", raising=False)
     else:
         monkeypatch.setenv("RANK", rank)
     assert trainer.__main__.main(["generalist", "--run", str(tmp_path / "none")]) == 2
-    assert waited == ([(trainer.__main__.RANK_0_FIRST_S, "")] if rank == "1" else [])
+    expected = [(trainer.__main__.RANK_0_FIRST_S, "")] if rank == "1" else []
+    assert waits == expected
     assert "error:" in capsys.readouterr().err

@@ -1,13 +1,11 @@
-"""Statistics that ranks with unequal counts gather, each in its own file, against one pass over everything."""
+"""Statistics that ranks with unequal counts gather, each in its own file, against a single pass."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from ranks import stage_on_ranks
 from toy import toy_config, write_toy
 
 from clustering import PredictionStatistics, group_classes
@@ -53,9 +51,9 @@ def test_files_of_unequal_ranks_merge_to_one_pass(data, tmp_path, top_k, world, 
         return statistics
 
     for rank in range(world):
-        share = gather(PredictionStatistics(24, top_k), rank, world)
-        assert share.num_examples == counts[rank]
-        share.save(tmp_path / f"{rank}.npz")
+        part = gather(PredictionStatistics(24, top_k), rank, world)
+        assert part.num_examples == counts[rank]
+        part.save(tmp_path / f"{rank}.npz")
     merged = PredictionStatistics.load(tmp_path / "0.npz")
     for rank in range(1, world):
         merged.merge(PredictionStatistics.load(tmp_path / f"{rank}.npz"))
@@ -69,35 +67,16 @@ def test_measure_with_1_2_and_3_processes_gives_the_same_statistics_and_groups(d
     with process_group(config.engine) as ranks:
         run_stage(Session(trained, ranks), trained.generalist)
     save_config(config, trained.root / "config.toml")
-    found = {}
+    statistics = {}
     for processes in (1, 2, 3):
         root = tmp_path / str(processes)
         shutil.copytree(trained.root, root, symlinks=True)
-        command = [
-            sys.executable,
-            "-m",
-            "trainer.distributed.torchrun",
-            "--standalone",
-            "--nproc-per-node",
-            str(processes),
-            "--",
-        ]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
-        subprocess.run(
-            [*command, "measure", "--run", str(root)], env=environment, check=True, timeout=240
-        )
-        measured = RunDirectory(root, config).measure
-        assert (
-            len(list(measured.path("statistics.npz").parent.glob("statistics-*.npz"))) == processes
-        )
-        found[processes] = PredictionStatistics.load(measured.path("statistics.npz"))
-    assert found[1].num_examples == 24 * VAL
+        stage_on_ranks(processes, "measure", root, timeout=240)
+        path = RunDirectory(root, config).measure.path("statistics.npz")
+        assert len(list(path.parent.glob("statistics-*.npz"))) == processes
+        statistics[processes] = PredictionStatistics.load(path)
+    assert statistics[1].num_examples == 24 * VAL
+    groups = {n: group_classes(each, 6, overlap=2) for n, each in statistics.items()}
     for processes in (2, 3):
-        assert_same(found[processes], found[1], 1e-9)
-        assert group_classes(found[processes], 6, overlap=2) == group_classes(
-            found[1], 6, overlap=2
-        )
+        assert_same(statistics[processes], statistics[1], 1e-9)
+        assert groups[processes] == groups[1]

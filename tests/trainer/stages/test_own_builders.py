@@ -20,15 +20,12 @@ def two_layers(shape, width=20):
 """
 
 
-def test_students_have_a_builder_that_the_generalist_has_not_and_others_grow_from_it(
-    tmp_path, monkeypatch
-):
+def test_students_may_have_a_builder_of_their_own_and_others_start_from_them(tmp_path, monkeypatch):
     (tmp_path / "my_trunks.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     own = {"model": {"name": "my_trunks:two_layers", "options": {"width": 12}}, "steps": 5}
-    base = toy_config(
-        write_toy(tmp_path / "data"), "train.steps=5", "controls.enabled=false"
-    ).dump()
+    data = write_toy(tmp_path / "data")
+    base = toy_config(data, "train.steps=5", "controls.enabled=false").dump()
     base["students"] = {
         "one": {"start": "scratch", **own},
         "many": {"start": "one", "network": "hydra", "head_blocks": 1, **own},
@@ -36,8 +33,8 @@ def test_students_have_a_builder_that_the_generalist_has_not_and_others_grow_fro
     }
     base["ensemble"] = {"kind": "deep", "members": 2}
     run = run_all(tmp_path / "run", load_config(None, [], base))
-    found = json.loads((run.root / "results.json").read_text())["students"]
-    assert set(found) == set(base["students"])
+    rows = json.loads((run.root / "results.json").read_text())["students"]
+    assert set(rows) == set(base["students"])
     grown = load_network(Session(run, ALONE), run.students["many"])
     assert grown(torch.zeros(3, *grown.spec.input.shape)).shape == (2, 3, NUM_CLASSES)
     assert [head.linear.in_features for head in grown.head.heads] == [12, 12]

@@ -1,4 +1,4 @@
-"""The stage `route`: both modes hold the same samples, their size is bounded, a specialist's batch divided exactly."""
+"""The stage `route`: two modes, the same samples; a bounded size; a batch divided exactly."""
 
 import logging
 import math
@@ -40,20 +40,20 @@ def play(run, *names) -> None:
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """{mode: a run up to its specialists}, of groups that overlap."""
-    place = tmp_path_factory.mktemp("runs")
-    found = {mode: prepare(place / mode, data, f"route.mode={mode}") for mode in ("index", "copy")}
-    for run in found.values():
+    root = tmp_path_factory.mktemp("runs")
+    by_mode = {mode: prepare(root / mode, data, f"route.mode={mode}") for mode in ("index", "copy")}
+    for run in by_mode.values():
         play(run, "generalist", "measure", "cluster", "route", "specialist")
-    return found
+    return by_mode
 
 
 def test_both_modes_hold_the_same_samples_of_overlapping_groups(runs):
     groups = read_json(runs["copy"].cluster.path("groups.json"))["members"]
     assert sum(map(len, groups)) > 24
-    for m, members in enumerate(groups):
-        facts = [read_json(run.route.path(f"{m:03d}/routed.json")) for run in runs.values()]
-        assert [each["samples"] for each in facts] == [20 * len(members)] * 2
-        assert [each["mode"] for each in facts] == ["index", "copy"]
+    for m, classes in enumerate(groups):
+        routed = [read_json(run.route.path(f"{m:03d}/routed.json")) for run in runs.values()]
+        assert [each["samples"] for each in routed] == [20 * len(classes)] * 2
+        assert [each["mode"] for each in routed] == ["index", "copy"]
     assert not list(runs["index"].route.path("000").glob("*.tar"))
     assert list(runs["copy"].route.path("000").glob("routed-*.tar"))
 
@@ -61,14 +61,13 @@ def test_both_modes_hold_the_same_samples_of_overlapping_groups(runs):
 def test_the_natural_frequency_gives_the_dustbins_shift(runs):
     groups = read_json(runs["copy"].cluster.path("groups.json"))["members"]
     for run in runs.values():
-        for m, members in enumerate(groups):
-            summary, natural = read_json(run.specialists[m].path("summary.json")), len(members) / 24
-            assert (
-                summary["natural_share"]
-                == read_json(run.route.path(f"{m:03d}/routed.json"))["frequency"]
-                == natural
-            )
-            # S_m fills half the batch instead of its share p of the data: the odds of the rest fall by p / (1 - p).
+        for m, classes in enumerate(groups):
+            natural = len(classes) / 24
+            routed = read_json(run.route.path(f"{m:03d}/routed.json"))
+            summary = read_json(run.specialists[m].path("summary.json"))
+            assert summary["natural_share"] == routed["frequency"] == natural
+            # S_m fills half the batch instead of its share p of the data:
+            # the odds of the rest fall by p / (1 - p).
             assert math.isclose(summary["shift"], math.log((1 - natural) / natural))
 
 
@@ -89,32 +88,33 @@ def test_every_batch_of_a_specialist_is_divided_exactly(runs, mode, fraction, ow
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
         session.config = run.config.model_copy(update={"specialists": schedule})
-        members = groups_of(session).members[1]
+        classes = groups_of(session).members[1]
         with pytest.raises(Enough):
             run_stage(session, run.specialists[1])
     for step in range(25):  # several passes of the group's samples
         batch = streams[0].batch(step)
-        inside = np.isin(batch.labels.numpy(), members)
+        inside = np.isin(batch.labels.numpy(), classes)
         assert inside.sum() == own and len(batch) == 96
         assert (batch.source.numpy() == np.where(inside, 0, 1)).all()
 
 
-def test_the_size_is_told_and_bounded_before_anything_is_written(data, runs, tmp_path, caplog):
+def test_the_size_is_logged_and_bounded_before_anything_is_written(data, runs, tmp_path, caplog):
     run = prepare(tmp_path, data, "route.mode=copy", "route.max_bytes=20000")
-    refusal = r'routing by copy takes \d+ bytes, above route.max_bytes = 20000; route.mode = "index" writes only'
+    refusal = (
+        r"routing by copy takes \d+ bytes, above route.max_bytes = 20000; "
+        r'route.mode = "index" writes only'
+    )
     with caplog.at_level(logging.INFO, "referral"), pytest.raises(UserError, match=refusal):
         play(run, "generalist", "measure", "cluster", "route")
-    said = [
-        record.message for record in caplog.records if "to 3 groups by copy: " in record.message
-    ]
-    assert len(said) == 1 and said[0].endswith(" MiB")
+    messages = [record.message for record in caplog.records]
+    [size] = [message for message in messages if "to 3 groups by copy: " in message]
+    assert size.endswith(" MiB")
     assert not list(run.route.directory.glob("attempts/*/0*"))
 
 
 def test_the_bound_is_no_part_of_a_stages_identity(data, tmp_path):
-    a, b, c = (
-        prepare(tmp_path / name, data, *more)
-        for name, more in (("a", ()), ("b", ("route.max_bytes=9",)), ("c", ("route.mode=copy",)))
-    )
+    a = prepare(tmp_path / "a", data)
+    b = prepare(tmp_path / "b", data, "route.max_bytes=9")
+    c = prepare(tmp_path / "c", data, "route.mode=copy")
     assert a.route.key == b.route.key != c.route.key
     assert [each.key for each in a.specialists] == [each.key for each in b.specialists]

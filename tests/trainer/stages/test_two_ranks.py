@@ -3,12 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
+from ranks import stage_on_ranks, start_stage
 from toy import toy_config, write_toy
 
 from clustering import PredictionStatistics
@@ -29,41 +28,16 @@ def prepare(root, data, *overrides):
     return RunDirectory(root, config)
 
 
-def torchrun(run, ranks, *arguments, wait=True):
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.distributed.torchrun",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "--",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    process = subprocess.Popen(
-        [*command, *arguments, "--run", str(run.root)],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    if wait:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-    return process
-
-
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     """The generalist trained and measured by one rank and by two."""
-    found = {}
+    by_ranks = {}
     for ranks in (1, 2):
         run = prepare(tmp_path_factory.mktemp("runs") / str(ranks), data)
-        torchrun(run, ranks, "generalist")
-        torchrun(run, ranks, "measure")
-        found[ranks] = run
-    return found
+        stage_on_ranks(ranks, "generalist", run.root)
+        stage_on_ranks(ranks, "measure", run.root)
+        by_ranks[ranks] = run
+    return by_ranks
 
 
 def losses(run):
@@ -77,10 +51,9 @@ def test_two_ranks_log_the_losses_of_one(runs):
 
 
 def test_each_val_example_is_measured_once_with_two_ranks(runs):
-    statistics = [
-        PredictionStatistics.load(run.measure.path("statistics.npz")) for run in runs.values()
-    ]
-    predictions = [np.load(run.measure.path("predictions.npz")) for run in runs.values()]
+    measured = [runs[ranks].measure for ranks in (1, 2)]
+    statistics = [PredictionStatistics.load(stage.path("statistics.npz")) for stage in measured]
+    predictions = [np.load(stage.path("predictions.npz")) for stage in measured]
     assert len(predictions[1]["ids"]) == 24 * 12
     np.testing.assert_array_equal(predictions[0]["ids"], predictions[1]["ids"])
     np.testing.assert_array_equal(predictions[0]["labels"], predictions[1]["labels"])
@@ -88,19 +61,16 @@ def test_each_val_example_is_measured_once_with_two_ranks(runs):
 
 
 def test_every_rank_writes_a_log_of_its_own(runs):
-    assert (
-        runs[2].generalist.path("log-0.txt").exists()
-        and runs[2].generalist.path("log-1.txt").exists()
-    )
+    for rank in (0, 1):
+        assert runs[2].generalist.path(f"log-{rank}.txt").exists()
 
 
 def test_kill_9_of_everything_then_the_same_command_ends_with_the_same_weights(data, tmp_path):
     overrides = ("train.steps=1500", "train.log_every=10", "train.checkpoint_every=50")
-    undisturbed, killed = (
-        prepare(tmp_path / name, data, *overrides) for name in ("undisturbed", "killed")
-    )
-    torchrun(undisturbed, 2, "generalist")
-    process = torchrun(killed, 2, "generalist", wait=False)
+    undisturbed = prepare(tmp_path / "undisturbed", data, *overrides)
+    killed = prepare(tmp_path / "killed", data, *overrides)
+    stage_on_ranks(2, "generalist", undisturbed.root)
+    process = start_stage(2, "generalist", killed.root)
     deadline = time.monotonic() + 100
     checkpoints = killed.generalist.directory / "checkpoints"
     while not list(checkpoints.glob("step-*/COMPLETE")) and time.monotonic() < deadline:
@@ -108,23 +78,20 @@ def test_kill_9_of_everything_then_the_same_command_ends_with_the_same_weights(d
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not killed.generalist.is_done, "the run was over before it could be killed"
-    torchrun(killed, 2, "generalist")
+    stage_on_ranks(2, "generalist", killed.root)
     assert len(list((killed.generalist.directory / "attempts").iterdir())) == 2
-    weights = [
-        run.generalist.path("model.safetensors").read_bytes() for run in (undisturbed, killed)
-    ]
-    assert weights[0] == weights[1]
+    weights = [run.generalist.path("model.safetensors") for run in (undisturbed, killed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
     assert losses(undisturbed) == losses(killed)
 
 
 def test_a_users_mistake_is_one_line_and_exit_code_2(data, tmp_path):
     run = prepare(tmp_path / "run", data, "train.batch_size=95")
-    process = torchrun(run, 2, "generalist", wait=False)
+    process = start_stage(2, "generalist", run.root)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert (
-        "error: batch 95 is not divisible by 2 ranks x 1 accumulation steps; try 94 or 96" in output
-    )
+    assert process.returncode == 2, output
+    message = "error: batch 95 is not divisible by 2 ranks x 1 accumulation steps; try 94 or 96"
+    assert message in output
     assert "Traceback" not in output
 
 

@@ -1,15 +1,13 @@
-"""data.damage = skip through the whole method: what is lost is counted once, whoever meets it, and told."""
+"""data.damage = skip through the whole method: every lost sample is counted once and reported."""
 
 import io
 import json
 import logging
-import os
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
 import pytest
+from ranks import stage_on_ranks
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from pipeline.config import UserError, save_config
@@ -21,32 +19,33 @@ from trainer.session import Session
 from trainer.stages import run_stage
 
 
-def spoil(directory, shard: str, keys: set[str]) -> None:
-    """Pictures that are none, under checksums that are right: only decoding finds them."""
-    members = []
+def corrupt(directory, shard: str, keys: set[str]) -> None:
+    """Overwrite pictures' first bytes, under right checksums: only decoding detects it."""
+    pictures, files = {f"{key}.png" for key in keys}, []
     with tarfile.open(directory / shard) as tar:
-        for member in tar:
-            content = tar.extractfile(member).read()
-            if member.name.endswith(".png") and member.name.removesuffix(".png") in keys:
+        for entry in tar:
+            content = tar.extractfile(entry).read()
+            if entry.name in pictures:
                 content = b"no picture" + content[10:]
-            members.append((member, content))
+            files.append((entry, content))
     with tarfile.open(directory / shard, "w") as tar:
-        for member, content in members:
-            tar.addfile(member, io.BytesIO(content))
+        for entry, content in files:
+            tar.addfile(entry, io.BytesIO(content))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Toy shards of which 5 of 480 train, 1 of 288 val and 2 of 144 test pictures cannot be decoded."""
+    """Toy shards with pictures that cannot be decoded: how many, see LOST."""
     directory = write_toy(tmp_path_factory.mktemp("data"), {"train": 20, "val": 12, "test": 6})
-    spoil(directory, "train-000000.tar", {"000001", "000100", "000299"})
-    spoil(directory, "train-000001.tar", {"000300", "000479"})
-    spoil(directory, "val-000000.tar", {"000123"})
-    spoil(directory, "test-000000.tar", {"000000", "000077"})
+    corrupt(directory, "train-000000.tar", {"000001", "000100", "000299"})
+    corrupt(directory, "train-000001.tar", {"000300", "000479"})
+    corrupt(directory, "val-000000.tar", {"000123"})
+    corrupt(directory, "test-000000.tar", {"000000", "000077"})
     index_directory(directory)
     return directory
 
 
+# Of each split: (samples that cannot be decoded, samples).
 LOST = {"train": (5, 480), "val": (1, 288), "test": (2, 144)}
 OVERRIDES = (
     "data.damage=skip",
@@ -64,18 +63,20 @@ def prepare(root, data, *overrides) -> RunDirectory:
     return RunDirectory(root, config)
 
 
-def lost(splits: dict) -> dict:
-    return {
-        name: (sum(n for _, n in split["where"].values()), split["samples"])
-        for name, split in splits.items()
-    }
+def lost_samples(path) -> dict:
+    """What a stage's damage.json says, in the form of LOST."""
+    splits = json.loads(path.read_text())
+
+    def lost(split):
+        return sum(n for _, n in split["where"].values())
+
+    return {name: (lost(split), split["samples"]) for name, split in splits.items()}
 
 
 @pytest.fixture(scope="module", params=["none", pytest.param("decoded", marks=pytest.mark.slow)])
 def finished(request, data, tmp_path_factory):
-    run = prepare(
-        tmp_path_factory.mktemp("run"), data, f"data.cache={request.param}", "route.mode=copy"
-    )
+    root = tmp_path_factory.mktemp("run")
+    run = prepare(root, data, f"data.cache={request.param}", "route.mode=copy")
     logger = logging.getLogger("referral")
     level = logger.level
     logger.setLevel(logging.INFO)  # as start_logging does
@@ -89,47 +90,44 @@ def finished(request, data, tmp_path_factory):
 
 def test_results_and_report_tell_what_every_split_lost(finished):
     results = read_json(finished.report.path("results.json"))
-    found = {name: (facts["lost"], facts["samples"]) for name, facts in results["damage"].items()}
-    assert found == LOST
-    assert results["damage"]["test"]["share"] == 2 / 144
-    assert any(
-        "sample 000077: cannot be decoded" in line for line in results["damage"]["test"]["examples"]
-    )
+    corruption = results["damage"]
+    counts = {name: (split["lost"], split["samples"]) for name, split in corruption.items()}
+    assert counts == LOST
+    assert corruption["test"]["share"] == 2 / 144
+    examples = corruption["test"]["examples"]
+    assert any("sample 000077: cannot be decoded" in line for line in examples)
     page = finished.report.path("report.html").read_text()
     assert "2 of 144 test samples (1.39" in page and "are corrupt and were left out" in page
 
 
-def test_figures_are_of_the_examples_that_could_be_read(finished):
+def test_metrics_are_of_the_examples_that_could_be_read(finished):
     for name in ("generalist", "ensemble", "main"):
         assert read_json(finished.evaluate.path(f"{name}.json"))["row"]["n"] == 6 * NUM_CLASSES - 2
-    with np.load(finished.evaluate.path("ensemble.npz")) as found:
-        assert set(range(144)) - set(found["ids"].tolist()) == {0, 77}
+    with np.load(finished.evaluate.path("ensemble.npz")) as predictions:
+        assert set(range(144)) - set(predictions["ids"].tolist()) == {0, 77}
 
 
 def test_the_log_reports_every_epoch(finished):
     text = finished.generalist.path("log-0.txt").read_text()
     epochs = [line.split(" ", 2)[2] for line in text.splitlines() if "epoch" in line]
-    assert [line.split("samples")[0] for line in epochs] == [
-        f"epoch {e} of train: 5 of 480 " for e in (1, 2, 3)
-    ]
+    expected = [f"epoch {e} of train: 5 of 480 " for e in (1, 2, 3)]
+    assert [line.split("samples")[0] for line in epochs] == expected
     assert "corrupt (1.04%), e.g. " in epochs[0] and ".tar: sample 000" in epochs[0]
 
 
 def test_a_share_above_the_stated_one_stops_the_run(data, tmp_path):
     run = prepare(tmp_path, data, "data.damage_share=0.01", "data.cache=none")
+    message = "5 of 480 samples are corrupt, above data.damage_share = 0.01"
     with process_group(run.config.engine) as ranks:
-        with pytest.raises(
-            UserError, match="5 of 480 samples are corrupt, above data.damage_share = 0.01"
-        ):
+        with pytest.raises(UserError, match=message):
             run_stage(Session(run, ranks), run.generalist)
 
 
 def test_strict_stops_at_the_first(data, tmp_path):
     run = prepare(tmp_path, data, "data.damage=strict", "data.cache=none")
+    message = r'sample 000\d+: cannot be decoded.*data.damage = "skip" leaves such'
     with process_group(run.config.engine) as ranks:
-        with pytest.raises(
-            UserError, match=r'sample 000\d+: cannot be decoded.*data.damage = "skip" leaves such'
-        ):
+        with pytest.raises(UserError, match=message):
             run_stage(Session(run, ranks), run.generalist)
 
 
@@ -137,32 +135,10 @@ def test_strict_stops_at_the_first(data, tmp_path):
 def test_two_ranks_count_each_loss_once(data, tmp_path):
     run = prepare(tmp_path / "run", data, "data.cache=none", "data.workers=1")
     for stage in ("generalist", "measure"):
-        command = [
-            sys.executable,
-            "-m",
-            "trainer.distributed.torchrun",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "--",
-            stage,
-        ]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        }
-        done = subprocess.run(
-            [*command, "--run", str(run.root)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        stage_on_ranks(2, stage, run.root)
     expected = {split: LOST[split] for split in ("train", "val")}
-    assert lost(json.loads(run.generalist.path("damage.json").read_text())) == expected
-    assert lost(json.loads(run.measure.path("damage.json").read_text()))["val"] == LOST["val"]
+    assert lost_samples(run.generalist.path("damage.json")) == expected
+    assert lost_samples(run.measure.path("damage.json"))["val"] == LOST["val"]
     assert run.generalist.path("log-0.txt").read_text().count(": 5 of 480 samples corrupt") == 3
-    with np.load(run.measure.path("predictions.npz")) as found:
-        assert len(found["ids"]) == 287
+    with np.load(run.measure.path("predictions.npz")) as predictions:
+        assert len(predictions["ids"]) == 287
