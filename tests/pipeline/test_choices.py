@@ -1,4 +1,4 @@
-"""What a user can choose by name is one dict each, which the config accepts and the trainer resolves."""
+"""What a user chooses by name is one dict each: the config accepts it, the trainer resolves it."""
 
 import subprocess
 import sys
@@ -43,14 +43,13 @@ def targets():
     yield from (method.objective for method in STUDENT_METHODS.values())
 
 
-@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("target", list(targets()))
 def test_every_choice_names_something_that_can_be_called(target):
     assert callable(resolve(target))
 
 
 def test_reading_the_choices_imports_nothing_heavy():
     program = "import sys, pipeline.choices, pipeline.graph; print(*sys.modules)"
-    modules = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not {"torch", "numpy", "scipy", "sklearn", "PIL"} & set(modules)
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "scipy", "sklearn", "PIL"} & set(ended.stdout.split())

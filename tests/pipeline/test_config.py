@@ -1,3 +1,5 @@
+"""The config: inheritance between sections, files that load back equal, errors of one line."""
+
 import tomllib
 from pathlib import Path
 
@@ -8,18 +10,15 @@ from pipeline.config import Config, Schedule, Student, UserError, load_config, s
 
 
 def test_a_saved_config_loads_back_equal(tmp_path):
-    config = load_config(
-        None, ["seed=3", "train.steps=10", "specialists.epochs=2", "students.main.temperature=4"]
-    )
+    overrides = ["seed=3", "train.steps=10", "specialists.epochs=2", "students.main.temperature=4"]
+    config = load_config(None, overrides)
     save_config(config, tmp_path / "config.toml")
     assert load_config(tmp_path / "config.toml") == config
 
 
 def test_specialists_and_students_inherit_the_training_schedule():
-    config = load_config(
-        None,
-        ["train.steps=10", "train.batch_size=64", "specialists.steps=5", "students.a.epochs=1"],
-    )
+    train = ["train.steps=10", "train.batch_size=64"]
+    config = load_config(None, [*train, "specialists.steps=5", "students.a.epochs=1"])
     assert config.specialists.batch_size == 64 and config.specialists.steps == 5
     assert config.students["a"].epochs == 1 and config.students["a"].steps is None
 
@@ -27,6 +26,9 @@ def test_specialists_and_students_inherit_the_training_schedule():
 def test_control_wall_tries_three_rates_around_the_specialists():
     config = load_config(None, ["specialists.learning_rate=0.003"])
     assert config.controls.learning_rates == pytest.approx([0.001, 0.003, 0.009])
+
+
+COMBINERS = "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture"
 
 
 @pytest.mark.parametrize(
@@ -38,10 +40,7 @@ def test_control_wall_tries_three_rates_around_the_specialists():
         ("train.steps=abc", "train.steps = 'abc'"),
         ("clusters.num_groups=0", "clusters.num_groups = 0"),
         ("specialists.fraction=1.5", "specialists.fraction = 1.5"),
-        (
-            "ensemble.combine=kll",
-            "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture; did you mean kl?",
-        ),
+        ("ensemble.combine=kll", f"{COMBINERS}; did you mean kl?"),
         ("clusters.method=kmean", "did you mean kmeans?"),
         ("model.name=resnett", "did you mean resnet?"),
         ("data.augment=flip", "must be one of none, shift, flip-crop or module:function"),
@@ -54,10 +53,10 @@ def test_control_wall_tries_three_rates_around_the_specialists():
     ],
 )
 def test_a_wrong_key_or_value_is_one_clear_line(override, message):
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         load_config(None, [override])
-    assert message in str(mistake.value)
-    assert "\n" not in str(mistake.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path):
@@ -70,19 +69,17 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 def test_the_documented_config_is_valid_and_names_every_key():
     text = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
-    documented, further = (
-        tomllib.loads(part.split("```")[0]) for part in text.split("```toml\n")[1:]
-    )
+    blocks = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
+    documented, further = map(tomllib.loads, blocks)
     assert load_config(None, [], documented) and load_config(None, [], further)
-    for name, field in Config.model_fields.items():
-        section = Student if name == "students" else field.annotation
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    sections["students"] = Student
+    written = documented | {
+        "students": documented["students"]["main"] | further["students"]["heads"]
+    }
+    inherited = dict.fromkeys(sections, set(Schedule.model_fields)) | {"train": {"epochs"}}
+    for name, section in sections.items():
         if not (isinstance(section, type) and issubclass(section, BaseModel)):
             continue
-        keys = {f.alias or key for key, f in section.model_fields.items()}
-        written = set(
-            [*documented["students"]["main"], *further["students"]["heads"]]
-            if name == "students"
-            else documented[name]
-        )
-        inherited = set(Schedule.model_fields) if name != "train" else {"epochs"}
-        assert keys - inherited <= written, name
+        keys = {field.alias or key for key, field in section.model_fields.items()}
+        assert keys - inherited[name] <= set(written[name]), name

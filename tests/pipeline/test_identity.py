@@ -1,4 +1,4 @@
-"""A stage's key lasts: a key of the config that comes later, at its default, stales no finished run."""
+"""A stage's key lasts: a config key that comes later, at its default, stales no finished run."""
 
 import json
 
