@@ -107,7 +107,7 @@ def _silence(run: RunDirectory, record: JobRecord, stage: Stage) -> str:
     """What makes one doubt that a job of Slurm's runs: nothing that it writes has changed for long."""
     written = max(
         _modified(run.root / record.log),
-        _modified(stage.directory / "metrics.jsonl"),
+        _modified(stage.shown("metrics.jsonl")),
         record.started,
     )
     silent = time.time() - written
@@ -123,7 +123,7 @@ def _modified(path: Path) -> float:
 
 def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None:
     """Step, pace and time to go from the stage's metrics, unless they are older than `since` (an earlier attempt's)."""
-    path = stage.directory / "metrics.jsonl"
+    path = stage.shown("metrics.jsonl")
     rows = [row for row in _last_rows(path) if "loss" in row and row.get("steps")]
     if not rows:
         return

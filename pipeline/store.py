@@ -1,13 +1,12 @@
 """Files of a run directory, a stage's place in it, and attempts at a stage.  No torch here.
 
 A stage's place holds `attempts/ID/` (one for each try), `checkpoints/`, and, once it is done,
-`DONE`. The first attempt that hard-links its DONE into place wins, so two copies of one job
-cannot harm each other.  The winner's files are published by links.
+`DONE`. The first attempt that puts its DONE into place wins, so two copies of one job cannot harm
+each other (`claim`).  The winner's files are published by links, or as copies.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import socket
@@ -17,35 +16,22 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import UserError
+from .files import WINNER, claim, read_json, write_bytes, write_json, write_text
 from .identity import SCHEMA
 from .stages import StageKind
 
+__all__ = [
+    "COMPLETE",
+    "Attempt",
+    "Stage",
+    "complete_checkpoints",
+    "new_attempt_id",
+    "read_json",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: Path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -130,6 +116,14 @@ class Stage:
         assert done is not None, f"{self.place} is not done"
         return self.directory / "attempts" / done["attempt"] / file
 
+    def shown(self, file: str) -> Path:
+        """An attempt's file for who watches: by its link, or the newest one's where links fail."""
+        link = self.directory / file
+        if link.is_symlink():
+            return link
+        files = sorted((self.directory / "attempts").glob(f"*/{file}"))
+        return files[-1] if files else link
+
     def begin(self, attempt: str | None = None) -> Attempt:
         """A new attempt.  Raises UserError if the directory was begun under another config."""
         if self.is_stale:
@@ -152,6 +146,7 @@ class Stage:
 
     def clear(self) -> None:
         """Forget everything of this stage: DONE first, so that no half-cleared stage looks done."""
+        shutil.rmtree(self.directory / WINNER, ignore_errors=True)  # it would bring DONE back
         (self.directory / "DONE").unlink(missing_ok=True)
         if not self.directory.exists():
             return
@@ -177,11 +172,20 @@ class Attempt:
         return path
 
     def publish(self, file: str) -> None:
-        """Link STAGE/file to this attempt's, replacing an earlier attempt's link."""
+        """Link STAGE/file to this attempt's, replacing an earlier attempt's link.
+
+        Where there are no symbolic links (exFAT, many a file share), a file is copied as it is now.
+        """
+        source = self.directory / file
         link = self.stage.directory / file
         link.parent.mkdir(parents=True, exist_ok=True)
         temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
-        os.symlink(os.path.relpath(self.directory / file, link.parent), temporary)
+        try:
+            os.symlink(os.path.relpath(source, link.parent), temporary)
+        except (OSError, NotImplementedError):
+            if not source.is_file():
+                return
+            shutil.copyfile(source, temporary)
         os.replace(temporary, link)
 
     def finish(self, **more) -> bool:
@@ -199,9 +203,9 @@ class Attempt:
             **more,
         }
         write_json(self.directory / "DONE", done)
-        try:
-            os.link(self.directory / "DONE", self.stage.directory / "DONE")
-        except FileExistsError:
+        claim(self.directory / "DONE", self.stage.directory / "DONE")
+        winner = self.stage.done()
+        if winner is None or winner["attempt"] != self.id:
             return False
         for file in sorted(path.name for path in self.directory.iterdir() if path.name != "DONE"):
             self.publish(file)

@@ -1,0 +1,128 @@
+"""Files that appear whole or not at all, and the one of several writers that is first."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from .config import UserError
+
+WINNER = "WINNER"  # in a stage's, where the file system has no hard links: whose DONE it is
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the new one."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def claim(source: Path, target: Path) -> None:
+    """Make `target` the content of `source`, whole and at once, unless there is one already.
+
+    Of several that do so at the same time exactly one is first, and its content stays.  A hard
+    link does it in one call.  Some file systems have none between directories (BeeGFS) or none at
+    all (SMB, exFAT): then a directory that holds the content is renamed into place.  A rename
+    never replaces a directory that holds something, so that one is first there, too.
+    """
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        if _linked(source, target):
+            return
+        write_bytes(beside, source.read_bytes())
+        if not _linked(beside, target):
+            _claim_by_rename(source, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Whether `target` is there now, by this link or another's; False where links are refused."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        pass
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _claim_by_rename(source: Path, target: Path) -> None:
+    """As `claim`.  Whoever comes later finishes what the first has begun, should it have died."""
+    if target.exists():
+        return
+    winner = target.with_name(WINNER)
+    own = target.with_name(f".{WINNER}.{uuid.uuid4().hex[:8]}")
+    own.mkdir()
+    try:
+        write_bytes(own / target.name, source.read_bytes())
+        _rename_if_first(own, winner)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    write_bytes(target, (winner / target.name).read_bytes())
+
+
+def _rename_if_first(own: Path, winner: Path) -> None:
+    """Rename a directory, unless `winner` is there.  Raises the OSError that is no such thing."""
+    try:
+        if winner.is_dir() and not any(winner.iterdir()):
+            winner.rmdir()  # half cleared
+        os.rename(own, winner)
+    except OSError:
+        if not winner.is_dir() or not any(winner.iterdir()):
+            raise
+
+
+def probe(directory: Path) -> None:
+    """Do in `directory` what finishing a stage needs, and leave nothing.
+
+    Raises UserError, in one line, where its file system cannot do it.
+    """
+    place = directory / f".probe.{uuid.uuid4().hex[:8]}"
+    try:
+        try:
+            place.mkdir()
+            write_bytes(place / "first", b"first")
+            write_bytes(place / "second", b"second")
+            write_bytes(place / "second", b"again")
+        except OSError as error:
+            raise _unfit(directory, "write a file and rename it over another", error) from None
+        try:
+            claim(place / "first", place / "DONE")
+            claim(place / "second", place / "DONE")
+            held = (place / "DONE").read_bytes()
+        except OSError as error:
+            raise _unfit(directory, "let one of two writers be first", error) from None
+        if held != b"first":
+            raise _unfit(directory, "let one of two writers be first", None)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _unfit(directory: Path, need: str, error: OSError | None) -> UserError:
+    reason = f": {error.strerror or error}" if error else ""
+    return UserError(
+        f"{directory}: its file system cannot {need}{reason}; finishing a stage needs this, "
+        "so choose --run on another one"
+    )
