@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .absent import group_trained_classes
     from .choices import METHODS
     from .grouping import group_classes, method_inputs
     from .groups import ClassGroups
@@ -24,6 +25,7 @@ _MODULE_OF = {
     "forecast": "judging",
     "forecast_table": "tables",
     "group_classes": "grouping",
+    "group_trained_classes": "absent",
     "method_inputs": "grouping",
 }
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "forecast",
     "forecast_table",
     "group_classes",
+    "group_trained_classes",
     "method_inputs",
 ]
 

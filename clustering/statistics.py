@@ -244,6 +244,26 @@ class PredictionStatistics:
         covariance -= np.outer(mean, mean)
         return covariance
 
+    def restricted(self, classes: NDArray[np.int64]) -> PredictionStatistics:
+        """The same examples' predictions of `classes` alone, which are numbered in their order.
+
+        Masses stay as they were: what went to the other classes is left out.
+        """
+        kept = PredictionStatistics(len(classes), self.top_k)
+        kept.top_k = self.top_k and min(self.top_k, len(classes))
+        kept.num_examples = self.num_examples
+        kept._probability_sum = self._probability_sum[classes]
+        kept._second_moment = None
+        if self._second_moment is not None:
+            kept._second_moment = self._second_moment[np.ix_(classes, classes)]
+        elif self._kept:
+            kept._kept = [_concatenated(self._kept).restricted(classes, self.num_classes)]
+        kept._tail_sum = self._tail_sum
+        kept._expected.add_matrix(self.expected_confusion[classes][:, classes])
+        kept._confusion.add_matrix(self.confusion[classes][:, classes])
+        kept.num_labelled = int(kept.confusion.sum())
+        return kept
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one .npz without pickles; the file appears whole or never.
 
@@ -413,6 +433,15 @@ class _SparseRows(NamedTuple):
     lengths: NDArray[np.int32]
     indices: NDArray[np.int32]
     values: NDArray[np.float32]
+
+    def restricted(self, classes: NDArray[np.int64], num_classes: int) -> _SparseRows:
+        """The same rows without the other classes, whose indices become places in `classes`."""
+        place = np.full(num_classes, -1, np.int32)
+        place[classes] = np.arange(len(classes))
+        inside = place[self.indices] >= 0
+        rows = np.repeat(np.arange(len(self.lengths)), self.lengths)[inside]
+        lengths = np.bincount(rows, minlength=len(self.lengths)).astype(np.int32)
+        return _SparseRows(lengths, place[self.indices[inside]], self.values[inside])
 
 
 def _concatenated(pieces: Sequence[_SparseRows]) -> _SparseRows:

@@ -8,9 +8,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .adoption import Adoption, adopt_weights
     from .builders import builtin_options, declared_options
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
-    from .files import adopt_weights, load_classifier, save_classifier
+    from .files import load_classifier, save_classifier
     from .freezing import freeze_norm, set_trainable
     from .growing import add_classes, match_classes, merge_grown_head, remap_specialist
     from .heads import DustbinHead
@@ -50,9 +51,11 @@ _MODULE_OF = {
     "widen": "widening",
     "save_classifier": "files",
     "load_classifier": "files",
-    "adopt_weights": "files",
+    "Adoption": "adoption",
+    "adopt_weights": "adoption",
 }
 __all__ = [
+    "Adoption",
     "Classifier",
     "DustbinHead",
     "InputSpec",

@@ -1,4 +1,4 @@
-"""The built-in networks by name, and what a builder has to be.  No torch here: the config reads it.
+"""What can be chosen by name, and what a builder has to be.  No torch here: the config reads it.
 
 A builder is a function `builder(shape, **options)` in any module.
 
@@ -21,3 +21,36 @@ NETWORKS: dict[str, str] = {
     "resnet": "networks.builders:resnet",
     "wideresnet": "networks.builders:wideresnet",
 }
+
+# Keys under which checkpoints keep weights.  Of two that a file has, the averaged ones are better.
+AVERAGED = (
+    "state_dict_ema",
+    "ema_state_dict",
+    "model_ema",
+    "ema_model",
+    "model_state_dict_ema",
+    "model_ema_state_dict",
+    "ema",
+    "averaged",
+    "swa_state_dict",
+    "swa_model",
+)
+PLAIN = (
+    "state_dict",
+    "model_state_dict",
+    "model_state",
+    "model",
+    "net",
+    "network",
+    "net_state_dict",
+    "weights",
+    "params",
+    "module",
+    "shadow",
+)
+# Keys, as a pattern, under which they keep what only training needs.
+BESIDE_WEIGHTS = (
+    r"optim\w*|\w*sched\w*|(\w+_)?scaler\w*|amp|(\w+_)?rng(_\w+)?|callbacks|loops|hparams\w*|"
+    r"hyper_parameters|datamodule\w*|best_\w+|epoch\w*|(global_)?steps?|iter\w*|metrics?|meters?|"
+    r"args|config|cfg|opt|random_state|n_averaged|arch"
+)

@@ -99,6 +99,11 @@ class SpecialistMethod:
                 f"clusters.groups_file = {config.groups_file} holds no group; "
                 "at least one is needed"
             )
+        if self.groups_file is None and config.overlap > config.num_groups:
+            raise UserError(
+                f"clusters.overlap = {config.overlap}: with clusters.num_groups = "
+                f"{config.num_groups} a class can be in 1 to {config.num_groups} groups"
+            )
         if num_classes is None:
             return
         if self.groups_file is None:
@@ -113,6 +118,12 @@ class SpecialistMethod:
             raise UserError(
                 f"clusters.groups_file = {self.groups_file}: class index {outside[0]} is out of "
                 f"range; {source} has {num_classes} classes, 0 to {num_classes - 1}"
+            )
+        declared = read_json(self.groups_file).get("num_classes", num_classes)
+        if declared != num_classes:
+            raise UserError(
+                f"clusters.groups_file = {self.groups_file} is for {declared} classes, "
+                f"{source} has {num_classes}; make it anew for these"
             )
 
     @property

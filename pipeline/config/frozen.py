@@ -116,6 +116,7 @@ SCHEMA_1 = {
 
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
+    "generalist": {"weights": None},
     "train": {"loss": "cross_entropy"},
     "specialists": {"loss": "cross_entropy"},
     "students": {"loss": "cross_entropy"},

@@ -95,8 +95,11 @@ class Generalist(Section):
 
     # a run, a directory with model.safetensors and model.json, or a weights file
     init: str = Field(default="", alias="from")
-    # in someone else's weights file: what its last linear layer is called; [model] is the rest
+    # in someone else's weights file: what its last linear layer is called; [model] is the rest.
+    # None, or another number of classes: a fresh head, and [train] goes on from these weights
     head: str | None = None
+    # of a checkpoint with several state dicts the key of one; None: averaged ones, then the others
+    weights: str | None = None
 
 
 class Extend(Section):

@@ -11,24 +11,32 @@ from .validate import validate_classifier
 
 
 def generalist(session: Session, stage: Stage) -> None:
-    """One network learns all classes, on all ranks; one that is given is only validated."""
+    """One network learns all classes, on all ranks; one that is given whole is only validated."""
     schedule = session.config.train
     with session.attempt(stage) as attempt:
         validate = validate_classifier(session)
-        network = given_generalist(session)
-        if network is None:
-            task = generalist_task(session, fresh_network(session), schedule, validate)
-            network, summary = train_network(session, attempt, task)
+        given = given_generalist(session)
+        for note in given.notes if given else []:
+            session.say("%s", note)
+        if given and given.finished:
+            network, summary = given.network, untrained(validate(given.network))
         else:
-            summary = {
-                "seconds": 0.0,
-                "examples_seen": 0,
-                "peak_memory_bytes": 0,
-                "steps": 0,
-                "best_step": 0,
-                "val": validate(network),
-            }
+            start = given.network if given else fresh_network(session)
+            task = generalist_task(session, start, schedule, validate)
+            network, summary = train_network(session, attempt, task)
         save_network(session, attempt, network, summary)
+
+
+def untrained(val: dict[str, float]) -> dict:
+    """summary.json of a network that cost nothing here."""
+    return {
+        "seconds": 0.0,
+        "examples_seen": 0,
+        "peak_memory_bytes": 0,
+        "steps": 0,
+        "best_step": 0,
+        "val": val,
+    }
 
 
 def member(session: Session, stage: Stage, index: int) -> None:

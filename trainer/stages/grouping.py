@@ -19,7 +19,7 @@ from clustering import (
     captured_unlabelled,
     forecast,
     forecast_table,
-    group_classes,
+    group_trained_classes,
     method_inputs,
 )
 from networks import Classifier, lazy_logits
@@ -110,10 +110,22 @@ def cluster(session: Session, stage: Stage) -> None:
         groups.save(attempt.path("groups.json"))
         rows = forecast(groups, statistics)
         least = session.config.clusters.min_gain
-        skipped = [m for m, row in enumerate(rows) if forecast_gain(row) < least]
+        untaught = groups_without_examples(session, groups)
+        skipped = [m for m, row in enumerate(rows) if m in untaught or forecast_gain(row) < least]
         summary = summarise_groups(session, groups, statistics, rows, skipped)
         write_json(attempt.path("summary.json"), summary)
         say_groups(session, groups, summary)
+
+
+def has_examples(session: Session) -> np.ndarray:
+    """Whether a class has training examples, bool [C]."""
+    return session.shards("train").class_counts > 0
+
+
+def groups_without_examples(session: Session, groups: ClassGroups) -> set[int]:
+    """Groups of classes that train has no example of: nothing can be learnt about these."""
+    trained = has_examples(session)
+    return {m for m, classes in enumerate(groups.members) if not trained[classes].any()}
 
 
 def prediction_statistics(session: Session) -> PredictionStatistics:
@@ -137,8 +149,9 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
             if "classifier_rows" in method_inputs(config.method):
                 network = load_network(session, session.run.generalist)
                 rows = network.linear_head.weight.detach().cpu().numpy()
-            groups = group_classes(
+            groups = group_trained_classes(
                 statistics,
+                has_examples(session),
                 config.num_groups,
                 method=config.method,
                 capacity=config.capacity,
@@ -168,6 +181,11 @@ def summarise_groups(
 
     rows: the forecast of each.  Raises UserError if all are skipped.
     """
+    if len(skipped) == len(groups_without_examples(session, groups)) == len(groups):
+        raise UserError(
+            f"clusters.groups_file = {session.config.clusters.groups_file}: train has no example "
+            "of a class in any of its groups, so there is no specialist to train"
+        )
     if len(skipped) == len(groups):
         best = max(forecast_gain(row) for row in rows)
         raise UserError(
@@ -214,7 +232,8 @@ def say_groups(session: Session, groups: ClassGroups, summary: dict) -> None:
     )
     if summary["skipped"]:
         session.say(
-            "%d of %d groups are forecast to gain less than clusters.min_gain = %g: no specialist",
+            "%d of %d groups have no training example or are forecast to gain less than "
+            "clusters.min_gain = %g: no specialist",
             len(summary["skipped"]),
             len(groups),
             session.config.clusters.min_gain,

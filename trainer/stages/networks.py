@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -92,43 +93,61 @@ def read_summary(stage: Stage) -> dict:
     return read_json(stage.path("summary.json"))
 
 
-def given_generalist(session: Session) -> Classifier | None:
-    """The network that [generalist] from names; None where the generalist is trained here.
+@dataclass
+class Given:
+    """A generalist from elsewhere.
+
+    finished: whether it answers already; one with a fresh head is still to be trained.
+    notes: one sentence each, of how it was read.
+    """
+
+    network: Classifier
+    finished: bool = True
+    notes: list[str] = field(default_factory=list)
+
+
+def given_generalist(session: Session) -> Given | None:
+    """The network that [generalist] from names; None where it is trained here from scratch.
 
     It is a run's, one that save_classifier wrote, or a [model] with someone else's weights.
     """
-    source, head = session.config.generalist.init, session.config.generalist.head
+    source = session.config.generalist.init
     if not source:
         return None
     try:
-        if head is not None:
-            network = fresh_network(session)
-            adopt_weights(network, source, head)
-            return network.to(session.ranks.device)
-        network = _saved_network(session, Path(source))
+        if Path(source).is_dir():
+            return Given(_saved_network(session, Path(source)))
+        return _adopted_network(session, source)
     except (OSError, ValueError) as error:
         raise UserError(f"generalist.from = {source}: {error}") from None
-    if network.num_members > 1:
-        raise UserError(
-            f"generalist.from = {source} has {network.num_members} members; a generalist has one"
+
+
+def _adopted_network(session: Session, source: str) -> Given:
+    """[model] with the weights of a file; without the file's head, or with other classes, fresh."""
+    chosen = session.config.generalist
+    network = fresh_network(session)
+    adoption = adopt_weights(network, source, chosen.head, chosen.weights)
+    notes = [f"generalist.from = {source}: {note}" for note in adoption.notes]
+    if not adoption.with_head:
+        notes.append(
+            f"generalist.from = {source}: its trunk and a fresh head of {session.num_classes} rows "
+            "are trained from there, as [train] says"
         )
-    if network.spec.num_classes != session.num_classes:
-        raise UserError(
-            f"generalist.from = {source} knows {network.spec.num_classes} classes, "
-            f"the data has {session.num_classes}"
-        )
-    return network
+    return Given(network.to(session.ranks.device), adoption.with_head, notes)
 
 
 def _saved_network(session: Session, path: Path) -> Classifier:
     """Of a run its generalist, of another directory the network itself."""
     if (path / "generalist").is_dir():
         path = path / "generalist"
-    if path.is_file():
+    network = load_classifier(path, session.ranks.device, builders_of(session.config))
+    if network.num_members > 1:
+        raise ValueError(f"it has {network.num_members} members; a generalist has one")
+    if network.spec.num_classes != session.num_classes:
         raise ValueError(
-            "is a file of weights; say what its last linear layer is called: generalist.head"
+            f"it knows {network.spec.num_classes} classes, the data has {session.num_classes}"
         )
-    return load_classifier(path, session.ranks.device, builders_of(session.config))
+    return network
 
 
 def student_network(session: Session, name: str, student: Student) -> Classifier:

@@ -1,0 +1,237 @@
+"""Put someone else's weights into a network of ours: their names, their head, what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoints import Tensors, first_few, read_checkpoint
+from .classifier import Classifier
+
+COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated; nobody needs it
+
+
+@dataclass
+class Adoption:
+    """What adopt_weights did.
+
+    with_head: whether the head is theirs, too; a fresh one has to be trained.
+    notes: one sentence each, of what is not plain from the file's name.
+    """
+
+    with_head: bool
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """How their names, less a prefix, agree with the trunk's, less one of its own."""
+
+    theirs: str
+    ours: str
+    lacking: list[str]
+    unexpected: list[str]
+
+
+def adopt_weights(
+    classifier: Classifier,
+    path: str | Path,
+    head: str | None = None,
+    weights: str | None = None,
+) -> Adoption:
+    """Put someone else's weights into `classifier`, in place.  Nothing is unpickled into code.
+
+    Every tensor of the file but the head's belongs to the trunk.  Prefixes that all of these share
+    ("module.", "_orig_mod.", "backbone.", ...) are taken off until the names fit, and floating
+    numbers of any size become the network's.
+
+    Parameters
+    ----------
+    classifier : Classifier
+        Its trunk gets their weights.  Its head gets theirs, too, or stays as it is: fresh.
+    path : path
+        A safetensors file, or a state dict that torch.save wrote, alone or in a checkpoint.
+    head : str, optional
+        Name of their linear classifier, say "fc" or "model.fc".  Its rows are the classes, in the
+        order of the label set.  Without a name, or with other rows than classes, the head is fresh.
+    weights : str, optional
+        Of a checkpoint with several state dicts the key of the one that is meant.
+
+    Returns
+    -------
+    Adoption
+
+    Raises
+    ------
+    ValueError
+        Naming the file, where it cannot be read or does not fit; `classifier` is unchanged then.
+    """
+    path = Path(path)
+    checkpoint = read_checkpoint(path, weights)
+    adoption = Adoption(False)
+    if checkpoint.others:
+        others = first_few(list(checkpoint.others))
+        adoption.notes.append(
+            f"took {checkpoint.name}, not {others}; generalist.weights chooses another"
+        )
+    theirs = dict(checkpoint.tensors)
+    adopted: Tensors = {}
+    if head is not None:
+        adopted = _take_head(theirs, head, classifier, path, adoption)
+    trunk = classifier.trunk.state_dict()
+    fit = _best_fit(theirs, trunk)
+    if head is None:
+        fit = _leave_head_out(theirs, fit, adoption)
+    _check(fit, theirs, trunk, path, checkpoint.others)
+    if fit.theirs:
+        adoption.notes.append(f"took the prefix {fit.theirs} off its names")
+    for name, tensor in theirs.items():
+        own = fit.ours + name.removeprefix(fit.theirs)
+        if own in trunk:
+            adopted[f"trunk.{own}"] = tensor
+    result = classifier.load_state_dict(adopted, strict=False)
+    assert not result.unexpected_keys, result
+    return adoption
+
+
+def _take_head(
+    theirs: Tensors, head: str, classifier: Classifier, path: Path, adoption: Adoption
+) -> Tensors:
+    """Take the head's tensors out of `theirs`: those to load, {} where a fresh one has to stand."""
+    name = _name_of_head(theirs, head)
+    if name is None:
+        raise ValueError(f"{path} has no {head}.weight; its linear layers are {heads(theirs)}")
+    parts = {key: theirs.pop(key) for key in list(theirs) if key.startswith(f"{name}.")}
+    own = classifier.linear_head
+    weight, bias = parts.get(f"{name}.weight"), parts.get(f"{name}.bias")
+    if weight is not None and weight.shape == own.weight.shape and weight.is_floating_point():
+        adoption.with_head = True
+        if bias is None:
+            bias = torch.zeros(len(weight))
+        return {"head.weight": weight, "head.bias": bias}
+    shape = list(weight.shape) if weight is not None else "several layers"
+    adoption.notes.append(
+        f"the head is fresh: {name} is {shape}, these classes need {list(own.weight.shape)}"
+    )
+    return {}
+
+
+def _name_of_head(theirs: Mapping[str, Tensor], head: str) -> str | None:
+    """The head's whole name in the file: as it is, or behind a prefix that all tensors share."""
+    for prefix in _shared_prefixes(theirs):
+        for name in (head, prefix + head):
+            if any(key.startswith(f"{name}.") for key in theirs):
+                return name
+    return None
+
+
+def _leave_head_out(theirs: Tensors, fit: _Fit, adoption: Adoption) -> _Fit:
+    """Without a head's name: one linear layer that the trunk has no use for is their head."""
+    extra = {name.rpartition(".")[0] for name in fit.unexpected}
+    if fit.lacking or len(extra) != 1:
+        return fit
+    (name,) = extra
+    weight = theirs.get(f"{name}.weight")
+    surplus = {f"{name}.weight", f"{name}.bias"}
+    if weight is None or weight.dim() != 2 or not set(fit.unexpected) <= surplus:
+        return fit
+    adoption.notes.append(f"the head is fresh: its own, {name} of {len(weight)} rows, is left out")
+    for key in surplus:
+        theirs.pop(key, None)
+    return _Fit(fit.theirs, fit.ours, [], [])
+
+
+def _best_fit(theirs: Mapping[str, Tensor], trunk: Mapping[str, Tensor]) -> _Fit:
+    """Of all prefixes that can be taken off, theirs and ours, those with which most names agree."""
+    fits = [
+        _compare(theirs, trunk, prefix, own)
+        for own in _shared_prefixes(trunk)
+        for prefix in _prefixes(theirs)
+    ]
+    return min(fits, key=lambda fit: (len(fit.lacking), len(fit.unexpected)))
+
+
+def _compare(
+    theirs: Mapping[str, Tensor], trunk: Mapping[str, Tensor], prefix: str, own: str
+) -> _Fit:
+    names = {own + name.removeprefix(prefix): name for name in theirs if name.startswith(prefix)}
+    others = [name for name in theirs if not name.startswith(prefix)]
+    lacking = [name for name in trunk if name not in names and not name.endswith(COUNTER)]
+    surplus = [names[name] for name in names if name not in trunk and not name.endswith(COUNTER)]
+    return _Fit(prefix, own, sorted(lacking), sorted([*surplus, *others]))
+
+
+def _prefixes(theirs: Mapping[str, Tensor]) -> Iterator[str]:
+    """Prefixes that all tensors share; and those of all but one linear layer, their head."""
+    yield from _shared_prefixes(theirs)
+    for name in _linear_layers(theirs):
+        rest = [key for key in theirs if not key.startswith(f"{name}.")]
+        yield from _shared_prefixes(rest)
+
+
+def _shared_prefixes(names: Iterable[str]) -> Iterator[str]:
+    """ "", "module.", "module.net.", ...: as long as every name has the same next part."""
+    names, prefix = list(names), ""
+    yield prefix
+    while names:
+        parts = {name.removeprefix(prefix).partition(".")[0::2] for name in names}
+        firsts = {first for first, _ in parts}
+        if len(firsts) != 1 or any(not rest for _, rest in parts):
+            return
+        prefix += f"{firsts.pop()}."
+        yield prefix
+
+
+def _check(
+    fit: _Fit,
+    theirs: Mapping[str, Tensor],
+    trunk: Mapping[str, Tensor],
+    path: Path,
+    others: tuple[str, ...],
+) -> None:
+    """ValueError unless their names, shapes and kinds of number are the trunk's."""
+    problems = []
+    if fit.lacking:
+        problems.append(f"lacks {first_few(fit.lacking)}")
+    if fit.unexpected:
+        problems.append(f"has unexpected {first_few(fit.unexpected)}")
+    if not problems:
+        problems = _misfits(fit, theirs, trunk)
+    if not problems:
+        return
+    more = f"; it has weights under {first_few(list(others))}, too" if others else ""
+    raise ValueError(
+        f"{path} does not fit the network: {'; '.join(problems)}; "
+        f"its linear layers are {heads(theirs)}{more}"
+    )
+
+
+def _misfits(fit: _Fit, theirs: Mapping[str, Tensor], trunk: Mapping[str, Tensor]) -> list[str]:
+    """What has another shape than the trunk's, or whole numbers in place of fractions."""
+    wrong = []
+    for name, tensor in theirs.items():
+        needed = trunk.get(fit.ours + name.removeprefix(fit.theirs))
+        if needed is None:
+            continue
+        if tensor.shape != needed.shape:
+            wrong.append(f"{name} is {list(tensor.shape)}, not {list(needed.shape)}")
+        elif needed.is_floating_point() and not tensor.is_floating_point():
+            wrong.append(f"{name} is {tensor.dtype}, not floating")
+    return [first_few(wrong)] if wrong else []
+
+
+def heads(tensors: Mapping[str, Tensor]) -> str:
+    """The names of what may be a linear layer, for an error."""
+    return first_few(_linear_layers(tensors)) or "none"
+
+
+def _linear_layers(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(
+        name.removesuffix(".weight")
+        for name, value in tensors.items()
+        if name.endswith(".weight") and value.dim() == 2
+    )

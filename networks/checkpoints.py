@@ -1,0 +1,184 @@
+"""Other people's checkpoint files: the state dict in them, and never a pickle that runs code."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .choices import AVERAGED, BESIDE_WEIGHTS, PLAIN
+
+Tensors = dict[str, Tensor]
+REMEDY = 'say which are meant: generalist.weights = "..."'
+RECIPE = """\
+    import torch, safetensors.torch as st; c = {load}
+    w = c.state_dict() if hasattr(c, "state_dict") else c.get("state_dict", c.get("model", c))
+    st.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, {out!r})"""
+
+
+@dataclass
+class Checkpoint:
+    """tensors: the state dict's.  name: the key that it stands under, "" for the file's top.
+
+    others: keys of further state dicts, which generalist.weights can name.
+    """
+
+    tensors: Tensors
+    name: str = ""
+    others: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
+    """The weights in a file: a safetensors file, or what torch.save wrote of tensors.
+
+    Parameters
+    ----------
+    path : Path
+    weights : str, optional
+        Of several state dicts the one that stands under this key; "a.b" is b under a.  By default
+        averaged weights (`networks.choices.AVERAGED`), where a file has some, then the others'
+        usual names (`PLAIN`).
+
+    Raises
+    ------
+    ValueError
+        Naming the file, where it cannot be read, holds more than tensors, or does not say which of
+        its state dicts is meant.
+    """
+    content = read_safetensors(path) if _is_safetensors(path) else _load_plain(path)
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{path} holds a {kind}, not a state dict: {{name: tensor}} is needed")
+    inside = _state_dicts(content)
+    names = tuple(sorted(inside))
+    if weights is not None:
+        if weights not in inside:
+            listed = ", ".join(names) or "none; it is a state dict itself"
+            raise ValueError(
+                f"{path} has no weights {weights!r}; under keys of their own: {listed}"
+            )
+        return Checkpoint(inside[weights], weights, names)
+    at_top = [value for key, value in content.items() if not is_beside_weights(key)]
+    if any(isinstance(value, Tensor) and (value.dim() or not inside) for value in at_top):
+        return Checkpoint(_tensors_beside(content, inside, path))
+    chosen = _usual(inside, content, path)
+    others = tuple(name for name in names if name != chosen)
+    return Checkpoint(inside[chosen], chosen, others)
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """A safetensors file's tensors.  Raises ValueError where it is none, or cut short."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its head, a length and a JSON object, or by its name."""
+    return _head(path)[8:] == b"{" or path.suffix == ".safetensors"
+
+
+def _is_torch_file(path: Path) -> bool:
+    """Whether its head is a zip's or a pickle's, which torch.save writes."""
+    return _head(path).startswith((b"PK\x03\x04", b"\x80"))
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(9)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _load_plain(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, of programs, which it refuses
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # pickle, zip and torch have a dozen kinds
+        raise ValueError(_refusal(path, str(error))) from None
+
+
+def _refusal(path: Path, message: str) -> str:
+    """Our sentence for what torch says of a file that it does not read as plain tensors."""
+    refused = re.search(r"GLOBAL ([\w.]+)", message)
+    if "TorchScript" in message:
+        held, load = "a TorchScript program", "torch.jit.load({!r}, 'cpu')"
+    elif _is_torch_file(path) and (refused or "Weights only load failed" in message):
+        kind = f" ({refused[1]})" if refused else ""
+        held, load = f"more than tensors{kind}", "torch.load({!r}, 'cpu', weights_only=False)"
+    else:
+        return f"{path}: neither safetensors nor a whole file that torch.save wrote; cut short?"
+    out = str(path.with_suffix(".safetensors"))
+    recipe = RECIPE.format(load=load.format(str(path)), out=out)
+    return (
+        f"{path}: it holds {held}, and reading these can run code, so they are not read; if you "
+        f"trust the file, write its weights to {out} by these three lines, and name that:\n{recipe}"
+    )
+
+
+def _state_dicts(content: Mapping[str, Any], within: str = "") -> dict[str, Tensors]:
+    """Each {name: tensor} below the top of a checkpoint by its dotted key, but for known others."""
+    found: dict[str, Tensors] = {}
+    for key, value in content.items():
+        if not isinstance(value, dict) or is_beside_weights(key):
+            continue
+        tensors = {str(name): each for name, each in value.items() if isinstance(each, Tensor)}
+        if tensors:
+            found[f"{within}{key}"] = tensors
+        else:
+            found |= _state_dicts(value, f"{within}{key}.")
+    return found
+
+
+def _tensors_beside(content: Mapping[str, Any], inside: Mapping[str, Tensors], path: Path):
+    """The tensors of a state dict in which other things stand, too."""
+    if inside:
+        raise ValueError(
+            f"{path} holds tensors at its top and more under {first_few(list(inside))}; {REMEDY}"
+        )
+    return {
+        str(key): value
+        for key, value in content.items()
+        if isinstance(value, Tensor) and not is_beside_weights(key)
+    }
+
+
+def _usual(inside: Mapping[str, Tensors], content: Mapping[str, Any], path: Path) -> str:
+    """The key of the state dict that is meant: averaged weights, the usual names, the only one."""
+    if not inside:
+        listed = first_few([str(key) for key in content]) or "nothing"
+        raise ValueError(f"{path}: not a state dict, {{name: tensor}} is needed; it has {listed}")
+    if len(inside) == 1:
+        return next(iter(inside))
+    strange = [key for key in inside if not set(key.split(".")) <= {*AVERAGED, *PLAIN}]
+    averaged = [key for key in inside if set(key.split(".")) & set(AVERAGED)]
+    candidates = averaged or list(inside)
+    if strange or len(candidates) > 1:
+        raise ValueError(f"{path} has weights under {first_few(list(inside))}; {REMEDY}")
+    return candidates[0]
+
+
+def is_beside_weights(key: object) -> bool:
+    """Whether a checkpoint keeps under this key what training needs and a network does not."""
+    return re.fullmatch(BESIDE_WEIGHTS, str(key)) is not None
+
+
+def first_few(names: list[str]) -> str:
+    """The first three, and how many more."""
+    shown = ", ".join(names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
