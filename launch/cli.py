@@ -58,6 +58,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+WATCH_S = {"local": 1, "slurm": 5}  # between two looks of `status --watch`
 FAKE: list[str] | None = None  # a command that stands for the trainer, in tests
 
 
@@ -206,7 +207,7 @@ def _watch(run: RunDirectory, jobs: list[Job], console: Console) -> None:
             if all(stage.state == "done" for stage in stages):
                 return
             live.update(table(stages, f"{summary(stages)} {doubt}"), refresh=True)
-            time.sleep(5 if journal.runner == "slurm" else 1)
+            time.sleep(WATCH_S[journal.runner])
 
 
 @app.command()
@@ -476,7 +477,9 @@ def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
 def show_submission(run: RunDirectory, jobs: list[Job]) -> None:
     """The sbatch commands, as a script that does the same by hand, and what they submit."""
     journal = slurm.look(run, jobs, read_journal(run.root))
-    size = slurm.max_array_size() if shutil.which("scontrol") else sbatch.MAX_ARRAY_SIZE
+    size = sbatch.MAX_ARRAY_SIZE
+    if shutil.which("scontrol"):
+        size = slurm.max_array_size()
     chosen = slurm.choose(run, jobs, journal)
     print(f"# site file: {slurm.site_file(run.root) or 'none'}")
     print(sbatch.shell_script(run, jobs, chosen, slurm.live(journal), size))
@@ -505,7 +508,9 @@ def _say(text: str, console: Console | None = None) -> None:
 
 def _console() -> Console:
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    if console.is_terminal:
+        return console
+    return Console(width=200)
 
 
 def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:

@@ -79,7 +79,7 @@ QUICK = [
 
 # Options of `referral shards glyphs`: images of each class and split.
 GLYPHS = {"train": "60", "val": "20", "test": "20"}
-QUICK_GLYPHS = {**GLYPHS, "classes": "200"}
+QUICK_GLYPHS = {"classes": "200"}
 
 
 def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Config:
@@ -122,7 +122,10 @@ def has_glyphs(root: Path, seed: int, quick: bool) -> bool:
 
 
 def glyph_options(seed: int, quick: bool) -> dict[str, str]:
-    return {"seed": str(seed), **(QUICK_GLYPHS if quick else GLYPHS)}
+    options = {"seed": str(seed), **GLYPHS}
+    if quick:
+        options |= QUICK_GLYPHS
+    return options
 
 
 def make_glyphs(root: Path, seed: int, quick: bool, trainer: list[str] | None = None) -> None:

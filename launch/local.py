@@ -219,8 +219,10 @@ class Pool:
             reason="",
             reached=reached(job),
         )
-        which = f" (attempt {attempts})" if attempts > 1 else ""
-        self.display.event(f"{job.name} started{which}")
+        event = f"{job.name} started"
+        if attempts > 1:
+            event += f" (attempt {attempts})"
+        self.display.event(event)
 
     def _spawn(self, job: Job, log: Path, slots: list[int]) -> tuple[subprocess.Popen, int]:
         """The process of a job, and where in the log its output begins."""

@@ -92,12 +92,15 @@ def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
 def absolute(config: Config) -> Config:
     """The config with its paths made absolute: a run may be looked at and resumed from anywhere."""
     data = config.data
-    splits = {name: _absolute_pattern(getattr(data, name)) for name in (*SPLITS, "transfer", "ood")}
-    manifest = _absolute_pattern(data.manifest) if data.manifest else data.manifest
+    patterns = [*SPLITS, "transfer", "ood"]
+    if data.manifest:
+        patterns.append("manifest")
     students = {name: _with_absolute_teacher(each) for name, each in config.students.items()}
     return config.model_copy(
         update={
-            "data": data.model_copy(update={**splits, "manifest": manifest}),
+            "data": data.model_copy(
+                update={name: _absolute_pattern(getattr(data, name)) for name in patterns}
+            ),
             "clusters": _with_absolute(config.clusters, "groups_file"),
             "generalist": _with_absolute(config.generalist, "init"),
             "extend": _with_absolute(config.extend, "run"),
@@ -272,8 +275,8 @@ def _why_stale(run: RunDirectory, stale: list[Stage]) -> str:
         return "\n".join(["with another config:", *lines])
     if any(stage.is_older for stage in stale):
         keys = unknown_to(run.root / "config.toml", run.config)
-        known = f"; it has no {', '.join(keys)}" if keys else ""
-        return f"by an older version of referral, whose results can still be read{known}"
+        reason = "by an older version of referral, whose results can still be read"
+        return f"{reason}; it has no {', '.join(keys)}" if keys else reason
     return "with other data, other groups or another version of referral"
 
 
@@ -287,8 +290,12 @@ def changed_keys(old: Config, new: Config) -> list[tuple[str, object, object]]:
 
 
 def _short(value) -> str:
-    text = "not set" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if value is None:
+        return "not set"
+    text = json.dumps(value)
+    if len(text) <= 60:
+        return text
+    return f"{text[:57]}..."
 
 
 # environment.json
@@ -332,7 +339,8 @@ def _commit() -> str | None:
         return None
     if head.returncode != 0:
         return None
-    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+    mark = "+" if changes.stdout.strip() else ""
+    return f"{head.stdout.strip()}{mark}"
 
 
 def _git(*words: str) -> subprocess.CompletedProcess[str]:

@@ -125,7 +125,9 @@ def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Bat
     """
     all_packs = packs(run)
     job_of = {job.stages[0].address: job for job in jobs}  # by its first specialist
-    name = "specialists" if run.config.specialists.per_job == 1 else "specialists-pack"
+    name = "specialists"
+    if run.config.specialists.per_job > 1:
+        name = "specialists-pack"
     starts = range(0, len(all_packs), max_array_size)
     limit = None
     if run.config.slurm.throttle:
@@ -178,7 +180,8 @@ def ranges(numbers: Sequence[int]) -> str:
             spans[-1][1] = number
         else:
             spans.append([number, number])
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
+    words = ["-".join(dict.fromkeys(map(str, span))) for span in spans]  # 7-7 is 7
+    return ",".join(words)
 
 
 def dependency(
