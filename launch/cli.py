@@ -1,4 +1,7 @@
-"""The command line `referral`.  Exit codes: 0 done, 1 a job failed, 2 a mistake of the user's, 130 interrupted."""
+"""The command line `referral`.
+
+Exit codes: 0 done, 1 a job failed, 2 an error of the user's, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ from .journal import Journal, read_journal
 from .local import (
     INTERRUPTED,
     TRAINER,
-    USERS_MISTAKE,
+    USER_ERROR,
     Pool,
     locked,
     stop_launcher,
@@ -48,11 +51,14 @@ from .results import comparison_table, show_results
 from .status import failures, statuses, summary, table
 
 app = typer.Typer(
-    help="A generalist, specialists for the classes that it confuses, one distribution, one student.",
+    help=(
+        "A generalist, specialists for the classes that it confuses, one distribution, one student."
+    ),
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+WATCH_S = {"local": 1, "slurm": 5}  # between two looks of `status --watch`
 FAKE: list[str] | None = None  # a command that stands for the trainer, in tests
 
 
@@ -81,9 +87,36 @@ DryOption = Annotated[
 OnOption = Annotated[Runner, typer.Option("--on", help="Where the jobs run.")]
 ConfigArgument = Annotated[
     Path | None,
-    typer.Argument(metavar="CONFIG.toml", help="The config; without one, that of the run itself."),
+    typer.Argument(metavar="CONFIG.toml", help="The config. By default the run's own."),
 ]
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of the data and of all training.")]
+QuickOption = Annotated[
+    bool, typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps.")
+]
+WatchOption = Annotated[
+    bool, typer.Option("--watch", help="Look again every second, until all is done.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+RunsArgument = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")]
+MetricOption = Annotated[
+    str, typer.Option("--metric", metavar="NAME,...", help="Which metrics: top1,nll,...")
+]
+ByOption = Annotated[
+    str,
+    typer.Option("--by", metavar="KEY,...", help="The config keys that tell variants apart."),
+]
+VersusOption = Annotated[
+    str | None,
+    typer.Option("--versus", metavar="ROW", help="Differences to this row in the same run."),
+]
+JsonFileOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write all of it, each run's metrics too."),
+]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")
+]
 
 
 @app.command()
@@ -95,7 +128,7 @@ def run(
     force: ForceOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
-    """Start a run, or go on with it: what is done is not done again."""
+    """Start or resume a run: what is done is not done again."""
     return start(_config(config, run, set), run, on, force, dry_run)
 
 
@@ -107,32 +140,28 @@ def prepare(
     set: SetOption = [],  # noqa: B006
 ) -> int:
     """Check the config and lay out the run's directory; start nothing."""
-    found, stale = check(_config(config, run, set), run, force)
-    code = check_by_trainer(found.config, this_machine(found.config).ranks)
+    checked, stale = check(_config(config, run, set), run, force)
+    ranks = this_machine(checked.config).ranks
+    code = check_by_trainer(checked.config, ranks)
     if code:
         return code
     with locked(run):
-        lay_out(found, plan(found, this_machine(found.config).ranks), stale)
-    _console().print(
-        Text(f"{run} is ready: referral run --run {shlex.quote(str(run))}"), soft_wrap=True
-    )
+        lay_out(checked, plan(checked, ranks), stale)
+    _say(f"{run} is ready: referral run --run {shlex.quote(str(run))}")
     return 0
 
 
 @app.command()
 def demo(
     run: RunOption = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Of the data and of all training.")] = 0,
-    quick: Annotated[
-        bool,
-        typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps."),
-    ] = False,
+    seed: SeedOption = 0,
+    quick: QuickOption = False,
     force: ForceOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
-    """The whole job on glyph images that it renders itself."""
+    """The whole method on glyph images that it renders itself."""
     config = demos.demo_config(run, seed, quick, set)
-    _console().print(Text(demos.announcement(run, quick)), soft_wrap=True)
+    _say(demos.announcement(run, quick))
     check_place(run, beside=("data",))
     if not demos.has_glyphs(run, seed, quick):
         with locked(run):
@@ -141,140 +170,130 @@ def demo(
 
 
 @app.command()
-def status(
-    directory: DirArgument,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Look again every second, until all is done.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> int:
+def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOption = False) -> int:
     """Every stage: waiting, running, done, failed."""
-    found = open_run(directory)
-    jobs, console = plan(found), _console()
-    journal, doubt = current_journal(found, jobs)
-    stages = statuses(found, jobs, journal)
+    run = open_run(directory)
+    jobs, console = plan(run), _console()
+    if watch and not as_json and console.is_terminal:
+        _watch(run, jobs, console)
+    journal, doubt = current_journal(run, jobs)
+    stages = statuses(run, jobs, journal)
     if as_json:
-        rows = [asdict(stage) for stage in stages]
-        print(
-            json.dumps(
-                {"run": str(found.root), "runner": journal.runner, "doubt": doubt, "stages": rows},
-                indent=2,
-            )
-        )
+        content = {
+            "run": str(run.root),
+            "runner": journal.runner,
+            "doubt": doubt,
+            "stages": [asdict(stage) for stage in stages],
+        }
+        print(json.dumps(content, indent=2))
         return 0
-    if watch and console.is_terminal:
-        with Live(console=console, auto_refresh=False) as live:
-            while not all(stage.state == "done" for stage in stages):
-                live.update(table(stages, f"{summary(stages)} {doubt}"), refresh=True)
-                time.sleep(5 if journal.runner == "slurm" else 1)
-                journal, doubt = current_journal(found, jobs)
-                stages = statuses(found, jobs, journal)
     console.print(Text(summary(stages)))
     if doubt:
-        console.print(Text(doubt), soft_wrap=True)
+        _say(doubt, console)
     console.print(table(stages))
     if journal.jobs:
-        console.print(Text(f"logs: {found.root / 'logs'}"), soft_wrap=True)
-    for line in failures(found, stages, journal):
-        console.print(Text(line), soft_wrap=True)
+        _say(f"logs: {run.root / 'logs'}", console)
+    for line in failures(run, stages, journal):
+        _say(line, console)
     return 0
+
+
+def _watch(run: RunDirectory, jobs: list[Job], console: Console) -> None:
+    """Show the stages until all are done."""
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            journal, doubt = current_journal(run, jobs)
+            stages = statuses(run, jobs, journal)
+            if all(stage.state == "done" for stage in stages):
+                return
+            live.update(table(stages, f"{summary(stages)} {doubt}"), refresh=True)
+            time.sleep(WATCH_S[journal.runner])
 
 
 @app.command()
 def cancel(directory: DirArgument) -> int:
-    """Stop a run; what it has is kept, and `retry` goes on with it."""
-    found = open_run(directory)
-    journal = read_journal(found.root)
-    if journal.runner == "slurm":
-        with locked(found.root):
-            stopped = slurm.cancel(found, slurm.look(found, plan(found), journal))
-        said = f"cancelled {len(stopped)} jobs" if stopped else "no job is queued"
+    """Stop a run; what it has is kept, and `retry` resumes it."""
+    run = open_run(directory)
+    if read_journal(run.root).runner == "slurm":
+        outcome = _cancel_in_slurm(run)
+    elif stop_launcher(run.root):
+        outcome = "stopped"
     else:
-        said = "stopped" if stop_launcher(found.root) else "nothing is running"
-    _console().print(Text(f"{directory}: {said}"), soft_wrap=True)
+        outcome = "nothing is running"
+    _say(f"{directory}: {outcome}")
     return 0
+
+
+def _cancel_in_slurm(run: RunDirectory) -> str:
+    journal = read_journal(run.root)
+    with locked(run.root):
+        cancelled = slurm.cancel(run, slurm.look(run, plan(run), journal))
+    if not cancelled:
+        return "no job is queued"
+    return f"cancelled {len(cancelled)} jobs"
 
 
 @app.command()
 def retry(directory: DirArgument) -> int:
-    """Run again what failed, was cancelled or got lost, and what stands behind it, where it ran before."""
-    found = open_run(directory)
-    return start(found.config, directory, Runner(read_journal(directory).runner), force=False)
+    """Run again what failed, was cancelled or got lost, and what needs it, where it ran before."""
+    run = open_run(directory)
+    return start(run.config, directory, Runner(read_journal(directory).runner), force=False)
 
 
 @app.command()
 def report(directory: DirArgument) -> int:
     """Write results.json and report.html of an evaluated run anew."""
-    found = open_run(directory)
-    if not (found.evaluate.is_done or found.evaluate.is_older):
+    run = open_run(directory)
+    if not (run.evaluate.is_done or run.evaluate.is_older):
         raise UserError(
             f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}"
         )
-    job = plan(found)[-1]
-    with locked(found.root):
-        found.report.clear()
-        code = subprocess.run(
-            trainer_command(job, found, [found.report], FAKE or TRAINER)
-        ).returncode
+    (job,) = [job for job in plan(run) if run.report in job.stages]
+    command = trainer_command(job, run, [run.report], FAKE or TRAINER)
+    with locked(run.root):
+        run.report.clear()
+        code = subprocess.run(command).returncode
     if code == 0:
-        show_results(found, _console())
+        show_results(run, _console())
     return code
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")],
-    metric: Annotated[
-        str, typer.Option("--metric", metavar="NAME,...", help="Which figures: top1,nll,...")
-    ] = "",
-    by: Annotated[
-        str,
-        typer.Option(
-            "--by", metavar="KEY,...", help="Tell variants apart by these config keys alone."
-        ),
-    ] = "",
-    versus: Annotated[
-        str | None,
-        typer.Option(
-            "--versus", metavar="ROW", help="Every figure less that of this row in the same run."
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", metavar="FILE", help="Also write all of it, each run's figures too."
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", metavar="FILE.png", help="Also draw it.")
-    ] = None,
+    runs: RunsArgument,
+    metric: MetricOption = "",
+    by: ByOption = "",
+    versus: VersusOption = None,
+    json_file: JsonFileOption = None,
+    plot: PlotOption = None,
 ) -> int:
-    """Mean and sample deviation over runs: other seeds are repetitions, other configs variants side by side."""
-    found = comparing.compare(
-        comparing.read_runs(runs), comparing.words(metric), comparing.words(by), versus
-    )
+    """Mean and sample deviation over runs.
+
+    Other seeds are repetitions, other configs are variants side by side.
+    """
+    finished = comparing.read_runs(runs)
+    metrics, keys = comparing.words(metric), comparing.words(by)
+    comparison = comparing.compare(finished, metrics, keys, versus)
     console = _console()
-    for line in comparing.sentences(found):
-        console.print(Text(line), soft_wrap=True)
-    console.print(comparison_table(found))
+    for line in comparing.sentences(comparison):
+        _say(line, console)
+    console.print(comparison_table(comparison))
     if json_file is not None:
         try:
-            write_json(json_file, found)
-        except OSError as mistake:
-            raise UserError(f"--json {json_file}: cannot be written: {mistake.strerror}") from None
+            write_json(json_file, comparison)
+        except OSError as error:
+            raise UserError(f"--json {json_file}: cannot be written: {error.strerror}") from None
     if plot is None:
         return 0
-    options = [
-        f"--metric={metric}",
-        f"--by={by}",
-        *([f"--versus={versus}"] if versus is not None else []),
-    ]
-    command = [*(FAKE or TRAINER), "compare", *map(str, runs), "--plot", str(plot), *options]
+    options = ["--plot", str(plot), f"--metric={metric}", f"--by={by}"]
+    if versus is not None:
+        options.append(f"--versus={versus}")
+    command = [*(FAKE or TRAINER), "compare", *map(str, runs), *options]
     return subprocess.run(command).returncode
 
 
 def _pass_on(name: str, text: str) -> None:
-    """A command whose work needs torch: its arguments go to `python -m trainer NAME` as they are."""
+    """A command that needs torch: `python -m trainer NAME` gets its arguments as they are."""
 
     @app.command(
         name,
@@ -288,7 +307,7 @@ def _pass_on(name: str, text: str) -> None:
 
 _pass_on(
     "shards",
-    "Make, convert and check shards: glyphs | folder | arrays | from-webdataset | index | validate.",
+    "Make or check shards: glyphs | folder | arrays | from-webdataset | index | validate.",
 )
 _pass_on("export", "Write the ensemble or a student as one bundle.")
 _pass_on("predict", "Classify files with a finished run.")
@@ -307,114 +326,143 @@ def start(
     beside: tuple[str, ...] = (),
 ) -> int:
     """Check, lay out, run what is not done, and print the results."""
-    found, stale = check(config, root, force, beside)
-    machine = this_machine(found.config) if on is Runner.local else None
-    jobs, console = (
-        plan(found, machine.ranks if machine else sbatch.ranks(found.config)),
-        _console(),
-    )
+    run, stale = check(config, root, force, beside)
+    if on is Runner.slurm:
+        return start_on_slurm(run, stale, dry_run)
+    return start_here(run, stale, dry_run)
+
+
+def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
+    machine, console = this_machine(run.config), _console()
+    jobs = plan(run, machine.ranks)
     if dry_run:
-        if machine:
-            show_plan(found, jobs, stale, console)
-        else:
-            show_submission(found, jobs)
+        show_plan(run, jobs, stale, console)
         return 0
-    if machine is None:
-        slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
-    code = 0
-    if stale or not (found.root / "config.toml").exists():
-        code = check_by_trainer(found.config, jobs[0].processes, on)
-        if code:
-            return code
+    code = _check_new(run, jobs, stale, Runner.local)
+    if code:
+        return code
     if not all(job.is_done for job in jobs):
-        with locked(found.root):
-            if machine is None:
-                return hand_over(found, jobs, stale, console)
-            refuse_while_queued(found, jobs)
-            lay_out(found, jobs, stale)
-            save_environment(found.root)
+        with locked(run.root):
+            refuse_while_queued(run, jobs)
+            lay_out(run, jobs, stale)
+            save_environment(run.root)
             with Display(console) as display:
-                code = Pool(found, jobs, machine, display, FAKE).execute()
-    if found.report.is_done:
-        show_results(found, console)
+                code = Pool(run, jobs, machine, display, FAKE).execute()
+    if run.report.is_done:
+        show_results(run, console)
     return code
 
 
-def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> int:
+def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
+    jobs = plan(run, sbatch.ranks(run.config))
+    if dry_run:
+        show_submission(run, jobs)
+        return 0
+    slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
+    code = _check_new(run, jobs, stale, Runner.slurm)
+    if code:
+        return code
+    console = _console()
+    if all(job.is_done for job in jobs):
+        show_results(run, console)
+        return 0
+    with locked(run.root):
+        hand_over(run, jobs, stale, console)
+    return 0
+
+
+def _check_new(run: RunDirectory, jobs: list[Job], stale: list[Stage], on: Runner) -> int:
+    """`check_by_trainer` of a run that is new or changed."""
+    if not stale and (run.root / "config.toml").exists():
+        return 0
+    return check_by_trainer(run.config, jobs[0].processes, on)
+
+
+def check_by_trainer(config: Config, processes: int, on: Runner = Runner.local) -> int:
+    """What only torch and a look into the shards can find wrong, before anything is written.
+
+    The trainer prints it.  Returns its exit code.  A login node without torch leaves the check to
+    the first job, and one without a GPU says nothing against those of Slurm.
+    """
+    if importlib.util.find_spec("torch") is None:
+        return 0
+    if on is Runner.slurm:
+        engine = config.engine.model_copy(update={"device": "auto"})
+        config = config.model_copy(update={"engine": engine})
+    command = [*(FAKE or TRAINER), "check", "--processes", str(processes)]
+    text = tomli_w.dumps(config.dump())
+    return subprocess.run(tethered(command), input=text, text=True).returncode
+
+
+def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:
     """Submit to Slurm what is neither done nor queued."""
     began = time.monotonic()
-    journal = slurm.settle(
-        run, jobs, read_journal(run.root), lambda text: console.print(Text(text), soft_wrap=True)
-    )
-    if stale and (queued := slurm.live(journal)):
+    journal = read_journal(run.root)
+    journal = slurm.settle(run, jobs, journal, lambda text: _say(text, console))
+    queued = slurm.live(journal)
+    if stale and queued:
         raise UserError(
-            f"{run.root}: stages would be redone while {len(queued)} jobs of their old config are queued; first: "
-            f"referral cancel {shlex.quote(str(run.root))}"
+            f"{run.root}: stages would be redone while {len(queued)} jobs of their old config are "
+            f"queued; first: referral cancel {shlex.quote(str(run.root))}"
         )
     lay_out(run, jobs, stale)
     save_environment(run.root)
     submitted = slurm.submit(run, jobs, journal)
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("job", "id", "waits for"):
-        rows.add_column(column, overflow="fold", no_wrap=column != "waits for")
+    watch = f"referral status {shlex.quote(str(run.root))} --watch"
+    if not submitted:
+        console.print(Text("every job that is left is queued already"))
+        _say(watch, console)
+        return
+    rows = _table({"job": False, "id": False, "waits for": True})
     for batch, number in submitted:
-        name = batch.name + (f" x {len(batch.jobs)}" if batch.places is not None else "")
+        name = batch.name
+        if batch.elements is not None:
+            name += f" x {len(batch.jobs)}"
         rows.add_row(Text(name), number, Text(_shortened(batch.waits_for)))
-    console.print(rows if submitted else Text("every job that is left is queued already"))
-    said = (
-        f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; " if submitted else ""
-    )
-    console.print(
-        Text(f"{said}referral status {shlex.quote(str(run.root))} --watch"), soft_wrap=True
-    )
-    return 0
+    console.print(rows)
+    _say(f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; {watch}", console)
 
 
 def refuse_while_queued(run: RunDirectory, jobs: list[Job]) -> None:
     """Raises UserError if jobs of this run wait or run in Slurm."""
     journal = read_journal(run.root)
-    if journal.runner == "slurm" and (queued := slurm.live(slurm.look(run, jobs, journal))):
+    if journal.runner != "slurm":
+        return
+    queued = slurm.live(slurm.look(run, jobs, journal))
+    if queued:
         raise UserError(
-            f"{run.root} has {len(queued)} jobs in Slurm ({_shortened(list(queued.values()))}); to run it here, first: "
-            f"referral cancel {shlex.quote(str(run.root))}"
+            f"{run.root} has {len(queued)} jobs in Slurm ({_shortened(list(queued.values()))}); "
+            f"to run it here, first: referral cancel {shlex.quote(str(run.root))}"
         )
 
 
 def current_journal(run: RunDirectory, jobs: list[Job]) -> tuple[Journal, str]:
-    """The last launch's journal, brought up to date by Slurm; and why that could not be done, where it could not."""
+    """The last launch's journal, brought up to date by Slurm, and a doubt.
+
+    The doubt says why Slurm did not bring it up to date; it is empty where there is none.
+    """
     journal = read_journal(run.root)
     if journal.runner != "slurm":
         return journal, ""
     try:
         return slurm.look(run, jobs, journal), ""
-    except UserError as mistake:
-        return journal, f"only what the run directory says, for Slurm does not answer: {mistake}"
+    except UserError as error:
+        return journal, f"only what the run directory says, for Slurm does not answer: {error}"
 
 
-def check_by_trainer(config: Config, processes: int, on: Runner = Runner.local) -> int:
-    """What only torch and a look into the shards can find wrong, before anything is written.  The trainer says what.
-
-    A login node without torch leaves it to the first job, and one without a GPU says nothing against those of Slurm.
-    """
-    if importlib.util.find_spec("torch") is None:
-        return 0
-    if on is Runner.slurm:
-        config = config.model_copy(
-            update={"engine": config.engine.model_copy(update={"device": "auto"})}
-        )
-    command = [*(FAKE or TRAINER), "check", "--processes", str(processes)]
-    return subprocess.run(
-        tethered(command), input=tomli_w.dumps(config.dump()), text=True
-    ).returncode
+# What is printed
 
 
 def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:
     """The jobs, and below them the command that each would run now, longest chain first."""
     redone = {stage.place for stage in stale}
-    left = {job.name: [s for s in job.stages if not s.is_done or s.place in redone] for job in jobs}
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("job", "stages", "processes", "waits for", "state"):
-        rows.add_column(column, overflow="fold", no_wrap=column == "job")
+    left = {
+        job.name: [stage for stage in job.stages if not stage.is_done or stage.place in redone]
+        for job in jobs
+    }
+    rows = _table(
+        {"job": False, "stages": True, "processes": True, "waits for": True, "state": True}
+    )
     for job in jobs:
         stages = _shortened([stage.place for stage in job.stages])
         state = "to run" if left[job.name] else "done"
@@ -423,24 +471,46 @@ def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
     console.print(rows)
     for job in sorted(jobs, key=lambda job: -job.chain):
         if left[job.name]:
-            console.print(
-                Text(shlex.join(trainer_command(job, run, left[job.name], FAKE))), soft_wrap=True
-            )
+            _say(shlex.join(trainer_command(job, run, left[job.name], FAKE)), console)
 
 
 def show_submission(run: RunDirectory, jobs: list[Job]) -> None:
     """The sbatch commands, as a script that does the same by hand, and what they submit."""
     journal = slurm.look(run, jobs, read_journal(run.root))
-    size = slurm.max_array_size() if shutil.which("scontrol") else sbatch.MAX_ARRAY_SIZE
+    size = sbatch.MAX_ARRAY_SIZE
+    if shutil.which("scontrol"):
+        size = slurm.max_array_size()
     chosen = slurm.choose(run, jobs, journal)
     print(f"# site file: {slurm.site_file(run.root) or 'none'}")
     print(sbatch.shell_script(run, jobs, chosen, slurm.live(journal), size))
     print(f"\n# {sbatch.SCRIPT}:\n{sbatch.SCRIPT.read_text()}", end="")
 
 
+def _table(columns: dict[str, bool]) -> Table:
+    """A table whose columns are wrapped where they say True."""
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for column, wraps in columns.items():
+        rows.add_column(column, overflow="fold", no_wrap=not wraps)
+    return rows
+
+
 def _shortened(names: Sequence[str], most: int = 4) -> str:
-    listed = ", ".join(names[:most])
-    return listed + (f" and {len(names) - most} more" if len(names) > most else "")
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
+
+
+def _say(text: str, console: Console | None = None) -> None:
+    """One line, however long."""
+    (console or _console()).print(Text(text), soft_wrap=True)
+
+
+def _console() -> Console:
+    console = Console()
+    if console.is_terminal:
+        return console
+    return Console(width=200)
 
 
 def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
@@ -449,27 +519,23 @@ def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
     return load_config(path or root / "config.toml", overrides)
 
 
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
-
-
 def main() -> int:
     try:
         return app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
-    except UserError as mistake:
-        _complain(str(mistake))
-        return USERS_MISTAKE
+    except UserError as error:
+        _print_error(str(error))
+        return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception as mistake:
-        if not hasattr(mistake, "format_message"):  # how typer's usage errors are told from ours
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:  # only typer's usage errors have it
             raise
-        _complain(mistake.format_message())
-        return USERS_MISTAKE
+        _print_error(format_message())
+        return USER_ERROR
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
 
 

@@ -11,8 +11,10 @@ from pipeline.store import read_json, write_json
 
 from .local import TRAINER, tethered
 
-# A network so small, and trained until more training no longer helps: the regime in which specialists pay
-# (docs/demo.md).
+SPLITS = ("train", "val", "test")
+
+# A network so small, and trained until more training no longer helps: the regime in which
+# specialists pay (docs/demo.md).
 DEMO = """
 [data]
 mean = [0.157]
@@ -75,57 +77,64 @@ QUICK = [
     "students.wide.steps=100",
 ]
 
-GLYPHS = {
-    "train": "60",
-    "val": "20",
-    "test": "20",
-}  # images per class and split: options of `referral shards glyphs`
-QUICK_GLYPHS = {"classes": "200", "train": "60", "val": "20", "test": "20"}
+# Options of `referral shards glyphs`: images of each class and split.
+GLYPHS = {"train": "60", "val": "20", "test": "20"}
+QUICK_GLYPHS = {"classes": "200"}
 
 
 def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Config:
     """The demo's config with its data in RUN/data."""
     base = tomllib.loads(DEMO)
     base["seed"] = seed
-    base["data"] |= {split: str(root / "data") for split in ("train", "val", "test")}
-    return load_config(None, [*(QUICK if quick else []), *overrides], base)
+    base["data"] |= {split: str(root / "data") for split in SPLITS}
+    if quick:
+        overrides = [*QUICK, *overrides]
+    return load_config(None, overrides, base)
 
 
 def announcement(root: Path, quick: bool) -> str:
     if quick:
         return (
-            f"{root}: only a look at every stage, about a minute on 2 cores; fewer classes and steps than the demo, "
-            f"so its figures mean little"
+            f"{root}: only a look at every stage, about a minute on 2 cores; "
+            "fewer classes and steps than the demo, so its metrics mean little"
         )
     return (
-        f"{root}: renders glyphs, trains a generalist, a specialist for each group of classes that it confuses, "
-        f"controls and students; about 6 minutes on 2 cores"
+        f"{root}: renders glyphs, trains a generalist, a specialist for each group of classes that "
+        "it confuses, controls and students; about 6 minutes on 2 cores"
     )
 
 
 def has_glyphs(root: Path, seed: int, quick: bool) -> bool:
-    """Whether RUN/data is there and complete.  Raises UserError if it was made with other options."""
+    """Whether RUN/data is there and complete.
+
+    Raises UserError if it was made with other options.
+    """
     data = root / "data"
     if not is_complete(data):
         return False
-    made_with, wanted = _read(data / "demo.json"), glyph_options(seed, quick)
-    if made_with != wanted:
+    made_with, options = _read(data / "demo.json"), glyph_options(seed, quick)
+    if made_with != options:
         raise UserError(
-            f"{data} was made with {_words(made_with)}, not with {_words(wanted)}; choose another --run, or remove it"
+            f"{data} was made with {_words(made_with)}, not with {_words(options)}; "
+            "choose another --run, or remove it"
         )
     return True
 
 
 def glyph_options(seed: int, quick: bool) -> dict[str, str]:
-    return {"seed": str(seed), **GLYPHS, **(QUICK_GLYPHS if quick else {})}
+    options = {"seed": str(seed), **GLYPHS}
+    if quick:
+        options |= QUICK_GLYPHS
+    return options
 
 
 def make_glyphs(root: Path, seed: int, quick: bool, trainer: list[str] | None = None) -> None:
     """Render RUN/data.  Exits with the renderer's code if it fails."""
     data, options = root / "data", glyph_options(seed, quick)
-    words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    command = [*(trainer or TRAINER), "shards", "glyphs", "--out", str(data), *words, "--overwrite"]
-    code = subprocess.run(tethered(command)).returncode
+    command = [*(trainer or TRAINER), "shards", "glyphs", "--out", str(data)]
+    for key, value in options.items():
+        command += [f"--{key}", value]
+    code = subprocess.run(tethered([*command, "--overwrite"])).returncode
     if code:
         raise SystemExit(code)
     write_json(data / "demo.json", options)
@@ -134,14 +143,17 @@ def make_glyphs(root: Path, seed: int, quick: bool, trainer: list[str] | None = 
 def is_complete(data: Path) -> bool:
     """Whether every shard that the manifest names is there in full."""
     manifest = _read(data / "manifest.json")
-    if not manifest or not {"train", "val", "test"} <= set(manifest["splits"]):
+    if not manifest or not set(SPLITS) <= set(manifest["splits"]):
         return False
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     return all(_size(data / shard["name"]) == shard["bytes"] for shard in shards)
 
 
 def _words(options: dict | None) -> str:
-    return " ".join(f"--{key} {value}" for key, value in (options or {}).items()) or "other options"
+    """Options as they are written on a command line."""
+    if not options:
+        return "other options"
+    return " ".join(f"--{key} {value}" for key, value in options.items())
 
 
 def _read(path: Path):

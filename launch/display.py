@@ -15,7 +15,9 @@ from .journal import Journal
 from .plan import Job
 from .status import progress, statuses, summary, table
 
-LIVE_S, PLAIN_S = 1.0, 30.0  # seconds between two looks
+# Seconds between two looks at the run.
+LIVE_S = 1.0
+PLAIN_S = 30.0
 
 
 class Display(AbstractContextManager):
@@ -24,12 +26,13 @@ class Display(AbstractContextManager):
     def __init__(self, console: Console | None = None, errors: Console | None = None):
         self.console = console or Console()
         self.errors = errors or Console(stderr=True)
-        self.live = (
-            Live(console=self.console, auto_refresh=False, transient=True)
-            if self.console.is_terminal
-            else None
-        )
-        self.shown = time.monotonic() if self.live is None else 0.0
+        self.live: Live | None = None
+        self.period_s = PLAIN_S
+        self.last_look = time.monotonic()
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, auto_refresh=False, transient=True)
+            self.period_s = LIVE_S
+            self.last_look = 0.0
 
     def __enter__(self) -> Display:
         if self.live:
@@ -52,15 +55,14 @@ class Display(AbstractContextManager):
 
     def tick(self, run: RunDirectory, jobs: list[Job], journal: Journal) -> None:
         """Look at the run again, if the last look is old enough."""
-        if time.monotonic() - self.shown < (LIVE_S if self.live else PLAIN_S):
+        if time.monotonic() - self.last_look < self.period_s:
             return
-        self.shown = time.monotonic()
-        found = statuses(run, jobs, journal)
-        running = [status for status in found if status.state == "running"]
+        self.last_look = time.monotonic()
+        stages = statuses(run, jobs, journal)
+        running = [stage for stage in stages if stage.state == "running"]
         if self.live:
-            self.live.update(
-                Group(Text(""), table(running), Text(summary(found), style="dim")), refresh=True
-            )
-        else:
-            for status in running:
-                self.event(f"{status.stage} running  {progress(status)}".rstrip())
+            counts = Text(summary(stages), style="dim")
+            self.live.update(Group(Text(""), table(running), counts), refresh=True)
+            return
+        for stage in running:
+            self.event(f"{stage.stage} running  {progress(stage)}".rstrip())

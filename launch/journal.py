@@ -1,4 +1,7 @@
-"""RUN/jobs.json: what the launcher noted of its jobs; a reader joins it with the stages' markers and live processes."""
+"""RUN/jobs.json: what the launcher noted of its jobs.
+
+A reader joins it with the stages' markers and live processes.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,12 @@ from pipeline.store import read_json, write_json
 
 @dataclass
 class JobRecord:
-    """state: waiting | running | done | failed | blocked | interrupted.  log_start: where this attempt's log begins.
+    """What is known of one job.
 
-    Of a process on this machine: pid, born.  Of a job of Slurm's: id, node, restarts.
+    state: waiting | running | done | failed | blocked | interrupted.
+    log_start: the byte of the log at which this attempt begins.
+    reached: of each stage what was done when this attempt began.
+    pid, born: of a process on this machine.  id, node, restarts: of a job of Slurm's.
     """
 
     state: str = "waiting"
@@ -28,7 +34,7 @@ class JobRecord:
     log_start: int = 0
     attempts: int = 0
     reason: str = ""
-    reached: list[str] = field(default_factory=list)  # by each stage, when this attempt began
+    reached: list[str] = field(default_factory=list)
     id: str = ""
     node: str = ""
     restarts: int = 0
@@ -36,6 +42,12 @@ class JobRecord:
     @property
     def is_running(self) -> bool:
         return self.state == "running" and self.pid is not None and self.born == birth(self.pid)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since this attempt began."""
+        assert self.started is not None, "the job was never started"
+        return time.time() - self.started
 
 
 @dataclass
@@ -58,29 +70,39 @@ def read_journal(run: Path) -> Journal:
         content = read_json(run / "jobs.json")
     except FileNotFoundError:
         return Journal()
-    jobs = {name: JobRecord(**record) for name, record in content["jobs"].items()}
     return Journal(
-        jobs, content["host"], content["pid"], content["started"], content.get("runner", "local")
+        jobs={name: JobRecord(**record) for name, record in content["jobs"].items()},
+        host=content["host"],
+        pid=content["pid"],
+        started=content["started"],
+        runner=content.get("runner", "local"),
     )
 
 
 def birth(pid: int) -> str | None:
-    """A mark of the process now called `pid`, None if there is none: a pid alone may have been given away again."""
+    """A mark of the process now called `pid`, None if there is none.
+
+    A pid alone may have been given away again.
+    """
+    if not Path("/proc/self/stat").exists():
+        return _alive(pid)
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return (
-            None if after_name[0] in "ZX" else after_name[19]
-        )  # start time in clock ticks since boot
-    except ProcessLookupError:
+    except (ProcessLookupError, FileNotFoundError):
         return None
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-    try:  # no /proc
+    state, start_in_ticks_since_boot = after_name[0], after_name[19]
+    if state in "ZX":  # a zombie, or dead
+        return None
+    return start_in_ticks_since_boot
+
+
+def _alive(pid: int) -> str | None:
+    """The best that there is without /proc."""
+    try:
         os.kill(pid, 0)
-        return "alive"
     except ProcessLookupError:
         return None
+    return "alive"
 
 
 def end_of_log(path: Path, start: int = 0, lines: int = 12) -> list[str]:

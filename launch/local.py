@@ -25,7 +25,11 @@ from .machine import Machine
 from .plan import Job, is_of_specialists
 from .results import groups_line
 
-USERS_MISTAKE, AGAIN, INTERRUPTED = 2, 75, 130  # exit codes
+# Exit codes.
+USER_ERROR = 2
+AGAIN = 75  # a checkpoint is written; start the same command again
+INTERRUPTED = 130
+
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
 TETHER = Path(pipeline.__file__).parents[1] / "trainer" / "distributed" / "die_with_parent.py"
 TRAINER = [sys.executable, "-m", "trainer"]
@@ -65,21 +69,23 @@ def tethered(command: list[str]) -> list[str]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Make RUN and hold RUN/.lock: one launcher per run."""
+    """Make RUN and hold RUN/.lock: one launcher for each run.
+
+    Raises UserError if another launcher holds it, or RUN cannot be written.
+    """
     path = run / ".lock"
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
-    except OSError as mistake:
-        raise UserError(f"{run}: cannot be written: {mistake.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{run}: cannot be written: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"{path}: another launcher is running {run} ({file.read().strip()})"
-            ) from None
+            holder = file.read().strip()
+            raise UserError(f"{path}: another launcher is running {run} ({holder})") from None
         except OSError as mistake:
             raise UserError(
                 f"{path}: its file system cannot lock files (flock: {mistake.strerror}), which keeps "
@@ -92,26 +98,32 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def stop_launcher(run: Path) -> bool:
-    """Ask the launcher that runs `run` to stop, as Ctrl-C does, and wait for it; False if there is none."""
-    number = None
+    """Ask the launcher that runs `run` to stop, as Ctrl-C does, and wait for it.
+
+    Returns False if there is none.
+    Raises UserError if it runs on another machine, or does not stop.
+    """
+    pid = None
     deadline = time.monotonic() + GRACE_S + 15
     while time.monotonic() < deadline:
         try:
             with locked(run):
-                return number is not None
-        except UserError as mistake:
-            if number is None:
-                number = _signal_holder(run, mistake)
+                return pid is not None
+        except UserError as error:
+            if pid is None:
+                pid = _signal_holder(run, error)
         time.sleep(0.1)
-    raise UserError(f"process {number}, which runs {run}, did not stop within {GRACE_S + 15} s")
+    raise UserError(f"process {pid}, which runs {run}, did not stop within {GRACE_S + 15} s")
 
 
-def _signal_holder(run: Path, mistake: UserError) -> int:
-    words = (run / ".lock").read_text().split()  # process NUMBER on HOST
+def _signal_holder(run: Path, error: UserError) -> int:
+    """SIGTERM to the process that holds the lock.  Raises `error` if it is on another machine."""
+    words = (run / ".lock").read_text().split()  # process PID on HOST
     if len(words) != 4 or words[3] != os.uname().nodename:
-        raise mistake
-    os.kill(int(words[1]), signal.SIGTERM)
-    return int(words[1])
+        raise error
+    pid = int(words[1])
+    os.kill(pid, signal.SIGTERM)
+    return pid
 
 
 @dataclass
@@ -130,10 +142,8 @@ class Pool:
     def __post_init__(self):
         self.size = self.machine.pool(self.run.config)
         self.free = list(range(self.size))
-        records = {job.name: JobRecord("done" if job.is_done else "waiting") for job in self.jobs}
-        self.journal = Journal(records)
-        self.logs = self.run.root / "logs"
-        self.logs.mkdir(exist_ok=True)
+        self.journal = Journal({job.name: _first_record(job) for job in self.jobs})
+        (self.run.root / "logs").mkdir(exist_ok=True)
 
     def execute(self) -> int:
         """Run all that can run.  Returns the launcher's exit code."""
@@ -153,10 +163,9 @@ class Pool:
     # Which job next
 
     def _start_ready(self) -> None:
+        """Start what can be started, the longest chain first."""
         self._block()
-        for job in sorted(
-            self.jobs, key=lambda job: -job.chain
-        ):  # the longest chain first; sorted() is stable
+        for job in sorted(self.jobs, key=lambda job: -job.chain):  # sorted() is stable
             fits = len(self.free) >= min(job.processes, self.size)
             if fits and self._state(job.name) == "waiting" and self._inputs_ended(job):
                 self._start(job)
@@ -164,31 +173,27 @@ class Pool:
     def _state(self, name: str) -> str:
         return self.journal.jobs[name].state
 
-    def _tolerates(self, job: Job, name: str) -> bool:
-        """A specialist that failed may be left out, if the config says so."""
-        return self.run.config.ensemble.allow_missing and is_of_specialists(name)
+    def _is_left_out(self, name: str) -> bool:
+        """Whether it is a specialist that failed, and the config lets the ensemble do without."""
+        tolerated = self.run.config.ensemble.allow_missing and is_of_specialists(name)
+        return tolerated and self._state(name) == "failed"
 
     def _inputs_ended(self, job: Job) -> bool:
-        return all(
-            self._state(name) == "done"
-            or (self._state(name) == "failed" and self._tolerates(job, name))
-            for name in job.waits_for
-        )
+        return all(self._state(name) == "done" or self._is_left_out(name) for name in job.waits_for)
 
     def _block(self) -> None:
         """Mark the jobs that wait, through others or directly, for one that failed."""
         for job in self.jobs:  # each stands behind those it waits for
-            lost = [name for name in job.waits_for if self._state(name) in ("failed", "blocked")]
             lost = [
                 name
-                for name in lost
-                if not (self._state(name) == "failed" and self._tolerates(job, name))
+                for name in job.waits_for
+                if self._state(name) in ("failed", "blocked") and not self._is_left_out(name)
             ]
             if lost and self._state(job.name) == "waiting":
                 self._record(job, state="blocked", reason=f"waits for {', '.join(lost)}")
 
     def _redo_what_went_without(self, job: Job) -> None:
-        """What was begun before `job` was done (ensemble.allow_missing) is begun anew, now that it is."""
+        """Redo what was begun without `job` (ensemble.allow_missing), now that it is done."""
         for other in self.jobs:
             if job.name in other.waits_for and any(stage.is_begun for stage in other.stages):
                 for stage in other.stages:
@@ -198,25 +203,11 @@ class Pool:
     # One job's life
 
     def _start(self, job: Job) -> None:
-        slots = self.slots[job.name] = [
-            self.free.pop(0) for _ in range(min(job.processes, self.size))
-        ]
-        command = trainer_command(job, self.run, job.pending, self.trainer)
+        size = min(job.processes, self.size)
+        slots, self.free = self.free[:size], self.free[size:]
         log = self.run.root / job.log
-        with open(log, "ab") as output:
-            start = output.tell()
-            output.write(
-                f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode()
-            )
-            output.flush()
-            child = subprocess.Popen(
-                tethered(command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self._environment(slots),
-                start_new_session=True,
-            )
+        child, log_start = self._spawn(job, log, slots)
+        self.slots[job.name] = slots
         self.children[job.name] = child
         attempts = self.journal.jobs[job.name].attempts + 1
         self._record(
@@ -228,27 +219,45 @@ class Pool:
             ended=None,
             exit_code=None,
             log=str(log.relative_to(self.run.root)),
-            log_start=start,
+            log_start=log_start,
             attempts=attempts,
             reason="",
             reached=reached(job),
         )
-        self.display.event(
-            f"{job.name} started" + (f" (attempt {attempts})" if attempts > 1 else "")
-        )
+        event = f"{job.name} started"
+        if attempts > 1:
+            event += f" (attempt {attempts})"
+        self.display.event(event)
+
+    def _spawn(self, job: Job, log: Path, slots: list[int]) -> tuple[subprocess.Popen, int]:
+        """The process of a job, and where in the log its output begins."""
+        command = trainer_command(job, self.run, job.pending, self.trainer)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        with open(log, "ab") as output:
+            start = output.tell()
+            output.write(f"--- {now} {shlex.join(command)}\n".encode())
+            output.flush()
+            child = subprocess.Popen(
+                tethered(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._environment(slots),
+                start_new_session=True,
+            )
+        return child, start
 
     def _environment(self, slots: list[int]) -> dict[str, str]:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "PYTHONUNBUFFERED": "1",
         }
-        environment["PYTHONUNBUFFERED"] = "1"
-        if self.machine.devices:
-            mine = dict.fromkeys(
-                self.machine.devices[slot % len(self.machine.devices)] for slot in slots
-            )
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        devices = self.machine.devices
+        if devices:
+            own = dict.fromkeys(devices[slot % len(devices)] for slot in slots)
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         return environment
 
     def _reap(self) -> None:
@@ -262,34 +271,37 @@ class Pool:
 
     def _ended(self, job: Job, code: int) -> None:
         """The stages' markers decide whether a job is done; its exit code says why it is not."""
-        record = self.journal.jobs[job.name]
-        seconds = time.time() - record.started
-        facts = {"exit_code": code, "ended": time.time(), "pid": None}
         missing = [stage.place for stage in job.pending]
         if not missing:
-            self._redo_what_went_without(job)
-            self._record(job, state="done", **facts)
-            self.display.event(f"{job.name} done in {seconds:.0f} s")
-            if self.run.method.has_groups and self.run.cluster in job.stages:
-                line = groups_line(self.run)
-            else:
-                line = None
-            if line:
-                self.display.event(line)
-        elif code == AGAIN and reached(job) != record.reached:
-            self._record(job, state="waiting", **facts)
+            self._done(job, code)
+        elif code == AGAIN and reached(job) != self.journal.jobs[job.name].reached:
+            self._record_end(job, code, state="waiting")
             self.display.event(f"{job.name} asked to be started again")
         else:
-            reason = _reason(code, missing)
-            again = (
-                code not in (USERS_MISTAKE, AGAIN)
-                and record.attempts <= self.run.config.launch.retries
-            )
-            self._record(job, state="waiting" if again else "failed", reason=reason, **facts)
-            self.display.event(
-                f"{job.name} failed after {seconds:.0f} s: {reason}"
-                + ("; trying again" if again else "")
-            )
+            self._failed(job, code, _reason(code, missing))
+
+    def _done(self, job: Job, code: int) -> None:
+        self._redo_what_went_without(job)
+        self._record_end(job, code, state="done")
+        self.display.event(f"{job.name} done in {self.journal.jobs[job.name].elapsed_s:.0f} s")
+        has_found_groups = any(stage.name == "cluster" for stage in job.stages)
+        if has_found_groups and (line := groups_line(self.run)):
+            self.display.event(line)
+
+    def _failed(self, job: Job, code: int, reason: str) -> None:
+        """Try again as often as launch.retries says, but not after an error of the user's."""
+        record = self.journal.jobs[job.name]
+        is_repeatable = code not in (USER_ERROR, AGAIN)
+        event = f"{job.name} failed after {record.elapsed_s:.0f} s: {reason}"
+        if is_repeatable and record.attempts <= self.run.config.launch.retries:
+            self._record_end(job, code, state="waiting", reason=reason)
+            event += "; trying again"
+        else:
+            self._record_end(job, code, state="failed", reason=reason)
+        self.display.event(event)
+
+    def _record_end(self, job: Job, code: int, **changes) -> None:
+        self._record(job, exit_code=code, ended=time.time(), pid=None, **changes)
 
     def _record(self, job: Job, **changes) -> None:
         record = self.journal.jobs[job.name]
@@ -300,7 +312,10 @@ class Pool:
     # The end
 
     def _stop(self) -> None:
-        """Ask every child to write a checkpoint and go; after GRACE_S, or at a second signal, kill the rest."""
+        """Ask every child to write a checkpoint and end.
+
+        After GRACE_S, or at a second signal, kill the rest.
+        """
         self.display.event(f"stopping {len(self.children)} jobs; they write a checkpoint first")
         self.requested = 0
         for child in self.children.values():
@@ -315,65 +330,74 @@ class Pool:
                 child = self.children[job.name]
                 _kill_group(child, signal.SIGKILL)
                 code = child.wait()
-                state = "interrupted" if job.pending else "done"
-                self._record(job, state=state, pid=None, exit_code=code, ended=time.time())
-        self.display.event(f"stopped; the same command goes on from here: {self.run.root}")
+                state = "done" if job.is_done else "interrupted"
+                self._record_end(job, code, state=state)
+        self.display.event(f"stopped; the same command resumes it: {self.run.root}")
 
     def _verdict(self) -> int:
-        """Say what failed, with the end of its log; 0 if nothing did, 2 if all of it was the user's mistake, else 1."""
-        failed = {
-            name: record for name, record in self.journal.jobs.items() if record.state == "failed"
-        }
+        """Say what failed, with the end of its log.
+
+        Returns 0 if nothing did, 2 if each failure was the user's error, else 1.
+        """
+        records = self.journal.jobs
+        failed = {name: record for name, record in records.items() if record.state == "failed"}
+        blocked = [name for name, record in records.items() if record.state == "blocked"]
         for name, record in failed.items():
-            log = self.run.root / record.log
-            end = end_of_log(log, record.log_start, lines=200)
-            mistakes = [line for line in end if line.startswith("error: ")]
-            if record.exit_code == USERS_MISTAKE and mistakes:
-                self.display.error(*mistakes)
-            else:
-                self.display.error(
-                    f"error: {name}: {record.reason}; {log} ends:",
-                    *(f"    {line}" for line in end[-12:]),
-                )
-        blocked = [name for name, record in self.journal.jobs.items() if record.state == "blocked"]
+            self.display.error(*self._failure(name, record))
         if blocked:
-            self.display.error(f"not started for want of these: {', '.join(blocked)}")
+            self.display.error(f"not started, for they wait for these: {', '.join(blocked)}")
         if blocked and all(is_of_specialists(name) for name in failed):
             self.display.error(
-                "to go on without these specialists: --set ensemble.allow_missing=true"
+                "to continue without these specialists: --set ensemble.allow_missing=true"
             )
         if not failed:
             return 0
-        return (
-            USERS_MISTAKE
-            if all(record.exit_code == USERS_MISTAKE for record in failed.values())
-            else 1
-        )
+        if all(record.exit_code == USER_ERROR for record in failed.values()):
+            return USER_ERROR
+        return 1
+
+    def _failure(self, name: str, record: JobRecord) -> list[str]:
+        """The user's error in the trainer's words, or why a job failed and the end of its log."""
+        log = self.run.root / record.log
+        end = end_of_log(log, record.log_start, lines=200)
+        errors = [line for line in end if line.startswith("error: ")]
+        if record.exit_code == USER_ERROR and errors:
+            return errors
+        title = f"error: {name}: {record.reason}; {log} ends:"
+        return [title, *(f"    {line}" for line in end[-12:])]
+
+
+def _first_record(job: Job) -> JobRecord:
+    return JobRecord("done" if job.is_done else "waiting")
 
 
 def reached(job: Job) -> list[str]:
-    """How far each stage of a job is: done, or its newest checkpoint."""
-    steps = [
-        [path.name for path in complete_checkpoints(stage.checkpoints)] for stage in job.stages
-    ]
-    return [
-        "done" if stage.is_done else (found or [""])[-1]
-        for stage, found in zip(job.stages, steps, strict=True)
-    ]
+    """How far each stage of a job is: "done", or its newest checkpoint, or ""."""
+    return [_reached(stage) for stage in job.stages]
+
+
+def _reached(stage: Stage) -> str:
+    if stage.is_done:
+        return "done"
+    checkpoints = complete_checkpoints(stage.checkpoints)
+    return checkpoints[-1].name if checkpoints else ""
 
 
 def _reason(code: int, missing: list[str]) -> str:
     if code == 0:
         return f"it ended without finishing {', '.join(missing)}"
     if code == AGAIN:
-        return "it asked to be started again and had come no further"
+        return "it asked to be started again but had made no progress"
     if code < 0:
-        return (
-            f"killed by {signal.Signals(-code).name}"
-            if -code in list(signal.Signals)
-            else f"killed by {-code}"
-        )
+        return f"killed by {_signal_name(-code)}"
     return f"exit code {code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
 
 
 def _kill_group(child: subprocess.Popen, number: int) -> None:

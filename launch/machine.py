@@ -28,17 +28,22 @@ class Machine:
 
 
 def this_machine(config: Config) -> Machine:
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    machine = Machine(cores, tuple(_devices()) if config.engine.device != "cpu" else ())
-    wanted = config.launch.processes
-    if machine.devices and wanted and wanted > len(machine.devices):
+    """Raises UserError if launch.processes asks for more ranks than there are GPUs."""
+    devices = [] if config.engine.device == "cpu" else _devices()
+    processes = config.launch.processes
+    if devices and processes and processes > len(devices):
         raise UserError(
-            f"launch.processes = {wanted}: this machine has {len(machine.devices)} GPUs, and each rank needs its own; "
-            f"try {len(machine.devices)}"
+            f"launch.processes = {processes}: this machine has {len(devices)} GPUs, and each rank "
+            f"needs its own; try {len(devices)}"
         )
-    return machine
+    return Machine(num_cores(), tuple(devices))
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _devices() -> list[str]:
@@ -47,13 +52,12 @@ def _devices() -> list[str]:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]
     if not shutil.which("nvidia-smi"):
         return []
-    try:  # uuids, because CUDA's order of the devices is not nvidia-smi's
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-        )
+    # uuids, because CUDA's order of the devices is not nvidia-smi's.
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return answer.stdout.split() if answer.returncode == 0 else []
+    if ended.returncode != 0:
+        return []
+    return ended.stdout.split()

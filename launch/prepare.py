@@ -1,4 +1,7 @@
-"""Check everything that can be checked without torch, then lay out RUN.  A mistake leaves nothing behind."""
+"""Check everything that can be checked without torch, then lay out RUN.
+
+An error leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import tomli_w
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from pipeline.choices import ENGINES
-from pipeline.config import Config, UserError, flat, load_config
+from pipeline.config import Config, ResolvedStudent, Section, UserError, flat, load_config
 from pipeline.config.loading import unknown_to
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage, read_json, write_json, write_text
 
+from .machine import num_cores
 from .plan import Job, save_graph
 
+AnySection = TypeVar("AnySection", bound=Section)
+
 SPLITS = ("train", "val", "test")
-OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys that no stage's figures depend on
+OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys on which no stage's metrics depend
 PACKAGES = (
     "pydantic",
     "typer",
@@ -45,10 +52,10 @@ PACKAGES = (
 def check(
     config: Config, root: Path, force: bool = False, beside: tuple[str, ...] = ()
 ) -> tuple[RunDirectory, list[Stage]]:
-    """The run that `config` makes of RUN, and the stages that another config made there.  Nothing is written.
+    """The run that `config` makes of RUN, and the stages that another config made there.
 
     force: those stages may be redone.  beside: names that a directory that is no run yet may hold.
-    Raises UserError for whatever can be known to be wrong without torch.
+    Nothing is written.  Raises UserError for whatever can be known to be wrong without torch.
     """
     config = absolute(config)
     check_lengths(config)
@@ -63,7 +70,10 @@ def check(
 
 
 def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
-    """Clear the stale stages and write config.toml and graph.json; what says the same already is not touched."""
+    """Clear the stale stages and write config.toml and graph.json.
+
+    What says the same already is not touched.
+    """
     try:
         for stage in reversed(stale):  # what stands behind goes first
             stage.clear()
@@ -72,50 +82,52 @@ def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
         save_graph(jobs, run.root / "graph.json")
-    except OSError as mistake:
-        raise UserError(f"{run.root}: cannot be written: {mistake.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{run.root}: cannot be written: {error.strerror}") from None
+
+
+# Paths
 
 
 def absolute(config: Config) -> Config:
-    """The config with its paths made absolute, so that a run can be looked at, and gone on with, from any directory."""
-    given = config.data.manifest
-    patterns = {
-        split: _absolute_pattern(getattr(config.data, split))
-        for split in (*SPLITS, "transfer", "ood")
-    }
-    data = config.data.model_copy(
-        update={**patterns, "manifest": given and _absolute_pattern(given)}
-    )
-    groups_file, init = config.clusters.groups_file, config.generalist.init
-    clusters = config.clusters.model_copy(
-        update={"groups_file": groups_file and os.path.abspath(groups_file)}
-    )
-    generalist = config.generalist.model_copy(update={"init": init and os.path.abspath(init)})
-    extend = config.extend.model_copy(
-        update={"run": config.extend.run and os.path.abspath(config.extend.run)}
-    )
-    students = {
-        name: student.model_copy(update={"teacher": os.path.abspath(student.teacher)})
-        if os.sep in student.teacher
-        else student
-        for name, student in config.students.items()
-    }
+    """The config with its paths made absolute: a run may be looked at and resumed from anywhere."""
+    data = config.data
+    patterns = [*SPLITS, "transfer", "ood"]
+    if data.manifest:
+        patterns.append("manifest")
+    students = {name: _with_absolute_teacher(each) for name, each in config.students.items()}
     return config.model_copy(
         update={
-            "data": data,
-            "clusters": clusters,
-            "generalist": generalist,
-            "extend": extend,
+            "data": data.model_copy(
+                update={name: _absolute_pattern(getattr(data, name)) for name in patterns}
+            ),
+            "clusters": _with_absolute(config.clusters, "groups_file"),
+            "generalist": _with_absolute(config.generalist, "init"),
+            "extend": _with_absolute(config.extend, "run"),
             "students": students,
         }
     )
 
 
+def _with_absolute(section: AnySection, key: str) -> AnySection:
+    """A section with the path of one key made absolute, if it is set."""
+    path = getattr(section, key)
+    if not path:
+        return section
+    return section.model_copy(update={key: os.path.abspath(path)})
+
+
+def _with_absolute_teacher(student: ResolvedStudent) -> ResolvedStudent:
+    """A teacher is a path, or a name in this run."""
+    if os.sep not in student.teacher:
+        return student
+    return _with_absolute(student, "teacher")
+
+
 def _absolute_pattern(pattern: str) -> str:
+    sources = [source for source in pattern.split("::") if source]
     return "::".join(
-        source if _is_remote(source) else os.path.abspath(source)
-        for source in pattern.split("::")
-        if source
+        source if _is_remote(source) else os.path.abspath(source) for source in sources
     )
 
 
@@ -127,69 +139,72 @@ def _is_remote(source: str) -> bool:
 
 
 def check_lengths(config: Config) -> None:
-    sections = {"train": config.train, "specialists": config.specialists}
-    sections |= {f"students.{name}": student for name, student in config.students.items()}
-    for name, schedule in sections.items():
+    schedules = {"train": config.train, "specialists": config.specialists}
+    schedules |= {f"students.{name}": student for name, student in config.students.items()}
+    for name, schedule in schedules.items():
         if schedule.steps is None and schedule.epochs is None:
             raise UserError(f"{name}: say how long to train; set {name}.steps or {name}.epochs")
 
 
 def check_data(config: Config) -> None:
     """Every pattern names files that exist.  What is in them, the trainer checks."""
-    mistakes = []
-    for split in SPLITS:
-        pattern = getattr(config.data, split)
-        if not pattern:
-            mistakes.append(
-                f"data.{split} is empty; give the pattern of its shards, or their directory"
-            )
-        mistakes += [
-            f"data.{split} = {pattern!r}: {problem}"
-            for source in pattern.split("::")
-            if source and not _is_remote(source)
-            for problem in _missing(source, split)
-        ]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
+    errors = [error for split in SPLITS for error in _errors_of(split, getattr(config.data, split))]
+    if errors:
+        raise UserError("\n".join(errors))
 
 
-def _missing(source: str, split: str) -> list[str]:
-    """What is wrong with one local source of shards, if anything."""
+def _errors_of(split: str, pattern: str) -> list[str]:
+    """What is wrong with the pattern of a split's shards."""
+    if not pattern:
+        return [f"data.{split} is empty; give the pattern of its shards, or their directory"]
+    local = [source for source in pattern.split("::") if source and not _is_remote(source)]
+    errors = [_error_of(source, split) for source in local]
+    return [f"data.{split} = {pattern!r}: {error}" for error in errors if error]
+
+
+def _error_of(source: str, split: str) -> str:
+    """What is wrong with one local source of shards; empty if nothing is."""
     path = Path(source)
     if path.is_dir():
-        held = (path / "manifest.json").is_file() or any(path.glob(f"{split}*.tar"))
-        return [] if held else [f"{path} holds neither a manifest.json nor {split}*.tar"]
+        if (path / "manifest.json").is_file() or any(path.glob(f"{split}*.tar")):
+            return ""
+        return f"{path} holds neither a manifest.json nor {split}*.tar"
     if path.is_file():
-        return []
+        return ""
     try:
         names = list(braceexpand(source))
-    except UnbalancedBracesError:
-        return ["the braces do not match"]
-    found = any(os.path.exists(name) or glob.glob(name) for name in names)
-    return [] if found else ["no shard matches"]
+    except ValueError:
+        return "the braces do not match"
+    if any(os.path.exists(name) or glob.glob(name) for name in names):
+        return ""
+    return "no shard matches"
 
 
 def _num_classes(config: Config) -> tuple[int | None, str]:
-    """Size of the label set and what says so; a manifest that holds more than data.classes is a mistake."""
-    said = config.data.classes
+    """Size of the label set, and what says so.
+
+    Raises UserError if a manifest names more classes than data.classes.
+    """
+    declared = config.data.classes
     for split in SPLITS:
         manifest = _manifest(getattr(config.data, split))
         if manifest is None:
             continue
         path, content = manifest
-        held = len(content["classes"])
-        if said is not None and said < held:
+        count = len(content["classes"])
+        if declared is not None and declared < count:
             raise UserError(
-                f"data.classes = {said}, but {path} names {held} classes: class index {held - 1} is out of range; "
-                f"set data.classes = {held} or leave it out"
+                f"data.classes = {declared}, but {path} names {count} classes: class index "
+                f"{count - 1} is out of range; set data.classes = {count} or leave it out"
             )
-        return said or held, str(path)
-    return said, "data.classes"
+        return declared or count, str(path)
+    return declared, "data.classes"
 
 
 def _manifest(pattern: str) -> tuple[Path, dict] | None:
     first = Path(pattern.split("::")[0])
-    path = (first if first.is_dir() else first.parent) / "manifest.json"
+    directory = first if first.is_dir() else first.parent
+    path = directory / "manifest.json"
     if not path.is_file():
         return None
     try:
@@ -209,19 +224,27 @@ def check_place(root: Path, beside: tuple[str, ...]) -> None:
         if root.exists() and not root.is_dir():
             raise UserError(f"{root} is not a directory; --run names the directory to make")
         if root.is_dir():
-            others = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
-            others = [name for name in others if name not in beside]
-            if others and "config.toml" not in others:
-                raise UserError(
-                    f"{root} holds {others[0]} and is not a run (no config.toml); choose an empty or a new directory"
-                )
+            _check_contents(root, beside)
         existing = next(path for path in (root, *root.absolute().parents) if path.exists())
-    except OSError as mistake:
-        raise UserError(f"{root}: cannot be read: {mistake.strerror}") from None
+    except OSError as error:
+        raise UserError(f"{root}: cannot be read: {error.strerror}") from None
     if not existing.is_dir():
         raise UserError(f"{root}: {existing} is not a directory")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"{root}: no permission to write in {existing}")
+
+
+def _check_contents(root: Path, beside: tuple[str, ...]) -> None:
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    others = [name for name in names if name not in beside]
+    if others and "config.toml" not in others:
+        raise UserError(
+            f"{root} holds {others[0]} and is not a run (no config.toml); "
+            "choose an empty or a new directory"
+        )
+
+
+# What another config made
 
 
 def _stale_stages(run: RunDirectory) -> list[Stage]:
@@ -252,13 +275,13 @@ def _why_stale(run: RunDirectory, stale: list[Stage]) -> str:
         return "\n".join(["with another config:", *lines])
     if any(stage.is_older for stage in stale):
         keys = unknown_to(run.root / "config.toml", run.config)
-        known = f"; it has no {', '.join(keys)}" if keys else ""
-        return f"by an older version of referral, whose results can still be read{known}"
+        reason = "by an older version of referral, whose results can still be read"
+        return f"{reason}; it has no {', '.join(keys)}" if keys else reason
     return "with other data, other groups or another version of referral"
 
 
 def changed_keys(old: Config, new: Config) -> list[tuple[str, object, object]]:
-    """(dotted key, old value, new value) of each key that differs, but for those that no stage depends on."""
+    """(dotted key, old value, new value) of each key that differs and that a stage depends on."""
     before, after = flat(old.dump()), flat(new.dump())
     keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
     return [
@@ -267,18 +290,19 @@ def changed_keys(old: Config, new: Config) -> list[tuple[str, object, object]]:
 
 
 def _short(value) -> str:
-    text = "not set" if value is None else json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    if value is None:
+        return "not set"
+    text = json.dumps(value)
+    if len(text) <= 60:
+        return text
+    return f"{text[:57]}..."
+
+
+# environment.json
 
 
 def save_environment(root: Path) -> None:
     """RUN/environment.json: where, with what and by which command the run was last started."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     write_json(
         root / "environment.json",
         {
@@ -286,10 +310,8 @@ def save_environment(root: Path) -> None:
             "python": platform.python_version(),
             "platform": platform.platform(),
             "hostname": platform.node(),
-            "cores": len(os.sched_getaffinity(0))
-            if hasattr(os, "sched_getaffinity")
-            else os.cpu_count(),
-            "packages": versions,
+            "cores": num_cores(),
+            "packages": _versions(),
             "commit": _commit(),
             "directory": os.getcwd(),
             "argv": sys.argv,
@@ -298,18 +320,28 @@ def save_environment(root: Path) -> None:
     )
 
 
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
 def _commit() -> str | None:
     """The git commit of the working directory, with `+` if files differ from it."""
     try:
-        options = {"capture_output": True, "text": True, "timeout": 10}
-        head = subprocess.run(["git", "rev-parse", "HEAD"], **options)
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], **options
-        )
+        head = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return (
-        head.stdout.strip() + ("+" if changes.stdout.strip() else "")
-        if head.returncode == 0
-        else None
-    )
+    if head.returncode != 0:
+        return None
+    mark = "+" if changes.stdout.strip() else ""
+    return f"{head.stdout.strip()}{mark}"
+
+
+def _git(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *words], capture_output=True, text=True, timeout=10)

@@ -33,14 +33,15 @@ MAX_ARRAY_SIZE = 1001  # Slurm's own default
 class Batch:
     """One sbatch command: a job of the plan, or some elements of an array of specialists' jobs.
 
-    places: of each job its number in the array, None for a job of its own.  limit: elements at work at the same time.
+    elements: of each job its number in the array, None for a job of its own.
+    limit: elements at work at the same time.
     """
 
     name: str
     jobs: tuple[Job, ...]
     options: tuple[str, ...]
     arguments: tuple[str, ...]
-    places: tuple[int, ...] | None = None
+    elements: tuple[int, ...] | None = None
     limit: int | None = None
 
     @property
@@ -49,42 +50,50 @@ class Batch:
 
     def ids(self, number: str) -> dict[str, str]:
         """Per job its id, where sbatch answered with `number`."""
-        if self.places is None:
+        if self.elements is None:
             return {self.jobs[0].name: number}
-        return {
-            job.name: f"{number}_{place}" for job, place in zip(self.jobs, self.places, strict=True)
-        }
+        pairs = zip(self.jobs, self.elements, strict=True)
+        return {job.name: f"{number}_{element}" for job, element in pairs}
 
     def logs(self) -> dict[str, str]:
         """Per job its log, below RUN."""
-        if self.places is None:
-            return {self.jobs[0].name: f"logs/{file_name(self.name)}.txt"}
-        pairs = zip(self.jobs, self.places, strict=True)
-        return {job.name: f"logs/{file_name(self.name)}-{place:03d}.txt" for job, place in pairs}
+        log = f"logs/{file_name(self.name)}"
+        if self.elements is None:
+            return {self.jobs[0].name: f"{log}.txt"}
+        pairs = zip(self.jobs, self.elements, strict=True)
+        return {job.name: f"{log}-{element:03d}.txt" for job, element in pairs}
 
-    def command(self, run: Path, waits: str = "") -> list[str]:
-        """argv of sbatch.  waits: its word for what this waits for."""
+    def command(self, run: Path, dependency: str = "") -> list[str]:
+        """argv of sbatch.  dependency: its word for what this waits for."""
         title = re.sub(r"[^A-Za-z0-9_.-]", "_", f"{run.name}-{self.name}").lstrip("-")
         # In the path of a log Slurm replaces %% by %, %3a by an element's number, and more.
-        log = f"{run}/logs/{file_name(self.name)}".replace("%", "%%") + (
-            ".txt" if self.places is None else "-%3a.txt"
-        )
-        own = [f"--job-name={title}", f"--output={log}"]
-        if self.places is not None:
-            own.append(f"--array={ranges(self.places)}" + (f"%{self.limit}" if self.limit else ""))
-        own += [f"--dependency={waits}"] if waits else []
-        return ["sbatch", "--parsable", *own, *self.options, str(SCRIPT), *self.arguments]
+        log = f"{run}/logs/{file_name(self.name)}".replace("%", "%%")
+        options = [f"--job-name={title}"]
+        if self.elements is None:
+            options.append(f"--output={log}.txt")
+        else:
+            throttle = f"%{self.limit}" if self.limit else ""
+            options.append(f"--output={log}-%3a.txt")
+            options.append(f"--array={ranges(self.elements)}{throttle}")
+        if dependency:
+            options.append(f"--dependency={dependency}")
+        return ["sbatch", "--parsable", *options, *self.options, str(SCRIPT), *self.arguments]
 
 
 def ranks(config: Config) -> int:
-    """Ranks of the generalist: launch.processes, or one for each GPU (each node) of its job."""
-    wanted = config.slurm.resources("generalist")
-    nodes = wanted.nodes or 1
-    processes = config.launch.processes or nodes * (wanted.gpus or 1)
+    """Ranks of the generalist: launch.processes, or one for each GPU (each node) of its job.
+
+    Raises UserError if its nodes cannot share them evenly.
+    """
+    resources = config.slurm.resources("generalist")
+    nodes = resources.nodes or 1
+    processes = config.launch.processes or nodes * (resources.gpus or 1)
     if processes % nodes:
+        fewer = processes // nodes * nodes or nodes
+        more = (processes // nodes + 1) * nodes
         raise UserError(
-            f"launch.processes = {processes} ranks cannot be shared evenly by slurm.generalist.nodes = {nodes}; try "
-            f"{processes // nodes * nodes or nodes} or {(processes // nodes + 1) * nodes}"
+            f"launch.processes = {processes} ranks cannot be shared evenly by "
+            f"slurm.generalist.nodes = {nodes}; try {fewer} or {more}"
         )
     return processes
 
@@ -104,65 +113,63 @@ def batches(
 
 
 def _single(run: RunDirectory, job: Job) -> Batch:
-    kind = job.stages[0].kind.slurm
-    return Batch(
-        job.name, (job,), _options(run, kind), _arguments(run, kind, job.processes, job.command())
-    )
+    section = job.stages[0].kind.slurm
+    arguments = _arguments(run, section, job.processes, job.command())
+    return Batch(job.name, (job,), _options(run, section), arguments)
 
 
-def _arrays(run: RunDirectory, wanted: list[Job], max_array_size: int) -> list[Batch]:
-    """Arrays of the specialists' jobs.  Element K of the first is the K-th, whichever of them are wanted."""
-    per_job, config, every = run.config.specialists.per_job, run.config.slurm, packs(run)
-    job_of = {job.stages[0].address: job for job in wanted}  # by its first specialist
-    starts, name, found = (
-        range(0, len(every), max_array_size),
-        "specialists" if per_job == 1 else "specialists-pack",
-        [],
-    )
-    limit = max(1, config.throttle // len(starts)) if config.throttle else None
+def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Batch]:
+    """Arrays of the specialists' jobs.
+
+    Element K of the first is the K-th pack of specialists, whichever of them are among `jobs`.
+    """
+    all_packs = packs(run)
+    job_of = {job.stages[0].address: job for job in jobs}  # by its first specialist
+    name = "specialists"
+    if run.config.specialists.per_job > 1:
+        name = "specialists-pack"
+    starts = range(0, len(all_packs), max_array_size)
+    limit = None
+    if run.config.slurm.throttle:
+        limit = max(1, run.config.slurm.throttle // len(starts))
+    arrays = []
     for start in starts:
-        chunk = every[start : start + max_array_size]
-        places = [place for place, pack in enumerate(chunk) if pack[0] in job_of]
+        chunk = all_packs[start : start + max_array_size]
+        elements = [element for element, pack in enumerate(chunk) if pack[0] in job_of]
         words = ["specialist", *(",".join(map(str, pack)) for pack in chunk)]
-        if places:
-            found.append(
+        if elements:
+            arrays.append(
                 Batch(
-                    f"{name}-{start}+" if start else name,
-                    tuple(job_of[chunk[place][0]] for place in places),
-                    _options(run, "specialists"),
-                    _arguments(run, "specialists", 1, words),
-                    tuple(places),
-                    limit,
+                    name=f"{name}-{start}+" if start else name,
+                    jobs=tuple(job_of[chunk[element][0]] for element in elements),
+                    options=_options(run, "specialists"),
+                    arguments=_arguments(run, "specialists", 1, words),
+                    elements=tuple(elements),
+                    limit=limit,
                 )
             )
-    return found
+    return arrays
 
 
-def _options(run: RunDirectory, kind: str) -> tuple[str, ...]:
-    wanted = run.config.slurm.resources(kind)
-    asked = {option: getattr(wanted, key) for key, option in OPTIONS.items()}
-    words = [f"--{option}={value}" for option, value in asked.items() if value]
+def _options(run: RunDirectory, section: str) -> tuple[str, ...]:
+    """What a section of [slurm] asks for."""
+    resources = run.config.slurm.resources(section)
+    values = {option: getattr(resources, key) for key, option in OPTIONS.items()}
     return (
-        f"--nodes={wanted.nodes or 1}",
+        f"--nodes={resources.nodes or 1}",
         f"--signal=USR2@{run.config.slurm.signal_s}",
-        *words,
-        *wanted.extra,
+        *(f"--{option}={value}" for option, value in values.items() if value),
+        *resources.extra,
     )
 
 
-def _arguments(run: RunDirectory, kind: str, processes: int, words: list[str]) -> tuple[str, ...]:
-    on_each = processes // (run.config.slurm.resources(kind).nodes or 1)
-    tries = str(run.config.launch.retries)
-    return (
-        "-r",
-        str(on_each),
-        "-t",
-        tries,
-        "-p",
-        sys.executable,
-        os.path.abspath(run.root),
-        *words,
-    )
+def _arguments(
+    run: RunDirectory, section: str, processes: int, words: list[str]
+) -> tuple[str, ...]:
+    """Of stage.sbatch: ranks on each node, tries after a failure, python, RUN, and the stage."""
+    ranks_on_node = processes // (run.config.slurm.resources(section).nodes or 1)
+    options = ("-r", str(ranks_on_node), "-t", str(run.config.launch.retries), "-p", sys.executable)
+    return (*options, os.path.abspath(run.root), *words)
 
 
 def ranges(numbers: Sequence[int]) -> str:
@@ -173,7 +180,8 @@ def ranges(numbers: Sequence[int]) -> str:
             spans[-1][1] = number
         else:
             spans.append([number, number])
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in spans)
+    words = ["-".join(dict.fromkeys(map(str, span))) for span in spans]  # 7-7 is 7
+    return ",".join(words)
 
 
 def dependency(
@@ -181,23 +189,27 @@ def dependency(
     batch: Batch,
     ids: dict[str, str],
     whole: Collection[str],
-    done: Callable[[str], bool],
+    is_done: Callable[[str], bool],
 ) -> str:
     """sbatch's word for what a batch waits for.
 
-    ids: of the jobs that are queued.  whole: arrays of which every element is meant.  A specialist that may be missing
-    is only waited for.  Slurm takes an id that it does not know for fulfilled: so done jobs are left out, and each
-    other one must be queued.
+    ids: of the jobs that are queued.  whole: arrays of which every element is meant.
+
+    Slurm takes an id that it does not know for fulfilled.  So done jobs are left out, and each
+    other one must be queued.  A specialist that may be missing is waited for, however it ends.
     """
     words: dict[str, list[str]] = {"afterok": [], "afterany": []}
     for name in batch.waits_for:
-        if not done(name):
-            number = ids[name].partition("_")[0]
-            may_fail = run.config.ensemble.allow_missing and is_of_specialists(name)
-            how = "afterany" if may_fail else "afterok"
-            words[how].append(number if number in whole else ids[name])
+        if is_done(name):
+            continue
+        array = ids[name].partition("_")[0]
+        may_fail = run.config.ensemble.allow_missing and is_of_specialists(name)
+        condition = "afterany" if may_fail else "afterok"
+        words[condition].append(array if array in whole else ids[name])
     return ",".join(
-        ":".join([how, *dict.fromkeys(listed)]) for how, listed in words.items() if listed
+        ":".join([condition, *dict.fromkeys(listed)])
+        for condition, listed in words.items()
+        if listed
     )
 
 
@@ -208,16 +220,27 @@ def shell_script(
     queued: dict[str, str],
     max_array_size: int,
 ) -> str:
-    """What would be submitted, as a shell script of its own.  queued: ids of the jobs that are queued already."""
-    done, ids, whole, lines = {job.name for job in jobs if job.is_done}, dict(queued), set(), []
+    """What would be submitted, as a shell script of its own.
+
+    queued: ids of the jobs that are queued already.
+    """
+    done = {job.name for job in jobs if job.is_done}
+    ids, whole, lines = dict(queued), set(), []
     for batch in batches(run, chosen, max_array_size):
         variable = re.sub(r"\W", "_", batch.name)
         number = f"${{{variable}}}"
-        waits = dependency(run, batch, ids, whole, done.__contains__)
-        words = batch.command(Path(os.path.abspath(run.root)), waits)
-        # The dependency is made of ids and of this script's own variables: the one word that the shell is to read.
-        quoted = [word if word == f"--dependency={waits}" else shlex.quote(word) for word in words]
-        lines.append(f"{variable}=$({' '.join(quoted)})")
+        word = dependency(run, batch, ids, whole, done.__contains__)
+        command = batch.command(Path(os.path.abspath(run.root)), word)
+        lines.append(f"{variable}=$({_quoted(command, f'--dependency={word}')})")
         whole.add(number)
-        ids |= {name: f"{number}{end}" for name, end in batch.ids("").items()}
+        ids |= batch.ids(number)
     return "\n".join(lines)
+
+
+def _quoted(command: list[str], dependency: str) -> str:
+    """A command for a shell.
+
+    The dependency is made of ids and of the script's own variables: it is the one word that the
+    shell is to read.
+    """
+    return " ".join(word if word == dependency else shlex.quote(word) for word in command)

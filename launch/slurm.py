@@ -1,8 +1,8 @@
 """The job graph on Slurm: submit what is not done, tell what became of it, cancel it.
 
-Slurm is asked only through its clients, each with a time limit.  Nothing of ours stays behind on the login node:
-slurm/stage.sbatch itself tries again after a failure and queues again after a signal.  A stage is done when its own
-marker says so, whatever Slurm says.
+Slurm is asked only through its clients, each with a time limit.  Nothing of ours stays behind on
+the login node: slurm/stage.sbatch itself tries again after a failure and queues again after a
+signal.  A stage is done when its own marker says so, whatever Slurm says.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from .journal import JobRecord, Journal
 from .plan import Job
 from .sbatch import MAX_ARRAY_SIZE, Batch, batches, dependency
 
-CLIENT_S, SUBMIT_S = 20, 60  # how long a client may take to answer
-ENDING_S = 60  # how long a job that is being ended may take (Slurm's KillWait is 30)
+# Seconds that a client may take to answer.
+CLIENT_S = 20
+SUBMIT_S = 60
+ENDING_S = 60  # that a job which is being ended may take (Slurm's KillWait is 30)
 ENDING = "ending"  # the reason of a job that Slurm is ending, or taking back into its queue
+CANCELLED = {"state": "interrupted", "reason": "cancelled"}
 
 # States of squeue; all others are ends.
 WAITING = {
@@ -54,42 +57,53 @@ COLUMNS = {
 def ask(
     command: Sequence[str], timeout: float = CLIENT_S, environment: dict[str, str] | None = None
 ) -> str:
-    """What a client of Slurm answers.  Raises UserError, with Slurm's own words, where there is no answer."""
-    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL}
+    """The output of a client of Slurm.
+
+    Raises UserError, with Slurm's own words, where there is no answer.
+    """
+    client = command[0]
     try:
-        ended = subprocess.run(command, timeout=timeout, env=environment, **options)
+        ended = subprocess.run(
+            command,
+            timeout=timeout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
     except FileNotFoundError:
         raise UserError(
-            f"{command[0]} is not on the PATH: Slurm is spoken to from a login node of its cluster; to run on this "
-            f"machine leave out --on slurm"
+            f"{client} is not on the PATH: Slurm is reached from a login node of its cluster; "
+            "to run on this machine leave out --on slurm"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} did not answer within {timeout:g} s") from None
+        raise UserError(f"{client} did not answer within {timeout:g} s") from None
     if ended.returncode:
-        said = [
+        lines = [
             re.sub(r"^\w+: (error|fatal): ", "", line.strip()) for line in ended.stderr.splitlines()
         ]
-        raise UserError(
-            f"{command[0]}: {'; '.join(filter(None, said)) or f'exit code {ended.returncode}'}"
-        )
+        message = "; ".join(filter(None, lines)) or f"exit code {ended.returncode}"
+        raise UserError(f"{client}: {message}")
     return ended.stdout
 
 
 def max_array_size() -> int:
-    found = re.search(
-        r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]), re.MULTILINE
-    )
-    return int(found[1]) if found else MAX_ARRAY_SIZE
+    config = ask(["scontrol", "show", "config"])
+    size = re.search(r"^MaxArraySize\s*=\s*(\d+)", config, re.MULTILINE)
+    return int(size[1]) if size else MAX_ARRAY_SIZE
 
 
 def site_file(run: Path) -> Path | None:
     """RUN/site.sh, or the user's own, or none: the same choice as in stage.sbatch."""
-    places = [run / "site.sh", Path("~/.config/referral/site.sh").expanduser()]
-    return next((place for place in places if os.access(place, os.R_OK)), None)
+    paths = [run / "site.sh", Path("~/.config/referral/site.sh").expanduser()]
+    return next((path for path in paths if os.access(path, os.R_OK)), None)
 
 
 def environment(run: Path) -> dict[str, str]:
-    """For sbatch: ours, without what a Slurm job around us has set, and the site's SBATCH_ variables."""
+    """For sbatch: ours, without that of a Slurm job around us, and the site's SBATCH_ variables.
+
+    Raises UserError if the site's file ends its shell, or does not end.
+    """
     own = {
         name: value
         for name, value in os.environ.items()
@@ -98,16 +112,17 @@ def environment(run: Path) -> dict[str, str]:
     site = site_file(run)
     if site is None:
         return own
-    command = [
-        "bash",
-        "-c",
-        '. "$1" >&2; env -0',
-        "site",
-        str(site.resolve()),
-    ]  # what it prints is for the user
-    options = {"env": own, "stdout": subprocess.PIPE, "text": True, "stdin": subprocess.DEVNULL}
+    script = '. "$1" >&2; env -0'  # what the site's file prints is for the user
+    command = ["bash", "-c", script, "site", str(site.resolve())]
     try:
-        shell = subprocess.run(command, timeout=SUBMIT_S, **options)
+        shell = subprocess.run(
+            command,
+            timeout=SUBMIT_S,
+            env=own,
+            stdout=subprocess.PIPE,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
     except subprocess.TimeoutExpired:
         raise UserError(f"{site} did not end within {SUBMIT_S} s") from None
     if shell.returncode:
@@ -128,37 +143,39 @@ class Row:
 
 
 def queue(ids: Sequence[str]) -> dict[str, Row]:
-    """What Slurm knows of jobs, by their ids, array elements one by one; it forgets a job minutes after its end."""
-    numbers = sorted({number.partition("_")[0] for number in ids})
+    """What Slurm knows of jobs, by their ids, array elements one by one.
+
+    Slurm forgets a job minutes after its end: then it is not in the answer.
+    """
+    numbers = sorted({id_.partition("_")[0] for id_ in ids})
     if not numbers:
         return {}
     columns = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
-    options = [
-        "--noheader",
-        "--array",
-        "--states=all",
-        f"--jobs={','.join(numbers)}",
-        f"--Format={columns}",
-    ]
+    options = ["--noheader", "--array", "--states=all"]
+    options += [f"--jobs={','.join(numbers)}", f"--Format={columns}"]
     try:
-        answer = ask(["squeue", *options])
-    except UserError as mistake:
-        if "Invalid job id" in str(mistake):  # a single one, and it is forgotten
+        output = ask(["squeue", *options])
+    except UserError as error:
+        if "Invalid job id" in str(error):  # a single one, and it is forgotten
             return {}
         raise
-    return dict(parse(line) for line in answer.splitlines() if line.strip())
+    return dict(parse(line) for line in output.splitlines() if line.strip())
 
 
 def parse(line: str) -> tuple[str, Row]:
-    """One line of squeue, in COLUMNS."""
+    """One line of squeue, in COLUMNS: a job's id, and what is said of it."""
     values, start = {}, 0
     for name, width in COLUMNS.items():
         values[name] = line[start : start + width].strip()
         start += width
-    elapsed, restarts = seconds(values["TimeUsed"]), int(values["RestartCnt"] or 0)
-    return values["JobArrayID"], Row(
-        values["State"], values["Reason"], restarts, values["NodeList"], elapsed
+    row = Row(
+        state=values["State"],
+        reason=values["Reason"],
+        restarts=int(values["RestartCnt"] or 0),
+        node=values["NodeList"],
+        elapsed_s=seconds(values["TimeUsed"]),
     )
+    return values["JobArrayID"], row
 
 
 def seconds(text: str) -> float:
@@ -166,17 +183,20 @@ def seconds(text: str) -> float:
     days, _, clock = text.rpartition("-")
     if not re.fullmatch(r"[\d:]+", clock):
         return 0.0
-    return int(days or 0) * 86400.0 + sum(
-        int(part) * 60**k for k, part in enumerate(reversed(clock.split(":")))
-    )
+    parts = reversed(clock.split(":"))
+    return int(days or 0) * 86400.0 + sum(int(part) * 60**k for k, part in enumerate(parts))
 
 
 # What became of the jobs
 
 
 def look(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> Journal:
-    """The journal with each job's state as Slurm and the run directory tell it together; nothing is written."""
-    rows, records = queue([record.id for record in journal.jobs.values() if record.id]), {}
+    """The journal with each job's state, as Slurm and the run directory tell it together.
+
+    Nothing is written.
+    """
+    rows = queue([record.id for record in journal.jobs.values() if record.id])
+    records: dict[str, JobRecord] = {}
     for job in jobs:  # each stands behind those it waits for
         noted = journal.jobs.get(job.name, JobRecord())
         lost = [
@@ -184,68 +204,85 @@ def look(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> Journal:
             for name in job.waits_for
             if records[name].state in ("failed", "blocked", "interrupted")
         ]
-        records[job.name] = _judge(run, job, noted, rows.get(noted.id), lost)
+        records[job.name] = _record(run, job, noted, rows.get(noted.id), lost)
     return replace(journal, jobs=records)
 
 
-def _judge(
+def _record(
     run: RunDirectory, job: Job, noted: JobRecord, row: Row | None, lost: list[str]
 ) -> JobRecord:
-    """One job's record.  lost: what it waits for and will not get."""
-    ending = row is not None and row.state == "COMPLETING"
+    """One job's record, from what was noted and what Slurm says.
+
+    lost: what it waits for and will not get.
+    """
     if job.is_done:
-        return replace(noted, state="done", reason="", node=row.node if row else noted.node)
+        node = row.node if row else noted.node
+        return replace(noted, state="done", reason="", node=node)
     if not noted.id or noted.state == "interrupted":  # never submitted, or cancelled by us
-        return replace(noted, pid=None, reason=ENDING if ending else noted.reason)
+        is_ending = row is not None and row.state == "COMPLETING"
+        return replace(noted, pid=None, reason=ENDING if is_ending else noted.reason)
     if row is None:
-        if lost and not (run.root / noted.log).exists():
-            return replace(noted, state="blocked", reason=f"waits for {', '.join(lost)}")
-        return replace(
-            noted,
-            state="failed",
-            reason=f"it ended unfinished, and Slurm has forgotten job {noted.id}",
-        )
-    found = replace(noted, restarts=row.restarts, attempts=row.restarts + 1, node=row.node)
+        return _forgotten(run, noted, lost)
+    record = replace(noted, restarts=row.restarts, attempts=row.restarts + 1, node=row.node)
     if row.state in WAITING:
-        return replace(found, state="waiting", attempts=row.restarts, reason=row.reason)
+        return replace(record, state="waiting", attempts=row.restarts, reason=row.reason)
     if row.state in RUNNING:
-        reason = ENDING if ending else "" if row.state == "RUNNING" else row.state
-        return replace(found, state="running", reason=reason, started=time.time() - row.elapsed_s)
+        reason = {"RUNNING": "", "COMPLETING": ENDING}.get(row.state, row.state)
+        started = time.time() - row.elapsed_s
+        return replace(record, state="running", reason=reason, started=started)
     if row.state == "CANCELLED":
         if lost and not row.node:
-            return replace(found, state="blocked", reason=f"waits for {', '.join(lost)}")
-        return replace(found, state="interrupted", reason="cancelled")
-    reason = f"Slurm says {row.state}" + (
-        f", {row.reason}" if row.reason not in ("None", "NonZeroExitCode") else ""
-    )
+            return _blocked(record, lost)
+        return replace(record, **CANCELLED)
+    return replace(record, state="failed", reason=_failure(run, noted, row))
+
+
+def _forgotten(run: RunDirectory, noted: JobRecord, lost: list[str]) -> JobRecord:
+    """Of a job that Slurm does not know any more."""
+    if lost and not (run.root / noted.log).exists():
+        return _blocked(noted, lost)
+    reason = f"it ended unfinished, and Slurm has forgotten job {noted.id}"
+    return replace(noted, state="failed", reason=reason)
+
+
+def _blocked(record: JobRecord, lost: list[str]) -> JobRecord:
+    return replace(record, state="blocked", reason=f"waits for {', '.join(lost)}")
+
+
+def _failure(run: RunDirectory, noted: JobRecord, row: Row) -> str:
+    """Why a job ended without its stage done."""
+    reason = f"Slurm says {row.state}"
+    if row.reason not in ("None", "NonZeroExitCode"):
+        reason += f", {row.reason}"
     if "LaunchFailure" in reason or ":53" in reason:  # how slurmd says that it cannot open the log
-        reason += f": {row.node} cannot write {run.root / noted.log}; the run must lie where compute nodes see it"
-    return replace(found, state="failed", reason=reason)
+        log = run.root / noted.log
+        reason += f": {row.node} cannot write {log}; the run must lie where compute nodes see it"
+    return reason
 
 
 def live(journal: Journal) -> dict[str, str]:
     """Per job that waits or runs its id, in a journal as `look` returns it."""
-    queued = {
-        name: record
+    return {
+        name: record.id
         for name, record in journal.jobs.items()
-        if record.state in ("waiting", "running")
+        if record.id and record.state in ("waiting", "running")
     }
-    return {name: record.id for name, record in queued.items() if record.id}
 
 
 def settle(
     run: RunDirectory, jobs: Sequence[Job], journal: Journal, say: Callable[[str], None]
 ) -> Journal:
-    """`look`, once the jobs that Slurm is just ending or taking back into its queue have ended or are queued."""
-    deadline, told = time.monotonic() + ENDING_S, False
+    """`look`, once the jobs that Slurm is just ending have ended or are queued again."""
+    deadline = time.monotonic() + ENDING_S
+    has_said = False
     while True:
-        found = look(run, jobs, journal)
-        ending = [record.id for record in found.jobs.values() if record.reason == ENDING]
+        current = look(run, jobs, journal)
+        ending = [record.id for record in current.jobs.values() if record.reason == ENDING]
         if not ending or time.monotonic() > deadline:
-            return found
-        if not told:
+            return current
+        if not has_said:
             say(f"{', '.join(ending)}: Slurm is still ending them")
-        told = True
+            has_said = True
         time.sleep(1)
 
 
@@ -253,17 +290,19 @@ def settle(
 
 
 def choose(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> list[Job]:
-    """The jobs to submit: those that are neither done nor queued, and whatever stands behind one of these.
+    """The jobs to submit: neither done nor queued, or behind one of these.
 
-    Raises UserError if one of the latter is running (ensemble.allow_missing let it): it goes without what is to come.
+    Raises UserError if one of the latter is running (ensemble.allow_missing let it): it would go
+    without what is to come.
     """
-    queued, chosen = live(journal), {}
+    queued = live(journal)
+    chosen: dict[str, Job] = {}
     for job in jobs:
         behind = [name for name in job.waits_for if name in chosen]
         if behind and job.name in queued and journal.jobs[job.name].state == "running":
             raise UserError(
-                f"{job.name} (job {queued[job.name]}) is running without {', '.join(behind)}; wait for its end, or "
-                f"first: referral cancel {shlex.quote(str(run.root))}"
+                f"{job.name} (job {queued[job.name]}) is running without {', '.join(behind)}; "
+                f"wait for its end, or first: referral cancel {shlex.quote(str(run.root))}"
             )
         if behind or not (job.is_done or job.name in queued):
             chosen[job.name] = job
@@ -271,74 +310,103 @@ def choose(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> list[Job
 
 
 def submit(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> list[tuple[Batch, str]]:
-    """Submit what `choose` says, and note it in RUN/jobs.json.  Returns each batch with the number that Slurm gave it.
+    """Submit what `choose` says, and note it in RUN/jobs.json.
 
-    journal: as `settle` returns it.  Raises UserError, with Slurm's words, if a batch is refused: those before it are
-    cancelled.
+    Parameters
+    ----------
+    run : RunDirectory
+    jobs : sequence of Job
+        All jobs of the run.
+    journal : Journal
+        As `settle` returns it.
+
+    Returns
+    -------
+    list of (Batch, str)
+        Each batch with the number that Slurm gave it.
+
+    Raises
+    ------
+    UserError
+        With Slurm's words, if a batch is refused. Those before it are cancelled.
     """
     if "\\" in str(run.root.absolute()):
         raise UserError(
             f"{run.root}: Slurm doubles the backslashes in a job's arguments; choose another --run"
         )
-    variables, size, chosen = environment(run.root), max_array_size(), choose(run, jobs, journal)
-    queued, names = live(journal), {job.name for job in chosen}
-    if superseded := [number for name, number in queued.items() if name in names]:
-        ask(["scancel", *superseded], SUBMIT_S)
-    for job in chosen:  # what was begun without what is now to come is begun anew
-        if names & set(job.waits_for):
-            for stage in job.stages:
-                stage.clear()
+    variables, size = environment(run.root), max_array_size()
+    chosen = choose(run, jobs, journal)
+    _withdraw_superseded(chosen, live(journal))
     (run.root / "logs").mkdir(exist_ok=True)
-    noted, ids = Journal(dict(journal.jobs), runner="slurm"), dict(queued)
-    done, submitted = {job.name for job in jobs if job.is_done}, {}
+    done = {job.name for job in jobs if job.is_done}
+    ids = live(journal)
+    noted = Journal(dict(journal.jobs), runner="slurm")
+    submitted: dict[Batch, str] = {}
     for batch in batches(run, chosen, size):
         waits = dependency(run, batch, ids, submitted.values(), done.__contains__)
+        command = batch.command(run.root.absolute(), waits)
         try:
-            answer = ask(batch.command(run.root.absolute(), waits), SUBMIT_S, variables)
-        except (UserError, KeyboardInterrupt) as mistake:
-            raise UserError(_withdrawn(run, batch, submitted, noted, mistake)) from None
-        submitted[batch] = answer.strip().partition(";")[0]  # NUMBER, or NUMBER;CLUSTER
+            output = ask(command, SUBMIT_S, variables)
+        except (UserError, KeyboardInterrupt) as error:
+            raise UserError(_withdraw(run, batch, submitted, noted, error)) from None
+        submitted[batch] = output.strip().partition(";")[0]  # NUMBER, or NUMBER;CLUSTER
         ids |= batch.ids(submitted[batch])
         for name, log in batch.logs().items():
-            size_now = (run.root / log).stat().st_size if (run.root / log).exists() else 0
-            noted.jobs[name] = JobRecord("waiting", log=log, log_start=size_now, id=ids[name])
+            noted.jobs[name] = JobRecord(
+                "waiting", log=log, log_start=_size(run.root / log), id=ids[name]
+            )
         noted.save(run.root)
     return list(submitted.items())
 
 
-def _withdrawn(
+def _withdraw_superseded(chosen: Sequence[Job], queued: dict[str, str]) -> None:
+    """Cancel and clear what would go, or has gone, without what is now submitted."""
+    names = {job.name for job in chosen}
+    superseded = [id_ for name, id_ in queued.items() if name in names]
+    if superseded:
+        ask(["scancel", *superseded], SUBMIT_S)
+    for job in chosen:
+        if names & set(job.waits_for):
+            for stage in job.stages:
+                stage.clear()
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _withdraw(
     run: RunDirectory,
     refused: Batch,
     submitted: dict[Batch, str],
     noted: Journal,
-    mistake: BaseException,
+    error: BaseException,
 ) -> str:
-    """Cancel what was submitted before the refused batch; the words for it."""
-    why = f"{refused.name} was not submitted: {str(mistake) or 'interrupted'}"
+    """Cancel what was submitted before the refused batch; the message about both."""
+    message = f"{refused.name} was not submitted: {str(error) or 'interrupted'}"
     if not submitted:
-        return why
-    named = ", ".join(f"{number} ({batch.name})" for batch, number in submitted.items())
+        return message
+    listed = ", ".join(f"{number} ({batch.name})" for batch, number in submitted.items())
     try:
         ask(["scancel", *submitted.values()], SUBMIT_S)
-    except UserError as trouble:
-        return f"{why}\nstill queued, for they could not be cancelled ({trouble}): {named}"
+    except UserError as cause:
+        return f"{message}\nstill queued, for they could not be cancelled ({cause}): {listed}"
     for batch in submitted:
         for job in batch.jobs:
-            noted.jobs[job.name] = replace(
-                noted.jobs[job.name], state="interrupted", reason="cancelled"
-            )
+            noted.jobs[job.name] = replace(noted.jobs[job.name], **CANCELLED)
     noted.save(run.root)
-    return f"{why}\nwhat was submitted before it is cancelled: {named}"
+    return f"{message}\nwhat was submitted before it is cancelled: {listed}"
 
 
 def cancel(run: RunDirectory, journal: Journal) -> list[str]:
-    """Cancel every job that waits or runs, and note it; returns their ids.  journal: as `look` returns it."""
+    """Cancel every job that waits or runs, and note it; returns their ids.
+
+    journal: as `look` returns it.
+    """
     queued = live(journal)
     if queued:
         ask(["scancel", *queued.values()], SUBMIT_S)
         for name in queued:
-            journal.jobs[name] = replace(
-                journal.jobs[name], state="interrupted", reason="cancelled"
-            )
+            journal.jobs[name] = replace(journal.jobs[name], **CANCELLED)
         journal.save(run.root)
     return list(queued.values())

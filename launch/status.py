@@ -1,4 +1,7 @@
-"""The state of every stage: its own markers first, joined with what the launcher noted and which processes live."""
+"""The state of every stage.
+
+Its own markers count first, then what the launcher noted and which processes live.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +24,7 @@ from .plan import Job
 
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
 SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
+STATES = ("done", "running", "interrupted", "failed", "blocked", "stale", "waiting")
 COLOURS = {
     "done": "green",
     "running": "cyan",
@@ -31,7 +36,7 @@ COLOURS = {
 
 @dataclass
 class StageStatus:
-    """state: waiting | running | done | failed | blocked | interrupted | stale."""
+    """state: one of STATES.  seconds: since its start, or what it took.  detail: why it is so."""
 
     stage: str
     job: str
@@ -57,9 +62,9 @@ def statuses(run: RunDirectory, jobs: list[Job], journal: Journal) -> list[Stage
 def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> StageStatus:
     record = journal.jobs.get(job.name, JobRecord())
     status = StageStatus(
-        stage.place,
-        job.name,
-        "waiting",
+        stage=stage.place,
+        job=job.name,
+        state="waiting",
         attempts=record.attempts,
         log=record.log,
         id=record.id,
@@ -74,12 +79,9 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
     elif stage.is_stale or done is not None:
         status.state, status.detail = "stale", "made with another config or other data"
     elif _runs(run, record, journal):
-        begun = stage.is_begun or stage.place == job.pending[0].place  # the rest of its job waits
-        status.state = "running" if begun else "waiting"
-        if begun:
-            status.seconds = time.time() - record.started
-            _add_progress(status, stage, since=record.started)
-            status.detail = record.reason or _silence(run, record, stage)
+        # Of a job's stages one runs, and the rest waits.
+        if stage.is_begun or stage.place == job.pending[0].place:
+            _add_running(status, run, record, stage)
     elif record.state in ("failed", "blocked"):
         status.state, status.detail = record.state, record.reason
     elif journal.runner == "slurm" and record.state == "waiting":
@@ -91,10 +93,18 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
     return status
 
 
-def _runs(run: RunDirectory, record: JobRecord, journal: Journal) -> bool:
-    """A job runs if its process does; on a host that cannot be asked, if it wrote to its log lately.
+def _add_running(status: StageStatus, run: RunDirectory, record: JobRecord, stage: Stage) -> None:
+    status.state = "running"
+    status.seconds = record.elapsed_s
+    status.detail = record.reason or _silence(run, record, stage)
+    _add_progress(status, stage, since=record.started or 0.0)
 
-    Of Slurm's jobs the record says it: launch.slurm.look made it.
+
+def _runs(run: RunDirectory, record: JobRecord, journal: Journal) -> bool:
+    """Whether a job runs, by what there is to see.
+
+    On this host its process says so, on another one a log that grows.  Of Slurm's jobs the record
+    says it, which launch.slurm.look made.
     """
     if journal.runner == "slurm":
         return record.state == "running"
@@ -104,14 +114,16 @@ def _runs(run: RunDirectory, record: JobRecord, journal: Journal) -> bool:
 
 
 def _silence(run: RunDirectory, record: JobRecord, stage: Stage) -> str:
-    """What makes one doubt that a job of Slurm's runs: nothing that it writes has changed for long."""
-    written = max(
+    """A doubt whether a job of Slurm's runs: nothing that it writes has changed for long."""
+    last_sign = max(
         _modified(run.root / record.log),
         _modified(stage.shown("metrics.jsonl")),
-        record.started,
+        record.started or 0.0,
     )
-    silent = time.time() - written
-    return f"nothing written for {duration(silent)}" if record.id and silent > SILENT_S else ""
+    silent_s = time.time() - last_sign
+    if not record.id or silent_s <= SILENT_S:
+        return ""
+    return f"nothing written for {duration(silent_s)}"
 
 
 def _modified(path: Path) -> float:
@@ -122,9 +134,12 @@ def _modified(path: Path) -> float:
 
 
 def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None:
-    """Step, pace and time to go from the stage's metrics, unless they are older than `since` (an earlier attempt's)."""
+    """Step, pace and time to go, from the stage's metrics.
+
+    Metrics that are older than `since` are an earlier attempt's: of these only the step counts.
+    """
     path = stage.shown("metrics.jsonl")
-    rows = [row for row in _last_rows(path) if "loss" in row and row.get("steps")]
+    rows = [row for row in _last_rows(path) if row.get("steps")]
     if not rows:
         return
     first, last = rows[0], rows[-1]
@@ -132,11 +147,12 @@ def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None
     if _modified(path) < since:
         return
     status.samples_per_s = last.get("samples_per_s")
+    left = last["steps"] - last["step"]
     steps, seconds = last["step"] - first["step"], last["seconds"] - first["seconds"]
     if steps > 0 and seconds > 0:
-        status.eta_s = (last["steps"] - last["step"]) * seconds / steps
+        status.eta_s = left * seconds / steps
     elif last["step"] > 0 and last["seconds"] > 0 and status.samples_per_s:
-        status.eta_s = (last["steps"] - last["step"]) * last["seconds"] / last["step"]
+        status.eta_s = left * last["seconds"] / last["step"]
 
 
 def _last_rows(path: Path, count: int = 10) -> list[dict]:
@@ -163,7 +179,7 @@ def _last_rows(path: Path, count: int = 10) -> list[dict]:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person reads them: 12 s, 3 min 05 s, 2 h 07 min."""
+    """12 s, 3 min 05 s or 2 h 07 min"""
     if seconds is None:
         return ""
     whole = round(seconds)
@@ -183,19 +199,19 @@ def progress(status: StageStatus) -> str:
         parts.append(f"{status.samples_per_s:,.0f} samples/s")
     if status.state == "running" and status.eta_s is not None:
         parts.append(f"{duration(status.eta_s)} to go")
-    return " · ".join([*parts, *([status.detail] if status.detail else [])])
+    if status.detail:
+        parts.append(status.detail)
+    return " · ".join(parts)
 
 
-def summary(found: list[StageStatus]) -> str:
+def summary(stages: list[StageStatus]) -> str:
     """`17 stages: 5 done, 2 running, 10 waiting`."""
-    states = ["done", "running", "interrupted", "failed", "blocked", "stale", "waiting"]
-    counts = [(sum(status.state == state for status in found), state) for state in states]
-    return f"{len(found)} stages: " + ", ".join(
-        f"{count} {state}" for count, state in counts if count
-    )
+    counts = Counter(stage.state for stage in stages)
+    listed = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    return f"{len(stages)} stages: {listed}"
 
 
-def table(found: list[StageStatus], title: str | None = None) -> Table:
+def table(stages: list[StageStatus], title: str | None = None) -> Table:
     """One row for each stage; where Slurm ran any, its job, node and restarts beside it."""
     rows = Table(
         title=title,
@@ -205,30 +221,27 @@ def table(found: list[StageStatus], title: str | None = None) -> Table:
         title_justify="left",
         title_style="",
     )
-    slurm = any(status.id for status in found)
-    for column in (
-        "stage",
-        "state",
-        *(("job", "node", "restarts") if slurm else ()),
-        "time",
-        "progress",
-    ):
+    columns = ["stage", "state", "time", "progress"]
+    on_slurm = any(stage.id for stage in stages)
+    if on_slurm:
+        columns[2:2] = ["job", "node", "restarts"]
+    for column in columns:
         justify = "right" if column in ("time", "restarts") else "left"
         rows.add_column(column, justify=justify, no_wrap=column != "progress")
-    for status in found:
-        state = Text(status.state, style=COLOURS.get(status.state, "dim"))
-        place = (Text(status.id), Text(status.node), str(status.restarts or "")) if slurm else ()
-        rows.add_row(
-            Text(status.stage), state, *place, duration(status.seconds), Text(progress(status))
-        )
+    for stage in stages:
+        cells = [Text(stage.stage), Text(stage.state, style=COLOURS.get(stage.state, "dim"))]
+        if on_slurm:
+            cells += [Text(stage.id), Text(stage.node), Text(str(stage.restarts or ""))]
+        rows.add_row(*cells, duration(stage.seconds), Text(progress(stage)))
     return rows
 
 
-def failures(run: RunDirectory, found: list[StageStatus], journal: Journal) -> list[str]:
+def failures(run: RunDirectory, stages: list[StageStatus], journal: Journal) -> list[str]:
     """For each failed job, its log's path and last lines."""
     lines = []
-    for job in dict.fromkeys(status.job for status in found if status.state == "failed"):
+    for job in dict.fromkeys(stage.job for stage in stages if stage.state == "failed"):
         record = journal.jobs[job]
-        lines.append(f"{job}: {record.reason}; {run.root / record.log} ends:")
-        lines += [f"    {line}" for line in end_of_log(run.root / record.log, record.log_start)]
+        log = run.root / record.log
+        lines.append(f"{job}: {record.reason}; {log} ends:")
+        lines += [f"    {line}" for line in end_of_log(log, record.log_start)]
     return lines

@@ -425,18 +425,25 @@ def _repeated_seeds(comparison: Comparison, variant: str) -> list[str]:
     repeated = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if not repeated:
         return []
-    where = f" in {variant}" if len(comparison["variants"]) > 1 else ""
-    listed = ", ".join(map(str, repeated))
-    return [f"seed {listed} more than once{where}: such runs are no independent draws"]
+    line = f"seed {', '.join(map(str, repeated))} more than once"
+    if len(comparison["variants"]) > 1:
+        line += f" in {variant}"
+    return [f"{line}: such runs are no independent draws"]
 
 
 def setting(variant: Variant) -> str:
     """`clusters.num_groups = 24, specialists.steps = 600`"""
     parts = []
     for key, value in variant["settings"].items():
-        part = f"{key} = {'not set' if value is None else json.dumps(value)}"
-        parts.append(part if len(part) <= 60 else part[:57] + "...")
+        text = "not set" if value is None else json.dumps(value)
+        parts.append(_abbreviated(f"{key} = {text}"))
     return _shortened(parts)
+
+
+def _abbreviated(text: str, longest: int = 60) -> str:
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest - 3]}..."
 
 
 def cell(spread: Moments, metric: str, signed: bool = False) -> str:

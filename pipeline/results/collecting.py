@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NotRequired, TypedDict, cast
 
 from ..config import UserError
@@ -86,7 +87,7 @@ def read_file(stage: Stage, file: str):
         return None
 
 
-def _rows(run: RunDirectory, names) -> dict[str, Row]:
+def _rows(run: RunDirectory, names: Iterable[str]) -> dict[str, Row]:
     """The rows of those that were evaluated."""
     evaluations = {name: read_evaluation(run.evaluate, name) for name in names}
     return {name: _row(content["row"]) for name, content in evaluations.items() if content}

@@ -141,7 +141,9 @@ def worth(row: Row, results: Results) -> str:
     if row.get("dee_beyond"):
         return f">{len(results.get('sizes') or [])}"
     dee = row.get("dee")
-    return ABSENT if dee is None else f"{dee:.2f}"
+    if dee is None:
+        return ABSENT
+    return f"{dee:.2f}"
 
 
 # A run that adds classes

@@ -266,7 +266,7 @@ def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_ru
     out, err = launcher.communicate(timeout=15)
     assert launcher.returncode == 130, err
     assert len(ward.calls("checkpoint")) == 2
-    assert "the same command goes on" in out and "Traceback" not in err
+    assert "the same command resumes" in out and "Traceback" not in err
     assert not children_of(run.root)
     assert {state for state in states(run).values() if state not in ("done", "waiting")} == {
         "interrupted"
