@@ -44,9 +44,16 @@ from .local import (
     tethered,
     trainer_command,
 )
-from .machine import this_machine
+from .machine import this_machine, visible_devices
 from .plan import Job, plan
-from .prepare import check, check_place, lay_out, save_environment
+from .prepare import (
+    check,
+    check_batches,
+    check_file_system,
+    check_place,
+    lay_out,
+    save_environment,
+)
 from .results import comparison_table, show_results
 from .status import failures, statuses, summary, table
 
@@ -141,12 +148,14 @@ def prepare(
 ) -> int:
     """Check the config and lay out the run's directory; start nothing."""
     checked, stale = check(_config(config, run, set), run, force)
-    ranks = this_machine(checked.config).ranks
-    code = check_by_trainer(checked.config, ranks)
+    jobs = plan(checked, this_machine(checked.config).ranks)
+    check_batches(checked, jobs, stale)
+    check_file_system(run)
+    code = check_by_trainer(checked, jobs)
     if code:
         return code
     with locked(run):
-        lay_out(checked, plan(checked, ranks), stale)
+        lay_out(checked, jobs, stale, unchecked=is_left_to_first_job(checked.config))
     _say(f"{run} is ready: referral run --run {shlex.quote(str(run))}")
     return 0
 
@@ -335,16 +344,16 @@ def start(
 def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
     machine, console = this_machine(run.config), _console()
     jobs = plan(run, machine.ranks)
+    code = _check_new(run, jobs, stale, Runner.local, dry_run)
+    if code:
+        return code
     if dry_run:
         show_plan(run, jobs, stale, console)
         return 0
-    code = _check_new(run, jobs, stale, Runner.local)
-    if code:
-        return code
     if not all(job.is_done for job in jobs):
         with locked(run.root):
             refuse_while_queued(run, jobs)
-            lay_out(run, jobs, stale)
+            lay_out(run, jobs, stale, _is_unchecked(run, stale, Runner.local))
             save_environment(run.root)
             with Display(console) as display:
                 code = Pool(run, jobs, machine, display, FAKE).execute()
@@ -355,13 +364,14 @@ def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
 
 def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
     jobs = plan(run, sbatch.ranks(run.config))
+    if not dry_run:
+        slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
+    code = _check_new(run, jobs, stale, Runner.slurm, dry_run)
+    if code:
+        return code
     if dry_run:
         show_submission(run, jobs)
         return 0
-    slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
-    code = _check_new(run, jobs, stale, Runner.slurm)
-    if code:
-        return code
     console = _console()
     if all(job.is_done for job in jobs):
         show_results(run, console)
@@ -371,14 +381,23 @@ def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
     return 0
 
 
-def _check_new(run: RunDirectory, jobs: list[Job], stale: list[Stage], on: Runner) -> int:
-    """`check_by_trainer` of a run that is new or changed."""
-    if not stale and (run.root / "config.toml").exists():
+def _check_new(
+    run: RunDirectory, jobs: list[Job], stale: list[Stage], on: Runner, dry_run: bool
+) -> int:
+    """The batches of what is left to train; all else too, if the run is new or changed."""
+    check_batches(run, jobs, stale)
+    if not _is_new(run, stale):
         return 0
-    return check_by_trainer(run.config, jobs[0].processes, on)
+    if not dry_run:
+        check_file_system(run.root)
+    return check_by_trainer(run, jobs, on)
 
 
-def check_by_trainer(config: Config, processes: int, on: Runner = Runner.local) -> int:
+def _is_new(run: RunDirectory, stale: list[Stage]) -> bool:
+    return bool(stale) or not (run.root / "config.toml").exists()
+
+
+def check_by_trainer(run: RunDirectory, jobs: list[Job], on: Runner = Runner.local) -> int:
     """What only torch and a look into the shards can find wrong, before anything is written.
 
     The trainer prints it.  Returns its exit code.  A login node without torch leaves the check to
@@ -386,12 +405,29 @@ def check_by_trainer(config: Config, processes: int, on: Runner = Runner.local) 
     """
     if importlib.util.find_spec("torch") is None:
         return 0
+    command = [*(FAKE or TRAINER), "check", "--processes", str(jobs[0].processes)]
+    command += ["--run", str(run.root)]
+    config = run.config
     if on is Runner.slurm:
         engine = config.engine.model_copy(update={"device": "auto"})
         config = config.model_copy(update={"engine": engine})
-    command = [*(FAKE or TRAINER), "check", "--processes", str(processes)]
+        command.append("--elsewhere")
+    if is_left_to_first_job(config, on):
+        command.append("--no-networks")
     text = tomli_w.dumps(config.dump())
     return subprocess.run(tethered(command), input=text, text=True).returncode
+
+
+def is_left_to_first_job(config: Config, on: Runner = Runner.local) -> bool:
+    """Whether networks cannot be tried here: without torch, or without the GPUs of Slurm's jobs."""
+    if importlib.util.find_spec("torch") is None:
+        return True
+    wants_gpu = on is Runner.slurm and bool(config.slurm.resources("generalist").gpus)
+    return wants_gpu and not visible_devices()
+
+
+def _is_unchecked(run: RunDirectory, stale: list[Stage], on: Runner) -> bool:
+    return _is_new(run, stale) and is_left_to_first_job(run.config, on)
 
 
 def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:
@@ -405,7 +441,7 @@ def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
             f"{run.root}: stages would be redone while {len(queued)} jobs of their old config are "
             f"queued; first: referral cancel {shlex.quote(str(run.root))}"
         )
-    lay_out(run, jobs, stale)
+    lay_out(run, jobs, stale, _is_unchecked(run, stale, Runner.slurm))
     save_environment(run.root)
     submitted = slurm.submit(run, jobs, journal)
     watch = f"referral status {shlex.quote(str(run.root))} --watch"

@@ -88,8 +88,8 @@ def locked(run: Path) -> Iterator[None]:
             raise UserError(f"{path}: another launcher is running {run} ({holder})") from None
         except OSError as mistake:
             raise UserError(
-                f"{path}: its file system cannot lock files (flock: {mistake.strerror}), which keeps "
-                "two launchers apart; choose --run on another one"
+                f"{path}: its file system cannot lock files (flock: {mistake.strerror}), which "
+                "keeps two launchers apart; choose --run on another one"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")

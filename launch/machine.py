@@ -29,7 +29,7 @@ class Machine:
 
 def this_machine(config: Config) -> Machine:
     """Raises UserError if launch.processes asks for more ranks than there are GPUs."""
-    devices = [] if config.engine.device == "cpu" else _devices()
+    devices = [] if config.engine.device == "cpu" else visible_devices()
     processes = config.launch.processes
     if devices and processes and processes > len(devices):
         raise UserError(
@@ -46,7 +46,8 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _devices() -> list[str]:
+def visible_devices() -> list[str]:
+    """This machine's GPUs, as CUDA_VISIBLE_DEVICES calls them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [device.strip() for device in visible.split(",") if device.strip() not in ("", "-1")]

@@ -21,10 +21,19 @@ import tomli_w
 from braceexpand import braceexpand
 
 from pipeline.choices import ENGINES
-from pipeline.config import Config, ResolvedStudent, Section, UserError, flat, load_config
+from pipeline.config import (
+    Config,
+    ResolvedStudent,
+    Section,
+    UserError,
+    check_batch_size,
+    flat,
+    load_config,
+)
 from pipeline.config.loading import unknown_to
+from pipeline.files import probe
 from pipeline.graph import RunDirectory
-from pipeline.store import Stage, read_json, write_json, write_text
+from pipeline.store import UNCHECKED, Stage, read_json, write_json, write_text
 
 from .machine import num_cores
 from .plan import Job, save_graph
@@ -69,10 +78,34 @@ def check(
     return run, stale
 
 
-def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
+def check_batches(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
+    """Every batch that is still to be trained on can be divided among the ranks of its job."""
+    redone = {stage.place for stage in stale}
+    for job in jobs:
+        for stage in job.stages:
+            to_train = stage.kind.trains and (not stage.is_done or stage.place in redone)
+            if to_train and not (stage.name == "generalist" and _is_given(run.config)):
+                schedule = run.schedule(stage)
+                check_batch_size(schedule.batch_size, job.processes, schedule.accumulation)
+
+
+def _is_given(config: Config) -> bool:
+    """Whether the generalist comes whole; the trainer finds out whether a file's head fits."""
+    given = config.generalist
+    return bool(given.init) and (given.head is not None or os.path.isdir(given.init))
+
+
+def check_file_system(root: Path) -> None:
+    """RUN's file system can do what finishing a stage needs; nothing of the trial is left."""
+    probe(next(path for path in (root, *root.absolute().parents) if path.is_dir()))
+
+
+def lay_out(
+    run: RunDirectory, jobs: list[Job], stale: list[Stage], unchecked: bool = False
+) -> None:
     """Clear the stale stages and write config.toml and graph.json.
 
-    What says the same already is not touched.
+    What says the same already is not touched.  unchecked: the first job is to try the networks.
     """
     try:
         for stage in reversed(stale):  # what stands behind goes first
@@ -82,6 +115,8 @@ def lay_out(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> None:
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
         save_graph(jobs, run.root / "graph.json")
+        if unchecked:
+            write_text(run.root / UNCHECKED, "the first job tries the networks of this run\n")
     except OSError as error:
         raise UserError(f"{run.root}: cannot be written: {error.strerror}") from None
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .choices import NETWORKS
 from .spec import nearest
+from .user_code import CONTRACT, blame, place_of
 
 Builder = Callable[..., nn.Module]
 Builders = Mapping[str, Builder]
@@ -324,9 +325,7 @@ def build_trunk(
     ValueError for an unknown name or option.
     """
     if builders and name in builders:
-        builder = builders[name]
-        _check_options(name, builder, options)
-        return builder(shape, **options)
+        return _own_trunk(name, builders[name], shape, options)
     if name.startswith("timm:"):
         return _timm(name.removeprefix("timm:"), shape, options)
     if name not in NETWORKS:
@@ -338,9 +337,32 @@ def build_trunk(
     return builder(shape, **options)
 
 
+def _own_trunk(
+    name: str, builder: Builder, shape: tuple[int, ...], options: Mapping[str, Any]
+) -> nn.Module:
+    """What a builder of the caller's own gives.  ValueError, one line, for whatever it raises."""
+    if isinstance(builder, nn.Module):
+        raise ValueError(f"{name} is a network, not a function that builds one; {CONTRACT}")
+    try:
+        _check_options(name, builder, options)
+        trunk = builder(shape, **options)
+    except ValueError as error:  # its own words for a wrong value
+        raise ValueError(" ".join(str(error).split()) + place_of(error)) from None
+    except Exception as error:
+        called = "".join(f", {key}={value!r}" for key, value in options.items())
+        raise ValueError(f"{name}({shape}{called}) fails: {blame(error)}; {CONTRACT}") from None
+    if not isinstance(trunk, nn.Module):
+        kind = type(trunk).__name__
+        raise ValueError(f"{name}({shape}) gives {kind}, not an nn.Module; {CONTRACT}")
+    return trunk
+
+
 def _check_options(name: str, builder: Builder, options: Iterable[str]) -> None:
     """ValueError, with the nearest one, for an option that the builder does not declare."""
-    parameters = list(inspect.signature(builder).parameters.values())[1:]
+    try:
+        parameters = list(inspect.signature(builder).parameters.values())[1:]
+    except (TypeError, ValueError):  # some callables of C have none
+        return
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return
     declared = [parameter.name for parameter in parameters]

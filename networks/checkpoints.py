@@ -15,10 +15,11 @@ from torch import Tensor
 from .choices import AVERAGED, BESIDE_WEIGHTS, PLAIN
 
 Tensors = dict[str, Tensor]
+IN_RECIPE = ("state_dict_ema", "state_dict", "model")
 REMEDY = 'say which are meant: generalist.weights = "..."'
 RECIPE = """\
-    import torch, safetensors.torch as st; c = {load}
-    w = c.state_dict() if hasattr(c, "state_dict") else c.get("state_dict", c.get("model", c))
+    import torch, safetensors.torch as st; c = {load}; i = isinstance(c, dict)
+    w = next((c[k] for k in {keys} if i and k in c), c); w = getattr(w, "state_dict", lambda: w)()
     st.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, {out!r})"""
 
 
@@ -124,10 +125,10 @@ def _refusal(path: Path, message: str) -> str:
     else:
         return f"{path}: neither safetensors nor a whole file that torch.save wrote; cut short?"
     out = str(path.with_suffix(".safetensors"))
-    recipe = RECIPE.format(load=load.format(str(path)), out=out)
+    recipe = RECIPE.format(load=load.format(str(path)), keys=IN_RECIPE, out=out)
     return (
         f"{path}: it holds {held}, and reading these can run code, so they are not read; if you "
-        f"trust the file, write its weights to {out} by these three lines, and name that:\n{recipe}"
+        f"trust the file, write its weights to {out} by this, and name that:\n{recipe}"
     )
 
 

@@ -11,6 +11,7 @@ from .heads import DustbinHead, GrownHead, ShardedLinear, make_head
 from .linear_logits import LinearLogits
 from .members import MemberHeads, RankOne, cut_trunk, member_head, share_weights
 from .spec import ModelSpec
+from .user_code import CONTRACT, blame
 
 Head = nn.Linear | DustbinHead | ShardedLinear | GrownHead | MemberHeads | RankOne
 
@@ -193,14 +194,22 @@ def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
 
 
 def _feature_size(trunk: nn.Module, spec: ModelSpec) -> int:
+    """D, from one input of zeros.  ValueError for a trunk that does not give [B, D]."""
     was_training = trunk.training
     trunk.eval()
-    with torch.no_grad():
-        features = trunk(torch.zeros(1, *spec.input.shape))
+    try:
+        with torch.no_grad():
+            features = trunk(torch.zeros(1, *spec.input.shape))
+    except Exception as error:  # the user's forward raises what it likes
+        shape = [1, *spec.input.shape]
+        raise ValueError(
+            f"{spec.builder}: its network fails for an input of {shape}: {blame(error)}; {CONTRACT}"
+        ) from None
     trunk.train(was_training)
-    if isinstance(features, Tensor) and features.dim() == 2:
+    if isinstance(features, Tensor) and features.dim() == 2 and len(features) == 1:
         return features.shape[1]
     given = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
     raise ValueError(
-        f"builder {spec.builder!r} gives {given} for one input; features [1, D] are needed"
+        f"builder {spec.builder!r} gives {given} for one input; features [1, D] are needed: "
+        f"{CONTRACT}"
     )

@@ -22,6 +22,7 @@ from .stages import StageKind
 
 __all__ = [
     "COMPLETE",
+    "UNCHECKED",
     "Attempt",
     "Stage",
     "complete_checkpoints",
@@ -32,6 +33,7 @@ __all__ = [
     "write_text",
 ]
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
+UNCHECKED = "UNCHECKED"  # in RUN: the networks could not be tried where it was laid out
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pipeline.graph import RunDirectory
     from pipeline.store import Stage
 
+    from .session import Session
+
 RANK_0_FIRST_S = (
     5.0  # how long rank 0 has to say everybody's error before another rank says its own
 )
@@ -63,10 +65,29 @@ def run_stages(argv: list[str]) -> int:
     start_logging()
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
+        check_where_left(session)
         for stage in pending:
             check_inputs(stage)
             run_stage(session, stage)
     return 0
+
+
+def check_where_left(session: Session) -> None:
+    """The check of the networks, where whoever laid RUN out could not make it; by rank 0."""
+    from pipeline.store import UNCHECKED
+
+    from .distributed.ranks import broadcast
+
+    marker = session.run.root / UNCHECKED
+    if not broadcast(marker.exists(), session.ranks):
+        return
+    if session.ranks.is_main:
+        from .commands.check import check
+
+        for warning in check(session.config, session.ranks.world_size, session.run.root):
+            session.say("warning: %s", warning)
+        marker.unlink(missing_ok=True)
+    session.barrier()
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

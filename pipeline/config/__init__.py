@@ -16,6 +16,7 @@ from .schedule import (
     Schedule,
     Specialists,
     Student,
+    check_batch_size,
 )
 from .sections import (
     Clusters,
@@ -56,6 +57,7 @@ __all__ = [
     "Specialists",
     "Student",
     "UserError",
+    "check_batch_size",
     "flat",
     "load_config",
     "read_toml",

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, field_validator, model_validator
 
 from ..choices import AUGMENTATIONS, LOSSES, STUDENT_METHODS
-from .base import MODULE_FUNCTION, Section, one_of
+from .base import MODULE_FUNCTION, Section, UserError, one_of
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -264,3 +264,17 @@ def resolve(section: Schedule, parent: ResolvedSchedule, form: type[Resolved]) -
     if "steps" in own or "epochs" in own:
         del inherited["steps"], inherited["epochs"]
     return form.model_validate({**inherited, **own})
+
+
+def check_batch_size(batch: int, ranks: int, accumulation: int) -> None:
+    """UserError where `batch` does not divide into ranks x accumulation equal parts."""
+    parts = ranks * accumulation
+    if batch % parts == 0:
+        return
+    proposal = str(parts)
+    if batch > parts:
+        proposal = f"{batch // parts * parts} or {(batch // parts + 1) * parts}"
+    raise UserError(
+        f"batch {batch} is not divisible by {ranks} ranks x {accumulation} accumulation steps; "
+        f"try {proposal}"
+    )

@@ -1,7 +1,7 @@
 """`python -m trainer check`: the mistakes in a config that only torch and the shards can show.
 
-It runs before RUN is made. The config comes as TOML on standard input. Silence and exit code 0:
-nothing was found.
+It runs before RUN is made. The config comes as TOML on standard input. Exit code 0: nothing was
+found; what is odd but no mistake is a warning on standard error.
 """
 
 from __future__ import annotations
@@ -11,44 +11,76 @@ import os
 import sys
 import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from pipeline.config import Config, Schedule, UserError, load_config
+from clustering import ClassGroups
+from pipeline.config import Config, UserError, load_config
 from pipeline.graph import RunDirectory
 
-from ..core.loop import check_batch_size
 from ..data.augment import find_augment
 from ..data.shards import ShardSet, open_shards
 from ..distributed.ranks import Ranks, choose_device, precision
 from ..session import Session
-from ..stages.extending import grown_generalist
-from ..stages.networks import fresh_network, given_generalist, student_members
-from ..stages.student import left_out
-from ..stages.teachers import from_elsewhere
+from ..stages.rehearsal import rehearse
+from .needs import check_disk, check_memory
+
+NAMED = 3  # classes in a warning
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="trainer check", description=__doc__)
     parser.add_argument("--processes", type=int, default=1, help="ranks of the generalist")
+    parser.add_argument("--run", type=Path, default=None, help="where the run will be")
+    parser.add_argument("--elsewhere", action="store_true", help="the run's machine is another")
+    parser.add_argument("--no-networks", action="store_true", help="and has GPUs, as this has not")
     args = parser.parse_args(argv)
-    check(load_config(None, [], tomllib.loads(sys.stdin.read())), args.processes)
+    config = load_config(None, [], tomllib.loads(sys.stdin.read()))
+    warnings = check(config, args.processes, args.run, args.elsewhere, not args.no_networks)
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 
-def check(config: Config, processes: int) -> None:
-    """Raise UserError where a run of this config is bound to fail.
+def check(
+    config: Config,
+    processes: int,
+    run: Path | None = None,
+    elsewhere: bool = False,
+    networks: bool = True,
+) -> list[str]:
+    """What is odd about a run of this config, one line each.
 
-    Shards may be unreadable or not belong together, networks impossible to build, and batches
-    impossible to share among the ranks.
+    processes: ranks of the generalist.  run: where it will be.  elsewhere: on a machine with
+    another memory than this one's.  networks: try them, on the device that the run will have.
+    Raises UserError, in one line, where the run is bound to fail: shards are unreadable or do not
+    belong together, a network cannot be built or take its first step, a batch cannot be shared
+    among the ranks, groups do not fit the classes, or the disk is too small.
     """
     check_engine(config)
-    check_batches(config.train, processes)
-    for schedule in (config.specialists, *config.students.values()):
-        check_batches(schedule, 1)
-    find_augment(config.data.augment)
-    check_shards(config)
-    check_networks(config)
+    for augment in (config.data.augment, *(each.augment for each in config.students.values())):
+        find_augment(augment or "none")
+    shards = check_shards(config)
+    session = look_only(config, choose_device(config.engine))
+    warnings = check_classes(session)
+    if not networks:
+        return warnings
+    parts, notes = rehearse(session, processes)
+    warnings += notes
+    if not elsewhere:
+        warnings += check_memory(config, parts, session.ranks.device)
+    if run is not None:
+        warnings += check_disk(config, parts, shards, run)
+    return warnings
+
+
+def look_only(config: Config, device: torch.device) -> Session:
+    """A session that writes nothing: no cache, and a run directory that is not there."""
+    data = config.data.model_copy(update={"cache": "none"})
+    uncached = config.model_copy(update={"data": data})
+    return Session(RunDirectory(os.devnull, uncached), Ranks(0, 1, device))
 
 
 def check_engine(config: Config) -> None:
@@ -67,49 +99,84 @@ def check_engine(config: Config) -> None:
             )
 
 
-def check_batches(schedule: Schedule, processes: int) -> None:
-    """A batch can be divided among the ranks and the accumulation steps."""
-    batch_size, accumulation = schedule.batch_size, schedule.accumulation
-    assert batch_size is not None and accumulation is not None, "load_config fills them in"
-    check_batch_size(batch_size, processes, accumulation)
-
-
-def check_shards(config: Config) -> None:
-    """Every split opens; val and test have the classes and the shape of train."""
+def check_shards(config: Config) -> dict[str, ShardSet]:
+    """Every split, opened; val and test have the classes and the inputs of train."""
     train = open_shards(config.data.train, config.data, "train")
+    opened = {"train": train}
     for split in ("val", "test"):
         shards = open_shards(getattr(config.data, split), config.data, split)
         if shards.class_names != train.class_names:
             raise UserError(
                 f"data.{split} has other classes than data.train: they need one label set"
             )
-        check_shape(shards, train)
+        check_inputs(shards, train)
+        opened[split] = shards
     unlabelled = config.data.model_copy(update={"label": "", "classes": None})
     for split in ("transfer", "ood"):
         pattern = getattr(config.data, split)
         if pattern:
-            check_shape(open_shards(pattern, unlabelled, split), train)
+            opened[split] = open_shards(pattern, unlabelled, split)
+            check_inputs(opened[split], train)
+    return opened
 
 
-def check_shape(shards: ShardSet, train: ShardSet) -> None:
+def check_inputs(shards: ShardSet, train: ShardSet) -> None:
+    """Raises UserError where a split's inputs have another shape or type than train's."""
     shape, expected = list(shards.input_shape), list(train.input_shape)
     if shape != expected:
         raise UserError(f"data.{shards.split} has inputs of shape {shape}, data.train {expected}")
+    if shards.input_dtype != train.input_dtype:
+        raise UserError(
+            f"data.{shards.split} has inputs of type {shards.input_dtype}, data.train "
+            f"{train.input_dtype}: one network reads both alike"
+        )
 
 
-def check_networks(config: Config) -> None:
-    """The generalist and every student can be built, and teachers from elsewhere can be read."""
-    # Nothing is written: no cache, and a run directory that is not there.
-    data = config.data.model_copy(update={"cache": "none"})
-    uncached = config.model_copy(update={"data": data})
-    session = Session(RunDirectory(os.devnull, uncached), Ranks(0, 1, torch.device("cpu")))
-    if config.extend.run:
-        grown_generalist(session)
-    elif given_generalist(session) is None:
-        fresh_network(session)
-    for student in config.students.values():
-        find_augment(session.run.augment_of(student))
-        left_out(session, student)
-        fresh_network(session, student, members=student_members(config, student))
-        if os.sep in student.teacher:
-            from_elsewhere(student.teacher, session)
+def check_classes(session: Session) -> list[str]:
+    """Classes that train has no example of; and groups against those that it has."""
+    counts = session.shards("train").class_counts
+    absent = np.flatnonzero(counts == 0)
+    warnings = []
+    if len(absent):
+        names = ", ".join(session.class_names[c] for c in absent[:NAMED])
+        if len(absent) > NAMED:
+            names += f" and {len(absent) - NAMED} more"
+        warnings.append(
+            f"data.train has no example of {len(absent)} of {len(counts)} classes ({names}): "
+            "nothing is learnt about them, and no specialist is theirs alone"
+        )
+    if session.run.method.has_groups and not session.config.extend.run:
+        warnings += check_groups(session, counts > 0)
+    return warnings
+
+
+def check_groups(session: Session, trained: np.ndarray) -> list[str]:
+    """The groups that are asked for have classes with examples; of the user's own, some have."""
+    config = session.config.clusters
+    if not config.groups_file:
+        if config.num_groups > trained.sum():
+            raise UserError(
+                f"clusters.num_groups = {config.num_groups} is more than the {trained.sum()} "
+                "classes that data.train has examples of; each group needs one of these"
+            )
+        return []
+    try:
+        groups = ClassGroups.load(config.groups_file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"clusters.groups_file: {error}") from None
+    if groups.num_classes != len(trained):
+        raise UserError(
+            f"clusters.groups_file = {config.groups_file} is for {groups.num_classes} classes, "
+            f"the data has {len(trained)}"
+        )
+    untaught = [m for m, classes in enumerate(groups.members) if not trained[classes].any()]
+    if len(untaught) == len(groups):
+        raise UserError(
+            f"clusters.groups_file = {config.groups_file}: data.train has no example of a class "
+            "in any of its groups"
+        )
+    return [
+        f"clusters.groups_file = {config.groups_file}: group {m} has no class with an example in "
+        "data.train, and gets no specialist"
+        for m in untaught
+    ]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ResolvedSchedule, UserError
+from pipeline.config import ResolvedSchedule, check_batch_size
 
 from ..data.sample_accounting import EpochAccounting
 from ..data.streams import NUMBERS, Batch, TrainingStream
@@ -281,17 +281,3 @@ def set_random_state(state: dict[str, Tensor], ranks: Ranks) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if ranks.device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), ranks.device)
-
-
-def check_batch_size(batch: int, ranks: int, accumulation: int) -> None:
-    """UserError where `batch` does not divide into ranks x accumulation equal parts."""
-    parts = ranks * accumulation
-    if batch % parts == 0:
-        return
-    proposal = str(parts)
-    if batch > parts:
-        proposal = f"{batch // parts * parts} or {(batch // parts + 1) * parts}"
-    raise UserError(
-        f"batch {batch} is not divisible by {ranks} ranks x {accumulation} accumulation steps; "
-        f"try {proposal}"
-    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from networks import (
     save_classifier,
     widen,
 )
+from networks.user_code import CONTRACT, blame
 from pipeline.config import Config, Model, Student, UserError
 from pipeline.store import Attempt, Stage, read_json, write_json
 
@@ -116,6 +118,10 @@ def given_generalist(session: Session) -> Given | None:
         return None
     try:
         if Path(source).is_dir():
+            if session.config.generalist.head or session.config.generalist.weights:
+                raise ValueError(
+                    "is a directory; generalist.head and generalist.weights are of a file"
+                )
             return Given(_saved_network(session, Path(source)))
         return _adopted_network(session, source)
     except (OSError, ValueError) as error:
@@ -147,23 +153,47 @@ def _saved_network(session: Session, path: Path) -> Classifier:
         raise ValueError(
             f"it knows {network.spec.num_classes} classes, the data has {session.num_classes}"
         )
+    check_class_names(network.spec.class_names, session.class_names)
     return network
 
 
-def student_network(session: Session, name: str, student: Student) -> Classifier:
+def check_class_names(theirs: Sequence[str], ours: Sequence[str]) -> None:
+    """ValueError where a network's classes have names, and these are not the data's, in order."""
+    unnamed = list(map(str, range(len(theirs))))
+    if list(theirs) in (list(ours), unnamed):
+        return
+    place = next(
+        index for index, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1]
+    )
+    raise ValueError(
+        f"its class {place} is {theirs[place]!r}, the data's {ours[place]!r}: "
+        "rows of its head would stand for other classes"
+    )
+
+
+def student_network(
+    session: Session,
+    name: str,
+    student: Student,
+    started: Callable[[str], Classifier] | None = None,
+) -> Classifier:
     """Fresh, a copy of the generalist, or another student's network, with as many members as asked.
+
+    started: gives the network that it starts from, by name; by default that of its finished stage.
 
     The copy is widened where the student's [model] is a wider one.  The seed is drawn from the
     student's name, so that it never shares its teacher's initialization.
     """
     seed = session.seed(f"student {name}", 0)
     members = student_members(session.config, student)
+    started = started or partial(_finished, session)
     if student.start == "scratch":  # every head, or factor, drawn by itself
         return fresh_network(session, student, seed, members)
     if student.start == "generalist":
-        network = _grown_generalist(session, fresh_network(session, student, seed).spec)
+        spec = fresh_network(session, student, seed).spec
+        network = _widened(session, started("generalist"), spec)
     else:
-        network = load_network(session, session.run.students[student.start])
+        network = started(student.start)
     if network.spec.members == members:
         return network
     if members is None:
@@ -190,8 +220,13 @@ def student_members(config: Config, student: Student) -> dict | None:
     return None
 
 
-def _grown_generalist(session: Session, spec: ModelSpec) -> Classifier:
-    generalist = load_network(session, session.run.generalist)
+def _finished(session: Session, name: str) -> Classifier:
+    """The generalist, or a student by name, from its stage."""
+    stage = session.run.generalist if name == "generalist" else session.run.students[name]
+    return load_network(session, stage)
+
+
+def _widened(session: Session, generalist: Classifier, spec: ModelSpec) -> Classifier:
     if generalist.spec == spec:
         return generalist
     try:
@@ -204,7 +239,12 @@ def user_builders(name: str) -> dict[str, Callable] | None:
     """A `module:function` of the config, imported; a loaded file never names code."""
     if ":" not in name or name.startswith("timm:"):
         return None
-    return {name: import_function(name, "model.name")}
+    try:
+        return {name: import_function(name, "model.name")}
+    except UserError as error:
+        raise UserError(f"{error}; {CONTRACT}") from None
+    except Exception as error:  # whatever the module does when it is imported
+        raise UserError(f"model.name = {name!r}: its import fails: {blame(error)}") from None
 
 
 def builders_of(config: Config) -> dict[str, Callable]:

@@ -1,5 +1,7 @@
 """A run that starts at the clusters, with weights that somebody else trained."""
 
+import json
+
 import pytest
 import torch
 from running import run_all
@@ -38,8 +40,38 @@ def test_a_run_starts_at_the_clusters_with_someone_elses_weights(data, weights, 
     assert run.cluster.is_done
 
 
-def test_a_file_without_the_heads_name_says_what_is_missing(data, weights, tmp_path):
-    config = toy_config(data, f"generalist.from={weights[0]}")
-    message = "say what its last linear layer is called: generalist.head"
-    with pytest.raises(UserError, match=message):
-        run_all(tmp_path / "run", config, only={"generalist"})
+@pytest.mark.parametrize("head", [[], ["generalist.head=fc"]])
+def test_a_trunk_without_a_head_for_these_classes_is_trained_from_there(
+    data, weights, tmp_path, caplog, head
+):
+    caplog.set_level("INFO", "referral")
+    path, state = weights
+    fewer = torch.load(path)["state_dict"]
+    fewer |= {"fc.weight": fewer["fc.weight"][:7], "fc.bias": fewer["fc.bias"][:7]}
+    torch.save(fewer, tmp_path / "fewer.pt")
+    given = [f"generalist.from={tmp_path / 'fewer.pt'}", *head, "train.learning_rate=1e-12"]
+    run = run_all(tmp_path / "run", toy_config(data, *given), only={"generalist"})
+    trained = load_classifier(run.generalist.path("model.json").parent).state_dict()
+    # At such a rate nothing moves: the trunk is still theirs, the head is fresh.
+    trunk = [name for name in state if name.startswith("trunk.")]
+    for name in trunk:
+        torch.testing.assert_close(trained[name], state[name], atol=1e-4, rtol=0)
+    assert not torch.allclose(trained["head.weight"], state["head.weight"], atol=0.1)
+    summary = json.loads(run.generalist.path("summary.json").read_text())
+    assert summary["steps"] == 60
+    assert "its trunk and a fresh head of 24 rows are trained from there" in caplog.text
+
+
+def test_a_saved_network_of_other_class_names_is_refused(data, weights, tmp_path):
+    names = [f"class {c}" for c in reversed(range(24))]
+    other = write_toy(tmp_path / "other", names=names)
+    run = run_all(tmp_path / "theirs", toy_config(other), only={"generalist"})
+    source = run.generalist.path("model.json").parent
+    with pytest.raises(UserError, match="its class 0 is 'class 23', the data's 'class 0'"):
+        run_all(tmp_path / "run", toy_config(data, f"generalist.from={source}"), {"generalist"})
+
+
+def test_a_key_of_files_is_refused_for_a_directory(data, weights, tmp_path):
+    given = [f"generalist.from={tmp_path}", "generalist.weights=ema"]
+    with pytest.raises(UserError, match="is a directory; generalist.head and generalist.weights"):
+        run_all(tmp_path / "run", toy_config(data, *given), only={"generalist"})

@@ -1,0 +1,312 @@
+"""Every objective of a run once, on two examples: what would stop its first step is said before it.
+
+The networks are the run's, by name, fresh; groups and teachers that training has yet to find are
+stood in for by some of the right shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from clustering import ClassGroups
+from networks import (
+    Classifier,
+    freeze_norm,
+    lazy_logits,
+    merge_grown_head,
+    set_trainable,
+    specialise,
+)
+from networks.linear_logits import LinearLogits
+from networks.user_code import blame
+from pipeline.choices import STUDENT_METHODS, resolve
+from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
+
+from ..core.objectives import Objective, classify, distil, specialise_fully, specialise_in
+from ..data.streams import Source, TrainingStream, shuffled
+from ..distributed.ranks import precision
+from ..session import Session
+from .extending import grown_generalist
+from .networks import fresh_network, given_generalist, student_network
+from .student import left_out
+from .teachers import Teacher, check_members, from_elsewhere, of_networks, perturbation
+from .training import loss_of
+
+EXAMPLES = 2
+NAMED = 3  # parameters in an error
+
+
+@dataclass
+class Part:
+    """One network that the run trains, and how.
+
+    section: of the config.  ranks: of its job.  count: how many such networks the run trains.
+    """
+
+    section: str
+    network: Classifier
+    objective: Objective
+    schedule: ResolvedSchedule
+    ranks: int
+    augment: str
+    count: int = 1
+
+
+def rehearse(session: Session, processes: int) -> tuple[list[Part], list[str]]:
+    """One forward and backward pass of each objective of the run.
+
+    processes: ranks of the generalist.  Returns the parts that will be trained, and notes on how
+    weights from elsewhere are read.  Raises UserError for the first that fails, in one line.
+    """
+    parts: list[Part] = []
+    notes: list[str] = []
+    for part in _parts(session, processes, notes):
+        _try_step(session, part)
+        parts.append(part)
+    return parts, notes
+
+
+def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]:
+    """What the run trains, in the order in which it does."""
+    config = session.config
+    augment = config.data.augment
+    generalist, trained = _generalist(session, notes)
+    if trained:
+        objective = _of_labels(config.train)
+        yield Part("train", generalist, objective, config.train, processes, augment)
+    if trained and config.is_deep:
+        count = config.ensemble.members - 1
+        yield Part("train", generalist, objective, config.train, 1, augment, count)
+    if config.extend.run:
+        generalist = merge_grown_head(generalist)
+    if session.run.method.has_groups:
+        yield _specialist(session, generalist)
+    if session.run.method.has_groups and session.run.controls:
+        schedule, count = config.specialists, len(session.run.controls)
+        yield Part("specialists", generalist, _of_labels(schedule), schedule, 1, augment, count)
+    started = {"generalist": generalist}
+    for name in config.students:
+        yield _student(session, name, started)
+
+
+def _of_labels(schedule: ResolvedSchedule) -> Objective:
+    return classify(schedule.label_smoothing, negatives=schedule.negatives, loss=loss_of(schedule))
+
+
+def _generalist(session: Session, notes: list[str]) -> tuple[Classifier, bool]:
+    """The network that all else starts from, and whether this run trains it."""
+    if session.config.extend.run:
+        return grown_generalist(session), True
+    given = given_generalist(session)
+    if given is None:
+        return fresh_network(session), True
+    source = session.config.generalist.init
+    notes += given.notes
+    shape, needed = tuple(session.shards("train").input_shape), given.network.spec.input.shape
+    if shape != needed:
+        raise UserError(
+            f"generalist.from = {source} reads inputs of shape {list(needed)}, "
+            f"the data's are {list(shape)}"
+        )
+    if session.config.is_deep:
+        notes.append(
+            f"generalist.from = {source} is the first member alone; the other members of the deep "
+            "ensemble start from scratch"
+        )
+    return given.network, not given.finished
+
+
+def _specialist(session: Session, generalist: Classifier) -> Part:
+    """A specialist of a group as large as groups will be."""
+    schedule, classes = session.config.specialists, some_group(session)
+    if schedule.batch_size < 2:
+        raise UserError(
+            "specialists.batch_size = 1: a batch holds examples of the group and of the other "
+            "classes; try 2"
+        )
+    try:
+        network, objective = _specialist_network(session, generalist, classes)
+        freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
+    except ValueError as error:
+        raise UserError(f"specialists: {error}") from None
+    count = sum(stage.kind.trains for stage in session.run.specialists)
+    augment = session.config.data.augment
+    return Part("specialists", network, objective, schedule, 1, augment, count)
+
+
+def _specialist_network(
+    session: Session, generalist: Classifier, classes: np.ndarray
+) -> tuple[Classifier, Objective]:
+    schedule = session.config.specialists
+    if schedule.trains_all_rows:
+        teacher = generalist if schedule.dustbin == "full" else None
+        objective = specialise_fully(
+            teacher, classes, session.num_classes, 0.0, soft_weight=schedule.soft_weight
+        )
+        return copy.deepcopy(generalist), objective
+    objective = specialise_in(
+        classes, session.num_classes, 0.0, schedule.label_smoothing, loss=loss_of(schedule)
+    )
+    return specialise(generalist, classes, schedule.dustbin), objective
+
+
+def some_group(session: Session) -> np.ndarray:
+    """The first of the user's groups, or as many classes as a group will have on average."""
+    config, counts = session.config.clusters, session.shards("train").class_counts
+    if config.groups_file:
+        return ClassGroups.load(config.groups_file).members[0]
+    size = max(1, math.ceil(session.num_classes * config.overlap / config.num_groups))
+    return np.sort(np.argsort(counts == 0, kind="stable")[:size])
+
+
+def _student(session: Session, name: str, started: dict[str, Classifier]) -> Part:
+    """A student by name, and teachers that know nothing yet."""
+    schedule = session.config.students[name]
+    if len(left_out(session, schedule)) == session.num_classes:
+        raise UserError(f"students.{name}.leave_out leaves no class to learn")
+    network = _network_of(session, name, started)
+    augment = session.run.augment_of(schedule)
+    if schedule.learns_from_teacher:
+        objective = _taught(session, name, network, started)
+    else:
+        make_objective = resolve(STUDENT_METHODS[schedule.method].objective)
+        stream = _stream(session, augment, EXAMPLES)
+        objective = make_objective(session, name, network, stream)
+    return Part(f"students.{name}", network, objective, schedule, 1, augment)
+
+
+def _network_of(session: Session, name: str, started: dict[str, Classifier]) -> Classifier:
+    """Of the generalist or a student; each is built once, after what it starts from."""
+    if name not in started:
+        student = session.config.students[name]
+        started[name] = student_network(
+            session,
+            name,
+            student,
+            lambda start: copy.deepcopy(_network_of(session, start, started)),
+        )
+    return started[name]
+
+
+def _taught(
+    session: Session, name: str, network: Classifier, started: dict[str, Classifier]
+) -> Objective:
+    """As `soft_objective`, of teachers as they are before they are trained."""
+    schedule = session.config.students[name]
+    teacher = _teacher(session, schedule, started)
+    check_members(name, schedule, teacher.num_members, network.num_members)
+    move = None
+    if schedule.perturb != "none":
+        move = perturbation(name, schedule, teacher, network.spec.input)
+    return distil(lambda batch: teacher.predict(batch.inputs), schedule, move)
+
+
+def _teacher(
+    session: Session, schedule: ResolvedStudent, started: dict[str, Classifier]
+) -> Teacher:
+    if os.sep in schedule.teacher:
+        return from_elsewhere(schedule.teacher, session)
+    if schedule.teacher != "ensemble":
+        return of_networks([copy.deepcopy(_network_of(session, schedule.teacher, started))])
+    generalist = copy.deepcopy(started["generalist"])
+    if session.config.is_deep:
+        return of_networks([generalist] * session.config.ensemble.members)
+    return Teacher(of_networks([generalist]).predict, 1)
+
+
+# One step
+
+
+def _stream(session: Session, augment: str, examples: int) -> TrainingStream:
+    train = session.shards("train")
+    order = shuffled(np.flatnonzero(train.labels >= 0), 0)
+    return TrainingStream([Source(train, order, examples)], 0, augment)
+
+
+def _try_step(session: Session, part: Part) -> None:
+    """Forward and backward on as many examples as a rank has in a micro-batch, two at most.
+
+    Raises UserError where that fails or leaves a parameter without a gradient, which ends a
+    training on several ranks in its second step.
+    """
+    check_batch_size(part.schedule.batch_size, part.ranks, part.schedule.accumulation)
+    examples = min(EXAMPLES, share_of_batch(part))
+    device = session.ranks.device
+    batch = _stream(session, part.augment, examples).batch(0).to(device)
+    network = part.network.to(device).train()
+    module = network
+    if session.config.engine.shard_head and network.spec.head["kind"] == "linear":
+        module = LazyNetwork(network)
+    kind = precision(session.config.engine, device)
+    try:
+        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+            loss = part.objective(module, batch)
+        loss.backward()
+    except UserError:
+        raise
+    except Exception as error:  # a network of the user's raises what it likes
+        raise UserError(_failure(part, examples, error)) from None
+    _check_gradients(part, float(loss.detach()))
+    network.zero_grad()
+
+
+def share_of_batch(part: Part) -> int:
+    """Examples of a rank's micro-batch."""
+    return part.schedule.batch_size // (part.ranks * part.schedule.accumulation)
+
+
+class LazyNetwork(nn.Module):
+    """A network whose [B, C] logits are never held, as with engine.shard_head."""
+
+    def __init__(self, network: Classifier):
+        super().__init__()
+        self.network = network
+
+    def forward(self, raw: Tensor) -> LinearLogits:
+        return lazy_logits(self.network, raw)
+
+
+def _failure(part: Part, examples: int, error: Exception) -> str:
+    norms = [
+        name
+        for name, module in part.network.named_modules()
+        if isinstance(module, _BatchNorm) and module.training
+    ]
+    if examples == 1 and norms and "more than 1 value per channel" in str(error):
+        parts = part.ranks * part.schedule.accumulation
+        return (
+            f"{part.section}.batch_size = {part.schedule.batch_size} over {part.ranks} ranks x "
+            f"{part.schedule.accumulation} accumulation steps is one example at a time, which "
+            f"batch norm ({norms[0]}) cannot normalise; try {2 * parts}"
+        )
+    return f"{part.section}: the first training step fails: {blame(error)}"
+
+
+def _check_gradients(part: Part, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"{part.section}: the loss of the first training step is {loss}; look for NaN or huge "
+            "numbers in the inputs, data.mean and data.std, or the weights"
+        )
+    unreached = [
+        name
+        for name, parameter in part.network.named_parameters()
+        if parameter.requires_grad and parameter.grad is None
+    ]
+    if unreached:
+        named = ", ".join(unreached[:NAMED])
+        if len(unreached) > NAMED:
+            named += f" and {len(unreached) - NAMED} more"
+        raise UserError(
+            f"{part.section}: the loss does not reach {named}; leave layers that the output does "
+            "not depend on out of the network"
+        )
