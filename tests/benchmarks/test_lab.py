@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from toy import toy_config, write_toy
 
 from benchmarks.papers import lab
 from benchmarks.papers.lab import write_section
@@ -51,3 +52,13 @@ def test_absent_real_data_end_a_program_with_one_line_and_code_2(tmp_path, capsy
         lab.require(tmp_path / "mnist")
     assert ended.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_is_done_for_referral_run(tmp_path):
+    settings = ["train.steps=20", "specialists.steps=4", "students.main.steps=4"]
+    config = toy_config(write_toy(tmp_path / "data"), "controls.enabled=false").dump()
+    results = lab.finished(config, tmp_path / "run", settings, in_process=True)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("DONE")}
+    assert lab.finished(config, tmp_path / "run", settings) == results
+    assert done == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("DONE")}
