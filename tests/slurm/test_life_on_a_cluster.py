@@ -109,7 +109,14 @@ def test_scancel_of_one_element_blocks_what_needs_it_until_retry(ward):
 def test_cancel_ends_every_job_and_the_same_command_resumes(ward):
     ward.behave(specialists__002={"steps": 200})
     ward.submit()
-    ward.wait_until(lambda: ward.states()["specialists/002"] == "running", "the specialist's start")
+    last = {"specialists/002", "ensemble", "evaluation", "report"}
+
+    def only_these_are_left() -> bool:
+        states = ward.states()
+        unfinished = {place for place, state in states.items() if state != "done"}
+        return unfinished == last and states["specialists/002"] == "running"
+
+    ward.wait_until(only_these_are_left, "the specialist's start and the end of the others")
     assert "every job that is left is queued already" in ward.submit()
     assert "jobs in Slurm" in ward.referral("run", "--run", ward.run, code=2)
     assert "would be redone" in ward.referral(
