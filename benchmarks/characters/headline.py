@@ -213,12 +213,12 @@ def networks_of(to: Path, one: dict) -> dict[str, tuple[float, float]]:
     return networks
 
 
-def main_table(found: list[dict], networks: Networks) -> str:
-    """found: of_seed of each seed."""
+def main_table(by_seed: list[dict], networks: Networks) -> str:
+    """by_seed: of_seed of each seed."""
     lines = []
-    for name in rows_of(found[0]):
-        own = [rows_of(one)[name] for one in found]
-        fewer = [fewer_errors(row, one["main"]) for row, one in zip(own, found, strict=True)]
+    for name in rows_of(by_seed[0]):
+        own = [rows_of(one)[name] for one in by_seed]
+        fewer = [fewer_errors(row, one["main"]) for row, one in zip(own, by_seed, strict=True)]
         parameters, multiplications = networks[name]
         examples = mean(row["cost"]["examples_seen"] for row in own)
         minutes = mean(row["cost"]["seconds"] for row in own) / 60
@@ -247,7 +247,7 @@ def main_table(found: list[dict], networks: Networks) -> str:
     return lab.table(header, lines)
 
 
-def seeds_table(found: list[dict]) -> str:
+def seeds_table(by_seed: list[dict]) -> str:
     """Of each seed: the ceiling, the unseen fonts, the forecast."""
     header = [
         "seed",
@@ -259,7 +259,7 @@ def seeds_table(found: list[dict]) -> str:
         "forecast against gain, Spearman: shares of all",
         "shares of the group's own",
     ]
-    return lab.table(header, [seed_line(one) for one in found])
+    return lab.table(header, [seed_line(one) for one in by_seed])
 
 
 def seed_line(one: dict) -> list:
@@ -295,9 +295,9 @@ class Verdict(NamedTuple):
         return f"* {word}: {self.claim}: {self.metrics}."
 
 
-def lead_over(found: list[dict], row: str, rival: str) -> list[float]:
+def lead_over(by_seed: list[dict], row: str, rival: str) -> list[float]:
     """Of each seed the fraction of the rival's errors that the row does not make."""
-    pairs = [(rows_of(one)[row], rows_of(one)[rival]) for one in found]
+    pairs = [(rows_of(one)[row], rows_of(one)[rival]) for one in by_seed]
     return [fewer_than(own, other) for own, other in pairs]
 
 
@@ -306,33 +306,33 @@ def fewer_than(row: dict, rival: dict) -> float:
 
 
 def verdicts(
-    found: list[dict], networks: Networks, together: dict[int, list[dict]] | None = None
+    by_seed: list[dict], networks: Networks, together: dict[int, list[dict]] | None = None
 ) -> list[Verdict]:
     """The bars, each a mean over the seeds, and what specialists lose against.
 
     together: of_all.
     """
     lines = []
-    if "longer" in found[0]:
-        converged = lead_over(found, "twice the examples", "generalist")
+    if "longer" in by_seed[0]:
+        converged = lead_over(by_seed, "twice the examples", "generalist")
         claim = "doubling the generalist's examples removes less than 10 % of its errors"
         lines.append(Verdict(claim, mean(converged) < 0.1, percents(converged, 1)))
-    lines += ensemble_verdicts(found)
-    for name in students_in(found[0]["main"]):
-        lines += student_verdicts(found, name, networks)
-    lines += forecast_verdicts(found)
-    return lines + rival_verdicts(found, together or {})
+    lines += ensemble_verdicts(by_seed)
+    for name in students_in(by_seed[0]["main"]):
+        lines += student_verdicts(by_seed, name, networks)
+    lines += forecast_verdicts(by_seed)
+    return lines + rival_verdicts(by_seed, together or {})
 
 
-def ensemble_verdicts(found: list[dict]) -> list[Verdict]:
+def ensemble_verdicts(by_seed: list[dict]) -> list[Verdict]:
     """Against generalist and controls, and on unseen fonts."""
     fewer, wall, compute = (
-        lead_over(found, ENSEMBLE, rival)
+        lead_over(by_seed, ENSEMBLE, rival)
         for rival in ("generalist", "control_wall", "control_compute")
     )
-    lower = [nll_lead(one["main"]) for one in found]
-    fonts = [fewer_than(one["unseen"]["ensemble"], one["unseen"]["generalist"]) for one in found]
-    fonts_nll = [nll_lead(one["unseen"]) for one in found]
+    lower = [nll_lead(one["main"]) for one in by_seed]
+    fonts = [fewer_than(one["unseen"]["ensemble"], one["unseen"]["generalist"]) for one in by_seed]
+    fonts_nll = [nll_lead(one["unseen"]) for one in by_seed]
     return [
         Verdict(
             "the ensemble removes at least 30 % of the generalist's errors",
@@ -365,9 +365,9 @@ def nll_lead(rows: dict) -> float:
     return rows["generalist"]["nll"] - rows["ensemble"]["nll"]
 
 
-def forecast_verdicts(found: list[dict]) -> list[Verdict]:
-    whole = [one["whole"] for one in found]
-    hours = sum(one["seconds"] for one in found) / 3600
+def forecast_verdicts(by_seed: list[dict]) -> list[Verdict]:
+    whole = [one["whole"] for one in by_seed]
+    hours = sum(one["seconds"] for one in by_seed) / 3600
     return [
         Verdict(
             "the forecast ranks the groups by gain, Spearman at least .6",
@@ -382,7 +382,7 @@ def forecast_verdicts(found: list[dict]) -> list[Verdict]:
     ]
 
 
-def student_verdicts(found: list[dict], name: str, networks: Networks) -> list[Verdict]:
+def student_verdicts(by_seed: list[dict], name: str, networks: Networks) -> list[Verdict]:
     """70 % of the gain, and fewer errors than the twin.
 
     Of two times the generalist's parameters at most, of all images or of few; of its own size the
@@ -391,10 +391,10 @@ def student_verdicts(found: list[dict], name: str, networks: Networks) -> list[V
     size, is_bar = STUDENTS[name], name != "same"
     times = networks[f"student, {size}"][0] / networks["generalist"][0]
     of_few = ", of few images," if name == "few" else ""
-    gains = [lab.share_of_gain(one["main"]["students"][name], one["main"]) for one in found]
+    gains = [lab.share_of_gain(one["main"]["students"][name], one["main"]) for one in by_seed]
     known = [gain for gain in gains if gain is not None]
     enough = len(known) == len(gains) and mean(known) >= 0.7 and times <= 2
-    lead = lead_over(found, f"student, {size}", f"{size}, labels alone")
+    lead = lead_over(by_seed, f"student, {size}", f"{size}, labels alone")
     return [
         Verdict(
             f"the student of {times:.2f} times the generalist's parameters{of_few} keeps at least "
@@ -411,18 +411,18 @@ def student_verdicts(found: list[dict], name: str, networks: Networks) -> list[V
     ]
 
 
-def rival_verdicts(found: list[dict], together: dict[int, list[dict]]) -> list[Verdict]:
+def rival_verdicts(by_seed: list[dict], together: dict[int, list[dict]]) -> list[Verdict]:
     """Without a bar: what specialists lose against.  together: of_all."""
     rivals = {}
     for name in RIVALS:
-        if name in rows_of(found[0]):
-            rivals[name] = [rows_of(one)[name] for one in found]
+        if name in rows_of(by_seed[0]):
+            rivals[name] = [rows_of(one)[name] for one in by_seed]
     for count, rows in together.items():
-        each = rows if len(rows) > 1 else rows * len(found)
+        each = rows if len(rows) > 1 else rows * len(by_seed)
         rivals[f"the generalists of {count} seeds averaged"] = each
     lines = []
     for name, rows in rivals.items():
-        pairs = zip(found, rows, strict=True)
+        pairs = zip(by_seed, rows, strict=True)
         lead = [fewer_than(one["main"]["ensemble"], row) for one, row in pairs]
         top1, nll = (mean(row[key] for row in rows) for key in ("top1", "nll"))
         lines.append(
@@ -466,19 +466,19 @@ def run_all(given: argparse.Namespace, data: Path) -> tuple[dict[int, dict], lis
 
     pairs = [(seed, name) for name in given.further for seed in given.seeds]
     further = runs.all_of({pair: task(*pair) for pair in pairs}, given.jobs)
-    found = []
+    by_seed = []
     for seed in given.seeds:
         own = {name: further[seed, name] for name in given.further}
-        found.append(of_seed(given.to, data, seed, results[seed], own))
-    return results, found
+        by_seed.append(of_seed(given.to, data, seed, results[seed], own))
+    return results, by_seed
 
 
-def footnote(given: argparse.Namespace, found: list[dict], command: str) -> str:
+def footnote(given: argparse.Namespace, by_seed: list[dict], command: str) -> str:
     """What the metrics are of, and what they took."""
-    minutes = sum(one["seconds"] for one in found) / 60
-    further = [given.to / f"seed-{one['seed']}-{name}" for one in found for name in given.further]
+    minutes = sum(one["seconds"] for one in by_seed) / 60
+    further = [given.to / f"seed-{one['seed']}-{name}" for one in by_seed for name in given.further]
     more = sum(map(runs.own_seconds, further)) / 60
-    seen, unseen = found[0]["main"]["generalist"]["n"], found[0]["unseen"]["generalist"]["n"]
+    seen, unseen = by_seed[0]["main"]["generalist"]["n"], by_seed[0]["unseen"]["generalist"]["n"]
     names = ", ".join(given.further) or "no others"
     return (
         f"n = {seen:,} test images, {unseen:,} of unseen fonts. "
@@ -491,15 +491,15 @@ def main(words: list[str] | None = None) -> None:
     given = parse(words)
     command = lab.command_line("benchmarks.characters.headline", words)
     data = runs.drawn(given)
-    results, found = run_all(given, data)
-    networks = networks_of(given.to, found[0])
-    judged = list(map(str, verdicts(found, networks, of_all(given.to, data, results))))
-    text = "\n\n".join([main_table(found, networks), seeds_table(found), "\n".join(judged)])
+    results, by_seed = run_all(given, data)
+    networks = networks_of(given.to, by_seed[0])
+    judged = list(map(str, verdicts(by_seed, networks, of_all(given.to, data, results))))
+    text = "\n\n".join([main_table(by_seed, networks), seeds_table(by_seed), "\n".join(judged)])
     print(text)
     if given.write:
         title = f"Specialists on {given.classes:,} characters"
-        lab.write_section(title, f"{text}\n\n{footnote(given, found, command)}", runs.PAGE)
-    rows = {one["seed"]: rows_of(one) for one in found}
+        lab.write_section(title, f"{text}\n\n{footnote(given, by_seed, command)}", runs.PAGE)
+    rows = {one["seed"]: rows_of(one) for one in by_seed}
     measured = {"classes": given.classes, "rows": rows, "networks": networks, "verdicts": judged}
     lab.print_json(measured, given, command)
 

@@ -144,11 +144,11 @@ def of_seed(to: Path, seed: int, before: dict, after: dict, scratch: dict) -> di
     return {"seed": seed, "rows": rows, "costs": costs}
 
 
-def predictors_table(found: list[dict]) -> str:
-    """found: of_seed of each seed."""
+def predictors_table(by_seed: list[dict]) -> str:
+    """by_seed: of_seed of each seed."""
     lines = []
-    for words in found[0]["rows"]:
-        own = [one["rows"][words] for one in found]
+    for words in by_seed[0]["rows"]:
+        own = [one["rows"][words] for one in by_seed]
         before, old, new, again_old, again_new = (
             [100 * row[key] for row in own]
             for key in ("before", "old", "new", "again_old", "again_new")
@@ -168,10 +168,10 @@ def predictors_table(found: list[dict]) -> str:
     return lab.table(header, lines)
 
 
-def costs_table(found: list[dict]) -> str:
+def costs_table(by_seed: list[dict]) -> str:
     lines = []
-    for words in found[0]["costs"]:
-        costs = [one["costs"][words] for one in found]
+    for words in by_seed[0]["costs"]:
+        costs = [one["costs"][words] for one in by_seed]
         examples, seconds = (
             mean(cost[key] for cost in costs) for key in ("examples_seen", "seconds")
         )
@@ -189,8 +189,8 @@ def main(words: list[str] | None = None) -> None:
         seed: lambda seed=seed: runs_of(given, data, seed, configs[seed]) for seed in given.seeds
     }
     both = runs.all_of(tasks, given.jobs)
-    found = [of_seed(given.to, seed, *both[seed], scratch[seed]) for seed in given.seeds]
-    text = f"{predictors_table(found)}\n\n{costs_table(found)}"
+    by_seed = [of_seed(given.to, seed, *both[seed], scratch[seed]) for seed in given.seeds]
+    text = f"{predictors_table(by_seed)}\n\n{costs_table(by_seed)}"
     print(text)
     if given.write:
         generalist = both[given.seeds[0]][1]["generalist"]
@@ -200,7 +200,7 @@ def main(words: list[str] | None = None) -> None:
             f"ones, drawn by the seed. {lab.conditions(given.seeds, command)}"
         )
         lab.write_section(TITLE, f"{text}\n\n{foot}", runs.PAGE)
-    measured = {"classes": given.classes, "new": count_of(given), "of_seeds": found}
+    measured = {"classes": given.classes, "new": count_of(given), "of_seeds": by_seed}
     lab.print_json(measured, given, command)
 
 

@@ -428,15 +428,15 @@ def verdicts(rows: list[dict[str, dict]]) -> list[str]:
     return lines
 
 
-def confidence_table(found: list[dict]) -> str:
+def confidence_table(by_seed: list[dict]) -> str:
     """Pairwise KL by confidence, all seeds' examples together."""
     rows = []
     for name in (f"DE-{MEMBERS}", *STUDENTS):
-        by_seed = [of_seed["by_confidence"][name] for of_seed in found]
-        total = sum(each["count"] for bins in by_seed for each in bins)
+        all_bins = [of_seed["by_confidence"][name] for of_seed in by_seed]
+        total = sum(each["count"] for bins in all_bins for each in bins)
         cells = []
         for index in range(CONFIDENCE_BINS):
-            own = [bins[index] for bins in by_seed]
+            own = [bins[index] for bins in all_bins]
             count = sum(each["count"] for each in own)
             kl = sum(each["count"] * each["value"] for each in own) / max(count, 1)
             cells.append(f"{kl:.3f} ({count / total:.0%})")
@@ -446,11 +446,11 @@ def confidence_table(found: list[dict]) -> str:
     return lab.table(["", *header], rows)
 
 
-def moved_table(found: list[dict]) -> str:
+def moved_table(by_seed: list[dict]) -> str:
     rows = []
     for split in ("train", "test"):
         for kind in STUDENTS.values():
-            own = [of_seed["moved"][split][kind] for of_seed in found]
+            own = [of_seed["moved"][split][kind] for of_seed in by_seed]
             keys = ("own", "others", "apart", "apart_others")
             rows.append(
                 [f"{split}, {kind}", *(f"{mean(row[key] for row in own):.4f}" for key in keys)]
@@ -465,29 +465,29 @@ def moved_table(found: list[dict]) -> str:
     return lab.table(header, rows)
 
 
-def figures_text(found: list[dict], form: Form = FULL) -> str:
+def figures_text(by_seed: list[dict], form: Form = FULL) -> str:
     return "\n\n".join(
         [
             "Pairwise KL of the members (nats, mean over the test examples in the bin; in brackets "
             "the share of examples) by the confidence of the members' mean, as in the paper's "
             "Figure 3:",
-            confidence_table(found),
+            confidence_table(by_seed),
             f"What moves the teachers (paper's Figure 6), {form.moved:,} inputs, not augmented: KL "
             "of a teacher's answer to the moved input from its answer to the clean one, where it "
             "gave the direction and where another did; and the teachers' pairwise KL on the moved "
             "inputs, of all four and of the three that did not give the direction:",
-            moved_table(found),
+            moved_table(by_seed),
         ]
     )
 
 
-def text_of(found: list[dict], results: list[dict], form: Form = FULL) -> str:
-    """The page's section, but for its conditions.  found, results: of each seed."""
-    rows = [rows_of(*of_seed) for of_seed in zip(found, results, strict=True)]
-    given = [of_seed[GIVEN] for of_seed in found]
+def text_of(by_seed: list[dict], results: list[dict], form: Form = FULL) -> str:
+    """The page's section, but for its conditions.  by_seed, results: of each seed."""
+    rows = [rows_of(*of_seed) for of_seed in zip(by_seed, results, strict=True)]
+    given = [of_seed[GIVEN] for of_seed in by_seed]
     accuracies = []
     for name in NAMES:
-        top1 = [100 * of_seed["train"][name]["top1"] for of_seed in found]
+        top1 = [100 * of_seed["train"][name]["top1"] for of_seed in by_seed]
         accuracies.append(f"{NAMES[name]} {lab.spread(top1, 1)} %")
     return "\n\n".join(
         [
@@ -498,7 +498,7 @@ def text_of(found: list[dict], results: list[dict], form: Form = FULL) -> str:
             main_table(given),
             "\n".join(verdicts(given)),
             f"Accuracy on the training images, not augmented: {', '.join(accuracies)}.",
-            figures_text(found, form),
+            figures_text(by_seed, form),
         ]
     )
 
@@ -509,14 +509,14 @@ def main_table(rows: list[dict[str, dict]]) -> str:
     return lab.table(HEADER, lines)
 
 
-def rows_of(found: dict, results: dict) -> dict[str, dict]:
+def rows_of(measured: dict, results: dict) -> dict[str, dict]:
     """results.json's rows, and those of ensembles of two and three from what was measured."""
     rows = {
         "DE-1": results["generalist"],
         f"DE-{MEMBERS}": results["ensemble"],
         **results["students"],
     }
-    return {name: rows.get(name, found["test"][name]) for name in NAMES}
+    return {name: rows.get(name, measured["test"][name]) for name in NAMES}
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -542,15 +542,15 @@ def main(words: list[str] | None = None) -> None:
             if form.quick:
                 config = quick(config)
             results.append(lab.finished(config, run, options.set, in_process=form.quick))
-    found = [measured(data, run, form) for run in runs.values()]
+    by_seed = [measured(data, run, form) for run in runs.values()]
     if options.figures:
-        print(figures_text(found, form))
+        print(figures_text(by_seed, form))
     else:
-        text = f"{text_of(found, results, form)}\n\n{lab.conditions(options.seeds, command)}"
+        text = f"{text_of(by_seed, results, form)}\n\n{lab.conditions(options.seeds, command)}"
         print(text)
         if options.write:
             lab.write_section(TITLE, text)
-    rows = [rows_of(of_seed, of_seed["of"]) for of_seed in found]
+    rows = [rows_of(of_seed, of_seed["of"]) for of_seed in by_seed]
     lab.print_json({"rows": rows, "verdicts": verdicts(rows)}, options, command)
 
 
