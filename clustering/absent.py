@@ -62,6 +62,7 @@ def join_nearest(
     confusion: [C, C], both directions count.  Of groups that it is confused with alike, or not at
     all, it joins the smallest.
     """
+    assert confusion.shape is not None
     groups = ClassGroups(members, confusion.shape[0])
     mutual = (confusion + confusion.T).tocsr()[classes]
     masses = (mutual @ groups.membership().astype(np.float64)).toarray()

@@ -188,13 +188,20 @@ def _network_of(session: Session, name: str, started: dict[str, Classifier]) -> 
     """Of the generalist or a student; each is built once, after what it starts from."""
     if name not in started:
         student = session.config.students[name]
-        started[name] = student_network(
-            session,
-            name,
-            student,
-            lambda start: copy.deepcopy(_network_of(session, start, started)),
-        )
+        copied = {start: _network_of(session, start, started) for start in _starts(student)}
+        try:
+            started[name] = student_network(
+                session, name, student, lambda start: copy.deepcopy(copied[start])
+            )
+        except UserError as error:
+            said = str(error).removeprefix(f"students.{name}: ")
+            raise UserError(f"students.{name}: {said}") from None
     return started[name]
+
+
+def _starts(student: ResolvedStudent) -> list[str]:
+    """The name of what it starts from, if it is a network."""
+    return [] if student.start == "scratch" else [student.start]
 
 
 def _taught(
