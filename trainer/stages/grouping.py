@@ -230,13 +230,20 @@ def say_groups(session: Session, groups: ClassGroups, summary: dict) -> None:
         "gain: fraction of val that a perfect specialist would correct; shared errors count in "
         "every group"
     )
-    if summary["skipped"]:
+    untaught = groups_without_examples(session, groups)
+    too_small = [m for m in summary["skipped"] if m not in untaught]
+    if too_small:
         session.say(
-            "%d of %d groups have no training example or are forecast to gain less than "
-            "clusters.min_gain = %g: no specialist",
-            len(summary["skipped"]),
+            "%d of %d groups are forecast to gain less than clusters.min_gain = %g: no specialist",
+            len(too_small),
             len(groups),
             session.config.clusters.min_gain,
+        )
+    if untaught:
+        session.say(
+            "%d of %d groups have no class with a training example: no specialist",
+            len(untaught),
+            len(groups),
         )
 
 

@@ -51,11 +51,7 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
 
 def save_skipped(session: Session, attempt: Attempt, index: int) -> None:
     """A group without a specialist: its stage is done at once, for nothing."""
-    session.say(
-        "group %d has no training example, or is forecast to gain less than clusters.min_gain: "
-        "no specialist",
-        index,
-    )
+    session.say("group %d has too little to gain, or to learn from: no specialist", index)
     free = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0}
     session.write_json(attempt.path("summary.json"), {"skipped": True, **free})
 
