@@ -125,7 +125,8 @@ def given_generalist(session: Session) -> Given | None:
             return Given(_saved_network(session, Path(source)))
         return _adopted_network(session, source)
     except (OSError, ValueError) as error:
-        raise UserError(f"generalist.from = {source}: {error}") from None
+        said = str(error).removeprefix(f"{source}: ")
+        raise UserError(f"generalist.from = {source}: {said}") from None
 
 
 def _adopted_network(session: Session, source: str) -> Given:
