@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from pipeline.config import Data
-from trainer.data.shards import ShardSet
-
-if TYPE_CHECKING:
-    from trainer.data.shards import Ids
+from trainer.data.shards import Ids, ShardSet
 
 
 class InMemory(ShardSet):

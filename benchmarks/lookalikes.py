@@ -1,26 +1,33 @@
-"""Do the groups hold what is known to look alike?  Against Unicode's list of confusables, and against the pixels.
+"""Do the groups hold what is known to look alike?  By Unicode's list of confusables, and by pixels.
 
     python -m benchmarks.lookalikes RUN --picture docs/pictures/NAME.webp
+    python -m benchmarks.lookalikes --quick                   seconds: a run of its own, 60 glyphs
 
-RUN has `measure` done and classes named `A U+0041 ...`, as `referral shards glyphs` and benchmarks.characters do.
-Printed: the share of pairs whose two classes share a group, beside chance (the same groups, the classes relabelled at
-random), for disjoint groups and for two and three to a class; the groups are found anew, without labels and without
-the list.  Pairs: those that Unicode lists (TR 39, two characters of one prototype), and each class with the class
-whose mean image is nearest to its own.  The picture: the groups most worth a specialist, then the listed pairs.
+RUN has `measure` done and classes named `A U+0041 ...`, as `referral shards glyphs` and
+benchmarks.characters do.  Printed: the share of pairs whose two classes share a group, beside
+chance (the same groups, the classes relabelled at random), for disjoint groups and for two and
+three to a class; the groups are found anew, without labels and without the list.  Pairs: those that
+Unicode lists (TR 39, two characters of one prototype), and each class with the class whose mean
+image is nearest to its own.  The picture: the groups most worth a specialist, then the listed
+pairs.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import re
+import shutil
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from scipy.sparse import csr_array
 
+from benchmarks.papers import lab
 from clustering import (
     ClassGroups,
     PredictionStatistics,
@@ -28,65 +35,90 @@ from clustering import (
     forecast,
     group_classes,
 )
+from pipeline.graph import RunDirectory, open_run
+from pipeline.store import read_json
+from trainer.data.cache import cached
+from trainer.data.shards import ShardSet, open_shards
 
-SHARED = Path(os.environ.get("REFERRAL_DATA", Path(__file__).parents[2] / "shared" / "data"))
-LISTED = SHARED / "confusables" / "confusables-17.0.0.txt.gz"
+LISTED = lab.DATA / "confusables" / "confusables-17.0.0.txt.gz"
 CODE = re.compile(r"U\+([0-9A-F]{4,6})")
 PER_CLASS = 8  # val images that a class's mean is of
 GAP, COLUMNS = 3, 30  # of the picture: pixels between tiles, tiles in a row
+CAPTION = 22  # pixels
+OVERLAPS = (1, 2, 3)
+
+Pair = tuple[int, int]
+
+
+# Pairs
 
 
 def prototypes(text: str) -> dict[str, str]:
-    """Each character that the list maps to one character, and that one; pairs of several characters are left out."""
-    found = {}
+    """Each character that the list maps to one character, and that one.
+
+    Pairs of several characters are left out.
+    """
+    prototype_of = {}
     for line in text.splitlines():
         fields = [field.strip() for field in line.partition("#")[0].split(";")]
         if len(fields) >= 2 and " " not in fields[0] and " " not in fields[1]:
-            found[chr(int(fields[0].removeprefix("\ufeff"), 16))] = chr(int(fields[1], 16))
-    return found
+            prototype_of[chr(int(fields[0].removeprefix("\ufeff"), 16))] = chr(int(fields[1], 16))
+    return prototype_of
 
 
-def listed_pairs(prototype_of: dict[str, str], characters: list[str]) -> list[tuple[int, int]]:
-    """Pairs of classes, ascending, of which some two characters have one prototype.  characters: of each class."""
+def listed_pairs(prototype_of: dict[str, str], characters: list[str]) -> list[Pair]:
+    """Pairs of classes, ascending, of which some two characters have one prototype.
+
+    characters: of each class.
+    """
     classes_of: dict[str, set[int]] = {}
-    for number, together in enumerate(characters):
+    for label, together in enumerate(characters):
         for character in together:
-            classes_of.setdefault(prototype_of.get(character, character), set()).add(number)
-    return sorted(
-        {pair for classes in classes_of.values() for pair in combinations(sorted(classes), 2)}
-    )
+            classes_of.setdefault(prototype_of.get(character, character), set()).add(label)
+    pairs: set[Pair] = set()
+    for classes in classes_of.values():
+        pairs |= set(combinations(sorted(classes), 2))
+    return sorted(pairs)
 
 
-def nearest_pairs(means: np.ndarray) -> list[tuple[int, int]]:
-    """Each class with the class of the most similar mean image (cosine of the centred pixels).  means: [C, pixels]."""
+def nearest_pairs(means: np.ndarray) -> list[Pair]:
+    """Each class with the class of the most similar mean image (cosine of the centred pixels).
+
+    means: [C, pixels].
+    """
     unit = means - means.mean(axis=1, keepdims=True)
     unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-9)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
-    return sorted({tuple(sorted((i, int(j)))) for i, j in enumerate(similarity.argmax(axis=1))})
+    nearest = similarity.argmax(axis=1).tolist()
+    return sorted({(min(i, j), max(i, j)) for i, j in enumerate(nearest)})
 
 
-def together(groups: ClassGroups, pairs: list[tuple[int, int]]) -> tuple[float, float]:
+def together(groups: ClassGroups, pairs: list[Pair]) -> tuple[float, float]:
     """Share of the pairs whose two classes have a group in common, and its chance level."""
     rows, columns = np.array(pairs).T
     matrix = csr_array((np.ones(len(pairs)), (rows, columns)), shape=(groups.num_classes,) * 2)
     return captured_confusion(groups, matrix)
 
 
-def characters_of(shards, merged: list[dict]) -> list[str]:
-    """The characters of each class, by its name and, where classes of several were merged, by merged.json."""
-    found = [
-        "".join(chr(int(code, 16)) for code in CODE.findall(name)) for name in shards.class_names
-    ]
+def characters_of(class_names: Sequence[str], merged: list[dict]) -> list[str]:
+    """The characters of each class, by its name; of several that were merged, by merged.json."""
+    characters = ["".join(map(decoded, CODE.findall(name))) for name in class_names]
     for row in merged:
-        found[row["class"]] = "".join(
-            chr(int(CODE.search(name)[1], 16)) for name in row["characters"]
-        )
-    return found
+        codes = [CODE.findall(name)[0] for name in row["characters"]]
+        characters[row["class"]] = "".join(map(decoded, codes))
+    return characters
 
 
-def examples(shards) -> tuple[np.ndarray, np.ndarray]:
-    """Of each class the mean of PER_CLASS images, float32 [C, pixels], and the image nearest to it, uint8 [C, H, W]."""
+def decoded(code: str) -> str:
+    return chr(int(code, 16))
+
+
+def examples(shards: ShardSet) -> tuple[np.ndarray, np.ndarray]:
+    """Of each class the mean of PER_CLASS images, and the image nearest to it.
+
+    float32 [C, pixels] and uint8 [C, H, W].
+    """
     means, typical = [], []
     for label in range(shards.num_classes):
         images = shards.inputs(np.flatnonzero(shards.labels == label)[:PER_CLASS])[:, 0]
@@ -96,142 +128,213 @@ def examples(shards) -> tuple[np.ndarray, np.ndarray]:
     return np.array(means), np.array(typical)
 
 
-def family(expected: csr_array, members: np.ndarray, count: int) -> list[int]:
-    """`count` of a group's classes: the two most confused first, then each that is most confused with those before.
+# The picture
+
+
+def family(expected: csr_array, classes: np.ndarray, count: int) -> list[int]:
+    """`count` of a group's classes: the two most confused, then the most confused with those.
 
     expected: the predictions' expected confusion, [C, C].
     """
-    inside = expected[members][:, members].toarray()
+    inside = expected[classes][:, classes].toarray()
     inside += inside.T
     np.fill_diagonal(inside, 0)
     order = [int(inside.max(axis=1).argmax())]
-    met = inside[order[0]].copy()
-    while len(order) < min(count, len(members)):
-        met[order] = -1
-        order.append(int(met.argmax()))
-        met = np.maximum(met, inside[order[-1]])
-    return [int(members[i]) for i in order]
+    confused = inside[order[0]].copy()
+    while len(order) < min(count, len(classes)):
+        confused[order] = -1
+        order.append(int(confused.argmax()))
+        confused = np.maximum(confused, inside[order[-1]])
+    return [int(classes[i]) for i in order]
+
+
+class Band(NamedTuple):
+    """A caption and tiles below it, each of one or more images side by side."""
+
+    caption: str
+    tiles: list[list[int]]
 
 
 def picture(
-    images: np.ndarray,
-    rows: list[tuple[str, list[int]]],
-    beside: list[tuple[str, list[tuple[int, int]]]],
-):
-    """A contact sheet: a caption and a row of tiles for each of `rows`, a caption and pairs for each of `beside`."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    font = ImageFont.load_default(14)
+    images: np.ndarray, rows: list[tuple[str, list[int]]], beside: list[tuple[str, list[Pair]]]
+) -> Image.Image:
+    """A contact sheet: a row of tiles for each of `rows`, and pairs for each of `beside`."""
     side = images.shape[1] + GAP
     of_pair = 2 * side + 2 * GAP
-    per_row = side * COLUMNS // of_pair
-    heights = [22 + side] * len(rows) + [
-        22 + side * -(-len(pairs) // per_row) for _, pairs in beside
-    ]
-    sheet = Image.new("L", (side * COLUMNS + GAP, sum(heights) + 8 * len(heights)), 255)
-    draw = ImageDraw.Draw(sheet)
+    pairs_in_a_row = side * COLUMNS // of_pair
+    bands = []
+    for caption, classes in rows:
+        tiles = [[label] for label in classes]
+        bands.append((Band(caption, tiles), COLUMNS, side, CAPTION + side))
+    for caption, pairs in beside:
+        height = CAPTION + side * -(-len(pairs) // pairs_in_a_row)
+        tiles = [list(pair) for pair in pairs]
+        bands.append((Band(caption, tiles), pairs_in_a_row, of_pair, height))
+    total = sum(height + 8 for *_, height in bands)
+    sheet = Image.new("L", (side * COLUMNS + GAP, total), 255)
     y = 0
-    tiled = [(caption, [[one] for one in classes], COLUMNS, side) for caption, classes in rows]
-    tiled += [
-        (caption, [list(pair) for pair in pairs], per_row, of_pair) for caption, pairs in beside
-    ]
-    for (caption, tiles, in_a_row, width), height in zip(tiled, heights, strict=True):
-        draw.text((GAP, y + 2), caption, 0, font)
-        for number, classes in enumerate(tiles):
-            for k, one in enumerate(classes):
-                place = (
-                    GAP + number % in_a_row * width + k * (side - GAP),
-                    y + 22 + number // in_a_row * side,
-                )
-                sheet.paste(Image.fromarray(255 - images[one]), place)
+    for band, in_a_row, width, height in bands:
+        draw_band(sheet, images, band, y, in_a_row, width)
         y += height + 8
     return sheet
 
 
-def main() -> None:
+def draw_band(
+    sheet: Image.Image, images: np.ndarray, band: Band, y: int, in_a_row: int, width: int
+) -> None:
+    size = images.shape[1]
+    ImageDraw.Draw(sheet).text((GAP, y + 2), band.caption, 0, ImageFont.load_default(14))
+    for index, labels in enumerate(band.tiles):
+        left = GAP + index % in_a_row * width
+        top = y + CAPTION + index // in_a_row * (size + GAP)
+        for k, label in enumerate(labels):
+            sheet.paste(Image.fromarray(255 - images[label]), (left + k * size, top))
+
+
+def draw_groups(
+    file: Path,
+    images: np.ndarray,
+    groups: ClassGroups,
+    statistics: PredictionStatistics,
+    listed: list[Pair],
+    shown: int,
+) -> None:
+    """The groups most worth a specialist, then the listed pairs inside and across groups."""
+    expected = forecast(groups, statistics)
+    best = sorted(range(len(groups)), key=lambda g: -(expected[g]["gain"] or 0.0))[:shown]
+    rows = []
+    for g in best:
+        inside = expected[g]["errors_inside"]
+        caption = f"group {g}: {expected[g]['classes']} classes, {inside} val errors inside"
+        labels = family(statistics.expected_confusion, groups.members[g], COLUMNS)
+        rows.append((caption, labels))
+    group_of = np.empty(groups.num_classes, int)
+    for g, classes in enumerate(groups.members):
+        group_of[classes] = g
+    inside = [pair for pair in listed if group_of[pair[0]] == group_of[pair[1]]]
+    across = [pair for pair in listed if group_of[pair[0]] != group_of[pair[1]]]
+    beside = [
+        (f"Unicode's pairs in one group ({len(inside)})", inside),
+        (f"in different groups ({len(across)})", across),
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet = picture(images, rows, [(caption, pairs) for caption, pairs in beside if pairs])
+    sheet.save(file, quality=60)
+
+
+# The program
+
+
+def shards_of(run: RunDirectory) -> ShardSet:
+    data = run.config.data
+    return cached(open_shards(data.val, data, "val"), run.root / "cache" / "val", data)
+
+
+def merged_of(run: RunDirectory) -> list[dict]:
+    file = Path(run.config.data.val) / "merged.json"
+    return read_json(file) if file.exists() else []
+
+
+def measure(
+    groups: ClassGroups,
+    statistics: PredictionStatistics,
+    listed: list[Pair],
+    nearest: list[Pair],
+) -> dict[str, float]:
+    """The shares of each kind of pairs that share a group."""
+    share, chance = together(groups, listed)
+    return {
+        "listed": share,
+        "chance": chance,
+        "nearest": together(groups, nearest)[0],
+        "val_errors": captured_confusion(groups, statistics.confusion)[0],
+    }
+
+
+def quick_run(path: Path) -> Path:
+    """A generalist of the first glyphs, trained for a moment and measured."""
+    data = path / "data"
+    counts = {"classes": 60, "train": 12, "val": PER_CLASS, "test": 1}
+    words = [str(word) for key, value in counts.items() for word in (f"--{key}", value)]
+    lab.referral("shards", "glyphs", "--out", data.resolve(), *words)
+    config = path / "run.toml"
+    splits = "\n".join(f'{split} = "{data.resolve()}"' for split in ("train", "val", "test"))
+    config.write_text(
+        f'[data]\n{splits}\n[model]\nname = "mlp"\nwidth = 32\n[train]\nsteps = 60\n'
+        '[clusters]\nnum_groups = 6\n[engine]\ndevice = "cpu"\n'
+    )
+    lab.run_in_process(config, path / "run", [], only=("generalist", "measure"))
+    return path / "run"
+
+
+def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--picture", type=Path, required=True)
+    parser.add_argument("run", type=Path, nargs="?")
+    parser.add_argument("--picture", type=Path)
     parser.add_argument("--method", default="kmeans")
     parser.add_argument("--shown", type=int, default=9, help="groups in the picture")
-    options = parser.parse_args()
-    if not LISTED.exists():
-        raise SystemExit(
-            f"skipped: {LISTED} is not there; REFERRAL_DATA names the directory that holds confusables/"
-        )
-
-    from pipeline.graph import open_run
-    from pipeline.store import read_json
-    from trainer.data.cache import cached
-    from trainer.data.shards import open_shards
-
-    run = open_run(options.run)
-    config, place = run.config, Path(run.config.data.val)
-    shards = cached(
-        open_shards(config.data.val, config.data, "val"), run.root / "cache" / "val", config.data
+    parser.add_argument(
+        "--quick", action="store_true", help="a run of its own, below runs/lookalikes/quick"
     )
-    merged = read_json(place / "merged.json") if (place / "merged.json").exists() else []
-    means, images = examples(shards)
+    options = parser.parse_args(words)
+    if not options.quick and (options.run is None or options.picture is None):
+        parser.error("RUN and --picture are needed, or --quick")
+    return options
+
+
+def read_list(quick: bool) -> str:
+    """Unicode's list; of a quick look some of its lines, where the list is absent."""
+    if quick and not LISTED.exists():
+        return "0031 ; 006C ; MA\n0049 ; 006C ; MA\n006C ; 006C ; MA\n0030 ; 004F ; MA\n"
+    lab.require(LISTED)
     with gzip.open(LISTED, "rt", encoding="utf-8-sig") as file:
-        listed = listed_pairs(prototypes(file.read()), characters_of(shards, merged))
+        return file.read()
+
+
+def main(words: list[str] | None = None) -> None:
+    options = parse(words)
+    prototype_of = prototypes(read_list(options.quick))
+    if options.quick:
+        path = Path("runs/lookalikes/quick")
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        options.run, options.picture = quick_run(path), path / "groups.webp"
+    run = open_run(options.run)
+    config, shards = run.config, shards_of(run)
+    means, images = examples(shards)
+    listed = listed_pairs(prototype_of, characters_of(shards.class_names, merged_of(run)))
     nearest = nearest_pairs(means)
     statistics = PredictionStatistics.load(run.measure.path("statistics.npz"))
+    num_groups = config.clusters.num_groups
+    print(f"# {options.run}: {len(means)} classes, {num_groups} groups, {options.method}")
     print(
-        f"# {options.run}: {shards.num_classes} classes, {config.clusters.num_groups} groups, {options.method}"
+        f"# {len(listed)} pairs of classes that Unicode lists, "
+        f"{len(nearest)} of nearest mean images"
     )
     print(
-        f"# {len(listed)} pairs of classes that Unicode lists, {len(nearest)} of nearest mean images"
-    )
-    print(
-        "| memberships | Unicode's pairs in one group | chance | nearest images in one group | val errors |"
+        "| memberships | Unicode's pairs in one group | chance | nearest images in one group "
+        "| val errors |"
     )
     print("|---|---|---|---|---|")
-    by_overlap = {}
-    for overlap in (1, 2, 3):
+    by_overlap, shares = {}, {}
+    for overlap in OVERLAPS:
         groups = group_classes(
-            statistics,
-            config.clusters.num_groups,
-            options.method,
-            overlap=overlap,
-            seed=config.seed,
+            statistics, num_groups, options.method, overlap=overlap, seed=config.seed
         )
-        by_overlap[overlap] = groups
-        share, chance = together(groups, listed)
-        looks, errors = (
-            together(groups, nearest)[0],
-            captured_confusion(groups, statistics.confusion)[0],
-        )
+        row = measure(groups, statistics, listed, nearest)
+        by_overlap[overlap], shares[overlap] = groups, row
+        count = round(row["listed"] * len(listed))
         print(
-            f"| {overlap} | {round(share * len(listed))} of {len(listed)} = {share:.3f} | {chance:.3f} | {looks:.3f} "
-            f"| {errors:.3f} |"
+            f"| {overlap} | {count} of {len(listed)} = {row['listed']:.3f} | {row['chance']:.3f} "
+            f"| {row['nearest']:.3f} | {row['val_errors']:.3f} |"
         )
-    groups = by_overlap[1]
-    foretold = forecast(groups, statistics)
-    best = sorted(range(len(groups)), key=lambda g: -foretold[g]["gain"])[: options.shown]
-    rows = [
-        (
-            f"group {g}: {foretold[g]['classes']} classes, {foretold[g]['errors_inside']} val errors inside",
-            family(statistics.expected_confusion, groups.members[g], COLUMNS),
-        )
-        for g in best
-    ]
-    of_class = np.concatenate(
-        [np.full(len(members), g) for g, members in enumerate(groups.members)]
-    )
-    of_class = of_class[np.argsort(np.concatenate(groups.members))]
-    met = [pair for pair in listed if of_class[pair[0]] == of_class[pair[1]]]
-    apart = [pair for pair in listed if of_class[pair[0]] != of_class[pair[1]]]
-    beside = [
-        (f"Unicode's pairs in one group ({len(met)})", met),
-        (f"in different groups ({len(apart)})", apart),
-    ]
-    options.picture.parent.mkdir(parents=True, exist_ok=True)
-    picture(images, rows, [(caption, pairs) for caption, pairs in beside if pairs]).save(
-        options.picture, quality=60
-    )
+    draw_groups(options.picture, images, by_overlap[1], statistics, listed, options.shown)
     print(f"# {options.picture}: {options.picture.stat().st_size / 1024:.0f} KiB")
+    pairs = {"listed": len(listed), "nearest": len(nearest)}
+    command = lab.command_line("benchmarks.lookalikes", words)
+    lab.print_json({"pairs": pairs, "by_overlap": shares}, options, command)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""ResNet-50 and ViT-B/16 trunks, as users bring them: `model.name = "benchmarks.shapes:resnet50"`."""
+"""ResNet-50 and ViT-B/16 trunks, as users bring them: model.name = "benchmarks.shapes:resnet50"."""
 
 from __future__ import annotations
 

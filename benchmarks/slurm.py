@@ -1,12 +1,24 @@
-"""What the runner on Slurm costs, measured on the loopback Slurm of tests/slurm: python benchmarks/slurm.py [SECONDS]
+"""What the runner on Slurm costs, measured on the loopback Slurm of tests/slurm.
 
-Submitting: the wall clock of `referral run --on slurm` for 200 specialists, Python's start included.
-Overhead: a graph whose jobs sleep SECONDS (60) each; from the submission to the end of the last job, against the sleeps
-on its critical path, and how much of the difference is Slurm's own, from a job's end to the next one's start.
+    python -m benchmarks.slurm [SECONDS]     8 minutes; needs slurmctld, slurmd, munged and root
+    python -m benchmarks.slurm --quick       seconds, no Slurm: only a dry run of 200 specialists
+
+Planning: the wall clock of `referral run --on slurm --dry-run` for 200 specialists.
+Submitting: that of `referral run --on slurm` for as many.  Both have Python's start in them.
+Overhead: a graph whose jobs sleep SECONDS (60) each.  Its time from the submission to the end of
+the last job, against the sleeps on its critical path, and how much of the difference is Slurm's
+own, from a job's end to the next one's start.
+
+The last line is one JSON object with all of it:
+    {"cores", "load", "slurm": its version or null,
+     "planning": {"specialists", "seconds", "submissions"}, and where there is a Slurm
+     "submitting": {"specialists", "seconds", "submissions", "submissions_s"},
+     "overhead": {"jobs", "sleep_s", "wall_s", "between_s"}}
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -16,80 +28,105 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "slurm")]
+from tests.slurm.cluster import Cluster, what_is_missing
+from tests.slurm.patient import Patient
 
-from cluster import Cluster  # noqa: E402
-from patient import Patient  # noqa: E402
-
+SPECIALISTS = 200
 SLEEPER = """
-import sys, time
-from pathlib import Path
-from trainer.config import load_config
-from trainer.run_directory import RunDirectory
-words, root = sys.argv[1:], Path(sys.argv[-1])
-run = RunDirectory(root, load_config(root / "config.toml"))
-kinds = {{"specialist": lambda i: run.specialists[int(i)], "student": run.students.get, "control": run.controls.get}}
-stages = [kinds[words[0]](i) for i in words[2:-2]] if words[0] in kinds else [getattr(run, w) for w in words[:-2]]
-for number, stage in enumerate(stages):
-    attempt = stage.begin()
-    time.sleep(0 if number else {sleep})  # one sleep a job
-    attempt.finish()
+import argparse, time
+from pipeline.graph import open_run
+parser = argparse.ArgumentParser()
+parser.add_argument("kinds", nargs="+")
+parser.add_argument("--run")
+parser.add_argument("--index", nargs="+", default=[])
+parser.add_argument("--name", nargs="+", default=[])
+args = parser.parse_args()
+addresses = ["None", *args.index, *args.name]
+time.sleep({sleep})
+for stage in open_run(args.run).stages:
+    if stage.name in args.kinds and str(stage.address) in addresses:
+        stage.begin().finish()
 """
 
 
-def patient(cluster: Cluster, root: Path, specialists: int, sleep: float) -> Patient:
-    """A run whose trainer only sleeps."""
-    found = Patient(cluster, root, ["-m", "launch.cli"])
+def make_run(cluster: Cluster, root: Path, specialists: int, sleep: float = 0) -> Patient:
+    """A run, not begun, whose trainer only sleeps."""
+    root.mkdir()
+    run = Patient(cluster, root, ["-m", "launch.cli"])
     (root / "sleeper.py").write_text(SLEEPER.format(sleep=sleep))
     python = root / "python"
     python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{root}/sleeper.py" "$@"\n')
     python.chmod(0o755)
     data = root / "data"
     data.mkdir()
+    names = [f"class {index}" for index in range(specialists)]
     splits = {split: {"samples": 0, "shards": []} for split in ("train", "val", "test")}
-    names = [f"class {k}" for k in range(specialists)]
-    (data / "manifest.json").write_text(
-        json.dumps({"schema": 1, "classes": names, "splits": splits})
+    manifest = {"schema": 1, "classes": names, "splits": splits}
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    run.config.write_text(
+        f'data = {{ train = "{data}", val = "{data}", test = "{data}" }}\n'
+        "train = { steps = 1 }\n"
+        f"clusters = {{ num_groups = {specialists} }}\n"
+        "students.main = {}\n"
     )
-    found.config.write_text(
-        f'data = {{ train = "{data}", val = "{data}", test = "{data}" }}\ntrain = {{ steps = 1 }}\n'
-        f"clusters = {{ num_groups = {specialists} }}\nstudents.main = {{}}\n"
-    )
-    found.run.mkdir()  # prepared: the trainer's own look into the shards is no part of this
-    (found.run / "config.toml").write_text(found.config.read_text())
-    (found.run / "site.sh").write_text(f'python="{python}"\n')
-    return found
+    run.run.mkdir()  # prepared: the trainer's own look into the shards is no part of this
+    (run.run / "config.toml").write_text(run.config.read_text())
+    (run.run / "site.sh").write_text(f'python="{python}"\n')
+    return run
 
 
-def submitting(cluster: Cluster, root: Path) -> None:
-    ward, began = patient(cluster, root, 200, 0), time.monotonic()
-    said = ward.submit("slurm.throttle=8")
+def planning(root: Path) -> dict:
+    cluster = Cluster(root.with_name("unstarted"))
+    cluster.environment["PATH"] = "/nowhere"  # no client of Slurm's is asked
+    run = make_run(cluster, root, SPECIALISTS)
+    began = time.monotonic()
+    script = run.submit("slurm.throttle=8", dry_run=True)
     wall = time.monotonic() - began
-    print(
-        f"200 specialists: {wall:.2f} s; {re.search(r'[0-9]+ submissions in [0-9.]+ s', said)[0]}"
-    )
-    ward.referral("cancel", ward.run)
+    submissions = len(re.findall(r"^\w+=\$\(sbatch ", script, re.MULTILINE))
+    print(f"{SPECIALISTS} specialists planned in {wall:.2f} s, {submissions} submissions")
+    return {"specialists": SPECIALISTS, "seconds": wall, "submissions": submissions}
 
 
-def overhead(cluster: Cluster, root: Path, sleep: float) -> None:
-    ward, began = patient(cluster, root, 4, sleep), time.time()
-    ward.submit()
-    ward.wait_for_end(20 * sleep + 120)
-    path = ["generalist", "clusters", "specialist-000", "combine", "student-main", "report"]
-    rows = [ward.cluster.fields(ward.ids()[name]) for name in path]
+def submitting(cluster: Cluster, root: Path) -> dict:
+    run = make_run(cluster, root, SPECIALISTS)
+    began = time.monotonic()
+    output = run.submit("slurm.throttle=8")
+    wall = time.monotonic() - began
+    line = re.search(r"([0-9]+) submissions in ([0-9.]+) s", output)
+    assert line is not None, output
+    print(f"{SPECIALISTS} specialists: {wall:.2f} s; {line[0]}")
+    run.referral("cancel", run.run)
+    return {
+        "specialists": SPECIALISTS,
+        "seconds": wall,
+        "submissions": int(line[1]),
+        "submissions_s": float(line[2]),
+    }
+
+
+def overhead(cluster: Cluster, root: Path, sleep: float) -> dict:
+    run = make_run(cluster, root, 4, sleep)
+    began = time.time()
+    run.submit()
+    run.wait_for_end(20 * sleep + 120)
+    jobs = ["generalist", "clusters", "specialists/000", "ensemble", "students/main", "report"]
+    ids = run.ids()
+    rows = [cluster.fields(ids[job]) for job in jobs]
     wall = max(moment(row["EndTime"]) for row in rows) - began
-    gaps = sum(
+    between = sum(
         moment(after["StartTime"]) - moment(row["EndTime"])
         for row, after in zip(rows, rows[1:], strict=False)
     )
-    busy = sleep * len(path)
+    asleep = sleep * len(jobs)
     print(
-        f"{len(path)} jobs of {sleep:g} s in a row: {wall:.0f} s, {wall / busy - 1:.1%} more than their sleeps"
+        f"{len(jobs)} jobs of {sleep:g} s in a row: {wall:.0f} s, "
+        f"{wall / asleep - 1:.1%} more than their sleeps"
     )
     print(
-        f"Slurm's own time between them: {gaps:.0f} s; without it {(wall - gaps) / busy - 1:.1%} more"
+        f"Slurm's own time between them: {between:.0f} s; "
+        f"without it {(wall - between) / asleep - 1:.1%} more"
     )
+    return {"jobs": len(jobs), "sleep_s": sleep, "wall_s": wall, "between_s": between}
 
 
 def moment(text: str) -> float:
@@ -97,25 +134,40 @@ def moment(text: str) -> float:
     return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
 
 
+def slurm_version() -> str:
+    return subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
+
+
+def measure_on_slurm(root: Path, sleep: float) -> dict:
+    cluster = Cluster(root / "slurm")
+    try:
+        cluster.start()
+        return {
+            "submitting": submitting(cluster, root / "submitting"),
+            "overhead": overhead(cluster, root / "overhead", sleep),
+        }
+    finally:
+        cluster.stop()
+
+
 def main() -> None:
-    sleep = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
-    load = os.getloadavg()[0]
-    version = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.strip()
-    print(f"{version}, {os.cpu_count()} cores, load {load:.1f}")
-    with tempfile.TemporaryDirectory(prefix="referral-slurm-", dir="/tmp") as place:
-        root = Path(place)
-        root.chmod(0o755)
-        cluster = Cluster(root / "slurm")
-        try:
-            cluster.start()
-            for name, measure in (
-                ("submitting", submitting),
-                ("overhead", lambda *two: overhead(*two, sleep)),
-            ):
-                (root / name).mkdir()
-                measure(cluster, root / name)
-        finally:
-            cluster.stop()
+    parser = argparse.ArgumentParser(prog="benchmarks.slurm", description="What Slurm costs.")
+    parser.add_argument("seconds", nargs="?", type=float, default=60.0, help="that each job sleeps")
+    parser.add_argument("--quick", action="store_true", help="the dry run alone, without a Slurm")
+    args = parser.parse_args()
+    missing = what_is_missing()
+    if missing and not args.quick:
+        sys.exit(f"{missing} (or --quick)")
+    version = None if args.quick else slurm_version()
+    results = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "slurm": version}
+    print(f"{version or 'no Slurm'}, {results['cores']} cores, load {results['load']}")
+    with tempfile.TemporaryDirectory(prefix="referral-slurm-", dir="/tmp") as directory:
+        root = Path(directory)
+        root.chmod(0o755)  # munge refuses what others may write
+        results["planning"] = planning(root / "planning")
+        if not args.quick:
+            results |= measure_on_slurm(root, args.seconds)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

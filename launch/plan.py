@@ -63,13 +63,14 @@ def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
     """
     groups = _grouped(run)
     job_of = {stage.place: name for name, stages in groups.items() for stage in stages}
-    wanted = run.config.launch.processes or processes
+    processes = run.config.launch.processes or processes
     waits_for, ranks, costs = {}, {}, {}
     for name, stages in groups.items():
         needed = dict.fromkeys(job_of[each.place] for stage in stages for each in stage.inputs)
         needed.pop(name, None)
         waits_for[name] = tuple(needed)
-        ranks[name] = wanted if any(stage.kind.scales for stage in stages) else 1
+        scales = any(stage.kind.scales for stage in stages)
+        ranks[name] = processes if scales else 1
         costs[name] = OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks[name]
     chains = _chains(waits_for, costs)
     return [

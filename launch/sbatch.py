@@ -103,13 +103,13 @@ def batches(
 ) -> list[Batch]:
     """The commands that submit `jobs`, each behind those it waits for, as the jobs are."""
     specialists = [job for job in jobs if is_of_specialists(job.name)]
-    found = []
+    commands = []
     for job in jobs:
         if not is_of_specialists(job.name):
-            found.append(_single(run, job))
+            commands.append(_single(run, job))
         elif job is specialists[0]:
-            found += _arrays(run, specialists, max_array_size)
-    return found
+            commands += _arrays(run, specialists, max_array_size)
+    return commands
 
 
 def _single(run: RunDirectory, job: Job) -> Batch:

@@ -14,7 +14,7 @@ import torch
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
-from clustering import ClassGroups
+from clustering import ClassGroups, PredictionStatistics, group_classes
 from ensemble import SpecialistEnsemble
 from launch.journal import Journal
 from launch.plan import plan
@@ -246,6 +246,15 @@ def test_a_method_finds_the_groups_of_a_run(recipe, data, tmp_path):
     assert sorted(np.concatenate(groups.members)) == list(range(NUM_CLASSES))
     summary = read_json(run.cluster.path("summary.json"))
     assert summary["captured_unlabelled"] > 1.2 * summary["chance_unlabelled"]
+
+
+@pytest.mark.parametrize("num_classes, num_groups", [(1, 1), (4, 1), (4, 4)])
+def test_a_method_is_fine_with_the_least_and_the_most_groups(recipe, num_classes, num_groups):
+    use_spectral(recipe)
+    statistics = PredictionStatistics(num_classes)
+    statistics.update(torch.eye(num_classes), torch.arange(num_classes))
+    groups = group_classes(statistics, num_groups, "spectral")
+    assert len(groups) == num_groups and groups.sizes.sum() == num_classes
 
 
 def test_what_a_method_cannot_do_is_refused_by_name(recipe, data, monkeypatch):

@@ -1,1 +1,1 @@
-"""Chinese characters: thousands of really confusable classes, and what groups and specialists do for them."""
+"""Chinese characters: thousands of confusable classes, and what specialists do for them."""

@@ -1,10 +1,12 @@
-"""What groups of confusable characters capture of a generalist's test errors: every method, disjoint and overlapping.
+"""What groups of confusable characters capture of a generalist's test errors, by every method.
 
     OMP_NUM_THREADS=1 python -m benchmarks.characters.groups --run RUN ... --out DIR [--groups 24]
+    python -m benchmarks.characters.groups --quick            seconds: 24 made-up characters
 
-RUN: runs whose generalist and measure are done (benchmarks.characters.generalist makes them), one per seed.  Groups are
-found on the predictions on val and without labels; test is read for the captured share alone.  Every case is kept in
-DIR/cases.jsonl as it is measured, and not measured again.  At the end DIR/groups.json and DIR/groups.md.
+RUN: runs whose generalist and measure are done (benchmarks.characters.generalist makes them), one
+per seed.  Groups, disjoint and overlapping, are found on the predictions on val and without labels;
+test is read for the captured fraction alone.  Every case is kept in DIR/cases.jsonl as it is
+measured, and not measured again.  At the end DIR/groups.json and DIR/groups.md.
 """
 
 from __future__ import annotations
@@ -13,23 +15,30 @@ import argparse
 import hashlib
 import json
 import os
-import platform
-import subprocess
+import shutil
 import time
 from functools import cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.numpy import load_file
 from scipy.sparse import csr_array
 
 import clustering
+from benchmarks.papers import lab
 from clustering import PredictionStatistics, captured_confusion, captured_unlabelled, group_classes
-from pipeline.graph import RunDirectory
+from networks import load_classifier
+from pipeline.graph import RunDirectory, open_run
 from pipeline.store import read_json, write_json
+from trainer.data import MeasuringStream, open_shards
+
+from . import generalist
+from .data import make_quick
 
 OVERLAPS = (1, 2, 3)
-# (method, refine): each in its own form, and with the local search on the expected confusion after it.
+# (method, refine): each in its own form, and with the local search on the expected confusion.
 CASES = (
     ("kmeans", True),
     ("kmeans", False),
@@ -46,20 +55,29 @@ CASES = (
     ("graph", True),
     ("random", False),
 )
-FIGURES = ("test", "val", "val_unlabelled", "chance", "largest", "seconds")
+METRICS = ("test", "val", "val_unlabelled", "chance", "largest", "seconds")
+IDENTITY = ("code", "attempt", "seed", "groups", "method", "refine", "overlap")
+QUICK_GROUPS = 4
+
+
+# Measuring
 
 
 def measure(
-    statistics,
-    rows,
+    statistics: PredictionStatistics,
+    rows: np.ndarray | None,
     test: csr_array,
     num_groups: int,
     method: str,
     refine: bool,
     overlap: int,
     seed: int,
-):
-    """One case: captured shares, chance, the largest group as a multiple of the mean, CPU seconds."""
+) -> dict[str, float]:
+    """One case: captured fractions, chance, the largest group over the mean, CPU seconds.
+
+    rows: of the generalist's head, which the method "classifier" groups.
+    test: confusion_on_test.
+    """
     started = time.process_time()
     groups = group_classes(
         statistics,
@@ -71,9 +89,9 @@ def measure(
         classifier_rows=rows if method == "classifier" else None,
     )
     seconds = time.process_time() - started
-    share, chance = captured_confusion(groups, test)
+    fraction, chance = captured_confusion(groups, test)
     return {
-        "test": share,
+        "test": fraction,
         "val": captured_confusion(groups, statistics.confusion)[0],
         "val_unlabelled": captured_unlabelled(groups, statistics)[0],
         "chance": chance,
@@ -82,93 +100,82 @@ def measure(
     }
 
 
-def confusion_on_test(run: RunDirectory, keep: Path) -> csr_array:
-    """Test examples by true class (rows) and the generalist's most probable class, int64 [C, C]; kept in `keep`."""
-    if not keep.exists():
-        import torch
+def confusion_on_test(run: RunDirectory, file: Path) -> csr_array:
+    """Test examples by true and most probable class, int64 [C, C]; kept in `file`."""
+    if not file.exists():
+        save_predictions(run, file)
+    with np.load(file, allow_pickle=False) as saved:
+        labels, predicted = saved["labels"], saved["predicted"]
+        num_classes = int(saved["num_classes"])
+    ones = np.ones(len(labels), np.int64)
+    return csr_array((ones, (labels, predicted)), shape=(num_classes, num_classes))
 
-        from networks import load_classifier
-        from trainer.data import MeasuringStream, open_shards
 
-        network = load_classifier(run.generalist.path("model.safetensors").parent)
-        shards = open_shards(run.config.data.test, run.config.data, "test")
-        with torch.inference_mode():
-            found = [
-                (batch.labels, network(batch.inputs).argmax(1))
-                for batch in MeasuringStream(shards, 512).loader()
-            ]
-        labels, predicted = (torch.cat(part).numpy() for part in zip(*found, strict=True))
-        temporary = keep.with_suffix(".part.npz")
-        np.savez(temporary, labels=labels, predicted=predicted, num_classes=shards.num_classes)
-        os.replace(temporary, keep)
-    with np.load(keep, allow_pickle=False) as found:
-        labels, predicted, num_classes = (
-            found["labels"],
-            found["predicted"],
-            int(found["num_classes"]),
-        )
-    return csr_array(
-        (np.ones(len(labels), np.int64), (labels, predicted)), shape=(num_classes, num_classes)
+def save_predictions(run: RunDirectory, file: Path) -> None:
+    network = load_classifier(run.generalist.path("model.safetensors").parent)
+    shards = open_shards(run.config.data.test, run.config.data, "test")
+    labels, predicted = [], []
+    with torch.inference_mode():
+        for batch in MeasuringStream(shards, 512).loader():
+            labels.append(batch.labels)
+            predicted.append(network(batch.inputs).argmax(1))
+    temporary = file.with_suffix(".part.npz")
+    np.savez(
+        temporary,
+        labels=torch.cat(labels).numpy(),
+        predicted=torch.cat(predicted).numpy(),
+        num_classes=shards.num_classes,
     )
+    os.replace(temporary, file)
 
 
 def measure_all(
     runs: list[RunDirectory], out: Path, num_groups: int
 ) -> tuple[list[dict], list[dict]]:
-    """(cases, facts of the runs): one row of `cases` for each run, method, refinement and overlap."""
+    """(cases, descriptions of the runs): a case for each run, method, refinement and overlap."""
     path = out / "cases.jsonl"
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    known = {identity(row): row for row in done}
-    facts, cases = [], []
+    known = {}
+    if path.exists():
+        done = map(json.loads, path.read_text().splitlines())
+        known = {identity(case): case for case in done}
+    descriptions, cases = [], []
     for run in runs:
         weights = run.generalist.path("model.safetensors")
         attempt = weights.resolve().parent.name
         test = confusion_on_test(run, out / f"test-{attempt}.npz")
         statistics = PredictionStatistics.load(run.measure.path("statistics.npz"))
         rows = head_rows(weights)
-        facts.append(facts_of(run, statistics, test))
+        descriptions.append(describe(run, statistics, test))
         for (method, refine), overlap in product(CASES, OVERLAPS):
-            row = {
-                "code": code_mark(),
-                "attempt": attempt,
-                "seed": run.config.seed,
-                "groups": num_groups,
-                "method": method,
-                "refine": refine,
-                "overlap": overlap,
-            }
-            if identity(row) not in known:
-                figures = measure(
-                    statistics, rows, test, num_groups, method, refine, overlap, run.config.seed
-                )
+            seed = run.config.seed
+            values = (code_mark(), attempt, seed, num_groups, method, refine, overlap)
+            case = dict(zip(IDENTITY, values, strict=True))
+            if identity(case) not in known:
+                case |= measure(statistics, rows, test, num_groups, method, refine, overlap, seed)
                 with open(path, "a") as file:
-                    file.write(json.dumps(row | figures) + "\n")
-                known[identity(row)] = row | figures
-            cases.append(known[identity(row)])
+                    file.write(json.dumps(case) + "\n")
+                known[identity(case)] = case
+            cases.append(known[identity(case)])
             print(json.dumps(cases[-1]), flush=True)
-    return cases, facts
+    return cases, descriptions
 
 
-def identity(row: dict) -> tuple:
-    return tuple(
-        row[key] for key in ("code", "attempt", "seed", "groups", "method", "refine", "overlap")
-    )
+def identity(case: dict) -> tuple:
+    return tuple(case[key] for key in IDENTITY)
 
 
 @cache
 def code_mark() -> str:
-    """A digest of what finds and judges groups: figures of other code do not count as measured."""
+    """A digest of what finds and judges groups: other code's metrics do not count as measured."""
     sources = sorted(Path(clustering.__file__).parent.glob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
 
 
 def head_rows(weights: Path) -> np.ndarray:
-    from safetensors.numpy import load_file
-
     return load_file(weights)["head.weight"]
 
 
-def facts_of(run: RunDirectory, statistics, test: csr_array) -> dict:
+def describe(run: RunDirectory, statistics: PredictionStatistics, test: csr_array) -> dict:
     """What a reader needs to know of one generalist."""
     summary = read_json(run.generalist.path("summary.json"))
     return {
@@ -183,93 +190,116 @@ def facts_of(run: RunDirectory, statistics, test: csr_array) -> dict:
     }
 
 
+# The table
+
+
 def summary_of(cases: list[dict]) -> list[dict]:
-    """Mean and standard deviation over the seeds of each (method, refine, overlap), in the order of `cases`."""
+    """Mean and deviation over the seeds of each (method, refine, overlap), in order of `cases`."""
     by_case: dict[tuple, list[dict]] = {}
-    for row in cases:
-        by_case.setdefault((row["method"], row["refine"], row["overlap"]), []).append(row)
-    return [
-        {"method": method, "refine": refine, "overlap": overlap, "seeds": len(rows)}
-        | {figure: float(np.mean([row[figure] for row in rows])) for figure in FIGURES}
-        | {
-            "test_std": float(np.std([row["test"] for row in rows], ddof=1))
-            if len(rows) > 1
-            else None
-        }
-        for (method, refine, overlap), rows in by_case.items()
-    ]
+    for case in cases:
+        by_case.setdefault((case["method"], case["refine"], case["overlap"]), []).append(case)
+    rows = []
+    for (method, refine, overlap), of_seeds in by_case.items():
+        row = {"method": method, "refine": refine, "overlap": overlap, "seeds": len(of_seeds)}
+        row |= {key: float(np.mean([case[key] for case in of_seeds])) for key in METRICS}
+        row["test_std"] = None
+        if len(of_seeds) > 1:
+            row["test_std"] = float(np.std([case["test"] for case in of_seeds], ddof=1))
+        rows.append(row)
+    return rows
 
 
 def table(summary: list[dict]) -> str:
-    """Markdown: methods as rows, the share of test errors captured at each overlap, best first."""
+    """Markdown: by method the fraction of test errors captured at each overlap, best first."""
+    of_case = {(row["method"], row["refine"], row["overlap"]): row for row in summary}
     methods = list(dict.fromkeys((row["method"], row["refine"]) for row in summary))
-    found = {(row["method"], row["refine"], row["overlap"]): row for row in summary}
-    methods.sort(key=lambda method: -found[*method, OVERLAPS[0]]["test"])
+    methods.sort(key=lambda method: -of_case[*method, OVERLAPS[0]]["test"])
     lines = [
-        "| method | local search | disjoint | overlap 2 | overlap 3 | largest / mean | CPU seconds |",
+        "| method | local search | disjoint | overlap 2 | overlap 3 | largest / mean "
+        "| CPU seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for method, refine in methods:
-        rows = [found[method, refine, overlap] for overlap in OVERLAPS]
-        spread = ["" if row["test_std"] is None else f" ± {row['test_std']:.3f}" for row in rows]
-        shares = [f"{row['test']:.3f}{more}" for row, more in zip(rows, spread, strict=True)]
+        rows = [of_case[method, refine, overlap] for overlap in OVERLAPS]
+        captured = " | ".join(map(captured_cell, rows))
         largest = max(row["largest"] for row in rows)
         seconds = " / ".join(f"{row['seconds']:.1f}" for row in rows)
         word = "yes" if refine else "no"
-        lines.append(f"| `{method}` | {word} | {' | '.join(shares)} | {largest:.2f} | {seconds} |")
-    chances = [
-        np.mean([row["chance"] for row in summary if row["overlap"] == overlap])
-        for overlap in OVERLAPS
-    ]
-    lines.append(f"| chance | | {' | '.join(f'{chance:.3f}' for chance in chances)} | | |")
+        lines.append(f"| `{method}` | {word} | {captured} | {largest:.2f} | {seconds} |")
+    chances = []
+    for overlap in OVERLAPS:
+        chance = np.mean([row["chance"] for row in summary if row["overlap"] == overlap])
+        chances.append(f"{chance:.3f}")
+    lines.append(f"| chance | | {' | '.join(chances)} | | |")
     return "\n".join(lines) + "\n"
 
 
+def captured_cell(row: dict) -> str:
+    if row["test_std"] is None:
+        return f"{row['test']:.3f}"
+    return f"{row['test']:.3f} ± {row['test_std']:.3f}"
+
+
+# The program
+
+
 def conditions() -> dict:
-    model = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
-        "machine": f"{model}, {os.cpu_count()} cores",
+        "machine": f"{lab.processor()}, {os.cpu_count()} cores",
         "threads": os.environ.get("OMP_NUM_THREADS", "unset"),
-        "commit": git.stdout.strip(),
+        "commit": lab.output_of(command),
     }
 
 
-def main() -> None:
-    from pipeline.graph import open_run
-
+def parse(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--run", type=Path, action="append", required=True, help="may be repeated, one per seed"
+        "--run", type=Path, action="append", default=[], help="may be repeated, one per seed"
     )
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/characters/groups"))
     parser.add_argument("--groups", type=int, default=24)
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    cases, facts = measure_all([open_run(run) for run in args.run], args.out, args.groups)
+    parser.add_argument("--quick", action="store_true", help="a run of its own, below OUT/quick")
+    options = parser.parse_args(words)
+    if not options.run and not options.quick:
+        parser.error("--run is missing: which generalists?")
+    return options
+
+
+def quick_run(out: Path) -> Path:
+    """A generalist of made-up characters, trained and measured."""
+    make_quick(out / "data")
+    splits = [f"data.{split}={out.resolve() / 'data/seen'}" for split in ("train", "val", "test")]
+    settings = [*generalist.QUICK, *splits]
+    lab.run_in_process(generalist.CONFIG, out / "run", settings, only=("generalist", "measure"))
+    return out / "run"
+
+
+def main(words: list[str] | None = None) -> None:
+    options = parse(words)
+    if options.quick:
+        options.out = options.out / "quick"
+        shutil.rmtree(options.out, ignore_errors=True)
+        options.run, options.groups = [quick_run(options.out)], QUICK_GROUPS
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs = [open_run(run) for run in options.run]
+    cases, descriptions = measure_all(runs, options.out, options.groups)
     summary = summary_of(cases)
-    write_json(
-        args.out / "groups.json",
-        {
-            "conditions": conditions(),
-            "groups": args.groups,
-            "generalists": facts,
-            "summary": summary,
-            "cases": cases,
-        },
-    )
-    (args.out / "groups.md").write_text(table(summary))
+    results = {
+        "conditions": conditions(),
+        "groups": options.groups,
+        "generalists": descriptions,
+        "summary": summary,
+        "cases": cases,
+    }
+    write_json(options.out / "groups.json", results)
+    (options.out / "groups.md").write_text(table(summary))
     print(table(summary))
+    command = lab.command_line("benchmarks.characters.groups", words)
+    del results["cases"]
+    lab.print_json(results, options, command)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,30 @@
-"""A long tail: the characters again, but of the rarest only a few images to learn from.  Where do specialists help?
+"""A long tail: the characters again, of the rarest only a few images.  Where do specialists help?
 
-    python -m benchmarks.characters.tails --to runs/characters [--seeds 0 1 2] [--sixth] [--jobs 2] [--write] [--quick]
+    python -m benchmarks.characters.tails --to runs/characters [--seeds 0 1 2] [--sixth] [--write]
+    python -m benchmarks.characters.tails --quick             seconds, no result
 
-Of the class that is the k-th most frequent of C, train and val keep MOST * RAREST ** (k / (C - 1)) images, an
-exponential profile (Cao et al. 2019, section 4.1) in an order that the seed draws; test stays as it is, alike for all,
-so that the rare can be seen.  Of each seed two runs, of the headline's config without students: every image as often as
-it comes, and train.balance = .5, which shows the rare ones more often and carries the prior through the loss.  What is
-done is not done again.  --quick goes through all of it on 120 classes.
+Of the class that is the k-th most frequent of C, train and val keep MOST * RAREST ** (k / (C - 1))
+images, an exponential profile (Cao et al. 2019, section 4.1) in an order that the seed draws; test
+stays as it is, alike for all, so that the rare can be seen.
+
+Of each seed two runs, of the headline's config without students: every image as often as it comes,
+and train.balance = .5, which shows the rare ones more often and carries the prior through the loss.
+What is done is not done again.
 """
 
 from __future__ import annotations
 
-import shlex
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.papers.lab import (
-    conditions,
-    finished,
-    seconds,
-    shards,
-    spread,
-    table,
-    write_section,
-)
-from pipeline.results import named_rows
+from benchmarks.papers import lab
 from pipeline.store import read_json
 
+from . import runs
 from .data import PER_CLASS, write_part
-from .headline import FASTER, PAGE, ROWS, all_of, config_of, drawn, on_test, parsed, parser, reading
+from .runs import ROWS
 
 TITLE = "A long tail"
 RAREST = 1 / 21  # of the most frequent class's images: 105 fall to 5
@@ -38,7 +32,7 @@ BALANCES = (0.0, 0.5)
 THIRDS = ("frequent", "in between", "rare")
 
 
-# The runs
+# The data and the runs
 
 
 def ranks(classes: int, seed: int) -> np.ndarray:
@@ -56,120 +50,123 @@ def thinned(labels: np.ndarray, kept: np.ndarray, seed: int) -> np.ndarray:
     shuffled = np.random.default_rng(seed).permutation(len(labels))
     ordered = shuffled[np.argsort(labels[shuffled], kind="stable")]  # by class, at random in each
     counts = np.bincount(labels, minlength=len(kept))
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    turn = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
     chosen = np.zeros(len(labels), bool)
-    chosen[ordered[place < kept[labels[ordered]]]] = True
+    chosen[ordered[turn < kept[labels[ordered]]]] = True
     return chosen
 
 
 def write_tail(source: Path, out: Path, seed: int) -> None:
+    """Shards of `source`, train and val thinned; there each class has as many samples."""
     names = read_json(source / "manifest.json")["classes"]
     rank = ranks(len(names), seed)
 
     def chosen(split: str, labels: np.ndarray) -> np.ndarray:
         if split == "test":
             return np.ones(len(labels), bool)
-        return thinned(labels, images_kept(rank, PER_CLASS["seen"][split]), seed)
+        most = int(np.bincount(labels).max())
+        return thinned(labels, images_kept(rank, most), seed)
 
-    write_part(
-        source,
-        out,
-        names,
-        chosen,
-        {"command": "benchmarks.characters.tails", "seed": seed, "rarest": RAREST},
-    )
+    made_by = {"command": "benchmarks.characters.tails", "seed": seed, "rarest": RAREST}
+    write_part(source, out, names, chosen, made_by)
 
 
 def tail_config(data: Path, seed: int, balance: float, settings: list[str]) -> dict:
     """The headline's without students, on the shards in `data`."""
-    config = config_of(data, seed, [*FASTER, f"train.balance={balance}", *settings])
-    return reading(config | {"students": {}}, data)
+    balanced = [*runs.FASTER, f"train.balance={balance}", *settings]
+    return runs.reading(runs.config_of(data, seed, balanced) | {"students": {}}, data)
 
 
-def runs_of(to: Path, data: Path, seed: int, settings: list[str]) -> dict[float, Path]:
+def runs_of(given: argparse.Namespace, data: Path, seed: int) -> dict[float, Path]:
     """Both finished runs of a seed, by balance."""
-    place = shards(to / f"data-tail-{seed}", lambda out: write_tail(data / "seen", out, seed))
-    runs = {balance: to / f"seed-{seed}-tail-{balance:g}" for balance in BALANCES}
-    for balance, run in runs.items():
-        finished(tail_config(place, seed, balance, settings), run)
-    return runs
+    shards = lab.shards(
+        given.to / f"data-tail-{seed}", lambda out: write_tail(data / "seen", out, seed)
+    )
+    paths = {balance: given.to / f"seed-{seed}-tail-{balance:g}" for balance in BALANCES}
+    for balance, path in paths.items():
+        config = tail_config(shards, seed, balance, given.set)
+        lab.finished(config, path, in_process=given.quick)
+    return paths
 
 
-# Figures
+# What was measured
 
 
 def by_third(run: Path, seed: int) -> dict[str, list[float]]:
     """{row: top-1 on test of the frequent, the middling and the rare third of the classes}."""
     rank = ranks(len(read_json(run / "generalist" / "model.json")["class_names"]), seed)
-    third_of, found = rank * len(THIRDS) // len(rank), {}
+    third_of = rank * len(THIRDS) // len(rank)
+    top1 = {}
     for name in ROWS:
-        labels, right = on_test(run, name)
-        found[name] = [float(right[third_of[labels] == k].mean()) for k in range(len(THIRDS))]
-    return found
+        labels, correct = runs.on_test(run, name)
+        thirds = third_of[labels]
+        top1[name] = [float(correct[thirds == k].mean()) for k in range(len(THIRDS))]
+    return top1
 
 
 def fewer_of(rows: dict[str, list[float]], name: str) -> list[float]:
-    """By third: the share of the generalist's errors that a row does not make; 0 where it makes none."""
+    """By third: the fraction of the generalist's errors that a row does not make.
+
+    0 where it makes none.
+    """
     pairs = zip(rows[name], rows["generalist"], strict=True)
     return [(own - first) / (1 - first) if first < 1 else 0.0 for own, first in pairs]
 
 
-def tail_table(figures: list[dict[str, list[float]]], results: list[dict]) -> str:
-    """figures: by_third of each seed; results: each seed's results.json."""
-    rows = []
+def tail_table(thirds: list[dict[str, list[float]]], results: list[dict]) -> str:
+    """thirds: by_third of each seed; results: each seed's results.json."""
+    lines = []
     for name in ROWS:
-        whole = [named_rows(found)[name] for found in results]
-        thirds = zip(
-            *(seed[name] for seed in figures), strict=True
-        )  # of each third every seed's figure
-        fewer = zip(*(fewer_of(seed, name) for seed in figures), strict=True)
-        rows.append(
-            [
-                name,
-                spread([100 * row["top1"] for row in whole], 2),
-                spread([row["nll"] for row in whole], 4),
-                *(spread([100 * top1 for top1 in seeds], 2) for seeds in thirds),
-                *(
-                    "" if name == "generalist" else spread([100 * share for share in seeds], 1)
-                    for seeds in fewer
-                ),
-            ]
-        )
-    columns = [
-        *(f"{third}: top-1, %" for third in THIRDS),
-        *(f"{third}: errors fewer, %" for third in THIRDS),
-    ]
-    return table(["", "top-1, %", "NLL", *columns], rows)
+        whole = [lab.named_rows(of_seed)[name] for of_seed in results]
+        cells = [
+            lab.spread([100 * row["top1"] for row in whole], 2),
+            lab.spread([row["nll"] for row in whole], 4),
+        ]
+        for top1 in zip(*(of_seed[name] for of_seed in thirds), strict=True):
+            cells.append(lab.spread([100 * each for each in top1], 2))
+        for fewer in zip(*(fewer_of(of_seed, name) for of_seed in thirds), strict=True):
+            cells.append(lab.spread([100 * each for each in fewer], 1))
+        if name == "generalist":
+            cells[-len(THIRDS) :] = [""] * len(THIRDS)
+        lines.append([name, *cells])
+    columns = [f"{third}: top-1, %" for third in THIRDS]
+    columns += [f"{third}: errors fewer, %" for third in THIRDS]
+    return lab.table(["", "top-1, %", "NLL", *columns], lines)
+
+
+def footnote(given: argparse.Namespace, paths: list[Path], command: str) -> str:
+    n = read_json(paths[0] / "results.json")["generalist"]["n"]
+    kept = images_kept(ranks(given.classes, 0), PER_CLASS["seen"]["train"])
+    minutes = sum(map(lab.seconds, paths)) / 60
+    return (
+        f"n = {n:,} of {given.classes:,} classes, in thirds by how many images of a class are "
+        f"learnt from ({kept.max()} to {kept.min()}, {kept.sum():,} in all). "
+        f"{lab.conditions(given.seeds, command)} {minutes:.0f} core-minutes."
+    )
 
 
 def main(words: list[str] | None = None) -> None:
-    given = parsed(parser(__doc__), words)
-    data = drawn(given.to, given.classes)
-    places = all_of(
-        {seed: lambda seed=seed: runs_of(given.to, data, seed, given.set) for seed in given.seeds},
-        given.jobs,
-    )
-    parts = []
+    given = runs.parsed(runs.parser(__doc__), words)
+    command = lab.command_line("benchmarks.characters.tails", words)
+    data = runs.drawn(given)
+    tasks = {seed: lambda seed=seed: runs_of(given, data, seed) for seed in given.seeds}
+    paths = runs.all_of(tasks, given.jobs)
+    parts, rows = [], {}
     for balance in BALANCES:
-        runs = {seed: places[seed][balance] for seed in given.seeds}
-        results = [read_json(run / "results.json") for run in runs.values()]
-        figures = [by_third(run, seed) for seed, run in runs.items()]
-        parts.append(f"`train.balance = {balance:g}`\n\n{tail_table(figures, results)}")
+        of_balance = {seed: paths[seed][balance] for seed in given.seeds}
+        results = [read_json(path / "results.json") for path in of_balance.values()]
+        thirds = [by_third(path, seed) for seed, path in of_balance.items()]
+        parts.append(f"`train.balance = {balance:g}`\n\n{tail_table(thirds, results)}")
+        rows[f"{balance:g}"] = {
+            "whole": list(map(lab.compared_rows, results)),
+            "top1_by_third": thirds,
+        }
     text = "\n\n".join(parts)
     print(text)
     if given.write:
-        command = shlex.join(
-            ["python", "-m", "benchmarks.characters.tails", *(words or sys.argv[1:])]
-        )
-        kept = images_kept(ranks(given.classes, 0), PER_CLASS["seen"]["train"])
-        spent = sum(seconds(run) for runs in places.values() for run in runs.values()) / 60
-        foot = f"n = {results[0]['generalist']['n']:,} of {given.classes:,} classes, in thirds by how many images of a "
-        foot += f"class are learnt from ({kept.max()} to {kept.min()}, {kept.sum():,} in all). "
-        write_section(
-            TITLE,
-            f"{text}\n\n{foot}{conditions(given.seeds, command)} {spent:.0f} core-minutes.",
-            PAGE,
-        )
+        every = [path for of_seed in paths.values() for path in of_seed.values()]
+        lab.write_section(TITLE, f"{text}\n\n{footnote(given, every, command)}", runs.PAGE)
+    lab.print_json({"classes": given.classes, "by_balance": rows}, given, command)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from toy import encode_png
 
 from benchmarks.characters import later as script
-from benchmarks.characters.headline import config_of
+from benchmarks.characters.runs import config_of
 from pipeline.config import Data, load_config
 from trainer.data.shards import ShardWriter, open_shards, write_manifest
 
@@ -34,11 +34,8 @@ def source(tmp_path):
 def test_the_characters_that_come_later_are_the_seeds_own():
     names = [str(c) for c in range(50)]
     first = script.left_out(names, 0, 10)
-    assert (
-        first == script.left_out(names, 0, 10)
-        and len(set(first)) == 10
-        and set(first) <= set(names)
-    )
+    assert first == script.left_out(names, 0, 10)
+    assert len(set(first)) == 10 and set(first) <= set(names)
     assert first != script.left_out(names, 1, 10) and first == sorted(first, key=int)
 
 
@@ -55,10 +52,8 @@ def test_filtered_shards_have_the_other_classes_samples_byte_for_byte(source, tm
         assert (found.inputs(np.arange(9)) == whole.inputs(np.array(kept))).all()
         named = [found.class_names[label] for label in found.labels]
         assert named == [whole.class_names[whole.labels[i]] for i in kept]
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["made_by"]["without"] == [
-        "b",
-        "d",
-    ]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["made_by"]["without"] == ["b", "d"]
 
 
 def test_the_runs_differ_from_the_headline_in_what_they_are_for(tmp_path):
@@ -67,43 +62,35 @@ def test_the_runs_differ_from_the_headline_in_what_they_are_for(tmp_path):
     after = load_config(None, [], script.later(config, tmp_path / "old"))
     whole = load_config(None, [], config)
     assert before.data.train == before.data.test == "few" and not before.controls.enabled
-    assert (
-        after.data == whole.data
-        and after.extend.run == str(tmp_path / "old")
-        and after.controls.enabled
-    )
+    assert after.data == whole.data and after.controls.enabled
+    assert after.extend.run == str(tmp_path / "old")
     assert after.train == whole.train.model_copy(update={"steps": 4000})
     for run in (before, after):
         assert run.students == {"same": whole.students["same"]} and run.seed == 3
-        assert (run.model, run.specialists, run.clusters) == (
-            whole.model,
-            whole.specialists,
-            whole.clusters,
-        )
+        for section in ("model", "specialists", "clusters"):
+            assert getattr(run, section) == getattr(whole, section)
     assert before.train == whole.train
 
 
-def leave(run, names, answers):
-    """What the figures are of: labels and the first of the top five for each answer."""
+def leave(run, names, predictions):
+    """What the metrics are of: labels and the first of the top five of each predictor."""
     (run / "generalist").mkdir(parents=True)
     (run / "evaluation").mkdir()
     (run / "generalist" / "model.json").write_text(json.dumps({"class_names": names}))
-    for name, (labels, said) in answers.items():
-        top5 = np.full((len(said), 5), -1)
-        top5[:, 0] = said
+    for name, (labels, predicted) in predictions.items():
+        top5 = np.full((len(predicted), 5), -1)
+        top5[:, 0] = predicted
         np.savez(run / "evaluation" / f"{name}.npz", labels=np.array(labels), top5=top5)
 
 
 def result(examples, seconds=60.0):
     row = {"cost": {"examples_seen": examples, "seconds": seconds}}
-    return {
-        "ensemble": row,
-        "students": {"same": {"cost": {"examples_seen": 2 * examples, "seconds": 2 * seconds}}},
-    }
+    student = {"cost": {"examples_seen": 2 * examples, "seconds": 2 * seconds}}
+    return {"ensemble": row, "students": {"same": student}}
 
 
 def test_what_is_forgotten_and_learnt_by_hand(tmp_path):
-    """Of four old examples four were right, then three; of two new ones one; trained again four and two."""
+    """Of four old examples 4 were right, then 3; of two new ones 1; trained again 4 and 2."""
     labels = [0, 0, 2, 2, 1, 1]  # y is new
     leave(
         tmp_path / "seed-0-without",
@@ -118,9 +105,9 @@ def test_what_is_forgotten_and_learnt_by_hand(tmp_path):
     leave(tmp_path / "seed-0", ["x", "y", "z"], again)
     one = script.of_seed(tmp_path, 0, result(10_000_000), result(1_000_000, 6), result(20_000_000))
     expected = {"before": 1.0, "old": 0.75, "new": 0.5, "again_old": 1.0, "again_new": 1.0}
-    assert set(one["rows"]) == {*script.ANSWERS, "the whole generalist goes on"}
+    assert set(one["rows"]) == {*script.PREDICTORS, "the whole generalist goes on"}
     assert all(row == expected for row in one["rows"].values())
-    lines = script.answers_table([one]).splitlines()
+    lines = script.predictors_table([one]).splitlines()
     assert lines[2] == "| generalist | 100.00 | 75.00 | 25.00 | 50.00 | 100.00 | 100.00 |"
     lines = script.costs_table([one]).splitlines()
     assert lines[3:5] == [

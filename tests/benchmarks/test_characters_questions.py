@@ -1,11 +1,11 @@
-"""The questions about specialists: what each row changes, what it shares with the headline's run, and the tables."""
+"""The questions about specialists: what each row changes and shares, and the tables."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks.characters import questions as script
-from benchmarks.characters.headline import config_of
+from benchmarks.characters.runs import config_of
 from pipeline.config import load_config
 from pipeline.graph import RunDirectory
 
@@ -15,12 +15,13 @@ ROWS = [(name, row) for name, rows in QUESTIONS.items() for row in rows]
 
 
 def flat(values: dict, above: str = "") -> dict:
-    found = {}
+    leaves = {}
     for key, value in values.items():
-        found |= (
-            flat(value, f"{above}{key}.") if isinstance(value, dict) else {f"{above}{key}": value}
-        )
-    return found
+        if isinstance(value, dict):
+            leaves |= flat(value, f"{above}{key}.")
+        else:
+            leaves[f"{above}{key}"] = value
+    return leaves
 
 
 def test_every_question_has_a_sentence_and_one_row_that_is_the_default():
@@ -49,7 +50,7 @@ def test_all_begin_with_the_headlines_generalist_and_groups_and_short_lessons():
     )
     for stage in ("generalist", "measure", "cluster", "route"):
         assert getattr(headline, stage).key == getattr(first, stage).key
-    assert first.config.specialists.steps == script.STEPS < headline.config.specialists.steps
+    assert script.steps_of(first.config) == script.STEPS < script.steps_of(headline.config)
     assert not first.students and not first.controls
     assert script.base_of(Path("data"), 1, ["specialists.steps=30"])["specialists"]["steps"] == 30
 
@@ -61,22 +62,19 @@ def test_the_config_that_is_varied_stays_as_it_was():
 
 
 def test_rows_share_with_the_first_run_what_stands_before_their_change(tmp_path):
-    """Generalist and statistics all; groups those of [specialists] too; specialists those of [ensemble] too."""
+    """All the generalist, [specialists] the groups too, [ensemble] the specialists as well."""
     first = RunDirectory(tmp_path, load_config(None, [], BASE))
     for rows in QUESTIONS.values():
         for overrides in rows.values():
             is_default = script.changes_nothing(BASE, overrides)
             sections = set() if is_default else {key.partition(".")[0] for key in overrides}
             other = RunDirectory(tmp_path, load_config(None, [], script.variant(BASE, overrides)))
-            assert (first.generalist.key, first.measure.key) == (
-                other.generalist.key,
-                other.measure.key,
-            )
+            for stage in ("generalist", "measure"):
+                assert getattr(first, stage).key == getattr(other, stage).key
             assert (first.cluster.key == other.cluster.key) == ("clusters" not in sections)
             specialists = [[stage.key for stage in run.specialists] for run in (first, other)]
-            assert (specialists[0] == specialists[1]) == (
-                not {"clusters", "specialists"} & sections
-            )
+            is_changed = bool({"clusters", "specialists"} & sections)
+            assert (specialists[0] == specialists[1]) != is_changed
 
 
 def test_runs_of_different_rows_lie_in_different_places_and_equal_ones_in_one():
@@ -84,9 +82,8 @@ def test_runs_of_different_rows_lie_in_different_places_and_equal_ones_in_one():
     for rows in QUESTIONS.values():
         for overrides in rows.values():
             if not script.changes_nothing(BASE, overrides):
-                configs.setdefault(script.place_of(run, overrides), []).append(
-                    script.variant(BASE, overrides)
-                )
+                of_path = configs.setdefault(script.path_of(run, overrides), [])
+                of_path.append(script.variant(BASE, overrides))
     assert all(config == group[0] for group in configs.values() for config in group)
     distinct = [group[0] for group in configs.values()]
     assert all(a != b for k, a in enumerate(distinct) for b in distinct[:k])

@@ -10,19 +10,15 @@ from hypothesis import strategies as st
 from toy import encode_png
 
 from benchmarks.characters import tails as script
+from benchmarks.characters.data import PER_CLASS
 from pipeline.config import Data, load_config
 from pipeline.store import write_json
 from trainer.data.shards import ShardWriter, open_shards, write_manifest
 
 
 def test_the_profile_falls_from_the_most_frequent_to_a_twenty_first():
-    assert script.images_kept(np.arange(5), 105).tolist() == [
-        105,
-        49,
-        23,
-        11,
-        5,
-    ]  # 105 * 21 ** (-k / 4)
+    # 105 * 21 ** (-k / 4).
+    assert script.images_kept(np.arange(5), 105).tolist() == [105, 49, 23, 11, 5]
     assert script.images_kept(np.array([2, 0, 1]), 35).tolist() == [2, 35, 8]
     assert script.images_kept(np.arange(2), 10).tolist() == [10, 1]  # never none
     assert script.images_kept(np.arange(1), 10).tolist() == [10]
@@ -39,28 +35,23 @@ def test_of_each_class_as_many_samples_stay_as_asked_or_all(classes, seed):
     )
     kept = np.array([k for _, k in classes])
     chosen = script.thinned(labels, kept, seed)
-    assert np.bincount(labels[chosen], minlength=len(kept)).tolist() == [
-        min(n, k) for n, k in classes
-    ]
+    counts = np.bincount(labels[chosen], minlength=len(kept)).tolist()
+    assert counts == [min(n, k) for n, k in classes]
 
 
 def test_which_samples_stay_is_the_seeds():
     labels, kept = np.repeat(np.arange(3), 40), np.array([20, 20, 20])
-    first = script.thinned(labels, kept, 0)
-    assert (first == script.thinned(labels, kept, 0)).all() and (
-        first != script.thinned(labels, kept, 1)
-    ).any()
-    assert (
-        sorted(script.ranks(30, 1)) == list(range(30))
-        and (script.ranks(30, 1) != script.ranks(30, 2)).any()
-    )
+    first, again, other = (script.thinned(labels, kept, seed) for seed in (0, 0, 1))
+    assert (first == again).all() and (first != other).any()
+    assert sorted(script.ranks(30, 1)) == list(range(30))
+    assert (script.ranks(30, 1) != script.ranks(30, 2)).any()
 
 
 @pytest.fixture
 def source(tmp_path):
     """Two classes of 105 images for train, 35 for val and 14 for test."""
     directory, splits = tmp_path / "source", {}
-    for split, count in script.PER_CLASS["seen"].items():
+    for split, count in PER_CLASS["seen"].items():
         with ShardWriter(directory, split, ["a", "b"]) as writer:
             for k in range(2 * count):
                 image = encode_png(np.full((2, 2), k, np.uint8))
@@ -80,11 +71,8 @@ def test_train_and_val_are_thinned_and_test_is_not(source, tmp_path):
             open_shards(str(place), Data(), split) for place in (source, tmp_path / "tail")
         )
         counts = np.bincount(found.labels)
-        assert (
-            found.class_names == ["a", "b"]
-            and counts[frequent] == most
-            and counts[1 - frequent] == least
-        )
+        assert found.class_names == ["a", "b"]
+        assert counts[frequent] == most and counts[1 - frequent] == least
         assert set(found.keys(range(len(found)))) <= set(whole.keys(range(len(whole))))
     assert json.loads((tmp_path / "tail" / "manifest.json").read_text())["made_by"]["seed"] == 3
 
@@ -94,9 +82,8 @@ def test_both_runs_differ_in_the_balance_alone():
         script.tail_config(Path("data"), 1, balance, ["train.steps=7"])
         for balance in script.BALANCES
     )
-    assert (
-        load_config(None, [], balanced).specialists.balance == 0.5 and plain["train"]["steps"] == 7
-    )
+    assert load_config(None, [], balanced).specialists.balance == 0.5
+    assert plain["train"]["steps"] == 7
     assert plain["students"] == {} and plain["data"]["train"] == "data" and plain["seed"] == 1
     plain["train"]["balance"] = plain["specialists"]["balance"] = 0.5
     assert plain == balanced
@@ -109,31 +96,28 @@ def test_thirds_by_hand(tmp_path, monkeypatch):
     write_json(tmp_path / "generalist" / "model.json", {"class_names": ["a", "b", "c"]})
     (tmp_path / "evaluation").mkdir()
     labels = np.array([0, 0, 1, 1, 2, 2])
-    said = {
+    predicted = {
         "generalist": [1, 1, 1, 1, 2, 0],
         "control_wall": [1, 1, 1, 1, 2, 0],
         "control_compute": [1, 1, 1, 1, 2, 2],
         "ensemble": [0, 1, 1, 0, 2, 2],
     }
-    for name, first in said.items():
+    for name, first in predicted.items():
         top5 = np.full((6, 5), -1)
         top5[:, 0] = first
         np.savez(tmp_path / "evaluation" / f"{name}.npz", labels=labels, top5=top5)
     found = script.by_third(tmp_path, 0)
     assert found["generalist"] == [1.0, 0.5, 0.0] and found["ensemble"] == [0.5, 1.0, 0.5]
-    assert script.fewer_of(found, "ensemble") == [
-        0.0,
-        1.0,
-        0.5,
-    ]  # of the frequent there is no error to remove
+    # Of the frequent there is no error to remove.
+    assert script.fewer_of(found, "ensemble") == [0.0, 1.0, 0.5]
     assert script.fewer_of(found, "control_compute") == [0.0, 1.0, 0.0]
 
 
 def test_the_table_by_hand():
-    figures = [{name: [0.8, 0.6, 0.2] for name in script.ROWS} | {"ensemble": [0.9, 0.7, 0.4]}]
+    thirds = [{name: [0.8, 0.6, 0.2] for name in script.ROWS} | {"ensemble": [0.9, 0.7, 0.4]}]
     row = {"top1": 0.5, "nll": 2.0}
     controls = {"control_wall": row, "control_compute": row}
     results = [{"generalist": row, "ensemble": row, "controls": controls, "students": {}}]
-    lines = script.tail_table(figures, results).splitlines()
+    lines = script.tail_table(thirds, results).splitlines()
     assert lines[2] == "| generalist | 50.00 | 2.0000 | 80.00 | 60.00 | 20.00 |  |  |  |"
     assert lines[-1] == "| ensemble | 50.00 | 2.0000 | 90.00 | 70.00 | 40.00 | 50.0 | 25.0 | 25.0 |"

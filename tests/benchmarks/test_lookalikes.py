@@ -1,7 +1,5 @@
 """Pairs that look alike, and how many of them groups hold, worked by hand."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
@@ -23,9 +21,8 @@ def test_the_list_gives_prototypes_of_single_characters():
 
 def test_classes_of_one_prototype_are_pairs_and_a_class_of_several_characters_counts_for_each():
     # Classes: 1, W, I and l, Cyrillic a and b, x, a.  1 I and 1 l are one pair of classes.
-    pairs = lookalikes.listed_pairs(
-        lookalikes.prototypes(LIST), ["1", "W", "Il", "\u0430b", "x", "a"]
-    )
+    characters = ["1", "W", "Il", "\u0430b", "x", "a"]
+    pairs = lookalikes.listed_pairs(lookalikes.prototypes(LIST), characters)
     assert pairs == [(0, 2), (3, 5)]
 
 
@@ -43,20 +40,11 @@ def test_the_nearest_image_is_of_the_same_shape_whatever_its_contrast():
 
 
 def test_the_characters_of_a_class_come_from_its_name_or_from_those_merged_into_it():
-    shards = SimpleNamespace(
-        class_names=["A U+0041 LATIN CAPITAL LETTER A", "土 U+571F CJK UNIFIED IDEOGRAPH-571F"]
-    )
-    merged = [
-        {
-            "class": 0,
-            "characters": [
-                "A U+0041 LATIN CAPITAL LETTER A",
-                "Α U+0391 GREEK CAPITAL LETTER ALPHA",
-            ],
-        }
-    ]
-    assert lookalikes.characters_of(shards, []) == ["A", "土"]
-    assert lookalikes.characters_of(shards, merged) == ["AΑ", "土"]
+    names = ["A U+0041 LATIN CAPITAL LETTER A", "土 U+571F CJK UNIFIED IDEOGRAPH-571F"]
+    both = ["A U+0041 LATIN CAPITAL LETTER A", "Α U+0391 GREEK CAPITAL LETTER ALPHA"]
+    merged = [{"class": 0, "characters": both}]
+    assert lookalikes.characters_of(names, []) == ["A", "土"]
+    assert lookalikes.characters_of(names, merged) == ["AΑ", "土"]
 
 
 @pytest.mark.skipif(not lookalikes.LISTED.exists(), reason=f"{lookalikes.LISTED} is absent")

@@ -1,7 +1,6 @@
 """The data and the network of Allen-Zhu & Li, by hand and by their definitions."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +12,13 @@ from hypothesis import strategies as st
 from benchmarks.papers import multiview
 from benchmarks.papers.multiview import (
     QUICK,
+    SMALL,
+    Descent,
+    Drawn,
     Laboratory,
     MultiViewNetwork,
     Problem,
     RandomFeatures,
-    TrainingTask,
     draw_examples,
     errors_of,
     in_units_of_mu,
@@ -28,9 +29,10 @@ from benchmarks.papers.multiview import (
     views_learned,
 )
 from pipeline.config import Engine, UserError
+from trainer.data.streams import Batch
 from trainer.distributed.ranks import process_group
 
-SMALL = Problem(classes=5, patches=6, dimension=64, off_classes=1.5)
+PROBLEM = Problem(classes=5, patches=6, dimension=64, off_classes=1.5)
 
 
 def network_of(weight, q=3, rho=2.0) -> MultiViewNetwork:
@@ -41,7 +43,7 @@ def network_of(weight, q=3, rho=2.0) -> MultiViewNetwork:
     return network
 
 
-# The data -----------------------------------------------------------------------------------------------------------
+# The data
 
 
 @given(seed=st.integers(0, 1000), classes=st.integers(2, 8))
@@ -53,7 +55,7 @@ def test_views_are_orthonormal(seed, classes):
 
 def test_the_asked_share_of_each_class_shows_one_view_and_all_others_both():
     drawn = draw_examples(
-        SMALL, orthonormal_views(SMALL, 0), per_class=40, single_share=0.25, seed=1
+        PROBLEM, orthonormal_views(PROBLEM, 0), per_class=40, single_share=0.25, seed=1
     )
     own = drawn.weights[np.arange(200), drawn.labels]
     np.testing.assert_array_equal(np.bincount(drawn.labels), [40] * 5)
@@ -64,16 +66,15 @@ def test_the_asked_share_of_each_class_shows_one_view_and_all_others_both():
 
 def test_either_view_is_as_likely_to_be_the_one_shown():
     drawn = draw_examples(
-        SMALL, orthonormal_views(SMALL, 0), per_class=800, single_share=1.0, seed=1
+        PROBLEM, orthonormal_views(PROBLEM, 0), per_class=800, single_share=1.0, seed=1
     )
     first = drawn.weights[np.arange(4000), drawn.labels, 0]
     assert abs(first.mean() - 0.5) < 4 * 0.5 / np.sqrt(4000)
 
 
 def test_views_of_other_classes_come_with_their_probability_and_weight():
-    problem = replace(
-        SMALL, patches=10
-    )  # room for all: off-class views are 1.5 / 5 of the other eight
+    # Room for all: off-class views are 1.5 / 5 of the other eight.
+    problem = replace(PROBLEM, patches=10)
     drawn = draw_examples(
         problem, orthonormal_views(problem, 0), per_class=400, single_share=0.5, seed=1
     )
@@ -81,17 +82,17 @@ def test_views_of_other_classes_come_with_their_probability_and_weight():
     others[np.arange(2000), drawn.labels] = False
     weights = drawn.weights[others].reshape(2000, 8)
     assert abs((weights > 0).mean() - 0.3) < 4 * np.sqrt(0.3 * 0.7 / 16000)
-    assert set(np.unique(weights[drawn.single])) == {
-        np.float32(0),
-        np.float32(problem.off_weight_single),
-    }
-    assert set(np.unique(weights[~drawn.single])) == {np.float32(0), np.float32(problem.off_weight)}
+    for kind, weight in (
+        (drawn.single, problem.off_weight_single),
+        (~drawn.single, problem.off_weight),
+    ):
+        assert set(np.unique(weights[kind])) == {np.float32(0), np.float32(weight)}
 
 
 @given(seed=st.integers(0, 100), patches=st.integers(3, 10))
 @settings(max_examples=20, deadline=None)
 def test_without_noise_each_view_lies_in_a_patch_of_its_own_with_its_weight(seed, patches):
-    problem = replace(SMALL, patches=patches, noise=0.0)
+    problem = replace(PROBLEM, patches=patches, noise=0.0)
     views = orthonormal_views(problem, seed)
     drawn = draw_examples(problem, views, per_class=8, single_share=0.5, seed=seed)
     found = np.einsum("npd,cld->npcl", drawn.inputs.astype(np.float64), views)
@@ -100,7 +101,7 @@ def test_without_noise_each_view_lies_in_a_patch_of_its_own_with_its_weight(seed
 
 
 def test_noise_has_its_norm_in_every_patch():
-    problem = replace(SMALL, dimension=2048, noise=1.5, off_classes=0.0)
+    problem = replace(PROBLEM, dimension=2048, noise=1.5, off_classes=0.0)
     drawn = draw_examples(
         problem, np.zeros((5, 2, 2048), np.float32), per_class=20, single_share=0.5, seed=0
     )
@@ -109,13 +110,13 @@ def test_noise_has_its_norm_in_every_patch():
 
 
 def test_draws_of_other_seeds_share_nothing_and_of_one_seed_everything():
-    views = orthonormal_views(SMALL, 0)
-    one, again, other = (draw_examples(SMALL, views, 4, 0.25, seed).inputs for seed in (0, 0, 1))
+    views = orthonormal_views(PROBLEM, 0)
+    one, again, other = (draw_examples(PROBLEM, views, 4, 0.25, seed).inputs for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert (one != other).mean() > 0.9
 
 
-# The network --------------------------------------------------------------------------------------------------------
+# The network
 
 
 def test_smoothed_relu_is_as_worked_by_hand():
@@ -154,20 +155,15 @@ def test_views_are_counted_from_hand_made_weights():
     weight[0, 0, 0], weight[0, 1, 0] = 3.0, 2.0  # class 0: its first view by two neurons, 3 + 2
     weight[0, 0, 1] = -4.0  # against its second
     weight[1, 0, 2], weight[1, 1, 3] = 4.0, 2.5  # class 1: both
-    weight[2, 0, 4], weight[2, 1, 0] = (
-        1.9,
-        9.0,
-    )  # class 2: hardly its first; class 0 is none of its own
+    # Class 2: hardly its first; class 0's is none of its own.
+    weight[2, 0, 4], weight[2, 1, 0] = 1.9, 9.0
     phi = view_correlations(network_of(weight), views)
     torch.testing.assert_close(phi, torch.tensor([[5.0, 0], [4.0, 2.5], [1.9, 0]]))
-    assert views_learned(phi, 0.4).tolist() == [
-        [True, False],
-        [True, True],
-        [False, False],
-    ]  # above 0.4 x 5
+    # Above 0.4 x 5.
+    assert views_learned(phi, 0.4).tolist() == [[True, False], [True, True], [False, False]]
 
 
-# The control, and what is measured ----------------------------------------------------------------------------------
+# The control, and what is measured
 
 
 def test_random_features_are_standardised_where_they_were_made_and_moved_by_nothing_else():
@@ -180,14 +176,12 @@ def test_random_features_are_standardised_where_they_were_made_and_moved_by_noth
 
 
 def test_errors_are_shares_of_each_kind_and_weighed_by_the_share_of_one_view():
-    drawn = multiview.Drawn(
-        None, np.array([0, 1, 0, 1]), np.array([False, False, True, True]), None
-    )
+    labels, single = np.array([0, 1, 0, 1]), np.array([False, False, True, True])
+    drawn = Drawn(np.empty(0), labels, single, np.empty(0))
     logits = torch.tensor([[2.0, 1], [2, 1], [1, 2], [2, 1]])
     assert errors_of(logits, drawn) == {"multi": 0.5, "single": 1.0}
-    assert in_units_of_mu({"multi": 0.01, "single": 0.5}, 0.1) == pytest.approx(
-        (0.9 * 0.01 + 0.1 * 0.5) / 0.1
-    )
+    expected = pytest.approx((0.9 * 0.01 + 0.1 * 0.5) / 0.1)
+    assert in_units_of_mu({"multi": 0.01, "single": 0.5}, 0.1) == expected
 
 
 def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_refused(
@@ -198,10 +192,10 @@ def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_re
         problem=Problem(classes=3, patches=5, dimension=32, per_class=6, single_share=1 / 6),
         members=2,
         features=8,
-        network=TrainingTask(3, 1.0, "fp32"),
-        student=TrainingTask(3, 1.0, "fp32"),
-        kl_student=TrainingTask(3, 1.0, "fp32"),
-        random=TrainingTask(3, 0.1, "fp32"),
+        network=Descent(3, 1.0, "fp32"),
+        student=Descent(3, 1.0, "fp32"),
+        kl_student=Descent(3, 1.0, "fp32"),
+        random=Descent(3, 0.1, "fp32"),
         test_per_class=4,
     )
     with process_group(Engine(device="cpu")) as ranks:
@@ -223,22 +217,19 @@ def test_a_finished_laboratory_is_read_and_not_done_again_and_another_plan_is_re
         "random_to_network": 1,
     }
     table = multiview.table_of([first, first])
-    assert (
-        len(table.splitlines()) == 2 + len(multiview.NAMES)
-        and len(multiview.verdicts([first])) == 7
-    )
+    assert len(table.splitlines()) == 2 + len(multiview.NAMES)
+    assert len(multiview.verdicts([first])) == 7
 
 
 @pytest.mark.slow
 def test_an_ensemble_of_six_knows_views_that_its_members_lack_and_teaches_them(tmp_path):
     with process_group(Engine(device="cpu")) as ranks:
-        lab = Laboratory(QUICK, 0, tmp_path, ranks)
-        results = lab.results()
+        laboratory = Laboratory(SMALL, 0, tmp_path, ranks)
+        results = laboratory.results()
     singles = [row["test"]["single"] for row in results["single"]]
     assert all(row["test"]["multi"] == 0 for row in results["single"])
-    assert results["ensemble"][0]["test"]["single"] < 0.5 * np.mean(
-        singles
-    )  # as the table compares them
+    # As the table compares them.
+    assert results["ensemble"][0]["test"]["single"] < 0.5 * np.mean(singles)
     assert results["distilled"][0]["test"]["single"] < min(singles)
     both = [row["classes_by_views"][2] for row in results["single"]]
     assert results["distilled"][0]["classes_by_views"][2] > max(both)
@@ -248,8 +239,9 @@ def test_raising_adds_half_the_square_of_what_the_student_lacks_and_nothing_wher
     # The teachers' mean is [2, 1, 0]; the student's logits are [1, 3, 0]: it lacks 1 of the first.
     teachers = torch.tensor([[[1.0, 0.0, 0.0]], [[3.0, 2.0, 0.0]]])
     student = torch.tensor([[1.0, 3.0, 0.0]], requires_grad=True)
-    batch = SimpleNamespace(inputs=None, labels=torch.tensor([1]), ids=torch.tensor([0]))
-    loss = raise_to(teachers, weight=0.5)(lambda _: student, batch)
+    zero = torch.tensor([0])
+    batch = Batch(student, labels=torch.tensor([1]), ids=zero, source=zero)
+    loss = raise_to(teachers, weight=0.5)(torch.nn.Identity(), batch)
     raised = loss - F.cross_entropy(student, batch.labels)
     assert raised.item() == pytest.approx(0.5 * 1 / 2)
     (slope,) = torch.autograd.grad(raised, student)

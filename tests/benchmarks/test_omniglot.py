@@ -9,7 +9,7 @@ from benchmarks.characters.omniglot import (
     SOURCE,
     distort,
     pictures,
-    report,
+    table_of,
     verdicts,
 )
 from pipeline.config import load_config
@@ -18,7 +18,8 @@ from trainer.data.augment import find_augment
 
 def test_the_config_loads_and_names_the_views():
     config = load_config(CONFIG)
-    assert find_augment(config.data.augment).numbers == distort.numbers == 7
+    augment = find_augment(config.data.augment)
+    assert augment is not None and augment.numbers == distort.numbers == 7
 
 
 def test_the_middle_of_every_range_leaves_a_picture_as_it_is_and_ends_do_not():
@@ -27,9 +28,8 @@ def test_the_middle_of_every_range_leaves_a_picture_as_it_is_and_ends_do_not():
     blob = np.zeros((1, 1, 28, 28), np.uint8)
     blob[0, 0, 13:15, 13:15] = 255
     moved = np.full((1, 7), 0.5)
-    moved[0, 5] = (
-        1  # sampled a tenth of the side, 2.8 cells, to the right: the picture goes to the left
-    )
+    # Sampled a tenth of the side, 2.8 cells, to the right: the picture goes to the left.
+    moved[0, 5] = 1
     weights = distort(blob, moved)[0, 0].sum(0) / 255
     assert (weights * np.arange(28)).sum() / weights.sum() == pytest.approx(13.5 - 2.8, abs=0.05)
 
@@ -52,17 +52,14 @@ def test_the_table_counts_errors_against_each_seeds_own_generalist():
         }
         for g, e, w, c in tops
     ]
-    lines = report(results).splitlines()
+    lines = table_of(results).splitlines()
     assert lines[2].startswith("| generalist | 70.00 ± 14.14 | 1.0000 ± 0.0000 | 0.0")
-    assert (
-        lines[5] == "| ensemble | 82.50 ± 3.54 | 1.0000 ± 0.0000 | 37.5 ± 17.7 |"
-    )  # 25 % and 50 %
+    # 25 % and 50 %.
+    assert lines[5] == "| ensemble | 82.50 ± 3.54 | 1.0000 ± 0.0000 | 37.5 ± 17.7 |"
     against_generalist, against_wall, beside = verdicts(results)
-    assert (against_generalist.holds, against_generalist.figures) == (
-        True,
-        "**37.5 %** (25.0, 50.0)",
-    )
-    assert against_wall.figures == "**42.5 %** (25.0, 60.0)" and beside.claim.startswith("(no bar)")
+    assert against_generalist.holds is True
+    assert against_generalist.metrics == "**37.5 %** (25.0, 50.0)"
+    assert against_wall.metrics == "**42.5 %** (25.0, 60.0)" and beside.claim.startswith("(no bar)")
     worse = [found | {"ensemble": row(0.4)} for found in results]
     assert not any(verdict.holds for verdict in verdicts(worse))
 

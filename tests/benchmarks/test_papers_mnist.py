@@ -17,15 +17,16 @@ FILES = lab.DATA / "mnist"
 
 def rows(errors: dict[str, int], nll: float = 0.1) -> dict:
     """results.json with so many errors of 10,000."""
-    found = {
-        name: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}
-        for name, wrong in errors.items()
-    }
+    students = {name: row(count, nll) for name, count in errors.items()}
     return {
-        "generalist": found.pop("generalist"),
-        "ensemble": found.pop("ensemble", None),
-        "students": found,
+        "generalist": students.pop("generalist"),
+        "ensemble": students.pop("ensemble", None),
+        "students": students,
     }
+
+
+def row(errors: int, nll: float) -> dict:
+    return {"n": 10_000, "top1": 1 - errors / 10_000, "nll": nll}
 
 
 def table_of(place, seed: int) -> dict:
@@ -48,8 +49,8 @@ def test_jitter_turns_by_at_most_twelve_degrees():
     line = np.zeros((1, 1, 28, 28), np.uint8)
     line[0, 0, 13:15] = 255  # level
     turned = mnist.jitter(line, np.array([[1.0] + [0.5] * 6]))[0, 0].astype(float)
-    rows = (turned * np.arange(28)[:, None]).sum(0) / turned.sum(0)
-    slope = np.polyfit(np.arange(6, 22), rows[6:22], 1)[0]
+    heights = (turned * np.arange(28)[:, None]).sum(0) / turned.sum(0)
+    slope = np.polyfit(np.arange(6, 22), heights[6:22], 1)[0]
     assert abs(np.degrees(np.arctan(slope))) == pytest.approx(12, abs=0.7)
 
 
@@ -69,25 +70,23 @@ def test_students_have_no_regularisation_and_differ_from_hard_targets_in_nothing
     of_ten = students.pop("of_ten")
     assert of_ten.teacher == str(tmp_path / "ten") and of_ten.model["name"] == "convnet"
     for name, student in students.items():
-        assert (student.augment, student.weight_decay, student.start) == ("none", 0.0, "scratch"), (
-            name
-        )
+        assert (student.augment, student.weight_decay) == ("none", 0.0), name
+        assert student.start == "scratch", name
         assert student.model["dropout"] == 0 and student.model["options"] == {}, name
         assert student.hard_weight == 0 and student.teacher == "generalist", name
     for hard, soft in (("hard_30", "w30_T8"), ("hard_300", "w300_T2-5")):
-        one, other = students[hard].model_dump(), students[soft].model_dump()
-        assert {key for key in one if one[key] != other[key]} == {"method", "temperature"}, hard
-    for hard, soft in (
-        ("hard", "soft"),
-        ("few_hard", "few_soft"),
-    ):  # each at the rate that is better for it on val
-        one, other = students[hard].model_dump(), students[soft].model_dump()
-        assert {key for key in one if one[key] != other[key]} == {
-            "method",
-            "temperature",
-            "learning_rate",
-        }, hard
+        changed = different_keys(students[hard], students[soft])
+        assert changed == {"method", "temperature"}, hard
+    # Each at the rate that is better for it on val.
+    for hard, soft in (("hard", "soft"), ("few_hard", "few_soft")):
+        changed = different_keys(students[hard], students[soft])
+        assert changed == {"method", "temperature", "learning_rate"}, hard
     assert math.isinf(students["w30_Tinf"].temperature)
+
+
+def different_keys(one, other) -> set[str]:
+    first, second = one.model_dump(), other.model_dump()
+    return {key for key in first if first[key] != second[key]}
 
 
 def test_each_left_out_class_is_one_of_mnists_and_its_bias_is_corrected(tmp_path):
@@ -101,11 +100,9 @@ def test_before_its_correction_a_student_has_the_raised_biases_lowered_again(tmp
     monkeypatch.setattr(mnist, "load_classifier", lambda place: None)
     monkeypatch.setattr(mnist, "shift_of", lambda run, name: 2.0)
     logits = torch.zeros(2, 10)
-    logits[0, 3], logits[0, 5], logits[1, 3] = (
-        1.5,
-        1.0,
-        4.0,
-    )  # without 2 more for 3 the first is called a 5
+    # Without 2 more for 3 the first is called a 5.
+    logits[0, 3], logits[0, 5] = 1.5, 1.0
+    logits[1, 3] = 4.0
     monkeypatch.setattr(mnist, "logits_on_test", lambda *_: (logits, torch.tensor([3, 3])))
     found = mnist.before_correction(tmp_path / "run", "no_3", tmp_path)
     assert found == {"top1": 0.5, "n": 2, "threes": 0.5}
@@ -125,7 +122,7 @@ def test_threes_are_counted_right_among_threes_alone(tmp_path):
     (tmp_path / "evaluation").mkdir()
     top5 = np.array([[3, 1], [1, 3], [3, 0], [3, 5]])
     np.savez(tmp_path / "evaluation" / "no_3.npz", labels=np.array([3, 3, 3, 5]), top5=top5)
-    assert mnist.right_of_class(tmp_path, "no_3", 3) == (2, 3)
+    assert mnist.read_digit(tmp_path, "no_3", 3) == (2, 3)
 
 
 def test_the_verdicts_are_of_means_over_seeds():
@@ -137,10 +134,9 @@ def test_the_verdicts_are_of_means_over_seeds():
         "few_hard": 640,
         "few_soft": 400,
     }
-    said = mnist.verdicts(
-        [rows(seed | {"soft": 80}), rows(seed | {"soft": 96, "hard": 150})], 0.979, 0.8
-    )
-    assert [line.rpartition(": ")[2] for line in said] == [
+    results = [rows(seed | {"soft": 80}), rows(seed | {"soft": 96, "hard": 150})]
+    lines = mnist.verdicts(results, 0.979, 0.8)
+    assert [line.rpartition(": ")[2] for line in lines] == [
         "yes (70.0).",
         "yes (145.0).",
         "no (88.0).",
@@ -152,15 +148,11 @@ def test_the_verdicts_are_of_means_over_seeds():
 
 
 def test_a_share_of_the_gain_of_ten_is_from_the_mean_of_each_alone():
-    row = lambda wrong, nll: {"n": 10_000, "top1": 1 - wrong / 10_000, "nll": nll}  # noqa: E731
     ten = [{"ensemble": row(200, 0.06), "students": {"twin": row(320, 0.2)}}]
-    page = mnist.table_of_ten(
-        mnist.of_ten(ten, [row(300, 0.1)], [{"students": {"of_ten": row(210, 0.07)}}])
-    )
-    assert (
-        "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page
-        and "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
-    )
+    table = [{"students": {"of_ten": row(210, 0.07)}}]
+    page = mnist.table_of_ten(mnist.of_ten(ten, [row(300, 0.1)], table))
+    assert "| 210.0 | 210 | 0.0700 | 90% | 75% |" in page
+    assert "| 320.0 | 320 | 0.2000 | -20% | -250% |" in page
 
 
 needs_files = pytest.mark.skipif(not FILES.is_dir(), reason=f"{FILES} is absent")
@@ -187,7 +179,7 @@ def test_a_twelfth_of_the_training_examples_is_held_out_and_none_for_test(shards
 @pytest.mark.data
 @needs_files
 def test_the_ten_know_a_tenth_of_each_class_and_nothing_that_is_held_out(shards, tmp_path):
-    mnist.labelled(tmp_path, shards)
+    mnist.write_labelled(tmp_path, shards)
     few, train = (open_shards(str(place), Data(), "train") for place in (tmp_path, shards))
     np.testing.assert_allclose(np.bincount(few.labels), np.bincount(train.labels) / 10, atol=1)
     known = {each.tobytes() for each in train.inputs(np.arange(len(train)))}

@@ -1,4 +1,4 @@
-"""The table of a specialist ensemble's students: the configs it makes, and its arithmetic by hand."""
+"""The table of a specialist ensemble's students: its configs, and its arithmetic by hand."""
 
 from pathlib import Path
 
@@ -86,7 +86,10 @@ def test_shares_of_the_gain_in_errors_and_in_nll():
 
 
 def test_an_ensemble_runs_the_generalist_and_the_specialists_that_are_asked():
-    """750 of 1000 examples ask one: 1.75 networks of 2,000 multiplications, and three of 1,000 parameters are kept."""
+    """750 of 1000 examples ask one: 1.75 networks of 2,000 multiplications run.
+
+    Three of 1,000 parameters are kept.
+    """
     generalist, ensemble = script.ensemble_rows({"joint": [results()]}, 1000, 2000, costs())
     assert generalist == [
         "generalist",

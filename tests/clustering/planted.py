@@ -6,9 +6,9 @@ import numpy as np
 def planted_predictions(num_classes, num_groups, per_class, top_k=10, noise=0.2, seed=0):
     """indices, values [N, k], labels [N], group_of [C].
 
-    The predictions beside the label fall in its group, but for a share `noise` of them. A label's
-    own probability is 0.3 to 0.9, the rest an exponential share each; the top prediction is at
-    times wrong.
+    The predictions beside the label fall in its group, but for a fraction `noise` of them.  A
+    label's own probability is 0.3 to 0.9; the others share the rest in exponentially distributed
+    parts.  The top prediction is sometimes wrong.
     """
     rng = np.random.default_rng(seed)
     group_of = rng.permutation(np.arange(num_classes) % num_groups)

@@ -1,3 +1,5 @@
+"""Assigning classes to groups of bounded size, and the local search that improves it."""
+
 import itertools
 
 import numpy as np
@@ -6,25 +8,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
+import clustering.assignment
 from clustering.assignment import assign, captured_mass, fill_empty, local_search, sizes_of
 
 
 @given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 6), st.integers(0, 8))
 @settings(deadline=None)
-def test_assign_keeps_within_the_room_and_leaves_nobody_out_who_fits(seed, rows, groups, most_room):
+def test_assign_keeps_to_capacities_and_leaves_out_no_row_that_fits(seed, rows, groups, largest):
     rng = np.random.default_rng(seed)
-    room = rng.integers(0, most_room + 1, groups)
-    assigned = assign(rng.random((rows, groups)), room)
-    assert (np.bincount(assigned[assigned >= 0], minlength=groups) <= room).all()
-    assert (assigned >= 0).sum() == min(rows, room.sum())
+    capacities = rng.integers(0, largest + 1, groups)
+    assigned = assign(rng.random((rows, groups)), capacities)
+    assert (np.bincount(assigned[assigned >= 0], minlength=groups) <= capacities).all()
+    assert (assigned >= 0).sum() == min(rows, capacities.sum())
 
 
-def test_assign_with_room_for_all_gives_everybody_their_best():
+def test_assign_with_capacity_for_all_gives_every_row_its_best_group():
     scores = np.random.default_rng(0).random((20, 5))
     assert (assign(scores.copy(), np.full(5, 20)) == scores.argmax(axis=1)).all()
 
 
-def test_a_full_group_keeps_who_would_lose_most():
+def test_a_full_group_keeps_the_rows_that_would_lose_most():
     scores = np.array([[1.0, 0.9], [1.0, 0.1], [1.0, 0.5]])
     assert assign(scores, np.array([1, 2])).tolist() == [1, 0, 1]
 
@@ -35,8 +38,8 @@ def test_forbidden_groups_are_not_given():
 
 
 def test_assign_is_within_5_percent_of_the_best_assignment_on_average():
-    every = itertools.product(range(3), repeat=6)
-    choices = np.array([groups for groups in every if np.bincount(groups).max() <= 2])
+    assignments = itertools.product(range(3), repeat=6)
+    choices = np.array([groups for groups in assignments if np.bincount(groups).max() <= 2])
     rows = np.arange(6)
     ratios = []
     for seed in range(100):
@@ -65,7 +68,7 @@ def test_local_search_never_loses_and_keeps_to_the_size(seed, memberships):
         assert len(set(row[row >= 0])) == (row >= 0).sum()
 
 
-def test_captured_mass_counts_a_pair_once_however_many_groups_it_shares():
+def test_captured_mass_counts_a_pair_once_whatever_the_number_of_its_groups():
     affinity = csr_array(np.array([[0, 2, 1], [2, 0, 0], [1, 0, 0]], dtype=np.float32))
     assert captured_mass(affinity, np.array([[0, 1], [0, 1], [2, -1]])) == 4
     assert captured_mass(affinity, np.array([[0, -1], [1, -1], [2, -1]])) == 0
@@ -88,8 +91,6 @@ def test_fill_empty_takes_from_the_largest():
 
 @pytest.mark.parametrize("block", [1, 50, 10**6])
 def test_the_block_size_changes_no_bound(monkeypatch, block):
-    import clustering.assignment
-
     monkeypatch.setattr(clustering.assignment, "_BLOCK_SCORES", block)
     start = np.stack([np.arange(24) % 4, np.full(24, -1)], axis=1)
     member_of = local_search(random_affinity(0, 24), start, 4, 13)

@@ -1,6 +1,10 @@
+"""group_classes: planted groups are found, within capacity, overlap and coverage."""
+
 import importlib.util
+import itertools
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import adjusted_rand_score
 
+import clustering.methods
 from clustering import (
     METHODS,
     ClassGroups,
@@ -31,18 +36,18 @@ WITHOUT_ROWS = [method for method in METHODS if method != "classifier"]
 
 
 def planted_statistics(num_classes, num_groups, per_class, exact=False, **options):
-    indices, values, labels, group_of = planted.planted_predictions(
-        num_classes, num_groups, per_class, **options
-    )
-    statistics = PredictionStatistics(num_classes, None if exact else indices.shape[1])
-    if exact:
-        rest = (1 - values.sum(axis=1, keepdims=True)) / num_classes
-        p = np.tile(rest, (1, num_classes))
-        rows, columns = np.nonzero(indices >= 0)
-        p[rows, indices[rows, columns]] += values[rows, columns]
-        statistics.update(p, labels=labels)
-    else:
+    predictions = planted.planted_predictions(num_classes, num_groups, per_class, **options)
+    indices, values, labels, group_of = predictions
+    if not exact:
+        statistics = PredictionStatistics(num_classes, indices.shape[1])
         statistics.update(indices, values, labels)
+        return statistics, group_of
+    rest = (1 - values.sum(axis=1, keepdims=True)) / num_classes
+    p = np.tile(rest, (1, num_classes))
+    rows, columns = np.nonzero(indices >= 0)
+    p[rows, indices[rows, columns]] += values[rows, columns]
+    statistics = PredictionStatistics(num_classes)
+    statistics.update(p, labels=labels)
     return statistics, group_of
 
 
@@ -96,13 +101,11 @@ def test_no_group_is_larger_than_the_capacity_and_every_class_has_its_groups(
     small, method, overlap, capacity
 ):
     statistics, group_of = small
-    groups = group_classes(
-        statistics, 7, capacity=capacity, overlap=overlap, **arguments_of(method, group_of)
-    )
+    arguments = arguments_of(method, group_of)
+    groups = group_classes(statistics, 7, capacity=capacity, overlap=overlap, **arguments)
     assert len(groups) == 7
-    assert groups.sizes.max() <= max(
-        np.floor(capacity * 60 * overlap / 7), np.ceil(60 * overlap / 7)
-    )
+    mean = 60 * overlap / 7
+    assert groups.sizes.max() <= max(np.floor(capacity * mean), np.ceil(mean))
     memberships = memberships_of(groups)
     assert memberships.max() == overlap and memberships.min() >= 1
     assert memberships.sum() >= 0.95 * 60 * overlap
@@ -128,18 +131,23 @@ def test_refinement_captures_more_and_a_second_membership_more_again():
     def captured(**options: Any):
         return captured_unlabelled(group_classes(statistics, 10, **options), statistics)[0]
 
-    shares = [captured(method="random"), captured(refine=False)]
-    shares += [captured(overlap=overlap) for overlap in (1, 2, 3)]
-    assert shares == sorted(shares)
-    assert shares[2] > shares[0] + 0.2 and shares[3] > shares[2] + 0.1
+    fractions = [captured(method="random"), captured(refine=False)]
+    fractions += [captured(overlap=overlap) for overlap in (1, 2, 3)]
+    assert fractions == sorted(fractions)
+    assert fractions[2] > fractions[0] + 0.2 and fractions[3] > fractions[2] + 0.1
+
+
+def class_8_between_two_groups():
+    """Classes 0-3 and 4-7 are confused among themselves, class 8 with 0-3 and with 4-7."""
+    statistics = PredictionStatistics(9, 2)
+    pairs = [*itertools.permutations(range(4), 2), *itertools.permutations(range(4, 8), 2)]
+    pairs = np.array(3 * [*pairs, *itertools.product([8], range(8))])
+    statistics.update(pairs, np.tile([0.6, 0.4], (len(pairs), 1)))
+    return statistics
 
 
 def test_a_class_between_two_groups_joins_both():
-    # Classes 0-3 and 4-7 are confused among themselves, class 8 with 0-3 and with 4-7.
-    statistics = PredictionStatistics(9, 2)
-    blocks = [(i, j) for b in (range(4), range(4, 8)) for i in b for j in b if i != j]
-    pairs = np.array(blocks * 3 + [(8, j) for j in range(8)] * 3)
-    statistics.update(pairs, np.tile([0.6, 0.4], (len(pairs), 1)))
+    statistics = class_8_between_two_groups()
     groups = group_classes(statistics, 2, capacity=1.2, overlap=1)
     assert sorted(map(len, groups.members)) == [4, 5]
     both = group_classes(statistics, 3, capacity=1.0, overlap=2)
@@ -149,40 +157,34 @@ def test_a_class_between_two_groups_joins_both():
 @pytest.mark.parametrize("method", LEARNED)
 def test_a_coverage_is_reached_and_hardly_passed_within_the_capacity(method):
     statistics, group_of = planted_statistics(120, 24, 10, noise=0.5)
-    groups = group_classes(
-        statistics, 8, overlap=3, coverage=0.75, **arguments_of(method, group_of)
-    )
+    arguments = arguments_of(method, group_of)
+    groups = group_classes(statistics, 8, overlap=3, coverage=0.75, **arguments)
     assert 0.75 <= captured_unlabelled(groups, statistics)[0] < 0.8
     memberships = memberships_of(groups)
     assert memberships.min() >= 1 and memberships.max() <= 3
     assert groups.sizes.max() <= max(1.3 * groups.sizes.mean(), np.ceil(groups.sizes.mean()))
 
 
-def test_a_coverage_costs_fewer_memberships_than_the_same_share_with_all_classes_in_two_groups():
+def test_a_coverage_costs_fewer_memberships_than_putting_every_class_in_two_groups():
     # Every third class is confused with classes of any group, the others with their own group's.
     noise = np.where(np.arange(300).repeat(10) % 3 == 0, 0.6, 0)[:, None]
     statistics, _ = planted_statistics(300, 10, 10, noise=noise)
     both = group_classes(statistics, 10, overlap=2)
-    share, _ = captured_unlabelled(both, statistics)
-    paid = group_classes(statistics, 10, overlap=3, coverage=share)
-    assert captured_unlabelled(paid, statistics)[0] >= share
-    assert paid.sizes.sum() < 0.95 * both.sizes.sum()
+    captured, _ = captured_unlabelled(both, statistics)
+    covering = group_classes(statistics, 10, overlap=3, coverage=captured)
+    assert captured_unlabelled(covering, statistics)[0] >= captured
+    assert covering.sizes.sum() < 0.95 * both.sizes.sum()
 
 
-def test_where_disjoint_groups_catch_enough_no_class_joins_another(small):
+def test_where_disjoint_groups_capture_enough_no_class_joins_another(small):
     statistics, _ = small
     disjoint = group_classes(statistics, 6)
-    share, _ = captured_unlabelled(disjoint, statistics)
-    assert group_classes(statistics, 6, overlap=3, coverage=share - 0.01) == disjoint
+    captured, _ = captured_unlabelled(disjoint, statistics)
+    assert group_classes(statistics, 6, overlap=3, coverage=captured - 0.01) == disjoint
 
 
 def test_only_the_class_between_two_groups_joins_both():
-    # As above, with room for it: 0-3 and 4-7 are confused among themselves, class 8 with all.
-    statistics = PredictionStatistics(9, 2)
-    blocks = [(i, j) for b in (range(4), range(4, 8)) for i in b for j in b if i != j]
-    pairs = np.array(blocks * 3 + [(8, j) for j in range(8)] * 3)
-    statistics.update(pairs, np.tile([0.6, 0.4], (len(pairs), 1)))
-    groups = group_classes(statistics, 2, overlap=2, coverage=1.0)
+    groups = group_classes(class_8_between_two_groups(), 2, overlap=2, coverage=1.0)
     both = [[0, 1, 2, 3, 8], [4, 5, 6, 7, 8]]
     assert sorted(classes.tolist() for classes in groups.members) == both
 
@@ -198,9 +200,9 @@ def test_without_confusion_no_class_joins_a_second_group():
     assert group_classes(certain(6, [0, 1, 2]), 3, overlap=2, coverage=0.9).sizes.sum() == 6
 
 
-def test_raw_columns_collapse_and_correlation_drowns_where_scaled_confusion_finds_the_groups():
-    # The generalist is surer of half the groups: raw distances hardly see those, the correlation's
-    # ones drown them.
+def test_where_raw_columns_and_correlation_fail_scaled_confusion_finds_the_groups():
+    # The generalist is surer of half the groups: in raw distances these hardly count, in those of
+    # the correlation they are lost in the ones of the diagonal.
     indices, values, labels, group_of = planted.planted_predictions(200, 10, 20)
     sure = group_of[labels] >= 5
     values[sure, 1:] *= 0.3
@@ -222,7 +224,7 @@ def test_classifier_rows_may_be_a_torch_parameter(small):
     assert adjusted_rand_score(group_of, planted.labels_of(groups)) == 1
 
 
-# Methods of one's own
+# Methods of the user
 
 
 @pytest.fixture
@@ -280,8 +282,9 @@ def test_a_method_that_chooses_all_groups_leaves_a_coverage_nothing(small, use_m
 
 
 def test_importing_the_choices_loads_nothing_heavy():
-    code = "import sys, clustering.choices; from clustering import METHODS; METHODS['kmeans']; " + (
-        "bad = {'torch', 'sklearn', 'scipy', 'numpy'} & set(sys.modules); assert not bad, bad"
+    code = (
+        "import sys, clustering.choices; from clustering import METHODS; METHODS['kmeans']; "
+        "heavy = {'torch', 'sklearn', 'scipy', 'numpy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -382,6 +385,8 @@ def test_whatever_the_statistics_groups_are_bounded_hold_every_class_and_none_is
 
 # Errors
 
+OF_ROWS = {"method": "classifier"}
+
 
 @pytest.mark.parametrize(
     "arguments, message",
@@ -401,14 +406,11 @@ def test_whatever_the_statistics_groups_are_bounded_hold_every_class_and_none_is
         ({"method": "magic"}, "method 'magic' is not one of kmeans, minibatch, correlation, raw"),
         ({"method": "classifier"}, "classifier_rows"),
         ({"classifier_rows": np.ones((60, 2))}, 'go with method="classifier"'),
-        (
-            {"method": "classifier", "classifier_rows": np.ones((6, 2))},
-            r"they must be finite, \[60, features\]",
-        ),
-        ({"method": "classifier", "classifier_rows": np.full((60, 2), np.nan)}, "finite"),
+        (OF_ROWS | {"classifier_rows": np.ones((6, 2))}, r"must be finite, \[60, features\]"),
+        (OF_ROWS | {"classifier_rows": np.full((60, 2), np.nan)}, "finite"),
     ],
 )
-def test_a_mistake_is_one_error_that_names_the_value(small, arguments, message):
+def test_an_error_names_the_value(small, arguments, message):
     with pytest.raises(ValueError, match=message):
         group_classes(small[0], **({"num_groups": 6} | arguments))
 
@@ -419,16 +421,12 @@ def test_statistics_without_predictions_are_refused():
 
 
 def test_comparing_all_pairs_stops_at_the_memory_limit(small, monkeypatch):
-    import clustering.methods
-
     monkeypatch.setattr(clustering.methods, "DENSE_BYTES", 8 * 59**2)
     with pytest.raises(ValueError, match="all pairs of 60 classes, above the limit"):
         group_classes(small[0], 6, "agglomerative")
 
 
 def test_no_square_array_is_built_beyond_the_limit():
-    import tracemalloc
-
     statistics = PredictionStatistics(20_000)
     rng = np.random.default_rng(0)
     indices = rng.permuted(np.tile(np.arange(20_000), (1, 1)), axis=1).reshape(-1, 5)

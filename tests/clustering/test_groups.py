@@ -1,3 +1,5 @@
+"""ClassGroups: sorted, immutable, checked, and saved as JSON."""
+
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import clustering
 from clustering import ClassGroups
 
 
@@ -59,7 +62,7 @@ def test_the_callers_array_is_left_alone():
         ([[0]], 2.5, "num_classes is 2.5"),
     ],
 )
-def test_a_mistake_is_one_error_that_names_the_value(members, num_classes, message):
+def test_an_error_names_the_value(members, num_classes, message):
     with pytest.raises(ValueError, match=message):
         ClassGroups(members, num_classes)
 
@@ -81,11 +84,8 @@ def test_saving_and_loading_is_the_identity(tmp_path_factory, groups):
 
 def test_the_file_is_json_with_a_schema(tmp_path):
     ClassGroups([[1, 0], [2]], 4).save(tmp_path / "g.json")
-    assert json.loads((tmp_path / "g.json").read_text()) == {
-        "schema": 1,
-        "num_classes": 4,
-        "members": [[0, 1], [2]],
-    }
+    content = {"schema": 1, "num_classes": 4, "members": [[0, 1], [2]]}
+    assert json.loads((tmp_path / "g.json").read_text()) == content
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,13 @@ def test_a_file_that_is_no_groups_file_is_refused_with_its_path(tmp_path, text, 
 
 
 def test_importing_groups_loads_neither_torch_nor_scikit_learn_nor_scipy():
-    code = "import sys, clustering, clustering.groups; clustering.ClassGroups([[0]], 1); " + (
-        "bad = {'torch', 'sklearn', 'scipy'} & set(sys.modules); assert not bad, bad"
+    code = (
+        "import sys, clustering, clustering.groups; clustering.ClassGroups([[0]], 1); "
+        "heavy = {'torch', 'sklearn', 'scipy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_public_name_is_an_attribute_error():
-    import clustering
-
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         clustering.nothing  # noqa: B018

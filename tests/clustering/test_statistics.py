@@ -1,3 +1,5 @@
+"""PredictionStatistics: exact or of top-k predictions, merged in any order, saved and checked."""
+
 import numpy as np
 import pytest
 import torch
@@ -19,13 +21,12 @@ def top(p, k):
     return indices, np.take_along_axis(p, indices, 1)
 
 
-def same(a, b):
+def assert_same(a, b):
     assert (a.num_examples, a.num_labelled, a.top_k) == (b.num_examples, b.num_labelled, b.top_k)
     np.testing.assert_allclose(a.frequency, b.frequency, rtol=1e-12)
     np.testing.assert_allclose(a.covariance, b.covariance, atol=1e-12)
-    np.testing.assert_allclose(
-        a.expected_confusion.toarray(), b.expected_confusion.toarray(), atol=1e-12
-    )
+    expected_confusion = b.expected_confusion.toarray()
+    np.testing.assert_allclose(a.expected_confusion.toarray(), expected_confusion, atol=1e-12)
     np.testing.assert_array_equal(a.confusion.toarray(), b.confusion.toarray())
     assert a.tail == pytest.approx(b.tail)
 
@@ -74,7 +75,7 @@ def test_labels_may_come_second_or_by_name_and_may_be_missing():
     by_position, by_name = PredictionStatistics(3), PredictionStatistics(3)
     by_position.update(TINY, torch.tensor([0, 0, 2, 1]))
     by_name.update(torch.tensor(TINY), labels=np.array([0, 0, 2, 1], dtype=np.uint8))
-    same(by_position, by_name)
+    assert_same(by_position, by_name)
     by_name.update(TINY)
     assert (by_name.num_examples, by_name.num_labelled) == (8, 4)
 
@@ -103,14 +104,14 @@ def test_statistics_merged_in_any_order_equal_one_pass(seed, n, num_classes, k, 
     merged = PredictionStatistics(num_classes, k)
     for index in order:
         merged.merge(parts[index])
-    same(merged, gather(p, labels, k))
+    assert_same(merged, gather(p, labels, k))
 
 
 def test_merging_leaves_the_other_as_it_was(top_k):
     a, b = gather(TINY[:2], [0, 1], top_k), gather(TINY[2:], [2, 1], top_k)
     a.merge(b)
     a.update(TINY)
-    same(b, gather(TINY[2:], [2, 1], top_k))
+    assert_same(b, gather(TINY[2:], [2, 1], top_k))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -122,7 +123,7 @@ def test_ranks_with_unequal_counts_and_files_equal_one_pass(tmp_path, world, top
     merged = PredictionStatistics.load(tmp_path / "0.npz")
     for rank in range(1, world):
         merged.merge(PredictionStatistics.load(tmp_path / f"{rank}.npz"))
-    same(merged, gather(p, labels, top_k))
+    assert_same(merged, gather(p, labels, top_k))
 
 
 def test_different_arguments_do_not_merge():
@@ -144,12 +145,12 @@ def test_statistics_of_nothing_are_zero(top_k):
 # Top-k predictions
 
 
-def test_keeping_every_class_equals_the_exact_statistics():
+def test_top_k_of_every_class_equals_the_exact_statistics():
     p, labels = random_predictions(4, 30, 6), np.arange(30) % 6
-    exact, kept = gather(p, labels), gather(p, labels, top_k=6)
-    np.testing.assert_allclose(kept.covariance, exact.covariance, atol=1e-7)
-    np.testing.assert_allclose(kept.frequency, exact.frequency, atol=1e-7)
-    np.testing.assert_array_equal(kept.confusion.toarray(), exact.confusion.toarray())
+    exact, sparse = gather(p, labels), gather(p, labels, top_k=6)
+    np.testing.assert_allclose(sparse.covariance, exact.covariance, atol=1e-7)
+    np.testing.assert_allclose(sparse.frequency, exact.frequency, atol=1e-7)
+    np.testing.assert_array_equal(sparse.confusion.toarray(), exact.confusion.toarray())
 
 
 def test_top_k_from_full_rows_equals_top_k_given_as_such():
@@ -158,11 +159,11 @@ def test_top_k_from_full_rows_equals_top_k_given_as_such():
     given_k.update(*top(p, 3), labels)
     indices, values = map(torch.tensor, top(p, 5))
     given_more.update(indices, values, labels=torch.tensor(labels))
-    same(given_k, gather(p, labels, 3))
-    same(given_more, given_k)
+    assert_same(given_k, gather(p, labels, 3))
+    assert_same(given_more, given_k)
 
 
-def test_the_tail_is_the_mass_that_was_not_kept_and_is_spread_evenly_in_the_frequency():
+def test_the_tail_is_the_mass_beyond_the_top_k_and_is_spread_evenly_in_the_frequency():
     statistics = PredictionStatistics(5, 2)
     statistics.update(np.array([[1, 3]]), np.array([[0.5, 0.2]]))
     assert statistics.tail == pytest.approx(0.3)
@@ -176,15 +177,12 @@ def test_the_frequency_always_sums_to_one(seed, n, num_classes, k):
     assert statistics.frequency.sum() == pytest.approx(1, abs=1e-6)
 
 
-def test_kept_predictions_come_back_as_they_are():
+def test_top_k_predictions_come_back_as_they_are():
     statistics = PredictionStatistics(5, 3)
-    statistics.update(
-        np.array([[4, 0, -1], [2, 1, 3]]), np.array([[0.75, 0.25, 0], [0.5, 0.25, 0.125]])
-    )
-    assert statistics.predictions.toarray().tolist() == [
-        [0.25, 0, 0, 0, 0.75],
-        [0, 0.25, 0.5, 0.125, 0],
-    ]
+    values = np.array([[0.75, 0.25, 0], [0.5, 0.25, 0.125]])
+    statistics.update(np.array([[4, 0, -1], [2, 1, 3]]), values)
+    dense = [[0.25, 0, 0, 0, 0.75], [0, 0.25, 0.5, 0.125, 0]]
+    assert statistics.predictions.toarray().tolist() == dense
 
 
 def test_exact_statistics_keep_no_predictions():
@@ -227,7 +225,7 @@ def test_what_is_no_distribution_is_refused_and_changes_nothing(p, message, top_
     labels = np.zeros(len(p), dtype=int)
     with pytest.raises(ValueError, match=message):
         statistics.update(np.array(p), labels=labels)
-    same(statistics, gather(TINY, [0, 0, 2, 1], top_k))
+    assert_same(statistics, gather(TINY, [0, 0, 2, 1], top_k))
 
 
 @pytest.mark.parametrize(
@@ -282,7 +280,7 @@ def test_saved_statistics_load_and_resume(tmp_path, top_k):
     statistics = gather(TINY, [0, 0, 2, 1], top_k)
     statistics.save(path)
     loaded = PredictionStatistics.load(path)
-    same(loaded, statistics)
+    assert_same(loaded, statistics)
     loaded.update(TINY)
     assert loaded.num_examples == 8
     assert [file.name for file in tmp_path.iterdir()] == ["statistics"]
@@ -290,7 +288,7 @@ def test_saved_statistics_load_and_resume(tmp_path, top_k):
 
 def test_statistics_of_nothing_can_be_saved(tmp_path, top_k):
     PredictionStatistics(3, top_k).save(tmp_path / "s.npz")
-    same(PredictionStatistics.load(tmp_path / "s.npz"), PredictionStatistics(3, top_k))
+    assert_same(PredictionStatistics.load(tmp_path / "s.npz"), PredictionStatistics(3, top_k))
 
 
 def test_the_file_holds_no_pickle(tmp_path, top_k):
@@ -337,6 +335,6 @@ def test_other_arrays_are_not_statistics(tmp_path):
         PredictionStatistics.load(tmp_path / "b.npz")
 
 
-def test_a_file_that_is_not_there_is_not_found(tmp_path):
+def test_an_absent_file_is_a_file_not_found_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         PredictionStatistics.load(tmp_path / "s.npz")

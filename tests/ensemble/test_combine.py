@@ -22,10 +22,8 @@ def predictions(
     conflicting: dustbins of .999 and 1e-6 at random.
     """
     rng = torch.Generator().manual_seed(seed)
-    group_classes = [
-        torch.randperm(classes, generator=rng)[: max(1, size)].tolist() for _ in range(specialists)
-    ]
-    groups = ClassGroups(group_classes, classes)
+    shuffled = [torch.randperm(classes, generator=rng) for _ in range(specialists)]
+    groups = ClassGroups([order[: max(1, size)].tolist() for order in shuffled], classes)
     p_general = torch.softmax(scale * torch.randn(rows, classes, generator=rng, dtype=dtype), 1)
     p_special = []
     for chosen in groups.members:
@@ -40,8 +38,9 @@ def predictions(
 def objective(q, p_general, p_special, groups, active=None, weights=None):
     """sum_m w_m KL(p_m, q) per row, up to a constant in q; -0 log 0 is 0."""
     count = len(groups.members)
-    weights = [1.0] * (1 + count) if weights is None else [float(w) for w in weights]
-    active = torch.ones(len(q), count, dtype=torch.bool) if active is None else active
+    weights = [float(w) for w in weights or [1.0] * (1 + count)]
+    if active is None:
+        active = torch.ones(len(q), count, dtype=torch.bool)
     total = -weights[0] * torch.special.xlogy(p_general, q).sum(1)
     for m, classes in enumerate(groups.members):
         inside = torch.tensor(classes)
@@ -131,9 +130,8 @@ def test_two_disjoint_specialists_by_hand():
     g, p = torch.full((1, 3), 1 / 3, dtype=F64), torch.full((1, 2), 0.5, dtype=F64)
     # -(5/3)(1 - 2x)(1 - x) + (2/3) x (1 - x) + x (1 - 2x) = -(5/3) + (20/3) x - 6 x^2 = 0
     x = (20 / 3 - math.sqrt((20 / 3) ** 2 - 40)) / 12
-    torch.testing.assert_close(
-        combine_kl(g, [p, p], groups), torch.tensor([[x, x, 1 - 2 * x]], dtype=F64)
-    )
+    expected = torch.tensor([[x, x, 1 - 2 * x]], dtype=F64)
+    torch.testing.assert_close(combine_kl(g, [p, p], groups), expected)
 
 
 def test_weights_scale_the_terms_of_the_objective():
@@ -162,12 +160,11 @@ def test_specialist_of_every_class_loses_its_dustbin():
     groups = ClassGroups([[0, 1, 2]], 3)
     g = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64)
     p = torch.tensor([[0.1, 0.1, 0.2, 0.6]], dtype=F64)
-    torch.testing.assert_close(
-        combine_kl(g, [p], groups), torch.tensor([[0.375, 0.275, 0.35]], dtype=F64)
-    )
+    expected = torch.tensor([[0.375, 0.275, 0.35]], dtype=F64)
+    torch.testing.assert_close(combine_kl(g, [p], groups), expected)
 
 
-def test_dustbin_mass_without_takers_is_spread_evenly():
+def test_dustbin_mass_for_classes_without_mass_is_spread_evenly():
     groups = ClassGroups([[0, 1]], 4)
     g = torch.tensor([[0.5, 0.5, 0.0, 0.0]])
     p = torch.tensor([[0.2, 0.2, 0.6]])
@@ -224,17 +221,13 @@ def test_float32_satisfies_the_optimality_conditions(scale, conflicting):
 
 def test_fixed_steps_reach_the_optimum():
     groups, g, p = predictions(4, 16, 100, 5, 30, 3)
-    torch.testing.assert_close(
-        combine_kl(g, p, groups, method="newton-fixed"),
-        combine_kl(g, p, groups),
-        rtol=0,
-        atol=1e-10,
-    )
+    q = combine_kl(g, p, groups, method="newton-fixed")
+    torch.testing.assert_close(q, combine_kl(g, p, groups), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("specialists", [11, 30])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_fixed_steps_are_near_and_never_nan_where_opinions_underflow(specialists, dtype):
+def test_fixed_steps_are_near_and_never_nan_where_predictions_underflow(specialists, dtype):
     groups, g, p = predictions(3, 256, 160, specialists, 40, 80, True)
     g, p = g.to(dtype), [x.to(dtype) for x in p]
     q = combine_kl(g, p, groups, method="newton-fixed")
@@ -254,7 +247,7 @@ def test_the_mass_outside_reaches_the_dustbin_however_little_the_generalist_left
     assert float(q[0, 3] / q[0, 2]) == pytest.approx(3 if tiny >= 1e-29 else 1)
 
 
-def test_sure_opinions_that_contradict_each_other_stay_finite():
+def test_certain_predictions_that_contradict_each_other_give_finite_ones():
     # Identical groups, dustbins at both extremes, a generalist without a float's mass outside.
     groups = ClassGroups([[0, 1], [0, 1], [2, 3]], 6)
     g = torch.tensor([[1.0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1.0]])
@@ -279,7 +272,7 @@ problems = {
 some = settings(max_examples=25, deadline=None)
 
 
-def assert_same_answer(one, other, scale, g, p, groups, active=None):
+def assert_same(one, other, scale, g, p, groups, active=None):
     """Equally good, to 1e-9 of the objective; and the same to 1e-9 where that determines q.
 
     With logits of scale 20 and more the objective is so flat in some directions that changes of q
@@ -312,32 +305,30 @@ def test_rows_sum_to_one_and_satisfy_the_optimality_conditions(**problem):
 
 @some
 @given(**problems)
-def test_each_row_is_answered_as_if_alone(**problem):
+def test_each_row_is_combined_as_if_alone(**problem):
     groups, g, p = predictions(**problem)
     active = random_active(problem["seed"], len(g), len(p))
     together = combine_kl(g, p, groups, active)
     rows = [slice(row, row + 1) for row in range(len(g))]
-    alone = torch.cat(
-        [combine_kl(g[one], [x[one] for x in p], groups, active[one]) for one in rows]
-    )
-    assert_same_answer(alone, together, problem["scale"], g, p, groups, active)
+    alone = [combine_kl(g[one], [x[one] for x in p], groups, active[one]) for one in rows]
+    alone = torch.cat(alone)
+    assert_same(alone, together, problem["scale"], g, p, groups, active)
 
 
 @some
 @given(**problems)
-def test_relabelling_classes_permutes_the_answer(**problem):
+def test_relabelling_classes_permutes_the_prediction(**problem):
     groups, g, p = predictions(**problem)
-    new_name = torch.randperm(
-        groups.num_classes, generator=torch.Generator().manual_seed(problem["seed"])
-    )
+    rng = torch.Generator().manual_seed(problem["seed"])
+    new_name = torch.randperm(groups.num_classes, generator=rng)
     renamed_classes = [new_name[torch.tensor(S)] for S in groups.members]
     orders = [S.argsort() for S in renamed_classes]
     renamed = ClassGroups([S.numpy() for S in renamed_classes], groups.num_classes)
     p_renamed = [torch.cat([x[:, :-1][:, o], x[:, -1:]], 1) for x, o in zip(p, orders, strict=True)]
     g_renamed = torch.empty_like(g)
     g_renamed[:, new_name] = g
-    renamed_answer = combine_kl(g_renamed, p_renamed, renamed)[:, new_name]
-    assert_same_answer(renamed_answer, combine_kl(g, p, groups), problem["scale"], g, p, groups)
+    q_renamed = combine_kl(g_renamed, p_renamed, renamed)[:, new_name]
+    assert_same(q_renamed, combine_kl(g, p, groups), problem["scale"], g, p, groups)
 
 
 @some
@@ -347,7 +338,7 @@ def test_order_of_specialists_does_not_matter(**problem):
     order = np.random.default_rng(problem["seed"]).permutation(len(p))
     shuffled = ClassGroups([groups.members[m] for m in order], groups.num_classes)
     reordered = combine_kl(g, [p[m] for m in order], shuffled)
-    assert_same_answer(reordered, combine_kl(g, p, groups), problem["scale"], g, p, groups)
+    assert_same(reordered, combine_kl(g, p, groups), problem["scale"], g, p, groups)
 
 
 def agreeing(q, classes):
@@ -357,7 +348,7 @@ def agreeing(q, classes):
 
 @some
 @given(**{**problems, "conflicting": st.just(False), "scale": st.sampled_from([0.5, 3.0])})
-def test_specialist_that_agrees_with_the_answer_changes_nothing(**problem):
+def test_specialist_that_agrees_with_the_prediction_changes_nothing(**problem):
     groups, g, p = predictions(**problem)
     q = combine_kl(g, p, groups)
     order = np.random.default_rng(problem["seed"]).permutation(groups.num_classes)
@@ -368,7 +359,7 @@ def test_specialist_that_agrees_with_the_answer_changes_nothing(**problem):
 
 @some
 @given(**{**problems, "conflicting": st.just(False)})
-def test_if_all_agree_with_the_generalist_it_is_the_answer(**problem):
+def test_if_all_agree_with_the_generalist_its_prediction_is_the_result(**problem):
     groups, g, _ = predictions(**problem)
     p = [agreeing(g, S) for S in groups.members]
     torch.testing.assert_close(combine_kl(g, p, groups), g, rtol=0, atol=1e-8)
@@ -397,29 +388,24 @@ def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():
     dense = combine_kl(g, p, groups, active)
     rows = [active[:, m].nonzero()[:, 0].flip(0) for m in range(3)]
     sparse_form = [(r, p[m][r]) for m, r in enumerate(rows)]
-    torch.testing.assert_close(
-        combine_kl(g, sparse_form, groups, active), dense, rtol=0, atol=1e-12
-    )
-    spoiled = [torch.where(active[:, m, None], x, float("nan")) for m, x in enumerate(p)]
-    torch.testing.assert_close(combine_kl(g, spoiled, groups, active), dense, rtol=0, atol=1e-12)
+    q = combine_kl(g, sparse_form, groups, active)
+    torch.testing.assert_close(q, dense, rtol=0, atol=1e-12)
+    with_nan = [torch.where(active[:, m, None], x, float("nan")) for m, x in enumerate(p)]
+    torch.testing.assert_close(combine_kl(g, with_nan, groups, active), dense, rtol=0, atol=1e-12)
 
 
-def test_frequent_and_rare_active_sets_are_answered_alike():
+def test_frequent_and_rare_active_sets_are_combined_alike():
     groups, g, p = predictions(6, rows=300, specialists=6)
     active = random_active(2, 300, 6)
     active[:100] = active[0]  # shared by many rows; the others are rare
     q = combine_kl(g, p, groups, active)
     assert kkt_residual(q, g, p, groups, active) < 1e-10
-    torch.testing.assert_close(
-        combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60]),
-        q[50:60],
-        rtol=0,
-        atol=1e-12,
-    )
+    some_rows = combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60])
+    torch.testing.assert_close(some_rows, q[50:60], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_comes_back_as_it_came(dtype):
+def test_half_precision_gives_half_precision(dtype):
     groups, g, p = predictions(7, classes=20)
     q = combine_kl(g.to(dtype), [x.to(dtype) for x in p], groups)
     assert q.dtype == dtype
@@ -433,37 +419,31 @@ def test_half_precision_comes_back_as_it_came(dtype):
 @pytest.mark.parametrize("specialists", [1, 3])
 def test_gradcheck(specialists, method):
     groups, g, p = predictions(8, rows=3, classes=8, specialists=specialists, size=3, scale=1)
-    active = None if specialists == 1 else torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]]).bool()
+    patterns = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 0, 0]]).bool()
+    active = {1: None, 3: patterns}[specialists]
 
-    def answer(g_logits, *logits):
-        return combine_kl(
-            torch.softmax(g_logits, 1),
-            [torch.softmax(x, 1) for x in logits],
-            groups,
-            active,
-            method=method,
-        )
-
-    inputs = [x.log().detach().requires_grad_() for x in (g, *p)]
-    assert torch.autograd.gradcheck(answer, inputs)
-
-    def raw(g, *p):
+    def of_probabilities(g, *p):
         return combine_kl(g, list(p), groups, active, method=method)
 
-    assert torch.autograd.gradcheck(raw, [x.detach().requires_grad_() for x in (g, *p)])
+    def of_logits(*logits):
+        return of_probabilities(*(torch.softmax(x, 1) for x in logits))
+
+    logits = [x.log().detach().requires_grad_() for x in (g, *p)]
+    assert torch.autograd.gradcheck(of_logits, logits)
+    probabilities = [x.detach().requires_grad_() for x in (g, *p)]
+    assert torch.autograd.gradcheck(of_probabilities, probabilities)
 
 
-def test_gradients_do_not_change_the_answer():
+def test_gradients_do_not_change_the_prediction():
     groups, g, p = predictions(9, rows=100, dtype=torch.float32)
     active = random_active(3, 100, 3)
     q = combine_kl(g, p, groups, active)
-    q_grad = combine_kl(
-        g.clone().requires_grad_(), [x.clone().requires_grad_() for x in p], groups, active
-    )
+    g_grad, *p_grad = (x.clone().requires_grad_() for x in (g, *p))
+    q_grad = combine_kl(g_grad, p_grad, groups, active)
     torch.testing.assert_close(q_grad, q, rtol=0, atol=1e-6)
 
 
-# ---- mistakes
+# ---- errors
 
 
 def changed(x, row, column, value):
@@ -476,6 +456,12 @@ class Broken:
     """Groups as somebody else might bring them, with an empty one."""
 
     members, num_classes = [np.array([0, 1]), np.array([], dtype=np.int64)], 12
+
+
+def with_negative(p):
+    """Row 1 has -0.5 for class 0 and still sums to 1."""
+    class_1 = 0.5 + float(p[0][1, :2].sum())
+    return [changed(changed(p[0], 1, 0, -0.5), 1, 1, class_1), p[1], p[2]]
 
 
 @pytest.mark.parametrize(
@@ -502,13 +488,7 @@ class Broken:
             ["row 0 of p_special[2]", "sums to"],
         ),
         (
-            lambda g, p, G: dict(
-                p_special=[
-                    changed(changed(p[0], 1, 0, -0.5), 1, 1, 0.5 + float(p[0][1, :2].sum())),
-                    p[1],
-                    p[2],
-                ]
-            ),
+            lambda g, p, G: dict(p_special=with_negative(p)),
             ["row 1 of p_special", "-0.5", "not negative"],
         ),
         (lambda g, p, G: dict(p_special=[None, p[1], p[2]]), ["p_special[0] is None", "row 0"]),
@@ -536,13 +516,13 @@ class Broken:
         ),
     ],
 )
-def test_a_mistake_names_the_value_the_rule_and_the_remedy(change, words):
+def test_an_error_names_the_value_the_rule_and_the_remedy(change, words):
     groups, g, p = predictions(0)
     arguments = dict(p_general=g, p_special=p, groups=groups) | change(g, p, groups)
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError) as error:
         combine_kl(**arguments)
     for word in words:
-        assert word in str(caught.value)
+        assert word in str(error.value)
 
 
 def test_rare_sets_name_the_callers_row():
@@ -557,9 +537,7 @@ def test_rare_sets_name_the_callers_row():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_equals_cpu():
-    groups, g, p = predictions(
-        10, rows=200, classes=100, specialists=6, size=20, scale=3, dtype=torch.float32
-    )
+    groups, g, p = predictions(10, 200, 100, 6, 20, scale=3, dtype=torch.float32)
     active = random_active(5, 200, 6)
     q = combine_kl(g.cuda(), [x.cuda() for x in p], groups, active.cuda())
     torch.testing.assert_close(q.cpu(), combine_kl(g, p, groups, active), rtol=0, atol=1e-6)

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 
-def test_the_example_runs():
+def test_the_example_runs_and_gives_what_the_page_says():
     page = (Path(__file__).parents[2] / "docs" / "combiner.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names = {}

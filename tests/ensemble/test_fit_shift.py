@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ensemble import fit_shift
 
 
-def test_with_nothing_known_the_shift_makes_the_mass_the_share():
+def test_with_uninformative_logits_the_shift_makes_the_mass_the_classes_frequency():
     logits, labels = torch.zeros(8, 4), torch.tensor([3, 3, 3, 3, 0, 1, 2, 0])
     assert fit_shift(logits, labels, [3]) == pytest.approx(math.log(3))  # e^b / (3 + e^b) = 1/2
 

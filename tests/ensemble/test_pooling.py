@@ -15,16 +15,14 @@ F64 = torch.float64
 
 def predictions(seed, rows=8, classes=10, specialists=3, size=4, scale=1.5):
     rng = torch.Generator().manual_seed(seed)
-    groups = ClassGroups(
-        [torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)],
-        classes,
-    )
-    g = torch.softmax(scale * torch.randn(rows, classes, generator=rng, dtype=F64), 1)
-    p = [
-        torch.softmax(scale * torch.randn(rows, size + 1, generator=rng, dtype=F64), 1)
-        for _ in range(specialists)
-    ]
-    return groups, g, p
+
+    def random_probabilities(width):
+        return torch.softmax(scale * torch.randn(rows, width, generator=rng, dtype=F64), 1)
+
+    shuffled = [torch.randperm(classes, generator=rng) for _ in range(specialists)]
+    groups = ClassGroups([order[:size].tolist() for order in shuffled], classes)
+    g = random_probabilities(classes)
+    return groups, g, [random_probabilities(size + 1) for _ in range(specialists)]
 
 
 HAND = (
@@ -40,7 +38,7 @@ def test_arithmetic_mean_by_hand():
 
 
 def test_log_ratio_product_by_hand():
-    # g p / g = p: one specialist is believed outright.
+    # g p / g = p: the prediction of one specialist is the result.
     expected = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=F64)
     torch.testing.assert_close(log_ratio_product(HAND[1], HAND[2], HAND[0]), expected)
 
@@ -75,9 +73,8 @@ def test_reverse_kl_reaches_the_minimum_that_gradient_descent_finds(scale):
     groups, g, p = predictions(1, scale=scale)
     q = reverse_kl(g, p, groups)
     logits = g.log().clone().requires_grad_()
-    optimiser = torch.optim.LBFGS(
-        [logits], max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe"
-    )
+    options = {"max_iter": 500, "tolerance_grad": 1e-12, "line_search_fn": "strong_wolfe"}
+    optimiser = torch.optim.LBFGS([logits], **options)
 
     def closure():
         optimiser.zero_grad()
@@ -112,19 +109,19 @@ def test_every_combiner_keeps_the_contract(name):
     q = combiner(name)(g, p, groups, active=active, weights=[1.0, 0.5, 2.0, 1.0])
     assert (q >= 0).all()
     torch.testing.assert_close(q.sum(1), torch.ones(40, dtype=F64))
-    nobody = ~active.any(1)
-    torch.testing.assert_close(q[nobody], g[nobody])
+    alone = ~active.any(1)
+    torch.testing.assert_close(q[alone], g[alone])
     # Agreement with the generalist changes nothing.
     agree = []
     for classes in groups.members:
         inside = g[:, torch.tensor(classes)]
         agree.append(torch.cat([inside, 1 - inside.sum(1, keepdim=True)], 1))
     torch.testing.assert_close(combiner(name)(g, agree, groups, active=active), g)
+    wrong = [x.clone() for x in p]
+    wrong[0][3] *= 2
     with pytest.raises(ValueError, match="row 3 of p_special"):
-        spoiled = [x.clone() for x in p]
-        spoiled[0][3] *= 2
-        combiner(name)(g, spoiled, groups)
-    # Sure and contradictory.
+        combiner(name)(g, wrong, groups)
+    # Certain and contradictory.
     sure = torch.zeros(1, 10, dtype=F64)
     sure[0, 0] = 1
     no = torch.zeros(1, 5, dtype=F64)
@@ -138,10 +135,10 @@ def test_every_combiner_keeps_the_contract(name):
 def test_every_combiner_has_the_derivative_that_differences_show(name):
     groups, g, p = predictions(3, rows=2, classes=6, specialists=2, size=3, scale=1)
 
-    def answer(g, *p):
+    def combined(g, *p):
         return combiner(name)(torch.softmax(g, 1), [torch.softmax(x, 1) for x in p], groups)
 
-    assert torch.autograd.gradcheck(answer, [x.log().detach().requires_grad_() for x in (g, *p)])
+    assert torch.autograd.gradcheck(combined, [x.log().detach().requires_grad_() for x in (g, *p)])
 
 
 # ---- fitted on val
@@ -155,16 +152,15 @@ def test_temperature_undoes_a_known_scaling():
     assert fit_temperature(logits[:0], labels[:0]) == 1.0
 
 
-def test_specialists_temperatures_see_other_classes_as_the_dustbin():
+def test_specialists_temperatures_take_other_classes_for_the_dustbin():
     rng = torch.Generator().manual_seed(1)
     groups = ClassGroups([[2, 5], [0]], 6)
     logits = torch.randn(20_000, 3, generator=rng, dtype=F64)
     column = torch.multinomial(torch.softmax(logits, 1), 1, generator=rng)[:, 0]
     labels = torch.tensor([2, 5, 1])[column]
     rows = torch.arange(0, 20_000, 2)
-    temperatures = fit_temperatures(
-        torch.zeros(20_000, 6), [(rows, 2 * logits[rows]), None], groups, labels
-    )
+    of_specialists = [(rows, 2 * logits[rows]), None]
+    temperatures = fit_temperatures(torch.zeros(20_000, 6), of_specialists, groups, labels)
     assert temperatures[1] == pytest.approx(2, rel=0.05) and temperatures[2] == 1.0
 
 

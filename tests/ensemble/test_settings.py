@@ -23,17 +23,8 @@ def test_settings_come_back_as_they_were_saved(tmp_path):
 
 def test_the_keys_on_disk_are_those_of_the_kind(tmp_path):
     EnsembleSettings().save(tmp_path)
-    assert list(json.loads((tmp_path / "ensemble.json").read_text())) == [
-        "schema",
-        "gate",
-        "max_specialists",
-        "combine",
-        "temperatures",
-        "weights",
-        "skipped",
-        "missing",
-        "shared",
-    ]
+    keys = "schema gate max_specialists combine temperatures weights skipped missing shared"
+    assert list(json.loads((tmp_path / "ensemble.json").read_text())) == keys.split()
     EnsembleSettings(kind="deep", members=4).save(tmp_path)
     content = json.loads((tmp_path / "ensemble.json").read_text())
     assert content == {"schema": 1, "kind": "deep", "members": 4}

@@ -7,28 +7,27 @@ from clustering.groups import ClassGroups
 from ensemble import combine_kl, combine_kl_sparse
 
 
-def problem(seed, rows=60, classes=200, specialists=6, size=12, kept=90, dtype=torch.float64):
-    """Dense predictions, and for each row `kept` classes in random order.
+def problem(seed, rows=60, classes=200, specialists=6, size=12, k=90, dtype=torch.float64):
+    """Dense predictions, and for each row `k` classes in random order.
 
     They hold all classes of its active groups, and others.
     """
     rng = torch.Generator().manual_seed(seed)
-    groups = ClassGroups(
-        [torch.randperm(classes, generator=rng)[:size].tolist() for _ in range(specialists)],
-        classes,
-    )
-    g = torch.softmax(2 * torch.randn(rows, classes, generator=rng, dtype=dtype), 1)
-    p = [
-        torch.softmax(2 * torch.randn(rows, size + 1, generator=rng, dtype=dtype), 1)
-        for _ in range(specialists)
-    ]
+
+    def random_probabilities(width):
+        return torch.softmax(2 * torch.randn(rows, width, generator=rng, dtype=dtype), 1)
+
+    shuffled = [torch.randperm(classes, generator=rng) for _ in range(specialists)]
+    groups = ClassGroups([order[:size].tolist() for order in shuffled], classes)
+    g = random_probabilities(classes)
+    p = [random_probabilities(size + 1) for _ in range(specialists)]
     active = torch.rand(rows, specialists, generator=rng) < 0.5
     needed = torch.zeros(rows, classes)
     for m, group_classes in enumerate(groups.members):
         needed[:, torch.tensor(group_classes)] += active[:, m, None].float()
     score = needed.clamp(max=1) + torch.rand(rows, classes, generator=rng)
-    order = score.topk(kept, dim=1).indices
-    shuffle = torch.rand(rows, kept, generator=rng).argsort(1)
+    order = score.topk(k, dim=1).indices
+    shuffle = torch.rand(rows, k, generator=rng).argsort(1)
     return groups, g, p, active, order.gather(1, shuffle)
 
 
@@ -49,16 +48,14 @@ def test_weights_and_one_set_for_all_rows():
     weights = [1, 2, 0.5, 1, 1, 1, 3]
     # Every class: the tail is empty.
     indices = torch.randperm(200, generator=torch.Generator().manual_seed(0)).expand(60, -1)
-    _, q_values, tail = combine_kl_sparse(
-        indices, g.gather(1, indices), torch.zeros(60).double(), p, groups, weights=weights
-    )
-    torch.testing.assert_close(
-        q_values, combine_kl(g, p, groups, weights=weights).gather(1, indices), rtol=0, atol=1e-10
-    )
-    torch.testing.assert_close(tail, torch.zeros(60).double(), rtol=0, atol=1e-12)
+    values, no_tail = g.gather(1, indices), torch.zeros(60).double()
+    _, q_values, tail = combine_kl_sparse(indices, values, no_tail, p, groups, weights=weights)
+    expected = combine_kl(g, p, groups, weights=weights).gather(1, indices)
+    torch.testing.assert_close(q_values, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(tail, no_tail, rtol=0, atol=1e-12)
 
 
-def test_a_dustbin_without_takers_goes_evenly_to_all_other_classes():
+def test_a_dustbin_of_classes_without_mass_goes_evenly_to_all_other_classes():
     groups = ClassGroups([[0, 1]], 100)
     p = [torch.tensor([[0.2, 0.2, 0.6]])]
     indices, values = torch.tensor([[0, 1, 7]]), torch.tensor([[0.5, 0.5, 0.0]])
@@ -68,15 +65,14 @@ def test_a_dustbin_without_takers_goes_evenly_to_all_other_classes():
 
 
 def test_gradcheck():
-    groups, g, p, active, indices = problem(2, rows=3, classes=20, specialists=3, size=3, kept=14)
+    groups, g, p, active, indices = problem(2, rows=3, classes=20, specialists=3, size=3, k=14)
     values = g.gather(1, indices)
 
-    def answer(values, tail, *p):
+    def combined(values, tail, *p):
         return combine_kl_sparse(indices, values, tail, list(p), groups, active)[1:]
 
-    assert torch.autograd.gradcheck(
-        answer, [x.detach().requires_grad_() for x in (values, 1 - values.sum(1), *p)]
-    )
+    arguments = [x.detach().requires_grad_() for x in (values, 1 - values.sum(1), *p)]
+    assert torch.autograd.gradcheck(combined, arguments)
 
 
 def broken(indices, row, column, value):
@@ -85,23 +81,22 @@ def broken(indices, row, column, value):
     return indices
 
 
-def test_mistakes_name_the_row_and_the_class():
+def test_errors_name_the_row_and_the_class():
     groups, g, p, active, indices = problem(3)
     values = g.gather(1, indices)
     tail = 1 - values.sum(1)
     active[5, 0] = True
-    columns = (indices[5] == int(groups.members[0][3])).nonzero()
-    column = int(columns[0, 0]) if len(columns) else 0
-    grouped = {c for classes in groups.members for c in classes.tolist()}
+    is_needed = indices[5] == int(groups.members[0][3])
+    column = int(is_needed.int().argmax())  # 0 if the class is in no column
+    grouped = set(torch.cat([torch.tensor(classes) for classes in groups.members]).tolist())
     absent = min(set(range(200)) - set(indices[5].tolist()) - grouped)
-    with pytest.raises(
-        ValueError, match=r"indices of row 5 lack class \d+ of a group that is active there"
-    ):
-        combine_kl_sparse(broken(indices, 5, column, absent), values, tail, p, groups, active)
+    lacking = broken(indices, 5, column, absent)
+    message = r"indices of row 5 lack class \d+ of a group that is active there"
+    with pytest.raises(ValueError, match=message):
+        combine_kl_sparse(lacking, values, tail, p, groups, active)
+    twice = broken(indices, 2, 0, int(indices[2, 1]))
     with pytest.raises(ValueError, match="row 2 hold class .* more than once"):
-        combine_kl_sparse(
-            broken(indices, 2, 0, int(indices[2, 1])), values, tail, p, groups, active
-        )
+        combine_kl_sparse(twice, values, tail, p, groups, active)
     with pytest.raises(ValueError, match="hold class 200; classes go from 0 to 199"):
         combine_kl_sparse(broken(indices, 2, 0, 200), values, tail, p, groups, active)
     with pytest.raises(ValueError, match=r"row \d+ of p_general sums to"):

@@ -1,4 +1,4 @@
-"""SpecialistEnsemble over small networks: what runs, how often, and what comes out.
+"""SpecialistEnsemble over small networks: what runs, how often, and what it predicts.
 
 Also runs, bundles and programs.
 """
@@ -25,6 +25,10 @@ CLASSES = 12
 GROUPS = ClassGroups([[0, 1, 2], [2, 3, 4, 5], [6, 7, 8], [9, 10]], CLASSES)
 
 
+# The parts of each specialist that are no longer the generalist's.
+MOVED = {0: ("head",), 1: ("head", "trunk.embedding"), 2: ("head", "trunk"), 3: ("head",)}
+
+
 @pytest.fixture(scope="module")
 def networks():
     """A generalist, and specialists that moved away from it.
@@ -33,24 +37,17 @@ def networks():
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        spec = ModelSpec(
-            "convnet", CLASSES, InputSpec((1, 8, 8)), dict(width=2, depth=2, embedding=8)
-        )
+        options = dict(width=2, depth=2, embedding=8)
+        spec = ModelSpec("convnet", CLASSES, InputSpec((1, 8, 8)), options)
         generalist = build_classifier(spec).eval()
         with torch.no_grad():
             generalist.head.weight.mul_(8)
         specialists = {}
         for m, classes in enumerate(GROUPS.members):
             specialist = specialise(generalist, classes.tolist()).eval()
-            moved = {
-                0: ["head"],
-                1: ["head", "trunk.embedding"],
-                2: ["head", "trunk"],
-                3: ["head"],
-            }[m]
             with torch.no_grad():
                 for name, parameter in specialist.named_parameters():
-                    if name.startswith(tuple(moved)):
+                    if name.startswith(MOVED[m]):
                         parameter.add_(0.3 * torch.randn(parameter.shape))
             specialists[m] = specialist
     return generalist, specialists
@@ -58,12 +55,11 @@ def networks():
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randint(
-        0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    rng = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (64, 1, 8, 8), dtype=torch.uint8, generator=rng)
 
 
-def plainly(networks, images, n, temperatures=None, weights=None):
+def computed_directly(networks, images, n, temperatures=None, weights=None):
     """The same without sharing and without leaving anything out."""
     generalist, specialists = networks
     T = temperatures or [1.0] * 5
@@ -75,34 +71,32 @@ def plainly(networks, images, n, temperatures=None, weights=None):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_answers_equal_running_everything_on_every_row(networks, images, n):
+def test_predictions_equal_those_of_running_everything_on_every_row(networks, images, n):
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=n)
     output = ensemble.forward_with_details(images)
-    for value, expected in zip(output, plainly(networks, images, n), strict=True):
+    for value, expected in zip(output, computed_directly(networks, images, n), strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(
-        ensemble.probabilities(images.numpy()), ensemble.probabilities(images)
-    )
+    of_array = ensemble.probabilities(images.numpy())
+    torch.testing.assert_close(of_array, ensemble.probabilities(images))
 
 
 def test_temperatures_and_weights_are_applied(networks, images):
     T, w = [1.5, 2.0, 0.5, 1.0, 3.0], [1.0, 2.0, 0.5, 1.0, 4.0]
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=2, temperatures=T, weights=w)
-    torch.testing.assert_close(
-        ensemble.probabilities(images), plainly(networks, images, 2, T, w)[1], rtol=0, atol=1e-6
-    )
+    expected = computed_directly(networks, images, 2, T, w)[1]
+    torch.testing.assert_close(ensemble.probabilities(images), expected, rtol=0, atol=1e-6)
 
 
 def test_only_specialists_that_a_row_needs_run_and_only_on_its_rows(networks, images):
     generalist, specialists = networks
     ensemble = SpecialistEnsemble(generalist, specialists, GROUPS)
-    seen = {}
-    hooks = [
-        specialist.head.register_forward_hook(
-            lambda _, inputs, __, m=m: seen.setdefault(m, []).append(len(inputs[0]))
-        )
-        for m, specialist in specialists.items()
-    ]
+    seen, hooks = {}, []
+    for m, specialist in specialists.items():
+
+        def count_rows(_, inputs, __, m=m):
+            seen.setdefault(m, []).append(len(inputs[0]))
+
+        hooks.append(specialist.head.register_forward_hook(count_rows))
     active = ensemble.forward_with_details(images).active
     for hook in hooks:
         hook.remove()
@@ -117,14 +111,14 @@ def test_only_specialists_that_a_row_needs_run_and_only_on_its_rows(networks, im
 def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
     generalist, specialists = networks
     ensemble = SpecialistEnsemble(generalist, specialists, GROUPS, gate=CLASSES)
-    counts = {}
-    hooks = [
-        block.register_forward_hook(
-            lambda *_, name=(owner, name): counts.update({name: counts.get(name, 0) + 1})
-        )
-        for owner, network in [("g", generalist), *specialists.items()]
-        for name, block in network.trunk.named_children()
-    ]
+    ran, hooks = set(), []
+    for owner, network in specialists.items():
+        for name, block in network.trunk.named_children():
+
+            def note(*_, key=(owner, name)):
+                ran.add(key)
+
+            hooks.append(block.register_forward_hook(note))
     ensemble.probabilities(images)
     ensemble.probabilities(images)
     for hook in hooks:
@@ -133,11 +127,11 @@ def test_a_shared_trunk_runs_once_and_a_shared_block_too(networks, images):
     assert all(ensemble.runs[m] == 2 for m in range(4))
     # Specialists 0 and 3 have a frozen trunk: none of their blocks ever runs.
     assert ("trunk", 0) not in ensemble.runs and ("trunk", 3) not in ensemble.runs
-    assert not {name for name in counts if name[0] in (0, 3)}
+    assert {owner for owner, _ in ran} == {1, 2}
     # Specialist 1 shares all but the last block.  The first time the branch is not known yet and
     # its prefix runs again.
-    assert {name for name in counts if name[0] == 1} == {(1, "embedding")}
-    assert len({name for name in counts if name[0] == 2}) == 3
+    assert {name for owner, name in ran if owner == 1} == {"embedding"}
+    assert len({name for owner, name in ran if owner == 2}) == 3
 
 
 def test_predictions_name_classes_and_specialists(networks, images):
@@ -175,7 +169,7 @@ def test_specialists_of_other_groups_are_refused(networks, images):
 # ---- runs and bundles
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(networks, tmp_path):
     generalist, specialists = networks
     save_classifier(generalist, tmp_path / "generalist")
@@ -197,21 +191,18 @@ def run(networks, tmp_path):
     return tmp_path
 
 
-def test_a_loaded_run_answers_as_its_networks_do(run, networks, images):
-    expected = plainly(networks, images, CLASSES, [1, 2, 1, 1, 1])[1]
-    for cache in (None, 1, 2):
+def test_a_loaded_run_predicts_as_its_networks_do(run, networks, images):
+    expected = computed_directly(networks, images, CLASSES, [1, 2, 1, 1, 1])[1]
+    for cache, loads in ((None, 4), (1, 8), (2, 8)):
         loaded = SpecialistEnsemble.load(run, cache=cache)
         torch.testing.assert_close(loaded.probabilities(images), expected, rtol=0, atol=1e-6)
         assert loaded.specialists.loads == 4
         loaded.probabilities(images)
-        assert loaded.specialists.loads == (4 if cache is None else 8)
+        assert loaded.specialists.loads == loads
         assert len(loaded.specialists._loaded) == (cache or 4)
-    torch.testing.assert_close(
-        SpecialistEnsemble.load(run, gate=1).probabilities(images),
-        plainly(networks, images, 1, [1, 2, 1, 1, 1])[1],
-        rtol=0,
-        atol=1e-6,
-    )
+    q = SpecialistEnsemble.load(run, gate=1).probabilities(images)
+    expected = computed_directly(networks, images, 1, [1, 2, 1, 1, 1])[1]
+    torch.testing.assert_close(q, expected, rtol=0, atol=1e-6)
 
 
 def test_a_loaded_specialist_shares_the_generalists_storage(run):
@@ -231,21 +222,20 @@ def test_specialists_may_be_loaded_under_inference_mode(run, images):
     assert not any(p.is_inference() for p in loaded)
 
 
-def test_a_bundle_is_smaller_and_answers_alike(run, images, tmp_path_factory):
+def test_a_bundle_is_smaller_and_predicts_alike(run, images, tmp_path_factory):
     out = tmp_path_factory.mktemp("bundle")
     original = SpecialistEnsemble.load(run)
     sizes = export_bundle(original, out)
     assert sizes["shared"] > 0
     loaded = SpecialistEnsemble.load(out)
-    torch.testing.assert_close(
-        loaded.probabilities(images), original.probabilities(images), rtol=0, atol=0
-    )
+    expected = original.probabilities(images)
+    torch.testing.assert_close(loaded.probabilities(images), expected, rtol=0, atol=0)
     whole = (run / "specialists/000/model.safetensors").stat().st_size
     assert (out / "specialists/000/model.safetensors").stat().st_size < whole
     assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl"))
 
 
-def test_many_threads_get_the_same_answer(run, images):
+def test_many_threads_get_the_same_predictions(run, images):
     loaded = SpecialistEnsemble.load(run, cache=1)
     expected = SpecialistEnsemble.load(run).probabilities(images)
     results = [None] * 8
@@ -267,7 +257,7 @@ def test_what_is_wrong_with_a_run_is_named(run):
     with pytest.raises(ValueError, match="specialists 2 of 4 are missing"):
         SpecialistEnsemble.load(run)
     assert SpecialistEnsemble.load(run, allow_missing=True).missing == [2]
-    (run / "specialists/000/model.safetensors").write_bytes(b"damaged")
+    (run / "specialists/000/model.safetensors").write_bytes(b"corrupt")
     with pytest.raises(ValueError, match="model.safetensors"):
         SpecialistEnsemble.load(run, allow_missing=True).specialists[0]
     (run / "ensemble.json").write_text('{"schema": 7}')
@@ -275,8 +265,8 @@ def test_what_is_wrong_with_a_run_is_named(run):
         SpecialistEnsemble.load(run)
     with pytest.raises(ValueError, match="generalist/model.json"):
         SpecialistEnsemble.load(run / "nowhere")
+    (run / "ensemble.json").unlink()
     with pytest.raises(ValueError, match="cache = 0"):
-        (run / "ensemble.json").unlink()
         SpecialistEnsemble.load(run, cache=0)
 
 
@@ -285,13 +275,11 @@ def test_what_is_wrong_with_a_run_is_named(run):
 
 @pytest.mark.parametrize("n, limit", [(1, None), (6, None), (CLASSES, 1)])
 def test_the_program_of_fixed_shape_equals_the_ensemble(networks, images, n, limit):
-    ensemble = SpecialistEnsemble(
-        *networks, GROUPS, gate=n, max_specialists=limit, weights=[1, 2, 1, 0.5, 1]
-    )
+    settings = {"gate": n, "max_specialists": limit, "weights": [1, 2, 1, 0.5, 1]}
+    ensemble = SpecialistEnsemble(*networks, GROUPS, **settings)
     with torch.no_grad():
-        torch.testing.assert_close(
-            EnsembleProgram(ensemble)(images), ensemble.probabilities(images), rtol=0, atol=1e-5
-        )
+        q = EnsembleProgram(ensemble)(images)
+    torch.testing.assert_close(q, ensemble.probabilities(images), rtol=0, atol=1e-5)
 
 
 def test_the_exported_program_equals_the_ensemble_at_another_batch_size(networks, images, tmp_path):
@@ -307,10 +295,8 @@ def test_onnx_equals_the_ensemble(networks, images, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=6)
-    path = export_onnx(
-        EnsembleProgram(ensemble, portable=True), images[:4], tmp_path / "ensemble.onnx"
-    )
+    program = EnsembleProgram(ensemble, portable=True)
+    path = export_onnx(program, images[:4], tmp_path / "ensemble.onnx")
     (q,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
-    torch.testing.assert_close(
-        torch.from_numpy(q), ensemble.probabilities(images), rtol=0, atol=1e-5
-    )
+    expected = ensemble.probabilities(images)
+    torch.testing.assert_close(torch.from_numpy(q), expected, rtol=0, atol=1e-5)

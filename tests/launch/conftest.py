@@ -26,7 +26,9 @@ class Ward:
     """A config, a little data directory and a run below `root`, with a fake trainer."""
 
     def __init__(self, root: Path):
-        self.root, self.run_path, self.data = root, root / "run", root / "data"
+        self.root = root
+        self.run_path = root / "run"
+        self.data = root / "data"
         self.data.mkdir()
         for split in ("train", "val", "test"):
             (self.data / f"{split}-000000.tar").touch()
@@ -56,13 +58,13 @@ class Ward:
 
     def run(self, *overrides) -> RunDirectory:
         """RUN, laid out."""
-        found = RunDirectory(self.run_path, self.config(*overrides))
+        run = RunDirectory(self.run_path, self.config(*overrides))
         self.run_path.mkdir(exist_ok=True)
-        save_config(found.config, self.run_path / "config.toml")
-        return found
+        save_config(run.config, self.run_path / "config.toml")
+        return run
 
     def old_run(self, groups: int) -> tuple[str, ...]:
-        """Settings that add classes to a finished run of so many groups, which it writes below root."""
+        """Settings that add classes to a finished run of so many groups, written below root."""
         old = self.root / "old"
         for place in ("generalist", "clusters", *(f"specialists/{m:03d}" for m in range(groups))):
             (old / place).mkdir(parents=True, exist_ok=True)
@@ -81,24 +83,22 @@ class Ward:
     def behave(self, **places) -> None:
         """What goes wrong in a stage; `__` stands for `/`."""
         content = {
-            place.replace("__", "/").replace("wall_", "wall-"): facts
-            for place, facts in places.items()
+            place.replace("__", "/").replace("wall_", "wall-"): fault
+            for place, fault in places.items()
         }
         (self.root / "behaviour.json").write_text(json.dumps(content))
 
     def pool(self, run: RunDirectory, size: int = 2, devices=(), display=None) -> Pool:
-        jobs = plan(run)
-        display = display or Display(
-            Console(file=open(os.devnull, "w")), Console(file=open(os.devnull, "w"))
-        )
-        return Pool(run, jobs, Machine(size, tuple(devices)), display, FAKE_TRAINER)
+        silent = Console(file=open(os.devnull, "w"))
+        display = display or Display(silent, silent)
+        return Pool(run, plan(run), Machine(size, tuple(devices)), display, FAKE_TRAINER)
 
     def calls(self, *words) -> list[tuple[str, str]]:
         """What the fake trainer noted: (begin | end | fail | checkpoint, stage)."""
         path = self.root / "calls.txt"
         lines = path.read_text().splitlines() if path.exists() else []
-        found = [tuple(line.split()[:2]) for line in lines]
-        return [call for call in found if not words or call[0] in words]
+        calls = [tuple(line.split()[:2]) for line in lines]
+        return [call for call in calls if not words or call[0] in words]
 
     def write_config(self, **sections) -> Path:
         import tomli_w
@@ -109,7 +109,8 @@ class Ward:
     def start(self, *arguments) -> subprocess.Popen:
         """The command `referral` in a process of its own, as a session leader; Ctrl-C reaches it.
 
-        Where the tests run as a shell's background job, SIGINT is ignored, and a child would inherit that.
+        Where the tests run as a shell's background job, SIGINT is ignored, and a child would
+        inherit that.
         """
         return subprocess.Popen(
             [*REFERRAL, *map(str, arguments)],

@@ -1,6 +1,7 @@
 """Stands for `python -m trainer`: touches the run directory as stages do, without torch.
 
-behaviour.json beside RUN says per stage what goes wrong: {"specialists/001": {"exit": 1, "times": 1, "steps": 3}}.
+behaviour.json beside RUN says per stage what goes wrong:
+    {"specialists/001": {"exit": 1, "times": 1, "steps": 3}}
 Every start and end of a stage is a line of calls.txt there.
 """
 
@@ -12,8 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.config import load_config
-from pipeline.graph import RunDirectory
+from pipeline.graph import open_run
 
 ROW = {
     "n": 100,
@@ -89,11 +89,11 @@ def main() -> None:
     parser.add_argument("--index", type=int, nargs="+", default=[])
     parser.add_argument("--name", nargs="+", default=[])
     args = parser.parse_args()
-    run = RunDirectory(args.run, load_config(args.run / "config.toml"))
-    of_kind = {"specialist": run.specialists, "control": run.controls, "student": run.students}
-    names = [*args.index, *args.name]
-    stages = [of_kind[args.stages[0]][name] for name in names] or [
-        getattr(run, name) for name in args.stages
+    addresses = [None, *args.index, *args.name]
+    stages = [
+        stage
+        for stage in open_run(args.run).stages
+        if stage.name in args.stages and stage.address in addresses
     ]
     behaviour = args.run.parent / "behaviour.json"
     behaviour = json.loads(behaviour.read_text()) if behaviour.exists() else {}

@@ -36,10 +36,8 @@ def test_run_then_run_again_prints_the_same_results_and_changes_nothing(short, r
     assert referral("run", "--run", "run")[0] == 0
     code, out, _ = referral("status", "run")
     assert "8 stages: 8 done" in out
-    assert all(
-        stage["state"] == "done"
-        for stage in json.loads(referral("status", "run", "--json")[1])["stages"]
-    )
+    stages = json.loads(referral("status", "run", "--json")[1])["stages"]
+    assert {stage["state"] for stage in stages} == {"done"}
 
 
 def test_a_run_may_be_looked_at_and_resumed_from_elsewhere(
@@ -58,10 +56,8 @@ def test_prepare_lays_out_and_starts_nothing(ward, referral):
     code, out, _ = referral("prepare", ward.write_config(), "--run", "run", "--set", "seed=3")
     assert code == 0 and "is ready" in out
     assert "seed = 3" in (ward.run_path / "config.toml").read_text()
-    assert (
-        not ward.calls()
-        and len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 14
-    )
+    assert not ward.calls()
+    assert len(json.loads((ward.run_path / "graph.json").read_text())["jobs"]) == 14
 
 
 def test_dry_run_prints_every_job_and_writes_nothing(ward, referral):
@@ -143,12 +139,8 @@ def test_another_config_is_refused_and_force_redoes_what_is_stale(short, referra
     code, _, err = referral(
         "run", short.write_config(), "--run", "run", "--set", "specialists.steps=21"
     )
-    assert (
-        code == 2
-        and "specialists.steps: 20 -> 21" in err
-        and "--force" in err
-        and run.report.is_done
-    )
+    assert code == 2 and "specialists.steps: 20 -> 21" in err and "--force" in err
+    assert run.report.is_done
     code, out, err = referral(
         "run", short.toml, "--run", "run", "--set", "specialists.steps=21", "--force"
     )
@@ -211,46 +203,31 @@ def test_the_table_of_results_shows_calibration_and_dee_only_where_a_run_has_the
     assert "cNLL" not in shown()[0] and "DEE" not in shown()[0]
     head, generalist, ensemble = shown(cnll=1.125, dee=None, dee_beyond=True)
     assert head[:6] == ["top-1", "top-5", "NLL", "cNLL", "Brier", "ECE"] and head[6] == "DEE"
-    assert (
-        generalist[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "–", "0.5000", "0.0500"]
-        and generalist[9] == "–"
-    )
-    assert (
-        ensemble[1:9] == ["50.00", "%", "90.00", "%", "1.2500", "1.1250", "0.5000", "0.0500"]
-        and ensemble[9] == ">4"
-    )
+    same = ["50.00", "%", "90.00", "%", "1.2500"]
+    assert generalist[1:10] == [*same, "–", "0.5000", "0.0500", "–"]
+    assert ensemble[1:10] == [*same, "1.1250", "0.5000", "0.0500", ">4"]
 
 
 def test_compare_prints_writes_and_passes_the_plot_on(short, referral):
     short.write_config()
     for seed in (1, 2):
         assert referral("run", short.toml, "--run", f"r{seed}", "--set", f"seed={seed}")[0] == 0
-    code, out, err = referral(
-        "compare",
-        "r1",
-        "r2",
-        "--metric",
-        "top1,nll",
-        "--json",
-        "c.json",
-        "--plot",
-        "c.png",
-        "--versus",
-        "generalist",
-    )
+    options = "--metric top1,nll --json c.json --plot c.png --versus generalist"
+    code, out, err = referral("compare", "r1", "r2", *options.split())
     assert code == 0, err
     lines = out.splitlines()
     assert lines[0] == (
-        "2 runs, 2 seeds (1, 2); mean ± sample deviation over runs of the difference to generalist in the same run"
+        "2 runs, 2 seeds (1, 2); mean ± sample deviation over runs of the difference to generalist "
+        "in the same run"
     )
     # The fake trainer's ensemble has 65 % and 1.1, its generalist 60 % and 1.2, in every run.
     assert [line.split() for line in lines if line.startswith("ensemble")] == [
         ["ensemble", "2", "+5.00", "±", "0.00", "-0.1000", "±", "0.0000"]
     ]
     assert lines[-1] == "compare r1 r2 --plot c.png --metric=top1,nll --by= --versus=generalist"
-    found = json.loads((short.root / "c.json").read_text())
-    figures = {one["row"]: one["figures"]["top1"]["mean"] for one in found["rows"]}
-    assert figures["ensemble"] == pytest.approx(0.05) and found["runs"][1]["seed"] == 2
+    written = json.loads((short.root / "c.json").read_text())
+    means = {row["row"]: row["figures"]["top1"]["mean"] for row in written["rows"]}
+    assert means["ensemble"] == pytest.approx(0.05) and written["runs"][1]["seed"] == 2
     assert "error: --json" in referral("compare", "r1", "--json", "nowhere/c.json")[2]
 
 
@@ -270,7 +247,8 @@ def test_help_names_every_command(referral):
 
 
 def test_the_launcher_never_imports_torch():
-    command = "import launch.cli, sys; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), 'heavy'"
+    heavy = "{'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    command = f"import launch.cli, sys; assert not {heavy}, {heavy}"
     subprocess.run([sys.executable, "-c", command], check=True)
 
 

@@ -112,13 +112,13 @@ def test_a_failed_specialist_stops_neither_the_others_nor_is_it_passed_over(ward
     assert [stage.is_done for stage in run.specialists] == [True, False, True, True]
     assert states(run)["specialists/001"] == "failed" and states(run)["ensemble"] == "blocked"
     assert not run.evaluate.is_done
-    assert (
-        "specialists/001" in errors.getvalue() and "RuntimeError: out of luck" in errors.getvalue()
-    )
-    assert "ensemble.allow_missing" in errors.getvalue()
+    for words in ("specialists/001", "RuntimeError: out of luck", "ensemble.allow_missing"):
+        assert words in errors.getvalue()
 
 
-def test_allow_missing_goes_on_and_a_mended_specialist_is_then_taken_in(ward, small):
+def test_allow_missing_ends_without_a_failed_specialist_and_takes_it_in_when_it_is_fixed(
+    ward, small
+):
     run = small("ensemble.allow_missing=true", left=[0, 1])
     ward.behave(specialists__001={"exit": 1, "times": 1})
     assert ward.pool(run).execute() == 1
@@ -126,9 +126,8 @@ def test_allow_missing_goes_on_and_a_mended_specialist_is_then_taken_in(ward, sm
     assert ward.pool(run).execute() == 0
     places = [place for _, place in ward.calls("end")]
     assert places.count("specialists/000") == 1
-    assert [
-        places.count(place) for place in ("specialists/001", "ensemble", "evaluation", "report")
-    ] == [1, 2, 2, 2]
+    assert places.count("specialists/001") == 1
+    assert [places.count(place) for place in ("ensemble", "evaluation", "report")] == [2, 2, 2]
 
 
 def test_a_job_is_tried_again_as_often_as_the_config_says(ward, small):
@@ -152,15 +151,10 @@ def test_75_without_a_newer_checkpoint_is_a_failure_and_does_not_spin(ward, smal
     assert len(ward.calls("fail")) == 1
 
 
-def test_a_users_mistake_is_said_in_its_own_words_and_not_tried_again(ward, small):
+def test_an_error_of_the_users_is_told_in_the_trainers_words_and_not_tried_again(ward, small):
     run = small("launch.retries=3", left=[])
-    ward.behave(
-        ensemble={
-            "exit": 2,
-            "times": 9,
-            "says": "warning: x\nerror: val has no examples of class 7",
-        }
-    )
+    says = "warning: x\nerror: val has no examples of class 7"
+    ward.behave(ensemble={"exit": 2, "times": 9, "says": says})
     shown, _, errors = display()
     assert ward.pool(run, display=shown).execute() == 2
     assert errors.getvalue().splitlines()[0] == "error: val has no examples of class 7"
@@ -210,15 +204,15 @@ def until(condition, seconds=20):
 
 def children_of(run: Path) -> list[int]:
     """Processes that have RUN on their command line, the launcher left out."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
         except OSError:
             continue
         if str(run).encode() in words and any(word.endswith(b"fake_trainer.py") for word in words):
-            found.append(int(entry.name))
-    return found
+            pids.append(int(entry.name))
+    return pids
 
 
 @pytest.fixture
@@ -273,7 +267,7 @@ def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_ru
     }
 
 
-def test_cancel_lets_the_launcher_stop_and_retry_goes_on(ward, long_run, referral):
+def test_cancel_lets_the_launcher_stop_and_retry_resumes(ward, long_run, referral):
     launcher, run = long_run()
     assert referral("cancel", run.root)[:2] == (0, f"{run.root}: stopped\n")
     assert launcher.wait(timeout=15) == 130 and len(ward.calls("checkpoint")) == 2
@@ -331,8 +325,8 @@ def test_the_terminal_tells_what_the_groups_hold_before_specialists_are_paid_for
     summary = {"captured": 0.963, "chance": 0.176, "sizes": [54, 137, 80], "skipped": [2]}
     (run.cluster.directory / "summary.json").write_text(json.dumps(summary))
     assert groups_line(run).startswith(
-        "3 groups of 54 to 137 classes hold 96.3 % of the generalist's errors on val (chance 17.6 %); "
-        "1 are not worth a specialist (clusters.min_gain); what each can gain: "
+        "3 groups of 54 to 137 classes hold 96.3 % of the generalist's errors on val "
+        "(chance 17.6 %); 1 are not worth a specialist (clusters.min_gain); what each can gain: "
     )
     (run.cluster.directory / "summary.json").write_text(
         json.dumps(summary | {"captured": None, "skipped": []})

@@ -1,4 +1,4 @@
-"""A run directory that an older version made can be looked at, and is told from one of another config."""
+"""A run that an older version made can be looked at, and is told from one of another config."""
 
 import json
 

@@ -87,8 +87,9 @@ def test_the_generalists_ranks_are_the_configs_or_else_the_machines(ward):
 
 
 def test_the_longest_chain_goes_first(ward):
-    # Steps, and 100 for starting a job: a wall (120) leads to control_compute (4 x 20 + 100) and so beats nothing here,
-    # a specialist (120) to combine (100) and a student of 1,000 steps (1,100).
+    # Steps, and 100 for starting a job: a wall (120) leads to control_compute (4 x 20 + 100) and so
+    # beats nothing here, a specialist (120) to the ensemble (100) and a student of 1,000 steps
+    # (1,100).
     chain = {job.name: job.chain for job in plan(ward.run("students.main.steps=1000"))}
     assert chain["report"] == 100
     assert chain["controls/control_compute"] == 100 + 100 + 4 * 20

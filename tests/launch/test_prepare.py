@@ -11,7 +11,7 @@ from pipeline.config import UserError, load_config
 from pipeline.store import read_json
 
 
-def mistake(ward, *overrides, **options) -> str:
+def error_of(ward, *overrides, **options) -> str:
     with pytest.raises(UserError) as caught:
         check(ward.config(*overrides), ward.run_path, **options)
     return str(caught.value)
@@ -43,7 +43,7 @@ def test_a_laid_out_run_holds_its_config_and_its_graph(ward):
         ),
     ],
 )
-def test_a_mistake_in_the_config_is_named(ward, override, words):
+def test_an_error_in_the_config_is_named(ward, override, words):
     with pytest.raises(UserError, match=words):
         check(ward.config(override), ward.run_path)
     assert not ward.run_path.exists()
@@ -53,7 +53,7 @@ def test_a_directory_of_shards_is_a_pattern(ward):
     check(ward.config(f"data.train={ward.data}"), ward.run_path)
     empty = ward.root / "empty"
     empty.mkdir()
-    assert "holds neither" in mistake(ward, f"data.train={empty}")
+    assert "holds neither" in error_of(ward, f"data.train={empty}")
 
 
 def test_shards_behind_urls_are_left_to_the_trainer(ward):
@@ -65,12 +65,14 @@ def test_shards_behind_urls_are_left_to_the_trainer(ward):
 def test_without_a_manifest_classes_are_left_to_the_trainer(ward):
     (ward.data / "manifest.json").unlink()
     check(ward.config("clusters.num_groups=100"), ward.run_path)
-    assert "more than the 50 classes" in mistake(ward, "clusters.num_groups=100", "data.classes=50")
+    assert "more than the 50 classes" in error_of(
+        ward, "clusters.num_groups=100", "data.classes=50"
+    )
 
 
 def test_a_broken_manifest_is_named(ward):
     (ward.data / "manifest.json").write_text("{")
-    assert "not a readable manifest" in mistake(ward)
+    assert "not a readable manifest" in error_of(ward)
 
 
 def test_groups_of_ones_own_are_checked_against_the_classes(ward):
@@ -82,7 +84,7 @@ def test_groups_of_ones_own_are_checked_against_the_classes(ward):
         ({"members": [["x"]]}, "not lists of class indices"),
     ]:
         path.write_text(json.dumps(content))
-        assert words in mistake(ward, f"clusters.groups_file={path}")
+        assert words in error_of(ward, f"clusters.groups_file={path}")
     path.write_text(json.dumps({"members": [[0, 1], [2, 7]]}))
     run, _ = check(ward.config(f"clusters.groups_file={path}"), ward.run_path)
     assert len(run.specialists) == 2
@@ -91,28 +93,28 @@ def test_groups_of_ones_own_are_checked_against_the_classes(ward):
 def test_a_run_whose_classes_are_added_to_has_all_that_is_taken_over(ward):
     settings = ward.old_run(groups=3)
     assert len(check(ward.config(*settings), ward.run_path)[0].specialists) == 4
-    assert "is this run itself" in mistake(ward, f"extend.run={ward.root}/old/../run")
+    assert "is this run itself" in error_of(ward, f"extend.run={ward.root}/old/../run")
     (ward.root / "old" / "specialists" / "002" / "DONE").unlink()
-    assert "specialists/002 not done; finish that run first" in mistake(ward, *settings)
+    assert "specialists/002 not done; finish that run first" in error_of(ward, *settings)
     (ward.root / "old" / "clusters" / "summary.json").write_text(json.dumps({"skipped": [2]}))
     check(ward.config(*settings), ward.run_path)
     (ward.root / "old" / "clusters" / "groups.json").unlink()
-    assert "no run of specialists" in mistake(ward, *settings)
+    assert "no run of specialists" in error_of(ward, *settings)
 
 
-def test_no_length_of_training_is_a_mistake(ward):
+def test_no_length_of_training_is_an_error(ward):
     del ward.values["train"]
-    assert "set train.steps or train.epochs" in mistake(ward)
+    assert "set train.steps or train.epochs" in error_of(ward)
 
 
 def test_a_directory_that_is_no_run_is_left_alone(ward):
     ward.run_path.mkdir()
     (ward.run_path / "thesis.tex").touch()
-    assert "holds thesis.tex and is not a run" in mistake(ward)
+    assert "holds thesis.tex and is not a run" in error_of(ward)
     check(ward.config(), ward.run_path, beside=("thesis.tex",))
 
 
-def test_a_run_below_a_file_is_a_mistake(ward):
+def test_a_run_below_a_file_is_an_error(ward):
     ward.toml.touch()
     with pytest.raises(UserError, match="not a directory"):
         check(ward.config(), ward.toml)
@@ -120,16 +122,16 @@ def test_a_run_below_a_file_is_a_mistake(ward):
         check(ward.config(), ward.toml / "run")
 
 
-def test_no_permission_to_write_is_a_mistake(ward, monkeypatch):
+def test_no_permission_to_write_is_an_error(ward, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    assert "no permission to write" in mistake(ward)
+    assert "no permission to write" in error_of(ward)
 
 
 def test_another_config_names_its_keys_and_the_stages_behind_them(ward):
     run = ward.run()
     ward.finish([run.generalist, run.measure, run.cluster])
     run.specialists[1].begin()
-    words = mistake(ward, "specialists.steps=30", "launch.pool=7")
+    words = error_of(ward, "specialists.steps=30", "launch.pool=7")
     assert "specialists.steps: 20 -> 30" in words
     assert "specialists/001" in words and "generalist" not in words and "launch" not in words
     assert "--force" in words
@@ -155,7 +157,7 @@ def test_a_change_that_makes_nothing_stale_is_accepted(ward):
 def test_other_data_under_the_same_name_makes_a_run_stale(ward):
     ward.finish([ward.run().generalist])
     ward.write_manifest([*CLASSES_REVERSED])
-    words = mistake(ward)
+    words = error_of(ward)
     assert "other data" in words and "generalist" in words
 
 
@@ -182,21 +184,16 @@ def test_paths_are_made_absolute(ward, monkeypatch):
     )
     assert config.data.train == f"{ward.data}/train-000000.tar::https://x/y.tar"
     assert config.clusters.groups_file == str(ward.root / "g.json")
-    assert (
-        config.generalist.init == "" and config.data.manifest is None and config.data.transfer == ""
-    )
+    assert config.generalist.init == config.data.transfer == ""
+    assert config.data.manifest is None
     config = absolute(ward.config("data.transfer=more", "data.manifest=m.json"))
-    assert config.data.transfer == str(ward.root / "more") and config.data.manifest == str(
-        ward.root / "m.json"
-    )
+    assert config.data.transfer == str(ward.root / "more")
+    assert config.data.manifest == str(ward.root / "m.json")
     assert absolute(ward.config("data.manifest=http://x/m.json")).data.manifest == "http://x/m.json"
 
 
 def test_changed_keys_are_dotted_with_old_and_new(ward):
-    old, new = (
-        ward.config(),
-        ward.config("students.b.steps=3", "seed=4", "slurm.specialists.cpus=2"),
-    )
-    found = changed_keys(old, new)
-    assert ("seed", 0, 4) in found and ("students.b.steps", None, 3) in found
-    assert not any(key.startswith("slurm") for key, *_ in found)
+    new = ward.config("students.b.steps=3", "seed=4", "slurm.specialists.cpus=2")
+    changed = changed_keys(ward.config(), new)
+    assert ("seed", 0, 4) in changed and ("students.b.steps", None, 3) in changed
+    assert not any(key.startswith("slurm") for key, *_ in changed)

@@ -10,17 +10,16 @@ from pipeline.config import UserError, load_config
 
 
 def submitted(run, *, done=(), size=1001):
-    """Per batch its name, the batch, and the command with ids 1, 2, 3, ..."""
+    """Per batch by its name the command; Slurm's ids are 1, 2, 3, ..."""
     jobs = plan(run, ranks(run.config))
-    ids, whole, found = {}, set(), {}
-    for number, batch in enumerate(
-        batches(run, [job for job in jobs if job.name not in done], size), 1
-    ):
-        command = batch.command(run.root, dependency(run, batch, ids, whole, done.__contains__))
+    left = [job for job in jobs if job.name not in done]
+    ids, whole, commands = {}, set(), {}
+    for number, batch in enumerate(batches(run, left, size), 1):
+        waits = dependency(run, batch, ids, whole, done.__contains__)
+        commands[batch.name] = batch.command(run.root, waits)
         whole.add(str(number))
         ids |= batch.ids(str(number))
-        found[batch.name] = command
-    return found
+    return commands
 
 
 def option(command, name):
@@ -48,16 +47,11 @@ def test_each_job_waits_for_the_jobs_of_its_inputs(ward):
         "report",
     ]
     waits = {name: option(command, "dependency") for name, command in found.items()}
-    assert (
-        waits["generalist"] is None
-        and waits["clusters"] == "afterok:1"
-        and waits["specialists"] == "afterok:2"
-    )
+    assert waits["generalist"] is None
+    assert waits["clusters"] == "afterok:1" and waits["specialists"] == "afterok:2"
     assert waits["ensemble"] == "afterok:3"  # the whole array
-    assert (
-        waits["controls/control_compute"] == "afterok:5:6:7"
-        and waits["controls/student_hard"] == "afterok:1"
-    )
+    assert waits["controls/control_compute"] == "afterok:5:6:7"
+    assert waits["controls/student_hard"] == "afterok:1"
     assert waits["report"] == "afterok:4:5:6:7:8:9:10"
 
 
@@ -70,31 +64,22 @@ def test_specialists_are_one_array_with_a_throttle(ward):
 
 def test_packs_are_the_elements_of_the_array(ward):
     command = submitted(ward.run("specialists.per_job=3"))["specialists-pack"]
-    assert option(command, "array") == "0-1" and arguments(command)[-3:] == [
-        "specialist",
-        "0,1,2",
-        "3",
-    ]
+    assert option(command, "array") == "0-1"
+    assert arguments(command)[-3:] == ["specialist", "0,1,2", "3"]
 
 
 def test_specialists_that_are_taken_over_are_no_elements_of_the_array(ward):
     found = submitted(ward.run("specialists.per_job=2", *ward.old_run(groups=3)))
     assert arguments(found["clusters"])[-5:] == ["specialist", "--index", "0", "1", "2"]
-    assert option(found["specialists-pack"], "array") == "0" and arguments(
-        found["specialists-pack"]
-    )[-2:] == [
-        "specialist",
-        "3",
-    ]
+    pack = found["specialists-pack"]
+    assert option(pack, "array") == "0" and arguments(pack)[-2:] == ["specialist", "3"]
     assert option(found["ensemble"], "dependency") == "afterok:2:3"
 
 
 def test_arrays_are_no_larger_than_the_site_allows_and_share_the_throttle(ward):
     found = submitted(ward.run("slurm.throttle=2"), size=3)
-    assert (
-        option(found["specialists"], "array") == "0-2%1"
-        and option(found["specialists-3+"], "array") == "0%1"
-    )
+    assert option(found["specialists"], "array") == "0-2%1"
+    assert option(found["specialists-3+"], "array") == "0%1"
     assert arguments(found["specialists-3+"])[-2:] == ["specialist", "3"]
     assert option(found["ensemble"], "dependency") == "afterok:3:4"
 
@@ -103,24 +88,22 @@ def test_only_what_is_left_of_an_array_is_submitted_each_at_its_place(ward):
     found = submitted(
         ward.run(), done={"generalist", "clusters", "specialists/000", "specialists/002"}
     )
-    assert (
-        option(found["specialists"], "array") == "1,3"
-        and option(found["specialists"], "dependency") is None
-    )
+    assert option(found["specialists"], "array") == "1,3"
+    assert option(found["specialists"], "dependency") is None
     assert arguments(found["specialists"])[-5:] == ["specialist", "0", "1", "2", "3"]
 
 
 def test_elements_that_are_queued_are_waited_for_one_by_one(ward):
-    """The array that they are of has an element that failed: of the whole, afterok would never hold."""
+    """Their array has an element that failed: of the whole, afterok would never hold."""
     run = ward.run()
-    combine = next(batch for batch in batches(run, plan(run)) if batch.name == "ensemble")
+    ensemble = next(batch for batch in batches(run, plan(run)) if batch.name == "ensemble")
     ids = {
         "specialists/000": "7_0",
         "specialists/001": "9_1",
         "specialists/002": "7_2",
         "specialists/003": "9_3",
     }
-    assert dependency(run, combine, ids, {"9"}, set().__contains__) == "afterok:7_0:9:7_2"
+    assert dependency(run, ensemble, ids, {"9"}, set().__contains__) == "afterok:7_0:9:7_2"
 
 
 def test_specialists_that_may_be_missing_are_only_waited_for(ward):
@@ -184,9 +167,8 @@ def test_whatever_a_run_is_called_it_is_one_word_and_nothing_else(ward):
     ward.run_path = ward.root / "--wrap=x %j $(touch pwned)\n'\""
     command = submitted(ward.run())["generalist"]
     assert option(command, "job-name") == "wrap_x__j___touch_pwned____-generalist"
-    assert (
-        option(command, "output") == str(ward.run_path).replace("%", "%%") + "/logs/generalist.txt"
-    )
+    directory = str(ward.run_path).replace("%", "%%")
+    assert option(command, "output") == f"{directory}/logs/generalist.txt"
     assert arguments(command)[-2:] == [str(ward.run_path), "generalist"]
 
 
@@ -197,9 +179,8 @@ def test_the_dry_runs_script_is_the_same_commands_for_a_shell(ward):
     lines = shell_script(run, jobs, jobs, {}, 1001).splitlines()
     assert len(lines) == 11 and lines[0].startswith("generalist=$(sbatch ")
     words = shlex.split(lines[1].removeprefix("clusters=$(").removesuffix(")"))
-    assert (
-        words == submitted(run)["clusters"][:4] + ["--dependency=afterok:${generalist}"] + words[5:]
-    )
+    expected = submitted(run)["clusters"]
+    assert words == [*expected[:4], "--dependency=afterok:${generalist}", *words[5:]]
     assert "'--output=" in lines[1] and "--dependency=afterok:${specialists}" in lines[3]
 
 
@@ -228,9 +209,9 @@ def test_ranges_read_like_slurms():
     ],
 )
 def test_a_wrong_resource_is_one_clear_line(setting, words):
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         load_config(None, [setting])
-    assert words in str(mistake.value) and "\n" not in str(mistake.value)
+    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +223,6 @@ def test_time_limits_are_read_as_slurm_reads_them(time, seconds):
 
 
 def test_times_and_memory_may_come_without_quotes():
-    found = load_config(
-        None, ["slurm.default.time=04:00:00", "slurm.default.memory=4000"]
-    ).slurm.default
-    assert (found.time, found.memory) == ("04:00:00", "4000")
+    config = load_config(None, ["slurm.default.time=04:00:00", "slurm.default.memory=4000"])
+    resources = config.slurm.default
+    assert (resources.time, resources.memory) == ("04:00:00", "4000")

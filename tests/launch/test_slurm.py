@@ -1,4 +1,7 @@
-"""What the launcher makes of Slurm's answers, with clients that are shell scripts.  A real Slurm: tests/slurm."""
+"""What the launcher makes of Slurm's output, with clients that are shell scripts.
+
+A real Slurm: tests/slurm.
+"""
 
 import json
 import os
@@ -39,7 +42,8 @@ def clients(tmp_path, monkeypatch):
 
     # Numbers its jobs from 1 on.
     make(
-        sbatch='[ "$1" = --version ] && exit; n=$(grep -c "^sbatch --parsable" "$CALLS"); echo "$n;loopback"',
+        sbatch="""[ "$1" = --version ] && exit
+n=$(grep -c "^sbatch --parsable" "$CALLS"); echo "$n;loopback\"""",
         scontrol='echo "MaxArraySize            = 1001"',
         squeue="",
         scancel="",
@@ -110,10 +114,8 @@ def test_a_log_that_a_node_cannot_open_is_told_as_what_it_is(ward, clients):
     record = look(
         ward.run(), of("1"), [line("1", "FAILED", "JobLaunchFailure", node="n5")], clients
     )["generalist"]
-    assert (
-        f"n5 cannot write {ward.run_path}/logs/generalist.txt; the run must lie where"
-        in record.reason
-    )
+    log = f"{ward.run_path}/logs/generalist.txt"
+    assert f"n5 cannot write {log}; the run must lie where" in record.reason
 
 
 def test_what_stands_behind_a_lost_job_is_blocked_not_cancelled(ward, clients):
@@ -123,10 +125,8 @@ def test_what_stands_behind_a_lost_job_is_blocked_not_cancelled(ward, clients):
         line("3_0", "PENDING"),
     ]
     records = look(ward.run(), of("1", "2", "3_0"), lines, clients)
-    assert (
-        records["clusters"].state == "blocked"
-        and records["clusters"].reason == "waits for generalist"
-    )
+    clusters = records["clusters"]
+    assert clusters.state == "blocked" and clusters.reason == "waits for generalist"
     assert records["specialists/000"].state == "waiting"
 
 
@@ -157,8 +157,8 @@ def test_only_what_failed_and_what_stands_behind_it_is_submitted_again(ward, cli
     submitted = slurm.submit(run, jobs, journal)
     assert [number for _, number in submitted] == ["1", "2", "3", "4"]
     assert clients.calls("scancel") == ["scancel 4 6"]  # they would wait for what will never be
-    array, combine, *_ = clients.calls("sbatch")
-    assert "--array=1 " in array and "--dependency=afterok:1:3_2:3_3" in combine
+    array, ensemble, *_ = clients.calls("sbatch")
+    assert "--array=1 " in array and "--dependency=afterok:1:3_2:3_3" in ensemble
     noted = read_journal(run.root).jobs
     assert noted["specialists/001"].id == "1_1" and noted["specialists/002"].id == "3_2"
 
@@ -182,10 +182,11 @@ def test_a_refused_batch_takes_back_those_before_it(ward, clients):
 echo "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy" >&2; exit 1"""
     )
     run = ward.run()
-    with pytest.raises(UserError) as mistake:
+    with pytest.raises(UserError) as error:
         slurm.submit(run, plan(run), Journal())
-    assert str(mistake.value).splitlines() == [
-        "specialists was not submitted: sbatch: Batch job submission failed: Job violates accounting/QOS policy",
+    assert str(error.value).splitlines() == [
+        "specialists was not submitted: sbatch: Batch job submission failed: "
+        "Job violates accounting/QOS policy",
         "what was submitted before it is cancelled: 1 (generalist), 2 (clusters)",
     ]
     assert clients.calls("scancel") == ["scancel 1 2"]
@@ -232,10 +233,9 @@ def test_the_runs_site_file_goes_before_the_users_and_gives_sbatch_its_variables
     home.parent.mkdir(parents=True)
     home.write_text("echo hello\nexport SBATCH_PARTITION='a b' OTHER=1\n")
     run = ward.run()
-    found = slurm.environment(run.root)
-    assert (
-        found["SBATCH_PARTITION"] == "a b" and "OTHER" not in found and "SLURM_JOB_ID" not in found
-    )
+    variables = slurm.environment(run.root)
+    assert variables["SBATCH_PARTITION"] == "a b"
+    assert "OTHER" not in variables and "SLURM_JOB_ID" not in variables
     (run.root / "site.sh").write_text("export SBATCH_PARTITION=mine\n")
     assert slurm.environment(run.root)["SBATCH_PARTITION"] == "mine"
     (run.root / "site.sh").write_text("modul load cuda\n")
@@ -273,9 +273,8 @@ def test_run_submits_status_tells_cancel_cancels(ward, clients, referral):
     second = found["stages"][1]
     assert found["runner"] == "slurm" and second["id"] == "2" and second["detail"] == "Dependency"
     code, out, _ = referral("cancel", "run")
-    assert (
-        code == 0 and "cancelled" in out and clients.calls("scancel")[0].startswith("scancel 1 2 ")
-    )
+    assert code == 0 and "cancelled" in out
+    assert clients.calls("scancel")[0].startswith("scancel 1 2 ")
     assert "no job is queued" in referral("cancel", "run")[1]
 
 
@@ -287,11 +286,8 @@ def test_status_without_slurms_answer_says_so_and_what_the_run_directory_says(
     Journal(of("1", "2"), runner="slurm").save(run.root)
     clients(squeue='echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; exit 1')
     code, out, _ = referral("status", "run")
-    assert (
-        code == 0
-        and "1 done" in out
-        and "Slurm does not answer: squeue: slurm_load_jobs error: Unable" in out
-    )
+    assert code == 0 and "1 done" in out
+    assert "Slurm does not answer: squeue: slurm_load_jobs error: Unable" in out
 
 
 def test_a_run_in_slurm_is_not_started_here_too(ward, clients, referral):
@@ -305,18 +301,11 @@ def test_a_run_in_slurm_is_not_started_here_too(ward, clients, referral):
 def test_without_sbatch_nothing_is_written(ward, referral, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, err = referral("run", ward.write_config(), "--run", "run", "--on", "slurm")
-    assert (
-        code == 2
-        and err.startswith("error: sbatch is not on the PATH")
-        and not ward.run_path.exists()
-    )
+    assert code == 2 and err.startswith("error: sbatch is not on the PATH")
+    assert not ward.run_path.exists()
     code, out, _ = referral("run", ward.toml, "--run", "run", "--on", "slurm", "--dry-run")
-    assert (
-        code == 0
-        and "report=$(sbatch " in out
-        and "#SBATCH --requeue" in out
-        and not ward.run_path.exists()
-    )
+    assert code == 0 and "report=$(sbatch " in out and "#SBATCH --requeue" in out
+    assert not ward.run_path.exists()
 
 
 @pytest.mark.parametrize("count", [200])

@@ -1,4 +1,4 @@
-"""Status believes the stages' markers and live processes, and the launcher's notes only beside them."""
+"""Status believes the stages' markers and live processes, and the launcher's notes beside them."""
 
 import json
 import os
@@ -19,9 +19,9 @@ def look(run, journal=None):
     }
 
 
-def running(**facts):
+def running(**known):
     return JobRecord(
-        "running", pid=os.getpid(), born=birth(os.getpid()), started=time.time() - 5, **facts
+        "running", pid=os.getpid(), born=birth(os.getpid()), started=time.time() - 5, **known
     )
 
 

@@ -1,4 +1,4 @@
-"""Classes that come later: which weights stay, where new rows begin, what old specialists say."""
+"""Classes that come later: which weights stay, where new rows start, what specialists predict."""
 
 import pytest
 import torch
@@ -39,15 +39,15 @@ def inputs(n=9):
     return torch.randint(0, 256, (n, 1, 8, 8), dtype=torch.uint8, generator=draw)
 
 
-def taught(network, steps=8, optimizer=torch.optim.AdamW):
+def trained(network, steps=8):
     """A few steps on labels of every class, with weight decay and in train mode."""
-    learning_parts = [p for p in network.parameters() if p.requires_grad]
-    learning = optimizer(learning_parts, 0.1, weight_decay=0.1)
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 0.1, weight_decay=0.1)
     network.train()
     for _ in range(steps):
-        learning.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(network(inputs(14)), torch.arange(14) % network.spec.num_outputs).backward()
-        learning.step()
+        optimizer.step()
     return network.eval()
 
 
@@ -70,12 +70,13 @@ def test_names_that_cannot_be_matched_are_refused(old, now, message):
 
 def test_learning_new_rows_leaves_everything_else_bit_for_bit():
     before = small()
-    after = merge_grown_head(taught(add_classes(before, NOW)))
+    after = merge_grown_head(trained(add_classes(before, NOW)))
     one, other = before.state_dict(), after.state_dict()
     assert one.keys() == other.keys()
-    for name in one:
-        kept = other[name][INDICES] if name.startswith("head.") else other[name]
-        assert torch.equal(one[name], kept), name
+    for name, value in other.items():
+        if name.startswith("head."):
+            value = value[INDICES]
+        assert torch.equal(one[name], value), name
     # A wider product may round otherwise.
     torch.testing.assert_close(after(inputs())[:, INDICES], before(inputs()))
     new = after.head.weight[[0, 5]]
@@ -83,25 +84,25 @@ def test_learning_new_rows_leaves_everything_else_bit_for_bit():
     assert not torch.allclose(new.mean(0), before.head.weight.mean(0))
 
 
-def test_what_is_being_learnt_answers_as_what_is_kept_of_it():
-    growing = taught(add_classes(small(), NOW), 2)
+def test_merging_a_grown_head_changes_no_logit():
+    growing = trained(add_classes(small(), NOW), 2)
     logits, weight = growing(inputs()), growing.head.weight.detach().clone()
-    kept = merge_grown_head(growing)
-    assert torch.equal(kept.head.weight, weight)
-    torch.testing.assert_close(kept(inputs()), logits)
-    assert all(parameter.requires_grad for parameter in kept.parameters())
+    merged = merge_grown_head(growing)
+    assert torch.equal(merged.head.weight, weight)
+    torch.testing.assert_close(merged(inputs()), logits)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
 def test_a_grown_network_is_saved_as_any_other(tmp_path):
-    kept = merge_grown_head(add_classes(small(), NOW))
-    save_classifier(kept, tmp_path)
+    merged = merge_grown_head(add_classes(small(), NOW))
+    save_classifier(merged, tmp_path)
     again = load_classifier(tmp_path)
-    assert again.spec.class_names == tuple(NOW) and torch.equal(again(inputs()), kept(inputs()))
+    assert again.spec.class_names == tuple(NOW) and torch.equal(again(inputs()), merged(inputs()))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(2, 6), st.integers(1, 5), st.integers(0, 99), st.floats(0.1, 30))
-def test_at_the_start_new_classes_together_hold_at_most_one_share_of_c_plus_1(
+def test_at_the_start_new_classes_together_have_at_most_a_mass_of_1_in_c_plus_1(
     old, new, seed, scale
 ):
     names = [str(c) for c in range(old + new)]
@@ -114,7 +115,7 @@ def test_at_the_start_new_classes_together_hold_at_most_one_share_of_c_plus_1(
     torch.testing.assert_close(after[:, new:] / after[:, new:].sum(1, keepdim=True), before)
 
 
-def test_the_bound_is_met_where_the_old_network_knows_nothing():
+def test_the_bound_is_reached_where_the_old_network_is_uninformative():
     network = small()
     for parameter in network.head.parameters():
         torch.nn.init.zeros_(parameter)
@@ -151,13 +152,13 @@ SPECIALISTS = {
 
 
 @pytest.mark.parametrize("rows", SPECIALISTS)
-def test_an_old_specialist_says_of_its_classes_what_it_said(rows, tmp_path):
+def test_an_old_specialist_predicts_its_classes_as_before(rows, tmp_path):
     """a and d are 2 and 6 now.  The order of b and e changes too: 1 and 4 are 4 and 1."""
-    old, now = small(), merge_grown_head(taught(add_classes(small(), NOW)))
+    old, now = small(), merge_grown_head(trained(add_classes(small(), NOW)))
     for classes, columns, renumbered in (([0, 3], [0, 1], [2, 6]), ([1, 4], [1, 0], [1, 4])):
         if rows == "kept" and classes != [0, 3]:
             continue
-        special = taught(SPECIALISTS[rows](old, classes).train()).eval()
+        special = trained(SPECIALISTS[rows](old, classes).train()).eval()
         save_classifier(remap_specialist(special, now), tmp_path)
         remapped = load_classifier(tmp_path)
         assert remapped.spec.head["members"] == renumbered
@@ -173,11 +174,11 @@ def test_an_old_specialist_says_of_its_classes_what_it_said(rows, tmp_path):
 
 
 def test_an_untrained_old_specialist_is_the_grown_generalist_with_the_rest_summed():
-    old, now = small(), merge_grown_head(taught(add_classes(small(), NOW)))
+    old, now = small(), merge_grown_head(trained(add_classes(small(), NOW)))
     p = remap_specialist(specialise(old, [1, 4]), now)(inputs()).softmax(1)
     torch.testing.assert_close(p, specialise(now, [1, 4])(inputs()).softmax(1))
 
 
-def test_only_a_specialist_is_put_among_more_classes():
+def test_only_a_specialist_can_be_remapped():
     with pytest.raises(ValueError, match="no specialist"):
         remap_specialist(small(), small())

@@ -45,9 +45,8 @@ def plain(tmp_path, monkeypatch):
 
 
 def build(name, generic, explicit=None):
-    return build_classifier(
-        ModelSpec(name, 3, GRAY, declared_options(name, generic, explicit or {}))
-    )
+    options = declared_options(name, generic, explicit or {})
+    return build_classifier(ModelSpec(name, 3, GRAY, options))
 
 
 def test_the_choices_import_nothing_heavy():

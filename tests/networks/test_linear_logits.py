@@ -32,20 +32,23 @@ def top_and_tail(k=4):
     return top.indices, top.values, 1 - top.values.sum(1)
 
 
+def smoothed_and_dense() -> Targets:
+    smoothed = Targets.of_labels(labels(), CLASSES, 0.2, 0.3)
+    return smoothed._replace(dense=0.7 * distributions())
+
+
 TARGETS = {
     "labels": lambda: Targets.of_labels(labels(), CLASSES),
     "smoothed labels": lambda: Targets.of_labels(labels(), CLASSES, 0.1),
     "some unlabelled": lambda: Targets.of_labels(torch.tensor([3, -1, 0, 22, -1]), CLASSES, 0.1),
     "top 4 and tail": lambda: Targets.of_top(*top_and_tail()[:2], CLASSES, top_and_tail()[2]),
     "dense": lambda: Targets(dense=distributions()),
-    "all of it": lambda: Targets.of_labels(labels(), CLASSES, 0.2, 0.3)._replace(
-        dense=0.7 * distributions()
-    ),
+    "all of it": smoothed_and_dense,
 }
 
 
-def spelled_out(targets: Targets):
-    """The target as [N, C]."""
+def dense_targets(targets: Targets):
+    """The targets as one tensor [N, C]."""
     t = torch.zeros(ROWS, CLASSES, dtype=torch.float64)
     if targets.indices is not None:
         t.scatter_add_(1, targets.indices, targets.values.double())
@@ -63,7 +66,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(name, block):
     weights = torch.rand(ROWS, generator=torch.Generator().manual_seed(3)).double()
     targets = TARGETS[name]()
     loss = LinearLogits(*ours, CLASSES, block).cross_entropy(targets)
-    dense = -(spelled_out(targets) * F.linear(*theirs).log_softmax(1)).sum(1)
+    dense = -(dense_targets(targets) * F.linear(*theirs).log_softmax(1)).sum(1)
     torch.testing.assert_close(loss, dense, atol=2e-6, rtol=0)  # targets are float32
     (loss * weights).sum().backward()
     (dense * weights).sum().backward()
@@ -87,9 +90,11 @@ def test_float32_equals_torchs_cross_entropy_to_1e_5(smoothing):
 @pytest.mark.parametrize("name", TARGETS)
 def test_gradients_agree_with_finite_differences(name):
     targets = TARGETS[name]()
-    assert torch.autograd.gradcheck(
-        lambda *given: LinearLogits(*given, CLASSES, 6).logsumexp_and_dot(targets), parts()
-    )
+
+    def of_parts(*parts):
+        return LinearLogits(*parts, CLASSES, 6).logsumexp_and_dot(targets)
+
+    assert torch.autograd.gradcheck(of_parts, parts())
 
 
 def test_a_prior_and_a_temperature_act_on_the_logits():
@@ -169,19 +174,19 @@ def test_summary_of_few_classes_names_them_all():
 def test_logits_of_some_classes_are_the_columns_of_all():
     features, weight, bias = parts()
     some = torch.tensor([22, 0, 7])
-    given = LinearLogits(features, weight, bias, CLASSES)
-    torch.testing.assert_close(given.of_classes(some), F.linear(features, weight, bias)[:, some])
+    logits = LinearLogits(features, weight, bias, CLASSES)
+    torch.testing.assert_close(logits.of_classes(some), F.linear(features, weight, bias)[:, some])
 
 
-def drawn(seed):
+def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
 def test_with_all_other_classes_sampling_changes_nothing():
-    given = LinearLogits(*parts(), CLASSES)
-    some, among = given.sampled(labels(), CLASSES, drawn(0))
+    logits = LinearLogits(*parts(), CLASSES)
+    some, among = logits.sampled(labels(), CLASSES, seeded(0))
     assert some.num_classes == CLASSES and torch.equal(among, labels())
-    torch.testing.assert_close(some.logsumexp_and_dot()[0], given.logsumexp_and_dot()[0])
+    torch.testing.assert_close(some.logsumexp_and_dot()[0], logits.logsumexp_and_dot()[0])
 
 
 def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
@@ -189,7 +194,7 @@ def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
     logits, draws = LinearLogits(*parts(), CLASSES), 4000
     true, shortfalls = logits.logsumexp_and_dot()[0].detach(), []
     for negatives in (4, 10):
-        sampled = (logits.sampled(labels(), negatives, drawn(n))[0] for n in range(draws))
+        sampled = (logits.sampled(labels(), negatives, seeded(n))[0] for n in range(draws))
         log_sums = torch.stack([some.logsumexp_and_dot()[0].detach() for some in sampled])
         sums = (log_sums - true).exp()
         error = sums.std(0) / draws**0.5
@@ -200,7 +205,7 @@ def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
 
 def test_sampled_labels_name_the_same_classes():
     features, weight, bias = parts()
-    some, among = LinearLogits(features, weight, bias, CLASSES).sampled(labels(), 3, drawn(0))
+    some, among = LinearLogits(features, weight, bias, CLASSES).sampled(labels(), 3, seeded(0))
     assert some.num_classes == len(labels().unique()) + 3
     assert torch.equal(some.weight[among], weight[labels()])
     assert torch.equal(some.bias[among], bias[labels()])  # only the drawn ones are raised

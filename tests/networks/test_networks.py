@@ -1,3 +1,6 @@
+"""Networks: builders and their options, files, specialists, frozen parts and widening."""
+
+import copy
 import json
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from networks import (
     specialise,
     widen,
 )
+from networks.builders import resnet, wideresnet
 
 GRAY = InputSpec(shape=(1, 28, 28), mean=[0.5], std=[0.25])
 SMALL = {
@@ -114,8 +118,6 @@ def test_convnet_options_shape_its_features(options, features):
 
 def test_wrn_28_10_has_its_published_size():
     with torch.device("meta"):
-        from networks.builders import resnet, wideresnet
-
         assert round(parameter_count(wideresnet((3, 32, 32), width=10, depth=28)) / 1e6, 1) == 36.5
         assert round(parameter_count(resnet((3, 32, 32), width=16, depth=20)) / 1e6, 2) == 0.27
 
@@ -124,40 +126,34 @@ def test_input_dropout_drops_entries_of_the_input_and_changes_no_name():
     options = {"width": 6, "depth": 2, "input_dropout": 0.2}
     classifier = build_classifier(ModelSpec("mlp", 3, GRAY, options))
     assert classifier.state_dict().keys() == small("mlp", 3).state_dict().keys()
-    seen = []
-    classifier.trunk.hidden1.linear.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0])
-    )
+    linear, seen = classifier.trunk.hidden1.linear, []
+    linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     torch.manual_seed(0)
     for training in (True, False):
         classifier.train(training)(torch.zeros(50, 1, 28, 28))  # -2 after preprocessing
     assert (seen[0] == 0).float().mean().item() == pytest.approx(0.2, abs=0.01)
-    kept = seen[0][seen[0] != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, -2.5))
+    not_dropped = seen[0][seen[0] != 0]
+    torch.testing.assert_close(not_dropped, torch.full_like(not_dropped, -2.5))
     assert torch.equal(seen[1], torch.full((50, 784), -2.0))
     wider = widen(classifier, ModelSpec("mlp", 3, GRAY, {"width": 9, "depth": 2}))
     torch.testing.assert_close(wider.eval()(images()), classifier(images()))
 
 
+NO_FRACTION = "input_dropout = -0.1: must be a number from 0 to below 1"
+NOTHING_LEFT = "nothing is left of a 28 x 28 image after stage 4"
+
+
 @pytest.mark.parametrize(
     "builder, options, message",
     [
-        (
-            "mlp",
-            {"input_dropout": -0.1},
-            "input_dropout = -0.1: must be a number from 0 to below 1",
-        ),
+        ("mlp", {"input_dropout": -0.1}, NO_FRACTION),
         ("convnett", {}, "did you mean convnet"),
         ("convnet", {"widht": 3}, "did you mean width"),
         ("convnet", {"width": 0}, "width = 0: must be a whole number, at least 1"),
         ("convnet", {"width": "4"}, "width = '4'"),
         ("convnet", {"dropout": 1.0}, "dropout = 1.0"),
         ("convnet", {"stride": [2, 2]}, "one for each of the 3 stages"),
-        (
-            "convnet",
-            {"depth": 4, "padding": "valid"},
-            "nothing is left of a 28 x 28 image after stage 4",
-        ),
+        ("convnet", {"depth": 4, "padding": "valid"}, NOTHING_LEFT),
         ("resnet", {"depth": 18}, "depth 18 is not 6 n \\+ 2; try 20"),
         ("wideresnet", {"depth": 3}, "try 10"),
         ("timm:hf-hub:someone/model", {}, "plain timm model name"),
@@ -170,7 +166,7 @@ def test_a_wrong_builder_or_option_is_named(builder, options, message):
         build_classifier(ModelSpec(builder, 5, GRAY, options))
 
 
-def test_a_builder_of_ones_own_is_passed_and_not_loaded(tmp_path):
+def test_a_users_builder_is_passed_and_not_loaded(tmp_path):
     def mine(shape, units):
         return nn.Sequential(nn.Flatten(), nn.Linear(shape[0] * shape[1] * shape[2], units))
 
@@ -224,9 +220,8 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
     refused("has unexpected trunk.stage3", options={"width": 4, "depth": 2, "embedding": 16})
     refused("input.std", input=good["input"] | {"std": [0]})
     refused("head.members", head={"kind": "dustbin", "members": "all"})
-    refused(
-        "member 10 is not a class; classes are 0 to 9", head={"kind": "dustbin", "members": [1, 10]}
-    )
+    head = {"kind": "dustbin", "members": [1, 10]}
+    refused("member 10 is not a class; classes are 0 to 9", head=head)
     refused("unknown key input.shap; did you mean shape", input={"shap": [3]})
     without_builder = {key: value for key, value in good.items() if key != "builder"}
     (tmp_path / "model.json").write_text(json.dumps(without_builder))
@@ -274,7 +269,7 @@ def summed(generalist, members):
 
 
 def test_a_row_for_one_class_is_that_classs_row(tmp_path):
-    """Then nothing is lost, whatever the examples, and the saved specialist says the same."""
+    """Then nothing is lost, whatever the examples, and the saved specialist predicts the same."""
     generalist, kept = trained_a_little(small(classes=10)).eval(), [0, 1, 2, 3, 5, 7, 8]
     with torch.no_grad():
         rest = fit_residual_row(generalist.head, torch.randn(200, 16), [4, 6], kept)
@@ -289,7 +284,7 @@ def test_a_row_for_one_class_is_that_classs_row(tmp_path):
     assert torch.equal(load_classifier(tmp_path)(images()), specialist(images()))
 
 
-def test_a_fitted_row_says_how_far_the_specialist_is_from_the_generalist():
+def test_the_error_of_a_fitted_row_is_the_specialists_divergence_from_the_generalist():
     """Its error on the half that it was not fitted to is the specialist's on fresh examples."""
     torch.manual_seed(0)
     head = torch.nn.Linear(6, 40)
@@ -366,11 +361,8 @@ def test_a_specialist_is_not_specialised_again():
 
 
 def trainable_names(classifier):
-    return {
-        name.removeprefix("trunk.").split(".")[0]
-        for name, p in classifier.named_parameters()
-        if p.requires_grad
-    }
+    names = [name for name, p in classifier.named_parameters() if p.requires_grad]
+    return {name.removeprefix("trunk.").split(".")[0] for name in names}
 
 
 def test_trainable_parts_count_from_the_end():
@@ -395,17 +387,15 @@ def test_every_block_has_parameters(builder):
 def test_frozen_blocks_do_not_change_not_even_their_batch_statistics(builder):
     classifier = set_trainable(trained_a_little(small(builder)), "last-2-blocks")
     frozen = list(classifier.trunk.children())[:-2]
-    before = [tensor.clone() for block in frozen for tensor in block.state_dict().values()]
-    rest = [tensor.clone() for tensor in classifier.state_dict().values()]
+    before = [copy.deepcopy(block.state_dict()) for block in frozen]
+    whole = copy.deepcopy(classifier.state_dict())
     trained_a_little(classifier)
-    after = [tensor for block in frozen for tensor in block.state_dict().values()]
-    assert all(map(torch.equal, before, after))
-    assert not all(map(torch.equal, rest, classifier.state_dict().values()))
+    for block, state in zip(frozen, before, strict=True):
+        assert all(map(torch.equal, block.state_dict().values(), state.values()))
+    assert not all(map(torch.equal, whole.values(), classifier.state_dict().values()))
 
 
 def test_freezing_survives_a_copy_and_a_wrapper():
-    import copy
-
     classifier = copy.deepcopy(set_trainable(small(), "head"))
     nn.ModuleList([classifier]).train()
     assert not classifier.trunk.stage1.norm.training and classifier.head.training

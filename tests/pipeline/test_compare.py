@@ -1,4 +1,7 @@
-"""`referral compare`: repetitions, variants, and figures that not every run has.  All runs are written by hand."""
+"""`referral compare`: repetitions, variants, and metrics that not every run has.
+
+All runs are written by hand.
+"""
 
 import json
 import shutil
@@ -40,7 +43,7 @@ def row(top1=0.5, nll=1.0, n=200, **more):
 
 @pytest.fixture
 def finished(tmp_path):
-    """finished("a", generalist=row(...), ..., overrides=["seed=1"]) -> the path of a finished run."""
+    """finished("a", generalist=row(...), overrides=["seed=1"]) -> the path of a finished run."""
 
     def make(name, overrides=(), generalist=None, ensemble=None, students=None, controls=None):
         config = load_config(None, ["controls.enabled=false", "clusters.num_groups=1", *overrides])
@@ -75,14 +78,10 @@ def test_mean_and_sample_deviation_over_seeds_by_hand(finished):
     found = compare(read_runs(runs), ["top1"])
     over = rows_of(found)["generalist", "A"]["figures"]["top1"]
     # Mean 0.6; squares .01 + 0 + .01 over n - 1 = 2: the root of .01.
-    assert (
-        over["n"] == 3
-        and over["mean"] == pytest.approx(0.6)
-        and over["deviation"] == pytest.approx(0.1)
-    )
-    assert (
-        list(over["values"].values()) == [0.5, 0.6, 0.7] and cell(over, "top1") == "60.00 ± 10.00"
-    )
+    assert over["n"] == 3
+    assert over["mean"] == pytest.approx(0.6) and over["deviation"] == pytest.approx(0.1)
+    assert list(over["values"].values()) == [0.5, 0.6, 0.7]
+    assert cell(over, "top1") == "60.00 ± 10.00"
     assert sentences(found) == ["3 runs, 3 seeds (0, 1, 2); mean ± sample deviation over runs"]
 
 
@@ -92,18 +91,14 @@ def test_one_run_has_no_deviation(finished):
     assert over["deviation"] is None and cell(over, "nll") == "0.8000"
 
 
-def test_rows_and_figures_that_some_runs_lack_say_how_many_have_them(finished):
+def test_rows_and_metrics_that_some_runs_lack_say_how_many_have_them(finished):
     runs = [
         finished("old", ["seed=1"], students={"main": row(0.55)}),
         finished("new", ["seed=2"], generalist=row(0.5, 1.0, cnll=0.9)),
     ]
     found = compare(read_runs(runs))
-    assert found["metrics"] == [
-        "top1",
-        "nll",
-        "cnll",
-        "ece",
-    ]  # what some run has, of those shown without being asked
+    # What some run has, of those shown without being asked.
+    assert found["metrics"] == ["top1", "nll", "cnll", "ece"]
     rows = rows_of(found)
     assert rows["student main", "A"]["runs"] == 1 and rows["generalist", "A"]["runs"] == 2
     cnll = rows["generalist", "A"]["figures"]["cnll"]
@@ -159,32 +154,19 @@ def test_a_setting_without_a_number_in_json_is_text(finished):
 def test_keys_that_are_inherited_from_train_are_not_named_twice(finished):
     students = ["students.main.method=distill"]
     runs = [finished(name, [f"train.steps={n}", *students]) for name, n in (("a", 5), ("b", 6))]
-    assert compare(read_runs(runs))["differ"] == [
-        "train.steps"
-    ]  # neither specialists.steps nor students.main.steps
+    # Neither specialists.steps nor students.main.steps.
+    assert compare(read_runs(runs))["differ"] == ["train.steps"]
     runs += [finished("c", ["train.steps=6", "specialists.steps=9", *students])]
     assert compare(read_runs(runs))["differ"] == ["train.steps", "specialists.steps"]
 
 
 def test_keys_of_no_stage_make_no_variant(finished):
-    runs = [
-        finished("a", ["seed=1"]),
-        finished(
-            "b",
-            [
-                "seed=2",
-                "engine.precision=bf16",
-                "launch.pool=3",
-                "train.log_every=7",
-                "data.workers=2",
-            ],
-        ),
-    ]
+    keys = "engine.precision=bf16 launch.pool=3 train.log_every=7 data.workers=2"
+    runs = [finished("a", ["seed=1"]), finished("b", ["seed=2", *keys.split()])]
     found = compare(read_runs(runs))
     assert found["differ"] == [] and len(found["variants"]) == 1
-    assert (
-        len(compare(read_runs(runs), by=["engine.precision"])["variants"]) == 2
-    )  # unless one asks for it
+    # Unless one asks for it.
+    assert len(compare(read_runs(runs), by=["engine.precision"])["variants"]) == 2
 
 
 def test_other_data_alone_makes_no_variant_and_is_said(finished, tmp_path):
@@ -225,16 +207,13 @@ def test_a_dee_beyond_the_largest_ensemble_has_no_mean(finished):
         finished("b", ["seed=2"], students={"main": row(dee=None, dee_beyond=True)}),
     ]
     over = rows_of(compare(read_runs(runs), ["dee"]))["student main", "A"]["figures"]["dee"]
-    assert (
-        over["mean"] is None
-        and over["beyond"] == 1
-        and list(over["values"].values()) == [2.5, None]
-    )
+    assert over["mean"] is None and over["beyond"] == 1
+    assert list(over["values"].values()) == [2.5, None]
     assert cell(over, "dee") == "beyond in 1 of 2"
     assert json.loads(json.dumps(over, allow_nan=False)) == over
 
 
-def test_figures_lie_where_results_have_them(finished):
+def test_metrics_lie_where_results_have_them(finished):
     one = row(
         0.55,
         members={"count": 4, "mu": 0.1, "pairwise_kl": 0.2, "disagreement": 0.3},
@@ -242,22 +221,7 @@ def test_figures_lie_where_results_have_them(finished):
         temperature=1.5,
         cece=0.01,
     )
-    found = compare(
-        read_runs([finished("a", students={"main": one})]),
-        [
-            "errors",
-            "mu",
-            "pairwise_kl",
-            "disagreement",
-            "ood_mu",
-            "temperature",
-            "cece",
-            "seconds",
-            "examples_seen",
-        ],
-    )
-    cells = {m: cell(over, m) for m, over in rows_of(found)["student main", "A"]["figures"].items()}
-    assert cells == {
+    expected = {
         "errors": "90.0",
         "mu": "0.1000",
         "pairwise_kl": "0.2000",
@@ -268,6 +232,9 @@ def test_figures_lie_where_results_have_them(finished):
         "seconds": "60.0",
         "examples_seen": "2.000",
     }
+    found = compare(read_runs([finished("a", students={"main": one})]), list(expected))
+    spreads = rows_of(found)["student main", "A"]["figures"]
+    assert {metric: cell(spread, metric) for metric, spread in spreads.items()} == expected
 
 
 @pytest.mark.parametrize(

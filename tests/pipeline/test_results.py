@@ -5,7 +5,16 @@ import pytest
 
 from pipeline.config import Config, UserError
 from pipeline.graph import RunDirectory
-from pipeline.results import collect, errors, share_of_gain, student_verdict, verdict, wins, worth
+from pipeline.results import (
+    collect,
+    errors,
+    named_rows,
+    share_of_gain,
+    student_verdict,
+    verdict,
+    wins,
+    worth,
+)
 
 ROW = {"n", "top1", "top5", "nll", "brier", "ece", "macro_top1", "cost"}
 
@@ -37,15 +46,9 @@ def test_results_have_the_keys_of_the_design(hand_worked):
     }
     assert found["damage"] == {}
     assert set(found["controls"]) == {"control_wall", "control_compute", "student_hard"}
-    assert (
-        set(found["students"]) == {"main", "wide"} and found["student"] == found["students"]["main"]
-    )
-    for one in (
-        found["generalist"],
-        found["ensemble"],
-        *found["controls"].values(),
-        *found["students"].values(),
-    ):
+    assert set(found["students"]) == {"main", "wide"}
+    assert found["student"] == found["students"]["main"]
+    for one in named_rows(found).values():
         assert set(one) == ROW
         assert set(one["cost"]) == {"seconds", "examples_seen", "peak_memory_bytes"}
     assert set(found["clusters"]) == {
@@ -58,7 +61,7 @@ def test_results_have_the_keys_of_the_design(hand_worked):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def test_figures_are_those_that_evaluate_wrote(hand_worked):
+def test_metrics_are_those_that_evaluate_wrote(hand_worked):
     found = collect(hand_worked)
     assert [errors(found[name]) for name in ("generalist", "ensemble")] == [5, 3]
     assert {name: errors(one) for name, one in found["controls"].items()} == {
@@ -75,11 +78,11 @@ def test_nothing_to_report_before_evaluation(tmp_path):
         collect(RunDirectory(tmp_path, Config()))
 
 
-def test_figures_that_are_no_numbers_are_absent_from_json(hand_worked):
+def test_metrics_that_are_no_numbers_are_absent_from_json(hand_worked):
     path = hand_worked.evaluate.path("ensemble.json")
-    said = json.loads(path.read_text())
-    said["clusters"]["chance"] = float("nan")
-    path.write_text(json.dumps(said))
+    content = json.loads(path.read_text())
+    content["clusters"]["chance"] = float("nan")
+    path.write_text(json.dumps(content))
     assert collect(hand_worked)["clusters"]["chance"] is None
 
 
@@ -88,8 +91,8 @@ def test_verdict_of_an_ensemble_that_wins():
         row(368, 1.23), row(351, 1.17), control_wall=row(373, 1.24), control_compute=row(362, 1.2)
     )
     assert verdict(found) == (
-        "The ensemble makes 4.6 % fewer top-1 errors than the generalist (351 against 368 of 1,000), "
-        "fewer than every control, with the lowest NLL of them all."
+        "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
+        "(351 against 368 of 1,000), fewer than every control, with the lowest NLL of them all."
     )
     assert wins(found)
 
@@ -100,7 +103,8 @@ def test_verdict_names_first_a_control_that_has_fewer_errors():
     )
     assert verdict(found) == (
         "control_compute beats the ensemble in top-1 (340 errors against 351). "
-        "The ensemble makes 4.6 % fewer top-1 errors than the generalist (351 against 368 of 1,000)."
+        "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
+        "(351 against 368 of 1,000)."
     )
     assert not wins(found)
 
@@ -109,11 +113,11 @@ def test_verdict_names_every_control_that_has_a_lower_nll():
     found = results(
         row(368, 1.23), row(351, 1.17), control_wall=row(373, 1.16), control_compute=row(340, 1.1)
     )
-    said = verdict(found)
-    assert said.startswith(
+    line = verdict(found)
+    assert line.startswith(
         "control_wall beats the ensemble in NLL (1.1600 against 1.1700); control_compute beats"
     )
-    assert "top-1 (340 errors against 351) and NLL (1.1000 against 1.1700)" in said
+    assert "top-1 (340 errors against 351) and NLL (1.1000 against 1.1700)" in line
 
 
 def test_verdict_of_an_ensemble_that_is_worse_than_the_generalist():
@@ -183,10 +187,8 @@ def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(de
     assert verdict(found).startswith(
         "The ensemble of 3 makes 40.0 % fewer top-1 errors than the generalist (3 against"
     )
-    assert [worth(row, found) for row in (found["student"], found["students"]["heads"])] == [
-        "1.50",
-        ">3",
-    ]
+    assert worth(found["student"], found) == "1.50"
+    assert worth(found["students"]["heads"], found) == ">3"
     assert worth(found["controls"]["student_hard"], found) == "–"
     assert "it is worth 1.50 networks of a deep ensemble." in student_verdict(found)
     assert "it is worth >3 networks" in student_verdict(found, "heads")

@@ -1,6 +1,8 @@
 """A Slurm of virtual nodes on loopback: starts by itself and ends exactly what it started.
 
-Needs slurmctld, slurmd, munged and root.  To try things out:  python tests/slurm/cluster.py  (until Ctrl-C).
+Needs slurmctld, slurmd, munged and root.  To try things out, until Ctrl-C:
+
+    python tests/slurm/cluster.py
 """
 
 from __future__ import annotations
@@ -19,6 +21,15 @@ from pathlib import Path
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "squeue", "scontrol", "scancel")
 HOST = socket.gethostname()
+ENDED = {
+    "COMPLETED",
+    "CANCELLED",
+    "FAILED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "PREEMPTED",
+    "OUT_OF_MEMORY",
+}
 CONF = """
 ClusterName=loopback
 SlurmctldHost={host}(127.0.0.1)
@@ -54,7 +65,8 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=2 RealMemory=4096
+NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
+CPUs=2 RealMemory=4096
 PartitionName=all Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=elsewhere Nodes=n5 MaxTime=INFINITE State=UP PriorityTier=1
@@ -69,11 +81,14 @@ def what_is_missing() -> str:
 
 
 class Cluster:
-    """Nodes n1 to n4, 2 CPUs each, in the partitions `all` and `urgent` (which preempts); n5, in `elsewhere`, is down
-    until it is started."""
+    """Nodes n1 to n4, 2 CPUs each, in the partitions `all` and `urgent` (which preempts).
+
+    n5, in `elsewhere`, is down until it is started.
+    """
 
     def __init__(self, root: Path, max_array_size: int = 1001):
-        self.root, self.daemons = root, {}
+        self.root = root
+        self.daemons: dict[str, subprocess.Popen] = {}
         for name in ("state", *(f"spool-n{k}" for k in range(1, 6))):
             (root / name).mkdir(parents=True)
         first = free_ports(6)
@@ -131,7 +146,7 @@ class Cluster:
             )
 
     def kill_node(self, name: str) -> None:
-        """The machine goes silent: its slurmd is killed, what runs on it goes on."""
+        """The machine goes silent: its slurmd is killed, what runs on it runs on."""
         daemon = self.daemons.pop(name)
         daemon.kill()
         daemon.wait()
@@ -147,15 +162,10 @@ class Cluster:
     def node_states(self) -> dict[str, str]:
         """The nodes that answer or did once, and what sinfo calls them; `idle*` does not answer."""
         try:
-            rows = [
-                line.split()
-                for line in self.client(
-                    "sinfo", "-h", "-N", "-p", "all", "-o", "%N %t"
-                ).splitlines()
-            ]
+            output = self.client("sinfo", "-h", "-N", "-p", "all", "-o", "%N %t")
         except AssertionError:  # slurmctld is not up yet
             return {}
-        return dict(rows)
+        return dict(line.split() for line in output.splitlines())
 
     def jobs(self) -> dict[str, str]:
         """State of each job, array elements one by one: {"12": "RUNNING", "13_0": "PENDING"}."""
@@ -183,29 +193,22 @@ class Cluster:
         for name in ("n1", "n2", "n3", "n4"):
             if name not in self.daemons:
                 self.start_node(name)
-        ended = {
-            "COMPLETED",
-            "CANCELLED",
-            "FAILED",
-            "TIMEOUT",
-            "NODE_FAIL",
-            "PREEMPTED",
-            "OUT_OF_MEMORY",
-        }
-        self.until(lambda: set(self.jobs().values()) <= ended, "all jobs to end")
+        self.until(lambda: set(self.jobs().values()) <= ENDED, "all jobs to end")
         self.until(self._all_idle, "idle nodes")
 
     def _all_idle(self) -> bool:
         states = self.node_states()
-        for name in [
-            name for name, state in states.items() if state == "down"
-        ]:  # it may return by itself meanwhile
-            command = ["scontrol", "update", f"nodename={name}", "state=resume"]
-            subprocess.run(command, env=self.environment, capture_output=True, timeout=30)
+        for name, state in states.items():
+            if state == "down":  # it may return by itself meanwhile
+                command = ["scontrol", "update", f"nodename={name}", "state=resume"]
+                subprocess.run(command, env=self.environment, capture_output=True, timeout=30)
         return set(states.values()) == {"idle"}
 
     def stop(self) -> None:
-        """End the daemons, and whatever jobs left behind: each of these has this SLURM_CONF in its environment."""
+        """End the daemons, and whatever jobs left behind.
+
+        Each of these has this SLURM_CONF in its environment.
+        """
         for daemon in self.daemons.values():
             daemon.kill()
         for daemon in self.daemons.values():
@@ -219,24 +222,27 @@ class Cluster:
             time.sleep(0.1)
 
     def processes(self) -> list[int]:
-        mark, found = f"SLURM_CONF={self.conf}".encode(), []
+        mark = f"SLURM_CONF={self.conf}".encode()
+        pids = []
         for entry in Path("/proc").iterdir():
             try:
                 if entry.name.isdigit() and mark in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
+                    pids.append(int(entry.name))
             except OSError:
                 continue
-        return found
+        return pids
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` ports in a row that nobody listens on: above those of jobs (stage.sbatch), below those that
-    the kernel gives away."""
+    """The first of `count` ports in a row that nobody listens on.
+
+    They are above those of jobs (stage.sbatch) and below those that the kernel gives away.
+    """
     for first in range(29000 + os.getpid() % 3000, 32700, count):
         sockets = [socket.socket() for _ in range(count)]
         try:
-            for number, each in enumerate(sockets):
-                each.bind(("127.0.0.1", first + number))
+            for port, each in enumerate(sockets, first):
+                each.bind(("127.0.0.1", port))
             return first
         except OSError:
             continue
@@ -247,12 +253,12 @@ def free_ports(count: int) -> int:
 
 
 def main() -> None:
-    """Run a Slurm until Ctrl-C, and say how to speak to it."""
+    """Run a Slurm until Ctrl-C, and print how to reach it."""
     if missing := what_is_missing():
         sys.exit(missing)
-    with tempfile.TemporaryDirectory(prefix="referral-slurm-", dir="/tmp") as place:
-        Path(place).chmod(0o755)  # munge refuses what others may write
-        cluster = Cluster(Path(place) / "slurm")
+    with tempfile.TemporaryDirectory(prefix="referral-slurm-", dir="/tmp") as directory:
+        Path(directory).chmod(0o755)  # munge refuses what others may write
+        cluster = Cluster(Path(directory) / "slurm")
         try:
             cluster.start()
             print(f"export SLURM_CONF={cluster.conf}", flush=True)

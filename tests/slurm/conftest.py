@@ -48,8 +48,8 @@ def cluster(loopback):
 
 @pytest.fixture
 def ward(cluster, tmp_path):
-    """A run of five specialists whose trainer is a fake one, without torch: for what needs no figures."""
-    found = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
+    """A run of five specialists with a fake trainer, without torch: for what needs no metrics."""
+    run = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
     fake = tmp_path / "python"  # which is called as: python -m trainer STAGE ...
     fake.write_text(
         f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n'
@@ -63,7 +63,7 @@ def ward(cluster, tmp_path):
     (data / "manifest.json").write_text(
         json.dumps({"schema": 1, "classes": [*"abcdefgh"], "splits": splits})
     )
-    found.config.write_text(f"""
+    run.config.write_text(f"""
 data = {{ train = "{data}", val = "{data}", test = "{data}" }}
 train = {{ steps = 10 }}
 clusters = {{ num_groups = 5 }}
@@ -71,10 +71,7 @@ controls = {{ enabled = false }}
 launch = {{ retries = 1 }}
 engine = {{ device = "cpu" }}
 """)
-    found.behave = lambda **places: (tmp_path / "behaviour.json").write_text(
-        json.dumps({place.replace("__", "/"): facts for place, facts in places.items()})
-    )
-    return found
+    return run
 
 
 @pytest.fixture(autouse=True)

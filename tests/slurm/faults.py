@@ -1,5 +1,6 @@
-"""An augmentation that leaves the pictures as they are, and takes its time or fails as files in $REFERRAL_FAULTS say.
+"""An augmentation that leaves the pictures as they are, and is slow or fails as it is told.
 
+Files in $REFERRAL_FAULTS tell it:
 nap            while it exists every batch takes half a second: time enough to do something to a job
 fail-ELEMENT   so many times (a number, in the file) that element of an array fails
 """

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster import Cluster
+if TYPE_CHECKING:
+    from .cluster import Cluster
 
 HERE = Path(__file__).parent
 
@@ -19,7 +21,9 @@ class Patient:
 
     def __init__(self, cluster: Cluster, root: Path, program: list[str]):
         self.cluster, self.root, self.program = cluster, root, program
-        self.run, self.config, self.faults = root / "run", root / "config.toml", root / "faults"
+        self.run = root / "run"
+        self.config = root / "config.toml"
+        self.faults = root / "faults"
         self.faults.mkdir(exist_ok=True)
         self.environment = {
             **cluster.environment,
@@ -44,26 +48,34 @@ class Patient:
         assert "Traceback" not in ended.stdout
         return ended.stdout
 
-    def submit(self, *settings: str, code: int = 0) -> str:
-        options = [word for setting in settings for word in ("--set", setting)]
+    def behave(self, **behaviour: dict) -> None:
+        """What goes wrong in a stage, for a fake trainer; `__` stands for `/`."""
+        content = {place.replace("__", "/"): fault for place, fault in behaviour.items()}
+        (self.root / "behaviour.json").write_text(json.dumps(content))
+
+    def submit(self, *settings: str, code: int = 0, dry_run: bool = False) -> str:
+        options = ["--dry-run"] if dry_run else []
+        for setting in settings:
+            options += ["--set", setting]
         return self.referral(
             "run", self.config, "--run", self.run, "--on", "slurm", *options, code=code
         )
 
     def status(self) -> dict[str, dict]:
         """Per stage what `referral status --json` says."""
-        return {
-            stage["stage"]: stage
-            for stage in json.loads(self.referral("status", self.run, "--json"))["stages"]
-        }
+        content = json.loads(self.referral("status", self.run, "--json"))
+        return {stage["stage"]: stage for stage in content["stages"]}
 
     def states(self) -> dict[str, str]:
         return {place: stage["state"] for place, stage in self.status().items()}
 
+    def jobs(self) -> dict[str, dict]:
+        """The record of each job in jobs.json."""
+        return json.loads((self.run / "jobs.json").read_text())["jobs"]
+
     def ids(self) -> dict[str, str]:
         """Slurm's id of each job."""
-        noted = json.loads((self.run / "jobs.json").read_text())["jobs"]
-        return {name: record["id"] for name, record in noted.items()}
+        return {name: record["id"] for name, record in self.jobs().items()}
 
     def wait_until(self, condition, what: str, seconds: float = 150) -> None:
         """Until something holds, or a log says why it will not."""
@@ -93,12 +105,13 @@ class Patient:
         rows = [json.loads(line) for line in _lines(self.run / place / "metrics.jsonl")]
         return max((row["step"] for row in rows if "loss" in row), default=0)
 
-    def log(self, name: str) -> str:
-        return (self.run / "logs" / f"{name}.txt").read_text()
+    def log(self, job: str) -> str:
+        """The log of a job, which its place names: of "specialists/001" specialists-001.txt."""
+        return (self.run / self.jobs()[job]["log"]).read_text()
 
-    def starts(self, name: str) -> int:
+    def starts(self, job: str) -> int:
         """How often Slurm started a job, by its log."""
-        return len(set(re.findall(r"restarts (\d+), try", self.log(name))))
+        return len(set(re.findall(r"restarts (\d+), try", self.log(job))))
 
 
 def _lines(path: Path) -> list[str]:

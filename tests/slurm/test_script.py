@@ -1,4 +1,4 @@
-"""stage.sbatch, with stand-ins for srun and scontrol: what it starts, how often, and when it queues again."""
+"""stage.sbatch: what it starts, how often, and when it queues again; srun is a stand-in."""
 
 import os
 import subprocess
@@ -11,12 +11,12 @@ SCRIPT = Path(__file__).parents[2] / "slurm" / "stage.sbatch"
 
 @pytest.fixture
 def job(tmp_path):
-    """job(arguments, codes, **environment) -> (exit code, the commands that ran on nodes, the log)."""
-    place, run = tmp_path / "bin", tmp_path / "a run"
+    """job(arguments, codes, **environment) -> (exit code, commands that ran on nodes, log)."""
+    place = tmp_path / "bin"
     place.mkdir()
-    run.mkdir()
-    # srun runs the launcher itself, on one node, with the job's environment whatever sbatch --export said; python ends
-    # with the next of the exit codes.
+    (tmp_path / "a run").mkdir()
+    # srun runs the launcher itself, on one node, with the job's environment whatever --export said.
+    # python ends with the next of the exit codes.
     (place / "srun").write_text("""#!/bin/bash
 while [[ $1 == --* ]]; do shift; done
 [ "$SLURM_EXPORT_ENV" = ALL ] || exit 9
@@ -28,7 +28,8 @@ read -r code rest < "$ROOT/codes"; echo "$rest" > "$ROOT/codes"; exit "${code:-0
 """)
     (place / "scontrol").write_text("""#!/bin/bash
 [ "$1" = show ] && [ "$2" = hostnames ] && printf 'n4\\nn5\\n'
-[ "$1" = show ] && [ "$2" = job ] && echo "JobId=7 JobState=${STATE:-RUNNING} Reason=None Restarts=${NOW:-0} X=1"
+[ "$1" = show ] && [ "$2" = job ] &&
+    echo "JobId=7 JobState=${STATE:-RUNNING} Reason=None Restarts=${NOW:-0} X=1"
 [ "$1" = requeue ] && echo "requeue $2" >> "$ROOT/calls"
 exit 0
 """)
@@ -70,12 +71,10 @@ def test_several_ranks_run_under_one_launcher_on_each_node_at_a_port_of_the_jobs
     both = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_ID": "593"}
     code, calls, _ = job("a run", "generalist", **both)
     call = calls[-1]
-    assert (
-        code == 0 and "<-m><trainer.distributed.torchrun><--nnodes><2><--nproc-per-node><4>" in call
-    )
-    assert "<--master-port><20488>" in call and call.endswith(
-        "<--><generalist><--run><ROOT/a run> 3 1"
-    )
+    assert code == 0
+    assert "<-m><trainer.distributed.torchrun><--nnodes><2><--nproc-per-node><4>" in call
+    assert "<--master-port><20488>" in call
+    assert call.endswith("<--><generalist><--run><ROOT/a run> 3 1")
     ports = {20000 + (16 * number) % 9000 for number in range(10_000)}
     assert 29500 not in ports and max(ports) < 32768
 
@@ -101,14 +100,13 @@ def test_a_failure_is_tried_again_as_often_as_said(job):
     assert code == 1 and len(calls) == 2 and "n4: exit code 137" in log
 
 
-def test_a_mistake_of_the_users_is_not_tried_again(job):
+def test_an_error_of_the_users_is_not_tried_again(job):
     code, calls, _ = job("-t", "5", "a run", "ensemble", codes="2 0")
     assert code == 2 and len(calls) == 1
 
 
-@pytest.mark.parametrize(
-    "ended", [75, 140, 143]
-)  # a checkpoint is written; SIGUSR2 or SIGTERM came before training
+# A checkpoint is written; SIGUSR2 or SIGTERM came before training.
+@pytest.mark.parametrize("ended", [75, 140, 143])
 def test_after_a_signal_the_job_is_queued_again(job, ended):
     code, calls, log = job("a run", "ensemble", codes=f"{ended} 0")
     assert code == 75 and calls[1:] == ["requeue 7"] and "asks to be started again" in log

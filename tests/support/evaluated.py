@@ -84,7 +84,7 @@ def measured(probabilities, labels):
 def evaluation(name, probabilities, labels, cost, temperature=None, further=None):
     """The JSON and the arrays that evaluate writes of one row.
 
-    temperature: what a fit on val might have found; further: more keys of the row.
+    temperature: as if fitted on val; further: more keys of the row.
     """
     kept, bins, row = measured(probabilities, labels)
     content = {"name": name, "reliability": bins}

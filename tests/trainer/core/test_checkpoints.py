@@ -1,3 +1,5 @@
+"""Checkpoints: complete or absent, the last few and the best, one clear error on a full disk."""
+
 import pytest
 import torch
 
@@ -11,10 +13,8 @@ from trainer.distributed.ranks import ALONE
 def test_the_last_k_checkpoints_are_kept(tmp_path):
     for step in (1, 2, 3, 10):
         save_checkpoint(tmp_path, step, {"value": torch.tensor(step)}, keep=2)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == [
-        "step-00000003",
-        "step-00000010",
-    ]
+    names = [path.name for path in complete_checkpoints(tmp_path)]
+    assert names == ["step-00000003", "step-00000010"]
     assert newest_step(tmp_path) == 10
     assert load_checkpoint(tmp_path, 10)["value"] == 10
 
@@ -53,14 +53,13 @@ def test_a_full_disk_is_one_error_and_loses_no_earlier_checkpoint(tmp_path, monk
         raise error
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(
-        UserError, match="checkpoint of step 2 cannot be written .* that of step 1 stands"
-    ):
+    message = "checkpoint of step 2 cannot be written .* that of step 1 stands"
+    with pytest.raises(UserError, match=message):
         save_checkpoint(tmp_path, 2, {"value": 2}, keep=1)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_our_own_mistakes_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+def test_an_error_of_ours_is_not_taken_for_a_full_disk(tmp_path, monkeypatch):
     def bug(*_):
         raise RuntimeError("size mismatch")
 
@@ -72,10 +71,8 @@ def test_our_own_mistakes_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
     for step in (1, 2, 3, 4):
         save_checkpoint(tmp_path, step, {}, keep=1, best=2)
-    assert [path.name for path in complete_checkpoints(tmp_path)] == [
-        "step-00000002",
-        "step-00000004",
-    ]
+    names = [path.name for path in complete_checkpoints(tmp_path)]
+    assert names == ["step-00000002", "step-00000004"]
 
 
 def test_a_save_in_the_background_raises_at_the_next_one(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+"""Schedules of the learning rate, groups of parameters, and averaged weights."""
+
 import pytest
 import torch
 from torch import nn
@@ -20,28 +22,23 @@ def test_cosine_rises_to_the_peak_and_falls_to_zero():
 
 
 def test_onecycle_starts_near_a_twentyfifth_of_the_peak():
-    rates = [
-        learning_rate(step, 1000, schedule(warmup=0.3, schedule="onecycle")) for step in range(1000)
-    ]
-    assert (
-        rates[0] == pytest.approx(1 / 25, abs=1e-3)
-        and rates[299] == pytest.approx(1.0)
-        and rates[-1] < 1e-3
-    )
+    onecycle = schedule(warmup=0.3, schedule="onecycle")
+    rates = [learning_rate(step, 1000, onecycle) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 25, abs=1e-3)
+    assert rates[299] == pytest.approx(1.0)
+    assert rates[-1] < 1e-3
 
 
 def test_constant_stays_at_the_peak():
-    assert {
-        learning_rate(step, 50, schedule(warmup=0.0, schedule="constant")) for step in range(50)
-    } == {1.0}
+    constant = schedule(warmup=0.0, schedule="constant")
+    assert {learning_rate(step, 50, constant) for step in range(50)} == {1.0}
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_vectors_are_not_decayed(name):
     network = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
-    decayed, plain = build_optimizer(
-        network, schedule(optimizer=name, weight_decay=0.5)
-    ).param_groups
+    optimizer = build_optimizer(network, schedule(optimizer=name, weight_decay=0.5))
+    decayed, plain = optimizer.param_groups
     assert {p.ndim for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.5
     assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0.0
 
@@ -49,21 +46,16 @@ def test_vectors_are_not_decayed(name):
 def test_frozen_parameters_reach_no_optimizer():
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
     network[0].requires_grad_(False)
-    groups = build_optimizer(network, schedule()).param_groups
-    assert {id(p) for group in groups for p in group["params"]} == {
-        id(p) for p in network[1].parameters()
-    }
+    optimized = set()
+    for group in build_optimizer(network, schedule()).param_groups:
+        optimized |= {id(p) for p in group["params"]}
+    assert optimized == {id(p) for p in network[1].parameters()}
 
 
 def batch_ensemble(count=3):
-    spec = ModelSpec(
-        "convnet",
-        5,
-        InputSpec(shape=(1, 8, 8)),
-        {"width": 4, "depth": 2, "embedding": 6},
-        members={"kind": "batch", "count": count},
-    )
-    return build_classifier(spec)
+    inputs, options = InputSpec(shape=(1, 8, 8)), {"width": 4, "depth": 2, "embedding": 6}
+    members = {"kind": "batch", "count": count}
+    return build_classifier(ModelSpec("convnet", 5, inputs, options, members=members))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
@@ -71,11 +63,11 @@ def test_of_a_batch_ensemble_only_shared_weights_decay_and_its_factors_learn_at_
     network = batch_ensemble()
     optimizer = build_optimizer(network, schedule(optimizer=name, weight_decay=0.5))
     set_rate(optimizer, 0.2)
-    names = {id(p): n for n, p in network.named_parameters()}
-    groups = [
-        ({names[id(p)] for p in group["params"]}, group["weight_decay"], group["lr"])
-        for group in optimizer.param_groups
-    ]
+    names = {id(p): name for name, p in network.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        of_group = {names[id(p)] for p in group["params"]}
+        groups.append((of_group, group["weight_decay"], group["lr"]))
     layers = {"trunk.stage1.conv", "trunk.stage2.conv", "trunk.embedding.linear", "head"}
     norms = {f"trunk.stage{i}.norm.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")}
     assert groups == [

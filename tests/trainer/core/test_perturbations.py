@@ -1,3 +1,5 @@
+"""Perturbed inputs: Gaussian noise, and directions that raise a teacher's weighted output (ODS)."""
+
 import math
 
 import pytest
@@ -10,12 +12,12 @@ from torch import nn
 from trainer.core.perturbations import KINDS, ods, perturb
 
 
-def draw(seed=0):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
 def linear_teacher(classes, size, seed=0, gain=1.0):
-    weight = torch.randn(classes, size, generator=draw(seed)) * gain
+    weight = torch.randn(classes, size, generator=seeded(seed)) * gain
     return lambda x: x.flatten(1) @ weight.to(x).T
 
 
@@ -31,17 +33,16 @@ def small_network():
     )
 
 
-def aim(logits_of, inputs, weights, temperature):
-    """What a direction is to raise, [B]."""
+def weighted_sum(logits_of, inputs, weights, temperature):
+    """What a direction raises, [B]: w . softmax(logits / T)."""
     return (weights * (logits_of(inputs) / temperature).softmax(1)).sum(1)
 
 
 def test_direction_of_a_linear_teacher_by_hand():
     # Two classes, logits = x = (1/2, 1/2), w = (1, 0), tau = 1: p = (1/2, 1/2), the slope of w . p
     # (1/4, -1/4), D = 2: the direction is sqrt(2) (1, -1) / sqrt(2).
-    direction, confidence = ods(
-        lambda x: x, torch.full((1, 2), 0.5), torch.tensor([[1.0, 0.0]]), 1.0
-    )
+    x, weights = torch.full((1, 2), 0.5), torch.tensor([[1.0, 0.0]])
+    direction, confidence = ods(lambda x: x, x, weights, 1.0)
     torch.testing.assert_close(direction, torch.tensor([[1.0, -1.0]]))
     torch.testing.assert_close(confidence, torch.tensor([0.5]))
 
@@ -61,28 +62,30 @@ def test_a_direction_has_norm_sqrt_d_and_raises_the_weighted_sum(seed, temperatu
     """However flat the teacher is: the squares of slopes of 1e-20 would underflow in float32."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 5)).double()
     for index, parameter in enumerate(network.parameters()):
-        parameter.data = torch.randn(parameter.shape, generator=draw(seed + index)).double()
-    x = torch.rand(4, 3, 2, 2, generator=draw(seed))
-    weights = torch.rand(4, 5, generator=draw(seed)) * 2 - 1
+        parameter.data = torch.randn(parameter.shape, generator=seeded(seed + index)).double()
+    x = torch.rand(4, 3, 2, 2, generator=seeded(seed))
+    weights = torch.rand(4, 5, generator=seeded(seed)) * 2 - 1
     direction, _ = ods(lambda x: network.float()(x) * gain, x, weights, temperature)
     torch.testing.assert_close(direction.flatten(1).norm(dim=1), torch.full((4,), math.sqrt(12)))
     network.double()
-    before = aim(network, x.double(), weights, temperature / gain)
-    after = aim(network, x.double() + 1e-5 * direction, weights, temperature / gain)
-    if gain > 1e-10:  # in float64 the rise at 1e-20 is not to be seen
+    before = weighted_sum(network, x.double(), weights, temperature / gain)
+    after = weighted_sum(network, x.double() + 1e-5 * direction, weights, temperature / gain)
+    if gain > 1e-10:  # in float64 the rise at 1e-20 is below the rounding
         assert (after > before).all()
 
 
-@pytest.mark.parametrize(
-    "gap, dtype", ((0, torch.float32), (20, torch.float32), (80, torch.float32), (20, torch.half))
-)
+GAPS = [(0, torch.float32), (20, torch.float32), (80, torch.float32), (20, torch.half)]
+
+
+@pytest.mark.parametrize("gap, dtype", GAPS)
 def test_direction_is_right_for_teachers_that_are_certain_beyond_rounding(gap, dtype):
     """At a gap of 20 the top class's 1 - p is 1e-9.
 
     In float32 the plain gradient leaves that class out, in half precision it is 0 altogether; at a
     gap of 80, through a layer that scales it down, in float32 too.
     """
-    x, weights = torch.rand(6, 10, generator=draw(1)), torch.rand(6, 4, generator=draw(2)) * 2 - 1
+    x = torch.rand(6, 10, generator=seeded(1))
+    weights = torch.rand(6, 4, generator=seeded(2)) * 2 - 1
     bias = -torch.tensor([0.0, gap, gap + 1, gap + 2])
     body = linear_teacher(4, 10, gain=1e12)
 
@@ -95,7 +98,7 @@ def test_direction_is_right_for_teachers_that_are_certain_beyond_rounding(gap, d
     # the oracle.
     (gradient,) = torch.autograd.grad(((weights - weights[:, :1]).double() * p).sum(), wide)
     expected = gradient / gradient.norm(dim=1, keepdim=True) * math.sqrt(10)
-    tolerance = 1e-3 if dtype == torch.float32 else 3e-2
+    tolerance = {torch.float32: 1e-3, torch.half: 3e-2}[dtype]
     direction, _ = ods(lambda x: teacher(x).to(dtype), x, weights, 1.0)
     torch.testing.assert_close(direction, expected.float(), rtol=tolerance, atol=tolerance)
 
@@ -110,38 +113,36 @@ def test_where_the_teacher_is_flat_the_direction_is_zero():
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 99), size=st.floats(0, 2))
 def test_perturbed_inputs_stay_between_0_and_1(kind, seed, size):
-    x = torch.rand(5, 2, 3, generator=draw(seed))
-    moved = perturb(kind, x, size, 2.0, [linear_teacher(4, 6)], draw(seed))
+    x = torch.rand(5, 2, 3, generator=seeded(seed))
+    moved = perturb(kind, x, size, 2.0, [linear_teacher(4, 6)], seeded(seed))
     assert moved.shape == x.shape and moved.dtype == x.dtype and not moved.requires_grad
     assert moved.min() >= 0 and moved.max() <= 1
 
 
 def test_gaussian_has_the_size_as_standard_deviation():
     x = torch.full((4, 50_000), 0.5)
-    moved = perturb("gaussian", x, 0.03, 1.0, [], draw()) - 0.5
+    moved = perturb("gaussian", x, 0.03, 1.0, [], seeded()) - 0.5
     # Of 200,000 draws the deviation of the deviation is 0.03 / sqrt(400,000): 5 of them.
     assert float(moved.std()) == pytest.approx(0.03, abs=5 * 0.03 / math.sqrt(400_000))
     assert float(moved.mean()) == pytest.approx(0, abs=5 * 0.03 / math.sqrt(200_000))
 
 
-def test_ods_moves_by_size_times_sqrt_d_and_conf_ods_by_the_teacher_s_confidence_of_that():
+def test_ods_moves_by_size_times_sqrt_d_and_conf_ods_by_its_product_with_the_confidence():
     x, size = torch.full((8, 6), 0.5), 1e-3
     teacher = linear_teacher(4, 6)
-    plain, weighed = (
-        perturb(kind, x, size, 3.0, [teacher], draw(1)) - x for kind in ("ods", "conf_ods")
-    )
-    torch.testing.assert_close(
-        plain.norm(dim=1), torch.full((8,), size * math.sqrt(6)), rtol=1e-3, atol=0
-    )
+    plain = perturb("ods", x, size, 3.0, [teacher], seeded(1)) - x
+    weighted = perturb("conf_ods", x, size, 3.0, [teacher], seeded(1)) - x
+    norm = torch.full((8,), size * math.sqrt(6))
+    torch.testing.assert_close(plain.norm(dim=1), norm, rtol=1e-3, atol=0)
     confidence = (teacher(x) / 3.0).softmax(1).amax(1, keepdim=True)
-    torch.testing.assert_close(weighed, plain * confidence, rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(weighted, plain * confidence, rtol=1e-3, atol=1e-7)
 
 
 def test_one_teacher_is_drawn_for_a_whole_batch_and_each_gets_its_turn():
     """Teacher k's gradient is along the k-th pair of inputs, so the move says which was drawn."""
     teachers = [lambda x, k=k: x[:, 2 * k : 2 * k + 2] for k in range(3)]
     turns = torch.zeros(3, dtype=torch.long)
-    generator = draw()
+    generator = seeded()
     for _ in range(60):
         moved = perturb("ods", torch.full((4, 6), 0.5), 0.01, 1.0, teachers, generator) != 0.5
         drawn = {row.nonzero()[:, 0].tolist()[0] // 2 for row in moved}
@@ -152,7 +153,7 @@ def test_one_teacher_is_drawn_for_a_whole_batch_and_each_gets_its_turn():
 
 def test_weights_are_drawn_for_each_example():
     """Of two classes half of the draws aim at the first."""
-    moved = perturb("ods", torch.full((400, 2), 0.5), 0.01, 1.0, [lambda x: x], draw())
+    moved = perturb("ods", torch.full((400, 2), 0.5), 0.01, 1.0, [lambda x: x], seeded())
     upwards = (moved[:, 0] > 0.5).float().mean()
     assert 0.4 < float(upwards) < 0.6  # 4 deviations of 1/40
 
@@ -204,7 +205,7 @@ def test_a_student_still_learns_after_inputs_were_moved_under_autocast():
     assert all(parameter.grad.abs().sum() > 0 for parameter in network[0].parameters())
 
 
-def test_mistakes_are_named():
+def test_errors_name_the_value_and_the_rule():
     x = torch.rand(2, 3)
     with pytest.raises(ValueError, match="'pgd' must be one of none, gaussian, ods, conf_ods"):
         perturb("pgd", x, 0.1, 1.0, [])

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from shardsets import write_uneven
 
-# damage.py, once.py and killed.py; --import-mode=importlib adds no directories.
+# corrupt_sets.py, once.py and killed.py; --import-mode=importlib adds no directories.
 sys.path.insert(0, str(Path(__file__).parent))
 
 

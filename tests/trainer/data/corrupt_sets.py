@@ -1,7 +1,7 @@
-"""Corrupt shard sets, seeded, and the judgement on how they are met.
+"""Corrupt shard sets, seeded, and checks of how they are read.
 
-They meet a measuring pass, a training stream, `trainer check` and `referral shards validate`.
-`python tests/trainer/data/corrupt_sets.py 1000` judges a thousand of them: `make soak`.
+They are read by a measuring pass, a training stream, `trainer check` and `referral shards
+validate`.  `python tests/trainer/data/corrupt_sets.py 1000` checks a thousand: `make soak`.
 """
 
 import contextlib
@@ -34,6 +34,8 @@ from trainer.data import (  # noqa: E402
 
 SIZES = [5, 40, 12]
 READERS = ["in process", "two workers", "cached"]
+CACHE = {"in process": "none", "two workers": "none", "cached": "decoded"}
+WORKERS = {"in process": 0, "two workers": 2, "cached": 0}
 SECONDS = 120  # a set that takes longer hangs; the slowest takes about two
 
 
@@ -76,60 +78,60 @@ def zeroed(path, chance):
 
 def _rewritten(change):
     def corrupt(path, chance):
-        members = tar_files(numbers_of(int(path.stem[-6:])))
-        write_tar(path, change(members, chance))
+        files = tar_files(numbers_of(int(path.stem[-6:])))
+        write_tar(path, change(files, chance))
 
     corrupt.__name__ = change.__name__
     return corrupt
 
 
 @_rewritten
-def missing_member(members, chance):
-    del members[chance.randrange(len(members))]
-    return members
+def missing_member(files, chance):
+    del files[chance.randrange(len(files))]
+    return files
 
 
 @_rewritten
-def duplicate_key(members, chance):
-    first = 2 * chance.randrange(len(members) // 2)
-    return members + members[first : first + 2]
+def duplicate_key(files, chance):
+    first = 2 * chance.randrange(len(files) // 2)
+    return files + files[first : first + 2]
 
 
 @_rewritten
-def duplicate_member(members, chance):
-    index = chance.randrange(len(members))
-    return members[:index] + [members[index]] + members[index:]
+def duplicate_member(files, chance):
+    index = chance.randrange(len(files))
+    return files[:index] + [files[index]] + files[index:]
 
 
 @_rewritten
-def dotted_keys(members, chance):
-    return [(f"img.{name}", content) for name, content in members]
+def dotted_keys(files, chance):
+    return [(f"img.{name}", content) for name, content in files]
 
 
 @_rewritten
-def one_dotted_key(members, chance):
-    first = 2 * chance.randrange(len(members) // 2 - 1)
-    key = members[first][0].partition(".")[0]
+def one_dotted_key(files, chance):
+    first = 2 * chance.randrange(len(files) // 2 - 1)
+    key = files[first][0].partition(".")[0]
     for index in (first + 2, first + 3):
-        name, content = members[index]
-        members[index] = (f"{key}.v2.{name.partition('.')[2]}", content)
-    return members
+        name, content = files[index]
+        files[index] = (f"{key}.v2.{name.partition('.')[2]}", content)
+    return files
 
 
 @_rewritten
-def wrong_label(members, chance):
-    index = 2 * chance.randrange(len(members) // 2)
+def wrong_label(files, chance):
+    index = 2 * chance.randrange(len(files) // 2)
     bad = chance.choice([b"7", b"-1", b"99999999999999999999", b"cat", b"", b"1.5", b"\xff\xfe"])
-    members[index] = (members[index][0], bad)
-    return members
+    files[index] = (files[index][0], bad)
+    return files
 
 
 @_rewritten
-def not_a_picture(members, chance):
-    index = 2 * chance.randrange(len(members) // 2) + 1
-    name, content = members[index]
-    members[index] = (name, chance.choice([b"", b"text", content[:60]]))
-    return members
+def not_a_picture(files, chance):
+    index = 2 * chance.randrange(len(files) // 2) + 1
+    name, content = files[index]
+    files[index] = (name, chance.choice([b"", b"text", content[:60]]))
+    return files
 
 
 def empty_file(path, chance):
@@ -144,9 +146,18 @@ def absent(path, chance):
     path.unlink()
 
 
-MANIFEST_KINDS = (
-    "samples counts sha256 name twice".split() + ["left out"] + "class type half list".split()
-)
+MANIFEST_KINDS = [
+    "samples",
+    "counts",
+    "sha256",
+    "name",
+    "twice",
+    "left out",
+    "class",
+    "type",
+    "half",
+    "list",
+]
 
 
 def wrong_manifest(path, chance):
@@ -172,8 +183,12 @@ def wrong_manifest(path, chance):
         manifest["classes"] = manifest["classes"][:3]
     elif kind == "type":
         shard[chance.choice(list(shard))] = chance.choice([None, [], {}, "many", -1])
-    text = json.dumps([manifest] if kind == "list" else manifest)
-    manifest_path.write_text(text[: len(text) // 2] if kind == "half" else text)
+    elif kind == "list":
+        manifest = [manifest]
+    text = json.dumps(manifest)
+    if kind == "half":
+        text = text[: len(text) // 2]
+    manifest_path.write_text(text)
 
 
 KINDS = [
@@ -206,14 +221,13 @@ def judge(
     chance = random.Random(f"{kind.__name__} {seed}")
     write_uneven(directory, SIZES, manifest, indexed)
     kind(directory / f"train-{chance.randrange(len(SIZES)):06d}.tar", chance)
-    data = Data(
-        train=str(directory) if manifest else str(directory / "train-{000000..000002}.tar"),
-        classes=None if manifest else len(CLASSES),
-        damage=policy,
-        damage_share=0.99,
-        cache="decoded" if reader == "cached" else "none",
-    )
-    verdict = measured(directory, data, workers=2 if reader == "two workers" else 0)
+    settings = {"damage": policy, "damage_share": 0.99, "cache": CACHE[reader]}
+    if manifest:
+        data = Data(train=str(directory), **settings)
+    else:
+        pattern = str(directory / "train-{000000..000002}.tar")
+        data = Data(train=pattern, classes=len(CLASSES), **settings)
+    verdict = measured(directory, data, WORKERS[reader])
     trained(directory, data, verdict)
     return verdict
 
@@ -230,11 +244,10 @@ def measured(directory: Path, data: Data, workers: int) -> str:
     delivered = [key for batch in batches for key in intact_keys(shards, batch)]
     assert len(set(delivered)) == len(delivered), "a sample came twice"
     lost = shards.lost + len(stream.lost)
-    assert len(delivered) + lost == sum(SIZES), (
-        f"{len(delivered)} delivered, {lost} counted as lost, of {sum(SIZES)}"
-    )
+    counts = f"{len(delivered)} delivered, {lost} counted as lost, of {sum(SIZES)}"
+    assert len(delivered) + lost == sum(SIZES), counts
     if lost:
-        assert data.damage == "skip", f"strict delivered {len(delivered)} and lost {lost}"
+        assert data.damage == "skip", f"strict: {counts}"
         return "counted"
     return "harmless"
 
@@ -282,15 +295,19 @@ def judge_commands(directory: Path, manifest: bool, policy: str, verdict: str) -
     pattern = str(directory / "train-{000000..000002}.tar")
     data = {"train": pattern, "val": pattern, "test": pattern}
     data |= {"damage": policy, "damage_share": 0.99, "cache": "none"}
+    if not manifest:
+        data["classes"] = len(CLASSES)
     config = {
-        "data": data if manifest else data | {"classes": len(CLASSES)},
+        "data": data,
         "model": {"name": "mlp", "width": 8, "depth": 1},
         "train": {"steps": 1, "batch_size": 8},
     }
     code, stderr = command(["check"], tomli_w.dumps(config))
-    assert code == 2 if stderr else code == 0, f"check: exit code {code}, {stderr!r}"
     if stderr:
+        assert code == 2, f"check: exit code {code}, {stderr!r}"
         assert stderr.startswith("error: ") and stderr.count("\n") == 1, f"check: {stderr!r}"
+    else:
+        assert code == 0, f"check: exit code {code}"
     assert verdict == "refused" or code == 0, f"{verdict} by the streams, check says {stderr!r}"
     code, stderr = command(["shards", "validate", str(directory) if manifest else pattern])
     assert code in (0, 1, 2), f"validate: exit code {code}, {stderr!r}"
@@ -306,7 +323,7 @@ def timed_out(*_):
 
 
 def soak(count: int) -> int:
-    """Judge `count` corrupt sets; prints a table and the first failures.
+    """Check `count` corrupt sets; prints a table and the first failures.
 
     Returns the number of failures.
     """
@@ -339,4 +356,5 @@ def soak(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(min(soak(int(sys.argv[1]) if len(sys.argv) > 1 else 1000), 1))
+    num_sets = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+    sys.exit(soak(num_sets) > 0)

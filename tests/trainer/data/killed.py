@@ -1,7 +1,7 @@
 """A training stream of several ranks and workers, killed at random moments and resumed.
 
     python tests/trainer/data/killed.py 20
-        judges a run that is killed 20 times: `make soak`
+        checks a run that is killed 20 times: `make soak`
     python tests/trainer/data/killed.py DIRECTORY RANKS WORKERS STEPS
         resumes a run until it ends
 
@@ -41,13 +41,13 @@ EVERY = 7  # steps between two states
 def write_shards(directory: Path) -> None:
     number = 0
     for shard, size in enumerate(SIZES):
-        members = []
+        files = []
         for _ in range(size):
             pixels = np.random.default_rng(number).integers(0, 256, (16, 24, 3), dtype=np.uint8)
             content = b"no picture" if number in UNREADABLE else png(pixels)
-            members += [(f"{number:05d}.cls", b"%d" % (number % 5)), (f"{number:05d}.png", content)]
+            files += [(f"{number:05d}.cls", b"%d" % (number % 5)), (f"{number:05d}.png", content)]
             number += 1
-        write_tar(directory / f"train-{shard:06d}.tar", members)
+        write_tar(directory / f"train-{shard:06d}.tar", files)
 
 
 def the_stream(directory: Path) -> TrainingStream:
@@ -55,9 +55,8 @@ def the_stream(directory: Path) -> TrainingStream:
     data = Data(classes=5, damage="skip", damage_share=0.1, cache="none")
     shards = open_shards(str(directory / "train-*.tar"), data, "train")
     own = Source(shards, shuffled(np.flatnonzero(shards.labels == 1), 3), 15)
-    return TrainingStream(
-        [own, Source(shards, balanced(shards.labels, 4, 1.0), 33)], 5, "flip-crop"
-    )
+    rest = Source(shards, balanced(shards.labels, 4, 1.0), 33)
+    return TrainingStream([own, rest], 5, "flip-crop")
 
 
 def digests(stream: TrainingStream, batch) -> list[bytes]:
@@ -76,7 +75,7 @@ def line(step: int, examples: list[bytes]) -> str:
 
 
 def uninterrupted(directory: Path, steps: int) -> list[str]:
-    """What one process without workers sees, asked for batch by batch."""
+    """What one process without workers sees, batch by batch."""
     stream = the_stream(directory)
     return [line(step, digests(stream, stream.batch(step))) for step in range(steps)]
 
@@ -89,7 +88,7 @@ def read_as_rank(
         pipe.send(digests(stream, batch))
 
 
-def go_on(directory: Path, ranks: int, workers: int, steps: int) -> None:
+def resume(directory: Path, ranks: int, workers: int, steps: int) -> None:
     """Read from the last state to the end, each rank in a process of its own."""
     first = 0
     if (directory / "state.json").exists():
@@ -105,10 +104,10 @@ def go_on(directory: Path, ranks: int, workers: int, steps: int) -> None:
         pipes.append(ours)
     seen = os.open(directory / "seen", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for step in range(first, steps):
-        shares = [pipe.recv() for pipe in pipes]
-        whole: list[bytes] = [b""] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            whole[rank::ranks] = share
+        parts = [pipe.recv() for pipe in pipes]
+        whole: list[bytes] = [b""] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            whole[rank::ranks] = part
         os.write(seen, f"{line(step, whole)}\n".encode())
         if (step + 1) % EVERY == 0:
             write_json(directory / "state.json", {"step": step + 1})
@@ -138,7 +137,9 @@ def kill_at_random(directory: Path, chance: random.Random, steps: int, kills: in
 
 def lines_seen(directory: Path) -> int:
     path = directory / "seen"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    if not path.exists():
+        return 0
+    return path.read_bytes().count(b"\n")
 
 
 def judge(directory: Path, kills: int, steps: int, seed: int) -> list[dict]:
@@ -174,4 +175,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 2:
         soak(int(sys.argv[1]))
     else:
-        go_on(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+        resume(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -31,11 +31,11 @@ def measure(directory: Path, epochs: int) -> dict:
     """{"worker": [the most that the worker held in each epoch], "batch": bytes of a batch}."""
     rng = np.random.default_rng(0)
     for shard in range(4):
-        members = []
+        files = []
         for number in range(shard * SAMPLES // 4, (shard + 1) * SAMPLES // 4):
             pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-            members += [(f"{number:05d}.cls", b"0"), (f"{number:05d}.png", png(pixels))]
-        write_tar(directory / f"train-{shard}.tar", members)
+            files += [(f"{number:05d}.cls", b"0"), (f"{number:05d}.png", png(pixels))]
+        write_tar(directory / f"train-{shard}.tar", files)
     shards = open_shards(str(directory), Data(classes=1, cache="none"), "train")
     stream = TrainingStream([Source(shards, shuffled(SAMPLES, 0), BATCH)], 0, "flip-crop")
     most = np.zeros(epochs, np.int64)

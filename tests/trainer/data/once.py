@@ -1,6 +1,6 @@
 """Measuring passes over seven shards of unlike sizes, for every number of ranks and workers.
 
-`python tests/trainer/data/once.py` judges a hundred of them: `make soak`.
+`python tests/trainer/data/once.py` checks a hundred of them: `make soak`.
 """
 
 import itertools
@@ -35,12 +35,16 @@ def times_seen(shards, batch_size: int, ranks: int, workers: int) -> np.ndarray:
     times = np.zeros(len(shards), np.int64)
     for rank in range(ranks):
         for batch in MeasuringStream(shards, batch_size).loader(rank, ranks, workers):
-            for sample, label, inputs in zip(
-                batch.ids.tolist(), batch.labels.tolist(), batch.inputs, strict=True
-            ):
-                assert label == label_of(sample) and (inputs[0].numpy() == picture(sample)).all()
-                times[sample] += 1
+            check_intact(batch)
+            times[batch.ids.numpy()] += 1
     return times
+
+
+def check_intact(batch) -> None:
+    ids, labels = batch.ids.tolist(), batch.labels.tolist()
+    assert len(set(ids)) == len(ids), "a sample came twice in a batch"
+    for sample, label, inputs in zip(ids, labels, batch.inputs, strict=True):
+        assert label == label_of(sample) and (inputs[0].numpy() == picture(sample)).all()
 
 
 def soak() -> None:
@@ -52,9 +56,8 @@ def soak() -> None:
             for ranks, workers in itertools.product(RANKS, WORKERS):
                 batch_size = random.Random(f"{seed} {ranks} {workers}").choice([1, 7, 16, 64, 1000])
                 times = times_seen(shards, batch_size, ranks, workers)
-                assert (times == 1).all(), (
-                    f"seed {seed}, {ranks} ranks, {workers} workers: {np.bincount(times)}"
-                )
+                geometry = f"{ranks} ranks, {workers} workers"
+                assert (times == 1).all(), f"seed {seed}, {geometry}: {np.bincount(times)}"
                 passes += 1
                 samples += len(times)
     print(f"{passes} passes, {samples} samples, each seen exactly once")

@@ -1,4 +1,4 @@
-"""A few corrupt sets of each kind; `make soak` judges a thousand."""
+"""A few corrupt sets of each kind; `make soak` checks a thousand."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def test_corruption_is_refused_or_its_loss_counted_exactly(
 @pytest.mark.parametrize("policy", ["strict", "skip"])
 @pytest.mark.parametrize("reader", READERS[1:])
 @pytest.mark.parametrize("name", ["rotten", "not_a_picture"])
-def test_workers_and_the_decoded_cache_meet_corruption_the_same_way(tmp_path, name, reader, policy):
+def test_workers_and_the_decoded_cache_give_the_same_verdict(tmp_path, name, reader, policy):
     (kind,) = (kind for kind in KINDS if kind.__name__ == name)
     for seed in range(2):
         here, there = tmp_path / "here", tmp_path / "there"
@@ -51,6 +51,7 @@ def test_as_a_process_validate_lists_the_corruption_and_exits_with_1(tmp_path):
     assert "is cut off" in ended.stderr and "1 of 3 shards are corrupt" in ended.stderr
 
 
+# What the bytes of the shard alone give away.
 STRUCTURAL = {
     "truncated",
     "cut_between_members",

@@ -25,10 +25,10 @@ def opened(path, extension, contents, **data):
 
 
 def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError) as error:
         call(*arguments, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 @pytest.fixture

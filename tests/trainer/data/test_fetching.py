@@ -23,30 +23,31 @@ from trainer.data.patterns import url_name
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a directory; the first requests for shards meet with `server.faults`, one each."""
+    """Serves a directory; `server.faults` befall the first requests for shards, one each."""
 
     def do_GET(self):
-        self.server.asked.append(self.path)
+        self.server.requests.append(self.path)
         fault = None
         if self.server.faults and self.path.endswith(".tar"):
             fault = self.server.faults.pop(0)
         if fault == "silent":
             self.close_connection = True
         elif fault == "short":
-            content = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
-        elif fault == "unnoticed":  # cut short, and the length says nothing of it
-            content = Path(self.translate_path(self.path)).read_bytes()
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(content[: len(content) // 2])
+            self.send_half(with_length=True)
+        elif fault == "unnoticed":
+            self.send_half(with_length=False)
         elif fault == "busy":
             self.send_error(503)
         else:
             super().do_GET()
+
+    def send_half(self, with_length):
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        if with_length:
+            self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
 
     def log_message(self, *_):
         pass
@@ -54,13 +55,13 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A server with the shards of `write_uneven([4, 9, 5])`; .url, .directory, .faults, .asked."""
+    """A server of `write_uneven([4, 9, 5])`; .url, .directory, .faults, .requests."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     directory = tmp_path / "served"
     directory.mkdir()
     write_uneven(directory, [4, 9, 5])
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
-    server.faults, server.asked = [], []
+    server.faults, server.requests = [], []
     server.directory = directory
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
@@ -75,26 +76,32 @@ def served(tmp_path, monkeypatch):
 def data(tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "_leases", {})
     monkeypatch.setattr(fetching, "PAUSE_S", 0.001)
-    return Data(fetch_dir=str(tmp_path / "kept"))
+    return Data(fetch_dir=str(tmp_path / "fetched"))
 
 
-def asked_for(server, what=".tar") -> list[str]:
-    return [path.rpartition("/")[2] for path in server.asked if what in path]
+def requested(server) -> list[str]:
+    """The names of the shards that were requested."""
+    return [path.rpartition("/")[2] for path in server.requests if ".tar" in path]
 
 
-def kept(data) -> list[Path]:
+def fetched(data) -> list[Path]:
     return sorted(Path(data.fetch_dir).glob("*.tar"))
 
 
+def partial_files(data) -> list[Path]:
+    return list(Path(data.fetch_dir).glob("*.part"))
+
+
 def refusal(call, *arguments) -> str:
-    with pytest.raises(UserError) as caught:
+    """The one line with which a call is refused."""
+    with pytest.raises(UserError) as error:
         call(*arguments)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
 
 
 def forget(data) -> None:
-    """As if the process that asked for the shards had ended."""
+    """As if the process that fetched the shards had ended."""
     for lease in fetching._leases.values():
         lease.close()
     fetching._leases.clear()
@@ -112,20 +119,20 @@ def test_shards_behind_urls_are_those_on_disk(served, data, pattern):
     assert remote.fingerprint == local.fingerprint and remote.class_names == CLASSES
     ids = np.arange(18)
     assert (remote.inputs(ids) == local.inputs(ids)).all() and remote.keys(ids) == local.keys(ids)
-    # Imported here, for the processes that are started below need no torch.
+    # Imported here, because the processes that are started below need no torch.
     from trainer.data import MeasuringStream
 
     batches = list(MeasuringStream(remote, 4).loader())
     assert sorted(int(i) for batch in batches for i in batch.ids) == list(range(18))
 
 
-def test_each_shard_is_fetched_once_and_kept(served, data):
+def test_each_shard_is_fetched_once(served, data):
     for _ in range(2):
         open_shards(BRACES.format(served.url), data, "train")
-    assert sorted(asked_for(served)) == [f"train-{n:06d}.tar" for n in range(3)]
+    assert sorted(requested(served)) == [f"train-{n:06d}.tar" for n in range(3)]
 
 
-def test_kept_shards_do_without_their_server(served, data, capsys):
+def test_fetched_shards_need_their_server_no_more(served, data, capsys):
     pattern = BRACES.format(served.url)
     fingerprint = open_shards(pattern, data, "train").fingerprint
     served.shutdown()
@@ -136,64 +143,62 @@ def test_kept_shards_do_without_their_server(served, data, capsys):
 
 @pytest.mark.parametrize("fault", ["silent", "short", "unnoticed"])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_a_server_that_fails_twice_is_asked_a_third_time(served, data, fault, manifest):
+def test_a_server_that_fails_twice_is_tried_a_third_time(served, data, fault, manifest):
     if not manifest:
         (served.directory / "manifest.json").unlink()
         data = data.model_copy(update={"classes": 7})
     served.faults += [fault, fault]
     shards = open_shards(f"{served.url}/train-000001.tar", data, "train")
-    assert asked_for(served) == ["train-000001.tar"] * 3
+    assert requested(served) == ["train-000001.tar"] * 3
     assert (shards.inputs([8])[0, 0] == picture(12)).all()
 
 
 @pytest.mark.slow  # curl waits two seconds
-def test_a_busy_server_is_asked_again(served, data):
+def test_a_busy_server_is_tried_again(served, data):
     served.faults += ["busy"]
     assert open_shards(f"{served.url}/train-000001.tar", data, "train").num_samples == 9
 
 
 @pytest.mark.parametrize("fault", ["silent", "short", "unnoticed"])
 @pytest.mark.parametrize("manifest", [True, False])
-def test_what_stays_cut_short_is_refused_and_no_half_file_is_kept(served, data, fault, manifest):
+def test_a_shard_that_stays_cut_short_is_refused_and_leaves_no_file(served, data, fault, manifest):
     if not manifest:
         (served.directory / "manifest.json").unlink()
         data = data.model_copy(update={"classes": 7})
     served.faults += [fault] * 3
     message = refusal(open_shards, f"{served.url}/train-000001.tar", data, "train")
     assert message.startswith(f"{served.url}/train-000001.tar: cannot be fetched: ")
-    assert not kept(data) and not list(Path(data.fetch_dir).glob("*.part"))
+    assert not fetched(data) and not partial_files(data)
 
 
 def test_a_shard_that_is_not_the_manifests_is_refused(served, data):
     write_tar(served.directory / "train-000001.tar", tar_files(range(30, 39)))
     message = refusal(open_shards, BRACES.format(served.url), data, "train")
     assert "train-000001.tar: cannot be fetched: it is not what manifest.json describes" in message
-    assert len(kept(data)) == 1
+    assert len(fetched(data)) == 1
 
 
-def test_renewed_shards_are_fetched_anew(served, data):
+def test_changed_shards_are_fetched_again(served, data):
     old = open_shards(BRACES.format(served.url), data, "train")
     write_uneven(served.directory, [2, 9, 5])
     new = open_shards(BRACES.format(served.url), data, "train")
     assert (old.num_samples, new.num_samples) == (18, 16) and old.inputs([17]).shape == (1, 1, 6, 5)
 
 
+NOT_FOUND = "cannot be fetched: the server answers with an error, such as 404"
+NO_SERVER = "cannot be fetched: the connection is refused"
+
+
 @pytest.mark.parametrize(
     "pattern, message",
     [
         ("{url}/train-000009.tar", "its manifest has no shard 'train-000009.tar'"),
-        (
-            "{url}/sub/train-0.tar",
-            "/sub/train-0.tar: cannot be fetched: the server answers with an error, such as 404",
-        ),
+        ("{url}/sub/train-0.tar", f"/sub/train-0.tar: {NOT_FOUND}"),
         ("{url}/sub", "/sub has no manifest.json: name its shards"),
         ("{url}/train-*.tar", "a URL cannot have *"),
         ("{url}/train-{{0..", "the braces do not match"),
         ("{url}/train-000000.tar::{url}/train-{{000000..000002}}.tar", "/train-000000.tar 2 times"),
-        (
-            "http://127.0.0.1:9/train-0.tar",
-            ":9/manifest.json: cannot be fetched: the connection is refused",
-        ),
+        ("http://127.0.0.1:9/train-0.tar", f":9/manifest.json: {NO_SERVER}"),
         ("pipe:exit 3", "pipe:exit 3: cannot be fetched: exit code 3"),
         ("pipe:true", "pipe:true: cannot be fetched: it is empty"),
         ("nonsense:thing", "no train shard matches"),
@@ -203,20 +208,13 @@ def test_a_wrong_url_gets_one_line(served, data, pattern, message):
     assert message in refusal(open_shards, pattern.format(url=served.url), data, "train")
 
 
-def test_a_wrong_url_is_the_users_mistake_for_the_command_too(served, data):
-    command = [
-        sys.executable,
-        "-m",
-        "trainer",
-        "shards",
-        "validate",
-        f"{served.url}/sub/train-0.tar",
-        "--fetch-dir",
-        data.fetch_dir,
-    ]
+def test_a_wrong_url_is_one_line_and_exit_code_2_of_the_command(served, data):
+    url = f"{served.url}/sub/train-0.tar"
+    command = [sys.executable, "-m", "trainer", "shards", "validate", url]
+    command += ["--fetch-dir", data.fetch_dir]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"{served.url}/sub/train-0.tar: cannot be fetched" in done.stderr
+    assert f"{url}: cannot be fetched" in done.stderr
 
 
 def test_compressed_shards_are_refused_with_the_remedy(served, data):
@@ -224,12 +222,10 @@ def test_compressed_shards_are_refused_with_the_remedy(served, data):
     path = served.directory / "train-000000.tar"
     path.write_bytes(gzip.compress(path.read_bytes()))
     options = data.model_copy(update={"classes": 7})
-    assert "is compressed; `pipe:curl -sf URL | gunzip`" in refusal(
-        open_shards, f"{served.url}/train-000000.tar", options, "train"
-    )
-    unpacked = open_shards(
-        f"pipe:curl -sf {served.url}/train-000000.tar | gunzip", options, "train"
-    )
+    url = f"{served.url}/train-000000.tar"
+    message = refusal(open_shards, url, options, "train")
+    assert "is compressed; `pipe:curl -sf URL | gunzip`" in message
+    unpacked = open_shards(f"pipe:curl -sf {url} | gunzip", options, "train")
     assert unpacked.num_samples == 4
 
 
@@ -256,9 +252,9 @@ def test_the_config_names_the_manifest_of_a_pipe(served, data, tmp_path):
     write_tar(served.directory / "train-000001.tar", tar_files(range(9)))
     forget(data)
     shutil.rmtree(data.fetch_dir)
-    assert "it is not what manifest.json describes" in refusal(
-        open_shards, url, data.model_copy(update={"manifest": manifest}), "train"
-    )
+    options = data.model_copy(update={"manifest": manifest})
+    message = refusal(open_shards, url, options, "train")
+    assert "it is not what manifest.json describes" in message
     options = data.model_copy(update={"manifest": str(tmp_path / "absent.json")})
     assert "data.manifest = " in refusal(open_shards, url, options, "train")
 
@@ -281,29 +277,27 @@ def test_a_url_is_known_to_its_manifest_by_its_file_name(url, name):
 # The bounded directory
 
 
-def size_of(shard) -> int:
-    return shard.stat().st_size
+def total_size(paths) -> int:
+    return sum(path.stat().st_size for path in paths)
 
 
 def test_the_least_recently_used_shard_makes_room(served, data):
-    sizes = [size_of(served.directory / f"train-{n:06d}.tar") for n in range(3)]
+    size = total_size(served.directory / f"train-{n:06d}.tar" for n in range(3))
     indexes = 3 * 8_000  # what opening keeps beside each shard
-    options = data.model_copy(update={"fetch_bytes": sum(sizes) - 1 + indexes})
+    options = data.model_copy(update={"fetch_bytes": size - 1 + indexes})
     for turn, shard in enumerate((0, 1, 0)):
         open_shards(f"{served.url}/train-{shard:06d}.tar", options, "train")
         forget(data)
-        for path in kept(data):  # a clock that ticks between uses
-            os.utime(
-                path, ns=(path.stat().st_atime_ns - 10**9 * (3 - turn), path.stat().st_mtime_ns)
-            )
-    options = data.model_copy(
-        update={"fetch_bytes": sum(map(size_of, Path(data.fetch_dir).iterdir())) + 10_000}
-    )
+        for path in fetched(data):  # a clock that ticks between uses
+            used = path.stat().st_atime_ns - 10**9 * (3 - turn)
+            os.utime(path, ns=(used, path.stat().st_mtime_ns))
+    limit = total_size(Path(data.fetch_dir).iterdir()) + 10_000
+    options = data.model_copy(update={"fetch_bytes": limit})
     open_shards(f"{served.url}/train-000002.tar", options, "train")
-    asked = asked_for(served)
+    before = requested(served)
     open_shards(f"{served.url}/train-000000.tar", options, "train")
-    assert asked_for(served) == asked == [f"train-{n:06d}.tar" for n in (0, 1, 2)]
-    assert len(kept(data)) == 2
+    assert requested(served) == before == [f"train-{n:06d}.tar" for n in (0, 1, 2)]
+    assert len(fetched(data)) == 2
 
 
 def test_no_shard_of_a_set_in_use_is_evicted(served, data):
@@ -339,19 +333,17 @@ def _hold(pattern, data, opened, enough):
 
 
 @pytest.mark.slow
-def test_processes_that_ask_at_once_fetch_each_shard_once(served, data):
+def test_processes_that_open_at_once_fetch_each_shard_once(served, data):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [
-        context.Process(target=_open, args=(BRACES.format(served.url), data, results))
-        for _ in range(3)
-    ]
+    arguments = (BRACES.format(served.url), data, results)
+    processes = [context.Process(target=_open, args=arguments) for _ in range(3)]
     for process in processes:
         process.start()
     assert [results.get(timeout=60) for _ in processes] == [18, 18, 18]
     for process in processes:
         process.join()
-    assert sorted(asked_for(served)) == [f"train-{n:06d}.tar" for n in range(3)]
+    assert sorted(requested(served)) == [f"train-{n:06d}.tar" for n in range(3)]
 
 
 def _open(pattern, data, results):
@@ -363,33 +355,31 @@ def test_a_set_that_the_manifest_says_is_too_large_is_refused_before_anything_is
 ):
     options = data.model_copy(update={"fetch_bytes": 20_000})
     assert "3 shards of" in refusal(open_shards, BRACES.format(served.url), options, "train")
-    assert asked_for(served) == []
+    assert requested(served) == []
 
 
 def test_a_shard_larger_than_the_limit_is_refused_while_it_comes(served, data, tmp_path):
     large = tmp_path / "large.tar"
     write_tar(large, [("a.cls", b"0"), ("a.npy", os.urandom(3 << 20))])
     options = data.model_copy(update={"fetch_bytes": 2 << 20, "classes": 7})
-    assert "more than data.fetch_bytes = 2097152" in refusal(
-        open_shards, f"pipe:cat {large}", options, "train"
-    )
-    assert not list(Path(data.fetch_dir).glob("*.part")) and not kept(data)
+    message = refusal(open_shards, f"pipe:cat {large}", options, "train")
+    assert "more than data.fetch_bytes = 2097152" in message
+    assert not partial_files(data) and not fetched(data)
 
 
 def test_a_disk_smaller_than_one_shard_is_one_clear_error(served, data, monkeypatch):
     usage = shutil._ntuple_diskusage(10_000, 5_000, 5_000)
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda _: usage)
     message = refusal(open_shards, BRACES.format(served.url), data, "train")
-    assert "has 5000 left; set data.fetch_dir to a place on a larger one" in message and not kept(
-        data
-    )
+    assert "has 5000 left; set data.fetch_dir to a place on a larger one" in message
+    assert not fetched(data)
 
 
-def test_half_files_of_a_killed_process_are_cleared_away(served, data):
+def test_partial_files_of_a_killed_process_are_removed(served, data):
     Path(data.fetch_dir).mkdir()
     (Path(data.fetch_dir) / "0123456789abcdef.tar.part").write_bytes(b"half")
     open_shards(BRACES.format(served.url), data, "train")
-    assert not list(Path(data.fetch_dir).glob("*.part"))
+    assert not partial_files(data)
 
 
 # The commands
@@ -405,9 +395,8 @@ def test_validate_reads_urls(served, data, capsys):
     forget(data)
     shutil.rmtree(data.fetch_dir)
     assert main(arguments) == 1
-    assert (
-        f"{served.url}/train-000001.tar: 00004 has only the member .cls" in capsys.readouterr().err
-    )
+    message = f"{served.url}/train-000001.tar: 00004 has only the member .cls"
+    assert message in capsys.readouterr().err
 
 
 def test_index_describes_shards_behind_urls(served, data, tmp_path):
@@ -430,24 +419,11 @@ def test_from_webdataset_rewrites_what_lies_behind_urls(served, data, tmp_path, 
         path = served.directory / "train-000001.tar"
         path.write_bytes(gzip.compress(path.read_bytes()))
     out = tmp_path / "out"
-    assert (
-        main(
-            [
-                "from-webdataset",
-                BRACES.format(served.url),
-                "--out",
-                str(out),
-                "--fetch-dir",
-                data.fetch_dir,
-            ]
-        )
-        == 0
-    )
+    source = ["from-webdataset", BRACES.format(served.url), "--fetch-dir", data.fetch_dir]
+    assert main([*source, "--out", str(out)]) == 0
     assert open_shards(str(out), Data(), "train").num_samples == 18
     served.faults += ["short"] * 9
     forget(data)
     shutil.rmtree(data.fetch_dir)
-    options = ["--out", str(tmp_path / "b"), "--damage", "skip", "--fetch-dir", data.fetch_dir]
-    assert "cannot be fetched" in refusal(
-        main, ["from-webdataset", BRACES.format(served.url), *options]
-    )
+    options = ["--out", str(tmp_path / "b"), "--damage", "skip"]
+    assert "cannot be fetched" in refusal(main, [*source, *options])

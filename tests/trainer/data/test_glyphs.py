@@ -1,3 +1,5 @@
+"""`referral shards glyphs`: characters of many fonts, merged, distorted and written as shards."""
+
 import io
 import json
 import os
@@ -66,9 +68,8 @@ def test_the_default_faces_give_more_than_a_thousand_classes_of_five_faces_each(
     assert len(default_glyphs.characters) >= 1000
     assert default_glyphs.count.min() >= 5 and default_glyphs.count.max() <= 12
     assert len(set(default_glyphs.class_names)) == len(default_glyphs.class_names)
-    scripts = {
-        name.split(" ")[2] for name in default_glyphs.class_names if len(name.split(" ")) > 2
-    }
+    words = [name.split(" ") for name in default_glyphs.class_names]
+    scripts = {each[2] for each in words if len(each) > 2}
     assert {"LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "GEORGIAN"} <= scripts
 
 
@@ -123,14 +124,13 @@ def test_shards_manifest_and_merge_list_agree(tmp_path):
 def test_the_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(g, "WORTH_A_PROCESS", 1)
     monkeypatch.setattr(g, "PER_SHARD", 5)
-    for name, processes, seed in (("one", 1, 3), ("two", 2, 3), ("other", 1, 4)):
-        render(tmp_path / name, processes=processes, seed=seed)
     shards = [f"train-00000{number}.tar" for number in range(4)]  # 18 images
-    files = {
-        name: [(tmp_path / name / shard).read_bytes() for shard in shards]
-        for name in ("one", "two", "other")
-    }
-    assert files["one"] == files["two"] != files["other"]
+
+    def rendered(name, processes, seed):
+        render(tmp_path / name, processes=processes, seed=seed)
+        return [(tmp_path / name / shard).read_bytes() for shard in shards]
+
+    assert rendered("one", 1, seed=3) == rendered("two", 2, seed=3) != rendered("other", 1, seed=4)
     assert not list((tmp_path / "two").glob(".*"))
     manifest = json.loads((tmp_path / "two" / "manifest.json").read_text())["splits"]["train"]
     assert manifest["samples"] == 18 and [shard["name"] for shard in manifest["shards"]] == shards
@@ -184,7 +184,7 @@ def test_rotation_is_in_degrees():
     assert torch.equal(turned, drawing.rot90(-1)) or torch.equal(turned, drawing.rot90(1))
 
 
-def test_contrast_and_noise_are_shares_of_full_ink(tmp_path):
+def test_contrast_and_noise_are_fractions_of_full_ink(tmp_path):
     drawing = torch.zeros(28, 28, dtype=torch.uint8)
     drawing[:14] = 255
     image = distorted(drawing, 0.5, contrast=0.4)
@@ -223,7 +223,7 @@ def test_other_sizes_are_whole_pngs(tmp_path, size):
     assert all(pixels.shape == (size, size) and pixels.max() > 150 for _, pixels in images.values())
 
 
-def test_ones_own_fonts_and_a_number_of_classes(tmp_path):
+def test_a_users_fonts_and_a_number_of_classes(tmp_path):
     font = find_faces()[0].path
     made = render(tmp_path / "out", fonts=[font], classes=30)
     assert len(made.characters) == 30 and made.characters[0] == "!" and set(made.count) == {1}
@@ -231,7 +231,7 @@ def test_ones_own_fonts_and_a_number_of_classes(tmp_path):
         render(tmp_path / "more", fonts=[font], classes=1_000_000)
 
 
-def test_characters_that_no_face_draws_are_told(tmp_path):
+def test_characters_that_no_face_draws_are_listed(tmp_path):
     assert render(tmp_path / "out", classes="AB\u4e00\n C").left_out == "\u4e00"
     with pytest.raises(UserError, match="of 2 characters 0 are drawn by at least 5"):
         render(tmp_path / "none", classes="\u4e00\u4e01")
@@ -245,9 +245,9 @@ def not_a_font(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"fonts": ["/nowhere/a.ttf"]}, "/nowhere/a.ttf: no such font file"),
-        ({"fonts": [not_a_font]}, "text.ttf: not a font"),
-        ({"fonts": [lambda path: path]}, "no font files"),
+        ({"fonts": lambda tmp_path: ["/nowhere/a.ttf"]}, "/nowhere/a.ttf: no such font file"),
+        ({"fonts": lambda tmp_path: [not_a_font(tmp_path)]}, "text.ttf: not a font"),
+        ({"fonts": lambda tmp_path: [tmp_path]}, "no font files"),
         ({"per_class": {"train": 0}}, "train = 0 images per class: must be at least 1"),
         ({"per_class": {}}, "no split"),
         ({"per_class": {"a/b": 1}}, "split 'a/b'"),
@@ -256,11 +256,9 @@ def not_a_font(tmp_path):
         ({"classes": "A"}, "two classes are needed"),
     ],
 )
-def test_mistakes_are_named_and_leave_nothing_behind(tmp_path, options, message):
+def test_errors_are_named_and_leave_nothing_behind(tmp_path, options, message):
     if "fonts" in options:
-        options = options | {
-            "fonts": [font(tmp_path) if callable(font) else font for font in options["fonts"]]
-        }
+        options = {"fonts": options["fonts"](tmp_path)}
     before = set(tmp_path.iterdir())
     with pytest.raises(UserError, match=re.escape(message)):
         render(tmp_path / "out", **options)
@@ -268,24 +266,25 @@ def test_mistakes_are_named_and_leave_nothing_behind(tmp_path, options, message)
 
 
 def test_an_interrupted_run_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(g, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(g, "write_manifest", interrupt)
     with pytest.raises(KeyboardInterrupt):
         render(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    alive, dead = (
-        tmp_path / f".out.unfinished-{platform.node()}-{number}"
-        for number in (os.getppid(), 2**22 + 1)
-    )
+    alive = tmp_path / f".out.unfinished-{platform.node()}-{os.getppid()}"
+    dead = tmp_path / f".out.unfinished-{platform.node()}-{2**22 + 1}"
     alive.mkdir()
     dead.mkdir()
     render(tmp_path / "out", classes="AB")
     assert alive.exists() and not dead.exists()
 
 
-def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_shards(tmp_path):
+def test_an_existing_directory_is_replaced_only_by_force_and_only_if_it_holds_shards(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     render(out, classes="AB")  # an empty directory is as good as none
@@ -303,13 +302,13 @@ def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_shards(tmp_pa
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission_to_write_is_told(tmp_path):
+def test_no_permission_to_write_is_one_error(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="no permission"):
         render(tmp_path / "out")
 
 
-def test_a_place_that_cannot_hold_a_directory_is_told(tmp_path):
+def test_a_path_that_cannot_hold_a_directory_is_one_error(tmp_path):
     with pytest.raises(UserError, match="/proc"):
         render("/proc/glyphs/out")
 
@@ -358,10 +357,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     )
     # The workers hold the pipe open: reading it to its end waits for the last of them.
     root = str(Path(g.__file__).parents[3])
-    ended = subprocess.run(
-        [sys.executable, script, tmp_path],
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": root},
-        timeout=60,
-    )
+    environment = os.environ | {"PYTHONPATH": root}
+    command = [sys.executable, script, tmp_path]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=60)
     assert ended.returncode == -9

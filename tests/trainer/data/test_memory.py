@@ -1,3 +1,5 @@
+"""What a worker of a training stream holds in memory does not grow over the epochs."""
+
 import json
 import subprocess
 import sys

@@ -21,5 +21,5 @@ def test_each_example_of_7_uneven_shards_is_measured_once_by_all_ranks_together(
 
 
 @pytest.mark.parametrize("ranks, workers", [(1, 1), (2, 2), (3, 3)])
-def test_and_by_all_their_workers(seven, ranks, workers):
+def test_each_example_is_measured_once_by_all_workers_of_all_ranks(seven, ranks, workers):
     assert np.array_equal(times_seen(seven, 16, ranks, workers), np.ones(len(seven)))

@@ -1,3 +1,5 @@
+"""The order in which a stream draws samples: a pure function of seed and position."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -44,7 +46,7 @@ def test_balance_0_is_every_id_once_per_epoch(seed, counts):
     counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
     exponent=st.floats(0, 1),
 )
-def test_each_class_gets_its_share_of_every_epoch_within_one(seed, counts, exponent):
+def test_each_class_gets_its_weight_of_every_epoch_within_one_draw(seed, counts, exponent):
     labels = np.repeat(np.arange(len(counts)), counts)
     order = balanced(labels, seed, exponent)
     weights = np.array(counts, float) ** (1 - exponent)

@@ -1,3 +1,5 @@
+"""Routing: each group's samples, as an index or a copy, in one bounded pass."""
+
 import io
 import json
 import tarfile
@@ -24,25 +26,23 @@ def shards(uneven):
 @pytest.mark.parametrize("mode", ["index", "copy"])
 def test_every_group_holds_every_sample_of_its_classes_once(shards, tmp_path, mode):
     assert route(shards, GROUPS, tmp_path, mode) == {}
-    for number, members in GROUPS.items():
-        facts = json.loads((tmp_path / f"{number:03d}/routed.json").read_text())
-        routed, ids = open_routed(tmp_path / f"{number:03d}", shards)
-        expected = np.flatnonzero(np.isin(shards.labels, members))
-        assert facts["samples"] == len(ids) == len(expected)
-        assert facts["frequency"] == len(expected) / 150
+    for group, classes in GROUPS.items():
+        header = json.loads((tmp_path / f"{group:03d}/routed.json").read_text())
+        routed, ids = open_routed(tmp_path / f"{group:03d}", shards)
+        expected = np.flatnonzero(np.isin(shards.labels, classes))
+        assert header["samples"] == len(ids) == len(expected)
+        assert header["frequency"] == len(expected) / 150
         assert routed.labels[ids].tolist() == shards.labels[expected].tolist()
         assert (routed.inputs(ids) == shards.inputs(expected)).all()
         assert routed.class_names == shards.class_names
-        assert [raw["png"] for raw in routed.raw(ids)] == [
-            raw["png"] for raw in shards.raw(expected)
-        ]
-        assert [routed.where(sample) for sample in ids] == [
-            shards.where(sample) for sample in expected
-        ]
+        pictures = [raw["png"] for raw in routed.raw(ids)]
+        assert pictures == [raw["png"] for raw in shards.raw(expected)]
+        origins = [routed.where(sample) for sample in ids]
+        assert origins == [shards.where(sample) for sample in expected]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000", "003", "004"]
 
 
-def test_one_pass_reads_each_sample_once_however_many_groups_want_it(shards, tmp_path, monkeypatch):
+def test_one_pass_reads_each_sample_once_for_all_its_groups(shards, tmp_path, monkeypatch):
     read, order = Counter(), []
     raw = type(shards).read_raw
 
@@ -61,44 +61,30 @@ def test_one_pass_reads_each_sample_once_however_many_groups_want_it(shards, tmp
 
 def test_routed_copies_are_plain_webdatasets(shards, tmp_path):
     route(shards, GROUPS, tmp_path, "copy")
-    members = GROUPS[3]
-    numbers = [n for n in range(150) if label_of(n) in members]
-    read = list(
-        webdataset.WebDataset(f"{tmp_path}/003/routed-{{000000..000000}}.tar", shardshuffle=False)
-    )
+    numbers = [n for n in range(150) if label_of(n) in GROUPS[3]]
+    pattern = f"{tmp_path}/003/routed-{{000000..000000}}.tar"
+    read = list(webdataset.WebDataset(pattern, shardshuffle=False))
     assert [int(item["__key__"]) for item in read] == numbers
     assert all(item["png"] == sample(n)["png"] for item, n in zip(read, numbers, strict=True))
     assert [int(item["cls"]) for item in read] == [label_of(n) for n in numbers]
-    decoded = next(
-        iter(
-            webdataset.WebDataset(f"{tmp_path}/003/routed-000000.tar", shardshuffle=False).decode(
-                "l8"
-            )
-        )
-    )
+    path = tmp_path / "003/routed-000000.tar"
+    decoded = next(iter(webdataset.WebDataset(str(path), shardshuffle=False).decode("l8")))
     assert decoded["png"].shape == (6, 5)
     manifest = json.loads((tmp_path / "003/manifest.json").read_text())
     (entry,) = manifest["splits"]["routed"]["shards"]
-    assert entry["sha256"] == scan_tar(tmp_path / "003/routed-000000.tar").sha256
+    assert entry["sha256"] == scan_tar(path).sha256
     assert entry["class_counts"] == dict(Counter(CLASSES[label_of(n)] for n in numbers))
 
 
 def test_raw_members_keep_their_bytes_whatever_they_are(tmp_path):
     directory = tmp_path / "set"
     directory.mkdir()
-    facts = [{"label": n % 3, "note": f"sample {n}"} for n in range(9)]
-    write_tar(
-        directory / "train-0.tar",
-        [
-            (f"{n}.{extension}", content)
-            for n, fact in enumerate(facts)
-            for extension, content in (
-                ("json", json.dumps(fact).encode()),
-                ("seg.png", b"mask %d" % n),
-                ("png", sample(n)["png"]),
-            )
-        ],
-    )
+    files = []
+    for n in range(9):
+        content = json.dumps({"label": n % 3, "note": f"sample {n}"}).encode()
+        files += [(f"{n}.json", content), (f"{n}.seg.png", b"mask %d" % n)]
+        files += [(f"{n}.png", sample(n)["png"])]
+    write_tar(directory / "train-0.tar", files)
     shards = open_shards(str(directory), Data(label="json:label", input="png", classes=3), "train")
     route(shards, {0: np.array([1])}, tmp_path / "routed", "copy")
     routed, ids = open_routed(tmp_path / "routed/000", shards)
@@ -107,7 +93,7 @@ def test_raw_members_keep_their_bytes_whatever_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["index", "copy"])
-def test_the_size_is_said_beforehand_and_bounds_all_groups_together(shards, tmp_path, mode):
+def test_the_size_is_announced_beforehand_and_bounds_all_groups_together(shards, tmp_path, mode):
     lines = []
     route(shards, GROUPS, tmp_path / "a", mode, say=lines.append)
     headers = [json.loads(path.read_text()) for path in tmp_path.glob("a/*/routed.json")]
@@ -134,8 +120,8 @@ def test_the_announced_size_of_a_copy_is_the_size_on_disk(shards, tmp_path):
 def test_more_groups_than_files_may_be_open_take_more_passes(shards, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.data.routing.OPEN_WRITERS", 2)
     route(shards, GROUPS, tmp_path, "copy")
-    for number, classes in GROUPS.items():
-        _, ids = open_routed(tmp_path / f"{number:03d}", shards)
+    for group, classes in GROUPS.items():
+        _, ids = open_routed(tmp_path / f"{group:03d}", shards)
         assert len(ids) == np.isin(shards.labels, classes).sum()
 
 
@@ -143,9 +129,8 @@ def test_corrupt_samples_are_not_copied_but_counted(tmp_path):
     directory = tmp_path / "set"
     directory.mkdir()
     write_uneven(directory, [30, 30])
-    lenient, strict = (
-        open_shards(str(directory), Data(damage=damage), "train") for damage in ("skip", "strict")
-    )
+    lenient = open_shards(str(directory), Data(damage="skip"), "train")
+    strict = open_shards(str(directory), Data(damage="strict"), "train")
     with tarfile.open(directory / "train-000000.tar") as tar:
         offset = tar.getmember("00011.png").offset_data
     with open(directory / "train-000000.tar", "r+b") as file:
@@ -180,14 +165,10 @@ def test_texts_and_arrays_are_routed_as_they_are(tmp_path):
     np.save(array, np.arange(4.0))
     directory = tmp_path / "set"
     directory.mkdir()
-    write_tar(
-        directory / "train-0.tar",
-        [
-            (f"{n}.{e}", c)
-            for n in range(4)
-            for e, c in (("cls", b"%d" % (n % 2)), ("npy", array.getvalue()))
-        ],
-    )
+    files = []
+    for n in range(4):
+        files += [(f"{n}.cls", b"%d" % (n % 2)), (f"{n}.npy", array.getvalue())]
+    write_tar(directory / "train-0.tar", files)
     shards = open_shards(str(directory), Data(classes=2), "train")
     route(shards, {0: np.array([1])}, tmp_path / "routed", "copy")
     routed, ids = open_routed(tmp_path / "routed/000", shards)

@@ -1,3 +1,5 @@
+"""Every sample of an epoch is seen or counted as corrupt, over all ranks."""
+
 import copy
 import logging
 import threading
@@ -29,15 +31,16 @@ def garble(directory, number: int):
 
 @pytest.fixture
 def shards(tmp_path):
-    return open_shards(
-        str(write_uneven(tmp_path, [40, 7, 13, 60])), Data(damage="skip", damage_share=0.1), "train"
-    )
+    directory = write_uneven(tmp_path, [40, 7, 13, 60])
+    return open_shards(str(directory), Data(damage="skip", damage_share=0.1), "train")
 
 
-def run(
-    stream, steps, ranks=1, first=0, drop=lambda step, rank, batch: batch
-) -> list[EpochAccounting]:
-    """`steps` steps on `ranks` ranks, one thread each; they meet wherever an account is closed."""
+def unchanged(step, rank, batch):
+    return batch
+
+
+def run(stream, steps, ranks=1, first=0, change=unchanged) -> list[EpochAccounting]:
+    """`steps` steps on `ranks` ranks, a thread each; they wait for each other to close an epoch."""
     everyone = threading.Barrier(ranks)
     values = [None] * ranks
     accounts = [EpochAccounting(stream, first, rank, ranks) for rank in range(ranks)]
@@ -51,7 +54,7 @@ def run(
             return gathered
 
         for step in range(first, first + steps):
-            accounts[rank].enter(drop(step, rank, stream.batch(step, rank, ranks)))
+            accounts[rank].enter(change(step, rank, stream.batch(step, rank, ranks)))
             accounts[rank].close_ended(gather)
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -71,7 +74,7 @@ def test_sources_close_each_at_its_own_pace(shards):
         Source(shards, shuffled(np.arange(10), 1), 12),
         Source(shards, shuffled(np.arange(10, 120), 2), 6),
     ]
-    # The first one's epochs are shorter than its share of a batch.
+    # The first one's epochs are shorter than its part of a batch.
     run(TrainingStream(sources, 0), 40, ranks=2)
 
 
@@ -82,7 +85,7 @@ def test_an_epoch_begun_in_the_middle_closes_too(shards):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("step", [0, 4, 6, 13])
-def test_a_sample_that_nobody_saw_is_missed_at_the_end_of_the_epoch(shards, ranks, step):
+def test_a_sample_that_no_rank_saw_is_an_error_at_the_end_of_the_epoch(shards, ranks, step):
     stream = TrainingStream([Source(shards, shuffled(120, 3), 18)], 0)
 
     def lose_one(now, rank, batch):
@@ -92,7 +95,7 @@ def test_a_sample_that_nobody_saw_is_missed_at_the_end_of_the_epoch(shards, rank
 
     message = "1 of 120 samples were neither seen nor found corrupt in the epoch that ended"
     with pytest.raises(UserError, match=message):
-        run(stream, 20, ranks, drop=lose_one)
+        run(stream, 20, ranks, change=lose_one)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -114,7 +117,7 @@ def test_an_epoch_reports_what_all_ranks_lost(tmp_path, caplog, ranks):
     assert again.lost[0].keys() == {3, 44, 118}
 
 
-def test_the_share_is_judged_over_all_ranks(tmp_path):
+def test_the_fraction_lost_is_that_of_all_ranks(tmp_path):
     directory = write_uneven(tmp_path, [60, 60])
     shards = open_shards(str(directory), Data(damage="skip", damage_share=0.02), "train")
     for number in (3, 44, 118):
@@ -125,7 +128,7 @@ def test_the_share_is_judged_over_all_ranks(tmp_path):
         run(stream, 8, ranks=2)
 
 
-def test_lost_samples_are_put_together_over_epochs_and_stages(tmp_path):
+def test_lost_samples_are_merged_over_epochs_and_stages(tmp_path):
     directory = write_uneven(tmp_path, [40, 7, 13, 60])
     write_tar(directory / "train-000001.tar", tar_files(range(40, 46)) + tar_files([46])[:1])
     losses = LostSamples()

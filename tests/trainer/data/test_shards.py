@@ -1,3 +1,5 @@
+"""Shards on disk: what the writer promises, what opening checks, and what decoding gives."""
+
 import io
 import json
 import os
@@ -25,10 +27,20 @@ from trainer.data.tars import index_path, load_index, scan_tar
 
 
 def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
+    """The one line with which a call is refused."""
+    with pytest.raises(UserError) as error:
         call(*arguments, **options)
-    assert len(str(caught.value).splitlines()) == 1
-    return str(caught.value)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def opened(directory, **data):
+    return open_shards(str(directory), Data(**data), "train")
+
+
+def refused(directory, **data) -> str:
+    """The one line with which `opened` is refused."""
+    return refusal(opened, directory, **data)
 
 
 # Writing
@@ -39,10 +51,8 @@ def test_webdataset_reads_what_we_write(tmp_path):
     urls = str(tmp_path / "train-{000000..000002}.tar")
     read = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert [item["__key__"] for item in read] == [f"{n:05d}" for n in range(25)]
-    assert all(
-        item["png"] == sample(n)["png"] and int(item["cls"]) == label_of(n)
-        for n, item in enumerate(read)
-    )
+    for number, item in enumerate(read):
+        assert item["png"] == sample(number)["png"] and int(item["cls"]) == label_of(number)
 
 
 def test_the_manifest_counts_what_the_shards_hold(tmp_path):
@@ -74,22 +84,19 @@ def test_nothing_is_left_of_a_writer_that_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_split_is_not_overwritten_unasked(tmp_path):
+def test_a_split_is_overwritten_only_with_overwrite(tmp_path):
     write_split(tmp_path, 25, per_shard=10)
     assert "already holds train shards" in refusal(ShardWriter, tmp_path, "train", CLASSES)
     with ShardWriter(tmp_path, "train", CLASSES, overwrite=True) as writer:
         writer.write(sample(0))
-    assert sorted(file.name for file in tmp_path.glob("train*")) == [
-        "train-000000.tar",
-        "train-000000.tar.index.npz",
-    ]
+    names = sorted(file.name for file in tmp_path.glob("train*"))
+    assert names == ["train-000000.tar", "train-000000.tar.index.npz"]
 
 
 def test_a_writer_refuses_labels_and_keys_that_no_reader_would_understand(tmp_path):
     with ShardWriter(tmp_path, "train", CLASSES) as writer:
-        assert "class 7 is not in 0..6" in refusal(
-            writer.write, {"__key__": "a", "cls": b"7", "png": b""}
-        )
+        message = refusal(writer.write, {"__key__": "a", "cls": b"7", "png": b""})
+        assert "class 7 is not in 0..6" in message
         with pytest.raises(ValueError, match="dots"):
             writer.write({"__key__": "a.b", "cls": b"0", "png": b""})
 
@@ -100,9 +107,8 @@ def test_splits_of_one_manifest_share_their_classes(tmp_path):
     assert open_shards(str(tmp_path), Data(), "val").num_samples == 3
     with ShardWriter(tmp_path, "test", ["other"]) as writer:
         writer.write({"__key__": "a", "cls": b"0", "png": b"x"})
-    assert "with other classes" in refusal(
-        write_manifest, tmp_path, ["other"], {"test": writer.facts}
-    )
+    message = refusal(write_manifest, tmp_path, ["other"], {"test": writer.facts})
+    assert "with other classes" in message
 
 
 def test_class_names_must_differ(tmp_path):
@@ -113,7 +119,7 @@ def test_class_names_must_differ(tmp_path):
 
 
 def test_a_shard_set_is_what_was_written(uneven):
-    shards = open_shards(str(uneven), Data(), "train")
+    shards = opened(uneven)
     assert (shards.num_samples, shards.num_classes, shards.class_names) == (150, 7, CLASSES)
     assert shards.labels.tolist() == [label_of(n) for n in range(150)]
     assert shards.class_counts.tolist() == np.bincount(shards.labels, minlength=7).tolist()
@@ -133,18 +139,14 @@ def test_patterns_that_mean_the_same_give_the_same_set(uneven):
         f"{uneven}/train-{{000000..000003}}.tar::{uneven}/train-00000[456].tar",
     ]
     labels = [open_shards(pattern, Data(), "train").labels.tolist() for pattern in patterns]
-    assert all(given == labels[0] for given in labels)
+    assert all(each == labels[0] for each in labels)
 
 
-def test_the_fingerprint_knows_content_not_place(tmp_path):
-    a, b, c = (
-        write_split(tmp_path / name, count) for name, count in (("a", 9), ("b", 9), ("c", 10))
-    )
-    a, b, c = (
-        open_shards(str(directory / "train-000000.tar"), Data(), "train").fingerprint
-        for directory in (a, b, c)
-    )
-    assert a == b != c
+def test_the_fingerprint_is_of_the_content_and_not_of_the_path(tmp_path):
+    def fingerprint(name, count):
+        return opened(write_split(tmp_path / name, count) / "train-000000.tar").fingerprint
+
+    assert fingerprint("a", 9) == fingerprint("b", 9) != fingerprint("c", 10)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +173,7 @@ def test_a_split_that_the_manifest_lacks_is_named(uneven):
 def test_a_shard_that_the_manifest_leaves_out_is_not_left_out_in_silence(tmp_path):
     write_uneven(tmp_path, [4, 5])
     write_tar(tmp_path / "train-000002.tar", tar_files(range(9, 12)))
-    assert "train-000002.tar is not in" in refusal(open_shards, str(tmp_path), Data(), "train")
+    assert "train-000002.tar is not in" in refused(tmp_path)
 
 
 def test_a_manifest_whose_total_is_not_that_of_its_shards_is_refused(tmp_path):
@@ -179,86 +181,70 @@ def test_a_manifest_whose_total_is_not_that_of_its_shards_is_refused(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["splits"]["train"]["samples"] = 10
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert "split train has 10 samples, its shards 9" in refusal(
-        open_shards, str(tmp_path), Data(), "train"
-    )
+    assert "split train has 10 samples, its shards 9" in refused(tmp_path)
 
 
 def test_without_a_manifest_the_config_says_how_many_classes_there_are(tmp_path):
     write_tar(tmp_path / "train-0.tar", tar_files(range(9)))
-    assert "set data.classes" in refusal(open_shards, str(tmp_path), Data(), "train")
-    assert open_shards(str(tmp_path), Data(classes=9), "train").num_classes == 9
-    assert "label 4, which is none of the 3" in refusal(
-        open_shards, str(tmp_path), Data(classes=3), "train"
-    )
+    assert "set data.classes" in refused(tmp_path)
+    assert opened(tmp_path, classes=9).num_classes == 9
+    assert "label 4, which is none of the 3" in refused(tmp_path, classes=3)
 
 
 def test_the_config_may_not_contradict_the_manifest(uneven):
-    assert "has 7 classes" in refusal(open_shards, str(uneven), Data(classes=8), "train")
+    assert "has 7 classes" in refused(uneven, classes=8)
 
 
 def test_directories_of_different_classes_do_not_mix(uneven, tmp_path):
     with ShardWriter(tmp_path, "train", ["a", "b"]) as writer:
         writer.write(sample(0))
     write_manifest(tmp_path, ["a", "b"], {"train": writer.facts})
-    assert "different classes" in refusal(open_shards, f"{uneven}::{tmp_path}", Data(), "train")
+    assert "different classes" in refused(f"{uneven}::{tmp_path}")
+
+
+def with_json_label(number, value):
+    """The files of a sample whose label is a field of a JSON file."""
+    label = json.dumps({"label": value}).encode()
+    return [(f"{number}.json", label), (f"{number}.png", sample(number)["png"])]
 
 
 def test_labels_come_from_a_json_field(tmp_path):
-    def item(number, value):
-        return [
-            (f"{number}.json", json.dumps({"label": value}).encode()),
-            (f"{number}.png", sample(number)["png"]),
-        ]
-
-    write_tar(tmp_path / "train-0.tar", item(0, 3) + item(1, 0))
-    shards = open_shards(str(tmp_path), Data(label="json:label", classes=7), "train")
+    write_tar(tmp_path / "train-0.tar", with_json_label(0, 3) + with_json_label(1, 0))
+    shards = opened(tmp_path, label="json:label", classes=7)
     assert shards.labels.tolist() == [3, 0] and shards.inputs([1]).shape == (1, 1, 6, 5)
-    (named := tmp_path / "named").mkdir()
-    names = write_tar(named / "train-1.tar", item(0, "1") + item(1, "0"))
-    write_manifest(
-        named,
-        ["1", "0"],
-        {
-            "train": {
-                "samples": 2,
-                "shards": [
-                    {
-                        "name": "train-1.tar",
-                        "samples": 2,
-                        "bytes": 0,
-                        "sha256": scan_tar(names, "json:label").sha256,
-                        "class_counts": {"1": 1, "0": 1},
-                    }
-                ],
-            }
-        },
-    )
-    # A text is a class's name even where it looks like a number.
-    assert open_shards(str(named), Data(label="json:label"), "train").labels.tolist() == [0, 1]
-    assert "no field 'x'" in refusal(open_shards, str(names), Data(label="json:x"), "train")
+    assert "no field 'x'" in refused(tmp_path, label="json:x", classes=7)
+
+
+def test_a_text_in_a_json_field_is_a_class_name_even_if_it_looks_like_a_number(tmp_path):
+    files = with_json_label(0, "1") + with_json_label(1, "0")
+    path = write_tar(tmp_path / "train-1.tar", files)
+    shard = {
+        "name": "train-1.tar",
+        "samples": 2,
+        "bytes": 0,
+        "sha256": scan_tar(path, "json:label").sha256,
+        "class_counts": {"1": 1, "0": 1},
+    }
+    write_manifest(tmp_path, ["1", "0"], {"train": {"samples": 2, "shards": [shard]}})
+    assert opened(tmp_path, label="json:label").labels.tolist() == [0, 1]
+    assert "no field 'x'" in refused(path, label="json:x")
 
 
 def test_the_input_is_named_where_there_are_several(tmp_path):
-    members = []
+    files = []
     for number in range(3):
-        members += tar_files([number]) + [(f"{number:05d}.txt", b"text")]
-    write_tar(tmp_path / "train-0.tar", members)
-    assert "members png, txt" in refusal(open_shards, str(tmp_path), Data(classes=7), "train")
-    assert (
-        open_shards(str(tmp_path), Data(classes=7, input="txt"), "train").inputs([0])[0].tobytes()
-        == b"text"
-    )
-    assert "has no member .npy" in refusal(
-        open_shards, str(tmp_path), Data(classes=7, input="npy"), "train"
-    )
+        files += tar_files([number]) + [(f"{number:05d}.txt", b"text")]
+    write_tar(tmp_path / "train-0.tar", files)
+    assert "members png, txt" in refused(tmp_path, classes=7)
+    [text] = opened(tmp_path, classes=7, input="txt").inputs([0])
+    assert text.tobytes() == b"text"
+    assert "has no member .npy" in refused(tmp_path, classes=7, input="npy")
 
 
 def test_an_unknown_extension_names_the_known_ones(tmp_path):
     write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.flac", b"")])
-    assert "no decoder for .flac members (known: jpeg, jpg, json" in refusal(
-        open_shards, str(tmp_path), Data(classes=2), "train"
-    )
+    message = refused(tmp_path, classes=2)
+    assert "no decoder for .flac members (known: jpeg, jpg, json" in message
 
 
 # The index
@@ -266,9 +252,9 @@ def test_an_unknown_extension_names_the_known_ones(tmp_path):
 
 def test_an_index_is_made_once_and_then_used(tmp_path, monkeypatch):
     write_uneven(tmp_path, [4, 5], indexed=False)
-    first = open_shards(str(tmp_path), Data(), "train")
+    first = opened(tmp_path)
     monkeypatch.setattr("trainer.data.shards.scan_tar", lambda *_: pytest.fail("scanned again"))
-    again = open_shards(str(tmp_path), Data(), "train")
+    again = opened(tmp_path)
     assert again.fingerprint == first.fingerprint and (again.inputs([8]) == first.inputs([8])).all()
 
 
@@ -276,36 +262,34 @@ def test_a_touched_shard_is_recognised_and_a_changed_one_refused(tmp_path):
     shard = write_uneven(tmp_path, [4], manifest=False) / "train-000000.tar"
     os.utime(shard, (1, 1))
     assert not load_index(shard)[1]
-    open_shards(str(tmp_path), Data(classes=7), "train")
+    opened(tmp_path, classes=7)
     assert load_index(shard)[1]
     write_tar(shard, tar_files(range(10, 15)))
-    assert "is not the shard that was indexed" in refusal(
-        open_shards, str(tmp_path), Data(classes=7), "train"
-    )
+    assert "is not the shard that was indexed" in refused(tmp_path, classes=7)
     index_path(shard).unlink()
-    assert open_shards(str(tmp_path), Data(classes=7), "train").num_samples == 5
+    assert opened(tmp_path, classes=7).num_samples == 5
 
 
 def test_a_broken_index_is_rebuilt(tmp_path):
     shard = write_uneven(tmp_path, [4]) / "train-000000.tar"
     for content in (b"", b"rubbish", index_path(shard).read_bytes()[:200]):
         index_path(shard).write_bytes(content)
-        assert open_shards(str(tmp_path), Data(), "train").num_samples == 4
+        assert opened(tmp_path).num_samples == 4
 
 
-def test_shards_are_read_where_no_index_can_be_kept(tmp_path, monkeypatch):
+def test_shards_are_read_where_no_index_can_be_written(tmp_path, monkeypatch):
     write_uneven(tmp_path, [4], indexed=False)
 
     def full(*_, **__):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(np, "savez", full)
-    assert open_shards(str(tmp_path), Data(), "train").num_samples == 4
+    assert opened(tmp_path).num_samples == 4
     assert not list(tmp_path.glob("*.npz")) and not list(tmp_path.glob(".*"))
 
 
 def test_a_member_that_changes_after_opening_is_caught_by_its_checksum(tmp_path):
-    shards = open_shards(str(write_uneven(tmp_path, [4])), Data(), "train")
+    shards = opened(write_uneven(tmp_path, [4]))
     offset = shards._offset[shards._input_row[2]]
     with open(tmp_path / "train-000000.tar", "r+b") as file:
         file.seek(int(offset) + 50)
@@ -317,32 +301,33 @@ def test_a_member_that_changes_after_opening_is_caught_by_its_checksum(tmp_path)
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tars_of_other_writers_are_read(tmp_path, format):
     long = "deep/" * 30 + "sample"
+    files = {
+        f"{long}.png": sample(0)["png"],
+        f"{long}.cls": b"2",
+        "é.png": sample(1)["png"],
+        "é.cls": b"3",
+        "__meta__": b"x",
+        "README": b"x",
+    }
     with tarfile.open(tmp_path / "train-0.tar", "w", format=format) as archive:
-        for name, content in (
-            (f"{long}.png", sample(0)["png"]),
-            (f"{long}.cls", b"2"),
-            ("é.png", sample(1)["png"]),
-            ("é.cls", b"3"),
-            ("__meta__", b"x"),
-            ("README", b"x"),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-        archive.addfile(_directory("deep"))
-    shards = open_shards(str(tmp_path), Data(classes=7), "train")
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+        archive.addfile(directory_entry("deep"))
+    shards = opened(tmp_path, classes=7)
     assert shards.keys([0, 1]) == [long, "é"] and shards.labels.tolist() == [2, 3]
 
 
-def _directory(name):
-    member = tarfile.TarInfo(name)
-    member.type = tarfile.DIRTYPE
-    return member
+def directory_entry(name):
+    entry = tarfile.TarInfo(name)
+    entry.type = tarfile.DIRTYPE
+    return entry
 
 
 def test_a_refusal_names_shard_member_and_reason(tmp_path):
     write_tar(tmp_path / "train-0.tar", tar_files(range(3))[:-1])
-    message = refusal(open_shards, str(tmp_path), Data(classes=7), "train")
+    message = refused(tmp_path, classes=7)
     assert "train-0.tar: 00002 has only the member .cls" in message
 
 
@@ -350,18 +335,20 @@ def test_a_refusal_names_shard_member_and_reason(tmp_path):
 
 
 def first_of(path, extension, content, **data):
+    """The decoded input of a sample with this file."""
     write_tar(path / "train-0.tar", [("a.cls", b"0"), (f"a.{extension}", content)])
-    return open_shards(str(path), Data(classes=2, **data), "train").inputs([0])[0]
+    return opened(path, classes=2, **data).inputs([0])[0]
 
 
-@pytest.mark.parametrize("extension", ["png", "webp", "jpg", "jpeg"])
-def test_pictures_become_channels_first(tmp_path, extension):
+FORMATS = [("png", "png"), ("webp", "webp"), ("jpg", "jpeg"), ("jpeg", "jpeg")]
+
+
+@pytest.mark.parametrize("extension, format", FORMATS)
+def test_pictures_become_channels_first(tmp_path, extension, format):
     pixels = np.zeros((8, 6, 3), np.uint8)
     pixels[..., 1] = 200
     file = io.BytesIO()
-    Image.fromarray(pixels).save(
-        file, "jpeg" if extension.startswith("j") else extension, quality=95
-    )
+    Image.fromarray(pixels).save(file, format, quality=95)
     pixels = first_of(tmp_path, extension, file.getvalue())
     assert pixels.shape == (3, 8, 6) and pixels.dtype == np.uint8
     assert abs(pixels.astype(int).mean((1, 2)) - [0, 200, 0]).max() < 6
@@ -406,42 +393,29 @@ def test_the_config_names_a_decoder(tmp_path):
     name = "trainer.data.decoding:hashed_ngrams"
     array = first_of(tmp_path, "txt", b"Soybean farming", decoders={"txt": name})
     assert array.shape == (2048,) and abs(np.linalg.norm(array) - 1) < 1e-6
-    for wrong, message in (
-        ("no_such_module:f", "No module named"),
-        ("json:nothing", "no function nothing"),
-        ("x", "write"),
-    ):
-        assert message in refusal(
-            open_shards, str(tmp_path), Data(classes=2, decoders={"txt": wrong}), "train"
-        )
+    wrong = {
+        "no_such_module:f": "No module named",
+        "json:nothing": "no function nothing",
+        "x": "write",
+    }
+    for decoder, message in wrong.items():
+        assert message in refused(tmp_path, classes=2, decoders={"txt": decoder})
+
+
+def write_pictures(directory, first, second) -> None:
+    """Two samples, a and b."""
+    files = [("a.cls", b"0"), ("a.png", png(first)), ("b.cls", b"0"), ("b.png", png(second))]
+    write_tar(directory / "train-0.tar", files)
 
 
 def test_inputs_of_two_sizes_are_refused_with_the_remedy(tmp_path):
-    write_tar(
-        tmp_path / "train-0.tar",
-        [
-            ("a.cls", b"0"),
-            ("a.png", png(np.zeros((4, 4), np.uint8))),
-            ("b.cls", b"0"),
-            ("b.png", png(np.zeros((4, 5), np.uint8))),
-        ],
-    )
-    shards = open_shards(str(tmp_path), Data(classes=2), "train")
-    assert "sample b: is uint8 [1, 4, 5], the first sample uint8 [1, 4, 4]" in refusal(
-        shards.inputs, [0, 1]
-    )
+    write_pictures(tmp_path, np.zeros((4, 4), np.uint8), np.zeros((4, 5), np.uint8))
+    message = refusal(opened(tmp_path, classes=2).inputs, [0, 1])
+    assert "sample b: is uint8 [1, 4, 5], the first sample uint8 [1, 4, 4]" in message
 
 
 def test_a_gray_picture_among_coloured_ones_gets_three_equal_channels(tmp_path):
     gray = np.arange(16, dtype=np.uint8).reshape(4, 4)
-    write_tar(
-        tmp_path / "train-0.tar",
-        [
-            ("a.cls", b"0"),
-            ("a.png", png(np.zeros((4, 4, 3), np.uint8))),
-            ("b.cls", b"0"),
-            ("b.png", png(gray)),
-        ],
-    )
-    pixels = open_shards(str(tmp_path), Data(classes=2), "train").inputs([1])[0]
+    write_pictures(tmp_path, np.zeros((4, 4, 3), np.uint8), gray)
+    pixels = opened(tmp_path, classes=2).inputs([1])[0]
     assert (pixels == gray).all() and pixels.shape == (3, 4, 4)

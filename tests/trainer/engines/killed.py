@@ -20,10 +20,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
-from ranks import engine_overrides  # noqa: E402
+from ranks import engine_overrides, weights  # noqa: E402
 from toy import toy_config, write_toy  # noqa: E402
 
-from networks import load_classifier  # noqa: E402
 from pipeline.config import save_config  # noqa: E402
 from pipeline.graph import RunDirectory
 from pipeline.store import complete_checkpoints
@@ -38,7 +37,8 @@ STEPS = [
     "train.ema=0",
     "model.dropout=0.1",
 ]
-TOLERANCE = {"ddp": 0.0}  # of the weights; DeepSpeed's are 1e-6
+# Of the weights' differences; DeepSpeed's is 1e-6.
+TOLERANCE = {"ddp": 0.0}
 
 
 def prepare(root: Path, data: Path, engine: str) -> RunDirectory:
@@ -81,35 +81,32 @@ def kill(launcher: subprocess.Popen, kind: str, rng: random.Random) -> None:
 
 
 def disturbed(run: RunDirectory, kills: list[str], longest_s: float, rng: random.Random) -> int:
-    """Run to the end, killed as `kills` says.  Returns how many kills met a running job."""
-    met = 0
+    """Run to the end, killed as `kills` says.  Returns how many kills hit a running job."""
+    hits = 0
     for kind in [*kills, None]:
         process = start(run)
         if kind is not None:
             try:
                 process.wait(rng.uniform(0, longest_s))
             except subprocess.TimeoutExpired:
-                met += 1
+                hits += 1
                 kill(process, kind, rng)
         code = process.wait(300)
-        # What says COMPLETE can be read.
+        # A checkpoint marked COMPLETE can be read.
         for path in complete_checkpoints(run.generalist.directory / "checkpoints"):
             load_checkpoint(path.parent, int(path.name.removeprefix("step-")))
         if run.generalist.is_done:
-            return met
-        assert kind is not None, (
-            f"the undisturbed last attempt ended with {code}: see {run.root}/log.txt"
-        )
+            return hits
+        end = f"the undisturbed last attempt ended with {code}: see {run.root}/log.txt"
+        assert kind is not None, end
         time.sleep(0.3)  # for orphans to die with their launcher
     raise AssertionError("unreachable")
 
 
 def difference(one: RunDirectory, other: RunDirectory) -> float:
-    weights = [
-        load_classifier(run.generalist.path("model.safetensors").parent).state_dict()
-        for run in (one, other)
-    ]
-    return max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+    """The largest difference between the weights of two runs' generalists."""
+    ours, theirs = weights(one.root), weights(other.root)
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 def soak(engine: str, kills: int, directory: Path, seed: int = 0) -> str:
@@ -136,5 +133,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
+        kills = int(sys.argv[1]) if len(sys.argv) > 1 else 30
         for name in sys.argv[2:] or ENGINES:
-            print(soak(name, int((sys.argv[1:] or ["30"])[0]), Path(directory)), flush=True)
+            print(soak(name, kills, Path(directory)), flush=True)

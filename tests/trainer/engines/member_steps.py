@@ -19,6 +19,8 @@ from trainer.distributed.ranks import process_group
 from trainer.engines import build_engine
 
 K, BATCH, CLASSES, RATE, DECAY, MOMENTUM = 3, 12, 5, 0.2, 0.1, 0.5
+SGD = {"optimizer": "sgd", "momentum": MOMENTUM, "clip_norm": 0.0, "weight_decay": DECAY}
+SCHEDULE = DEFAULT_SCHEDULE.model_copy(update={**SGD, "batch_size": BATCH, "ema": 0.0})
 KINDS = ({"kind": "heads", "count": K, "blocks": 1}, {"kind": "batch", "count": K})
 
 
@@ -37,35 +39,20 @@ def engine_config(name: str) -> Engine:
 
 def compare(name: str, members: dict, ranks) -> None:
     torch.manual_seed(0)
-    spec = ModelSpec(
-        "mlp",
-        CLASSES,
-        InputSpec(shape=(6,), dtype="float32"),
-        {"width": 8, "depth": 2},
-        members=members,
-    )
+    inputs, options = InputSpec(shape=(6,), dtype="float32"), {"width": 8, "depth": 2}
+    spec = ModelSpec("mlp", CLASSES, inputs, options, members=members)
     network = build_classifier(spec)
     alone, velocity = copy.deepcopy(network), {}
     steps = [(torch.randn(BATCH, 6), torch.randint(CLASSES, (K, BATCH))) for _ in range(4)]
-    schedule = DEFAULT_SCHEDULE.model_copy(
-        update={
-            "optimizer": "sgd",
-            "momentum": MOMENTUM,
-            "clip_norm": 0.0,
-            "weight_decay": DECAY,
-            "batch_size": BATCH,
-            "ema": 0.0,
-        }
-    )
     engine = build_engine(engine_config(name), ranks)
-    module = engine.prepare(network, schedule)
+    module = engine.prepare(network, SCHEDULE)
     for index, (raw, targets) in enumerate(steps):
         if index == 2:
             state = copy.deepcopy(engine.state())
             engine.close()
             engine = build_engine(engine_config(name), ranks)
             network = build_classifier(spec)
-            module = engine.prepare(network, schedule, state)
+            module = engine.prepare(network, SCHEDULE, state)
         own = slice(ranks.rank, None, ranks.world_size)
         with engine.accumulating(last=True):
             loss = loss_of(module(raw[own]), targets[:, own])
@@ -102,9 +89,8 @@ def step_by_hand(network, velocity: dict) -> None:
 def check(ours: dict, theirs: dict) -> None:
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        torch.testing.assert_close(
-            ours[name], value, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        message = f"{name}: {{}}".format
+        torch.testing.assert_close(ours[name], value, atol=1e-6, rtol=1e-5, msg=message)
 
 
 if __name__ == "__main__":

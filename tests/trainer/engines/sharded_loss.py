@@ -27,11 +27,8 @@ class Problem:
     def __init__(self, sizes: list[int], bounds: list[int]):
         rank, rows, self.classes = dist.get_rank(), sum(sizes), bounds[-1]
         torch.manual_seed(0)
-        self.whole = (
-            torch.randn(rows, SIZE),
-            torch.randn(self.classes, SIZE),
-            torch.randn(self.classes),
-        )
+        features, weight = torch.randn(rows, SIZE), torch.randn(self.classes, SIZE)
+        self.whole = (features, weight, torch.randn(self.classes))
         self.labels = torch.randint(self.classes, (rows,))
         self.bounds = tuple(bounds)
         self.mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
@@ -56,10 +53,9 @@ class Problem:
         for part, dense in zip(parts[1:], whole[1:], strict=True):
             # Ranks average their gradients.
             pairs.append((part.grad * dist.get_world_size(), dense.grad[self.own]))
+        message = f"{name}: {{}}".format
         for ours, theirs in pairs:
-            torch.testing.assert_close(
-                ours, theirs, atol=TOLERANCE, rtol=0, msg=lambda m: f"{name}: {m}"
-            )
+            torch.testing.assert_close(ours, theirs, atol=TOLERANCE, rtol=0, msg=message)
 
 
 def check_targets(problem: Problem) -> None:

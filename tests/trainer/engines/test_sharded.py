@@ -40,9 +40,10 @@ def whole(data, tmp_path_factory):
     return out / "ddp"
 
 
-@pytest.mark.parametrize(
-    "sizes, bounds", (("7", "0,29"), ("4,3", "0,10,29"), ("3,0,4", "0,3,20,29"))
-)
+SPLITS = [("7", "0,29"), ("4,3", "0,10,29"), ("3,0,4", "0,3,20,29")]
+
+
+@pytest.mark.parametrize("sizes, bounds", SPLITS)
 def test_loss_and_gradients_are_torchs_however_rows_and_classes_are_split(sizes, bounds):
     """Labels, smoothing, dense and top-k targets, a prior; each row with a weight of its own."""
     on_ranks(len(sizes.split(",")), ENGINES / "sharded_loss.py", sizes, bounds)
@@ -78,9 +79,8 @@ def test_adams_states_are_split_and_joined_and_a_whole_head_resumes_from_them(da
     train_all(2, data, tmp_path / "changed", "ddp", *adam, *SHARDED, "stop=20")
     train_all(3, data, tmp_path / "changed", "ddp", *adam, *SHARDED, "stop=10")  # of this attempt
     train_all(2, data, tmp_path / "changed", "ddp", *adam)
-    np.testing.assert_allclose(
-        losses(tmp_path / "changed" / "ddp"), losses(tmp_path / "whole" / "ddp"), atol=3e-5
-    )
+    expected = losses(tmp_path / "whole" / "ddp")
+    np.testing.assert_allclose(losses(tmp_path / "changed" / "ddp"), expected, atol=3e-5)
 
 
 @pytest.mark.engines
@@ -101,21 +101,17 @@ def test_negatives_are_the_same_on_any_number_of_ranks_and_after_a_resume(data, 
 def test_every_stage_in_blocks_gives_what_dense_logits_give(data, tmp_path):
     """Groups are given: where k-means has several optima a last digit decides between them."""
     ClassGroups(np.arange(24).reshape(4, 6).tolist(), 24).save(tmp_path / "groups.json")
-    words = (
-        f"clusters.groups_file={tmp_path}/groups.json",
-        "train.steps=40",
-        "students.main.temperature=2.0",
-        "students.main.hard_weight=0.3",
-        "controls.enabled=false",
-    )
-    for name, more in (("dense", ()), ("blocks", SHARDED)):
-        run_all(tmp_path / name, toy_config(data, *words, *more))
-    for path in ("generalist", "specialists/003", "students/main"):
-        dense, blocks = (
-            read_losses(tmp_path / name / path / "metrics.jsonl") for name in ("dense", "blocks")
-        )
+    student = ("students.main.temperature=2.0", "students.main.hard_weight=0.3")
+    run = (f"clusters.groups_file={tmp_path}/groups.json", "train.steps=40")
+    words = (*run, *student, "controls.enabled=false")
+    run_all(tmp_path / "dense", toy_config(data, *words))
+    run_all(tmp_path / "blocks", toy_config(data, *words, *SHARDED))
+    for stage in ("generalist", "specialists/003", "students/main"):
+        dense = read_losses(tmp_path / "dense" / stage / "metrics.jsonl")
+        blocks = read_losses(tmp_path / "blocks" / stage / "metrics.jsonl")
         np.testing.assert_allclose(blocks, dense, atol=1e-5)
-    dense, blocks = (read_json(tmp_path / name / "results.json") for name in ("dense", "blocks"))
+    dense = read_json(tmp_path / "dense" / "results.json")
+    blocks = read_json(tmp_path / "blocks" / "results.json")
     for row in ("generalist", "ensemble", "student"):
         for metric in ("top1", "top5", "nll", "brier", "ece"):
             expected = pytest.approx(dense[row][metric], abs=1e-5)
@@ -123,17 +119,13 @@ def test_every_stage_in_blocks_gives_what_dense_logits_give(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_specialist_with_a_fitted_row_says_its_error_and_learns(data, tmp_path):
-    words = (
-        "clusters.num_groups=4",
-        "train.steps=40",
-        "specialists.dustbin_rows=6",
-        "controls.enabled=false",
-    )
-    run_all(tmp_path / "run", toy_config(data, *words))
+def test_a_specialist_with_a_fitted_row_reports_its_error_and_learns(data, tmp_path):
+    words = ("clusters.num_groups=4", "train.steps=40", "controls.enabled=false")
+    run_all(tmp_path / "run", toy_config(data, *words, "specialists.dustbin_rows=6"))
     for m in range(4):
-        dustbin = read_json(tmp_path / "run" / f"specialists/{m:03d}/summary.json")["dustbin"]
-        head = read_json(tmp_path / "run" / f"specialists/{m:03d}/model.json")["head"]
+        specialist = tmp_path / "run" / "specialists" / f"{m:03d}"
+        dustbin = read_json(specialist / "summary.json")["dustbin"]
+        head = read_json(specialist / "model.json")["head"]
         assert len(head["kept"]) == dustbin["rows"] == 6
         assert 0 < dustbin["kl"] < 0.1
     results = read_json(tmp_path / "run" / "results.json")

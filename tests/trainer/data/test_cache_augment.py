@@ -1,3 +1,5 @@
+"""The decoded cache, and augmentation."""
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,11 +25,11 @@ def shards(uneven):
 
 
 def test_the_cache_holds_the_same_samples_under_the_same_ids(shards, tmp_path):
-    kept = cached(shards, tmp_path / "train", Data())
-    assert (kept.inputs(np.arange(150)) == shards.inputs(np.arange(150))).all()
-    assert kept.fingerprint == shards.fingerprint and kept.labels is shards.labels
-    assert kept.keys([3]) == shards.keys([3]) and kept.raw([3]) == shards.raw([3])
-    assert (kept.input_shape, kept.input_dtype) == (shards.input_shape, shards.input_dtype)
+    decoded = cached(shards, tmp_path / "train", Data())
+    assert (decoded.inputs(np.arange(150)) == shards.inputs(np.arange(150))).all()
+    assert decoded.fingerprint == shards.fingerprint and decoded.labels is shards.labels
+    assert decoded.keys([3]) == shards.keys([3]) and decoded.raw([3]) == shards.raw([3])
+    assert (decoded.input_shape, decoded.input_dtype) == (shards.input_shape, shards.input_dtype)
 
 
 def test_the_second_process_decodes_nothing(shards, tmp_path, monkeypatch):
@@ -37,10 +39,11 @@ def test_the_second_process_decodes_nothing(shards, tmp_path, monkeypatch):
 
 
 def test_processes_that_race_for_the_cache_all_win(shards, tmp_path):
+    def open_cached(_):
+        return cached(open_like(shards), tmp_path / "train", Data())
+
     with ThreadPoolExecutor(4) as pool:
-        sets = list(
-            pool.map(lambda _: cached(open_like(shards), tmp_path / "train", Data()), range(4))
-        )
+        sets = list(pool.map(open_cached, range(4)))
     expected = shards.inputs([5, 149])
     assert all((each.inputs([5, 149]) == expected).all() for each in sets)
     assert len(list(tmp_path.iterdir())) == 2
@@ -52,10 +55,8 @@ def open_like(shards):
 
 def test_other_shards_get_another_cache(shards, tmp_path):
     other = open_shards(str(write_split(tmp_path / "set", 12)), Data(), "train")
-    first, second = (
-        cached(shards, tmp_path / "c/train", Data()),
-        cached(other, tmp_path / "c/train", Data()),
-    )
+    first = cached(shards, tmp_path / "c/train", Data())
+    second = cached(other, tmp_path / "c/train", Data())
     assert (first.num_samples, second.num_samples) == (150, 12)
     assert (second.inputs([3]) == other.inputs([3])).all()
 
@@ -67,7 +68,7 @@ def test_a_half_written_cache_is_made_again(shards, tmp_path):
     assert (cached(shards, tmp_path / "train", Data()).inputs([149]) == shards.inputs([149])).all()
 
 
-def test_none_auto_and_decoded(shards, tmp_path):
+def test_auto_caches_what_fits_and_decoded_refuses_what_does_not(shards, tmp_path):
     small = {"cache_bytes": 4499}  # 150 samples of 30 bytes are 4500
     assert cached(shards, tmp_path / "a", Data(cache="none")) is shards
     assert cached(shards, tmp_path / "a", Data(cache="auto", **small)) is shards
@@ -78,10 +79,8 @@ def test_none_auto_and_decoded(shards, tmp_path):
 
 
 def test_inputs_of_several_shapes_are_not_cached(tmp_path):
-    write_tar(
-        tmp_path / "train-0.tar",
-        [("a.cls", b"0"), ("a.txt", b"one"), ("b.cls", b"0"), ("b.txt", b"three")],
-    )
+    files = [("a.cls", b"0"), ("a.txt", b"one"), ("b.cls", b"0"), ("b.txt", b"three")]
+    write_tar(tmp_path / "train-0.tar", files)
     shards = open_shards(str(tmp_path), Data(classes=2), "train")
     assert cached(shards, tmp_path / "cache/x", Data()) is shards
     with pytest.raises(UserError, match="bring all to one size"):
@@ -103,10 +102,8 @@ def test_each_view_depends_on_its_own_picture_and_numbers_only(seed, n, size):
     for function in (shift, flip_crop):
         together = function(pictures, uniforms)
         assert together.shape == pictures.shape and together.dtype == np.uint8
-        alone = np.concatenate(
-            [function(pictures[i : i + 1], uniforms[i : i + 1]) for i in range(n)]
-        )
-        assert (together == alone).all()
+        alone = [function(pictures[i : i + 1], uniforms[i : i + 1]) for i in range(n)]
+        assert (together == np.concatenate(alone)).all()
 
 
 def test_shift_moves_by_hand():
@@ -114,9 +111,8 @@ def test_shift_moves_by_hand():
     picture = np.arange(64, dtype=np.uint8).reshape(1, 1, 8, 8)
     assert (shift(picture, np.array([[0.5, 0.5]])) == picture).all()
     right = shift(picture, np.array([[0.5, 0.1]]))[0, 0]
-    assert (right[:, 1:] == picture[0, 0, :, :-1]).all() and (
-        right[:, 0] == picture[0, 0, :, 0]
-    ).all()
+    assert (right[:, 1:] == picture[0, 0, :, :-1]).all()
+    assert (right[:, 0] == picture[0, 0, :, 0]).all()
     up = shift(picture, np.array([[0.9, 0.5]]))[0, 0]
     assert (up[:-1] == picture[0, 0, 1:]).all() and (up[-1] == picture[0, 0, -1]).all()
 
@@ -131,7 +127,7 @@ def test_every_augmentation_of_the_table_is_found():
     assert [name for name in AUGMENTATIONS if find_augment(name) is None] == ["none"]
 
 
-def test_a_users_function_is_found_and_a_wrong_name_told():
+def test_a_users_function_is_found_and_a_wrong_name_is_an_error():
     assert find_augment("none") is None and find_augment(None) is None
     assert find_augment("trainer.data.augment:shift") == find_augment("shift") == Augment(shift, 2)
     assert find_augment("trainer.data.decoding:rgb") == Augment(rgb, 8)  # says no number of its own
