@@ -267,6 +267,8 @@ def validate(
 ) -> None:
     """Check every file in the shards; exit code 1 if one is corrupt, with a list."""
     from ..data.authoring.indexing import validate as validate_shards
+    from ..data.authoring.reporting import print_classes
+    from ..data.writing import read_manifest
 
     decoders: dict[str, str] = {}
     for item in decoder or []:
@@ -277,6 +279,9 @@ def validate(
     for name in _splits_to_validate(pattern, split):
         findings += validate_shards(pattern, data, name)
     _print_findings(findings)
+    manifest = read_manifest(pattern) if Path(pattern).is_dir() else None
+    if manifest:
+        print_classes(manifest)
     if any(finding.corruption for finding in findings):
         raise typer.Exit(1)
 

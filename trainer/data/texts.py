@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 
-class Texts(Sequence[bytes]):
+class Texts:
     """n byte strings: `buffer` uint8 [bytes], and text i at start[i] : start[i + 1] of it.
 
     A numpy array of dtype S or U gives every string the width of the longest one.
@@ -30,10 +30,7 @@ class Texts(Sequence[bytes]):
     def __len__(self) -> int:
         return len(self.start) - 1
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        index = range(len(self))[index]
+    def __getitem__(self, index: int) -> bytes:
         return self.buffer[self.start[index] : self.start[index + 1]].tobytes()
 
     def __iter__(self) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -23,7 +24,7 @@ from shardsets import (
 
 from pipeline.config import Data, UserError
 from trainer.data import ShardWriter, open_shards, write_manifest
-from trainer.data.tars import index_path, load_index, scan_tar
+from trainer.data.tars import index_path, load_index, save_index, scan_tar
 
 
 def refusal(call, *arguments, **options) -> str:

@@ -22,6 +22,7 @@ from .reporting import Report, not_finite
 from .split_names import split_within, without_split
 from .splitting import add_missing_splits, write_splits
 
+SPLITS = ("train", "val", "test")
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 INPUT_NAMES = ("x", "data", "image", "images", "input", "inputs", "features", "text", "texts")
 Channels = Literal["", "first", "last"]
@@ -147,7 +148,7 @@ def _arrays_of_splits(files: list[Path], selection: Selection) -> dict[str, list
     for array in pool:
         split = split_within(array.name) or split_within(array.source.stem) or "train"
         by_split.setdefault(split, []).append(array)
-    return by_split
+    return {split: by_split[split] for split in SPLITS if split in by_split}
 
 
 def _is_labels(name: str) -> bool:
@@ -304,10 +305,13 @@ def write_arrays(
     for split, x in inputs.items():
         shapes = _shape(x), _shape(columns[split])
         if len(shapes[1]) != 1 or len(shapes[0]) < 1 or shapes[0][0] != shapes[1][0]:
+            hint = "; of one-hot labels give y.argmax(1)" if len(shapes[1]) == 2 else ""
             raise UserError(
                 f"{split}: inputs {list(shapes[0])} and labels {list(shapes[1])} "
-                "do not belong together"
+                f"do not belong together{hint}"
             )
+        if isinstance(x, np.ndarray) and x.dtype.kind not in "biufU":
+            raise UserError(f"{split}: inputs of type {x.dtype}; numbers or texts are needed")
     label_set, y, reasons = _settle(list(columns.values()))
     report.note(label_set.notes)
     # Samples are numbered through all arrays, in the order of `inputs`.
@@ -365,9 +369,10 @@ def _settle(columns: Sequence[Column]) -> tuple[LabelSet, np.ndarray, dict[int, 
         empty = np.flatnonzero(classes == NONE).tolist()
         return label_set, classes, dict.fromkeys(empty, "has an empty label (NaN)")
     if not kinds <= {"U"}:
+        types = sorted({str(array.dtype) for array in arrays})
         raise UserError(
-            f"labels of type {', '.join(sorted(str(array.dtype) for array in arrays))} "
-            "are neither whole numbers nor names"
+            f"labels of type {' and '.join(types)} are neither whole numbers nor names; bring "
+            "those of all splits to one of the two"
         )
     raw = [text for column in columns for text in _as_list(column)]
     texts, reasons = readings(raw)
@@ -408,8 +413,6 @@ def encode(x: np.ndarray | str, channels: Channels = "") -> tuple[str, bytes]:
             return "txt", str(x).encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("cannot be written as UTF-8") from None
-    if x.dtype.kind not in "biuf":
-        raise ValueError(f"is of type {x.dtype}; numbers or texts are needed")
     reason = not_finite(x)
     if reason:
         raise ValueError(reason)

@@ -246,7 +246,7 @@ def _known_files(directory: Path, report: Report) -> Iterator[Path]:
 
 
 def _note_nested(directory: Path, report: Report) -> None:
-    nested = _directories(directory)
+    nested = [child for child in _directories(directory) if not child.is_symlink()]
     if nested:
         report.note(
             f"{directory.name}/ has directories of its own ({_names(nested)}): "

@@ -21,7 +21,7 @@ from pipeline.config import Data, UserError
 
 from ..decoding import Decoder, decode, decoder_table, find_decoder
 from ..fetching import FetchDir, is_packed, unpacked
-from ..labels import Kind, LabelSet, readings, settle, settle_given
+from ..labels import NONE, Kind, LabelSet, readings, settle, settle_given
 from ..patterns import URL, Shard, braces, expand, url_name
 from ..shards import (
     Corruption,
@@ -144,14 +144,18 @@ def _index(
         )
         entry["samples"] += len(labels)
     report.corrupt += map(str, corruption)
-    report.refuse_corrupt()
+    report.refuse_corrupt("--classes FILE gives other classes" if class_names or old else "")
     report.samples = {split: entry["samples"] for split, entry in splits.items()}
     if not any(report.samples.values()):
         raise UserError(f"{out}: no sample is intact")
     for name, index in indexes.items():
         save_index(tars[name], index)
     (out / MANIFEST).unlink(missing_ok=True)
-    made_by = {"command": "shards index", "label": data.label, "labels": label_set.kind}
+    made_by: dict[str, str | int] = {
+        "command": "shards index",
+        "label": data.label,
+        "labels": label_set.kind,
+    }
     if data.input:
         made_by["input"] = data.input
     if corruption:
@@ -209,7 +213,9 @@ def _settle(
     if class_names:
         return settle_given(texts, class_names)
     if old:
-        return settle_given(texts, old["classes"], _old_kind(old))
+        kind = _old_kind(old)
+        known = kind and (LabelSet(old["classes"], kind).indices(texts) != NONE).all()
+        return settle_given(texts, old["classes"], kind if known else None)
     return settle(texts)
 
 
@@ -221,7 +227,7 @@ def _old_kind(manifest: dict) -> Kind | None:
         unsaid = "indices"  # every other command writes indices
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     kinds = {shard.get("labels") or unsaid for shard in shards}
-    return kinds.pop() if len(kinds) == 1 else None
+    return cast(Kind | None, kinds.pop()) if len(kinds) == 1 else None
 
 
 # Validating
@@ -363,7 +369,9 @@ def from_webdataset(
     split = split or _split_of_locations(locations)
     # The classes are needed before the first sample is written.
     indexes = _scan_locations(locations, data, report)
-    label_set = _settle(indexes.values(), label, class_names, _other_splits(out, split))
+    others = _other_splits(out, split)
+    given = bool(class_names or others)
+    label_set = _settle(indexes.values(), label, class_names, others)
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
@@ -371,7 +379,7 @@ def from_webdataset(
     with ShardWriter(out, split, label_set.names, samples_per_shard, overwrite) as writer:
         samples = _labelled_samples(indexes, label_set, data, report)
         written = _rewrite(samples, writer, data, report)
-        report.refuse_corrupt()
+        report.refuse_corrupt("--classes FILE gives other classes" if given else "")
         if not written:
             raise UserError(f"{urls}: no readable sample")
     made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}

@@ -46,16 +46,21 @@ class Report:
             if line not in self.notes:
                 self.notes.append(line)
 
-    def refuse_corrupt(self) -> None:
-        """List corrupt inputs and raise UserError, but not under --damage skip."""
+    def refuse_corrupt(self, remedy: str = "") -> None:
+        """List corrupt inputs and raise UserError, but not under --damage skip.
+
+        remedy: what else may help.
+        """
         if self.skip or not self.corrupt:
             return
         count = len(self.corrupt)
+        remedy = f", {remedy}" if remedy else ""
         if count == 1:
-            raise UserError(f"{_line(self.corrupt[0])}; --damage skip leaves it out")
+            raise UserError(f"{_line(self.corrupt[0])}; --damage skip leaves it out{remedy}")
         list_corrupt("corrupt", self.corrupt)
         raise UserError(
-            f"{_line(self.corrupt[0])} (and {count - 1} more); --damage skip leaves all {count} out"
+            f"{_line(self.corrupt[0])} (and {count - 1} more); "
+            f"--damage skip leaves all {count} out{remedy}"
         )
 
 
@@ -69,7 +74,9 @@ def list_corrupt(title: str, lines: Sequence[str]) -> None:
 
 def say(line: str, file: TextIO | None = None) -> None:
     """Print a line; what the terminal's encoding lacks is escaped."""
-    file = file or sys.stdout
+    if file is None:
+        file = sys.stdout
+    assert file is not None
     encoding = file.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
@@ -87,8 +94,7 @@ def print_summary(out: str | Path, report: Report, data: Data | None = None) -> 
     say(f"{printable(str(out))}: {counts}")
     manifest = read_manifest(out)
     if manifest:
-        for line in _class_lines(manifest):
-            say(f"  {line}")
+        print_classes(manifest)
         inputs = _inputs(out, manifest, data or Data())
         if inputs:
             say(f"  inputs: {inputs}")
@@ -99,6 +105,12 @@ def print_summary(out: str | Path, report: Report, data: Data | None = None) -> 
     if report.corrupt:
         say(f"  left out: {len(report.corrupt)} corrupt")
         list_corrupt("left out", report.corrupt)
+
+
+def print_classes(manifest: dict) -> None:
+    """The classes of a manifest, and how many examples they have."""
+    for line in _class_lines(manifest):
+        say(f"  {line}")
 
 
 def _examples(names: Sequence[str]) -> str:

@@ -119,6 +119,7 @@ def write_splits(
     lists = {split: list(ids) for split, ids in splits.items() if len(ids)}
     if not lists:
         raise UserError("there is nothing to write: no samples found")
+    corrupt: list[tuple[int, str]] = []
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
         for split in lists:
@@ -127,7 +128,10 @@ def write_splits(
         with Progress() as progress:
             for split, ids in lists.items():
                 tracked = progress.track(ids, description=split)
-                report.samples[split] = _write_samples(writers[split], tracked, sample, report)
+                report.samples[split] = _write_samples(
+                    writers[split], tracked, sample, corrupt, report.skip
+                )
+        report.corrupt += [reason for _, reason in sorted(corrupt)]
         report.refuse_corrupt()
         if not any(report.samples.values()):
             raise UserError(f"all {len(report.corrupt)} samples are corrupt: {report.corrupt[0]}")
@@ -138,20 +142,25 @@ def write_splits(
 
 
 def _write_samples(
-    writer: ShardWriter, ids: Iterable[int], sample: Callable[[int], dict], report: Report
+    writer: ShardWriter,
+    ids: Iterable[int],
+    sample: Callable[[int], dict],
+    corrupt: list[tuple[int, str]],
+    skip: bool,
 ) -> int:
     """Write the samples that are intact.  Returns how many there are.
 
-    Once one is to be refused the others are only looked at: all that are corrupt get listed.
+    The others go to `corrupt`.  Unless they are skipped, all samples behind the first such one are
+    only looked at, so that all that are corrupt get listed.
     """
     written = 0
     for index in ids:
         try:
             files = sample(index)
         except UserError as error:
-            report.corrupt.append(str(error))
+            corrupt.append((index, str(error)))
             continue
-        if report.corrupt and not report.skip:
+        if corrupt and not skip:
             continue
         writer.write({"__key__": f"{written:08d}", **files})
         written += 1

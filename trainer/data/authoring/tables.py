@@ -101,7 +101,9 @@ def from_table(
         report.pass_over("classes that --drop names", f"{name}, {count} rows")
     if "train" not in rows.texts:
         report.refuse_corrupt()
-        raise UserError(f"{path} has no rows to train on; it has {', '.join(rows.texts) or 'none'}")
+        raise UserError(
+            f"{path} has no row of the split train (it has {', '.join(rows.texts) or 'none'})"
+        )
     made_by = {
         "command": "shards table",
         "files": [str(path), *map(str, (split_files or {}).values())],
@@ -139,6 +141,8 @@ def _read_rows(
     table = _Table(path, encoding)
     header = table.header
     text, label, split_column = _choose_columns(path, header, columns, split)
+    if split_column is not None:
+        report.note(f"column {header[split_column]} says the split of each row")
     others = [name for place, name in enumerate(header) if place not in (text, label, split_column)]
     for name in others:
         report.pass_over("columns", name or "(without a name)")
@@ -215,7 +219,7 @@ def _only(path: Path, header: Sequence[str], places: Sequence[int], option: str)
 
 
 def _listed(header: Sequence[str]) -> str:
-    return ", ".join(header) or "no rows"
+    return ", ".join(header)
 
 
 class _Table:
@@ -226,6 +230,8 @@ class _Table:
         self.encoding = encoding
         self._records = self._read()
         _, header = next(self._records, (0, []))
+        if not header:
+            raise UserError(f"{path} is empty; it needs a header with the columns' names")
         self.header = [name.lstrip(BOM) for name in header]
         if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
             raise UserError(
@@ -246,15 +252,15 @@ class _Table:
                 record: list[str] = []  # the lines of the current row
                 reader = csv.reader(_recorded(file, record))
                 for fields in reader:
+                    self._check_quotes(record, first)
                     if fields:
                         yield first, fields
-                    last, first = list(record), reader.line_num + 1
+                    first = reader.line_num + 1
                     record.clear()
-                if reader.line_num:
-                    self._check_end(last, first - len(last))
         except UnicodeDecodeError as error:
             raise UserError(
-                f"{self.path} is not {self.encoding} ({error.reason}); try --encoding cp1252"
+                f"{self.path} is not {self.encoding} ({error.reason}); "
+                "try --encoding cp1252, or utf-16 for what Excel calls Unicode text"
             ) from None
         except csv.Error as error:
             hint = ""
@@ -266,19 +272,20 @@ class _Table:
         except (OSError, LookupError, EOFError, zlib.error) as error:
             raise UserError(f"{self.path}: cannot be read as csv: {error}") from None
 
-    def _check_end(self, record: list[str], first: int) -> None:
-        """Refuse a quote that is never closed: it swallows all rows behind it.
+    def _check_quotes(self, record: list[str], first: int) -> None:
+        """Refuse a row that a stray quote makes of several: rows would be lost without a word.
 
-        record: the lines of the last row.
+        record: the row's lines.  One line is as it is, unless a quote is still open at its end.
         """
+        if len(record) == 1 and not record[0].count('"') % 2:
+            return
         try:
             list(csv.reader(record, strict=True))
-        except csv.Error as error:
-            if "unexpected end of data" in str(error):
-                raise UserError(
-                    f"{self.path}, line {first}: a quote is opened and never closed, so that all "
-                    "lines behind it are one field; close it, or double it within a field"
-                ) from None
+        except csv.Error:
+            raise UserError(
+                f"{self.path}, line {first}: a quote is opened and not closed as it should be, so "
+                f"that {len(record)} lines are one row; close it, or double it within a field"
+            ) from None
 
 
 def _recorded(lines: Iterable[str], record: list[str]) -> Iterator[str]:
