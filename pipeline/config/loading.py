@@ -48,7 +48,8 @@ def save_config(config: Config, path: Path) -> None:
 def read_toml(path: Path) -> dict:
     """A TOML file's values.  Raises UserError if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # utf-8-sig: Windows' editors begin a file with a byte order mark.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except IsADirectoryError:

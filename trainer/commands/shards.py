@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -16,6 +16,7 @@ from pipeline.config import Data, UserError
 
 if TYPE_CHECKING:
     from ..data.authoring.indexing import Finding
+    from ..data.authoring.reporting import Report
 
 Out = Annotated[Path, typer.Option(help="Directory to write the shards and manifest.json to.")]
 Val = Annotated[
@@ -24,6 +25,7 @@ Val = Annotated[
 Test = Annotated[
     float, typer.Option(help="Fraction of each class for the test split, where there is none.")
 ]
+OWN = "Fraction of each class for the {} split, where there is none; or {} of your own."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the division into splits.")]
 PerShard = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
 Overwrite = Annotated[
@@ -35,6 +37,10 @@ FetchDir = Annotated[
 ]
 Classes = Annotated[
     Path | None, typer.Option(help="Text file with one class name per line, in order.")
+]
+Damage = Annotated[
+    str,
+    typer.Option(help="strict: refuse corrupt inputs, with a list; skip: leave them out and say."),
 ]
 
 
@@ -61,6 +67,13 @@ def folder(
     test: Test = 0.1,
     size: Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")] = None,
     gray: Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")] = False,
+    input: Annotated[
+        str, typer.Option(help="Extensions of the inputs, e.g. png,jpg [pictures, if any].")
+    ] = "",
+    no_splits: Annotated[
+        bool, typer.Option("--no-splits", help="Directories called train, test, ... are classes.")
+    ] = False,
+    damage: Damage = "strict",
     seed: Seed = 0,
     samples_per_shard: PerShard = 10_000,
     overwrite: Overwrite = False,
@@ -68,62 +81,109 @@ def folder(
     """Make shards of a directory with one subdirectory per class."""
     from ..data.authoring.folder import from_folder
 
-    fractions = {"val": val, "test": test}
-    samples = from_folder(directory, out, fractions, size, gray, seed, samples_per_shard, overwrite)
-    _print_samples(out, samples)
+    report = from_folder(
+        directory,
+        out,
+        {"val": val, "test": test},
+        size,
+        gray,
+        seed,
+        samples_per_shard,
+        overwrite,
+        _new_report(damage),
+        input,
+        find_splits=not no_splits,
+    )
+    _print_summary(out, report)
 
 
 def arrays(
-    files: Annotated[
-        list[Path],
-        typer.Argument(help="One npz (x, y or x_train, y_train, ...), or idx or npy files."),
-    ],
     out: Out,
-    val: Val = 0.1,
-    test: Test = 0.1,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="npz (x, y or x_train, y_train, ...), idx or npy files."),
+    ] = None,
+    x: Annotated[str, typer.Option(help="Name of the array of inputs.")] = "",
+    y: Annotated[str, typer.Option(help="Name of the array of labels.")] = "",
+    train: Annotated[str, typer.Option(help="Files or arrays of the train split: X,Y.")] = "",
+    val: Annotated[str, typer.Option(help=OWN.format("val", "files or arrays X,Y"))] = "0.1",
+    test: Annotated[str, typer.Option(help=OWN.format("test", "files or arrays X,Y"))] = "0.1",
+    channels: Annotated[
+        str, typer.Option(help="Where the channels of pictures are: first or last [by the shape].")
+    ] = "",
+    encoding: Annotated[str, typer.Option(help="Of byte strings, e.g. latin-1.")] = "utf-8",
+    damage: Damage = "strict",
     seed: Seed = 0,
     samples_per_shard: PerShard = 10_000,
     overwrite: Overwrite = False,
 ) -> None:
     """Make shards of arrays of inputs and labels."""
-    from ..data.authoring.arrays import from_arrays
+    from ..data.authoring.arrays import Channels, Selection, from_arrays
 
-    fractions = {"val": val, "test": test}
-    samples = from_arrays(files, out, fractions, seed, samples_per_shard, overwrite)
-    _print_samples(out, samples)
+    if channels not in ("", "first", "last"):
+        raise UserError(f"--channels {channels}: first or last")
+    if not files and not train:
+        raise UserError("give npz, idx or npy files, or --train X,Y")
+    fractions, own = _own_splits(val, test)
+    if train:
+        own = {"train": train, **own}
+    listed = {split: [word.strip() for word in words.split(",")] for split, words in own.items()}
+    report = from_arrays(
+        files or [],
+        out,
+        fractions,
+        seed,
+        samples_per_shard,
+        overwrite,
+        _new_report(damage),
+        Selection(x, y, listed),
+        cast(Channels, channels),
+        encoding,
+    )
+    _print_summary(out, report)
 
 
 def table(
     file: Annotated[Path, typer.Argument(help="A csv or csv.gz with a header.")],
     out: Out,
-    text: Annotated[str, typer.Option(help="Column with the input text.")],
-    label: Annotated[str, typer.Option(help="Column with the class.")],
+    text: Annotated[
+        str, typer.Option(help="Column with the input text [the only one beside label and split].")
+    ] = "",
+    label: Annotated[
+        str, typer.Option(help="Column with the class [label, class, category, target, ...].")
+    ] = "",
+    split_column: Annotated[
+        str, typer.Option(help="Column that says train, val or test [split, if there is one].")
+    ] = "",
     encoding: Annotated[str, typer.Option(help="The file's encoding, e.g. cp1252.")] = "utf-8-sig",
     drop: Annotated[
         list[str] | None, typer.Option(help="Leave out the rows of this class; may be repeated.")
     ] = None,
-    val: Val = 0.1,
-    test: Test = 0.1,
+    val: Annotated[str, typer.Option(help=OWN.format("val", "a csv"))] = "0.1",
+    test: Annotated[str, typer.Option(help=OWN.format("test", "a csv"))] = "0.1",
+    damage: Damage = "strict",
     seed: Seed = 0,
     samples_per_shard: PerShard = 10_000,
     overwrite: Overwrite = False,
 ) -> None:
     """Make shards of the texts in a csv table."""
-    from ..data.authoring.arrays import from_table
+    from ..data.authoring.tables import Columns, from_table
 
-    samples = from_table(
+    fractions, own = _own_splits(val, test)
+    report = from_table(
         file,
         out,
-        text,
-        label,
-        {"val": val, "test": test},
+        Columns(text, label, split_column),
+        fractions,
         seed,
         encoding,
         drop or (),
         samples_per_shard,
         overwrite,
+        _new_report(damage),
+        own,
     )
-    _print_samples(out, samples)
+    _print_summary(out, report)
 
 
 def from_webdataset(
@@ -131,13 +191,13 @@ def from_webdataset(
         str, typer.Argument(help="Tars, URLs, braces, several joined by ::, as for webdataset.")
     ],
     out: Out,
-    split: Annotated[str, typer.Option(help="The split that they become.")] = "train",
+    split: Annotated[
+        str, typer.Option(help="The split that they become [as the tars are called, else train].")
+    ] = "",
     label: Label = "cls",
     input: Annotated[str, typer.Option(help="Member to keep as the input.")] = "",
     classes: Classes = None,
-    damage: Annotated[
-        str, typer.Option(help="strict: stop at a corrupt sample; skip: leave it out and name it.")
-    ] = "strict",
+    damage: Damage = "strict",
     fetch_dir: FetchDir = "",
     samples_per_shard: PerShard = 10_000,
     overwrite: Overwrite = False,
@@ -145,23 +205,20 @@ def from_webdataset(
     """Rewrite any webdataset as shards with a manifest."""
     from ..data.authoring import indexing
 
-    if damage not in ("strict", "skip"):
-        raise UserError(f"--damage {damage}: strict or skip")
-    written, lost = indexing.from_webdataset(
+    report = _new_report(damage)
+    indexing.from_webdataset(
         urls,
         out,
-        split,
+        split or None,
         label,
         input,
-        _read_class_names(classes),
-        cast(Literal["strict", "skip"], damage),
+        _read_class_names(classes, report),
+        report,
         Data(fetch_dir=fetch_dir),
         samples_per_shard,
         overwrite,
     )
-    _print_samples(out, {split: written})
-    for reason in lost:
-        print(f"left out: {reason}", file=sys.stderr)
+    _print_summary(out, report)
 
 
 def index(
@@ -172,25 +229,30 @@ def index(
         Path | None, typer.Option(help="Directory for the manifest, if the shards are URLs.")
     ] = None,
     label: Label = "cls",
+    input: Annotated[str, typer.Option(help="Member that holds the input, of several.")] = "",
     classes: Classes = None,
+    damage: Damage = "strict",
     fetch_dir: FetchDir = "",
 ) -> None:
     """Give existing shards a manifest."""
     from ..data.authoring.indexing import index_directory, index_urls
     from ..data.patterns import URL
 
-    class_names = _read_class_names(classes)
+    report = _new_report(damage)
+    class_names = _read_class_names(classes, report)
+    data = Data(label=label, input=input, fetch_dir=fetch_dir)
     if not place.startswith(URL):
         if out is not None:
             raise UserError("--out is for URLs: the manifest of a directory of shards lies in it")
-        _print_samples(Path(place), index_directory(place, label, class_names))
+        index_directory(place, label, class_names, input, report)
+        _print_summary(Path(place), report, data)
         return
     if out is None:
         raise UserError(
             f"{place}: nothing can be written there; say with --out where its manifest shall lie"
         )
-    samples = index_urls(place, out, Data(label=label, fetch_dir=fetch_dir), class_names)
-    _print_samples(out, samples)
+    index_urls(place, out, data, class_names, report)
+    _print_summary(out, report, data)
 
 
 def validate(
@@ -205,6 +267,8 @@ def validate(
 ) -> None:
     """Check every file in the shards; exit code 1 if one is corrupt, with a list."""
     from ..data.authoring.indexing import validate as validate_shards
+    from ..data.authoring.reporting import print_classes
+    from ..data.writing import read_manifest
 
     decoders: dict[str, str] = {}
     for item in decoder or []:
@@ -215,6 +279,9 @@ def validate(
     for name in _splits_to_validate(pattern, split):
         findings += validate_shards(pattern, data, name)
     _print_findings(findings)
+    manifest = read_manifest(pattern) if Path(pattern).is_dir() else None
+    if manifest:
+        print_classes(manifest)
     if any(finding.corruption for finding in findings):
         raise typer.Exit(1)
 
@@ -246,21 +313,40 @@ def _print_findings(findings: Sequence[Finding]) -> None:
         print(f"{len(corrupt)} of {len(findings)} shards are corrupt", file=sys.stderr)
 
 
-def _read_class_names(path: Path | None) -> list[str] | None:
+def _own_splits(val: str, test: str) -> tuple[dict[str, float], dict[str, str]]:
+    """({split: fraction}, {split: the user's own}) of --val and --test."""
+    fractions: dict[str, float] = {}
+    own: dict[str, str] = {}
+    for split, value in (("val", val), ("test", test)):
+        try:
+            fractions[split] = float(value)
+        except ValueError:
+            own[split] = value
+    return fractions, own
+
+
+def _new_report(damage: str) -> Report:
+    from ..data.authoring.reporting import Report
+
+    if damage not in ("strict", "skip"):
+        raise UserError(f"--damage {damage}: strict or skip")
+    return Report(skip=damage == "skip")
+
+
+def _read_class_names(path: Path | None, report: Report) -> list[str] | None:
+    from ..data.labels import doubts, read_class_list
+
     if path is None:
         return None
-    try:
-        names = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {path}: cannot be read: {error}") from None
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"--classes {path}: it needs one name per line, all different")
+    names = read_class_list(path)
+    report.note(doubts(names))
     return names
 
 
-def _print_samples(out: Path, samples: dict[str, int]) -> None:
-    counts = ", ".join(f"{count} {split}" for split, count in samples.items())
-    print(f"{out}: {counts}")
+def _print_summary(out: Path, report: Report, data: Data | None = None) -> None:
+    from ..data.authoring.reporting import print_summary
+
+    print_summary(out, report, data)
 
 
 def main(argv: list[str]) -> int:

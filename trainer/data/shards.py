@@ -12,12 +12,14 @@ import os
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
 from pipeline.config import Data, UserError
 
 from .decoding import decode, decoder_table, find_decoder
+from .labels import Kind, LabelSet
 from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
 from .writing import ShardWriter, write_manifest
@@ -345,6 +347,7 @@ def open_shards(pattern: str, data: Data, split: str) -> ShardSet:
     """
     shards = expand(pattern, data, split)
     class_names = _class_names(shards, data, split)
+    label_sets = {kind: LabelSet(class_names, kind) for kind in get_args(Kind)}
     corruption: list[Corruption] = []
     indexes: list[TarIndex] = []
     labels: list[np.ndarray] = []
@@ -353,7 +356,8 @@ def open_shards(pattern: str, data: Data, split: str) -> ShardSet:
         index = _open_shard(shard, data, corruption)
         if index is None:
             continue
-        index, shard_labels = label_samples(shard, index, class_names, data, corruption)
+        label_set = label_sets[label_kind(shard)]
+        index, shard_labels = label_samples(shard, index, label_set, data, corruption)
         _check_counts(shard, shard_labels, class_names, corruption)
         indexes.append(index)
         labels.append(shard_labels)
@@ -446,7 +450,7 @@ def _stored_index(
         return None
     # The index was made when the shard was whole: its checksums say which samples still are.
     good = intact(shard.path, stored)
-    for key in stored.keys[~good]:
+    for key in stored.keys.take(~good):
         corruption.append(Corruption(shard.name, key.decode(), "has changed (checksum)"))
     return stored.take(good)
 
@@ -486,8 +490,8 @@ def _scanned_index(
 def scanned_corruption(name: str, index: TarIndex) -> list[Corruption]:
     """What `scan_tar` found unreadable in the shard called `name`."""
     return [
-        Corruption(name, str(key), str(reason))
-        for key, reason in zip(index.damaged, index.reasons, strict=True)
+        Corruption(name, key, reason)
+        for key, reason in zip(index.damaged.decoded(), index.reasons.decoded(), strict=True)
     ]
 
 
@@ -498,17 +502,26 @@ def _indexed_samples(shard: Shard, stored: TarIndex | None) -> int:
     return len(stored)
 
 
+def label_kind(shard: Shard) -> Kind:
+    """What the labels of a shard are, by its manifest; the config's data.classes means indices."""
+    if shard.manifest is None:
+        return "indices"
+    return (shard.entry or {}).get("labels") or "earlier"
+
+
 def label_samples(
     shard: Shard,
     index: TarIndex,
-    class_names: list[str],
+    label_set: LabelSet,
     data: Data,
     corruption: list[Corruption],
 ) -> tuple[TarIndex, np.ndarray]:
     """(index, int64 labels) of the samples that have an input and a valid label."""
     has_input = _input_rows(index, data) >= 0
+    reasons: dict[int, str] = {}
     if data.label:
-        labels = parse_labels(index.label_texts, class_names)
+        classes, reasons = label_set.read(list(index.label_texts), data.label)
+        labels = classes[index.label_number]
         kept = (labels >= 0) & has_input
     else:
         labels = np.full(len(index), UNLABELLED, np.int64)
@@ -516,8 +529,7 @@ def label_samples(
     for sample in np.flatnonzero(~kept).tolist():
         key = index.keys[sample].decode("utf-8", "replace")
         if has_input[sample]:
-            text = index.label_texts[sample].decode("utf-8", "replace")
-            reason = f"has label {text}, which is none of the {len(class_names)} classes"
+            reason = reasons[int(index.label_number[sample])]
         elif data.label and data.input:
             reason = f"has no member .{data.input}"
         else:
@@ -526,29 +538,6 @@ def label_samples(
     if kept.all():
         return index, labels
     return index.take(kept), labels[kept]
-
-
-def parse_labels(texts: np.ndarray, class_names: list[str]) -> np.ndarray:
-    """int64 [n]: class indices of label texts.
-
-    -1 where the text is neither an index nor (in quotes, or no number) the name of a class.
-    """
-    try:
-        labels = texts.astype(np.int64)
-    except (ValueError, OverflowError):
-        class_of = {name: number for number, name in enumerate(class_names)}
-        decoded = [text.decode("utf-8", "replace") for text in texts]
-        labels = np.array([_parse_label(text, class_of) for text in decoded], np.int64)
-    return np.where((labels >= 0) & (labels < len(class_names)), labels, -1)
-
-
-def _parse_label(text: str, class_of: dict[str, int]) -> int:
-    if text.startswith('"'):
-        return class_of.get(json.loads(text), -1)
-    try:
-        return min(int(text), 2**62)
-    except ValueError:
-        return class_of.get(text, -1)
 
 
 def _input_rows(index: TarIndex, data: Data) -> np.ndarray:

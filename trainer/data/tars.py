@@ -15,14 +15,17 @@ import re
 import tarfile
 import uuid
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-SCHEMA = 1
+from .texts import Texts
+
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # 1 held keys, labels and reasons as arrays of fixed width
 BLOCK = tarfile.BLOCKSIZE
 # webdataset's rule: the key ends at the first dot of the base name.
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -35,12 +38,14 @@ class TarIndex:
 
     sha256, bytes:     of the whole file.
     label:             the member (or "json:FIELD") that label_texts was read from.
-    keys, label_texts: bytes [n].
+    keys:              of each sample [n].
+    label_texts:       the distinct raw labels [l], in the order in which they come.
+    label_number:      int32 [n], the index of each sample's label in label_texts.
     extensions:        str [k].
     member_extension:  int16 [m], indices into `extensions`.
     offset, size:      int64 [m].
     crc:               uint32 [m], zlib's.
-    damaged, reasons:  str [d], of each sample (or place) that is not among the intact ones.
+    damaged, reasons:  [d], of each sample (or place) that is not among the intact ones.
     countable:         False where something is unreadable, so that the tar alone cannot say how
                        many samples are lost.
     """
@@ -48,16 +53,17 @@ class TarIndex:
     sha256: str
     bytes: int
     label: str
-    keys: np.ndarray
-    label_texts: np.ndarray
+    keys: Texts
+    label_texts: Texts
+    label_number: np.ndarray
     member_start: np.ndarray
     extensions: np.ndarray
     member_extension: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     crc: np.ndarray
-    damaged: np.ndarray
-    reasons: np.ndarray
+    damaged: Texts
+    reasons: Texts
     countable: bool
 
     def __len__(self) -> int:
@@ -70,8 +76,8 @@ class TarIndex:
         start = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
         return replace(
             self,
-            keys=self.keys[kept],
-            label_texts=self.label_texts[kept],
+            keys=self.keys.take(kept),
+            label_number=self.label_number[kept],
             member_start=start,
             member_extension=self.member_extension[rows],
             offset=self.offset[rows],
@@ -94,19 +100,20 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_label(content: bytes, label: str) -> str:
-    """The label's text.  Raises ValueError with the reason.
+    """The raw label; trainer.data.labels says what it means.  Raises ValueError with the reason.
 
-    content: the member `cls`, or the json of "json:FIELD".
+    content: the member `cls`, or the json of "json:FIELD".  Bytes that are not UTF-8 stay, as
+    surrogates.
     """
     kind, colon, field = label.partition(":")
     if not colon:
-        return content.decode("utf-8", "replace").strip()
+        return content.decode("utf-8", "surrogateescape").strip()
     try:
         parsed = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{kind} member is not valid JSON") from None
     value = parsed.get(field) if isinstance(parsed, dict) else None
-    if not isinstance(value, str | int) or isinstance(value, bool):
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"{kind} member has no field {field!r} that is a number or a name")
     return json.dumps(value)  # a name keeps its quotes, which tell it from a number
 
@@ -229,7 +236,14 @@ def _what_is_wrong(extents: dict[str, tuple[int, int]], label: str) -> str:
         return ""
     label_extension = label.partition(":")[0]
     if label_extension not in extents:
-        return f"has no member .{label_extension}"
+        reason = f"has no member .{label_extension}"
+        dotted = [extension for extension in extents if "." in extension]
+        if dotted:
+            reason += (
+                f": a key ends at its first dot, so .{dotted[0]} is taken for its extension; "
+                "rename the files without dots in their keys"
+            )
+        return reason
     if len(extents) == 1 and ":" not in label:
         return f"has only the member .{label_extension}"
     for extension in extents:
@@ -322,26 +336,27 @@ def _as_index(
             rows.append((number_of[name], row.offset, row.size, row.crc))
     extension, offset, size, crc = np.array(rows, np.int64).reshape(-1, 4).T
     lengths = [len(sample.rows) for sample in samples]
+    label_numbers: dict[str, int] = {}
+    label_number = [
+        label_numbers.setdefault(sample.label_text, len(label_numbers)) for sample in samples
+    ]
     return TarIndex(
         sha256=file_sha256(path),
         bytes=os.path.getsize(path),
         label=label,
-        keys=_bytes([sample.key for sample in samples]),
-        label_texts=_bytes([sample.label_text for sample in samples]),
+        keys=Texts.of(sample.key for sample in samples),
+        label_texts=Texts.of(label_numbers),
+        label_number=np.array(label_number, np.int32),
         member_start=np.cumsum([0, *lengths]).astype(np.int64),
         extensions=np.array(extensions, dtype=np.str_),
         member_extension=extension.astype(np.int16),
         offset=offset,
         size=size,
         crc=crc.astype(np.uint32),
-        damaged=np.array([key for key, _ in corruption], dtype=np.str_),
-        reasons=np.array([reason for _, reason in corruption], dtype=np.str_),
+        damaged=Texts.of(key for key, _ in corruption),
+        reasons=Texts.of(reason for _, reason in corruption),
         countable=countable,
     )
-
-
-def _bytes(texts: list[str]) -> np.ndarray:
-    return np.array([text.encode("utf-8", "surrogateescape") for text in texts], dtype=np.bytes_)
 
 
 def index_path(shard: str | Path) -> Path:
@@ -356,7 +371,13 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
     stat = os.stat(shard)
     path = index_path(shard)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npz")
-    values = {field.name: getattr(index, field.name) for field in fields(index)}
+    values = {}
+    for field in fields(index):
+        value = getattr(index, field.name)
+        if isinstance(value, Texts):
+            values[field.name], values[f"{field.name}_start"] = value.buffer, value.start
+        else:
+            values[field.name] = value
     try:
         np.savez(temporary, schema=SCHEMA, stat=[stat.st_size, stat.st_mtime_ns], **values)
         os.replace(temporary, path)
@@ -373,9 +394,9 @@ def load_index(shard: str | Path) -> tuple[TarIndex, bool] | None:
     """
     try:
         with np.load(index_path(shard), allow_pickle=False) as file:
-            if int(file["schema"]) != SCHEMA:
+            if int(file["schema"]) not in READABLE:
                 return None
-            values = {field.name: file[field.name] for field in fields(TarIndex)}
+            values = _of_schema_1(file) if int(file["schema"]) == 1 else _of_schema_2(file)
             stat = file["stat"].tolist()
     except Exception:
         # A half-written or foreign file: numpy and zipfile raise a dozen kinds.  It is rebuilt.
@@ -384,6 +405,27 @@ def load_index(shard: str | Path) -> tuple[TarIndex, bool] | None:
         values[name] = kind(values[name])
     now = os.stat(shard)
     return TarIndex(**values), stat == [now.st_size, now.st_mtime_ns]
+
+
+TEXTS = ("keys", "label_texts", "damaged", "reasons")
+
+
+def _of_schema_2(file: Mapping[str, np.ndarray]) -> dict:
+    values: dict = {field.name: file[field.name] for field in fields(TarIndex)}
+    for name in TEXTS:
+        values[name] = Texts(values[name], file[f"{name}_start"])
+    return values
+
+
+def _of_schema_1(file: Mapping[str, np.ndarray]) -> dict:
+    names = {field.name for field in fields(TarIndex)} - {"label_number"}
+    values: dict = {name: file[name] for name in names}
+    distinct, numbers = np.unique(values["label_texts"], return_inverse=True)
+    values["label_texts"] = distinct
+    values["label_number"] = numbers.reshape(-1).astype(np.int32)
+    for name in TEXTS:
+        values[name] = Texts.of(values[name].tolist())
+    return values
 
 
 def intact(shard: str | Path, index: TarIndex) -> np.ndarray:

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError
 from pipeline.config import UserError
 from pipeline.store import read_json, write_json
 
+from .labels import Kind, check_writable
 from .tars import index_path, save_index, scan_tar
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Shard(BaseModel):
     bytes: int
     sha256: str
     class_counts: dict[str, int]
+    labels: Literal["indices", "names"] | None = None  # what `index` found them to be
 
 
 class _Split(BaseModel):
@@ -172,25 +174,36 @@ class ShardWriter:
             shard = self.directory / f"{self.split}-{number:06d}.tar"
             os.replace(path, shard)
             save_index(shard, index)
-            labels = index.label_texts.astype(np.int64)
+            labels = np.array([int(text) for text in index.label_texts], np.int64)
+            labels = labels[index.label_number]
             entry = shard_entry(shard.name, index.bytes, index.sha256, labels, self.class_names)
             shards.append(entry)
         self.facts = {"samples": self._written, "shards": shards}
 
 
 def shard_entry(
-    name: str, size: int, sha256: str, labels: np.ndarray, class_names: Sequence[str]
+    name: str,
+    size: int,
+    sha256: str,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    kind: Kind | None = None,
 ) -> dict:
-    """One shard's entry of the manifest.  labels: int64 [n]."""
+    """One shard's entry of the manifest.
+
+    labels: int64 [n].  kind: what the shard's label members are; None is not written, and means
+    the indices that ShardWriter writes.
+    """
     classes, counts = np.unique(labels, return_counts=True)
     class_counts = {class_names[c]: int(n) for c, n in zip(classes, counts, strict=True)}
-    return {
+    entry = {
         "name": name,
         "samples": len(labels),
         "bytes": size,
         "sha256": sha256,
         "class_counts": class_counts,
     }
+    return entry | {"labels": kind} if kind else entry
 
 
 def write_manifest(
@@ -222,6 +235,7 @@ def write_manifest(
     """
     path = Path(directory) / MANIFEST
     names = list(class_names)
+    check_writable(names, path)
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"two classes are called {twice!r}; class names must differ")
@@ -279,6 +293,7 @@ def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict
         ) from None
     if len(set(class_names)) != len(class_names):
         raise UserError(f"{name} has two classes of the same name{remedy}")
+    check_writable(class_names, name)
     for split, entry in manifest["splits"].items():
         total = sum(shard["samples"] for shard in entry["shards"])
         if entry["samples"] != total:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import tarfile
 
 import numpy as np
@@ -23,7 +24,7 @@ from shardsets import (
 
 from pipeline.config import Data, UserError
 from trainer.data import ShardWriter, open_shards, write_manifest
-from trainer.data.tars import index_path, load_index, scan_tar
+from trainer.data.tars import index_path, load_index, save_index, scan_tar
 
 
 def refusal(call, *arguments, **options) -> str:
@@ -275,6 +276,36 @@ def test_a_broken_index_is_rebuilt(tmp_path):
     for content in (b"", b"rubbish", index_path(shard).read_bytes()[:200]):
         index_path(shard).write_bytes(content)
         assert opened(tmp_path).num_samples == 4
+
+
+def test_an_index_of_schema_1_is_read(uneven, tmp_path, monkeypatch):
+    shutil.copytree(uneven, tmp_path / "s")
+    for shard in (tmp_path / "s").glob("*.tar"):
+        index = scan_tar(shard)
+        texts = index.label_texts.decoded()
+        values = vars(index) | {
+            "keys": np.array(list(index.keys), np.bytes_),
+            "label_texts": np.array([texts[n] for n in index.label_number], np.bytes_),
+            "damaged": np.array([], np.str_),
+            "reasons": np.array([], np.str_),
+        }
+        del values["label_number"]
+        times = [shard.stat().st_size, shard.stat().st_mtime_ns]
+        np.savez(f"{shard}.index.npz", schema=1, stat=times, **values)
+    monkeypatch.setattr("trainer.data.shards.scan_tar", None)  # no need to read the tars again
+    old, new = (open_shards(str(path), Data(), "train") for path in (tmp_path / "s", uneven))
+    assert old.labels.tolist() == new.labels.tolist()
+    assert old.keys(np.arange(150)) == new.keys(np.arange(150))
+    assert old.fingerprint == new.fingerprint
+
+
+def test_a_long_key_or_label_takes_no_room_for_the_others(tmp_path):
+    files = tar_files(range(200)) + [("z" * 90 + ".cls", b"x" * 50_000), ("z" * 90 + ".png", b"")]
+    index = scan_tar(write_tar(tmp_path / "train-0.tar", files))
+    save_index(tmp_path / "train-0.tar", index)
+    stored, unchanged = load_index(tmp_path / "train-0.tar")
+    assert unchanged and list(stored.label_texts) == list(index.label_texts)
+    assert index.label_texts.buffer.nbytes < 51_000 and stored.keys[200] == b"z" * 90
 
 
 def test_shards_are_read_where_no_index_can_be_written(tmp_path, monkeypatch):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +15,14 @@ from pipeline.config import UserError
 
 from ..choices import DECODERS
 from ..decoding import Decoder, built_in
+from ..labels import LabelSet, is_utf8, printable, settle
+from .reporting import Report
+from .split_names import split_called
 from .splitting import add_missing_splits, write_splits
 
-SPLITS = ("train", "val", "test")
 PICTURES = ("jpg", "jpeg", "png", "webp")
+# What unpacking and synchronising programs leave beside the data.
+FOREIGN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
 
 def from_folder(
@@ -27,7 +34,10 @@ def from_folder(
     seed: int = 0,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
-) -> dict[str, int]:
+    report: Report | None = None,
+    input_extensions: str = "",
+    find_splits: bool = True,
+) -> Report:
     """DIRECTORY/CLASS/FILE, or DIRECTORY/SPLIT/CLASS/FILE, into shards.
 
     Parameters
@@ -44,28 +54,35 @@ def from_folder(
         Of the division into splits.
     samples_per_shard : int
     overwrite : bool
+    report : Report, optional
+        Its `skip` says whether corrupt files are left out; it lists them, and what is passed over.
+    input_extensions : str
+        Of the files that are inputs, joined by commas; by default pictures where there are any.
+    find_splits : bool
+        Whether directories called train, val, test and alike are splits.
 
     Returns
     -------
-    {split: number of samples}
+    Report
 
     Raises
     ------
     UserError
-        Naming the file, for one that cannot be decoded; then nothing is written.
+        For a layout that cannot be told, and for files that cannot be decoded and are not to be
+        skipped; then nothing is written.
     """
     directory = Path(directory)
-    roots = _split_roots(directory)
-    children: set[str] = set()
-    for root in roots.values():
-        children |= {child.name for child in _class_directories(root)}
-    names = sorted(children)
-    if len(names) < 2:
-        raise UserError(
-            f"{directory} has {len(names)} class directories; "
-            "it needs one directory per class, at least 2"
-        )
-    files, labels, splits = _list_files(roots, names)
+    report = report or Report()
+    roots = _split_roots(directory, report) if find_splits else {}
+    listing = _list_files(roots or {"train": directory}, report)
+    _keep_inputs(listing, input_extensions, report)
+    label_set = _settle_classes(directory, listing, report)
+    files = [file for file, _, _ in listing.files]
+    labels = label_set.indices([name for _, name, _ in listing.files])
+    splits = {
+        split: np.flatnonzero([other == split for _, _, other in listing.files])
+        for split in roots or ("train",)
+    }
     splits = add_missing_splits(splits, labels, fractions, seed)
     _check_sizes(files, size, gray)
     decoders = built_in()
@@ -81,44 +98,203 @@ def from_folder(
         "gray": gray,
         "seed": seed,
     }
-    return write_splits(out, names, splits, sample, made_by, samples_per_shard, overwrite)
+    write_splits(
+        out, label_set.names, splits, sample, made_by, samples_per_shard, overwrite, report
+    )
+    return report
 
 
-def _split_roots(directory: Path) -> dict[str, Path]:
-    """{split: the directory of its class directories}."""
+# Splits and classes
+
+
+def _split_roots(directory: Path, report: Report) -> dict[str, Path]:
+    """{split: the directory of its class directories}; empty where the directory has no splits.
+
+    Raises UserError for a mix of splits and other directories, which could mean either.
+    """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
-    roots = {split: directory / split for split in SPLITS if (directory / split).is_dir()}
-    if "train" in roots:
-        return roots
-    return {"train": directory}
+    children = _directories(directory)
+    split_of = {child: split_called(child.name) for child in children}
+    splits = [child for child in children if split_of[child]]
+    others = [child for child in children if not split_of[child]]
+    if not splits:
+        return {}
+    if others:
+        raise UserError(
+            f"{directory} holds both splits ({_names(splits)}) and other directories "
+            f"({_names(others)}): move the others away, or the classes into train/; "
+            "--no-splits takes every directory for a class"
+        )
+    roots: dict[str, Path] = {}
+    for child in splits:
+        split = split_of[child]
+        assert split is not None
+        if split in roots:
+            raise UserError(
+                f"{child} and {roots[split]} are both the split {split}; put them together"
+            )
+        roots[split] = child
+    if "train" not in roots:
+        raise UserError(
+            f"{directory} has the splits {_names(splits)} and no train; "
+            "--no-splits takes every directory for a class"
+        )
+    for root in roots.values():
+        if not _directories(root):
+            raise UserError(
+                f"{root} holds {sum(1 for _ in root.iterdir())} files and no class directory: a "
+                "split needs one directory per class; move it away if it has no labels"
+            )
+    _look_beside(directory, report)
+    report.note(f"{root.name}/ is the split {split}" for split, root in roots.items())
+    return {split: roots[split] for split in ("train", "val", "test") if split in roots}
 
 
-def _class_directories(root: Path) -> list[Path]:
+def _names(directories: list[Path]) -> str:
+    shown = ", ".join(printable(child.name) for child in directories[:3])
+    return f"{shown}, ..." if len(directories) > 3 else shown
+
+
+def _directories(root: Path) -> list[Path]:
+    """Visible directories in the order of their names, but for those that programs leave."""
     children = [child for child in root.iterdir() if child.is_dir()]
-    return sorted(child for child in children if not child.name.startswith("."))
+    visible = [child for child in children if not child.name.startswith(".")]
+    return sorted(child for child in visible if child.name not in FOREIGN)
 
 
-def _list_files(
-    roots: dict[str, Path], names: list[str]
-) -> tuple[list[Path], np.ndarray, dict[str, np.ndarray]]:
-    """(all files, their labels int64 [n], {split: indices of its files})."""
-    files: list[Path] = []
-    labels: list[int] = []
-    splits: dict[str, np.ndarray] = {}
+def _settle_classes(directory: Path, listing: _Listing, report: Report) -> LabelSet:
+    """The classes of all class directories."""
+    label_set = settle(listing.classes)
+    report.note(label_set.notes)
+    count = len(label_set.names)
+    if count < 2:
+        inside = [child for child in _directories(directory) if _directories(child)]
+        hint = f"; is it {inside[0]}?" if inside else ""
+        raise UserError(
+            f"{directory} has {count} class directories; "
+            f"it needs one directory per class, at least 2{hint}"
+        )
+    return label_set
+
+
+# Files
+
+
+@dataclass
+class _Listing:
+    """files: (file, the class directory's name, split).  classes: all class directories' names."""
+
+    files: list[tuple[Path, str, str]] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+
+def _list_files(roots: Mapping[str, Path], report: Report) -> _Listing:
+    """The files of known kinds in each split's class directories."""
+    listing = _Listing()
     for split, root in roots.items():
-        first = len(files)
-        for child in _class_directories(root):
-            known = [file for file in child.rglob("*") if _extension(file) in DECODERS]
-            inside = sorted(file for file in known if file.is_file())
-            if not inside and split == "train":
+        if not root.is_dir():
+            raise UserError(f"{root} is not a directory")
+        _look_beside(root, report)
+        for child in _directories(root):
+            if not is_utf8(child.name):
+                raise UserError(
+                    f"{printable(str(child))}: the class directory's name is not UTF-8 "
+                    f"({ascii(os.fsencode(child.name))[1:]}); rename it, e.g. with "
+                    "`convmv -f cp1252 -t utf8 --notest`"
+                )
+            listing.classes.append(child.name)
+            files = list(_known_files(child, report))
+            if not files and split == "train":
                 raise UserError(
                     f"{child} holds no file of a known kind ({', '.join(sorted(DECODERS))})"
                 )
-            files += inside
-            labels += [names.index(child.name)] * len(inside)
-        splits[split] = np.arange(first, len(files))
-    return files, np.array(labels), splits
+            listing.files += [(file, child.name, split) for file in files]
+            _note_nested(child, report)
+    return listing
+
+
+def _look_beside(root: Path, report: Report) -> None:
+    for child in sorted(root.iterdir()):
+        if child.is_symlink() and not child.exists():
+            report.pass_over("links that lead nowhere", child)
+        elif child.is_dir() and (child.name.startswith(".") or child.name in FOREIGN):
+            report.pass_over("hidden or foreign directories", child)
+        elif child.is_file():
+            report.pass_over("files outside of class directories", child)
+
+
+def _known_files(directory: Path, report: Report) -> Iterator[Path]:
+    """The files that there is a decoder for; the report counts the others."""
+    for file in sorted(directory.rglob("*")):
+        if file.is_symlink() and not file.exists():
+            report.pass_over("links that lead nowhere", file)
+        elif file.is_symlink() and file.is_dir():
+            report.pass_over("links to directories", file)
+        elif not file.is_file():
+            continue
+        elif any(part.startswith(".") for part in file.relative_to(directory).parts):
+            report.pass_over("hidden files", file)
+        elif any(part in FOREIGN for part in file.relative_to(directory).parts):
+            report.pass_over("files in foreign directories", file)
+        elif _extension(file) in DECODERS:
+            yield file
+        else:
+            extension = _extension(file)
+            kind = f".{extension} files" if extension else "files without an extension"
+            report.pass_over(kind, file)
+
+
+def _note_nested(directory: Path, report: Report) -> None:
+    nested = [child for child in _directories(directory) if not child.is_symlink()]
+    if nested:
+        report.note(
+            f"{directory.name}/ has directories of its own ({_names(nested)}): "
+            f"their files are of class {directory.name}"
+        )
+
+
+def _keep_inputs(listing: _Listing, chosen: str, report: Report) -> None:
+    """Keep the files of one kind: those asked for, or pictures, beside which others are sidecars.
+
+    Raises UserError where it cannot be told which files are inputs.
+    """
+    wanted = {word.strip().lower().lstrip(".") for word in chosen.split(",") if word.strip()}
+    counts = Counter(_extension(file) for file, _, _ in listing.files)
+    if wanted - counts.keys():
+        raise UserError(
+            f"--input {chosen}: there is no file .{min(wanted - counts.keys())}; "
+            f"there are {_counted(counts)}"
+        )
+    if not wanted:
+        wanted = _input_kind(listing, counts)
+    kept = []
+    for file, name, split in listing.files:
+        if _extension(file) in wanted:
+            kept.append((file, name, split))
+        else:
+            report.pass_over(f".{_extension(file)} files beside the inputs", file)
+    listing.files = kept
+
+
+def _input_kind(listing: _Listing, counts: Counter[str]) -> set[str]:
+    """The extensions of inputs, where the user does not say."""
+    pictures = counts.keys() & set(PICTURES)
+    others = counts.keys() - pictures
+    if not others or len(counts) == 1:
+        return set(counts)
+    with_pictures = {name for file, name, _ in listing.files if _extension(file) in PICTURES}
+    all_have_some = with_pictures == {name for _, name, _ in listing.files}
+    if pictures and all_have_some:
+        return pictures
+    raise UserError(
+        f"files of several kinds could be inputs: {_counted(counts)}; "
+        f"choose with --input {max(counts, key=counts.__getitem__)}"
+    )
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} .{extension}" for extension, count in counts.most_common())
 
 
 def _extension(file: Path) -> str:
@@ -156,8 +332,8 @@ def _check_sizes(files: list[Path], size: int | None, gray: bool) -> None:
             with Image.open(file) as picture:
                 one_channel = gray or picture.mode in ("1", "L")
                 seen.setdefault((picture.width, picture.height, one_channel), file)
-        except OSError as error:
-            raise UserError(f"{file}: cannot be decoded: {error}") from None
+        except OSError:
+            continue  # named among all corrupt files when it is to be written
         if len(seen) > 1:
             (a, first), (b, second) = seen.items()
             unlike, remedy = "mode", "--gray or --size N brings all to one"

@@ -2,46 +2,52 @@
 
 from __future__ import annotations
 
-import json
+import io
 import lzma
 import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, cast
 
 import numpy as np
 
 from pipeline.config import Data, UserError
 
-from ..decoding import Decoder, decoder_table, find_decoder
+from ..decoding import Decoder, decode, decoder_table, find_decoder
 from ..fetching import FetchDir, is_packed, unpacked
+from ..labels import NONE, Kind, LabelSet, readings, settle, settle_given
 from ..patterns import URL, Shard, braces, expand, url_name
 from ..shards import (
     Corruption,
     ShardSet,
     expected_sha256,
+    label_kind,
     label_samples,
-    parse_labels,
-    refusal,
     scanned_corruption,
 )
-from ..tars import TarIndex, load_index, read_label, save_index, scan_tar
+from ..tars import TarIndex, load_index, save_index, scan_tar
 from ..writing import MANIFEST, ShardWriter, read_manifest, shard_entry, write_manifest
+from .reporting import Report, not_finite
+from .split_names import split_called, split_within
 
 Sample = dict[str, str | bytes]  # as webdataset gives it: "__key__", and content by extension
-Skip = Callable[[str], None]  # told why something is left out; may raise UserError
 
 # Indexing
 
 
 def index_directory(
-    directory: str | Path, label: str = "cls", class_names: Sequence[str] | None = None
-) -> dict[str, int]:
+    directory: str | Path,
+    label: str = "cls",
+    class_names: Sequence[str] | None = None,
+    input_member: str = "",
+    report: Report | None = None,
+) -> Report:
     """Scan DIRECTORY/SPLIT-NUMBER.tar, write their indexes and the manifest anew.
 
     Parameters
@@ -50,28 +56,42 @@ def index_directory(
     label : str
         The member with the label, or "json:FIELD".
     class_names : sequence of str, optional
-        By default the old manifest's, else the numbers up to the largest label, or the names found,
-        sorted.
+        By default the old manifest's, else what `trainer.data.labels` makes of all labels.
+    input_member : str
+        The member with the input, where there are several.
+    report : Report, optional
+        Its `skip` says whether corrupt samples are left out of the manifest.
 
     Returns
     -------
-    {split: number of samples}
+    Report
 
     Raises
     ------
     UserError
-        For any corruption: a manifest vouches for what it describes.
+        For any corruption that is not to be skipped: a manifest vouches for what it describes.
     """
     directory = Path(directory)
+    report = report or Report()
     tars = {tar.name: tar for tar in sorted(directory.glob("*.tar"))}
     if not tars:
         raise UserError(f"{directory} holds no .tar")
-    return _index(tars, directory, label, class_names or _old_classes(directory))
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if path.name.endswith((".tar", ".index.npz", MANIFEST)) and not path.name.startswith("."):
+            continue
+        report.pass_over("files that are no .tar", path.name)
+    old = _old_manifest(directory)
+    data = Data(label=label, input=input_member)
+    return _index(tars, directory, data, class_names, old, report)
 
 
 def index_urls(
-    pattern: str, out: str | Path, data: Data, class_names: Sequence[str] | None = None
-) -> dict[str, int]:
+    pattern: str,
+    out: str | Path,
+    data: Data,
+    class_names: Sequence[str] | None = None,
+    report: Report | None = None,
+) -> Report:
     """As index_directory, of shards behind URLs.
 
     The manifest is written to the directory `out`, for data.manifest or to be put beside them.
@@ -84,7 +104,7 @@ def index_urls(
     except OSError as error:
         raise UserError(f"{out}: cannot be made: {error.strerror}") from None
     tars = {url_name(url): path for url, path in zip(urls, paths, strict=True)}
-    return _index(tars, out, data.label, class_names)
+    return _index(tars, out, data, class_names, None, report or Report())
 
 
 def _expand_locations(pattern: str) -> list[str]:
@@ -96,61 +116,118 @@ def _expand_locations(pattern: str) -> list[str]:
 
 
 def _index(
-    tars: Mapping[str, Path], out: Path, label: str, class_names: Sequence[str] | None
-) -> dict[str, int]:
+    tars: Mapping[str, Path],
+    out: Path,
+    data: Data,
+    class_names: Sequence[str] | None,
+    old: dict | None,
+    report: Report,
+) -> Report:
     from rich.progress import track
 
+    split_of = _splits_of_tars(tars)
     indexes = {
-        name: scan_tar(tar, label) for name, tar in track(tars.items(), description="scanning")
+        name: scan_tar(tar, data.label) for name, tar in track(tars.items(), description="scanning")
     }
-    _refuse_corruption(indexes)
-    names = list(class_names or ())
-    if not names:
-        names = _found_classes(np.concatenate([index.label_texts for index in indexes.values()]))
-    corruption: list[Corruption] = []
+    corruption = _scanned_corruption(indexes)
+    label_set = _settle(indexes.values(), data.label, class_names, old)
+    report.note(label_set.notes)
     splits: dict[str, dict] = {}
     for name, index in indexes.items():
         shard = Shard(name, str(tars[name]))
-        _, labels = label_samples(shard, index, names, Data(label=label), corruption)
-        split = re.sub(r"[-_.]?\d+$", "", name.removesuffix(".tar")) or "train"
-        entry = splits.setdefault(split, {"samples": 0, "shards": []})
-        entry["shards"].append(shard_entry(name, index.bytes, index.sha256, labels, names))
+        index, labels = label_samples(shard, index, label_set, data, corruption)
+        indexes[name] = index
+        entry = splits.setdefault(split_of[name], {"samples": 0, "shards": []})
+        kind = label_set.to_declare(index.label_texts)
+        entry["shards"].append(
+            shard_entry(name, index.bytes, index.sha256, labels, label_set.names, kind)
+        )
         entry["samples"] += len(labels)
-    if corruption:
-        raise UserError(f"{refusal(corruption)}; --classes FILE gives other classes")
+    report.corrupt += map(str, corruption)
+    report.refuse_corrupt("--classes FILE gives other classes" if class_names or old else "")
+    report.samples = {split: entry["samples"] for split, entry in splits.items()}
+    if not any(report.samples.values()):
+        raise UserError(f"{out}: no sample is intact")
     for name, index in indexes.items():
         save_index(tars[name], index)
     (out / MANIFEST).unlink(missing_ok=True)
-    write_manifest(out, names, splits, {"command": "shards index", "label": label})
-    return {split: entry["samples"] for split, entry in splits.items()}
+    made_by: dict[str, str | int] = {
+        "command": "shards index",
+        "label": data.label,
+        "labels": label_set.kind,
+    }
+    if data.input:
+        made_by["input"] = data.input
+    if corruption:
+        made_by["lost"] = len(corruption)
+    write_manifest(out, label_set.names, splits, made_by)
+    return report
 
 
-def _refuse_corruption(indexes: Mapping[str, TarIndex]) -> None:
+def _splits_of_tars(names: Iterable[str]) -> dict[str, str]:
+    """{name of a tar: its split}.  UserError where two spellings of one split occur."""
+    splits: dict[str, str] = {}
+    spelling_of: dict[str, str] = {}
+    for name in names:
+        stem = re.sub(r"[-_.]?\d+$", "", name.removesuffix(".tar")) or "train"
+        split = split_called(stem) or split_within(stem) or stem
+        spelling = spelling_of.setdefault(split, stem)
+        if spelling != stem:
+            raise UserError(
+                f"tars called {spelling} and {stem} both are the split {split}; "
+                "rename those that are another one"
+            )
+        splits[name] = split
+    return splits
+
+
+def _scanned_corruption(indexes: Mapping[str, TarIndex]) -> list[Corruption]:
     corruption: list[Corruption] = []
     for name, index in indexes.items():
         corruption += scanned_corruption(name, index)
     for name, index in indexes.items():
         if not len(index) and not len(index.damaged):
             corruption.append(Corruption(name, "", "the shard is empty"))
-    if corruption:
-        raise UserError(refusal(corruption))
+    return corruption
 
 
-def _old_classes(directory: Path) -> list[str] | None:
+def _old_manifest(directory: Path) -> dict | None:
     try:
-        manifest = read_manifest(directory)
+        return read_manifest(directory)
     except UserError:  # a broken manifest is what `index` is here to replace
         return None
-    return manifest["classes"] if manifest else None
 
 
-def _found_classes(texts: np.ndarray) -> list[str]:
-    """Class names of label texts: numbers up to the largest, or the names, sorted."""
-    try:
-        return [str(number) for number in range(int(texts.astype(np.int64).max()) + 1)]
-    except (ValueError, OverflowError):
-        distinct = {text.decode("utf-8", "replace") for text in texts.tolist()}
-        return sorted(json.loads(text) if text.startswith('"') else text for text in distinct)
+def _settle(
+    indexes: Iterable[TarIndex],
+    label: str,
+    class_names: Sequence[str] | None,
+    old: dict | None = None,
+) -> LabelSet:
+    """The label set of several tars: from a list of classes, the old manifest, or the labels."""
+    raw: dict[bytes, None] = {}
+    for index in indexes:
+        raw |= dict.fromkeys(index.label_texts)
+    texts, unreadable = readings(raw, label)
+    texts = [text for number, text in enumerate(texts) if number not in unreadable]
+    if class_names:
+        return settle_given(texts, class_names)
+    if old:
+        kind = _old_kind(old)
+        known = kind and (LabelSet(old["classes"], kind).indices(texts) != NONE).all()
+        return settle_given(texts, old["classes"], kind if known else None)
+    return settle(texts)
+
+
+def _old_kind(manifest: dict) -> Kind | None:
+    """What the manifest's shards hold as labels; None where it is not known for all of them."""
+    made_by = manifest.get("made_by") or {}
+    unsaid = made_by.get("labels")
+    if made_by.get("command") != "shards index":
+        unsaid = "indices"  # every other command writes indices
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    kinds = {shard.get("labels") or unsaid for shard in shards}
+    return cast(Kind | None, kinds.pop()) if len(kinds) == 1 else None
 
 
 # Validating
@@ -179,10 +256,18 @@ def validate(pattern: str, data: Data, split: str) -> list[Finding]:
 
     # Each shard is opened alone and leniently, so that one finding does not hide the next.
     shards = expand(pattern, data, split)
-    return [_validate(shard, data) for shard in track(shards, description="validating")]
+    unlisted = [
+        scan_tar(shard.path, data.label)
+        for shard in shards
+        if shard.manifest is None and Path(shard.path).exists()
+    ]
+    label_set = None
+    if unlisted and data.classes is None:
+        label_set = _settle(unlisted, data.label, None)
+    return [_validate(shard, data, label_set) for shard in track(shards, description="validating")]
 
 
-def _validate(shard: Shard, data: Data) -> Finding:
+def _validate(shard: Shard, data: Data, found: LabelSet | None) -> Finding:
     path = Path(shard.path)
     if not path.exists():
         return Finding(shard.name, 0, 0, [Corruption(shard.name, "", "is absent")])
@@ -195,35 +280,40 @@ def _validate(shard: Shard, data: Data) -> Finding:
     if not len(index):
         finding.add("holds no intact sample")
         return finding
-    names = _class_names(shard, index, data)
-    index, labels = label_samples(shard, index, names, data, finding.corruption)
+    label_set = _label_set(shard, data, found)
+    index, labels = label_samples(shard, index, label_set, data, finding.corruption)
     if shard.entry and not finding.corruption:
-        now = shard_entry(path.name, index.bytes, index.sha256, labels, names)
+        now = shard_entry(path.name, index.bytes, index.sha256, labels, label_set.names)
         if any(now[key] != shard.entry[key] for key in ("samples", "class_counts")):
             finding.add("manifest.json counts it otherwise")
     if len(index):
         lenient = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
-        _decode_all(ShardSet("all", [shard], [index], [labels], names, [], lenient), finding)
+        shards = ShardSet("all", [shard], [index], [labels], label_set.names, [], lenient)
+        _decode_all(shards, finding)
     return finding
 
 
-def _class_names(shard: Shard, index: TarIndex, data: Data) -> list[str]:
+def _label_set(shard: Shard, data: Data, found: LabelSet | None) -> LabelSet:
     if shard.manifest:
-        return shard.manifest["classes"]
+        return LabelSet(shard.manifest["classes"], label_kind(shard))
     if data.classes:
-        return [str(number) for number in range(data.classes)]
-    return _found_classes(index.label_texts)
+        return LabelSet([str(number) for number in range(data.classes)], "indices")
+    assert found is not None
+    return found
 
 
 def _decode_all(shards: ShardSet, finding: Finding) -> None:
     for first in range(0, len(shards), 256):
         try:
-            _, unreadable = shards.read(np.arange(first, min(first + 256, len(shards))))
+            ids = np.arange(first, min(first + 256, len(shards)))
+            inputs, unreadable = shards.read(ids)
         except UserError as error:  # not even the first sample can be decoded
             finding.add(str(error))
             return
-        for sample, reason in unreadable.items():
-            finding.add(reason, shards.keys([sample])[0], samples=1)
+        for row, sample in enumerate(ids.tolist()):
+            reason = unreadable.get(sample) or not_finite(inputs[row])
+            if reason:
+                finding.add(reason, shards.keys([sample])[0], samples=1)
 
 
 # Rewriting
@@ -232,15 +322,15 @@ def _decode_all(shards: ShardSet, finding: Finding) -> None:
 def from_webdataset(
     urls: str,
     out: str | Path,
-    split: str = "train",
+    split: str | None = None,
     label: str = "cls",
     input_member: str = "",
     class_names: Sequence[str] | None = None,
-    damage: Literal["strict", "skip"] = "strict",
+    report: Report | None = None,
     data: Data | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
-) -> tuple[int, list[str]]:
+) -> Report:
     """Rewrite whatever webdataset reads as one split of shards with a manifest.
 
     Parameters
@@ -248,15 +338,17 @@ def from_webdataset(
     urls : str
         Files and URLs, compressed or not, with braces, several joined by `::`.
     out : path
-    split : str
+    split : str, optional
+        By default the one that the tars are named after, else train.
     label : str
         The member cls with a number or a name, or "json:FIELD".
     input_member : str
         Which other member to keep; by default the only one that can be decoded.
     class_names : sequence of str, optional
-        By default what is found.
-    damage : "strict" or "skip"
-        "skip" leaves unreadable samples out.
+        By default those of the splits that are there already, else what `trainer.data.labels`
+        makes of all labels.
+    report : Report, optional
+        Its `skip` says whether unreadable samples are left out.
     data : Data, optional
         Its decoders and fetch_dir are used.
     samples_per_shard : int
@@ -264,69 +356,67 @@ def from_webdataset(
 
     Returns
     -------
-    written : int
-        Samples.
-    lost : list of str
-        What was left out and why, one line for each sample or location in a tar.
+    Report
 
     Raises
     ------
     UserError
-        If nothing can be read, and under "strict" for the first unreadable sample.
+        If nothing can be read, and for unreadable samples that are not to be skipped.
     """
-    data = data or Data()
+    data = (data or Data()).model_copy(update={"label": label, "input": input_member})
+    report = report or Report()
     locations = _expand_locations(urls)
-    lost: list[str] = []
-
-    def skip(reason: str) -> None:
-        if damage == "strict":
-            raise UserError(f"{reason}; --damage skip leaves it out".replace("\n", " "))
-        lost.append(reason)
-
-    # Two passes: class names, if they are to be found, are needed before the first sample is
-    # written.
-    names = list(class_names or ())
-    if class_names is None:
-        names = _names_of_labels(_read_samples(locations, data, label, skip, "labels"), label)
-        if not names:
-            raise UserError(f"{urls}: no sample has a label {label}")
-        lost.clear()
-    table = decoder_table(data.decoders)
-    written = 0
-    with ShardWriter(out, split, names, samples_per_shard, overwrite) as writer:
-        for sample in _read_samples(locations, data, label, skip, split):
-            try:
-                class_index = _class_of(sample, label, names)
-                extension, content = _choose_input(sample, label, input_member, table)
-            except UserError:
-                raise
-            except Exception as error:  # a decoder's
-                skip(f"{sample['__key__']}: {error}")
-                continue
-            key = f"{written:08d}"
-            writer.write({"__key__": key, extension: content, "cls": b"%d" % class_index})
-            written += 1
+    split = split or _split_of_locations(locations)
+    # The classes are needed before the first sample is written.
+    indexes = _scan_locations(locations, data, report)
+    others = _other_splits(out, split)
+    given = bool(class_names or others)
+    label_set = _settle(indexes.values(), label, class_names, others)
+    if not label_set.names:
+        report.refuse_corrupt()
+        raise UserError(f"{urls}: no sample has a label {label}")
+    report.note(label_set.notes)
+    with ShardWriter(out, split, label_set.names, samples_per_shard, overwrite) as writer:
+        samples = _labelled_samples(indexes, label_set, data, report)
+        written = _rewrite(samples, writer, data, report)
+        report.refuse_corrupt("--classes FILE gives other classes" if given else "")
         if not written:
             raise UserError(f"{urls}: no readable sample")
-    made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(lost)}
-    write_manifest(out, names, {split: writer.facts}, made_by)
-    return written, lost
+    made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}
+    write_manifest(out, label_set.names, {split: writer.facts}, made_by)
+    report.samples = {split: written}
+    return report
 
 
-def _read_samples(
-    locations: Sequence[str], data: Data, label: str, skip: Skip, description: str
-) -> Iterator[Sample]:
-    """The intact samples of several tars."""
-    from rich.progress import track
+def _split_of_locations(locations: Sequence[str]) -> str:
+    """The split that the tars are named after; train where they are named after none."""
+    named = {
+        location: split_within(url_name(location).rpartition("/")[2]) for location in locations
+    }
+    splits = set(named.values())
+    if len(splits) > 1:
+        first, second = list(dict.fromkeys(named.values()))[:2]
+        raise UserError(
+            f"the tars are of several splits ({first or 'none named'}, {second or 'none named'}); "
+            "rewrite one at a time, or say with --split what they become together"
+        )
+    return splits.pop() or "train"
 
-    for location in track(locations, description=description):
-        with _plain_tar(location, data) as path:
-            yield from _read_tar(location, path, label, skip)
+
+def _other_splits(out: str | Path, split: str) -> dict | None:
+    """The manifest that is in `out`, where it has other splits: their classes are the set's."""
+    manifest = read_manifest(out)
+    if manifest is None or not set(manifest["splits"]) - {split}:
+        return None
+    # What is rewritten may hold names where those shards hold indices.
+    return {"classes": manifest["classes"], "splits": {}}
 
 
 @contextmanager
-def _plain_tar(location: str, data: Data) -> Iterator[Path]:
-    """A local, uncompressed tar with the content of a file or URL.
+def _plain_tar(location: str, data: Data) -> Iterator[tuple[Path, str]]:
+    """(a local, uncompressed tar, "") with the content of a file or URL.
+
+    Of one whose compression breaks off: (what comes before, why it breaks off).
 
     Raises UserError if it cannot be read or fetched.
     """
@@ -334,81 +424,138 @@ def _plain_tar(location: str, data: Data) -> Iterator[Path]:
     if location.startswith(URL):
         (path,) = FetchDir(data).shards([location], [None])
     try:
-        if not is_packed(path):
-            yield path
-            return
-        with tempfile.NamedTemporaryFile(suffix=".tar") as file, unpacked(path) as content:
-            shutil.copyfileobj(content, file)
-            file.flush()
-            yield Path(file.name)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{location}: cannot be read: {reason}") from None
+        packed = is_packed(path)
+    except OSError as error:
+        raise UserError(f"{location}: cannot be read: {error.strerror or error}") from None
+    if not packed:
+        yield path, ""
+        return
+    with tempfile.NamedTemporaryFile(suffix=".tar") as file:
+        try:
+            broken = _unpack(path, cast(BinaryIO, file))
+        except OSError as error:
+            raise UserError(
+                f"{location}: cannot be unpacked to {tempfile.gettempdir()}: "
+                f"{error.strerror or error}"
+            ) from None
+        yield Path(file.name), broken
 
 
-def _read_tar(name: str, path: Path, label: str, skip: Skip) -> Iterator[Sample]:
-    """The intact samples of a tar as webdataset gives them.
+def _unpack(path: Path, file: BinaryIO) -> str:
+    """Decompress into `file` as far as it goes.  Returns why it ends early, or ""."""
+    size = 0
+    with unpacked(path) as content:
+        while True:
+            try:
+                # In small steps: a step that fails takes what it has read with it.
+                block = cast(io.BufferedIOBase, content).read1(1 << 14)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                file.flush()
+                return f"its compression is corrupt behind byte {size} of the content: {error}"
+            if not block:
+                file.flush()
+                return ""
+            file.write(block)
+            size += len(block)
+
+
+def _scan_locations(locations: Sequence[str], data: Data, report: Report) -> dict[str, TarIndex]:
+    """The index of each tar; what is corrupt in them goes to the report."""
+    from rich.progress import track
+
+    indexes: dict[str, TarIndex] = {}
+    for location in track(locations, description="labels"):
+        with _plain_tar(location, data) as (path, broken):
+            if broken:
+                report.corrupt.append(f"{location}: {broken}")
+            try:
+                index = scan_tar(path, data.label)
+            except OSError as error:
+                raise UserError(f"{location}: cannot be read: {error.strerror}") from None
+        report.corrupt += map(str, scanned_corruption(location, index))
+        indexes[location] = index
+    return indexes
+
+
+def _labelled_samples(
+    indexes: Mapping[str, TarIndex],
+    label_set: LabelSet,
+    data: Data,
+    report: Report,
+) -> Iterator[tuple[str, Sample, int]]:
+    """(name of the tar, files, class) of each sample; those without a class go to the report.
 
     webdataset itself stops at corruption without a word.
     """
-    index = scan_tar(path, label)
-    for corruption in scanned_corruption(name, index):
-        skip(str(corruption))
-    with open(path, "rb") as file:
-        for number, key in enumerate(index.keys):
-            sample: Sample = {"__key__": key.decode("utf-8", "replace")}
-            for row in range(index.member_start[number], index.member_start[number + 1]):
-                extension = str(index.extensions[index.member_extension[row]])
-                size, offset = int(index.size[row]), int(index.offset[row])
-                sample[extension] = os.pread(file.fileno(), size, offset)
-            yield sample
+    from rich.progress import track
+
+    for location, index in track(indexes.items(), description="samples"):
+        classes, reasons = label_set.read(list(index.label_texts), data.label)
+        with _plain_tar(location, data) as (path, _), open(path, "rb") as file:
+            for number, raw_key in enumerate(index.keys):
+                key = raw_key.decode("utf-8", "replace")
+                label_number = int(index.label_number[number])
+                if label_number in reasons:
+                    report.corrupt.append(f"{location}: {key} {reasons[label_number]}")
+                    continue
+                files: Sample = {"__key__": key}
+                for row in range(index.member_start[number], index.member_start[number + 1]):
+                    extension = str(index.extensions[index.member_extension[row]])
+                    size, offset = int(index.size[row]), int(index.offset[row])
+                    files[extension] = os.pread(file.fileno(), size, offset)
+                yield location, files, int(classes[label_number])
 
 
-def _label_text(sample: Sample, label: str) -> str:
-    """Raises ValueError if the sample has no label."""
-    member = label.partition(":")[0]
-    content = sample.get(member)
-    if not isinstance(content, bytes):
-        raise ValueError(f"no member .{member}")
-    return read_label(content, label)
+def _rewrite(
+    samples: Iterable[tuple[str, Sample, int]], writer: ShardWriter, data: Data, report: Report
+) -> int:
+    """Write the samples whose input can be decoded.  Returns how many there are.
 
-
-def _names_of_labels(samples: Iterator[Sample], label: str) -> list[str]:
-    texts: list[bytes] = []
-    for sample in samples:
+    Once one is to be refused the others are only looked at: all that are corrupt get listed.
+    """
+    table = decoder_table(data.decoders)
+    written = 0
+    shapes: Counter[str] = Counter()
+    for location, sample, class_index in samples:
         try:
-            texts.append(_label_text(sample, label).encode())
-        except ValueError:
+            extension, content, array = _choose_input(sample, data, table)
+        except Exception as error:  # a decoder's
+            report.corrupt.append(f"{location}: {sample['__key__']}: {error}")
             continue
-    return _found_classes(np.array(texts)) if texts else []
-
-
-def _class_of(sample: Sample, label: str, class_names: list[str]) -> int:
-    """Raises ValueError if the label is none of the classes."""
-    text = _label_text(sample, label)
-    (class_index,) = parse_labels(np.array([text.encode()]), class_names)
-    if class_index < 0:
-        raise ValueError(f"label {text} is none of the {len(class_names)} classes")
-    return int(class_index)
+        if report.corrupt and not report.skip:
+            continue
+        shapes[f"{array.dtype} {list(array.shape)}"] += 1
+        key = f"{written:08d}"
+        writer.write({"__key__": key, extension: content, "cls": b"%d" % class_index})
+        written += 1
+    if len(shapes) > 1 and extension != "txt":
+        shown = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common(4))
+        report.note(f"warning: inputs of {len(shapes)} shapes, and a batch needs one: {shown}")
+    return written
 
 
 def _choose_input(
-    sample: Sample, label: str, input_member: str, table: Mapping[str, Decoder]
-) -> tuple[str, bytes]:
-    """(extension, content) of the sample's input.  Raises what its decoder raises."""
-    label_member = label.partition(":")[0]
+    sample: Sample, data: Data, table: Mapping[str, Decoder]
+) -> tuple[str, bytes, np.ndarray]:
+    """(extension, content, decoded) of the sample's input.  Raises what its decoder raises."""
+    label_member = data.label.partition(":")[0]
     names = [name for name in sample if not name.startswith("__") and name != label_member]
-    if input_member:
-        chosen = [name for name in names if name == input_member]
-    else:
-        chosen = [name for name in names if name in table or name.rpartition(".")[2] in table]
-    if len(chosen) != 1:
+    known = [name for name in names if name in table or name.rpartition(".")[2] in table]
+    chosen = known
+    if data.input:
+        chosen = [name for name in names if name == data.input.lower()]
+    if not known:
         raise ValueError(
-            f"sample {sample['__key__']} has the members {', '.join(names)}; "
-            "choose one with --input"
+            f"has the members {', '.join(names) or 'none'}, and none has a decoder "
+            f"(known: {', '.join(sorted(table))}); bring inputs to one of these"
         )
+    if len(chosen) != 1:
+        raise ValueError(f"has the members {', '.join(names)}; choose one with --input")
     (name,) = chosen
     content = sample[name]
     assert isinstance(content, bytes), name
-    find_decoder(table, name)(content)
-    return name.rpartition(".")[2], content
+    array = decode(find_decoder(table, name), content)
+    reason = not_finite(array)
+    if reason:
+        raise ValueError(reason)
+    return name.rpartition(".")[2], content, array

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from pipeline.config import UserError
 
 from ..orders import generator
 from ..writing import ShardWriter, write_manifest
+from .reporting import Report
 
 
 def split_by_class(
@@ -83,6 +84,7 @@ def write_splits(
     made_by: dict,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
+    report: Report | None = None,
 ) -> dict[str, int]:
     """Write each split's shards and the manifest; all or nothing.
 
@@ -93,11 +95,13 @@ def write_splits(
     splits : {split: indices}
         Empty splits are left out.
     sample : callable
-        sample(index) -> {"cls": bytes, extension: bytes}.
+        sample(index) -> {"cls": bytes, extension: bytes}.  It raises UserError for a corrupt one.
     made_by : dict
         For the manifest.
     samples_per_shard : int
     overwrite : bool
+    report : Report, optional
+        Its `skip` says whether corrupt samples are left out; it lists them.
 
     Returns
     -------
@@ -106,13 +110,16 @@ def write_splits(
     Raises
     ------
     UserError
-        If there is nothing to write, or the directory cannot be written.
+        If there is nothing to write, the directory cannot be written, or samples are corrupt and
+        not to be skipped.
     """
     from rich.progress import Progress
 
+    report = report or Report()
     lists = {split: list(ids) for split, ids in splits.items() if len(ids)}
     if not lists:
         raise UserError("there is nothing to write: no samples found")
+    corrupt: list[tuple[int, str]] = []
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
         for split in lists:
@@ -120,8 +127,41 @@ def write_splits(
             writers[split] = stack.enter_context(writer)
         with Progress() as progress:
             for split, ids in lists.items():
-                for number, index in enumerate(progress.track(ids, description=split)):
-                    writers[split].write({"__key__": f"{number:08d}", **sample(index)})
+                tracked = progress.track(ids, description=split)
+                report.samples[split] = _write_samples(
+                    writers[split], tracked, sample, corrupt, report.skip
+                )
+        report.corrupt += [reason for _, reason in sorted(corrupt)]
+        report.refuse_corrupt()
+        if not any(report.samples.values()):
+            raise UserError(f"all {len(report.corrupt)} samples are corrupt: {report.corrupt[0]}")
     entries = {split: writer.facts for split, writer in writers.items()}
+    made_by = made_by | {"lost": len(report.corrupt)} if report.corrupt else made_by
     write_manifest(out, class_names, entries, made_by)
-    return {split: len(ids) for split, ids in lists.items()}
+    return report.samples
+
+
+def _write_samples(
+    writer: ShardWriter,
+    ids: Iterable[int],
+    sample: Callable[[int], dict],
+    corrupt: list[tuple[int, str]],
+    skip: bool,
+) -> int:
+    """Write the samples that are intact.  Returns how many there are.
+
+    The others go to `corrupt`.  Unless they are skipped, all samples behind the first such one are
+    only looked at, so that all that are corrupt get listed.
+    """
+    written = 0
+    for index in ids:
+        try:
+            files = sample(index)
+        except UserError as error:
+            corrupt.append((index, str(error)))
+            continue
+        if corrupt and not skip:
+            continue
+        writer.write({"__key__": f"{written:08d}", **files})
+        written += 1
+    return written

@@ -1,0 +1,177 @@
+"""What a command that makes shards took, passed over and left out; and its summary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from pipeline.config import Data, UserError
+
+from ..labels import printable
+from ..writing import read_manifest
+
+SHOWN = 20  # corrupt inputs that are listed
+EXAMPLES = 3
+
+
+@dataclass
+class Report:
+    """What became of a command's inputs.
+
+    skip:        --damage skip: corrupt inputs are left out, not refused.
+    samples:     {split: number of samples written}.
+    notes:       what was decided about the whole set, a line each.
+    passed_over: {why: names of files, columns or arrays that are no samples}.
+    corrupt:     inputs that should be samples and cannot be, a line each.
+    """
+
+    skip: bool = False
+    samples: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    passed_over: dict[str, list[str]] = field(default_factory=dict)
+    corrupt: list[str] = field(default_factory=list)
+
+    def pass_over(self, why: str, name: str | Path) -> None:
+        """Note that something is no sample, and why."""
+        self.passed_over.setdefault(why, []).append(str(name))
+
+    def note(self, lines: str | Iterable[str]) -> None:
+        """Add lines to the notes, each once."""
+        for line in [lines] if isinstance(lines, str) else lines:
+            if line not in self.notes:
+                self.notes.append(line)
+
+    def refuse_corrupt(self, remedy: str = "") -> None:
+        """List corrupt inputs and raise UserError, but not under --damage skip.
+
+        remedy: what else may help.
+        """
+        if self.skip or not self.corrupt:
+            return
+        count = len(self.corrupt)
+        remedy = f", {remedy}" if remedy else ""
+        if count == 1:
+            raise UserError(f"{_line(self.corrupt[0])}; --damage skip leaves it out{remedy}")
+        list_corrupt("corrupt", self.corrupt)
+        raise UserError(
+            f"{_line(self.corrupt[0])} (and {count - 1} more); "
+            f"--damage skip leaves all {count} out{remedy}"
+        )
+
+
+def list_corrupt(title: str, lines: Sequence[str]) -> None:
+    """The first lines on stderr, and how many there are."""
+    for line in lines[:SHOWN]:
+        say(f"{title}: {_line(line)}", sys.stderr)
+    if len(lines) > SHOWN:
+        say(f"{title}: {len(lines)} in all; {len(lines) - SHOWN} are not shown", sys.stderr)
+
+
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line; what the terminal's encoding lacks is escaped."""
+    if file is None:
+        file = sys.stdout
+    assert file is not None
+    encoding = file.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def _line(text: str) -> str:
+    return printable(text.replace("\n", " "))
+
+
+def print_summary(out: str | Path, report: Report, data: Data | None = None) -> None:
+    """What a command made of its inputs; the end of every `shards` command.
+
+    data: how the shards are read, to say what an input is.
+    """
+    counts = ", ".join(f"{count} {split}" for split, count in report.samples.items())
+    say(f"{printable(str(out))}: {counts}")
+    manifest = read_manifest(out)
+    if manifest:
+        print_classes(manifest)
+        inputs = _inputs(out, manifest, data or Data())
+        if inputs:
+            say(f"  inputs: {inputs}")
+    for why, names in report.passed_over.items():
+        say(f"  passed over: {len(names)} {why} ({_examples(names)})")
+    for note in report.notes:
+        say(f"  note: {printable(note)}")
+    if report.corrupt:
+        say(f"  left out: {len(report.corrupt)} corrupt")
+        list_corrupt("left out", report.corrupt)
+
+
+def print_classes(manifest: dict) -> None:
+    """The classes of a manifest, and how many examples they have."""
+    for line in _class_lines(manifest):
+        say(f"  {line}")
+
+
+def _examples(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:EXAMPLES])
+    return f"{shown}, ..." if len(names) > EXAMPLES else shown
+
+
+def _class_lines(manifest: dict) -> list[str]:
+    """Number, names and sizes of the classes, and which are missing where."""
+    names = manifest["classes"]
+    counts = {split: _class_counts(entry) for split, entry in manifest["splits"].items()}
+    lines = [f"classes: {len(names)} ({_examples(names)})"]
+    first = "train" if "train" in counts else next(iter(counts))
+    present = [name for name in names if counts[first].get(name)]
+    if present:
+        largest = max(present, key=counts[first].__getitem__)
+        smallest = min(present, key=counts[first].__getitem__)
+        fewest, most = counts[first][smallest], counts[first][largest]
+        line = f"examples per class in {first}: {fewest}"
+        if fewest < most:
+            line += f" ({printable(smallest)}) to {most} ({printable(largest)})"
+        lines.append(line)
+    for split, present in counts.items():
+        missing = [name for name in names if not present.get(name)]
+        if missing:
+            lines.append(
+                f"missing from {split}: {len(missing)} of {len(names)} classes "
+                f"({_examples(missing)})"
+            )
+    return lines
+
+
+def _class_counts(entry: dict) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for shard in entry["shards"]:
+        for name, count in shard["class_counts"].items():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def _inputs(out: str | Path, manifest: dict, data: Data) -> str:
+    """What one input is: kind of file, type and shape; "" where the shards lie elsewhere."""
+    from ..shards import open_shards
+
+    split = "train" if "train" in manifest["splits"] else next(iter(manifest["splits"]))
+    names = [shard["name"] for shard in manifest["splits"][split]["shards"]]
+    if not all((Path(out) / name).exists() for name in names):
+        return ""
+    try:
+        shards = open_shards(str(out), data, split)
+        kind = ", ".join(shards.input_extensions)
+        if kind == "txt":
+            return "txt, texts of any length"
+        return f"{kind}, {shards.input_dtype} {list(shards.input_shape)}"
+    except UserError as error:
+        return f"not read: {error}"
+
+
+def not_finite(array: np.ndarray) -> str:
+    """Why an input cannot be learned from: it holds NaN or infinity; "" where it does not."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        place = np.argwhere(~np.isfinite(array))[0].tolist()
+        return f"holds NaN or infinity (first at {place})"
+    return ""
