@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import UserError
-from pipeline.graph import RunDirectory, open_run
+from pipeline.graph import RunDirectory
 from pipeline.identity import digest
 from pipeline.store import Attempt, Stage, new_attempt_id, write_bytes, write_json
 
@@ -23,8 +23,6 @@ from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
 from .distributed.ranks import Ranks, broadcast, gather
-
-__all__ = ["Session", "open_run", "start_logging"]
 
 MEASURING_BATCH = 512
 # Probabilities of a batch in memory while measuring, at most: an ensemble's are of all classes.

@@ -38,13 +38,10 @@ def evaluate(session: Session, stage: Stage) -> None:
 def evaluate_extended(session: Session, stage: Stage) -> None:
     """The same of a run that adds classes, old and new ones also by themselves."""
     with session.attempt(stage) as attempt:
-        generalist = load_network(session, session.run.generalist)
         evaluator = TestEvaluator(
             session, attempt, parts=partial(split_old_new, old_classes(session))
         )
-        evaluate_specialists(
-            session, evaluator, added=lambda: before_new_classes(session, generalist)
-        )
+        evaluate_specialists(session, evaluator, added=partial(before_new_classes, session))
 
 
 def evaluate_deep(session: Session, stage: Stage) -> None:
@@ -53,7 +50,7 @@ def evaluate_deep(session: Session, stage: Stage) -> None:
         ensemble = load_deep_ensemble(session)
         sizes = ensemble_sizes(session, ensemble)
         evaluator = TestEvaluator(session, attempt, sizes)
-        evaluate_networks(session, evaluator)
+        evaluate_networks(session, evaluator, ensemble.networks[0])
         evaluator(
             lambda raw: dense_log_probabilities(ensemble.probabilities(raw)),
             "ensemble",
@@ -66,15 +63,15 @@ def evaluate_deep(session: Session, stage: Stage) -> None:
 def evaluate_specialists(
     session: Session,
     evaluator: TestEvaluator,
-    added: Callable[[], dict] | None = None,
+    added: Callable[[Classifier], dict] | None = None,
 ) -> None:
     """Every network, then generalist and specialists together.
 
-    added: a note on the generalist's row.
+    added: a note on the generalist's row, by the network.
     """
     ensemble = specialist_ensemble(session)
-    before = evaluate_networks(session, evaluator, added)
-    generalist = load_network(session, session.run.generalist)
+    generalist = ensemble.generalist
+    before = evaluate_networks(session, evaluator, generalist, added)
 
     def predict_and_gate(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
         output = ensemble.forward_with_details(raw)
@@ -99,17 +96,17 @@ def evaluate_specialists(
 def evaluate_networks(
     session: Session,
     evaluator: TestEvaluator,
-    added: Callable[[], dict] | None = None,
+    generalist: Classifier,
+    added: Callable[[Classifier], dict] | None = None,
 ) -> dict[str, np.ndarray]:
     """Generalist, controls and students.  Returns the generalist's values over test."""
     run = session.run
-    generalist = load_network(session, run.generalist)
     before = evaluator(
         predictor_of(generalist),
         "generalist",
         cost_of(run.generalist),
         metrics_of_network(generalist),
-        more=None if added is None else lambda values: {"added": added()},
+        more=None if added is None else lambda values: {"added": added(generalist)},
     )
     for name, stage in evaluated_controls(run).items():
         network = load_network(session, stage)

@@ -31,14 +31,14 @@ from networks.user_code import blame
 from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
 
-from ..core.objectives import Objective, classify, distil, specialise_fully, specialise_in
+from ..core.objectives import Objective, classify, specialise_fully, specialise_in
 from ..data.streams import Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
 from .extending import grown_generalist
 from .networks import fresh_network, given_generalist, student_network
-from .student import left_out
-from .teachers import Teacher, check_members, from_elsewhere, of_networks, perturbation
+from .student import left_out, live_objective
+from .teachers import Teacher, from_elsewhere, of_networks
 from .training import loss_of
 
 EXAMPLES = 2
@@ -209,12 +209,7 @@ def _taught(
 ) -> Objective:
     """As `soft_objective`, of teachers as they are before they are trained."""
     schedule = session.config.students[name]
-    teacher = _teacher(session, schedule, started)
-    check_members(name, schedule, teacher.num_members, network.num_members)
-    move = None
-    if schedule.perturb != "none":
-        move = perturbation(name, schedule, teacher, network.spec.input)
-    return distil(lambda batch: teacher.predict(batch.inputs), schedule, move)
+    return live_objective(name, schedule, _teacher(session, schedule, started), network)
 
 
 def _teacher(

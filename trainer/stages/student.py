@@ -23,7 +23,7 @@ from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..session import Session
 from .networks import save_network, student_network
 from .targets import stored_targets, views_of
-from .teachers import check_members, find_teacher, perturbation
+from .teachers import Teacher, check_members, find_teacher, perturbation
 from .training import count_steps, loss_of, train_network
 from .validate import validate_classifier
 
@@ -98,7 +98,13 @@ def soft_objective(
         count = read_json(stored.path("train/answers.json"))["members"]
         check_members(name, schedule, count, network.num_members)
         return distil(teach, schedule)
-    teacher = find_teacher(session, schedule)
+    return live_objective(name, schedule, find_teacher(session, schedule), network)
+
+
+def live_objective(
+    name: str, schedule: ResolvedStudent, teacher: Teacher, network: Classifier
+) -> Objective:
+    """A teacher that predicts while the student trains, on perturbed inputs where it says so."""
     check_members(name, schedule, teacher.num_members, network.num_members)
     move = None
     if schedule.perturb != "none":
