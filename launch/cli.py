@@ -301,8 +301,11 @@ def compare(
     return subprocess.run(command).returncode
 
 
-def _pass_on(name: str, text: str) -> None:
-    """A command that needs torch: `python -m trainer NAME` gets its arguments as they are."""
+def _pass_on(name: str, text: str, command_name: str = "") -> None:
+    """A command that needs torch: `python -m trainer NAME` gets its arguments as they are.
+
+    command_name: the trainer's name of it, where a stage is called NAME.
+    """
 
     @app.command(
         name,
@@ -311,7 +314,7 @@ def _pass_on(name: str, text: str) -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )
     def command(context: typer.Context) -> int:
-        return subprocess.run([*(FAKE or TRAINER), name, *context.args]).returncode
+        return subprocess.run([*(FAKE or TRAINER), command_name or name, *context.args]).returncode
 
 
 _pass_on(
@@ -320,6 +323,11 @@ _pass_on(
 )
 _pass_on("export", "Write the ensemble or a student as one bundle.")
 _pass_on("predict", "Classify files with a finished run.")
+_pass_on(
+    "evaluate",
+    "Measure a finished run on labelled data: accuracy, classes, mistakes.",
+    "evaluate-data",
+)
 _pass_on("doctor", "Check this machine and what is installed.")
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "shards": "trainer.commands.shards:main",
     "doctor": "trainer.commands.doctor:main",
     "export": "trainer.commands.export:main",
+    "evaluate-data": "trainer.commands.evaluate:main",
     "predict": "trainer.commands.predict:main",
     "compare": "trainer.commands.compare_plot:main",
 }

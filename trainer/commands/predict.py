@@ -58,12 +58,13 @@ class Predictor(NamedTuple):
     """An ensemble, or one network.
 
     predict: (raw inputs, top) -> {classes, names, probabilities, specialists} of each input, as
-    SpecialistEnsemble.predict gives them.
+    SpecialistEnsemble.predict gives them.  probabilities: raw inputs -> [B, C].
     """
 
     spec: ModelSpec
     predict: Callable[[Tensor, int], list[Prediction]]
     has_specialists: bool
+    probabilities: Callable[[Tensor], Tensor]
 
 
 def main(argv: list[str]) -> int:
@@ -104,6 +105,14 @@ def _parser() -> argparse.ArgumentParser:
         "or directories of them",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per file (5)")
+    add_network_options(parser)
+    parser.add_argument("--resize", action="store_true", help="scale images to the network's size")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """What chooses and loads the network; see `load_predictor`."""
     network = parser.add_mutually_exclusive_group()
     network.add_argument(
         "--student", metavar="NAME", help="predict with this student, not with the ensemble"
@@ -111,8 +120,6 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--generalist", action="store_true", help="predict with the generalist alone"
     )
-    parser.add_argument("--resize", action="store_true", help="scale images to the network's size")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
     parser.add_argument(
         "--allow-missing",
@@ -124,7 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODULE:FUNCTION",
         help="what builds the network, where an exported model.json names a function of your own",
     )
-    return parser
 
 
 def predictions(
@@ -159,7 +165,9 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
     if run is not None and not args.allow_missing:
         check_done(run, run.ensemble)
     has_specialists = not isinstance(ensemble, DeepEnsemble)
-    return Predictor(ensemble.generalist.spec, ensemble.predict, has_specialists)
+    return Predictor(
+        ensemble.generalist.spec, ensemble.predict, has_specialists, ensemble.probabilities
+    )
 
 
 def load_network(args: argparse.Namespace, builders: dict[str, Callable]) -> Predictor:
@@ -176,7 +184,8 @@ def load_network(args: argparse.Namespace, builders: dict[str, Callable]) -> Pre
     def predict(raw: Tensor, top: int) -> list[Prediction]:
         return predict_alone(network, raw, top)
 
-    return Predictor(network.spec, predict, has_specialists=False)
+    probabilities = Probabilities(network)
+    return Predictor(network.spec, predict, has_specialists=False, probabilities=probabilities)
 
 
 def _absent_network(args: argparse.Namespace) -> str:
@@ -272,6 +281,25 @@ def read_examples(
         yield from (Example(str(path), index, raw) for index, raw in enumerate(array))
     else:
         yield Example(str(path), None, array)
+
+
+def read_input(
+    extension: str,
+    content: bytes,
+    needed: InputSpec,
+    decoders: dict[str, Decoder],
+) -> np.ndarray:
+    """One raw input of the network.  Raises ValueError with the reason."""
+    decoder = find_decoder(decoders, extension)
+    try:
+        array = decoder(content)
+    except Exception as error:  # decoders raise what they like about bytes that they do not know
+        raise ValueError(f"cannot be decoded: {error}") from None
+    if decoder in (image, rgb):
+        array = fit_image(array, needed, True, Path("."))
+    if array.shape != needed.shape:
+        raise ValueError(f"has shape {list(array.shape)}; the network reads {list(needed.shape)}")
+    return with_dtype(array, needed.dtype, Path("."))
 
 
 def fit_image(pixels: np.ndarray, needed: InputSpec, resize: bool, path: Path) -> np.ndarray:

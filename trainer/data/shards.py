@@ -202,6 +202,15 @@ class ShardSet:
         rows = range(self._start[sample], self._start[sample + 1])
         return {self.extensions[self._extension[row]]: self._content(shard, row) for row in rows}
 
+    def input_file(self, sample: int) -> tuple[str, bytes]:
+        """(extension, content) of a sample's input.  Raises ValueError if it is corrupt."""
+        row = int(self._input_row[sample])
+        try:
+            content = self._content(int(self.shard_of([sample])[0]), row)
+        except _Corrupt as reason:
+            raise ValueError(str(reason)) from None
+        return self.extensions[self._extension[row]], content
+
     def raw_bytes(self, ids: Ids) -> int:
         """Bytes that the samples' files take in a tar: contents and headers in whole blocks."""
         ids = np.asarray(ids)

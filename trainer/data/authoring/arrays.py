@@ -100,17 +100,10 @@ def from_arrays(
     """
     report = report or Report()
     selection = selection or Selection()
-    by_split = _arrays_of_splits(list(map(Path, files)), selection)
-    inputs: dict[str, Column] = {}
-    labels: dict[str, Column] = {}
-    for split, arrays in by_split.items():
-        y = _choose_labels(split, arrays, selection)
-        x = _choose_inputs(split, arrays, y, selection, report)
-        if y is not None:
-            labels[split] = _texts_of_bytes(y.array, str(y), encoding)
-        if x is not None:
-            inputs[split] = _texts_of_bytes(_channels_first(x, channels, report), str(x), encoding)
-    _check_pairs(inputs, labels, by_split)
+    arrays = read_arrays(files, selection, channels, encoding, report)
+    inputs, labels = arrays.inputs, arrays.labels
+    if "train" not in inputs or inputs.keys() != labels.keys():
+        raise UserError(unpaired(arrays))
     made_by = {"command": "shards arrays", "files": [str(file) for file in files]}
     write_arrays(
         inputs,
@@ -125,6 +118,45 @@ def from_arrays(
         channels,
     )
     return report
+
+
+@dataclass
+class Arrays:
+    """{split: its inputs}, {split: its labels}, and {split: every array that there is}."""
+
+    inputs: dict[str, Column]
+    labels: dict[str, Column]
+    by_split: Mapping[str, list[_Named]]
+
+
+def read_arrays(
+    files: Sequence[str | Path],
+    selection: Selection,
+    channels: Channels,
+    encoding: str,
+    report: Report,
+) -> Arrays:
+    """The inputs and labels in npz, npy or idx files; see from_arrays.  Either may be absent."""
+    by_split = _arrays_of_splits(list(map(Path, files)), selection)
+    read = Arrays({}, {}, by_split)
+    for split, arrays in by_split.items():
+        y = _choose_labels(split, arrays, selection)
+        x = _choose_inputs(split, arrays, y, selection, report)
+        if y is not None:
+            read.labels[split] = _as_column(_texts_of_bytes(y.array, str(y), encoding))
+        if x is not None:
+            pixels = _channels_first(x, channels, report)
+            read.inputs[split] = _texts_of_bytes(pixels, str(x), encoding)
+    return read
+
+
+def label_texts(column: Column) -> list[str]:
+    """[n]: the labels as texts; of whole numbers their digits, of NaN an empty one."""
+    if not isinstance(column, np.ndarray) or column.dtype.kind not in "biuf":
+        return _as_list(column)
+    label_set, classes = settle_numbers(column)
+    names = [*label_set.names, ""]  # NONE is the last
+    return [names[c] for c in classes.tolist()]
 
 
 # Which array is what
@@ -222,17 +254,12 @@ def _listed(arrays: Sequence[_Named]) -> str:
     return ", ".join(map(str, arrays))
 
 
-def _check_pairs(
-    inputs: Mapping[str, Column],
-    labels: Mapping[str, Column],
-    by_split: Mapping[str, list[_Named]],
-) -> None:
-    if "train" in inputs and inputs.keys() == labels.keys():
-        return
-    there = "; ".join(f"{split}: {_listed(arrays)}" for split, arrays in by_split.items())
-    raise UserError(
-        f"found inputs for {', '.join(sorted(inputs)) or 'no split'} "
-        f"and labels for {', '.join(sorted(labels)) or 'none'}; there are ({there}): "
+def unpaired(arrays: Arrays) -> str:
+    """The error about splits that lack inputs or labels."""
+    there = "; ".join(f"{split}: {_listed(named)}" for split, named in arrays.by_split.items())
+    return (
+        f"found inputs for {', '.join(sorted(arrays.inputs)) or 'no split'} "
+        f"and labels for {', '.join(sorted(arrays.labels)) or 'none'}; there are ({there}): "
         "say which with --x and --y, or per split with --train X,Y"
     )
 

@@ -104,6 +104,34 @@ def from_folder(
     return report
 
 
+def labelled_files(
+    directory: str | Path, report: Report, input_extensions: str = ""
+) -> dict[str, list[tuple[Path, str]]]:
+    """{split: (file, the name of its class directory)}, for data that only get predicted.
+
+    A directory without splits is one split called "".  It may hold a single class.
+
+    Raises UserError for a directory without class directories, and where it cannot be told which
+    files are inputs.
+    """
+    directory = Path(directory)
+    children = _directories(directory)
+    if not children:
+        raise UserError(
+            f"{directory} holds no class directory: put the files of a class in its own"
+        )
+    roots = {split_called(child.name) or "": child for child in children}
+    is_split = "" not in roots and all(map(_directories, roots.values()))
+    if not is_split or len(roots) < len(children):
+        roots = {"": directory}
+    listing = _list_files(roots, report)
+    _keep_inputs(listing, input_extensions, report)
+    files: dict[str, list[tuple[Path, str]]] = {split: [] for split in roots}
+    for file, name, split in listing.files:
+        files[split].append((file, name))
+    return files
+
+
 # Splits and classes
 
 

@@ -21,27 +21,51 @@ LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
 SPLIT_COLUMN = "split"
 
 
+KEY_COLUMNS = ("key", "id")
+
+
 @dataclass
 class Columns:
-    """Names of columns; "" where the header says it: see `from_table`."""
+    """Names of columns; "" where the header says it: see `from_table`.
+
+    key: of the column that tells the rows apart; None where rows need no keys.
+    needs_label: whether a table without a column of labels is refused.
+    """
 
     text: str = ""
     label: str = ""
     split: str = ""
+    key: str | None = None
+    needs_label: bool = True
 
 
 @dataclass
-class _Rows:
-    """What is kept of a table: texts, labels and the row's name in messages, by split."""
+class Rows:
+    """What is kept of a table: texts, labels, keys and the row's name in messages, by split.
+
+    Without a column of labels they are "".  Without one of keys they are "line N".
+    """
 
     texts: dict[str, list[str]] = field(default_factory=dict)
     labels: dict[str, list[str]] = field(default_factory=dict)
     names: dict[str, list[str]] = field(default_factory=dict)
+    keys: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, split: str, text: str, label: str, name: str) -> None:
+    def add(self, split: str, text: str, label: str, name: str, key: str) -> None:
         self.texts.setdefault(split, []).append(text)
         self.labels.setdefault(split, []).append(label)
         self.names.setdefault(split, []).append(name)
+        self.keys.setdefault(split, []).append(key)
+
+
+@dataclass
+class _Places:
+    """Places of the columns; None where there is none."""
+
+    text: int
+    label: int | None
+    split: int | None
+    key: int | None
 
 
 def from_table(
@@ -91,7 +115,7 @@ def from_table(
         occur, and corrupt rows that are not to be skipped.
     """
     report = report or Report()
-    rows = _Rows()
+    rows = Rows()
     dropped = {clean(name): 0 for name in drop}
     for split, file in {"train": Path(path), **(split_files or {})}.items():
         _read_rows(Path(file), split, columns, encoding, dropped, rows, report)
@@ -128,24 +152,34 @@ def from_table(
     return report
 
 
+def read_table(
+    path: str | Path, columns: Columns, encoding: str, report: Report, split: str = "train"
+) -> Rows:
+    """The rows of a csv, as `from_table` reads them.  split: theirs, where no column says it."""
+    rows = Rows()
+    _read_rows(Path(path), split, columns, encoding, {}, rows, report)
+    return rows
+
+
 def _read_rows(
     path: Path,
     split: str,
     columns: Columns,
     encoding: str,
     dropped: dict[str, int],
-    rows: _Rows,
+    rows: Rows,
     report: Report,
 ) -> None:
     """Add a table's rows."""
     table = _Table(path, encoding)
     header = table.header
-    text, label, split_column = _choose_columns(path, header, columns, split)
-    if split_column is not None:
-        report.note(f"column {header[split_column]} says the split of each row")
-    others = [name for place, name in enumerate(header) if place not in (text, label, split_column)]
-    for name in others:
-        report.pass_over("columns", name or "(without a name)")
+    places = _choose_columns(path, header, columns, split)
+    if places.split is not None:
+        report.note(f"column {header[places.split]} says the split of each row")
+    used = (places.text, places.label, places.split, places.key)
+    for place, name in enumerate(header):
+        if place not in used:
+            report.pass_over("columns", name or "(without a name)")
     for line, fields in table.rows():
         name = f"{path}, line {line}:"
         if not any(map(str.strip, fields)):
@@ -158,48 +192,62 @@ def _read_rows(
             )
             continue
         fields += [""] * (len(header) - len(fields))
-        if not fields[text].strip():
-            report.pass_over(f"rows without {header[text]}", f"line {line}")
+        if not fields[places.text].strip():
+            report.pass_over(f"rows without {header[places.text]}", f"line {line}")
             continue
-        if clean(fields[label]) in dropped:
-            dropped[clean(fields[label])] += 1
+        label = "" if places.label is None else fields[places.label]
+        if clean(label) in dropped:
+            dropped[clean(label)] += 1
             continue
         its_split = split
-        if split_column is not None:
-            its_split = split_called(fields[split_column])
+        if places.split is not None:
+            its_split = split_called(fields[places.split])
             if its_split is None:
                 report.corrupt.append(
-                    f"{name} {header[split_column]} {printable(fields[split_column])!r} is none "
+                    f"{name} {header[places.split]} {printable(fields[places.split])!r} is none "
                     f"of {', '.join(SPLIT_OF)}"
                 )
                 continue
-        rows.add(its_split, fields[text].strip(), fields[label], name)
+        key = f"line {line}" if places.key is None else fields[places.key].strip()
+        rows.add(its_split, fields[places.text].strip(), label, name, key)
 
 
-def _choose_columns(
-    path: Path, header: Sequence[str], columns: Columns, split: str
-) -> tuple[int, int, int | None]:
-    """(text, label, split or None): places of the columns."""
+def _choose_columns(path: Path, header: Sequence[str], columns: Columns, split: str) -> _Places:
+    """The columns that are asked for, or that the header says."""
     label = _place(path, header, columns.label) if columns.label else None
     text = _place(path, header, columns.text) if columns.text else None
+    key = _place(path, header, columns.key) if columns.key else None
     split_column = None
     if split == "train" and columns.split:
         split_column = _place(path, header, columns.split)
     elif split == "train":
-        called = [
-            place
-            for place, name in enumerate(header)
-            if name.strip().casefold() == SPLIT_COLUMN and place not in (text, label)
-        ]
+        free = _free(header, text, label, key)
+        called = [place for place in free if _is_called(header[place], (SPLIT_COLUMN,))]
         split_column = called[0] if len(called) == 1 else None
-    free = [place for place in range(len(header)) if place not in (text, label, split_column)]
     if label is None:
-        called = [place for place in free if header[place].strip().casefold() in LABEL_COLUMNS]
-        label = _only(path, header, called, "--label")
-        free.remove(label)
+        free = _free(header, text, split_column, key)
+        called = [place for place in free if _is_called(header[place], LABEL_COLUMNS)]
+        if called or columns.needs_label:
+            label = _only(path, header, called, "--label")
     if text is None:
-        text = _only(path, header, [place for place in free if place != label], "--text")
-    return text, label, split_column
+        free = _free(header, label, split_column, key)
+        keys = [place for place in free if _is_called(header[place], KEY_COLUMNS)]
+        if len(free) > 1 and len(keys) == 1:  # what is called id is no text beside another column
+            free.remove(keys[0])
+        text = _only(path, header, free, "--text")
+    if key is None and columns.key is not None:
+        free = _free(header, text, label, split_column)
+        keys = [place for place in free if _is_called(header[place], KEY_COLUMNS)]
+        key = keys[0] if len(keys) == 1 else None
+    return _Places(text, label, split_column, key)
+
+
+def _free(header: Sequence[str], *taken: int | None) -> list[int]:
+    return [place for place in range(len(header)) if place not in taken]
+
+
+def _is_called(name: str, names: Sequence[str]) -> bool:
+    return name.strip().casefold() in names
 
 
 def _place(path: Path, header: Sequence[str], column: str) -> int:

@@ -1,0 +1,428 @@
+"""`referral evaluate`: how good a finished run is on labelled data that it has not seen."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.config import UserError
+from pipeline.graph import RunDirectory, open_run
+from pipeline.store import write_json
+
+from ..core.dense_logits import dense_log_probabilities
+from ..core.metrics import summarise
+from ..data.authoring.reporting import Report, list_corrupt, say
+from ..data.decoding import Decoder, decoder_table
+from ..data.labels import NONE, printable, readings, settle_given
+from ..data.sources import Options, Source, is_shards, open_source
+from ..stages.evaluator import TOP, metrics_of_batch
+from .export import as_user_errors
+from .predict import BATCH, Predictor, add_network_options, load_predictor, read_input
+
+SHOWN = 10  # rows of a printed table
+FILES = ("metrics.json", "classes.csv", "confused.csv", "predictions.csv")
+Values = dict[str, np.ndarray]
+
+
+@dataclass
+class Labels:
+    """What a data set's labels mean to a network.
+
+    classes: int64 [n], NONE where it has no such class.
+    unknown: {label: number of inputs} of what is none of the network's classes.
+    notes:   what a person should know about how they were read.
+    """
+
+    classes: np.ndarray
+    unknown: Counter[str]
+    notes: list[str]
+
+
+@dataclass
+class Outcome:
+    """keys, and arrays over the inputs that were predicted and whose class the network knows."""
+
+    keys: list[str]
+    values: Values
+
+
+def main(argv: list[str]) -> int:
+    """Exit codes: 0 all inputs count, 1 some could not be read or have labels of no class."""
+    args = _parser().parse_args(argv)
+    run = open_run(args.directory) if (args.directory / "config.toml").is_file() else None
+    _check_out(args.out, args.overwrite)
+    predictor = load_predictor(args, run)
+    report = Report(skip=True)
+    source = open_source(args.data, options_of(args, run, predictor), report)
+    assert source.labels is not None
+    class_names = predictor.spec.class_names
+    labels = read_labels(source.labels, class_names)
+    report.note(labels.notes)
+    if (labels.classes == NONE).all():
+        raise UserError(_no_class(labels, class_names))
+    named = {} if run is None else run.config.data.decoders
+    outcome = predict_all(predictor, source, labels.classes, decoder_table(named), report, args)
+    if not outcome.keys:
+        list_corrupt("not read", report.corrupt)
+        raise UserError(f"none of the {len(source.keys)} inputs can be read")
+    row = summary_of(outcome.values)
+    classes = class_rows(outcome.values, class_names)
+    confused = confused_pairs(outcome.values, class_names)
+    left_out = {"unreadable": len(report.corrupt), "unknown_labels": labels.unknown.total()}
+    metrics = {"of": network_called(args), **row, **left_out}
+    if args.out is not None:
+        write_files(args.out, metrics, classes, confused, outcome, class_names)
+    if args.json:
+        print(json.dumps(metrics))
+    else:
+        print_outcome(metrics, classes, confused, args.out)
+    _say_left_out(report, labels)
+    return 1 if any(left_out.values()) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="referral evaluate", description=__doc__)
+    parser.add_argument(
+        "directory", metavar="DIR", type=Path, help="a run, or what `referral export` wrote"
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+",
+        help="a directory of class directories, shards, a csv, or npz, npy or idx files",
+    )
+    parser.add_argument("--out", metavar="OUT", type=Path, help=f"write {', '.join(FILES)} there")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_network_options(parser)
+    data = parser.add_argument_group("what the data are, where they do not say it")
+    data.add_argument("--split", default="", help="which split of DATA (test)")
+    data.add_argument("--label", default="", help='column, or member of shards: "json:FIELD"')
+    data.add_argument("--text", default="", help="column of texts")
+    data.add_argument("--key", default="", help="column that tells rows apart (key, id)")
+    data.add_argument("--x", default="", help="array of inputs")
+    data.add_argument("--y", default="", help="array of labels")
+    data.add_argument("--input", default="", help="extension of the inputs, e.g. png")
+    data.add_argument("--encoding", default="", help="of a csv or of byte strings, e.g. cp1252")
+    data.add_argument(
+        "--channels", default="", choices=("first", "last"), help="of arrays of pictures"
+    )
+    return parser
+
+
+def options_of(args: argparse.Namespace, run: RunDirectory | None, predictor: Predictor) -> Options:
+    """How the data are read; of shards as the run's own are, unless the command line says more."""
+    options = Options(
+        label=args.label,
+        text=args.text,
+        key=args.key,
+        x=args.x,
+        y=args.y,
+        input=args.input,
+        split=args.split,
+        channels=args.channels,
+        encoding=args.encoding,
+        classes=predictor.spec.num_classes,
+    )
+    if run is None or not is_shards(args.data[0]):
+        return options
+    data = run.config.data
+    return replace(
+        options,
+        label=args.label or data.label,
+        input=args.input or data.input,
+        decoders=data.decoders,
+    )
+
+
+def network_called(args: argparse.Namespace) -> str:
+    if args.generalist:
+        return "generalist"
+    return f"student {args.student}" if args.student else "ensemble"
+
+
+# Labels
+
+
+def read_labels(raw: Sequence[str], class_names: Sequence[str]) -> Labels:
+    """The network's class of each label.
+
+    Labels are names where one of them is a class's name, else class indices where all are numbers
+    below C; see `labels.settle_given`.
+    """
+    texts, reasons = readings(raw)
+    known = [text for number, text in enumerate(texts) if number not in reasons]
+    label_set = settle_given(known, class_names)
+    classes = label_set.indices(texts)
+    classes[list(reasons)] = NONE
+    notes = []
+    if label_set.kind == "indices" and list(class_names) != list(map(str, range(len(class_names)))):
+        first = printable(class_names[0])
+        notes.append(f"labels are class indices: 0 is {first}, the network's first class")
+    unknown = Counter(texts[number] for number in np.flatnonzero(classes == NONE).tolist())
+    return Labels(classes, unknown, notes)
+
+
+def _no_class(labels: Labels, class_names: Sequence[str]) -> str:
+    theirs = ", ".join(_quoted(name) for name, _ in labels.unknown.most_common(3))
+    ours = ", ".join(_quoted(name) for name in class_names[:3])
+    return f"no label is a class of the network: labels are like {theirs}, its classes like {ours}"
+
+
+def _quoted(name: str) -> str:
+    return f'"{printable(name)}"'
+
+
+# Predictions
+
+
+@torch.no_grad()
+def predict_all(
+    predictor: Predictor,
+    source: Source,
+    classes: np.ndarray,
+    decoders: dict[str, Decoder],
+    report: Report,
+    args: argparse.Namespace,
+) -> Outcome:
+    """Predict every input whose label is a class; the report lists what cannot be read."""
+    keys: list[str] = []
+    parts: list[Values] = []
+
+    def readable() -> Iterator[tuple[int, np.ndarray]]:
+        for number in np.flatnonzero(classes != NONE).tolist():
+            try:
+                extension, content = source.content(number)
+                yield number, read_input(extension, content, predictor.spec.input, decoders)
+            except ValueError as error:
+                report.corrupt.append(f"{source.keys[number]}: {error}")
+
+    for batch in in_batches(readable()):
+        raw = torch.from_numpy(np.stack([array for _, array in batch])).to(args.device)
+        numbers = [number for number, _ in batch]
+        with as_user_errors():  # a specialist is read when it is first needed
+            logits = dense_log_probabilities(predictor.probabilities(raw))
+        labels = torch.from_numpy(classes[numbers]).to(args.device)
+        values = metrics_of_batch(logits.summary(TOP, labels), labels)
+        parts.append({key: value.cpu().numpy() for key, value in values.items()})
+        keys += [source.keys[number] for number in numbers]
+    if not parts:
+        return Outcome([], {})
+    return Outcome(keys, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+
+
+def in_batches(items: Iterator) -> Iterator[list]:
+    from itertools import islice
+
+    while batch := list(islice(items, BATCH)):
+        yield batch
+
+
+# What is reported
+
+
+def summary_of(values: Values) -> dict[str, float]:
+    return summarise(
+        values["labels"],
+        values["top5"],
+        values["top5_probability"],
+        values["label_probability"],
+        values["squared_error"],
+    )
+
+
+def class_rows(values: Values, class_names: Sequence[str]) -> list[dict]:
+    """Accuracy, precision and the commonest mistake of each class, the worst first.
+
+    Classes that neither occur nor are predicted have no row.
+    """
+    size = len(class_names)
+    labels, predicted = values["labels"], values["top5"][:, 0]
+    correct = labels == predicted
+    occurs = np.bincount(labels, minlength=size)
+    is_predicted = np.bincount(predicted, minlength=size)
+    right = np.bincount(labels[correct], minlength=size)
+    commonest = _commonest_mistakes(labels[~correct], predicted[~correct])
+    rows = []
+    for c in np.flatnonzero(occurs + is_predicted).tolist():
+        mistaken, count = commonest.get(c, (None, 0))
+        rows.append(
+            {
+                "class": c,
+                "name": class_names[c],
+                "examples": int(occurs[c]),
+                "correct": int(right[c]),
+                "accuracy": _share(right[c], occurs[c]),
+                "predicted": int(is_predicted[c]),
+                "precision": _share(right[c], is_predicted[c]),
+                "mistaken_for": "" if mistaken is None else class_names[mistaken],
+                "times": count,
+            }
+        )
+    return sorted(rows, key=lambda row: (_worst_first(row["accuracy"]), -row["examples"]))
+
+
+def _share(part: int, whole: int) -> float | None:
+    return float(part / whole) if whole else None
+
+
+def _worst_first(accuracy: float | None) -> float:
+    """Classes without examples are last."""
+    return 2.0 if accuracy is None else accuracy
+
+
+def _commonest_mistakes(labels: np.ndarray, predicted: np.ndarray) -> dict[int, tuple[int, int]]:
+    """{class: (what it is taken for most often, how often)}"""
+    commonest: dict[int, tuple[int, int]] = {}
+    for (label, other), count in _counted_pairs(labels, predicted):
+        commonest.setdefault(label, (other, count))
+    return commonest
+
+
+def _counted_pairs(labels: np.ndarray, predicted: np.ndarray) -> list[tuple[tuple[int, int], int]]:
+    """((true class, predicted class), how often), the commonest first."""
+    pairs = Counter(zip(labels.tolist(), predicted.tolist(), strict=True))
+    return sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+
+
+def confused_pairs(values: Values, class_names: Sequence[str]) -> list[dict]:
+    """Each pair of a true class and another that was predicted, the commonest first."""
+    labels, predicted = values["labels"], values["top5"][:, 0]
+    occurs = np.bincount(labels)
+    wrong = labels != predicted
+    return [
+        {
+            "true": class_names[label],
+            "predicted": class_names[other],
+            "count": count,
+            "share_of_true": float(count / occurs[label]),
+        }
+        for (label, other), count in _counted_pairs(labels[wrong], predicted[wrong])
+    ]
+
+
+def prediction_rows(outcome: Outcome, class_names: Sequence[str]) -> Iterator[dict]:
+    """One row for each input, under its key."""
+    values = outcome.values
+    for number, key in enumerate(outcome.keys):
+        label, predicted = int(values["labels"][number]), int(values["top5"][number, 0])
+        yield {
+            "key": key,
+            "label": class_names[label],
+            "predicted": class_names[predicted],
+            "probability": float(values["top5_probability"][number, 0]),
+            "label_probability": float(values["label_probability"][number]),
+            "correct": int(label == predicted),
+        }
+
+
+def write_files(
+    out: Path,
+    metrics: dict,
+    classes: list[dict],
+    confused: list[dict],
+    outcome: Outcome,
+    class_names: Sequence[str],
+) -> None:
+    """metrics.json, classes.csv, confused.csv and predictions.csv in `out`."""
+    columns = ("true", "predicted", "count", "share_of_true")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "metrics.json", metrics)
+        _write_csv(out / "classes.csv", list(classes[0]), classes)
+        _write_csv(out / "confused.csv", columns, confused)
+        rows = list(prediction_rows(outcome, class_names))
+        _write_csv(out / "predictions.csv", list(rows[0]), rows)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+
+
+def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
+    # Names of files may hold bytes that are not UTF-8; names of classes cannot.
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _check_out(out: Path | None, overwrite: bool) -> None:
+    if out is None or overwrite:
+        return
+    if out.is_file():
+        raise UserError(f"--out {out} is a file; name a directory")
+    there = [name for name in FILES if (out / name).exists()]
+    if there:
+        raise UserError(f"--out {out} holds {there[0]} already; --overwrite replaces it")
+
+
+def print_outcome(
+    metrics: dict, classes: list[dict], confused: list[dict], out: Path | None
+) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    say(
+        f"{metrics['of']}, {metrics['n']:,} inputs: "
+        f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, NLL {metrics['nll']:.4f}, "
+        f"Brier {metrics['brier']:.4f}, ECE {metrics['ece']:.4f}, "
+        f"macro top-1 {metrics['macro_top1']:.2%}"
+    )
+    wrong = [row for row in classes if row["examples"] and row["correct"] < row["examples"]]
+    if wrong:
+        console.print(
+            _table("worst classes", ("name", "examples", "accuracy", "mistaken_for"), wrong)
+        )
+        pairs = ("true", "predicted", "count", "share_of_true")
+        console.print(_table("most confused", pairs, confused))
+    if out is not None:
+        say(f"written to {out}: {', '.join(FILES)}")
+
+
+def _table(title: str, columns: Sequence[str], rows: list[dict]) -> Table:
+    table = Table(
+        title=f"{title} ({min(SHOWN, len(rows))} of {len(rows)})",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for column in columns:
+        table.add_column(column.replace("_", " "), overflow="fold")
+    for row in rows[:SHOWN]:
+        table.add_row(*(Text(_cell(row[column])) for column in columns))
+    return table
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.1%}"
+    return printable(str(value))
+
+
+def _say_left_out(report: Report, labels: Labels) -> None:
+    """On stderr: what the figures leave out, and how the data were read."""
+    for note in report.notes:
+        say(f"note: {printable(note)}", sys.stderr)
+    for why, names in report.passed_over.items():
+        say(f"passed over: {len(names)} {why} ({printable(names[0])}, ...)", sys.stderr)
+    if labels.unknown:
+        commonest = labels.unknown.most_common(3)
+        shown = ", ".join(f"{_quoted(name)} ({count})" for name, count in commonest)
+        say(
+            f"left out: {labels.unknown.total()} inputs of {len(labels.unknown)} labels "
+            f"that are no class of the network: {shown}",
+            sys.stderr,
+        )
+    list_corrupt("not read", report.corrupt)
