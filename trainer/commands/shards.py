@@ -112,6 +112,7 @@ def arrays(
         str, typer.Option(help="Where the channels of pictures are: first or last [by the shape].")
     ] = "",
     encoding: Annotated[str, typer.Option(help="Of byte strings, e.g. latin-1.")] = "utf-8",
+    classes: Classes = None,
     damage: Damage = "strict",
     seed: Seed = 0,
     samples_per_shard: PerShard = 10_000,
@@ -128,17 +129,19 @@ def arrays(
     if train:
         own = {"train": train, **own}
     listed = {split: [word.strip() for word in words.split(",")] for split, words in own.items()}
-    report = from_arrays(
+    report = _new_report(damage)
+    from_arrays(
         files or [],
         out,
         fractions,
         seed,
         samples_per_shard,
         overwrite,
-        _new_report(damage),
+        report,
         Selection(x, y, listed),
         cast(Channels, channels),
         encoding,
+        _read_class_names(classes, report),
     )
     _print_summary(out, report)
 

@@ -532,3 +532,42 @@ def test_byte_strings_are_utf8_or_of_a_named_encoding(tmp_path):
 def test_arrays_that_are_no_inputs_or_labels_are_refused(tmp_path, arrays, message):
     path = npz(tmp_path / "a.npz", **{"x": X, **arrays})
     assert message in refusal("arrays", path, "--out", tmp_path / "s")
+
+
+# Names of the classes of arrays
+
+PIXELS = np.arange(6, dtype=np.uint8)[:, None, None] * np.ones((1, 6, 5), np.uint8)
+
+
+def test_a_list_of_classes_names_the_labels_of_arrays(tmp_path):
+    np.savez(tmp_path / "a.npz", x=PIXELS, y=np.array([0, 1, 2, 0, 1, 2]))
+    (tmp_path / "names.txt").write_text("ant\nbee\ncow\n")
+    options = ["--out", tmp_path / "s", "--classes", tmp_path / "names.txt", "--val", 0]
+    run("arrays", tmp_path / "a.npz", *options, "--test", 0)
+    assert names_by_picture(tmp_path / "s")[4] == "bee"
+
+
+def test_an_array_of_class_names_names_the_labels(tmp_path, capsys):
+    names = np.array([b"ant", b"bee", b"cow"])
+    np.savez(tmp_path / "a.npz", x=PIXELS, y=np.array([0, 1, 1, 0, 1, 1]), label_names=names)
+    run("arrays", tmp_path / "a.npz", "--out", tmp_path / "s", "--val", 0, "--test", 0)
+    assert names_by_picture(tmp_path / "s")[4] == "bee"
+    assert classes_of(tmp_path / "s") == ["ant", "bee", "cow"]
+    out = capsys.readouterr().out
+    assert "array label_names names the 3 classes" in out and "passed over" not in out
+
+
+def test_class_names_that_do_not_fit_the_labels_are_passed_over(tmp_path, capsys):
+    names = np.array(["ant", "bee"])
+    np.savez(tmp_path / "a.npz", x=PIXELS, y=np.array([1, 2, 3, 1, 2, 3]), class_names=names)
+    run("arrays", tmp_path / "a.npz", "--out", tmp_path / "s", "--val", 0, "--test", 0)
+    assert classes_of(tmp_path / "s") == ["1", "2", "3"]
+    assert "passed over: 1 arrays (class_names" in capsys.readouterr().out
+
+
+def test_a_label_without_a_class_in_the_list_is_named(tmp_path):
+    np.savez(tmp_path / "a.npz", x=PIXELS, y=np.array([0, 1, 2, 0, 1, 2]))
+    (tmp_path / "names.txt").write_text("ant\nbee\n")
+    options = ["--out", tmp_path / "s", "--classes", tmp_path / "names.txt"]
+    said = refusal("arrays", tmp_path / "a.npz", *options)
+    assert "has label 2, which is none of the 2 classes" in said

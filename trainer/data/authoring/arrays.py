@@ -17,7 +17,16 @@ import numpy as np
 
 from pipeline.config import UserError
 
-from ..labels import NONE, LabelSet, readings, settle, settle_numbers
+from ..labels import (
+    NONE,
+    LabelSet,
+    clean,
+    printable,
+    readings,
+    settle,
+    settle_given,
+    settle_numbers,
+)
 from .reporting import Report, not_finite
 from .split_names import split_within, without_split
 from .splitting import add_missing_splits, write_splits
@@ -25,6 +34,7 @@ from .splitting import add_missing_splits, write_splits
 SPLITS = ("train", "val", "test")
 IDX_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 INPUT_NAMES = ("x", "data", "image", "images", "input", "inputs", "features", "text", "texts")
+CLASS_NAMES = re.compile(r"(class|label|target)(es|s)?_?names?|class_?list|classes")
 Channels = Literal["", "first", "last"]
 Column = np.ndarray | Sequence[str]  # the inputs or the labels of one split
 
@@ -63,6 +73,7 @@ def from_arrays(
     selection: Selection | None = None,
     channels: Channels = "",
     encoding: str = "utf-8",
+    class_names: Sequence[str] | None = None,
 ) -> Report:
     """Shards of one npz (x, y or x_train, y_train, ...), idx files, or two npy, x and y.
 
@@ -88,6 +99,9 @@ def from_arrays(
         Where the channels of pictures [n, ., ., .] are, where the shape does not say it.
     encoding : str
         Of byte strings.
+    class_names : sequence of str, optional
+        In the order of the class indices.  By default those of an array that is called
+        class_names, label_names or target_names, where it has one for every label.
 
     Returns
     -------
@@ -104,6 +118,8 @@ def from_arrays(
     inputs, labels = arrays.inputs, arrays.labels
     if "train" not in inputs or inputs.keys() != labels.keys():
         raise UserError(unpaired(arrays))
+    if class_names is None:
+        class_names = _names_beside(arrays, encoding, report)
     made_by = {"command": "shards arrays", "files": [str(file) for file in files]}
     write_arrays(
         inputs,
@@ -116,6 +132,7 @@ def from_arrays(
         overwrite,
         report,
         channels,
+        class_names=class_names,
     )
     return report
 
@@ -148,6 +165,28 @@ def read_arrays(
             pixels = _channels_first(x, channels, report)
             read.inputs[split] = _texts_of_bytes(pixels, str(x), encoding)
     return read
+
+
+def _names_beside(arrays: Arrays, encoding: str, report: Report) -> list[str] | None:
+    """The class names in an array of their own; None where there is none that fits the labels."""
+    beside = [array for named in arrays.by_split.values() for array in named]
+    found = [array for array in beside if _is_class_names(array)]
+    if len(found) != 1:
+        return None
+    texts = _texts_of_bytes(found[0].array, str(found[0]), encoding)
+    names = [clean(name) for name in _as_list(texts)]
+    labels = {text for column in arrays.labels.values() for text in label_texts(column)} - {""}
+    indices = set(map(str, range(len(names))))
+    if len(set(names)) < len(names) or "" in names or not labels <= indices:
+        return None
+    report.use("arrays", str(found[0]))
+    report.note(f"array {found[0].name} names the {len(names)} classes")
+    return names
+
+
+def _is_class_names(array: _Named) -> bool:
+    is_text = array.array.ndim == 1 and array.array.dtype.kind in "US"
+    return is_text and bool(CLASS_NAMES.fullmatch(array.name.lower()))
 
 
 def label_texts(column: Column) -> list[str]:
@@ -227,6 +266,7 @@ def _choose_inputs(
             length = len(y.array) if y is not None and y.array.ndim else -1
             candidates = [a for a in others if a.array.ndim and len(a.array) == length]
             candidates = [a for a in candidates if not _is_labels(a.name)]
+            candidates = [a for a in candidates if not _is_class_names(a)]
         if len(candidates) > 1:
             called = [a for a in candidates if without_split(a.name) in INPUT_NAMES]
             candidates = called if len(called) == 1 else candidates
@@ -322,6 +362,7 @@ def write_arrays(
     report: Report | None = None,
     channels: Channels = "",
     names: Mapping[str, Sequence[str]] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> dict[str, int]:
     """Shards of {split: x} and {split: y}; see from_arrays.
 
@@ -339,7 +380,7 @@ def write_arrays(
             )
         if isinstance(x, np.ndarray) and x.dtype.kind not in "biufU":
             raise UserError(f"{split}: inputs of type {x.dtype}; numbers or texts are needed")
-    label_set, y, reasons = _settle(list(columns.values()))
+    label_set, y, reasons = _settle(list(columns.values()), class_names)
     report.note(label_set.notes)
     # Samples are numbered through all arrays, in the order of `inputs`.
     arrays = list(inputs.values())
@@ -387,12 +428,17 @@ def _as_column(y: Column) -> Column:
     return y
 
 
-def _settle(columns: Sequence[Column]) -> tuple[LabelSet, np.ndarray, dict[int, str]]:
+def _settle(
+    columns: Sequence[Column], class_names: Sequence[str] | None
+) -> tuple[LabelSet, np.ndarray, dict[int, str]]:
     """(classes, int64 [n], {sample: why it has no class}) of all splits' labels."""
     arrays = [column for column in columns if isinstance(column, np.ndarray)]
     kinds = {array.dtype.kind for array in arrays}
     if len(arrays) == len(columns) and kinds <= set("biuf"):
-        label_set, classes = settle_numbers(_joined(arrays))
+        joined = _joined(arrays)
+        if class_names is not None:
+            return _settle_texts(label_texts(joined), class_names)
+        label_set, classes = settle_numbers(joined)
         empty = np.flatnonzero(classes == NONE).tolist()
         return label_set, classes, dict.fromkeys(empty, "has an empty label (NaN)")
     if not kinds <= {"U"}:
@@ -401,13 +447,24 @@ def _settle(columns: Sequence[Column]) -> tuple[LabelSet, np.ndarray, dict[int, 
             f"labels of type {' and '.join(types)} are neither whole numbers nor names; bring "
             "those of all splits to one of the two"
         )
-    raw = [text for column in columns for text in _as_list(column)]
+    return _settle_texts([text for column in columns for text in _as_list(column)], class_names)
+
+
+def _settle_texts(
+    raw: Sequence[str], class_names: Sequence[str] | None
+) -> tuple[LabelSet, np.ndarray, dict[int, str]]:
+    """As _settle, of texts."""
     texts, reasons = readings(raw)
-    label_set = settle(text for number, text in enumerate(texts) if number not in reasons)
+    known = [text for number, text in enumerate(texts) if number not in reasons]
+    label_set = settle(known) if class_names is None else settle_given(known, class_names)
     distinct = list(dict.fromkeys(texts))
     class_of = dict(zip(distinct, label_set.indices(distinct).tolist(), strict=True))
     classes = np.array([class_of[text] for text in texts], np.int64)
     classes[list(reasons)] = NONE
+    for number in np.flatnonzero(classes == NONE).tolist():
+        what = f"has label {printable(texts[number])}"
+        reason = f"{what}, which is none of the {len(label_set.names)} classes"
+        reasons.setdefault(number, reason)
     return label_set, classes, reasons
 
 

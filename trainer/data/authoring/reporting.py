@@ -40,6 +40,12 @@ class Report:
         """Note that something is no sample, and why."""
         self.passed_over.setdefault(why, []).append(str(name))
 
+    def use(self, why: str, name: str) -> None:
+        """Take back that something was passed over."""
+        self.passed_over[why].remove(name)
+        if not self.passed_over[why]:
+            del self.passed_over[why]
+
     def note(self, lines: str | Iterable[str]) -> None:
         """Add lines to the notes, each once."""
         for line in [lines] if isinstance(lines, str) else lines:
