@@ -200,6 +200,7 @@ def from_webdataset(
     label: Label = "cls",
     input: Annotated[str, typer.Option(help="Member to keep as the input.")] = "",
     classes: Classes = None,
+    encoding: Annotated[str, typer.Option(help="Of the labels, e.g. latin-1.")] = "utf-8",
     damage: Damage = "strict",
     fetch_dir: FetchDir = "",
     samples_per_shard: PerShard = 10_000,
@@ -220,6 +221,7 @@ def from_webdataset(
         Data(fetch_dir=fetch_dir),
         samples_per_shard,
         overwrite,
+        encoding,
     )
     _print_summary(out, report)
 

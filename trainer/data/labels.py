@@ -76,12 +76,14 @@ class LabelSet:
     def _class_of(self) -> dict[str, int]:
         return _class_table(self.names)
 
-    def read(self, raw: Sequence[bytes], label: str) -> tuple[np.ndarray, dict[int, str]]:
+    def read(
+        self, raw: Sequence[bytes], label: str, encoding: str = "utf-8"
+    ) -> tuple[np.ndarray, dict[int, str]]:
         """(int64 [n], {number: reason}): the class of each raw label, and why it is NONE.
 
         label: the member that they were read from, "cls" or "json:FIELD".
         """
-        texts, reasons = readings(raw, label)
+        texts, reasons = readings(raw, label, encoding)
         if self.kind == "earlier":
             quoted = [":" in label and content.startswith(b'"') for content in raw]
             classes = self._as_earlier(texts, quoted)
@@ -143,7 +145,7 @@ class LabelSet:
 # Texts
 
 
-def label_text(raw: str | bytes, label: str = "cls") -> str:
+def label_text(raw: str | bytes, label: str = "cls", encoding: str = "utf-8") -> str:
     """The text of a raw label.
 
     Parameters
@@ -152,17 +154,20 @@ def label_text(raw: str | bytes, label: str = "cls") -> str:
         As a tar's index, an array or a table has it.
     label : str
         The member that it was read from.  Of "json:FIELD" it is JSON.
+    encoding : str
+        Of bytes.
 
     Raises
     ------
     ValueError
-        With the reason: the label is not UTF-8, not a finite number, or empty.
+        With the reason: the label is not in its encoding, not a finite number, or empty.
     """
     if isinstance(raw, bytes):
         try:
-            raw = raw.decode("utf-8")
+            raw = raw.decode(encoding)
         except UnicodeDecodeError:
-            raise ValueError(f"has label {raw!r:.60}, which is not UTF-8") from None
+            name = encoding.upper()
+            raise ValueError(f"has label {raw!r:.60}, which is not {name}") from None
     if ":" in label:
         value = json.loads(raw)
         if isinstance(value, float) and not np.isfinite(value):
@@ -235,13 +240,15 @@ def _class_table(names: Sequence[str]) -> dict[str, int]:
     return class_of
 
 
-def readings(raw: Iterable[bytes | str], label: str = "cls") -> tuple[list[str], dict[int, str]]:
+def readings(
+    raw: Iterable[bytes | str], label: str = "cls", encoding: str = "utf-8"
+) -> tuple[list[str], dict[int, str]]:
     """(texts, {number: why there is none}) of raw labels; an unreadable one has the text ""."""
     texts: list[str] = []
     reasons: dict[int, str] = {}
     for number, content in enumerate(raw):
         try:
-            texts.append(label_text(content, label))
+            texts.append(label_text(content, label, encoding))
         except ValueError as reason:
             texts.append("")
             reasons[number] = str(reason)

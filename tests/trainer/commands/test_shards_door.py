@@ -571,3 +571,14 @@ def test_a_label_without_a_class_in_the_list_is_named(tmp_path):
     options = ["--out", tmp_path / "s", "--classes", tmp_path / "names.txt"]
     said = refusal("arrays", tmp_path / "a.npz", *options)
     assert "has label 2, which is none of the 2 classes" in said
+
+
+def test_labels_of_tars_in_another_encoding_are_read_where_it_is_said(tmp_path):
+    write_tar(tmp_path / "x.tar", labelled([b"caf\xe9", b"bar"]))
+    said = refusal("from-webdataset", tmp_path / "x.tar", "--out", tmp_path / "s")
+    assert "which is not UTF-8" in said
+    options = ["--out", tmp_path / "s", "--encoding", "latin-1"]
+    run("from-webdataset", tmp_path / "x.tar", *options)
+    assert names_by_picture(tmp_path / "s") == {0: "caf\xe9", 1: "bar"}
+    options = ["--out", tmp_path / "t", "--encoding", "latin-9000"]
+    assert "no such encoding" in refusal("from-webdataset", tmp_path / "x.tar", *options)

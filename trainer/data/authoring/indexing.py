@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import lzma
 import os
@@ -203,12 +204,13 @@ def _settle(
     label: str,
     class_names: Sequence[str] | None,
     old: dict | None = None,
+    encoding: str = "utf-8",
 ) -> LabelSet:
     """The label set of several tars: from a list of classes, the old manifest, or the labels."""
     raw: dict[bytes, None] = {}
     for index in indexes:
         raw |= dict.fromkeys(index.label_texts)
-    texts, unreadable = readings(raw, label)
+    texts, unreadable = readings(raw, label, encoding)
     texts = [text for number, text in enumerate(texts) if number not in unreadable]
     if class_names:
         return settle_given(texts, class_names)
@@ -330,6 +332,7 @@ def from_webdataset(
     data: Data | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
+    encoding: str = "utf-8",
 ) -> Report:
     """Rewrite whatever webdataset reads as one split of shards with a manifest.
 
@@ -353,6 +356,8 @@ def from_webdataset(
         Its decoders and fetch_dir are used.
     samples_per_shard : int
     overwrite : bool
+    encoding : str
+        Of the labels.
 
     Returns
     -------
@@ -365,19 +370,20 @@ def from_webdataset(
     """
     data = (data or Data()).model_copy(update={"label": label, "input": input_member})
     report = report or Report()
+    _check_encoding(encoding)
     locations = _expand_locations(urls)
     split = split or _split_of_locations(locations)
     # The classes are needed before the first sample is written.
     indexes = _scan_locations(locations, data, report)
     others = _other_splits(out, split)
     given = bool(class_names or others)
-    label_set = _settle(indexes.values(), label, class_names, others)
+    label_set = _settle(indexes.values(), label, class_names, others, encoding)
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
     report.note(label_set.notes)
     with ShardWriter(out, split, label_set.names, samples_per_shard, overwrite) as writer:
-        samples = _labelled_samples(indexes, label_set, data, report)
+        samples = _labelled_samples(indexes, label_set, data, report, encoding)
         written = _rewrite(samples, writer, data, report)
         report.refuse_corrupt("--classes FILE gives other classes" if given else "")
         if not written:
@@ -386,6 +392,13 @@ def from_webdataset(
     write_manifest(out, label_set.names, {split: writer.facts}, made_by)
     report.samples = {split: written}
     return report
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise UserError(f"--encoding {encoding}: there is no such encoding") from None
 
 
 def _split_of_locations(locations: Sequence[str]) -> str:
@@ -482,6 +495,7 @@ def _labelled_samples(
     label_set: LabelSet,
     data: Data,
     report: Report,
+    encoding: str,
 ) -> Iterator[tuple[str, Sample, int]]:
     """(name of the tar, files, class) of each sample; those without a class go to the report.
 
@@ -490,7 +504,7 @@ def _labelled_samples(
     from rich.progress import track
 
     for location, index in track(indexes.items(), description="samples"):
-        classes, reasons = label_set.read(list(index.label_texts), data.label)
+        classes, reasons = label_set.read(list(index.label_texts), data.label, encoding)
         with _plain_tar(location, data) as (path, _), open(path, "rb") as file:
             for number, raw_key in enumerate(index.keys):
                 key = raw_key.decode("utf-8", "replace")
