@@ -121,6 +121,10 @@ class InputReader:
         values = ", 0 to 255" if self.spec.dtype == "uint8" else ""
         return f"{self.spec.dtype} {list(self.spec.shape)}{values}"
 
+    def _no_input(self, value: object) -> str:
+        kind = type(value).__name__
+        return f"an object of type {kind} is no input; the network reads {self.needed}"
+
     def batch(self, inputs: Inputs) -> np.ndarray:
         """[B, *shape] of one input, a batch or a list of inputs."""
         if _is_array(inputs):
@@ -128,8 +132,7 @@ class InputReader:
         if _is_source(inputs):
             return self.source(inputs)[0]
         if isinstance(inputs, Mapping) or not isinstance(inputs, Iterable):
-            kind = type(inputs).__name__
-            raise ValueError(f"a {kind} is no input; the network reads {self.needed}")
+            raise ValueError(self._no_input(inputs))
         listed = list(inputs)
         if not listed:
             raise ValueError(f"no inputs are given; the network reads {self.needed}")
@@ -165,6 +168,8 @@ class InputReader:
             return self.file(Path(source))
         if isinstance(source, (bytes, bytearray, memoryview)):
             return self.content(bytes(source), self._kind_of_bytes(source))
+        if not _is_source(source):
+            raise ValueError(self._no_input(source))
         if self.spec.decoders:
             names = ", ".join(self.spec.decoders.values())
             raise ValueError(
