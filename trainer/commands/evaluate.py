@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import write_json
@@ -24,12 +25,11 @@ from pipeline.store import write_json
 from ..core.dense_logits import dense_log_probabilities
 from ..core.metrics import summarise
 from ..data.authoring.reporting import Report, list_corrupt, say
-from ..data.decoding import Decoder, decoder_table
 from ..data.labels import NONE, printable, readings, settle_given
 from ..data.sources import Options, Source, is_shards, open_source
 from ..stages.evaluator import TOP, metrics_of_batch
 from .export import as_user_errors
-from .predict import BATCH, Predictor, add_network_options, load_predictor, read_input
+from .predict import BATCH, Predictor, add_network_options, file_reader, load_predictor
 
 SHOWN = 10  # rows of a printed table
 FILES = ("metrics.json", "classes.csv", "confused.csv", "predictions.csv")
@@ -73,7 +73,8 @@ def main(argv: list[str]) -> int:
     if (labels.classes == NONE).all():
         raise UserError(_no_class(labels, class_names))
     named = {} if run is None else run.config.data.decoders
-    outcome = predict_all(predictor, source, labels.classes, decoder_table(named), report, args)
+    reader = file_reader(predictor.spec.input, named, args)
+    outcome = predict_all(predictor, source, labels.classes, reader, report, args.device)
     if not outcome.keys:
         list_corrupt("not read", report.corrupt)
         raise UserError(f"none of the {len(source.keys)} inputs can be read")
@@ -193,9 +194,9 @@ def predict_all(
     predictor: Predictor,
     source: Source,
     classes: np.ndarray,
-    decoders: dict[str, Decoder],
+    reader: InputReader,
     report: Report,
-    args: argparse.Namespace,
+    device: str,
 ) -> Outcome:
     """Predict every input whose label is a class; the report lists what cannot be read."""
     keys: list[str] = []
@@ -205,16 +206,16 @@ def predict_all(
         for number in np.flatnonzero(classes != NONE).tolist():
             try:
                 extension, content = source.content(number)
-                yield number, read_input(extension, content, predictor.spec.input, decoders)
+                yield number, reader.one(content, extension)
             except ValueError as error:
                 report.corrupt.append(f"{source.keys[number]}: {error}")
 
     for batch in in_batches(readable()):
-        raw = torch.from_numpy(np.stack([array for _, array in batch])).to(args.device)
+        raw = torch.from_numpy(np.stack([array for _, array in batch])).to(device)
         numbers = [number for number, _ in batch]
         with as_user_errors():  # a specialist is read when it is first needed
             logits = dense_log_probabilities(predictor.probabilities(raw))
-        labels = torch.from_numpy(classes[numbers]).to(args.device)
+        labels = torch.from_numpy(classes[numbers]).to(device)
         values = metrics_of_batch(logits.summary(TOP, labels), labels)
         parts.append({key: value.cpu().numpy() for key, value in values.items()})
         keys += [source.keys[number] for number in numbers]

@@ -67,6 +67,15 @@ def folder(
     test: Test = 0.1,
     size: Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")] = None,
     gray: Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")] = False,
+    crop: Annotated[
+        str, typer.Option(help="How to get to SIZE: center cuts the middle square, none squeezes.")
+    ] = "center",
+    background: Annotated[
+        str, typer.Option(help="Behind transparent pictures: white, black, gray or #rrggbb.")
+    ] = "white",
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")
+    ] = None,
     input: Annotated[
         str, typer.Option(help="Extensions of the inputs, e.g. png,jpg [pictures, if any].")
     ] = "",
@@ -79,14 +88,26 @@ def folder(
     overwrite: Overwrite = False,
 ) -> None:
     """Make shards of a directory with one subdirectory per class."""
+    from networks.pictures import MAX_PIXELS, PictureRules
+
     from ..data.authoring.folder import from_folder
 
+    try:
+        rules = PictureRules(
+            size=(size, size) if size else None,
+            channels=1 if gray else None,
+            crop=crop,
+            background=background,
+            max_pixels=max_pixels or MAX_PIXELS,
+        )
+    except ValueError as error:
+        option = str(error).removeprefix("pictures.").replace(" = ", " ", 1)
+        raise UserError(f"--{option}") from None
     report = from_folder(
         directory,
         out,
         {"val": val, "test": test},
-        size,
-        gray,
+        rules,
         seed,
         samples_per_shard,
         overwrite,

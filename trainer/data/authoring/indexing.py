@@ -18,9 +18,18 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from networks.pictures import PictureRules, examine_picture
 from pipeline.config import Data, UserError
 
-from ..decoding import Decoder, decode, decoder_table, find_decoder
+from ..decoding import (
+    Decoder,
+    decode,
+    decoder_table,
+    find_decoder,
+    image,
+    picture_rules,
+    rgb,
+)
 from ..fetching import FetchDir, is_packed, unpacked
 from ..labels import NONE, Kind, LabelSet, readings, settle, settle_given
 from ..patterns import URL, Shard, braces, expand, url_name
@@ -33,7 +42,15 @@ from ..shards import (
     scanned_corruption,
 )
 from ..tars import TarIndex, load_index, save_index, scan_tar
-from ..writing import MANIFEST, ShardWriter, read_manifest, shard_entry, write_manifest
+from ..writing import (
+    MANIFEST,
+    ShardWriter,
+    describe,
+    read_manifest,
+    recorded_rules,
+    shard_entry,
+    write_manifest,
+)
 from .reporting import Report, not_finite
 from .split_names import split_called, split_within
 
@@ -161,7 +178,7 @@ def _index(
         made_by["input"] = data.input
     if corruption:
         made_by["lost"] = len(corruption)
-    write_manifest(out, label_set.names, splits, made_by)
+    write_manifest(out, label_set.names, splits, made_by, recorded_rules(old) if old else None)
     return report
 
 
@@ -378,18 +395,19 @@ def from_webdataset(
     others = _other_splits(out, split)
     given = bool(class_names or others)
     label_set = _settle(indexes.values(), label, class_names, others, encoding)
+    rules = _rules_of_locations(locations, out, split)
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
     report.note(label_set.notes)
     with ShardWriter(out, split, label_set.names, samples_per_shard, overwrite) as writer:
         samples = _labelled_samples(indexes, label_set, data, report, encoding)
-        written = _rewrite(samples, writer, data, report)
+        written = _rewrite(samples, writer, data, rules, report)
         report.refuse_corrupt("--classes FILE gives other classes" if given else "")
         if not written:
             raise UserError(f"{urls}: no readable sample")
     made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}
-    write_manifest(out, label_set.names, {split: writer.facts}, made_by)
+    write_manifest(out, label_set.names, {split: writer.facts}, made_by, rules)
     report.samples = {split: written}
     return report
 
@@ -423,6 +441,26 @@ def _other_splits(out: str | Path, split: str) -> dict | None:
         return None
     # What is rewritten may hold names where those shards hold indices.
     return {"classes": manifest["classes"], "splits": {}}
+
+
+def _rules_of_locations(
+    locations: Sequence[str], out: str | Path, split: str
+) -> PictureRules | None:
+    """What the manifests beside the tars say of their pictures, else those of other splits."""
+    directories = {os.path.dirname(each) for each in locations if not each.startswith(URL)}
+    manifests = {directory: read_manifest(directory or ".") for directory in sorted(directories)}
+    rules = {key: recorded_rules(manifest) for key, manifest in manifests.items() if manifest}
+    first = next(iter(rules), None)
+    for directory, one in rules.items():
+        if first is not None and one != rules[first]:
+            raise UserError(
+                f"{directory} and {first} hold pictures made by different rules ({describe(one)}; "
+                f"{describe(rules[first])}); rewrite them one at a time"
+            )
+    manifest = read_manifest(out)
+    if first is not None or manifest is None or not set(manifest["splits"]) - {split}:
+        return None if first is None else rules[first]
+    return recorded_rules(manifest)
 
 
 @contextmanager
@@ -521,13 +559,22 @@ def _labelled_samples(
 
 
 def _rewrite(
-    samples: Iterable[tuple[str, Sample, int]], writer: ShardWriter, data: Data, report: Report
+    samples: Iterable[tuple[str, Sample, int]],
+    writer: ShardWriter,
+    data: Data,
+    rules: PictureRules | None,
+    report: Report,
 ) -> int:
     """Write the samples whose input can be decoded.  Returns how many there are.
 
     Once one is to be refused the others are only looked at: all that are corrupt get listed.
     """
     table = decoder_table(data.decoders)
+    table |= {
+        extension: _counting(decoder, rules, report)
+        for extension, decoder in table.items()
+        if decoder in (image, rgb)
+    }
     written = 0
     shapes: Counter[str] = Counter()
     for location, sample, class_index in samples:
@@ -546,6 +593,18 @@ def _rewrite(
         shown = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common(4))
         report.note(f"warning: inputs of {len(shapes)} shapes, and a batch needs one: {shown}")
     return written
+
+
+def _counting(decoder: Decoder, rules: PictureRules | None, report: Report) -> Decoder:
+    """A decoder of pictures that counts what the rules change, whenever they are read."""
+    applied = picture_rules(decoder, rules) or PictureRules()
+
+    def counting(content: bytes) -> np.ndarray:
+        pixels, changes = examine_picture(content, applied)
+        report.changes.update(changes)
+        return pixels
+
+    return counting
 
 
 def _choose_input(
