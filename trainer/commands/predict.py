@@ -105,7 +105,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per file (5)")
     add_network_options(parser)
-    parser.add_argument("--resize", action="store_true", help="scale images to the network's size")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
 
