@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pipeline
 from pipeline.config import UserError
+from pipeline.failures import INTERRUPTED, USER_ERROR, cannot_write
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage, complete_checkpoints
 
+from .calling import TRAINER, tethered
 from .display import Display
 from .journal import JobRecord, Journal, birth, end_of_log
 from .machine import Machine
@@ -26,13 +27,9 @@ from .plan import Job, is_of_specialists
 from .results import groups_line
 
 # Exit codes.
-USER_ERROR = 2
 AGAIN = 75  # a checkpoint is written; start the same command again
-INTERRUPTED = 130
 
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
-TETHER = Path(pipeline.__file__).parents[1] / "trainer" / "distributed" / "die_with_parent.py"
-TRAINER = [sys.executable, "-m", "trainer"]
 
 
 def torchrun(processes: int) -> list[str]:
@@ -62,11 +59,6 @@ def trainer_command(
     return [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
 
 
-def tethered(command: list[str]) -> list[str]:
-    """The command, made to die with this process."""
-    return [sys.executable, "-I", str(TETHER), str(os.getpid()), *command]
-
-
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Make RUN and hold RUN/.lock: one launcher for each run.
@@ -78,7 +70,7 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
     except OSError as error:
-        raise UserError(f"{run}: cannot be written: {error.strerror}") from None
+        raise cannot_write(run, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from ensemble import DeepEnsemble, load_ensemble
 from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
+from pipeline.usage import Parser
 
 from ..data.decoding import (
     Decoder,
@@ -91,7 +91,11 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="referral predict", description=__doc__)
+    parser = Parser(
+        "referral predict",
+        "Classify files by the ensemble of a run or an export, or by one of its networks.",
+        "referral predict runs/mine photos/ --top 3 --json",
+    )
     parser.add_argument(
         "directory", metavar="DIR", type=Path, help="a run, or what `referral export` wrote"
     )
@@ -113,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--resize", action="store_true", help="scale images to the network's size")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cpu", help="compute on cpu (the default), cuda, cuda:1, ..."
+    )
     parser.add_argument(
         "--allow-missing",
         action="store_true",
@@ -330,12 +336,7 @@ def print_json(example: Example, prediction: Prediction) -> None:
     source: dict[str, object] = {"file": example.file}
     if example.index is not None:
         source["index"] = example.index
-    try:
-        print(json.dumps(source | prediction, ensure_ascii=False), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        # Nor shall the interpreter flush at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    print(json.dumps(source | prediction, ensure_ascii=False), flush=True)
 
 
 class PredictionTable:

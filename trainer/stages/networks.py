@@ -23,7 +23,7 @@ from networks import (
     save_classifier,
     widen,
 )
-from networks.user_code import CONTRACT, blame
+from networks.user_code import CONTRACT
 from pipeline.config import Config, Model, Student, UserError
 from pipeline.store import Attempt, Stage, read_json, write_json
 
@@ -244,8 +244,6 @@ def user_builders(name: str) -> dict[str, Callable] | None:
         return {name: import_function(name, "model.name")}
     except UserError as error:
         raise UserError(f"{error}; {CONTRACT}") from None
-    except Exception as error:  # whatever the module does when it is imported
-        raise UserError(f"model.name = {name!r}: its import fails: {blame(error)}") from None
 
 
 def builders_of(config: Config) -> dict[str, Callable]:
