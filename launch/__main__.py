@@ -1,14 +1,12 @@
 """The command `referral`, and `python -m launch`."""
 
-import signal
 import sys
 
-if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # While modules are loaded Ctrl-C ends the process as it ends any other; `main` says more.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from pipeline.interrupts import end_at_once
 
 
 def main() -> int:
+    end_at_once()
     from .cli import main
 
     return main()

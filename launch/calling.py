@@ -1,4 +1,4 @@
-"""Start the trainer for a command of the launcher, and end it with Ctrl-C."""
+"""Start the trainer for a command of the launcher; Ctrl-C ends both."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from pipeline.failures import INTERRUPTED
 
 TRAINER = [sys.executable, "-m", "trainer"]
 TETHER = Path(pipeline.__file__).parents[1] / "trainer" / "distributed" / "die_with_parent.py"
-# Seconds that a child has to end after Ctrl-C, which reaches it too, and after a signal of ours.
-ITSELF_S = 0.5
-ASKED_S = 5.0
+ASKED = 10  # times, once a second, that a child is asked to end before it is killed
 
 
 def tethered(command: list[str]) -> list[str]:
@@ -28,23 +26,24 @@ def call_trainer(command: list[str], text: str | None = None) -> int:
     Raises KeyboardInterrupt where this process is interrupted and the child has not said so.
     """
     stdin = None if text is None else subprocess.PIPE
-    child = subprocess.Popen(tethered(command), stdin=stdin, text=True)
+    # In a session of its own Ctrl-C does not reach it, and one process says that it ended.
+    child = subprocess.Popen(tethered(command), stdin=stdin, text=True, start_new_session=True)
     try:
         child.communicate(text)
     except KeyboardInterrupt:
         if _ended(child) == INTERRUPTED:
             return INTERRUPTED  # it printed the line
         raise
-    if child.returncode == -2:
-        raise KeyboardInterrupt
     return child.returncode
 
 
 def _ended(child: subprocess.Popen) -> int:
-    """The exit code of a child that is to end."""
-    for seconds, harder in ((ITSELF_S, child.terminate), (ASKED_S, child.kill)):
+    """Ask a child to end.  Returns its exit code."""
+    for _ in range(ASKED):
+        child.terminate()
         try:
-            return child.wait(seconds)
-        except subprocess.TimeoutExpired:
-            harder()
+            return child.wait(1)
+        except subprocess.TimeoutExpired:  # a library that was being loaded has swallowed it
+            continue
+    child.kill()
     return child.wait()

@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from typer.main import get_command
 
 from pipeline import compare as comparing
 from pipeline.config import Config, UserError, load_config
@@ -39,6 +40,7 @@ from . import demo as demos
 from . import sbatch, slurm
 from .calling import TRAINER, call_trainer
 from .display import Display
+from .forecast import seconds_to_go
 from .journal import Journal, read_journal
 from .local import Pool, locked, stop_launcher, trainer_command
 from .machine import this_machine, visible_devices
@@ -52,7 +54,7 @@ from .prepare import (
     save_environment,
 )
 from .results import comparison_table, show_results
-from .status import failures, statuses, summary, table
+from .status import StageStatus, failures, statuses, summary, table
 
 NAME = "referral"
 app = application(
@@ -248,7 +250,7 @@ def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOpti
         }
         print(json.dumps(content, indent=2))
         return 0
-    console.print(Text(summary(stages)))
+    console.print(Text(summary(stages, time_to_go(run, jobs, stages, journal))))
     if doubt:
         _say(doubt, console)
     console.print(table(stages))
@@ -267,8 +269,22 @@ def _watch(run: RunDirectory, jobs: list[Job], console: Console) -> None:
             stages = statuses(run, jobs, journal)
             if all(stage.state == "done" for stage in stages):
                 return
-            live.update(table(stages, f"{summary(stages)} {doubt}"), refresh=True)
+            title = summary(stages, time_to_go(run, jobs, stages, journal))
+            live.update(table(stages, f"{title} {doubt}"), refresh=True)
             time.sleep(WATCH_S[journal.runner])
+
+
+def time_to_go(
+    run: RunDirectory, jobs: list[Job], stages: list[StageStatus], journal: Journal
+) -> float | None:
+    """Seconds, of a run that is running: on as many slots as it has now, or a cluster's."""
+    running = {stage.job for stage in stages if stage.state == "running"}
+    if not running:
+        return None
+    slots = run.config.launch.pool or len(running)
+    if journal.runner == "slurm":
+        slots = run.config.slurm.throttle or len(jobs)
+    return seconds_to_go(run, jobs, stages, slots)
 
 
 @command("referral cancel runs/mine")
@@ -613,12 +629,19 @@ def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
     return load_config(path or root / "config.toml", overrides)
 
 
+def complete() -> int:
+    """Print the words that a shell asks for."""
+    from typer.completion import completion_init
+
+    completion_init()
+    get_command(app).main(prog_name=NAME)  # it exits
+    return 0
+
+
 def main() -> int:
     """Run the command of sys.argv.  Returns its exit code."""
     if COMPLETE in os.environ:
-        from typer.completion import completion_init
-
-        completion_init()
+        return complete()
     arguments = sys.argv[1:]
     return answer(lambda: call(app, NAME, arguments), paths_among(arguments))
 

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from .config import UserError
 from .extras import missing_package
+from .interrupts import INTERRUPTED, SIGNALS
 
 # Exit codes.
 FAILED = 1
 USER_ERROR = 2
-INTERRUPTED = 130
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
@@ -44,7 +44,7 @@ REMEDIES = {
 def answer(
     work: Callable[[], int | None],
     places: Sequence[str | Path] = (),
-    signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+    signals: Sequence[int] = SIGNALS,
     before_saying: Callable[[], None] = lambda: None,
     passing: Sequence[int] = PASSING,
 ) -> int:
@@ -64,6 +64,7 @@ def answer(
             raise
         except BaseException as error:
             if received or isinstance(error, KeyboardInterrupt):
+                _ignore(signals)
                 say_interrupted()
                 return INTERRUPTED
             if isinstance(error, BrokenPipeError):  # `| head` has seen enough
@@ -78,18 +79,34 @@ def answer(
             return code
 
 
+def _ignore(numbers: Sequence[int]) -> None:
+    """Let a second Ctrl-C not end what the first one has to say and to clear."""
+    try:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+    except ValueError:  # not the main thread
+        pass
+
+
 @contextmanager
 def _interruptible(numbers: Sequence[int]) -> Iterator[list[int]]:
     """While this holds, these signals raise KeyboardInterrupt; those that came are in the list.
 
-    A library that catches it, or turns it into an error of its own, is found out by the list.
+    A library that turns it into an error of its own is found out by the list.  Where it comes in
+    a destructor, which cannot raise it, the signal is sent again.
     """
     received: list[int] = []
 
     def interrupt(number, _frame):
-        if not received:
-            received.append(number)
-            raise KeyboardInterrupt
+        received.append(number)
+        raise KeyboardInterrupt
+
+    def again(unraisable):
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            return hook(unraisable)
+        signal.raise_signal(received[-1] if received else signal.SIGINT)
+
+    hook, sys.unraisablehook = sys.unraisablehook, again
 
     # What is ignored stays ignored: nohup and a shell's `&` rely on it.
     heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
@@ -100,8 +117,9 @@ def _interruptible(numbers: Sequence[int]) -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        sys.unraisablehook = hook
         for number, handler in before.items():
-            if signal.getsignal(number) is interrupt:
+            if signal.getsignal(number) in (interrupt, signal.SIG_IGN):
                 signal.signal(number, handler)
 
 

@@ -58,12 +58,13 @@ def call(app: typer.Typer, name: str, arguments: Sequence[str]) -> int:
     """
     command = typer.main.get_command(app)
     try:
-        words = list(arguments) or ["--help"]
-        return int(command.main(words, prog_name=name, standalone_mode=False) or 0)
+        # Not command.main, which has answers of its own to Ctrl-C and to a closed pipe.
+        with command.make_context(name, list(arguments) or ["--help"]) as context:
+            return int(command.invoke(context) or 0)
+    except typer.Exit as ended:
+        return ended.exit_code
     except usage_error() as error:
         raise UserError(explain(error)) from None
-    except typer.Abort:
-        raise KeyboardInterrupt from None
 
 
 def usage_error() -> type[Exception]:

@@ -189,6 +189,9 @@ def check_inputs(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
+    from pipeline.interrupts import end_at_once
+
+    end_at_once((signal.SIGINT,))
     from .distributed.exit import leave
 
     leave(lambda: main(sys.argv[1:]))

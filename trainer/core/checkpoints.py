@@ -141,8 +141,7 @@ def _write(directory: Path, final: Path, state: State) -> str | None:
             return None
         if isinstance(error, RuntimeError) and not _about_files(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        return f"{reason}; it takes {size_text(_bytes_of(state))}"
+        return f"{_reason(error)}; it takes {size_text(_bytes_of(state))}"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return None
@@ -175,6 +174,14 @@ def _refusal(directory: Path, step: int, problem: str) -> str:
         f"the checkpoint of step {step} cannot be written in {directory}: {problem}, and {free} "
         f"are free; {earlier}"
     )
+
+
+def _reason(error: Exception) -> str:
+    """The system's words, which torch's writer hides behind an error of its own."""
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return str(error).splitlines()[0]
 
 
 def _bytes_of(value: object) -> int:
