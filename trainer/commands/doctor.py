@@ -52,6 +52,14 @@ class RankFindings(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
+    args = _parser().parse_args(argv)
+    run = Path(args.run) if args.run else None
+    if "RANK" in os.environ:
+        return examine_ranks(run)
+    return report([*versions(), *devices(), *run_findings(run)])
+
+
+def _parser() -> Parser:
     parser = Parser(
         "referral doctor",
         "Check this machine and what is installed; exit code 1 if something needed is missing. "
@@ -62,11 +70,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--run", metavar="DIR", help="also look at this run's shards and free disk space"
     )
-    args = parser.parse_args(argv)
-    run = Path(args.run) if args.run else None
-    if "RANK" in os.environ:
-        return examine_ranks(run)
-    return report([*versions(), *devices(), *run_findings(run)])
+    return parser
 
 
 def report(findings: list[Finding]) -> int:

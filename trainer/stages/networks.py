@@ -64,7 +64,17 @@ def fresh_network(
         )
         return build_classifier(spec, builders)
     except ValueError as error:
-        raise UserError(f"[model] {error}") from None
+        raise UserError(_at_the_door(str(error))) from None
+
+
+def _at_the_door(error: str) -> str:
+    """An error about model.json in the names that the config has for it."""
+    for name in ("mean", "std"):
+        if error.startswith(f"input.{name}"):
+            error = error.replace(f"input.{name}", f"data.{name}", 1)
+            error = error.replace("1 or 1 (input.shape[0]) are", "1 is")
+            return error.replace("(input.shape[0])", "(the channels of the inputs)")
+    return f"[model] {error}"
 
 
 def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
