@@ -6,7 +6,6 @@ exception that is not caught, which a user would see as a traceback, fails the t
 
 import io
 import shlex
-import subprocess
 import sys
 
 import numpy as np
@@ -18,7 +17,6 @@ from toy import NUM_CLASSES, write_toy
 import launch.cli
 from trainer.__main__ import main as trainer_main
 
-PYTHON_M = ["-m", "trainer"]
 CONFIG = """
 [data]
 train = "data"
@@ -72,21 +70,17 @@ def place(tmp_path, data, monkeypatch):
 @pytest.fixture
 def referral(capfd, monkeypatch):
     """referral(*words) -> (exit code, what it prints on standard error)."""
-    start = subprocess.run
 
-    def in_process(command, **options):
+    def in_process(command, text=None):
         words = list(map(str, command))
-        for place in range(len(words) - 1):
-            if words[place : place + 2] == PYTHON_M:
-                monkeypatch.setattr(sys, "stdin", io.StringIO(options.get("input") or ""))
-                try:
-                    code = trainer_main(words[place + 2 :])
-                except SystemExit as leaving:  # argparse
-                    code = leaving.code
-                return subprocess.CompletedProcess(words, code or 0)
-        return start(command, **options)
+        assert words[1:3] == ["-m", "trainer"], words
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text or ""))
+        try:
+            return trainer_main(words[3:])
+        except SystemExit as leaving:  # after help
+            return leaving.code
 
-    monkeypatch.setattr(subprocess, "run", in_process)
+    monkeypatch.setattr(launch.cli, "call_trainer", in_process)
 
     def referral(*words):
         monkeypatch.setattr(sys, "argv", ["referral", *map(str, words)])

@@ -21,6 +21,7 @@ from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import write_json
+from pipeline.usage import Parser
 
 from ..core.dense_logits import dense_log_probabilities
 from ..core.metrics import summarise
@@ -94,7 +95,11 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="referral evaluate", description=__doc__)
+    parser = Parser(
+        "referral evaluate",
+        "Measure a finished run on labelled data: accuracy, classes, mistakes.",
+        "referral evaluate runs/mine photos/ --out figures/",
+    )
     parser.add_argument(
         "directory", metavar="DIR", type=Path, help="a run, or what `referral export` wrote"
     )
@@ -104,23 +109,26 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         help="a directory of class directories, shards, a csv, or npz, npy or idx files",
     )
-    parser.add_argument("--out", metavar="OUT", type=Path, help=f"write {', '.join(FILES)} there")
+    parser.add_argument("--out", metavar="OUT", type=Path, help=f"directory for {', '.join(FILES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in OUT")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_network_options(parser)
-    data = parser.add_argument_group("what the data are, where they do not say it")
-    data.add_argument("--split", default="", help="which split of DATA (test)")
-    data.add_argument("--label", default="", help='column, or member of shards: "json:FIELD"')
-    data.add_argument("--text", default="", help="column of texts")
-    data.add_argument("--key", default="", help="column that tells rows apart (key, id)")
-    data.add_argument("--x", default="", help="array of inputs")
-    data.add_argument("--y", default="", help="array of labels")
-    data.add_argument("--input", default="", help="extension of the inputs, e.g. png")
-    data.add_argument("--encoding", default="", help="of a csv or of byte strings, e.g. cp1252")
-    data.add_argument(
-        "--channels", default="", choices=("first", "last"), help="of arrays of pictures"
-    )
+    add_data_options(parser)
     return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What the data are, where they do not say it; see `sources.Options`."""
+    add = parser.add_argument
+    add("--split", default="", metavar="NAME", help="which split of DATA (test)")
+    add("--label", default="", metavar="NAME", help='column of labels; of shards "json:FIELD"')
+    add("--text", default="", metavar="NAME", help="column of texts")
+    add("--key", default="", metavar="NAME", help="column that tells rows apart (key, id)")
+    add("--x", default="", metavar="NAME", help="array of inputs")
+    add("--y", default="", metavar="NAME", help="array of labels")
+    add("--input", default="", metavar="EXT", help="extension of the inputs, e.g. png")
+    add("--encoding", default="", metavar="NAME", help="of a csv or of byte strings, e.g. cp1252")
+    add("--channels", default="", choices=("first", "last"), help="those of arrays of pictures")
 
 
 def options_of(args: argparse.Namespace, run: RunDirectory | None, predictor: Predictor) -> Options:
