@@ -318,6 +318,7 @@ _pass_on(
     "shards",
     "Make or check shards: glyphs | folder | arrays | from-webdataset | index | validate.",
 )
+_pass_on("init", "Write a commented config for data of your own: DATA [--out CONFIG.toml].")
 _pass_on("export", "Write the ensemble or a student as one bundle.")
 _pass_on("predict", "Classify files with a finished run.")
 _pass_on("doctor", "Check this machine and what is installed.")

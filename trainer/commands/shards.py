@@ -25,6 +25,9 @@ Val = Annotated[
 Test = Annotated[
     float, typer.Option(help="Fraction of each class for the test split, where there is none.")
 ]
+TAKEN = "Fraction of each class for a {} split, where there is none [0.1 of a directory, else 0]."
+TakenVal = Annotated[float | None, typer.Option(help=TAKEN.format("val"))]
+TakenTest = Annotated[float | None, typer.Option(help=TAKEN.format("test"))]
 OWN = "Fraction of each class for the {} split, where there is none; or {} of your own."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the division into splits.")]
 PerShard = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
@@ -188,9 +191,16 @@ def table(
 
 def from_webdataset(
     urls: Annotated[
-        str, typer.Argument(help="Tars, URLs, braces, several joined by ::, as for webdataset.")
+        str,
+        typer.Argument(
+            help="A directory of tars, with all their splits; or tars of one split: files, URLs, "
+            "braces, several joined by ::, as for webdataset."
+        ),
     ],
     out: Out,
+    val: TakenVal = None,
+    test: TakenTest = None,
+    seed: Seed = 0,
     split: Annotated[
         str, typer.Option(help="The split that they become [as the tars are called, else train].")
     ] = "",
@@ -217,6 +227,8 @@ def from_webdataset(
         Data(fetch_dir=fetch_dir),
         samples_per_shard,
         overwrite,
+        None if val is None and test is None else {"val": val or 0.0, "test": test or 0.0},
+        seed,
     )
     _print_summary(out, report)
 
@@ -235,9 +247,11 @@ def index(
     fetch_dir: FetchDir = "",
 ) -> None:
     """Give existing shards a manifest."""
+    from ..data.authoring.foreign_files import refuse_foreign
     from ..data.authoring.indexing import index_directory, index_urls
     from ..data.patterns import URL
 
+    refuse_foreign(place)
     report = _new_report(damage)
     class_names = _read_class_names(classes, report)
     data = Data(label=label, input=input, fetch_dir=fetch_dir)

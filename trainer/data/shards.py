@@ -557,7 +557,8 @@ def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
     if several.sum() * 2 > len(index):
         inputs = [e for e, chosen in zip(extensions, is_input, strict=True) if chosen]
         raise UserError(
-            f"samples have the members {', '.join(inputs)}; say which is the input with data.input"
+            f"samples have the members {', '.join(inputs)}; say which is the input with data.input "
+            f"(--input of `referral shards`), e.g. {inputs[0]}"
         )
     input_rows[several] = -1
     return input_rows

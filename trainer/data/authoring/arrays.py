@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.config import UserError
 
 from ..labels import NONE, LabelSet, readings, settle, settle_numbers
+from .foreign_files import refuse_foreign
 from .reporting import Report, not_finite
 from .split_names import split_within, without_split
 from .splitting import add_missing_splits, write_splits
@@ -434,6 +435,7 @@ def _read(path: Path) -> list[_Named]:
     """The arrays of an npz, npy or idx file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    refuse_foreign(path)
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import lzma
 import os
@@ -10,7 +11,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -33,10 +34,18 @@ from ..shards import (
 )
 from ..tars import TarIndex, load_index, save_index, scan_tar
 from ..writing import MANIFEST, ShardWriter, read_manifest, shard_entry, write_manifest
+from .foreign_files import refuse_foreign
+from .members import choose_picture, first_sample, label_remedy
 from .reporting import Report, not_finite
 from .split_names import split_called, split_within
+from .splitting import split_by_class
 
 Sample = dict[str, str | bytes]  # as webdataset gives it: "__key__", and content by extension
+NUMBER = re.compile(
+    r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$"
+)  # of a shard: train-000000, train-00000-of-00004
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+FRACTIONS = {"val": 0.1, "test": 0.1}  # of each class, where a whole set has no such split
 
 # Indexing
 
@@ -96,7 +105,7 @@ def index_urls(
 
     The manifest is written to the directory `out`, for data.manifest or to be put beside them.
     """
-    urls = _expand_locations(pattern)
+    urls = expand_locations(pattern)
     paths = FetchDir(data).shards(urls, [None] * len(urls))
     out = Path(out)
     try:
@@ -107,12 +116,33 @@ def index_urls(
     return _index(tars, out, data, class_names, None, report or Report())
 
 
-def _expand_locations(pattern: str) -> list[str]:
+def expand_locations(pattern: str) -> list[str]:
     """The files and URLs of several patterns joined by `::`."""
     locations: list[str] = []
-    for part in pattern.split("::"):
-        locations += braces(part.strip())
+    for part in map(str.strip, pattern.split("::")):
+        if part.startswith(URL):
+            locations += braces(part)
+            continue
+        for path in [part] if os.path.isdir(part) else braces(part):
+            locations += _tars_at(path)
     return locations
+
+
+def _tars_at(path: str) -> list[str]:
+    """The tars of a directory, or that a local pattern matches; a plain path is itself."""
+    refuse_foreign(path)
+    if os.path.isdir(path):
+        found = [tar for tar in sorted(Path(path).rglob("*")) if tar.name.lower().endswith(TARS)]
+        tars = [str(tar) for tar in found if tar.is_file() and not tar.name.startswith(".")]
+        if not tars:
+            raise UserError(f"{path} holds no .tar")
+        return tars
+    if not glob.has_magic(path) or os.path.exists(path):
+        return [path]
+    matches = sorted(glob.glob(path))
+    if not matches:
+        raise UserError(f"{path}: no file matches")
+    return matches
 
 
 def _index(
@@ -129,6 +159,8 @@ def _index(
     indexes = {
         name: scan_tar(tar, data.label) for name, tar in track(tars.items(), description="scanning")
     }
+    for name, index in indexes.items():
+        _check_label_member(name, tars[name], index, data.label)
     corruption = _scanned_corruption(indexes)
     label_set = _settle(indexes.values(), data.label, class_names, old)
     report.note(label_set.notes)
@@ -164,12 +196,23 @@ def _index(
     return report
 
 
+def _check_label_member(name: str, path: Path, index: TarIndex, label: str) -> None:
+    """Raises UserError, with what to say instead, where no sample has the label's member."""
+    member = label.partition(":")[0]
+    missing = f"has no member .{member}".encode()
+    if len(index) or not len(index.reasons) or any(reason != missing for reason in index.reasons):
+        return
+    sample = first_sample(path)
+    if sample:
+        raise UserError(f"{name}: {label_remedy(sample, label)}")
+
+
 def _splits_of_tars(names: Iterable[str]) -> dict[str, str]:
     """{name of a tar: its split}.  UserError where two spellings of one split occur."""
     splits: dict[str, str] = {}
     spelling_of: dict[str, str] = {}
     for name in names:
-        stem = re.sub(r"[-_.]?\d+$", "", name.removesuffix(".tar")) or "train"
+        stem = NUMBER.sub("", name.removesuffix(".tar")) or "train"
         split = split_called(stem) or split_within(stem) or stem
         spelling = spelling_of.setdefault(split, stem)
         if spelling != stem:
@@ -330,20 +373,25 @@ def from_webdataset(
     data: Data | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
 ) -> Report:
-    """Rewrite whatever webdataset reads as one split of shards with a manifest.
+    """Rewrite whatever webdataset reads as shards with a manifest.
 
     Parameters
     ----------
     urls : str
-        Files and URLs, compressed or not, with braces, several joined by `::`.
+        Files and URLs, compressed or not, with braces, several joined by `::`; they are one split.
+        A directory or a pattern with * is a whole set: its tars are the splits that they are
+        called.
     out : path
     split : str, optional
         By default the one that the tars are named after, else train.
     label : str
         The member cls with a number or a name, or "json:FIELD".
     input_member : str
-        Which other member to keep; by default the only one that can be decoded.
+        Which other member to keep; by default the only one that can be decoded, or the only
+        picture.
     class_names : sequence of str, optional
         By default those of the splits that are there already, else what `trainer.data.labels`
         makes of all labels.
@@ -353,6 +401,11 @@ def from_webdataset(
         Its decoders and fetch_dir are used.
     samples_per_shard : int
     overwrite : bool
+    fractions : {split: fraction}, optional
+        Of each class for val and test, taken from train where there is no such split.  By default
+        a tenth each of a whole set, nothing of one split.
+    seed : int
+        Of that division.
 
     Returns
     -------
@@ -365,55 +418,141 @@ def from_webdataset(
     """
     data = (data or Data()).model_copy(update={"label": label, "input": input_member})
     report = report or Report()
-    locations = _expand_locations(urls)
-    split = split or _split_of_locations(locations)
+    locations = expand_locations(urls)
+    split_of = _splits_of_locations(locations, split, _is_whole_set(urls))
+    if fractions is None:
+        fractions = {} if split or not _is_whole_set(urls) else FRACTIONS
     # The classes are needed before the first sample is written.
     indexes = _scan_locations(locations, data, report)
-    others = _other_splits(out, split)
+    others = _other_splits(out, set(split_of.values()))
     given = bool(class_names or others)
     label_set = _settle(indexes.values(), label, class_names, others)
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
     report.note(label_set.notes)
-    with ShardWriter(out, split, label_set.names, samples_per_shard, overwrite) as writer:
-        samples = _labelled_samples(indexes, label_set, data, report)
-        written = _rewrite(samples, writer, data, report)
+    missing = _missing_splits(fractions, split_of, out)
+    divided = _divide(indexes, split_of, label_set, label, missing, seed)
+    with ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        for name in sorted(set(np.concatenate(list(divided.values())).tolist()), key=_order):
+            writer = ShardWriter(out, name, label_set.names, samples_per_shard, overwrite)
+            writers[name] = stack.enter_context(writer)
+        samples = _labelled_samples(indexes, divided, label_set, data, report)
+        report.samples = _rewrite(samples, writers, data, report)
         report.refuse_corrupt("--classes FILE gives other classes" if given else "")
-        if not written:
+        if not sum(report.samples.values()):
             raise UserError(f"{urls}: no readable sample")
     made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}
-    write_manifest(out, label_set.names, {split: writer.facts}, made_by)
-    report.samples = {split: written}
+    entries = {name: writer.facts for name, writer in writers.items()}
+    write_manifest(out, label_set.names, entries, made_by)
+    _note_absent_splits(out, urls, report)
     return report
 
 
-def _split_of_locations(locations: Sequence[str]) -> str:
-    """The split that the tars are named after; train where they are named after none."""
-    named = {
-        location: split_within(url_name(location).rpartition("/")[2]) for location in locations
-    }
-    splits = set(named.values())
-    if len(splits) > 1:
-        first, second = list(dict.fromkeys(named.values()))[:2]
+def _note_absent_splits(out: str | Path, urls: str, report: Report) -> None:
+    """Say what a run will miss, and how it is made."""
+    manifest = read_manifest(out)
+    assert manifest is not None
+    absent = [split for split in FRACTIONS if split not in manifest["splits"]]
+    if absent and "train" in report.samples:
+        options = " ".join(f"--{split} 0.1" for split in absent)
+        report.note(
+            f"there is no {' and no '.join(absent)} yet: rewrite tars of them to {out} too, or "
+            f"take them of train: {options} --overwrite"
+        )
+
+
+def _is_whole_set(urls: str) -> bool:
+    """Whether tars of a whole set are named: a directory, or a pattern with * of several splits."""
+    parts = [part.strip() for part in urls.split("::") if not part.strip().startswith(URL)]
+    if any(map(os.path.isdir, parts)):
+        return True
+    matched = [path for part in parts if glob.has_magic(part) for path in _tars_at(part)]
+    named = set(map(_split_named, matched))
+    return len(named) > 1 or named == {None}
+
+
+def _split_named(location: str) -> str | None:
+    """The split that a tar, or else its directory, is named after."""
+    directory, _, name = url_name(location).rpartition("/")
+    return split_within(name) or split_called(directory.rpartition("/")[2])
+
+
+def _splits_of_locations(
+    locations: Sequence[str], split: str | None, is_whole: bool
+) -> dict[str, str]:
+    """{tar: its split}: the given one, or the one that it is named after; train without a name."""
+    if split:
+        return dict.fromkeys(locations, split)
+    named = {location: _split_named(location) for location in locations}
+    splits = list(dict.fromkeys(named.values()))
+    if len(splits) > 1 and (None in splits or not is_whole):
+        first, second = splits[:2]
         raise UserError(
             f"the tars are of several splits ({first or 'none named'}, {second or 'none named'}); "
-            "rewrite one at a time, or say with --split what they become together"
+            "name their directory, of which all splits are rewritten, or say with --split what "
+            "they become together"
         )
-    return splits.pop() or "train"
+    return {location: name or "train" for location, name in named.items()}
 
 
-def _other_splits(out: str | Path, split: str) -> dict | None:
+def _order(split: str) -> tuple[int, str]:
+    """Sorts train before val before test before others."""
+    known = ("train", "val", "test")
+    return (known.index(split) if split in known else len(known)), split
+
+
+def _missing_splits(
+    fractions: Mapping[str, float], split_of: Mapping[str, str], out: str | Path
+) -> dict[str, float]:
+    """The fractions of splits that neither these tars nor the shards in `out` have."""
+    there = set(split_of.values()) | set((read_manifest(out) or {"splits": {}})["splits"])
+    if "train" not in split_of.values():
+        return {}
+    return {split: part for split, part in fractions.items() if part and split not in there}
+
+
+def _divide(
+    indexes: Mapping[str, TarIndex],
+    split_of: Mapping[str, str],
+    label_set: LabelSet,
+    label: str,
+    missing: Mapping[str, float],
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """{tar: the split of each sample, object [n]}: its tar's, or one that is taken of train."""
+    divided = {
+        name: np.full(len(index), split_of[name], dtype=object) for name, index in indexes.items()
+    }
+    tars = [name for name in indexes if split_of[name] == "train"]
+    if not missing or not tars:
+        return divided
+    labels = []
+    for name in tars:
+        classes, _ = label_set.read(list(indexes[name].label_texts), label)
+        labels.append(classes[indexes[name].label_number])
+    joined = np.concatenate(labels)
+    known = np.flatnonzero(joined != NONE)
+    joined_splits = np.concatenate([divided[name] for name in tars])
+    for split, ids in split_by_class(joined[known], missing, seed).items():
+        joined_splits[known[ids]] = split
+    starts = np.cumsum([len(indexes[name]) for name in tars])[:-1]
+    divided |= dict(zip(tars, np.split(joined_splits, starts), strict=True))
+    return divided
+
+
+def _other_splits(out: str | Path, splits: set[str]) -> dict | None:
     """The manifest that is in `out`, where it has other splits: their classes are the set's."""
     manifest = read_manifest(out)
-    if manifest is None or not set(manifest["splits"]) - {split}:
+    if manifest is None or not set(manifest["splits"]) - splits:
         return None
     # What is rewritten may hold names where those shards hold indices.
     return {"classes": manifest["classes"], "splits": {}}
 
 
 @contextmanager
-def _plain_tar(location: str, data: Data) -> Iterator[tuple[Path, str]]:
+def unpacked_tar(location: str, data: Data) -> Iterator[tuple[Path, str]]:
     """(a local, uncompressed tar, "") with the content of a file or URL.
 
     Of one whose compression breaks off: (what comes before, why it breaks off).
@@ -465,13 +604,14 @@ def _scan_locations(locations: Sequence[str], data: Data, report: Report) -> dic
 
     indexes: dict[str, TarIndex] = {}
     for location in track(locations, description="labels"):
-        with _plain_tar(location, data) as (path, broken):
+        with unpacked_tar(location, data) as (path, broken):
             if broken:
                 report.corrupt.append(f"{location}: {broken}")
             try:
                 index = scan_tar(path, data.label)
             except OSError as error:
                 raise UserError(f"{location}: cannot be read: {error.strerror}") from None
+            _check_label_member(location, path, index, data.label)
         report.corrupt += map(str, scanned_corruption(location, index))
         indexes[location] = index
     return indexes
@@ -479,11 +619,12 @@ def _scan_locations(locations: Sequence[str], data: Data, report: Report) -> dic
 
 def _labelled_samples(
     indexes: Mapping[str, TarIndex],
+    divided: Mapping[str, np.ndarray],
     label_set: LabelSet,
     data: Data,
     report: Report,
-) -> Iterator[tuple[str, Sample, int]]:
-    """(name of the tar, files, class) of each sample; those without a class go to the report.
+) -> Iterator[tuple[str, str, Sample, int]]:
+    """(tar, split, files, class) of each sample; those without a class go to the report.
 
     webdataset itself stops at corruption without a word.
     """
@@ -491,7 +632,7 @@ def _labelled_samples(
 
     for location, index in track(indexes.items(), description="samples"):
         classes, reasons = label_set.read(list(index.label_texts), data.label)
-        with _plain_tar(location, data) as (path, _), open(path, "rb") as file:
+        with unpacked_tar(location, data) as (path, _), open(path, "rb") as file:
             for number, raw_key in enumerate(index.keys):
                 key = raw_key.decode("utf-8", "replace")
                 label_number = int(index.label_number[number])
@@ -503,20 +644,24 @@ def _labelled_samples(
                     extension = str(index.extensions[index.member_extension[row]])
                     size, offset = int(index.size[row]), int(index.offset[row])
                     files[extension] = os.pread(file.fileno(), size, offset)
-                yield location, files, int(classes[label_number])
+                yield location, divided[location][number], files, int(classes[label_number])
 
 
 def _rewrite(
-    samples: Iterable[tuple[str, Sample, int]], writer: ShardWriter, data: Data, report: Report
-) -> int:
-    """Write the samples whose input can be decoded.  Returns how many there are.
+    samples: Iterable[tuple[str, str, Sample, int]],
+    writers: Mapping[str, ShardWriter],
+    data: Data,
+    report: Report,
+) -> dict[str, int]:
+    """Write the samples whose input can be decoded.  Returns {split: how many there are}.
 
     Once one is to be refused the others are only looked at: all that are corrupt get listed.
     """
     table = decoder_table(data.decoders)
-    written = 0
+    written = dict.fromkeys(writers, 0)
     shapes: Counter[str] = Counter()
-    for location, sample, class_index in samples:
+    beside: set[str] = set()
+    for location, split, sample, class_index in samples:
         try:
             extension, content, array = _choose_input(sample, data, table)
         except Exception as error:  # a decoder's
@@ -525,12 +670,16 @@ def _rewrite(
         if report.corrupt and not report.skip:
             continue
         shapes[f"{array.dtype} {list(array.shape)}"] += 1
-        key = f"{written:08d}"
-        writer.write({"__key__": key, extension: content, "cls": b"%d" % class_index})
-        written += 1
+        beside.update(name for name in sample if name.rpartition(".")[2] != extension)
+        key = f"{written[split]:08d}"
+        writers[split].write({"__key__": key, extension: content, "cls": b"%d" % class_index})
+        written[split] += 1
     if len(shapes) > 1 and extension != "txt":
         shown = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common(4))
         report.note(f"warning: inputs of {len(shapes)} shapes, and a batch needs one: {shown}")
+    beside -= {"__key__", data.label.partition(":")[0]}
+    if beside:
+        report.note(f"members beside the input are left out: {', '.join(sorted(beside))}")
     return written
 
 
@@ -549,8 +698,13 @@ def _choose_input(
             f"has the members {', '.join(names) or 'none'}, and none has a decoder "
             f"(known: {', '.join(sorted(table))}); bring inputs to one of these"
         )
+    picture = choose_picture(chosen)
+    if len(chosen) > 1 and picture:
+        chosen = [picture]
     if len(chosen) != 1:
-        raise ValueError(f"has the members {', '.join(names)}; choose one with --input")
+        raise ValueError(
+            f"has the members {', '.join(names)}; choose one with --input, e.g. --input {known[0]}"
+        )
     (name,) = chosen
     content = sample[name]
     assert isinstance(content, bytes), name

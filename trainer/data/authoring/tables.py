@@ -13,6 +13,7 @@ from pipeline.config import UserError
 
 from ..labels import BOM, clean, printable
 from .arrays import Column, write_arrays
+from .foreign_files import refuse_foreign
 from .reporting import Report
 from .split_names import SPLIT_OF, split_called
 
@@ -91,6 +92,8 @@ def from_table(
         occur, and corrupt rows that are not to be skipped.
     """
     report = report or Report()
+    for file in (path, *(split_files or {}).values()):
+        refuse_foreign(file)
     rows = _Rows()
     dropped = {clean(name): 0 for name in drop}
     for split, file in {"train": Path(path), **(split_files or {})}.items():
