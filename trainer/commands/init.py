@@ -186,7 +186,7 @@ def header_of(
     memory = f"{gib(hardware.memory)} of memory free"
     lines += [
         f"Hardware: {machine}, {memory}",
-        f"Time: {in_words(seconds)} on it, roughly: a few steps were timed, and all networks counted",
+        f"Time: {in_words(seconds)} on it, roughly: of a few timed steps, for all networks",
         "Its values are a start and not a result: docs/recipe.md has what to try next.",
     ]
     return lines
@@ -204,8 +204,9 @@ def kind_in_words(data: DataSummary) -> str:
     if data.kind == "numbers":
         return f"{data.dtype} {list(data.shape)}"
     channels, height, width = data.shape
-    colours = {
-        1: "gray pictures",
-        3: "gray pictures in three channels" if data.gray else "colour pictures",
-    }
-    return f"{colours.get(channels, f'pictures of {channels} channels')}, {height} x {width}"
+    colour = f"pictures of {channels} channels"
+    if channels == 1:
+        colour = "gray pictures"
+    elif channels == 3:
+        colour = "gray pictures in three channels" if data.gray else "colour pictures"
+    return f"{colour}, {height} x {width}"

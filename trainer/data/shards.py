@@ -18,6 +18,7 @@ import numpy as np
 
 from pipeline.config import Data, UserError
 
+from .choices import DECODERS
 from .decoding import decode, decoder_table, find_decoder
 from .labels import Kind, LabelSet
 from .patterns import Shard, expand
@@ -556,9 +557,10 @@ def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
     several = np.bincount(samples, minlength=len(index)) > 1
     if several.sum() * 2 > len(index):
         inputs = [e for e, chosen in zip(extensions, is_input, strict=True) if chosen]
+        pictures = [e for e in inputs if DECODERS.get(e) == DECODERS["png"]]
         raise UserError(
             f"samples have the members {', '.join(inputs)}; say which is the input with data.input "
-            f"(--input of `referral shards`), e.g. {inputs[0]}"
+            f"(--input of `referral shards`), e.g. {(pictures or inputs)[0]}"
         )
     input_rows[several] = -1
     return input_rows

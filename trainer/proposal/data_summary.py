@@ -32,7 +32,7 @@ MOST_COLUMNS = 4_096  # of vectors: beyond, one mean and one std serve all colum
 # Columns are alike where their scales are within this factor and their means this close, in std.
 ALIKE_SCALES = 3.0
 ALIKE_MEANS = 1.0
-FLAT = 1e-6  # a std below this share of the mean is rounding: the column is constant
+FLAT = 1e-7  # a std below this share of the mean is rounding: the column is constant
 FLAT_SHARE = 0.5  # pictures with so many pixels of one value are drawings, not photographs
 
 

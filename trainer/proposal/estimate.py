@@ -73,8 +73,10 @@ def in_words(seconds: float) -> str:
         return "about a minute"
     if seconds < 90 * 60:
         minutes = math.ceil(seconds / 60)
-        return f"about {minutes if minutes < 10 else 5 * math.ceil(minutes / 5)} minutes"
+        if minutes > 10:
+            minutes = 5 * math.ceil(minutes / 5)
+        return f"about {minutes} minutes"
     hours = seconds / 3600
-    return (
-        f"about {math.ceil(hours)} hours" if hours < 48 else f"about {math.ceil(hours / 24)} days"
-    )
+    if hours < 48:
+        return f"about {math.ceil(hours)} hours"
+    return f"about {math.ceil(hours / 24)} days"

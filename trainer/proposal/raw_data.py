@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -46,29 +45,36 @@ def written(command: Sequence[str]) -> str:
 
 
 def _of_directory(directory: Path, out: str) -> list[str]:
-    """Files of one kind in the directory itself, else a directory of classes."""
-    files = [path for path in sorted(directory.iterdir()) if path.is_file() and _visible(path)]
-    children = [path for path in sorted(directory.iterdir()) if path.is_dir() and _visible(path)]
+    """A directory of classes where there are pictures in directories, else files of one kind."""
     if (directory / "graph.json").exists() and (directory / "config.toml").exists():
         raise UserError(f"{directory} is a run; its data are what its config.toml names")
+    children = [path for path in sorted(directory.iterdir()) if _visible(path)]
+    files = [path for path in children if path.is_file()]
+    directories = [path for path in children if path.is_dir()]
     chosen = [path for path in files if _kind(path)]
+    if any(map(_is_picture, (path for child in directories for path in child.rglob("*")))):
+        return ["folder", str(directory), "--out", out, *_picture_options(directory)]
     if chosen:
         return _of_files(chosen, directory, out)
-    below = [path for child in children for path in sorted(child.iterdir()) if path.is_file()]
-    if not any(map(_is_picture, below)):
-        deeper = [path for path in below if _kind(path)]
-        if deeper:
-            raise UserError(
-                f"{directory} holds no data itself; name the directory that does: "
-                f"referral init {shlex.quote(str(deeper[0].parent))}"
-            )
-    if children:
-        return ["folder", str(directory), "--out", out, *_picture_options(directory)]
+    below = [path for child in directories for path in sorted(child.iterdir()) if _kind(path)]
+    if below:
+        return _of_files_below(below, directory, out)
+    if directories:
+        return ["folder", str(directory), "--out", out]
     there = ", ".join(_counted(path.suffix or path.name for path in files)) or "nothing"
     raise UserError(
         f"{directory} holds {there}: shards, a directory per class, npz, npy, idx, csv or tar "
         "files are needed"
     )
+
+
+def _of_files_below(files: Sequence[Path], directory: Path, out: str) -> list[str]:
+    """Files in the directory's own directories: tars belong together, others are to be named."""
+    if {_kind(path) for path in files} == {"tars"}:
+        return _of_tars(str(directory), out)
+    refuse_foreign(files[0])
+    command = shlex.join(["referral", "init", str(files[0].parent)])
+    raise UserError(f"{directory} holds no data itself; name the directory that does: {command}")
 
 
 def _of_files(files: Sequence[Path], place: Path, out: str) -> list[str]:

@@ -193,13 +193,15 @@ def _flat_network(data: DataSummary, hardware: Hardware, width: int) -> Network:
     """An mlp for texts and numbers."""
     columns = math.prod(data.shape)
     depth, dropout = 2, 0.2
-    chosen = 512 if data.num_classes > MANY_CLASSES else 256
+    least, chosen = 64, 256
+    if data.num_classes > MANY_CLASSES:
+        least, chosen = 256, 512
     why = "numbers of any shape: layers over all of them"
     if data.kind == "text":
         depth, dropout = 1, 0.5
         why = "one wide layer over the counts of letter groups"
     else:
-        chosen = min(chosen, max(64, 1 << (2 * columns - 1).bit_length()))
+        chosen = min(chosen, max(least, 1 << (2 * columns - 1).bit_length()))
     width = width or chosen
     weights = columns * width + (depth - 1) * width**2 + width * data.num_classes
     return Network("mlp", width, depth, 0, dropout, why, weights, float(weights), 2 * depth * width)
@@ -214,14 +216,21 @@ def _picture_network(data: DataSummary, hardware: Hardware, width: int) -> Netwo
         chosen = 64
     elif data.num_classes > 100 or not data.gray:
         chosen = 32
-    return _convnet(data, width or chosen)
+    return _convnet(data, width or chosen, _embedding(data, hardware))
 
 
-def _convnet(data: DataSummary, width: int) -> Network:
+def _embedding(data: DataSummary, hardware: Hardware) -> int:
+    """Numbers that the layer to the classes reads; it takes an eighth of the memory at most."""
+    size = 256 if data.num_classes > MANY_CLASSES else 128
+    while size > 16 and 4 * FLOAT * size * data.num_classes > hardware.memory / 8:
+        size //= 2
+    return size
+
+
+def _convnet(data: DataSummary, width: int, embedding: int) -> Network:
     channels, height, across = data.shape
     depth = min(5, max(2, round(math.log2(max(height, across) / 4))))
     width = min(width, 512 >> (depth - 1))
-    embedding = 256 if data.num_classes > MANY_CLASSES else 128
     weights = work = kept = 0
     for stage in range(depth):
         out = width << stage
@@ -251,7 +260,7 @@ def model_settings(network: Network) -> list[Setting]:
     size = f"{network.weights:,} weights with the layer to the classes"
     settings = [
         Setting("model.name", network.name, network.why),
-        Setting("model.width", network.width, f"about {size}"),
+        Setting("model.width", network.width, size),
         Setting("model.depth", network.depth, _DEPTH[network.name]),
     ]
     if network.embedding:
@@ -435,19 +444,17 @@ def student_settings(data: DataSummary, batch: int, epochs: float) -> list[Setti
     passes = _round_epochs(max(epochs / 2, LEAST_STEPS / 2 * batch / data.examples["train"]))
     passes = min(passes, epochs)
     steps = steps_of(passes, data.examples["train"], batch)
+    key = "students.main"
+    rate = _peak_rate(data, batch) / 2
     settings = [
-        Setting("students.main.epochs", passes, "one network that learns what all answer together"),
-        Setting(
-            "students.main.learning_rate",
-            _peak_rate(data, batch) / 2,
-            "it starts as the generalist",
-        ),
-        Setting("students.main.hard_weight", 0.2, "of the labels, beside the ensemble's answers"),
-        Setting("students.main.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
+        Setting(f"{key}.epochs", passes, "one network that learns what all answer together"),
+        Setting(f"{key}.learning_rate", rate, "it starts as the generalist"),
+        Setting(f"{key}.hard_weight", 0.2, "of the labels, beside the ensemble's answers"),
+        Setting(f"{key}.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
     ]
     if choose_augment(data)[0] != "none":
         why = "of each picture, answered once and stored; absent: every view anew"
-        settings.append(Setting("students.main.views", 4, why))
+        settings.append(Setting(f"{key}.views", 4, why))
     return settings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from pipeline.config import UserError
 from ..choices import DECODERS
 from ..decoding import Decoder, built_in
 from ..labels import LabelSet, is_utf8, printable, settle
+from .picture_sizes import suggested_size
 from .reporting import Report
 from .split_names import split_called
 from .splitting import add_missing_splits, write_splits
@@ -84,7 +86,8 @@ def from_folder(
         for split in roots or ("train",)
     }
     splits = add_missing_splits(splits, labels, fractions, seed)
-    _check_sizes(files, size, gray)
+    command = ["referral", "shards", "folder", str(directory), "--out", str(out)]
+    _check_sizes(files, size, gray, shlex.join(command))
     decoders = built_in()
 
     def sample(index: int) -> dict:
@@ -317,14 +320,18 @@ def _encoded(
     return extension, content
 
 
-def _check_sizes(files: list[Path], size: int | None, gray: bool) -> None:
-    """Pictures kept as they are must agree in size and in having colour: a batch is one array."""
+def _check_sizes(files: list[Path], size: int | None, gray: bool, command: str) -> None:
+    """Pictures kept as they are must agree in size and in having colour: a batch is one array.
+
+    command: what was called, for the remedy.
+    """
     if size:
         return
     from PIL import Image
 
     # (width, height, whether it has one channel) -> the first file like that
     seen: dict[tuple[int, int, bool], Path] = {}
+    sizes: Counter[tuple[int, int]] = Counter()
     for file in files:
         if _extension(file) not in PICTURES:
             continue
@@ -332,16 +339,18 @@ def _check_sizes(files: list[Path], size: int | None, gray: bool) -> None:
             with Image.open(file) as picture:
                 one_channel = gray or picture.mode in ("1", "L")
                 seen.setdefault((picture.width, picture.height, one_channel), file)
+                sizes[picture.size] += 1
         except OSError:
             continue  # named among all corrupt files when it is to be written
-        if len(seen) > 1:
-            (a, first), (b, second) = seen.items()
-            unlike, remedy = "mode", "--gray or --size N brings all to one"
-            if a[:2] != b[:2]:
-                unlike, remedy = "size", "--size N brings all to one"
-            raise UserError(
-                f"{first} and {second} differ in {unlike} ({a[0]}x{a[1]}, {b[0]}x{b[1]}); {remedy}"
-            )
+    if len(seen) > 1:
+        (a, first), (b, second) = list(seen.items())[:2]
+        unlike, remedy = "mode", "--gray or --size N brings all to one"
+        if a[:2] != b[:2]:
+            unlike, remedy = "size", "--size N brings all to one"
+        raise UserError(
+            f"{first} and {second} differ in {unlike} ({a[0]}x{a[1]}, {b[0]}x{b[1]}); {remedy}: "
+            f"{command} --size {suggested_size(sizes)}"
+        )
 
 
 def _resized(content: bytes, size: int | None, gray: bool) -> bytes:

@@ -473,10 +473,12 @@ def _is_whole_set(urls: str) -> bool:
     return len(named) > 1 or named == {None}
 
 
-def _split_named(location: str) -> str | None:
-    """The split that a tar, or else its directory, is named after."""
-    directory, _, name = url_name(location).rpartition("/")
-    return split_within(name) or split_called(directory.rpartition("/")[2])
+def _split_named(location: str, is_whole: bool = True) -> str | None:
+    """The split that a tar is named after; of a whole set, else the one of its directory."""
+    named = split_within(url_name(location).rpartition("/")[2])
+    if named or not is_whole:
+        return named
+    return split_called(location.rpartition("/")[0].rpartition("/")[2])
 
 
 def _splits_of_locations(
@@ -485,7 +487,7 @@ def _splits_of_locations(
     """{tar: its split}: the given one, or the one that it is named after; train without a name."""
     if split:
         return dict.fromkeys(locations, split)
-    named = {location: _split_named(location) for location in locations}
+    named = {location: _split_named(location, is_whole) for location in locations}
     splits = list(dict.fromkeys(named.values()))
     if len(splits) > 1 and (None in splits or not is_whole):
         first, second = splits[:2]
