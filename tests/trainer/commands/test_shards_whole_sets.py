@@ -1,4 +1,4 @@
-"""`shards from-webdataset` of a whole set, and what the commands propose where words are missing."""
+"""`shards from-webdataset` of a whole set, and what is proposed where words are missing."""
 
 import json
 import shlex
