@@ -149,3 +149,12 @@ def test_a_split_of_too_few_examples_takes_one_of_some_classes(classes, each):
     for split in ("val", "test"):
         chosen = labels[divided[split]]
         assert len(chosen) == len(set(chosen)) == max(1, round(0.1 * len(labels)))
+
+
+@pytest.mark.parametrize("name", ["", "id", "Index", "idx"])
+def test_a_column_that_numbers_the_rows_is_no_text(tmp_path, capsys, name):
+    rows = [f"{number},word{number % 2} here,{number % 2}" for number in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join([f"{name},sentence,label", *rows]) + "\n")
+    assert run("table", tmp_path / "t.csv", "--out", tmp_path / "s") == 0
+    assert "passed over: 1 columns" in capsys.readouterr().out
+    assert counts_of(tmp_path / "s") == {"train": 16, "val": 2, "test": 2}

@@ -20,6 +20,7 @@ from .split_names import SPLIT_OF, split_called
 FIELD_LIMIT = 64 * 2**20  # letters; Python's own is 131,072
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
 SPLIT_COLUMN = "split"
+ROW_COLUMNS = ("", "id", "idx", "index", "uid", "key", "unnamed: 0")  # they name rows: never a text
 
 
 @dataclass
@@ -66,7 +67,7 @@ def from_table(
     columns : Columns
         The input, kept as txt, the class, and the split.  By default the label is the only column
         called label, class, category, target, ..., the split one called split, and the text the
-        only other one.
+        only other one that is not called id, index, ...
     fractions : {split: fraction}
         Of each class for val and test, where the table has no such split.
     seed : int
@@ -201,7 +202,9 @@ def _choose_columns(
         label = _only(path, header, called, "--label")
         free.remove(label)
     if text is None:
-        text = _only(path, header, [place for place in free if place != label], "--text")
+        rest = [place for place in free if place != label]
+        texts = [place for place in rest if header[place].strip().casefold() not in ROW_COLUMNS]
+        text = _only(path, header, texts or rest, "--text")
     return text, label, split_column
 
 
