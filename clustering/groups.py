@@ -148,6 +148,18 @@ class ClassGroups:
             raise ValueError(f"{path}: {error}") from None
 
 
+def as_groups(
+    groups: ClassGroups | Iterable[Iterable[int] | ArrayLike], num_classes: int
+) -> ClassGroups:
+    """Groups as ClassGroups, whatever lists or arrays of class indices they are given as.
+
+    num_classes: of lists, which do not say it.
+    """
+    if hasattr(groups, "members"):
+        return cast(ClassGroups, groups)
+    return ClassGroups(cast(Iterable[Iterable[int]], groups), num_classes)
+
+
 def _read_json(path: str | os.PathLike[str]) -> object:
     try:
         return json.loads(Path(path).read_text())

@@ -19,11 +19,14 @@ from clustering.groups import ClassGroups
 from .newton import Scaling, solve
 from .patterns import PaddedIndex, PatternIndex, SharedIndex, set_patterns
 from .predictions import (
+    Groups,
     Naming,
+    Probabilities,
     SpecialistInput,
     SpecialistPredictions,
     Weights,
     active_sets,
+    as_general,
     check_no_negative,
     check_sums,
     checked_active,
@@ -43,9 +46,9 @@ ROWS_TO_SHARE = 32
 
 
 def combine_kl(
-    p_general: Tensor,
+    p_general: Probabilities,
     p_special: SpecialistInput,
-    groups: ClassGroups,
+    groups: Groups,
     active: Tensor | None = None,
     weights: Weights | None = None,
     method: str = "newton",
@@ -56,13 +59,13 @@ def combine_kl(
 
     Parameters
     ----------
-    p_general : Tensor [B, C]
+    p_general : Tensor, array or lists [B, C]
         The generalist's probabilities.  Each row sums to 1.
     p_special : sequence of M entries
         Entry m is [B, |S_m| + 1].  Column j is class `groups.members[m][j]`; the dustbin is last.
         Or `(rows, [len(rows), |S_m| + 1])`; or None where no row is active for m.
         With S_m = every class the dustbin is dropped and the rest renormalised.
-    groups : ClassGroups
+    groups : ClassGroups, or lists of class indices
         The classes of each specialist.
     active : bool Tensor [B, M], optional
         Which specialists count in which row.  None is all.  A specialist's rows that are not active
@@ -102,6 +105,7 @@ def combine_kl(
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r} is unknown; it must be one of {', '.join(METHODS)}")
+    p_general, groups = as_general(p_general, groups)
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)

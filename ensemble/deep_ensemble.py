@@ -1,17 +1,29 @@
 """Networks of one kind from different seeds, averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from networks import Classifier, load_classifier, mean_log_probabilities, save_classifier
+from networks import (
+    Classifier,
+    load_classifier,
+    mean_log_probabilities,
+    read_inputs,
+    save_classifier,
+)
 from networks.builders import Builders
+from networks.reading import Inputs
 
 from .ranking import Prediction, top_predictions
 from .settings import EnsembleSettings
-from .specialist_ensemble import RawInputs, SpecialistEnsemble
+from .specialist_ensemble import (
+    RawInputs,
+    SpecialistEnsemble,
+    finished_words,
+    is_finished,
+)
 
 
 class DeepEnsemble:
@@ -48,6 +60,14 @@ class DeepEnsemble:
         self.device = next(networks[0].parameters()).device
         self.generalist = self.networks[0]
         self.missing: list[int] = []
+        self.finished: bool | None = None
+        self.functions: Mapping[str, Callable] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"DeepEnsemble({len(self.class_names)} classes, {len(self.networks)} networks, "
+            f"{finished_words(self.finished)})"
+        )
 
     @classmethod
     def load(
@@ -83,7 +103,10 @@ class DeepEnsemble:
                 f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble"
             )
         folders = [_folder(root, index) for index in range(settings.members)]
-        return cls([load_classifier(folder, device, builders) for folder in folders])
+        ensemble = cls([load_classifier(folder, device, builders) for folder in folders])
+        ensemble.finished = is_finished(root)
+        ensemble.functions = builders or {}
+        return ensemble
 
     def save(self, directory: str | Path) -> None:
         """Write `directory`, laid out as a run is, for DeepEnsemble.load."""
@@ -98,11 +121,16 @@ class DeepEnsemble:
         raw = torch.as_tensor(inputs).to(self.device)
         return torch.stack([mean_log_probabilities(network, raw) for network in self.networks])
 
-    def probabilities(self, inputs: RawInputs) -> Tensor:
-        """[B, C] for raw inputs [B, ...]."""
-        return self.member_log_probabilities(inputs).exp().mean(0)
+    def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
+        """Raw inputs [B, ...] of what people have, as SpecialistEnsemble.read."""
+        spec = self.generalist.spec.input
+        return read_inputs(inputs, spec, self.functions, resize, max_pixels).to(self.device)
 
-    def predict(self, inputs: RawInputs, top: int = 5) -> list[Prediction]:
+    def probabilities(self, inputs: Inputs) -> Tensor:
+        """[B, C] for inputs that `read` can read."""
+        return self.member_log_probabilities(self.read(inputs)).exp().mean(0)
+
+    def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
         """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.
 
         There are no specialists.

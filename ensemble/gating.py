@@ -9,10 +9,12 @@ from torch import Tensor
 
 from clustering.groups import ClassGroups
 
+from .predictions import Groups, Probabilities, as_general
+
 
 def gate(
-    p_general: Tensor,
-    groups: ClassGroups,
+    p_general: Probabilities,
+    groups: Groups,
     n: int = 1,
     max_specialists: int | None = None,
     available: Tensor | Sequence[bool] | None = None,
@@ -21,9 +23,9 @@ def gate(
 
     Parameters
     ----------
-    p_general : Tensor [B, C]
+    p_general : Tensor or array [B, C]
         The generalist's probabilities.  Only the order of a row's entries and their sums matter.
-    groups : ClassGroups
+    groups : ClassGroups, or lists of class indices
         The classes of each specialist.
     n : int
         How many of the most probable classes count.
@@ -47,6 +49,7 @@ def gate(
     ----------
     Hinton, Vinyals and Dean 2015, section 5.3, where n = 1.
     """
+    p_general, groups = as_general(p_general, groups)
     _check(p_general, groups, n, max_specialists)
     p_general = p_general.detach()
     classes = _most_probable(p_general, n)

@@ -21,6 +21,7 @@ from .predictions import (
     SpecialistPredictions,
     Weights,
     active_sets,
+    as_general,
     check_no_negative,
     check_sums,
     checked_active,
@@ -186,6 +187,7 @@ def _pooled(
     weights: Weights | None,
 ) -> Tensor:
     """Apply the rule to the rows of each active set."""
+    p_general, groups = as_general(p_general, groups)
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)

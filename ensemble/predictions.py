@@ -3,16 +3,17 @@
 Legend: B rows, C classes, M specialists, k of them active in a row, S_m the classes of group m.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import pad
 
-from clustering.groups import ClassGroups
+from clustering.groups import ClassGroups, as_groups
 
 # How far a row's sum may be from one.  The result sums to one whatever the rows sum to within it.
 SUM_TOLERANCE = {
@@ -23,9 +24,12 @@ SUM_TOLERANCE = {
 }
 
 RowIndices: TypeAlias = Tensor | np.ndarray | Sequence[int]
+# [B, C] or [C]: a tensor, an array or (nested) lists.
+Probabilities: TypeAlias = Tensor | ArrayLike
 # Entry m: [B, |S_m| + 1], the dustbin last; or (rows, [len(rows), |S_m| + 1]); or None.
-SpecialistInput: TypeAlias = Sequence[Tensor | tuple[RowIndices, Tensor] | None]
-Weights: TypeAlias = Tensor | Sequence[float]
+SpecialistInput: TypeAlias = Sequence[Probabilities | tuple[RowIndices, Probabilities] | None]
+Weights: TypeAlias = Tensor | np.ndarray | Sequence[float]
+Groups: TypeAlias = ClassGroups | Iterable[Iterable[int] | ArrayLike]
 # Where in a tensor -> what that place is called in an error message.
 Naming: TypeAlias = Callable[[tuple[int, ...]], str]
 
@@ -93,15 +97,35 @@ class SpecialistPredictions:
         return table[table_rows.gather(1, slots)]
 
 
+def as_probabilities(values: object, name: str) -> Tensor:
+    """A tensor of a tensor, an array or lists of numbers.  ValueError, with the name, for others.
+
+    Numbers of Python are of float64, as numpy has them.
+    """
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.tensor(np.asarray(values))
+    except (TypeError, ValueError):
+        kind = type(values).__name__
+        raise ValueError(
+            f"{name} is a {kind}; it must be a tensor, an array or lists of probabilities"
+        ) from None
+
+
+def as_general(p_general: object, groups: Groups) -> tuple[Tensor, ClassGroups]:
+    """The generalist's probabilities and the groups, whatever a caller holds them in."""
+    tensor = as_probabilities(p_general, "p_general")
+    if tensor.dim() == 0:
+        raise ValueError("p_general is one number; it must be [B, C] probabilities")
+    return tensor, as_groups(groups, tensor.shape[-1])
+
+
 def checked_general(p_general: Tensor, groups: ClassGroups) -> tuple[Tensor, torch.dtype]:
     """p_general in float32 or float64, and the dtype it came in.
 
     ValueError for a wrong shape or dtype.  Sums are checked later.
     """
-    if not isinstance(p_general, Tensor):
-        raise ValueError(
-            f"p_general is a {type(p_general).__name__}; it must be a torch tensor of probabilities"
-        )
     if p_general.dim() != 2 or p_general.shape[1] != groups.num_classes:
         expected = f"[B, {groups.num_classes}] as the groups have it"
         raise ValueError(f"p_general has shape {list(p_general.shape)}; it must be {expected}")
@@ -191,7 +215,10 @@ def read_predictions(
 
 
 def _read_one(
-    given: Tensor | tuple[RowIndices, Tensor] | None, m: int, active: Tensor, columns: int
+    given: Probabilities | tuple[RowIndices, Probabilities] | None,
+    m: int,
+    active: Tensor,
+    columns: int,
 ) -> tuple[Tensor, Tensor | None]:
     """(values, positions) of specialist m, as SpecialistPredictions has them.  active: bool [B]."""
     if given is None:
@@ -202,8 +229,8 @@ def _read_one(
         )
     rows = len(active)
     position = None
-    if isinstance(given, Tensor):
-        values = given
+    if not isinstance(given, tuple):
+        values = as_probabilities(given, f"p_special[{m}]")
         if values.shape != (rows, columns):
             raise ValueError(
                 f"p_special[{m}] has shape {list(values.shape)}; it must be [{rows}, {columns}]: "
@@ -226,7 +253,7 @@ def _read_one(
 
 
 def _checked_rows(
-    given: tuple[RowIndices, Tensor], m: int, rows: int, columns: int, device: torch.device
+    given: tuple[RowIndices, Probabilities], m: int, rows: int, columns: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     try:
         indices, values = given
@@ -235,17 +262,18 @@ def _checked_rows(
         raise ValueError(
             f"p_special[{m}] is a {kind}; it must be a tensor, (rows, tensor) or None"
         ) from None
+    values = as_probabilities(values, f"p_special[{m}]")
     indices = torch.as_tensor(indices, device=device)
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.dim() != 1:
         kind = f"dtype {indices.dtype} and shape {list(indices.shape)}"
         raise ValueError(
             f"the rows of p_special[{m}] have {kind}; they must be a flat list of row numbers"
         )
-    if not isinstance(values, Tensor) or values.shape != (len(indices), columns):
-        shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if values.shape != (len(indices), columns):
         expected = f"[{len(indices)}, {columns}]"
         raise ValueError(
-            f"p_special[{m}] has shape {shape}; with {len(indices)} rows it must be {expected}: "
+            f"p_special[{m}] has shape {list(values.shape)}; "
+            f"with {len(indices)} rows it must be {expected}: "
             f"the {columns - 1} classes of its group and the dustbin last"
         )
     indices = indices.long()

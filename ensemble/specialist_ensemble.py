@@ -1,9 +1,10 @@
 """The generalist, its specialists and the combiner, as one classifier."""
 
 import threading
+import warnings
 import weakref
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from clustering.groups import ClassGroups
-from networks import Classifier, load_classifier
+from networks import Classifier, load_classifier, read_inputs
 from networks.builders import Builders
+from networks.reading import Inputs
 
 from .choices import check_combiner, combiner
 from .gating import gate as open_gate
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from .predictions import Weights, softmax
 from .ranking import Prediction, top_predictions
-from .settings import EnsembleSettings
+from .settings import SETTINGS, EnsembleSettings
 from .sharing import blocks, shared_prefix
 
 GROUPS = "clusters/groups.json"
@@ -78,6 +80,10 @@ class SpecialistEnsemble:
     runs : Counter
         How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks
         that are its own.
+    finished : bool, optional
+        Whether the run that it was loaded from had its ensemble.json; None of one made in memory.
+    functions : dict of callables
+        {name: callable} of a user's own decoders, for `read`.
 
     Raises
     ------
@@ -127,6 +133,15 @@ class SpecialistEnsemble:
         self.runs: Counter[str | int | tuple[str, int]] = Counter()
         self._prefixes: weakref.WeakKeyDictionary[Classifier, int] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
+        self.finished: bool | None = None
+        self.functions: Mapping[str, Callable] = {}
+
+    def __repr__(self) -> str:
+        return (
+            f"SpecialistEnsemble({len(self.class_names)} classes, "
+            f"{sum(self.available)} of {len(self.groups.members)} specialists, "
+            f"{finished_words(self.finished)})"
+        )
 
     @classmethod
     @torch.inference_mode(False)
@@ -155,7 +170,7 @@ class SpecialistEnsemble:
         allow_missing : bool
             Go on without specialists that are missing.
         builders : dict of callables, optional
-            {name: callable} for a model.json that names one.
+            {name: callable} for a model.json that names one: of a network, or of a decoder.
 
         Returns
         -------
@@ -166,6 +181,11 @@ class SpecialistEnsemble:
         ValueError
             For a missing specialist (unless allow_missing), a missing or corrupt file and another
             schema.
+
+        Warns
+        -----
+        UserWarning
+            For a run that has no ensemble.json yet, whose networks are joined by the defaults.
         """
         root = Path(directory)
         settings = _settings_of(root)
@@ -183,7 +203,7 @@ class SpecialistEnsemble:
         numbers = [
             m for m in range(len(groups.members)) if _is_complete(specialist_folder(root, m))
         ]
-        return cls(
+        ensemble = cls(
             generalist,
             LazySpecialists(load_one, numbers, cache),
             groups,
@@ -196,28 +216,57 @@ class SpecialistEnsemble:
             allow_missing=allow_missing,
             device=device,
         )
+        ensemble.finished = is_finished(root)
+        ensemble.functions = builders or {}
+        return ensemble
 
-    def probabilities(self, inputs: RawInputs) -> Tensor:
-        """q [B, C] for raw inputs [B, ...].
+    def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
+        """Raw inputs [B, ...] of what people have, made as those that the networks learned from.
 
         Parameters
         ----------
-        inputs : Tensor or array [B, ...]
-            As decoded (uint8 or float).  The networks preprocess them.
+        inputs : one input, a batch, or a list of inputs
+            Pictures as bytes, paths, PIL images or arrays, texts as str, arrays and tensors:
+            networks.read_inputs says by which rules.
+        resize : bool
+            Bring pictures to the networks' size also where no rule was recorded.
+        max_pixels : int, optional
+            Of a picture, instead of the recorded limit.
+
+        Returns
+        -------
+        Tensor [B, ...]
+            On the ensemble's device.
+
+        Raises
+        ------
+        ValueError
+            For what cannot be read without guessing.
+        """
+        spec = self.generalist.spec.input
+        return read_inputs(inputs, spec, self.functions, resize, max_pixels).to(self.device)
+
+    def probabilities(self, inputs: Inputs) -> Tensor:
+        """q [B, C] for inputs that `read` can read.
+
+        Parameters
+        ----------
+        inputs
+            As `read` has them.
 
         Returns
         -------
         Tensor [B, C]
         """
-        return self.forward_with_details(inputs).q
+        return self.forward_with_details(self.read(inputs)).q
 
-    def predict(self, inputs: RawInputs, top: int = 5) -> list[Prediction]:
+    def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
         """The `top` most probable classes of each row, and the specialists that were active.
 
         Parameters
         ----------
-        inputs : Tensor or array [B, ...]
-            As `probabilities` has them.
+        inputs
+            As `read` has them.
         top : int
 
         Returns
@@ -225,11 +274,14 @@ class SpecialistEnsemble:
         list of dicts
             Per row {classes, names, probabilities, specialists}.
         """
-        output = self.forward_with_details(inputs)
+        output = self.forward_with_details(self.read(inputs))
         return top_predictions(output.q, self.class_names, top, output.active)
 
     def forward_with_details(self, inputs: RawInputs) -> EnsembleOutput:
-        """The generalist's probabilities, the combined ones, and the specialists that were run."""
+        """The generalist's probabilities, the combined ones, and the specialists that were run.
+
+        inputs: [B, ...] as decoded; the networks preprocess them, and nothing is checked here.
+        """
         p_general, p_special, active = self.predictions(inputs)
         with torch.no_grad():
             q = combiner(self.combine)(
@@ -328,6 +380,24 @@ class SpecialistEnsemble:
     def _count(self, name: str | int | tuple[str, int]) -> None:
         with self._lock:
             self.runs[name] += 1
+
+
+def is_finished(root: Path) -> bool:
+    """Whether a run or bundle says how its networks are joined.  Warns where it does not."""
+    finished = (root / SETTINGS).is_file()
+    if not finished:
+        warnings.warn(
+            f"{root}: the run is not finished, it has no {SETTINGS} yet: temperatures and weights "
+            "are the defaults",
+            stacklevel=3,
+        )
+    return finished
+
+
+def finished_words(finished: bool | None) -> str:
+    if finished is None:
+        return "made in memory"
+    return "of a finished run" if finished else "of a run that is not finished"
 
 
 def _settings_of(root: Path) -> EnsembleSettings:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .linear_logits import Summary
     from .members import RankOne, mean_log_probabilities, member_log_probabilities
     from .multiplying import batch_ensemble, hydra
+    from .pictures import PictureRules, read_picture
+    from .reading import read_inputs
     from .residual_row import ResidualRow, fit_residual_row
     from .spec import InputSpec, ModelSpec
     from .specialising import specialise
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "InputSpec": "spec",
     "ModelSpec": "spec",
+    "PictureRules": "pictures",
+    "read_picture": "pictures",
+    "read_inputs": "reading",
     "builtin_options": "builders",
     "declared_options": "builders",
     "build_classifier": "classifier",
@@ -60,6 +65,7 @@ __all__ = [
     "DustbinHead",
     "InputSpec",
     "ModelSpec",
+    "PictureRules",
     "RankOne",
     "ResidualRow",
     "Summary",
@@ -79,6 +85,8 @@ __all__ = [
     "member_log_probabilities",
     "merge_grown_head",
     "parameter_count",
+    "read_inputs",
+    "read_picture",
     "remap_specialist",
     "save_classifier",
     "set_trainable",

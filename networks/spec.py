@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
+from .pictures import PictureRules
+
 SCHEMA = 1
 HEAD_KINDS = ("linear", "dustbin")
 DUSTBIN_ROWS = ("all", "kept", "fresh")
@@ -32,6 +34,12 @@ class InputSpec:
         By default 1/255 for uint8 and 1 for float32.
     mean, std : tuple of float
         Of scaled inputs: one value, or one per entry of the first axis.
+    pictures : PictureRules, optional
+        How the pictures that it learned from became arrays.  None where they were no pictures, or
+        where nobody recorded it.
+    decoders : dict, optional
+        {extension: name} of what made arrays of other files: a key of networks.texts.TEXTS for txt,
+        or what a user calls a function of his own, whose name is never imported from here.
 
     Raises
     ------
@@ -44,9 +52,14 @@ class InputSpec:
     scale: float = cast(float, None)  # __post_init__ puts a number here
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    # Not compared: networks that read the same arrays may share layers however those were made.
+    pictures: PictureRules | None = field(default=None, compare=False)
+    decoders: dict[str, str] | None = field(default=None, compare=False)
 
     def __post_init__(self):
         put = object.__setattr__
+        if isinstance(self.pictures, dict):
+            put(self, "pictures", PictureRules.from_json(self.pictures))
         for name in ("shape", "mean", "std"):
             value = getattr(self, name)
             if not _is_numbers(value):
@@ -71,6 +84,28 @@ class InputSpec:
             raise ValueError(
                 f"input.std = {list(self.std)}: must be positive, and mean, std and scale finite"
             )
+        if self.decoders is not None and not _is_names(self.decoders):
+            raise ValueError(f"input.decoders = {self.decoders!r}: an object of names is needed")
+        self._check_pictures()
+
+    def _check_pictures(self) -> None:
+        """ValueError where the rules give arrays of another shape."""
+        if self.pictures is None:
+            return
+        channels, size = self.pictures.channels, self.pictures.size
+        fits = len(self.shape) == 3 and channels in (None, self.shape[0])
+        if not fits or size not in (None, self.shape[1:]):
+            raise ValueError(
+                f"input.pictures = {self.pictures.as_json()} give other arrays than "
+                f"input.shape = {list(self.shape)}"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The keys of model.json's `input`; what is not set is left out, as older files have it."""
+        values = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.pictures is not None:
+            values["pictures"] = self.pictures.as_json()
+        return values
 
 
 @dataclass(frozen=True)
@@ -150,6 +185,7 @@ class ModelSpec:
 
     def to_json(self) -> str:
         values = {"schema": SCHEMA} | asdict(self)
+        values["input"] = self.input.as_json()
         if self.members is None:
             del values["members"]  # a plain network's file is what it was before there were members
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -271,6 +307,12 @@ def _checked_keys(values: dict[str, Any], cls: type, prefix: str) -> dict[str, A
         if name in valid and name not in values:
             raise ValueError(f"the key {prefix}{name} is missing")
     return values
+
+
+def _is_names(values: object) -> bool:
+    if not isinstance(values, dict):
+        return False
+    return all(isinstance(word, str) for pair in values.items() for word in pair)
 
 
 def _is_int(value: object) -> bool:

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,8 @@ def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 1 our error, 2 the user's, 75 interrupted: run again to resume."""
     from pipeline.config import UserError
 
+    # What Pillow warns of is either harmless or an error that is said in one line.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     if argv[:1] == ["--"]:  # `torchrun -m trainer -- STAGE --run DIR`: --run is torchrun's, too
         argv = argv[1:]
     try:

@@ -22,6 +22,7 @@ from pipeline.graph import RunDirectory
 
 from ..data.augment import find_augment
 from ..data.shards import ShardSet, open_shards
+from ..data.writing import describe
 from ..distributed.ranks import Ranks, choose_device, precision
 from ..session import Session
 from ..stages.rehearsal import rehearse
@@ -129,6 +130,12 @@ def check_inputs(shards: ShardSet, train: ShardSet) -> None:
         raise UserError(
             f"data.{shards.split} has inputs of type {shards.input_dtype}, data.train "
             f"{train.input_dtype}: one network reads both alike"
+        )
+    ours, theirs = shards.pictures, train.pictures
+    if ours and theirs and not ours.same_pixels(theirs):
+        raise UserError(
+            f"data.{shards.split} holds pictures made by other rules ({describe(ours)}) than "
+            f"data.train ({describe(theirs)}); make both by one"
         )
 
 

@@ -6,17 +6,18 @@ They are predicted by the ensemble of a run or of an export, or by one of its ne
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -24,17 +25,13 @@ from torch import Tensor
 
 from ensemble import DeepEnsemble, load_ensemble
 from networks import Classifier, InputSpec, ModelSpec, load_classifier
+from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 
-from ..data.decoding import (
-    Decoder,
-    decoder_table,
-    find_decoder,
-    image,
-    import_function,
-    rgb,
-)
+from ..data.choices import DECODERS
+from ..data.decoding import decoder_table, image, import_function, npy, rgb
+from ..data.labels import printable
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
 
@@ -74,20 +71,22 @@ def main(argv: list[str]) -> int:
     if (args.directory / "config.toml").is_file():
         run = open_run(args.directory)
         named = run.config.data.decoders
-    decoders = decoder_table(named)
-    files = list(find_files(args.files, decoders))
     predictor = load_predictor(args, run)
-    inputs = (read_examples(path, predictor.spec.input, decoders, args.resize) for path in files)
-    examples = itertools.chain.from_iterable(inputs)
+    reader = file_reader(predictor.spec.input, named, args)
+    unreadable = Unreadable()
+    files = find_files(args.files, reader, unreadable)
+    examples = read_files(files, reader, unreadable)
     if args.json:
+        as_utf8(sys.stdout)
         for example, prediction in predictions(predictor, examples, args.top, args.device):
             print_json(example, prediction)
     else:
         table = PredictionTable(predictor.has_specialists)
         for example, prediction in predictions(predictor, examples, args.top, args.device):
             table.add(example, prediction)
-        table.print()
-    return 0
+        if table.table.row_count:
+            table.print()
+    return 1 if unreadable.count else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -111,7 +110,15 @@ def _parser() -> argparse.ArgumentParser:
     network.add_argument(
         "--generalist", action="store_true", help="predict with the generalist alone"
     )
-    parser.add_argument("--resize", action="store_true", help="scale images to the network's size")
+    parser.add_argument(
+        "--resize",
+        action="store_true",
+        help="bring images to the network's size (the middle, bicubic) where the run has no rule "
+        "for it; runs on `shards folder --size` have one, which is applied unasked",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, metavar="N", help="read images of up to N pixels [178956970]"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
     parser.add_argument(
@@ -122,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--builder",
         metavar="MODULE:FUNCTION",
-        help="what builds the network, where an exported model.json names a function of your own",
+        action="append",
+        help="what builds the network, or decodes files, where an exported model.json names a "
+        "function of your own; may be repeated",
     )
     return parser
 
@@ -144,11 +153,12 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
     """The ensemble, or the network that the command line names."""
     check_device(args.device)
     builders = {} if run is None else builders_of(run.config)
-    if args.builder:
-        builders[args.builder] = import_function(args.builder, "--builder")
+    for name in args.builder or ():
+        builders[name] = import_function(name, "--builder")
     if args.student or args.generalist:
         return load_network(args, builders)
-    with as_user_errors():
+    with as_user_errors(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # said below, in one line
         ensemble = load_ensemble(
             args.directory, args.device, builders, allow_missing=args.allow_missing
         )
@@ -158,6 +168,11 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
     # A run without ensemble.json yet would be joined by the defaults.
     if run is not None and not args.allow_missing:
         check_done(run, run.ensemble)
+    if not ensemble.finished:
+        print(
+            f"{args.directory} is not finished: temperatures and weights are the defaults",
+            file=sys.stderr,
+        )
     has_specialists = not isinstance(ensemble, DeepEnsemble)
     return Predictor(ensemble.generalist.spec, ensemble.predict, has_specialists)
 
@@ -214,27 +229,69 @@ def predict_alone(network: Classifier, raw: Tensor, top: int) -> list[Prediction
 # Files to raw inputs
 
 
-def find_files(paths: list[Path], decoders: dict[str, Decoder]) -> Iterator[Path]:
+class Unreadable:
+    """What could not be read, one line each on standard error as it is met."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def add(self, reason: str) -> None:
+        self.count += 1
+        line = printable(" ".join(reason.splitlines()))
+        print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def file_reader(needed: InputSpec, named: dict[str, str], args: argparse.Namespace) -> InputReader:
+    """What reads files for a network: by its model.json, and by the decoders of the run's config.
+
+    named: the config's data.decoders.
+    """
+    functions = {name: import_function(name, "--builder") for name in args.builder or ()}
+    with as_user_errors():
+        reader = InputReader(needed, functions, args.resize, args.max_pixels)
+    table = decoder_table(named)
+    for extension in named:
+        extension = extension.lower().lstrip(".")
+        if table[extension] not in (image, rgb, npy):
+            reader.decoders[extension] = table[extension]
+    reader.decoders.setdefault("json", table["json"])
+    if reader.rules is None:
+        reader.decoders.setdefault("txt", table["txt"])
+    return reader
+
+
+def find_files(paths: list[Path], reader: InputReader, unreadable: Unreadable) -> list[Path]:
     """The files that are named, and those below directories that hold inputs.
 
-    Below a directory these are all that have a decoder, but for text and JSON.
+    Below a directory these are all that can be read, but for text and JSON where the network reads
+    something else.  UserError where nothing is left of `paths`.
     """
-    extensions = decoders.keys() - NOTES
+    known = {*DECODERS, *reader.decoders}
+    inside = {"txt"} if "txt" in reader.decoders and reader.rules is None else set()
+    if not reader.reads_texts:
+        inside |= known - {*NOTES}
+    files: list[Path] = []
+    mistakes: list[str] = []
     for path in paths:
         if path.is_dir():
-            inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, extensions)]
+            inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, inside)]
             if not inputs:
-                known = ", ".join(sorted(extensions))
-                raise UserError(f"{path} holds no files with an extension of {known}")
-            yield from inputs
+                extensions = ", ".join(sorted(inside))
+                mistakes.append(f"{path} holds no files with an extension of {extensions}")
+            files += inputs
         elif not path.exists():
-            raise UserError(f"{path}: no such file or directory")
-        elif _extension(path) not in decoders:
-            known = ", ".join(sorted(decoders))
+            mistakes.append(f"{path}: no such file or directory")
+        elif _extension(path) not in known:
             unknown = path.suffix or "files without an extension"
-            raise UserError(f"{path}: no decoder for {unknown} (known: {known})")
+            extensions = ", ".join(sorted(known))
+            mistakes.append(f"{path}: no decoder for {unknown} (known: {extensions})")
         else:
-            yield path
+            files.append(path)
+    if not files:
+        raise UserError(mistakes[0])
+    for mistake in mistakes:
+        unreadable.add(mistake)
+    return files
 
 
 def _extension(path: Path) -> str:
@@ -245,85 +302,34 @@ def _is_input(path: Path, extensions: set[str]) -> bool:
     return _extension(path) in extensions and path.is_file() and not path.name.startswith(".")
 
 
-def read_examples(
-    path: Path, needed: InputSpec, decoders: dict[str, Decoder], resize: bool
+def read_files(
+    files: Iterable[Path], reader: InputReader, unreadable: Unreadable
 ) -> Iterator[Example]:
-    """The raw inputs of one file, in the network's channels, size and dtype.
-
-    UserError where they cannot be.
-    """
-    decoder = find_decoder(decoders, _extension(path))
-    is_image = decoder in (image, rgb)
-    try:
-        array = decoder(path.read_bytes())
-    except Exception as error:  # decoders raise what they like about bytes that they do not know
-        raise UserError(f"{path}: cannot be decoded: {error}") from None
-    if is_image:
-        array = fit_image(array, needed, resize, path)
-    is_one = array.shape == needed.shape
-    are_several = array.shape[1:] == needed.shape
-    if not is_one and not are_several:
-        remedy = "; --resize scales images" if is_image else ""
-        raise UserError(
-            f"{path} has shape {list(array.shape)}; the network reads {list(needed.shape)}{remedy}"
-        )
-    array = with_dtype(array, needed.dtype, path)
-    if are_several:
-        yield from (Example(str(path), index, raw) for index, raw in enumerate(array))
-    else:
-        yield Example(str(path), None, array)
+    """The examples of all files that can be read."""
+    for path in files:
+        try:
+            yield from read_examples(path, reader)
+        except ValueError as error:
+            unreadable.add(str(error))
 
 
-def fit_image(pixels: np.ndarray, needed: InputSpec, resize: bool, path: Path) -> np.ndarray:
-    """uint8 [1 or 3, H, W] in the network's channels, and in its size where `resize` allows it."""
-    if len(needed.shape) != 3 or needed.shape[0] not in (1, 3):
-        raise UserError(
-            f"{path} is an image; the network reads arrays of shape {list(needed.shape)}"
-        )
-    channels, height, width = needed.shape
-    pixels = with_channels(pixels, channels)
-    if pixels.shape != needed.shape and resize:
-        return scaled(pixels, height, width)
-    return pixels
-
-
-def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """uint8 [1 or 3, H, W] with 1 channel (luminance, as Pillow has it) or 3."""
-    if len(pixels) == channels:
-        return pixels
-    if channels == 3:
-        return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
-    colour = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
-    return np.asarray(colour.convert("L"))[None]
-
-
-def scaled(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Bilinear, with Pillow's filter against aliasing."""
-    planes = [Image.fromarray(np.ascontiguousarray(plane)) for plane in pixels]
-    resized = [plane.resize((width, height), Image.Resampling.BILINEAR) for plane in planes]
-    return np.stack([np.asarray(plane) for plane in resized])
-
-
-def with_dtype(array: np.ndarray, dtype: str, path: Path) -> np.ndarray:
-    """The array in the network's dtype, where that loses nothing that it can read."""
-    if array.dtype != dtype:
-        if not _can_be_read_as(array, dtype):
-            values = ", 0 to 255" if dtype == "uint8" else ""
-            raise UserError(f"{path} holds {array.dtype}; the network reads {dtype}{values}")
-        array = array.astype(dtype)
-    if not np.isfinite(array).all():
-        raise UserError(f"{path} holds NaN or infinity; the network reads finite numbers")
-    return array
-
-
-def _can_be_read_as(array: np.ndarray, dtype: str) -> bool:
-    if dtype == "float32":
-        return np.issubdtype(array.dtype, np.number) and not np.iscomplexobj(array)
-    is_integer = np.issubdtype(array.dtype, np.integer)
-    return is_integer and array.size > 0 and bool(array.min() >= 0 and array.max() <= 255)
+def read_examples(path: Path, reader: InputReader) -> Iterator[Example]:
+    """The raw inputs of one file.  ValueError, with the file, where it cannot be read."""
+    rows, is_one = reader.file(path)
+    for index, raw in enumerate(rows):
+        yield Example(str(path), None if is_one else index, raw)
 
 
 # What is printed
+
+
+def as_utf8(stream: TextIO) -> None:
+    """Let a stream write UTF-8 whatever the terminal's encoding, and the rest as escapes.
+
+    A file name that is not UTF-8 has lone surrogates; \\udcff is how JSON writes one.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def print_json(example: Example, prediction: Prediction) -> None:
@@ -351,13 +357,15 @@ class PredictionTable:
             self.table.add_column("specialists asked", overflow="fold")
 
     def add(self, example: Example, prediction: Prediction) -> None:
-        file = example.file if example.index is None else f"{example.file}[{example.index}]"
+        file = printable(example.file)
+        if example.index is not None:
+            file = f"{file}[{example.index}]"
         specialists = ", ".join(map(str, prediction["specialists"])) or "none"
         for name, probability in zip(prediction["names"], prediction["probabilities"], strict=True):
             cells = [file, name, f"{probability:.4f}"]
             if self.with_specialists:
                 cells.append(specialists)
-            self.table.add_row(*(Text(cell) for cell in cells))
+            self.table.add_row(*(Text(printable(cell)) for cell in cells))
             file = specialists = ""  # once for all classes of a file
 
     def print(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -15,6 +16,8 @@ import typer
 from pipeline.config import Data, UserError
 
 if TYPE_CHECKING:
+    from networks.pictures import PictureRules
+
     from ..data.authoring.indexing import Finding
     from ..data.authoring.reporting import Report
 
@@ -31,6 +34,8 @@ TakenTest = Annotated[float | None, typer.Option(help=TAKEN.format("test"))]
 OWN = "Fraction of each class for the {} split, where there is none; or {} of your own."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the division into splits.")]
 PerShard = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")]
+Gray = Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", "--force", help="Replace shards that are there.")
 ]
@@ -68,8 +73,17 @@ def folder(
     out: Out,
     val: Val = 0.1,
     test: Test = 0.1,
-    size: Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")] = None,
-    gray: Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")] = False,
+    size: Size = None,
+    gray: Gray = False,
+    crop: Annotated[
+        str, typer.Option(help="How to get to SIZE: center cuts the middle square, none squeezes.")
+    ] = "center",
+    background: Annotated[
+        str, typer.Option(help="Behind transparent pictures: white, black, gray or #rrggbb.")
+    ] = "white",
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")
+    ] = None,
     input: Annotated[
         str, typer.Option(help="Extensions of the inputs, e.g. png,jpg [pictures, if any].")
     ] = "",
@@ -84,12 +98,12 @@ def folder(
     """Make shards of a directory with one subdirectory per class."""
     from ..data.authoring.folder import from_folder
 
+    rules = _picture_rules(size, gray, crop, background, max_pixels)
     report = from_folder(
         directory,
         out,
         {"val": val, "test": test},
-        size,
-        gray,
+        rules,
         seed,
         samples_per_shard,
         overwrite,
@@ -200,6 +214,8 @@ def from_webdataset(
     out: Out,
     val: TakenVal = None,
     test: TakenTest = None,
+    size: Size = None,
+    gray: Gray = False,
     seed: Seed = 0,
     split: Annotated[
         str, typer.Option(help="The split that they become [as the tars are called, else train].")
@@ -216,6 +232,10 @@ def from_webdataset(
     from ..data.authoring import indexing
 
     report = _new_report(damage)
+    rules = None
+    if size or gray:
+        rules = _picture_rules(size, gray)
+        rules = replace(rules, channels=rules.channels or 3)
     indexing.from_webdataset(
         urls,
         out,
@@ -229,6 +249,7 @@ def from_webdataset(
         overwrite,
         None if val is None and test is None else {"val": val or 0.0, "test": test or 0.0},
         seed,
+        rules,
     )
     _print_summary(out, report)
 
@@ -325,6 +346,28 @@ def _print_findings(findings: Sequence[Finding]) -> None:
             print(item, file=sys.stderr)
     if corrupt:
         print(f"{len(corrupt)} of {len(findings)} shards are corrupt", file=sys.stderr)
+
+
+def _picture_rules(
+    size: int | None,
+    gray: bool,
+    crop: str = "center",
+    background: str = "white",
+    max_pixels: int | None = None,
+) -> PictureRules:
+    from networks.pictures import MAX_PIXELS, PictureRules
+
+    try:
+        return PictureRules(
+            size=(size, size) if size else None,
+            channels=1 if gray else None,
+            crop=crop,
+            background=background,
+            max_pixels=max_pixels or MAX_PIXELS,
+        )
+    except ValueError as error:
+        option = str(error).removeprefix("pictures.").replace(" = ", " ", 1)
+        raise UserError(f"--{option}") from None
 
 
 def _own_splits(val: str, test: str) -> tuple[dict[str, float], dict[str, str]]:

@@ -13,7 +13,13 @@ DECODERS: dict[str, str] = {
     "jpeg": "trainer.data.decoding:image",
     "png": "trainer.data.decoding:image",
     "webp": "trainer.data.decoding:image",
+    "gif": "trainer.data.decoding:image",
+    "bmp": "trainer.data.decoding:image",
+    "tif": "trainer.data.decoding:image",
+    "tiff": "trainer.data.decoding:image",
     "npy": "trainer.data.decoding:npy",
     "txt": "trainer.data.decoding:text",
     "json": "trainer.data.decoding:numbers",
 }
+
+PICTURES = tuple(name for name, function in DECODERS.items() if function.endswith(":image"))

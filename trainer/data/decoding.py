@@ -5,48 +5,52 @@ from __future__ import annotations
 import io
 import json
 import sys
-import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import numpy as np
 
+from networks.pictures import PLAIN, PictureRules, read_picture
+from networks.texts import TEXTS, hashed_ngrams
+from networks.texts import utf8_bytes as text
 from pipeline.config import UserError
 
 from .choices import DECODERS
+
+__all__ = [
+    "Decoder",
+    "built_in",
+    "decode",
+    "decoder_table",
+    "find_decoder",
+    "hashed_ngrams",
+    "image",
+    "import_function",
+    "npy",
+    "numbers",
+    "picture_rules",
+    "recorded_name",
+    "rgb",
+    "text",
+    "with_rules",
+]
+
+RGB = replace(PLAIN, channels=3)
 
 # The whole content of one file -> an array of numbers; see trainer.data.choices for the contract.
 Decoder = Callable[[bytes], np.ndarray]
 
 
 def image(content: bytes) -> np.ndarray:
-    """uint8 [1 or 3, H, W]: gray pictures keep one channel, all others become RGB.
-
-    Raises ValueError for pictures of 16 or more bits per channel.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        opened = Image.open(io.BytesIO(content))
-    except UnidentifiedImageError:
-        raise ValueError("no picture of a kind that Pillow knows") from None
-    with opened as picture:
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError(f"a picture of mode {picture.mode} has more than 8 bits per channel")
-        if picture.mode == "1":
-            picture = picture.convert("L")
-        elif picture.mode not in ("L", "RGB"):
-            picture = picture.convert("RGB")
-        # Plane by plane: Pillow separates the channels faster than numpy turns [H, W, 3] into
-        # [3, H, W] afterwards.
-        planes = b"".join([picture.tobytes("raw", band) for band in picture.getbands()])
-        return np.frombuffer(planes, np.uint8).reshape(-1, picture.height, picture.width)
+    """uint8 [1 or 3, H, W] of a picture, by the rules of networks.pictures."""
+    return read_picture(content)
 
 
 def rgb(content: bytes) -> np.ndarray:
     """uint8 [3, H, W] whatever the picture's mode: for shards that mix gray and colour."""
-    pixels = image(content)
-    return np.broadcast_to(pixels, (3, *pixels.shape[1:]))
+    return read_picture(content, RGB)
 
 
 def npy(content: bytes) -> np.ndarray:
@@ -57,31 +61,9 @@ def npy(content: bytes) -> np.ndarray:
     return array
 
 
-def text(content: bytes) -> np.ndarray:
-    """uint8 [bytes]: the text itself; give data.decoders a function for anything of one length."""
-    content.decode("utf-8")
-    return np.frombuffer(content, np.uint8)
-
-
 def numbers(content: bytes) -> np.ndarray:
     """float32: a json file that is a number or a nested list of them."""
     return np.asarray(json.loads(content), dtype=np.float32)
-
-
-def hashed_ngrams(
-    content: bytes, size: int = 2048, lengths: tuple[int, ...] = (2, 3, 4)
-) -> np.ndarray:
-    """float32 [size]: a phrase's character n-grams, counted in hashed bins and scaled to length 1.
-
-    Case and spacing do not count.
-    """
-    phrase = " " + " ".join(content.decode("utf-8").lower().split()) + " "
-    bins: list[int] = []
-    for n in lengths:
-        grams = [phrase[start : start + n] for start in range(len(phrase) - n + 1)]
-        bins += [zlib.crc32(gram.encode()) % size for gram in grams]
-    counts = np.bincount(bins, minlength=size).astype(np.float32)
-    return counts / max(float(np.sqrt(counts @ counts)), 1.0)
 
 
 def import_function(name: str, key: str) -> Callable:
@@ -136,6 +118,35 @@ def find_decoder(table: Mapping[str, Decoder], extension: str) -> Decoder:
         f"no decoder for .{extension} members (known: {known}); "
         f"name one as data.decoders.{extension}"
     )
+
+
+def picture_rules(decoder: Decoder, rules: PictureRules | None) -> PictureRules | None:
+    """The rules by which a decoder reads pictures; None of another decoder, and of no rules.
+
+    rules: those of the shards, if they record any.
+    """
+    if decoder is rgb:
+        return replace(rules or PLAIN, channels=3)
+    return rules if decoder is image else None
+
+
+def with_rules(decoder: Decoder, rules: PictureRules | None) -> Decoder:
+    """The decoder; of pictures, one by those rules.  A user's own is used as it is."""
+    applied = picture_rules(decoder, rules)
+    return decoder if applied is None else partial(read_picture, rules=applied)
+
+
+def recorded_name(decoder: Decoder, name: str) -> str | None:
+    """What model.json calls the decoder that the config calls `name`; None of pictures and arrays.
+
+    name: "" where the config names none.
+    """
+    if decoder in (image, rgb, npy, numbers):
+        return None
+    for known, function in TEXTS.items():
+        if decoder is function:
+            return known
+    return name
 
 
 def built_in() -> dict[str, Decoder]:

@@ -171,7 +171,8 @@ def _copy(shards: ShardSet, ids: Mapping[int, np.ndarray], directory: str | Path
                     writers[group].write(copied)
     for group, writer in writers.items():
         out = group_directory(directory, group)
-        write_manifest(out, shards.class_names, {"routed": writer.facts}, {"command": "route"})
+        splits = {"routed": writer.facts}
+        write_manifest(out, shards.class_names, splits, {"command": "route"}, shards.recorded)
     return lost
 
 

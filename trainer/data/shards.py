@@ -16,14 +16,22 @@ from typing import get_args
 
 import numpy as np
 
+from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
 
-from .choices import DECODERS
-from .decoding import decode, decoder_table, find_decoder
+from .choices import PICTURES
+from .decoding import (
+    decode,
+    decoder_table,
+    find_decoder,
+    picture_rules,
+    recorded_name,
+    with_rules,
+)
 from .labels import Kind, LabelSet
 from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
-from .writing import ShardWriter, write_manifest
+from .writing import ShardWriter, describe, recorded_rules, write_manifest
 
 __all__ = ["Corruption", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
 
@@ -68,6 +76,13 @@ class ShardSet:
         Of the files that are inputs.
     input_shape, input_dtype
         Of one decoded input: the first readable one's.
+    recorded : PictureRules, optional
+        What the manifest says of how its pictures were made.
+    pictures : PictureRules, optional
+        The rules that the inputs are read by; None where they are no pictures, where a decoder of
+        the user's own reads them, and where nothing is recorded.
+    decoder_names : dict
+        {extension: name} of the decoders that read anything but pictures and arrays.
     fingerprint : str
         A hash of the shards' contents, the classes and what is read of them.
     """
@@ -92,13 +107,28 @@ class ShardSet:
         self._keys = [index.keys for index in indexes]
         self._shard_start = np.cumsum([0] + [len(index) for index in indexes])
         self._join_indexes(indexes)
-        self.fingerprint = self._fingerprint(indexes)
-        table = decoder_table(data.decoders)
-        used = np.unique(self._extension[self._input_row]).tolist()
-        self._decoders = {number: find_decoder(table, self.extensions[number]) for number in used}
-        self.input_extensions = [self.extensions[number] for number in used]
+        self.recorded = _recorded_rules(shards, split)
+        self.fingerprint = self._fingerprint(indexes, shards)
+        self._find_decoders(data)
         self._descriptors: dict[int, int] = {}
         self._first: tuple[tuple[int, ...], np.dtype] | None = None
+
+    def _find_decoders(self, data: Data) -> None:
+        """One decoder for each kind of input, and what is said of them."""
+        table = decoder_table(data.decoders)
+        used = np.unique(self._extension[self._input_row]).tolist()
+        self.input_extensions = [self.extensions[number] for number in used]
+        found = {number: find_decoder(table, self.extensions[number]) for number in used}
+        self._decoders = {number: with_rules(each, self.recorded) for number, each in found.items()}
+        rules = {picture_rules(decoder, self.recorded) for decoder in found.values()}
+        self.pictures: PictureRules | None = rules.pop() if len(rules) == 1 else None
+        self.decoder_names: dict[str, str] = {}
+        for extension, decoder in zip(self.input_extensions, found.values(), strict=True):
+            last = extension.rpartition(".")[2]
+            named = data.decoders.get(extension) or data.decoders.get(last, "")
+            name = recorded_name(decoder, named)
+            if name is not None:
+                self.decoder_names[last] = name
 
     def _join_indexes(self, indexes: Sequence[TarIndex]) -> None:
         """One row for each file in any shard; sample i has rows _start[i] : _start[i + 1]."""
@@ -119,12 +149,14 @@ class ShardSet:
         self._size = np.concatenate([index.size for index in indexes])
         self._crc = np.concatenate([index.crc for index in indexes])
 
-    def _fingerprint(self, indexes: Sequence[TarIndex]) -> str:
+    def _fingerprint(self, indexes: Sequence[TarIndex], shards: Sequence[Shard]) -> str:
         contents = [
             [os.path.basename(name), index.sha256, len(index)]
             for name, index in zip(self.names, indexes, strict=True)
         ]
         identity = [contents, self.data.label, self.data.input, self.class_names]
+        if any("inputs" in (shard.manifest or {}) for shard in shards) and self.recorded:
+            identity.append(self.recorded.as_json())
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def _take_over(self, other: ShardSet) -> None:
@@ -404,6 +436,20 @@ def _manifest_classes(shards: list[Shard]) -> list[str] | None:
     return names
 
 
+def _recorded_rules(shards: Sequence[Shard], split: str) -> PictureRules | None:
+    """The rules of pictures in the shards' manifests, which must agree."""
+    manifests = {shard.directory: shard.manifest for shard in shards if shard.manifest}
+    rules = {directory: recorded_rules(each) for directory, each in manifests.items()}
+    for directory, one in rules.items():
+        first = next(iter(rules))
+        if one != rules[first]:
+            raise UserError(
+                f"{directory} and {first} hold pictures made by different rules "
+                f"({describe(one)}; {describe(rules[first])}); make the {split} shards by one"
+            )
+    return next(iter(rules.values()), None)
+
+
 def _open_shard(shard: Shard, data: Data, corruption: list[Corruption]) -> TarIndex | None:
     """The index of the shard's intact samples; the others go to `corruption`.
 
@@ -557,7 +603,7 @@ def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
     several = np.bincount(samples, minlength=len(index)) > 1
     if several.sum() * 2 > len(index):
         inputs = [e for e, chosen in zip(extensions, is_input, strict=True) if chosen]
-        pictures = [e for e in inputs if DECODERS.get(e) == DECODERS["png"]]
+        pictures = [extension for extension in inputs if extension in PICTURES]
         raise UserError(
             f"samples have the members {', '.join(inputs)}; say which is the input with data.input "
             f"(--input of `referral shards`), e.g. {(pictures or inputs)[0]}"

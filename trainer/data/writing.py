@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
+from networks.pictures import PictureRules
 from pipeline.config import UserError
 from pipeline.store import read_json, write_json
 
@@ -211,6 +212,7 @@ def write_manifest(
     class_names: Sequence[str],
     splits: dict[str, dict],
     made_by: dict | None = None,
+    pictures: PictureRules | None = None,
 ) -> Path:
     """Write DIRECTORY/manifest.json, or add splits to the one that is there.
 
@@ -222,6 +224,8 @@ def write_manifest(
         Entries are ShardWriter.facts.
     made_by : dict, optional
         The command that made them, and its options.
+    pictures : PictureRules, optional
+        How pictures became what the shards hold; they are read by these rules.
 
     Returns
     -------
@@ -231,7 +235,8 @@ def write_manifest(
     Raises
     ------
     UserError
-        If a split that stays has other classes, or if two classes have the same name.
+        If a split that stays has other classes or other rules of pictures, or if two classes have
+        the same name.
     """
     path = Path(directory) / MANIFEST
     names = list(class_names)
@@ -245,17 +250,50 @@ def write_manifest(
         raise UserError(
             f"{path} describes {', '.join(kept)} with other classes; give an empty directory"
         )
+    if kept and recorded_rules(old) != pictures:
+        raise UserError(
+            f"{path} describes {', '.join(kept)}, whose pictures were made by other rules "
+            f"({describe(recorded_rules(old))}; now {describe(pictures)}); give an empty directory"
+        )
     manifest = {
         "schema": SCHEMA,
         "classes": names,
         "splits": kept | splits,
         "made_by": made_by or {},
     }
+    if pictures is not None:
+        manifest["inputs"] = {"pictures": pictures.as_json()}
     try:
         write_json(path, manifest)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     return path
+
+
+def recorded_rules(manifest: dict) -> PictureRules | None:
+    """How the pictures of a manifest's shards were made; None where it does not say.
+
+    Raises ValueError for rules that cannot be.
+    """
+    inputs = manifest.get("inputs")
+    if isinstance(inputs, dict) and "pictures" in inputs:
+        return PictureRules.from_json(inputs["pictures"])
+    # Before rules were recorded, `shards folder` cut and scaled in this one way.
+    made_by = manifest.get("made_by") or {}
+    size, gray = made_by.get("size"), made_by.get("gray")
+    if made_by.get("command") != "shards folder" or not (size or gray):
+        return None
+    return PictureRules(
+        size=(size, size) if size else None,
+        channels=1 if gray else 3,
+    )
+
+
+def describe(rules: PictureRules | None) -> str:
+    """Rules of pictures in a message."""
+    if rules is None:
+        return "none recorded"
+    return ", ".join(f"{key} {value}" for key, value in rules.as_json().items())
 
 
 def read_manifest(directory: str | Path) -> dict | None:
@@ -294,6 +332,10 @@ def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict
     if len(set(class_names)) != len(class_names):
         raise UserError(f"{name} has two classes of the same name{remedy}")
     check_writable(class_names, name)
+    try:
+        recorded_rules(manifest)
+    except ValueError as error:
+        raise UserError(f"{name}: inputs.{error}{remedy}") from None
     for split, entry in manifest["splits"].items():
         total = sum(shard["samples"] for shard in entry["shards"])
         if entry["samples"] != total:

@@ -19,7 +19,7 @@ from ..data.fetching import FetchDir
 from ..data.orders import generator
 from ..data.patterns import URL, braces
 from ..data.shards import ShardSet, open_shards
-from ..data.writing import MANIFEST, read_manifest
+from ..data.writing import MANIFEST, read_manifest, recorded_rules
 
 InputKind = Literal["pictures", "text", "numbers"]
 
@@ -199,8 +199,10 @@ def _made_again(shards: Shards) -> list[str]:
     command = made_by.get("command", "").removeprefix("shards ")
     if command == "folder" and "directory" in made_by:
         words = ["folder", made_by["directory"]]
-        words += ["--size", str(made_by["size"])] if made_by.get("size") else []
-        return words + (["--gray"] if made_by.get("gray") else [])
+        rules = recorded_rules(shards.manifest)
+        if rules and rules.size:
+            words += ["--size", str(rules.size[0])]
+        return words + (["--gray"] if rules and rules.channels == 1 else [])
     if command == "arrays" and "files" in made_by:
         return ["arrays", *made_by["files"]]
     if command == "table" and len(made_by.get("files", [])) == 1:

@@ -7,16 +7,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from networks.pictures import PictureRules, Source, picture_shape
 from pipeline.config import Data, UserError
 
 from ..data.authoring.foreign_files import conversion, refuse_foreign
 from ..data.authoring.indexing import expand_locations, unpacked_tar
-from ..data.authoring.members import first_sample, proposed_label
+from ..data.authoring.members import first_sample, proposed_label, some_pictures
 from ..data.authoring.picture_sizes import suggested_size
 from ..data.authoring.split_names import split_called, split_within
+from ..data.choices import PICTURES
 from ..data.patterns import URL
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp")
 TABLES = (".csv", ".csv.gz")
 ARRAYS = (".npz", ".npy", "-ubyte", "-ubyte.gz", ".idx", ".idx.gz")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -163,34 +164,32 @@ def _with_siblings(files: Sequence[Path]) -> list[Path]:
 
 def _picture_options(directory: Path) -> list[str]:
     """--size where pictures differ in size or colour, --gray where none has colour."""
-    sizes: Counter[tuple[int, int]] = Counter()
-    modes: Counter[str] = Counter()
-    for path in sorted(directory.rglob("*")):
-        if _is_picture(path) and path.is_file():
-            _look_at(path, sizes, modes)
-    grays = sum(modes[mode] for mode in ("1", "L", "I;16"))
-    mixed = 0 < grays < sum(modes.values())
-    options = []
-    if len(sizes) > 1 or mixed:
-        options += ["--size", str(suggested_size(sizes))]
-        if grays and not mixed:
-            options.append("--gray")
-    return options
+    pictures = (path for path in sorted(directory.rglob("*")) if _is_picture(path))
+    return options_for(shape_of(path) for path in pictures)
 
 
-def _look_at(path: Path, sizes: Counter[tuple[int, int]], modes: Counter[str]) -> None:
-    from PIL import Image
-
+def shape_of(picture: Source) -> tuple[int, ...]:
+    """[C, H, W] as it is read; () where it cannot be: the `shards` command names it."""
     try:
-        with Image.open(path) as picture:
-            sizes[picture.size] += 1
-            modes[picture.mode] += 1
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return  # `shards folder` names it
+        return picture_shape(picture, PictureRules())
+    except ValueError:
+        return ()
+
+
+def options_for(shapes: Iterable[tuple[int, ...]]) -> list[str]:
+    """As the command line has them, for pictures of these shapes."""
+    counts = Counter(shape for shape in shapes if shape)
+    if len(counts) < 2:
+        return []
+    sizes: Counter[tuple[int, int]] = Counter()
+    for (_, height, width), count in counts.items():
+        sizes[width, height] += count
+    is_gray = all(shape[0] == 1 for shape in counts)
+    return ["--size", str(suggested_size(sizes)), *(["--gray"] if is_gray else [])]
 
 
 def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES and _visible(path)
+    return path.suffix.lower().lstrip(".") in PICTURES and _visible(path)
 
 
 # Tars
@@ -201,13 +200,18 @@ def _of_tars(pattern: str, out: str) -> list[str]:
     words = ["from-webdataset", pattern, "--out", out]
     if not Path(pattern).is_dir():
         words += ["--val", "0.1", "--test", "0.1"]
-    label = _label_of(pattern)
-    return words + (["--label", label] if label != "cls" else [])
-
-
-def _label_of(pattern: str) -> str:
-    """What --label has to say, by the first sample of a local tar."""
     if pattern.startswith(URL):
-        return "cls"
-    with unpacked_tar(expand_locations(pattern)[0], Data()) as (path, _):
-        return proposed_label(first_sample(path)) or "cls"
+        return words
+    return words + _options_of_tars(expand_locations(pattern))
+
+
+def _options_of_tars(tars: Sequence[str]) -> list[str]:
+    """--label, by the first sample, and --size, by the first pictures of each tar."""
+    shapes: list[tuple[int, ...]] = []
+    label = ""
+    for tar in tars:
+        with unpacked_tar(tar, Data()) as (path, _):
+            label = label or proposed_label(first_sample(path))
+            shapes += map(shape_of, some_pictures(path))
+    options = options_for(shapes)
+    return [*options, "--label", label] if label not in ("", "cls") else options

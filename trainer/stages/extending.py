@@ -42,7 +42,7 @@ from .grouping import (
     skipped_groups,
     summarise_groups,
 )
-from .networks import builders_of, load_network, save_network
+from .networks import builders_of, load_network, record_inputs, save_network
 from .specialist import save_skipped
 from .training import generalist_task, train_network
 from .validate import referred_examples, validate_classifier
@@ -75,6 +75,7 @@ def grown_generalist(session: Session) -> Classifier:
                 f"its generalist reads inputs of shape {list(network.spec.input.shape)}, "
                 f"the data's are {list(shape)}"
             )
+        record_inputs(session, network)
         return add_classes(network, session.class_names)
     except ValueError as error:
         raise UserError(f"extend.run = {old}: {error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from pipeline.config import Config, Model, Student, UserError
 from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..data.decoding import import_function
+from ..data.writing import describe
 from ..session import Session
 
 
@@ -54,17 +55,43 @@ def fresh_network(
             options=model_options(model, builders),
             num_classes=shards.num_classes,
             class_names=tuple(shards.class_names),
-            input=InputSpec(
-                shape=tuple(shards.input_shape),
-                dtype="uint8" if shards.input_dtype == np.uint8 else "float32",
-                mean=tuple(session.config.data.mean),
-                std=tuple(session.config.data.std),
-            ),
+            input=input_spec(session),
             members=members,
         )
         return build_classifier(spec, builders)
     except ValueError as error:
         raise UserError(f"[model] {error}") from None
+
+
+def input_spec(session: Session) -> InputSpec:
+    """What the networks read: the shape and type of train's inputs, and how they were made."""
+    shards = session.shards("train")
+    is_bytes = shards.input_dtype == np.uint8
+    return InputSpec(
+        shape=tuple(shards.input_shape),
+        dtype="uint8" if is_bytes else "float32",
+        mean=tuple(session.config.data.mean),
+        std=tuple(session.config.data.std),
+        pictures=shards.pictures,
+        decoders=shards.decoder_names or None,
+    )
+
+
+def record_inputs(session: Session, network: Classifier) -> None:
+    """Record in a network from elsewhere how this run's inputs are made, which it reads from now.
+
+    ValueError where it learned from pictures that were made otherwise.
+    """
+    shards, theirs = session.shards("train"), network.spec.input.pictures
+    ours = shards.pictures
+    if theirs and ours and not theirs.same_pixels(ours):
+        raise ValueError(
+            f"it learned from pictures made by other rules ({describe(theirs)}) than the data's "
+            f"({describe(ours)}); make the shards by its rules"
+        )
+    decoders = shards.decoder_names or network.spec.input.decoders
+    inputs = replace(network.spec.input, pictures=ours or theirs, decoders=decoders)
+    network.spec = replace(network.spec, input=inputs)
 
 
 def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
@@ -155,6 +182,8 @@ def _saved_network(session: Session, path: Path) -> Classifier:
             f"it knows {network.spec.num_classes} classes, the data has {session.num_classes}"
         )
     check_class_names(network.spec.class_names, session.class_names)
+    if network.spec.input.shape == tuple(session.shards("train").input_shape):
+        record_inputs(session, network)
     return network
 
 

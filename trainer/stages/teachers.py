@@ -71,7 +71,7 @@ def of_ensemble(ensemble: SpecialistEnsemble | DeepEnsemble) -> Teacher:
     """Each network of a deep ensemble is a member; generalist and specialists together are one."""
     if isinstance(ensemble, DeepEnsemble):
         return of_networks(ensemble.networks)
-    return Teacher(lambda raw: ensemble.probabilities(raw)[None], 1)
+    return Teacher(lambda raw: ensemble.forward_with_details(raw).q[None], 1)
 
 
 def of_networks(networks: Sequence[Classifier]) -> Teacher:

@@ -1,6 +1,7 @@
 """`referral predict`: files in, the evaluate stage's predictions out; one line for an error."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def test_colour_becomes_gray_and_resize_scales_another_size(small_run, tmp_path,
     for name, gray in (("large.png", large), ("small.png", small)):
         Image.fromarray(np.stack([gray] * 3, axis=2)).save(tmp_path / name)
     code, _, err = predict(capsys, small_run.root, tmp_path / "large.png")
-    assert code == 2
-    assert "has shape [1, 16, 16]; the network reads [1, 8, 8]; --resize scales images" in err
+    assert code == 1
+    assert "has shape [1, 16, 16]; the network reads [1, 8, 8]; --resize (resize=True)" in err
     pictures = (tmp_path / "large.png", tmp_path / "small.png")
     large, small = rows_of(capsys, small_run.root, *pictures, "--resize")
     assert len(large["classes"]) == len(small["classes"]) == 5
@@ -142,33 +143,64 @@ def test_an_unfinished_run_names_the_stage(small_run, test_split, tmp_path, caps
     assert "no generalist/model.json" in predict(capsys, root, test_split, "--generalist")[2]
 
 
-FLOATS = np.zeros((1, 8, 8))
+FLOATS = np.full((1, 8, 8), 1.5)
 IMAGE = np.zeros((1, 8, 8), np.uint8)
 MATRIX = np.zeros((3, 4), np.uint8)
 
 
 @pytest.mark.parametrize(
-    "content, name, options, words",
+    "content, name, options, expected, words",
     [
-        (b"not a picture", "a.png", [], "a.png: cannot be decoded"),
-        (b"anything", "a.tiff", [], "a.tiff: no decoder for .tiff (known: jpeg, jpg,"),
-        (FLOATS, "a.npy", [], "a.npy holds float64; the network reads uint8, 0 to 255"),
-        (np.full((1, 8, 8), 256), "a.npy", [], "a.npy holds int64; the network reads uint8"),
-        (MATRIX, "a.npy", [], "a.npy has shape [3, 4]; the network reads [1, 8, 8]"),
-        (None, "nowhere.png", [], "nowhere.png: no such file"),
-        (IMAGE, "a.npy", ["--top", 0], "--top 0: at least 1"),
-        (IMAGE, "a.npy", ["--student", "maine"], "--student maine: "),
-        (IMAGE, "a.npy", ["--device", "nonsense"], "--device nonsense: "),
+        (b"not a picture", "a.png", [], 1, "a.png: cannot be decoded"),
+        (b"", "a.png", [], 1, "a.png: cannot be decoded: is empty"),
+        (b"anything", "a.heic", [], 2, "a.heic: no decoder for .heic (known: bmp, gif,"),
+        (FLOATS, "a.npy", [], 1, "a.npy holds float64 from 1.5 to 1.5; the network reads uint8 ["),
+        (np.full((1, 8, 8), 256), "a.npy", [], 1, "a.npy holds int64 from 256 to 256; the network"),
+        (np.full((1, 8, 8), np.nan), "a.npy", [], 1, "a.npy holds NaN"),
+        (np.ones((1, 8, 8), bool), "a.npy", [], 1, "a.npy holds bool; the network reads uint8 ["),
+        (MATRIX, "a.npy", [], 1, "a.npy has shape [3, 4]; the network reads [1, 8, 8]"),
+        (None, "nowhere.png", [], 2, "nowhere.png: no such file"),
+        (IMAGE, "a.npy", ["--top", 0], 2, "--top 0: at least 1"),
+        (IMAGE, "a.npy", ["--student", "maine"], 2, "--student maine: "),
+        (IMAGE, "a.npy", ["--device", "nonsense"], 2, "--device nonsense: "),
     ],
 )
-def test_an_error_is_one_line(small_run, tmp_path, capsys, content, name, options, words):
+def test_an_error_is_one_line(small_run, tmp_path, capsys, content, name, options, expected, words):
     if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
     elif content is not None:
         np.save(tmp_path / name, content)
     code, out, err = predict(capsys, small_run.root, tmp_path / name, *options)
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith("error: ")
-    assert words in err, err
+    assert (code, out) == (expected, "") and len(err.splitlines()) == 1
+    assert err.startswith("error: ") and words in err, err
+
+
+def test_what_can_be_read_is_answered_and_the_rest_is_listed(small_run, tmp_path, capsys):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(encode_png(images(np.array([4]), seed=1)[0]))
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:60])
+    (tmp_path / "d.jpg").write_bytes(b"")
+    code, out, err = predict(capsys, small_run.root, tmp_path, tmp_path / "absent.png", "--json")
+    assert code == 1
+    assert [json.loads(line)["file"][-5:] for line in out.splitlines()] == ["a.png", "c.png"]
+    listed = err.splitlines()
+    assert len(listed) == 3 and all(line.startswith("error: ") for line in listed)
+    assert "absent.png: no such file" in err and "b.png: cannot be decoded" in err
+    assert "d.jpg: cannot be decoded: is empty" in err
+    code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 1)
+    assert code == 1 and "a.png" in out and "c.png" in out
+
+
+def test_json_is_utf8_whatever_files_are_called(small_run, tmp_path, capfdbinary):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9\n\xc3\xa9.png")
+    with open(name, "wb") as file:
+        file.write(encode_png(images(np.array([4]), seed=1)[0]))
+    assert main(["predict", str(small_run.root), os.fsdecode(name), "--json"]) == 0
+    row = json.loads(capfdbinary.readouterr().out.decode("utf-8"))
+    assert os.fsencode(row["file"]) == name
+    assert main(["predict", str(small_run.root), os.fsdecode(name)]) == 0
+    assert rb"caf\udce9\n" in capfdbinary.readouterr().out
 
 
 def test_a_directory_that_is_no_run_and_one_without_inputs_are_named(small_run, tmp_path, capsys):
@@ -176,7 +208,7 @@ def test_a_directory_that_is_no_run_and_one_without_inputs_are_named(small_run, 
     assert "generalist/model.json" in predict(capsys, tmp_path, tmp_path / "a.npy")[2]
     (tmp_path / "empty").mkdir()
     err = predict(capsys, small_run.root, tmp_path / "empty")[2]
-    assert "holds no files with an extension of jpeg, jpg, npy, png, webp" in err
+    assert "holds no files with an extension of bmp, gif, jpeg, jpg, npy, png, tif" in err
 
 
 def test_export_and_predict_are_commands_of_referral():

@@ -12,6 +12,7 @@ from pipeline.config import Data, UserError
 from trainer.commands.shards import main
 from trainer.data import open_shards
 from trainer.data.authoring.splitting import split_by_class
+from trainer.proposal.raw_data import shards_command
 
 
 def run(*argv) -> int:
@@ -158,3 +159,34 @@ def test_a_column_that_numbers_the_rows_is_no_text(tmp_path, capsys, name):
     assert run("table", tmp_path / "t.csv", "--out", tmp_path / "s") == 0
     assert "passed over: 1 columns" in capsys.readouterr().out
     assert counts_of(tmp_path / "s") == {"train": 16, "val": 2, "test": 2}
+
+
+def test_pictures_of_many_sizes_in_tars_are_brought_to_one_that_is_proposed(tmp_path, capsys):
+    files = []
+    for number in range(20):
+        pixels = np.full((20 + number, 40), number, np.uint8)
+        files += [(f"{number}.png", png(pixels)), (f"{number}.cls", b"%d" % (number % 2))]
+    (tmp_path / "d").mkdir()
+    write_tar(tmp_path / "d" / "x.tar", files)
+    run("from-webdataset", tmp_path / "d", "--out", tmp_path / "s")
+    out = capsys.readouterr().out
+    assert "a batch needs one" in out and "--size 24 --overwrite brings" in out
+    options = ["--size", 24, "--gray", "--overwrite"]
+    run("from-webdataset", tmp_path / "d", "--out", tmp_path / "s", *options)
+    assert "a batch needs one" not in capsys.readouterr().out
+    shards = open_shards(str(tmp_path / "s"), Data(), "train")
+    assert shards.input_shape == (1, 24, 24) and shards.pictures.size == (24, 24)
+    assert shards_command(str(tmp_path / "d"), "t")[-3:] == ["--size", "24", "--gray"]
+
+
+def test_what_was_taken_of_train_does_not_come_back_to_it(tmp_path):
+    tar(tmp_path / "train-0.tar", {"cls": "{}"}, 40)
+    source = ["from-webdataset", tmp_path / "train-0.tar", "--out", tmp_path / "s", "--overwrite"]
+    fractions = ["--val", 0.1, "--test", 0.2]
+    run(*source, *fractions)
+    message = refusal(*source)
+    assert "val and test were taken of train" in message and "(--val 0.1 --test 0.1)" in message
+    assert "test were taken of train" in refusal(*source, "--val", 0.1)
+    assert counts_of(tmp_path / "s") == {"train": 28, "val": 4, "test": 8}
+    run(*source, "--val", 0.2, "--test", 0.2)
+    assert counts_of(tmp_path / "s") == {"train": 24, "val": 8, "test": 8}

@@ -11,7 +11,7 @@ from shardsets import write_tar
 
 from pipeline.config import Data, UserError
 from trainer.data import MeasuringStream, decoding, open_shards
-from trainer.data.choices import DECODERS
+from trainer.data.choices import DECODERS, PICTURES
 from trainer.data.decoding import built_in, hashed_ngrams
 
 
@@ -46,7 +46,8 @@ def users(tmp_path, monkeypatch):
 
 
 def test_the_table_is_small():
-    assert set(DECODERS) == {"jpg", "jpeg", "png", "webp", "npy", "txt", "json"}
+    pictures = {"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"}
+    assert set(PICTURES) == pictures and set(DECODERS) == pictures | {"npy", "txt", "json"}
     assert built_in().keys() == DECODERS.keys()
 
 

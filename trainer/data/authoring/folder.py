@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from networks.pictures import PictureRules, encode_png, examine_picture, picture_shape
 from pipeline.config import UserError
 
-from ..choices import DECODERS
+from ..choices import DECODERS, PICTURES
 from ..decoding import Decoder, built_in
 from ..labels import LabelSet, is_utf8, printable, settle
 from .picture_sizes import suggested_size
@@ -22,7 +22,6 @@ from .reporting import Report
 from .split_names import split_called
 from .splitting import add_missing_splits, write_splits
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
 # What unpacking and synchronising programs leave beside the data.
 FOREIGN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 
@@ -31,8 +30,7 @@ def from_folder(
     directory: str | Path,
     out: str | Path,
     fractions: Mapping[str, float],
-    size: int | None = None,
-    gray: bool = False,
+    rules: PictureRules | None = None,
     seed: int = 0,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
@@ -47,11 +45,10 @@ def from_folder(
     directory, out : path
     fractions : {split: fraction}
         Of each class for val and test, taken from train where the directory has no such split.
-    size : int, optional
-        Pictures are cut to the middle square, scaled to size x size and kept as PNG.  Without it
-        files are kept as they are, and must agree in size and mode.
-    gray : bool
-        One channel.
+    rules : PictureRules, optional
+        Of pictures.  With a size, all are brought to it, and to RGB unless channels is 1; without
+        one they must agree in size, and in having colour unless channels says it.  Those that need
+        no change are kept as they are, byte for byte, others as PNG.
     seed : int
         Of the division into splits.
     samples_per_shard : int
@@ -87,22 +84,24 @@ def from_folder(
     }
     splits = add_missing_splits(splits, labels, fractions, seed)
     command = ["referral", "shards", "folder", str(directory), "--out", str(out)]
-    _check_sizes(files, size, gray, shlex.join(command))
+    rules, shape = _settle_pictures(files, rules or PictureRules(), shlex.join(command))
     decoders = built_in()
 
     def sample(index: int) -> dict:
-        extension, content = _encoded(files[index], size, gray, decoders)
+        extension, content = _encoded(files[index], rules, shape, decoders, report)
         return {extension: content, "cls": b"%d" % labels[index]}
 
-    made_by = {
-        "command": "shards folder",
-        "directory": str(directory.resolve()),
-        "size": size,
-        "gray": gray,
-        "seed": seed,
-    }
+    made_by = {"command": "shards folder", "directory": str(directory.resolve()), "seed": seed}
     write_splits(
-        out, label_set.names, splits, sample, made_by, samples_per_shard, overwrite, report
+        out,
+        label_set.names,
+        splits,
+        sample,
+        made_by,
+        samples_per_shard,
+        overwrite,
+        report,
+        rules if shape else None,
     )
     return report
 
@@ -307,59 +306,72 @@ def _extension(file: Path) -> str:
 
 
 def _encoded(
-    file: Path, size: int | None, gray: bool, decoders: dict[str, Decoder]
+    file: Path,
+    rules: PictureRules,
+    shape: tuple[int, ...] | None,
+    decoders: dict[str, Decoder],
+    report: Report,
 ) -> tuple[str, bytes]:
-    """(extension, content) as the shard holds it."""
+    """(extension, content) as the shard holds it.
+
+    shape: [C, H, W] of every picture.  The report counts what is changed.
+    """
     extension, content = _extension(file), file.read_bytes()
+    if extension not in PICTURES:
+        try:
+            decoders[extension](content)
+        except Exception as error:  # decoders raise what they like
+            raise UserError(f"{file}: cannot be decoded: {error}") from None
+        return extension, content
     try:
-        if extension in PICTURES and (size or gray):
-            return "png", _resized(content, size, gray)
-        decoders[extension](content)
-    except Exception as error:  # Pillow raises what it likes about bytes it does not know
+        pixels, changes = examine_picture(content, rules)
+    except ValueError as error:
         raise UserError(f"{file}: cannot be decoded: {error}") from None
-    return extension, content
+    if pixels.shape != shape:
+        expected = list(shape or ())
+        raise UserError(
+            f"{file} is {list(pixels.shape)}, others {expected}; --size N brings all to one"
+        )
+    report.changes.update(changes or ["kept as they are"])
+    return ("png", encode_png(pixels)) if changes else (extension, content)
 
 
-def _check_sizes(files: list[Path], size: int | None, gray: bool, command: str) -> None:
-    """Pictures kept as they are must agree in size and in having colour: a batch is one array.
+def _settle_pictures(
+    files: list[Path], rules: PictureRules, command: str
+) -> tuple[PictureRules, tuple[int, ...] | None]:
+    """(the rules with their channels, [C, H, W] of every picture); (rules, None) of no pictures.
 
+    Pictures that are not brought to a size must have one: a batch is one array.
     command: what was called, for the remedy.
     """
-    if size:
-        return
-    from PIL import Image
-
-    # (width, height, whether it has one channel) -> the first file like that
-    seen: dict[tuple[int, int, bool], Path] = {}
+    pictures = [file for file in files if _extension(file) in PICTURES]
+    if not pictures:
+        return rules, None
+    if rules.size:
+        rules = replace(rules, channels=rules.channels or 3)
+        return rules, (rules.channels, *rules.size)
+    # [C, H, W] -> the first file like that
+    seen: dict[tuple[int, ...], Path] = {}
     sizes: Counter[tuple[int, int]] = Counter()
-    for file in files:
-        if _extension(file) not in PICTURES:
-            continue
+    for file in pictures:
         try:
-            with Image.open(file) as picture:
-                one_channel = gray or picture.mode in ("1", "L")
-                seen.setdefault((picture.width, picture.height, one_channel), file)
-                sizes[picture.size] += 1
-        except OSError:
+            channels, height, width = picture_shape(file, rules)
+        except ValueError:
             continue  # named among all corrupt files when it is to be written
+        seen.setdefault((channels, height, width), file)
+        sizes[width, height] += 1
     if len(seen) > 1:
-        (a, first), (b, second) = list(seen.items())[:2]
-        unlike, remedy = "mode", "--gray or --size N brings all to one"
-        if a[:2] != b[:2]:
-            unlike, remedy = "size", "--size N brings all to one"
-        raise UserError(
-            f"{first} and {second} differ in {unlike} ({a[0]}x{a[1]}, {b[0]}x{b[1]}); {remedy}: "
-            f"{command} --size {suggested_size(sizes)}"
-        )
+        raise UserError(f"{_unlike(seen)}: {command} --size {suggested_size(sizes)}")
+    shape = next(iter(seen), None)
+    if shape is None:
+        return rules, (rules.channels or 3, 1, 1)  # all are corrupt
+    return replace(rules, channels=shape[0]), shape
 
 
-def _resized(content: bytes, size: int | None, gray: bool) -> bytes:
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(content)) as opened:
-        picture = opened.convert("L" if gray else "RGB")
-        if size:
-            picture = ImageOps.fit(picture, (size, size))
-        file = io.BytesIO()
-        picture.save(file, "png")
-    return file.getvalue()
+def _unlike(seen: dict[tuple[int, ...], Path]) -> str:
+    """Of two pictures that cannot be in one batch."""
+    (a, first), (b, second) = list(seen.items())[:2]
+    unlike, remedy = "mode", "--gray or --size N brings all to one"
+    if a[1:] != b[1:]:
+        unlike, remedy = "size", "--size N brings all to one"
+    return f"{first} and {second} differ in {unlike} ({a[2]}x{a[1]}, {b[2]}x{b[1]}); {remedy}"

@@ -18,9 +18,18 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
+from networks.pictures import PictureRules, encode_png, examine_picture
 from pipeline.config import Data, UserError
 
-from ..decoding import Decoder, decode, decoder_table, find_decoder
+from ..decoding import (
+    Decoder,
+    decode,
+    decoder_table,
+    find_decoder,
+    image,
+    picture_rules,
+    rgb,
+)
 from ..fetching import FetchDir, is_packed, unpacked
 from ..labels import NONE, Kind, LabelSet, readings, settle, settle_given
 from ..patterns import URL, Shard, braces, expand, url_name
@@ -33,17 +42,25 @@ from ..shards import (
     scanned_corruption,
 )
 from ..tars import TarIndex, load_index, save_index, scan_tar
-from ..writing import MANIFEST, ShardWriter, read_manifest, shard_entry, write_manifest
+from ..writing import (
+    MANIFEST,
+    ShardWriter,
+    describe,
+    read_manifest,
+    recorded_rules,
+    shard_entry,
+    write_manifest,
+)
 from .foreign_files import refuse_foreign
 from .members import choose_picture, first_sample, label_remedy
+from .picture_sizes import suggested_size
 from .reporting import Report, not_finite
 from .split_names import split_called, split_within
 from .splitting import split_by_class
 
 Sample = dict[str, str | bytes]  # as webdataset gives it: "__key__", and content by extension
-NUMBER = re.compile(
-    r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$"
-)  # of a shard: train-000000, train-00000-of-00004
+# Of a shard: train-000000, train-00000-of-00004.
+NUMBER = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 FRACTIONS = {"val": 0.1, "test": 0.1}  # of each class, where a whole set has no such split
 
@@ -192,7 +209,7 @@ def _index(
         made_by["input"] = data.input
     if corruption:
         made_by["lost"] = len(corruption)
-    write_manifest(out, label_set.names, splits, made_by)
+    write_manifest(out, label_set.names, splits, made_by, recorded_rules(old) if old else None)
     return report
 
 
@@ -375,6 +392,7 @@ def from_webdataset(
     overwrite: bool = False,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
+    rules: PictureRules | None = None,
 ) -> Report:
     """Rewrite whatever webdataset reads as shards with a manifest.
 
@@ -406,6 +424,8 @@ def from_webdataset(
         a tenth each of a whole set, nothing of one split.
     seed : int
         Of that division.
+    rules : PictureRules, optional
+        What pictures are made by; by default they stay as they are.
 
     Returns
     -------
@@ -427,11 +447,13 @@ def from_webdataset(
     others = _other_splits(out, set(split_of.values()))
     given = bool(class_names or others)
     label_set = _settle(indexes.values(), label, class_names, others)
+    is_made = rules is not None
+    rules = rules or _rules_of_locations(locations, out, set(split_of.values()))
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
     report.note(label_set.notes)
-    missing = _missing_splits(fractions, split_of, out)
+    missing = _missing_splits(fractions, set(split_of.values()), out, overwrite)
     divided = _divide(indexes, split_of, label_set, label, missing, seed)
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
@@ -439,13 +461,15 @@ def from_webdataset(
             writer = ShardWriter(out, name, label_set.names, samples_per_shard, overwrite)
             writers[name] = stack.enter_context(writer)
         samples = _labelled_samples(indexes, divided, label_set, data, report)
-        report.samples = _rewrite(samples, writers, data, report)
+        report.samples = _rewrite(samples, writers, data, rules, is_made, report)
         report.refuse_corrupt("--classes FILE gives other classes" if given else "")
         if not sum(report.samples.values()):
             raise UserError(f"{urls}: no readable sample")
+    taken = set(_taken_of_train(read_manifest(out) or {})) - writers.keys() | missing.keys()
     made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}
+    made_by |= {"taken_of_train": sorted(taken)} if taken else {}
     entries = {name: writer.facts for name, writer in writers.items()}
-    write_manifest(out, label_set.names, entries, made_by)
+    write_manifest(out, label_set.names, entries, made_by, rules)
     _note_absent_splits(out, urls, report)
     return report
 
@@ -506,13 +530,30 @@ def _order(split: str) -> tuple[int, str]:
 
 
 def _missing_splits(
-    fractions: Mapping[str, float], split_of: Mapping[str, str], out: str | Path
+    fractions: Mapping[str, float], splits: set[str], out: str | Path, overwrite: bool
 ) -> dict[str, float]:
-    """The fractions of splits that neither these tars nor the shards in `out` have."""
-    there = set(split_of.values()) | set((read_manifest(out) or {"splits": {}})["splits"])
-    if "train" not in split_of.values():
+    """The fractions of splits to be taken of train: those that neither the tars nor `out` have.
+
+    With `overwrite` what `out` has does not count: it may have been taken of train before.
+    Raises UserError where samples that were taken of train would stay and come back to train.
+    """
+    if "train" not in splits:
         return {}
-    return {split: part for split, part in fractions.items() if part and split not in there}
+    old = read_manifest(out) or {"splits": {}}
+    there = splits if overwrite else splits | set(old["splits"])
+    missing = {split: part for split, part in fractions.items() if part and split not in there}
+    kept = set(_taken_of_train(old)) - splits - missing.keys()
+    if kept:
+        options = " ".join(f"--{split} 0.1" for split in sorted(kept, key=_order))
+        raise UserError(
+            f"{out}: {' and '.join(sorted(kept, key=_order))} were taken of train, which would now "
+            f"hold the same samples; take them anew ({options}), or give an empty directory"
+        )
+    return missing
+
+
+def _taken_of_train(manifest: dict) -> list[str]:
+    return (manifest.get("made_by") or {}).get("taken_of_train", [])
 
 
 def _divide(
@@ -551,6 +592,26 @@ def _other_splits(out: str | Path, splits: set[str]) -> dict | None:
         return None
     # What is rewritten may hold names where those shards hold indices.
     return {"classes": manifest["classes"], "splits": {}}
+
+
+def _rules_of_locations(
+    locations: Sequence[str], out: str | Path, splits: set[str]
+) -> PictureRules | None:
+    """What the manifests beside the tars say of their pictures, else those of other splits."""
+    directories = {os.path.dirname(each) for each in locations if not each.startswith(URL)}
+    manifests = {directory: read_manifest(directory or ".") for directory in sorted(directories)}
+    rules = {key: recorded_rules(manifest) for key, manifest in manifests.items() if manifest}
+    first = next(iter(rules), None)
+    for directory, one in rules.items():
+        if first is not None and one != rules[first]:
+            raise UserError(
+                f"{directory} and {first} hold pictures made by different rules ({describe(one)}; "
+                f"{describe(rules[first])}); rewrite them one at a time"
+            )
+    manifest = read_manifest(out)
+    if first is not None or manifest is None or not set(manifest["splits"]) - splits:
+        return None if first is None else rules[first]
+    return recorded_rules(manifest)
 
 
 @contextmanager
@@ -653,17 +714,27 @@ def _rewrite(
     samples: Iterable[tuple[str, str, Sample, int]],
     writers: Mapping[str, ShardWriter],
     data: Data,
+    rules: PictureRules | None,
+    is_made: bool,
     report: Report,
 ) -> dict[str, int]:
     """Write the samples whose input can be decoded.  Returns {split: how many there are}.
 
+    is_made: whether pictures are written as the rules make them, not as they came.
+
     Once one is to be refused the others are only looked at: all that are corrupt get listed.
     """
     table = decoder_table(data.decoders)
+    table |= {
+        extension: _counting(decoder, rules, report)
+        for extension, decoder in table.items()
+        if decoder in (image, rgb)
+    }
     written = dict.fromkeys(writers, 0)
-    shapes: Counter[str] = Counter()
+    shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     beside: set[str] = set()
     for location, split, sample, class_index in samples:
+        unchanged = report.changes.total()
         try:
             extension, content, array = _choose_input(sample, data, table)
         except Exception as error:  # a decoder's
@@ -671,18 +742,44 @@ def _rewrite(
             continue
         if report.corrupt and not report.skip:
             continue
-        shapes[f"{array.dtype} {list(array.shape)}"] += 1
         beside.update(name for name in sample if name.rpartition(".")[2] != extension)
+        if is_made and report.changes.total() > unchanged:
+            extension, content = "png", encode_png(array)
+        shapes[str(array.dtype), array.shape] += 1
         key = f"{written[split]:08d}"
         writers[split].write({"__key__": key, extension: content, "cls": b"%d" % class_index})
         written[split] += 1
     if len(shapes) > 1 and extension != "txt":
-        shown = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common(4))
-        report.note(f"warning: inputs of {len(shapes)} shapes, and a batch needs one: {shown}")
+        report.note(f"warning: {_unlike(shapes)}")
     beside -= {"__key__", data.label.partition(":")[0]}
     if beside:
         report.note(f"members beside the input are left out: {', '.join(sorted(beside))}")
     return written
+
+
+def _unlike(shapes: Counter[tuple[str, tuple[int, ...]]]) -> str:
+    """What is said of inputs of several types and shapes, [C, H, W] of pictures."""
+    common = shapes.most_common(4)
+    shown = ", ".join(f"{dtype} {list(shape)} ({count})" for (dtype, shape), count in common)
+    said = f"inputs of {len(shapes)} shapes, and a batch needs one: {shown}"
+    if all(len(shape) == 3 and shape[0] in (1, 3) for _, shape in shapes):
+        sizes: Counter[tuple[int, int]] = Counter()
+        for (_, (_, height, width)), count in shapes.items():
+            sizes[width, height] += count
+        said += f"; --size {suggested_size(sizes)} --overwrite brings all pictures to one"
+    return said
+
+
+def _counting(decoder: Decoder, rules: PictureRules | None, report: Report) -> Decoder:
+    """A decoder of pictures that counts what the rules change, whenever they are read."""
+    applied = picture_rules(decoder, rules) or PictureRules()
+
+    def counting(content: bytes) -> np.ndarray:
+        pixels, changes = examine_picture(content, applied)
+        report.changes.update(changes)
+        return pixels
+
+    return counting
 
 
 def _choose_input(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from ..choices import PICTURES
 from ..tars import split_name
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
 LABEL_FIELDS = ("label", "labels", "class", "cls", "category", "target", "y")
 SCANNED = 10_000  # files of a tar that are looked at for its first sample
 
@@ -32,6 +32,19 @@ def first_sample(path: str | Path) -> dict[str, bytes]:
     except (OSError, tarfile.TarError):
         pass  # what is corrupt is listed by who reads the whole tar
     return files
+
+
+def some_pictures(path: str | Path, count: int = 1_000) -> Iterator[bytes]:
+    """The first pictures in an uncompressed tar."""
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for entry in archive:
+                if count and entry.isreg() and entry.name.lower().rpartition(".")[2] in PICTURES:
+                    file = archive.extractfile(entry)
+                    count -= 1
+                    yield file.read() if file else b""
+    except (OSError, tarfile.TarError):
+        return  # as above
 
 
 def proposed_label(sample: Mapping[str, bytes]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Report:
     notes:       what was decided about the whole set, a line each.
     passed_over: {why: names of files, columns or arrays that are no samples}.
     corrupt:     inputs that should be samples and cannot be, a line each.
+    changes:     {what the rules of pictures changed: number of pictures}.
     """
 
     skip: bool = False
@@ -35,6 +37,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     passed_over: dict[str, list[str]] = field(default_factory=dict)
     corrupt: list[str] = field(default_factory=list)
+    changes: Counter[str] = field(default_factory=Counter)
 
     def pass_over(self, why: str, name: str | Path) -> None:
         """Note that something is no sample, and why."""
@@ -100,6 +103,8 @@ def print_summary(out: str | Path, report: Report, data: Data | None = None) -> 
             say(f"  inputs: {inputs}")
     for why, names in report.passed_over.items():
         say(f"  passed over: {len(names)} {why} ({_examples(names)})")
+    for change, count in report.changes.most_common():
+        say(f"  pictures {change}: {count}")
     for note in report.notes:
         say(f"  note: {printable(note)}")
     if report.corrupt:

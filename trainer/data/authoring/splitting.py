@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from networks.pictures import PictureRules
 from pipeline.config import UserError
 
 from ..orders import generator
@@ -104,6 +105,7 @@ def write_splits(
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
     report: Report | None = None,
+    pictures: PictureRules | None = None,
 ) -> dict[str, int]:
     """Write each split's shards and the manifest; all or nothing.
 
@@ -121,6 +123,8 @@ def write_splits(
     overwrite : bool
     report : Report, optional
         Its `skip` says whether corrupt samples are left out; it lists them.
+    pictures : PictureRules, optional
+        How pictures were made, for the manifest.
 
     Returns
     -------
@@ -156,7 +160,7 @@ def write_splits(
             raise UserError(f"all {len(report.corrupt)} samples are corrupt: {report.corrupt[0]}")
     entries = {split: writer.facts for split, writer in writers.items()}
     made_by = made_by | {"lost": len(report.corrupt)} if report.corrupt else made_by
-    write_manifest(out, class_names, entries, made_by)
+    write_manifest(out, class_names, entries, made_by, pictures)
     return report.samples
 
 
