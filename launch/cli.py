@@ -391,6 +391,7 @@ _pass_on(
     "Make, convert and check shards: folder, arrays, table, from-webdataset, index, validate, "
     "glyphs.",
 )
+_pass_on("init", "Write a commented config for data of your own: DATA [--out CONFIG.toml].")
 _pass_on("export", "Write the ensemble or a student as one bundle.")
 _pass_on("predict", "Classify files with a finished run.")
 _pass_on(

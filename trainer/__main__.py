@@ -37,6 +37,7 @@ RANK_0_FIRST_S = (
 COMMANDS = {
     "check": "trainer.commands.check:main",
     "shards": "trainer.commands.shards:main",
+    "init": "trainer.commands.init:main",
     "doctor": "trainer.commands.doctor:main",
     "export": "trainer.commands.export:main",
     "evaluate-data": "trainer.commands.evaluate:main",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -16,6 +17,8 @@ from pipeline.config import Data, UserError
 from pipeline.typer_usage import Command, application, call
 
 if TYPE_CHECKING:
+    from networks.pictures import PictureRules
+
     from ..data.authoring.indexing import Finding
     from ..data.authoring.reporting import Report
 
@@ -44,9 +47,14 @@ Test = Annotated[
         metavar="SHARE", help="Fraction of each class for the test split, where there is none."
     ),
 ]
+TAKEN = "Fraction of each class for a {} split, where there is none [0.1 of a directory, else 0]."
+TakenVal = Annotated[float | None, typer.Option(help=TAKEN.format("val"))]
+TakenTest = Annotated[float | None, typer.Option(help=TAKEN.format("test"))]
 OWN = "Fraction of each class for the {} split, where there is none; or {} of your own."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the division into splits.")]
 PerShard = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")]
+Gray = Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", "--force", help="Replace shards that are there.")
 ]
@@ -95,8 +103,8 @@ def folder(
     out: Out,
     val: Val = 0.1,
     test: Test = 0.1,
-    size: Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")] = None,
-    gray: Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")] = False,
+    size: Size = None,
+    gray: Gray = False,
     crop: Annotated[
         str, typer.Option(help="How to get to SIZE: center cuts the middle square, none squeezes.")
     ] = "center",
@@ -118,21 +126,9 @@ def folder(
     overwrite: Overwrite = False,
 ) -> None:
     """Make shards of a directory with one subdirectory per class."""
-    from networks.pictures import MAX_PIXELS, PictureRules
-
     from ..data.authoring.folder import from_folder
 
-    try:
-        rules = PictureRules(
-            size=(size, size) if size else None,
-            channels=1 if gray else None,
-            crop=crop,
-            background=background,
-            max_pixels=max_pixels or MAX_PIXELS,
-        )
-    except ValueError as error:
-        option = str(error).removeprefix("pictures.").replace(" = ", " ", 1)
-        raise UserError(f"--{option}") from None
+    rules = _picture_rules(size, gray, crop, background, max_pixels)
     report = from_folder(
         directory,
         out,
@@ -248,9 +244,18 @@ def table(
 
 def from_webdataset(
     urls: Annotated[
-        str, typer.Argument(help="Tars, URLs, braces, several joined by ::, as for webdataset.")
+        str,
+        typer.Argument(
+            help="A directory of tars, with all their splits; or tars of one split: files, URLs, "
+            "braces, several joined by ::, as for webdataset."
+        ),
     ],
     out: Out,
+    val: TakenVal = None,
+    test: TakenTest = None,
+    size: Size = None,
+    gray: Gray = False,
+    seed: Seed = 0,
     split: Annotated[
         str, typer.Option(help="The split that they become [as the tars are called, else train].")
     ] = "",
@@ -267,6 +272,10 @@ def from_webdataset(
     from ..data.authoring import indexing
 
     report = _new_report(damage)
+    rules = None
+    if size or gray:
+        rules = _picture_rules(size, gray)
+        rules = replace(rules, channels=rules.channels or 3)
     indexing.from_webdataset(
         urls,
         out,
@@ -278,6 +287,9 @@ def from_webdataset(
         Data(fetch_dir=fetch_dir),
         samples_per_shard,
         overwrite,
+        None if val is None and test is None else {"val": val or 0.0, "test": test or 0.0},
+        seed,
+        rules,
         encoding,
     )
     _print_summary(out, report)
@@ -297,9 +309,11 @@ def index(
     fetch_dir: FetchDir = "",
 ) -> None:
     """Give existing shards a manifest."""
+    from ..data.authoring.foreign_files import refuse_foreign
     from ..data.authoring.indexing import index_directory, index_urls
     from ..data.patterns import URL
 
+    refuse_foreign(place)
     report = _new_report(damage)
     class_names = _read_class_names(classes, report)
     data = Data(label=label, input=input, fetch_dir=fetch_dir)
@@ -373,6 +387,28 @@ def _print_findings(findings: Sequence[Finding]) -> None:
             print(item, file=sys.stderr)
     if corrupt:
         print(f"{len(corrupt)} of {len(findings)} shards are corrupt", file=sys.stderr)
+
+
+def _picture_rules(
+    size: int | None,
+    gray: bool,
+    crop: str = "center",
+    background: str = "white",
+    max_pixels: int | None = None,
+) -> PictureRules:
+    from networks.pictures import MAX_PIXELS, PictureRules
+
+    try:
+        return PictureRules(
+            size=(size, size) if size else None,
+            channels=1 if gray else None,
+            crop=crop,
+            background=background,
+            max_pixels=max_pixels or MAX_PIXELS,
+        )
+    except ValueError as error:
+        option = str(error).removeprefix("pictures.").replace(" = ", " ", 1)
+        raise UserError(f"--{option}") from None
 
 
 def _own_splits(val: str, test: str) -> tuple[dict[str, float], dict[str, str]]:

@@ -19,6 +19,7 @@ import numpy as np
 from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
 
+from .choices import PICTURES
 from .decoding import (
     decode,
     decoder_table,
@@ -611,8 +612,10 @@ def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
     several = np.bincount(samples, minlength=len(index)) > 1
     if several.sum() * 2 > len(index):
         inputs = [e for e, chosen in zip(extensions, is_input, strict=True) if chosen]
+        pictures = [extension for extension in inputs if extension in PICTURES]
         raise UserError(
-            f"samples have the members {', '.join(inputs)}; say which is the input with data.input"
+            f"samples have the members {', '.join(inputs)}; say which is the input with data.input "
+            f"(--input of `referral shards`), e.g. {(pictures or inputs)[0]}"
         )
     input_rows[several] = -1
     return input_rows

@@ -40,7 +40,7 @@ class Options:
 
     label:    the column of labels, or the member of shards: "cls" or "json:FIELD".
     text:     the column of texts.
-    key:      the column that tells rows apart.
+    key:      the column that tells rows apart; else the only one called id, key, index, ...
     x, y:     arrays of inputs and labels.
     input:    the extension of inputs in a folder or in shards.
     split:    which split of the data.

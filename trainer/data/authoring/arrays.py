@@ -27,6 +27,7 @@ from ..labels import (
     settle_given,
     settle_numbers,
 )
+from .foreign_files import refuse_foreign
 from .reporting import Report, not_finite
 from .split_names import split_within, without_split
 from .splitting import add_missing_splits, write_splits
@@ -518,6 +519,7 @@ def _read(path: Path) -> list[_Named]:
     """The arrays of an npz, npy or idx file."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
+    refuse_foreign(path)
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:

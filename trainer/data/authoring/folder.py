@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from pipeline.config import UserError
 from ..choices import DECODERS, PICTURES
 from ..decoding import Decoder, built_in
 from ..labels import LabelSet, is_utf8, printable, settle
+from .picture_sizes import suggested_size
 from .reporting import Report
 from .split_names import split_called
 from .splitting import add_missing_splits, write_splits
@@ -81,7 +83,8 @@ def from_folder(
         for split in roots or ("train",)
     }
     splits = add_missing_splits(splits, labels, fractions, seed)
-    rules, shape = _settle_pictures(files, rules or PictureRules())
+    command = ["referral", "shards", "folder", str(directory), "--out", str(out)]
+    rules, shape = _settle_pictures(files, rules or PictureRules(), shlex.join(command))
     decoders = built_in()
 
     def sample(index: int) -> dict:
@@ -362,11 +365,12 @@ def _encoded(
 
 
 def _settle_pictures(
-    files: list[Path], rules: PictureRules
+    files: list[Path], rules: PictureRules, command: str
 ) -> tuple[PictureRules, tuple[int, ...] | None]:
     """(the rules with their channels, [C, H, W] of every picture); (rules, None) of no pictures.
 
     Pictures that are not brought to a size must have one: a batch is one array.
+    command: what was called, for the remedy.
     """
     pictures = [file for file in files if _extension(file) in PICTURES]
     if not pictures:
@@ -376,13 +380,16 @@ def _settle_pictures(
         return rules, (rules.channels, *rules.size)
     # [C, H, W] -> the first file like that
     seen: dict[tuple[int, ...], Path] = {}
+    sizes: Counter[tuple[int, int]] = Counter()
     for file in pictures:
         try:
-            seen.setdefault(picture_shape(file, rules), file)
+            channels, height, width = picture_shape(file, rules)
         except ValueError:
             continue  # named among all corrupt files when it is to be written
-        if len(seen) > 1:
-            raise UserError(_unlike(seen))
+        seen.setdefault((channels, height, width), file)
+        sizes[width, height] += 1
+    if len(seen) > 1:
+        raise UserError(f"{_unlike(seen)}: {command} --size {suggested_size(sizes)}")
     shape = next(iter(seen), None)
     if shape is None:
         return rules, (rules.channels or 3, 1, 1)  # all are corrupt
@@ -391,7 +398,7 @@ def _settle_pictures(
 
 def _unlike(seen: dict[tuple[int, ...], Path]) -> str:
     """Of two pictures that cannot be in one batch."""
-    (a, first), (b, second) = seen.items()
+    (a, first), (b, second) = list(seen.items())[:2]
     unlike, remedy = "mode", "--gray or --size N brings all to one"
     if a[1:] != b[1:]:
         unlike, remedy = "size", "--size N brings all to one"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import io
 import lzma
 import os
@@ -11,14 +12,14 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeAlias, cast
 
 import numpy as np
 
-from networks.pictures import PictureRules, examine_picture
+from networks.pictures import PictureRules, encode_png, examine_picture
 from pipeline.config import Data, UserError
 
 from ..decoding import (
@@ -51,10 +52,18 @@ from ..writing import (
     shard_entry,
     write_manifest,
 )
+from .foreign_files import refuse_foreign
+from .members import choose_picture, first_sample, label_remedy
+from .picture_sizes import suggested_size
 from .reporting import Report, not_finite
 from .split_names import split_called, split_within
+from .splitting import split_by_class
 
 Sample = dict[str, str | bytes]  # as webdataset gives it: "__key__", and content by extension
+# Of a shard: train-000000, train-00000-of-00004.
+NUMBER = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+FRACTIONS = {"val": 0.1, "test": 0.1}  # of each class, where a whole set has no such split
 
 # Indexing
 
@@ -114,7 +123,7 @@ def index_urls(
 
     The manifest is written to the directory `out`, for data.manifest or to be put beside them.
     """
-    urls = _expand_locations(pattern)
+    urls = expand_locations(pattern)
     paths = FetchDir(data).shards(urls, [None] * len(urls))
     out = Path(out)
     try:
@@ -125,12 +134,33 @@ def index_urls(
     return _index(tars, out, data, class_names, None, report or Report())
 
 
-def _expand_locations(pattern: str) -> list[str]:
+def expand_locations(pattern: str) -> list[str]:
     """The files and URLs of several patterns joined by `::`."""
     locations: list[str] = []
-    for part in pattern.split("::"):
-        locations += braces(part.strip())
+    for part in map(str.strip, pattern.split("::")):
+        if part.startswith(URL):
+            locations += braces(part)
+            continue
+        for path in [part] if os.path.isdir(part) else braces(part):
+            locations += _tars_at(path)
     return locations
+
+
+def _tars_at(path: str) -> list[str]:
+    """The tars of a directory, or that a local pattern matches; a plain path is itself."""
+    refuse_foreign(path)
+    if os.path.isdir(path):
+        found = [tar for tar in sorted(Path(path).rglob("*")) if tar.name.lower().endswith(TARS)]
+        tars = [str(tar) for tar in found if tar.is_file() and not tar.name.startswith(".")]
+        if not tars:
+            raise UserError(f"{path} holds no .tar")
+        return tars
+    if not glob.has_magic(path) or os.path.exists(path):
+        return [path]
+    matches = sorted(glob.glob(path))
+    if not matches:
+        raise UserError(f"{path}: no file matches")
+    return matches
 
 
 def _index(
@@ -147,6 +177,8 @@ def _index(
     indexes = {
         name: scan_tar(tar, data.label) for name, tar in track(tars.items(), description="scanning")
     }
+    for name, index in indexes.items():
+        _check_label_member(name, tars[name], index, data.label)
     corruption = _scanned_corruption(indexes)
     label_set = _settle(indexes.values(), data.label, class_names, old)
     report.note(label_set.notes)
@@ -182,12 +214,23 @@ def _index(
     return report
 
 
+def _check_label_member(name: str, path: Path, index: TarIndex, label: str) -> None:
+    """Raises UserError, with what to say instead, where no sample has the label's member."""
+    member = label.partition(":")[0]
+    missing = f"has no member .{member}".encode()
+    if len(index) or not len(index.reasons) or any(reason != missing for reason in index.reasons):
+        return
+    sample = first_sample(path)
+    if sample:
+        raise UserError(f"{name}: {label_remedy(sample, label)}")
+
+
 def _splits_of_tars(names: Iterable[str]) -> dict[str, str]:
     """{name of a tar: its split}.  UserError where two spellings of one split occur."""
     splits: dict[str, str] = {}
     spelling_of: dict[str, str] = {}
     for name in names:
-        stem = re.sub(r"[-_.]?\d+$", "", name.removesuffix(".tar")) or "train"
+        stem = NUMBER.sub("", name.removesuffix(".tar")) or "train"
         split = split_called(stem) or split_within(stem) or stem
         spelling = spelling_of.setdefault(split, stem)
         if spelling != stem:
@@ -337,6 +380,9 @@ def _decode_all(shards: ShardSet, finding: Finding) -> None:
 
 # Rewriting
 
+# Of a tar's label texts: (the class of each, why it has none).
+LabelTexts: TypeAlias = tuple[np.ndarray, dict[int, str]]
+
 
 def from_webdataset(
     urls: str,
@@ -349,21 +395,27 @@ def from_webdataset(
     data: Data | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
+    fractions: Mapping[str, float] | None = None,
+    seed: int = 0,
+    rules: PictureRules | None = None,
     encoding: str = "utf-8",
 ) -> Report:
-    """Rewrite whatever webdataset reads as one split of shards with a manifest.
+    """Rewrite whatever webdataset reads as shards with a manifest.
 
     Parameters
     ----------
     urls : str
-        Files and URLs, compressed or not, with braces, several joined by `::`.
+        Files and URLs, compressed or not, with braces, several joined by `::`; they are one split.
+        A directory or a pattern with * is a whole set: its tars are the splits that they are
+        called.
     out : path
     split : str, optional
         By default the one that the tars are named after, else train.
     label : str
         The member cls with a number or a name, or "json:FIELD".
     input_member : str
-        Which other member to keep; by default the only one that can be decoded.
+        Which other member to keep; by default the only one that can be decoded, or the only
+        picture.
     class_names : sequence of str, optional
         By default those of the splits that are there already, else what `trainer.data.labels`
         makes of all labels.
@@ -373,6 +425,13 @@ def from_webdataset(
         Its decoders and fetch_dir are used.
     samples_per_shard : int
     overwrite : bool
+    fractions : {split: fraction}, optional
+        Of each class for val and test, taken from train where there is no such split.  By default
+        a tenth each of a whole set, nothing of one split.
+    seed : int
+        Of that division.
+    rules : PictureRules, optional
+        What pictures are made by; by default they stay as they are.
     encoding : str
         Of the labels.
 
@@ -388,27 +447,43 @@ def from_webdataset(
     data = (data or Data()).model_copy(update={"label": label, "input": input_member})
     report = report or Report()
     _check_encoding(encoding)
-    locations = _expand_locations(urls)
-    split = split or _split_of_locations(locations)
+    locations = expand_locations(urls)
+    split_of = _splits_of_locations(locations, split, _is_whole_set(urls))
+    if fractions is None:
+        fractions = {} if split or not _is_whole_set(urls) else FRACTIONS
     # The classes are needed before the first sample is written.
     indexes = _scan_locations(locations, data, report)
-    others = _other_splits(out, split)
+    others = _other_splits(out, set(split_of.values()))
     given = bool(class_names or others)
     label_set = _settle(indexes.values(), label, class_names, others, encoding)
-    rules = _rules_of_locations(locations, out, split)
+    is_made = rules is not None
+    rules = rules or _rules_of_locations(locations, out, set(split_of.values()))
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
     report.note(label_set.notes)
-    with ShardWriter(out, split, label_set.names, samples_per_shard, overwrite) as writer:
-        samples = _labelled_samples(indexes, label_set, data, report, encoding)
-        written = _rewrite(samples, writer, data, rules, report)
+    missing = _missing_splits(fractions, set(split_of.values()), out, overwrite)
+    texts = {
+        name: label_set.read(list(index.label_texts), label, encoding)
+        for name, index in indexes.items()
+    }
+    divided = _divide(indexes, split_of, texts, missing, seed)
+    with ExitStack() as stack:
+        writers: dict[str, ShardWriter] = {}
+        for name in sorted(set(np.concatenate(list(divided.values())).tolist()), key=_order):
+            writer = ShardWriter(out, name, label_set.names, samples_per_shard, overwrite)
+            writers[name] = stack.enter_context(writer)
+        samples = _labelled_samples(indexes, divided, texts, data, report)
+        report.samples = _rewrite(samples, writers, data, rules, is_made, report)
         report.refuse_corrupt("--classes FILE gives other classes" if given else "")
-        if not written:
+        if not sum(report.samples.values()):
             raise UserError(f"{urls}: no readable sample")
+    taken = set(_taken_of_train(read_manifest(out) or {})) - writers.keys() | missing.keys()
     made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}
-    write_manifest(out, label_set.names, {split: writer.facts}, made_by, rules)
-    report.samples = {split: written}
+    made_by |= {"taken_of_train": sorted(taken)} if taken else {}
+    entries = {name: writer.facts for name, writer in writers.items()}
+    write_manifest(out, label_set.names, entries, made_by, rules)
+    _note_absent_splits(out, urls, report)
     return report
 
 
@@ -419,32 +494,127 @@ def _check_encoding(encoding: str) -> None:
         raise UserError(f"--encoding {encoding}: there is no such encoding") from None
 
 
-def _split_of_locations(locations: Sequence[str]) -> str:
-    """The split that the tars are named after; train where they are named after none."""
-    named = {
-        location: split_within(url_name(location).rpartition("/")[2]) for location in locations
-    }
-    splits = set(named.values())
-    if len(splits) > 1:
-        first, second = list(dict.fromkeys(named.values()))[:2]
+def _note_absent_splits(out: str | Path, urls: str, report: Report) -> None:
+    """Say what a run will miss, and how it is made."""
+    manifest = read_manifest(out)
+    assert manifest is not None
+    absent = [split for split in FRACTIONS if split not in manifest["splits"]]
+    if absent and "train" in report.samples:
+        options = " ".join(f"--{split} 0.1" for split in absent)
+        report.note(
+            f"there is no {' and no '.join(absent)} yet: rewrite tars of them to {out} too, or "
+            f"take them of train: {options} --overwrite"
+        )
+
+
+def _is_whole_set(urls: str) -> bool:
+    """Whether tars of a whole set are named: a directory, or a pattern with * of several splits."""
+    parts = [part.strip() for part in urls.split("::") if not part.strip().startswith(URL)]
+    if any(map(os.path.isdir, parts)):
+        return True
+    matched = [path for part in parts if glob.has_magic(part) for path in _tars_at(part)]
+    named = set(map(_split_named, matched))
+    return len(named) > 1 or named == {None}
+
+
+def _split_named(location: str, is_whole: bool = True) -> str | None:
+    """The split that a tar is named after; of a whole set, else the one of its directory."""
+    named = split_within(url_name(location).rpartition("/")[2])
+    if named or not is_whole:
+        return named
+    return split_called(location.rpartition("/")[0].rpartition("/")[2])
+
+
+def _splits_of_locations(
+    locations: Sequence[str], split: str | None, is_whole: bool
+) -> dict[str, str]:
+    """{tar: its split}: the given one, or the one that it is named after; train without a name."""
+    if split:
+        return dict.fromkeys(locations, split)
+    named = {location: _split_named(location, is_whole) for location in locations}
+    splits = list(dict.fromkeys(named.values()))
+    if len(splits) > 1 and (None in splits or not is_whole):
+        first, second = splits[:2]
         raise UserError(
             f"the tars are of several splits ({first or 'none named'}, {second or 'none named'}); "
-            "rewrite one at a time, or say with --split what they become together"
+            "name their directory, of which all splits are rewritten, or say with --split what "
+            "they become together"
         )
-    return splits.pop() or "train"
+    return {location: name or "train" for location, name in named.items()}
 
 
-def _other_splits(out: str | Path, split: str) -> dict | None:
+def _order(split: str) -> tuple[int, str]:
+    """Sorts train before val before test before others."""
+    known = ("train", "val", "test")
+    return (known.index(split) if split in known else len(known)), split
+
+
+def _missing_splits(
+    fractions: Mapping[str, float], splits: set[str], out: str | Path, overwrite: bool
+) -> dict[str, float]:
+    """The fractions of splits to be taken of train: those that neither the tars nor `out` have.
+
+    With `overwrite` what `out` has does not count: it may have been taken of train before.
+    Raises UserError where samples that were taken of train would stay and come back to train.
+    """
+    if "train" not in splits:
+        return {}
+    old = read_manifest(out) or {"splits": {}}
+    there = splits if overwrite else splits | set(old["splits"])
+    missing = {split: part for split, part in fractions.items() if part and split not in there}
+    kept = set(_taken_of_train(old)) - splits - missing.keys()
+    if kept:
+        options = " ".join(f"--{split} 0.1" for split in sorted(kept, key=_order))
+        raise UserError(
+            f"{out}: {' and '.join(sorted(kept, key=_order))} were taken of train, which would now "
+            f"hold the same samples; take them anew ({options}), or give an empty directory"
+        )
+    return missing
+
+
+def _taken_of_train(manifest: dict) -> list[str]:
+    return (manifest.get("made_by") or {}).get("taken_of_train", [])
+
+
+def _divide(
+    indexes: Mapping[str, TarIndex],
+    split_of: Mapping[str, str],
+    texts: Mapping[str, LabelTexts],
+    missing: Mapping[str, float],
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """{tar: the split of each sample, object [n]}: its tar's, or one that is taken of train."""
+    divided = {
+        name: np.full(len(index), split_of[name], dtype=object) for name, index in indexes.items()
+    }
+    tars = [name for name in indexes if split_of[name] == "train"]
+    if not missing or not tars:
+        return divided
+    labels = []
+    for name in tars:
+        classes, _ = texts[name]
+        labels.append(classes[indexes[name].label_number])
+    joined = np.concatenate(labels)
+    known = np.flatnonzero(joined != NONE)
+    joined_splits = np.concatenate([divided[name] for name in tars])
+    for split, ids in split_by_class(joined[known], missing, seed).items():
+        joined_splits[known[ids]] = split
+    starts = np.cumsum([len(indexes[name]) for name in tars])[:-1]
+    divided |= dict(zip(tars, np.split(joined_splits, starts), strict=True))
+    return divided
+
+
+def _other_splits(out: str | Path, splits: set[str]) -> dict | None:
     """The manifest that is in `out`, where it has other splits: their classes are the set's."""
     manifest = read_manifest(out)
-    if manifest is None or not set(manifest["splits"]) - {split}:
+    if manifest is None or not set(manifest["splits"]) - splits:
         return None
     # What is rewritten may hold names where those shards hold indices.
     return {"classes": manifest["classes"], "splits": {}}
 
 
 def _rules_of_locations(
-    locations: Sequence[str], out: str | Path, split: str
+    locations: Sequence[str], out: str | Path, splits: set[str]
 ) -> PictureRules | None:
     """What the manifests beside the tars say of their pictures, else those of other splits."""
     directories = {os.path.dirname(each) for each in locations if not each.startswith(URL)}
@@ -458,13 +628,13 @@ def _rules_of_locations(
                 f"{describe(rules[first])}); rewrite them one at a time"
             )
     manifest = read_manifest(out)
-    if first is not None or manifest is None or not set(manifest["splits"]) - {split}:
+    if first is not None or manifest is None or not set(manifest["splits"]) - splits:
         return None if first is None else rules[first]
     return recorded_rules(manifest)
 
 
 @contextmanager
-def _plain_tar(location: str, data: Data) -> Iterator[tuple[Path, str]]:
+def unpacked_tar(location: str, data: Data) -> Iterator[tuple[Path, str]]:
     """(a local, uncompressed tar, "") with the content of a file or URL.
 
     Of one whose compression breaks off: (what comes before, why it breaks off).
@@ -516,13 +686,14 @@ def _scan_locations(locations: Sequence[str], data: Data, report: Report) -> dic
 
     indexes: dict[str, TarIndex] = {}
     for location in track(locations, description="labels"):
-        with _plain_tar(location, data) as (path, broken):
+        with unpacked_tar(location, data) as (path, broken):
             if broken:
                 report.corrupt.append(f"{location}: {broken}")
             try:
                 index = scan_tar(path, data.label)
             except OSError as error:
                 raise UserError(f"{location}: cannot be read: {error.strerror}") from None
+            _check_label_member(location, path, index, data.label)
         report.corrupt += map(str, scanned_corruption(location, index))
         indexes[location] = index
     return indexes
@@ -530,20 +701,20 @@ def _scan_locations(locations: Sequence[str], data: Data, report: Report) -> dic
 
 def _labelled_samples(
     indexes: Mapping[str, TarIndex],
-    label_set: LabelSet,
+    divided: Mapping[str, np.ndarray],
+    texts: Mapping[str, LabelTexts],
     data: Data,
     report: Report,
-    encoding: str,
-) -> Iterator[tuple[str, Sample, int]]:
-    """(name of the tar, files, class) of each sample; those without a class go to the report.
+) -> Iterator[tuple[str, str, Sample, int]]:
+    """(tar, split, files, class) of each sample; those without a class go to the report.
 
     webdataset itself stops at corruption without a word.
     """
     from rich.progress import track
 
     for location, index in track(indexes.items(), description="samples"):
-        classes, reasons = label_set.read(list(index.label_texts), data.label, encoding)
-        with _plain_tar(location, data) as (path, _), open(path, "rb") as file:
+        classes, reasons = texts[location]
+        with unpacked_tar(location, data) as (path, _), open(path, "rb") as file:
             for number, raw_key in enumerate(index.keys):
                 key = raw_key.decode("utf-8", "replace")
                 label_number = int(index.label_number[number])
@@ -555,17 +726,20 @@ def _labelled_samples(
                     extension = str(index.extensions[index.member_extension[row]])
                     size, offset = int(index.size[row]), int(index.offset[row])
                     files[extension] = os.pread(file.fileno(), size, offset)
-                yield location, files, int(classes[label_number])
+                yield location, divided[location][number], files, int(classes[label_number])
 
 
 def _rewrite(
-    samples: Iterable[tuple[str, Sample, int]],
-    writer: ShardWriter,
+    samples: Iterable[tuple[str, str, Sample, int]],
+    writers: Mapping[str, ShardWriter],
     data: Data,
     rules: PictureRules | None,
+    is_made: bool,
     report: Report,
-) -> int:
-    """Write the samples whose input can be decoded.  Returns how many there are.
+) -> dict[str, int]:
+    """Write the samples whose input can be decoded.  Returns {split: how many there are}.
+
+    is_made: whether pictures are written as the rules make them, not as they came.
 
     Once one is to be refused the others are only looked at: all that are corrupt get listed.
     """
@@ -575,9 +749,11 @@ def _rewrite(
         for extension, decoder in table.items()
         if decoder in (image, rgb)
     }
-    written = 0
-    shapes: Counter[str] = Counter()
-    for location, sample, class_index in samples:
+    written = dict.fromkeys(writers, 0)
+    shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    beside: set[str] = set()
+    for location, split, sample, class_index in samples:
+        unchanged = report.changes.total()
         try:
             extension, content, array = _choose_input(sample, data, table)
         except Exception as error:  # a decoder's
@@ -585,14 +761,32 @@ def _rewrite(
             continue
         if report.corrupt and not report.skip:
             continue
-        shapes[f"{array.dtype} {list(array.shape)}"] += 1
-        key = f"{written:08d}"
-        writer.write({"__key__": key, extension: content, "cls": b"%d" % class_index})
-        written += 1
+        beside.update(name for name in sample if name.rpartition(".")[2] != extension)
+        if is_made and report.changes.total() > unchanged:
+            extension, content = "png", encode_png(array)
+        shapes[str(array.dtype), array.shape] += 1
+        key = f"{written[split]:08d}"
+        writers[split].write({"__key__": key, extension: content, "cls": b"%d" % class_index})
+        written[split] += 1
     if len(shapes) > 1 and extension != "txt":
-        shown = ", ".join(f"{shape} ({count})" for shape, count in shapes.most_common(4))
-        report.note(f"warning: inputs of {len(shapes)} shapes, and a batch needs one: {shown}")
+        report.note(f"warning: {_unlike(shapes)}")
+    beside -= {"__key__", data.label.partition(":")[0]}
+    if beside:
+        report.note(f"members beside the input are left out: {', '.join(sorted(beside))}")
     return written
+
+
+def _unlike(shapes: Counter[tuple[str, tuple[int, ...]]]) -> str:
+    """What is said of inputs of several types and shapes, [C, H, W] of pictures."""
+    common = shapes.most_common(4)
+    shown = ", ".join(f"{dtype} {list(shape)} ({count})" for (dtype, shape), count in common)
+    said = f"inputs of {len(shapes)} shapes, and a batch needs one: {shown}"
+    if all(len(shape) == 3 and shape[0] in (1, 3) for _, shape in shapes):
+        sizes: Counter[tuple[int, int]] = Counter()
+        for (_, (_, height, width)), count in shapes.items():
+            sizes[width, height] += count
+        said += f"; --size {suggested_size(sizes)} --overwrite brings all pictures to one"
+    return said
 
 
 def _counting(decoder: Decoder, rules: PictureRules | None, report: Report) -> Decoder:
@@ -622,8 +816,13 @@ def _choose_input(
             f"has the members {', '.join(names) or 'none'}, and none has a decoder "
             f"(known: {', '.join(sorted(table))}); bring inputs to one of these"
         )
+    picture = choose_picture(chosen)
+    if len(chosen) > 1 and picture:
+        chosen = [picture]
     if len(chosen) != 1:
-        raise ValueError(f"has the members {', '.join(names)}; choose one with --input")
+        raise ValueError(
+            f"has the members {', '.join(names)}; choose one with --input, e.g. --input {known[0]}"
+        )
     (name,) = chosen
     content = sample[name]
     assert isinstance(content, bytes), name

@@ -27,7 +27,8 @@ def split_by_class(
     ----------
     labels : int64 [n]
     fractions : {split: fraction of each class}
-        For val and test; rounded.  The rest is train.
+        For val and test; rounded.  Where that leaves nothing to a split in any class, it takes one
+        example of some classes.  The rest is train.
     seed : int
 
     Returns
@@ -55,10 +56,28 @@ def split_by_class(
     split_of = np.full(len(labels), "train", dtype=object)
     taken = np.zeros(len(labels))
     for split, fraction in fractions.items():
-        size = np.minimum(np.round(fraction * counts), counts - 1 - taken).clip(min=0)
+        room = (counts - 1 - taken).clip(min=0)
+        size = np.minimum(np.round(fraction * counts), room)
+        if fraction and not size.any():
+            size = _one_of_some(by_class, labels, places, room, fraction)
         split_of[by_class[(places >= taken) & (places < taken + size)]] = split
         taken = taken + size
     return {split: order[split_of[order] == split] for split in ("train", *fractions)}
+
+
+def _one_of_some(
+    by_class: np.ndarray, labels: np.ndarray, places: np.ndarray, room: np.ndarray, fraction: float
+) -> np.ndarray:
+    """Sizes, float64 [n] as `room`, of a split for which every class is too small.
+
+    One example of each of so many classes, the roomiest first, that together they are `fraction`.
+    """
+    size = np.zeros(len(labels))
+    able = np.flatnonzero((places == 0) & (room > 0))  # the first sample of each such class
+    wanted = max(1, round(fraction * len(labels)))
+    chosen = able[np.argsort(-room[able], kind="stable")][:wanted]
+    size[np.isin(labels[by_class], labels[by_class[chosen]])] = 1
+    return size
 
 
 def add_missing_splits(

@@ -13,15 +13,14 @@ from pipeline.config import UserError
 
 from ..labels import BOM, clean, printable
 from .arrays import Column, write_arrays
+from .foreign_files import refuse_foreign
 from .reporting import Report
 from .split_names import SPLIT_OF, split_called
 
 FIELD_LIMIT = 64 * 2**20  # letters; Python's own is 131,072
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
 SPLIT_COLUMN = "split"
-
-
-KEY_COLUMNS = ("key", "id")
+ROW_COLUMNS = ("", "id", "idx", "index", "uid", "key", "unnamed: 0")  # they name rows: never a text
 
 
 @dataclass
@@ -89,7 +88,7 @@ def from_table(
     columns : Columns
         The input, kept as txt, the class, and the split.  By default the label is the only column
         called label, class, category, target, ..., the split one called split, and the text the
-        only other one.
+        only other one that is not called id, index, ...
     fractions : {split: fraction}
         Of each class for val and test, where the table has no such split.
     seed : int
@@ -115,6 +114,8 @@ def from_table(
         occur, and corrupt rows that are not to be skipped.
     """
     report = report or Report()
+    for file in (path, *(split_files or {}).values()):
+        refuse_foreign(file)
     rows = Rows()
     dropped = {clean(name): 0 for name in drop}
     for split, file in {"train": Path(path), **(split_files or {})}.items():
@@ -231,13 +232,11 @@ def _choose_columns(path: Path, header: Sequence[str], columns: Columns, split: 
             label = _only(path, header, called, "--label")
     if text is None:
         free = _free(header, label, split_column, key)
-        keys = [place for place in free if _is_called(header[place], KEY_COLUMNS)]
-        if len(free) > 1 and len(keys) == 1:  # what is called id is no text beside another column
-            free.remove(keys[0])
-        text = _only(path, header, free, "--text")
+        texts = [place for place in free if not _is_called(header[place], ROW_COLUMNS)]
+        text = _only(path, header, texts or free, "--text")
     if key is None and columns.key is not None:
         free = _free(header, text, label, split_column)
-        keys = [place for place in free if _is_called(header[place], KEY_COLUMNS)]
+        keys = [place for place in free if _is_called(header[place], ROW_COLUMNS)]
         key = keys[0] if len(keys) == 1 else None
     return _Places(text, label, split_column, key)
 
