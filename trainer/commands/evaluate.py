@@ -27,10 +27,18 @@ from ..core.dense_logits import dense_log_probabilities
 from ..core.metrics import summarise
 from ..data.authoring.reporting import Report, list_corrupt, say
 from ..data.labels import NONE, printable, readings, settle_given
-from ..data.sources import Options, Source, is_shards, open_source
+from ..data.sources import Options, Source, open_source
 from ..stages.evaluator import TOP, metrics_of_batch
 from .export import as_user_errors
-from .predict import BATCH, Predictor, add_network_options, file_reader, load_predictor
+from .predict import (
+    BATCH,
+    Predictor,
+    add_data_options,
+    add_network_options,
+    file_reader,
+    load_predictor,
+    options_of,
+)
 
 SHOWN = 10  # rows of a printed table
 FILES = ("metrics.json", "classes.csv", "confused.csv", "predictions.csv")
@@ -66,7 +74,7 @@ def main(argv: list[str]) -> int:
     _check_out(args.out, args.overwrite)
     predictor = load_predictor(args, run)
     report = Report(skip=True)
-    source = open_source(args.data, options_of(args, run, predictor), report)
+    source = open_source(args.data, labelled_options(args, run, predictor), report)
     assert source.labels is not None
     class_names = predictor.spec.class_names
     labels = read_labels(source.labels, class_names)
@@ -114,46 +122,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_network_options(parser)
     add_data_options(parser)
+    add = parser.add_argument
+    add("--label", default="", metavar="NAME", help='column of labels; of shards "json:FIELD"')
+    add("--y", default="", metavar="NAME", help="array of labels")
     return parser
 
 
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """What the data are, where they do not say it; see `sources.Options`."""
-    add = parser.add_argument
-    add("--split", default="", metavar="NAME", help="which split of DATA (test)")
-    add("--label", default="", metavar="NAME", help='column of labels; of shards "json:FIELD"')
-    add("--text", default="", metavar="NAME", help="column of texts")
-    add("--key", default="", metavar="NAME", help="column that tells rows apart (key, id)")
-    add("--x", default="", metavar="NAME", help="array of inputs")
-    add("--y", default="", metavar="NAME", help="array of labels")
-    add("--input", default="", metavar="EXT", help="extension of the inputs, e.g. png")
-    add("--encoding", default="", metavar="NAME", help="of a csv or of byte strings, e.g. cp1252")
-    add("--channels", default="", choices=("first", "last"), help="those of arrays of pictures")
-
-
-def options_of(args: argparse.Namespace, run: RunDirectory | None, predictor: Predictor) -> Options:
-    """How the data are read; of shards as the run's own are, unless the command line says more."""
-    options = Options(
+def labelled_options(
+    args: argparse.Namespace, run: RunDirectory | None, predictor: Predictor
+) -> Options:
+    """How the data are read: with labels, whose classes are the network's."""
+    options = replace(
+        options_of(args, run),
         label=args.label,
-        text=args.text,
-        key=args.key,
-        x=args.x,
         y=args.y,
-        input=args.input,
-        split=args.split,
-        channels=args.channels,
-        encoding=args.encoding,
         classes=predictor.spec.num_classes,
+        labelled=True,
     )
-    if run is None or not is_shards(args.data[0]):
+    if run is None:
         return options
-    data = run.config.data
-    return replace(
-        options,
-        label=args.label or data.label,
-        input=args.input or data.input,
-        decoders=data.decoders,
-    )
+    return replace(options, shards_label=run.config.data.label)
 
 
 def network_called(args: argparse.Namespace) -> str:

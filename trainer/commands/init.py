@@ -17,6 +17,7 @@ import torch
 
 from pipeline.config import Config, UserError, load_config
 from pipeline.files import write_text
+from pipeline.usage import Parser
 
 from ..data.writing import MANIFEST
 from ..distributed.ranks import choose_device
@@ -30,7 +31,11 @@ from .check import check, look_only
 from .needs import free_memory, gib
 from .shards import main as make_shards
 
-EXAMPLE = "example: referral init shards/ --out mine.toml && referral run mine.toml --run runs/mine"
+HELP = """Write a first config for data of your own.
+
+DATA is a directory of shards, or raw data.  Of raw data the shards are made first, by the command
+that is printed.  Nothing is trained.  Every key of the config says why it has its value."""
+EXAMPLE = "referral init shards/ --out mine.toml"
 
 
 def main(argv: list[str]) -> int:
@@ -52,19 +57,18 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="referral init",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("referral init", HELP, EXAMPLE)
     parser.add_argument(
         "data",
         metavar="DATA",
         help="shards, a directory per class, npz, npy, idx, csv or tar files",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("config.toml"), metavar="CONFIG.toml", help="[config.toml]"
+        "--out",
+        type=Path,
+        default=Path("config.toml"),
+        metavar="CONFIG.toml",
+        help="the config to write [config.toml]",
     )
     parser.add_argument(
         "--run", type=Path, metavar="DIR", help="the run that its header names [runs/CONFIG]"

@@ -9,9 +9,11 @@ import argparse
 import io
 import itertools
 import json
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -29,9 +31,10 @@ from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 from pipeline.usage import Parser
 
-from ..data.choices import DECODERS
-from ..data.decoding import decoder_table, image, import_function, npy, rgb
+from ..data.authoring.reporting import Report
+from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
+from ..data.sources import Options, is_shards, is_table, open_source
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
 
@@ -44,11 +47,17 @@ BATCH = 64
 
 
 class Example(NamedTuple):
-    """One raw input [*shape], its file, and its index in a file that holds several."""
+    """One raw input [*shape], its file, and its index or key in a file that holds several."""
 
     file: str
     index: int | None
     raw: np.ndarray
+    key: str | None = None
+
+    @property
+    def name(self) -> str:
+        inside = self.key if self.index is None else self.index
+        return self.file if inside is None else f"{self.file}[{inside}]"
 
 
 class Predictor(NamedTuple):
@@ -75,8 +84,9 @@ def main(argv: list[str]) -> int:
     predictor = load_predictor(args, run)
     reader = file_reader(predictor.spec.input, named, args)
     unreadable = Unreadable()
-    files = find_files(args.files, reader, unreadable)
-    examples = read_files(files, reader, unreadable)
+    decoders = decoder_table(named) | reader.decoders
+    files = find_files(args.files, decoders, unreadable, reads_texts(reader))
+    examples = read_files(files, reader, unreadable, options_of(args, run))
     if args.json:
         as_utf8(sys.stdout)
         for example, prediction in predictions(predictor, examples, args.top, args.device):
@@ -104,13 +114,44 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILES",
         type=Path,
         nargs="+",
-        help="images, .npy arrays (one input, or several along the first axis), "
-        "or directories of them",
+        help="images, .npy arrays (one input, or several along the first axis), directories of "
+        "them; csv, npz, tars or directories of shards, whose keys are printed",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per file (5)")
     add_network_options(parser)
+    add_data_options(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     return parser
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """What the data are, where they do not say it; see `sources.Options`."""
+    add = parser.add_argument
+    add("--split", default="", metavar="NAME", help="which split of data that has several (test)")
+    add("--text", default="", metavar="NAME", help="column of texts")
+    add("--key", default="", metavar="NAME", help="column that tells rows apart (key, id, index)")
+    add("--x", default="", metavar="NAME", help="array of inputs")
+    add("--input", default="", metavar="EXT", help="extension of the inputs, e.g. png")
+    add("--encoding", default="", metavar="NAME", help="of a csv or of byte strings, e.g. cp1252")
+    add("--channels", default="", choices=("first", "last"), help="those of arrays of pictures")
+
+
+def options_of(args: argparse.Namespace, run: RunDirectory | None) -> Options:
+    """How files of many inputs are read; shards as the run's own, unless args say more."""
+    options = Options(
+        text=args.text,
+        key=args.key,
+        x=args.x,
+        input=args.input,
+        split=args.split,
+        channels=args.channels,
+        encoding=args.encoding,
+        labelled=False,
+    )
+    if run is None:
+        return options
+    data = run.config.data
+    return replace(options, shards_input=data.input, decoders=data.decoders)
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -264,37 +305,46 @@ def file_reader(needed: InputSpec, named: dict[str, str], args: argparse.Namespa
     functions = {name: import_function(name, "--builder") for name in args.builder or ()}
     with as_user_errors():
         reader = InputReader(needed, functions, args.resize, args.max_pixels)
-    table = decoder_table(named)
-    for extension in named:
-        extension = extension.lower().lstrip(".")
-        if table[extension] not in (image, rgb, npy):
-            reader.decoders[extension] = table[extension]
-    reader.decoders.setdefault("json", table["json"])
+    for extension, decoder in decoder_table(named).items():
+        # The reader has pictures and .npy itself, and model.json says what reads texts.
+        if decoder in (image, rgb, npy, text):
+            continue
+        reader.decoders[extension] = decoder
     if reader.rules is None:
-        reader.decoders.setdefault("txt", table["txt"])
+        reader.decoders.setdefault("txt", text)
     return reader
 
 
-def find_files(paths: list[Path], reader: InputReader, unreadable: Unreadable) -> list[Path]:
+def reads_texts(reader: InputReader) -> bool:
+    """Whether inputs are texts: by model.json, or by a decoder of the config's own."""
+    return reader.reads_texts or reader.decoders.get("txt") not in (None, text)
+
+
+def find_files(
+    paths: list[Path],
+    decoders: Mapping[str, Decoder],
+    unreadable: Unreadable | None = None,
+    texts: bool = False,
+) -> list[Path]:
     """The files that are named, and those below directories that hold inputs.
 
-    Below a directory these are all that can be read, but for text and JSON where the network reads
-    something else.  UserError where nothing is left of `paths`.
+    decoders: of the extensions that can be read.  texts: whether inputs are texts.  Below a
+    directory the inputs are the texts, or all files but text and JSON.
+    UserError where nothing is left of `paths`; `unreadable` gets what cannot be used.
     """
-    known = {*DECODERS, *reader.decoders}
-    inside = {"txt"} if "txt" in reader.decoders and reader.rules is None else set()
-    if not reader.reads_texts:
-        inside |= known - {*NOTES}
+    known = set(decoders)
+    inside = {"txt"} if texts else known - {*NOTES}
     files: list[Path] = []
     mistakes: list[str] = []
     for path in paths:
-        if path.is_dir():
+        # Not pathlib's: that raises for what is too long to be a name, such as a text.
+        if os.path.isdir(path):
             inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, inside)]
             if not inputs:
                 extensions = ", ".join(sorted(inside))
                 mistakes.append(f"{path} holds no files with an extension of {extensions}")
             files += inputs
-        elif not path.exists():
+        elif not os.path.exists(path):
             mistakes.append(f"{path}: no such file or directory")
         elif _extension(path) not in known:
             unknown = path.suffix or "files without an extension"
@@ -305,7 +355,7 @@ def find_files(paths: list[Path], reader: InputReader, unreadable: Unreadable) -
     if not files:
         raise UserError(mistakes[0])
     for mistake in mistakes:
-        unreadable.add(mistake)
+        (unreadable or Unreadable()).add(mistake)
     return files
 
 
@@ -317,15 +367,39 @@ def _is_input(path: Path, extensions: set[str]) -> bool:
     return _extension(path) in extensions and path.is_file() and not path.name.startswith(".")
 
 
+def holds_many(path: Path) -> bool:
+    """Whether a place holds inputs under keys: a table, an npz, tars or a directory of shards."""
+    return path.exists() and (is_table(str(path)) or path.suffix == ".npz" or is_shards(str(path)))
+
+
 def read_files(
-    files: Iterable[Path], reader: InputReader, unreadable: Unreadable
+    files: Iterable[Path], reader: InputReader, unreadable: Unreadable, options: Options
 ) -> Iterator[Example]:
     """The examples of all files that can be read."""
     for path in files:
         try:
-            yield from read_examples(path, reader)
-        except ValueError as error:
+            if holds_many(path):
+                yield from read_many(path, reader, unreadable, options)
+            else:
+                yield from read_examples(path, reader)
+        except (ValueError, UserError) as error:
             unreadable.add(str(error))
+
+
+def read_many(
+    path: Path, reader: InputReader, unreadable: Unreadable, options: Options
+) -> Iterator[Example]:
+    """The inputs of a table, an npz or shards, under their keys."""
+    report = Report(skip=True)
+    source = open_source([str(path)], options, report)
+    for line in report.corrupt:
+        unreadable.add(line)
+    for number, key in enumerate(source.keys):
+        try:
+            extension, content = source.content(number)
+            yield Example(str(path), None, reader.one(content, extension), key)
+        except ValueError as error:
+            unreadable.add(f"{path}[{key}]: {error}")
 
 
 def read_examples(path: Path, reader: InputReader) -> Iterator[Example]:
@@ -351,6 +425,8 @@ def print_json(example: Example, prediction: Prediction) -> None:
     source: dict[str, object] = {"file": example.file}
     if example.index is not None:
         source["index"] = example.index
+    if example.key is not None:
+        source["key"] = example.key
     print(json.dumps(source | prediction, ensure_ascii=False), flush=True)
 
 
@@ -367,9 +443,7 @@ class PredictionTable:
             self.table.add_column("specialists asked", overflow="fold")
 
     def add(self, example: Example, prediction: Prediction) -> None:
-        file = printable(example.file)
-        if example.index is not None:
-            file = f"{file}[{example.index}]"
+        file = printable(example.name)
         specialists = ", ".join(map(str, prediction["specialists"])) or "none"
         for name, probability in zip(prediction["names"], prediction["probabilities"], strict=True):
             cells = [file, name, f"{probability:.4f}"]

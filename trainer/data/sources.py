@@ -22,6 +22,7 @@ from .authoring.arrays import (
     unpaired,
 )
 from .authoring.folder import labelled_files
+from .authoring.foreign_files import refuse_foreign
 from .authoring.reporting import Report
 from .authoring.tables import Columns, read_table
 from .patterns import URL
@@ -48,6 +49,8 @@ class Options:
     encoding: of a table, and of arrays of byte strings.
     classes:  how many there are, for shards without a manifest.
     labelled: whether labels are needed.
+    shards_input, shards_label: of shards, where `input` and `label` do not say it.
+    decoders: as data.decoders, of shards.
     """
 
     label: str = ""
@@ -61,6 +64,8 @@ class Options:
     encoding: str = ""
     classes: int | None = None
     labelled: bool = True
+    shards_input: str = ""
+    shards_label: str = "cls"
     decoders: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -122,6 +127,7 @@ def _kind(places: Sequence[str]) -> str:
         return "table"
     if first.lower().endswith(ARRAYS):
         return "arrays"
+    refuse_foreign(first)
     raise UserError(
         f"{first}: labelled data is a directory of class directories, shards, a csv, "
         "or npz, npy or idx files"
@@ -217,8 +223,8 @@ def _of_shards(
     place: str, split: str, has_manifest: bool, options: Options, report: Report
 ) -> Source:
     data = Data(
-        label=(options.label or "cls") if options.labelled else "",
-        input=options.input,
+        label=(options.label or options.shards_label) if options.labelled else "",
+        input=options.input or options.shards_input,
         classes=None if has_manifest else options.classes,
         decoders=dict(options.decoders),
         damage="skip",
