@@ -223,9 +223,23 @@ SHARDS = [
     ("from-webdataset none.tar --out s", ["none.tar"]),
     ("from-webdataset config.toml --out s", ["config.toml"]),
     ("index pictures", ["pictures"]),
+    ("table data.parquet --out s", ["data.parquet", "docs/data.md"]),
     ("index data --label json:class", ["json"]),
     ("validate none", ["none"]),
     ("fodler pictures --out s", ["fodler", "folder"]),
+]
+
+
+INIT = [
+    ("init", ["DATA"]),
+    ("init none --out new.toml", ["none"]),
+    ("init config.toml", ["config.toml"]),
+    ("init data --out config.toml", ["config.toml", "--force"]),
+    ("init one --out new.toml", ["one"]),
+    ("init torn --out new.toml", ["torn/b/0.png"]),
+    ("init x.npz --out new.toml", ["labels"]),
+    ("init empty.csv --out new.toml", ["empty.csv"]),
+    ("init data.parquet --out new.toml", ["data.parquet", "docs/data.md"]),
 ]
 
 
@@ -252,6 +266,7 @@ def brought(place):
     write(place / "semicolons.csv", "text;label\none;cat\n")
     write(place / "latin.csv", "text,label\ncaf\xe9,cat\n".encode("latin-1"))
     write(place / "empty.csv", "")
+    write(place / "data.parquet", b"PAR1")
     return place
 
 
@@ -291,6 +306,12 @@ def test_in_a_setting(referral, place, settings, words):
 @pytest.mark.parametrize("line, words", SHARDS, ids=[row[0] for row in SHARDS])
 def test_in_making_shards(referral, brought, line, words):
     assert_answered(referral("shards", *shlex.split(line)), words, brought)
+
+
+@pytest.mark.parametrize("line, words", INIT, ids=[row[0] for row in INIT])
+def test_in_writing_a_first_config(referral, brought, line, words):
+    assert_answered(referral(*shlex.split(line)), words, brought)
+    assert not (brought / "new.toml").exists()
 
 
 def test_the_config_without_a_mistake_is_ready(referral, place):

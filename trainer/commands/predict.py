@@ -338,7 +338,9 @@ def find_files(
     mistakes: list[str] = []
     for path in paths:
         # Not pathlib's: that raises for what is too long to be a name, such as a text.
-        if os.path.isdir(path):
+        if os.path.exists(path) and holds_many(path):
+            files.append(path)
+        elif os.path.isdir(path):
             inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, inside)]
             if not inputs:
                 extensions = ", ".join(sorted(inside))
@@ -369,7 +371,7 @@ def _is_input(path: Path, extensions: set[str]) -> bool:
 
 def holds_many(path: Path) -> bool:
     """Whether a place holds inputs under keys: a table, an npz, tars or a directory of shards."""
-    return path.exists() and (is_table(str(path)) or path.suffix == ".npz" or is_shards(str(path)))
+    return is_table(str(path)) or path.suffix == ".npz" or is_shards(str(path))
 
 
 def read_files(

@@ -240,3 +240,34 @@ def test_a_reader_that_closes_the_pipe_early_is_no_error(small_run, tmp_path):
         assert json.loads(process.stdout.readline())["index"] == 0
         process.stdout.close()
         assert process.stderr.read() == "" and process.wait(60) == 0
+
+
+# Files of many inputs
+
+
+def test_shards_are_answered_under_their_keys_as_evaluate_answered(small_run, capsys):
+    place = small_run.config.data.test
+    lines = rows_of(capsys, small_run.root, place, "--generalist")
+    with np.load(small_run.evaluate.path("generalist.npz"), allow_pickle=False) as file:
+        expected = file["top5"][:, 0].tolist()
+    assert [line["classes"][0] for line in lines] == expected
+    assert [line["key"] for line in lines[:2]] == ["000000", "000001"]
+    assert {line["file"] for line in lines} == {place}
+    tar = f"{place}/test-000000.tar"
+    assert rows_of(capsys, small_run.root, tar, "--generalist")[0]["key"] == "000000"
+
+
+def test_an_npz_is_answered_by_its_rows_without_labels(small_run, tmp_path, capsys):
+    pixels = images(np.arange(3), seed=5)
+    np.savez(tmp_path / "a.npz", x=pixels)
+    np.save(tmp_path / "a.npy", pixels[:, None])
+    lines = rows_of(capsys, small_run.root, tmp_path / "a.npz", tmp_path / "a.npy")
+    assert [line.get("key") for line in lines] == ["0", "1", "2", None, None, None]
+    for one, other in zip(lines[:3], lines[3:], strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
+
+
+def test_a_csv_for_a_network_of_pictures_is_named_row_by_row(small_run, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("id,text\nx7,hello\n")
+    code, out, err = predict(capsys, small_run.root, tmp_path / "a.csv")
+    assert (code, out) == (1, "") and "a.csv[x7]" in err
