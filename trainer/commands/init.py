@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def checked(config: Config, summary: DataSummary, hardware: Hardware, run: Path)
     """Check the config as `referral prepare` does; returns the seconds that a run may take."""
     ranks = config.launch.processes or 1
     for warning in check(config, ranks, run):
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=sys.stderr)
     device = choose_device(config.engine)
     network = fresh_network(look_only(config, device))
     of_one = seconds_per_example(network, config.train.batch_size // ranks, device)

@@ -347,6 +347,9 @@ def train_settings(data: DataSummary, network: Network, batch: int, epochs: floa
         Setting("train.weight_decay", 0.01, "AdamW's usual one"),
         Setting("train.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
     ]
+    if data.kind == "text":
+        why = "short texts are soon known by heart: it keeps answers from being too sure"
+        settings.append(Setting("train.label_smoothing", 0.1, why))
     if data.largest >= IMBALANCE * data.smallest:
         why = (
             f"classes have {data.smallest:,} to {data.largest:,} examples: rare ones are seen more "
@@ -422,6 +425,8 @@ def specialist_settings(data: DataSummary, batch: int, epochs: float) -> list[Se
         Setting("specialists.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
         Setting("specialists.patience", 3, "it stops when val gets no better, and keeps the best"),
     ]
+    if data.kind == "text":
+        settings.append(Setting("specialists.label_smoothing", 0.0, _WHY_SHARP))
     if groups > 8:
         per_job = math.ceil(groups / 8)
         why = "specialists that one process trains in turn: starting one costs seconds"
@@ -432,6 +437,7 @@ def specialist_settings(data: DataSummary, batch: int, epochs: float) -> list[Se
     return settings
 
 
+_WHY_SHARP = "[train]'s is for the generalist alone"
 _WHY_CONTROLS = (
     "the same training without groups, to compare with; false saves about half of the time"
 )
@@ -452,6 +458,8 @@ def student_settings(data: DataSummary, batch: int, epochs: float) -> list[Setti
         Setting(f"{key}.hard_weight", 0.2, "of the labels, beside the ensemble's answers"),
         Setting(f"{key}.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
     ]
+    if data.kind == "text":
+        settings.append(Setting(f"{key}.label_smoothing", 0.0, _WHY_SHARP))
     if choose_augment(data)[0] != "none":
         why = "of each picture, answered once and stored; absent: every view anew"
         settings.append(Setting(f"{key}.views", 4, why))

@@ -122,3 +122,17 @@ def test_one_class_alone_is_refused(tmp_path):
     shards(["index", str(tmp_path)])
     with pytest.raises(UserError, match="examples of 1 class; at least 2"):
         summary_of(tmp_path)
+
+
+def test_some_shards_of_train_are_taken_alone_and_a_mix_of_splits_is_refused(tmp_path):
+    x = np.random.default_rng(0).normal(0, 1, (60, 3)).astype(np.float32)
+    options = ("--samples-per-shard", "20")
+    directory = array_shards(tmp_path, *options, x=x, y=np.arange(60) % 2)
+    pattern = f"{directory}/train-{{000000..000001}}.tar"
+    summary = summarise(find_shards(pattern))
+    assert summary.patterns["train"] == pattern and summary.examples["train"] == 40
+    assert summary.patterns["val"] == str(directory) and summary.examples["val"] == 6
+    every = summarise(find_shards(f"{directory}/train-*.tar"))
+    assert every.patterns["train"] == str(directory) and every.examples["train"] == 48
+    with pytest.raises(UserError, match="shards of several splits"):
+        summarise(find_shards(f"{directory}/*-000000.tar"))
