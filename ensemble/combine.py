@@ -19,10 +19,10 @@ from clustering.groups import ClassGroups
 from .newton import Scaling, solve
 from .patterns import PaddedIndex, PatternIndex, SharedIndex, set_patterns
 from .predictions import (
+    GivenSpecialists,
     Groups,
     Naming,
     Probabilities,
-    SpecialistInput,
     SpecialistPredictions,
     Weights,
     active_sets,
@@ -47,7 +47,7 @@ ROWS_TO_SHARE = 32
 
 def combine_kl(
     p_general: Probabilities,
-    p_special: SpecialistInput,
+    p_special: GivenSpecialists,
     groups: Groups,
     active: Tensor | None = None,
     weights: Weights | None = None,

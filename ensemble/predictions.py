@@ -5,7 +5,7 @@ Legend: B rows, C classes, M specialists, k of them active in a row, S_m the cla
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -27,8 +27,10 @@ RowIndices: TypeAlias = Tensor | np.ndarray | Sequence[int]
 # [B, C] or [C]: a tensor, an array or (nested) lists.
 Probabilities: TypeAlias = Tensor | ArrayLike
 # Entry m: [B, |S_m| + 1], the dustbin last; or (rows, [len(rows), |S_m| + 1]); or None.
-SpecialistInput: TypeAlias = Sequence[Probabilities | tuple[RowIndices, Probabilities] | None]
-Weights: TypeAlias = Tensor | np.ndarray | Sequence[float]
+SpecialistInput: TypeAlias = Sequence[Tensor | tuple[RowIndices, Tensor] | None]
+# The same, as a caller may hold it.
+GivenSpecialists: TypeAlias = Sequence[Probabilities | tuple[RowIndices, Probabilities] | None]
+Weights: TypeAlias = Tensor | Sequence[float]
 Groups: TypeAlias = ClassGroups | Iterable[Iterable[int] | ArrayLike]
 # Where in a tensor -> what that place is called in an error message.
 Naming: TypeAlias = Callable[[tuple[int, ...]], str]
@@ -144,7 +146,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def checked_active(
     active: Tensor | None,
-    p_special: SpecialistInput,
+    p_special: GivenSpecialists,
     rows: int,
     groups: ClassGroups,
     device: torch.device,
@@ -186,7 +188,7 @@ def checked_weights(
 
 
 def read_predictions(
-    p_special: SpecialistInput,
+    p_special: GivenSpecialists,
     groups: ClassGroups,
     active: Tensor,
     dtype: torch.dtype,
@@ -237,7 +239,8 @@ def _read_one(
                 f"the {columns - 1} classes of its group and the dustbin last"
             )
     else:
-        indices, values = _checked_rows(given, m, rows, columns, active.device)
+        pair = cast(tuple[RowIndices, Probabilities], given)
+        indices, values = _checked_rows(pair, m, rows, columns, active.device)
         position = torch.full((rows,), -1, dtype=torch.int64, device=active.device)
         position[indices] = torch.arange(len(indices), device=active.device)
         missing = active & (position < 0)

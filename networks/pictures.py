@@ -290,8 +290,11 @@ def _decoded(opened: Picture, rules: PictureRules, changes: list[str] | None) ->
         picture = _eight_bits(picture, opened, raw_mode, changes)
         picture = _opaque(picture, rules, raw_mode, changes)
         return _gray_or_rgb(picture, opened, changes)
-    except (ValueError, MemoryError):
+    except ValueError:
         raise
+    except MemoryError:
+        size = f"{opened.width} x {opened.height}"
+        raise ValueError(f"a picture of {size} does not fit into memory") from None
     except Exception as error:  # Pillow raises what it likes about broken files
         raise ValueError(_one_line(error)) from None
 

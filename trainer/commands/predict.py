@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -29,8 +29,7 @@ from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 
-from ..data.choices import DECODERS
-from ..data.decoding import decoder_table, image, import_function, npy, rgb
+from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
@@ -74,7 +73,8 @@ def main(argv: list[str]) -> int:
     predictor = load_predictor(args, run)
     reader = file_reader(predictor.spec.input, named, args)
     unreadable = Unreadable()
-    files = find_files(args.files, reader, unreadable)
+    decoders = decoder_table(named) | reader.decoders
+    files = find_files(args.files, decoders, unreadable, reads_texts(reader))
     examples = read_files(files, reader, unreadable)
     if args.json:
         as_utf8(sys.stdout)
@@ -249,37 +249,46 @@ def file_reader(needed: InputSpec, named: dict[str, str], args: argparse.Namespa
     functions = {name: import_function(name, "--builder") for name in args.builder or ()}
     with as_user_errors():
         reader = InputReader(needed, functions, args.resize, args.max_pixels)
-    table = decoder_table(named)
-    for extension in named:
-        extension = extension.lower().lstrip(".")
-        if table[extension] not in (image, rgb, npy):
-            reader.decoders[extension] = table[extension]
-    reader.decoders.setdefault("json", table["json"])
+    for extension, decoder in decoder_table(named).items():
+        # The reader has pictures and .npy itself, and model.json says what reads texts.
+        if decoder in (image, rgb, npy, text):
+            continue
+        reader.decoders[extension] = decoder
     if reader.rules is None:
-        reader.decoders.setdefault("txt", table["txt"])
+        reader.decoders.setdefault("txt", text)
     return reader
 
 
-def find_files(paths: list[Path], reader: InputReader, unreadable: Unreadable) -> list[Path]:
+def reads_texts(reader: InputReader) -> bool:
+    """Whether inputs are texts: by model.json, or by a decoder of the config's own."""
+    return reader.reads_texts or reader.decoders.get("txt") not in (None, text)
+
+
+def find_files(
+    paths: list[Path],
+    decoders: Mapping[str, Decoder],
+    unreadable: Unreadable | None = None,
+    texts: bool = False,
+) -> list[Path]:
     """The files that are named, and those below directories that hold inputs.
 
-    Below a directory these are all that can be read, but for text and JSON where the network reads
-    something else.  UserError where nothing is left of `paths`.
+    decoders: of the extensions that can be read.  texts: whether inputs are texts.  Below a
+    directory the inputs are the texts, or all files but text and JSON.
+    UserError where nothing is left of `paths`; `unreadable` gets what cannot be used.
     """
-    known = {*DECODERS, *reader.decoders}
-    inside = {"txt"} if "txt" in reader.decoders and reader.rules is None else set()
-    if not reader.reads_texts:
-        inside |= known - {*NOTES}
+    known = set(decoders)
+    inside = {"txt"} if texts else known - {*NOTES}
     files: list[Path] = []
     mistakes: list[str] = []
     for path in paths:
-        if path.is_dir():
+        # Not pathlib's: that raises for what is too long to be a name, such as a text.
+        if os.path.isdir(path):
             inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, inside)]
             if not inputs:
                 extensions = ", ".join(sorted(inside))
                 mistakes.append(f"{path} holds no files with an extension of {extensions}")
             files += inputs
-        elif not path.exists():
+        elif not os.path.exists(path):
             mistakes.append(f"{path}: no such file or directory")
         elif _extension(path) not in known:
             unknown = path.suffix or "files without an extension"
@@ -290,7 +299,7 @@ def find_files(paths: list[Path], reader: InputReader, unreadable: Unreadable) -
     if not files:
         raise UserError(mistakes[0])
     for mistake in mistakes:
-        unreadable.add(mistake)
+        (unreadable or Unreadable()).add(mistake)
     return files
 
 

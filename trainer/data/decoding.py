@@ -137,9 +137,9 @@ def with_rules(decoder: Decoder, rules: PictureRules | None) -> Decoder:
 
 
 def recorded_name(decoder: Decoder, name: str) -> str | None:
-    """What model.json calls the decoder that the config calls `name`; None of pictures and arrays.
+    """What model.json calls the decoder that the config, or DECODERS, calls `name`.
 
-    name: "" where the config names none.
+    None of pictures and arrays.
     """
     if decoder in (image, rgb, npy, numbers):
         return None

@@ -19,7 +19,7 @@ import numpy as np
 from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
 
-from .choices import PICTURES
+from .choices import DECODERS, PICTURES
 from .decoding import (
     decode,
     decoder_table,
@@ -125,8 +125,8 @@ class ShardSet:
         self.decoder_names: dict[str, str] = {}
         for extension, decoder in zip(self.input_extensions, found.values(), strict=True):
             last = extension.rpartition(".")[2]
-            named = data.decoders.get(extension) or data.decoders.get(last, "")
-            name = recorded_name(decoder, named)
+            named = DECODERS | data.decoders
+            name = recorded_name(decoder, named.get(extension) or named.get(last, ""))
             if name is not None:
                 self.decoder_names[last] = name
 

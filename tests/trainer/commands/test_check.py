@@ -54,6 +54,17 @@ def test_val_with_other_classes_is_refused(data, tmp_path):
         check(toy_config(data, f"data.val={other}"), 1)
 
 
+def test_val_with_pictures_made_by_other_rules_is_refused(tmp_path):
+    few = {"train": 4, "val": 10, "test": 2}
+    for name, background in (("a", "white"), ("b", "black")):
+        path = write_toy(tmp_path / name, few) / "manifest.json"
+        manifest = json.loads(path.read_text())
+        manifest["inputs"] = {"pictures": {"channels": 1, "background": background}}
+        path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="data.val holds pictures made by other rules .*black"):
+        check(toy_config(tmp_path / "a", f"data.val={tmp_path}/b"), 1)
+
+
 def test_a_class_index_out_of_range_leaves_no_run_behind(data, tmp_path):
     with wds.TarWriter(str(tmp_path / "wrong-000000.tar")) as tar:
         tar.write({"__key__": "a", "cls": b"99", "png": encode_png(images(np.array([0]), 1)[0])})

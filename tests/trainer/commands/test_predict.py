@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from toy import NUM_CLASSES, encode_png, images
 
-from networks import InputSpec, ModelSpec
+from networks import InputSpec, ModelSpec, build_classifier, save_classifier
 from trainer.__main__ import main
 from trainer.commands import predict as predicting
 from trainer.data.shards import open_shards
@@ -190,6 +190,18 @@ def test_what_can_be_read_is_answered_and_the_rest_is_listed(small_run, tmp_path
     assert "d.jpg: cannot be decoded: is empty" in err
     code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 1)
     assert code == 1 and "a.png" in out and "c.png" in out
+
+
+def test_a_network_of_texts_reads_the_texts_of_a_directory(tmp_path, capsys):
+    spec = InputSpec((2048,), dtype="float32", decoders={"txt": "hashed_ngrams"})
+    network = build_classifier(ModelSpec("mlp", 3, spec, {"width": 4}))
+    save_classifier(network, tmp_path / "run" / "generalist")
+    (tmp_path / "notes").mkdir()
+    for name, content in (("a.txt", b"soy"), ("b.txt", b"\xff"), ("c.png", b"no text")):
+        (tmp_path / "notes" / name).write_bytes(content)
+    code, out, err = predict(capsys, tmp_path / "run", tmp_path / "notes", "--generalist", "--json")
+    assert code == 1 and len(out.splitlines()) == len(err.splitlines()) == 1
+    assert json.loads(out)["file"].endswith("a.txt") and "b.txt: cannot be decoded" in err
 
 
 def test_json_is_utf8_whatever_files_are_called(small_run, tmp_path, capfdbinary):

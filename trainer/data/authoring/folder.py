@@ -348,8 +348,8 @@ def _settle_pictures(
     if not pictures:
         return rules, None
     if rules.size:
-        rules = replace(rules, channels=rules.channels or 3)
-        return rules, (rules.channels, *rules.size)
+        channels = rules.channels or 3
+        return replace(rules, channels=channels), (channels, *rules.size)
     # [C, H, W] -> the first file like that
     seen: dict[tuple[int, ...], Path] = {}
     sizes: Counter[tuple[int, int]] = Counter()
