@@ -63,7 +63,12 @@ _HOMES = {
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    try:
+        module = import_module(f".{_HOMES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        text = f"{error}, which {__name__}.{name} needs; pip install 'referral[train]'"
+        raise ModuleNotFoundError(text, name=error.name) from None
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

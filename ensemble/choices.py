@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .predictions import SpecialistInput
 
-__all__ = ["COMBINERS", "Combiner", "combiner"]
+__all__ = ["COMBINERS", "COMBINER_ALIASES", "Combiner", "combiner"]
 
 # Name -> "module:function".
 COMBINERS: dict[str, str] = {
@@ -27,6 +27,8 @@ COMBINERS: dict[str, str] = {
     "log_ratio": "ensemble.pooling:log_ratio_product",
     "mixture": "ensemble.pooling:mixture_gating",
 }
+# Other names that a config may have for them.
+COMBINER_ALIASES = {"mean": "arithmetic"}
 
 
 class Combiner(Protocol):

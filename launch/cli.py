@@ -5,13 +5,15 @@ Exit codes: 0 done, 1 a job failed, 2 an error of the user's, 130 interrupted.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
+import os
 import shlex
 import shutil
-import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -24,26 +26,23 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+from typer.main import get_command
 
 from pipeline import compare as comparing
 from pipeline.config import Config, UserError, load_config
+from pipeline.extras import require
+from pipeline.failures import answer, cannot_write, paths_among
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, write_json
+from pipeline.typer_usage import Command, application, call
 
 from . import demo as demos
 from . import sbatch, slurm
+from .calling import TRAINER, call_trainer
 from .display import Display
+from .forecast import seconds_to_go
 from .journal import Journal, read_journal
-from .local import (
-    INTERRUPTED,
-    TRAINER,
-    USER_ERROR,
-    Pool,
-    locked,
-    stop_launcher,
-    tethered,
-    trainer_command,
-)
+from .local import Pool, locked, stop_launcher, trainer_command
 from .machine import this_machine, visible_devices
 from .plan import Job, plan
 from .prepare import (
@@ -55,16 +54,15 @@ from .prepare import (
     save_environment,
 )
 from .results import comparison_table, show_results
-from .status import failures, statuses, summary, table
+from .status import StageStatus, failures, statuses, summary, table
 
-app = typer.Typer(
-    help=(
-        "A generalist, specialists for the classes that it confuses, one distribution, one student."
-    ),
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+NAME = "referral"
+app = application(
+    "Train classifiers over huge label sets: a generalist, specialists for the classes that it "
+    "confuses, and a student of both.",
+    "referral demo --run runs/demo\nreferral run examples/folder.toml --run runs/mine",
 )
+SHELLS = ("bash", "zsh", "fish", "powershell")
 WATCH_S = {"local": 1, "slurm": 5}  # between two looks of `status --watch`
 FAKE: list[str] | None = None  # a command that stands for the trainer, in tests
 
@@ -91,7 +89,9 @@ ForceOption = Annotated[
 DryOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the jobs; write and start nothing.")
 ]
-OnOption = Annotated[Runner, typer.Option("--on", help="Where the jobs run.")]
+OnOption = Annotated[
+    Runner, typer.Option("--on", metavar="local|slurm", help="Where the jobs run.")
+]
 ConfigArgument = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG.toml", help="The config. By default the run's own."),
@@ -126,7 +126,61 @@ PlotOption = Annotated[
 ]
 
 
-@app.command()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{NAME} {version()}")
+        raise typer.Exit()
+
+
+def version() -> str:
+    """Of the distribution, or of the checkout that runs without being installed."""
+    try:
+        return importlib.metadata.version(NAME)
+    except importlib.metadata.PackageNotFoundError:
+        project = Path(__file__).parents[1] / "pyproject.toml"
+        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+
+
+def _print_completion(shell: str) -> None:
+    """A script that completes commands and options, for the shell to read at its start."""
+    if not shell:
+        return
+    if shell not in SHELLS:
+        raise UserError(f"--show-completion {shell}: must be one of {', '.join(SHELLS)}")
+    from typer.completion import get_completion_script
+
+    print(get_completion_script(prog_name=NAME, complete_var=COMPLETE, shell=shell))
+    raise typer.Exit()
+
+
+COMPLETE = f"_{NAME.upper()}_COMPLETE"  # the variable by which the script asks for words
+VersionOption = Annotated[
+    bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")
+]
+CompletionOption = Annotated[
+    str,
+    typer.Option(
+        "--show-completion",
+        is_eager=True,
+        metavar="SHELL",
+        callback=_print_completion,
+        help=f"Print the completion script of a shell: {', '.join(SHELLS)}.",
+    ),
+]
+
+
+@app.callback()
+def common(version: VersionOption = False, show_completion: CompletionOption = "") -> None:
+    # Without a docstring: the application's help is the text.
+    pass
+
+
+def command(example: str, name: str | None = None):
+    """Add a function to the application; its docstring and the example are its help."""
+    return app.command(name, cls=Command, epilog=example)
+
+
+@command("referral run examples/folder.toml --run runs/mine --set train.epochs=20")
 def run(
     run: RunOption,
     config: ConfigArgument = None,
@@ -139,7 +193,7 @@ def run(
     return start(_config(config, run, set), run, on, force, dry_run)
 
 
-@app.command()
+@command("referral prepare examples/folder.toml --run runs/mine")
 def prepare(
     run: RunOption,
     config: ConfigArgument = None,
@@ -160,7 +214,7 @@ def prepare(
     return 0
 
 
-@app.command()
+@command("referral demo --run runs/demo --quick")
 def demo(
     run: RunOption = Path("runs/demo"),
     seed: SeedOption = 0,
@@ -178,7 +232,7 @@ def demo(
     return start(config, run, Runner.local, force, beside=("data",))
 
 
-@app.command()
+@command("referral status runs/mine --watch")
 def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOption = False) -> int:
     """Every stage: waiting, running, done, failed."""
     run = open_run(directory)
@@ -196,7 +250,7 @@ def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOpti
         }
         print(json.dumps(content, indent=2))
         return 0
-    console.print(Text(summary(stages)))
+    console.print(Text(summary(stages, time_to_go(run, jobs, stages, journal))))
     if doubt:
         _say(doubt, console)
     console.print(table(stages))
@@ -215,11 +269,25 @@ def _watch(run: RunDirectory, jobs: list[Job], console: Console) -> None:
             stages = statuses(run, jobs, journal)
             if all(stage.state == "done" for stage in stages):
                 return
-            live.update(table(stages, f"{summary(stages)} {doubt}"), refresh=True)
+            title = summary(stages, time_to_go(run, jobs, stages, journal))
+            live.update(table(stages, f"{title} {doubt}"), refresh=True)
             time.sleep(WATCH_S[journal.runner])
 
 
-@app.command()
+def time_to_go(
+    run: RunDirectory, jobs: list[Job], stages: list[StageStatus], journal: Journal
+) -> float | None:
+    """Seconds, of a run that is running: on as many slots as it has now, or a cluster's."""
+    running = {stage.job for stage in stages if stage.state == "running"}
+    if not running:
+        return None
+    slots = run.config.launch.pool or len(running)
+    if journal.runner == "slurm":
+        slots = run.config.slurm.throttle or len(jobs)
+    return seconds_to_go(run, jobs, stages, slots)
+
+
+@command("referral cancel runs/mine")
 def cancel(directory: DirArgument) -> int:
     """Stop a run; what it has is kept, and `retry` resumes it."""
     run = open_run(directory)
@@ -242,14 +310,14 @@ def _cancel_in_slurm(run: RunDirectory) -> str:
     return f"cancelled {len(cancelled)} jobs"
 
 
-@app.command()
+@command("referral retry runs/mine")
 def retry(directory: DirArgument) -> int:
     """Run again what failed, was cancelled or got lost, and what needs it, where it ran before."""
     run = open_run(directory)
     return start(run.config, directory, Runner(read_journal(directory).runner), force=False)
 
 
-@app.command()
+@command("referral report runs/mine")
 def report(directory: DirArgument) -> int:
     """Write results.json and report.html of an evaluated run anew."""
     run = open_run(directory)
@@ -258,16 +326,16 @@ def report(directory: DirArgument) -> int:
             f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}"
         )
     (job,) = [job for job in plan(run) if run.report in job.stages]
-    command = trainer_command(job, run, [run.report], FAKE or TRAINER)
+    arguments = trainer_command(job, run, [run.report], FAKE or TRAINER)
     with locked(run.root):
         run.report.clear()
-        code = subprocess.run(command).returncode
+        code = call_trainer(arguments)
     if code == 0:
         show_results(run, _console())
     return code
 
 
-@app.command()
+@command("referral compare runs/seed-0 runs/seed-1 --metric top1,nll --versus generalist")
 def compare(
     runs: RunsArgument,
     metric: MetricOption = "",
@@ -291,32 +359,36 @@ def compare(
         try:
             write_json(json_file, comparison)
         except OSError as error:
-            raise UserError(f"--json {json_file}: cannot be written: {error.strerror}") from None
+            raise cannot_write(json_file, error, option="--json") from None
     if plot is None:
         return 0
     options = ["--plot", str(plot), f"--metric={metric}", f"--by={by}"]
     if versus is not None:
         options.append(f"--versus={versus}")
-    command = [*(FAKE or TRAINER), "compare", *map(str, runs), *options]
-    return subprocess.run(command).returncode
+    return call_trainer([*(FAKE or TRAINER), "compare", *map(str, runs), *options])
 
 
 def _pass_on(name: str, text: str) -> None:
-    """A command that needs torch: `python -m trainer NAME` gets its arguments as they are."""
+    """A command that needs torch: `python -m trainer NAME` gets its arguments as they are.
+
+    Its own page of help, with an example, is printed there.
+    """
 
     @app.command(
         name,
+        cls=Command,
         help=text,
         add_help_option=False,
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )
-    def command(context: typer.Context) -> int:
-        return subprocess.run([*(FAKE or TRAINER), name, *context.args]).returncode
+    def pass_on(context: typer.Context) -> int:
+        return call_trainer([*(FAKE or TRAINER), name, *context.args])
 
 
 _pass_on(
     "shards",
-    "Make or check shards: glyphs | folder | arrays | from-webdataset | index | validate.",
+    "Make, convert and check shards: folder, arrays, table, from-webdataset, index, validate, "
+    "glyphs.",
 )
 _pass_on("init", "Write a commented config for data of your own: DATA [--out CONFIG.toml].")
 _pass_on("export", "Write the ensemble or a student as one bundle.")
@@ -352,6 +424,8 @@ def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
         show_plan(run, jobs, stale, console)
         return 0
     if not all(job.is_done for job in jobs):
+        if FAKE is None:
+            require("torch", "a run on this machine")
         with locked(run.root):
             refuse_while_queued(run, jobs)
             lay_out(run, jobs, stale, _is_unchecked(run, stale, Runner.local))
@@ -416,7 +490,7 @@ def check_by_trainer(run: RunDirectory, jobs: list[Job], on: Runner = Runner.loc
     if is_left_to_first_job(config, on):
         command.append("--no-networks")
     text = tomli_w.dumps(config.dump())
-    return subprocess.run(tethered(command), input=text, text=True).returncode
+    return call_trainer(command, text)
 
 
 def is_left_to_first_job(config: Config, on: Runner = Runner.local) -> bool:
@@ -556,24 +630,21 @@ def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
     return load_config(path or root / "config.toml", overrides)
 
 
+def complete() -> int:
+    """Print the words that a shell asks for."""
+    from typer.completion import completion_init
+
+    completion_init()
+    get_command(app).main(prog_name=NAME)  # it exits
+    return 0
+
+
 def main() -> int:
-    try:
-        return app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
-    except UserError as error:
-        _print_error(str(error))
-        return USER_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        format_message = getattr(error, "format_message", None)
-        if format_message is None:  # only typer's usage errors have it
-            raise
-        _print_error(format_message())
-        return USER_ERROR
-
-
-def _print_error(text: str) -> None:
-    print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
+    """Run the command of sys.argv.  Returns its exit code."""
+    if COMPLETE in os.environ:
+        return complete()
+    arguments = sys.argv[1:]
+    return answer(lambda: call(app, NAME, arguments), paths_among(arguments))
 
 
 if __name__ == "__main__":

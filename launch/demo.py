@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import tomllib
 from pathlib import Path
 
 from pipeline.config import Config, UserError, load_config
 from pipeline.store import read_json, write_json
 
-from .local import TRAINER, tethered
+from .calling import TRAINER, call_trainer
 
 SPLITS = ("train", "val", "test")
 
@@ -134,7 +133,7 @@ def make_glyphs(root: Path, seed: int, quick: bool, trainer: list[str] | None = 
     command = [*(trainer or TRAINER), "shards", "glyphs", "--out", str(data)]
     for key, value in options.items():
         command += [f"--{key}", value]
-    code = subprocess.run(tethered([*command, "--overwrite"])).returncode
+    code = call_trainer([*command, "--overwrite"])
     if code:
         raise SystemExit(code)
     write_json(data / "demo.json", options)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from pipeline.graph import RunDirectory
 
+from .forecast import seconds_to_go
 from .journal import Journal
 from .plan import Job
 from .status import progress, statuses, summary, table
@@ -53,16 +54,18 @@ class Display(AbstractContextManager):
         for line in lines:
             self.errors.print(Text(line), soft_wrap=True)
 
-    def tick(self, run: RunDirectory, jobs: list[Job], journal: Journal) -> None:
-        """Look at the run again, if the last look is old enough."""
+    def tick(self, run: RunDirectory, jobs: list[Job], journal: Journal, slots: int) -> None:
+        """Look at the run again, if the last look is old enough.  slots: jobs side by side."""
         if time.monotonic() - self.last_look < self.period_s:
             return
         self.last_look = time.monotonic()
         stages = statuses(run, jobs, journal)
         running = [stage for stage in stages if stage.state == "running"]
+        counts = summary(stages, seconds_to_go(run, jobs, stages, slots))
         if self.live:
-            counts = Text(summary(stages), style="dim")
+            counts = Text(counts, style="dim")
             self.live.update(Group(Text(""), table(running), counts), refresh=True)
             return
         for stage in running:
             self.event(f"{stage.stage} running  {progress(stage)}".rstrip())
+        self.event(counts)

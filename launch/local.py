@@ -14,25 +14,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pipeline
 from pipeline.config import UserError
+from pipeline.failures import INTERRUPTED, USER_ERROR, cannot_write
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage, complete_checkpoints
 
+from .calling import TRAINER, tethered
 from .display import Display
+from .endings import AGAIN, is_repeatable, reason
 from .journal import JobRecord, Journal, birth, end_of_log
 from .machine import Machine
 from .plan import Job, is_of_specialists
-from .results import groups_line
-
-# Exit codes.
-USER_ERROR = 2
-AGAIN = 75  # a checkpoint is written; start the same command again
-INTERRUPTED = 130
+from .results import groups_line, metrics_of
+from .status import duration
 
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
-TETHER = Path(pipeline.__file__).parents[1] / "trainer" / "distributed" / "die_with_parent.py"
-TRAINER = [sys.executable, "-m", "trainer"]
 
 
 def torchrun(processes: int) -> list[str]:
@@ -62,11 +58,6 @@ def trainer_command(
     return [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
 
 
-def tethered(command: list[str]) -> list[str]:
-    """The command, made to die with this process."""
-    return [sys.executable, "-I", str(TETHER), str(os.getpid()), *command]
-
-
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Make RUN and hold RUN/.lock: one launcher for each run.
@@ -78,7 +69,7 @@ def locked(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+")
     except OSError as error:
-        raise UserError(f"{run}: cannot be written: {error.strerror}") from None
+        raise cannot_write(run, error) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,7 +142,7 @@ class Pool:
             while not self.requested:
                 self._reap()
                 self._start_ready()
-                self.display.tick(self.run, self.jobs, self.journal)
+                self.display.tick(self.run, self.jobs, self.journal, self.size)
                 if not self.children:
                     break
                 time.sleep(0.05)
@@ -271,19 +262,20 @@ class Pool:
 
     def _ended(self, job: Job, code: int) -> None:
         """The stages' markers decide whether a job is done; its exit code says why it is not."""
-        missing = [stage.place for stage in job.pending]
+        missing = job.pending
         if not missing:
             self._done(job, code)
         elif code == AGAIN and reached(job) != self.journal.jobs[job.name].reached:
             self._record_end(job, code, state="waiting")
             self.display.event(f"{job.name} asked to be started again")
         else:
-            self._failed(job, code, _reason(code, missing))
+            self._failed(job, code, reason(code, missing))
 
     def _done(self, job: Job, code: int) -> None:
         self._redo_what_went_without(job)
         self._record_end(job, code, state="done")
-        self.display.event(f"{job.name} done in {self.journal.jobs[job.name].elapsed_s:.0f} s")
+        taken = duration(self.journal.jobs[job.name].elapsed_s)
+        self.display.event(", ".join([f"{job.name} done in {taken}", *metrics_of(job.stages)]))
         has_found_groups = any(stage.name == "cluster" for stage in job.stages)
         if has_found_groups and (line := groups_line(self.run)):
             self.display.event(line)
@@ -291,9 +283,8 @@ class Pool:
     def _failed(self, job: Job, code: int, reason: str) -> None:
         """Try again as often as launch.retries says, but not after an error of the user's."""
         record = self.journal.jobs[job.name]
-        is_repeatable = code not in (USER_ERROR, AGAIN)
-        event = f"{job.name} failed after {record.elapsed_s:.0f} s: {reason}"
-        if is_repeatable and record.attempts <= self.run.config.launch.retries:
+        event = f"{job.name} failed after {duration(record.elapsed_s)}: {reason}"
+        if is_repeatable(code) and record.attempts <= self.run.config.launch.retries:
             self._record_end(job, code, state="waiting", reason=reason)
             event += "; trying again"
         else:
@@ -381,23 +372,6 @@ def _reached(stage: Stage) -> str:
         return "done"
     checkpoints = complete_checkpoints(stage.checkpoints)
     return checkpoints[-1].name if checkpoints else ""
-
-
-def _reason(code: int, missing: list[str]) -> str:
-    if code == 0:
-        return f"it ended without finishing {', '.join(missing)}"
-    if code == AGAIN:
-        return "it asked to be started again but had made no progress"
-    if code < 0:
-        return f"killed by {_signal_name(-code)}"
-    return f"exit code {code}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return str(number)
 
 
 def _kill_group(child: subprocess.Popen, number: int) -> None:

@@ -71,7 +71,7 @@ def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
         waits_for[name] = tuple(needed)
         scales = any(stage.kind.scales for stage in stages)
         ranks[name] = processes if scales else 1
-        costs[name] = OVERHEAD + sum(_steps(stage, run) for stage in stages) / ranks[name]
+        costs[name] = OVERHEAD + sum(planned_steps(stage, run) for stage in stages) / ranks[name]
     chains = _chains(waits_for, costs)
     return [
         Job(name, tuple(stages), ranks[name], waits_for[name], chains[name])
@@ -139,7 +139,7 @@ def _job_name(stage: Stage, pack_of: dict[int, range]) -> str:
     return stage.place
 
 
-def _steps(stage: Stage, run: RunDirectory) -> float:
+def planned_steps(stage: Stage, run: RunDirectory) -> float:
     """About how many optimizer steps a stage takes; 0 for one that trains nothing."""
     if not stage.kind.trains:
         return 0

@@ -31,6 +31,7 @@ from pipeline.config import (
     load_config,
 )
 from pipeline.config.loading import unknown_to
+from pipeline.failures import cannot_write
 from pipeline.files import probe
 from pipeline.graph import RunDirectory
 from pipeline.store import UNCHECKED, Stage, read_json, write_json, write_text
@@ -118,7 +119,7 @@ def lay_out(
         if unchecked:
             write_text(run.root / UNCHECKED, "the first job tries the networks of this run\n")
     except OSError as error:
-        raise UserError(f"{run.root}: cannot be written: {error.strerror}") from None
+        raise cannot_write(run.root, error) from None
 
 
 # Paths

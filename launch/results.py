@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rich.console import Console
@@ -25,7 +25,8 @@ from pipeline.results import (
     verdict,
     worth,
 )
-from pipeline.store import read_json
+from pipeline.results.training import val_top1
+from pipeline.store import Stage, read_json
 
 
 def show_results(run: RunDirectory, console: Console) -> None:
@@ -136,3 +137,15 @@ def groups_line(run: RunDirectory) -> str | None:
     if skipped:
         line += f"; {skipped} are not worth a specialist (clusters.min_gain)"
     return f"{line}; what each can gain: {directory / 'log-0.txt'}"
+
+
+def metrics_of(stages: Sequence[Stage]) -> list[str]:
+    """`val top-1 76.1 %` of a job's trained stages, or the smallest and the largest of several."""
+    measured = [val_top1(stage.path("summary.json").parent) for stage in stages if stage.is_done]
+    values = [value for value in measured if value is not None]
+    if not values:
+        return []
+    text = f"val top-1 {percent(min(values), 1)}"
+    if len(values) > 1:
+        text += f" to {percent(max(values), 1)}"
+    return [text]

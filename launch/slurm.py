@@ -19,7 +19,8 @@ from pathlib import Path
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory
 
-from .journal import JobRecord, Journal
+from .endings import memory_remedy
+from .journal import JobRecord, Journal, end_of_log
 from .plan import Job
 from .sbatch import MAX_ARRAY_SIZE, Batch, batches, dependency
 
@@ -234,7 +235,7 @@ def _record(
         if lost and not row.node:
             return _blocked(record, lost)
         return replace(record, **CANCELLED)
-    return replace(record, state="failed", reason=_failure(run, noted, row))
+    return replace(record, state="failed", reason=_failure(run, job, noted, row))
 
 
 def _forgotten(run: RunDirectory, noted: JobRecord, lost: list[str]) -> JobRecord:
@@ -249,8 +250,18 @@ def _blocked(record: JobRecord, lost: list[str]) -> JobRecord:
     return replace(record, state="blocked", reason=f"waits for {', '.join(lost)}")
 
 
-def _failure(run: RunDirectory, noted: JobRecord, row: Row) -> str:
+def _was_killed(run: RunDirectory, noted: JobRecord) -> bool:
+    """Whether slurm/stage.sbatch says so at the end of the log."""
+    end = end_of_log(run.root / noted.log, noted.log_start)
+    return any(line.startswith("killed by signal 9") for line in end)
+
+
+def _failure(run: RunDirectory, job: Job, noted: JobRecord, row: Row) -> str:
     """Why a job ended without its stage done."""
+    if row.state == "OUT_OF_MEMORY" or _was_killed(run, noted):
+        section = f"slurm.{job.stages[0].kind.slurm}"
+        remedy = memory_remedy(job.pending, f"ask for more by {section}.memory")
+        return f"Slurm says {row.state}: probably out of memory; {remedy}"
     reason = f"Slurm says {row.state}"
     if row.reason not in ("None", "NonZeroExitCode"):
         reason += f", {row.reason}"

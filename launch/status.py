@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.graph import RunDirectory
+from pipeline.results import percent
 from pipeline.store import Stage
 
 from .journal import JobRecord, Journal, end_of_log
@@ -24,6 +25,7 @@ from .plan import Job
 
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
 SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
+PACE_ROWS = 10  # the last rows of metrics.jsonl, from which the pace is taken
 STATES = ("done", "running", "interrupted", "failed", "blocked", "stale", "waiting")
 COLOURS = {
     "done": "green",
@@ -43,6 +45,9 @@ class StageStatus:
     state: str
     step: int | None = None
     steps: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    val_top1: float | None = None
     samples_per_s: float | None = None
     eta_s: float | None = None
     seconds: float | None = None
@@ -139,11 +144,15 @@ def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None
     Metrics that are older than `since` are an earlier attempt's: of these only the step counts.
     """
     path = stage.shown("metrics.jsonl")
-    rows = [row for row in _last_rows(path) if row.get("steps")]
+    every = _last_rows(path)
+    rows = [row for row in every if "loss" in row and row.get("steps")][-PACE_ROWS:]
     if not rows:
         return
     first, last = rows[0], rows[-1]
     status.step, status.steps = last["step"], last["steps"]
+    status.loss, status.learning_rate = last["loss"], last.get("lr")
+    measured = [row["val/top1"] for row in every if "val/top1" in row]
+    status.val_top1 = measured[-1] if measured else None
     if _modified(path) < since:
         return
     status.samples_per_s = last.get("samples_per_s")
@@ -155,8 +164,8 @@ def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None
         status.eta_s = left * last["seconds"] / last["step"]
 
 
-def _last_rows(path: Path, count: int = 10) -> list[dict]:
-    """The last logged training rows; a line that is being written is left out."""
+def _last_rows(path: Path) -> list[dict]:
+    """The last logged rows; a line that is being written is left out."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -170,9 +179,9 @@ def _last_rows(path: Path, count: int = 10) -> list[dict]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and "loss" in row:
+        if isinstance(row, dict):
             rows.append(row)
-    return rows[-count:]
+    return rows
 
 
 # How it looks
@@ -191,10 +200,16 @@ def duration(seconds: float | None) -> str:
 
 
 def progress(status: StageStatus) -> str:
-    """`120/600 · 1,930 samples/s · 12 s to go`, as far as it is known."""
+    """`step 120/600 · loss 1.23 · 1,930 samples/s · 12 s to go`, as far as it is known."""
     parts = []
     if status.steps:
         parts.append(f"step {status.step:,}/{status.steps:,}")
+    if status.loss is not None:
+        parts.append(f"loss {status.loss:.3g}")
+    if status.state == "running" and status.learning_rate is not None:
+        parts.append(f"learning rate {status.learning_rate:.2g}")
+    if status.val_top1 is not None:
+        parts.append(f"val top-1 {percent(status.val_top1, 1)}")
     if status.state == "running" and status.samples_per_s:
         parts.append(f"{status.samples_per_s:,.0f} samples/s")
     if status.state == "running" and status.eta_s is not None:
@@ -204,11 +219,14 @@ def progress(status: StageStatus) -> str:
     return " · ".join(parts)
 
 
-def summary(stages: list[StageStatus]) -> str:
-    """`17 stages: 5 done, 2 running, 10 waiting`."""
+def summary(stages: list[StageStatus], to_go_s: float | None = None) -> str:
+    """`17 stages: 5 done, 2 running, 10 waiting; about 12 min 05 s to go`."""
     counts = Counter(stage.state for stage in stages)
     listed = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
-    return f"{len(stages)} stages: {listed}"
+    text = f"{len(stages)} stages: {listed}"
+    if to_go_s:
+        text += f"; about {duration(to_go_s)} to go"
+    return text
 
 
 def table(stages: list[StageStatus], title: str | None = None) -> Table:

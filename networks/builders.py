@@ -348,7 +348,7 @@ def _own_trunk(
         trunk = builder(shape, **options)
     except ValueError as error:  # its own words for a wrong value
         raise ValueError(" ".join(str(error).split()) + place_of(error)) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         called = "".join(f", {key}={value!r}" for key, value in options.items())
         raise ValueError(f"{name}({shape}{called}) fails: {blame(error)}; {CONTRACT}") from None
     if not isinstance(trunk, nn.Module):
@@ -396,7 +396,16 @@ def _timm(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> nn.M
     if not timm.is_model(name):
         hint = nearest(name.split(".")[0], timm.list_models())
         raise ValueError(f"timm has no model {name!r}; {hint}")
-    return timm.create_model(name, pretrained=False, num_classes=0, in_chans=shape[0], **options)
+    try:
+        return timm.create_model(
+            name, pretrained=False, num_classes=0, in_chans=shape[0], **options
+        )
+    except Exception as error:  # a model raises what it likes about an option
+        given = "".join(f", {key}={value!r}" for key, value in options.items())
+        raise ValueError(
+            f"timm:{name}: create_model({name!r}, in_chans={shape[0]}{given}) fails: "
+            f"{blame(error)}; look at model.options"
+        ) from None
 
 
 def _with_average(

@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 from .config import UserError
+from .failures import writing
 
 WINNER = "WINNER"  # in a stage's, where the file system has no hard links: whose DONE it is
 
@@ -21,11 +22,12 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path, len(content)):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

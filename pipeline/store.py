@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import UserError
+from .failures import cannot_write
 from .files import WINNER, claim, read_json, write_bytes, write_json, write_text
 from .identity import SCHEMA
 from .stages import StageKind
@@ -139,7 +140,7 @@ class Stage:
             if not (self.directory / "KEY").exists():
                 write_text(self.directory / "KEY", self.key)
         except OSError as error:
-            raise UserError(f"{self.directory}: cannot be written: {error.strerror}") from None
+            raise cannot_write(self.directory, error) from None
         return Attempt(self, attempt, directory)
 
     @property

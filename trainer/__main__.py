@@ -1,23 +1,36 @@
-"""`torchrun -m trainer STAGE ... --run DIR`: stages of a run, or a command that needs torch."""
+"""Stages of a run, or a command that needs torch.
+
+    python -m trainer STAGE ... --run DIR
+    torchrun --nproc-per-node 2 -m trainer -- STAGE ... --run DIR
+
+Without the `--` torchrun takes --run for its own --run-path.
+"""
 
 from __future__ import annotations
 
-import argparse
+import errno
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pipeline.choices import resolve
-
 if TYPE_CHECKING:
+    import argparse
+
     from pipeline.graph import RunDirectory
     from pipeline.store import Stage
 
     from .session import Session
 
+HELP = (
+    "Do stages of a run that `referral prepare` laid out, in this process or, under torchrun, on "
+    "several ranks."
+)
+EXAMPLE = """python -m trainer specialist --index 3 --run runs/mine
+torchrun --nproc-per-node 2 -m trainer -- generalist --run runs/mine"""
 RANK_0_FIRST_S = (
     5.0  # how long rank 0 has to say everybody's error before another rank says its own
 )
@@ -34,22 +47,36 @@ COMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Exit codes: 0 done, 1 our error, 2 the user's, 75 interrupted: run again to resume."""
-    from pipeline.config import UserError
+    from pipeline.failures import PASSING, answer, paths_among
 
     # What Pillow warns of is either harmless or an error that is said in one line.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if argv[:1] == ["--"]:  # `torchrun -m trainer -- STAGE --run DIR`: --run is torchrun's, too
         argv = argv[1:]
-    try:
-        if argv and argv[0] in COMMANDS:
-            command: Callable[[list[str]], int | None] = resolve(COMMANDS[argv[0]])
-            return command(argv[1:]) or 0
-        return run_stages(argv)
-    except UserError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(RANK_0_FIRST_S)  # torchrun ends the other ranks with the first that ends
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        return 2
+    places = paths_among(argv)
+    if argv and argv[0] in COMMANDS:
+        return answer(lambda: run_command(argv), places, before_saying=let_rank_0_speak)
+    # A stage heeds SIGTERM itself.  What is not there may be there at another try.
+    return answer(
+        lambda: run_stages(argv),
+        places,
+        signals=(signal.SIGINT,),
+        before_saying=let_rank_0_speak,
+        passing=(*PASSING, errno.ENOENT),
+    )
+
+
+def run_command(argv: list[str]) -> int:
+    from pipeline.choices import resolve
+
+    command: Callable[[list[str]], int | None] = resolve(COMMANDS[argv[0]])
+    return command(argv[1:]) or 0
+
+
+def let_rank_0_speak() -> None:
+    """torchrun ends the other ranks with the first that ends; its words are everybody's."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(RANK_0_FIRST_S)
 
 
 def run_stages(argv: list[str]) -> int:
@@ -95,12 +122,13 @@ def check_where_left(session: Session) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    from pipeline.config import UserError
     from pipeline.stages import KINDS
+    from pipeline.usage import Parser, nearest
 
-    parser = argparse.ArgumentParser(prog="trainer", description=__doc__)
-    words = " | ".join([*KINDS, *COMMANDS])
-    parser.add_argument("stages", choices=list(KINDS), nargs="+", metavar="STAGE", help=words)
-    parser.add_argument("--run", required=True, metavar="DIR")
+    parser = Parser("python -m trainer", HELP, EXAMPLE)
+    parser.add_argument("stages", nargs="+", metavar="STAGE", help=", ".join(KINDS))
+    parser.add_argument("--run", required=True, metavar="DIR", help="the run's directory")
     families = {
         option: ", ".join(kind.name for kind in KINDS.values() if kind.addressed_by == option)
         for option in ("index", "name")
@@ -109,7 +137,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--index", type=int, nargs="+", default=[], help=f"which of: {families['index']}"
     )
     parser.add_argument("--name", nargs="+", default=[], help=f"which of: {families['name']}")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv or ["--help"])
+    for word in args.stages:
+        if word not in KINDS:
+            known = [*KINDS, *COMMANDS]
+            raise UserError(f"no such stage or command {word}{nearest(word, known)}")
+    return args
 
 
 def choose(run: RunDirectory, name: str, args: argparse.Namespace) -> list[Stage]:
@@ -160,6 +193,9 @@ def check_inputs(stage: Stage) -> None:
 
 
 if __name__ == "__main__":
+    from pipeline.interrupts import end_at_once
+
+    end_at_once((signal.SIGINT,))
     from .distributed.exit import leave
 
     leave(lambda: main(sys.argv[1:]))

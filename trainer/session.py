@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory
 from pipeline.identity import digest
+from pipeline.results import duration
+from pipeline.results.training import val_text
 from pipeline.store import Attempt, Stage, new_attempt_id, write_bytes, write_json
 
 from .data.cache import cached
@@ -70,7 +73,7 @@ class Session:
         """
         identity = broadcast(new_attempt_id() if self.ranks.is_main else None, self.ranks)
         attempt = stage.begin(identity)
-        handler = logging.FileHandler(attempt.path(f"log-{self.ranks.rank}.txt"))
+        handler = LogFile(attempt.path(f"log-{self.ranks.rank}.txt"))
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         if self.ranks.is_main:
@@ -89,7 +92,9 @@ class Session:
             if self.ranks.is_main:
                 write_json(attempt.path("damage.json"), self.losses.splits)
                 attempt.finish()
-                log.info("%s: done", stage.place)
+                words = [f"done in {duration(time.time() - attempt.started)}"]
+                words += filter(None, [val_text(attempt.directory)])
+                log.info("%s: %s", stage.place, ", ".join(words))
             dist.barrier()
         finally:
             log.removeHandler(handler)
@@ -147,6 +152,13 @@ class Session:
 
     def barrier(self) -> None:
         dist.barrier()
+
+
+class LogFile(logging.FileHandler):
+    """A log whose disk may be full, which ends the stage as every other file of it does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # noqa: PLE0704  # logging calls this while it handles the error
 
 
 def measuring_batch(num_classes: int) -> int:

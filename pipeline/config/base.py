@@ -23,6 +23,7 @@ class Section(BaseModel):
         validate_default=True,
         protected_namespaces=(),
         ser_json_inf_nan="constants",
+        allow_inf_nan=False,
     )
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from ..choices import LOSSES
 from .base import one_of
+from .messages import in_our_words
 from .schedule import DEFAULT_SCHEDULE, NAME, ResolvedSchedule, ResolvedStudent
+from .sections import Model
 
 if TYPE_CHECKING:
     from .run import Config
@@ -19,6 +24,7 @@ def check_all(config: Config) -> None:
     for name, student in config.students.items():
         check_student_name(name)
         check_ancestry(name, student, config)
+        check_model(name, student, config)
     check_full_softmax(config)
     check_extend(config)
     check_negatives(config)
@@ -37,6 +43,20 @@ def check_student_name(name: str) -> None:
         raise ValueError(f"students.{name}: a student's name is letters, digits, '_' and '-'")
     if name in RESERVED or name.startswith("control_"):
         raise ValueError(f"students.{name}: this name has a meaning of its own; choose another")
+
+
+def check_model(name: str, student: ResolvedStudent, config: Config) -> None:
+    """A student's own keys of [model] are keys of [model]."""
+    try:
+        Model.model_validate({**config.model.model_dump(), **student.model})
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        key = ".".join(["students", name, "model", *map(str, error["loc"])])
+        if error["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(error["loc"][-1]), Model.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(Model.model_fields)}"
+            raise ValueError(f"unknown key {key}; {hint}") from None
+        raise ValueError(f"{key} = {error['input']!r}: {in_our_words(error)}") from None
 
 
 def check_full_softmax(config: Config) -> None:

@@ -12,6 +12,8 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from .base import UserError
+from .exclusive import UNSET, replaced_by
+from .messages import in_our_words
 from .run import Config, ConfigFile
 from .schedule import Student
 
@@ -61,7 +63,10 @@ def read_toml(path: Path) -> dict:
 
 
 def apply_override(values: dict, override: str) -> None:
-    """Set one `a.b=value` in nested `values`; the value is TOML, or a bare string."""
+    """Set one `a.b=value` in nested `values`; the value is TOML, or a bare string.
+
+    A key that cannot stand beside it makes way.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: write section.key=value")
@@ -69,12 +74,27 @@ def apply_override(values: dict, override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *sections, last = key.strip().split(".")
+    key = key.strip()
+    *sections, last = key.split(".")
+    if not all((*sections, last)):
+        raise UserError(f"--set {override}: {key} has an empty part; write section.key=value")
+    own = values
     for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
+        own = own.setdefault(section, {})
+        if not isinstance(own, dict):
             raise UserError(f"--set {override}: {section} is not a section")
-    values[last] = value
+    own[last] = value
+    if value not in UNSET:
+        for rival in replaced_by(key):
+            _remove(values, rival.split("."))
+
+
+def _remove(values: dict, key: list[str]) -> None:
+    for section in key[:-1]:
+        values = values.get(section, {})
+        if not isinstance(values, dict):
+            return
+    values.pop(key[-1], None)
 
 
 def rename_key(values: dict, old: list[str], new: list[str]) -> None:
@@ -108,13 +128,17 @@ def _explain(error: Any) -> str:
     name = ".".join(keys)
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], valid, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(keys[-1].lower(), valid, n=1, cutoff=0.4)
         hint = f"; valid keys: {', '.join(valid)}"
         if near:
             hint = f"; did you mean {'.'.join([*keys[:-1], near[0]])}?"
         return f"unknown key {name}{hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{name} = {error['input']!r}: {message}" if name else message
+    message = in_our_words(error)
+    if not name:
+        return message
+    if error["type"] == "value_error" and isinstance(error["input"], dict):  # of keys together
+        return f"{name}: {message}"
+    return f"{name} = {error['input']!r}: {message}"
 
 
 def _valid_keys(sections: list[str]) -> list[str]:

@@ -183,7 +183,7 @@ class Student(Schedule):
     # of a deep ensemble's members, to teach a single student
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
     # inf: match the logits, the limit
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     hard_weight: float = Field(default=0.0, ge=0, le=1)
     soft_weight: float = Field(default=1.0, ge=0)
     # what the inputs are moved by before teacher and student see them

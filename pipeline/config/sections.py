@@ -5,13 +5,15 @@ Each key has a type, a default, a meaning.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from ..choices import (
     AUGMENTATIONS,
     CHOOSE_ALL_GROUPS,
+    COMBINER_ALIASES,
     COMBINERS,
     ENGINES,
     METHODS,
@@ -68,6 +70,38 @@ class Data(Section):
     @classmethod
     def _augment(cls, value):
         return one_of(value, AUGMENTATIONS, " or module:function", MODULE_FUNCTION)
+
+    @field_validator("mean", "std")
+    @classmethod
+    def _of_channels(cls, value):
+        if not value:
+            raise ValueError("is empty: give one number, or one for each channel")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value):
+        if min(value) <= 0:
+            raise ValueError("every deviation must be greater than 0")
+        return value
+
+    @field_validator("decoders")
+    @classmethod
+    def _functions(cls, value):
+        for extension, name in value.items():
+            if not re.fullmatch(MODULE_FUNCTION, name):
+                raise ValueError(f"{extension} = {name!r}: write module:function")
+        return value
+
+    @model_validator(mode="after")
+    def _as_many_of_both(self):
+        lengths = {len(self.mean), len(self.std)} - {1}
+        if len(lengths) > 1:
+            raise ValueError(
+                f"data.mean has {len(self.mean)} values and data.std {len(self.std)}: "
+                "each needs 1, or one for each channel"
+            )
+        return self
 
 
 class Model(Section):
@@ -164,7 +198,7 @@ class Controls(Section):
 
     enabled: bool = True
     # control_wall's peaks; [] = 1/3, 1 and 3 times the specialists'
-    learning_rates: list[float] = []
+    learning_rates: list[PositiveFloat] = []
 
 
 class Ensemble(Section):
@@ -187,7 +221,7 @@ class Ensemble(Section):
     @field_validator("combine")
     @classmethod
     def _combine(cls, value):
-        return one_of(value, COMBINERS)
+        return one_of(COMBINER_ALIASES.get(value, value), COMBINERS)
 
 
 class Engine(Section):

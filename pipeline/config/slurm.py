@@ -26,7 +26,7 @@ class Resources(Section):
     # on each node
     cpus: int | None = Field(default=None, gt=0)
     # of each node
-    memory: str | None = Field(default=None, pattern=r"^[0-9]+[KMGT]?$")
+    memory: str | None = None
     # "90" (minutes), "HH:MM:SS", "DAYS-HH:MM:SS"
     time: str | None = None
     partition: str | None = Field(default=None, min_length=1)
@@ -49,6 +49,13 @@ class Resources(Section):
     def _time(cls, value):
         if value is not None and not TIME.fullmatch(value):
             raise ValueError('write minutes, "HH:MM:SS" or "DAYS-HH:MM:SS"')
+        return value
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, value):
+        if value is not None and not re.fullmatch(r"[0-9]+[KMGT]?", value):
+            raise ValueError('write a number and K, M, G or T, without B: "16G"')
         return value
 
     @field_validator("extra")

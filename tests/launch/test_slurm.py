@@ -118,6 +118,12 @@ def test_a_log_that_a_node_cannot_open_is_told_as_what_it_is(ward, clients):
     assert f"n5 cannot write {log}; the run must lie where" in record.reason
 
 
+def test_a_job_that_ran_out_of_memory_says_what_makes_it_smaller(ward, clients):
+    record = look(ward.run(), of("1"), [line("1", "OUT_OF_MEMORY")], clients)["generalist"]
+    assert record.state == "failed" and "out of memory; lower train.batch_size" in record.reason
+    assert "slurm.generalist.memory" in record.reason
+
+
 def test_what_stands_behind_a_lost_job_is_blocked_not_cancelled(ward, clients):
     lines = [
         line("1", "FAILED", node="n1"),

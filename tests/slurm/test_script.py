@@ -96,8 +96,14 @@ def test_controls_and_students_are_named(job):
 
 def test_a_failure_is_tried_again_as_often_as_said(job):
     assert len(job("-t", "2", "a run", "ensemble", codes="1 1 0")[1]) == 3
-    code, calls, log = job("-t", "1", "a run", "ensemble", codes="1 137 0")
-    assert code == 1 and len(calls) == 2 and "n4: exit code 137" in log
+    code, calls, log = job("-t", "1", "a run", "ensemble", codes="1 13 0")
+    assert code == 1 and len(calls) == 2 and "n4: exit code 13" in log
+
+
+def test_what_ran_out_of_memory_is_not_tried_again_as_it_is(job):
+    code, calls, log = job("-t", "5", "a run", "ensemble", codes="137 0")
+    assert code == 1 and len(calls) == 1
+    assert "n4: exit code 137" in log and "probably out of memory" in log
 
 
 def test_an_error_of_the_users_is_not_tried_again(job):

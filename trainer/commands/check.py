@@ -6,11 +6,9 @@ found; what is odd but no mistake is a warning on standard error.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tomllib
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,9 @@ import torch
 
 from clustering import ClassGroups
 from pipeline.config import Config, UserError, load_config
+from pipeline.extras import require
 from pipeline.graph import RunDirectory
+from pipeline.usage import Parser
 
 from ..data.augment import find_augment
 from ..data.shards import ShardSet, open_shards
@@ -32,7 +32,7 @@ NAMED = 3  # classes in a warning
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="trainer check", description=__doc__)
+    parser = Parser("python -m trainer check", "Check a config, which is read from standard input.")
     parser.add_argument("--processes", type=int, default=1, help="ranks of the generalist")
     parser.add_argument("--run", type=Path, default=None, help="where the run will be")
     parser.add_argument("--elsewhere", action="store_true", help="the run's machine is another")
@@ -88,16 +88,10 @@ def check_engine(config: Config) -> None:
     """What [engine] asks for is installed, and can be had together."""
     engine = config.engine
     precision(engine, choose_device(engine))
-    package = engine.kind.package
-    if package and find_spec(package) is None:
-        raise UserError(
-            f'engine.name = "{engine.name}" needs the package {package}: pip install {package}'
-        )
+    if engine.kind.package:
+        require(engine.kind.package, f'engine.name = "{engine.name}"')
     for name in engine.track:
-        if find_spec(name) is None:
-            raise UserError(
-                f"engine.track: {name} is not installed; pip install 'referral[{name}]'"
-            )
+        require(name, f'engine.track = ["{name}"]')
 
 
 def check_shards(config: Config) -> dict[str, ShardSet]:

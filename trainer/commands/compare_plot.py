@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from matplotlib.figure import Figure
 
 from pipeline.compare import METRICS, Comparison, compare, read_runs, setting, words
 from pipeline.config import UserError
+from pipeline.failures import cannot_write
+from pipeline.usage import Parser
 
 matplotlib.use("Agg")
 
@@ -22,9 +23,7 @@ MOST_ACROSS = 3
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="trainer compare", description="Draw finished runs beside each other."
-    )
+    parser = Parser("python -m trainer compare", "Draw finished runs beside each other.")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--plot", required=True, type=Path, metavar="FILE.png")
     parser.add_argument("--metric", default="", metavar="NAME,...")
@@ -53,7 +52,7 @@ def draw(comparison: Comparison, path: Path) -> None:
     except ValueError as error:
         raise UserError(f"--plot {path}: {error}") from None
     except OSError as error:
-        raise UserError(f"--plot {path}: cannot be written: {error.strerror}") from None
+        raise cannot_write(path, error, option="--plot") from None
     finally:
         pyplot.close(figure)
 

@@ -7,18 +7,20 @@ see, or see differently.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
 import shutil
 import socket
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.choices import ENGINES
 from pipeline.config import Engine, UserError, load_config
+from pipeline.extras import remedy
+from pipeline.usage import Parser
 
 NEEDED = (
     "torch",
@@ -50,15 +52,25 @@ class RankFindings(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="referral doctor", description=__doc__)
-    parser.add_argument(
-        "--run", metavar="DIR", help="also look at this run's shards and free disk space"
-    )
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     run = Path(args.run) if args.run else None
     if "RANK" in os.environ:
         return examine_ranks(run)
     return report([*versions(), *devices(), *run_findings(run)])
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "referral doctor",
+        "Check this machine and what is installed; exit code 1 if something needed is missing. "
+        "Under torchrun every rank looks for itself, and rank 0 reports where they differ.",
+        "referral doctor --run runs/mine\n"
+        "torchrun --nproc-per-node 2 -m trainer -- doctor --run runs/mine",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="also look at this run's shards and free disk space"
+    )
+    return parser
 
 
 def report(findings: list[Finding]) -> int:
@@ -116,12 +128,14 @@ def versions() -> list[Finding]:
             findings.append(Finding(True, f"{name} {importlib.metadata.version(name)}"))
         except importlib.metadata.PackageNotFoundError:
             if name in NEEDED:
-                findings.append(Finding(False, f"{name}: pip install 'referral[train]'"))
+                findings.append(Finding(False, f"{name}: {remedy('torch')}"))
     return findings
 
 
 def devices() -> list[Finding]:
     """Cores and GPUs, and a collective on every backend that a run would use."""
+    if find_spec("torch") is None:
+        return []  # `versions` says so
     import torch
 
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
@@ -164,7 +178,7 @@ def _collective(backend: str, device: str) -> Finding:
 
 def run_findings(root: Path | None) -> list[Finding]:
     """The disk and the shards of a run, where one is named."""
-    if root is None:
+    if root is None or find_spec("torch") is None:
         return []
     from ..data.shards import open_shards
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import os
 import shutil
@@ -30,8 +29,11 @@ from ensemble import (
 )
 from networks import Classifier, ModelSpec, load_classifier, save_classifier
 from pipeline.config import UserError
+from pipeline.extras import require
+from pipeline.failures import cannot_write
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
+from pipeline.usage import Parser
 
 from ..stages.networks import builders_of
 
@@ -69,7 +71,12 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="referral export", description=__doc__)
+    parser = Parser(
+        "referral export",
+        "Write a finished run as files that need no run: networks, groups and how they are joined, "
+        "as safetensors and JSON laid out as in the run.",
+        "referral export runs/mine --to exported/ --what student:main --onnx",
+    )
     parser.add_argument("directory", metavar="DIR", type=Path, help="a finished run")
     parser.add_argument(
         "--to", required=True, metavar="OUT", type=Path, help="the directory to write"
@@ -201,7 +208,7 @@ def put_in_place(out: Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"--to {out}: cannot be written: {error.strerror}") from None
+        raise cannot_write(out, error, option="--to") from None
     try:
         yield unfinished
         if out.exists():
@@ -218,11 +225,7 @@ def put_in_place(out: Path) -> Iterator[Path]:
 
 def check_onnx() -> None:
     for name in ("onnx", "onnxscript", "onnxruntime"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"--onnx needs {name}, which is not installed; "
-                "pip install 'referral[onnx]' brings it"
-            )
+        require(name, "--onnx")
 
 
 # Writing, and comparing what was written

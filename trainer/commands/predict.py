@@ -9,7 +9,6 @@ import argparse
 import io
 import itertools
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,6 +27,7 @@ from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
+from pipeline.usage import Parser
 
 from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
@@ -90,7 +90,11 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="referral predict", description=__doc__)
+    parser = Parser(
+        "referral predict",
+        "Classify files by the ensemble of a run or an export, or by one of its networks.",
+        "referral predict runs/mine photos/ --top 3 --json",
+    )
     parser.add_argument(
         "directory", metavar="DIR", type=Path, help="a run, or what `referral export` wrote"
     )
@@ -120,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-pixels", type=int, metavar="N", help="read images of up to N pixels [178956970]"
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--device", default="cpu", help="cpu (the default), cuda, cuda:1, ...")
+    parser.add_argument(
+        "--device", default="cpu", help="compute on cpu (the default), cuda, cuda:1, ..."
+    )
     parser.add_argument(
         "--allow-missing",
         action="store_true",
@@ -345,12 +351,7 @@ def print_json(example: Example, prediction: Prediction) -> None:
     source: dict[str, object] = {"file": example.file}
     if example.index is not None:
         source["index"] = example.index
-    try:
-        print(json.dumps(source | prediction, ensure_ascii=False), flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        # Nor shall the interpreter flush at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
+    print(json.dumps(source | prediction, ensure_ascii=False), flush=True)
 
 
 class PredictionTable:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from pipeline.config import Data, UserError
+from pipeline.typer_usage import Command, application, call
 
 if TYPE_CHECKING:
     from networks.pictures import PictureRules
@@ -21,12 +22,30 @@ if TYPE_CHECKING:
     from ..data.authoring.indexing import Finding
     from ..data.authoring.reporting import Report
 
-Out = Annotated[Path, typer.Option(help="Directory to write the shards and manifest.json to.")]
+HELP = "Make, convert and check shards; exit code 1 if something is corrupt."
+EXAMPLES = {
+    "folder": "referral shards folder photos/ --out shards/ --size 64",
+    "arrays": "referral shards arrays digits.npz --out shards/",
+    "table": "referral shards table goods.csv --out shards/ --text title --label category",
+    "from-webdataset": 'referral shards from-webdataset "old/train-{000..007}.tar" --out shards/',
+    "index": "referral shards index shards/",
+    "validate": "referral shards validate shards/",
+    "glyphs": "referral shards glyphs --out glyphs/ --classes 200 --train 60 --val 20 --test 20",
+}
+Out = Annotated[
+    Path, typer.Option(metavar="DIR", help="Directory to write the shards and manifest.json to.")
+]
 Val = Annotated[
-    float, typer.Option(help="Fraction of each class for the val split, where there is none.")
+    float,
+    typer.Option(
+        metavar="SHARE", help="Fraction of each class for the val split, where there is none."
+    ),
 ]
 Test = Annotated[
-    float, typer.Option(help="Fraction of each class for the test split, where there is none.")
+    float,
+    typer.Option(
+        metavar="SHARE", help="Fraction of each class for the test split, where there is none."
+    ),
 ]
 TAKEN = "Fraction of each class for a {} split, where there is none [0.1 of a directory, else 0]."
 TakenVal = Annotated[float | None, typer.Option(help=TAKEN.format("val"))]
@@ -41,28 +60,39 @@ Overwrite = Annotated[
 ]
 Label = Annotated[str, typer.Option(help='Member that holds the label, or "json:FIELD".')]
 FetchDir = Annotated[
-    str, typer.Option(help="Where shards behind URLs are kept [~/.cache/referral/shards].")
+    str,
+    typer.Option(
+        metavar="DIR", help="Where shards behind URLs are kept [~/.cache/referral/shards]."
+    ),
 ]
 Classes = Annotated[
-    Path | None, typer.Option(help="Text file with one class name per line, in order.")
+    Path | None,
+    typer.Option(metavar="FILE", help="Text file with one class name per line, in order."),
 ]
 Damage = Annotated[
     str,
-    typer.Option(help="strict: refuse corrupt inputs, with a list; skip: leave them out and say."),
+    typer.Option(
+        metavar="strict|skip",
+        help="Refuse corrupt inputs, with a list (strict), or leave them out and say so (skip).",
+    ),
 ]
 
 
 def add_commands(app: typer.Typer) -> None:
     """Add folder, arrays, table, from-webdataset, index, validate and glyphs to an application."""
-    from ..data.authoring.glyph_command import add_glyphs_command
+    from ..data.authoring.glyph_command import glyphs
 
-    app.command("folder")(folder)
-    app.command("arrays")(arrays)
-    app.command("table")(table)
-    app.command("from-webdataset")(from_webdataset)
-    app.command("index")(index)
-    app.command("validate")(validate)
-    add_glyphs_command(app)
+    functions = {
+        "folder": folder,
+        "arrays": arrays,
+        "table": table,
+        "from-webdataset": from_webdataset,
+        "index": index,
+        "validate": validate,
+        "glyphs": glyphs,
+    }
+    for name, function in functions.items():
+        app.command(name, cls=Command, epilog=EXAMPLES[name])(function)
 
 
 def folder(
@@ -123,8 +153,12 @@ def arrays(
     x: Annotated[str, typer.Option(help="Name of the array of inputs.")] = "",
     y: Annotated[str, typer.Option(help="Name of the array of labels.")] = "",
     train: Annotated[str, typer.Option(help="Files or arrays of the train split: X,Y.")] = "",
-    val: Annotated[str, typer.Option(help=OWN.format("val", "files or arrays X,Y"))] = "0.1",
-    test: Annotated[str, typer.Option(help=OWN.format("test", "files or arrays X,Y"))] = "0.1",
+    val: Annotated[
+        str, typer.Option(metavar="SHARE|OWN", help=OWN.format("val", "files or arrays X,Y"))
+    ] = "0.1",
+    test: Annotated[
+        str, typer.Option(metavar="SHARE|OWN", help=OWN.format("test", "files or arrays X,Y"))
+    ] = "0.1",
     channels: Annotated[
         str, typer.Option(help="Where the channels of pictures are: first or last [by the shape].")
     ] = "",
@@ -176,8 +210,10 @@ def table(
     drop: Annotated[
         list[str] | None, typer.Option(help="Leave out the rows of this class; may be repeated.")
     ] = None,
-    val: Annotated[str, typer.Option(help=OWN.format("val", "a csv"))] = "0.1",
-    test: Annotated[str, typer.Option(help=OWN.format("test", "a csv"))] = "0.1",
+    val: Annotated[str, typer.Option(metavar="SHARE|OWN", help=OWN.format("val", "a csv"))] = "0.1",
+    test: Annotated[
+        str, typer.Option(metavar="SHARE|OWN", help=OWN.format("test", "a csv"))
+    ] = "0.1",
     damage: Damage = "strict",
     seed: Seed = 0,
     samples_per_shard: PerShard = 10_000,
@@ -411,31 +447,6 @@ def main(argv: list[str]) -> int:
 
     Raises UserError for the user's mistakes, unknown options too.
     """
-    app = typer.Typer(
-        help=__doc__,
-        add_completion=False,
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode=None,
-    )
+    app = application(HELP, EXAMPLES["folder"])
     add_commands(app)
-    command = typer.main.get_command(app)
-    try:
-        return int(command(argv, "referral shards", standalone_mode=False) or 0)
-    except _usage_error() as error:
-        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-        if type(error).__name__ == "NoArgsIsHelpError":
-            print(message)
-            return 2
-        raise UserError(message) from None
-
-
-def _usage_error() -> type[Exception]:
-    """The base class of typer's usage errors, click's ClickException.
-
-    typer carries its own copy of click from 0.26 on, so it is found from here.
-    """
-    for base in typer.BadParameter.__mro__:
-        if base.__name__ == "ClickException":
-            return cast(type[Exception], base)
-    raise AssertionError("typer.BadParameter is no ClickException")
+    return call(app, "referral shards", argv)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import UserError
+from pipeline.failures import existing, size_text
 from pipeline.store import COMPLETE, complete_checkpoints
 
 from ..distributed.ranks import ALONE, Ranks, broadcast
@@ -140,7 +141,7 @@ def _write(directory: Path, final: Path, state: State) -> str | None:
             return None
         if isinstance(error, RuntimeError) and not _about_files(error):
             raise
-        return getattr(error, "strerror", None) or str(error).splitlines()[0]
+        return f"{_reason(error)}; it takes {size_text(_bytes_of(state))}"
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return None
@@ -168,4 +169,27 @@ def _refusal(directory: Path, step: int, problem: str) -> str:
     earlier = "there is no earlier one"
     if newest is not None:
         earlier = f"that of step {newest} stands"
-    return f"the checkpoint of step {step} cannot be written in {directory}: {problem}; {earlier}"
+    free = size_text(shutil.disk_usage(existing(directory)).free)
+    return (
+        f"the checkpoint of step {step} cannot be written in {directory}: {problem}, and {free} "
+        f"are free; {earlier}"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The system's words, which torch's writer hides behind an error of its own."""
+    for cause in (error, error.__cause__, error.__context__):
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+    return str(error).splitlines()[0]
+
+
+def _bytes_of(value: object) -> int:
+    """What the tensors of a state take."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        return sum(_bytes_of(item) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_bytes_of(item) for item in value)
+    return 0

@@ -55,6 +55,7 @@ class TrainingFiles:
     checkpoints: Path  # a directory, whose newest complete checkpoint is resumed
     metrics: Path  # metrics.jsonl
     trackers: Sequence[Tracker] = ()  # each is given the rows of metrics.jsonl
+    name: str = "training"  # what its lines in the log begin with
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,13 @@ class Trainer:
             self.average = AveragedWeights(self.network, schedule.ema, saved.get("average"))
         self.module = engine.prepare(self.network, schedule, state)
         self.logger = MetricsLogger(
-            files.metrics, self.progress, ranks, task.steps, stream.batch_size, files.trackers
+            files.metrics,
+            self.progress,
+            ranks,
+            task.steps,
+            stream.batch_size,
+            files.trackers,
+            files.name,
         )
         self.saver = Saver(files.checkpoints, schedule.keep, ranks)
         self.stop_signal = StopSignal()

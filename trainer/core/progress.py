@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
@@ -15,11 +16,13 @@ from pathlib import Path
 import torch
 
 from pipeline.config import UserError
+from pipeline.results import duration, percent
 
 from ..distributed.ranks import Ranks, sum_over_ranks
 from .checkpoints import newest_step
 from .tracking import Row, Tracker
 
+log = logging.getLogger("referral")
 DIVERGED = 10  # times the loss of the first steps (or 1 nat, where that is less)
 
 
@@ -67,6 +70,7 @@ class MetricsLogger:
         steps: int,
         batch_size: int,
         trackers: Sequence[Tracker] = (),
+        name: str = "training",
     ):
         self.path = path
         self.progress = progress
@@ -74,6 +78,7 @@ class MetricsLogger:
         self.steps = steps
         self.batch_size = batch_size
         self.trackers = trackers
+        self.name = name
         self.started = time.monotonic() - progress.seconds
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._start_interval(time.monotonic())
@@ -81,6 +86,8 @@ class MetricsLogger:
             path.write_text("".join(line + "\n" for line in progress.metrics))
             for line in progress.metrics:
                 self._track(json.loads(line))
+            if progress.step:
+                log.info("%s: resumed at step %d of %d", name, progress.step, steps)
 
     def _start_interval(self, now: float) -> None:
         """Begin the steps that the next row is about."""
@@ -141,6 +148,7 @@ class MetricsLogger:
         self.progress.metrics.append(line)
         with open(self.path, "a") as file:
             file.write(line + "\n")
+        log.info("%s: step %d/%d, %s", self.name, row["step"], self.steps, in_words(row))
         self._track(row)
 
     def update_seconds(self) -> None:
@@ -159,6 +167,20 @@ class MetricsLogger:
             f"the loss is {loss:.4g} at step {self.progress.step}; it began at {first_loss:.4g}. "
             f"Lower the learning rate ({rate:.3g}) or clip gradients (clip_norm); {last_good}"
         )
+
+
+def in_words(row: Row) -> str:
+    """A row of metrics.jsonl as a line of the log."""
+    if "loss" not in row:
+        named = {key.removeprefix("val/"): value for key, value in row.items() if key != "step"}
+        top1 = named.pop("top1", None)
+        words = [] if top1 is None else [f"val top-1 {percent(top1, 1)}"]
+        return ", ".join([*words, *(f"val {key} {value:.4g}" for key, value in named.items())])
+    left_s = (row["steps"] - row["step"]) * row["seconds"] / row["step"]
+    return (
+        f"loss {row['loss']:.4f}, learning rate {row['lr']:.3g}, "
+        f"{row['samples_per_s']:,.0f} examples/s, {duration(left_s)} to go"
+    )
 
 
 def _rounded(value: float) -> float:

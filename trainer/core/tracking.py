@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from pipeline.config import UserError
+from pipeline.extras import require
 
 Row = dict[str, float]
 Tracker = Callable[[Row], None]
@@ -31,12 +31,9 @@ def trackers(
 @contextmanager
 def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
     """Event files under `directory`; `tensorboard --logdir RUN` shows every stage."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError(
-            "engine.track: tensorboard is not installed; pip install 'referral[tensorboard]'"
-        ) from None
+    require("tensorboard", 'engine.track = ["tensorboard"]')
+    from torch.utils.tensorboard import SummaryWriter
+
     with SummaryWriter(str(directory / "tensorboard")) as writer:
 
         def track(row: Row) -> None:
@@ -53,12 +50,9 @@ def wandb(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
 
     W&B's environment variables (WANDB_PROJECT and the like) apply.
     """
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]  # an extra
-    except ImportError:
-        raise UserError(
-            "engine.track: wandb is not installed; pip install 'referral[wandb]'"
-        ) from None
+    require("wandb", 'engine.track = ["wandb"]')
+    import wandb  # pyright: ignore[reportMissingImports]  # an extra
+
     identity = hashlib.sha256(f"{run.resolve()}/{stage}".encode()).hexdigest()[:16]
     session = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "referral"),

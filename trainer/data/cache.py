@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import sys
 import uuid
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Data, UserError
+from pipeline.failures import cannot_write
 from pipeline.store import read_json, write_json
 
 from .shards import Ids, ShardSet
@@ -114,7 +116,7 @@ def cached(shards: ShardSet, path: str | Path, data: Data) -> ShardSet:
     except OSError as error:
         if data.cache == "auto":
             return shards
-        raise UserError(f"{array_path}: cannot be written: {error.strerror}") from None
+        raise cannot_write(array_path, error, size) from None
     if not written:
         return shards
     opened = _open(shards, array_path, header_path, key)
@@ -161,6 +163,7 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
         array = np.lib.format.open_memmap(
             temporary, mode="w+", dtype=shards.input_dtype, shape=shape
         )
+        _allocate(temporary)
         unreadable: dict[int, str] = {}
         for batch in stream.loader(workers=data.workers):
             array[batch.ids.numpy()] = batch.inputs.numpy()
@@ -177,6 +180,15 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
     finally:
         temporary.unlink(missing_ok=True)
     return True
+
+
+def _allocate(path: Path) -> None:
+    """Give a file its blocks now: where the disk fills up, writing to a mapping is a SIGBUS."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _lenient(shards: ShardSet, data: Data) -> ShardSet:

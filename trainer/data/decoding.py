@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,6 +16,7 @@ import numpy as np
 from networks.pictures import PLAIN, PictureRules, read_picture
 from networks.texts import TEXTS, hashed_ngrams
 from networks.texts import utf8_bytes as text
+from networks.user_code import blame
 from pipeline.config import UserError
 
 from .choices import DECODERS
@@ -67,7 +69,10 @@ def numbers(content: bytes) -> np.ndarray:
 
 
 def import_function(name: str, key: str) -> Callable:
-    """The function that the config's `key` names as module:function.  Raises UserError."""
+    """The function that the config's `key` names as module:function.
+
+    Raises UserError, one line, for whatever the module does when it is imported.
+    """
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise UserError(f"{key} = {name!r}: write module:function")
@@ -75,13 +80,20 @@ def import_function(name: str, key: str) -> Callable:
     sys.path.insert(0, "")
     try:
         imported = getattr(import_module(module), function, None)
-    except ImportError as error:
-        raise UserError(f"{key} = {name!r}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{key} = {name!r}: {_import_failure(module, error)}") from None
     finally:
         sys.path.remove("")
     if not callable(imported):
         raise UserError(f"{key} = {name!r}: module {module} has no function {function}")
     return imported
+
+
+def _import_failure(module: str, error: BaseException) -> str:
+    """What went wrong, and in which line of the user's."""
+    if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+        return f"{error}: it must lie in {os.getcwd()}, or be installed"
+    return f"the import of {module} fails: {blame(error)}"
 
 
 def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:

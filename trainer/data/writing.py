@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from networks.pictures import PictureRules
 from pipeline.config import UserError
+from pipeline.failures import cannot_write, writing
 from pipeline.store import read_json, write_json
 
 from .labels import Kind, check_writable
@@ -126,7 +127,8 @@ class ShardWriter:
             raise UserError(f"sample {key}: class {label} is not in 0..{len(self.class_names) - 1}")
         if self._tar is None or self._written % self.samples_per_shard == 0:
             self._tar = self._next_tar()
-        self._tar.write(dict(sample))
+        with writing(self.directory):
+            self._tar.write(dict(sample))
         self._written += 1
 
     def _next_tar(self) -> TarWriter:
@@ -137,7 +139,7 @@ class ShardWriter:
         try:
             self._file = open(path, "wb")
         except OSError as error:
-            raise UserError(f"{self.directory}: cannot be written: {error.strerror}") from None
+            raise cannot_write(self.directory, error) from None
         self._temporary.append(path)
         return TarWriter(self._file, encoder=False, mtime=0)
 
@@ -155,10 +157,11 @@ class ShardWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close_tar()
         try:
-            if kind is None:
-                self._publish()
+            with writing(self.directory):
+                self._close_tar()
+                if kind is None:
+                    self._publish()
         finally:
             for path in self._temporary:
                 path.unlink(missing_ok=True)
@@ -266,7 +269,7 @@ def write_manifest(
     try:
         write_json(path, manifest)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
+        raise cannot_write(path, error) from None
     return path
 
 

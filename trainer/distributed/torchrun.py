@@ -7,20 +7,29 @@ mistake, and 75, start me again, reach the runner.  And the ranks die with this 
 first instant.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import sys
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import get_args_parser, run
+from pipeline.failures import answer
 
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
 
 def main(arguments: list[str]) -> int:
     """Start the ranks and wait for them; `arguments` are torchrun's options, then the trainer's."""
+    # Its own handlers answer the signals: they end the ranks first.
+    return answer(lambda: start(arguments), signals=())
+
+
+def start(arguments: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
     # With torch 2.13's shared store half of the elastic restarts (--max-restarts) hang or fail.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Slurm sends it to every process of a step; it is for the ranks, which do not inherit this

@@ -23,7 +23,7 @@ from networks import (
     save_classifier,
     widen,
 )
-from networks.user_code import CONTRACT, blame
+from networks.user_code import CONTRACT
 from pipeline.config import Config, Model, Student, UserError
 from pipeline.store import Attempt, Stage, read_json, write_json
 
@@ -60,7 +60,17 @@ def fresh_network(
         )
         return build_classifier(spec, builders)
     except ValueError as error:
-        raise UserError(f"[model] {error}") from None
+        raise UserError(_at_the_door(str(error))) from None
+
+
+def _at_the_door(error: str) -> str:
+    """An error about model.json in the names that the config has for it."""
+    for name in ("mean", "std"):
+        if error.startswith(f"input.{name}"):
+            error = error.replace(f"input.{name}", f"data.{name}", 1)
+            error = error.replace("1 or 1 (input.shape[0]) are", "1 is")
+            return error.replace("(input.shape[0])", "(the channels of the inputs)")
+    return f"[model] {error}"
 
 
 def input_spec(session: Session) -> InputSpec:
@@ -273,8 +283,6 @@ def user_builders(name: str) -> dict[str, Callable] | None:
         return {name: import_function(name, "model.name")}
     except UserError as error:
         raise UserError(f"{error}; {CONTRACT}") from None
-    except Exception as error:  # whatever the module does when it is imported
-        raise UserError(f"model.name = {name!r}: its import fails: {blame(error)}") from None
 
 
 def builders_of(config: Config) -> dict[str, Callable]:

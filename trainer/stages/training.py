@@ -27,13 +27,15 @@ def train_network(
 ) -> tuple[Classifier, dict]:
     """The trained network and what summary.json says of its training."""
     ranks, config = session.ranks, session.config.engine
-    names = config.track if ranks.is_main else []
+    names, place = config.track if ranks.is_main else [], attempt.stage.place
     with (
         closing(build_engine(config, ranks)) as engine,
         ranks.watching(),
-        trackers(names, attempt.directory, session.run.root, attempt.stage.place) as tracked,
+        trackers(names, attempt.directory, session.run.root, place) as tracked,
     ):
-        files = TrainingFiles(attempt.stage.checkpoints, attempt.path("metrics.jsonl"), tracked)
+        files = TrainingFiles(
+            attempt.stage.checkpoints, attempt.path("metrics.jsonl"), tracked, place
+        )
         network, summary = Trainer(task, engine, ranks, files).train()
     for source, sample, reason in summary.lost:
         session.losses.add(task.stream.sources[source].shards, {sample: reason})

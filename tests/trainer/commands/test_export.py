@@ -9,6 +9,7 @@ from toy import NUM_CLASSES, images
 
 from ensemble import SpecialistEnsemble
 from networks import InputSpec, ModelSpec, build_classifier, load_classifier
+from pipeline import extras
 from pipeline.store import read_json, write_json
 from trainer.__main__ import main
 from trainer.commands import export as exporting
@@ -147,7 +148,7 @@ def test_onnx_predicts_what_eager_networks_do(small_run, tmp_path, capsys):
 
 
 def test_onnx_without_its_extra_names_it(small_run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     code, _, err = export(capsys, small_run.root, "--to", tmp_path / "out", "--onnx")
     assert code == 2 and "pip install 'referral[onnx]'" in err and not (tmp_path / "out").exists()
 

@@ -228,7 +228,7 @@ def test_export_and_predict_are_commands_of_referral():
         command = [sys.executable, "-m", "launch.cli", name, "--help"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0
-        assert f"usage: referral {name}" in done.stdout and option in done.stdout
+        assert f"Usage: referral {name}" in done.stdout and option in done.stdout
 
 
 def test_a_reader_that_closes_the_pipe_early_is_no_error(small_run, tmp_path):

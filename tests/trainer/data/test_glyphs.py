@@ -26,7 +26,7 @@ from trainer.data.authoring.glyph_classes import (
     merge_identical,
     merged_classes,
 )
-from trainer.data.authoring.glyph_command import add_glyphs_command, read_classes
+from trainer.data.authoring.glyph_command import glyphs, read_classes
 from trainer.data.authoring.glyph_drawing import (
     bicubic_weights,
     distort,
@@ -315,7 +315,7 @@ def test_a_path_that_cannot_hold_a_directory_is_one_error(tmp_path):
 
 def command(*arguments):
     app = typer.Typer()
-    add_glyphs_command(app)
+    app.command("glyphs")(glyphs)
     app.command("other")(lambda: None)
     return CliRunner().invoke(app, ["glyphs", *map(str, arguments)])
 

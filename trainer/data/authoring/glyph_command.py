@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from typer import Option
 
 from pipeline.config import UserError
@@ -19,13 +18,8 @@ from .glyphs import IMAGES_PER_CLASS, render_glyphs
 DEFAULT = Distortion()
 
 
-def add_glyphs_command(app: typer.Typer) -> None:
-    """Add `glyphs` to a typer application."""
-    app.command("glyphs")(glyphs)
-
-
 def glyphs(
-    out: Annotated[Path, Option(help="the new directory")],
+    out: Annotated[Path, Option(metavar="DIR", help="the new directory")],
     fonts: Annotated[
         list[Path] | None,
         Option(
@@ -36,26 +30,26 @@ def glyphs(
         str | None, Option(help="the characters, a text file of them, or N: the first N")
     ] = None,
     size: Annotated[int, Option(help="side of the images in pixels")] = SIDE,
-    train: Annotated[
-        int, Option(help="images per class; likewise --val and --test")
-    ] = IMAGES_PER_CLASS["train"],
-    val: int = IMAGES_PER_CLASS["val"],
-    test: int = IMAGES_PER_CLASS["test"],
+    train: Annotated[int, Option(help="images per class of the train split")] = IMAGES_PER_CLASS[
+        "train"
+    ],
+    val: Annotated[int, Option(help="the same for val")] = IMAGES_PER_CLASS["val"],
+    test: Annotated[int, Option(help="the same for test")] = IMAGES_PER_CLASS["test"],
     min_faces: Annotated[
         int | None, Option(help="faces that must draw a character [5; with --fonts 1]")
     ] = None,
     strength: Annotated[float, Option(help="multiplies all the distortions that follow")] = 1.0,
     rotation: Annotated[float, Option(help="degrees")] = DEFAULT.rotation,
-    shear: float = DEFAULT.shear,
-    scale: float = DEFAULT.scale,
-    shift: Annotated[
-        float, Option(help="pixels of a 28 x 28 image; likewise --elastic")
-    ] = DEFAULT.shift,
-    elastic: float = DEFAULT.elastic,
-    contrast: float = DEFAULT.contrast,
-    noise: float = DEFAULT.noise,
-    seed: Annotated[int, Option(min=0)] = 0,
-    processes: Annotated[int | None, Option(help="[one per core]")] = None,
+    shear: Annotated[float, Option(help="the tangent of its angle")] = DEFAULT.shear,
+    scale: Annotated[float, Option(help="share by which the size varies")] = DEFAULT.scale,
+    shift: Annotated[float, Option(help="pixels of a 28 x 28 image")] = DEFAULT.shift,
+    elastic: Annotated[
+        float, Option(help="pixels by which parts of a 28 x 28 image move")
+    ] = DEFAULT.elastic,
+    contrast: Annotated[float, Option(help="share by which it varies")] = DEFAULT.contrast,
+    noise: Annotated[float, Option(help="its deviation, of a range of 1")] = DEFAULT.noise,
+    seed: Annotated[int, Option(min=0, help="of all that is drawn")] = 0,
+    processes: Annotated[int | None, Option(help="that render [one per core]")] = None,
     overwrite: Annotated[
         bool, Option("--overwrite", "--force", help="replace the shards in --out")
     ] = False,

@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pipeline.config import UserError
+from pipeline.failures import cannot_write
 from pipeline.store import write_json
 
 from ..tars import index_path
@@ -361,7 +362,7 @@ def _written(unfinished: Path, out: Path) -> Iterator[None]:
         unfinished.mkdir(parents=True)
         yield
     except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror or error}") from None
+        raise cannot_write(out, error) from None
     except BrokenProcessPool:
         raise UserError(
             "a rendering process died, perhaps for want of memory; try --processes 1"

@@ -1,0 +1,51 @@
+"""Which extra of the distribution brings a package that is not installed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from .config import UserError
+
+# Extra -> the modules that its packages bring; pyproject.toml has the packages.
+EXTRAS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "torch",
+        "deepspeed",
+        "webdataset",
+        "sklearn",
+        "scipy",
+        "safetensors",
+        "PIL",
+        "jinja2",
+        "matplotlib",
+        "fontTools",
+    ),
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "timm": ("timm",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+}
+
+
+def remedy(module: str) -> str:
+    """The command that installs what a module is in."""
+    package = module.partition(".")[0]
+    for extra, modules in EXTRAS.items():
+        if package in modules:
+            return f"pip install 'referral[{extra}]'"
+    return f"pip install {package}"
+
+
+def missing_package(error: ImportError) -> str:
+    """One line for an import that failed because a package of an extra is not there; else ""."""
+    package = (error.name or "").partition(".")[0]
+    known = {module for modules in EXTRAS.values() for module in modules}
+    if package not in known or find_spec(package) is not None:
+        return ""
+    return f"{package} is not installed; {remedy(package)}"
+
+
+def require(module: str, what: str) -> None:
+    """Raise UserError, one line, where a module that `what` needs is not installed."""
+    if find_spec(module) is None:
+        raise UserError(f"{what} needs {module}, which is not installed; {remedy(module)}")
