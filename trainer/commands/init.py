@@ -18,6 +18,7 @@ import torch
 
 from pipeline.config import Config, UserError, load_config
 from pipeline.files import write_text
+from pipeline.usage import Parser
 
 from ..data.writing import MANIFEST
 from ..distributed.ranks import choose_device
@@ -30,8 +31,6 @@ from ..stages.networks import fresh_network
 from .check import check, look_only
 from .needs import free_memory, gib
 from .shards import main as make_shards
-
-EXAMPLE = "example: referral init shards/ --out mine.toml && referral run mine.toml --run runs/mine"
 
 
 def main(argv: list[str]) -> int:
@@ -53,19 +52,23 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="referral init",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = Parser(
+        "referral init",
+        "Write a first config for data of your own, with a reason beside every key; train nothing."
+        "\n\nShards of raw data are made first, by the `referral shards` command that is printed.",
+        "referral init shards/ --out mine.toml",
     )
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="shards, a directory per class, npz, npy, idx, csv or tar files",
+        help="shards; or raw data: a directory per class, npz, npy, idx, csv or tar files",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("config.toml"), metavar="CONFIG.toml", help="[config.toml]"
+        "--out",
+        type=Path,
+        default=Path("config.toml"),
+        metavar="CONFIG.toml",
+        help="the config to write [config.toml]",
     )
     parser.add_argument(
         "--run", type=Path, metavar="DIR", help="the run that its header names [runs/CONFIG]"

@@ -9,6 +9,7 @@ import argparse
 import io
 import itertools
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
