@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,12 +32,6 @@ from .check import check, look_only
 from .needs import free_memory, gib
 from .shards import main as make_shards
 
-HELP = """Write a first config for data of your own.
-
-DATA is a directory of shards, or raw data.  Of raw data the shards are made first, by the command
-that is printed.  Nothing is trained.  Every key of the config says why it has its value."""
-EXAMPLE = "referral init shards/ --out mine.toml"
-
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
@@ -57,11 +52,16 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser("referral init", HELP, EXAMPLE)
+    parser = Parser(
+        "referral init",
+        "Write a first config for data of your own, with a reason beside every key; train nothing."
+        "\n\nShards of raw data are made first, by the `referral shards` command that is printed.",
+        "referral init shards/ --out mine.toml",
+    )
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="shards, a directory per class, npz, npy, idx, csv or tar files",
+        help="shards; or raw data: a directory per class, npz, npy, idx, csv or tar files",
     )
     parser.add_argument(
         "--out",
@@ -134,7 +134,7 @@ def checked(config: Config, summary: DataSummary, hardware: Hardware, run: Path)
     """Check the config as `referral prepare` does; returns the seconds that a run may take."""
     ranks = config.launch.processes or 1
     for warning in check(config, ranks, run):
-        print(f"warning: {warning}")
+        print(f"warning: {warning}", file=sys.stderr)
     device = choose_device(config.engine)
     network = fresh_network(look_only(config, device))
     of_one = seconds_per_example(network, config.train.batch_size // ranks, device)

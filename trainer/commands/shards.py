@@ -27,7 +27,7 @@ EXAMPLES = {
     "folder": "referral shards folder photos/ --out shards/ --size 64",
     "arrays": "referral shards arrays digits.npz --out shards/",
     "table": "referral shards table goods.csv --out shards/ --text title --label category",
-    "from-webdataset": 'referral shards from-webdataset "old/train-{000..007}.tar" --out shards/',
+    "from-webdataset": "referral shards from-webdataset tars/ --out shards/ --label json:label",
     "index": "referral shards index shards/",
     "validate": "referral shards validate shards/",
     "glyphs": "referral shards glyphs --out glyphs/ --classes 200 --train 60 --val 20 --test 20",
@@ -48,8 +48,8 @@ Test = Annotated[
     ),
 ]
 TAKEN = "Fraction of each class for a {} split, where there is none [0.1 of a directory, else 0]."
-TakenVal = Annotated[float | None, typer.Option(help=TAKEN.format("val"))]
-TakenTest = Annotated[float | None, typer.Option(help=TAKEN.format("test"))]
+TakenVal = Annotated[float | None, typer.Option(metavar="SHARE", help=TAKEN.format("val"))]
+TakenTest = Annotated[float | None, typer.Option(metavar="SHARE", help=TAKEN.format("test"))]
 OWN = "Fraction of each class for the {} split, where there is none; or {} of your own."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the division into splits.")]
 PerShard = Annotated[int, typer.Option(min=1, help="Samples per shard.")]

@@ -17,7 +17,7 @@ from pipeline.config import Data, UserError
 from ..data.authoring.split_names import split_called
 from ..data.fetching import FetchDir
 from ..data.orders import generator
-from ..data.patterns import URL, braces
+from ..data.patterns import URL, braces, expand
 from ..data.shards import ShardSet, open_shards
 from ..data.writing import MANIFEST, read_manifest, recorded_rules
 
@@ -120,10 +120,14 @@ class DataSummary:
 
 @dataclass(frozen=True)
 class Shards:
-    """A set of shards with a manifest: where it lies, and what the manifest says."""
+    """A set of shards with a manifest: where it lies, and what the manifest says.
+
+    chosen: a pattern of some of its training shards, where the user named those alone.
+    """
 
     place: str
     manifest: dict
+    chosen: str = ""
 
     @property
     def made_by(self) -> dict:
@@ -137,15 +141,17 @@ def find_shards(place: str) -> Shards | None:
     Raises UserError for a manifest that cannot be read.
     """
     directory = place.rstrip("/") if len(place) > 1 else place
+    chosen = ""
     if ".tar" in os.path.basename(directory) and not os.path.isdir(directory):
+        chosen = place
         directory = os.path.dirname(braces(directory.split("::")[0])[0]) or "."
-    if directory.startswith("pipe:"):
+    if place.startswith("pipe:"):
         return None
     if directory.startswith(URL):
         manifest = FetchDir(Data()).manifest(f"{directory}/{MANIFEST}", optional=True)
     else:
         manifest = read_manifest(directory)
-    return Shards(directory, manifest) if manifest else None
+    return Shards(directory, manifest, chosen) if manifest else None
 
 
 def patterns_of(shards: Shards) -> dict[str, str]:
@@ -155,12 +161,27 @@ def patterns_of(shards: Shards) -> dict[str, str]:
         split = name if name in SPLITS else split_called(name)
         if split is None or split in patterns:
             continue
-        if name == split:
-            patterns[split] = shards.place
-            continue
         names = [shard["name"] for shard in entry["shards"]]
-        patterns[split] = "::".join(f"{glob.escape(shards.place)}/{name}" for name in names)
+        if split == "train" and shards.chosen and _chooses_some(shards.chosen, names):
+            patterns[split] = shards.chosen
+        elif name == split:
+            patterns[split] = shards.place
+        else:
+            patterns[split] = "::".join(f"{glob.escape(shards.place)}/{name}" for name in names)
     return {split: patterns[split] for split in SPLITS if split in patterns}
+
+
+def _chooses_some(pattern: str, names: list[str]) -> bool:
+    """Whether a pattern means some of these shards and no other.
+
+    Raises UserError where it means some of them and others too.
+    """
+    meant = {os.path.basename(shard.path) for shard in expand(pattern, Data(), "train")}
+    if meant >= set(names):
+        return False
+    if meant <= set(names):
+        return True
+    raise UserError(f"{pattern} means shards of several splits; name their directory instead")
 
 
 def check_splits(shards: Shards, patterns: Mapping[str, str]) -> None:

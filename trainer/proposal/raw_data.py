@@ -15,7 +15,7 @@ from ..data.authoring.indexing import expand_locations, unpacked_tar
 from ..data.authoring.members import first_sample, proposed_label, some_pictures
 from ..data.authoring.picture_sizes import suggested_size
 from ..data.authoring.split_names import split_called, split_within
-from ..data.choices import PICTURES
+from ..data.choices import DECODERS, PICTURES
 from ..data.patterns import URL
 
 TABLES = (".csv", ".csv.gz")
@@ -46,14 +46,14 @@ def written(command: Sequence[str]) -> str:
 
 
 def _of_directory(directory: Path, out: str) -> list[str]:
-    """A directory of classes where there are pictures in directories, else files of one kind."""
+    """A directory of classes where directories in it hold inputs, else files of one kind."""
     if (directory / "graph.json").exists() and (directory / "config.toml").exists():
         raise UserError(f"{directory} is a run; its data are what its config.toml names")
     children = [path for path in sorted(directory.iterdir()) if _visible(path)]
     files = [path for path in children if path.is_file()]
     directories = [path for path in children if path.is_dir()]
     chosen = [path for path in files if _kind(path)]
-    if any(map(_is_picture, (path for child in directories for path in child.rglob("*")))):
+    if _are_classes(directories):
         return ["folder", str(directory), "--out", out, *_picture_options(directory)]
     if chosen:
         return _of_files(chosen, directory, out)
@@ -67,6 +67,18 @@ def _of_directory(directory: Path, out: str) -> list[str]:
         f"{directory} holds {there}: shards, a directory per class, npz, npy, idx, csv or tar "
         "files are needed"
     )
+
+
+def _are_classes(directories: Sequence[Path]) -> bool:
+    """Whether they are classes, or splits of classes: one holds pictures, or two other inputs."""
+    if any(map(_is_picture, (path for child in directories for path in child.rglob("*")))):
+        return True
+    holding = [child for child in directories if any(map(_is_input, child.rglob("*")))]
+    return len(holding) > 1
+
+
+def _is_input(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in DECODERS and path.is_file() and _visible(path)
 
 
 def _of_files_below(files: Sequence[Path], directory: Path, out: str) -> list[str]:

@@ -190,3 +190,13 @@ def test_what_was_taken_of_train_does_not_come_back_to_it(tmp_path):
     assert counts_of(tmp_path / "s") == {"train": 28, "val": 4, "test": 8}
     run(*source, "--val", 0.2, "--test", 0.2)
     assert counts_of(tmp_path / "s") == {"train": 24, "val": 8, "test": 8}
+
+
+def test_val_of_an_earlier_set_does_not_stay_beside_a_train_that_holds_it(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.eye(40, dtype=np.float32), y=np.arange(40) % 2)
+    source = ["arrays", tmp_path / "a.npz", "--out", tmp_path / "s", "--overwrite"]
+    run(*source)
+    assert "val of an earlier `shards arrays` would stay" in refusal(*source, "--val", 0)
+    assert counts_of(tmp_path / "s") == {"train": 32, "val": 4, "test": 4}
+    run(*source, "--val", 0.2)
+    assert counts_of(tmp_path / "s") == {"train": 28, "val": 8, "test": 4}

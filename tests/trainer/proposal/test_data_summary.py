@@ -1,5 +1,7 @@
 """What a first config depends on is read from the shards as training reads them."""
 
+import shlex
+
 import numpy as np
 import pytest
 from shardsets import png, write_tar
@@ -122,3 +124,35 @@ def test_one_class_alone_is_refused(tmp_path):
     shards(["index", str(tmp_path)])
     with pytest.raises(UserError, match="examples of 1 class; at least 2"):
         summary_of(tmp_path)
+
+
+def test_some_shards_of_train_are_taken_alone_and_a_mix_of_splits_is_refused(tmp_path):
+    x = np.random.default_rng(0).normal(0, 1, (60, 3)).astype(np.float32)
+    options = ("--samples-per-shard", "20")
+    directory = array_shards(tmp_path, *options, x=x, y=np.arange(60) % 2)
+    pattern = f"{directory}/train-{{000000..000001}}.tar"
+    summary = summarise(find_shards(pattern))
+    assert summary.patterns["train"] == pattern and summary.examples["train"] == 40
+    assert summary.patterns["val"] == str(directory) and summary.examples["val"] == 6
+    every = summarise(find_shards(f"{directory}/train-*.tar"))
+    assert every.patterns["train"] == str(directory) and every.examples["train"] == 48
+    with pytest.raises(UserError, match="shards of several splits"):
+        summarise(find_shards(f"{directory}/*-000000.tar"))
+
+
+def test_indexed_tars_without_val_are_split_by_the_command_that_is_proposed(tmp_path):
+    (tmp_path / "d").mkdir()
+    for split, first in (("train", 0), ("test", 40)):
+        files = []
+        for number in range(first, first + 40):
+            files += [
+                (f"{number}.jpg.png", png(np.full((6, 5), number, np.uint8))),
+                (f"{number}.json", b'{"label": %d}' % (number % 2)),
+            ]
+        write_tar(tmp_path / "d" / f"{split}-0.tar", files)
+    shards(["index", str(tmp_path / "d"), "--label", "json:label"])
+    with pytest.raises(UserError, match="has no val split") as error:
+        summary_of(tmp_path / "d")
+    shards(shlex.split(str(error.value).split("`")[1])[2:])
+    summary = summary_of(tmp_path / "d-split")
+    assert summary.examples == {"train": 36, "val": 4, "test": 40}

@@ -124,3 +124,11 @@ def test_directories_without_data_are_refused_with_what_they_hold(tmp_path):
     (tmp_path / "data" / "a.npz").rename(tmp_path / "data" / "a.parquet")
     with pytest.raises(UserError, match="parquet files are not read"):
         command(tmp_path)
+
+
+@pytest.mark.parametrize("end", ["npy", "txt", "json"])
+def test_classes_may_hold_other_inputs_than_pictures(tmp_path, end):
+    for name in ("train/a", "train/b", "dev/a"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / f"0.{end}").write_text("1")
+    assert command(tmp_path) == ["folder", str(tmp_path)]

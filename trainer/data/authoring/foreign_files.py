@@ -10,7 +10,7 @@ _TEXTS = "save it as a csv with the columns text and label: `referral shards tab
 _ARRAYS = "save its arrays as an npz with x and y: `referral shards arrays`"
 # End of a file's name -> the remedy.
 CONVERT = {
-    ".parquet": 'docs/data.md, "Parquet", has the lines that make webdataset tars or a csv of it',
+    ".parquet": 'docs/data.md, "Parquet", has ten lines that export it (`pip install pyarrow`)',
     ".arrow": "save it as parquet; docs/data.md says what to do with that",
     ".feather": "save it as parquet; docs/data.md says what to do with that",
     ".json": _TEXTS,

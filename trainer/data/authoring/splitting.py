@@ -12,7 +12,7 @@ from networks.pictures import PictureRules
 from pipeline.config import UserError
 
 from ..orders import generator
-from ..writing import ShardWriter, write_manifest
+from ..writing import ShardWriter, read_manifest, write_manifest
 from .reporting import Report
 
 
@@ -142,6 +142,7 @@ def write_splits(
     lists = {split: list(ids) for split, ids in splits.items() if len(ids)}
     if not lists:
         raise UserError("there is nothing to write: no samples found")
+    _refuse_leftovers(out, lists, made_by)
     corrupt: list[tuple[int, str]] = []
     with ExitStack() as stack:
         writers: dict[str, ShardWriter] = {}
@@ -162,6 +163,21 @@ def write_splits(
     made_by = made_by | {"lost": len(report.corrupt)} if report.corrupt else made_by
     write_manifest(out, class_names, entries, made_by, pictures)
     return report.samples
+
+
+def _refuse_leftovers(out: str | Path, splits: Iterable[str], made_by: dict) -> None:
+    """Raises UserError where splits of an earlier set would stay beside the new ones.
+
+    The same command made them of the same source, so they would hold samples of the new train.
+    """
+    old = read_manifest(out) or {"splits": {}}
+    earlier = (old.get("made_by") or {}).get("command")
+    left = [split for split in old["splits"] if split not in set(splits)]
+    if left and earlier == made_by.get("command"):
+        raise UserError(
+            f"{out}: {' and '.join(left)} of an earlier `{earlier}` would stay and may hold "
+            "samples of the new train; give an empty directory, or make all splits anew"
+        )
 
 
 def _write_samples(
