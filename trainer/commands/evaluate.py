@@ -35,6 +35,7 @@ from .predict import (
     Predictor,
     add_data_options,
     add_network_options,
+    check_kind,
     file_reader,
     load_predictor,
     options_of,
@@ -83,6 +84,7 @@ def main(argv: list[str]) -> int:
         raise UserError(_no_class(labels, class_names))
     named = {} if run is None else run.config.data.decoders
     reader = file_reader(predictor.spec.input, named, args)
+    check_kind(source, reader, args.data[0])
     outcome = predict_all(predictor, source, labels.classes, reader, report, args.device)
     if not outcome.keys:
         list_corrupt("not read", report.corrupt)

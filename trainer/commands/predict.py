@@ -34,7 +34,7 @@ from pipeline.usage import Parser
 from ..data.authoring.reporting import Report
 from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
-from ..data.sources import Options, is_shards, is_table, open_source
+from ..data.sources import Options, Source, is_shards, is_table, open_source
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
 
@@ -394,6 +394,7 @@ def read_many(
     """The inputs of a table, an npz or shards, under their keys."""
     report = Report(skip=True)
     source = open_source([str(path)], options, report)
+    check_kind(source, reader, path)
     for line in report.corrupt:
         unreadable.add(line)
     for number, key in enumerate(source.keys):
@@ -402,6 +403,18 @@ def read_many(
             yield Example(str(path), None, reader.one(content, extension), key)
         except ValueError as error:
             unreadable.add(f"{path}[{key}]: {error}")
+
+
+def check_kind(source: Source, reader: InputReader, place: str | Path) -> None:
+    """One UserError for a whole set of texts, where the network reads something else."""
+    if not source.keys or "txt" in reader.decoders or reader.reads_texts:
+        return
+    try:
+        extension, _ = source.content(0)
+    except ValueError:
+        return
+    if extension == "txt":
+        raise UserError(f"{place} holds texts; the network reads {reader.needed}")
 
 
 def read_examples(path: Path, reader: InputReader) -> Iterator[Example]:

@@ -49,11 +49,12 @@ def summarise(
     occurs = class_counts > 0
     bins = reliability(np.asarray(top5_probability)[:, 0], correct)
     label_probability = np.asarray(label_probability, np.float64)
+    log_p = np.log(np.maximum(label_probability, LEAST_PROBABILITY))
     return {
         "n": int(len(labels)),
         "top1": float(correct.mean()),
         "top5": float((top5 == labels[:, None]).any(axis=1).mean()),
-        "nll": float(-np.log(np.maximum(label_probability, LEAST_PROBABILITY)).mean()),
+        "nll": float(0.0 - log_p.mean()),  # 0 - x, since -x would print -0.0
         "brier": float(np.asarray(squared_error, np.float64).mean()),
         "ece": expected_calibration_error(bins),
         "macro_top1": float((class_correct[occurs] / class_counts[occurs]).mean()),

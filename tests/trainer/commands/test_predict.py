@@ -267,7 +267,8 @@ def test_an_npz_is_answered_by_its_rows_without_labels(small_run, tmp_path, caps
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=1e-6)
 
 
-def test_a_csv_for_a_network_of_pictures_is_named_row_by_row(small_run, tmp_path, capsys):
-    (tmp_path / "a.csv").write_text("id,text\nx7,hello\n")
+def test_a_csv_for_a_network_of_pictures_is_one_line(small_run, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("id,text\nx7,hello\nx8,you\n")
     code, out, err = predict(capsys, small_run.root, tmp_path / "a.csv")
-    assert (code, out) == (1, "") and "a.csv[x7]" in err
+    assert (code, out) == (1, "") and len(err.splitlines()) == 1
+    assert "a.csv holds texts; the network reads uint8 [1, 8, 8]" in err
