@@ -176,7 +176,7 @@ def _chooses_some(pattern: str, names: list[str]) -> bool:
 
     Raises UserError where it means some of them and others too.
     """
-    meant = {os.path.basename(shard.path) for shard in expand(pattern, Data(), "train")}
+    meant = {shard.entry["name"] for shard in expand(pattern, Data(), "train") if shard.entry}
     if meant >= set(names):
         return False
     if meant <= set(names):
