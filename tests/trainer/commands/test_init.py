@@ -137,6 +137,14 @@ def test_mistakes_are_one_line(here):
         assert not (here / "config.toml").exists()
 
 
+def test_what_the_shards_command_lacks_is_said_with_that_command(here):
+    rows = [f"{n},sentence {n},{n % 3}" for n in range(30)]
+    (here / "t.csv").write_text("\n".join(["no,words,intent", *rows]) + "\n")
+    message = refusal("t.csv")
+    assert "e.g. --label intent" in message
+    assert "`referral shards table t.csv --out t-shards`; then: referral init t-shards" in message
+
+
 def test_keys_are_explained_beside_them(here):
     write_toy(here / "shards")
     init("shards")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from pipeline.config import UserError
@@ -17,6 +19,7 @@ from .foreign_files import refuse_foreign
 from .reporting import Report
 from .split_names import SPLIT_OF, split_called
 
+PROPOSED_OF = 1_000  # rows that a proposal in an error is made of
 FIELD_LIMIT = 64 * 2**20  # letters; Python's own is 131,072
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
 SPLIT_COLUMN = "split"
@@ -144,7 +147,7 @@ def _read_rows(
     """Add a table's rows."""
     table = _Table(path, encoding)
     header = table.header
-    text, label, split_column = _choose_columns(path, header, columns, split)
+    text, label, split_column = _choose_columns(table, columns, split)
     if split_column is not None:
         report.note(f"column {header[split_column]} says the split of each row")
     others = [name for place, name in enumerate(header) if place not in (text, label, split_column)]
@@ -180,10 +183,9 @@ def _read_rows(
         rows.add(its_split, fields[text].strip(), fields[label], name)
 
 
-def _choose_columns(
-    path: Path, header: Sequence[str], columns: Columns, split: str
-) -> tuple[int, int, int | None]:
+def _choose_columns(table: _Table, columns: Columns, split: str) -> tuple[int, int, int | None]:
     """(text, label, split or None): places of the columns."""
+    path, header = table.path, table.header
     label = _place(path, header, columns.label) if columns.label else None
     text = _place(path, header, columns.text) if columns.text else None
     split_column = None
@@ -199,12 +201,12 @@ def _choose_columns(
     free = [place for place in range(len(header)) if place not in (text, label, split_column)]
     if label is None:
         called = [place for place in free if header[place].strip().casefold() in LABEL_COLUMNS]
-        label = _only(path, header, called, "--label")
+        label = _only(table, called, called or free, "--label")
         free.remove(label)
     if text is None:
         rest = [place for place in free if place != label]
         texts = [place for place in rest if header[place].strip().casefold() not in ROW_COLUMNS]
-        text = _only(path, header, texts or rest, "--text")
+        text = _only(table, texts or rest, texts or rest, "--text")
     return text, label, split_column
 
 
@@ -218,10 +220,36 @@ def _place(path: Path, header: Sequence[str], column: str) -> int:
     return places[0]
 
 
-def _only(path: Path, header: Sequence[str], places: Sequence[int], option: str) -> int:
+def _only(table: _Table, places: Sequence[int], likely: Sequence[int], option: str) -> int:
+    """The only place; otherwise UserError, with the likeliest column."""
     if len(places) == 1:
         return places[0]
-    raise UserError(f"{path} has the columns {_listed(header)}; choose one with {option}")
+    message = f"{table.path} has the columns {_listed(table.header)}; choose one with {option}"
+    if likely:
+        chosen = shlex.quote(table.header[_likeliest(table, likely, option)])
+        message += f", e.g. {option} {chosen}"
+    raise UserError(message)
+
+
+def _likeliest(table: _Table, places: Sequence[int], option: str) -> int:
+    """By the first rows: a label has few values, and a text is long."""
+    values: dict[int, list[str]] = {place: [] for place in places}
+    for _, fields in islice(table.rows(), PROPOSED_OF):
+        for place in places:
+            values[place] += fields[place : place + 1]
+
+    def length(place: int) -> int:
+        return sum(map(len, values[place]))
+
+    if option == "--text":
+        return max(places, key=length)
+    return min(places, key=lambda place: (_kinds(values[place]), length(place)))
+
+
+def _kinds(values: Sequence[str]) -> int:
+    """Different values; a column with one alone tells no classes apart."""
+    kinds = len(set(values))
+    return kinds if kinds > 1 else len(values) + 1
 
 
 def _listed(header: Sequence[str]) -> str:
