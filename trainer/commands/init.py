@@ -99,7 +99,7 @@ def shards_of_raw(place: str, out: Path | None, force: bool) -> Shards:
         make_shards(words)
     except UserError as error:
         then = shlex.join(["referral", "init", str(target)])
-        raise UserError(f"{error} (an option of `{written(words)}`; then: {then})") from None
+        raise UserError(f"{error} (that was `{written(words)}`; after it: {then})") from None
     shards = find_shards(str(target))
     assert shards is not None, target
     return shards

@@ -142,7 +142,7 @@ def test_what_the_shards_command_lacks_is_said_with_that_command(here):
     (here / "t.csv").write_text("\n".join(["no,words,intent", *rows]) + "\n")
     message = refusal("t.csv")
     assert "e.g. --label intent" in message
-    assert "`referral shards table t.csv --out t-shards`; then: referral init t-shards" in message
+    assert "`referral shards table t.csv --out t-shards`; after it: referral init t-shards" in message
 
 
 def test_keys_are_explained_beside_them(here):
