@@ -122,6 +122,12 @@ class PictureRules:
         """Whether both make the same of a picture that both allow."""
         return replace(self, max_pixels=other.max_pixels) == other
 
+    def joined(self, other: PictureRules) -> PictureRules | None:
+        """The rules of both, with the larger limit; None where they make different pixels."""
+        if not self.same_pixels(other):
+            return None
+        return replace(self, max_pixels=max(self.max_pixels, other.max_pixels))
+
     def as_json(self) -> dict[str, Any]:
         """The keys that say something, for manifest.json and model.json."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
@@ -250,7 +256,7 @@ def _check_pixels(picture: Picture, rules: PictureRules) -> None:
     if pixels > rules.max_pixels:
         raise ValueError(
             f"a picture of {picture.width} x {picture.height} = {pixels} pixels, above max_pixels "
-            f"= {rules.max_pixels}; --max-pixels {pixels} allows it if it is meant"
+            f"= {rules.max_pixels}; --max-pixels {pixels} (max_pixels={pixels}) allows it"
         )
 
 

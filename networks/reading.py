@@ -22,7 +22,7 @@ Inputs: TypeAlias = Any
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 NPY = b"\x93NUMPY"
-FLOATS = "floats are read that all lie from 0 to 1, or are whole numbers from 0 to 255"
+FLOATS = "floats are read from 0 to 1 (not yet normalised), or whole numbers from 0 to 255"
 
 
 def read_inputs(

@@ -38,6 +38,7 @@ FetchDir = Annotated[
 Classes = Annotated[
     Path | None, typer.Option(help="Text file with one class name per line, in order.")
 ]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")]
 Damage = Annotated[
     str,
     typer.Option(help="strict: refuse corrupt inputs, with a list; skip: leave them out and say."),
@@ -73,9 +74,7 @@ def folder(
     background: Annotated[
         str, typer.Option(help="Behind transparent pictures: white, black, gray or #rrggbb.")
     ] = "white",
-    max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")
-    ] = None,
+    max_pixels: MaxPixels = None,
     input: Annotated[
         str, typer.Option(help="Extensions of the inputs, e.g. png,jpg [pictures, if any].")
     ] = "",
@@ -218,6 +217,7 @@ def from_webdataset(
     label: Label = "cls",
     input: Annotated[str, typer.Option(help="Member to keep as the input.")] = "",
     classes: Classes = None,
+    max_pixels: MaxPixels = None,
     damage: Damage = "strict",
     fetch_dir: FetchDir = "",
     samples_per_shard: PerShard = 10_000,
@@ -238,6 +238,7 @@ def from_webdataset(
         Data(fetch_dir=fetch_dir),
         samples_per_shard,
         overwrite,
+        max_pixels,
     )
     _print_summary(out, report)
 
@@ -252,6 +253,7 @@ def index(
     label: Label = "cls",
     input: Annotated[str, typer.Option(help="Member that holds the input, of several.")] = "",
     classes: Classes = None,
+    max_pixels: MaxPixels = None,
     damage: Damage = "strict",
     fetch_dir: FetchDir = "",
 ) -> None:
@@ -265,14 +267,14 @@ def index(
     if not place.startswith(URL):
         if out is not None:
             raise UserError("--out is for URLs: the manifest of a directory of shards lies in it")
-        index_directory(place, label, class_names, input, report)
+        index_directory(place, label, class_names, input, report, max_pixels)
         _print_summary(Path(place), report, data)
         return
     if out is None:
         raise UserError(
             f"{place}: nothing can be written there; say with --out where its manifest shall lie"
         )
-    index_urls(place, out, data, class_names, report)
+    index_urls(place, out, data, class_names, report, max_pixels)
     _print_summary(out, report, data)
 
 
