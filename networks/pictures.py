@@ -246,7 +246,7 @@ def _open(source: Any) -> Picture:
             f"no picture of a kind that Pillow knows, of {', '.join(FORMATS)}"
         ) from None
     except OSError as error:
-        raise ValueError(error.strerror or str(error)) from None
+        raise ValueError(error.strerror or _one_line(error)) from None
     except Exception as error:  # plugins raise what they like about a broken header
         raise ValueError(_one_line(error)) from None
 
@@ -261,7 +261,9 @@ def _check_pixels(picture: Picture, rules: PictureRules) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    # What libwebp says of a file that ends too early.
+    return text.replace("could not create decoder object", "is truncated or damaged")
 
 
 # Reading

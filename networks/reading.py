@@ -374,6 +374,8 @@ def _decoded(decoder: Callable[..., Any], content: bytes) -> np.ndarray:
 
 
 def _load_npy(content: bytes) -> np.ndarray:
+    if not content.startswith(NPY):
+        raise ValueError("is no .npy file (np.save writes one; an .npz holds several arrays)")
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
