@@ -455,9 +455,10 @@ def from_webdataset(
     data = (data or Data()).model_copy(update={"label": label, "input": input_member})
     report = report or Report()
     locations = expand_locations(urls)
-    split_of = _splits_of_locations(locations, split, _is_whole_set(urls))
+    is_whole = not split and _is_whole_set(urls)
+    split_of = _splits_of_locations(locations, split, is_whole)
     if fractions is None:
-        fractions = {} if split or not _is_whole_set(urls) else FRACTIONS
+        fractions = FRACTIONS if is_whole else {}
     # The classes are needed before the first sample is written.
     indexes = _scan_locations(locations, data, report)
     others = _other_splits(out, set(split_of.values()))
