@@ -122,6 +122,12 @@ class PictureRules:
         """Whether both make the same of a picture that both allow."""
         return replace(self, max_pixels=other.max_pixels) == other
 
+    def joined(self, other: PictureRules) -> PictureRules | None:
+        """The rules of both, with the larger limit; None where they make different pixels."""
+        if not self.same_pixels(other):
+            return None
+        return replace(self, max_pixels=max(self.max_pixels, other.max_pixels))
+
     def as_json(self) -> dict[str, Any]:
         """The keys that say something, for manifest.json and model.json."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
@@ -240,7 +246,7 @@ def _open(source: Any) -> Picture:
             f"no picture of a kind that Pillow knows, of {', '.join(FORMATS)}"
         ) from None
     except OSError as error:
-        raise ValueError(error.strerror or str(error)) from None
+        raise ValueError(error.strerror or _one_line(error)) from None
     except Exception as error:  # plugins raise what they like about a broken header
         raise ValueError(_one_line(error)) from None
 
@@ -250,12 +256,14 @@ def _check_pixels(picture: Picture, rules: PictureRules) -> None:
     if pixels > rules.max_pixels:
         raise ValueError(
             f"a picture of {picture.width} x {picture.height} = {pixels} pixels, above max_pixels "
-            f"= {rules.max_pixels}; --max-pixels {pixels} allows it if it is meant"
+            f"= {rules.max_pixels}; --max-pixels {pixels} (max_pixels={pixels}) allows it"
         )
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    # What libwebp says of a file that ends too early.
+    return text.replace("could not create decoder object", "is truncated or damaged")
 
 
 # Reading

@@ -22,7 +22,7 @@ Inputs: TypeAlias = Any
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
 NPY = b"\x93NUMPY"
-FLOATS = "floats are read that all lie from 0 to 1, or are whole numbers from 0 to 255"
+FLOATS = "floats are read from 0 to 1 (not yet normalised), or whole numbers from 0 to 255"
 
 
 def read_inputs(
@@ -381,6 +381,8 @@ def _decoded(decoder: Callable[..., Any], content: bytes) -> np.ndarray:
 
 
 def _load_npy(content: bytes) -> np.ndarray:
+    if not content.startswith(NPY):
+        raise ValueError("is no .npy file (np.save writes one; an .npz holds several arrays)")
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 

@@ -95,7 +95,11 @@ def shards_of_raw(place: str, out: Path | None, force: bool) -> Shards:
     if force:
         words.append("--overwrite")
     print(f"{place} holds no shards yet: {written(words)}", flush=True)
-    make_shards(words)
+    try:
+        make_shards(words)
+    except UserError as error:
+        then = shlex.join(["referral", "init", str(target)])
+        raise UserError(f"{error} (that was `{written(words)}`; after it: {then})") from None
     shards = find_shards(str(target))
     assert shards is not None, target
     return shards

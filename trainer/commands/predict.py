@@ -366,7 +366,10 @@ def _extension(path: Path) -> str:
 
 
 def _is_input(path: Path, extensions: set[str]) -> bool:
-    return _extension(path) in extensions and path.is_file() and not path.name.startswith(".")
+    if _extension(path) not in extensions or path.name.startswith("."):
+        return False
+    # A link that leads nowhere is listed when it is to be read.
+    return path.is_file() or not path.exists()
 
 
 def holds_many(path: Path) -> bool:

@@ -69,6 +69,7 @@ Classes = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Text file with one class name per line, in order."),
 ]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")]
 Damage = Annotated[
     str,
     typer.Option(
@@ -111,9 +112,7 @@ def folder(
     background: Annotated[
         str, typer.Option(help="Behind transparent pictures: white, black, gray or #rrggbb.")
     ] = "white",
-    max_pixels: Annotated[
-        int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")
-    ] = None,
+    max_pixels: MaxPixels = None,
     input: Annotated[
         str, typer.Option(help="Extensions of the inputs, e.g. png,jpg [pictures, if any].")
     ] = "",
@@ -263,6 +262,7 @@ def from_webdataset(
     input: Annotated[str, typer.Option(help="Member to keep as the input.")] = "",
     classes: Classes = None,
     encoding: Annotated[str, typer.Option(help="Of the labels, e.g. latin-1.")] = "utf-8",
+    max_pixels: MaxPixels = None,
     damage: Damage = "strict",
     fetch_dir: FetchDir = "",
     samples_per_shard: PerShard = 10_000,
@@ -287,6 +287,7 @@ def from_webdataset(
         Data(fetch_dir=fetch_dir),
         samples_per_shard,
         overwrite,
+        max_pixels,
         None if val is None and test is None else {"val": val or 0.0, "test": test or 0.0},
         seed,
         rules,
@@ -305,6 +306,7 @@ def index(
     label: Label = "cls",
     input: Annotated[str, typer.Option(help="Member that holds the input, of several.")] = "",
     classes: Classes = None,
+    max_pixels: MaxPixels = None,
     damage: Damage = "strict",
     fetch_dir: FetchDir = "",
 ) -> None:
@@ -320,14 +322,14 @@ def index(
     if not place.startswith(URL):
         if out is not None:
             raise UserError("--out is for URLs: the manifest of a directory of shards lies in it")
-        index_directory(place, label, class_names, input, report)
+        index_directory(place, label, class_names, input, report, max_pixels)
         _print_summary(Path(place), report, data)
         return
     if out is None:
         raise UserError(
             f"{place}: nothing can be written there; say with --out where its manifest shall lie"
         )
-    index_urls(place, out, data, class_names, report)
+    index_urls(place, out, data, class_names, report, max_pixels)
     _print_summary(out, report, data)
 
 

@@ -31,7 +31,7 @@ from .decoding import (
 from .labels import Kind, LabelSet
 from .patterns import Shard, expand
 from .tars import TarIndex, file_sha256, intact, load_index, save_index, scan_tar
-from .writing import ShardWriter, describe, recorded_rules, write_manifest
+from .writing import ShardWriter, agreed_rules, recorded_rules, write_manifest
 
 __all__ = ["Corruption", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
 
@@ -449,14 +449,7 @@ def _recorded_rules(shards: Sequence[Shard], split: str) -> PictureRules | None:
     """The rules of pictures in the shards' manifests, which must agree."""
     manifests = {shard.directory: shard.manifest for shard in shards if shard.manifest}
     rules = {directory: recorded_rules(each) for directory, each in manifests.items()}
-    for directory, one in rules.items():
-        first = next(iter(rules))
-        if one != rules[first]:
-            raise UserError(
-                f"{directory} and {first} hold pictures made by different rules "
-                f"({describe(one)}; {describe(rules[first])}); make the {split} shards by one"
-            )
-    return next(iter(rules.values()), None)
+    return agreed_rules(rules, f"data.{split}")
 
 
 def _open_shard(shard: Shard, data: Data, corruption: list[Corruption]) -> TarIndex | None:

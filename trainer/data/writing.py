@@ -253,10 +253,9 @@ def write_manifest(
         raise UserError(
             f"{path} describes {', '.join(kept)} with other classes; give an empty directory"
         )
-    if kept and recorded_rules(old) != pictures:
-        raise UserError(
-            f"{path} describes {', '.join(kept)}, whose pictures were made by other rules "
-            f"({describe(recorded_rules(old))}; now {describe(pictures)}); give an empty directory"
+    if kept:
+        pictures = agreed_rules(
+            {", ".join(kept): recorded_rules(old), "what is added": pictures}, path
         )
     manifest = {
         "schema": SCHEMA,
@@ -290,6 +289,25 @@ def recorded_rules(manifest: dict) -> PictureRules | None:
         size=(size, size) if size else None,
         channels=1 if gray else 3,
     )
+
+
+def agreed_rules(
+    rules: Mapping[str, PictureRules | None], where: str | Path
+) -> PictureRules | None:
+    """The one way in which the pictures of several sets were made; None of no sets.
+
+    rules: by the name of the set.  UserError, which says `where`, if they were made differently.
+    """
+    (first, agreed), *others = rules.items() or [("", None)]
+    for name, one in others:
+        joined = agreed.joined(one) if agreed and one else None
+        if joined is None and agreed is not one:
+            raise UserError(
+                f"{where}: pictures of {first} and of {name} were made by different rules "
+                f"({describe(agreed)}; {describe(one)}); make all by one"
+            )
+        agreed = joined
+    return agreed
 
 
 def describe(rules: PictureRules | None) -> str:

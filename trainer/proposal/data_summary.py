@@ -176,7 +176,7 @@ def _chooses_some(pattern: str, names: list[str]) -> bool:
 
     Raises UserError where it means some of them and others too.
     """
-    meant = {os.path.basename(shard.path) for shard in expand(pattern, Data(), "train")}
+    meant = {shard.entry["name"] for shard in expand(pattern, Data(), "train") if shard.entry}
     if meant >= set(names):
         return False
     if meant <= set(names):
@@ -218,20 +218,27 @@ def _made_again(shards: Shards) -> list[str]:
     """The `shards` command that wrote them, by the manifest; [] where it does not say all."""
     made_by = shards.made_by
     command = made_by.get("command", "").removeprefix("shards ")
+    files = made_by.get("files", [])
     if command == "folder" and "directory" in made_by:
-        words = ["folder", made_by["directory"]]
-        rules = recorded_rules(shards.manifest)
-        if rules and rules.size:
-            words += ["--size", str(rules.size[0])]
-        return words + (["--gray"] if rules and rules.channels == 1 else [])
-    if command == "arrays" and "files" in made_by:
-        return ["arrays", *made_by["files"]]
-    if command == "table" and len(made_by.get("files", [])) == 1:
-        words = ["table", *made_by["files"]]
-        for option in ("text", "label"):
-            words += [f"--{option}", made_by[option]] if made_by.get(option) else []
-        return words
+        return ["folder", made_by["directory"], *_picture_options(shards)]
+    if command == "arrays" and files:
+        return ["arrays", *files]
+    if command == "table" and len(files) == 1:
+        named = {option: made_by.get(option) for option in ("text", "label")}
+        options = [(f"--{option}", column) for option, column in named.items() if column]
+        return ["table", *files, *(word for option in options for word in option)]
     return []
+
+
+def _picture_options(shards: Shards) -> list[str]:
+    """--size and --gray, by the rules that the manifest records."""
+    rules = recorded_rules(shards.manifest)
+    options = []
+    if rules and rules.size:
+        options += ["--size", str(rules.size[0])]
+    if rules and rules.channels == 1:
+        options.append("--gray")
+    return options
 
 
 # What the inputs are

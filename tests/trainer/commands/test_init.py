@@ -112,6 +112,18 @@ def test_raw_data_become_shards_by_a_command_that_is_said(here, capsys, make, sa
     assert "holds shards already: referral init" in refusal(data, "--out", "other.toml")
 
 
+def test_arrays_of_pictures_with_channels_last_and_names_for_labels_become_a_config(here, capsys):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (60, 14, 20, 3), dtype=np.uint8)
+    names = np.array(["ash", "beech", "elm"])[np.arange(60) % 3]
+    np.savez(here / "trees.npz", images=pixels, labels=names)
+    assert init("trees.npz") == 0
+    assert "3 classes of colour pictures, 14 x 20: 48 train" in capsys.readouterr().out
+    config = load_config("config.toml")
+    assert config.clusters.num_groups == 1 and config.data.augment == "flip-crop"
+    np.testing.assert_allclose(config.data.mean, [0.5] * 3, atol=0.02)
+
+
 def test_tars_of_train_alone_get_val_and_test_from_it(here, capsys):
     userdata.webdataset(here / "hf", ("train",))
     assert init("hf") == 0
@@ -135,6 +147,16 @@ def test_mistakes_are_one_line(here):
     ):
         assert words in refusal(*argv)
         assert not (here / "config.toml").exists()
+
+
+def test_what_the_shards_command_lacks_is_said_with_that_command(here):
+    rows = [f"{n},sentence {n},{n % 3}" for n in range(30)]
+    (here / "t.csv").write_text("\n".join(["no,words,intent", *rows]) + "\n")
+    message = refusal("t.csv")
+    assert "e.g. --label intent" in message
+    assert (
+        "`referral shards table t.csv --out t-shards`; after it: referral init t-shards" in message
+    )
 
 
 def test_keys_are_explained_beside_them(here):

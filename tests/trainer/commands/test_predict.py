@@ -181,12 +181,14 @@ def test_what_can_be_read_is_answered_and_the_rest_is_listed(small_run, tmp_path
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[:60])
     (tmp_path / "d.jpg").write_bytes(b"")
+    (tmp_path / "e.png").symlink_to("nowhere")
     code, out, err = predict(capsys, small_run.root, tmp_path, tmp_path / "absent.png", "--json")
     assert code == 1
     assert [json.loads(line)["file"][-5:] for line in out.splitlines()] == ["a.png", "c.png"]
     listed = err.splitlines()
-    assert len(listed) == 3 and all(line.startswith("error: ") for line in listed)
+    assert len(listed) == 4 and all(line.startswith("error: ") for line in listed)
     assert "absent.png: no such file" in err and "b.png: cannot be decoded" in err
+    assert "e.png: No such file" in err
     assert "d.jpg: cannot be decoded: is empty" in err
     code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 1)
     assert code == 1 and "a.png" in out and "c.png" in out

@@ -200,3 +200,14 @@ def test_val_of_an_earlier_set_does_not_stay_beside_a_train_that_holds_it(tmp_pa
     assert counts_of(tmp_path / "s") == {"train": 32, "val": 4, "test": 4}
     run(*source, "--val", 0.2)
     assert counts_of(tmp_path / "s") == {"train": 28, "val": 8, "test": 4}
+
+
+def test_of_several_columns_the_likeliest_is_proposed(tmp_path):
+    rows = [f"{n},the {n}th sentence,about {n % 3},same" for n in range(30)]
+    (tmp_path / "t.csv").write_text("\n".join(["no,sentence,the intent,source", *rows]) + "\n")
+    source = ["table", tmp_path / "t.csv", "--out", tmp_path / "s"]
+    message = refusal(*source)
+    assert "choose one with --label, e.g. --label 'the intent'" in message
+    message = refusal(*source, "--label", "the intent")
+    assert "choose one with --text, e.g. --text sentence" in message
+    assert run(*source, "--label", "the intent", "--text", "sentence") == 0

@@ -121,7 +121,10 @@ def test_the_options_are_the_rules_that_the_manifest_has(tmp_path, options, rule
         (["--crop", "middle"], "--crop 'middle': must be one of center, none"),
         (["--background", "pink"], "--background 'pink': must be white, black, gray or #rrggbb"),
         (["--max-pixels", 47], "a picture of 8 x 6 = 48 pixels, above max_pixels = 47"),
-        (["--max-pixels", 47, "--size", 2], "above max_pixels = 47; --max-pixels 48 allows it"),
+        (
+            ["--max-pixels", 47, "--size", 2],
+            "47; --max-pixels 48 (max_pixels=48) allows it",
+        ),
     ],
 )
 def test_what_the_rules_do_not_allow_is_one_line(tmp_path, options, words):
@@ -165,6 +168,19 @@ def test_index_and_from_webdataset_keep_the_rules(tmp_path):
     assert open_shards(str(tmp_path / "s"), Data(), "train").pictures == rules
 
 
+def test_a_limit_of_pixels_can_be_set_for_shards_of_others(tmp_path):
+    large = saved(Image.new("1", (20000, 10000)))
+    files = [("0.cls", b"0"), ("0.png", large), ("1.cls", b"1"), ("1.png", saved(PHOTO))]
+    write_tar(tmp_path / "train-0.tar", files)
+    source = ["from-webdataset", tmp_path / "train-0.tar", "--out", tmp_path / "s"]
+    assert "0: a picture of 20000 x 10000 = 200000000 pixels" in refusal(*source)
+    assert run("index", tmp_path, "--max-pixels", 200_000_000) == 0
+    rules = open_shards(str(tmp_path), Data(), "train").pictures
+    assert rules == PictureRules(max_pixels=200_000_000)
+    assert run(*source, "--max-pixels", 100, "--damage", "skip") == 0
+    assert open_shards(str(tmp_path / "s"), Data(), "train").pictures.max_pixels == 100
+
+
 def test_routed_copies_and_the_cache_keep_the_rules(tmp_path):
     root = folder(tmp_path / "d", {"a.png": saved(PHOTO), "b.png": sideways()})
     shards = shards_of(root, tmp_path / "s", "--size", 4)
@@ -182,12 +198,12 @@ def test_rules_of_a_set_that_disagree_are_refused(tmp_path):
     root = folder(tmp_path / "d", {"a.png": saved(PHOTO)})
     shards_of(root, tmp_path / "s", "--size", 4)
     shards_of(root, tmp_path / "t", "--size", 4, "--crop", "none")
-    with pytest.raises(UserError, match="made by different rules .*crop none.*crop center"):
+    with pytest.raises(UserError, match="made by different rules .*crop center.*crop none"):
         open_shards(f"{tmp_path}/s::{tmp_path}/t", Data(), "train")
     tars = f"{tmp_path}/s/train-000000.tar::{tmp_path}/t/train-000000.tar"
     assert "different rules" in refusal("from-webdataset", tars, "--out", tmp_path / "u")
     options = ["--out", tmp_path / "t", "--split", "val"]
-    assert "made by other rules" in refusal(
+    assert "made by different rules" in refusal(
         "from-webdataset", tmp_path / "s/train-000000.tar", *options
     )
 

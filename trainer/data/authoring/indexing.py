@@ -13,7 +13,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, TypeAlias, cast
 
@@ -46,7 +46,7 @@ from ..tars import TarIndex, load_index, save_index, scan_tar
 from ..writing import (
     MANIFEST,
     ShardWriter,
-    describe,
+    agreed_rules,
     read_manifest,
     recorded_rules,
     shard_entry,
@@ -74,6 +74,7 @@ def index_directory(
     class_names: Sequence[str] | None = None,
     input_member: str = "",
     report: Report | None = None,
+    max_pixels: int | None = None,
 ) -> Report:
     """Scan DIRECTORY/SPLIT-NUMBER.tar, write their indexes and the manifest anew.
 
@@ -88,6 +89,8 @@ def index_directory(
         The member with the input, where there are several.
     report : Report, optional
         Its `skip` says whether corrupt samples are left out of the manifest.
+    max_pixels : int, optional
+        Of a picture, for the manifest's rules; by default as the old manifest has it.
 
     Returns
     -------
@@ -109,7 +112,7 @@ def index_directory(
         report.pass_over("files that are no .tar", path.name)
     old = _old_manifest(directory)
     data = Data(label=label, input=input_member)
-    return _index(tars, directory, data, class_names, old, report)
+    return _index(tars, directory, data, class_names, old, report, max_pixels)
 
 
 def index_urls(
@@ -118,6 +121,7 @@ def index_urls(
     data: Data,
     class_names: Sequence[str] | None = None,
     report: Report | None = None,
+    max_pixels: int | None = None,
 ) -> Report:
     """As index_directory, of shards behind URLs.
 
@@ -131,7 +135,7 @@ def index_urls(
     except OSError as error:
         raise UserError(f"{out}: cannot be made: {error.strerror}") from None
     tars = {url_name(url): path for url, path in zip(urls, paths, strict=True)}
-    return _index(tars, out, data, class_names, None, report or Report())
+    return _index(tars, out, data, class_names, None, report or Report(), max_pixels)
 
 
 def expand_locations(pattern: str) -> list[str]:
@@ -170,6 +174,7 @@ def _index(
     class_names: Sequence[str] | None,
     old: dict | None,
     report: Report,
+    max_pixels: int | None,
 ) -> Report:
     from rich.progress import track
 
@@ -210,7 +215,8 @@ def _index(
         made_by["input"] = data.input
     if corruption:
         made_by["lost"] = len(corruption)
-    write_manifest(out, label_set.names, splits, made_by, recorded_rules(old) if old else None)
+    rules = _with_limit(recorded_rules(old) if old else None, max_pixels)
+    write_manifest(out, label_set.names, splits, made_by, rules)
     return report
 
 
@@ -223,6 +229,13 @@ def _check_label_member(name: str, path: Path, index: TarIndex, label: str) -> N
     sample = first_sample(path)
     if sample:
         raise UserError(f"{name}: {label_remedy(sample, label)}")
+
+
+def _with_limit(rules: PictureRules | None, max_pixels: int | None) -> PictureRules | None:
+    """The rules with the limit that the user names, if any."""
+    if max_pixels is None:
+        return rules
+    return replace(rules or PictureRules(), max_pixels=max_pixels)
 
 
 def _splits_of_tars(names: Iterable[str]) -> dict[str, str]:
@@ -395,6 +408,7 @@ def from_webdataset(
     data: Data | None = None,
     samples_per_shard: int = 10_000,
     overwrite: bool = False,
+    max_pixels: int | None = None,
     fractions: Mapping[str, float] | None = None,
     seed: int = 0,
     rules: PictureRules | None = None,
@@ -425,6 +439,8 @@ def from_webdataset(
         Its decoders and fetch_dir are used.
     samples_per_shard : int
     overwrite : bool
+    max_pixels : int, optional
+        Of a picture, for the manifest's rules; by default as the tars' manifest has it.
     fractions : {split: fraction}, optional
         Of each class for val and test, taken from train where there is no such split.  By default
         a tenth each of a whole set, nothing of one split.
@@ -448,9 +464,10 @@ def from_webdataset(
     report = report or Report()
     _check_encoding(encoding)
     locations = expand_locations(urls)
-    split_of = _splits_of_locations(locations, split, _is_whole_set(urls))
+    is_whole = not split and _is_whole_set(urls)
+    split_of = _splits_of_locations(locations, split, is_whole)
     if fractions is None:
-        fractions = {} if split or not _is_whole_set(urls) else FRACTIONS
+        fractions = FRACTIONS if is_whole else {}
     # The classes are needed before the first sample is written.
     indexes = _scan_locations(locations, data, report)
     others = _other_splits(out, set(split_of.values()))
@@ -458,6 +475,7 @@ def from_webdataset(
     label_set = _settle(indexes.values(), label, class_names, others, encoding)
     is_made = rules is not None
     rules = rules or _rules_of_locations(locations, out, set(split_of.values()))
+    rules = _with_limit(rules, max_pixels)
     if not label_set.names:
         report.refuse_corrupt()
         raise UserError(f"{urls}: no sample has a label {label}")
@@ -620,17 +638,11 @@ def _rules_of_locations(
     directories = {os.path.dirname(each) for each in locations if not each.startswith(URL)}
     manifests = {directory: read_manifest(directory or ".") for directory in sorted(directories)}
     rules = {key: recorded_rules(manifest) for key, manifest in manifests.items() if manifest}
-    first = next(iter(rules), None)
-    for directory, one in rules.items():
-        if first is not None and one != rules[first]:
-            raise UserError(
-                f"{directory} and {first} hold pictures made by different rules ({describe(one)}; "
-                f"{describe(rules[first])}); rewrite them one at a time"
-            )
+    agreed = agreed_rules(rules, "the tars")
     manifest = read_manifest(out)
-    if first is not None or manifest is None or not set(manifest["splits"]) - splits:
-        return None if first is None else rules[first]
-    return recorded_rules(manifest)
+    if agreed is None and manifest is not None and set(manifest["splits"]) - splits:
+        return recorded_rules(manifest)
+    return agreed
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from pipeline.config import UserError
@@ -17,6 +19,7 @@ from .foreign_files import refuse_foreign
 from .reporting import Report
 from .split_names import SPLIT_OF, split_called
 
+PROPOSED_OF = 1_000  # rows that a proposal in an error is made of
 FIELD_LIMIT = 64 * 2**20  # letters; Python's own is 131,072
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
 SPLIT_COLUMN = "split"
@@ -174,7 +177,7 @@ def _read_rows(
     """Add a table's rows."""
     table = _Table(path, encoding)
     header = table.header
-    places = _choose_columns(path, header, columns, split)
+    places = _choose_columns(table, columns, split)
     if places.split is not None:
         report.note(f"column {header[places.split]} says the split of each row")
     used = (places.text, places.label, places.split, places.key)
@@ -213,8 +216,9 @@ def _read_rows(
         rows.add(its_split, fields[places.text].strip(), label, name, key)
 
 
-def _choose_columns(path: Path, header: Sequence[str], columns: Columns, split: str) -> _Places:
+def _choose_columns(table: _Table, columns: Columns, split: str) -> _Places:
     """The columns that are asked for, or that the header says."""
+    path, header = table.path, table.header
     label = _place(path, header, columns.label) if columns.label else None
     text = _place(path, header, columns.text) if columns.text else None
     key = _place(path, header, columns.key) if columns.key else None
@@ -229,11 +233,11 @@ def _choose_columns(path: Path, header: Sequence[str], columns: Columns, split: 
         free = _free(header, text, split_column, key)
         called = [place for place in free if _is_called(header[place], LABEL_COLUMNS)]
         if called or columns.needs_label:
-            label = _only(path, header, called, "--label")
+            label = _only(table, called, called or free, "--label")
     if text is None:
         free = _free(header, label, split_column, key)
         texts = [place for place in free if not _is_called(header[place], ROW_COLUMNS)]
-        text = _only(path, header, texts or free, "--text")
+        text = _only(table, texts or free, texts or free, "--text")
     if key is None and columns.key is not None:
         free = _free(header, text, label, split_column)
         keys = [place for place in free if _is_called(header[place], ROW_COLUMNS)]
@@ -259,10 +263,36 @@ def _place(path: Path, header: Sequence[str], column: str) -> int:
     return places[0]
 
 
-def _only(path: Path, header: Sequence[str], places: Sequence[int], option: str) -> int:
+def _only(table: _Table, places: Sequence[int], likely: Sequence[int], option: str) -> int:
+    """The only place; otherwise UserError, with the likeliest column."""
     if len(places) == 1:
         return places[0]
-    raise UserError(f"{path} has the columns {_listed(header)}; choose one with {option}")
+    message = f"{table.path} has the columns {_listed(table.header)}; choose one with {option}"
+    if likely:
+        chosen = shlex.quote(table.header[_likeliest(table, likely, option)])
+        message += f", e.g. {option} {chosen}"
+    raise UserError(message)
+
+
+def _likeliest(table: _Table, places: Sequence[int], option: str) -> int:
+    """By the first rows: a label has few values, and a text is long."""
+    values: dict[int, list[str]] = {place: [] for place in places}
+    for _, fields in islice(table.rows(), PROPOSED_OF):
+        for place in places:
+            values[place] += fields[place : place + 1]
+
+    def length(place: int) -> int:
+        return sum(map(len, values[place]))
+
+    if option == "--text":
+        return max(places, key=length)
+    return min(places, key=lambda place: (_kinds(values[place]), length(place)))
+
+
+def _kinds(values: Sequence[str]) -> int:
+    """Different values; a column with one alone tells no classes apart."""
+    kinds = len(set(values))
+    return kinds if kinds > 1 else len(values) + 1
 
 
 def _listed(header: Sequence[str]) -> str:
