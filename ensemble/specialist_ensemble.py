@@ -389,7 +389,7 @@ def is_finished(root: Path) -> bool:
         warnings.warn(
             f"{root}: the run is not finished, it has no {SETTINGS} yet: temperatures and weights "
             "are the defaults",
-            stacklevel=3,
+            stacklevel=4,  # past load and its decorator
         )
     return finished
 

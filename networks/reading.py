@@ -62,9 +62,9 @@ def read_inputs(
 
     Notes
     -----
-    A network of uint8 reads integers from 0 to 255.  Floats that all lie from 0 to 1, in all inputs
-    of one call, are multiplied by 255 and rounded, as torchvision has them; other floats must be
-    whole numbers from 0 to 255.  A network of float32 reads numbers as they are.
+    A network of uint8 reads integers from 0 to 255.  Floats of pictures that all lie from 0 to 1,
+    in all inputs of one call, are multiplied by 255 and rounded, as torchvision has them; other
+    floats must be whole numbers from 0 to 255.  A network of float32 reads numbers as they are.
     """
     if isinstance(inputs, Tensor) and _fits(inputs, spec):
         return inputs
@@ -181,7 +181,8 @@ class InputReader:
         """A text itself, or the file of that name."""
         if self.reads_texts:
             return self.content(text.encode("utf-8"), "txt")
-        if self.rules is None and not Path(text).is_file():
+        # Not pathlib's: that raises for what is too long to be a name.
+        if self.rules is None and not os.path.isfile(text):
             raise ValueError(
                 f"{text!r} is no file; the network reads {self.needed}, and its model.json names "
                 "nothing that makes them of texts"
@@ -322,14 +323,16 @@ class InputReader:
             raise ValueError("holds NaN or infinity; the network reads finite numbers")
         if self.spec.dtype == "float32":
             return self._as_float(array)
-        if array.dtype.kind == "f" and unit:
+        is_picture = len(self.spec.shape) == 3
+        if array.dtype.kind == "f" and unit and is_picture:
             return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
         is_whole = array.dtype.kind != "f" or bool((array == np.rint(array)).all())
         lowest, highest = (array.min(), array.max()) if array.size else (0, 0)
         if not is_whole or lowest < 0 or highest > 255:
+            remedy = f"; {FLOATS}" if is_picture else ""
             raise ValueError(
                 f"holds {array.dtype} from {lowest} to {highest}; the network reads "
-                f"{self.needed}; {FLOATS}"
+                f"{self.needed}{remedy}"
             )
         return array.astype(np.uint8)
 

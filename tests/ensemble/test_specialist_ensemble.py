@@ -6,11 +6,14 @@ Also runs, bundles and programs.
 import json
 import threading
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from clustering.groups import ClassGroups
 from ensemble import (
+    DeepEnsemble,
     EnsembleProgram,
     SpecialistEnsemble,
     combine_kl,
@@ -300,3 +303,31 @@ def test_onnx_equals_the_ensemble(networks, images, tmp_path):
     (q,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
     expected = ensemble.probabilities(images)
     torch.testing.assert_close(torch.from_numpy(q), expected, rtol=0, atol=1e-5)
+
+
+def test_both_ensembles_read_pictures_in_any_form(networks, images):
+    generalist, specialists = networks
+    both = SpecialistEnsemble(generalist, specialists, GROUPS), DeepEnsemble([generalist] * 2)
+    for ensemble in both:
+        expected = ensemble.probabilities(images[:3])
+        pictures = [Image.fromarray(picture[0].numpy()) for picture in images[:3]]
+        for form in (pictures, images[:3].float() / 255, images[:3, 0].numpy()[..., None]):
+            torch.testing.assert_close(ensemble.probabilities(form), expected)
+        assert len(ensemble.predict(images[0], top=2)) == 1
+        with pytest.raises(ValueError, match=r"holds float32 from .* the network reads uint8 \["):
+            ensemble.predict(images[:3].float() - 300)
+        assert "12 classes" in repr(ensemble) and "made in memory" in repr(ensemble)
+
+
+def test_gate_and_combiner_take_arrays_and_lists():
+    p_general, p_special, groups = [[0.4, 0.3, 0.2, 0.1]], [[[0.5, 0.3, 0.2]]], [[0, 1]]
+    tensor = torch.tensor(p_general, dtype=torch.float64)
+    special = torch.tensor(p_special[0], dtype=torch.float64)
+    expected = combine_kl(tensor, [special], ClassGroups(groups, 4))
+    arrays = np.array(p_general), [np.array(p_special[0])], [np.array([0, 1])]
+    for given in ((p_general, p_special, groups), arrays, (tensor, [([0], p_special[0])], groups)):
+        torch.testing.assert_close(combine_kl(*given), expected)
+        assert gate(given[0], given[2]).tolist() == [[True]]
+    for wrong in ("x", [[0.5, 0.5], [1]], 0.5):
+        with pytest.raises(ValueError, match="p_general is"):
+            combine_kl(wrong, p_special, groups)

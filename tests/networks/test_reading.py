@@ -160,6 +160,10 @@ def test_vectors_are_numbers_as_they_are():
         assert raw.dtype == torch.float32 and raw.tolist() == [[1, 2, 3, 4]]
     assert "reads arrays, float32 [4]" in refusal(png(PHOTO), VECTOR)
     assert "'some text' is no file; the network reads float32 [4]" in refusal("some text", VECTOR)
+    assert "is no file; the network reads float32 [4]" in refusal("long " * 9999, VECTOR)
+    counts = InputSpec((4,))
+    assert read_inputs(np.array([0.0, 1, 1, 0]), counts).tolist() == [[0, 1, 1, 0]]
+    assert refusal(np.full(4, 0.5), counts).endswith("the network reads uint8 [4], 0 to 255")
     assert "too large for float32" in refusal(np.full(4, 1e300), VECTOR)
     floats = InputSpec((3, 6, 8), dtype="float32")
     assert "holds uint8; the network reads float32 [3, 6, 8]" in refusal(PLANES, floats)

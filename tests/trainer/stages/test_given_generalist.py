@@ -1,14 +1,17 @@
 """A run that starts at the clusters, with weights that somebody else trained."""
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from running import run_all
 from toy import toy_config, write_toy
 
-from networks import load_classifier
+from networks import InputSpec, ModelSpec, PictureRules, build_classifier, load_classifier
 from pipeline.config import UserError
+from trainer.stages.networks import record_inputs
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,21 @@ def test_a_key_of_files_is_refused_for_a_directory(data, weights, tmp_path):
     given = [f"generalist.from={tmp_path}", "generalist.weights=ema"]
     with pytest.raises(UserError, match="is a directory; generalist.head and generalist.weights"):
         run_all(tmp_path / "run", toy_config(data, *given), only={"generalist"})
+
+
+def test_a_network_from_elsewhere_records_how_the_data_is_made_unless_it_learned_otherwise():
+    spec = ModelSpec("mlp", 2, InputSpec((1, 4, 4)), {"width": 2})
+    network = build_classifier(spec)
+    white = PictureRules(size=(4, 4), channels=1)
+    black = replace(white, background="black")
+
+    def record(pictures):
+        shards = SimpleNamespace(pictures=pictures, decoder_names={})
+        record_inputs(SimpleNamespace(shards=lambda _: shards), network)
+        return network.spec.input.pictures
+
+    assert record(None) is None and record(white) == white
+    # Data that do not say it are taken to be like those that it learned from.
+    assert record(None) == white and record(replace(white, max_pixels=99)).max_pixels == 99
+    with pytest.raises(ValueError, match="background white.*than the data's .*background black"):
+        record(black)
