@@ -107,7 +107,7 @@ WatchOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 RunsArgument = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")]
 MetricOption = Annotated[
-    str, typer.Option("--metric", metavar="NAME,...", help="Which metrics: top1,nll,...")
+    str, typer.Option("--metric", metavar="NAME,...", help="Which metrics, such as top1,nll.")
 ]
 ByOption = Annotated[
     str,

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--resize", action="store_true", help="scale images to the network's size")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument(
-        "--device", default="cpu", help="compute on cpu (the default), cuda, cuda:1, ..."
+        "--device", default="cpu", help="compute on cpu (the default), cuda or cuda:1"
     )
     parser.add_argument(
         "--allow-missing",
