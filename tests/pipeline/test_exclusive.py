@@ -87,7 +87,6 @@ def test_keys_of_other_sections_stay():
         ("data.std=[0.2, 0]", "data.std = [0.2, 0]: every deviation must be greater than 0"),
         ("data.mean=[]", "data.mean = []: is empty"),
         ("data.mean=0.5", "data.mean = 0.5: must be a list"),
-        ("data.decoders={png='x'}", "png = 'x': write module:function"),
         ("train.epochs=inf", "train.epochs = inf: must be a finite number"),
         ("train.optimizer=adam", "must be one of adamw, sgd; did you mean adamw?"),
         ("train.steps=1.5", "train.steps = 1.5: must be a whole number"),
