@@ -107,7 +107,7 @@ WatchOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 RunsArgument = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")]
 MetricOption = Annotated[
-    str, typer.Option("--metric", metavar="NAME,...", help="Which metrics: top1,nll,...")
+    str, typer.Option("--metric", metavar="NAME,...", help="Which metrics, such as top1,nll.")
 ]
 ByOption = Annotated[
     str,
@@ -147,7 +147,9 @@ def _print_completion(shell: str) -> None:
         return
     if shell not in SHELLS:
         raise UserError(f"--show-completion {shell}: must be one of {', '.join(SHELLS)}")
-    from typer.completion import get_completion_script
+    from typer.completion import (
+        get_completion_script,  # pyright: ignore[reportPrivateImportUsage]  # it has no other door
+    )
 
     print(get_completion_script(prog_name=NAME, complete_var=COMPLETE, shell=shell))
     raise typer.Exit()
@@ -638,7 +640,9 @@ def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
 
 def complete() -> int:
     """Print the words that a shell asks for."""
-    from typer.completion import completion_init
+    from typer.completion import (
+        completion_init,  # pyright: ignore[reportPrivateImportUsage]  # it has no other door
+    )
 
     completion_init()
     get_command(app).main(prog_name=NAME)  # it exits

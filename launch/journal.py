@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from pipeline.files import damaged
 from pipeline.store import read_json, write_json
 
 
@@ -66,17 +67,20 @@ class Journal:
 
 def read_journal(run: Path) -> Journal:
     """The last launch's journal, or an empty one."""
+    path = run / "jobs.json"
     try:
-        content = read_json(run / "jobs.json")
+        content = read_json(path)
+        return Journal(
+            jobs={name: JobRecord(**record) for name, record in content["jobs"].items()},
+            host=content["host"],
+            pid=content["pid"],
+            started=content["started"],
+            runner=content.get("runner", "local"),
+        )
     except FileNotFoundError:
         return Journal()
-    return Journal(
-        jobs={name: JobRecord(**record) for name, record in content["jobs"].items()},
-        host=content["host"],
-        pid=content["pid"],
-        started=content["started"],
-        runner=content.get("runner", "local"),
-    )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
 
 
 def birth(pid: int) -> str | None:

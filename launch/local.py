@@ -58,11 +58,15 @@ def trainer_command(
     return [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
 
 
+class Held(UserError):
+    """Another launcher runs this run."""
+
+
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
     """Make RUN and hold RUN/.lock: one launcher for each run.
 
-    Raises UserError if another launcher holds it, or RUN cannot be written.
+    Raises Held if another launcher holds it, UserError if RUN cannot be written.
     """
     path = run / ".lock"
     try:
@@ -76,7 +80,7 @@ def locked(run: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip()
-            raise UserError(f"{path}: another launcher is running {run} ({holder})") from None
+            raise Held(f"{path}: another launcher is running {run} ({holder})") from None
         except OSError as mistake:
             raise UserError(
                 f"{path}: its file system cannot lock files (flock: {mistake.strerror}), which "
@@ -100,20 +104,23 @@ def stop_launcher(run: Path) -> bool:
         try:
             with locked(run):
                 return pid is not None
-        except UserError as error:
+        except Held as error:
             if pid is None:
                 pid = _signal_holder(run, error)
         time.sleep(0.1)
     raise UserError(f"process {pid}, which runs {run}, did not stop within {GRACE_S + 15} s")
 
 
-def _signal_holder(run: Path, error: UserError) -> int:
+def _signal_holder(run: Path, error: Held) -> int:
     """SIGTERM to the process that holds the lock.  Raises `error` if it is on another machine."""
     words = (run / ".lock").read_text().split()  # process PID on HOST
     if len(words) != 4 or words[3] != os.uname().nodename:
         raise error
     pid = int(words[1])
-    os.kill(pid, signal.SIGTERM)
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:  # it has just ended
+        pass
     return pid
 
 

@@ -27,6 +27,8 @@ USER_ERROR = 2
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
 NEEDED = "needed_bytes"  # an attribute that `writing` adds to an OSError
+MEMORY_WORDS = ("can't allocate memory", "CUDA out of memory", "Unable to allocate")
+MEMORY_REMEDY = "take a smaller batch or network, or a machine with more memory"
 # Another try may succeed: not the user's mistake.
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)
 REMEDIES = {
@@ -134,6 +136,8 @@ def explain(
     if isinstance(error, OSError) and error.errno:
         code = FAILED if error.errno in passing else USER_ERROR
         return code, os_error_text(error, places)
+    if isinstance(error, MemoryError) or any(words in str(error) for words in MEMORY_WORDS):
+        return USER_ERROR, f"out of memory: {_one_line(error)}; {MEMORY_REMEDY}"
     if isinstance(error, ImportError):
         text = missing_package(error)
         return (USER_ERROR, text) if text else None

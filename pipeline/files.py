@@ -36,8 +36,20 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+class DamagedFile(UserError, ValueError):
+    """A file of ours that somebody cut short, or wrote over."""
+
+
 def read_json(path: Path):
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """A JSON file's content.  Raises DamagedFile where it is not JSON, OSError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
+
+
+def damaged(path: Path, reason: str) -> DamagedFile:
+    return DamagedFile(f"{path} is damaged ({reason}); restore it, or remove it")
 
 
 def claim(source: Path, target: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .config import UserError
 from .failures import cannot_write
-from .files import WINNER, claim, read_json, write_bytes, write_json, write_text
+from .files import WINNER, claim, damaged, read_json, write_bytes, write_json, write_text
 from .identity import SCHEMA
 from .stages import StageKind
 
@@ -33,6 +33,7 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+DONE_KEYS = {"schema", "hash", "attempt"}  # without which DONE says nothing
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
 UNCHECKED = "UNCHECKED"  # in RUN: the networks could not be tried where it was laid out
 
@@ -85,10 +86,14 @@ class Stage:
 
     def done(self) -> dict | None:
         """The content of DONE, or None."""
+        path = self.directory / "DONE"
         try:
-            return read_json(self.directory / "DONE")
+            content = read_json(path)
         except FileNotFoundError:
             return None
+        if not isinstance(content, dict) or not DONE_KEYS <= content.keys():
+            raise damaged(path, f"it lacks {', '.join(sorted(DONE_KEYS))}")
+        return content
 
     @property
     def is_done(self) -> bool:

@@ -127,6 +127,7 @@ def readable(message: str) -> str:
     """A parser's message as one sentence without a full stop."""
     message = " ".join(message.split())
     message = re.sub(r"^argument ([^:]+): ", r"\1: ", message)
+    message = message.replace("Value error, ", "").replace("Input should be", "must be")
     message = message.replace("the following arguments are required:", "Missing:")
     return message.rstrip(".")
 

@@ -5,7 +5,6 @@ Each key has a type, a default, a meaning.
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
@@ -83,14 +82,6 @@ class Data(Section):
     def _positive(cls, value):
         if min(value) <= 0:
             raise ValueError("every deviation must be greater than 0")
-        return value
-
-    @field_validator("decoders")
-    @classmethod
-    def _functions(cls, value):
-        for extension, name in value.items():
-            if not re.fullmatch(MODULE_FUNCTION, name):
-                raise ValueError(f"{extension} = {name!r}: write module:function")
         return value
 
     @model_validator(mode="after")
@@ -221,7 +212,7 @@ class Ensemble(Section):
     @field_validator("combine")
     @classmethod
     def _combine(cls, value):
-        return one_of(COMBINER_ALIASES.get(value, value), COMBINERS)
+        return one_of(COMBINER_ALIASES.get(value) or value, COMBINERS)
 
 
 class Engine(Section):

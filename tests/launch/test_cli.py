@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -304,3 +305,49 @@ def test_a_demo_of_other_glyphs_wants_another_run(tmp_path, referral):
     (data / "demo.json").write_text(json.dumps({"seed": "1"}))
     code, _, err = referral("demo", "--run", tmp_path / "run")
     assert code == 2 and "was made with --seed 1, not with --seed 0" in err
+
+
+# Ctrl-C and SIGTERM
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_passed_on_command_is_ended_by_a_signal_in_one_line(tmp_path, number):
+    """The trainer's process ends with it, and one of the two says so."""
+    trainer = tmp_path / "trainer.py"
+    trainer.write_text(
+        "import sys, time\n"
+        "from pipeline.failures import answer\n"
+        "def work():\n"
+        "    print('begun', flush=True)\n"
+        "    time.sleep(60)\n"
+        "sys.exit(answer(work))\n"
+    )
+    program = (
+        "import sys\n"
+        "import launch.cli\n"
+        f"launch.cli.FAKE = [sys.executable, {str(trainer)!r}]\n"
+        "sys.argv = ['referral', 'doctor']\n"
+        "sys.exit(launch.cli.main())\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "interrupted\n"
+
+
+def test_ctrl_c_while_modules_are_loaded_is_one_line():
+    program = (
+        "import signal\n"
+        "from pipeline.interrupts import end_at_once\n"
+        "end_at_once()\n"
+        "signal.raise_signal(signal.SIGINT)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stderr == "interrupted\n"

@@ -16,7 +16,7 @@ import launch.local
 from launch.display import Display
 from launch.journal import read_journal
 from launch.local import locked, stop_launcher
-from launch.results import groups_line
+from launch.results import groups_line, metrics_of
 from pipeline.config import UserError
 
 
@@ -159,6 +159,46 @@ def test_an_error_of_the_users_is_told_in_the_trainers_words_and_not_tried_again
     assert ward.pool(run, display=shown).execute() == 2
     assert errors.getvalue().splitlines()[0] == "error: val has no examples of class 7"
     assert len(ward.calls("fail")) == 1
+
+
+@pytest.mark.parametrize("code", [137, -9])
+def test_a_job_that_was_killed_is_named_and_not_tried_again_as_it_is(ward, small, code):
+    run = small("launch.retries=3", left=[2])
+    pool = ward.pool(run)
+    job = next(job for job in pool.jobs if job.name == "specialists/002")
+    pool._start(job)
+    pool.children[job.name].wait()
+    run.specialists[2].clear()
+    pool._ended(job, code)
+    record = pool.journal.jobs[job.name]
+    assert record.state == "failed"
+    assert record.reason == (
+        "killed by signal 9 (SIGKILL), probably out of memory; lower specialists.batch_size "
+        "(or raise specialists.accumulation), or lower launch.pool"
+    )
+
+
+def test_a_finished_stage_prints_what_it_took_and_its_metric(ward, small):
+    run = small(left=[1])
+    with open(run.specialists[0].path("summary.json"), "w") as file:
+        json.dump({"val": {"top1": 0.7614}}, file)
+    assert metrics_of(run.specialists[:2]) == ["val top-1 76.1 %"]
+    assert metrics_of(run.specialists[1:2]) == []
+    shown, out, _ = display()
+    assert ward.pool(run, display=shown).execute() == 0
+    assert "specialists/001 done in " in out.getvalue()
+
+
+def test_a_run_that_cannot_be_written_is_not_taken_for_one_that_is_running(ward, monkeypatch):
+    (ward.root / "run").mkdir()
+    (ward.root / "run" / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+        stop_launcher(ward.root / "run")
 
 
 def test_exit_0_without_the_stage_done_is_a_failure(ward, small):

@@ -9,7 +9,8 @@ import pytest
 
 from launch.journal import JobRecord, Journal, birth, end_of_log, read_journal
 from launch.plan import plan
-from launch.status import duration, failures, statuses, summary
+from launch.status import duration, failures, progress, statuses, summary
+from pipeline.config import UserError
 
 
 def look(run, journal=None):
@@ -58,6 +59,36 @@ def test_a_running_stage_has_progress_and_time_to_go(ward):
     status = look(run, Journal({"generalist": running()}))["generalist"]
     assert (status.state, status.step, status.steps) == ("running", 30, 100)
     assert status.eta_s == pytest.approx(7.0) and status.samples_per_s == 500
+
+
+def test_a_running_stage_shows_loss_rate_and_val_top_1(ward):
+    run = ward.run()
+    attempt = run.generalist.begin()
+    attempt.publish("metrics.jsonl")
+    row = {"step": 10, "steps": 40, "loss": 1.234, "lr": 0.002, "seconds": 5, "samples_per_s": 9}
+    lines = [row, {"step": 10, "val/top1": 0.4}, row | {"step": 20, "seconds": 10}]
+    attempt.path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status = look(run, Journal({"generalist": running()}))["generalist"]
+    assert progress(status) == (
+        "step 20/40 · loss 1.23 · learning rate 0.002 · val top-1 40.0 % · 9 samples/s · 10 s to go"
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"jobs": 3}', '{"jobs": {"a": {"nothing": 1}}}'])
+def test_a_damaged_journal_is_named(ward, content):
+    run = ward.run()
+    (run.root / "jobs.json").write_text(content)
+    with pytest.raises(UserError, match="jobs.json is damaged .*; restore it, or remove it"):
+        read_journal(run.root)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null"])
+def test_a_damaged_marker_is_named(ward, content):
+    run = ward.run()
+    run.generalist.begin()
+    (run.generalist.directory / "DONE").write_text(content)
+    with pytest.raises(UserError, match="generalist/DONE is damaged"):
+        look(run)
 
 
 def test_metrics_of_an_earlier_attempt_promise_no_time_to_go(ward):

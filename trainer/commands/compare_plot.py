@@ -47,6 +47,8 @@ def draw(comparison: Comparison, path: Path) -> None:
         _draw_metric(panel, comparison, metric, names)
         _style(panel, METRICS[metric].label, names)
     _add_texts(figure, comparison)
+    if path.is_dir() or not path.suffix:
+        raise UserError(f"--plot {path}: name a file with an extension, such as {path}/runs.png")
     try:
         figure.savefig(path, dpi=150)
     except ValueError as error:

@@ -173,7 +173,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         "--max-pixels", type=int, metavar="N", help="read images of up to N pixels [178956970]"
     )
     parser.add_argument(
-        "--device", default="cpu", help="compute on cpu (the default), cuda, cuda:1, ..."
+        "--device", default="cpu", help="compute on cpu (the default), cuda or cuda:1"
     )
     parser.add_argument(
         "--allow-missing",

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 something is corrupt, 2 the user's mistake.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from pipeline.config import Data, UserError
+from pipeline.config.base import MODULE_FUNCTION
 from pipeline.typer_usage import Command, application, call
 
 if TYPE_CHECKING:
@@ -351,6 +353,8 @@ def validate(
     decoders: dict[str, str] = {}
     for item in decoder or []:
         extension, _, function = item.partition("=")
+        if not extension or not re.fullmatch(MODULE_FUNCTION, function):
+            raise UserError(f"--decoder {item}: write EXTENSION=module:function")
         decoders[extension] = function
     data = Data(label=label, input=input, decoders=decoders, fetch_dir=fetch_dir)
     findings: list[Finding] = []

@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from networks.user_code import blame
 from pipeline.choices import AUGMENTATIONS
 from pipeline.config import UserError
 
@@ -25,6 +26,10 @@ from .decoding import import_function
 ViewFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
 Function = TypeVar("Function", bound=Callable)
 
+CONTRACT = (
+    "an augmentation is function(inputs [n, ...], uniforms [n, K]) -> views [n, ...], arrays of "
+    "numpy (docs/extending.md)"
+)
 DEFAULT_NUMBERS = 8  # uniforms per example of a function without the attribute `numbers`
 
 
@@ -38,9 +43,26 @@ class Augment:
 
     function: ViewFunction
     numbers: int
+    own: str = ""  # module:function, where it is the user's
 
     def __call__(self, inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        return self.function(inputs, uniforms)
+        if not self.own:
+            return self.function(inputs, uniforms)
+        return self._views_of_own(inputs, uniforms)
+
+    def _views_of_own(self, inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+        """Raises UserError, one line, for whatever a user's function raises or gives instead."""
+        name = f"data.augment = {self.own!r}"
+        try:
+            views = self.function(inputs, uniforms)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{name} fails: {blame(error)}; {CONTRACT}") from None
+        if not isinstance(views, np.ndarray):
+            raise UserError(f"{name} gives {type(views).__name__}; {CONTRACT}")
+        if len(views.shape) < 1 or len(views) != len(inputs):
+            shape = list(views.shape)
+            raise UserError(f"{name} gives shape {shape} for {len(inputs)} inputs; {CONTRACT}")
+        return views
 
 
 @dataclass(frozen=True)
@@ -148,4 +170,5 @@ def find_augment(name: str | None) -> Augment | None:
         known = ", ".join(AUGMENTATIONS)
         raise UserError(f"data.augment = {name!r}: {known}, or module:function")
     function = import_function(target, "data.augment")
-    return Augment(function, int(getattr(function, "numbers", DEFAULT_NUMBERS)))
+    own = "" if name in AUGMENTATIONS else name
+    return Augment(function, int(getattr(function, "numbers", DEFAULT_NUMBERS)), own)

@@ -107,7 +107,10 @@ def decoder_table(decoders: dict[str, str]) -> dict[str, Decoder]:
 
 def decode(decoder: Decoder, content: bytes) -> np.ndarray:
     """The decoder's array.  Raises ValueError if it is not one of numbers, and what it raises."""
-    array = decoder(content)
+    try:
+        array = decoder(content)
+    except SystemExit as error:  # of a user's own
+        raise ValueError(f"it ended the program: {blame(error)}") from None
     if isinstance(array, np.ndarray) and array.dtype.kind in "biuf":
         return array
     kind = type(array).__name__

@@ -5,7 +5,6 @@ Nothing gets its name before it is complete.
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Mapping, Sequence
@@ -336,7 +335,7 @@ def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict
         manifest = read_json(Path(path))
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError):
+    except (ValueError, OSError):
         raise UserError(f"{name} cannot be read as JSON{remedy}") from None
     if isinstance(manifest, dict) and manifest.get("schema") != SCHEMA:
         raise UserError(

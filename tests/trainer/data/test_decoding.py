@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -11,8 +12,9 @@ from shardsets import write_tar
 
 from pipeline.config import Data, UserError
 from trainer.data import MeasuringStream, decoding, open_shards
+from trainer.data.augment import Augment
 from trainer.data.choices import DECODERS, PICTURES
-from trainer.data.decoding import built_in, hashed_ngrams
+from trainer.data.decoding import built_in, decode, hashed_ngrams, import_function
 
 
 def opened(path, extension, contents, **data):
@@ -164,3 +166,52 @@ def test_hashed_ngrams_see_characters_and_not_their_case_or_spacing():
     assert (a == b).all() and abs(np.linalg.norm(a) - 1) < 1e-6
     assert 0 < a @ c < 1 and hashed_ngrams(b"").sum() > 0
     assert a @ hashed_ngrams(b"Soybean farms") > 2 * abs(a @ hashed_ngrams(b"quick zephyr"))
+
+
+BROKEN_MODULES = {
+    "syntax": ("def f(:\n", "SyntaxError: .*syntax_.py, line 1"),
+    "name": ("\nx = nobody\n", "NameError: name 'nobody' is not defined .*name_.py:2"),
+    "value": ("raise ValueError('bad\\nvalue')", "ValueError: bad value .*value_.py:1"),
+    "exit": ("import sys\nsys.exit(3)", "SystemExit: 3 .*exit_.py:2"),
+    "import": ("import nobodys", "ModuleNotFoundError: No module named 'nobodys' .*import_.py:1"),
+}
+
+
+@pytest.mark.parametrize("key", ["data.decoders.png", "data.augment", "model.name", "--builder"])
+@pytest.mark.parametrize("kind", BROKEN_MODULES)
+def test_a_users_module_that_cannot_be_imported_is_one_line_with_the_error_and_its_place(
+    tmp_path, monkeypatch, kind, key
+):
+    text, words = BROKEN_MODULES[kind]
+    (tmp_path / f"{kind}_.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    sys.modules.pop(f"{kind}_", None)
+    with pytest.raises(UserError) as error:
+        import_function(f"{kind}_:f", key)
+    message = str(error.value)
+    assert "\n" not in message and message.startswith(f"{key} = '{kind}_:f': the import of")
+    assert re.search(words, message)
+
+
+def test_a_decoder_that_ends_the_program_is_an_input_that_cannot_be_decoded():
+    def leave(_):
+        raise SystemExit(3)
+
+    with pytest.raises(ValueError, match="it ended the program: SystemExit: 3"):
+        decode(leave, b"")
+
+
+@pytest.mark.parametrize(
+    "function, words",
+    [
+        (lambda inputs, numbers: None, "gives NoneType"),
+        (lambda inputs, numbers: inputs[:1], r"gives shape \[1, 4\] for 3 inputs"),
+        (lambda inputs: inputs, "fails: TypeError"),
+        (lambda inputs, numbers: numbers["x"], "fails: IndexError"),
+        (lambda inputs, numbers: sys.exit(3), "fails: SystemExit: 3"),
+    ],
+)
+def test_a_users_augmentation_that_breaks_its_contract_is_one_line(function, words):
+    augment = Augment(function, 8, "mine:augment")
+    with pytest.raises(UserError, match=rf"data.augment = 'mine:augment' {words}.*views"):
+        augment(np.zeros((3, 4)), np.zeros((3, 8)))

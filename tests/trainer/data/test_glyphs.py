@@ -336,6 +336,9 @@ def test_the_command_takes_characters_files_and_distortions(tmp_path):
     assert again.exit_code == 0
     assert read_classes("12") == 12 and read_classes("AB") == "AB" and read_classes(None) is None
     assert read_classes("x" * 5000) == "x" * 5000
+    for text in ("-3", "0", "1"):
+        with pytest.raises(UserError, match=f"--classes {text}: at least 2 classes"):
+            read_classes(text)
     with pytest.raises(UserError, match="no such file of characters"):
         read_classes(str(tmp_path / "absent.txt"))
 

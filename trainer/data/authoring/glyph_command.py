@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -94,7 +95,9 @@ def read_classes(text: str | None) -> int | str | None:
     """--classes: a number, the characters of a text file, or the characters themselves."""
     if text is None:
         return None
-    if text.isdecimal():
+    if re.fullmatch(r"[+-]?[0-9]+", text):
+        if int(text) < 2:
+            raise UserError(f"--classes {text}: at least 2 classes are needed")
         return int(text)
     try:
         if Path(text).is_file():
