@@ -144,7 +144,8 @@ def _local_shards(pattern: str, split: str, manifests: _Manifests) -> list[Shard
     for braced in braces(pattern):
         paths += _matches(braced, split, manifests)
     if not any(_is_known(path, manifests) for path in paths):
-        raise UserError(f"{pattern}: no {split} shard matches")
+        kind = "" if split == "*" else f"{split} "
+        raise UserError(f"{pattern}: no {kind}shard matches")
     return [_local(path, manifests) for path in paths]
 
 
