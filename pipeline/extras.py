@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from .config import UserError
@@ -40,12 +41,18 @@ def missing_package(error: ImportError) -> str:
     """One line for an import that failed because a package of an extra is not there; else ""."""
     package = (error.name or "").partition(".")[0]
     known = {module for modules in EXTRAS.values() for module in modules}
-    if package not in known or find_spec(package) is not None:
+    if package not in known or is_installed(package):
         return ""
     return f"{package} is not installed; {remedy(package)}"
 
 
 def require(module: str, what: str) -> None:
     """Raise UserError, one line, where a module that `what` needs is not installed."""
-    if find_spec(module) is None:
-        raise UserError(f"{what} needs {module}, which is not installed; {remedy(module)}")
+    if not is_installed(module):
+        raise UserError(f"{what}: {module} is not installed; {remedy(module)}")
+
+
+def is_installed(module: str) -> bool:
+    if module in sys.modules:
+        return sys.modules[module] is not None
+    return find_spec(module) is not None

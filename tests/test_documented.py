@@ -51,6 +51,8 @@ def launcher_command(name: str):
 def read(words: list[str]) -> None:
     """Parse a command line as the command does, and start nothing.  Raises UserError."""
     name, *arguments = words
+    if name in ("--show-completion", "--version"):
+        return
     assert name in typer.main.get_command(launch.cli.app).commands, words
     if name == "shards":
         app = typer.Typer()

@@ -12,7 +12,7 @@ and dtype, but must agree with each other.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -43,7 +43,7 @@ class Augment:
 
     function: ViewFunction
     numbers: int
-    own: str = ""  # module:function, where it is the user's
+    own: str = field(default="", compare=False)  # module:function, where it is the user's
 
     def __call__(self, inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
         if not self.own:
