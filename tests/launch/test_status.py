@@ -11,6 +11,7 @@ from launch.journal import JobRecord, Journal, birth, end_of_log, read_journal
 from launch.plan import plan
 from launch.status import duration, failures, progress, statuses, summary
 from pipeline.config import UserError
+from pipeline.results import read_results
 
 
 def look(run, journal=None):
@@ -179,3 +180,10 @@ def test_durations_and_sums_read_like_prose(ward):
     run = ward.run()
     ward.finish([run.generalist])
     assert summary(statuses(run, plan(run), Journal())) == "18 stages: 1 done, 17 waiting"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"generalist": 3, "ensemble": 3}'])
+def test_results_that_somebody_wrote_over_are_named(ward, content):
+    (ward.root / "results.json").write_text(content)
+    with pytest.raises(UserError, match="results.json is damaged"):
+        read_results(ward.root / "results.json")
