@@ -71,7 +71,7 @@ def test_a_running_stage_shows_loss_rate_and_val_top_1(ward):
     attempt.path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status = look(run, Journal({"generalist": running()}))["generalist"]
     assert progress(status) == (
-        "step 20/40 · loss 1.23 · learning rate 0.002 · val top-1 40.0 % · 9 samples/s · 10 s to go"
+        "step 20/40 · loss 1.23 · lr 0.002 · val top-1 40.0 % · 9 samples/s · 10 s to go"
     )
 
 
