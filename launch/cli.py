@@ -157,7 +157,8 @@ def _print_completion(shell: str) -> None:
 
 COMPLETE = f"_{NAME.upper()}_COMPLETE"  # the variable by which the script asks for words
 VersionOption = Annotated[
-    bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print it.")
+    bool,
+    typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version."),
 ]
 CompletionOption = Annotated[
     str,

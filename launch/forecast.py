@@ -9,18 +9,30 @@ from pipeline.graph import RunDirectory
 from .plan import Job, planned_steps
 from .status import StageStatus
 
+START_S = 3.0  # the imports of a job's process
+
 
 def seconds_to_go(
-    run: RunDirectory, jobs: Sequence[Job], stages: Sequence[StageStatus], slots: int
+    run: RunDirectory,
+    jobs: Sequence[Job],
+    stages: Sequence[StageStatus],
+    slots: int,
+    start_s: float = START_S,
 ) -> float | None:
     """Seconds until the last job ends, if nothing fails; None while no stage has shown its pace.
 
-    stages: what `status.statuses` says of the jobs.  slots: processes side by side.
+    stages: what `status.statuses` says of the jobs.  slots: processes side by side.  start_s: what
+    the start of a job takes.
     """
-    left = _left_by_stage(run, jobs, {stage.stage: stage for stage in stages})
+    status_of = {stage.stage: stage for stage in stages}
+    left = _left_by_stage(run, jobs, status_of)
     if left is None:
         return None
-    costs = {job.name: sum(left[stage.place] for stage in job.stages) for job in jobs}
+    costs = {}
+    for job in jobs:
+        costs[job.name] = sum(left[stage.place] for stage in job.stages)
+        if all(status_of[stage.place].state not in ("running", "done") for stage in job.stages):
+            costs[job.name] += start_s
     return makespan(jobs, costs, slots)
 
 

@@ -276,7 +276,11 @@ class Pool:
             self._record_end(job, code, state="waiting")
             self.display.event(f"{job.name} asked to be started again")
         else:
-            self._failed(job, code, reason(code, missing))
+            own = self._own_words(self.journal.jobs[job.name])
+            why = reason(code, missing)
+            if code == USER_ERROR and own:
+                why = own[0].removeprefix("error: ")
+            self._failed(job, code, why)
 
     def _done(self, job: Job, code: int) -> None:
         self._redo_what_went_without(job)
@@ -290,7 +294,9 @@ class Pool:
     def _failed(self, job: Job, code: int, reason: str) -> None:
         """Try again as often as launch.retries says, but not after an error of the user's."""
         record = self.journal.jobs[job.name]
-        event = f"{job.name} failed after {duration(record.elapsed_s)}: {reason}"
+        event = f"{job.name} failed after {duration(record.elapsed_s)}"
+        if code != USER_ERROR:  # `_verdict` has the user's
+            event += f": {reason}"
         if is_repeatable(code) and record.attempts <= self.run.config.launch.retries:
             self._record_end(job, code, state="waiting", reason=reason)
             event += "; trying again"
@@ -356,13 +362,17 @@ class Pool:
 
     def _failure(self, name: str, record: JobRecord) -> list[str]:
         """The user's error in the trainer's words, or why a job failed and the end of its log."""
-        log = self.run.root / record.log
-        end = end_of_log(log, record.log_start, lines=200)
-        errors = [line for line in end if line.startswith("error: ")]
+        errors = self._own_words(record)
         if record.exit_code == USER_ERROR and errors:
             return errors
+        log = self.run.root / record.log
         title = f"error: {name}: {record.reason}; {log} ends:"
-        return [title, *(f"    {line}" for line in end[-12:])]
+        return [title, *(f"    {line}" for line in end_of_log(log, record.log_start))]
+
+    def _own_words(self, record: JobRecord) -> list[str]:
+        """The lines by which the trainer named the user's error in this attempt's log."""
+        lines = end_of_log(self.run.root / record.log, record.log_start, lines=200)
+        return [line for line in lines if line.startswith("error: ")]
 
 
 def _first_record(job: Job) -> JobRecord:

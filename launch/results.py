@@ -21,6 +21,7 @@ from pipeline.results import (
     named_rows,
     number,
     percent,
+    read_results,
     student_verdict,
     verdict,
     worth,
@@ -31,7 +32,7 @@ from pipeline.store import Stage, read_json
 
 def show_results(run: RunDirectory, console: Console) -> None:
     """Print RUN/results.json: the verdict, the metrics, and where the report is."""
-    results: Results = read_json(run.root / "results.json")
+    results = read_results(run.root / "results.json")
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
     for line in (student_verdict(results), classes_line(results)):
         if line is not None:

@@ -207,7 +207,7 @@ def progress(status: StageStatus) -> str:
     if status.loss is not None:
         parts.append(f"loss {status.loss:.3g}")
     if status.state == "running" and status.learning_rate is not None:
-        parts.append(f"learning rate {status.learning_rate:.2g}")
+        parts.append(f"lr {status.learning_rate:.2g}")
     if status.val_top1 is not None:
         parts.append(f"val top-1 {percent(status.val_top1, 1)}")
     if status.state == "running" and status.samples_per_s:
@@ -224,7 +224,7 @@ def summary(stages: list[StageStatus], to_go_s: float | None = None) -> str:
     counts = Counter(stage.state for stage in stages)
     listed = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     text = f"{len(stages)} stages: {listed}"
-    if to_go_s:
+    if to_go_s and round(to_go_s):
         text += f"; about {duration(to_go_s)} to go"
     return text
 

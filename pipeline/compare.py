@@ -17,8 +17,7 @@ from typing import Any, NotRequired, TypedDict
 
 from .config import UserError, flat, load_config
 from .graph import RunDirectory
-from .results import Row, errors, named_rows
-from .store import read_json
+from .results import Row, errors, named_rows, read_results
 
 SCHEMA = 1
 OF_NO_METRIC = ("seed", "engine.", "launch.", "slurm.")  # keys that make no variant of a run
@@ -152,7 +151,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[FinishedRun]:
         if attempt in path_of:
             raise UserError(f"{path_of[attempt]} and {path} are the same run")
         path_of[attempt] = path
-        rows = named_rows(read_json(path / "results.json"))
+        rows = named_rows(read_results(path / "results.json"))
         settings = flat(run.config.dump())
         compared = flat(run.identity.values)
         runs.append(FinishedRun(str(path), run.config.seed, settings, compared, rows))

@@ -25,7 +25,14 @@ FAILED = 1
 USER_ERROR = 2
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded", "os error 122")
+FULL_WORDS = (
+    "No space left on device",
+    "os error 28",
+    "Disk quota exceeded",
+    "os error 122",
+    "PytorchStreamWriter failed writing",
+    " requested and ",  # numpy: "1000 requested and 512 written"
+)
 NEEDED = "needed_bytes"  # an attribute that `writing` adds to an OSError
 MEMORY_WORDS = ("can't allocate memory", "CUDA out of memory", "Unable to allocate")
 MEMORY_REMEDY = "take a smaller batch or network, or a machine with more memory"
@@ -141,7 +148,7 @@ def explain(
     if isinstance(error, ImportError):
         text = missing_package(error)
         return (USER_ERROR, text) if text else None
-    # Libraries make errors of their own of these (safetensors and torch).
+    # Libraries make errors of their own of these (numpy, safetensors and torch).
     if any(word in str(error) for word in FULL_WORDS):
         return USER_ERROR, full_text(fullest(places))
     if "EADDRINUSE" in str(error):

@@ -154,11 +154,15 @@ class Session:
         dist.barrier()
 
 
-class LogFile(logging.FileHandler):
-    """A log whose disk may be full, which ends the stage as every other file of it does."""
+class Console(logging.StreamHandler):
+    """What cannot be written ends the stage in one line; logging would print its traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise  # noqa: PLE0704  # logging calls this while it handles the error
+        raise  # logging calls this while it handles the error
+
+
+class LogFile(Console, logging.FileHandler):
+    """A log whose disk may be full."""
 
 
 def measuring_batch(num_classes: int) -> int:
@@ -167,4 +171,4 @@ def measuring_batch(num_classes: int) -> int:
 
 
 def start_logging() -> None:
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Console(sys.stdout)])

@@ -17,6 +17,7 @@ from .rows import (
     SpecialistMetrics,
     errors,
     named_rows,
+    read_results,
     share_of_gain,
 )
 from .verdicts import classes_line, student_verdict, verdict, wins, worth
@@ -38,6 +39,7 @@ __all__ = [
     "errors",
     "named_rows",
     "number",
+    "read_results",
     "percent",
     "read_evaluation",
     "read_file",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NotRequired, TypedDict
+
+from ..files import damaged, read_json
 
 
 class Metrics(TypedDict):
@@ -131,6 +134,17 @@ class Results(TypedDict):
     clusters: NotRequired[Clusters]
     specialists: NotRequired[list[SpecialistMetrics]]
     damage: dict[str, dict]
+
+
+def read_results(path: Path) -> Results:
+    """A results.json.  Raises DamagedFile where it does not hold a run's rows."""
+    results = read_json(path)
+    try:
+        metrics = [row["top1"] for row in named_rows(results).values()]
+    except (KeyError, TypeError, AttributeError):
+        raise damaged(path, "it lacks a row of the run") from None
+    assert metrics
+    return results
 
 
 def named_rows(results: Results) -> dict[str, Row]:

@@ -54,11 +54,18 @@ def test_before_anything_has_shown_its_pace_nothing_is_foretold(run):
 
 def test_what_has_not_begun_takes_as_long_as_its_steps_at_the_pace_so_far(run):
     stages = looked_at(run, generalist=("running", 30.0, 70.0))  # 100 steps: 1 s each
-    assert seconds_to_go(run, plan(run), stages, 1) == pytest.approx(70 + 2 * 20)
-    assert seconds_to_go(run, plan(run), stages, 2) == pytest.approx(70 + 20)
+    assert seconds_to_go(run, plan(run), stages, 1, 0) == pytest.approx(70 + 2 * 20)
+    assert seconds_to_go(run, plan(run), stages, 2, 0) == pytest.approx(70 + 20)
 
 
 def test_a_finished_specialist_says_how_long_the_others_take(run):
     stages = looked_at(run, generalist=("done", 100.0, None), specialists_000=("done", 35.0, None))
-    assert seconds_to_go(run, plan(run), stages, 1) == pytest.approx(35)
+    assert seconds_to_go(run, plan(run), stages, 1, 0) == pytest.approx(35)
     assert summary(stages, 35.0).endswith("; about 35 s to go")
+
+
+def test_each_job_that_has_not_begun_has_to_start(run):
+    stages = looked_at(run, generalist=("running", 30.0, 70.0))
+    waiting = len(plan(run)) - 1
+    forecast = seconds_to_go(run, plan(run), stages, 1, start_s=2)
+    assert forecast == pytest.approx(70 + 2 * 20 + 2 * waiting)

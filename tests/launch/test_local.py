@@ -158,6 +158,8 @@ def test_an_error_of_the_users_is_told_in_the_trainers_words_and_not_tried_again
     shown, _, errors = display()
     assert ward.pool(run, display=shown).execute() == 2
     assert errors.getvalue().splitlines()[0] == "error: val has no examples of class 7"
+    reason = read_journal(run.root).jobs["ensemble"].reason
+    assert reason == "val has no examples of class 7"  # what `status` shows
     assert len(ward.calls("fail")) == 1
 
 

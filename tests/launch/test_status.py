@@ -11,6 +11,7 @@ from launch.journal import JobRecord, Journal, birth, end_of_log, read_journal
 from launch.plan import plan
 from launch.status import duration, failures, progress, statuses, summary
 from pipeline.config import UserError
+from pipeline.results import read_results
 
 
 def look(run, journal=None):
@@ -70,7 +71,7 @@ def test_a_running_stage_shows_loss_rate_and_val_top_1(ward):
     attempt.path("metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status = look(run, Journal({"generalist": running()}))["generalist"]
     assert progress(status) == (
-        "step 20/40 · loss 1.23 · learning rate 0.002 · val top-1 40.0 % · 9 samples/s · 10 s to go"
+        "step 20/40 · loss 1.23 · lr 0.002 · val top-1 40.0 % · 9 samples/s · 10 s to go"
     )
 
 
@@ -179,3 +180,10 @@ def test_durations_and_sums_read_like_prose(ward):
     run = ward.run()
     ward.finish([run.generalist])
     assert summary(statuses(run, plan(run), Journal())) == "18 stages: 1 done, 17 waiting"
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"generalist": 3, "ensemble": 3}'])
+def test_results_that_somebody_wrote_over_are_named(ward, content):
+    (ward.root / "results.json").write_text(content)
+    with pytest.raises(UserError, match="results.json is damaged"):
+        read_results(ward.root / "results.json")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import numpy
 import pytest
 
 from pipeline.config import UserError
@@ -87,10 +88,30 @@ def test_of_several_places_the_fullest_is_named(tiny_disk):
     assert fullest([tiny_disk.parent, tiny_disk]) == tiny_disk
 
 
-def test_a_librarys_own_error_about_a_full_disk_is_told_as_one(capsys, tmp_path):
-    error = RuntimeError("I/O error: No space left on device (os error 28)")
-    code, line = said(capsys, error, places=[tmp_path])
-    assert code == 2 and "the disk is full" in line
+def save_array(path):
+    numpy.save(path / "array.npy", numpy.zeros(2**18))
+
+
+def save_arrays(path):
+    numpy.savez(path / "arrays.npz", x=numpy.zeros(2**18))
+
+
+def save_tensors(path):
+    from safetensors.numpy import save_file
+
+    save_file({"x": numpy.zeros(2**18)}, path / "model.safetensors")
+
+
+def save_text(path):
+    (path / "log.txt").write_text("x" * 2**20)
+
+
+@pytest.mark.parametrize("save", [save_array, save_arrays, save_tensors, save_text])
+def test_however_a_library_says_that_the_disk_is_full_it_is_one_line(capsys, tiny_disk, save):
+    code = answer(lambda: save(tiny_disk), places=[tiny_disk])
+    line = capsys.readouterr().err
+    assert code == 2 and line.count("\n") == 1
+    assert line.startswith(f"error: {tiny_disk}") and "the disk is full" in line
 
 
 def test_memory_that_cannot_be_had_is_one_line(capsys):
