@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 from pipeline.config import Config, UserError, load_config
+from pipeline.config.loading import apply_override
 from pipeline.store import read_json, write_json
 
 from .calling import TRAINER, call_trainer
@@ -87,7 +88,8 @@ def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Con
     base["seed"] = seed
     base["data"] |= {split: str(root / "data") for split in SPLITS}
     if quick:
-        overrides = [*QUICK, *overrides]
+        for override in QUICK:
+            apply_override(base, override)
     return load_config(None, overrides, base)
 
 

@@ -1,7 +1,7 @@
 """Keys of which a run has one or the other.
 
-A file that sets both is refused (`schedule.py`, `sections.py` and `checks.py` say why).  On the
-command line `--set` of one replaces the other: the later word counts.
+A file that sets both is refused (`schedule.py`, `sections.py` and `checks.py` say why), and so is a
+command line.  `--set` of one replaces the other of the file.
 """
 
 from __future__ import annotations

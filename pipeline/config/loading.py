@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def load_config(
     Raises UserError with one line per mistake, each naming the value, the rule and the nearest key.
     """
     values = dict(base or {}) if path is None else read_toml(Path(path))
+    named = {_key(override) for override in overrides}
     for override in overrides:
-        apply_override(values, override)
+        apply_override(values, override, named)
     for old, new in RENAMED.items():
         rename_key(values, old.split("."), new.split("."))
     source = "config" if path is None else str(path)
@@ -62,10 +63,15 @@ def read_toml(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def apply_override(values: dict, override: str) -> None:
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
+
+
+def apply_override(values: dict, override: str, named: Collection[str] = ()) -> None:
     """Set one `a.b=value` in nested `values`; the value is TOML, or a bare string.
 
-    A key that cannot stand beside it makes way.
+    A key that cannot stand beside it makes way, unless it is among `named`, the keys that the same
+    command line sets.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -85,7 +91,7 @@ def apply_override(values: dict, override: str) -> None:
             raise UserError(f"--set {override}: {section} is not a section")
     own[last] = value
     if value not in UNSET:
-        for rival in replaced_by(key):
+        for rival in set(replaced_by(key)).difference(named):
             _remove(values, rival.split("."))
 
 

@@ -35,7 +35,7 @@ def test_a_laid_out_run_holds_its_config_and_its_graph(ward):
         ("data.val=nowhere/val-{000000..000003}.tar", "data.val = .*nowhere.*no shard matches"),
         ("data.val=nowhere/val-*.tar", "no shard matches"),
         ("data.test=data/test-{000000..00000", "the braces do not match|no shard matches"),
-        ("clusters.num_groups=0", "clusters.num_groups = 0: Input should be greater than 0"),
+        ("clusters.num_groups=0", "clusters.num_groups = 0: must be greater than 0"),
         ("clusters.num_groups=9", "clusters.num_groups = 9 is more than the 8 classes"),
         (
             "data.classes=5",

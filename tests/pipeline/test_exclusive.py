@@ -65,9 +65,9 @@ def test_set_of_one_replaces_the_other_that_the_file_has(row, order):
     assert value_at(config, other) != VALUES[other.rpartition(".")[2]]
 
 
-def test_of_two_on_the_command_line_the_later_counts():
-    config = load_config(None, ["train.steps=5", "train.epochs=2"])
-    assert config.train.epochs == 2 and config.train.steps is None
+def test_two_on_one_command_line_are_refused():
+    with pytest.raises(UserError, match="steps"):
+        load_config(None, ["train.steps=5", "train.epochs=2"], {"train": {"steps": 7}})
 
 
 def test_a_value_that_asks_for_nothing_replaces_nothing():
