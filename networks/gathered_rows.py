@@ -35,7 +35,8 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     The k largest lie in the k blocks with the largest maxima, so only these are searched.  On a CPU
     that takes a quarter to a half of the time of torch.topk from FEWEST_CLASSES and 2 blocks per
-    wanted class on; elsewhere torch.topk is called.  Of entries that tie any may be taken.
+    wanted class on; elsewhere, and in ONNX, torch.topk is called.  Of entries that tie any may be
+    taken.
 
     Parameters
     ----------
@@ -50,7 +51,8 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     num_classes = logits.shape[1]
     few = num_classes < max(FEWEST_CLASSES, 2 * TOP_BLOCK * k)
-    if few or logits.device.type != "cpu":
+    # onnxruntime's TopK is slow at many candidates, and its gathers at 64-bit indices.
+    if few or logits.device.type != "cpu" or torch.onnx.is_in_onnx_export():
         values, indices = logits.topk(k, dim=1)
         return values, indices
     # Block j holds the columns j, j + count, ...: maxima over the outer axis are vectorised.
@@ -60,7 +62,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     starts = torch.arange(0, count * TOP_BLOCK, count, device=logits.device)
     columns = (blocks[:, None, :] + starts[:, None]).flatten(1)
     rest = torch.arange(count * TOP_BLOCK, num_classes, device=logits.device)
-    columns = torch.cat([columns, rest.expand(len(logits), -1)], 1)
+    columns = torch.cat([columns, rest.expand(logits.shape[0], -1)], 1)
     values, chosen = logits.gather(1, columns).topk(k, dim=1)
     return values, columns.gather(1, chosen)
 
