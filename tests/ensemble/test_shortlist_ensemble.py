@@ -1,4 +1,4 @@
-"""Networks that are asked about the generalist's likeliest classes, and geometric deep ensembles."""
+"""Further networks that are asked about likely classes, and geometric deep ensembles."""
 
 import json
 
