@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .predictions import SpecialistInput
 
-__all__ = ["COMBINERS", "Combiner", "combiner"]
+__all__ = ["COMBINERS", "MEANS", "Combiner", "combiner"]
 
 # Name -> "module:function".
 COMBINERS: dict[str, str] = {
@@ -27,6 +27,9 @@ COMBINERS: dict[str, str] = {
     "log_ratio": "ensemble.pooling:log_ratio_product",
     "mixture": "ensemble.pooling:mixture_gating",
 }
+
+# How networks of one label set are averaged: the order of a generalised mean.
+MEANS: dict[str, float] = {"arithmetic": 1.0, "geometric": 0.0}
 
 
 class Combiner(Protocol):

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from clustering.choices import CHOOSE_ALL_GROUPS, METHODS
-from ensemble.choices import COMBINERS
+from ensemble.choices import COMBINERS, MEANS
 from networks.choices import NETWORKS
 
 __all__ = [
     "AUGMENTATIONS",
     "CHOOSE_ALL_GROUPS",
     "COMBINERS",
+    "MEANS",
     "ENGINES",
     "LOSSES",
     "METHODS",

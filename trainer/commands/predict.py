@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ensemble import DeepEnsemble, load_ensemble
+from ensemble import SpecialistEnsemble, load_ensemble
 from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
@@ -158,7 +158,7 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
     # A run without ensemble.json yet would be joined by the defaults.
     if run is not None and not args.allow_missing:
         check_done(run, run.ensemble)
-    has_specialists = not isinstance(ensemble, DeepEnsemble)
+    has_specialists = isinstance(ensemble, SpecialistEnsemble)
     return Predictor(ensemble.generalist.spec, ensemble.predict, has_specialists)
 
 

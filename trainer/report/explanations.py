@@ -33,7 +33,7 @@ class Explanation:
 def explanations(evidence: Evidence) -> list[Explanation]:
     config, results = evidence.run.config, evidence.results
     texts = {
-        "generalist": _explain_generalist(evidence.is_deep),
+        "generalist": _explain_generalist(evidence.has_specialists),
         "ensemble": _explain_ensemble(config.ensemble),
     }
     controls = {
@@ -51,8 +51,8 @@ def explanations(evidence: Evidence) -> list[Explanation]:
     return [Explanation(name, colours[name], text) for name, text in texts.items()]
 
 
-def _explain_generalist(is_deep: bool) -> str:
-    if is_deep:
+def _explain_generalist(has_specialists: bool) -> str:
+    if not has_specialists:
         return "One network for all classes, the first member of the ensemble."
     return (
         "One network for all classes. Everything else starts from its weights or its predictions."
@@ -61,9 +61,20 @@ def _explain_generalist(is_deep: bool) -> str:
 
 def _explain_ensemble(ensemble: Ensemble) -> str:
     if ensemble.kind == "deep":
+        mean = "geometric mean" if ensemble.combine == "geometric" else "mean"
         return (
-            f"{ensemble.members} networks, trained alike from different seeds, and the mean of "
+            f"{ensemble.members} networks, trained alike from different seeds, and the {mean} of "
             "their distributions (Lakshminarayanan et al. 2017)."
+        )
+    if ensemble.kind == "shortlist":
+        count = ensemble.members + len(ensemble.networks)
+        listed = "likeliest classes"
+        if ensemble.shortlist is not None:
+            listed = f"{ensemble.shortlist} {listed}"
+        return (
+            f"{count} networks: the generalist, and others of the same classes that are asked "
+            f"about its {listed} of each example. Their distributions are joined there by a "
+            "generalised mean; outside, the generalist's answer stands."
         )
     if ensemble.gate == 1:
         gate = "the generalist's most probable class"
