@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,7 @@ class ShortlistProgram(nn.Module):
         self.temperatures = list(temperatures)
 
     def forward(self, raw: Tensor) -> Tensor:
-        generalist, *others = self.networks
+        generalist, *others = cast(list[Classifier], list(self.networks))
         z = whole_logits(generalist, raw)
         p = softmax(z, self.temperatures[0])
         if not others:

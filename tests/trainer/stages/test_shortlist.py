@@ -8,10 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from ensemble import DeepEnsemble, ShortlistEnsemble, load_ensemble
+from launch.plan import plan
+from launch.results import show_results
 from networks import load_classifier, save_classifier
 from pipeline.config import UserError, load_config
 from pipeline.graph import RunDirectory
@@ -68,6 +71,14 @@ def test_its_members_are_generalists_of_its_own_and_copies_of_those_from_elsewhe
     assert trained == [30, 0]
 
 
+def test_networks_that_exist_already_join_in_the_job_of_the_ensemble(run):
+    jobs = {job.name: job for job in plan(run)}
+    assert jobs["members/001"].command() == ["member", "--index", "1"]
+    assert jobs["ensemble"].command()[:2] == ["member", "ensemble"]
+    assert [stage.place for stage in jobs["ensemble"].stages][:2] == ["members/002", "ensemble"]
+    assert set(jobs["ensemble"].waits_for) == {"generalist", "members/001"}
+
+
 def test_what_is_fitted_on_val_is_ensemble_json(run):
     content = read_json(run.root / "ensemble.json")
     assert content["kind"] == "shortlist" and content["members"] == 3 and content["order"] == 0
@@ -112,10 +123,16 @@ def test_a_student_learns_what_the_ensemble_predicts(run):
     np.testing.assert_allclose(np.exp(kept[:, 0]), q.amax(1), atol=2e-3)
 
 
-def test_its_page_says_what_it_is(run):
+def test_its_page_and_its_last_lines_say_what_it_is(run):
     page = (run.root / "report.html").read_text()
     assert "3 networks: the generalist, and others of the same classes" in page
+    length = read_json(run.root / "ensemble.json")["shortlist"]
+    assert f"asked about its {length} likeliest classes" in page and "of order 0.0 (0 geo" in page
     assert "Ensemble size and diversity" in page and "The groups" not in page
+    console = Console(record=True, width=300)
+    show_results(run, console)
+    said = console.export_text()
+    assert f"2 further networks were asked about the generalist's {length} likeliest" in said
 
 
 def test_it_is_exported_and_predicts_as_the_run_does(run, tmp_path, capsys):
