@@ -85,8 +85,9 @@ def join_within(
     -------
     Tensor [B, k]
     """
-    joined = generalised_mean(logits.log_softmax(-1), order, weights)
-    return joined + log_mass[:, None]
+    if order != GEOMETRIC:  # there, what is the same for all classes of a row cancels
+        logits = logits.log_softmax(-1)
+    return generalised_mean(logits, order, weights) + log_mass[:, None]
 
 
 def join_on_shortlist(

@@ -51,9 +51,12 @@ class ShortlistProgram(nn.Module):
         p = softmax(z, self.temperatures[0])
         if not others:
             return p
-        own, indices = top_k(z, self.shortlist)
+        own, indices = top_k(z, self.shortlist, ordered=False)
         asked = [own, *(logits_at(network, raw, indices) for network in others)]
-        scaled = [each.to(p) / T for each, T in zip(asked, self.temperatures, strict=True)]
+        scaled = [
+            each.to(p) if T == 1 else each.to(p) / T
+            for each, T in zip(asked, self.temperatures, strict=True)
+        ]
         log_mass = p.gather(1, indices).sum(1).log()
         joined = join_within(torch.stack(scaled), log_mass, self.order, self.weights)
         return p.scatter_(1, indices, joined.exp())

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .gathered_rows import LogitsAt
+from .gathered_rows import LogitsAt, rows_at
 
 # Logits in memory at a time: 16 MiB stay near a CPU core, 256 MiB fill a GPU.
 BLOCK_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
@@ -313,6 +313,8 @@ class LinearLogits:
             z = (rows @ self.features[:, :, None])[:, :, 0]
             return z if self.bias is None else z + self.bias[indices]
         with torch.autocast(self.features.device.type, enabled=False):
+            if not torch.is_grad_enabled() and isinstance(self.comm, LocalComm):
+                return rows_at(self.features, self.weight, self.bias, indices)
             return LogitsAt.apply(self.features, self.weight, self.bias, indices, self.comm)
 
     @torch.no_grad()
