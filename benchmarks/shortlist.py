@@ -6,8 +6,9 @@
 Untrained MLPs of 64 and 256 numbers an embedding, batches of 1 and 256 rows, one thread.  The forms
 take turns, so that a shared machine troubles all alike; each number is a median of the rounds, in
 milliseconds.  Ratios are of the process's own CPU time, because a shared machine's clock says
-little; the clock's time stands beside it.  `full` is the geometric mean of both over all classes, `trunk` the second network's
-trunk by itself.  With --onnx the same is measured in onnxruntime, where it is installed.
+little; the clock's time stands beside it.  `full` is the geometric mean of both over all classes,
+`trunk` the second network's trunk by itself.  With --onnx the same is measured in onnxruntime,
+where it is installed.
 
 A shortlist of 100 has a bar: its latency is at most 1.3 times the generalist's at 256 numbers, 1.5
 times at 64, and the second trunk's.  The last line of the output is one JSON object.
