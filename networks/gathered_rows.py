@@ -10,6 +10,7 @@ To ask a network about k classes of a row costs k D multiplications, not C D.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 GATHERED_ENTRIES = {"cpu": 2**18, "cuda": 2**26}
 # From C / 16 chosen classes on, all C logits of a row are cheaper than gathered ones.
 DENSE_FROM = 16
+DENSE_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 # Classes of which top_k compares one maximum, where there are at least so many classes, and two
 # blocks for each that is wanted.
 TOP_BLOCK = 16
@@ -137,7 +139,7 @@ class LogitsAt(torch.autograd.Function):
         d_x = torch.zeros_like(x) if to_x else None
         d_weight = torch.zeros_like(weight) if to_weight else None
         d_bias = None
-        for rows in _row_blocks(columns, x.shape[1]):
+        for rows in _gathered_blocks(columns, x.shape[1]):
             flat = columns[rows].flatten()
             if d_x is not None:
                 gathered = weight[flat].unflatten(0, columns[rows].shape)
@@ -163,20 +165,57 @@ def rows_at(x: Tensor, weight: Tensor, bias: Tensor | None, columns: Tensor) -> 
         return torch.cat(
             [
                 F.linear(x[rows], weight, bias).gather(1, columns[rows])
-                for rows in _row_blocks(columns, len(weight) // max(1, columns.shape[1]))
+                for rows in _blocks(len(x), len(weight), DENSE_ENTRIES[x.device.type])
             ]
         )
+    bias = None if bias is None else bias[columns]
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        z = _sampled_product(x, weight, columns)
+        return z if bias is None else z + bias
     z = x.new_empty(columns.shape)
-    for rows in _row_blocks(columns, x.shape[1]):
+    for rows in _gathered_blocks(columns, x.shape[1]):
         gathered = weight.index_select(0, columns[rows].flatten())
         gathered = gathered.unflatten(0, columns[rows].shape)
         torch.bmm(gathered, x[rows, :, None], out=z[rows, :, None])
-    return z if bias is None else z + bias[columns]
+    return z if bias is None else z + bias
 
 
-def _row_blocks(columns: Tensor, entries: int) -> Iterator[slice]:
-    """Slices of as many rows as fit, where each of a row's columns takes `entries` numbers."""
-    at_once = GATHERED_ENTRIES[columns.device.type]
-    step = max(1, at_once // max(1, columns.shape[1] * entries))
-    for start in range(0, max(1, len(columns)), step):
+def _sampled_product(x: Tensor, weight: Tensor, columns: Tensor) -> Tensor:
+    """x @ weight.T at `columns`, row by row where the weight lies: a third of the time of a copy."""
+    count, k = columns.shape
+    starts = torch.arange(0, count * k + 1, max(1, k), device=x.device)
+    pattern = torch.sparse_csr_tensor(
+        starts,
+        columns.flatten(),
+        x.new_zeros(count * k),
+        (count, len(weight)),
+        check_invariants=False,
+    )
+    return torch.sparse.sampled_addmm(pattern, x, weight.T, beta=0.0).values().view(count, k)
+
+
+def _gathered_blocks(columns: Tensor, features: int) -> Iterator[slice]:
+    """Slices of as many rows as fit, where each of a row's columns takes `features` numbers."""
+    per_row = columns.shape[1] * features
+    return _blocks(len(columns), per_row, GATHERED_ENTRIES[columns.device.type])
+
+
+def _blocks(count: int, per_row: int, entries: int) -> Iterator[slice]:
+    """Slices of `count` rows of `per_row` numbers, so that one holds at most `entries`."""
+    step = max(1, entries // max(1, per_row))
+    for start in range(0, max(1, count), step):
         yield slice(start, start + step)
+
+
+def _say_nothing_of_beta() -> None:
+    """Have torch's one warning about sparse tensors behind us.
+
+    Only one product of them is used, and tests hold it against the dense one.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        none = torch.zeros(1, dtype=torch.int64)
+        torch.sparse_csr_tensor(none, none[:0], torch.zeros(0), (0, 0), check_invariants=False)
+
+
+_say_nothing_of_beta()

@@ -55,6 +55,22 @@ def test_top_k_takes_any_floating_type(dtype, monkeypatch):
     assert torch.equal(top_k(z, 7)[0], z.topk(7).values)
 
 
+@pytest.mark.parametrize("rows", [0, 1, ROWS])
+def test_any_number_of_rows_will_do(rows):
+    x, weight, bias = (part.detach() for part in parts(97))
+    indices = chosen(3, 97)[:rows]
+    z = LinearLogits(x[:rows], weight, bias, 97).logits_at(indices)
+    torch.testing.assert_close(z, F.linear(x[:rows], weight, bias).gather(1, indices))
+
+
+def test_half_precision_is_that_of_its_products():
+    x, weight, bias = (part.detach().bfloat16() for part in parts(97))
+    indices = chosen(3, 97)
+    z = LinearLogits(x, weight, bias, 97).logits_at(indices)
+    expected = F.linear(x.float(), weight.float(), bias.float()).gather(1, indices)
+    torch.testing.assert_close(z.float(), expected, atol=0.1, rtol=0.02)
+
+
 @pytest.mark.parametrize("entries", [1, 2**18])
 @pytest.mark.parametrize("k, classes", [(3, 97), (3, CLASSES), (CLASSES, CLASSES)])
 def test_logits_at_are_dense_ones_gathered_and_so_are_their_gradients(
