@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from .fitting import fit_shift, fit_temperature, fit_temperatures, fit_weights
     from .gating import gate
     from .settings import EnsembleSettings
+    from .shortlist import generalised_mean, join_on_shortlist
+    from .shortlist_ensemble import ShortlistEnsemble
     from .sparse import combine_kl_sparse
     from .specialist_ensemble import EnsembleOutput, SpecialistEnsemble
 
@@ -21,6 +23,7 @@ __all__ = [
     "EnsembleOutput",
     "EnsembleProgram",
     "EnsembleSettings",
+    "ShortlistEnsemble",
     "SpecialistEnsemble",
     "combine_kl",
     "combine_kl_sparse",
@@ -33,6 +36,8 @@ __all__ = [
     "fit_temperatures",
     "fit_weights",
     "gate",
+    "generalised_mean",
+    "join_on_shortlist",
     "load_ensemble",
 ]
 
@@ -52,6 +57,9 @@ _HOMES = {
     "EnsembleOutput": "specialist_ensemble",
     "EnsembleSettings": "settings",
     "DeepEnsemble": "deep_ensemble",
+    "ShortlistEnsemble": "shortlist_ensemble",
+    "generalised_mean": "shortlist",
+    "join_on_shortlist": "shortlist",
     "load_ensemble": "deep_ensemble",
     "EnsembleProgram": "export",
     "export_bundle": "export",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .predictions import SpecialistInput
 
-__all__ = ["COMBINERS", "COMBINER_ALIASES", "Combiner", "combiner"]
+__all__ = ["COMBINERS", "COMBINER_ALIASES", "MEANS", "Combiner", "combiner"]
 
 # Name -> "module:function".
 COMBINERS: dict[str, str] = {
@@ -29,6 +29,9 @@ COMBINERS: dict[str, str] = {
 }
 # Other names that a config may have for them.
 COMBINER_ALIASES = {"mean": "arithmetic"}
+
+# How networks of one label set are averaged: the order of a generalised mean.
+MEANS: dict[str, float] = {"arithmetic": 1.0, "geometric": 0.0}
 
 
 class Combiner(Protocol):

@@ -17,7 +17,9 @@ from networks.builders import Builders
 from networks.reading import Inputs
 
 from .ranking import Prediction, top_predictions
-from .settings import EnsembleSettings
+from .settings import EnsembleSettings, member_folder
+from .shortlist import ARITHMETIC, check_order, generalised_mean
+from .shortlist_ensemble import ShortlistEnsemble
 from .specialist_ensemble import (
     RawInputs,
     SpecialistEnsemble,
@@ -27,7 +29,7 @@ from .specialist_ensemble import (
 
 
 class DeepEnsemble:
-    """The arithmetic mean of its networks' distributions.
+    """The arithmetic mean of its networks' distributions, or another generalised mean.
 
     The networks are put into eval mode and not changed otherwise.
 
@@ -35,11 +37,13 @@ class DeepEnsemble:
     ----------
     networks : sequence of networks.Classifier
         At least one, of one label set.
+    order : float
+        Of the mean, as `generalised_mean` has it: 1 is arithmetic, 0 geometric.
 
     Raises
     ------
     ValueError
-        For no networks, and for label sets of different sizes.
+        For no networks, for label sets of different sizes, and for an order outside [0, 1].
 
     References
     ----------
@@ -47,7 +51,8 @@ class DeepEnsemble:
     estimation using deep ensembles".
     """
 
-    def __init__(self, networks: Sequence[Classifier]):
+    def __init__(self, networks: Sequence[Classifier], order: float = ARITHMETIC):
+        check_order(order)
         if not networks:
             raise ValueError("an ensemble needs at least one network")
         sizes = {network.spec.num_classes for network in networks}
@@ -59,6 +64,7 @@ class DeepEnsemble:
         self.class_names = list(networks[0].spec.class_names)
         self.device = next(networks[0].parameters()).device
         self.generalist = self.networks[0]
+        self.order = order
         self.missing: list[int] = []
         self.finished: bool | None = None
         self.functions: Mapping[str, Callable] = {}
@@ -102,8 +108,9 @@ class DeepEnsemble:
             raise ValueError(
                 f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble"
             )
-        folders = [_folder(root, index) for index in range(settings.members)]
-        ensemble = cls([load_classifier(folder, device, builders) for folder in folders])
+        folders = [member_folder(root, index) for index in range(settings.members)]
+        networks = [load_classifier(folder, device, builders) for folder in folders]
+        ensemble = cls(networks, ARITHMETIC if settings.order is None else settings.order)
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
         return ensemble
@@ -112,8 +119,11 @@ class DeepEnsemble:
         """Write `directory`, laid out as a run is, for DeepEnsemble.load."""
         root = Path(directory)
         for index, network in enumerate(self.networks):
-            save_classifier(network, _folder(root, index))
-        EnsembleSettings(kind="deep", members=len(self.networks)).save(root)
+            save_classifier(network, member_folder(root, index))
+        settings = EnsembleSettings(kind="deep", members=len(self.networks))
+        if self.order != ARITHMETIC:
+            settings.order = self.order
+        settings.save(root)
 
     @torch.no_grad()
     def member_log_probabilities(self, inputs: RawInputs) -> Tensor:
@@ -128,7 +138,10 @@ class DeepEnsemble:
 
     def probabilities(self, inputs: Inputs) -> Tensor:
         """[B, C] for inputs that `read` can read."""
-        return self.member_log_probabilities(self.read(inputs)).exp().mean(0)
+        log_p = self.member_log_probabilities(self.read(inputs))
+        if self.order == ARITHMETIC:
+            return log_p.exp().mean(0)
+        return generalised_mean(log_p, self.order).exp()
 
     def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
         """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.
@@ -136,10 +149,6 @@ class DeepEnsemble:
         There are no specialists.
         """
         return top_predictions(self.probabilities(inputs), self.class_names, top)
-
-
-def _folder(root: Path, index: int) -> Path:
-    return root / "members" / f"{index:03d}" if index else root / "generalist"
 
 
 def load_ensemble(
@@ -150,24 +159,27 @@ def load_ensemble(
     max_specialists: int | None = None,
     cache: int | None = None,
     allow_missing: bool = False,
-) -> SpecialistEnsemble | DeepEnsemble:
+) -> SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble:
     """Whichever ensemble a run directory or an exported bundle holds.
 
     Parameters
     ----------
     directory, device, builders, gate, max_specialists, cache, allow_missing
-        As `SpecialistEnsemble.load` has them.  A deep ensemble uses the first three alone.
+        As `SpecialistEnsemble.load` has them.  Other ensembles use the first three alone.
 
     Returns
     -------
-    SpecialistEnsemble or DeepEnsemble
+    SpecialistEnsemble, DeepEnsemble or ShortlistEnsemble
 
     Raises
     ------
     ValueError
-        As `SpecialistEnsemble.load` and `DeepEnsemble.load` do.
+        As the `load` of that ensemble does.
     """
-    if EnsembleSettings.load(Path(directory)).kind == "deep":
+    kind = EnsembleSettings.load(Path(directory)).kind
+    if kind == "shortlist":
+        return ShortlistEnsemble.load(directory, device, builders)
+    if kind == "deep":
         return DeepEnsemble.load(directory, device, builders)
     return SpecialistEnsemble.load(
         directory, device, gate, max_specialists, cache, allow_missing, builders

@@ -13,8 +13,11 @@ SETTINGS = "ensemble.json"
 class EnsembleSettings:
     """The contents of ensemble.json.  The defaults are those of a run that has none yet.
 
-    kind: "specialists", or "deep" for networks of one kind that are averaged.
-    members: how many networks a deep ensemble has.
+    kind: "specialists", "deep" for networks of one label set that are averaged, or "shortlist" for
+    further networks that are asked about the generalist's likeliest classes.
+    members: how many networks a deep ensemble or a shortlist's has.
+    order: of the generalised mean that joins them; None is the kind's own.
+    shortlist: how many classes the further networks are asked about.
     gate, max_specialists, combine, temperatures, weights: as SpecialistEnsemble has them.
     skipped: groups that have no specialist on purpose.
     missing: groups whose specialist failed.
@@ -24,6 +27,8 @@ class EnsembleSettings:
 
     kind: str = "specialists"
     members: int = 1
+    order: float | None = None
+    shortlist: int | None = None
     gate: int = 1
     max_specialists: int | None = None
     combine: str = "kl"
@@ -58,11 +63,26 @@ class EnsembleSettings:
     def save(self, root: Path) -> None:
         """Write `root`/ensemble.json with the keys of its kind.  It appears whole or never."""
         content: dict[str, object] = {"schema": SCHEMA}
-        if self.kind == "specialists":
-            names = [each.name for each in fields(self) if each.name not in ("kind", "members")]
-        else:
-            names = ["kind", "members"]
-        content |= {name: getattr(self, name) for name in names}
+        content |= {name: getattr(self, name) for name in self._keys()}
         unfinished = root / f".{SETTINGS}.{os.getpid()}"
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, root / SETTINGS)
+
+    def _keys(self) -> list[str]:
+        """What a file of this kind says."""
+        if self.kind == "specialists":
+            others = ("kind", "members", "order", "shortlist")
+            return [each.name for each in fields(self) if each.name not in others]
+        names = ["kind", "members"]
+        if self.order is not None:
+            names.append("order")
+        if self.kind == "shortlist":
+            names += ["shortlist", "weights", "temperatures"]
+        return names
+
+
+def member_folder(root: Path, index: int) -> Path:
+    """Where a run or a bundle has the network of that index; the first is its generalist."""
+    if index == 0:
+        return root / "generalist"
+    return root / "members" / f"{index:03d}"

@@ -410,7 +410,8 @@ def _settings_of(root: Path) -> EnsembleSettings:
     settings = EnsembleSettings.load(root)
     if settings.kind != "specialists":
         raise ValueError(
-            f"{root} holds a deep ensemble, which has no specialists; load it with load_ensemble"
+            f"{root} holds an ensemble of kind {settings.kind}, which has no specialists; "
+            "load it with load_ensemble"
         )
     if not (root / GROUPS).is_file():
         raise ValueError(

@@ -140,6 +140,9 @@ def absolute(config: Config) -> Config:
             "clusters": _with_absolute(config.clusters, "groups_file"),
             "generalist": _with_absolute(config.generalist, "init"),
             "extend": _with_absolute(config.extend, "run"),
+            "ensemble": config.ensemble.model_copy(
+                update={"networks": [os.path.abspath(path) for path in config.ensemble.networks]}
+            ),
             "students": students,
         }
     )

@@ -34,7 +34,7 @@ def show_results(run: RunDirectory, console: Console) -> None:
     """Print RUN/results.json: the verdict, the metrics, and where the report is."""
     results = read_results(run.root / "results.json")
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
-    for line in (student_verdict(results), classes_line(results)):
+    for line in (student_verdict(results), classes_line(results), shortlist_line(run)):
         if line is not None:
             console.print(Text(line), soft_wrap=True)
     console.print(results_table(results))
@@ -117,6 +117,19 @@ def _compared_cells(row: ComparedRow, comparison: Comparison, sizes: dict[str, i
 
 def _style(name: str) -> str:
     return "bold" if name == "ensemble" else ""
+
+
+def shortlist_line(run: RunDirectory) -> str | None:
+    """How further networks were asked; None of a run that asks them about every class."""
+    if run.config.ensemble.kind != "shortlist":
+        return None
+    settings = read_json(run.root / "ensemble.json")
+    networks = settings["members"] - 1
+    asked = "one further network was" if networks == 1 else f"{networks} further networks were"
+    return (
+        f"{asked} asked about the generalist's {settings['shortlist']} likeliest classes of each "
+        f"example, joined by a mean of order {settings['order']:g} (0 geometric, 1 arithmetic)"
+    )
 
 
 def groups_line(run: RunDirectory) -> str | None:

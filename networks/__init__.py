@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
     from .files import load_classifier, save_classifier
     from .freezing import freeze_norm, set_trainable
+    from .gathered_rows import top_k
     from .growing import add_classes, match_classes, merge_grown_head, remap_specialist
     from .heads import DustbinHead
     from .linear_logits import Summary
@@ -54,6 +55,7 @@ _MODULE_OF = {
     "set_trainable": "freezing",
     "freeze_norm": "freezing",
     "widen": "widening",
+    "top_k": "gathered_rows",
     "save_classifier": "files",
     "load_classifier": "files",
     "Adoption": "adoption",
@@ -91,6 +93,7 @@ __all__ = [
     "save_classifier",
     "set_trainable",
     "specialise",
+    "top_k",
     "widen",
 ]
 

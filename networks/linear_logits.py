@@ -25,6 +25,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .gathered_rows import LogitsAt, rows_at
+
 # Logits in memory at a time: 16 MiB stay near a CPU core, 256 MiB fill a GPU.
 BLOCK_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 LEAST_EXPONENT = -80.0
@@ -298,6 +300,22 @@ class LinearLogits:
         """The logits of some classes, [n, len(classes)].  One rank only."""
         bias = None if self.bias is None else self.bias[classes]
         return F.linear(self.features, self.weight[classes], bias)
+
+    def logits_at(self, indices: Tensor) -> Tensor:
+        """The logits of k classes of each row's own, [n, k], from these rows of the weight alone.
+
+        Differentiable in features, weight and bias.  indices: int64 [n, k], numbered over all
+        ranks; collective where ranks split the classes.
+        """
+        if torch.compiler.is_compiling():
+            # A program has any number of rows, and so no blocks of rows.
+            rows = self.weight[indices]
+            z = (rows @ self.features[:, :, None])[:, :, 0]
+            return z if self.bias is None else z + self.bias[indices]
+        with torch.autocast(self.features.device.type, enabled=False):
+            if not torch.is_grad_enabled() and isinstance(self.comm, LocalComm):
+                return rows_at(self.features, self.weight, self.bias, indices)
+            return LogitsAt.apply(self.features, self.weight, self.bias, indices, self.comm)
 
     @torch.no_grad()
     def summary(self, k: int, labels: Tensor | None = None) -> Summary:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from clustering.choices import CHOOSE_ALL_GROUPS, METHODS
-from ensemble.choices import COMBINER_ALIASES, COMBINERS
+from ensemble.choices import COMBINER_ALIASES, COMBINERS, MEANS
 from networks.choices import NETWORKS
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CHOOSE_ALL_GROUPS",
     "COMBINERS",
     "COMBINER_ALIASES",
+    "MEANS",
     "ENGINES",
     "LOSSES",
     "METHODS",

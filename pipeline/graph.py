@@ -65,7 +65,7 @@ class RunDirectory:
 
     @cached_property
     def members(self) -> list[Stage]:
-        """The further generalists of a deep ensemble; the run's own is its first."""
+        """The further networks beside the generalist, which is the first of the ensemble."""
         return self.method.members()
 
     @cached_property

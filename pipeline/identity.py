@@ -32,6 +32,7 @@ class Identity:
         for split in SPLITS:
             values["data"][split] = shard_identities(values["data"][split])
         self.ood = values["data"].pop("ood")  # of evaluation alone
+        values["ensemble"].pop("networks")  # by what they hold, wherever they lie
         for section, keys in IN_NO_KEY.items():
             tables = values[section].values() if section == "students" else [values[section]]
             for table in tables:
@@ -100,6 +101,19 @@ def network_identity(directory: str) -> list[str | None]:
         "model.safetensors",
     )
     return [file_hash(Path(directory) / name) for name in names]
+
+
+def classifier_identity(directory: str) -> list[str | None]:
+    """What one network is, of a run its generalist: the contents of its two files."""
+    folder = classifier_folder(Path(directory))
+    return [file_hash(folder / name) for name in ("model.json", "model.safetensors")]
+
+
+def classifier_folder(path: Path) -> Path:
+    """Where the network of a path lies: of a run it is the generalist."""
+    if (path / "generalist").is_dir():
+        return path / "generalist"
+    return path
 
 
 def shard_identities(pattern: str) -> list:

@@ -1,8 +1,9 @@
 """What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
 bears.
 
-Three methods: a generalist with specialists; a deep ensemble of generalists; and specialists that
-add classes to a finished run, whose generalist, groups and specialists are inherited.
+Four methods: a generalist with specialists; a deep ensemble of generalists; generalists that are
+asked about the first one's shortlist; and specialists that add classes to a finished run, whose
+generalist, groups and specialists are inherited.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .config import UserError
-from .identity import file_hash
+from .identity import classifier_folder, classifier_identity, file_hash
 from .stages import KINDS, StageKind
 from .store import Stage, read_json
 
@@ -184,6 +185,66 @@ class DeepMethod:
         """It has no groups that could be wrong."""
 
 
+class ShortlistMethod(DeepMethod):
+    """Further networks are asked about each example's likeliest classes of the generalist's.
+
+    They are generalists from other seeds, and networks that exist already.
+    """
+
+    # A network from elsewhere is not trained, and is copied in the job that fits the ensemble.
+    GIVEN = dataclasses.replace(
+        KINDS["member"],
+        function="trainer.stages.generalist:given_member",
+        sections=(),
+        job=KINDS["ensemble"].job,
+        slurm=KINDS["ensemble"].slurm,
+        trains=False,
+    )
+    kinds = {
+        "evaluate": dataclasses.replace(
+            KINDS["evaluate"], function="trainer.stages.evaluate:evaluate_shortlist"
+        )
+    }
+
+    def members(self) -> list[Stage]:
+        trained = super().members()
+        given = []
+        for index, path in enumerate(self.run.config.ensemble.networks, len(trained) + 1):
+            taken = classifier_identity(path)
+            given.append(
+                self.run.stage("member", (), index, kind=self.GIVEN, index=index, taken=taken)
+            )
+        return [*trained, *given]
+
+    def ensemble(self) -> Stage:
+        kind = dataclasses.replace(
+            KINDS["ensemble"], function="trainer.stages.joining:shortlist_ensemble"
+        )
+        inputs = [self.run.generalist, *self.run.members]
+        return self.run.stage("ensemble", inputs, kind=kind)
+
+    def check(self, num_classes: int | None, source: str) -> None:
+        """Networks from elsewhere exist, and know as many classes."""
+        for path in self.run.config.ensemble.networks:
+            folder = classifier_folder(Path(path))
+            try:
+                theirs = read_json(folder / "model.json")["num_classes"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"ensemble.networks: {path} holds no network (no readable model.json); name a "
+                    "run whose generalist is done, or a directory of a saved network"
+                ) from None
+            if not (folder / "model.safetensors").is_file():
+                raise UserError(
+                    f"ensemble.networks: {path} has no model.safetensors; finish that run first"
+                )
+            if num_classes not in (None, theirs):
+                raise UserError(
+                    f"ensemble.networks: {path} knows {theirs} classes, {source} has "
+                    f"{num_classes}; name a network of the same classes"
+                )
+
+
 class ExtendingMethod(SpecialistMethod):
     """New classes beside those of a finished run.
 
@@ -289,6 +350,8 @@ class ExtendingMethod(SpecialistMethod):
 
 
 def method_of(run: RunDirectory) -> Method:
+    if run.config.ensemble.kind == "shortlist":
+        return ShortlistMethod(run)
     if run.config.is_deep:
         return DeepMethod(run)
     return ExtendingMethod(run) if run.config.extend.run else SpecialistMethod(run)

@@ -94,10 +94,10 @@ def check_extend(config: Config) -> None:
             "extend.run brings its own groups, to which one is added; "
             "leave clusters.groups_file out"
         )
-    if config.is_deep:
+    if not config.has_specialists:
         raise ValueError(
             "extend.run adds a specialist for the new classes, "
-            'and ensemble.kind = "deep" has none; leave one of them out'
+            f'and ensemble.kind = "{config.ensemble.kind}" has none; leave one of them out'
         )
     if config.engine.shard_head:
         raise ValueError(

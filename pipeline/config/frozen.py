@@ -117,6 +117,7 @@ SCHEMA_1 = {
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
     "generalist": {"weights": None},
+    "ensemble": {"shortlist": None, "order": 0.0},
     "train": {"loss": "cross_entropy"},
     "specialists": {"loss": "cross_entropy"},
     "students": {"loss": "cross_entropy"},
@@ -133,6 +134,7 @@ IN_NO_KEY = {
 # Keys of which pipeline.graph says itself how they enter a key.
 IN_A_KEY_OTHERWISE = {
     "data": ["ood"],
+    "ensemble": ["networks"],
     "extend": ["run", "companions"],
     "route": ["mode", "max_bytes"],
 }

@@ -102,8 +102,13 @@ class Config(ConfigFile):
 
     @property
     def is_deep(self) -> bool:
-        """Whether the ensemble is one of generalists, without specialists."""
+        """Whether the ensemble is the mean of generalists, each of which can teach by itself."""
         return self.ensemble.kind == "deep"
+
+    @property
+    def has_specialists(self) -> bool:
+        """Whether classes are grouped for specialists: an ensemble of generalists has none."""
+        return self.ensemble.kind == "specialists"
 
     def dump(self) -> dict:
         """Plain JSON-able values, absent ones left out; loads back to an equal Config."""

@@ -15,6 +15,7 @@ from ..choices import (
     COMBINER_ALIASES,
     COMBINERS,
     ENGINES,
+    MEANS,
     METHODS,
     NETWORKS,
     EngineKind,
@@ -195,10 +196,17 @@ class Controls(Section):
 class Ensemble(Section):
     """How the predictions of several networks become one distribution."""
 
-    # deep: generalists alone, each from another seed
-    kind: Literal["specialists", "deep"] = "specialists"
-    # of deep: generalists, the run's own among them
+    # deep: generalists alone, each from another seed; shortlist: the same, but all further ones are
+    # asked about the first one's likeliest classes alone
+    kind: Literal["specialists", "deep", "shortlist"] = "specialists"
+    # of deep and shortlist: generalists, the run's own among them
     members: int = Field(default=4, gt=0)
+    # of shortlist: how many classes; None = chosen on val
+    shortlist: int | None = Field(default=None, gt=0)
+    # of shortlist: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
+    order: float | Literal["fit"] = 0.0
+    # of shortlist: further networks of the same classes, by the paths of runs or saved networks
+    networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
     max_specialists: int | None = Field(default=None, gt=0)
@@ -212,7 +220,47 @@ class Ensemble(Section):
     @field_validator("combine")
     @classmethod
     def _combine(cls, value):
-        return one_of(COMBINER_ALIASES.get(value) or value, COMBINERS)
+        value = COMBINER_ALIASES.get(value) or value
+        return value if value in MEANS else one_of(value, COMBINERS)
+
+    @field_validator("order")
+    @classmethod
+    def _order(cls, value):
+        if value != "fit" and not 0 <= value <= 1:
+            raise ValueError(
+                f'{value} is no order of a mean: 0 (geometric) to 1 (arithmetic), or "fit"'
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _of_its_kind(self):
+        """Keys of another kind would be read by nobody."""
+        default = Ensemble.model_fields
+        if self.kind != "shortlist":
+            for key in ("shortlist", "order", "networks"):
+                if getattr(self, key) != default[key].default:
+                    raise ValueError(
+                        f'ensemble.{key} is of kind = "shortlist"; this is "{self.kind}"'
+                    )
+        elif self.members + len(self.networks) < 2:
+            raise ValueError(
+                'kind = "shortlist" asks a second network: set members = 2, or name one in networks'
+            )
+        default_combine = default["combine"].default
+        known = {"specialists": COMBINERS, "deep": [default_combine, *MEANS]}
+        if self.combine not in known.get(self.kind, [default_combine]):
+            means = ", ".join(MEANS)
+            raise ValueError(
+                f'ensemble.combine = "{self.combine}" is not of kind = "{self.kind}": specialists '
+                f"take one of {', '.join(COMBINERS)}, a deep ensemble {means}, and of a shortlist "
+                "ensemble.order says it"
+            )
+        return self
+
+    @property
+    def mean_order(self) -> float:
+        """Of a deep ensemble: the order of the mean that joins it."""
+        return MEANS.get(self.combine, MEANS["arithmetic"])
 
 
 class Engine(Section):

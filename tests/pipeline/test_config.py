@@ -1,5 +1,6 @@
 """The config: inheritance between sections, files that load back equal, errors of one line."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -70,12 +71,13 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 def test_the_documented_config_is_valid_and_names_every_key():
     text = (Path(__file__).parents[2] / "docs" / "config.md").read_text()
     blocks = [part.split("```")[0] for part in text.split("```toml\n")[1:]]
-    documented, further = map(tomllib.loads, blocks)
-    assert load_config(None, [], documented) and load_config(None, [], further)
+    documented, shortlist, further = map(tomllib.loads, blocks)
+    assert all(load_config(None, [], each) for each in (documented, shortlist, further))
     sections = {name: field.annotation for name, field in Config.model_fields.items()}
     sections["students"] = Student
     written = documented | {
-        "students": documented["students"]["main"] | further["students"]["heads"]
+        "students": documented["students"]["main"] | further["students"]["heads"],
+        "ensemble": documented["ensemble"] | shortlist["ensemble"],
     }
     inherited = dict.fromkeys(sections, set(Schedule.model_fields)) | {"train": {"epochs"}}
     for name, section in sections.items():
@@ -83,3 +85,31 @@ def test_the_documented_config_is_valid_and_names_every_key():
             continue
         keys = {field.alias or key for key, field in section.model_fields.items()}
         assert keys - inherited[name] <= set(written[name]), name
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["ensemble.order=0.5"], 'ensemble.order is of kind = "shortlist"; this is "specialists"'),
+        (["ensemble.kind=deep", "ensemble.shortlist=5"], "ensemble.shortlist is of kind"),
+        (["ensemble.kind=shortlist", "ensemble.order=2.0"], "2.0 is no order of a mean: 0"),
+        (["ensemble.kind=shortlist", "ensemble.order=best"], "ensemble.order"),
+        (["ensemble.kind=shortlist", "ensemble.members=1"], "asks a second network"),
+        (["ensemble.combine=geometric"], 'ensemble.combine = "geometric" is not of kind'),
+        (["ensemble.kind=deep", "ensemble.combine=mixture"], "a deep ensemble arithmetic"),
+        (["ensemble.kind=shortlist", "ensemble.combine=geometric"], "ensemble.order says it"),
+        (["ensemble.kind=shortlist", "extend.run=old"], 'ensemble.kind = "shortlist" has none'),
+    ],
+)
+def test_keys_of_another_kind_of_ensemble_are_named(overrides, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(None, overrides)
+
+
+def test_a_shortlists_config_comes_back_as_it_was_saved(tmp_path):
+    networks = ["a/b", "c"]
+    base = {"ensemble": {"kind": "shortlist", "order": "fit", "networks": networks}}
+    for overrides in ([], ["ensemble.order=0.25", "ensemble.shortlist=7"]):
+        config = load_config(None, overrides, base)
+        save_config(config, tmp_path / "config.toml")
+        assert load_config(tmp_path / "config.toml") == config

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ensemble import (
     DeepEnsemble,
     EnsembleProgram,
+    ShortlistEnsemble,
     SpecialistEnsemble,
     export_bundle,
     export_onnx,
@@ -155,7 +156,7 @@ def check_done(run: RunDirectory, stage: Stage) -> None:
 
 def load_run_ensemble(
     run: RunDirectory, builders: dict[str, Callable]
-) -> SpecialistEnsemble | DeepEnsemble:
+) -> SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble:
     missing = read_json(run.ensemble.path("ensemble.json")).get("missing")
     with as_user_errors():
         ensemble = load_ensemble(run.root, builders=builders, allow_missing=bool(missing))
@@ -242,8 +243,14 @@ class Export:
         self.root, self.builders = root, builders
         self.differences: dict[str, float] = {}
 
-    def ensemble(self, ensemble: SpecialistEnsemble | DeepEnsemble, suffixes: list[str]) -> None:
-        if isinstance(ensemble, DeepEnsemble):
+    def ensemble(
+        self,
+        ensemble: SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble,
+        suffixes: list[str],
+    ) -> None:
+        if isinstance(ensemble, ShortlistEnsemble):
+            self._shortlist_ensemble(ensemble, suffixes)
+        elif isinstance(ensemble, DeepEnsemble):
             self._deep_ensemble(ensemble, suffixes)
         else:
             self._specialist_ensemble(ensemble, suffixes)
@@ -255,6 +262,16 @@ class Export:
         self.compare("bundle", ensemble.probabilities(raw), loaded.probabilities(raw))
         for index, network in enumerate(ensemble.networks):
             self.programs(f"member-{index:03d}", Probabilities(network), raw, suffixes)
+
+    def _shortlist_ensemble(self, ensemble: ShortlistEnsemble, suffixes: list[str]) -> None:
+        """The bundle, and one program of the whole."""
+        ensemble.save(self.root)
+        raw = random_inputs(ensemble.generalist.spec)
+        loaded = ShortlistEnsemble.load(self.root, builders=self.builders)
+        expected = ensemble.probabilities(raw)
+        self.compare("bundle", expected, loaded.probabilities(raw))
+        for suffix in suffixes:
+            self.program("ensemble", ensemble.program, expected, raw, suffix)
 
     def _specialist_ensemble(self, ensemble: SpecialistEnsemble, suffixes: list[str]) -> None:
         with as_user_errors():

@@ -139,7 +139,7 @@ def kept_checkpoints(part: Part) -> int:
 
 def routing_bytes(config: Config, train: ShardSet) -> int:
     """Ids of the samples, once for each group that has them, and with "copy" their files."""
-    if config.is_deep:
+    if not config.has_specialists:
         return 0
     ids = np.arange(len(train))
     of_each = ids.nbytes + (train.raw_bytes(ids) if config.route.mode == "copy" else 0)

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ensemble import DeepEnsemble, load_ensemble
+from ensemble import SpecialistEnsemble, load_ensemble
 from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from networks.reading import InputReader
 from pipeline.config import UserError
@@ -226,7 +226,7 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
             f"{args.directory} is not finished: temperatures and weights are the defaults",
             file=sys.stderr,
         )
-    has_specialists = not isinstance(ensemble, DeepEnsemble)
+    has_specialists = isinstance(ensemble, SpecialistEnsemble)
     return Predictor(
         ensemble.generalist.spec, ensemble.predict, has_specialists, ensemble.probabilities
     )

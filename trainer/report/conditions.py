@@ -22,8 +22,8 @@ class StageTime:
 def run_conditions(evidence: Evidence) -> list[tuple[str, str]]:
     """(name, value) of what every metric of the page depends on."""
     run, config = evidence.run, evidence.run.config
-    if evidence.is_deep:
-        networks = ("members", f"{config.ensemble.members}")
+    if not evidence.has_specialists:
+        networks = ("members", f"{1 + len(run.members)}")
     else:
         networks = ("groups", f"{len(evidence.groups)}")
     try:

@@ -46,8 +46,8 @@ def _networks_for_all_classes(run: RunDirectory) -> dict[str, Curves]:
 
 
 def _parts(run: RunDirectory) -> tuple[str, dict[str, Curves]]:
-    """A title, and the curves of a few specialists, or of a few members of a deep ensemble."""
-    if run.config.is_deep:
+    """A title, and the curves of a few specialists, or of a few members of the ensemble."""
+    if not run.config.has_specialists:
         kind, stages = "member", [run.generalist, *run.members]
     else:
         kind, stages = "specialist", run.specialists

@@ -58,8 +58,8 @@ class Evidence:
     given_counts: Sequence[int] | np.ndarray | None = None
 
     @property
-    def is_deep(self) -> bool:
-        return self.run.config.is_deep
+    def has_specialists(self) -> bool:
+        return self.run.config.has_specialists
 
     @cached_property
     def rows(self) -> dict[str, Row]:
@@ -154,7 +154,7 @@ class Evidence:
 
     @cached_property
     def _groups_file(self) -> dict:
-        if self.is_deep:
+        if not self.has_specialists:
             return {}
         content = read_file(self.run.cluster, "groups.json")
         assert content is not None, "evaluate needs the groups"
@@ -162,14 +162,14 @@ class Evidence:
 
     @cached_property
     def groups(self) -> list[np.ndarray]:
-        """The classes of each group; none of a deep ensemble."""
+        """The classes of each group; none of an ensemble of generalists."""
         groups = self._groups_file.get("members", [])
         return [np.asarray(classes, dtype=np.int64) for classes in groups]
 
     @cached_property
     def clusters(self) -> dict:
-        """The summary of clustering; empty for a deep ensemble."""
-        if self.is_deep:
+        """The summary of clustering; empty for an ensemble of generalists."""
+        if not self.has_specialists:
             return {}
         return read_file(self.run.cluster, "summary.json") or {}
 

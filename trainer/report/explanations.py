@@ -11,6 +11,7 @@ from pipeline.config import Ensemble, Student
 from pipeline.controls import best_wall, wall_rate
 from pipeline.graph import RunDirectory
 from pipeline.results import count, percent, read_file
+from pipeline.results.formats import ABSENT
 
 from .evidence import Evidence
 from .formatting import colours_of
@@ -33,8 +34,8 @@ class Explanation:
 def explanations(evidence: Evidence) -> list[Explanation]:
     config, results = evidence.run.config, evidence.results
     texts = {
-        "generalist": _explain_generalist(evidence.is_deep),
-        "ensemble": _explain_ensemble(config.ensemble),
+        "generalist": _explain_generalist(evidence.has_specialists),
+        "ensemble": _explain_ensemble(config.ensemble, _fitted_shortlist(evidence.run)),
     }
     controls = {
         "control_wall": _explain_control_wall,
@@ -51,19 +52,37 @@ def explanations(evidence: Evidence) -> list[Explanation]:
     return [Explanation(name, colours[name], text) for name, text in texts.items()]
 
 
-def _explain_generalist(is_deep: bool) -> str:
-    if is_deep:
+def _explain_generalist(has_specialists: bool) -> str:
+    if not has_specialists:
         return "One network for all classes, the first member of the ensemble."
     return (
         "One network for all classes. Everything else starts from its weights or its predictions."
     )
 
 
-def _explain_ensemble(ensemble: Ensemble) -> str:
+def _fitted_shortlist(run: RunDirectory) -> dict:
+    """What ensemble.json says of a shortlist; empty of other ensembles."""
+    if run.config.ensemble.kind != "shortlist":
+        return {}
+    return read_file(run.ensemble, "ensemble.json") or {}
+
+
+def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
+    """fitted: of a shortlist, what was chosen on val."""
     if ensemble.kind == "deep":
+        mean = "geometric mean" if ensemble.combine == "geometric" else "mean"
         return (
-            f"{ensemble.members} networks, trained alike from different seeds, and the mean of "
+            f"{ensemble.members} networks, trained alike from different seeds, and the {mean} of "
             "their distributions (Lakshminarayanan et al. 2017)."
+        )
+    if ensemble.kind == "shortlist":
+        count = ensemble.members + len(ensemble.networks)
+        length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
+        return (
+            f"{count} networks: the generalist, and others of the same classes that are asked "
+            f"about its {length} likeliest classes of each example. Their distributions are joined "
+            f"there by a generalised mean of order {order} (0 geometric, 1 arithmetic); outside, "
+            "the generalist's answer stands."
         )
     if ensemble.gate == 1:
         gate = "the generalist's most probable class"

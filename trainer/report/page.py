@@ -83,7 +83,7 @@ def render(
     """The page as text; the parameters are those of `write_report`."""
     evidence = Evidence(run, results, images, class_counts)
     sections = _head(evidence) | _sections(evidence) | _groups_and_examples(evidence)
-    if not evidence.is_deep:
+    if evidence.has_specialists:
         sections |= _sections_of_specialists(evidence)
     template = _environment().get_template("template.html.j2")
     return printable(template.render(sections))
@@ -120,7 +120,7 @@ def _sections(evidence: Evidence) -> dict[str, object]:
     run, results = evidence.run, evidence.results
     return {
         "results": results,
-        "deep": evidence.is_deep,
+        "deep": not evidence.has_specialists,
         "names": evidence.names,
         "rows": metric_rows(evidence),
         "rows_explained": explanations(evidence),
@@ -141,7 +141,7 @@ def _sections(evidence: Evidence) -> dict[str, object]:
 def _groups_and_examples(evidence: Evidence) -> dict[str, object]:
     """The two sections with pictures, or texts, of test examples."""
     groups = None
-    if not evidence.is_deep:
+    if evidence.has_specialists:
         groups = group_cards(evidence)
     examples = changed_examples(evidence)
     rows = picture_rows(groups, examples)

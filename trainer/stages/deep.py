@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble import DeepEnsemble, fit_temperature
+from ensemble import DeepEnsemble, fit_temperature, generalised_mean
+from pipeline.choices import MEANS
 
 from ..data.streams import Batch
 from ..session import Session
@@ -20,7 +21,7 @@ def ensemble_sizes(session: Session, ensemble: DeepEnsemble) -> list[dict]:
     divisors = torch.tensor(temperatures)[:, None, None]
 
     def measure(batch: Batch) -> dict[str, Tensor]:
-        log_p = cumulative_means(ensemble.member_log_probabilities(batch.inputs))
+        log_p = cumulative_means(ensemble, batch.inputs)
         scaled = (log_p / divisors.to(log_p.device)).log_softmax(2)
         labels = batch.labels[None, :, None].expand(count, -1, 1)
         return {
@@ -46,7 +47,7 @@ def fit_temperatures_of_sizes(session: Session, ensemble: DeepEnsemble) -> list[
     count = len(ensemble.networks)
 
     def measure(batch: Batch) -> dict[str, Tensor]:
-        log_p = cumulative_means(ensemble.member_log_probabilities(batch.inputs))
+        log_p = cumulative_means(ensemble, batch.inputs)
         return {"log_p": log_p.transpose(0, 1), "labels": batch.labels}
 
     ids = calibration_ids(session, count)
@@ -56,7 +57,11 @@ def fit_temperatures_of_sizes(session: Session, ensemble: DeepEnsemble) -> list[
     return [fit_temperature(log_p[:, k], labels) for k in range(count)]
 
 
-def cumulative_means(log_p: Tensor) -> Tensor:
-    """Log of the mean of the first 1, ..., M members: [M, b, C] -> [M, b, C]."""
-    count = torch.arange(1, len(log_p) + 1, device=log_p.device)
-    return log_p.logcumsumexp(0) - count.log()[:, None, None]
+def cumulative_means(ensemble: DeepEnsemble, raw: Tensor) -> Tensor:
+    """Log of the mean of the first 1, ..., M members: [M, b, C], for raw inputs [b, ...]."""
+    log_p = ensemble.member_log_probabilities(raw)
+    if ensemble.order == MEANS["arithmetic"]:
+        count = torch.arange(1, len(log_p) + 1, device=log_p.device)
+        return log_p.logcumsumexp(0) - count.log()[:, None, None]
+    firsts = range(1, len(log_p) + 1)
+    return torch.stack([generalised_mean(log_p[:size], ensemble.order) for size in firsts])

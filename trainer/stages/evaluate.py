@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from clustering import captured_confusion
-from ensemble import DeepEnsemble, SpecialistEnsemble
+from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble
 from networks import Classifier, lazy_logits, member_log_probabilities
 from pipeline.choices import STUDENT_METHODS
 from pipeline.controls import evaluated_controls
-from pipeline.store import Stage, read_json
+from pipeline.store import Attempt, Stage, read_json
 
 from ..core.dense_logits import DenseLogits, dense_log_probabilities, predictor_of
 from ..core.metrics import dirichlet_uncertainty
@@ -25,8 +25,14 @@ from .deep import ensemble_sizes
 from .evaluator import MemberMetrics, TestEvaluator, metrics_of_members
 from .extending import before_new_classes, old_classes, split_old_new
 from .grouping import groups_of
-from .joining import load_deep_ensemble, read_settings, specialist_ensemble
+from .joining import (
+    load_deep_ensemble,
+    load_shortlist_ensembles,
+    read_settings,
+    specialist_ensemble,
+)
 from .networks import load_network
+from .shortlist import shortlist_sizes
 
 
 def evaluate(session: Session, stage: Stage) -> None:
@@ -48,16 +54,33 @@ def evaluate_deep(session: Session, stage: Stage) -> None:
     """A deep ensemble's run: what its first 1, 2, ... M members are worth, too."""
     with session.attempt(stage) as attempt:
         ensemble = load_deep_ensemble(session)
-        sizes = ensemble_sizes(session, ensemble)
-        evaluator = TestEvaluator(session, attempt, sizes)
-        evaluate_networks(session, evaluator, ensemble.networks[0])
-        evaluator(
-            lambda raw: dense_log_probabilities(ensemble.probabilities(raw)),
-            "ensemble",
-            cost_of_ensemble(session),
-            metrics_of_deep(ensemble),
-            more=lambda values: {"sizes": sizes},
-        )
+        evaluate_generalists(session, attempt, ensemble, ensemble_sizes(session, ensemble))
+
+
+def evaluate_shortlist(session: Session, stage: Stage) -> None:
+    """A run whose further networks are asked about the generalist's shortlists."""
+    with session.attempt(stage) as attempt:
+        ensembles = load_shortlist_ensembles(session)
+        sizes = shortlist_sizes(session, ensembles)
+        evaluate_generalists(session, attempt, ensembles[-1], sizes)
+
+
+def evaluate_generalists(
+    session: Session,
+    attempt: Attempt,
+    ensemble: DeepEnsemble | ShortlistEnsemble,
+    sizes: list[dict],
+) -> None:
+    """Every network that a row is of, then the ensemble; sizes: what its first networks give."""
+    evaluator = TestEvaluator(session, attempt, sizes)
+    evaluate_networks(session, evaluator, ensemble.generalist)
+    evaluator(
+        lambda raw: dense_log_probabilities(ensemble.probabilities(raw)),
+        "ensemble",
+        cost_of_ensemble(session),
+        metrics_of_generalists(ensemble),
+        more=lambda values: {"sizes": sizes},
+    )
 
 
 def evaluate_specialists(
@@ -131,7 +154,7 @@ def metrics_of_network(network: Classifier) -> MemberMetrics | None:
     )
 
 
-def metrics_of_deep(ensemble: DeepEnsemble) -> MemberMetrics | None:
+def metrics_of_generalists(ensemble: DeepEnsemble | ShortlistEnsemble) -> MemberMetrics | None:
     if len(ensemble.networks) == 1:
         return None
     return MemberMetrics(

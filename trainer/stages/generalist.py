@@ -1,11 +1,11 @@
-"""One network learns all classes; a deep ensemble has several."""
+"""One network learns all classes; an ensemble of generalists has several."""
 
 from __future__ import annotations
 
 from pipeline.store import Stage
 
 from ..session import Session
-from .networks import fresh_network, given_generalist, save_network
+from .networks import fresh_network, given_generalist, load_given, save_network
 from .training import generalist_task, train_network
 from .validate import validate_classifier
 
@@ -40,11 +40,21 @@ def untrained(val: dict[str, float]) -> dict:
 
 
 def member(session: Session, stage: Stage, index: int) -> None:
-    """The generalist's task again, from another seed: one more of a deep ensemble."""
+    """The generalist's task again, from another seed: one more of the ensemble."""
     schedule, seed = session.config.train, session.seed("member", index)
     with session.attempt(stage) as attempt:
         validate = validate_classifier(session)
         network = fresh_network(session, seed=seed)
         task = generalist_task(session, network, schedule, validate, seed)
         network, summary = train_network(session, attempt, task)
+        save_network(session, attempt, network, summary)
+
+
+def given_member(session: Session, stage: Stage, index: int) -> None:
+    """One more of the ensemble that exists already: copied, and validated."""
+    path = session.config.ensemble.networks[index - session.config.ensemble.members]
+    with session.attempt(stage) as attempt:
+        network = load_given(session, path)
+        session.say("member %d is the network of %s", index, path)
+        summary = untrained(validate_classifier(session)(network))
         save_network(session, attempt, network, summary)

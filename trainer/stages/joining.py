@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble import DeepEnsemble, EnsembleSettings, SpecialistEnsemble, combiner
+from ensemble import (
+    DeepEnsemble,
+    EnsembleSettings,
+    ShortlistEnsemble,
+    SpecialistEnsemble,
+    combiner,
+)
+from networks import Classifier
+from pipeline.choices import MEANS
 from pipeline.config import UserError
-from pipeline.store import Stage
+from pipeline.store import Stage, read_json, write_json
 
 from ..data.streams import Batch
 from ..session import Session
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, read_summary
+from .shortlist import fit_shortlist
 
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
@@ -31,9 +41,25 @@ def ensemble(session: Session, stage: Stage) -> None:
 def deep_ensemble(session: Session, stage: Stage) -> None:
     """The mean of the members; there is nothing to fit."""
     with session.attempt(stage) as attempt:
-        settings = EnsembleSettings(kind="deep", members=session.config.ensemble.members)
+        config = session.config.ensemble
+        settings = EnsembleSettings(kind="deep", members=config.members)
+        if config.mean_order != MEANS["arithmetic"]:
+            settings.order = config.mean_order
         save_settings(session, settings, attempt.directory)
     save_settings(session, settings, session.run.root)
+
+
+def shortlist_ensemble(session: Session, stage: Stage) -> None:
+    """How long the shortlist is, and how the networks are joined on it, fitted on val.
+
+    sizes.json has the same for the first 1, 2, ... networks, at the whole's length and order.
+    """
+    with session.attempt(stage) as attempt:
+        by_size = fit_shortlist(session, networks_of_members(session))
+        if session.ranks.is_main:
+            write_json(attempt.path("sizes.json"), [asdict(each) for each in by_size])
+        save_settings(session, by_size[-1], attempt.directory)
+    save_settings(session, by_size[-1], session.run.root)
 
 
 def save_settings(session: Session, settings: EnsembleSettings, directory: Path) -> None:
@@ -78,17 +104,35 @@ def fitted_temperatures(session: Session) -> list[float]:
     return temperatures
 
 
-def load_ensemble(session: Session) -> SpecialistEnsemble | DeepEnsemble:
+def load_ensemble(session: Session) -> SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble:
     """The run's networks, joined as ensemble.json says."""
     settings = read_settings(session)
+    if settings.kind == "shortlist":
+        return load_shortlist_ensembles(session)[-1]
     if settings.kind == "deep":
         return load_deep_ensemble(session)
     return specialist_ensemble(session, settings)
 
 
-def load_deep_ensemble(session: Session) -> DeepEnsemble:
+def networks_of_members(session: Session) -> list[Classifier]:
+    """The generalist and the further networks that join it."""
     stages = [session.run.generalist, *session.run.method.joined()]
-    return DeepEnsemble([load_network(session, stage) for stage in stages])
+    return [load_network(session, stage) for stage in stages]
+
+
+def load_deep_ensemble(session: Session) -> DeepEnsemble:
+    return DeepEnsemble(networks_of_members(session), session.config.ensemble.mean_order)
+
+
+def load_shortlist_ensembles(session: Session) -> list[ShortlistEnsemble]:
+    """The ensembles of the first 1, 2, ... networks; the last one is the run's."""
+    networks = networks_of_members(session)
+    by_size = read_json(session.run.ensemble.path("sizes.json"))
+    ensembles = []
+    for size, content in enumerate(by_size, 1):
+        keys = ("shortlist", "order", "weights", "temperatures")
+        ensembles.append(ShortlistEnsemble(networks[:size], **{key: content[key] for key in keys}))
+    return ensembles
 
 
 def specialist_ensemble(

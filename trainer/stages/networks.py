@@ -166,6 +166,25 @@ def given_generalist(session: Session) -> Given | None:
         raise UserError(f"generalist.from = {source}: {said}") from None
 
 
+def load_given(session: Session, path: str) -> Classifier:
+    """A network that `ensemble.networks` names.
+
+    Raises UserError unless it knows the data's classes and reads its inputs.
+    """
+    try:
+        network = _saved_network(session, Path(path))
+    except (OSError, ValueError) as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise UserError(f"ensemble.networks: {path}: {said}") from None
+    shape, needed = tuple(session.shards("train").input_shape), network.spec.input.shape
+    if shape != needed:
+        raise UserError(
+            f"ensemble.networks: {path} reads inputs of shape {list(needed)}, the data's are "
+            f"{list(shape)}"
+        )
+    return network
+
+
 def _adopted_network(session: Session, source: str) -> Given:
     """[model] with the weights of a file; without the file's head, or with other classes, fresh."""
     chosen = session.config.generalist

@@ -36,7 +36,7 @@ from ..data.streams import Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
 from .extending import grown_generalist
-from .networks import fresh_network, given_generalist, student_network
+from .networks import fresh_network, given_generalist, load_given, student_network
 from .student import left_out, live_objective
 from .teachers import Teacher, from_elsewhere, of_networks
 from .training import loss_of
@@ -83,9 +83,11 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
     if trained:
         objective = _of_labels(config.train)
         yield Part("train", generalist, objective, config.train, processes, augment)
-    if trained and config.is_deep:
+    if trained and not config.has_specialists:
         count = config.ensemble.members - 1
         yield Part("train", generalist, objective, config.train, 1, augment, count)
+    for path in config.ensemble.networks:
+        load_given(session, path)
     if config.extend.run:
         generalist = merge_grown_head(generalist)
     if session.run.method.has_groups:
@@ -117,10 +119,10 @@ def _generalist(session: Session, notes: list[str]) -> tuple[Classifier, bool]:
             f"generalist.from = {source} reads inputs of shape {list(needed)}, "
             f"the data's are {list(shape)}"
         )
-    if session.config.is_deep:
+    if not session.config.has_specialists and session.config.ensemble.members > 1:
         notes.append(
-            f"generalist.from = {source} is the first member alone; the other members of the deep "
-            "ensemble start from scratch"
+            f"generalist.from = {source} is the first member alone; the other members of the "
+            f"{session.config.ensemble.kind} ensemble start from scratch"
         )
     return given.network, not given.finished
 

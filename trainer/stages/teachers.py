@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ensemble import DeepEnsemble, SpecialistEnsemble, load_ensemble
+from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble, load_ensemble
 from networks import Classifier, InputSpec, load_classifier, member_log_probabilities
 from pipeline.config import Student, UserError
 
@@ -67,10 +67,12 @@ def from_elsewhere(path: str, session: Session) -> Teacher:
     return teacher
 
 
-def of_ensemble(ensemble: SpecialistEnsemble | DeepEnsemble) -> Teacher:
-    """Each network of a deep ensemble is a member; generalist and specialists together are one."""
+def of_ensemble(ensemble: SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble) -> Teacher:
+    """Each network of a deep ensemble is a member; any other ensemble is one."""
     if isinstance(ensemble, DeepEnsemble):
         return of_networks(ensemble.networks)
+    if isinstance(ensemble, ShortlistEnsemble):
+        return Teacher(lambda raw: ensemble.program(raw)[None], 1)
     return Teacher(lambda raw: ensemble.forward_with_details(raw).q[None], 1)
 
 
@@ -119,7 +121,7 @@ def perturbation(
     if student.perturb != "gaussian" and not teacher.logits:
         raise UserError(
             f'students.{name}.perturb = "{student.perturb}" follows the gradient of a network; '
-            'generalist and specialists together are none: teacher = "generalist", or '
+            'networks that are joined are none: teacher = "generalist", or '
             'perturb = "gaussian"'
         )
     scale = inputs.scale

@@ -167,7 +167,7 @@ def test_a_specialists_batch_of_one_has_no_room_for_the_dustbin(data):
         (["specialists.trainable=last-9-blocks"], "specialists: trainable = 'last-9-blocks'"),
         (["students.main.model={name='nothing:here'}"], "No module named 'nothing'"),
         (["students.main.model={name='mlp', width=48, depth=3}"], 'start = "scratch"'),
-        (["students.main.perturb=ods"], "generalist and specialists together are none"),
+        (["students.main.perturb=ods"], "networks that are joined are none"),
         (["students.main.leave_out=['no such class']"], "leave_out = 'no such class' is no class"),
         (["students.main.augment=nothing:here"], "No module named 'nothing'"),
     ],

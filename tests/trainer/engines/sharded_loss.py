@@ -105,11 +105,25 @@ def sampled_loss(logits: LinearLogits, labels, negatives: int):
     return logits.cross_entropy(Targets.of_labels(targets, logits.num_classes))
 
 
+def check_chosen_classes(problem: Problem) -> None:
+    """Logits of each row's own classes, from the rows of the weight of every rank."""
+    indices = torch.randint(problem.classes, (len(problem.labels), 4))
+    slopes = torch.randn(len(problem.labels), 4)
+    whole, parts = problem.fresh_whole(), problem.fresh_shard()
+    dense = (F.linear(*whole).gather(1, indices) * slopes).sum(1)
+    dense.sum().backward()
+    z = problem.sharded_logits(parts).logits_at(indices[problem.mine])
+    chosen = (z * slopes[problem.mine]).sum(1)
+    chosen.sum().backward()
+    problem.check("chosen classes", parts, chosen, whole, dense)
+
+
 def main(sizes: list[int], bounds: list[int]) -> None:
     dist.init_process_group("gloo")
     problem = Problem(sizes, bounds)
     check_targets(problem)
     check_negatives(problem)
+    check_chosen_classes(problem)
     dist.destroy_process_group()
 
 

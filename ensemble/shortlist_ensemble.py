@@ -1,0 +1,269 @@
+"""Second opinions: further networks are asked about each row's likeliest classes alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from networks import (
+    Classifier,
+    lazy_logits,
+    load_classifier,
+    mean_log_probabilities,
+    read_inputs,
+    save_classifier,
+    top_k,
+)
+from networks.builders import Builders
+from networks.reading import Inputs
+
+from .predictions import softmax
+from .ranking import Prediction, top_predictions
+from .settings import EnsembleSettings, member_folder
+from .shortlist import GEOMETRIC, check_order, check_weights, join_within
+from .specialist_ensemble import RawInputs, finished_words, is_finished
+
+
+class ShortlistProgram(nn.Module):
+    """raw [B, ...] -> q [B, C], as ShortlistEnsemble has it.
+
+    The number of rows is free: it can be made a program of torch.export or ONNX.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Classifier],
+        shortlist: int,
+        order: float,
+        weights: Sequence[float],
+        temperatures: Sequence[float],
+    ):
+        super().__init__()
+        self.networks = nn.ModuleList(networks)
+        self.shortlist = shortlist
+        self.order = order
+        self.weights = list(weights)
+        self.temperatures = list(temperatures)
+
+    def forward(self, raw: Tensor) -> Tensor:
+        generalist, *others = cast(list[Classifier], list(self.networks))
+        z = whole_logits(generalist, raw)
+        p = softmax(z, self.temperatures[0])
+        if not others:
+            return p
+        own, indices = top_k(z, self.shortlist, ordered=False)
+        asked = [own, *(logits_at(network, raw, indices) for network in others)]
+        scaled = [
+            each.to(p) if T == 1 else each.to(p) / T
+            for each, T in zip(asked, self.temperatures, strict=True)
+        ]
+        log_mass = p.gather(1, indices).sum(1).log()
+        joined = join_within(torch.stack(scaled), log_mass, self.order, self.weights)
+        return p.scatter_(1, indices, joined.exp())
+
+
+class ShortlistEnsemble:
+    """A generalist, and further networks that are asked about its k likeliest classes of each row.
+
+    Within the shortlist the distributions are renormalised and joined by the generalised mean.  The
+    shortlist keeps the generalist's mass, and outside of it the generalist's answer stands.  A
+    further network costs its trunk and k rows of its head; one with several members (Hydra,
+    BatchEnsemble) costs its whole head.  The networks are put into eval mode and not changed
+    otherwise.
+
+    Parameters
+    ----------
+    networks : sequence of networks.Classifier
+        The generalist first.  All know the same classes and read the same raw inputs; sizes may
+        differ.
+    shortlist : int
+        k; all classes where there are no more.
+    order : float
+        Of the mean, as `generalised_mean` has it: 0 is geometric, 1 arithmetic.
+    weights, temperatures : sequence of float, optional
+        One for each network.  None is all 1.
+
+    Raises
+    ------
+    ValueError
+        For no networks, other classes or inputs, a shortlist below 1, an order outside [0, 1], and
+        weights or temperatures that are not one positive number for each network.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[Classifier],
+        shortlist: int,
+        order: float = GEOMETRIC,
+        weights: Sequence[float] | None = None,
+        temperatures: Sequence[float] | None = None,
+    ):
+        check_alike(networks)
+        check_order(order)
+        if shortlist < 1:
+            raise ValueError(f"shortlist = {shortlist}; at least 1 class has to be on it")
+        count = len(networks)
+        self.weights = [1.0] * count if weights is None else [float(w) for w in weights]
+        self.temperatures = [1.0] * count
+        if temperatures is not None:
+            self.temperatures = [float(T) for T in temperatures]
+        check_weights(self.weights, count)
+        check_temperatures(self.temperatures, count)
+        self.networks = [network.eval() for network in networks]
+        self.generalist = self.networks[0]
+        self.class_names = list(self.generalist.spec.class_names)
+        self.device = next(self.generalist.parameters()).device
+        self.shortlist = min(shortlist, self.generalist.spec.num_classes)
+        self.order = order
+        self.missing: list[int] = []
+        self.finished: bool | None = None
+        self.functions: Mapping[str, Callable] = {}
+        self.program = ShortlistProgram(
+            self.networks, self.shortlist, order, self.weights, self.temperatures
+        ).eval()
+
+    def __repr__(self) -> str:
+        return (
+            f"ShortlistEnsemble({len(self.class_names)} classes, {len(self.networks)} networks, "
+            f"the {self.shortlist} likeliest classes, {finished_words(self.finished)})"
+        )
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        device: str | torch.device = "cpu",
+        builders: Builders | None = None,
+    ) -> "ShortlistEnsemble":
+        """The ensemble of a run directory or of an exported bundle.
+
+        Reads safetensors and JSON; nothing is unpickled.
+
+        Parameters
+        ----------
+        directory : path
+        device : str or torch.device
+        builders : dict of callables, optional
+            {name: callable} for a model.json that names one.
+
+        Returns
+        -------
+        ShortlistEnsemble
+
+        Raises
+        ------
+        ValueError
+            For a missing or corrupt file, and for a directory whose ensemble is of another kind.
+        """
+        root = Path(directory)
+        settings = EnsembleSettings.load(root)
+        if settings.kind != "shortlist" or settings.shortlist is None:
+            raise ValueError(
+                f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble"
+            )
+        folders = [member_folder(root, index) for index in range(settings.members)]
+        ensemble = cls(
+            [load_classifier(folder, device, builders) for folder in folders],
+            settings.shortlist,
+            GEOMETRIC if settings.order is None else settings.order,
+            settings.weights,
+            settings.temperatures,
+        )
+        ensemble.finished = is_finished(root)
+        ensemble.functions = builders or {}
+        return ensemble
+
+    def save(self, directory: str | Path) -> None:
+        """Write `directory`, laid out as a run is, for ShortlistEnsemble.load."""
+        root = Path(directory)
+        for index, network in enumerate(self.networks):
+            save_classifier(network, member_folder(root, index))
+        self.settings().save(root)
+
+    def settings(self) -> EnsembleSettings:
+        """What ensemble.json says of it."""
+        return EnsembleSettings(
+            kind="shortlist",
+            members=len(self.networks),
+            order=self.order,
+            shortlist=self.shortlist,
+            weights=self.weights,
+            temperatures=self.temperatures,
+        )
+
+    def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
+        """Raw inputs [B, ...] of what people have, as SpecialistEnsemble.read."""
+        spec = self.generalist.spec.input
+        return read_inputs(inputs, spec, self.functions, resize, max_pixels).to(self.device)
+
+    @torch.no_grad()
+    def probabilities(self, inputs: Inputs) -> Tensor:
+        """[B, C] for inputs that `read` can read."""
+        return self.program(self.read(inputs))
+
+    @torch.no_grad()
+    def member_log_probabilities(self, inputs: RawInputs) -> Tensor:
+        """[M, B, C], each network's own over all classes, at temperature 1, for [B, ...]."""
+        raw = torch.as_tensor(inputs).to(self.device)
+        return torch.stack([mean_log_probabilities(network, raw) for network in self.networks])
+
+    def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
+        """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.
+
+        There are no specialists.
+        """
+        return top_predictions(self.probabilities(inputs), self.class_names, top)
+
+
+def whole_logits(network: Classifier, raw: Tensor) -> Tensor:
+    """[B, C] up to a constant of the row; of a network with members their mean's."""
+    if network.num_members > 1:
+        return mean_log_probabilities(network, raw)
+    return network(raw)
+
+
+def logits_at(network: Classifier, raw: Tensor, indices: Tensor) -> Tensor:
+    """[B, k] up to a constant of the row, at each row's own classes `indices` [B, k]."""
+    if network.num_members > 1:
+        return mean_log_probabilities(network, raw).gather(1, indices)
+    return lazy_logits(network, raw).logits_at(indices)
+
+
+def check_alike(networks: Sequence[Classifier]) -> None:
+    """ValueError where networks do not know the same classes, or read other inputs."""
+    if not networks:
+        raise ValueError("an ensemble needs at least one network")
+    first = networks[0].spec
+    for index, network in enumerate(networks):
+        spec = network.spec
+        if spec.num_classes != first.num_classes:
+            raise ValueError(
+                f"network {index} knows {spec.num_classes} classes, the generalist "
+                f"{first.num_classes}; networks of one ensemble need one label set"
+            )
+        unnamed = tuple(map(str, range(spec.num_classes)))
+        if spec.class_names not in (first.class_names, unnamed):
+            pairs = zip(spec.class_names, first.class_names, strict=True)
+            place = next(place for place, (one, other) in enumerate(pairs) if one != other)
+            raise ValueError(
+                f"class {place} of network {index} is {spec.class_names[place]!r}, the "
+                f"generalist's {first.class_names[place]!r}; networks of one ensemble need one "
+                "label set"
+            )
+        if spec.input.shape != first.input.shape or spec.input.dtype != first.input.dtype:
+            raise ValueError(
+                f"network {index} reads {spec.input.dtype} {list(spec.input.shape)}, the "
+                f"generalist {first.input.dtype} {list(first.input.shape)}; give one that reads "
+                "the same inputs"
+            )
+
+
+def check_temperatures(temperatures: Sequence[float], count: int) -> None:
+    """ValueError for temperatures that are not `count` positive numbers."""
+    if len(temperatures) != count or not all(0 < T < float("inf") for T in temperatures):
+        raise ValueError(
+            f"temperatures = {list(temperatures)}; {count} positive numbers are needed, one for "
+            "each network"
+        )
