@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adoption import Adoption, adopt_weights
+    from .branches import Branch, BranchedClassifier, branch_off, load_branch
     from .builders import builtin_options, declared_options
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
     from .files import load_classifier, save_classifier
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from .widening import widen
 
 _MODULE_OF = {
+    "Branch": "branches",
+    "BranchedClassifier": "branches",
+    "branch_off": "branches",
+    "load_branch": "branches",
     "InputSpec": "spec",
     "ModelSpec": "spec",
     "builtin_options": "builders",
@@ -56,6 +61,8 @@ _MODULE_OF = {
 }
 __all__ = [
     "Adoption",
+    "Branch",
+    "BranchedClassifier",
     "Classifier",
     "DustbinHead",
     "InputSpec",
@@ -66,6 +73,7 @@ __all__ = [
     "add_classes",
     "adopt_weights",
     "batch_ensemble",
+    "branch_off",
     "build_classifier",
     "builtin_options",
     "declared_options",
@@ -73,6 +81,7 @@ __all__ = [
     "freeze_norm",
     "hydra",
     "lazy_logits",
+    "load_branch",
     "load_classifier",
     "match_classes",
     "mean_log_probabilities",
