@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from clustering.groups import ClassGroups
-from networks import Classifier, load_classifier
+from networks import Branch, Classifier, ModelSpec, load_classifier
+from networks.branches import GeneralOutput
 from networks.builders import Builders
+from networks.cutting import Cut, cut_at
 
 from .choices import check_combiner, combiner
 from .gating import gate as open_gate
@@ -26,6 +28,7 @@ from .sharing import blocks, shared_prefix
 GROUPS = "clusters/groups.json"
 
 RawInputs: TypeAlias = Tensor | np.ndarray
+Specialist: TypeAlias = Classifier | Branch
 # Entry m: (rows, [len(rows), |S_m| + 1]), or None where no row needs specialist m.
 SpecialRows: TypeAlias = list[tuple[Tensor, Tensor] | None]
 
@@ -51,8 +54,9 @@ class SpecialistEnsemble:
     ----------
     generalist : networks.Classifier
         Its logits are [B, C].
-    specialists : mapping of int to networks.Classifier
-        Specialist m's logits are [B, |S_m| + 1], the dustbin last.  A dict, or another mapping that
+    specialists : mapping of int to networks.Classifier or networks.Branch
+        Specialist m's logits are [B, |S_m| + 1], the dustbin last.  A branch corrects this
+        generalist's.  A dict, or another mapping that
         loads them when first needed.
     groups : ClassGroups
         The classes of each specialist.
@@ -89,7 +93,7 @@ class SpecialistEnsemble:
     def __init__(
         self,
         generalist: Classifier,
-        specialists: Mapping[int, Classifier],
+        specialists: Mapping[int, Specialist],
         groups: ClassGroups,
         gate: int = 1,
         max_specialists: int | None = None,
@@ -126,6 +130,10 @@ class SpecialistEnsemble:
         self.class_names = list(generalist.spec.class_names)
         self.runs: Counter[str | int | tuple[str, int]] = Counter()
         self._prefixes: weakref.WeakKeyDictionary[Classifier, int] = weakref.WeakKeyDictionary()
+        self._cut: Cut | None = None  # where branches part from the generalist
+        if isinstance(specialists, dict):
+            for specialist in specialists.values():
+                self._learn_cut(specialist.spec)
         self._lock = threading.Lock()
 
     @classmethod
@@ -172,7 +180,7 @@ class SpecialistEnsemble:
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
 
-        def load_one(m: int) -> Classifier:
+        def load_one(m: int) -> Specialist:
             shared = settings.shared.get(str(m), ())
             return load_specialist(specialist_folder(root, m), generalist, shared, device, builders)
 
@@ -181,9 +189,11 @@ class SpecialistEnsemble:
         if max_specialists is None:
             max_specialists = settings.max_specialists
         numbers = [
-            m for m in range(len(groups.members)) if _is_complete(specialist_folder(root, m))
+            m
+            for m in range(len(groups.members))
+            if m not in settings.skipped and _is_complete(specialist_folder(root, m))
         ]
-        return cls(
+        ensemble = cls(
             generalist,
             LazySpecialists(load_one, numbers, cache),
             groups,
@@ -196,6 +206,9 @@ class SpecialistEnsemble:
             allow_missing=allow_missing,
             device=device,
         )
+        for m in numbers[:1]:
+            ensemble._learn_cut(ModelSpec.load(specialist_folder(root, m) / "model.json"))
+        return ensemble
 
     def probabilities(self, inputs: RawInputs) -> Tensor:
         """q [B, C] for raw inputs [B, ...].
@@ -259,22 +272,37 @@ class SpecialistEnsemble:
         special[m] is (rows, logits), or None.
         """
         raw = torch.as_tensor(inputs).to(self.device)
-        features, reached = self._run_trunk(raw)
+        features, reached, at_cut = self._run_trunk(raw)
         logits = self.generalist.head(features)
         self._count("trunk")
         p_general = softmax(logits, 1.0)
         active = open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
         special: SpecialRows = [None] * len(self.groups.members)
+        general: GeneralOutput | None = None  # what branches read of it
         for m in active.any(0).nonzero()[:, 0].tolist():
             rows = active[:, m].nonzero()[:, 0]
-            special[m] = rows, self._run_specialist(m, raw, rows, reached)
+            specialist = self.specialists[m]
+            if isinstance(specialist, Branch):
+                self._check_group(m, specialist)
+                general = general or GeneralOutput.of(logits)
+                own_and_rest = general.own_and_rest(specialist.classes, rows)
+                special[m] = rows, specialist(at_cut[rows], *own_and_rest)
+                self._count(m)
+            else:
+                special[m] = rows, self._run_specialist(m, specialist, raw, rows, reached)
         return logits, special, active
 
-    def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The generalist's features, and what it has after as many blocks as a specialist shares.
+    def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+        """The generalist's features, and what it has on the way.
 
-        The latter only where it is known that a specialist branches off there.
+        That is what it has after as many blocks as a copy shares, where one is known to do so, and
+        what it has where branches part from it.
         """
+        if self._cut is not None:
+            x = self.generalist.preprocess(raw)
+            at_cut = self._cut.body(x)
+            features = self._cut.end(at_cut)
+            return features, {0: x, len(blocks(self.generalist.trunk)): features}, at_cut
         trunk = blocks(self.generalist.trunk)
         with self._lock:
             depths = {len(trunk), *self._prefixes.values()}
@@ -284,13 +312,17 @@ class SpecialistEnsemble:
             x = block(x)
             if depth in depths:
                 reached[depth] = x
-        return x, reached
+        return x, reached, x
 
     def _run_specialist(
-        self, m: int, raw: Tensor, rows: Tensor, reached: dict[int, Tensor]
+        self,
+        m: int,
+        specialist: Classifier,
+        raw: Tensor,
+        rows: Tensor,
+        reached: dict[int, Tensor],
     ) -> Tensor:
         """Logits [len(rows), |S_m| + 1], from where the generalist's blocks end."""
-        specialist = self.specialists[m]
         shared = self._prefix(m, specialist)
         if shared >= 0:
             nearest = max(depth for depth in reached if depth <= shared)
@@ -314,16 +346,24 @@ class SpecialistEnsemble:
             known = self._prefixes.get(specialist)
         if known is not None:
             return known
+        self._check_group(m, specialist)
+        length = shared_prefix(self.generalist, specialist.eval())
+        with self._lock:
+            self._prefixes[specialist] = length
+        return length
+
+    def _check_group(self, m: int, specialist: Specialist) -> None:
         classes = specialist.spec.head.get("members")
         if classes is not None and list(classes) != self.groups.members[m].tolist():
             raise ValueError(
                 f"specialist {m} was trained for other classes than group {m} has; "
                 "the groups are not this run's"
             )
-        length = shared_prefix(self.generalist, specialist.eval())
-        with self._lock:
-            self._prefixes[specialist] = length
-        return length
+
+    def _learn_cut(self, spec: ModelSpec) -> None:
+        """Note where a specialist, if it is a branch, parts from the generalist."""
+        if spec.head["kind"] == "branch" and self._cut is None:
+            self._cut = cut_at(self.generalist.trunk, spec.head["blocks"])
 
     def _count(self, name: str | int | tuple[str, int]) -> None:
         with self._lock:

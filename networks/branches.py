@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,6 @@ from .spec import ModelSpec, checked_classes
 
 # Of what is left outside S, as a fraction of all: float64 tells no smaller one from rounding.
 LEAST_SHARE = 1e-12
-# A fraction so small is right to six digits.
-TRUSTED_SHARE = 1e-6
 
 
 class Branch(nn.Module):
@@ -67,16 +66,12 @@ class Branch(nn.Module):
         h = self.blocks(at_cut).flatten(1)
         return self.correction(F.relu(self.hidden(h)))
 
-    def forward(self, at_cut: Tensor, logits: Tensor, log_total: Tensor | None = None) -> Tensor:
+    def forward(self, at_cut: Tensor, own_logits: Tensor, rest: Tensor) -> Tensor:
         """[B, |S| + 1], dustbin last, in float32 at least.
 
-        logits: the generalist's, [B, C].  log_total: L, [B]; None computes it.
+        own_logits: z of S, [B, |S|].  rest: log sum of exp z over the other classes, [B].
         """
-        if log_total is None:
-            log_total = log_sum(logits)
-        own = logits[:, self.classes].to(torch.promote_types(logits.dtype, torch.float32))
-        rest = log_rest(logits, self.classes, log_total)
-        return add_correction(self.correct(at_cut), own, rest)
+        return add_correction(self.correct(at_cut), own_logits, rest)
 
     def extra_repr(self) -> str:
         return f"{len(self.classes)} of {self.spec.num_classes} classes + dustbin"
@@ -101,7 +96,44 @@ class BranchedClassifier(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         at_cut = self._cut.body(self.generalist.preprocess(raw))
-        return self.branch(at_cut, self.generalist.head(self._cut.end(at_cut)))
+        general = GeneralOutput.of(self.generalist.head(self._cut.end(at_cut)))
+        return self.branch(at_cut, *general.own_and_rest(self.branch.classes))
+
+
+class GeneralOutput(NamedTuple):
+    """The generalist's logits [B, C] as branches read them.
+
+    p: their softmax, [B, C].  total: sum of p, float64 [B], which is 1 but for rounding.
+    log_total: L, float64 [B].
+    """
+
+    logits: Tensor
+    p: Tensor
+    total: Tensor
+    log_total: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> GeneralOutput:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        p = logits.softmax(1)
+        top, p_top = logits.amax(1), p.amax(1)
+        return cls(logits, p, p.sum(1, dtype=torch.float64), top.double() - p_top.double().log())
+
+    def own_and_rest(self, classes: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(z of S [n, |S|], the rest's logsumexp float64 [n]), of some rows or of all.
+
+        The rest is -inf where S has every class.
+        """
+        every = slice(None)
+        which = (every if rows is None else rows[:, None], classes)
+        kept = every if rows is None else rows
+        own, log_total = self.logits[which], self.log_total[kept]
+        if len(classes) == self.logits.shape[1]:
+            return own, torch.full_like(log_total, -math.inf)
+        # Both sums are of the same rounded numbers p_i, so that their difference is off by what
+        # float64 rounds, 1e-16, and by the relative error of the p_i outside.
+        share = self.total[kept] - self.p[which].sum(1, dtype=torch.float64)
+        return own, log_total + share.clamp_min(LEAST_SHARE).log()
 
 
 def add_correction(correction: Tensor, own_logits: Tensor, rest: Tensor) -> Tensor:
@@ -111,45 +143,22 @@ def add_correction(correction: Tensor, own_logits: Tensor, rest: Tensor) -> Tens
 
 
 def log_sum(logits: Tensor) -> Tensor:
-    """L [B], in float64."""
+    """L [B], in float64: with z of S all that a branch needs of the generalist's C logits."""
     return logits.double().logsumexp(-1)
 
 
-def rest_share(own_logits: Tensor, log_total: Tensor) -> Tensor:
-    """The fraction of sum exp z that lies outside S, in float64: [...] of [..., |S|] and [...].
+def log_rest(own_logits: Tensor, log_total: Tensor) -> Tensor:
+    """log sum of exp z over the classes outside S, float64: [...] of [..., |S|] and L [...].
 
-    It is right within LEAST_SHARE, and never below it.
+    S must leave a class out.  The share of these classes is right within 1e-13 or so; one below
+    LEAST_SHARE is raised to it, which changes no probability by more.
     """
-    # The share is 1 - sum over S of exp(z_i - L), a difference of numbers near 1 where S holds
-    # nearly all.  The error of z_i - L is that of L, |L| 2^-53, and so the share's is about
-    # |L| 1e-16: for logits up to a few hundred some 1e-14, where float32 would have 1e-5.  What is
-    # less than LEAST_SHARE is noise.  Raised to it, no probability is off by more than that.
+    # e^L is the sum over all classes, so the share of those outside is 1 - sum over S of
+    # e^(z_i - L), a difference of numbers near 1 where S holds nearly all.  The error of z_i - L is
+    # that of L, |L| 2^-53, and the share's is about the same: some 1e-14 for logits up to a few
+    # hundred, where float32 would have 1e-5.  What is less than LEAST_SHARE is noise.
     inside = (own_logits.double() - log_total.double()[..., None]).exp().sum(-1)
-    return (1 - inside).clamp_min(LEAST_SHARE)
-
-
-def log_rest(logits: Tensor, classes: Tensor, log_total: Tensor) -> Tensor:
-    """log sum of exp z outside `classes`, float64 [B]; -inf where nothing is outside.
-
-    logits: [B, C].  classes: int64 [|S|].  log_total: L [B].
-    """
-    if len(classes) == logits.shape[1]:
-        return torch.full_like(log_total.double(), -math.inf)
-    share = rest_share(logits[:, classes], log_total)
-    rest = log_total.double() + share.log()
-    if torch.compiler.is_compiling():
-        return rest  # a program has no rows of its own for what it could not tell from 0
-    unsure = (share < TRUSTED_SHARE).nonzero()[:, 0]
-    if not len(unsure):
-        return rest
-    return rest.index_put((unsure,), log_rest_directly(logits[unsure], classes))
-
-
-def log_rest_directly(logits: Tensor, classes: Tensor) -> Tensor:
-    """As log_rest, by summing over all other classes: C terms a row instead of |S|."""
-    others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    others[classes] = False
-    return logits[:, others].double().logsumexp(1)
+    return log_total.double() + (1 - inside).clamp_min(LEAST_SHARE).log()
 
 
 def branch_off(

@@ -18,7 +18,7 @@ from networks import (
     load_classifier,
     save_classifier,
 )
-from networks.branches import LEAST_SHARE, log_rest, log_rest_directly, log_sum, rest_share
+from networks.branches import LEAST_SHARE, GeneralOutput, log_rest, log_sum
 from networks.cutting import cut_at
 
 SPEC = ModelSpec(
@@ -80,30 +80,35 @@ def test_a_branch_changes_nothing_of_the_generalist():
     assert all(map(torch.equal, before.values(), network.state_dict().values()))
 
 
-@pytest.mark.parametrize("scale", [0.1, 1, 10, 50])
-@pytest.mark.parametrize("size", [1, 30, 99])
-def test_the_rest_by_subtraction_equals_the_sum_over_all_others(scale, size):
-    draw = torch.Generator().manual_seed(size)
-    logits = scale * torch.randn(200, 100, generator=draw)
-    # Half of the rows have their largest logits in S, so that it holds nearly all the mass.
+def confident_logits(scale: float) -> torch.Tensor:
+    """[400, 60]; half of the rows have their largest logits first, so that these hold the mass."""
+    logits = scale * torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
     logits[::2] = logits[::2].sort(descending=True).values
-    classes = torch.arange(size)
-    torch.testing.assert_close(
-        log_rest(logits, classes, log_sum(logits)),
-        log_rest_directly(logits, classes),
-        atol=1e-6,
-        rtol=0,
-    )
+    return logits
 
 
-@pytest.mark.parametrize("scale", [1, 10, 50])
-def test_one_number_gives_every_probability_within_the_least_share(scale):
-    logits = scale * torch.randn(500, 40, generator=torch.Generator().manual_seed(0))
-    logits = logits.sort(descending=True).values
-    classes = torch.arange(20)
-    share = rest_share(logits[:, classes], log_sum(logits))
-    exact = logits.double().softmax(1)[:, 20:].sum(1)
-    assert float((share - exact).abs().max()) <= 2 * LEAST_SHARE
+@pytest.mark.parametrize("scale", [0.1, 1, 10, 50])
+@pytest.mark.parametrize("size", [1, 30, 59])
+@pytest.mark.parametrize("way", ["from L", "from probabilities"])
+def test_the_rest_by_subtraction_is_the_sum_over_all_others(way, size, scale):
+    logits, classes = confident_logits(scale), torch.arange(size)
+    if way == "from L":
+        rest = log_rest(logits[:, :size], log_sum(logits))
+    else:
+        rest = GeneralOutput.of(logits).own_and_rest(classes)[1]
+    direct = logits[:, size:].double().logsumexp(1)
+    share, exact = ((each - log_sum(logits)).exp() for each in (rest, direct))
+    assert float((share - exact).abs().max()) < 1e-7
+    told = exact > 1e-6
+    torch.testing.assert_close(rest[told], direct[told], atol=1e-6, rtol=0)
+    # What is too small to be told from nothing stays that small.
+    assert bool((share[exact < LEAST_SHARE] < 1.1 * 1e-12).all())
+
+
+def test_gradients_of_the_rest_are_right():
+    own = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    total = (own.detach().logsumexp(1) + 1).requires_grad_()
+    assert torch.autograd.gradcheck(log_rest, (own, total))
 
 
 def test_with_every_class_its_own_a_branch_has_an_empty_dustbin():
@@ -118,17 +123,18 @@ def test_gradients_of_a_branch_are_right():
     branch = branch_off(network, CLASSES, 3).double()
     nn.init.normal_(branch.correction.weight)
     h = torch.randn(4, branch.hidden.in_features, dtype=torch.float64, requires_grad=True)
-    logits = (10 * torch.randn(4, 12, dtype=torch.float64)).requires_grad_()
+    own = (10 * torch.randn(4, 4, dtype=torch.float64)).requires_grad_()
+    rest = torch.randn(4, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 3, 4, 4])
 
-    def loss(h, logits, *weights):
+    def loss(h, own, rest, *weights):
         names = [name for name, _ in branch.named_parameters()]
         values = torch.func.functional_call(
-            branch, dict(zip(names, weights, strict=True)), (h, logits)
+            branch, dict(zip(names, weights, strict=True)), (h, own, rest)
         )
         return nn.functional.cross_entropy(values, targets)
 
-    assert torch.autograd.gradcheck(loss, (h, logits, *branch.parameters()))
+    assert torch.autograd.gradcheck(loss, (h, own, rest, *branch.parameters()))
 
 
 def test_a_saved_branch_holds_only_its_own_tensors_and_answers_the_same(tmp_path):
