@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clustering.groups import ClassGroups
-from networks import Branch, Classifier, ModelSpec, load_classifier
+from networks import Branch, Classifier, ModelSpec, load_classifier, multiplications
 from networks.branches import GeneralOutput
 from networks.builders import Builders
 from networks.cutting import Cut, cut_at
@@ -292,6 +292,45 @@ class SpecialistEnsemble:
                 special[m] = rows, self._run_specialist(m, specialist, raw, rows, reached)
         return logits, special, active
 
+    def multiplications(self, active: Tensor) -> float:
+        """What the ensemble multiplies for one example, on average.
+
+        Parameters
+        ----------
+        active : bool Tensor [B, M]
+            The specialists that were run, as `forward_with_details` returns them.
+
+        Returns
+        -------
+        float
+            The generalist's multiplications and those of the specialists that were asked, without
+            the blocks that they share with it.
+        """
+        raw = torch.zeros(1, *self.generalist.spec.input.shape, device=self.device)
+        total = float(multiplications(self.generalist, raw))
+        asked = active.float().mean(0).tolist()
+        for m, share in enumerate(asked):
+            if share:
+                total += share * self._own_multiplications(m, raw)
+        return total
+
+    @torch.no_grad()
+    def _own_multiplications(self, m: int, raw: Tensor) -> int:
+        """Those of specialist m beside the generalist's."""
+        specialist = self.specialists[m]
+        _, reached, at_cut = self._run_trunk(raw)
+        if isinstance(specialist, Branch):
+            own = torch.zeros(1, len(specialist.classes), device=self.device)
+            return multiplications(specialist, at_cut, own, own[:, 0])
+        shared = max(0, self._prefix(m, specialist))
+        x = reached[0]
+        for block in blocks(specialist.trunk)[:shared]:
+            x = block(x)
+        end = nn.Sequential(*blocks(specialist.trunk)[shared:])
+        features = end(x)
+        rows = multiplications_of_rows(specialist.head)
+        return multiplications(end, x) + rows * features.shape[1]
+
     def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
         """The generalist's features, and what it has on the way.
 
@@ -368,6 +407,11 @@ class SpecialistEnsemble:
     def _count(self, name: str | int | tuple[str, int]) -> None:
         with self._lock:
             self.runs[name] += 1
+
+
+def multiplications_of_rows(head: nn.Module) -> int:
+    """Rows of a head, each of which multiplies every feature once."""
+    return len(head.get_parameter("weight"))
 
 
 def _settings_of(root: Path) -> EnsembleSettings:

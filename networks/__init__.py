@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .branches import Branch, BranchedClassifier, branch_off, load_branch
     from .builders import builtin_options, declared_options
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
+    from .counting import multiplications
     from .files import load_classifier, save_classifier
     from .freezing import freeze_norm, set_trainable
     from .growing import add_classes, match_classes, merge_grown_head, remap_specialist
@@ -37,6 +38,7 @@ _MODULE_OF = {
     "Classifier": "classifier",
     "lazy_logits": "classifier",
     "parameter_count": "classifier",
+    "multiplications": "counting",
     "DustbinHead": "heads",
     "Summary": "linear_logits",
     "ResidualRow": "residual_row",
@@ -87,6 +89,7 @@ __all__ = [
     "mean_log_probabilities",
     "member_log_probabilities",
     "merge_grown_head",
+    "multiplications",
     "parameter_count",
     "remap_specialist",
     "save_classifier",

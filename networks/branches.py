@@ -86,6 +86,13 @@ class BranchedClassifier(nn.Module):
         self.branch = branch
         self._cut = cut_at(generalist.trunk, branch.spec.head["blocks"])
 
+    def train(self, mode: bool = True) -> BranchedClassifier:
+        """The generalist stays in eval mode, and so do the branch's own blocks."""
+        super().train(mode)
+        self.generalist.eval()
+        self.branch.blocks.eval()
+        return self
+
     @property
     def spec(self) -> ModelSpec:
         return self.branch.spec

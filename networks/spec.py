@@ -251,9 +251,9 @@ def _checked_head(head: dict[str, Any], num_classes: int) -> dict[str, Any]:
 def _checked_sizes(head: dict[str, Any]) -> dict[str, int]:
     """A branch's sizes."""
     for key, least in BRANCH_SIZES.items():
-        value = head.get(key, -1)
+        value: Any = head.get(key)
         if not _is_int(value) or value < least:
-            raise ValueError(f"head.{key} = {head.get(key)!r}: must be a whole number, at least {least}")
+            raise ValueError(f"head.{key} = {value!r}: must be a whole number, at least {least}")
     return {key: head[key] for key in BRANCH_SIZES}
 
 
