@@ -164,8 +164,9 @@ def log_rest(own_logits: Tensor, log_total: Tensor) -> Tensor:
     # e^(z_i - L), a difference of numbers near 1 where S holds nearly all.  The error of z_i - L is
     # that of L, |L| 2^-53, and the share's is about the same: some 1e-14 for logits up to a few
     # hundred, where float32 would have 1e-5.  What is less than LEAST_SHARE is noise.
-    inside = (own_logits.double() - log_total.double()[..., None]).exp().sum(-1)
-    return log_total.double() + (1 - inside).clamp_min(LEAST_SHARE).log()
+    log_total = log_total.double()
+    inside = (own_logits - log_total[..., None]).exp().sum(-1)  # in float64, as L is
+    return log_total + (1 - inside).clamp_min(LEAST_SHARE).log()
 
 
 def branch_off(

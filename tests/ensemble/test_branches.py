@@ -107,6 +107,7 @@ def test_a_saved_program_takes_any_batch_size(tmp_path):
         torch.testing.assert_close(program(raw), ensemble.probabilities(raw), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_an_onnx_program_takes_any_batch_size(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from networks.branches import Branch, log_rest
@@ -27,7 +29,7 @@ from pipeline.store import complete_checkpoints
 from ..distributed.ranks import Ranks, StopSignal
 from .checkpoints import Saver, State, load_checkpoint
 from .loop import Interrupted
-from .losses import Loss, specialist_loss
+from .losses import Loss, cross_entropy
 from .optim import learning_rate, set_rate
 from .progress import MetricsLogger, Progress
 
@@ -91,6 +93,7 @@ class BranchTrainer:
         self.steps = steps
         self.ranks = ranks
         self.general = GeneralLogits(head, stack)
+        self.offsets = self._offsets()
         self.optimizer = build_stack_optimizer(stack, schedule)
         self.best = [_copied(stack.tensors(m)) for m in range(len(tasks))]
         self.progress = [Progress() for _ in tasks]
@@ -140,39 +143,31 @@ class BranchTrainer:
                 saver.close()
             raise Interrupted()
 
-    def train_step(self, batch: BranchBatch, rate: float) -> list[Tensor]:
-        """One optimizer step; the branches' mean losses."""
-        own, rest = self.general(batch)
-        correction = self.stack(batch.at_cut, self._dropout_mask(batch.at_cut))
-        losses = self._losses(correction, own, rest, batch.targets)
+    def train_step(self, batch: BranchBatch, rate: float) -> Tensor:
+        """One optimizer step; the branches' mean losses [M]."""
+        base = self.general(batch).add_(self.offsets)
+        logits = base + self.stack(batch.at_cut, self._dropout_mask(batch.at_cut))
+        losses = stacked_loss(
+            logits, batch.targets, self.stack.sizes, self.schedule.label_smoothing, self.loss
+        )
         self.optimizer.zero_grad(set_to_none=True)
-        torch.stack(losses).sum().backward()
+        losses.sum().backward()
         if self.schedule.clip_norm:
             clip_each(self.stack, self.schedule.clip_norm)
         set_rate(self.optimizer, rate)
         self.optimizer.step()
-        return [loss.detach() for loss in losses]
+        return losses.detach()
 
-    def _losses(
-        self, correction: Tensor, own: Tensor, rest: Tensor, targets: Tensor
-    ) -> list[Tensor]:
-        losses = []
-        # unbind: a slice of each would have a gradient of the whole's size.
-        parts = zip(correction.unbind(0), own, rest, targets, self.tasks, strict=True)
-        for size, (r, z, z_rest, columns, task) in zip(self.stack.sizes, parts, strict=True):
-            dustbin = (r[:, -1] + z_rest.to(r.dtype))[:, None]
-            logits = torch.cat([r[:, :size] + z[:, :size], dustbin], 1)
-            losses.append(
-                specialist_loss(
-                    logits,
-                    columns.clamp_max(size),
-                    task.shift,
-                    self.schedule.label_smoothing,
-                    task.log_prior,
-                    self.loss,
-                )
-            )
-        return losses
+    def _offsets(self) -> Tensor:
+        """What the loss adds to the logits for the resampled classes, [M, 1, K + 1].
+
+        As specialist_loss has it: the classes' log_prior, and the dustbin lowered by the shift.
+        """
+        offsets = torch.zeros(len(self.tasks), 1, self.stack.width + 1)
+        for m, (task, size) in enumerate(zip(self.tasks, self.stack.sizes, strict=True)):
+            offsets[m, 0, :size] = task.log_prior
+            offsets[m, 0, -1] = -task.shift
+        return offsets.to(self.ranks.device)
 
     def _dropout_mask(self, at_cut: Tensor) -> Tensor | None:
         """What h is multiplied by in this step, drawn for each branch by itself."""
@@ -240,22 +235,64 @@ class GeneralLogits:
     """The generalist's logits as the branches of a stack see them."""
 
     def __init__(self, head: nn.Linear, stack: StackedBranches):
-        self.head = head
-        self.stack = stack
-        self.weight = head.weight.detach()[stack.classes].transpose(1, 2).contiguous()
-        self.bias = head.bias.detach()[stack.classes]
-        self.bias = self.bias.masked_fill(~stack.valid, -torch.inf)[:, None]
-        self.covers_all = torch.tensor(
-            [size == len(head.weight) for size in stack.sizes], device=head.weight.device
-        )
+        # A column more, the dustbin's: e^-inf of it adds nothing to what lies inside.
+        width, last = stack.width, (0, 1)
+        self.weight = F.pad(head.weight.detach()[stack.classes].transpose(1, 2), last).contiguous()
+        bias = head.bias.detach()[stack.classes].masked_fill(~stack.valid, -torch.inf)
+        self.bias = F.pad(bias, last, value=-torch.inf)[:, None]
+        everything = [size == len(head.weight) for size in stack.sizes]
+        self.covers_all = torch.tensor(everything, device=head.weight.device)
+        self.dustbin = width
 
     @torch.no_grad()
-    def __call__(self, batch: BranchBatch) -> tuple[Tensor, Tensor]:
-        """(z of each branch's classes [M, B, K], -inf in padding; the rest's logsumexp [M, B])."""
-        own = torch.baddbmm(self.bias, batch.general, self.weight)
-        rest = log_rest(own, batch.total)
+    def __call__(self, batch: BranchBatch) -> Tensor:
+        """[M, B, K + 1]: z of each branch's classes, -inf in padding, and the rest's logsumexp."""
+        logits = torch.baddbmm(self.bias, batch.general, self.weight)
+        rest = log_rest(logits, batch.total).to(logits.dtype)
         rest[self.covers_all] = -torch.inf
-        return own, rest
+        logits[..., self.dustbin] = rest
+        return logits
+
+
+class _MeanCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy [M] of logits [M, B, K + 1] with targets [M, B].
+
+    Its gradient, softmax less one at the target, is made in the place of the softmax: a step's time
+    is that of passing over [M, B, K + 1].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_p = logits.log_softmax(2)
+        losses = -log_p.gather(2, targets[..., None])[..., 0].mean(1)
+        gradient = log_p.exp_()
+        gradient.scatter_add_(2, targets[..., None], gradient.new_full((*targets.shape, 1), -1.0))
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor):
+        (gradient,) = ctx.saved_tensors
+        scale = gradients[0] / gradient.shape[1]
+        return gradient * scale[:, None, None], None
+
+
+def stacked_loss(
+    logits: Tensor, targets: Tensor, sizes: Sequence[int], label_smoothing: float, loss: Loss
+) -> Tensor:
+    """Each branch's mean loss, [M], of logits [M, B, K + 1] that are -inf in padding.
+
+    targets: int64 [M, B], K for the dustbin.  sizes: |S_m|.
+    """
+    if loss is cross_entropy and not label_smoothing:
+        return _MeanCrossEntropy.apply(logits, targets)
+    losses = []
+    # unbind: a slice of each would have a gradient of the whole's size.
+    for size, z, columns in zip(sizes, logits.unbind(0), targets, strict=True):
+        own = torch.cat([z[:, :size], z[:, -1:]], 1)
+        losses.append(loss(own, columns.clamp_max(size), label_smoothing))
+    return torch.stack(losses)
 
 
 @torch.inference_mode()
