@@ -166,35 +166,37 @@ class BranchProgram(nn.Module):
         first = valid & ~(
             earlier.sum(2) > 0
         )  # of a class in several slots one entry stands for all
-        # Other entries repeat a class of the row and add nothing.
-        some_class = classes.gather(1, first.long().argmax(1, keepdim=True))
-        classes = torch.where(first, classes, some_class)
+        # Other entries repeat a class of the row, and what becomes of it.
+        some = first.long().argmax(1, keepdim=True)
+        repeated = torch.where(first, classes, classes.gather(1, some))
+        g = p_general.gather(1, repeated)
 
         weights = self.special_weights[slots] * on
         weighted = p_special[..., :-1] * weights.to(p_special.dtype)[..., None]
-        joined = self.general_weight * p_general.gather(1, classes)
+        joined = self.general_weight * g
         for slot in range(self.slots):
             predicted = weighted[:, slot].gather(1, column[..., slot])
             joined = joined + predicted * inside[..., slot]
-        joined = joined * first
         pattern = (inside * self.powers).sum(2)
 
-        rest = p_general.scatter(1, classes, 0.0)
-        zeros = rest.new_zeros(rest.shape[0], len(self.outside), dtype=torch.float64)
-        masses = zeros.scatter_add(1, pattern, joined.double())
-        outside = self.general_weight * rest.sum(1, dtype=torch.float64)
-        masses = torch.cat([outside[:, None], masses[:, 1:]], 1)
-        counts = zeros.scatter_add(1, pattern, first.double())[:, 1:]
-        others = p_general.shape[1] - first.sum(1, keepdim=True)
-        membership = Membership(self.outside, torch.cat([others.double(), counts], 1))
+        # A row's C probabilities are passed over as seldom as can be: the mass outside is the sum
+        # less the entries', which float64 tells from rounding down to float32's.
+        outside = p_general.sum(1).double() - (g * first).sum(1, dtype=torch.float64)
+        counted = first.double()
+        zeros = counted.new_zeros(counted.shape[0], len(self.outside))
+        masses = zeros.scatter_add(1, pattern, joined.double() * counted)[:, 1:]
+        masses = torch.cat([self.general_weight * outside.clamp_min(0)[:, None], masses], 1)
+        counts = zeros.scatter_add(1, pattern, counted)[:, 1:]
+        others = p_general.shape[1] - counted.sum(1, keepdim=True)
+        membership = Membership(self.outside, torch.cat([others, counts], 1))
         dustbins = p_special[..., -1].double() * weights
         factor, even = solve(masses, dustbins, membership, None, self.portable)
 
-        factor, even = factor.to(rest.dtype), even.to(rest.dtype)
-        on_entries = joined * factor.gather(1, pattern) + even.gather(1, pattern) * first
-        on_rest = rest * (self.general_weight * factor[:, :1]) + even[:, :1]
-        q = on_rest.scatter(1, classes, 0.0).scatter_add(1, classes, on_entries)
-        return torch.where(on.any(1, keepdim=True), q, p_general)
+        factor, even = factor.to(g.dtype), even.to(g.dtype)
+        q = p_general * (self.general_weight * factor[:, :1]) + even[:, :1]
+        on_entries = joined * factor.gather(1, pattern) + even.gather(1, pattern)
+        on_entries = torch.where(first, on_entries, on_entries.gather(1, some))
+        return q.scatter(1, repeated, on_entries)
 
     def _where(self, classes: Tensor, slots: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
         """(bool [B, U, A] whether a slot holds an entry's class, int64 the column that has it)"""

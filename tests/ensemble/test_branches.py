@@ -99,7 +99,7 @@ def test_the_program_asks_only_active_branches_and_equals_the_ensemble(more, por
 
 
 def test_a_saved_program_takes_any_batch_size(tmp_path):
-    ensemble = make(gate=2)
+    ensemble = make()
     path = export_program(ensemble_program(ensemble), images(3), tmp_path / "ensemble.pt2")
     program = torch.export.load(path).module()
     for rows in (1, 17):
