@@ -263,9 +263,10 @@ class _MeanCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        log_p = logits.log_softmax(2)
-        losses = -log_p.gather(2, targets[..., None])[..., 0].mean(1)
-        gradient = log_p.exp_()
+        gradient = logits.softmax(2)
+        # log sum exp z = z_top - log p_top, whatever underflows.
+        log_sum = logits.amax(2) - gradient.amax(2).log()
+        losses = (log_sum - logits.gather(2, targets[..., None])[..., 0]).mean(1)
         gradient.scatter_add_(2, targets[..., None], gradient.new_full((*targets.shape, 1), -1.0))
         ctx.save_for_backward(gradient)
         return losses

@@ -16,6 +16,7 @@ Written block by block into memory-mapped files, which a second attempt goes on 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -30,7 +31,7 @@ from torch import Tensor
 from networks import Classifier
 from networks.branches import log_sum
 from networks.cutting import Cut, cut_at
-from pipeline.config import UserError
+from pipeline.config import ResolvedSpecialists, UserError
 from pipeline.files import read_json, write_json
 from pipeline.store import Stage
 
@@ -73,7 +74,9 @@ def features(session: Session, stage: Stage) -> None:
             "train": FeatureWriter(session, generalist, cut, "train", count),
             "val": FeatureWriter(session, generalist, cut, "val", 1),
         }
-        check_size(session, sum(writer.bytes for writer in writers.values()))
+        needed = sum(writer.bytes for writer in writers.values())
+        session.say("features of the generalist: %.1f MiB to keep", needed / 2**20)
+        check_size(session.config.specialists, needed)
         unfinished = stage.checkpoints / "features"
         notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
         say_features(session, notes)
@@ -97,10 +100,26 @@ def cut_features(session: Session, generalist: Classifier) -> Cut:
         raise UserError(f"specialists.{error}") from None
 
 
-def check_size(session: Session, needed: int) -> None:
+@torch.no_grad()
+def row_shapes(generalist: Classifier, cut: Cut) -> Shapes:
+    """Of each array's rows, from one input of zeros."""
+    device = next(generalist.parameters()).device
+    raw = torch.zeros(1, *generalist.spec.input.shape, device=device)
+    at_cut = cut.body(generalist.eval().preprocess(raw))
+    general = cut.end(at_cut)
+    single, double = np.dtype(np.float32), np.dtype(np.float64)
+    shapes: Shapes = {"at_cut": (tuple(at_cut.shape[1:]), single), "total": ((), double)}
+    if general is not at_cut:
+        shapes["general"] = (tuple(general.shape[1:]), single)
+    return shapes
+
+
+def row_bytes(shapes: Shapes) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes.values())
+
+
+def check_size(section: ResolvedSpecialists, needed: int) -> None:
     """Raises UserError where all features take more than they may."""
-    section = session.config.specialists
-    session.say("features of the generalist: %.1f MiB to keep", needed / 2**20)
     if needed > section.features_bytes:
         raise UserError(
             f"the features that branches learn from take {needed:,} bytes, "
@@ -122,24 +141,9 @@ class FeatureWriter:
         augmented = split == "train" and session.config.data.augment != "none"
         self.augment = session.config.data.augment if augmented else "none"
         self.views = Views(views, session.seed("branch views", 0))
-        self.shapes = self._shapes()
-        rows = len(self.shards) * views
-        self.row_bytes = sum(
-            int(np.prod(shape)) * dtype.itemsize for shape, dtype in self.shapes.values()
-        )
-        self.bytes = rows * self.row_bytes
-
-    @torch.no_grad()
-    def _shapes(self) -> Shapes:
-        """Of each array's rows, from one input of zeros."""
-        raw = torch.zeros(1, *self.generalist.spec.input.shape, device=self.session.ranks.device)
-        at_cut = self.cut.body(self.generalist.preprocess(raw))
-        general = self.cut.end(at_cut)
-        single, double = np.dtype(np.float32), np.dtype(np.float64)
-        shapes: Shapes = {"at_cut": (tuple(at_cut.shape[1:]), single), "total": ((), double)}
-        if general is not at_cut:
-            shapes["general"] = (tuple(general.shape[1:]), single)
-        return shapes
+        self.shapes = row_shapes(generalist, cut)
+        self.row_bytes = row_bytes(self.shapes)
+        self.bytes = len(self.shards) * views * self.row_bytes
 
     def write(self, directory: Path) -> dict:
         """All views of the split into DIRECTORY, from where an earlier attempt stopped.
