@@ -46,13 +46,23 @@ class BranchProgram(nn.Module):
         than one program should hold.
     """
 
+    holders: Tensor
+    holder_columns: Tensor
+    special_weights: Tensor
+    temperatures: Tensor
+    outside: Tensor
+    powers: Tensor
+    covers_all: Tensor
+    entry_slot: Tensor
+
     def __init__(self, ensemble: SpecialistEnsemble, portable: bool = False):
         super().__init__()
         if ensemble.combine != "kl":
             raise ValueError(f"combine = {ensemble.combine!r} has no program; only kl has")
         numbers = list(ensemble.specialists)
-        branches = [ensemble.specialists[m] for m in numbers]
-        assert all(isinstance(branch, Branch) for branch in branches)
+        specialists = [ensemble.specialists[m] for m in numbers]
+        branches = [each for each in specialists if isinstance(each, Branch)]
+        assert len(branches) == len(specialists), "copies have a program of their own"
         self.portable = portable
         self.generalist = ensemble.generalist
         self.gate = ensemble.gate

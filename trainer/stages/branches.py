@@ -167,20 +167,35 @@ class BranchWork:
             self.attempt.path("metrics.jsonl"),
         )
 
-    def ids_and_turns(self, step: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of train, how often each was seen before) of a step's rows, int64 [B] both."""
-        ids, turns = [], []
-        counts = [(self.own, self.per_batch), (self.others, batch - self.per_batch)]
-        for order, count in counts:
-            if order is not None:
-                positions = np.arange(step * count, (step + 1) * count)
-                ids.append(order(positions))
-                turns.append(positions // len(order))
-        return np.concatenate(ids), np.concatenate(turns)
+    def rows(
+        self, first: int, steps: int, batch: int, labels: np.ndarray, views: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the kept arrays, columns of S or -1) of some steps, int64 [steps, B] both."""
+        rows = np.empty((steps, batch), np.int64)
+        columns = np.full_like(rows, -1)
+        parts = [(self.own, slice(0, self.per_batch)), (self.others, slice(self.per_batch, batch))]
+        for order, part in parts:
+            if order is None:
+                continue
+            count = part.stop - part.start
+            positions = np.arange(first * count, (first + steps) * count)
+            ids = order(positions)
+            # One epoch of an order is of one view, as a stream of fixed views has it.
+            seen = ids * views + positions // len(order) % views
+            rows[:, part] = seen.reshape(steps, count)
+            if order is self.own:
+                own = columns_of(labels[ids], self.classes, -1)
+                columns[:, part] = own.reshape(steps, count)
+        return rows, columns
 
 
 class BranchReader:
-    """step -> BranchBatch of every branch, a pure function."""
+    """step -> BranchBatch of every branch, a pure function.
+
+    What is read is looked up for AHEAD steps at once.
+    """
+
+    AHEAD = 8
 
     def __init__(self, session: Session, work: Sequence[BranchWork], width: int):
         self.work = work
@@ -190,17 +205,25 @@ class BranchReader:
         self.labels = session.shards("train").labels
         self.kept = kept_features(session, "train")
         self.source = FeatureSource(self.kept, self.device)
+        self._block = -1
+        self._rows = self._targets = np.zeros((0, 0, 0), np.int64)
 
     def __call__(self, step: int) -> BranchBatch:
-        rows = np.empty((len(self.work), self.batch), np.int64)
-        targets = np.empty_like(rows)
-        for m, each in enumerate(self.work):
-            ids, turns = each.ids_and_turns(step, self.batch)
-            # One epoch of an order is of one view, as a stream of fixed views has it.
-            rows[m] = ids * self.kept.views + turns % self.kept.views
-            targets[m] = columns_of(self.labels[ids], each.classes, self.width)
-        at_cut, general, total = self.source.rows(rows)
-        return BranchBatch(at_cut, general, total, torch.from_numpy(targets).to(self.device))
+        block, turn = divmod(step, self.AHEAD)
+        if block != self._block:
+            self._look_up(block)
+        at_cut, general, total = self.source.rows(self._rows[:, turn])
+        targets = torch.from_numpy(self._targets[:, turn].copy()).to(self.device)
+        return BranchBatch(at_cut, general, total, targets)
+
+    def _look_up(self, block: int) -> None:
+        """The rows and targets of a block of steps, [M, AHEAD, B] both."""
+        first, views = block * self.AHEAD, self.kept.views
+        found = [each.rows(first, self.AHEAD, self.batch, self.labels, views) for each in self.work]
+        self._rows = np.stack([rows for rows, _ in found])
+        columns = np.stack([columns for _, columns in found])
+        self._targets = np.where(columns < 0, self.width, columns)
+        self._block = block
 
 
 def columns_of(labels: np.ndarray, classes: np.ndarray, dustbin: int) -> np.ndarray:

@@ -267,6 +267,7 @@ def _try_step(session: Session, part: Part) -> None:
     network = part.network.to(device).train()
     module = network
     if session.config.engine.shard_head and network.spec.head["kind"] == "linear":
+        assert isinstance(network, Classifier), "a branch has no linear head"
         module = LazyNetwork(network)
     kind = precision(session.config.engine, device)
     try:
