@@ -118,18 +118,26 @@ class BranchProgram(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         at_cut = self._cut.body(self.generalist.preprocess(raw))
         logits = self.generalist.head(self._cut.end(at_cut))
-        general = GeneralOutput.of(logits)
-        p_general = general.p
-        if self.general_temperature != 1:
-            p_general = softmax(logits, self.general_temperature)
-        slots, on = self._asked(general.p)
-        p_special = self._ask(at_cut, general, slots)
-        return self._combine(p_general, p_special, slots, on)
+        p = softmax(logits, 1.0)
+        top = p.topk(self.gate, dim=1).indices if self.gate > 1 else p.argmax(1, keepdim=True)
+        # Every pass over [B, C] counts: sums are in float32, which is right to 1e-7.
+        total = p.sum(1)
+        first = top[:, :1]
+        log_total = (logits.gather(1, first).double() - p.gather(1, first).double().log())[:, 0]
+        slots, on = self._asked(p, top)
+        p_special = self._ask(at_cut, GeneralOutput(logits, p, total, log_total), slots)
+        if self.general_temperature == 1:
+            return self._combine(p, total, p_special, slots, on)
+        p_general = softmax(logits, self.general_temperature)
+        return self._combine(p_general, p_general.sum(1), p_special, slots, on)
 
-    def _asked(self, p: Tensor) -> tuple[Tensor, Tensor]:
-        """(the branches of each row int64 [B, A], whether it asks them bool [B, A])"""
+    def _asked(self, p: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        """(the branches of each row int64 [B, A], whether it asks them bool [B, A])
+
+        top: int64 [B, gate], the most probable classes.
+        """
         count = len(self.stack.sizes)
-        found = self.holders[p.topk(self.gate, dim=1).indices].flatten(1)
+        found = self.holders[top].flatten(1)
         if self.gate > 1:
             found = found.sort(dim=1).values
             repeated = found[:, 1:] == found[:, :-1]
@@ -148,7 +156,7 @@ class BranchProgram(nn.Module):
         valid, classes = self.stack.valid[slots], self.stack.classes[slots].flatten(1)
         own = general.logits.gather(1, classes).view_as(valid).masked_fill(~valid, -torch.inf)
         p_own = general.p.gather(1, classes).view_as(valid) * valid
-        share = general.total[:, None] - p_own.sum(2, dtype=torch.float64)
+        share = general.total.double()[:, None] - p_own.sum(2, dtype=torch.float64)
         rest = general.log_total[:, None] + share.clamp_min(LEAST_SHARE).log()
         rest = rest.masked_fill(self.covers_all[slots], -torch.inf)
         logits = torch.cat([own, rest.to(own.dtype)[..., None]], 2)
@@ -167,15 +175,18 @@ class BranchProgram(nn.Module):
         corrected = correction.weight[slots] @ embedded.relu()[..., None]
         return corrected[..., 0] + correction.bias[slots]
 
-    def _combine(self, p_general: Tensor, p_special: Tensor, slots: Tensor, on: Tensor) -> Tensor:
-        """Eq. 5 among the classes of each row's slots, and all others as one pattern."""
+    def _combine(
+        self, p_general: Tensor, total: Tensor, p_special: Tensor, slots: Tensor, on: Tensor
+    ) -> Tensor:
+        """Eq. 5 among the classes of each row's slots, and all others as one pattern.
+
+        total: sum of p_general, [B].
+        """
         valid = (self.stack.valid[slots] & on[..., None]).flatten(1)
         classes = self.stack.classes[slots].flatten(1)
         inside, column = self._where(classes, slots, on)
         earlier = inside & (torch.arange(self.slots, device=on.device) < self.entry_slot[:, None])
-        first = valid & ~(
-            earlier.sum(2) > 0
-        )  # of a class in several slots one entry stands for all
+        first = valid & (earlier.sum(2) == 0)  # one entry stands for a class in several slots
         # Other entries repeat a class of the row, and what becomes of it.
         some = first.long().argmax(1, keepdim=True)
         repeated = torch.where(first, classes, classes.gather(1, some))
@@ -189,9 +200,8 @@ class BranchProgram(nn.Module):
             joined = joined + predicted * inside[..., slot]
         pattern = (inside * self.powers).sum(2)
 
-        # A row's C probabilities are passed over as seldom as can be: the mass outside is the sum
-        # less the entries', which float64 tells from rounding down to float32's.
-        outside = p_general.sum(1).double() - (g * first).sum(1, dtype=torch.float64)
+        # The mass outside is the sum less the entries', rather than another pass.
+        outside = total.double() - (g * first).sum(1, dtype=torch.float64)
         counted = first.double()
         zeros = counted.new_zeros(counted.shape[0], len(self.outside))
         masses = zeros.scatter_add(1, pattern, joined.double() * counted)[:, 1:]
@@ -210,10 +220,21 @@ class BranchProgram(nn.Module):
 
     def _where(self, classes: Tensor, slots: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
         """(bool [B, U, A] whether a slot holds an entry's class, int64 the column that has it)"""
-        holders = self.holders[classes][..., None]
-        matches = (holders == slots[:, None, None]) & on[:, None, None]
-        columns = (self.holder_columns[classes][..., None] * matches).sum(2)
-        return matches.sum(2) > 0, columns
+        holders = [self.holders[:, k][classes] for k in range(self.holders.shape[1])]
+        columns = [self.holder_columns[:, k][classes] for k in range(self.holders.shape[1])]
+        inside, places = [], []
+        for slot in range(self.slots):
+            # -1 is no branch: a slot that the row does not need holds nothing.
+            asked = slots[:, slot, None].masked_fill(~on[:, slot, None], -1)
+            held = holders[0] == asked
+            place = torch.where(held, columns[0], 0)
+            for holder, column in zip(holders[1:], columns[1:], strict=True):
+                matches = holder == asked
+                place = torch.where(matches, column, place)
+                held = held | matches
+            inside.append(held)
+            places.append(place)
+        return torch.stack(inside, 2), torch.stack(places, 2)
 
 
 def _holders_and_columns(groups: ClassGroups) -> tuple[Tensor, Tensor]:
