@@ -7,7 +7,13 @@ if TYPE_CHECKING:
     from .choices import COMBINERS, Combiner, combiner
     from .combine import combine_kl
     from .deep_ensemble import DeepEnsemble, load_ensemble
-    from .export import EnsembleProgram, export_bundle, export_onnx, export_program
+    from .export import (
+        EnsembleProgram,
+        ensemble_program,
+        export_bundle,
+        export_onnx,
+        export_program,
+    )
     from .fitting import fit_shift, fit_temperature, fit_temperatures, fit_weights
     from .gating import gate
     from .settings import EnsembleSettings
@@ -28,6 +34,7 @@ __all__ = [
     "combine_kl",
     "combine_kl_sparse",
     "combiner",
+    "ensemble_program",
     "export_bundle",
     "export_onnx",
     "export_program",
@@ -62,6 +69,7 @@ _HOMES = {
     "join_on_shortlist": "shortlist",
     "load_ensemble": "deep_ensemble",
     "EnsembleProgram": "export",
+    "ensemble_program": "export",
     "export_bundle": "export",
     "export_program": "export",
     "export_onnx": "export",

@@ -7,7 +7,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
-from networks import save_classifier
+from networks import Branch, save_classifier
 
 from .combine import combine_unrolled
 from .gating import static_gate
@@ -77,6 +77,9 @@ def _save_specialist(ensemble: SpecialistEnsemble, m: int, root: Path) -> list[s
     from safetensors.torch import save_file
 
     specialist = ensemble.specialists[m]
+    if isinstance(specialist, Branch):  # none of its tensors is the generalist's
+        save_classifier(specialist, specialist_folder(root, m))
+        return []
     folder = specialist_folder(root, m)
     folder.mkdir(parents=True, exist_ok=True)
     shared = shared_names(ensemble.generalist, specialist)
@@ -91,6 +94,21 @@ def _save_specialist(ensemble: SpecialistEnsemble, m: int, root: Path) -> list[s
     os.replace(unfinished, folder / "model.safetensors")
     specialist.spec.save(folder / "model.json")
     return shared
+
+
+def ensemble_program(ensemble: SpecialistEnsemble, portable: bool = False) -> nn.Module:
+    """The program that fits the ensemble's specialists: BranchProgram of branches alone.
+
+    Raises ValueError where there is none, as for copies and branches in one ensemble.
+    """
+    from .branch_program import BranchProgram
+
+    kinds = {isinstance(ensemble.specialists[m], Branch) for m in ensemble.specialists}
+    if kinds == {True}:
+        return BranchProgram(ensemble, portable)
+    if len(kinds) > 1:
+        raise ValueError("copies and branches in one ensemble have no program; export the bundle")
+    return EnsembleProgram(ensemble, portable)
 
 
 class EnsembleProgram(nn.Module):

@@ -54,7 +54,7 @@ def gate(
     p_general = p_general.detach()
     classes = _most_probable(p_general, n)
     specialists = len(groups.members)
-    holders = _holders(groups, p_general.device)[classes].flatten(1)
+    holders = holders_of(groups, p_general.device)[classes].flatten(1)
     shape = (len(p_general), specialists + 1)
     active = torch.zeros(shape, dtype=torch.bool, device=p_general.device)
     active = active.scatter_(1, holders, True)[:, :specialists]
@@ -129,7 +129,7 @@ _tables: dict[tuple[int, str], tuple[weakref.ref, Tensor]] = {}
 _lock = threading.Lock()
 
 
-def _holders(groups: ClassGroups, device: torch.device) -> Tensor:
+def holders_of(groups: ClassGroups, device: torch.device) -> Tensor:
     """int64 [C, most specialists that hold one class]: which they are, filled up with M."""
     key = (id(groups), str(device))
     entry = _tables.get(key)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from networks import Classifier, ModelSpec, build_classifier, load_classifier
+from networks import Branch, Classifier, ModelSpec, build_classifier, load_branch, load_classifier
 from networks.builders import Builders
 
 from .sharing import share_storage
 
 
-class LazySpecialists(Mapping[int, Classifier]):
+class LazySpecialists(Mapping[int, Classifier | Branch]):
     """Specialists by number, loaded when first needed.  Threads may share it.
 
     load: makes one.  numbers: of those that there are.
@@ -22,7 +22,10 @@ class LazySpecialists(Mapping[int, Classifier]):
     """
 
     def __init__(
-        self, load: Callable[[int], Classifier], numbers: Iterable[int], cache: int | None = None
+        self,
+        load: Callable[[int], Classifier | Branch],
+        numbers: Iterable[int],
+        cache: int | None = None,
     ):
         if cache is not None and cache < 1:
             raise ValueError(
@@ -31,7 +34,7 @@ class LazySpecialists(Mapping[int, Classifier]):
         self._load = load
         self._numbers = sorted(numbers)
         self._cache = cache
-        self._loaded: OrderedDict[int, Classifier] = OrderedDict()
+        self._loaded: OrderedDict[int, Classifier | Branch] = OrderedDict()
         self._lock = threading.Lock()
         self._loading = {m: threading.Lock() for m in self._numbers}
         self.loads = 0
@@ -45,7 +48,7 @@ class LazySpecialists(Mapping[int, Classifier]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, m: int) -> Classifier:
+    def __getitem__(self, m: int) -> Classifier | Branch:
         with self._loading[m]:  # two threads that need the same one wait for one loading
             with self._lock:
                 if m in self._loaded:
@@ -75,12 +78,15 @@ def load_specialist(
     shared: Sequence[str],
     device: str | torch.device,
     builders: Builders | None,
-) -> Classifier:
+) -> Classifier | Branch:
     """One specialist, its tensors that equal the generalist's being the generalist's own.
 
     shared: names of tensors that the folder leaves out because they are the generalist's (a bundle
     does so).
     """
+    if ModelSpec.load(folder / "model.json").head["kind"] == "branch":
+        with _building:
+            return load_branch(folder, device, builders)
     if shared:
         specialist = _load_partly(folder, generalist, shared, builders).to(device).eval()
     else:

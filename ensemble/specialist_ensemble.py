@@ -13,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from clustering.groups import ClassGroups
-from networks import Classifier, load_classifier, read_inputs
+from networks import (
+    Branch,
+    Classifier,
+    ModelSpec,
+    load_classifier,
+    multiplications,
+    read_inputs,
+)
+from networks.branches import GeneralOutput
 from networks.builders import Builders
+from networks.cutting import Cut, cut_at
 from networks.reading import Inputs
 
 from .choices import check_combiner, combiner
@@ -28,6 +37,7 @@ from .sharing import blocks, shared_prefix
 GROUPS = "clusters/groups.json"
 
 RawInputs: TypeAlias = Tensor | np.ndarray
+Specialist: TypeAlias = Classifier | Branch
 # Entry m: (rows, [len(rows), |S_m| + 1]), or None where no row needs specialist m.
 SpecialRows: TypeAlias = list[tuple[Tensor, Tensor] | None]
 
@@ -53,8 +63,9 @@ class SpecialistEnsemble:
     ----------
     generalist : networks.Classifier
         Its logits are [B, C].
-    specialists : mapping of int to networks.Classifier
-        Specialist m's logits are [B, |S_m| + 1], the dustbin last.  A dict, or another mapping that
+    specialists : mapping of int to networks.Classifier or networks.Branch
+        Specialist m's logits are [B, |S_m| + 1], the dustbin last.  A branch corrects this
+        generalist's.  A dict, or another mapping that
         loads them when first needed.
     groups : ClassGroups
         The classes of each specialist.
@@ -95,7 +106,7 @@ class SpecialistEnsemble:
     def __init__(
         self,
         generalist: Classifier,
-        specialists: Mapping[int, Classifier],
+        specialists: Mapping[int, Specialist],
         groups: ClassGroups,
         gate: int = 1,
         max_specialists: int | None = None,
@@ -132,6 +143,10 @@ class SpecialistEnsemble:
         self.class_names = list(generalist.spec.class_names)
         self.runs: Counter[str | int | tuple[str, int]] = Counter()
         self._prefixes: weakref.WeakKeyDictionary[Classifier, int] = weakref.WeakKeyDictionary()
+        self._cut: Cut | None = None  # where branches part from the generalist
+        if isinstance(specialists, dict):
+            for specialist in specialists.values():
+                self._learn_cut(specialist.spec)
         self._lock = threading.Lock()
         self.finished: bool | None = None
         self.functions: Mapping[str, Callable] = {}
@@ -192,7 +207,7 @@ class SpecialistEnsemble:
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
 
-        def load_one(m: int) -> Classifier:
+        def load_one(m: int) -> Specialist:
             shared = settings.shared.get(str(m), ())
             return load_specialist(specialist_folder(root, m), generalist, shared, device, builders)
 
@@ -201,7 +216,9 @@ class SpecialistEnsemble:
         if max_specialists is None:
             max_specialists = settings.max_specialists
         numbers = [
-            m for m in range(len(groups.members)) if _is_complete(specialist_folder(root, m))
+            m
+            for m in range(len(groups.members))
+            if m not in settings.skipped and _is_complete(specialist_folder(root, m))
         ]
         ensemble = cls(
             generalist,
@@ -218,6 +235,8 @@ class SpecialistEnsemble:
         )
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
+        for m in numbers[:1]:
+            ensemble._learn_cut(ModelSpec.load(specialist_folder(root, m) / "model.json"))
         return ensemble
 
     def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
@@ -311,22 +330,76 @@ class SpecialistEnsemble:
         special[m] is (rows, logits), or None.
         """
         raw = torch.as_tensor(inputs).to(self.device)
-        features, reached = self._run_trunk(raw)
+        features, reached, at_cut = self._run_trunk(raw)
         logits = self.generalist.head(features)
         self._count("trunk")
         p_general = softmax(logits, 1.0)
         active = open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
         special: SpecialRows = [None] * len(self.groups.members)
+        general: GeneralOutput | None = None  # what branches read of it
         for m in active.any(0).nonzero()[:, 0].tolist():
             rows = active[:, m].nonzero()[:, 0]
-            special[m] = rows, self._run_specialist(m, raw, rows, reached)
+            specialist = self.specialists[m]
+            if isinstance(specialist, Branch):
+                self._check_group(m, specialist)
+                general = general or GeneralOutput.of(logits)
+                own_and_rest = general.own_and_rest(specialist.classes, rows)
+                special[m] = rows, specialist(at_cut[rows], *own_and_rest)
+                self._count(m)
+            else:
+                special[m] = rows, self._run_specialist(m, specialist, raw, rows, reached)
         return logits, special, active
 
-    def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """The generalist's features, and what it has after as many blocks as a specialist shares.
+    def multiplications(self, active: Tensor) -> float:
+        """What the ensemble multiplies for one example, on average.
 
-        The latter only where it is known that a specialist branches off there.
+        Parameters
+        ----------
+        active : bool Tensor [B, M]
+            The specialists that were run, as `forward_with_details` returns them.
+
+        Returns
+        -------
+        float
+            The generalist's multiplications and those of the specialists that were asked, without
+            the blocks that they share with it.
         """
+        raw = torch.zeros(1, *self.generalist.spec.input.shape, device=self.device)
+        total = float(multiplications(self.generalist, raw))
+        asked = active.float().mean(0).tolist()
+        for m, share in enumerate(asked):
+            if share:
+                total += share * self._own_multiplications(m, raw)
+        return total
+
+    @torch.no_grad()
+    def _own_multiplications(self, m: int, raw: Tensor) -> int:
+        """Those of specialist m beside the generalist's."""
+        specialist = self.specialists[m]
+        _, reached, at_cut = self._run_trunk(raw)
+        if isinstance(specialist, Branch):
+            own = torch.zeros(1, len(specialist.classes), device=self.device)
+            return multiplications(specialist, at_cut, own, own[:, 0])
+        shared = max(0, self._prefix(m, specialist))
+        x = reached[0]
+        for block in blocks(specialist.trunk)[:shared]:
+            x = block(x)
+        end = nn.Sequential(*blocks(specialist.trunk)[shared:])
+        features = end(x)
+        rows = multiplications_of_rows(specialist.head)
+        return multiplications(end, x) + rows * features.shape[1]
+
+    def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+        """The generalist's features, and what it has on the way.
+
+        That is what it has after as many blocks as a copy shares, where one is known to do so, and
+        what it has where branches part from it.
+        """
+        if self._cut is not None:
+            x = self.generalist.preprocess(raw)
+            at_cut = self._cut.body(x)
+            features = self._cut.end(at_cut)
+            return features, {0: x, len(blocks(self.generalist.trunk)): features}, at_cut
         trunk = blocks(self.generalist.trunk)
         with self._lock:
             depths = {len(trunk), *self._prefixes.values()}
@@ -336,13 +409,17 @@ class SpecialistEnsemble:
             x = block(x)
             if depth in depths:
                 reached[depth] = x
-        return x, reached
+        return x, reached, x
 
     def _run_specialist(
-        self, m: int, raw: Tensor, rows: Tensor, reached: dict[int, Tensor]
+        self,
+        m: int,
+        specialist: Classifier,
+        raw: Tensor,
+        rows: Tensor,
+        reached: dict[int, Tensor],
     ) -> Tensor:
         """Logits [len(rows), |S_m| + 1], from where the generalist's blocks end."""
-        specialist = self.specialists[m]
         shared = self._prefix(m, specialist)
         if shared >= 0:
             nearest = max(depth for depth in reached if depth <= shared)
@@ -366,16 +443,24 @@ class SpecialistEnsemble:
             known = self._prefixes.get(specialist)
         if known is not None:
             return known
+        self._check_group(m, specialist)
+        length = shared_prefix(self.generalist, specialist.eval())
+        with self._lock:
+            self._prefixes[specialist] = length
+        return length
+
+    def _check_group(self, m: int, specialist: Specialist) -> None:
         classes = specialist.spec.head.get("members")
         if classes is not None and list(classes) != self.groups.members[m].tolist():
             raise ValueError(
                 f"specialist {m} was trained for other classes than group {m} has; "
                 "the groups are not this run's"
             )
-        length = shared_prefix(self.generalist, specialist.eval())
-        with self._lock:
-            self._prefixes[specialist] = length
-        return length
+
+    def _learn_cut(self, spec: ModelSpec) -> None:
+        """Note where a specialist, if it is a branch, parts from the generalist."""
+        if spec.head["kind"] == "branch" and self._cut is None:
+            self._cut = cut_at(self.generalist.trunk, spec.head["blocks"])
 
     def _count(self, name: str | int | tuple[str, int]) -> None:
         with self._lock:
@@ -398,6 +483,11 @@ def finished_words(finished: bool | None) -> str:
     if finished is None:
         return "made in memory"
     return "of a finished run" if finished else "of a run that is not finished"
+
+
+def multiplications_of_rows(head: nn.Module) -> int:
+    """Rows of a head, each of which multiplies every feature once."""
+    return len(head.get_parameter("weight"))
 
 
 def _settings_of(root: Path) -> EnsembleSettings:

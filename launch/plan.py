@@ -108,9 +108,10 @@ def is_of_specialists(job: str) -> bool:
 
 def packs(run: RunDirectory) -> list[range]:
     """The specialists that are trained here, specialists.per_job to a job, by their numbers."""
-    per_job = run.config.specialists.per_job
     count = len(run.specialists)
-    first = count - sum(stage.kind.trains for stage in run.specialists)
+    trained = sum(stage.kind.trains for stage in run.specialists)
+    first = count - trained
+    per_job = run.config.specialists.in_one_job(trained)
     return [range(start, min(start + per_job, count)) for start in range(first, count, per_job)]
 
 

@@ -126,7 +126,7 @@ def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Bat
     all_packs = packs(run)
     job_of = {job.stages[0].address: job for job in jobs}  # by its first specialist
     name = "specialists"
-    if run.config.specialists.per_job > 1:
+    if run.config.specialists.in_one_job(len(run.specialists)) > 1:
         name = "specialists-pack"
     starts = range(0, len(all_packs), max_array_size)
     limit = None

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .adoption import Adoption, adopt_weights
+    from .branches import Branch, BranchedClassifier, branch_off, load_branch
     from .builders import builtin_options, declared_options
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
+    from .counting import multiplications
     from .files import load_classifier, save_classifier
     from .freezing import freeze_norm, set_trainable
     from .gathered_rows import top_k
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from .widening import widen
 
 _MODULE_OF = {
+    "Branch": "branches",
+    "BranchedClassifier": "branches",
+    "branch_off": "branches",
+    "load_branch": "branches",
     "InputSpec": "spec",
     "ModelSpec": "spec",
     "PictureRules": "pictures",
@@ -38,6 +44,7 @@ _MODULE_OF = {
     "Classifier": "classifier",
     "lazy_logits": "classifier",
     "parameter_count": "classifier",
+    "multiplications": "counting",
     "DustbinHead": "heads",
     "Summary": "linear_logits",
     "ResidualRow": "residual_row",
@@ -63,6 +70,8 @@ _MODULE_OF = {
 }
 __all__ = [
     "Adoption",
+    "Branch",
+    "BranchedClassifier",
     "Classifier",
     "DustbinHead",
     "InputSpec",
@@ -74,6 +83,7 @@ __all__ = [
     "add_classes",
     "adopt_weights",
     "batch_ensemble",
+    "branch_off",
     "build_classifier",
     "builtin_options",
     "declared_options",
@@ -81,11 +91,13 @@ __all__ = [
     "freeze_norm",
     "hydra",
     "lazy_logits",
+    "load_branch",
     "load_classifier",
     "match_classes",
     "mean_log_probabilities",
     "member_log_probabilities",
     "merge_grown_head",
+    "multiplications",
     "parameter_count",
     "read_inputs",
     "read_picture",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,16 +15,19 @@ from .checkpoints import first_few, read_safetensors
 from .classifier import Classifier, build_classifier
 from .spec import ModelSpec
 
+if TYPE_CHECKING:
+    from .branches import Branch
+
 SPEC = "model.json"
 WEIGHTS = "model.safetensors"
 
 
-def save_classifier(classifier: Classifier, directory: str | Path) -> None:
+def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> None:
     """Write model.safetensors and then model.json, each under a temporary name first.
 
     Parameters
     ----------
-    classifier : Classifier
+    classifier : Classifier or Branch
         On any device.
     directory : path
         Made if it does not exist.
@@ -79,12 +83,12 @@ def load_classifier(
         except ValueError as error:
             raise ValueError(f"{directory / SPEC}: {error}") from None
     tensors = read_safetensors(directory / WEIGHTS)
-    _check_tensors(tensors, classifier.state_dict(), directory / WEIGHTS)
+    check_tensors(tensors, classifier.state_dict(), directory / WEIGHTS)
     classifier.load_state_dict(tensors)
     return classifier.to(device).eval()
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:
     """ValueError unless `tensors` has the names and shapes of `needed`."""
     problems = []
     if missing := sorted(needed.keys() - tensors.keys()):

@@ -144,7 +144,15 @@ class GrownHead(nn.Module):
 
 
 def make_head(spec: ModelSpec, in_features: int) -> nn.Linear | DustbinHead:
-    """The head that `spec.head` describes, with fresh weights."""
+    """The head that `spec.head` describes, with fresh weights.
+
+    Raises ValueError for a branch, which has none of its own.
+    """
+    if spec.head["kind"] == "branch":
+        raise ValueError(
+            "a branch corrects its generalist's logits and is no network by itself; "
+            "load the run or the bundle that it is part of"
+        )
     if spec.head["kind"] == "dustbin" and spec.head["rows"] != "fresh":
         kept = spec.head.get("kept")
         return DustbinHead(in_features, spec.num_classes, spec.head["members"], kept)

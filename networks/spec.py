@@ -14,7 +14,8 @@ from typing import Any, cast
 from .pictures import PictureRules
 
 SCHEMA = 1
-HEAD_KINDS = ("linear", "dustbin")
+HEAD_KINDS = ("linear", "dustbin", "branch")
+BRANCH_SIZES = {"embedding": 1, "blocks": 0, "features": 1}  # and the least of each
 DUSTBIN_ROWS = ("all", "kept", "fresh")
 MEMBER_KEYS = {"heads": ("kind", "count", "blocks"), "batch": ("kind", "count")}
 REQUIRED_KEYS = ("builder", "num_classes", "input", "shape")
@@ -132,6 +133,10 @@ class ModelSpec:
         "all"    a row for every class: the dustbin is the log-sum-exp of those outside "members"
         "kept"   rows for the classes in the list "kept" and one row for all others
         "fresh"  one row
+
+        Or {"kind": "branch", "members": ..., "embedding": E, "blocks": N, "features": D} of a
+        specialist that corrects the generalist's logits: D numbers in, E between, N blocks of the
+        trunk its own.
     members : dict, optional
         None for a plain network, or K members whose logits are [K, B, C]:
 
@@ -255,6 +260,8 @@ def _checked_head(head: dict[str, Any], num_classes: int) -> dict[str, Any]:
     keys = ["kind"]
     if head["kind"] == "dustbin":
         keys += ["members", "rows"]
+    if head["kind"] == "branch":
+        keys += ["members", *BRANCH_SIZES]
     if head.get("rows") == "kept":
         keys += ["kept"]
     for key in set(head) - set(keys):
@@ -266,12 +273,24 @@ def _checked_head(head: dict[str, Any], num_classes: int) -> dict[str, Any]:
     classes = head.get("members")
     if not isinstance(classes, (list, tuple)) or not all(map(_is_int, classes)):
         raise ValueError("head.members: a list of class indices is needed")
+    if head["kind"] == "branch":
+        sizes = _checked_sizes(head)
+        return {"kind": "branch", "members": checked_classes(classes, num_classes), **sizes}
     checked = {"kind": "dustbin", "members": checked_classes(classes, num_classes), "rows": rows}
     if rows == "kept":
         checked["kept"] = list(head.get("kept", ()))
     # No class has two rows.
     checked_classes([*checked["members"], *checked.get("kept", ())], num_classes)
     return checked
+
+
+def _checked_sizes(head: dict[str, Any]) -> dict[str, int]:
+    """A branch's sizes."""
+    for key, least in BRANCH_SIZES.items():
+        value: Any = head.get(key)
+        if not _is_int(value) or value < least:
+            raise ValueError(f"head.{key} = {value!r}: must be a whole number, at least {least}")
+    return {key: head[key] for key in BRANCH_SIZES}
 
 
 def _checked_members(members: dict[str, Any] | None, head: dict[str, Any]) -> dict[str, Any] | None:

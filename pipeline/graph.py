@@ -81,6 +81,17 @@ class RunDirectory:
         return self.stage("route", [self.cluster], mode=self.config.route.mode)
 
     @cached_property
+    def features(self) -> Stage:
+        """What branches learn from: what the generalist has where they part from it."""
+        section, augment = self.config.specialists, self.config.data.augment
+        return self.stage(
+            "features",
+            [self.generalist],
+            blocks=section.blocks,
+            views=section.views_of(augment),
+        )
+
+    @cached_property
     def specialists(self) -> list[Stage]:
         return self.method.specialists()
 

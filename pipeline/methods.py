@@ -1,9 +1,9 @@
 """What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
 bears.
 
-Four methods: a generalist with specialists; a deep ensemble of generalists; generalists that are
-asked about the first one's shortlist; and specialists that add classes to a finished run, whose
-generalist, groups and specialists are inherited.
+Five methods: a generalist with specialists, its copies or branches of it; a deep ensemble of
+generalists; generalists that are asked about the first one's shortlist; and specialists that add
+classes to a finished run, whose generalist, groups and specialists are inherited.
 """
 
 from __future__ import annotations
@@ -140,6 +140,29 @@ class SpecialistMethod:
         if file is None:
             return self.run.config.clusters.num_groups
         return count_groups(file, f"clusters.groups_file = {file}: not a readable ClassGroups file")
+
+
+class BranchMethod(SpecialistMethod):
+    """Specialists that correct the generalist's logits, and learn from its kept features."""
+
+    BRANCH = dataclasses.replace(
+        KINDS["specialist"],
+        function="trainer.stages.branches:branch",
+        together="trainer.stages.branches:branches",
+    )
+
+    def specialists(self) -> list[Stage]:
+        inputs = [self.run.cluster, self.run.features]
+        return [
+            self.run.stage("specialist", inputs, index, kind=self.BRANCH, index=index)
+            for index in range(self.num_groups)
+        ]
+
+    def before_ensemble(self) -> list[Stage]:
+        return [self.run.measure, self.run.cluster, self.run.features, *self.run.specialists]
+
+    def joined(self) -> list[Stage]:
+        return [self.run.features, *self.run.specialists]
 
 
 class DeepMethod:
@@ -354,6 +377,8 @@ def method_of(run: RunDirectory) -> Method:
         return ShortlistMethod(run)
     if run.config.is_deep:
         return DeepMethod(run)
+    if run.config.specialists.is_branch:
+        return BranchMethod(run)
     return ExtendingMethod(run) if run.config.extend.run else SpecialistMethod(run)
 
 

@@ -28,7 +28,8 @@ class StageKind:
     scales: whether it trains on several ranks.
     schedule: the section of the config by which it trains.
     former_name, former_place: what versions before schema 2 called it.
-
+    together: "module:function" of (session, stages), for a kind whose stages are done at once where
+        one command names several.
     """
 
     name: str
@@ -44,6 +45,7 @@ class StageKind:
     schedule: Literal["train", "specialists", "students"] = "train"
     former_name: str = ""
     former_place: str = ""
+    together: str = ""
 
     def place_of(self, address: int | str | None) -> str:
         """The directory below RUN of one stage of this kind."""
@@ -90,6 +92,14 @@ _ROWS = [
         "route",
         "routed",
         "trainer.stages.grouping:route",
+        job="clusters",
+        slurm="clusters",
+    ),
+    StageKind(
+        "features",
+        "features",
+        "trainer.stages.features:features",
+        sections=("seed", "data"),
         job="clusters",
         slurm="clusters",
     ),

@@ -92,16 +92,29 @@ def run_stages(argv: list[str]) -> int:
 
     from .distributed.ranks import process_group
     from .session import Session, start_logging
-    from .stages import run_stage
+    from .stages import run_together
 
     start_logging()
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
         check_where_left(session)
-        for stage in pending:
-            check_inputs(stage)
-            run_stage(session, stage)
+        for alike in in_a_row(pending):
+            for stage in alike:
+                check_inputs(stage)
+            run_together(session, alike)
     return 0
+
+
+def in_a_row(stages: list[Stage]) -> list[list[Stage]]:
+    """Neighbours that can be done together; each other stage by itself."""
+    parts: list[list[Stage]] = []
+    for stage in stages:
+        together = stage.kind.together
+        if together and parts and parts[-1][-1].kind.together == together:
+            parts[-1].append(stage)
+        else:
+            parts.append([stage])
+    return parts
 
 
 def check_where_left(session: Session) -> None:

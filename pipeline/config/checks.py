@@ -30,6 +30,7 @@ def check_all(config: Config) -> None:
     check_negatives(config)
     check_losses(config)
     check_averages(config)
+    check_branches(config)
 
 
 def schedules(config: Config) -> dict[str, ResolvedSchedule]:
@@ -201,6 +202,32 @@ def check_averages(config: Config) -> None:
             raise ValueError(
                 f"{name}.ema = {section.ema}: no rank holds the weights to average; {remedy}"
             )
+
+
+def check_branches(config: Config) -> None:
+    """What branches are not trained with: they learn from kept features, all at once."""
+    section = config.specialists
+    if not section.is_branch:
+        return
+    if section.views > 1 and config.data.augment == "none":
+        raise ValueError(
+            f"specialists.views = {section.views}: without data.augment all views are the same; "
+            "leave it out"
+        )
+    if section.ema:
+        raise ValueError(
+            f"specialists.ema = {section.ema}: a branch keeps its best step on val instead; "
+            "set specialists.ema = 0"
+        )
+    if section.negatives is not None:
+        raise ValueError(
+            "specialists.negatives is of a sharded head, which no branch has; leave it out"
+        )
+    if config.extend.run:
+        raise ValueError(
+            'specialists.kind = "branch" and extend.run: the new classes get a copy; '
+            'set specialists.kind = "copy"'
+        )
 
 
 def _known(key: str, value: str, names: tuple[str, ...], also: str = "") -> None:

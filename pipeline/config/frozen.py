@@ -119,7 +119,13 @@ SINCE_SCHEMA_1 = {
     "generalist": {"weights": None},
     "ensemble": {"shortlist": None, "order": 0.0},
     "train": {"loss": "cross_entropy"},
-    "specialists": {"loss": "cross_entropy"},
+    "specialists": {
+        "loss": "cross_entropy",
+        "kind": "copy",
+        "blocks": 0,
+        "model": {},
+        "views": 0,
+    },
     "students": {"loss": "cross_entropy"},
 }
 
@@ -127,7 +133,7 @@ SINCE_SCHEMA_1 = {
 IN_NO_KEY = {
     "data": ["cache", "cache_bytes", "workers", "fetch_dir", "fetch_bytes"],
     "train": ["checkpoint_every", "keep", "log_every"],
-    "specialists": ["checkpoint_every", "keep", "log_every", "per_job"],
+    "specialists": ["checkpoint_every", "keep", "log_every", "per_job", "features_bytes"],
     "students": ["checkpoint_every", "keep", "log_every"],
     "ensemble": ["allow_missing"],
 }

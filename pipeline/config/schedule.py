@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 from ..choices import AUGMENTATIONS, LOSSES, STUDENT_METHODS
 from .base import MODULE_FUNCTION, Section, UserError, one_of
 
+AUGMENTED_VIEWS = 4  # that branches learn from, unless specialists.views says otherwise
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
@@ -109,6 +110,16 @@ DEFAULT_SCHEDULE = ResolvedSchedule()
 class Specialists(Schedule):
     """One network for each group of confusable classes, started from the generalist."""
 
+    # copy: the generalist again, trained on; branch: a correction of its logits
+    kind: Literal["copy", "branch"] = "copy"
+    # of branch: the trunk's last blocks that are its own; 0 = the generalist's trunk is shared
+    blocks: int = Field(default=0, ge=0)
+    # of branch: {embedding = 64} numbers before its rows, {dropout = 0.1} of what it reads
+    model: dict[str, Any] = {}
+    # of branch: fixed views of each training input that are kept; 0 = 4 augmented ones, or one
+    views: int = Field(default=0, ge=0)
+    # of branch: the most that kept features may take
+    features_bytes: int = Field(default=64 * 1024**3, gt=0)
     # full: trained on all classes
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"
     # of preserving: rows that it keeps beside a fitted one; None = all
@@ -123,8 +134,8 @@ class Specialists(Schedule):
     freeze_norm: bool = True
     # fraction of a batch drawn from the group's classes
     fraction: float = Field(default=0.5, gt=0, lt=1)
-    # specialists that one job trains, one after the other
-    per_job: int = Field(default=1, gt=0)
+    # specialists that one job trains; None: one, or of branches all at once
+    per_job: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _rows(self):
@@ -147,6 +158,66 @@ class Specialists(Schedule):
                 'dustbin = "preserving" or "full", without dustbin_rows'
             )
         return self
+
+    @model_validator(mode="after")
+    def _branches(self):
+        if self.is_branch:
+            self._check_branch()
+            return self
+        of_branch = {"blocks": 0, "model": {}, "views": 0}
+        for key, default in of_branch.items():
+            if getattr(self, key) != default:
+                raise ValueError(f'{key} is of kind = "branch"; leave it out')
+        return self
+
+    def _check_branch(self) -> None:
+        of_copy = {
+            "dustbin": "preserving",
+            "dustbin_rows": None,
+            "hard_negatives": 0,
+            "trainable": "all",
+        }
+        for key, default in of_copy.items():
+            if getattr(self, key) != default:
+                raise ValueError(
+                    f'{key} is of kind = "copy"; a branch corrects the generalist\'s logits and '
+                    "has one row for all other classes: leave it out"
+                )
+        if not self.freeze_norm:
+            raise ValueError('freeze_norm = false is of kind = "copy"; leave it out')
+        unknown = sorted(self.model.keys() - {"embedding", "dropout"})
+        if unknown:
+            raise ValueError(f"model.{unknown[0]}: a branch has embedding and dropout alone")
+        if self.embedding is not None and (type(self.embedding) is not int or self.embedding < 1):
+            raise ValueError(f"model.embedding = {self.embedding!r}: a whole number, at least 1")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout = {self.dropout!r}: a number from 0 to below 1")
+
+    @property
+    def is_branch(self) -> bool:
+        return self.kind == "branch"
+
+    @property
+    def embedding(self) -> int | None:
+        """Of branch; None: as many numbers as the generalist's head reads."""
+        return self.model.get("embedding")
+
+    @property
+    def dropout(self) -> float:
+        """Of branch: of what its embedding reads."""
+        return self.model.get("dropout", 0.0)
+
+    def views_of(self, augment: str) -> int:
+        """How often each training input is kept, with the training stream's augmentation."""
+        if self.views:
+            return self.views
+        return 1 if augment == "none" else AUGMENTED_VIEWS
+
+    def in_one_job(self, count: int) -> int:
+        """How many of `count` specialists one job trains."""
+        if self.per_job is not None:
+            return self.per_job
+        return max(1, count) if self.is_branch else 1
 
     @property
     def trains_all_rows(self) -> bool:

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from ensemble import (
     DeepEnsemble,
-    EnsembleProgram,
     ShortlistEnsemble,
     SpecialistEnsemble,
+    ensemble_program,
     export_bundle,
     export_onnx,
     export_program,
     load_ensemble,
 )
-from networks import Classifier, ModelSpec, load_classifier, save_classifier
+from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
 from pipeline.config import UserError
 from pipeline.extras import require
 from pipeline.failures import cannot_write
@@ -298,12 +298,13 @@ class Export:
         generalist = Probabilities(ensemble.generalist, temperatures[0])
         self.programs("generalist", generalist, raw, suffixes)
         for m in ensemble.specialists:
-            specialist = Probabilities(ensemble.specialists[m], temperatures[1 + m])
-            self.programs(f"specialist-{m:03d}", specialist, raw, suffixes)
+            specialist = ensemble.specialists[m]
+            if isinstance(specialist, Branch):  # no program without its generalist
+                continue
+            network = Probabilities(specialist, temperatures[1 + m])
+            self.programs(f"specialist-{m:03d}", network, raw, suffixes)
         try:
-            programs = {
-                suffix: EnsembleProgram(ensemble, portable=suffix == "onnx") for suffix in suffixes
-            }
+            programs = {suffix: ensemble_program(ensemble, suffix == "onnx") for suffix in suffixes}
         except ValueError as reason:
             print(f"the ensemble as a whole is not among the programs: {reason}")
             return

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from networks import parameter_count
+from networks import BranchedClassifier, parameter_count
+from networks.cutting import cut_at
 from pipeline.config import Config, UserError
 
 from ..data.shards import ShardSet
+from ..stages.features import check_size, row_bytes, row_shapes
 from ..stages.rehearsal import Part, share_of_batch
 
 FLOAT = 4  # bytes
@@ -109,6 +111,7 @@ def check_disk(
     )
     networks = sum(FLOAT * parameter_count(part.network) * part.count for part in parts)
     routing, cache = routing_bytes(config, shards["train"]), cache_bytes(config, shards)
+    routing += features_bytes(config, parts, shards)
     need = checkpoints + networks + routing + cache
     said = (
         f"{run}: {gib(free)} are free; checkpoints take {gib(checkpoints)}, networks "
@@ -139,11 +142,24 @@ def kept_checkpoints(part: Part) -> int:
 
 def routing_bytes(config: Config, train: ShardSet) -> int:
     """Ids of the samples, once for each group that has them, and with "copy" their files."""
-    if not config.has_specialists:
+    if not config.has_specialists or config.specialists.is_branch:
         return 0
     ids = np.arange(len(train))
     of_each = ids.nbytes + (train.raw_bytes(ids) if config.route.mode == "copy" else 0)
     return of_each * config.clusters.overlap
+
+
+def features_bytes(config: Config, parts: Sequence[Part], shards: dict[str, ShardSet]) -> int:
+    """What branches learn from.  Raises UserError where it may not be so much."""
+    branched = [part.network for part in parts if isinstance(part.network, BranchedClassifier)]
+    if not branched:
+        return 0
+    section, generalist = config.specialists, branched[0].generalist
+    shapes = row_shapes(generalist, cut_at(generalist.trunk, section.blocks))
+    rows = len(shards["train"]) * section.views_of(config.data.augment) + len(shards["val"])
+    needed = rows * row_bytes(shapes)
+    check_size(section, needed)
+    return needed
 
 
 def cache_bytes(config: Config, shards: dict[str, ShardSet]) -> int:

@@ -54,7 +54,7 @@ def run_seconds(config: Config, data: DataSummary, of_one: float, pool: int) -> 
     own = math.ceil(examples * config.clusters.overlap / groups)
     lesson = specialist_steps(specialists, own) * specialists.batch_size
     beside = groups * lesson
-    jobs = 5 + math.ceil(groups / specialists.per_job)
+    jobs = 5 + math.ceil(groups / (specialists.per_job or groups))
     if config.controls.enabled:
         beside += len(config.controls.learning_rates) * lesson + groups * lesson
         jobs += len(config.controls.learning_rates) + 1

@@ -175,8 +175,11 @@ class Evidence:
 
     @property
     def skipped(self) -> list[int]:
-        """Groups that were forecast to gain too little for a specialist."""
-        return self.clusters.get("skipped") or []
+        """Groups that the ensemble has no specialist for on purpose: too little to gain."""
+        settings: dict = {}
+        if self.has_specialists:
+            settings = read_file(self.run.ensemble, "ensemble.json") or {}
+        return sorted({*(self.clusters.get("skipped") or []), *settings.get("skipped", [])})
 
     def has_specialist(self, index: int) -> bool:
         return index not in self.missing and index not in self.skipped

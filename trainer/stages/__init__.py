@@ -10,6 +10,7 @@ each row:
     generalist.py   one network learns all classes
     grouping.py     which classes does it confuse?  measure, cluster, route
     specialist.py   the generalist again, for one group of classes and a dustbin
+    features.py, branches.py               or corrections of its logits, from features that it keeps
     joining.py      eq. 5: what it needs beside the networks
     control.py      the same examples for the generalist alone
     targets.py, student.py, teachers.py    one network learns what the ensemble predicts
@@ -32,3 +33,13 @@ if TYPE_CHECKING:
 def run_stage(session: Session, stage: Stage) -> None:
     """Do one stage: the function that its row names."""
     resolve(stage.kind.function)(session, stage, *stage.arguments)
+
+
+def run_together(session: Session, stages: list[Stage]) -> None:
+    """Do stages of one kind, at once where their row knows how."""
+    together = stages[0].kind.together
+    if together:
+        resolve(together)(session, stages)
+        return
+    for stage in stages:
+        run_stage(session, stage)

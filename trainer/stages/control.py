@@ -13,7 +13,7 @@ from ..session import Session
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, read_summary, save_network
 from .student import hard_twin_task
-from .training import generalist_task, specialist_steps, train_network
+from .training import branch_steps, generalist_task, specialist_steps, train_network
 from .validate import validate_classifier
 
 
@@ -58,8 +58,11 @@ def trained_lengths(session: Session) -> list[int]:
     """Planned steps of each specialist that is trained here."""
     counts = session.shards("train").class_counts
     schedule, skipped = session.config.specialists, skipped_groups(session)
-    return [
-        specialist_steps(schedule, int(counts[classes].sum()))
+    own_examples = {
+        m: int(counts[classes].sum())
         for m, classes in enumerate(groups_of(session).members)
         if session.run.specialists[m].kind.trains and m not in skipped
-    ]
+    }
+    if schedule.is_branch:
+        return [branch_steps(schedule, list(own_examples.values()))] * len(own_examples)
+    return [specialist_steps(schedule, count) for count in own_examples.values()]

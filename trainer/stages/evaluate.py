@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clustering import captured_confusion
 from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble
-from networks import Classifier, lazy_logits, member_log_probabilities
+from networks import Branch, BranchedClassifier, Classifier, lazy_logits, member_log_probabilities
 from pipeline.choices import STUDENT_METHODS
 from pipeline.controls import evaluated_controls
 from pipeline.store import Attempt, Stage, read_json
@@ -179,13 +179,19 @@ def specialist_rows(
         if m not in ensemble.specialists:
             continue
         row = {"index": m, "classes": len(classes), "routed": int(active[:, m].sum())}
-        row |= conditional_accuracy(session, generalist, ensemble.specialists[m], classes)
+        specialist = ensemble.specialists[m]
+        if isinstance(specialist, Branch):
+            specialist = BranchedClassifier(generalist, specialist).eval()
+        row |= conditional_accuracy(session, generalist, specialist, classes)
         rows.append({**row, "cost": cost_of(session.run.specialists[m])})
     return rows
 
 
 def conditional_accuracy(
-    session: Session, generalist: Classifier, network: Classifier, classes: np.ndarray
+    session: Session,
+    generalist: Classifier,
+    network: Classifier | BranchedClassifier,
+    classes: np.ndarray,
 ) -> dict:
     """{n, conditional_before, conditional_after, gain}; {n: 0} without examples."""
     test = session.shards("test")

@@ -24,7 +24,7 @@ from pipeline.store import Stage, read_json, write_json
 from ..data.streams import Batch
 from ..session import Session
 from .grouping import groups_of, skipped_groups
-from .networks import load_network, read_summary
+from .networks import load_network, load_specialist_network, read_summary
 from .shortlist import fit_shortlist
 
 WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
@@ -85,7 +85,7 @@ def fit_ensemble_settings(session: Session) -> EnsembleSettings:
         gate=config.gate,
         max_specialists=config.max_specialists,
         combine=config.combine,
-        skipped=sorted(skipped_groups(session)),
+        skipped=sorted(skipped_groups(session) | dropped_branches(session)),
         missing=missing,
     )
     if config.temperatures:
@@ -93,6 +93,23 @@ def fit_ensemble_settings(session: Session) -> EnsembleSettings:
     if config.fit_weight:
         settings.weights = fit_weight(session, specialist_ensemble(session, settings))
     return settings
+
+
+def dropped_branches(session: Session) -> set[int]:
+    """Groups whose branch was never better on val than the generalist: it stays out."""
+    if not session.config.specialists.is_branch:
+        return set()
+    done = {m: stage for m, stage in enumerate(session.run.specialists) if stage.is_done}
+    dropped = {m for m, stage in done.items() if read_summary(stage).get("best_step") == 0}
+    if dropped:
+        session.say(
+            "%d of %d branches were never better on val than the generalist, and stay out of the "
+            "ensemble: %s",
+            len(dropped),
+            len(done),
+            ", ".join(map(str, sorted(dropped))),
+        )
+    return dropped
 
 
 def fitted_temperatures(session: Session) -> list[float]:
@@ -143,7 +160,7 @@ def specialist_ensemble(
         settings = read_settings(session)
     absent = {*settings.skipped, *settings.missing}
     specialists = {
-        m: load_network(session, stage)
+        m: load_specialist_network(session, stage)
         for m, stage in enumerate(session.run.specialists)
         if m not in absent
     }

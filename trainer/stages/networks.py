@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from networks import (
+    Branch,
     Classifier,
     InputSpec,
     ModelSpec,
@@ -19,6 +20,7 @@ from networks import (
     build_classifier,
     declared_options,
     hydra,
+    load_branch,
     load_classifier,
     save_classifier,
     widen,
@@ -121,7 +123,17 @@ def load_network(session: Session, stage: Stage) -> Classifier:
     return load_classifier(directory, session.ranks.device, builders_of(session.config))
 
 
-def save_network(session: Session, attempt: Attempt, network: Classifier, summary: dict) -> None:
+def load_specialist_network(session: Session, stage: Stage) -> Classifier | Branch:
+    """A finished specialist, a copy or a branch as the config says, in eval mode."""
+    if not session.config.specialists.is_branch:
+        return load_network(session, stage)
+    directory = stage.path("model.safetensors").parent
+    return load_branch(directory, session.ranks.device, builders_of(session.config))
+
+
+def save_network(
+    session: Session, attempt: Attempt, network: Classifier | Branch, summary: dict
+) -> None:
     """The network and what training it took, by rank 0."""
     if session.ranks.is_main:
         save_classifier(network, attempt.directory)

@@ -19,7 +19,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from clustering import ClassGroups
 from networks import (
+    BranchedClassifier,
     Classifier,
+    branch_off,
     freeze_norm,
     lazy_logits,
     merge_grown_head,
@@ -53,7 +55,7 @@ class Part:
     """
 
     section: str
-    network: Classifier
+    network: Classifier | BranchedClassifier
     objective: Objective
     schedule: ResolvedSchedule
     ranks: int
@@ -135,6 +137,8 @@ def _specialist(session: Session, generalist: Classifier) -> Part:
             "specialists.batch_size = 1: a batch holds examples of the group and of the other "
             "classes; try 2"
         )
+    if schedule.is_branch:
+        return _branch(session, generalist, classes)
     try:
         network, objective = _specialist_network(session, generalist, classes)
         freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
@@ -142,6 +146,22 @@ def _specialist(session: Session, generalist: Classifier) -> Part:
         raise UserError(f"specialists: {error}") from None
     count = sum(stage.kind.trains for stage in session.run.specialists)
     augment = session.config.data.augment
+    return Part("specialists", network, objective, schedule, 1, augment, count)
+
+
+def _branch(session: Session, generalist: Classifier, classes: np.ndarray) -> Part:
+    """A branch beside a frozen generalist."""
+    schedule, augment = session.config.specialists, session.config.data.augment
+    frozen = copy.deepcopy(generalist).requires_grad_(False)
+    try:
+        branch = branch_off(frozen, classes, schedule.embedding, schedule.blocks)
+    except ValueError as error:
+        raise UserError(f"specialists: {error}") from None
+    objective = specialise_in(
+        classes, session.num_classes, 0.0, schedule.label_smoothing, loss=loss_of(schedule)
+    )
+    count = len(session.run.specialists)
+    network = BranchedClassifier(frozen, branch.requires_grad_(True))
     return Part("specialists", network, objective, schedule, 1, augment, count)
 
 
@@ -249,6 +269,7 @@ def _try_step(session: Session, part: Part) -> None:
     network = part.network.to(device).train()
     module = network
     if session.config.engine.shard_head and network.spec.head["kind"] == "linear":
+        assert isinstance(network, Classifier), "a branch has no linear head"
         module = LazyNetwork(network)
     kind = precision(session.config.engine, device)
     try:

@@ -16,6 +16,7 @@ from networks import (
     set_trainable,
     specialise,
 )
+from pipeline.config import ResolvedSpecialists
 from pipeline.store import Attempt, Stage
 
 from ..core.loop import TrainingTask
@@ -103,9 +104,7 @@ def mix_batches(session: Session, index: int, classes: np.ndarray) -> Mixture:
     natural = len(inside_ids) / train.num_samples
     seed = session.seed("specialist", index)
     batch = schedule.batch_size
-    own = batch
-    if len(outside_ids):
-        own = min(max(1, round(schedule.fraction * batch)), batch - 1)
+    own = own_examples(schedule, bool(len(outside_ids)))
     order = balanced(inside.labels, seed, schedule.balance, inside_ids)
     sources = [Source(inside, order, own)]
     shift, others_log_prior = 0.0, None
@@ -118,6 +117,14 @@ def mix_batches(session: Session, index: int, classes: np.ndarray) -> Mixture:
         shift = dustbin_shift(natural, own / batch)
     log_prior = balanced_log_prior(train.class_counts[classes], schedule.balance)
     return Mixture(sources, seed, len(inside_ids), natural, shift, log_prior, others_log_prior)
+
+
+def own_examples(schedule: ResolvedSpecialists, with_others: bool) -> int:
+    """How many of a batch are of the group's classes; with_others: whether there are others."""
+    batch = schedule.batch_size
+    if not with_others:
+        return batch
+    return min(max(1, round(schedule.fraction * batch)), batch - 1)
 
 
 def full_softmax_objective(session: Session, classes: np.ndarray, mixture: Mixture) -> Objective:

@@ -101,6 +101,14 @@ def count_steps(schedule: ResolvedSchedule, examples: int) -> int:
     return max(1, math.ceil(schedule.epochs * examples / schedule.batch_size))
 
 
+def branch_steps(schedule: ResolvedSpecialists, own_examples: list[int]) -> int:
+    """Of all branches alike, since they are trained at once; an epoch is the largest group's.
+
+    own_examples: of each group.
+    """
+    return specialist_steps(schedule, max(own_examples))
+
+
 def specialist_steps(schedule: ResolvedSpecialists, examples: int) -> int:
     """An epoch is one pass over its own classes, which fill `fraction` of a batch."""
     return count_steps(schedule, math.ceil(examples / schedule.fraction))

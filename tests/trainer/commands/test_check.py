@@ -165,6 +165,10 @@ def test_a_specialists_batch_of_one_has_no_room_for_the_dustbin(data):
     "overrides, words",
     [
         (["specialists.trainable=last-9-blocks"], "specialists: trainable = 'last-9-blocks'"),
+        (
+            ["specialists.kind=branch", "specialists.blocks=9"],
+            "specialists: blocks = 9: the trunk has 1 (hidden1)",
+        ),
         (["students.main.model={name='nothing:here'}"], "No module named 'nothing'"),
         (["students.main.model={name='mlp', width=48, depth=3}"], 'start = "scratch"'),
         (["students.main.perturb=ods"], "networks that are joined are none"),
@@ -184,6 +188,8 @@ def test_a_network_or_objective_that_cannot_be_is_found_by_its_name(data, overri
         ["specialists.dustbin=full"],
         ["specialists.dustbin=fresh", "specialists.trainable=head"],
         ["specialists.hard_negatives=0.5"],
+        ["specialists.kind=branch", "specialists.model={embedding=8}"],
+        ["specialists.kind=branch", "specialists.blocks=1", "engine.precision=bf16"],
         ["engine.shard_head=true", "train.negatives=5"],
         ["students.main.method=prior", "students.main.start=scratch"],
         ["students.main.model={width=48}"],
@@ -283,6 +289,15 @@ def test_too_little_memory_is_a_warning_with_what_is_needed_and_free(data, monke
     monkeypatch.setattr(needs, "free_memory", lambda device: 50_000)
     warnings = check(toy_config(data), 2)
     assert warnings and warnings[0].startswith("train: weights, optimizer and logits take 0.1 MiB")
+
+
+def test_features_that_would_take_too_much_are_refused_before_anything_runs(data, tmp_path):
+    branch = ("specialists.kind=branch", "specialists.features_bytes=1000")
+    config = toy_config(data, *branch)
+    # 960 and 288 examples of 24 numbers and one of 8 bytes; the head reads the same numbers.
+    needed = (960 + 288) * (24 * 4 + 8)
+    words = f"take {needed:,} bytes, specialists.features_bytes = 1,000 allows less"
+    assert words in mistake(config, run=tmp_path / "run")
 
 
 def test_memory_is_counted_by_hand():

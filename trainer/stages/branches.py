@@ -1,0 +1,296 @@
+"""Branches: corrections of the generalist's logits for each group, all of a job trained at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ensemble import fit_temperature
+from networks import Branch, Classifier, branch_off
+from networks.stacked_branches import StackedBranches
+from pipeline.config import UserError
+from pipeline.store import Attempt, Stage
+
+from ..core.branch_training import BranchBatch, BranchTask, BranchTrainer, branch_logits
+from ..core.losses import dustbin_shift
+from ..core.progress import peak_memory
+from ..data.orders import Order
+from ..data.streams import balanced, shuffled
+from ..session import Session
+from .features import KeptFeatures, kept_features
+from .grouping import groups_of, skipped_groups
+from .networks import load_network, save_network
+from .specialist import own_examples, save_skipped
+from .training import balanced_log_prior, branch_steps, loss_of
+from .validate import referred_examples
+
+CHUNK_BYTES = 2**26  # of features that are measured at a time
+
+
+def branch(session: Session, stage: Stage, index: int) -> None:
+    """One group's branch by itself."""
+    branches(session, [stage])
+
+
+def branches(session: Session, stages: Sequence[Stage]) -> None:
+    """The branches of several groups in one training; each gets its own directory and DONE."""
+    skipped = skipped_groups(session)
+    with ExitStack() as stack:
+        attempts: dict[int, Attempt] = {}
+        for stage in stages:
+            attempt = stack.enter_context(session.attempt(stage))
+            index = int(stage.address or 0)
+            if index in skipped:
+                save_skipped(session, attempt, index)
+            else:
+                attempts[index] = attempt
+        if attempts:
+            train_branches(session, attempts)
+
+
+def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
+    """Train, measure and save the branch of each group, by its number."""
+    began = time.monotonic()
+    generalist = load_network(session, session.run.generalist)
+    work = [BranchWork(session, generalist, m, attempts[m]) for m in attempts]
+    made = [fresh_branch(session, generalist, each) for each in work]
+    stacked = StackedBranches(made).to(session.ranks.device)
+    schedule = session.config.specialists
+    trainer = BranchTrainer(
+        stacked,
+        generalist.linear_head,
+        [each.task() for each in work],
+        BranchReader(session, work, stacked.width),
+        schedule,
+        loss_of(schedule),
+        branch_steps(schedule, own_counts(session)),
+        session.ranks,
+    )
+    earlier = trainer.progress[0].seconds
+    with session.ranks.watching():
+        trainer.train()
+    seconds = (earlier + time.monotonic() - began) / len(work)
+    for m, each in enumerate(work):
+        network = trainer.trained(m)
+        progress = trainer.progress[m]
+        summary = {
+            "seconds": round(seconds, 3),  # an equal share of the job's
+            "examples_seen": trainer.step * schedule.batch_size,
+            "peak_memory_bytes": peak_memory(session.ranks),
+            "steps": trainer.step,
+            "best_step": progress.best_step,
+            "stopped_early": progress.stopped,
+            "val": progress.val,
+            "kind": "branch",
+            "together": len(work),
+            **each.notes,
+            "temperature": each.validator.temperature(network),
+        }
+        say_branch(session, each.index, progress.best_step)
+        save_network(session, each.attempt, network, summary)
+
+
+def say_branch(session: Session, index: int, best_step: int) -> None:
+    if best_step == 0:
+        session.say(
+            "group %d: no step of its branch was better on val than the generalist: the ensemble "
+            "goes without it",
+            index,
+        )
+
+
+def fresh_branch(session: Session, generalist: Classifier, work: BranchWork) -> Branch:
+    section = session.config.specialists
+    torch.manual_seed(work.seed)
+    try:
+        return branch_off(generalist, work.classes, section.embedding, section.blocks)
+    except ValueError as error:
+        raise UserError(f"specialists: {error}") from None
+
+
+def own_counts(session: Session) -> list[int]:
+    """Training examples of each group that gets a branch."""
+    counts, skipped = session.shards("train").class_counts, skipped_groups(session)
+    return [
+        int(counts[classes].sum())
+        for m, classes in enumerate(groups_of(session).members)
+        if m not in skipped
+    ]
+
+
+class BranchWork:
+    """One group: what its batches are made of, how it is measured, where it is saved.
+
+    own, others: orders over the ids of train; others is None where the group has every class.
+    per_batch: of a batch's examples those of the group.
+    """
+
+    def __init__(self, session: Session, generalist: Classifier, index: int, attempt: Attempt):
+        schedule, train = session.config.specialists, session.shards("train")
+        self.index = index
+        self.attempt = attempt
+        self.classes = groups_of(session).members[index]
+        self.seed = session.seed("specialist", index)
+        readable = kept_features(session, "train").readable
+        in_group = np.isin(train.labels, self.classes)
+        inside_ids = np.flatnonzero(in_group & readable)
+        outside_ids = np.flatnonzero(~in_group & readable)
+        self.per_batch = own_examples(schedule, bool(len(outside_ids)))
+        self.own = balanced(train.labels, self.seed, schedule.balance, inside_ids)
+        self.others: Order | None = None
+        natural, shift = in_group.sum() / train.num_samples, 0.0
+        if len(outside_ids):
+            self.others = shuffled(outside_ids, self.seed + 1)
+            shift = dustbin_shift(natural, self.per_batch / schedule.batch_size)
+        self.shift = shift
+        self.log_prior = balanced_log_prior(train.class_counts[self.classes], schedule.balance)
+        self.validator = BranchValidator(session, generalist.linear_head, self.classes)
+        self.notes = {
+            "classes": len(self.classes),
+            "natural_share": float(natural),
+            "shift": shift,
+        }
+
+    def task(self) -> BranchTask:
+        return BranchTask(
+            self.seed,
+            self.shift,
+            self.log_prior.to(self.validator.device),
+            self.validator,
+            self.attempt.stage.checkpoints,
+            self.attempt.path("metrics.jsonl"),
+        )
+
+    def rows(
+        self, first: int, steps: int, batch: int, labels: np.ndarray, views: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(rows of the kept arrays, columns of S or -1) of some steps, int64 [steps, B] both."""
+        rows = np.empty((steps, batch), np.int64)
+        columns = np.full_like(rows, -1)
+        parts = [(self.own, slice(0, self.per_batch)), (self.others, slice(self.per_batch, batch))]
+        for order, part in parts:
+            if order is None:
+                continue
+            count = part.stop - part.start
+            positions = np.arange(first * count, (first + steps) * count)
+            ids = order(positions)
+            # One epoch of an order is of one view, as a stream of fixed views has it.
+            seen = ids * views + positions // len(order) % views
+            rows[:, part] = seen.reshape(steps, count)
+            if order is self.own:
+                own = columns_of(labels[ids], self.classes, -1)
+                columns[:, part] = own.reshape(steps, count)
+        return rows, columns
+
+
+class BranchReader:
+    """step -> BranchBatch of every branch, a pure function.
+
+    What is read is looked up for AHEAD steps at once.
+    """
+
+    AHEAD = 8
+
+    def __init__(self, session: Session, work: Sequence[BranchWork], width: int):
+        self.work = work
+        self.width = width
+        self.device = session.ranks.device
+        self.batch = session.config.specialists.batch_size
+        self.labels = session.shards("train").labels
+        self.kept = kept_features(session, "train")
+        self.source = FeatureSource(self.kept, self.device)
+        self._block = -1
+        self._rows = self._targets = np.zeros((0, 0, 0), np.int64)
+
+    def __call__(self, step: int) -> BranchBatch:
+        block, turn = divmod(step, self.AHEAD)
+        if block != self._block:
+            self._look_up(block)
+        at_cut, general, total = self.source.rows(self._rows[:, turn])
+        targets = torch.from_numpy(self._targets[:, turn].copy()).to(self.device)
+        return BranchBatch(at_cut, general, total, targets)
+
+    def _look_up(self, block: int) -> None:
+        """The rows and targets of a block of steps, [M, AHEAD, B] both."""
+        first, views = block * self.AHEAD, self.kept.views
+        found = [each.rows(first, self.AHEAD, self.batch, self.labels, views) for each in self.work]
+        self._rows = np.stack([rows for rows, _ in found])
+        columns = np.stack([columns for _, columns in found])
+        self._targets = np.where(columns < 0, self.width, columns)
+        self._block = block
+
+
+def columns_of(labels: np.ndarray, classes: np.ndarray, dustbin: int) -> np.ndarray:
+    """The column of each label among sorted `classes`; `dustbin` for one that is not there."""
+    places = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
+    return np.where(classes[places] == labels, places, dustbin)
+
+
+class FeatureSource:
+    """Rows of kept features as tensors; on a GPU that has room for them all they stay there."""
+
+    def __init__(self, kept: KeptFeatures, device: torch.device):
+        self.device = device
+        size = sum(array.nbytes for array in (kept.at_cut, kept.general, kept.total))
+        resident = device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]
+
+        def source(array: np.ndarray) -> np.ndarray | Tensor:
+            return torch.from_numpy(np.array(array)).to(device) if resident else array
+
+        self.same = kept.general is kept.at_cut
+        self.at_cut = source(kept.at_cut)
+        self.general = self.at_cut if self.same else source(kept.general)
+        self.total = source(kept.total)
+
+    def rows(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """(at_cut, general, total), each with the leading axes of `rows`."""
+        at_cut = self._take(self.at_cut, rows)
+        general = at_cut if self.same else self._take(self.general, rows)
+        return at_cut, general, self._take(self.total, rows)
+
+    def _take(self, source: np.ndarray | Tensor, rows: np.ndarray) -> Tensor:
+        if isinstance(source, Tensor):
+            return source[torch.from_numpy(rows).to(self.device)]
+        return torch.from_numpy(source[rows]).to(self.device)
+
+
+class BranchValidator:
+    """A branch on the val examples that the generalist refers to it, at natural frequencies."""
+
+    def __init__(self, session: Session, head: nn.Linear, classes: np.ndarray):
+        self.head = head
+        self.device = session.ranks.device
+        kept = kept_features(session, "val")
+        ids = referred_examples(session, classes)
+        self.ids = ids[kept.readable[ids]]
+        labels = session.shards("val").labels[self.ids]
+        self.targets = torch.from_numpy(columns_of(labels, classes, len(classes)))
+        self.source = FeatureSource(kept, self.device)
+        row_bytes = max(1, kept.at_cut[:1].nbytes)
+        self.chunk = max(1, CHUNK_BYTES // row_bytes)
+
+    def logits(self, branch: Branch) -> Tensor:
+        """[n, |S| + 1], on the CPU."""
+        parts = []
+        for start in range(0, len(self.ids), self.chunk):
+            rows = self.source.rows(self.ids[start : start + self.chunk])
+            parts.append(branch_logits(branch, self.head, *rows).cpu())
+        return torch.cat(parts)
+
+    def __call__(self, branch: Branch) -> dict[str, float]:
+        """{"loss": nats, "top1"}"""
+        logits = self.logits(branch)
+        return {
+            "loss": float(F.cross_entropy(logits, self.targets)),
+            "top1": float((logits.argmax(1) == self.targets).float().mean()),
+        }
+
+    def temperature(self, branch: Branch) -> float:
+        """The temperature that fits these examples best."""
+        return fit_temperature(self.logits(branch), self.targets)
