@@ -209,7 +209,8 @@ def training_bytes(network: Network) -> int:
 def _bag_network(data: DataSummary, hardware: Hardware) -> Network:
     """A linear network over the bins of letter groups, in a quarter of the memory.
 
-    Measured (docs/recipe.md): as good as an mlp over the counts, in a fifth of the time.
+    Measured (docs/recipe.md): on names of 5,000 places 51 % where an mlp over the counts has 36 %;
+    over 150 to 3,000 other classes within 1.4 points of it, in a fifth to a half of the time.
     """
     size = BAG_EMBEDDING
     while size > 8 and 4 * FLOAT * size * (BAG_BINS + data.num_classes) > hardware.memory / 4:
