@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +22,11 @@ from .user_code import CONTRACT, blame, place_of
 
 Builder = Callable[..., nn.Module]
 Builders = Mapping[str, Builder]
+
+INDICES_REMEDY = (
+    "embedding_bag and the decoder ngram_bag go together: data.decoders = "
+    '{ txt = "trainer.data.decoding:ngram_bag" }'
+)
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU}
 
@@ -261,6 +267,87 @@ class WideBlock(nn.Module):
         if self.shortcut is not None:
             x = self.shortcut(activated)
         return y + x
+
+
+def embedding_bag(
+    shape: Sequence[int],
+    width: int = 8192,
+    depth: int = 0,
+    embedding: int = 64,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """The sum of the embeddings of an input's indices, over the root of their number.
+
+    width: indices that there are, 0 .. width - 1; a negative one is padding.
+    embedding: size of each.
+    dropout: share of the indices that a training step leaves out.
+    depth: further layers of a ReLU and a linear one.  Without them the network is linear: over
+        thousands of classes that learns, where an mlp over the counts hardly begins to.
+    """
+    if len(shape) != 1:
+        raise ValueError(f"embedding_bag takes indices [L]; the input shape is {list(shape)}")
+    _check_fractions(dropout=dropout)
+    _check_counts(width=width, embedding=embedding)
+    _check_counts(least=0, depth=depth)
+    blocks: OrderedDict[str, nn.Module] = OrderedDict(bag=IndexBag(width, embedding, dropout))
+    for index in range(depth):
+        layers: OrderedDict[str, nn.Module] = OrderedDict(
+            relu=nn.ReLU(), linear=nn.Linear(embedding, embedding)
+        )
+        blocks[f"hidden{index + 1}"] = nn.Sequential(layers)
+    return nn.Sequential(blocks)
+
+
+embedding_bag.takes_indices = True
+
+
+class IndexBag(nn.Module):
+    """int [B, L] -> [B, size]: the sum of the rows named, over the root of their number.
+
+    Rows start at unit variance, and so do the sums.  Negative indices are padding.
+    ValueError for an index that has no row.
+    """
+
+    def __init__(self, rows: int, size: int, dropout: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(rows, size))
+        self.dropout = dropout
+
+    def forward(self, bag: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._gathered(bag)
+        highest = int(bag.max()) if bag.numel() else -1
+        if highest >= len(self.weight):
+            raise ValueError(
+                f"index {highest}; the network has {len(self.weight)} rows: raise model.width"
+            )
+        kept = bag >= 0
+        if self.training and self.dropout:
+            kept &= torch.rand(bag.shape, device=bag.device) >= self.dropout
+        counts = kept.sum(1)
+        # Dense gradients.  At 8,192 x 64 sparse ones save 5 ms a step in the backward pass, but
+        # only SparseAdam takes them, whose step takes 17 ms in place of AdamW's 7 (one CPU core).
+        first = counts.cumsum(0) - counts
+        total = F.embedding_bag(bag[kept].long(), self.weight, first, mode="sum")
+        return total / counts.clamp_min(1).sqrt()[:, None].to(total.dtype)
+
+    def _gathered(self, bag: Tensor) -> Tensor:
+        """The same in fixed shapes, for programs and ONNX; six times as long in training."""
+        kept = bag >= 0
+        rows = F.embedding(bag.clamp_min(0).long(), self.weight)
+        total = (rows * kept[:, :, None].to(rows.dtype)).sum(1)
+        return total / kept.sum(1, keepdim=True).clamp_min(1).sqrt().to(total.dtype)
+
+    def extra_repr(self) -> str:
+        rows, size = self.weight.shape
+        return f"{rows}, {size}, dropout={self.dropout}"
+
+
+def takes_indices(name: str, builders: Builders | None = None) -> bool:
+    """Whether the builder of that name gets int32 inputs as they are."""
+    if builders and name in builders:
+        return bool(getattr(builders[name], "takes_indices", False))
+    return name in NETWORKS and bool(getattr(_builtin(name), "takes_indices", False))
 
 
 def builtin_options(name: str) -> dict[str, Any]:

@@ -10,6 +10,9 @@ A builder is a function `builder(shape, **options)` in any module.
     returns   an nn.Module [B, *shape] -> features [B, D], with weights drawn from torch's global
               generator.  The linear layer to the classes comes behind it and is not part of it.
 
+A builder with the attribute `takes_indices = True` gets int32 inputs as they are, unscaled: bins of
+n-grams, rows of a table.
+
 An nn.Sequential of named blocks that all have parameters is best: `trainable = "last-N-blocks"`
 counts them, and a Hydra is cut between them.  A new built-in is one row here and one function.
 """
@@ -20,6 +23,7 @@ NETWORKS: dict[str, str] = {
     "convnet": "networks.builders:convnet",
     "resnet": "networks.builders:resnet",
     "wideresnet": "networks.builders:wideresnet",
+    "embedding_bag": "networks.builders:embedding_bag",
 }
 
 # Keys under which checkpoints keep weights.  Of two that a file has, the averaged ones are better.

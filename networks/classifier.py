@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .builders import Builders, build_trunk
+from .builders import INDICES_REMEDY, Builders, build_trunk, takes_indices
 from .heads import DustbinHead, GrownHead, ShardedLinear, make_head
 from .linear_logits import LinearLogits
 from .members import MemberHeads, RankOne, cut_trunk, member_head, share_weights
@@ -57,14 +57,19 @@ class Classifier(nn.Module):
         self.register_buffer("_offset", offset, persistent=False)
 
     def preprocess(self, raw: Tensor) -> Tensor:
-        """(raw * scale - mean) / std in the network's floating type.
+        """(raw * scale - mean) / std in the network's floating type; indices stay as they are.
 
-        raw: uint8 or float, in raw units.
-        Raises ValueError if one example's shape is not spec.input.shape.
+        raw: uint8 or float, in raw units, or integers where spec.input.dtype is int32.
+        Raises ValueError if one example's shape is not spec.input.shape, and for indices that are
+        no integers.
         """
         if tuple(raw.shape[1:]) != self.spec.input.shape:
             needed = ", ".join(map(str, self.spec.input.shape))
             raise ValueError(f"inputs of shape {list(raw.shape)}; [B, {needed}] is needed")
+        if self.spec.input.is_indices:
+            if raw.is_floating_point():
+                raise ValueError(f"inputs of {raw.dtype}; int32 indices are needed")
+            return raw
         return torch.addcmul(self._offset, raw.to(self._gain.dtype), self._gain)
 
     @property
@@ -124,6 +129,11 @@ def build_classifier(spec: ModelSpec, builders: Builders | None = None) -> Class
     >>> build_classifier(spec).head
     Linear(in_features=128, out_features=10, bias=True)
     """
+    if spec.input.is_indices != takes_indices(spec.builder, builders):
+        needed = "numbers" if spec.input.is_indices else "int32 indices"
+        raise ValueError(
+            f"{spec.builder} reads {needed}; input.dtype is {spec.input.dtype} ({INDICES_REMEDY})"
+        )
     trunk = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
     features = _feature_size(trunk, spec)
     head: Head = make_head(spec, features)
@@ -199,7 +209,8 @@ def _feature_size(trunk: nn.Module, spec: ModelSpec) -> int:
     trunk.eval()
     try:
         with torch.no_grad():
-            features = trunk(torch.zeros(1, *spec.input.shape))
+            zeros = torch.zeros(1, *spec.input.shape)
+            features = trunk(zeros.int() if spec.input.is_indices else zeros)
     except Exception as error:  # the user's forward raises what it likes
         shape = [1, *spec.input.shape]
         raise ValueError(

@@ -64,7 +64,8 @@ def read_inputs(
     -----
     A network of uint8 reads integers from 0 to 255.  Floats of pictures that all lie from 0 to 1,
     in all inputs of one call, are multiplied by 255 and rounded, as torchvision has them; other
-    floats must be whole numbers from 0 to 255.  A network of float32 reads numbers as they are.
+    floats must be whole numbers from 0 to 255.  A network of float32 reads numbers as they are,
+    one of int32 whole numbers.
     """
     if isinstance(inputs, Tensor) and _fits(inputs, spec):
         return inputs
@@ -73,7 +74,7 @@ def read_inputs(
 
 def _fits(inputs: Tensor, spec: InputSpec) -> bool:
     """Whether a batch is what the network reads.  ValueError where it holds NaN or infinity."""
-    dtypes = {"uint8": torch.uint8, "float32": torch.float32}
+    dtypes = {"uint8": torch.uint8, "float32": torch.float32, "int32": torch.int32}
     if tuple(inputs.shape[1:]) != spec.shape or inputs.dtype != dtypes[spec.dtype]:
         return False
     if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
@@ -328,13 +329,14 @@ class InputReader:
             return np.rint(array.astype(np.float64) * 255).astype(np.uint8)
         is_whole = array.dtype.kind != "f" or bool((array == np.rint(array)).all())
         lowest, highest = (array.min(), array.max()) if array.size else (0, 0)
-        if not is_whole or lowest < 0 or highest > 255:
+        limits = np.iinfo(self.spec.dtype)
+        if not is_whole or lowest < limits.min or highest > limits.max:
             remedy = f"; {FLOATS}" if is_picture else ""
             raise ValueError(
                 f"holds {array.dtype} from {lowest} to {highest}; the network reads "
                 f"{self.needed}{remedy}"
             )
-        return array.astype(np.uint8)
+        return array.astype(self.spec.dtype)
 
     def _as_float(self, array: np.ndarray) -> np.ndarray:
         if array.dtype == np.uint8 and len(self.spec.shape) == 3:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from .pictures import PictureRules
 
 SCHEMA = 1
+DTYPES = ("uint8", "float32", "int32")
 HEAD_KINDS = ("linear", "dustbin", "branch")
 BRANCH_SIZES = {"embedding": 1, "blocks": 0, "features": 1}  # and the least of each
 DUSTBIN_ROWS = ("all", "kept", "fresh")
@@ -25,14 +26,16 @@ REQUIRED_KEYS = ("builder", "num_classes", "input", "shape")
 class InputSpec:
     """One raw input, and the map to what the trunk reads: (raw * scale - mean) / std.
 
+    Inputs of int32 are indices, say of n-grams: the trunk reads them as they are.
+
     Parameters
     ----------
     shape : tuple of int
         Of one example, [C, H, W] for images.
-    dtype : {"uint8", "float32"}
+    dtype : {"uint8", "float32", "int32"}
         As decoded.
     scale : float, optional
-        By default 1/255 for uint8 and 1 for float32.
+        By default 1/255 for uint8 and 1 for the others.
     mean, std : tuple of float
         Of scaled inputs: one value, or one per entry of the first axis.
     pictures : PictureRules, optional
@@ -70,9 +73,9 @@ class InputSpec:
         put(self, "std", tuple(float(n) for n in self.std))
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"input.shape = {list(self.shape)}: every length must be at least 1")
-        if self.dtype not in ("uint8", "float32"):
-            raise ValueError(f"input.dtype = {self.dtype!r}: must be uint8 or float32")
-        default_scale = {"uint8": 1 / 255, "float32": 1.0}[self.dtype]
+        if self.dtype not in DTYPES:
+            raise ValueError(f"input.dtype = {self.dtype!r}: must be {', '.join(DTYPES)}")
+        default_scale = 1 / 255 if self.dtype == "uint8" else 1.0
         put(self, "scale", default_scale if self.scale is None else float(self.scale))
         for name in ("mean", "std"):
             length = len(getattr(self, name))
@@ -85,9 +88,19 @@ class InputSpec:
             raise ValueError(
                 f"input.std = {list(self.std)}: must be positive, and mean, std and scale finite"
             )
+        if self.is_indices and (self.mean, self.std, self.scale) != ((0.0,), (1.0,), 1.0):
+            raise ValueError(
+                f"input.mean = {list(self.mean)}, std = {list(self.std)}, scale = {self.scale}: "
+                "inputs of int32 are indices and are not scaled; leave them out"
+            )
         if self.decoders is not None and not _is_names(self.decoders):
             raise ValueError(f"input.decoders = {self.decoders!r}: an object of names is needed")
         self._check_pictures()
+
+    @property
+    def is_indices(self) -> bool:
+        """Whether the numbers of an input are looked up, not calculated with."""
+        return self.dtype == "int32"
 
     def _check_pictures(self) -> None:
         """ValueError where the rules give arrays of another shape."""

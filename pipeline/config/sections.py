@@ -99,7 +99,7 @@ class Data(Section):
 class Model(Section):
     """The network.  `options` is for timm models and a user's own builder."""
 
-    # mlp | convnet | resnet | wideresnet | timm:NAME | module:function
+    # mlp | convnet | resnet | wideresnet | embedding_bag | timm:NAME | module:function
     name: str = "convnet"
     # None: the builder's own default
     width: int | None = Field(default=None, gt=0)

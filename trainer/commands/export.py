@@ -44,6 +44,7 @@ SUMMARY_FILE = "export.json"
 TOLERANCE = 1e-5
 ROWS = 16  # random inputs that are compared
 TRACED_ROWS = 3
+LEAST_WIDTH = 16  # rows that a network of indices has at least, where its options do not say
 
 
 def main(argv: list[str]) -> int:
@@ -387,6 +388,8 @@ def random_inputs(spec: ModelSpec, rows: int = ROWS) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     shape = spec.input.shape
+    if spec.input.is_indices:
+        return random_indices(spec, rows, generator)
     of_each_row = [1] * len(shape)
     contrast = torch.linspace(0.1, 1, rows).view(-1, *of_each_row)
     noise = torch.randn(rows, *shape, generator=generator) * contrast
@@ -397,6 +400,15 @@ def random_inputs(spec: ModelSpec, rows: int = ROWS) -> Tensor:
     mean = torch.tensor(spec.input.mean).view(per_channel)
     std = torch.tensor(spec.input.std).view(per_channel)
     return (mean + std * noise) / spec.input.scale
+
+
+def random_indices(spec: ModelSpec, rows: int, generator: torch.Generator) -> Tensor:
+    """int32 [rows, *shape], with more padding in every row."""
+    highest = spec.options.get("width", LEAST_WIDTH)
+    indices = torch.randint(highest, (rows, *spec.input.shape), generator=generator)
+    padded = torch.rand(rows, *spec.input.shape, generator=generator)
+    share = torch.linspace(0, 1, rows).view(-1, *[1] * len(spec.input.shape))
+    return indices.masked_fill(padded < share, -1).int()
 
 
 def run_program(path: Path, raw: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from importlib import import_module
 import numpy as np
 
 from networks.pictures import PLAIN, PictureRules, read_picture
-from networks.texts import TEXTS, hashed_ngrams
+from networks.texts import TEXTS, hashed_ngrams, ngram_bag
 from networks.texts import utf8_bytes as text
 from networks.user_code import blame
 from pipeline.config import UserError
@@ -30,6 +30,7 @@ __all__ = [
     "hashed_ngrams",
     "image",
     "import_function",
+    "ngram_bag",
     "npy",
     "numbers",
     "picture_rules",

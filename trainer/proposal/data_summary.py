@@ -24,7 +24,9 @@ from ..data.writing import MANIFEST, read_manifest, recorded_rules
 InputKind = Literal["pictures", "text", "numbers"]
 
 SPLITS = ("train", "val", "test")
-TEXT_DECODERS = {"txt": "trainer.data.decoding:hashed_ngrams"}
+TEXT_DECODERS = {"txt": "trainer.data.decoding:ngram_bag"}
+LONG_TEXT_DECODERS = {"txt": "trainer.data.decoding:hashed_ngrams"}
+LONG_TEXTS = 0.1  # with a larger share of texts that do not fit into a bag, texts are counted whole
 SAMPLE = 2_000  # training examples that mean and std are computed of, at most
 SAMPLE_BYTES = 256 * 2**20  # and what they may take, decoded
 MOST_CHANNELS = 16  # an array [C, H, W] of more is no picture
@@ -72,6 +74,8 @@ class DataSummary:
         Whether most of each picture has one value: letters, signs, sketches.
     decoders : {extension: function}
         What data.decoders needs to say.
+    cut : float
+        Of texts that become bags of indices: the share that fill theirs, so that more may be lost.
     label, input : str
         What data.label and data.input need to say.
     reading_s : float
@@ -99,6 +103,12 @@ class DataSummary:
     label: str = "cls"
     input: str = ""
     reading_s: float = 0.0
+    cut: float = 0.0
+
+    @property
+    def is_bags(self) -> bool:
+        """Whether the inputs are texts as bags of indices."""
+        return self.decoders == TEXT_DECODERS
 
     @property
     def bytes_decoded(self) -> int:
@@ -260,6 +270,12 @@ def summarise(shards: Shards, name: str = "") -> DataSummary:
             f"{shards.place}: train has examples of {len(counts)} class; at least 2 are needed"
         )
     kind = kind_of(train)
+    cut = 0.0
+    if kind == "text":
+        cut = float((sample_of(train)[:, -1] >= 0).mean())
+        if cut > LONG_TEXTS:
+            data = data.model_copy(update={"decoders": LONG_TEXT_DECODERS})
+            train, cut = open_shards(patterns["train"], data, "train"), 0.0
     began = time.perf_counter()
     inputs = sample_of(train)
     reading_s = (time.perf_counter() - began) / len(inputs)
@@ -286,6 +302,7 @@ def summarise(shards: Shards, name: str = "") -> DataSummary:
         label=data.label,
         input=data.input,
         reading_s=reading_s,
+        cut=cut,
     )
 
 

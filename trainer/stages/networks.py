@@ -25,6 +25,8 @@ from networks import (
     save_classifier,
     widen,
 )
+from networks.builders import INDICES_REMEDY, takes_indices
+from networks.texts import INDICES
 from networks.user_code import CONTRACT
 from pipeline.config import Config, Model, Student, UserError
 from pipeline.store import Attempt, Stage, read_json, write_json
@@ -57,7 +59,7 @@ def fresh_network(
             options=model_options(model, builders),
             num_classes=shards.num_classes,
             class_names=tuple(shards.class_names),
-            input=input_spec(session),
+            input=input_spec(session, model.name, builders),
             members=members,
         )
         return build_classifier(spec, builders)
@@ -75,17 +77,32 @@ def _at_the_door(error: str) -> str:
     return f"[model] {error}"
 
 
-def input_spec(session: Session) -> InputSpec:
-    """What the networks read: the shape and type of train's inputs, and how they were made."""
+def input_spec(
+    session: Session, name: str, builders: dict[str, Callable] | None = None
+) -> InputSpec:
+    """What the network `name` reads: the shape and type of train's inputs, and how they were made.
+
+    Indices are not scaled: data.mean and data.std do not count for them.
+    ValueError where the network reads indices and the inputs are none, and the other way round.
+    """
     shards = session.shards("train")
-    is_bytes = shards.input_dtype == np.uint8
+    shape, kind = tuple(shards.input_shape), shards.input_dtype
+    decoders = shards.decoder_names or None
+    if takes_indices(name, builders):
+        if kind.kind not in "iu":
+            raise ValueError(
+                f"{name} reads int32 indices; the inputs are {kind} ({INDICES_REMEDY})"
+            )
+        return InputSpec(shape, "int32", decoders=decoders)
+    if INDICES & set(shards.decoder_names.values()):
+        raise ValueError(f"{name} reads numbers; ngram_bag makes indices ({INDICES_REMEDY})")
     return InputSpec(
-        shape=tuple(shards.input_shape),
-        dtype="uint8" if is_bytes else "float32",
+        shape=shape,
+        dtype="uint8" if kind == np.uint8 else "float32",
         mean=tuple(session.config.data.mean),
         std=tuple(session.config.data.std),
         pictures=shards.pictures,
-        decoders=shards.decoder_names or None,
+        decoders=decoders,
     )
 
 

@@ -81,7 +81,7 @@ def test_it_trains_nothing_and_writes_only_the_config(here):
         (
             lambda here: userdata.text_table(here / "t.csv"),
             "referral shards table t.csv --out t-shards",
-            {"kind": "mlp", "channels": 1},
+            {"kind": "embedding_bag", "channels": 1},
         ),
         (
             lambda here: userdata.vectors(here / "v.npz"),

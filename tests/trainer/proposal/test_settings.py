@@ -8,7 +8,7 @@ from summaries import GIB, GRAY, LAPTOP, SERVER, with_classes
 
 from pipeline.config import load_config
 from trainer.commands.init import config_of
-from trainer.proposal.data_summary import TEXT_DECODERS, DataSummary
+from trainer.proposal.data_summary import LONG_TEXT_DECODERS, TEXT_DECODERS, DataSummary
 from trainer.proposal.document import document
 from trainer.proposal.settings import Hardware, choose_groups, propose
 
@@ -19,7 +19,10 @@ VECTORS = with_classes(
     6, 30, kind="numbers", shape=(12,), dtype="float32", mean=(0.5,), std=(2.0,), gray=False
 )
 TEXT = with_classes(
-    1_055, 13, kind="text", shape=(2_048,), dtype="float32", decoders=TEXT_DECODERS, gray=False
+    1_055, 13, kind="text", shape=(256,), dtype="int32", decoders=TEXT_DECODERS, gray=False
+)
+LONG_TEXT = dataclasses.replace(
+    TEXT, shape=(2_048,), dtype="float32", decoders=LONG_TEXT_DECODERS, mean=(0.0,), std=(0.02,)
 )
 DATA = {
     "gray": GRAY,
@@ -29,6 +32,9 @@ DATA = {
     "vectors": VECTORS,
     "maps": with_classes(4, 40, kind="numbers", shape=(20, 30), dtype="float32", gray=False),
     "text": TEXT,
+    "long texts": LONG_TEXT,
+    "26,386 places": dataclasses.replace(TEXT, num_classes=26_386, present=26_386),
+    "texts of 3 million classes": dataclasses.replace(TEXT, num_classes=3_000_000),
     "two classes": with_classes(2, 20),
     "three classes": with_classes(3, 20),
     "two examples": with_classes(2, 1),
@@ -77,7 +83,8 @@ def test_the_text_of_a_proposal_is_the_proposal(name, tmp_path):
         ("tiny pictures", "convnet", "none"),
         ("vectors", "mlp", "none"),
         ("maps", "mlp", "none"),
-        ("text", "mlp", "none"),
+        ("text", "embedding_bag", "none"),
+        ("long texts", "mlp", "none"),
     ],
 )
 def test_the_network_and_the_views_suit_the_kind_of_input(name, network, augment):
@@ -97,9 +104,24 @@ def test_letters_in_three_channels_are_not_mirrored():
         assert values_of(data)["data.augment"] == "shift"
 
 
-def test_texts_are_decoded_to_counts_of_letter_groups():
-    assert values_of(TEXT)["data.decoders"] == TEXT_DECODERS
+def test_short_texts_become_bags_of_letter_groups_and_long_ones_counts():
+    short, long = values_of(TEXT), values_of(LONG_TEXT)
+    assert short["data.decoders"] == TEXT_DECODERS and "data.mean" not in short
+    assert (short["train.learning_rate"], short["train.batch_size"]) == (3e-2, 256)
+    assert (short["model.embedding"], short["model.dropout"]) == (64, 0.2)
+    assert long["data.decoders"] == LONG_TEXT_DECODERS and long["data.std"] == [0.02]
     assert "data.decoders" not in values_of(VECTORS)
+
+
+def test_texts_that_are_cut_are_counted_in_the_reason():
+    settings = propose(dataclasses.replace(TEXT, cut=0.043), LAPTOP)
+    reason = next(setting.why for setting in settings if setting.key == "data.decoders")
+    assert "4.3% of the texts are read up to their 85th character" in reason
+
+
+def test_memory_bounds_the_embedding_of_texts_and_never_their_bins():
+    values = values_of(DATA["texts of 3 million classes"])
+    assert (values["model.embedding"], values["model.width"]) == (32, 8192)
 
 
 @pytest.mark.parametrize(
