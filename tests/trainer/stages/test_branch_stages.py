@@ -193,6 +193,30 @@ def test_a_resumed_training_of_branches_equals_an_uninterrupted_one(
     same(weights_of(whole), weights_of(killed))
 
 
+def test_a_branch_resumes_from_its_own_checkpoint_in_any_company(begun, monkeypatch):
+    whole, parted = (begun("specialists.checkpoint_every=10") for _ in range(2))
+    do(whole, "specialist")
+    original = checkpoints.save_checkpoint
+
+    def dies_at_twenty(directory, step, *rest, **more):
+        if step == 20:
+            raise KeyboardInterrupt
+        original(directory, step, *rest, **more)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", dies_at_twenty)
+    with pytest.raises(KeyboardInterrupt):
+        do(parted, "specialist")
+    monkeypatch.setattr(checkpoints, "save_checkpoint", original)
+    for part in ([2], [0, 1, 3, 4, 5]):
+        indices = map(str, part)
+        assert run_stages(["specialist", "--index", *indices, "--run", str(parted.root)]) == 0
+    same(weights_of(whole), weights_of(parted), 1e-5)
+    summaries = [read_json(stage.path("summary.json")) for stage in parted.specialists]
+    assert [each["together"] for each in summaries] == [5, 5, 1, 5, 5, 5]
+    rows = parted.specialists[2].path("metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["step"] == 0  # what was logged before the kill is there
+
+
 def test_interrupted_features_go_on_where_they_stopped(data, tmp_path, monkeypatch):
     from trainer.stages import features
 
