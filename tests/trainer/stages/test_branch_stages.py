@@ -89,6 +89,14 @@ def test_a_run_of_branches_routes_nothing_and_is_done(finished):
     assert read_json(finished.root / "results.json")["ensemble"]["n"] == 6 * NUM_CLASSES
 
 
+def test_evaluation_counts_what_an_example_is_multiplied_with(finished):
+    counted = read_json(finished.evaluate.path("ensemble.json"))["multiplications"]
+    # Two convolutions, the embedding of 3 and 24 classes; a branch has 24 x 16 and 5 rows of 16.
+    assert counted["generalist"] == 16 * 4 * 9 + 4 * 6 * 36 + 24 * 3 + 3 * 24
+    each = counted["ensemble"] - counted["generalist"]
+    assert 0 < each <= 24 * 16 + 16 * 8
+
+
 def test_a_branch_is_saved_as_its_own_tensors(finished):
     head = read_json(finished.specialists[0].path("model.json"))["head"]
     assert (head["kind"], head["embedding"], head["blocks"]) == ("branch", 16, 0)
