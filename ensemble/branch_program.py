@@ -11,6 +11,8 @@ Only the branches that a row asks are computed for it.  A slot that a row does n
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,53 @@ from .predictions import softmax
 from .specialist_ensemble import SpecialistEnsemble
 
 MOST_SLOTS = 8
+TILE = 8
 MOST_OWN_BLOCKS = 16  # branches whose own blocks run on every row
+
+
+def rows_of(table: Tensor, index: Tensor) -> Tensor:
+    """table[index], as runtimes do it fast."""
+    return table.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+
+class Tiles(NamedTuple):
+    """Pairs of a row and a branch, TILE of one branch together: its layers are gathered once.
+
+    N pairs; T tiles, as many as the data need.
+
+    branches: int64 [T], whose tile it is.
+    pairs: int64 [T, TILE], which pairs are in it; 0 where it is not full.
+    places: int64 [N], where each pair is among the T x TILE; 0 for one that is not needed.
+    """
+
+    branches: Tensor
+    pairs: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, branch: Tensor, needed: Tensor, count: int) -> Tiles:
+        """branch: int64 [N], below count.  needed: bool [N]."""
+        number = torch.arange(branch.shape[0], device=branch.device)
+        key = torch.where(needed, branch, count)
+        ordered, order = key.sort()
+        per_branch = torch.zeros(count + 1, dtype=torch.int64, device=branch.device)
+        per_branch = per_branch.scatter_add(0, key, torch.ones_like(key))[:count]
+        tiles = (per_branch + TILE - 1) // TILE
+        ends = tiles.cumsum(0)
+        # A pair's place: its branch's first tile, and how many of the branch stand before it.
+        start = (ends - tiles) * TILE - (per_branch.cumsum(0) - per_branch)
+        known = ordered < count
+        place = start[ordered.clamp_max(count - 1)] + number
+        # No more tiles than this: each branch's last may not be full.
+        most = branch.shape[0] // TILE + count
+        nowhere = most * TILE
+        pairs = torch.zeros(nowhere + 1, dtype=torch.int64, device=branch.device)
+        pairs = pairs.scatter(0, torch.where(known, place, nowhere), order)[:nowhere]
+        tile = torch.arange(most, device=branch.device)
+        live = (tile < ends[-1].clamp_min(1)).nonzero()[:, 0]
+        owner = (ends <= live[:, None]).sum(1).clamp_max(count - 1)
+        places = torch.zeros_like(key).scatter(0, order, torch.where(known, place, 0))
+        return cls(owner, pairs.unflatten(0, (most, TILE))[live], places)
 
 
 class BranchProgram(nn.Module):
@@ -125,7 +173,7 @@ class BranchProgram(nn.Module):
         first = top[:, :1]
         log_total = (logits.gather(1, first).double() - p.gather(1, first).double().log())[:, 0]
         slots, on = self._asked(p, top)
-        p_special = self._ask(at_cut, GeneralOutput(logits, p, total, log_total), slots)
+        p_special = self._ask(at_cut, GeneralOutput(logits, p, total, log_total), slots, on)
         if self.general_temperature == 1:
             return self._combine(p, total, p_special, slots, on)
         p_general = softmax(logits, self.general_temperature)
@@ -146,34 +194,43 @@ class BranchProgram(nn.Module):
         slots = found.clamp_max(count - 1)
         if self.slots == found.shape[1]:
             return slots, on
-        valid = self.stack.valid[slots]
-        mass = p.gather(1, self.stack.classes[slots].flatten(1)).view_as(valid) * valid
+        valid = rows_of(self.stack.valid, slots)
+        mass = p.gather(1, rows_of(self.stack.classes, slots).flatten(1)).view_as(valid) * valid
         kept = mass.sum(2).masked_fill(~on, -1).topk(self.slots, dim=1).indices
         return slots.gather(1, kept), on.gather(1, kept)
 
-    def _ask(self, at_cut: Tensor, general: GeneralOutput, slots: Tensor) -> Tensor:
+    def _ask(self, at_cut: Tensor, general: GeneralOutput, slots: Tensor, on: Tensor) -> Tensor:
         """The branches' distributions [B, A, K + 1], 0 in padding, dustbin last."""
-        valid, classes = self.stack.valid[slots], self.stack.classes[slots].flatten(1)
+        valid, classes = (
+            rows_of(self.stack.valid, slots),
+            rows_of(self.stack.classes, slots).flatten(1),
+        )
         own = general.logits.gather(1, classes).view_as(valid).masked_fill(~valid, -torch.inf)
         p_own = general.p.gather(1, classes).view_as(valid) * valid
         share = general.total.double()[:, None] - p_own.sum(2, dtype=torch.float64)
         rest = general.log_total[:, None] + share.clamp_min(LEAST_SHARE).log()
-        rest = rest.masked_fill(self.covers_all[slots], -torch.inf)
+        rest = rest.masked_fill(rows_of(self.covers_all, slots), -torch.inf)
         logits = torch.cat([own, rest.to(own.dtype)[..., None]], 2)
-        logits = logits + self._corrections(at_cut, slots)
-        return (logits / self.temperatures.to(logits.dtype)[slots][..., None]).softmax(2)
+        logits = logits + self._corrections(at_cut, slots, on)
+        return (logits / rows_of(self.temperatures.to(logits.dtype), slots)[..., None]).softmax(2)
 
-    def _corrections(self, at_cut: Tensor, slots: Tensor) -> Tensor:
-        """r of each row's slots, [B, A, K + 1]: only the layers that are asked are gathered."""
-        hidden, correction = self.stack.hidden, self.stack.correction
+    def _corrections(self, at_cut: Tensor, slots: Tensor, on: Tensor) -> Tensor:
+        """r of each row's slots, [B, A, K + 1]; whatever where a slot is not needed."""
         if self.own_blocks:
             each = torch.stack([blocks(at_cut).flatten(1) for blocks in self.own_blocks], 1)
-            h = each.gather(1, slots[..., None].expand(-1, -1, each.shape[2]))
+            h = each.gather(1, slots[..., None].expand(-1, -1, each.shape[2])).flatten(0, 1)
         else:
-            h = at_cut.flatten(1)[:, None].expand(-1, slots.shape[1], -1)
-        embedded = (hidden.weight[slots] @ h[..., None])[..., 0] + hidden.bias[slots]
-        corrected = correction.weight[slots] @ embedded.relu()[..., None]
-        return corrected[..., 0] + correction.bias[slots]
+            h = at_cut.flatten(1).repeat_interleave(slots.shape[1], 0)
+        tiles = Tiles.of(slots.flatten(), on.flatten(), len(self.stack.sizes))
+        hidden, correction = self.stack.hidden, self.stack.correction
+        x = rows_of(h, tiles.pairs)
+        x = (
+            x @ hidden.weight.index_select(0, tiles.branches).mT
+            + hidden.bias.index_select(0, tiles.branches)[:, None]
+        )
+        r = x.relu() @ correction.weight.index_select(0, tiles.branches).mT
+        r = r + correction.bias.index_select(0, tiles.branches)[:, None]
+        return rows_of(r.flatten(0, 1), tiles.places.view_as(slots))
 
     def _combine(
         self, p_general: Tensor, total: Tensor, p_special: Tensor, slots: Tensor, on: Tensor
@@ -182,8 +239,8 @@ class BranchProgram(nn.Module):
 
         total: sum of p_general, [B].
         """
-        valid = (self.stack.valid[slots] & on[..., None]).flatten(1)
-        classes = self.stack.classes[slots].flatten(1)
+        valid = (rows_of(self.stack.valid, slots) & on[..., None]).flatten(1)
+        classes = rows_of(self.stack.classes, slots).flatten(1)
         inside, column = self._where(classes, slots, on)
         earlier = inside & (torch.arange(self.slots, device=on.device) < self.entry_slot[:, None])
         first = valid & (earlier.sum(2) == 0)  # one entry stands for a class in several slots
@@ -192,7 +249,7 @@ class BranchProgram(nn.Module):
         repeated = torch.where(first, classes, classes.gather(1, some))
         g = p_general.gather(1, repeated)
 
-        weights = self.special_weights[slots] * on
+        weights = rows_of(self.special_weights, slots) * on
         weighted = p_special[..., :-1] * weights.to(p_special.dtype)[..., None]
         joined = self.general_weight * g
         for slot in range(self.slots):
@@ -220,8 +277,10 @@ class BranchProgram(nn.Module):
 
     def _where(self, classes: Tensor, slots: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
         """(bool [B, U, A] whether a slot holds an entry's class, int64 the column that has it)"""
-        holders = [self.holders[:, k][classes] for k in range(self.holders.shape[1])]
-        columns = [self.holder_columns[:, k][classes] for k in range(self.holders.shape[1])]
+        holders = [rows_of(self.holders[:, k], classes) for k in range(self.holders.shape[1])]
+        columns = [
+            rows_of(self.holder_columns[:, k], classes) for k in range(self.holders.shape[1])
+        ]
         inside, places = [], []
         for slot in range(self.slots):
             # -1 is no branch: a slot that the row does not need holds nothing.

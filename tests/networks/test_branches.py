@@ -230,3 +230,16 @@ def test_a_specialist_has_no_branches():
     with pytest.raises(ValueError, match="needs a plain generalist"):
         branch_off(network, CLASSES)
     assert isinstance(branch_off(generalist(), CLASSES), Branch)
+
+
+def test_a_branch_of_a_network_of_code_has_a_block_of_its_own_and_is_read_back(tmp_path):
+    builders = {"own:chain": lambda shape: Chain()}
+    spec = ModelSpec("own:chain", 9, InputSpec((6,), "float32"))
+    network = build_classifier(spec, builders).eval()
+    branch = branch_off(network, [0, 1, 2], 4, blocks=1).eval()
+    save_classifier(branch, tmp_path)
+    loaded = load_branch(tmp_path, builders=builders)
+    assert sum(name.startswith("blocks.") for name in loaded.state_dict()) == 2  # of one layer
+    x = torch.randn(5, 6)
+    both = [BranchedClassifier(network, each)(x) for each in (branch, loaded)]
+    assert torch.equal(*both)

@@ -105,6 +105,7 @@ def evaluate_specialists(
             "specialists": specialist_rows(session, generalist, ensemble, values["active"]),
             "clusters": captured(session, before),
             "missing": read_settings(session).missing,
+            "multiplications": multiplications_of(session, ensemble, values["active"]),
         }
 
     evaluator(
@@ -114,6 +115,25 @@ def evaluate_specialists(
         together=predict_and_gate,
         more=more,
     )
+
+
+def multiplications_of(
+    session: Session, ensemble: SpecialistEnsemble, active: np.ndarray
+) -> dict[str, int]:
+    """Of one example on average: the generalist's, and with the specialists that are asked.
+
+    active: bool [N, M], the gate over test.
+    """
+    asked = torch.from_numpy(active.astype(bool))
+    together = round(ensemble.multiplications(asked))
+    alone = round(ensemble.multiplications(torch.zeros_like(asked)))
+    session.say(
+        "multiplications an example: generalist %s, with %.2f specialists asked %s",
+        f"{alone:,}",
+        float(asked.float().sum(1).mean()),
+        f"{together:,}",
+    )
+    return {"generalist": alone, "ensemble": together}
 
 
 def evaluate_networks(

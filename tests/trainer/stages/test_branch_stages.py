@@ -89,6 +89,14 @@ def test_a_run_of_branches_routes_nothing_and_is_done(finished):
     assert read_json(finished.root / "results.json")["ensemble"]["n"] == 6 * NUM_CLASSES
 
 
+def test_evaluation_counts_what_an_example_is_multiplied_with(finished):
+    counted = read_json(finished.evaluate.path("ensemble.json"))["multiplications"]
+    # Two convolutions, the embedding of 3 and 24 classes; a branch has 24 x 16 and 5 rows of 16.
+    assert counted["generalist"] == 16 * 4 * 9 + 4 * 6 * 36 + 24 * 3 + 3 * 24
+    each = counted["ensemble"] - counted["generalist"]
+    assert 0 < each <= 24 * 16 + 16 * 8
+
+
 def test_a_branch_is_saved_as_its_own_tensors(finished):
     head = read_json(finished.specialists[0].path("model.json"))["head"]
     assert (head["kind"], head["embedding"], head["blocks"]) == ("branch", 16, 0)
@@ -191,6 +199,30 @@ def test_a_resumed_training_of_branches_equals_an_uninterrupted_one(
     monkeypatch.setattr(checkpoints, "save_checkpoint", original)
     do(killed, "specialist")
     same(weights_of(whole), weights_of(killed))
+
+
+def test_a_branch_resumes_from_its_own_checkpoint_in_any_company(begun, monkeypatch):
+    whole, parted = (begun("specialists.checkpoint_every=10") for _ in range(2))
+    do(whole, "specialist")
+    original = checkpoints.save_checkpoint
+
+    def dies_at_twenty(directory, step, *rest, **more):
+        if step == 20:
+            raise KeyboardInterrupt
+        original(directory, step, *rest, **more)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", dies_at_twenty)
+    with pytest.raises(KeyboardInterrupt):
+        do(parted, "specialist")
+    monkeypatch.setattr(checkpoints, "save_checkpoint", original)
+    for part in ([2], [0, 1, 3, 4, 5]):
+        indices = map(str, part)
+        assert run_stages(["specialist", "--index", *indices, "--run", str(parted.root)]) == 0
+    same(weights_of(whole), weights_of(parted), 1e-5)
+    summaries = [read_json(stage.path("summary.json")) for stage in parted.specialists]
+    assert [each["together"] for each in summaries] == [5, 5, 1, 5, 5, 5]
+    rows = parted.specialists[2].path("metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[0])["step"] == 0  # what was logged before the kill is there
 
 
 def test_interrupted_features_go_on_where_they_stopped(data, tmp_path, monkeypatch):
