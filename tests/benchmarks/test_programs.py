@@ -23,6 +23,7 @@ QUICK = [
     "benchmarks.papers.diversity",
     "benchmarks.papers.hydra --regression",
     "benchmarks.papers.multiview",
+    "benchmarks.places",
     "benchmarks.shortlist",
     "benchmarks.slurm",
     "benchmarks.training",

@@ -62,6 +62,20 @@ def test_inputs_that_are_all_the_same_are_refused(shape):
         moments(np.ones(shape, np.float32), kind)
 
 
+@pytest.mark.parametrize(
+    "long, decoder, cut", [(0, "ngram_bag", 0), (4, "ngram_bag", 0.05), (20, "hashed_ngrams", 0)]
+)
+def test_texts_are_bags_unless_many_do_not_fit_into_one(tmp_path, long, decoder, cut):
+    rows = [f"short text {n},{n % 2}" for n in range(100 - long)]
+    rows += [f"{'a long text ' * 10}{n},{n % 2}" for n in range(long)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    shards(["table", str(tmp_path / "t.csv"), "--out", str(tmp_path / "s")])
+    summary = summary_of(tmp_path / "s")
+    assert summary.decoders == {"txt": f"trainer.data.decoding:{decoder}"}
+    assert summary.is_bags == (decoder == "ngram_bag")
+    assert summary.cut == pytest.approx(cut, abs=0.04) and bool(summary.cut) == bool(cut)
+
+
 def test_uint8_is_scaled_and_other_numbers_are_not():
     assert scaled(np.array([255], np.uint8)) == 1.0
     assert scaled(np.array([255.0])) == 255.0

@@ -1,0 +1,101 @@
+"""A run on texts as bags of indices, and what does not go together with them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from running import run_all
+from toy import toy_config, write_toy
+
+from networks import ModelSpec
+from pipeline.config import UserError
+from trainer.commands.export import Probabilities, evaluate, random_inputs
+from trainer.commands.shards import main as shards
+from trainer.data.shards import ShardWriter
+from trainer.data.writing import write_manifest
+from trainer.distributed.ranks import ALONE
+from trainer.session import Session
+from trainer.stages.networks import fresh_network, load_network
+
+CLASSES = [f"{first}{second}" for first in ("ab", "op", "xy") for second in ("cd", "qr")]
+BAGS = "data.decoders={txt='trainer.data.decoding:ngram_bag'}"
+BAG_NETWORK = (
+    "model={name='embedding_bag', embedding=8, dropout=0.2}",
+    "train.learning_rate=0.03",
+    "train.steps=20",
+    "specialists.steps=2",
+    "clusters.num_groups=2",
+    "controls.enabled=false",
+    "students={}",
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Shards of short texts: a class's own word among others."""
+    out = tmp_path_factory.mktemp("texts")
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, each in (("train", 20), ("val", 5), ("test", 5)):
+        with ShardWriter(out, split, CLASSES) as writer:
+            for number in range(each * len(CLASSES)):
+                label = number % len(CLASSES)
+                text = f"{CLASSES[label]} {rng.integers(100)}".encode()
+                files = {"txt": text, "cls": str(label).encode()}
+                writer.write({"__key__": f"{number:04d}", **files})
+        splits[split] = writer.facts
+    write_manifest(out, CLASSES, splits, {"command": "test"})
+    return out
+
+
+def mistake(tmp_path, data, *overrides):
+    session = Session(run_all(tmp_path / "run", toy_config(data, *overrides), []), ALONE)
+    with pytest.raises(UserError) as error:
+        fresh_network(session)
+    return str(error.value)
+
+
+def test_generalist_and_specialists_learn_texts_whatever_mean_and_std_say(texts, tmp_path):
+    scaled = ("data.mean=[0.5]", "data.std=[0.25]")
+    config = toy_config(texts, BAGS, *BAG_NETWORK, *scaled)
+    stages = ("generalist", "measure", "cluster", "route", "specialist")
+    run = run_all(tmp_path / "run", config, stages)
+    assert all(stage.is_done for stage in run.specialists)
+    written = json.loads((run.root / "generalist/model.json").read_text())["input"]
+    assert (written["dtype"], written["mean"], written["std"]) == ("int32", [0.0], [1.0])
+    network = load_network(Session(run, ALONE), run.generalist)
+    val = Session(run, ALONE).shards("val")
+    with torch.no_grad():
+        answers = network(torch.from_numpy(val.inputs(np.arange(len(val))))).argmax(1)
+    assert (answers.numpy() == val.labels).mean() > 0.9
+
+
+def test_exports_are_compared_on_indices_that_the_network_has(texts, tmp_path):
+    session = Session(run_all(tmp_path / "run", toy_config(texts, BAGS, *BAG_NETWORK), []), ALONE)
+    network = fresh_network(session)
+    raw = random_inputs(network.spec)
+    assert raw.dtype == torch.int32 and 0 < int(raw.max()) < 8192 and int(raw.min()) == -1
+    assert evaluate(Probabilities(network), raw).shape == (len(raw), len(CLASSES))
+
+
+def test_bags_and_their_network_go_together(texts, tmp_path):
+    words = "embedding_bag and the decoder ngram_bag go together"
+    message = mistake(tmp_path / "mlp", texts, BAGS)
+    assert message.startswith("[model] mlp reads numbers") and words in message
+    pictures = write_toy(tmp_path / "pictures")
+    message = mistake(tmp_path / "shape", pictures, *BAG_NETWORK)
+    assert "embedding_bag takes indices [L]; the input shape is [1," in message
+    counts = "data.decoders={txt='trainer.data.decoding:hashed_ngrams'}"
+    message = mistake(tmp_path / "counts", texts, counts, *BAG_NETWORK)
+    assert message.startswith("[model] embedding_bag reads int32 indices; the inputs are float32")
+    assert words in message
+
+
+def test_whole_numbers_of_arrays_stay_numbers(tmp_path):
+    x = np.arange(240, dtype=np.int32).reshape(60, 4)
+    np.savez(tmp_path / "a.npz", x=x, y=np.arange(60) % 3)
+    shards(["arrays", str(tmp_path / "a.npz"), "--out", str(tmp_path / "s")])
+    config = toy_config(tmp_path / "s", "clusters.num_groups=1")
+    spec: ModelSpec = fresh_network(Session(run_all(tmp_path / "run", config, []), ALONE)).spec
+    assert spec.input.dtype == "float32"
