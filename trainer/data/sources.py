@@ -16,6 +16,7 @@ from .authoring.arrays import (
     Arrays,
     Channels,
     Selection,
+    check_pair,
     encode,
     label_texts,
     read_arrays,
@@ -201,9 +202,10 @@ def _from_arrays(places: Sequence[str], options: Options, report: Report) -> dic
 
 def _of_arrays(split: str, arrays: Arrays, options: Options) -> Source:
     x, y = arrays.inputs[split], arrays.labels.get(split)
-    labels = None if y is None else label_texts(y)
-    if labels is not None and len(labels) != len(x):
-        raise UserError(f"{len(x)} inputs and {len(labels)} labels do not belong together")
+    labels = None
+    if y is not None and options.labelled:
+        check_pair(split, x, y)
+        labels = label_texts(y)
     keys = [str(row) for row in range(len(x))]
     return Source(keys, labels, lambda i: encode(x[i], options.channels))
 

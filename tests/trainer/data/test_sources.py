@@ -104,3 +104,10 @@ def test_a_folder_may_have_one_class(tmp_path):
     (tmp_path / "ant" / "a.png").write_bytes(encode_png(images(np.arange(1), 0)[0]))
     source = open_one(tmp_path)
     assert source.labels == ["ant"] and source.keys == [str(tmp_path / "ant" / "a.png")]
+
+
+def test_labels_that_are_no_column_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.zeros((4, 3), np.float32), y=np.eye(4))
+    with pytest.raises(UserError, match="do not belong together; of one-hot labels give y.argmax"):
+        open_one(tmp_path / "a.npz")
+    assert len(open_one(tmp_path / "a.npz", labelled=False).keys) == 4

@@ -372,13 +372,7 @@ def write_arrays(
     report = report or Report()
     columns = {split: _as_column(labels[split]) for split in inputs}
     for split, x in inputs.items():
-        shapes = _shape(x), _shape(columns[split])
-        if len(shapes[1]) != 1 or len(shapes[0]) < 1 or shapes[0][0] != shapes[1][0]:
-            hint = "; of one-hot labels give y.argmax(1)" if len(shapes[1]) == 2 else ""
-            raise UserError(
-                f"{split}: inputs {list(shapes[0])} and labels {list(shapes[1])} "
-                f"do not belong together{hint}"
-            )
+        check_pair(split, x, columns[split])
         if isinstance(x, np.ndarray) and x.dtype.kind not in "biufU":
             raise UserError(f"{split}: inputs of type {x.dtype}; numbers or texts are needed")
     label_set, y, reasons = _settle(list(columns.values()), class_names)
@@ -415,6 +409,17 @@ def write_arrays(
     made_by = made_by | {"seed": seed}
     return write_splits(
         out, label_set.names, splits, sample, made_by, samples_per_shard, overwrite, report
+    )
+
+
+def check_pair(split: str, x: Column, y: Column) -> None:
+    """Raises UserError where inputs and labels are not two columns of the same length."""
+    ours, theirs = _shape(x), _shape(y)
+    if len(theirs) == 1 and len(ours) >= 1 and ours[0] == theirs[0]:
+        return
+    hint = "; of one-hot labels give y.argmax(1)" if len(theirs) == 2 else ""
+    raise UserError(
+        f"{split}: inputs {list(ours)} and labels {list(theirs)} do not belong together{hint}"
     )
 
 
