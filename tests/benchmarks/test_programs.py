@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[2]
 QUICK = [
     "benchmarks.characters.data",
-    "benchmarks.characters.generalist",
     "benchmarks.characters.headline",
     "benchmarks.clustering",
     "benchmarks.data",
@@ -26,9 +25,10 @@ QUICK = [
     "benchmarks.places",
     "benchmarks.shortlist",
     "benchmarks.slurm",
-    "benchmarks.training",
 ]
 SLOW = [
+    "benchmarks.branches",
+    "benchmarks.characters.generalist",
     "benchmarks.characters.groups",
     "benchmarks.characters.later",
     "benchmarks.characters.omniglot",
@@ -41,6 +41,7 @@ SLOW = [
     "benchmarks.papers.mnist",
     "benchmarks.papers.specialists",
     "benchmarks.scaling",
+    "benchmarks.training",
 ]
 PROGRAMS = [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in SLOW)]
 
