@@ -364,7 +364,7 @@ class SpecialistEnsemble:
             The generalist's multiplications and those of the specialists that were asked, without
             the blocks that they share with it.
         """
-        raw = torch.zeros(1, *self.generalist.spec.input.shape, device=self.device)
+        raw = self.generalist.zero_input()
         total = float(multiplications(self.generalist, raw))
         asked = active.float().mean(0).tolist()
         for m, share in enumerate(asked):

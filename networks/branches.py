@@ -224,8 +224,7 @@ def _feature_count(generalist: Classifier, cut: Cut) -> int:
     """D, from one input of zeros."""
     was_training = generalist.training
     generalist.eval()
-    raw = torch.zeros(1, *generalist.spec.input.shape, device=generalist.linear_head.weight.device)
-    h = cut.own(cut.body(generalist.preprocess(raw))).flatten(1)
+    h = cut.own(cut.body(generalist.preprocess(generalist.zero_input()))).flatten(1)
     generalist.train(was_training)
     return h.shape[1]
 

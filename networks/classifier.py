@@ -72,6 +72,11 @@ class Classifier(nn.Module):
             return raw
         return torch.addcmul(self._offset, raw.to(self._gain.dtype), self._gain)
 
+    def zero_input(self) -> Tensor:
+        """One raw input of zeros, [1, *input.shape], in its dtype: to ask what a network gives."""
+        dtype = getattr(torch, self.spec.input.dtype)
+        return torch.zeros(1, *self.spec.input.shape, dtype=dtype, device=self._gain.device)
+
     @property
     def num_members(self) -> int:
         """K; 1 of a plain network, whose logits have no axis of members."""

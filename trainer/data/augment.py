@@ -33,6 +33,15 @@ CONTRACT = (
 DEFAULT_NUMBERS = 8  # uniforms per example of a function without the attribute `numbers`
 
 
+# What may be no mistake of the function's: a device, a disk, memory.
+MACHINES = (OSError, RuntimeError, MemoryError)
+
+
+def failure(name: str, error: BaseException) -> str:
+    """The error about an augmentation of the user's that raises."""
+    return f"data.augment = {name!r} fails: {blame(error)}; {CONTRACT}"
+
+
 @dataclass(frozen=True)
 class Augment:
     """An augmentation and how many uniform numbers it needs for each example.
@@ -51,12 +60,17 @@ class Augment:
         return self._views_of_own(inputs, uniforms)
 
     def _views_of_own(self, inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        """Raises UserError, one line, for whatever a user's function raises or gives instead."""
+        """Raises UserError, one line, for a user's function that fails or gives something else.
+
+        What the machine raises passes: a job that fails for it may be tried again.
+        """
         name = f"data.augment = {self.own!r}"
         try:
             views = self.function(inputs, uniforms)
+        except MACHINES:
+            raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"{name} fails: {blame(error)}; {CONTRACT}") from None
+            raise UserError(failure(self.own, error)) from None
         if not isinstance(views, np.ndarray):
             raise UserError(f"{name} gives {type(views).__name__}; {CONTRACT}")
         if len(views.shape) < 1 or len(views) != len(inputs):

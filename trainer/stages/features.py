@@ -103,8 +103,7 @@ def cut_features(session: Session, generalist: Classifier) -> Cut:
 @torch.no_grad()
 def row_shapes(generalist: Classifier, cut: Cut) -> Shapes:
     """Of each array's rows, from one input of zeros."""
-    device = next(generalist.parameters()).device
-    raw = torch.zeros(1, *generalist.spec.input.shape, device=device)
+    raw = generalist.zero_input()
     at_cut = cut.body(generalist.eval().preprocess(raw))
     general = cut.end(at_cut)
     single, double = np.dtype(np.float32), np.dtype(np.float64)

@@ -34,7 +34,8 @@ from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
 
 from ..core.objectives import Objective, classify, specialise_fully, specialise_in
-from ..data.streams import Source, TrainingStream, shuffled
+from ..data.augment import MACHINES, failure
+from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
 from .extending import grown_generalist
@@ -256,6 +257,16 @@ def _stream(session: Session, augment: str, examples: int) -> TrainingStream:
     return TrainingStream([Source(train, order, examples)], 0, augment)
 
 
+def _first_batch(session: Session, augment: str, examples: int) -> Batch:
+    """Raises UserError for whatever an augmentation of the user's raises at its first call."""
+    try:
+        return _stream(session, augment, examples).batch(0)
+    except MACHINES as error:
+        if ":" not in augment:
+            raise
+        raise UserError(failure(augment, error)) from None
+
+
 def _try_step(session: Session, part: Part) -> None:
     """Forward and backward on as many examples as a rank has in a micro-batch, two at most.
 
@@ -265,7 +276,7 @@ def _try_step(session: Session, part: Part) -> None:
     check_batch_size(part.schedule.batch_size, part.ranks, part.schedule.accumulation)
     examples = min(EXAMPLES, share_of_batch(part))
     device = session.ranks.device
-    batch = _stream(session, part.augment, examples).batch(0).to(device)
+    batch = _first_batch(session, part.augment, examples).to(device)
     network = part.network.to(device).train()
     module = network
     if session.config.engine.shard_head and network.spec.head["kind"] == "linear":

@@ -135,3 +135,17 @@ def test_a_users_function_is_found_and_a_wrong_name_is_an_error():
         find_augment("flip")
     with pytest.raises(UserError, match="needs pictures"):
         shift(np.zeros((3, 5)), np.zeros((3, 2)))
+
+
+def test_what_the_machine_raises_is_no_mistake_of_a_users_augmentation():
+    def lost(inputs, uniforms):
+        raise RuntimeError("this GPU has fallen off the bus")
+
+    def wrong(inputs, uniforms):
+        return inputs[:, 99]
+
+    inputs, uniforms = np.zeros((2, 3)), np.zeros((2, 1))
+    with pytest.raises(RuntimeError, match="off the bus"):
+        Augment(lost, 1, "mine:lost")(inputs, uniforms)
+    with pytest.raises(UserError, match="'mine:wrong' fails: IndexError"):
+        Augment(wrong, 1, "mine:wrong")(inputs, uniforms)
