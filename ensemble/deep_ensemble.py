@@ -1,6 +1,6 @@
 """Networks of one kind from different seeds, averaged."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,27 +8,21 @@ from torch import Tensor
 
 from networks import (
     Classifier,
-    load_classifier,
-    mean_log_probabilities,
-    read_inputs,
-    save_classifier,
 )
 from networks.builders import Builders
 from networks.reading import Inputs
 
-from .ranking import Prediction, top_predictions
-from .settings import EnsembleSettings, member_folder
+from .network_ensemble import NetworkEnsemble, load_networks
+from .settings import EnsembleSettings
 from .shortlist import ARITHMETIC, check_order, generalised_mean
 from .shortlist_ensemble import ShortlistEnsemble
 from .specialist_ensemble import (
-    RawInputs,
     SpecialistEnsemble,
     finished_words,
-    is_finished,
 )
 
 
-class DeepEnsemble:
+class DeepEnsemble(NetworkEnsemble):
     """The arithmetic mean of its networks' distributions, or another generalised mean.
 
     The networks are put into eval mode and not changed otherwise.
@@ -60,14 +54,8 @@ class DeepEnsemble:
             raise ValueError(
                 f"networks of one ensemble need one label set; these have {sorted(sizes)} classes"
             )
-        self.networks = [network.eval() for network in networks]
-        self.class_names = list(networks[0].spec.class_names)
-        self.device = next(networks[0].parameters()).device
-        self.generalist = self.networks[0]
+        super().__init__(networks)
         self.order = order
-        self.missing: list[int] = []
-        self.finished: bool | None = None
-        self.functions: Mapping[str, Callable] = {}
 
     def __repr__(self) -> str:
         return (
@@ -103,38 +91,17 @@ class DeepEnsemble:
             For a missing or corrupt file, and for a directory whose ensemble is of another kind.
         """
         root = Path(directory)
-        settings = EnsembleSettings.load(root)
-        if settings.kind != "deep":
-            raise ValueError(
-                f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble"
-            )
-        folders = [member_folder(root, index) for index in range(settings.members)]
-        networks = [load_classifier(folder, device, builders) for folder in folders]
+        networks, settings = load_networks(root, "deep", device, builders)
         ensemble = cls(networks, ARITHMETIC if settings.order is None else settings.order)
-        ensemble.finished = is_finished(root)
-        ensemble.functions = builders or {}
+        ensemble._loaded_from(root, builders)
         return ensemble
 
-    def save(self, directory: str | Path) -> None:
-        """Write `directory`, laid out as a run is, for DeepEnsemble.load."""
-        root = Path(directory)
-        for index, network in enumerate(self.networks):
-            save_classifier(network, member_folder(root, index))
+    def settings(self) -> EnsembleSettings:
+        """What ensemble.json says of it; the arithmetic mean is not written."""
         settings = EnsembleSettings(kind="deep", members=len(self.networks))
         if self.order != ARITHMETIC:
             settings.order = self.order
-        settings.save(root)
-
-    @torch.no_grad()
-    def member_log_probabilities(self, inputs: RawInputs) -> Tensor:
-        """[M, B, C] for raw inputs [B, ...]; a network with several heads gives its mean."""
-        raw = torch.as_tensor(inputs).to(self.device)
-        return torch.stack([mean_log_probabilities(network, raw) for network in self.networks])
-
-    def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
-        """Raw inputs [B, ...] of what people have, as SpecialistEnsemble.read."""
-        spec = self.generalist.spec.input
-        return read_inputs(inputs, spec, self.functions, resize, max_pixels).to(self.device)
+        return settings
 
     def probabilities(self, inputs: Inputs) -> Tensor:
         """[B, C] for inputs that `read` can read."""
@@ -142,13 +109,6 @@ class DeepEnsemble:
         if self.order == ARITHMETIC:
             return log_p.exp().mean(0)
         return generalised_mean(log_p, self.order).exp()
-
-    def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
-        """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.
-
-        There are no specialists.
-        """
-        return top_predictions(self.probabilities(inputs), self.class_names, top)
 
 
 def load_ensemble(

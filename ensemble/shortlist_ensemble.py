@@ -1,6 +1,6 @@
 """Second opinions: further networks are asked about each row's likeliest classes alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,20 +10,17 @@ from torch import Tensor, nn
 from networks import (
     Classifier,
     lazy_logits,
-    load_classifier,
     mean_log_probabilities,
-    read_inputs,
-    save_classifier,
     top_k,
 )
 from networks.builders import Builders
 from networks.reading import Inputs
 
+from .network_ensemble import NetworkEnsemble, load_networks
 from .predictions import softmax
-from .ranking import Prediction, top_predictions
-from .settings import EnsembleSettings, member_folder
+from .settings import EnsembleSettings
 from .shortlist import GEOMETRIC, check_order, check_weights, join_within
-from .specialist_ensemble import RawInputs, finished_words, is_finished
+from .specialist_ensemble import finished_words
 
 
 class ShortlistProgram(nn.Module):
@@ -64,7 +61,7 @@ class ShortlistProgram(nn.Module):
         return p.scatter_(1, indices, joined.exp())
 
 
-class ShortlistEnsemble:
+class ShortlistEnsemble(NetworkEnsemble):
     """A generalist, and further networks that are asked about its k likeliest classes of each row.
 
     Within the shortlist the distributions are renormalised and joined by the generalised mean.  The
@@ -111,15 +108,9 @@ class ShortlistEnsemble:
             self.temperatures = [float(T) for T in temperatures]
         check_weights(self.weights, count)
         check_temperatures(self.temperatures, count)
-        self.networks = [network.eval() for network in networks]
-        self.generalist = self.networks[0]
-        self.class_names = list(self.generalist.spec.class_names)
-        self.device = next(self.generalist.parameters()).device
+        super().__init__(networks)
         self.shortlist = min(shortlist, self.generalist.spec.num_classes)
         self.order = order
-        self.missing: list[int] = []
-        self.finished: bool | None = None
-        self.functions: Mapping[str, Callable] = {}
         self.program = ShortlistProgram(
             self.networks, self.shortlist, order, self.weights, self.temperatures
         ).eval()
@@ -158,29 +149,18 @@ class ShortlistEnsemble:
             For a missing or corrupt file, and for a directory whose ensemble is of another kind.
         """
         root = Path(directory)
-        settings = EnsembleSettings.load(root)
-        if settings.kind != "shortlist" or settings.shortlist is None:
-            raise ValueError(
-                f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble"
-            )
-        folders = [member_folder(root, index) for index in range(settings.members)]
+        networks, settings = load_networks(root, "shortlist", device, builders)
+        if settings.shortlist is None:
+            raise ValueError(f"{root}: its ensemble.json does not say how long the shortlist is")
         ensemble = cls(
-            [load_classifier(folder, device, builders) for folder in folders],
+            networks,
             settings.shortlist,
             GEOMETRIC if settings.order is None else settings.order,
             settings.weights,
             settings.temperatures,
         )
-        ensemble.finished = is_finished(root)
-        ensemble.functions = builders or {}
+        ensemble._loaded_from(root, builders)
         return ensemble
-
-    def save(self, directory: str | Path) -> None:
-        """Write `directory`, laid out as a run is, for ShortlistEnsemble.load."""
-        root = Path(directory)
-        for index, network in enumerate(self.networks):
-            save_classifier(network, member_folder(root, index))
-        self.settings().save(root)
 
     def settings(self) -> EnsembleSettings:
         """What ensemble.json says of it."""
@@ -193,28 +173,10 @@ class ShortlistEnsemble:
             temperatures=self.temperatures,
         )
 
-    def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
-        """Raw inputs [B, ...] of what people have, as SpecialistEnsemble.read."""
-        spec = self.generalist.spec.input
-        return read_inputs(inputs, spec, self.functions, resize, max_pixels).to(self.device)
-
     @torch.no_grad()
     def probabilities(self, inputs: Inputs) -> Tensor:
         """[B, C] for inputs that `read` can read."""
         return self.program(self.read(inputs))
-
-    @torch.no_grad()
-    def member_log_probabilities(self, inputs: RawInputs) -> Tensor:
-        """[M, B, C], each network's own over all classes, at temperature 1, for [B, ...]."""
-        raw = torch.as_tensor(inputs).to(self.device)
-        return torch.stack([mean_log_probabilities(network, raw) for network in self.networks])
-
-    def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
-        """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.
-
-        There are no specialists.
-        """
-        return top_predictions(self.probabilities(inputs), self.class_names, top)
 
 
 def whole_logits(network: Classifier, raw: Tensor) -> Tensor:

@@ -30,10 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .builders import Builders, build_trunk
-from .checkpoints import read_safetensors
 from .classifier import Classifier
 from .cutting import Cut, cut_at
-from .files import SPEC, WEIGHTS, check_tensors
+from .files import SPEC, load_built
 from .spec import ModelSpec, checked_classes
 
 # Of what is left outside S, as a fraction of all: float64 tells no smaller one from rounding.
@@ -252,12 +251,4 @@ def load_branch(
     spec = ModelSpec.load(directory / SPEC)
     if spec.head["kind"] != "branch":
         raise ValueError(f"{directory / SPEC}: a {spec.head['kind']} head is no branch")
-    with torch.random.fork_rng(devices=[]):
-        try:
-            branch = build_branch(spec, builders)
-        except ValueError as error:
-            raise ValueError(f"{directory / SPEC}: {error}") from None
-    tensors = read_safetensors(directory / WEIGHTS)
-    check_tensors(tensors, branch.state_dict(), directory / WEIGHTS)
-    branch.load_state_dict(tensors)
-    return branch.to(device).eval()
+    return load_built(spec, directory, device, build_branch, builders)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .builders import Builders
 from .checkpoints import first_few, read_safetensors
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SPEC = "model.json"
 WEIGHTS = "model.safetensors"
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> None:
@@ -75,17 +76,32 @@ def load_classifier(
         Naming the file, for one that is absent or corrupt, another schema, an unknown builder, and
         missing, unexpected or ill-shaped tensors.
     """
+    return load_built(
+        ModelSpec.load(Path(directory) / SPEC), directory, device, build_classifier, builders
+    )
+
+
+def load_built(
+    spec: ModelSpec,
+    directory: str | Path,
+    device: str | torch.device,
+    build: Callable[[ModelSpec, Builders | None], Module],
+    builders: Builders | None,
+) -> Module:
+    """What `build` makes of a directory's spec, with the directory's weights, in eval mode.
+
+    Raises ValueError, naming the file, as load_classifier does.
+    """
     directory = Path(directory)
-    spec = ModelSpec.load(directory / SPEC)
     with torch.random.fork_rng(devices=[]):
         try:
-            classifier = build_classifier(spec, builders)
+            module = build(spec, builders)
         except ValueError as error:
             raise ValueError(f"{directory / SPEC}: {error}") from None
     tensors = read_safetensors(directory / WEIGHTS)
-    check_tensors(tensors, classifier.state_dict(), directory / WEIGHTS)
-    classifier.load_state_dict(tensors)
-    return classifier.to(device).eval()
+    check_tensors(tensors, module.state_dict(), directory / WEIGHTS)
+    module.load_state_dict(tensors)
+    return module.to(device).eval()
 
 
 def check_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:
