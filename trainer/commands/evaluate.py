@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -24,21 +23,21 @@ from pipeline.store import write_json
 from pipeline.usage import Parser
 
 from ..core.dense_logits import dense_log_probabilities
-from ..core.metrics import summarise
 from ..data.authoring.reporting import Report, list_corrupt, say
 from ..data.labels import NONE, printable, readings, settle_given
 from ..data.sources import Options, Source, open_source
-from ..stages.evaluator import TOP, metrics_of_batch
+from ..stages.evaluator import TOP, metrics_of_batch, summary_of
 from .export import as_user_errors
 from .predict import (
-    BATCH,
     Predictor,
     add_data_options,
     add_network_options,
     check_kind,
     file_reader,
+    in_batches,
     load_predictor,
     options_of,
+    wide_console,
 )
 
 SHOWN = 10  # rows of a printed table
@@ -222,24 +221,7 @@ def predict_all(
     return Outcome(keys, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
 
 
-def in_batches(items: Iterator) -> Iterator[list]:
-    from itertools import islice
-
-    while batch := list(islice(items, BATCH)):
-        yield batch
-
-
 # What is reported
-
-
-def summary_of(values: Values) -> dict[str, float]:
-    return summarise(
-        values["labels"],
-        values["top5"],
-        values["top5_probability"],
-        values["label_probability"],
-        values["squared_error"],
-    )
 
 
 def class_rows(values: Values, class_names: Sequence[str]) -> list[dict]:
@@ -369,9 +351,7 @@ def _check_out(out: Path | None, overwrite: bool) -> None:
 def print_outcome(
     metrics: dict, classes: list[dict], confused: list[dict], out: Path | None
 ) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
+    console = wide_console()
     say(
         f"{metrics['of']}, {metrics['n']:,} inputs: "
         f"top-1 {metrics['top1']:.2%}, top-5 {metrics['top5']:.2%}, NLL {metrics['nll']:.4f}, "

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # Below a directory these lie beside the inputs; a file that is named is read whatever it is.
 NOTES = ("txt", "json")
 BATCH = 64
+Item = TypeVar("Item")
 
 
 class Example(NamedTuple):
@@ -192,11 +193,16 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
 def predictions(
     predictor: Predictor, examples: Iterator[Example], top: int, device: str
 ) -> Iterator[tuple[Example, Prediction]]:
-    while batch := list(itertools.islice(examples, BATCH)):
+    for batch in in_batches(examples):
         raw = torch.from_numpy(np.stack([example.raw for example in batch])).to(device)
         with as_user_errors():  # a specialist is read when it is first needed
             predicted = predictor.predict(raw, top)
         yield from zip(batch, predicted, strict=True)
+
+
+def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:
+    while batch := list(itertools.islice(items, BATCH)):
+        yield batch
 
 
 # What predicts
@@ -471,7 +477,10 @@ class PredictionTable:
             file = specialists = ""  # once for all classes of a file
 
     def print(self) -> None:
-        console = Console()
-        if not console.is_terminal:
-            console = Console(width=200)
-        console.print(self.table)
+        wide_console().print(self.table)
+
+
+def wide_console() -> Console:
+    """As wide as the terminal; wide enough for any table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
