@@ -371,12 +371,16 @@ def compare(
     return call_trainer([*(FAKE or TRAINER), "compare", *map(str, runs), *options])
 
 
+PASSED_ON: dict[str, str] = {}  # commands that need torch, and what the trainer calls each
+
+
 def _pass_on(name: str, text: str, command_name: str = "") -> None:
     """A command that needs torch: `python -m trainer NAME` gets its arguments as they are.
 
     Its own page of help, with an example, is printed there.
     command_name: the trainer's name of it, where a stage is called NAME.
     """
+    PASSED_ON[name] = command_name or name
 
     @app.command(
         name,
@@ -386,7 +390,7 @@ def _pass_on(name: str, text: str, command_name: str = "") -> None:
         context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     )
     def pass_on(context: typer.Context) -> int:
-        return call_trainer([*(FAKE or TRAINER), command_name or name, *context.args])
+        return call_trainer([*(FAKE or TRAINER), PASSED_ON[name], *context.args])
 
 
 _pass_on(

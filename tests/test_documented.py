@@ -73,8 +73,7 @@ def passed_on() -> list[str]:
 
 def parser_of(name: str):
     """A passed-on command's parser: its module has a function `_parser` that makes it."""
-    function = COMMANDS.get(name) or COMMANDS[f"{name}-data"]  # `evaluate` is a stage there
-    return import_module(function.partition(":")[0])._parser()
+    return import_module(COMMANDS[launch.cli.PASSED_ON[name]].partition(":")[0])._parser()
 
 
 def read_by(command, name: str, arguments: list[str]) -> None:

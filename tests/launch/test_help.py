@@ -9,12 +9,10 @@ import typer
 import launch.cli
 from pipeline.config import UserError
 from pipeline.usage import Parser, page
-from trainer.__main__ import COMMANDS
 from trainer.commands import shards
 
 COMMAND_NAMES = list(typer.main.get_command(launch.cli.app).commands)
-PASSED_ON = {*COMMANDS, "evaluate"} - {"compare"}  # their pages are the trainer's
-OWN = [name for name in COMMAND_NAMES if name not in PASSED_ON]
+OWN = [name for name in COMMAND_NAMES if name not in launch.cli.PASSED_ON]
 
 
 @pytest.fixture
