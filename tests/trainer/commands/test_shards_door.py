@@ -12,22 +12,11 @@ import sys
 
 import numpy as np
 import pytest
+from shards_command import counts_of, refusal, run
 from shardsets import png, tar_files, write_tar
 
-from pipeline.config import Data, UserError, load_config
-from trainer.commands.shards import main
+from pipeline.config import Data, load_config
 from trainer.data import open_shards
-
-
-def run(*argv) -> int:
-    return main([str(word) for word in argv])
-
-
-def refusal(*argv) -> str:
-    with pytest.raises(UserError) as error:
-        run(*argv)
-    assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
 
 
 def labelled(labels) -> list[tuple[str, bytes]]:
@@ -51,11 +40,6 @@ def names_by_picture(directory, split="train") -> dict[int, str]:
 
 def classes_of(directory) -> list[str]:
     return json.loads((directory / "manifest.json").read_text())["classes"]
-
-
-def counts_of(directory) -> dict[str, int]:
-    manifest = json.loads((directory / "manifest.json").read_text())
-    return {split: entry["samples"] for split, entry in manifest["splits"].items()}
 
 
 def tree(root, classes, count=6):

@@ -6,29 +6,13 @@ import shlex
 import numpy as np
 import pytest
 import userdata
+from shards_command import counts_of, refusal, run
 from shardsets import png, write_tar
 
-from pipeline.config import Data, UserError
-from trainer.commands.shards import main
+from pipeline.config import Data
 from trainer.data import open_shards
 from trainer.data.authoring.splitting import split_by_class
 from trainer.proposal.raw_data import shards_command
-
-
-def run(*argv) -> int:
-    return main([str(word) for word in argv])
-
-
-def refusal(*argv) -> str:
-    with pytest.raises(UserError) as error:
-        run(*argv)
-    assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
-
-
-def counts_of(directory) -> dict[str, int]:
-    manifest = json.loads((directory / "manifest.json").read_text())
-    return {split: entry["samples"] for split, entry in manifest["splits"].items()}
 
 
 def tar(path, members: dict[str, str], count: int = 20):

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from shards_command import refusal, run
 from shardsets import write_tar
 
 from networks import PictureRules
 from pipeline.config import Data, UserError
-from trainer.commands.shards import main
 from trainer.data import MeasuringStream, cache, open_shards
 from trainer.data.routing import open_routed, route
 
@@ -24,17 +24,6 @@ def saved(picture, kind="png", **options) -> bytes:
     file = io.BytesIO()
     picture.save(file, kind, **options)
     return file.getvalue()
-
-
-def run(*argv) -> int:
-    return main([str(word) for word in argv])
-
-
-def refusal(*argv) -> str:
-    with pytest.raises(UserError) as error:
-        run(*argv)
-    assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
 
 
 def folder(root, files: dict[str, bytes]):
