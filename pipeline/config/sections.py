@@ -197,15 +197,15 @@ class Ensemble(Section):
     """How the predictions of several networks become one distribution."""
 
     # deep: generalists alone, each from another seed; shortlist: the same, but all further ones are
-    # asked about the first one's likeliest classes alone
-    kind: Literal["specialists", "deep", "shortlist"] = "specialists"
-    # of deep and shortlist: generalists, the run's own among them
+    # asked about the first one's likeliest classes alone; rerank: these are trained on them, too
+    kind: Literal["specialists", "deep", "shortlist", "rerank"] = "specialists"
+    # of deep, shortlist and rerank: networks, the run's generalist among them
     members: int = Field(default=4, gt=0)
-    # of shortlist: how many classes; None = chosen on val
+    # of shortlist and rerank: how many classes; None = chosen on val
     shortlist: int | None = Field(default=None, gt=0)
-    # of shortlist: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
+    # of these: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
-    # of shortlist: further networks of the same classes, by the paths of runs or saved networks
+    # of these: further networks of the same classes, by the paths of runs or saved networks
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
@@ -236,15 +236,17 @@ class Ensemble(Section):
     def _of_its_kind(self):
         """Keys of another kind would be read by nobody."""
         default = Ensemble.model_fields
-        if self.kind != "shortlist":
+        if not self.asks_shortlists:
             for key in ("shortlist", "order", "networks"):
                 if getattr(self, key) != default[key].default:
                     raise ValueError(
-                        f'ensemble.{key} is of kind = "shortlist"; this is "{self.kind}"'
+                        f'ensemble.{key} is of kind = "shortlist" and "rerank"; this is '
+                        f'"{self.kind}"'
                     )
         elif self.members + len(self.networks) < 2:
             raise ValueError(
-                'kind = "shortlist" asks a second network: set members = 2, or name one in networks'
+                f'kind = "{self.kind}" asks a second network: set members = 2, or name one in '
+                "networks"
             )
         default_combine = default["combine"].default
         known = {"specialists": COMBINERS, "deep": [default_combine, *MEANS]}
@@ -256,6 +258,11 @@ class Ensemble(Section):
                 "ensemble.order says it"
             )
         return self
+
+    @property
+    def asks_shortlists(self) -> bool:
+        """Whether further networks are asked about the generalist's likeliest classes alone."""
+        return self.kind in ("shortlist", "rerank")
 
     @property
     def mean_order(self) -> float:

@@ -62,7 +62,7 @@ def _explain_generalist(has_specialists: bool) -> str:
 
 def _fitted_shortlist(run: RunDirectory) -> dict:
     """What ensemble.json says of a shortlist; empty of other ensembles."""
-    if run.config.ensemble.kind != "shortlist":
+    if not run.config.ensemble.asks_shortlists:
         return {}
     return read_file(run.ensemble, "ensemble.json") or {}
 
