@@ -122,8 +122,7 @@ def rerank(
         asked = candidates(batch.labels, shortlists(batch), drawn)
         logits, prior = network(batch.inputs), _to(batch, log_prior)
         if head is not None:
-            classes = asked.classes
-            asked = asked.among(classes)
+            classes, asked = asked.numbered()
             logits = head.read(logits, classes)
             prior = None if prior is None else prior[classes]
         return cross_entropy_among(logits, asked, num_classes, prior).mean()

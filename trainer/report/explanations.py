@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.choices import STUDENT_METHODS
-from pipeline.config import Ensemble, Student
+from pipeline.config import Config, Ensemble, Student
 from pipeline.controls import best_wall, wall_rate
 from pipeline.graph import RunDirectory
 from pipeline.results import count, percent, read_file
@@ -35,7 +35,7 @@ def explanations(evidence: Evidence) -> list[Explanation]:
     config, results = evidence.run.config, evidence.results
     texts = {
         "generalist": _explain_generalist(evidence.has_specialists),
-        "ensemble": _explain_ensemble(config.ensemble, _fitted_shortlist(evidence.run)),
+        "ensemble": _explain_ensemble(config, _fitted_shortlist(evidence.run)),
     }
     controls = {
         "control_wall": _explain_control_wall,
@@ -67,20 +67,27 @@ def _fitted_shortlist(run: RunDirectory) -> dict:
     return read_file(run.ensemble, "ensemble.json") or {}
 
 
-def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
+def _explain_ensemble(config: Config, fitted: dict) -> str:
     """fitted: of a shortlist, what was chosen on val."""
+    ensemble = config.ensemble
     if ensemble.kind == "deep":
         mean = "geometric mean" if ensemble.combine == "geometric" else "mean"
         return (
             f"{ensemble.members} networks, trained alike from different seeds, and the {mean} of "
             "their distributions (Lakshminarayanan et al. 2017)."
         )
-    if ensemble.kind == "shortlist":
+    if ensemble.asks_shortlists:
+        learnt = ""
+        if config.has_rerankers:
+            learnt = (
+                f"trained on its {config.rerank.k} likeliest classes of each example, and "
+                f"{config.rerank.random} drawn ones of each batch, and "
+            )
         count = ensemble.members + len(ensemble.networks)
         length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
         return (
-            f"{count} networks: the generalist, and others of the same classes that are asked "
-            f"about its {length} likeliest classes of each example. Their distributions are joined "
+            f"{count} networks: the generalist, and others of the same classes that are {learnt}"
+            f"asked about its {length} likeliest classes of each example. Their distributions are joined "
             f"there by a generalised mean of order {order} (0 geometric, 1 arithmetic); outside, "
             "the generalist's answer stands."
         )
