@@ -51,7 +51,7 @@ class Candidates(NamedTuple):
         return classes, self._replace(own=own.view_as(self.own), drawn=drawn)
 
 
-def candidates(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = None) -> Candidates:
+def candidates_of(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = None) -> Candidates:
     """Each row's label and shortlist, and what is drawn for all.
 
     Parameters

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from networks.candidates import (
     candidate_cross_entropy,
-    candidates,
+    candidates_of,
     cross_entropy_among,
     draw_classes,
 )
@@ -36,7 +36,7 @@ def lists(generator, k, rows=ROWS, classes=CLASSES):
 def test_numbers_worked_by_hand():
     """Label 2 with logit log 3; 0 of log 2 and the label on the list; 1 of 4 drawn stands for 4."""
     z = torch.tensor([[2.0, 5.0, 3.0, 7.0]]).log()
-    asked = candidates(torch.tensor([2]), torch.tensor([[0, 2]]), torch.tensor([1]))
+    asked = candidates_of(torch.tensor([2]), torch.tensor([[0, 2]]), torch.tensor([1]))
     own, drawn = z.gather(1, asked.own), z[:, asked.drawn]
     loss = candidate_cross_entropy(own, asked.counted, drawn, asked.apart, 4)
     assert loss.tolist() == pytest.approx([math.log((3 + 2 + 4 * 5) / 3)])
@@ -44,7 +44,7 @@ def test_numbers_worked_by_hand():
 
 def test_of_what_is_drawn_the_rows_own_classes_do_not_count_again():
     labels, listed = torch.tensor([2, 3]), torch.tensor([[0, 2], [0, 2]])
-    asked = candidates(labels, listed, torch.tensor([3, 0, 1]))
+    asked = candidates_of(labels, listed, torch.tensor([3, 0, 1]))
     assert asked.own.tolist() == [[2, 0, 2], [3, 0, 2]]
     assert asked.counted.tolist() == [[True, True, False], [True, True, True]]
     assert asked.drawn.tolist() == [0, 1, 3]
@@ -59,7 +59,7 @@ def test_the_label_always_counts_and_no_class_twice(seed):
     _, labels, generator = logits_of(seed)
     listed = lists(generator, seed % CLASSES)
     drawn = draw_classes(CLASSES, seed % 4, seed)
-    asked = candidates(labels, listed, drawn)
+    asked = candidates_of(labels, listed, drawn)
     for row, label in enumerate(labels.tolist()):
         own = asked.own[row][asked.counted[row]].tolist()
         others = asked.drawn[asked.apart[row]].tolist()
@@ -70,7 +70,7 @@ def test_the_label_always_counts_and_no_class_twice(seed):
 
 def test_with_every_class_on_the_list_it_is_the_whole_softmax():
     logits, labels, generator = logits_of()
-    asked = candidates(labels, lists(generator, CLASSES))
+    asked = candidates_of(labels, lists(generator, CLASSES))
     loss = cross_entropy_among(logits, asked, CLASSES)
     expected = F.cross_entropy(logits.materialize().double(), labels, reduction="none")
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
@@ -79,7 +79,7 @@ def test_with_every_class_on_the_list_it_is_the_whole_softmax():
 @pytest.mark.parametrize("k", [0, 3])
 def test_with_every_class_drawn_it_is_the_whole_softmax(k):
     logits, labels, generator = logits_of()
-    asked = candidates(labels, lists(generator, k), draw_classes(CLASSES, 100, 0))
+    asked = candidates_of(labels, lists(generator, k), draw_classes(CLASSES, 100, 0))
     loss = cross_entropy_among(logits, asked, CLASSES)
     expected = F.cross_entropy(logits.materialize().double(), labels, reduction="none")
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
@@ -91,7 +91,7 @@ def test_over_all_draws_the_partition_is_the_whole_ones_on_average(k, count):
     z = F.linear(logits.features, logits.weight, logits.bias).detach()
     listed, partitions = lists(generator, k), []
     for drawn in combinations(range(CLASSES), count):
-        asked = candidates(labels, listed, torch.tensor(drawn))
+        asked = candidates_of(labels, listed, torch.tensor(drawn))
         loss = cross_entropy_among(logits, asked, CLASSES).detach()
         partitions.append((loss + z.gather(1, labels[:, None])[:, 0]).exp())
     whole = z.exp().sum(1)
@@ -102,7 +102,7 @@ def test_over_all_draws_the_partition_is_the_whole_ones_on_average(k, count):
 
 def test_its_gradients_are_those_of_finite_differences():
     logits, labels, generator = logits_of()
-    asked = candidates(labels, lists(generator, 3), torch.tensor([1, 4]))
+    asked = candidates_of(labels, lists(generator, 3), torch.tensor([1, 4]))
     prior = torch.randn(CLASSES, dtype=torch.float64, generator=generator)
 
     def loss(x, weight, bias):
@@ -114,7 +114,7 @@ def test_its_gradients_are_those_of_finite_differences():
 
 def test_a_prior_moves_every_candidates_logit():
     logits, labels, generator = logits_of()
-    asked = candidates(labels, lists(generator, 3), torch.tensor([1, 4]))
+    asked = candidates_of(labels, lists(generator, 3), torch.tensor([1, 4]))
     prior = torch.randn(CLASSES, dtype=torch.float64, generator=generator)
     moved = LinearLogits(logits.features, logits.weight, logits.bias + prior, CLASSES)
     torch.testing.assert_close(
@@ -125,11 +125,9 @@ def test_a_prior_moves_every_candidates_logit():
 
 def test_numbered_among_the_classes_that_are_read_it_is_the_same():
     logits, labels, generator = logits_of(classes=40)
-    asked = candidates(labels, lists(generator, 4, classes=40), draw_classes(40, 6, 0))
+    asked = candidates_of(labels, lists(generator, 4, classes=40), draw_classes(40, 6, 0))
     classes, again = asked.numbered()
-    few = LinearLogits(
-        logits.features, logits.weight[classes], logits.bias[classes], len(classes)
-    )
+    few = LinearLogits(logits.features, logits.weight[classes], logits.bias[classes], len(classes))
     torch.testing.assert_close(
         cross_entropy_among(few, again, 40),
         cross_entropy_among(logits, asked, 40),

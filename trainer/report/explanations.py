@@ -87,9 +87,9 @@ def _explain_ensemble(config: Config, fitted: dict) -> str:
         length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
         return (
             f"{count} networks: the generalist, and others of the same classes that are {learnt}"
-            f"asked about its {length} likeliest classes of each example. Their distributions are joined "
-            f"there by a generalised mean of order {order} (0 geometric, 1 arithmetic); outside, "
-            "the generalist's answer stands."
+            f"asked about its {length} likeliest classes of each example. Their distributions are "
+            f"joined there by a generalised mean of order {order} (0 geometric, 1 arithmetic); "
+            "outside, the generalist's answer stands."
         )
     if ensemble.gate == 1:
         gate = "the generalist's most probable class"

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from networks import InputSpec, ModelSpec, build_classifier
-from networks.candidates import candidates, cross_entropy_among, draw_classes
+from networks.candidates import candidates_of, cross_entropy_among, draw_classes
 from networks.linear_logits import LinearLogits
 from networks.row_head import RowGradients, RowHead
 from pipeline.config import DEFAULT_SCHEDULE, Engine
@@ -90,7 +90,7 @@ def compare(name: str, ranks) -> None:
 
 
 def loss_of(module, head, raw, labels, lists, drawn):
-    classes, asked = candidates(labels, lists, drawn).numbered()
+    classes, asked = candidates_of(labels, lists, drawn).numbered()
     logits = head.read(module(raw), classes)
     return cross_entropy_among(logits, asked, CLASSES).mean()
 
@@ -101,7 +101,7 @@ def step_by_hand(network, optimizers, raw, labels, lists, drawn) -> None:
     head = network.head
     weight, bias = head.weight.clone().requires_grad_(), head.bias.clone().requires_grad_()
     logits = LinearLogits(network.trunk(network.preprocess(raw)), weight, bias, CLASSES)
-    asked = candidates(labels, lists, drawn)
+    asked = candidates_of(labels, lists, drawn)
     trunk.zero_grad()
     cross_entropy_among(logits, asked, CLASSES).mean().backward()
     set_rate(trunk, RATE)
