@@ -1,7 +1,7 @@
 """What a re-ranker costs to train, and what it gives on real texts.
 
     OMP_NUM_THREADS=1 python -m benchmarks.rerank [--to runs/rerank] [--seed N] [--set KEY=VALUE]
-    python -m benchmarks.rerank --steps          the first part alone
+    python -m benchmarks.rerank --only steps|texts
     python -m benchmarks.rerank --quick          seconds, made-up names, no result
 
 1. Steps of 256 examples, of a bag of 8,192 bins and 64 numbers an embedding: a generalist's, which
@@ -208,7 +208,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each form (15)")
-    parser.add_argument("--steps", action="store_true", help="measure steps, and train nothing")
+    parser.add_argument("--only", choices=("steps", "texts"), help="one of the two parts")
     parser.add_argument("--quick", action="store_true", help="made-up names, below TO/quick")
     given = parser.parse_args(words)
     settings, classes = given.set, CLASSES
@@ -218,8 +218,10 @@ def main(words: list[str] | None = None) -> None:
         shutil.rmtree(given.to, ignore_errors=True)
     given.to.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    result: dict = {"steps": [measured_steps(each, given.rounds) for each in classes]}
-    if not given.steps:
+    result: dict = {}
+    if given.only != "texts":
+        result["steps"] = [measured_steps(each, given.rounds) for each in classes]
+    if given.only != "steps":
         result["seed"] = given.seed
         result["n"], result["rows"] = rows_of(given, settings)
         for name, row in result["rows"].items():

@@ -16,7 +16,7 @@ from toy import NUM_CLASSES, toy_config, write_toy
 from ensemble import ShortlistEnsemble, load_ensemble
 from launch.plan import plan
 from launch.results import show_results
-from networks import load_classifier
+from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from pipeline.config import UserError, load_config, save_config
 from pipeline.graph import RunDirectory
 from pipeline.results import collect
@@ -26,6 +26,7 @@ from trainer.commands.check import check
 from trainer.core.loop import Interrupted
 from trainer.data.shards import open_shards
 from trainer.stages import features
+from trainer.stages.rerank import by_rows
 
 K = 8
 SHORT = ["train.steps=30", "students.main.steps=10", "controls.enabled=false"]
@@ -255,7 +256,7 @@ def test_shortlists_that_were_begun_go_on(run, data, tmp_path, monkeypatch):
         (["rerank.random=-1"], "rerank.random = -1"),
         (["rerank.shortlists_bytes=1000"], "shortlists_bytes = 1,000 allows less"),
         (["ensemble.shortlist=9"], "the re-rankers learn on shortlists of 8"),
-        (["ensemble.members=1"], "asks a second network"),
+        (["ensemble.members=1"], "trains networks beside the generalist: set members = 2"),
         (["train.ema=0.9"], "set rerank.ema = 0.0"),
         (["train.clip_norm=1.0"], "set rerank.clip_norm = 0.0"),
         (["train.label_smoothing=0.1"], "set rerank.label_smoothing = 0.0"),
@@ -273,6 +274,13 @@ def test_mistakes_are_one_line_before_anything_is_trained(data, tmp_path, words,
         RunDirectory(tmp_path / "new", config).method.check(NUM_CLASSES, "the data")
         check(config, 1, tmp_path / "new")
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_network_without_a_trunk_that_learns_is_refused():
+    spec = ModelSpec("mlp", 5, InputSpec((3,), "float32"), {"width": 4, "depth": 1})
+    network = Classifier(spec, torch.nn.Flatten(), torch.nn.Linear(3, 5))
+    with pytest.raises(UserError, match="no weights but its head's"):
+        by_rows(network)
 
 
 def test_it_is_tried_before_anything_is_trained(data, tmp_path):
