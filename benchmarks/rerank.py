@@ -166,21 +166,18 @@ def made_up(out: Path) -> None:
 
 
 def rows_of(given: argparse.Namespace, settings: list[str]) -> tuple[int, dict[str, dict]]:
-    """(test examples, a row for each kind); one generalist serves both."""
+    """(test examples, a row for each kind); both train the same generalist."""
     shards = lab.shards(given.to / "data", made_up if given.quick else naics)
     data = CONFIG["data"] | dict.fromkeys(("train", "val", "test"), str(shards))
     rows: dict[str, dict] = {}
-    count, first = 0, None
+    count = 0
     for name, kind in KINDS.items():
         run = given.to / f"{name}-{given.seed}"
-        if first is not None and not (run / "generalist").exists():
-            shutil.copytree(first / "generalist", run / "generalist", symlinks=True)
         ensemble = {"kind": kind, "members": 2}
         config = CONFIG | {"seed": given.seed, "data": data, "ensemble": ensemble}
         results = lab.finished(config, run, settings, in_process=given.quick)
-        first = first or run
         count = results["generalist"]["n"]
-        rows.setdefault("generalist", row_of(results["generalist"], first, "generalist"))
+        rows["generalist"] = row_of(results["generalist"], run, "generalist")
         rows[name] = row_of(results["ensemble"], run, "members/001")
         rows[name]["shortlist"] = read_json(run / "ensemble.json")["shortlist"]
     return count, rows
