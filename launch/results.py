@@ -121,8 +121,14 @@ def _style(name: str) -> str:
 
 
 def shortlist_line(run: RunDirectory) -> str | None:
-    """How further networks were asked; None of a run that asks them about every class."""
-    if run.config.ensemble.kind != "shortlist":
+    """How others were asked than the generalist; None of a run that asks about every class."""
+    config = run.config.ensemble
+    if config.kind == "specialists" and config.shortlist is not None:
+        return (
+            f"specialists were asked about the generalist's {config.shortlist} likeliest classes "
+            "of each example"
+        )
+    if config.kind != "shortlist":
         return None
     settings = read_json(run.root / "ensemble.json")
     networks = settings["members"] - 1

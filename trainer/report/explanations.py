@@ -95,9 +95,15 @@ def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
         gate = "the generalist's most probable class"
     else:
         gate = f"one of the generalist's {ensemble.gate} most probable classes"
+    asked = ""
+    if ensemble.shortlist is not None:
+        asked = (
+            f" They are asked about its {ensemble.shortlist} likeliest classes of each example, "
+            "and joined there; outside, the generalist's answer stands."
+        )
     return (
         f"The generalist and the specialists whose group holds {gate}, "
-        "joined to one distribution by eq. 5 of Hinton et al. 2015."
+        f"joined to one distribution by eq. 5 of Hinton et al. 2015.{asked}"
     )
 
 

@@ -13,10 +13,11 @@ from toy import NUM_CLASSES, toy_config, write_toy
 
 from clustering import ClassGroups
 from ensemble import SpecialistEnsemble
+from ensemble.fitting import WEIGHTS
 from launch.plan import plan, planned_steps
 from launch.results import show_results
 from networks import load_classifier, save_classifier
-from pipeline.config import UserError
+from pipeline.config import UserError, load_config
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json
 from trainer.__main__ import main
@@ -132,6 +133,65 @@ def test_it_is_exported_without_the_network_that_nobody_asks(run, tmp_path):
     inputs = some_inputs(run)
     p = SpecialistEnsemble.load(run.root).probabilities(inputs)
     torch.testing.assert_close(SpecialistEnsemble.load(out).probabilities(inputs), p)
+
+
+@pytest.fixture(scope="module")
+def shortlisted(run, data, tmp_path_factory):
+    """The same specialists, asked about each example's 5 likeliest classes alone."""
+    root = tmp_path_factory.mktemp("shortlisted") / "run"
+    for place in ("generalist", "members", "clusters", "routed", "specialists"):
+        shutil.copytree(run.root / place, root / place, symlinks=True)
+    base = run.config.dump() | {"students": {}, "controls": {"enabled": False}}
+    return run_all(root, load_config(None, ["ensemble.shortlist=5"], base))
+
+
+def test_a_shortlist_stales_the_ensemble_alone(shortlisted, run):
+    assert [stage.key for stage in shortlisted.specialists] == [s.key for s in run.specialists]
+    assert shortlisted.ensemble.key != run.ensemble.key
+
+
+def test_the_row_of_a_shortlist_is_that_of_the_library_call(shortlisted):
+    settings = read_json(shortlisted.root / "ensemble.json")
+    assert settings["shortlist"] == 5 and settings["weights"][0] == 1
+    assert len(set(settings["weights"][1:])) == 1 and settings["weights"][1] not in WEIGHTS
+    ensemble = SpecialistEnsemble.load(shortlisted.root)
+    shards = open_shards(shortlisted.config.data.test, shortlisted.config.data, "test")
+    inputs = torch.as_tensor(shards.inputs(np.arange(len(shards))))
+    output = ensemble.forward_with_details(inputs)
+    labels = torch.as_tensor(shards.labels)
+    row = read_json(shortlisted.evaluate.path("ensemble.json"))["row"]
+    nll = -output.q.gather(1, labels[:, None]).log().mean()
+    assert row["nll"] == pytest.approx(float(nll), rel=1e-5)
+    alone = read_json(shortlisted.evaluate.path("generalist.json"))["row"]
+    assert row["nll"] < alone["nll"]
+
+
+def test_the_weight_is_where_val_is_best(shortlisted):
+    ensemble = SpecialistEnsemble.load(shortlisted.root)
+    shards = open_shards(shortlisted.config.data.val, shortlisted.config.data, "val")
+    join = ensemble.ask(torch.as_tensor(shards.inputs(np.arange(len(shards)))))
+    labels = torch.as_tensor(shards.labels)[:, None]
+    fitted = ensemble.weights[1]
+
+    def loss(weight):
+        log_q = join([1.0, *[weight] * 6]).gather(1, labels).log()
+        return -float(log_q.mean()) + np.log(weight) ** 2 / (2 * len(labels))
+
+    lowest = loss(fitted)
+    assert all(loss(fitted * factor) > lowest for factor in (0.5, 0.8, 1.25, 2))
+
+
+def test_a_shortlist_is_said_predicted_and_exported(shortlisted, tmp_path):
+    assert "asked about its 5 likeliest classes" in (shortlisted.root / "report.html").read_text()
+    console = Console(record=True, width=300)
+    show_results(shortlisted, console)
+    assert "asked about the generalist's 5 likeliest classes" in console.export_text()
+    out = tmp_path / "out"
+    assert main(["export", str(shortlisted.root), "--to", str(out), "--what", "ensemble"]) == 0
+    assert read_json(out / "export.json")["largest_difference"]["bundle"] == 0
+    inputs = some_inputs(shortlisted)
+    expected = SpecialistEnsemble.load(shortlisted.root).probabilities(inputs)
+    torch.testing.assert_close(SpecialistEnsemble.load(out).probabilities(inputs), expected)
 
 
 def test_a_network_that_exists_already_is_copied_in_the_job_of_the_groups(run, data, tmp_path):
