@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from networks import Branch
-from networks.branches import GeneralOutput
 from networks.gathered_rows import DENSE_FROM
 from networks.heads import DustbinHead
 from networks.linear_logits import LinearLogits
@@ -45,7 +44,7 @@ def places_on(head: nn.Module, classes: Tensor, indices: Tensor) -> Places:
     place, inside = places_in(classes, indices)
     size = len(classes)
     if has_every_row(head):
-        below = torch.searchsorted(classes, indices.contiguous())
+        below = torch.where(indices > classes[-1], size, place)  # of S, below each index
         rows = torch.where(inside, place, size + indices - below)
         return Places(rows, torch.ones_like(inside), inside)
     kept = kept_classes(head, indices.device)
@@ -63,7 +62,7 @@ def logits_on_shortlist(
     classes: Tensor,
     indices: Tensor,
     places: Places,
-    p_general: Tensor,
+    p_general: Tensor | None,
 ) -> Tensor:
     """A copy's logits at its own classes of the shortlist and of the shortlist's others.
 
@@ -77,7 +76,7 @@ def logits_on_shortlist(
     places : Places
         Of the shortlist.
     p_general : Tensor [n, C]
-        The generalist's softmax.
+        The generalist's softmax; not read where every class has a row.
 
     Returns
     -------
@@ -91,6 +90,7 @@ def logits_on_shortlist(
     others = places.known & ~places.inside
     outside = log_sum(torch.where(others, asked, -torch.inf))
     if not has_every_row(head):
+        assert p_general is not None, "it says how classes share a row"
         alone = torch.cat([classes, kept_classes(head, indices.device)])
         share = listed_share(p_general, alone, indices, places.known)
         rest = (features @ weight[-1] + bias[-1]).double() + share.log()
@@ -119,17 +119,14 @@ def rows_asked(head: nn.Module, shortlist: int) -> int:
 
 
 def branch_on_shortlist(
-    branch: Branch, at_cut: Tensor, general: GeneralOutput, rows: Tensor, indices: Tensor
+    branch: Branch, at_cut: Tensor, general: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same of a branch: the generalist's logits there, and the branch's correction.
+    """The same of a branch, and which classes are its own, bool [n, k].
 
-    at_cut: [n, ...], of `rows`.  indices: int64 [n, k].
+    at_cut: [n, ...].  general: [n, k], the generalist's logits at the shortlist, indices [n, k].
     """
     place, inside = places_in(branch.classes, indices)
-    correction = branch.correct(at_cut)
-    return corrected_on_shortlist(
-        general.logits[rows].gather(1, indices), correction, place, inside
-    ), inside
+    return corrected_on_shortlist(general, branch.correct(at_cut), place, inside), inside
 
 
 def corrected_on_shortlist(

@@ -32,7 +32,13 @@ from .gating import gate as open_gate
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from .predictions import Weights, softmax
 from .ranking import Prediction, top_predictions
-from .rows_on_shortlist import branch_on_shortlist, logits_on_shortlist, places_on, rows_asked
+from .rows_on_shortlist import (
+    branch_on_shortlist,
+    has_every_row,
+    logits_on_shortlist,
+    places_on,
+    rows_asked,
+)
 from .settings import SETTINGS, EnsembleSettings
 from .sharing import blocks, shared_prefix
 from .shortlist_kl import Asked, Part, Slots, check_shortlist
@@ -387,28 +393,29 @@ class SpecialistEnsemble:
         features, reached, at_cut = self._run_trunk(raw)
         logits = self.generalist.head(features)
         self._count("trunk")
-        general = GeneralOutput.of(logits)
-        active = self._open_gate(general.p)
-        _, indices = top_k(general.logits, self.shortlist, ordered=False)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        p = softmax(logits, 1.0)
+        active = self._open_gate(p)
+        general, indices = top_k(logits, self.shortlist, ordered=False)
         parts: list[Part] = []
         for m in active.any(0).nonzero()[:, 0].tolist():
             rows = active[:, m].nonzero()[:, 0]
             specialist, listed = self.specialists[m], indices[rows]
             if isinstance(specialist, Branch):
                 self._check_group(m, specialist)
-                own, inside = branch_on_shortlist(specialist, at_cut[rows], general, rows, listed)
+                own, inside = branch_on_shortlist(specialist, at_cut[rows], general[rows], listed)
                 self._count(m)
             else:
                 x = self._features_of(m, specialist, raw, rows, reached)
                 classes = torch.tensor(self.groups.members[m], device=self.device)
                 places = places_on(specialist.head, classes, listed)
                 inside = places.inside
-                own = logits_on_shortlist(
-                    specialist.head, x, classes, listed, places, general.p[rows]
-                )
-            p = softmax(own, self.temperatures[1 + m])
-            parts.append(Part(m, rows, p, inside))
-        p_general = softmax(general.logits, self.temperatures[0])
+                shared = None if has_every_row(specialist.head) else p[rows]
+                own = logits_on_shortlist(specialist.head, x, classes, listed, places, shared)
+            parts.append(Part(m, rows, softmax(own, self.temperatures[1 + m]), inside))
+        p_general = p
+        if self.temperatures[0] != 1:
+            p_general = softmax(logits, self.temperatures[0])
         return Asked.of(p_general, indices, Slots.of(active), active, parts)
 
     def _open_gate(self, p_general: Tensor) -> Tensor:
