@@ -126,17 +126,17 @@ def branch_on_shortlist(
     at_cut: [n, ...].  general: [n, k], the generalist's logits at the shortlist, indices [n, k].
     """
     place, inside = places_in(branch.classes, indices)
-    return corrected_on_shortlist(general, branch.correct(at_cut), place, inside), inside
+    correction = branch.correct(at_cut)
+    correction = torch.cat([correction.gather(1, place), correction[:, -1:]], 1)
+    return corrected_on_shortlist(general, correction, inside), inside
 
 
-def corrected_on_shortlist(
-    general: Tensor, correction: Tensor, place: Tensor, inside: Tensor
-) -> Tensor:
-    """[..., k + 1] of the generalist's logits [..., k], and of r [..., |S| + 1], its dustbin last.
+def corrected_on_shortlist(general: Tensor, correction: Tensor, inside: Tensor) -> Tensor:
+    """[..., k + 1], dustbin last, of the generalist's logits [..., k] and of r [..., k + 1].
 
-    place, inside: as places_in has them, [..., k].
+    inside: bool [..., k], which classes are the branch's; r is of no meaning at others.
     """
     correction = correction.to(general.dtype)
-    own = general + correction.gather(-1, place)
+    own = general + correction[..., :-1]
     outside = log_sum(torch.where(inside, -torch.inf, general)) + correction[..., -1]
     return torch.cat([torch.where(inside, own, -torch.inf), outside[..., None]], -1)
