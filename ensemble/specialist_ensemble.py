@@ -187,6 +187,7 @@ class SpecialistEnsemble:
         cache: int | None = None,
         allow_missing: bool = False,
         builders: Builders | None = None,
+        shortlist: int | None = None,
     ) -> "SpecialistEnsemble":
         """The ensemble of a run directory or of an exported bundle.
 
@@ -196,8 +197,8 @@ class SpecialistEnsemble:
         ----------
         directory : path
         device : str or torch.device
-        gate, max_specialists : int, optional
-            None takes what ensemble.json says (else 1, and no limit).
+        gate, max_specialists, shortlist : int, optional
+            None takes what ensemble.json says (else 1, no limit, and every class).
         cache : int, optional
             How many specialists are held at a time.  None is all.
         allow_missing : bool
@@ -233,6 +234,8 @@ class SpecialistEnsemble:
             gate = settings.gate
         if max_specialists is None:
             max_specialists = settings.max_specialists
+        if shortlist is None:
+            shortlist = settings.shortlist
         numbers = [
             m
             for m in range(len(groups.members))
@@ -250,7 +253,7 @@ class SpecialistEnsemble:
             skipped=settings.skipped,
             allow_missing=allow_missing,
             device=device,
-            shortlist=settings.shortlist,
+            shortlist=shortlist,
         )
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
