@@ -23,6 +23,7 @@ from braceexpand import braceexpand
 from pipeline.choices import ENGINES
 from pipeline.config import (
     Config,
+    ResolvedSpecialists,
     ResolvedStudent,
     Section,
     UserError,
@@ -140,6 +141,7 @@ def absolute(config: Config) -> Config:
             "clusters": _with_absolute(config.clusters, "groups_file"),
             "generalist": _with_absolute(config.generalist, "init"),
             "extend": _with_absolute(config.extend, "run"),
+            "specialists": _with_absolute_start(config.specialists),
             "ensemble": config.ensemble.model_copy(
                 update={"networks": [os.path.abspath(path) for path in config.ensemble.networks]}
             ),
@@ -161,6 +163,13 @@ def _with_absolute_teacher(student: ResolvedStudent) -> ResolvedStudent:
     if os.sep not in student.teacher:
         return student
     return _with_absolute(student, "teacher")
+
+
+def _with_absolute_start(specialists: ResolvedSpecialists) -> ResolvedSpecialists:
+    """What specialists start as is a path, or a network of this run."""
+    if not specialists.given_start:
+        return specialists
+    return _with_absolute(specialists, "start")
 
 
 def _absolute_pattern(pattern: str) -> str:

@@ -190,6 +190,16 @@ def test_paths_are_made_absolute(ward, monkeypatch):
     assert config.data.transfer == str(ward.root / "more")
     assert config.data.manifest == str(ward.root / "m.json")
     assert absolute(ward.config("data.manifest=http://x/m.json")).data.manifest == "http://x/m.json"
+    start = absolute(ward.config("specialists.from=runs/other")).specialists.start
+    assert start == str(ward.root / "runs/other")
+    assert absolute(ward.config("specialists.from=member")).specialists.start == "member"
+
+
+def test_what_specialists_start_as_exists(ward):
+    where = ward.root / "no-network"
+    assert f"specialists.from: {where} holds no network" in error_of(
+        ward, f"specialists.from={where}"
+    )
 
 
 def test_changed_keys_are_dotted_with_old_and_new(ward):
