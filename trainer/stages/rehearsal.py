@@ -89,7 +89,7 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
     if trained:
         objective = _of_labels(config.train)
         yield Part("train", generalist, objective, config.train, processes, augment)
-    if config.has_rerankers and config.ensemble.members > 1:
+    if config.has_rerankers:
         yield _reranker(session, generalist)
     elif trained and not config.has_specialists:
         count = config.ensemble.members - 1
@@ -166,7 +166,7 @@ def _reranker(session: Session, generalist: Classifier) -> Part:
         1,
         session.config.data.augment,
         session.config.ensemble.members - 1,
-        columns=1 + schedule.k + schedule.random,
+        columns=1 + schedule.k + min(schedule.random, session.num_classes),
     )
 
 
