@@ -252,7 +252,7 @@ def _patterns(inside: Tensor) -> tuple[Tensor, Membership]:
     if 2**A < k:
         powers = 2 ** torch.arange(A, device=inside.device)
         pattern = (inside.long() * powers[:, None]).sum(1)
-        outside = 1.0 - ((number[:, None] >> torch.arange(A, device=inside.device)) & 1).double()
+        outside = 1.0 - (number[:, None] // powers % 2).double()
         ones = torch.ones_like(pattern, dtype=torch.float64)
         counts = ones.new_zeros(B, 2**A).scatter_add(1, pattern, ones)
         # A pattern that no class of the row has can take no mass of a dustbin.
