@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from .fitting import fit_shift, fit_temperature, fit_temperatures, fit_weights
     from .gating import gate
+    from .mean_logits import MeanLogits
     from .settings import EnsembleSettings
     from .shortlist import generalised_mean, join_on_shortlist
     from .shortlist_ensemble import ShortlistEnsemble
@@ -29,6 +30,7 @@ __all__ = [
     "EnsembleOutput",
     "EnsembleProgram",
     "EnsembleSettings",
+    "MeanLogits",
     "ShortlistEnsemble",
     "SpecialistEnsemble",
     "combine_kl",
@@ -53,6 +55,7 @@ _HOMES = {
     "combine_kl": "combine",
     "combine_kl_sparse": "sparse",
     "gate": "gating",
+    "MeanLogits": "mean_logits",
     "COMBINERS": "choices",
     "Combiner": "choices",
     "combiner": "choices",

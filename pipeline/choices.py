@@ -125,4 +125,5 @@ AUGMENTATIONS: dict[str, str] = {
     "none": "",
     "shift": "trainer.data.augment:shift",
     "flip-crop": "trainer.data.augment:flip_crop",
+    "drop_ngrams": "trainer.data.augment:drop_ngrams",
 }

@@ -227,7 +227,7 @@ class RunDirectory:
         augment = self.augment_of(student)
         if not student.learns_from_teacher or student.perturb != "none":
             return None
-        if augment != "none" and not student.views:
+        if student.answers == "live" or (augment != "none" and not student.views):
             return None
         directory = teacher = student.teacher
         if os.sep in student.teacher:

@@ -21,6 +21,7 @@ from pipeline.results import duration
 from pipeline.results.training import val_text
 from pipeline.store import Attempt, Stage, new_attempt_id, write_bytes, write_json
 
+from .data.augment import Augment, find_augment
 from .data.cache import cached
 from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
@@ -130,6 +131,11 @@ class Session:
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         order = np.argsort(joined["ids"], kind="stable")
         return {key: value[order] for key, value in joined.items()}
+
+    def augmentation(self, name: str | None = None) -> Augment | None:
+        """The augmentation of that name, by default data.augment, as [data] sets it."""
+        data = self.config.data
+        return find_augment(name or data.augment, data.augment_share)
 
     def seed(self, purpose: str, index: int) -> int:
         """A seed of its own for each purpose, from the run's."""

@@ -25,6 +25,7 @@ def check_all(config: Config) -> None:
         check_student_name(name)
         check_ancestry(name, student, config)
         check_model(name, student, config)
+        check_answers(name, student, config)
     check_full_softmax(config)
     check_extend(config)
     check_negatives(config)
@@ -58,6 +59,16 @@ def check_model(name: str, student: ResolvedStudent, config: Config) -> None:
             hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(Model.model_fields)}"
             raise ValueError(f"unknown key {key}; {hint}") from None
         raise ValueError(f"{key} = {error['input']!r}: {in_our_words(error)}") from None
+
+
+def check_answers(name: str, student: ResolvedStudent, config: Config) -> None:
+    """Stored answers are about inputs that are seen again."""
+    augment = student.augment or config.data.augment
+    if student.answers == "stored" and augment != "none" and not student.views:
+        raise ValueError(
+            f'students.{name}.answers = "stored": each view of augment = "{augment}" is new; set '
+            f'students.{name}.views = 4, or answers = "live"'
+        )
 
 
 def check_full_softmax(config: Config) -> None:

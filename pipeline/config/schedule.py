@@ -278,12 +278,17 @@ class Student(Schedule):
     start: str = "generalist"
     # ensemble | generalist | another student | the path of a run or of a saved network
     teacher: str = "ensemble"
-    # of a deep ensemble's members, to teach a single student
-    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+    # of a deep ensemble's members, to teach a single student; None: as ensemble.combine joins them
+    mean: Literal["arithmetic", "geometric"] | None = None
     # inf: match the logits, the limit
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     hard_weight: float = Field(default=0.0, ge=0, le=1)
     soft_weight: float = Field(default=1.0, ge=0)
+    # of soft_weight: how much goes to the label where the teacher's likeliest class is another
+    wrong_weight: float = Field(default=0.0, ge=0, le=1)
+    # live: the teacher predicts while the student trains; auto: stored where inputs are always
+    # seen alike
+    answers: Literal["auto", "live", "stored"] = "auto"
     # what the inputs are moved by before teacher and student see them
     perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
     # of inputs scaled to 0..1
@@ -336,6 +341,7 @@ class Student(Schedule):
                 "views are predicted once, and perturbed inputs anew: "
                 "leave one of views and perturb out"
             )
+        self._check_answers()
         if method.single_only and not single:
             raise ValueError(f'method = "{self.method}" is of network = "single": {method.why}')
         if self.bias_correction and not single:
@@ -345,8 +351,29 @@ class Student(Schedule):
         return self
 
 
+    def _check_answers(self) -> None:
+        """What a teacher's answers exclude."""
+        if self.wrong_weight and not self.learns_from_teacher:
+            raise ValueError('wrong_weight needs a teacher who can be wrong: method = "distill"')
+        if self.wrong_weight and self.perturb != "none":
+            raise ValueError(
+                "perturbed inputs are the teacher's alone, labels stay with the clean ones: "
+                "leave one of wrong_weight and perturb out"
+            )
+        if self.answers == "live" and self.views is not None:
+            raise ValueError(
+                'answers = "live" are given to a new view each time, and views are predicted '
+                "once: leave one of them out"
+            )
+        if self.answers == "stored" and self.perturb != "none":
+            raise ValueError(
+                'answers = "stored" are given once, and perturbed inputs are new each time: '
+                "leave one of answers and perturb out"
+            )
+
+
 class ResolvedStudent(ResolvedSchedule, Student):
-    pass
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"
 
 
 Resolved = TypeVar("Resolved", bound=ResolvedSchedule)

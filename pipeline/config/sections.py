@@ -43,8 +43,10 @@ class Data(Section):
     # per channel, of inputs scaled to 0..1; part of model.json
     mean: list[float] = [0.5]
     std: list[float] = [0.25]
-    # training views: none | shift | flip-crop | module:function
+    # training views: none | shift | flip-crop | drop_ngrams | module:function
     augment: str = "none"
+    # of drop_ngrams: the share of a bag's n-grams that a view leaves out
+    augment_share: float = Field(default=0.2, ge=0, lt=1)
     # keep decoded inputs in one memory-mapped file under RUN/cache
     cache: Literal["auto", "decoded", "none"] = "auto"
     # the most that such a file may take

@@ -20,7 +20,13 @@ from pipeline.config import ResolvedStudent
 
 from ..data.streams import Batch
 from .dirichlet import prior_network_loss
-from .distillation import TopKTargets, distillation_loss, hard_loss, lazy_distillation_loss
+from .distillation import (
+    LogitTargets,
+    TopKTargets,
+    distillation_loss,
+    hard_loss,
+    lazy_distillation_loss,
+)
 from .losses import (
     Loss,
     classification_loss,
@@ -31,7 +37,9 @@ from .losses import (
 from .probabilities import average_members
 
 Objective = Callable[[nn.Module, Batch], Tensor]
-Teacher = Callable[[Batch], Tensor | TopKTargets]  # -> [K, B, C] probabilities, or stored ones
+# [K, B, C]: probabilities, what is stored of them, or logits
+TeacherTargets = Tensor | TopKTargets | LogitTargets
+Teacher = Callable[[Batch], TeacherTargets]
 Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
@@ -175,8 +183,9 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     Parameters
     ----------
     teacher : callable
-        batch -> probabilities [K, B, C], or what is stored of them (TopKTargets).  A network with K
-        members learns member k from teacher k; a single one learns their mean.
+        batch -> probabilities [K, B, C], what is stored of them (TopKTargets), or logits
+        (LogitTargets).  A network with K members learns member k from teacher k; a single one
+        learns their mean.
     student : ResolvedStudent
         Temperature, weights and the kind of mean.
     perturb : callable, optional
@@ -200,9 +209,15 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     return objective
 
 
-def _weights(student: ResolvedStudent) -> tuple[float, float, float, float]:
+def _weights(student: ResolvedStudent) -> tuple[float, float, float, float, float]:
     """Of both distillation losses, in the order of their parameters."""
-    return student.temperature, student.soft_weight, student.hard_weight, student.label_smoothing
+    return (
+        student.temperature,
+        student.soft_weight,
+        student.hard_weight,
+        student.label_smoothing,
+        student.wrong_weight,
+    )
 
 
 def _perturbed_loss(
@@ -238,8 +253,12 @@ def as_members(logits: Tensor) -> Tensor:
     return logits[None]
 
 
-def for_members(target: Tensor | TopKTargets, mean: str, members: int) -> Tensor:
+def for_members(
+    target: TeacherTargets, mean: str, members: int
+) -> Tensor | LogitTargets:
     """The teachers' [K, B, C] as `members` students learn them: one each, or their mean."""
+    if isinstance(target, LogitTargets):
+        return target
     if isinstance(target, TopKTargets):
         target = target.spread()
     if members == 1 and len(target) > 1:
@@ -247,12 +266,14 @@ def for_members(target: Tensor | TopKTargets, mean: str, members: int) -> Tensor
     return target
 
 
-def for_single(target: Tensor | TopKTargets, mean: str) -> Tensor | TopKTargets:
-    """[K, B, ...] -> [B, ...]: the one teacher's targets as stored, or the mean of several."""
+def for_single(target: TeacherTargets, mean: str) -> TeacherTargets:
+    """[K, B, ...] -> [B, ...]: the one teacher's targets as they are, or the mean of several."""
     if isinstance(target, TopKTargets) and len(target.indices) == 1:
         return TopKTargets(
             target.indices[0], target.log_values[0], target.log_tail[0], target.num_classes
         )
+    if isinstance(target, LogitTargets):
+        return LogitTargets(target.logits[0])
     return for_members(target, mean, 1)[0]
 
 

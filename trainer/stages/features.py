@@ -185,7 +185,7 @@ class FeatureWriter:
             yield view, np.arange(start, min(start + size, len(self.shards)))
 
     def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
-        see = view_of(self.augment, self.views, 0, view)
+        see = view_of(self.session.augmentation(self.augment), self.views, 0, view)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             at_cut = self.cut.body(self.generalist.preprocess(see(batch)))

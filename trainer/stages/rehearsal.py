@@ -268,7 +268,7 @@ def _teacher(
 def _stream(session: Session, augment: str, examples: int) -> TrainingStream:
     train = session.shards("train")
     order = shuffled(np.flatnonzero(train.labels >= 0), 0)
-    return TrainingStream([Source(train, order, examples)], 0, augment)
+    return TrainingStream([Source(train, order, examples)], 0, session.augmentation(augment))
 
 
 def _first_batch(session: Session, augment: str, examples: int) -> Batch:

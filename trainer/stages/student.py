@@ -6,6 +6,9 @@ was left open there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedStudent, UserError
 from pipeline.store import Stage, read_json
 
+from ..core.distillation import LogitTargets
 from ..core.loop import TrainingTask
 from ..core.objectives import Objective, classify, distil, learn_priors
 from ..data.shards import ShardSet
@@ -109,7 +113,16 @@ def live_objective(
     move = None
     if schedule.perturb != "none":
         move = perturbation(name, schedule, teacher, network.spec.input)
+    single = network.num_members == 1
+    if single and schedule.mean == "geometric" and teacher.mean_logits is not None:
+        return distil(partial(_geometric_mean, teacher.mean_logits), schedule, move)
     return distil(lambda batch: teacher.predict(batch.inputs), schedule, move)
+
+
+def _geometric_mean(mean_logits: Callable[[Tensor], Tensor], batch: Batch) -> LogitTargets:
+    """Of a teacher's members, [1, b, C]: one softmax is left to do, at the student's temperature."""
+    with torch.inference_mode():
+        return LogitTargets(mean_logits(batch.inputs)[None])
 
 
 # What a student sees
@@ -143,7 +156,7 @@ def student_stream(
     ]
     augment = session.run.augment_of(schedule)
     views = views_of(session, schedule.views) if augment != "none" else None
-    stream = TrainingStream(sources, seed, augment, views)
+    stream = TrainingStream(sources, seed, session.augmentation(augment), views)
     return stream, count_steps(schedule, len(ids))
 
 

@@ -19,7 +19,7 @@ from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..core.distillation import TopKTargets
 from ..core.probabilities import safe_log, soften
-from ..data.augment import Views, find_augment
+from ..data.augment import Augment, Views
 from ..data.streams import Batch, Source
 from ..session import Session
 from .teachers import Teacher, find_teacher
@@ -98,7 +98,7 @@ def store_targets(
     for source, split in enumerate(splits):
         parts = []
         for view in range(views.count if views else 1):
-            see = view_of(augment, views, source, view)
+            see = view_of(session.augmentation(augment), views, source, view)
             measure = compressing(session, teacher, see, temperatures)
             parts.append(session.measured(session.shards(split), measure))
         if session.ranks.is_main:
@@ -112,9 +112,10 @@ def store_targets(
             say_targets(session, split, notes)
 
 
-def view_of(augment: str, views: Views | None, source: int, view: int) -> Callable[[Batch], Tensor]:
+def view_of(
+    augmentation: Augment | None, views: Views | None, source: int, view: int
+) -> Callable[[Batch], Tensor]:
     """A function batch -> its inputs as the teacher sees them in this view."""
-    augmentation = find_augment(augment)
     if augmentation is None or views is None:
         return lambda batch: batch.inputs
 

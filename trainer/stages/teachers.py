@@ -10,7 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble, load_ensemble
+from ensemble import (
+    DeepEnsemble,
+    MeanLogits,
+    ShortlistEnsemble,
+    SpecialistEnsemble,
+    load_ensemble,
+)
 from networks import Classifier, InputSpec, load_classifier, member_log_probabilities
 from pipeline.config import Student, UserError
 
@@ -26,11 +32,14 @@ class Teacher:
 
     logits: per member a function raw inputs -> logits [B, C] that can be differentiated by the
     inputs; none where the prediction is more than a network's.
+    mean_logits: raw inputs -> the mean of the members' logits [B, C], that of their geometric mean;
+    None where the prediction is more than networks'.
     """
 
     predict: Callable[[Tensor], Tensor]
     num_members: int
     logits: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    mean_logits: Callable[[Tensor], Tensor] | None = None
 
 
 def find_teacher(session: Session, student: Student) -> Teacher:
@@ -86,7 +95,7 @@ def of_networks(networks: Sequence[Classifier]) -> Teacher:
             return torch.cat(parts).exp()
 
     logits = [member_logits(network, k) for network in networks for k in range(network.num_members)]
-    return Teacher(predict, count, logits)
+    return Teacher(predict, count, logits, MeanLogits(networks))
 
 
 def member_logits(network: Classifier, k: int) -> Callable[[Tensor], Tensor]:

@@ -65,7 +65,7 @@ def generalist_task(
         log_prior = balanced_log_prior(shards.class_counts, schedule.balance)
     order = balanced(shards.labels, seed, schedule.balance)
     source = Source(shards, order, schedule.batch_size)
-    stream = TrainingStream([source], seed, session.config.data.augment)
+    stream = TrainingStream([source], seed, session.augmentation())
     objective = classify(
         schedule.label_smoothing, log_prior, schedule.negatives, loss=loss_of(schedule)
     )
