@@ -153,7 +153,7 @@ def check_ancestry(name: str, student: ResolvedStudent, config: Config) -> None:
 
 def members_of(name: str, config: Config) -> int | None:
     """How many distributions a teacher or student predicts; None if its name is a path."""
-    ensemble = config.ensemble.members if config.is_deep else 1
+    ensemble = config.ensemble.num_networks if config.is_deep else 1
     if name in config.students:
         student = config.students[name]
         return 1 if student.network == "single" else student.members or ensemble

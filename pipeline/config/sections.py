@@ -207,7 +207,8 @@ class Ensemble(Section):
     shortlist: int | None = Field(default=None, gt=0)
     # of shortlist: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
-    # of shortlist: further networks of the same classes, by the paths of runs or saved networks
+    # of deep and shortlist: further networks of the same classes, by the paths of runs or saved
+    # networks
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
@@ -238,13 +239,17 @@ class Ensemble(Section):
     def _of_its_kind(self):
         """Keys of another kind would be read by nobody."""
         default = Ensemble.model_fields
+        if self.kind == "specialists" and self.networks:
+            raise ValueError(
+                'ensemble.networks is of kind = "deep" and "shortlist"; this is "specialists"'
+            )
         if self.kind != "shortlist":
-            for key in ("shortlist", "order", "networks"):
+            for key in ("shortlist", "order"):
                 if getattr(self, key) != default[key].default:
                     raise ValueError(
                         f'ensemble.{key} is of kind = "shortlist"; this is "{self.kind}"'
                     )
-        elif self.members + len(self.networks) < 2:
+        elif self.num_networks < 2:
             raise ValueError(
                 'kind = "shortlist" asks a second network: set members = 2, or name one in networks'
             )
@@ -258,6 +263,11 @@ class Ensemble(Section):
                 "ensemble.order says it"
             )
         return self
+
+    @property
+    def num_networks(self) -> int:
+        """Of deep and shortlist: all that answer, trained here or given."""
+        return self.members + len(self.networks)
 
     @property
     def mean_order(self) -> float:

@@ -78,12 +78,15 @@ def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
     """fitted: of a shortlist, what was chosen on val."""
     if ensemble.kind == "deep":
         mean = "geometric mean" if ensemble.combine == "geometric" else "mean"
+        origin = "trained alike from different seeds"
+        if ensemble.networks:
+            origin = f"{len(ensemble.networks)} of them trained elsewhere"
         return (
-            f"{ensemble.members} networks, trained alike from different seeds, and the {mean} of "
-            "their distributions (Lakshminarayanan et al. 2017)."
+            f"{ensemble.num_networks} networks, {origin}, and the {mean} of their distributions "
+            "(Lakshminarayanan et al. 2017)."
         )
     if ensemble.kind == "shortlist":
-        count = ensemble.members + len(ensemble.networks)
+        count = ensemble.num_networks
         length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
         return (
             f"{count} networks: the generalist, and others of the same classes that are asked "
@@ -164,7 +167,7 @@ def _examples_seen(run: RunDirectory, control: str) -> str:
 
 def explain_student(student: Student, ensemble: Ensemble) -> str:
     """What a student is, whom it learns from, and what a prediction of it costs."""
-    network, cost = _network_and_cost(student, student.members or ensemble.members)
+    network, cost = _network_and_cost(student, student.members or ensemble.num_networks)
     start = STARTS.get(student.start, f"as the student {student.start}")
     targets, data = _targets(student, ensemble), _data(student)
     return f"{network}, trained on {targets}{data}, starting {start}. {cost}"

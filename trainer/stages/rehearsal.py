@@ -258,7 +258,7 @@ def _teacher(
         return of_networks([copy.deepcopy(_network_of(session, schedule.teacher, started))])
     generalist = copy.deepcopy(started["generalist"])
     if session.config.is_deep:
-        return of_networks([generalist] * session.config.ensemble.members)
+        return of_networks([generalist] * session.config.ensemble.num_networks)
     return Teacher(of_networks([generalist]).predict, 1)
 
 
