@@ -1,4 +1,4 @@
-"""The geometric mean of several networks over all classes, as one product where heads are linear."""
+"""The geometric mean of networks over all classes: one product where their heads are linear."""
 
 from collections.abc import Sequence
 from functools import cached_property

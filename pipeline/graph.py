@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
+from .config.frozen import SINCE_SCHEMA_1
 from .controls import COMPUTE, HARD_TWIN, wall_names
 from .identity import Identity, digest, network_identity
 from .methods import Method, method_of
@@ -239,6 +240,11 @@ class RunDirectory:
             directory += f"-{student.views}-views"
             if augment != self.config.data.augment:
                 directory += f"-{digest(augment)[:4]}"
+        kept = {key: getattr(student, key) for key in ("answers_mass", "answers_bytes")}
+        other = {key: each for key, each in kept.items() if each != SINCE_SCHEMA_1["students"][key]}
+        if other:
+            extra |= other
+            directory += f"-{digest(other)[:4]}"
         return self.stage("targets", self._ancestors(student.teacher), directory, **extra)
 
     def _learners(self) -> list[Stage]:

@@ -146,6 +146,10 @@ class Session:
         if self.ranks.is_main:
             log.info(message, *values)
 
+    def say_each(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say("%s", line)
+
     def write_json(self, path: Path, value) -> None:
         if self.ranks.is_main:
             write_json(path, value)

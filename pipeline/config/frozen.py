@@ -128,7 +128,13 @@ SINCE_SCHEMA_1 = {
         "model": {},
         "views": 0,
     },
-    "students": {"loss": "cross_entropy", "wrong_weight": 0.0, "answers": "auto"},
+    "students": {
+        "loss": "cross_entropy",
+        "wrong_weight": 0.0,
+        "answers": "auto",
+        "answers_mass": 0.999,
+        "answers_bytes": 4294967296,
+    },
 }
 
 # Keys that change no metric of any stage.

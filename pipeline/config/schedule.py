@@ -289,6 +289,10 @@ class Student(Schedule):
     # live: the teacher predicts while the student trains; auto: stored where inputs are always
     # seen alike
     answers: Literal["auto", "live", "stored"] = "auto"
+    # of stored: as many classes of a row as hold so much of it, at the student's temperature
+    answers_mass: float = Field(default=0.999, ge=0, le=1)
+    # of stored: the most that the answers about train may take, and those about transfer
+    answers_bytes: int = Field(default=4 * 1024**3, gt=0)
     # what the inputs are moved by before teacher and student see them
     perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
     # of inputs scaled to 0..1
@@ -349,7 +353,6 @@ class Student(Schedule):
         if self.bias_correction and not self.leave_out:
             raise ValueError("bias_correction is of classes left out: name them in leave_out")
         return self
-
 
     def _check_answers(self) -> None:
         """What a teacher's answers exclude."""

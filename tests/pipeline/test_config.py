@@ -44,7 +44,10 @@ COMBINERS = "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture"
         ("ensemble.combine=kll", f"{COMBINERS}; did you mean kl?"),
         ("clusters.method=kmean", "did you mean kmeans?"),
         ("model.name=resnett", "did you mean resnet?"),
-        ("data.augment=flip", "must be one of none, shift, flip-crop, drop_ngrams or module:function"),
+        (
+            "data.augment=flip",
+            "must be one of none, shift, flip-crop, drop_ngrams or module:function",
+        ),
         ("specialists.trainable=last-0-blocks", "must be one of all, head or last-N-blocks"),
         ("students.main.balance=0.5", "students learn at natural frequencies"),
         ("train.steps", "write section.key=value"),

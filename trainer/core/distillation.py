@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from networks.gathered_rows import top_k
 from networks.linear_logits import LinearLogits, Targets
 
 from .probabilities import safe_log, soften, to_float32
@@ -88,9 +89,7 @@ def distillation_loss(
     return soft_weight * soft + hard_weight * hard_loss(student_logits, labels, label_smoothing)
 
 
-def soft_loss(
-    student_logits: Tensor, teacher: Tensor | LogitTargets, temperature: float
-) -> Tensor:
+def soft_loss(student_logits: Tensor, teacher: Tensor | LogitTargets, temperature: float) -> Tensor:
     """The mean of `soft_losses`."""
     if math.isinf(temperature) or isinstance(teacher, LogitTargets):
         return soft_losses(student_logits, teacher, temperature).mean()
@@ -210,6 +209,9 @@ class TopKTargets(NamedTuple):
     indices     int64 [..., k]  the classes of the k largest, distinct in a row
     log_values  [..., k]        log p of these
     log_tail    [...]           log of the mass of the other C - k classes, spread evenly over them
+    counts      int64 [...]     where rows keep different numbers of classes: how many of the k are
+                                a row's own, at least 1; behind them is padding, of any class and
+                                of log -inf.  None where all rows keep k
 
     Logarithms, because a tail of 1e-9 is lost in 1 - sum of values but says much at a high
     temperature.  Rows are normalised where they are read: logs kept in float16 sum to 1 only to
@@ -220,6 +222,7 @@ class TopKTargets(NamedTuple):
     log_values: Tensor
     log_tail: Tensor
     num_classes: int
+    counts: Tensor | None = None
 
     @classmethod
     def of(cls, log_probabilities: Tensor, k: int) -> TopKTargets:
@@ -229,37 +232,115 @@ class TopKTargets(NamedTuple):
         others = to_float32(log_probabilities).scatter(-1, top.indices, -torch.inf)
         return cls(top.indices, top.values, others.logsumexp(-1), num_classes)
 
+    @classmethod
+    def holding(
+        cls,
+        log_probabilities: Tensor,
+        mass: float,
+        temperature: float = 1.0,
+        least: int = 1,
+        most: int | None = None,
+    ) -> TopKTargets:
+        """As many of the largest of log p [..., C] as hold `mass` of p at a temperature.
+
+        At least `least` classes and at most `most`.  A higher temperature needs more classes for
+        the same mass, and inf needs its share of all of them.
+        """
+        log_p = to_float32(log_probabilities)
+        num_classes = log_p.shape[-1]
+        most = min(num_classes, most or num_classes)
+        least = min(least, most)
+        values, indices = top_k(log_p.flatten(0, -2), most)
+        values, indices = (each.unflatten(0, log_p.shape[:-1]) for each in (values, indices))
+        counts = _counts_holding(log_p, values, mass, temperature).clamp(least, most)
+        width = int(counts.max()) if counts.numel() else least
+        padding = torch.arange(width, device=counts.device) >= counts[..., None]
+        values = values[..., :width].masked_fill(padding, -torch.inf)
+        indices = torch.where(padding, indices[..., :1], indices[..., :width])
+        log_tail = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1)
+        if bool((counts == width).all()):
+            return cls(indices, values, log_tail, num_classes)
+        return cls(indices, values, log_tail, num_classes, counts)
+
     @property
-    def others(self) -> int:
-        """C - k"""
-        return self.num_classes - self.indices.shape[-1]
+    def others(self) -> int | Tensor:
+        """C - k; where rows keep different numbers of classes each row's, [...]."""
+        if self.counts is None:
+            return self.num_classes - self.indices.shape[-1]
+        return self.num_classes - self.counts
+
+    @property
+    def padding(self) -> Tensor | None:
+        """bool [..., k]: entries that stand for no class."""
+        if self.counts is None:
+            return None
+        columns = torch.arange(self.indices.shape[-1], device=self.indices.device)
+        return columns >= self.counts[..., None]
 
     def log_parts(self, temperature: float) -> Tensor:
-        """log of the softened p, [..., k + 1].
+        """log of the softened p, [..., k + 1]; -inf for padding.
 
         Last comes that of each single one of the other classes.
         """
-        each = to_float32(self.log_tail) - math.log(max(self.others, 1))
+        log_others = self._log_others()
+        each = to_float32(self.log_tail) - log_others.clamp_min(0)
         log_p = torch.cat([to_float32(self.log_values), each[..., None]], -1)
         log_p = log_p.clamp_min(math.log(torch.finfo(torch.float32).tiny)) / temperature
+        padding = self.padding
+        if padding is not None:
+            log_p[..., :-1].masked_fill_(padding, -torch.inf)
         log_count = torch.zeros_like(log_p)
-        log_count[..., -1] = math.log(self.others) if self.others else -math.inf
+        log_count[..., -1] = log_others
         return log_p - (log_p + log_count).logsumexp(-1, keepdim=True)
+
+    def _log_others(self) -> Tensor:
+        """log(C - k), -inf where no class is left, [...] or []."""
+        others = torch.as_tensor(self.others, dtype=torch.float64)
+        return others.log().to(to_float32(self.log_tail))
 
     def spread(self) -> Tensor:
         """The probabilities [..., C], the tail evenly over the other classes."""
         p = self.log_parts(1).exp()
         tail = p[..., -1:].expand(*p.shape[:-1], self.num_classes)
-        return tail.scatter(-1, self.indices, p[..., :-1])
+        indices, values = self.indices, p[..., :-1]
+        padding = self.padding
+        if padding is not None:  # it writes the first class once more
+            indices = torch.where(padding, indices[..., :1], indices)
+            values = torch.where(padding, values[..., :1], values)
+        return tail.scatter(-1, indices, values)
 
     def softened(self, temperature: float) -> tuple[Targets, Tensor]:
         """The softened rows [B, k] as Targets, and their sum of p log p, [B]."""
         log_p = self.log_parts(temperature)
         p = log_p.exp()
-        targets = Targets.of_top(self.indices, p[:, :-1], self.num_classes, p[:, -1] * self.others)
         negative_entropy = p * log_p
         negative_entropy[:, -1] *= self.others
+        padding = self.padding
+        if padding is None:
+            targets = Targets.of_top(
+                self.indices, p[:, :-1], self.num_classes, p[:, -1] * self.others
+            )
+            return targets, negative_entropy.sum(1)
+        # Entries of Targets add up, so padding adds 0 to whatever class it names.
+        above_tail = (p[:, :-1] - p[:, -1:]).masked_fill(padding, 0)
+        negative_entropy[:, :-1].masked_fill_(padding, 0)
+        targets = Targets(self.indices, above_tail, p[:, -1].clone())
         return targets, negative_entropy.sum(1)
+
+
+def _counts_holding(log_p: Tensor, largest: Tensor, mass: float, temperature: float) -> Tensor:
+    """How many of the `largest` of log p [..., C], in falling order, hold `mass` of it at T.
+
+    Returns int64 [...], 1 more than there are in `largest` where they hold less.
+    """
+    if mass >= 1:
+        return torch.full_like(largest[..., 0], log_p.shape[-1], dtype=torch.int64)
+    if math.isinf(temperature):
+        count = math.ceil(mass * log_p.shape[-1])
+        return torch.full_like(largest[..., 0], count, dtype=torch.int64)
+    total = _divided(log_p, temperature).logsumexp(-1, keepdim=True)
+    held = (_divided(largest, temperature) - total).exp().cumsum(-1)
+    return 1 + (held < mass).sum(-1)
 
 
 def lazy_distillation_loss(

@@ -253,9 +253,7 @@ def as_members(logits: Tensor) -> Tensor:
     return logits[None]
 
 
-def for_members(
-    target: TeacherTargets, mean: str, members: int
-) -> Tensor | LogitTargets:
+def for_members(target: TeacherTargets, mean: str, members: int) -> Tensor | LogitTargets:
     """The teachers' [K, B, C] as `members` students learn them: one each, or their mean."""
     if isinstance(target, LogitTargets):
         return target

@@ -26,7 +26,8 @@ from ..data.shards import ShardSet
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..session import Session
 from .networks import save_network, student_network
-from .targets import stored_targets, views_of
+from .stored_targets import stored_targets
+from .targets import answers_summary, views_of
 from .teachers import Teacher, check_members, find_teacher, perturbation
 from .training import count_steps, loss_of, train_network
 from .validate import validate_classifier
@@ -40,8 +41,11 @@ def student(session: Session, stage: Stage, name: str) -> None:
         stream, steps = student_stream(session, schedule, schedule.learns_from_teacher)
         network = student_network(session, name, schedule)
         objective = make_objective(session, name, network, stream)
+        answers = answers_summary(session, name)
         task = student_task(session, network, objective, stream, schedule, steps)
         network, summary = train_network(session, attempt, task)
+        if answers:
+            summary["answers"] = answers
         if schedule.bias_correction:
             absent = left_out(session, schedule)
             summary["bias_shift"] = correct_bias(session, network, absent)
@@ -120,7 +124,7 @@ def live_objective(
 
 
 def _geometric_mean(mean_logits: Callable[[Tensor], Tensor], batch: Batch) -> LogitTargets:
-    """Of a teacher's members, [1, b, C]: one softmax is left to do, at the student's temperature."""
+    """Of a teacher's members, [1, b, C]: one softmax, at the student's temperature, is left."""
     with torch.inference_mode():
         return LogitTargets(mean_logits(batch.inputs)[None])
 
