@@ -25,6 +25,8 @@ training, with that of every network it is made of or learns from):
     geometric_4       the geometric mean of four
     shortlist         the generalist; the second one is asked about its 100 likeliest classes
     shortlist_4       the same, with three further generalists
+    rerank            the generalist, and a re-ranker that is trained on its shortlists of 50 for
+                      half the steps
     copies            copies of the generalist for 24 groups of classes, joined by eq. 5
     copies_other      the same, but they start as the second generalist
     branches          branches of the generalist for these groups
@@ -237,6 +239,14 @@ def taught(seed: Seed) -> Tables:
     )
 
 
+def reranked(seed: Seed) -> Tables:
+    return from_generalist(
+        seed,
+        ensemble={"kind": "rerank", "members": 2},
+        rerank={"k": 50, "random": 512, "steps": STEPS // 2},
+    )
+
+
 def specialists(seed: Seed, **section: object) -> Tables:
     """A tenth of the peak rate, and the best step on val, the start among the candidates."""
     return from_generalist(
@@ -295,6 +305,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         quick=["students.main.steps=30"],
     ),
     "train_on": Experiment(trained_on, {"train_on": "train_on"}, ONE),
+    "rerank": Experiment(
+        reranked,
+        {"rerank": "ensemble"},
+        ONE,
+        quick=["rerank.k=5", "rerank.random=10", "rerank.steps=20"],
+    ),
     "copies": Experiment(
         copies(),
         {"copies": "ensemble"},
@@ -320,6 +336,8 @@ PAIRS = [
     ("shortlist_4", "wider_parameters"),
     ("student", "generalist"),
     ("student", "student_hard"),
+    ("rerank", "train_on"),
+    ("rerank", "shortlist"),
     ("copies", "train_on"),
     ("copies_other", "copies"),
     ("copies_other", "shortlist"),

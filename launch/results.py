@@ -122,7 +122,7 @@ def _style(name: str) -> str:
 
 def shortlist_line(run: RunDirectory) -> str | None:
     """How further networks were asked; None of a run that asks them about every class."""
-    if run.config.ensemble.kind != "shortlist":
+    if not run.config.ensemble.asks_shortlists:
         return None
     settings = read_json(run.root / "ensemble.json")
     networks = settings["members"] - 1

@@ -10,10 +10,11 @@ from .builders import INDICES_REMEDY, Builders, build_trunk, takes_indices
 from .heads import DustbinHead, GrownHead, ShardedLinear, make_head
 from .linear_logits import LinearLogits
 from .members import MemberHeads, RankOne, cut_trunk, member_head, share_weights
+from .row_head import RowHead
 from .spec import ModelSpec
 from .user_code import CONTRACT, blame
 
-Head = nn.Linear | DustbinHead | ShardedLinear | GrownHead | MemberHeads | RankOne
+Head = nn.Linear | DustbinHead | ShardedLinear | RowHead | GrownHead | MemberHeads | RankOne
 
 
 class Classifier(nn.Module):
@@ -30,8 +31,9 @@ class Classifier(nn.Module):
     trunk : nn.Module
         [B, *input.shape] -> features [B, D].
     head : Head
-        nn.Linear and DustbinHead are what is saved.  GrownHead, while new classes are learnt, and
-        ShardedLinear, while ranks split the rows, are there during training only.
+        nn.Linear and DustbinHead are what is saved.  GrownHead, while new classes are learnt,
+        ShardedLinear, while ranks split the rows, and RowHead, while few rows learn in each step,
+        are there during training only.
     """
 
     spec: ModelSpec

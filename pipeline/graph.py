@@ -93,6 +93,11 @@ class RunDirectory:
         )
 
     @cached_property
+    def shortlists(self) -> Stage:
+        """What re-rankers learn from: each example's likeliest classes of the generalist."""
+        return self.stage("shortlists", [self.generalist], k=self.config.rerank.k)
+
+    @cached_property
     def specialists(self) -> list[Stage]:
         return self.method.specialists()
 

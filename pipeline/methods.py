@@ -1,10 +1,10 @@
 """What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
 bears.
 
-Five methods: a generalist with specialists, copies of it or of another one; the same with branches
-of it; a deep ensemble of generalists; generalists that are asked about the first one's shortlist;
-and specialists that add classes to a finished run, whose generalist, groups and specialists are
-inherited.
+Six methods: a generalist with specialists, copies of it or of another one; the same with branches
+of it; a deep ensemble of generalists; generalists that are asked about the first one's shortlist,
+and networks that are trained on it, too; and specialists that add classes to a finished run, whose
+generalist, groups and specialists are inherited.
 """
 
 from __future__ import annotations
@@ -274,6 +274,41 @@ class ShortlistMethod(DeepMethod):
         return self.run.stage("ensemble", inputs, kind=kind)
 
 
+class RerankMethod(ShortlistMethod):
+    """The further networks are trained on the generalist's shortlists, too."""
+
+    RERANKER = dataclasses.replace(
+        KINDS["member"],
+        function="trainer.stages.rerank:reranker",
+        sections=("seed", "data", "model", "rerank"),
+        schedule="rerank",
+    )
+
+    def trained(self) -> list[Stage]:
+        inputs = [self.run.generalist, self.run.shortlists]
+        count = self.run.config.ensemble.members
+        return [
+            self.run.stage("member", inputs, index, kind=self.RERANKER, index=index)
+            for index in range(1, count)
+        ]
+
+    def before_ensemble(self) -> list[Stage]:
+        return [self.run.shortlists, *self.run.members]
+
+    def joined(self) -> list[Stage]:
+        return [self.run.shortlists, *self.run.members]
+
+    def check(self, num_classes: int | None, source: str) -> None:
+        """Its shortlists are not longer than the label set, too."""
+        super().check(num_classes, source)
+        k = self.run.config.rerank.k
+        if num_classes is not None and k > num_classes:
+            raise UserError(
+                f"rerank.k = {k} is more than the {num_classes} classes of {source}; set rerank.k "
+                f"to at most {num_classes}"
+            )
+
+
 class ExtendingMethod(SpecialistMethod):
     """New classes beside those of a finished run.
 
@@ -381,6 +416,8 @@ class ExtendingMethod(SpecialistMethod):
 def method_of(run: RunDirectory) -> Method:
     if run.config.ensemble.kind == "shortlist":
         return ShortlistMethod(run)
+    if run.config.has_rerankers:
+        return RerankMethod(run)
     if run.config.is_deep:
         return DeepMethod(run)
     if run.config.specialists.is_branch:

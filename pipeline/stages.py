@@ -42,7 +42,7 @@ class StageKind:
     slurm: str = "report"
     trains: bool = False
     scales: bool = False
-    schedule: Literal["train", "specialists", "students"] = "train"
+    schedule: Literal["train", "specialists", "rerank", "students"] = "train"
     former_name: str = ""
     former_place: str = ""
     together: str = ""
@@ -72,6 +72,13 @@ _ROWS = [
         addressed_by="index",
         slurm="members",
         trains=True,
+    ),
+    StageKind(
+        "shortlists",
+        "shortlists",
+        "trainer.stages.rerank:shortlists",
+        sections=("data",),
+        slurm="ensemble",
     ),
     StageKind(
         "measure",

@@ -10,6 +10,8 @@ from .run import Config, ConfigFile
 from .schedule import (
     DEFAULT_SCHEDULE,
     NAME,
+    Rerank,
+    ResolvedRerank,
     ResolvedSchedule,
     ResolvedSpecialists,
     ResolvedStudent,
@@ -46,6 +48,8 @@ __all__ = [
     "Generalist",
     "Launch",
     "Model",
+    "Rerank",
+    "ResolvedRerank",
     "ResolvedSchedule",
     "ResolvedSpecialists",
     "ResolvedStudent",

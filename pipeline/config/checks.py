@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ def check_all(config: Config) -> None:
     check_losses(config)
     check_averages(config)
     check_branches(config)
+    check_rerank(config)
 
 
 def schedules(config: Config) -> dict[str, ResolvedSchedule]:
@@ -49,11 +51,16 @@ def check_student_name(name: str) -> None:
 
 def check_model(name: str, student: ResolvedStudent, config: Config) -> None:
     """A student's own keys of [model] are keys of [model]."""
+    check_own_model(f"students.{name}", student.model, config)
+
+
+def check_own_model(section: str, own: dict, config: Config) -> None:
+    """A section's own keys of [model] are keys of [model]."""
     try:
-        Model.model_validate({**config.model.model_dump(), **student.model})
+        Model.model_validate({**config.model.model_dump(), **own})
     except ValidationError as errors:
         error = errors.errors()[0]
-        key = ".".join(["students", name, "model", *map(str, error["loc"])])
+        key = ".".join([section, "model", *map(str, error["loc"])])
         if error["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(error["loc"][-1]), Model.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(Model.model_fields)}"
@@ -243,6 +250,37 @@ def check_branches(config: Config) -> None:
         raise ValueError(
             'specialists.kind = "branch" and extend.run: the new classes get a copy; '
             'set specialists.kind = "copy"'
+        )
+
+
+def check_rerank(config: Config) -> None:
+    """What re-rankers are not trained with: a step has the logits of few classes alone."""
+    if not config.has_rerankers:
+        return
+    section, default = config.rerank, DEFAULT_SCHEDULE
+    check_own_model("rerank", section.model, config)
+    why = {
+        "label_smoothing": "spreads over all classes, of which a step sees few",
+        "loss": "needs all logits, of which a step has few",
+        "ema": "averages all rows in each step, and few have changed",
+        "clip_norm": "needs one norm of trunk and head, which are stepped apart",
+        "negatives": "is of a sharded head; rerank.random says how many",
+    }
+    for key, reason in why.items():
+        value, usual = getattr(section, key), getattr(default, key)
+        if value != usual:
+            remedy = "leave it out" if usual is None else f"set rerank.{key} = {json.dumps(usual)}"
+            raise ValueError(f"rerank.{key} = {json.dumps(value)} {reason}; {remedy}")
+    if config.engine.precision == "fp16":
+        raise ValueError(
+            'engine.precision = "fp16": rows of a re-ranker\'s head are stepped without loss '
+            'scaling; take "bf16"'
+        )
+    asked = config.ensemble.shortlist
+    if asked is not None and asked > section.k:
+        raise ValueError(
+            f"ensemble.shortlist = {asked}: the re-rankers learn on shortlists of {section.k}; "
+            f"ask about fewer classes, or raise rerank.k"
         )
 
 

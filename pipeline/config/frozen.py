@@ -135,6 +135,17 @@ SINCE_SCHEMA_1 = {
         "answers_mass": 0.999,
         "answers_bytes": 4294967296,
     },
+    "rerank": {
+        "steps": None,
+        "epochs": None,
+        "negatives": None,
+        "loss": "cross_entropy",
+        **SCHEDULE,
+        "k": 50,
+        "random": 512,
+        "start": "scratch",
+        "model": {},
+    },
 }
 
 # Keys that change no metric of any stage.
@@ -143,6 +154,7 @@ IN_NO_KEY = {
     "train": ["checkpoint_every", "keep", "log_every"],
     "specialists": ["checkpoint_every", "keep", "log_every", "per_job", "features_bytes"],
     "students": ["checkpoint_every", "keep", "log_every"],
+    "rerank": ["checkpoint_every", "keep", "log_every", "shortlists_bytes"],
     "ensemble": ["allow_missing"],
 }
 # Keys of which pipeline.graph says itself how they enter a key.

@@ -11,6 +11,8 @@ from .base import Section
 from .checks import check_all
 from .schedule import (
     DEFAULT_SCHEDULE,
+    Rerank,
+    ResolvedRerank,
     ResolvedSchedule,
     ResolvedSpecialists,
     ResolvedStudent,
@@ -48,6 +50,7 @@ class ConfigFile(Section):
     specialists: Specialists = Specialists()
     controls: Controls = Controls()
     ensemble: Ensemble = Ensemble()
+    rerank: Rerank = Rerank()
     students: dict[str, Student] = {}
     engine: Engine = Engine()
     launch: Launch = Launch()
@@ -70,6 +73,9 @@ class ConfigFile(Section):
         sections = {key: getattr(self, key) for key in ConfigFile.model_fields}
         sections["train"] = train
         sections["specialists"] = resolve(self.specialists, train, ResolvedSpecialists)
+        # Of a sharded head, which a re-ranker has not.
+        unsampled = train.model_copy(update={"negatives": None})
+        sections["rerank"] = resolve(self.rerank, unsampled, ResolvedRerank)
         sections["students"] = students
         return Config(**sections)
 
@@ -89,6 +95,7 @@ class Config(ConfigFile):
 
     train: ResolvedSchedule = DEFAULT_SCHEDULE
     specialists: ResolvedSpecialists = resolve(Specialists(), DEFAULT_SCHEDULE, ResolvedSpecialists)
+    rerank: ResolvedRerank = resolve(Rerank(), DEFAULT_SCHEDULE, ResolvedRerank)
     students: dict[str, ResolvedStudent] = {}
 
     @model_validator(mode="before")
@@ -117,6 +124,11 @@ class Config(ConfigFile):
     def has_specialists(self) -> bool:
         """Whether classes are grouped for specialists: an ensemble of generalists has none."""
         return self.ensemble.kind == "specialists"
+
+    @property
+    def has_rerankers(self) -> bool:
+        """Whether the further networks are trained on the generalist's shortlists."""
+        return self.ensemble.kind == "rerank"
 
     def dump(self) -> dict:
         """Plain JSON-able values, absent ones left out; loads back to an equal Config."""

@@ -379,6 +379,33 @@ class ResolvedStudent(ResolvedSchedule, Student):
     mean: Literal["arithmetic", "geometric"] = "arithmetic"
 
 
+class Rerank(Schedule):
+    """Of ensemble.kind = "rerank": networks trained on the generalist's shortlists alone."""
+
+    # the generalist's likeliest classes of each training example, which it learns to tell apart
+    k: int = Field(default=50, gt=1)
+    # classes drawn at random for each batch, which stand for all others; 0 = none
+    random: int = Field(default=512, ge=0)
+    # scratch | generalist
+    start: Literal["scratch", "generalist"] = "scratch"
+    # keys of [model] that differ
+    model: dict[str, Any] = {}
+    # the most that kept shortlists may take
+    shortlists_bytes: int = Field(default=64 * 1024**3, gt=0)
+
+    @model_validator(mode="after")
+    def _same_network(self):
+        if self.start == "generalist" and self.model:
+            raise ValueError(
+                'model differs from the generalist\'s: that is of start = "scratch"; leave one out'
+            )
+        return self
+
+
+class ResolvedRerank(ResolvedSchedule, Rerank):
+    pass
+
+
 Resolved = TypeVar("Resolved", bound=ResolvedSchedule)
 
 

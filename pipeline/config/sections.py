@@ -199,16 +199,16 @@ class Ensemble(Section):
     """How the predictions of several networks become one distribution."""
 
     # deep: generalists alone, each from another seed; shortlist: the same, but all further ones are
-    # asked about the first one's likeliest classes alone
-    kind: Literal["specialists", "deep", "shortlist"] = "specialists"
-    # of deep and shortlist: generalists, the run's own among them
+    # asked about the first one's likeliest classes alone; rerank: these are trained on them, too
+    kind: Literal["specialists", "deep", "shortlist", "rerank"] = "specialists"
+    # of deep, shortlist and rerank: networks, the run's generalist among them
     members: int = Field(default=4, gt=0)
-    # of shortlist: how many classes; None = chosen on val
+    # of shortlist and rerank: how many classes; None = chosen on val
     shortlist: int | None = Field(default=None, gt=0)
-    # of shortlist: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
+    # of these: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
-    # of deep and shortlist: further networks of the same classes, by the paths of runs or saved
-    # networks
+    # of deep, shortlist and rerank: further networks of the same classes, by the paths of runs or
+    # saved networks
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
@@ -241,17 +241,20 @@ class Ensemble(Section):
         default = Ensemble.model_fields
         if self.kind == "specialists" and self.networks:
             raise ValueError(
-                'ensemble.networks is of kind = "deep" and "shortlist"; this is "specialists"'
+                'ensemble.networks is of kind = "deep", "shortlist" and "rerank"; this is '
+                '"specialists"'
             )
-        if self.kind != "shortlist":
+        if not self.asks_shortlists:
             for key in ("shortlist", "order"):
                 if getattr(self, key) != default[key].default:
                     raise ValueError(
-                        f'ensemble.{key} is of kind = "shortlist"; this is "{self.kind}"'
+                        f'ensemble.{key} is of kind = "shortlist" and "rerank"; this is '
+                        f'"{self.kind}"'
                     )
         elif self.num_networks < 2:
             raise ValueError(
-                'kind = "shortlist" asks a second network: set members = 2, or name one in networks'
+                f'kind = "{self.kind}" asks a second network: set members = 2, or name one in '
+                "networks"
             )
         default_combine = default["combine"].default
         known = {"specialists": COMBINERS, "deep": [default_combine, *MEANS]}
@@ -268,6 +271,11 @@ class Ensemble(Section):
     def num_networks(self) -> int:
         """Of deep and shortlist: all that answer, trained here or given."""
         return self.members + len(self.networks)
+
+    @property
+    def asks_shortlists(self) -> bool:
+        """Whether further networks are asked about the generalist's likeliest classes alone."""
+        return self.kind in ("shortlist", "rerank")
 
     @property
     def mean_order(self) -> float:

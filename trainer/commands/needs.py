@@ -18,6 +18,7 @@ from networks.cutting import cut_at
 from pipeline.config import Config, UserError
 
 from ..data.shards import ShardSet
+from ..stages import rerank
 from ..stages.features import check_size, row_bytes, row_shapes
 from ..stages.rehearsal import Part, share_of_batch
 
@@ -68,6 +69,8 @@ def logits_bytes(config: Config, part: Part) -> int:
     if config.engine.shard_head:
         return 0
     outputs = part.network.spec.num_outputs * part.network.num_members
+    if part.columns is not None:
+        outputs = part.columns
     return FLOAT * LOGITS_COPIES * share_of_batch(part) * outputs
 
 
@@ -111,7 +114,7 @@ def check_disk(
     )
     networks = sum(FLOAT * parameter_count(part.network) * part.count for part in parts)
     routing, cache = routing_bytes(config, shards["train"]), cache_bytes(config, shards)
-    routing += features_bytes(config, parts, shards)
+    routing += features_bytes(config, parts, shards) + shortlists_bytes(config, shards)
     need = checkpoints + networks + routing + cache
     said = (
         f"{run}: {gib(free)} are free; checkpoints take {gib(checkpoints)}, networks "
@@ -159,6 +162,16 @@ def features_bytes(config: Config, parts: Sequence[Part], shards: dict[str, Shar
     rows = len(shards["train"]) * section.views_of(config.data.augment) + len(shards["val"])
     needed = rows * row_bytes(shapes)
     check_size(section, needed)
+    return needed
+
+
+def shortlists_bytes(config: Config, shards: dict[str, ShardSet]) -> int:
+    """What re-rankers learn from.  Raises UserError where it may not be so much."""
+    if not config.has_rerankers:
+        return 0
+    examples = len(shards["train"]) + len(shards["val"])
+    needed = rerank.shortlist_bytes(config.rerank.k, examples)
+    rerank.check_size(config.rerank, needed)
     return needed
 
 

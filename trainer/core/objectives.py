@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from networks.candidates import candidates, cross_entropy_among, draw_classes
 from networks.linear_logits import Comm, LinearLogits
+from networks.row_head import RowHead
 from pipeline.config import ResolvedStudent
 
 from ..data.streams import Batch
@@ -85,9 +87,56 @@ def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:
 
     It is the same on any number of ranks, and after a resume.
     """
+    return torch.Generator().manual_seed(seed_of_batch(batch, comm))
+
+
+def seed_of_batch(batch: Batch, comm: Comm) -> int:
+    """A hash of the global batch's examples and their order, the same on any number of ranks."""
     ids = comm.gather(batch.ids)
     ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
-    return torch.Generator().manual_seed(zlib.crc32(ordered.cpu().numpy().tobytes()))
+    return zlib.crc32(ordered.cpu().numpy().tobytes())
+
+
+def rerank(
+    shortlists: Callable[[Batch], Tensor],
+    random: int,
+    num_classes: int,
+    comm: Callable[[Batch], Comm],
+    head: RowHead | None = None,
+    log_prior: Tensor | None = None,
+) -> Objective:
+    """Learn each label against its example's shortlist, and some classes drawn at random.
+
+    Parameters
+    ----------
+    shortlists : callable
+        batch -> int64 [B, k], distinct classes of each row.
+    random : int
+        Classes drawn for the batch, which stand for all others; see networks.candidates.
+    num_classes : int
+    comm : callable
+        batch -> what gathers it from the ranks.
+    head : RowHead, optional
+        The network's, which gives features.  None of a network that gives LinearLogits.
+    log_prior : Tensor [C], optional
+        Where the stream resamples the classes; see `classification_loss`.
+    """
+
+    def objective(network: nn.Module, batch: Batch) -> Tensor:
+        drawn = None
+        if random:
+            drawn = draw_classes(num_classes, random, seed_of_batch(batch, comm(batch)))
+            drawn = drawn.to(batch.labels.device)
+        asked = candidates(batch.labels, shortlists(batch), drawn)
+        logits, prior = network(batch.inputs), _to(batch, log_prior)
+        if head is not None:
+            classes = asked.classes
+            asked = asked.among(classes)
+            logits = head.read(logits, classes)
+            prior = None if prior is None else prior[classes]
+        return cross_entropy_among(logits, asked, num_classes, prior).mean()
+
+    return objective
 
 
 def specialise_in(

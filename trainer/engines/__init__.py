@@ -89,12 +89,19 @@ class Engine(Protocol):
         ...
 
 
-def build_engine(config: EngineConfig, ranks: Ranks) -> Engine:
+def build_engine(config: EngineConfig, ranks: Ranks, by_rows: bool = False) -> Engine:
     """The engine that [engine] asks for, on these ranks.
 
     Only the chosen engine's module is imported, and so DeepSpeed only where it is chosen.
+
+    by_rows: for a network whose head is a RowHead, which every rank has whole.
     """
     target = config.kind.engine
+    if by_rows:
+        from .rows import RowHeadEngine
+
+        trunk: type[Engine] = resolve(target)
+        return RowHeadEngine(trunk(config, ranks), ranks)
     if config.shard_head:
         assert config.kind.sharded_head is not None, "the config has checked it"
         target = config.kind.sharded_head

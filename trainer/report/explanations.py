@@ -71,7 +71,7 @@ def _explain_generalist(run: RunDirectory) -> str:
 
 def _fitted_shortlist(run: RunDirectory) -> dict:
     """What ensemble.json says of a shortlist; empty of other ensembles."""
-    if run.config.ensemble.kind != "shortlist":
+    if not run.config.ensemble.asks_shortlists:
         return {}
     return read_file(run.ensemble, "ensemble.json") or {}
 

@@ -43,7 +43,7 @@ from ..session import Session
 from .networks import load_network
 from .targets import view_of
 
-BLOCK_BYTES = 2**26  # written at a time
+BLOCK_BYTES, BLOCK_ROWS = 2**26, 2**16  # written at a time, at most
 MEMORISED = 0.05  # train accuracy above val's that deserves a word
 PROGRESS = "progress.json"
 Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -127,22 +127,26 @@ def check_size(section: ResolvedSpecialists, needed: int) -> None:
         )
 
 
-class FeatureWriter:
-    """The features of one split, block by block."""
+class KeptWriter:
+    """What the generalist says of every sample of one split and every view, block by block.
 
-    def __init__(self, session: Session, generalist: Classifier, cut: Cut, split: str, views: int):
+    shapes: of each array's rows.  A subclass measures them.
+    """
+
+    def __init__(
+        self, session: Session, generalist: Classifier, split: str, views: Views, shapes: Shapes
+    ):
         self.session = session
         self.generalist = generalist
-        self.cut = cut
-        self.split = split
         self.shards: ShardSet = session.shards(split)
-        # One view as the training stream augments it, or the input as it is.
-        augmented = split == "train" and session.config.data.augment != "none"
-        self.augment = session.config.data.augment if augmented else "none"
-        self.views = Views(views, session.seed("branch views", 0))
-        self.shapes = row_shapes(generalist, cut)
-        self.row_bytes = row_bytes(self.shapes)
-        self.bytes = len(self.shards) * views * self.row_bytes
+        self.views = views
+        self.shapes = shapes
+        self.row_bytes = row_bytes(shapes)
+        self.bytes = len(self.shards) * views.count * self.row_bytes
+
+    def measure_view(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
+        """A function batch -> the arrays' rows, and "correct": whether the generalist is."""
+        raise NotImplementedError
 
     def write(self, directory: Path) -> dict:
         """All views of the split into DIRECTORY, from where an earlier attempt stopped.
@@ -153,7 +157,7 @@ class FeatureWriter:
         arrays = self._open(directory) if main else {}
         progress = self._progress(directory)
         for view, ids in self._blocks(progress["blocks"]):
-            values = self.session.measured(self.shards, self._measure(view), ids=ids)
+            values = self.session.measured(self.shards, self.measure_view(view), ids=ids)
             progress["blocks"] += 1
             progress["samples"] += len(values["ids"])
             progress["correct"] += int(values.pop("correct").sum())
@@ -178,25 +182,11 @@ class FeatureWriter:
 
     def _blocks(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """(view, ids) of each block that is not written yet."""
-        size = max(1, BLOCK_BYTES // self.row_bytes)
+        size = max(1, min(BLOCK_ROWS, BLOCK_BYTES // self.row_bytes))
         starts = range(0, len(self.shards), size)
         blocks = [(view, start) for view in range(self.views.count) for start in starts]
         for view, start in blocks[first:]:
             yield view, np.arange(start, min(start + size, len(self.shards)))
-
-    def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
-        see = view_of(self.session.augmentation(self.augment), self.views, 0, view)
-
-        def measure(batch: Batch) -> dict[str, Tensor]:
-            at_cut = self.cut.body(self.generalist.preprocess(see(batch)))
-            general = self.cut.end(at_cut)
-            logits = self.generalist.head(general)
-            values = {"at_cut": at_cut.float(), "total": log_sum(logits)}
-            if "general" in self.shapes:
-                values["general"] = general.float()
-            return values | {"correct": logits.argmax(1) == batch.labels}
-
-        return measure
 
     def _progress(self, directory: Path) -> dict:
         path = directory / PROGRESS
@@ -219,6 +209,32 @@ class FeatureWriter:
         path = directory / "readable.npy"
         arrays["readable"] = _mapped(path, np.dtype(bool), (len(self.shards),), begun)
         return arrays
+
+
+class FeatureWriter(KeptWriter):
+    """The features of one split."""
+
+    def __init__(self, session: Session, generalist: Classifier, cut: Cut, split: str, views: int):
+        fixed = Views(views, session.seed("branch views", 0))
+        super().__init__(session, generalist, split, fixed, row_shapes(generalist, cut))
+        self.cut = cut
+        # One view as the training stream augments it, or the input as it is.
+        augmented = split == "train" and session.config.data.augment != "none"
+        self.augment = session.config.data.augment if augmented else "none"
+
+    def measure_view(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
+        see = view_of(self.session.augmentation(self.augment), self.views, 0, view)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            at_cut = self.cut.body(self.generalist.preprocess(see(batch)))
+            general = self.cut.end(at_cut)
+            logits = self.generalist.head(general)
+            values = {"at_cut": at_cut.float(), "total": log_sum(logits)}
+            if "general" in self.shapes:
+                values["general"] = general.float()
+            return values | {"correct": logits.argmax(1) == batch.labels}
+
+        return measure
 
 
 def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], begun: bool) -> np.memmap:

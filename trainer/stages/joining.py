@@ -133,7 +133,7 @@ def load_ensemble(session: Session) -> SpecialistEnsemble | DeepEnsemble | Short
 
 def networks_of_members(session: Session) -> list[Classifier]:
     """The generalist and the further networks that join it."""
-    stages = [session.run.generalist, *session.run.method.joined()]
+    stages = [session.run.generalist, *session.run.members]
     return [load_network(session, stage) for stage in stages]
 
 

@@ -28,7 +28,7 @@ from networks import (
 from networks.builders import INDICES_REMEDY, takes_indices
 from networks.texts import INDICES
 from networks.user_code import CONTRACT
-from pipeline.config import Config, Model, Student, UserError
+from pipeline.config import Config, Model, Rerank, Student, UserError
 from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..data.decoding import import_function
@@ -38,14 +38,14 @@ from ..session import Session
 
 def fresh_network(
     session: Session,
-    student: Student | None = None,
+    student: Student | Rerank | None = None,
     seed: int | None = None,
     members: dict | None = None,
 ) -> Classifier:
     """A network of [model], its weights drawn from `seed`, by default the run's.
 
-    student: its own keys of [model] count first.  members: of networks with several, as
-    model.json has it.
+    student: the section whose own keys of [model] count first.  members: of networks with several,
+    as model.json has it.
     """
     model = session.config.model
     if student is not None:
@@ -335,7 +335,8 @@ def user_builders(name: str) -> dict[str, Callable] | None:
 def builders_of(config: Config) -> dict[str, Callable]:
     """The user's own builders that the config names, for the generalist and for students."""
     names = [config.model.name]
-    names += [student.model.get("name", "") for student in config.students.values()]
+    sections = [config.rerank, *config.students.values()]
+    names += [section.model.get("name", "") for section in sections]
     builders: dict[str, Callable] = {}
     for name in names:
         builders |= user_builders(name) or {}

@@ -28,18 +28,19 @@ from networks import (
     set_trainable,
     specialise,
 )
-from networks.linear_logits import LinearLogits
+from networks.linear_logits import LinearLogits, LocalComm
 from networks.user_code import blame
 from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
 
-from ..core.objectives import Objective, classify, specialise_fully, specialise_in
+from ..core.objectives import Objective, classify, rerank, specialise_fully, specialise_in
 from ..data.augment import MACHINES, failure
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
 from .extending import grown_generalist
 from .networks import fresh_network, given_generalist, load_given, student_network
+from .rerank import by_rows
 from .student import left_out, live_objective
 from .teachers import Teacher, from_elsewhere, of_networks
 from .training import loss_of
@@ -53,6 +54,7 @@ class Part:
     """One network that the run trains, and how.
 
     section: of the config.  ranks: of its job.  count: how many such networks the run trains.
+    columns: logits of an example that a step has, where it has not all.
     """
 
     section: str
@@ -62,6 +64,7 @@ class Part:
     ranks: int
     augment: str
     count: int = 1
+    columns: int | None = None
 
 
 def rehearse(session: Session, processes: int) -> tuple[list[Part], list[str]]:
@@ -86,7 +89,9 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
     if trained:
         objective = _of_labels(config.train)
         yield Part("train", generalist, objective, config.train, processes, augment)
-    if trained and not config.has_specialists:
+    if config.has_rerankers and config.ensemble.members > 1:
+        yield _reranker(session, generalist)
+    elif trained and not config.has_specialists:
         count = config.ensemble.members - 1
         yield Part("train", generalist, objective, config.train, 1, augment, count)
     for path in config.ensemble.networks:
@@ -128,7 +133,10 @@ def _generalist(session: Session, notes: list[str]) -> tuple[Classifier, bool]:
             f"generalist.from = {source} reads inputs of shape {list(needed)}, "
             f"the data's are {list(shape)}"
         )
-    if not session.config.has_specialists and session.config.ensemble.members > 1:
+    fresh = not session.config.has_specialists and session.config.ensemble.members > 1
+    if session.config.has_rerankers:
+        fresh = fresh and session.config.rerank.start == "scratch"
+    if fresh:
         notes.append(
             f"generalist.from = {source} is the first member alone; the other members of the "
             f"{session.config.ensemble.kind} ensemble start from scratch"
@@ -142,6 +150,32 @@ def _another_generalist(session: Session) -> tuple[Classifier, bool]:
     if given:
         return load_given(session, "specialists.from", given), False
     return fresh_network(session, seed=session.seed("member", 1)), True
+
+
+def _reranker(session: Session, generalist: Classifier) -> Part:
+    """A re-ranker, and shortlists of any classes."""
+    schedule = session.config.rerank
+    network = copy.deepcopy(generalist)
+    if schedule.start == "scratch":
+        network = fresh_network(session, schedule)
+    by_rows(copy.deepcopy(network))
+
+    def shortlists(batch: Batch) -> Tensor:
+        return torch.arange(schedule.k, device=batch.labels.device).repeat(len(batch), 1)
+
+    objective = rerank(
+        shortlists, schedule.random, session.num_classes, comm=lambda batch: LocalComm()
+    )
+    return Part(
+        "rerank",
+        network,
+        objective,
+        schedule,
+        1,
+        session.config.data.augment,
+        session.config.ensemble.members - 1,
+        columns=1 + schedule.k + schedule.random,
+    )
 
 
 def _specialist(session: Session, generalist: Classifier) -> Part:
@@ -293,7 +327,8 @@ def _try_step(session: Session, part: Part) -> None:
     batch = _first_batch(session, part.augment, examples).to(device)
     network = part.network.to(device).train()
     module = network
-    if session.config.engine.shard_head and network.spec.head["kind"] == "linear":
+    sharded = session.config.engine.shard_head and network.spec.head["kind"] == "linear"
+    if sharded or part.columns is not None:
         assert isinstance(network, Classifier), "a branch has no linear head"
         module = LazyNetwork(network)
     kind = precision(session.config.engine, device)
@@ -315,7 +350,7 @@ def share_of_batch(part: Part) -> int:
 
 
 class LazyNetwork(nn.Module):
-    """A network whose [B, C] logits are never held, as with engine.shard_head."""
+    """A network whose [B, C] logits are never held, as with engine.shard_head, or by rows."""
 
     def __init__(self, network: Classifier):
         super().__init__()

@@ -36,7 +36,10 @@ LOGITS_IN_MEMORY = 2**25
 def fit_shortlist(session: Session, networks: list[Classifier]) -> list[EnsembleSettings]:
     """What joins the first 1, 2, ... networks; length and order are those of all of them."""
     config = session.config.ensemble
-    candidates = sizes_up_to(session.num_classes)
+    longest = session.num_classes
+    if session.config.has_rerankers:  # farther down they have learnt less
+        longest = session.config.rerank.k
+    candidates = sizes_up_to(longest)
     if config.shortlist is not None:
         candidates = [min(config.shortlist, session.num_classes)]
     temperature = 1.0

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from networks import Classifier
+from networks.row_head import RowHead
 from pipeline.choices import LOSSES, resolve
 from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
 from pipeline.store import Attempt
@@ -28,8 +29,9 @@ def train_network(
     """The trained network and what summary.json says of its training."""
     ranks, config = session.ranks, session.config.engine
     names, place = config.track if ranks.is_main else [], attempt.stage.place
+    by_rows = isinstance(task.network, Classifier) and isinstance(task.network.head, RowHead)
     with (
-        closing(build_engine(config, ranks)) as engine,
+        closing(build_engine(config, ranks, by_rows)) as engine,
         ranks.watching(),
         trackers(names, attempt.directory, session.run.root, place) as tracked,
     ):
@@ -55,22 +57,32 @@ def generalist_task(
 
     seed: of the stream, by default the run's.  steps: by default the schedule's.
     """
-    shards = session.shards("train")
     if seed is None:
         seed = session.config.seed
     if steps is None:
-        steps = count_steps(schedule, shards.num_samples)
-    log_prior = None
-    if schedule.balance:
-        log_prior = balanced_log_prior(shards.class_counts, schedule.balance)
-    order = balanced(shards.labels, seed, schedule.balance)
-    source = Source(shards, order, schedule.batch_size)
-    stream = TrainingStream([source], seed, session.augmentation())
+        steps = count_steps(schedule, session.shards("train").num_samples)
+    log_prior = log_prior_of(session, schedule)
+    stream = labelled_stream(session, schedule, seed)
     objective = classify(
         schedule.label_smoothing, log_prior, schedule.negatives, loss=loss_of(schedule)
     )
     workers = session.config.data.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
+
+
+def labelled_stream(session: Session, schedule: ResolvedSchedule, seed: int) -> TrainingStream:
+    """Batches of train, balanced and augmented as the config says."""
+    shards = session.shards("train")
+    order = balanced(shards.labels, seed, schedule.balance)
+    source = Source(shards, order, schedule.batch_size)
+    return TrainingStream([source], seed, session.augmentation())
+
+
+def log_prior_of(session: Session, schedule: ResolvedSchedule) -> torch.Tensor | None:
+    """What a balanced stream changes in the classes' frequencies, [C]; None of a natural one."""
+    if not schedule.balance:
+        return None
+    return balanced_log_prior(session.shards("train").class_counts, schedule.balance)
 
 
 def loss_of(schedule: ResolvedSchedule):
