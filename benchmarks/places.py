@@ -55,6 +55,7 @@ import numpy as np
 from benchmarks.papers import lab
 from ensemble import DeepEnsemble, ShortlistEnsemble, load_ensemble
 from networks import Classifier, load_classifier, multiplications, parameter_count
+from pipeline.config import load_config, save_config
 from pipeline.store import read_json
 from trainer.data.shards import ShardWriter
 from trainer.data.writing import write_manifest
@@ -370,13 +371,15 @@ def config_of(name: str, seed: Seed, shards: Path) -> dict:
     return BASE | {"seed": seed.number} | tables | {"data": data}
 
 
-def share_cache(run: Path, cache: Path) -> None:
-    """Decoded names lie once for all runs: their files are named by what they hold."""
-    cache.mkdir(parents=True, exist_ok=True)
-    run.mkdir(parents=True, exist_ok=True)
-    own = run / "cache"
-    if not own.exists():
-        own.symlink_to(cache.resolve(), target_is_directory=True)
+def lay_out(config: dict, run: Path, settings: Sequence[str], cache: Path) -> None:
+    """A run that shares its decoded names with the others: their files are named by content."""
+    if (run / "config.toml").exists():
+        return
+    for folder in (run, cache):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not (run / "cache").exists():
+        (run / "cache").symlink_to(cache.resolve(), target_is_directory=True)
+    save_config(load_config(None, settings, config), run / "config.toml")
 
 
 def adopt(seed: Seed, name: str) -> None:
@@ -553,9 +556,9 @@ def train(seed: Seed, names: Iterable[str], shards: Path, given: argparse.Namesp
         settings = list(given.set)
         if given.quick:
             settings = [*QUICK, *EXPERIMENTS[name].quick, *given.set]
-        share_cache(seed.run(name), given.to / "cache")
-        adopt(seed, name)
         config = config_of(name, seed, shards)
+        lay_out(config, seed.run(name), settings, given.to / "cache")
+        adopt(seed, name)
         lab.finished(config, seed.run(name), settings, in_process=given.quick)
 
 
