@@ -137,8 +137,7 @@ class FeatureWriter:
         self.split = split
         self.shards: ShardSet = session.shards(split)
         # One view as the training stream augments it, or the input as it is.
-        augmented = split == "train" and session.config.data.augment != "none"
-        self.augment = session.config.data.augment if augmented else "none"
+        self.augment = session.augmentation() if split == "train" else None
         self.views = Views(views, session.seed("branch views", 0))
         self.shapes = row_shapes(generalist, cut)
         self.row_bytes = row_bytes(self.shapes)
@@ -185,7 +184,7 @@ class FeatureWriter:
             yield view, np.arange(start, min(start + size, len(self.shards)))
 
     def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
-        see = view_of(self.session.augmentation(self.augment), self.views, 0, view)
+        see = view_of(self.augment, self.views, 0, view)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             at_cut = self.cut.body(self.generalist.preprocess(see(batch)))

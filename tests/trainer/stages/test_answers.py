@@ -349,6 +349,10 @@ def test_a_row_keeps_fewer_classes_where_the_bytes_are_few_and_never_less_than_3
         (["students.a.wrong_weight=1", "students.a.perturb=gaussian"], "one of wrong_weight and"),
         (["students.a.answers=sometimes"], "students.a.answers"),
         (["students.a.answers_mass=1.5"], "students.a.answers_mass"),
+        (
+            ["students.a.augment_share=0.5", "data.augment=shift"],
+            'augment_share is of augment = "drop_ngrams", and it is "shift"',
+        ),
     ],
 )
 def test_what_answers_cannot_be_combined_with_is_one_line(overrides, words):
