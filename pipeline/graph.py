@@ -195,6 +195,11 @@ class RunDirectory:
     def augment_of(self, student: ResolvedStudent) -> str:
         return student.augment or self.config.data.augment
 
+    def augment_share_of(self, student: ResolvedStudent) -> float:
+        if student.augment_share is None:
+            return self.config.data.augment_share
+        return student.augment_share
+
     # Students and what they learn from
 
     def _ancestors(self, name: str) -> list[Stage]:
@@ -245,6 +250,10 @@ class RunDirectory:
             directory += f"-{student.views}-views"
             if augment != self.config.data.augment:
                 directory += f"-{digest(augment)[:4]}"
+            share = self.augment_share_of(student)
+            if share != self.config.data.augment_share:
+                extra |= {"augment_share": share}
+                directory += f"-{digest(share)[:4]}"
         kept = {key: getattr(student, key) for key in ("answers_mass", "answers_bytes")}
         other = {key: each for key, each in kept.items() if each != SINCE_SCHEMA_1["students"][key]}
         if other:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import UserError
+from pipeline.config import ResolvedStudent, UserError
 from pipeline.graph import RunDirectory
 from pipeline.identity import digest
 from pipeline.results import duration
@@ -132,10 +132,12 @@ class Session:
         order = np.argsort(joined["ids"], kind="stable")
         return {key: value[order] for key, value in joined.items()}
 
-    def augmentation(self, name: str | None = None) -> Augment | None:
-        """The augmentation of that name, by default data.augment, as [data] sets it."""
+    def augmentation(self, student: ResolvedStudent | None = None) -> Augment | None:
+        """How training inputs are augmented, as [data] says, or a student for itself."""
         data = self.config.data
-        return find_augment(name or data.augment, data.augment_share)
+        if student is None:
+            return find_augment(data.augment, data.augment_share)
+        return find_augment(self.run.augment_of(student), self.run.augment_share_of(student))
 
     def seed(self, purpose: str, index: int) -> int:
         """A seed of its own for each purpose, from the run's."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ..choices import LOSSES
+from ..choices import LOSSES, TAKE_SHARE
 from .base import one_of
 from .messages import in_our_words
 from .schedule import DEFAULT_SCHEDULE, NAME, ResolvedSchedule, ResolvedStudent
@@ -69,8 +69,14 @@ def check_own_model(section: str, own: dict, config: Config) -> None:
 
 
 def check_answers(name: str, student: ResolvedStudent, config: Config) -> None:
-    """Stored answers are about inputs that are seen again."""
+    """Stored answers are about inputs that are seen again, and a share is of an augmentation."""
     augment = student.augment or config.data.augment
+    if student.augment_share is not None and augment not in TAKE_SHARE:
+        able = " or ".join(f'"{name}"' for name in sorted(TAKE_SHARE))
+        raise ValueError(
+            f"students.{name}.augment_share is of augment = {able}, and it is "
+            f'"{augment}"; leave augment_share out'
+        )
     if student.answers == "stored" and augment != "none" and not student.views:
         raise ValueError(
             f'students.{name}.answers = "stored": each view of augment = "{augment}" is new; set '

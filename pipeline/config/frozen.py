@@ -132,6 +132,7 @@ SINCE_SCHEMA_1 = {
         "loss": "cross_entropy",
         "wrong_weight": 0.0,
         "answers": "auto",
+        "augment_share": None,
         "answers_mass": 0.999,
         "answers_bytes": 4294967296,
     },

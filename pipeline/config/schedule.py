@@ -299,6 +299,8 @@ class Student(Schedule):
     perturb_size: float = Field(default=1 / 255, gt=0)
     # training views of its own; None: data.augment
     augment: str | None = None
+    # of drop_ngrams: the share of a bag's n-grams that a view leaves out; None: data.augment_share
+    augment_share: float | None = Field(default=None, ge=0, lt=1)
     # of augmented inputs: the teacher predicts so many views of each, once
     views: int | None = Field(default=None, gt=0)
     # of train, of each class alike

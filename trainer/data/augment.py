@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from networks.user_code import blame
-from pipeline.choices import AUGMENTATIONS
+from pipeline.choices import AUGMENTATIONS, TAKE_SHARE
 from pipeline.config import UserError
 
 from .decoding import import_function
@@ -120,15 +120,11 @@ def _mixed(words: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
-def draws(numbers: int, share: bool = False) -> Callable[[Function], Function]:
-    """Decorator: the function needs `numbers` uniforms for each example.
-
-    share: it takes data.augment_share as its argument `share`.
-    """
+def draws(numbers: int) -> Callable[[Function], Function]:
+    """Decorator: the function needs `numbers` uniforms for each example."""
 
     def mark(function: Function) -> Function:
-        vars(function)["numbers"] = numbers
-        vars(function)["takes_share"] = share
+        setattr(function, "numbers", numbers)  # noqa: B010 - a type checker knows no such attribute
         return function
 
     return mark
@@ -161,7 +157,7 @@ def flip_crop(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return shift(mirrored, uniforms, mode="reflect")
 
 
-@draws(1, share=True)
+@draws(1)
 def drop_ngrams(
     inputs: np.ndarray, uniforms: np.ndarray, share: float = DEFAULT_SHARE
 ) -> np.ndarray:
@@ -209,7 +205,7 @@ def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | No
     name : str or None
         A name in `AUGMENTATIONS`, or a user's module:function.
     share : float
-        data.augment_share, for a function that takes it.
+        augment_share, for a function in `TAKE_SHARE`.
 
     Returns
     -------
@@ -232,6 +228,6 @@ def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | No
     function = import_function(target, "data.augment")
     own = "" if name in AUGMENTATIONS else name
     numbers = int(getattr(function, "numbers", DEFAULT_NUMBERS))
-    if getattr(function, "takes_share", False):
+    if name in TAKE_SHARE:
         function = partial(function, share=share)
     return Augment(function, numbers, own)

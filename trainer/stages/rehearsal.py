@@ -34,7 +34,7 @@ from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
 
 from ..core.objectives import Objective, classify, rerank, specialise_fully, specialise_in
-from ..data.augment import MACHINES, failure
+from ..data.augment import MACHINES, failure, find_augment
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
@@ -302,7 +302,8 @@ def _teacher(
 def _stream(session: Session, augment: str, examples: int) -> TrainingStream:
     train = session.shards("train")
     order = shuffled(np.flatnonzero(train.labels >= 0), 0)
-    return TrainingStream([Source(train, order, examples)], 0, session.augmentation(augment))
+    share = session.config.data.augment_share
+    return TrainingStream([Source(train, order, examples)], 0, find_augment(augment, share))
 
 
 def _first_batch(session: Session, augment: str, examples: int) -> Batch:

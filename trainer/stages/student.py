@@ -160,7 +160,7 @@ def student_stream(
     ]
     augment = session.run.augment_of(schedule)
     views = views_of(session, schedule.views) if augment != "none" else None
-    stream = TrainingStream(sources, seed, session.augmentation(augment), views)
+    stream = TrainingStream(sources, seed, session.augmentation(schedule), views)
     return stream, count_steps(schedule, len(ids))
 
 

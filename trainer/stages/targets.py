@@ -143,6 +143,7 @@ class Storing:
         self.source = source
         self.shards: ShardSet = session.shards(split)
         self.augment = session.run.augment_of(student)
+        self.augmentation = session.augmentation(student)
         self.views = views_of(session, student.views)
         self.count = self.views.count if self.views else 1
         self.members = teacher.num_members
@@ -188,8 +189,7 @@ class Storing:
 
     def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
         """A function batch -> what is kept of the teacher's predictions, and what that loses."""
-        augmentation = self.session.augmentation(self.augment)
-        see = view_of(augmentation, self.views, self.source, view)
+        see = view_of(self.augmentation, self.views, self.source, view)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             predicted = self.teacher.predict(see(batch))
@@ -385,7 +385,7 @@ def measured_kl(session: Session, name: str, stage: Stage) -> float:
     student = session.config.students[name]
     teacher, shards = find_teacher(session, student), session.shards("train")
     views = views_of(session, student.views)
-    see = view_of(session.augmentation(session.run.augment_of(student)), views, 0, 0)
+    see = view_of(session.augmentation(student), views, 0, 0)
     read = open_targets(stage.path("train"), session, shards, views)
     count, T = views.count if views else 1, student.temperature
 

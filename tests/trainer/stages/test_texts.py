@@ -9,7 +9,7 @@ from running import run_all
 from toy import toy_config, write_toy
 
 from networks import ModelSpec
-from pipeline.config import UserError
+from pipeline.config import UserError, load_config
 from trainer.commands.export import Probabilities, evaluate, random_inputs
 from trainer.commands.shards import main as shards
 from trainer.data.shards import ShardWriter
@@ -17,6 +17,7 @@ from trainer.data.writing import write_manifest
 from trainer.distributed.ranks import ALONE
 from trainer.session import Session
 from trainer.stages.networks import fresh_network, load_network
+from trainer.stages.student import student_stream
 
 CLASSES = [f"{first}{second}" for first in ("ab", "op", "xy") for second in ("cd", "qr")]
 BAGS = "data.decoders={txt='trainer.data.decoding:ngram_bag'}"
@@ -99,3 +100,34 @@ def test_whole_numbers_of_arrays_stay_numbers(tmp_path):
     config = toy_config(tmp_path / "s", "clusters.num_groups=1")
     spec: ModelSpec = fresh_network(Session(run_all(tmp_path / "run", config, []), ALONE)).spec
     assert spec.input.dtype == "float32"
+
+
+def test_students_of_bags_learn_from_live_teachers_about_the_bags_that_they_see(texts, tmp_path):
+    """Nothing is dropped inside the network, so that both see the same n-grams."""
+    network = "model={name='embedding_bag', embedding=8}"
+    students = {
+        "same": {"start": "scratch", "learning_rate": 0.03},
+        "more": {"start": "scratch", "learning_rate": 0.03, "augment_share": 0.6},
+        "few": {"start": "scratch", "steps": 3, "augment_share": 0.6, "views": 2},
+        "views": {"start": "scratch", "steps": 3, "views": 2},
+    }
+    base = toy_config(texts, BAGS, *BAG_NETWORK, network).dump()
+    base["data"] |= {"augment": "drop_ngrams", "augment_share": 0.3}
+    base["ensemble"] = {"kind": "deep", "members": 2, "combine": "geometric"}
+    base["students"] = students
+    run = run_all(tmp_path / "run", load_config(None, ["train.steps=40"], base))
+    session = Session(run, ALONE)
+    config = run.config.students
+    assert config["same"].mean == "geometric"
+    assert run.targets_for("same") is None and run.targets_for("more") is None
+    stored = [run.targets_for(name).directory.name for name in ("few", "views")]
+    assert stored[1] == "ensemble-2-views" and stored[0].startswith("ensemble-2-views-")
+    dropped = {}
+    for name in ("same", "more"):
+        stream, _ = student_stream(session, config[name], True)
+        batch = stream.batch(0)
+        plain = session.shards("train").read(batch.ids.numpy())[0]
+        dropped[name] = 1 - (batch.inputs.numpy() >= 0).sum() / (plain >= 0).sum()
+    assert abs(dropped["same"] - 0.3) < 0.05 and abs(dropped["more"] - 0.6) < 0.05
+    results = json.loads((run.root / "results.json").read_text())
+    assert results["students"]["same"]["top1"] > 0.8
