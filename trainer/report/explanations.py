@@ -20,6 +20,7 @@ PERTURBATIONS = {
     "gaussian": "Gaussian noise",
     "ods": "output diversified sampling",
     "conf_ods": "ConfODS",
+    "mix_bags": "n-grams of other examples",
 }
 FAR = 0.1  # nats from which stored answers are not the teacher's; trainer.stages.targets says so
 STARTS = {"generalist": "as the generalist", "scratch": "from fresh weights"}

@@ -233,7 +233,7 @@ def test_a_student_of_live_teachers_resumes_as_if_nothing_had_been(run, data, tm
     config = config_of(data, students, "data.augment=shift")
     whole = run_all(tmp_path / "whole", config, ["generalist", "member", "ensemble", "student"])
     begun = run_all(tmp_path / "begun", config, ["generalist", "member", "ensemble"])
-    objective, calls, dies_at = student._geometric_mean, [], 7
+    objective, calls, dies_at = student._as_logits, [], 7
 
     def dies(*given):
         calls.append(1)
@@ -242,14 +242,12 @@ def test_a_student_of_live_teachers_resumes_as_if_nothing_had_been(run, data, tm
         return objective(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student, "_geometric_mean", dies)
+        patch.setattr(student, "_as_logits", dies)
         with pytest.raises(KeyboardInterrupt):
             run_all(begun.root, config, ["student"])
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            student, "_geometric_mean", lambda *given: calls.append(1) or objective(*given)
-        )
+        patch.setattr(student, "_as_logits", lambda *given: calls.append(1) or objective(*given))
         run_all(begun.root, config, ["student"])
     assert len(calls) == 6  # steps 4 to 9, from the checkpoint of step 4
     weights = [r.students["live"].path("model.safetensors").read_bytes() for r in (whole, begun)]
