@@ -183,6 +183,8 @@ class Storing:
             if writer is not None:
                 rows = values["ids"] * self.count + view
                 self._append(writer, rows, values, progress)
+        if writer is not None:
+            writer.finish()
         return self._notes(progress)
 
     def _blocks(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
