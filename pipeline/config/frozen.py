@@ -133,6 +133,7 @@ SINCE_SCHEMA_1 = {
         "wrong_weight": 0.0,
         "answers": "auto",
         "augment_share": None,
+        "perturb_share": 0.5,
         "answers_mass": 0.999,
         "answers_bytes": 4294967296,
     },

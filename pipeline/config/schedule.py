@@ -294,9 +294,11 @@ class Student(Schedule):
     # of stored: the most that the answers about train may take, and those about transfer
     answers_bytes: int = Field(default=4 * 1024**3, gt=0)
     # what the inputs are moved by before teacher and student see them
-    perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
+    perturb: Literal["none", "gaussian", "ods", "conf_ods", "mix_bags"] = "none"
     # of inputs scaled to 0..1
     perturb_size: float = Field(default=1 / 255, gt=0)
+    # of mix_bags: the share of another's n-grams that joins a bag; as many of its own are left out
+    perturb_share: float = Field(default=0.5, gt=0, le=0.5)
     # training views of its own; None: data.augment
     augment: str | None = None
     # of drop_ngrams: the share of a bag's n-grams that a view leaves out; None: data.augment_share

@@ -243,8 +243,10 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        if perturb is not None:
+        if perturb is not None and student.hard_weight:
             return _perturbed_loss(network, batch, teacher, perturb, student)
+        if perturb is not None:
+            batch = replace(batch, inputs=perturb(batch.inputs))
         logits = network(batch.inputs)
         with torch.no_grad():
             target = teacher(batch)
@@ -279,9 +281,7 @@ def _perturbed_loss(
     perturbed = replace(batch, inputs=perturb(batch.inputs))
     with torch.no_grad():
         target = teacher(perturbed)
-    inputs = perturbed.inputs
-    if student.hard_weight:
-        inputs = torch.cat([inputs, batch.inputs.to(inputs)])
+    inputs = torch.cat([perturbed.inputs, batch.inputs.to(perturbed.inputs)])
     logits = as_members(network(inputs))
     soft_logits = logits[:, : len(batch)]
     clean_logits = logits[:, len(batch) :]
@@ -289,10 +289,8 @@ def _perturbed_loss(
     loss = distillation_loss(
         soft_logits, target, batch.labels, student.temperature, student.soft_weight, hard_weight=0.0
     )
-    if student.hard_weight:
-        hard = hard_loss(clean_logits, batch.labels, student.label_smoothing)
-        loss = loss + student.hard_weight * hard
-    return loss
+    hard = hard_loss(clean_logits, batch.labels, student.label_smoothing)
+    return loss + student.hard_weight * hard
 
 
 def as_members(logits: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ def drop_ngrams(
     """
     _need_bags(inputs, "drop_ngrams")
     real = inputs >= 0
-    length = int(real.any(0).nonzero()[0].max(initial=-1)) + 1  # behind it is padding alone
+    length = int(np.flatnonzero(real.any(0)).max(initial=-1)) + 1  # behind it is padding alone
     real = real[:, :length]
     words = np.floor(uniforms[:, 0] * 2.0**53).astype(np.uint64)
     drawn = _hashed(words, length)

@@ -10,7 +10,8 @@ A directory holds
     counts.npy      int32 [R], how many they are; 0 for a row that was not written
     FIELD.npy       [R], fields of which a row has one number
 
-A block counts once progress.json says so, and what lies behind it is cut off when writing goes on.
+A block counts once progress.json says so.  What lies behind it is written again, at the same place:
+two copies of one job, which write the same blocks, do not harm each other.
 """
 
 from __future__ import annotations
@@ -73,9 +74,8 @@ class RaggedWriter:
                 name: _mapped(directory / f"{name}.npy", rows, dtype, begun)
                 for name, dtype in of_rows.items()
             }
-            for name, dtype in self.entries.items():
-                with open(self._bin(name), "r+b" if begun else "wb") as file:
-                    file.truncate(self.progress["entries"] * dtype.itemsize)
+            for name in self.entries:
+                self._bin(name).touch()
         except OSError as error:
             raise cannot_write(directory, error) from None
 
@@ -94,7 +94,8 @@ class RaggedWriter:
         """
         ends = self.progress["entries"] + np.cumsum(counts, dtype=np.int64)
         for name, dtype in self.entries.items():
-            with writing(self._bin(name)), open(self._bin(name), "ab") as file:
+            with writing(self._bin(name)), open(self._bin(name), "r+b") as file:
+                file.seek(self.progress["entries"] * dtype.itemsize)
                 file.write(np.ascontiguousarray(entries[name], dtype).data)
         self.arrays["starts"][rows] = ends - counts
         self.arrays["counts"][rows] = counts
@@ -105,6 +106,12 @@ class RaggedWriter:
         self.progress |= {"blocks": self.progress["blocks"] + 1, **notes}
         self.progress["entries"] = int(ends[-1]) if len(ends) else self.progress["entries"]
         write_json(self.directory / PROGRESS, self.progress)
+
+    def finish(self) -> None:
+        """Cut off what lies behind the last block."""
+        for name, dtype in self.entries.items():
+            with open(self._bin(name), "r+b") as file:
+                file.truncate(self.progress["entries"] * dtype.itemsize)
 
     def _bin(self, name: str) -> Path:
         return self.directory / f"{name}.bin"

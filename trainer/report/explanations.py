@@ -20,6 +20,7 @@ PERTURBATIONS = {
     "gaussian": "Gaussian noise",
     "ods": "output diversified sampling",
     "conf_ods": "ConfODS",
+    "mix_bags": "n-grams of other examples",
 }
 FAR = 0.1  # nats from which stored answers are not the teacher's; trainer.stages.targets says so
 STARTS = {"generalist": "as the generalist", "scratch": "from fresh weights"}
@@ -185,7 +186,20 @@ def _answers_of(run: RunDirectory, name: str) -> dict | None:
 
 
 def _answers(answers: dict) -> str:
-    """How far stored answers are from the teacher's."""
+    """How far stored answers are from the teacher's, and how sure it was."""
+    return _stored(answers) + _certainty(answers.get("entropy"))
+
+
+def _certainty(entropy: dict | None) -> str:
+    if entropy is None:
+        return ""
+    return (
+        f" Its teacher's answers have a mean entropy of {entropy['seen']:.2g} nats about what "
+        f"the student sees and {entropy['val']:.2g} about val."
+    )
+
+
+def _stored(answers: dict) -> str:
     lost = answers.get("kl")
     if lost is None:
         return ""

@@ -117,16 +117,16 @@ def live_objective(
     move = None
     if schedule.perturb != "none":
         move = perturbation(name, schedule, teacher, network.spec.input)
-    single = network.num_members == 1
-    if single and schedule.mean == "geometric" and teacher.mean_logits is not None:
-        return distil(partial(_geometric_mean, teacher.mean_logits), schedule, move)
+    of_single = teacher.logits_for_single(schedule.mean)
+    if network.num_members == 1 and of_single is not None:
+        return distil(partial(_as_logits, of_single), schedule, move)
     return distil(lambda batch: teacher.predict(batch.inputs), schedule, move)
 
 
-def _geometric_mean(mean_logits: Callable[[Tensor], Tensor], batch: Batch) -> LogitTargets:
-    """Of a teacher's members, [1, b, C]: one softmax, at the student's temperature, is left."""
+def _as_logits(predict: Callable[[Tensor], Tensor], batch: Batch) -> LogitTargets:
+    """A teacher's logits [1, b, C]: one softmax, at the student's temperature, is left to do."""
     with torch.inference_mode():
-        return LogitTargets(mean_logits(batch.inputs)[None])
+        return LogitTargets(predict(batch.inputs)[None])
 
 
 # What a student sees

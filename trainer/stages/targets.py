@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config import ResolvedStudent, UserError
+from pipeline.identity import digest
 from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..core.distillation import TopKTargets
+from ..core.perturbations import mix_bags
 from ..core.probabilities import safe_log, soften
 from ..data.augment import Augment, Views
 from ..data.ragged import PROGRESS, RaggedWriter, flattened
@@ -36,6 +38,9 @@ from .teachers import Teacher, find_teacher
 LEAST = 32  # classes per stored prediction, where there are as many
 MEASURED = 4096  # rows of a split whose KL is measured
 FAR = 0.1  # nats: what is kept is no longer what the teacher predicts
+ASKED = 1024  # inputs of a split about which a teacher's entropy is measured
+KNOWN = 0.5  # of val's entropy: a teacher that has less on what the student sees knows it by heart
+UNSURE = 0.1  # nats of entropy that are worth a word
 BLOCK_BYTES = 2**26  # of answers on their way to the disk
 
 
@@ -116,13 +121,19 @@ def store_targets(
     if session.config.data.transfer:
         splits.append("transfer")
     unfinished = attempt.stage.checkpoints / "targets"
+    written = []
     for source, split in enumerate(splits):
         storing = Storing(session, teacher, attempt.stage, student, temperatures, source, split)
-        notes = storing.write(unfinished / split)
+        directory = unfinished / f"{split}-{storing.identity[:8]}"
+        written.append((split, directory, storing.write(directory)))
+    certainty = {"seen": written[0][2].pop("entropy"), "val": val_entropy(session, teacher)}
+    for split, directory, notes in written:
         if session.ranks.is_main:
-            publish(unfinished / split, attempt.path(f"{split}/answers.json").parent)
-            write_json(attempt.path(f"{split}/answers.json"), notes)
+            publish(directory, attempt.path(f"{split}/answers.json").parent)
+            write_json(attempt.path(f"{split}/answers.json"), notes | {"entropy": certainty})
             say_targets(session, split, notes)
+    if session.ranks.is_main:
+        shutil.rmtree(unfinished)
 
 
 class Storing:
@@ -154,6 +165,11 @@ class Storing:
         self.temperatures = sorted({1.0, *temperatures} - {math.inf})
         self.every = max(1, len(self.shards) * self.count // MEASURED)
 
+    @property
+    def identity(self) -> str:
+        """What another attempt must agree in to go on with what this one has written."""
+        return digest([asdict(self.keeping), self.temperatures, self.rows])
+
     def write(self, directory: Path) -> dict:
         """Into DIRECTORY, from where an earlier attempt stopped; what answers.json says."""
         session, main = self.session, self.session.ranks.is_main
@@ -167,12 +183,14 @@ class Storing:
             if writer is not None:
                 rows = values["ids"] * self.count + view
                 self._append(writer, rows, values, progress)
+        if writer is not None:
+            writer.finish()
         return self._notes(progress)
 
     def _blocks(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
         """(view, ids) of each block that is not written yet."""
         of_sample = self.members * self.keeping.most * 6
-        batch = measuring_batch(self.session.num_classes) * self.session.ranks.world_size
+        batch = measuring_batch(self.session.num_classes)
         size = max(1, BLOCK_BYTES // of_sample // batch) * batch
         starts = range(0, len(self.shards), size)
         blocks = [(view, start) for view in range(self.count) for start in starts]
@@ -182,7 +200,7 @@ class Storing:
     def _progress(self, directory: Path) -> dict:
         path = directory / PROGRESS
         started = {"blocks": 0, "samples": 0, "measured": 0, "tail": 0.0, "max_tail": 0.0}
-        started |= {"kept": 0, "lost": [0.0] * len(self.temperatures)}
+        started |= {"kept": 0, "entropy": 0.0, "lost": [0.0] * len(self.temperatures)}
         progress = started | (read_json(path) if path.exists() else {})
         self.session.barrier()  # before rank 0 writes it
         return progress
@@ -197,7 +215,8 @@ class Storing:
             sampled = (batch.ids * self.count + view) % self.every == 0
             lost = torch.full((len(batch), len(self.temperatures)), math.nan)
             lost[sampled.cpu()] = self._lost(predicted, kept, sampled).cpu()
-            return self._padded(kept) | {"lost": lost}
+            entropy = entropies(predicted)
+            return self._padded(kept) | {"lost": lost, "entropy": entropy}
 
         return measure
 
@@ -249,6 +268,7 @@ class Storing:
             "max_tail": max(progress["max_tail"], float(tails.max())),
             "measured": progress["measured"] + len(measured),
             "lost": lost.tolist(),
+            "entropy": progress["entropy"] + float(values["entropy"].sum(dtype=np.float64)),
         }
 
     def _notes(self, progress: dict) -> dict:
@@ -263,7 +283,7 @@ class Storing:
             "num_classes": self.session.num_classes,
             "members": self.members,
             "mass": self.keeping.mass,
-            "temperature": self.keeping.temperature,
+            "temperature": finite(self.keeping.temperature),
             "most": self.keeping.most,
             "mean_classes": progress["kept"] / stored,
             "samples": progress["samples"] // self.count,
@@ -275,6 +295,7 @@ class Storing:
                 f"{T:g}": float(value) for T, value in zip(self.temperatures, lost, strict=True)
             },
             "measured": progress["measured"],
+            "entropy": progress["entropy"] / max(1, progress["samples"]),
             "augment": self.augment,
             "views": self.views.count if self.views else None,
             "views_seed": self.views.seed if self.views else None,
@@ -284,10 +305,9 @@ class Storing:
 def publish(source: Path, target: Path) -> None:
     """Move a split's finished files into the attempt's directory."""
     target.mkdir(parents=True, exist_ok=True)
-    (source / PROGRESS).unlink()
     for path in sorted(source.iterdir()):
-        os.replace(path, target / path.name)
-    shutil.rmtree(source)
+        if path.name != PROGRESS:
+            os.replace(path, target / path.name)
 
 
 def view_of(
@@ -311,6 +331,16 @@ def mean_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of [K, B, C] twice, mean over K: [B], nats."""
     tiny = torch.finfo(q.dtype).tiny
     return (torch.special.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1).mean(0)
+
+
+def entropies(p: Tensor) -> Tensor:
+    """Entropies of [K, B, C], mean over K: [B], nats."""
+    return -torch.special.xlogy(p, p).sum(-1).mean(0)
+
+
+def finite(temperature: float) -> float | str:
+    """As JSON has it."""
+    return "inf" if math.isinf(temperature) else temperature
 
 
 def say_targets(session: Session, split: str, notes: dict) -> None:
@@ -348,32 +378,93 @@ def warnings(num_classes: int, temperature: float, lost: float) -> list[str]:
 
 
 def answers_summary(session: Session, name: str) -> dict | None:
-    """How a student's teacher answers, for its summary.json; a word where that is not the whole.
+    """How a student's teacher answers, for its summary.json; a word where that teaches little.
 
-    kind: live or stored.  Of stored ones kl, nats: from the teacher's whole prediction to what is
+    kind: live or stored.  entropy: the mean one of its answers, nats, about what the student sees
+    ("seen") and about val.  Of stored ones kl, nats: from the teacher's whole prediction to what is
     kept, at the student's temperature; None at inf.  None for a student without a teacher.
     """
     student = session.config.students[name]
     if not student.learns_from_teacher:
         return None
     stage = session.run.targets_for(name)
-    if stage is None:
-        return {"kind": "live"}
+    summary = live_summary(session, name) if stage is None else stored_summary(session, name, stage)
+    session.say_each(known_by_heart(summary.get("entropy")))
+    return summary
+
+
+def stored_summary(session: Session, name: str, stage: Stage) -> dict:
     notes = read_json(stage.path("train/answers.json"))
+    temperature = session.config.students[name].temperature
+    lost = None
+    if not math.isinf(temperature):
+        lost = notes["truncation_kl"].get(f"{temperature:g}")
+        if lost is None:  # stored before this student was thought of
+            lost = measured_kl(session, name, stage)
+        session.say_each(warnings(session.num_classes, temperature, lost))
     summary = {
         "kind": "stored",
-        "temperature": student.temperature,
-        "kl": None,
+        "temperature": finite(temperature),
+        "kl": lost,
         "bytes_per_sample": notes["bytes_per_sample"],
     }
-    if math.isinf(student.temperature):
-        return summary | {"temperature": "inf"}
-    key = f"{student.temperature:g}"
-    lost = notes["truncation_kl"].get(key)
-    if lost is None:  # stored before this student was thought of
-        lost = measured_kl(session, name, stage)
-    session.say_each(warnings(session.num_classes, student.temperature, lost))
-    return summary | {"kl": lost}
+    if "entropy" in notes:
+        summary["entropy"] = notes["entropy"]
+    return summary
+
+
+def live_summary(session: Session, name: str) -> dict:
+    student = session.config.students[name]
+    if student.perturb not in ("none", "mix_bags"):  # the others need a gradient
+        return {"kind": "live"}
+    teacher = find_teacher(session, student)
+    see = view_of(session.augmentation(student), views_of(session, 1), 0, 0)
+    mix = student.perturb == "mix_bags"
+    draw = torch.Generator().manual_seed(session.seed("mixed", 0))
+
+    def seen(batch: Batch) -> Tensor:
+        bags = see(batch)
+        return mix_bags(bags, student.perturb_share, draw) if mix else bags
+
+    entropy = {
+        "seen": mean_entropy(session, teacher, "train", seen),
+        "val": val_entropy(session, teacher),
+    }
+    return {"kind": "live", "entropy": entropy}
+
+
+def mean_entropy(
+    session: Session, teacher: Teacher, split: str, see: Callable[[Batch], Tensor]
+) -> float:
+    """Of a teacher's predictions for about ASKED inputs of a split, nats."""
+    shards = session.shards(split)
+    ids = np.arange(0, len(shards), max(1, len(shards) // ASKED))
+    values = session.measured(
+        shards, lambda batch: {"entropy": entropies(teacher.predict(see(batch)))}, ids=ids
+    )
+    return float(values["entropy"].mean(dtype=np.float64))
+
+
+def val_entropy(session: Session, teacher: Teacher) -> float:
+    return mean_entropy(session, teacher, "val", lambda batch: batch.inputs)
+
+
+def known_by_heart(entropy: dict[str, float] | None) -> list[str]:
+    """A line where a teacher is far surer of what the student sees than of val.
+
+    entropy: of `answers_summary`.
+    """
+    if entropy is None:
+        return []
+    seen, val = entropy["seen"], entropy["val"]
+    if seen > KNOWN * val or val - seen < UNSURE:
+        return []
+    return [
+        f"warning: the teacher knows train by heart: its answers have an entropy of {seen:.2g} "
+        f"nats about what the student sees and {val:.2g} about val, and so say little more than "
+        "labels; ask it about other inputs (students.NAME.augment, of bags augment_share and "
+        'perturb = "mix_bags"; data.transfer)'
+    ]
 
 
 def measured_kl(session: Session, name: str, stage: Stage) -> float:

@@ -47,6 +47,7 @@ def test_writing_goes_on_behind_the_last_whole_block(tmp_path):
     again = RaggedWriter(tmp_path / "begun", 6, ENTRIES, NUMBERS)
     assert again.progress == {"blocks": 1, "entries": 5}
     again.append(*block([3]), note=5)
+    again.finish()
     assert again.progress == whole.progress == {"blocks": 2, "entries": 8, "note": 5}
     for path in sorted((tmp_path / "whole").iterdir()):
         assert (tmp_path / "begun" / path.name).read_bytes() == path.read_bytes()

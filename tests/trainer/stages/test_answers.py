@@ -130,7 +130,12 @@ def test_a_students_summary_says_how_its_teacher_answered(run):
     stored = answers("stored")
     assert (stored["kind"], stored["temperature"]) == ("stored", 2.0)
     assert stored["kl"] == notes["truncation_kl"]["2"]
-    assert answers("live") == {"kind": "live"}
+    assert answers("live")["kind"] == "live" and "kl" not in answers("live")
+    p = exact(run, batch_of(run).inputs)
+    entropy = float(-(p * p.log()).sum(-1).mean())
+    for name in ("stored", "live"):
+        assert answers(name)["entropy"]["seen"] == pytest.approx(entropy, rel=0.15)
+    assert answers("stored")["entropy"] == pytest.approx(answers("live")["entropy"], rel=1e-3)
     assert run.targets_for("live") is None and run.targets_for("geometric") is None
     page = (run.root / "report.html").read_text()
     assert f"were stored, {stored['kl']:.2g} nats (KL) from the whole distribution" in page
@@ -161,6 +166,16 @@ def test_a_temperature_that_was_not_measured_when_answers_were_stored_is_measure
     notes["truncation_kl"]["2"] = known
     write_json(stage.path("train/answers.json"), notes)
     assert summary is not None and summary["kl"] == pytest.approx(known, rel=1e-3)
+
+
+def test_a_teacher_that_knows_train_by_heart_is_named():
+    assert targets.known_by_heart({"seen": 0.6, "val": 1.0}) == []
+    assert targets.known_by_heart({"seen": 0.001, "val": 0.05}) == []  # it is sure of val, too
+    assert targets.known_by_heart(None) == []
+    (line,) = targets.known_by_heart({"seen": 0.02, "val": 1.35})
+    assert line.startswith("warning: the teacher knows train by heart: its answers have an entropy")
+    assert "0.02 nats about what the student sees and 1.4 about val" in line
+    assert 'perturb = "mix_bags"' in line
 
 
 # Live
@@ -233,7 +248,7 @@ def test_a_student_of_live_teachers_resumes_as_if_nothing_had_been(run, data, tm
     config = config_of(data, students, "data.augment=shift")
     whole = run_all(tmp_path / "whole", config, ["generalist", "member", "ensemble", "student"])
     begun = run_all(tmp_path / "begun", config, ["generalist", "member", "ensemble"])
-    objective, calls, dies_at = student._geometric_mean, [], 7
+    objective, calls, dies_at = student._as_logits, [], 7
 
     def dies(*given):
         calls.append(1)
@@ -242,14 +257,12 @@ def test_a_student_of_live_teachers_resumes_as_if_nothing_had_been(run, data, tm
         return objective(*given)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(student, "_geometric_mean", dies)
+        patch.setattr(student, "_as_logits", dies)
         with pytest.raises(KeyboardInterrupt):
             run_all(begun.root, config, ["student"])
     calls.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            student, "_geometric_mean", lambda *given: calls.append(1) or objective(*given)
-        )
+        patch.setattr(student, "_as_logits", lambda *given: calls.append(1) or objective(*given))
         run_all(begun.root, config, ["student"])
     assert len(calls) == 6  # steps 4 to 9, from the checkpoint of step 4
     weights = [r.students["live"].path("model.safetensors").read_bytes() for r in (whole, begun)]
@@ -281,7 +294,8 @@ def test_interrupted_answers_go_on_where_they_stopped(run, data, tmp_path, monke
         run_all(begun.root, config, ["targets"])
     assert not begun.targets_for("main").is_done
     run_all(begun.root, config, ["targets"])
-    assert len(calls) == 13 + 2 * 10 - 12  # 960 samples in blocks of 100, two views
+    # 960 samples in blocks of 100, two views, and val once
+    assert len(calls) == 13 + 2 * 10 - 12 + 1
     names = ["indices.bin", "log_values.bin", "starts.npy", "counts.npy", "log_tail.npy"]
     for name in (*names, "answers.json"):
         both = [r.targets_for("main").path(f"train/{name}").read_bytes() for r in (whole, begun)]
