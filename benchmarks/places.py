@@ -244,7 +244,7 @@ def reranked(seed: Seed) -> Tables:
     return from_generalist(
         seed,
         ensemble={"kind": "rerank", "members": 2},
-        rerank={"k": 50, "random": 512, "steps": STEPS // 2},
+        rerank={"k": 50, "random": 2048, "steps": STEPS // 2},
     )
 
 

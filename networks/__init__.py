@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .adoption import Adoption, adopt_weights
     from .branches import Branch, BranchedClassifier, branch_off, load_branch
     from .builders import builtin_options, declared_options
+    from .candidates import candidates_of, cross_entropy_among, draw_classes
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
     from .counting import multiplications
     from .files import load_classifier, save_classifier
@@ -40,6 +41,9 @@ _MODULE_OF = {
     "read_inputs": "reading",
     "builtin_options": "builders",
     "declared_options": "builders",
+    "candidates_of": "candidates",
+    "cross_entropy_among": "candidates",
+    "draw_classes": "candidates",
     "build_classifier": "classifier",
     "Classifier": "classifier",
     "lazy_logits": "classifier",
@@ -86,7 +90,10 @@ __all__ = [
     "branch_off",
     "build_classifier",
     "builtin_options",
+    "candidates_of",
+    "cross_entropy_among",
     "declared_options",
+    "draw_classes",
     "fit_residual_row",
     "freeze_norm",
     "hydra",

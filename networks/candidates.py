@@ -43,18 +43,15 @@ class Candidates(NamedTuple):
     drawn: Tensor
     apart: Tensor
 
-    @property
-    def classes(self) -> Tensor:
-        """int64, ascending: every class that is read."""
-        return torch.cat([self.own.flatten(), self.drawn]).unique()
-
-    def among(self, classes: Tensor) -> Candidates:
-        """The same, numbered by their places in `classes`, which are ascending and hold all."""
-        own = torch.searchsorted(classes, self.own)
-        return self._replace(own=own, drawn=torch.searchsorted(classes, self.drawn))
+    def numbered(self) -> tuple[Tensor, Candidates]:
+        """Every class that is read, int64, ascending, and the same numbered by places in it."""
+        flat = torch.cat([self.own.flatten(), self.drawn])
+        classes, places = flat.unique(return_inverse=True)
+        own, drawn = places.split([self.own.numel(), len(self.drawn)])
+        return classes, self._replace(own=own.view_as(self.own), drawn=drawn)
 
 
-def candidates(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = None) -> Candidates:
+def candidates_of(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = None) -> Candidates:
     """Each row's label and shortlist, and what is drawn for all.
 
     Parameters

@@ -267,9 +267,9 @@ def _makes_variant(key: str, settings: Sequence[Mapping]) -> bool:
 
 
 def _is_inherited(key: str, settings: Sequence[Mapping]) -> bool:
-    """Whether a key of [specialists] or [students.NAME] says in every run what [train] says."""
+    """Whether a key of [specialists], [rerank] or [students.NAME] says what [train] says."""
     section, _, last = key.rpartition(".")
-    inherits = section == "specialists" or section.startswith("students.")
+    inherits = section in ("specialists", "rerank") or section.startswith("students.")
     return inherits and all(one.get(key) == one.get(f"train.{last}") for one in settings)
 
 

@@ -144,7 +144,7 @@ SINCE_SCHEMA_1 = {
         "loss": "cross_entropy",
         **SCHEDULE,
         "k": 50,
-        "random": 512,
+        "random": 1024,
         "start": "scratch",
         "model": {},
     },

@@ -389,7 +389,7 @@ class Rerank(Schedule):
     # the generalist's likeliest classes of each training example, which it learns to tell apart
     k: int = Field(default=50, gt=1)
     # classes drawn at random for each batch, which stand for all others; 0 = none
-    random: int = Field(default=512, ge=0)
+    random: int = Field(default=1024, ge=0)
     # scratch | generalist
     start: Literal["scratch", "generalist"] = "scratch"
     # keys of [model] that differ

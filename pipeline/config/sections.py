@@ -251,10 +251,14 @@ class Ensemble(Section):
                         f'ensemble.{key} is of kind = "shortlist" and "rerank"; this is '
                         f'"{self.kind}"'
                     )
+        elif self.kind == "rerank" and self.members < 2:
+            raise ValueError(
+                'kind = "rerank" trains networks beside the generalist: set members = 2, or take '
+                'kind = "shortlist" for networks that exist already'
+            )
         elif self.num_networks < 2:
             raise ValueError(
-                f'kind = "{self.kind}" asks a second network: set members = 2, or name one in '
-                "networks"
+                'kind = "shortlist" asks a second network: set members = 2, or name one in networks'
             )
         default_combine = default["combine"].default
         known = {"specialists": COMBINERS, "deep": [default_combine, *MEANS]}

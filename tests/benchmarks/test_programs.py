@@ -23,6 +23,7 @@ QUICK = [
     "benchmarks.papers.hydra --regression",
     "benchmarks.papers.multiview",
     "benchmarks.places",
+    "benchmarks.rerank",
     "benchmarks.shortlist",
     "benchmarks.slurm",
 ]

@@ -93,7 +93,7 @@ def test_the_documented_config_is_valid_and_names_every_key():
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["ensemble.order=0.5"], 'ensemble.order is of kind = "shortlist"; this is "specialists"'),
+        (["ensemble.order=0.5"], 'is of kind = "shortlist" and "rerank"; this is "specialists"'),
         (['ensemble.networks=["a"]'], 'ensemble.networks is of kind = "deep", "shortlist"'),
         (["ensemble.kind=deep", "ensemble.shortlist=5"], "ensemble.shortlist is of kind"),
         (["ensemble.kind=shortlist", "ensemble.order=2.0"], "2.0 is no order of a mean: 0"),

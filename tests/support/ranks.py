@@ -20,9 +20,12 @@ def gloo_environment() -> dict[str, str]:
 
 
 def start_stage(ranks: int, stage: str, root: Path) -> subprocess.Popen[str]:
-    """A stage of the run at `root` under torchrun, in a session (process group) of its own."""
+    """A stage of the run at `root` under torchrun, in a session (process group) of its own.
+
+    stage: words of the trainer's, "generalist" or "member --index 1".
+    """
     command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
-    command += ["--nproc-per-node", str(ranks), "--", stage, "--run", str(root)]
+    command += ["--nproc-per-node", str(ranks), "--", *stage.split(), "--run", str(root)]
     return subprocess.Popen(
         command,
         env=gloo_environment(),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from networks.candidates import candidates, cross_entropy_among, draw_classes
+from networks.candidates import candidates_of, cross_entropy_among, draw_classes
 from networks.linear_logits import Comm, LinearLogits
 from networks.row_head import RowHead
 from pipeline.config import ResolvedStudent
@@ -127,11 +127,10 @@ def rerank(
         if random:
             drawn = draw_classes(num_classes, random, seed_of_batch(batch, comm(batch)))
             drawn = drawn.to(batch.labels.device)
-        asked = candidates(batch.labels, shortlists(batch), drawn)
+        asked = candidates_of(batch.labels, shortlists(batch), drawn)
         logits, prior = network(batch.inputs), _to(batch, log_prior)
         if head is not None:
-            classes = asked.classes
-            asked = asked.among(classes)
+            classes, asked = asked.numbered()
             logits = head.read(logits, classes)
             prior = None if prior is None else prior[classes]
         return cross_entropy_among(logits, asked, num_classes, prior).mean()

@@ -28,12 +28,13 @@ def adamw_rows(
     p: Tensor, g: Tensor, state: State, rate: float, decay: float, schedule: ResolvedSchedule
 ) -> None:
     """One step of AdamW, in place.  p, g: [m, D] or [m].  state: of the same rows."""
-    p.mul_(1 - rate * decay)
     average = state["exp_avg"].lerp_(g, 1 - BETA1)
     square = state["exp_avg_sq"].mul_(schedule.beta2).addcmul_(g, g, value=1 - schedule.beta2)
+    # average / (1 - b1^t) over sqrt(square / (1 - b2^t)) + epsilon, with one factor for each row.
     step = state["step"].view(-1, *[1] * (p.dim() - 1))
-    scale = square.sqrt().div_((1 - schedule.beta2**step).sqrt_()).add_(EPSILON)
-    p.addcdiv_(average / (1 - BETA1**step), scale, value=-rate)
+    root = (1 - schedule.beta2**step).sqrt_()
+    change = (average * (root * -rate / (1 - BETA1**step))).div_(square.sqrt().add_(EPSILON * root))
+    p.mul_(1 - rate * decay).add_(change)
 
 
 def sgd_rows(
@@ -82,10 +83,10 @@ class RowOptimizer:
     @torch.no_grad()
     def step(self, gradients: RowGradients, rate: float) -> None:
         """Change the rows that have gradients."""
-        parts = zip(*(each.split(ROWS) for each in gradients), strict=True)
-        for classes, weight, bias in parts:
-            self._step("weight", classes, weight, rate, self.schedule.weight_decay)
-            self._step("bias", classes, bias, rate, 0.0)
+        classes, weight, bias = gradients
+        for some, g in zip(classes.split(ROWS), weight.split(ROWS), strict=True):
+            self._step("weight", some, g, rate, self.schedule.weight_decay)
+        self._step("bias", classes, bias, rate, 0.0)
 
     def _step(self, leaf: str, classes: Tensor, g: Tensor, rate: float, decay: float) -> None:
         whole: Tensor = getattr(self.head, leaf)

@@ -98,11 +98,8 @@ def build_engine(config: EngineConfig, ranks: Ranks, by_rows: bool = False) -> E
     """
     target = config.kind.engine
     if by_rows:
-        from .rows import RowHeadEngine
-
-        trunk: type[Engine] = resolve(target)
-        return RowHeadEngine(trunk(config, ranks), ranks)
-    if config.shard_head:
+        target = "trainer.engines.rows:RowHeadEngine"
+    elif config.shard_head:
         assert config.kind.sharded_head is not None, "the config has checked it"
         target = config.kind.sharded_head
     engine_class: type[Engine] = resolve(target)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from networks import Classifier
 from networks.row_head import RowGradients, RowHead, sum_rows
+from pipeline.choices import resolve
+from pipeline.config import Engine as EngineConfig
 from pipeline.config import ResolvedSchedule
 
 from ..core.optim import AveragedWeights
@@ -38,8 +40,9 @@ class RowHeadEngine:
     head: RowHead
     optimizer: RowOptimizer
 
-    def __init__(self, trunk: Engine, ranks: Ranks):
-        self.trunk = trunk
+    def __init__(self, config: EngineConfig, ranks: Ranks):
+        trunk: type[Engine] = resolve(config.kind.engine)
+        self.trunk = trunk(config, ranks)
         self.ranks = ranks
 
     def prepare(
@@ -120,3 +123,7 @@ def average_over_ranks(gradients: RowGradients, ranks: Ranks) -> RowGradients:
     return total._replace(
         weight=total.weight / ranks.world_size, bias=total.bias / ranks.world_size
     )
+
+
+if TYPE_CHECKING:
+    _: type[Engine] = RowHeadEngine

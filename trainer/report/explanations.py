@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.choices import STUDENT_METHODS
-from pipeline.config import Ensemble, Specialists, Student
+from pipeline.config import Config, Ensemble, Specialists, Student
 from pipeline.controls import best_wall, wall_rate
 from pipeline.graph import RunDirectory
 from pipeline.results import count, percent, read_file
@@ -37,7 +37,7 @@ def explanations(evidence: Evidence) -> list[Explanation]:
     config, results = evidence.run.config, evidence.results
     texts = {
         "generalist": _explain_generalist(evidence.run),
-        "ensemble": _explain_ensemble(config.ensemble, _fitted_shortlist(evidence.run)),
+        "ensemble": _explain_ensemble(config, _fitted_shortlist(evidence.run)),
     }
     if evidence.run.method.has_groups:
         texts["ensemble"] += _explain_start(config.specialists)
@@ -77,8 +77,9 @@ def _fitted_shortlist(run: RunDirectory) -> dict:
     return read_file(run.ensemble, "ensemble.json") or {}
 
 
-def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
+def _explain_ensemble(config: Config, fitted: dict) -> str:
     """fitted: of a shortlist, what was chosen on val."""
+    ensemble = config.ensemble
     if ensemble.kind == "deep":
         mean = "geometric mean" if ensemble.combine == "geometric" else "mean"
         origin = "trained alike from different seeds"
@@ -88,14 +89,20 @@ def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
             f"{ensemble.num_networks} networks, {origin}, and the {mean} of their distributions "
             "(Lakshminarayanan et al. 2017)."
         )
-    if ensemble.kind == "shortlist":
+    if ensemble.asks_shortlists:
+        learnt = ""
+        if config.has_rerankers:
+            learnt = (
+                f"trained on its {config.rerank.k} likeliest classes of each example, and "
+                f"{config.rerank.random} drawn ones of each batch, and "
+            )
         count = ensemble.num_networks
         length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
         return (
-            f"{count} networks: the generalist, and others of the same classes that are asked "
-            f"about its {length} likeliest classes of each example. Their distributions are joined "
-            f"there by a generalised mean of order {order} (0 geometric, 1 arithmetic); outside, "
-            "the generalist's answer stands."
+            f"{count} networks: the generalist, and others of the same classes that are {learnt}"
+            f"asked about its {length} likeliest classes of each example. Their distributions are "
+            f"joined there by a generalised mean of order {order} (0 geometric, 1 arithmetic); "
+            "outside, the generalist's answer stands."
         )
     if ensemble.gate == 1:
         gate = "the generalist's most probable class"

@@ -11,6 +11,7 @@ each row:
     grouping.py     which classes does it confuse?  measure, cluster, route
     specialist.py   the generalist again, for one group of classes and a dustbin
     features.py, branches.py               or corrections of its logits, from features that it keeps
+    shortlist.py, rerank.py                or others, asked about (trained on) its likeliest classes
     joining.py      eq. 5: what it needs beside the networks
     control.py      the same examples for the generalist alone
     targets.py, student.py, teachers.py    one network learns what the ensemble predicts

@@ -44,8 +44,8 @@ def fresh_network(
 ) -> Classifier:
     """A network of [model], its weights drawn from `seed`, by default the run's.
 
-    student: the section whose own keys of [model] count first.  members: of networks with several,
-    as model.json has it.
+    student: the section whose own keys of [model] count first.  members: of networks with
+    several, as model.json has it.
     """
     model = session.config.model
     if student is not None:
