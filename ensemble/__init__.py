@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from .fitting import fit_shift, fit_temperature, fit_temperatures, fit_weights
     from .gating import gate
+    from .mean_logits import MeanLogits
     from .programs import ensemble_program
     from .settings import EnsembleSettings
     from .shortlist import generalised_mean, join_on_shortlist
@@ -30,6 +31,7 @@ __all__ = [
     "EnsembleOutput",
     "EnsembleProgram",
     "EnsembleSettings",
+    "MeanLogits",
     "ShortlistEnsemble",
     "SpecialistEnsemble",
     "combine_kl",
@@ -56,6 +58,7 @@ _HOMES = {
     "combine_kl_sparse": "sparse",
     "combine_kl_on_shortlist": "shortlist_kl",
     "gate": "gating",
+    "MeanLogits": "mean_logits",
     "COMBINERS": "choices",
     "Combiner": "choices",
     "combiner": "choices",

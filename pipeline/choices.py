@@ -26,6 +26,7 @@ __all__ = [
     "METHODS",
     "NETWORKS",
     "STUDENT_METHODS",
+    "TAKE_SHARE",
     "EngineKind",
     "LossKind",
     "StudentMethod",
@@ -125,4 +126,7 @@ AUGMENTATIONS: dict[str, str] = {
     "none": "",
     "shift": "trainer.data.augment:shift",
     "flip-crop": "trainer.data.augment:flip_crop",
+    "drop_ngrams": "trainer.data.augment:drop_ngrams",
 }
+# Those whose functions take augment_share as their argument `share`.
+TAKE_SHARE = frozenset({"drop_ngrams"})

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
+from .config.frozen import SINCE_SCHEMA_1
 from .controls import COMPUTE, HARD_TWIN, wall_names
 from .identity import Identity, digest, network_identity
 from .methods import Method, method_of
@@ -194,6 +195,11 @@ class RunDirectory:
     def augment_of(self, student: ResolvedStudent) -> str:
         return student.augment or self.config.data.augment
 
+    def augment_share_of(self, student: ResolvedStudent) -> float:
+        if student.augment_share is None:
+            return self.config.data.augment_share
+        return student.augment_share
+
     # Students and what they learn from
 
     def _ancestors(self, name: str) -> list[Stage]:
@@ -232,7 +238,7 @@ class RunDirectory:
         augment = self.augment_of(student)
         if not student.learns_from_teacher or student.perturb != "none":
             return None
-        if augment != "none" and not student.views:
+        if student.answers == "live" or (augment != "none" and not student.views):
             return None
         directory = teacher = student.teacher
         if os.sep in student.teacher:
@@ -244,6 +250,15 @@ class RunDirectory:
             directory += f"-{student.views}-views"
             if augment != self.config.data.augment:
                 directory += f"-{digest(augment)[:4]}"
+            share = self.augment_share_of(student)
+            if share != self.config.data.augment_share:
+                extra |= {"augment_share": share}
+                directory += f"-{digest(share)[:4]}"
+        kept = {key: getattr(student, key) for key in ("answers_mass", "answers_bytes")}
+        other = {key: each for key, each in kept.items() if each != SINCE_SCHEMA_1["students"][key]}
+        if other:
+            extra |= other
+            directory += f"-{digest(other)[:4]}"
         return self.stage("targets", self._ancestors(student.teacher), directory, **extra)
 
     def _learners(self) -> list[Stage]:

@@ -190,9 +190,18 @@ class BranchMethod(SpecialistMethod):
 
 
 class DeepMethod:
-    """A deep ensemble: generalists alone, each from a seed of its own."""
+    """A deep ensemble: generalists alone, each from a seed of its own, or given."""
 
     has_groups = False
+    # A network from elsewhere is not trained, and is copied in the job that fits the ensemble.
+    GIVEN = dataclasses.replace(
+        KINDS["member"],
+        function="trainer.stages.generalist:given_member",
+        sections=(),
+        job=KINDS["ensemble"].job,
+        slurm=KINDS["ensemble"].slurm,
+        trains=False,
+    )
     kinds = {
         "evaluate": dataclasses.replace(
             KINDS["evaluate"], function="trainer.stages.evaluate:evaluate_deep"
@@ -205,9 +214,20 @@ class DeepMethod:
     def generalist(self) -> Stage:
         return self.run.stage("generalist")
 
-    def members(self) -> list[Stage]:
+    def trained(self) -> list[Stage]:
+        """The members that this run trains; the others are given."""
         count = self.run.config.ensemble.members
         return [self.run.stage("member", (), index, index=index) for index in range(1, count)]
+
+    def members(self) -> list[Stage]:
+        trained = self.trained()
+        given = []
+        for index, path in enumerate(self.run.config.ensemble.networks, len(trained) + 1):
+            taken = classifier_identity(path)
+            given.append(
+                self.run.stage("member", (), index, kind=self.GIVEN, index=index, taken=taken)
+            )
+        return [*trained, *given]
 
     def cluster(self) -> Stage:
         raise AssertionError("a deep ensemble has no groups")
@@ -229,7 +249,9 @@ class DeepMethod:
         return self.run.members
 
     def check(self, num_classes: int | None, source: str) -> None:
-        """It has no groups that could be wrong."""
+        """Networks from elsewhere exist, and know as many classes."""
+        for path in self.run.config.ensemble.networks:
+            check_classifier("ensemble.networks", path, num_classes, source)
 
 
 class ShortlistMethod(DeepMethod):
@@ -238,34 +260,11 @@ class ShortlistMethod(DeepMethod):
     They are generalists from other seeds, and networks that exist already.
     """
 
-    # A network from elsewhere is not trained, and is copied in the job that fits the ensemble.
-    GIVEN = dataclasses.replace(
-        KINDS["member"],
-        function="trainer.stages.generalist:given_member",
-        sections=(),
-        job=KINDS["ensemble"].job,
-        slurm=KINDS["ensemble"].slurm,
-        trains=False,
-    )
     kinds = {
         "evaluate": dataclasses.replace(
             KINDS["evaluate"], function="trainer.stages.evaluate:evaluate_shortlist"
         )
     }
-
-    def trained(self) -> list[Stage]:
-        """Those of this run's own."""
-        return super().members()
-
-    def members(self) -> list[Stage]:
-        trained = self.trained()
-        given = []
-        for index, path in enumerate(self.run.config.ensemble.networks, len(trained) + 1):
-            taken = classifier_identity(path)
-            given.append(
-                self.run.stage("member", (), index, kind=self.GIVEN, index=index, taken=taken)
-            )
-        return [*trained, *given]
 
     def ensemble(self) -> Stage:
         kind = dataclasses.replace(
@@ -273,11 +272,6 @@ class ShortlistMethod(DeepMethod):
         )
         inputs = [self.run.generalist, *self.run.members]
         return self.run.stage("ensemble", inputs, kind=kind)
-
-    def check(self, num_classes: int | None, source: str) -> None:
-        """Networks from elsewhere exist, and know as many classes."""
-        for path in self.run.config.ensemble.networks:
-            check_classifier("ensemble.networks", path, num_classes, source)
 
 
 class RerankMethod(ShortlistMethod):

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.config import UserError
+from pipeline.config import ResolvedStudent, UserError
 from pipeline.graph import RunDirectory
 from pipeline.identity import digest
 from pipeline.results import duration
 from pipeline.results.training import val_text
 from pipeline.store import Attempt, Stage, new_attempt_id, write_bytes, write_json
 
+from .data.augment import Augment, find_augment
 from .data.cache import cached
 from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
@@ -131,6 +132,13 @@ class Session:
         order = np.argsort(joined["ids"], kind="stable")
         return {key: value[order] for key, value in joined.items()}
 
+    def augmentation(self, student: ResolvedStudent | None = None) -> Augment | None:
+        """How training inputs are augmented, as [data] says, or a student for itself."""
+        data = self.config.data
+        if student is None:
+            return find_augment(data.augment, data.augment_share)
+        return find_augment(self.run.augment_of(student), self.run.augment_share_of(student))
+
     def seed(self, purpose: str, index: int) -> int:
         """A seed of its own for each purpose, from the run's."""
         return int(digest([self.config.seed, purpose, index])[:8], 16) >> 1
@@ -139,6 +147,10 @@ class Session:
         """One line for whoever watches, from rank 0."""
         if self.ranks.is_main:
             log.info(message, *values)
+
+    def say_each(self, lines: list[str]) -> None:
+        for line in lines:
+            self.say("%s", line)
 
     def write_json(self, path: Path, value) -> None:
         if self.ranks.is_main:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ..choices import LOSSES
+from ..choices import LOSSES, TAKE_SHARE
 from .base import one_of
 from .messages import in_our_words
 from .schedule import DEFAULT_SCHEDULE, NAME, ResolvedSchedule, ResolvedStudent
@@ -26,6 +26,7 @@ def check_all(config: Config) -> None:
         check_student_name(name)
         check_ancestry(name, student, config)
         check_model(name, student, config)
+        check_answers(name, student, config)
     check_full_softmax(config)
     check_extend(config)
     check_negatives(config)
@@ -65,6 +66,22 @@ def check_own_model(section: str, own: dict, config: Config) -> None:
             hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(Model.model_fields)}"
             raise ValueError(f"unknown key {key}; {hint}") from None
         raise ValueError(f"{key} = {error['input']!r}: {in_our_words(error)}") from None
+
+
+def check_answers(name: str, student: ResolvedStudent, config: Config) -> None:
+    """Stored answers are about inputs that are seen again, and a share is of an augmentation."""
+    augment = student.augment or config.data.augment
+    if student.augment_share is not None and augment not in TAKE_SHARE:
+        able = " or ".join(f'"{name}"' for name in sorted(TAKE_SHARE))
+        raise ValueError(
+            f"students.{name}.augment_share is of augment = {able}, and it is "
+            f'"{augment}"; leave augment_share out'
+        )
+    if student.answers == "stored" and augment != "none" and not student.views:
+        raise ValueError(
+            f'students.{name}.answers = "stored": each view of augment = "{augment}" is new; set '
+            f'students.{name}.views = 4, or answers = "live"'
+        )
 
 
 def check_full_softmax(config: Config) -> None:
@@ -149,7 +166,7 @@ def check_ancestry(name: str, student: ResolvedStudent, config: Config) -> None:
 
 def members_of(name: str, config: Config) -> int | None:
     """How many distributions a teacher or student predicts; None if its name is a path."""
-    ensemble = config.ensemble.members if config.is_deep else 1
+    ensemble = config.ensemble.num_networks if config.is_deep else 1
     if name in config.students:
         student = config.students[name]
         return 1 if student.network == "single" else student.members or ensemble

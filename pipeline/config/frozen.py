@@ -116,6 +116,7 @@ SCHEMA_1 = {
 
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
+    "data": {"augment_share": 0.2},
     "generalist": {"weights": None},
     "ensemble": {"shortlist": None, "order": 0.0},
     "train": {"loss": "cross_entropy"},
@@ -127,7 +128,15 @@ SINCE_SCHEMA_1 = {
         "model": {},
         "views": 0,
     },
-    "students": {"loss": "cross_entropy"},
+    "students": {
+        "loss": "cross_entropy",
+        "wrong_weight": 0.0,
+        "answers": "auto",
+        "augment_share": None,
+        "perturb_share": 0.5,
+        "answers_mass": 0.999,
+        "answers_bytes": 4294967296,
+    },
     "rerank": {
         "steps": None,
         "epochs": None,

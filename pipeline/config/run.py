@@ -6,6 +6,7 @@ import json
 
 from pydantic import Field, model_validator
 
+from ..choices import MEANS
 from .base import Section
 from .checks import check_all
 from .schedule import (
@@ -67,8 +68,8 @@ class ConfigFile(Section):
                 raise ValueError(
                     f"students.{name}.balance: students learn at natural frequencies; leave it out"
                 )
-            natural = student.model_copy(update={"balance": 0.0})
-            students[name] = resolve(natural, train, ResolvedStudent)
+            settled = {"balance": 0.0, "mean": student.mean or self._mean_of(student)}
+            students[name] = resolve(student.model_copy(update=settled), train, ResolvedStudent)
         sections = {key: getattr(self, key) for key in ConfigFile.model_fields}
         sections["train"] = train
         sections["specialists"] = resolve(self.specialists, train, ResolvedSpecialists)
@@ -77,6 +78,13 @@ class ConfigFile(Section):
         sections["rerank"] = resolve(self.rerank, unsampled, ResolvedRerank)
         sections["students"] = students
         return Config(**sections)
+
+    def _mean_of(self, student: Student) -> str:
+        """What a student that says no mean learns of several teachers."""
+        of_deep = student.teacher == "ensemble" and self.ensemble.kind == "deep"
+        if of_deep and self.ensemble.combine in MEANS:
+            return self.ensemble.combine
+        return "arithmetic"
 
 
 class Config(ConfigFile):

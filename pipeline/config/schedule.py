@@ -278,18 +278,31 @@ class Student(Schedule):
     start: str = "generalist"
     # ensemble | generalist | another student | the path of a run or of a saved network
     teacher: str = "ensemble"
-    # of a deep ensemble's members, to teach a single student
-    mean: Literal["arithmetic", "geometric"] = "arithmetic"
+    # of a deep ensemble's members, to teach a single student; None: as ensemble.combine joins them
+    mean: Literal["arithmetic", "geometric"] | None = None
     # inf: match the logits, the limit
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=True)
     hard_weight: float = Field(default=0.0, ge=0, le=1)
     soft_weight: float = Field(default=1.0, ge=0)
+    # of soft_weight: how much goes to the label where the teacher's likeliest class is another
+    wrong_weight: float = Field(default=0.0, ge=0, le=1)
+    # live: the teacher predicts while the student trains; auto: stored where inputs are always
+    # seen alike
+    answers: Literal["auto", "live", "stored"] = "auto"
+    # of stored: as many classes of a row as hold so much of it, at the student's temperature
+    answers_mass: float = Field(default=0.999, ge=0, le=1)
+    # of stored: the most that the answers about train may take, and those about transfer
+    answers_bytes: int = Field(default=4 * 1024**3, gt=0)
     # what the inputs are moved by before teacher and student see them
-    perturb: Literal["none", "gaussian", "ods", "conf_ods"] = "none"
+    perturb: Literal["none", "gaussian", "ods", "conf_ods", "mix_bags"] = "none"
     # of inputs scaled to 0..1
     perturb_size: float = Field(default=1 / 255, gt=0)
+    # of mix_bags: the share of another's n-grams that joins a bag; as many of its own are left out
+    perturb_share: float = Field(default=0.5, gt=0, le=0.5)
     # training views of its own; None: data.augment
     augment: str | None = None
+    # of drop_ngrams: the share of a bag's n-grams that a view leaves out; None: data.augment_share
+    augment_share: float | None = Field(default=None, ge=0, lt=1)
     # of augmented inputs: the teacher predicts so many views of each, once
     views: int | None = Field(default=None, gt=0)
     # of train, of each class alike
@@ -336,6 +349,7 @@ class Student(Schedule):
                 "views are predicted once, and perturbed inputs anew: "
                 "leave one of views and perturb out"
             )
+        self._check_answers()
         if method.single_only and not single:
             raise ValueError(f'method = "{self.method}" is of network = "single": {method.why}')
         if self.bias_correction and not single:
@@ -344,9 +358,29 @@ class Student(Schedule):
             raise ValueError("bias_correction is of classes left out: name them in leave_out")
         return self
 
+    def _check_answers(self) -> None:
+        """What a teacher's answers exclude."""
+        if self.wrong_weight and not self.learns_from_teacher:
+            raise ValueError('wrong_weight needs a teacher who can be wrong: method = "distill"')
+        if self.wrong_weight and self.perturb != "none":
+            raise ValueError(
+                "perturbed inputs are the teacher's alone, labels stay with the clean ones: "
+                "leave one of wrong_weight and perturb out"
+            )
+        if self.answers == "live" and self.views is not None:
+            raise ValueError(
+                'answers = "live" are given to a new view each time, and views are predicted '
+                "once: leave one of them out"
+            )
+        if self.answers == "stored" and self.perturb != "none":
+            raise ValueError(
+                'answers = "stored" are given once, and perturbed inputs are new each time: '
+                "leave one of answers and perturb out"
+            )
+
 
 class ResolvedStudent(ResolvedSchedule, Student):
-    pass
+    mean: Literal["arithmetic", "geometric"] = "arithmetic"
 
 
 class Rerank(Schedule):

@@ -43,8 +43,10 @@ class Data(Section):
     # per channel, of inputs scaled to 0..1; part of model.json
     mean: list[float] = [0.5]
     std: list[float] = [0.25]
-    # training views: none | shift | flip-crop | module:function
+    # training views: none | shift | flip-crop | drop_ngrams | module:function
     augment: str = "none"
+    # of drop_ngrams: the share of a bag's n-grams that a view leaves out
+    augment_share: float = Field(default=0.2, ge=0, lt=1)
     # keep decoded inputs in one memory-mapped file under RUN/cache
     cache: Literal["auto", "decoded", "none"] = "auto"
     # the most that such a file may take
@@ -206,7 +208,8 @@ class Ensemble(Section):
     shortlist: int | None = Field(default=None, gt=0)
     # of these: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
-    # of these: further networks of the same classes, by the paths of runs or saved networks
+    # of deep, shortlist and rerank: further networks of the same classes, by the paths of runs or
+    # saved networks
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
@@ -239,8 +242,13 @@ class Ensemble(Section):
         default = Ensemble.model_fields
         if self.kind == "specialists" and self.shortlist is not None:
             self._check_shortlist_of_specialists(self.shortlist)
+        if self.kind == "specialists" and self.networks:
+            raise ValueError(
+                'ensemble.networks is of kind = "deep", "shortlist" and "rerank"; this is '
+                '"specialists"'
+            )
         if not self.asks_shortlists:
-            keys = ["order", "networks"]
+            keys = ["order"]
             if self.kind == "deep":
                 keys.append("shortlist")
             for key in keys:
@@ -254,7 +262,7 @@ class Ensemble(Section):
                 'kind = "rerank" trains networks beside the generalist: set members = 2, or take '
                 'kind = "shortlist" for networks that exist already'
             )
-        elif self.members + len(self.networks) < 2:
+        elif self.num_networks < 2:
             raise ValueError(
                 'kind = "shortlist" asks a second network: set members = 2, or name one in networks'
             )
@@ -281,6 +289,11 @@ class Ensemble(Section):
                 f"specialists would be asked for classes that are not on it; take {self.gate} or "
                 "more"
             )
+
+    @property
+    def num_networks(self) -> int:
+        """Of deep and shortlist: all that answer, trained here or given."""
+        return self.members + len(self.networks)
 
     @property
     def asks_shortlists(self) -> bool:

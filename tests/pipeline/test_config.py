@@ -44,7 +44,10 @@ COMBINERS = "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture"
         ("ensemble.combine=kll", f"{COMBINERS}; did you mean kl?"),
         ("clusters.method=kmean", "did you mean kmeans?"),
         ("model.name=resnett", "did you mean resnet?"),
-        ("data.augment=flip", "must be one of none, shift, flip-crop or module:function"),
+        (
+            "data.augment=flip",
+            "must be one of none, shift, flip-crop, drop_ngrams or module:function",
+        ),
         ("specialists.trainable=last-0-blocks", "must be one of all, head or last-N-blocks"),
         ("students.main.balance=0.5", "students learn at natural frequencies"),
         ("train.steps", "write section.key=value"),
@@ -91,6 +94,7 @@ def test_the_documented_config_is_valid_and_names_every_key():
     "overrides, message",
     [
         (["ensemble.order=0.5"], 'is of kind = "shortlist" and "rerank"; this is "specialists"'),
+        (['ensemble.networks=["a"]'], 'ensemble.networks is of kind = "deep", "shortlist"'),
         (["ensemble.kind=deep", "ensemble.shortlist=5"], "ensemble.shortlist is of kind"),
         (["ensemble.shortlist=2", "ensemble.gate=3"], "ensemble.shortlist = 2 is shorter than"),
         (["ensemble.shortlist=9", "ensemble.combine=mean"], "is not solved on a shortlist: take"),

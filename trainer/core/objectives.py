@@ -22,7 +22,13 @@ from pipeline.config import ResolvedStudent
 
 from ..data.streams import Batch
 from .dirichlet import prior_network_loss
-from .distillation import TopKTargets, distillation_loss, hard_loss, lazy_distillation_loss
+from .distillation import (
+    LogitTargets,
+    TopKTargets,
+    distillation_loss,
+    hard_loss,
+    lazy_distillation_loss,
+)
 from .losses import (
     Loss,
     classification_loss,
@@ -33,7 +39,9 @@ from .losses import (
 from .probabilities import average_members
 
 Objective = Callable[[nn.Module, Batch], Tensor]
-Teacher = Callable[[Batch], Tensor | TopKTargets]  # -> [K, B, C] probabilities, or stored ones
+# [K, B, C]: probabilities, what is stored of them, or logits
+TeacherTargets = Tensor | TopKTargets | LogitTargets
+Teacher = Callable[[Batch], TeacherTargets]
 Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
@@ -223,8 +231,9 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     Parameters
     ----------
     teacher : callable
-        batch -> probabilities [K, B, C], or what is stored of them (TopKTargets).  A network with K
-        members learns member k from teacher k; a single one learns their mean.
+        batch -> probabilities [K, B, C], what is stored of them (TopKTargets), or logits
+        (LogitTargets).  A network with K members learns member k from teacher k; a single one
+        learns their mean.
     student : ResolvedStudent
         Temperature, weights and the kind of mean.
     perturb : callable, optional
@@ -233,8 +242,10 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        if perturb is not None:
+        if perturb is not None and student.hard_weight:
             return _perturbed_loss(network, batch, teacher, perturb, student)
+        if perturb is not None:
+            batch = replace(batch, inputs=perturb(batch.inputs))
         logits = network(batch.inputs)
         with torch.no_grad():
             target = teacher(batch)
@@ -248,9 +259,15 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     return objective
 
 
-def _weights(student: ResolvedStudent) -> tuple[float, float, float, float]:
+def _weights(student: ResolvedStudent) -> tuple[float, float, float, float, float]:
     """Of both distillation losses, in the order of their parameters."""
-    return student.temperature, student.soft_weight, student.hard_weight, student.label_smoothing
+    return (
+        student.temperature,
+        student.soft_weight,
+        student.hard_weight,
+        student.label_smoothing,
+        student.wrong_weight,
+    )
 
 
 def _perturbed_loss(
@@ -263,9 +280,7 @@ def _perturbed_loss(
     perturbed = replace(batch, inputs=perturb(batch.inputs))
     with torch.no_grad():
         target = teacher(perturbed)
-    inputs = perturbed.inputs
-    if student.hard_weight:
-        inputs = torch.cat([inputs, batch.inputs.to(inputs)])
+    inputs = torch.cat([perturbed.inputs, batch.inputs.to(perturbed.inputs)])
     logits = as_members(network(inputs))
     soft_logits = logits[:, : len(batch)]
     clean_logits = logits[:, len(batch) :]
@@ -273,10 +288,8 @@ def _perturbed_loss(
     loss = distillation_loss(
         soft_logits, target, batch.labels, student.temperature, student.soft_weight, hard_weight=0.0
     )
-    if student.hard_weight:
-        hard = hard_loss(clean_logits, batch.labels, student.label_smoothing)
-        loss = loss + student.hard_weight * hard
-    return loss
+    hard = hard_loss(clean_logits, batch.labels, student.label_smoothing)
+    return loss + student.hard_weight * hard
 
 
 def as_members(logits: Tensor) -> Tensor:
@@ -286,8 +299,10 @@ def as_members(logits: Tensor) -> Tensor:
     return logits[None]
 
 
-def for_members(target: Tensor | TopKTargets, mean: str, members: int) -> Tensor:
+def for_members(target: TeacherTargets, mean: str, members: int) -> Tensor | LogitTargets:
     """The teachers' [K, B, C] as `members` students learn them: one each, or their mean."""
+    if isinstance(target, LogitTargets):
+        return target
     if isinstance(target, TopKTargets):
         target = target.spread()
     if members == 1 and len(target) > 1:
@@ -295,12 +310,14 @@ def for_members(target: Tensor | TopKTargets, mean: str, members: int) -> Tensor
     return target
 
 
-def for_single(target: Tensor | TopKTargets, mean: str) -> Tensor | TopKTargets:
-    """[K, B, ...] -> [B, ...]: the one teacher's targets as stored, or the mean of several."""
+def for_single(target: TeacherTargets, mean: str) -> TeacherTargets:
+    """[K, B, ...] -> [B, ...]: the one teacher's targets as they are, or the mean of several."""
     if isinstance(target, TopKTargets) and len(target.indices) == 1:
         return TopKTargets(
             target.indices[0], target.log_values[0], target.log_tail[0], target.num_classes
         )
+    if isinstance(target, LogitTargets):
+        return LogitTargets(target.logits[0])
     return for_members(target, mean, 1)[0]
 
 

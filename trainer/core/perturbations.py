@@ -1,7 +1,8 @@
-"""Inputs moved to where the members of an ensemble disagree.
+"""Inputs moved to where teachers have something to say.
 
-Nam et al. 2021, "Diversity matters when learning from ensembles", after the output diversified
-sampling of Tashiro et al. 2020.
+Of pictures: to where the members of an ensemble disagree.  Nam et al. 2021, "Diversity matters when
+learning from ensembles", after the output diversified sampling of Tashiro et al. 2020.
+Of bags: between two examples, where networks that know theirs by heart cannot answer from memory.
 
 B batch, C classes, D numbers in one input; x inputs, floats scaled to 0..1.
 """
@@ -107,6 +108,49 @@ def perturb(
     if kind == "conf_ods":
         eps = eps * confidence.view(-1, *[1] * (eps.dim() - 1)).to(eps)
     return (inputs.detach() + size * eps).clamp(0, 1)
+
+
+def mix_bags(bags: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Bags of indices, each with some of its own left out and some of another's put in.
+
+    Of a bag's own indices each stays with a probability that is drawn for the bag, uniform in
+    [1 - 2 share, 1]; of another bag of the batch each joins it with probability `share`.  So bags
+    keep about their sizes.  What has no room is left out; a bag that would end up empty stays as it
+    is.
+
+    Parameters
+    ----------
+    bags : int Tensor [B, L]
+        Negative indices are padding, and stand last in what is returned.
+    share : float
+        Within [0, 1 / 2].
+    generator : torch.Generator, optional
+        What draws; by default torch's global one of the CPU, which checkpoints keep.
+
+    Returns
+    -------
+    Tensor [B, L], of the type of `bags`.
+    """
+    count, room = bags.shape
+    real = bags >= 0
+    length = int(real.any(0).nonzero().max()) + 1 if bool(real.any()) else 0
+    own, real = bags[:, :length], real[:, :length]
+    device = generator.device if generator is not None else torch.device("cpu")
+    ring = torch.randperm(count, generator=generator, device=device).to(bags.device)
+    partner = torch.empty_like(ring).scatter_(0, ring, ring.roll(1))  # nobody's is itself
+    lost = 2 * share * torch.rand(count, 1, generator=generator, device=device)
+    u = torch.rand(2, count, length, generator=generator, device=device)
+    stays = real & (u[0] >= lost).to(bags.device)
+    joins = real[partner] & (u[1] < share).to(bags.device)
+    both = torch.cat([own, own[partner]], 1)
+    taken = torch.cat([stays, joins], 1)
+    emptied = ~taken.any(1)
+    taken[emptied, :length] = real[emptied]
+    # Each to its place among those taken; what has none goes to a last column, which is cut off.
+    places = taken.cumsum(1) - 1
+    places = torch.where(taken, places, room).clamp_max(room)
+    mixed = torch.full((count, room + 1), -1, dtype=bags.dtype, device=bags.device)
+    return mixed.scatter_(1, places, both)[:, :room].contiguous()
 
 
 def _differentiable_logits(logits_of: LogitsOf, inputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypeVar
 
 import numpy as np
 
 from networks.user_code import blame
-from pipeline.choices import AUGMENTATIONS
+from pipeline.choices import AUGMENTATIONS, TAKE_SHARE
 from pipeline.config import UserError
 
 from .decoding import import_function
@@ -31,6 +32,7 @@ CONTRACT = (
     "numpy (docs/extending.md)"
 )
 DEFAULT_NUMBERS = 8  # uniforms per example of a function without the attribute `numbers`
+DEFAULT_SHARE = 0.2  # data.augment_share
 
 
 # What may be no mistake of the function's: a device, a disk, memory.
@@ -97,10 +99,14 @@ class Views:
         sequence = np.random.SeedSequence([self.seed, source])
         key = np.uint64(sequence.generate_state(1, np.uint64)[0])
         counter = ids.astype(np.uint64) * np.uint64(self.count) + view.astype(np.uint64)
-        # A hash of a hash: neighbours in (id, view) and in the column have nothing in common.
-        columns = np.arange(numbers, dtype=np.uint64)
-        words = _mixed(_mixed(counter ^ key)[:, None] + columns[None])
-        return (words >> np.uint64(11)) * 2.0**-53
+        return _hashed(counter ^ key, numbers) * 2.0**-53
+
+
+def _hashed(words: np.ndarray, numbers: int) -> np.ndarray:
+    """uint64 [n, numbers] below 2^53, `numbers` of each word [n]."""
+    # A hash of a hash: neighbours among the words and in the column have nothing in common.
+    columns = np.arange(numbers, dtype=np.uint64)
+    return _mixed(_mixed(words)[:, None] + columns[None]) >> np.uint64(11)
 
 
 def _mixed(words: np.ndarray) -> np.ndarray:
@@ -151,19 +157,55 @@ def flip_crop(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return shift(mirrored, uniforms, mode="reflect")
 
 
+@draws(1)
+def drop_ngrams(
+    inputs: np.ndarray, uniforms: np.ndarray, share: float = DEFAULT_SHARE
+) -> np.ndarray:
+    """Bags of indices [n, L] with about a `share` of each bag's indices left out, made -1.
+
+    Each is left out or not by itself, but one of a bag stays.  Negative indices are padding.
+    uniforms: [n, 1]; each bag's one number is hashed to one for each of its indices.
+    """
+    _need_bags(inputs, "drop_ngrams")
+    real = inputs >= 0
+    length = int(np.flatnonzero(real.any(0)).max(initial=-1)) + 1  # behind it is padding alone
+    real = real[:, :length]
+    words = np.floor(uniforms[:, 0] * 2.0**53).astype(np.uint64)
+    drawn = _hashed(words, length)
+    kept = real & (drawn >= np.uint64(share * 2.0**53))
+    emptied = np.flatnonzero(real.any(1) & ~kept.any(1))
+    if len(emptied):
+        last = np.where(real[emptied], drawn[emptied], np.uint64(0)).argmax(1)
+        kept[emptied, last] = True
+    views = inputs.copy()
+    views[:, :length][~kept] = -1
+    return views
+
+
+def _need_bags(inputs: np.ndarray, name: str) -> None:
+    if inputs.ndim != 2 or inputs.dtype.kind != "i":
+        shape = list(inputs.shape[1:])
+        raise UserError(
+            f'data.augment = "{name}" needs bags of indices, int32 [L], as the decoder ngram_bag '
+            f"makes them; the inputs are {inputs.dtype} {shape}"
+        )
+
+
 def _need_pictures(inputs: np.ndarray, name: str) -> None:
     if inputs.ndim != 4:
         shape = list(inputs.shape[1:])
         raise UserError(f'data.augment = "{name}" needs pictures [C, H, W], the inputs are {shape}')
 
 
-def find_augment(name: str | None) -> Augment | None:
+def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | None:
     """The augmentation that data.augment names.
 
     Parameters
     ----------
     name : str or None
         A name in `AUGMENTATIONS`, or a user's module:function.
+    share : float
+        augment_share, for a function in `TAKE_SHARE`.
 
     Returns
     -------
@@ -185,4 +227,7 @@ def find_augment(name: str | None) -> Augment | None:
         raise UserError(f"data.augment = {name!r}: {known}, or module:function")
     function = import_function(target, "data.augment")
     own = "" if name in AUGMENTATIONS else name
-    return Augment(function, int(getattr(function, "numbers", DEFAULT_NUMBERS)), own)
+    numbers = int(getattr(function, "numbers", DEFAULT_NUMBERS))
+    if name in TAKE_SHARE:
+        function = partial(function, share=share)
+    return Augment(function, numbers, own)

@@ -20,7 +20,9 @@ PERTURBATIONS = {
     "gaussian": "Gaussian noise",
     "ods": "output diversified sampling",
     "conf_ods": "ConfODS",
+    "mix_bags": "n-grams of other examples",
 }
+FAR = 0.1  # nats from which stored answers are not the teacher's; trainer.stages.targets says so
 STARTS = {"generalist": "as the generalist", "scratch": "from fresh weights"}
 
 
@@ -49,7 +51,8 @@ def explanations(evidence: Evidence) -> list[Explanation]:
             texts[name] = explain(evidence.run)
     for name, student in config.students.items():
         if name in results["students"]:
-            texts[f"student {name}"] = explain_student(student, config.ensemble)
+            answers = _answers_of(evidence.run, name)
+            texts[f"student {name}"] = explain_student(student, config.ensemble, answers)
     colours = colours_of(evidence.rows)
     return [Explanation(name, colours[name], text) for name, text in texts.items()]
 
@@ -79,9 +82,12 @@ def _explain_ensemble(config: Config, fitted: dict) -> str:
     ensemble = config.ensemble
     if ensemble.kind == "deep":
         mean = "geometric mean" if ensemble.combine == "geometric" else "mean"
+        origin = "trained alike from different seeds"
+        if ensemble.networks:
+            origin = f"{len(ensemble.networks)} of them trained elsewhere"
         return (
-            f"{ensemble.members} networks, trained alike from different seeds, and the {mean} of "
-            "their distributions (Lakshminarayanan et al. 2017)."
+            f"{ensemble.num_networks} networks, {origin}, and the {mean} of their distributions "
+            "(Lakshminarayanan et al. 2017)."
         )
     if ensemble.asks_shortlists:
         learnt = ""
@@ -90,7 +96,7 @@ def _explain_ensemble(config: Config, fitted: dict) -> str:
                 f"trained on its {config.rerank.k} likeliest classes of each example, and "
                 f"{config.rerank.random} drawn ones of each batch, and "
             )
-        count = ensemble.members + len(ensemble.networks)
+        count = ensemble.num_networks
         length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
         return (
             f"{count} networks: the generalist, and others of the same classes that are {learnt}"
@@ -175,12 +181,51 @@ def _examples_seen(run: RunDirectory, control: str) -> str:
 # Students
 
 
-def explain_student(student: Student, ensemble: Ensemble) -> str:
-    """What a student is, whom it learns from, and what a prediction of it costs."""
-    network, cost = _network_and_cost(student, student.members or ensemble.members)
+def explain_student(student: Student, ensemble: Ensemble, answers: dict | None = None) -> str:
+    """What a student is, whom it learns from, and what a prediction of it costs.
+
+    answers: how its teacher answered, as its summary.json has it.
+    """
+    network, cost = _network_and_cost(student, student.members or ensemble.num_networks)
     start = STARTS.get(student.start, f"as the student {student.start}")
     targets, data = _targets(student, ensemble), _data(student)
-    return f"{network}, trained on {targets}{data}, starting {start}. {cost}"
+    text = f"{network}, trained on {targets}{data}, starting {start}. {cost}"
+    return text + _answers(answers or {})
+
+
+def _answers_of(run: RunDirectory, name: str) -> dict | None:
+    """How a student's teacher answered; None where an older version did not write it."""
+    return (read_file(run.students[name], "summary.json") or {}).get("answers")
+
+
+def _answers(answers: dict) -> str:
+    """How far stored answers are from the teacher's, and how sure it was."""
+    return _stored(answers) + _certainty(answers.get("entropy"))
+
+
+def _certainty(entropy: dict | None) -> str:
+    if entropy is None:
+        return ""
+    return (
+        f" Its teacher's answers have a mean entropy of {entropy['seen']:.2g} nats about what "
+        f"the student sees and {entropy['val']:.2g} about val."
+    )
+
+
+def _stored(answers: dict) -> str:
+    lost = answers.get("kl")
+    if lost is None:
+        return ""
+    text = (
+        f" Its teacher's answers were stored, {lost:.2g} nats (KL) from the whole distribution at "
+        f"temperature {answers['temperature']:g}."
+    )
+    if lost > FAR:
+        text += (
+            " That is far: with answers = “live”, or more of them stored (answers_mass, "
+            "answers_bytes), it learns what its teacher says."
+        )
+    return text
 
 
 def _network_and_cost(student: Student, members: int) -> tuple[str, str]:
@@ -210,6 +255,10 @@ def _targets(student: Student, ensemble: Ensemble) -> str:
         text += f" at temperature {student.temperature:g}"
     if student.hard_weight:
         text += f" and the labels with weight {student.hard_weight:.2g}"
+    if student.wrong_weight == 1:
+        text += ", and where these are wrong on the labels alone"
+    elif student.wrong_weight:
+        text += f", and where these are wrong with {student.wrong_weight:.2g} of it on the labels"
     teachers_of_its_own = ensemble.kind == "deep" and student.teacher == "ensemble"
     if teachers_of_its_own and student.network != "single":
         text += ", each member from one of its own"

@@ -219,8 +219,7 @@ class FeatureWriter(KeptWriter):
         super().__init__(session, generalist, split, fixed, row_shapes(generalist, cut))
         self.cut = cut
         # One view as the training stream augments it, or the input as it is.
-        augmented = split == "train" and session.config.data.augment != "none"
-        self.augment = session.config.data.augment if augmented else "none"
+        self.augment = session.augmentation() if split == "train" else None
 
     def measure_view(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
         see = view_of(self.augment, self.views, 0, view)

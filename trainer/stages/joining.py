@@ -40,7 +40,7 @@ def deep_ensemble(session: Session, stage: Stage) -> None:
     """The mean of the members; there is nothing to fit."""
     with session.attempt(stage) as attempt:
         config = session.config.ensemble
-        settings = EnsembleSettings(kind="deep", members=config.members)
+        settings = EnsembleSettings(kind="deep", members=config.num_networks)
         if config.mean_order != MEANS["arithmetic"]:
             settings.order = config.mean_order
         save_settings(session, settings, attempt.directory)

@@ -299,7 +299,7 @@ def student_network(
 
 def student_members(config: Config, student: Student) -> dict | None:
     """As model.json has it; None for a single network."""
-    count = student.members or config.ensemble.members
+    count = student.members or config.ensemble.num_networks
     if student.network == "hydra":
         return {"kind": "heads", "count": count, "blocks": student.head_blocks}
     if student.network == "batch_ensemble":

@@ -34,7 +34,7 @@ from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
 
 from ..core.objectives import Objective, classify, rerank, specialise_fully, specialise_in
-from ..data.augment import MACHINES, failure
+from ..data.augment import MACHINES, failure, find_augment
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
@@ -292,7 +292,7 @@ def _teacher(
         return of_networks([copy.deepcopy(_network_of(session, schedule.teacher, started))])
     generalist = copy.deepcopy(started["generalist"])
     if session.config.is_deep:
-        return of_networks([generalist] * session.config.ensemble.members)
+        return of_networks([generalist] * session.config.ensemble.num_networks)
     return Teacher(of_networks([generalist]).predict, 1)
 
 
@@ -302,7 +302,8 @@ def _teacher(
 def _stream(session: Session, augment: str, examples: int) -> TrainingStream:
     train = session.shards("train")
     order = shuffled(np.flatnonzero(train.labels >= 0), 0)
-    return TrainingStream([Source(train, order, examples)], 0, augment)
+    share = session.config.data.augment_share
+    return TrainingStream([Source(train, order, examples)], 0, find_augment(augment, share))
 
 
 def _first_batch(session: Session, augment: str, examples: int) -> Batch:

@@ -72,7 +72,7 @@ def specialist_task(
         network, objective, dustbin = dustbin_network(session, network, classes, mixture)
         notes |= dustbin
     freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
-    stream = TrainingStream(mixture.sources, mixture.seed, session.config.data.augment)
+    stream = TrainingStream(mixture.sources, mixture.seed, session.augmentation())
     steps = specialist_steps(schedule, mixture.num_inside)
     workers = session.config.data.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers), notes

@@ -6,6 +6,9 @@ was left open there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,13 +19,15 @@ from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedStudent, UserError
 from pipeline.store import Stage, read_json
 
+from ..core.distillation import LogitTargets
 from ..core.loop import TrainingTask
 from ..core.objectives import Objective, classify, distil, learn_priors
 from ..data.shards import ShardSet
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..session import Session
 from .networks import save_network, student_network
-from .targets import stored_targets, views_of
+from .stored_targets import stored_targets
+from .targets import answers_summary, views_of
 from .teachers import Teacher, check_members, find_teacher, perturbation
 from .training import count_steps, loss_of, train_network
 from .validate import validate_classifier
@@ -36,8 +41,11 @@ def student(session: Session, stage: Stage, name: str) -> None:
         stream, steps = student_stream(session, schedule, schedule.learns_from_teacher)
         network = student_network(session, name, schedule)
         objective = make_objective(session, name, network, stream)
+        answers = answers_summary(session, name)
         task = student_task(session, network, objective, stream, schedule, steps)
         network, summary = train_network(session, attempt, task)
+        if answers:
+            summary["answers"] = answers
         if schedule.bias_correction:
             absent = left_out(session, schedule)
             summary["bias_shift"] = correct_bias(session, network, absent)
@@ -109,7 +117,16 @@ def live_objective(
     move = None
     if schedule.perturb != "none":
         move = perturbation(name, schedule, teacher, network.spec.input)
+    of_single = teacher.logits_for_single(schedule.mean)
+    if network.num_members == 1 and of_single is not None:
+        return distil(partial(_as_logits, of_single), schedule, move)
     return distil(lambda batch: teacher.predict(batch.inputs), schedule, move)
+
+
+def _as_logits(predict: Callable[[Tensor], Tensor], batch: Batch) -> LogitTargets:
+    """A teacher's logits [1, b, C]: one softmax, at the student's temperature, is left to do."""
+    with torch.inference_mode():
+        return LogitTargets(predict(batch.inputs)[None])
 
 
 # What a student sees
@@ -143,7 +160,7 @@ def student_stream(
     ]
     augment = session.run.augment_of(schedule)
     views = views_of(session, schedule.views) if augment != "none" else None
-    stream = TrainingStream(sources, seed, augment, views)
+    stream = TrainingStream(sources, seed, session.augmentation(schedule), views)
     return stream, count_steps(schedule, len(ids))
 
 

@@ -1,33 +1,64 @@
-"""Stored soft targets: per sample (and view) the teacher's k most probable classes.
+"""Stored soft targets: per sample (and view) the teacher's most probable classes.
 
-A teacher that always sees an input alike predicts it once.  Kept are the k largest
-log-probabilities and the mass of the rest: a few hundred bytes a sample whatever the number of
-classes.  The rest's mass is taken to be even over the other classes, at any temperature.
+A teacher that always sees an input alike predicts it once.  Kept are as many classes as hold
+`students.NAME.answers_mass` of its prediction at the student's temperature, their
+log-probabilities, and the mass of the rest, which is taken to be even over the other classes, at
+any temperature.  What that loses is measured: the KL from the whole prediction to what is kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.config import ResolvedStudent, UserError
+from pipeline.identity import digest
 from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..core.distillation import TopKTargets
+from ..core.perturbations import mix_bags
 from ..core.probabilities import safe_log, soften
-from ..data.augment import Views, find_augment
-from ..data.streams import Batch, Source
-from ..session import Session
+from ..data.augment import Augment, Views
+from ..data.ragged import PROGRESS, RaggedWriter, flattened
+from ..data.shards import ShardSet
+from ..data.streams import Batch
+from ..session import Session, measuring_batch
+from .stored_targets import SCHEMA, VALUE, Stored, entry_dtypes, open_targets, restored
 from .teachers import Teacher, find_teacher
 
-KEPT = 32  # classes per stored prediction
+LEAST = 32  # classes per stored prediction, where there are as many
+MEASURED = 4096  # rows of a split whose KL is measured
 FAR = 0.1  # nats: what is kept is no longer what the teacher predicts
-SCHEMA = 2
-FILES = ("indices", "log_values", "log_tail")
+ASKED = 1024  # inputs of a split about which a teacher's entropy is measured
+KNOWN = 0.5  # of val's entropy: a teacher that has less on what the student sees knows it by heart
+UNSURE = 0.1  # nats of entropy that are worth a word
+BLOCK_BYTES = 2**26  # of answers on their way to the disk
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """How much of each prediction is kept.
+
+    mass: of the prediction at `temperature`.  most: classes of a row.
+    """
+
+    mass: float
+    temperature: float
+    most: int
+
+    def of(self, probabilities: Tensor) -> TopKTargets:
+        """[K, B, C] -> what is kept of it, [B, K, ...]."""
+        log_p = safe_log(probabilities).transpose(0, 1)
+        return TopKTargets.holding(log_p, self.mass, self.temperature, LEAST, self.most)
 
 
 def targets(session: Session, stage: Stage, name: str) -> None:
@@ -37,16 +68,14 @@ def targets(session: Session, stage: Stage, name: str) -> None:
         for key, student in session.config.students.items()
         if (of_student := session.run.targets_for(key)) and of_student.place == stage.place
     ]
-    temperatures = {1.0, *(student.temperature for student in readers)} - {math.inf}
     student = readers[0]
     with session.attempt(stage) as attempt:
         store_targets(
             session,
             find_teacher(session, student),
             attempt,
-            session.run.augment_of(student),
-            views_of(session, student.views),
-            sorted(temperatures),
+            student,
+            [reader.temperature for reader in readers],
         )
 
 
@@ -54,67 +83,237 @@ def views_of(session: Session, count: int | None) -> Views | None:
     return None if count is None else Views(count, session.seed("views", 0))
 
 
-def compress(probabilities: Tensor, k: int) -> dict[str, Tensor]:
-    """[K, B, C] -> int32 indices, float16 log_values [B, K, k], float16 log_tail [B, K]."""
-    kept = TopKTargets.of(safe_log(probabilities).transpose(0, 1), k)
-    return {
-        "indices": kept.indices.int(),
-        "log_values": kept.log_values.half(),
-        "log_tail": kept.log_tail.half(),
-    }
+def most_classes(num_classes: int, rows: int, allowed: int, name: str) -> int:
+    """How many classes a row may keep for all rows to take at most `allowed` bytes.
 
-
-def decompress(
-    indices: np.ndarray, log_values: np.ndarray, log_tail: np.ndarray, num_classes: int, device
-) -> TopKTargets:
-    """Stored rows [B, K, ...] -> TopKTargets [K, B, ...].
-
-    They are normalised again: float16 rounds logarithms by 5e-4 of them.
+    rows: samples x views x members.  Raises UserError where that is not LEAST.
     """
-    stored = [np.ascontiguousarray(part) for part in (indices, log_values, log_tail)]
-    tensors = [torch.from_numpy(part).to(device).transpose(0, 1) for part in stored]
-    values, tail = tensors[1].float(), tensors[2].float()
-    total = torch.cat([values, tail[..., None]], -1).logsumexp(-1)
-    return TopKTargets(tensors[0].long(), values - total[..., None], tail - total, num_classes)
+    of_class = sum(dtype.itemsize for dtype in entry_dtypes(num_classes).values())
+    most = min(num_classes, allowed // max(1, rows) // of_class)
+    if most < min(LEAST, num_classes):
+        needed = rows * of_class * min(LEAST, num_classes)
+        raise UserError(
+            f"targets/{name}: {LEAST} classes of {rows:,} predictions take {needed:,} bytes, "
+            f'answers_bytes = {allowed:,} allows less: raise it, or set answers = "live"'
+        )
+    return most
+
+
+# Writing
 
 
 def store_targets(
     session: Session,
     teacher: Teacher,
     attempt: Attempt,
-    augment: str,
-    views: Views | None,
+    student: ResolvedStudent,
     temperatures: Sequence[float],
 ) -> None:
-    """SPLIT/{indices,log_values,log_tail}.npy for train and transfer, [N * views, K, ...].
+    """What the teacher predicts for train and transfer: SPLIT/ of a RaggedWriter, and of its rows
 
-    Row id * views + view.  answers.json says of what: the shards' fingerprint, the views' seed,
-    and what was lost by keeping k classes: the mean KL(prediction || what is kept of it), nats,
-    at each of `temperatures`.
+        log_tail    float16, log of the mass that is not kept
+
+    Row (id * views + view) * members + member.  answers.json says of what: the shards'
+    fingerprint, the views' seed, and what was lost by keeping some classes: the mean
+    KL(prediction || what is kept of it), nats, at each of `temperatures`.
     """
     splits = ["train"]
     if session.config.data.transfer:
         splits.append("transfer")
+    unfinished = attempt.stage.checkpoints / "targets"
+    written = []
     for source, split in enumerate(splits):
-        parts = []
-        for view in range(views.count if views else 1):
-            see = view_of(augment, views, source, view)
-            measure = compressing(session, teacher, see, temperatures)
-            parts.append(session.measured(session.shards(split), measure))
+        storing = Storing(session, teacher, attempt.stage, student, temperatures, source, split)
+        directory = unfinished / f"{split}-{storing.identity[:8]}"
+        written.append((split, directory, storing.write(directory)))
+    certainty = {"seen": written[0][2].pop("entropy"), "val": val_entropy(session, teacher)}
+    for split, directory, notes in written:
         if session.ranks.is_main:
-            notes = write_targets(session, attempt, split, parts, temperatures)
-            notes |= {
-                "augment": augment,
-                "views": views.count if views else None,
-                "views_seed": views.seed if views else None,
-            }
-            write_json(attempt.path(f"{split}/answers.json"), notes)
+            publish(directory, attempt.path(f"{split}/answers.json").parent)
+            write_json(attempt.path(f"{split}/answers.json"), notes | {"entropy": certainty})
             say_targets(session, split, notes)
+    if session.ranks.is_main:
+        shutil.rmtree(unfinished)
 
 
-def view_of(augment: str, views: Views | None, source: int, view: int) -> Callable[[Batch], Tensor]:
+class Storing:
+    """The predictions of one split, block by block."""
+
+    def __init__(
+        self,
+        session: Session,
+        teacher: Teacher,
+        stage: Stage,
+        student: ResolvedStudent,
+        temperatures: Sequence[float],
+        source: int,
+        split: str,
+    ):
+        self.session = session
+        self.teacher = teacher
+        self.source = source
+        self.shards: ShardSet = session.shards(split)
+        self.augment = session.run.augment_of(student)
+        self.augmentation = session.augmentation(student)
+        self.views = views_of(session, student.views)
+        self.count = self.views.count if self.views else 1
+        self.members = teacher.num_members
+        self.rows = len(self.shards) * self.count * self.members
+        classes = session.num_classes
+        most = most_classes(classes, self.rows, student.answers_bytes, str(stage.address))
+        self.keeping = Keeping(student.answers_mass, max(temperatures), most)
+        self.temperatures = sorted({1.0, *temperatures} - {math.inf})
+        self.every = max(1, len(self.shards) * self.count // MEASURED)
+
+    @property
+    def identity(self) -> str:
+        """What another attempt must agree in to go on with what this one has written."""
+        return digest([asdict(self.keeping), self.temperatures, self.rows])
+
+    def write(self, directory: Path) -> dict:
+        """Into DIRECTORY, from where an earlier attempt stopped; what answers.json says."""
+        session, main = self.session, self.session.ranks.is_main
+        entries, numbers = entry_dtypes(session.num_classes), {"log_tail": VALUE}
+        writer = RaggedWriter(directory, self.rows, entries, numbers) if main else None
+        progress = self._progress(directory)
+        for view, ids in self._blocks(progress["blocks"]):
+            measure = self._measure(view)
+            values = session.measured(self.shards, measure, ids=ids)
+            progress = self._with_block(progress, values)
+            if writer is not None:
+                rows = values["ids"] * self.count + view
+                self._append(writer, rows, values, progress)
+        if writer is not None:
+            writer.finish()
+        return self._notes(progress)
+
+    def _blocks(self, first: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(view, ids) of each block that is not written yet."""
+        of_sample = self.members * self.keeping.most * 6
+        batch = measuring_batch(self.session.num_classes)
+        size = max(1, BLOCK_BYTES // of_sample // batch) * batch
+        starts = range(0, len(self.shards), size)
+        blocks = [(view, start) for view in range(self.count) for start in starts]
+        for view, start in blocks[first:]:
+            yield view, np.arange(start, min(start + size, len(self.shards)))
+
+    def _progress(self, directory: Path) -> dict:
+        path = directory / PROGRESS
+        started = {"blocks": 0, "samples": 0, "measured": 0, "tail": 0.0, "max_tail": 0.0}
+        started |= {"kept": 0, "entropy": 0.0, "lost": [0.0] * len(self.temperatures)}
+        progress = started | (read_json(path) if path.exists() else {})
+        self.session.barrier()  # before rank 0 writes it
+        return progress
+
+    def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
+        """A function batch -> what is kept of the teacher's predictions, and what that loses."""
+        see = view_of(self.augmentation, self.views, self.source, view)
+
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            predicted = self.teacher.predict(see(batch))
+            kept = self.keeping.of(predicted)
+            sampled = (batch.ids * self.count + view) % self.every == 0
+            lost = torch.full((len(batch), len(self.temperatures)), math.nan)
+            lost[sampled.cpu()] = self._lost(predicted, kept, sampled).cpu()
+            entropy = entropies(predicted)
+            return self._padded(kept) | {"lost": lost, "entropy": entropy}
+
+        return measure
+
+    def _padded(self, kept: TopKTargets) -> dict[str, Tensor]:
+        """[b, K, most] and [b, K], in the types in which they are stored."""
+        width = kept.indices.shape[-1]
+        counts = kept.counts
+        if counts is None:
+            counts = torch.full_like(kept.indices[..., 0], width)
+        room = (0, self.keeping.most - width)
+        return {
+            "indices": F.pad(kept.indices.int(), room),
+            "log_values": F.pad(kept.log_values.half(), room, value=-math.inf),
+            "log_tail": kept.log_tail.half(),
+            "counts": counts.int(),
+        }
+
+    def _lost(self, predicted: Tensor, kept: TopKTargets, sampled: Tensor) -> Tensor:
+        """Mean KL over the members of the sampled rows at each temperature, [rows, T]."""
+        padded = self._padded(kept)
+        stored = Stored(*(padded[name][sampled].cpu().numpy() for name in Stored._fields))
+        read = restored(stored, kept.num_classes, predicted.device)
+        p, q = predicted[:, sampled], read.spread()
+        return torch.stack([mean_kl(soften(p, T), soften(q, T)) for T in self.temperatures], 1)
+
+    def _append(
+        self, writer: RaggedWriter, rows: np.ndarray, values: dict[str, np.ndarray], notes: dict
+    ) -> None:
+        """A block's samples, [n, K, ...], as rows of their members."""
+        counts = values["counts"].reshape(-1)
+        flat = {
+            name: flattened(values[name].reshape(len(counts), -1), counts)
+            for name in ("indices", "log_values")
+        }
+        of_members = rows[:, None] * self.members + np.arange(self.members)
+        tail = {"log_tail": values["log_tail"].reshape(-1)}
+        own = {key: value for key, value in notes.items() if key not in ("blocks", "entries")}
+        writer.append(of_members.reshape(-1), counts, flat, tail, **own)
+
+    def _with_block(self, progress: dict, values: dict[str, np.ndarray]) -> dict:
+        """The sums of what answers.json says, with one block more."""
+        tails = np.exp(values["log_tail"].astype(np.float64))
+        measured = values["lost"][~np.isnan(values["lost"][:, 0])]
+        lost = measured.sum(0, dtype=np.float64) + progress["lost"]
+        return progress | {
+            "samples": progress["samples"] + len(values["ids"]),
+            "kept": progress["kept"] + int(values["counts"].sum(dtype=np.int64)),
+            "tail": progress["tail"] + float(tails.sum()),
+            "max_tail": max(progress["max_tail"], float(tails.max())),
+            "measured": progress["measured"] + len(measured),
+            "lost": lost.tolist(),
+            "entropy": progress["entropy"] + float(values["entropy"].sum(dtype=np.float64)),
+        }
+
+    def _notes(self, progress: dict) -> dict:
+        """What answers.json says."""
+        entries = entry_dtypes(self.session.num_classes)
+        stored = progress["samples"] * self.members
+        of_entries = progress["kept"] * sum(dtype.itemsize for dtype in entries.values())
+        of_rows = self.rows * (8 + 4 + VALUE.itemsize)
+        lost = np.array(progress["lost"]) / max(1, progress["measured"])
+        return {
+            "schema": SCHEMA,
+            "num_classes": self.session.num_classes,
+            "members": self.members,
+            "mass": self.keeping.mass,
+            "temperature": finite(self.keeping.temperature),
+            "most": self.keeping.most,
+            "mean_classes": progress["kept"] / stored,
+            "samples": progress["samples"] // self.count,
+            "fingerprint": self.shards.fingerprint,
+            "mean_tail": progress["tail"] / stored,
+            "max_tail": progress["max_tail"],
+            "bytes_per_sample": (of_entries + of_rows) / len(self.shards),
+            "truncation_kl": {
+                f"{T:g}": float(value) for T, value in zip(self.temperatures, lost, strict=True)
+            },
+            "measured": progress["measured"],
+            "entropy": progress["entropy"] / max(1, progress["samples"]),
+            "augment": self.augment,
+            "views": self.views.count if self.views else None,
+            "views_seed": self.views.seed if self.views else None,
+        }
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move a split's finished files into the attempt's directory."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        if path.name != PROGRESS:
+            os.replace(path, target / path.name)
+
+
+def view_of(
+    augmentation: Augment | None, views: Views | None, source: int, view: int
+) -> Callable[[Batch], Tensor]:
     """A function batch -> its inputs as the teacher sees them in this view."""
-    augmentation = find_augment(augment)
     if augmentation is None or views is None:
         return lambda batch: batch.inputs
 
@@ -128,145 +327,164 @@ def view_of(augment: str, views: Views | None, source: int, view: int) -> Callab
     return see
 
 
-def compressing(
-    session: Session,
-    teacher: Teacher,
-    see: Callable[[Batch], Tensor],
-    temperatures: Sequence[float],
-) -> Callable[[Batch], dict[str, Tensor]]:
-    """A function batch -> what is kept of the teacher's predictions, and what that loses."""
-
-    def measure(batch: Batch) -> dict[str, Tensor]:
-        raw = see(batch)
-        predicted = teacher.predict(raw)
-        stored = compress(predicted, KEPT)
-        indices, log_values, log_tail = (stored[name].cpu().numpy() for name in FILES)
-        kept = decompress(indices, log_values, log_tail, session.num_classes, raw.device)
-        lost = [mean_kl(soften(predicted, T), soften(kept.spread(), T)) for T in temperatures]
-        return stored | {"lost": torch.stack(lost, 1)}
-
-    return measure
-
-
 def mean_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of [K, B, C] twice, mean over K: [B], nats."""
     tiny = torch.finfo(q.dtype).tiny
     return (torch.special.xlogy(p, p) - p * q.clamp_min(tiny).log()).sum(-1).mean(0)
 
 
-def write_targets(
-    session: Session,
-    attempt: Attempt,
-    split: str,
-    parts: list[dict[str, np.ndarray]],
-    temperatures: Sequence[float],
-) -> dict:
-    """Write a split's arrays, one part for each view; returns what answers.json says."""
-    shards, views = session.shards(split), len(parts)
-    size = 0
-    for name in FILES:
-        first = parts[0][name]
-        shape = first.shape[1:]
-        # Corrupt samples stay 0: no stream has them.
-        rows = np.zeros(
-            (len(shards), views, *shape), stored_dtype(name, first, session.num_classes)
-        )
-        for view, part in enumerate(parts):
-            rows[part["ids"], view] = part[name]
-        size += rows.nbytes
-        path = attempt.path(f"{split}/{name}.npy")
-        np.save(path, rows.reshape(-1, *shape), allow_pickle=False)
-    tails = np.exp(np.concatenate([part["log_tail"] for part in parts]).astype(np.float64))
-    lost = np.concatenate([part["lost"] for part in parts]).mean(0, dtype=np.float64)
-    return {
-        "schema": SCHEMA,
-        "num_classes": session.num_classes,
-        "members": parts[0]["indices"].shape[1],
-        "k": parts[0]["indices"].shape[2],
-        "samples": len(parts[0]["ids"]),
-        "fingerprint": shards.fingerprint,
-        "mean_tail": float(tails.mean()),
-        "max_tail": float(tails.max()),
-        "bytes_per_sample": size / len(shards),
-        "truncation_kl": {
-            f"{T:g}": float(value) for T, value in zip(temperatures, lost, strict=True)
-        },
-    }
+def entropies(p: Tensor) -> Tensor:
+    """Entropies of [K, B, C], mean over K: [B], nats."""
+    return -torch.special.xlogy(p, p).sum(-1).mean(0)
 
 
-def stored_dtype(name: str, values: np.ndarray, num_classes: int) -> np.dtype:
-    """Class indices in as few bytes as hold them; other values as they are."""
-    if name != "indices":
-        return values.dtype
-    return np.dtype(np.uint16 if num_classes <= 2**16 else np.int32)
+def finite(temperature: float) -> float | str:
+    """As JSON has it."""
+    return "inf" if math.isinf(temperature) else temperature
 
 
 def say_targets(session: Session, split: str, notes: dict) -> None:
     kl = ", ".join(f"{value:.2g} at T = {T}" for T, value in notes["truncation_kl"].items())
     session.say(
-        "stored targets on %s: top %d of %d classes, %.0f bytes a sample, mean mass left out %.2g; "
-        "KL from the whole prediction %s",
+        "stored targets on %s: %.4g of %d classes a row, %.0f bytes a sample, mean mass left out "
+        "%.2g; KL from the whole prediction %s",
         split,
-        notes["k"],
-        session.num_classes,
+        notes["mean_classes"],
+        notes["num_classes"],
         notes["bytes_per_sample"],
         notes["mean_tail"],
         kl,
     )
-    for line in warnings(notes):
-        session.say("%s", line)
+    for T, lost in notes["truncation_kl"].items():
+        session.say_each(warnings(notes["num_classes"], float(T), lost))
 
 
-def warnings(notes: dict) -> list[str]:
-    """A line for each temperature at which what is kept is FAR from the whole prediction.
+def warnings(num_classes: int, temperature: float, lost: float) -> list[str]:
+    """A line where what is kept is FAR from the whole prediction at a temperature.
 
-    notes: of answers.json.  A temperature raises what is rare: an even tail of 1e-3 over 3,000
-    classes holds .63 of all at T = 2.
+    lost: the KL between them, nats.  A temperature raises what is rare: an even tail of 1e-3 over
+    3,000 classes holds .63 of all at T = 2.
     """
+    if lost <= FAR:
+        return []
     return [
-        f"warning: at T = {T} what is kept of the {notes['num_classes']:,} classes is "
-        f"{lost:.2g} nats from what the teacher predicts; let students learn at temperature 1, "
-        "where the tail keeps its mass"
-        for T, lost in notes["truncation_kl"].items()
-        if lost > FAR and T != "1"
+        f"warning: at T = {temperature:g} what is kept of the {num_classes:,} classes is "
+        f"{lost:.2g} nats from what the teacher predicts, and students learn what is kept: set "
+        'students.NAME.answers = "live", or store more (answers_mass, answers_bytes)'
     ]
 
 
-def stored_targets(
-    directory: Path, session: Session, sources: Sequence[Source], views: Views | None
-) -> Callable[[Batch], TopKTargets]:
-    """A function batch -> TopKTargets [K, b, k] of the inputs of a stream's `sources`."""
-    files = [open_targets(directory, session, source, views) for source in sources]
-    count = views.count if views else 1
-
-    def read(batch: Batch) -> TopKTargets:
-        rows = (batch.ids * count + batch.view).cpu().numpy()
-        origin = batch.source.cpu().numpy()
-        parts = [np.empty((len(rows), *array.shape[1:]), array.dtype) for array in files[0]]
-        for source, arrays in enumerate(files):
-            here = np.flatnonzero(origin == source)
-            for part, array in zip(parts, arrays, strict=True):
-                part[here] = array[rows[here]]
-        indices, log_values, log_tail = parts
-        device = batch.labels.device
-        wide = indices.astype(np.int64)
-        return decompress(wide, log_values, log_tail, session.num_classes, device)
-
-    return read
+# What a student is told
 
 
-def open_targets(
-    directory: Path, session: Session, source: Source, views: Views | None
-) -> list[np.ndarray]:
-    """The memory-mapped arrays of one split, which must be of these shards and views."""
-    place = directory / source.shards.split
-    notes = read_json(place / "answers.json")
-    expected = (
-        source.shards.fingerprint,
-        session.num_classes,
-        views.count if views else None,
-        views.seed if views else None,
+def answers_summary(session: Session, name: str) -> dict | None:
+    """How a student's teacher answers, for its summary.json; a word where that teaches little.
+
+    kind: live or stored.  entropy: the mean one of its answers, nats, about what the student sees
+    ("seen") and about val.  Of stored ones kl, nats: from the teacher's whole prediction to what is
+    kept, at the student's temperature; None at inf.  None for a student without a teacher.
+    """
+    student = session.config.students[name]
+    if not student.learns_from_teacher:
+        return None
+    stage = session.run.targets_for(name)
+    summary = live_summary(session, name) if stage is None else stored_summary(session, name, stage)
+    session.say_each(known_by_heart(summary.get("entropy")))
+    return summary
+
+
+def stored_summary(session: Session, name: str, stage: Stage) -> dict:
+    notes = read_json(stage.path("train/answers.json"))
+    temperature = session.config.students[name].temperature
+    lost = None
+    if not math.isinf(temperature):
+        lost = notes["truncation_kl"].get(f"{temperature:g}")
+        if lost is None:  # stored before this student was thought of
+            lost = measured_kl(session, name, stage)
+        session.say_each(warnings(session.num_classes, temperature, lost))
+    summary = {
+        "kind": "stored",
+        "temperature": finite(temperature),
+        "kl": lost,
+        "bytes_per_sample": notes["bytes_per_sample"],
+    }
+    if "entropy" in notes:
+        summary["entropy"] = notes["entropy"]
+    return summary
+
+
+def live_summary(session: Session, name: str) -> dict:
+    student = session.config.students[name]
+    if student.perturb not in ("none", "mix_bags"):  # the others need a gradient
+        return {"kind": "live"}
+    teacher = find_teacher(session, student)
+    see = view_of(session.augmentation(student), views_of(session, 1), 0, 0)
+    mix = student.perturb == "mix_bags"
+    draw = torch.Generator().manual_seed(session.seed("mixed", 0))
+
+    def seen(batch: Batch) -> Tensor:
+        bags = see(batch)
+        return mix_bags(bags, student.perturb_share, draw) if mix else bags
+
+    entropy = {
+        "seen": mean_entropy(session, teacher, "train", seen),
+        "val": val_entropy(session, teacher),
+    }
+    return {"kind": "live", "entropy": entropy}
+
+
+def mean_entropy(
+    session: Session, teacher: Teacher, split: str, see: Callable[[Batch], Tensor]
+) -> float:
+    """Of a teacher's predictions for about ASKED inputs of a split, nats."""
+    shards = session.shards(split)
+    ids = np.arange(0, len(shards), max(1, len(shards) // ASKED))
+    values = session.measured(
+        shards, lambda batch: {"entropy": entropies(teacher.predict(see(batch)))}, ids=ids
     )
-    stored = (notes["fingerprint"], notes["num_classes"], notes["views"], notes["views_seed"])
-    assert stored == expected, f"{place}: targets of {stored}, {expected} needed"
-    return [np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FILES]
+    return float(values["entropy"].mean(dtype=np.float64))
+
+
+def val_entropy(session: Session, teacher: Teacher) -> float:
+    return mean_entropy(session, teacher, "val", lambda batch: batch.inputs)
+
+
+def known_by_heart(entropy: dict[str, float] | None) -> list[str]:
+    """A line where a teacher is far surer of what the student sees than of val.
+
+    entropy: of `answers_summary`.
+    """
+    if entropy is None:
+        return []
+    seen, val = entropy["seen"], entropy["val"]
+    if seen > KNOWN * val or val - seen < UNSURE:
+        return []
+    return [
+        f"warning: the teacher knows train by heart: its answers have an entropy of {seen:.2g} "
+        f"nats about what the student sees and {val:.2g} about val, and so say little more than "
+        "labels; ask it about other inputs (students.NAME.augment, of bags augment_share and "
+        'perturb = "mix_bags"; data.transfer)'
+    ]
+
+
+def measured_kl(session: Session, name: str, stage: Stage) -> float:
+    """The mean KL, nats, from a teacher's predictions to what a stage keeps of them.
+
+    At the temperature of the student `name`, on about MEASURED inputs of train, in their first
+    view.
+    """
+    student = session.config.students[name]
+    teacher, shards = find_teacher(session, student), session.shards("train")
+    views = views_of(session, student.views)
+    see = view_of(session.augmentation(student), views, 0, 0)
+    read = open_targets(stage.path("train"), session, shards, views)
+    count, T = views.count if views else 1, student.temperature
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        rows = batch.ids.cpu().numpy() * count
+        kept = restored(read(rows), session.num_classes, batch.ids.device)
+        p, q = teacher.predict(see(batch)), kept.spread()
+        return {"lost": mean_kl(soften(p, T), soften(q, T))}
+
+    ids = np.arange(0, len(shards), max(1, len(shards) // MEASURED))
+    return float(session.measured(shards, measure, ids=ids)["lost"].mean(dtype=np.float64))

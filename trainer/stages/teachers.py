@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble, load_ensemble
+from ensemble import (
+    DeepEnsemble,
+    MeanLogits,
+    ShortlistEnsemble,
+    SpecialistEnsemble,
+    load_ensemble,
+)
 from networks import Classifier, InputSpec, load_classifier, member_log_probabilities
 from pipeline.config import Student, UserError
 
-from ..core.perturbations import perturb
+from ..core.perturbations import mix_bags, perturb
+from ..core.probabilities import safe_log
 from ..session import Session
 from .joining import load_ensemble as load_ensemble_of_run
 from .networks import builders_of, load_network
@@ -26,11 +34,26 @@ class Teacher:
 
     logits: per member a function raw inputs -> logits [B, C] that can be differentiated by the
     inputs; none where the prediction is more than a network's.
+    mean_logits: raw inputs -> the mean of the members' logits [B, C], that of their geometric mean;
+    None where the prediction is more than networks'.
+    joint_logits: raw inputs -> the log of the one prediction of a joined ensemble, [B, C]; None
+    where `predict` alone gives it.
     """
 
     predict: Callable[[Tensor], Tensor]
     num_members: int
     logits: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+    mean_logits: Callable[[Tensor], Tensor] | None = None
+    joint_logits: Callable[[Tensor], Tensor] | None = None
+
+    def logits_for_single(self, mean: str) -> Callable[[Tensor], Tensor] | None:
+        """Raw inputs -> what a single student learns of all members, as logits [B, C].
+
+        Each row is up to a constant.  None where only probabilities are to be had.
+        """
+        if self.joint_logits is not None:
+            return self.joint_logits
+        return self.mean_logits if mean == "geometric" else None
 
 
 def find_teacher(session: Session, student: Student) -> Teacher:
@@ -72,7 +95,10 @@ def of_ensemble(ensemble: SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble)
     if isinstance(ensemble, DeepEnsemble):
         return of_networks(ensemble.networks)
     if isinstance(ensemble, ShortlistEnsemble):
-        return Teacher(lambda raw: ensemble.program(raw)[None], 1)
+        program = ensemble.program
+        return Teacher(
+            lambda raw: program(raw)[None], 1, joint_logits=lambda raw: safe_log(program(raw))
+        )
     return Teacher(lambda raw: ensemble.forward_with_details(raw).q[None], 1)
 
 
@@ -86,7 +112,7 @@ def of_networks(networks: Sequence[Classifier]) -> Teacher:
             return torch.cat(parts).exp()
 
     logits = [member_logits(network, k) for network in networks for k in range(network.num_members)]
-    return Teacher(predict, count, logits)
+    return Teacher(predict, count, logits, MeanLogits(networks))
 
 
 def member_logits(network: Classifier, k: int) -> Callable[[Tensor], Tensor]:
@@ -113,6 +139,13 @@ def perturbation(
     name: str, student: Student, teacher: Teacher, inputs: InputSpec
 ) -> Callable[[Tensor], Tensor]:
     """A function raw inputs -> raw inputs moved by `student.perturb`."""
+    if student.perturb == "mix_bags":
+        if not inputs.is_indices:
+            raise UserError(
+                f'students.{name}.perturb = "mix_bags" is of bags of indices, as the decoder '
+                f"ngram_bag makes them; these are {inputs.dtype}"
+            )
+        return partial(mix_bags, share=student.perturb_share)
     if inputs.dtype != "uint8":
         raise UserError(
             f"students.{name}.perturb moves pictures, uint8 scaled to 0..1; "

@@ -75,7 +75,7 @@ def labelled_stream(session: Session, schedule: ResolvedSchedule, seed: int) -> 
     shards = session.shards("train")
     order = balanced(shards.labels, seed, schedule.balance)
     source = Source(shards, order, schedule.batch_size)
-    return TrainingStream([source], seed, session.config.data.augment)
+    return TrainingStream([source], seed, session.augmentation())
 
 
 def log_prior_of(session: Session, schedule: ResolvedSchedule) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.core.perturbations import KINDS, ods, perturb
+from trainer.core.perturbations import KINDS, mix_bags, ods, perturb
 
 
 def seeded(seed=0):
@@ -215,3 +215,65 @@ def test_errors_name_the_value_and_the_rule():
         perturb("gaussian", torch.zeros(2, 3, dtype=torch.uint8), 0.1, 1.0, [])
     with pytest.raises(ValueError, match="answer under torch.no_grad"):
         perturb("ods", x, 0.1, 1.0, [torch.no_grad()(lambda x: 2 * x)])
+
+
+def bags_of(*lengths, width=64):
+    """Row i has lengths[i] indices 100 i, 100 i + 1, ..., so that each says whose it is."""
+    columns = torch.arange(width)
+    rows = torch.arange(len(lengths))[:, None] * 100 + columns
+    return torch.where(columns < torch.tensor(lengths)[:, None], rows, -1).int()
+
+
+def owners(mixed):
+    """{row: indices} of each bag."""
+    return [
+        {int(who): (row[(row >= 0) & (row // 100 == who)]).tolist() for who in row[row >= 0] // 100}
+        for row in mixed
+    ]
+
+
+def test_a_mixed_bag_holds_some_of_its_own_and_some_of_one_others():
+    bags = bags_of(*[20] * 50)
+    before = bags.clone()
+    mixed = mix_bags(bags, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(bags, before) and mixed.dtype == bags.dtype and mixed.shape == bags.shape
+    partners = set()
+    for row, parts in enumerate(owners(mixed)):
+        others = set(parts) - {row}
+        assert len(others) <= 1
+        partners |= others
+        for indices in parts.values():
+            assert indices == sorted(set(indices))  # each once, in its order
+        real = mixed[row] >= 0
+        assert not real[int(real.sum()) :].any()  # padding stands last
+    assert len(partners) > 40
+
+
+def test_the_share_of_anothers_is_even_and_of_its_own_drawn_for_each_bag():
+    bags = bags_of(*[60] * 400, width=128)
+    mixed = mix_bags(bags, 0.3, torch.Generator().manual_seed(1))
+    own = torch.tensor([len(parts.get(row, [])) for row, parts in enumerate(owners(mixed))]) / 60
+    sizes = (mixed >= 0).sum(1) / 60
+    # Own: uniform in [.4, 1], mean .7, deviation .173 and sqrt(.7 x .3 / 60) = .059 within a bag.
+    assert float(own.mean()) == pytest.approx(0.7, abs=0.03)
+    assert float(own.std()) == pytest.approx(math.hypot(0.6 / math.sqrt(12), 0.056), abs=0.02)
+    assert float((sizes - own).mean()) == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_mixed_bag_that_would_be_empty_or_too_long_is_neither():
+    short = mix_bags(bags_of(*[1] * 300, width=4), 0.5, torch.Generator().manual_seed(0))
+    assert bool((short >= 0).any(1).all())
+    full = mix_bags(bags_of(*[64] * 300), 0.5, torch.Generator().manual_seed(0))
+    assert full.shape == (300, 64)
+    counts = (full >= 0).sum(1)
+    assert int(counts.max()) == 64 and int(counts.min()) > 5
+    assert torch.equal(mix_bags(bags_of(0, 0), 0.5), bags_of(0, 0))
+
+
+def test_bags_are_mixed_alike_from_one_state_of_the_generator():
+    bags = bags_of(30, 10, 20)
+    torch.manual_seed(3)
+    first = mix_bags(bags, 0.5)
+    second = mix_bags(bags, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(first, mix_bags(bags, 0.5)) and not torch.equal(first, second)

@@ -12,7 +12,7 @@ from shardsets import write_split, write_tar
 from pipeline.choices import AUGMENTATIONS
 from pipeline.config import Data, UserError
 from trainer.data import cached, open_shards
-from trainer.data.augment import Augment, find_augment, flip_crop, shift
+from trainer.data.augment import Augment, drop_ngrams, find_augment, flip_crop, shift
 from trainer.data.decoding import rgb
 
 
@@ -131,7 +131,7 @@ def test_a_users_function_is_found_and_a_wrong_name_is_an_error():
     assert find_augment("none") is None and find_augment(None) is None
     assert find_augment("trainer.data.augment:shift") == find_augment("shift") == Augment(shift, 2)
     assert find_augment("trainer.data.decoding:rgb") == Augment(rgb, 8)  # says no number of its own
-    with pytest.raises(UserError, match="none, shift, flip-crop, or module:function"):
+    with pytest.raises(UserError, match="none, shift, flip-crop, drop_ngrams, or module:function"):
         find_augment("flip")
     with pytest.raises(UserError, match="needs pictures"):
         shift(np.zeros((3, 5)), np.zeros((3, 2)))
@@ -149,3 +149,58 @@ def test_what_the_machine_raises_is_no_mistake_of_a_users_augmentation():
         Augment(lost, 1, "mine:lost")(inputs, uniforms)
     with pytest.raises(UserError, match="'mine:wrong' fails: IndexError"):
         Augment(wrong, 1, "mine:wrong")(inputs, uniforms)
+
+
+def bags(*lengths, width=40):
+    """int32 [n, width]: row i has lengths[i] indices 0, 1, 2, ..., then padding."""
+    columns = np.arange(width)
+    return np.where(columns < np.array(lengths)[:, None], columns, -1).astype(np.int32)
+
+
+def test_ngrams_are_dropped_by_the_share_and_padding_stays():
+    inputs = bags(*[40] * 2000, width=60)
+    before = inputs.copy()
+    views = drop_ngrams(inputs, np.random.default_rng(0).random((2000, 1)), share=0.2)
+    assert (inputs == before).all() and views.dtype == np.int32
+    assert ((views == inputs) | (views == -1)).all()
+    dropped = (views[:, :40] == -1).mean(0)
+    # 2,000 draws a column: a deviation of .009
+    assert abs(dropped - 0.2).max() < 0.04 and abs(dropped.mean() - 0.2) < 0.006
+    rows = (views[:, :40] == -1).sum(1)
+    assert abs(rows.var() / (40 * 0.2 * 0.8) - 1) < 0.15  # each by itself
+
+
+def test_a_dropped_bag_depends_on_its_own_number_alone():
+    uniforms = np.array([[0.3], [0.9], [0.3], [0.0]])
+    inputs = bags(10, 35, 10, 20)
+    views = drop_ngrams(inputs, uniforms, share=0.5)
+    assert (views[0] == views[2]).all() and (views[0] != views[3]).any()
+    for row in range(4):
+        alone = drop_ngrams(inputs[row : row + 1], uniforms[row : row + 1], share=0.5)
+        assert (alone[0] == views[row]).all()
+
+
+def test_a_bag_keeps_at_least_one_ngram_and_an_empty_one_stays_empty():
+    uniforms = np.random.default_rng(1).random((500, 1))
+    views = drop_ngrams(bags(*[2] * 500), uniforms, share=0.95)
+    kept = (views >= 0).sum(1)
+    assert (kept >= 1).all() and (kept == 1).mean() > 0.9
+    assert set(np.unique(views[views >= 0])) == {0, 1}
+    assert (drop_ngrams(bags(0), np.array([[0.5]])) == -1).all()
+    whole = drop_ngrams(bags(7, 40), np.array([[0.1], [0.2]]), share=0.0)
+    assert (whole == bags(7, 40)).all()
+
+
+@pytest.mark.parametrize("inputs", [np.zeros((2, 5)), np.zeros((2, 1, 8, 8), np.int32)])
+def test_ngrams_are_dropped_of_bags_alone(inputs):
+    with pytest.raises(UserError, match='augment = "drop_ngrams" needs bags of indices'):
+        drop_ngrams(inputs, np.zeros((2, 1)))
+
+
+def test_the_share_is_the_configs():
+    inputs, uniforms = bags(*[40] * 50), np.random.default_rng(2).random((50, 1))
+    augment = find_augment("drop_ngrams", 0.7)
+    assert augment is not None and augment.numbers == 1
+    assert (augment(inputs, uniforms) == drop_ngrams(inputs, uniforms, share=0.7)).all()
+    default = find_augment("drop_ngrams")
+    assert (default(inputs, uniforms) == drop_ngrams(inputs, uniforms, share=0.2)).all()

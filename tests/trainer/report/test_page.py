@@ -353,8 +353,38 @@ OF_THE_ENSEMBLE = "trained on the ensemble's distributions as targets"
         ),
         ({"method": "prior"}, "as a Prior Network"),
         ({"temperature": 4}, "as targets at temperature 4, starting"),
+        ({"wrong_weight": 1}, "as targets, and where these are wrong on the labels alone, st"),
+        ({"wrong_weight": 0.3}, "where these are wrong with 0.3 of it on the labels, starting"),
+        (
+            {"perturb": "mix_bags"},
+            "targets, at inputs moved by n-grams of other examples, st",
+        ),
         ({"temperature": float("inf")}, "as targets, their logits matched, starting"),
     ],
 )
 def test_what_a_student_is_in_words(keys, expected):
     assert expected in explain_student(Student(**keys), Ensemble(kind="deep", members=4))
+
+
+@pytest.mark.parametrize(
+    "answers, expected, absent",
+    [
+        (None, "one forward pass.", "stored"),
+        ({"kind": "live"}, "one forward pass.", "stored"),
+        ({"kind": "stored", "kl": None, "temperature": "inf"}, "one forward pass.", "stored"),
+        (
+            {"kind": "stored", "kl": 0.021, "temperature": 1.0},
+            "were stored, 0.021 nats (KL) from the whole distribution at temperature 1.",
+            "far",
+        ),
+        ({"kind": "stored", "kl": 0.35, "temperature": 1.0}, "That is far: with answers", "heart"),
+        (
+            {"kind": "live", "entropy": {"seen": 0.02, "val": 1.4}},
+            "0.02 nats about what the student sees and 1.4 about val",
+            "stored",
+        ),
+    ],
+)
+def test_a_page_says_how_a_teacher_answered(answers, expected, absent):
+    text = explain_student(Student(), Ensemble(), answers)
+    assert expected in text and absent not in text

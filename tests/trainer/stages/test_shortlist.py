@@ -178,6 +178,31 @@ def test_with_all_classes_and_nothing_fitted_it_is_the_geometric_deep_ensemble(r
         assert one["nll"] == pytest.approx(two["nll"], rel=1e-5)
 
 
+def test_networks_from_elsewhere_are_averaged_whole_too(run, other, data, tmp_path):
+    """A deep ensemble of the run's generalist and two networks that exist already."""
+    given = [str(run.root / "members" / "001"), str(other.root)]
+    keys = {"kind": "deep", "members": 1, "networks": given}
+    start = f"generalist.from={run.root}"
+    heads = ["students.main.network=hydra", "students.main.start=scratch"]
+    done = run_all(tmp_path / "run", configured(data, keys, start, *heads))
+    assert [stage.place for stage in done.members] == ["members/001", "members/002"]
+    assert not any(stage.kind.trains for stage in done.members)
+    assert read_json(done.root / "ensemble.json") == {"schema": 1, "kind": "deep", "members": 3}
+    inputs, labels = inputs_of(run)
+    networks = [load_classifier(run.root / "generalist"), load_classifier(given[0])]
+    networks.append(load_classifier(other.root / "generalist"))
+    with torch.no_grad():
+        p = torch.stack([network(inputs).softmax(1) for network in networks]).mean(0)
+    results = collect(done)
+    assert results["ensemble"]["nll"] == pytest.approx(
+        float(-p[range(len(p)), labels].log().mean()), rel=1e-5
+    )
+    assert results["ensemble"]["cost"]["examples_seen"] == 0
+    assert load_classifier(done.root / "students/main").num_members == 3  # one of each teacher
+    page = (done.root / "report.html").read_text()
+    assert "3 networks, 2 of them trained elsewhere, and the mean of their distributions" in page
+
+
 def test_a_moved_network_stales_nothing_and_another_one_does(run, other, data, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(other.root, moved)

@@ -9,7 +9,8 @@ from running import run_all
 from toy import toy_config, write_toy
 
 from networks import ModelSpec
-from pipeline.config import UserError
+from pipeline.config import UserError, load_config
+from trainer.commands.check import check
 from trainer.commands.export import Probabilities, evaluate, random_inputs
 from trainer.commands.shards import main as shards
 from trainer.data.shards import ShardWriter
@@ -17,6 +18,8 @@ from trainer.data.writing import write_manifest
 from trainer.distributed.ranks import ALONE
 from trainer.session import Session
 from trainer.stages.networks import fresh_network, load_network
+from trainer.stages.student import live_objective, student_stream
+from trainer.stages.teachers import Teacher
 
 CLASSES = [f"{first}{second}" for first in ("ab", "op", "xy") for second in ("cd", "qr")]
 BAGS = "data.decoders={txt='trainer.data.decoding:ngram_bag'}"
@@ -99,3 +102,63 @@ def test_whole_numbers_of_arrays_stay_numbers(tmp_path):
     config = toy_config(tmp_path / "s", "clusters.num_groups=1")
     spec: ModelSpec = fresh_network(Session(run_all(tmp_path / "run", config, []), ALONE)).spec
     assert spec.input.dtype == "float32"
+
+
+def test_students_of_bags_learn_from_live_teachers_about_the_bags_that_they_see(texts, tmp_path):
+    """Nothing is dropped inside the network, so that both see the same n-grams."""
+    network = "model={name='embedding_bag', embedding=8}"
+    students = {
+        "same": {"start": "scratch", "learning_rate": 0.03},
+        "more": {"start": "scratch", "learning_rate": 0.03, "augment_share": 0.6},
+        "few": {"start": "scratch", "steps": 3, "augment_share": 0.6, "views": 2},
+        "views": {"start": "scratch", "steps": 3, "views": 2},
+    }
+    base = toy_config(texts, BAGS, *BAG_NETWORK, network).dump()
+    base["data"] |= {"augment": "drop_ngrams", "augment_share": 0.3}
+    base["ensemble"] = {"kind": "deep", "members": 2, "combine": "geometric"}
+    base["students"] = students
+    run = run_all(tmp_path / "run", load_config(None, ["train.steps=40"], base))
+    session = Session(run, ALONE)
+    config = run.config.students
+    assert config["same"].mean == "geometric"
+    assert run.targets_for("same") is None and run.targets_for("more") is None
+    stored = [run.targets_for(name).directory.name for name in ("few", "views")]
+    assert stored[1] == "ensemble-2-views" and stored[0].startswith("ensemble-2-views-")
+    dropped = {}
+    for name in ("same", "more"):
+        stream, _ = student_stream(session, config[name], True)
+        batch = stream.batch(0)
+        plain = session.shards("train").read(batch.ids.numpy())[0]
+        dropped[name] = 1 - (batch.inputs.numpy() >= 0).sum() / (plain >= 0).sum()
+    assert abs(dropped["same"] - 0.3) < 0.05 and abs(dropped["more"] - 0.6) < 0.05
+    results = json.loads((run.root / "results.json").read_text())
+    assert results["students"]["same"]["top1"] > 0.8
+
+
+def test_a_teacher_is_asked_about_the_bags_that_were_mixed_for_the_student(texts, tmp_path):
+    network = "model={name='embedding_bag', embedding=8}"
+    base = toy_config(texts, BAGS, *BAG_NETWORK, network).dump()
+    base["ensemble"] = {"kind": "deep", "members": 2, "combine": "geometric"}
+    mixed = {"start": "scratch", "learning_rate": 0.03, "perturb": "mix_bags"}
+    base["students"] = {"main": mixed, "both": mixed | {"hard_weight": 0.1}}
+    run = run_all(tmp_path / "run", load_config(None, ["train.steps=40"], base))
+    assert run.targets == {}
+    results = json.loads((run.root / "results.json").read_text())["students"]
+    assert results["main"]["top1"] > 0.8 and results["both"]["top1"] > 0.8
+    assert "at inputs moved by n-grams of other examples" in (run.root / "report.html").read_text()
+    session = Session(run, ALONE)
+    stream, _ = student_stream(session, run.config.students["main"], True)
+    network, asked, seen = fresh_network(session), [], []
+    network.trunk.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    teacher = Teacher(lambda raw: asked.append(raw) or torch.full((1, len(raw), 6), 1 / 6), 1)
+    objective = live_objective("main", run.config.students["main"], teacher, network)
+    batch = stream.batch(0)
+    objective(network, batch)
+    assert torch.equal(asked[0], seen[0]) and not torch.equal(asked[0], batch.inputs)
+
+
+def test_bags_are_mixed_of_bags_alone(tmp_path):
+    students = ["students.main.perturb=mix_bags", "students.main.start=scratch"]
+    config = toy_config(write_toy(tmp_path / "toy"), *students, "controls.enabled=false")
+    with pytest.raises(UserError, match='perturb = "mix_bags" is of bags of indices'):
+        check(config, 1)
