@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .reading import read_inputs
     from .residual_row import ResidualRow, fit_residual_row
     from .spec import InputSpec, ModelSpec
+    from .sizing import count_multiplications, scale, widened_to
     from .specialising import specialise
     from .widening import widen
 
@@ -52,6 +53,9 @@ _MODULE_OF = {
     "member_log_probabilities": "members",
     "mean_log_probabilities": "members",
     "RankOne": "members",
+    "count_multiplications": "sizing",
+    "scale": "sizing",
+    "widened_to": "sizing",
     "specialise": "specialising",
     "match_classes": "growing",
     "add_classes": "growing",
@@ -86,6 +90,7 @@ __all__ = [
     "branch_off",
     "build_classifier",
     "builtin_options",
+    "count_multiplications",
     "declared_options",
     "fit_residual_row",
     "freeze_norm",
@@ -103,10 +108,12 @@ __all__ = [
     "read_picture",
     "remap_specialist",
     "save_classifier",
+    "scale",
     "set_trainable",
     "specialise",
     "top_k",
     "widen",
+    "widened_to",
 ]
 
 

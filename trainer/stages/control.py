@@ -1,11 +1,11 @@
 """The honest comparison: what the same examples do for the generalist alone.
 
-pipeline.controls says which controls there are.
+pipeline.controls says which controls there are; control_rows.py makes those of other networks.
 """
 
 from __future__ import annotations
 
-from pipeline.controls import COMPUTE, HARD_TWIN, best_wall, wall_rate
+from pipeline.controls import COMPUTE, best_wall, twins, wall_rate
 from pipeline.store import Stage
 
 from ..core.loop import TrainingTask
@@ -18,31 +18,42 @@ from .validate import validate_classifier
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
-    """The generalist trains on without groups; student_hard learns from labels alone."""
+    """The generalist trains on without groups; a twin learns from labels alone."""
+    student = twins(session.config).get(name)
     with session.attempt(stage) as attempt:
-        if name == HARD_TWIN:
-            task = hard_twin_task(session, "main")
-        else:
+        if student is None:
             task = trained_on(session, name)
+        else:
+            task = hard_twin_task(session, student)
         network, summary = train_network(session, attempt, task)
         summary["learning_rate"] = task.schedule.learning_rate
         save_network(session, attempt, network, summary)
+        if student is None and summary["best_step"] == 0:
+            session.say("%s: no step was better on val than the generalist, which it stays", name)
 
 
 def trained_on(session: Session, name: str) -> TrainingTask:
-    """The generalist for as many steps as one specialist takes, or as all together."""
+    """The generalist for as many steps as one specialist took, or as all together.
+
+    It keeps its best step on val, and the start is a candidate, as of a specialist with patience.
+    """
     config = session.config
     lengths = trained_lengths(session)
     rate, steps = wall_or_compute(session, name, lengths)
     # As many times as one specialist: val is larger than the examples that one is validated on.
     validate_every = config.specialists.validate_every * steps // max(lengths)
     schedule = config.specialists.model_copy(
-        update={"learning_rate": rate, "patience": 0, "validate_every": validate_every}
+        update={"learning_rate": rate, "validate_every": validate_every, "patience": never(steps)}
     )
     network = load_network(session, session.run.generalist)
     validate = validate_classifier(session)
     seed = session.seed("control", steps)
     return generalist_task(session, network, schedule, validate, seed, steps)
+
+
+def never(steps: int) -> int:
+    """A patience that keeps the best step and stops nothing early: there are fewer validations."""
+    return steps + 2
 
 
 def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[float, int]:
@@ -55,7 +66,20 @@ def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[fl
 
 
 def trained_lengths(session: Session) -> list[int]:
-    """Planned steps of each specialist that is trained here."""
+    """Steps of each specialist that was trained here; one stopped early counts what it took.
+
+    Without patience they take what is planned, and the controls need not wait for them.
+    """
+    if not session.config.specialists.patience:
+        return list(planned_lengths(session).values())
+    trained = [stage for stage in session.run.specialists if stage.kind.trains and stage.is_done]
+    steps = [read_summary(stage).get("steps", 0) for stage in trained]  # none of a skipped group
+    lengths = [count for count in steps if count]
+    return lengths or list(planned_lengths(session).values())
+
+
+def planned_lengths(session: Session) -> dict[int, int]:
+    """Steps that each group's specialist is to take, of those that are trained here."""
     counts = session.shards("train").class_counts
     schedule, skipped = session.config.specialists, skipped_groups(session)
     own_examples = {
@@ -64,5 +88,5 @@ def trained_lengths(session: Session) -> list[int]:
         if session.run.specialists[m].kind.trains and m not in skipped
     }
     if schedule.is_branch:
-        return [branch_steps(schedule, list(own_examples.values()))] * len(own_examples)
-    return [specialist_steps(schedule, count) for count in own_examples.values()]
+        return dict.fromkeys(own_examples, branch_steps(schedule, list(own_examples.values())))
+    return {m: specialist_steps(schedule, count) for m, count in own_examples.items()}
