@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .pictures import PictureRules, read_picture
     from .reading import read_inputs
     from .residual_row import ResidualRow, fit_residual_row
-    from .spec import InputSpec, ModelSpec
     from .sizing import count_multiplications, scale, widened_to
+    from .spec import InputSpec, ModelSpec
     from .specialising import specialise
     from .widening import widen
 

@@ -122,6 +122,7 @@ STUDENT_METHODS: dict[str, StudentMethod] = {
     ),
 }
 
+
 @dataclass(frozen=True)
 class ControlRow:
     """A rival of the ensemble that is made where the user asks for it, and named where not.

@@ -314,7 +314,9 @@ class RunDirectory:
         of_ensemble = [stage for stage in self.targets.values() if stage.inputs == (self.ensemble,)]
         for stage in (*of_ensemble, *self.controls.values(), *self.students.values()):
             add(stage)
-        return list(ordered.values())
+        # Those that go in the job of `evaluate` stand beside it: a job stands behind its inputs.
+        last = KINDS["evaluate"].job
+        return sorted(ordered.values(), key=lambda stage: stage.kind.job == last)
 
 
 def _ends(keys: tuple[str, ...]) -> tuple[str, str]:

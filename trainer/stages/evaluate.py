@@ -20,8 +20,8 @@ from ..core.dense_logits import DenseLogits, dense_log_probabilities, predictor_
 from ..core.metrics import dirichlet_uncertainty
 from ..data.streams import Batch
 from ..session import Session
-from .costs import cost_of, cost_of_control, cost_of_ensemble, cost_of_student
 from .control_rows import load_pair
+from .costs import cost_of, cost_of_control, cost_of_ensemble, cost_of_student
 from .deep import ensemble_sizes
 from .evaluator import MemberMetrics, TestEvaluator, metrics_of_members
 from .extending import before_new_classes, old_classes, split_old_new

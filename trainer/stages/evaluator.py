@@ -137,6 +137,8 @@ class TestEvaluator:
             if answering is not None:
                 row |= answering.size(values)
                 cost = {**cost, "latency_ms": self.stopwatch(answering.answer, values["ids"])}
+            if answering is not None and name == "generalist":
+                cost = {**cost, "softmax_ms": self.stopwatch.softmax_ms()}
             self.write(name, {**row, "cost": cost}, values, entries)
         return values
 

@@ -119,9 +119,7 @@ def _controls(session: Session, generalist: Classifier) -> Iterator[Part]:
         yield Part("train", network, _of_labels(schedule), schedule, 1, augment)
     if any(row.trains for row in rows):
         schedule = config.train
-        yield Part(
-            "train", _wider(session, generalist), _of_labels(schedule), schedule, 1, augment
-        )
+        yield Part("train", _wider(session, generalist), _of_labels(schedule), schedule, 1, augment)
 
 
 def _wider(session: Session, generalist: Classifier) -> Classifier:
@@ -131,9 +129,7 @@ def _wider(session: Session, generalist: Classifier) -> Classifier:
     if own_model:
         return fresh_network(session, own_model=own_model)
     target = 2 * multiplications(generalist, generalist.zero_input())
-    return build_classifier(
-        widened(session, generalist.spec, target), builders_of(session.config)
-    )
+    return build_classifier(widened(session, generalist.spec, target), builders_of(session.config))
 
 
 def _of_labels(schedule: ResolvedSchedule) -> Objective:

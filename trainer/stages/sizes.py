@@ -94,4 +94,15 @@ class Stopwatch:
         if not self.batches:
             room = raw[: measuring_batch(self.session.num_classes)]
             self.batches = batches_to_measure(answer, room)
-        return {size: round(ms, 6) for size, ms in latencies_ms(answer, raw, self.batches).items()}
+        return rounded(latencies_ms(answer, raw, self.batches))
+
+    def softmax_ms(self) -> dict[str, float]:
+        """The same of a softmax over all classes by itself, which multiplications do not count."""
+        assert self.raw is not None, "a row was timed before"
+        rows = max(self.batches)
+        logits = torch.randn(rows, self.session.num_classes, device=self.raw.device)
+        return rounded(latencies_ms(lambda part: part.softmax(1), logits, self.batches))
+
+
+def rounded(times: dict[str, float]) -> dict[str, float]:
+    return {size: round(ms, 6) for size, ms in times.items()}
