@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ..controls import twin_name
-from .formats import ABSENT, percent
+from .formats import ABSENT, number, percent
 from .rows import (
     AddedClasses,
     Metrics,
@@ -23,6 +23,7 @@ from .rows import (
 )
 
 NAMES: dict[Literal["top1", "nll"], str] = {"top1": "top-1", "nll": "NLL"}
+FEW = 2  # controls that a sentence has room for, each with its figures
 LARGER = 1.05  # a control that multiplies more than so many times as much is no rival
 
 
@@ -68,23 +69,36 @@ def verdict(results: Results) -> str:
 
 
 def _beaten_by(results: Results) -> str:
-    """Each control that is better in something; empty if none is."""
-    clauses = []
-    for name, row in rivals(results).items():
-        better_in = _better_in(row, results["ensemble"])
-        if better_in:
-            clauses.append(f"{name} beats the ensemble in {' and '.join(better_in)}")
-    return "; ".join(clauses)
+    """The controls that are better in something; empty if none is.
+
+    Of more than two the best one by its errors is spoken of, and the others are named.
+    """
+    ensemble = results["ensemble"]
+    better = {name: _better_in(row, ensemble) for name, row in rivals(results).items()}
+    better = {name: metrics for name, metrics in better.items() if metrics}
+    if len(better) <= FEW:
+        return "; ".join(_beats(name, better[name], results) for name in better)
+    best = min(better, key=lambda name: errors(results["controls"][name]))
+    groups: dict[str, list[str]] = {}
+    for name in better:
+        if name != best:
+            groups.setdefault(" and ".join(NAMES[each] for each in better[name]), []).append(name)
+    others = [f"{_listed(names)} in {metrics}" for metrics, names in groups.items()]
+    return f"{_beats(best, better[best], results)}, as do {'; '.join(others)}"
 
 
-def _better_in(row: Row, ensemble: Row) -> list[str]:
+def _better_in(row: Row, ensemble: Row) -> list[Literal["top1", "nll"]]:
     """The metrics in which a row is measurably better than the ensemble."""
-    metrics = []
-    if compare_paired(row, "ensemble", ensemble, "top1") > 0:
-        metrics.append(f"top-1 ({errors(row):,} errors against {errors(ensemble):,})")
-    if compare_paired(row, "ensemble", ensemble, "nll") > 0:
-        metrics.append(f"NLL ({row['nll']:.4f} against {ensemble['nll']:.4f})")
-    return metrics
+    return [each for each in NAMES if compare_paired(row, "ensemble", ensemble, each) > 0]
+
+
+def _beats(name: str, metrics: Sequence[Literal["top1", "nll"]], results: Results) -> str:
+    row, ensemble = results["controls"][name], results["ensemble"]
+    figures = {
+        "top1": f"top-1 ({errors(row):,} errors against {errors(ensemble):,})",
+        "nll": f"NLL ({number(row['nll'])} against {number(ensemble['nll'])})",
+    }
+    return f"{name} beats the ensemble in {' and '.join(figures[each] for each in metrics)}"
 
 
 def _versus_generalist(results: Results) -> str:
@@ -175,14 +189,17 @@ def _gain_kept(name: str, student: Row, results: Results) -> str:
         return f"{subject} keeps all of the ensemble's gain in top-1, and makes fewer errors still"
     share = share_of_gain(student, results)
     assert share is not None
+    if share == 1:
+        return f"{subject} keeps all of the ensemble's gain in top-1"
     return f"{subject} keeps {percent(share, 0)} of the ensemble's gain in top-1"
 
 
 def _size(row: Row, generalist: Row) -> str:
     """How much larger a network is than the generalist."""
+    whose = {"parameters": "the generalist's parameters", "multiplications": "its multiplications"}
     factors = [
-        f"{row[key] / generalist[key]:.1f} times the generalist's {key}"
-        for key in ("parameters", "multiplications")
+        f"{row[key] / generalist[key]:.1f} times {words}"
+        for key, words in whose.items()
         if row.get(key) and generalist.get(key)
     ]
     return f"a network of {' and '.join(factors)}"

@@ -246,6 +246,20 @@ def test_a_control_beats_the_ensemble_only_measurably():
     assert verdict(beaten).startswith("wider beats the ensemble in top-1 (250 errors against 300)")
 
 
+def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
+    ahead = {"top1": 0.02, "nll": -0.05}
+    found = decided(
+        control_wall=with_versus(row(280, 0.95), **ahead),
+        wider=with_versus(row(200, 0.8), **ahead),
+        average=with_versus(row(270, 0.9), **ahead),
+        student_hard=with_versus(row(305, 0.95), -0.005, -0.05),
+    )
+    assert verdict(found).startswith(
+        "wider beats the ensemble in top-1 (200 errors against 300) and NLL (0.8000 against "
+        "1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. The ensem"
+    )
+
+
 def test_verdict_tells_the_controls_that_it_beats_from_those_that_it_may_not():
     found = decided(
         wider=with_versus(row(305, 1.0), top1=-0.005),
