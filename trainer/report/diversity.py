@@ -91,7 +91,7 @@ def _whole(value: float | None) -> str:
     return ABSENT if value is None else f"{value:,}"
 
 
-def ensemble_sizes(results: Results) -> list[dict]:
+def size_rows(results: Results) -> list[dict]:
     """The metrics of the ensemble's first 1, 2, ... members together.
 
     MOST_SIZES at most, evenly spaced, the first and the last among them.

@@ -61,7 +61,7 @@ class MetricRow:
 
 
 @dataclass(frozen=True)
-class SizeRow:
+class CostRow:
     """What a row is and takes.  times: its multiplications over the generalist's.
 
     latencies: milliseconds of an example, for each size of a batch that was measured.
@@ -173,13 +173,13 @@ def metric_rows(evidence: Evidence) -> list[MetricRow]:
     ]
 
 
-def size_rows(evidence: Evidence) -> list[SizeRow]:
+def cost_rows(evidence: Evidence) -> list[CostRow]:
     """Size, latency and training cost of each row."""
     rows, batches = evidence.rows, measured_batches(evidence.rows)
     colours = colours_of(rows)
     alone = rows["generalist"].get("multiplications")
     return [
-        SizeRow(
+        CostRow(
             name=name,
             colour=colours[name],
             top1=row["top1"],

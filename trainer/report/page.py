@@ -22,7 +22,7 @@ from pipeline.store import write_json, write_text
 from .calibration import calibration_rows, reliability_panels
 from .conditions import run_conditions, stage_times
 from .curves import learning_curves
-from .diversity import diversity_table, ensemble_sizes, size_plot
+from .diversity import diversity_table, size_plot, size_rows
 from .evidence import Evidence
 from .examples import changed_examples, picture_rows
 from .explanations import explanations, missing_rows
@@ -31,10 +31,10 @@ from .frequency import frequency
 from .groups import captured_confusion, group_cards
 from .overview import (
     cost_plots,
+    cost_rows,
     headline_tiles,
     measured_batches,
     metric_rows,
-    size_rows,
     softmax_note,
     students_in_the_head,
 )
@@ -134,7 +134,7 @@ def _sections(evidence: Evidence) -> dict[str, object]:
         "names": evidence.names,
         "rows": metric_rows(evidence),
         "rows_explained": explanations(evidence),
-        "size_rows": size_rows(evidence),
+        "cost_rows": cost_rows(evidence),
         "batches": measured_batches(evidence.rows),
         "softmax_note": softmax_note(evidence),
         "cost_plots": cost_plots(evidence),
@@ -143,7 +143,7 @@ def _sections(evidence: Evidence) -> dict[str, object]:
         "calibration": calibration_rows(evidence),
         "reliability": reliability_panels(evidence),
         "diversity": diversity_table(evidence),
-        "sizes": ensemble_sizes(results),
+        "sizes": size_rows(results),
         "size_plot": size_plot(evidence),
         "conditions": run_conditions(evidence),
         "stages": stage_times(run),
