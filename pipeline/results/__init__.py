@@ -22,6 +22,7 @@ from .rows import (
     is_of_another_size,
     named_rows,
     read_results,
+    share_kept,
     share_of_gain,
 )
 from .verdicts import (
@@ -62,6 +63,7 @@ __all__ = [
     "percent",
     "read_evaluation",
     "read_file",
+    "share_kept",
     "share_of_gain",
     "student_verdict",
     "verdict",

@@ -204,16 +204,26 @@ def errors(row: Metrics) -> int:
     return row["n"] - round(row["n"] * row["top1"])
 
 
-def share_of_gain(row: Row, results: Results) -> float | None:
+def share_of_gain(row: Metrics, results: Results) -> float | None:
     """How much of the ensemble's gain over the generalist a row keeps, in top-1 errors.
 
-    1 is all of it, or more; negative is worse than the generalist.  None where the ensemble gains
-    nothing, and for a network of another size than the generalist's, which gains by its size.
+    1 is all of it, negative is worse than the generalist.  None where the ensemble gains nothing.
     """
     before, after = errors(results["generalist"]), errors(results["ensemble"])
-    if after >= before or is_of_another_size(row, results["generalist"]):
+    if after >= before:
         return None
-    return min(1.0, (before - errors(row)) / (before - after))
+    return (before - errors(row)) / (before - after)
+
+
+def share_kept(row: Row, results: Results) -> float | None:
+    """The same as a report says it: never more than 1.
+
+    None for a network of another size than the generalist's, too, which gains by its size.
+    """
+    share = share_of_gain(row, results)
+    if share is None or is_of_another_size(row, results["generalist"]):
+        return None
+    return min(1.0, share)
 
 
 def is_of_another_size(row: Row, generalist: Row) -> bool:

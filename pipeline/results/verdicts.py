@@ -19,7 +19,7 @@ from .rows import (
     errors,
     is_of_another_size,
     named_rows,
-    share_of_gain,
+    share_kept,
 )
 
 NAMES: dict[Literal["top1", "nll"], str] = {"top1": "top-1", "nll": "NLL"}
@@ -187,7 +187,7 @@ def _gain_kept(name: str, student: Row, results: Results) -> str:
         )
     if compare_paired(student, "ensemble", ensemble, "top1") > 0:
         return f"{subject} keeps all of the ensemble's gain in top-1, and makes fewer errors still"
-    share = share_of_gain(student, results)
+    share = share_kept(student, results)
     assert share is not None
     if share == 1:
         return f"{subject} keeps all of the ensemble's gain in top-1"
@@ -208,7 +208,7 @@ def _size(row: Row, generalist: Row) -> str:
 def _versus_twin(name: str, student: Row, results: Results) -> str:
     """How it stands against the network that learned from labels alone."""
     twin_called = twin_name(name)
-    twin = results["controls"].get(twin_called)
+    twin = results["controls"].get(twin_called) or results["students"].get(twin_called)
     if twin is None or twin["nll"] is None or student["nll"] is None:
         return ""
     if compare_paired(student, twin_called, twin, "nll") == 0:

@@ -11,6 +11,7 @@ from pipeline.results import (
     errors,
     missing_line,
     named_rows,
+    share_kept,
     share_of_gain,
     student_verdict,
     verdict,
@@ -296,7 +297,7 @@ def test_a_student_never_keeps_more_than_the_gain():
     better = with_versus(row(200, 0.9), 0.1, -0.1)
     better = with_versus(better, 0.168, -0.3, name="generalist")
     found = decided()
-    assert share_of_gain(better, found) == 1
+    assert share_of_gain(better, found) > 2 and share_kept(better, found) == 1
     line = student_line(better)
     assert "keeps all of the ensemble's gain in top-1, and makes fewer errors still" in line
     assert "%" not in line
@@ -306,7 +307,7 @@ def test_a_student_of_another_size_keeps_no_share():
     wide = with_versus(row(250, 0.9), 0.118, -0.3, name="generalist") | {"parameters": 240}
     found = decided()
     found["generalist"]["parameters"] = 100
-    assert share_of_gain(wide, found) is None
+    assert share_kept(wide, found) is None and share_of_gain(wide, found) > 1
     found["students"] = {"main": wide}
     assert student_verdict(found) == (
         "The student main, a network of 2.4 times the generalist's parameters, reaches 75.00 % "
@@ -326,6 +327,16 @@ def test_a_student_is_held_against_its_own_twin():
     assert student_line(better, student_hard=row(354, 1.105)).endswith(
         "its NLL, 1.100, is not measurably different from the 1.105 of its twin on hard labels, "
         "and its top-1 is 2.00 points above the twin's."
+    )
+
+
+def test_a_twin_may_be_a_student_of_the_users_own():
+    student = with_versus(row(334, 1.1), 0.034, -0.1, name="generalist")
+    found = decided()
+    found["students"] = {"few": student, "few_hard": row(350, 1.2)}
+    line = student_verdict(found, "few")
+    assert line.endswith(
+        "below the 1.200 of its twin on hard labels, and its top-1 is 1.60 points above the twin's."
     )
 
 

@@ -15,7 +15,7 @@ from pipeline.results import (
     milliseconds,
     number,
     percent,
-    share_of_gain,
+    share_kept,
     worth,
 )
 
@@ -126,7 +126,7 @@ def _student_tile(results: Results) -> Tile | None:
     what = "of the gain kept by one network, the student"
     gains = compare_paired(ensemble, "generalist", generalist, "top1") > 0
     keeps = compare_paired(student, "generalist", generalist, "top1")
-    fraction = share_of_gain(student, results)
+    fraction = share_kept(student, results)
     if not gains or fraction is None:
         return Tile(what, "–", note)
     return Tile(what, percent(fraction, 0) if keeps > 0 else "none", note)
