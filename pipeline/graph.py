@@ -135,13 +135,12 @@ class RunDirectory:
         lengths = []
         if self.config.specialists.patience:
             lengths = [stage for stage in self.specialists if stage.kind.trains]
-        extra = {"called": name}
         return self.stage(
             "control",
             [*behind, *lengths],
             name,
-            before=Before(behind, extra),
-            **extra,
+            before=Before(behind, {"called": name}),
+            called=name,
             keeps="best",
         )
 

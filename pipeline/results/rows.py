@@ -243,11 +243,11 @@ def compare_paired(row: Row, name: str, other: Row, metric: Literal["top1", "nll
     paired = row.get("versus", {}).get(name)
     if paired is None:
         return _compare_alone(row, other, metric)
-    difference = paired[metric]
-    if abs(difference) <= paired[f"{metric}_half"]:
-        return 0
-    better = difference > 0 if metric == "top1" else difference < 0
-    return 1 if better else -1
+    if metric == "top1":
+        gain, half = paired["top1"], paired["top1_half"]
+    else:
+        gain, half = -paired["nll"], paired["nll_half"]
+    return 0 if abs(gain) <= half else _sign(gain)
 
 
 def _compare_alone(row: Row, other: Row, metric: Literal["top1", "nll"]) -> int:

@@ -134,10 +134,9 @@ def _versus_controls(results: Results) -> str:
         clause = f", as many as {_listed(ties)}"
     elif not undecided:
         clause = ", fewer than every control"
-    elif len(undecided) < len(controls):
-        clause = f", fewer than every control but {_listed(undecided)}"
     else:
-        clause = ""
+        beaten = [name for name in controls if name not in undecided]
+        clause = f", fewer than {_listed(beaten)}" if beaten else ""
     if undecided:
         clause += f"; to {_listed(undecided)} there is no measurable difference in top-1"
     lower = [compare_paired(row, "ensemble", ensemble, "nll") < 0 for row in controls.values()]

@@ -267,7 +267,7 @@ def test_verdict_tells_the_controls_that_it_beats_from_those_that_it_may_not():
         control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1),
     )
     assert verdict(found).endswith(
-        ", fewer than every control but wider; to wider there is no measurable difference in top-1."
+        ", fewer than control_wall; to wider there is no measurable difference in top-1."
     )
 
 
