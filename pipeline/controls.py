@@ -2,7 +2,8 @@
 
 control_wall trains the generalist on for as long as one specialist trained, at several peak rates;
 the best on val is evaluated.  control_compute trains it on for as many examples as all specialists
-together saw.  Both keep their best step on val, the start among the candidates.
+together saw, and the other generalist that they start as, where the run trains one.  Both keep
+their best step on val, the start among the candidates.
 NAME_hard is the twin of students.NAME that learns from labels; main's is student_hard.
 The rows of pipeline.choices.CONTROL_ROWS are made where controls.rows asks for them.
 """

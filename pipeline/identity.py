@@ -35,6 +35,8 @@ class Identity:
         values["ensemble"].pop("networks")  # by what they hold, wherever they lie
         for key in IN_A_KEY_OTHERWISE["controls"]:  # each of the stage that it makes
             values["controls"].pop(key)
+        if config.specialists.given_start:
+            values["specialists"]["from"] = classifier_identity(config.specialists.given_start)
         for section, keys in IN_NO_KEY.items():
             tables = values[section].values() if section == "students" else [values[section]]
             for table in tables:
