@@ -5,7 +5,10 @@ pipeline.controls says which controls there are; control_rows.py makes those of 
 
 from __future__ import annotations
 
-from pipeline.controls import COMPUTE, best_wall, twins, wall_rate
+import json
+from pathlib import Path
+
+from pipeline.controls import COMPUTE, is_wall, twins, wall_rate
 from pipeline.store import Stage
 
 from ..core.loop import TrainingTask
@@ -14,7 +17,7 @@ from .grouping import groups_of, skipped_groups
 from .networks import load_network, read_summary, save_network
 from .student import hard_twin_task
 from .training import branch_steps, generalist_task, specialist_steps, train_network
-from .validate import validate_classifier
+from .validate import validate_calibrated
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
@@ -27,6 +30,8 @@ def control(session: Session, stage: Stage, name: str) -> None:
             task = hard_twin_task(session, student)
         network, summary = train_network(session, attempt, task)
         summary["learning_rate"] = task.schedule.learning_rate
+        if student is None and session.ranks.is_main:
+            summary["last"] = last_validation(attempt.path("metrics.jsonl"))
         save_network(session, attempt, network, summary)
         if student is None and summary["best_step"] == 0:
             session.say("%s: no step was better on val than the generalist, which it stays", name)
@@ -36,6 +41,8 @@ def trained_on(session: Session, name: str) -> TrainingTask:
     """The generalist for as many steps as one specialist took, or as all together.
 
     It keeps its best step on val, and the start is a candidate, as of a specialist with patience.
+    The best one is calibrated first: training on makes a network overconfident, and by its loss
+    alone the control would give up errors that it had healed.
     """
     config = session.config
     lengths = trained_lengths(session)
@@ -46,7 +53,7 @@ def trained_on(session: Session, name: str) -> TrainingTask:
         update={"learning_rate": rate, "validate_every": validate_every, "patience": never(steps)}
     )
     network = load_network(session, session.run.generalist)
-    validate = validate_classifier(session)
+    validate = validate_calibrated(session)
     seed = session.seed("control", steps)
     return generalist_task(session, network, schedule, validate, seed, steps)
 
@@ -60,9 +67,26 @@ def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[fl
     """(peak learning rate, steps) of one of these controls."""
     if name != COMPUTE:
         return wall_rate(session.config, name), max(lengths)
-    best = best_wall(session.run)
-    assert best is not None, "control_compute waits for the wall controls"
-    return read_summary(session.run.controls[best])["learning_rate"], sum(lengths)
+    return rate_to_go_on_with(session), sum(lengths)
+
+
+def rate_to_go_on_with(session: Session) -> float:
+    """The wall controls' rate that ends at the lowest loss on val, whichever step each keeps.
+
+    A rate that pays in the end may be worse than the start for a while.
+    """
+    walls = [stage for name, stage in session.run.controls.items() if is_wall(name)]
+    summaries = [read_summary(stage) for stage in walls]
+    best = min(summaries, key=lambda summary: summary["last"]["raw_loss"])
+    return best["learning_rate"]
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """What the last validation of a training found, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if "val/loss" in row][-1]
+    prefix = "val/"
+    return {key.removeprefix(prefix): value for key, value in last.items() if prefix in key}
 
 
 def trained_lengths(session: Session) -> list[int]:
