@@ -3,7 +3,7 @@
 control_wall trains the generalist on for as long as one specialist trained, at several peak rates;
 the best on val is evaluated.  control_compute trains it on for as many examples as all specialists
 together saw, and the other generalist that they start as, where the run trains one.  Both keep
-their best step on val, the start among the candidates.
+their best step on val, calibrated, the start among the candidates.
 NAME_hard is the twin of students.NAME that learns from labels; main's is student_hard.
 The rows of pipeline.choices.CONTROL_ROWS are made where controls.rows asks for them.
 """
@@ -40,7 +40,10 @@ def wall_rate(config: Config, name: str) -> float:
 
 
 def best_wall(run: RunDirectory) -> str | None:
-    """The finished wall control with the lowest loss on val; it counts as control_wall."""
+    """The finished wall control with the lowest loss on val; it counts as control_wall.
+
+    Its loss is after temperature scaling, as `trainer.stages.control` has it.
+    """
     losses = {}
     for name, stage in run.controls.items():
         if is_wall(name) and stage.done() is not None:

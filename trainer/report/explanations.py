@@ -127,8 +127,8 @@ def _explain_control_wall(run: RunDirectory) -> str:
         "The generalist trained on, without groups, for as many further examples as one specialist "
         f"saw{seen}: what the same wall-clock time would have given, where all specialists train "
         f"side by side. {_kept_step(run, best)}Of the peak rates "
-        f"{', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest loss on the val "
-        f"split is shown{chosen}."
+        f"{', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest calibrated loss on "
+        f"the val split is shown{chosen}."
     )
 
 
@@ -138,8 +138,8 @@ def _explain_control_compute(run: RunDirectory) -> str:
         others = " and the other generalist that they start as"
     return (
         "The generalist trained on, without groups, for as many further examples as all "
-        f"specialists{others} saw together{_examples_seen(run, 'control_compute')}, at the same "
-        "rate: what equal total compute does for a single network. "
+        f"specialists{others} saw together{_examples_seen(run, 'control_compute')}, at the rate "
+        "that ended best in control_wall: what equal total compute does for a single network. "
         f"{_kept_step(run, 'control_compute')}Where "
         "the generalist is not yet converged this is the one hard to beat. The search for the rate "
         "is not charged."

@@ -5,9 +5,11 @@ pipeline.controls says which controls there are; control_rows.py makes those of 
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
-from pipeline.controls import COMPUTE, best_wall, twins, wall_rate
+from pipeline.controls import COMPUTE, is_wall, twins, wall_rate
 from pipeline.store import Stage
 
 from ..core.loop import TrainingTask
@@ -22,7 +24,7 @@ from .training import (
     specialist_steps,
     train_network,
 )
-from .validate import validate_classifier
+from .validate import validate_calibrated
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
@@ -35,6 +37,8 @@ def control(session: Session, stage: Stage, name: str) -> None:
             task = hard_twin_task(session, student)
         network, summary = train_network(session, attempt, task)
         summary["learning_rate"] = task.schedule.learning_rate
+        if student is None and session.ranks.is_main:
+            summary["last"] = last_validation(attempt.path("metrics.jsonl"))
         save_network(session, attempt, network, summary)
         if student is None and summary["best_step"] == 0:
             session.say("%s: no step was better on val than the generalist, which it stays", name)
@@ -44,6 +48,8 @@ def trained_on(session: Session, name: str) -> TrainingTask:
     """The generalist for as many steps as one specialist took, or as all together.
 
     It keeps its best step on val, and the start is a candidate, as of a specialist with patience.
+    The best one is calibrated first: training on makes a network overconfident, and by its loss
+    alone the control would give up errors that it had healed.
     """
     config = session.config
     lengths = trained_lengths(session)
@@ -54,7 +60,7 @@ def trained_on(session: Session, name: str) -> TrainingTask:
         update={"learning_rate": rate, "validate_every": validate_every, "patience": never(steps)}
     )
     network = load_network(session, session.run.generalist)
-    validate = validate_classifier(session)
+    validate = validate_calibrated(session)
     seed = session.seed("control", steps)
     return generalist_task(session, network, schedule, validate, seed, steps)
 
@@ -68,10 +74,7 @@ def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[fl
     """(peak learning rate, steps) of one of these controls."""
     if name != COMPUTE:
         return wall_rate(session.config, name), max(lengths)
-    best = best_wall(session.run)
-    assert best is not None, "control_compute waits for the wall controls"
-    steps = sum(lengths) + steps_of_another(session)
-    return read_summary(session.run.controls[best])["learning_rate"], steps
+    return rate_to_go_on_with(session), sum(lengths) + steps_of_another(session)
 
 
 def steps_of_another(session: Session) -> int:
@@ -84,6 +87,25 @@ def steps_of_another(session: Session) -> int:
     schedule = session.config.train
     examples = count_steps(schedule, session.shards("train").num_samples) * schedule.batch_size
     return math.ceil(examples / session.config.specialists.batch_size)
+
+
+def rate_to_go_on_with(session: Session) -> float:
+    """The wall controls' rate that ends at the lowest loss on val, whichever step each keeps.
+
+    A rate that pays in the end may be worse than the start for a while.
+    """
+    walls = [stage for name, stage in session.run.controls.items() if is_wall(name)]
+    summaries = [read_summary(stage) for stage in walls]
+    best = min(summaries, key=lambda summary: summary["last"]["raw_loss"])
+    return best["learning_rate"]
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """What the last validation of a training found, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if "val/loss" in row][-1]
+    prefix = "val/"
+    return {key.removeprefix(prefix): value for key, value in last.items() if prefix in key}
 
 
 def trained_lengths(session: Session) -> list[int]:

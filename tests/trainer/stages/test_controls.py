@@ -1,5 +1,6 @@
 """Controls: rows of other networks, twins, best steps, and specialists that are dropped."""
 
+import json
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from trainer.distributed.ranks import Ranks, process_group
 from trainer.session import Session
 from trainer.stages.control import never, trained_lengths
 from trainer.stages.rehearsal import rehearse
+from trainer.stages.validate import validate_calibrated
 
 ROWS = 'controls.rows=["wider", "average", "shortlist"]'
 EARLY = (
@@ -113,12 +115,35 @@ def test_control_compute_sees_what_the_specialists_saw(finished, results):
 
 
 def test_a_control_keeps_its_best_step_and_the_start_is_a_candidate(finished):
-    start = summary_of(finished.generalist)["val"]["loss"]
+    generalist = summary_of(finished.generalist)["val"]
     for name, stage in finished.controls.items():
-        if name.startswith("control_"):
-            summary = summary_of(stage)
-            assert summary["val"]["loss"] <= start + 1e-9 and not summary["stopped_early"]
+        if not name.startswith("control_"):
+            continue
+        rows = [json.loads(line) for line in stage.path("metrics.jsonl").read_text().splitlines()]
+        losses = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
+        start = next(row for row in rows if row["step"] == 0)
+        assert start["val/raw_loss"] == pytest.approx(generalist["loss"], rel=1e-5)
+        assert start["val/loss"] <= start["val/raw_loss"]
+        assert start["val/top1"] == pytest.approx(generalist["top1"], rel=1e-5)
+        summary = summary_of(stage)
+        assert summary["best_step"] == min(losses, key=lambda step: losses[step])
+        assert summary["val"]["loss"] == pytest.approx(min(losses.values()), rel=1e-5)
+        assert summary["last"]["loss"] == losses[summary["steps"]] and not summary["stopped_early"]
     assert never(30) > 30
+
+
+def test_the_best_step_of_a_control_is_found_after_calibration(finished):
+    """Logits ten times as large are as right as before: raw loss is worse, calibrated the same."""
+    (network,) = networks_of(finished.generalist)
+    with process_group(finished.config.engine) as ranks:
+        validate = validate_calibrated(Session(finished, ranks))
+        before = validate(network)
+        with torch.no_grad():
+            network.head.weight *= 10
+            network.head.bias *= 10
+        after = validate(network)
+    assert after["loss"] == pytest.approx(before["loss"], rel=1e-3)
+    assert after["raw_loss"] > 1.2 * before["raw_loss"] and after["top1"] == before["top1"]
 
 
 def test_a_control_that_only_gets_worse_is_the_generalist(data, finished, tmp_path):

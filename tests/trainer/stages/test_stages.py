@@ -107,7 +107,7 @@ def test_controls_are_validated_as_many_times_as_a_specialist(finished):
 
 def test_control_compute_takes_the_rate_that_was_best_on_val(finished):
     walls = [control_summary(finished, f"control_wall-{i}") for i in range(3)]
-    best = min(walls, key=lambda wall: wall["val"]["loss"])
+    best = min(walls, key=lambda wall: wall["last"]["raw_loss"])
     assert len({wall["learning_rate"] for wall in walls}) == 3
     compute = control_summary(finished, "control_compute")
     assert compute["learning_rate"] == best["learning_rate"]
