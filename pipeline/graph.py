@@ -171,7 +171,7 @@ class RunDirectory:
     @cached_property
     def second(self) -> Stage:
         """A further generalist from another seed, which a deep ensemble has among its members."""
-        trained = [stage for stage in self.members if stage.kind.trains]
+        trained = [stage for stage in self.members if stage.kind is KINDS["member"]]
         index = len(self.members) + 1
         return trained[0] if trained else self.stage("member", (), index, index=index)
 
