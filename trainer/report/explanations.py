@@ -119,14 +119,15 @@ def _explain_start(specialists: Specialists) -> str:
 
 def _explain_control_wall(run: RunDirectory) -> str:
     rates, best = run.config.controls.learning_rates, best_wall(run)
-    seen, chosen = "", ""
+    seen, chosen, kept = "", "", ""
     if best is not None:
-        seen = _examples_seen(run, best)
-        chosen = f"; {wall_rate(run.config, best):.2g} was best"
+        seen, kept = _examples_seen(run, best), _kept_step(run, best)
+        if _best_step(run, best) != 0:
+            chosen = f"; {wall_rate(run.config, best):.2g} was best"
     return (
         "The generalist trained on, without groups, for as many further examples as one specialist "
         f"saw{seen}: what the same wall-clock time would have given, where all specialists train "
-        f"side by side. {_kept_step(run, best)}Of the peak rates "
+        f"side by side. {kept}Of the peak rates "
         f"{', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest calibrated loss on "
         f"the val split is shown{chosen}."
     )
@@ -213,18 +214,24 @@ def missing_rows(evidence: Evidence) -> dict | None:
     return {"listed": "; ".join(what), "command": command}
 
 
-def _kept_step(run: RunDirectory, control: str | None) -> str:
-    """Which step it kept by its loss on val; earlier versions kept the last one and say nothing."""
-    stage = run.controls.get(control or "")
-    if stage is None or not stage.is_done:
+def _kept_step(run: RunDirectory, control: str) -> str:
+    """Which step it kept, if not the last one."""
+    best = _best_step(run, control)
+    if best is None:
         return ""
-    summary = read_file(stage, "summary.json") or {}
-    best, steps = summary.get("best_step"), summary.get("steps")
     if best == 0:
         return "No step was better on val than its start, so it is the generalist itself. "
-    if best is None or best == steps:
-        return ""
-    return f"Best on val was step {best:,} of {steps:,}, which it keeps. "
+    return f"Its best step on val is kept, {best:,}. "
+
+
+def _best_step(run: RunDirectory, control: str) -> int | None:
+    """None where it is the last one, as it always was in earlier versions."""
+    stage = run.controls.get(control)
+    if stage is None or not stage.is_done:
+        return None
+    summary = read_file(stage, "summary.json") or {}
+    best = summary.get("best_step")
+    return None if best == summary.get("steps") else best
 
 
 def _examples_seen(run: RunDirectory, control: str) -> str:

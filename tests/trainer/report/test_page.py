@@ -415,3 +415,15 @@ def test_no_tile_and_no_sentence_gives_a_larger_student_a_share(tmp_path, make_h
     assert "of the gain" not in head
     assert "errors of the student, a network of another size" in head
     assert "a network of 2.4 times the generalist&#39;s parameters and 2.5 times its" in head
+
+
+def test_a_control_that_stays_the_generalist_is_said_to(hand_worked):
+    for name, stage in hand_worked.controls.items():
+        path = stage.path("summary.json")
+        content = json.loads(path.read_text())
+        best = 0 if name.startswith("control_wall") else 4000
+        path.write_text(json.dumps({**content, "best_step": best}))
+    text = text_of(render(hand_worked, collect(hand_worked)))
+    assert "No step was better on val than its start, so it is the generalist itself." in text
+    assert "is shown." in text and "was best" not in text
+    assert "Its best step on val is kept, 4,000. Where" in text
