@@ -10,6 +10,8 @@ from networks import (
     Classifier,
     load_classifier,
     mean_log_probabilities,
+    multiplications,
+    parameter_count,
     read_inputs,
     save_classifier,
 )
@@ -64,6 +66,15 @@ class NetworkEnsemble:
         """
         raw = torch.as_tensor(inputs).to(self.device)
         return torch.stack([mean_log_probabilities(network, raw) for network in self.networks])
+
+    def multiplications(self) -> float:
+        """What the networks multiply for one example, together."""
+        raw = self.generalist.zero_input()
+        return float(sum(multiplications(network, raw) for network in self.networks))
+
+    def parameters(self) -> int:
+        """Of all networks."""
+        return sum(map(parameter_count, self.networks))
 
     def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:
         """Per row {classes, names, probabilities, specialists}, as SpecialistEnsemble's.

@@ -11,6 +11,7 @@ from networks import (
     Classifier,
     lazy_logits,
     mean_log_probabilities,
+    multiplications,
     top_k,
 )
 from networks.builders import Builders
@@ -173,6 +174,14 @@ class ShortlistEnsemble(NetworkEnsemble):
             temperatures=self.temperatures,
         )
 
+    def multiplications(self) -> float:
+        """What the networks multiply for one example: of a further one's head, k rows."""
+        generalist, *others = self.networks
+        raw = generalist.zero_input()
+        counts = [multiplications(generalist, raw)]
+        counts += [asked_multiplications(network, raw, self.shortlist) for network in others]
+        return float(sum(counts))
+
     @torch.no_grad()
     def probabilities(self, inputs: Inputs) -> Tensor:
         """[B, C] for inputs that `read` can read."""
@@ -191,6 +200,15 @@ def logits_at(network: Classifier, raw: Tensor, indices: Tensor) -> Tensor:
     if network.num_members > 1:
         return mean_log_probabilities(network, raw).gather(1, indices)
     return lazy_logits(network, raw).logits_at(indices)
+
+
+def asked_multiplications(network: Classifier, raw: Tensor, count: int) -> int:
+    """Of one example, of a network that is asked about `count` classes; raw: [1, ...]."""
+    whole = multiplications(network, raw)
+    if network.num_members > 1:  # it answers about every class
+        return whole
+    rows = network.linear_head.weight
+    return whole - (len(rows) - count) * rows.shape[1]
 
 
 def check_alike(networks: Sequence[Classifier]) -> None:

@@ -19,6 +19,7 @@ from networks import (
     ModelSpec,
     load_classifier,
     multiplications,
+    parameter_count,
     read_inputs,
     top_k,
 )
@@ -445,6 +446,10 @@ class SpecialistEnsemble:
             if share:
                 total += share * self._own_multiplications(m, raw)
         return total
+
+    def parameters(self) -> int:
+        """Of the generalist and its specialists; of a branch, those of its own."""
+        return sum(map(parameter_count, [self.generalist, *self.specialists.values()]))
 
     @torch.no_grad()
     def _own_multiplications(self, m: int, raw: Tensor) -> int:

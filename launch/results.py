@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -17,7 +19,10 @@ from pipeline.results import (
     Row,
     classes_line,
     count,
+    dropped_line,
     duration,
+    milliseconds,
+    missing_line,
     named_rows,
     number,
     percent,
@@ -26,61 +31,132 @@ from pipeline.results import (
     verdict,
     worth,
 )
+from pipeline.results.formats import ABSENT
 from pipeline.results.training import val_top1
 from pipeline.store import Stage, read_json
+
+GAP = 2  # between two columns of a table
 
 
 def show_results(run: RunDirectory, console: Console) -> None:
     """Print RUN/results.json: the verdict, the metrics, and where the report is."""
     results = read_results(run.root / "results.json")
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
-    lines = (student_verdict(results), classes_line(results), shortlist_line(run), start_line(run))
-    for line in lines:
+    lines = [student_verdict(results), classes_line(results), shortlist_line(run), start_line(run)]
+    for line in [*lines, dropped_line(results)]:
         if line is not None:
             console.print(Text(line), soft_wrap=True)
-    console.print(results_table(results))
+    for columns in (COLUMNS, cost_columns(results)):
+        console.print(results_table(results, columns, console.width))
+    legend = cost_legend(results)
+    if legend:
+        console.print(Text(legend, style="dim"))
+    missing = missing_line(results, shlex.quote(_near(run.root)))
+    if missing is not None:
+        console.print(Text(missing), soft_wrap=True)
     console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
 
 
+def _near(path: Path) -> str:
+    """A path from here, or from the root where it is not below."""
+    relative = os.path.relpath(path)
+    return os.path.abspath(path) if relative.startswith("..") else relative
+
+
 class Column(NamedTuple):
-    """needs: a key that some row must have, or the column is left out; "" is always shown."""
+    """needs: a key that some row must have, or the column is left out; "" is always shown.
+
+    rank: the columns with the highest are left out first, where the terminal is too narrow.
+    """
 
     title: str
     text: Callable[[Row, Results], str]
     needs: str = ""
+    rank: int = 0
 
 
 COLUMNS = [
     Column("top-1", lambda row, _: percent(row["top1"])),
-    Column("top-5", lambda row, _: percent(row["top5"])),
+    Column("top-5", lambda row, _: percent(row["top5"]), rank=2),
     Column("NLL", lambda row, _: number(row["nll"])),
-    Column("cNLL", lambda row, _: number(row.get("cnll")), needs="cnll"),
-    Column("Brier", lambda row, _: number(row["brier"])),
-    Column("ECE", lambda row, _: number(row["ece"])),
-    Column("DEE", worth, needs="dee"),
-    Column("macro top-1", lambda row, _: percent(row["macro_top1"])),
-    Column("time", lambda row, _: duration(row["cost"]["seconds"])),
-    Column("examples", lambda row, _: count(row["cost"]["examples_seen"])),
+    Column("cNLL", lambda row, _: number(row.get("cnll")), needs="cnll", rank=1),
+    Column("Brier", lambda row, _: number(row["brier"]), rank=4),
+    Column("ECE", lambda row, _: number(row["ece"]), rank=1),
+    Column("DEE", worth, needs="dee", rank=1),
+    Column("macro top-1", lambda row, _: percent(row["macro_top1"]), rank=3),
 ]
 
 
-def results_table(results: Results) -> Table:
+def cost_columns(results: Results) -> list[Column]:
+    """Size, latency an example and training; latency at each batch that was measured."""
+    rows = named_rows(results).values()
+    batches = {size for row in rows for size in row["cost"].get("latency_ms") or {}}
+
+    def latency(batch: str) -> Column:
+        def text(row: Row, _: Results) -> str:
+            return milliseconds((row["cost"].get("latency_ms") or {}).get(batch))
+
+        return Column(f"ms ({batch})", text, rank=1)
+
+    return [
+        Column("params", lambda row, _: count(row.get("parameters")), "parameters"),
+        Column("mults", lambda row, _: count(row.get("multiplications")), "multiplications"),
+        Column("asked", lambda row, _: _decimal(row.get("asked")), "asked", rank=2),
+        *map(latency, sorted(batches, key=int)),
+        Column("examples", lambda row, _: count(row["cost"]["examples_seen"])),
+        Column("time", lambda row, _: duration(row["cost"]["seconds"]), rank=3),
+    ]
+
+
+def _decimal(value: float | None) -> str:
+    return ABSENT if value is None else f"{value:.2f}"
+
+
+def cost_legend(results: Results) -> str | None:
+    """What the columns of size and latency say; None of a run that has none."""
+    if "multiplications" not in results["generalist"]:
+        return None
+    return (
+        "mults: multiplications of an example, softmax not counted; asked: networks beside the "
+        "generalist; ms (batch): measured, one thread, an example; examples, time: of training"
+    )
+
+
+def results_table(
+    results: Results, columns: Sequence[Column] = COLUMNS, width: int | None = None
+) -> Table:
     """One row for each of generalist, controls, ensemble and students.
 
     cNLL is after temperature scaling, DEE a row's worth in networks of a deep ensemble.  Both are
-    shown only where a run has them.
+    shown only where a run has them.  width: of the terminal; columns that do not fit are left out.
     """
     rows = named_rows(results)
     known = {"", *(key for row in rows.values() for key in row)}
-    columns = [column for column in COLUMNS if column.needs in known]
+    cells = {
+        column: [column.text(row, results) for row in rows.values()]
+        for column in columns
+        if column.needs in known
+    }
+    shown = _fitting(cells, max(map(len, rows)), width)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for column in columns:
+    for column in shown:
         table.add_column(column.title, justify="right", no_wrap=True)
-    for name, row in rows.items():
-        cells = [column.text(row, results) for column in columns]
-        table.add_row(Text(name), *cells, style=_style(name))
+    for index, name in enumerate(rows):
+        table.add_row(Text(name), *(cells[column][index] for column in shown), style=_style(name))
     return table
+
+
+def _fitting(cells: dict[Column, list[str]], names: int, width: int | None) -> list[Column]:
+    """The columns that fit beside the rows' names; of those that do not, the least first."""
+    widths = {column: max(map(len, [column.title, *texts])) for column, texts in cells.items()}
+    shown = list(cells)
+    while width and names + sum(GAP + widths[column] for column in shown) > width:
+        least = max(shown, key=lambda column: column.rank)
+        if not least.rank:
+            break
+        shown.remove(least)
+    return shown
 
 
 def comparison_table(comparison: Comparison) -> Table:

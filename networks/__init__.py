@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .pictures import PictureRules, read_picture
     from .reading import read_inputs
     from .residual_row import ResidualRow, fit_residual_row
+    from .sizing import count_multiplications, scale, widened_to
     from .spec import InputSpec, ModelSpec
     from .specialising import specialise
     from .widening import widen
@@ -56,6 +57,9 @@ _MODULE_OF = {
     "member_log_probabilities": "members",
     "mean_log_probabilities": "members",
     "RankOne": "members",
+    "count_multiplications": "sizing",
+    "scale": "sizing",
+    "widened_to": "sizing",
     "specialise": "specialising",
     "match_classes": "growing",
     "add_classes": "growing",
@@ -91,6 +95,7 @@ __all__ = [
     "build_classifier",
     "builtin_options",
     "candidates_of",
+    "count_multiplications",
     "cross_entropy_among",
     "declared_options",
     "draw_classes",
@@ -110,10 +115,12 @@ __all__ = [
     "read_picture",
     "remap_specialist",
     "save_classifier",
+    "scale",
     "set_trainable",
     "specialise",
     "top_k",
     "widen",
+    "widened_to",
 ]
 
 

@@ -17,6 +17,7 @@ from networks.choices import NETWORKS
 
 __all__ = [
     "AUGMENTATIONS",
+    "CONTROL_ROWS",
     "CHOOSE_ALL_GROUPS",
     "COMBINERS",
     "COMBINER_ALIASES",
@@ -27,6 +28,7 @@ __all__ = [
     "NETWORKS",
     "STUDENT_METHODS",
     "TAKE_SHARE",
+    "ControlRow",
     "EngineKind",
     "LossKind",
     "StudentMethod",
@@ -118,6 +120,39 @@ STUDENT_METHODS: dict[str, StudentMethod] = {
         single_only=True,
         why="its one output says how unsure it is",
         dirichlet=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ControlRow:
+    """A rival of the ensemble that is made where the user asks for it, and named where not.
+
+    function: "module:function" of (session, stage, name), its stage.
+    trains: whether the stage takes optimizer steps, by [train].
+    of_second: whether it is made of the generalist and a second one, which another stage trains.
+    what: it is, in a few words.
+    """
+
+    function: str
+    what: str
+    trains: bool = False
+    of_second: bool = False
+
+
+CONTROL_ROWS: dict[str, ControlRow] = {
+    "wider": ControlRow(
+        "trainer.stages.control_rows:wider",
+        "a generalist of the ensemble's multiplications",
+        trains=True,
+    ),
+    "average": ControlRow(
+        "trainer.stages.control_rows:average", "two generalists averaged", of_second=True
+    ),
+    "shortlist": ControlRow(
+        "trainer.stages.control_rows:shortlist",
+        "two generalists, the second asked about a shortlist alone",
+        of_second=True,
     ),
 }
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from .choices import CONTROL_ROWS
 from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
 from .config.frozen import SINCE_SCHEMA_1
-from .controls import COMPUTE, HARD_TWIN, wall_names
+from .controls import COMPUTE, HARD_TWIN, is_wall, twins, wall_names
 from .identity import Identity, digest, network_identity
 from .methods import Method, method_of
 from .stages import KINDS, StageKind
 from .store import Stage
+
+
+class Before(NamedTuple):
+    """What a stage's key was made of in earlier versions."""
+
+    inputs: Iterable[Stage]
+    extra: dict[str, Any]
 
 
 class RunDirectory:
@@ -40,23 +49,26 @@ class RunDirectory:
         address: int | str | None = None,
         sections: tuple[str, ...] | None = None,
         kind: StageKind | None = None,
+        before: Before | None = None,
         **extra,
     ) -> Stage:
         """A stage of the kind `name`, with its key.
 
         address: its index or name, in a family.  sections: instead of its row's.  kind: a row of
-        the run's own, instead of the table's.  extra: what enters its key beside config and
+        the run's own, instead of the table's.  before: what else entered its key in earlier
+        versions, whose results can still be read.  extra: what enters its key beside config and
         inputs.
         """
         kind = kind or KINDS[name]
         inputs = list(inputs)
-        keys = self.identity.keys(
-            (name, kind.former_name or name),
-            kind.sections if sections is None else sections,
-            [(each.keys[0], each.keys[-1]) for each in inputs],
-            extra,
+        before = before or Before(inputs, extra)
+        names = (name, kind.former_name or name)
+        read = kind.sections if sections is None else sections
+        keys = self.identity.keys(names, read, [_ends(each.keys) for each in inputs], extra)
+        former = self.identity.keys(
+            names, read, [_ends(each.former) for each in before.inputs], before.extra
         )
-        return Stage(self.root, kind, keys, inputs, address)
+        return Stage(self.root, kind, keys, inputs, address, former)
 
     # The way to the ensemble
 
@@ -110,21 +122,68 @@ class RunDirectory:
 
     @cached_property
     def controls(self) -> dict[str, Stage]:
-        """control_wall-0, -1, ... (one peak rate each), control_compute, and student_hard."""
-        if not self.config.controls.enabled:
-            return {}
-        controls = {}
-        if self.method.has_groups:
-            for name in wall_names(self.config):
-                controls[name] = self._control(name, [self.cluster])
-            controls[COMPUTE] = self._control(COMPUTE, list(controls.values()))
-        if "main" in self.config.students:
-            inputs = self._ancestors(self.config.students["main"].start)
-            sections = ("seed", "data", "model", "students.main")
-            controls[HARD_TWIN] = self._control(HARD_TWIN, inputs, sections)
-        return controls
+        """control_wall-0, -1, ... (one peak rate each), control_compute, rows and twins.
 
-    def _control(self, name: str, inputs: list[Stage], sections: tuple[str, ...] | None = None):
+        pipeline.controls says what each is.
+        """
+        controls = {}
+        if self.config.controls.enabled and self.method.has_groups:
+            for name in wall_names(self.config):
+                controls[name] = self._trained_on(name, [])
+            controls[COMPUTE] = self._trained_on(COMPUTE, list(controls.values()))
+        controls |= {name: self.control_row(name) for name in self.config.controls.rows}
+        return controls | {name: self._twin(name, of) for name, of in twins(self.config).items()}
+
+    def _trained_on(self, name: str, walls: list[Stage]) -> Stage:
+        """The generalist goes on; for how long, is known of specialists that may stop early when
+        they are done."""
+        behind = walls or [self.cluster]
+        lengths = []
+        if self.config.specialists.patience:
+            lengths = [stage for stage in self.specialists if stage.kind.trains]
+        return self.stage(
+            "control",
+            [*behind, *lengths],
+            name,
+            before=Before(behind, {"called": name}),
+            called=name,
+            keeps="best",
+        )
+
+    def control_row(self, name: str) -> Stage:
+        """One of pipeline.choices.CONTROL_ROWS, whether controls.rows asks for it or not."""
+        row = CONTROL_ROWS[name]
+        kind = dataclasses.replace(KINDS["control"], function=row.function, sections=())
+        if row.of_second:
+            settings = self.config.ensemble
+            extra: dict[str, Any] = {"temperatures": settings.temperatures}
+            extra |= {"shortlist": settings.shortlist, "order": settings.order}
+            extra["fit_weight"] = settings.fit_weight
+            evaluate = KINDS["evaluate"]
+            kind = dataclasses.replace(
+                kind, trains=row.trains, job=evaluate.job, slurm=evaluate.slurm
+            )
+            return self.stage(
+                "control", [self.generalist, self.second], name, kind=kind, called=name, **extra
+            )
+        model = self.config.controls.model
+        kind = dataclasses.replace(
+            kind, sections=("seed", "data", "model", "train"), schedule="train"
+        )
+        # Without widths of the user's, those of the ensemble's multiplications.
+        inputs = [] if model else [self.ensemble]
+        return self.stage("control", inputs, name, kind=kind, called=name, own_model=model)
+
+    @cached_property
+    def second(self) -> Stage:
+        """A further generalist from another seed, which a deep ensemble has among its members."""
+        trained = [stage for stage in self.members if stage.kind is KINDS["member"]]
+        index = len(self.members) + 1
+        return trained[0] if trained else self.stage("member", (), index, index=index)
+
+    def _twin(self, name: str, student: str) -> Stage:
+        inputs = self._ancestors(self.config.students[student].start)
+        sections = ("seed", "data", "model", f"students.{student}")
         return self.stage("control", inputs, name, sections, called=name)
 
     @cached_property
@@ -141,7 +200,10 @@ class RunDirectory:
     def evaluate(self) -> Stage:
         inputs = [self.ensemble, *self.controls.values(), *self.students.values()]
         kind = self.method.kinds.get("evaluate")
-        return self.stage("evaluate", inputs, kind=kind, ood=self.identity.ood)
+        extra = {"ood": self.identity.ood}
+        known = [stage for name, stage in self.controls.items() if _is_of_all_versions(name)]
+        before = Before([self.ensemble, *known, *self.students.values()], extra)
+        return self.stage("evaluate", inputs, kind=kind, before=before, **extra)
 
     @cached_property
     def report(self) -> Stage:
@@ -151,14 +213,10 @@ class RunDirectory:
     @cached_property
     def stages(self) -> list[Stage]:
         """Every stage, in an order in which each stands behind its inputs."""
-        stages = [
-            self.generalist,
-            *self.method.before_ensemble(),
-            self.ensemble,
-            *self._learners(),
-            self.evaluate,
-            self.report,
-        ]
+        stages = [self.generalist, *self.method.before_ensemble(), self.ensemble]
+        known = {stage.place for stage in stages}
+        stages += [stage for stage in self._learners() if stage.place not in known]
+        stages += [self.evaluate, self.report]
         return stages + self._further(stages)
 
     def _further(self, stages: list[Stage]) -> list[Stage]:
@@ -186,8 +244,9 @@ class RunDirectory:
 
     def schedule(self, stage: Stage) -> ResolvedSchedule:
         """How the network of a stage that trains is trained."""
-        if stage.address == HARD_TWIN:
-            return self.config.students["main"]
+        of_twin = twins(self.config).get(str(stage.address))
+        if stage.name == "control" and of_twin is not None:
+            return self.config.students[of_twin]
         if stage.kind.schedule == "students":
             return self.config.students[str(stage.address)]
         return getattr(self.config, stage.kind.schedule)
@@ -267,14 +326,25 @@ class RunDirectory:
 
         def add(stage: Stage) -> None:
             for needed in stage.inputs:
-                if needed.name in ("student", "targets"):
+                if needed.name in ("student", "targets", "member"):
                     add(needed)
             ordered.setdefault(stage.place, stage)
 
         of_ensemble = [stage for stage in self.targets.values() if stage.inputs == (self.ensemble,)]
         for stage in (*of_ensemble, *self.controls.values(), *self.students.values()):
             add(stage)
-        return list(ordered.values())
+        # Those that go in the job of `evaluate` stand beside it: a job stands behind its inputs.
+        last = KINDS["evaluate"].job
+        return sorted(ordered.values(), key=lambda stage: stage.kind.job == last)
+
+
+def _ends(keys: tuple[str, ...]) -> tuple[str, str]:
+    return keys[0], keys[-1]
+
+
+def _is_of_all_versions(control: str) -> bool:
+    """Whether versions before there were rows and further twins had this control too."""
+    return is_wall(control) or control in (COMPUTE, HARD_TWIN)
 
 
 def open_run(directory: str | Path) -> RunDirectory:

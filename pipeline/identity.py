@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .config import Config
-from .config.frozen import IN_NO_KEY, SCHEMA_1, SINCE_SCHEMA_1
+from .config.frozen import IN_A_KEY_OTHERWISE, IN_NO_KEY, SCHEMA_1, SINCE_SCHEMA_1
 
 SCHEMA = 2
 SPLITS = ("train", "val", "test", "transfer", "ood")
@@ -33,6 +33,8 @@ class Identity:
             values["data"][split] = shard_identities(values["data"][split])
         self.ood = values["data"].pop("ood")  # of evaluation alone
         values["ensemble"].pop("networks")  # by what they hold, wherever they lie
+        for key in IN_A_KEY_OTHERWISE["controls"]:  # each of the stage that it makes
+            values["controls"].pop(key)
         if config.specialists.given_start:
             values["specialists"]["from"] = classifier_identity(config.specialists.given_start)
         for section, keys in IN_NO_KEY.items():

@@ -50,6 +50,8 @@ class Stage:
     keys: hashes of the config that it reads and of its inputs' keys, so that a changed section
     changes the key of every stage behind it.  The first is today's; the others are those by which
     earlier versions know the same stage.
+    former: keys of a stage of this place that earlier versions made otherwise: its results can be
+    read, but not gone on with.  None where all made it as today.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Stage:
         keys: tuple[str, ...],
         inputs: Iterable[Stage] = (),
         address: int | str | None = None,
+        former: tuple[str, ...] | None = None,
     ):
         self.run = Path(run)
         self.kind = kind
@@ -67,6 +70,7 @@ class Stage:
         self.place = kind.place_of(address)
         self.keys = keys
         self.key = keys[0]
+        self.former = former or keys
         self.inputs = tuple(inputs)
         self.directory = self._directory()
 
@@ -102,9 +106,14 @@ class Stage:
 
     @property
     def is_older(self) -> bool:
-        """Finished by a version whose keys this one cannot compare: readable, but not to resume."""
+        """Finished by a version that made it otherwise, or whose keys this one cannot compare.
+
+        Readable, but not to resume.
+        """
         done = self.done()
-        return done is not None and done["schema"] < SCHEMA and done["hash"] not in self.keys
+        if done is None or done["hash"] in self.keys:
+            return False
+        return done["schema"] < SCHEMA or done["hash"] in self.former
 
     @property
     def is_begun(self) -> bool:

@@ -194,13 +194,14 @@ def describe(addresses: list) -> str:
 def check_inputs(stage: Stage) -> None:
     """Raises UserError if another stage must be done first.
 
-    A missing specialist is for `ensemble` to judge.  The results of an older version can be
+    A missing specialist is for the stage itself to judge.  The results of an older version can be
     reported.
     """
     from pipeline.config import UserError
 
-    missing = [needed.place for needed in stage.inputs if not (needed.is_done or needed.is_older)]
-    if missing and stage.name != "ensemble":
+    needed = [each for each in stage.inputs if each.name != "specialist"]
+    missing = [each.place for each in needed if not (each.is_done or each.is_older)]
+    if missing:
         raise UserError(
             f"{stage.place} needs {', '.join(missing)}, which is not done: run it first"
         )

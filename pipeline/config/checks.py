@@ -25,9 +25,10 @@ def check_all(config: Config) -> None:
     for name, student in config.students.items():
         check_student_name(name)
         check_ancestry(name, student, config)
-        check_model(name, student, config)
+        check_model(f"students.{name}", student.model, config)
         check_answers(name, student, config)
     check_full_softmax(config)
+    check_controls(config)
     check_extend(config)
     check_negatives(config)
     check_losses(config)
@@ -49,15 +50,10 @@ def check_student_name(name: str) -> None:
         raise ValueError(f"students.{name}: this name has a meaning of its own; choose another")
 
 
-def check_model(name: str, student: ResolvedStudent, config: Config) -> None:
-    """A student's own keys of [model] are keys of [model]."""
-    check_own_model(f"students.{name}", student.model, config)
-
-
-def check_own_model(section: str, own: dict, config: Config) -> None:
-    """A section's own keys of [model] are keys of [model]."""
+def check_model(section: str, model: dict, config: Config) -> None:
+    """Its own keys of [model] that a section has are keys of [model]."""
     try:
-        Model.model_validate({**config.model.model_dump(), **own})
+        Model.model_validate({**config.model.model_dump(), **model})
     except ValidationError as errors:
         error = errors.errors()[0]
         key = ".".join([section, "model", *map(str, error["loc"])])
@@ -106,6 +102,24 @@ def check_full_softmax(config: Config) -> None:
             f"{key} has a loss of its own instead of loss = {section.loss!r}: "
             f'set specialists.loss = "{DEFAULT_SCHEDULE.loss}"'
         )
+
+
+def check_controls(config: Config) -> None:
+    """Rows of their own names, and none that a run which adds classes cannot make."""
+    section = config.controls
+    check_model("controls", section.model, config)
+    for name in section.rows:
+        if name in config.students:
+            raise ValueError(
+                f"students.{name}: controls.rows makes a row of this name; choose another"
+            )
+    if section.rows and config.extend.run:
+        raise ValueError(
+            "controls.rows trains generalists anew, and extend.run inherits its own, which learned "
+            "from other examples: leave controls.rows out"
+        )
+    if section.model and "wider" not in section.rows:
+        raise ValueError('controls.model is of the row "wider": add it to controls.rows')
 
 
 def check_extend(config: Config) -> None:
@@ -264,7 +278,7 @@ def check_rerank(config: Config) -> None:
     if not config.has_rerankers:
         return
     section, default = config.rerank, DEFAULT_SCHEDULE
-    check_own_model("rerank", section.model, config)
+    check_model("rerank", section.model, config)
     why = {
         "label_smoothing": "spreads over all classes, of which a step sees few",
         "loss": "needs all logits, of which a step has few",

@@ -162,6 +162,7 @@ IN_NO_KEY = {
 # Keys of which pipeline.graph says itself how they enter a key.
 IN_A_KEY_OTHERWISE = {
     "data": ["ood"],
+    "controls": ["twins", "rows", "model"],
     "ensemble": ["networks"],
     "extend": ["run", "companions"],
     "route": ["mode", "max_bytes"],

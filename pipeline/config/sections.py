@@ -14,6 +14,7 @@ from ..choices import (
     CHOOSE_ALL_GROUPS,
     COMBINER_ALIASES,
     COMBINERS,
+    CONTROL_ROWS,
     ENGINES,
     MEANS,
     METHODS,
@@ -188,11 +189,25 @@ class Route(Section):
 
 
 class Controls(Section):
-    """What the same examples do for the generalist alone."""
+    """What the same examples, or multiplications, do without specialists."""
 
+    # control_wall, control_compute and the students' twins
     enabled: bool = True
     # control_wall's peaks; [] = 1/3, 1 and 3 times the specialists'
     learning_rates: list[PositiveFloat] = []
+    # students that have a twin on labels: all that a teacher teaches, main alone, or none
+    twins: Literal["all", "main", "none"] = "all"
+    # rivals that are made besides: wider, average, shortlist
+    rows: list[str] = []
+    # of wider: keys of [model] that differ; {} = widths by the ensemble's multiplications
+    model: dict[str, Any] = {}
+
+    @field_validator("rows")
+    @classmethod
+    def _rows(cls, value):
+        for row in value:
+            one_of(row, CONTROL_ROWS)
+        return list(dict.fromkeys(value))
 
 
 class Ensemble(Section):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any, NotRequired, TypedDict, cast
 
 from ..config import UserError
-from ..controls import control_names
+from ..controls import command_for, control_names, missing_controls, twin_name
 from ..corruption import merged, summary
 from ..graph import RunDirectory
 from ..store import Stage, read_json
@@ -17,6 +17,7 @@ from .rows import (
     Cost,
     FurtherMetrics,
     Metrics,
+    MissingControls,
     Results,
     Row,
     SizeRow,
@@ -29,7 +30,7 @@ class Evaluation(TypedDict):
 
     reliability: a dict {lo, hi, count, confidence, accuracy} for each bin of confidence.
     added: in the generalist's file, of a run that adds classes.
-    sizes, or clusters, specialists and missing (their indices): in the ensemble's file.
+    sizes, or clusters, specialists, missing and dropped (their indices): in the ensemble's file.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Evaluation(TypedDict):
     clusters: NotRequired[Clusters]
     specialists: NotRequired[list[SpecialistMetrics]]
     missing: NotRequired[list[int]]
+    dropped: NotRequired[list[int]]
 
 
 def collect(run: RunDirectory) -> Results:
@@ -56,10 +58,13 @@ def collect(run: RunDirectory) -> Results:
             "finish the run first"
         )
     students = _rows(run, run.students)
+    controls = _rows(run, control_names(run))
+    rows = {"generalist": _row(generalist["row"]), "ensemble": _row(ensemble["row"])}
+    _add_differences(run, {**rows, **controls, **students})
     results: dict[str, Any] = {
-        "generalist": _row(generalist["row"]),
-        "ensemble": _row(ensemble["row"]),
-        "controls": _rows(run, control_names(run)),
+        **rows,
+        "controls": controls,
+        "missing_controls": _missing_controls(run, controls),
         "students": students,
         "student": students.get("main"),
     }
@@ -93,12 +98,42 @@ def _rows(run: RunDirectory, names: Iterable[str]) -> dict[str, Row]:
     return {name: _row(content["row"]) for name, content in evaluations.items() if content}
 
 
+def _add_differences(run: RunDirectory, rows: dict[str, Row]) -> None:
+    """Add to each row its paired differences to generalist, ensemble and, of a student, its twin.
+
+    Runs whose evaluation kept no predictions have none.
+    """
+    from .paired import paired, read_answers
+
+    answers = {name: read_answers(run.evaluate.path(f"{name}.npz")) for name in rows}
+    for name, row in rows.items():
+        twin = twin_name(name) if name in run.students else ""
+        versus = {}
+        for other in ("generalist", "ensemble", twin):
+            one, two = answers[name], answers.get(other)
+            if other != name and one is not None and two is not None:
+                versus[other] = paired(one, two)
+        differences = {other: each for other, each in versus.items() if each is not None}
+        if differences:
+            row["versus"] = differences
+
+
+def _missing_controls(run: RunDirectory, controls: dict[str, Row]) -> MissingControls | None:
+    missing = missing_controls(run, controls)
+    if not missing:
+        return None
+    return MissingControls(names=missing, command=command_for(run, missing, "RUN"))
+
+
 def _row(row: Row) -> Row:
     """A row in the order of results.json; metrics that an older version did not write are None."""
     metrics = {key: row.get(key) for key in Metrics.__annotations__}
     further = {key: row.get(key) for key in FurtherMetrics.__annotations__ if key in row}
     cost = row.get("cost") or {}
     costs = {key: cost.get(key) for key in Cost.__annotations__}
+    for key in ("latency_ms", "softmax_ms"):  # what older versions did not measure
+        if costs[key] is None:
+            del costs[key]
     return cast(Row, {**metrics, **further, "cost": costs})
 
 
@@ -110,6 +145,7 @@ def _parts(run: RunDirectory, ensemble: Evaluation) -> dict:
     return {
         "clusters": {key: clusters.get(key) for key in Clusters.__annotations__},
         "specialists": ensemble.get("specialists"),
+        "dropped": ensemble.get("dropped") or [],
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 ABSENT = "–"
 
 
@@ -26,6 +28,15 @@ def count(value: float | None) -> str:
     if value < 1e6:
         return f"{value:,.0f}"
     return f"{value / 1e6:,.2f} M"
+
+
+def milliseconds(value: float | None) -> str:
+    """0.0123 ms or 12.3 ms: three digits that count"""
+    if value is None:
+        return ABSENT
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-4))))}f}"
 
 
 def duration(seconds: float | None) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 from ..files import damaged, read_json
+
+SAME_SIZE = 0.05  # networks whose sizes differ by less are alike
 
 
 class Metrics(TypedDict):
@@ -29,9 +31,26 @@ class MemberMetrics(TypedDict):
     disagreement: NotRequired[float | None]
 
 
+class Paired(TypedDict):
+    """A row less another one, over the same test examples.
+
+    top1 is a fraction of them, nll in nats; the halves are those of the 95 % intervals, by the
+    normal approximation.  Variation between seeds is not in them.
+    """
+
+    top1: float
+    top1_half: float
+    nll: float
+    nll_half: float
+
+
 class FurtherMetrics(TypedDict, total=False):
     """What not every row has.
 
+    parameters: of all its networks.  multiplications: of one example, on average; softmaxes, norms
+        and activations are not counted.
+    asked: networks that an example asks beside the generalist, on average: specialists, or members.
+    versus: the paired difference to other rows, by their names: "generalist", "ensemble", a twin.
     temperature, cnll, cbrier, cece: after temperature scaling.
     members: of a network or an ensemble of several members.
     dee: the row's worth in networks of the run's deep ensemble; None, and dee_beyond, for more than
@@ -40,6 +59,10 @@ class FurtherMetrics(TypedDict, total=False):
     old_classes, new_classes: the same metrics on their test examples, in a run that adds classes.
     """
 
+    parameters: int
+    multiplications: int
+    asked: float
+    versus: dict[str, Paired]
     temperature: float | None
     cnll: float | None
     cbrier: float | None
@@ -53,11 +76,17 @@ class FurtherMetrics(TypedDict, total=False):
 
 
 class Cost(TypedDict):
-    """What the training of a row took, with all that it starts from."""
+    """What the training of a row took, with all that it starts from, and what an answer takes.
+
+    latency_ms: milliseconds of an example by the size of the batch, measured on one thread.
+    softmax_ms: in the generalist's row, of its softmax over all classes alone.
+    """
 
     seconds: float | None
     examples_seen: int | None
     peak_memory_bytes: int | None
+    latency_ms: NotRequired[dict[str, float]]
+    softmax_ms: NotRequired[dict[str, float]]
 
 
 class Row(Metrics, FurtherMetrics):
@@ -121,18 +150,31 @@ class AddedClasses(TypedDict):
     top1_before: NotRequired[float | None]
 
 
+class MissingControls(TypedDict):
+    """Rivals that were not made.  command: the line that makes them; RUN stands for the run."""
+
+    names: list[str]
+    command: str
+
+
 class Results(TypedDict):
-    """results.json.  student: the row of the student called main."""
+    """results.json.
+
+    student: the row of the student called main.  dropped: specialists that the ensemble goes
+    without, since no step of theirs was better on val than the generalist.
+    """
 
     generalist: Row
     ensemble: Row
     controls: dict[str, Row]
+    missing_controls: NotRequired[MissingControls | None]
     students: dict[str, Row]
     student: Row | None
     added: NotRequired[AddedClasses]
     sizes: NotRequired[list[SizeRow]]
     clusters: NotRequired[Clusters]
     specialists: NotRequired[list[SpecialistMetrics]]
+    dropped: NotRequired[list[int]]
     damage: dict[str, dict]
 
 
@@ -171,3 +213,50 @@ def share_of_gain(row: Metrics, results: Results) -> float | None:
     if after >= before:
         return None
     return (before - errors(row)) / (before - after)
+
+
+def share_kept(row: Row, results: Results) -> float | None:
+    """The same as a report says it: never more than 1.
+
+    None for a network of another size than the generalist's, too, which gains by its size.
+    """
+    share = share_of_gain(row, results)
+    if share is None or is_of_another_size(row, results["generalist"]):
+        return None
+    return min(1.0, share)
+
+
+def is_of_another_size(row: Row, generalist: Row) -> bool:
+    """Whether it has other parameters or multiplications; not, where a run does not say."""
+    return any(
+        abs(row.get(key, 0) / generalist.get(key, 1) - 1) > SAME_SIZE
+        for key in ("parameters", "multiplications")
+        if row.get(key) and generalist.get(key)
+    )
+
+
+def compare_paired(row: Row, name: str, other: Row, metric: Literal["top1", "nll"]) -> int:
+    """1 where a row is better than another one, -1 where it is worse, 0 where neither is.
+
+    Measurably so, where the paired difference to `name` is known; else by the numbers alone.
+    """
+    paired = row.get("versus", {}).get(name)
+    if paired is None:
+        return _compare_alone(row, other, metric)
+    if metric == "top1":
+        gain, half = paired["top1"], paired["top1_half"]
+    else:
+        gain, half = -paired["nll"], paired["nll_half"]
+    return 0 if abs(gain) <= half else _sign(gain)
+
+
+def _compare_alone(row: Row, other: Row, metric: Literal["top1", "nll"]) -> int:
+    if metric == "top1":
+        return _sign(errors(other) - errors(row))
+    if row["nll"] is None or other["nll"] is None:
+        return _sign(int(row["nll"] is not None) - int(other["nll"] is not None))
+    return _sign(other["nll"] - row["nll"])
+
+
+def _sign(value: float) -> int:
+    return (value > 0) - (value < 0)

@@ -1,17 +1,52 @@
-"""The sentences that judge a run: what the ensemble, a student and new classes are worth."""
+"""The sentences that judge a run: what the ensemble, a student and new classes are worth.
+
+A difference whose paired 95 % interval holds zero is "no measurable difference".
+"""
 
 from __future__ import annotations
 
-from .formats import ABSENT, percent
-from .rows import AddedClasses, Metrics, Results, Row, errors, named_rows, share_of_gain
+from collections.abc import Sequence
+from typing import Literal
+
+from ..controls import twin_name
+from .formats import ABSENT, number, percent
+from .rows import (
+    AddedClasses,
+    Metrics,
+    Results,
+    Row,
+    compare_paired,
+    errors,
+    is_of_another_size,
+    named_rows,
+    share_kept,
+)
+
+NAMES: dict[Literal["top1", "nll"], str] = {"top1": "top-1", "nll": "NLL"}
+FEW = 2  # controls that a sentence has room for, each with its figures
+LARGER = 1.05  # a control that multiplies more than so many times as much is no rival
+
+
+def rivals(results: Results) -> dict[str, Row]:
+    """The controls that the ensemble has to beat: those that multiply no more than it does."""
+    most = results["ensemble"].get("multiplications")
+    return {
+        name: row
+        for name, row in results["controls"].items()
+        if not most or row.get("multiplications", 0) <= LARGER * most
+    }
 
 
 def wins(results: Results) -> bool:
-    """Has the ensemble fewer errors and a lower NLL than the generalist and every control?"""
-    ensemble = results["ensemble"]
-    rivals = [results["generalist"], *results["controls"].values()]
+    """Has the ensemble measurably fewer errors and a lower NLL than generalist and controls?"""
+    ensemble, generalist = results["ensemble"], results["generalist"]
     return all(
-        errors(ensemble) < errors(row) and _below(ensemble["nll"], row["nll"]) for row in rivals
+        compare_paired(ensemble, "generalist", generalist, metric) > 0
+        and all(
+            compare_paired(row, "ensemble", ensemble, metric) < 0
+            for row in rivals(results).values()
+        )
+        for metric in NAMES
     )
 
 
@@ -20,45 +55,63 @@ def verdict(results: Results) -> str:
 
     A control that beats it comes first.
     """
-    controls = results["controls"]
     sizes = results.get("sizes")
     subject = f"The ensemble of {len(sizes)}" if sizes else "The ensemble"
     sentence = f"{subject} makes {_versus_generalist(results)}"
     beaten_by = _beaten_by(results)
     if beaten_by:
         return f"{beaten_by}. {sentence}."
-    if controls:
-        return f"{sentence}, {_versus_controls(results)}."
+    if rivals(results):
+        return f"{sentence}{_versus_controls(results)}."
     if sizes:  # more of the same: there is no doubt where its gain comes from
         return f"{sentence}."
     return f"{sentence}; no control was trained, so nothing says where the difference comes from."
 
 
 def _beaten_by(results: Results) -> str:
-    """Each control that is better in something; empty if none is."""
-    clauses = []
-    for name, row in results["controls"].items():
-        better_in = _better_in(row, results["ensemble"])
-        if better_in:
-            clauses.append(f"{name} beats the ensemble in {' and '.join(better_in)}")
-    return "; ".join(clauses)
+    """The controls that are better in something; empty if none is.
+
+    Of more than two the best one by its errors is spoken of, and the others are named.
+    """
+    ensemble = results["ensemble"]
+    better = {name: _better_in(row, ensemble) for name, row in rivals(results).items()}
+    better = {name: metrics for name, metrics in better.items() if metrics}
+    if len(better) <= FEW:
+        return "; ".join(_beats(name, better[name], results) for name in better)
+    best = min(better, key=lambda name: errors(results["controls"][name]))
+    groups: dict[str, list[str]] = {}
+    for name in better:
+        if name != best:
+            groups.setdefault(" and ".join(NAMES[each] for each in better[name]), []).append(name)
+    others = [f"{_listed(names)} in {metrics}" for metrics, names in groups.items()]
+    return f"{_beats(best, better[best], results)}, as do {'; '.join(others)}"
 
 
-def _better_in(row: Row, ensemble: Row) -> list[str]:
-    """The metrics in which a row is better than the ensemble."""
-    metrics = []
-    if errors(row) < errors(ensemble):
-        metrics.append(f"top-1 ({errors(row):,} errors against {errors(ensemble):,})")
-    if _below(row["nll"], ensemble["nll"]):
-        metrics.append(f"NLL ({row['nll']:.4f} against {ensemble['nll']:.4f})")
-    return metrics
+def _better_in(row: Row, ensemble: Row) -> list[Literal["top1", "nll"]]:
+    """The metrics in which a row is measurably better than the ensemble."""
+    return [each for each in NAMES if compare_paired(row, "ensemble", ensemble, each) > 0]
+
+
+def _beats(name: str, metrics: Sequence[Literal["top1", "nll"]], results: Results) -> str:
+    row, ensemble = results["controls"][name], results["ensemble"]
+    figures = {
+        "top1": f"top-1 ({errors(row):,} errors against {errors(ensemble):,})",
+        "nll": f"NLL ({number(row['nll'])} against {number(ensemble['nll'])})",
+    }
+    return f"{name} beats the ensemble in {' and '.join(figures[each] for each in metrics)}"
 
 
 def _versus_generalist(results: Results) -> str:
-    n = results["ensemble"]["n"]
-    before, after = errors(results["generalist"]), errors(results["ensemble"])
+    ensemble, generalist = results["ensemble"], results["generalist"]
+    n = ensemble["n"]
+    before, after = errors(generalist), errors(ensemble)
     if before == after:
         return f"as many top-1 errors as the generalist ({after:,} of {n:,})"
+    if compare_paired(ensemble, "generalist", generalist, "top1") == 0:
+        return (
+            "no measurable difference to the generalist in top-1 "
+            f"({after:,} errors against {before:,} of {n:,})"
+        )
     if before == 0:
         return f"{after:,} top-1 errors where the generalist makes none"
     change = percent(abs(before - after) / before, 1)
@@ -69,18 +122,34 @@ def _versus_generalist(results: Results) -> str:
 
 def _versus_controls(results: Results) -> str:
     """Of an ensemble that no control beats."""
-    ensemble, generalist, controls = results["ensemble"], results["generalist"], results["controls"]
-    clause = "fewer than every control"
+    ensemble, generalist = results["ensemble"], results["generalist"]
+    controls = rivals(results)
     ties = [name for name, row in controls.items() if errors(row) == errors(ensemble)]
+    undecided = [
+        name
+        for name, row in controls.items()
+        if compare_paired(row, "ensemble", ensemble, "top1") == 0 and name not in ties
+    ]
     if ties:
-        clause = f"as many as {' and '.join(ties)}"
-    if all(_below(ensemble["nll"], row["nll"]) for row in (generalist, *controls.values())):
+        clause = f", as many as {_listed(ties)}"
+    elif not undecided:
+        clause = ", fewer than every control"
+    else:
+        beaten = [name for name in controls if name not in undecided]
+        clause = f", fewer than {_listed(beaten)}" if beaten else ""
+    if undecided:
+        clause += f"; to {_listed(undecided)} there is no measurable difference in top-1"
+    lower = [compare_paired(row, "ensemble", ensemble, "nll") < 0 for row in controls.values()]
+    if all(lower) and compare_paired(ensemble, "generalist", generalist, "nll") > 0:
         clause += ", with the lowest NLL of them all"
     return clause
 
 
-def _below(a: float | None, b: float | None) -> bool:
-    return a is not None and (b is None or a < b)
+def _listed(names: Sequence[str]) -> str:
+    """a, b and c"""
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 # Students
@@ -95,34 +164,69 @@ def student_verdict(results: Results, name: str = "main") -> str | None:
     if student is None:
         return None
     line = _gain_kept(name, student, results)
-    if name == "main":
-        line += _versus_twin(student, results["controls"].get("student_hard"))
+    line += _versus_twin(name, student, results)
     return f"{line}{_worth_in_networks(student, results)}."
 
 
 def _gain_kept(name: str, student: Row, results: Results) -> str:
-    kept = share_of_gain(student, results)
-    if kept is None:
-        top1 = percent(student["top1"])
+    ensemble, generalist = results["ensemble"], results["generalist"]
+    top1 = percent(student["top1"])
+    if is_of_another_size(student, generalist):
+        return f"The student {name}, {_size(student, generalist)}, reaches {top1} top-1"
+    if compare_paired(ensemble, "generalist", generalist, "top1") <= 0:
         return f"The student {name} reaches {top1} top-1; there is no gain of the ensemble to keep"
-    if kept < 0:
+    against_generalist = compare_paired(student, "generalist", generalist, "top1")
+    subject = f"The student {name}, one network,"
+    if against_generalist < 0:
+        return f"{subject} keeps none of the ensemble's gain: it falls below the generalist"
+    if against_generalist == 0:
         return (
-            f"The student {name}, one network, keeps none of the ensemble's gain: "
-            "it falls below the generalist"
+            f"{subject} keeps none of the ensemble's gain: "
+            "no measurable difference to the generalist in top-1"
         )
-    return (
-        f"The student {name}, one network, keeps {percent(kept, 0)} of the ensemble's gain in top-1"
-    )
+    if compare_paired(student, "ensemble", ensemble, "top1") > 0:
+        return f"{subject} keeps all of the ensemble's gain in top-1, and makes fewer errors still"
+    share = share_kept(student, results)
+    assert share is not None
+    if share == 1:
+        return f"{subject} keeps all of the ensemble's gain in top-1"
+    return f"{subject} keeps {percent(share, 0)} of the ensemble's gain in top-1"
 
 
-def _versus_twin(student: Row, twin: Row | None) -> str:
+def _size(row: Row, generalist: Row) -> str:
+    """How much larger a network is than the generalist."""
+    whose = {"parameters": "the generalist's parameters", "multiplications": "its multiplications"}
+    factors = [
+        f"{row[key] / generalist[key]:.1f} times {words}"
+        for key, words in whose.items()
+        if row.get(key) and generalist.get(key)
+    ]
+    return f"a network of {' and '.join(factors)}"
+
+
+def _versus_twin(name: str, student: Row, results: Results) -> str:
+    """How it stands against the network that learned from labels alone."""
+    twin_called = twin_name(name)
+    twin = results["controls"].get(twin_called) or results["students"].get(twin_called)
     if twin is None or twin["nll"] is None or student["nll"] is None:
         return ""
-    relation = "below" if student["nll"] < twin["nll"] else "not below"
+    if compare_paired(student, twin_called, twin, "nll") == 0:
+        relation = "not measurably different from"
+    else:
+        relation = "below" if student["nll"] < twin["nll"] else "not below"
     return (
-        f"; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} "
-        "of its twin on hard labels"
+        f"; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} of its twin on hard "
+        f"labels, {_top1_against(student, twin_called, twin)}"
     )
+
+
+def _top1_against(student: Row, twin_called: str, twin: Row) -> str:
+    relation = compare_paired(student, twin_called, twin, "top1")
+    if relation == 0:
+        return "and there is no measurable difference in top-1"
+    points = 100 * abs(student["top1"] - twin["top1"])
+    direction = "above" if relation > 0 else "below"
+    return f"and its top-1 is {points:.2f} points {direction} the twin's"
 
 
 def _worth_in_networks(student: Row, results: Results) -> str:
@@ -173,3 +277,32 @@ def _age_clause(age: str, results: Results, added: AddedClasses) -> str:
         clause += f" (before the new ones came the generalist had {before})"
     count = added["old"] if age == "old" else added["new"]
     return f"{count:,} {age} classes ({rows['generalist']['n']:,} test examples): {clause}"
+
+
+# What is not there
+
+
+def missing_line(results: Results, run: str = "RUN") -> str | None:
+    """The rivals that were not made, and the line that makes them; None where none is missing.
+
+    run: the run's directory, as the line is to name it.
+    """
+    missing = results.get("missing_controls")
+    if not missing:
+        return None
+    command = missing["command"].replace("--run RUN", f"--run {run}", 1)
+    return f"not trained: {_listed(missing['names'])}; this trains them: {command}"
+
+
+def dropped_line(results: Results) -> str | None:
+    """The specialists that stay out of the ensemble; None where all are in it."""
+    dropped = results.get("dropped")
+    if not dropped:
+        return None
+    listed = _listed([str(index) for index in dropped])
+    plural = "s" if len(dropped) > 1 else ""
+    verb = "were" if len(dropped) > 1 else "was"
+    return (
+        f"Specialist{plural} {listed} {verb} never better on val than the generalist: the ensemble "
+        f"goes without {'them' if plural else 'it'}."
+    )

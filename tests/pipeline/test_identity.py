@@ -25,15 +25,17 @@ BASE = {
     },
 }
 # The key of the last stage, in which all others' keys are, as commit f4c96cd (schema 1) computed
-# it, and as it is today.
+# it, as schema 2 did before controls kept their best step, and as it is today.
 KEYS = {
     (): (
         "4d9b86eeccf30e67ece00d6997e0d1ffcf083e951f56837bafbbcb983729f1e1",
         "602e7900f2847eb07cfe5a1b6385303e98729b089b274610900791eebfaa6147",
+        "246f074ca3a4b1dd2ff48e6b6cb3d6d611223a09ffbc085c551fe5ca403f4d6d",
     ),
     ("ensemble.kind=deep", "ensemble.members=2"): (
         "66ce57440758492d088087a1aa98b332bf73cf706553935b041c47eecb39e52f",
         "7513b1bf600037946d2a42240d4ce797819f80a8992f427bf5598dd3f904af3c",
+        "1cf310eaa884c68491d8d6f48c0451b0c553236cebf29adff2c25d543a124017",
     ),
     (
         "specialists.dustbin=full",
@@ -43,6 +45,7 @@ KEYS = {
     ): (
         "98c689d83c98ed247600f16ba79d417d976795be6d1883521b6c4d465ef408b9",
         "37640e24b39d42917b41025efede37582a03de59a6ff2bac66da11c21070bf9c",
+        "ee4934ec9747e598103928dab4329a982ffa76a9527ba2c7193363b3e016397d",
     ),
 }
 
@@ -91,8 +94,69 @@ def finished(root, schema: int) -> RunDirectory:
 @pytest.mark.parametrize("overrides", KEYS)
 def test_keys_are_those_that_earlier_versions_wrote(overrides):
     config = load_config(None, list(overrides), json.loads(json.dumps(BASE)))
-    new, old = RunDirectory("/nowhere", config).report.keys
-    assert (old, new) == KEYS[overrides]
+    report = RunDirectory("/nowhere", config).report
+    new, old = report.former
+    assert (old, new, report.key) == KEYS[overrides]
+    assert not {new, old} & {*report.keys}
+
+
+def made_before(run: RunDirectory) -> RunDirectory:
+    """The run as the version before this one left it: keys that were, and one twin alone."""
+    for stage in run.stages:
+        if stage.address == "views_hard":
+            continue
+        stage.begin("attempt").finish()
+        done = json.loads((stage.directory / "DONE").read_text())
+        (stage.directory / "DONE").write_text(json.dumps({**done, "hash": stage.former[0]}))
+        (stage.directory / "KEY").write_text(stage.former[0])
+    return run
+
+
+def test_controls_of_the_version_before_can_be_read_and_not_gone_on_with(tmp_path):
+    root = tmp_path / "run"
+    root.mkdir()
+    config = load_config(None, [], json.loads(json.dumps(BASE)))
+    save_config(config, root / "config.toml")
+    run = made_before(RunDirectory(root, config))
+    older = {stage.place for stage in run.stages if stage.is_older}
+    walls = {f"controls/control_wall-{index}" for index in range(3)}
+    assert older == walls | {"controls/control_compute", "evaluation", "report"}
+    done = {stage.place for stage in run.stages if stage.is_done}
+    missing = {"controls/views_hard"}
+    assert done == {stage.place for stage in run.stages} - older - missing
+
+
+@pytest.mark.parametrize("override", ['controls.rows=["wider"]', "controls.twins=none"])
+def test_rows_and_twins_stale_no_other_control(override):
+    before, after = (
+        RunDirectory("/nowhere", load_config(None, words, json.loads(json.dumps(BASE))))
+        for words in ([], [override])
+    )
+    same = before.controls.keys() & after.controls.keys()
+    assert "control_compute" in same
+    assert all(before.controls[name].key == after.controls[name].key for name in same)
+    assert before.evaluate.key != after.evaluate.key
+
+
+def test_controls_wait_for_specialists_only_where_these_may_stop_early():
+    for patience, waits in {0: False, 2: True}.items():
+        words = [f"specialists.patience={patience}"]
+        run = RunDirectory("/nowhere", load_config(None, words, json.loads(json.dumps(BASE))))
+        for name in ("control_wall-0", "control_compute"):
+            behind = {stage.name for stage in run.controls[name].inputs}
+            assert ("specialist" in behind) == waits
+
+
+def test_the_second_generalist_is_the_member_that_a_deep_ensemble_would_have():
+    rows = 'controls.rows=["average", "shortlist"]'
+    base = json.loads(json.dumps(BASE))
+    alone = RunDirectory("/nowhere", load_config(None, [rows], base))
+    deep = RunDirectory("/nowhere", load_config(None, ["ensemble.kind=deep", rows], base))
+    assert alone.second.place == "members/001" == deep.second.place
+    assert alone.second.key == deep.second.key == deep.members[0].key
+    places = [stage.place for stage in deep.stages]
+    assert len(places) == len(set(places))
+    assert alone.second in alone.stages and alone.members == []
 
 
 @pytest.mark.parametrize("schema", [1, SCHEMA])

@@ -7,8 +7,11 @@ from pipeline.config import Config, UserError
 from pipeline.graph import RunDirectory
 from pipeline.results import (
     collect,
+    dropped_line,
     errors,
+    missing_line,
     named_rows,
+    share_kept,
     share_of_gain,
     student_verdict,
     verdict,
@@ -38,18 +41,22 @@ def test_results_have_the_keys_of_the_design(hand_worked):
         "generalist",
         "ensemble",
         "controls",
+        "missing_controls",
         "students",
         "student",
         "clusters",
         "specialists",
+        "dropped",
         "damage",
     }
     assert found["damage"] == {}
     assert set(found["controls"]) == {"control_wall", "control_compute", "student_hard"}
     assert set(found["students"]) == {"main", "wide"}
     assert found["student"] == found["students"]["main"]
-    for one in named_rows(found).values():
-        assert set(one) == ROW
+    for name, one in named_rows(found).items():
+        assert set(one) == ROW | {"versus"}
+        twin = {"student_hard"} if name == "student main" else set()
+        assert set(one["versus"]) == {"generalist", "ensemble"} - {name} | twin
         assert set(one["cost"]) == {"seconds", "examples_seen", "peak_memory_bytes"}
     assert set(found["clusters"]) == {
         "captured_confusion",
@@ -135,9 +142,19 @@ def test_verdict_without_controls_says_so_and_a_tie_is_no_win():
 def test_verdict_is_one_line(hand_worked):
     found = collect(hand_worked)
     assert "\n" not in verdict(found)
-    assert verdict(found).startswith(
-        "control_compute beats the ensemble in top-1 (2 errors against 3)"
+    assert verdict(found) == (
+        "The ensemble makes no measurable difference to the generalist in top-1 (3 errors against 5"
+        " of 10); to control_wall, control_compute and student_hard there is no measurable "
+        "difference in top-1."
     )
+
+
+def measured_alone(found):
+    """The same results without paired intervals, as older versions wrote them."""
+    found = copy.deepcopy(found)
+    for one in named_rows(found).values():
+        one.pop("versus", None)
+    return found
 
 
 def test_share_of_the_gain_that_a_student_keeps(hand_worked):
@@ -146,6 +163,9 @@ def test_share_of_the_gain_that_a_student_keeps(hand_worked):
     assert share_of_gain(found["students"]["main"], found) == 0.5
     assert share_of_gain(found["students"]["wide"], found) == 1
     assert student_verdict(found).startswith(
+        "The student main reaches 60.00 % top-1; there is no gain of the ensemble to keep"
+    )
+    assert student_verdict(measured_alone(found)).startswith(
         "The student main, one network, keeps 50 % of the ensemble's gain in top-1"
     )
     assert student_verdict(found, "nobody") is None
@@ -164,6 +184,7 @@ def test_results_of_a_deep_ensemble_have_sizes_and_no_groups(deep):
         "generalist",
         "ensemble",
         "controls",
+        "missing_controls",
         "students",
         "student",
         "sizes",
@@ -172,8 +193,9 @@ def test_results_of_a_deep_ensemble_have_sizes_and_no_groups(deep):
     assert [(one["size"], one["cnll"]) for one in found["sizes"]] == [(1, 1.0), (2, 0.8), (3, 0.7)]
     assert set(found["controls"]) == {"student_hard"}
     calibrated = {"temperature", "cnll", "cbrier", "cece"}
-    assert set(found["controls"]["student_hard"]) == ROW | calibrated
+    assert set(found["controls"]["student_hard"]) == ROW | calibrated | {"versus"}
     assert set(found["students"]["heads"]) == ROW | calibrated | {
+        "versus",
         "members",
         "dee",
         "dee_beyond",
@@ -183,7 +205,7 @@ def test_results_of_a_deep_ensemble_have_sizes_and_no_groups(deep):
 
 
 def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(deep):
-    found = collect(deep)
+    found = measured_alone(collect(deep))
     assert verdict(found).startswith(
         "The ensemble of 3 makes 40.0 % fewer top-1 errors than the generalist (3 against"
     )
@@ -197,5 +219,165 @@ def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(de
 
 
 def test_a_deep_ensemble_needs_no_control_to_tell_where_its_gain_comes_from(deep):
-    found = {**collect(deep), "controls": {}}
+    found = {**measured_alone(collect(deep)), "controls": {}}
     assert verdict(found).endswith("than the generalist (3 against 5 of 10).")
+
+
+# Paired intervals
+
+
+def with_versus(one, top1=0.0, nll=0.0, name="ensemble", half=0.01):
+    """A row whose differences to another one have intervals of `half` on each side."""
+    paired = {"top1": top1, "top1_half": half, "nll": nll, "nll_half": half}
+    return {**one, "versus": {**one.get("versus", {}), name: paired}}
+
+
+def decided(**controls):
+    """Results whose ensemble is measurably better than its generalist, 300 errors against 368."""
+    ensemble = with_versus(row(300, 1.0), top1=0.068, nll=-0.2, name="generalist")
+    return results(row(368, 1.2), ensemble, **controls)
+
+
+def test_a_control_beats_the_ensemble_only_measurably():
+    ahead = decided(wider=with_versus(row(295, 0.995), top1=0.005, nll=-0.005))
+    line = verdict(ahead)
+    assert "beats" not in line and not wins(ahead)
+    assert line.endswith("; to wider there is no measurable difference in top-1.")
+    beaten = decided(wider=with_versus(row(250, 0.9), top1=0.05, nll=-0.1))
+    assert verdict(beaten).startswith("wider beats the ensemble in top-1 (250 errors against 300)")
+
+
+def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
+    ahead = {"top1": 0.02, "nll": -0.05}
+    found = decided(
+        control_wall=with_versus(row(280, 0.95), **ahead),
+        wider=with_versus(row(200, 0.8), **ahead),
+        average=with_versus(row(270, 0.9), **ahead),
+        student_hard=with_versus(row(305, 0.95), -0.005, -0.05),
+    )
+    assert verdict(found).startswith(
+        "wider beats the ensemble in top-1 (200 errors against 300) and NLL (0.8000 against "
+        "1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. The ensem"
+    )
+
+
+def test_verdict_tells_the_controls_that_it_beats_from_those_that_it_may_not():
+    found = decided(
+        wider=with_versus(row(305, 1.0), top1=-0.005),
+        control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1),
+    )
+    assert verdict(found).endswith(
+        ", fewer than control_wall; to wider there is no measurable difference in top-1."
+    )
+
+
+def test_the_lowest_nll_is_claimed_where_it_is_measured():
+    won = decided(control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1))
+    assert verdict(won).endswith(", with the lowest NLL of them all.") and wins(won)
+    close = decided(control_wall=with_versus(row(360, 1.004), top1=-0.06, nll=0.004))
+    assert verdict(close).endswith("fewer than every control.") and not wins(close)
+
+
+def test_a_control_of_more_multiplications_is_no_rival():
+    larger = with_versus(row(250, 0.9), top1=0.05, nll=-0.1) | {"multiplications": 300}
+    found = decided(wide_hard=larger)
+    found["ensemble"]["multiplications"] = 200
+    assert "wide_hard" not in verdict(found)
+    found["controls"]["wide_hard"]["multiplications"] = 205  # widths are whole numbers
+    assert verdict(found).startswith("wide_hard beats the ensemble")
+
+
+def student_line(student, **more):
+    found = decided(**more)
+    found["students"] = {"main": student}
+    return student_verdict(found)
+
+
+def test_a_student_never_keeps_more_than_the_gain():
+    better = with_versus(row(200, 0.9), 0.1, -0.1)
+    better = with_versus(better, 0.168, -0.3, name="generalist")
+    found = decided()
+    assert share_of_gain(better, found) > 2 and share_kept(better, found) == 1
+    line = student_line(better)
+    assert "keeps all of the ensemble's gain in top-1, and makes fewer errors still" in line
+    assert "%" not in line
+
+
+def test_a_student_of_another_size_keeps_no_share():
+    wide = with_versus(row(250, 0.9), 0.118, -0.3, name="generalist") | {"parameters": 240}
+    found = decided()
+    found["generalist"]["parameters"] = 100
+    assert share_kept(wide, found) is None and share_of_gain(wide, found) > 1
+    found["students"] = {"main": wide}
+    assert student_verdict(found) == (
+        "The student main, a network of 2.4 times the generalist's parameters, reaches 75.00 % "
+        "top-1."
+    )
+
+
+def test_a_student_is_held_against_its_own_twin():
+    student = with_versus(row(334, 1.1), 0.034, -0.1, name="generalist")
+    twin = row(336, 1.15)
+    unclear = with_versus(student, 0.002, -0.05, name="student_hard")
+    assert student_line(unclear, student_hard=twin).endswith(
+        "keeps 50 % of the ensemble's gain in top-1; its NLL, 1.100, is below the 1.150 of its "
+        "twin on hard labels, and there is no measurable difference in top-1."
+    )
+    better = with_versus(student, 0.02, -0.005, name="student_hard")
+    assert student_line(better, student_hard=row(354, 1.105)).endswith(
+        "its NLL, 1.100, is not measurably different from the 1.105 of its twin on hard labels, "
+        "and its top-1 is 2.00 points above the twin's."
+    )
+
+
+def test_a_twin_may_be_a_student_of_the_users_own():
+    student = with_versus(row(334, 1.1), 0.034, -0.1, name="generalist")
+    found = decided()
+    found["students"] = {"few": student, "few_hard": row(350, 1.2)}
+    line = student_verdict(found, "few")
+    assert line.endswith(
+        "below the 1.200 of its twin on hard labels, and its top-1 is 1.60 points above the twin's."
+    )
+
+
+def test_a_student_without_a_measurable_gain_keeps_none():
+    same = with_versus(row(364, 1.19), 0.004, -0.01, name="generalist")
+    assert student_line(same).endswith(
+        "keeps none of the ensemble's gain: no measurable difference to the generalist in top-1."
+    )
+
+
+def test_paired_differences_are_those_of_the_examples(hand_worked):
+    """main is right at example 1 and 2 less often than the ensemble: 4 errors against 3."""
+    found = collect(hand_worked)
+    versus = found["students"]["main"]["versus"]["ensemble"]
+    n, difference = 10, -1 / 10
+    assert versus["top1"] == pytest.approx(difference)
+    variance = 1 / n - difference**2  # one example of ten differs, by 1
+    assert versus["top1_half"] == pytest.approx(1.96 * (variance / n) ** 0.5)
+    for name in ("generalist", "ensemble"):
+        expected = found["students"]["main"]["nll"] - found[name]["nll"]
+        paired = found["students"]["main"]["versus"][name]
+        assert paired["nll"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_was_not_trained_is_named_with_the_line_that_does(hand_worked):
+    missing = collect(hand_worked)["missing_controls"]
+    assert missing["names"] == ["wider", "average", "shortlist", "wide_hard"]
+    assert missing["command"] == (
+        'referral run --run RUN --set \'controls.rows=["wider", "average", "shortlist"]\' --force'
+    )
+    line = missing_line(collect(hand_worked), "runs/mine")
+    assert line.startswith("not trained: wider, average, shortlist and wide_hard; ")
+    assert "--run runs/mine --set" in line
+
+
+def test_dropped_specialists_are_named(hand_worked):
+    found = collect(hand_worked)
+    assert found["dropped"] == [] and dropped_line(found) is None
+    found["dropped"] = [3]
+    assert dropped_line(found) == (
+        "Specialist 3 was never better on val than the generalist: the ensemble goes without it."
+    )
+    found["dropped"] = [1, 3]
+    assert "Specialists 1 and 3 were" in dropped_line(found)

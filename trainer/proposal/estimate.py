@@ -11,7 +11,9 @@ import time
 import torch
 
 from networks import Classifier
+from pipeline.choices import CONTROL_ROWS
 from pipeline.config import Config
+from pipeline.controls import twins
 
 from ..stages.training import count_steps, specialist_steps
 from .data_summary import DataSummary
@@ -19,6 +21,7 @@ from .data_summary import DataSummary
 TIMED_STEPS = 3
 TIMED_S = 5.0  # no further step is timed beyond
 TIMED_LOGITS = 2**26  # of a step, at most
+WIDER = 2  # times the generalist's work, about what an ensemble's multiplications are
 START_S = 3.0  # to start one job: imports and opening the shards
 
 
@@ -60,10 +63,19 @@ def run_seconds(config: Config, data: DataSummary, of_one: float, pool: int) -> 
     if config.controls.enabled:
         beside += len(config.controls.learning_rates) * lesson + groups * lesson
         jobs += len(config.controls.learning_rates) + 1
-    for student in config.students.values():
+    rows = [CONTROL_ROWS[name] for name in config.controls.rows]
+    if any(row.of_second for row in rows):
+        beside += generalist * ranks
+        jobs += 1
+    if any(row.trains for row in rows):
+        beside += WIDER * generalist * ranks
+        jobs += 1
+    taught_twice = twins(config).values()
+    for name, student in config.students.items():
         # Its twin on hard labels learns beside it; the teacher's answers are about as much again.
-        beside += 3 * count_steps(student, examples) * student.batch_size
-        jobs += 2
+        lessons = 2 + (name in taught_twice)
+        beside += lessons * count_steps(student, examples) * student.batch_size
+        jobs += lessons - 1
     reading_s = data.reading_s if data.split_bytes > config.data.cache_bytes else 0.0
     seconds = (generalist + beside / pool) * (of_one + reading_s)
     return seconds + START_S * jobs / pool

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from pipeline.controls import HARD_TWIN, evaluated_controls
+from pipeline.choices import CONTROL_ROWS
+from pipeline.controls import evaluated_controls, twins
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage
 
@@ -37,9 +38,12 @@ def _networks_for_all_classes(run: RunDirectory) -> dict[str, Curves]:
         return over_examples(read_metrics(stage), before=generalist)
 
     networks = {"generalist": generalist}
-    twin_of = {HARD_TWIN: "main"}  # which starts as its student does
+    twin_of = twins(run.config)  # which start as their students do
     for name, stage in evaluated_controls(run).items():
-        networks[name] = continued(stage, twin_of.get(name))
+        if name in CONTROL_ROWS:  # from scratch, or nothing that trains
+            networks[name] = over_examples(read_metrics(stage))
+        else:
+            networks[name] = continued(stage, twin_of.get(name))
     for name, stage in run.students.items():
         networks[f"student {name}"] = continued(stage, name)
     return networks
@@ -66,7 +70,7 @@ def _family_plots(
 
     def series(key: str) -> list[plots.Series]:
         return [
-            plots.Series(name, colours[name], tables.curve(curves[key]), name == "student_hard")
+            plots.Series(name, colours[name], tables.curve(curves[key]), is_twin(name))
             for name, curves in networks.items()
             if curves.get(key)
         ]
@@ -92,6 +96,10 @@ def _family_plots(
         for drawing, curves in ((loss_plot, losses), (top1_plot, top1))
     ]
     return [plot for plot in drawn if plot.svg]
+
+
+def is_twin(name: str) -> bool:
+    return name.endswith("_hard")
 
 
 def read_metrics(stage: Stage | None) -> Curves:

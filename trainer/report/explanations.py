@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.choices import STUDENT_METHODS
+from pipeline.choices import CONTROL_ROWS, STUDENT_METHODS
 from pipeline.config import Config, Ensemble, Specialists, Student
-from pipeline.controls import best_wall, wall_rate
+from pipeline.controls import best_wall, possible_twins, wall_rate
 from pipeline.graph import RunDirectory
-from pipeline.results import count, percent, read_file
+from pipeline.results import Row, count, percent, read_file
 from pipeline.results.formats import ABSENT
 
 from .evidence import Evidence
@@ -41,14 +42,8 @@ def explanations(evidence: Evidence) -> list[Explanation]:
     }
     if evidence.run.method.has_groups:
         texts["ensemble"] += _explain_start(config.specialists)
-    controls = {
-        "control_wall": _explain_control_wall,
-        "control_compute": _explain_control_compute,
-        "student_hard": _explain_student_hard,
-    }
-    for name, explain in controls.items():
-        if name in results["controls"]:
-            texts[name] = explain(evidence.run)
+    for name, row in results["controls"].items():
+        texts[name] = _explain_control(evidence.run, name, row)
     for name, student in config.students.items():
         if name in results["students"]:
             answers = _answers_of(evidence.run, name)
@@ -137,15 +132,17 @@ def _explain_start(specialists: Specialists) -> str:
 
 def _explain_control_wall(run: RunDirectory) -> str:
     rates, best = run.config.controls.learning_rates, best_wall(run)
-    seen, chosen = "", ""
+    seen, chosen, kept = "", "", ""
     if best is not None:
-        seen = _examples_seen(run, best)
-        chosen = f"; {wall_rate(run.config, best):.2g} was best"
+        seen, kept = _examples_seen(run, best), _kept_step(run, best)
+        if _best_step(run, best) != 0:
+            chosen = f"; {wall_rate(run.config, best):.2g} was best"
     return (
         "The generalist trained on, without groups, for as many further examples as one specialist "
-        f"sees{seen}: what the same wall-clock time would have given, where all specialists train "
-        f"side by side. Of the peak rates {', '.join(f'{rate:.2g}' for rate in rates)} the one "
-        f"with the lowest loss on the val split is shown{chosen}."
+        f"saw{seen}: what the same wall-clock time would have given, where all specialists train "
+        f"side by side. {kept}Of the peak rates "
+        f"{', '.join(f'{rate:.2g}' for rate in rates)} the one with the lowest calibrated loss on "
+        f"the val split is shown{chosen}."
     )
 
 
@@ -155,18 +152,99 @@ def _explain_control_compute(run: RunDirectory) -> str:
         others = " and the other generalist that they start as"
     return (
         "The generalist trained on, without groups, for as many further examples as all "
-        f"specialists{others} saw together{_examples_seen(run, 'control_compute')}, at the same "
-        "rate: what "
-        "equal total compute does for a single network. Where the generalist is not yet converged "
-        "this is the one hard to beat. The search for the rate is not charged."
+        f"specialists{others} saw together{_examples_seen(run, 'control_compute')}, at the rate "
+        "that ended best in control_wall: what equal total compute does for a single network. "
+        f"{_kept_step(run, 'control_compute')}Where "
+        "the generalist is not yet converged this is the one hard to beat. The search for the rate "
+        "is not charged."
     )
 
 
-def _explain_student_hard(run: RunDirectory) -> str:
+def _explain_wider(run: RunDirectory) -> str:
+    options = ", ".join(f"{key} {value}" for key, value in run.config.controls.model.items())
+    size = "its layers widened until it multiplies as much for an example as the ensemble does"
+    if options:
+        size = f"with {options}, as controls.model says"
     return (
-        "The twin of the student main: the same network, start, steps and order of examples, but "
-        "hard labels only. The difference between the two is what its teacher taught."
+        f"A generalist trained as the first one was, from scratch, {size}: what the same work at "
+        "inference gives without groups."
     )
+
+
+def _explain_average(run: RunDirectory) -> str:
+    return (
+        "The generalist and a second one, trained alike from another seed, and the mean of their "
+        "distributions: what diversity gives without groups."
+    )
+
+
+def _explain_shortlist(run: RunDirectory) -> str:
+    fitted = read_file(run.controls["shortlist"], "ensemble.json") or {}
+    length = fitted.get("shortlist", ABSENT)
+    return (
+        f"The same two, but the second one is asked about the {length} likeliest classes of the "
+        "first one alone, which costs its trunk and so many rows of its head; joined there by a "
+        "geometric mean, fitted on val."
+    )
+
+
+CONTROLS = {
+    "control_wall": _explain_control_wall,
+    "control_compute": _explain_control_compute,
+    "wider": _explain_wider,
+    "average": _explain_average,
+    "shortlist": _explain_shortlist,
+}
+
+
+def _explain_control(run: RunDirectory, name: str, row: Row) -> str:
+    if name in CONTROLS:
+        return CONTROLS[name](run)
+    return _explain_twin(possible_twins(run.config).get(name, "main"))
+
+
+def _explain_twin(student: str) -> str:
+    return (
+        f"The twin of the student {student}: the same network, start, steps and order of examples, "
+        "but hard labels only. The difference between the two is what its teacher taught."
+    )
+
+
+def missing_rows(evidence: Evidence) -> dict | None:
+    """What was not made, each with what it is, and the line that makes it; None if nothing."""
+    missing = evidence.results.get("missing_controls")
+    if not missing:
+        return None
+    twin_of = possible_twins(evidence.run.config)
+    what = [
+        f"{name} ({CONTROL_ROWS[name].what})"
+        if name in CONTROL_ROWS
+        else f"{name} (the student {twin_of[name]} on labels alone)"
+        for name in missing["names"]
+    ]
+    root = str(evidence.run.root.resolve())
+    command = missing["command"].replace("--run RUN", f"--run {shlex.quote(root)}", 1)
+    return {"listed": "; ".join(what), "command": command}
+
+
+def _kept_step(run: RunDirectory, control: str) -> str:
+    """Which step it kept, if not the last one."""
+    best = _best_step(run, control)
+    if best is None:
+        return ""
+    if best == 0:
+        return "No step was better on val than its start, so it is the generalist itself. "
+    return f"Its best step on val is kept, {best:,}. "
+
+
+def _best_step(run: RunDirectory, control: str) -> int | None:
+    """None where it is the last one, as it always was in earlier versions."""
+    stage = run.controls.get(control)
+    if stage is None or not stage.is_done:
+        return None
+    summary = read_file(stage, "summary.json") or {}
+    best = summary.get("best_step")
+    return None if best == summary.get("steps") else best
 
 
 def _examples_seen(run: RunDirectory, control: str) -> str:

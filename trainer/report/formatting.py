@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from pipeline.results import Row, count, duration, number, percent
+from pipeline.results import Row, count, duration, milliseconds, number, percent
 
 # Rows whose colour is fixed; other students and candidates take turns.
 COLOURS = {
@@ -99,6 +99,7 @@ FILTERS = {
     "number": number,
     "count": count,
     "duration": duration,
+    "milliseconds": milliseconds,
     "points": points,
     "memory": memory,
     "keep_together": keep_together,

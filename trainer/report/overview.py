@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from pipeline.results import (
     Cost,
     Results,
     Row,
+    compare_paired,
     errors,
+    is_of_another_size,
+    milliseconds,
     number,
     percent,
-    share_of_gain,
+    share_kept,
     worth,
 )
 
@@ -52,6 +54,27 @@ class MetricRow:
     cells: list[Cell]
     errors: int
     versus: tuple[float, float] | None
+
+    @property
+    def is_measurable(self) -> bool:
+        return self.versus is not None and abs(self.versus[0]) > self.versus[1]
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What a row is and takes.  times: its multiplications over the generalist's.
+
+    latencies: milliseconds of an example, for each size of a batch that was measured.
+    """
+
+    name: str
+    colour: str
+    top1: float
+    parameters: int | None
+    multiplications: int | None
+    times: float | None
+    asked: float | None
+    latencies: list[float | None]
     cost: Cost
 
 
@@ -92,12 +115,21 @@ def _nll_tile(results: Results) -> Tile | None:
 
 def _student_tile(results: Results) -> Tile | None:
     student = results["student"]
+    generalist, ensemble = results["generalist"], results["ensemble"]
     if student is None:
         return None
-    fraction = share_of_gain(student, results)
+    note = f"{percent(student['top1'])} top-1"
+    if is_of_another_size(student, generalist):
+        return Tile(
+            "errors of the student, a network of another size", f"{errors(student):,}", note
+        )
     what = "of the gain kept by one network, the student"
-    kept = "–" if fraction is None else percent(fraction, 0)
-    return Tile(what, kept, f"{percent(student['top1'])} top-1")
+    gains = compare_paired(ensemble, "generalist", generalist, "top1") > 0
+    keeps = compare_paired(student, "generalist", generalist, "top1")
+    fraction = share_kept(student, results)
+    if not gains or fraction is None:
+        return Tile(what, "–", note)
+    return Tile(what, percent(fraction, 0) if keeps > 0 else "none", note)
 
 
 def _dee_tile(results: Results) -> Tile | None:
@@ -136,10 +168,52 @@ def metric_rows(evidence: Evidence) -> list[MetricRow]:
             cells=[cell(row, key, best[key], text) for key, (text, _) in COLUMNS.items()],
             errors=errors(row),
             versus=_versus_generalist(evidence, name.removeprefix("student ")),
+        )
+        for name, row in rows.items()
+    ]
+
+
+def cost_rows(evidence: Evidence) -> list[CostRow]:
+    """Size, latency and training cost of each row."""
+    rows, batches = evidence.rows, measured_batches(evidence.rows)
+    colours = colours_of(rows)
+    alone = rows["generalist"].get("multiplications")
+    return [
+        CostRow(
+            name=name,
+            colour=colours[name],
+            top1=row["top1"],
+            parameters=row.get("parameters"),
+            multiplications=row.get("multiplications"),
+            times=row["multiplications"] / alone if alone and "multiplications" in row else None,
+            asked=row.get("asked"),
+            latencies=[(row["cost"].get("latency_ms") or {}).get(batch) for batch in batches],
             cost=row["cost"],
         )
         for name, row in rows.items()
     ]
+
+
+def measured_batches(rows: dict[str, Row]) -> list[str]:
+    """The batch sizes at which latency was measured, the smallest first."""
+    sizes = {size for row in rows.values() for size in row["cost"].get("latency_ms") or {}}
+    return sorted(sizes, key=int)
+
+
+def softmax_note(evidence: Evidence) -> str | None:
+    """How much of the generalist's time goes to what multiplications do not count."""
+    cost = evidence.results["generalist"]["cost"]
+    softmax, latency = cost.get("softmax_ms"), cost.get("latency_ms")
+    if not softmax or not latency:
+        return None
+    parts = [
+        f"{milliseconds(softmax[size])} of {milliseconds(latency[size])} ms at batch {size}"
+        for size in softmax
+    ]
+    return (
+        f"A softmax over the {evidence.num_classes:,} classes by itself takes {' and '.join(parts)}"
+        " of the generalist's time an example."
+    )
 
 
 def _versus_generalist(evidence: Evidence, name: str) -> tuple[float, float] | None:
@@ -153,18 +227,20 @@ def _versus_generalist(evidence: Evidence, name: str) -> tuple[float, float] | N
 
 
 def cost_plots(evidence: Evidence) -> list[Plot]:
-    """Top-1 against what it cost to train: examples, and seconds."""
+    """Top-1 against what it cost to train, and against what an answer takes."""
+    rows = evidence.rows
     plotted = [
-        _cost_plot(evidence.rows, "examples_seen", "training examples seen"),
-        _cost_plot(evidence.rows, "seconds", "seconds of training"),
+        _cost_plot(rows, lambda row: row["cost"]["examples_seen"], "training examples seen"),
+        _cost_plot(rows, lambda row: row["cost"]["seconds"], "seconds of training"),
+        _cost_plot(rows, lambda row: row.get("multiplications"), "multiplications an example"),
     ]
     return [plot for plot in plotted if plot.svg]
 
 
-def _cost_plot(rows: dict[str, Row], key: Literal["examples_seen", "seconds"], label: str) -> Plot:
+def _cost_plot(rows: dict[str, Row], cost_of: Callable[[Row], float | None], label: str) -> Plot:
     colours, dots = colours_of(rows), []
     for name, row in rows.items():
-        cost = row["cost"][key]
+        cost = cost_of(row)
         if cost:
             text = f"{name}: {percent(row['top1'])}, {short(cost)}"
             dots.append(

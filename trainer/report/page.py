@@ -25,11 +25,19 @@ from .curves import learning_curves
 from .diversity import diversity_table, size_plot, size_rows
 from .evidence import Evidence
 from .examples import changed_examples, picture_rows
-from .explanations import explanations
+from .explanations import explanations, missing_rows
 from .formatting import FILTERS, printable
 from .frequency import frequency
 from .groups import captured_confusion, group_cards
-from .overview import cost_plots, headline_tiles, metric_rows, students_in_the_head
+from .overview import (
+    cost_plots,
+    cost_rows,
+    headline_tiles,
+    measured_batches,
+    metric_rows,
+    softmax_note,
+    students_in_the_head,
+)
 from .pictures import phrases, pictures, why_no_pictures
 from .specialists import forecast_plot, specialist_rows
 
@@ -111,6 +119,8 @@ def _head(evidence: Evidence) -> dict[str, object]:
         "wins": metrics.wins(results),
         "sentences": [sentence for sentence in sentences if sentence],
         "missing": evidence.missing,
+        "dropped": metrics.dropped_line(results),
+        "missing_controls": missing_rows(evidence),
         "tiles": headline_tiles(results),
     }
 
@@ -124,6 +134,9 @@ def _sections(evidence: Evidence) -> dict[str, object]:
         "names": evidence.names,
         "rows": metric_rows(evidence),
         "rows_explained": explanations(evidence),
+        "cost_rows": cost_rows(evidence),
+        "batches": measured_batches(evidence.rows),
+        "softmax_note": softmax_note(evidence),
         "cost_plots": cost_plots(evidence),
         "curves": learning_curves(run),
         "frequency": frequency(evidence),

@@ -26,7 +26,7 @@ from ..session import Session
 from .features import KeptFeatures, kept_features
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, save_network
-from .specialist import own_examples, save_skipped
+from .specialist import own_examples, save_skipped, say_if_dropped
 from .training import balanced_log_prior, branch_steps, loss_of
 from .validate import referred_examples
 
@@ -92,17 +92,8 @@ def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
             **each.notes,
             "temperature": each.validator.temperature(network),
         }
-        say_branch(session, each.index, progress.best_step)
+        say_if_dropped(session, each.index, progress.best_step)
         save_network(session, each.attempt, network, summary)
-
-
-def say_branch(session: Session, index: int, best_step: int) -> None:
-    if best_step == 0:
-        session.say(
-            "group %d: no step of its branch was better on val than the generalist: the ensemble "
-            "goes without it",
-            index,
-        )
 
 
 def fresh_branch(session: Session, generalist: Classifier, work: BranchWork) -> Branch:

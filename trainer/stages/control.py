@@ -1,13 +1,15 @@
 """The honest comparison: what the same examples do for the generalist alone.
 
-pipeline.controls says which controls there are.
+pipeline.controls says which controls there are; control_rows.py makes those of other networks.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
-from pipeline.controls import COMPUTE, HARD_TWIN, best_wall, wall_rate
+from pipeline.controls import COMPUTE, is_wall, twins, wall_rate
 from pipeline.store import Stage
 
 from ..core.loop import TrainingTask
@@ -22,45 +24,57 @@ from .training import (
     specialist_steps,
     train_network,
 )
-from .validate import validate_classifier
+from .validate import validate_calibrated
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
-    """The generalist trains on without groups; student_hard learns from labels alone."""
+    """The generalist trains on without groups; a twin learns from labels alone."""
+    student = twins(session.config).get(name)
     with session.attempt(stage) as attempt:
-        if name == HARD_TWIN:
-            task = hard_twin_task(session, "main")
-        else:
+        if student is None:
             task = trained_on(session, name)
+        else:
+            task = hard_twin_task(session, student)
         network, summary = train_network(session, attempt, task)
         summary["learning_rate"] = task.schedule.learning_rate
+        if student is None and session.ranks.is_main:
+            summary["last"] = last_validation(attempt.path("metrics.jsonl"))
         save_network(session, attempt, network, summary)
+        if student is None and summary["best_step"] == 0:
+            session.say("%s: no step was better on val than the generalist, which it stays", name)
 
 
 def trained_on(session: Session, name: str) -> TrainingTask:
-    """The generalist for as many steps as one specialist takes, or as all together."""
+    """The generalist for as many steps as one specialist took, or as all together.
+
+    It keeps its best step on val, and the start is a candidate, as of a specialist with patience.
+    The best one is calibrated first: training on makes a network overconfident, and by its loss
+    alone the control would give up errors that it had healed.
+    """
     config = session.config
     lengths = trained_lengths(session)
     rate, steps = wall_or_compute(session, name, lengths)
     # As many times as one specialist: val is larger than the examples that one is validated on.
     validate_every = config.specialists.validate_every * steps // max(lengths)
     schedule = config.specialists.model_copy(
-        update={"learning_rate": rate, "patience": 0, "validate_every": validate_every}
+        update={"learning_rate": rate, "validate_every": validate_every, "patience": never(steps)}
     )
     network = load_network(session, session.run.generalist)
-    validate = validate_classifier(session)
+    validate = validate_calibrated(session)
     seed = session.seed("control", steps)
     return generalist_task(session, network, schedule, validate, seed, steps)
+
+
+def never(steps: int) -> int:
+    """A patience that keeps the best step and stops nothing early: there are fewer validations."""
+    return steps + 2
 
 
 def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[float, int]:
     """(peak learning rate, steps) of one of these controls."""
     if name != COMPUTE:
         return wall_rate(session.config, name), max(lengths)
-    best = best_wall(session.run)
-    assert best is not None, "control_compute waits for the wall controls"
-    steps = sum(lengths) + steps_of_another(session)
-    return read_summary(session.run.controls[best])["learning_rate"], steps
+    return rate_to_go_on_with(session), sum(lengths) + steps_of_another(session)
 
 
 def steps_of_another(session: Session) -> int:
@@ -75,8 +89,40 @@ def steps_of_another(session: Session) -> int:
     return math.ceil(examples / session.config.specialists.batch_size)
 
 
+def rate_to_go_on_with(session: Session) -> float:
+    """The wall controls' rate that ends at the lowest loss on val, whichever step each keeps.
+
+    A rate that pays in the end may be worse than the start for a while.
+    """
+    walls = [stage for name, stage in session.run.controls.items() if is_wall(name)]
+    summaries = [read_summary(stage) for stage in walls]
+    best = min(summaries, key=lambda summary: summary["last"]["raw_loss"])
+    return best["learning_rate"]
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """What the last validation of a training found, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if "val/loss" in row][-1]
+    prefix = "val/"
+    return {key.removeprefix(prefix): value for key, value in last.items() if prefix in key}
+
+
 def trained_lengths(session: Session) -> list[int]:
-    """Planned steps of each specialist that is trained here."""
+    """Steps of each specialist that was trained here; one stopped early counts what it took.
+
+    Without patience they take what is planned, and the controls need not wait for them.
+    """
+    if not session.config.specialists.patience:
+        return list(planned_lengths(session).values())
+    trained = [stage for stage in session.run.specialists if stage.kind.trains and stage.is_done]
+    steps = [read_summary(stage).get("steps", 0) for stage in trained]  # none of a skipped group
+    lengths = [count for count in steps if count]
+    return lengths or list(planned_lengths(session).values())
+
+
+def planned_lengths(session: Session) -> dict[int, int]:
+    """Steps that each group's specialist is to take, of those that are trained here."""
     counts = session.shards("train").class_counts
     schedule, skipped = session.config.specialists, skipped_groups(session)
     own_examples = {
@@ -85,5 +131,5 @@ def trained_lengths(session: Session) -> list[int]:
         if session.run.specialists[m].kind.trains and m not in skipped
     }
     if schedule.is_branch:
-        return [branch_steps(schedule, list(own_examples.values()))] * len(own_examples)
-    return [specialist_steps(schedule, count) for count in own_examples.values()]
+        return dict.fromkeys(own_examples, branch_steps(schedule, list(own_examples.values())))
+    return {m: specialist_steps(schedule, count) for m, count in own_examples.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pipeline.choices import CONTROL_ROWS
+from pipeline.controls import twins
 from pipeline.results.rows import Cost
 from pipeline.store import Stage
 
@@ -25,14 +27,24 @@ def cost_of_ensemble(session: Session) -> Cost:
     return total_cost([session.run.generalist, *joined])
 
 
-def cost_of_control(session: Session, stage: Stage) -> Cost:
-    """The generalist's, from which it starts, and its own."""
-    return total_cost([session.run.generalist, stage])
+def cost_of_control(session: Session, name: str, stage: Stage) -> Cost:
+    """Its own, and that of what it starts from or consists of."""
+    row = CONTROL_ROWS.get(name)
+    if row is None and name in twins(session.config):
+        return cost_of_all_behind(stage)
+    if row is None:  # the search for its rate is not charged
+        return total_cost([session.run.generalist, stage])
+    return total_cost([stage] if row.trains else list(stage.inputs))
 
 
 def cost_of_student(session: Session, name: str) -> Cost:
     """A student's training, and that of everyone it comes from, each once."""
-    waiting = [session.run.students[name]]
+    return cost_of_all_behind(session.run.students[name])
+
+
+def cost_of_all_behind(last: Stage) -> Cost:
+    """The training of a stage, and of every stage that leads to it."""
+    waiting = [last]
     sources: dict[str, Stage] = {}
     while waiting:
         stage = waiting.pop()

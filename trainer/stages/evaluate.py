@@ -20,12 +20,14 @@ from ..core.dense_logits import DenseLogits, dense_log_probabilities, predictor_
 from ..core.metrics import dirichlet_uncertainty
 from ..data.streams import Batch
 from ..session import Session
+from .control_rows import load_pair
 from .costs import cost_of, cost_of_control, cost_of_ensemble, cost_of_student
 from .deep import ensemble_sizes
 from .evaluator import MemberMetrics, TestEvaluator, metrics_of_members
 from .extending import before_new_classes, old_classes, split_old_new
 from .grouping import groups_of
 from .joining import (
+    dropped_specialists,
     load_deep_ensemble,
     load_shortlist_ensembles,
     read_settings,
@@ -33,6 +35,7 @@ from .joining import (
 )
 from .networks import load_network
 from .shortlist import shortlist_sizes
+from .sizes import of_generalists, of_network, of_specialists
 
 
 def evaluate(session: Session, stage: Stage) -> None:
@@ -80,6 +83,7 @@ def evaluate_generalists(
         cost_of_ensemble(session),
         metrics_of_generalists(ensemble),
         more=lambda values: {"sizes": sizes},
+        answering=of_generalists(ensemble),
     )
 
 
@@ -105,6 +109,7 @@ def evaluate_specialists(
             "specialists": specialist_rows(session, generalist, ensemble, values["active"]),
             "clusters": captured(session, before),
             "missing": read_settings(session).missing,
+            "dropped": sorted({*ensemble.skipped} & {*dropped_specialists(session)}),
             "multiplications": multiplications_of(session, ensemble, values["active"]),
         }
 
@@ -114,6 +119,7 @@ def evaluate_specialists(
         cost_of_ensemble(session),
         together=predict_and_gate,
         more=more,
+        answering=of_specialists(ensemble),
     )
 
 
@@ -150,18 +156,46 @@ def evaluate_networks(
         cost_of(run.generalist),
         metrics_of_network(generalist),
         more=None if added is None else lambda values: {"added": added(generalist)},
+        answering=of_network(generalist),
     )
     for name, stage in evaluated_controls(run).items():
-        network = load_network(session, stage)
-        cost = cost_of_control(session, stage)
-        evaluator(predictor_of(network), name, cost, metrics_of_network(network))
+        evaluate_control(session, evaluator, name, stage)
     for name, stage in run.students.items():
         network = load_network(session, stage)
         members = metrics_of_network(network)
         if STUDENT_METHODS[session.config.students[name].method].dirichlet:
             members = metrics_of_prior(network)
-        evaluator(predictor_of(network), name, cost_of_student(session, name), members)
+        evaluator(
+            predictor_of(network),
+            name,
+            cost_of_student(session, name),
+            members,
+            answering=of_network(network),
+        )
     return before
+
+
+def evaluate_control(session: Session, evaluator: TestEvaluator, name: str, stage: Stage) -> None:
+    """One network, or two generalists that answer together."""
+    cost = cost_of_control(session, name, stage)
+    pair = load_pair(session, stage)
+    if pair is None:
+        network = load_network(session, stage)
+        evaluator(
+            predictor_of(network),
+            name,
+            cost,
+            metrics_of_network(network),
+            answering=of_network(network),
+        )
+        return
+    evaluator(
+        lambda raw: dense_log_probabilities(pair.probabilities(raw)),
+        name,
+        cost,
+        metrics_of_generalists(pair),
+        answering=of_generalists(pair),
+    )
 
 
 def metrics_of_network(network: Classifier) -> MemberMetrics | None:

@@ -28,6 +28,7 @@ from ..core.metrics import (
 from ..data.streams import Batch
 from ..session import Session
 from .calibrate import calibrate
+from .sizes import Answering, Stopwatch
 
 TOP = 5
 MEMBER_KEYS = ("mu", "pairwise_kl", "disagreement")
@@ -86,6 +87,7 @@ class TestEvaluator:
         self.attempt = attempt
         self.sizes = sizes or []
         self.parts = parts
+        self.stopwatch = Stopwatch(session)
 
     def __call__(
         self,
@@ -95,11 +97,13 @@ class TestEvaluator:
         members: MemberMetrics | None = None,
         together: Callable[[Tensor], tuple[LinearLogits | DenseLogits, dict]] | None = None,
         more: Callable[[Values], dict] | None = None,
+        answering: Answering | None = None,
     ) -> Values:
         """Evaluate one predictor.
 
         members: metrics of each example beside it.  together: predictions and such metrics from one
         pass.  more(values): further entries of the JSON; it may measure, on all ranks.
+        answering: its size, and what an answer is timed by.
         Returns what was measured, arrays over test.
         """
         session = self.session
@@ -130,6 +134,11 @@ class TestEvaluator:
         entries = more(values) if more else {}
         if session.ranks.is_main:
             row = self.row(name, values, temperature, outside, members)
+            if answering is not None:
+                row |= answering.size(values)
+                cost = {**cost, "latency_ms": self.stopwatch(answering.answer, values["ids"])}
+            if answering is not None and name == "generalist":
+                cost = {**cost, "softmax_ms": self.stopwatch.softmax_ms()}
             self.write(name, {**row, "cost": cost}, values, entries)
         return values
 

@@ -79,12 +79,14 @@ def fit_ensemble_settings(session: Session) -> EnsembleSettings:
             f"specialists {missing} are missing; "
             "`referral retry`, or set ensemble.allow_missing = true"
         )
+    dropped = dropped_specialists(session)
+    say_dropped(session, dropped)
     settings = EnsembleSettings(
         gate=config.gate,
         max_specialists=config.max_specialists,
         combine=config.combine,
         shortlist=config.shortlist,
-        skipped=sorted(skipped_groups(session) | dropped_branches(session)),
+        skipped=sorted({*skipped_groups(session), *dropped}),
         missing=missing,
     )
     if config.temperatures:
@@ -94,21 +96,28 @@ def fit_ensemble_settings(session: Session) -> EnsembleSettings:
     return settings
 
 
-def dropped_branches(session: Session) -> set[int]:
-    """Groups whose branch was never better on val than the generalist: it stays out."""
-    if not session.config.specialists.is_branch:
-        return set()
-    done = {m: stage for m, stage in enumerate(session.run.specialists) if stage.is_done}
-    dropped = {m for m, stage in done.items() if read_summary(stage).get("best_step") == 0}
+def dropped_specialists(session: Session) -> list[int]:
+    """Groups whose specialist was never better on val than the generalist: it stays out.
+
+    Where it is validated at its start, as one with patience is, its best step is then 0.  One that
+    starts as another generalist is a second opinion even so.
+    """
+    if session.config.specialists.starts_elsewhere:
+        return []
+    trained = {m: stage for m, stage in enumerate(session.run.specialists) if stage.kind.trains}
+    done = {m: stage for m, stage in trained.items() if stage.done() is not None}
+    return [m for m, stage in done.items() if read_summary(stage).get("best_step") == 0]
+
+
+def say_dropped(session: Session, dropped: list[int]) -> None:
     if dropped:
         session.say(
-            "%d of %d branches were never better on val than the generalist, and stay out of the "
-            "ensemble: %s",
+            "%d of %d specialists were never better on val than the generalist, and stay out of "
+            "the ensemble: %s",
             len(dropped),
-            len(done),
-            ", ".join(map(str, sorted(dropped))),
+            len(session.run.specialists),
+            ", ".join(map(str, dropped)),
         )
-    return dropped
 
 
 def fitted_temperatures(session: Session) -> list[float]:

@@ -41,15 +41,18 @@ def fresh_network(
     student: Student | Rerank | None = None,
     seed: int | None = None,
     members: dict | None = None,
+    own_model: dict | None = None,
 ) -> Classifier:
     """A network of [model], its weights drawn from `seed`, by default the run's.
 
-    student: the section whose own keys of [model] count first.  members: of networks with
-    several, as model.json has it.
+    student, own_model: the section, or the keys of [model], that count first.  members: of
+    networks with several, as model.json has it.
     """
     model = session.config.model
     if student is not None:
-        model = Model.model_validate({**model.model_dump(), **student.model})
+        own_model = student.model
+    if own_model:
+        model = Model.model_validate({**model.model_dump(), **own_model})
     shards = session.shards("train")
     builders = user_builders(model.name)
     torch.manual_seed(session.config.seed if seed is None else seed)
@@ -333,9 +336,9 @@ def user_builders(name: str) -> dict[str, Callable] | None:
 
 
 def builders_of(config: Config) -> dict[str, Callable]:
-    """The user's own builders that the config names, for the generalist and for students."""
+    """The user's own builders that the config names, of all its networks."""
     names = [config.model.name]
-    sections = [config.rerank, *config.students.values()]
+    sections = [config.controls, config.rerank, *config.students.values()]
     names += [section.model.get("name", "") for section in sections]
     builders: dict[str, Callable] = {}
     for name in names:

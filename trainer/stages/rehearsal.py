@@ -22,24 +22,28 @@ from networks import (
     BranchedClassifier,
     Classifier,
     branch_off,
+    build_classifier,
     freeze_norm,
     lazy_logits,
     merge_grown_head,
+    multiplications,
     set_trainable,
     specialise,
 )
 from networks.linear_logits import LinearLogits, LocalComm
 from networks.user_code import blame
-from pipeline.choices import STUDENT_METHODS, resolve
+from pipeline.choices import CONTROL_ROWS, STUDENT_METHODS, resolve
 from pipeline.config import ResolvedSchedule, ResolvedStudent, UserError, check_batch_size
+from pipeline.controls import COMPUTE, is_wall
 
 from ..core.objectives import Objective, classify, rerank, specialise_fully, specialise_in
 from ..data.augment import MACHINES, failure, find_augment
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
+from .control_rows import widened
 from .extending import grown_generalist
-from .networks import fresh_network, given_generalist, load_given, student_network
+from .networks import builders_of, fresh_network, given_generalist, load_given, student_network
 from .rerank import by_rows
 from .student import left_out, live_objective
 from .teachers import Teacher, from_elsewhere, of_networks
@@ -106,12 +110,37 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
                 objective = _of_labels(config.train)
                 yield Part("train", start, objective, config.train, 1, augment)
         yield _specialist(session, start)
-    if session.run.method.has_groups and session.run.controls:
-        schedule, count = config.specialists, len(session.run.controls)
-        yield Part("specialists", generalist, _of_labels(schedule), schedule, 1, augment, count)
+    yield from _controls(session, generalist)
     started = {"generalist": generalist}
     for name in config.students:
         yield _student(session, name, started)
+
+
+def _controls(session: Session, generalist: Classifier) -> Iterator[Part]:
+    """Networks that the controls train; a student's twin is tried as the student."""
+    config, names = session.config, session.run.controls
+    augment = config.data.augment
+    trained_on = [name for name in names if name == COMPUTE or is_wall(name)]
+    if trained_on:
+        schedule, count = config.specialists, len(trained_on)
+        yield Part("specialists", generalist, _of_labels(schedule), schedule, 1, augment, count)
+    rows = [row for name, row in CONTROL_ROWS.items() if name in names]
+    if any(row.of_second for row in rows) and session.run.second not in session.run.members:
+        network, schedule = fresh_network(session), config.train
+        yield Part("train", network, _of_labels(schedule), schedule, 1, augment)
+    if any(row.trains for row in rows):
+        schedule = config.train
+        yield Part("train", _wider(session, generalist), _of_labels(schedule), schedule, 1, augment)
+
+
+def _wider(session: Session, generalist: Classifier) -> Classifier:
+    """Of controls.model, or of twice the generalist's multiplications: how many it will have, is
+    known of a finished ensemble."""
+    own_model = session.config.controls.model
+    if own_model:
+        return fresh_network(session, own_model=own_model)
+    target = 2 * multiplications(generalist, generalist.zero_input())
+    return build_classifier(widened(session, generalist.spec, target), builders_of(session.config))
 
 
 def _of_labels(schedule: ResolvedSchedule) -> Objective:

@@ -47,7 +47,17 @@ def specialist(session: Session, stage: Stage, index: int) -> None:
             network = specialise(network, classes, "preserving")
         summary |= {"classes": len(classes), **notes}
         summary["temperature"] = validator.temperature(network)
+        say_if_dropped(session, index, summary["best_step"])
         save_network(session, attempt, network, summary)
+
+
+def say_if_dropped(session: Session, index: int, best_step: int) -> None:
+    if best_step == 0 and not session.config.specialists.starts_elsewhere:
+        session.say(
+            "group %d: no step of its specialist was better on val than the generalist: the "
+            "ensemble goes without it",
+            index,
+        )
 
 
 def save_skipped(session: Session, attempt: Attempt, index: int) -> None:

@@ -53,7 +53,7 @@ def student(session: Session, stage: Stage, name: str) -> None:
 
 
 def hard_twin_task(session: Session, name: str) -> TrainingTask:
-    """A student's network, stream and steps, but labels alone and no unlabelled inputs."""
+    """Of a student's twin: its network, stream and steps, but labels and no unlabelled inputs."""
     schedule = session.config.students[name]
     stream, steps = student_stream(session, schedule, transfer=False)
     network = student_network(session, name, schedule)

@@ -141,7 +141,7 @@ def test_hostile_class_names_are_text(glyphs):
     allowed = (
         "html head meta title link style body header h1 h2 h3 p div small nav a main section table "
         "thead tbody tr th td br span dl dt dd figure figcaption svg path circle rect text ul li b "
-        "article img bdi details summary pre footer"
+        "article img bdi details summary pre code footer"
     )
     assert {tag for tag, _ in page.tags} <= set(allowed.split())
 
@@ -388,3 +388,72 @@ def test_what_a_student_is_in_words(keys, expected):
 def test_a_page_says_how_a_teacher_answered(answers, expected, absent):
     text = explain_student(Student(), Ensemble(), answers)
     assert expected in text and absent not in text
+
+
+SIZES_OF_ROWS = {
+    "generalist": {"parameters": 1000, "multiplications": 2000},
+    "ensemble": {"parameters": 9000, "multiplications": 5000, "asked": 1.5},
+    "wide": {"parameters": 2400, "multiplications": 5100},
+}
+
+
+def with_latency(run, latencies):
+    """As if evaluate had timed these rows."""
+    for name, latency in latencies.items():
+        path = run.evaluate.path(f"{name}.json")
+        content = json.loads(path.read_text())
+        content["row"]["cost"]["latency_ms"] = latency
+        path.write_text(json.dumps(content))
+
+
+def test_size_latency_and_training_stand_beside_every_row(tmp_path, make_hand_worked):
+    run = make_hand_worked(tmp_path, further=SIZES_OF_ROWS)
+    with_latency(run, {"generalist": {"1": 0.25, "64": 0.0125}, "ensemble": {"1": 12.5}})
+    rows = {row[0]: row for row in rows_of(render(run, collect(run)), "cost")}
+    assert rows["generalist"][1:7] == ["50.00 %", "1,000", "2,000 × 1.00", "–", "0.250", "0.0125"]
+    assert rows["ensemble"][1:7] == ["70.00 %", "9,000", "5,000 × 2.50", "1.50", "12.5", "–"]
+    assert rows["control_wall"][2:7] == ["–"] * 5 and rows["control_wall"][7] == "2.15 M"
+    assert rows.keys() == {row[0] for row in rows_of(render(run, collect(run)), "metrics")}
+
+
+def test_the_report_names_what_was_not_trained_and_the_line_that_does(hand_worked):
+    text = text_of(render(hand_worked, collect(hand_worked)))
+    assert "Not trained in this run" in text
+    assert "wider (a generalist of the ensemble&#39;s multiplications); average (two" in text
+    assert "wide_hard (the student wide on labels alone)" in text
+    assert f"referral run --run {hand_worked.root.resolve()} --set" in text
+
+
+def test_a_difference_whose_interval_holds_zero_is_grey(hand_worked):
+    page = render(hand_worked, collect(hand_worked))
+    # Of ten examples only control_compute shows, which makes two errors instead of five.
+    assert page.count('title="no measurable difference"') == 5
+
+
+def test_dropped_specialists_are_named_in_the_head(hand_worked):
+    path = hand_worked.evaluate.path("ensemble.json")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "dropped": [1]}))
+    head = text_of(render(hand_worked, collect(hand_worked)).partition("<main>")[0])
+    assert "Specialist 1 was never better on val than the generalist" in head
+
+
+def test_no_tile_and_no_sentence_gives_a_larger_student_a_share(tmp_path, make_hand_worked):
+    larger = {**SIZES_OF_ROWS, "main": {"parameters": 2400, "multiplications": 5100}}
+    run = make_hand_worked(tmp_path, further=larger)
+    head = text_of(render(run, collect(run)).partition("<main>")[0])
+    assert "of the gain" not in head
+    assert "errors of the student, a network of another size" in head
+    assert "a network of 2.4 times the generalist&#39;s parameters and 2.5 times its" in head
+
+
+def test_a_control_that_stays_the_generalist_is_said_to(hand_worked):
+    for name, stage in hand_worked.controls.items():
+        path = stage.path("summary.json")
+        content = json.loads(path.read_text())
+        best = 0 if name.startswith("control_wall") else 4000
+        path.write_text(json.dumps({**content, "best_step": best}))
+    text = text_of(render(hand_worked, collect(hand_worked)))
+    assert "No step was better on val than its start, so it is the generalist itself." in text
+    assert "is shown." in text and "was best" not in text
+    assert "Its best step on val is kept, 4,000. Where" in text

@@ -100,14 +100,14 @@ def control_summary(run, name):
 
 
 def test_controls_are_validated_as_many_times_as_a_specialist(finished):
-    for name, steps in {"control_wall-0": [15, 30], "control_compute": [90, 180]}.items():
+    for name, steps in {"control_wall-0": [0, 15, 30], "control_compute": [0, 90, 180]}.items():
         rows = metrics_of(finished.controls[name])
         assert [row["step"] for row in rows if "val/loss" in row] == steps
 
 
 def test_control_compute_takes_the_rate_that_was_best_on_val(finished):
     walls = [control_summary(finished, f"control_wall-{i}") for i in range(3)]
-    best = min(walls, key=lambda wall: wall["val"]["loss"])
+    best = min(walls, key=lambda wall: wall["last"]["raw_loss"])
     assert len({wall["learning_rate"] for wall in walls}) == 3
     compute = control_summary(finished, "control_compute")
     assert compute["learning_rate"] == best["learning_rate"]

@@ -1,0 +1,115 @@
+"""Controls of other networks: a wider generalist, two averaged, and two on a shortlist.
+
+pipeline.choices.CONTROL_ROWS names them.  The second generalist is a stage of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ensemble import (
+    DeepEnsemble,
+    EnsembleSettings,
+    ShortlistEnsemble,
+    SpecialistEnsemble,
+)
+from networks import ModelSpec, build_classifier, count_multiplications, widened_to
+from pipeline.config import UserError
+from pipeline.store import Stage
+
+from ..data.streams import Batch
+from ..session import Session
+from .calibrate import calibration_ids
+from .joining import load_ensemble, save_settings
+from .networks import builders_of, fresh_network, load_network, save_network
+from .shortlist import fit_shortlist
+from .training import generalist_task, train_network
+from .validate import validate_classifier
+
+PAIR = 2  # generalists
+
+
+def wider(session: Session, stage: Stage, name: str) -> None:
+    """A generalist that multiplies as much for an example as the ensemble does, from scratch."""
+    seed = session.seed("control wider", 0)
+    with session.attempt(stage) as attempt:
+        spec = wider_spec(session)
+        torch.manual_seed(seed)
+        network = build_classifier(spec, builders_of(session.config)).to(session.ranks.device)
+        validate = validate_classifier(session)
+        task = generalist_task(session, network, session.config.train, validate, seed)
+        trained, summary = train_network(session, attempt, task)
+        save_network(session, attempt, trained, summary)
+
+
+def wider_spec(session: Session) -> ModelSpec:
+    """Of controls.model, or the generalist's own with wider layers."""
+    if session.config.controls.model:
+        return fresh_network(session, own_model=session.config.controls.model).spec
+    target = ensemble_multiplications(session)
+    spec = widened(session, load_network(session, session.run.generalist).spec, target)
+    counted = count_multiplications(spec, builders_of(session.config))
+    session.say(
+        "wider: %s multiplications an example, the ensemble's %s: %s",
+        f"{counted:,}",
+        f"{round(target):,}",
+        ", ".join(f"{key} {value}" for key, value in spec.options.items()),
+    )
+    return spec
+
+
+def widened(session: Session, spec: ModelSpec, target: float) -> ModelSpec:
+    """`spec` with as many multiplications as `target`.
+
+    Raises UserError for a network that has no width.
+    """
+    builders = builders_of(session.config)
+    try:
+        return widened_to(spec, target, lambda each: count_multiplications(each, builders))
+    except ValueError as error:
+        raise UserError(
+            f'controls.rows: "wider": {error}; name another network in controls.model, '
+            'as { name = "..." } or { options = { ... } }'
+        ) from None
+
+
+def ensemble_multiplications(session: Session) -> float:
+    """Of one example on average; how many specialists it asks is measured on val."""
+    ensemble = load_ensemble(session)
+    if not isinstance(ensemble, SpecialistEnsemble):
+        return ensemble.multiplications()
+
+    def measure(batch: Batch) -> dict[str, torch.Tensor]:
+        return {"active": ensemble.forward_with_details(batch.inputs).active}
+
+    ids = calibration_ids(session)
+    active = session.measured(session.shards("val"), measure, ids=ids)["active"]
+    return ensemble.multiplications(torch.from_numpy(active.astype(bool)))
+
+
+def average(session: Session, stage: Stage, name: str) -> None:
+    """The arithmetic mean of the generalist and a second one; there is nothing to fit."""
+    with session.attempt(stage) as attempt:
+        save_settings(session, EnsembleSettings(kind="deep", members=PAIR), attempt.directory)
+
+
+def shortlist(session: Session, stage: Stage, name: str) -> None:
+    """How long the shortlist is and how the two are joined on it, fitted on val."""
+    with session.attempt(stage) as attempt:
+        networks = [load_network(session, each) for each in stage.inputs]
+        settings = fit_shortlist(session, networks)[-1]
+        save_settings(session, settings, attempt.directory)
+
+
+def load_pair(session: Session, stage: Stage) -> DeepEnsemble | ShortlistEnsemble | None:
+    """The two generalists as their stage joins them; None of a control that is one network."""
+    if not stage.path("ensemble.json").exists():
+        return None
+    settings = EnsembleSettings.load(stage.path("ensemble.json").parent)
+    networks = [load_network(session, each) for each in stage.inputs]
+    if settings.kind == "deep":
+        return DeepEnsemble(networks)
+    assert settings.shortlist is not None and settings.order is not None
+    return ShortlistEnsemble(
+        networks, settings.shortlist, settings.order, settings.weights, settings.temperatures
+    )
