@@ -163,9 +163,10 @@ class Corrections(nn.Module):
         one[:, -1] = 1
         rows = torch.cat([stack.correction.weight, stack.correction.bias[..., None]], 2).detach()
         rows = rows.gather(1, columns[..., None].expand(-1, -1, rows.shape[2]))
-        rows = rows / temperatures.to(rows)[:, None, None]
-        rows[..., -1] += shift.to(rows)
+        rows = rows.float() / temperatures[:, None, None]
+        rows[..., -1] += shift
         tables = {"hidden": torch.cat([hidden, one], 2), "correction": rows.mT.contiguous()}
+        tables = {name: table.float() for name, table in tables.items()}
         self.may_be_none = may_be_none
         for name, table in tables.items():
             self.register_buffer(name, table, persistent=False)
@@ -203,6 +204,7 @@ class Entries(NamedTuple):
     counted: float32 [B, A, K], 1 where an entry stands for its class, 0 where it repeats it.
     inside: of each slot a, bool [B, A, K] whether it holds an entry's class.
     column: of each slot a, int64 [B, A, K], which column of it.
+    pattern: int64 [B, A, K], the sum of 2^a over the slots that hold an entry's class.
     """
 
     slots: Tensor
@@ -211,6 +213,7 @@ class Entries(NamedTuple):
     counted: Tensor
     inside: list[Tensor]
     column: list[Tensor]
+    pattern: Tensor
 
 
 class BranchProgram(nn.Module):
@@ -241,7 +244,6 @@ class BranchProgram(nn.Module):
     inverse_temperatures: Tensor
     floor: Tensor
     outside: Tensor
-    powers: Tensor
     other_branch: Tensor
     other_column: Tensor
 
@@ -276,8 +278,9 @@ class BranchProgram(nn.Module):
         groups = ensemble.groups
         holders = _available_first(holders_of(groups, torch.device("cpu")), numbers)
         self.slots = _slots(ensemble, holders.shape[1], self.count)
-        self.is_full = min(stack.sizes) == stack.width
         self.is_always_asked = bool((holders[:, 0] < self.count).all())
+        # Then no row has padding.
+        self.is_full = self.is_always_asked and min(stack.sizes) == stack.width
         self.has_whole_group = max(stack.sizes) == groups.num_classes
         self.may_have_all = sum(sorted(stack.sizes)[-self.slots :]) >= groups.num_classes
         weights = ensemble.weights
@@ -325,7 +328,6 @@ class BranchProgram(nn.Module):
             ).mT.float(),
             "inverse_temperatures": 1 / temperatures[:, None],
             "outside": 1.0 - (patterns & 1).double(),
-            "powers": 2 ** torch.arange(self.slots),
             "other_branch": other_branch,
             "other_column": other_column,
         }
@@ -447,7 +449,9 @@ class BranchProgram(nn.Module):
         z_top = logits.gather(1, favourites[:, :1])[..., None]
         mass = logits.gather(1, classes.flatten(1)).view_as(classes).sub(z_top).exp() * valid
         mass = mass.sum(2).masked_fill(found == self.count, -1)
-        return found.gather(1, mass.topk(self.slots, dim=1).indices)
+        # Of those that tie the first, as `gate` has it.
+        order = mass.sort(dim=1, descending=True, stable=True).indices
+        return found.gather(1, order[:, : self.slots])
 
     def _entries(self, slots: Tensor, favourite: Tensor) -> Entries:
         """favourite: int64 [B, 1], the class that a row has as its only entry if it asks nobody."""
@@ -461,16 +465,12 @@ class BranchProgram(nn.Module):
         inside, column = self._where(slots, on)
         counted = rows_of(self.valid, slots)
         counted = torch.cat([counted[:, :1], counted[:, 1:] * on[:, 1:, None]], 1)
-        earlier = torch.stack(
-            [
-                torch.stack([inside[b][:, a] for b in range(a)]).any(0)
-                if a
-                else torch.zeros_like(inside[0][:, 0])
-                for a in range(self.slots)
-            ],
-            1,
-        )
-        return Entries(slots, on, classes, counted * ~earlier, inside, column)
+        earlier = torch.zeros_like(inside[0])
+        number = torch.arange(self.slots, device=slots.device)[:, None]
+        for b in range(self.slots - 1):
+            earlier = earlier | (inside[b] & (number > b))
+        pattern = sum(held * 2**b for b, held in enumerate(inside))
+        return Entries(slots, on, classes, counted * ~earlier, inside, column, pattern)
 
     def _where(self, slots: Tensor, on: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Of each slot b, whether it holds an entry's class and in which column: [B, A, K] each."""
@@ -478,6 +478,7 @@ class BranchProgram(nn.Module):
         other_column = rows_of(self.other_column, slots)
         number = torch.arange(self.slots, device=slots.device)
         columns = torch.arange(self.classes.shape[1], device=slots.device)
+        shape = (*slots.shape, len(columns))
         inside, column = [], []
         for b in range(self.slots):
             own = (number == b)[:, None]
@@ -488,8 +489,8 @@ class BranchProgram(nn.Module):
                 match = (other_branch[..., h] == slots[:, b, None, None]) & on[..., None]
                 place = torch.where(match, other_column[..., h], place)
                 held = held | match
-            inside.append(held)
-            column.append(place.expand(held.shape))
+            inside.append(held.expand(shape))
+            column.append(place.expand(shape))
         return inside, column
 
     # ---- what branches say
@@ -506,7 +507,7 @@ class BranchProgram(nn.Module):
 
     def _corrections_of(self, h: Tensor, slots: Tensor) -> Tensor:
         """h: [N, D].  slots: int64 [N].  Returns r / T [N, K + 1]."""
-        h = F.pad(h, (0, 1), value=1.0)
+        h = F.pad(h.float(), (0, 1), value=1.0)
         of_few, of_many = self.corrections.of_few, self.corrections.of_many
         most = max(FEW_PAIRS, self.count // 2)
         if torch.onnx.is_in_onnx_export():
@@ -558,10 +559,14 @@ class BranchProgram(nn.Module):
         masses = torch.cat([g_outside * of_general, self._pattern_sums(joined, entries)], 1)
         counts = self._pattern_sums(torch.ones_like(g), entries)
         others = len(self.holders) - counts.sum(1, keepdim=True)
-        membership = Membership(self.outside, torch.cat([others, counts], 1))
+        counts = torch.cat([others, counts], 1)
+        outside = self.outside
+        if self.may_have_all:  # where a pattern has no class, none takes a dustbin's mass
+            outside = outside * (counts > 0)[..., None]
+        membership = Membership(outside, counts)
         dustbins = weighted[..., -1].double()
         factor, even = solve(masses, dustbins, membership, None, self.portable)
-        pattern = self._pattern(entries).flatten(1)
+        pattern = entries.pattern.flatten(1)
         on_entries = joined * factor.to(g.dtype).gather(1, pattern).view_as(g)
         on_entries = on_entries + even.to(g.dtype).gather(1, pattern).view_as(g)
         on_entries = torch.where(entries.on[..., None], on_entries, on_entries[:, :1, :1])
@@ -569,21 +574,16 @@ class BranchProgram(nn.Module):
         q_outside = factor[:, :1] * masses[:, :1] + even[:, :1] * others
         return q_outside.to(g.dtype), on_entries
 
-    def _pattern(self, entries: Entries) -> Tensor:
-        """int64 [B, A, K]: the sum of 2^b over the slots b that hold an entry's class."""
-        held = torch.stack(entries.inside, 3)
-        return (held * self.powers).sum(3)
-
     def _pattern_sums(self, values: Tensor, entries: Entries) -> Tensor:
         """What `values` sum to over the classes of each pattern but 0, float64 [B, P - 1]."""
-        pattern = self._pattern(entries)
-        values = values.double() * entries.counted
+        values = values * entries.counted
+        pattern = entries.pattern
         count = len(self.outside)
         if count <= FEW_PATTERNS:
             sums = [(values * (pattern == k)).sum((1, 2)) for k in range(1, count)]
-            return torch.stack(sums, 1)
+            return torch.stack(sums, 1).double()
         zeros = values.new_zeros(values.shape[0], count)
-        return zeros.scatter_add(1, pattern.flatten(1), values.flatten(1))[:, 1:]
+        return zeros.scatter_add(1, pattern.flatten(1), values.flatten(1))[:, 1:].double()
 
 
 def _slots(ensemble: SpecialistEnsemble, most_holders: int, count: int) -> int:

@@ -169,6 +169,7 @@ def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
         (o + a + d) Q^2 - (r (o + d) + (r - d') d + a a') Q + r d (o + a' + d) = 0
 
     whose larger root is Q: Q + Q' - r is Y of the patterns in none, and negative at the smaller.
+    Where every class is in one of them, Q = a' + d.
     """
     outside = membership.outside
     both_outside = outside[..., :1] * outside[..., 1:]
@@ -183,6 +184,8 @@ def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
     constant = r * d * (o + a_other + d)
     root = (linear * linear - 4 * square * constant).clamp_min(0).sqrt()
     Q = (linear + root) / (2 * square)
+    # Without patterns in none Q + Q' = r, whatever their s is.
+    Q = torch.where(both_outside.sum(-2) > 0, Q, a_other + d)
     alone_factor = (r - Q) / a.clamp_min(EMPTY)
     none_factor = (Q.sum(1, keepdim=True) - r).clamp_min(0) / o.clamp_min(EMPTY)
     factor = _times(none_factor, both_outside.mT) + _times(alone_factor, alone.mT)

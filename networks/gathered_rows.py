@@ -33,6 +33,8 @@ DENSE_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 TOP_BLOCK = 16
 FEWEST_CLASSES = 4096
 FEWEST_ENTRIES = 2**17
+# Relative to a number, what can be told from it.
+LITTLE = {torch.float16: 2**-9, torch.bfloat16: 2**-6, torch.float32: 2**-20, torch.float64: 2**-50}
 # How long runs of classes may be of which ONNX takes maxima; one that divides C needs no padding.
 RUNS = (64, *range(65, 257), *range(63, 31, -1))
 
@@ -142,7 +144,7 @@ def _in_runs(logits: Tensor, k: int, ordered: bool) -> tuple[Tensor, Tensor]:
     """top_k as onnxruntime does it fast: of runs that lie in memory as such.
 
     The k largest lie in the k runs with the largest maxima, and are no smaller than the least of
-    these maxima.  What is smaller is -inf in the last search, which then has little to sort.
+    these maxima.  What is smaller is alike in the last search, which then has little to sort.
     """
     maxima, size = block_maxima(logits)
     at_least, runs = maxima.topk(k, dim=1, sorted=False)
@@ -153,7 +155,8 @@ def _in_runs(logits: Tensor, k: int, ordered: bool) -> tuple[Tensor, Tensor]:
     of_runs = logits.reshape(-1, size).index_select(0, (rows + runs).flatten())
     candidates = of_runs.unflatten(0, runs.shape).flatten(1)
     at_least = at_least.amin(1, keepdim=True)
-    candidates = torch.where(candidates >= at_least, candidates, -torch.inf)
+    less = at_least - (at_least.abs() * LITTLE[logits.dtype] + torch.finfo(logits.dtype).tiny)
+    candidates = candidates.maximum(less)
     values, places = candidates.topk(k, dim=1, sorted=ordered)
     run = places // size
     return values, runs.gather(1, run) * size + (places - run * size)
