@@ -1,12 +1,19 @@
 """Branches against copies: examples a second of training, errors removed, multiplications.
 
     OMP_NUM_THREADS=1 python -m benchmarks.branches [--seeds N] [--keep DIR]
-    python -m benchmarks.branches --quick       few classes and steps, in seconds
+    OMP_NUM_THREADS=1 python -m benchmarks.branches --latency [--rounds N]
+    python -m benchmarks.branches [--latency] --quick       few classes and steps, in seconds
 
 The data are made so that the head is what is short: pictures of many classes in look-alike
 families, and an embedding of a few numbers.  One generalist is trained; copies and branches start
 from it, with the same groups, steps and batches, in one process on one thread.  Every stage is the
 product's own.  The last line of the output is one JSON object with a row for each seed.
+
+--latency measures how long an answer takes instead, as ONNX in onnxruntime on one thread: untrained
+MLPs of 64 and 256 numbers an embedding, 26,386 classes, 88 groups, branches of 64 numbers, one and
+two branches a row, batches of 1 and 256.  The ensemble and its generalist take turns; ratios are
+medians of each round's, of the process's CPU time.  The bar is 1.3.  `wide head` is the generalist
+with its head's bias as the weight of a further feature, as the ensemble's program has it.
 """
 
 from __future__ import annotations
@@ -16,6 +23,8 @@ import io
 import json
 import sys
 import tempfile
+import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +32,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ensemble import SpecialistEnsemble
-from networks import parameter_count
+from benchmarks.timing import (
+    Softmax,
+    SoftmaxOfWideHead,
+    Times,
+    in_onnx,
+    measure,
+    medians,
+    ratio,
+)
+from clustering import ClassGroups
+from ensemble import SpecialistEnsemble, ensemble_program
+from networks import InputSpec, ModelSpec, branch_off, build_classifier, parameter_count
 from pipeline.config import Config, load_config, save_config
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json
@@ -57,23 +76,114 @@ QUICK = SETTINGS | {
 }
 
 
+LATENCY = {"classes": 26_386, "groups": 88, "widths": (64, 256), "overlaps": (1, 2), "rounds": 21}
+QUICK_LATENCY = LATENCY | {"classes": 5000, "groups": 8, "widths": (8,), "rounds": 3}
+LATENCY_BAR = 1.3
+BATCHES = (1, 256)
+INPUTS = 256
+
+
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(prog="benchmarks.branches", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.branches",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--latency", action="store_true", help="measure what an answer takes")
+    parser.add_argument("--rounds", type=int, help="of --latency")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="a directory for data and runs")
     args = parser.parse_args(argv)
     settings = QUICK if args.quick else SETTINGS
     torch.set_num_threads(1)
+    if args.latency:
+        settings = QUICK_LATENCY if args.quick else LATENCY
+        if args.rounds:
+            settings = settings | {"rounds": args.rounds}
+        return latency(settings)
     with tempfile.TemporaryDirectory() as temporary:
         root = args.keep or Path(temporary)
         data = root / "data"
         if not (data / "manifest.json").exists():
             write_data(data, settings)
-        rows = [measure(root, data, settings, seed) for seed in range(args.seeds)]
+        rows = [trained(root, data, settings, seed) for seed in range(args.seeds)]
     result = {"settings": settings, "torch": torch.__version__, "seeds": rows}
     print(json.dumps(result))
     return result
+
+
+def latency(settings: dict[str, Any]) -> dict[str, Any]:
+    """Prints and returns a row for each width, number of branches a row, and batch."""
+    rows = []
+    for width in settings["widths"]:
+        for overlap in settings["overlaps"]:
+            ensemble = untrained(settings["classes"], settings["groups"], width, overlap)
+            began = time.perf_counter()
+            forms = in_onnx(
+                {
+                    "generalist": Softmax(ensemble.generalist),
+                    "wide head": SoftmaxOfWideHead(ensemble.generalist),
+                    "ensemble": ensemble_program(ensemble, portable=True),
+                }
+            )
+            export_s = round(time.perf_counter() - began, 1)
+            for batch in BATCHES:
+                raw = torch.randn(batch, INPUTS, generator=torch.Generator().manual_seed(1))
+                row = {"embedding": width, "branches_a_row": overlap, "batch": batch}
+                row |= latency_row(measure(forms, raw, settings["rounds"]))
+                q = torch.from_numpy(forms["ensemble"](raw))
+                row["error"] = float((q - ensemble.probabilities(raw)).abs().max())
+                rows.append(row | {"bar": LATENCY_BAR, "export_s": export_s})
+                say_latency(rows[-1])
+    passed = all(row["ratio"] <= LATENCY_BAR for row in rows)
+    versions = {"torch": torch.__version__, "onnxruntime": version("onnxruntime")}
+    result = {"settings": settings, **versions, "rows": rows, "passed": passed}
+    print(json.dumps(result))
+    return result
+
+
+def untrained(classes: int, groups: int, width: int, overlap: int) -> SpecialistEnsemble:
+    """Random branches of random groups, as many of them on each row as a class is in groups."""
+    torch.manual_seed(0)
+    inputs = InputSpec((INPUTS,), dtype="float32", scale=1.0)
+    spec = ModelSpec("mlp", classes, inputs, {"width": 256, "depth": 1, "embedding": width})
+    generalist = build_classifier(spec).eval()
+    with torch.no_grad():
+        generalist.linear_head.weight.mul_(20)  # confident
+    parts = [torch.randperm(classes).tensor_split(groups // overlap) for _ in range(overlap)]
+    members = [part.sort().values.numpy() for each in parts for part in each]
+    branches = {}
+    for m, own in enumerate(members):
+        branches[m] = branch_off(generalist, own.tolist(), 64).eval()
+        torch.nn.init.normal_(branches[m].correction.weight, std=0.3)
+    return SpecialistEnsemble(
+        generalist,
+        branches,
+        ClassGroups(members, classes),
+        temperatures=[1.0, *np.linspace(0.8, 1.4, len(members))],
+        weights=[1.0, *[3.0] * len(members)],
+    )
+
+
+def latency_row(times: dict[str, Times]) -> dict[str, Any]:
+    return {
+        "cpu_ms": medians(times),
+        "ms": medians(times, clock=True),
+        "ratio": ratio(times, "ensemble", "generalist"),
+        "ratio_of_clock": ratio(times, "ensemble", "generalist", clock=True),
+        "ratio_to_wide_head": ratio(times, "ensemble", "wide head"),
+    }
+
+
+def say_latency(row: dict[str, Any]) -> None:
+    times = ", ".join(f"{name} {value:.3f}" for name, value in row["cpu_ms"].items())
+    print(
+        f"{row['embedding']:3} numbers, {row['branches_a_row']} branches a row, "
+        f"batch {row['batch']:3}: {times} ms of CPU; {row['ratio']:.2f} x the generalist "
+        f"(bar {row['bar']}); exported in {row['export_s']} s",
+        flush=True,
+    )
 
 
 def write_data(directory: Path, settings: dict[str, Any]) -> None:
@@ -129,7 +239,7 @@ def config_of(data: Path, settings: dict[str, Any], seed: int, specialists: dict
     return load_config(None, [], base)
 
 
-def measure(root: Path, data: Path, settings: dict[str, Any], seed: int) -> dict[str, Any]:
+def trained(root: Path, data: Path, settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Generalist, copies and branches of one seed."""
     wide = {"kind": "branch", "model": {"embedding": settings["branch"]}}
     of_kind = {"branches": wide, "copies": {"learning_rate": 0.003, "patience": 10**6}}

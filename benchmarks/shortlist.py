@@ -5,10 +5,11 @@
 
 Untrained MLPs of 64 and 256 numbers an embedding, batches of 1 and 256 rows, one thread.  The forms
 take turns, so that a shared machine troubles all alike; each number is a median of the rounds, in
-milliseconds.  Ratios are of the process's own CPU time, because a shared machine's clock says
-little; the clock's time stands beside it.  `full` is the geometric mean of both over all classes,
-`trunk` the second network's trunk by itself.  With --onnx the same is measured in onnxruntime,
-where it is installed.
+milliseconds.  Ratios are medians of each round's.  They are of the process's own CPU time, because
+a shared machine's clock says little; the clock's stand beside them.  `full` is the geometric mean
+of both over all classes, `trunk` the second network's trunk by itself.  With --onnx the same is
+measured in onnxruntime, where it is installed.  `wide head` is the generalist with its head's bias
+as the weight of a further feature, as the ensembles' ONNX programs have it.
 
 A shortlist of 100 has a bar: its latency is at most 1.3 times the generalist's at 256 numbers, 1.5
 times at 64, and the second trunk's.  The last line of the output is one JSON object.
@@ -17,21 +18,22 @@ times at 64, and the second trunk's.  The last line of the output is one JSON ob
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
-import statistics
-import tempfile
-import time
-import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ensemble import ShortlistEnsemble, export_onnx, generalised_mean
+from benchmarks.timing import (
+    Softmax,
+    SoftmaxOfWideHead,
+    Times,
+    in_onnx,
+    in_torch,
+    measure,
+    medians,
+    ratio,
+)
+from ensemble import ShortlistEnsemble, generalised_mean
 from networks import Classifier, InputSpec, ModelSpec, build_classifier
 
 BARS = {64: 1.5, 256: 1.3}
@@ -39,19 +41,6 @@ BARRED = "shortlist of 100"
 SIZES = (20, 100)
 BATCHES = (1, 256)
 INPUTS = 256
-CALLS_OF_ONE_ROW = 20
-Forms = dict[str, Callable[[], object]]
-
-
-class Softmax(nn.Module):
-    """A network's probabilities."""
-
-    def __init__(self, network: Classifier):
-        super().__init__()
-        self.network = network
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return torch.softmax(self.network(raw), 1)
 
 
 class Full(nn.Module):
@@ -84,54 +73,15 @@ def modules_of(classes: int, embedding: int) -> dict[str, nn.Module]:
     inputs = InputSpec((INPUTS,), dtype="float32", scale=1.0)
     spec = ModelSpec("mlp", classes, inputs, {"width": 256, "depth": 1, "embedding": embedding})
     first, second = build_classifier(spec).eval(), build_classifier(spec).eval()
-    modules = {"generalist": Softmax(first), "full": Full(first, second), "trunk": Trunk(second)}
+    modules = {
+        "generalist": Softmax(first),
+        "wide head": SoftmaxOfWideHead(first),
+        "full": Full(first, second),
+        "trunk": Trunk(second),
+    }
     for size in SIZES:
         modules[f"shortlist of {size}"] = ShortlistEnsemble([first, second], size).program
     return modules
-
-
-def measure(forms: Forms, rounds: int, calls: int) -> tuple[dict[str, float], dict[str, float]]:
-    """The median milliseconds of one call of each form, of the CPU and of the clock."""
-    cpu: dict[str, list[float]] = {name: [] for name in forms}
-    clock: dict[str, list[float]] = {name: [] for name in forms}
-    for call in forms.values():
-        call()
-    for _ in range(rounds):
-        for name, call in forms.items():
-            began, began_cpu = time.perf_counter(), time.process_time()
-            for _ in range(calls):
-                call()
-            clock[name].append(1000 * (time.perf_counter() - began) / calls)
-            cpu[name].append(1000 * (time.process_time() - began_cpu) / calls)
-    return medians(cpu), medians(clock)
-
-
-def medians(times: dict[str, list[float]]) -> dict[str, float]:
-    return {name: round(statistics.median(each), 4) for name, each in times.items()}
-
-
-def in_torch(modules: dict[str, nn.Module], raw: Tensor) -> Forms:
-    return {name: lambda module=module: module(raw) for name, module in modules.items()}
-
-
-def in_onnx(modules: dict[str, nn.Module], raw: Tensor) -> Forms:
-    """The same as programs of ONNX, one thread each."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    forms: Forms = {}
-    for name, module in modules.items():
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "program.onnx"
-            with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                logging.disable(logging.WARNING)
-                export_onnx(module, torch.zeros(3, INPUTS), path)
-            providers = ["CPUExecutionProvider"]
-            session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-        forms[name] = lambda session=session: session.run(None, {"raw": raw.numpy()})
-    return forms
 
 
 def measured(classes: int, rounds: int, onnx: bool) -> list[dict]:
@@ -143,16 +93,24 @@ def measured(classes: int, rounds: int, onnx: bool) -> list[dict]:
     for embedding in BARS:
         modules = modules_of(classes, embedding)
         for way, forms_of in ways.items():
+            forms = forms_of(modules)
             for batch in BATCHES:
                 raw = torch.randn(batch, INPUTS, generator=torch.Generator().manual_seed(1))
-                calls = CALLS_OF_ONE_ROW if batch == 1 else 1
-                cpu_ms, ms = measure(forms_of(modules, raw), rounds, calls)
-                ratio = (cpu_ms[BARRED] - cpu_ms["trunk"]) / cpu_ms["generalist"]
-                row = {"way": way, "embedding": embedding, "batch": batch, "ms": ms}
-                row |= {"cpu_ms": cpu_ms, "ratio": round(ratio, 3), "bar": BARS[embedding]}
-                rows.append(row)
+                times = measure(forms, raw, rounds)
+                rows.append({"way": way, "embedding": embedding, "batch": batch} | row_of(times))
+                rows[-1]["bar"] = BARS[embedding]
                 say(rows[-1])
     return rows
+
+
+def row_of(times: dict[str, Times]) -> dict:
+    return {
+        "ms": medians(times, clock=True),
+        "cpu_ms": medians(times),
+        "ratio": ratio(times, BARRED, "generalist", less="trunk"),
+        "ratio_of_clock": ratio(times, BARRED, "generalist", less="trunk", clock=True),
+        "ratio_to_wide_head": ratio(times, BARRED, "wide head", less="trunk"),
+    }
 
 
 def say(row: dict) -> None:

@@ -129,14 +129,16 @@ def pattern_masses(
     """Y [n, P], differentiable in A and d.
 
     tolerance: Newton's steps go on until |Y s - A| and |Q t - d| are within it; ArithmeticError for
-    a row that does not get there.  None: UNROLLED_STEPS steps without a line search, the same
-    operations for every input.
+    a row that does not get there.  None: the same operations for every input, a closed form for two
+    specialists, and UNROLLED_STEPS steps without a line search for more.
     portable: the unrolled steps are products and sums alone, which every runtime has.
     """
     A = torch.maximum(A, membership.nothing)
     d = d.clamp(min=EMPTY)
     if d.shape[1] == 1:
         return _one_specialist(A, d, membership)
+    if tolerance is None and d.shape[1] == 2:
+        return _two_specialists(A, d, membership)
     if tolerance is None:
         return _unrolled(A, d, membership, _by_elimination if portable else _by_scaled_cholesky)
     with torch.no_grad():
@@ -152,6 +154,43 @@ def _one_specialist(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
     """Closed form: the dustbin is shared among the classes outside as they share A."""
     taken = d * membership.outside[..., 0] * A
     return A + taken / (membership.to_specialists(A) + membership.everything_inside)
+
+
+def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
+    """Closed form: Q_0 and Q_1 are roots of quadratic equations, exact to about 1e-8.
+
+    With a the mass A of patterns in one specialist alone, a' in the other alone, o in none, and
+    r = o + a + a' + d + d', the conditions of a pattern in one alone are
+
+        r - Q = a Q' / (Q' - d'),      r - Q' = a' Q / (Q - d)
+
+    Q' from the first in the second is
+
+        (o + a + d) Q^2 - (r (o + d) + (r - d') d + a a') Q + r d (o + a' + d) = 0
+
+    whose larger root is Q: Q + Q' - r is Y of the patterns in none, and negative at the smaller.
+    Where every class is in one of them, Q = a' + d.
+    """
+    outside = membership.outside
+    both_outside = outside[..., :1] * outside[..., 1:]
+    alone = torch.cat(
+        [(1 - outside[..., :1]) * outside[..., 1:], outside[..., :1] * (1 - outside[..., 1:])], -1
+    )
+    o, a = _times(A, both_outside), _times(A, alone)
+    a_other, d_other = a.flip(1), d.flip(1)
+    r = o + (a + d).sum(1, keepdim=True)
+    square = o + a + d
+    linear = r * (o + d) + (r - d_other) * d + a * a_other
+    constant = r * d * (o + a_other + d)
+    root = (linear * linear - 4 * square * constant).clamp_min(0).sqrt()
+    Q = (linear + root) / (2 * square)
+    # Without patterns in none Q + Q' = r, whatever their s is.
+    Q = torch.where(both_outside.sum(-2) > 0, Q, a_other + d)
+    alone_factor = (r - Q) / a.clamp_min(EMPTY)
+    none_factor = (Q.sum(1, keepdim=True) - r).clamp_min(0) / o.clamp_min(EMPTY)
+    factor = _times(none_factor, both_outside.mT) + _times(alone_factor, alone.mT)
+    in_both = 1 - both_outside[..., 0] - alone.sum(-1)
+    return A * (factor + in_both)
 
 
 def _scaling(A: Tensor, Y: Tensor, membership: Membership) -> Scaling:

@@ -15,10 +15,10 @@ from networks import (
     top_k,
 )
 from networks.builders import Builders
+from networks.gathered_rows import head_logits
 from networks.reading import Inputs
 
 from .network_ensemble import NetworkEnsemble, load_networks
-from .predictions import softmax
 from .settings import EnsembleSettings
 from .shortlist import GEOMETRIC, check_order, check_weights, join_within
 from .specialist_ensemble import finished_words
@@ -47,19 +47,19 @@ class ShortlistProgram(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         generalist, *others = cast(list[Classifier], list(self.networks))
-        z = whole_logits(generalist, raw)
-        p = softmax(z, self.temperatures[0])
+        z = at_temperature(whole_logits(generalist, raw), self.temperatures[0])
         if not others:
-            return p
+            return z.softmax(1)
         own, indices = top_k(z, self.shortlist, ordered=False)
-        asked = [own, *(logits_at(network, raw, indices) for network in others)]
-        scaled = [
-            each.to(p) if T == 1 else each.to(p) / T
-            for each, T in zip(asked, self.temperatures, strict=True)
+        asked = [
+            at_temperature(logits_at(network, raw, indices), T)
+            for network, T in zip(others, self.temperatures[1:], strict=True)
         ]
-        log_mass = p.gather(1, indices).sum(1).log()
-        joined = join_within(torch.stack(scaled), log_mass, self.order, self.weights)
-        return p.scatter_(1, indices, joined.exp())
+        logits = torch.stack([own, *(each.to(own) for each in asked)])
+        # As logits the joined ones leave the sum over all classes as it is, so that one softmax
+        # gives them and the others.
+        joined = join_within(logits, own.logsumexp(1), self.order, self.weights)
+        return z.scatter_(1, indices, joined).softmax(1)
 
 
 class ShortlistEnsemble(NetworkEnsemble):
@@ -192,7 +192,15 @@ def whole_logits(network: Classifier, raw: Tensor) -> Tensor:
     """[B, C] up to a constant of the row; of a network with members their mean's."""
     if network.num_members > 1:
         return mean_log_probabilities(network, raw)
-    return network(raw)
+    if not isinstance(network.head, nn.Linear):
+        return network(raw)
+    return head_logits(network.head, network.trunk(network.preprocess(raw)))
+
+
+def at_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature, in float32 for half precision."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if temperature == 1 else logits / temperature
 
 
 def logits_at(network: Classifier, raw: Tensor, indices: Tensor) -> Tensor:

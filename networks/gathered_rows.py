@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -33,6 +33,10 @@ DENSE_ENTRIES = {"cpu": 2**22, "cuda": 2**26}
 TOP_BLOCK = 16
 FEWEST_CLASSES = 4096
 FEWEST_ENTRIES = 2**17
+# Relative to a number, what can be told from it.
+LITTLE = {torch.float16: 2**-9, torch.bfloat16: 2**-6, torch.float32: 2**-20, torch.float64: 2**-50}
+# How long runs of classes may be of which ONNX takes maxima; one that divides C needs no padding.
+RUNS = (64, *range(65, 257), *range(63, 31, -1))
 
 
 def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]:
@@ -40,8 +44,8 @@ def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]
 
     On a CPU numpy partitions vectors faster than torch.topk, and of many classes only k blocks are
     searched: of 256 rows and 26,386 classes that takes 0.3 to 0.4 of its time, of a million 0.2; a
-    single row of 26,386 takes as long.  Elsewhere, in ONNX and in half precision torch.topk is
-    called.  Of entries that tie any may be taken.
+    single row of 26,386 takes as long.  In ONNX runs of classes are searched likewise.  Elsewhere
+    and in half precision torch.topk is called.  Of entries that tie any may be taken.
 
     Parameters
     ----------
@@ -57,7 +61,8 @@ def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]
     indices : Tensor int64 [B, k]
     """
     known = logits.dtype in (torch.float32, torch.float64)
-    # onnxruntime's TopK is slow at many candidates, and its gathers at 64-bit indices.
+    if torch.onnx.is_in_onnx_export() and logits.shape[1] >= max(FEWEST_CLASSES, 2 * RUNS[0] * k):
+        return _in_runs(logits, k, ordered)
     if not known or logits.device.type != "cpu" or torch.onnx.is_in_onnx_export():
         values, indices = logits.topk(k, dim=1, sorted=ordered)
         return values, indices
@@ -71,6 +76,47 @@ def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]
         return values, columns
     values, order = values.sort(dim=1, descending=True)
     return values, columns.gather(1, order)
+
+
+def head_logits(head: nn.Linear, features: Tensor) -> Tensor:
+    """The head's logits.  In ONNX a wide one's bias is the weight of a further feature, 1.
+
+    onnxruntime's Gemm writes the bias to the whole result before it multiplies, which is a fifth of
+    its time at 256 rows, 64 features and 26,386 classes.
+    """
+    wide = len(head.weight) >= FEWEST_CLASSES
+    if head.bias is None or not wide or not torch.onnx.is_in_onnx_export():
+        return head(features)
+    weight = torch.cat([head.weight, head.bias[:, None]], 1)
+    return F.pad(features, (0, 1), value=1.0) @ weight.T
+
+
+def most_probable(logits: Tensor, count: int = 1) -> Tensor:
+    """Columns of the `count` largest of each row, largest first: int64 [B, count].
+
+    In ONNX the largest is sought in the block with the largest maximum: onnxruntime's ArgMax takes
+    four times as long as a maximum.  Of entries that tie any may be taken.
+    """
+    if count > 1:
+        return top_k(logits, count)[1]
+    if not torch.onnx.is_in_onnx_export() or logits.shape[1] < FEWEST_CLASSES:
+        return logits.argmax(1, keepdim=True)
+    maxima, size = block_maxima(logits)
+    start = maxima.argmax(1, keepdim=True) * size
+    columns = start + torch.arange(size, device=logits.device)
+    if logits.shape[1] % size:
+        columns = columns.clamp_max(logits.shape[1] - 1)
+    return start + logits.gather(1, columns).argmax(1, keepdim=True)
+
+
+def block_maxima(logits: Tensor) -> tuple[Tensor, int]:
+    """The maxima of runs of classes, and how long a run is; the last may be shorter."""
+    num_classes = logits.shape[1]
+    for size in RUNS:
+        if num_classes % size == 0:
+            return logits.unflatten(1, (-1, size)).amax(2), size
+    size = RUNS[0]
+    return F.max_pool1d(logits[:, None], size, size, ceil_mode=True)[:, 0], size
 
 
 def _are_few_entries(logits: Tensor) -> bool:
@@ -92,6 +138,28 @@ def _in_blocks(logits: Tensor, k: int) -> Tensor:
     rest = torch.arange(count * TOP_BLOCK, num_classes, device=logits.device)
     columns = torch.cat([columns, rest.expand(logits.shape[0], -1)], 1)
     return columns.gather(1, _largest(logits.gather(1, columns), k))
+
+
+def _in_runs(logits: Tensor, k: int, ordered: bool) -> tuple[Tensor, Tensor]:
+    """top_k as onnxruntime does it fast: of runs that lie in memory as such.
+
+    The k largest lie in the k runs with the largest maxima, and are no smaller than the least of
+    these maxima.  What is smaller is alike in the last search, which then has little to sort.
+    """
+    maxima, size = block_maxima(logits)
+    at_least, runs = maxima.topk(k, dim=1, sorted=False)
+    rest = logits.shape[1] % size
+    if rest:
+        logits = F.pad(logits, (0, size - rest), value=-torch.inf)
+    rows = torch.arange(logits.shape[0], device=logits.device)[:, None] * maxima.shape[1]
+    of_runs = logits.reshape(-1, size).index_select(0, (rows + runs).flatten())
+    candidates = of_runs.unflatten(0, runs.shape).flatten(1)
+    at_least = at_least.amin(1, keepdim=True)
+    less = at_least - (at_least.abs() * LITTLE[logits.dtype] + torch.finfo(logits.dtype).tiny)
+    candidates = candidates.maximum(less)
+    values, places = candidates.topk(k, dim=1, sorted=ordered)
+    run = places // size
+    return values, runs.gather(1, run) * size + (places - run * size)
 
 
 def _largest(values: Tensor, k: int) -> Tensor:

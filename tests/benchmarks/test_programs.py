@@ -29,6 +29,7 @@ QUICK = [
 ]
 SLOW = [
     "benchmarks.branches",
+    "benchmarks.branches --latency",
     "benchmarks.characters.generalist",
     "benchmarks.characters.groups",
     "benchmarks.characters.later",

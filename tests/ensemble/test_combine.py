@@ -541,3 +541,48 @@ def test_cuda_equals_cpu():
     active = random_active(5, 200, 6)
     q = combine_kl(g.cuda(), [x.cuda() for x in p], groups, active.cuda())
     torch.testing.assert_close(q.cpu(), combine_kl(g, p, groups, active), rtol=0, atol=1e-6)
+
+
+# Two specialists in closed form
+
+
+def masses_of_two(seed, scale):
+    """(A [n, 4], d [n, 2], membership) of the patterns none, first, second, both."""
+    from ensemble.newton import Membership
+
+    draw = torch.Generator().manual_seed(seed)
+    mass = (scale * torch.randn(200, 6, generator=draw, dtype=F64)).softmax(1)
+    outside = torch.tensor([[1, 1], [0, 1], [1, 0], [0, 0]], dtype=F64)
+    return mass[:, :4], mass[:, 4:], Membership(outside, torch.tensor([90.0, 4, 5, 1]).double())
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 4.0, 12.0])
+def test_two_specialists_in_closed_form_meet_the_optimums_conditions(scale):
+    from ensemble.newton import pattern_masses
+
+    A, d, membership = masses_of_two(0, scale)
+    Y = pattern_masses(A, d, membership, None)
+    Q = membership.to_specialists(Y)
+    s = 1 - membership.to_patterns(d / Q)
+    torch.testing.assert_close(Y * s, A, atol=1e-7, rtol=0)
+    torch.testing.assert_close(Y.sum(1), torch.ones_like(Y[:, 0]), atol=1e-7, rtol=0)
+    assert (Y >= A * (1 - 1e-9)).all()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0, 3.0])
+def test_two_specialists_in_closed_form_are_where_newtons_method_ends(scale):
+    from ensemble.newton import pattern_masses
+
+    A, d, membership = masses_of_two(1, scale)
+    closed = pattern_masses(A, d, membership, None)
+    torch.testing.assert_close(closed, pattern_masses(A, d, membership, 1e-12), atol=1e-9, rtol=0)
+
+
+def test_two_specialists_of_all_classes_between_them_leave_no_mass_elsewhere():
+    groups = ClassGroups([[0, 1, 2, 3], [3, 4, 5]], 6)
+    draw = torch.Generator().manual_seed(0)
+    g, first, second = [
+        torch.randn(50, n, generator=draw, dtype=F64).softmax(1) for n in (6, 5, 4)
+    ]
+    fixed = combine_kl(g, [first, second], groups, method="newton-fixed")
+    torch.testing.assert_close(fixed, combine_kl(g, [first, second], groups), atol=1e-9, rtol=0)

@@ -120,3 +120,56 @@ def test_each_rank_adds_the_logits_of_its_own_classes():
         for own in (slice(0, 9), slice(9, CLASSES))
     ]
     torch.testing.assert_close(sum(halves), F.linear(x, weight, bias).gather(1, indices))
+
+
+# As ONNX has it
+
+
+@pytest.fixture
+def exporting(monkeypatch):
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    monkeypatch.setattr(gathered_rows, "FEWEST_CLASSES", 100)
+
+
+# 64 divides the first, 79 the second, nothing the third; the last run of the third is short.
+RUN_COUNTS = [64 * 30, 79 * 40, 3001]
+
+
+@pytest.mark.parametrize("classes", RUN_COUNTS)
+@pytest.mark.parametrize("k", [1, 7, 15])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_search_in_runs_is_exact(classes, k, steps, exporting):
+    z = torch.randn(9, classes, generator=torch.Generator().manual_seed(k))
+    if steps:  # many entries tie
+        z = (z * steps).round()
+    z[0] = torch.arange(classes)  # the best are in the last run
+    z[1, 3:] = -torch.inf
+    values, indices = top_k(z, k)
+    assert torch.equal(values, z.topk(k).values)
+    assert torch.equal(z.gather(1, indices), values)
+    assert all(len(set(row)) == k for row in indices[[0, *range(2, 9)]].tolist())
+    assert indices.max() < classes
+    best = gathered_rows.most_probable(z)
+    assert torch.equal(z.gather(1, best), z.amax(1, keepdim=True))
+
+
+def test_runs_are_searched_in_onnx_where_there_are_many_for_one_wanted(exporting, monkeypatch):
+    searched = []
+    within = gathered_rows._in_runs
+
+    def spy(logits, k, ordered):
+        searched.append(k)
+        return within(logits, k, ordered)
+
+    monkeypatch.setattr(gathered_rows, "_in_runs", spy)
+    z = torch.randn(2, 64 * 30)
+    for k in (15, 16, 64 * 30):
+        assert torch.equal(top_k(z, k)[0], z.topk(k).values)
+    assert searched == [15]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wide_heads_bias_as_the_weight_of_a_feature_of_1_gives_the_same_logits(bias, exporting):
+    head = torch.nn.Linear(5, 300, bias=bias)
+    x = torch.randn(4, 5)
+    torch.testing.assert_close(gathered_rows.head_logits(head, x), head(x))
