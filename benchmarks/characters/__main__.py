@@ -178,7 +178,10 @@ def of_embedding(study: Study, name: str, numbers: int) -> dict:
 def opinions(
     name: str, further: int = 1, order: float = 0.0, shortlist: int | None = None
 ) -> Callable[[Study], dict]:
-    """A run that asks generalists of the next seeds.  shortlist: None is chosen on val, 0 is all."""
+    """A run that asks generalists of the next seeds.
+
+    shortlist: None is chosen on val, 0 has every class.
+    """
 
     def finished(study: Study) -> dict:
         networks = []
@@ -242,9 +245,7 @@ def cost_of_specialists(run: Path) -> rows.Cost:
     with np.load(run / "evaluation" / "ensemble.npz", allow_pickle=False) as arrays:
         active = torch.from_numpy(arrays["active"].astype(bool))
     networks = [ensemble.generalist, *(ensemble.specialists[m] for m in ensemble.specialists)]
-    return rows.Cost(
-        round(ensemble.multiplications(active)), sum(map(parameter_count, networks))
-    )
+    return rows.Cost(round(ensemble.multiplications(active)), sum(map(parameter_count, networks)))
 
 
 def cost_of_opinions(study: Study, name: str, further: int) -> rows.Cost:

@@ -28,6 +28,7 @@ QUICK = [
 ]
 SLOW = [
     "benchmarks.branches",
+    "benchmarks.characters",
     "benchmarks.characters.generalist",
     "benchmarks.characters.groups",
     "benchmarks.characters.later",
@@ -47,11 +48,12 @@ PROGRAMS = [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in S
 
 
 def programs_in(folder: Path) -> set[str]:
-    """The modules that can be started."""
+    """The modules and packages that can be started."""
     modules = set()
     for path in folder.rglob("*.py"):
         if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
-            modules.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules.add(".".join(parts).removesuffix(".__main__"))
     return modules
 
 
