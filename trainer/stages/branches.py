@@ -163,6 +163,7 @@ class BranchWork:
             self.shift,
             self.log_prior.to(self.validator.device),
             self.validator,
+            len(self.validator.ids),
             self.attempt.stage.checkpoints,
             self.attempt.path("metrics.jsonl"),
         )
