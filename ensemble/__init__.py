@@ -9,16 +9,17 @@ if TYPE_CHECKING:
     from .deep_ensemble import DeepEnsemble, load_ensemble
     from .export import (
         EnsembleProgram,
-        ensemble_program,
         export_bundle,
         export_onnx,
         export_program,
     )
     from .fitting import fit_shift, fit_temperature, fit_temperatures, fit_weights
     from .gating import gate
+    from .programs import ensemble_program
     from .settings import EnsembleSettings
     from .shortlist import generalised_mean, join_on_shortlist
     from .shortlist_ensemble import ShortlistEnsemble
+    from .shortlist_kl import combine_kl_on_shortlist
     from .sparse import combine_kl_sparse
     from .specialist_ensemble import EnsembleOutput, SpecialistEnsemble
 
@@ -32,6 +33,7 @@ __all__ = [
     "ShortlistEnsemble",
     "SpecialistEnsemble",
     "combine_kl",
+    "combine_kl_on_shortlist",
     "combine_kl_sparse",
     "combiner",
     "ensemble_program",
@@ -52,6 +54,7 @@ __all__ = [
 _HOMES = {
     "combine_kl": "combine",
     "combine_kl_sparse": "sparse",
+    "combine_kl_on_shortlist": "shortlist_kl",
     "gate": "gating",
     "COMBINERS": "choices",
     "Combiner": "choices",
@@ -69,7 +72,7 @@ _HOMES = {
     "join_on_shortlist": "shortlist",
     "load_ensemble": "deep_ensemble",
     "EnsembleProgram": "export",
-    "ensemble_program": "export",
+    "ensemble_program": "programs",
     "export_bundle": "export",
     "export_program": "export",
     "export_onnx": "export",

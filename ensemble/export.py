@@ -63,6 +63,7 @@ def export_bundle(ensemble: SpecialistEnsemble, directory: str | Path) -> Bundle
         skipped=ensemble.skipped,
         missing=ensemble.missing,
         shared=shared,
+        shortlist=ensemble.shortlist,
     )
     settings.save(root)
     return BundleSizes(
@@ -94,21 +95,6 @@ def _save_specialist(ensemble: SpecialistEnsemble, m: int, root: Path) -> list[s
     os.replace(unfinished, folder / "model.safetensors")
     specialist.spec.save(folder / "model.json")
     return shared
-
-
-def ensemble_program(ensemble: SpecialistEnsemble, portable: bool = False) -> nn.Module:
-    """The program that fits the ensemble's specialists: BranchProgram of branches alone.
-
-    Raises ValueError where there is none, as for copies and branches in one ensemble.
-    """
-    from .branch_program import BranchProgram
-
-    kinds = {isinstance(ensemble.specialists[m], Branch) for m in ensemble.specialists}
-    if kinds == {True}:
-        return BranchProgram(ensemble, portable)
-    if len(kinds) > 1:
-        raise ValueError("copies and branches in one ensemble have no program; export the bundle")
-    return EnsembleProgram(ensemble, portable)
 
 
 class EnsembleProgram(nn.Module):

@@ -12,8 +12,11 @@ from clustering.groups import ClassGroups
 from .choices import combiner
 from .predictions import SpecialistInput
 
-# Temperatures and weights are looked for within a factor of this.
+# Temperatures, and weights around a shared one, are looked for within a factor of this.
 WIDEST = 32.0
+# Weights of the specialists among which the minimum is bracketed.  At the ends specialists, or the
+# generalist, have hardly a say, and the pull to 1 is stronger than what is left to gain.
+WEIGHTS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32, 64, 256, 1024, 8192)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -149,8 +152,9 @@ def fit_weights(
     combine : str
         A name of `COMBINERS`.
     shared : bool
-        One weight for all specialists.  Otherwise one each, its logarithm drawn towards the shared
-        one as by one example, so that a specialist that no row needs has the shared weight.
+        One weight for all specialists, its logarithm drawn towards 0 as by one example.  Otherwise
+        one each, its logarithm drawn towards the shared one likewise, so that a specialist that no
+        row needs has the shared weight.
 
     Returns
     -------
@@ -176,47 +180,81 @@ def fit_weights(
         with torch.no_grad():
             return float(loss(torch.full((count,), log, dtype=torch.float64, device=device)))
 
-    common = _golden(shared_loss, -math.log(WIDEST), math.log(WIDEST))
+    common = fit_log_weight(shared_loss, len(labels))
     logs = torch.full((count,), common, dtype=torch.float64, device=device)
     if not shared:
         logs = _refined(loss, logs, len(labels))
     return [1.0, *logs.exp().tolist()]
 
 
+def fit_log_weight(nll: Callable[[float], float], examples: int) -> float:
+    """x = log w minimising nll(x) + x^2 / (2 examples): the NLL, and a pull to w = 1.
+
+    The best of WEIGHTS is bracketed by its neighbours, for the NLL need not be convex, and Brent's
+    method finds the minimum between them.
+
+    Parameters
+    ----------
+    nll : callable
+        x -> the mean NLL of the examples with the weight e^x.
+    examples : int
+
+    Returns
+    -------
+    float
+        Within 1e-4.
+
+    References
+    ----------
+    Brent 1973, Algorithms for minimization without derivatives, chapter 5.
+    """
+    from scipy.optimize import minimize_scalar
+
+    def loss(x: float) -> float:
+        return nll(x) + x * x / (2 * max(1, examples))
+
+    grid = [math.log(weight) for weight in WEIGHTS]
+    losses = [loss(x) for x in grid]
+    best = min(range(len(grid)), key=losses.__getitem__)
+    bounds = grid[max(0, best - 1)], grid[min(len(grid) - 1, best + 1)]
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-4})
+    return float(found.x) if found.fun < losses[best] else grid[best]
+
+
+def fit_weight_to_losses(losses: np.ndarray) -> float:
+    """The weight of all specialists, from - log q[label] of each example at each of WEIGHTS.
+
+    Between these the mean NLL is a cubic spline in the logarithm of the weight.
+
+    Parameters
+    ----------
+    losses : [n, len(WEIGHTS)]
+
+    Returns
+    -------
+    float
+    """
+    from scipy.interpolate import CubicSpline
+
+    mean = losses.mean(axis=0, dtype=np.float64)
+    spline = CubicSpline(np.log(WEIGHTS), mean)
+    return math.exp(fit_log_weight(lambda x: float(spline(x)), len(losses)))
+
+
 def _refined(loss: Callable[[Tensor], Tensor], start: Tensor, examples: int) -> Tensor:
     """The log weights [M] near `start` that minimise the loss and their distance from it."""
     widest = math.log(WIDEST)
+    low, high = start - widest, start + widest
     logs = start.clone().requires_grad_()
     optimiser = torch.optim.LBFGS([logs], max_iter=30, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()
         with torch.enable_grad():
-            total = loss(logs.clamp(-widest, widest))
+            total = loss(logs.clamp(low, high))
             total = total + (logs - start).square().sum() / (2 * max(1, examples))
         total.backward()
         return total
 
     optimiser.step(closure)  # pyright: ignore[reportArgumentType]  # the stub wants a float
-    return logs.detach().clamp(-widest, widest)
-
-
-def _golden(f: Callable[[float], float], low: float, high: float, steps: int = 16) -> float:
-    """The minimum of f by golden sections of a grid's best bracket: f need not be convex."""
-    grid = [low + (high - low) * i / 8 for i in range(9)]
-    values = [f(x) for x in grid]
-    best = min(range(9), key=values.__getitem__)
-    low, high = grid[max(0, best - 1)], grid[min(8, best + 1)]
-    ratio = (math.sqrt(5) - 1) / 2
-    a, b = high - ratio * (high - low), low + ratio * (high - low)
-    f_a, f_b = f(a), f(b)
-    for _ in range(steps):
-        if f_a <= f_b:
-            high, b, f_b = b, a, f_a
-            a = high - ratio * (high - low)
-            f_a = f(a)
-        else:
-            low, a, f_a = a, b, f_b
-            b = low + ratio * (high - low)
-            f_b = f(b)
-    return (low + high) / 2
+    return logs.detach().clamp(low, high)

@@ -17,7 +17,8 @@ class EnsembleSettings:
     further networks that are asked about the generalist's likeliest classes.
     members: how many networks a deep ensemble or a shortlist's has.
     order: of the generalised mean that joins them; None is the kind's own.
-    shortlist: how many classes the further networks are asked about.
+    shortlist: how many classes the further networks are asked about, or the specialists; of these
+    None is every class.
     gate, max_specialists, combine, temperatures, weights: as SpecialistEnsemble has them.
     skipped: groups that have no specialist on purpose.
     missing: groups whose specialist failed.
@@ -71,7 +72,9 @@ class EnsembleSettings:
     def _keys(self) -> list[str]:
         """What a file of this kind says."""
         if self.kind == "specialists":
-            others = ("kind", "members", "order", "shortlist")
+            others = {"kind", "members", "order"}
+            if self.shortlist is None:
+                others.add("shortlist")
             return [each.name for each in fields(self) if each.name not in others]
         names = ["kind", "members"]
         if self.order is not None:

@@ -20,6 +20,7 @@ from networks import (
     load_classifier,
     multiplications,
     read_inputs,
+    top_k,
 )
 from networks.branches import GeneralOutput
 from networks.builders import Builders
@@ -31,8 +32,10 @@ from .gating import gate as open_gate
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from .predictions import Weights, softmax
 from .ranking import Prediction, top_predictions
+from .rows_on_shortlist import branch_on_shortlist, logits_on_shortlist, places_on, rows_asked
 from .settings import SETTINGS, EnsembleSettings
 from .sharing import blocks, shared_prefix
+from .shortlist_kl import Asked, Part, Slots, check_shortlist
 
 GROUPS = "clusters/groups.json"
 
@@ -81,6 +84,9 @@ class SpecialistEnsemble:
         Groups that have no specialist on purpose.
     allow_missing : bool
         Otherwise any other group without a specialist is an error.
+    shortlist : int, optional
+        Specialists are asked about each row's so many most probable classes alone, and outside of
+        these the generalist stands (combine_kl_on_shortlist).  None is every class.
     device : str or torch.device, optional
         None is the generalist's.
 
@@ -99,8 +105,9 @@ class SpecialistEnsemble:
     Raises
     ------
     ValueError
-        For an unknown combiner, specialists that are missing or have no group, and temperatures or
-        weights of another length.
+        For an unknown combiner, specialists that are missing or have no group, temperatures or
+        weights of another length, and a shortlist with another combiner than eq. 5 or shorter than
+        the gate.
     """
 
     def __init__(
@@ -116,6 +123,7 @@ class SpecialistEnsemble:
         skipped: Collection[int] = (),
         allow_missing: bool = False,
         device: str | torch.device | None = None,
+        shortlist: int | None = None,
     ):
         count = len(groups.members)
         missing = sorted(set(range(count)) - set(specialists) - set(skipped))
@@ -128,12 +136,16 @@ class SpecialistEnsemble:
             )
         _check_length("temperatures", temperatures, 1 + count)
         _check_length("weights", weights, 1 + count)
+        if shortlist is not None:
+            _check_shortlist(shortlist, gate, combine)
+            shortlist = min(shortlist, groups.num_classes)
         self.generalist = generalist.eval()
         self.specialists = specialists
         self.groups = groups
         self.gate = gate
         self.max_specialists = max_specialists
         self.combine = combine
+        self.shortlist = shortlist
         self.temperatures = _checked_temperatures(temperatures, 1 + count)
         self.weights = weights
         self.skipped = sorted(skipped)
@@ -232,6 +244,7 @@ class SpecialistEnsemble:
             skipped=settings.skipped,
             allow_missing=allow_missing,
             device=device,
+            shortlist=settings.shortlist,
         )
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
@@ -301,12 +314,25 @@ class SpecialistEnsemble:
 
         inputs: [B, ...] as decoded; the networks preprocess them, and nothing is checked here.
         """
+        if self.shortlist is not None:
+            asked = self.ask_on_shortlist(inputs)
+            return EnsembleOutput(asked.p_general, asked.join(self.weights), asked.active)
         p_general, p_special, active = self.predictions(inputs)
         with torch.no_grad():
             q = combiner(self.combine)(
                 p_general, p_special, self.groups, active=active, weights=self.weights
             )
         return EnsembleOutput(p_general, q, active)
+
+    @torch.no_grad()
+    def ask(self, inputs: RawInputs) -> Callable[[Weights | None], Tensor]:
+        """Run the networks once: weights [1 + M] -> q [B, C], for as many weights as are tried."""
+        if self.shortlist is not None:
+            return self.ask_on_shortlist(inputs).join
+        p_general, p_special, active = self.predictions(inputs)
+        return lambda weights: combiner(self.combine)(
+            p_general, p_special, self.groups, active=active, weights=weights
+        )
 
     @torch.no_grad()
     def predictions(self, inputs: RawInputs) -> tuple[Tensor, SpecialRows, Tensor]:
@@ -333,8 +359,7 @@ class SpecialistEnsemble:
         features, reached, at_cut = self._run_trunk(raw)
         logits = self.generalist.head(features)
         self._count("trunk")
-        p_general = softmax(logits, 1.0)
-        active = open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
+        active = self._open_gate(softmax(logits, 1.0))
         special: SpecialRows = [None] * len(self.groups.members)
         general: GeneralOutput | None = None  # what branches read of it
         for m in active.any(0).nonzero()[:, 0].tolist():
@@ -347,8 +372,47 @@ class SpecialistEnsemble:
                 special[m] = rows, specialist(at_cut[rows], *own_and_rest)
                 self._count(m)
             else:
-                special[m] = rows, self._run_specialist(m, specialist, raw, rows, reached)
+                features = self._features_of(m, specialist, raw, rows, reached)
+                special[m] = rows, specialist.head(features)
         return logits, special, active
+
+    @torch.no_grad()
+    def ask_on_shortlist(self, inputs: RawInputs) -> Asked:
+        """What everybody says about each row's shortlist, before it is joined.
+
+        inputs: [B, ...] as decoded.  The ensemble has a shortlist.
+        """
+        assert self.shortlist is not None
+        raw = torch.as_tensor(inputs).to(self.device)
+        features, reached, at_cut = self._run_trunk(raw)
+        logits = self.generalist.head(features)
+        self._count("trunk")
+        general = GeneralOutput.of(logits)
+        active = self._open_gate(general.p)
+        _, indices = top_k(general.logits, self.shortlist, ordered=False)
+        parts: list[Part] = []
+        for m in active.any(0).nonzero()[:, 0].tolist():
+            rows = active[:, m].nonzero()[:, 0]
+            specialist, listed = self.specialists[m], indices[rows]
+            if isinstance(specialist, Branch):
+                self._check_group(m, specialist)
+                own, inside = branch_on_shortlist(specialist, at_cut[rows], general, rows, listed)
+                self._count(m)
+            else:
+                x = self._features_of(m, specialist, raw, rows, reached)
+                classes = torch.tensor(self.groups.members[m], device=self.device)
+                places = places_on(specialist.head, classes, listed)
+                inside = places.inside
+                own = logits_on_shortlist(
+                    specialist.head, x, classes, listed, places, general.p[rows]
+                )
+            p = softmax(own, self.temperatures[1 + m])
+            parts.append(Part(m, rows, p, inside))
+        p_general = softmax(general.logits, self.temperatures[0])
+        return Asked.of(p_general, indices, Slots.of(active), active, parts)
+
+    def _open_gate(self, p_general: Tensor) -> Tensor:
+        return open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
 
     def multiplications(self, active: Tensor) -> float:
         """What the ensemble multiplies for one example, on average.
@@ -387,6 +451,8 @@ class SpecialistEnsemble:
         end = nn.Sequential(*blocks(specialist.trunk)[shared:])
         features = end(x)
         rows = multiplications_of_rows(specialist.head)
+        if self.shortlist is not None:
+            rows = rows_asked(specialist.head, self.shortlist)
         return multiplications(end, x) + rows * features.shape[1]
 
     def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
@@ -411,7 +477,7 @@ class SpecialistEnsemble:
                 reached[depth] = x
         return x, reached, x
 
-    def _run_specialist(
+    def _features_of(
         self,
         m: int,
         specialist: Classifier,
@@ -419,7 +485,7 @@ class SpecialistEnsemble:
         rows: Tensor,
         reached: dict[int, Tensor],
     ) -> Tensor:
-        """Logits [len(rows), |S_m| + 1], from where the generalist's blocks end."""
+        """What specialist m's head reads of the rows, from where the generalist's blocks end."""
         shared = self._prefix(m, specialist)
         if shared >= 0:
             nearest = max(depth for depth in reached if depth <= shared)
@@ -431,11 +497,10 @@ class SpecialistEnsemble:
         own = blocks(specialist.trunk)[max(shared, 0) :]
         for block in own:
             x = block(x)
-        logits = specialist.head(x)
         self._count(m)
         if own:
             self._count(("trunk", m))
-        return logits
+        return x
 
     def _prefix(self, m: int, specialist: Classifier) -> int:
         """How many leading blocks are the generalist's; -1 where not even the preprocessing is."""
@@ -518,6 +583,20 @@ def _check_numbers(numbers: list[int], count: int) -> None:
     unknown = sorted(m for m in set(numbers) if not 0 <= m < count)
     if unknown:
         raise ValueError(f"there is no group {unknown[0]}; the {count} groups are 0 to {count - 1}")
+
+
+def _check_shortlist(shortlist: int, gate: int, combine: str) -> None:
+    check_shortlist(shortlist)
+    if combine != "kl":
+        raise ValueError(
+            f'shortlist = {shortlist} and combine = "{combine}": only "kl" is solved on a '
+            "shortlist; take that, or every class"
+        )
+    if shortlist < gate:
+        raise ValueError(
+            f"shortlist = {shortlist} is shorter than gate = {gate}: specialists would be asked "
+            f"for classes that are not on it; take at least {gate}"
+        )
 
 
 def _check_length(name: str, values: Weights | None, length: int) -> None:

@@ -146,7 +146,8 @@ def planned_steps(stage: Stage, run: RunDirectory) -> float:
         return 0
     length = _length(run.schedule(stage))
     if stage.name == "control" and stage.address == COMPUTE:
-        return length * sum(each.kind.trains for each in run.specialists)
+        others = sum(each.kind.trains for each in run.members) * _length(run.config.train)
+        return length * sum(each.kind.trains for each in run.specialists) + others
     return length
 
 

@@ -34,7 +34,8 @@ def show_results(run: RunDirectory, console: Console) -> None:
     """Print RUN/results.json: the verdict, the metrics, and where the report is."""
     results = read_results(run.root / "results.json")
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
-    for line in (student_verdict(results), classes_line(results), shortlist_line(run)):
+    lines = (student_verdict(results), classes_line(results), shortlist_line(run), start_line(run))
+    for line in lines:
         if line is not None:
             console.print(Text(line), soft_wrap=True)
     console.print(results_table(results))
@@ -120,8 +121,14 @@ def _style(name: str) -> str:
 
 
 def shortlist_line(run: RunDirectory) -> str | None:
-    """How further networks were asked; None of a run that asks them about every class."""
-    if run.config.ensemble.kind != "shortlist":
+    """How others were asked than the generalist; None of a run that asks about every class."""
+    config = run.config.ensemble
+    if config.kind == "specialists" and config.shortlist is not None:
+        return (
+            f"specialists were asked about the generalist's {config.shortlist} likeliest classes "
+            "of each example"
+        )
+    if config.kind != "shortlist":
         return None
     settings = read_json(run.root / "ensemble.json")
     networks = settings["members"] - 1
@@ -130,6 +137,17 @@ def shortlist_line(run: RunDirectory) -> str | None:
         f"{asked} asked about the generalist's {settings['shortlist']} likeliest classes of each "
         f"example, joined by a mean of order {settings['order']:g} (0 geometric, 1 arithmetic)"
     )
+
+
+def start_line(run: RunDirectory) -> str | None:
+    """What specialists start as; None where that is the generalist, or there are none."""
+    section = run.config.specialists
+    if not (run.method.has_groups and section.starts_elsewhere):
+        return None
+    if section.given_start:
+        return f"specialists start as the network of {section.given_start}"
+    others = ", ".join(stage.place for stage in run.members)
+    return f"specialists start as another generalist, trained from another seed ({others})"
 
 
 def groups_line(run: RunDirectory) -> str | None:

@@ -1,7 +1,8 @@
 """The controls: what the same examples do for the generalist alone.
 
 control_wall trains on for as long as one specialist does, at several peak rates; the best on val is
-evaluated.  control_compute trains on for as many examples as all specialists together saw.
+evaluated.  control_compute trains on for as many examples as all specialists together saw, and the
+other generalist that they start as, where the run trains one.
 student_hard is the twin of students.main that learns from labels.
 """
 

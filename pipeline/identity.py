@@ -33,6 +33,8 @@ class Identity:
             values["data"][split] = shard_identities(values["data"][split])
         self.ood = values["data"].pop("ood")  # of evaluation alone
         values["ensemble"].pop("networks")  # by what they hold, wherever they lie
+        if config.specialists.given_start:
+            values["specialists"]["from"] = classifier_identity(config.specialists.given_start)
         for section, keys in IN_NO_KEY.items():
             tables = values[section].values() if section == "students" else [values[section]]
             for table in tables:

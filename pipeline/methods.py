@@ -1,9 +1,10 @@
 """What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
 bears.
 
-Five methods: a generalist with specialists, its copies or branches of it; a deep ensemble of
-generalists; generalists that are asked about the first one's shortlist; and specialists that add
-classes to a finished run, whose generalist, groups and specialists are inherited.
+Five methods: a generalist with specialists, copies of it or of another one; the same with branches
+of it; a deep ensemble of generalists; generalists that are asked about the first one's shortlist;
+and specialists that add classes to a finished run, whose generalist, groups and specialists are
+inherited.
 """
 
 from __future__ import annotations
@@ -62,6 +63,15 @@ class SpecialistMethod:
 
     has_groups = True
     kinds: dict[str, StageKind] = {}
+    # A network from elsewhere is not trained, and is copied in the job that finds the groups.
+    GIVEN = dataclasses.replace(
+        KINDS["member"],
+        function="trainer.stages.generalist:given_start",
+        sections=(),
+        job=KINDS["cluster"].job,
+        slurm=KINDS["cluster"].slurm,
+        trains=False,
+    )
 
     def __init__(self, run: RunDirectory):
         self.run = run
@@ -70,16 +80,23 @@ class SpecialistMethod:
         return self.run.stage("generalist")
 
     def members(self) -> list[Stage]:
-        return []
+        """The other generalist that specialists start as, if they start as another."""
+        config = self.run.config.specialists
+        if not config.starts_elsewhere:
+            return []
+        if not config.given_start:
+            return [self.run.stage("member", (), 1, index=1)]
+        taken = classifier_identity(config.given_start)
+        return [self.run.stage("member", (), 1, kind=self.GIVEN, index=1, taken=taken)]
 
     def cluster(self) -> Stage:
         groups = file_hash(self.groups_file)
         return self.run.stage("cluster", [self.run.measure], groups=groups)
 
     def specialists(self) -> list[Stage]:
-        route = [self.run.route]
+        inputs = [self.run.route, *self.run.members]
         return [
-            self.run.stage("specialist", route, index, index=index)
+            self.run.stage("specialist", inputs, index, index=index)
             for index in range(self.num_groups)
         ]
 
@@ -87,13 +104,20 @@ class SpecialistMethod:
         return self.run.stage("ensemble", self.run.specialists)
 
     def before_ensemble(self) -> list[Stage]:
-        return [self.run.measure, self.run.cluster, self.run.route, *self.run.specialists]
+        groups = [self.run.measure, self.run.cluster, self.run.route]
+        return [*self.run.members, *groups, *self.run.specialists]
 
     def joined(self) -> list[Stage]:
-        return self.run.specialists
+        return [*self.run.members, *self.run.specialists]
 
     def check(self, num_classes: int | None, source: str) -> None:
-        """There are groups, not more than classes, and of classes that exist."""
+        """There are groups, not more than classes, of classes that exist; and the start exists."""
+        self.check_groups(num_classes, source)
+        given = self.run.config.specialists.given_start
+        if given:
+            check_classifier("specialists.from", given, num_classes, source)
+
+    def check_groups(self, num_classes: int | None, source: str) -> None:
         config = self.run.config.clusters
         if self.num_groups < 1:
             raise UserError(
@@ -249,23 +273,7 @@ class ShortlistMethod(DeepMethod):
     def check(self, num_classes: int | None, source: str) -> None:
         """Networks from elsewhere exist, and know as many classes."""
         for path in self.run.config.ensemble.networks:
-            folder = classifier_folder(Path(path))
-            try:
-                theirs = read_json(folder / "model.json")["num_classes"]
-            except (OSError, ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"ensemble.networks: {path} holds no network (no readable model.json); name a "
-                    "run whose generalist is done, or a directory of a saved network"
-                ) from None
-            if not (folder / "model.safetensors").is_file():
-                raise UserError(
-                    f"ensemble.networks: {path} has no model.safetensors; finish that run first"
-                )
-            if num_classes not in (None, theirs):
-                raise UserError(
-                    f"ensemble.networks: {path} knows {theirs} classes, {source} has "
-                    f"{num_classes}; name a network of the same classes"
-                )
+            check_classifier("ensemble.networks", path, num_classes, source)
 
 
 class ExtendingMethod(SpecialistMethod):
@@ -380,6 +388,28 @@ def method_of(run: RunDirectory) -> Method:
     if run.config.specialists.is_branch:
         return BranchMethod(run)
     return ExtendingMethod(run) if run.config.extend.run else SpecialistMethod(run)
+
+
+def check_classifier(key: str, path: str, num_classes: int | None, source: str) -> None:
+    """Raises UserError unless a saved network of so many classes lies where `key` says.
+
+    num_classes: None is any number.
+    """
+    folder = classifier_folder(Path(path))
+    try:
+        theirs = read_json(folder / "model.json")["num_classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{key}: {path} holds no network (no readable model.json); name a "
+            "run whose generalist is done, or a directory of a saved network"
+        ) from None
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{key}: {path} has no model.safetensors; finish that run first")
+    if num_classes not in (None, theirs):
+        raise UserError(
+            f"{key}: {path} knows {theirs} classes, {source} has "
+            f"{num_classes}; name a network of the same classes"
+        )
 
 
 def classes_in(groups_file: Path) -> list[int]:

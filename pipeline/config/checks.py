@@ -100,6 +100,11 @@ def check_extend(config: Config) -> None:
             "extend.run adds a specialist for the new classes, "
             f'and ensemble.kind = "{config.ensemble.kind}" has none; leave one of them out'
         )
+    if config.specialists.starts_elsewhere:
+        raise ValueError(
+            f"specialists.from = {config.specialists.start!r}: with extend.run the new classes' "
+            "specialist starts as the generalist that got rows for them; leave it out"
+        )
     if config.engine.shard_head:
         raise ValueError(
             "extend.run trains a few rows of the head, and engine.shard_head = true "

@@ -122,6 +122,7 @@ SINCE_SCHEMA_1 = {
     "specialists": {
         "loss": "cross_entropy",
         "kind": "copy",
+        "from": "generalist",
         "blocks": 0,
         "model": {},
         "views": 0,

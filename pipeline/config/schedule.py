@@ -7,6 +7,7 @@ be None.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from ..choices import AUGMENTATIONS, LOSSES, STUDENT_METHODS
 from .base import MODULE_FUNCTION, Section, UserError, one_of
 
+GENERALIST, MEMBER = "generalist", "member"  # what specialists start from
 AUGMENTED_VIEWS = 4  # that branches learn from, unless specialists.views says otherwise
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
@@ -112,6 +114,9 @@ class Specialists(Schedule):
 
     # copy: the generalist again, trained on; branch: a correction of its logits
     kind: Literal["copy", "branch"] = "copy"
+    # of copy, what it starts as: generalist | member, another one that the run trains | the path,
+    # with a /, of a run or of a saved network of the same classes
+    start: str = Field(default=GENERALIST, alias="from")
     # of branch: the trunk's last blocks that are its own; 0 = the generalist's trunk is shared
     blocks: int = Field(default=0, ge=0)
     # of branch: {embedding = 64} numbers before its rows, {dropout = 0.1} of what it reads
@@ -171,6 +176,11 @@ class Specialists(Schedule):
         return self
 
     def _check_branch(self) -> None:
+        if self.start != GENERALIST:
+            raise ValueError(
+                f'from = {self.start!r} is of kind = "copy"; a branch corrects the logits of the '
+                "generalist that asks it, and has no network of its own to start as: leave it out"
+            )
         of_copy = {
             "dustbin": "preserving",
             "dustbin_rows": None,
@@ -226,6 +236,23 @@ class Specialists(Schedule):
         The rows of the other classes are then summed into a dustbin when training is over.
         """
         return self.dustbin == "full" or self.hard_negatives > 0
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether they start as another network than the generalist that asks them."""
+        return self.start != GENERALIST
+
+    @property
+    def given_start(self) -> str:
+        """The path of the network that they start as; "" where the run trains it."""
+        return "" if self.start in (GENERALIST, MEMBER) else self.start
+
+    @field_validator("start")
+    @classmethod
+    def _start(cls, value):
+        if os.sep in value:
+            return value
+        return one_of(value, (GENERALIST, MEMBER), ", or a path with a /")
 
     @field_validator("trainable")
     @classmethod
@@ -330,7 +357,7 @@ def resolve(section: Schedule, parent: ResolvedSchedule, form: type[Resolved]) -
 
     Its own steps hide the parent's epochs, and the other way round.
     """
-    own = section.model_dump(exclude_none=True)
+    own = section.model_dump(exclude_none=True, by_alias=True)
     inherited = {key: getattr(parent, key) for key in Schedule.model_fields}
     if "steps" in own or "epochs" in own:
         del inherited["steps"], inherited["epochs"]

@@ -201,7 +201,8 @@ class Ensemble(Section):
     kind: Literal["specialists", "deep", "shortlist"] = "specialists"
     # of deep and shortlist: generalists, the run's own among them
     members: int = Field(default=4, gt=0)
-    # of shortlist: how many classes; None = chosen on val
+    # of shortlist: how many classes; None = chosen on val.  Of specialists: so many of the
+    # generalist's likeliest classes of each example they are asked about; None = all
     shortlist: int | None = Field(default=None, gt=0)
     # of shortlist: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
@@ -236,8 +237,13 @@ class Ensemble(Section):
     def _of_its_kind(self):
         """Keys of another kind would be read by nobody."""
         default = Ensemble.model_fields
+        if self.kind == "specialists" and self.shortlist is not None:
+            self._check_shortlist_of_specialists(self.shortlist)
         if self.kind != "shortlist":
-            for key in ("shortlist", "order", "networks"):
+            keys = ["order", "networks"]
+            if self.kind == "deep":
+                keys.append("shortlist")
+            for key in keys:
                 if getattr(self, key) != default[key].default:
                     raise ValueError(
                         f'ensemble.{key} is of kind = "shortlist"; this is "{self.kind}"'
@@ -256,6 +262,19 @@ class Ensemble(Section):
                 "ensemble.order says it"
             )
         return self
+
+    def _check_shortlist_of_specialists(self, shortlist: int) -> None:
+        if self.combine != "kl":
+            raise ValueError(
+                f'ensemble.combine = "{self.combine}" is not solved on a shortlist: take "kl", or '
+                "leave ensemble.shortlist out"
+            )
+        if shortlist < self.gate:
+            raise ValueError(
+                f"ensemble.shortlist = {shortlist} is shorter than ensemble.gate = {self.gate}: "
+                f"specialists would be asked for classes that are not on it; take {self.gate} or "
+                "more"
+            )
 
     @property
     def mean_order(self) -> float:

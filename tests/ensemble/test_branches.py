@@ -8,6 +8,7 @@ from torch import nn
 from clustering.groups import ClassGroups
 from ensemble import (
     SpecialistEnsemble,
+    combine_kl_on_shortlist,
     ensemble_program,
     export_bundle,
     export_onnx,
@@ -191,3 +192,58 @@ def test_a_copy_costs_what_it_does_not_share():
     base = multiplications(ensemble.generalist, images(1))
     active = torch.tensor([[True, False, False, False]])
     assert copies.multiplications(active) == base + 40 * 6  # the head alone: the trunk is shared
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_with_every_class_on_the_shortlist_it_is_the_ensemble_without_one(blocks):
+    expected = make(blocks, gate=3).forward_with_details(images())
+    output = make(blocks, gate=3, shortlist=40).forward_with_details(images())
+    for value, other in zip(output, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("k", [4, 15])
+def test_a_branchs_dustbin_is_the_generalists_logits_of_the_listed_classes(k):
+    plain = make(gate=3, temperatures=None)
+    p_general, p_special, active = plain.predictions(images())
+    expected = combine_kl_on_shortlist(p_general, p_special, plain.groups, k, active, plain.weights)
+    q = make(gate=3, temperatures=None, shortlist=k).probabilities(images())
+    torch.testing.assert_close(q, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("portable", [False, True])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"gate": 3},
+        {"gate": 3, "max_specialists": 2},
+        {"blocks": 1},
+        {"weights": None, "temperatures": None},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("k", [4, 15, 40])
+def test_the_program_of_a_shortlist_equals_the_ensemble(k, more, portable):
+    ensemble = make(shortlist=k, **more)
+    raw = images(200)
+    with torch.no_grad():
+        q = ensemble_program(ensemble, portable)(raw)
+    torch.testing.assert_close(q, ensemble.probabilities(raw), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_saved_programs_of_a_shortlist_take_any_batch_size(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    ensemble = make(gate=3, shortlist=15)
+    path = export_program(ensemble_program(ensemble), images(3), tmp_path / "ensemble.pt2")
+    program = torch.export.load(path).module()
+    path = export_onnx(ensemble_program(ensemble, True), images(3), tmp_path / "ensemble.onnx")
+    session = onnxruntime.InferenceSession(path)
+    for rows in (1, 17):
+        raw = images(rows, rows)
+        expected = ensemble.probabilities(raw)
+        torch.testing.assert_close(program(raw), expected, atol=1e-5, rtol=0)
+        (q,) = session.run(None, {"raw": raw.numpy()})
+        torch.testing.assert_close(torch.from_numpy(q), expected, atol=1e-5, rtol=0)

@@ -92,6 +92,9 @@ def test_the_documented_config_is_valid_and_names_every_key():
     [
         (["ensemble.order=0.5"], 'ensemble.order is of kind = "shortlist"; this is "specialists"'),
         (["ensemble.kind=deep", "ensemble.shortlist=5"], "ensemble.shortlist is of kind"),
+        (["ensemble.shortlist=2", "ensemble.gate=3"], "ensemble.shortlist = 2 is shorter than"),
+        (["ensemble.shortlist=9", "ensemble.combine=mean"], "is not solved on a shortlist: take"),
+        (["ensemble.shortlist=9", 'ensemble.networks=["runs/a"]'], "ensemble.networks is of kind"),
         (["ensemble.kind=shortlist", "ensemble.order=2.0"], "2.0 is no order of a mean: 0"),
         (["ensemble.kind=shortlist", "ensemble.order=best"], "ensemble.order"),
         (["ensemble.kind=shortlist", "ensemble.members=1"], "asks a second network"),

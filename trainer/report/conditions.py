@@ -37,9 +37,18 @@ def run_conditions(evidence: Evidence) -> list[tuple[str, str]]:
         ("classes", f"{evidence.num_classes:,}"),
         ("test examples", f"{evidence.results['ensemble']['n']:,}"),
         networks,
+        *_start_of_specialists(evidence),
         ("network", config.model.name),
         *_flat(environment),
     ]
+
+
+def _start_of_specialists(evidence: Evidence) -> list[tuple[str, str]]:
+    """What they start as, where that is another network than the generalist."""
+    section = evidence.run.config.specialists
+    if not (evidence.has_specialists and section.starts_elsewhere):
+        return []
+    return [("specialists from", section.start)]
 
 
 def _time_of_evaluation(run: RunDirectory) -> str:

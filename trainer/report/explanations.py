@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.choices import STUDENT_METHODS
-from pipeline.config import Ensemble, Student
+from pipeline.config import Ensemble, Specialists, Student
 from pipeline.controls import best_wall, wall_rate
 from pipeline.graph import RunDirectory
 from pipeline.results import count, percent, read_file
@@ -34,9 +34,11 @@ class Explanation:
 def explanations(evidence: Evidence) -> list[Explanation]:
     config, results = evidence.run.config, evidence.results
     texts = {
-        "generalist": _explain_generalist(evidence.has_specialists),
+        "generalist": _explain_generalist(evidence.run),
         "ensemble": _explain_ensemble(config.ensemble, _fitted_shortlist(evidence.run)),
     }
+    if evidence.run.method.has_groups:
+        texts["ensemble"] += _explain_start(config.specialists)
     controls = {
         "control_wall": _explain_control_wall,
         "control_compute": _explain_control_compute,
@@ -52,9 +54,14 @@ def explanations(evidence: Evidence) -> list[Explanation]:
     return [Explanation(name, colours[name], text) for name, text in texts.items()]
 
 
-def _explain_generalist(has_specialists: bool) -> str:
-    if not has_specialists:
+def _explain_generalist(run: RunDirectory) -> str:
+    if not run.method.has_groups:
         return "One network for all classes, the first member of the ensemble."
+    if run.config.specialists.starts_elsewhere:
+        return (
+            "One network for all classes. It decides which specialists are asked, and answers "
+            "beside them; controls start from its weights."
+        )
     return (
         "One network for all classes. Everything else starts from its weights or its predictions."
     )
@@ -88,9 +95,30 @@ def _explain_ensemble(ensemble: Ensemble, fitted: dict) -> str:
         gate = "the generalist's most probable class"
     else:
         gate = f"one of the generalist's {ensemble.gate} most probable classes"
+    asked = ""
+    if ensemble.shortlist is not None:
+        asked = (
+            f" They are asked about its {ensemble.shortlist} likeliest classes of each example, "
+            "and joined there; outside, the generalist's answer stands."
+        )
     return (
         f"The generalist and the specialists whose group holds {gate}, "
-        "joined to one distribution by eq. 5 of Hinton et al. 2015."
+        f"joined to one distribution by eq. 5 of Hinton et al. 2015.{asked}"
+    )
+
+
+def _explain_start(specialists: Specialists) -> str:
+    """A further sentence on the ensemble, where specialists start as another network."""
+    if not specialists.starts_elsewhere:
+        return ""
+    if specialists.given_start:
+        return (
+            f" The specialists start as the network of {specialists.given_start}, whose training "
+            "is not counted here; it is not asked itself."
+        )
+    return (
+        " The specialists start as another generalist, trained from another seed: its training "
+        "counts in what the ensemble cost, and it is not asked itself."
     )
 
 
@@ -109,9 +137,13 @@ def _explain_control_wall(run: RunDirectory) -> str:
 
 
 def _explain_control_compute(run: RunDirectory) -> str:
+    others = ""
+    if any(stage.kind.trains for stage in run.members):
+        others = " and the other generalist that they start as"
     return (
         "The generalist trained on, without groups, for as many further examples as all "
-        f"specialists saw together{_examples_seen(run, 'control_compute')}, at the same rate: what "
+        f"specialists{others} saw together{_examples_seen(run, 'control_compute')}, at the same "
+        "rate: what "
         "equal total compute does for a single network. Where the generalist is not yet converged "
         "this is the one hard to beat. The search for the rate is not charged."
     )

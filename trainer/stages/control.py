@@ -5,6 +5,8 @@ pipeline.controls says which controls there are.
 
 from __future__ import annotations
 
+import math
+
 from pipeline.controls import COMPUTE, HARD_TWIN, best_wall, wall_rate
 from pipeline.store import Stage
 
@@ -13,7 +15,13 @@ from ..session import Session
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, read_summary, save_network
 from .student import hard_twin_task
-from .training import branch_steps, generalist_task, specialist_steps, train_network
+from .training import (
+    branch_steps,
+    count_steps,
+    generalist_task,
+    specialist_steps,
+    train_network,
+)
 from .validate import validate_classifier
 
 
@@ -51,7 +59,20 @@ def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[fl
         return wall_rate(session.config, name), max(lengths)
     best = best_wall(session.run)
     assert best is not None, "control_compute waits for the wall controls"
-    return read_summary(session.run.controls[best])["learning_rate"], sum(lengths)
+    steps = sum(lengths) + steps_of_another(session)
+    return read_summary(session.run.controls[best])["learning_rate"], steps
+
+
+def steps_of_another(session: Session) -> int:
+    """Steps in which a control sees as many examples as the generalist that specialists start as.
+
+    0 where that is the run's own, or was there before.
+    """
+    if not any(stage.kind.trains for stage in session.run.members):
+        return 0
+    schedule = session.config.train
+    examples = count_steps(schedule, session.shards("train").num_samples) * schedule.batch_size
+    return math.ceil(examples / session.config.specialists.batch_size)
 
 
 def trained_lengths(session: Session) -> list[int]:

@@ -53,8 +53,18 @@ def member(session: Session, stage: Stage, index: int) -> None:
 def given_member(session: Session, stage: Stage, index: int) -> None:
     """One more of the ensemble that exists already: copied, and validated."""
     path = session.config.ensemble.networks[index - session.config.ensemble.members]
+    copy_given(session, stage, "ensemble.networks", path)
+
+
+def given_start(session: Session, stage: Stage, index: int) -> None:
+    """The generalist that specialists start as, where it exists already: the same."""
+    copy_given(session, stage, "specialists.from", session.config.specialists.given_start)
+
+
+def copy_given(session: Session, stage: Stage, key: str, path: str) -> None:
+    """key: of the config, that names the path."""
     with session.attempt(stage) as attempt:
-        network = load_given(session, path)
-        session.say("member %d is the network of %s", index, path)
+        network = load_given(session, key, path)
+        session.say("%s is the network of %s", stage.place, path)
         summary = untrained(validate_classifier(session)(network))
         save_network(session, attempt, network, summary)

@@ -14,8 +14,8 @@ from ensemble import (
     EnsembleSettings,
     ShortlistEnsemble,
     SpecialistEnsemble,
-    combiner,
 )
+from ensemble.fitting import WEIGHTS, fit_weight_to_losses
 from networks import Classifier
 from pipeline.choices import MEANS
 from pipeline.config import UserError
@@ -26,8 +26,6 @@ from ..session import Session
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, load_specialist_network, read_summary
 from .shortlist import fit_shortlist
-
-WEIGHTS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def ensemble(session: Session, stage: Stage) -> None:
@@ -85,6 +83,7 @@ def fit_ensemble_settings(session: Session) -> EnsembleSettings:
         gate=config.gate,
         max_specialists=config.max_specialists,
         combine=config.combine,
+        shortlist=config.shortlist,
         skipped=sorted(skipped_groups(session) | dropped_branches(session)),
         missing=missing,
     )
@@ -175,34 +174,33 @@ def specialist_ensemble(
         weights=settings.weights,
         skipped=settings.skipped,
         allow_missing=bool(settings.missing),
+        shortlist=settings.shortlist,
     )
 
 
 def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
     """[1 + M]: 1 for the generalist and one weight for all specialists in eq. 5.
 
-    It is the best of WEIGHTS by NLL on val.  The specialists start from the generalist and then
+    It minimises the NLL on val.  The specialists start from the generalist and then
     learn more about their classes: their predictions differ from it where they know better, so
     that counting both alike may count the generalist too much.
     """
     count = len(joined.groups.members)
-    combine = combiner(joined.combine)
 
     def measure(batch: Batch) -> dict[str, Tensor]:
-        p_general, p_special, active = joined.predictions(batch.inputs)
+        join = joined.ask(batch.inputs)
         losses = []
         for weight in WEIGHTS:
-            weights = torch.tensor([1.0, *[weight] * count])
-            q = combine(p_general, p_special, joined.groups, active=active, weights=weights)
+            q = join(torch.tensor([1.0, *[weight] * count], dtype=torch.float64))
             losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
         return {"losses": torch.stack(losses, dim=1)}
 
-    values = session.measured(session.shards("val"), measure)
-    losses = values["losses"].mean(axis=0, dtype=np.float64)
-    best = WEIGHTS[int(losses.argmin())]
+    losses = session.measured(session.shards("val"), measure)["losses"]
+    weight = fit_weight_to_losses(losses)
+    means = losses.mean(axis=0, dtype=np.float64)
     session.say(
-        "eq. 5: the specialists' weight is %g (NLL on val %s)",
-        best,
-        ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, losses, strict=True)),
+        "eq. 5: the specialists' weight is %.3g (NLL on val %s)",
+        weight,
+        ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, means, strict=True)),
     )
-    return [1.0, *[best] * count]
+    return [1.0, *[weight] * count]

@@ -195,8 +195,8 @@ def given_generalist(session: Session) -> Given | None:
         raise UserError(f"generalist.from = {source}: {said}") from None
 
 
-def load_given(session: Session, path: str) -> Classifier:
-    """A network that `ensemble.networks` names.
+def load_given(session: Session, key: str, path: str) -> Classifier:
+    """A network that a key of the config names, ensemble.networks or specialists.from.
 
     Raises UserError unless it knows the data's classes and reads its inputs.
     """
@@ -204,12 +204,11 @@ def load_given(session: Session, path: str) -> Classifier:
         network = _saved_network(session, Path(path))
     except (OSError, ValueError) as error:
         said = str(error).removeprefix(f"{path}: ")
-        raise UserError(f"ensemble.networks: {path}: {said}") from None
+        raise UserError(f"{key}: {path}: {said}") from None
     shape, needed = tuple(session.shards("train").input_shape), network.spec.input.shape
     if shape != needed:
         raise UserError(
-            f"ensemble.networks: {path} reads inputs of shape {list(needed)}, the data's are "
-            f"{list(shape)}"
+            f"{key}: {path} reads inputs of shape {list(needed)}, the data's are {list(shape)}"
         )
     return network
 

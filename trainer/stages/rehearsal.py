@@ -90,11 +90,17 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
         count = config.ensemble.members - 1
         yield Part("train", generalist, objective, config.train, 1, augment, count)
     for path in config.ensemble.networks:
-        load_given(session, path)
+        load_given(session, "ensemble.networks", path)
     if config.extend.run:
         generalist = merge_grown_head(generalist)
     if session.run.method.has_groups:
-        yield _specialist(session, generalist)
+        start = generalist
+        if config.specialists.starts_elsewhere:
+            start, trained = _another_generalist(session)
+            if trained:
+                objective = _of_labels(config.train)
+                yield Part("train", start, objective, config.train, 1, augment)
+        yield _specialist(session, start)
     if session.run.method.has_groups and session.run.controls:
         schedule, count = config.specialists, len(session.run.controls)
         yield Part("specialists", generalist, _of_labels(schedule), schedule, 1, augment, count)
@@ -128,6 +134,14 @@ def _generalist(session: Session, notes: list[str]) -> tuple[Classifier, bool]:
             f"{session.config.ensemble.kind} ensemble start from scratch"
         )
     return given.network, not given.finished
+
+
+def _another_generalist(session: Session) -> tuple[Classifier, bool]:
+    """The network that specialists start as instead, and whether this run trains it."""
+    given = session.config.specialists.given_start
+    if given:
+        return load_given(session, "specialists.from", given), False
+    return fresh_network(session, seed=session.seed("member", 1)), True
 
 
 def _specialist(session: Session, generalist: Classifier) -> Part:

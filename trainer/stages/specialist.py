@@ -1,4 +1,4 @@
-"""The generalist again, for one group of confusable classes and a dustbin."""
+"""The generalist again, or another one, for one group of confusable classes and a dustbin."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def specialist_task(
     schedule = session.config.specialists
     mixture = mix_batches(session, index, classes)
     notes = {"natural_share": mixture.natural_fraction, "shift": mixture.shift}
-    network = load_network(session, session.run.generalist)
+    network = starting_network(session)
     torch.manual_seed(mixture.seed)
     if schedule.trains_all_rows:
         objective = full_softmax_objective(session, classes, mixture)
@@ -76,6 +76,16 @@ def specialist_task(
     steps = specialist_steps(schedule, mixture.num_inside)
     workers = session.config.data.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers), notes
+
+
+def starting_network(session: Session) -> Classifier:
+    """What specialists start as: the generalist, or another one of the same classes.
+
+    Groups and gate are the generalist's that asks them in either case, for it is its confusions
+    that they are asked about.
+    """
+    others = session.run.members
+    return load_network(session, others[0] if others else session.run.generalist)
 
 
 @dataclasses.dataclass
@@ -132,7 +142,7 @@ def full_softmax_objective(session: Session, classes: np.ndarray, mixture: Mixtu
     schedule = session.config.specialists
     teacher = None
     if schedule.dustbin == "full":
-        teacher = load_network(session, session.run.generalist)
+        teacher = starting_network(session)
     return specialise_fully(
         teacher,
         classes,
