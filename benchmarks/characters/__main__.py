@@ -54,8 +54,8 @@ HAN = 20_902
 BRANCHES = {
     "kind": "branch",
     "model": {"embedding": 64},
-    "steps": 300,
-    "learning_rate": 1e-2,
+    "steps": 340,
+    "learning_rate": 6e-3,
     "validate_every": 0,
 }
 STUDENT = {"steps": 2000, "temperature": 1.0, "soft_weight": 0.5, "hard_weight": 0.5}

@@ -33,8 +33,8 @@ PER_CLASS = {"train": 56, "val": 14, "test": 7}
 SIZE = 32
 
 
-def make(out: Path) -> None:
-    """Shards of every character, by `referral shards glyphs`."""
+def make(out: Path, per_class: dict[str, int] = PER_CLASS) -> None:
+    """Shards of every character, by `referral shards glyphs`; per_class: images of each split."""
     absent = [face for face in FACES if not (FONTS / face.partition("#")[0]).is_file()]
     if absent:
         message = f"{FONTS / absent[0]} is absent: apt-get install {PACKAGES}"
@@ -47,6 +47,6 @@ def make(out: Path) -> None:
     words = ["--out", out, "--classes", characters, "--size", SIZE, "--min-faces", MIN_FACES]
     for face in FACES:
         words += ["--fonts", FONTS / face]
-    for split, count in PER_CLASS.items():
+    for split, count in per_class.items():
         words += [f"--{split}", count]
     lab.referral("shards", "glyphs", *words)
