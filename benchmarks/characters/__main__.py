@@ -18,6 +18,7 @@ before; what is done is not done again, and what was interrupted goes on.
     shortlist          the second one asked about the likeliest classes alone
     shortlist_4        three further ones asked
     copies             24 copies of the generalist, joined by eq. 5
+    copies_other       24 copies of the next seed's, which learn the same groups
     branches           branches of the same groups
     student            the generalist's network, taught by `branches`
     student_hard       its twin on labels alone
@@ -61,11 +62,13 @@ BRANCHES = {
 STUDENT = {"steps": 2000, "temperature": 1.0, "soft_weight": 0.5, "hard_weight": 0.5}
 SETTINGS: dict[int, list[str]] = {
     data.LEVEL_ONE: [],
+    # 384 k multiplications; 48 numbers for 327 classes are 28 k, and one branch is asked.
     HAN: [
         "model.embedding=16",
-        "train.steps=20000",
-        "clusters.num_groups=64",
-        "specialists.steps=500",
+        "clusters.num_groups=128",
+        "specialists.model.embedding=48",
+        "specialists.steps=250",
+        "ensemble.max_specialists=1",
     ],
 }
 QUICK = [
@@ -92,6 +95,10 @@ class Study:
 
     def path(self, name: str, seed: int | None = None) -> Path:
         return self.to / f"{name}-{self.seed if seed is None else seed}"
+
+    def further(self, count: int) -> range:
+        """The next seeds."""
+        return range(self.seed + 1, self.seed + 1 + count)
 
     def finished(self, name: str, config: dict, base: str = "generalist") -> dict:
         """results.json of the run `name`, begun as a copy of the run `base`."""
@@ -122,12 +129,25 @@ def alone(config: dict, **sections: dict) -> dict:
 # The runs
 
 
-def copies(study: Study) -> dict:
-    """As headline.toml has them."""
+def copied_specialists(study: Study) -> dict:
+    """[specialists] as headline.toml has them."""
     kind = runs.config_of(study.to / "data", study.seed)["specialists"]
     if study.quick:
         kind = kind | {key: study.config["specialists"][key] for key in ("steps", "batch_size")}
-    return study.finished("copies", runs.alone(study.config) | {"specialists": kind})
+    return kind
+
+
+def copies(study: Study) -> dict:
+    config = runs.alone(study.config) | {"specialists": copied_specialists(study)}
+    return study.finished("copies", config)
+
+
+def copies_other(study: Study) -> dict:
+    """Copies of the next seed's generalist, asked by this one."""
+    study.generalist(study.seed + 1)
+    other = str(study.path("generalist", study.seed + 1).resolve())
+    specialists = copied_specialists(study) | {"from": other}
+    return study.finished("copies_other", runs.alone(study.config) | {"specialists": specialists})
 
 
 def train_on(study: Study) -> dict:
@@ -176,7 +196,7 @@ def of_embedding(study: Study, name: str, numbers: int) -> dict:
 
 
 def opinions(
-    name: str, further: int = 1, order: float = 0.0, shortlist: int | None = None
+    name: str, order: float = 0.0, shortlist: int | None = None
 ) -> Callable[[Study], dict]:
     """A run that asks generalists of the next seeds.
 
@@ -185,7 +205,7 @@ def opinions(
 
     def finished(study: Study) -> dict:
         networks = []
-        for seed in range(study.seed + 1, study.seed + 1 + further):
+        for seed in study.further(OTHERS[name]):
             study.generalist(seed)
             networks.append(str(study.path("generalist", seed).resolve()))
         ensemble = {"kind": "shortlist", "members": 1, "networks": networks, "order": order}
@@ -196,10 +216,14 @@ def opinions(
     return finished
 
 
+OPINIONS = ("average", "geometric", "shortlist", "shortlist_4")
+# Generalists of the next seeds that a run takes part of its networks from.
+OTHERS = {"average": 1, "geometric": 1, "shortlist": 1, "shortlist_4": 3, "copies_other": 1}
 RUNS: dict[str, Callable[[Study], dict]] = {
     "generalist": Study.generalist,
     "branches": lambda study: study.branches,
     "copies": copies,
+    "copies_other": copies_other,
     "train_on": train_on,
     "students": students,
     "wider": wider,
@@ -207,7 +231,7 @@ RUNS: dict[str, Callable[[Study], dict]] = {
     "average": opinions("average", order=1.0, shortlist=0),
     "geometric": opinions("geometric", shortlist=0),
     "shortlist": opinions("shortlist"),
-    "shortlist_4": opinions("shortlist_4", further=3),
+    "shortlist_4": opinions("shortlist_4"),
 }
 # Row -> the run, and its row of results.json.
 ROWS: dict[str, tuple[str, str]] = {
@@ -221,6 +245,7 @@ ROWS: dict[str, tuple[str, str]] = {
     "shortlist": ("shortlist", "ensemble"),
     "shortlist_4": ("shortlist_4", "ensemble"),
     "copies": ("copies", "ensemble"),
+    "copies_other": ("copies_other", "ensemble"),
     "train_on": ("train_on", "student train_on"),
     "student": ("students", "student main"),
     "student_hard": ("students", "student_hard"),
@@ -253,23 +278,14 @@ def cost_of_opinions(study: Study, name: str, further: int) -> rows.Cost:
     shortlist = load_ensemble(study.path(name)).settings().shortlist
     assert shortlist is not None
     total = generalist_cost(study)
-    for seed in range(study.seed + 1, study.seed + 1 + further):
+    for seed in study.further(further):
         total += rows.cost_of_opinion(study.path("generalist", seed) / "generalist", shortlist)
     return total
 
 
-# Run -> the cost of its row; of a network alone otherwise.
-COSTS: dict[str, Callable[[Study], rows.Cost]] = {
-    "average": lambda study: cost_of_opinions(study, "average", 1),
-    "geometric": lambda study: cost_of_opinions(study, "geometric", 1),
-    "shortlist": lambda study: cost_of_opinions(study, "shortlist", 1),
-    "shortlist_4": lambda study: cost_of_opinions(study, "shortlist_4", 3),
-}
-
-
 def cost_of(study: Study, run: str, name: str) -> rows.Cost:
-    if run in COSTS:
-        return COSTS[run](study)
+    if run in OPINIONS:
+        return cost_of_opinions(study, run, OTHERS[run])
     if name == "ensemble":
         return cost_of_specialists(study.path(run))
     kind, _, student = name.partition(" ")
@@ -283,16 +299,10 @@ def row(study: Study, name: str) -> dict:
     run, own = ROWS[name]
     results = RUNS[run](study)
     measured = rows.row_of(lab.named_rows(results)[own], cost_of(study, run, own))
-    if run in COSTS:
-        # Networks of other runs cost nothing there, and somebody trained them.
-        measured["seconds"] += seconds_of_opinions(study, run)
+    # Networks of other runs cost nothing in this one, and somebody trained them.
+    for seed in study.further(OTHERS.get(run, 0)):
+        measured["seconds"] += study.generalist(seed)["generalist"]["cost"]["seconds"]
     return measured
-
-
-def seconds_of_opinions(study: Study, run: str) -> float:
-    count = len(load_config(study.path(run) / "config.toml").ensemble.networks)
-    seeds = range(study.seed + 1, study.seed + 1 + count)
-    return sum(study.generalist(seed)["generalist"]["cost"]["seconds"] for seed in seeds)
 
 
 # What training costs
@@ -303,13 +313,10 @@ def training(study: Study) -> dict:
 
     multiplications: forward, and twice that backward; kept features ask for no gradient.
     """
-    run, schedule = study.path("branches"), study.branches
-    own = load_config(run / "config.toml").specialists
-    copy = load_config(None, [], runs.config_of(study.to / "data", study.seed)).specialists
-    if study.quick:
-        copy = copy.model_copy(update={"steps": own.steps, "batch_size": own.batch_size})
-    groups = len(schedule["specialists"])
-    of_copies = 3 * generalist_cost(study).multiplications * groups * copy.steps * copy.batch_size
+    run, results = study.path("branches"), study.branches
+    copy = copied_specialists(study)
+    examples = len(results["specialists"]) * copy["steps"] * copy["batch_size"]
+    of_copies = 3 * generalist_cost(study).multiplications * examples
     measured = {"branches": of_branches(run), "copies": {"multiplications": of_copies}}
     ratio = {"multiplications": measured["branches"]["multiplications"] / of_copies}
     if (study.path("copies") / "results.json").exists():
