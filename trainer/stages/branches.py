@@ -20,8 +20,8 @@ from pipeline.store import Attempt, Stage
 from ..core.branch_training import BranchBatch, BranchTask, BranchTrainer, branch_logits
 from ..core.losses import dustbin_shift
 from ..core.progress import peak_memory
-from ..data.orders import Order
-from ..data.streams import balanced, shuffled
+from ..data.orders import ComputedOrder
+from ..data.streams import balanced
 from ..session import Session
 from .features import KeptFeatures, kept_features
 from .grouping import groups_of, skipped_groups
@@ -140,13 +140,14 @@ class BranchWork:
         readable = kept_features(session, "train").readable
         in_group = np.isin(train.labels, self.classes)
         inside_ids = np.flatnonzero(in_group & readable)
-        outside_ids = np.flatnonzero(~in_group & readable)
-        self.per_batch = own_examples(schedule, bool(len(outside_ids)))
+        excluded = np.flatnonzero(in_group | ~readable)
+        has_others = len(excluded) < len(in_group)
+        self.per_batch = own_examples(schedule, has_others)
         self.own = balanced(train.labels, self.seed, schedule.balance, inside_ids)
-        self.others: Order | None = None
+        self.others: ComputedOrder | None = None
         natural, shift = in_group.sum() / train.num_samples, 0.0
-        if len(outside_ids):
-            self.others = shuffled(outside_ids, self.seed + 1)
+        if has_others:
+            self.others = ComputedOrder(len(in_group), excluded, self.seed + 1)
             shift = dustbin_shift(natural, self.per_batch / schedule.batch_size)
         self.shift = shift
         self.log_prior = balanced_log_prior(train.class_counts[self.classes], schedule.balance)
