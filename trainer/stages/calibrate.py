@@ -15,7 +15,7 @@ from ..session import Session
 # Numbers in memory while a temperature is fitted: n C, of as many val examples as fit.
 LOGITS_IN_MEMORY = 2**23
 # Probabilities n C that are joined for each weight that is tried; none of them stay in memory.
-JOINED = 2**28
+JOINED = 2**26
 FEWEST_EXAMPLES = 500
 
 
