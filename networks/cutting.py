@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -107,7 +108,7 @@ def _cut_traced(trunk: nn.Module, blocks: int) -> Cut:
     first = names[-blocks]
     remedy = f"take blocks = 0, which cuts {kind} at the input of its head"
     try:
-        graph = _Blocks(set(names)).trace(trunk)
+        graph = _Blocks(set(names)).trace(trunk, concrete_args=_options(trunk))
     except Exception as error:  # whatever a forward does that cannot be followed
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
@@ -126,6 +127,13 @@ def _cut_traced(trunk: nn.Module, blocks: int) -> Cut:
         )
     _keep_input([trunk.get_submodule(first)])
     return Cut(body, nn.Sequential(end), end)
+
+
+def _options(trunk: nn.Module) -> dict[str, object]:
+    """What a forward takes beside its input, at the defaults that it runs with."""
+    parameters = list(inspect.signature(trunk.forward).parameters.values())
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {each.name: each.default for each in parameters[1:] if each.kind not in kinds}
 
 
 def _split_graph(

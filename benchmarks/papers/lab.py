@@ -139,9 +139,10 @@ def run_in_process(file: Path, path: Path, settings: list[str], only: Iterable[s
     A quick look has some twenty jobs of a tenth of a second, and each process would import torch.
     only: the kinds of stages, instead of all.
     """
+    from trainer.__main__ import in_a_row
     from trainer.distributed.ranks import process_group
     from trainer.session import Session
-    from trainer.stages import run_stage
+    from trainer.stages import run_together
 
     config = load_config(file, settings)
     path.mkdir(parents=True, exist_ok=True)
@@ -149,9 +150,9 @@ def run_in_process(file: Path, path: Path, settings: list[str], only: Iterable[s
     run, only = RunDirectory(path, config), set(only)
     with process_group(config.engine) as ranks:
         session = Session(run, ranks)
-        for stage in run.stages:
-            if not stage.is_done and (not only or stage.name in only):
-                run_stage(session, stage)
+        due = [s for s in run.stages if not s.is_done and (not only or s.name in only)]
+        for alike in in_a_row(due):
+            run_together(session, alike)
 
 
 def once(path: Path, work: Callable[[], dict]) -> dict:

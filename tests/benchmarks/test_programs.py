@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
+    "benchmarks.characters --rows generalist branches shortlist",
     "benchmarks.characters.data",
     "benchmarks.characters.headline",
     "benchmarks.clustering",
@@ -30,6 +31,7 @@ QUICK = [
 SLOW = [
     "benchmarks.branches",
     "benchmarks.branches --latency",
+    "benchmarks.characters",
     "benchmarks.characters.generalist",
     "benchmarks.characters.groups",
     "benchmarks.characters.later",
@@ -49,11 +51,12 @@ PROGRAMS = [*QUICK, *(pytest.param(words, marks=pytest.mark.slow) for words in S
 
 
 def programs_in(folder: Path) -> set[str]:
-    """The modules that can be started."""
+    """The modules and packages that can be started."""
     modules = set()
     for path in folder.rglob("*.py"):
         if '__name__ == "__main__"' in path.read_text(encoding="utf-8"):
-            modules.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            modules.add(".".join(parts).removesuffix(".__main__"))
     return modules
 
 

@@ -214,6 +214,27 @@ def test_the_forward_of_a_network_of_code_is_followed_to_its_last_block():
     assert len(list(cut_at(trunk, 1).own.parameters())) == 2
 
 
+class Masked(Chain):
+    """As timm's transformers: what the forward does depends on arguments that a trunk never has."""
+
+    def forward(self, x, mask=None, *, causal: bool = False):
+        x = self.stem(x)
+        if mask is not None or causal:
+            return x
+        for layer in self.layers:
+            x = layer(x).relu()
+        return x
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_arguments_of_a_forward_keep_their_defaults_where_it_is_followed(blocks):
+    trunk = Masked()
+    x = torch.randn(4, 6)
+    cut = cut_at(trunk, blocks)
+    torch.testing.assert_close(cut.end(cut.body(x)), trunk(x))
+    assert len(list(cut.own.parameters())) == 2 * blocks
+
+
 def test_a_trunk_that_cannot_be_cut_there_says_where_it_can():
     with pytest.raises(ValueError, match="take blocks = 0, which cuts Chain at the input"):
         cut_at(Chain(skip=True), 1)

@@ -33,7 +33,8 @@ from .losses import Loss, cross_entropy
 from .optim import learning_rate, set_rate
 from .progress import MetricsLogger, Progress
 
-VALIDATIONS = 10  # where the schedule does not say how often
+VALIDATIONS = 10  # at most, where the schedule does not say how often
+FEWEST_VALIDATIONS = 2
 NEVER = 10**9  # validations without a better loss before a branch stops
 
 
@@ -56,7 +57,7 @@ class BranchTask:
     """What one branch learns beside its rows.
 
     seed: of its dropout.  shift, log_prior: as `specialist_loss` has them.  validate measures
-    the branch: {"loss", "top1"}.
+    the branch on val_examples rows: {"loss", "top1"}.
     checkpoints, metrics: where it keeps its state and reports.
     """
 
@@ -64,8 +65,19 @@ class BranchTask:
     shift: float
     log_prior: Tensor
     validate: Callable[[Branch], dict[str, float]]
+    val_examples: int
     checkpoints: Path
     metrics: Path
+
+
+def validations(trained: int, measured: int) -> int:
+    """How often branches are measured: a large val would cost as much as the training.
+
+    trained: rows of all steps.  measured: rows of one validation.  All validations together read
+    at most half as many rows as the training does, unless that were too few to choose from.
+    """
+    affordable = trained // max(1, 2 * measured)
+    return min(VALIDATIONS, max(FEWEST_VALIDATIONS, affordable))
 
 
 class BranchTrainer:
@@ -104,7 +116,7 @@ class BranchTrainer:
         ]
         self.savers = [Saver(task.checkpoints, schedule.keep, ranks) for task in tasks]
         self.stop_signal = StopSignal()
-        self.every = schedule.validate_every or max(1, -(-steps // VALIDATIONS))
+        self.every = schedule.validate_every or self._validate_every()
 
     def train(self) -> None:
         """Until the steps are done, or every branch has stopped early; `best` is the result."""
@@ -121,6 +133,11 @@ class BranchTrainer:
             self._look(rate)
         for saver in self.savers:
             saver.close()
+
+    def _validate_every(self) -> int:
+        measured = sum(task.val_examples for task in self.tasks)
+        trained = self.steps * self.schedule.batch_size * len(self.tasks)
+        return max(1, -(-self.steps // validations(trained, measured)))
 
     @property
     def stopped(self) -> bool:

@@ -77,6 +77,62 @@ class Order:
         return self.__dict__ | {"_epochs": {}}
 
 
+class ComputedOrder:
+    """Positions int64 [n] of an endless stream -> ids int64 [n], as an Order without its arrays.
+
+    An epoch is a permutation of 0 .. num_samples - 1 without `excluded`: a Feistel network with
+    keys of its own, walked on from numbers that are too large (Black & Rogaway 2002).  Branches
+    draw few of nearly all samples, each by itself: permutations in memory would be many times the
+    data's size.
+
+    excluded: int64 [k], sorted, distinct.
+    """
+
+    ROUNDS = 6
+
+    def __init__(self, num_samples: int, excluded: np.ndarray, seed: int):
+        self.seed = seed
+        self.length = num_samples - len(excluded)
+        # Of the ids that stay, how many stand before each excluded one.
+        self.before = np.asarray(excluded, np.int64) - np.arange(len(excluded))
+        if self.length < 1:
+            raise ValueError("an order needs at least one id")
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.length)
+        places = np.empty(len(offsets), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            keys = generator(self.seed, 1, epoch).integers(2**63, size=self.ROUNDS, dtype=np.uint64)
+            places[here] = permuted(offsets[here], self.length, keys)
+        return places + np.searchsorted(self.before, places, side="right")
+
+
+def permuted(numbers: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
+    """A permutation of 0 .. length - 1 at `numbers`, int64 [n] both; keys: uint64 [rounds]."""
+    bits = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
+    mask = (np.uint64(1) << bits) - np.uint64(1)
+    images = numbers.astype(np.uint64)
+    left = np.arange(len(images))
+    while len(left):
+        images[left] = _feistel(images[left], bits, mask, keys)
+        left = left[images[left] >= length]
+    return images.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, bits: np.uint64, mask: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """A permutation of 0 .. 4^bits - 1."""
+    high, low = x >> bits, x & mask
+    for key in keys:
+        mixed = (low + key) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+        high, low = low, high ^ ((mixed >> np.uint64(32)) & mask)
+    return high << bits | low
+
+
 def shuffled(ids: int | Sequence[int] | np.ndarray, seed: int) -> Order:
     """Every id exactly once per epoch.
 

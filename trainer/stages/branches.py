@@ -20,8 +20,8 @@ from pipeline.store import Attempt, Stage
 from ..core.branch_training import BranchBatch, BranchTask, BranchTrainer, branch_logits
 from ..core.losses import dustbin_shift
 from ..core.progress import peak_memory
-from ..data.orders import Order
-from ..data.streams import balanced, shuffled
+from ..data.orders import ComputedOrder
+from ..data.streams import balanced
 from ..session import Session
 from .features import KeptFeatures, kept_features
 from .grouping import groups_of, skipped_groups
@@ -58,7 +58,8 @@ def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
     """Train, measure and save the branch of each group, by its number."""
     began = time.monotonic()
     generalist = load_network(session, session.run.generalist)
-    work = [BranchWork(session, generalist, m, attempts[m]) for m in attempts]
+    kept = BranchFeatures(session)
+    work = [BranchWork(session, generalist, kept, m, attempts[m]) for m in attempts]
     made = [fresh_branch(session, generalist, each) for each in work]
     stacked = StackedBranches(made).to(session.ranks.device)
     schedule = session.config.specialists
@@ -66,7 +67,7 @@ def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
         stacked,
         generalist.linear_head,
         [each.task() for each in work],
-        BranchReader(session, work, stacked.width),
+        BranchReader(session, kept.train, work, stacked.width),
         schedule,
         loss_of(schedule),
         branch_steps(schedule, own_counts(session)),
@@ -115,6 +116,18 @@ def own_counts(session: Session) -> list[int]:
     ]
 
 
+class BranchFeatures:
+    """The kept features of both splits, opened once for all branches of a job.
+
+    val_rows reads those of val: on a GPU they lie there once, not once for each branch.
+    """
+
+    def __init__(self, session: Session):
+        self.train = kept_features(session, "train")
+        self.val = kept_features(session, "val")
+        self.val_rows = FeatureSource(self.val, session.ranks.device)
+
+
 class BranchWork:
     """One group: what its batches are made of, how it is measured, where it is saved.
 
@@ -122,26 +135,34 @@ class BranchWork:
     per_batch: of a batch's examples those of the group.
     """
 
-    def __init__(self, session: Session, generalist: Classifier, index: int, attempt: Attempt):
+    def __init__(
+        self,
+        session: Session,
+        generalist: Classifier,
+        kept: BranchFeatures,
+        index: int,
+        attempt: Attempt,
+    ):
         schedule, train = session.config.specialists, session.shards("train")
         self.index = index
         self.attempt = attempt
         self.classes = groups_of(session).members[index]
         self.seed = session.seed("specialist", index)
-        readable = kept_features(session, "train").readable
+        readable = kept.train.readable
         in_group = np.isin(train.labels, self.classes)
         inside_ids = np.flatnonzero(in_group & readable)
-        outside_ids = np.flatnonzero(~in_group & readable)
-        self.per_batch = own_examples(schedule, bool(len(outside_ids)))
+        excluded = np.flatnonzero(in_group | ~readable)
+        has_others = len(excluded) < len(in_group)
+        self.per_batch = own_examples(schedule, has_others)
         self.own = balanced(train.labels, self.seed, schedule.balance, inside_ids)
-        self.others: Order | None = None
+        self.others: ComputedOrder | None = None
         natural, shift = in_group.sum() / train.num_samples, 0.0
-        if len(outside_ids):
-            self.others = shuffled(outside_ids, self.seed + 1)
+        if has_others:
+            self.others = ComputedOrder(len(in_group), excluded, self.seed + 1)
             shift = dustbin_shift(natural, self.per_batch / schedule.batch_size)
         self.shift = shift
         self.log_prior = balanced_log_prior(train.class_counts[self.classes], schedule.balance)
-        self.validator = BranchValidator(session, generalist.linear_head, self.classes)
+        self.validator = BranchValidator(session, generalist.linear_head, kept, self.classes)
         self.notes = {
             "classes": len(self.classes),
             "natural_share": float(natural),
@@ -154,6 +175,7 @@ class BranchWork:
             self.shift,
             self.log_prior.to(self.validator.device),
             self.validator,
+            len(self.validator.ids),
             self.attempt.stage.checkpoints,
             self.attempt.path("metrics.jsonl"),
         )
@@ -188,13 +210,15 @@ class BranchReader:
 
     AHEAD = 8
 
-    def __init__(self, session: Session, work: Sequence[BranchWork], width: int):
+    def __init__(
+        self, session: Session, kept: KeptFeatures, work: Sequence[BranchWork], width: int
+    ):
         self.work = work
         self.width = width
         self.device = session.ranks.device
         self.batch = session.config.specialists.batch_size
         self.labels = session.shards("train").labels
-        self.kept = kept_features(session, "train")
+        self.kept = kept
         self.source = FeatureSource(self.kept, self.device)
         self._block = -1
         self._rows = self._targets = np.zeros((0, 0, 0), np.int64)
@@ -254,16 +278,17 @@ class FeatureSource:
 class BranchValidator:
     """A branch on the val examples that the generalist refers to it, at natural frequencies."""
 
-    def __init__(self, session: Session, head: nn.Linear, classes: np.ndarray):
+    def __init__(
+        self, session: Session, head: nn.Linear, kept: BranchFeatures, classes: np.ndarray
+    ):
         self.head = head
         self.device = session.ranks.device
-        kept = kept_features(session, "val")
         ids = referred_examples(session, classes)
-        self.ids = ids[kept.readable[ids]]
+        self.ids = ids[kept.val.readable[ids]]
         labels = session.shards("val").labels[self.ids]
         self.targets = torch.from_numpy(columns_of(labels, classes, len(classes)))
-        self.source = FeatureSource(kept, self.device)
-        row_bytes = max(1, kept.at_cut[:1].nbytes)
+        self.source = kept.val_rows
+        row_bytes = max(1, kept.val.at_cut[:1].nbytes)
         self.chunk = max(1, CHUNK_BYTES // row_bytes)
 
     def logits(self, branch: Branch) -> Tensor:

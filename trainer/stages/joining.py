@@ -23,6 +23,7 @@ from pipeline.store import Stage, read_json, write_json
 
 from ..data.streams import Batch
 from ..session import Session
+from .calibrate import weight_ids
 from .grouping import groups_of, skipped_groups
 from .networks import load_network, load_specialist_network, read_summary
 from .shortlist import fit_shortlist
@@ -204,7 +205,7 @@ def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
             losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
         return {"losses": torch.stack(losses, dim=1)}
 
-    losses = session.measured(session.shards("val"), measure)["losses"]
+    losses = session.measured(session.shards("val"), measure, ids=weight_ids(session))["losses"]
     weight = fit_weight_to_losses(losses)
     means = losses.mean(axis=0, dtype=np.float64)
     session.say(

@@ -7,7 +7,13 @@ from torch import nn
 from networks import InputSpec, ModelSpec, branch_off, build_classifier
 from networks.branches import GeneralOutput
 from networks.stacked_branches import StackedBranches
-from trainer.core.branch_training import BranchBatch, GeneralLogits, branch_logits, stacked_loss
+from trainer.core.branch_training import (
+    BranchBatch,
+    GeneralLogits,
+    branch_logits,
+    stacked_loss,
+    validations,
+)
 from trainer.core.losses import cross_entropy, specialist_loss
 
 SPEC = ModelSpec("convnet", 12, InputSpec((1, 8, 8)), {"channels": [3, 4], "embedding": 2})
@@ -112,3 +118,16 @@ def test_the_gradient_of_the_stacked_loss_is_right():
     assert torch.autograd.gradcheck(
         lambda z: stacked_loss(z, targets, [2, 2], 0.0, cross_entropy), (logits,)
     )
+
+
+@pytest.mark.parametrize(
+    "trained, measured, times",
+    [
+        (76_800, 1_250, 10),  # a small val: as often as ever
+        (76_800, 11_000, 3),  # 33,000 rows of at most 38,400
+        (76_800, 200_000, 2),  # even twice is more than half of the training
+        (76_800, 0, 10),
+    ],
+)
+def test_validations_read_at_most_half_as_many_rows_as_the_training(trained, measured, times):
+    assert validations(trained, measured) == times

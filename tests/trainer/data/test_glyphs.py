@@ -231,6 +231,33 @@ def test_a_users_fonts_and_a_number_of_classes(tmp_path):
         render(tmp_path / "more", fonts=[font], classes=1_000_000)
 
 
+def collection(path):
+    """The first three DejaVu faces in one file."""
+    from fontTools.ttLib import TTCollection, TTFont
+
+    made = TTCollection()
+    made.fonts = [TTFont(face.path) for face in find_faces()[:3]]
+    made.save(path)
+    return path
+
+
+def test_a_face_of_a_collection_is_asked_for_by_its_number(tmp_path):
+    fonts = collection(tmp_path / "three.ttc")
+    assert find_faces([fonts]) == [(str(fonts), 0), (str(fonts), 1), (str(fonts), 2)]
+    assert find_faces([f"{fonts}#1"]) == [(str(fonts), 1)]
+    alone = render(tmp_path / "one", fonts=[f"{fonts}#1"], classes="AB")
+    every = render(tmp_path / "all", fonts=[fonts], classes="AB")
+    assert np.array_equal(alone.drawings, every.drawings[[1, 4]])
+
+
+def test_a_face_that_a_collection_does_not_have_is_named(tmp_path):
+    fonts = collection(tmp_path / "three.ttc")
+    with pytest.raises(UserError, match="three.ttc#3: the file has 3 faces, 0 to 2"):
+        find_faces([f"{fonts}#3"])
+    with pytest.raises(UserError, match="no-font.ttc#0: no such font file"):
+        find_faces([tmp_path / "no-font.ttc#0"])
+
+
 def test_characters_that_no_face_draws_are_listed(tmp_path):
     assert render(tmp_path / "out", classes="AB\u4e00\n C").left_out == "\u4e00"
     with pytest.raises(UserError, match="of 2 characters 0 are drawn by at least 5"):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.data.orders import balanced, expected_distinct, shuffled
+from trainer.data.orders import ComputedOrder, balanced, expected_distinct, permuted, shuffled
 
 settings.register_profile("data", max_examples=40, deadline=None)
 settings.load_profile("data")
@@ -106,3 +106,47 @@ def test_class_sorted_samples_are_mixed_as_by_a_fair_draw():
 def test_an_exponent_beyond_1_is_refused():
     with pytest.raises(ValueError, match="between 0"):
         balanced(np.zeros(3, int), 0, 1.5)
+
+
+@given(st.integers(1, 400), st.lists(st.integers(0, 2**63 - 1), min_size=6, max_size=6))
+def test_a_computed_permutation_names_each_number_once(length, keys):
+    images = permuted(np.arange(length), length, np.array(keys, np.uint64))
+    assert sorted(images.tolist()) == list(range(length))
+
+
+@given(st.integers(1, 200), st.sets(st.integers(0, 199)), st.integers(0, 99))
+def test_an_epoch_of_a_computed_order_is_what_is_not_excluded(count, excluded, seed):
+    excluded = np.array(sorted(id for id in excluded if id < count), np.int64)
+    left = np.setdiff1d(np.arange(count), excluded)
+    if not len(left):
+        with pytest.raises(ValueError, match="at least one id"):
+            ComputedOrder(count, excluded, seed)
+        return
+    order = ComputedOrder(count, excluded, seed)
+    assert len(order) == len(left)
+    for epoch in range(2):
+        ids = order(epoch * len(left) + np.arange(len(left)))
+        assert np.array_equal(np.sort(ids), left)
+
+
+def test_a_computed_order_does_not_depend_on_how_much_is_asked_at_once():
+    order = ComputedOrder(1000, np.arange(0, 1000, 7), 3)
+    positions = np.arange(700, 1100)
+    one_by_one = [int(order(np.array([position]))[0]) for position in positions]
+    assert order(positions).tolist() == one_by_one
+
+
+def test_a_computed_order_mixes_and_differs_between_epochs_and_seeds():
+    n = 20_000
+    first = ComputedOrder(n, np.array([], np.int64), 0)
+    ids = first(np.arange(2 * n))
+    epochs = ids[:n], ids[n:]
+    other = ComputedOrder(n, np.array([], np.int64), 1)(np.arange(n))
+    pairs = [(epochs[0], np.arange(n)), (epochs[0], epochs[1]), (epochs[0], other)]
+    pairs.append((epochs[0][1:], epochs[0][:-1]))
+    # The correlation of two independent permutations has a deviation of n^-1/2.
+    for one, two in pairs:
+        assert abs(np.corrcoef(one, two)[0, 1]) < 4 / np.sqrt(n)
+    # Of the first tenth of an epoch each tenth of the ids has its share.
+    shares = np.bincount(epochs[0][: n // 10] * 10 // n, minlength=10)
+    assert np.abs(shares - n / 100).max() < 5 * np.sqrt(n / 100)

@@ -168,6 +168,19 @@ def test_branches_trained_at_once_are_those_trained_alone(begun):
     assert read_json(at_once.specialists[0].path("summary.json"))["together"] == 6
 
 
+def test_the_branches_of_a_job_open_each_splits_features_once(begun, monkeypatch):
+    # Each split as often as there are branches would lie on a GPU that often.
+    opened = []
+
+    def counted(session, split):
+        opened.append(split)
+        return kept_features(session, split)
+
+    monkeypatch.setattr("trainer.stages.branches.kept_features", counted)
+    do(begun(), "specialist")
+    assert opened == ["train", "val"]
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -24,7 +24,8 @@ def glyphs(
     fonts: Annotated[
         list[Path] | None,
         Option(
-            help="font file or directory of fonts; repeat for more [DejaVu]", show_default=False
+            help="font file, FILE#2 (its face 2) or directory of fonts; repeat for more [DejaVu]",
+            show_default=False,
         ),
     ] = None,
     classes: Annotated[

@@ -32,27 +32,40 @@ class Face(NamedTuple):
 def find_faces(fonts: Sequence[str | Path] | None = None) -> list[Face]:
     """The faces in font files, in directories of them, and in collections.
 
-    None: matplotlib's DejaVu faces.  Raises UserError for a path that is absent or no font.
+    fonts: paths; `FILE#2` is face 2 of a collection alone, counted from 0.  None: matplotlib's
+    DejaVu faces.  Raises UserError for a path that is absent or no font, and for a face that a
+    collection does not have.
     """
     if fonts is None:
         from matplotlib import get_data_path
 
         directory = Path(get_data_path(), "fonts", "ttf")
         return [Face(str(directory / name), 0) for name in _dejavu_files()]
-    paths: list[Path] = []
-    for font in map(Path, fonts):
-        if font.is_dir():
-            paths += _fonts_in(font)
-        elif font.exists():
-            paths.append(font)
-        else:
-            raise UserError(f"{font}: no such font file")
-    if not paths:
-        raise UserError("no fonts: give font files or directories of them")
     faces: list[Face] = []
-    for path in paths:
-        faces += [Face(str(path), index) for index in range(_num_faces(path))]
+    for font in fonts:
+        faces += _faces_of(Path(font))
+    if not faces:
+        raise UserError("no fonts: give font files or directories of them")
     return faces
+
+
+def _faces_of(font: Path) -> list[Face]:
+    """Those of a directory or file, or the one that FILE#INDEX names."""
+    if font.is_dir():
+        return [face for path in _fonts_in(font) for face in _faces_in(path)]
+    if font.exists():
+        return _faces_in(font)
+    file, mark, index = str(font).rpartition("#")
+    if not (mark and index.isdecimal() and Path(file).is_file()):
+        raise UserError(f"{font}: no such font file")
+    faces = _faces_in(Path(file))
+    if int(index) >= len(faces):
+        raise UserError(f"{font}: the file has {len(faces)} faces, 0 to {len(faces) - 1}")
+    return [faces[int(index)]]
+
+
+def _faces_in(path: Path) -> list[Face]:
+    return [Face(str(path), index) for index in range(_num_faces(path))]
 
 
 def _dejavu_files() -> list[str]:
