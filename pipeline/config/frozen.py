@@ -117,6 +117,7 @@ SCHEMA_1 = {
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
     "generalist": {"weights": None},
+    "clusters": {"capacity_of": "classes"},
     "ensemble": {"shortlist": None, "order": 0.0},
     "train": {"loss": "cross_entropy"},
     "specialists": {
