@@ -19,9 +19,7 @@ _BATCHES = 8  # parts of the classes that one sweep takes out and puts back, one
 Similarity = Callable[[np.ndarray], np.ndarray]  # classes [B] -> [B, G]
 
 
-def assign(
-    scores: np.ndarray, room: np.ndarray, weights: np.ndarray | None = None
-) -> np.ndarray:
+def assign(scores: np.ndarray, room: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """A group for each row within the groups' room, at a high total score.
 
     A full group keeps who would lose most. Heavy rows choose before those of less than half their

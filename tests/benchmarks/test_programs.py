@@ -25,6 +25,7 @@ QUICK = [
     "benchmarks.places",
     "benchmarks.shortlist",
     "benchmarks.slurm",
+    "benchmarks.thin_val",
 ]
 SLOW = [
     "benchmarks.branches",
