@@ -155,8 +155,8 @@ class Clusters(Section):
     coverage: float | None = Field(default=None, gt=0, le=1)
     # a user's own taxonomy (ClassGroups JSON) instead of clustering
     groups_file: str = ""
-    # statistics keep the k largest predictions of each example; "all" = the exact covariance of all;
-    # None = all of up to 2,048 classes, or where the method reads the covariance and C^2 fits
+    # statistics keep the k largest predictions of each example; "all" = the exact covariance;
+    # None = exact of up to 2,048 classes, or where the method reads it and C^2 fits
     top_k: Annotated[int, Field(gt=0)] | Literal["all"] | None = None
     # groups whose forecast (a ceiling, fraction of val examples) is below get no specialist
     min_gain: float = Field(default=0.0, ge=0)

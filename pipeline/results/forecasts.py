@@ -60,6 +60,7 @@ def captured_text(captured: float | None, chance: float, split: str) -> str:
 def ceiling_text(split: str) -> str:
     """What the forecast of a group is."""
     return (
-        f"gain at most: a ceiling, the fraction of {split} that a perfect specialist would correct; "
-        "what is reached of it no pilot has measured; shared errors count in every group"
+        f"gain at most: a ceiling, the fraction of {split} that a perfect specialist would "
+        "correct; what share of it is reached nobody has measured; shared errors count in every "
+        "group"
     )
