@@ -22,8 +22,8 @@ from .sparse import CountMatrix
 
 SCHEMA = 1
 DENSE_BYTES = 2**30  # the one C x C array, float64: C up to 11,585
-# Up to so many classes the exact covariance is gathered for who does not read it as well: at most 6
-# times the work of keeping the largest predictions, which grows to 15 times at 5,200 classes.
+# Up to so many classes the exact covariance is gathered for those who do not read it as well. There
+# it takes at most 6 times as long as to keep the largest predictions; of 5,200 classes 14 times.
 EXACT_CLASSES = 2048
 # Predictions of an example that the expected confusion keeps where the covariance is exact.
 EXPECTED_TOP_K = 32

@@ -205,7 +205,7 @@ class Evidence:
         return judged_on(self.run)
 
     def forecast(self, index: int) -> float | None:
-        """The ceiling: fraction of the examples of `judged_on` that a perfect specialist would fix."""
+        """The ceiling: fraction of `judged_on` that a perfect specialist would fix."""
         forecasts = self.clusters.get("forecast") or []
         if index >= len(forecasts):
             return None
