@@ -192,7 +192,6 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
     Raises UserError if they do not fit the data.
     """
     config = session.config.clusters
-    check_covariance(session, statistics)
     weights = None
     if config.capacity_of == "examples":
         weights = session.shards("train").class_counts
@@ -200,6 +199,7 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
         if config.groups_file:
             groups = ClassGroups.load(config.groups_file)
         else:
+            check_covariance(session, statistics)
             rows = None
             if "classifier_rows" in method_inputs(config.method):
                 network = load_network(session, session.run.generalist)
