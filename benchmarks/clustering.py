@@ -1,9 +1,10 @@
 """Planted groups of confusable classes: how well, how fast, in how much memory.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.clustering [--million | --quick]
+    OMP_NUM_THREADS=1 python -m benchmarks.clustering [--million | --gather | --quick]
 
     (neither)  15,000 and 100,000 classes in 300 groups     8 minutes
     --million  1,000,000 classes in 1,000 groups            4 minutes
+    --gather   5,200 classes: the exact covariance against the 32 largest predictions     a minute
     --quick    800 and 3,200 classes in 16 groups           seconds
 
 Beside our methods stands "plain", what one would write with scikit-learn alone in a minute. "plain"
@@ -37,7 +38,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
+    from numpy.typing import NDArray
     from scipy.sparse import csr_array
 
 BATCH = 8192
@@ -175,6 +179,61 @@ def compare(sizes: Sizes, rounds: int, run: Callable[[Case], Row]) -> dict[str, 
     return {"cases": rows, "minibatch_over_plain": ratios, "exponents": exponents}
 
 
+def gather(num_classes: int, num_groups: int, per_class: int) -> list[dict[str, object]]:
+    """The exact covariance and the largest predictions: seconds to gather, and the groups of each.
+
+    captured: share of the errors of other predictions of the same classes, and by chance.
+    """
+    from sklearn.metrics import adjusted_rand_score
+
+    from clustering import PredictionStatistics, captured_confusion, group_classes
+    from clustering.statistics import EXPECTED_TOP_K
+
+    planted = _planted()
+    others = PredictionStatistics(num_classes, top_k=10)
+    indices, values, labels, group_of = planted.planted_predictions(
+        num_classes, num_groups, per_class, seed=1, groups_seed=0
+    )
+    others.update(indices, values, labels)
+    rows = []
+    for top_k in (None, EXPECTED_TOP_K):
+        statistics = PredictionStatistics(num_classes, top_k=top_k)
+        gathering = 0.0
+        for p in _dense_batches(num_classes, num_groups, per_class):
+            start = time.process_time()
+            statistics.update(p)
+            gathering += time.process_time() - start
+        for method in ("kmeans", "correlation"):
+            start = time.process_time()
+            groups = group_classes(statistics, num_groups, method)
+            seconds = time.process_time() - start
+            share, chance = captured_confusion(groups, others.confusion)
+            ari = adjusted_rand_score(group_of, planted.labels_of(groups))
+            row = {"classes": num_classes, "kept": top_k or "all", "method": method}
+            row |= {"gather_s": round(gathering, 2), "group_s": round(seconds, 2)}
+            row |= {"captured": round(share, 4), "chance": round(chance, 4), "ari": round(ari, 4)}
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    return rows
+
+
+def _dense_batches(
+    num_classes: int, num_groups: int, per_class: int
+) -> "Iterator[NDArray[np.float32]]":
+    """Planted predictions of every class, [512, C]: what the named ones leave, unevenly."""
+    import numpy as np
+
+    indices, values, _, _ = _planted().planted_predictions(num_classes, num_groups, per_class)
+    rng = np.random.default_rng(0)
+    for start in range(0, len(indices), 512):
+        index, value = indices[start : start + 512], values[start : start + 512]
+        p = rng.exponential(size=(len(index), num_classes)).astype(np.float32) ** 2
+        p *= (1 - value.sum(axis=1, keepdims=True)) / p.sum(axis=1, keepdims=True)
+        rows, columns = np.nonzero(index >= 0)
+        p[rows, index[rows, columns]] += value[rows, columns]
+        yield p / p.sum(axis=1, keepdims=True)
+
+
 def _ratio(
     case: tuple[int, int], ours: list[float], scikit_learns: list[float]
 ) -> dict[str, float]:
@@ -244,6 +303,11 @@ def _options() -> argparse.Namespace:
         help="1,000,000 classes, 1,000 groups, 3 samples a class, and nothing else",
     )
     form.add_argument(
+        "--gather",
+        action="store_true",
+        help="5,200 classes, 88 groups, 4 samples a class: exact covariance or largest predictions",
+    )
+    form.add_argument(
         "--quick",
         action="store_true",
         help="800 and 3,200 classes instead, 16 groups, one round in this process",
@@ -267,8 +331,10 @@ def main() -> None:
     if options.million:
         cases = [Case(1_000_000, 1_000, 3, "minibatch", refine) for refine in (False, True)]
         results = {"cases": [asdict(_in_a_process(case)) for case in cases]}
+    elif options.gather:
+        results = {"gathered": gather(5_200, 88, 4)}
     elif options.quick:
-        results = compare(QUICK, 1, _here)
+        results = compare(QUICK, 1, _here) | {"gathered": gather(400, 8, 4)}
     else:
         results = compare(FULL, options.rounds, _in_a_process)
     print(json.dumps({"machine": machine, **results}))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .grouping import group_classes, method_inputs
     from .groups import ClassGroups
     from .judging import GroupForecast, captured_confusion, captured_unlabelled, forecast
-    from .statistics import PredictionStatistics
+    from .statistics import PredictionStatistics, covariance_fits, predictions_to_keep
     from .tables import forecast_table
 
 _MODULE_OF = {
@@ -22,11 +22,13 @@ _MODULE_OF = {
     "PredictionStatistics": "statistics",
     "captured_confusion": "judging",
     "captured_unlabelled": "judging",
+    "covariance_fits": "statistics",
     "forecast": "judging",
     "forecast_table": "tables",
     "group_classes": "grouping",
     "group_trained_classes": "absent",
     "method_inputs": "grouping",
+    "predictions_to_keep": "statistics",
 }
 __all__ = [
     "METHODS",
@@ -35,11 +37,13 @@ __all__ = [
     "PredictionStatistics",
     "captured_confusion",
     "captured_unlabelled",
+    "covariance_fits",
     "forecast",
     "forecast_table",
     "group_classes",
     "group_trained_classes",
     "method_inputs",
+    "predictions_to_keep",
 ]
 
 

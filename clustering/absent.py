@@ -17,6 +17,7 @@ def group_trained_classes(
     num_groups: int,
     *,
     classifier_rows: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
     **options,
 ) -> ClassGroups:
     """Groups of the classes that have training examples; each other class joins its nearest group.
@@ -27,7 +28,7 @@ def group_trained_classes(
         Of the predictions of all C classes.
     trained : bool array [C]
         Whether a class has training examples.  Where all have, this is `group_classes`.
-    num_groups, classifier_rows, options
+    num_groups, classifier_rows, weights, options
         Of `group_classes`.
 
     Returns
@@ -42,12 +43,20 @@ def group_trained_classes(
     """
     trained = np.asarray(trained, bool)
     if trained.all():
-        return group_classes(statistics, num_groups, classifier_rows=classifier_rows, **options)
+        return group_classes(
+            statistics, num_groups, classifier_rows=classifier_rows, weights=weights, **options
+        )
     own = np.flatnonzero(trained)
     if classifier_rows is not None:
         classifier_rows = np.asarray(classifier_rows)[own]
+    if weights is not None:
+        weights = np.asarray(weights)[own]
     groups = group_classes(
-        statistics.restricted(own), num_groups, classifier_rows=classifier_rows, **options
+        statistics.restricted(own),
+        num_groups,
+        classifier_rows=classifier_rows,
+        weights=weights,
+        **options,
     )
     members = [own[classes] for classes in groups.members]
     joined = join_nearest(members, np.flatnonzero(~trained), statistics.expected_confusion)

@@ -19,23 +19,41 @@ _BATCHES = 8  # parts of the classes that one sweep takes out and puts back, one
 Similarity = Callable[[np.ndarray], np.ndarray]  # classes [B] -> [B, G]
 
 
-def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
+def assign(scores: np.ndarray, room: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """A group for each row within the groups' room, at a high total score.
 
-    A full group keeps who would lose most.
-    scores: [B, G], -inf where a row may not go; it is overwritten.  room: int [G].
+    A full group keeps who would lose most. Heavy rows choose before those of less than half their
+    weight, which fit into what is left.
+    scores: [B, G], -inf where a row may not go.  room: int [G].  weights: int [B], the room that
+    each row takes; None: 1 each.
     Returns int32 [B], -1 where no room is left.
     """
     room = room.copy()
     assigned = np.full(len(scores), -1, dtype=np.int32)
-    waiting = np.arange(len(scores))
+    if weights is None:
+        weights = np.ones(len(scores), np.int64)
+    powers_of_two = np.frexp(weights)[1]
+    for power in np.unique(powers_of_two)[::-1]:
+        _let_choose(np.flatnonzero(powers_of_two == power), scores, room, weights, assigned)
+    return assigned
+
+
+def _let_choose(
+    waiting: np.ndarray,
+    scores: np.ndarray,
+    room: np.ndarray,
+    weights: np.ndarray,
+    assigned: np.ndarray,
+) -> None:
+    """Give the rows `waiting` their groups in `assigned`, and take their weights from `room`."""
     while len(waiting):
-        scores[:, room <= 0] = -np.inf
-        bids = scores[waiting]
+        bids, weight = scores[waiting], weights[waiting]
+        tight = np.flatnonzero(room < weight.max())
+        bids[:, tight] = np.where(weight[:, None] > room[tight], -np.inf, bids[:, tight])
         best = bids.argmax(axis=1)
         value = bids[np.arange(len(waiting)), best]
         possible = value > -np.inf
-        waiting, bids = waiting[possible], bids[possible]
+        waiting, bids, weight = waiting[possible], bids[possible], weight[possible]
         best, value = best[possible], value[possible]
         if not len(waiting):
             break
@@ -44,12 +62,51 @@ def assign(scores: np.ndarray, room: np.ndarray) -> np.ndarray:
             loss = value - bids.max(axis=1)
             value = np.nan_to_num(loss, posinf=float(np.finfo(np.float32).max))
         order = np.lexsort((-value, best))
-        rank_in_group = np.arange(len(order)) - np.searchsorted(best[order], best[order])
-        kept = order[rank_in_group < room[best[order]]]
+        taken = _running_sums(weight[order], best[order])
+        kept = order[taken <= room[best[order]]]
         assigned[waiting[kept]] = best[kept]
-        room -= np.bincount(best[kept], minlength=len(room))
+        room -= _sums(best[kept], weight[kept], len(room))
         waiting = np.delete(waiting, kept)
+
+
+def place(scores: np.ndarray, room: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """As `assign`, but every row gets a group; where no room is left, the one with most room.
+
+    A row that fits nowhere chooses first, so that a class above the bound is alone in its group.
+    scores [B, G] is overwritten.  Returns int32 [B].
+    """
+    room = room.copy()
+    assigned = np.full(len(scores), -1, dtype=np.int32)
+    too_heavy = np.flatnonzero(weights > room.max())
+    _take_the_widest(too_heavy, room, weights, assigned)
+    scores[too_heavy] = -np.inf
+    fitting = assign(scores, room, weights)
+    fits = fitting >= 0
+    assigned[fits] = fitting[fits]
+    room -= _sums(fitting[fits], weights[fits], len(room))
+    _take_the_widest(np.flatnonzero(assigned < 0), room, weights, assigned)
     return assigned
+
+
+def _take_the_widest(
+    rows: np.ndarray, room: np.ndarray, weights: np.ndarray, assigned: np.ndarray
+) -> None:
+    """Give each row, the heaviest first, the group with most room, in `assigned` and `room`."""
+    for row in rows[np.argsort(-weights[rows], kind="stable")]:
+        assigned[row] = room.argmax()
+        room[assigned[row]] -= weights[row]
+
+
+def _sums(groups: np.ndarray, weights: np.ndarray, num_groups: int) -> np.ndarray:
+    """Weight in each group, int64 [G]."""
+    return np.bincount(groups, weights, minlength=num_groups).astype(np.int64)
+
+
+def _running_sums(weights: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Of rows ordered by group: the weight of its group's rows up to each, and its own."""
+    sums = np.cumsum(weights)
+    first = np.searchsorted(groups, groups)
+    return sums - sums[first] + weights[first]
 
 
 def local_search(
@@ -61,33 +118,40 @@ def local_search(
     sweeps: int = 20,
     seed: int = 0,
     wanted: np.ndarray | None = None,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Memberships that catch more affinity inside groups of at most max_size.
 
     member_of [C, r] is the start, and the result has its shape. A pair of classes counts once,
     however many groups they share. Each step takes a random part of the classes out and puts them
-    back where they meet the most affinity not yet met. The best state seen is returned.
+    back where they meet the most affinity not yet met. The best state seen is returned: the one
+    that catches most, of those least above max_size.
     similarity: breaks ties, at a weight below any affinity that matters; after it, room does.
     wanted: int [C], how many of its r memberships each class is to have; None: all.
+    weights: int [C], what each class counts for in a group's size; None: 1 each.
     """
     if wanted is None:
         wanted = np.full(len(member_of), member_of.shape[1])
+    if weights is None:
+        weights = np.ones(len(member_of), np.int64)
     num_batches = min(_BATCHES, len(member_of))
     rng = np.random.default_rng(seed)
     member_of = member_of.astype(np.int32).copy()
     best = member_of.copy()
     best_mass = captured_mass(affinity, member_of)
+    best_excess = _excess(member_of, num_groups, weights, max_size)
     stale = 0
     for _ in range(sweeps):
         for batch in np.array_split(rng.permutation(len(member_of)), num_batches):
-            _reassign(affinity, member_of, batch, num_groups, max_size, similarity, wanted)
+            _reassign(affinity, member_of, batch, num_groups, max_size, similarity, wanted, weights)
         mass = captured_mass(affinity, member_of)
-        if mass > best_mass * 1.0005:
+        excess = _excess(member_of, num_groups, weights, max_size)
+        if excess < best_excess or (excess == best_excess and mass > best_mass * 1.0005):
             stale = 0
         else:
             stale += 1
-        if mass > best_mass:
-            best, best_mass = member_of.copy(), mass
+        if excess < best_excess or (excess == best_excess and mass > best_mass):
+            best, best_mass, best_excess = member_of.copy(), mass, excess
         if stale >= 3:
             break
     return best
@@ -99,16 +163,18 @@ def join_where_it_pays(
     member_of: np.ndarray,
     num_groups: int,
     coverage: float,
-    max_size: Callable[[int], int],
+    max_size: Callable[[np.ndarray], int],
     similarity: Similarity | None = None,
     seed: int = 0,
+    weights: np.ndarray | None = None,
 ) -> np.ndarray:
     """Further memberships, best first, until the groups catch `coverage` of `mutual`.
 
     member_of [C, r]: its -1 are what may be filled; the result has its shape. A class that would
     meet nothing new joins nothing. Each round lets the classes that gain most join one group more,
     an eighth of all at most. Then it searches anew, by affinity, where everybody belongs.
-    max_size(memberships): the largest size of a group when there are so many memberships in all.
+    max_size(wanted): the largest size of a group when each class has so many memberships.
+    weights: as in `local_search`.
     """
     target = coverage * float(mutual.sum())
     wanted = (member_of >= 0).sum(axis=1)
@@ -126,11 +192,12 @@ def join_where_it_pays(
             affinity,
             member_of,
             num_groups,
-            max_size(int(wanted.sum())),
+            max_size(wanted),
             similarity,
             sweeps=4,
             seed=seed,
             wanted=wanted,
+            weights=weights,
         )
         seed += 1
     return member_of
@@ -147,9 +214,20 @@ def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
     return total
 
 
-def sizes_of(member_of: np.ndarray, num_groups: int) -> np.ndarray:
-    """Classes per group, int [G]."""
-    return np.bincount(member_of[member_of >= 0], minlength=num_groups)
+def sizes_of(
+    member_of: np.ndarray, num_groups: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Classes per group, or the sum of their weights int [len(member_of)]; int [G]."""
+    present = member_of >= 0
+    if weights is None:
+        return np.bincount(member_of[present], minlength=num_groups)
+    each = np.broadcast_to(weights.reshape(-1, *[1] * (member_of.ndim - 1)), member_of.shape)
+    return _sums(member_of[present], each[present], num_groups)
+
+
+def _excess(member_of: np.ndarray, num_groups: int, weights: np.ndarray, max_size: int) -> int:
+    """How far all groups together are above max_size."""
+    return int(np.maximum(sizes_of(member_of, num_groups, weights) - max_size, 0).sum())
 
 
 def fill_empty(member_of: np.ndarray, num_groups: int) -> np.ndarray:
@@ -188,11 +266,12 @@ def _reassign(
     max_size: int,
     similarity: Similarity | None,
     wanted: np.ndarray,
+    weights: np.ndarray,
 ) -> None:
     """Take the batch's memberships back and give them anew, in place."""
     total = np.float32(affinity.sum())
-    all_sizes = sizes_of(member_of, num_groups)
-    sizes = all_sizes - sizes_of(member_of[batch], num_groups)
+    all_sizes = sizes_of(member_of, num_groups, weights)
+    sizes = all_sizes - sizes_of(member_of[batch], num_groups, weights[batch])
     # A group that would fall below half the mean keeps its classes: a specialist for three classes
     # is a job wasted.
     small = 2 * sizes < all_sizes.mean()
@@ -208,7 +287,14 @@ def _reassign(
             kept = _one_hot(member_of[block], num_groups).toarray()
             ties = ties + (kept * small) * (1 + total)
         member_of[block], sizes = _placed(
-            affinity[block], memberships, member_of, ties, wanted[block], sizes, max_size
+            affinity[block],
+            memberships,
+            member_of,
+            ties,
+            wanted[block],
+            weights[block],
+            sizes,
+            max_size,
         )
 
 
@@ -218,13 +304,15 @@ def _placed(
     member_of: np.ndarray,
     ties: np.ndarray,
     wanted: np.ndarray,
+    weights: np.ndarray,
     sizes: np.ndarray,
     max_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """New memberships [B, r] of a block of classes, and the groups' sizes [G] with them.
 
     unmet: the block's affinities to all classes, csr [B, C]; what is met is set to 0 in place.
-    memberships: csr [C, G], those of all classes before.  ties: [G] or [B, G].  wanted: int [B].
+    memberships: csr [C, G], those of all classes before.  ties: [G] or [B, G].  wanted, weights:
+    int [B].
     """
     rows, columns, masses = entries(unmet)
     turns = member_of.shape[1]
@@ -235,8 +323,10 @@ def _placed(
             taken = np.flatnonzero(placed[:, previous] >= 0)
             scores[taken, placed[taken, previous]] = -np.inf
         scores[wanted <= turn] = -np.inf
-        placed[:, turn] = assign(scores, max_size - sizes)
-        sizes = sizes + sizes_of(placed[:, turn], len(sizes))
+        # Every class is in a group; a further membership is given up where no room is left.
+        give = assign if turn else place
+        placed[:, turn] = give(scores, max_size - sizes, weights)
+        sizes = sizes + sizes_of(placed[:, turn], len(sizes), weights)
         if turn + 1 < turns:
             # What is met already counts no more.
             masses[_share_a_group(placed[:, [turn]], member_of, rows, columns)] = 0

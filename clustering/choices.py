@@ -3,7 +3,8 @@
 The function declares, by name, those of the arguments below that it reads, and gets no others.
 It returns a `clustering.methods.InitialGroups`, which `group_classes` bounds and refines.
 
-    statistics       PredictionStatistics of C classes; holds at least one example
+    statistics       PredictionStatistics of C classes; holds at least one example; who reads its
+                     covariance is in READ_COVARIANCE
     confused         affinity of the classes, float32 csr_array [C, C], symmetric, zero diagonal
     num_groups       G, from 1 to C
     overlap          the most groups that a class may be in, from 1 to G
@@ -27,3 +28,7 @@ METHODS: dict[str, str] = {  # name: "module:function"
 
 # Those that choose all groups of a class themselves, so that a coverage cannot add to them.
 CHOOSE_ALL_GROUPS: set[str] = {"random"}
+
+# Those that read the covariance of the predictions: for them alone it is gathered exactly where
+# there are more than a few thousand classes.
+READ_COVARIANCE: set[str] = {"correlation", "raw"}

@@ -16,18 +16,18 @@ from scipy.sparse import csr_array
 
 from .assignment import (
     Similarity,
-    assign,
     fill_empty,
     join_where_it_pays,
     local_search,
+    place,
     random_blocks,
     sizes_of,
 )
-from .choices import METHODS
+from .choices import CHOOSE_ALL_GROUPS, METHODS
 from .embedding import affinity, mutual_confusion, unit_rows
 from .groups import ClassGroups
 from .methods import InitialGroups
-from .statistics import PredictionStatistics
+from .statistics import PredictionStatistics, as_array
 
 _TIE_WEIGHT = 0.01  # of the columns' similarity, against a class's mean affinity to all others
 
@@ -43,6 +43,7 @@ def group_classes(
     coverage: float | None = None,
     refine: bool | None = None,
     classifier_rows: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
 ) -> ClassGroups:
     """Groups of classes that are confused with each other; no labels are needed.
 
@@ -60,7 +61,7 @@ def group_classes(
         `classifier_rows`. "random": the floor.
     capacity : float or None
         No group holds more than max(capacity x mean size, the mean rounded up) classes. None: no
-        bound.
+        bound. With `weights` sizes are sums of these.
     overlap : int
         Groups per class, so that the mean size is C x overlap / G.
     seed : int
@@ -75,6 +76,10 @@ def group_classes(
         "random". Further memberships always come from that search, except for "random".
     classifier_rows : array or tensor [C, D] or None
         For "classifier" alone: say the weights of the generalist's head.
+    weights : int array [C] or None
+        What each class counts for in the capacity, say its training examples; None: 1 each. The
+        bound always holds where no class is heavier than (capacity - 1) x mean. Else a group may
+        be above it, by a class that fits nowhere, and is at most mean + its heaviest class.
 
     Returns
     -------
@@ -92,6 +97,7 @@ def group_classes(
     """
     _check_arguments(statistics, num_groups, method, capacity, overlap, coverage, classifier_rows)
     num_classes = statistics.num_classes
+    counts_for = _checked_weights(weights, num_classes, method)
     mutual = mutual_confusion(statistics)
     confused = affinity(mutual)
     inputs = {
@@ -105,8 +111,8 @@ def group_classes(
     initial = _initial_groups(method, inputs)
     _check_labels(initial.labels, method, num_classes, num_groups)
 
-    max_size = _max_size(num_classes, num_groups, capacity)
-    member_of, centres = _within_capacity(initial, num_groups, max_size, seed)
+    bound = _Bound(num_groups, capacity, counts_for)
+    member_of, centres = _within_capacity(initial, bound, seed)
     num_further = overlap - member_of.shape[1]
     if coverage is not None and num_further == 0:
         raise ValueError(
@@ -117,7 +123,7 @@ def group_classes(
         refine = initial.refine
     if refine or num_further:
         ties = _ties(initial.columns, centres, confused)
-        search = _Search(mutual, confused, num_groups, capacity, ties, seed)
+        search = _Search(mutual, confused, bound, ties, seed)
         if refine:
             member_of = search.refine(member_of)
         if num_further:
@@ -137,21 +143,46 @@ def method_inputs(method: str) -> set[str]:
 
 
 @dataclass(frozen=True)
+class _Bound:
+    """How much a group may hold.
+
+    weights: int [C], what each class counts for.
+    """
+
+    num_groups: int
+    capacity: float | None
+    weights: np.ndarray
+
+    def max_size(self, wanted: np.ndarray) -> int:
+        """The largest size when class c has wanted[c] memberships, int [C]."""
+        total = int(self.weights @ wanted)
+        if self.capacity is None:
+            return total
+        allowed = math.floor(self.capacity * total / self.num_groups + 1e-9)
+        return max(allowed, math.ceil(total / self.num_groups))
+
+
+@dataclass(frozen=True)
 class _Search:
     """The local search on the expected confusion, within the capacity."""
 
     mutual: csr_array
     confused: csr_array
-    num_groups: int
-    capacity: float | None
+    bound: _Bound
     ties: Similarity | None
     seed: int
 
     def refine(self, member_of: np.ndarray) -> np.ndarray:
         """As many memberships [C, r] as there are places, better ones."""
-        max_size = self.max_size(member_of.size)
+        wanted = np.full(len(member_of), member_of.shape[1])
         return local_search(
-            self.confused, member_of, self.num_groups, max_size, self.ties, seed=self.seed
+            self.confused,
+            member_of,
+            self.bound.num_groups,
+            self.bound.max_size(wanted),
+            self.ties,
+            seed=self.seed,
+            weights=self.bound.weights,
         )
 
     def extend(self, member_of: np.ndarray, num_further: int, coverage: float | None) -> np.ndarray:
@@ -164,15 +195,13 @@ class _Search:
             self.mutual,
             self.confused,
             member_of,
-            self.num_groups,
+            self.bound.num_groups,
             coverage,
-            self.max_size,
+            self.bound.max_size,
             self.ties,
             self.seed,
+            self.bound.weights,
         )
-
-    def max_size(self, memberships: int) -> int:
-        return _max_size(memberships, self.num_groups, self.capacity)
 
 
 def _initial_groups(method: str, inputs: Mapping[str, object]) -> InitialGroups:
@@ -188,7 +217,7 @@ def _function_of(method: str) -> Callable[..., InitialGroups]:
 
 
 def _within_capacity(
-    initial: InitialGroups, num_groups: int, max_size: int, seed: int
+    initial: InitialGroups, bound: _Bound, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """member_of, and the groups' centres [G, r] where the method has columns.
 
@@ -197,10 +226,11 @@ def _within_capacity(
     labels, columns = initial.labels, initial.columns
     if labels.ndim == 2:
         return labels, None
+    num_groups, weights = bound.num_groups, bound.weights
     centres = None
     if columns is not None:
         centres = _centres(columns, labels, num_groups)
-    room = np.full(num_groups, max_size)
+    room = np.full(num_groups, bound.max_size(np.ones(len(labels), np.int64)))
     member_of = np.full((len(labels), 1), -1, dtype=np.int32)
     for block in random_blocks(len(labels), num_groups, seed):
         if columns is None or centres is None:
@@ -210,8 +240,8 @@ def _within_capacity(
             scores = 2 * columns[block] @ centres.T - (centres**2).sum(axis=1)
             bonus = 1e-6 * np.abs(scores).max(initial=0)
         scores[np.arange(len(block)), labels[block]] += bonus
-        member_of[block, 0] = assign(scores, room)
-        room = room - sizes_of(member_of[block], num_groups)
+        member_of[block, 0] = place(scores, room, weights[block])
+        room = room - sizes_of(member_of[block], num_groups, weights[block])
     return member_of, centres
 
 
@@ -238,13 +268,6 @@ def _ties(
     return lambda classes: unit[classes] @ directions.T
 
 
-def _max_size(memberships: int, num_groups: int, capacity: float | None) -> int:
-    if capacity is None:
-        return memberships
-    mean = memberships / num_groups
-    return max(math.floor(capacity * memberships / num_groups + 1e-9), math.ceil(mean))
-
-
 def _class_groups(member_of: np.ndarray, num_groups: int) -> ClassGroups:
     classes, turns = np.nonzero(member_of >= 0)
     groups = member_of[classes, turns]
@@ -261,6 +284,29 @@ def _check_labels(labels: np.ndarray, method: str, num_classes: int, num_groups:
             f"method {method!r} returned labels {labels.shape} from {labels.min()} to "
             f"{labels.max()}; they must be [{num_classes}], from 0 to {num_groups - 1}"
         )
+
+
+def _checked_weights(weights: ArrayLike | None, num_classes: int, method: str) -> np.ndarray:
+    """What each class counts for, int64 [C]; ValueError for others than non-negative integers."""
+    if weights is None:
+        return np.ones(num_classes, np.int64)
+    if method in CHOOSE_ALL_GROUPS:
+        raise ValueError(
+            f"weights bound what groups hold, but method {method!r} chooses all groups itself; "
+            "take another method or no weights"
+        )
+    counts_for = as_array(weights)
+    if counts_for.shape != (num_classes,) or counts_for.dtype.kind not in "iu":
+        raise ValueError(
+            f"weights are {counts_for.dtype} {counts_for.shape}; they must be integers, one for "
+            f"each of {num_classes} classes, [{num_classes}]"
+        )
+    if counts_for.min() < 0 or not counts_for.any():
+        raise ValueError(
+            f"weights are {counts_for.min()} to {counts_for.max()}; none may be negative, and one "
+            "must be above 0"
+        )
+    return counts_for.astype(np.int64)
 
 
 def _check_arguments(

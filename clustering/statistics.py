@@ -17,13 +17,40 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
 from .checks import checked_labels, checked_probabilities, checked_sparse
+from .choices import READ_COVARIANCE
 from .sparse import CountMatrix
 
 SCHEMA = 1
 DENSE_BYTES = 2**30  # the one C x C array, float64: C up to 11,585
+# Up to so many classes the exact covariance is gathered for those who do not read it as well. There
+# it takes at most 6 times as long as to keep the largest predictions; of 5,200 classes 14 times.
+EXACT_CLASSES = 2048
 # Predictions of an example that the expected confusion keeps where the covariance is exact.
 EXPECTED_TOP_K = 32
 TOP_K = 10  # kept per example, where C is beyond the limit and the caller names no number
+
+
+def covariance_fits(num_classes: int) -> bool:
+    """Whether the exact covariance of so many classes is within the memory limit, 1 GiB."""
+    return 8 * num_classes**2 <= DENSE_BYTES
+
+
+def predictions_to_keep(num_classes: int, method: str = "kmeans") -> int | None:
+    """top_k of the statistics for a grouping method; None: as `PredictionStatistics` decides.
+
+    The expected confusion is the same, bit for bit, as beside an exact covariance.
+
+    Parameters
+    ----------
+    num_classes : int
+        C.
+    method : str
+        A name of `clustering.METHODS`.
+    """
+    exact = num_classes <= EXACT_CLASSES or method in READ_COVARIANCE
+    if exact or not covariance_fits(num_classes):
+        return None
+    return EXPECTED_TOP_K
 
 
 class PredictionStatistics:
@@ -78,7 +105,7 @@ class PredictionStatistics:
                 "or None for the exact covariance"
             )
         self.num_classes = int(num_classes)
-        if top_k is None and 8 * self.num_classes**2 > DENSE_BYTES:
+        if top_k is None and not covariance_fits(self.num_classes):
             top_k = TOP_K
         if top_k is not None:
             top_k = min(int(top_k), self.num_classes)
@@ -228,7 +255,7 @@ class PredictionStatistics:
 
         Raises ValueError where it would be above the memory limit.
         """
-        if 8 * self.num_classes**2 > DENSE_BYTES:
+        if not covariance_fits(self.num_classes):
             raise ValueError(
                 f"a covariance of {self.num_classes} classes is above the limit of "
                 f"{DENSE_BYTES >> 20} MiB; use .predictions and their mean instead"

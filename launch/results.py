@@ -31,6 +31,7 @@ from pipeline.results import (
     verdict,
     worth,
 )
+from pipeline.results.forecasts import captured_text, judged_on
 from pipeline.results.formats import ABSENT
 from pipeline.results.training import val_top1
 from pipeline.store import Stage, read_json
@@ -238,13 +239,11 @@ def groups_line(run: RunDirectory) -> str | None:
         return None
     summary = read_json(directory / "summary.json")
     sizes, skipped = summary["sizes"], len(summary["skipped"])
-    line = f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} classes"
-    if summary["captured"] is not None:  # without errors there is no fraction of them
-        captured, chance = 100 * summary["captured"], 100 * summary["chance"]
-        line += f" hold {captured:.1f} % of the generalist's errors on val (chance {chance:.1f} %)"
+    caught = captured_text(summary["captured"], summary["chance"], judged_on(run))
+    line = f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} classes {caught}"
     if skipped:
         line += f"; {skipped} are not worth a specialist (clusters.min_gain)"
-    return f"{line}; what each can gain: {directory / 'log-0.txt'}"
+    return f"{line}; what each can gain at most: {directory / 'log-0.txt'}"
 
 
 def metrics_of(stages: Sequence[Stage]) -> list[str]:

@@ -5,7 +5,7 @@ Each key has a type, a default, a meaning.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
@@ -150,15 +150,18 @@ class Clusters(Section):
     method: str = "kmeans"
     # the largest group, as a multiple of the mean size
     capacity: float = Field(default=1.3, ge=1)
+    # what a size is: classes, or the training examples of these
+    capacity_of: Literal["classes", "examples"] = "classes"
     # groups that a class belongs to; with coverage the most
     overlap: int = Field(default=1, ge=1)
     # classes join further groups until these catch such a fraction of the errors
     coverage: float | None = Field(default=None, gt=0, le=1)
     # a user's own taxonomy (ClassGroups JSON) instead of clustering
     groups_file: str = ""
-    # statistics keep the k largest predictions; None = all while C^2 fits
-    top_k: int | None = Field(default=None, gt=0)
-    # groups whose forecast gain (fraction of val examples) is below get no specialist
+    # statistics keep the k largest predictions of each example; "all" = the exact covariance;
+    # None = exact of up to 2,048 classes, or where the method reads it and C^2 fits
+    top_k: Annotated[int, Field(gt=0)] | Literal["all"] | None = None
+    # groups whose forecast (a ceiling, fraction of val examples) is below get no specialist
     min_gain: float = Field(default=0.0, ge=0)
 
     @field_validator("method")
@@ -175,6 +178,15 @@ class Clusters(Section):
             raise ValueError(
                 f"coverage = {self.coverage} decides who joins a second group: "
                 f"it needs overlap = 2 or more and a method other than {others}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _sizes_to_bound(self):
+        if self.capacity_of != "classes" and self.method in CHOOSE_ALL_GROUPS:
+            raise ValueError(
+                f'capacity_of = "{self.capacity_of}" bounds what groups hold: '
+                f'method = "{self.method}" does not; take another method, or "classes"'
             )
         return self
 

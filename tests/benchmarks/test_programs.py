@@ -27,6 +27,7 @@ QUICK = [
     "benchmarks.rerank",
     "benchmarks.shortlist",
     "benchmarks.slurm",
+    "benchmarks.thin_val",
 ]
 SLOW = [
     "benchmarks.branches",

@@ -3,15 +3,20 @@
 import numpy as np
 
 
-def planted_predictions(num_classes, num_groups, per_class, top_k=10, noise=0.2, seed=0):
+def planted_predictions(
+    num_classes, num_groups, per_class, top_k=10, noise=0.2, seed=0, groups_seed=None
+):
     """indices, values [N, k], labels [N], group_of [C].
 
     The predictions beside the label fall in its group, but for a fraction `noise` of them.  A
     label's own probability is 0.3 to 0.9; the others share the rest in exponentially distributed
-    parts.  The top prediction is sometimes wrong.
+    parts.  The top prediction is sometimes wrong.  groups_seed: the groups of that seed.
     """
     rng = np.random.default_rng(seed)
     group_of = rng.permutation(np.arange(num_classes) % num_groups)
+    if groups_seed is not None:
+        groups = np.random.default_rng(groups_seed)
+        group_of = groups.permutation(np.arange(num_classes) % num_groups)
     by_group = np.argsort(group_of, kind="stable")
     starts = np.searchsorted(group_of[by_group], np.arange(num_groups))
     sizes = np.bincount(group_of, minlength=num_groups)

@@ -84,3 +84,15 @@ def test_more_groups_than_classes_with_examples_is_an_error():
     statistics = statistics_of(*predictions(6))
     with pytest.raises(ValueError, match="num_groups is 3; for 2 classes"):
         group_trained_classes(statistics, np.arange(6) < 2, 3)
+
+
+def test_weights_bound_the_groups_of_the_classes_with_examples():
+    """Training examples: none of those that join the others' groups."""
+    p, labels = predictions(40)
+    examples = np.where(np.arange(40) < 8, 90, 30)
+    examples[[5, 20, 21]] = 0
+    trained = examples > 0
+    groups = group_trained_classes(statistics_of(p, labels), trained, 4, weights=examples)
+    loads = np.array([examples[classes].sum() for classes in groups.members])
+    assert loads.sum() == examples.sum() and loads.max() <= 1.3 * loads.mean()
+    assert len(np.unique(np.concatenate(groups.members))) == 40

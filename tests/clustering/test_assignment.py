@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 
 import clustering.assignment
-from clustering.assignment import assign, captured_mass, fill_empty, local_search, sizes_of
+from clustering.assignment import (
+    assign,
+    captured_mass,
+    fill_empty,
+    local_search,
+    place,
+    sizes_of,
+)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 6), st.integers(0, 8))
@@ -30,6 +37,41 @@ def test_assign_with_capacity_for_all_gives_every_row_its_best_group():
 def test_a_full_group_keeps_the_rows_that_would_lose_most():
     scores = np.array([[1.0, 0.9], [1.0, 0.1], [1.0, 0.5]])
     assert assign(scores, np.array([1, 2])).tolist() == [1, 0, 1]
+
+
+def test_weights_of_one_are_no_weights():
+    scores = np.random.default_rng(0).random((40, 5))
+    room = np.array([3, 9, 0, 20, 7])
+    assert (assign(scores, room) == assign(scores, room, np.ones(40, np.int64))).all()
+
+
+def test_a_heavy_row_chooses_before_the_light_ones_that_fit_into_what_is_left():
+    """All want the first group, and the heavy one would lose least by another."""
+    scores = np.array([[1.0, 0.9], [1.0, 0.1], [1.0, 0.2]])
+    assert assign(scores, np.array([5, 5]), np.array([5, 2, 3])).tolist() == [0, 1, 1]
+
+
+@given(st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 6))
+@settings(deadline=None)
+def test_weights_keep_to_the_room_and_a_row_left_out_fits_nowhere(seed, rows, groups):
+    rng = np.random.default_rng(seed)
+    room, weights = rng.integers(0, 20, groups), rng.integers(0, 12, rows)
+    assigned = assign(rng.random((rows, groups)), room, weights)
+    left = room - sizes_of(assigned, groups, weights)
+    assert (left >= 0).all()
+    assert (weights[assigned < 0] > left.max()).all()
+
+
+def test_a_row_above_all_room_is_alone_and_the_others_keep_to_theirs():
+    assigned = place(np.ones((4, 3)), np.array([4, 4, 4]), np.array([2, 9, 3, 2]))
+    loads = sizes_of(assigned, 3, np.array([2, 9, 3, 2]))
+    assert sorted(loads) == [3, 4, 9] and (assigned == assigned[1]).sum() == 1
+
+
+def test_sizes_are_sums_of_weights_over_every_membership():
+    member_of = np.array([[0, 1], [1, -1], [0, 2]])
+    assert sizes_of(member_of, 3, np.array([5, 1, 2])).tolist() == [7, 6, 2]
+    assert sizes_of(member_of, 3).tolist() == [2, 2, 1]
 
 
 def test_forbidden_groups_are_not_given():

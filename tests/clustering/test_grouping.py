@@ -70,6 +70,78 @@ def arguments_of(method, group_of) -> dict[str, Any]:
     return {"method": method, "classifier_rows": directions[group_of] + 0.3 * noise}
 
 
+@st.composite
+def weighted_cases(draw):
+    """Statistics of a few classes, and what each class counts for."""
+    num_classes = draw(st.integers(4, 30))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    statistics = PredictionStatistics(num_classes, top_k=3)
+    statistics.update(rng.dirichlet(np.full(num_classes, 0.2), 60))
+    spread = draw(st.sampled_from([1, 3, 30, 1000]))
+    options = {
+        "num_groups": draw(st.integers(1, max(1, num_classes // 3))),
+        "capacity": draw(st.sampled_from([1.0, 1.3, 2.0])),
+        "method": draw(st.sampled_from(["kmeans", "graph", "raw"])),
+        "seed": draw(st.integers(0, 3)),
+    }
+    if options["num_groups"] > 1 and draw(st.booleans()):
+        options |= {"overlap": 2, "coverage": draw(st.sampled_from([None, 0.8]))}
+    return statistics, rng.integers(0, spread + 1, num_classes) + (spread == 1), options
+
+
+@given(weighted_cases())
+@settings(deadline=None, max_examples=40)
+def test_groups_bound_the_weights_of_their_classes(case):
+    """By capacity x mean; and where a class is too heavy to fit, by mean + the heaviest inside."""
+    statistics, weights, options = case
+    groups = group_classes(statistics, weights=weights, **options)
+    assert groups == group_classes(statistics, weights=weights, **options)
+    assert (memberships_of(groups) >= 1).all()
+    loads = np.array([weights[classes].sum() for classes in groups.members])
+    # A further membership that found no room is not given: the mean was planned to be larger.
+    planned = max(loads.sum(), weights.sum() * options.get("overlap", 1)) / len(groups)
+    bound = max(np.floor(options["capacity"] * planned + 1e-9), np.ceil(planned))
+    heaviest = np.array([weights[classes].max() for classes in groups.members])
+    assert (loads <= np.maximum(bound, planned + heaviest)).all()
+    if weights.max() <= (options["capacity"] - 1) * loads.mean():
+        assert loads.max() <= bound
+
+
+def test_weights_bound_examples_where_sizes_bound_classes():
+    """A long tail: bounded in classes the frequent ones' group has most of the examples."""
+    statistics, group_of = planted_statistics(120, 6, 20)
+    weights = np.where(group_of == 0, 100, 10)
+    loads = {}
+    for name, given_weights in (("classes", None), ("examples", weights)):
+        groups = group_classes(statistics, 6, weights=given_weights)
+        loads[name] = np.array([weights[classes].sum() for classes in groups.members])
+    mean = weights.sum() / 6
+    assert loads["classes"].max() > 2 * mean
+    assert loads["examples"].max() <= 1.3 * mean
+
+
+def test_equal_weights_give_the_groups_of_no_weights(small):
+    for options in ({}, {"overlap": 2}, {"overlap": 2, "coverage": 0.9}):
+        groups = group_classes(small[0], 4, weights=np.full(60, 1), **options)
+        assert groups == group_classes(small[0], 4, **options)
+
+
+@pytest.mark.parametrize(
+    "weights, method, message",
+    [
+        (np.ones(3, np.int64), "kmeans", "weights are int64 \\(3,\\); they must be integers"),
+        (np.full(24, 0.5), "kmeans", "weights are float64 \\(24,\\); they must be integers"),
+        (np.full(24, -1), "kmeans", "weights are -1 to -1; none may be negative"),
+        (np.zeros(24, np.int64), "graph", "weights are 0 to 0; none may be negative, and one"),
+        (np.ones(24, np.int64), "random", "method 'random' chooses all groups itself"),
+    ],
+)
+def test_weights_that_bound_nothing_are_refused(weights, method, message):
+    statistics, _ = planted_statistics(24, 4, 5)
+    with pytest.raises(ValueError, match=message):
+        group_classes(statistics, 4, method=method, weights=weights)
+
+
 @pytest.mark.parametrize("method", [method for method in LEARNED if method != "raw"])
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "top10"])
 def test_planted_groups_are_found(method, exact):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clustering.statistics
-from clustering import PredictionStatistics
+from clustering import PredictionStatistics, group_classes, predictions_to_keep
 
 TINY = np.array([[0.5, 0.5, 0.0], [0.1, 0.7, 0.2], [0.0, 0.0, 1.0], [0.2, 0.6, 0.2]])
 
@@ -338,3 +338,31 @@ def test_other_arrays_are_not_statistics(tmp_path):
 def test_an_absent_file_is_a_file_not_found_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         PredictionStatistics.load(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize(
+    "num_classes, method, kept",
+    [
+        (2048, "kmeans", None),
+        (2049, "kmeans", 32),
+        (2049, "graph", 32),
+        (5200, "correlation", None),
+        (5200, "raw", None),
+        (11_585, "minibatch", 32),
+        (11_586, "minibatch", None),  # where PredictionStatistics keeps 10
+        (11_586, "raw", None),
+    ],
+)
+def test_the_exact_covariance_is_for_few_classes_and_for_who_reads_it(num_classes, method, kept):
+    assert predictions_to_keep(num_classes, method) == kept
+
+
+def test_without_the_covariance_the_expected_confusion_is_the_same_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(clustering.statistics, "EXACT_CLASSES", 10)
+    p, labels = random_predictions(0, 300, 60), np.random.default_rng(0).integers(0, 60, 300)
+    exact, kept = gather(p, labels), gather(p, labels, predictions_to_keep(60))
+    assert exact.exact and kept.top_k == 32
+    for name in ("expected_confusion", "confusion"):
+        mine, other = getattr(kept, name), getattr(exact, name)
+        np.testing.assert_array_equal(mine.toarray(), other.toarray())
+    assert group_classes(kept, 6, overlap=2) == group_classes(exact, 6, overlap=2)

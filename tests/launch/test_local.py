@@ -368,9 +368,19 @@ def test_the_terminal_tells_what_the_groups_hold_before_specialists_are_paid_for
     (run.cluster.directory / "summary.json").write_text(json.dumps(summary))
     assert groups_line(run).startswith(
         "3 groups of 54 to 137 classes hold 96.3 % of the generalist's errors on val "
-        "(chance 17.6 %); 1 are not worth a specialist (clusters.min_gain); what each can gain: "
+        "(chance 17.6 %); 1 are not worth a specialist (clusters.min_gain); what each can gain at "
+        "most: "
     )
     (run.cluster.directory / "summary.json").write_text(
         json.dumps(summary | {"captured": None, "skipped": []})
     )
-    assert groups_line(run).startswith("3 groups of 54 to 137 classes; what each can gain: ")
+    assert groups_line(run).startswith(
+        "3 groups of 54 to 137 classes are not judged, since the generalist makes no error on val; "
+    )
+    old = "val has 9 examples for 3 classes: predictions are measured on train"
+    run.measure.begin("attempt").finish()
+    run.measure.path("log-0.txt").write_text(f"2026-01-01 00:00:00,000 {old}\n")
+    (run.cluster.directory / "summary.json").write_text(json.dumps(summary))
+    assert "96.3 % of the generalist's errors on train (chance" in groups_line(run)
+    (run.cluster.directory / "summary.json").write_text(json.dumps(summary | {"split": "val"}))
+    assert "96.3 % of the generalist's errors on val (chance" in groups_line(run)

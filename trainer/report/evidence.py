@@ -19,6 +19,7 @@ from pipeline.results import (
     read_evaluation,
     read_file,
 )
+from pipeline.results.forecasts import judged_on
 from pipeline.store import read_json
 
 from . import tables
@@ -198,8 +199,13 @@ class Evidence:
             return None
         return Conditional(before, after)
 
+    @cached_property
+    def judged_on(self) -> str:
+        """The split whose errors the groups' forecasts and captured confusion count."""
+        return judged_on(self.run)
+
     def forecast(self, index: int) -> float | None:
-        """Fraction of the val examples that a perfect specialist would fix."""
+        """The ceiling: fraction of `judged_on` that a perfect specialist would fix."""
         forecasts = self.clusters.get("forecast") or []
         if index >= len(forecasts):
             return None

@@ -66,15 +66,16 @@ class GroupCards:
 
 
 def captured_confusion(evidence: Evidence) -> CapturedConfusion:
-    """Captured confusion: measured on test and val errors, expected from predictions, by chance."""
+    """Captured confusion: of errors on test and val, expected from predictions, by chance."""
     clusters = evidence.results.get("clusters")
     assert clusters is not None, "a run of specialists has groups"
+    split = evidence.judged_on
     fractions = [
         ("test errors inside a group", clusters["captured_confusion"], "ensemble"),
         ("chance: random groups of these sizes", clusters["chance"], "chance"),
-        ("val errors inside a group", evidence.clusters.get("captured"), "generalist"),
+        (f"{split} errors inside a group", evidence.clusters.get("captured"), "generalist"),
         (
-            "expected on val without labels, from predictions alone",
+            f"expected on {split} without labels, from predictions alone",
             clusters["captured_unlabelled"],
             "generalist",
         ),

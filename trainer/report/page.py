@@ -172,6 +172,7 @@ def _groups_and_examples(evidence: Evidence) -> dict[str, object]:
 def _sections_of_specialists(evidence: Evidence) -> dict[str, object]:
     return {
         "captured": captured_confusion(evidence),
+        "judged_on": evidence.judged_on,
         "specialists": specialist_rows(evidence),
         "forecast_plot": forecast_plot(evidence),
         "coverage": evidence.coverage,

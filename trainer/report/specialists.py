@@ -18,7 +18,8 @@ MOST_SPECIALISTS = 100
 class SpecialistRow:
     """before, after: conditional accuracy of the generalist and of the specialist.
 
-    forecast: the most that it could gain, a fraction of the val examples. routed: test examples.
+    forecast: the ceiling, the fraction of the examples of `Evidence.judged_on` that a perfect one
+    would fix. routed: test examples.
     """
 
     index: int
@@ -95,7 +96,7 @@ def _weighted_mean(values: list[float], weights: np.ndarray) -> float | None:
 
 
 def forecast_plot(evidence: Evidence) -> str | None:
-    """What the ensemble gained on test against the forecast from val, a point for each group.
+    """What the ensemble gained on test against the groups' ceilings, a point for each group.
 
     None without a forecast.
     """
@@ -105,13 +106,13 @@ def forecast_plot(evidence: Evidence) -> str | None:
         if forecast is None or changes is None:
             continue
         net = (changes.fixed - changes.broken) / len(evidence.labels)
-        name = f"group {index}: forecast at most {points(forecast)} points, net {points(net)}"
+        name = f"group {index}: forecast, a ceiling, {points(forecast)} points, net {points(net)}"
         dots.append(plots.Dot(name, "ensemble", 100 * forecast, 100 * net))
     if not dots:
         return None
     return plots.scatter(
         dots,
-        "forecast from val: points that a perfect specialist would add",
+        f"ceiling from {evidence.judged_on}: points that a perfect specialist would add",
         "points gained on test",
         diagonal=True,
     )

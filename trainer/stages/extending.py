@@ -37,7 +37,7 @@ from ..session import Session
 from .grouping import (
     confusion_with,
     groups_of,
-    prediction_statistics,
+    judging_statistics,
     say_groups,
     skipped_groups,
     summarise_groups,
@@ -96,7 +96,7 @@ def cluster(session: Session, stage: Stage) -> None:
     with session.attempt(stage) as attempt:
         if not session.ranks.is_main:
             return
-        statistics = prediction_statistics(session)
+        statistics = judging_statistics(session)
         groups = extend_groups(session)
         groups.save(attempt.path("groups.json"))
         rows = forecast(groups, statistics)

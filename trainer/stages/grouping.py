@@ -6,6 +6,7 @@ Measure its predictions, group classes, route samples.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,64 +18,108 @@ from clustering import (
     PredictionStatistics,
     captured_confusion,
     captured_unlabelled,
+    covariance_fits,
     forecast,
     forecast_table,
     group_trained_classes,
     method_inputs,
+    predictions_to_keep,
 )
+from clustering.choices import READ_COVARIANCE
 from networks import Classifier, lazy_logits
 from pipeline.config import UserError
+from pipeline.results.forecasts import captured_text, ceiling_text, is_thin, measured_on
 from pipeline.store import Stage, read_json, write_json
 
 from ..data.routing import route as route_samples
-from ..data.shards import ShardSet
 from ..data.streams import Batch
 from ..session import Session
 from .networks import load_network
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
-VAL_EXAMPLES_PER_CLASS = 10  # fewer than this, and `measure` reads training data instead
+OF_VAL = "val.npz"  # of `measure` where val is thin; else statistics.npz is of val
 
 
 def measure(session: Session, stage: Stage) -> None:
-    """The generalist's predictions on val: their covariance is all that clustering needs."""
+    """The generalist's predictions on val: what they expect to be confused is all that is needed.
+
+    Where val has few examples a class groups are found by those on train: how the probability is
+    spread says who is like whom, even where the network knows the examples. Errors are counted on
+    val however thin, since on what a network knows it makes few.
+    """
     with session.attempt(stage) as attempt:
         network = load_network(session, session.run.generalist)
-        shards = measuring_shards(session)
-        statistics = PredictionStatistics(session.num_classes, top_k=session.config.clusters.top_k)
-        try:
-            predictions = session.measured(
-                shards, lambda batch: predicted_top(network, batch, statistics)
+        val = session.shards("val")
+        statistics, predictions = gather_predictions(session, network, "val")
+        if is_thin(val.num_samples, val.num_classes):
+            session.say(
+                "val has %d examples for %d classes: groups are found by the predictions on train, "
+                "and judged by the errors on val",
+                val.num_samples,
+                val.num_classes,
             )
-        except ValueError as error:  # of the statistics: NaN, say
-            raise UserError(f"the generalist's predictions cannot be counted: {error}") from None
-        if shards is not session.shards("val"):
-            predictions = session.measured(
-                session.shards("val"),
-                lambda batch: predicted_top(network, batch, statistics, count=False),
-            )
-        statistics.save(attempt.path(f"statistics-{session.ranks.rank}.npz"))
-        session.barrier()
+            save_merged(session, statistics, attempt.path(OF_VAL))
+            statistics, _ = gather_predictions(session, network, "train")
+        save_merged(session, statistics, attempt.path("statistics.npz"))
         if session.ranks.is_main:
-            merged = PredictionStatistics.load(attempt.path("statistics-0.npz"))
-            for rank in range(1, session.ranks.world_size):
-                other = attempt.path(f"statistics-{rank}.npz")
-                merged.merge(PredictionStatistics.load(other))
-            merged.save(attempt.path("statistics.npz"))
             arrays: dict[str, Any] = predictions
             np.savez(attempt.path("predictions.npz"), **arrays)
 
 
+def gather_predictions(
+    session: Session, network: Classifier, split: str
+) -> tuple[PredictionStatistics, dict[str, np.ndarray]]:
+    """This rank's statistics of a split, and the most probable classes of all of its examples."""
+    config, num_classes = session.config.clusters, session.num_classes
+    dense = config.top_k in (None, "all") and covariance_fits(num_classes)
+    if config.top_k == "all" and not dense:
+        raise UserError(
+            f'clusters.top_k = "all": the covariance of {num_classes} classes is above the limit '
+            "of 1 GiB; give the number of predictions to keep, 10 say"
+        )
+    top_k = config.top_k
+    if top_k is None:
+        top_k = predictions_to_keep(num_classes, config.method)
+    statistics = PredictionStatistics(num_classes, top_k=None if top_k == "all" else top_k)
+    try:
+        predictions = session.measured(
+            session.shards(split), lambda batch: predicted_top(network, batch, statistics, dense)
+        )
+    except ValueError as error:  # of the statistics: NaN, say
+        raise UserError(f"the generalist's predictions cannot be counted: {error}") from None
+    return statistics, predictions
+
+
+def save_merged(session: Session, statistics: PredictionStatistics, path: Path) -> None:
+    """Each rank's statistics in a file of its own beside `path`, and their sum there."""
+
+    def of_rank(rank: int) -> Path:
+        return path.with_name(f"{path.stem}-{rank}.npz")
+
+    statistics.save(of_rank(session.ranks.rank))
+    session.barrier()
+    if session.ranks.is_main:
+        merged = PredictionStatistics.load(of_rank(0))
+        for rank in range(1, session.ranks.world_size):
+            merged.merge(PredictionStatistics.load(of_rank(rank)))
+        merged.save(path)
+
+
 def predicted_top(
-    network: Classifier, batch: Batch, statistics: PredictionStatistics, count: bool = True
+    network: Classifier, batch: Batch, statistics: PredictionStatistics, dense: bool
 ) -> dict[str, Tensor]:
-    """The most probable classes of a batch; count: all of its predictions enter the statistics."""
+    """The most probable classes of a batch, whose predictions enter the statistics.
+
+    dense: all predictions are computed, and the statistics keep what they need.
+    """
     logits = lazy_logits(network, batch.inputs)
-    top = logits.summary(max(ROUTED_TOP, statistics.top_k or 0))
-    if count and statistics.exact:
+    if dense:
+        top = logits.summary(ROUTED_TOP)
         statistics.update(logits.materialize().softmax(1), batch.labels)
-    elif count:
+    else:
         k = statistics.top_k
+        assert k is not None
+        top = logits.summary(max(ROUTED_TOP, k))
         statistics.update(top.indices[:, :k], top.probabilities[:, :k], batch.labels)
     return {
         "top": top.indices[:, :ROUTED_TOP].int(),
@@ -83,31 +128,14 @@ def predicted_top(
     }
 
 
-def measuring_shards(session: Session, enough: int = VAL_EXAMPLES_PER_CLASS) -> ShardSet:
-    """What groups are found on: val, or train where val has few examples per class.
-
-    A temperature or a weight is one number, and is fitted on val however few: on training data
-    that the networks know by heart it says nothing.
-    """
-    val = session.shards("val")
-    if val.num_samples < enough * val.num_classes:
-        session.say(
-            "val has %d examples for %d classes: predictions are measured on train",
-            val.num_samples,
-            val.num_classes,
-        )
-        return session.shards("train")
-    return val
-
-
 def cluster(session: Session, stage: Stage) -> None:
     """Groups of classes that the generalist confuses.  No labels are needed to find them."""
     with session.attempt(stage) as attempt:
         if not session.ranks.is_main:
             return
-        statistics = prediction_statistics(session)
-        groups = find_groups(session, statistics)
+        groups = find_groups(session, prediction_statistics(session))
         groups.save(attempt.path("groups.json"))
+        statistics = judging_statistics(session)
         rows = forecast(groups, statistics)
         least = session.config.clusters.min_gain
         untaught = groups_without_examples(session, groups)
@@ -129,10 +157,33 @@ def groups_without_examples(session: Session, groups: ClassGroups) -> set[int]:
 
 
 def prediction_statistics(session: Session) -> PredictionStatistics:
+    """What groups are found with.  Raises UserError where `cluster` cannot read it."""
+    return load_statistics(session.run.measure.path("statistics.npz"))
+
+
+def judging_statistics(session: Session) -> PredictionStatistics:
+    """What groups are judged by: of the split that `judged_on` names, alone."""
+    of_val = session.run.measure.path(OF_VAL)
+    return load_statistics(of_val) if of_val.exists() else prediction_statistics(session)
+
+
+def load_statistics(path: Path) -> PredictionStatistics:
     try:
-        return PredictionStatistics.load(session.run.measure.path("statistics.npz"))
+        return PredictionStatistics.load(path)
     except ValueError as error:
         raise UserError(f"[clusters] {error}") from None
+
+
+def check_covariance(session: Session, statistics: PredictionStatistics) -> None:
+    """Raises UserError where a method reads the covariance, and another measured without it."""
+    config = session.config.clusters
+    wants_all = config.top_k is None and config.method in READ_COVARIANCE
+    if wants_all and not statistics.exact and covariance_fits(session.num_classes):
+        raise UserError(
+            f'clusters.method = "{config.method}" reads the exact covariance, and the predictions '
+            f"were measured for another method: the {statistics.top_k} largest of each example "
+            'are kept; set clusters.top_k = "all" and run again with --force'
+        )
 
 
 def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGroups:
@@ -141,10 +192,14 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
     Raises UserError if they do not fit the data.
     """
     config = session.config.clusters
+    weights = None
+    if config.capacity_of == "examples":
+        weights = session.shards("train").class_counts
     try:
         if config.groups_file:
             groups = ClassGroups.load(config.groups_file)
         else:
+            check_covariance(session, statistics)
             rows = None
             if "classifier_rows" in method_inputs(config.method):
                 network = load_network(session, session.run.generalist)
@@ -159,6 +214,7 @@ def find_groups(session: Session, statistics: PredictionStatistics) -> ClassGrou
                 coverage=config.coverage,
                 seed=session.config.seed,
                 classifier_rows=rows,
+                weights=weights,
             )
     except ValueError as error:
         raise UserError(f"[clusters] {error}") from None
@@ -179,7 +235,8 @@ def summarise_groups(
 ) -> dict:
     """What summary.json says of groups: the errors that they capture, against chance.
 
-    rows: the forecast of each.  Raises UserError if all are skipped.
+    statistics: `judging_statistics`.  rows: the forecast of each.  Raises UserError if all are
+    skipped.
     """
     if len(skipped) == len(groups_without_examples(session, groups)) == len(groups):
         raise UserError(
@@ -194,12 +251,15 @@ def summarise_groups(
         )
     captured, chance = captured_confusion(groups, statistics.confusion)
     unlabelled, unlabelled_chance = captured_unlabelled(groups, statistics)
+    counts = session.shards("train").class_counts
     return {
+        "split": measured_on(session.run.measure),
         "captured": no_nan(captured),
         "chance": chance,
         "captured_unlabelled": no_nan(unlabelled),
         "chance_unlabelled": unlabelled_chance,
         "sizes": [len(classes) for classes in groups.members],
+        "train_examples": [int(counts[classes].sum()) for classes in groups.members],
         "forecast": rows,
         "skipped": skipped,
     }
@@ -214,22 +274,25 @@ def forecast_gain(row: GroupForecast) -> float:
 def say_groups(session: Session, groups: ClassGroups, summary: dict) -> None:
     """The groups, and what each could gain, for whoever watches."""
     session.say(
-        "%d groups of %d to %d classes, %.2f per class, hold %.1f %% of the generalist's errors on "
-        "val (chance %.1f %%); without labels %.1f %% were expected",
+        "%d groups of %d to %d classes, %.2f per class, %s; without labels %.1f %% were expected",
         len(groups),
         groups.sizes.min(),
         groups.sizes.max(),
         groups.sizes.sum() / groups.num_classes,
-        percent(summary["captured"]),
-        percent(summary["chance"]),
+        captured_text(summary["captured"], summary["chance"], summary["split"]),
         percent(summary["captured_unlabelled"]),
     )
+    if session.config.clusters.capacity_of == "examples":
+        examples = summary["train_examples"]
+        session.say(
+            "%d to %d training examples a group, %.0f on average",
+            min(examples),
+            max(examples),
+            sum(examples) / len(examples),
+        )
     for line in forecast_table(summary["forecast"], summary["skipped"]):
         session.say("%s", line)
-    session.say(
-        "gain: fraction of val that a perfect specialist would correct; shared errors count in "
-        "every group"
-    )
+    session.say("%s", ceiling_text(summary["split"]))
     untaught = groups_without_examples(session, groups)
     too_small = [m for m in summary["skipped"] if m not in untaught]
     if too_small:

@@ -67,6 +67,26 @@ def test_the_verdict_is_the_first_line_of_the_page(hand_worked):
     assert first.replace("\xa0", " ").replace("\u2060", "") == verdict(results)
 
 
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_the_page_names_the_split_whose_errors_the_ceilings_count(
+    make_hand_worked, tmp_path, split
+):
+    """Train: of runs whose predictions a version measured that counted errors there."""
+    run = make_hand_worked(tmp_path / "run")
+    if split == "train":
+        log = "val has 9 examples for 6 classes: predictions are measured on train"
+        run.measure.path("log-0.txt").write_text(log)
+    page = text_of(render(run, collect(run)))
+    other = {"val": "train", "train": "val"}[split]
+    for text in (
+        "The forecast is a ceiling, from errors on {}: what",
+        "{} errors inside a group",
+        "expected on {} without labels",
+        "ceiling from {}: points that a perfect specialist would add",
+    ):
+        assert text.format(split) in page and text.format(other) not in page
+
+
 def test_coverage_of_the_hand_worked_run(hand_worked):
     rows = rows_of(render(hand_worked, collect(hand_worked)), "coverage")
     # By hand: classes 4, 5 are covered by none, 0, 1, 3 by one, 2 by two specialists.
