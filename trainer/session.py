@@ -113,7 +113,7 @@ class Session:
         corrupt examples are absent where data.damage = skip allows it.
         """
         stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
-        parts, lost = [], {}
+        rows, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
         with torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
             for batch in loader:
@@ -121,9 +121,9 @@ class Session:
                 self.ranks.progress()
                 batch = batch.to(self.ranks.device)
                 values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
-                parts.append({"ids": batch.ids.cpu().numpy(), **values})
-        gathered = gather((parts, lost), self.ranks)
-        parts = [part for of_rank, _ in gathered for part in of_rank]
+                rows.add({"ids": batch.ids.cpu().numpy(), **values})
+        gathered = gather((rows.arrays(), lost), self.ranks)
+        parts = [arrays for arrays, _ in gathered if arrays]
         if not parts:
             raise UserError(f"{shards.split}: nothing to measure")
         for _, lost in gathered:
@@ -171,6 +171,34 @@ class Console(logging.StreamHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         raise  # logging calls this while it handles the error
+
+
+class CollectedRows:
+    """Rows of several arrays, batch after batch, at most `most` of them.
+
+    Each array is made once.  Batches kept one by one would lie between the large buffers that come
+    and go, and what these leave is then too small for the next: of 16,000 examples and 20,902
+    classes the heap grew to 4.6 GB, for 17 MB that were kept.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.count = 0
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def add(self, values: dict[str, np.ndarray]) -> None:
+        """values: [b, ...] each, of the same names, types and shapes of a row every time."""
+        if not self._arrays:
+            for name, value in values.items():
+                self._arrays[name] = np.empty((self.most, *value.shape[1:]), value.dtype)
+        end = self.count + len(values["ids"])
+        for name, value in values.items():
+            self._arrays[name][self.count : end] = value
+        self.count = end
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What was added; empty before the first batch."""
+        return {name: array[: self.count] for name, array in self._arrays.items()}
 
 
 class LogFile(Console, logging.FileHandler):

@@ -41,7 +41,7 @@ import torch
 
 from benchmarks import rows
 from benchmarks.papers import lab
-from ensemble import EnsembleSettings, SpecialistEnsemble
+from ensemble import ShortlistEnsemble, SpecialistEnsemble
 from networks import load_classifier, multiplications, parameter_count
 from networks.branches import Branch
 from pipeline.config import load_config
@@ -275,8 +275,7 @@ def cost_of_specialists(run: Path) -> rows.Cost:
 
 def cost_of_opinions(study: Study, name: str, further: int) -> rows.Cost:
     """The generalist, and the trunks and the rows of those that are asked."""
-    shortlist = EnsembleSettings.load(study.path(name)).shortlist
-    assert shortlist is not None
+    shortlist = ShortlistEnsemble.load(study.path(name)).shortlist
     total = generalist_cost(study)
     for seed in study.further(further):
         total += rows.cost_of_opinion(study.path("generalist", seed) / "generalist", shortlist)
