@@ -31,6 +31,7 @@ from ..data.augment import Augment, Views
 from ..data.ragged import PROGRESS, RaggedWriter, flattened
 from ..data.shards import ShardSet
 from ..data.streams import Batch
+from ..distributed.ranks import broadcast
 from ..session import Session, measuring_batch
 from .stored_targets import SCHEMA, VALUE, Stored, entry_dtypes, open_targets, restored
 from .teachers import Teacher, find_teacher
@@ -175,7 +176,7 @@ class Storing:
         session, main = self.session, self.session.ranks.is_main
         entries, numbers = entry_dtypes(session.num_classes), {"log_tail": VALUE}
         writer = RaggedWriter(directory, self.rows, entries, numbers) if main else None
-        progress = self._progress(directory)
+        progress = self._begun(writer)
         for view, ids in self._blocks(progress["blocks"]):
             measure = self._measure(view)
             values = session.measured(self.shards, measure, ids=ids)
@@ -197,13 +198,12 @@ class Storing:
         for view, start in blocks[first:]:
             yield view, np.arange(start, min(start + size, len(self.shards)))
 
-    def _progress(self, directory: Path) -> dict:
-        path = directory / PROGRESS
+    def _begun(self, writer: RaggedWriter | None) -> dict:
+        """What an earlier attempt has written, as rank 0 found it: the sums of `_with_block`."""
         started = {"blocks": 0, "samples": 0, "measured": 0, "tail": 0.0, "max_tail": 0.0}
         started |= {"kept": 0, "entropy": 0.0, "lost": [0.0] * len(self.temperatures)}
-        progress = started | (read_json(path) if path.exists() else {})
-        self.session.barrier()  # before rank 0 writes it
-        return progress
+        found = writer.progress if writer is not None else None
+        return started | broadcast(found, self.session.ranks)
 
     def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
         """A function batch -> what is kept of the teacher's predictions, and what that loses."""
@@ -388,7 +388,12 @@ def answers_summary(session: Session, name: str) -> dict | None:
     if not student.learns_from_teacher:
         return None
     stage = session.run.targets_for(name)
-    summary = live_summary(session, name) if stage is None else stored_summary(session, name, stage)
+    # Networks are drawn before they are read; the random state of the training is left alone.
+    with torch.random.fork_rng():
+        if stage is None:
+            summary = live_summary(session, name)
+        else:
+            summary = stored_summary(session, name, stage)
     session.say_each(known_by_heart(summary.get("entropy")))
     return summary
 

@@ -168,6 +168,13 @@ def test_a_temperature_that_was_not_measured_when_answers_were_stored_is_measure
     assert summary is not None and summary["kl"] == pytest.approx(known, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["stored", "live"])
+def test_measuring_a_teacher_draws_nothing_from_the_trainings_random_state(run, name):
+    before = torch.get_rng_state()
+    assert targets.answers_summary(session_of(run), name) is not None
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_teacher_that_knows_train_by_heart_is_named():
     assert targets.known_by_heart({"seen": 0.6, "val": 1.0}) == []
     assert targets.known_by_heart({"seen": 0.001, "val": 0.05}) == []  # it is sure of val, too
