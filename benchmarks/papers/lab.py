@@ -16,7 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -100,10 +100,13 @@ def require(source: Path) -> None:
 # Runs
 
 
-def referral(*words: str | Path | float) -> None:
-    """A command of referral's, its output shown; exits with its code if it fails."""
+def referral(*words: str | Path | float, environment: Mapping[str, str] = ENVIRONMENT) -> None:
+    """A command of referral's, its output shown; exits with its code if it fails.
+
+    environment: what is set beside this process's own.
+    """
     command = [sys.executable, "-m", "launch.cli", *map(str, words)]
-    code = subprocess.run(command, env=os.environ | ENVIRONMENT, cwd=ROOT).returncode
+    code = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT).returncode
     if code:
         raise SystemExit(code)
 
@@ -116,11 +119,16 @@ def shards(path: Path, make: Callable[[Path], object]) -> Path:
 
 
 def finished(
-    config: dict, path: Path, settings: Iterable[str] = (), in_process: bool = False
+    config: dict,
+    path: Path,
+    settings: Iterable[str] = (),
+    in_process: bool = False,
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> dict:
     """results.json of the run of `config` at `path`, which is started or resumed until done.
 
     settings: KEY=VALUE as of `referral run --set`.  in_process: all stages in this process.
+    environment: of its processes, beside this one's.
     """
     path.mkdir(parents=True, exist_ok=True)
     file = path.with_name(f"{path.name}.toml")
@@ -129,7 +137,8 @@ def finished(
         run_in_process(file, path, list(settings))
     else:
         words = [word for setting in settings for word in ("--set", setting)]
-        referral("run", file.resolve(), "--run", path.resolve(), *words)
+        command = ["run", file.resolve(), "--run", path.resolve(), *words]
+        referral(*command, environment=environment)
     return read_json(path / "results.json")
 
 
