@@ -469,7 +469,9 @@ class BranchProgram(nn.Module):
         number = torch.arange(self.slots, device=slots.device)[:, None]
         for b in range(self.slots - 1):
             earlier = earlier | (inside[b] & (number > b))
-        pattern = sum(held * 2**b for b, held in enumerate(inside))
+        pattern = torch.zeros_like(classes)
+        for b, held in enumerate(inside):
+            pattern = pattern + held * 2**b
         return Entries(slots, on, classes, counted * ~earlier, inside, column, pattern)
 
     def _where(self, slots: Tensor, on: Tensor) -> tuple[list[Tensor], list[Tensor]]:

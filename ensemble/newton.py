@@ -29,6 +29,8 @@ from torch import Tensor
 
 # Stands for no mass at all, in a pattern or a dustbin: far below every tolerance, still a float32.
 EMPTY = 1e-30
+# Less than any pattern's mass: a divisor where there is no such pattern.
+SMALLEST = 1e-100
 # Mass that nobody misses.
 NEGLIGIBLE = 1e-20
 # A step of less than this, relative to every variable, needs no line search: it stays inside and
@@ -157,7 +159,7 @@ def _one_specialist(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
 
 
 def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
-    """Closed form: Q_0 and Q_1 are roots of quadratic equations, exact to about 1e-8.
+    """Closed form: Q_0 and Q_1 are roots of quadratic equations.
 
     With a the mass A of patterns in one specialist alone, a' in the other alone, o in none, and
     r = o + a + a' + d + d', the conditions of a pattern in one alone are
@@ -186,8 +188,9 @@ def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
     Q = (linear + root) / (2 * square)
     # Without patterns in none Q + Q' = r, whatever their s is.
     Q = torch.where(both_outside.sum(-2) > 0, Q, a_other + d)
-    alone_factor = (r - Q) / a.clamp_min(EMPTY)
-    none_factor = (Q.sum(1, keepdim=True) - r).clamp_min(0) / o.clamp_min(EMPTY)
+    # No pattern has less than is put on it; rounding may say so.
+    alone_factor = torch.maximum(r - Q, a) / a.clamp_min(SMALLEST)
+    none_factor = torch.maximum(Q.sum(1, keepdim=True) - r, o) / o.clamp_min(SMALLEST)
     factor = _times(none_factor, both_outside.mT) + _times(alone_factor, alone.mT)
     in_both = 1 - both_outside[..., 0] - alone.sum(-1)
     return A * (factor + in_both)

@@ -566,7 +566,7 @@ def test_two_specialists_in_closed_form_meet_the_optimums_conditions(scale):
     s = 1 - membership.to_patterns(d / Q)
     torch.testing.assert_close(Y * s, A, atol=1e-7, rtol=0)
     torch.testing.assert_close(Y.sum(1), torch.ones_like(Y[:, 0]), atol=1e-7, rtol=0)
-    assert (Y >= A * (1 - 1e-9)).all()
+    assert (Y >= A * (1 - 1e-12)).all()
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 3.0])

@@ -203,7 +203,9 @@ class Storing:
         started = {"blocks": 0, "samples": 0, "measured": 0, "tail": 0.0, "max_tail": 0.0}
         started |= {"kept": 0, "entropy": 0.0, "lost": [0.0] * len(self.temperatures)}
         found = writer.progress if writer is not None else None
-        return started | broadcast(found, self.session.ranks)
+        found = broadcast(found, self.session.ranks)
+        assert found is not None, "rank 0 has a writer"
+        return started | found
 
     def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
         """A function batch -> what is kept of the teacher's predictions, and what that loses."""
