@@ -85,7 +85,8 @@ def test_both_runs_differ_in_the_balance_alone():
     assert load_config(None, [], balanced).specialists.balance == 0.5
     assert plain["train"]["steps"] == 7
     assert plain["students"] == {} and plain["data"]["train"] == "data" and plain["seed"] == 1
-    plain["train"]["balance"] = plain["specialists"]["balance"] = 0.5
+    for section in ("train", "specialists", "rerank"):
+        plain[section]["balance"] = 0.5
     assert plain == balanced
 
 

@@ -27,6 +27,7 @@ from trainer.core.loop import Interrupted
 from trainer.data.shards import open_shards
 from trainer.stages import features
 from trainer.stages.rerank import by_rows
+from trainer.stages.stored_targets import restored, rows_by_mass
 
 K = 8
 SHORT = ["train.steps=30", "students.main.steps=10", "controls.enabled=false"]
@@ -121,8 +122,9 @@ def test_its_cost_is_its_examples_and_the_time_that_the_shortlists_took(run):
 def test_a_student_learns_what_it_predicts(run):
     train, _ = inputs_of(run, "train")
     q = load_ensemble(run.root).probabilities(train[:4])
-    kept = np.load(run.targets["ensemble"].path("train/log_values.npy"))[:4, 0]
-    np.testing.assert_allclose(np.exp(kept[:, 0].astype(np.float32)), q.amax(1), atol=2e-3)
+    read = rows_by_mass(run.targets["ensemble"].path("train"), q.shape[1], 1)
+    kept = restored(read(np.arange(4)), q.shape[1], "cpu")
+    torch.testing.assert_close(kept.spread()[0], q.float(), atol=2e-3, rtol=0)
 
 
 def test_its_page_and_its_last_lines_say_what_it_is(run):
