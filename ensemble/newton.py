@@ -189,11 +189,19 @@ def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
     # Without patterns in none Q + Q' = r, whatever their s is.
     Q = torch.where(both_outside.sum(-2) > 0, Q, a_other + d)
     # No pattern has less than is put on it; rounding may say so.
-    alone_factor = torch.maximum(r - Q, a) / a.clamp_min(SMALLEST)
-    none_factor = torch.maximum(Q.sum(1, keepdim=True) - r, o) / o.clamp_min(SMALLEST)
+    alone_factor = torch.maximum(r - Q, a) / _no_zero(a)
+    none_factor = torch.maximum(Q.sum(1, keepdim=True) - r, o) / _no_zero(o)
     factor = _times(none_factor, both_outside.mT) + _times(alone_factor, alone.mT)
     in_both = 1 - both_outside[..., 0] - alone.sum(-1)
     return A * (factor + in_both)
+
+
+def _no_zero(mass: Tensor) -> Tensor:
+    """What a mass can be divided by; 1 where there is none.
+
+    Not a clamp: torch's exporter makes SMALLEST a float32 for ONNX, which is 0.
+    """
+    return torch.where(mass > SMALLEST, mass, 1.0)
 
 
 def _scaling(A: Tensor, Y: Tensor, membership: Membership) -> Scaling:
