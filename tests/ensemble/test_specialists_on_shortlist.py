@@ -182,9 +182,9 @@ def test_the_program_equals_the_ensemble(head, k, more, portable):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # torch's exporter takes minutes on a busy machine
-@pytest.mark.parametrize("head, copies", [("all", 4), ("kept", 1), ("fresh", 1)])
+@pytest.mark.parametrize("head, copies", [("all", 2), ("kept", 1), ("fresh", 1)])
 def test_saved_programs_equal_the_ensemble_at_any_batch_size(head, copies, tmp_path):
-    """Of a single copy eq. 5 is solved in closed form, and the graph is small."""
+    """Of one copy or two eq. 5 is solved in closed form, and the graph is small."""
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     ensemble = make(head, shortlist=7, copies=copies, **TUNED)
