@@ -21,6 +21,9 @@ from .specialist_ensemble import GROUPS, SpecialistEnsemble
 # Beyond so many specialists a program that runs all of them, and solves for all at once, is the
 # wrong tool.
 LARGEST_PROGRAM = 16
+# Nodes of a program that torch's exporter rewrites for ONNX.  It takes minutes over the steps of
+# Newton's method, unrolled (some 3,000 nodes), and onnxruntime optimises what it opens anyway.
+MOST_OPTIMISED = 1000
 
 
 class BundleSizes(TypedDict):
@@ -238,15 +241,16 @@ def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
         ) from None
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.onnx")
+    batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
+        program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
         torch.onnx.export(
-            module.eval(),
-            (example,),
+            program,
+            (),
             str(unfinished),
             input_names=["raw"],
             output_names=["probabilities"],
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            dynamo=True,
+            optimize=len(program.graph.nodes) <= MOST_OPTIMISED,
             external_data=False,
         )
     os.replace(unfinished, path)
