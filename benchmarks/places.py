@@ -56,6 +56,7 @@ from benchmarks.papers import lab
 from ensemble import DeepEnsemble, ShortlistEnsemble, load_ensemble
 from networks import Classifier, load_classifier, multiplications, parameter_count
 from pipeline.config import load_config, save_config
+from pipeline.results.paired import mean_and_half
 from pipeline.store import read_json
 from trainer.data.shards import ShardWriter
 from trainer.data.writing import write_manifest
@@ -473,9 +474,7 @@ def difference(first: Sequence[Answers], second: Sequence[Answers]) -> dict[str,
         for one, other in zip(first, second, strict=True):
             assert np.array_equal(one["ids"], other["ids"]), "rows of other test names"
             parts.append(one[key].astype(np.float64) - other[key])
-        values = np.concatenate(parts)
-        entry[name] = float(values.mean())
-        entry[f"{name}_half"] = float(1.96 * values.std() / np.sqrt(len(values)))
+        entry[name], entry[f"{name}_half"] = mean_and_half(np.concatenate(parts))
     return entry
 
 

@@ -13,6 +13,7 @@ from it once and written to it twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -196,6 +197,21 @@ class Corrections(nn.Module):
 # ---- the program
 
 
+def own_blocks(branches: Sequence[Branch]) -> nn.ModuleList:
+    """The blocks that branches have of their own, which a program runs on every row.
+
+    Raises ValueError for more branches than one program should hold with them.
+    """
+    if not branches[0].spec.head["blocks"]:
+        return nn.ModuleList()
+    if len(branches) > MOST_OWN_BLOCKS:
+        raise ValueError(
+            f"{len(branches)} branches with blocks of their own are too many for one "
+            f"program ({MOST_OWN_BLOCKS}); export the bundle"
+        )
+    return nn.ModuleList(branch.blocks for branch in branches)
+
+
 class Entries(NamedTuple):
     """The classes of each row's slots.  Padding repeats a class of the row.
 
@@ -260,14 +276,7 @@ class BranchProgram(nn.Module):
         self.gate = ensemble.gate
         self.general_temperature = ensemble.temperatures[0]
         self._cut = cut_at(self.generalist.trunk, branches[0].spec.head["blocks"])
-        self.own_blocks = nn.ModuleList()
-        if branches[0].spec.head["blocks"]:
-            if len(branches) > MOST_OWN_BLOCKS:
-                raise ValueError(
-                    f"{len(branches)} branches with blocks of their own are too many for one "
-                    f"program ({MOST_OWN_BLOCKS}); export the bundle"
-                )
-            self.own_blocks.extend(branch.blocks for branch in branches)
+        self.own_blocks = own_blocks(branches)
         self.count = len(branches)
         self._keep_tables(ensemble, numbers, StackedBranches(branches))
 
@@ -283,9 +292,7 @@ class BranchProgram(nn.Module):
         self.is_full = self.is_always_asked and min(stack.sizes) == stack.width
         self.has_whole_group = max(stack.sizes) == groups.num_classes
         self.may_have_all = sum(sorted(stack.sizes)[-self.slots :]) >= groups.num_classes
-        weights = ensemble.weights
-        if weights is None:
-            weights = [1.0] * (1 + len(groups.members))
+        weights = ensemble.all_weights
         self.general_weight = float(weights[0])
         special = torch.tensor([*(float(weights[1 + m]) for m in numbers), 0.0]).double()
         temperatures = torch.tensor([*(ensemble.temperatures[1 + m] for m in numbers), 1.0])

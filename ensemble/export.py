@@ -137,9 +137,7 @@ class EnsembleProgram(nn.Module):
             )
         if ensemble.combine != "kl":
             raise ValueError(f"combine = {ensemble.combine!r} has no program; only kl has")
-        weights = ensemble.weights
-        if weights is None:
-            weights = [1.0] * (1 + len(ensemble.groups.members))
+        weights = ensemble.all_weights
         self.portable = portable
         self.generalist = ensemble.generalist
         self.specialists = nn.ModuleList(ensemble.specialists[m] for m in numbers)

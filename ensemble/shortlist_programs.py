@@ -19,7 +19,7 @@ from networks import Branch, Classifier, top_k
 from networks.cutting import cut_at
 from networks.stacked_branches import StackedBranches
 
-from .branch_program import MOST_OWN_BLOCKS
+from .branch_program import own_blocks
 from .export import EnsembleProgram
 from .gating import holders_of, static_gate
 from .predictions import softmax
@@ -136,17 +136,8 @@ class BranchesOnShortlist(nn.Module):
         self.general_temperature = ensemble.temperatures[0]
         self._cut = cut_at(self.generalist.trunk, branches[0].spec.head["blocks"])
         self.stack = StackedBranches(branches)
-        self.own_blocks = nn.ModuleList()
-        if branches[0].spec.head["blocks"]:
-            if len(branches) > MOST_OWN_BLOCKS:
-                raise ValueError(
-                    f"{len(branches)} branches with blocks of their own are too many for one "
-                    f"program ({MOST_OWN_BLOCKS}); export the bundle"
-                )
-            self.own_blocks.extend(branch.blocks for branch in branches)
-        weights = ensemble.weights
-        if weights is None:
-            weights = [1.0] * (1 + len(ensemble.groups.members))
+        self.own_blocks = own_blocks(branches)
+        weights = ensemble.all_weights
         self.general_weight = float(weights[0])
         holders, columns = holders_and_columns(ensemble.groups, numbers)
         self.slots = min(self.gate * holders.shape[1], len(numbers))

@@ -170,6 +170,13 @@ class SpecialistEnsemble:
         self.finished: bool | None = None
         self.functions: Mapping[str, Callable] = {}
 
+    @property
+    def all_weights(self) -> list[float]:
+        """The generalist's and each specialist's in the combiner, [1 + M]: 1 where none is set."""
+        if self.weights is None:
+            return [1.0] * (1 + len(self.groups.members))
+        return [float(weight) for weight in self.weights]
+
     def __repr__(self) -> str:
         return (
             f"SpecialistEnsemble({len(self.class_names)} classes, "

@@ -71,16 +71,6 @@ SETTINGS: dict[int, list[str]] = {
         "ensemble.max_specialists=1",
     ],
 }
-QUICK = [
-    "train.steps=40",
-    "train.batch_size=64",
-    "train.validate_every=0",
-    "clusters.num_groups=3",
-    "specialists.steps=6",
-    "specialists.batch_size=64",
-    "specialists.validate_every=0",
-    "controls.learning_rates=[3e-3]",
-]
 QUICK_STEPS = 6  # of students
 
 
@@ -375,7 +365,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(words)
     options.to = options.to or Path(f"runs/characters-{options.classes}")
     if options.quick:
-        options.to, options.set = options.to / "quick", [*QUICK, *options.set]
+        options.to, options.set = options.to / "quick", [*runs.QUICK_NETWORKS, *options.set]
         options.classes = data.QUICK_CLASSES
         shutil.rmtree(options.to, ignore_errors=True)
     options.to.mkdir(parents=True, exist_ok=True)

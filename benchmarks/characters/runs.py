@@ -52,7 +52,7 @@ SIXTH = [  # the generalist was looked at on val of seed 100
     "specialists.validate_every=85",
 ]
 FASTER = ["engine.shard_head=true"]  # no logits in memory: students are 1.6 times as fast
-QUICK = [
+QUICK_NETWORKS = [
     "train.steps=40",
     "train.batch_size=64",
     "train.validate_every=0",
@@ -61,6 +61,9 @@ QUICK = [
     "specialists.batch_size=64",
     "specialists.validate_every=0",
     "controls.learning_rates=[3e-3]",
+]
+QUICK = [
+    *QUICK_NETWORKS,
     *(f"students.{name}{end}.steps=6" for name in STUDENTS for end in ("", HARD)),
 ]
 

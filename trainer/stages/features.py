@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from networks.branches import log_sum
 from networks.cutting import Cut, cut_at
 from pipeline.config import ResolvedSpecialists, UserError
 from pipeline.files import read_json, write_json
-from pipeline.store import Stage
+from pipeline.store import Attempt, Stage
 
 from ..core.progress import peak_memory
 from ..data.augment import Views
@@ -77,19 +77,7 @@ def features(session: Session, stage: Stage) -> None:
         needed = sum(writer.bytes for writer in writers.values())
         session.say("features of the generalist: %.1f MiB to keep", needed / 2**20)
         check_size(session.config.specialists, needed)
-        unfinished = stage.checkpoints / "features"
-        notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
-        say_features(session, notes)
-        if session.ranks.is_main:
-            for split in writers:
-                publish(unfinished / split, attempt.directory / split)
-            summary = {
-                "splits": notes,
-                "seconds": round(sum(each["seconds"] for each in notes.values()), 3),
-                "examples_seen": 0,  # nothing is learnt from them here
-                "peak_memory_bytes": peak_memory(session.ranks),
-            }
-            write_json(attempt.path("summary.json"), summary)
+        keep(session, attempt, writers, say_features)
 
 
 def cut_features(session: Session, generalist: Classifier) -> Cut:
@@ -244,6 +232,32 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], begun: bool) ->
         return np.lib.format.open_memmap(path, "w+", dtype, shape)
     except OSError as error:
         raise UserError(f"{path}: features cannot be written: {error.strerror}") from None
+
+
+def keep(
+    session: Session,
+    attempt: Attempt,
+    writers: Mapping[str, KeptWriter],
+    say: Callable[[Session, dict[str, dict]], None],
+) -> None:
+    """Write every split, and hand them and a summary to the attempt.
+
+    say(session, notes): what whoever watches is told, by split what `KeptWriter.write` returns.
+    """
+    unfinished = attempt.stage.checkpoints / attempt.stage.place
+    notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
+    say(session, notes)
+    if not session.ranks.is_main:
+        return
+    for split in writers:
+        publish(unfinished / split, attempt.directory / split)
+    summary = {
+        "splits": notes,
+        "seconds": round(sum(each["seconds"] for each in notes.values()), 3),
+        "examples_seen": 0,  # nothing is learnt from them here
+        "peak_memory_bytes": peak_memory(session.ranks),
+    }
+    session.write_json(attempt.path("summary.json"), summary)
 
 
 def publish(source: Path, target: Path) -> None:

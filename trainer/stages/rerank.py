@@ -23,17 +23,15 @@ from torch import Tensor, nn
 from networks import Classifier, lazy_logits, top_k
 from networks.row_head import RowHead
 from pipeline.config import ResolvedRerank, UserError
-from pipeline.files import write_json
 from pipeline.store import Stage
 
 from ..core.loop import TrainingTask
 from ..core.objectives import rerank
-from ..core.progress import peak_memory
 from ..data.augment import Views
 from ..data.streams import Batch
 from ..engines.sharded import DistributedComm
 from ..session import Session
-from .features import KeptWriter, publish
+from .features import KeptWriter, keep
 from .networks import fresh_network, load_network, save_network
 from .training import count_steps, labelled_stream, log_prior_of, train_network
 
@@ -48,25 +46,17 @@ def shortlists(session: Session, stage: Stage) -> None:
         k = session.config.rerank.k
         writers = {split: ShortlistWriter(session, generalist, split, k) for split in SPLITS}
         check_size(session.config.rerank, sum(writer.bytes for writer in writers.values()))
-        unfinished = stage.checkpoints / "shortlists"
-        notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
-        session.say(
-            "shortlists of %d classes of %d examples; the generalist is right on %.1f %% of train "
-            "and %.1f %% of val",
-            k,
-            notes["train"]["samples"],
-            *(100 * notes[split]["top1"] for split in SPLITS),
-        )
-        if session.ranks.is_main:
-            for split in SPLITS:
-                publish(unfinished / split, attempt.directory / split)
-            summary = {
-                "splits": notes,
-                "seconds": round(sum(each["seconds"] for each in notes.values()), 3),
-                "examples_seen": 0,  # nothing is learnt from them here
-                "peak_memory_bytes": peak_memory(session.ranks),
-            }
-            write_json(attempt.path("summary.json"), summary)
+        keep(session, attempt, writers, say_shortlists)
+
+
+def say_shortlists(session: Session, notes: dict[str, dict]) -> None:
+    session.say(
+        "shortlists of %d classes of %d examples; the generalist is right on %.1f %% of train "
+        "and %.1f %% of val",
+        session.config.rerank.k,
+        notes["train"]["samples"],
+        *(100 * notes[split]["top1"] for split in SPLITS),
+    )
 
 
 class ShortlistWriter(KeptWriter):

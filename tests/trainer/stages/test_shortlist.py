@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from exported import predicted_by_run_and_export
 from rich.console import Console
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
@@ -20,7 +21,6 @@ from pipeline.config import UserError, load_config
 from pipeline.graph import RunDirectory
 from pipeline.results import collect
 from pipeline.store import read_json
-from trainer.__main__ import main
 from trainer.commands.check import check
 from trainer.data.shards import open_shards
 from trainer.stages.stored_targets import restored, rows_by_mass
@@ -138,20 +138,8 @@ def test_its_page_and_its_last_lines_say_what_it_is(run):
 
 
 def test_it_is_exported_and_predicts_as_the_run_does(run, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert main(["export", str(run.root), "--to", str(out), "--programs"]) == 0
-    differences = read_json(out / "export.json")["largest_difference"]
-    assert differences["bundle"] == 0 and differences["programs/ensemble.pt2"] <= 1e-5
     inputs, _ = inputs_of(run)
-    np.save(tmp_path / "inputs.npy", inputs[:5].numpy())
-    capsys.readouterr()
-    printed = []
-    for directory in (run.root, out):
-        argv = ["predict", str(directory), str(tmp_path / "inputs.npy"), "--json", "--top", "2"]
-        assert main(argv) == 0
-        printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1]
-    first = json.loads(printed[0].splitlines()[0])
+    first = predicted_by_run_and_export(run.root, inputs, tmp_path, capsys)
     p = load_ensemble(run.root).probabilities(inputs[:1])
     assert first["classes"] == p.topk(2).indices[0].tolist() and first["specialists"] == []
 
