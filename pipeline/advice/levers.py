@@ -159,8 +159,7 @@ def able_students(values: dict, heads: int) -> dict:
     able = {
         name
         for name, student in students.items()
-        if student["network"] == "single"
-        or (heads > 1 and student.get("members", heads) == heads)
+        if student["network"] == "single" or (heads > 1 and student.get("members", heads) == heads)
     }
     while True:
         lost = {
