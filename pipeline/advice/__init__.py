@@ -1,0 +1,1 @@
+"""What `referral advise` asks of a run: levers, the pilots that try them, and their stages."""
