@@ -327,19 +327,15 @@ def training_words(training: float) -> str:
 
 
 def points(gain: float, digits: int = 1) -> str:
-    """+4.1 or -0.3"""
+    """+4.1 or -0.3; without a sign where that is shown as zero"""
     text = f"{gain:+.{digits}f}"
-    return f"+{text[1:]}" if float(text) == 0 else text
+    return text[1:] if float(text) == 0 else text
 
 
 def interval(lever: Interval) -> str:
     """2.9 to 5.0"""
-    return f"{_number(lever['low'])} to {_number(lever['high'])}"
-
-
-def _number(value: float) -> str:
-    text = f"{value:.1f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+    low, high = (points(lever[end]).removeprefix("+") for end in ("low", "high"))
+    return f"{low} to {high}"
 
 
 def multiple(value: float) -> str:

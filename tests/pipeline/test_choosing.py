@@ -186,7 +186,7 @@ def test_where_nothing_is_expected_to_gain_the_advice_is_to_stop():
     choice = choose([worse], GENERALIST, "", None)
     assert choice["best"] == "stop"
     assert choice["sentence"] == (
-        "Stop here: train_on, the best of the rest, is expected to gain +0.0 points (-0.4 to 0.4)."
+        "Stop here: train_on, the best of the rest, is expected to gain 0.0 points (-0.4 to 0.4)."
     )
 
 
