@@ -53,13 +53,13 @@ def show_results(run: RunDirectory, console: Console) -> None:
     legend = cost_legend(results)
     if legend:
         console.print(Text(legend, style="dim"))
-    missing = missing_line(results, shlex.quote(_near(run.root)))
+    missing = missing_line(results, shlex.quote(near(run.root)))
     if missing is not None:
         console.print(Text(missing), soft_wrap=True)
     console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
 
 
-def _near(path: Path) -> str:
+def near(path: Path) -> str:
     """A path from here, or from the root where it is not below."""
     relative = os.path.relpath(path)
     return os.path.abspath(path) if relative.startswith("..") else relative
