@@ -1,1 +1,1 @@
-"""Which lever pays: what pilots of a trained generalist say, before anything is paid for in full."""
+"""What `referral advise` asks of a run: levers, the pilots that try them, and their stages."""
