@@ -82,7 +82,7 @@ def task_from(
     start: Classifier,
     classes: np.ndarray,
     mixture: Mixture,
-    validate: SpecialistValidator,
+    validate: SpecialistValidator | None,
     begun: Classifier | None = None,
 ) -> tuple[TrainingTask, dict]:
     """A specialist of `start`, a network for all classes; and notes for summary.json.
