@@ -223,8 +223,9 @@ def sureness(confidence: np.ndarray, correct: np.ndarray) -> dict:
 
 def as_json(value: Any) -> Any:
     """Named tuples as dicts, all the way down."""
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        value = value._asdict()
+    fields = getattr(value, "_asdict", None)
+    if fields is not None:
+        value = fields()
     if isinstance(value, dict):
         return {key: as_json(each) for key, each in value.items()}
     return value

@@ -45,7 +45,7 @@ def share_a_group(
 
 def opened(top: np.ndarray, members: Sequence[np.ndarray]) -> np.ndarray:
     """Whether the gate opens one of the groups, bool [n].  top: the classes it looks at, [n, k]."""
-    return np.isin(top, np.concatenate(list(members))).any(axis=1)
+    return np.asarray(np.isin(top, np.concatenate(list(members))).any(axis=1))
 
 
 def healed(before: np.ndarray, after: np.ndarray, possible: np.ndarray) -> tuple[float, float]:
