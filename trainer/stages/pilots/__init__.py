@@ -37,17 +37,19 @@ PILOTS: dict[str, str] = {
 
 def pilot(session: Session, stage: Stage, name: str) -> None:
     """One family's pilot of one round; a family that was dropped is done at once."""
+    from pipeline.advice.graph import parse_pilot
+
     from .outcome import Outcome, save_outcome
     from .rounds import previous_round, share_of_round, why_dropped
 
-    family, _, number = name.rpartition("-")
+    family, number = parse_pilot(name)
     with session.attempt(stage) as attempt:
-        why = why_dropped(session, stage, family, int(number))
+        why = why_dropped(stage, family, number)
         if why:
             outcome = Outcome.dropped(why)
             session.say("%s: left out, %s", stage.place, why)
         else:
-            share = share_of_round(session, int(number))
-            previous = previous_round(stage, family, int(number))
+            share = share_of_round(session, number)
+            previous = previous_round(stage, family, number)
             outcome = resolve(PILOTS[family])(session, attempt, share, previous)
-        save_outcome(session, attempt, outcome, family, int(number))
+        save_outcome(session, attempt, outcome, family, number)

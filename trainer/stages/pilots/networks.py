@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ensemble.shortlist import ARITHMETIC, GEOMETRIC
 from networks import (
     Classifier,
     ModelSpec,
@@ -23,6 +24,7 @@ from networks import (
     widen,
     widened_to,
 )
+from pipeline.advice.levers import FAMILIES
 from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, UserError
 from pipeline.config.schedule import Resolved
 from pipeline.store import Attempt, Stage
@@ -35,7 +37,6 @@ from ...session import Session
 from ..networks import builders_of, fresh_network, load_network
 from ..rerank import by_rows, start_of_reranker
 from ..training import (
-    count_steps,
     generalist_task,
     labelled_stream,
     log_prior_of,
@@ -44,7 +45,7 @@ from ..training import (
 from .forms import measured_forms
 from .measuring import Join
 from .outcome import Outcome
-from .rounds import COSTS, better_form, read_record
+from .rounds import better_form, read_record, whole_steps
 
 SECOND = 1  # the number of the member that a pilot of a second network is the beginning of
 TIMES = 2  # the generalist's multiplications, of a wider network
@@ -102,15 +103,14 @@ def pilot_second(
 
 def joins_of_second(session: Session) -> dict[str, Join]:
     """How a second network can be joined: by both means over all classes, and on a shortlist."""
-    config = session.config.ensemble
-    order, length = 0.0, SHORTLIST
-    if config.asks_shortlists:
-        order = 0.0 if config.order == "fit" else float(config.order)
-        length = config.shortlist or SHORTLIST
+    config = session.run.advice.asked.config.ensemble
+    length = SHORTLIST
+    if config.asks_shortlists and config.shortlist is not None:
+        length = config.shortlist
     return {
-        "average": Join("second", 1.0),
-        "geometric": Join("second", 0.0),
-        "shortlist": Join("second", order, min(length, session.num_classes)),
+        "average": Join("second", ARITHMETIC),
+        "geometric": Join("second", GEOMETRIC),
+        "shortlist": Join("second", GEOMETRIC, min(length, session.num_classes)),
     }
 
 
@@ -118,7 +118,7 @@ def pilot_wide(session: Session, attempt: Attempt, share: float, previous: Stage
     """A network of about twice the generalist's multiplications: fresh, and grown from it.
 
     In the first round both share the family's compute, half of it each; the more promising one has
-    all of it in the next.
+    all of it in the next.  A network larger than that (controls.model) takes fewer steps.
     """
     generalist = load_network(session, session.run.generalist)
     more: dict = {}
@@ -127,15 +127,17 @@ def pilot_wide(session: Session, attempt: Attempt, share: float, previous: Stage
             seed = session.seed("control wider", 0)
             networks = wider_networks(session, generalist, seed, more)
         else:
-            record = read_record(previous)
-            name = better_form(record, [form for form in record["forms"] if form != "generalist"])
+            name = better_form(read_record(previous))
             seed = session.seed("pilot wide", round_of(previous))
             networks = {name: load_pilot(session, previous, name)}
     except ValueError as error:
         return Outcome.not_possible(str(error))
-    steps = steps_of(session, share / len(networks))
     trained, summaries = {}, []
     for name, network in networks.items():
+        cost = BACKWARD * multiplications(network, network.zero_input())
+        paid = FAMILIES["wide"].cost * share * whole_cost(session, generalist) / cost
+        examples = min(paid, share * whole_examples(session)) / len(networks)
+        steps = steps_of(session, examples / whole_examples(session))
         part = name if trained else ""  # the first one's progress is the stage's
         trained[name], summary = train_on(session, attempt, network, seed, steps, part)
         summaries.append(summary)
@@ -196,7 +198,7 @@ def pilot_rerank(
     section = plain(session.config.rerank)
     k = min(section.k, session.num_classes)
     cost = cost_of_reranking(network, generalist, k, section.random)
-    paid = COSTS["rerank"] * share * whole_cost(session, generalist) / cost
+    paid = FAMILIES["rerank"].cost * share * whole_cost(session, generalist) / cost
     examples = min(paid, PART_OF_RERANKER * share * whole_examples(session))
     steps = max(1, int(examples / section.batch_size))
     try:
@@ -205,7 +207,7 @@ def pilot_rerank(
         return Outcome.not_possible(str(error))
     torch.manual_seed(seed)
     network, summary = train_network(session, attempt, task)
-    joins = {"rerank": Join("rerank", 0.0, k)}
+    joins = {"rerank": Join("rerank", GEOMETRIC, k)}
     return Outcome(
         {"rerank": network},
         share_so_far(session, previous, [summary]),
@@ -307,14 +309,12 @@ def compressed(schedule: Resolved, steps: int) -> Resolved:
 
 def steps_of(session: Session, share: float) -> int:
     """A share of the generalist's steps; at least 1."""
-    steps = count_steps(session.config.train, session.shards("train").num_samples)
-    return max(1, int(share * steps + ROUNDING))
+    return max(1, int(share * whole_steps(session) + ROUNDING))
 
 
 def whole_examples(session: Session) -> int:
     """What the generalist sees in its T steps."""
-    schedule = session.config.train
-    return count_steps(schedule, session.shards("train").num_samples) * schedule.batch_size
+    return whole_steps(session) * session.config.train.batch_size
 
 
 def whole_cost(session: Session, generalist: Classifier) -> int:
