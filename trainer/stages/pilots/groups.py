@@ -56,6 +56,7 @@ from .rounds import read_record
 
 OF_COPIES = 2  # groups
 OF_BRANCHES, FEWEST_BRANCHES = 4, 2  # groups, at most and, where there are so many, at least
+ENOUGH = 2 / 3  # of a specialist's steps, after which it is not restarted for the rest
 CONTROL = "control"
 EMBEDDING = 64  # of branches, at least, where the config has copies
 PASSES = 0.5  # of what branches may cost, for features, where they cannot be trained in full
@@ -68,13 +69,14 @@ class Chosen:
     """The groups of a round.
 
     begun: steps that each one's network has behind it.  tried: groups of earlier rounds, done.
-    number: of the round.
+    number: of the round.  finished: whether these are done, too, and no others are left.
     """
 
     groups: list[int]
     begun: list[int]
     tried: list[int]
     number: int
+    finished: bool = False
 
     @property
     def goes_on(self) -> bool:
@@ -89,19 +91,24 @@ def choose(session: Session, previous: Stage | None, most: int) -> Chosen:
     summary = read_json(session.run.cluster.path("summary.json"))
     gains = [row["gain"] for row in summary["forecast"]]
     ranked = by_ceiling(gains, skipped_groups(session))
-    if previous is None:
-        return Chosen(ranked[:most], [0] * len(ranked[:most]), [], 0)
-    record = read_record(previous)
+    record = {"round": -1} if previous is None else read_record(previous)
+    tried = record.get("tried", [])
     number = record["round"] + 1
-    if "groups" not in record:  # nothing was possible
-        return Chosen(ranked[:most], [0] * len(ranked[:most]), [], number)
-    tried = record["tried"]
-    if record["steps"] == record["full_steps"]:
-        done = [*tried, *record["groups"]]
-        further = [m for m in ranked if m not in done][:most]
-        if further:
-            return Chosen(further, [0] * len(further), done, number)
-    return Chosen(record["groups"], record["steps"], tried, number)
+    done = False
+    if "groups" in record:
+        done = is_done(record["steps"], record["full_steps"])
+        if not done:
+            return Chosen(record["groups"], record["steps"], tried, number)
+        tried = [*tried, *record["groups"]]
+    further = [m for m in ranked if m not in tried][:most]
+    if done and not further:
+        return Chosen(record["groups"], record["steps"], record["tried"], number, finished=True)
+    return Chosen(further, [0] * len(further), tried, number)
+
+
+def is_done(steps: Sequence[int], full: Sequence[int]) -> bool:
+    """Whether networks are so far that a warm restart had too few steps to anneal again."""
+    return all(taken >= ENOUGH * whole for taken, whole in zip(steps, full, strict=True))
 
 
 # Copies
@@ -122,7 +129,9 @@ def copies(session: Session, attempt: Attempt, share: float, previous: Stage | N
     full = full_steps(session, members)
     third = FAMILIES["copies"].cost * share * whole_cost(session, generalist) / 3
     affordable = steps_for(session, third, dearest(session, generalist))
-    steps = [min(affordable, left) for left in less(full, chosen.begun)]
+    steps = [0] * len(full)
+    if not chosen.finished:
+        steps = [min(affordable, left) for left in less(full, chosen.begun)]
     networks = CopiesOfRound(session, attempt, generalist, chosen, previous)
     for m, count in zip(chosen.groups, steps, strict=True):
         networks.train_copy(m, members[m], count)
@@ -331,7 +340,7 @@ class BranchesOfRound:
 
     def train(self, budget: float) -> None:
         """As long as `budget` multiplications allow; not at all where nothing is left to do."""
-        if self.steps == self.full:
+        if self.chosen.finished:
             self.trained = {name_of(m): self._earlier(m) for m in self.groups}
             return
         session, generalist = self.session, self.generalist
