@@ -25,7 +25,8 @@ from networks import (
     widened_to,
 )
 from pipeline.advice.levers import FAMILIES
-from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, ResolvedSchedule, UserError
+from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, UserError
+from pipeline.config.schedule import Resolved
 from pipeline.store import Attempt, Stage
 
 from ...core.loop import TrainingTask
@@ -297,7 +298,7 @@ def train_on(
     return train_network(session, attempt, task, part)
 
 
-def compressed(schedule: ResolvedSchedule, steps: int) -> ResolvedSchedule:
+def compressed(schedule: Resolved, steps: int) -> Resolved:
     """The same schedule over so many steps.
 
     It ends where it ends: a best step that is chosen on val would be measured on what chose it.
