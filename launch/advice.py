@@ -101,7 +101,7 @@ def _show_levers(advice: Advice, console: Console) -> None:
     columns = [names, *_columns(advice, console.width)]
     room = console.width - sum(GAP + max(map(len, cells)) for cells in columns)
     needs = ["needs", *map(_needs, rows)]
-    is_listed = room < NEEDS_WIDTH
+    is_listed = room < NEEDS_WIDTH or not any(needs[1:])
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, *_ in columns:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)

@@ -29,6 +29,7 @@ from rich.text import Text
 from typer.main import get_command
 
 from pipeline import compare as comparing
+from pipeline.advice.levers import LEVERS, SCARCITIES
 from pipeline.config import Config, UserError, load_config
 from pipeline.extras import require
 from pipeline.failures import answer, cannot_write, paths_among
@@ -38,6 +39,8 @@ from pipeline.typer_usage import Command, application, call
 
 from . import demo as demos
 from . import sbatch, slurm
+from .advised import config_as_advised, config_before, configs_to_advise, save_advised_on
+from .aims import ADVISE, AIMS, RUN, Aim
 from .calling import TRAINER, call_trainer
 from .display import Display
 from .forecast import seconds_to_go
@@ -46,6 +49,7 @@ from .local import Pool, locked, stop_launcher, trainer_command
 from .machine import this_machine, visible_devices
 from .plan import Job, plan
 from .prepare import (
+    absolute,
     check,
     check_batches,
     check_file_system,
@@ -95,6 +99,35 @@ OnOption = Annotated[
 ConfigArgument = Annotated[
     Path | None,
     typer.Argument(metavar="CONFIG.toml", help="The config. By default the run's own."),
+]
+SourceArgument = Annotated[
+    Path, typer.Argument(metavar="CONFIG.toml|RUN", help="A config, or a run that exists.")
+]
+AdvisedRunOption = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Of a config: the run's directory, made if absent."),
+]
+AdvisedOption = Annotated[
+    bool, typer.Option("--advised", help="Go on with what `referral advise` found best.")
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--budget",
+        metavar="SHARE",
+        help="What the pilots may cost, of the generalist's training: 0.3.",
+    ),
+]
+ScarceOption = Annotated[
+    str | None,
+    typer.Option("--scarce", metavar="NAME", help=f"What counts: {', '.join(SCARCITIES)}."),
+]
+LimitOption = Annotated[
+    float | None,
+    typer.Option("--limit", metavar="X", help="The most of it, in multiples of the generalist's."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", metavar="W", help="That train side by side: 1.")
 ]
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the data and of all training.")]
@@ -190,10 +223,50 @@ def run(
     on: OnOption = Runner.local,
     dry_run: DryOption = False,
     force: ForceOption = False,
+    advised: AdvisedOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
     """Start or resume a run: what is done is not done again."""
-    return start(_config(config, run, set), run, on, force, dry_run)
+    checked = _config(config, run, set) if not advised else _config_as_advised(config, run, set)
+    return start(checked, run, on, force, dry_run)
+
+
+@command("referral advise examples/folder.toml --run runs/mine --scarce latency")
+def advise(
+    source: SourceArgument,
+    run: AdvisedRunOption = None,
+    budget: BudgetOption = None,
+    scarce: ScarceOption = None,
+    limit: LimitOption = None,
+    workers: WorkersOption = None,
+    on: OnOption = Runner.local,
+    dry_run: DryOption = False,
+    force: ForceOption = False,
+    set: SetOption = [],  # noqa: B006
+) -> int:
+    """Say which next step pays, by small pilots beside the generalist."""
+    asked = {"budget": budget, "scarce": scarce, "limit": limit, "workers": workers}
+    own = [f"advise.{key}={value}" for key, value in asked.items() if value is not None]
+    root = _root_to_advise(source, run)
+    if source.is_dir():
+        config, about = configs_to_advise(root, [*set, *own])
+    else:
+        config = about = load_config(source, [*set, *own])
+    code = start(config, root, on, force, dry_run, aim=ADVISE)
+    if not dry_run and (root / "config.toml").is_file():
+        save_advised_on(absolute(about), root)
+    return code
+
+
+def _root_to_advise(source: Path, run: Path | None) -> Path:
+    """RUN, of a config or of a run that exists."""
+    if not source.is_dir():
+        if run is None:
+            raise UserError(f"{source}: say by --run where the run is to lie")
+        return run
+    if run is not None and run.resolve() != source.resolve():
+        raise UserError(f"{source} is a run, and --run names another, {run}; leave one out")
+    return open_run(source).root
 
 
 @command("referral prepare examples/folder.toml --run runs/mine")
@@ -238,8 +311,8 @@ def demo(
 @command("referral status runs/mine --watch")
 def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOption = False) -> int:
     """Every stage: waiting, running, done, failed."""
-    run = open_run(directory)
-    jobs, console = plan(run), _console()
+    run, jobs = launched(open_run(directory))
+    console = _console()
     if watch and not as_json and console.is_terminal:
         _watch(run, jobs, console)
     journal, doubt = current_journal(run, jobs)
@@ -306,8 +379,9 @@ def cancel(directory: DirArgument) -> int:
 
 def _cancel_in_slurm(run: RunDirectory) -> str:
     journal = read_journal(run.root)
+    run, jobs = launched(run)
     with locked(run.root):
-        cancelled = slurm.cancel(run, slurm.look(run, plan(run), journal))
+        cancelled = slurm.cancel(run, slurm.look(run, jobs, journal))
     if not cancelled:
         return "no job is queued"
     return f"cancelled {len(cancelled)} jobs"
@@ -317,7 +391,10 @@ def _cancel_in_slurm(run: RunDirectory) -> str:
 def retry(directory: DirArgument) -> int:
     """Run again what failed, was cancelled or got lost, and what needs it, where it ran before."""
     run = open_run(directory)
-    return start(run.config, directory, Runner(read_journal(directory).runner), force=False)
+    journal = read_journal(directory)
+    return start(
+        run.config, directory, Runner(journal.runner), force=False, aim=AIMS[journal.aim]
+    )
 
 
 @command("referral report runs/mine")
@@ -409,7 +486,7 @@ _pass_on(
 _pass_on("doctor", "Check this machine and what is installed.")
 
 
-# What run and demo share
+# What run, advise and demo share
 
 
 def start(
@@ -419,17 +496,18 @@ def start(
     force: bool,
     dry_run: bool = False,
     beside: tuple[str, ...] = (),
+    aim: Aim = RUN,
 ) -> int:
-    """Check, lay out, run what is not done, and print the results."""
-    run, stale = check(config, root, force, beside)
+    """Check, lay out, run what is not done, and print what was asked for."""
+    run, stale = check(config, root, force, beside, aim)
     if on is Runner.slurm:
-        return start_on_slurm(run, stale, dry_run)
-    return start_here(run, stale, dry_run)
+        return start_on_slurm(run, stale, dry_run, aim)
+    return start_here(run, stale, dry_run, aim)
 
 
-def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
+def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Aim) -> int:
     machine, console = this_machine(run.config), _console()
-    jobs = plan(run, machine.ranks)
+    jobs = plan(aim.run(run), machine.ranks, aim.stages(run))
     code = _check_new(run, jobs, stale, Runner.local, dry_run)
     if code:
         return code
@@ -440,18 +518,19 @@ def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
         if FAKE is None:
             require("torch", "a run on this machine")
         with locked(run.root):
-            refuse_while_queued(run, jobs)
+            refuse_while_queued(run)
             lay_out(run, jobs, stale, _is_unchecked(run, stale, Runner.local))
             save_environment(run.root)
             with Display(console) as display:
-                code = Pool(run, jobs, machine, display, FAKE).execute()
-    if run.report.is_done:
-        show_results(run, console)
+                pool = Pool(aim.run(run), jobs, machine, display, FAKE, aim.name)
+                code = pool.execute()
+    if aim.last(run).is_done:
+        aim.show(run, console)
     return code
 
 
-def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
-    jobs = plan(run, sbatch.ranks(run.config))
+def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Aim) -> int:
+    jobs = plan(aim.run(run), sbatch.ranks(run.config), aim.stages(run))
     if not dry_run:
         slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
     code = _check_new(run, jobs, stale, Runner.slurm, dry_run)
@@ -462,10 +541,10 @@ def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool) -> int:
         return 0
     console = _console()
     if all(job.is_done for job in jobs):
-        show_results(run, console)
+        aim.show(run, console)
         return 0
     with locked(run.root):
-        hand_over(run, jobs, stale, console)
+        hand_over(run, jobs, stale, console, aim)
     return 0
 
 
@@ -518,10 +597,15 @@ def _is_unchecked(run: RunDirectory, stale: list[Stage], on: Runner) -> bool:
     return _is_new(run, stale) and is_left_to_first_job(run.config, on)
 
 
-def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console) -> None:
+def hand_over(
+    run: RunDirectory, jobs: list[Job], stale: list[Stage], console: Console, aim: Aim
+) -> None:
     """Submit to Slurm what is neither done nor queued."""
     began = time.monotonic()
     journal = read_journal(run.root)
+    if journal.aim != aim.name:
+        refuse_while_queued(run)
+        journal = Journal(aim=aim.name)
     journal = slurm.settle(run, jobs, journal, lambda text: _say(text, console))
     queued = slurm.live(journal)
     if stale and queued:
@@ -547,17 +631,27 @@ def hand_over(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
     _say(f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; {watch}", console)
 
 
-def refuse_while_queued(run: RunDirectory, jobs: list[Job]) -> None:
-    """Raises UserError if jobs of this run wait or run in Slurm."""
+def refuse_while_queued(run: RunDirectory) -> None:
+    """Raises UserError if jobs of the last launch wait or run in Slurm."""
     journal = read_journal(run.root)
     if journal.runner != "slurm":
         return
-    queued = slurm.live(slurm.look(run, jobs, journal))
+    queued = slurm.live(slurm.look(*launched(run), journal))
     if queued:
         raise UserError(
-            f"{run.root} has {len(queued)} jobs in Slurm ({_shortened(list(queued.values()))}); "
-            f"to run it here, first: referral cancel {shlex.quote(str(run.root))}"
+            f"{run.root} has {len(queued)} jobs of `{NAME} {journal.aim}` in Slurm "
+            f"({_shortened(list(queued.values()))}); to go on otherwise, first: "
+            f"{NAME} cancel {shlex.quote(str(run.root))}"
         )
+
+
+def launched(run: RunDirectory) -> tuple[RunDirectory, list[Job]]:
+    """The jobs of the last launch, which `status`, `retry` and `cancel` are about, and their run.
+
+    Before there is any launch, those of the run.
+    """
+    aim = AIMS[read_journal(run.root).aim]
+    return aim.run(run), plan(aim.run(run), stages=aim.stages(run))
 
 
 def current_journal(run: RunDirectory, jobs: list[Job]) -> tuple[Journal, str]:
@@ -641,6 +735,16 @@ def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
     if path is None and not (root / "config.toml").is_file():
         raise UserError(f"{root} is not a run yet; name the config that it is to be made of")
     return load_config(path or root / "config.toml", overrides)
+
+
+def _config_as_advised(path: Path | None, root: Path, overrides: list[str]) -> Config:
+    """The config that goes on with the best lever of RUN's advice."""
+    if not (root / "config.toml").is_file():
+        raise UserError(f"{root} is not a run yet; first: {NAME} advise CONFIG.toml --run {root}")
+    config = config_before(root) if path is None else absolute(load_config(path))
+    lever, advised = config_as_advised(RunDirectory(root, config))
+    _say(f"as advised: {LEVERS[lever].what}")
+    return load_config(None, overrides, advised.dump())
 
 
 def complete() -> int:

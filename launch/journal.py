@@ -53,13 +53,17 @@ class JobRecord:
 
 @dataclass
 class Journal:
-    """All jobs of one launch: on one host, or (runner = "slurm") handed over to Slurm."""
+    """All jobs of one launch: on one host, or (runner = "slurm") handed over to Slurm.
+
+    aim: what the launch was for, one of launch.aims.AIMS.
+    """
 
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
     runner: str = "local"
+    aim: str = "run"
 
     def save(self, run: Path) -> None:
         write_json(run / "jobs.json", {"schema": 1, **asdict(self)})
@@ -76,6 +80,7 @@ def read_journal(run: Path) -> Journal:
             pid=content["pid"],
             started=content["started"],
             runner=content.get("runner", "local"),
+            aim=content.get("aim", "run"),
         )
     except FileNotFoundError:
         return Journal()

@@ -25,7 +25,7 @@ from .endings import AGAIN, is_repeatable, reason
 from .journal import JobRecord, Journal, birth, end_of_log
 from .machine import Machine
 from .plan import Job, is_of_specialists
-from .results import groups_line, metrics_of
+from .results import diagnosis_lines, groups_line, metrics_of
 from .status import duration
 
 GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
@@ -133,6 +133,7 @@ class Pool:
     machine: Machine
     display: Display
     trainer: list[str] | None = None
+    aim: str = "run"
     children: dict[str, subprocess.Popen] = field(default_factory=dict)
     slots: dict[str, list[int]] = field(default_factory=dict)  # those that a running job holds
     requested: int = 0  # the signal that asked to stop
@@ -140,7 +141,8 @@ class Pool:
     def __post_init__(self):
         self.size = self.machine.pool(self.run.config)
         self.free = list(range(self.size))
-        self.journal = Journal({job.name: _first_record(job) for job in self.jobs})
+        records = {job.name: _first_record(job) for job in self.jobs}
+        self.journal = Journal(records, aim=self.aim)
         (self.run.root / "logs").mkdir(exist_ok=True)
 
     def execute(self) -> int:
@@ -289,6 +291,8 @@ class Pool:
         self.display.event(", ".join([f"{job.name} done in {taken}", *metrics_of(job.stages)]))
         has_found_groups = any(stage.name == "cluster" for stage in job.stages)
         if has_found_groups and (line := groups_line(self.run)):
+            self.display.event(line)
+        for line in diagnosis_lines(job.stages):
             self.display.event(line)
 
     def _failed(self, job: Job, code: int, reason: str) -> None:

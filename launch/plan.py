@@ -56,12 +56,15 @@ class Job:
         return words
 
 
-def plan(run: RunDirectory, processes: int = 1) -> list[Job]:
+def plan(
+    run: RunDirectory, processes: int = 1, stages: Sequence[Stage] | None = None
+) -> list[Job]:
     """Every job of the run, finished or not, each behind those it waits for.
 
     processes: ranks of the jobs that train on several, where launch.processes does not say.
+    stages: of the jobs, instead of the run's: those of an advice.
     """
-    groups = _grouped(run)
+    groups = _grouped(run, run.stages if stages is None else stages)
     job_of = {stage.place: name for name, stages in groups.items() for stage in stages}
     processes = run.config.launch.processes or processes
     waits_for, ranks, costs = {}, {}, {}
@@ -115,11 +118,11 @@ def packs(run: RunDirectory) -> list[range]:
     return [range(start, min(start + per_job, count)) for start in range(first, count, per_job)]
 
 
-def _grouped(run: RunDirectory) -> dict[str, list[Stage]]:
+def _grouped(run: RunDirectory, stages: Sequence[Stage]) -> dict[str, list[Stage]]:
     """The stages of each job by the job's name, in the order of the stages."""
     groups: dict[str, list[Stage]] = {}
     pack_of = {index: pack for pack in packs(run) for index in pack}
-    for stage in run.stages:
+    for stage in stages:
         groups.setdefault(_job_name(stage, pack_of), []).append(stage)
     return groups
 
@@ -144,6 +147,8 @@ def planned_steps(stage: Stage, run: RunDirectory) -> float:
     """About how many optimizer steps a stage takes; 0 for one that trains nothing."""
     if not stage.kind.trains:
         return 0
+    if stage.name == "pilot":
+        return _length(run.config.train) * run.advice.planned_share(stage)
     length = _length(run.schedule(stage))
     if stage.name == "control" and stage.address == COMPUTE:
         others = sum(each.kind.trains for each in run.members) * _length(run.config.train)

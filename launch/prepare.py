@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,14 +36,15 @@ from pipeline.config.loading import unknown_to
 from pipeline.failures import cannot_write
 from pipeline.files import probe
 from pipeline.graph import RunDirectory
-from pipeline.store import UNCHECKED, Stage, read_json, write_json, write_text
+from pipeline.label_set import SPLITS, num_classes
+from pipeline.store import UNCHECKED, Stage, write_json, write_text
 
+from .aims import RUN, Aim
 from .machine import num_cores
 from .plan import Job, save_graph
 
 AnySection = TypeVar("AnySection", bound=Section)
 
-SPLITS = ("train", "val", "test")
 OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys on which no stage's metrics depend
 PACKAGES = (
     "pydantic",
@@ -61,11 +63,16 @@ PACKAGES = (
 
 
 def check(
-    config: Config, root: Path, force: bool = False, beside: tuple[str, ...] = ()
+    config: Config,
+    root: Path,
+    force: bool = False,
+    beside: tuple[str, ...] = (),
+    aim: Aim = RUN,
 ) -> tuple[RunDirectory, list[Stage]]:
     """The run that `config` makes of RUN, and the stages that another config made there.
 
     force: those stages may be redone.  beside: names that a directory that is no run yet may hold.
+    aim: what is asked for, whose stages count beside the run's.
     Nothing is written.  Raises UserError for whatever can be known to be wrong without torch.
     """
     config = absolute(config)
@@ -73,10 +80,15 @@ def check(
     check_data(config)
     check_place(root, beside)
     run = RunDirectory(root, config)
-    run.method.check(*_num_classes(run.config))
-    stale = _stale_stages(run)
-    if stale and not force:
-        raise UserError(_explain_stale(run, stale))
+    run.method.check(*num_classes(run.config))
+    aim.check(run)
+    known = {stage.place for stage in run.stages}
+    further = [stage for stage in aim.stages(run) if stage.place not in known]
+    stale = _stale_stages([*run.stages, *further])
+    # An advice costs seconds: it is given anew wherever what it is asked for changes.
+    dear = [stage for stage in stale if stage.name != "advice"]
+    if dear and not force:
+        raise UserError(_explain_stale(run, dear))
     return run, stale
 
 
@@ -228,41 +240,6 @@ def _error_of(source: str, split: str) -> str:
     return "no shard matches"
 
 
-def _num_classes(config: Config) -> tuple[int | None, str]:
-    """Size of the label set, and what says so.
-
-    Raises UserError if a manifest names more classes than data.classes.
-    """
-    declared = config.data.classes
-    for split in SPLITS:
-        manifest = _manifest(getattr(config.data, split))
-        if manifest is None:
-            continue
-        path, content = manifest
-        count = len(content["classes"])
-        if declared is not None and declared < count:
-            raise UserError(
-                f"data.classes = {declared}, but {path} names {count} classes: class index "
-                f"{count - 1} is out of range; set data.classes = {count} or leave it out"
-            )
-        return declared or count, str(path)
-    return declared, "data.classes"
-
-
-def _manifest(pattern: str) -> tuple[Path, dict] | None:
-    first = Path(pattern.split("::")[0])
-    directory = first if first.is_dir() else first.parent
-    path = directory / "manifest.json"
-    if not path.is_file():
-        return None
-    try:
-        content = read_json(path)
-        content["classes"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise UserError(f"{path}: not a readable manifest with the names of its classes") from None
-    return path, content
-
-
 # The directory
 
 
@@ -295,10 +272,10 @@ def _check_contents(root: Path, beside: tuple[str, ...]) -> None:
 # What another config made
 
 
-def _stale_stages(run: RunDirectory) -> list[Stage]:
+def _stale_stages(stages: Sequence[Stage]) -> list[Stage]:
     return [
         stage
-        for stage in run.stages
+        for stage in stages
         if stage.is_stale or (stage.done() is not None and not stage.is_done)
     ]
 

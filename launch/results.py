@@ -26,6 +26,7 @@ from pipeline.results import (
     named_rows,
     number,
     percent,
+    read_file,
     read_results,
     student_verdict,
     verdict,
@@ -244,6 +245,13 @@ def groups_line(run: RunDirectory) -> str | None:
     if skipped:
         line += f"; {skipped} are not worth a specialist (clusters.min_gain)"
     return f"{line}; what each can gain at most: {directory / 'log-0.txt'}"
+
+
+def diagnosis_lines(stages: Sequence[Stage]) -> list[str]:
+    """What a job's diagnosis says of the generalist; none of a job that has none."""
+    found = [stage for stage in stages if stage.name == "diagnosis" and stage.is_done]
+    contents = [read_file(stage, "diagnosis.json") or {} for stage in found]
+    return [line for content in contents for line in content.get("sentences", [])]
 
 
 def metrics_of(stages: Sequence[Stage]) -> list[str]:

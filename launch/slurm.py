@@ -351,7 +351,7 @@ def submit(run: RunDirectory, jobs: Sequence[Job], journal: Journal) -> list[tup
     (run.root / "logs").mkdir(exist_ok=True)
     done = {job.name for job in jobs if job.is_done}
     ids = live(journal)
-    noted = Journal(dict(journal.jobs), runner="slurm")
+    noted = Journal(dict(journal.jobs), runner="slurm", aim=journal.aim)
     submitted: dict[Batch, str] = {}
     for batch in batches(run, chosen, size):
         waits = dependency(run, batch, ids, submitted.values(), done.__contains__)

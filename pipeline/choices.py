@@ -131,6 +131,8 @@ class ControlRow:
     function: "module:function" of (session, stage, name), its stage.
     trains: whether the stage takes optimizer steps, by [train].
     of_second: whether it is made of the generalist and a second one, which another stage trains.
+    goes_on: whether it starts as the generalist; one that trains and does not starts from scratch.
+    asked_by: a control that asks the same: where that is made, nobody misses this one.
     what: it is, in a few words.
     """
 
@@ -138,9 +140,18 @@ class ControlRow:
     what: str
     trains: bool = False
     of_second: bool = False
+    goes_on: bool = False
+    asked_by: str = ""
 
 
 CONTROL_ROWS: dict[str, ControlRow] = {
+    "train_on": ControlRow(
+        "trainer.stages.control_rows:train_on",
+        "the generalist trained on for as long again",
+        trains=True,
+        goes_on=True,
+        asked_by="control_compute",
+    ),
     "wider": ControlRow(
         "trainer.stages.control_rows:wider",
         "a generalist of the ensemble's multiplications",

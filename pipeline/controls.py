@@ -101,10 +101,19 @@ def missing_controls(run: RunDirectory, made: Collection[str]) -> list[str]:
     A run that adds classes has a generalist that cannot be had again, wider or from another seed.
     """
     config = run.config
-    names = [] if config.extend.run else [each for each in CONTROL_ROWS if each != itself(run)]
+    names = [] if config.extend.run else rivals(run, made)
     if config.controls.enabled:
         names += possible_twins(config)
     return [name for name in names if name not in made]
+
+
+def rivals(run: RunDirectory, made: Collection[str]) -> list[str]:
+    """The rows that say what those that were made do not."""
+    return [
+        name
+        for name, row in CONTROL_ROWS.items()
+        if name != itself(run) and row.asked_by not in made
+    ]
 
 
 def itself(run: RunDirectory) -> str:

@@ -9,6 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .advice.graph import AdviceGraph
 from .choices import CONTROL_ROWS
 from .config import Config, ResolvedSchedule, ResolvedStudent, UserError, load_config
 from .config.frozen import SINCE_SCHEMA_1
@@ -94,6 +95,12 @@ class RunDirectory:
         return self.stage("route", [self.cluster], mode=self.config.route.mode)
 
     @cached_property
+    def diagnosis(self) -> Stage:
+        """What keeps the generalist from being better, by what it says of train and val."""
+        run = self.advice.run
+        return run.stage("diagnosis", [run.cluster])
+
+    @cached_property
     def features(self) -> Stage:
         """What branches learn from: what the generalist has where they part from it."""
         section, augment = self.config.specialists, self.config.data.augment
@@ -170,6 +177,8 @@ class RunDirectory:
         kind = dataclasses.replace(
             kind, sections=("seed", "data", "model", "train"), schedule="train"
         )
+        if row.goes_on:
+            return self.stage("control", [self.generalist], name, kind=kind, called=name)
         # Without widths of the user's, those of the ensemble's multiplications.
         inputs = [] if model else [self.ensemble]
         return self.stage("control", inputs, name, kind=kind, called=name, own_model=model)
@@ -211,6 +220,11 @@ class RunDirectory:
         return self.stage("report", [self.evaluate])
 
     @cached_property
+    def advice(self) -> AdviceGraph:
+        """What `referral advise` does in this run; no stage of the run itself waits for it."""
+        return AdviceGraph(self)
+
+    @cached_property
     def stages(self) -> list[Stage]:
         """Every stage, in an order in which each stands behind its inputs."""
         stages = [self.generalist, *self.method.before_ensemble(), self.ensemble]
@@ -239,8 +253,14 @@ class RunDirectory:
         return further
 
     def find(self, name: str) -> list[Stage]:
-        """Every stage of one kind."""
-        return [stage for stage in self.stages if stage.name == name]
+        """Every stage of one kind; those of an advice alone, too."""
+        own = [stage for stage in self.stages if stage.name == name]
+        return own or [stage for stage in self.advice.stages if stage.name == name]
+
+    def with_stages(self, names: Iterable[str]) -> RunDirectory:
+        """The run that has stages of these kinds: this one, or what is advised on instead."""
+        own = {stage.name for stage in self.stages}
+        return self if own.issuperset(names) else self.advice.run
 
     def schedule(self, stage: Stage) -> ResolvedSchedule:
         """How the network of a stage that trains is trained."""

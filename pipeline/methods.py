@@ -104,8 +104,18 @@ class SpecialistMethod:
         return self.run.stage("ensemble", self.run.specialists)
 
     def before_ensemble(self) -> list[Stage]:
-        groups = [self.run.measure, self.run.cluster, self.run.route]
+        groups = [self.run.measure, self.run.cluster, *self.diagnosed(), self.run.route]
         return [*self.run.members, *groups, *self.run.specialists]
+
+    def diagnosed(self) -> list[Stage]:
+        """The diagnosis; none where an earlier version went on from the groups without it."""
+        behind = self.behind_groups()
+        went_on = behind.is_done or behind.is_older
+        return [] if went_on and not self.run.diagnosis.is_begun else [self.run.diagnosis]
+
+    def behind_groups(self) -> Stage:
+        """The stage that follows the diagnosis, and does not need it."""
+        return self.run.route
 
     def joined(self) -> list[Stage]:
         return [*self.run.members, *self.run.specialists]
@@ -183,7 +193,11 @@ class BranchMethod(SpecialistMethod):
         ]
 
     def before_ensemble(self) -> list[Stage]:
-        return [self.run.measure, self.run.cluster, self.run.features, *self.run.specialists]
+        groups = [self.run.measure, self.run.cluster, *self.diagnosed(), self.run.features]
+        return [*groups, *self.run.specialists]
+
+    def behind_groups(self) -> Stage:
+        return self.run.features
 
     def joined(self) -> list[Stage]:
         return [self.run.features, *self.run.specialists]
@@ -351,6 +365,10 @@ class ExtendingMethod(SpecialistMethod):
             companions=self.run.config.extend.companions,
             **self._inherited("clusters"),
         )
+
+    def diagnosed(self) -> list[Stage]:
+        """None: the generalist learned from other examples, in another run."""
+        return []
 
     def specialists(self) -> list[Stage]:
         stages = []

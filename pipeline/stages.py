@@ -96,6 +96,13 @@ _ROWS = [
         slurm="clusters",
     ),
     StageKind(
+        "diagnosis",
+        "diagnosis",
+        "trainer.stages.diagnosis:diagnosis",
+        job="clusters",
+        slurm="clusters",
+    ),
+    StageKind(
         "route",
         "routed",
         "trainer.stages.grouping:route",
@@ -172,6 +179,20 @@ _ROWS = [
         "trainer.stages.report:report",
         inputs=("evaluate",),
         job="report",
+        slurm="report",
+    ),
+    StageKind(
+        "pilot",
+        "pilots/{name}",
+        "trainer.stages.pilots:pilot",
+        addressed_by="name",
+        slurm="specialists",
+        trains=True,
+    ),
+    StageKind(
+        "advice",
+        "advice",
+        "trainer.stages.advice:advice",
         slurm="report",
     ),
 ]

@@ -96,7 +96,7 @@ def run_stages(argv: list[str]) -> int:
 
     start_logging()
     with process_group(run.config.engine) as ranks:
-        session = Session(run, ranks)
+        session = Session(run.with_stages(args.stages), ranks)
         check_where_left(session)
         for alike in in_a_row(pending):
             for stage in alike:

@@ -7,8 +7,6 @@ from typing import NamedTuple
 from ..results.formats import ABSENT, milliseconds
 from .choosing import (
     DEFAULT,
-    LEVERS,
-    SCARCITIES,
     STOP,
     amount,
     interval,
@@ -16,6 +14,7 @@ from .choosing import (
     points,
 )
 from .document import Advice, Lever
+from .levers import LEVERS, SCARCITIES
 
 GO_ON = "referral run --advised --run"
 

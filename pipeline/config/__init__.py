@@ -21,6 +21,7 @@ from .schedule import (
     check_batch_size,
 )
 from .sections import (
+    Advise,
     Clusters,
     Controls,
     Data,
@@ -37,6 +38,7 @@ from .slurm import Resources, Slurm
 __all__ = [
     "DEFAULT_SCHEDULE",
     "NAME",
+    "Advise",
     "Clusters",
     "Config",
     "ConfigFile",

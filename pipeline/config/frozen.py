@@ -162,6 +162,7 @@ IN_NO_KEY = {
 }
 # Keys of which pipeline.graph says itself how they enter a key.
 IN_A_KEY_OTHERWISE = {
+    "advise": ["budget", "levers", "scarce", "limit", "workers"],
     "data": ["ood"],
     "controls": ["twins", "rows", "model"],
     "ensemble": ["networks"],

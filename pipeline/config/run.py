@@ -22,6 +22,7 @@ from .schedule import (
     resolve,
 )
 from .sections import (
+    Advise,
     Clusters,
     Controls,
     Data,
@@ -52,6 +53,7 @@ class ConfigFile(Section):
     ensemble: Ensemble = Ensemble()
     rerank: Rerank = Rerank()
     students: dict[str, Student] = {}
+    advise: Advise = Advise()
     engine: Engine = Engine()
     launch: Launch = Launch()
     slurm: Slurm = Slurm()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from ..advice.levers import LEVERS, SCARCITIES
 from ..choices import (
     AUGMENTATIONS,
     CHOOSE_ALL_GROUPS,
@@ -209,7 +210,7 @@ class Controls(Section):
     learning_rates: list[PositiveFloat] = []
     # students that have a twin on labels: all that a teacher teaches, main alone, or none
     twins: Literal["all", "main", "none"] = "all"
-    # rivals that are made besides: wider, average, shortlist
+    # rivals that are made besides: train_on, wider, average, shortlist
     rows: list[str] = []
     # of wider: keys of [model] that differ; {} = widths by the ensemble's multiplications
     model: dict[str, Any] = {}
@@ -220,6 +221,49 @@ class Controls(Section):
         for row in value:
             one_of(row, CONTROL_ROWS)
         return list(dict.fromkeys(value))
+
+
+class Advise(Section):
+    """`referral advise`: small pilots that say what pays, before it is paid for in full."""
+
+    # the most that all pilots may cost, of the generalist's own training
+    budget: float = Field(default=0.3, gt=0)
+    # those to try; [] = all that network and data allow
+    levers: list[str] = []
+    # what there is little of: "" | training | wall_clock | multiplications | latency | parameters
+    # | trunk
+    scarce: str = ""
+    # how much of it there is, a multiple of the generalist's own; None: by what is scarce
+    limit: float | None = Field(default=None, gt=0)
+    # that train side by side, of which wall_clock depends
+    workers: int = Field(default=1, gt=0)
+
+    @field_validator("levers")
+    @classmethod
+    def _levers(cls, value):
+        for lever in value:
+            one_of(lever, LEVERS)
+        return list(dict.fromkeys(value))
+
+    @field_validator("scarce")
+    @classmethod
+    def _scarce(cls, value):
+        return value and one_of(value, SCARCITIES)
+
+    @model_validator(mode="after")
+    def _limit_of_something(self):
+        if self.limit is not None and not self._has_limit:
+            able = ", ".join(name for name, row in SCARCITIES.items() if row.limit is not None)
+            raise ValueError(
+                f'limit = {self.limit:g} is of what is scarce, and scarce = "{self.scarce}": set '
+                f"scarce to one of {able}, or leave limit out"
+            )
+        return self
+
+    @property
+    def _has_limit(self) -> bool:
+        """Whether what is scarce is taken by degrees."""
+        return bool(self.scarce) and SCARCITIES[self.scarce].limit is not None
 
 
 class Ensemble(Section):

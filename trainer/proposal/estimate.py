@@ -67,9 +67,10 @@ def run_seconds(config: Config, data: DataSummary, of_one: float, pool: int) -> 
     if any(row.of_second for row in rows):
         beside += generalist * ranks
         jobs += 1
-    if any(row.trains for row in rows):
-        beside += WIDER * generalist * ranks
-        jobs += 1
+    for row in rows:
+        if row.trains:
+            beside += (1 if row.goes_on else WIDER) * generalist * ranks
+            jobs += 1
     taught_twice = twins(config).values()
     for name, student in config.students.items():
         # Its twin on hard labels learns beside it; the teacher's answers are about as much again.

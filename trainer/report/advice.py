@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from pipeline.advice.choosing import SCARCITIES, STOP, amount, interval, pareto
+from pipeline.advice.choosing import STOP, amount, interval, pareto
 from pipeline.advice.document import Advice, Interval, Lever
+from pipeline.advice.levers import SCARCITIES
 from pipeline.advice.outcomes import MeasuredGain, Outcome, Outcomes
 from pipeline.advice.showing import (
     LeverRow,

@@ -40,7 +40,8 @@ def _networks_for_all_classes(run: RunDirectory) -> dict[str, Curves]:
     networks = {"generalist": generalist}
     twin_of = twins(run.config)  # which start as their students do
     for name, stage in evaluated_controls(run).items():
-        if name in CONTROL_ROWS:  # from scratch, or nothing that trains
+        row = CONTROL_ROWS.get(name)
+        if row is not None and not row.goes_on:  # from scratch, or nothing that trains
             networks[name] = over_examples(read_metrics(stage))
         else:
             networks[name] = continued(stage, twin_of.get(name))

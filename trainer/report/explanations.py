@@ -160,6 +160,14 @@ def _explain_control_compute(run: RunDirectory) -> str:
     )
 
 
+def _explain_train_on(run: RunDirectory) -> str:
+    return (
+        "The generalist trained on for as long again, by the same schedule from its start: what "
+        "further steps give without another network. "
+        f"{_kept_step(run, 'train_on')}".rstrip()
+    )
+
+
 def _explain_wider(run: RunDirectory) -> str:
     options = ", ".join(f"{key} {value}" for key, value in run.config.controls.model.items())
     size = "its layers widened until it multiplies as much for an example as the ensemble does"
@@ -191,6 +199,7 @@ def _explain_shortlist(run: RunDirectory) -> str:
 CONTROLS = {
     "control_wall": _explain_control_wall,
     "control_compute": _explain_control_compute,
+    "train_on": _explain_train_on,
     "wider": _explain_wider,
     "average": _explain_average,
     "shortlist": _explain_shortlist,

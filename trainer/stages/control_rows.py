@@ -1,4 +1,5 @@
-"""Controls of other networks: a wider generalist, two averaged, and two on a shortlist.
+"""Controls of other networks: the generalist trained on, a wider one, two averaged, and two on a
+shortlist.
 
 pipeline.choices.CONTROL_ROWS names them.  The second generalist is a stage of its own.
 """
@@ -13,20 +14,56 @@ from ensemble import (
     ShortlistEnsemble,
     SpecialistEnsemble,
 )
-from networks import ModelSpec, build_classifier, count_multiplications, widened_to
+from networks import (
+    ModelSpec,
+    build_classifier,
+    count_multiplications,
+    multiplications,
+    widened_to,
+)
 from pipeline.config import UserError
 from pipeline.store import Stage
 
 from ..data.streams import Batch
 from ..session import Session
 from .calibrate import calibration_ids
+from .control import never
 from .joining import load_ensemble, save_settings
-from .networks import builders_of, fresh_network, load_network, save_network
+from .networks import builders_of, fresh_network, load_network, read_summary, save_network
 from .shortlist import fit_shortlist
-from .training import generalist_task, train_network
-from .validate import validate_classifier
+from .training import count_steps, generalist_task, train_network
+from .validate import validate_calibrated, validate_classifier
 
 PAIR = 2  # generalists
+VALIDATIONS = 10  # of the generalist that trains on, where [train] does not say how many
+
+
+def train_on(session: Session, stage: Stage, name: str) -> None:
+    """The generalist for as long again, by [train] from its start, on a new order of examples.
+
+    It keeps its best step on val, the start among the candidates, as the other controls do that
+    train the generalist on.
+    """
+    seed = session.seed("control train_on", 0)
+    with session.attempt(stage) as attempt:
+        steps = steps_again(session)
+        train = session.config.train
+        every = train.validate_every or max(1, steps // VALIDATIONS)
+        kept = {"validate_every": every, "patience": train.patience or never(steps)}
+        schedule = train.model_copy(update=kept)
+        network = load_network(session, session.run.generalist)
+        validate = validate_calibrated(session)
+        task = generalist_task(session, network, schedule, validate, seed, steps)
+        trained, summary = train_network(session, attempt, task)
+        save_network(session, attempt, trained, summary)
+        if summary["best_step"] == 0:
+            session.say("%s: no step was better on val than the generalist, which it stays", name)
+
+
+def steps_again(session: Session) -> int:
+    """As many as the generalist took; as [train] says, where it was given."""
+    taken = read_summary(session.run.generalist).get("steps")
+    return taken or count_steps(session.config.train, session.shards("train").num_samples)
 
 
 def wider(session: Session, stage: Stage, name: str) -> None:
@@ -46,12 +83,18 @@ def wider_spec(session: Session) -> ModelSpec:
     """Of controls.model, or the generalist's own with wider layers."""
     if session.config.controls.model:
         return fresh_network(session, own_model=session.config.controls.model).spec
+    own = load_network(session, session.run.generalist)
     target = ensemble_multiplications(session)
-    spec = widened(session, load_network(session, session.run.generalist).spec, target)
+    whose = "the ensemble's"
+    if not session.run.method.joined():  # the ensemble is the generalist itself
+        target = PAIR * multiplications(own, own.zero_input())
+        whose = "of two generalists"
+    spec = widened(session, own.spec, target)
     counted = count_multiplications(spec, builders_of(session.config))
     session.say(
-        "wider: %s multiplications an example, the ensemble's %s: %s",
+        "wider: %s multiplications an example, %s %s: %s",
         f"{counted:,}",
+        whose,
         f"{round(target):,}",
         ", ".join(f"{key} {value}" for key, value in spec.options.items()),
     )

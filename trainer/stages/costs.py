@@ -34,6 +34,8 @@ def cost_of_control(session: Session, name: str, stage: Stage) -> Cost:
         return cost_of_all_behind(stage)
     if row is None:  # the search for its rate is not charged
         return total_cost([session.run.generalist, stage])
+    if row.goes_on:
+        return total_cost([*stage.inputs, stage])
     return total_cost([stage] if row.trains else list(stage.inputs))
 
 

@@ -128,9 +128,10 @@ def _controls(session: Session, generalist: Classifier) -> Iterator[Part]:
     if any(row.of_second for row in rows) and session.run.second not in session.run.members:
         network, schedule = fresh_network(session), config.train
         yield Part("train", network, _of_labels(schedule), schedule, 1, augment)
-    if any(row.trains for row in rows):
-        schedule = config.train
-        yield Part("train", _wider(session, generalist), _of_labels(schedule), schedule, 1, augment)
+    for row in rows:
+        if row.trains:
+            network = generalist if row.goes_on else _wider(session, generalist)
+            yield Part("train", network, _of_labels(config.train), config.train, 1, augment)
 
 
 def _wider(session: Session, generalist: Classifier) -> Classifier:

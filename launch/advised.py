@@ -1,0 +1,95 @@
+"""Going on in a run with what its advice says is best.
+
+RUN/advised.toml is the config that was advised on: RUN/config.toml is another one once a run went
+on with a lever.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli_w
+
+from pipeline.advice.levers import LEVERS
+from pipeline.config import Config, UserError, load_config
+from pipeline.files import damaged
+from pipeline.graph import RunDirectory
+from pipeline.store import read_json, write_text
+
+ADVISED_ON = "advised.toml"
+OF_NO_LEVER = ("advise", "engine", "launch", "slurm")  # sections that may change in between
+
+
+def save_advised_on(config: Config, root: Path) -> None:
+    """RUN/advised.toml; not touched if it says the same already."""
+    path, text = root / ADVISED_ON, tomli_w.dumps(config.dump())
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
+
+
+def config_before(root: Path) -> Config:
+    """RUN's config; where the run went on with a lever of its advice, the one before that."""
+    current = load_config(root / "config.toml")
+    if not (root / ADVISED_ON).is_file():
+        return current
+    before = load_config(root / ADVISED_ON)
+    kept = {section: getattr(current, section) for section in OF_NO_LEVER}
+    before = before.model_copy(update=kept)
+    run = RunDirectory(root, before)
+    entries = _entries(run)
+    for lever in run.advice.levers:
+        if run.advice.config_with(lever, entries.get(lever)) == current:
+            return before
+    return current
+
+
+def configs_to_advise(root: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
+    """(the config under which an advice is given in RUN, the one that it is about).
+
+    A run that went on with a lever stays as it is, unless the lever changed what pilots read.
+    """
+    before = load_config(None, overrides, config_before(root).dump())
+    current = load_config(root / "config.toml", overrides)
+    if _pilots(root, before) == _pilots(root, current):
+        return current, before
+    return before, before
+
+
+def _pilots(root: Path, config: Config) -> dict[str, str]:
+    """The key of each pilot."""
+    return {stage.place: stage.key for stage in RunDirectory(root, config).advice.pilots}
+
+
+def _entries(run: RunDirectory) -> dict[str, dict]:
+    """The levers of the last advice by their names; none before there was one."""
+    stage = run.advice.advice
+    if stage.done() is None:
+        return {}
+    path = stage.path("advice.json")
+    try:
+        return {entry["name"]: entry for entry in read_json(path)["levers"]}
+    except (FileNotFoundError, KeyError, TypeError):
+        raise damaged(path, "it lacks the levers of an advice") from None
+
+
+def config_as_advised(run: RunDirectory) -> tuple[str, Config]:
+    """The lever that is best, and the config of the run that goes on with it.
+
+    Raises UserError where there is no advice, or one that was given on something else.
+    """
+    stage = run.advice.advice
+    again = f"referral advise {shlex.quote(str(run.root))}"
+    if stage.done() is None:
+        raise UserError(f"{run.root} has no advice yet, which --advised goes on with: {again}")
+    if not stage.is_done:
+        raise UserError(
+            f"{run.root}/advice.json was given on another config or other data, and --advised goes "
+            f"on with what holds now: {again}"
+        )
+    path = stage.path("advice.json")
+    best = read_json(path).get("best")
+    if best not in LEVERS:
+        raise damaged(path, f"best = {best!r} is no lever")
+    return best, run.advice.config_with(best, _entries(run).get(best))

@@ -1,0 +1,54 @@
+"""What a launch is for: the run's results, or an advice.
+
+Each has its jobs, the run in which they run, and what is shown at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from pipeline.graph import RunDirectory
+from pipeline.store import Stage
+
+from .advice import show_advice
+from .results import show_results
+
+
+@dataclass(frozen=True)
+class Aim:
+    """name: the command that asks for it, as RUN/jobs.json has it.
+
+    run: the run whose stages they are: of an advice the one with groups.
+    check: raises UserError for what it cannot be asked of.
+    stages: those of the jobs.  last: the stage whose end is the launch's.
+    show: what is printed then.
+    """
+
+    name: str
+    run: Callable[[RunDirectory], RunDirectory]
+    check: Callable[[RunDirectory], None]
+    stages: Callable[[RunDirectory], list[Stage]]
+    last: Callable[[RunDirectory], Stage]
+    show: Callable[[RunDirectory, Console], None]
+
+
+RUN = Aim(
+    "run",
+    run=lambda run: run,
+    check=lambda run: None,
+    stages=lambda run: run.stages,
+    last=lambda run: run.report,
+    show=show_results,
+)
+ADVISE = Aim(
+    "advise",
+    run=lambda run: run.advice.run,
+    check=lambda run: run.advice.check(),
+    stages=lambda run: run.advice.stages,
+    last=lambda run: run.advice.advice,
+    show=show_advice,
+)
+AIMS: dict[str, Aim] = {aim.name: aim for aim in (RUN, ADVISE)}

@@ -1,0 +1,240 @@
+"""What can be done next to a trained generalist, one row each, and the pilots that try it.
+
+The config, the graph, the launcher, the stage `advice` and the docs read these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..choices import CONTROL_ROWS
+
+MANY_CLASSES = 2000  # fewer, and a shortlist of the generalist's is soon the whole label set
+STUDENT = "main"  # the name of the student that average_student trains
+# Of the values of a config, by "section.key"; None leaves a key out, so that it has its default.
+Overrides = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scarcity:
+    """Something that a user may be short of.
+
+    words: it, as a sentence has it.
+    limit: the most of it that a lever may take unless advise.limit says otherwise, a multiple of
+        the generalist's own; None of what is not taken by degrees.
+    quantity: the key of what a lever takes of it in advice.json; "" of the trunk, which is kept or
+        not.
+    of_answer: whether that is an absolute number, the whole predictor's, which the generalist's own
+        divides; else it is a share of the generalist's already.
+    """
+
+    words: str
+    limit: float | None
+    quantity: str = ""
+    of_answer: bool = False
+
+
+SCARCITIES: dict[str, Scarcity] = {
+    "training": Scarcity("training", 1.0, "training"),
+    "wall_clock": Scarcity("time", 1.0, "wall_clock"),
+    "multiplications": Scarcity("multiplications", 1.1, "multiplications", of_answer=True),
+    "latency": Scarcity("latency", 1.5, "latency_ms", of_answer=True),
+    "parameters": Scarcity("parameters", 1.25, "parameters", of_answer=True),
+    "trunk": Scarcity("an untouched trunk", None),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Pilots of one kind, one for each round; what they train stands for one or several levers.
+
+    what: they train, in a few words.
+    cost: of a share of the generalist's steps, in that share of its training compute; of `wide`
+        the trainer counts it.
+    sections: of the config that they read beside the generalist's.
+    schedule: the section by which they train.
+    needs_groups: whether they train on groups of classes.
+    classes: below so many it is not worth a pilot of its own.
+    """
+
+    name: str
+    what: str
+    cost: float
+    sections: tuple[str, ...] = ()
+    schedule: Literal["train", "specialists", "rerank"] = "train"
+    needs_groups: bool = False
+    classes: int = 0
+
+
+_FAMILIES = [
+    Family("on", "the generalist trained on", 1.0),
+    Family("wide", "a wider generalist", 2.0),
+    Family("second", "a second generalist", 1.0),
+    Family(
+        "rerank",
+        "a network that learns from shortlists alone",
+        0.5,
+        sections=("rerank",),
+        schedule="rerank",
+        classes=MANY_CLASSES,
+    ),
+    Family(
+        "copies",
+        "copies of the generalist for two groups",
+        1.0,
+        sections=("specialists",),
+        schedule="specialists",
+        needs_groups=True,
+    ),
+    Family(
+        "branches",
+        "branches of the generalist for all groups",
+        0.5,
+        sections=("specialists",),
+        schedule="specialists",
+        needs_groups=True,
+    ),
+]
+FAMILIES: dict[str, Family] = {row.name: row for row in _FAMILIES}
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One way to go on.
+
+    what: is to be done, in a few words.
+    families: whose pilots say what it is worth, the first that was piloted; none of `stop`.
+    keeps_trunk: whether the answer comes from the generalist's trunk as it is, and no other.
+    overrides: (values of the run's config, the lever's entry in advice.json) -> what differs in
+        the config of a run that goes on with it.
+    """
+
+    name: str
+    what: str
+    families: tuple[str, ...]
+    overrides: Callable[[dict, dict], Overrides]
+    keeps_trunk: bool = False
+
+
+# Keys of [ensemble] and [specialists] that only one kind of ensemble or of specialist has.
+OF_KIND = ("combine", "shortlist", "order", "networks")
+OF_COPIES = (
+    "from",
+    "dustbin",
+    "dustbin_rows",
+    "soft_weight",
+    "hard_negatives",
+    "trainable",
+    "freeze_norm",
+)
+OF_BRANCHES = ("blocks", "model", "views")
+
+
+def ensemble_of(kind: str, members: int) -> Overrides:
+    """An ensemble of generalists."""
+    return left_out("ensemble", OF_KIND) | {"ensemble.kind": kind, "ensemble.members": members}
+
+
+def left_out(section: str, keys: Iterable[str]) -> Overrides:
+    return {f"{section}.{key}": None for key in keys}
+
+
+def alone(values: dict, entry: dict) -> Overrides:
+    """The generalist by itself, which teaches nobody."""
+    return ensemble_of("deep", 1) | {"students": {}}
+
+
+def row(name: str) -> Callable[[dict, dict], Overrides]:
+    """The generalist by itself, and one of CONTROL_ROWS beside it."""
+    assert name in CONTROL_ROWS
+
+    def overrides(values: dict, entry: dict) -> Overrides:
+        section = values.get("controls", {})
+        rows = list(dict.fromkeys([*section.get("rows", []), name]))
+        own_model = {"controls.model": entry["model"]} if entry.get("model") else {}
+        return alone(values, entry) | {"controls.rows": rows} | own_model
+
+    return overrides
+
+
+def second(kind: str) -> Callable[[dict, dict], Overrides]:
+    """One network beside the generalist."""
+    return lambda values, entry: ensemble_of(kind, 2)
+
+
+def average_student(values: dict, entry: dict) -> Overrides:
+    """Two generalists, and one student of both: the generalist's own network and schedule."""
+    return ensemble_of("deep", 2) | {"students": {STUDENT: {}}}
+
+
+def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], Overrides]:
+    """foreign: keys that the other kind of specialist has alone."""
+
+    def overrides(values: dict, entry: dict) -> Overrides:
+        changed: Overrides = {"specialists.kind": kind}
+        if values["specialists"]["kind"] != kind:
+            changed |= left_out("specialists", foreign)
+        if kind == "branch":
+            changed["specialists.ema"] = 0.0  # a branch keeps its best step instead
+        if values["ensemble"]["kind"] != "specialists":
+            changed |= left_out("ensemble", (*OF_KIND, "members"))
+            changed["ensemble.kind"] = "specialists"
+        return changed
+
+    return overrides
+
+
+_LEVERS = [
+    Lever("stop", "leave the generalist as it is", (), alone, keeps_trunk=True),
+    Lever("train_on", "train the generalist on", ("on",), row("train_on")),
+    Lever("wider", "train a wider network in the generalist's place", ("wide",), row("wider")),
+    Lever("average", "train a second generalist and average the two", ("second",), second("deep")),
+    Lever(
+        "shortlist",
+        "train a second generalist and ask it about the first one's likeliest classes",
+        ("second",),
+        second("shortlist"),
+    ),
+    Lever(
+        "average_student",
+        "train a second generalist and distil the average of the two into one student",
+        ("second",),
+        average_student,
+    ),
+    Lever(
+        "rerank",
+        "train a re-ranker of the generalist's likeliest classes",
+        ("rerank", "second"),
+        second("rerank"),
+    ),
+    Lever(
+        "copies",
+        "train a copy of the generalist for each group of classes",
+        ("copies",),
+        specialists("copy", OF_BRANCHES),
+    ),
+    Lever(
+        "branches",
+        "train a branch of the generalist for each group of classes",
+        ("branches",),
+        specialists("branch", OF_COPIES),
+        keeps_trunk=True,
+    ),
+]
+LEVERS: dict[str, Lever] = {each.name: each for each in _LEVERS}
+
+
+def overridden(values: dict, overrides: Overrides) -> dict:
+    """The values of a config with others set; those that are None are left out."""
+    changed = {key: dict(each) if isinstance(each, dict) else each for key, each in values.items()}
+    for key, value in overrides.items():
+        section, _, name = key.partition(".")
+        if not name:
+            changed[section] = value
+        elif value is None:
+            changed.get(section, {}).pop(name, None)
+        else:
+            changed.setdefault(section, {})[name] = value
+    return changed
