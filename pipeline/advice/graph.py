@@ -36,6 +36,7 @@ class AdviceGraph:
         self.run = run
         if not run.method.has_groups:
             self.run = type(run)(run.root, with_groups(run.config, self.num_classes))
+            self.run.advice = self  # a pilot, which has this run, asks what it is a pilot for
 
     # Levers and families
 
