@@ -1,20 +1,3 @@
-<<<<<<< HEAD
-"""What `referral advise` prints."""
-
-from __future__ import annotations
-
-from rich.console import Console
-from rich.text import Text
-
-from pipeline.graph import RunDirectory
-from pipeline.store import read_json
-
-
-def show_advice(run: RunDirectory, console: Console) -> None:
-    """The sentence of a finished advice."""
-    content = read_json(run.advice.advice.path("advice.json"))
-    console.print(Text(content["sentence"]), soft_wrap=True)
-=======
 """What `referral advise` shows: the advice, what speaks for it, and the command that goes on."""
 
 from __future__ import annotations
@@ -118,7 +101,7 @@ def _show_levers(advice: Advice, console: Console) -> None:
     columns = [names, *_columns(advice, console.width)]
     room = console.width - sum(GAP + max(map(len, cells)) for cells in columns)
     needs = ["needs", *map(_needs, rows)]
-    is_listed = room < NEEDS_WIDTH
+    is_listed = room < NEEDS_WIDTH or not any(needs[1:])
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, *_ in columns:
         table.add_column(title, justify="right" if title else "left", no_wrap=True)
@@ -166,4 +149,3 @@ def under_table(advice: Advice) -> Table:
         cells = (row.scarcity, row.lever, row.gain, row.interval, row.limit)
         table.add_row(*map(Text, cells), style="bold" if row.chosen else "")
     return table
->>>>>>> 6dba674ec23dc9641f4730cc67f845686d306c56

@@ -1,1 +1,1 @@
-"""What small pilots say of the levers that a generalist has, before one is paid for.  No torch."""
+"""What `referral advise` asks of a run: levers, the pilots that try them, and their stages."""

@@ -7,9 +7,10 @@ again, 0 is none), what an answer takes with the generalist in it (1 is as much 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypedDict, cast
+from typing import TypedDict, cast
 
 from .document import GeneralistSize, Interval, Lever, Under
+from .levers import LEVERS, SCARCITIES
 
 STOP = "stop"
 EVEN = 0.05  # shares of training that differ by less are called the same
@@ -21,67 +22,7 @@ NEAR_SHARE = 0.05
 NEAR_MOST = 0.25
 
 
-class Scarcity(NamedTuple):
-    """Something that may be scarce.
-
-    quantity: the lever's key, "" for what a lever does or does not.
-    limit: how much a lever may take by default, in multiples of the generalist's own.
-    words: what is scarce.
-    of_answer: whether the lever's amount is absolute, so that the generalist's own divides it.
-    """
-
-    quantity: str
-    limit: float | None
-    words: str
-    of_answer: bool = False
-
-
-SCARCITIES: dict[str, Scarcity] = {
-    "training": Scarcity("training", 1.0, "training"),
-    "wall_clock": Scarcity("wall_clock", 1.0, "time"),
-    "multiplications": Scarcity("multiplications", 1.1, "multiplications", of_answer=True),
-    "latency": Scarcity("latency_ms", 1.5, "latency", of_answer=True),
-    "parameters": Scarcity("parameters", 1.25, "parameters", of_answer=True),
-    "trunk": Scarcity("", None, "an untouched trunk"),
-}
 DEFAULT = "training"  # what bounds the choice where the user names nothing
-
-
-class LeverKind(NamedTuple):
-    """A lever as sentences have it.
-
-    order: the advice.  keeps_trunk: whether an answer runs the generalist's trunk as it is, and no
-    other.  families: the pilots that measure it, the first one that there is.
-    """
-
-    order: str
-    families: tuple[str, ...] = ()
-    keeps_trunk: bool = False
-
-
-LEVERS: dict[str, LeverKind] = {
-    STOP: LeverKind("Stop here", keeps_trunk=True),
-    "train_on": LeverKind("Train the generalist on", ("on",)),
-    "wider": LeverKind("Train a wider network in the generalist's place", ("wide",)),
-    "average": LeverKind("Train a second generalist and average the two", ("second",)),
-    "shortlist": LeverKind(
-        "Train a second generalist and ask it about the first one's {likeliest} classes",
-        ("second",),
-    ),
-    "average_student": LeverKind(
-        "Train a second generalist and distil the average of the two into one student",
-        ("second",),
-    ),
-    "rerank": LeverKind(
-        "Train a re-ranker of the generalist's {likeliest} classes", ("rerank", "second")
-    ),
-    "copies": LeverKind("Train a copy of the generalist for each group of classes", ("copies",)),
-    "branches": LeverKind(
-        "Train a branch of the generalist for each group of classes",
-        ("branches",),
-        keeps_trunk=True,
-    ),
-}
 
 
 class Choice(TypedDict):
@@ -296,7 +237,7 @@ def elsewhere(bests: Mapping[str, Lever], best: Lever) -> str:
         return ""
     gains = {lever["name"]: lever["gain"] for lever in bests.values()}
     parts = [
-        f"{'nothing' if name == STOP else f'{name} ({points(gains[name])})'} for {listed(scarce)}"
+        f"{'to stop' if name == STOP else f'{name} ({points(gains[name])})'} for {listed(scarce)}"
         for name, scarce in words.items()
     ]
     return f"Best where something else is scarce: {'; '.join(parts)}."
@@ -309,10 +250,12 @@ def listed(words: Sequence[str]) -> str:
 
 
 def order(lever: Lever) -> str:
-    """What a lever asks to be done."""
+    """What a lever asks to be done, and, where it is known, about how many classes."""
+    what = LEVERS[lever["name"]].what
     shortlist = lever.get("shortlist")
-    likeliest = f"{shortlist} likeliest" if shortlist else "likeliest"
-    return LEVERS[lever["name"]].order.format(likeliest=likeliest)
+    if shortlist:
+        what = what.replace("likeliest", f"{shortlist} likeliest")
+    return what[0].upper() + what[1:]
 
 
 def training_words(training: float) -> str:

@@ -9,6 +9,7 @@ from ..files import damaged, read_json
 
 SCHEMA = 1
 FILE = "advice.json"
+OPTIONAL = {"elsewhere"}
 
 
 class Interval(TypedDict):
@@ -113,9 +114,9 @@ def read_advice(path: Path) -> Advice | None:
         advice = read_json(path)
     except FileNotFoundError:
         return None
-    missing = [key for key in Advice.__required_keys__ if key not in advice]
+    missing = [key for key in Advice.__annotations__ if key not in {*advice, *OPTIONAL}]
     if missing:
-        raise damaged(path, f"it lacks {', '.join(sorted(missing))}")
+        raise damaged(path, f"it lacks {', '.join(missing)}")
     if advice["best"] not in {lever["name"] for lever in advice["levers"]}:
         raise damaged(path, f"it has no lever {advice['best']!r}, which it advises")
     return advice

@@ -7,15 +7,15 @@ from typing import NamedTuple
 from ..results.formats import ABSENT, milliseconds
 from .choosing import (
     DEFAULT,
-    LEVERS,
-    SCARCITIES,
     STOP,
     amount,
     interval,
     multiple,
     points,
 )
-from .document import Advice, Lever
+from .document import Advice, Interval, Lever
+from .levers import LEVERS, SCARCITIES
+from .outcomes import MeasuredGain, Outcome, Outcomes
 
 GO_ON = "referral run --advised --run"
 
@@ -148,3 +148,37 @@ def spent_line(advice: Advice) -> str:
 def goes_on(advice: Advice, run: str) -> str | None:
     """The command that goes on with what is advised; None where that is to stop."""
     return None if advice["best"] == STOP else f"{GO_ON} {run}"
+
+
+# What came of it
+
+
+def outcome_sentence(outcomes: Outcomes) -> str:
+    """The advised lever's gain, predicted and measured; "" where nothing was measured."""
+    measured, predicted = outcomes["measured"], outcomes["predicted"]
+    if measured is None:
+        return ""
+    place = place_of(Outcome(predicted=predicted, measured=measured))
+    return (
+        f"Predicted of {outcomes['best']}, on val: {points(predicted['gain'])} points "
+        f"({interval(predicted)}). Measured on test: {measured_gain(measured)} points, {place} the "
+        "predicted interval."
+    )
+
+
+def measured_gain(measured: MeasuredGain) -> str:
+    """+4.2 (3.6 to 4.8), or the gain alone"""
+    gain = points(measured["gain"])
+    if "low" not in measured or "high" not in measured:
+        return gain
+    ends = Interval(gain=measured["gain"], low=measured["low"], high=measured["high"])
+    return f"{gain} ({interval(ends)})"
+
+
+def place_of(outcome: Outcome) -> str:
+    """Where the measured gain lies of the predicted interval: below, inside or above."""
+    assert outcome["measured"] is not None
+    gain, predicted = outcome["measured"]["gain"], outcome["predicted"]
+    if gain < predicted["low"]:
+        return "below"
+    return "above" if gain > predicted["high"] else "inside"

@@ -1,11 +1,15 @@
 """results.json says what came of an advice: the rows that are levers, pulled in full."""
 
+import io
 import json
 
 import pytest
 from advised import LEVERS, made_up
+from rich.console import Console
 
+from launch.results import show_results
 from pipeline.advice.outcomes import outcomes, row_of
+from pipeline.advice.showing import outcome_sentence
 from pipeline.config import load_config
 from pipeline.results import collect, read_results
 from pipeline.store import write_json
@@ -86,3 +90,40 @@ def test_results_with_an_advice_are_read_as_others_are(hand_worked, tmp_path):
 
 def test_a_run_without_advice_has_none(hand_worked):
     assert "advice" not in collect(hand_worked)
+
+
+@pytest.mark.parametrize(
+    "top1, half, words",
+    [
+        (0.533, 0.005, "+3.3 (2.9 to 3.7) points, inside"),
+        (0.513, 0.005, "+1.3 (0.9 to 1.7) points, below"),
+        (0.553, 0.005, "+5.3 (4.9 to 5.7) points, above"),
+    ],
+)
+def test_a_sentence_says_where_the_measured_gain_lies_of_the_predicted_interval(top1, half, words):
+    """Of `wider`, +3.3 (2.0 to 4.6)."""
+    wider = [each for each in LEVERS if each["name"] == "wider"]
+    versus = {"generalist": {"top1": top1 - 0.5, "top1_half": half, "nll": 0.0, "nll_half": 0.0}}
+    rows = {"generalist": {"top1": 0.5}, "wider": {"top1": top1, "versus": versus}}
+    came = outcomes(made_up("training", 2.0, wider), load_config(None, []), rows)
+    assert outcome_sentence(came) == (
+        f"Predicted of wider, on val: +3.3 points (2.0 to 4.6). Measured on test: {words} the "
+        "predicted interval."
+    )
+
+
+def test_what_the_terminal_shows_of_a_run_has_what_came_of_its_advice(hand_worked):
+    """It is silent where the advised lever was not pulled."""
+    copies = [each for each in LEVERS if each["name"] == "copies"]
+    write_json(hand_worked.root / "advice.json", made_up("wall_clock", levers=copies))
+    write_json(hand_worked.root / "results.json", collect(hand_worked))
+    assert "Measured on test: +20.0" in shown(hand_worked)
+    write_json(hand_worked.root / "advice.json", made_up())
+    write_json(hand_worked.root / "results.json", collect(hand_worked))
+    assert "Measured on test" not in shown(hand_worked)
+
+
+def shown(run):
+    console = Console(file=io.StringIO(), width=120)
+    show_results(run, console)
+    return console.file.getvalue()

@@ -6,20 +6,24 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from pipeline.advice.choosing import SCARCITIES, STOP, amount, interval, pareto
-from pipeline.advice.document import Advice, Interval, Lever
-from pipeline.advice.outcomes import MeasuredGain, Outcome, Outcomes
+from pipeline.advice.choosing import STOP, amount, pareto
+from pipeline.advice.document import Advice, Lever
+from pipeline.advice.levers import SCARCITIES
+from pipeline.advice.outcomes import Outcome, Outcomes
 from pipeline.advice.showing import (
     LeverRow,
     UnderRow,
     lever_rows,
+    measured_gain,
+    outcome_sentence,
+    place_of,
     round_lines,
     spent_line,
     under_rows,
 )
 
 from . import plots
-from .formatting import Plot, signed
+from .formatting import Plot
 
 # Of the costs that gains are drawn against: a scarcity's name -> the axis.
 DRAWN = {
@@ -76,7 +80,7 @@ def advice_section(advice: Advice, outcomes: Outcomes | None = None) -> AdviceSe
         spent=spent_line(advice),
         rounds=round_lines(advice),
         has_outcome=bool(measured),
-        outcome=_outcome_sentence(advice["best"], measured.get(advice["best"])),
+        outcome=outcome_sentence(outcomes) if outcomes else "",
         command=_command(advice),
     )
 
@@ -91,36 +95,7 @@ def _row(row: LeverRow, lever: Lever, outcome: Outcome | None) -> AdvisedRow:
     fronts = lever.get("pareto", [])
     if outcome is None or outcome["measured"] is None:
         return AdvisedRow(row, fronts, "", "")
-    return AdvisedRow(row, fronts, _gain(outcome["measured"]), _verdict(outcome))
-
-
-def _gain(measured: MeasuredGain) -> str:
-    gain = signed(measured["gain"], 1)
-    if "low" not in measured or "high" not in measured:
-        return gain
-    ends = Interval(gain=measured["gain"], low=measured["low"], high=measured["high"])
-    return f"{gain} ({interval(ends)})"
-
-
-def _verdict(outcome: Outcome) -> str:
-    """Where the measured gain lies of the predicted interval."""
-    assert outcome["measured"] is not None
-    gain, predicted = outcome["measured"]["gain"], outcome["predicted"]
-    if gain < predicted["low"]:
-        return "below"
-    return "above" if gain > predicted["high"] else "inside"
-
-
-def _outcome_sentence(best: str, outcome: Outcome | None) -> str:
-    """What came of the advised lever; "" where nothing did yet."""
-    if outcome is None or outcome["measured"] is None:
-        return ""
-    predicted, measured = outcome["predicted"], outcome["measured"]
-    return (
-        f"Predicted of {best}, on val: {signed(predicted['gain'], 1)} points "
-        f"({interval(predicted)}). Measured on test: {_gain(measured)} points, {_verdict(outcome)} "
-        "the predicted interval."
-    )
+    return AdvisedRow(row, fronts, measured_gain(outcome["measured"]), place_of(outcome))
 
 
 # The drawing
