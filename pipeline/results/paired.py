@@ -43,5 +43,10 @@ def paired(answers: Answers, other: Answers) -> Paired | None:
 
 def mean_and_half(differences: np.ndarray) -> tuple[float, float]:
     """The mean of n differences, and half its 95 % interval by the normal approximation."""
-    mean = float(differences.mean())
-    return mean, 1.96 * float(differences.std()) / math.sqrt(len(differences))
+    mean, error = mean_and_error(differences)
+    return mean, 1.96 * error
+
+
+def mean_and_error(differences: np.ndarray) -> tuple[float, float]:
+    """The mean of n differences, and its standard error."""
+    return float(differences.mean()), float(differences.std()) / math.sqrt(len(differences))

@@ -17,6 +17,7 @@ each row:
     targets.py, student.py, teachers.py    one network learns what the ensemble predicts
     evaluate.py, report.py                 test
     extending.py    what differs in a run that adds classes
+    pilots/         a small share of what could come next, for `referral advise`
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,20 +25,22 @@ from ..session import Session
 
 
 def train_network(
-    session: Session, attempt: Attempt, task: TrainingTask
+    session: Session, attempt: Attempt, task: TrainingTask, part: str = ""
 ) -> tuple[Classifier, dict]:
-    """The trained network and what summary.json says of its training."""
+    """The trained network and what summary.json says of its training.
+
+    part: its name where an attempt trains several networks; checkpoints and metrics lie below it.
+    """
     ranks, config = session.ranks, session.config.engine
-    names, place = config.track if ranks.is_main else [], attempt.stage.place
+    names, place = config.track if ranks.is_main else [], str(Path(attempt.stage.place, part))
+    metrics = attempt.path(str(Path(part, "metrics.jsonl")))
     by_rows = isinstance(task.network, Classifier) and isinstance(task.network.head, RowHead)
     with (
         closing(build_engine(config, ranks, by_rows)) as engine,
         ranks.watching(),
-        trackers(names, attempt.directory, session.run.root, place) as tracked,
+        trackers(names, metrics.parent, session.run.root, place) as tracked,
     ):
-        files = TrainingFiles(
-            attempt.stage.checkpoints, attempt.path("metrics.jsonl"), tracked, place
-        )
+        files = TrainingFiles(attempt.stage.checkpoints / part, metrics, tracked, place)
         network, summary = Trainer(task, engine, ranks, files).train()
     for source, sample, reason in summary.lost:
         session.losses.add(task.stream.sources[source].shards, {sample: reason})
@@ -49,7 +52,7 @@ def generalist_task(
     session: Session,
     network: nn.Module,
     schedule: ResolvedSchedule,
-    validate: Validate,
+    validate: Validate | None,
     seed: int | None = None,
     steps: int | None = None,
 ) -> TrainingTask:

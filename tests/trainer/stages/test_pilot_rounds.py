@@ -1,0 +1,143 @@
+"""Pilots as stages of an advice: rounds, their budget, who goes on, and several ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from pilots import measured
+from ranks import stage_on_ranks
+from running import run_all
+from toy import toy_config, write_toy
+
+from pipeline.advice.graph import parse_pilot
+from pipeline.config import save_config
+from pipeline.graph import RunDirectory
+from trainer.__main__ import main
+from trainer.stages.pilots import rounds
+
+LEVERS = 'advise.levers=["train_on", "wider", "average", "shortlist"]'
+T = 400
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("data"))
+
+
+def begun(data, root, *overrides):
+    """A run with a finished generalist, whose advice asks on, wide and second."""
+    config = toy_config(data, LEVERS, f"train.steps={T}", *overrides)
+    return run_all(root, config, only={"generalist"})
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """Every pilot of both rounds, each by its command."""
+    run = begun(data, tmp_path_factory.mktemp("run") / "run")
+    for stage in run.advice.pilots:
+        command(run, stage.address)
+    return run
+
+
+def command(run, *names):
+    assert main(["pilot", "--name", *names, "--run", str(run.root)]) == 0
+
+
+def records(run, number):
+    stages = run.advice.rounds[number]
+    return {parse_pilot(stage.address)[0]: measured(stage) for stage in stages}
+
+
+def test_every_family_is_piloted_in_the_first_round(run):
+    first = records(run, 0)
+    assert list(first) == ["on", "wide", "second"]
+    # .3 pays for the shares f (1 + 2 + 1) + 2 f (2 + 1): f = .03, or 12 of 400 steps.
+    assert first["on"]["share"] == first["second"]["share"] == pytest.approx(0.03)
+    assert first["wide"]["share"] == pytest.approx(0.015)  # of two networks each
+
+
+def test_the_better_half_goes_on_for_twice_as_long(run):
+    first, second = records(run, 0), records(run, 1)
+    highs = {family: rounds.promise(record) for family, record in first.items()}
+    worst = min(highs, key=lambda family: highs[family])
+    dropped = [family for family, record in second.items() if record.get("dropped")]
+    assert dropped == [worst]
+    assert "at most, others more" in second[worst]["why"]
+    assert second[worst]["spent"] == 0 and second[worst]["forms"] == {}
+    for family in set(highs) - {worst}:
+        assert second[family]["share"] == pytest.approx(first[family]["share"] + 0.06)
+
+
+def test_all_of_them_together_stay_within_the_budget(run):
+    costs = [record["spent"] for number in (0, 1) for record in records(run, number).values()]
+    assert 0.15 < sum(costs) <= 0.3
+
+
+def test_a_finished_pilot_is_not_made_again(run):
+    before = [stage.done()["attempt"] for stage in run.advice.pilots]
+    command(run, *[stage.address for stage in run.advice.pilots])
+    assert [stage.done()["attempt"] for stage in run.advice.pilots] == before
+
+
+def test_a_pilot_of_a_run_without_groups_knows_what_it_is_a_pilot_for(data, tmp_path):
+    """Pilots of a shortlist's run are trained in a variant of it, which has groups."""
+    kind = "ensemble.kind=shortlist", "ensemble.members=2", "ensemble.shortlist=3"
+    run = begun(data, tmp_path / "run", *kind)
+    assert run.advice.run is not run and run.advice.run.advice is run.advice
+    command(run, "second-0")
+    stage = next(each for each in run.advice.rounds[0] if each.address == "second-0")
+    forms = measured(stage)["forms"]
+    assert forms["shortlist"]["nll"] != pytest.approx(forms["geometric"]["nll"], abs=1e-6)
+
+
+def record(family, gain, error=0.0, **more):
+    form = {"gain": gain, "gain_se": error}
+    return {"family": family, "forms": {"generalist": {}, family: form}} | more
+
+
+@pytest.mark.parametrize(
+    "records, dropped",
+    [
+        # Of equal gains the less certain one may still gain more.
+        ([record("on", 0.01), record("second", 0.01, 0.02)], {"on"}),
+        ([record("on", 0.02), record("second", 0.01), record("copies", 0.0)], {"copies"}),
+        # One that is not possible takes nobody's place.
+        (
+            [
+                record("on", 0.0, 0.01),
+                record("second", 0.03),
+                {"family": "wide", "forms": {}, "not_possible": "no width"},
+            ],
+            {"on", "wide"},
+        ),
+    ],
+)
+def test_those_that_promise_least_are_left_out(monkeypatch, records, dropped):
+    monkeypatch.setattr(rounds, "records_before", lambda stage: records)
+    families = [each["family"] for each in records]
+    assert {name for name in families if rounds.why_dropped(None, name, 1)} == dropped
+    assert not any(rounds.why_dropped(None, name, 0) for name in families)
+    if "wide" in dropped:
+        assert rounds.why_dropped(None, "wide", 1) == "no width"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["on-0", "second-0", "wide-0"])
+def test_two_ranks_measure_what_one_does(data, tmp_path, name):
+    pilots = []
+    for ranks in (1, 2):
+        run = begun(data, tmp_path / str(ranks), "train.optimizer=sgd", "train.learning_rate=0.1")
+        save_config(run.config, run.root / "config.toml")
+        stage_on_ranks(ranks, f"pilot --name {name}", run.root)
+        again = RunDirectory(run.root, run.config)
+        pilots.append(next(each for each in again.advice.pilots if each.address == name))
+    one, two = map(measured, pilots)
+    assert (one["share"], one["spent"], one["examples"]) == (
+        two["share"],
+        two["spent"],
+        two["examples"],
+    )
+    for form, values in one["forms"].items():
+        assert two["forms"][form] == pytest.approx(values, abs=2e-3), form
+    answers = [np.load(stage.path("answers.npz")) for stage in pilots]
+    np.testing.assert_array_equal(answers[0]["ids"], answers[1]["ids"])
