@@ -109,6 +109,7 @@ class Lever:
     keeps_trunk: whether the answer comes from the generalist's trunk as it is, and no other.
     overrides: (values of the run's config, the lever's entry in advice.json) -> what differs in
         the config of a run that goes on with it.
+    needs: what it asks of whoever serves it, a phrase.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Lever:
     families: tuple[str, ...]
     overrides: Callable[[dict, dict], Overrides]
     keeps_trunk: bool = False
+    needs: str = ""
 
 
 # Keys of [ensemble] and [specialists] that only one kind of ensemble or of specialist has.
@@ -226,13 +228,26 @@ def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], O
 _LEVERS = [
     Lever("stop", "leave the generalist as it is", (), alone, keeps_trunk=True),
     Lever("train_on", "train the generalist on", ("on",), row("train_on")),
-    Lever("wider", "train a wider network in the generalist's place", ("wide",), row("wider")),
-    Lever("average", "train a second generalist and average the two", ("second",), second("deep")),
+    Lever(
+        "wider",
+        "train a wider network in the generalist's place",
+        ("wide",),
+        row("wider"),
+        needs="a larger network to serve",
+    ),
+    Lever(
+        "average",
+        "train a second generalist and average the two",
+        ("second",),
+        second("deep"),
+        needs="a second network to serve",
+    ),
     Lever(
         "shortlist",
         "train a second generalist and ask it about the first one's likeliest classes",
         ("second",),
         second("shortlist"),
+        needs="a second network to serve",
     ),
     Lever(
         "average_student",
@@ -245,12 +260,14 @@ _LEVERS = [
         "train a re-ranker of the generalist's likeliest classes",
         ("rerank", "second"),
         reranker,
+        needs="a second network to serve",
     ),
     Lever(
         "copies",
         "train a copy of the generalist for each group of classes",
         ("copies",),
         specialists("copy", OF_BRANCHES),
+        needs="a network for each group to serve",
     ),
     Lever(
         "branches",
@@ -258,6 +275,7 @@ _LEVERS = [
         ("branches",),
         specialists("branch", OF_COPIES),
         keeps_trunk=True,
+        needs="a small head for each group to serve",
     ),
 ]
 LEVERS: dict[str, Lever] = {each.name: each for each in _LEVERS}
