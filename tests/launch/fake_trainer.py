@@ -106,10 +106,7 @@ def main() -> None:
     addresses = [None, *args.index, *args.name]
     run = open_run(args.run)
     stages = [
-        stage
-        for name in args.stages
-        for stage in run.find(name)
-        if stage.address in addresses
+        stage for name in args.stages for stage in run.find(name) if stage.address in addresses
     ]
     behaviour = args.run.parent / "behaviour.json"
     behaviour = json.loads(behaviour.read_text()) if behaviour.exists() else {}
