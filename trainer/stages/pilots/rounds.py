@@ -65,11 +65,6 @@ def promise(record: dict) -> float:
     return max(high_of(record, form) for form in own_forms(record))
 
 
-def better_form(record: dict) -> str:
-    """The form that promises most."""
-    return max(own_forms(record), key=lambda form: high_of(record, form))
-
-
 def own_forms(record: dict) -> list[str]:
     return [form for form in record["forms"] if form != GENERALIST]
 
