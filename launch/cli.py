@@ -392,9 +392,7 @@ def retry(directory: DirArgument) -> int:
     """Run again what failed, was cancelled or got lost, and what needs it, where it ran before."""
     run = open_run(directory)
     journal = read_journal(directory)
-    return start(
-        run.config, directory, Runner(journal.runner), force=False, aim=AIMS[journal.aim]
-    )
+    return start(run.config, directory, Runner(journal.runner), force=False, aim=AIMS[journal.aim])
 
 
 @command("referral report runs/mine")
@@ -743,7 +741,10 @@ def _config_as_advised(path: Path | None, root: Path, overrides: list[str]) -> C
         raise UserError(f"{root} is not a run yet; first: {NAME} advise CONFIG.toml --run {root}")
     config = config_before(root) if path is None else absolute(load_config(path))
     lever, advised = config_as_advised(RunDirectory(root, config))
-    _say(f"as advised: {LEVERS[lever].what}")
+    said = f"as advised: {LEVERS[lever].what}"
+    if lost := [name for name in config.students if name not in advised.students]:
+        said += f"; without the students that this leaves no teacher for: {', '.join(lost)}"
+    _say(said)
     return load_config(None, overrides, advised.dump())
 
 

@@ -56,9 +56,7 @@ class Job:
         return words
 
 
-def plan(
-    run: RunDirectory, processes: int = 1, stages: Sequence[Stage] | None = None
-) -> list[Job]:
+def plan(run: RunDirectory, processes: int = 1, stages: Sequence[Stage] | None = None) -> list[Job]:
     """Every job of the run, finished or not, each behind those it waits for.
 
     processes: ranks of the jobs that train on several, where launch.processes does not say.

@@ -142,7 +142,35 @@ def row(name: str) -> Callable[[dict, dict], Overrides]:
 
 def second(kind: str) -> Callable[[dict, dict], Overrides]:
     """One network beside the generalist."""
-    return lambda values, entry: ensemble_of(kind, 2)
+
+    def overrides(values: dict, entry: dict) -> Overrides:
+        heads = 2 if kind == "deep" else 1
+        return ensemble_of(kind, 2) | {"students": able_students(values, heads)}
+
+    return overrides
+
+
+def able_students(values: dict, heads: int) -> dict:
+    """The students that an ensemble of so many distributions can teach, and who learn from these.
+
+    One of several heads learns from as many networks, each by itself.
+    """
+    students: dict = values.get("students", {})
+    able = {
+        name
+        for name, student in students.items()
+        if student["network"] == "single"
+        or (heads > 1 and student.get("members", heads) == heads)
+    }
+    while True:
+        lost = {
+            name
+            for name in able
+            if (students.keys() - able) & {students[name]["teacher"], students[name]["start"]}
+        }
+        if not lost:
+            return {name: student for name, student in students.items() if name in able}
+        able -= lost
 
 
 def average_student(values: dict, entry: dict) -> Overrides:
@@ -161,7 +189,7 @@ def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], O
             changed["specialists.ema"] = 0.0  # a branch keeps its best step instead
         if values["ensemble"]["kind"] != "specialists":
             changed |= left_out("ensemble", (*OF_KIND, "members"))
-            changed["ensemble.kind"] = "specialists"
+            changed |= {"ensemble.kind": "specialists", "students": able_students(values, 1)}
         return changed
 
     return overrides

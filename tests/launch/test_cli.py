@@ -36,7 +36,7 @@ def test_run_then_run_again_prints_the_same_results_and_changes_nothing(short, r
     # Without the config: the run's own.
     assert referral("run", "--run", "run")[0] == 0
     code, out, _ = referral("status", "run")
-    assert "8 stages: 8 done" in out
+    assert "9 stages: 9 done" in out
     stages = json.loads(referral("status", "run", "--json")[1])["stages"]
     assert {stage["state"] for stage in stages} == {"done"}
 

@@ -32,7 +32,7 @@ def test_every_stage_is_in_one_job_behind_the_jobs_of_its_inputs(ward):
 def test_the_graph_of_the_demo(ward):
     jobs = by_name(plan(ward.run()))
     assert jobs["clusters"].waits_for == ("generalist",)
-    assert jobs["clusters"].command() == ["measure", "cluster", "route"]
+    assert jobs["clusters"].command() == ["measure", "cluster", "diagnosis", "route"]
     assert jobs["specialists/002"].waits_for == ("clusters",)
     assert jobs["controls/control_wall-0"].waits_for == ("clusters",)
     assert jobs["controls/control_compute"].waits_for == (

@@ -301,7 +301,8 @@ def test_a_run_in_slurm_is_not_started_here_too(ward, clients, referral):
     Journal(of("1"), runner="slurm").save(run.root)
     clients.answer(line("1", "RUNNING"))
     code, _, err = referral("run", ward.write_config(), "--run", "run")
-    assert code == 2 and "has 1 jobs in Slurm (1); to run it here, first: referral cancel" in err
+    message = "has 1 jobs of `referral run` in Slurm (1); to go on otherwise, first: referral cancel"
+    assert code == 2 and message in err
 
 
 def test_without_sbatch_nothing_is_written(ward, referral, monkeypatch):

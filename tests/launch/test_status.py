@@ -179,7 +179,7 @@ def test_durations_and_sums_read_like_prose(ward):
     assert [duration(s) for s in (None, 4.4, 65, 7261)] == ["", "4 s", "1 min 05 s", "2 h 01 min"]
     run = ward.run()
     ward.finish([run.generalist])
-    assert summary(statuses(run, plan(run), Journal())) == "18 stages: 1 done, 17 waiting"
+    assert summary(statuses(run, plan(run), Journal())) == "19 stages: 1 done, 18 waiting"
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", '{"generalist": 3, "ensemble": 3}'])

@@ -202,7 +202,10 @@ def test_a_network_that_exists_already_is_copied_in_the_job_of_the_groups(run, d
     check(config, 1, tmp_path / "new")
     given = RunDirectory(tmp_path / "given", config)
     jobs = {job.name: job for job in plan(given)}
-    assert jobs["clusters"].command() == ["member", "measure", "cluster", "route", "--index", "1"]
+    assert jobs["clusters"].command() == [
+        *("member", "measure", "cluster", "diagnosis", "route"),
+        *("--index", "1"),
+    ]
     assert jobs["specialists/000"].waits_for == ("clusters",)
     shutil.copytree(run.root / "generalist", given.root / "generalist", symlinks=True)
     given = run_all(given.root, config)
