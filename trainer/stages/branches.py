@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,21 +59,23 @@ def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
     """Train, measure and save the branch of each group, by its number."""
     began = time.monotonic()
     generalist = load_network(session, session.run.generalist)
-    kept = BranchFeatures(session)
-    work = [BranchWork(session, generalist, kept, m, attempts[m]) for m in attempts]
+    kept = BranchFeatures(session, *(kept_features(session, split) for split in ("train", "val")))
+    work = [
+        BranchWork(
+            session,
+            generalist,
+            kept,
+            m,
+            session.seed("specialist", m),
+            attempt.stage.checkpoints,
+            attempt.path("metrics.jsonl"),
+        )
+        for m, attempt in attempts.items()
+    ]
     made = [fresh_branch(session, generalist, each) for each in work]
-    stacked = StackedBranches(made).to(session.ranks.device)
     schedule = session.config.specialists
-    trainer = BranchTrainer(
-        stacked,
-        generalist.linear_head,
-        [each.task() for each in work],
-        BranchReader(session, kept.train, work, stacked.width),
-        schedule,
-        loss_of(schedule),
-        branch_steps(schedule, own_counts(session)),
-        session.ranks,
-    )
+    steps = branch_steps(schedule, own_counts(session))
+    trainer = branch_trainer(session, generalist, kept, work, made, steps)
     earlier = trainer.progress[0].seconds
     with session.ranks.watching():
         trainer.train()
@@ -94,7 +97,30 @@ def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
             "temperature": each.validator.temperature(network),
         }
         say_if_dropped(session, each.index, progress.best_step)
-        save_network(session, each.attempt, network, summary)
+        save_network(session, attempts[each.index], network, summary)
+
+
+def branch_trainer(
+    session: Session,
+    generalist: Classifier,
+    kept: BranchFeatures,
+    work: Sequence[BranchWork],
+    branches: Sequence[Branch],
+    steps: int,
+) -> BranchTrainer:
+    """What trains `branches`, one for each of `work`, from where an earlier attempt stopped."""
+    stacked = StackedBranches(branches).to(session.ranks.device)
+    schedule = session.config.specialists
+    return BranchTrainer(
+        stacked,
+        generalist.linear_head,
+        [each.task() for each in work],
+        BranchReader(session, kept.train, work, stacked.width),
+        schedule,
+        loss_of(schedule),
+        steps,
+        session.ranks,
+    )
 
 
 def fresh_branch(session: Session, generalist: Classifier, work: BranchWork) -> Branch:
@@ -117,19 +143,19 @@ def own_counts(session: Session) -> list[int]:
 
 
 class BranchFeatures:
-    """The kept features of both splits, opened once for all branches of a job.
+    """The features of both splits, opened once for all branches of a job.
 
     val_rows reads those of val: on a GPU they lie there once, not once for each branch.
     """
 
-    def __init__(self, session: Session):
-        self.train = kept_features(session, "train")
-        self.val = kept_features(session, "val")
+    def __init__(self, session: Session, train: KeptFeatures, val: KeptFeatures):
+        self.train = train
+        self.val = val
         self.val_rows = FeatureSource(self.val, session.ranks.device)
 
 
 class BranchWork:
-    """One group: what its batches are made of, how it is measured, where it is saved.
+    """One group: what its batches are made of, how it is measured, where its training is kept.
 
     own, others: orders over the ids of train; others is None where the group has every class.
     per_batch: of a batch's examples those of the group.
@@ -141,17 +167,19 @@ class BranchWork:
         generalist: Classifier,
         kept: BranchFeatures,
         index: int,
-        attempt: Attempt,
+        seed: int,
+        checkpoints: Path,
+        metrics: Path,
     ):
         schedule, train = session.config.specialists, session.shards("train")
         self.index = index
-        self.attempt = attempt
+        self.checkpoints = checkpoints
+        self.metrics = metrics
         self.classes = groups_of(session).members[index]
-        self.seed = session.seed("specialist", index)
-        readable = kept.train.readable
+        self.seed = seed
         in_group = np.isin(train.labels, self.classes)
-        inside_ids = np.flatnonzero(in_group & readable)
-        excluded = np.flatnonzero(in_group | ~readable)
+        inside_ids = np.flatnonzero(in_group & kept.train.readable)
+        excluded = np.flatnonzero(in_group | ~kept.train.for_others)
         has_others = len(excluded) < len(in_group)
         self.per_batch = own_examples(schedule, has_others)
         self.own = balanced(train.labels, self.seed, schedule.balance, inside_ids)
@@ -176,8 +204,8 @@ class BranchWork:
             self.log_prior.to(self.validator.device),
             self.validator,
             len(self.validator.ids),
-            self.attempt.stage.checkpoints,
-            self.attempt.path("metrics.jsonl"),
+            self.checkpoints,
+            self.metrics,
         )
 
     def rows(
@@ -259,12 +287,14 @@ class FeatureSource:
             return torch.from_numpy(np.array(array)).to(device) if resident else array
 
         self.same = kept.general is kept.at_cut
+        self.rows_of = kept.rows_of
         self.at_cut = source(kept.at_cut)
         self.general = self.at_cut if self.same else source(kept.general)
         self.total = source(kept.total)
 
     def rows(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """(at_cut, general, total), each with the leading axes of `rows`."""
+        """(at_cut, general, total), each with the leading axes of `rows`, id * V + view."""
+        rows = self.rows_of(rows)
         at_cut = self._take(self.at_cut, rows)
         general = at_cut if self.same else self._take(self.general, rows)
         return at_cut, general, self._take(self.total, rows)

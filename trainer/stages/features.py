@@ -51,10 +51,12 @@ Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """A split's kept features, memory-mapped.
+    """A split's kept features, memory-mapped; or those of some samples alone, in memory.
 
     at_cut, general: [N V, ...].  total: [N V].  views: V.  readable: bool [N], whether a sample
-    could be read.
+    is there.
+    places: int64 [N], of some samples alone, where each is among them; None of all.
+    natural: bool [N], of some samples alone, those that stand for all the others; None of all.
     """
 
     at_cut: np.ndarray
@@ -62,6 +64,20 @@ class KeptFeatures:
     total: np.ndarray
     views: int
     readable: np.ndarray
+    places: np.ndarray | None = None
+    natural: np.ndarray | None = None
+
+    @property
+    def for_others(self) -> np.ndarray:
+        """Bool [N], the samples that a group's other examples are drawn from."""
+        return self.readable if self.natural is None else self.natural & self.readable
+
+    def rows_of(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows id * V + view are in the arrays."""
+        if self.places is None:
+            return rows
+        ids, view = np.divmod(rows, self.views)
+        return self.places[ids] * self.views + view
 
 
 def features(session: Session, stage: Stage) -> None:

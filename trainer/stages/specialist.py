@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..core.losses import dustbin_shift
 from ..core.objectives import Objective, specialise_fully, specialise_in
 from ..data.orders import weighted
 from ..data.routing import open_routed
+from ..data.shards import ShardSet
 from ..data.streams import Batch, Source, TrainingStream, balanced, shuffled
 from ..session import Session
 from .grouping import confusion_with, groups_of, skipped_groups
@@ -71,16 +73,35 @@ def specialist_task(
     session: Session, index: int, classes: np.ndarray, validate: SpecialistValidator
 ) -> tuple[TrainingTask, dict]:
     """What a specialist starts from, sees and learns; and notes for summary.json."""
-    schedule = session.config.specialists
     mixture = mix_batches(session, index, classes)
+    return task_from(session, starting_network(session), classes, mixture, validate)
+
+
+def task_from(
+    session: Session,
+    start: Classifier,
+    classes: np.ndarray,
+    mixture: Mixture,
+    validate: SpecialistValidator | None,
+    begun: Classifier | None = None,
+) -> tuple[TrainingTask, dict]:
+    """A specialist of `start`, a network for all classes; and notes for summary.json.
+
+    begun: goes on instead, a specialist of these classes that was trained by such a task before.
+    """
+    schedule = session.config.specialists
     notes = {"natural_share": mixture.natural_fraction, "shift": mixture.shift}
-    network = starting_network(session)
     torch.manual_seed(mixture.seed)
     if schedule.trains_all_rows:
-        objective = full_softmax_objective(session, classes, mixture)
+        teacher = start if schedule.dustbin == "full" else None
+        objective = full_softmax_objective(session, teacher, classes, mixture)
+        network = begun or copy.deepcopy(start)
     else:
-        network, objective, dustbin = dustbin_network(session, network, classes, mixture)
-        notes |= dustbin
+        objective = dustbin_objective(session, classes, mixture)
+        network = begun
+        if network is None:
+            network, dustbin = dustbin_network(session, start, classes, mixture.seed)
+            notes |= dustbin
     freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
     stream = TrainingStream(mixture.sources, mixture.seed, session.augmentation())
     steps = specialist_steps(schedule, mixture.num_inside)
@@ -118,11 +139,18 @@ class Mixture:
 
 def mix_batches(session: Session, index: int, classes: np.ndarray) -> Mixture:
     """A `fraction` of each batch from the group's own shards, the rest from the other classes."""
-    schedule, train = session.config.specialists, session.shards("train")
+    train = session.shards("train")
     inside, inside_ids = open_routed(session.run.route.path(f"{index:03d}"), train)
+    return mixture_of(session, classes, inside, inside_ids, session.seed("specialist", index))
+
+
+def mixture_of(
+    session: Session, classes: np.ndarray, inside: ShardSet, inside_ids: np.ndarray, seed: int
+) -> Mixture:
+    """inside, inside_ids: where the group's own samples are read, and which they are."""
+    schedule, train = session.config.specialists, session.shards("train")
     outside_ids = np.flatnonzero(~np.isin(train.labels, classes))
     natural = len(inside_ids) / train.num_samples
-    seed = session.seed("specialist", index)
     batch = schedule.batch_size
     own = own_examples(schedule, bool(len(outside_ids)))
     order = balanced(inside.labels, seed, schedule.balance, inside_ids)
@@ -147,12 +175,10 @@ def own_examples(schedule: ResolvedSpecialists, with_others: bool) -> int:
     return min(max(1, round(schedule.fraction * batch)), batch - 1)
 
 
-def full_softmax_objective(session: Session, classes: np.ndarray, mixture: Mixture) -> Objective:
-    """All rows of the head learn; with dustbin = "full" also from the generalist's predictions."""
-    schedule = session.config.specialists
-    teacher = None
-    if schedule.dustbin == "full":
-        teacher = starting_network(session)
+def full_softmax_objective(
+    session: Session, teacher: Classifier | None, classes: np.ndarray, mixture: Mixture
+) -> Objective:
+    """All rows of the head learn; with a teacher also from its predictions."""
     return specialise_fully(
         teacher,
         classes,
@@ -160,19 +186,14 @@ def full_softmax_objective(session: Session, classes: np.ndarray, mixture: Mixtu
         mixture.shift,
         mixture.log_prior,
         mixture.others_log_prior,
-        schedule.soft_weight,
+        session.config.specialists.soft_weight,
     )
 
 
-def dustbin_network(
-    session: Session, generalist: Classifier, classes: np.ndarray, mixture: Mixture
-) -> tuple[Classifier, Objective, dict]:
-    """The network with |S_m| + 1 logits, its objective, and notes on the dustbin's rows."""
+def dustbin_objective(session: Session, classes: np.ndarray, mixture: Mixture) -> Objective:
+    """The group's classes and one row for all others."""
     schedule = session.config.specialists
-    kept, residual = dustbin_rows(session, generalist, classes)
-    torch.manual_seed(mixture.seed)
-    network = specialise(generalist, classes, schedule.dustbin, kept, residual)
-    objective = specialise_in(
+    return specialise_in(
         classes,
         session.num_classes,
         mixture.shift,
@@ -180,10 +201,18 @@ def dustbin_network(
         mixture.log_prior,
         loss=loss_of(schedule),
     )
+
+
+def dustbin_network(
+    session: Session, generalist: Classifier, classes: np.ndarray, seed: int
+) -> tuple[Classifier, dict]:
+    """The network with |S_m| + 1 logits, and notes on the dustbin's rows."""
+    kept, residual = dustbin_rows(session, generalist, classes)
+    torch.manual_seed(seed)
+    network = specialise(generalist, classes, session.config.specialists.dustbin, kept, residual)
     if kept is None or residual is None:
-        return network, objective, {}
-    dustbin = {"rows": len(kept), "kl": residual.kl, "rms": residual.rms}
-    return network, objective, {"dustbin": dustbin}
+        return network, {}
+    return network, {"dustbin": {"rows": len(kept), "kl": residual.kl, "rms": residual.rms}}
 
 
 def hard_negatives(session: Session, classes: np.ndarray) -> tuple[np.ndarray, Tensor]:

@@ -81,6 +81,7 @@ def measured_forms(
     networks: dict[str, Classifier],
     alone: dict[str, str],
     joins: dict[str, Join] | None = None,
+    ids: np.ndarray | None = None,
 ) -> Answers:
     """Every form on the whole of val; temperatures and weights are cross-fitted.
 
@@ -97,22 +98,33 @@ def measured_forms(
         {form: network} of those that are measured by themselves; the generalist always is.
     joins : dict, optional
         {form: Join} of those that are joined with the generalist.
+    ids : int64 array, optional
+        Only these examples of val, ascending; positions are theirs.
     """
     asked = {GENERALIST: generalist.eval()}
     asked |= {name: network.eval() for name, network in networks.items()}
     alone = {GENERALIST: GENERALIST, **alone}
-    ids = np.arange(len(session.shards("val")))
-    halves = ids[0::2], ids[1::2]
+    if ids is None:
+        ids = np.arange(len(session.shards("val")))
     parts = []
-    for fitted_on, measured_on in (halves, halves[::-1]):
-        if not len(measured_on):
-            continue
+    for fitted_on, measured_on in halves_of(ids):
         fitted = fit(session, asked, joins or {}, fitted_on)
         measure = measure_with(asked, alone, joins or {}, fitted)
         parts.append(session.measured(session.shards("val"), measure, ids=measured_on))
+    return answers_of(in_order(parts))
+
+
+def halves_of(ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(examples to fit on, examples to measure on), twice; each example is measured once."""
+    even, odd = ids[0::2], ids[1::2]
+    return [(fitted, measured) for fitted, measured in ((even, odd), (odd, even)) if len(measured)]
+
+
+def in_order(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What was measured in parts, by ids."""
     values = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
     order = np.argsort(values["ids"], kind="stable")
-    return answers_of({key: value[order] for key, value in values.items()})
+    return {key: value[order] for key, value in values.items()}
 
 
 def answers_of(values: dict[str, np.ndarray]) -> Answers:

@@ -24,7 +24,8 @@ from networks import (
     widened_to,
 )
 from pipeline.advice.levers import FAMILIES
-from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, ResolvedSchedule, UserError
+from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, UserError
+from pipeline.config.schedule import Resolved
 from pipeline.store import Attempt, Stage
 
 from ...core.loop import TrainingTask
@@ -265,7 +266,7 @@ def train_on(
     return train_network(session, attempt, task)
 
 
-def compressed(schedule: ResolvedSchedule, steps: int) -> ResolvedSchedule:
+def compressed(schedule: Resolved, steps: int) -> Resolved:
     """The same schedule over so many steps.
 
     It ends where it ends: a best step that is chosen on val would be measured on what chose it.

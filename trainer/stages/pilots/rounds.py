@@ -61,7 +61,12 @@ def records_before(stage: Stage) -> list[dict]:
 
 
 def promise(record: dict) -> float:
-    """The most that a family's best form may gain, as a fraction."""
+    """The most that a family's best form may gain, as a fraction.
+
+    Specialists of a few groups stand for those of all: they heal as much of what these could.
+    """
+    if "healed" in record:
+        return (record["healed"] + LIKELY * record["healed_se"]) * record["ceiling_all"]
     return max(high_of(record, form) for form in own_forms(record))
 
 
