@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.advice.showing import outcome_sentence
 from pipeline.compare import METRICS, ComparedRow, Comparison, cell
 from pipeline.graph import RunDirectory
 from pipeline.results import (
@@ -45,21 +46,26 @@ def show_results(run: RunDirectory, console: Console) -> None:
     results = read_results(run.root / "results.json")
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
     lines = [student_verdict(results), classes_line(results), shortlist_line(run), start_line(run)]
-    for line in [*lines, dropped_line(results)]:
-        if line is not None:
+    for line in [*lines, dropped_line(results), advice_line(results)]:
+        if line:
             console.print(Text(line), soft_wrap=True)
     for columns in (COLUMNS, cost_columns(results)):
         console.print(results_table(results, columns, console.width))
     legend = cost_legend(results)
     if legend:
         console.print(Text(legend, style="dim"))
-    missing = missing_line(results, shlex.quote(_near(run.root)))
+    missing = missing_line(results, shlex.quote(near(run.root)))
     if missing is not None:
         console.print(Text(missing), soft_wrap=True)
     console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
 
 
-def _near(path: Path) -> str:
+def advice_line(results: Results) -> str | None:
+    """What came of the advice that pilots gave; None of a run that asked for none."""
+    return outcome_sentence(results["advice"]) if "advice" in results else None
+
+
+def near(path: Path) -> str:
     """A path from here, or from the root where it is not below."""
     relative = os.path.relpath(path)
     return os.path.abspath(path) if relative.startswith("..") else relative

@@ -21,6 +21,7 @@ __all__ = [
     "CHOOSE_ALL_GROUPS",
     "COMBINERS",
     "COMBINER_ALIASES",
+    "FEWEST_TO_RERANK",
     "MEANS",
     "ENGINES",
     "LOSSES",
@@ -166,6 +167,10 @@ CONTROL_ROWS: dict[str, ControlRow] = {
         of_second=True,
     ),
 }
+
+# Below so many classes the rows that a re-ranker's batch reads take longer than all of them:
+# docs/combiner.md has the measurement.
+FEWEST_TO_RERANK = 2_000
 
 # "" stands for leaving the inputs as they are.
 AUGMENTATIONS: dict[str, str] = {

@@ -13,18 +13,37 @@ from ..choices import CONTROL_ROWS
 
 MANY_CLASSES = 2000  # fewer, and a shortlist of the generalist's is soon the whole label set
 STUDENT = "main"  # the name of the student that average_student trains
-# What a user may be short of, and the most of it that a lever may take unless advise.limit says
-# otherwise: a multiple of the generalist's own.  The trunk is kept or not.
-SCARCITIES: dict[str, float | None] = {
-    "training": 1.0,
-    "wall_clock": 1.0,
-    "multiplications": 1.1,
-    "latency": 1.5,
-    "parameters": 1.25,
-    "trunk": None,
-}
 # Of the values of a config, by "section.key"; None leaves a key out, so that it has its default.
 Overrides = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Scarcity:
+    """Something that a user may be short of.
+
+    words: it, as a sentence has it.
+    limit: the most of it that a lever may take unless advise.limit says otherwise, a multiple of
+        the generalist's own; None of what is not taken by degrees.
+    quantity: the key of what a lever takes of it in advice.json; "" of the trunk, which is kept or
+        not.
+    of_answer: whether that is an absolute number, the whole predictor's, which the generalist's own
+        divides; else it is a share of the generalist's already.
+    """
+
+    words: str
+    limit: float | None
+    quantity: str = ""
+    of_answer: bool = False
+
+
+SCARCITIES: dict[str, Scarcity] = {
+    "training": Scarcity("training", 1.0, "training"),
+    "wall_clock": Scarcity("time", 1.0, "wall_clock"),
+    "multiplications": Scarcity("multiplications", 1.1, "multiplications", of_answer=True),
+    "latency": Scarcity("latency", 1.5, "latency_ms", of_answer=True),
+    "parameters": Scarcity("parameters", 1.25, "parameters", of_answer=True),
+    "trunk": Scarcity("an untouched trunk", None),
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +104,7 @@ FAMILIES: dict[str, Family] = {row.name: row for row in _FAMILIES}
 class Lever:
     """One way to go on.
 
-    what: it is, in a few words.
+    what: is to be done, in a few words.
     families: whose pilots say what it is worth, the first that was piloted; none of `stop`.
     keeps_trunk: whether the answer comes from the generalist's trunk as it is, and no other.
     overrides: (values of the run's config, the lever's entry in advice.json) -> what differs in
@@ -159,8 +178,7 @@ def able_students(values: dict, heads: int) -> dict:
     able = {
         name
         for name, student in students.items()
-        if student["network"] == "single"
-        or (heads > 1 and student.get("members", heads) == heads)
+        if student["network"] == "single" or (heads > 1 and student.get("members", heads) == heads)
     }
     while True:
         lost = {
@@ -197,36 +215,36 @@ def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], O
 
 _LEVERS = [
     Lever("stop", "leave the generalist as it is", (), alone, keeps_trunk=True),
-    Lever("train_on", "train the generalist on for as long again", ("on",), row("train_on")),
-    Lever("wider", "train a wider generalist", ("wide",), row("wider")),
-    Lever("average", "average it with a second generalist", ("second",), second("deep")),
+    Lever("train_on", "train the generalist on", ("on",), row("train_on")),
+    Lever("wider", "train a wider network in the generalist's place", ("wide",), row("wider")),
+    Lever("average", "train a second generalist and average the two", ("second",), second("deep")),
     Lever(
         "shortlist",
-        "ask a second generalist about the first one's likeliest classes",
+        "train a second generalist and ask it about the first one's likeliest classes",
         ("second",),
         second("shortlist"),
     ),
     Lever(
         "average_student",
-        "teach one network what two generalists say together",
+        "train a second generalist and distil the average of the two into one student",
         ("second",),
         average_student,
     ),
     Lever(
         "rerank",
-        "train a second network on the generalist's shortlists",
+        "train a re-ranker of the generalist's likeliest classes",
         ("rerank", "second"),
         second("rerank"),
     ),
     Lever(
         "copies",
-        "train a copy of it for each group of classes that it confuses",
+        "train a copy of the generalist for each group of classes",
         ("copies",),
         specialists("copy", OF_BRANCHES),
     ),
     Lever(
         "branches",
-        "train a branch of it for each group of classes that it confuses",
+        "train a branch of the generalist for each group of classes",
         ("branches",),
         specialists("branch", OF_COPIES),
         keeps_trunk=True,

@@ -252,13 +252,18 @@ class Advise(Section):
 
     @model_validator(mode="after")
     def _limit_of_something(self):
-        if self.limit is not None and SCARCITIES.get(self.scarce) is None:
-            able = ", ".join(name for name, limit in SCARCITIES.items() if limit is not None)
+        if self.limit is not None and not self._has_limit:
+            able = ", ".join(name for name, row in SCARCITIES.items() if row.limit is not None)
             raise ValueError(
                 f'limit = {self.limit:g} is of what is scarce, and scarce = "{self.scarce}": set '
                 f"scarce to one of {able}, or leave limit out"
             )
         return self
+
+    @property
+    def _has_limit(self) -> bool:
+        """Whether what is scarce is taken by degrees."""
+        return bool(self.scarce) and SCARCITIES[self.scarce].limit is not None
 
 
 class Ensemble(Section):

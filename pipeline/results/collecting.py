@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any, NotRequired, TypedDict, cast
 
+from ..advice.document import FILE as ADVICE
+from ..advice.document import read_advice
+from ..advice.outcomes import outcomes
 from ..config import UserError
 from ..controls import command_for, control_names, missing_controls, twin_name
 from ..corruption import merged, summary
@@ -22,6 +25,7 @@ from .rows import (
     Row,
     SizeRow,
     SpecialistMetrics,
+    named_rows,
 )
 
 
@@ -71,6 +75,9 @@ def collect(run: RunDirectory) -> Results:
     if "added" in generalist:
         results["added"] = generalist["added"]
     results |= _parts(run, ensemble)
+    advice = read_advice(run.root / ADVICE)
+    if advice is not None:
+        results["advice"] = outcomes(advice, run.config, named_rows(cast(Results, results)))
     results["damage"] = summary(
         merged([read_file(stage, "damage.json") or {} for stage in run.stages])
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, NotRequired, TypedDict
 
+from ..advice.outcomes import Outcomes
 from ..files import damaged, read_json
 
 SAME_SIZE = 0.05  # networks whose sizes differ by less are alike
@@ -161,7 +162,8 @@ class Results(TypedDict):
     """results.json.
 
     student: the row of the student called main.  dropped: specialists that the ensemble goes
-    without, since no step of theirs was better on val than the generalist.
+    without, since no step of theirs was better on val than the generalist.  advice: in runs that
+    pilots advised, what came of it.
     """
 
     generalist: Row
@@ -175,6 +177,7 @@ class Results(TypedDict):
     clusters: NotRequired[Clusters]
     specialists: NotRequired[list[SpecialistMetrics]]
     dropped: NotRequired[list[int]]
+    advice: NotRequired[Outcomes]
     damage: dict[str, dict]
 
 

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from pipeline.graph import open_run
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from advised import lever, made_up  # noqa: E402
+
 ROW = {
     "n": 100,
     "top1": 0.6,
@@ -26,12 +29,8 @@ ROW = {
     "cost": {"seconds": 1.0, "examples_seen": 1000, "peak_memory_bytes": 1},
 }
 
-ADVICE = {
-    "schema": 1,
-    "best": "average",
-    "sentence": "averaging with a second generalist gains 2.0 points",
-    "levers": [{"name": "average"}, {"name": "wider", "model": {"width": 24}}],
-}
+WIDER = lever("wider", 1.5, 1.0, 2.0, 2.0, 2.0, 1.8, model={"width": 24})
+ADVICE = made_up(levers=[lever("average", 2.0, 0.7, 1.0, 2.0, 2.0, 2.0), WIDER])
 
 
 def note(root: Path, *words) -> None:

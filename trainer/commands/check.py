@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from clustering import ClassGroups
+from pipeline.choices import FEWEST_TO_RERANK
 from pipeline.config import Config, UserError, load_config
 from pipeline.extras import require
 from pipeline.graph import RunDirectory
@@ -149,6 +150,12 @@ def check_classes(session: Session) -> list[str]:
         )
     if session.run.method.has_groups and not session.config.extend.run:
         warnings += check_groups(session, counts > 0)
+    if session.config.has_rerankers and len(counts) < FEWEST_TO_RERANK:
+        warnings.append(
+            f'ensemble.kind = "rerank" with {len(counts):,} classes: below about '
+            f"{FEWEST_TO_RERANK:,} a re-ranker's step takes longer than a generalist's; "
+            'kind = "shortlist" gives as much'
+        )
     return warnings
 
 

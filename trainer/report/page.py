@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import jinja2
 import numpy as np
 import tomli_w
 
 from pipeline import results as metrics
+from pipeline.advice.document import FILE, read_advice
 from pipeline.graph import RunDirectory
 from pipeline.store import write_json, write_text
 
+from .advice import AdviceSection, advice_section
 from .calibration import calibration_rows, reliability_panels
 from .conditions import run_conditions, stage_times
 from .curves import learning_curves
@@ -26,7 +27,7 @@ from .diversity import diversity_table, size_plot, size_rows
 from .evidence import Evidence
 from .examples import changed_examples, picture_rows
 from .explanations import explanations, missing_rows
-from .formatting import FILTERS, printable
+from .formatting import printable
 from .frequency import frequency
 from .groups import captured_confusion, group_cards
 from .overview import (
@@ -40,6 +41,7 @@ from .overview import (
 )
 from .pictures import phrases, pictures, why_no_pictures
 from .specialists import forecast_plot, specialist_rows
+from .templates import template
 
 if TYPE_CHECKING:
     from ..data.shards import ShardSet
@@ -93,20 +95,7 @@ def render(
     sections = _head(evidence) | _sections(evidence) | _groups_and_examples(evidence)
     if evidence.has_specialists:
         sections |= _sections_of_specialists(evidence)
-    template = _environment().get_template("template.html.j2")
-    return printable(template.render(sections))
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(FILTERS)
-    return environment
+    return printable(template("template.html.j2").render(sections))
 
 
 def _head(evidence: Evidence) -> dict[str, object]:
@@ -122,7 +111,14 @@ def _head(evidence: Evidence) -> dict[str, object]:
         "dropped": metrics.dropped_line(results),
         "missing_controls": missing_rows(evidence),
         "tiles": headline_tiles(results),
+        "advice": _advice(evidence),
     }
+
+
+def _advice(evidence: Evidence) -> AdviceSection | None:
+    """What pilots advised before the run, and what came of it."""
+    advice = read_advice(evidence.run.root / FILE)
+    return None if advice is None else advice_section(advice, evidence.results.get("advice"))
 
 
 def _sections(evidence: Evidence) -> dict[str, object]:

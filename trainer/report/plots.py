@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from . import svg
+from .formatting import signed
 from .svg import Frame, short, whole_percent
 
 # Examples: the accuracy of a bin that holds fewer says little, and its bar is drawn pale.
 FEWEST = 20
+ASIDE = 9  # units between values of one cost
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,110 @@ def scatter(
         if dot.label:
             parts.append(svg.label_beside(x, y, dot.label, dot.colour, taken))
     return svg.drawing(parts, title or f"{y_label} against {x_label}")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A named value and its interval at a cost x.
+
+    style: "dot", "hollow" of what was measured instead, or "ringed" of the one that counts.
+    """
+
+    name: str
+    colour: str
+    x: float
+    y: float
+    low: float
+    high: float
+    label: str = ""
+    style: str = "dot"
+
+
+def estimates(
+    values: Sequence[Estimate],
+    front: Sequence[str],
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    title: str = "",
+) -> Markup:
+    """Values with their intervals against their costs, and the front of those that nothing beats.
+
+    front: names, from the cheapest up.  Values of one cost stand beside each other.
+    """
+    if not values:
+        return Markup("")
+    corners = [(one.x, y) for one in values for y in (one.low, one.y, one.high)]
+    frame = Frame([*corners, (values[0].x, 0.0)], log_x=log_x, pad=0.08)
+    parts = [frame.axes(x_label, y_label, short, _signed), _zero(frame)]
+    located = _side_by_side(values, frame)
+    steps = [located[i] for name in front for i in _dots_called(values, name)]
+    if len(steps) > 1:
+        path = Markup('<path class="line front k-ensemble" d="{}"/>')
+        parts.append(path.format(_staircase(steps)))
+    spans = [(frame.locate(one.x, one.high)[1], frame.locate(one.x, one.low)[1]) for one in values]
+    taken = [svg.dot_box(point) for point in located]
+    taken += [(x - 3, top, x + 3, end) for (x, _), (top, end) in zip(located, spans, strict=True)]
+    for one, (x, _), span in zip(values, located, spans, strict=True):
+        parts.append(_whisker(one, x, *span))
+    for one, (x, y) in zip(values, located, strict=True):
+        if one.label:
+            parts.append(svg.label_beside(x, y, one.label, one.colour, taken))
+    for one, (x, y) in zip(values, located, strict=True):
+        parts.append(_estimate_dot(one, x, y))
+    return svg.drawing(parts, title or f"{y_label} against {x_label}")
+
+
+def _signed(value: float) -> str:
+    return signed(value, 0 if value == round(value) else 1)
+
+
+def _zero(frame: Frame) -> Markup:
+    left, y = frame.locate(frame.x_range[0], 0.0)
+    right, _ = frame.locate(frame.x_range[1], 0.0)
+    return Markup('<path class="diagonal" d="M{:.1f} {:.1f} H{:.1f}"/>').format(left, y, right)
+
+
+def _dots_called(values: Sequence[Estimate], name: str) -> list[int]:
+    return [i for i, one in enumerate(values) if one.name == name and one.style != "hollow"]
+
+
+def _side_by_side(values: Sequence[Estimate], frame: Frame) -> list[svg.Point]:
+    """Where each value is drawn: those that would cover each other move aside."""
+    located = [frame.locate(one.x, one.y) for one in values]
+    rows: list[list[int]] = []
+    for i in sorted(range(len(values)), key=lambda i: (located[i][0], -located[i][1])):
+        if rows and located[i][0] - located[rows[-1][0]][0] < ASIDE:
+            rows[-1].append(i)
+        else:
+            rows.append([i])
+    for row in rows:
+        middle = sum(located[i][0] for i in row) / len(row)
+        for place, i in enumerate(row):
+            located[i] = (middle + ASIDE * (place - (len(row) - 1) / 2), located[i][1])
+    return located
+
+
+def _staircase(points: Sequence[svg.Point]) -> str:
+    """The `d` of a path from point to point: along, then up."""
+    (x, y), *others = points
+    return f"M{x:.1f} {y:.1f}" + "".join(f" H{x:.1f} V{y:.1f}" for x, y in others)
+
+
+def _whisker(one: Estimate, x: float, top: float, bottom: float) -> Markup:
+    path = Markup('<path class="whisker k-{}" d="M{:.1f} {:.1f} V{:.1f}"/>')
+    return path.format(one.colour, x, top, bottom)
+
+
+def _estimate_dot(one: Estimate, x: float, y: float) -> Markup:
+    words = f"{one.name}: {signed(one.y, 1)} ({signed(one.low, 1)} to {signed(one.high, 1)})"
+    if one.style == "hollow":
+        return svg.dot(x, y, f"{one.colour} hollow", words, 4)
+    if one.style == "ringed":
+        ring = Markup('<circle class="ring k-{}" cx="{:.1f}" cy="{:.1f}" r="6.5"/>')
+        return ring.format(one.colour, x, y) + svg.dot(x, y, one.colour, words, 4)
+    return svg.dot(x, y, one.colour, words, 4.5)
 
 
 def _diagonal(frame: Frame) -> Markup:

@@ -204,6 +204,16 @@ def test_every_objective_of_a_sound_run_takes_its_first_step(data, overrides):
 # Classes, groups and inputs
 
 
+def test_rerankers_of_a_small_label_set_are_a_warning(data, monkeypatch):
+    rerank = ('ensemble.kind="rerank"', "ensemble.members=2", "rerank.k=4", "rerank.random=2")
+    config = toy_config(data, *rerank, "students={}", "controls.enabled=false")
+    (warning,) = check(config, 1)
+    assert 'ensemble.kind = "rerank" with 24 classes' in warning
+    assert 'kind = "shortlist"' in warning
+    monkeypatch.setattr("trainer.commands.check.FEWEST_TO_RERANK", 24)
+    assert check(config, 1) == []
+
+
 def without(data, tmp_path, absent, splits=("train",)):
     """The toy's shards, less the examples of some classes in some splits."""
     names = json.loads((data / "manifest.json").read_text())["classes"]

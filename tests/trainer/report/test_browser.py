@@ -13,7 +13,10 @@ import subprocess
 import time
 
 import pytest
+from advised import made_up
 
+from pipeline.store import write_json
+from trainer.report.advice_page import advice_html
 from trainer.report.page import write_report
 
 BROWSER = (
@@ -140,16 +143,14 @@ def browser(tmp_path):
     chromium.close()
 
 
-@pytest.mark.parametrize(
+SIZES = pytest.mark.parametrize(
     "width, height, dark", [(390, 844, False), (390, 844, True), (1600, 1000, False)]
 )
-def test_report_opens_without_error_request_or_missing_picture(
-    glyphs, tmp_path, browser, width, height, dark
-):
-    run, images = glyphs
-    write_report(run, tmp_path, images)
-    browser.open((tmp_path / "report.html").as_uri(), width, height, dark)
-    loaded = browser.evaluate("""(async () => {
+
+
+def loaded_page(browser):
+    """What a page has become once its pictures are there."""
+    return browser.evaluate("""(async () => {
         const images = [...document.images];
         await Promise.all(images.map(image => image.decode().catch(() => {})));
         return {
@@ -161,13 +162,10 @@ def test_report_opens_without_error_request_or_missing_picture(
                 text => text.getBoundingClientRect().height)),
         };
     })()""")
-    assert loaded["images"] > 80 and loaded["broken"] == 0
-    assert loaded["scripts"] == 0
-    assert loaded["overflow"] <= 0, "the page scrolls sideways"
-    assert "beats the ensemble" in loaded["first"] or loaded["first"].startswith(
-        "The ensemble makes"
-    )
-    assert loaded["smallest"] >= 7, "text in a plot is too small to read"
+
+
+def check_quiet(browser, file):
+    """No error, no warning, and no request but for the file itself."""
     shown = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Page.javascriptDialogOpening")
     assert browser.named(*shown) == []
     levels = {message["entry"]["level"] for message in browser.named("Log.entryAdded")}
@@ -175,5 +173,42 @@ def test_report_opens_without_error_request_or_missing_picture(
     requests = browser.named("Network.requestWillBeSent")
     urls = {event["request"]["url"] for event in requests}
     assert {url.split(":")[0] for url in urls} <= {"file", "data"}
-    files = {url for url in urls if url.startswith("file")}
-    assert files == {(tmp_path / "report.html").as_uri()}
+    assert {url for url in urls if url.startswith("file")} == {file.as_uri()}
+
+
+def check_readable(loaded):
+    assert loaded["scripts"] == 0
+    assert loaded["overflow"] <= 0, "the page scrolls sideways"
+    assert loaded["smallest"] >= 7, "text in a plot is too small to read"
+
+
+@SIZES
+@pytest.mark.parametrize("advised", [False, True])
+def test_report_opens_without_error_request_or_missing_picture(
+    glyphs, tmp_path, browser, width, height, dark, advised
+):
+    run, images = glyphs
+    if advised:
+        write_json(run.root / "advice.json", made_up())
+    write_report(run, tmp_path, images)
+    browser.open((tmp_path / "report.html").as_uri(), width, height, dark)
+    loaded = loaded_page(browser)
+    check_readable(loaded)
+    assert loaded["images"] > 80 and loaded["broken"] == 0
+    assert "beats the ensemble" in loaded["first"] or loaded["first"].startswith(
+        "The ensemble makes"
+    )
+    check_quiet(browser, tmp_path / "report.html")
+
+
+@SIZES
+def test_the_page_of_an_advice_opens_without_error_or_request(
+    tmp_path, browser, width, height, dark
+):
+    advice = made_up()
+    (tmp_path / "advice.html").write_text(advice_html(advice), encoding="utf-8")
+    browser.open((tmp_path / "advice.html").as_uri(), width, height, dark)
+    loaded = loaded_page(browser)
+    check_readable(loaded)
+    assert loaded["first"].replace("\u2060", "") == advice["sentence"]
+    check_quiet(browser, tmp_path / "advice.html")

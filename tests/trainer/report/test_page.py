@@ -1,10 +1,10 @@
 import html
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from pages import Page, rows_of, text_of
 
 from pipeline.config import Ensemble, Student
 from pipeline.results import collect, verdict
@@ -13,45 +13,6 @@ from trainer.report.evidence import Evidence, manifest_counts
 from trainer.report.explanations import explain_student
 from trainer.report.formatting import colours_of
 from trainer.report.page import render, write_report
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, and the visible text."""
-
-    def __init__(self, html):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.text, self.open = [], [], []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag in ("style", "title"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if self.open and self.open[-1] == tag:
-            self.open.pop()
-
-    def handle_data(self, data):
-        if not self.open and data.strip():
-            self.text.append(data.strip())
-
-
-def rows_of(html, section, table=0):
-    """The cells of one table of a section, as text."""
-    part = re.search(rf'<section id="{section}".*?</section>', html, re.S).group()
-    body = re.findall(r"<tbody>(.*?)</tbody>", part, re.S)[table]
-    clean = [
-        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S)
-        for row in re.findall(r"<tr.*?</tr>", body, re.S)
-    ]
-    return [[text_of(cell) for cell in row] for row in clean]
-
-
-def text_of(html):
-    """Without tags, and with every run of white space as one space, as a browser shows it."""
-    return " ".join(re.sub(r"<[^>]*>", "", html).split())
 
 
 def test_report_writes_both_files(hand_worked, tmp_path):
