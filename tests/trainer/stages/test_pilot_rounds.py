@@ -151,7 +151,7 @@ def test_two_ranks_measure_what_one_does(data, tmp_path, name):
     for ranks in (1, 2):
         run = begun(data, tmp_path / str(ranks), "train.optimizer=sgd", "train.learning_rate=0.1")
         save_config(run.config, run.root / "config.toml")
-        stage_on_ranks(ranks, f"pilot --name {name}", run.root)
+        stage_on_ranks(ranks, f"pilot --name {name}", run.root, timeout=300)
         again = RunDirectory(run.root, run.config)
         pilots.append(next(each for each in again.advice.pilots if each.address == name))
     one, two = map(measured, pilots)
