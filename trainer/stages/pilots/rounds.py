@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-
 from pipeline.advice.graph import pilot_name
 from pipeline.advice.halving import better_half, round_steps
 from pipeline.store import Stage, read_json
@@ -14,7 +11,6 @@ from ..training import count_steps
 from .forms import GENERALIST
 
 LIKELY = 1.645  # standard errors: the ends of an interval of 90 %
-ONE_AGE = 0.1  # by which shares of the steps may differ
 
 
 def read_record(stage: Stage) -> dict:
@@ -51,7 +47,7 @@ def why_dropped(stage: Stage, family: str, number: int) -> str:
     own = records[family]
     if "not_possible" in own or "dropped" in own:
         return own.get("not_possible") or own["why"]
-    highs = {name: promise(record, records) for name, record in records.items() if record["forms"]}
+    highs = {name: promise(record) for name, record in records.items() if record["forms"]}
     going_on = better_half(highs)
     if family in going_on:
         return ""
@@ -64,29 +60,19 @@ def records_before(stage: Stage) -> list[dict]:
     return [read_record(each) for each in stage.inputs if each.name == stage.name]
 
 
-def promise(record: dict, records: Mapping[str, dict]) -> float:
+def promise(record: dict) -> float:
     """The most that a family's best form may gain, as a fraction.
 
-    Specialists of a few groups stand for those of all: they heal as much of what these could.  A
-    fresh wider network is far behind the generalist, as every fresh one is at its age, so that it
-    is compared with the fresh second one; where there is none of its age, with the generalist.
-
-    records: of all families of the round.
+    Specialists of a few groups stand for those of all: they heal as much of what these could.
     """
     if "healed" in record:
         return (record["healed"] + LIKELY * record["healed_se"]) * record["ceiling_all"]
-    second = records.get("second", {"forms": {}})
-    if record["family"] == "wide" and second["forms"] and of_one_age(record, second):
-        wide, fresh = record["forms"]["scratch"], second["forms"]["alone"]
-        # Both errors are of paired differences to the generalist; what they share makes it less.
-        error = math.hypot(wide["gain_se"], fresh["gain_se"])
-        return wide["gain"] - fresh["gain"] + LIKELY * error
     return max(high_of(record, form) for form in own_forms(record))
 
 
-def of_one_age(record: dict, other: dict) -> bool:
-    """Whether the networks of two pilots have taken about as many steps."""
-    return math.isclose(record["share"], other["share"], rel_tol=ONE_AGE)
+def better_form(record: dict) -> str:
+    """The form that promises most."""
+    return max(own_forms(record), key=lambda form: high_of(record, form))
 
 
 def own_forms(record: dict) -> list[str]:
