@@ -26,12 +26,24 @@ class Pilot(Interval):
     share: float
 
 
-class Lever(Interval):
+class Amounts(TypedDict):
+    """What a lever takes in full.
+
+    training, wall_clock: shares of the generalist's own.  multiplications, parameters, latency_ms:
+        of the whole predictor, the generalist in it; None where nothing says.
+    """
+
+    training: float
+    wall_clock: float
+    multiplications: float | None
+    parameters: float | None
+    latency_ms: float | None
+
+
+class Lever(Interval, Amounts):
     """A lever and what it is expected to do in full.
 
     gain, low, high: of top-1 on val, in points, the 90 % interval.
-    training, wall_clock: shares of the generalist's own.  multiplications, parameters, latency_ms:
-        of the whole predictor, the generalist in it; None where nothing says.
     measured: the pilot's, None where the lever has none.
     pareto: the scarcities on whose front of gain against amount it is.
     needs: what it asks of the user, a phrase.  command: the line that goes on with it.
@@ -39,11 +51,6 @@ class Lever(Interval):
     """
 
     name: str
-    training: float
-    wall_clock: float
-    multiplications: float | None
-    parameters: float | None
-    latency_ms: float | None
     measured: NotRequired[Pilot | None]
     pareto: NotRequired[list[str]]
     needs: NotRequired[str]

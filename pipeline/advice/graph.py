@@ -123,7 +123,7 @@ class AdviceGraph:
         """What it reads of the config is what the run would read that goes on with its lever."""
         lever = next(name for name in self.levers if self.family_of(name) == family.name)
         advise = self.asked.config.advise
-        inputs = before or [self.generalist]
+        inputs = [*before, self.diagnosis] if before else [self.generalist]
         if family.needs_groups and not before:
             inputs = [self.run.route if family.name == "copies" else self.run.cluster]
         extra = {

@@ -109,6 +109,7 @@ class Lever:
     keeps_trunk: whether the answer comes from the generalist's trunk as it is, and no other.
     overrides: (values of the run's config, the lever's entry in advice.json) -> what differs in
         the config of a run that goes on with it.
+    needs: what it asks of whoever serves it, a phrase.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Lever:
     families: tuple[str, ...]
     overrides: Callable[[dict, dict], Overrides]
     keeps_trunk: bool = False
+    needs: str = ""
 
 
 # Keys of [ensemble] and [specialists] that only one kind of ensemble or of specialist has.
@@ -169,6 +171,16 @@ def second(kind: str) -> Callable[[dict, dict], Overrides]:
     return overrides
 
 
+def reranker(values: dict, entry: dict) -> Overrides:
+    """Half as long as the generalist, where [rerank] says nothing of its own."""
+    half: Overrides = {}
+    for key, least in (("steps", 1), ("epochs", 0.0)):
+        own = values["rerank"].get(key)
+        if own is not None and own == values["train"].get(key):
+            half[f"rerank.{key}"] = max(least, type(own)(own / 2))
+    return second("rerank")(values, entry) | half
+
+
 def able_students(values: dict, heads: int) -> dict:
     """The students that an ensemble of so many distributions can teach, and who learn from these.
 
@@ -216,13 +228,26 @@ def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], O
 _LEVERS = [
     Lever("stop", "leave the generalist as it is", (), alone, keeps_trunk=True),
     Lever("train_on", "train the generalist on", ("on",), row("train_on")),
-    Lever("wider", "train a wider network in the generalist's place", ("wide",), row("wider")),
-    Lever("average", "train a second generalist and average the two", ("second",), second("deep")),
+    Lever(
+        "wider",
+        "train a wider network in the generalist's place",
+        ("wide",),
+        row("wider"),
+        needs="a larger network to serve",
+    ),
+    Lever(
+        "average",
+        "train a second generalist and average the two",
+        ("second",),
+        second("deep"),
+        needs="a second network to serve",
+    ),
     Lever(
         "shortlist",
         "train a second generalist and ask it about the first one's likeliest classes",
         ("second",),
         second("shortlist"),
+        needs="a second network to serve",
     ),
     Lever(
         "average_student",
@@ -234,13 +259,15 @@ _LEVERS = [
         "rerank",
         "train a re-ranker of the generalist's likeliest classes",
         ("rerank", "second"),
-        second("rerank"),
+        reranker,
+        needs="a second network to serve",
     ),
     Lever(
         "copies",
         "train a copy of the generalist for each group of classes",
         ("copies",),
         specialists("copy", OF_BRANCHES),
+        needs="a network for each group to serve",
     ),
     Lever(
         "branches",
@@ -248,6 +275,7 @@ _LEVERS = [
         ("branches",),
         specialists("branch", OF_COPIES),
         keeps_trunk=True,
+        needs="a small head for each group to serve",
     ),
 ]
 LEVERS: dict[str, Lever] = {each.name: each for each in _LEVERS}

@@ -44,7 +44,7 @@ def pilot(session: Session, stage: Stage, name: str) -> None:
 
     family, number = parse_pilot(name)
     with session.attempt(stage) as attempt:
-        why = why_dropped(stage, family, number)
+        why = why_dropped(session, stage, family, number)
         if why:
             outcome = Outcome.dropped(why)
             session.say("%s: left out, %s", stage.place, why)

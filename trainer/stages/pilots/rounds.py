@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+from pipeline.advice.extrapolation import LIKELY, Evidence, gains
 from pipeline.advice.graph import pilot_name
 from pipeline.advice.halving import better_half, round_steps
+from pipeline.advice.levers import LEVERS
+from pipeline.config import Config
 from pipeline.store import Stage, read_json
 
 from ...session import Session
 from ..training import count_steps
 from .forms import GENERALIST
-
-LIKELY = 1.645  # standard errors: the ends of an interval of 90 %
 
 
 def read_record(stage: Stage) -> dict:
@@ -39,20 +42,23 @@ def whole_steps(session: Session) -> int:
     return count_steps(session.config.train, session.shards("train").num_samples)
 
 
-def why_dropped(stage: Stage, family: str, number: int) -> str:
+def why_dropped(session: Session, stage: Stage, family: str, number: int) -> str:
     """Why a family does not go on after the round before; "" where it does."""
     if number == 0:
         return ""
-    records = {record["family"]: record for record in records_before(stage)}
+    before = records_before(stage)
+    records = {record["family"]: record for record in before}
     own = records[family]
     if "not_possible" in own or "dropped" in own:
         return own.get("not_possible") or own["why"]
-    highs = {name: promise(record) for name, record in records.items() if record["forms"]}
+    diagnosis = read_json(session.run.diagnosis.path("diagnosis.json"))
+    evidence = evidence_of(diagnosis, session.config, before)
+    highs = {name: high for name, high in promises(evidence).items() if records[name]["forms"]}
     going_on = better_half(highs)
     if family in going_on:
         return ""
-    others = ", ".join(f"{name} {100 * highs[name]:+.2f}" for name in going_on)
-    return f"it promises {100 * highs[family]:+.2f} points of top-1 at most, others more: {others}"
+    others = ", ".join(f"{name} {highs[name]:+.2f}" for name in going_on)
+    return f"it promises {highs[family]:+.2f} points of top-1 at most, others more: {others}"
 
 
 def records_before(stage: Stage) -> list[dict]:
@@ -60,14 +66,29 @@ def records_before(stage: Stage) -> list[dict]:
     return [read_record(each) for each in stage.inputs if each.name == stage.name]
 
 
-def promise(record: dict) -> float:
-    """The most that a family's best form may gain, as a fraction.
+def evidence_of(diagnosis: Mapping, config: Config, records: Sequence[dict]) -> Evidence:
+    """What is known of the generalist and of the pilots that measured something.
 
-    Specialists of a few groups stand for those of all: they heal as much of what these could.
+    records: measured.json of pilots, of one round or more, in order.
     """
-    if "healed" in record:
-        return (record["healed"] + LIKELY * record["healed_se"]) * record["ceiling_all"]
-    return max(high_of(record, form) for form in own_forms(record))
+    error = 1 - diagnosis["val"]["top1"]["value"]
+    on_train = 1 - diagnosis["train"]["top1"]["value"]
+    fit = min(1.0, on_train / error) if error > 0 else 1.0
+    measured: dict[str, list[dict]] = {}
+    for record in sorted(records, key=lambda each: each["round"]):
+        if record["forms"]:
+            measured.setdefault(record["family"], []).append(record)
+    return Evidence(error, fit, config.data.augment != "none", measured)
+
+
+def promises(evidence: Evidence) -> dict[str, float]:
+    """The most that each piloted family's levers may gain, in points."""
+    expected, highs = gains(evidence), {}
+    for name, gain in expected.items():
+        family = next((each for each in LEVERS[name].families if each in evidence.records), None)
+        if family is not None:
+            highs[family] = max(gain.high, highs.get(family, gain.high))
+    return highs
 
 
 def better_form(record: dict) -> str:
