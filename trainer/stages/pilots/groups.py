@@ -55,7 +55,7 @@ from .outcome import Outcome
 from .rounds import read_record
 
 OF_COPIES = 2  # groups
-OF_BRANCHES, FEWEST_BRANCHES = 4, 2  # groups, at most and, where there are so many, at least
+OF_BRANCHES = 4  # groups, at most
 ENOUGH = 2 / 3  # of a specialist's steps, after which it is not restarted for the rest
 CONTROL = "control"
 EMBEDDING = 64  # of branches, at least, where the config has copies
@@ -270,10 +270,9 @@ def control_task(
 
 
 def branches(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
-    """Branches for two to four groups, from features of the examples that they need alone.
+    """Branches for one to four groups, from features of the examples that they need alone.
 
-    A part of the compute goes into features, what is left into steps: as many as a run's branches
-    take, if that is enough.
+    They are as many as can be trained as long as a run's, and one where not even that one can.
     """
     generalist = load_network(session, session.run.generalist)
     section = branches_section(session.config.specialists, generalist)
@@ -375,7 +374,8 @@ class BranchesOfRound:
         """Whose features are worth having for so many multiplications."""
         members = members_of(self.session, self.chosen)
         section = self.session.config.specialists
-        fewest = len(members) if self.chosen.goes_on else min(FEWEST_BRANCHES, len(members))
+        # One branch that is nearly done says more than two that have hardly begun: W2 starts at 0.
+        fewest = len(members) if self.chosen.goes_on else 1
         memory = MEMORY / row_bytes(row_shapes(self.generalist, self.cut))
         in_full, left = 0, []
         for classes in members.values():
