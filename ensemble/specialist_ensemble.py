@@ -162,10 +162,11 @@ class SpecialistEnsemble:
         self.class_names = list(generalist.spec.class_names)
         self.runs: Counter[str | int | tuple[str, int]] = Counter()
         self._prefixes: weakref.WeakKeyDictionary[Classifier, int] = weakref.WeakKeyDictionary()
+        self._depths: set[int] = set()  # where copies part from the generalist
         self._cut: Cut | None = None  # where branches part from the generalist
         if isinstance(specialists, dict):
             for specialist in specialists.values():
-                self._learn_cut(specialist.spec)
+                self.learn_cut(specialist.spec)
         self._lock = threading.Lock()
         self.finished: bool | None = None
         self.functions: Mapping[str, Callable] = {}
@@ -208,7 +209,8 @@ class SpecialistEnsemble:
         gate, max_specialists, shortlist : int, optional
             None takes what ensemble.json says (else 1, no limit, and every class).
         cache : int, optional
-            How many specialists are held at a time.  None is all.
+            How many specialists are held at a time.  None is as many as
+            `lazy_specialists.BYTES_HELD` hold.
         allow_missing : bool
             Go on without specialists that are missing.
         builders : dict of callables, optional
@@ -251,7 +253,7 @@ class SpecialistEnsemble:
         ]
         ensemble = cls(
             generalist,
-            LazySpecialists(load_one, numbers, cache),
+            LazySpecialists(load_one, numbers, cache, generalist),
             groups,
             gate=gate,
             max_specialists=max_specialists,
@@ -266,7 +268,7 @@ class SpecialistEnsemble:
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
         for m in numbers[:1]:
-            ensemble._learn_cut(ModelSpec.load(specialist_folder(root, m) / "model.json"))
+            ensemble.learn_cut(ModelSpec.load(specialist_folder(root, m) / "model.json"))
         return ensemble
 
     def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
@@ -490,7 +492,7 @@ class SpecialistEnsemble:
             return features, {0: x, len(blocks(self.generalist.trunk)): features}, at_cut
         trunk = blocks(self.generalist.trunk)
         with self._lock:
-            depths = {len(trunk), *self._prefixes.values()}
+            depths = {len(trunk), *self._depths}
         x = self.generalist.preprocess(raw)
         reached = {0: x}
         for depth, block in enumerate(trunk, 1):
@@ -534,6 +536,7 @@ class SpecialistEnsemble:
         length = shared_prefix(self.generalist, specialist.eval())
         with self._lock:
             self._prefixes[specialist] = length
+            self._depths.add(length)
         return length
 
     def _check_group(self, m: int, specialist: Specialist) -> None:
@@ -544,7 +547,7 @@ class SpecialistEnsemble:
                 "the groups are not this run's"
             )
 
-    def _learn_cut(self, spec: ModelSpec) -> None:
+    def learn_cut(self, spec: ModelSpec) -> None:
         """Note where a specialist, if it is a branch, parts from the generalist."""
         if spec.head["kind"] == "branch" and self._cut is None:
             self._cut = cut_at(self.generalist.trunk, spec.head["blocks"])

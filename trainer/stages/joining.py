@@ -16,7 +16,9 @@ from ensemble import (
     SpecialistEnsemble,
 )
 from ensemble.fitting import WEIGHTS, fit_weight_to_losses
-from networks import Classifier
+from ensemble.lazy_specialists import LazySpecialists, load_specialist
+from ensemble.specialist_ensemble import Specialist
+from networks import Classifier, ModelSpec
 from pipeline.choices import MEANS
 from pipeline.config import UserError
 from pipeline.store import Stage, read_json, write_json
@@ -25,7 +27,7 @@ from ..data.streams import Batch
 from ..session import Session
 from .calibrate import weight_ids
 from .grouping import groups_of, skipped_groups
-from .networks import load_network, load_specialist_network, read_summary
+from .networks import builders_of, load_network, read_summary
 from .shortlist import fit_shortlist
 
 
@@ -164,18 +166,27 @@ def load_shortlist_ensembles(session: Session) -> list[ShortlistEnsemble]:
 def specialist_ensemble(
     session: Session, settings: EnsembleSettings | None = None
 ) -> SpecialistEnsemble:
-    """Generalist and specialists.  settings: of ensemble.json, if that is not written yet."""
+    """Generalist and specialists.  settings: of ensemble.json, if that is not written yet.
+
+    A specialist is read when a row first needs it, and so many are held as
+    `lazy_specialists.BYTES_HELD` says.
+    """
     if settings is None:
         settings = read_settings(session)
     absent = {*settings.skipped, *settings.missing}
-    specialists = {
-        m: load_specialist_network(session, stage)
-        for m, stage in enumerate(session.run.specialists)
-        if m not in absent
-    }
-    return SpecialistEnsemble(
-        load_network(session, session.run.generalist),
-        specialists,
+    stages = {m: each for m, each in enumerate(session.run.specialists) if m not in absent}
+    generalist = load_network(session, session.run.generalist)
+    device, builders = session.ranks.device, builders_of(session.config)
+
+    def folder_of(m: int) -> Path:
+        return stages[m].path("model.safetensors").parent
+
+    def load_one(m: int) -> Specialist:
+        return load_specialist(folder_of(m), generalist, (), device, builders)
+
+    ensemble = SpecialistEnsemble(
+        generalist,
+        LazySpecialists(load_one, stages, generalist=generalist),
         groups_of(session),
         gate=settings.gate,
         max_specialists=settings.max_specialists,
@@ -186,6 +197,9 @@ def specialist_ensemble(
         allow_missing=bool(settings.missing),
         shortlist=settings.shortlist,
     )
+    for m in list(stages)[:1]:
+        ensemble.learn_cut(ModelSpec.load(folder_of(m) / "model.json"))
+    return ensemble
 
 
 def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
