@@ -61,6 +61,42 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
+def fit_temperature_by_slopes(slopes: Callable[[float], tuple[float, float]]) -> float:
+    """fit_temperature of examples that are too many to hold: each step passes over them anew.
+
+    Newton's method for the zero of the slope in log(1 / T), inside of a bracket that every step
+    makes smaller.
+
+    Parameters
+    ----------
+    slopes : callable
+        beta = 1 / T -> (slope, curvature) in beta of the mean NLL of softmax(beta z): the mean over
+        the examples of E[z] less z of the label, and of the variance of z.
+
+    Returns
+    -------
+    float
+        Within 1e-6 of its logarithm; at most WIDEST, or its inverse.
+    """
+    low, high = -math.log(WIDEST), math.log(WIDEST)
+    x = 0.0
+    for _ in range(40):
+        slope, curvature = slopes(math.exp(x))
+        if slope > 0:
+            high = x
+        else:
+            low = x
+        step = slope / (curvature * math.exp(x)) if curvature > 0 else math.inf
+        following = x - step
+        if not low < following < high:
+            following = (low + high) / 2
+        done = abs(following - x) < 1e-6
+        x = following
+        if done:
+            break
+    return math.exp(-x)
+
+
 def fit_shift(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarray) -> float:
     """b minimising the mean of - log softmax(logits + b on `classes`)[label].
 

@@ -106,13 +106,15 @@ class Session:
         shards: ShardSet,
         measure: Callable[[Batch], dict[str, Tensor]],
         ids: np.ndarray | None = None,
+        rows: int | None = None,
     ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards.
 
-        ids: only these examples, in this order.  Every rank returns the whole, "ids" among it;
+        ids: only these examples, in this order.  rows: of a batch, at most; by default as many as
+        have PROBABILITIES_IN_MEMORY.  Every rank returns the whole, "ids" among it;
         corrupt examples are absent where data.damage = skip allows it.
         """
-        stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
+        stream = MeasuringStream(shards, rows or measuring_batch(self.num_classes), ids=ids)
         rows, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
         with torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)

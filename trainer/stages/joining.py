@@ -16,7 +16,10 @@ from ensemble import (
     SpecialistEnsemble,
 )
 from ensemble.fitting import WEIGHTS, fit_weight_to_losses
-from ensemble.lazy_specialists import LazySpecialists, load_specialist
+from ensemble.gating import holders_of
+from ensemble.lazy_specialists import BYTES_HELD, LazySpecialists, load_specialist
+from ensemble.listed_ensemble import Wanted, rows_of_block
+from ensemble.sharing import own_bytes
 from ensemble.specialist_ensemble import Specialist
 from networks import Classifier, ModelSpec
 from pipeline.choices import MEANS
@@ -210,16 +213,28 @@ def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
     that counting both alike may count the generalist too much.
     """
     count = len(joined.groups.members)
+    weights = [torch.tensor([1.0, *[w] * count], dtype=torch.float64) for w in WEIGHTS]
 
-    def measure(batch: Batch) -> dict[str, Tensor]:
+    def whole(batch: Batch) -> dict[str, Tensor]:
         join = joined.ask(batch.inputs)
-        losses = []
-        for weight in WEIGHTS:
-            q = join(torch.tensor([1.0, *[weight] * count], dtype=torch.float64))
-            losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
-        return {"losses": torch.stack(losses, dim=1)}
+        of_label = [join(each).gather(1, batch.labels[:, None])[:, 0] for each in weights]
+        return {"losses": nll_of(of_label)}
 
-    losses = session.measured(session.shards("val"), measure, ids=weight_ids(session))["losses"]
+    def listed(batch: Batch) -> dict[str, Tensor]:
+        parts, start = [], 0
+        for answers in joined.ask_in_blocks(batch.inputs, Wanted(0), batch.labels):
+            end = start + len(answers.active)
+            labels, start = batch.labels[start:end], end
+            joins = [answers.join(each) for each in weights]
+            parts.append(nll_of([q.at(q.values, labels) for q in joins]))
+        return {"losses": torch.cat(parts)}
+
+    ids, val = weight_ids(session), session.shards("val")
+    if joined.is_sparse:
+        measured = session.measured(val, listed, ids=ids, rows=rows_of_block(joined, 0))
+    else:
+        measured = session.measured(val, whole, ids=ids)
+    losses = measured["losses"]
     weight = fit_weight_to_losses(losses)
     means = losses.mean(axis=0, dtype=np.float64)
     session.say(
@@ -228,3 +243,31 @@ def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
         ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, means, strict=True)),
     )
     return [1.0, *[weight] * count]
+
+
+def nll_of(of_label: list[Tensor]) -> Tensor:
+    """- log of probabilities [b] of the label, side by side."""
+    return torch.stack([-p.clamp_min(1e-30).log() for p in of_label], dim=1)
+
+
+def by_group(
+    ensemble: SpecialistEnsemble, ids: np.ndarray, predicted: np.ndarray
+) -> np.ndarray | None:
+    """`ids`, those that need the same specialist together; None where all specialists are held.
+
+    predicted: the generalist's class of each.  A specialist that cannot be kept is then read once
+    for all its rows, and not once in every block.
+    """
+    if not ensemble.is_sparse or held_at_once(ensemble):
+        return None
+    holders = holders_of(ensemble.groups, torch.device("cpu"))[:, 0].numpy()
+    return ids[np.argsort(holders[predicted], kind="stable")]
+
+
+def held_at_once(ensemble: SpecialistEnsemble) -> bool:
+    """Whether all specialists, each as large as the first, are within what is held of them."""
+    specialists = ensemble.specialists
+    if not isinstance(specialists, LazySpecialists) or not len(specialists):
+        return True
+    first = own_bytes(ensemble.generalist, specialists[next(iter(specialists))])
+    return first * len(specialists) <= BYTES_HELD
