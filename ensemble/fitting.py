@@ -117,8 +117,16 @@ def fit_shift(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarra
     """
     mask = torch.zeros(logits.shape[1], dtype=torch.bool)
     mask[torch.as_tensor(classes)] = True
-    log_odds = logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
-    fraction = float(mask[labels.cpu()].double().mean())
+    return fit_shift_to_odds(log_odds(logits, mask), float(mask[labels.cpu()].double().mean()))
+
+
+def log_odds(logits: Tensor, mask: Tensor) -> Tensor:
+    """log of the odds of the classes in the mask, bool [C], against the others: float64 [n]."""
+    return logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
+
+
+def fit_shift_to_odds(log_odds: Tensor, fraction: float) -> float:
+    """`fit_shift` from the log-odds of `classes`, [n], and their fraction of the labels."""
     low, high = -64.0, 64.0
     for _ in range(60):
         middle = (low + high) / 2

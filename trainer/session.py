@@ -43,6 +43,7 @@ class Session:
         self.config = run.config
         self.losses = LostSamples()
         self._shards: dict[str, ShardSet] = {}
+        self._kept: dict[tuple, np.ndarray] = {}
 
     def shards(self, split: str) -> ShardSet:
         """The train, val, test, transfer or ood split.
@@ -133,6 +134,12 @@ class Session:
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         order = np.argsort(joined["ids"], kind="stable")
         return {key: value[order] for key, value in joined.items()}
+
+    def kept(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` gives, made once for all stages of this process that have the same key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def augmentation(self, student: ResolvedStudent | None = None) -> Augment | None:
         """How training inputs are augmented, as [data] says, or a student for itself."""

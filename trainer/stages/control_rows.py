@@ -23,6 +23,7 @@ from .calibrate import calibration_ids
 from .joining import load_ensemble, save_settings
 from .networks import builders_of, fresh_network, load_network, save_network
 from .shortlist import fit_shortlist
+from .sizes import times_asked
 from .training import generalist_task, train_network
 from .validate import validate_classifier
 

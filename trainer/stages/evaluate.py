@@ -14,6 +14,7 @@ from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble
 from ensemble.listed import Listed
 from ensemble.listed_ensemble import Wanted, rows_of_block
 from networks import Branch, BranchedClassifier, Classifier, lazy_logits, member_log_probabilities
+from networks.members import mean_of_members
 from pipeline.choices import STUDENT_METHODS
 from pipeline.controls import evaluated_controls
 from pipeline.store import Attempt, Stage, read_json
@@ -91,6 +92,7 @@ def evaluate_generalists(
         "ensemble",
         cost_of_ensemble(session),
         metrics_of_generalists(ensemble),
+        together=generalists_in_one_pass(ensemble),
         more=lambda values: {"sizes": sizes},
         answering=of_generalists(ensemble),
     )
@@ -187,14 +189,15 @@ def evaluate_networks(
         evaluate_control(session, evaluator, name, stage)
     for name, stage in run.students.items():
         network = load_network(session, stage)
-        members = metrics_of_network(network)
+        members, together = metrics_of_network(network), network_in_one_pass(network)
         if STUDENT_METHODS[session.config.students[name].method].dirichlet:
-            members = metrics_of_prior(network)
+            members, together = metrics_of_prior(network), None
         evaluator(
             predictor_of(network),
             name,
             cost_of_student(session, name),
             members,
+            together=together,
             answering=of_network(network),
         )
     return before
@@ -211,6 +214,7 @@ def evaluate_control(session: Session, evaluator: TestEvaluator, name: str, stag
             name,
             cost,
             metrics_of_network(network),
+            together=network_in_one_pass(network),
             answering=of_network(network),
         )
         return
@@ -219,6 +223,7 @@ def evaluate_control(session: Session, evaluator: TestEvaluator, name: str, stag
         name,
         cost,
         metrics_of_generalists(pair),
+        together=generalists_in_one_pass(pair),
         answering=of_generalists(pair),
     )
 
@@ -240,6 +245,36 @@ def metrics_of_generalists(ensemble: DeepEnsemble | ShortlistEnsemble) -> Member
         len(ensemble.networks),
         lambda raw: metrics_of_members(ensemble.member_log_probabilities(raw)),
     )
+
+
+Together = Callable[[Tensor], tuple[DenseLogits, dict[str, Tensor]]]
+
+
+def generalists_in_one_pass(ensemble: DeepEnsemble | ShortlistEnsemble) -> Together | None:
+    """Predictions and what members add to them, for which every network runs once.
+
+    None where the networks are not asked about all classes.
+    """
+    if not isinstance(ensemble, DeepEnsemble) or len(ensemble.networks) == 1:
+        return None
+
+    def together(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
+        log_p = ensemble.member_log_probabilities(raw)
+        return dense_log_probabilities(ensemble.joined(log_p)), metrics_of_members(log_p)
+
+    return together
+
+
+def network_in_one_pass(network: Classifier) -> Together | None:
+    """The same of one network with several members."""
+    if network.num_members == 1:
+        return None
+
+    def together(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
+        log_p = member_log_probabilities(network, raw)
+        return DenseLogits(mean_of_members(log_p)), metrics_of_members(log_p)
+
+    return together
 
 
 def metrics_of_prior(network: Classifier) -> MemberMetrics:
