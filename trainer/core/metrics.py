@@ -137,7 +137,9 @@ def model_uncertainty(p: Tensor) -> Tensor:
         # be of numbers of size 1, whose float32 has no digit left at 1e-7.
         mean = part.mean(0)
         x = torch.where(mean > 0, (part - mean) / mean, 0.0)
-        total += (mean * (torch.special.xlog1py(1 + x, x) - x)).mean(0).sum(-1)
+        # Where p is 0, and x -1, the product is 0 whatever finite logarithm stands there.
+        excess = (1 + x) * x.clamp_min(-1 + 2**-24).log1p() - x
+        total += (mean * excess).mean(0).sum(-1)
     return total.clamp_min(0).float()
 
 
