@@ -53,7 +53,7 @@ def config_of(data, *overrides):
         "clusters": {"groups_file": str(data / "groups.json"), "top_k": 10},
         "specialists": {"steps": 3, "batch_size": 32, "learning_rate": 0.01, "dustbin_rows": 50},
         "controls": {"enabled": False},
-        "students": {"main": {"steps": 1, "batch_size": 64, "temperature": 2.0}},
+        "students": {"main": {"steps": 1, "batch_size": 64, "answers_mass": 0.5}},
         "launch": {"processes": 1, "pool": 1},
         "engine": {"device": "cpu"},
     }
@@ -134,7 +134,7 @@ def test_a_teacher_of_listed_classes_stores_the_same_answers(finished, sparsely)
         return read_json(place / "answers.json"), Stored(*map(np.copy, read))
 
     notes, rows = stored()
-    assert 40 < notes["mean_classes"] < CLASSES / 2
+    assert 40 < notes["mean_classes"] < 0.9 * CLASSES
     sparsely(finished, stage)
     again, others = stored()
     for key in ("num_classes", "mass", "temperature", "most", "samples", "fingerprint", "measured"):
@@ -147,5 +147,5 @@ def test_a_teacher_of_listed_classes_stores_the_same_answers(finished, sparsely)
     assert same.mean() > 0.99 and abs(others.counts - rows.counts).max() <= 1
     width = min(rows.indices.shape[2], others.indices.shape[2])
     alike = (others.indices[..., :width] == rows.indices[..., :width])[same]
-    assert alike.mean() > 0.99
+    assert alike.mean() > 0.98
     np.testing.assert_allclose(others.log_tail[same], rows.log_tail[same], rtol=2e-3)
