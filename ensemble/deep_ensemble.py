@@ -105,7 +105,10 @@ class DeepEnsemble(NetworkEnsemble):
 
     def probabilities(self, inputs: Inputs) -> Tensor:
         """[B, C] for inputs that `read` can read."""
-        log_p = self.member_log_probabilities(self.read(inputs))
+        return self.joined(self.member_log_probabilities(self.read(inputs)))
+
+    def joined(self, log_p: Tensor) -> Tensor:
+        """The mean of the networks' distributions, log p [M, B, C] -> p [B, C]."""
         if self.order == ARITHMETIC:
             return log_p.exp().mean(0)
         return generalised_mean(log_p, self.order).exp()

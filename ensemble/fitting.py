@@ -63,6 +63,42 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
+def fit_temperature_by_slopes(slopes: Callable[[float], tuple[float, float]]) -> float:
+    """fit_temperature of examples that are too many to hold: each step passes over them anew.
+
+    Newton's method for the zero of the slope in log(1 / T), inside of a bracket that every step
+    makes smaller.
+
+    Parameters
+    ----------
+    slopes : callable
+        beta = 1 / T -> (slope, curvature) in beta of the mean NLL of softmax(beta z): the mean over
+        the examples of E[z] less z of the label, and of the variance of z.
+
+    Returns
+    -------
+    float
+        Within 1e-6 of its logarithm; at most WIDEST, or its inverse.
+    """
+    low, high = -math.log(WIDEST), math.log(WIDEST)
+    x = 0.0
+    for _ in range(40):
+        slope, curvature = slopes(math.exp(x))
+        if slope > 0:
+            high = x
+        else:
+            low = x
+        step = slope / (curvature * math.exp(x)) if curvature > 0 else math.inf
+        following = x - step
+        if not low < following < high:
+            following = (low + high) / 2
+        done = abs(following - x) < 1e-6
+        x = following
+        if done:
+            break
+    return math.exp(-x)
+
+
 def fit_shift(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarray) -> float:
     """b minimising the mean of - log softmax(logits + b on `classes`)[label].
 
@@ -83,8 +119,16 @@ def fit_shift(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarra
     """
     mask = torch.zeros(logits.shape[1], dtype=torch.bool)
     mask[torch.as_tensor(classes)] = True
-    log_odds = logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
-    fraction = float(mask[labels.cpu()].double().mean())
+    return fit_shift_to_odds(log_odds(logits, mask), float(mask[labels.cpu()].double().mean()))
+
+
+def log_odds(logits: Tensor, mask: Tensor) -> Tensor:
+    """log of the odds of the classes in the mask, bool [C], against the others: float64 [n]."""
+    return logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
+
+
+def fit_shift_to_odds(log_odds: Tensor, fraction: float) -> float:
+    """`fit_shift` from the log-odds of `classes`, [n], and their fraction of the labels."""
     low, high = -64.0, 64.0
     for _ in range(60):
         middle = (low + high) / 2

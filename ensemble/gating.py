@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -123,6 +124,39 @@ def _limit(active: Tensor, p_general: Tensor, groups: ClassGroups, limit: int) -
         mass[rows, m] = p_general[crowded[rows][:, None], classes].sum(1)
     kept = mass.sort(dim=1, descending=True, stable=True).indices[:, :limit]
     active[crowded] = torch.zeros_like(active[crowded]).scatter_(1, kept, True)
+
+
+def most_active(groups: ClassGroups, n: int, max_specialists: int | None) -> int:
+    """How many specialists a row has at most."""
+    of_class = holders_of(groups, torch.device("cpu")).shape[1]
+    most = min(len(groups.members), n * of_class)
+    return most if max_specialists is None else min(most, max_specialists)
+
+
+def asked_specialists(active: Tensor, most: int) -> Tensor:
+    """The numbers of each row's active specialists, ascending, then -1: int32 [B, most].
+
+    active: bool [B, M].  Of thousands of groups a row of it is long, and nearly all of it is False.
+    """
+    row, specialist = active.nonzero(as_tuple=True)
+    first = active.sum(1).cumsum(0) - active.sum(1)
+    place = torch.arange(len(row), device=row.device) - first[row]
+    asked = torch.full((len(active), most), -1, dtype=torch.int32, device=active.device)
+    asked[row, place] = specialist.int()
+    return asked
+
+
+def classes_of_active(groups: ClassGroups, active: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, classes), int64 [n] each: every class of every active group of each row."""
+    device = active.device
+    classes = torch.from_numpy(np.concatenate(groups.members)).to(device)
+    sizes = torch.from_numpy(groups.sizes).to(device)
+    row, specialist = active.nonzero(as_tuple=True)
+    count = sizes[specialist]
+    begins = (sizes.cumsum(0) - sizes)[specialist]
+    place = torch.arange(int(count.sum()), device=device)
+    place = place - (count.cumsum(0) - count).repeat_interleave(count)
+    return row.repeat_interleave(count), classes[begins.repeat_interleave(count) + place]
 
 
 _tables: dict[tuple[int, str], tuple[weakref.ref, Tensor]] = {}

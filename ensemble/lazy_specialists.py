@@ -1,4 +1,4 @@
-"""Specialists that are loaded when first needed."""
+"""Specialists that are loaded when they are needed; of those that are, so many are held."""
 
 import threading
 from collections import OrderedDict
@@ -7,18 +7,31 @@ from pathlib import Path
 
 import torch
 
-from networks import Branch, Classifier, ModelSpec, build_classifier, load_branch, load_classifier
+from networks import (
+    Branch,
+    Classifier,
+    ModelSpec,
+    build_classifier,
+    load_branch,
+    load_classifier,
+    named_by,
+)
 from networks.builders import Builders
 
-from .sharing import share_storage
+from .sharing import own_bytes, share_storage
+
+# What is held of specialists where no number of them is given: their own tensors, without those
+# that are the generalist's.
+BYTES_HELD = 2**29
 
 
 class LazySpecialists(Mapping[int, Classifier | Branch]):
-    """Specialists by number, loaded when first needed.  Threads may share it.
+    """Specialists by number, loaded when they are needed.  Threads may share it.
 
-    load: makes one.  numbers: of those that there are.
-    cache: how many of the last used are kept; None is all.
-    loads: how often one was loaded.
+    load: makes one.  numbers: of those that there are.  generalist: whose tensors do not count.
+    cache: how many of the last used are kept; None is as many as `most_bytes` hold, at least one.
+    loads: how often one was loaded.  held_bytes: of the tensors of those that are kept.
+    fits: whether all that were ever loaded could be kept.
     """
 
     def __init__(
@@ -26,18 +39,26 @@ class LazySpecialists(Mapping[int, Classifier | Branch]):
         load: Callable[[int], Classifier | Branch],
         numbers: Iterable[int],
         cache: int | None = None,
+        generalist: Classifier | None = None,
+        most_bytes: int = BYTES_HELD,
     ):
         if cache is not None and cache < 1:
             raise ValueError(
-                f"cache = {cache}; at least 1 specialist must be held, or None for all"
+                f"cache = {cache}; at least 1 specialist must be held, or None for as many as "
+                f"{most_bytes:,} bytes hold"
             )
         self._load = load
         self._numbers = sorted(numbers)
         self._cache = cache
+        self._generalist = generalist
+        self._most_bytes = most_bytes
         self._loaded: OrderedDict[int, Classifier | Branch] = OrderedDict()
+        self._bytes: dict[int, int] = {}
         self._lock = threading.Lock()
         self._loading = {m: threading.Lock() for m in self._numbers}
         self.loads = 0
+        self.held_bytes = 0
+        self.fits = True
 
     def __contains__(self, m: object) -> bool:
         return m in self._loading
@@ -55,12 +76,26 @@ class LazySpecialists(Mapping[int, Classifier | Branch]):
                     self._loaded.move_to_end(m)
                     return self._loaded[m]
             specialist = self._load(m)
+            size = own_bytes(self._generalist, specialist)
             with self._lock:
                 self.loads += 1
                 self._loaded[m] = specialist
-                while self._cache is not None and len(self._loaded) > self._cache:
-                    self._loaded.popitem(last=False)
+                self._bytes[m] = size
+                self.held_bytes += size
+                self._let_go()
             return specialist
+
+    def _let_go(self) -> None:
+        """Of those that were not asked for longest, until the rest is within the bound."""
+        while len(self._loaded) > 1 and self._is_full():
+            oldest, _ = self._loaded.popitem(last=False)
+            self.held_bytes -= self._bytes.pop(oldest)
+            self.fits = False
+
+    def _is_full(self) -> bool:
+        if self._cache is not None:
+            return len(self._loaded) > self._cache
+        return self.held_bytes > self._most_bytes
 
 
 def specialist_folder(root: Path, m: int) -> Path:
@@ -86,13 +121,16 @@ def load_specialist(
     """
     if ModelSpec.load(folder / "model.json").head["kind"] == "branch":
         with _building:
-            return load_branch(folder, device, builders)
+            branch = load_branch(folder, device, builders)
+        branch.spec = named_by(branch.spec, generalist.spec)
+        return branch
     if shared:
         specialist = _load_partly(folder, generalist, shared, builders).to(device).eval()
     else:
         with _building:
             specialist = load_classifier(folder, device, builders)
     share_storage(generalist, specialist)
+    specialist.spec = named_by(specialist.spec, generalist.spec)
     return specialist
 
 

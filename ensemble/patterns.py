@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -167,8 +168,14 @@ class SharedIndex(PatternIndex):
         small = np.repeat(np.arange(len(sizes) - large), sizes[large:])
         self.of_small = torch.zeros(len(small), len(sizes) - large, dtype=dtype, device=device)
         self.of_small[torch.arange(len(small)), torch.from_numpy(small)] = 1
-        self.outside_all = torch.ones(num_classes, dtype=dtype, device=device)
-        self.outside_all[self.classes[0]] = 0
+        self._dtype, self._num_classes = dtype, num_classes
+
+    @cached_property
+    def outside_all(self) -> Tensor:
+        """[C], 0 at the union, else 1.  Sparse rows do without it."""
+        outside = torch.ones(self._num_classes, dtype=self._dtype, device=self.classes.device)
+        outside[self.classes[0]] = 0
+        return outside
 
     def read(self, special: SpecialistPredictions, rows: Tensor | None) -> SpecialRows:
         parts = special.side_by_side(self.specialists, rows)

@@ -99,6 +99,30 @@ class SpecialistPredictions:
         return table[table_rows.gather(1, slots)]
 
 
+class TabledPredictions(SpecialistPredictions):
+    """The same of specialists whose predictions stand one under the other already.
+
+    table: [T, widest |S_m| + 1], padded with zeros.  rows: int64 [B, M], where in it specialist m's
+    prediction about row b is; read where m is active alone.  sizes: |S_m| of each.
+    """
+
+    def __init__(self, table: Tensor, rows: Tensor, sizes: np.ndarray):
+        super().__init__([], [], len(rows), table.device)
+        self.width = table.shape[1]
+        self._sizes = sizes
+        self._tabled = table, rows
+
+    def side_by_side(self, specialists: tuple[int, ...], rows: Tensor | None) -> list[Tensor]:
+        table, places = self._tabled
+        chosen = places if rows is None else places[rows]
+        return [table[chosen[:, m], : int(self._sizes[m]) + 1] for m in specialists]
+
+    def padded(self, slots: Tensor, rows: Tensor | None) -> Tensor:
+        table, places = self._tabled
+        chosen = places if rows is None else places[rows]
+        return table[chosen.gather(1, slots)]
+
+
 def as_probabilities(values: object, name: str) -> Tensor:
     """A tensor of a tensor, an array or lists of numbers.  ValueError, with the name, for others.
 

@@ -30,6 +30,21 @@ def share_storage(generalist: nn.Module, specialist: nn.Module) -> None:
             tensor.data = common[name]
 
 
+def own_bytes(generalist: nn.Module | None, specialist: nn.Module) -> int:
+    """Bytes of the specialist's tensors, without memory that is the generalist's."""
+    known = set() if generalist is None else {_address(x) for x in _tensors(generalist)}
+    own = {_address(x): x.nbytes for x in _tensors(specialist)}
+    return sum(size for address, size in own.items() if address not in known)
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _address(x: Tensor) -> tuple[torch.device, int]:
+    return x.device, x.data_ptr()
+
+
 def shared_prefix(generalist: Classifier, specialist: Classifier) -> int:
     """How many leading blocks of the trunks do the same, tensor for tensor.
 

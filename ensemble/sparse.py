@@ -13,6 +13,7 @@ from .combine import TOLERANCE, Problem, combine_rows
 from .predictions import (
     SUM_TOLERANCE,
     SpecialistInput,
+    SpecialistPredictions,
     Weights,
     checked_active,
     checked_weights,
@@ -68,16 +69,35 @@ def combine_kl_sparse(
     active = checked_active(active, p_special, rows, groups, values.device)
     weights = checked_weights(weights, len(groups.members), values.device)
     special = read_predictions(p_special, groups, active, work, dtype)
+    values, tail = join_listed(indices, values, tail, special, groups, active, weights)
+    return indices, values, tail
+
+
+def join_listed(
+    indices: Tensor,
+    values: Tensor,
+    tail: Tensor,
+    special: SpecialistPredictions,
+    groups: ClassGroups,
+    active: Tensor,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(values [B, k], tail [B]) of q, of arguments that are read already.
+
+    special, active, weights: as SpecialistPredictions, checked_active and checked_weights give
+    them.
+    """
+    dtype, k = values.dtype, values.shape[1]
+    work = working_dtype(dtype)
     ascending, position = _sorted(indices.long())
     _check_indices(ascending, groups.num_classes)
-
     classes_per_column = torch.ones(1, k + 1, dtype=work, device=values.device)
     classes_per_column[0, -1] = groups.num_classes - k
     layout = SparseLayout(ascending, position, classes_per_column)
     problem = Problem(groups, special, weights, dtype, TOLERANCE[work], layout)
     p_general = torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work)
     q = combine_rows(problem, p_general, active).to(dtype)
-    return indices, q[:, :-1], q[:, -1]
+    return q[:, :-1], q[:, -1]
 
 
 class SparseLayout:

@@ -4,7 +4,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -29,10 +29,12 @@ from networks.cutting import Cut, cut_at
 from networks.reading import Inputs
 
 from .choices import check_combiner, combiner
+from .gating import asked_specialists, most_active
 from .gating import gate as open_gate
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
+from .listed_ensemble import SPARSE_FROM, ListedAnswers, Wanted, ask_in_blocks
 from .predictions import Weights, softmax
-from .ranking import Prediction, top_predictions
+from .ranking import Prediction, listed_predictions, top_predictions
 from .rows_on_shortlist import (
     branch_on_shortlist,
     has_every_row,
@@ -96,6 +98,9 @@ class SpecialistEnsemble:
         these the generalist stands (combine_kl_on_shortlist).  None is every class.
     device : str or torch.device, optional
         None is the generalist's.
+    sparse : bool, optional
+        Whether `predict`, and the stages, take rows without C numbers each (`ask_in_blocks`).  None
+        is from SPARSE_FROM classes on, where eq. 5 joins all classes.
 
     Attributes
     ----------
@@ -131,6 +136,7 @@ class SpecialistEnsemble:
         allow_missing: bool = False,
         device: str | torch.device | None = None,
         shortlist: int | None = None,
+        sparse: bool | None = None,
     ):
         count = len(groups.members)
         missing = sorted(set(range(count)) - set(specialists) - set(skipped))
@@ -153,6 +159,12 @@ class SpecialistEnsemble:
         self.max_specialists = max_specialists
         self.combine = combine
         self.shortlist = shortlist
+        can_be_sparse = combine == "kl" and shortlist is None
+        if sparse and not can_be_sparse:
+            raise ValueError('sparse rows are joined by combine = "kl" over all classes alone')
+        if sparse is None:
+            sparse = can_be_sparse and groups.num_classes >= SPARSE_FROM
+        self.is_sparse = sparse
         self.temperatures = _checked_temperatures(temperatures, 1 + count)
         self.weights = weights
         self.skipped = sorted(skipped)
@@ -162,10 +174,11 @@ class SpecialistEnsemble:
         self.class_names = list(generalist.spec.class_names)
         self.runs: Counter[str | int | tuple[str, int]] = Counter()
         self._prefixes: weakref.WeakKeyDictionary[Classifier, int] = weakref.WeakKeyDictionary()
+        self._depths: set[int] = set()  # where copies part from the generalist
         self._cut: Cut | None = None  # where branches part from the generalist
         if isinstance(specialists, dict):
             for specialist in specialists.values():
-                self._learn_cut(specialist.spec)
+                self.learn_cut(specialist.spec)
         self._lock = threading.Lock()
         self.finished: bool | None = None
         self.functions: Mapping[str, Callable] = {}
@@ -196,6 +209,7 @@ class SpecialistEnsemble:
         allow_missing: bool = False,
         builders: Builders | None = None,
         shortlist: int | None = None,
+        sparse: bool | None = None,
     ) -> "SpecialistEnsemble":
         """The ensemble of a run directory or of an exported bundle.
 
@@ -207,8 +221,11 @@ class SpecialistEnsemble:
         device : str or torch.device
         gate, max_specialists, shortlist : int, optional
             None takes what ensemble.json says (else 1, no limit, and every class).
+        sparse : bool, optional
+            As the constructor has it.
         cache : int, optional
-            How many specialists are held at a time.  None is all.
+            How many specialists are held at a time.  None is as many as
+            `lazy_specialists.BYTES_HELD` hold.
         allow_missing : bool
             Go on without specialists that are missing.
         builders : dict of callables, optional
@@ -251,7 +268,7 @@ class SpecialistEnsemble:
         ]
         ensemble = cls(
             generalist,
-            LazySpecialists(load_one, numbers, cache),
+            LazySpecialists(load_one, numbers, cache, generalist),
             groups,
             gate=gate,
             max_specialists=max_specialists,
@@ -262,11 +279,12 @@ class SpecialistEnsemble:
             allow_missing=allow_missing,
             device=device,
             shortlist=shortlist,
+            sparse=sparse,
         )
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
         for m in numbers[:1]:
-            ensemble._learn_cut(ModelSpec.load(specialist_folder(root, m) / "model.json"))
+            ensemble.learn_cut(ModelSpec.load(specialist_folder(root, m) / "model.json"))
         return ensemble
 
     def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
@@ -323,8 +341,46 @@ class SpecialistEnsemble:
         list of dicts
             Per row {classes, names, probabilities, specialists}.
         """
-        output = self.forward_with_details(self.read(inputs))
+        raw = self.read(inputs)
+        if self.is_sparse:
+            return [
+                each
+                for part in self.ask_in_blocks(raw, Wanted(top))
+                for each in self._best(part, top)
+            ]
+        output = self.forward_with_details(raw)
         return top_predictions(output.q, self.class_names, top, output.active)
+
+    def _best(self, answers: ListedAnswers, top: int) -> list[Prediction]:
+        q = answers.join(self.weights)
+        return listed_predictions(q, self.class_names, top, answers.active)
+
+    def ask_in_blocks(
+        self, inputs: RawInputs, wanted: Wanted, also: Tensor | None = None
+    ) -> Iterator[ListedAnswers]:
+        """What everybody says about many rows, a part of them after the other.
+
+        It takes no row of C numbers each, and wakes a specialist once for all rows that need it;
+        listed_ensemble.ask_in_blocks says what it is given.
+        """
+        return ask_in_blocks(self, torch.as_tensor(inputs), wanted, also)
+
+    def asked(self, active: Tensor) -> Tensor:
+        """The numbers of the specialists that are active in each row, then -1: int32 [B, most]."""
+        return asked_specialists(active, most_active(self.groups, self.gate, self.max_specialists))
+
+    @torch.no_grad()
+    def gated(self, inputs: RawInputs) -> Tensor:
+        """The specialists that each row needs, bool [B, M]; the generalist alone is run."""
+        raw = torch.as_tensor(inputs).to(self.device)
+        logits = self.generalist.head(self.run_trunk(raw)[0])
+        self.count("trunk")
+        return self.open_gate(softmax(logits, 1.0))
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether specialists correct the generalist's logits."""
+        return self._cut is not None
 
     def forward_with_details(self, inputs: RawInputs) -> EnsembleOutput:
         """The generalist's probabilities, the combined ones, and the specialists that were run.
@@ -373,23 +429,23 @@ class SpecialistEnsemble:
         special[m] is (rows, logits), or None.
         """
         raw = torch.as_tensor(inputs).to(self.device)
-        features, reached, at_cut = self._run_trunk(raw)
+        features, reached, at_cut = self.run_trunk(raw)
         logits = self.generalist.head(features)
-        self._count("trunk")
-        active = self._open_gate(softmax(logits, 1.0))
+        self.count("trunk")
+        active = self.open_gate(softmax(logits, 1.0))
         special: SpecialRows = [None] * len(self.groups.members)
         general: GeneralOutput | None = None  # what branches read of it
         for m in active.any(0).nonzero()[:, 0].tolist():
             rows = active[:, m].nonzero()[:, 0]
             specialist = self.specialists[m]
             if isinstance(specialist, Branch):
-                self._check_group(m, specialist)
+                self.check_group(m, specialist)
                 general = general or GeneralOutput.of(logits)
                 own_and_rest = general.own_and_rest(specialist.classes, rows)
                 special[m] = rows, specialist(at_cut[rows], *own_and_rest)
-                self._count(m)
+                self.count(m)
             else:
-                features = self._features_of(m, specialist, raw, rows, reached)
+                features = self.features_of(m, specialist, raw, rows, reached)
                 special[m] = rows, specialist.head(features)
         return logits, special, active
 
@@ -401,23 +457,23 @@ class SpecialistEnsemble:
         """
         assert self.shortlist is not None
         raw = torch.as_tensor(inputs).to(self.device)
-        features, reached, at_cut = self._run_trunk(raw)
+        features, reached, at_cut = self.run_trunk(raw)
         logits = self.generalist.head(features)
-        self._count("trunk")
+        self.count("trunk")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         p = softmax(logits, 1.0)
-        active = self._open_gate(p)
+        active = self.open_gate(p)
         general, indices = top_k(logits, self.shortlist, ordered=False)
         parts: list[Part] = []
         for m in active.any(0).nonzero()[:, 0].tolist():
             rows = active[:, m].nonzero()[:, 0]
             specialist, listed = self.specialists[m], indices[rows]
             if isinstance(specialist, Branch):
-                self._check_group(m, specialist)
+                self.check_group(m, specialist)
                 own, inside = branch_on_shortlist(specialist, at_cut[rows], general[rows], listed)
-                self._count(m)
+                self.count(m)
             else:
-                x = self._features_of(m, specialist, raw, rows, reached)
+                x = self.features_of(m, specialist, raw, rows, reached)
                 classes = torch.tensor(self.groups.members[m], device=self.device)
                 places = places_on(specialist.head, classes, listed)
                 inside = places.inside
@@ -429,7 +485,7 @@ class SpecialistEnsemble:
             p_general = softmax(logits, self.temperatures[0])
         return Asked.of(p_general, indices, Slots.of(active), active, parts)
 
-    def _open_gate(self, p_general: Tensor) -> Tensor:
+    def open_gate(self, p_general: Tensor) -> Tensor:
         return open_gate(p_general, self.groups, self.gate, self.max_specialists, self.available)
 
     def multiplications(self, active: Tensor) -> float:
@@ -446,12 +502,14 @@ class SpecialistEnsemble:
             The generalist's multiplications and those of the specialists that were asked, without
             the blocks that they share with it.
         """
+        return self.mean_multiplications(active.sum(0).cpu().numpy(), len(active))
+
+    def mean_multiplications(self, times: np.ndarray, rows: int) -> float:
+        """The same, of how many of so many rows asked each specialist, int [M]."""
         raw = self.generalist.zero_input()
         total = float(multiplications(self.generalist, raw))
-        asked = active.float().mean(0).tolist()
-        for m, share in enumerate(asked):
-            if share:
-                total += share * self._own_multiplications(m, raw)
+        for m in np.flatnonzero(times).tolist():
+            total += float(np.float32(times[m] / rows)) * self._own_multiplications(m, raw)
         return total
 
     def parameters(self) -> int:
@@ -462,7 +520,7 @@ class SpecialistEnsemble:
     def _own_multiplications(self, m: int, raw: Tensor) -> int:
         """Those of specialist m beside the generalist's."""
         specialist = self.specialists[m]
-        _, reached, at_cut = self._run_trunk(raw)
+        _, reached, at_cut = self.run_trunk(raw)
         if isinstance(specialist, Branch):
             own = torch.zeros(1, len(specialist.classes), device=self.device)
             return multiplications(specialist, at_cut, own, own[:, 0])
@@ -477,7 +535,7 @@ class SpecialistEnsemble:
             rows = rows_asked(specialist.head, self.shortlist)
         return multiplications(end, x) + rows * features.shape[1]
 
-    def _run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
+    def run_trunk(self, raw: Tensor) -> tuple[Tensor, dict[int, Tensor], Tensor]:
         """The generalist's features, and what it has on the way.
 
         That is what it has after as many blocks as a copy shares, where one is known to do so, and
@@ -490,7 +548,7 @@ class SpecialistEnsemble:
             return features, {0: x, len(blocks(self.generalist.trunk)): features}, at_cut
         trunk = blocks(self.generalist.trunk)
         with self._lock:
-            depths = {len(trunk), *self._prefixes.values()}
+            depths = {len(trunk), *self._depths}
         x = self.generalist.preprocess(raw)
         reached = {0: x}
         for depth, block in enumerate(trunk, 1):
@@ -499,7 +557,7 @@ class SpecialistEnsemble:
                 reached[depth] = x
         return x, reached, x
 
-    def _features_of(
+    def features_of(
         self,
         m: int,
         specialist: Classifier,
@@ -510,8 +568,11 @@ class SpecialistEnsemble:
         """What specialist m's head reads of the rows, from where the generalist's blocks end."""
         shared = self._prefix(m, specialist)
         if shared >= 0:
-            nearest = max(depth for depth in reached if depth <= shared)
-            x = reached[nearest][rows]
+            nearest = max((depth for depth in reached if depth <= shared), default=0)
+            if nearest in reached:
+                x = reached[nearest][rows]
+            else:
+                x = self.generalist.preprocess(raw[rows])
             for block in blocks(self.generalist.trunk)[nearest:shared]:
                 x = block(x)
         else:
@@ -519,9 +580,9 @@ class SpecialistEnsemble:
         own = blocks(specialist.trunk)[max(shared, 0) :]
         for block in own:
             x = block(x)
-        self._count(m)
+        self.count(m)
         if own:
-            self._count(("trunk", m))
+            self.count(("trunk", m))
         return x
 
     def _prefix(self, m: int, specialist: Classifier) -> int:
@@ -530,13 +591,14 @@ class SpecialistEnsemble:
             known = self._prefixes.get(specialist)
         if known is not None:
             return known
-        self._check_group(m, specialist)
+        self.check_group(m, specialist)
         length = shared_prefix(self.generalist, specialist.eval())
         with self._lock:
             self._prefixes[specialist] = length
+            self._depths.add(length)
         return length
 
-    def _check_group(self, m: int, specialist: Specialist) -> None:
+    def check_group(self, m: int, specialist: Specialist) -> None:
         classes = specialist.spec.head.get("members")
         if classes is not None and list(classes) != self.groups.members[m].tolist():
             raise ValueError(
@@ -544,12 +606,12 @@ class SpecialistEnsemble:
                 "the groups are not this run's"
             )
 
-    def _learn_cut(self, spec: ModelSpec) -> None:
+    def learn_cut(self, spec: ModelSpec) -> None:
         """Note where a specialist, if it is a branch, parts from the generalist."""
         if spec.head["kind"] == "branch" and self._cut is None:
             self._cut = cut_at(self.generalist.trunk, spec.head["blocks"])
 
-    def _count(self, name: str | int | tuple[str, int]) -> None:
+    def count(self, name: str | int | tuple[str, int]) -> None:
         with self._lock:
             self.runs[name] += 1
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .reading import read_inputs
     from .residual_row import ResidualRow, fit_residual_row
     from .sizing import count_multiplications, scale, widened_to
-    from .spec import InputSpec, ModelSpec
+    from .spec import InputSpec, ModelSpec, named_by
     from .specialising import specialise
     from .widening import widen
 
@@ -37,6 +37,7 @@ _MODULE_OF = {
     "load_branch": "branches",
     "InputSpec": "spec",
     "ModelSpec": "spec",
+    "named_by": "spec",
     "PictureRules": "pictures",
     "read_picture": "pictures",
     "read_inputs": "reading",
@@ -110,6 +111,7 @@ __all__ = [
     "member_log_probabilities",
     "merge_grown_head",
     "multiplications",
+    "named_by",
     "parameter_count",
     "read_inputs",
     "read_picture",

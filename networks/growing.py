@@ -160,6 +160,11 @@ def remap_specialist(specialist: Classifier, generalist: Classifier) -> Classifi
     spec, head = specialist.spec, specialist.head
     if spec.head["kind"] != "dustbin":
         raise ValueError("this network is no specialist: it has no dustbin")
+    if not spec.class_names:
+        raise ValueError(
+            "the specialist's file leaves the classes' names to its generalist's; give it them: "
+            "specialist.spec = named_by(specialist.spec, generalist.spec)"
+        )
     assert isinstance(head, (nn.Linear, DustbinHead))
     new_class = match_classes(spec.class_names, generalist.spec.class_names)
     described = dict(spec.head)

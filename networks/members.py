@@ -180,7 +180,11 @@ def mean_log_probabilities(classifier: Callable[[Tensor], Tensor], raw: Tensor) 
     Tensor [B, C]
         At least float32.
     """
-    log_p = member_log_probabilities(classifier, raw)
+    return mean_of_members(member_log_probabilities(classifier, raw))
+
+
+def mean_of_members(log_p: Tensor) -> Tensor:
+    """The log of the arithmetic mean of probabilities, [K, B, C] -> [B, C]."""
     return log_p.logsumexp(0) - math.log(len(log_p))
 
 

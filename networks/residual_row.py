@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .linear_logits import LinearLogits
 
+BLOCK = 8192  # examples that are in float64 at a time
 RIDGE = 1e-4  # of the mean squared feature: there may be fewer examples than features
 
 
@@ -60,28 +61,35 @@ def fit_residual_row(
     ValueError
         Where no class is left without a row, or there are fewer than four examples.
     """
-    x = features.double()
     others = torch.ones(len(head.weight), dtype=torch.bool, device=head.weight.device)
-    own = _indices(classes, x.device)
-    near = _indices(kept, x.device)
+    own = _indices(classes, features.device)
+    near = _indices(kept, features.device)
     others[own] = others[near] = False
-    if not others.any() or len(x) < 4:
+    if not others.any() or len(features) < 4:
         raise ValueError(
-            f"a row for {int(others.sum())} classes cannot be fitted to {len(x)} examples"
+            f"a row for {int(others.sum())} classes cannot be fitted to {len(features)} examples"
         )
-    inside = _log_sum(head, features, own)
-    outside_kept = _log_sum(head, features, near)
-    rest = _log_sum(head, features, others.nonzero()[:, 0])
+    left = others.nonzero()[:, 0]
+    sums = [_sums_of(head, block, own, near, left) for block in features.split(BLOCK)]
+    inside, outside_kept, rest = (torch.cat(each) for each in zip(*sums, strict=True))
     dustbin = torch.logaddexp(outside_kept, rest)
     p = torch.sigmoid(dustbin - inside)
     weights = p * (1 - p) * (rest - dustbin).exp() ** 2
-    half = torch.arange(len(x), device=x.device) % 2 == 0
-    row = _least_squares(x[half], rest[half], weights[half])
-    error = (x @ row[:-1] + row[-1] - rest)[~half]
+    half = torch.arange(len(features), device=features.device) % 2 == 0
+    row = _least_squares(features[half], rest[half], weights[half])
+    error = torch.cat([x.double() @ row[:-1] + row[-1] for x in features.split(BLOCK)]) - rest
+    error = error[~half]
     fitted = torch.logaddexp(outside_kept[~half], rest[~half] + error)
     kl = _binary_kl((dustbin - inside)[~half], fitted - inside[~half])
-    row = _least_squares(x, rest, weights).to(head.weight)
+    row = _least_squares(features, rest, weights).to(head.weight)
     return ResidualRow(row[:-1], row[-1], float(kl.mean()), float(error.square().mean().sqrt()))
+
+
+def _sums_of(
+    head: nn.Linear, x: Tensor, own: Tensor, near: Tensor, left: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum-exp of the logits of three parts of the classes, float64 [n] each."""
+    return _log_sum(head, x, own), _log_sum(head, x, near), _log_sum(head, x, left)
 
 
 def _indices(classes: Iterable[int], device: torch.device) -> Tensor:
@@ -99,13 +107,25 @@ def _log_sum(head: nn.Linear, features: Tensor, classes: Tensor) -> Tensor:
 
 
 def _least_squares(x: Tensor, y: Tensor, weights: Tensor) -> Tensor:
-    """[D + 1], the bias last, which the ridge leaves alone."""
+    """[D + 1] in float64, the bias last, which the ridge leaves alone.
+
+    x: [n, D] in the network's type, of which a block at a time is in float64.
+    """
     weights = weights / weights.sum().clamp_min(1e-300)
-    mean_x, mean_y = weights @ x, weights @ y
-    centred = x - mean_x
-    ridge = RIDGE * centred.square().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    scaled = centred * weights[:, None]
-    slope = torch.linalg.solve(scaled.T @ centred + ridge, scaled.T @ (y - mean_y))
+    blocks = list(zip(*(each.split(BLOCK) for each in (x, y, weights)), strict=True))
+    size = x.shape[1]
+    mean_x, mean_y = y.new_zeros(size), weights @ y
+    for rows, _, w in blocks:
+        mean_x = mean_x + w @ rows.double()
+    matrix, right, squares = y.new_zeros(size, size), y.new_zeros(size), y.new_zeros(())
+    for rows, of_rows, w in blocks:
+        centred = rows.double() - mean_x
+        scaled = centred * w[:, None]
+        matrix = matrix + scaled.T @ centred
+        right = right + scaled.T @ (of_rows - mean_y)
+        squares = squares + centred.square().sum()
+    ridge = RIDGE * squares / x.numel() * torch.eye(size, dtype=y.dtype, device=y.device)
+    slope = torch.linalg.solve(matrix + ridge, right)
     return torch.cat([slope, (mean_y - mean_x @ slope)[None]])
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -138,7 +138,8 @@ class ModelSpec:
     options : dict
         Keyword arguments of the builder; an option that is None takes the builder's default.
     class_names : tuple of str
-        Of the whole label set, also for a specialist.  By default "0", "1", ...
+        Of the whole label set, also for a specialist.  By default "0", "1", ...; the file of a
+        specialist leaves them to its generalist, and then they are ().
     head : dict
         {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": rows}.
         The rows say what the dustbin is made of:
@@ -185,25 +186,40 @@ class ModelSpec:
                 f"num_classes = {self.num_classes!r}: must be a whole number, at least 1"
             )
         put(self, "options", {key: v for key, v in self.options.items() if v is not None})
-        put(self, "class_names", tuple(map(str, self.class_names or range(self.num_classes))))
-        if len(self.class_names) != self.num_classes:
-            raise ValueError(
-                f"class_names has {len(self.class_names)} entries "
-                f"for num_classes = {self.num_classes}"
-            )
         put(self, "head", _checked_head(self.head, self.num_classes))
+        put(self, "class_names", self._checked_names())
         put(self, "members", _checked_members(self.members, self.head))
+
+    def _checked_names(self) -> tuple[str, ...]:
+        if not self.class_names and self.is_specialist:
+            return ()
+        names = self.class_names or tuple(map(str, range(self.num_classes)))
+        if len(names) != self.num_classes:
+            raise ValueError(
+                f"class_names has {len(names)} entries for num_classes = {self.num_classes}"
+            )
+        # One tuple serves all networks that share it: of many classes it is megabytes.
+        if isinstance(names, tuple) and all(type(name) is str for name in names):
+            return names
+        return tuple(map(str, names))
+
+    @property
+    def is_specialist(self) -> bool:
+        """Whether it answers about some classes and a dustbin."""
+        return self.head["kind"] != "linear"
 
     @property
     def num_outputs(self) -> int:
         """Width of the logits: every class, or a specialist's classes and the dustbin."""
-        if self.head["kind"] == "linear":
+        if not self.is_specialist:
             return self.num_classes
         return len(self.head["members"]) + 1
 
     def to_json(self) -> str:
         values = {"schema": SCHEMA} | asdict(self)
         values["input"] = self.input.as_json()
+        if self.is_specialist:
+            del values["class_names"]  # thousands of specialists would repeat the generalist's
         if self.members is None:
             del values["members"]  # a plain network's file is what it was before there were members
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
@@ -238,6 +254,19 @@ class ModelSpec:
             raise ValueError(f"{path}: cannot be read: {reason}") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+
+
+def named_by(specialist: ModelSpec, generalist: ModelSpec) -> ModelSpec:
+    """A specialist's spec with the generalist's names of the classes, which are held once.
+
+    Raises ValueError where the two are of label sets of different sizes.
+    """
+    if specialist.num_classes != generalist.num_classes:
+        raise ValueError(
+            f"the specialist is of {specialist.num_classes} classes, "
+            f"the generalist of {generalist.num_classes}"
+        )
+    return replace(specialist, class_names=generalist.class_names)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -43,6 +43,7 @@ class Session:
         self.config = run.config
         self.losses = LostSamples()
         self._shards: dict[str, ShardSet] = {}
+        self._kept: dict[tuple, np.ndarray] = {}
 
     def shards(self, split: str) -> ShardSet:
         """The train, val, test, transfer or ood split.
@@ -106,13 +107,15 @@ class Session:
         shards: ShardSet,
         measure: Callable[[Batch], dict[str, Tensor]],
         ids: np.ndarray | None = None,
+        rows: int | None = None,
     ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards.
 
-        ids: only these examples, in this order.  Every rank returns the whole, "ids" among it;
+        ids: only these examples, in this order.  rows: of a batch, at most; by default as many as
+        have PROBABILITIES_IN_MEMORY.  Every rank returns the whole, "ids" among it;
         corrupt examples are absent where data.damage = skip allows it.
         """
-        stream = MeasuringStream(shards, measuring_batch(self.num_classes), ids=ids)
+        stream = MeasuringStream(shards, rows or measuring_batch(self.num_classes), ids=ids)
         rows, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
         with torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
@@ -131,6 +134,12 @@ class Session:
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         order = np.argsort(joined["ids"], kind="stable")
         return {key: value[order] for key, value in joined.items()}
+
+    def kept(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """What `make` gives, made once for all stages of this process that have the same key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def augmentation(self, student: ResolvedStudent | None = None) -> Augment | None:
         """How training inputs are augmented, as [data] says, or a student for itself."""

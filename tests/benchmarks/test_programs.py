@@ -20,6 +20,7 @@ QUICK = [
     "benchmarks.clustering",
     "benchmarks.data",
     "benchmarks.head",
+    "benchmarks.many_specialists",
     "benchmarks.papers.diversity",
     "benchmarks.papers.hydra --regression",
     "benchmarks.papers.multiview",

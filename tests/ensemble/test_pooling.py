@@ -7,7 +7,8 @@ import torch
 
 from clustering.groups import ClassGroups
 from ensemble import COMBINERS, combine_kl, combiner, fit_temperatures, fit_weights
-from ensemble.fitting import fit_temperature
+from ensemble.fitting import fit_temperature, fit_temperature_by_slopes
+from ensemble.listed import logits_slopes
 from ensemble.pooling import arithmetic_mean, log_ratio_product, mixture_gating, reverse_kl
 
 F64 = torch.float64
@@ -150,6 +151,30 @@ def test_temperature_undoes_a_known_scaling():
     labels = torch.multinomial(torch.softmax(logits, 1), 1, generator=rng)[:, 0]
     assert fit_temperature(3 * logits, labels) == pytest.approx(3, rel=0.03)
     assert fit_temperature(logits[:0], labels[:0]) == 1.0
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 1.0, 5.0, 50.0])
+@pytest.mark.parametrize("right", ["drawn", "always", "never"])
+def test_a_temperature_fitted_in_passes_is_that_of_all_logits_at_once(scale, right):
+    rng = torch.Generator().manual_seed(1)
+    logits = torch.randn(300, 12, generator=rng)
+    labels = {
+        "drawn": torch.multinomial(torch.softmax(logits, 1), 1, generator=rng)[:, 0],
+        "always": logits.argmax(1),
+        "never": logits.argmin(1),
+    }[right]
+    passes = []
+
+    def slopes(beta):
+        passes.append(beta)
+        slope, curvature = logits_slopes(scale * logits, labels, beta)
+        return float(slope.mean()), float(curvature.mean())
+
+    fitted = fit_temperature_by_slopes(slopes)
+    assert fitted == pytest.approx(fit_temperature(scale * logits, labels), rel=5e-6)
+    assert len(passes) <= 26
+    if right == "drawn" and 0.1 < scale < 10:
+        assert len(passes) <= 9
 
 
 def test_specialists_temperatures_take_other_classes_for_the_dustbin():

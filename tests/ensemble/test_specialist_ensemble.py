@@ -22,7 +22,16 @@ from ensemble import (
     export_program,
     gate,
 )
-from networks import InputSpec, ModelSpec, build_classifier, save_classifier, specialise
+from ensemble.lazy_specialists import LazySpecialists, load_specialist, specialist_folder
+from ensemble.sharing import shared_names
+from networks import (
+    InputSpec,
+    ModelSpec,
+    build_classifier,
+    load_classifier,
+    save_classifier,
+    specialise,
+)
 
 CLASSES = 12
 GROUPS = ClassGroups([[0, 1, 2], [2, 3, 4, 5], [6, 7, 8], [9, 10]], CLASSES)
@@ -236,6 +245,52 @@ def test_a_bundle_is_smaller_and_predicts_alike(run, images, tmp_path_factory):
     whole = (run / "specialists/000/model.safetensors").stat().st_size
     assert (out / "specialists/000/model.safetensors").stat().st_size < whole
     assert not list(out.rglob("*.pt")) and not list(out.rglob("*.pkl"))
+
+
+def test_specialists_of_so_many_bytes_are_held_and_what_is_the_generalists_counts_nothing(
+    run, networks, images
+):
+    generalist = load_classifier(run / "generalist")
+
+    def load(m):
+        return load_specialist(specialist_folder(run, m), generalist, (), "cpu", None)
+
+    free = LazySpecialists(load, range(4), generalist=generalist)
+    sizes = []
+    for m in range(4):
+        before = free.held_bytes
+        own = load(m)
+        sizes.append(sum(x.nbytes for x in own.state_dict().values()))
+        shared = sum(own.state_dict()[n].nbytes for n in shared_names(generalist, own))
+        assert shared <= sizes[m]
+        _ = free[m]
+        held = free.held_bytes - before
+        # The classes of a dustbin's head are int64 and not saved; the norms have none.
+        assert sizes[m] - shared <= held <= sizes[m] - shared + 4096
+        sizes[m] = held
+    assert free.fits and free.loads == 4
+    tight = LazySpecialists(load, range(4), generalist=generalist, most_bytes=sum(sizes) - 1)
+    for m in (0, 1, 2, 3, 3, 0):
+        _ = tight[m]
+        assert tight.held_bytes < sum(sizes)
+    assert not tight.fits and tight.loads == 5  # the first was let go, and is read again
+    one = LazySpecialists(load, range(4), generalist=generalist, most_bytes=1)
+    assert [one[m] is not None for m in range(4)] and len(one._loaded) == 1
+
+
+def test_names_of_classes_are_written_with_the_generalist_alone_and_held_once(run, networks):
+    names = json.loads((run / "generalist/model.json").read_text())["class_names"]
+    for m in range(4):
+        path = run / f"specialists/{m:03d}/model.json"
+        assert "class_names" not in json.loads(path.read_text())
+    loaded = SpecialistEnsemble.load(run)
+    assert loaded.class_names == names
+    # An earlier version's file repeats them; they are the generalist's own all the same.
+    older = json.loads((run / "specialists/000/model.json").read_text()) | {"class_names": names}
+    (run / "specialists/000/model.json").write_text(json.dumps(older))
+    again = SpecialistEnsemble.load(run)
+    for m in range(4):
+        assert again.specialists[m].spec.class_names is again.generalist.spec.class_names
 
 
 def test_many_threads_get_the_same_predictions(run, images):

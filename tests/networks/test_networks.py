@@ -19,6 +19,7 @@ from networks import (
     freeze_norm,
     load_classifier,
     parameter_count,
+    residual_row,
     save_classifier,
     set_trainable,
     specialise,
@@ -303,6 +304,19 @@ def test_the_error_of_a_fitted_row_is_the_specialists_divergence_from_the_genera
         assert rest.kl == pytest.approx(float(kl), rel=0.2, abs=1e-7)
         errors.append(rest.kl)
     assert 0.1 > errors[0] > errors[1] > errors[2]
+
+
+def test_a_row_fitted_in_blocks_of_examples_is_that_of_all_at_once(monkeypatch):
+    torch.manual_seed(0)
+    head, x = torch.nn.Linear(6, 40), torch.randn(1000, 6)
+    with torch.no_grad():
+        whole = fit_residual_row(head, x, [0, 1], [2, 3])
+        monkeypatch.setattr(residual_row, "BLOCK", 64)
+        blocks = fit_residual_row(head, x, [0, 1], [2, 3])
+    torch.testing.assert_close(blocks.weight, whole.weight, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(blocks.bias, whole.bias, rtol=1e-6, atol=1e-7)
+    assert blocks.kl == pytest.approx(whole.kl, rel=1e-6)
+    assert blocks.rms == pytest.approx(whole.rms, rel=1e-6)
 
 
 def test_no_class_has_two_rows_in_a_dustbin():

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from networks.reading import InputReader
 from pipeline.config import UserError
@@ -22,7 +23,7 @@ from pipeline.graph import RunDirectory, open_run
 from pipeline.store import write_json
 from pipeline.usage import Parser
 
-from ..core.dense_logits import dense_log_probabilities
+from ..core.dense_logits import Asked, dense_log_probabilities
 from ..data.authoring.reporting import Report, list_corrupt, say
 from ..data.labels import NONE, printable, readings, settle_given
 from ..data.sources import Options, Source, open_source
@@ -210,15 +211,26 @@ def predict_all(
     for batch in in_batches(readable()):
         raw = torch.from_numpy(np.stack([array for _, array in batch])).to(device)
         numbers = [number for number, _ in batch]
-        with as_user_errors():  # a specialist is read when it is first needed
-            logits = dense_log_probabilities(predictor.probabilities(raw))
         labels = torch.from_numpy(classes[numbers]).to(device)
-        values = metrics_of_batch(logits.summary(TOP, labels), labels)
-        parts.append({key: value.cpu().numpy() for key, value in values.items()})
+        with as_user_errors():  # a specialist is read when it is first needed
+            for values in metrics_in_parts(predictor, raw, labels):
+                parts.append({key: value.cpu().numpy() for key, value in values.items()})
         keys += [source.keys[number] for number in numbers]
     if not parts:
         return Outcome([], {})
     return Outcome(keys, {key: np.concatenate([part[key] for part in parts]) for key in parts[0]})
+
+
+def metrics_in_parts(
+    predictor: Predictor, raw: Tensor, labels: Tensor
+) -> Iterator[dict[str, Tensor]]:
+    """What some rows after the other contribute to the metrics."""
+    if predictor.listed is None:
+        logits = dense_log_probabilities(predictor.probabilities(raw))
+        yield metrics_of_batch(logits.summary(TOP, labels), labels)
+        return
+    for q, _, own in predictor.listed.in_parts(raw, Asked(labels, (1.0,))):
+        yield metrics_of_batch(q.summary(TOP, own), own)
 
 
 # What is reported

@@ -31,10 +31,12 @@ from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 from pipeline.usage import Parser
 
+from ..core.dense_logits import ListedPredictor
 from ..data.authoring.reporting import Report
 from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
 from ..data.sources import Options, Source, is_shards, is_table, open_source
+from ..stages.evaluate import listed_predictor
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
 
@@ -65,13 +67,15 @@ class Predictor(NamedTuple):
     """An ensemble, or one network.
 
     predict: (raw inputs, top) -> {classes, names, probabilities, specialists} of each input, as
-    SpecialistEnsemble.predict gives them.  probabilities: raw inputs -> [B, C].
+    SpecialistEnsemble.predict gives them.  probabilities: raw inputs -> [B, C].  listed: of a label
+    set that is too large for rows of C numbers, else None.
     """
 
     spec: ModelSpec
     predict: Callable[[Tensor, int], list[Prediction]]
     has_specialists: bool
     probabilities: Callable[[Tensor], Tensor]
+    listed: ListedPredictor | None = None
 
 
 def main(argv: list[str]) -> int:
@@ -233,8 +237,11 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
             file=sys.stderr,
         )
     has_specialists = isinstance(ensemble, SpecialistEnsemble)
+    listed = None
+    if isinstance(ensemble, SpecialistEnsemble) and ensemble.is_sparse:
+        listed = listed_predictor(ensemble)
     return Predictor(
-        ensemble.generalist.spec, ensemble.predict, has_specialists, ensemble.probabilities
+        ensemble.generalist.spec, ensemble.predict, has_specialists, ensemble.probabilities, listed
     )
 
 

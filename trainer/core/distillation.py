@@ -6,6 +6,7 @@ B batch, C classes, K members of a student or a teacher, k classes that stored t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ensemble.listed import Listed
 from networks.gathered_rows import top_k
 from networks.linear_logits import LinearLogits, Targets
 
@@ -252,15 +254,39 @@ class TopKTargets(NamedTuple):
         least = min(least, most)
         values, indices = top_k(log_p.flatten(0, -2), most)
         values, indices = (each.unflatten(0, log_p.shape[:-1]) for each in (values, indices))
-        counts = _counts_holding(log_p, values, mass, temperature).clamp(least, most)
-        width = int(counts.max()) if counts.numel() else least
-        padding = torch.arange(width, device=counts.device) >= counts[..., None]
-        values = values[..., :width].masked_fill(padding, -torch.inf)
-        indices = torch.where(padding, indices[..., :1], indices[..., :width])
+
+        def log_sum(T: float) -> Tensor:
+            return _divided(log_p, T).logsumexp(-1)
+
+        counts = _counts_holding(log_sum, num_classes, values, mass, temperature)
+        values, indices, counts = _cut(values, indices, counts.clamp(least, most))
         log_tail = log_p.scatter(-1, indices, -torch.inf).logsumexp(-1)
-        if bool((counts == width).all()):
-            return cls(indices, values, log_tail, num_classes)
         return cls(indices, values, log_tail, num_classes, counts)
+
+    @classmethod
+    def holding_listed(
+        cls, q: Listed, mass: float, temperature: float = 1.0, least: int = 1, most: int = 1
+    ) -> TopKTargets:
+        """`holding` of rows that list some classes, of which the likeliest `most` are among them.
+
+        Of a finite temperature q has the sums at 1 / T.
+        """
+        values, places = top_k(q.z, min(most, q.values.shape[1]))
+        most, least = values.shape[1], min(least, values.shape[1])
+
+        def log_sum(T: float) -> Tensor:
+            return q.log_sum(1 / T)
+
+        counts = _counts_holding(log_sum, q.num_classes, values, mass, temperature)
+        values, places, counts = _cut(values, places, counts.clamp(least, most))
+        left = q.values.double().scatter(1, places, 0.0).sum(1) + q.tail
+        return cls(
+            q.indices.gather(1, places),
+            values.float(),
+            safe_log(left.float()),
+            q.num_classes,
+            counts,
+        )
 
     @property
     def others(self) -> int | Tensor:
@@ -328,17 +354,33 @@ class TopKTargets(NamedTuple):
         return targets, negative_entropy.sum(1)
 
 
-def _counts_holding(log_p: Tensor, largest: Tensor, mass: float, temperature: float) -> Tensor:
-    """How many of the `largest` of log p [..., C], in falling order, hold `mass` of it at T.
+def _cut(values: Tensor, indices: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(values, indices, counts) of rows that keep the first `counts` of theirs, as TopKTargets."""
+    width = int(counts.max()) if counts.numel() else 1
+    padding = torch.arange(width, device=counts.device) >= counts[..., None]
+    values = values[..., :width].masked_fill(padding, -torch.inf)
+    indices = torch.where(padding, indices[..., :1], indices[..., :width])
+    return values, indices, None if bool((counts == width).all()) else counts
 
-    Returns int64 [...], 1 more than there are in `largest` where they hold less.
+
+def _counts_holding(
+    log_sum: Callable[[float], Tensor],
+    num_classes: int,
+    largest: Tensor,
+    mass: float,
+    temperature: float,
+) -> Tensor:
+    """How many of the `largest` log p, in falling order, hold `mass` of p at T.
+
+    log_sum: T -> log of the sum of p^(1 / T) over all classes, [...].  Returns int64 [...], 1 more
+    than there are in `largest` where they hold less.
     """
     if mass >= 1:
-        return torch.full_like(largest[..., 0], log_p.shape[-1], dtype=torch.int64)
+        return torch.full_like(largest[..., 0], num_classes, dtype=torch.int64)
     if math.isinf(temperature):
-        count = math.ceil(mass * log_p.shape[-1])
+        count = math.ceil(mass * num_classes)
         return torch.full_like(largest[..., 0], count, dtype=torch.int64)
-    total = _divided(log_p, temperature).logsumexp(-1, keepdim=True)
+    total = log_sum(temperature)[..., None]
     held = (_divided(largest, temperature) - total).exp().cumsum(-1)
     return 1 + (held < mass).sum(-1)
 

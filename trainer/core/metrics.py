@@ -130,9 +130,17 @@ def model_uncertainty(p: Tensor) -> Tensor:
     It is the mutual information of class and member: 0 where all members agree, at most log K.
     Tran et al. 2020 average it over the data.
     """
-    p = p.double()  # values of 1e-5 are differences of entropies of size 1
-    information = torch.special.entr(p.mean(0)) - torch.special.entr(p).mean(0)
-    return information.sum(-1).clamp_min(0).float()
+    total = torch.zeros(p.shape[1], dtype=torch.float64, device=p.device)
+    for part in _class_blocks(p):
+        # With p = m (1 + x), m the mean: p log(p / m) - p + m = m ((1 + x) log(1 + x) - x), which
+        # is small where members agree, and p - m adds up to 0.  A difference of entropies would
+        # be of numbers of size 1, whose float32 has no digit left at 1e-7.
+        mean = part.mean(0)
+        x = torch.where(mean > 0, (part - mean) / mean, 0.0)
+        # Where p is 0, and x -1, the product is 0 whatever finite logarithm stands there.
+        excess = (1 + x) * x.clamp_min(-1 + 2**-24).log1p() - x
+        total += (mean * excess).mean(0).sum(-1)
+    return total.clamp_min(0).float()
 
 
 def dirichlet_uncertainty(logits: Tensor) -> Tensor:
@@ -172,13 +180,24 @@ def pairwise_kl(log_p: Tensor) -> Tensor:
         For fewer than two members.
     """
     members = _at_least_two(log_p)
-    log_p = log_p.double()
-    p = log_p.exp()
-    # sum_{j, k} sum_c p_j (log p_j - log p_k), j = k adding 0, without a tensor of all pairs.
-    own = members * -torch.special.entr(p).sum(0)
-    # 0 of a class that nobody thinks possible.
-    crossed = torch.where(p.sum(0) > 0, p.sum(0) * log_p.sum(0), 0.0)
-    return ((own - crossed).sum(-1) / (members * (members - 1))).clamp_min(0).float()
+    total = torch.zeros(log_p.shape[1], dtype=torch.float64, device=log_p.device)
+    for part in _class_blocks(log_p):
+        # sum_{j, k} p_j (log p_j - log p_k) = K sum_j (p_j - mean p) (log p_j - mean log p), whose
+        # factors are both small where members agree.
+        p, mean = part.exp(), part.mean(0)
+        excluded = mean.isinf()
+        apart = torch.where(excluded, 0.0, part - mean)
+        total += ((p - p.mean(0)) * apart).sum((0, -1))
+        total += torch.where(excluded & (p.sum(0) > 0), torch.inf, 0.0).sum(-1)
+    return (total / (members - 1)).clamp_min(0).float()
+
+
+CLASSES_AT_ONCE = 2048  # sums are of so many float32 numbers, and in float64 over these
+
+
+def _class_blocks(members: Tensor) -> tuple[Tensor, ...]:
+    """[K, n, C] in parts of its classes, which are summed in float32 and fit in a cache."""
+    return members.split(CLASSES_AT_ONCE, dim=-1)
 
 
 def disagreement(p: Tensor) -> Tensor:

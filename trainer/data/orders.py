@@ -237,6 +237,19 @@ class _Turns:
         return self.draws // self.counts + (behind < self.draws % self.counts)
 
 
+def part_of_each_class(labels: np.ndarray, ids: np.ndarray, part: float, seed: int) -> np.ndarray:
+    """A part of each class's examples, drawn at random, at least one: int64 [n], ascending.
+
+    labels: int64 [N], of all.  ids: int64, those to draw from.
+    """
+    permuted = np.random.default_rng(seed).permutation(ids)
+    by_class = permuted[np.argsort(labels[permuted], kind="stable")]  # in random order
+    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    taken = np.maximum(1, np.round(part * counts)).astype(int)
+    chosen = [by_class[a : a + n] for a, n in zip(first, taken, strict=True)]
+    return np.sort(np.concatenate(chosen))
+
+
 def expected_distinct(class_counts: np.ndarray | Sequence[int], batch: int) -> float:
     """Distinct classes expected in a fair draw of `batch` samples without replacement.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ensemble import fit_temperature
+from ensemble.fitting import fit_temperature_by_slopes
 
-from ..core.dense_logits import Predictor
+from ..core.dense_logits import Asked, ListedPredictor, Predictor, slopes_of
 from ..data.streams import Batch
 from ..session import Session
 
@@ -40,8 +44,17 @@ def examples_for(session: Session, numbers: int) -> np.ndarray:
     return np.unique(np.linspace(0, val - 1, min(count, val)).astype(np.int64))
 
 
-def calibrate(session: Session, predict: Predictor) -> float:
-    """The temperature that fits val best."""
+def calibrate(session: Session, predict: Predictor | ListedPredictor) -> float:
+    """The temperature that fits val best.
+
+    Logits that are more than LOGITS_IN_MEMORY are not held: the examples are passed over a few
+    times.
+    """
+    ids = calibration_ids(session)
+    if isinstance(predict, ListedPredictor):
+        return fit_in_passes(session, ids, partial(listed_slopes, predict), predict.rows)
+    if len(ids) * session.num_classes > LOGITS_IN_MEMORY:
+        return fit_in_passes(session, ids, partial(whole_slopes, predict))
 
     def measure(batch: Batch) -> dict[str, Tensor]:
         return {
@@ -49,5 +62,38 @@ def calibrate(session: Session, predict: Predictor) -> float:
             "labels": batch.labels,
         }
 
-    values = session.measured(session.shards("val"), measure, ids=calibration_ids(session))
+    values = session.measured(session.shards("val"), measure, ids=ids)
     return fit_temperature(torch.from_numpy(values["logits"]), torch.from_numpy(values["labels"]))
+
+
+Slopes = tuple[Tensor, Tensor]  # of each example's NLL in beta = 1 / T, and their own, [b]
+
+
+def fit_in_passes(
+    session: Session,
+    ids: np.ndarray,
+    slopes: Callable[[Batch, float], Slopes],
+    rows: int | None = None,
+) -> float:
+    """The temperature at which the mean slope over val's `ids` is 0; rows: of a batch."""
+
+    def mean_slopes(beta: float) -> tuple[float, float]:
+        def measure(batch: Batch) -> dict[str, Tensor]:
+            slope, curvature = slopes(batch, beta)
+            return {"slope": slope, "curvature": curvature}
+
+        values = session.measured(session.shards("val"), measure, ids=ids, rows=rows)
+        return float(values["slope"].mean()), float(values["curvature"].mean())
+
+    return fit_temperature_by_slopes(mean_slopes)
+
+
+def whole_slopes(predict: Predictor, batch: Batch, beta: float) -> Slopes:
+    return slopes_of(predict(batch.inputs), batch.labels, beta)
+
+
+def listed_slopes(predict: ListedPredictor, batch: Batch, beta: float) -> Slopes:
+    asked = Asked(batch.labels, (beta,), moments=True)
+    parts = [q.slopes(labels, beta) for q, _, labels in predict.in_parts(batch.inputs, asked)]
+    slopes, curvatures = (torch.cat(each) for each in zip(*parts, strict=True))
+    return slopes, curvatures

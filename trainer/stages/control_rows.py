@@ -31,6 +31,7 @@ from .control import never
 from .joining import load_ensemble, save_settings
 from .networks import builders_of, fresh_network, load_network, read_summary, save_network
 from .shortlist import fit_shortlist
+from .sizes import times_asked
 from .training import count_steps, generalist_task, train_network
 from .validate import validate_calibrated, validate_classifier
 
@@ -123,11 +124,12 @@ def ensemble_multiplications(session: Session) -> float:
         return ensemble.multiplications()
 
     def measure(batch: Batch) -> dict[str, torch.Tensor]:
-        return {"active": ensemble.forward_with_details(batch.inputs).active}
+        return {"asked": ensemble.asked(ensemble.gated(batch.inputs))}
 
     ids = calibration_ids(session)
-    active = session.measured(session.shards("val"), measure, ids=ids)["active"]
-    return ensemble.multiplications(torch.from_numpy(active.astype(bool)))
+    asked = session.measured(session.shards("val"), measure, ids=ids)["asked"]
+    times = times_asked(asked, len(ensemble.available))
+    return ensemble.mean_multiplications(times, len(asked))
 
 
 def average(session: Session, stage: Stage, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -9,9 +11,10 @@ from torch import Tensor
 from ensemble import DeepEnsemble, fit_temperature, generalised_mean
 from pipeline.choices import MEANS
 
+from ..core.dense_logits import DenseLogits, slopes_of
 from ..data.streams import Batch
 from ..session import Session
-from .calibrate import calibration_ids
+from .calibrate import LOGITS_IN_MEMORY, Slopes, calibration_ids, fit_in_passes
 
 
 def ensemble_sizes(session: Session, ensemble: DeepEnsemble) -> list[dict]:
@@ -51,10 +54,20 @@ def fit_temperatures_of_sizes(session: Session, ensemble: DeepEnsemble) -> list[
         return {"log_p": log_p.transpose(0, 1), "labels": batch.labels}
 
     ids = calibration_ids(session, count)
+    if len(ids) * session.num_classes * count > LOGITS_IN_MEMORY:
+        return [
+            fit_in_passes(session, ids, partial(size_slopes, ensemble, k)) for k in range(count)
+        ]
     values = session.measured(session.shards("val"), measure, ids=ids)
     labels = torch.from_numpy(values["labels"])
     log_p = torch.from_numpy(values["log_p"])
     return [fit_temperature(log_p[:, k], labels) for k in range(count)]
+
+
+def size_slopes(ensemble: DeepEnsemble, k: int, batch: Batch, beta: float) -> Slopes:
+    """As fit_in_passes has them, of the first k + 1 networks."""
+    first = DeepEnsemble(ensemble.networks[: k + 1], ensemble.order)
+    return slopes_of(DenseLogits(cumulative_means(first, batch.inputs)[-1]), batch.labels, beta)
 
 
 def cumulative_means(ensemble: DeepEnsemble, raw: Tensor) -> Tensor:

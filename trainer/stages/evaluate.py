@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -11,22 +11,32 @@ from torch import Tensor
 
 from clustering import captured_confusion
 from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble
+from ensemble.listed import Listed
+from ensemble.listed_ensemble import Wanted, rows_of_block
 from networks import Branch, BranchedClassifier, Classifier, lazy_logits, member_log_probabilities
+from networks.members import mean_of_members
 from pipeline.choices import STUDENT_METHODS
 from pipeline.controls import evaluated_controls
 from pipeline.store import Attempt, Stage, read_json
 
-from ..core.dense_logits import DenseLogits, dense_log_probabilities, predictor_of
+from ..core.dense_logits import (
+    Asked,
+    DenseLogits,
+    ListedPredictor,
+    dense_log_probabilities,
+    predictor_of,
+)
 from ..core.metrics import dirichlet_uncertainty
 from ..data.streams import Batch
 from ..session import Session
 from .control_rows import load_pair
 from .costs import cost_of, cost_of_control, cost_of_ensemble, cost_of_student
 from .deep import ensemble_sizes
-from .evaluator import MemberMetrics, TestEvaluator, metrics_of_members
+from .evaluator import TOP, MemberMetrics, TestEvaluator, metrics_of_members
 from .extending import before_new_classes, old_classes, split_old_new
 from .grouping import groups_of
 from .joining import (
+    by_group,
     dropped_specialists,
     load_deep_ensemble,
     load_shortlist_ensembles,
@@ -35,7 +45,7 @@ from .joining import (
 )
 from .networks import load_network
 from .shortlist import shortlist_sizes
-from .sizes import of_generalists, of_network, of_specialists
+from .sizes import of_generalists, of_network, of_specialists, times_asked
 
 
 def evaluate(session: Session, stage: Stage) -> None:
@@ -82,6 +92,7 @@ def evaluate_generalists(
         "ensemble",
         cost_of_ensemble(session),
         metrics_of_generalists(ensemble),
+        together=generalists_in_one_pass(ensemble),
         more=lambda values: {"sizes": sizes},
         answering=of_generalists(ensemble),
     )
@@ -102,41 +113,57 @@ def evaluate_specialists(
 
     def predict_and_gate(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
         output = ensemble.forward_with_details(raw)
-        return dense_log_probabilities(output.q), {"active": output.active}
+        return dense_log_probabilities(output.q), {"asked": ensemble.asked(output.active)}
 
     def more(values: dict[str, np.ndarray]) -> dict:
+        asked = values["asked"]
         return {
-            "specialists": specialist_rows(session, generalist, ensemble, values["active"]),
+            "specialists": specialist_rows(session, generalist, ensemble, asked),
             "clusters": captured(session, before),
             "missing": read_settings(session).missing,
             "dropped": sorted({*ensemble.skipped} & {*dropped_specialists(session)}),
-            "multiplications": multiplications_of(session, ensemble, values["active"]),
+            "multiplications": multiplications_of(session, ensemble, asked),
         }
 
+    def predict(raw: Tensor) -> DenseLogits:
+        return predict_and_gate(raw)[0]
+
     evaluator(
-        lambda raw: predict_and_gate(raw)[0],
+        listed_predictor(ensemble) if ensemble.is_sparse else predict,
         "ensemble",
         cost_of_ensemble(session),
         together=predict_and_gate,
         more=more,
         answering=of_specialists(ensemble),
+        ids=by_group(ensemble, before["ids"], before["top5"][:, 0]),
     )
 
 
+def listed_predictor(ensemble: SpecialistEnsemble) -> ListedPredictor:
+    """q of the classes that metrics read, and who was asked."""
+
+    def predict(raw: Tensor, asked: Asked) -> Iterator[tuple[Listed, dict[str, Tensor]]]:
+        wanted = Wanted(TOP, asked.powers, asked.moments)
+        for answers in ensemble.ask_in_blocks(raw, wanted, asked.labels):
+            yield answers.join(ensemble.weights), {"asked": ensemble.asked(answers.active)}
+
+    return ListedPredictor(predict, rows_of_block(ensemble, TOP))
+
+
 def multiplications_of(
-    session: Session, ensemble: SpecialistEnsemble, active: np.ndarray
+    session: Session, ensemble: SpecialistEnsemble, asked: np.ndarray
 ) -> dict[str, int]:
     """Of one example on average: the generalist's, and with the specialists that are asked.
 
-    active: bool [N, M], the gate over test.
+    asked: int32 [N, most], the gate over test.
     """
-    asked = torch.from_numpy(active.astype(bool))
-    together = round(ensemble.multiplications(asked))
-    alone = round(ensemble.multiplications(torch.zeros_like(asked)))
+    times = times_asked(asked, len(ensemble.available))
+    together = round(ensemble.mean_multiplications(times, len(asked)))
+    alone = round(ensemble.mean_multiplications(np.zeros_like(times), len(asked)))
     session.say(
         "multiplications an example: generalist %s, with %.2f specialists asked %s",
         f"{alone:,}",
-        float(asked.float().sum(1).mean()),
+        times.sum() / len(asked),
         f"{together:,}",
     )
     return {"generalist": alone, "ensemble": together}
@@ -162,14 +189,15 @@ def evaluate_networks(
         evaluate_control(session, evaluator, name, stage)
     for name, stage in run.students.items():
         network = load_network(session, stage)
-        members = metrics_of_network(network)
+        members, together = metrics_of_network(network), network_in_one_pass(network)
         if STUDENT_METHODS[session.config.students[name].method].dirichlet:
-            members = metrics_of_prior(network)
+            members, together = metrics_of_prior(network), None
         evaluator(
             predictor_of(network),
             name,
             cost_of_student(session, name),
             members,
+            together=together,
             answering=of_network(network),
         )
     return before
@@ -186,6 +214,7 @@ def evaluate_control(session: Session, evaluator: TestEvaluator, name: str, stag
             name,
             cost,
             metrics_of_network(network),
+            together=network_in_one_pass(network),
             answering=of_network(network),
         )
         return
@@ -194,6 +223,7 @@ def evaluate_control(session: Session, evaluator: TestEvaluator, name: str, stag
         name,
         cost,
         metrics_of_generalists(pair),
+        together=generalists_in_one_pass(pair),
         answering=of_generalists(pair),
     )
 
@@ -217,22 +247,53 @@ def metrics_of_generalists(ensemble: DeepEnsemble | ShortlistEnsemble) -> Member
     )
 
 
+Together = Callable[[Tensor], tuple[DenseLogits, dict[str, Tensor]]]
+
+
+def generalists_in_one_pass(ensemble: DeepEnsemble | ShortlistEnsemble) -> Together | None:
+    """Predictions and what members add to them, for which every network runs once.
+
+    None where the networks are not asked about all classes.
+    """
+    if not isinstance(ensemble, DeepEnsemble) or len(ensemble.networks) == 1:
+        return None
+
+    def together(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
+        log_p = ensemble.member_log_probabilities(raw)
+        return dense_log_probabilities(ensemble.joined(log_p)), metrics_of_members(log_p)
+
+    return together
+
+
+def network_in_one_pass(network: Classifier) -> Together | None:
+    """The same of one network with several members."""
+    if network.num_members == 1:
+        return None
+
+    def together(raw: Tensor) -> tuple[DenseLogits, dict[str, Tensor]]:
+        log_p = member_log_probabilities(network, raw)
+        return DenseLogits(mean_of_members(log_p)), metrics_of_members(log_p)
+
+    return together
+
+
 def metrics_of_prior(network: Classifier) -> MemberMetrics:
     return MemberMetrics(1, lambda raw: {"mu": dirichlet_uncertainty(network(raw))})
 
 
 def specialist_rows(
-    session: Session, generalist: Classifier, ensemble: SpecialistEnsemble, active: np.ndarray
+    session: Session, generalist: Classifier, ensemble: SpecialistEnsemble, asked: np.ndarray
 ) -> list[dict]:
     """Each specialist on the test examples of its classes, beside the generalist.
 
-    Predictions are restricted to these classes.  active: bool [N, M], the gate over test.
+    Predictions are restricted to these classes.  asked: int32 [N, most], the gate over test.
     """
     rows = []
+    times = times_asked(asked, len(ensemble.available))
     for m, classes in enumerate(groups_of(session).members):
         if m not in ensemble.specialists:
             continue
-        row = {"index": m, "classes": len(classes), "routed": int(active[:, m].sum())}
+        row = {"index": m, "classes": len(classes), "routed": int(times[m])}
         specialist = ensemble.specialists[m]
         if isinstance(specialist, Branch):
             specialist = BranchedClassifier(generalist, specialist).eval()
@@ -249,7 +310,9 @@ def conditional_accuracy(
 ) -> dict:
     """{n, conditional_before, conditional_after, gain}; {n: 0} without examples."""
     test = session.shards("test")
-    ids = np.flatnonzero(np.isin(test.labels, classes))
+    inside = np.zeros(session.num_classes, bool)
+    inside[classes] = True
+    ids = np.flatnonzero(inside[test.labels])
     if not len(ids):
         return {"n": 0}
     among = torch.tensor(classes).to(session.ranks.device)

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ensemble.listed import Listed
 from networks import Summary
 from networks.linear_logits import LinearLogits
 from pipeline.results.rows import Cost
 from pipeline.store import Attempt, write_json
 
-from ..core.dense_logits import DenseLogits, Predictor
+from ..core.dense_logits import Asked, DenseLogits, ListedLogits, ListedPredictor, Predictor
 from ..core.metrics import (
     auroc,
     deep_ensemble_equivalent,
@@ -32,6 +34,7 @@ from .sizes import Answering, Stopwatch
 
 TOP = 5
 MEMBER_KEYS = ("mu", "pairwise_kl", "disagreement")
+MASK_BYTES = 2**26  # of who is asked, as a mask beside the numbers
 CALIBRATED_KEYS = ("top5_probability", "label_probability", "squared_error")
 Values = dict[str, np.ndarray]  # over test, in the order of its shards
 
@@ -91,46 +94,40 @@ class TestEvaluator:
 
     def __call__(
         self,
-        predict: Predictor,
+        predict: Predictor | ListedPredictor,
         name: str,
         cost: Cost,
         members: MemberMetrics | None = None,
         together: Callable[[Tensor], tuple[LinearLogits | DenseLogits, dict]] | None = None,
         more: Callable[[Values], dict] | None = None,
         answering: Answering | None = None,
+        ids: np.ndarray | None = None,
     ) -> Values:
         """Evaluate one predictor.
 
         members: metrics of each example beside it.  together: predictions and such metrics from one
         pass.  more(values): further entries of the JSON; it may measure, on all ranks.
-        answering: its size, and what an answer is timed by.
+        answering: its size, and what an answer is timed by.  ids: the order in which test is read.
         Returns what was measured, arrays over test.
         """
         session = self.session
         temperature = calibrate(session, predict)
-        scores = scores_of(predict, members) if session.config.data.ood else None
-
-        def predict_all(raw: Tensor) -> tuple[LinearLogits | DenseLogits, dict]:
-            if together is not None:
-                return together(raw)
-            return predict(raw), members.function(raw) if members else {}
-
-        def measure(batch: Batch) -> dict[str, Tensor]:
-            logits, beside = predict_all(batch.inputs)
-            values = metrics_of_batch(logits.summary(TOP, batch.labels), batch.labels)
-            calibrated = logits.scale_by_temperature(temperature).summary(TOP, batch.labels)
-            scaled = metrics_of_batch(calibrated, batch.labels)
-            values |= {f"calibrated_{key}": scaled[key] for key in CALIBRATED_KEYS}
-            values |= beside
-            if scores is not None:
-                values |= scores(batch.inputs)
-            return values
-
-        values = session.measured(session.shards("test"), measure)
+        with_scores = bool(session.config.data.ood)
+        if isinstance(predict, ListedPredictor):
+            rows = predict.rows
+            measure = listed_measure(predict, temperature, with_scores)
+            score = listed_scores(predict)
+        else:
+            rows = None
+            scores = scores_of(predict, members) if with_scores else None
+            measure = whole_measure(predict, temperature, members, together, scores)
+            score = scores
+        values = session.measured(session.shards("test"), measure, ids, rows)
         outside: Values = {}
-        if scores is not None:
+        if with_scores:
+            assert score is not None
             ood = session.shards("ood")
-            outside = session.measured(ood, lambda batch: scores(batch.inputs))
+            outside = session.measured(ood, lambda batch: score(batch.inputs), rows=rows)
         entries = more(values) if more else {}
         if session.ranks.is_main:
             row = self.row(name, values, temperature, outside, members)
@@ -196,6 +193,8 @@ class TestEvaluator:
         }
         write_json(self.attempt.path(f"{name}.json"), content)
         arrays: dict[str, Any] = kept(values)
+        if "asked" in values:
+            arrays |= active_of(values["asked"], len(self.session.run.specialists))
         np.savez(self.attempt.path(f"{name}.npz"), **arrays)
         self.session.say(
             "%-16s top-1 %6.2f %%  top-5 %6.2f %%  NLL %.4f  Brier %.4f  ECE %.4f  "
@@ -208,6 +207,75 @@ class TestEvaluator:
             row["ece"],
             row["cnll"],
         )
+
+
+def whole_measure(
+    predict: Predictor,
+    temperature: float,
+    members: MemberMetrics | None,
+    together: Callable[[Tensor], tuple[LinearLogits | DenseLogits, dict]] | None,
+    scores: Callable[[Tensor], dict[str, Tensor]] | None,
+) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function batch -> what it contributes to a row, of predictions of all classes."""
+
+    def predict_all(raw: Tensor) -> tuple[LinearLogits | DenseLogits, dict]:
+        if together is not None:
+            return together(raw)
+        return predict(raw), members.function(raw) if members else {}
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        logits, beside = predict_all(batch.inputs)
+        values = metrics_of_logits(logits, batch.labels, temperature) | beside
+        if scores is not None:
+            values |= scores(batch.inputs)
+        return values
+
+    return measure
+
+
+def metrics_of_logits(
+    logits: LinearLogits | DenseLogits | ListedLogits, labels: Tensor, temperature: float
+) -> dict[str, Tensor]:
+    """What a batch contributes to a row, before a temperature and after."""
+    values = metrics_of_batch(logits.summary(TOP, labels), labels)
+    calibrated = logits.scale_by_temperature(temperature).summary(TOP, labels)
+    scaled = metrics_of_batch(calibrated, labels)
+    return values | {f"calibrated_{key}": scaled[key] for key in CALIBRATED_KEYS}
+
+
+def listed_measure(
+    predict: ListedPredictor, temperature: float, with_scores: bool
+) -> Callable[[Batch], dict[str, Tensor]]:
+    """A function batch -> what it contributes to a row, of predictions that list some classes."""
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        asked = Asked(batch.labels, (1.0, 1 / temperature), moments=with_scores)
+        parts = []
+        for q, beside, labels in predict.in_parts(batch.inputs, asked):
+            values = metrics_of_logits(ListedLogits(q), labels, temperature) | beside
+            parts.append(values | (scores_of_listed(q) if with_scores else {}))
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    return measure
+
+
+def listed_scores(predict: ListedPredictor) -> Callable[[Tensor], dict[str, Tensor]]:
+    """As scores_of, of predictions that list some classes."""
+
+    def scores(raw: Tensor) -> dict[str, Tensor]:
+        nobody = torch.zeros(len(raw), dtype=torch.int64, device=raw.device)
+        asked = Asked(nobody, (1.0,), moments=True)
+        parts = [scores_of_listed(q) for q, _ in predict.predict(raw, asked)]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    return scores
+
+
+def scores_of_listed(q: Listed) -> dict[str, Tensor]:
+    return {
+        "score_confidence": q.values.amax(1),
+        "score_entropy": -q.entropy().float(),
+    }
 
 
 def scores_of(
@@ -247,3 +315,16 @@ def kept(values: Values) -> Values:
         for key, value in values.items()
         if key not in left_out and not key.startswith("score_")
     }
+
+
+def active_of(asked: np.ndarray, num_specialists: int) -> Values:
+    """{"active": bool [n, M]} of the specialists' numbers int32 [n, most], -1 for none.
+
+    Nothing where it would be more than MASK_BYTES.
+    """
+    if len(asked) * num_specialists > MASK_BYTES:
+        return {}
+    active = np.zeros((len(asked), num_specialists), bool)
+    rows, columns = np.nonzero(asked >= 0)
+    active[rows, asked[rows, columns]] = True
+    return {"active": active}

@@ -25,6 +25,7 @@ from networks import (
     load_classifier,
     match_classes,
     merge_grown_head,
+    named_by,
     remap_specialist,
 )
 from pipeline.config import UserError
@@ -150,6 +151,7 @@ def inherited_specialist(session: Session, index: int) -> tuple[Classifier, dict
     path = old / "specialists" / f"{index:03d}"
     try:
         network = load_classifier(path, session.ranks.device, builders_of(session.config))
+        network.spec = named_by(network.spec, ModelSpec.load(old / "generalist" / "model.json"))
         generalist = load_network(session, session.run.generalist)
         network = remap_specialist(network, generalist)
         free = {"seconds": 0.0, "examples_seen": 0, "peak_memory_bytes": 0, "steps": 0}

@@ -31,12 +31,16 @@ from pipeline.config import UserError
 from pipeline.results.forecasts import captured_text, ceiling_text, is_thin, measured_on
 from pipeline.store import Stage, read_json, write_json
 
+from ..data.orders import part_of_each_class
 from ..data.routing import route as route_samples
 from ..data.streams import Batch
 from ..session import Session
 from .networks import load_network
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
+# Of train, where groups are found by it: no more examples, but so many a class on average.
+TRAIN_MEASURED = 2**20
+FEWEST_OF_CLASS = 8
 OF_VAL = "val.npz"  # of `measure` where val is thin; else statistics.npz is of val
 
 
@@ -59,17 +63,41 @@ def measure(session: Session, stage: Stage) -> None:
                 val.num_classes,
             )
             save_merged(session, statistics, attempt.path(OF_VAL))
-            statistics, _ = gather_predictions(session, network, "train")
+            statistics, _ = gather_predictions(session, network, "train", train_ids(session))
         save_merged(session, statistics, attempt.path("statistics.npz"))
         if session.ranks.is_main:
             arrays: dict[str, Any] = predictions
             np.savez(attempt.path("predictions.npz"), **arrays)
 
 
+def train_ids(session: Session) -> np.ndarray | None:
+    """The train examples that groups are found by, ascending; None is all, where they are few.
+
+    Of more than TRAIN_MEASURED they are a part of each class, drawn by the run's seed; but
+    FEWEST_OF_CLASS of a class on average.
+    """
+    train = session.shards("train")
+    most = max(TRAIN_MEASURED, FEWEST_OF_CLASS * session.num_classes)
+    if len(train) <= most:
+        return None
+    part = most / len(train)
+    ids = part_of_each_class(train.labels, np.arange(len(train)), part, session.seed("measured", 0))
+    session.say(
+        "of train's %d examples %d are measured, %.2g %% of each class",
+        len(train),
+        len(ids),
+        100 * part,
+    )
+    return ids
+
+
 def gather_predictions(
-    session: Session, network: Classifier, split: str
+    session: Session, network: Classifier, split: str, ids: np.ndarray | None = None
 ) -> tuple[PredictionStatistics, dict[str, np.ndarray]]:
-    """This rank's statistics of a split, and the most probable classes of all of its examples."""
+    """This rank's statistics of a split, and the most probable classes of all of its examples.
+
+    ids: only these examples.
+    """
     config, num_classes = session.config.clusters, session.num_classes
     dense = config.top_k in (None, "all") and covariance_fits(num_classes)
     if config.top_k == "all" and not dense:
@@ -83,7 +111,9 @@ def gather_predictions(
     statistics = PredictionStatistics(num_classes, top_k=None if top_k == "all" else top_k)
     try:
         predictions = session.measured(
-            session.shards(split), lambda batch: predicted_top(network, batch, statistics, dense)
+            session.shards(split),
+            lambda batch: predicted_top(network, batch, statistics, dense),
+            ids=ids,
         )
     except ValueError as error:  # of the statistics: NaN, say
         raise UserError(f"the generalist's predictions cannot be counted: {error}") from None

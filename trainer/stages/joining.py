@@ -16,7 +16,12 @@ from ensemble import (
     SpecialistEnsemble,
 )
 from ensemble.fitting import WEIGHTS, fit_weight_to_losses
-from networks import Classifier
+from ensemble.gating import holders_of
+from ensemble.lazy_specialists import BYTES_HELD, LazySpecialists, load_specialist
+from ensemble.listed_ensemble import Wanted, rows_of_block
+from ensemble.sharing import own_bytes
+from ensemble.specialist_ensemble import Specialist
+from networks import Classifier, ModelSpec
 from pipeline.choices import MEANS
 from pipeline.config import UserError
 from pipeline.store import Stage, read_json, write_json
@@ -25,7 +30,7 @@ from ..data.streams import Batch
 from ..session import Session
 from .calibrate import weight_ids
 from .grouping import groups_of, skipped_groups
-from .networks import load_network, load_specialist_network, read_summary
+from .networks import builders_of, load_network, read_summary
 from .shortlist import fit_shortlist
 
 
@@ -164,18 +169,27 @@ def load_shortlist_ensembles(session: Session) -> list[ShortlistEnsemble]:
 def specialist_ensemble(
     session: Session, settings: EnsembleSettings | None = None
 ) -> SpecialistEnsemble:
-    """Generalist and specialists.  settings: of ensemble.json, if that is not written yet."""
+    """Generalist and specialists.  settings: of ensemble.json, if that is not written yet.
+
+    A specialist is read when a row first needs it, and so many are held as
+    `lazy_specialists.BYTES_HELD` says.
+    """
     if settings is None:
         settings = read_settings(session)
     absent = {*settings.skipped, *settings.missing}
-    specialists = {
-        m: load_specialist_network(session, stage)
-        for m, stage in enumerate(session.run.specialists)
-        if m not in absent
-    }
-    return SpecialistEnsemble(
-        load_network(session, session.run.generalist),
-        specialists,
+    stages = {m: each for m, each in enumerate(session.run.specialists) if m not in absent}
+    generalist = load_network(session, session.run.generalist)
+    device, builders = session.ranks.device, builders_of(session.config)
+
+    def folder_of(m: int) -> Path:
+        return stages[m].path("model.safetensors").parent
+
+    def load_one(m: int) -> Specialist:
+        return load_specialist(folder_of(m), generalist, (), device, builders)
+
+    ensemble = SpecialistEnsemble(
+        generalist,
+        LazySpecialists(load_one, stages, generalist=generalist),
         groups_of(session),
         gate=settings.gate,
         max_specialists=settings.max_specialists,
@@ -186,6 +200,9 @@ def specialist_ensemble(
         allow_missing=bool(settings.missing),
         shortlist=settings.shortlist,
     )
+    for m in list(stages)[:1]:
+        ensemble.learn_cut(ModelSpec.load(folder_of(m) / "model.json"))
+    return ensemble
 
 
 def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
@@ -196,16 +213,28 @@ def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
     that counting both alike may count the generalist too much.
     """
     count = len(joined.groups.members)
+    weights = [torch.tensor([1.0, *[w] * count], dtype=torch.float64) for w in WEIGHTS]
 
-    def measure(batch: Batch) -> dict[str, Tensor]:
+    def whole(batch: Batch) -> dict[str, Tensor]:
         join = joined.ask(batch.inputs)
-        losses = []
-        for weight in WEIGHTS:
-            q = join(torch.tensor([1.0, *[weight] * count], dtype=torch.float64))
-            losses.append(-q.gather(1, batch.labels[:, None])[:, 0].clamp_min(1e-30).log())
-        return {"losses": torch.stack(losses, dim=1)}
+        of_label = [join(each).gather(1, batch.labels[:, None])[:, 0] for each in weights]
+        return {"losses": nll_of(of_label)}
 
-    losses = session.measured(session.shards("val"), measure, ids=weight_ids(session))["losses"]
+    def listed(batch: Batch) -> dict[str, Tensor]:
+        parts, start = [], 0
+        for answers in joined.ask_in_blocks(batch.inputs, Wanted(0), batch.labels):
+            end = start + len(answers.active)
+            labels, start = batch.labels[start:end], end
+            joins = [answers.join(each) for each in weights]
+            parts.append(nll_of([q.at(q.values, labels) for q in joins]))
+        return {"losses": torch.cat(parts)}
+
+    ids, val = weight_ids(session), session.shards("val")
+    if joined.is_sparse:
+        measured = session.measured(val, listed, ids=ids, rows=rows_of_block(joined, 0))
+    else:
+        measured = session.measured(val, whole, ids=ids)
+    losses = measured["losses"]
     weight = fit_weight_to_losses(losses)
     means = losses.mean(axis=0, dtype=np.float64)
     session.say(
@@ -214,3 +243,31 @@ def fit_weight(session: Session, joined: SpecialistEnsemble) -> list[float]:
         ", ".join(f"{w:g}: {loss:.4f}" for w, loss in zip(WEIGHTS, means, strict=True)),
     )
     return [1.0, *[weight] * count]
+
+
+def nll_of(of_label: list[Tensor]) -> Tensor:
+    """- log of probabilities [b] of the label, side by side."""
+    return torch.stack([-p.clamp_min(1e-30).log() for p in of_label], dim=1)
+
+
+def by_group(
+    ensemble: SpecialistEnsemble, ids: np.ndarray, predicted: np.ndarray
+) -> np.ndarray | None:
+    """`ids`, those that need the same specialist together; None where all specialists are held.
+
+    predicted: the generalist's class of each.  A specialist that cannot be kept is then read once
+    for all its rows, and not once in every block.
+    """
+    if not ensemble.is_sparse or held_at_once(ensemble):
+        return None
+    holders = holders_of(ensemble.groups, torch.device("cpu"))[:, 0].numpy()
+    return ids[np.argsort(holders[predicted], kind="stable")]
+
+
+def held_at_once(ensemble: SpecialistEnsemble) -> bool:
+    """Whether all specialists, each as large as the first, are within what is held of them."""
+    specialists = ensemble.specialists
+    if not isinstance(specialists, LazySpecialists) or not len(specialists):
+        return True
+    first = own_bytes(ensemble.generalist, specialists[next(iter(specialists))])
+    return first * len(specialists) <= BYTES_HELD

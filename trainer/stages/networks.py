@@ -20,7 +20,6 @@ from networks import (
     build_classifier,
     declared_options,
     hydra,
-    load_branch,
     load_classifier,
     save_classifier,
     widen,
@@ -141,14 +140,6 @@ def load_network(session: Session, stage: Stage) -> Classifier:
     """A finished stage's network, in eval mode, on this rank's device."""
     directory = stage.path("model.safetensors").parent
     return load_classifier(directory, session.ranks.device, builders_of(session.config))
-
-
-def load_specialist_network(session: Session, stage: Stage) -> Classifier | Branch:
-    """A finished specialist, a copy or a branch as the config says, in eval mode."""
-    if not session.config.specialists.is_branch:
-        return load_network(session, stage)
-    directory = stage.path("model.safetensors").parent
-    return load_branch(directory, session.ranks.device, builders_of(session.config))
 
 
 def save_network(

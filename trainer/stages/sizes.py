@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble
+from ensemble.listed import Listed
+from ensemble.listed_ensemble import Wanted
 from networks import Classifier, mean_log_probabilities, multiplications, parameter_count
 
 from ..core.latency import Answer, batches_to_measure, latencies_ms
 from ..session import Session, measuring_batch
 
+LISTED = 5  # of an answer that lists the likeliest classes
 MOST_ROWS = 1024  # inputs that latency is measured on
 
 
@@ -63,14 +66,27 @@ def of_specialists(ensemble: SpecialistEnsemble) -> Answering:
     """The gate over test says how many specialists an example asks."""
 
     def size(values: dict[str, np.ndarray]) -> Size:
-        active = torch.from_numpy(values["active"].astype(bool))
+        rows = len(values["asked"])
+        times = times_asked(values["asked"], len(ensemble.available))
         return Size(
             parameters=ensemble.parameters(),
-            multiplications=round(ensemble.multiplications(active)),
-            asked=float(active.float().sum(1).mean()),
+            multiplications=round(ensemble.mean_multiplications(times, rows)),
+            asked=float(np.float32(times.sum() / rows)),
         )
 
-    return Answering(lambda raw: ensemble.forward_with_details(raw).q, size)
+    def listed(raw: Tensor) -> list[Listed]:
+        parts = ensemble.ask_in_blocks(raw, Wanted(LISTED))
+        return [answers.join(ensemble.weights) for answers in parts]
+
+    def whole(raw: Tensor) -> Tensor:
+        return ensemble.forward_with_details(raw).q
+
+    return Answering(listed if ensemble.is_sparse else whole, size)
+
+
+def times_asked(asked: np.ndarray, num_specialists: int) -> np.ndarray:
+    """How many rows ask each specialist, int64 [M]; asked: int32 [n, most], -1 for none."""
+    return np.bincount(asked[asked >= 0], minlength=num_specialists)
 
 
 class Stopwatch:

@@ -33,6 +33,10 @@ from .networks import load_network, save_network
 from .training import balanced_log_prior, loss_of, specialist_steps, train_network
 from .validate import SpecialistValidator
 
+# Examples that a row for the rest of the classes is fitted to, and products with all classes' rows.
+MOST_FITTED, FEWEST_FITTED = 2**16, 2**12
+FITTED_PRODUCTS = 2**31
+
 
 def specialist(session: Session, stage: Stage, index: int) -> None:
     """Half of each batch from the group's classes, half from the rest, which is the dustbin."""
@@ -115,8 +119,12 @@ def starting_network(session: Session) -> Classifier:
     Groups and gate are the generalist's that asks them in either case, for it is its confusions
     that they are asked about.
     """
+    return load_network(session, starting_stage(session))
+
+
+def starting_stage(session: Session) -> Stage:
     others = session.run.members
-    return load_network(session, others[0] if others else session.run.generalist)
+    return others[0] if others else session.run.generalist
 
 
 @dataclasses.dataclass
@@ -247,11 +255,7 @@ def dustbin_rows(
     confusion[classes] = -1
     kept = np.sort(np.argsort(-confusion, kind="stable")[:count])
 
-    def features(batch: Batch) -> dict[str, Tensor]:
-        return {"features": generalist.trunk(generalist.preprocess(batch.inputs))}
-
-    values = session.measured(session.shards("val"), features)["features"]
-    inputs = torch.from_numpy(values).to(session.ranks.device)
+    inputs = torch.from_numpy(val_features(session, generalist)).to(session.ranks.device)
     residual = fit_residual_row(generalist.linear_head, inputs, classes, kept)
     session.say(
         "dustbin: %d rows and one fitted to %d classes; on half of val KL %.2g from all rows, "
@@ -262,3 +266,29 @@ def dustbin_rows(
         residual.rms,
     )
     return kept, residual
+
+
+def val_features(session: Session, generalist: Classifier) -> np.ndarray:
+    """What the generalist's head reads of val's examples, or of some of many, [n, D].
+
+    All specialists of a process share them: they start as the same network.
+    """
+
+    def measure(batch: Batch) -> dict[str, Tensor]:
+        return {"features": generalist.trunk(generalist.preprocess(batch.inputs))}
+
+    def make() -> np.ndarray:
+        ids = residual_ids(len(session.shards("val")), session.num_classes)
+        return session.measured(session.shards("val"), measure, ids=ids)["features"]
+
+    return session.kept(("features of val", str(starting_stage(session).place)), make)
+
+
+def residual_ids(val: int, num_classes: int) -> np.ndarray:
+    """Val examples that a row for the rest is fitted to, evenly over it.
+
+    Each costs C products for every specialist.  No more than MOST_FITTED, and of huge label sets
+    as many as cost FITTED_PRODUCTS, but FEWEST_FITTED.
+    """
+    most = min(MOST_FITTED, max(FEWEST_FITTED, FITTED_PRODUCTS // num_classes))
+    return np.unique(np.linspace(0, val - 1, min(most, val)).astype(np.int64))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ensemble import fit_shift
+from ensemble.fitting import fit_shift_to_odds, log_odds
 from networks import Classifier, lazy_logits
 from pipeline.choices import STUDENT_METHODS, resolve
 from pipeline.config import ResolvedStudent, UserError
@@ -22,6 +22,7 @@ from pipeline.store import Stage, read_json
 from ..core.distillation import LogitTargets
 from ..core.loop import TrainingTask
 from ..core.objectives import Objective, classify, distil, learn_priors
+from ..data.orders import part_of_each_class
 from ..data.shards import ShardSet
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..session import Session
@@ -175,12 +176,7 @@ def transfer_set(session: Session, schedule: ResolvedStudent) -> np.ndarray:
         raise UserError("leave_out leaves no example to learn from")
     if schedule.share == 1:
         return ids
-    permuted = np.random.default_rng(session.seed("share", 0)).permutation(ids)
-    by_class = permuted[np.argsort(labels[permuted], kind="stable")]  # in random order
-    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
-    taken = np.maximum(1, np.round(schedule.share * counts)).astype(int)
-    chosen = [by_class[a : a + n] for a, n in zip(first, taken, strict=True)]
-    return np.sort(np.concatenate(chosen))
+    return part_of_each_class(labels, ids, schedule.share, session.seed("share", 0))
 
 
 def left_out(session: Session, schedule: ResolvedStudent) -> np.ndarray:
@@ -204,13 +200,17 @@ def correct_bias(session: Session, network: Classifier, classes: np.ndarray) -> 
     Hinton et al. 2015, section 3, did so by hand.
     """
 
+    left = torch.zeros(session.num_classes, dtype=torch.bool)
+    left[torch.from_numpy(classes)] = True
+    mask = left.to(session.ranks.device)
+
     def measure(batch: Batch) -> dict[str, Tensor]:
         logits = lazy_logits(network, batch.inputs).materialize()
-        return {"logits": logits, "labels": batch.labels}
+        return {"log_odds": log_odds(logits, mask), "left_out": mask[batch.labels]}
 
     values = session.measured(session.shards("val"), measure)
-    logits, labels = (torch.from_numpy(values[key]) for key in ("logits", "labels"))
-    shift = fit_shift(logits, labels, classes)
+    fraction = float(values["left_out"].mean(dtype=np.float64))
+    shift = fit_shift_to_odds(torch.from_numpy(values["log_odds"]), fraction)
     bias = network.linear_head.bias
     with torch.no_grad():
         bias[torch.from_numpy(classes).to(bias.device)] += shift

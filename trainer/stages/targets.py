@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ensemble.listed import Listed
+from ensemble.listed_ensemble import Wanted
 from pipeline.config import ResolvedStudent, UserError
 from pipeline.identity import digest
 from pipeline.store import Attempt, Stage, read_json, write_json
@@ -42,6 +45,7 @@ FAR = 0.1  # nats: what is kept is no longer what the teacher predicts
 ASKED = 1024  # inputs of a split about which a teacher's entropy is measured
 KNOWN = 0.5  # of val's entropy: a teacher that has less on what the student sees knows it by heart
 UNSURE = 0.1  # nats of entropy that are worth a word
+NUMBERS_COMPARED = 2**24  # of predictions that are compared with what is kept of them
 BLOCK_BYTES = 2**26  # of answers on their way to the disk
 
 
@@ -60,6 +64,24 @@ class Keeping:
         """[K, B, C] -> what is kept of it, [B, K, ...]."""
         log_p = safe_log(probabilities).transpose(0, 1)
         return TopKTargets.holding(log_p, self.mass, self.temperature, LEAST, self.most)
+
+    @property
+    def wanted(self) -> Wanted:
+        """What is read of a prediction that lists some classes."""
+        powers = {1.0, *([] if math.isinf(self.temperature) else [1 / self.temperature])}
+        return Wanted(self.most, tuple(sorted(powers)), moments=True)
+
+    def of_listed(self, q: Listed) -> TopKTargets:
+        """What is kept of one prediction, [B, 1, ...]."""
+        kept = TopKTargets.holding_listed(q, self.mass, self.temperature, LEAST, self.most)
+        counts = None if kept.counts is None else kept.counts[:, None]
+        return TopKTargets(
+            kept.indices[:, None],
+            kept.log_values[:, None],
+            kept.log_tail[:, None],
+            kept.num_classes,
+            counts,
+        )
 
 
 def targets(session: Session, stage: Stage, name: str) -> None:
@@ -179,7 +201,7 @@ class Storing:
         progress = self._begun(writer)
         for view, ids in self._blocks(progress["blocks"]):
             measure = self._measure(view)
-            values = session.measured(self.shards, measure, ids=ids)
+            values = session.measured(self.shards, measure, ids=ids, rows=self.teacher.rows)
             progress = self._with_block(progress, values)
             if writer is not None:
                 rows = values["ids"] * self.count + view
@@ -210,6 +232,8 @@ class Storing:
     def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
         """A function batch -> what is kept of the teacher's predictions, and what that loses."""
         see = view_of(self.augmentation, self.views, self.source, view)
+        if self.teacher.listed is not None:
+            return partial(self._measure_listed, self.teacher.listed, see, view)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             predicted = self.teacher.predict(see(batch))
@@ -221,6 +245,27 @@ class Storing:
             return self._padded(kept) | {"lost": lost, "entropy": entropy}
 
         return measure
+
+    def _measure_listed(
+        self,
+        ask: Callable[[Tensor, Wanted], Iterator[Listed]],
+        see: Callable[[Batch], Tensor],
+        view: int,
+        batch: Batch,
+    ) -> dict[str, Tensor]:
+        """The same of a teacher whose predictions list some classes; what is lost of whole ones."""
+        raw = see(batch)
+        parts = [
+            self._padded(self.keeping.of_listed(q)) | {"entropy": q.entropy().float()}
+            for q in ask(raw, self.keeping.wanted)
+        ]
+        values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        lost = torch.full((len(batch), len(self.temperatures)), math.nan)
+        sampled = ((batch.ids * self.count + view) % self.every == 0).nonzero()[:, 0]
+        for rows in sampled.split(rows_at_once(self.session.num_classes)):
+            stored = {name: values[name][rows] for name in Stored._fields}
+            lost[rows.cpu()] = self._lost_of(self.teacher.predict(raw[rows]), stored).cpu()
+        return values | {"lost": lost}
 
     def _padded(self, kept: TopKTargets) -> dict[str, Tensor]:
         """[b, K, most] and [b, K], in the types in which they are stored."""
@@ -239,9 +284,13 @@ class Storing:
     def _lost(self, predicted: Tensor, kept: TopKTargets, sampled: Tensor) -> Tensor:
         """Mean KL over the members of the sampled rows at each temperature, [rows, T]."""
         padded = self._padded(kept)
-        stored = Stored(*(padded[name][sampled].cpu().numpy() for name in Stored._fields))
-        read = restored(stored, kept.num_classes, predicted.device)
-        p, q = predicted[:, sampled], read.spread()
+        stored = {name: padded[name][sampled] for name in Stored._fields}
+        return self._lost_of(predicted[:, sampled], stored)
+
+    def _lost_of(self, p: Tensor, kept: dict[str, Tensor]) -> Tensor:
+        """p: [K, rows, C].  kept: as Stored has it."""
+        stored = Stored(*(kept[name].cpu().numpy() for name in Stored._fields))
+        q = restored(stored, self.session.num_classes, p.device).spread()
         return torch.stack([mean_kl(soften(p, T), soften(q, T)) for T in self.temperatures], 1)
 
     def _append(
@@ -338,6 +387,19 @@ def mean_kl(p: Tensor, q: Tensor) -> Tensor:
 def entropies(p: Tensor) -> Tensor:
     """Entropies of [K, B, C], mean over K: [B], nats."""
     return -torch.special.xlogy(p, p).sum(-1).mean(0)
+
+
+def entropy_of(teacher: Teacher, raw: Tensor) -> Tensor:
+    """Of a teacher's predictions, mean over its members: [B], nats."""
+    if teacher.listed is None:
+        return entropies(teacher.predict(raw))
+    parts = teacher.listed(raw, Wanted(1, (1.0,), moments=True))
+    return torch.cat([q.entropy().float() for q in parts])
+
+
+def rows_at_once(num_classes: int) -> int:
+    """Predictions [rows, C] that are held together with what is compared with them."""
+    return max(1, NUMBERS_COMPARED // num_classes)
 
 
 def finite(temperature: float) -> float | str:
@@ -447,7 +509,10 @@ def mean_entropy(
     shards = session.shards(split)
     ids = np.arange(0, len(shards), max(1, len(shards) // ASKED))
     values = session.measured(
-        shards, lambda batch: {"entropy": entropies(teacher.predict(see(batch)))}, ids=ids
+        shards,
+        lambda batch: {"entropy": entropy_of(teacher, see(batch))},
+        ids=ids,
+        rows=teacher.rows,
     )
     return float(values["entropy"].mean(dtype=np.float64))
 
@@ -494,4 +559,6 @@ def measured_kl(session: Session, name: str, stage: Stage) -> float:
         return {"lost": mean_kl(soften(p, T), soften(q, T))}
 
     ids = np.arange(0, len(shards), max(1, len(shards) // MEASURED))
-    return float(session.measured(shards, measure, ids=ids)["lost"].mean(dtype=np.float64))
+    rows = min(measuring_batch(session.num_classes), rows_at_once(session.num_classes))
+    values = session.measured(shards, measure, ids=ids, rows=rows)
+    return float(values["lost"].mean(dtype=np.float64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from ensemble import (
     SpecialistEnsemble,
     load_ensemble,
 )
+from ensemble.listed import Listed
+from ensemble.listed_ensemble import Wanted, rows_of_block
 from networks import Classifier, InputSpec, load_classifier, member_log_probabilities
 from pipeline.config import Student, UserError
 
@@ -26,6 +28,8 @@ from ..core.probabilities import safe_log
 from ..session import Session
 from .joining import load_ensemble as load_ensemble_of_run
 from .networks import builders_of, load_network
+
+TYPICAL = 512  # classes that an answer lists beside those of its groups
 
 
 @dataclass
@@ -45,6 +49,8 @@ class Teacher:
     logits: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
     mean_logits: Callable[[Tensor], Tensor] | None = None
     joint_logits: Callable[[Tensor], Tensor] | None = None
+    listed: Callable[[Tensor, Wanted], Iterator[Listed]] | None = None
+    rows: int | None = None
 
     def logits_for_single(self, mean: str) -> Callable[[Tensor], Tensor] | None:
         """Raw inputs -> what a single student learns of all members, as logits [B, C].
@@ -99,7 +105,16 @@ def of_ensemble(ensemble: SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble)
         return Teacher(
             lambda raw: program(raw)[None], 1, joint_logits=lambda raw: safe_log(program(raw))
         )
-    return Teacher(lambda raw: ensemble.forward_with_details(raw).q[None], 1)
+    teacher = Teacher(lambda raw: ensemble.forward_with_details(raw).q[None], 1)
+    if ensemble.is_sparse:
+        teacher.listed = partial(_listed, ensemble)
+        teacher.rows = rows_of_block(ensemble, TYPICAL)
+    return teacher
+
+
+def _listed(ensemble: SpecialistEnsemble, raw: Tensor, wanted: Wanted) -> Iterator[Listed]:
+    for answers in ensemble.ask_in_blocks(raw, wanted):
+        yield answers.join(ensemble.weights)
 
 
 def of_networks(networks: Sequence[Classifier]) -> Teacher:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ensemble.listed import Listed
 from networks.linear_logits import LinearLogits
 from trainer.core.distillation import (
     LogitTargets,
@@ -211,3 +212,21 @@ def test_a_sharded_head_gives_the_label_the_same_weight(T, form):
     torch.testing.assert_close(lazy, plain, rtol=1e-5, atol=1e-5)
     without = distillation_loss(logits, whole[None], labels, T, 0.8, 0.1, 0.0, 0.0)
     assert abs(float(plain - without)) > 1e-3
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 3.0, math.inf])
+def test_rows_that_list_some_classes_keep_what_whole_rows_keep(mass, temperature):
+    log_p = random_rows(3)
+    most = 25
+    whole = TopKTargets.holding(log_p, mass, temperature, 2, most)
+    listed = torch.cat([log_p.topk(most, dim=1).indices, log_p.topk(2, largest=False).indices], 1)
+    shuffled = listed[:, torch.randperm(27, generator=torch.Generator().manual_seed(0))]
+    q = Listed.of(log_p.exp(), shuffled, tuple({1.0, 1 / temperature}))
+    kept = TopKTargets.holding_listed(q, mass, temperature, 2, most)
+    assert torch.equal(kept.indices, whole.indices) and kept.num_classes == 40
+    torch.testing.assert_close(kept.log_values, whole.log_values)
+    torch.testing.assert_close(kept.log_tail, whole.log_tail, rtol=1e-5, atol=1e-6)
+    assert (kept.counts is None) == (whole.counts is None)
+    if whole.counts is not None:
+        assert torch.equal(kept.counts, whole.counts)

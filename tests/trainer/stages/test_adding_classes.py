@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from toy import encode_png, images, toy_config
 
 from clustering import ClassGroups
-from networks import load_classifier, remap_specialist
+from networks import load_classifier, named_by, remap_specialist
 from pipeline.config import UserError, load_config
 from pipeline.results import classes_line, collect
 from pipeline.store import read_json
@@ -112,7 +112,8 @@ def test_old_specialists_are_inherited_and_only_the_new_group_is_routed_and_trai
     assert [each.kind.trains for each in now.specialists] == [False, False, False, True]
     for m in range(3):
         before, after = network_of(old.specialists[m]), network_of(now.specialists[m])
-        columns = [group_names(before).index(name) for name in group_names(after)]
+        theirs, ours = group_names(old, before), group_names(now, after)
+        columns = [theirs.index(name) for name in ours]
         torch.testing.assert_close(after(raw)[:, :-1], before(raw)[:, columns])
         summary = summary_of(now.specialists[m])
         assert summary["taken_from"] == str(old.root / "specialists" / f"{m:03d}")
@@ -123,9 +124,10 @@ def test_old_specialists_are_inherited_and_only_the_new_group_is_routed_and_trai
     assert summary_of(now.specialists[3])["steps"] == 60
 
 
-def group_names(specialist):
+def group_names(run, specialist):
     """The names of the classes of its group, in the order of its columns."""
-    return [specialist.spec.class_names[c] for c in specialist.spec.head["members"]]
+    names = network_of(run.generalist).spec.class_names
+    return [names[c] for c in specialist.spec.head["members"]]
 
 
 def summary_of(stage):
@@ -147,7 +149,9 @@ def test_an_inherited_specialist_predicts_new_classes_as_often_as_they_are_route
     top = generalist(raw).argmax(1)
     for m, classes in enumerate(groups_of(now).members[:-1]):
         network = network_of(now.specialists[m])
-        unshifted = remap_specialist(network_of(old.specialists[m]), generalist)
+        before = network_of(old.specialists[m])
+        before.spec = named_by(before.spec, network_of(old.generalist).spec)
+        unshifted = remap_specialist(before, generalist)
         shift = summary_of(now.specialists[m])["new_rows_shift"]
         routed = torch.isin(top, torch.tensor(classes.tolist()))
         rows = new[network.head.row_classes]

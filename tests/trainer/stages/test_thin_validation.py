@@ -15,7 +15,7 @@ from pipeline.results.forecasts import judged_on
 from pipeline.store import read_json, write_json
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages import run_stage
+from trainer.stages import grouping, run_stage
 from trainer.stages.grouping import cluster, measure
 
 TRAIN, VAL = 12, 3  # images a class
@@ -157,3 +157,30 @@ def test_a_covariance_above_the_limit_is_refused(again, monkeypatch):
     with pytest.raises(UserError, match='top_k = "all": the covariance of 24 classes is above'):
         again('clusters.top_k="all"', remeasure=True)
     assert statistics_of(again(remeasure=True)).top_k == 10
+
+
+def test_of_a_large_train_a_seeded_part_of_each_class_is_measured_and_said(
+    thin, tmp_path, monkeypatch
+):
+    shutil.copytree(thin.root, tmp_path / "run", symlinks=True)
+    run = RunDirectory(tmp_path / "run", toy_config(thin.config.data.train, *OVERRIDES))
+    most = 5 * NUM_CLASSES
+    monkeypatch.setattr(grouping, "TRAIN_MEASURED", most)
+    monkeypatch.setattr(grouping, "FEWEST_OF_CLASS", 1)
+    counts = []
+    with process_group(run.config.engine) as ranks:
+        for _ in range(2):
+            run.measure.clear()
+            measure(Session(run, ranks), run.measure)
+            counts.append(statistics_of(run))
+        ids = grouping.train_ids(Session(run, ranks))
+        labels = Session(run, ranks).shards("train").labels
+        monkeypatch.setattr(grouping, "FEWEST_OF_CLASS", TRAIN)
+        assert grouping.train_ids(Session(run, ranks)) is None  # no more than so many a class
+    assert counts[0].num_examples == most == counts[1].num_examples
+    assert (counts[0].confusion != counts[1].confusion).sum() == 0
+    assert np.bincount(labels[ids]).tolist() == [5] * NUM_CLASSES
+    log = next(run.measure.path("log-0.txt").parent.glob("log-0.txt")).read_text()
+    assert (
+        f"of train's {TRAIN * NUM_CLASSES} examples {most} are measured, 42 % of each class" in log
+    )

@@ -1,0 +1,241 @@
+"""What an ensemble of many specialists holds and takes to answer rows of a huge label set.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.many_specialists [--classes C] [--groups M] [--rows N]
+    python -m benchmarks.many_specialists --quick          seconds, no result
+
+Made-up networks: a generalist of 64 numbers an embedding, and specialists in two memberships that
+keep the rows of 100 other classes and one for the rest.  Each form runs in a process of its own and
+gives the metrics' numbers of every row (top 5, log-probability of the label, sum of squares):
+
+    generalist   the generalist alone
+    whole        every specialist read at first, with all classes' names, and rows of C numbers, as
+                 before there were listed rows
+    listed       specialists read when rows need them, and rows that list some classes
+
+CPU seconds are the process's own, without its start; peak memory is what its resident set grows by
+(Linux).  The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clustering import ClassGroups
+from ensemble import EnsembleSettings, SpecialistEnsemble
+from ensemble.lazy_specialists import LazySpecialists, load_specialist, specialist_folder
+from ensemble.listed_ensemble import Wanted
+from networks import (
+    Classifier,
+    InputSpec,
+    ModelSpec,
+    build_classifier,
+    lazy_logits,
+    load_classifier,
+    save_classifier,
+)
+from trainer.core.dense_logits import dense_log_probabilities
+from trainer.session import measuring_batch
+
+NUMBERS, KEPT, TOP, T = 64, 100, 5, 1.3
+MIB = 2**20
+Form = Callable[[Path, Tensor, Tensor], Tensor]  # directory, raw, labels -> log p of the labels
+
+
+# Networks
+
+
+def write_networks(root: Path, classes: int, groups: int) -> None:
+    torch.manual_seed(0)
+    random = np.random.default_rng(0)
+    names = tuple(f"class number {c}" for c in range(classes))
+    inputs = InputSpec((NUMBERS,), "float32")
+    options = {"width": NUMBERS, "depth": 1}
+    spec = ModelSpec("mlp", classes, inputs, options, class_names=names)
+    generalist = build_classifier(spec).eval()
+    with torch.no_grad():
+        generalist.linear_head.weight.mul_(8)
+    halves = [np.array_split(random.permutation(classes), groups) for _ in range(2)]
+    members = [np.union1d(*pair) for pair in zip(*halves, strict=True)]
+    save_classifier(generalist, root / "generalist")
+    (root / "clusters").mkdir()
+    ClassGroups(members, classes).save(root / "clusters" / "groups.json")
+    for m, own in enumerate(members):
+        others = np.setdiff1d(random.choice(classes, KEPT + 4 * len(own)), own)[:KEPT]
+        save_specialist(generalist, own, others, specialist_folder(root, m))
+    EnsembleSettings(weights=[1.0, *[2.0] * groups]).save(root)
+
+
+def save_specialist(
+    generalist: Classifier, own: np.ndarray, kept: np.ndarray, folder: Path
+) -> None:
+    """It has moved a little from the generalist's rows of its classes."""
+    head = {"kind": "dustbin", "members": own.tolist(), "rows": "kept", "kept": kept.tolist()}
+    network = build_classifier(replace(generalist.spec, head=head, class_names=()))
+    network.trunk.load_state_dict(generalist.trunk.state_dict())
+    rows = torch.from_numpy(np.concatenate([own, kept]))
+    linear = generalist.linear_head
+    with torch.no_grad():
+        weight, bias = network.head.get_parameter("weight"), network.head.get_parameter("bias")
+        weight[:-1] = linear.weight[rows] + 0.05 * torch.randn(len(rows), NUMBERS)
+        bias[:-1] = linear.bias[rows]
+        weight[-1], bias[-1] = linear.weight.mean(0), float(np.log(linear.out_features))
+    save_classifier(network, folder)
+
+
+# Forms
+
+
+def by_generalist(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
+    network = load_classifier(root / "generalist")
+    parts = []
+    for rows, own in batches(raw, labels, network.spec.num_classes):
+        logits = lazy_logits(network, rows)
+        parts.append(logits.summary(TOP, own).log_label)
+        logits.scale_by_temperature(T).summary(TOP, own)
+    return torch.cat(parts)
+
+
+def by_whole_rows(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
+    generalist = load_classifier(root / "generalist")
+    groups, settings = read_joint(root)
+    specialists = {}
+    for m in range(len(groups)):
+        specialists[m] = load_classifier(specialist_folder(root, m))
+        names = tuple(map("".join, generalist.spec.class_names))  # each file had its own
+        specialists[m].spec = replace(specialists[m].spec, class_names=names)
+    ensemble = SpecialistEnsemble(
+        generalist, specialists, groups, weights=settings.weights, sparse=False
+    )
+    parts = []
+    for rows, own in batches(raw, labels, groups.num_classes):
+        logits = dense_log_probabilities(ensemble.forward_with_details(rows).q)
+        parts.append(logits.summary(TOP, own).log_label)
+        logits.scale_by_temperature(T).summary(TOP, own)
+    return torch.cat(parts)
+
+
+def by_listed_rows(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
+    generalist = load_classifier(root / "generalist")
+    groups, settings = read_joint(root)
+
+    def load(m: int) -> Classifier:
+        specialist = load_specialist(specialist_folder(root, m), generalist, (), "cpu", None)
+        assert isinstance(specialist, Classifier)
+        return specialist
+
+    specialists = LazySpecialists(load, range(len(groups)), generalist=generalist)
+    ensemble = SpecialistEnsemble(
+        generalist, specialists, groups, weights=settings.weights, sparse=True
+    )
+    parts, start = [], 0
+    for answers in ensemble.ask_in_blocks(raw, Wanted(TOP, (1.0, 1 / T)), labels):
+        q = answers.join(ensemble.weights)
+        own = labels[start : start + len(q.values)]
+        start += len(own)
+        parts.append(q.summary(TOP, own).log_label)
+        q.summary(TOP, own, T)
+    return torch.cat(parts)
+
+
+FORMS: dict[str, Form] = {
+    "generalist": by_generalist,
+    "whole": by_whole_rows,
+    "listed": by_listed_rows,
+}
+
+
+def read_joint(root: Path) -> tuple[ClassGroups, EnsembleSettings]:
+    return ClassGroups.load(root / "clusters" / "groups.json"), EnsembleSettings.load(root)
+
+
+def batches(raw: Tensor, labels: Tensor, classes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    size = measuring_batch(classes)
+    return zip(raw.split(size), labels.split(size), strict=True)
+
+
+# Measured
+
+
+def measure(root: Path, form: str, rows: int) -> dict:
+    """One form, in this process."""
+    classes = ModelSpec.load(root / "generalist" / "model.json").num_classes
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randn(rows, NUMBERS, generator=generator)
+    labels = torch.randint(classes, (rows,), generator=generator)
+    before, start = begin_peak(), time.process_time()
+    with torch.inference_mode():
+        log_label = FORMS[form](root, raw, labels)
+    return {
+        "cpu_s": round(time.process_time() - start, 3),
+        "peak_mib": round((peak() - before) / MIB, 1),
+        "nll": -float(log_label.double().mean()),
+    }
+
+
+def begin_peak() -> int:
+    """The resident set's bytes; from here on `peak` is of what comes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def peak() -> int:
+    return resident("VmHWM")
+
+
+def resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+    raise AssertionError(f"no {name} in /proc/self/status")
+
+
+def measured_alone(root: Path, form: str, rows: int) -> dict:
+    command = [sys.executable, "-m", "benchmarks.many_specialists", "--of", str(root)]
+    command += ["--form", form, "--rows", str(rows)]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--classes", type=int, default=20_000)
+    parser.add_argument("--groups", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--of", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--form", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.of:
+        print(json.dumps(measure(args.of, args.form, args.rows)))
+        return
+    if args.quick:
+        args.classes, args.groups, args.rows = 1000, 10, 300
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        write_networks(root, args.classes, args.groups)
+        results = {}
+        for form in args.forms:
+            results[form] = measured_alone(root, form, args.rows)
+            print(f"{form:12}", results[form], flush=True)
+    shape = {"classes": args.classes, "groups": args.groups, "rows": args.rows}
+    print(json.dumps({**shape, "forms": results}))
+
+
+if __name__ == "__main__":
+    main()
