@@ -4,6 +4,7 @@ webdataset's opener fetches them.  data.fetch_dir holds
 
     KEY.tar     a shard: whole, checked, never changed
     KEY.json    a manifest
+    KEY.npy     the classes of a split's samples, which a manifest names
     KEY.*.part  being written
     lease-*     names of the shards that a process reads, which nobody may evict; the file is locked
                 as long as its process lives
@@ -113,17 +114,26 @@ class FetchDir:
                 print(f"{error}; its copy in {path} is used", file=sys.stderr)
             return parse_manifest(path, url)
 
+    def label_file(self, url: str, said: dict) -> Path:
+        """A local copy of the array that a manifest names ({"bytes", "sha256", ...})."""
+        path = self.directory / f"{_key(url, said['sha256'])}.npy"
+        return self._kept(url, path, lambda part: _check_content(part, said), said["bytes"])
+
     def _fetched(self, url: str, entry: dict | None) -> Path:
         # Renewed shards have another checksum in the manifest, so they are other files here.
         sha256, size = (entry["sha256"], entry["bytes"]) if entry else ("", 0)
         path = self.directory / f"{_key(url, sha256)}.tar"
+        return self._kept(url, path, lambda part: _check_whole(part, entry), size)
+
+    def _kept(self, url: str, path: Path, check: Callable[[Path], object], size: int) -> Path:
+        """`path`, which holds what is at `url`; fetched unless it is there.  See _write."""
         with self._locked():
             self._hold(path.name)
             if path.exists():
                 # The access time says when it was used last.
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
             else:
-                self._write(url, path, lambda part: _check_whole(part, entry), size)
+                self._write(url, path, check, size)
         return path
 
     @contextmanager
@@ -171,7 +181,8 @@ class FetchDir:
         files = [path for path in self.directory.iterdir() if path.suffix != ".part"]
         sizes = {path: path.stat().st_size for path in files}
         leased = self._leased()
-        idle = [path for path in sizes if path.suffix == ".tar" and path.name not in leased]
+        evictable = [path for path in sizes if path.suffix in (".tar", ".npy")]
+        idle = [path for path in evictable if path.name not in leased]
         idle.sort(key=lambda path: path.stat().st_atime_ns, reverse=True)
         while True:
             free = shutil.disk_usage(self.directory).free + written
@@ -265,14 +276,21 @@ def _key(*words: str) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
-def _check_whole(path: Path, entry: dict | None) -> None:
-    """ValueError (EOFError or OSError from a decompressor) if the file is not the whole shard."""
+def _check_content(path: Path, entry: dict) -> None:
+    """ValueError if the file is not the one that a manifest's entry describes."""
     size = path.stat().st_size
-    if entry and (size, file_sha256(path)) != (entry["bytes"], entry["sha256"]):
+    if (size, file_sha256(path)) != (entry["bytes"], entry["sha256"]):
         raise ValueError(
             f"it is not what {MANIFEST} describes ({size} bytes, {entry['bytes']} expected, "
             "or another sha256)"
         )
+
+
+def _check_whole(path: Path, entry: dict | None) -> None:
+    """ValueError (EOFError or OSError from a decompressor) if the file is not the whole shard."""
+    size = path.stat().st_size
+    if entry:
+        _check_content(path, entry)
     tail = b""
     with unpacked(path) as file:
         while block := file.read(BLOCK):

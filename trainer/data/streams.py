@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pipeline.config import UserError
 
 from .augment import Augment, Views, find_augment
+from .opening import check_share
 from .orders import Order, balanced, generator, shuffled
-from .shards import Ids, ShardSet, check_share
+from .shards import Ids, ShardSet
 
 __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
 
@@ -420,7 +421,7 @@ class MeasuringStream(_Stream):
             inputs, ids = inputs[torch.from_numpy(kept)], ids[kept]
         return Batch(
             inputs=inputs,
-            labels=torch.from_numpy(self.shards.labels[ids]),
+            labels=torch.from_numpy(self.shards.labels[ids].astype(np.int64)),
             ids=torch.from_numpy(ids.copy()),
             source=torch.from_numpy(np.zeros_like(ids)),
             lost=[(0, sample, reason) for sample, reason in corrupt.items()],

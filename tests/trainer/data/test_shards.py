@@ -254,7 +254,7 @@ def test_an_unknown_extension_names_the_known_ones(tmp_path):
 def test_an_index_is_made_once_and_then_used(tmp_path, monkeypatch):
     write_uneven(tmp_path, [4, 5], indexed=False)
     first = opened(tmp_path)
-    monkeypatch.setattr("trainer.data.shards.scan_tar", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr("trainer.data.opening.scan_tar", lambda *_: pytest.fail("scanned again"))
     again = opened(tmp_path)
     assert again.fingerprint == first.fingerprint and (again.inputs([8]) == first.inputs([8])).all()
 
@@ -292,7 +292,7 @@ def test_an_index_of_schema_1_is_read(uneven, tmp_path, monkeypatch):
         del values["label_number"]
         times = [shard.stat().st_size, shard.stat().st_mtime_ns]
         np.savez(f"{shard}.index.npz", schema=1, stat=times, **values)
-    monkeypatch.setattr("trainer.data.shards.scan_tar", None)  # no need to read the tars again
+    monkeypatch.setattr("trainer.data.opening.scan_tar", None)  # no need to read the tars again
     old, new = (open_shards(str(path), Data(), "train") for path in (tmp_path / "s", uneven))
     assert old.labels.tolist() == new.labels.tolist()
     assert old.keys(np.arange(150)) == new.keys(np.arange(150))
