@@ -117,6 +117,7 @@ class _Stream:
     def __init__(self, shard_sets: Sequence[ShardSet]):
         self._shard_sets = list(shard_sets)
         self._lost: dict[tuple[int, int], str] = {}
+        self._lost_of = [0] * len(self._shard_sets)  # how many, by source
 
     @property
     def lost(self) -> dict[str, str]:
@@ -148,9 +149,10 @@ class _Stream:
 
     def _add_lost(self, source: int, sample: int, reason: str) -> None:
         """UserError if this rank alone has lost more than data.damage_share."""
+        self._lost_of[source] += (source, sample) not in self._lost
         self._lost[source, sample] = reason
         shards = self._shard_sets[source]
-        lost = shards.lost + sum(s == source for s, _ in self._lost)
+        lost = shards.lost + self._lost_of[source]
         total = shards.lost + len(shards)
         check_share(lost, total, shards.data, f"{shards.where(sample)}: {reason}")
 

@@ -126,6 +126,20 @@ def test_shards_behind_urls_are_those_on_disk(served, data, pattern):
     assert sorted(int(i) for batch in batches for i in batch.ids) == list(range(18))
 
 
+def test_the_array_beside_a_manifest_is_fetched_once_and_checked(served, data):
+    local = open_shards(str(served.directory), Data(), "train")
+    for _ in range(2):
+        remote = open_shards(served.url, data, "train")
+        assert remote.labels.tolist() == local.labels.tolist() and not remote.labels.flags.owndata
+    (name,) = (path.name for path in served.directory.glob("*.labels-*"))
+    assert served.requests.count(f"/{name}") == 1
+    (copy,) = Path(data.fetch_dir).glob("*.npy")
+    copy.unlink()
+    (served.directory / name).write_bytes(b"another file")
+    message = refusal(open_shards, served.url, data, "train")
+    assert f"/{name}: cannot be fetched: it is not what manifest.json describes" in message
+
+
 def test_each_shard_is_fetched_once(served, data):
     for _ in range(2):
         open_shards(BRACES.format(served.url), data, "train")
