@@ -94,7 +94,7 @@ class OpenedShard:
             self._extensions = index.extensions.tolist()
             inputs = set(_input_extensions(self._extensions, data))
             self._no_input = no_input(data)
-            self._is_input = np.array([each in inputs for each in self._extensions], bool)
+            self._is_input = [each in inputs for each in self._extensions]
 
     def rows(self, place: int) -> range:
         """The rows of the files of the sample at `place`.  Raises Corrupt."""
@@ -107,10 +107,11 @@ class OpenedShard:
         """The row of a sample's input.  Raises Corrupt where there is none, or several."""
         rows = self.rows(place)
         assert self.index is not None
-        inputs = np.flatnonzero(self._is_input[self.index.member_extension[rows.start : rows.stop]])
+        numbers = self.index.member_extension[rows.start : rows.stop].tolist()
+        inputs = [row for row, each in zip(rows, numbers, strict=True) if self._is_input[each]]
         if len(inputs) != 1:
             raise Corrupt(self._no_input)
-        return rows.start + int(inputs[0])
+        return inputs[0]
 
     def extension(self, row: int) -> str:
         assert self.index is not None
