@@ -25,6 +25,7 @@ soak: install
 	$(BIN)/python tests/trainer/data/corrupt_sets.py 1000
 	$(BIN)/python tests/trainer/data/once.py
 	$(BIN)/python tests/trainer/data/killed.py 20
+	$(BIN)/python tests/trainer/data/faulty_store.py 50
 	$(BIN)/python tests/trainer/engines/killed.py 30
 
 lint: install

@@ -18,7 +18,7 @@ class InMemory(ShardSet):
         self.data = Data()
         self.class_names = []
         self.corruption = []
-        self._descriptors = {}
+        self._forget_open()
         self._first = inputs.shape[1:], inputs.dtype
 
     def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:

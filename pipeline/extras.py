@@ -25,6 +25,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "timm": ("timm",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
 
 

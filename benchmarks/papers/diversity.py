@@ -297,7 +297,7 @@ def predict_all(
     for split in ("val", "test", GIVEN, "train"):
         shards = opened(data, split)
         raw = torch.from_numpy(shards.inputs(np.arange(len(shards))))
-        labels = torch.from_numpy(shards.labels)
+        labels = torch.from_numpy(shards.labels.astype(np.int64))
         single = torch.cat([log_probabilities(network, raw) for network in networks])
         log_p = {f"DE-{m}": single[:m] for m in range(1, MEMBERS + 1)}
         log_p |= {name: log_probabilities(network, raw) for name, network in students.items()}

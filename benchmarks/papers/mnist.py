@@ -265,7 +265,9 @@ def errors_of(results: list[dict], name: str) -> list[int]:
 def test_examples(shards: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(inputs, labels) of the test, decoded once for all networks."""
     test = open_shards(str(shards), Data(), "test")
-    return torch.from_numpy(test.inputs(np.arange(len(test)))), torch.from_numpy(test.labels)
+    return torch.from_numpy(test.inputs(np.arange(len(test)))), torch.from_numpy(
+        test.labels.astype(np.int64)
+    )
 
 
 def logits_on_test(network: Classifier, shards: Path) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,7 +55,7 @@ def write_uneven(directory, sizes, manifest=True, indexed=True):
         if indexed:
             save_index(path, index)
         labels = np.array([label_of(number) for number in numbers])
-        shards.append(shard_entry(path.name, index.bytes, index.sha256, labels, CLASSES))
+        shards.append(shard_entry(path.name, index, labels))
         first += size
     if manifest:
         write_manifest(directory, CLASSES, {"train": {"samples": first, "shards": shards}})

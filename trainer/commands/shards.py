@@ -363,7 +363,7 @@ def validate(
     _print_findings(findings)
     manifest = read_manifest(pattern) if Path(pattern).is_dir() else None
     if manifest:
-        print_classes(manifest)
+        print_classes(pattern, manifest)
     if any(finding.corruption for finding in findings):
         raise typer.Exit(1)
 

@@ -59,7 +59,7 @@ class CachedShards(ShardSet):
         return super().__getstate__() | {"_array": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+        super().__setstate__(state)
         self._array = self._map()
 
 
@@ -194,6 +194,6 @@ def _allocate(path: Path) -> None:
 def _lenient(shards: ShardSet, data: Data) -> ShardSet:
     """The same samples, with corrupt ones left out whatever data.damage says."""
     lenient = copy.copy(shards)
-    lenient._descriptors = {}
+    lenient._forget_open()
     lenient.data = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
     return lenient

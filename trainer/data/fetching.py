@@ -1,14 +1,16 @@
 """Shards behind URLs: fetched whole into a bounded directory, then read like any other file.
 
-webdataset's opener fetches them.  data.fetch_dir holds
+data.fetch_dir holds
 
     KEY.tar     a shard: whole, checked, never changed
     KEY.json    a manifest
-    KEY.*.part  being written
+    KEY.npy     the classes of a split's samples, which a manifest names
+    KEY.*.part  being written, and locked by who writes it; as large as it will be, if that is known
     lease-*     names of the shards that a process reads, which nobody may evict; the file is locked
                 as long as its process lives
-    .lock       held while something is fetched or evicted, so that each shard is fetched once,
-                whoever asks
+    .lock       held while files get their names or are evicted
+
+So each shard is fetched once, whoever asks, and several at once.
 """
 
 from __future__ import annotations
@@ -26,32 +28,25 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from pipeline.config import Data, UserError
 
 from .tars import file_sha256, index_path
+from .transport import blocks
 from .writing import MANIFEST, parse_manifest
 
 ATTEMPTS = 3
+BUSY_ATTEMPTS = 6  # where the server says that it may answer later
 PAUSE_S = 0.2  # before the second attempt; four times as long before each further one
+LONGEST_PAUSE_S = 20.0
+PARALLEL = 8  # shards that are fetched at once
 BLOCK = 1 << 20
 END_MARK = 1024  # bytes of zeros that a tar ends with
-REFUSED = 22  # curl: the server answered, with an HTTP error
-# webdataset lets curl itself try again for a minute: unknown hosts, HTTP 5xx, time-outs.
-RETRIED_BY_CURL = (6, REFUSED, 28)
-CURL = {
-    6: "there is no such host",
-    7: "the connection is refused",
-    18: "its body is cut short",
-    22: "the server answers with an error, such as 404",
-    28: "it takes too long",
-    35: "TLS fails",
-    56: "the connection breaks",
-    60: "the server's certificate is not trusted",
-}
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 _leases: dict[Path, TextIO] = {}  # by directory: this process's lease, an open and locked file
@@ -94,7 +89,15 @@ class FetchDir:
                 f"{urls[0]} ...: {len(urls)} shards of {known} bytes, "
                 f"more than data.fetch_bytes = {self.limit}"
             )
-        return [self._fetched(url, entry) for url, entry in zip(urls, entries, strict=True)]
+        if any(url.startswith("pipe:") for url in urls):  # what a command takes is not ours to say
+            return [self._fetched(url, entry) for url, entry in zip(urls, entries, strict=True)]
+        with ThreadPoolExecutor(PARALLEL) as threads:
+            coming = list(map(partial(threads.submit, self._fetched), urls, entries))
+            try:
+                return [each.result() for each in coming]
+            except BaseException:
+                threads.shutdown(wait=True, cancel_futures=True)
+                raise
 
     def manifest(self, url: str, optional: bool = False) -> dict | None:
         """The manifest at `url` as it is now, or last time's copy if its server cannot be reached.
@@ -102,29 +105,70 @@ class FetchDir:
         optional: None where the server answers that there is none.
         """
         path = self.directory / f"{_key(url)}.json"
-        with self._locked():
-            try:
-                self._write(url, path, lambda part: parse_manifest(part, url))
-            except _Unfetched as error:
-                if error.answered and optional:
-                    return None
-                if error.answered or not path.exists():
-                    raise
-                print(f"{error}; its copy in {path} is used", file=sys.stderr)
-            return parse_manifest(path, url)
+        try:
+            self._fetch(url, path, lambda part: parse_manifest(part, url), always=True)
+        except _Unfetched as error:
+            if error.answered and optional:
+                return None
+            if error.answered or not path.exists():
+                raise
+            print(f"{error}; its copy in {path} is used", file=sys.stderr)
+        return parse_manifest(path, url)
+
+    def label_file(self, url: str, said: dict) -> Path:
+        """A local copy of the array that a manifest names ({"bytes", "sha256", ...})."""
+        path = self.directory / f"{_key(url, said['sha256'])}.npy"
+        return self._fetch(url, path, lambda part: _check_content(part, said), said["bytes"])
 
     def _fetched(self, url: str, entry: dict | None) -> Path:
         # Renewed shards have another checksum in the manifest, so they are other files here.
         sha256, size = (entry["sha256"], entry["bytes"]) if entry else ("", 0)
         path = self.directory / f"{_key(url, sha256)}.tar"
-        with self._locked():
-            self._hold(path.name)
-            if path.exists():
-                # The access time says when it was used last.
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-            else:
-                self._write(url, path, lambda part: _check_whole(part, entry), size)
+        return self._fetch(url, path, lambda part: _check_whole(part, entry), size)
+
+    def _fetch(
+        self,
+        url: str,
+        path: Path,
+        check: Callable[[Path], object],
+        size: int = 0,
+        always: bool = False,
+    ) -> Path:
+        """`path`, with a URL's whole content; fetched unless it is there, or `always`.
+
+        What `check` refuses is no content.  size: if known, else 0.  Who asks for what another
+        thread or process is fetching waits for it.
+        """
+        name = path.with_name(f"{path.name}.part")
+        while True:
+            with self._locked():
+                self._hold(path.name)
+                if path.exists() and not always:
+                    # The access time says when it was used last.
+                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                    return path
+                part = _lock_part(name)
+                if part is not None:
+                    self._remove_stale_parts(name)
+                    break
+            _wait_for(name)
+        with part:
+            try:
+                self._attempt(url, part, check, size)
+            except BaseException:
+                with self._locked():
+                    name.unlink()
+                raise
+            with self._locked():
+                os.replace(name, path)
         return path
+
+    def _remove_stale_parts(self, own: Path) -> None:
+        """Delete what killed processes were writing; .lock is held."""
+        for left in self.directory.glob("*.part"):
+            if left != own and (stale := _lock_part(left)) is not None:
+                left.unlink()
+                stale.close()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -163,15 +207,16 @@ class FetchDir:
                     path.unlink()
         return names
 
-    def _make_room(self, url: str, needed: int, written: int) -> int:
-        """Evict until a file of `needed` bytes, of which `written` are on disk, has room.
+    def _make_room(self, url: str, own: Path, needed: int, written: int) -> int:
+        """Evict until the file `own` of `needed` bytes, of which `written` are on disk, has room.
 
-        Returns the bytes that it may take.
+        Returns the bytes that it may take.  .lock is held.
         """
-        files = [path for path in self.directory.iterdir() if path.suffix != ".part"]
-        sizes = {path: path.stat().st_size for path in files}
+        others = (path for path in self.directory.iterdir() if path != own)
+        sizes = {path: path.stat().st_size for path in others}
         leased = self._leased()
-        idle = [path for path in sizes if path.suffix == ".tar" and path.name not in leased]
+        evictable = [path for path in sizes if path.suffix in (".tar", ".npy")]
+        idle = [path for path in evictable if path.name not in leased]
         idle.sort(key=lambda path: path.stat().st_atime_ns, reverse=True)
         while True:
             free = shutil.disk_usage(self.directory).free + written
@@ -194,20 +239,14 @@ class FetchDir:
             f"in use that is more than data.fetch_bytes = {self.limit}"
         )
 
-    def _write(self, url: str, path: Path, check: Callable[[Path], object], size: int = 0) -> None:
-        """Fetch a URL's whole content to `path`, in up to ATTEMPTS attempts.
-
-        What `check` refuses is no content.  size: if known, else 0.
-        """
-        # What is left is of a process that was killed: the lock is ours.
-        for left in self.directory.glob("*.part"):
-            left.unlink()
-        part = path.with_name(f"{path.name}.part")
-        for attempt in range(ATTEMPTS):
+    def _attempt(
+        self, url: str, part: BinaryIO, check: Callable[[Path], object], size: int
+    ) -> None:
+        """Fetch into `part`, in up to ATTEMPTS attempts; BUSY_ATTEMPTS where the server is busy."""
+        for attempt in range(BUSY_ATTEMPTS):
             try:
                 self._copy(url, part, size)
-                check(part)
-                os.replace(part, path)
+                check(Path(part.name))
                 return
             except (OSError, ValueError, ImportError, EOFError, lzma.LZMAError) as error:
                 if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
@@ -215,49 +254,57 @@ class FetchDir:
                         f"{url}: the disk of {self.directory} is full; "
                         "set data.fetch_dir to a place on another"
                     ) from None
-                if attempt == ATTEMPTS - 1 or getattr(error, "final", False):
+                attempts = BUSY_ATTEMPTS if getattr(error, "busy", False) else ATTEMPTS
+                if attempt >= attempts - 1 or getattr(error, "is_final", False):
                     raise _Unfetched(url, error) from None
-                time.sleep(PAUSE_S * 4**attempt)
-            finally:
-                part.unlink(missing_ok=True)
+                time.sleep(min(PAUSE_S * 4**attempt, LONGEST_PAUSE_S))
 
-    def _copy(self, url: str, part: Path, size: int) -> None:
-        from webdataset.gopen import gopen, set_options
-
-        room = self._make_room(url, size, 0)
+    def _copy(self, url: str, part: BinaryIO, size: int) -> None:
+        own = Path(part.name)
+        part.seek(0)
+        part.truncate()
+        with self._locked():
+            room = self._make_room(url, own, size, 0)
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(part.fileno(), 0, size)
         written = 0
-        stream = gopen(url, "rb")
-        # webdataset's own check is silent where GOPEN_VERBOSE is set.
-        set_options(stream, ignore_errors=True)
-        with stream, open(part, "wb") as file:
-            while block := stream.read(BLOCK):
+        with closing(blocks(url, size)) as content:
+            for block in content:
                 if written + len(block) > room:
-                    room = self._make_room(url, written + len(block), written)
-                written += file.write(block)
-        status = getattr(stream, "status", 0)
-        if status not in getattr(stream, "ignore_status", [0]):
-            raise _Exit(url, status)
+                    with self._locked():
+                        room = self._make_room(url, own, written + len(block), written)
+                written += part.write(block)
+        part.truncate(written)
+        part.flush()
 
 
-class _Exit(OSError):
-    """The command behind a URL failed.
+def _lock_part(name: Path) -> BinaryIO | None:
+    """The file, made if need be and locked; None where another one writes it.  .lock is held."""
+    file = open(name, "r+b", opener=_made_if_absent)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
-    answered: the server did answer.  final: another attempt is of no use.
-    """
 
-    def __init__(self, url: str, status: int):
-        is_curl = url.startswith(("http:", "https:", "hf:"))
-        self.answered = is_curl and status == REFUSED
-        self.final = is_curl and status in RETRIED_BY_CURL
-        reason = f"exit code {status}"
-        if is_curl:
-            reason = CURL.get(status, f"curl's exit code is {status}")
-        super().__init__(reason)
+def _made_if_absent(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _wait_for(name: Path) -> None:
+    """Until nobody writes the file."""
+    try:
+        with open(name, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except FileNotFoundError:
+        pass
 
 
 class _Unfetched(UserError):
     def __init__(self, url: str, error: Exception):
-        self.answered: bool = getattr(error, "answered", False)
+        self.answered: bool = getattr(error, "is_final", False)
         super().__init__(f"{url}: cannot be fetched: {error}".replace("\n", " "))
 
 
@@ -265,14 +312,21 @@ def _key(*words: str) -> str:
     return hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
 
 
-def _check_whole(path: Path, entry: dict | None) -> None:
-    """ValueError (EOFError or OSError from a decompressor) if the file is not the whole shard."""
+def _check_content(path: Path, entry: dict) -> None:
+    """ValueError if the file is not the one that a manifest's entry describes."""
     size = path.stat().st_size
-    if entry and (size, file_sha256(path)) != (entry["bytes"], entry["sha256"]):
+    if (size, file_sha256(path)) != (entry["bytes"], entry["sha256"]):
         raise ValueError(
             f"it is not what {MANIFEST} describes ({size} bytes, {entry['bytes']} expected, "
             "or another sha256)"
         )
+
+
+def _check_whole(path: Path, entry: dict | None) -> None:
+    """ValueError (EOFError or OSError from a decompressor) if the file is not the whole shard."""
+    size = path.stat().st_size
+    if entry:
+        _check_content(path, entry)
     tail = b""
     with unpacked(path) as file:
         while block := file.read(BLOCK):

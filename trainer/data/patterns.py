@@ -11,10 +11,14 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from pipeline.config import Data, UserError
 
 from .fetching import FetchDir, is_packed
+from .label_files import SplitLabels, open_labels
 from .writing import MANIFEST, parse_manifest, read_manifest
 
 URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:", "scp:", "htgs:")
@@ -29,6 +33,8 @@ class Shard:
     path:     where it is read.
     manifest: of its directory, if any.
     entry:    its own entry of the manifest, if any.
+    labels:   of all samples of its split, where the manifest has them.
+    first:    the place of its own first sample in them.
     """
 
     name: str
@@ -36,6 +42,15 @@ class Shard:
     directory: str = ""
     manifest: dict | None = None
     entry: dict | None = None
+    labels: SplitLabels | None = None
+    first: int = 0
+
+    @property
+    def classes(self) -> np.ndarray | None:
+        """int32 [n]: the class of each of its samples, where the manifest says it."""
+        if self.labels is None or self.entry is None:
+            return None
+        return self.labels.classes[self.first : self.first + self.entry["samples"]]
 
 
 def expand(pattern: str, data: Data, split: str) -> list[Shard]:
@@ -69,6 +84,47 @@ def _check_distinct(shards: list[Shard], split: str) -> None:
             )
 
 
+class _Manifest:
+    """A manifest, where it lies, and its shards by name.
+
+    content: as in manifest.json.  name: its path or URL.
+    """
+
+    def __init__(self, content: dict, name: str, data: Data):
+        self.content = content
+        self.name = name
+        self.data = data
+        self.entries: dict[str, tuple[dict, str, int]] = {}  # entry, split, first sample
+        for split, value in content["splits"].items():
+            first = 0
+            for entry in value["shards"]:
+                self.entries.setdefault(entry["name"], (entry, split, first))
+                first += entry["samples"]
+        self._labels: dict[str, SplitLabels | None] = {}
+
+    def shard(self, name: str, path: str, directory: str, listed: str) -> Shard:
+        """The shard that the manifest calls `listed`."""
+        entry, split, first = self.entries[listed]
+        return Shard(name, path, directory, self.content, entry, self.labels(split), first)
+
+    def labels(self, split: str) -> SplitLabels | None:
+        """The classes of a split's samples; None where the manifest only counts them."""
+        if split not in self._labels:
+            self._labels[split] = self._opened(split)
+        return self._labels[split]
+
+    def _opened(self, split: str) -> SplitLabels | None:
+        said = self.content["splits"][split].get("labels")
+        if said is None:
+            return None
+        if self.name.startswith(URL):
+            url = f"{_directory_of(self.name)}/{said['file']}"
+            path = FetchDir(self.data).label_file(url, said)
+        else:
+            path = Path(self.name).with_name(said["file"])
+        return open_labels(path, self.content, split, self.name)
+
+
 class _Manifests:
     """The manifest of each directory, read once.
 
@@ -77,21 +133,24 @@ class _Manifests:
 
     def __init__(self, data: Data):
         self.data = data
-        self._known: dict[str, dict | None] = {}
+        self._known: dict[str, _Manifest | None] = {}
 
-    def of(self, directory: str) -> dict | None:
+    def of(self, directory: str) -> _Manifest | None:
         """directory: local, or a URL that shards' names are appended to; "" has none of its own."""
         if directory not in self._known:
             self._known[directory] = self._read(directory) or self.given
         return self._known[directory]
 
-    def _read(self, directory: str) -> dict | None:
+    def _read(self, directory: str) -> _Manifest | None:
+        name = f"{directory}/{MANIFEST}" if directory else MANIFEST
         if directory.startswith(URL):
-            return FetchDir(self.data).manifest(f"{directory}/{MANIFEST}", optional=True)
-        return read_manifest(directory or ".")
+            content = FetchDir(self.data).manifest(name, optional=True)
+        else:
+            content = read_manifest(directory or ".")
+        return _Manifest(content, name, self.data) if content else None
 
     @property
-    def given(self) -> dict | None:
+    def given(self) -> _Manifest | None:
         """The manifest that data.manifest names, or None."""
         name = self.data.manifest
         if name is None:
@@ -99,23 +158,14 @@ class _Manifests:
         if name not in self._known:
             try:
                 if name.startswith(URL):
-                    self._known[name] = FetchDir(self.data).manifest(name)
+                    content = FetchDir(self.data).manifest(name)
                 else:
-                    self._known[name] = parse_manifest(name, name)
+                    content = parse_manifest(name, name)
             except OSError:
                 raise UserError(f"data.manifest = {name}: no such file") from None
+            assert content is not None
+            self._known[name] = _Manifest(content, name, self.data)
         return self._known[name]
-
-
-def _entry(manifest: dict | None, name: str) -> dict | None:
-    """A shard's entry in a manifest."""
-    if manifest is None:
-        return None
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            if shard["name"] == name:
-                return shard
-    return None
 
 
 def _listed(manifest: dict, split: str, directory: str) -> list[str]:
@@ -152,7 +202,8 @@ def _local_shards(pattern: str, split: str, manifests: _Manifests) -> list[Shard
 def _is_known(path: str, manifests: _Manifests) -> bool:
     if os.path.exists(path):
         return True
-    return _entry(manifests.of(os.path.dirname(path)), os.path.basename(path)) is not None
+    manifest = manifests.of(os.path.dirname(path))
+    return manifest is not None and os.path.basename(path) in manifest.entries
 
 
 def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
@@ -166,38 +217,40 @@ def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
         return [pattern]
     directory = os.path.dirname(pattern)
     matches = set(glob.glob(pattern))
-    manifest = manifests.of(directory) or {"splits": {}}
-    for entry in manifest["splits"].values():
-        paths = [os.path.join(directory, shard["name"]) for shard in entry["shards"]]
+    manifest = manifests.of(directory)
+    if manifest is not None:
+        paths = [os.path.join(directory, name) for name in manifest.entries]
         matches.update(path for path in paths if fnmatch.fnmatch(path, pattern))
     return sorted(matches)
 
 
-def _directory_shards(directory: str, split: str, manifest: dict | None) -> list[str]:
+def _directory_shards(directory: str, split: str, manifest: _Manifest | None) -> list[str]:
     present = sorted(glob.glob(f"{glob.escape(directory)}/{split}-*.tar"))
     if manifest is None:
         return present
-    listed = [os.path.join(directory, name) for name in _listed(manifest, split, directory)]
+    names = _listed(manifest.content, split, directory)
+    listed = [os.path.join(directory, name) for name in names]
     # Shards of the split's name that no split lists belong too, or they would be lost without a
     # word.
-    unlisted = [path for path in present if _entry(manifest, os.path.basename(path)) is None]
+    unlisted = [path for path in present if os.path.basename(path) not in manifest.entries]
     return listed + unlisted
 
 
 def _local(path: str, manifests: _Manifests) -> Shard:
     if not path.endswith(".tar"):
         raise UserError(f"{path} is not a .tar; {REWRITE}")
-    directory = os.path.dirname(path)
+    directory, name = os.path.split(path)
     manifest = manifests.of(directory)
-    entry = _entry(manifest, os.path.basename(path))
-    if manifest and entry is None:
+    if manifest is None:
+        return Shard(path, path, directory)
+    if name not in manifest.entries:
         if not os.path.exists(path):
             raise UserError(f"{path}: no such shard")
         raise UserError(
             f"{path} is not in {directory}/{MANIFEST}; "
             f"add it with `referral shards index {directory}`"
         )
-    return Shard(path, path, directory, manifest, entry)
+    return manifest.shard(path, path, directory, name)
 
 
 # URLs
@@ -207,25 +260,27 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
     urls: list[str] = []
     for braced in braces(pattern):
         urls += _meant(braced, split, manifests)
-    shards_manifests = [_manifest_of(url, manifests) for url in urls]
+    found = [_manifest_of(url, manifests) for url in urls]
     entries: list[dict | None] = []
-    for url, manifest in zip(urls, shards_manifests, strict=True):
-        entry = _entry(manifest, url_name(url))
-        if manifest and entry is None:
+    for url, manifest in zip(urls, found, strict=True):
+        if manifest and url_name(url) not in manifest.entries:
             raise UserError(f"{url}: its manifest has no shard {url_name(url)!r}")
-        entries.append(entry)
+        entries.append(manifest.entries[url_name(url)][0] if manifest else None)
     paths = FetchDir(manifests.data).shards(urls, entries)
     shards: list[Shard] = []
-    for url, path, manifest, entry in zip(urls, paths, shards_manifests, entries, strict=True):
+    for url, path, manifest in zip(urls, paths, found, strict=True):
         if is_packed(path):
             raise UserError(
                 f"{url} is compressed; `pipe:curl -sf URL | gunzip` unpacks it, or {REWRITE}"
             )
-        shards.append(Shard(url, str(path), _directory_of(url), manifest, entry))
+        shard = Shard(url, str(path), _directory_of(url))
+        if manifest is not None:
+            shard = manifest.shard(url, str(path), _directory_of(url), url_name(url))
+        shards.append(shard)
     return shards
 
 
-def _manifest_of(url: str, manifests: _Manifests) -> dict | None:
+def _manifest_of(url: str, manifests: _Manifests) -> _Manifest | None:
     if url.startswith("pipe:"):
         return manifests.given
     return manifests.of(_directory_of(url))
@@ -250,7 +305,7 @@ def _meant(url: str, split: str, manifests: _Manifests) -> list[str]:
         raise UserError(
             f"{url} has no {MANIFEST}: name its shards, {directory}/{split}-{{000000..000007}}.tar"
         )
-    return [f"{directory}/{name}" for name in _listed(manifest, split, directory)]
+    return [f"{directory}/{name}" for name in _listed(manifest.content, split, directory)]
 
 
 def _directory_of(url: str) -> str:

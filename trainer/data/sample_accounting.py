@@ -15,7 +15,8 @@ import numpy as np
 from pipeline.config import UserError
 from pipeline.corruption import count, example
 
-from .shards import ShardSet, check_share
+from .opening import check_share
+from .shards import ShardSet
 from .streams import Batch, Lost, TrainingStream
 
 Gather = Callable[[Any], list]  # a rank's value -> every rank's, collective

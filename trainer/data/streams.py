@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pipeline.config import UserError
 
 from .augment import Augment, Views, find_augment
+from .opening import check_share
 from .orders import Order, balanced, generator, shuffled
-from .shards import Ids, ShardSet, check_share
+from .shards import Ids, ShardSet
 
 __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
 
@@ -116,6 +117,7 @@ class _Stream:
     def __init__(self, shard_sets: Sequence[ShardSet]):
         self._shard_sets = list(shard_sets)
         self._lost: dict[tuple[int, int], str] = {}
+        self._lost_of = [0] * len(self._shard_sets)  # how many, by source
 
     @property
     def lost(self) -> dict[str, str]:
@@ -147,9 +149,10 @@ class _Stream:
 
     def _add_lost(self, source: int, sample: int, reason: str) -> None:
         """UserError if this rank alone has lost more than data.damage_share."""
+        self._lost_of[source] += (source, sample) not in self._lost
         self._lost[source, sample] = reason
         shards = self._shard_sets[source]
-        lost = shards.lost + sum(s == source for s, _ in self._lost)
+        lost = shards.lost + self._lost_of[source]
         total = shards.lost + len(shards)
         check_share(lost, total, shards.data, f"{shards.where(sample)}: {reason}")
 
@@ -420,7 +423,7 @@ class MeasuringStream(_Stream):
             inputs, ids = inputs[torch.from_numpy(kept)], ids[kept]
         return Batch(
             inputs=inputs,
-            labels=torch.from_numpy(self.shards.labels[ids]),
+            labels=torch.from_numpy(self.shards.labels[ids].astype(np.int64)),
             ids=torch.from_numpy(ids.copy()),
             source=torch.from_numpy(np.zeros_like(ids)),
             lost=[(0, sample, reason) for sample, reason in corrupt.items()],

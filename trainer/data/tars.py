@@ -1,7 +1,7 @@
 """One pass over a webdataset tar: where each sample's files lie, their checksums, what is corrupt.
 
-The result is kept beside the shard as NAME.tar.index.npz: later readers go straight to a sample
-with one `pread`.
+The result is kept beside the shard as NAME.tar.index.npz: later readers map it and go straight to
+a sample with one `pread`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import mmap
 import os
 import re
 import tarfile
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from .mapped import map_npz
 from .texts import Texts
 
 SCHEMA = 2
@@ -366,6 +369,7 @@ def index_path(shard: str | Path) -> Path:
 def save_index(shard: str | Path, index: TarIndex) -> bool:
     """Keep `index` beside the shard, with the shard's size and time.
 
+    The file itself gets the shard's time as well, see `is_fresh`.
     False where the directory cannot be written.
     """
     stat = os.stat(shard)
@@ -380,6 +384,7 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
             values[field.name] = value
     try:
         np.savez(temporary, schema=SCHEMA, stat=[stat.st_size, stat.st_mtime_ns], **values)
+        os.utime(temporary, ns=(time.time_ns(), stat.st_mtime_ns))
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -387,24 +392,42 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
     return True
 
 
-def load_index(shard: str | Path) -> tuple[TarIndex, bool] | None:
-    """(index, whether size and time of the shard are still those indexed).
+def is_fresh(shard: str | Path, size: int) -> bool:
+    """Whether the shard has `size` bytes and the time of its index: nothing is opened.
 
-    None where there is no readable index.
+    An index gets its shard's time when the two were last compared.
     """
     try:
-        with np.load(index_path(shard), allow_pickle=False) as file:
-            if int(file["schema"]) not in READABLE:
-                return None
-            values = _of_schema_1(file) if int(file["schema"]) == 1 else _of_schema_2(file)
-            stat = file["stat"].tolist()
+        now, index = os.stat(shard), os.stat(index_path(shard))
+    except OSError:
+        return False
+    return now.st_size == size and now.st_mtime_ns == index.st_mtime_ns
+
+
+def load_index(shard: str | Path, check: bool = True) -> tuple[TarIndex, bool] | None:
+    """(index, whether size and time of the shard are still those indexed).
+
+    Its arrays are mapped.  None where there is no readable index.  check: compare it with its
+    checksums, which touches all of it.
+    """
+    path = index_path(shard)
+    try:
+        arrays = map_npz(path, check)
+        if int(arrays["schema"]) not in READABLE:
+            return None
+        values = _of_schema_1(arrays) if int(arrays["schema"]) == 1 else _of_schema_2(arrays)
+        stat = arrays["stat"].tolist()
     except Exception:
         # A half-written or foreign file: numpy and zipfile raise a dozen kinds.  It is rebuilt.
         return None
     for name, kind in (("sha256", str), ("bytes", int), ("label", str), ("countable", bool)):
         values[name] = kind(values[name])
     now = os.stat(shard)
-    return TarIndex(**values), stat == [now.st_size, now.st_mtime_ns]
+    unchanged = stat == [now.st_size, now.st_mtime_ns]
+    if unchanged and not is_fresh(shard, now.st_size):
+        with suppress(OSError):  # a directory that cannot be written
+            os.utime(path, ns=(time.time_ns(), now.st_mtime_ns))
+    return TarIndex(**values), unchanged
 
 
 TEXTS = ("keys", "label_texts", "damaged", "reasons")

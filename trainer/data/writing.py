@@ -1,12 +1,14 @@
 """Write webdataset tars and the manifest that says what is in them.
 
-Nothing gets its name before it is complete.
+Nothing gets its name before it is complete.  A manifest of schema 2 has an array of the classes of
+all samples beside it (label_files.py); one of schema 1 has the counts of each shard's classes.
 """
 
 from __future__ import annotations
 
 import os
 import uuid
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +22,16 @@ from pipeline.config import UserError
 from pipeline.failures import cannot_write, writing
 from pipeline.store import read_json, write_json
 
+from .label_files import LabelFile, remove_label_files, write_labels
 from .labels import Kind, check_writable
-from .tars import index_path, save_index, scan_tar
+from .tars import TarIndex, index_path, save_index, scan_tar
 
 if TYPE_CHECKING:
     from webdataset.writer import TarWriter
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
 
 
 class _Shard(BaseModel):
@@ -35,13 +39,14 @@ class _Shard(BaseModel):
     samples: int = Field(ge=0)
     bytes: int
     sha256: str
-    class_counts: dict[str, int]
+    class_counts: dict[str, int] | None = None  # of schema 1
     labels: Literal["indices", "names"] | None = None  # what `index` found them to be
 
 
 class _Split(BaseModel):
     samples: int
     shards: list[_Shard]
+    labels: LabelFile | None = None
 
 
 class _Manifest(BaseModel):
@@ -178,33 +183,24 @@ class ShardWriter:
             os.replace(path, shard)
             save_index(shard, index)
             labels = np.array([int(text) for text in index.label_texts], np.int64)
-            labels = labels[index.label_number]
-            entry = shard_entry(shard.name, index.bytes, index.sha256, labels, self.class_names)
-            shards.append(entry)
+            shards.append(shard_entry(shard.name, index, labels[index.label_number]))
         self.facts = {"samples": self._written, "shards": shards}
 
 
-def shard_entry(
-    name: str,
-    size: int,
-    sha256: str,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    kind: Kind | None = None,
-) -> dict:
-    """One shard's entry of the manifest.
+def shard_entry(name: str, index: TarIndex, labels: np.ndarray, kind: Kind | None = None) -> dict:
+    """One shard's entry, as `write_manifest` takes it.
 
-    labels: int64 [n].  kind: what the shard's label members are; None is not written, and means
-    the indices that ShardWriter writes.
+    labels: int [n], the class of each sample.  kind: what the shard's label members are; None is
+    not written, and means the indices that ShardWriter writes.
     """
-    classes, counts = np.unique(labels, return_counts=True)
-    class_counts = {class_names[c]: int(n) for c, n in zip(classes, counts, strict=True)}
+    used = index.extensions[np.unique(index.member_extension)]
     entry = {
         "name": name,
         "samples": len(labels),
-        "bytes": size,
-        "sha256": sha256,
-        "class_counts": class_counts,
+        "bytes": index.bytes,
+        "sha256": index.sha256,
+        "classes": np.asarray(labels, np.int32),
+        "extensions": used.tolist(),
     }
     return entry | {"labels": kind} if kind else entry
 
@@ -215,6 +211,7 @@ def write_manifest(
     splits: dict[str, dict],
     made_by: dict | None = None,
     pictures: PictureRules | None = None,
+    label: str = "cls",
 ) -> Path:
     """Write DIRECTORY/manifest.json, or add splits to the one that is there.
 
@@ -228,6 +225,8 @@ def write_manifest(
         The command that made them, and its options.
     pictures : PictureRules, optional
         How pictures became what the shards hold; they are read by these rules.
+    label : str
+        The member that the labels were read from, or "json:FIELD".
 
     Returns
     -------
@@ -244,7 +243,7 @@ def write_manifest(
     names = list(class_names)
     check_writable(names, path)
     if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
+        twice, _ = Counter(names).most_common(1)[0]
         raise UserError(f"two classes are called {twice!r}; class names must differ")
     old = read_manifest(directory) or {"splits": {}}
     kept = {split: entry for split, entry in old["splits"].items() if split not in splits}
@@ -256,19 +255,39 @@ def write_manifest(
         pictures = agreed_rules(
             {", ".join(kept): recorded_rules(old), "what is added": pictures}, path
         )
-    manifest = {
+    manifest: dict = {
         "schema": SCHEMA,
         "classes": names,
-        "splits": kept | splits,
+        "splits": dict(kept),
         "made_by": made_by or {},
     }
     if pictures is not None:
         manifest["inputs"] = {"pictures": pictures.as_json()}
     try:
+        for split, entry in splits.items():
+            manifest["splits"][split] = _with_label_file(path.parent, split, entry, label)
         write_json(path, manifest)
+        remove_label_files(path.parent, manifest["splits"])
     except OSError as error:
         raise cannot_write(path, error) from None
     return path
+
+
+def _with_label_file(directory: Path, split: str, entry: dict, label: str) -> dict:
+    """A split's entry as it is written: the classes of its samples go to a file of their own.
+
+    Shards whose entries have `class_counts` stay as they are, as schema 1 has them.
+    """
+    shards = entry["shards"]
+    if not all("classes" in shard for shard in shards):
+        assert not any("classes" in shard for shard in shards), "shards of two kinds"
+        return entry
+    beside = ("classes", "extensions")
+    extensions = [extension for shard in shards for extension in shard["extensions"]]
+    classes = [shard["classes"] for shard in shards]
+    kept = [{key: shard[key] for key in shard if key not in beside} for shard in shards]
+    said = write_labels(directory, split, classes, label, extensions)
+    return {"samples": entry["samples"], "shards": kept, "labels": said}
 
 
 def recorded_rules(manifest: dict) -> PictureRules | None:
@@ -337,9 +356,10 @@ def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict
         raise
     except (ValueError, OSError):
         raise UserError(f"{name} cannot be read as JSON{remedy}") from None
-    if isinstance(manifest, dict) and manifest.get("schema") != SCHEMA:
+    if isinstance(manifest, dict) and manifest.get("schema") not in READABLE:
+        readable = " and ".join(map(str, READABLE))
         raise UserError(
-            f"{name} has schema {manifest.get('schema')!r}, this program reads {SCHEMA}{remedy}"
+            f"{name} has schema {manifest.get('schema')!r}, this program reads {readable}{remedy}"
         )
     try:
         class_names = _Manifest.model_validate(manifest).classes
@@ -363,4 +383,6 @@ def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict
                 f"{name} says split {split} has {entry['samples']} samples, "
                 f"its shards {total}{remedy}"
             )
+        if "labels" not in entry and any("class_counts" not in each for each in entry["shards"]):
+            raise UserError(f"{name} does not say the classes of split {split}{remedy}")
     return manifest

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pipeline.config import UserError
 from pipeline.graph import RunDirectory
 from pipeline.results import (
     Results,
@@ -22,6 +23,7 @@ from pipeline.results import (
 from pipeline.results.forecasts import judged_on
 from pipeline.store import read_json
 
+from ..data.label_files import class_counts as class_counts_of
 from . import tables
 from .predictions import Predictions
 
@@ -244,11 +246,9 @@ def manifest_counts(pattern: str, num_classes: int) -> np.ndarray | None:
     directory = first if first.is_dir() else first.parent
     try:
         manifest = read_json(directory / "manifest.json")
-        index_of = {name: c for c, name in enumerate(manifest["classes"])}
-        counts = np.zeros(num_classes, dtype=np.int64)
-        for shard in manifest["splits"]["train"]["shards"]:
-            for name, count in shard["class_counts"].items():
-                counts[index_of[name]] += count
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError):
+        counts = class_counts_of(directory, manifest, "train")
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, UserError):
         return None
-    return counts if counts.any() else None
+    if not counts.any() or len(counts) > num_classes:
+        return None
+    return np.pad(counts, (0, num_classes - len(counts)))

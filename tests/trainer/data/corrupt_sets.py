@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
+import numpy as np  # noqa: E402
 import tomli_w  # noqa: E402
 from shardsets import CLASSES, label_of, picture, tar_files, write_tar, write_uneven  # noqa: E402
 
@@ -31,6 +32,7 @@ from trainer.data import (  # noqa: E402
     open_shards,
     shuffled,
 )
+from trainer.data.label_files import write_labels  # noqa: E402
 
 SIZES = [5, 40, 12]
 READERS = ["in process", "two workers", "cached"]
@@ -148,7 +150,9 @@ def absent(path, chance):
 
 MANIFEST_KINDS = [
     "samples",
-    "counts",
+    "other labels",
+    "label file",
+    "no label file",
     "sha256",
     "name",
     "twice",
@@ -169,8 +173,18 @@ def wrong_manifest(path, chance):
     kind = chance.choice(MANIFEST_KINDS)
     if kind == "samples":
         shard["samples"] += chance.choice([-1, 1])
-    elif kind == "counts":
-        shard["class_counts"][chance.choice(list(shard["class_counts"]))] += 1
+    elif kind == "other labels":
+        split = manifest["splits"]["train"]
+        labels = np.load(path.parent / split["labels"]["file"])
+        place = chance.randrange(len(labels))
+        labels[place] = (labels[place] + 1) % 7
+        split["labels"] = write_labels(path.parent, "train", [labels], "cls", ["cls", "png"])
+    elif kind == "label file":
+        changed = path.parent / manifest["splits"]["train"]["labels"]["file"]
+        content = changed.read_bytes()
+        changed.write_bytes(chance.choice([content[:-4], content[:-1] + b"\1", b""]))
+    elif kind == "no label file":
+        (path.parent / manifest["splits"]["train"]["labels"]["file"]).unlink()
     elif kind == "sha256":
         shard["sha256"] = "0" * 64
     elif kind == "name":

@@ -126,6 +126,20 @@ def test_shards_behind_urls_are_those_on_disk(served, data, pattern):
     assert sorted(int(i) for batch in batches for i in batch.ids) == list(range(18))
 
 
+def test_the_array_beside_a_manifest_is_fetched_once_and_checked(served, data):
+    local = open_shards(str(served.directory), Data(), "train")
+    for _ in range(2):
+        remote = open_shards(served.url, data, "train")
+        assert remote.labels.tolist() == local.labels.tolist() and not remote.labels.flags.owndata
+    (name,) = (path.name for path in served.directory.glob("*.labels-*"))
+    assert served.requests.count(f"/{name}") == 1
+    (copy,) = Path(data.fetch_dir).glob("*.npy")
+    copy.unlink()
+    (served.directory / name).write_bytes(bytes(200))
+    message = refusal(open_shards, served.url, data, "train")
+    assert f"/{name}: cannot be fetched: it is not what manifest.json describes" in message
+
+
 def test_each_shard_is_fetched_once(served, data):
     for _ in range(2):
         open_shards(BRACES.format(served.url), data, "train")
@@ -175,7 +189,7 @@ def test_a_shard_that_is_not_the_manifests_is_refused(served, data):
     write_tar(served.directory / "train-000001.tar", tar_files(range(30, 39)))
     message = refusal(open_shards, BRACES.format(served.url), data, "train")
     assert "train-000001.tar: cannot be fetched: it is not what manifest.json describes" in message
-    assert len(fetched(data)) == 1
+    assert len(fetched(data)) == 2 and not partial_files(data)
 
 
 def test_changed_shards_are_fetched_again(served, data):
@@ -185,7 +199,7 @@ def test_changed_shards_are_fetched_again(served, data):
     assert (old.num_samples, new.num_samples) == (18, 16) and old.inputs([17]).shape == (1, 1, 6, 5)
 
 
-NOT_FOUND = "cannot be fetched: the server answers with an error, such as 404"
+NOT_FOUND = "cannot be fetched: the server answers 404 File not found"
 NO_SERVER = "cannot be fetched: the connection is refused"
 
 

@@ -24,6 +24,7 @@ from shardsets import (
 
 from pipeline.config import Data, UserError
 from trainer.data import ShardWriter, open_shards, write_manifest
+from trainer.data.label_files import class_counts
 from trainer.data.tars import index_path, load_index, save_index, scan_tar
 
 
@@ -64,10 +65,7 @@ def test_the_manifest_counts_what_the_shards_hold(tmp_path):
     assert [shard["samples"] for shard in shards] == [10, 10, 5]
     for shard in shards:
         assert shard["bytes"] == (tmp_path / shard["name"]).stat().st_size
-    counts = np.zeros(7, int)
-    for shard in shards:
-        for name, count in shard["class_counts"].items():
-            counts[CLASSES.index(name)] += count
+    counts = class_counts(tmp_path, manifest, "train")
     assert counts.tolist() == np.bincount([label_of(n) for n in range(25)], minlength=7).tolist()
 
 
@@ -90,7 +88,7 @@ def test_a_split_is_overwritten_only_with_overwrite(tmp_path):
     assert "already holds train shards" in refusal(ShardWriter, tmp_path, "train", CLASSES)
     with ShardWriter(tmp_path, "train", CLASSES, overwrite=True) as writer:
         writer.write(sample(0))
-    names = sorted(file.name for file in tmp_path.glob("train*"))
+    names = sorted(file.name for file in tmp_path.glob("train-*"))
     assert names == ["train-000000.tar", "train-000000.tar.index.npz"]
 
 
@@ -254,7 +252,7 @@ def test_an_unknown_extension_names_the_known_ones(tmp_path):
 def test_an_index_is_made_once_and_then_used(tmp_path, monkeypatch):
     write_uneven(tmp_path, [4, 5], indexed=False)
     first = opened(tmp_path)
-    monkeypatch.setattr("trainer.data.shards.scan_tar", lambda *_: pytest.fail("scanned again"))
+    monkeypatch.setattr("trainer.data.opening.scan_tar", lambda *_: pytest.fail("scanned again"))
     again = opened(tmp_path)
     assert again.fingerprint == first.fingerprint and (again.inputs([8]) == first.inputs([8])).all()
 
@@ -292,7 +290,7 @@ def test_an_index_of_schema_1_is_read(uneven, tmp_path, monkeypatch):
         del values["label_number"]
         times = [shard.stat().st_size, shard.stat().st_mtime_ns]
         np.savez(f"{shard}.index.npz", schema=1, stat=times, **values)
-    monkeypatch.setattr("trainer.data.shards.scan_tar", None)  # no need to read the tars again
+    monkeypatch.setattr("trainer.data.opening.scan_tar", None)  # no need to read the tars again
     old, new = (open_shards(str(path), Data(), "train") for path in (tmp_path / "s", uneven))
     assert old.labels.tolist() == new.labels.tolist()
     assert old.keys(np.arange(150)) == new.keys(np.arange(150))
@@ -321,7 +319,8 @@ def test_shards_are_read_where_no_index_can_be_written(tmp_path, monkeypatch):
 
 def test_a_member_that_changes_after_opening_is_caught_by_its_checksum(tmp_path):
     shards = opened(write_uneven(tmp_path, [4]))
-    offset = shards._offset[shards._input_row[2]]
+    index, _ = load_index(tmp_path / "train-000000.tar")
+    offset = index.offset[5]  # of sample 2 the second file, behind its label
     with open(tmp_path / "train-000000.tar", "r+b") as file:
         file.seek(int(offset) + 50)
         file.write(b"\0\1")

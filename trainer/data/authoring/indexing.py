@@ -32,16 +32,20 @@ from ..decoding import (
     rgb,
 )
 from ..fetching import FetchDir, is_packed, unpacked
+from ..label_files import is_label_file
 from ..labels import NONE, Kind, LabelSet, readings, settle, settle_given
-from ..patterns import URL, Shard, braces, expand, url_name
-from ..shards import (
+from ..opening import (
     Corruption,
-    ShardSet,
+    ShardPart,
+    counts_by_name,
+    counts_of_manifest,
     expected_sha256,
     label_kind,
     label_samples,
     scanned_corruption,
 )
+from ..patterns import URL, Shard, braces, expand, url_name
+from ..shards import ShardSet
 from ..tars import TarIndex, load_index, save_index, scan_tar
 from ..writing import (
     MANIFEST,
@@ -107,7 +111,8 @@ def index_directory(
     if not tars:
         raise UserError(f"{directory} holds no .tar")
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
-        if path.name.endswith((".tar", ".index.npz", MANIFEST)) and not path.name.startswith("."):
+        is_ours = path.name.endswith((".tar", ".index.npz", MANIFEST)) or is_label_file(path.name)
+        if is_ours and not path.name.startswith("."):
             continue
         report.pass_over("files that are no .tar", path.name)
     old = _old_manifest(directory)
@@ -194,9 +199,7 @@ def _index(
         indexes[name] = index
         entry = splits.setdefault(split_of[name], {"samples": 0, "shards": []})
         kind = label_set.to_declare(index.label_texts)
-        entry["shards"].append(
-            shard_entry(name, index.bytes, index.sha256, labels, label_set.names, kind)
-        )
+        entry["shards"].append(shard_entry(name, index, labels, kind))
         entry["samples"] += len(labels)
     report.corrupt += map(str, corruption)
     report.refuse_corrupt("--classes FILE gives other classes" if class_names or old else "")
@@ -216,7 +219,7 @@ def _index(
     if corruption:
         made_by["lost"] = len(corruption)
     rules = _with_limit(recorded_rules(old) if old else None, max_pixels)
-    write_manifest(out, label_set.names, splits, made_by, rules)
+    write_manifest(out, label_set.names, splits, made_by, rules, data.label)
     return report
 
 
@@ -358,12 +361,13 @@ def _validate(shard: Shard, data: Data, found: LabelSet | None) -> Finding:
     label_set = _label_set(shard, data, found)
     index, labels = label_samples(shard, index, label_set, data, finding.corruption)
     if shard.entry and not finding.corruption:
-        now = shard_entry(path.name, index.bytes, index.sha256, labels, label_set.names)
-        if any(now[key] != shard.entry[key] for key in ("samples", "class_counts")):
+        counts = counts_by_name(labels, label_set.names)
+        if len(labels) != shard.entry["samples"] or counts != counts_of_manifest(shard):
             finding.add("manifest.json counts it otherwise")
     if len(index):
         lenient = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})
-        shards = ShardSet("all", [shard], [index], [labels], label_set.names, [], lenient)
+        part = ShardPart.of(shard, index, labels, lenient)
+        shards = ShardSet("all", [part], label_set.names, [], lenient)
         _decode_all(shards, finding)
     return finding
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.config import Data, UserError
 
+from ..label_files import class_counts
 from ..labels import printable
 from ..writing import read_manifest
 
@@ -103,7 +104,7 @@ def print_summary(out: str | Path, report: Report, data: Data | None = None) -> 
     say(f"{printable(str(out))}: {counts}")
     manifest = read_manifest(out)
     if manifest:
-        print_classes(manifest)
+        print_classes(out, manifest)
         inputs = _inputs(out, manifest, data or Data())
         if inputs:
             say(f"  inputs: {inputs}")
@@ -118,9 +119,9 @@ def print_summary(out: str | Path, report: Report, data: Data | None = None) -> 
         list_corrupt("left out", report.corrupt)
 
 
-def print_classes(manifest: dict) -> None:
-    """The classes of a manifest, and how many examples they have."""
-    for line in _class_lines(manifest):
+def print_classes(out: str | Path, manifest: dict) -> None:
+    """The classes of the manifest in the directory `out`, and how many examples they have."""
+    for line in _class_lines(out, manifest):
         say(f"  {line}")
 
 
@@ -129,37 +130,29 @@ def _examples(names: Sequence[str]) -> str:
     return f"{shown}, ..." if len(names) > EXAMPLES else shown
 
 
-def _class_lines(manifest: dict) -> list[str]:
+def _class_lines(out: str | Path, manifest: dict) -> list[str]:
     """Number, names and sizes of the classes, and which are missing where."""
     names = manifest["classes"]
-    counts = {split: _class_counts(entry) for split, entry in manifest["splits"].items()}
+    counts = {split: class_counts(out, manifest, split) for split in manifest["splits"]}
     lines = [f"classes: {len(names)} ({_examples(names)})"]
     first = "train" if "train" in counts else next(iter(counts))
-    present = [name for name in names if counts[first].get(name)]
-    if present:
-        largest = max(present, key=counts[first].__getitem__)
-        smallest = min(present, key=counts[first].__getitem__)
-        fewest, most = counts[first][smallest], counts[first][largest]
-        line = f"examples per class in {first}: {fewest}"
-        if fewest < most:
-            line += f" ({printable(smallest)}) to {most} ({printable(largest)})"
+    present = np.flatnonzero(counts[first])
+    if len(present):
+        sizes = counts[first][present]
+        largest, smallest = present[sizes.argmax()], present[sizes.argmin()]
+        line = f"examples per class in {first}: {sizes.min()}"
+        if sizes.min() < sizes.max():
+            line += f" ({printable(names[smallest])}) to {sizes.max()}"
+            line += f" ({printable(names[largest])})"
         lines.append(line)
-    for split, present in counts.items():
-        missing = [name for name in names if not present.get(name)]
+    for split, of_split in counts.items():
+        missing = [names[c] for c in np.flatnonzero(of_split == 0)]
         if missing:
             lines.append(
                 f"missing from {split}: {len(missing)} of {len(names)} classes "
                 f"({_examples(missing)})"
             )
     return lines
-
-
-def _class_counts(entry: dict) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for shard in entry["shards"]:
-        for name, count in shard["class_counts"].items():
-            counts[name] = counts.get(name, 0) + count
-    return counts
 
 
 def _inputs(out: str | Path, manifest: dict, data: Data) -> str:

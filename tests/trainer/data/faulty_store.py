@@ -1,0 +1,208 @@
+"""A store of shards behind HTTP that fails in seeded ways, and what comes of a set fetched from it.
+
+    python tests/trainer/data/faulty_store.py 50
+        fetches 50 sets, each through faults of its own: `make soak`
+
+A fault befalls one request.  Up to two in a row are survived; three or more in a row are one line.
+Whatever happens, a shard is whole and the manifest's or it is not there.
+"""
+
+import hashlib
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
+
+import numpy as np  # noqa: E402
+from shardsets import picture, write_uneven  # noqa: E402
+
+from pipeline.config import Data, UserError  # noqa: E402
+from trainer.data import fetching, open_shards, transport  # noqa: E402
+
+SIZES = [4, 9, 5, 6, 3]
+FAULTS = {
+    "silent": "the connection breaks",
+    "refused": "the connection breaks",
+    "stall": "it stalls",
+    "drip": "it stalls",
+    "cut": "its body is cut short",
+    "unnoticed": "its body is cut short",
+    "busy": "the server answers 503",
+    "longer": "bytes, the manifest says",
+    "shorter": "bytes, the manifest says",
+    "more": "more comes than",
+    "changed": "it is not what manifest.json describes",
+}
+STALL_S = 0.4  # in place of a minute
+SURVIVED = 2
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a directory; faults[path] befall the requests for a path, one each."""
+
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        self.server.requests[name] += 1
+        faults = self.server.faults.get(name)
+        if not faults:
+            super().do_GET()
+            return
+        getattr(self, faults.pop(0))(Path(self.translate_path(self.path)).read_bytes())
+
+    def answer(self, content, length=None):
+        self.send_response(200)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def silent(self, content):
+        self.close_connection = True
+
+    def refused(self, content):
+        self.connection.close()
+        self.close_connection = True
+
+    def stall(self, content):
+        self.answer(content[: len(content) // 2], len(content))
+        self.server.closing.wait(4 * STALL_S)
+
+    def drip(self, content):
+        self.answer(b"", len(content))
+        for byte in content[:40]:
+            self.wfile.write(bytes([byte]))
+            if self.server.closing.wait(STALL_S / 8):
+                return
+
+    def cut(self, content):
+        self.answer(content[: len(content) // 2], len(content))
+        self.close_connection = True
+
+    def unnoticed(self, content):
+        self.answer(content[: len(content) // 2])
+        self.close_connection = True
+
+    def busy(self, content):
+        self.send_error(503)
+
+    def longer(self, content):
+        self.answer(content + b"more", len(content) + 4)
+
+    def shorter(self, content):
+        self.answer(content[:-512], len(content) - 512)
+
+    def more(self, content):
+        self.answer(content + bytes(5000))
+        self.close_connection = True
+
+    def changed(self, content):
+        self.answer(content[::-1], len(content))
+
+    def log_message(self, *_):
+        pass
+
+    def handle(self):
+        try:
+            super().handle()
+        except (ConnectionError, ValueError, OSError):  # the reader has gone away
+            pass
+
+
+@contextmanager
+def store(directory: Path):
+    """A server of a set of five shards; .url, .faults {name: [...]}, .requests Counter."""
+    write_uneven(directory, SIZES)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
+    server.daemon_threads = True
+    server.faults, server.requests, server.closing = {}, Counter(), threading.Event()
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.closing.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def impatient():
+    """Limits of a test in place of those for users."""
+    before = transport.STALL_S, fetching.PAUSE_S
+    transport.STALL_S, fetching.PAUSE_S = STALL_S, 0.001
+    try:
+        yield
+    finally:
+        transport.STALL_S, fetching.PAUSE_S = before
+
+
+def whole(directory: Path, fetched: Path) -> None:
+    """AssertionError unless every fetched shard is one of the store's, byte for byte."""
+    known = {hashlib.sha256(path.read_bytes()).digest() for path in directory.glob("*.tar")}
+    for path in fetched.glob("*.tar"):
+        assert hashlib.sha256(path.read_bytes()).digest() in known, path
+    assert not list(fetched.glob("*.part*")), "a part is left"
+
+
+def judge(place: Path, seed: int, fault: str = "") -> str:
+    """Fetch one set through seeded faults (or one kind of fault): "whole" or "refused"."""
+    chance = random.Random(seed)
+    directory, fetched = place / "store", place / f"fetched-{seed}"
+    directory.mkdir(exist_ok=True)
+    data = Data(fetch_dir=str(fetched), cache="none")
+    with store(directory) as server, impatient():
+        hopeless = chance.random() < 0.3
+        for number in chance.sample(range(len(SIZES)), 3):
+            count = SURVIVED if not hopeless else 2 * fetching.BUSY_ATTEMPTS
+            kinds = [fault or chance.choice(list(FAULTS)) for _ in range(count)]
+            if hopeless:
+                kinds = kinds[:1] * count
+            server.faults[f"train-{number:06d}.tar"] = kinds
+        start = time.monotonic()
+        try:
+            shards = open_shards(server.url, data, "train")
+        except UserError as error:
+            assert hopeless, error
+            line = str(error)
+            assert len(line.splitlines()) == 1 and "cannot be fetched: " in line, line
+            assert any(reason in line for reason in FAULTS.values()), line
+            verdict = "refused"
+        else:
+            assert not hopeless, "what never came whole was opened"
+            pixels = shards.inputs(np.arange(sum(SIZES)))
+            assert all((pixels[n, 0] == picture(n)).all() for n in range(sum(SIZES)))
+            # Each fault cost one request, and nothing was asked for twice without need.
+            assert all(server.requests[name] <= 1 + SURVIVED for name in server.requests)
+            verdict = "whole"
+        assert time.monotonic() - start < 60, "hangs"
+        whole(directory, fetched)
+        if verdict == "refused":  # and when the store has recovered
+            server.faults.clear()
+            assert open_shards(server.url, data, "train").num_samples == sum(SIZES)
+    for lease in fetching._leases.values():
+        lease.close()
+    fetching._leases.clear()
+    return verdict
+
+
+def soak(count: int) -> None:
+    verdicts: Counter = Counter()
+    for seed in range(count):
+        with tempfile.TemporaryDirectory() as directory:
+            verdicts[judge(Path(directory), seed)] += 1
+    assert min(verdicts["whole"], verdicts["refused"]) > 0 or count < 10, verdicts
+    print(f"{count} sets through faults of their store: {dict(verdicts)}")
+
+
+if __name__ == "__main__":
+    soak(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
