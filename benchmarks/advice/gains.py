@@ -92,9 +92,7 @@ def gain(log_p: np.ndarray, general: np.ndarray, labels: np.ndarray) -> dict[str
     }
 
 
-def calibrated(
-    log_p: np.ndarray, val: np.ndarray, labels: np.ndarray
-) -> tuple[np.ndarray, float]:
+def calibrated(log_p: np.ndarray, val: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
     """log p at the temperature that fits val, and that temperature."""
     temperature = fit_temperature(torch.from_numpy(val), torch.from_numpy(labels))
     return normalised(log_p / temperature), temperature

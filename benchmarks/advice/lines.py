@@ -91,9 +91,7 @@ def generalist_of(kept: Kept) -> dict:
         row[f"{split}_n"] = len(labels)
         row[f"{split}_top1"] = round(100 * float(gains.correct(log_p, labels).mean()), 2)
         row[f"{split}_nll"] = round(gains.nll(log_p, labels), 4)
-        scaled, temperature = gains.calibrated(
-            log_p, kept.general["val"], kept.labels["val"]
-        )
+        scaled, temperature = gains.calibrated(log_p, kept.general["val"], kept.labels["val"])
         row[f"{split}_calibrated_nll"] = round(gains.nll(scaled, labels), 4)
     row["temperature"] = round(temperature, 4)
     return row | {"classes": kept.general["val"].shape[1]} | cost
@@ -118,9 +116,7 @@ def levers_of(kept: Kept) -> dict[str, dict]:
         "multiplications": general["multiplications"] + second["multiplications"],
         "parameters": general["parameters"] + second["parameters"],
     }
-    plain = {
-        split: gains.arithmetic(kept.general[split], other[split], 0.5) for split in HELD_OUT
-    }
+    plain = {split: gains.arithmetic(kept.general[split], other[split], 0.5) for split in HELD_OUT}
     add("average", kept.gains(plain), both)
     add("second_alone", kept.gains(other), second)
     for name in gains.JOINS:

@@ -23,11 +23,11 @@ from benchmarks.characters import omniglot
 from benchmarks.papers import diversity, lab
 from benchmarks.rerank import naics as write_naics
 from launch.demo import GLYPHS
+from pipeline.config import Data
 from trainer.data.authoring.arrays import write_arrays
 from trainer.data.authoring.splitting import split_by_class, write_splits
 from trainer.data.shards import open_shards
-from trainer.data.writing import write_manifest, read_manifest
-from pipeline.config import Data
+from trainer.data.writing import read_manifest
 
 MADE_BY = {"command": "benchmarks.advice"}
 SPLITS = ("train", "val", "test")
@@ -168,9 +168,7 @@ def vectors(out: Path) -> None:
     of_train = svd.fit_transform(tf_idf.fit_transform(texts["train"]))
     scale = of_train.std()
     x = {"train": of_train / scale}
-    x |= {
-        split: svd.transform(tf_idf.transform(texts[split])) / scale for split in ("val", "test")
-    }
+    x |= {split: svd.transform(tf_idf.transform(texts[split])) / scale for split in ("val", "test")}
     x = {split: each.astype(np.float32) for split, each in x.items()}
     write_arrays(x, labels, out, {}, 0, MADE_BY)
 
@@ -184,7 +182,7 @@ CHARACTER_CONFIG = {
     "data": {"mean": [0.24], "std": [0.33]},
     "model": {"name": "convnet", "width": 4, "depth": 3, "embedding": 8},
     "train": {
-        "steps": 2500,
+        "steps": 1600,
         "batch_size": 256,
         "learning_rate": 1e-2,
         "beta2": 0.99,
@@ -194,8 +192,8 @@ CHARACTER_CONFIG = {
 }
 CHARACTER_SPECIALISTS = {
     "clusters": {"num_groups": 12, "overlap": 2},
-    "copies": {"steps": 240, "learning_rate": 2e-2, "validate_every": 60, "patience": 9},
-    "branches": {"steps": 240, "learning_rate": 1e-2, "model": {"embedding": 64}},
+    "copies": {"steps": 160, "learning_rate": 2e-2, "validate_every": 40, "patience": 9},
+    "branches": {"steps": 160, "learning_rate": 1e-2, "model": {"embedding": 64}},
     "rerank": {"k": 20, "random": 128},
 }
 
@@ -290,7 +288,7 @@ SETS: dict[str, Set] = {
                 "options": {"channels": [8, 16, 32, 64], "kernel": [5, 3, 3, 3]},
             },
             "train": {
-                "steps": 2000,
+                "steps": 1200,
                 "batch_size": 128,
                 "learning_rate": 0.004,
                 "weight_decay": 0.02,
@@ -300,8 +298,8 @@ SETS: dict[str, Set] = {
             "engine": BF16,
         },
         clusters={"num_groups": 3, "overlap": 2},
-        copies=gentle(1e-2, 700),
-        branches=gentle(1e-2, 700, model={"embedding": 64}),
+        copies=gentle(1e-2, 400),
+        branches=gentle(1e-2, 400, model={"embedding": 64}),
     ),
     "places": Set(
         some_places,
@@ -331,7 +329,7 @@ SETS: dict[str, Set] = {
             },
             "model": {"name": "convnet", "width": 8, "depth": 3, "embedding": 16},
             "train": {
-                "steps": 2000,
+                "steps": 1200,
                 "batch_size": 256,
                 "learning_rate": 1e-2,
                 "beta2": 0.99,
@@ -340,8 +338,8 @@ SETS: dict[str, Set] = {
             "engine": BF16,
         },
         clusters={"num_groups": 12, "overlap": 2},
-        copies={"steps": 160, "learning_rate": 1e-2, "validate_every": 40, "patience": 9},
-        branches={"steps": 160, "learning_rate": 1e-2, "model": {"embedding": 48}},
+        copies={"steps": 100, "learning_rate": 1e-2, "validate_every": 25, "patience": 9},
+        branches={"steps": 100, "learning_rate": 1e-2, "model": {"embedding": 48}},
         rerank={"k": 20, "random": 128},
     ),
     "mnist": Set(

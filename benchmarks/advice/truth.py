@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from pipeline.config import load_config, save_config
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json, write_json
 from trainer.__main__ import in_a_row
-from trainer.core.loop import Trainer, TrainingFiles
+from trainer.core.loop import Trainer, TrainingFiles, TrainingTask
 from trainer.core.objectives import Objective
 from trainer.data.streams import Batch
 from trainer.distributed.ranks import Ranks, process_group
@@ -199,7 +199,7 @@ class Networks:
         task = generalist_task(self.session, network, schedule, None, seed, steps)  # pyright: ignore
         if teachers:
             taught = mean_of([self.load(each) for each in teachers])
-            task = replace_objective(task, taught)
+            task = replace(task, objective=taught)
         trained, seconds = train(self.session, task)
         save_classifier(trained, folder)
         own = multiplications(trained, trained.zero_input())
@@ -268,13 +268,7 @@ def mean_of(teachers: list[Classifier]) -> Objective:
     return objective
 
 
-def replace_objective(task, objective: Objective):
-    from dataclasses import replace
-
-    return replace(task, objective=objective)
-
-
-def train(session: Session, task) -> tuple[Classifier, float]:
+def train(session: Session, task: TrainingTask) -> tuple[Classifier, float]:
     """The trained network, and seconds of this process's CPU time."""
     began = time.process_time()
     with (
