@@ -47,6 +47,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--to", type=Path, default=Path("runs/advice"), help="(runs/advice)")
     parser.add_argument("--table", action="store_true", help="print TO/truth.jsonl's table alone")
+    parser.add_argument(
+        "--again", action="store_true", help="write TO/truth.jsonl anew from what is stored"
+    )
     parser.add_argument("--quick", action="store_true", help="digits, below TO/quick")
     given = parser.parse_args(words)
     if given.quick:
@@ -54,7 +57,9 @@ def main(words: list[str] | None = None) -> None:
         shutil.rmtree(given.to, ignore_errors=True)
     given.to.mkdir(parents=True, exist_ok=True)
     file = given.to / "truth.jsonl"
-    if not given.table:
+    if given.again:
+        write_again(file)
+    elif not given.table:
         for seed in given.seeds:
             for name in given.sets:
                 add_line(file, name, seed, given.to)
@@ -69,10 +74,23 @@ def add_line(file: Path, name: str, seed: int, to: Path) -> None:
         return
     began = time.perf_counter()
     print(f"{name}, seed {seed}", flush=True)
-    line = line_of(name, seed, make(name, seed, to))
+    append(file, line_of(name, seed, make(name, seed, to)))
+    print(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def append(file: Path, line: dict) -> None:
     with file.open("a", encoding="utf-8") as out:
         out.write(json.dumps(lab.without_nan(line)) + "\n")
-    print(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def write_again(file: Path) -> None:
+    """The same lines, of the same sets and seeds."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    for line in read_lines(file):
+        name, seed = line["set"], line["seed"]
+        append(unfinished, line_of(name, seed, file.parent / name / f"seed-{seed}"))
+    unfinished.replace(file)
 
 
 if __name__ == "__main__":

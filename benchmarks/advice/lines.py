@@ -30,6 +30,7 @@ class Kept:
         with np.load(root / "labels.npz") as labels:
             self.labels = {split: labels[split] for split in HELD_OUT}
         self.general = self.log_p("networks/G")
+        self.general_calibrated, self.temperature = self.calibrated(self.general)
 
     def log_p(self, place: str) -> dict[str, np.ndarray]:
         return {
@@ -40,31 +41,37 @@ class Kept:
     def cost(self, place: str) -> dict:
         return read_json(self.root / place / "cost.json")
 
-    def gains(self, log_p: dict[str, np.ndarray]) -> dict[str, dict]:
-        """Of val and test, and "calibrated" ones of NLL: both at a temperature fitted on val."""
-        row = {}
-        at = {}
-        for split in HELD_OUT:
-            labels = self.labels[split]
-            row[split] = gains.gain(log_p[split], self.general[split], labels)
-            pair = []
-            for each in (log_p, self.general):
-                scaled, _ = gains.calibrated(each[split], each["val"], self.labels["val"])
-                pair.append(scaled)
-            at[split] = gains.gain(pair[0], pair[1], labels)
-            row[split]["calibrated_nll"] = at[split]["nll"]
-            row[split]["calibrated_nll_se"] = at[split]["nll_se"]
+    def calibrated(self, log_p: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], float]:
+        """log p of the true class at the temperature that fits val, and that temperature."""
+        temperature = gains.temperature_of(log_p["val"], self.labels["val"])
+        at_label = {
+            split: gains.label_log_p(log_p[split], self.labels[split], temperature)
+            for split in HELD_OUT
+        }
+        return at_label, temperature
+
+    def gains(self, log_p: dict[str, np.ndarray], calibrate: bool = True) -> dict[str, dict]:
+        """Of val and test; calibrate: NLL also where both have a temperature fitted on val."""
+        row = {
+            split: gains.gain(log_p[split], self.general[split], self.labels[split])
+            for split in HELD_OUT
+        }
+        if calibrate:
+            own, _ = self.calibrated(log_p)
+            for split in HELD_OUT:
+                lower = gains.mean_and_error(own[split] - self.general_calibrated[split])
+                row[split] |= gains.nats_below(*lower, prefix="calibrated_")
         return row
 
-    def joined(self, name: str, other: dict[str, np.ndarray]) -> dict:
+    def joined(self, name: str, other: dict[str, np.ndarray], calibrate: bool = True) -> dict:
         """With the generalist: val's weight is cross-fitted, test's fitted on val."""
         join, y = gains.JOINS[name], self.labels
         weight = gains.fitted_weight(join, self.general["val"], other["val"], y["val"])
         log_p = {
             "val": gains.cross_fitted(join, self.general["val"], other["val"], y["val"]),
-            "test": join(self.general["test"], other["test"], weight),
+            "test": join.join(self.general["test"], other["test"], weight),
         }
-        return self.gains(log_p) | {"weight": weight}
+        return self.gains(log_p, calibrate) | {"weight": weight}
 
 
 def line_of(name: str, seed: int, root: Path) -> dict:
@@ -91,9 +98,9 @@ def generalist_of(kept: Kept) -> dict:
         row[f"{split}_n"] = len(labels)
         row[f"{split}_top1"] = round(100 * float(gains.correct(log_p, labels).mean()), 2)
         row[f"{split}_nll"] = round(gains.nll(log_p, labels), 4)
-        scaled, temperature = gains.calibrated(log_p, kept.general["val"], kept.labels["val"])
-        row[f"{split}_calibrated_nll"] = round(gains.nll(scaled, labels), 4)
-    row["temperature"] = round(temperature, 4)
+        at_label = kept.general_calibrated[split]
+        row[f"{split}_calibrated_nll"] = round(-float(at_label.mean(dtype=np.float64)), 4)
+    row["temperature"] = round(kept.temperature, 4)
     return row | {"classes": kept.general["val"].shape[1]} | cost
 
 
@@ -139,7 +146,7 @@ def short_of(kept: Kept) -> dict[str, dict]:
         log_p, cost = kept.log_p(f"networks/{folder.name}"), kept.cost(f"networks/{folder.name}")
         row = kept.gains(log_p) | {key: cost[key] for key in ("share", "training", "seconds")}
         if folder.name.startswith(("a_", "b_")):
-            row |= {name: kept.joined(name, log_p) for name in gains.JOINS}
+            row |= {name: kept.joined(name, log_p, calibrate=False) for name in gains.JOINS}
             row["residual_correlation"] = gains.residual_correlation(
                 kept.general["val"], log_p["val"], kept.labels["val"]
             )

@@ -30,10 +30,11 @@ def test_a_gain_is_paired_over_examples():
 
 
 def test_joins_keep_one_network_at_either_end_of_the_weight():
+    for each in gains.JOINS.values():
+        np.testing.assert_allclose(each.join(GENERAL, OTHER, 0.0), GENERAL, atol=1e-6)
     for name in ("average", "geometric"):
-        join = gains.JOINS[name]
-        np.testing.assert_allclose(join(GENERAL, OTHER, 0.0), GENERAL, atol=1e-6)
-        np.testing.assert_allclose(join(GENERAL, OTHER, 1.0), OTHER, atol=1e-6)
+        joined = gains.JOINS[name].join(GENERAL, OTHER, 1.0)
+        np.testing.assert_allclose(joined, OTHER, atol=1e-6)
 
 
 def test_a_shortlist_of_all_classes_is_the_geometric_mean():
@@ -41,12 +42,22 @@ def test_a_shortlist_of_all_classes_is_the_geometric_mean():
     np.testing.assert_allclose(of_all, gains.geometric(GENERAL, OTHER, 0.3), atol=1e-6)
 
 
+@pytest.mark.parametrize("name", gains.JOINS)
+def test_losses_by_weight_are_those_of_what_is_joined(name, monkeypatch):
+    monkeypatch.setattr(gains, "SHORTLIST", 3)  # of 6 classes, so that labels lie outside
+    rng = np.random.default_rng(0)
+    first, second = (gains.normalised(rng.normal(size=(50, 6)).astype("f4")) for _ in range(2))
+    labels, join = rng.integers(0, 6, 50), gains.JOINS[name]
+    expected = [gains.nll(join.join(first, second, weight), labels) for weight in gains.WEIGHTS]
+    np.testing.assert_allclose(join.losses(first, second, labels), expected, rtol=1e-5)
+
+
 def test_a_cross_fitted_weight_has_not_seen_what_it_joins():
     # On the even positions the other network is worthless, on the odd ones perfect.
     labels = np.zeros(4, int)
     general = log_p(*[[0.5, 0.5]] * 4)
     other = log_p([0.01, 0.99], [0.99, 0.01], [0.01, 0.99], [0.99, 0.01])
-    joined = gains.cross_fitted(gains.arithmetic, general, other, labels)
+    joined = gains.cross_fitted(gains.JOINS["average"], general, other, labels)
     np.testing.assert_allclose(joined[::2], other[::2], atol=1e-6)  # fitted on the odd: 1
     np.testing.assert_allclose(joined[1::2], general[1::2], atol=1e-6)  # on the even: 0
 
