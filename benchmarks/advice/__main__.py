@@ -35,7 +35,7 @@ from benchmarks.papers import lab
 
 from .lines import line_of
 from .sets import QUICK, REAL, SETS
-from .table import read_lines, table_of
+from .table import read_lines, short_table_of, table_of
 from .truth import make
 
 
@@ -48,7 +48,9 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--to", type=Path, default=Path("runs/advice"), help="(runs/advice)")
     parser.add_argument("--table", action="store_true", help="print TO/truth.jsonl's table alone")
     parser.add_argument(
-        "--again", action="store_true", help="write TO/truth.jsonl anew from what is stored"
+        "--again",
+        action="store_true",
+        help="write TO/truth.jsonl's lines anew, and train what they lack",
     )
     parser.add_argument("--quick", action="store_true", help="digits, below TO/quick")
     given = parser.parse_args(words)
@@ -64,7 +66,7 @@ def main(words: list[str] | None = None) -> None:
             for name in given.sets:
                 add_line(file, name, seed, given.to)
     lines = read_lines(file)
-    print(table_of(lines))
+    print(f"{table_of(lines)}\n\n{short_table_of(lines)}")
     print(json.dumps(lab.without_nan({"lines": lines, "conditions": lab.machine()})))
 
 
@@ -89,7 +91,7 @@ def write_again(file: Path) -> None:
     unfinished.unlink(missing_ok=True)
     for line in read_lines(file):
         name, seed = line["set"], line["seed"]
-        append(unfinished, line_of(name, seed, file.parent / name / f"seed-{seed}"))
+        append(unfinished, line_of(name, seed, make(name, seed, file.parent)))
     unfinished.replace(file)
 
 

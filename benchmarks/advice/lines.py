@@ -138,7 +138,11 @@ def levers_of(kept: Kept) -> dict[str, dict]:
 
 
 def short_of(kept: Kept) -> dict[str, dict]:
-    """Of each short network: alone; of a second one also joined with the generalist."""
+    """Of each short network: alone; of a second one also joined with the generalist.
+
+    "same_age": of a wider one, over the fresh one of as many steps; of another fresh one, what the
+    two joined are over one of them, the mean of both.
+    """
     rows = {}
     for folder in sorted((kept.root / "networks").iterdir()):
         if folder.name in FULL or not (folder / "cost.json").exists():
@@ -150,5 +154,29 @@ def short_of(kept: Kept) -> dict[str, dict]:
             row["residual_correlation"] = gains.residual_correlation(
                 kept.general["val"], log_p["val"], kept.labels["val"]
             )
+        if folder.name.startswith(("wide_", "b_")):
+            family, _, tag = folder.name.partition("_")
+            row["same_age"] = SAME_AGE[family](kept, kept.log_p(f"networks/a_{tag}"), log_p)
         rows[folder.name] = row
     return rows
+
+
+def over_fresh(kept: Kept, fresh: dict, wide: dict) -> dict[str, dict]:
+    return {split: gains.gain(wide[split], fresh[split], kept.labels[split]) for split in HELD_OUT}
+
+
+def of_pair(kept: Kept, first: dict, second: dict) -> dict[str, dict]:
+    """{"average", "geometric"} -> val and test: the mean of the gains over either one."""
+
+    def over_both(join: gains.Join, split: str) -> dict[str, float]:
+        log_p, y = join.join(first[split], second[split], 0.5), kept.labels[split]
+        pair = [gains.gain(log_p, each[split], y) for each in (first, second)]
+        return {key: round(sum(each[key] for each in pair) / 2, 4) for key in pair[0]}
+
+    return {
+        name: {split: over_both(gains.JOINS[name], split) for split in HELD_OUT}
+        for name in ("average", "geometric")
+    }
+
+
+SAME_AGE = {"wide": over_fresh, "b": of_pair}

@@ -53,7 +53,7 @@ from .sets import SETS, SPLITS, Set, shards_of
 
 HELD_OUT = ("val", "test")
 SHARES = {"020": 0.02, "045": 0.045, "070": 0.07, "150": 0.15}
-B_SHARES = ("070", "150")
+FULL_RATE = ("070", "150")  # shares at which the generalist is trained on at the peak rate, too
 ROUND_0, ROUND_1 = 0.0225, 0.045
 ON_RATE = 1 / 3  # of the peak, as benchmarks.places trains on
 TIMES_WIDER = 2  # multiplications
@@ -196,6 +196,7 @@ class Networks:
             update={"learning_rate": rate * self.train.learning_rate, "validate_every": 0}
         )
         network = start()
+        torch.manual_seed(seed)  # of dropout
         task = generalist_task(self.session, network, schedule, None, seed, steps)  # pyright: ignore
         if teachers:
             taught = mean_of([self.load(each) for each in teachers])
@@ -223,13 +224,15 @@ class Networks:
         seed_of = self.session.seed
         second, third = seed_of("member", 1), seed_of("member", 2)
         wide_seed, on_seed = seed_of("control wider", 0), seed_of("control", 0)
-        generator = torch.Generator().manual_seed(wide_seed)
 
         def grown() -> Classifier:
+            generator = torch.Generator().manual_seed(wide_seed)
             return widen(self.load("G"), self.wide_spec, generator)
 
+        # Those of each share and round.
         forms: dict[str, tuple[Callable[[], Classifier], int, float]] = {
             "a": (lambda: self.fresh(second), second, 1.0),
+            "b": (lambda: self.fresh(third), third, 1.0),
             "wide": (lambda: self.fresh(wide_seed, wide=True), wide_seed, 1.0),
             "on": (lambda: self.load("G"), on_seed, ON_RATE),
         }
@@ -246,8 +249,7 @@ class Networks:
         for tag, share in SHARES.items():
             for name, (start, seed, rate) in forms.items():
                 self.make(f"{name}_{tag}", start, share, seed, rate)
-            if tag in B_SHARES:
-                self.make(f"b_{tag}", lambda: self.fresh(third), share, third)
+            if tag in FULL_RATE:
                 self.make(f"on_full_{tag}", forms["on"][0], share, on_seed)
         for name, (start, seed, rate) in forms.items():
             self.make(f"{name}_r0", start, ROUND_0, seed, rate)
