@@ -16,6 +16,7 @@ each set and seed every lever is paid for in full, and the networks that it need
     average_fitted, geometric, shortlist    the same two, joined by a weight that is fitted on val
     second_alone        the second generalist by itself: what chance does
     average_student     a fresh network of the generalist's size, taught by the plain mean
+    average_student_on  the same, but it starts as the generalist
     copies, branches, rerank    the runs of that name; only sets of 500 classes have the last
 
 Gains are points of top-1 over the generalist, with the paired standard error; "training" is a share

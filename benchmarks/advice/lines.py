@@ -17,6 +17,7 @@ SINGLE = {  # lever -> network
     "wider": "wide",
     "grown": "grown_half",
     "average_student": "student",
+    "average_student_on": "student_on",
 }
 JOINED = ("copies", "branches", "rerank")
 FULL = {"G", "second", *SINGLE.values()}
@@ -115,7 +116,7 @@ def levers_of(kept: Kept) -> dict[str, dict]:
     for name, network in SINGLE.items():
         if (kept.root / "networks" / network / "cost.json").exists():
             cost = kept.cost(f"networks/{network}")
-            if name == "average_student":
+            if name.startswith("average_student"):
                 cost["training"] += second["training"]
             add(name, kept.gains(kept.log_p(f"networks/{network}")), cost)
     other = kept.log_p("networks/second")

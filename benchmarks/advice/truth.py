@@ -246,6 +246,7 @@ class Networks:
         student = seed_of("student", 0)
         start = lambda: self.fresh(student)  # noqa: E731
         self.make("student", start, 1, student, teachers=["G", "second"])
+        self.make("student_on", forms["on"][0], 1, student, teachers=["G", "second"])
         for tag, share in SHARES.items():
             for name, (start, seed, rate) in forms.items():
                 self.make(f"{name}_{tag}", start, share, seed, rate)
