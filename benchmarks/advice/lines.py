@@ -163,7 +163,9 @@ def short_of(kept: Kept) -> dict[str, dict]:
 
 
 def over_fresh(kept: Kept, fresh: dict, wide: dict) -> dict[str, dict]:
-    return {split: gains.gain(wide[split], fresh[split], kept.labels[split]) for split in HELD_OUT}
+    """val and test of the wide one over the fresh one, and "pair", the two joined."""
+    over = {split: gains.gain(wide[split], fresh[split], kept.labels[split]) for split in HELD_OUT}
+    return over | {"pair": of_pair(kept, fresh, wide)}
 
 
 def of_pair(kept: Kept, first: dict, second: dict) -> dict[str, dict]:
