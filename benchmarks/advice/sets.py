@@ -396,8 +396,9 @@ def digits(out: Path) -> None:
     """scikit-learn's, a few of them."""
     from sklearn.datasets import load_digits
 
-    loaded = load_digits()
-    x, y = (loaded.images * 15).astype(np.uint8)[:600], loaded.target[:600]
+    pixels, labels = load_digits(return_X_y=True)
+    x = (np.asarray(pixels) * 15).astype(np.uint8).reshape(-1, 8, 8)[:600]
+    y = np.asarray(labels)[:600]
     write_arrays({"train": x}, {"train": y}, out, {"val": 0.25, "test": 0.25}, 0, MADE_BY)
 
 

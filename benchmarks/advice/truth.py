@@ -75,7 +75,7 @@ class Work:
 
     def config(self, kind: str) -> dict:
         """Of a run: copies, branches or rerank; the generalist is the same in all."""
-        base = {key: dict(value) for key, value in self.one.config.items()}
+        base: dict = {key: dict(value) for key, value in self.one.config.items()}
         base["data"] = base.get("data", {}) | dict.fromkeys(SPLITS, str(self.shards))
         base["train"] |= {"checkpoint_every": 10**6, "log_every": 100}
         base |= {"seed": self.seed, "controls": {"enabled": False}, "launch": {"processes": 1}}
@@ -306,8 +306,8 @@ def make_generalist(work: Work, session: Session) -> Networks:
         }
         keep(session, folder, of_network(network), cost)
         on_train(session, network, folder)
-        labels = {split: session.shards(split).labels for split in HELD_OUT}
-        np.savez(work.to / "labels.npz", **labels)
+        val, test = (session.shards(split).labels for split in HELD_OUT)
+        np.savez(work.to / "labels.npz", val=val, test=test)
     return made
 
 
@@ -324,7 +324,8 @@ def on_train(session: Session, network: Classifier, folder: Path) -> None:
             "log_p": log_p.gather(1, batch.labels[:, None])[:, 0],
         }
 
-    np.savez(folder / "train.npz", **session.measured(shards, measure, ids=ids))
+    found = session.measured(shards, measure, ids=ids)
+    np.savez(folder / "train.npz", ids=ids, correct=found["correct"], log_p=found["log_p"])
 
 
 def specialists(work: Work, made: Networks, kind: str) -> None:
