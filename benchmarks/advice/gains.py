@@ -148,6 +148,16 @@ def label_log_p(log_p: np.ndarray, labels: np.ndarray, temperature: float) -> np
     return at_label(scaled.numpy(), labels) - scaled.logsumexp(1).numpy()
 
 
+def ceiling(general: np.ndarray, labels: np.ndarray, members: list[list[int]]) -> float:
+    """Points that perfect specialists would give: errors between classes of one group."""
+    in_group = np.zeros((len(members), general.shape[1]), bool)
+    for group, classes in zip(in_group, members, strict=True):
+        group[classes] = True
+    favourite = general.argmax(1)
+    shared = (in_group[:, favourite] & in_group[:, labels]).any(0)
+    return 100 * float((shared & (favourite != labels)).mean())
+
+
 def residual_correlation(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
     """Of y - p of the two, over examples and classes."""
     residuals = []

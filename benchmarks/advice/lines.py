@@ -19,7 +19,8 @@ SINGLE = {  # lever -> network
     "average_student": "student",
     "average_student_on": "student_on",
 }
-JOINED = ("copies", "branches", "rerank")
+SPECIALISTS = ("copies", "branches")
+JOINED = (*SPECIALISTS, "rerank")
 FULL = {"G", "second", *SINGLE.values()}
 
 
@@ -135,6 +136,12 @@ def levers_of(kept: Kept) -> dict[str, dict]:
     for name in JOINED:
         if (kept.root / name / "cost.json").exists():
             add(name, kept.gains(kept.log_p(name)), kept.cost(name))
+    for name in SPECIALISTS:
+        if name in rows:
+            members = read_json(kept.root / name / "clusters" / "groups.json")["members"]
+            for split in HELD_OUT:
+                p, y = kept.general[split], kept.labels[split]
+                rows[name][split]["ceiling"] = round(gains.ceiling(p, y, members), 3)
     return rows
 
 

@@ -71,6 +71,13 @@ def test_residuals_correlate_over_examples_and_classes():
     assert gains.residual_correlation(first, first, np.array([0, 1])) == 1
 
 
+def test_the_ceiling_counts_errors_between_classes_of_one_group():
+    # Favourites 0, 1, 2, 3 of the labels 0, 0, 3, 0; groups {0, 1} and {1, 2, 3}.
+    general = np.eye(4, dtype=np.float32)
+    labels, members = np.array([0, 0, 3, 0]), [[0, 1], [1, 2, 3]]
+    assert gains.ceiling(general, labels, members) == 50  # the second and the third
+
+
 def test_every_set_is_a_config_that_the_product_takes():
     for name in REAL:
         one = SETS[name]
