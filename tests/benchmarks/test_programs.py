@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 QUICK = [
+    "benchmarks.advice",
     "benchmarks.characters --rows generalist branches shortlist",
     "benchmarks.characters.data",
     "benchmarks.characters.headline",

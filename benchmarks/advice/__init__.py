@@ -1,0 +1,1 @@
+"""Which lever pays, on ten small data sets, and how far short trainings foretell it."""

@@ -1,0 +1,100 @@
+"""Which lever pays after a generalist, and what short trainings of each say of that beforehand.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.advice [--sets NAME ...] [--seeds 0 1] [--to runs/advice]
+    python -m benchmarks.advice --table         what TO/truth.jsonl says, and nothing else
+    python -m benchmarks.advice --quick         scikit-learn's digits, in seconds, no result
+
+Ten small sets (benchmarks.advice.sets), each with a generalist of some 20 seconds on one core.  Of
+each set and seed every lever is paid for in full, and the networks that it needs are trained for
+2, 4.5, 7 and 15 % of the generalist's steps besides:
+
+    train_on            the generalist, for as many steps again from a third of the peak rate
+    train_on_full_rate  the same from the peak
+    wider               from scratch, twice the multiplications
+    grown               the generalist, widened to that without another answer, half the steps
+    average             the plain mean with a second generalist
+    average_fitted, geometric, shortlist    the same two, joined by a weight that is fitted on val
+    second_alone        the second generalist by itself: what chance does
+    average_student     a fresh network of the generalist's size, taught by the plain mean
+    average_student_on  the same, but it starts as the generalist
+    copies, branches, rerank    the runs of that name; only sets of 500 classes have the last
+
+Gains are points of top-1 over the generalist, with the paired standard error; "training" is a share
+of the generalist's, counted in multiplications.  What is done is not done again; every set and seed
+adds a line to TO/truth.jsonl.  The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+
+from benchmarks.papers import lab
+
+from .lines import line_of
+from .sets import QUICK, REAL, SETS
+from .table import read_lines, short_table_of, table_of
+from .truth import make
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=REAL, metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--to", type=Path, default=Path("runs/advice"), help="(runs/advice)")
+    parser.add_argument("--table", action="store_true", help="print TO/truth.jsonl's table alone")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="write TO/truth.jsonl's lines anew, and train what they lack",
+    )
+    parser.add_argument("--quick", action="store_true", help="digits, below TO/quick")
+    given = parser.parse_args(words)
+    if given.quick:
+        given.to, given.sets, given.seeds = given.to / "quick", [QUICK], [0]
+        shutil.rmtree(given.to, ignore_errors=True)
+    given.to.mkdir(parents=True, exist_ok=True)
+    file = given.to / "truth.jsonl"
+    if given.again:
+        write_again(file)
+    elif not given.table:
+        for seed in given.seeds:
+            for name in given.sets:
+                add_line(file, name, seed, given.to)
+    lines = read_lines(file)
+    print(f"{table_of(lines)}\n\n{short_table_of(lines)}")
+    print(json.dumps(lab.without_nan({"lines": lines, "conditions": lab.machine()})))
+
+
+def add_line(file: Path, name: str, seed: int, to: Path) -> None:
+    """Train what is missing of a set and seed, and append its line."""
+    if any((line["set"], line["seed"]) == (name, seed) for line in read_lines(file)):
+        return
+    began = time.perf_counter()
+    print(f"{name}, seed {seed}", flush=True)
+    append(file, line_of(name, seed, make(name, seed, to)))
+    print(f"{name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def append(file: Path, line: dict) -> None:
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(lab.without_nan(line)) + "\n")
+
+
+def write_again(file: Path) -> None:
+    """The same lines, of the same sets and seeds."""
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    for line in read_lines(file):
+        name, seed = line["set"], line["seed"]
+        append(unfinished, line_of(name, seed, make(name, seed, file.parent)))
+    unfinished.replace(file)
+
+
+if __name__ == "__main__":
+    main()
