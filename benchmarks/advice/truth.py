@@ -112,10 +112,15 @@ def do_stages(session: Session, but: tuple[str, ...], only: tuple[str, ...] = ()
         run_together(session, alike)
 
 
-def adopt(run: RunDirectory, source: RunDirectory) -> None:
-    """What another run has done already, under the same keys, is not done again."""
+def adopt(run: RunDirectory, source: RunDirectory, only: tuple[str, ...] = ()) -> None:
+    """What another run has done already, under the same keys, is not done again.
+
+    only: stages of these names; of all names where there are none.
+    """
     keys = {stage.place: stage.key for stage in run.stages}
     for stage in sorted(source.stages, key=lambda stage: len(stage.place)):  # one holds another
+        if only and stage.name not in only:
+            continue
         own = run.root / stage.place
         if stage.is_done and keys.get(stage.place) == stage.key and not (own / "DONE").exists():
             shutil.copytree(stage.directory, own, symlinks=True, dirs_exist_ok=True)
