@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tomli_w
 
@@ -45,16 +46,24 @@ def config_before(root: Path) -> Config:
     return current
 
 
-def configs_to_advise(root: Path, overrides: Sequence[str]) -> tuple[Config, Config]:
-    """(the config under which an advice is given in RUN, the one that it is about).
+class ToAdvise(NamedTuple):
+    """config: under which an advice is given in RUN.  about: the one that it is about.
 
-    A run that went on with a lever stays as it is, unless the lever changed what pilots read.
+    goes_back: whether RUN takes back what a lever of the last advice set.
     """
+
+    config: Config
+    about: Config
+    goes_back: bool = False
+
+
+def configs_to_advise(root: Path, overrides: Sequence[str]) -> ToAdvise:
+    """A run that went on with a lever stays as it is, unless that set what pilots read."""
     before = load_config(None, overrides, config_before(root).dump())
     current = load_config(root / "config.toml", overrides)
     if _pilots(root, before) == _pilots(root, current):
-        return current, before
-    return before, before
+        return ToAdvise(current, before)
+    return ToAdvise(before, before, goes_back=True)
 
 
 def _pilots(root: Path, config: Config) -> dict[str, str]:

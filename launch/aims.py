@@ -25,6 +25,8 @@ class Aim:
     check: raises UserError for what it cannot be asked of.
     stages: those of the jobs.  last: the stage whose end is the launch's.
     show: what is printed then.
+    spares_run: whether what another config made of the run's own stages is no matter: it is not
+        redone, and fits again once the run is gone on with.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Aim:
     stages: Callable[[RunDirectory], list[Stage]]
     last: Callable[[RunDirectory], Stage]
     show: Callable[[RunDirectory, Console], None]
+    spares_run: bool = False
 
 
 RUN = Aim(

@@ -15,7 +15,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -39,7 +39,13 @@ from pipeline.typer_usage import Command, application, call
 
 from . import demo as demos
 from . import sbatch, slurm
-from .advised import config_as_advised, config_before, configs_to_advise, save_advised_on
+from .advised import (
+    ToAdvise,
+    config_as_advised,
+    config_before,
+    configs_to_advise,
+    save_advised_on,
+)
 from .aims import ADVISE, AIMS, RUN, Aim
 from .calling import TRAINER, call_trainer
 from .display import Display
@@ -249,12 +255,14 @@ def advise(
     own = [f"advise.{key}={value}" for key, value in asked.items() if value is not None]
     root = _root_to_advise(source, run)
     if source.is_dir():
-        config, about = configs_to_advise(root, [*set, *own])
+        asked_of = configs_to_advise(root, [*set, *own])
     else:
-        config = about = load_config(source, [*set, *own])
-    code = start(config, root, on, force, dry_run, aim=ADVISE)
+        config = load_config(source, [*set, *own])
+        asked_of = ToAdvise(config, config)
+    aim = replace(ADVISE, spares_run=asked_of.goes_back)
+    code = start(asked_of.config, root, on, force, dry_run, aim=aim)
     if not dry_run and (root / "config.toml").is_file():
-        save_advised_on(absolute(about), root)
+        save_advised_on(absolute(asked_of.about), root)
     return code
 
 

@@ -82,9 +82,10 @@ def check(
     run = RunDirectory(root, config)
     run.method.check(*num_classes(run.config))
     aim.check(run)
-    known = {stage.place for stage in run.stages}
+    own = [] if aim.spares_run else run.stages
+    known = {stage.place for stage in own}
     further = [stage for stage in aim.stages(run) if stage.place not in known]
-    stale = _stale_stages([*run.stages, *further])
+    stale = _stale_stages([*own, *further])
     # An advice costs seconds: it is given anew wherever what it is asked for changes.
     dear = [stage for stage in stale if stage.name != "advice"]
     if dear and not force:

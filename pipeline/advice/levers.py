@@ -171,6 +171,16 @@ def second(kind: str) -> Callable[[dict, dict], Overrides]:
     return overrides
 
 
+def reranker(values: dict, entry: dict) -> Overrides:
+    """Half as long as the generalist, where [rerank] says nothing of its own."""
+    half: Overrides = {}
+    for key, least in (("steps", 1), ("epochs", 0.0)):
+        own = values["rerank"].get(key)
+        if own is not None and own == values["train"].get(key):
+            half[f"rerank.{key}"] = max(least, type(own)(own / 2))
+    return second("rerank")(values, entry) | half
+
+
 def able_students(values: dict, heads: int) -> dict:
     """The students that an ensemble of so many distributions can teach, and who learn from these.
 
@@ -249,7 +259,7 @@ _LEVERS = [
         "rerank",
         "train a re-ranker of the generalist's likeliest classes",
         ("rerank", "second"),
-        second("rerank"),
+        reranker,
         needs="a second network to serve",
     ),
     Lever(

@@ -26,8 +26,7 @@ class LeverRow(NamedTuple):
     piloted: what its pilot gained after which share of the generalist's steps.
     training, wall_clock, multiplications, parameters: × the generalist's own.  latency: of an
     example, in milliseconds.
-    front: what it is on the front of gain against.  note: where its pilots ended, "" where they did
-    not.
+    note: where its pilots ended, "" where they did not.
     """
 
     name: str
@@ -40,7 +39,6 @@ class LeverRow(NamedTuple):
     multiplications: str
     parameters: str
     latency: str
-    front: str
     needs: str
     note: str
 
@@ -67,8 +65,7 @@ def _row(lever: Lever, advice: Advice) -> LeverRow:
         wall_clock=times("wall_clock"),
         multiplications=times("multiplications"),
         parameters=times("parameters"),
-        latency=milliseconds(lever["latency_ms"]),
-        front=", ".join(words_of(name) for name in lever.get("pareto", [])),
+        latency=milliseconds(lever.get("latency_ms")),
         needs=lever.get("needs", ""),
         note=_ended(lever["name"], advice),
     )

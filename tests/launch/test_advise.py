@@ -7,7 +7,7 @@ import time
 import pytest
 
 from launch import slurm
-from launch.advised import config_before
+from launch.advised import config_before, save_advised_on
 from launch.aims import ADVISE, RUN
 from launch.journal import Journal, read_journal
 from launch.plan import plan
@@ -15,8 +15,9 @@ from launch.prepare import check
 from launch.sbatch import batches
 from pipeline.advice.levers import LEVERS
 from pipeline.config import UserError, load_config
-from pipeline.graph import open_run
+from pipeline.graph import RunDirectory, open_run
 
+from .fake_trainer import ADVICE
 from .test_slurm import clients, line  # noqa: F401
 
 FEW = 'advise.levers=["train_on", "copies"]'
@@ -28,6 +29,19 @@ def advise(ward, referral, *arguments):
     """A short advice: two families of pilots."""
     config = ward.write_config()
     return referral("advise", config, "--run", "run", "--set", FEW, *arguments)
+
+
+def advised(ward, *overrides, **content):
+    """A run whose advice is given already.  content: of advice.json."""
+    run = ward.run(FEW, "controls.enabled=false", *overrides)
+    for stage in run.advice.stages:
+        attempt = stage.begin()
+        if stage.name == "advice":
+            attempt.path("advice.json").write_text(json.dumps({**ADVICE, **content}))
+        attempt.finish()
+    save_advised_on(run.config, run.root)
+    Journal(aim="advise").save(run.root)
+    return run
 
 
 def ends(ward) -> list[str]:
@@ -91,19 +105,19 @@ def test_an_advice_does_groups_pilots_and_nothing_else_and_prints_what_it_found(
 
 
 def test_status_is_about_what_was_started_last(ward, referral):
-    advise(ward, referral)
+    run = advised(ward)
     assert "10 stages: 10 done" in referral("status", "run")[1]
     assert read_journal(ward.run_path).aim == "advise"
+    ward.finish(run.specialists)
     assert referral("run", "--run", "run")[0] == 0
     out = referral("status", "run")[1]
-    assert "pilots" not in out and "19 stages: 19 done" in out
+    assert "pilots" not in out and "14 stages: 14 done" in out
 
 
 def test_a_run_takes_over_what_its_advice_did_and_the_other_way_round(ward, referral):
-    advise(ward, referral)
-    before = ward.calls()
-    assert referral("run", "--run", "run")[0] == 0
-    assert not {"generalist", *GROUPS} & set(begun_since(ward, before))
+    run = advised(ward)
+    shared = {"generalist", *GROUPS}
+    assert {stage.place for stage in run.stages if stage.is_done} == shared
     before = ward.calls()
     code, out, err = referral("advise", "run", "--set", 'advise.levers=["average"]', "--force")
     assert code == 0, err
@@ -111,16 +125,18 @@ def test_a_run_takes_over_what_its_advice_did_and_the_other_way_round(ward, refe
 
 
 def test_pilots_of_a_round_run_side_by_side_and_the_next_round_waits_for_all(ward, referral):
-    ward.behave(pilots__copies_0={"steps": 12}, pilots__on_0={"steps": 12})
-    (ward.root / "behaviour.json").write_text(
-        json.dumps({"pilots/on-0": {"steps": 15}, "pilots/copies-0": {"steps": 15}})
-    )
-    assert advise(ward, referral)[0] == 0
+    slow = {"pilots/on-0": {"steps": 30}, "pilots/second-0": {"steps": 30}}
+    (ward.root / "behaviour.json").write_text(json.dumps(slow))
+    few = 'advise.levers=["train_on", "average"]'
+    run = ward.run(few)
+    ward.finish([run.generalist, run.measure, run.cluster, run.diagnosis])
+    assert referral("advise", "run")[0] == 0
     calls = ward.calls()
-    first_end = min(calls.index(("end", place)) for place in PILOTS[:2])
-    assert all(calls.index(("begin", place)) < first_end for place in PILOTS[:2])
-    last_end = max(calls.index(("end", place)) for place in PILOTS[:2])
-    assert all(calls.index(("begin", place)) > last_end for place in PILOTS[2:])
+    first_end = min(calls.index(("end", place)) for place in slow)
+    assert all(calls.index(("begin", place)) < first_end for place in slow)
+    last_end = max(calls.index(("end", place)) for place in slow)
+    assert calls.index(("begin", "pilots/on-1")) > last_end
+    assert calls.index(("begin", "pilots/second-1")) > last_end
 
 
 def test_a_killed_advice_goes_on_where_it_was(ward, referral):
@@ -166,7 +182,7 @@ def test_a_pilot_that_fails_blocks_its_round_and_is_retried(ward, referral):
 
 @pytest.mark.parametrize("options", [["--scarce", "latency", "--limit", "2"], ["--workers", "3"]])
 def test_another_scarcity_costs_the_advice_alone_and_no_force(ward, referral, options):
-    advise(ward, referral)
+    advised(ward)
     before = ward.calls()
     code, _, err = referral("advise", "run", *options)
     assert code == 0, err
@@ -176,7 +192,7 @@ def test_another_scarcity_costs_the_advice_alone_and_no_force(ward, referral, op
 
 
 def test_another_budget_redoes_the_pilots_with_force_alone(ward, referral):
-    advise(ward, referral)
+    advised(ward)
     before = ward.calls()
     code, _, err = referral("advise", "run", "--budget", "0.5")
     assert code == 2 and "advise.budget: 0.3 -> 0.5" in err and "pilots/copies-1" in err
@@ -256,7 +272,7 @@ def test_a_run_of_an_earlier_version_is_gone_on_with_on_slurm_and_not_redone(war
 
 
 def test_going_on_with_the_best_lever_is_resumed_by_the_same_command(ward, referral):
-    advise(ward, referral)
+    advised(ward)
     before = ward.calls()
     code, out, err = referral("run", "--advised", "--run", "run")
     assert code == 0, err
@@ -272,13 +288,10 @@ def test_going_on_with_the_best_lever_is_resumed_by_the_same_command(ward, refer
 
 
 def test_another_lever_starts_from_the_config_that_was_advised_on(ward, referral):
-    best = {"advice": {"advice": {"best": "train_on"}}}
-    (ward.root / "behaviour.json").write_text(json.dumps(best))
-    advise(ward, referral)
+    advised(ward, best="train_on")
     assert referral("run", "--advised", "--run", "run")[0] == 0
     config = load_config(ward.run_path / "config.toml")
     assert config.controls.rows == ["train_on"] and config.students == {}
-    ward.behave()
     code, _, err = referral("advise", "run", "--scarce", "latency")
     assert code == 0, err
     # What the run has is not taken back by another advice.
@@ -292,9 +305,7 @@ def test_another_lever_starts_from_the_config_that_was_advised_on(ward, referral
 
 def test_a_lever_that_changes_what_pilots_read_can_be_resumed_and_advised_on_again(ward, referral):
     """wider sets controls.model, which the pilot of wider networks reads, too."""
-    best = {"advice": {"advice": {"best": "wider"}}}
-    (ward.root / "behaviour.json").write_text(json.dumps(best))
-    assert advise(ward, referral, "--set", 'advise.levers=["wider"]')[0] == 0
+    advised(ward, 'advise.levers=["wider"]', best="wider")
     assert referral("run", "--advised", "--run", "run")[0] == 0
     config = load_config(ward.run_path / "config.toml")
     assert config.controls.model == {"width": 24} and config.controls.rows == ["wider"]
@@ -305,13 +316,18 @@ def test_a_lever_that_changes_what_pilots_read_can_be_resumed_and_advised_on_aga
     code, _, err = referral("advise", "run", "--scarce", "latency")
     assert code == 0, err
     assert begun_since(ward, before) == ["advice"]
+    assert open_run(ward.run_path).config.controls.model == {}
+    # What went on stays as it is: with the same lever nothing would be redone.
+    run = open_run(ward.run_path)
+    config = run.advice.config_with("wider", {"model": {"width": 24}})
+    assert all(stage.is_done for stage in RunDirectory(run.root, config).stages)
 
 
 @pytest.mark.parametrize("lever", LEVERS)
 def test_every_lever_has_a_run_that_can_be_laid_out(ward, lever):
     run = ward.run("rerank.k=5")
     ward.finish(run.advice.stages)
-    config = run.advice.config_with(lever, {"model": {"width": 24}})
+    config = run.advice.config_with(lever)
     gone_on, stale = check(config, ward.run_path)
     assert stale == []
     jobs = plan(gone_on)
@@ -321,8 +337,11 @@ def test_every_lever_has_a_run_that_can_be_laid_out(ward, lever):
 
 
 def test_what_goes_on_as_advised_may_be_changed_by_set(ward, referral):
-    advise(ward, referral)
-    referral("run", "--advised", "--run", "run", "--set", "ensemble.members=3")
+    advised(ward)
+    referral("run", "--advised", "--run", "run", "--set", "ensemble.members=3", "--dry-run")
+    assert load_config(ward.run_path / "config.toml").has_specialists
+    code, _, err = referral("run", "--advised", "--run", "run", "--set", "ensemble.members=3")
+    assert code == 0, err
     assert load_config(ward.run_path / "config.toml").ensemble.members == 3
 
 
@@ -332,7 +351,7 @@ def test_without_an_advice_or_with_one_of_another_config_nothing_goes_on(ward, r
     ward.run()
     code, _, err = referral("run", "--advised", "--run", "run")
     assert code == 2 and err.strip().endswith("goes on with: referral advise run")
-    advise(ward, referral, "--force")
+    advised(ward)
     ward.values["train"]["steps"] = 90
     code, _, err = referral("run", ward.write_config(), "--advised", "--run", "run")
     assert code == 2 and "was given on another config or other data" in err

@@ -301,7 +301,9 @@ def test_a_run_in_slurm_is_not_started_here_too(ward, clients, referral):
     Journal(of("1"), runner="slurm").save(run.root)
     clients.answer(line("1", "RUNNING"))
     code, _, err = referral("run", ward.write_config(), "--run", "run")
-    message = "has 1 jobs of `referral run` in Slurm (1); to go on otherwise, first: referral cancel"
+    message = (
+        "has 1 jobs of `referral run` in Slurm (1); to go on otherwise, first: referral cancel"
+    )
     assert code == 2 and message in err
 
 

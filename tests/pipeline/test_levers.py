@@ -63,6 +63,16 @@ def test_one_network_more_keeps_the_users_students(lever, kind):
     assert config.students["main"].temperature == 4.0
 
 
+def test_a_reranker_learns_half_as_long_as_the_generalist_unless_the_user_says_how_long():
+    assert plain("rerank").rerank.steps == 50
+    own = advised("rerank", "rerank.ema=0", "rerank.steps=80")
+    assert own.rerank.steps == 80
+    by_epochs = advised("rerank", "rerank.ema=0", "train.epochs=5.0")
+    assert (by_epochs.rerank.epochs, by_epochs.rerank.steps) == (2.5, None)
+    run = RunDirectory("/nowhere/run", plain("rerank"))
+    assert run.advice.config_with("rerank").rerank.steps == 50  # not halved again
+
+
 def test_the_student_of_an_average_is_the_generalists_own_network_and_schedule():
     config = plain("average_student")
     assert (config.ensemble.kind, config.ensemble.members) == ("deep", 2)

@@ -16,6 +16,7 @@ each row:
     control.py      the same examples for the generalist alone
     targets.py, student.py, teachers.py    one network learns what the ensemble predicts
     evaluate.py, report.py                 test
+    diagnosis.py    what the generalist is short of
     extending.py    what differs in a run that adds classes
     pilots/         a small share of what could come next, for `referral advise`
 """

@@ -106,6 +106,14 @@ def test_what_nobody_measured_is_a_dash():
     assert (row["pilot"], row["ms"]) == ("–", "–")
 
 
+def test_the_command_that_goes_on_is_shown_but_to_who_is_advised_to_stop():
+    go_on = "referral run --advised --run runs/mine"
+    for levers, is_shown in ((LEVERS, True), ([], False)):
+        advice = made_up(levers=levers)
+        advice["levers"] = [each | {"command": go_on} for each in advice["levers"]]
+        assert (f"<pre>{go_on}</pre>" in advice_html(advice)) == is_shown
+
+
 # In the report
 
 

@@ -22,7 +22,7 @@ from trainer.stages.control import never, trained_lengths
 from trainer.stages.rehearsal import rehearse
 from trainer.stages.validate import validate_calibrated
 
-ROWS = 'controls.rows=["wider", "average", "shortlist"]'
+ROWS = 'controls.rows=["train_on", "wider", "average", "shortlist"]'
 EARLY = (
     "specialists.patience=1",
     "specialists.validate_every=5",
@@ -56,7 +56,7 @@ def networks_of(*stages):
 
 
 def test_every_rival_has_a_row_and_nothing_is_missing(results):
-    rows = ["control_wall", "control_compute", "wider", "average", "shortlist"]
+    rows = ["control_wall", "control_compute", "train_on", "wider", "average", "shortlist"]
     assert list(results["controls"]) == [*rows, "student_hard", "wide_hard"]
     assert results["missing_controls"] is None
 
@@ -257,7 +257,53 @@ def test_a_network_without_a_width_needs_controls_model(data, tmp_path, monkeypa
 def test_a_deep_ensemble_of_two_is_the_average(data):
     words = ("ensemble.kind=deep", "ensemble.members=2", "students={}")
     run = RunDirectory("/nowhere", toy_config(data, *words))
-    assert missing_controls(run, []) == ["wider", "shortlist"]
+    assert missing_controls(run, []) == ["train_on", "wider", "shortlist"]
+
+
+def test_nobody_misses_train_on_where_control_compute_trains_the_generalist_on(data):
+    run = RunDirectory("/nowhere", toy_config(data, "students={}"))
+    assert missing_controls(run, ["control_compute"]) == ["wider", "average", "shortlist"]
+
+
+def test_train_on_is_the_generalist_for_as_long_again_and_its_best_step(finished, results):
+    stage = finished.controls["train_on"]
+    summary = summary_of(stage)
+    assert stage.inputs == (finished.generalist,)
+    assert summary["steps"] == finished.config.train.steps
+    rows = [json.loads(line) for line in stage.path("metrics.jsonl").read_text().splitlines()]
+    validated = {row["step"]: row["val/loss"] for row in rows if "val/loss" in row}
+    assert sorted(validated) == list(range(0, 61, 6))
+    assert summary["best_step"] == min(validated, key=lambda step: validated[step])
+    # The start is the generalist itself, at the same top-1.
+    started = [row for row in rows if "val/top1" in row][0]
+    before = summary_of(finished.generalist)["val"]["top1"]
+    assert started["val/top1"] == pytest.approx(before)
+    seen = results["controls"]["train_on"]["cost"]["examples_seen"]
+    assert seen == 2 * results["generalist"]["cost"]["examples_seen"]
+
+
+def test_an_ensemble_of_one_is_the_generalist_and_wider_is_twice_it(data, tmp_path):
+    words = ("ensemble.kind=deep", "ensemble.members=1", "students={}")
+    rows = 'controls.rows=["train_on", "wider"]'
+    run = run_all(tmp_path / "run", toy_config(data, *words, rows))
+    assert {stage.place for stage in run.stages} == {
+        "generalist",
+        "ensemble",
+        "controls/train_on",
+        "controls/wider",
+        "evaluation",
+        "report",
+    }
+    alone = read_json(run.root / "results.json")
+    for metric in ("top1", "nll", "multiplications"):
+        assert alone["ensemble"][metric] == pytest.approx(alone["generalist"][metric], rel=1e-5)
+    assert len(alone["sizes"]) == 1
+    assert (
+        alone["ensemble"]["cost"]["examples_seen"] == alone["generalist"]["cost"]["examples_seen"]
+    )
+    own = alone["generalist"]["multiplications"]
+    assert alone["controls"]["wider"]["multiplications"] == pytest.approx(2 * own, rel=0.1)
+    assert (run.root / "report.html").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(

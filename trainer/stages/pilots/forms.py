@@ -14,7 +14,7 @@ from networks import Classifier
 
 from ...data.streams import Batch
 from ...session import Session
-from ..calibrate import weight_ids
+from ..calibrate import examples_for
 from .measuring import (
     Join,
     form_metrics,
@@ -27,7 +27,10 @@ from .measuring import (
 )
 
 GENERALIST = "generalist"
-FITTED_ON = 2**13  # examples, at most: temperatures and weights need no more
+# Of val, temperatures and weights are fitted on so many examples at most, and on as many as have
+# so many numbers n C, which are computed anew for each value that is tried.
+FITTED_ON = 2**13
+NUMBERS = 2**24
 
 
 class Fitted(NamedTuple):
@@ -146,7 +149,8 @@ def fit(
     ones = Fitted(dict.fromkeys(networks, 1.0), dict.fromkeys(joins, 1.0))
     if not len(ids):
         return ones
-    val, few = session.shards("val"), evenly(ids, min(FITTED_ON, len(weight_ids(session))) // 2)
+    val = session.shards("val")
+    few = evenly(ids, min(FITTED_ON, len(examples_for(session, NUMBERS))) // 2)
 
     def at_temperatures(batch: Batch) -> dict[str, Tensor]:
         return {

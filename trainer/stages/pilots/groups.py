@@ -91,11 +91,10 @@ def choose(session: Session, previous: Stage | None, most: int) -> Chosen:
     summary = read_json(session.run.cluster.path("summary.json"))
     gains = [row["gain"] for row in summary["forecast"]]
     ranked = by_ceiling(gains, skipped_groups(session))
-    record = {"round": -1} if previous is None else read_record(previous)
-    tried = record.get("tried", [])
-    number = record["round"] + 1
-    done = False
-    if "groups" in record:
+    record: dict[str, Any] = {} if previous is None else read_record(previous)
+    number = record.get("round", -1) + 1
+    tried, done = record.get("tried", []), False
+    if "groups" in record:  # otherwise nothing was possible
         done = is_done(record["steps"], record["full_steps"])
         if not done:
             return Chosen(record["groups"], record["steps"], tried, number)

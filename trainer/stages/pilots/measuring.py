@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ensemble.fitting import TEMPERATURES, WEIGHTS
-from ensemble.shortlist import generalised_mean, join_within
+from ensemble.shortlist import ARITHMETIC, generalised_mean, join_within
 from networks import top_k
 from pipeline.results.paired import mean_and_error
 
@@ -57,6 +57,11 @@ def joined(join: Join, own: Tensor, other: Tensor, weight: float) -> Tensor:
 
 def losses_at_weights(join: Join, own: Tensor, other: Tensor, labels: Tensor) -> Tensor:
     """- log q[label] of `joined` at each of WEIGHTS, [b, W]; own, other: [b, C]."""
+    if join.shortlist is None and join.order == ARITHMETIC:
+        # A linear pool sums to 1 as it is, so that the label's probabilities are enough.
+        both = torch.stack([each.gather(1, labels[:, None])[:, 0] for each in (own, other)])
+        shares = [both.new_tensor([[1.0], [w]]) / (1 + w) for w in WEIGHTS]
+        return -torch.stack([(both + share.log()).logsumexp(0) for share in shares], 1)
     if join.shortlist is None:
         log_q = [joined(join, own, other, w).gather(1, labels[:, None])[:, 0] for w in WEIGHTS]
         return -torch.stack(log_q, 1)

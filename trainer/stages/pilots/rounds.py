@@ -91,11 +91,6 @@ def promises(evidence: Evidence) -> dict[str, float]:
     return highs
 
 
-def better_form(record: dict) -> str:
-    """The form that promises most."""
-    return max(own_forms(record), key=lambda form: high_of(record, form))
-
-
 def own_forms(record: dict) -> list[str]:
     return [form for form in record["forms"] if form != GENERALIST]
 
