@@ -10,8 +10,6 @@ from benchmarks.papers import lab
 from .judging import ALLOWED, Account, Coverage, account, coverage
 from .verdicts import Judged
 
-OPEN, CLOSED = "<!-- benchmarks.advice: written by --write -->", "<!-- /benchmarks.advice -->"
-
 
 def budgets_of(rows: Iterable[Judged]) -> list[float]:
     return sorted({row.budget for row in rows})

@@ -33,7 +33,7 @@ def advise(name: str, seed: int, budget: float, truth: Path, root: Path) -> Path
     truth: where the generalist lies that is advised on, TO/SET/seed-S.  Of the run that gives the
     advice KEPT remains.
     """
-    kept = root / f"{name}-{seed}-{round(100 * budget):03d}"
+    kept = kept_in(root, name, seed, budget)
     if (kept / "advice.json").exists():
         return kept
     unfinished = kept.with_name(f"{kept.name}.unfinished")
@@ -45,6 +45,10 @@ def advise(name: str, seed: int, budget: float, truth: Path, root: Path) -> Path
         keep(session.run, kept)
     shutil.rmtree(unfinished)
     return kept
+
+
+def kept_in(root: Path, name: str, seed: int, budget: float) -> Path:
+    return root / f"{name}-{seed}-{round(100 * budget):03d}"
 
 
 @contextmanager
@@ -65,7 +69,8 @@ def session_of(
         save_config(run.config, root / "config.toml")
         (root / "cache").symlink_to((truth.parent / "cache").resolve(), target_is_directory=True)
         adopt(run, source, ADOPTED)
-        yield Session(run.advice.run, ranks), load_config(None, [], work.config("branches")).specialists
+        branches = load_config(None, [], work.config("branches")).specialists
+        yield Session(run.advice.run, ranks), branches
 
 
 def of_lever(session: Session, stage: Stage, branches: ResolvedSpecialists) -> Session:
