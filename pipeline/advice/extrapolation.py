@@ -24,10 +24,15 @@ GENERALIST = "generalist"
 
 
 class LogRatio(NamedTuple):
-    """s = log(errors with a lever / errors without), and its standard deviation."""
+    """s = log(errors with a lever / errors without).
+
+    mean: what is expected, below 0 where the lever gains.  sd: its standard deviation.  spread: that
+    of log(-s): how many times as much or as little it may be.
+    """
 
     mean: float
     sd: float
+    spread: float = 0.0
 
 
 class Gain(NamedTuple):
@@ -45,13 +50,11 @@ class Evidence:
     error: of the generalist on val, a fraction above 0.
     fit: its error on train over that on val, inputs as they are: 1 of a network that errs alike on
         both, 0 of one that knows its training examples by heart.
-    augmented: whether training inputs are augmented.
     records: of each family the records of its rounds, in order; those alone that measured something.
     """
 
     error: float
     fit: float
-    augmented: bool = False
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
 
     def last(self, family: str) -> Record | None:
@@ -78,10 +81,12 @@ def gain_of(ratio: LogRatio, error: float) -> Gain:
     def points(s: float) -> float:
         return 100 * error * (1 - math.exp(s))
 
+    times = math.exp(LIKELY * ratio.spread)
+    least, most = sorted((ratio.mean / times, ratio.mean * times), reverse=True)
     return Gain(
         points(ratio.mean),
-        points(ratio.mean + LIKELY * ratio.sd),
-        points(ratio.mean - LIKELY * ratio.sd),
+        points(least + LIKELY * ratio.sd),
+        points(most - LIKELY * ratio.sd),
     )
 
 
@@ -100,76 +105,92 @@ def measured_ratio(record: Record, form: str, error: float) -> LogRatio:
     return LogRatio(math.log(left / error), measured["gain_se"] / left)
 
 
-# Rules
+def at_least(expected: LogRatio, measured: LogRatio) -> LogRatio:
+    """What is expected, unless a pilot is surely better already."""
+    if measured.mean + LIKELY * measured.sd < expected.mean:
+        return LogRatio(measured.mean, max(measured.sd, expected.sd), expected.spread)
+    return expected
+
+
+# Rules.  Every constant is fitted to benchmarks/advice; docs/advise.md has the table.
 
 
 def stop(evidence: Evidence) -> LogRatio:
     return LogRatio(0.0, 0.0)
 
 
-# Of the generalist trained on for as long again, where it errs alike on train and val.
-TRAIN_ON = 0.2
-TRAIN_ON_SD = (0.02, 0.07)  # of a network that knows train by heart, and what is added at fit 1
+TRAIN_ON = (0.02, 0.15)  # - s at fit 0, and what fit 1 adds
+TRAIN_ON_SD = 0.045
 
 
 def train_on(evidence: Evidence) -> LogRatio:
-    """What is left to learn is the fit's to say: nothing is, where train is known by heart.
+    """What is left to learn is the fit's to say: next to nothing, where train is known by heart.
 
-    A pilot that gains already puts a floor to that: as long again gains no less.
+    A pilot re-warms and errs more at first, so that it says little; one that gains already puts a
+    floor to what as long again gains.
     """
-    fit = evidence.fit
-    expected = LogRatio(-TRAIN_ON * fit * fit, TRAIN_ON_SD[0] + TRAIN_ON_SD[1] * fit)
+    expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit, TRAIN_ON_SD)
     record = evidence.last("on")
     if record is None:
         return expected
     return at_least(expected, measured_ratio(record, "on", evidence.error))
 
 
-WIDER, WIDER_OF_FIT, WIDER_OF_BRANCHES = 0.04, 0.1, 0.8
-WIDER_SD = (0.05, 0.1)
+WIDER = (0.05, 0.25)  # - s at fit 0, and what fit 1 adds
+WIDER_OF_BRANCHES = 0.8
+WIDER_SD, WIDER_SPREAD = 0.03, 0.8
 
 
 def wider(evidence: Evidence) -> LogRatio:
     """A little everywhere, more of a network without room, most where branches heal much.
 
-    Branches are wider where the confusion is; what they heal is what width can.
+    Branches are wider where the confusion is; what they heal, width can.  A fresh wider network
+    learns faster at first whether it ends better or not, so that its own pilot says nothing.
     """
     healed = branches(evidence)
     of_branches = 0.0 if healed is None else min(0.0, healed.mean)
-    mean = -WIDER - WIDER_OF_FIT * evidence.fit + WIDER_OF_BRANCHES * of_branches
-    expected = LogRatio(mean, WIDER_SD[0] + WIDER_SD[1] * evidence.fit + abs(of_branches) / 3)
-    record = evidence.last("wide")
-    if record is None or "grown" not in record["forms"]:
-        return expected
-    return at_least(expected, measured_ratio(record, "grown", evidence.error))
+    mean = min(-WIDER[0] - WIDER[1] * evidence.fit, WIDER_OF_BRANCHES * of_branches)
+    return LogRatio(mean, WIDER_SD, WIDER_SPREAD)
 
 
-# d correlation / d log(Brier of the short network / of the generalist's), where one round is known.
-CORRELATION_SLOPE = -0.3
-CORRELATIONS = (0.4, 0.97)
-FAR = 1.0  # log ratio beyond which a short network has hardly begun to learn
-PRIOR_CORRELATION = 0.75
-# s of joining two equal networks, per unit of 1 - correlation, at fit 0 and what fit 1 adds.
-OF_DIVERSITY = {"average": (0.37, 0.4), "shortlist": (0.43, 0.5)}
-DIVERSITY_SD = (0.02, 0.5)  # absolute, and of the mean
+# Of d correlation / d log(Brier of the short network / of the generalist's) between two rounds what
+# holds up to the end, where the log is 0; and what it is taken for where there is one round.
+SLOPE_KEPT, STEEPEST, ONE_ROUND = 0.75, 0.35, 0.2
+CORRELATIONS = (0.1, 0.98)
+# - s of joining two equal networks: per unit of 1 - correlation; and where the short network has
+# hardly begun to learn, so that its correlation says nothing.
+OF_DIVERSITY = {"average": 0.65, "shortlist": 0.8}
+UNKNOWN = {"average": 0.22, "shortlist": 0.33}
+BEGUN = (0.98, 0.88)  # the Brier score of a network that has not learned, and of one that has
+JOINED_SD, JOINED_SPREAD, UNKNOWN_SPREAD = 0.015, 0.6, 0.75
 
 
 def correlation_in_full(rounds: Sequence[Record]) -> float:
-    """Of the errors of two generalists, of which one has had a few per cent of its training.
+    """Of the residuals y - p of two generalists, one of which has a few per cent of its training.
 
-    The better the short network, the more its residuals y - p go with the generalist's, about
-    linearly in the log of their sizes' ratio, which is 0 of two equals.
+    The better the short network, the more its residuals go with the generalist's, about linearly in
+    the log of their sizes' ratio, which is 0 of two equals.
     """
-    points = []
-    for record in rounds:
-        forms = record["forms"]
-        ratio = math.log(max(forms["alone"]["brier"], 1e-9) / max(forms[GENERALIST]["brier"], 1e-9))
-        points.append((max(ratio, 0.0), record["residual_correlation"]))
-    ratio, correlation = points[-1]
-    learned = math.exp(-max(0.0, ratio - FAR) * 2)  # how much there is to extrapolate from
-    expected = correlation - CORRELATION_SLOPE * ratio
-    expected = learned * expected + (1 - learned) * PRIOR_CORRELATION
+    ratios = [log_brier_ratio(record) for record in rounds]
+    correlations = [record["residual_correlation"] for record in rounds]
+    slope = ONE_ROUND
+    if len(rounds) > 1 and ratios[-2] - ratios[-1] > 0:
+        slope = (correlations[-1] - correlations[-2]) / (ratios[-2] - ratios[-1])
+        slope = SLOPE_KEPT * min(max(slope, 0.0), STEEPEST)
+    expected = correlations[-1] + slope * ratios[-1]
     return min(max(expected, CORRELATIONS[0]), CORRELATIONS[1])
+
+
+def log_brier_ratio(record: Record) -> float:
+    """log(Brier of the short network / of the generalist's), at least 0."""
+    short, own = (record["forms"][form]["brier"] for form in ("alone", GENERALIST))
+    return max(0.0, math.log(max(short, 1e-9) / max(own, 1e-9)))
+
+
+def begun(record: Record) -> float:
+    """From 0 of a short network that says nothing yet to 1 of one that has begun to learn."""
+    none, enough = BEGUN
+    return min(max((none - record["forms"]["alone"]["brier"]) / (none - enough), 0.0), 1.0)
 
 
 def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
@@ -179,71 +200,93 @@ def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
         rounds = evidence.records.get("second")
         if not rounds:
             return None
-        base, of_fit = OF_DIVERSITY[form]
-        mean = -(base + of_fit * evidence.fit) * (1 - correlation_in_full(rounds))
-        expected = LogRatio(mean, DIVERSITY_SD[0] - DIVERSITY_SD[1] * mean)
+        known = begun(rounds[-1])
+        of_diversity = OF_DIVERSITY[form] * (1 - correlation_in_full(rounds))
+        mean = known * of_diversity + (1 - known) * UNKNOWN[form]
+        spread = known * JOINED_SPREAD + (1 - known) * UNKNOWN_SPREAD
+        expected = LogRatio(-mean, JOINED_SD, spread)
         return at_least(expected, measured_ratio(rounds[-1], form, evidence.error))
 
     return rule
 
 
-KEPT, KEPT_AUGMENTED = 0.1, 0.5
-STUDENT_SD = 0.03
+STUDENT = (0.02, 0.04)  # - s at fit 0, and what fit 1 adds
+OF_TEACHERS = 0.12  # of what its teachers gain
+STUDENT_SD = 0.05
 
 
 def average_student(evidence: Evidence) -> LogRatio | None:
-    """A part of what its teachers gain: little where they are sure of what the student sees."""
+    """Little: it is trained on, and its teachers are sure of the examples that it sees."""
     teachers = joined("average")(evidence)
     if teachers is None:
         return None
-    kept = KEPT
-    if evidence.augmented:
-        kept += (KEPT_AUGMENTED - KEPT) * (1 - evidence.fit)
-    return LogRatio(kept * teachers.mean, STUDENT_SD + 0.3 * abs(teachers.mean))
+    mean = -STUDENT[0] - STUDENT[1] * evidence.fit + OF_TEACHERS * teachers.mean
+    return LogRatio(mean, STUDENT_SD)
 
 
-RERANKER = 0.75  # of what a second generalist gains on a shortlist, for half its steps
+RERANKER = 0.7  # of what a second generalist gains on a shortlist, for half its steps
 
 
 def rerank(evidence: Evidence) -> LogRatio | None:
-    """Its own pilot puts a floor to a part of what a second generalist gains on a shortlist."""
+    """A part of what a second generalist gains on a shortlist; its own pilot puts a floor to it."""
     second = joined("shortlist")(evidence)
     record = evidence.last("rerank")
     if second is None:
         return None if record is None else measured_ratio(record, "rerank", evidence.error)
-    expected = LogRatio(RERANKER * second.mean, second.sd)
+    expected = LogRatio(RERANKER * second.mean, second.sd, second.spread)
     if record is None:
         return expected
     return at_least(expected, measured_ratio(record, "rerank", evidence.error))
 
 
-HEALED_SD = (0.01, 0.3)  # absolute, and of the mean
+# What specialists heal of what perfect ones would, where nothing was piloted in full: nothing at
+# a fit below the first, the second at fit 1; and its standard deviation, absolute and of that.
+HEALED_FROM, HEALED = 0.3, 0.25
+HEALED_SD = (0.04, 1.0)
+FROM_PILOT_SD = (0.02, 0.3)  # of all groups' from the piloted ones', absolute and of what they heal
+MOST_HEALED = 0.98
 
 
 def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
-    """All groups heal as large a part of what they could as the piloted ones did."""
+    """All groups heal as large a part of what they could as the piloted ones did.
+
+    A specialist's first steps heal nothing yet, even where it heals much in the end, so that a pilot
+    counts by the share of a specialist's steps that it has taken.
+    """
 
     def rule(evidence: Evidence) -> LogRatio | None:
-        record = evidence.last(family)
-        if record is None or "healed" not in record:
+        piloted = latest_of_groups(evidence.records.get(family, ()))
+        if not piloted:
             return None
-        ceiling = min(record["ceiling_all"] / evidence.error, 1.0)
-        healed = max(0.0, record["healed"]) * ceiling
-        mean = math.log(max(1 - healed, 0.02))
-        of_pilot = record["healed_se"] * ceiling / max(1 - healed, 0.02)
-        return LogRatio(mean, math.hypot(HEALED_SD[0] - HEALED_SD[1] * mean, of_pilot))
+        weights = [max(record["ceiling"], 1e-9) for record in piloted]
+        shares = [weight / sum(weights) for weight in weights]
+
+        def mean_of(key: str) -> float:
+            values = [record[key] for record in piloted]
+            return sum(share * value for share, value in zip(shares, values, strict=True))
+
+        known = min(1.0, mean_of("full_share"))
+        usual = HEALED * max(0.0, evidence.fit - HEALED_FROM) / (1 - HEALED_FROM)
+        healed = max(0.0, known * mean_of("healed") + (1 - known) * usual)
+        error = math.hypot(
+            known * mean_of("healed_se"),
+            (1 - known) * (HEALED_SD[0] + HEALED_SD[1] * usual),
+            FROM_PILOT_SD[0] + FROM_PILOT_SD[1] * healed,
+        )
+        ceiling = min(piloted[-1]["ceiling_all"] / evidence.error, 1.0)
+        left = 1 - min(healed * ceiling, MOST_HEALED)
+        return LogRatio(math.log(left), error * ceiling / left)
 
     return rule
 
 
+def latest_of_groups(rounds: Sequence[Record]) -> list[Record]:
+    """The last record of each set of groups."""
+    latest = {tuple(record["groups"]): record for record in rounds if "healed" in record}
+    return list(latest.values())
+
+
 branches = specialists("branches")
-
-
-def at_least(expected: LogRatio, measured: LogRatio) -> LogRatio:
-    """What is expected, unless a pilot is surely better already."""
-    if measured.mean + LIKELY * measured.sd < expected.mean:
-        return LogRatio(measured.mean, max(measured.sd, expected.sd))
-    return expected
 
 
 RULES: dict[str, Callable[[Evidence], LogRatio | None]] = {

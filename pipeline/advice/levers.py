@@ -51,8 +51,7 @@ class Family:
     """Pilots of one kind, one for each round; what they train stands for one or several levers.
 
     what: they train, in a few words.
-    cost: of a share of the generalist's steps, in that share of its training compute; of `wide`
-        the trainer counts it.
+    cost: of a share of the generalist's steps, in that share of its training compute.
     sections: of the config that they read beside the generalist's.
     schedule: the section by which they train.
     needs_groups: whether they train on groups of classes.
@@ -70,7 +69,7 @@ class Family:
 
 _FAMILIES = [
     Family("on", "the generalist trained on", 1.0),
-    Family("wide", "a wider generalist", 2.0),
+    Family("wide", "a wider generalist", 1.0),
     Family("second", "a second generalist", 1.0),
     Family(
         "rerank",
@@ -82,7 +81,7 @@ _FAMILIES = [
     ),
     Family(
         "copies",
-        "copies of the generalist for two groups",
+        "a copy of the generalist for one group",
         1.0,
         sections=("specialists",),
         schedule="specialists",
@@ -90,8 +89,8 @@ _FAMILIES = [
     ),
     Family(
         "branches",
-        "branches of the generalist for all groups",
-        0.5,
+        "branches of the generalist for a few groups",
+        1.0,
         sections=("specialists",),
         schedule="specialists",
         needs_groups=True,

@@ -17,7 +17,7 @@ from .pilots.rounds import evidence_of, read_record, whole_steps
 
 FORMS = {  # of a pilot's record, that shows a lever
     "train_on": "on",
-    "wider": "grown",
+    "wider": "scratch",
     "average": "average",
     "shortlist": "shortlist",
     "rerank": "rerank",
@@ -46,7 +46,7 @@ def advise(session: Session, stage: Stage) -> Advice:
     pilots = [each for each in stage.inputs if each.name == "pilot"]
     records = [read_record(each) for each in pilots]
     diagnosis = read_json(session.run.diagnosis.path("diagnosis.json"))
-    evidence = evidence_of(diagnosis, session.config, records)
+    evidence = evidence_of(diagnosis, records)
     costs = LeverCosts(session, config.workers)
     expected = gains(evidence)
     not_possible = dict(session.run.advice.not_possible)

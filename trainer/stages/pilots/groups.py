@@ -54,8 +54,8 @@ from .networks import BACKWARD, ROUNDING, compressed, whole_cost
 from .outcome import Outcome
 from .rounds import read_record
 
-OF_COPIES = 2  # groups
-OF_BRANCHES, FEWEST_BRANCHES = 4, 2  # groups, at most and, where there are so many, at least
+OF_COPIES = 1  # groups: one in full says more than several that have just begun
+OF_BRANCHES, FEWEST_BRANCHES = 4, 1  # groups, at most and at least
 ENOUGH = 2 / 3  # of a specialist's steps, after which it is not restarted for the rest
 CONTROL = "control"
 EMBEDDING = 64  # of branches, at least, where the config has copies
@@ -114,10 +114,10 @@ def is_done(steps: Sequence[int], full: Sequence[int]) -> bool:
 
 
 def copies(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
-    """Copies for two groups, as [specialists] says, and a control.
+    """A copy for one group, as [specialists] says, and a control.
 
-    The control is the generalist trained on, all classes, on the examples of both groups and as
-    many others as specialists see, for as long.  Each of the three has a third of the compute.
+    The control is the generalist trained on, all classes, on the examples of the group and as many
+    others as the specialist sees, for as long.  Each of the two has half the compute.
     """
     session = with_section(session, copies_section(session.config.specialists))
     chosen = choose(session, previous, OF_COPIES)
@@ -126,8 +126,8 @@ def copies(session: Session, attempt: Attempt, share: float, previous: Stage | N
     generalist = load_network(session, session.run.generalist)
     members = members_of(session, chosen)
     full = full_steps(session, members)
-    third = FAMILIES["copies"].cost * share * whole_cost(session, generalist) / 3
-    affordable = steps_for(session, third, dearest(session, generalist))
+    paid = FAMILIES["copies"].cost * share * whole_cost(session, generalist)
+    affordable = steps_for(session, paid / (OF_COPIES + 1), dearest(session, generalist))
     steps = [0] * len(full)
     if not chosen.finished:
         steps = [min(affordable, left) for left in less(full, chosen.begun)]
@@ -270,7 +270,7 @@ def control_task(
 
 
 def branches(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
-    """Branches for two to four groups, from features of the examples that they need alone.
+    """Branches for one to four groups, from features of the examples that they need alone.
 
     A part of the compute goes into features, what is left into steps: as many as a run's branches
     take, if that is enough.

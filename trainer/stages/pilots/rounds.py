@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.advice.extrapolation import LIKELY, Evidence, gains
+from pipeline.advice.extrapolation import Evidence, gains
 from pipeline.advice.graph import pilot_name
 from pipeline.advice.halving import better_half, round_steps
 from pipeline.advice.levers import LEVERS
-from pipeline.config import Config
 from pipeline.store import Stage, read_json
 
 from ...session import Session
 from ..training import count_steps
-from .forms import GENERALIST
 
 
 def read_record(stage: Stage) -> dict:
@@ -52,7 +50,7 @@ def why_dropped(session: Session, stage: Stage, family: str, number: int) -> str
     if "not_possible" in own or "dropped" in own:
         return own.get("not_possible") or own["why"]
     diagnosis = read_json(session.run.diagnosis.path("diagnosis.json"))
-    evidence = evidence_of(diagnosis, session.config, before)
+    evidence = evidence_of(diagnosis, before)
     highs = {name: high for name, high in promises(evidence).items() if records[name]["forms"]}
     going_on = better_half(highs)
     if family in going_on:
@@ -66,7 +64,7 @@ def records_before(stage: Stage) -> list[dict]:
     return [read_record(each) for each in stage.inputs if each.name == stage.name]
 
 
-def evidence_of(diagnosis: Mapping, config: Config, records: Sequence[dict]) -> Evidence:
+def evidence_of(diagnosis: Mapping, records: Sequence[dict]) -> Evidence:
     """What is known of the generalist and of the pilots that measured something.
 
     records: measured.json of pilots, of one round or more, in order.
@@ -78,7 +76,7 @@ def evidence_of(diagnosis: Mapping, config: Config, records: Sequence[dict]) -> 
     for record in sorted(records, key=lambda each: each["round"]):
         if record["forms"]:
             measured.setdefault(record["family"], []).append(record)
-    return Evidence(error, fit, config.data.augment != "none", measured)
+    return Evidence(error, fit, measured)
 
 
 def promises(evidence: Evidence) -> dict[str, float]:
@@ -89,13 +87,3 @@ def promises(evidence: Evidence) -> dict[str, float]:
         if family is not None:
             highs[family] = max(gain.high, highs.get(family, gain.high))
     return highs
-
-
-def own_forms(record: dict) -> list[str]:
-    return [form for form in record["forms"] if form != GENERALIST]
-
-
-def high_of(record: dict, form: str) -> float:
-    """The optimistic end of a form's measured gain."""
-    measured = record["forms"][form]
-    return measured["gain"] + LIKELY * measured["gain_se"]
