@@ -17,9 +17,8 @@ from ensemble import ShortlistEnsemble
 from networks import load_classifier
 from pipeline.advice.choosing import STOP, choose
 from pipeline.advice.document import Advice, Lever, read_advice
-from pipeline.advice.extrapolation import Gain, gains
+from pipeline.advice.extrapolation import Evidence, Gain, gains
 from pipeline.advice.halving import better_half
-from pipeline.config import load_config
 from pipeline.store import read_json
 from trainer.stages.pilots.rounds import evidence_of, promises
 
@@ -99,9 +98,8 @@ def records_in(kept: Path) -> list[dict]:
     return [read_json(path) for path in sorted((kept / "pilots").glob("*/measured.json"))]
 
 
-def evidence_in(kept: Path, records: Sequence[dict]):
-    config = load_config(kept / "config.toml")
-    return evidence_of(read_json(kept / "diagnosis" / "diagnosis.json"), config, records)
+def evidence_in(kept: Path, records: Sequence[dict]) -> Evidence:
+    return evidence_of(read_json(kept / "diagnosis" / "diagnosis.json"), records)
 
 
 def predict_again(advice: Advice, records: Sequence[dict], kept: Path) -> dict[str, Gain]:
