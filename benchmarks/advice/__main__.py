@@ -24,9 +24,9 @@ Gains are points of top-1 over the generalist, with the paired standard error; "
 of the generalist's, counted in multiplications.  What is done is not done again; every set and seed
 adds a line to TO/truth.jsonl.
 
-Then `referral advise` is asked about each of these generalists, once for each of --budgets, and what
-it predicts and advises is held against what was pulled.  Its pilots are kept below TO/asked, and its
-predictions made anew from them by the rules of today.  The last line is one JSON object.
+Then `referral advise` is asked about each of these generalists, once for each of --budgets, and
+what it predicts and advises is held against what was pulled.  Its pilots are kept below TO/asked,
+and its predictions made anew from them by the rules of today.  The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def conditions(judged: list[Judged], lines: list[dict]) -> str:
     command = f"python -m benchmarks.advice --seeds {words} --budgets {budgets} --write"
     same = sum(row.same_families for row in judged)
     return (
-        f"{sets} sets, {len(judged)} advices; test has {min(tested):,} to {max(tested):,} examples. "
+        f"{sets} sets, {len(judged)} advices; {min(tested):,} to {max(tested):,} test examples. "
         f"Today's rules send the families on that were sent on then in {same} of {len(judged)}. "
         f"{lab.conditions(seeds, command)}"
     )

@@ -25,9 +25,7 @@ def levers(**others: Pulled) -> Mapping[str, Pulled]:
     return {"stop": pulled(0, 0.0), **others}
 
 
-FOUR = levers(
-    average=pulled(4, multiplications=2.0), wider=pulled(8, 2.0, 2.0), train_on=pulled(3)
-)
+FOUR = levers(average=pulled(4, multiplications=2.0), wider=pulled(8, 2.0, 2.0), train_on=pulled(3))
 
 
 def test_the_best_lever_is_the_best_of_those_that_keep_to_the_limit():
