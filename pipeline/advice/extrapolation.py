@@ -119,8 +119,8 @@ def stop(evidence: Evidence) -> LogRatio:
     return LogRatio(0.0, 0.0)
 
 
-TRAIN_ON = (0.02, 0.15)  # - s at fit 0, and what fit 1 adds
-TRAIN_ON_SD = 0.045
+TRAIN_ON = (0.01, 0.15)  # - s at fit 0, and what fit 1 adds
+TRAIN_ON_SD = 0.055
 
 
 def train_on(evidence: Evidence) -> LogRatio:
@@ -212,7 +212,7 @@ def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
 
 STUDENT = (0.02, 0.04)  # - s at fit 0, and what fit 1 adds
 OF_TEACHERS = 0.12  # of what its teachers gain
-STUDENT_SD = 0.05
+STUDENT_SD = 0.065
 
 
 def average_student(evidence: Evidence) -> LogRatio | None:
@@ -239,19 +239,26 @@ def rerank(evidence: Evidence) -> LogRatio | None:
     return at_least(expected, measured_ratio(record, "rerank", evidence.error))
 
 
-# What specialists heal of what perfect ones would, where nothing was piloted in full: nothing at
-# a fit below the first, the second at fit 1; and its standard deviation, absolute and of that.
-HEALED_FROM, HEALED = 0.3, 0.25
-HEALED_SD = (0.04, 1.0)
-FROM_PILOT_SD = (0.02, 0.3)  # of all groups' from the piloted ones', absolute and of what they heal
+# What specialists heal of what perfect ones would, where nothing was piloted: nothing at a fit below
+# the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
+HEALED_FROM, HEALED = 0.3, 0.12
+HEALED_SD = (0.03, 0.2)
+FROM_PILOT_SD = (
+    0.03,
+    0.25,
+)  # of all groups' from the piloted ones', absolute and of what they heal
+GROWTH = (
+    0.8  # what is healed grows with the share of the steps to this power, where it is surely so
+)
 MOST_HEALED = 0.98
 
 
 def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
     """All groups heal as large a part of what they could as the piloted ones did.
 
-    A specialist's first steps heal nothing yet, even where it heals much in the end, so that a pilot
-    counts by the share of a specialist's steps that it has taken.
+    A specialist's first steps heal nothing yet, even where it heals much in the end.  So a pilot
+    counts by the square of the share of a specialist's steps that it has taken; by the share itself
+    where it surely heals something already.
     """
 
     def rule(evidence: Evidence) -> LogRatio | None:
@@ -259,22 +266,25 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
         if not piloted:
             return None
         weights = [max(record["ceiling"], 1e-9) for record in piloted]
-        shares = [weight / sum(weights) for weight in weights]
 
         def mean_of(key: str) -> float:
-            values = [record[key] for record in piloted]
-            return sum(share * value for share, value in zip(shares, values, strict=True))
+            pairs = zip(weights, piloted, strict=True)
+            return sum(weight * record[key] for weight, record in pairs) / sum(weights)
 
-        known = min(1.0, mean_of("full_share"))
-        usual = HEALED * max(0.0, evidence.fit - HEALED_FROM) / (1 - HEALED_FROM)
-        healed = max(0.0, known * mean_of("healed") + (1 - known) * usual)
+        share, healed, se = (mean_of(key) for key in ("full_share", "healed", "healed_se"))
+        share = min(max(share, 1e-3), 1.0)
+        is_sure = healed > LIKELY * se
+        known = share if is_sure else share**2
+        times = share**-GROWTH if is_sure else 1.0
+        without_room = max(0.0, evidence.fit - HEALED_FROM) / (1 - HEALED_FROM)
+        expected = max(0.0, known * times * healed + (1 - known) * HEALED * without_room)
         error = math.hypot(
-            known * mean_of("healed_se"),
-            (1 - known) * (HEALED_SD[0] + HEALED_SD[1] * usual),
-            FROM_PILOT_SD[0] + FROM_PILOT_SD[1] * healed,
+            known * times * se,
+            (1 - known) * (HEALED_SD[0] + HEALED_SD[1] * without_room),
+            FROM_PILOT_SD[0] + FROM_PILOT_SD[1] * expected,
         )
         ceiling = min(piloted[-1]["ceiling_all"] / evidence.error, 1.0)
-        left = 1 - min(healed * ceiling, MOST_HEALED)
+        left = 1 - min(expected * ceiling, MOST_HEALED)
         return LogRatio(math.log(left), error * ceiling / left)
 
     return rule

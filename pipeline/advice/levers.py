@@ -56,6 +56,7 @@ class Family:
     schedule: the section by which they train.
     needs_groups: whether they train on groups of classes.
     classes: below so many it is not worth a pilot of its own.
+    tells_more: whether a longer pilot narrows what is expected, so that it may go on.
     """
 
     name: str
@@ -65,11 +66,12 @@ class Family:
     schedule: Literal["train", "specialists", "rerank"] = "train"
     needs_groups: bool = False
     classes: int = 0
+    tells_more: bool = True
 
 
 _FAMILIES = [
     Family("on", "the generalist trained on", 1.0),
-    Family("wide", "a wider generalist", 1.0),
+    Family("wide", "a wider generalist", 1.0, tells_more=False),
     Family("second", "a second generalist", 1.0),
     Family(
         "rerank",

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pipeline.advice.extrapolation import Evidence, gains
 from pipeline.advice.graph import pilot_name
 from pipeline.advice.halving import better_half, round_steps
-from pipeline.advice.levers import LEVERS
+from pipeline.advice.levers import FAMILIES, LEVERS
 from pipeline.store import Stage, read_json
 
 from ...session import Session
@@ -49,9 +49,11 @@ def why_dropped(session: Session, stage: Stage, family: str, number: int) -> str
     own = records[family]
     if "not_possible" in own or "dropped" in own:
         return own.get("not_possible") or own["why"]
+    if not FAMILIES[family].tells_more:
+        return "a longer pilot would not narrow what is expected of it"
     diagnosis = read_json(session.run.diagnosis.path("diagnosis.json"))
     evidence = evidence_of(diagnosis, before)
-    highs = {name: high for name, high in promises(evidence).items() if records[name]["forms"]}
+    highs = {name: high for name, high in promises(evidence).items() if FAMILIES[name].tells_more}
     going_on = better_half(highs)
     if family in going_on:
         return ""
