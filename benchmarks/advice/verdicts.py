@@ -19,6 +19,7 @@ from pipeline.advice.choosing import STOP, choose
 from pipeline.advice.document import Advice, Lever, read_advice
 from pipeline.advice.extrapolation import Evidence, Gain, gains
 from pipeline.advice.halving import better_half
+from pipeline.advice.levers import FAMILIES
 from pipeline.store import read_json
 from trainer.stages.pilots.rounds import evidence_of, promises
 
@@ -116,9 +117,12 @@ def sends_on_the_same(records: Sequence[dict], kept: Path) -> bool:
     """Whether today's rules let the same families go on after the first round."""
     first = [record for record in records if record["round"] == 0]
     went = {record["family"] for record in records if record["round"] and record["forms"]}
-    measured = {record["family"] for record in first if record["forms"]}
     highs = promises(evidence_in(kept, first))
-    return set(better_half({name: highs[name] for name in highs if name in measured})) == went
+    return set(better_half({name: highs[name] for name in highs if may_go_on(name)})) == went
+
+
+def may_go_on(family: str) -> bool:
+    return FAMILIES[family].tells_more
 
 
 # What was pulled
@@ -130,7 +134,7 @@ def measured_answers(root: Path, file: Path) -> dict[str, np.ndarray]:
     file: where that is kept.
     """
     if not file.exists():
-        np.savez(file, **correct_answers(Kept(root)), **{ASKED: asked_on_shortlist(root)})
+        np.savez(file, **correct_answers(Kept(root)) | {ASKED: asked_on_shortlist(root)})
     with np.load(file) as arrays:
         return dict(arrays)
 
@@ -152,14 +156,14 @@ def correct_answers(kept: Kept) -> dict[str, np.ndarray]:
     return answers
 
 
-def asked_on_shortlist(root: Path) -> int:
+def asked_on_shortlist(root: Path) -> np.ndarray:
     """Multiplications of the generalist, and of the second one asked about its likeliest classes.
 
     truth.jsonl counts all of the second one's.
     """
     pair = [load_classifier(root / "networks" / name).eval() for name in ("G", "second")]
     length = min(SHORTLIST, pair[0].spec.num_classes)
-    return ShortlistEnsemble(pair, length).multiplications()
+    return np.array(ShortlistEnsemble(pair, length).multiplications())
 
 
 def pulled_of(line: dict, answers: Mapping[str, np.ndarray]) -> dict[str, Pulled]:
