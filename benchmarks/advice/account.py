@@ -8,6 +8,7 @@ from statistics import mean
 from benchmarks.papers import lab
 
 from .judging import ALLOWED, Account, Coverage, account, coverage
+from .sets import SETS
 from .verdicts import Judged
 
 
@@ -110,35 +111,48 @@ def by_lever(rows: Sequence[Judged]) -> str:
 def report(rows: Sequence[Judged]) -> str:
     """All tables, each with a line before it."""
     parts = [
-        "The advice against rules that always say the same; regrets are mean points of test top-1 "
-        "short of the best allowed lever. A rule's lever that is not allowed is `stop`:",
-        in_total(rows),
+        "The advice against rules that always say the same. Regrets are mean points of test top-1; "
+        "a rule whose lever is not allowed stops.",
     ]
+    for words, own in by_age(rows).items():
+        parts += [f"On {words}:", in_total(own)]
     for scarcity, most in ALLOWED.items():
         parts += [f"By set, where {scarcity} is scarce (at most × {most}):", by_set(rows, scarcity)]
-    parts += ["How often the 90 % intervals hold what a lever gains on test:", by_lever(rows)]
+    parts += ["How often the 90 % intervals hold what a lever gains on test."]
+    for words, own in by_age(rows).items():
+        parts += [f"On {words}:", by_lever(own)]
     return "\n\n".join(parts)
+
+
+def by_age(rows: Sequence[Judged]) -> dict[str, list[Judged]]:
+    """What is known of its sets -> rows; without those of which there are none."""
+    ages = {
+        "sets that the constants were fitted to": False,
+        "sets that no constant has seen": True,
+    }
+    parts = {
+        words: [row for row in rows if SETS[row.name].is_new == is_new]
+        for words, is_new in ages.items()
+    }
+    return {words: own for words, own in parts.items() if own}
 
 
 def in_numbers(rows: Sequence[Judged]) -> dict:
     """The same as JSON."""
-    return {
-        "accounts": {
-            str(budget): {name: each._asdict() for name, each in by_scarcity.items()}
-            for budget, by_scarcity in accounts(rows).items()
-        },
-        "coverage": {
-            str(budget): {
-                name: each._asdict() for name, each in coverages(with_budget(rows, budget)).items()
-            }
-            for budget in budgets_of(rows)
-        },
-        "spent": {
-            str(budget): mean(row.spent for row in with_budget(rows, budget))
-            for budget in budgets_of(rows)
-        },
-        "same_families": [sum(row.same_families for row in rows), len(rows)],
-    }
+    return {words: numbers_of(own) for words, own in by_age(rows).items()}
+
+
+def numbers_of(rows: Sequence[Judged]) -> dict:
+    numbers = {}
+    for budget in budgets_of(rows):
+        own = with_budget(rows, budget)
+        numbers[str(budget)] = {
+            "spent": mean(row.spent for row in own),
+            "same_families": sum(row.same_families for row in own),
+            "regrets": {name: each._asdict() for name, each in accounts(own)[budget].items()},
+            "coverage": {name: each._asdict() for name, each in coverages(own).items()},
+        }
+    return numbers
 
 
 def lever_table(rows: Sequence[Judged]) -> str:

@@ -252,16 +252,22 @@ class Networks:
         start = lambda: self.fresh(student)  # noqa: E731
         self.make("student", start, 1, student, teachers=["G", "second"])
         self.make("student_on", forms["on"][0], 1, student, teachers=["G", "second"])
+        self.make("on_full", forms["on"][0], 1, on_seed)
+        if not self.work.one.is_new:  # short trainings are what constants are fitted to
+            self.make_short(forms)
+
+    def make_short(self, forms: dict[str, tuple[Callable[[], Classifier], int, float]]) -> None:
+        """Those of each share and round, of each form."""
+        start, on_seed, _ = forms["on"]
         for tag, share in SHARES.items():
-            for name, (start, seed, rate) in forms.items():
-                self.make(f"{name}_{tag}", start, share, seed, rate)
+            for name, (fresh, seed, rate) in forms.items():
+                self.make(f"{name}_{tag}", fresh, share, seed, rate)
             if tag in FULL_RATE:
-                self.make(f"on_full_{tag}", forms["on"][0], share, on_seed)
-        for name, (start, seed, rate) in forms.items():
-            self.make(f"{name}_r0", start, ROUND_0, seed, rate)
+                self.make(f"on_full_{tag}", start, share, on_seed)
+        for name, (fresh, seed, rate) in forms.items():
+            self.make(f"{name}_r0", fresh, ROUND_0, seed, rate)
             again = lambda name=name: self.load(f"{name}_r0")  # noqa: E731
             self.make(f"{name}_r1", again, ROUND_1, seed + 1, rate, before=f"{name}_r0")
-        self.make("on_full", forms["on"][0], 1, on_seed)
 
 
 def mean_of(teachers: list[Classifier]) -> Objective:
