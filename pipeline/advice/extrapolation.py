@@ -7,8 +7,9 @@ full.  Pure functions of numbers.
 
 What small pilots can and cannot show: a network that a few per cent of the steps have trained errs
 far more than the generalist, so its own accuracy says little.  What carries over is how its errors
-go together with the generalist's (a second generalist), what it heals of what it could (specialists,
-which are short trainings even in full), and what the generalist itself says of train against val.
+go together with the generalist's (a second generalist), what it heals of what it could
+(specialists, which are short trainings even in full), and what the generalist itself says of train
+against val.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ GENERALIST = "generalist"
 class LogRatio(NamedTuple):
     """s = log(errors with a lever / errors without).
 
-    mean: what is expected, below 0 where the lever gains.  sd: its standard deviation.  spread: that
-    of log(-s): how many times as much or as little it may be.
+    mean: what is expected, below 0 where the lever gains.  sd: its standard deviation.  spread:
+    that of log(-s): how many times as much or as little it may be.
     """
 
     mean: float
@@ -50,7 +51,7 @@ class Evidence:
     error: of the generalist on val, a fraction above 0.
     fit: its error on train over that on val, inputs as they are: 1 of a network that errs alike on
         both, 0 of one that knows its training examples by heart.
-    records: of each family the records of its rounds, in order; those alone that measured something.
+    records: of each family the records of its rounds, in order; those that measured something.
     """
 
     error: float
@@ -239,8 +240,8 @@ def rerank(evidence: Evidence) -> LogRatio | None:
     return at_least(expected, measured_ratio(record, "rerank", evidence.error))
 
 
-# What specialists heal of what perfect ones would, where nothing was piloted: nothing at a fit below
-# the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
+# What specialists heal of what perfect ones would, where nothing was piloted: nothing at a fit
+# below the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
 HEALED_FROM, HEALED = 0.3, 0.12
 HEALED_SD = (0.03, 0.2)
 FROM_PILOT_SD = (

@@ -15,14 +15,14 @@ from .lever_costs import LeverCosts, shortlist_length
 from .networks import read_summary
 from .pilots.rounds import evidence_of, read_record, whole_steps
 
-FORMS = {  # of a pilot's record, that shows a lever
-    "train_on": "on",
-    "wider": "scratch",
-    "average": "average",
-    "shortlist": "shortlist",
-    "rerank": "rerank",
-    "copies": "copies",
-    "branches": "branches",
+FORMS = {  # of a pilot's record, that show a lever, the first that there is
+    "train_on": ("on",),
+    "wider": ("grown", "scratch"),
+    "average": ("average",),
+    "shortlist": ("shortlist",),
+    "rerank": ("rerank", "shortlist"),
+    "copies": ("copies",),
+    "branches": ("branches",),
 }
 FILES = ("advice.json", "advice.html")
 
@@ -91,10 +91,10 @@ def measured_of(name: str, evidence: Evidence) -> dict | None:
     """What the last pilot of a lever measured, in points; None where none shows it."""
     for family in LEVERS[name].families:
         record = evidence.last(family)
-        form = FORMS.get(name)
-        if record is not None and form in record["forms"]:
-            gain = measured_gain(record, form)
-            return {"share": record["share"], **gain._asdict()}
+        for form in FORMS.get(name, ()):
+            if record is not None and form in record["forms"]:
+                gain = measured_gain(record, form)
+                return {"share": record["share"], **gain._asdict()}
     return None
 
 

@@ -13,6 +13,7 @@ from trainer.stages.pilots.healing import (
     healed,
     mixture_log_prior,
     opened,
+    pilot_batch,
     plan_features,
     share_a_group,
 )
@@ -96,7 +97,15 @@ def test_the_batches_hold_every_example_once(counts, fraction, balance):
     assert (log_prior[counts == 0] == 0).all()
 
 
-# Which features
+# How much is affordable
+
+
+def test_a_pilots_batch_makes_as_many_steps_as_the_training_where_it_is_not_too_small():
+    assert pilot_batch(256, 160 * 100, 160, 1) == 100
+    assert pilot_batch(256, 160 * 20, 160, 1) == 64
+    assert pilot_batch(256, 160 * 256, 160, 1) == 256
+    assert pilot_batch(48, 160 * 20, 160, 1) == 48  # as it is
+    assert pilot_batch(240, 160 * 100, 160, 6) == 102  # in 6 equal parts
 
 
 def test_as_many_groups_as_can_be_trained_in_full_then_as_many_views():

@@ -52,12 +52,13 @@ def test_every_family_is_piloted_in_the_first_round(run):
     first = records(run, 0)
     assert list(first) == ["on", "wide", "second"]
     # .3 pays for the shares f (1 + 2 + 1) + 2 f (2 + 1): f = .03, or 12 of 400 steps.
-    assert [record["share"] for record in first.values()] == pytest.approx([0.03] * 3)
+    assert first["on"]["share"] == first["second"]["share"] == pytest.approx(0.03)
+    assert first["wide"]["share"] == pytest.approx(0.015)  # of two networks each
 
 
 def test_the_better_half_goes_on_for_twice_as_long(run):
     first, second = records(run, 0), records(run, 1)
-    highs = {family: rounds.promise(record, first) for family, record in first.items()}
+    highs = {family: rounds.promise(record) for family, record in first.items()}
     worst = min(highs, key=lambda family: highs[family])
     dropped = [family for family, record in second.items() if record.get("dropped")]
     assert dropped == [worst]
@@ -120,30 +121,6 @@ def test_those_that_promise_least_are_left_out(monkeypatch, records, dropped):
         assert rounds.why_dropped(None, "wide", 1) == "no width"
 
 
-@pytest.mark.parametrize(
-    "age, high",
-    [
-        (0.03, 0.1 + 1.645 * 0.05),  # .05 is the error of a difference of errors .03 and .04
-        (0.031, 0.1 + 1.645 * 0.05),
-        (0.05, -0.4 + 1.645 * 0.03),  # of another age: by its own gain
-    ],
-)
-def test_a_fresh_wider_network_is_compared_with_a_fresh_one_of_its_age(age, high):
-    wide = {
-        "family": "wide",
-        "share": 0.03,
-        "forms": {"generalist": {}, "scratch": {"gain": -0.4, "gain_se": 0.03}},
-    }
-    second = {
-        "family": "second",
-        "share": age,
-        "forms": {"generalist": {}, "alone": {"gain": -0.5, "gain_se": 0.04}},
-    }
-    promised = rounds.promise(wide, {"wide": wide, "second": second})
-    assert promised == pytest.approx(high)
-    assert rounds.promise(wide, {"wide": wide}) == pytest.approx(-0.4 + 1.645 * 0.03)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["on-0", "second-0", "wide-0"])
 def test_two_ranks_measure_what_one_does(data, tmp_path, name):
@@ -151,7 +128,7 @@ def test_two_ranks_measure_what_one_does(data, tmp_path, name):
     for ranks in (1, 2):
         run = begun(data, tmp_path / str(ranks), "train.optimizer=sgd", "train.learning_rate=0.1")
         save_config(run.config, run.root / "config.toml")
-        stage_on_ranks(ranks, f"pilot --name {name}", run.root)
+        stage_on_ranks(ranks, f"pilot --name {name}", run.root, timeout=300)
         again = RunDirectory(run.root, run.config)
         pilots.append(next(each for each in again.advice.pilots if each.address == name))
     one, two = map(measured, pilots)

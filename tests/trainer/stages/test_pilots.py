@@ -13,7 +13,7 @@ from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
 from ensemble import fit_temperature
-from networks import build_classifier, load_classifier
+from networks import load_classifier
 from pipeline.graph import RunDirectory
 from trainer.core.loop import Interrupted
 from trainer.data.shards import open_shards
@@ -143,37 +143,46 @@ def test_the_next_round_goes_on_from_the_network_of_the_one_before(run, stages, 
     assert measured(stage)["share"] == pytest.approx(0.2 + 0.1)
 
 
-def test_a_wide_pilot_is_as_old_as_a_second_network_of_half_its_multiplications(run, stages):
-    for number in (0, 1):
-        record = measured(stages[f"wide-{number}"])
-        second = measured(stages[f"second-{number}"])
-        assert set(record["forms"]) == {"generalist", "scratch"}
-        count = record["multiplications"]["scratch"]
-        assert count == 2 * MULTIPLICATIONS  # 48 units
-        assert record["share"] == pytest.approx(second["share"])
-        assert record["spent"] == pytest.approx(second["spent"] * count / MULTIPLICATIONS)
+def test_a_wide_pilot_shares_its_compute_between_a_fresh_and_a_grown_network(run, stages):
+    record = measured(stages["wide-0"])
+    assert set(record["forms"]) == {"generalist", "scratch", "grown"}
+    counted = record["multiplications"]
+    assert counted["scratch"] == counted["grown"] == pytest.approx(2 * MULTIPLICATIONS, rel=0.05)
+    assert record["share"] == pytest.approx(0.1)  # of each
+    assert record["spent"] == pytest.approx(0.2 * counted["grown"] / MULTIPLICATIONS)
+    assert record["spent"] <= 2 * 0.2
+    assert rates(stages["wide-0"])[1] == rates(stages["wide-0"], "grown/metrics.jsonl")[1] == 10
 
 
-def test_a_wide_pilot_is_the_beginning_of_the_row_wider(run, tmp_path):
-    """The same seed, and the width that its row has where the ensemble costs twice as much."""
-    stage = make_pilot(frozen(run, tmp_path / "run"), "wide-0", 0.1)
-    network = load_classifier(stage.path("scratch"))
-    with process_group(run.config.engine) as ranks:
-        seed = Session(run, ranks).seed("control wider", 0)
-    torch.manual_seed(seed)
-    for name, value in build_classifier(network.spec).state_dict().items():
-        torch.testing.assert_close(network.state_dict()[name], value, atol=1e-6, rtol=0)
+def test_the_more_promising_of_the_two_has_all_of_the_next_round(run, stages):
+    first, second = measured(stages["wide-0"]), measured(stages["wide-1"])
+    gains = {form: first["forms"][form]["gain"] for form in ("scratch", "grown")}
+    assert set(second["forms"]) == {"generalist", max(gains, key=lambda form: gains[form])}
+    assert second["share"] == pytest.approx(0.1 + 0.4)
+    assert rates(stages["wide-1"])[1] == 40
 
 
-def test_a_wider_model_of_the_users_takes_no_more_than_planned(run, tmp_path):
+def test_a_grown_network_starts_with_the_generalists_function(run, tmp_path):
+    record = measured(make_pilot(frozen(run, tmp_path / "run"), "wide-0", 0.1))
+    assert record["forms"]["grown"]["gain_se"] == 0
+    assert record["forms"]["grown"] == pytest.approx(record["forms"]["generalist"], abs=1e-5)
+    assert record["forms"]["scratch"]["gain"] < -0.3
+
+
+def test_a_wider_model_of_the_users_is_fresh_alone_where_the_generalist_has_another_shape(
+    run, tmp_path
+):
     wider = "controls.model={ width = 40, depth = 2 }"
     again = copied(run, tmp_path / "run", 'controls.rows=["wider"]', wider)
     record = measured(make_pilot(again, "wide-0", 0.2))
+    assert set(record["forms"]) == {"generalist", "scratch"}
+    assert "the rest of the two models must agree" in record["grown_not_possible"]
     count = 64 * 40 + 40 * 40 + 40 * 24
     assert record["multiplications"] == {"scratch": count}
     # Twice the generalist's compute pays for 2 * .2 T / 2.42 = 16.5 steps of it.
     assert record["share"] == pytest.approx(0.16)
     assert record["spent"] == pytest.approx(0.16 * count / MULTIPLICATIONS)
+    assert record["spent"] < 2 * 0.2
 
 
 def test_a_network_without_a_width_is_no_error(data, tmp_path):
@@ -331,8 +340,9 @@ def test_two_runs_of_one_seed_measure_the_same(run, stages, tmp_path, family):
     assert but_seconds(record) == but_seconds(measured(stages[f"{family}-0"]))
 
 
-@pytest.mark.parametrize("family, step", [("on", 13), ("wide", 7), ("rerank", 5)])
+@pytest.mark.parametrize("family, step", [("on", 13), ("wide", 7), ("wide", 17), ("rerank", 5)])
 def test_a_killed_pilot_resumes_to_the_same_numbers(run, tmp_path, monkeypatch, family, step):
+    """wide trains two networks, of 10 steps each."""
     pace = "train.checkpoint_every=4", "rerank.checkpoint_every=4"
     undisturbed = make_pilot(copied(run, tmp_path / "whole", *pace), f"{family}-0", 0.2)
     seen = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,14 +50,14 @@ from ..training import branch_steps, loss_of, specialist_steps, train_network
 from .forms import GENERALIST, Answers, measured_forms
 from .group_answers import joined_answers, referred_ids, val_predictions, with_form
 from .group_features import Extraction, extract, plan_extraction
-from .healing import by_ceiling, healed, mixture_log_prior, share_a_group
+from .healing import by_ceiling, healed, mixture_log_prior, pilot_batch, share_a_group
 from .networks import BACKWARD, ROUNDING, compressed, whole_cost
 from .outcome import Outcome
 from .rounds import read_record
 
 OF_COPIES = 1  # groups: one in full says more than several that have just begun
-OF_BRANCHES, FEWEST_BRANCHES = 4, 1  # groups, at most and at least
-ENOUGH = 2 / 3  # of a specialist's steps, after which it is not restarted for the rest
+OF_BRANCHES = 4  # groups, at most
+ENOUGH = 2 / 3  # of a specialist's examples, after which it is not restarted for the rest
 CONTROL = "control"
 EMBEDDING = 64  # of branches, at least, where the config has copies
 PASSES = 0.5  # of what branches may cost, for features, where they cannot be trained in full
@@ -68,7 +69,7 @@ NO_ERRORS = "the generalist makes no error on val between classes of one group"
 class Chosen:
     """The groups of a round.
 
-    begun: steps that each one's network has behind it.  tried: groups of earlier rounds, done.
+    begun: examples that each one's network has seen.  tried: groups of earlier rounds, done.
     number: of the round.  finished: whether these are done, too, and no others are left.
     """
 
@@ -95,19 +96,19 @@ def choose(session: Session, previous: Stage | None, most: int) -> Chosen:
     number = record.get("round", -1) + 1
     tried, done = record.get("tried", []), False
     if "groups" in record:  # otherwise nothing was possible
-        done = is_done(record["steps"], record["full_steps"])
+        done = is_done(record["seen"], record["full_seen"])
         if not done:
-            return Chosen(record["groups"], record["steps"], tried, number)
+            return Chosen(record["groups"], record["seen"], tried, number)
         tried = [*tried, *record["groups"]]
     further = [m for m in ranked if m not in tried][:most]
     if done and not further:
-        return Chosen(record["groups"], record["steps"], record["tried"], number, finished=True)
+        return Chosen(record["groups"], record["seen"], record["tried"], number, finished=True)
     return Chosen(further, [0] * len(further), tried, number)
 
 
-def is_done(steps: Sequence[int], full: Sequence[int]) -> bool:
+def is_done(seen: Sequence[int], full: Sequence[int]) -> bool:
     """Whether networks are so far that a warm restart had too few steps to anneal again."""
-    return all(taken >= ENOUGH * whole for taken, whole in zip(steps, full, strict=True))
+    return all(some >= ENOUGH * whole for some, whole in zip(seen, full, strict=True))
 
 
 # Copies
@@ -125,16 +126,19 @@ def copies(session: Session, attempt: Attempt, share: float, previous: Stage | N
         return Outcome.not_possible(NO_ERRORS)
     generalist = load_network(session, session.run.generalist)
     members = members_of(session, chosen)
-    full = full_steps(session, members)
+    batch = session.config.specialists.batch_size
+    full = [steps * batch for steps in full_steps(session, members)]
     paid = FAMILIES["copies"].cost * share * whole_cost(session, generalist)
-    affordable = steps_for(session, paid / (OF_COPIES + 1), dearest(session, generalist))
-    steps = [0] * len(full)
+    each = paid / (OF_COPIES + 1)
+    affordable = max(1, int(each / dearest(session, generalist) + ROUNDING))
+    wanted = [0] * len(full)
     if not chosen.finished:
-        steps = [min(affordable, left) for left in less(full, chosen.begun)]
+        wanted = [min(affordable, left) for left in less(full, chosen.begun)]
+        session = with_section(session, smaller_batches(session, affordable, min(full)))
     networks = CopiesOfRound(session, attempt, generalist, chosen, previous)
-    for m, count in zip(chosen.groups, steps, strict=True):
+    for m, count in zip(chosen.groups, wanted, strict=True):
         networks.train_copy(m, members[m], count)
-    networks.train_control(np.unique(np.concatenate(list(members.values()))), max(steps))
+    networks.train_control(np.unique(np.concatenate(list(members.values()))), max(wanted))
     special = [networks.folded(m, classes) for m, classes in members.items()]
     answers = answers_of_groups(session, generalist, special, members, "copies")
     ids = referred_ids(session, list(members.values()))
@@ -146,8 +150,24 @@ def copies(session: Session, attempt: Attempt, share: float, previous: Stage | N
         networks.paid / whole_cost(session, generalist),
         answers,
         figures(session, answers, "copies", chosen, members)
-        | lengths(add(chosen.begun, steps), full),
+        | lengths(add(chosen.begun, networks.seen), full)
+        | {"batch_size": session.config.specialists.batch_size},
     )
+
+
+def smaller_batches(session: Session, examples: int, full: int) -> ResolvedSpecialists:
+    """[specialists] with batches of which a pilot's examples make more steps.
+
+    Its few examples in batches of a whole training are too few steps to get anywhere.  The rate is
+    that of the smaller batch: by the square root, as Adam's noise scales (Malladi et al. 2022).
+
+    examples: of each network.  full: of the shortest whole training.
+    """
+    section = session.config.specialists
+    parts = session.ranks.world_size * section.accumulation
+    batch = pilot_batch(section.batch_size, examples, full // section.batch_size, parts)
+    rate = section.learning_rate * math.sqrt(batch / section.batch_size)
+    return section.model_copy(update={"batch_size": batch, "learning_rate": rate})
 
 
 def copies_section(section: ResolvedSpecialists) -> ResolvedSpecialists:
@@ -168,7 +188,7 @@ def full_steps(session: Session, members: Mapping[int, np.ndarray]) -> list[int]
 class CopiesOfRound:
     """The networks of one round, trained one after the other, and what that costs.
 
-    trained: by name.  paid: multiplications.
+    trained: by name.  seen: examples of this round, by group.  paid: multiplications.
     """
 
     def __init__(
@@ -185,16 +205,20 @@ class CopiesOfRound:
         self.chosen = chosen
         self.previous = previous if chosen.goes_on else None
         self.trained: dict[str, Classifier] = {}
+        self.seen: list[int] = []
         self.summaries: list[dict] = []
         self.paid = 0
 
-    def train_copy(self, m: int, classes: np.ndarray, steps: int) -> None:
-        """The specialist of a group, for so many further steps."""
+    def train_copy(self, m: int, classes: np.ndarray, examples: int) -> None:
+        """The specialist of a group, for so many further examples."""
         name, begun = name_of(m), self._earlier(name_of(m))
-        if not steps:
+        if not examples:
             assert begun is not None, "only what is done takes no step"
             self.trained[name] = begun
+            self.seen.append(0)
             return
+        steps = self._steps(examples)
+        self.seen.append(steps * self.session.config.specialists.batch_size)
         paced = with_section(self.session, compressed(self.session.config.specialists, steps))
         train = paced.shards("train")
         seed = paced.seed(f"pilot copies {self.chosen.number}", m)
@@ -202,18 +226,21 @@ class CopiesOfRound:
         task, _ = task_from(paced, self.generalist, classes, mixture, None, begun)
         self._train(name, task, asks_teacher(paced.config.specialists))
 
-    def train_control(self, classes: np.ndarray, steps: int) -> None:
-        """The generalist on the examples of all these groups and others, for so many steps."""
+    def train_control(self, classes: np.ndarray, examples: int) -> None:
+        """The generalist on so many examples of all these groups and others."""
         network = self._earlier(CONTROL)
-        if not steps:
+        if not examples:
             assert network is not None, "only what is done takes no step"
             self.trained[CONTROL] = network
             return
         if network is None:
             network = copy.deepcopy(self.generalist)
         seed = self.session.seed(f"pilot control {self.chosen.number}", 0)
-        task = control_task(self.session, network, classes, steps, seed)
+        task = control_task(self.session, network, classes, self._steps(examples), seed)
         self._train(CONTROL, task, with_teacher=False)
+
+    def _steps(self, examples: int) -> int:
+        return max(1, examples // self.session.config.specialists.batch_size)
 
     def folded(self, m: int, classes: np.ndarray) -> Classifier:
         """A group's specialist as it joins: with one row for all other classes."""
@@ -272,8 +299,7 @@ def control_task(
 def branches(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
     """Branches for one to four groups, from features of the examples that they need alone.
 
-    A part of the compute goes into features, what is left into steps: as many as a run's branches
-    take, if that is enough.
+    They are as many as can be trained as long as a run's, and one where not even that one can.
     """
     generalist = load_network(session, session.run.generalist)
     section = branches_section(session.config.specialists, generalist)
@@ -293,8 +319,8 @@ def branches(session: Session, attempt: Attempt, share: float, previous: Stage |
     special = [training.trained[name_of(m)] for m in members]
     answers = answers_of_groups(session, generalist, special, members, "branches")
     chosen = dataclasses.replace(chosen, groups=training.groups)
-    full = [training.full] * len(training.groups)
-    steps = [training.steps] * len(training.groups)
+    full = [training.full * section.batch_size] * len(training.groups)
+    seen = [training.steps * section.batch_size] * len(training.groups)
     return outcome_of(
         previous,
         training.trained,
@@ -302,7 +328,7 @@ def branches(session: Session, attempt: Attempt, share: float, previous: Stage |
         training.paid / whole_cost(session, generalist),
         answers,
         figures(session, answers, "branches", chosen, members)
-        | lengths(steps, full)
+        | lengths(seen, full)
         | {"model": section.model, **training.notes},
     )
 
@@ -331,7 +357,7 @@ class BranchesOfRound:
         self.previous = previous if chosen.goes_on else None
         self.groups = chosen.groups
         self.full = branch_steps(session.config.specialists, own_counts(session))
-        self.steps = chosen.begun[0]
+        self.steps = chosen.begun[0] // session.config.specialists.batch_size
         self.trained: dict[str, Branch] = {}
         self.summaries: list[dict] = []
         self.notes: dict[str, Any] = {}
@@ -375,7 +401,8 @@ class BranchesOfRound:
         """Whose features are worth having for so many multiplications."""
         members = members_of(self.session, self.chosen)
         section = self.session.config.specialists
-        fewest = len(members) if self.chosen.goes_on else min(FEWEST_BRANCHES, len(members))
+        # One branch that is nearly done says more than two that have hardly begun: W2 starts at 0.
+        fewest = len(members) if self.chosen.goes_on else 1
         memory = MEMORY / row_bytes(row_shapes(self.generalist, self.cut))
         in_full, left = 0, []
         for classes in members.values():
@@ -463,8 +490,8 @@ def less(full: Sequence[int], begun: Sequence[int]) -> list[int]:
     return [whole - done for whole, done in zip(full, begun, strict=True)]
 
 
-def add(begun: Sequence[int], steps: Sequence[int]) -> list[int]:
-    return [done + further for done, further in zip(begun, steps, strict=True)]
+def add(begun: Sequence[int], further: Sequence[int]) -> list[int]:
+    return [done + more for done, more in zip(begun, further, strict=True)]
 
 
 def asks_teacher(section: ResolvedSpecialists) -> bool:
@@ -485,11 +512,6 @@ def dearest(session: Session, generalist: Classifier) -> int:
     """Of training a copy or the control on an example, whichever costs more."""
     with_teacher = asks_teacher(session.config.specialists)
     return training_cost(generalist, generalist if with_teacher else None)
-
-
-def steps_for(session: Session, budget: float, of_example: int) -> int:
-    """Steps of [specialists] that multiplications are enough for; at least 1."""
-    return max(1, int(budget / of_example / session.config.specialists.batch_size + ROUNDING))
 
 
 def answers_of_groups(
@@ -545,12 +567,12 @@ def figures(
     }
 
 
-def lengths(steps: Sequence[int], full: Sequence[int]) -> dict[str, Any]:
-    """What measured.json says of how far each group's specialist is."""
+def lengths(seen: Sequence[int], full: Sequence[int]) -> dict[str, Any]:
+    """What measured.json says of how far each group's specialist is, in examples."""
     return {
-        "steps": list(steps),
-        "full_steps": list(full),
-        "full_share": sum(steps) / sum(full),
+        "seen": list(seen),
+        "full_seen": list(full),
+        "full_share": sum(seen) / sum(full),
     }
 
 

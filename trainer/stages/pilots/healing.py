@@ -86,6 +86,20 @@ def mixture_log_prior(
     return np.log(ratio)
 
 
+SMALLEST = 64  # examples of a batch
+
+
+def pilot_batch(batch: int, examples: float, steps: int, parts: int) -> int:
+    """Examples of a batch of which so many make about as many steps as a whole training takes.
+
+    At least SMALLEST, and a multiple of `parts`; never more than the training's own.
+
+    batch, steps: of the whole training.  examples: that a pilot may see.
+    """
+    wanted = max(SMALLEST, examples / steps)
+    return min(batch, math.ceil(wanted / parts) * parts)
+
+
 class FeaturePlan(NamedTuple):
     """Which examples' features branches learn from.
 

@@ -21,6 +21,7 @@ from networks import (
     load_classifier,
     multiplications,
     top_k,
+    widen,
     widened_to,
 )
 from pipeline.advice.levers import FAMILIES
@@ -44,7 +45,7 @@ from ..training import (
 from .forms import measured_forms
 from .measuring import Join
 from .outcome import Outcome
-from .rounds import read_record, whole_steps
+from .rounds import better_form, read_record, whole_steps
 
 SECOND = 1  # the number of the member that a pilot of a second network is the beginning of
 TIMES = 2  # the generalist's multiplications, of a wider network
@@ -67,8 +68,8 @@ def pilot_on(session: Session, attempt: Attempt, share: float, previous: Stage |
     network, summary = train_on(session, attempt, network, seed, steps)
     return Outcome(
         {"on": network},
-        share_so_far(session, previous, summary),
-        spent(session, generalist, network, summary),
+        share_so_far(session, previous, [summary]),
+        spent(session, generalist, [(network, summary)]),
         [summary],
         measured_forms(session, generalist, {"on": network}, {"on": "on"}),
     )
@@ -92,8 +93,8 @@ def pilot_second(
     )
     return Outcome(
         {"second": network},
-        share_so_far(session, previous, summary),
-        spent(session, generalist, network, summary),
+        share_so_far(session, previous, [summary]),
+        spent(session, generalist, [(network, summary)]),
         [summary],
         answers,
         {"residual_correlation": answers.residual_correlation("alone")},
@@ -114,33 +115,59 @@ def joins_of_second(session: Session) -> dict[str, Join]:
 
 
 def pilot_wide(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
-    """A fresh network of about twice the generalist's multiplications, or of controls.model.
+    """A network of about twice the generalist's multiplications: fresh, and grown from it.
 
-    It takes as many steps as the pilot of a second network, with which it can be compared at one
-    age; fewer, as far as its multiplications are more than planned.
+    In the first round both share the family's compute, half of it each; the more promising one has
+    all of it in the next.  A network larger than that (controls.model) takes fewer steps.
     """
     generalist = load_network(session, session.run.generalist)
-    seed = session.seed("control wider", 0)
-    if previous is None:
-        try:
-            spec = wider_spec(session, generalist)
-        except ValueError as error:  # it has no width
-            return Outcome.not_possible(str(error))
-        torch.manual_seed(seed)
-        network = build_classifier(spec, builders_of(session.config)).to(session.ranks.device)
-    else:
-        network = load_pilot(session, previous, "scratch")
-        seed = session.seed("pilot wide", round_of(previous))
-    planned = min(1.0, FAMILIES["wide"].cost * counted(generalist) / counted(network))
-    steps = steps_of(session, planned * share)
-    network, summary = train_on(session, attempt, network, seed, steps)
+    more: dict = {}
+    try:
+        if previous is None:
+            seed = session.seed("control wider", 0)
+            networks = wider_networks(session, generalist, seed, more)
+        else:
+            name = better_form(read_record(previous))
+            seed = session.seed("pilot wide", round_of(previous))
+            networks = {name: load_pilot(session, previous, name)}
+    except ValueError as error:
+        return Outcome.not_possible(str(error))
+    trained, summaries = {}, []
+    for name, network in networks.items():
+        cost = BACKWARD * multiplications(network, network.zero_input())
+        paid = FAMILIES["wide"].cost * share * whole_cost(session, generalist) / cost
+        examples = min(paid, share * whole_examples(session)) / len(networks)
+        steps = steps_of(session, examples / whole_examples(session))
+        part = name if trained else ""  # the first one's progress is the stage's
+        trained[name], summary = train_on(session, attempt, network, seed, steps, part)
+        summaries.append(summary)
+    costs = list(zip(trained.values(), summaries, strict=True))
     return Outcome(
-        {"scratch": network},
-        share_so_far(session, previous, summary),
-        spent(session, generalist, network, summary),
-        [summary],
-        measured_forms(session, generalist, {"scratch": network}, {"scratch": "scratch"}),
+        trained,
+        share_so_far(session, previous, summaries),
+        spent(session, generalist, costs),
+        summaries,
+        measured_forms(session, generalist, trained, {name: name for name in trained}),
+        more,
     )
+
+
+def wider_networks(
+    session: Session, generalist: Classifier, seed: int, more: dict
+) -> dict[str, Classifier]:
+    """scratch, and where the generalist can be widened to its shape, grown.
+
+    more: is told why it cannot.  ValueError for a network that has no width.
+    """
+    builders = builders_of(session.config)
+    spec = wider_spec(session, generalist)
+    torch.manual_seed(seed)
+    networks = {"scratch": build_classifier(spec, builders).to(session.ranks.device)}
+    try:
+        networks["grown"] = widen(generalist, spec, torch.Generator().manual_seed(seed))
+    except ValueError as error:
+        more["grown_not_possible"] = str(error)
+    return networks
 
 
 def wider_spec(session: Session, generalist: Classifier) -> ModelSpec:
@@ -148,7 +175,7 @@ def wider_spec(session: Session, generalist: Classifier) -> ModelSpec:
     if session.config.controls.model:
         return fresh_network(session, own_model=session.config.controls.model).spec
     builders = builders_of(session.config)
-    target = TIMES * counted(generalist)
+    target = TIMES * multiplications(generalist, generalist.zero_input())
     return widened_to(generalist.spec, target, lambda spec: count_multiplications(spec, builders))
 
 
@@ -183,7 +210,7 @@ def pilot_rerank(
     joins = {"rerank": Join("rerank", GEOMETRIC, k)}
     return Outcome(
         {"rerank": network},
-        share_so_far(session, previous, summary),
+        share_so_far(session, previous, [summary]),
         summary["examples_seen"] * cost / whole_cost(session, generalist),
         [summary],
         measured_forms(session, generalist, {"rerank": network}, {}, joins),
@@ -236,10 +263,10 @@ def cost_of_reranking(network: Classifier, generalist: Classifier, k: int, rando
     Of its head it reads the rows of the label, of the shortlist and of what is drawn.
     """
     classes, features = network.linear_head.weight.shape
-    whole = counted(network)
+    whole = multiplications(network, network.zero_input())
     rows = min(1 + k, classes) + min(random, classes)
     asked = whole - classes * features + rows * features
-    return BACKWARD * asked + counted(generalist)
+    return BACKWARD * asked + multiplications(generalist, generalist.zero_input())
 
 
 # What all of them share
@@ -257,13 +284,18 @@ def round_of(previous: Stage | None) -> int:
 
 
 def train_on(
-    session: Session, attempt: Attempt, network: Classifier, seed: int, steps: int
+    session: Session,
+    attempt: Attempt,
+    network: Classifier,
+    seed: int,
+    steps: int,
+    part: str = "",
 ) -> tuple[Classifier, dict]:
     """The network after so many steps of [train], compressed; and the summary of its training."""
     schedule = compressed(session.config.train, steps)
     task = generalist_task(session, network, schedule, None, seed, steps)
     torch.manual_seed(seed)  # of dropout
-    return train_network(session, attempt, task)
+    return train_network(session, attempt, task, part)
 
 
 def compressed(schedule: Resolved, steps: int) -> Resolved:
@@ -287,21 +319,22 @@ def whole_examples(session: Session) -> int:
 
 def whole_cost(session: Session, generalist: Classifier) -> int:
     """Multiplications of the generalist's training, by which all costs are divided."""
-    return BACKWARD * counted(generalist) * whole_examples(session)
+    own = multiplications(generalist, generalist.zero_input())
+    return BACKWARD * own * whole_examples(session)
 
 
-def spent(session: Session, generalist: Classifier, network: Classifier, summary: dict) -> float:
-    """What a training has cost, as a share of the generalist's."""
-    cost = BACKWARD * counted(network) * summary["examples_seen"]
-    return cost / whole_cost(session, generalist)
+def spent(
+    session: Session, generalist: Classifier, trained: list[tuple[Classifier, dict]]
+) -> float:
+    """What trainings have cost, as a share of the generalist's."""
+    counts = [
+        BACKWARD * multiplications(network, network.zero_input()) * summary["examples_seen"]
+        for network, summary in trained
+    ]
+    return sum(counts) / whole_cost(session, generalist)
 
 
-def share_so_far(session: Session, previous: Stage | None, summary: dict) -> float:
-    """Of the generalist's steps, that the network has taken in all rounds."""
+def share_so_far(session: Session, previous: Stage | None, summaries: list[dict]) -> float:
+    """Of the generalist's steps, that each network has taken in all rounds."""
     earlier = 0.0 if previous is None else read_record(previous)["share"]
-    return earlier + summary["examples_seen"] / whole_examples(session)
-
-
-def counted(network: Classifier) -> int:
-    """Multiplications of one example."""
-    return multiplications(network, network.zero_input())
+    return earlier + summaries[0]["examples_seen"] / whole_examples(session)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.advice.extrapolation import Evidence, gains
+from pipeline.advice.extrapolation import LIKELY, Evidence, gains
 from pipeline.advice.graph import pilot_name
 from pipeline.advice.halving import better_half, round_steps
 from pipeline.advice.levers import FAMILIES, LEVERS
@@ -12,6 +12,7 @@ from pipeline.store import Stage, read_json
 
 from ...session import Session
 from ..training import count_steps
+from .forms import GENERALIST
 
 
 def read_record(stage: Stage) -> dict:
@@ -89,3 +90,18 @@ def promises(evidence: Evidence) -> dict[str, float]:
         if family is not None:
             highs[family] = max(gain.high, highs.get(family, gain.high))
     return highs
+
+
+def better_form(record: dict) -> str:
+    """The form that promises most."""
+    return max(own_forms(record), key=lambda form: high_of(record, form))
+
+
+def own_forms(record: dict) -> list[str]:
+    return [form for form in record["forms"] if form != GENERALIST]
+
+
+def high_of(record: dict, form: str) -> float:
+    """The optimistic end of a form's measured gain."""
+    measured = record["forms"][form]
+    return measured["gain"] + LIKELY * measured["gain_se"]
