@@ -243,18 +243,19 @@ class Networks:
         }
         if self.is_widenable:
             forms["grown"] = (grown, wide_seed, ON_RATE)
+        student = seed_of("student", 0)
+        teachers = ["G", "second"]
         self.make("second", forms["a"][0], 1, second)
-        self.make("on", forms["on"][0], 1, on_seed, ON_RATE)
         self.make("wide", forms["wide"][0], 1, wide_seed)
+        self.make("student", lambda: self.fresh(student), 1, student, teachers=teachers)
+        self.make("on_full", forms["on"][0], 1, on_seed)
+        if self.work.one.is_new:  # the rest is what constants are fitted to
+            return
+        self.make("on", forms["on"][0], 1, on_seed, ON_RATE)
         if self.is_widenable:
             self.make("grown_half", grown, GROWN_SHARE, wide_seed, ON_RATE)
-        student = seed_of("student", 0)
-        start = lambda: self.fresh(student)  # noqa: E731
-        self.make("student", start, 1, student, teachers=["G", "second"])
-        self.make("student_on", forms["on"][0], 1, student, teachers=["G", "second"])
-        self.make("on_full", forms["on"][0], 1, on_seed)
-        if not self.work.one.is_new:  # short trainings are what constants are fitted to
-            self.make_short(forms)
+        self.make("student_on", forms["on"][0], 1, student, teachers=teachers)
+        self.make_short(forms)
 
     def make_short(self, forms: dict[str, tuple[Callable[[], Classifier], int, float]]) -> None:
         """Those of each share and round, of each form."""
