@@ -386,7 +386,7 @@ SETS |= {
         clinc150,
         BAG_DATA
         | {
-            "model": {"name": "embedding_bag", "width": 4096, "embedding": 32, "dropout": 0.2},
+            "model": {"name": "embedding_bag", "width": 8192, "embedding": 32, "dropout": 0.2},
             "train": {
                 "steps": 1200,
                 "batch_size": 128,
