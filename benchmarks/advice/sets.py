@@ -1,4 +1,4 @@
-"""Ten small data sets, each with a generalist of some 20 seconds on one core.
+"""Small data sets, each with a generalist of some 20 seconds on one core.
 
 A set says how its shards are made, what the config of a run on them has, and how its levers are
 set: the settings are those of the examples and benchmarks that the data come from, with fewer
@@ -39,6 +39,7 @@ FP32 = {"precision": "fp32", "device": "cpu"}
 class Set:
     """make: writes the shards to a directory.  config: of the generalist's run, without the data's
     places.  copies, branches: [clusters] and [specialists].  rerank: [rerank], where it is asked.
+    is_new: whether no constant of pipeline.advice.extrapolation was fitted to it.
     """
 
     make: Callable[[Path], object]
@@ -48,13 +49,15 @@ class Set:
     branches: dict
     rerank: dict = field(default_factory=dict)
     shards: str = ""  # of another set, that has the same
+    is_new: bool = False
 
 
 # How each is made
 
 GLYPH_CLASSES = 400
 CHARACTERS, PER_CHARACTER = 800, {"seen": {"train": 70, "val": 7, "test": 14}, "unseen": {}}
-OMNIGLOT, DRAWERS = 600, {"train": slice(0, 12), "val": slice(12, 16), "test": slice(16, 20)}
+OMNIGLOT, LATE_OMNIGLOT = slice(0, 600), slice(600, 1000)
+DRAWERS = {"train": slice(0, 12), "val": slice(12, 16), "test": slice(16, 20)}
 CIFAR_SHARES = {"val": 0.1, "test": 0.2}  # of 50,000
 PLACES = 2000
 MNIST = {"train": 5_000, "val": 10_000}  # of 60,000
@@ -81,8 +84,16 @@ def characters(out: Path) -> None:
 
 
 def some_omniglot(out: Path) -> None:
+    write_omniglot(out, OMNIGLOT)
+
+
+def late_omniglot(out: Path) -> None:
+    write_omniglot(out, LATE_OMNIGLOT)
+
+
+def write_omniglot(out: Path, classes: slice) -> None:
     lab.require(omniglot.SOURCE)
-    drawn = omniglot.pictures()[:OMNIGLOT]
+    drawn = omniglot.pictures()[classes]
     inputs = {split: np.concatenate(drawn[:, drawers]) for split, drawers in DRAWERS.items()}
     labels = {
         split: np.arange(len(drawn)).repeat(drawers.stop - drawers.start)
@@ -366,6 +377,88 @@ SETS: dict[str, Set] = {
         copies=gentle(5e-3, 150),
         branches=gentle(1e-2, 150, model={"embedding": 64, "dropout": 0.2}),
         rerank={"k": 20, "random": 128},
+    ),
+}
+
+# Sets of other data or networks, from which no constant comes.
+SETS |= {
+    "clinc_bag": Set(
+        clinc150,
+        BAG_DATA
+        | {
+            "model": {"name": "embedding_bag", "width": 8192, "embedding": 32, "dropout": 0.2},
+            "train": {
+                "steps": 1200,
+                "batch_size": 128,
+                "learning_rate": 3e-2,
+                "weight_decay": 0.01,
+            },
+            "engine": FP32,
+        },
+        clusters={"num_groups": 8},
+        copies=gentle(3e-2, 100),
+        branches=gentle(3e-2, 150, model={"embedding": 32, "dropout": 0.2}),
+        shards="clinc150",
+        is_new=True,
+    ),
+    "narrow": Set(
+        vectors,
+        {
+            "data": {"mean": [0.0], "std": [1.0]},
+            "model": {"name": "mlp", "width": 24, "depth": 1},
+            "train": {"steps": 2500, "batch_size": 256, "learning_rate": 3e-3},
+            "engine": FP32,
+        },
+        clusters={"num_groups": 16},
+        copies={"steps": 150, "learning_rate": 2e-3, "validate_every": 30, "patience": 9},
+        branches={"steps": 150, "learning_rate": 3e-3, "model": {"embedding": 64}},
+        rerank={"k": 20, "random": 128},
+        shards="vectors",
+        is_new=True,
+    ),
+    "late_omniglot": Set(
+        late_omniglot,
+        {
+            "data": {"mean": [0.12], "std": [0.31]},
+            "model": {"name": "convnet", "width": 12, "depth": 3, "embedding": 32},
+            "train": {
+                "steps": 800,
+                "batch_size": 256,
+                "learning_rate": 5e-3,
+                "beta2": 0.99,
+                "weight_decay": 0.0,
+            },
+            "engine": BF16,
+        },
+        clusters={"num_groups": 10, "overlap": 2},
+        copies={"steps": 80, "learning_rate": 3e-3, "validate_every": 20, "patience": 9},
+        branches={"steps": 100, "learning_rate": 5e-3, "model": {"embedding": 48}},
+        is_new=True,
+    ),
+    "cifar10_plain": Set(
+        cifar10,
+        {
+            "data": {"mean": [0.491, 0.482, 0.447], "std": [0.247, 0.243, 0.262]},
+            "model": {
+                "name": "convnet",
+                "embedding": 0,
+                "options": {"channels": [12, 24, 48, 96], "kernel": [5, 3, 3, 3]},
+            },
+            "train": {
+                "steps": 1000,
+                "batch_size": 128,
+                "learning_rate": 0.004,
+                "weight_decay": 0.02,
+                "warmup": 0.1,
+                "beta2": 0.99,
+            },
+            "engine": BF16,
+        },
+        clusters={"num_groups": 3, "overlap": 2},
+        copies=gentle(1e-2, 300),
+        branches=gentle(1e-2, 300, model={"embedding": 64}),
+        shards="cifar10",
+        is_new=True,
     ),
 }
 

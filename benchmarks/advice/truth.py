@@ -112,10 +112,15 @@ def do_stages(session: Session, but: tuple[str, ...], only: tuple[str, ...] = ()
         run_together(session, alike)
 
 
-def adopt(run: RunDirectory, source: RunDirectory) -> None:
-    """What another run has done already, under the same keys, is not done again."""
+def adopt(run: RunDirectory, source: RunDirectory, only: tuple[str, ...] = ()) -> None:
+    """What another run has done already, under the same keys, is not done again.
+
+    only: stages of these names; of all names where there are none.
+    """
     keys = {stage.place: stage.key for stage in run.stages}
     for stage in sorted(source.stages, key=lambda stage: len(stage.place)):  # one holds another
+        if only and stage.name not in only:
+            continue
         own = run.root / stage.place
         if stage.is_done and keys.get(stage.place) == stage.key and not (own / "DONE").exists():
             shutil.copytree(stage.directory, own, symlinks=True, dirs_exist_ok=True)
@@ -238,25 +243,32 @@ class Networks:
         }
         if self.is_widenable:
             forms["grown"] = (grown, wide_seed, ON_RATE)
+        student = seed_of("student", 0)
+        teachers = ["G", "second"]
         self.make("second", forms["a"][0], 1, second)
-        self.make("on", forms["on"][0], 1, on_seed, ON_RATE)
         self.make("wide", forms["wide"][0], 1, wide_seed)
+        self.make("student", lambda: self.fresh(student), 1, student, teachers=teachers)
+        self.make("on_full", forms["on"][0], 1, on_seed)
+        if self.work.one.is_new:  # the rest is what constants are fitted to
+            return
+        self.make("on", forms["on"][0], 1, on_seed, ON_RATE)
         if self.is_widenable:
             self.make("grown_half", grown, GROWN_SHARE, wide_seed, ON_RATE)
-        student = seed_of("student", 0)
-        start = lambda: self.fresh(student)  # noqa: E731
-        self.make("student", start, 1, student, teachers=["G", "second"])
-        self.make("student_on", forms["on"][0], 1, student, teachers=["G", "second"])
+        self.make("student_on", forms["on"][0], 1, student, teachers=teachers)
+        self.make_short(forms)
+
+    def make_short(self, forms: dict[str, tuple[Callable[[], Classifier], int, float]]) -> None:
+        """Those of each share and round, of each form."""
+        start, on_seed, _ = forms["on"]
         for tag, share in SHARES.items():
-            for name, (start, seed, rate) in forms.items():
-                self.make(f"{name}_{tag}", start, share, seed, rate)
+            for name, (fresh, seed, rate) in forms.items():
+                self.make(f"{name}_{tag}", fresh, share, seed, rate)
             if tag in FULL_RATE:
-                self.make(f"on_full_{tag}", forms["on"][0], share, on_seed)
-        for name, (start, seed, rate) in forms.items():
-            self.make(f"{name}_r0", start, ROUND_0, seed, rate)
+                self.make(f"on_full_{tag}", start, share, on_seed)
+        for name, (fresh, seed, rate) in forms.items():
+            self.make(f"{name}_r0", fresh, ROUND_0, seed, rate)
             again = lambda name=name: self.load(f"{name}_r0")  # noqa: E731
             self.make(f"{name}_r1", again, ROUND_1, seed + 1, rate, before=f"{name}_r0")
-        self.make("on_full", forms["on"][0], 1, on_seed)
 
 
 def mean_of(teachers: list[Classifier]) -> Objective:
