@@ -274,7 +274,8 @@ def test_a_network_without_a_trunk_that_learns_is_refused():
 
 
 def test_it_is_tried_before_anything_is_trained(data, tmp_path):
-    assert check(configured(data), 1, tmp_path / "new") == []
+    (warning,) = check(configured(data), 1, tmp_path / "new")
+    assert "below about 2,000 a re-ranker's step takes longer" in warning
 
 
 @pytest.mark.parametrize("words", [["engine.shard_head=true", "train.negatives=4"], []])
