@@ -313,6 +313,10 @@ def demo(
     if not demos.has_glyphs(run, seed, quick):
         with locked(run):
             demos.make_glyphs(run, seed, quick, FAKE)
+    if not quick:
+        code = start(config, run, Runner.local, force, beside=("data",), aim=ADVISE)
+        if code:
+            return code
     return start(config, run, Runner.local, force, beside=("data",))
 
 

@@ -48,6 +48,9 @@ log_every = 25
 validate_every = 100
 per_job = 6
 
+[controls]
+rows = ["average", "shortlist"]  # what pilots advise, beside the specialists
+
 [students.main]
 steps = 4000
 learning_rate = 1e-2
@@ -77,6 +80,7 @@ QUICK = [
     "specialists.per_job=3",
     "students.main.steps=100",
     "students.wide.steps=100",
+    "controls.rows=[]",
 ]
 
 # Options of `referral shards glyphs`: images of each class and split.
@@ -102,8 +106,9 @@ def announcement(root: Path, quick: bool) -> str:
             "fewer classes and steps than the demo, so its metrics mean little"
         )
     return (
-        f"{root}: renders glyphs, trains a generalist, a specialist for each group of classes that "
-        "it confuses, controls and students; about 6 minutes on 2 cores"
+        f"{root}: renders glyphs, trains a generalist, asks small pilots what pays, then trains a "
+        "specialist for each group of classes that it confuses, controls and students; about "
+        "8 minutes on 2 cores"
     )
 
 
