@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.core.diagnosis import (
@@ -113,6 +113,7 @@ def test_an_estimate_that_may_lie_on_the_other_side_is_no_state():
     assert state_of(fit(0.0499, 2000), fit(0.10, 2000), FLAT) == "data"
 
 
+@settings(deadline=None)
 @given(
     st.floats(0, 1),
     st.floats(0.01, 1),

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.stages.pilots.healing import (
@@ -81,6 +81,7 @@ def test_what_oversampling_adds_to_the_logits_worked_by_hand():
     assert np.exp(balanced) == pytest.approx([2 / 3, 2, 1])
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 50), min_size=3, max_size=8).filter(lambda counts: sum(counts[:2]) > 0),
     st.floats(0.05, 0.95),
