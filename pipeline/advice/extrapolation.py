@@ -120,8 +120,8 @@ def stop(evidence: Evidence) -> LogRatio:
     return LogRatio(0.0, 0.0)
 
 
-TRAIN_ON = (0.01, 0.15)  # - s at fit 0, and what fit 1 adds
-TRAIN_ON_SD = 0.055
+TRAIN_ON = (0.01, 0.2)  # - s at fit 0, and what fit 1 adds, by the cube of the fit
+TRAIN_ON_SD = 0.065
 
 
 def train_on(evidence: Evidence) -> LogRatio:
@@ -130,7 +130,7 @@ def train_on(evidence: Evidence) -> LogRatio:
     A pilot re-warms and errs more at first, so that it says little; one that gains already puts a
     floor to what as long again gains.
     """
-    expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit, TRAIN_ON_SD)
+    expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit**3, TRAIN_ON_SD)
     record = evidence.last("on")
     if record is None:
         return expected
@@ -286,7 +286,9 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
         )
         ceiling = min(piloted[-1]["ceiling_all"] / evidence.error, 1.0)
         left = 1 - min(expected * ceiling, MOST_HEALED)
-        return LogRatio(math.log(left), error * ceiling / left)
+        # The log of the interval's end: near 0 a derivative would stretch it beyond all errors.
+        sd = math.log1p(LIKELY * error * ceiling / left) / LIKELY
+        return LogRatio(math.log(left), sd)
 
     return rule
 
