@@ -380,8 +380,8 @@ SETS: dict[str, Set] = {
     ),
 }
 
-# Sets that came later.  What the fit says of training on was settled with `narrow` in sight; none of
-# the constants comes from the others.
+# Sets that came later.  What the fit says of training on was settled with `narrow` in sight.  No
+# constant comes from the others.
 SETS |= {
     "clinc_bag": Set(
         clinc150,
