@@ -43,14 +43,13 @@ def coverages(rows: Sequence[Judged]) -> dict[str, Coverage]:
 
 
 def by_set(rows: Sequence[Judged], scarcity: str) -> str:
-    """A row for each set and budget: what was advised, seed by seed, and what was best."""
+    """A row for each set at the largest budget: what was advised, by seed, and what was best."""
     lines = []
-    for name in dict.fromkeys(row.name for row in rows):
-        for budget in budgets_of(rows):
-            own = [row for row in with_budget(rows, budget) if row.name == name]
-            if own:
-                lines.append([name, budget, len(own), *cells_of(own, scarcity)])
-    header = ["set", "budget", "seeds", "advised", "best", "gains", "best gains", "regret"]
+    largest = with_budget(rows, budgets_of(rows)[-1])
+    for name in dict.fromkeys(row.name for row in largest):
+        own = [row for row in largest if row.name == name]
+        lines.append([name, len(own), *cells_of(own, scarcity)])
+    header = ["set", "seeds", "advised", "best", "gains", "best gains", "regret"]
     return lab.table([*header, "as good"], lines)
 
 
@@ -87,10 +86,12 @@ def first(line: list) -> tuple[bool, float]:
 
 
 def by_lever(rows: Sequence[Judged]) -> str:
-    """A row for each lever and budget: how often its interval holds what it gains."""
-    lines = []
-    for budget in budgets_of(rows):
+    """How often intervals hold what a lever gains: all levers', and each one's at the largest."""
+    lines, budgets = [], budgets_of(rows)
+    for budget in budgets:
         for name, each in coverages(with_budget(rows, budget)).items():
+            if name != "all" and budget != budgets[-1]:
+                continue
             lines.append(
                 [
                     name,
@@ -117,7 +118,10 @@ def report(rows: Sequence[Judged]) -> str:
     for words, own in by_age(rows).items():
         parts += [f"On {words}:", in_total(own)]
     for scarcity, most in ALLOWED.items():
-        parts += [f"By set, where {scarcity} is scarce (at most × {most}):", by_set(rows, scarcity)]
+        parts += [
+            f"By set, where {scarcity} is scarce (at most × {most}), at the largest budget:",
+            by_set(rows, scarcity),
+        ]
     parts += ["How often the 90 % intervals hold what a lever gains on test."]
     for words, own in by_age(rows).items():
         parts += [f"On {words}:", by_lever(own)]
