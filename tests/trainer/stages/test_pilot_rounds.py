@@ -12,7 +12,10 @@ from toy import toy_config, write_toy
 from pipeline.advice.graph import parse_pilot
 from pipeline.config import save_config
 from pipeline.graph import RunDirectory
+from pipeline.store import read_json
 from trainer.__main__ import main
+from trainer.distributed.ranks import ALONE
+from trainer.session import Session
 from trainer.stages.pilots import rounds
 
 LEVERS = 'advise.levers=["train_on", "wider", "average", "shortlist"]'
@@ -27,7 +30,7 @@ def data(tmp_path_factory):
 def begun(data, root, *overrides):
     """A run with a finished generalist, whose advice asks on, wide and second."""
     config = toy_config(data, LEVERS, f"train.steps={T}", *overrides)
-    return run_all(root, config, only={"generalist"})
+    return run_all(root, config, only={"generalist", "measure", "cluster", "diagnosis"})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,8 @@ def test_every_family_is_piloted_in_the_first_round(run):
 
 def test_the_better_half_goes_on_for_twice_as_long(run):
     first, second = records(run, 0), records(run, 1)
-    highs = {family: rounds.promise(record) for family, record in first.items()}
+    diagnosis = read_json(run.diagnosis.path("diagnosis.json"))
+    highs = rounds.promises(rounds.evidence_of(diagnosis, run.config, list(first.values())))
     worst = min(highs, key=lambda family: highs[family])
     dropped = [family for family, record in second.items() if record.get("dropped")]
     assert dropped == [worst]
@@ -90,35 +94,32 @@ def test_a_pilot_of_a_run_without_groups_knows_what_it_is_a_pilot_for(data, tmp_
     assert forms["shortlist"]["nll"] != pytest.approx(forms["geometric"]["nll"], abs=1e-6)
 
 
-def record(family, gain, error=0.0, **more):
-    form = {"gain": gain, "gain_se": error}
-    return {"family": family, "forms": {"generalist": {}, family: form}} | more
-
-
 @pytest.mark.parametrize(
-    "records, dropped",
+    "highs, dropped",
     [
-        # Of equal gains the less certain one may still gain more.
-        ([record("on", 0.01), record("second", 0.01, 0.02)], {"on"}),
-        ([record("on", 0.02), record("second", 0.01), record("copies", 0.0)], {"copies"}),
+        ({"on": 1.0, "second": 4.0}, {"on"}),
+        ({"on": 2.0, "second": 1.0, "copies": 0.0}, {"copies"}),
         # One that is not possible takes nobody's place.
-        (
-            [
-                record("on", 0.0, 0.01),
-                record("second", 0.03),
-                {"family": "wide", "forms": {}, "not_possible": "no width"},
-            ],
-            {"on", "wide"},
-        ),
+        ({"on": 1.0, "second": 3.0, "wide": None}, {"on", "wide"}),
     ],
 )
-def test_those_that_promise_least_are_left_out(monkeypatch, records, dropped):
+def test_those_that_promise_least_are_left_out(monkeypatch, run, highs, dropped):
+    """highs: in points; None of a family that is not possible."""
+    records = [
+        {"family": name, "round": 0, "forms": {"generalist": {}, name: {}}}
+        if high is not None
+        else {"family": name, "round": 0, "forms": {}, "not_possible": "no width"}
+        for name, high in highs.items()
+    ]
+    promised = {name: high for name, high in highs.items() if high is not None}
     monkeypatch.setattr(rounds, "records_before", lambda stage: records)
-    families = [each["family"] for each in records]
-    assert {name for name in families if rounds.why_dropped(None, name, 1)} == dropped
-    assert not any(rounds.why_dropped(None, name, 0) for name in families)
-    if "wide" in dropped:
-        assert rounds.why_dropped(None, "wide", 1) == "no width"
+    monkeypatch.setattr(rounds, "promises", lambda evidence: promised)
+    session = Session(run.advice.run, ALONE)
+    stage = run.advice.rounds[1][0]
+    why = {name: rounds.why_dropped(session, stage, name, 1) for name in highs}
+    assert {name for name, text in why.items() if text} == dropped
+    assert not any(rounds.why_dropped(session, stage, name, 0) for name in highs)
+    assert why.get("wide", "no width") == "no width"
 
 
 @pytest.mark.slow
