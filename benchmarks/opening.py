@@ -29,6 +29,7 @@ from trainer.data.writing import MANIFEST, SCHEMA
 
 PER_SHARD = 10_000
 BYTES = 50_000_000  # of a shard: pictures of 5 kB
+QUICK = 20_000, 100  # samples, classes
 
 
 def write_set(directory: Path, samples: int, classes: int, seed: int = 0) -> None:
@@ -86,8 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--classes", type=int, default=100_000)
+    parser.add_argument("--quick", action="store_true", help="a few samples")
     parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.quick:
+        options.samples, options.classes = QUICK
     if options.open:
         print(json.dumps(measure(options.open)))
         return

@@ -48,6 +48,7 @@ class Lever(Interval, Amounts):
     pareto: the scarcities on whose front of gain against amount it is.
     needs: what it asks of the user, a phrase.  command: the line that goes on with it.
     shortlist: how many of the generalist's likeliest classes it is asked about, where it is.
+    model: of branches, `specialists.model` as it was piloted.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Lever(Interval, Amounts):
     needs: NotRequired[str]
     command: NotRequired[str]
     shortlist: NotRequired[int | None]
+    model: NotRequired[dict]
 
 
 class GeneralistSize(TypedDict):

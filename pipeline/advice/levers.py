@@ -217,6 +217,8 @@ def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], O
         if values["specialists"]["kind"] != kind:
             changed |= left_out("specialists", foreign)
         if kind == "branch":
+            if entry.get("model"):  # as it was piloted, where the config has copies
+                changed["specialists.model"] = entry["model"]
             changed["specialists.ema"] = 0.0  # a branch keeps its best step instead
         if values["ensemble"]["kind"] != "specialists":
             changed |= left_out("ensemble", (*OF_KIND, "members"))

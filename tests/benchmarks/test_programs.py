@@ -22,6 +22,7 @@ QUICK = [
     "benchmarks.data",
     "benchmarks.head",
     "benchmarks.many_specialists",
+    "benchmarks.opening",
     "benchmarks.papers.diversity",
     "benchmarks.papers.hydra --regression",
     "benchmarks.papers.multiview",

@@ -197,11 +197,12 @@ def test_an_advice_about_inherited_networks_or_about_nothing_is_refused():
 
 
 def test_a_pilots_planned_cost_is_its_rounds_share_times_its_familys_cost():
-    # on, wide, second, copies, branches cost 5.5, the dearest three 4: f = .27 / 13.5 = .02.
-    advice = run_of("advise.budget=0.27").advice
+    # on, wide, second, copies, branches cost 1 each, a re-ranker .5: 5.5 f, and 2 f of three
+    # others: f = .23 / 11.5 = .02.
+    advice = run_of("advise.budget=0.23", "data.classes=2000").advice
     shares = {stage.address: advice.planned_share(stage) for stage in advice.pilots}
     assert shares["on-0"] == pytest.approx(0.02) and shares["on-1"] == pytest.approx(0.04)
-    assert shares["wide-1"] == pytest.approx(0.08) and shares["branches-0"] == pytest.approx(0.01)
+    assert shares["wide-1"] == pytest.approx(0.04) and shares["rerank-0"] == pytest.approx(0.01)
 
 
 def test_a_pilot_trains_by_the_section_of_its_lever():

@@ -82,6 +82,9 @@ def lever_of(
     lever["command"] = f"referral run --advised --run {session.run.root}"
     if name == "shortlist":
         lever["shortlist"] = shortlist_length(session)
+    piloted = evidence.last("branches")
+    if name == "branches" and piloted is not None and piloted.get("model"):
+        lever["model"] = piloted["model"]
     if name == "rerank":
         lever["shortlist"] = min(session.config.rerank.k, session.num_classes)
     return lever
