@@ -212,7 +212,7 @@ def measured_alone(root: Path, form: str, rows: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--classes", type=int, default=20_000)
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--rows", type=int, default=8192)

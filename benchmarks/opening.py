@@ -84,7 +84,7 @@ def memory_kib(file: str, key: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--classes", type=int, default=100_000)
     parser.add_argument("--quick", action="store_true", help="a few samples")

@@ -116,7 +116,7 @@ class Session:
         corrupt examples are absent where data.damage = skip allows it.
         """
         stream = MeasuringStream(shards, rows or measuring_batch(self.num_classes), ids=ids)
-        rows, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
+        collected, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
         with torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
             for batch in loader:
@@ -124,8 +124,8 @@ class Session:
                 self.ranks.progress()
                 batch = batch.to(self.ranks.device)
                 values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
-                rows.add({"ids": batch.ids.cpu().numpy(), **values})
-        gathered = gather((rows.arrays(), lost), self.ranks)
+                collected.add({"ids": batch.ids.cpu().numpy(), **values})
+        gathered = gather((collected.arrays(), lost), self.ranks)
         parts = [arrays for arrays, _ in gathered if arrays]
         if not parts:
             raise UserError(f"{shards.split}: nothing to measure")

@@ -134,7 +134,8 @@ def measured_answers(root: Path, file: Path) -> dict[str, np.ndarray]:
     file: where that is kept.
     """
     if not file.exists():
-        np.savez(file, **correct_answers(Kept(root)) | {ASKED: asked_on_shortlist(root)})
+        arrays: dict = {**correct_answers(Kept(root)), ASKED: asked_on_shortlist(root)}
+        np.savez(file, **arrays)
     with np.load(file) as arrays:
         return dict(arrays)
 

@@ -14,7 +14,7 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pipeline.config import UserError
@@ -46,7 +46,7 @@ class Broken(OSError):
         return self.answered and not self.busy
 
 
-def blocks(url: str, size: int = 0) -> Iterator[bytes]:
+def blocks(url: str, size: int = 0) -> Generator[bytes, None, None]:
     """The content of a URL.
 
     size: its bytes, if they are known, else 0.
@@ -61,7 +61,7 @@ def blocks(url: str, size: int = 0) -> Iterator[bytes]:
 # HTTP
 
 
-def http_blocks(url: str, size: int) -> Iterator[bytes]:
+def http_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     """As `blocks`."""
     try:
         with urllib.request.urlopen(_request(url), timeout=STALL_S) as response:
@@ -88,7 +88,7 @@ def _request(url: str) -> urllib.request.Request:
     return request
 
 
-def _body(response: http.client.HTTPResponse, size: int) -> Iterator[bytes]:
+def _body(response: http.client.HTTPResponse, size: int) -> Generator[bytes, None, None]:
     said = response.headers.get("Content-Length", "")
     expected = int(said) if said.isdigit() else size
     if size and expected != size:
@@ -145,7 +145,7 @@ def _unreached(error: object) -> Broken:
 # Object stores
 
 
-def store_blocks(url: str, size: int) -> Iterator[bytes]:
+def store_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     """As `blocks`, of an object store; by its package, else by its command."""
     scheme = url.partition(":")[0]
     package, command = PACKAGES[scheme], COMMANDS[scheme]
@@ -159,7 +159,7 @@ def store_blocks(url: str, size: int) -> Iterator[bytes]:
     )
 
 
-def fsspec_blocks(url: str, size: int) -> Iterator[bytes]:
+def fsspec_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     """As `blocks`, of any URL that fsspec knows."""
     import fsspec
 
@@ -189,7 +189,7 @@ def fsspec_blocks(url: str, size: int) -> Iterator[bytes]:
 # Commands
 
 
-def command_blocks(url: str, size: int) -> Iterator[bytes]:
+def command_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     """As `blocks`, by webdataset's opener; the command says by its exit code whether it failed."""
     from webdataset.gopen import gopen, set_options
 
@@ -208,7 +208,7 @@ def command_blocks(url: str, size: int) -> Iterator[bytes]:
         raise Broken(f"exit code {status}")
 
 
-SCHEMES: dict[str, Callable[[str, int], Iterator[bytes]]] = {
+SCHEMES: dict[str, Callable[[str, int], Generator[bytes, None, None]]] = {
     "http": http_blocks,
     "https": http_blocks,
     "s3": store_blocks,

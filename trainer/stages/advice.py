@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from pipeline.advice.choosing import choose
-from pipeline.advice.document import SCHEMA, Advice, GeneralistSize, Lever, Round
+from pipeline.advice.document import SCHEMA, Advice, GeneralistSize, Lever, Pilot, Round
 from pipeline.advice.extrapolation import Evidence, Gain, gains, measured_gain
 from pipeline.advice.levers import FAMILIES, LEVERS
 from pipeline.store import Stage, read_json
@@ -90,14 +90,14 @@ def lever_of(
     return lever
 
 
-def measured_of(name: str, evidence: Evidence) -> dict | None:
+def measured_of(name: str, evidence: Evidence) -> Pilot | None:
     """What the last pilot of a lever measured, in points; None where none shows it."""
     for family in LEVERS[name].families:
         record = evidence.last(family)
         for form in FORMS.get(name, ()):
             if record is not None and form in record["forms"]:
                 gain = measured_gain(record, form)
-                return {"share": record["share"], **gain._asdict()}
+                return Pilot(share=record["share"], gain=gain.gain, low=gain.low, high=gain.high)
     return None
 
 

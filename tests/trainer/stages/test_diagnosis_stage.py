@@ -40,7 +40,7 @@ def predictions(run, split):
     network = load_classifier(run.generalist.path("model.json").parent)
     with torch.no_grad():
         logits = network(torch.from_numpy(shards.read(np.arange(len(shards)))[0]))
-    return logits, torch.from_numpy(shards.labels)
+    return logits, torch.from_numpy(shards.labels).long()
 
 
 def test_as_many_of_train_as_of_val_are_measured(run):

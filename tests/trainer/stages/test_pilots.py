@@ -64,7 +64,8 @@ def open_place(run):
 
 def val_of(run):
     shards = open_shards(run.config.data.val, run.config.data, "val")
-    return torch.from_numpy(shards.read(np.arange(len(shards)))[0]), torch.from_numpy(shards.labels)
+    inputs = torch.from_numpy(shards.read(np.arange(len(shards)))[0])
+    return inputs, torch.from_numpy(shards.labels).long()
 
 
 def generalist_of(run):
@@ -148,18 +149,18 @@ def test_a_wide_pilot_shares_its_compute_between_a_fresh_and_a_grown_network(run
     assert set(record["forms"]) == {"generalist", "scratch", "grown"}
     counted = record["multiplications"]
     assert counted["scratch"] == counted["grown"] == pytest.approx(2 * MULTIPLICATIONS, rel=0.05)
-    assert record["share"] == pytest.approx(0.1)  # of each
-    assert record["spent"] == pytest.approx(0.2 * counted["grown"] / MULTIPLICATIONS)
-    assert record["spent"] <= 2 * 0.2
-    assert rates(stages["wide-0"])[1] == rates(stages["wide-0"], "grown/metrics.jsonl")[1] == 10
+    assert record["share"] == pytest.approx(0.05)  # of each
+    assert record["spent"] == pytest.approx(0.1 * counted["grown"] / MULTIPLICATIONS)
+    assert record["spent"] <= 0.2
+    assert rates(stages["wide-0"])[1] == rates(stages["wide-0"], "grown/metrics.jsonl")[1] == 5
 
 
 def test_the_more_promising_of_the_two_has_all_of_the_next_round(run, stages):
     first, second = measured(stages["wide-0"]), measured(stages["wide-1"])
     gains = {form: first["forms"][form]["gain"] for form in ("scratch", "grown")}
     assert set(second["forms"]) == {"generalist", max(gains, key=lambda form: gains[form])}
-    assert second["share"] == pytest.approx(0.1 + 0.4)
-    assert rates(stages["wide-1"])[1] == 40
+    assert second["share"] == pytest.approx(0.05 + 0.2)
+    assert rates(stages["wide-1"])[1] == 20
 
 
 def test_a_grown_network_starts_with_the_generalists_function(run, tmp_path):
@@ -179,10 +180,10 @@ def test_a_wider_model_of_the_users_is_fresh_alone_where_the_generalist_has_anot
     assert "the rest of the two models must agree" in record["grown_not_possible"]
     count = 64 * 40 + 40 * 40 + 40 * 24
     assert record["multiplications"] == {"scratch": count}
-    # Twice the generalist's compute pays for 2 * .2 T / 2.42 = 16.5 steps of it.
-    assert record["share"] == pytest.approx(0.16)
-    assert record["spent"] == pytest.approx(0.16 * count / MULTIPLICATIONS)
-    assert record["spent"] < 2 * 0.2
+    # The generalist's compute of .2 T pays for .2 T / 2.42 = 8.3 steps of it.
+    assert record["share"] == pytest.approx(0.08)
+    assert record["spent"] == pytest.approx(0.08 * count / MULTIPLICATIONS)
+    assert record["spent"] < 0.2
 
 
 def test_a_network_without_a_width_is_no_error(data, tmp_path):
@@ -340,10 +341,10 @@ def test_two_runs_of_one_seed_measure_the_same(run, stages, tmp_path, family):
     assert but_seconds(record) == but_seconds(measured(stages[f"{family}-0"]))
 
 
-@pytest.mark.parametrize("family, step", [("on", 13), ("wide", 7), ("wide", 17), ("rerank", 5)])
+@pytest.mark.parametrize("family, step", [("on", 13), ("wide", 3), ("wide", 8), ("rerank", 5)])
 def test_a_killed_pilot_resumes_to_the_same_numbers(run, tmp_path, monkeypatch, family, step):
-    """wide trains two networks, of 10 steps each."""
-    pace = "train.checkpoint_every=4", "rerank.checkpoint_every=4"
+    """wide trains two networks, of 5 steps each."""
+    pace = "train.checkpoint_every=2", "rerank.checkpoint_every=4"
     undisturbed = make_pilot(copied(run, tmp_path / "whole", *pace), f"{family}-0", 0.2)
     seen = []
 
