@@ -118,7 +118,7 @@ def test_cancel_ends_every_job_and_the_same_command_resumes(ward):
 
     ward.wait_until(only_these_are_left, "the specialist's start and the end of the others")
     assert "every job that is left is queued already" in ward.submit()
-    assert "jobs in Slurm" in ward.referral("run", "--run", ward.run, code=2)
+    assert "jobs of `referral run` in Slurm" in ward.referral("run", "--run", ward.run, code=2)
     assert "would be redone" in ward.referral(
         "run", "--run", ward.run, "--on", "slurm", "--set", "train.steps=11", "--force", code=2
     )
