@@ -149,7 +149,7 @@ def test_a_time_limit_in_the_generalist(patient, reference):
     """A real limit, of one minute; a step takes half a second until the job is queued again."""
     patient.submit("slurm.generalist.time=1", "slurm.signal_s=20")
     patient.wait_until(
-        lambda: patient.status()["generalist"]["restarts"] == 1, "the time limit", 120
+        lambda: patient.status()["generalist"]["restarts"] == 1, "the time limit", 240
     )
     assert 0 < patient.steps("generalist") < STEPS  # in the middle
     patient.hurry()
