@@ -285,11 +285,7 @@ def fit_weight_to_losses(losses: np.ndarray) -> float:
     -------
     float
     """
-    from scipy.interpolate import CubicSpline
-
-    mean = losses.mean(axis=0, dtype=np.float64)
-    spline = CubicSpline(np.log(WEIGHTS), mean)
-    return math.exp(fit_log_weight(lambda x: float(spline(x)), len(losses)))
+    return math.exp(fit_log_weight(mean_loss_between(losses, np.log(WEIGHTS)), len(losses)))
 
 
 def fit_temperature_to_losses(losses: np.ndarray) -> float:
@@ -306,13 +302,18 @@ def fit_temperature_to_losses(losses: np.ndarray) -> float:
     float
         Within 1 % of `fit_temperature`'s.  1 where there is nothing to fit.
     """
-    from scipy.interpolate import CubicSpline
-
     if not len(losses):
         return 1.0
     grid = np.log(TEMPERATURES)
+    return math.exp(lowest_between(mean_loss_between(losses, grid), grid.tolist()))
+
+
+def mean_loss_between(losses: np.ndarray, grid: np.ndarray) -> Callable[[float], float]:
+    """The mean over examples of losses [n, G] at a grid [G], a cubic spline between its points."""
+    from scipy.interpolate import CubicSpline
+
     spline = CubicSpline(grid, losses.mean(axis=0, dtype=np.float64))
-    return math.exp(lowest_between(lambda x: float(spline(x)), grid.tolist()))
+    return lambda x: float(spline(x))
 
 
 def _refined(loss: Callable[[Tensor], Tensor], start: Tensor, examples: int) -> Tensor:

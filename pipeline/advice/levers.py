@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..choices import CONTROL_ROWS
+from ..choices import CONTROL_ROWS, FEWEST_TO_RERANK
 
-MANY_CLASSES = 2000  # fewer, and a shortlist of the generalist's is soon the whole label set
 STUDENT = "main"  # the name of the student that average_student trains
 # Of the values of a config, by "section.key"; None leaves a key out, so that it has its default.
 Overrides = dict[str, Any]
@@ -79,7 +78,7 @@ _FAMILIES = [
         0.5,
         sections=("rerank",),
         schedule="rerank",
-        classes=MANY_CLASSES,
+        classes=FEWEST_TO_RERANK,
     ),
     Family(
         "copies",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pipeline.advice.levers import LEVERS
+from pipeline.advice.levers import FAMILIES, LEVERS
 from pipeline.config import load_config
 from pipeline.graph import RunDirectory
 
@@ -34,6 +34,10 @@ def advised(lever, *overrides, entry=None):
 
 def plain(lever, **entry):
     return advised(lever, "rerank.ema=0", entry=entry)
+
+
+def test_every_lever_is_piloted_by_families_that_there_are():
+    assert {name for lever in LEVERS.values() for name in lever.families} == FAMILIES.keys()
 
 
 @pytest.mark.parametrize("lever", ["stop", "train_on", "wider"])

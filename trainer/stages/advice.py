@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from pipeline.advice.choosing import choose
 from pipeline.advice.document import SCHEMA, Advice, GeneralistSize, Lever, Pilot, Round
 from pipeline.advice.extrapolation import Evidence, Gain, gains, measured_gain
-from pipeline.advice.levers import FAMILIES, LEVERS
+from pipeline.advice.levers import LEVERS
 from pipeline.store import Stage, read_json
 
 from ..session import Session
-from .lever_costs import LeverCosts, shortlist_length
+from .lever_costs import LeverCosts
 from .networks import read_summary
+from .pilots.networks import shortlist_length
 from .pilots.rounds import evidence_of, read_record, whole_steps
 
 FORMS = {  # of a pilot's record, that show a lever, the first that there is
@@ -138,6 +139,3 @@ def rounds_of(records: Sequence[Mapping]) -> list[Round]:
             )
         )
     return rounds
-
-
-assert {family for lever in LEVERS.values() for family in lever.families} <= FAMILIES.keys()

@@ -107,14 +107,19 @@ def widened(session: Session, spec: ModelSpec, target: float) -> ModelSpec:
 
     Raises UserError for a network that has no width.
     """
-    builders = builders_of(session.config)
     try:
-        return widened_to(spec, target, lambda each: count_multiplications(each, builders))
+        return scaled_to(session, spec, target)
     except ValueError as error:
         raise UserError(
             f'controls.rows: "wider": {error}; name another network in controls.model, '
             'as { name = "..." } or { options = { ... } }'
         ) from None
+
+
+def scaled_to(session: Session, spec: ModelSpec, target: float) -> ModelSpec:
+    """The same.  Raises ValueError for a network that has no width."""
+    builders = builders_of(session.config)
+    return widened_to(spec, target, lambda each: count_multiplications(each, builders))
 
 
 def ensemble_multiplications(session: Session) -> float:

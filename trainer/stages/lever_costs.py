@@ -42,8 +42,8 @@ from .pilots.groups import (
 from .pilots.networks import (
     BACKWARD,
     PART_OF_RERANKER,
-    SHORTLIST,
     cost_of_reranking,
+    shortlist_length,
     whole_cost,
     whole_examples,
     wider_spec,
@@ -211,13 +211,6 @@ def average(costs: LeverCosts) -> Costed:
 
 def shortlist(costs: LeverCosts) -> Costed:
     return 1.0, 1.0, costs.on_shortlist(shortlist_length(costs.session))
-
-
-def shortlist_length(session: Session) -> int:
-    """Of how many classes a second generalist is asked about, at most all."""
-    config = session.config.ensemble
-    length = config.shortlist if config.asks_shortlists and config.shortlist else SHORTLIST
-    return min(length, session.num_classes)
 
 
 def average_student(costs: LeverCosts) -> Costed:

@@ -135,6 +135,15 @@ def test_what_is_scarce_changes_the_advice_alone(run, data):
     assert [stage.place for stage in again.advice.stages if not stage.is_done] == ["advice"]
 
 
+def test_a_shortlist_is_priced_at_the_length_that_the_run_has(data, tmp_path):
+    kind = ("ensemble.kind=shortlist", "ensemble.members=2", "ensemble.shortlist=3", "students={}")
+    run = run_all(tmp_path / "run", toy_config(data, *STEPS, *kind), only={"generalist"})
+    with process_group(run.config.engine) as ranks:
+        costs = LeverCosts(Session(run.advice.run, ranks), 1)
+        second = costs.amounts("shortlist")["multiplications"] - costs.own_multiplications
+    assert second == 64 * 24 + 24 * 3  # its trunk, and 3 of 24 rows
+
+
 def test_a_deep_ensembles_run_is_advised_on_as_it_is(data, tmp_path):
     deep = ('ensemble.kind="deep"', "ensemble.members=2", "students={}", "controls.enabled=false")
     run = advised(tmp_path / "run", toy_config(data, *STEPS, *deep))

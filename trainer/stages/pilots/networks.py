@@ -17,12 +17,10 @@ from networks import (
     Classifier,
     ModelSpec,
     build_classifier,
-    count_multiplications,
     load_classifier,
     multiplications,
     top_k,
     widen,
-    widened_to,
 )
 from pipeline.advice.levers import FAMILIES
 from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, UserError
@@ -34,6 +32,7 @@ from ...core.objectives import rerank
 from ...data.streams import Batch
 from ...engines.sharded import DistributedComm
 from ...session import Session
+from ..control_rows import PAIR, scaled_to
 from ..networks import builders_of, fresh_network, load_network
 from ..rerank import by_rows, start_of_reranker
 from ..training import (
@@ -48,7 +47,6 @@ from .outcome import Outcome
 from .rounds import better_form, read_record, whole_steps
 
 SECOND = 1  # the number of the member that a pilot of a second network is the beginning of
-TIMES = 2  # the generalist's multiplications, of a wider network
 SHORTLIST = 100  # classes, unless ensemble.shortlist says otherwise
 PART_OF_RERANKER = 0.5  # of the generalist's steps, that a re-ranker is trained for
 BACKWARD = 3  # times the multiplications forward that training takes
@@ -103,15 +101,21 @@ def pilot_second(
 
 def joins_of_second(session: Session) -> dict[str, Join]:
     """How a second network can be joined: by both means over all classes, and on a shortlist."""
-    config = session.run.advice.asked.config.ensemble
-    length = SHORTLIST
-    if config.asks_shortlists and config.shortlist is not None:
-        length = config.shortlist
     return {
         "average": Join("second", ARITHMETIC),
         "geometric": Join("second", GEOMETRIC),
-        "shortlist": Join("second", GEOMETRIC, min(length, session.num_classes)),
+        "shortlist": Join("second", GEOMETRIC, shortlist_length(session)),
     }
+
+
+def shortlist_length(session: Session) -> int:
+    """Of how many classes a second generalist is asked about, at most all.
+
+    The run that is advised on says it: its variant with groups, which trains the pilots, asks none.
+    """
+    config = session.run.advice.asked.config.ensemble
+    length = config.shortlist if config.asks_shortlists and config.shortlist else SHORTLIST
+    return min(length, session.num_classes)
 
 
 def pilot_wide(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
@@ -174,9 +178,8 @@ def wider_spec(session: Session, generalist: Classifier) -> ModelSpec:
     """Of controls.model, or the generalist's own with wider layers."""
     if session.config.controls.model:
         return fresh_network(session, own_model=session.config.controls.model).spec
-    builders = builders_of(session.config)
-    target = TIMES * multiplications(generalist, generalist.zero_input())
-    return widened_to(generalist.spec, target, lambda spec: count_multiplications(spec, builders))
+    target = PAIR * multiplications(generalist, generalist.zero_input())
+    return scaled_to(session, generalist.spec, target)
 
 
 def pilot_rerank(
