@@ -340,17 +340,22 @@ def on_train(session: Session, network: Classifier, folder: Path) -> None:
     np.savez(folder / "train.npz", ids=ids, correct=found["correct"], log_p=found["log_p"])
 
 
+def joined(work: Work, made: Networks, run: RunDirectory) -> tuple[Session, float]:
+    """A run up to its ensemble, from the same generalist; and seconds of this process's CPU."""
+    adopt(run, made.session.run)
+    session = Session(run, work.ranks)
+    began = time.process_time()
+    do_stages(session, ("evaluate", "report"))
+    return session, time.process_time() - began
+
+
 def specialists(work: Work, made: Networks, kind: str) -> None:
     """Copies or branches, joined."""
     run = work.run(kind)
     folder = work.to / kind
     if (folder / "cost.json").exists():
         return
-    adopt(run, made.session.run)
-    session = Session(run, work.ranks)
-    began = time.process_time()
-    do_stages(session, ("evaluate", "report"))
-    seconds = time.process_time() - began
+    session, seconds = joined(work, made, run)
     ensemble = load_ensemble(session)
     assert isinstance(ensemble, SpecialistEnsemble)
     active: list[Tensor] = []
@@ -400,11 +405,7 @@ def rerank(work: Work, made: Networks) -> None:
     if not work.one.rerank or (folder / "cost.json").exists():
         return
     run = work.run("rerank")
-    adopt(run, made.session.run)
-    session = Session(run, work.ranks)
-    began = time.process_time()
-    do_stages(session, ("evaluate", "report"))
-    seconds = time.process_time() - began
+    session, seconds = joined(work, made, run)
     ensemble = load_ensemble(session)
     whole = 3 * made.steps * made.train.batch_size
     lists = session.shards("train").num_samples

@@ -27,6 +27,12 @@ class Section(BaseModel):
     )
 
 
+def each_of(values: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The values, each once, if all are among `names`.  Raises as `one_of` does."""
+    names = list(names)
+    return [one_of(value, names) for value in dict.fromkeys(values)]
+
+
 def one_of(value: str, names: Iterable[str], also: str = "", pattern: str = "") -> str:
     """`value` if it is one of `names` or matches `pattern`, which `also` describes.
 

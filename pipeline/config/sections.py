@@ -22,7 +22,7 @@ from ..choices import (
     NETWORKS,
     EngineKind,
 )
-from .base import MODULE_FUNCTION, Section, one_of
+from .base import MODULE_FUNCTION, Section, each_of, one_of
 
 
 class Data(Section):
@@ -218,9 +218,7 @@ class Controls(Section):
     @field_validator("rows")
     @classmethod
     def _rows(cls, value):
-        for row in value:
-            one_of(row, CONTROL_ROWS)
-        return list(dict.fromkeys(value))
+        return each_of(value, CONTROL_ROWS)
 
 
 class Advise(Section):
@@ -241,9 +239,7 @@ class Advise(Section):
     @field_validator("levers")
     @classmethod
     def _levers(cls, value):
-        for lever in value:
-            one_of(lever, LEVERS)
-        return list(dict.fromkeys(value))
+        return each_of(value, LEVERS)
 
     @field_validator("scarce")
     @classmethod
