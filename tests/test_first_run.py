@@ -1,4 +1,4 @@
-"""A new user's three commands on six kinds of data, as the README says them, end in a report."""
+"""A new user's commands on six kinds of data, as the README says them, end in a report."""
 
 import json
 import os
@@ -46,11 +46,16 @@ KINDS = {
 }
 
 
-def commands_of_readme() -> list[str]:
-    """The first three commands of "Your own data"."""
+# Advice trains some ten small networks more: two kinds ask for it before they run.
+ADVISED = ("colour", "vectors")
+
+
+def commands_of_readme() -> dict[str, str]:
+    """{word: command} of the first block of "Your own data", in its order."""
     section = (ROOT / "README.md").read_text().split("## Your own data")[1]
-    lines = [line for line in section.splitlines() if line.startswith("    referral ")]
-    return [line.split("#")[0].strip() for line in lines[:3]]
+    block = section.lstrip("\n").split("\n\n")[0]
+    commands = [line.split("#")[0].strip() for line in block.splitlines()]
+    return {command.split()[1]: command for command in commands}
 
 
 def run(command: str, directory: Path) -> str:
@@ -70,20 +75,26 @@ def run(command: str, directory: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_commands_end_in_a_report(kind, tmp_path):
+def test_the_commands_of_the_readme_end_in_a_report(kind, tmp_path):
     make, shards = KINDS[kind]
     make(tmp_path)
-    first, second, third = commands_of_readme()
-    assert shards.startswith(first) or kind not in ("gray", "colour")
-    for command in (shards, second, third):
-        output = run(command, tmp_path)
-    run_directory = tmp_path / shlex.split(third)[-1]
+    commands = commands_of_readme()
+    assert shards.startswith(commands["shards"]) or kind not in ("gray", "colour")
+    run(shards, tmp_path)
+    run(commands["init"], tmp_path)
+    run_directory = tmp_path / shlex.split(commands["run"])[-1]
+    if kind in ADVISED:
+        run(commands["advise"], tmp_path)
+        advice = json.loads((run_directory / "advice.json").read_text())
+        assert advice["best"] in {row["name"] for row in advice["levers"]}
+    output = run(commands["run"], tmp_path)
     assert str(run_directory.relative_to(tmp_path) / "report.html") in output
     assert (run_directory / "report.html").exists()
     results = json.loads((run_directory / "results.json").read_text())
     for row in (results["generalist"], results["ensemble"], results["student"]):
         assert row["top1"] > 2 * CHANCE
     assert results["controls"].keys() == {"control_wall", "control_compute", "student_hard"}
+    assert ("advice" in results) == (kind in ADVISED)
 
 
 def test_what_init_writes_runs_to_the_report_in_one_process(tmp_path, monkeypatch):
@@ -96,6 +107,5 @@ def test_what_init_writes_runs_to_the_report_in_one_process(tmp_path, monkeypatc
     assert (tmp_path / "run" / "report.html").exists()
 
 
-def test_the_readme_begins_with_shards_init_and_run():
-    words = [command.split()[1] for command in commands_of_readme()]
-    assert words == ["shards", "init", "run"]
+def test_the_readme_begins_with_shards_init_advise_and_run():
+    assert list(commands_of_readme()) == ["shards", "init", "advise", "run"]
