@@ -249,7 +249,7 @@ def groups_line(run: RunDirectory) -> str | None:
     caught = captured_text(summary["captured"], summary["chance"], judged_on(run))
     line = f"{len(sizes)} groups of {min(sizes)} to {max(sizes)} classes {caught}"
     if skipped:
-        line += f"; {skipped} are not worth a specialist (clusters.min_gain)"
+        line += f"; {skipped} get no specialist (clusters.min_gain, clusters.specialists)"
     return f"{line}; what each can gain at most: {directory / 'log-0.txt'}"
 
 

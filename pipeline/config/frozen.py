@@ -118,7 +118,7 @@ SCHEMA_1 = {
 SINCE_SCHEMA_1 = {
     "data": {"augment_share": 0.2},
     "generalist": {"weights": None},
-    "clusters": {"capacity_of": "classes"},
+    "clusters": {"capacity_of": "classes", "specialists": None, "train_examples": None},
     "ensemble": {"shortlist": None, "order": 0.0},
     "train": {"loss": "cross_entropy"},
     "specialists": {

@@ -74,9 +74,10 @@ class ConfigFile(Section):
             students[name] = resolve(student.model_copy(update=settled), train, ResolvedStudent)
         sections = {key: getattr(self, key) for key in ConfigFile.model_fields}
         sections["train"] = train
-        sections["specialists"] = resolve(self.specialists, train, ResolvedSpecialists)
-        # Of a sharded head, which a re-ranker has not.
+        # Of a sharded head, which neither a branch nor a re-ranker has.
         unsampled = train.model_copy(update={"negatives": None})
+        base = unsampled if self.specialists.kind == "branch" else train
+        sections["specialists"] = resolve(self.specialists, base, ResolvedSpecialists)
         sections["rerank"] = resolve(self.rerank, unsampled, ResolvedRerank)
         sections["students"] = students
         return Config(**sections)

@@ -164,6 +164,10 @@ class Clusters(Section):
     top_k: Annotated[int, Field(gt=0)] | Literal["all"] | None = None
     # groups whose forecast (a ceiling, fraction of val examples) is below get no specialist
     min_gain: float = Field(default=0.0, ge=0)
+    # at most so many groups get a specialist, those with the largest forecasts; None = all
+    specialists: int | None = Field(default=None, gt=0)
+    # where groups are found on train: examples of it that are measured; None = all up to a limit
+    train_examples: int | None = Field(default=None, gt=0)
 
     @field_validator("method")
     @classmethod

@@ -44,6 +44,7 @@ SLOW = [
     "benchmarks.characters.tails",
     "benchmarks.combiner",
     "benchmarks.head run",
+    "benchmarks.huge",
     "benchmarks.lookalikes",
     "benchmarks.papers.hydra",
     "benchmarks.papers.mnist",

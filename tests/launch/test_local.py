@@ -368,8 +368,8 @@ def test_the_terminal_tells_what_the_groups_hold_before_specialists_are_paid_for
     (run.cluster.directory / "summary.json").write_text(json.dumps(summary))
     assert groups_line(run).startswith(
         "3 groups of 54 to 137 classes hold 96.3 % of the generalist's errors on val "
-        "(chance 17.6 %); 1 are not worth a specialist (clusters.min_gain); what each can gain at "
-        "most: "
+        "(chance 17.6 %); 1 get no specialist (clusters.min_gain, clusters.specialists); "
+        "what each can gain at most: "
     )
     (run.cluster.directory / "summary.json").write_text(
         json.dumps(summary | {"captured": None, "skipped": []})

@@ -27,7 +27,7 @@ from clustering import (
 )
 from clustering.choices import READ_COVARIANCE
 from networks import Classifier, lazy_logits
-from pipeline.config import UserError
+from pipeline.config import Clusters, UserError
 from pipeline.results.forecasts import captured_text, ceiling_text, is_thin, measured_on
 from pipeline.store import Stage, read_json, write_json
 
@@ -73,11 +73,13 @@ def measure(session: Session, stage: Stage) -> None:
 def train_ids(session: Session) -> np.ndarray | None:
     """The train examples that groups are found by, ascending; None is all, where they are few.
 
-    Of more than TRAIN_MEASURED they are a part of each class, drawn by the run's seed; but
-    FEWEST_OF_CLASS of a class on average.
+    Of more than `clusters.train_examples` they are a part of each class, drawn by the run's seed.
+    Without that key these are TRAIN_MEASURED, or FEWEST_OF_CLASS of a class where that is more.
     """
     train = session.shards("train")
-    most = max(TRAIN_MEASURED, FEWEST_OF_CLASS * session.num_classes)
+    most = session.config.clusters.train_examples
+    if most is None:
+        most = max(TRAIN_MEASURED, FEWEST_OF_CLASS * session.num_classes)
     if len(train) <= most:
         return None
     part = most / len(train)
@@ -167,12 +169,28 @@ def cluster(session: Session, stage: Stage) -> None:
         groups.save(attempt.path("groups.json"))
         statistics = judging_statistics(session)
         rows = forecast(groups, statistics)
-        least = session.config.clusters.min_gain
         untaught = groups_without_examples(session, groups)
-        skipped = [m for m, row in enumerate(rows) if m in untaught or forecast_gain(row) < least]
+        skipped = groups_without_specialist(session.config.clusters, rows, untaught)
         summary = summarise_groups(session, groups, statistics, rows, skipped)
         write_json(attempt.path("summary.json"), summary)
         say_groups(session, groups, summary)
+
+
+def groups_without_specialist(
+    config: Clusters, rows: list[GroupForecast], untaught: set[int]
+) -> list[int]:
+    """Groups that get none, ascending: untaught, too small a forecast, or not among the largest.
+
+    rows: the forecast of each group.
+    """
+    worth = [
+        m
+        for m, row in enumerate(rows)
+        if m not in untaught and forecast_gain(row) >= config.min_gain
+    ]
+    largest_first = sorted(worth, key=lambda m: -forecast_gain(rows[m]))  # sorted() is stable
+    chosen = set(largest_first[: config.specialists])
+    return [m for m in range(len(rows)) if m not in chosen]
 
 
 def has_examples(session: Session) -> np.ndarray:
@@ -324,13 +342,23 @@ def say_groups(session: Session, groups: ClassGroups, summary: dict) -> None:
         session.say("%s", line)
     session.say("%s", ceiling_text(summary["split"]))
     untaught = groups_without_examples(session, groups)
-    too_small = [m for m in summary["skipped"] if m not in untaught]
+    config = session.config.clusters
+    taught = [m for m in summary["skipped"] if m not in untaught]
+    too_small = [m for m in taught if forecast_gain(summary["forecast"][m]) < config.min_gain]
     if too_small:
         session.say(
             "%d of %d groups are forecast to gain less than clusters.min_gain = %g: no specialist",
             len(too_small),
             len(groups),
-            session.config.clusters.min_gain,
+            config.min_gain,
+        )
+    if len(taught) > len(too_small):
+        session.say(
+            "%d of %d groups are not among the clusters.specialists = %d with the largest "
+            "forecasts: no specialist",
+            len(taught) - len(too_small),
+            len(groups),
+            config.specialists,
         )
     if untaught:
         session.say(

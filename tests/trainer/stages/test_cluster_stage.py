@@ -72,6 +72,15 @@ def test_groups_below_the_smallest_gain_are_skipped_and_marked(small_run, cluste
     assert f"2 of 4 groups are {forecast}: no specialist" in lines
 
 
+def test_of_a_bounded_number_of_specialists_the_largest_forecasts_are_kept(small_run, clustered):
+    gains = [row["gain"] for row in read_json(small_run.cluster.path("summary.json"))["forecast"]]
+    run = clustered("clusters.specialists=1")
+    best = gains.index(max(gains))
+    assert read_json(run.cluster.path("summary.json"))["skipped"] == sorted({0, 1, 2, 3} - {best})
+    words = "3 of 4 groups are not among the clusters.specialists = 1 with the largest forecasts"
+    assert f"{words}: no specialist" in lines_of(run)
+
+
 def test_a_coverage_lets_some_classes_join_a_second_group(clustered):
     run = clustered("clusters.overlap=2", "clusters.coverage=0.9")
     groups = ClassGroups.load(run.cluster.path("groups.json"))
