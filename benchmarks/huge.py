@@ -99,6 +99,7 @@ def write_arrays(folder: Path, classes: int, held_out: int) -> list[str]:
 def config_of(classes: int, given: argparse.Namespace, shards: Path) -> dict:
     splits = dict.fromkeys(("train", "val", "test"), str(shards))
     batch = 512 if given.quick else 2048
+    student = {"steps": 20 if given.quick else 200, "batch_size": 512, "answers": "live"}
     return {
         "seed": 0,
         "data": splits,
@@ -119,9 +120,7 @@ def config_of(classes: int, given: argparse.Namespace, shards: Path) -> dict:
         },
         "specialists": {"kind": "branch", "steps": 200, "batch_size": 64, "learning_rate": 0.005},
         "controls": {"enabled": False},
-        "students": {
-            "main": {"epochs": 0.25, "batch_size": 512, "learning_rate": 0.001, "answers": "live"}
-        },
+        "students": {"main": student | {"learning_rate": 3e-4}},
         "engine": {"device": "cpu", "shard_head": True},
         "launch": {"retries": 0},
     }

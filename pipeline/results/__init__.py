@@ -31,6 +31,7 @@ from .verdicts import (
     missing_line,
     student_verdict,
     verdict,
+    verdict_sentences,
     wins,
     worth,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "share_of_gain",
     "student_verdict",
     "verdict",
+    "verdict_sentences",
     "wins",
     "worth",
 ]

@@ -55,17 +55,22 @@ def verdict(results: Results) -> str:
 
     A control that beats it comes first.
     """
+    return " ".join(verdict_sentences(results))
+
+
+def verdict_sentences(results: Results) -> list[str]:
+    """`verdict` as its one or two sentences."""
     sizes = results.get("sizes")
     subject = f"The ensemble of {len(sizes)}" if sizes else "The ensemble"
     sentence = f"{subject} makes {_versus_generalist(results)}"
     beaten_by = _beaten_by(results)
     if beaten_by:
-        return f"{beaten_by}. {sentence}."
+        return [f"{beaten_by}.", f"{sentence}."]
     if rivals(results):
-        return f"{sentence}{_versus_controls(results)}."
+        return [f"{sentence}{_versus_controls(results)}."]
     if sizes:  # more of the same: there is no doubt where its gain comes from
-        return f"{sentence}."
-    return f"{sentence}; no control was trained, so nothing says where the difference comes from."
+        return [f"{sentence}."]
+    return [f"{sentence}; no control was trained, so nothing says where the difference comes from."]
 
 
 def _beaten_by(results: Results) -> str:

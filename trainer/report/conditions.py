@@ -43,6 +43,19 @@ def run_conditions(evidence: Evidence) -> list[tuple[str, str]]:
     ]
 
 
+def about_the_run(evidence: Evidence) -> list[str]:
+    """What the page is about: run, date, data, network and seed."""
+    run, config = evidence.run, evidence.run.config
+    return [
+        run.root.resolve().name,
+        _time_of_evaluation(run),
+        f"{evidence.num_classes:,} classes",
+        f"{evidence.results['ensemble']['n']:,} test examples of {config.data.test}",
+        f"network {config.model.name}",
+        f"seed {config.seed}",
+    ]
+
+
 def _start_of_specialists(evidence: Evidence) -> list[tuple[str, str]]:
     """What they start as, where that is another network than the generalist."""
     section = evidence.run.config.specialists

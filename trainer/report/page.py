@@ -21,7 +21,7 @@ from pipeline.store import write_json, write_text
 
 from .advice import AdviceSection, advice_section
 from .calibration import calibration_rows, reliability_panels
-from .conditions import run_conditions, stage_times
+from .conditions import about_the_run, run_conditions, stage_times
 from .curves import learning_curves
 from .diversity import diversity_table, size_plot, size_rows
 from .evidence import Evidence
@@ -100,11 +100,14 @@ def render(
 
 def _head(evidence: Evidence) -> dict[str, object]:
     results = evidence.results
-    sentences = [metrics.student_verdict(results, name) for name in students_in_the_head(results)]
-    sentences.append(metrics.classes_line(results))
+    first, *sentences = metrics.verdict_sentences(results)
+    students = students_in_the_head(results)
+    sentences += [metrics.student_verdict(results, name) or "" for name in students]
+    sentences.append(metrics.classes_line(results) or "")
     return {
         "title": evidence.run.root.resolve().name,
-        "verdict": metrics.verdict(results),
+        "about": about_the_run(evidence),
+        "verdict": first,
         "wins": metrics.wins(results),
         "sentences": [sentence for sentence in sentences if sentence],
         "missing": evidence.missing,

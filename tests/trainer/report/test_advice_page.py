@@ -25,7 +25,6 @@ COLUMNS = [
     "mults",
     "params",
     "ms",
-    "needs",
 ]
 
 
@@ -51,7 +50,7 @@ def test_every_lever_has_a_row_and_one_is_advised():
     assert set(rows) == {each["name"] for each in LEVERS} | {"stop"}
     assert [name for name, row in rows.items() if "advised" in row["name"]] == ["shortlist"]
     assert rows["copies"] == {
-        "name": "copies",
+        "name": "copies 24 jobs, side by side; no pilot after round 0",
         "gain": "+1.2",
         "interval": "0.3 to 2.1",
         "pilot": "+0.4 at 15 %",
@@ -60,7 +59,6 @@ def test_every_lever_has_a_row_and_one_is_advised():
         "mults": "× 2.10",
         "params": "× 7.00",
         "ms": "0.264",
-        "needs": "24 jobs, side by side; no pilot after round 0",
     }
 
 

@@ -22,10 +22,13 @@ def test_report_writes_both_files(hand_worked, tmp_path):
     assert page.lstrip().startswith("<!doctype html>")
 
 
-def test_the_verdict_is_the_first_line_of_the_page(hand_worked):
+def test_the_page_begins_with_what_it_is_about_and_the_verdict(hand_worked):
     results = collect(hand_worked)
-    first = Page(render(hand_worked, results)).text[0]
-    assert first.replace("\xa0", " ").replace("\u2060", "") == verdict(results)
+    lines = Page(render(hand_worked, results)).text
+    about, *said = [line.replace("\xa0", " ").replace("\u2060", "") for line in lines[:3]]
+    assert about.startswith(f"{hand_worked.root.name} · ") and about.endswith("seed 0")
+    assert "6 classes · 10 test examples of " in about
+    assert " ".join(said).startswith(verdict(results))
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
