@@ -21,6 +21,7 @@ import numpy as np
 
 from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
+from pipeline.redaction import printable
 
 from .choices import DECODERS
 from .decoding import (
@@ -39,9 +40,11 @@ from .opening import (
     OpenedShard,
     ShardPart,
     check_corruption,
+    is_the_machines,
     label_kind,
     read_shard,
     reopened,
+    unread,
     vouched,
 )
 from .patterns import Shard, expand
@@ -208,7 +211,7 @@ class ShardSet:
     def where(self, sample: int) -> str:
         """Shard and key of a sample, for messages."""
         shard = int(self.shard_of([sample])[0])
-        return f"{self.names[shard]}: sample {self.keys([sample])[0]}"
+        return printable(f"{self.names[shard]}: sample {self.keys([sample])[0]}")
 
     def _open(self, shard: int) -> OpenedShard:
         """A shard's index, mapped when it is first asked for.  UserError as open_shards has it."""
@@ -329,8 +332,10 @@ class ShardSet:
         try:
             array = decode(self._decoders[extension], content)
         except Exception as error:  # decoders, the user's too, raise what they like
+            if is_the_machines(error):
+                raise unread(self.where(int(self._shard_start[shard]) + place), error) from None
             reason = f"cannot be decoded: {type(error).__name__}: {error}"
-            raise Corrupt(reason.replace("\n", " ")) from None
+            raise Corrupt(printable(reason.replace("\n", " "))) from None
         if array.shape == shape and array.dtype == dtype:
             return array
         if len(shape) == 3 == array.ndim and array.shape[0] == 1 and array.shape[1:] == shape[1:]:
@@ -357,6 +362,8 @@ class ShardSet:
                 self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             content = os.pread(self._descriptors[shard], size, int(index.offset[row]))
         except OSError as error:
+            if is_the_machines(error):
+                raise unread(self.names[shard], error) from None
             raise Corrupt(f"cannot be read: {error.strerror}") from None
         if len(content) != size or zlib.crc32(content) != index.crc[row]:
             raise Corrupt(
@@ -378,6 +385,8 @@ class ShardSet:
             except UserError:
                 raise
             except Exception as error:  # as in _decode
+                if is_the_machines(error):
+                    raise unread(self.where(sample), error) from None
                 reason = reason or f"{self.where(sample)}: cannot be decoded: {error}"
                 if self.data.damage == "strict":
                     break
