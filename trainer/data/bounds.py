@@ -26,6 +26,7 @@ SAMPLE_MEMBERS = 1000  # members with one key
 # Of a whole shard.  Beyond these there is no one member to blame, so the shard is refused.
 SHARD_MEMBERS = 20_000_000
 SHARD_EXTENSIONS = 10_000
+CLASSES = 100_000_000  # that the config may say: each has a name in memory
 
 KINDS = {
     stat.S_IFDIR: "a directory",

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from pipeline.config import Data, UserError
-from pipeline.redaction import shown
+from pipeline.redaction import printable, shown
 
 from .bounds import open_regular
 from .private_files import LOOK_S, is_ours, lock, lock_file, new_file, private_name
@@ -338,7 +338,9 @@ def _is_free(file: BinaryIO) -> bool:
 class _Unfetched(UserError):
     def __init__(self, url: str, error: Exception):
         self.answered: bool = getattr(error, "is_final", False)
-        super().__init__(f"{url}: cannot be fetched: {error}".replace("\n", " "))
+        # One line, whatever the server says.
+        reason = printable(" ".join(str(error).split()))
+        super().__init__(f"{url}: cannot be fetched: {reason}")
 
 
 def _key(*words: str) -> str:

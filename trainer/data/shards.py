@@ -23,6 +23,7 @@ from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
 from pipeline.redaction import printable
 
+from .bounds import CLASSES, exceeds
 from .choices import DECODERS
 from .decoding import (
     decode,
@@ -226,7 +227,11 @@ class ShardSet:
         part = self._parts[shard]
         if part.index is not None:
             return OpenedShard(part.index, self.data)
-        opened = reopened(part, self.class_names, self.data, first=shard not in self._checked)
+        first = shard not in self._checked
+        try:
+            opened = reopened(part, self.class_names, self.data, first)
+        except OSError as error:
+            raise unread(self.names[shard], error) from None
         self._checked.add(shard)
         return opened
 
@@ -498,6 +503,10 @@ def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
             raise UserError(
                 f"{shards[0].name} has no manifest; set data.classes, "
                 f"or make one with `referral shards index {directory}`"
+            )
+        if reason := exceeds("data.classes", data.classes, CLASSES, "classes"):
+            raise UserError(
+                f"{reason}; give the shards a manifest, which names those that there are"
             )
         return [str(number) for number in range(data.classes)]
     if data.classes is not None and data.classes != len(names):

@@ -5,6 +5,7 @@ import io
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 
 import pytest
 from faulty_store import FAULTS, PRECIOUS, STALL_S, impatient, judge, plant, store
@@ -181,7 +182,8 @@ def test_letters_that_curl_takes_for_patterns_are_escaped(monkeypatch):
         asked.append(url)
         return io.BytesIO(b"x")
 
-    monkeypatch.setattr("webdataset.gopen.gopen", gopen)
-    monkeypatch.setattr("webdataset.gopen.set_options", lambda *_, **__: None)
+    module = import_module("webdataset.gopen")  # the package has a function of that name
+    monkeypatch.setattr(module, "gopen", gopen)
+    monkeypatch.setattr(module, "set_options", lambda *_, **__: None)
     assert list(transport.command_blocks("ftp://host/a[1-9]{b,c}.tar", 0)) == [b"x"]
     assert asked == ["ftp://host/a%5B1-9%5D%7Bb,c%7D.tar"]
