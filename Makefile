@@ -27,6 +27,8 @@ soak: install
 	$(BIN)/python tests/trainer/data/killed.py 20
 	$(BIN)/python tests/trainer/data/faulty_store.py 50
 	$(BIN)/python tests/trainer/engines/killed.py 30
+	$(BIN)/python tests/ensemble/hostile_problems.py 10000
+	$(BIN)/python tests/trainer/data/hostile_tars.py 60
 
 lint: install
 	$(BIN)/ruff check .

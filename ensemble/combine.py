@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clustering.groups import ClassGroups
 
-from .newton import Scaling, solve
+from .newton import Membership, Scaling, solve
 from .patterns import PaddedIndex, PatternIndex, SharedIndex, set_patterns
 from .predictions import (
     GivenSpecialists,
@@ -43,6 +43,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
 ROWS_IN_CACHE = 32
 # A set that so many rows share gets index tensors of its own; rows with rarer sets are padded.
 ROWS_TO_SHARE = 32
+# Numbers of float64 that the rows which are solved together may take: 256 MiB.
+FLOATS_AT_ONCE = 2**25
 
 
 def combine_kl(
@@ -155,11 +157,11 @@ def combine_rows(problem: Problem, g: Tensor, active: Tensor) -> Tensor:
     if not blocks:
         return g.clone()
     if order is None:
-        return _combine_block(problem, g, blocks[0], owned=False)
+        return _combine_parts(problem, g, blocks[0], owned=False)
     row_order = torch.from_numpy(order).to(g.device)
     pieces = g.index_select(0, row_order).split([len(block.rows) for block in blocks])
     combined = [
-        _combine_block(problem, piece, block, owned=True)
+        _combine_parts(problem, piece, block, owned=True)
         for piece, block in zip(pieces, blocks, strict=True)
     ]
     return torch.cat(combined).index_select(0, torch.argsort(row_order))
@@ -178,6 +180,13 @@ class Block:
     rows: np.ndarray
     sets: list[tuple[int, ...]]
     set_of_row: np.ndarray | None
+
+    def part(self, rows: slice) -> "Block":
+        """Some of the rows, with the sets that they have."""
+        if self.set_of_row is None:
+            return Block(self.rows[rows], self.sets, None)
+        used, own = np.unique(self.set_of_row[rows], return_inverse=True)
+        return Block(self.rows[rows], [self.sets[index] for index in used], own.reshape(-1))
 
 
 def _blocks(
@@ -219,12 +228,39 @@ def _sets_of_blocks(sets: list[tuple[int, ...]], rows_of_set: np.ndarray) -> lis
     return list(by_key.values())
 
 
-def _combine_block(problem: Problem, g: Tensor, block: Block, owned: bool) -> Tensor:
-    """q [n, C] of the rows g [n, C] of one block.  owned: g is a copy that may be overwritten."""
+def _combine_parts(problem: Problem, g: Tensor, block: Block, owned: bool) -> Tensor:
+    """As _combine_block, as many rows at once as FLOATS_AT_ONCE has room for."""
+    count = _rows_at_once(problem.groups, block)
+    if count >= len(block.rows):
+        return _combine_block(problem, g, block, owned, some_rows=owned)
+    q = []
+    for first in range(0, len(block.rows), count):
+        rows = slice(first, first + count)
+        q.append(_combine_block(problem, g[rows], block.part(rows), owned, some_rows=True))
+    return torch.cat(q)
+
+
+def _rows_at_once(groups: ClassGroups, block: Block) -> int:
+    """How many rows of a block may be solved together."""
+    specialists = len(block.sets[0])
+    if not specialists:
+        return len(block.rows)
+    patterns = max(len(set_patterns(groups, each).counts) for each in block.sets)
+    is_shared = block.set_of_row is None
+    return max(1, FLOATS_AT_ONCE // Membership.floats_per_row(patterns, specialists, is_shared))
+
+
+def _combine_block(
+    problem: Problem, g: Tensor, block: Block, owned: bool, some_rows: bool
+) -> Tensor:
+    """q [n, C] of the rows g [n, C] of one block.
+
+    owned: g is a copy that may be overwritten.  some_rows: g is not every row, in order.
+    """
     if not block.sets[0]:
         check_sums(g.sum(1), problem.dtype, _row_naming(block))
         return g if owned else g.clone()
-    rows = torch.from_numpy(block.rows).to(g.device) if owned else None
+    rows = torch.from_numpy(block.rows).to(g.device) if some_rows else None
     index = _index_of(problem, block, g)
     mode = Mode(
         owned=owned,

@@ -31,6 +31,8 @@ from torch import Tensor
 EMPTY = 1e-30
 # Less than any pattern's mass: a divisor where there is no such pattern.
 SMALLEST = 1e-100
+# Up to so many specialists their pairs' outer products are kept: [P, M, M] numbers.
+PAIRS_KEPT = 32
 # Mass that nobody misses.
 NEGLIGIBLE = 1e-20
 # A step of less than this, relative to every variable, needs no line search: it stays inside and
@@ -61,7 +63,9 @@ class Membership:
 
     def __post_init__(self):
         self._transposed = self.outside.mT
-        self._pairs = (self.outside[..., :, None] * self.outside[..., None, :]).flatten(-2)
+        self._pairs: Tensor | None = None
+        if self.outside.shape[-1] <= PAIRS_KEPT:
+            self._pairs = (self.outside[..., :, None] * self.outside[..., None, :]).flatten(-2)
         # A pattern's mass is at least this, in proportion to its classes.
         self.nothing = EMPTY * self.counts.clamp(min=1) / self.counts.sum(-1, keepdim=True)
         self.everything_inside = (self.outside.sum(-2) == 0).to(self.outside.dtype)
@@ -76,7 +80,21 @@ class Membership:
 
     def weighted(self, w: Tensor) -> Tensor:
         """N^T diag(w) N, [n, M, M]."""
+        if self._pairs is None:
+            return (self._transposed * w[:, None]) @ self.outside
         return _times(w, self._pairs).unflatten(-1, (self.outside.shape[-1],) * 2)
+
+    @staticmethod
+    def floats_per_row(patterns: int, specialists: int, is_shared: bool) -> int:
+        """How many numbers a row takes while it is solved, about.
+
+        is_shared: N is the same for all rows.
+        """
+        # The system, its factor, and the rows of a least-squares step.
+        floats = 4 * (patterns + specialists) * specialists
+        if specialists <= PAIRS_KEPT and not is_shared:
+            floats += 2 * patterns * specialists**2
+        return floats
 
     def rows(self, index: Tensor) -> "Membership":
         if self.outside.dim() == 2:

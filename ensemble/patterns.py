@@ -21,8 +21,11 @@ from .newton import Membership
 from .predictions import SpecialistPredictions
 
 SETS_KEPT = 2048
+FLOATS_KEPT = 2**24  # numbers in all sets that are kept, about: 128 MiB
 # Patterns of so many classes are summed each by a call of its own, smaller ones by one product.
 LARGE = 64
+# Entries of that product's matrix; larger ones are added up one by one.
+PRODUCT_UP_TO = 2**23
 
 
 @dataclass
@@ -49,6 +52,8 @@ class SetPatterns:
     def __post_init__(self):
         self._shared: dict[tuple[torch.device, torch.dtype], SharedIndex] = {}
         self.sizes = [len(classes) for classes in self.classes]
+        # With the pairs and the sums over patterns that a SharedIndex makes of them.
+        self.floats = 4 * self.outside.size + self.union.size + self.more.size
 
     def on(self, device: torch.device, dtype: torch.dtype, num_classes: int) -> "SharedIndex":
         """As tensors; kept, for a set that returns."""
@@ -166,8 +171,12 @@ class SharedIndex(PatternIndex):
         large = int((sizes >= LARGE).sum())
         self.large_sizes = sizes[:large].tolist()
         small = np.repeat(np.arange(len(sizes) - large), sizes[large:])
-        self.of_small = torch.zeros(len(small), len(sizes) - large, dtype=dtype, device=device)
-        self.of_small[torch.arange(len(small)), torch.from_numpy(small)] = 1
+        self.small = tensor(small)
+        self.small_count = len(sizes) - large
+        self.of_small: Tensor | None = None
+        if len(small) * self.small_count <= PRODUCT_UP_TO:
+            self.of_small = torch.zeros(len(small), self.small_count, dtype=dtype, device=device)
+            self.of_small[torch.arange(len(small)), torch.from_numpy(small)] = 1
         self._dtype, self._num_classes = dtype, num_classes
 
     @cached_property
@@ -196,8 +205,13 @@ class SharedIndex(PatternIndex):
 
     def pattern_sums(self, joined: Tensor) -> Tensor:
         ordered = joined.gather(1, self.by_pattern.expand(joined.shape[0], -1))
-        *large, small = ordered.split([*self.large_sizes, len(self.of_small)], dim=1)
-        return torch.cat([*[part.sum(1, keepdim=True) for part in large], small @ self.of_small], 1)
+        *large, small = ordered.split([*self.large_sizes, self.small.shape[0]], dim=1)
+        if self.of_small is not None:
+            of_small = small @ self.of_small
+        else:
+            of_small = small.new_zeros(small.shape[0], self.small_count)
+            of_small = of_small.index_add(1, self.small, small)
+        return torch.cat([*[part.sum(1, keepdim=True) for part in large], of_small], 1)
 
     def without_padding(self, on_union: Tensor) -> Tensor:
         return on_union
@@ -280,8 +294,11 @@ def set_patterns(groups: ClassGroups, specialists: tuple[int, ...]) -> SetPatter
     patterns = _make(groups, specialists)
     with lock:
         cache[specialists] = patterns
-        while len(cache) > SETS_KEPT:
-            cache.popitem(last=False)
+        # The last one stays, however large.
+        kept = sum(each.floats for each in cache.values())
+        while len(cache) > SETS_KEPT or (kept > FLOATS_KEPT and len(cache) > 1):
+            _, oldest = cache.popitem(last=False)
+            kept -= oldest.floats
     return patterns
 
 

@@ -190,7 +190,8 @@ def _pooled(
     p_general, groups = as_general(p_general, groups)
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
-    weights = checked_weights(weights, len(groups.members), g.device)
+    are_exponents = rule is _log_ratio
+    weights = checked_weights(weights, len(groups.members), g.device, are_exponents)
     if weights is None:
         weights = torch.ones(1 + len(groups.members), dtype=torch.float64, device=g.device)
     special = read_predictions(p_special, groups, active, g.dtype, dtype)

@@ -3,6 +3,7 @@
 Legend: B rows, C classes, M specialists, k of them active in a row, S_m the classes of group m.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TypeAlias, cast
@@ -22,6 +23,10 @@ SUM_TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
+# The smallest weight beside the largest: below it float32's probabilities would underflow.
+SMALLEST_WEIGHT = 1e-12
+# The largest weight where weights are exponents, whose size counts.
+LARGEST_EXPONENT = 1e6
 
 RowIndices: TypeAlias = Tensor | np.ndarray | Sequence[int]
 # [B, C] or [C]: a tensor, an array or (nested) lists.
@@ -197,9 +202,16 @@ def checked_active(
 
 
 def checked_weights(
-    weights: Weights | None, specialists: int, device: torch.device
+    weights: Weights | None, specialists: int, device: torch.device, are_exponents: bool = False
 ) -> Tensor | None:
-    """weights as float64 [1 + M]: of the generalist and of each specialist."""
+    """weights as float64 [1 + M]: of the generalist and of each specialist.
+
+    Only their ratios matter, so they are divided by a power of two that brings the largest to
+    [1, 2): exactly, whatever they are.  are_exponents: their size matters, and they stay.
+
+    Raises ValueError for NaN, infinity, negative weights, and for a weight that is neither 0 nor
+    SMALLEST_WEIGHT of the largest.
+    """
     if weights is None:
         return None
     weights = torch.as_tensor(weights, dtype=torch.float64, device=device)
@@ -208,6 +220,22 @@ def checked_weights(
         raise ValueError(f"weights has shape {list(weights.shape)}; it must be {expected}")
     if not bool(torch.isfinite(weights).all() and (weights >= 0).all()):
         raise ValueError(f"weights are {weights.tolist()}; each must be a number, zero or more")
+    largest = float(weights.max())
+    if are_exponents:
+        if largest > LARGEST_EXPONENT:
+            raise ValueError(f"a weight is {largest:g}; it must be at most {LARGEST_EXPONENT:g}")
+        largest = 1.0
+    if largest == 0:
+        return weights
+    # 2 ** -1074 to 2 ** 1023: a quotient by it is exact.
+    weights = weights / math.ldexp(1.0, math.frexp(largest)[1] - 1)
+    positive = weights.detach()[weights.detach() > 0]
+    smallest = float(positive.min())
+    if smallest < SMALLEST_WEIGHT:
+        of = "" if are_exponents else " of the largest"
+        raise ValueError(
+            f"a weight is {smallest:.3g}{of}; it must be 0 or at least {SMALLEST_WEIGHT:g}{of}"
+        )
     return weights
 
 
@@ -320,7 +348,11 @@ def without_dustbin(values: Tensor) -> Tensor:
 
     Uniform where nothing is left.
     """
-    kept = values[:, :-1] + torch.finfo(values.dtype).tiny
+    kept = values[:, :-1]
+    # By the largest first: a sum of numbers near the smallest there are would be inexact.
+    largest = kept.amax(1, keepdim=True)
+    is_some = largest > 0
+    kept = torch.where(is_some, kept / torch.where(is_some, largest, 1.0), 1.0)
     return pad(kept / kept.sum(1, keepdim=True), (0, 1))
 
 

@@ -66,7 +66,9 @@ class EnsembleSettings:
         content: dict[str, object] = {"schema": SCHEMA}
         content |= {name: getattr(self, name) for name in self._keys()}
         unfinished = root / f".{SETTINGS}.{os.getpid()}"
-        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        unfinished.write_text(
+            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         os.replace(unfinished, root / SETTINGS)
 
     def _keys(self) -> list[str]:

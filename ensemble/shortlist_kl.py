@@ -183,7 +183,8 @@ class Asked(NamedTuple):
         """q [B, C]; weights: [1 + M], the generalist's first."""
         if weights is None:
             weights = [1.0] * (1 + self.active.shape[1])
-        w = torch.as_tensor(weights, dtype=torch.float64, device=self.p_general.device)
+        w = checked_weights(weights, self.active.shape[1], self.p_general.device)
+        assert w is not None
         in_slots = w[1:][self.slots.specialists] * self.slots.on
         if not bool((w[0] + in_slots.sum(1) > 0).all()):
             row = int((w[0] + in_slots.sum(1) <= 0).nonzero()[0, 0])

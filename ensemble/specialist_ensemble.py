@@ -33,7 +33,7 @@ from .gating import asked_specialists, most_active
 from .gating import gate as open_gate
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from .listed_ensemble import SPARSE_FROM, ListedAnswers, Wanted, ask_in_blocks
-from .predictions import Weights, softmax
+from .predictions import Weights, checked_weights, softmax
 from .ranking import Prediction, listed_predictions, top_predictions
 from .rows_on_shortlist import (
     branch_on_shortlist,
@@ -149,6 +149,7 @@ class SpecialistEnsemble:
             )
         _check_length("temperatures", temperatures, 1 + count)
         _check_length("weights", weights, 1 + count)
+        checked_weights(weights, count, torch.device("cpu"), combine == "log_ratio")
         if shortlist is not None:
             _check_shortlist(shortlist, gate, combine)
             shortlist = min(shortlist, groups.num_classes)
@@ -185,10 +186,15 @@ class SpecialistEnsemble:
 
     @property
     def all_weights(self) -> list[float]:
-        """The generalist's and each specialist's in the combiner, [1 + M]: 1 where none is set."""
+        """The generalist's and each specialist's in eq. 5, [1 + M]: 1 where none is set.
+
+        As `checked_weights` scales them.
+        """
         if self.weights is None:
             return [1.0] * (1 + len(self.groups.members))
-        return [float(weight) for weight in self.weights]
+        scaled = checked_weights(self.weights, len(self.groups.members), torch.device("cpu"))
+        assert scaled is not None
+        return scaled.tolist()
 
     def __repr__(self) -> str:
         return (

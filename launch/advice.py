@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +20,7 @@ from pipeline.advice.showing import (
 )
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory
+from pipeline.terminal import Console
 
 from .results import GAP, near
 

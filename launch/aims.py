@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage
+from pipeline.terminal import Console
 
 from .advice import show_advice
 from .results import show_results

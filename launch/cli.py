@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -22,7 +21,6 @@ from typing import Annotated
 
 import tomli_w
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -33,8 +31,10 @@ from pipeline.advice.levers import LEVERS, SCARCITIES
 from pipeline.config import Config, UserError, load_config
 from pipeline.extras import require
 from pipeline.failures import answer, cannot_write, paths_among
+from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, write_json
+from pipeline.terminal import Console
 from pipeline.typer_usage import Command, application, call
 
 from . import demo as demos
@@ -336,7 +336,7 @@ def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOpti
             "doubt": doubt,
             "stages": [asdict(stage) for stage in stages],
         }
-        print(json.dumps(content, indent=2))
+        print(json_text(content, "status", indent=2))
         return 0
     console.print(Text(summary(stages, time_to_go(run, jobs, stages, journal))))
     if doubt:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from contextlib import AbstractContextManager
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
 from pipeline.graph import RunDirectory
+from pipeline.terminal import Console
 
 from .forecast import seconds_to_go
 from .journal import Journal

@@ -46,9 +46,12 @@ class JobRecord:
 
     @property
     def elapsed_s(self) -> float:
-        """Since this attempt began."""
+        """Since this attempt began; 0 where the clock was set back to before.
+
+        Whoever asks may be another process than the one that started it: the clock is the wall's.
+        """
         assert self.started is not None, "the job was never started"
-        return time.time() - self.started
+        return max(0.0, time.time() - self.started)
 
 
 @dataclass

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Schedule
 from pipeline.controls import COMPUTE
+from pipeline.files import json_text
 from pipeline.graph import RunDirectory
 from pipeline.stages import KINDS
 from pipeline.store import Stage, write_text
@@ -92,7 +92,7 @@ def save_graph(jobs: list[Job], path: Path) -> None:
         }
         for job in jobs
     ]
-    text = json.dumps({"schema": 1, "jobs": rows}, indent=2) + "\n"
+    text = json_text({"schema": 1, "jobs": rows}, "jobs.json", indent=2) + "\n"
     if not path.exists() or path.read_text() != text:
         write_text(path, text)
 

@@ -37,6 +37,7 @@ from pipeline.failures import cannot_write
 from pipeline.files import probe
 from pipeline.graph import RunDirectory
 from pipeline.label_set import SPLITS, num_classes
+from pipeline.redaction import redacted
 from pipeline.store import UNCHECKED, Stage, write_json, write_text
 
 from .aims import RUN, Aim
@@ -340,7 +341,7 @@ def save_environment(root: Path) -> None:
             "packages": _versions(),
             "commit": _commit(),
             "directory": os.getcwd(),
-            "argv": sys.argv,
+            "argv": [redacted(word) for word in sys.argv],
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         },
     )

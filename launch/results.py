@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -37,6 +36,7 @@ from pipeline.results.forecasts import captured_text, judged_on
 from pipeline.results.formats import ABSENT
 from pipeline.results.training import val_top1
 from pipeline.store import Stage, read_json
+from pipeline.terminal import Console
 
 GAP = 2  # between two columns of a table
 

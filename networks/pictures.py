@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 Picture: TypeAlias = "Image.Image"
 Source: TypeAlias = "bytes | str | os.PathLike[str] | Image.Image"
 
-# What Pillow may open: not the kinds that start other programs.
+# What Pillow may open, by a file's first bytes: not the kinds that start other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")
 # How a picture of other proportions gets to `size`: its middle is cut out, or all is squeezed.
 CROPS = ("center", "none")
 FILTERS = ("nearest", "bilinear", "bicubic", "lanczos")
 COLOURS = {"white": "#ffffff", "black": "#000000", "gray": "#808080"}
-# Where Pillow, too, refuses a picture.
-MAX_PIXELS = 178_956_970
+# 8,192 x 8,192: decoding takes up to 15 bytes for each, so about 1 GB.
+MAX_PIXELS = 1 << 26
 
 GRAY_MODES = frozenset(("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"))
 ALPHA_MODES = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
@@ -170,6 +170,8 @@ def read_picture(source: Source, rules: PictureRules = PLAIN) -> np.ndarray:
     ValueError
         For what is no picture, is truncated, too large or of a kind that no rule is for.  It says
         why, and does not name the file.
+    OSError, MemoryError
+        Where the machine cannot read it.
     """
     return _read(source, rules, None)
 
@@ -246,7 +248,11 @@ def _open(source: Any) -> Picture:
             f"no picture of a kind that Pillow knows, of {', '.join(FORMATS)}"
         ) from None
     except OSError as error:
+        if error.errno and not isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise  # the machine's
         raise ValueError(error.strerror or _one_line(error)) from None
+    except MemoryError:
+        raise
     except Exception as error:  # plugins raise what they like about a broken header
         raise ValueError(_one_line(error)) from None
 
@@ -300,9 +306,9 @@ def _decoded(opened: Picture, rules: PictureRules, changes: list[str] | None) ->
         return _gray_or_rgb(picture, opened, changes)
     except ValueError:
         raise
-    except MemoryError:
+    except MemoryError:  # the machine's, and no fault of the picture
         size = f"{opened.width} x {opened.height}"
-        raise ValueError(f"a picture of {size} does not fit into memory") from None
+        raise MemoryError(f"a picture of {size} does not fit into memory") from None
     except Exception as error:  # Pillow raises what it likes about broken files
         raise ValueError(_one_line(error)) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .npy import MAGIC as NPY
+from .npy import read_npy
 from .pictures import PLAIN, PictureRules, read_picture
 from .spec import InputSpec
 from .texts import TEXTS
@@ -21,7 +22,6 @@ from .texts import TEXTS
 Inputs: TypeAlias = Any
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
-NPY = b"\x93NUMPY"
 FLOATS = "floats are read from 0 to 1 (not yet normalised), or whole numbers from 0 to 255"
 
 
@@ -203,7 +203,7 @@ class InputReader:
     def content(self, content: bytes, extension: str) -> tuple[np.ndarray, bool]:
         """([n, *shape], whether it is one input) of a file's content."""
         if extension == "npy" and extension not in self.decoders:
-            return self.arrays(_decoded(_load_npy, content))
+            return self.arrays(_decoded(read_npy, content))
         if extension not in self.decoders and self.reads_texts:
             extension = "txt"
         if extension in self.decoders:
@@ -378,17 +378,13 @@ def _absent(name: str) -> Callable[..., Any]:
 def _decoded(decoder: Callable[..., Any], content: bytes) -> np.ndarray:
     try:
         array = decoder(content)
+    except MemoryError:
+        raise
     except Exception as error:  # decoders raise what they like about bytes that they do not know
         raise ValueError(f"cannot be decoded: {' '.join(str(error).split())}") from None
     if not isinstance(array, np.ndarray):
         raise ValueError(f"its decoder gives {type(array).__name__}; a numpy array is needed")
     return array
-
-
-def _load_npy(content: bytes) -> np.ndarray:
-    if not content.startswith(NPY):
-        raise ValueError("is no .npy file (np.save writes one; an .npz holds several arrays)")
-    return np.load(io.BytesIO(content), allow_pickle=False)
 
 
 def _is_array(value: object) -> bool:

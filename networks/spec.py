@@ -222,7 +222,7 @@ class ModelSpec:
             del values["class_names"]  # thousands of specialists would repeat the generalist's
         if self.members is None:
             del values["members"]  # a plain network's file is what it was before there were members
-        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:

@@ -17,6 +17,7 @@ from typing import Any, NotRequired, TypedDict
 
 from .config import UserError, flat, load_config
 from .graph import RunDirectory
+from .redaction import redacted
 from .results import Row, errors, named_rows, read_results
 
 SCHEMA = 1
@@ -439,7 +440,7 @@ def setting(variant: Variant) -> str:
     parts = []
     for key, value in variant["settings"].items():
         text = "not set" if value is None else json.dumps(value)
-        parts.append(_abbreviated(f"{key} = {text}"))
+        parts.append(_abbreviated(redacted(f"{key} = {text}")))
     return _shortened(parts)
 
 

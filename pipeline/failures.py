@@ -19,6 +19,7 @@ from pathlib import Path
 from .config import UserError
 from .extras import missing_package
 from .interrupts import INTERRUPTED, SIGNALS
+from .redaction import shown
 
 # Exit codes.
 FAILED = 1
@@ -250,7 +251,8 @@ def size_text(count: int) -> str:
 
 def print_error(text: str) -> None:
     try:
-        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
+        lines = shown(text).splitlines()
+        print("\n".join(f"error: {line}" for line in lines), file=sys.stderr)
         sys.stderr.flush()
     except OSError:  # standard error is a file on the disk that is full
         pass

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from .config import UserError
 from .failures import writing
 
+CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 WINNER = "WINNER"  # in a stage's, where the file system has no hard links: whose DONE it is
 
 
@@ -33,7 +38,47 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value, str(path), indent=2) + "\n")
+
+
+class NotFinite(UserError, ValueError):
+    """A number that JSON does not have: NaN or an infinity."""
+
+
+def json_text(value, name: str, **options: Any) -> str:
+    """JSON as every program reads it.
+
+    name: what is written, for the error.  Raises NotFinite for NaN and infinity, which Python would
+    write as words that others refuse.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        key = _not_finite(value, "")
+        if key is None:
+            raise
+        raise NotFinite(
+            f"{name}: {key} is no finite number, and JSON has no other: "
+            "a network's weights, or the data, hold NaN or infinity"
+        ) from None
+    # Some terminals obey these, too, and JSON need not escape them.
+    return CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _not_finite(value, key: str) -> str | None:
+    """The key of the first number in it that is NaN or infinite."""
+    if isinstance(value, float):
+        return None if math.isfinite(value) else key or "it"
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for name, item in items:
+        found = _not_finite(item, f"{key}.{name}".lstrip("."))
+        if found:
+            return found
+    return None
 
 
 class DamagedFile(UserError, ValueError):

@@ -181,7 +181,12 @@ class Attempt:
         self.stage = stage
         self.id = attempt
         self.directory = directory
-        self.started = time.time()
+        self._began = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began, by a clock that nobody sets."""
+        return time.monotonic() - self._began
 
     def path(self, file: str) -> Path:
         path = self.directory / file
@@ -192,9 +197,13 @@ class Attempt:
         """Link STAGE/file to this attempt's, replacing an earlier attempt's link.
 
         Where there are no symbolic links (exFAT, many a file share), a file is copied as it is now.
+        Of a file that is not there no link is left, an earlier attempt's neither.
         """
         source = self.directory / file
         link = self.stage.directory / file
+        if not source.exists():
+            link.unlink(missing_ok=True)
+            return
         link.parent.mkdir(parents=True, exist_ok=True)
         temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
         try:
@@ -204,6 +213,13 @@ class Attempt:
                 return
             shutil.copyfile(source, temporary)
         os.replace(temporary, link)
+
+    def publish_growing(self, file: str) -> Path:
+        """The path of a file that is to be watched while it grows: it is there at once, empty."""
+        path = self.path(file)
+        path.touch()
+        self.publish(file)
+        return path
 
     def finish(self, **more) -> bool:
         """Declare this attempt finished, `more` beside what DONE always holds.
@@ -215,7 +231,7 @@ class Attempt:
             "stage": self.stage.name,
             "hash": self.stage.key,
             "attempt": self.id,
-            "seconds": round(time.time() - self.started, 3),
+            "seconds": round(self.seconds, 3),
             "finished": time.time(),
             **more,
         }

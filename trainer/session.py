@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from pipeline.config import ResolvedStudent, UserError
 from pipeline.graph import RunDirectory
 from pipeline.identity import digest
+from pipeline.redaction import shown
 from pipeline.results import duration
 from pipeline.results.training import val_text
 from pipeline.store import Attempt, Stage, new_attempt_id, write_bytes, write_json
@@ -76,10 +76,10 @@ class Session:
         identity = broadcast(new_attempt_id() if self.ranks.is_main else None, self.ranks)
         attempt = stage.begin(identity)
         handler = LogFile(attempt.path(f"log-{self.ranks.rank}.txt"))
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        handler.setFormatter(ShownFormatter("%(asctime)s %(message)s"))
         log.addHandler(handler)
         if self.ranks.is_main:
-            attempt.publish("metrics.jsonl")
+            attempt.publish("metrics.jsonl")  # there is none yet: no link is left to an earlier one
             attempt.publish("log-0.txt")
         log.info(
             "%s: attempt %s on %s, %d ranks",
@@ -94,7 +94,7 @@ class Session:
             if self.ranks.is_main:
                 write_json(attempt.path("damage.json"), self.losses.splits)
                 attempt.finish()
-                words = [f"done in {duration(time.time() - attempt.started)}"]
+                words = [f"done in {duration(attempt.seconds)}"]
                 words += filter(None, [val_text(attempt.directory)])
                 log.info("%s: %s", stage.place, ", ".join(words))
             dist.barrier()
@@ -182,6 +182,13 @@ class Console(logging.StreamHandler):
         raise  # logging calls this while it handles the error
 
 
+class ShownFormatter(logging.Formatter):
+    """Lines of a log: without secrets of URLs, and control sequences as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record))
+
+
 class CollectedRows:
     """Rows of several arrays, batch after batch, at most `most` of them.
 
@@ -220,4 +227,6 @@ def measuring_batch(num_classes: int) -> int:
 
 
 def start_logging() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[Console(sys.stdout)])
+    console = Console(sys.stdout)
+    console.setFormatter(ShownFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[console])

@@ -8,11 +8,19 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
+from ..redaction import redacted
+
 MODULE_FUNCTION = r"[\w.]+:\w+"  # how a user names code of his own
 
 
 class UserError(Exception):
-    """The user's mistake: printed as one line, exit code 2, no traceback."""
+    """The user's mistake: printed as one line, exit code 2, no traceback.
+
+    Its text is for logs and reports, too, and holds no secret of a URL.
+    """
+
+    def __init__(self, *words: object):
+        super().__init__(*(redacted(word) if isinstance(word, str) else word for word in words))
 
 
 class Section(BaseModel):

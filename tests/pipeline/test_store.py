@@ -3,10 +3,13 @@
 import errno
 import multiprocessing
 import os
+import subprocess
 import threading
+import time
 
 import pytest
 
+from launch.journal import JobRecord
 from pipeline.config import UserError, load_config
 from pipeline.files import WINNER, claim, probe
 from pipeline.graph import RunDirectory
@@ -139,3 +142,26 @@ def test_the_probe_names_what_a_file_system_cannot_do(tmp_path, monkeypatch, bro
         probe(tmp_path)
     assert "choose --run on another one" in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stage_that_trains_nothing_publishes_no_link_that_leads_nowhere(tmp_path):
+    stage = generalist(tmp_path)
+    for attempt in (stage.begin("a"), stage.begin("b")):
+        attempt.publish("metrics.jsonl")
+        assert not (stage.directory / "metrics.jsonl").is_symlink()
+        attempt.publish_growing("metrics.jsonl")
+        assert (stage.directory / "metrics.jsonl").read_text() == ""
+    stage.begin("c").publish("metrics.jsonl")
+    assert not (stage.directory / "metrics.jsonl").is_symlink()
+    assert stage.begin("c").finish()
+    copy = tmp_path.with_name(f"{tmp_path.name}-copy")
+    subprocess.run(["cp", "-rL", str(tmp_path), str(copy)], check=True)
+
+
+def test_a_clock_that_is_set_back_gives_no_negative_seconds(tmp_path, monkeypatch):
+    stage = generalist(tmp_path)
+    attempt, record = stage.begin(), JobRecord(started=time.time())
+    monkeypatch.setattr(time, "time", lambda: 1.0)
+    assert attempt.finish() and record.elapsed_s == 0
+    done = stage.done()
+    assert done is not None and 0 <= done["seconds"] < 60 and attempt.seconds >= 0

@@ -19,6 +19,7 @@ from pipeline.choices import FEWEST_TO_RERANK
 from pipeline.config import Config, UserError, load_config
 from pipeline.extras import require
 from pipeline.graph import RunDirectory
+from pipeline.redaction import shown
 from pipeline.usage import Parser
 
 from ..data.augment import find_augment
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
     config = load_config(None, [], tomllib.loads(sys.stdin.read()))
     warnings = check(config, args.processes, args.run, args.elsewhere, not args.no_networks)
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(shown(f"warning: {warning}"), file=sys.stderr)
     return 0
 
 

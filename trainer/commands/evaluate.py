@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from networks.reading import InputReader
 from pipeline.config import UserError
+from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import write_json
 from pipeline.usage import Parser
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> int:
     if args.out is not None:
         write_files(args.out, metrics, classes, confused, outcome, class_names)
     if args.json:
-        print(json.dumps(metrics))
+        print(json_text(metrics, "metrics"))
     else:
         print_outcome(metrics, classes, confused, args.out)
     _say_left_out(report, labels)

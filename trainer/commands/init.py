@@ -18,6 +18,7 @@ import torch
 
 from pipeline.config import Config, UserError, load_config
 from pipeline.files import write_text
+from pipeline.redaction import shown
 from pipeline.usage import Parser
 
 from ..data.writing import MANIFEST
@@ -138,7 +139,7 @@ def checked(config: Config, summary: DataSummary, hardware: Hardware, run: Path)
     """Check the config as `referral prepare` does; returns the seconds that a run may take."""
     ranks = config.launch.processes or 1
     for warning in check(config, ranks, run):
-        print(f"warning: {warning}", file=sys.stderr)
+        print(shown(f"warning: {warning}"), file=sys.stderr)
     device = choose_device(config.engine)
     network = fresh_network(look_only(config, device))
     of_one = seconds_per_example(network, config.train.batch_size // ranks, device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import os
 import sys
 import warnings
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeVar
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -28,7 +26,9 @@ from ensemble import SpecialistEnsemble, load_ensemble
 from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from networks.reading import InputReader
 from pipeline.config import UserError
+from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
+from pipeline.terminal import Console
 from pipeline.usage import Parser
 
 from ..core.dense_logits import ListedPredictor
@@ -175,7 +175,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         "for it; runs on `shards folder --size` have one, which is applied unasked",
     )
     parser.add_argument(
-        "--max-pixels", type=int, metavar="N", help="read images of up to N pixels [178956970]"
+        "--max-pixels", type=int, metavar="N", help="read images of up to N pixels [67108864]"
     )
     parser.add_argument(
         "--device", default="cpu", help="compute on cpu (the default), cuda or cuda:1"
@@ -458,7 +458,8 @@ def print_json(example: Example, prediction: Prediction) -> None:
         source["index"] = example.index
     if example.key is not None:
         source["key"] = example.key
-    print(json.dumps(source | prediction, ensure_ascii=False), flush=True)
+    text = json_text(source | prediction, str(source.get("file", "prediction")), ensure_ascii=False)
+    print(text, flush=True)
 
 
 class PredictionTable:

@@ -71,7 +71,7 @@ Classes = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Text file with one class name per line, in order."),
 ]
-MaxPixels = Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures [178956970].")]
+MaxPixels = Annotated[int | None, typer.Option(min=1, help="Refuse larger pictures [67108864].")]
 Damage = Annotated[
     str,
     typer.Option(
@@ -121,6 +121,9 @@ def folder(
     no_splits: Annotated[
         bool, typer.Option("--no-splits", help="Directories called train, test, ... are classes.")
     ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Take links that lead out of DIR, too.")
+    ] = False,
     damage: Damage = "strict",
     seed: Seed = 0,
     samples_per_shard: PerShard = 10_000,
@@ -141,6 +144,7 @@ def folder(
         _new_report(damage),
         input,
         find_splits=not no_splits,
+        follow_links=follow_links,
     )
     _print_summary(out, report)
 
@@ -379,18 +383,21 @@ def _splits_to_validate(pattern: str, split: str) -> list[str]:
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from pipeline.terminal import Console
 
     shown = Table("shard", "samples", "bytes", "corrupt")
     for finding in findings:
         number = str(len(finding.corruption) or "none")
         shown.add_row(finding.shard, str(finding.samples), str(finding.bytes), number)
     Console().print(shown)
+    from ..data.authoring.reporting import say
+
     corrupt = [finding for finding in findings if finding.corruption]
     for finding in corrupt:
         for item in finding.corruption:
-            print(item, file=sys.stderr)
+            say(str(item), sys.stderr)
     if corrupt:
         print(f"{len(corrupt)} of {len(findings)} shards are corrupt", file=sys.stderr)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import UserError
+from pipeline.files import json_text
 from pipeline.results import duration, percent
 
 from ..distributed.ranks import Ranks, sum_over_ranks
@@ -144,7 +145,7 @@ class MetricsLogger:
         """Write `row` as it is, on rank 0."""
         if not self.ranks.is_main:
             return
-        line = json.dumps({key: _rounded(value) for key, value in row.items()})
+        line = json_text({key: _rounded(value) for key, value in row.items()}, self.path.name)
         self.progress.metrics.append(line)
         with open(self.path, "a") as file:
             file.write(line + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -13,6 +12,7 @@ from importlib import import_module
 
 import numpy as np
 
+from networks.npy import read_npy
 from networks.pictures import PLAIN, PictureRules, read_picture
 from networks.texts import TEXTS, hashed_ngrams, ngram_bag
 from networks.texts import utf8_bytes as text
@@ -58,10 +58,7 @@ def rgb(content: bytes) -> np.ndarray:
 
 def npy(content: bytes) -> np.ndarray:
     """The array of a .npy file; pickles are refused."""
-    array = np.load(io.BytesIO(content), allow_pickle=False)
-    if not isinstance(array, np.ndarray):
-        raise ValueError("holds several arrays, not one")
-    return array
+    return read_npy(content)
 
 
 def numbers(content: bytes) -> np.ndarray:

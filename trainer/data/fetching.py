@@ -5,7 +5,8 @@ data.fetch_dir holds
     KEY.tar     a shard: whole, checked, never changed
     KEY.json    a manifest
     KEY.npy     the classes of a split's samples, which a manifest names
-    KEY.*.part  being written, and locked by who writes it; as large as it will be, if that is known
+    KEY.*.part  KEY.tar.part is locked by who fetches KEY.tar, and empty.  What it writes has a name
+                with a random part, is locked, and as large as it will be, if that is known
     lease-*     names of the shards that a process reads, which nobody may evict; the file is locked
                 as long as its process lives
     .lock       held while files get their names or are evicted
@@ -32,12 +33,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import BinaryIO, cast
 
 from pipeline.config import Data, UserError
+from pipeline.redaction import printable, shown
 
+from .bounds import open_regular
+from .private_files import LOOK_S, is_ours, lock, lock_file, new_file, private_name
 from .tars import file_sha256, index_path
-from .transport import blocks
+from .transport import Broken, blocks, longest_wait
+from .watching import watched
 from .writing import MANIFEST, parse_manifest
 
 ATTEMPTS = 3
@@ -49,7 +54,10 @@ BLOCK = 1 << 20
 END_MARK = 1024  # bytes of zeros that a tar ends with
 PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
-_leases: dict[Path, TextIO] = {}  # by directory: this process's lease, an open and locked file
+MANIFEST_BYTES = 256 << 20  # of a manifest.json behind a URL
+SILENT_S = 60.0  # after which it is said that another process is waited for
+
+_leases: dict[Path, BinaryIO] = {}  # by directory: this process's lease, an open and locked file
 
 
 class FetchDir:
@@ -112,7 +120,7 @@ class FetchDir:
                 return None
             if error.answered or not path.exists():
                 raise
-            print(f"{error}; its copy in {path} is used", file=sys.stderr)
+            print(shown(f"{error}; its copy in {path} is used"), file=sys.stderr)
         return parse_manifest(path, url)
 
     def label_file(self, url: str, said: dict) -> Path:
@@ -139,47 +147,54 @@ class FetchDir:
         What `check` refuses is no content.  size: if known, else 0.  Who asks for what another
         thread or process is fetching waits for it.
         """
-        name = path.with_name(f"{path.name}.part")
+        claim = path.with_name(f"{path.name}.part")
+        part = private_name(path, ".part")
         while True:
             with self._locked():
                 self._hold(path.name)
-                if path.exists() and not always:
+                if is_ours(path) and not always:
                     # The access time says when it was used last.
-                    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                    used = (time.time_ns(), path.stat().st_mtime_ns)
+                    os.utime(path, ns=used, follow_symlinks=False)
                     return path
-                part = _lock_part(name)
-                if part is not None:
-                    self._remove_stale_parts(name)
+                claimed = _lock_part(claim)
+                if claimed is not None:
+                    self._remove_stale_parts(claim)
+                    written = new_file(part)
+                    fcntl.flock(written, fcntl.LOCK_EX)
                     break
-            _wait_for(name)
-        with part:
+            _wait_for(claim, url)
+        with claimed, written:
             try:
-                self._attempt(url, part, check, size)
-            except BaseException:
+                self._attempt(url, written, check, size)
                 with self._locked():
-                    name.unlink()
-                raise
-            with self._locked():
-                os.replace(name, path)
+                    os.replace(part, path)
+            finally:
+                with self._locked():
+                    part.unlink(missing_ok=True)
+                    claim.unlink(missing_ok=True)
         return path
 
     def _remove_stale_parts(self, own: Path) -> None:
         """Delete what killed processes were writing; .lock is held."""
         for left in self.directory.glob("*.part"):
-            if left != own and (stale := _lock_part(left)) is not None:
+            if left.is_symlink():
+                left.unlink()
+            elif left != own and (stale := _lock_part(left)) is not None:
                 left.unlink()
                 stale.close()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        path = self.directory / ".lock"
         try:
-            file = open(self.directory / ".lock", "w")
+            file = lock_file(path)
         except OSError as error:
             raise UserError(
                 f"data.fetch_dir = {self.directory}: cannot be written: {error.strerror}"
             ) from None
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, path)
             yield
 
     def _hold(self, name: str) -> None:
@@ -188,21 +203,21 @@ class FetchDir:
         if directory not in _leases:
             self._leased()  # clears away the leases of processes that have ended
             mark = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-            lease = open(directory / f"lease-{mark}", "w")
+            lease = new_file(directory / f"lease-{mark}")
             fcntl.flock(lease, fcntl.LOCK_EX)
             _leases[directory] = lease
-        _leases[directory].write(name + "\n")
+        _leases[directory].write(f"{name}\n".encode())
         _leases[directory].flush()
 
     def _leased(self) -> set[str]:
         """Names of the shards that living processes have asked for."""
         names: set[str] = set()
-        for path in self.directory.glob("lease-*"):
-            with open(path) as lease:
+        for path in filter(is_ours, self.directory.glob("lease-*")):
+            with open(path, "rb") as lease:
                 try:
                     fcntl.flock(lease, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:  # its process lives
-                    names.update(lease.read().split())
+                    names.update(lease.read().decode().split())
                 else:
                     path.unlink()
         return names
@@ -213,7 +228,7 @@ class FetchDir:
         Returns the bytes that it may take.  .lock is held.
         """
         others = (path for path in self.directory.iterdir() if path != own)
-        sizes = {path: path.stat().st_size for path in others}
+        sizes = {path: path.lstat().st_size for path in others}
         leased = self._leased()
         evictable = [path for path in sizes if path.suffix in (".tar", ".npy")]
         idle = [path for path in evictable if path.name not in leased]
@@ -268,8 +283,13 @@ class FetchDir:
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(part.fileno(), 0, size)
         written = 0
-        with closing(blocks(url, size)) as content:
+        most = MANIFEST_BYTES if url.rpartition("/")[2].startswith(MANIFEST) else 0
+        limit_s = longest_wait(url)
+        stalled = Broken(f"it stalls: nothing in {limit_s:.0f} s")
+        with closing(watched(lambda: blocks(url, size), limit_s, stalled)) as content:
             for block in content:
+                if most and written + len(block) > most:
+                    raise Broken(f"more comes than the {most} bytes that a manifest may have")
                 if written + len(block) > room:
                     with self._locked():
                         room = self._make_room(url, own, written + len(block), written)
@@ -279,8 +299,8 @@ class FetchDir:
 
 
 def _lock_part(name: Path) -> BinaryIO | None:
-    """The file, made if need be and locked; None where another one writes it.  .lock is held."""
-    file = open(name, "r+b", opener=_made_if_absent)
+    """The file, made if need be and locked; None where another one has it.  .lock is held."""
+    file = lock_file(name)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -289,23 +309,38 @@ def _lock_part(name: Path) -> BinaryIO | None:
     return file
 
 
-def _made_if_absent(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
-
-
-def _wait_for(name: Path) -> None:
-    """Until nobody writes the file."""
+def _wait_for(claim: Path, url: str) -> None:
+    """Until nobody fetches what is claimed; every fetcher has its limits."""
+    began, is_said = time.monotonic(), False
     try:
-        with open(name, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with open(claim, "rb", opener=_plain) as file:
+            while not _is_free(file):
+                if not is_said and time.monotonic() - began > SILENT_S:
+                    print(shown(f"{url}: another process fetches it; waiting"), file=sys.stderr)
+                    is_said = True
+                time.sleep(LOOK_S)
     except FileNotFoundError:
         pass
+
+
+def _plain(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+
+
+def _is_free(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 class _Unfetched(UserError):
     def __init__(self, url: str, error: Exception):
         self.answered: bool = getattr(error, "is_final", False)
-        super().__init__(f"{url}: cannot be fetched: {error}".replace("\n", " "))
+        # One line, whatever the server says.
+        reason = printable(" ".join(str(error).split()))
+        super().__init__(f"{url}: cannot be fetched: {reason}")
 
 
 def _key(*words: str) -> str:
@@ -329,6 +364,8 @@ def _check_whole(path: Path, entry: dict | None) -> None:
         _check_content(path, entry)
     tail = b""
     with unpacked(path) as file:
+        if not is_packed(path):
+            file.seek(max(0, size - END_MARK))
         while block := file.read(BLOCK):
             tail = (tail + block)[-END_MARK:]
     if not size:
@@ -339,13 +376,13 @@ def _check_whole(path: Path, entry: dict | None) -> None:
 
 def is_packed(path: Path) -> bool:
     """Whether the file is compressed."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return file.read(5).startswith(tuple(PACKED))
 
 
 def unpacked(path: Path) -> BinaryIO:
     """The file's content as a binary stream, decompressed where it is gzip, bzip2 or xz."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         start = file.read(5)
     for magic, opener in PACKED.items():
         if start.startswith(magic):

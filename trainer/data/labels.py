@@ -30,6 +30,9 @@ from typing import Literal
 import numpy as np
 
 from pipeline.config import UserError
+from pipeline.redaction import INVISIBLE, JOINERS, printable
+
+from .bounds import abbreviated
 
 # What a set's labels are.  "earlier": a manifest does not say it.  Then they are indices, as every
 # command but `index` writes them, or an earlier version indexed them.
@@ -42,9 +45,6 @@ DIGITS = re.compile(r"[0-9]{1,31}")
 WHOLE = re.compile(r"(0|[1-9][0-9]{0,30})\.0+")
 BOM = "\ufeff"
 SHOWN = 3  # examples in a note
-# Joiners are letters' business in Persian, Indic scripts and emoji.
-JOINERS = "\u200c\u200d"
-INVISIBLE = ("Cc", "Cf", "Zl", "Zp")
 
 
 @dataclass
@@ -90,7 +90,7 @@ class LabelSet:
         else:
             classes = self.indices(texts)
         for number in np.flatnonzero(classes == NONE).tolist():
-            what = f"has label {printable(texts[number])}"
+            what = f"has label {abbreviated(printable(texts[number]))}"
             reason = f"{what}, which is none of the {len(self.names)} classes"
             reasons.setdefault(number, reason)
         return classes, reasons
@@ -174,7 +174,9 @@ def label_text(raw: str | bytes, label: str = "cls", encoding: str = "utf-8") ->
             raise ValueError(f"has label {value}, which is no number")
         raw = value if isinstance(value, str) else str(value)
     if not is_utf8(raw):
-        raise ValueError(f"has label {printable(raw)}, which cannot be written as UTF-8")
+        raise ValueError(
+            f"has label {abbreviated(printable(raw))}, which cannot be written as UTF-8"
+        )
     if not clean(raw):
         raise ValueError("has an empty label")
     return raw
@@ -192,11 +194,6 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def printable(text: str) -> str:
-    """The text with control characters, invisible ones and undecodable bytes as escapes."""
-    return "".join(ascii(c)[1:-1] if _is_invisible(c) or not is_utf8(c) else c for c in text)
 
 
 def _is_invisible(character: str) -> bool:

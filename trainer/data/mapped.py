@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .bounds import open_regular
+
 LOCAL_HEADER = 30  # bytes of a zip's local header before name and extra field
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
 
@@ -22,7 +24,7 @@ def map_npz(path: str | Path, check: bool = True) -> dict[str, np.ndarray]:
     Raises ValueError, OSError or zipfile.BadZipFile for a file that is no such one, among others.
     """
     arrays: dict[str, np.ndarray] = {}
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

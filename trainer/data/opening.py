@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.config import Data, UserError
+from pipeline.failures import MEMORY_REMEDY, explain
+from pipeline.redaction import printable
 
+from .bounds import is_there
 from .choices import PICTURES
 from .labels import Kind, LabelSet
 from .patterns import Shard
-from .tars import TarIndex, file_sha256, intact, is_fresh, load_index, save_index, scan_tar
+from .tars import (
+    TarIndex,
+    file_sha256,
+    index_path,
+    intact,
+    is_fresh,
+    load_index,
+    save_index,
+    scan_tar,
+)
 
 UNLABELLED = -1  # the label of every sample where data.label = ""
 
@@ -28,9 +41,10 @@ class Corruption:
     samples: int = 1
 
     def __str__(self) -> str:
+        text = f"{self.shard}: {self.member} {self.reason}"
         if not self.member:
-            return f"{self.shard}: {self.reason}"
-        return f"{self.shard}: {self.member} {self.reason}"
+            text = f"{self.shard}: {self.reason}"
+        return printable(text)  # one line, whatever the member is called
 
 
 @dataclass(frozen=True)
@@ -122,6 +136,27 @@ class Corrupt(Exception):
     """A sample that cannot be read, with the reason."""
 
 
+def is_the_machines(error: BaseException) -> bool:
+    """Whether the machine fails and not the data: such an error counts no sample as corrupt.
+
+    Decoders raise OSErrors of their own, without a number, about broken bytes.
+    """
+    if isinstance(error, MemoryError):
+        return True
+    absent = (errno.ENOENT, errno.ENOTDIR)
+    return isinstance(error, OSError) and bool(error.errno) and error.errno not in absent
+
+
+def unread(where: str, error: BaseException) -> UserError:
+    """The error with which a machine that cannot read ends a run, under data.damage = skip too."""
+    if isinstance(error, OSError) and error.errno:
+        code = explain(error)
+        reason = code[1] if code else str(error)
+        return UserError(f"{where}: cannot be read: {reason}; this is no corruption of the data")
+    reason = " ".join(str(error).split()) or "out of memory"
+    return UserError(f"{where}: cannot be read: {reason}; {MEMORY_REMEDY}")
+
+
 def vouched(shard: Shard, data: Data) -> ShardPart | None:
     """The shard by its manifest alone; None where it must be opened.
 
@@ -188,7 +223,7 @@ def reopened(part: ShardPart, class_names: list[str], data: Data, first: bool) -
 
 def _index_beside(part: ShardPart, data: Data, check: bool) -> TarIndex | None:
     """The index beside a shard; None where it is absent or of another shard or label."""
-    if not os.path.exists(part.shard.path):
+    if not os.path.exists(index_path(part.shard.path)) or not is_there(part.shard.path):
         return None
     index, _ = load_index(part.shard.path, check) or (None, False)
     if index is None or (index.label, index.sha256) != (data.label, part.sha256):
@@ -223,7 +258,7 @@ def _open_shard(
 
     The others go to `corruption`.  None if nothing of the shard is left.
     """
-    if not os.path.exists(shard.path):
+    if not _is_there(shard):
         if shard.entry is None or data.damage == "strict":
             raise UserError(f"{shard.name}: no such shard")
         corruption.append(Corruption(shard.name, "", "is absent", shard.entry["samples"]))
@@ -233,7 +268,7 @@ def _open_shard(
         found = _stored_index(shard, stored, unchanged, data, corruption)
         return found or _scanned_index(shard, stored, data, corruption)
     except OSError as error:
-        raise UserError(f"{shard.name}: cannot be read: {error.strerror or error}") from None
+        raise unread(shard.name, error) from None
 
 
 def expected_sha256(shard: Shard, stored: TarIndex | None) -> str | None:
@@ -298,6 +333,13 @@ def _scanned_index(
     if not len(index):
         raise UserError(f"{shard.name}: the shard is empty")
     return index, is_beside
+
+
+def _is_there(shard: Shard) -> bool:
+    try:
+        return is_there(shard.path)
+    except OSError as error:
+        raise unread(shard.name, error) from None
 
 
 def scanned_corruption(name: str, index: TarIndex) -> list[Corruption]:

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.config import Data, UserError
+from pipeline.redaction import redacted
 
+from .bounds import is_there
 from .fetching import FetchDir, is_packed
 from .label_files import SplitLabels, open_labels
 from .writing import MANIFEST, parse_manifest, read_manifest
@@ -200,7 +202,7 @@ def _local_shards(pattern: str, split: str, manifests: _Manifests) -> list[Shard
 
 
 def _is_known(path: str, manifests: _Manifests) -> bool:
-    if os.path.exists(path):
+    if is_there(path):
         return True
     manifest = manifests.of(os.path.dirname(path))
     return manifest is not None and os.path.basename(path) in manifest.entries
@@ -211,7 +213,8 @@ def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
 
     Shards that are spelled out or listed in a manifest belong to it, present or not.
     """
-    if os.path.isdir(pattern):
+    # A directory called like a shard is none, and refused as such.
+    if os.path.isdir(pattern) and not pattern.endswith(".tar"):
         return _directory_shards(pattern, split, manifests.of(pattern))
     if not glob.has_magic(pattern):
         return [pattern]
@@ -239,6 +242,7 @@ def _directory_shards(directory: str, split: str, manifest: _Manifest | None) ->
 def _local(path: str, manifests: _Manifests) -> Shard:
     if not path.endswith(".tar"):
         raise UserError(f"{path} is not a .tar; {REWRITE}")
+    is_there(path)  # refuses what is no regular file before anything reads it
     directory, name = os.path.split(path)
     manifest = manifests.of(directory)
     if manifest is None:
@@ -273,9 +277,11 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
             raise UserError(
                 f"{url} is compressed; `pipe:curl -sf URL | gunzip` unpacks it, or {REWRITE}"
             )
-        shard = Shard(url, str(path), _directory_of(url))
+        # What a shard is called is for messages, logs and reports.
+        name, directory = redacted(url), redacted(_directory_of(url))
+        shard = Shard(name, str(path), directory)
         if manifest is not None:
-            shard = manifest.shard(url, str(path), _directory_of(url), url_name(url))
+            shard = manifest.shard(name, str(path), directory, url_name(url))
         shards.append(shard)
     return shards
 

@@ -21,7 +21,9 @@ import numpy as np
 
 from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
+from pipeline.redaction import printable
 
+from .bounds import CLASSES, exceeds
 from .choices import DECODERS
 from .decoding import (
     decode,
@@ -39,9 +41,11 @@ from .opening import (
     OpenedShard,
     ShardPart,
     check_corruption,
+    is_the_machines,
     label_kind,
     read_shard,
     reopened,
+    unread,
     vouched,
 )
 from .patterns import Shard, expand
@@ -208,7 +212,7 @@ class ShardSet:
     def where(self, sample: int) -> str:
         """Shard and key of a sample, for messages."""
         shard = int(self.shard_of([sample])[0])
-        return f"{self.names[shard]}: sample {self.keys([sample])[0]}"
+        return printable(f"{self.names[shard]}: sample {self.keys([sample])[0]}")
 
     def _open(self, shard: int) -> OpenedShard:
         """A shard's index, mapped when it is first asked for.  UserError as open_shards has it."""
@@ -223,7 +227,11 @@ class ShardSet:
         part = self._parts[shard]
         if part.index is not None:
             return OpenedShard(part.index, self.data)
-        opened = reopened(part, self.class_names, self.data, first=shard not in self._checked)
+        first = shard not in self._checked
+        try:
+            opened = reopened(part, self.class_names, self.data, first)
+        except OSError as error:
+            raise unread(self.names[shard], error) from None
         self._checked.add(shard)
         return opened
 
@@ -329,8 +337,10 @@ class ShardSet:
         try:
             array = decode(self._decoders[extension], content)
         except Exception as error:  # decoders, the user's too, raise what they like
+            if is_the_machines(error):
+                raise unread(self.where(int(self._shard_start[shard]) + place), error) from None
             reason = f"cannot be decoded: {type(error).__name__}: {error}"
-            raise Corrupt(reason.replace("\n", " ")) from None
+            raise Corrupt(printable(reason.replace("\n", " "))) from None
         if array.shape == shape and array.dtype == dtype:
             return array
         if len(shape) == 3 == array.ndim and array.shape[0] == 1 and array.shape[1:] == shape[1:]:
@@ -357,6 +367,8 @@ class ShardSet:
                 self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY | os.O_CLOEXEC)
             content = os.pread(self._descriptors[shard], size, int(index.offset[row]))
         except OSError as error:
+            if is_the_machines(error):
+                raise unread(self.names[shard], error) from None
             raise Corrupt(f"cannot be read: {error.strerror}") from None
         if len(content) != size or zlib.crc32(content) != index.crc[row]:
             raise Corrupt(
@@ -378,6 +390,8 @@ class ShardSet:
             except UserError:
                 raise
             except Exception as error:  # as in _decode
+                if is_the_machines(error):
+                    raise unread(self.where(sample), error) from None
                 reason = reason or f"{self.where(sample)}: cannot be decoded: {error}"
                 if self.data.damage == "strict":
                     break
@@ -489,6 +503,10 @@ def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
             raise UserError(
                 f"{shards[0].name} has no manifest; set data.classes, "
                 f"or make one with `referral shards index {directory}`"
+            )
+        if reason := exceeds("data.classes", data.classes, CLASSES, "classes"):
+            raise UserError(
+                f"{reason}; give the shards a manifest, which names those that there are"
             )
         return [str(number) for number in range(data.classes)]
     if data.classes is not None and data.classes != len(names):

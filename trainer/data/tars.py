@@ -24,6 +24,22 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.config import UserError
+
+from .bounds import (
+    HEADER_BYTES,
+    HEADERS,
+    JSON_BYTES,
+    LABEL_BYTES,
+    MEMBER_BYTES,
+    NAME_BYTES,
+    SAMPLE_MEMBERS,
+    SHARD_EXTENSIONS,
+    SHARD_MEMBERS,
+    abbreviated,
+    exceeds,
+    open_regular,
+)
 from .mapped import map_npz
 from .texts import Texts
 
@@ -32,6 +48,9 @@ READABLE = (1, SCHEMA)  # 1 held keys, labels and reasons as arrays of fixed wid
 BLOCK = tarfile.BLOCKSIZE
 # webdataset's rule: the key ends at the first dot of the base name.
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
+MAGIC, TYPE = 257, 156  # where in a header "ustar" and the member's type stand
+# Types of headers that say something about the next one: pax, GNU's long names, Solaris' pax.
+EXTENDED = (b"x", b"g", b"X", b"L", b"K")
 BESIDE_A_GAP = "next to a corrupt part of the file"
 
 
@@ -98,7 +117,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -118,7 +137,10 @@ def read_label(content: bytes, label: str) -> str:
     value = parsed.get(field) if isinstance(parsed, dict) else None
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError(f"{kind} member has no field {field!r} that is a number or a name")
-    return json.dumps(value)  # a name keeps its quotes, which tell it from a number
+    text = json.dumps(value)  # a name keeps its quotes, which tell it from a number
+    if reason := exceeds(f"its label ({label})", len(text), LABEL_BYTES):
+        raise ValueError(reason)
+    return text
 
 
 def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
@@ -136,12 +158,36 @@ def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
     ------
     OSError
         If the file cannot be read.
+    UserError
+        For what is no regular file, and for a tar of more members than bounds.py has it.
     """
-    if os.path.getsize(path) == 0:
-        return _as_index(path, label, [], [("", "is an empty file")], countable=False)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return _as_index(path, label, [], [("", "is an empty file")], countable=False)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _scan(path, content, label)
+
+
+def plain_files(path: str | Path) -> Iterator[tuple[str, bytes]]:
+    """(name, content) of each plain file in a tar; what is corrupt is passed over.
+
+    Raises as scan_tar.
+    """
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            for name, offset, size in _files(content):
+                if 0 <= offset and size <= MEMBER_BYTES:
+                    yield name, content[offset : offset + size]
+
+
+def _scan(path: str | Path, content: mmap.mmap, label: str) -> TarIndex:
+    with memoryview(content) as view:
         grouping = _Grouping(label)
-        for name, offset, size in _files(content):
+        for number, (name, offset, size) in enumerate(_files(content)):
+            if reason := exceeds("it", number + 1, SHARD_MEMBERS, "members"):
+                raise UserError(f"{path}: {reason}; divide it into several shards")
             if offset < 0:
                 grouping.gap(reason=name)
             else:
@@ -156,7 +202,7 @@ def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
                 corruption.append((key, str(reason)))
                 continue
             rows = {
-                extension: _Row(offset, size, zlib.crc32(content[offset : offset + size]))
+                extension: _Row(offset, size, zlib.crc32(view[offset : offset + size]))
                 for extension, (offset, size) in extents.items()
             }
             samples.append(_Sample(key, rows, text))
@@ -199,6 +245,13 @@ class _Grouping:
 
     def add(self, name: str, offset: int, size: int) -> None:
         """The next file of the tar."""
+        encoded = len(name.encode("utf-8", "surrogateescape"))
+        too_long = exceeds("its name", encoded, NAME_BYTES)
+        if too_long:
+            # The sample is lost; what names it, and what is kept of it, is short.
+            digest = hashlib.sha256(name.rpartition(".")[0].encode("utf-8", "surrogateescape"))
+            start, end = abbreviated(name).replace(".", "_"), name[-32:].rpartition(".")[2]
+            name = f"{start} {digest.hexdigest()[:8]}.{end}"
         parts = split_name(name)
         if parts is None:
             return
@@ -207,6 +260,11 @@ class _Grouping:
             behind_a_gap = self._doubt if self._key is None else ""
             self.close()
             self._begin(key, behind_a_gap)
+        self._doubt = self._doubt or too_long
+        self._doubt = self._doubt or exceeds(f"its member .{extension}", size, MEMBER_BYTES)
+        if len(self._extents) >= SAMPLE_MEMBERS:
+            self._doubt = f"it has more than {SAMPLE_MEMBERS} members"
+            return
         if extension in self._extents:
             self._doubt = self._doubt or f"two members are called {name}"
         self._extents[extension] = (offset, size)
@@ -258,7 +316,11 @@ def _what_is_wrong(extents: dict[str, tuple[int, int]], label: str) -> str:
 def _label_text(content: mmap.mmap, extents: dict[str, tuple[int, int]], label: str) -> str:
     if not label:
         return ""
-    offset, size = extents[label.partition(":")[0]]
+    kind, colon, _ = label.partition(":")
+    offset, size = extents[kind]
+    limit = JSON_BYTES if colon else LABEL_BYTES
+    if reason := exceeds(f"its label (.{kind})", size, limit):
+        raise ValueError(reason)
     return read_label(content[offset : offset + size], label)
 
 
@@ -274,7 +336,16 @@ def _files(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
     archive.fileobj = content  # pyright: ignore[reportAttributeAccessIssue] - reads, seeks and tells
     end = len(content)
     offset = 0
+    global_bytes = 0  # of pax headers for all members behind them
     while True:
+        behind, refused, global_bytes = _extended_headers(content, offset, global_bytes)
+        if refused:
+            following = _next_header(content, behind)
+            yield refused, -1, 0
+            if following == end:
+                return
+            offset = following
+            continue
         content.seek(min(offset, end))
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
@@ -285,7 +356,7 @@ def _files(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
             yield f"zeros at byte {offset}, with more samples behind them", -1, 0
             offset = following
             continue
-        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, OSError):
+        except (tarfile.TarError, ValueError, ArithmeticError, LookupError, OSError, MemoryError):
             following = _next_header(content, offset + BLOCK)
             yield _unreadable(offset, following, end), -1, 0
             if following == end:
@@ -311,17 +382,74 @@ def _unreadable(offset: int, following: int, end: int) -> str:
 
 def _next_header(content: mmap.mmap, offset: int) -> int:
     """Start of the first valid header at or behind `offset`; the file's length if there is none."""
-    magic = content.find(b"ustar", offset)
-    while magic >= 0:
-        start = magic - 257
-        if start >= offset and start % BLOCK == 0:
+    start = -(-offset // BLOCK) * BLOCK
+    while True:
+        magic = content.find(b"ustar", start + MAGIC)
+        if magic < 0:
+            return len(content)
+        # Once a block: a tar full of these letters is passed over as fast as any.
+        start = (magic - MAGIC) // BLOCK * BLOCK
+        if magic - MAGIC == start:
             try:
                 tarfile.TarInfo.frombuf(content[start : start + BLOCK], "utf-8", "surrogateescape")
                 return start
-            except tarfile.HeaderError:
+            except (tarfile.HeaderError, ValueError):
                 pass
-        magic = content.find(b"ustar", magic + 1)
-    return len(content)
+        start += BLOCK
+
+
+def _extended_headers(content: mmap.mmap, offset: int, global_bytes: int) -> tuple[int, str, int]:
+    """The pax and longname headers at `offset`, before tarfile reads them.
+
+    It reads them by recursion, whole, and copies the global ones for every member.
+    Returns (where they end, why they are refused or "", bytes of global headers so far).
+    """
+    count = total = 0
+    while content[offset + TYPE : offset + TYPE + 1] in EXTENDED:
+        kind = content[offset + TYPE]
+        try:
+            header = content[offset : offset + BLOCK]
+            size = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+        except (tarfile.HeaderError, ValueError):
+            break  # tarfile finds it broken, too
+        count, total = count + 1, total + max(0, size)
+        start, offset = offset + BLOCK, offset + BLOCK - (-max(0, size) // BLOCK) * BLOCK
+        if chr(kind) == "g":
+            global_bytes += total
+        limited = max(total, global_bytes)
+        refused = exceeds("a chain of pax and longname headers", limited, HEADER_BYTES)
+        refused = refused or exceeds("a chain of headers", count, HEADERS, "headers")
+        if not refused and chr(kind) in "xgX":
+            refused = _wrong_pax(content[start : start + size])
+        if refused:
+            return offset, f"{_following_name(content, offset)}: {refused}", global_bytes
+    return offset, "", global_bytes
+
+
+def _wrong_pax(records: bytes) -> str:
+    """Why pax records are not given to tarfile; "" where each is `LENGTH KEY=VALUE` and a newline.
+
+    Its search goes on through what is none, record by record.
+    """
+    place = 0
+    while place < len(records) and records[place]:
+        digits, space, _ = records[place : place + 20].partition(b" ")
+        if not (space and digits.isdigit()):
+            return "a pax header is broken"
+        end = place + int(digits)
+        record = records[place:end]
+        if not int(digits) or end > len(records) or record[-1:] != b"\n" or b"=" not in record:
+            return "a pax header is broken"
+        if record[len(digits) + 1 :].startswith(b"GNU.sparse"):
+            return "it is a sparse file"
+        place = end
+    return ""
+
+
+def _following_name(content: mmap.mmap, offset: int) -> str:
+    """The short name of the member behind its extended headers, for a message."""
+    name = content[offset : offset + 100].partition(b"\0")[0].decode("utf-8", "replace")
+    return f"the member at byte {offset} ({abbreviated(name) or 'without a name'})"
 
 
 def _as_index(
@@ -332,6 +460,10 @@ def _as_index(
     countable: bool,
 ) -> TarIndex:
     extensions = sorted(set().union(*(sample.rows for sample in samples)))
+    if reason := exceeds("it", len(extensions), SHARD_EXTENSIONS, "kinds of members"):
+        raise UserError(
+            f"{path}: {reason}; a key ends at its first dot, what follows is the kind: rename them"
+        )
     number_of = {extension: number for number, extension in enumerate(extensions)}
     rows: list[tuple[int, int, int, int]] = []
     for sample in samples:
@@ -454,7 +586,7 @@ def _of_schema_1(file: Mapping[str, np.ndarray]) -> dict:
 def intact(shard: str | Path, index: TarIndex) -> np.ndarray:
     """bool [n]: the samples whose files still have the checksums that the index recorded."""
     good = np.ones(len(index), bool)
-    with open(shard, "rb") as file:
+    with open_regular(shard) as file:
         for sample in range(len(index)):
             for row in range(index.member_start[sample], index.member_start[sample + 1]):
                 size = int(index.size[row])

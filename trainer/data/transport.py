@@ -11,10 +11,13 @@ import http.client
 import shutil
 import socket
 import ssl
+import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pipeline.config import UserError
@@ -23,6 +26,7 @@ from pipeline.extras import is_installed, remedy
 BLOCK = 1 << 20
 STALL_S = 60.0  # a server that sends less than STALL_BYTES in this time has stalled
 STALL_BYTES = 64 * 1024
+SLOW_STALL_S = 600.0  # as long may a block of a command or of a store's client take
 BUSY = (408, 425, 429, 500, 502, 503, 504)  # HTTP: worth asking again after a while
 # The package that reads a scheme, and the command that webdataset runs otherwise.
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "hf": "huggingface_hub"}
@@ -44,6 +48,16 @@ class Broken(OSError):
     def is_final(self) -> bool:
         """Whether asking again is of no use."""
         return self.answered and not self.busy
+
+
+def longest_wait(url: str) -> float:
+    """How many seconds a block of the URL's content may take, the first one too.
+
+    What drips within a block, as a header may, has no other limit.
+    """
+    if url.startswith(("http:", "https:")):
+        return 2 * STALL_S + 1
+    return SLOW_STALL_S
 
 
 def blocks(url: str, size: int = 0) -> Generator[bytes, None, None]:
@@ -193,12 +207,16 @@ def command_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     """As `blocks`, by webdataset's opener; the command says by its exit code whether it failed."""
     from webdataset.gopen import gopen, set_options
 
+    if not url.startswith(("pipe:", "s3:", "gs:")):
+        # curl takes these for a pattern that means several URLs.
+        url = url.translate({ord(letter): f"%{ord(letter):02X}" for letter in "[]{}"})
     stream = gopen(url, "rb")
     # webdataset's own check is silent where GOPEN_VERBOSE is set.
     set_options(stream, ignore_errors=True)
     received = 0
+    process = getattr(stream, "proc", None)
     with stream:
-        while block := stream.read(BLOCK):
+        while block := _read_or_end(stream, process):
             received += len(block)
             if size and received > size:
                 raise Broken(f"more comes than the {size} bytes that the manifest says")
@@ -206,6 +224,19 @@ def command_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     status = getattr(stream, "status", 0)
     if status not in getattr(stream, "ignore_status", [0]):
         raise Broken(f"exit code {status}")
+
+
+def _read_or_end(stream: Any, process: subprocess.Popen | None) -> bytes:
+    """The next block; a command that gives none in SLOW_STALL_S is ended."""
+    if process is None:
+        return stream.read(BLOCK)
+    timer = threading.Timer(SLOW_STALL_S, process.kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        return stream.read(BLOCK)
+    finally:
+        timer.cancel()
 
 
 SCHEMES: dict[str, Callable[[str, int], Generator[bytes, None, None]]] = {

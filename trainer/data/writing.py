@@ -6,7 +6,6 @@ all samples beside it (label_files.py); one of schema 1 has the counts of each s
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,8 +21,10 @@ from pipeline.config import UserError
 from pipeline.failures import cannot_write, writing
 from pipeline.store import read_json, write_json
 
+from .bounds import is_there
 from .label_files import LabelFile, remove_label_files, write_labels
 from .labels import Kind, check_writable
+from .replacing import Replacement, recover
 from .tars import TarIndex, index_path, save_index, scan_tar
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class ShardWriter:
     samples_per_shard : int
     overwrite : bool
         Replace the split if it is there.
+    replacement : Replacement, optional
+        Whose commit puts the tars in place, with those of others; by default the block's end does.
 
     Attributes
     ----------
@@ -87,8 +90,10 @@ class ShardWriter:
         class_names: Sequence[str],
         samples_per_shard: int = 10_000,
         overwrite: bool = False,
+        replacement: Replacement | None = None,
     ):
         assert samples_per_shard > 0, samples_per_shard
+        self._replacement = replacement
         self.directory = Path(directory)
         self.split = split
         self.class_names = list(class_names)
@@ -103,6 +108,7 @@ class ShardWriter:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.directory}: cannot be made: {error.strerror}") from None
+        recover(self.directory)
         self._old = sorted(self.directory.glob(f"{split}-*.tar"))
         if self._old and not overwrite:
             raise UserError(
@@ -167,24 +173,29 @@ class ShardWriter:
                 if kind is None:
                     self._publish()
         finally:
-            for path in self._temporary:
-                path.unlink(missing_ok=True)
+            if kind is not None or self._replacement is None:
+                for path in self._temporary:
+                    path.unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        indexes = [scan_tar(path) for path in self._temporary]
-        for index in indexes:
-            assert not len(index.damaged), (index.damaged, index.reasons)
-        for path in self._old:
-            path.unlink()
-            index_path(path).unlink(missing_ok=True)
+        """Give the tars and their indexes their names, or leave that to the replacement."""
+        replacement = self._replacement or Replacement()
         shards = []
-        for number, (path, index) in enumerate(zip(self._temporary, indexes, strict=True)):
+        for number, path in enumerate(self._temporary):
+            index = scan_tar(path)
+            assert not len(index.damaged), (index.damaged, index.reasons)
             shard = self.directory / f"{self.split}-{number:06d}.tar"
-            os.replace(path, shard)
-            save_index(shard, index)
+            replacement.put(path, shard)
+            if save_index(path, index):  # it has the tar's size and time, which a name is not
+                replacement.put(index_path(path), index_path(shard))
             labels = np.array([int(text) for text in index.label_texts], np.int64)
             shards.append(shard_entry(shard.name, index, labels[index.label_number]))
+        for path in self._old:
+            replacement.retire([path, index_path(path)])
         self.facts = {"samples": self._written, "shards": shards}
+        if self._replacement is None:
+            with replacement:
+                replacement.commit()
 
 
 def shard_entry(name: str, index: TarIndex, labels: np.ndarray, kind: Kind | None = None) -> dict:
@@ -351,10 +362,13 @@ def parse_manifest(path: str | Path, name: str | Path, remedy: str = "") -> dict
     Raises UserError if it is not one, FileNotFoundError or NotADirectoryError if it is not there.
     """
     try:
+        is_there(path)  # refuses what is no regular file
         manifest = read_json(Path(path))
     except (FileNotFoundError, NotADirectoryError):
         raise
-    except (ValueError, OSError):
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
+    except ValueError:
         raise UserError(f"{name} cannot be read as JSON{remedy}") from None
     if isinstance(manifest, dict) and manifest.get("schema") not in READABLE:
         readable = " and ".join(map(str, READABLE))

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from pipeline.redaction import redacted
 from pipeline.results import Row, count, duration, milliseconds, number, percent
 
 # Rows whose colour is fixed; other students and candidates take turns.
@@ -87,8 +88,10 @@ def keep_together(text: str) -> str:
 def printable(page: str) -> str:
     """A page that can be written as UTF-8 HTML, with percentages that no line break tears apart.
 
-    Class names may hold lone surrogates, which have no UTF-8, and NUL, which HTML has not.
+    Class names may hold lone surrogates, which have no UTF-8, and NUL, which HTML has not.  URLs in
+    it, as of the data, hold no secret.
     """
+    page = redacted(page)
     page = re.sub(r"(?<=\d)\s(?=%)", "\N{NO-BREAK SPACE}", page)
     page = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", page)
     return page.encode("utf-8", "replace").decode("utf-8")

@@ -58,6 +58,9 @@ def branches(session: Session, stages: Sequence[Stage]) -> None:
 def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
     """Train, measure and save the branch of each group, by its number."""
     began = time.monotonic()
+    if session.ranks.is_main:
+        for attempt in attempts.values():
+            attempt.publish_growing("metrics.jsonl")
     generalist = load_network(session, session.run.generalist)
     kept = BranchFeatures(session, *(kept_features(session, split) for split in ("train", "val")))
     work = [

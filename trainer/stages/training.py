@@ -34,6 +34,8 @@ def train_network(
     ranks, config = session.ranks, session.config.engine
     names, place = config.track if ranks.is_main else [], str(Path(attempt.stage.place, part))
     metrics = attempt.path(str(Path(part, "metrics.jsonl")))
+    if ranks.is_main and not part:
+        attempt.publish_growing("metrics.jsonl")
     by_rows = isinstance(task.network, Classifier) and isinstance(task.network.head, RowHead)
     with (
         closing(build_engine(config, ranks, by_rows)) as engine,

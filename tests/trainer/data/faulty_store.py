@@ -3,11 +3,13 @@
     python tests/trainer/data/faulty_store.py 50
         fetches 50 sets, each through faults of its own: `make soak`
 
+Half of the directories that they are fetched to are shared with somebody who planted links there.
 A fault befalls one request.  Up to two in a row are survived; three or more in a row are one line.
 Whatever happens, a shard is whole and the manifest's or it is not there.
 """
 
 import hashlib
+import json
 import random
 import sys
 import tempfile
@@ -40,7 +42,13 @@ FAULTS = {
     "shorter": "bytes, the manifest says",
     "more": "more comes than",
     "changed": "it is not what manifest.json describes",
+    "drip_headers": "it stalls",
+    "babble": "BadStatusLine",
+    "many_headers": "got more than 100 headers",
 }
+# Those that befall a manifest, whose length and content nobody knows beforehand.
+OF_MANIFESTS = ("silent", "refused", "stall", "drip", "cut", "busy", "drip_headers", "babble")
+PRECIOUS = b"not to be overwritten"
 STALL_S = 0.4  # in place of a minute
 SURVIVED = 2
 
@@ -106,6 +114,21 @@ class Handler(SimpleHTTPRequestHandler):
     def changed(self, content):
         self.answer(content[::-1], len(content))
 
+    def drip_headers(self, content):
+        self.wfile.write(b"HTTP/1.0 200 OK\r\nX-Slow: ")
+        while not self.server.closing.wait(STALL_S / 4):
+            self.wfile.write(b"z")
+
+    def babble(self, content):
+        self.wfile.write(b"\x1b[2J\x07 no HTTP at all \r\n\r\n" + content)
+        self.close_connection = True
+
+    def many_headers(self, content):
+        self.send_response(200)
+        for number in range(500):
+            self.send_header(f"X-{number}", "0")
+        self.end_headers()
+
     def log_message(self, *_):
         pass
 
@@ -149,9 +172,23 @@ def impatient():
 def whole(directory: Path, fetched: Path) -> None:
     """AssertionError unless every fetched shard is one of the store's, byte for byte."""
     known = {hashlib.sha256(path.read_bytes()).digest() for path in directory.glob("*.tar")}
-    for path in fetched.glob("*.tar"):
+    for path in filter(fetching.is_ours, fetched.glob("*.tar")):
         assert hashlib.sha256(path.read_bytes()).digest() in known, path
     assert not list(fetched.glob("*.part*")), "a part is left"
+
+
+def plant(place: Path, directory: Path, fetched: Path, url: str) -> Path:
+    """Links where files of known names are written; what they lead to."""
+    precious = place / "precious"
+    precious.write_bytes(PRECIOUS)
+    fetched.mkdir(exist_ok=True)
+    manifest = json.loads((directory / "manifest.json").read_text())
+    names = [f"{fetching._key(f'{url}/manifest.json')}.json", ".lock", "lease-planted"]
+    for shard in manifest["splits"]["train"]["shards"]:
+        names.append(f"{fetching._key(f'{url}/' + shard['name'], shard['sha256'])}.tar")
+    for name in [*names, *(f"{name}.part" for name in names)]:
+        (fetched / name).symlink_to(precious)
+    return precious
 
 
 def judge(place: Path, seed: int, fault: str = "") -> str:
@@ -168,6 +205,9 @@ def judge(place: Path, seed: int, fault: str = "") -> str:
             if hopeless:
                 kinds = kinds[:1] * count
             server.faults[f"train-{number:06d}.tar"] = kinds
+        if not fault and chance.random() < 0.5:
+            server.faults["manifest.json"] = [chance.choice(OF_MANIFESTS) for _ in range(SURVIVED)]
+        precious = plant(place, directory, fetched, server.url) if chance.random() < 0.5 else None
         start = time.monotonic()
         try:
             shards = open_shards(server.url, data, "train")
@@ -185,6 +225,8 @@ def judge(place: Path, seed: int, fault: str = "") -> str:
             assert all(server.requests[name] <= 1 + SURVIVED for name in server.requests)
             verdict = "whole"
         assert time.monotonic() - start < 60, "hangs"
+        if precious is not None:
+            assert precious.read_bytes() == PRECIOUS, "a planted link was followed"
         whole(directory, fetched)
         if verdict == "refused":  # and when the store has recovered
             server.faults.clear()

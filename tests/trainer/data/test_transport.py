@@ -1,14 +1,17 @@
 """What comes of a store that stalls, cuts, lies or is busy; `make soak` has fifty sets."""
 
+import fcntl
+import io
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 
 import pytest
-from faulty_store import FAULTS, STALL_S, impatient, judge, store
+from faulty_store import FAULTS, PRECIOUS, STALL_S, impatient, judge, plant, store
 
 from pipeline.config import Data, UserError
-from trainer.data import fetching, open_shards, transport
+from trainer.data import fetching, open_shards, private_files, transport
 
 
 @pytest.fixture(autouse=True)
@@ -129,3 +132,58 @@ def test_a_byte_now_and_then_is_a_stall_as_well(monkeypatch):
     clock.count(10)
     with pytest.raises(transport.Broken, match="it stalls: 20 bytes"):
         clock.count(10)
+
+
+@pytest.mark.parametrize("fault", ["stall", "drip_headers", "endless"])
+def test_a_manifest_has_the_limits_of_a_shard(tmp_path, monkeypatch, fault):
+    (tmp_path / "store").mkdir()
+    monkeypatch.setattr(fetching, "MANIFEST_BYTES", 1 << 20)
+    data = Data(fetch_dir=str(tmp_path / "fetched"))
+    with store(tmp_path / "store") as server, impatient():
+        if fault == "endless":
+            (tmp_path / "store" / "manifest.json").write_bytes(b" " * (3 << 20))
+        else:
+            server.faults["manifest.json"] = [fault] * 9
+        with pytest.raises(UserError) as error:
+            open_shards(server.url, data, "train")
+    reason = "more comes than the 1048576 bytes that a manifest may have"
+    assert ("it stalls" if fault != "endless" else reason) in str(error.value)
+    assert f"{server.url}/manifest.json: cannot be fetched: " in str(error.value)
+
+
+def test_a_planted_link_in_a_shared_directory_is_never_followed(tmp_path):
+    (tmp_path / "store").mkdir()
+    data = Data(fetch_dir=str(tmp_path / "fetched"))
+    with store(tmp_path / "store") as server, impatient():
+        precious = plant(tmp_path, tmp_path / "store", tmp_path / "fetched", server.url)
+        assert open_shards(server.url, data, "train").num_samples == 27
+    assert precious.read_bytes() == PRECIOUS
+    assert not any(path.is_symlink() for path in (tmp_path / "fetched").glob("*.tar"))
+
+
+def test_a_lock_that_is_never_let_go_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(private_files, "LOCK_S", 0.2)
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process holds this lock"):
+            open_shards("http://127.0.0.1:9/x", Data(fetch_dir=str(tmp_path)), "train")
+
+
+def test_a_command_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(transport, "SLOW_STALL_S", 0.3)
+    with pytest.raises(transport.Broken):
+        list(transport.blocks("pipe:exec sleep 60", 0))
+
+
+def test_letters_that_curl_takes_for_patterns_are_escaped(monkeypatch):
+    asked = []
+
+    def gopen(url, mode):
+        asked.append(url)
+        return io.BytesIO(b"x")
+
+    module = import_module("webdataset.gopen")  # the package has a function of that name
+    monkeypatch.setattr(module, "gopen", gopen)
+    monkeypatch.setattr(module, "set_options", lambda *_, **__: None)
+    assert list(transport.command_blocks("ftp://host/a[1-9]{b,c}.tar", 0)) == [b"x"]
+    assert asked == ["ftp://host/a%5B1-9%5D%7Bb,c%7D.tar"]

@@ -17,6 +17,7 @@ from pipeline.config import UserError
 from ..choices import DECODERS, PICTURES
 from ..decoding import Decoder, built_in
 from ..labels import LabelSet, is_utf8, printable, settle
+from ..opening import is_the_machines
 from .picture_sizes import suggested_size
 from .reporting import Report
 from .split_names import split_called
@@ -37,6 +38,7 @@ def from_folder(
     report: Report | None = None,
     input_extensions: str = "",
     find_splits: bool = True,
+    follow_links: bool = False,
 ) -> Report:
     """DIRECTORY/CLASS/FILE, or DIRECTORY/SPLIT/CLASS/FILE, into shards.
 
@@ -59,6 +61,8 @@ def from_folder(
         Of the files that are inputs, joined by commas; by default pictures where there are any.
     find_splits : bool
         Whether directories called train, val, test and alike are splits.
+    follow_links : bool
+        Take links that lead out of the directory, too.  Otherwise they are passed over and counted.
 
     Returns
     -------
@@ -72,10 +76,11 @@ def from_folder(
     """
     directory = Path(directory)
     report = report or Report()
-    roots = _split_roots(directory, report) if find_splits else {}
-    listing = _list_files(roots or {"train": directory}, report)
+    inside = _Inside(directory, follow_links, report)
+    roots = _split_roots(directory, inside, report) if find_splits else {}
+    listing = _list_files(roots or {"train": directory}, inside, report)
     _keep_inputs(listing, input_extensions, report)
-    label_set = _settle_classes(directory, listing, report)
+    label_set = _settle_classes(directory, inside, listing, report)
     files = [file for file, _, _ in listing.files]
     labels = label_set.indices([name for _, name, _ in listing.files])
     splits = {
@@ -107,26 +112,28 @@ def from_folder(
 
 
 def labelled_files(
-    directory: str | Path, report: Report, input_extensions: str = ""
+    directory: str | Path, report: Report, input_extensions: str = "", follow_links: bool = True
 ) -> dict[str, list[tuple[Path, str]]]:
     """{split: (file, the name of its class directory)}, for data that only get predicted.
 
-    A directory without splits is one split called "".  It may hold a single class.
+    A directory without splits is one split called "".  It may hold a single class.  follow_links:
+    as from_folder has it.
 
     Raises UserError for a directory without class directories, and where it cannot be told which
     files are inputs.
     """
     directory = Path(directory)
-    children = _directories(directory)
+    inside = _Inside(directory, follow_links, report)
+    children = inside.directories(directory)
     if not children:
         raise UserError(
             f"{directory} holds no class directory: put the files of a class in its own"
         )
     roots = {split_called(child.name) or "": child for child in children}
-    is_split = "" not in roots and all(map(_directories, roots.values()))
+    is_split = "" not in roots and all(map(inside.directories, roots.values()))
     if not is_split or len(roots) < len(children):
         roots = {"": directory}
-    listing = _list_files(roots, report)
+    listing = _list_files(roots, inside, report)
     _keep_inputs(listing, input_extensions, report)
     files: dict[str, list[tuple[Path, str]]] = {split: [] for split in roots}
     for file, name, split in listing.files:
@@ -137,14 +144,14 @@ def labelled_files(
 # Splits and classes
 
 
-def _split_roots(directory: Path, report: Report) -> dict[str, Path]:
+def _split_roots(directory: Path, inside: _Inside, report: Report) -> dict[str, Path]:
     """{split: the directory of its class directories}; empty where the directory has no splits.
 
     Raises UserError for a mix of splits and other directories, which could mean either.
     """
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory")
-    children = _directories(directory)
+    children = inside.directories(directory)
     split_of = {child: split_called(child.name) for child in children}
     splits = [child for child in children if split_of[child]]
     others = [child for child in children if not split_of[child]]
@@ -171,7 +178,7 @@ def _split_roots(directory: Path, report: Report) -> dict[str, Path]:
             "--no-splits takes every directory for a class"
         )
     for root in roots.values():
-        if not _directories(root):
+        if not inside.directories(root):
             raise UserError(
                 f"{root} holds {sum(1 for _ in root.iterdir())} files and no class directory: a "
                 "split needs one directory per class; move it away if it has no labels"
@@ -186,21 +193,51 @@ def _names(directories: list[Path]) -> str:
     return f"{shown}, ..." if len(directories) > 3 else shown
 
 
-def _directories(root: Path) -> list[Path]:
-    """Visible directories in the order of their names, but for those that programs leave."""
-    children = [child for child in root.iterdir() if child.is_dir()]
-    visible = [child for child in children if not child.name.startswith(".")]
-    return sorted(child for child in visible if child.name not in FOREIGN)
+class _Inside:
+    """What lies in a directory: a link out of it is none of its files.
+
+    Whoever filled the directory would otherwise choose which other files become samples.
+    """
+
+    def __init__(self, directory: Path, follow_links: bool, report: Report):
+        self.root = os.path.realpath(directory)
+        self.follow_links = follow_links
+        self.report = report
+        self.passed_over_links: set[Path] = set()
+
+    def holds(self, path: Path) -> bool:
+        """Whether a file or directory counts; the report counts those that do not, each once."""
+        if self.follow_links or not path.is_symlink():
+            return True
+        if os.path.commonpath([self.root, os.path.realpath(path)]) == self.root:
+            return True
+        if path not in self.passed_over_links:
+            self.passed_over_links.add(path)
+            self.report.pass_over("links out of the directory (--follow-links takes them)", path)
+        return False
+
+    def directories(self, root: Path) -> list[Path]:
+        """Visible directories in the order of their names, but for those that programs leave."""
+        children = [child for child in root.iterdir() if child.is_dir()]
+        visible = [child for child in children if not child.name.startswith(".")]
+        own = [child for child in visible if child.name not in FOREIGN]
+        return sorted(filter(self.holds, own))
 
 
-def _settle_classes(directory: Path, listing: _Listing, report: Report) -> LabelSet:
+def _settle_classes(
+    directory: Path, inside: _Inside, listing: _Listing, report: Report
+) -> LabelSet:
     """The classes of all class directories."""
     label_set = settle(listing.classes)
     report.note(label_set.notes)
     count = len(label_set.names)
     if count < 2:
-        inside = [child for child in _directories(directory) if _directories(child)]
-        hint = f"; is it {inside[0]}?" if inside else ""
+        children = inside.directories(directory)
+        nested = [child for child in children if inside.directories(child)]
+        hint = f"; is it {nested[0]}?" if nested else ""
+        left_out = len(inside.passed_over_links)
+        if left_out and not nested:
+            hint = f"; {left_out} links lead out of it: --follow-links takes them"
         raise UserError(
             f"{directory} has {count} class directories; "
             f"it needs one directory per class, at least 2{hint}"
@@ -219,14 +256,14 @@ class _Listing:
     classes: list[str] = field(default_factory=list)
 
 
-def _list_files(roots: Mapping[str, Path], report: Report) -> _Listing:
+def _list_files(roots: Mapping[str, Path], inside: _Inside, report: Report) -> _Listing:
     """The files of known kinds in each split's class directories."""
     listing = _Listing()
     for split, root in roots.items():
         if not root.is_dir():
             raise UserError(f"{root} is not a directory")
         _look_beside(root, report)
-        for child in _directories(root):
+        for child in inside.directories(root):
             if not is_utf8(child.name):
                 raise UserError(
                     f"{printable(str(child))}: the class directory's name is not UTF-8 "
@@ -234,13 +271,13 @@ def _list_files(roots: Mapping[str, Path], report: Report) -> _Listing:
                     "`convmv -f cp1252 -t utf8 --notest`"
                 )
             listing.classes.append(child.name)
-            files = list(_known_files(child, report))
+            files = list(_known_files(child, inside, report))
             if not files and split == "train":
                 raise UserError(
                     f"{child} holds no file of a known kind ({', '.join(sorted(DECODERS))})"
                 )
             listing.files += [(file, child.name, split) for file in files]
-            _note_nested(child, report)
+            _note_nested(child, inside, report)
     return listing
 
 
@@ -254,14 +291,14 @@ def _look_beside(root: Path, report: Report) -> None:
             report.pass_over("files outside of class directories", child)
 
 
-def _known_files(directory: Path, report: Report) -> Iterator[Path]:
+def _known_files(directory: Path, inside: _Inside, report: Report) -> Iterator[Path]:
     """The files that there is a decoder for; the report counts the others."""
     for file in sorted(directory.rglob("*")):
         if file.is_symlink() and not file.exists():
             report.pass_over("links that lead nowhere", file)
         elif file.is_symlink() and file.is_dir():
             report.pass_over("links to directories", file)
-        elif not file.is_file():
+        elif not file.is_file() or not inside.holds(file):
             continue
         elif any(part.startswith(".") for part in file.relative_to(directory).parts):
             report.pass_over("hidden files", file)
@@ -275,8 +312,8 @@ def _known_files(directory: Path, report: Report) -> Iterator[Path]:
             report.pass_over(kind, file)
 
 
-def _note_nested(directory: Path, report: Report) -> None:
-    nested = [child for child in _directories(directory) if not child.is_symlink()]
+def _note_nested(directory: Path, inside: _Inside, report: Report) -> None:
+    nested = [child for child in inside.directories(directory) if not child.is_symlink()]
     if nested:
         report.note(
             f"{directory.name}/ has directories of its own ({_names(nested)}): "
@@ -349,6 +386,8 @@ def _encoded(
         try:
             decoders[extension](content)
         except Exception as error:  # decoders raise what they like
+            if is_the_machines(error):
+                raise
             raise UserError(f"{file}: cannot be decoded: {error}") from None
         return extension, content
     try:

@@ -423,7 +423,8 @@ def _check_out(out: Path, force: bool) -> None:
 def _progress_bar(shown: bool) -> Iterator[Advance]:
     """A function (what, done, of) that moves a progress bar on stderr."""
     from rich import progress
-    from rich.console import Console
+
+    from pipeline.terminal import Console
 
     columns = (
         progress.TextColumn("{task.description}"),

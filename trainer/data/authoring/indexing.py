@@ -11,7 +11,7 @@ import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,9 @@ import numpy as np
 
 from networks.pictures import PictureRules, encode_png, examine_picture
 from pipeline.config import Data, UserError
+from pipeline.redaction import redacted
 
+from ..bounds import is_there
 from ..decoding import (
     Decoder,
     decode,
@@ -40,11 +42,13 @@ from ..opening import (
     counts_by_name,
     counts_of_manifest,
     expected_sha256,
+    is_the_machines,
     label_kind,
     label_samples,
     scanned_corruption,
 )
 from ..patterns import URL, Shard, braces, expand, url_name
+from ..replacing import Replacement
 from ..shards import ShardSet
 from ..tars import TarIndex, load_index, save_index, scan_tar
 from ..writing import (
@@ -160,7 +164,8 @@ def _tars_at(path: str) -> list[str]:
     refuse_foreign(path)
     if os.path.isdir(path):
         found = [tar for tar in sorted(Path(path).rglob("*")) if tar.name.lower().endswith(TARS)]
-        tars = [str(tar) for tar in found if tar.is_file() and not tar.name.startswith(".")]
+        visible = [tar for tar in found if not tar.is_dir() and not tar.name.startswith(".")]
+        tars = [str(tar) for tar in visible if is_there(tar)]
         if not tars:
             raise UserError(f"{path} holds no .tar")
         return tars
@@ -337,7 +342,7 @@ def validate(pattern: str, data: Data, split: str) -> list[Finding]:
     unlisted = [
         scan_tar(shard.path, data.label)
         for shard in shards
-        if shard.manifest is None and Path(shard.path).exists()
+        if shard.manifest is None and is_there(shard.path)
     ]
     label_set = None
     if unlisted and data.classes is None:
@@ -347,7 +352,7 @@ def validate(pattern: str, data: Data, split: str) -> list[Finding]:
 
 def _validate(shard: Shard, data: Data, found: LabelSet | None) -> Finding:
     path = Path(shard.path)
-    if not path.exists():
+    if not is_there(path):
         return Finding(shard.name, 0, 0, [Corruption(shard.name, "", "is absent")])
     stored, _ = load_index(path) or (None, False)
     index = scan_tar(path, data.label)
@@ -491,22 +496,38 @@ def from_webdataset(
     }
     divided = _divide(indexes, split_of, texts, missing, seed)
     with ExitStack() as stack:
+        replacement = stack.enter_context(Replacement())
+        writing = stack.enter_context(ExitStack())
         writers: dict[str, ShardWriter] = {}
         for name in sorted(set(np.concatenate(list(divided.values())).tolist()), key=_order):
-            writer = ShardWriter(out, name, label_set.names, samples_per_shard, overwrite)
-            writers[name] = stack.enter_context(writer)
+            writer = ShardWriter(
+                out, name, label_set.names, samples_per_shard, overwrite, replacement
+            )
+            writers[name] = writing.enter_context(writer)
         samples = _labelled_samples(indexes, divided, texts, data, report)
         report.samples = _rewrite(samples, writers, data, rules, is_made, report)
         report.refuse_corrupt("--classes FILE gives other classes" if given else "")
         if not sum(report.samples.values()):
             raise UserError(f"{urls}: no readable sample")
-    taken = set(_taken_of_train(read_manifest(out) or {})) - writers.keys() | missing.keys()
-    made_by = {"command": "shards from-webdataset", "urls": urls, "lost": len(report.corrupt)}
-    made_by |= {"taken_of_train": sorted(taken)} if taken else {}
-    entries = {name: writer.facts for name, writer in writers.items()}
-    write_manifest(out, label_set.names, entries, made_by, rules)
+        writing.close()
+        made_by = _made_by(urls, out, writers.keys(), missing.keys(), report)
+        entries = {name: writer.facts for name, writer in writers.items()}
+        replacement.commit(lambda: write_manifest(out, label_set.names, entries, made_by, rules))
     _note_absent_splits(out, urls, report)
     return report
+
+
+def _made_by(
+    urls: str, out: str | Path, written: Collection[str], taken_now: Collection[str], report: Report
+) -> dict:
+    """What the manifest says of the command."""
+    taken = set(_taken_of_train(read_manifest(out) or {})) - set(written) | set(taken_now)
+    made_by = {
+        "command": "shards from-webdataset",
+        "urls": redacted(urls),
+        "lost": len(report.corrupt),
+    }
+    return made_by | ({"taken_of_train": sorted(taken)} if taken else {})
 
 
 def _check_encoding(encoding: str) -> None:
@@ -773,6 +794,8 @@ def _rewrite(
         try:
             extension, content, array = _choose_input(sample, data, table)
         except Exception as error:  # a decoder's
+            if is_the_machines(error):
+                raise
             report.corrupt.append(f"{location}: {sample['__key__']}: {error}")
             continue
         if report.corrupt and not report.skip:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import tarfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from ..choices import PICTURES
-from ..tars import split_name
+from ..tars import plain_files, split_name
 
 LABEL_FIELDS = ("label", "labels", "class", "cls", "category", "target", "y")
 SCANNED = 10_000  # files of a tar that are looked at for its first sample
@@ -19,31 +18,29 @@ def first_sample(path: str | Path) -> dict[str, bytes]:
     first_key = None
     files: dict[str, bytes] = {}
     try:
-        with tarfile.open(path, "r:") as archive:
-            for number, entry in enumerate(archive):
-                parts = split_name(entry.name) if entry.isreg() else None
-                if parts is None and number < SCANNED:
-                    continue
-                if parts is None or first_key not in (None, parts[0]):
-                    break
-                first_key = parts[0]
-                content = archive.extractfile(entry)
-                files[parts[1]] = content.read() if content else b""
-    except (OSError, tarfile.TarError):
-        pass  # what is corrupt is listed by who reads the whole tar
+        for number, (name, content) in enumerate(plain_files(path)):
+            parts = split_name(name)
+            if parts is None and number < SCANNED:
+                continue
+            if parts is None or first_key not in (None, parts[0]):
+                break
+            first_key = parts[0]
+            files[parts[1]] = content
+    except OSError:
+        pass  # said by who reads the whole tar
     return files
 
 
 def some_pictures(path: str | Path, count: int = 1_000) -> Iterator[bytes]:
     """The first pictures in an uncompressed tar."""
     try:
-        with tarfile.open(path, "r:") as archive:
-            for entry in archive:
-                if count and entry.isreg() and entry.name.lower().rpartition(".")[2] in PICTURES:
-                    file = archive.extractfile(entry)
-                    count -= 1
-                    yield file.read() if file else b""
-    except (OSError, tarfile.TarError):
+        for name, content in plain_files(path):
+            if not count:
+                return
+            if name.lower().rpartition(".")[2] in PICTURES:
+                count -= 1
+                yield content
+    except OSError:
         return  # as above
 
 

@@ -12,9 +12,9 @@ from typing import TextIO
 import numpy as np
 
 from pipeline.config import Data, UserError
+from pipeline.redaction import printable, shown
 
 from ..label_files import class_counts
-from ..labels import printable
 from ..writing import read_manifest
 
 SHOWN = 20  # corrupt inputs that are listed
@@ -83,11 +83,12 @@ def list_corrupt(title: str, lines: Sequence[str]) -> None:
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line; what the terminal's encoding lacks is escaped."""
+    """Print a line; what the terminal's encoding lacks, or would obey, is escaped."""
     if file is None:
         file = sys.stdout
     assert file is not None
     encoding = file.encoding or "utf-8"
+    line = shown(line)
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 

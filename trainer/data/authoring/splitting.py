@@ -12,6 +12,7 @@ from networks.pictures import PictureRules
 from pipeline.config import UserError
 
 from ..orders import generator
+from ..replacing import Replacement
 from ..writing import ShardWriter, read_manifest, write_manifest
 from .reporting import Report
 
@@ -144,24 +145,28 @@ def write_splits(
         raise UserError("there is nothing to write: no samples found")
     _refuse_leftovers(out, lists, made_by)
     corrupt: list[tuple[int, str]] = []
-    with ExitStack() as stack:
-        writers: dict[str, ShardWriter] = {}
-        for split in lists:
-            writer = ShardWriter(out, split, class_names, samples_per_shard, overwrite)
-            writers[split] = stack.enter_context(writer)
-        with Progress() as progress:
-            for split, ids in lists.items():
-                tracked = progress.track(ids, description=split)
-                report.samples[split] = _write_samples(
-                    writers[split], tracked, sample, corrupt, report.skip
+    with Replacement() as replacement:
+        with ExitStack() as stack:
+            writers: dict[str, ShardWriter] = {}
+            for split in lists:
+                writer = ShardWriter(
+                    out, split, class_names, samples_per_shard, overwrite, replacement
                 )
-        report.corrupt += [reason for _, reason in sorted(corrupt)]
-        report.refuse_corrupt()
-        if not any(report.samples.values()):
-            raise UserError(f"all {len(report.corrupt)} samples are corrupt: {report.corrupt[0]}")
-    entries = {split: writer.facts for split, writer in writers.items()}
-    made_by = made_by | {"lost": len(report.corrupt)} if report.corrupt else made_by
-    write_manifest(out, class_names, entries, made_by, pictures)
+                writers[split] = stack.enter_context(writer)
+            with Progress() as progress:
+                for split, ids in lists.items():
+                    tracked = progress.track(ids, description=split)
+                    report.samples[split] = _write_samples(
+                        writers[split], tracked, sample, corrupt, report.skip
+                    )
+            report.corrupt += [reason for _, reason in sorted(corrupt)]
+            report.refuse_corrupt()
+            if not any(report.samples.values()):
+                count = len(report.corrupt)
+                raise UserError(f"all {count} samples are corrupt: {report.corrupt[0]}")
+        entries = {split: writer.facts for split, writer in writers.items()}
+        made_by = made_by | {"lost": len(report.corrupt)} if report.corrupt else made_by
+        replacement.commit(lambda: write_manifest(out, class_names, entries, made_by, pictures))
     return report.samples
 
 

@@ -414,6 +414,8 @@ class BranchesOfRound:
 
     def _work(self, kept: BranchFeatures, m: int) -> BranchWork:
         part = "" if m == self.groups[0] else name_of(m)  # the first one's progress is the stage's
+        if self.session.ranks.is_main and not part:
+            self.attempt.publish_growing("metrics.jsonl")
         return BranchWork(
             self.session,
             self.generalist,

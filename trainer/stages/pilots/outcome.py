@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -96,7 +95,7 @@ def save_outcome(
     given = read_summary(session.run.generalist)["steps"] == 0
     record = outcome.record(family, number, "train" if given else "generalist")
     record["seconds"] = summary["seconds"]  # of training
-    record["stage_seconds"] = round(time.time() - attempt.started, 3)  # and val
+    record["stage_seconds"] = round(attempt.seconds, 3)  # and val
     write_json(attempt.path("measured.json"), record)
     write_json(attempt.path("summary.json"), summary)
     if outcome.answers is not None:
