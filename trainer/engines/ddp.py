@@ -103,7 +103,14 @@ class DDPEngine:
             if average:
                 average.swap(self.network)
 
-    def export(self) -> nn.Module:
+    def own_rows(self, network: nn.Module) -> dict[str, slice]:
+        return {}
+
+    def remember(self, network: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in network.state_dict().items()}
+
+    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        self.network.load_state_dict(weights or {}, strict=False)
         return self.network
 
     def close(self) -> None:
