@@ -44,7 +44,7 @@ def test_fresh_rows_are_those_that_a_whole_layer_draws(drawn, monkeypatch):
     monkeypatch.setattr(head_rows, "DRAWN", drawn)
     torch.manual_seed(3)
     whole, after = nn.Linear(SIZE, 37), torch.rand(2)
-    for own in (slice(0, 11), slice(11, 12), slice(12, 37), slice(5, 5)):
+    for own in (slice(0, 11), slice(11, 12), slice(12, 37)):
         torch.manual_seed(3)
         rows = fresh_rows(37, SIZE, own)
         assert torch.equal(rows.weight, whole.weight[own])
