@@ -6,7 +6,7 @@ DDP's.  The head's gradients never leave their rank, only features and sums do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -104,6 +104,9 @@ class ShardedHeadEngine(DDPEngine):
         names = [PLACE + name for name in of_tensors]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
         return shard
+
+    def averaged(self, network: nn.Module) -> Iterable[nn.Parameter]:
+        return [p for name, p in network.named_parameters() if not name.startswith(PLACE)]
 
     def clip(self) -> None:
         if self.head is None:
