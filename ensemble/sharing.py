@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import Classifier
+from networks.cosine import UnitTrunk
 
 
 def same_tensor(one: Tensor, other: Tensor) -> bool:
@@ -53,7 +54,7 @@ def shared_prefix(generalist: Classifier, specialist: Classifier) -> int:
     one, other = generalist.spec, specialist.spec
     if one.input != other.input:
         return -1
-    if (one.builder, one.options) != (other.builder, other.options):
+    if (one.builder, one.options, one.cosine) != (other.builder, other.options, other.cosine):
         return 0
     length = 0
     for mine, theirs in zip(blocks(generalist.trunk), blocks(specialist.trunk), strict=True):
@@ -64,6 +65,8 @@ def shared_prefix(generalist: Classifier, specialist: Classifier) -> int:
 
 
 def blocks(trunk: nn.Module) -> list[nn.Module]:
+    if isinstance(trunk, UnitTrunk):
+        return [*blocks(trunk.net), trunk.unit]
     return list(trunk.children()) if isinstance(trunk, nn.Sequential) else [trunk]
 
 

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from .adoption import Adoption, adopt_weights
     from .branches import Branch, BranchedClassifier, branch_off, load_branch
     from .builders import builtin_options, declared_options
-    from .candidates import candidates_of, cross_entropy_among, draw_classes
+    from .candidates import candidates_of, cross_entropy_among
     from .classifier import Classifier, build_classifier, lazy_logits, parameter_count
     from .counting import multiplications
+    from .drawing import draw_classes
     from .files import load_classifier, save_classifier
     from .freezing import freeze_norm, set_trainable
     from .gathered_rows import top_k
@@ -45,7 +46,7 @@ _MODULE_OF = {
     "declared_options": "builders",
     "candidates_of": "candidates",
     "cross_entropy_among": "candidates",
-    "draw_classes": "candidates",
+    "draw_classes": "drawing",
     "build_classifier": "classifier",
     "Classifier": "classifier",
     "lazy_logits": "classifier",

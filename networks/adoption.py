@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .checkpoints import Tensors, first_few, read_checkpoint
 from .classifier import Classifier
+from .cosine import UnitTrunk
 
 COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated; nobody needs it
 
@@ -82,7 +84,10 @@ def adopt_weights(
     adopted: Tensors = {}
     if head is not None:
         adopted = _take_head(theirs, head, classifier, path, adoption)
-    trunk = classifier.trunk.state_dict()
+    net, place = classifier.trunk, "trunk."
+    if isinstance(net, UnitTrunk):
+        net, place = net.net, "trunk.net."
+    trunk = net.state_dict()
     fit = _best_fit(theirs, trunk)
     if head is None:
         fit = _leave_head_out(theirs, fit, adoption)
@@ -92,7 +97,7 @@ def adopt_weights(
     for name, tensor in theirs.items():
         own = fit.ours + name.removeprefix(fit.theirs)
         if own in trunk:
-            adopted[f"trunk.{own}"] = tensor
+            adopted[place + own] = tensor
     result = classifier.load_state_dict(adopted, strict=False)
     assert not result.unexpected_keys, result
     return adoption
@@ -110,6 +115,13 @@ def _take_head(
     weight, bias = parts.get(f"{name}.weight"), parts.get(f"{name}.bias")
     if weight is not None and weight.shape == own.weight.shape and weight.is_floating_point():
         adoption.with_head = True
+        if classifier.spec.cosine is not None:
+            if bias is not None:
+                raise ValueError(
+                    f'{path}: {name} has a bias, which no head of model.head = "cosine" has; '
+                    'take "linear", or leave generalist.head out'
+                )
+            weight = F.normalize(weight)
         if bias is None:
             bias = torch.zeros(len(weight))
         return {"head.weight": weight, "head.bias": bias}

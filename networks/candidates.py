@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,21 +78,6 @@ def candidates_of(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = Non
         row, column = (drawn[places] == own).nonzero(as_tuple=True)
         apart[row, places[row, column]] = False
     return Candidates(own, counted, drawn, apart)
-
-
-def draw_classes(num_classes: int, count: int, seed: int) -> Tensor:
-    """`count` distinct classes, each as likely as any other; all where there are no more.
-
-    Costs `count`, not `num_classes`.
-
-    Returns
-    -------
-    Tensor int64 [count], ascending
-    """
-    if count >= num_classes:
-        return torch.arange(num_classes)
-    drawn = np.random.default_rng(seed).choice(num_classes, count, replace=False, shuffle=False)
-    return torch.from_numpy(np.sort(drawn).astype(np.int64))
 
 
 def candidate_cross_entropy(

@@ -26,6 +26,13 @@ NETWORKS: dict[str, str] = {
     "embedding_bag": "networks.builders:embedding_bag",
 }
 
+# name in model.margin_kind and in model.json -> "module:function" of (the label's logits s cos [n],
+# s [n], margin) -> the label's logits with the margin, [n]
+MARGINS: dict[str, str] = {
+    "cosface": "networks.cosine:cosface",
+    "arcface": "networks.cosine:arcface",
+}
+
 # Keys under which checkpoints keep weights.  Of two that a file has, the averaged ones are better.
 AVERAGED = (
     "state_dict_ema",

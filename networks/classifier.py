@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .builders import INDICES_REMEDY, Builders, build_trunk, takes_indices
-from .heads import DustbinHead, GrownHead, ShardedLinear, make_head
+from .cosine import UnitRows, unit_trunk
+from .heads import DustbinHead, GrownHead, ShardedHead, make_head
 from .linear_logits import LinearLogits
 from .members import MemberHeads, RankOne, cut_trunk, member_head, share_weights
 from .row_head import RowHead
 from .spec import ModelSpec
 from .user_code import CONTRACT, blame
 
-Head = nn.Linear | DustbinHead | ShardedLinear | RowHead | GrownHead | MemberHeads | RankOne
+Head = (
+    nn.Linear | DustbinHead | ShardedHead | RowHead | GrownHead | UnitRows | MemberHeads | RankOne
+)
 
 
 class Classifier(nn.Module):
@@ -32,8 +37,8 @@ class Classifier(nn.Module):
         [B, *input.shape] -> features [B, D].
     head : Head
         nn.Linear and DustbinHead are what is saved.  GrownHead, while new classes are learnt,
-        ShardedLinear, while ranks split the rows, and RowHead, while few rows learn in each step,
-        are there during training only.
+        ShardedHead, while ranks split the rows, RowHead, while few rows learn in each step, and
+        UnitRows, while rows learn on the sphere, are there during training only.
     """
 
     spec: ModelSpec
@@ -108,7 +113,11 @@ class Classifier(nn.Module):
         return self
 
 
-def build_classifier(spec: ModelSpec, builders: Builders | None = None) -> Classifier:
+def build_classifier(
+    spec: ModelSpec,
+    builders: Builders | None = None,
+    make: Callable[[ModelSpec, int], Head] = make_head,
+) -> Classifier:
     """The network that `spec` describes, with fresh weights from torch's global generator.
 
     Parameters
@@ -118,6 +127,8 @@ def build_classifier(spec: ModelSpec, builders: Builders | None = None) -> Class
     builders : mapping, optional
         {name: callable(shape, **options) -> nn.Module, [B, *shape] -> [B, D]}, for specs that name
         one of them.  networks.choices says what a builder has to be.
+    make : callable, optional
+        (spec, number of features) -> the head of a plain network.
 
     Returns
     -------
@@ -141,9 +152,9 @@ def build_classifier(spec: ModelSpec, builders: Builders | None = None) -> Class
         raise ValueError(
             f"{spec.builder} reads {needed}; input.dtype is {spec.input.dtype} ({INDICES_REMEDY})"
         )
-    trunk = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
+    trunk = spec_trunk(spec, builders)
     features = _feature_size(trunk, spec)
-    head: Head = make_head(spec, features)
+    head: Head = make(spec, features)
     members = spec.members
     if members and members["kind"] == "heads":
         blocks, whole = members["blocks"], trunk
@@ -151,13 +162,19 @@ def build_classifier(spec: ModelSpec, builders: Builders | None = None) -> Class
         heads = [member_head(end, head)]
         for _ in range(1, members["count"]):
             if blocks:  # they draw their weights only as parts of a whole trunk
-                whole = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
+                whole = spec_trunk(spec, builders)
             heads.append(member_head(cut_trunk(whole, blocks)[1], make_head(spec, features)))
         head = MemberHeads(heads)
     classifier = Classifier(spec, trunk, head)
     if members and members["kind"] == "batch":
         share_weights(classifier, members["count"])
     return classifier
+
+
+def spec_trunk(spec: ModelSpec, builders: Builders | None = None) -> nn.Module:
+    """The trunk that `spec` describes, up to the features that its head reads."""
+    trunk = build_trunk(spec.builder, spec.input.shape, spec.options, builders)
+    return unit_trunk(trunk, spec.cosine)
 
 
 def parameter_count(module: nn.Module, trainable: bool = False) -> int:
@@ -186,7 +203,8 @@ def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
     Parameters
     ----------
     classifier : Classifier
-        Its head has one row per class; those of add_classes may still be learning.
+        Its head has one row per class; those of add_classes may still be learning.  Of one that
+        ranks split what is asked of the logits is collective.
     raw : Tensor [B, *input.shape]
 
     Returns
@@ -204,7 +222,11 @@ def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
             "the logits of a network with members are held; take member_log_probabilities"
         )
     head = classifier.head
-    assert isinstance(head, (nn.Linear, GrownHead)), f"no linear head: {type(head).__name__}"
+    if isinstance(head, ShardedHead):
+        return classifier(raw)
+    assert isinstance(head, (nn.Linear, GrownHead, UnitRows)), (
+        f"no linear head: {type(head).__name__}"
+    )
     features = classifier.trunk(classifier.preprocess(raw))
     weight = head.weight
     return LinearLogits(features, weight, head.bias, len(weight))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from .cosine import UnitTrunk
 from .freezing import trunk_blocks
 
 
@@ -35,6 +36,9 @@ def cut_at(trunk: nn.Module, blocks: int = 0) -> Cut:
     Raises ValueError for more blocks than there are, and for a trunk that is not an nn.Sequential
     and whose forward cannot be split before these blocks.
     """
+    if isinstance(trunk, UnitTrunk):
+        cut = cut_at(trunk.net, blocks)
+        return Cut(cut.body, cut.own, nn.Sequential(cut.end, trunk.unit))
     if isinstance(trunk, nn.Sequential) and type(trunk).forward is nn.Sequential.forward:
         return _cut_sequential(trunk, blocks)
     if blocks == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .builders import Builders
 from .checkpoints import first_few, read_safetensors
 from .classifier import Classifier, build_classifier
+from .row_files import RowFiles, index_path, write_index, write_part
 from .spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SPEC = "model.json"
 WEIGHTS = "model.safetensors"
+PREFIX = "model"  # of the files of a network whose head is split, and of their index
+SPLIT_HEAD, PLAIN_HEAD = "head.rows.", "head."  # before the names of the head's tensors
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -53,7 +56,7 @@ def load_classifier(
     device: str | torch.device = "cpu",
     builders: Builders | None = None,
 ) -> Classifier:
-    """The classifier that save_classifier wrote, in eval mode.
+    """The classifier that save_classifier wrote, or ranks that split its head, in eval mode.
 
     Torch's random generators are left as they were.
 
@@ -98,10 +101,45 @@ def load_built(
             module = build(spec, builders)
         except ValueError as error:
             raise ValueError(f"{directory / SPEC}: {error}") from None
-    tensors = read_safetensors(directory / WEIGHTS)
+    tensors = read_weights(directory)
     check_tensors(tensors, module.state_dict(), directory / WEIGHTS)
     module.load_state_dict(tensors)
     return module.to(device).eval()
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a saved network, from one file or from several that an index names.
+
+    Raises ValueError, naming the file, for one that is absent, corrupt or cut short.
+    """
+    if not (directory / WEIGHTS).is_file() and index_path(directory, PREFIX).is_file():
+        files = RowFiles.open(directory, PREFIX)
+        return {name: files.read(name) for name in files.names}
+    return read_safetensors(directory / WEIGHTS)
+
+
+def save_part(classifier: Classifier, directory: str | Path, part: int, parts: int) -> None:
+    """Write one rank's file of a classifier whose head is split; the first has the trunk, too.
+
+    Once all ranks have written, `finish_parts` completes the directory.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    rows, whole = {}, {}
+    for name, tensor in classifier.state_dict().items():
+        if name.startswith(SPLIT_HEAD):
+            rows[PLAIN_HEAD + name.removeprefix(SPLIT_HEAD)] = tensor
+        elif part == 0:
+            whole[name] = tensor
+    write_part(directory, PREFIX, part, parts, rows, whole)
+
+
+def finish_parts(classifier: Classifier, directory: str | Path, bounds: Sequence[int]) -> None:
+    """Write the index of all parts and model.json; bounds: the first class of each part, and C."""
+    saved = [name for name in classifier.state_dict() if name.startswith(SPLIT_HEAD)]
+    names = [PLAIN_HEAD + name.removeprefix(SPLIT_HEAD) for name in saved]
+    write_index(Path(directory), PREFIX, dict.fromkeys(names, tuple(bounds)))
+    classifier.spec.save(Path(directory) / SPEC)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], needed: Mapping[str, Tensor], path: Path) -> None:

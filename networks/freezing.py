@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .classifier import Classifier
+from .cosine import UnitTrunk
 
 
 def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
@@ -16,6 +17,8 @@ def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
     Of another module the children that have parameters, with each list of layers among them taken
     apart.
     """
+    if isinstance(trunk, UnitTrunk):
+        trunk = trunk.net
     if isinstance(trunk, nn.Sequential):
         return dict(trunk.named_children())
     blocks: dict[str, nn.Module] = {}

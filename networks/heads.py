@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .cosine import UnitRows, to_unit_rows
 from .linear_logits import Comm, LinearLogits
 from .spec import ModelSpec, checked_classes
 
@@ -78,29 +79,28 @@ class DustbinHead(nn.Module):
         return f"{self.in_features}, {len(self.classes)} of {self.num_classes} classes + dustbin"
 
 
-class ShardedLinear(nn.Module):
-    """One rank's rows of a linear head: [n, D] -> LinearLogits of all num_classes classes.
+class ShardedHead(nn.Module):
+    """One rank's rows of a head over all classes: [n, D] -> LinearLogits of all num_classes.
 
-    comm: how the ranks share the other rows.  block: classes at a time, as LinearLogits has it.
+    rows: a head of the same kind as the whole one, with this rank's classes alone.  comm: how the
+    ranks share the other rows.  block: classes at a time, as LinearLogits has it.
     """
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, rows: nn.Linear, num_classes: int, comm: Comm, block: int | None = None):
+    def __init__(self, rows: RowsHead, num_classes: int, comm: Comm, block: int | None = None):
         super().__init__()
         self.in_features = rows.in_features
         self.num_classes = num_classes
         self.comm = comm
         self.block = block
-        self.weight, self.bias = rows.weight, rows.bias
+        self.rows = rows
 
     def forward(self, features: Tensor) -> LinearLogits:
         comm = self.comm.of(features)
-        return LinearLogits(features, self.weight, self.bias, self.num_classes, self.block, comm)
+        weight, bias = self.rows.weight, self.rows.bias
+        return LinearLogits(features, weight, bias, self.num_classes, self.block, comm)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {len(self.weight)} of {self.num_classes} classes"
+        return f"{self.in_features}, some of {self.num_classes} classes"
 
 
 class GrownHead(nn.Module):
@@ -143,6 +143,9 @@ class GrownHead(nn.Module):
         return f"{self.in_features}, {len(self.classes)} of {len(self.fixed_weight)} rows learn"
 
 
+RowsHead = nn.Linear | GrownHead | UnitRows  # heads with a row for each class
+
+
 def make_head(spec: ModelSpec, in_features: int) -> nn.Linear | DustbinHead:
     """The head that `spec.head` describes, with fresh weights.
 
@@ -156,7 +159,10 @@ def make_head(spec: ModelSpec, in_features: int) -> nn.Linear | DustbinHead:
     if spec.head["kind"] == "dustbin" and spec.head["rows"] != "fresh":
         kept = spec.head.get("kept")
         return DustbinHead(in_features, spec.num_classes, spec.head["members"], kept)
-    return nn.Linear(in_features, spec.num_outputs)
+    linear = nn.Linear(in_features, spec.num_outputs)
+    if spec.cosine is not None and not spec.is_specialist:
+        to_unit_rows(linear)
+    return linear
 
 
 def make_linear(spec: ModelSpec, in_features: int) -> nn.Linear:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .drawing import draw_classes
 from .gathered_rows import LogitsAt, rows_at
 
 # Logits in memory at a time: 16 MiB stay near a CPU core, 256 MiB fill a GPU.
@@ -36,7 +37,7 @@ class Comm(Protocol):
     """How ranks that hold different classes of one linear layer exchange rows and sums.
 
     Each rank has n rows of a batch of N, and c of C classes; N and C are sums over the ranks.
-    of, gather, own_columns, max and sum are collective.
+    of, gather, stack, own_columns, max, sum and sum_own are collective.
     """
 
     @property
@@ -65,6 +66,10 @@ class Comm(Protocol):
         """[n, ...] of each rank -> [N, ...], in the order of the ranks."""
         ...
 
+    def stack(self, values: Tensor) -> Tensor:
+        """The same shape on each rank -> [ranks, ...]."""
+        ...
+
     def own(self, rows: Tensor) -> Tensor:
         """[N, ...] -> [n, ...], this rank's rows."""
         ...
@@ -79,6 +84,10 @@ class Comm(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over the ranks, entry by entry; values: the same shape on each, say [N, D]."""
+        ...
+
+    def sum_own(self, values: Tensor) -> Tensor:
+        """own(sum(values)), [N, ...] -> [n, ...], of which no rank gets the other ranks' rows."""
         ...
 
 
@@ -102,6 +111,9 @@ class LocalComm:
     def gather(self, rows: Tensor) -> Tensor:
         return rows
 
+    def stack(self, values: Tensor) -> Tensor:
+        return values[None]
+
     def own(self, rows: Tensor) -> Tensor:
         return rows
 
@@ -112,6 +124,9 @@ class LocalComm:
         return values
 
     def sum(self, values: Tensor) -> Tensor:
+        return values
+
+    def sum_own(self, values: Tensor) -> Tensor:
         return values
 
 
@@ -172,6 +187,17 @@ class Targets(NamedTuple):
         return sum(parts[1:], start=parts[0])
 
 
+class Moved(NamedTuple):
+    """What is added to a few logits of each row.
+
+    indices  int64 [N, k], classes, distinct in a row
+    values   [N, k]
+    """
+
+    indices: Tensor
+    values: Tensor
+
+
 class Summary(NamedTuple):
     """What metrics need to know of N rows of predictions.
 
@@ -205,6 +231,8 @@ class LinearLogits:
         Classes at a time; by default BLOCK_ENTRIES of the device over the number of rows.
     comm : Comm
         Carries rows and sums between the ranks that split the classes.
+    moved : Moved, optional
+        Added in losses alone.
     """
 
     features: Tensor
@@ -213,6 +241,7 @@ class LinearLogits:
     num_classes: int
     block: int | None = None
     comm: Comm = field(default_factory=LocalComm)
+    moved: Moved | None = None
 
     def add_bias(self, log_prior: Tensor | None) -> LinearLogits:
         """These logits + log_prior [C]."""
@@ -221,10 +250,20 @@ class LinearLogits:
         own = log_prior[self.comm.first : self.comm.first + len(self.weight)].to(self.weight)
         return replace(self, bias=own if self.bias is None else self.bias + own)
 
+    def without_bias(self) -> LinearLogits:
+        """features @ weight.T alone."""
+        return replace(self, bias=None)
+
+    def move(self, indices: Tensor, values: Tensor) -> LinearLogits:
+        """These logits, to which a loss adds `values` [n, k] at each row's `indices` [n, k]."""
+        assert self.moved is None, "logits are moved once"
+        return replace(self, moved=Moved(indices, values))
+
     def scale_by_temperature(self, temperature: float) -> LinearLogits:
         """These logits / temperature."""
         if temperature == 1:
             return self
+        assert self.moved is None, "a temperature comes before what moves logits"
         bias = None if self.bias is None else self.bias / temperature
         return replace(self, features=self.features / temperature, bias=bias)
 
@@ -245,7 +284,7 @@ class LinearLogits:
         negatives : int
             How many others to draw; all, if there are no more.
         draw : torch.Generator
-            In the same state on every rank.
+            In the same state on every rank.  What is drawn costs their number, not C.
 
         Returns
         -------
@@ -255,11 +294,14 @@ class LinearLogits:
             The labels as indices into them.
         """
         own_classes = self.comm.gather(labels).unique()
-        order = torch.randperm(self.num_classes, generator=draw).to(labels.device)
-        others = order[~torch.isin(order, own_classes)]
-        drawn = others[:negatives]
+        others = self.num_classes - len(own_classes)
+        seed = int(torch.randint(2**62, (), generator=draw))
+        places = draw_classes(others, negatives, seed).to(labels.device)
+        # The j-th of the others has so many of the batch's own before it.
+        before = own_classes - torch.arange(len(own_classes), device=labels.device)
+        drawn = places + torch.searchsorted(before, places, right=True)
         classes = torch.cat([own_classes, drawn]).sort().values
-        raised = torch.isin(classes, drawn) * math.log(max(1, len(others)) / max(1, len(drawn)))
+        raised = torch.isin(classes, drawn) * math.log(max(1, others) / max(1, len(drawn)))
         here = (classes >= self.comm.first) & (classes < self.comm.first + len(self.weight))
         rows = classes[here] - self.comm.first
         bias = raised[here].to(self.weight)
@@ -277,14 +319,23 @@ class LinearLogits:
     def logsumexp_and_dot(self, targets: Targets | None = None) -> tuple[Tensor, Tensor]:
         """(log sum_c exp z_c, sum_c t_c z_c), both [n] in float32, or float64 of float64.
 
-        Differentiable in features, weight and bias.
+        Differentiable in features, weight, bias and what moves the logits.
         """
         kind = self.features.device.type
         low = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         targets = targets or Targets()
+        indices, values = self.moved or (None, None)
         with torch.autocast(kind, enabled=False):
             return _LogSumExpAndDot.apply(
-                self.features, self.weight, self.bias, targets, low, self.block, self.comm
+                self.features,
+                self.weight,
+                self.bias,
+                values,
+                indices,
+                targets,
+                low,
+                self.block,
+                self.comm,
             )
 
     def cross_entropy(self, targets: Targets) -> Tensor:
@@ -321,18 +372,21 @@ class LinearLogits:
     def summary(self, k: int, labels: Tensor | None = None) -> Summary:
         """The k most probable classes of each row and what metrics need; labels: int64 [n].
 
-        Of classes that tie any may come first.  One rank only.
+        Of classes that tie any may come first.  Collective where ranks split the classes.
         """
-        k = min(k, self.num_classes)
-        dtype = torch.promote_types(self.features.dtype, torch.float32)
-        zeros = self.features.new_zeros(len(self.features), dtype=dtype)
+        comm, k = self.comm, min(k, self.num_classes)
+        gathered = comm.gather(self.features)
+        if labels is not None:
+            labels = comm.gather(labels) - comm.first
+        dtype = torch.promote_types(gathered.dtype, torch.float32)
+        zeros = gathered.new_zeros(len(gathered), dtype=dtype)
         peak = zeros - torch.inf
         total = zeros.clone()
         squares = zeros.clone()
         label_logit = zeros.clone()
         top = zeros.new_zeros(len(zeros), 0)
         classes = torch.zeros(len(zeros), 0, dtype=torch.int64, device=zeros.device)
-        x = self.features.to(self.weight)
+        x = gathered.to(self.weight)
         for start, z in _blocks(x, self.weight, self.bias, None, self.block):
             if labels is not None:
                 label_logit += _gather_columns(z, labels[:, None] - start)[:, 0]
@@ -346,8 +400,13 @@ class LinearLogits:
             _exp_(z.sub_(peak[:, None]))
             total = total * correction + z.sum(1)
             squares = squares * correction**2 + z.square_().sum(1)
-        log_sum = peak + total.log()
-        log_label = None if labels is None else label_logit - log_sum
+        highest = comm.max(peak)
+        correction = (peak - highest).exp_()
+        total = comm.sum_own(total * correction)
+        squares = comm.sum_own(squares * correction**2)
+        log_sum = comm.own(highest) + total.log()
+        log_label = None if labels is None else comm.sum_own(label_logit) - log_sum
+        top, classes = _largest_of_ranks(top, classes + comm.first, k, comm)
         return Summary(classes, (top - log_sum[:, None]).exp_(), log_label, squares / total**2)
 
 
@@ -360,6 +419,8 @@ class _LogSumExpAndDot(torch.autograd.Function):
         features: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        values: Tensor | None,
+        indices: Tensor | None,
         targets: Targets,
         low: torch.dtype | None,
         block: int | None,
@@ -367,11 +428,14 @@ class _LogSumExpAndDot(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         x = comm.gather(features).to(low or torch.promote_types(features.dtype, weight.dtype))
         t = _gather_targets(targets, comm)
+        moved = None
+        if values is not None and indices is not None:
+            moved = Moved(comm.gather(indices) - comm.first, comm.gather(values))
         dtype = torch.promote_types(x.dtype, torch.float32)
         peak = x.new_full((len(x),), -torch.inf, dtype=dtype)
         total = x.new_zeros(len(x), dtype=dtype)
         dot = torch.zeros_like(total)
-        for start, z in _blocks(x, weight, bias, low, block):
+        for start, z in _blocks(x, weight, bias, low, block, moved):
             if t.indices is not None and t.values is not None:
                 dot += _gather_columns(z, t.indices - start).mul_(t.values).sum(1)
             if t.dense is not None:
@@ -383,37 +447,43 @@ class _LogSumExpAndDot(torch.autograd.Function):
             sum_of_logits = x.to(dtype) @ weight.sum(0, dtype=dtype)
             if bias is not None:
                 sum_of_logits = sum_of_logits + bias.sum()
+            if moved is not None:
+                sum_of_logits = sum_of_logits + _sum_inside(moved, len(weight))
             dot += t.uniform * sum_of_logits
         highest = comm.max(peak)
         total = comm.sum(total * (peak - highest).exp())
         log_sum = highest + total.log()
-        ctx.save_for_backward(x, weight, bias, log_sum, *t)
+        ctx.save_for_backward(x, weight, bias, log_sum, *(moved or (None, None)), *t)
         ctx.settings = features.dtype, low, block, comm
-        return comm.own(log_sum), comm.own(comm.sum(dot))
+        return comm.own(log_sum), comm.sum_own(dot)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor):
-        x, weight, bias, log_sum, *t = ctx.saved_tensors
+        x, weight, bias, log_sum, indices, shift, *t = ctx.saved_tensors
         features_dtype, low, block, comm = ctx.settings
         t = Targets(*t)
+        moved = None if indices is None else Moved(indices, shift)
         d_log_sum, d_dot = (comm.gather(gradient) for gradient in gradients)
-        to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
+        to_x, to_weight, to_bias, to_moved = ctx.needs_input_grad[:4]
         d_x = torch.zeros_like(x, dtype=log_sum.dtype) if to_x else None
         d_weight = torch.empty_like(weight) if to_weight else None
         d_bias = torch.empty_like(bias) if to_bias else None
+        d_moved = torch.zeros_like(shift, dtype=log_sum.dtype) if to_moved else None
         # What is the same at every class, u_n d_dot_n, reaches weight as one row and x as the sum
         # of the weight's rows.
         even = t.uniform * d_dot if t.uniform is not None else torch.zeros_like(d_dot)
         even_x, even_bias = even.to(x) @ x, even.sum()
         values = t.values * d_dot[:, None] if t.values is not None else None
-        for start, z in _blocks(x, weight, bias, low, block):
+        for start, z in _blocks(x, weight, bias, low, block, moved):
             d_z = _exp_(z.sub_(log_sum[:, None])).mul_(d_log_sum[:, None])
             here = slice(start, start + z.shape[1])
             if t.indices is not None and values is not None:
                 _scatter_columns_(d_z, t.indices - start, values)
             if t.dense is not None:
                 d_z.addcmul_(t.dense[:, here].to(z), d_dot[:, None])
+            if d_moved is not None:
+                d_moved += _gather_columns(d_z, indices - start)
             if d_bias is not None:
                 d_bias[here] = (d_z.sum(0) + even_bias) * comm.share
             d_z = d_z.to(low) if low else d_z
@@ -424,8 +494,24 @@ class _LogSumExpAndDot(torch.autograd.Function):
         if d_x is not None:
             if t.uniform is not None:
                 d_x += torch.outer(even, weight.sum(0, dtype=d_x.dtype))
-            d_x = comm.own(comm.sum(d_x)).to(features_dtype)
-        return d_x, d_weight, d_bias, None, None, None, None
+            d_x = comm.sum_own(d_x).to(features_dtype)
+        if d_moved is not None:
+            inside = (indices >= 0) & (indices < len(weight))
+            d_moved += even[:, None] * inside
+            d_moved = comm.sum_own(d_moved).to(shift.dtype)
+        return d_x, d_weight, d_bias, d_moved, None, None, None, None, None
+
+
+def _largest_of_ranks(top: Tensor, classes: Tensor, k: int, comm: Comm) -> tuple[Tensor, Tensor]:
+    """(values, classes) [n, k] of this rank's rows, of each rank's [N, at most k] of all rows."""
+    lacking = k - top.shape[1]
+    values = comm.stack(F.pad(top, (0, lacking), value=-torch.inf))
+    columns = comm.stack(F.pad(classes, (0, lacking)))
+    if len(values) == 1:
+        return values[0], columns[0]
+    values, columns = (comm.own(each.transpose(0, 1).flatten(1)) for each in (values, columns))
+    best = values.topk(k, dim=1)
+    return best.values, columns.gather(1, best.indices)
 
 
 def _gather_targets(targets: Targets, comm: Comm) -> Targets:
@@ -438,7 +524,12 @@ def _gather_targets(targets: Targets, comm: Comm) -> Targets:
 
 
 def _blocks(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype | None, block: int | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    low: torch.dtype | None,
+    block: int | None,
+    moved: Moved | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(first class, z [N, at most block]) in turn; each z has the memory of the previous one."""
     block = block or max(64, BLOCK_ENTRIES[x.device.type] // max(1, len(x)))
@@ -456,6 +547,8 @@ def _blocks(
             torch.mm(x, rows.T, out=z)
         else:
             torch.addmm(bias[start : start + block], x, rows.T, out=z)
+        if moved is not None:
+            _scatter_columns_(z, moved.indices - start, moved.values)
         yield start, z
 
 
@@ -479,6 +572,12 @@ def _gather_columns(z: Tensor, columns: Tensor) -> Tensor:
     """z [N, c] at `columns` [N, k], 0 where a column is outside."""
     inside = (columns >= 0) & (columns < z.shape[1])
     return z.gather(1, columns.clamp(0, z.shape[1] - 1)) * inside
+
+
+def _sum_inside(moved: Moved, count: int) -> Tensor:
+    """[N], the sum of what is added to the logits of `count` classes."""
+    inside = (moved.indices >= 0) & (moved.indices < count)
+    return (moved.values * inside).sum(1)
 
 
 def _scatter_columns_(d_z: Tensor, columns: Tensor, values: Tensor) -> None:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from .cosine import UnitTrunk
+
 FACTOR_STD = 0.5  # of the fresh factors, whose mean is 1: Nam et al. 2021, section 4.1
 
 
@@ -44,6 +46,10 @@ def cut_trunk(trunk: nn.Module, blocks: int) -> tuple[nn.Module, nn.Sequential]:
     """
     if blocks == 0:
         return trunk, nn.Sequential()
+    if isinstance(trunk, UnitTrunk):
+        body, end = cut_trunk(trunk.net, blocks)
+        end.add_module("unit", trunk.unit)
+        return body, end
     if not isinstance(trunk, nn.Sequential) or type(trunk).forward is not nn.Sequential.forward:
         raise ValueError(
             f"members.blocks = {blocks}: only a trunk that is an nn.Sequential can be cut, "

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
+from .choices import MARGINS
 from .pictures import PictureRules
 
 SCHEMA = 1
@@ -19,6 +20,7 @@ HEAD_KINDS = ("linear", "dustbin", "branch")
 BRANCH_SIZES = {"embedding": 1, "blocks": 0, "features": 1}  # and the least of each
 DUSTBIN_ROWS = ("all", "kept", "fresh")
 MEMBER_KEYS = {"heads": ("kind", "count", "blocks"), "batch": ("kind", "count")}
+COSINE_KEYS = ("scale", "learned", "margin", "margin_kind")
 REQUIRED_KEYS = ("builder", "num_classes", "input", "shape")
 
 
@@ -158,6 +160,11 @@ class ModelSpec:
             K heads on one body, each made of the last N blocks and a linear layer
         {"kind": "batch", "count": K}
             a BatchEnsemble: every layer has rank-one factors of each member
+    cosine : dict, optional
+        None, or {"scale": s, "learned": bool, "margin": m, "margin_kind": kind} of a network whose
+        features have the norm s and whose rows learn with norm 1 (networks.cosine).  A scale that
+        is learned starts at s.  The margin is of what learned its classes from labels; kind is a
+        key of networks.choices.MARGINS.
 
     Raises
     ------
@@ -172,6 +179,7 @@ class ModelSpec:
     class_names: tuple[str, ...] = ()
     head: dict[str, Any] = field(default_factory=lambda: {"kind": "linear"})
     members: dict[str, Any] | None = None
+    cosine: dict[str, Any] | None = None
 
     def __post_init__(self):
         put = object.__setattr__
@@ -189,6 +197,7 @@ class ModelSpec:
         put(self, "head", _checked_head(self.head, self.num_classes))
         put(self, "class_names", self._checked_names())
         put(self, "members", _checked_members(self.members, self.head))
+        put(self, "cosine", _checked_cosine(self.cosine))
 
     def _checked_names(self) -> tuple[str, ...]:
         if not self.class_names and self.is_specialist:
@@ -222,7 +231,10 @@ class ModelSpec:
             del values["class_names"]  # thousands of specialists would repeat the generalist's
         if self.members is None:
             del values["members"]  # a plain network's file is what it was before there were members
-        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if self.cosine is None:
+            del values["cosine"]
+        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "
+"
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
@@ -356,6 +368,32 @@ def _checked_members(members: dict[str, Any] | None, head: dict[str, Any]) -> di
                 f"members.{key} = {checked[key]!r}: must be a whole number, at least {least}"
             )
     return checked
+
+
+def _checked_cosine(cosine: dict[str, Any] | None) -> dict[str, Any] | None:
+    if cosine is None:
+        return None
+    if not isinstance(cosine, dict):
+        raise ValueError(f"cosine = {cosine!r}: an object is needed")
+    for key in cosine:
+        if key not in COSINE_KEYS:
+            raise ValueError(f"unknown key cosine.{key}; {nearest(key, COSINE_KEYS)}")
+    scale, learned = cosine.get("scale"), cosine.get("learned", False)
+    margin, kind = cosine.get("margin", 0.0), cosine.get("margin_kind", "cosface")
+    if not _is_number(scale) or not 0 < scale < math.inf:
+        raise ValueError(f"cosine.scale = {scale!r}: must be a number greater than 0")
+    if not isinstance(learned, bool):
+        raise ValueError(f"cosine.learned = {learned!r}: must be true or false")
+    if kind not in MARGINS:
+        raise ValueError(f"cosine.margin_kind = {kind!r}: must be one of {', '.join(MARGINS)}")
+    if not _is_number(margin) or not 0 <= margin < 1:
+        raise ValueError(f"cosine.margin = {margin!r}: must be a number from 0 to below 1")
+    return {
+        "scale": float(scale),
+        "learned": learned,
+        "margin": float(margin),
+        "margin_kind": kind,
+    }
 
 
 def _checked_keys(values: dict[str, Any], cls: type, prefix: str) -> dict[str, Any]:

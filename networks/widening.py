@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .builders import builtin_options
 from .classifier import Classifier, build_classifier
+from .cosine import UnitTrunk
 from .heads import DustbinHead
 from .spec import ModelSpec
 
@@ -61,7 +62,9 @@ def widen(
         raise ValueError(
             "a network with members cannot be widened; widen the plain one, then give it members"
         )
-    if spec.builder not in WIDENABLE or not isinstance(classifier.trunk, nn.Sequential):
+    trunk = classifier.trunk
+    net = trunk.net if isinstance(trunk, UnitTrunk) else trunk
+    if spec.builder not in WIDENABLE or not isinstance(net, nn.Sequential):
         raise ValueError(f"only mlp and convnet can be widened, not {spec.builder}")
     target = _checked_target(spec, to) if isinstance(to, ModelSpec) else _wider_spec(spec, to)
     with torch.random.fork_rng(devices=[]):
@@ -73,6 +76,8 @@ def widen(
             raise ValueError(
                 f"a layer of {old.weight.shape[0]} units cannot be widened to {new.weight.shape[0]}"
             )
+    if isinstance(trunk, UnitTrunk):
+        _keep_norms(trunk, wider.trunk, *pairs[-1])
     # origin: the old unit that each unit of the layer below copies; first the inputs themselves.
     num_units = math.prod(spec.input.shape) if spec.builder == "mlp" else spec.input.shape[0]
     origin = torch.arange(num_units)
@@ -84,6 +89,19 @@ def widen(
                 origin = _widen_layer(old, new, origin, num_units, generator)
                 num_units = old.weight.shape[0]
     return wider.train(classifier.training)
+
+
+def _keep_norms(old: UnitTrunk, new: nn.Module, head: nn.Module, wider_head: nn.Module) -> None:
+    """The scale goes on.  ValueError where more features would have other norms."""
+    size, wider = (layer.get_parameter("weight").shape[1] for layer in (head, wider_head))
+    if size != wider:
+        raise ValueError(
+            f"{size} features of a cosine head cannot be widened to {wider}, which have another "
+            "norm; widen what stands before an embedding of the same size"
+        )
+    assert isinstance(new, UnitTrunk)
+    with torch.no_grad():
+        new.unit.scale.copy_(old.unit.scale)
 
 
 def _widen_norm(old: nn.Module, new: nn.Module, origin: Tensor) -> None:
@@ -173,7 +191,7 @@ def _unwidened(spec: ModelSpec) -> tuple:
     """What two specs share if one can be widened to the other."""
     options = builtin_options(spec.builder) | spec.options
     fixed = {name: value for name, value in options.items() if name not in WIDTHS | DROPOUTS}
-    return spec.builder, fixed, spec.input, spec.head, spec.members
+    return spec.builder, fixed, spec.input, spec.head, spec.members, spec.cosine
 
 
 def _option(spec: ModelSpec, name: str) -> Any:

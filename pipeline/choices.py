@@ -13,7 +13,7 @@ from importlib import import_module
 
 from clustering.choices import CHOOSE_ALL_GROUPS, METHODS
 from ensemble.choices import COMBINER_ALIASES, COMBINERS, MEANS
-from networks.choices import NETWORKS
+from networks.choices import MARGINS, NETWORKS
 
 __all__ = [
     "AUGMENTATIONS",
@@ -25,6 +25,7 @@ __all__ = [
     "MEANS",
     "ENGINES",
     "LOSSES",
+    "MARGINS",
     "METHODS",
     "NETWORKS",
     "STUDENT_METHODS",
@@ -48,7 +49,8 @@ class EngineKind:
     """An engine and what it can do; the config's validators ask this row, never the name.
 
     engine: "module:Class" of a trainer.engines.Engine.
-    sharded_head: the class that serves `engine.shard_head = true`; None if the engine cannot.
+    sharded_head: the class that serves `engine.shard_head = true`, of (config, ranks, split); None
+        if the engine cannot.
     splits_weights: whether no rank holds the whole network at a given zero_stage.
     whole_weights: the setting of [engine] with which each rank holds all weights, for messages.
     package: what it needs to be installed beside torch.

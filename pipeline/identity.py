@@ -98,19 +98,40 @@ def file_hash(path: Path | None) -> str | None:
 
 def network_identity(directory: str) -> list[str | None]:
     """What a teacher from elsewhere is: the contents of the files that describe and hold it."""
-    names = (
-        "ensemble.json",
-        "generalist/model.safetensors",
-        "model.json",
-        "model.safetensors",
-    )
-    return [file_hash(Path(directory) / name) for name in names]
+    folder = Path(directory)
+    return [
+        file_hash(folder / "ensemble.json"),
+        weights_hash(folder / "generalist"),
+        file_hash(folder / "model.json"),
+        weights_hash(folder),
+    ]
 
 
 def classifier_identity(directory: str) -> list[str | None]:
-    """What one network is, of a run its generalist: the contents of its two files."""
+    """What one network is, of a run its generalist: the contents of its files."""
     folder = classifier_folder(Path(directory))
-    return [file_hash(folder / name) for name in ("model.json", "model.safetensors")]
+    return [file_hash(folder / "model.json"), weights_hash(folder)]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that hold a saved network's weights: one, or those of the ranks that split its head.
+
+    [] where there is none, or the index of several is not there yet.
+    """
+    whole = folder / "model.safetensors"
+    if whole.is_file():
+        return [whole]
+    if not (folder / "model.safetensors.index.json").is_file():
+        return []
+    return sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def weights_hash(folder: Path) -> str | None:
+    """sha256 of the file of a network's weights, or of all files' one after the other."""
+    hashes = [file_hash(path) for path in weight_files(folder)]
+    if len(hashes) < 2:
+        return next(iter(hashes), None)
+    return hashlib.sha256("".join(map(str, hashes)).encode()).hexdigest()
 
 
 def classifier_folder(path: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from .config import UserError
-from .identity import classifier_folder, classifier_identity, file_hash
+from .identity import classifier_folder, classifier_identity, file_hash, weight_files
 from .stages import KINDS, StageKind
 from .store import Stage, read_json
 
@@ -456,7 +456,7 @@ def check_classifier(key: str, path: str, num_classes: int | None, source: str) 
             f"{key}: {path} holds no network (no readable model.json); name a "
             "run whose generalist is done, or a directory of a saved network"
         ) from None
-    if not (folder / "model.safetensors").is_file():
+    if not weight_files(folder):
         raise UserError(f"{key}: {path} has no model.safetensors; finish that run first")
     if num_classes not in (None, theirs):
         raise UserError(

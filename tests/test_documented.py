@@ -159,6 +159,7 @@ STAND_INS = {
 BESIDE = {
     "hydra": ["ensemble.kind=deep"],
     "batch_ensemble": ["ensemble.kind=deep"],
+    "arcface": ["model.head=cosine"],
 }
 
 

@@ -108,11 +108,13 @@ class Session:
         measure: Callable[[Batch], dict[str, Tensor]],
         ids: np.ndarray | None = None,
         rows: int | None = None,
+        together: bool = False,
     ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards.
 
         ids: only these examples, in this order.  rows: of a batch, at most; by default as many as
-        have PROBABILITIES_IN_MEMORY.  Every rank returns the whole, "ids" among it;
+        have PROBABILITIES_IN_MEMORY.  together: `measure` is collective, so every rank calls it as
+        often as the others.  Every rank returns the whole, "ids" among it;
         corrupt examples are absent where data.damage = skip allows it.
         """
         stream = MeasuringStream(shards, rows or measuring_batch(self.num_classes), ids=ids)
@@ -125,6 +127,8 @@ class Session:
                 batch = batch.to(self.ranks.device)
                 values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
                 collected.add({"ids": batch.ids.cpu().numpy(), **values})
+            if together and stream.lacks_batch(self.ranks.rank, self.ranks.world_size):
+                measure(stream.blank().to(self.ranks.device))
         gathered = gather((collected.arrays(), lost), self.ranks)
         parts = [arrays for arrays, _ in gathered if arrays]
         if not parts:

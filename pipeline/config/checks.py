@@ -33,6 +33,7 @@ def check_all(config: Config) -> None:
     check_negatives(config)
     check_losses(config)
     check_averages(config)
+    check_margin(config)
     check_branches(config)
     check_rerank(config)
 
@@ -53,7 +54,7 @@ def check_student_name(name: str) -> None:
 def check_model(section: str, model: dict, config: Config) -> None:
     """Its own keys of [model] that a section has are keys of [model]."""
     try:
-        Model.model_validate({**config.model.model_dump(), **model})
+        config.model.merged(model)
     except ValidationError as errors:
         error = errors.errors()[0]
         key = ".".join([section, "model", *map(str, error["loc"])])
@@ -88,10 +89,6 @@ def check_full_softmax(config: Config) -> None:
     key = "specialists.hard_negatives"
     if section.dustbin == "full":
         key = 'specialists.dustbin = "full"'
-    if config.engine.shard_head:
-        raise ValueError(
-            f"{key} computes all logits, engine.shard_head = true never does; leave one out"
-        )
     if section.label_smoothing:
         raise ValueError(
             f"{key} has a loss of its own, without label_smoothing = {section.label_smoothing}: "
@@ -142,11 +139,6 @@ def check_extend(config: Config) -> None:
         raise ValueError(
             f"specialists.from = {config.specialists.start!r}: with extend.run the new classes' "
             "specialist starts as the generalist that got rows for them; leave it out"
-        )
-    if config.engine.shard_head:
-        raise ValueError(
-            "extend.run trains a few rows of the head, and engine.shard_head = true "
-            "splits them all over the ranks; set it to false"
         )
 
 
@@ -236,15 +228,30 @@ def check_averages(config: Config) -> None:
     """Averaged weights are of networks that a rank holds whole."""
     engine = config.engine
     for name, section in schedules(config).items():
-        # A specialist's head is never split over the ranks.
-        split = engine.splits_weights or (engine.shard_head and name != "specialists")
-        if section.ema and split:
+        if section.ema and engine.splits_weights:
             remedy = "set ema = 0"
             if engine.kind.whole_weights:
                 remedy = f"take engine.{engine.kind.whole_weights}, or ema = 0"
             raise ValueError(
                 f"{name}.ema = {section.ema}: no rank holds the weights to average; {remedy}"
             )
+
+
+def check_margin(config: Config) -> None:
+    """A margin moves the logit of a label, from the head's rows, in the cross-entropy alone."""
+    margin = config.model.margin
+    if not margin:
+        return
+    if config.engine.splits_weights:
+        raise ValueError(
+            f"model.margin = {margin}: the loss reads the head's rows, which no rank holds; take "
+            f"engine.{config.engine.kind.whole_weights}, or margin = 0"
+        )
+    if config.train.loss != DEFAULT_SCHEDULE.loss:
+        raise ValueError(
+            f'model.margin = {margin} is of loss = "{DEFAULT_SCHEDULE.loss}", and train.loss = '
+            f'"{config.train.loss}"; leave one of them out'
+        )
 
 
 def check_branches(config: Config) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -46,8 +46,9 @@ class Schedule(Section):
     # of class labels, a name in pipeline.choices.LOSSES
     loss: str | None = None
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
-    # with engine.shard_head: other classes that labels are compared with; None = all
-    negatives: int | None = Field(default=None, gt=0)
+    # with engine.shard_head: other classes that labels are compared with, or their share of all
+    # classes, below 1; None = all
+    negatives: int | Annotated[float, Field(lt=1)] | None = Field(default=None, gt=0)
     # decay per step of the averaged weights; 0 = none
     ema: float | None = Field(default=None, ge=0, lt=1)
     # micro-batches per optimizer step

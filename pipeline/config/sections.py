@@ -17,6 +17,7 @@ from ..choices import (
     COMBINERS,
     CONTROL_ROWS,
     ENGINES,
+    MARGINS,
     MEANS,
     METHODS,
     NETWORKS,
@@ -100,6 +101,9 @@ class Data(Section):
         return self
 
 
+OF_COSINE = ("scale", "margin", "margin_kind")  # keys of a head of cosines alone
+
+
 class Model(Section):
     """The network.  `options` is for timm models and a user's own builder."""
 
@@ -112,6 +116,33 @@ class Model(Section):
     embedding: int | None = Field(default=None, ge=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     options: dict[str, Any] = {}
+    # cosine: logits are scale * cos(features, row), and rows learn with norm 1
+    head: Literal["linear", "cosine"] = "linear"
+    # of cosine: the cosines' factor; None: learned, from sqrt(2) log(C - 1) on
+    scale: float | None = Field(default=None, gt=0)
+    # of cosine, where labels of all classes are learnt: what the label's cosine, or angle, lacks
+    margin: float = Field(default=0.0, ge=0, lt=1)
+    margin_kind: str = "cosface"
+
+    @field_validator("margin_kind")
+    @classmethod
+    def _margin_kind(cls, value):
+        return one_of(value, MARGINS)
+
+    @model_validator(mode="after")
+    def _of_cosines(self):
+        for key in OF_COSINE:
+            value, default = getattr(self, key), Model.model_fields[key].default
+            if self.head != "cosine" and value != default:
+                raise ValueError(f'model.{key} = {value!r} is of head = "cosine"; leave it out')
+        return self
+
+    def merged(self, own: dict[str, Any]) -> Model:
+        """These keys, of which a section's own ones count first."""
+        values = self.model_dump()
+        if own.get("head", self.head) != self.head:
+            values = {key: value for key, value in values.items() if key not in OF_COSINE}
+        return Model.model_validate({**values, **own})
 
     @field_validator("name")
     @classmethod
@@ -389,6 +420,10 @@ class Engine(Section):
     shard_head: bool = False
     # classes whose logits are computed at a time; None = what fits a cache
     head_block: int | None = Field(default=None, gt=0)
+    # a trunk's blocks are computed again in the backward pass, and what they made is not kept
+    checkpoint_activations: bool = False
+    # of deepspeed: further keys of its config
+    deepspeed: dict[str, Any] = {}
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # a rank that makes no step and measures no batch for so long is ended
     hang_s: float = Field(default=900, gt=0)
@@ -407,6 +442,20 @@ class Engine(Section):
             raise ValueError(
                 f'engine.shard_head = true needs engine.name = "{able}": '
                 f'"{self.name}" would average the rows of the ranks'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_deepspeed(self):
+        if self.deepspeed and self.name != "deepspeed":
+            raise ValueError(
+                f'engine.deepspeed is of engine.name = "deepspeed", and it is "{self.name}"; '
+                "leave it out"
+            )
+        if self.checkpoint_activations and self.splits_weights:
+            raise ValueError(
+                f"engine.checkpoint_activations = true computes blocks again whose weights are "
+                f"given back by then; take engine.{self.kind.whole_weights}, or set it to false"
             )
         return self
 

@@ -11,8 +11,8 @@ from networks.candidates import (
     candidate_cross_entropy,
     candidates_of,
     cross_entropy_among,
-    draw_classes,
 )
+from networks.drawing import draw_classes
 from networks.linear_logits import LinearLogits
 
 ROWS, CLASSES, FEATURES = 5, 7, 3

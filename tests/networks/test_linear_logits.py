@@ -203,6 +203,24 @@ def test_the_sum_of_exponentials_over_sampled_classes_is_unbiased():
     assert shortfalls[0] > shortfalls[1] > 0
 
 
+def test_what_is_drawn_is_distinct_other_classes_and_each_as_often():
+    """In a huge label set the draw costs what it gives: no permutation of all classes."""
+    features, counts = torch.zeros(2, 1), torch.zeros(7)
+    logits = LinearLogits(features, torch.arange(7.0)[:, None], None, 7)
+    own = torch.tensor([5, 2])
+    for seed in range(600):
+        some, _ = logits.sampled(own, 2, seeded(seed))
+        classes = some.weight[:, 0].long()
+        assert len(classes) == 4 and torch.equal(classes, classes.unique())
+        assert {2, 5} < set(classes.tolist())
+        counts[classes] += 1
+    assert counts[[2, 5]].tolist() == [600, 600]
+    drawn = counts[[0, 1, 3, 4, 6]]  # 240 each on average, with a deviation of 12
+    assert (drawn - 240).abs().max() < 48
+    huge = LinearLogits(torch.zeros(1, 1), torch.zeros(1, 1).expand(2**40, 1), None, 2**40)
+    assert huge.sampled(torch.tensor([2**39]), 5, seeded(0))[0].num_classes == 6
+
+
 def test_sampled_labels_name_the_same_classes():
     features, weight, bias = parts()
     some, among = LinearLogits(features, weight, bias, CLASSES).sampled(labels(), 3, seeded(0))

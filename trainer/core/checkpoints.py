@@ -1,7 +1,8 @@
 """Checkpoints: a directory under a temporary name, then renamed; complete only with its marker.
 
 `state.pt` holds tensors and plain values only.  It is read with `weights_only=True`, so that
-nothing is unpickled into code.
+nothing is unpickled into code.  Of a head that is split over the ranks each writes its own rows,
+state-00001-of-00002.safetensors and so on (networks.row_files); trainer.core.split_state has them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
+from networks.row_files import write_index, write_part
 from pipeline.config import UserError
 from pipeline.failures import existing, size_text
 from pipeline.store import COMPLETE, complete_checkpoints
 
-from ..distributed.ranks import ALONE, Ranks, broadcast
+from ..distributed.ranks import ALONE, Ranks, broadcast, gather
+from .split_state import PREFIX, bounds_of, read_rows, take_rows
 
 State = dict  # of tensors and plain values, nested in dicts and lists
 
@@ -39,9 +44,15 @@ def save_checkpoint(
     Raises UserError, on every rank, where it cannot be written.  Nothing is left of it then, and
     the earlier checkpoints are unchanged.
     """
-    problem = None
+    problem, final = None, checkpoint_path(directory, step)
+    temporary = directory / f".{final.name}.{uuid.uuid4().hex[:8]}"
+    if "rows" in state:
+        temporary = Path(broadcast(str(temporary), ranks))
+        problem, state = write_rows(temporary, state, ranks)
+    if ranks.is_main and problem is None:
+        problem = _write(temporary, final, state)
     if ranks.is_main:
-        problem = _write(directory, checkpoint_path(directory, step), state)
+        shutil.rmtree(temporary, ignore_errors=True)
     problem = broadcast(problem, ranks)
     if problem:
         raise UserError(_refusal(directory, step, problem))
@@ -66,7 +77,9 @@ class Saver:
 
         An asynchronous save waits for the previous one and raises its error.
         """
-        if self.thread is None:
+        # Of a split head every rank writes a part, and they agree on when it is done.
+        if self.thread is None or "rows" in state:
+            self.wait()
             save_checkpoint(self.directory, step, state, self.keep, best=best, ranks=self.ranks)
         elif self.ranks.is_main:
             self.wait()
@@ -118,18 +131,39 @@ def checkpoint_path(directory: Path, step: int) -> Path:
     return directory / f"step-{step:08d}"
 
 
-def load_checkpoint(directory: Path, step: int, device: torch.device | str = "cpu") -> State:
-    path = checkpoint_path(directory, step) / "state.pt"
-    return torch.load(path, map_location=device, weights_only=True)
+def load_checkpoint(
+    directory: Path,
+    step: int,
+    device: torch.device | str = "cpu",
+    own_rows: Mapping[str, slice] | None = None,
+) -> State:
+    """The state, mapped from its file on a CPU; of tensors in `own_rows` these rows alone."""
+    path = checkpoint_path(directory, step)
+    state = torch.load(path / "state.pt", map_location=device, weights_only=True, mmap=True)
+    return read_rows(path, state, own_rows or {})
 
 
-def _write(directory: Path, final: Path, state: State) -> str | None:
+def write_rows(temporary: Path, state: State, ranks: Ranks) -> tuple[str | None, State]:
+    """(what went wrong on any rank, the state without what is now in files); collective."""
+    rows, state = take_rows(state)
+    problem = None
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        write_part(temporary, PREFIX, ranks.rank, ranks.world_size, rows)
+    except (OSError, SafetensorError) as error:
+        problem = f"{_reason(error)}; a rank's part of it takes {size_text(_bytes_of(rows))}"
+    problems = [each for each in gather(problem, ranks) if each]
+    if not problems and ranks.is_main:
+        write_index(temporary, PREFIX, bounds_of(rows, state["rows"]))
+    return next(iter(problems), None), state
+
+
+def _write(temporary: Path, final: Path, state: State) -> str | None:
     """What went wrong with the disk, or None."""
     if (final / COMPLETE).exists():
         return None
-    temporary = directory / f".{final.name}.{uuid.uuid4().hex[:8]}"
     try:
-        temporary.mkdir(parents=True)
+        temporary.mkdir(parents=True, exist_ok=True)
         with open(temporary / "state.pt", "wb") as file:
             torch.save(state, file)
             file.flush()

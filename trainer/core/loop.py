@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -37,7 +37,10 @@ class Interrupted(SystemExit):
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What one network learns, from which examples, how and how long."""
+    """What one network learns, from which examples, how and how long.
+
+    dense: whether the objective reads [B, C] logits, for which no rank's head is split.
+    """
 
     network: nn.Module
     objective: Objective
@@ -46,6 +49,7 @@ class TrainingTask:
     steps: int
     validate: Validate | None = None
     workers: int = 0  # processes that read batches ahead
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,19 @@ class Trainer:
         self.engine = engine
         self.ranks = ranks
         self.files = files
-        self.progress, state = resume(files.checkpoints, ranks)
-        saved = state or {}
-        self.best: dict[str, Tensor] | None = saved.get("best")  # weights, with patience
+        self.progress, state = resume(files.checkpoints, ranks, engine.own_rows(task.network))
         self.network = task.network.to(ranks.device)
+        self.module = engine.prepare(self.network, schedule, state)
+        # What goes on of a checkpoint is on the device now, as copies: nothing keeps its file.
+        saved = state or {}
+        self.best: dict[str, Tensor] | None = None  # weights, with patience
+        if saved.get("best") is not None:
+            self.best = {name: _copied(v, ranks) for name, v in saved["best"].items()}
         self.average: AveragedWeights | None = None
         if schedule.ema:
-            self.average = AveragedWeights(self.network, schedule.ema, saved.get("average"))
-        self.module = engine.prepare(self.network, schedule, state)
+            average = {name: _copied(v, ranks) for name, v in (saved.get("average") or {}).items()}
+            self.average = AveragedWeights(self.network, schedule.ema, average)
+        del state, saved
         self.logger = MetricsLogger(
             files.metrics,
             self.progress,
@@ -202,7 +211,7 @@ class Trainer:
         with self.engine.eval_model(self.average) as network:
             metrics = self.task.validate(network)
             if patience and metrics["loss"] < progress.best_loss:
-                self.best = {name: value.clone() for name, value in network.state_dict().items()}
+                self.best = self.engine.remember(network)
         self.module.train()
         row = {f"val/{name}": value for name, value in metrics.items()}
         self.logger.write({"step": progress.step, **row})
@@ -223,12 +232,12 @@ class Trainer:
 
     def export(self) -> nn.Module:
         """The plain network with the weights that the run is for, in eval mode; collective."""
-        network = self.engine.export()
+        weights = None
         if self.task.schedule.patience and self.best is not None:
-            network.load_state_dict(self.best)
+            weights = self.best
         elif self.average is not None:
-            self.average.swap(network)
-        return network.eval()
+            weights = self.average.average
+        return self.engine.export(weights).eval()
 
     def summary(self) -> TrainingSummary:
         progress = self.progress
@@ -261,8 +270,18 @@ def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, State | None]:
+def _copied(value: Tensor, ranks: Ranks) -> Tensor:
+    return value.to(ranks.device, copy=True)
+
+
+def resume(
+    checkpoints: Path, ranks: Ranks, own_rows: Mapping[str, slice] | None = None
+) -> tuple[Progress, State | None]:
     """The newest checkpoint's progress and state; its random generators are set.
+
+    The state's tensors lie in the file, of which the operating system reads what is copied.
+
+    own_rows: rows of this rank alone that are read of some tensors, by name.
 
     The checkpoint may be another engine's, or of another number of ranks.  Where there is none, a
     fresh progress and None.
@@ -270,7 +289,7 @@ def resume(checkpoints: Path, ranks: Ranks) -> tuple[Progress, State | None]:
     step = broadcast(newest_step(checkpoints), ranks)
     if step is None:
         return Progress(), None
-    state = load_checkpoint(checkpoints, step, ranks.device)
+    state = load_checkpoint(checkpoints, step, own_rows=own_rows)
     if len(state["rng"]) == ranks.world_size:
         set_random_state(state["rng"][ranks.rank], ranks)
     return Progress(**state["progress"]), state

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from networks.candidates import candidates_of, cross_entropy_among, draw_classes
+from networks.candidates import candidates_of, cross_entropy_among
+from networks.drawing import draw_classes
 from networks.linear_logits import Comm, LinearLogits
 from networks.row_head import RowHead
 from pipeline.config import ResolvedStudent
@@ -42,14 +43,17 @@ Objective = Callable[[nn.Module, Batch], Tensor]
 # [K, B, C]: probabilities, what is stored of them, or logits
 TeacherTargets = Tensor | TopKTargets | LogitTargets
 Teacher = Callable[[Batch], TeacherTargets]
+# (logits, labels [B]) -> these logits, the label's moved by a margin
+LabelMargin = Callable[[LinearLogits, Tensor], LinearLogits]
 Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
 def classify(
     label_smoothing: float = 0.0,
     log_prior: Tensor | None = None,
-    negatives: int | None = None,
+    negatives: float | None = None,
     loss: Loss = cross_entropy,
+    margin: LabelMargin | None = None,
 ) -> Objective:
     """Learn all classes from labels.
 
@@ -58,11 +62,13 @@ def classify(
     label_smoothing : float
     log_prior : Tensor [C], optional
         Where the stream resamples the classes; see `classification_loss`.
-    negatives : int, optional
-        Of a sharded head: learn each batch's own classes against so many others, drawn anew for
-        each batch.
+    negatives : int or float, optional
+        Of a sharded head: learn each batch's own classes against so many others, or against this
+        share of all classes, drawn anew for each batch.
     loss : callable
         (logits [B, C], labels [B], label_smoothing) -> scalar mean.
+    margin : callable, optional
+        Of a cosine head, which gives LinearLogits: moves the label's logit.
     """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
@@ -74,12 +80,21 @@ def classify(
             logits = logits.flatten(0, 1)
         if negatives is not None:
             assert isinstance(logits, LinearLogits), "negatives are of a sharded head"
+            count = _count(negatives, logits.num_classes)
             generator = negatives_generator(batch, logits.comm)
-            logits, labels = logits.add_bias(prior).sampled(labels, negatives, generator)
+            logits, labels = logits.add_bias(prior).sampled(labels, count, generator)
             prior = None
+        if margin is not None:
+            assert isinstance(logits, LinearLogits), "a margin is of logits that are read in blocks"
+            logits = margin(logits, labels)
         return classification_loss(logits, labels, label_smoothing, prior, loss)
 
     return objective
+
+
+def _count(negatives: float, num_classes: int) -> int:
+    """A whole number as it is, and a share below 1 of the classes."""
+    return negatives if isinstance(negatives, int) else max(1, round(negatives * num_classes))
 
 
 def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:

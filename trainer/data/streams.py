@@ -432,6 +432,17 @@ class MeasuringStream(_Stream):
     def _ids_of(self, number: int) -> np.ndarray:
         return self.ids[number * self.batch_size : (number + 1) * self.batch_size]
 
+    def lacks_batch(self, rank: int, world_size: int) -> bool:
+        """Whether this rank has one batch less than rank 0."""
+        num_batches = -(-len(self.ids) // self.batch_size)
+        return 0 < num_batches % world_size <= rank
+
+    def blank(self) -> Batch:
+        """A batch of one input of zeros, which is no sample."""
+        none = torch.zeros(1, dtype=torch.int64)
+        inputs = _new_tensor((1, *self.shards.input_shape), self.shards.input_dtype)
+        return Batch(inputs=inputs.zero_(), labels=none, ids=none, source=none)
+
     def loader(self, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
         """This rank's batches: rank, rank + world_size, ...
 

@@ -6,6 +6,7 @@ The loop knows an `Engine` and no more: any class with these methods is one.  No
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -66,7 +67,8 @@ class Engine(Protocol):
         """What a checkpoint keeps of network and optimizer, whole on rank 0; collective.
 
         {"network": {name: tensor}, "optimizer": {parameter: {key: tensor}}}, by the names of the
-        parameters, so that every engine can resume from it.
+        parameters, so that every engine can resume from it.  Of a split head every rank has its own
+        rows, and "rows" says which: {name: the first row of each rank, and their number}.
         """
         ...
 
@@ -77,10 +79,20 @@ class Engine(Protocol):
         """
         ...
 
-    def export(self) -> nn.Module:
+    def own_rows(self, network: nn.Module) -> dict[str, slice]:
+        """Of a head that `prepare` will split the rows of this rank, by the tensors' names."""
+        ...
+
+    def remember(self, network: nn.Module) -> dict[str, Tensor]:
+        """A copy of the weights of eval_model's network; of a split head this rank's rows."""
+        ...
+
+    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
         """The plain network with the trained weights, whole on every rank; collective.
 
-        No step can follow.
+        A head may stay split, where build_engine says so.  No step can follow.
+
+        weights: what it has instead of the last step's, as `remember` or averages name them.
         """
         ...
 
@@ -89,18 +101,22 @@ class Engine(Protocol):
         ...
 
 
-def build_engine(config: EngineConfig, ranks: Ranks, by_rows: bool = False) -> Engine:
+def build_engine(
+    config: EngineConfig, ranks: Ranks, by_rows: bool = False, split: bool = False
+) -> Engine:
     """The engine that [engine] asks for, on these ranks.
 
     Only the chosen engine's module is imported, and so DeepSpeed only where it is chosen.
 
-    by_rows: for a network whose head is a RowHead, which every rank has whole.
+    by_rows: for a network whose head is a RowHead, which every rank has whole.  split: a head that
+    is split stays so in validation and in what is exported.
     """
     target = config.kind.engine
     if by_rows:
         target = "trainer.engines.rows:RowHeadEngine"
     elif config.shard_head:
         assert config.kind.sharded_head is not None, "the config has checked it"
-        target = config.kind.sharded_head
+        sharded: Callable[[EngineConfig, Ranks, bool], Engine] = resolve(config.kind.sharded_head)
+        return sharded(config, ranks, split)
     engine_class: type[Engine] = resolve(target)
     return engine_class(config, ranks)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -50,11 +50,17 @@ class DDPEngine:
             load_optimizer_state(self.optimizer, network, state["optimizer"])
             if self.scaler.is_enabled() and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
+        if not any(parameter.requires_grad for parameter in self.averaged(network)):
+            return network  # there is no gradient that ranks would have to exchange
         devices = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
         self.module = DistributedDataParallel(
             network, device_ids=devices, gradient_as_bucket_view=True
         )
         return self.module
+
+    def averaged(self, network: nn.Module) -> Iterable[nn.Parameter]:
+        """Those whose gradients ranks average."""
+        return network.parameters()
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(
@@ -63,8 +69,7 @@ class DDPEngine:
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are exchanged once a step, in the last micro-batch."""
-        assert self.module is not None, "prepare comes first"
-        if last:
+        if last or self.module is None:
             return nullcontext()
         return self.module.no_sync()
 
@@ -103,7 +108,14 @@ class DDPEngine:
             if average:
                 average.swap(self.network)
 
-    def export(self) -> nn.Module:
+    def own_rows(self, network: nn.Module) -> dict[str, slice]:
+        return {}
+
+    def remember(self, network: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in network.state_dict().items()}
+
+    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        self.network.load_state_dict(weights or {}, strict=False)
         return self.network
 
     def close(self) -> None:

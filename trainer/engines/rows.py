@@ -94,10 +94,17 @@ class RowHeadEngine:
             finally:
                 network.head = by_rows
 
-    def export(self) -> nn.Module:
+    def own_rows(self, network: nn.Module) -> dict[str, slice]:
+        return {}
+
+    def remember(self, network: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in network.state_dict().items()}
+
+    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
         network = self.trunk.export()
         assert isinstance(network, Classifier)
         network.head = self.head.whole()
+        network.load_state_dict(weights or {}, strict=False)
         return network
 
     def close(self) -> None:

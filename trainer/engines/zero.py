@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from networks import parameter_count
 from pipeline.config import Engine as EngineConfig
 from pipeline.config import ResolvedSchedule, UserError
+from pipeline.config.deepspeed import merged_deepspeed
 
 from ..core.optim import (
     AveragedWeights,
@@ -79,6 +80,7 @@ class DeepSpeedEngine:
     def __init__(self, config: EngineConfig, ranks: Ranks):
         self.ranks = ranks
         self.stage = config.zero_stage
+        self.further = config.deepspeed
         self.precision = precision(config, ranks.device)
 
     def prepare(
@@ -130,7 +132,7 @@ class DeepSpeedEngine:
         low_precision = {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(self.precision)
         if low_precision:
             config["torch_autocast"] = {"enabled": True, "dtype": low_precision}
-        return config
+        return merged_deepspeed(config, self.further)
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(
@@ -254,8 +256,15 @@ class DeepSpeedEngine:
                 average.swap(network)
             without_weights(network)
 
-    def export(self) -> nn.Module:
+    def own_rows(self, network: nn.Module) -> dict[str, slice]:
+        return {}
+
+    def remember(self, network: nn.Module) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in network.state_dict().items()}
+
+    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
         self.plain.load_state_dict(self.weights(), assign=True)
+        self.plain.load_state_dict(weights or {}, strict=False)
         return self.plain
 
     def close(self) -> None:
@@ -282,7 +291,7 @@ def _initial_state(value: Tensor, flat: Tensor) -> Tensor:
     """Of a flat part: zeros to be filled, or a copy (each part counts its own steps)."""
     if _per_weight(value):
         return torch.zeros_like(flat)
-    return value.clone()
+    return value.to(flat.device, copy=True)
 
 
 def import_deepspeed(ranks: Ranks) -> ModuleType:

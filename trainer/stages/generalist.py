@@ -21,7 +21,7 @@ def generalist(session: Session, stage: Stage) -> None:
         if given and given.finished:
             network, summary = given.network, untrained(validate(given.network))
         else:
-            start = given.network if given else fresh_network(session)
+            start = given.network if given else fresh_network(session, split=True)
             task = generalist_task(session, start, schedule, validate)
             network, summary = train_network(session, attempt, task)
         save_network(session, attempt, network, summary)
@@ -44,7 +44,7 @@ def member(session: Session, stage: Stage, index: int) -> None:
     schedule, seed = session.config.train, session.seed("member", index)
     with session.attempt(stage) as attempt:
         validate = validate_classifier(session)
-        network = fresh_network(session, seed=seed)
+        network = fresh_network(session, seed=seed, split=True)
         task = generalist_task(session, network, schedule, validate, seed)
         network, summary = train_network(session, attempt, task)
         save_network(session, attempt, network, summary)

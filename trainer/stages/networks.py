@@ -25,6 +25,10 @@ from networks import (
     widen,
 )
 from networks.builders import INDICES_REMEDY, takes_indices
+from networks.cosine import default_scale, to_unit_rows
+from networks.files import finish_parts, save_part
+from networks.head_rows import fresh_rows
+from networks.heads import ShardedHead
 from networks.texts import INDICES
 from networks.user_code import CONTRACT
 from pipeline.config import Config, Model, Rerank, Student, UserError
@@ -32,6 +36,7 @@ from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..data.decoding import import_function
 from ..data.writing import describe
+from ..engines.sharded import DistributedComm, class_bounds
 from ..session import Session
 
 
@@ -41,17 +46,19 @@ def fresh_network(
     seed: int | None = None,
     members: dict | None = None,
     own_model: dict | None = None,
+    split: bool = False,
 ) -> Classifier:
     """A network of [model], its weights drawn from `seed`, by default the run's.
 
     student, own_model: the section, or the keys of [model], that count first.  members: of
-    networks with several, as model.json has it.
+    networks with several, as model.json has it.  split: each rank draws and holds its rows of the
+    head alone, where engine.shard_head says so; the weights are the same.
     """
     model = session.config.model
     if student is not None:
         own_model = student.model
     if own_model:
-        model = Model.model_validate({**model.model_dump(), **own_model})
+        model = model.merged(own_model)
     shards = session.shards("train")
     builders = user_builders(model.name)
     torch.manual_seed(session.config.seed if seed is None else seed)
@@ -63,10 +70,25 @@ def fresh_network(
             class_names=tuple(shards.class_names),
             input=input_spec(session, model.name, builders),
             members=members,
+            cosine=cosine_of(model, shards.num_classes),
         )
+        world = session.ranks.world_size
+        if split and session.config.engine.shard_head and 1 < world <= spec.num_classes:
+            return build_classifier(spec, builders, partial(split_head, session))
         return build_classifier(spec, builders)
     except ValueError as error:
         raise UserError(_at_the_door(str(error))) from None
+
+
+def split_head(session: Session, spec: ModelSpec, in_features: int) -> ShardedHead:
+    """This rank's fresh rows of a head over all classes."""
+    ranks, classes = session.ranks, spec.num_classes
+    bounds = class_bounds(classes, ranks.world_size)
+    rows = fresh_rows(classes, in_features, slice(*bounds[ranks.rank : ranks.rank + 2]))
+    if spec.cosine is not None:
+        to_unit_rows(rows)
+    comm = DistributedComm(bounds)
+    return ShardedHead(rows, classes, comm, session.config.engine.head_block)
 
 
 def _at_the_door(error: str) -> str:
@@ -136,6 +158,18 @@ def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
     return declared_options(model.name, generic, model.options, builders)
 
 
+def cosine_of(model: Model, num_classes: int) -> dict | None:
+    """As model.json has it; None of a linear head."""
+    if model.head != "cosine":
+        return None
+    return {
+        "scale": default_scale(num_classes) if model.scale is None else model.scale,
+        "learned": model.scale is None,
+        "margin": model.margin,
+        "margin_kind": model.margin_kind,
+    }
+
+
 def load_network(session: Session, stage: Stage) -> Classifier:
     """A finished stage's network, in eval mode, on this rank's device."""
     directory = stage.path("model.safetensors").parent
@@ -145,9 +179,18 @@ def load_network(session: Session, stage: Stage) -> Classifier:
 def save_network(
     session: Session, attempt: Attempt, network: Classifier | Branch, summary: dict
 ) -> None:
-    """The network and what training it took, by rank 0."""
-    if session.ranks.is_main:
+    """The network and what training it took, by rank 0; of a split head each rank its rows."""
+    ranks = session.ranks
+    if isinstance(network, Classifier) and isinstance(network.head, ShardedHead):
+        save_part(network, attempt.directory, ranks.rank, ranks.world_size)
+        session.barrier()
+        if ranks.is_main:
+            comm = network.head.comm
+            assert isinstance(comm, DistributedComm)
+            finish_parts(network, attempt.directory, comm.bounds)
+    elif ranks.is_main:
         save_classifier(network, attempt.directory)
+    if ranks.is_main:
         write_json(attempt.path("summary.json"), summary)
 
 

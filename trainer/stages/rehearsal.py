@@ -58,7 +58,8 @@ class Part:
     """One network that the run trains, and how.
 
     section: of the config.  ranks: of its job.  count: how many such networks the run trains.
-    columns: logits of an example that a step has, where it has not all.
+    columns: logits of an example that a step has, where it has not all.  dense: whether it has them
+    all, though engine.shard_head is set.
     """
 
     section: str
@@ -69,6 +70,7 @@ class Part:
     augment: str
     count: int = 1
     columns: int | None = None
+    dense: bool = False
 
 
 def rehearse(session: Session, processes: int) -> tuple[list[Part], list[str]]:
@@ -225,7 +227,8 @@ def _specialist(session: Session, generalist: Classifier) -> Part:
         raise UserError(f"specialists: {error}") from None
     count = sum(stage.kind.trains for stage in session.run.specialists)
     augment = session.config.data.augment
-    return Part("specialists", network, objective, schedule, 1, augment, count)
+    dense = schedule.trains_all_rows
+    return Part("specialists", network, objective, schedule, 1, augment, count, dense=dense)
 
 
 def _branch(session: Session, generalist: Classifier, classes: np.ndarray) -> Part:
@@ -358,7 +361,8 @@ def _try_step(session: Session, part: Part) -> None:
     batch = _first_batch(session, part.augment, examples).to(device)
     network = part.network.to(device).train()
     module = network
-    sharded = session.config.engine.shard_head and network.spec.head["kind"] == "linear"
+    split = session.config.engine.shard_head and not part.dense
+    sharded = split and network.spec.head["kind"] == "linear"
     if sharded or part.columns is not None:
         assert isinstance(network, Classifier), "a branch has no linear head"
         module = LazyNetwork(network)

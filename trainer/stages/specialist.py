@@ -110,7 +110,8 @@ def task_from(
     stream = TrainingStream(mixture.sources, mixture.seed, session.augmentation())
     steps = specialist_steps(schedule, mixture.num_inside)
     workers = session.config.data.workers
-    return TrainingTask(network, objective, stream, schedule, steps, validate, workers), notes
+    task = TrainingTask(network, objective, stream, schedule, steps, validate, workers)
+    return dataclasses.replace(task, dense=schedule.trains_all_rows), notes
 
 
 def starting_network(session: Session) -> Classifier:

@@ -30,7 +30,7 @@ from .networks import save_network, student_network
 from .stored_targets import stored_targets
 from .targets import answers_summary, views_of
 from .teachers import Teacher, check_members, find_teacher, perturbation
-from .training import count_steps, loss_of, train_network
+from .training import count_steps, label_margin, loss_of, train_network
 from .validate import validate_classifier
 
 
@@ -83,7 +83,12 @@ def hard_objective(
 ) -> Objective:
     """Labels alone."""
     schedule = session.config.students[name]
-    return classify(schedule.label_smoothing, negatives=schedule.negatives, loss=loss_of(schedule))
+    return classify(
+        schedule.label_smoothing,
+        negatives=schedule.negatives,
+        loss=loss_of(schedule),
+        margin=label_margin(network),
+    )
 
 
 def prior_objective(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,18 @@ import torch
 from torch import nn
 
 from networks import Classifier
+from networks.choices import MARGINS
+from networks.cosine import with_margin
+from networks.heads import ShardedHead
+from networks.recomputing import recomputing
 from networks.row_head import RowHead
+from networks.sphere import close_rows, has_open_rows, open_rows
 from pipeline.choices import LOSSES, resolve
 from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
 from pipeline.store import Attempt
 
 from ..core.loop import Trainer, TrainingFiles, TrainingTask, Validate
-from ..core.objectives import classify
+from ..core.objectives import LabelMargin, classify
 from ..core.tracking import trackers
 from ..data.streams import Source, TrainingStream, balanced
 from ..engines import build_engine
@@ -29,16 +35,25 @@ def train_network(
 ) -> tuple[Classifier, dict]:
     """The trained network and what summary.json says of its training.
 
+    A head that is split already stays so in the trained network.
+
     part: its name where an attempt trains several networks; checkpoints and metrics lie below it.
     """
     ranks, config = session.ranks, session.config.engine
+    if task.dense:
+        config = config.model_copy(update={"shard_head": False})
     names, place = config.track if ranks.is_main else [], str(Path(attempt.stage.place, part))
     metrics = attempt.path(str(Path(part, "metrics.jsonl")))
     if ranks.is_main and not part:
         attempt.publish_growing("metrics.jsonl")
-    by_rows = isinstance(task.network, Classifier) and isinstance(task.network.head, RowHead)
+    assert isinstance(task.network, Classifier)
+    open_rows(task.network)
+    by_rows = isinstance(task.network.head, RowHead)
+    split = isinstance(task.network.head, ShardedHead)
+    again = config.checkpoint_activations
     with (
-        closing(build_engine(config, ranks, by_rows)) as engine,
+        recomputing(task.network.trunk) if again else nullcontext(),
+        closing(build_engine(config, ranks, by_rows, split)) as engine,
         ranks.watching(),
         trackers(names, metrics.parent, session.run.root, place) as tracked,
     ):
@@ -47,6 +62,7 @@ def train_network(
     for source, sample, reason in summary.lost:
         session.losses.add(task.stream.sources[source].shards, {sample: reason})
     assert isinstance(network, Classifier)
+    close_rows(network)
     return network, summary.to_json()
 
 
@@ -69,7 +85,11 @@ def generalist_task(
     log_prior = log_prior_of(session, schedule)
     stream = labelled_stream(session, schedule, seed)
     objective = classify(
-        schedule.label_smoothing, log_prior, schedule.negatives, loss=loss_of(schedule)
+        schedule.label_smoothing,
+        log_prior,
+        schedule.negatives,
+        loss=loss_of(schedule),
+        margin=label_margin(network),
     )
     workers = session.config.data.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
@@ -88,6 +108,23 @@ def log_prior_of(session: Session, schedule: ResolvedSchedule) -> torch.Tensor |
     if not schedule.balance:
         return None
     return balanced_log_prior(session.shards("train").class_counts, schedule.balance)
+
+
+def label_margin(network: nn.Module) -> LabelMargin | None:
+    """What moves the label's logit of a network that learns from labels; None where nothing does.
+
+    Its head then gives logits that are read in blocks while it trains.
+    """
+    cosine = network.spec.cosine if isinstance(network, Classifier) else None
+    if cosine is None or not cosine["margin"]:
+        return None
+    assert isinstance(network, Classifier)
+    open_rows(network, in_blocks=True)
+    if not has_open_rows(network):  # several members, or a few rows that learn
+        return None
+    return partial(
+        with_margin, margin=cosine["margin"], function=resolve(MARGINS[cosine["margin_kind"]])
+    )
 
 
 def loss_of(schedule: ResolvedSchedule):

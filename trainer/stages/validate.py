@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ensemble import fit_temperature
 from networks import Classifier
+from networks.heads import ShardedHead
 
 from ..core.dense_logits import predictor_of
 from ..core.objectives import specialist_columns, with_dustbin
@@ -35,7 +36,9 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
                 "correct": summary.indices[:, 0] == batch.labels,
             }
 
-        values = session.measured(shards, measure)
+        # Of a head that ranks split no rank can measure alone.
+        together = isinstance(network.head, ShardedHead)
+        values = session.measured(shards, measure, together=together)
         return {
             "loss": float(values["loss"].mean(dtype=np.float64)),
             "top1": float(values["correct"].mean()),

@@ -13,7 +13,8 @@ import sys
 import torch
 
 from networks import InputSpec, ModelSpec, build_classifier
-from networks.candidates import candidates_of, cross_entropy_among, draw_classes
+from networks.candidates import candidates_of, cross_entropy_among
+from networks.drawing import draw_classes
 from networks.linear_logits import LinearLogits
 from networks.row_head import RowGradients, RowHead
 from pipeline.config import DEFAULT_SCHEDULE, Engine

@@ -13,7 +13,9 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
+from networks.cosine import arcface, cosface, with_margin
 from networks.linear_logits import LinearLogits, Targets
 from trainer.distributed.exit import leave
 from trainer.engines.sharded import DistributedComm
@@ -118,9 +120,58 @@ def check_chosen_classes(problem: Problem) -> None:
     problem.check("chosen classes", parts, chosen, whole, dense)
 
 
+def check_margins(problem: Problem) -> None:
+    """Labels whose logits are moved by what depends on these logits."""
+    labels, mine = problem.labels, problem.mine
+    for kind in (cosface, arcface):
+        whole, parts = problem.fresh_whole(), problem.fresh_shard()
+        rows = F.normalize(whole[1])
+        z = 7 * F.normalize(whole[0]) @ rows.T
+        at = labels[:, None]
+        moved = kind(z.gather(1, at), torch.tensor(7.0), 0.3)
+        whole_loss = F.cross_entropy(z.scatter(1, at, moved), labels, reduction="none")
+        whole_loss.sum().backward()
+        logits = problem.sharded_logits([7 * F.normalize(parts[0]), F.normalize(parts[1]), None])
+        targets = Targets.of_labels(labels[mine], problem.classes)
+        loss = with_margin(logits, labels[mine], 0.3, kind).cross_entropy(targets)
+        loss.sum().backward()
+        problem.check(kind.__name__, parts[:2], loss, whole[:2], whole_loss)
+
+
+def check_summary(problem: Problem) -> None:
+    """What metrics need, of rows that are split over the ranks."""
+    features, weight, bias = problem.whole
+    alone = LinearLogits(features, weight, bias, problem.classes)
+    mine, labels = problem.mine, problem.labels
+    sharded = problem.sharded_logits([part.detach() for part in problem.fresh_shard()])
+    for k in (1, 5, problem.classes):
+        whole = alone.summary(k, labels)
+        ours = sharded.summary(k, labels[mine])
+        for part, of_all in zip(ours, whole, strict=True):
+            torch.testing.assert_close(part, of_all[mine], atol=TOLERANCE, rtol=0)
+
+
+def check_overflow() -> None:
+    """Where one rank's rows overflow, all ranks leave the step out and scale less."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = ShardedGradScaler("cpu", init_scale=8.0, growth_interval=1)
+    for overflows, expected, scale in ((True, 1.0, 4.0), (False, 0.5, 8.0)):
+        factor = torch.inf if overflows and dist.get_rank() == 0 else 0.5
+        optimizer.zero_grad()
+        scaler.scale((weight * factor).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert weight.tolist() == [expected] * 3, weight
+        assert scaler.get_scale() == scale, scaler.get_scale()
+
+
 def main(sizes: list[int], bounds: list[int]) -> None:
     dist.init_process_group("gloo")
     problem = Problem(sizes, bounds)
+    check_margins(problem)
+    check_summary(problem)
+    check_overflow()
     check_targets(problem)
     check_negatives(problem)
     check_chosen_classes(problem)

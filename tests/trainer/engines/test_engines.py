@@ -64,9 +64,14 @@ def test_accumulated_micro_batches_are_one_batch(runs, data, tmp_path):
 
 
 def test_a_job_of_one_rank_needs_no_torchrun(data, tmp_path):
-    """As the local runner starts specialists."""
+    """As the local runner starts specialists; with keys of DeepSpeed's own, and blocks computed
+    twice."""
     steps = ["train.steps=20", "specialists.steps=10"]
-    config = toy_config(data, *engine_overrides("zero2"), *steps)
+    further = [
+        "engine.deepspeed={zero_optimization={round_robin_gradients=true}}",
+        "engine.checkpoint_activations=true",
+    ]
+    config = toy_config(data, *engine_overrides("zero2"), *steps, *further)
     save_config(config, tmp_path / "config.toml")
     stages = ["generalist", "measure", "cluster", "route", "specialist", "--index", "0"]
     command = [sys.executable, "-m", "trainer", *stages, "--run", str(tmp_path)]

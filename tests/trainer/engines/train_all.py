@@ -3,12 +3,17 @@
     train_all.py DATA OUT [ENGINE ...] [KEY=VALUE ...] [stop=STEP]
 
 ENGINE is ddp, zero0 ... zero3.  KEY=VALUE overrides the config, and stop=STEP sends every run the
-stop signal at that step.  A run that is there is resumed.
+stop signal at that step.  A run that is there is resumed.  narrow=C,D: no tensor of this shape may
+ever be made.
 """
 
 import itertools
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from ranks import engine_overrides  # noqa: E402
@@ -31,9 +36,25 @@ SGD = [
 ]
 
 
+class Narrow(TorchDispatchMode):
+    """Fails where an operator gives a tensor of one shape, "C,D"."""
+
+    def __init__(self, shape: str):
+        super().__init__()
+        self.shape = tuple(map(int, shape.split(",")))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (tuple, list)) else [result]:
+            assert not isinstance(each, torch.Tensor) or each.shape != self.shape, func
+        return result
+
+
 def main(data: str, out: str, *words: str) -> None:
     engines = [word for word in words if "=" not in word]
-    overrides = [word for word in words if "=" in word and not word.startswith("stop=")]
+    own = ("stop=", "narrow=")
+    overrides = [word for word in words if "=" in word and not word.startswith(own)]
+    narrow = next((word[7:] for word in words if word.startswith("narrow=")), None)
     stop = next((int(word[5:]) for word in words if word.startswith("stop=")), None)
     configs = {
         engine: toy_config(Path(data), *SGD, *engine_overrides(engine), *overrides)
@@ -50,7 +71,8 @@ def main(data: str, out: str, *words: str) -> None:
             steps = itertools.count(1)
             loop.StopSignal.agreed = lambda self, ranks, steps=steps: next(steps) == stop
             try:
-                run_stage(session, session.run.generalist)
+                with Narrow(narrow) if narrow else nullcontext():
+                    run_stage(session, session.run.generalist)
             except loop.Interrupted:
                 assert stop is not None
 

@@ -232,13 +232,20 @@ def test_an_old_class_that_the_data_lack_is_named(data, now):
         check(toy_config(data["old"], *SMALL, f"extend.run={now.root}"), 1)
 
 
+def test_new_rows_learn_in_blocks_what_they_learn_in_a_whole_head(data, old, now, tmp_path):
+    words = (*SMALL, f"extend.run={old.root}", "engine.shard_head=true", "train.ema=0.0")
+    run = run_all(tmp_path / "blocks", toy_config(data["now"], *words), ["generalist"])
+    expected = network_of(now.generalist).state_dict()
+    for name, value in network_of(run.generalist).state_dict().items():
+        torch.testing.assert_close(value, expected[name], atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
         ("generalist.from=other", "leave generalist.from out"),
         ("clusters.groups_file=mine.json", "leave clusters.groups_file out"),
         ("ensemble.kind=deep", 'ensemble.kind = "deep" has none'),
-        ("engine.shard_head=true", "set it to false"),
     ],
 )
 def test_settings_that_the_extended_run_decides_are_refused(setting, message):

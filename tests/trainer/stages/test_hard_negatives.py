@@ -90,7 +90,6 @@ def test_specialists_of_a_run_may_see_hard_negatives(tmp_path):
     [
         (["specialists.dustbin=fresh"], "needs every class's row"),
         (["specialists.dustbin_rows=9"], "needs every class's row"),
-        (["engine.shard_head=true"], "leave one out"),
         (["specialists.label_smoothing=0.1"], "label_smoothing = 0"),
     ],
 )

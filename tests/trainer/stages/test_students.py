@@ -338,7 +338,6 @@ DEEP_OF_3 = ["ensemble.kind=deep", "ensemble.members=3"]
     "overrides, words",
     [
         ([*ZERO_3, "specialists.ema=0.9"], "specialists.ema = 0.9: no rank"),
-        (["engine.shard_head=true", "students.a.ema=0.9"], "take engine.shard_head = false"),
         (HYDRA_OF_4, "its teacher ensemble 1"),
         ([*DEEP_OF_3, *HYDRA_OF_4], "its teacher ensemble 3"),
     ],
@@ -348,9 +347,9 @@ def test_what_cannot_be_averaged_or_taught_is_one_line(overrides, words):
         load_config(None, overrides)
 
 
-def test_of_a_sharded_run_specialists_may_be_averaged():
-    config = load_config(None, ["engine.shard_head=true", "specialists.ema=0.9"])
-    assert config.specialists.ema == 0.9
+def test_of_a_sharded_run_every_network_may_be_averaged():
+    config = load_config(None, ["engine.shard_head=true", "train.ema=0.9"])
+    assert config.train.ema == config.specialists.ema == 0.9
 
 
 @pytest.mark.parametrize("what, members", [("", 3), ("students/hydra", 3), ("generalist", 1)])
