@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import ResolvedStudent, UserError
@@ -29,6 +29,7 @@ from .data.streams import Batch, MeasuringStream
 from .distributed.ranks import Ranks, broadcast, gather
 
 MEASURING_BATCH = 512
+SEEN_S = 90  # in which what rank 0 has written is seen on every node: NFS caches for a minute
 # Probabilities of a batch in memory while measuring, at most: an ensemble's are of all classes.
 PROBABILITIES_IN_MEMORY = 2**26
 log = logging.getLogger("referral")
@@ -90,14 +91,15 @@ class Session:
         )
         try:
             yield attempt
-            dist.barrier()
+            self.barrier()
             if self.ranks.is_main:
                 write_json(attempt.path("damage.json"), self.losses.splits)
                 attempt.finish()
                 words = [f"done in {duration(time.time() - attempt.started)}"]
                 words += filter(None, [val_text(attempt.directory)])
                 log.info("%s: %s", stage.place, ", ".join(words))
-            dist.barrier()
+            self.barrier()
+            wait_until_seen(stage)
         finally:
             log.removeHandler(handler)
             handler.close()
@@ -172,7 +174,24 @@ class Session:
                 write_bytes(self.run.root / file, stage.path(file).read_bytes())
 
     def barrier(self) -> None:
-        dist.barrier()
+        """Wait for all ranks, however long rank 0 works alone."""
+        self.ranks.barrier()
+
+
+def wait_until_seen(stage: Stage) -> None:
+    """Wait until this rank's node sees that a stage is done, as rank 0 has written it.
+
+    Raises UserError where it does not.
+    """
+    deadline = time.monotonic() + SEEN_S
+    while stage.done() is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{stage.directory}: rank 0 has finished this stage, and another rank does not see "
+                "its DONE; --run must lie on a file system that all nodes of a job share"
+            )
+        os.listdir(stage.directory)  # a network file system looks again
+        time.sleep(0.2)
 
 
 class Console(logging.StreamHandler):

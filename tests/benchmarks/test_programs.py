@@ -48,6 +48,7 @@ SLOW = [
     "benchmarks.papers.hydra",
     "benchmarks.papers.mnist",
     "benchmarks.papers.specialists",
+    "benchmarks.ranks",
     "benchmarks.scaling",
     "benchmarks.training",
 ]

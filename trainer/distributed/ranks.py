@@ -24,6 +24,8 @@ from pipeline.config import Engine, UserError
 from .die_with_parent import die_with_parent
 
 T = TypeVar("T")
+COLLECTIVE_LIMIT = timedelta(minutes=30)  # in which every rank must come to an exchange of data
+RANK_0_ALONE = timedelta(days=30)  # that others may wait while rank 0 works alone
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,10 +73,16 @@ class Ranks:
     world_size: int
     device: torch.device
     watchdog: Watchdog | None = None
+    patient: dist.ProcessGroup | None = None  # all ranks, whose barrier waits RANK_0_ALONE
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here, however long rank 0 works alone before; collective."""
+        if self.world_size > 1:
+            dist.barrier(group=self.patient)
 
     def progress(self) -> None:
         """Tell the watchdog that this rank is alive."""
@@ -103,16 +111,20 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         backend = "nccl"
     if "RANK" in os.environ:
-        # Stages where rank 0 works alone take long.
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
     else:
         # Documented, but missing from torch.distributed's __all__.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     # Softmaxes over many classes are full of denormals, and a CPU takes ages over each.
     torch.set_flush_denormal(True)
+    patient = None
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=RANK_0_ALONE)
+        patient = cast(dist.ProcessGroup, group)  # every rank is in it
+    watchdog = Watchdog(engine.hang_s)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, Watchdog(engine.hang_s))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, watchdog, patient)
     finally:
         torch.set_flush_denormal(False)  # whoever called may want them
         dist.destroy_process_group()
