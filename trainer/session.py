@@ -26,7 +26,7 @@ from .data.cache import cached
 from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
-from .distributed.ranks import Ranks, broadcast, gather
+from .distributed.ranks import Ranks, broadcast, gather, sum_over_ranks
 
 MEASURING_BATCH = 512
 SEEN_S = 90  # in which what rank 0 has written is seen on every node: NFS caches for a minute
@@ -117,8 +117,28 @@ class Session:
         have PROBABILITIES_IN_MEMORY.  Every rank returns the whole, "ids" among it;
         corrupt examples are absent where data.damage = skip allows it.
         """
-        stream = MeasuringStream(shards, rows or measuring_batch(self.num_classes), ids=ids)
-        collected, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
+        part = self.measured_here(shards, measure, ids, rows)
+        parts = [arrays for arrays in gather(part, self.ranks) if arrays]
+        joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        order = np.argsort(joined["ids"], kind="stable")
+        return {key: value[order] for key, value in joined.items()}
+
+    def measured_here(
+        self,
+        shards: ShardSet,
+        measure: Callable[[Batch], dict[str, Tensor]],
+        ids: np.ndarray | None = None,
+        rows: int | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The part of `measured` that is this rank's, in the order of its batches; collective.
+
+        Empty where there are fewer examples than ranks.
+        """
+        count = len(shards) if ids is None else len(ids)
+        share = -(-count // self.ranks.world_size)  # of few examples, too, each rank has some
+        rows = max(1, min(rows or measuring_batch(self.num_classes), share))
+        stream = MeasuringStream(shards, rows, ids=ids)
+        collected, lost = CollectedRows(count), {}
         with torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
             for batch in loader:
@@ -127,15 +147,19 @@ class Session:
                 batch = batch.to(self.ranks.device)
                 values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
                 collected.add({"ids": batch.ids.cpu().numpy(), **values})
-        gathered = gather((collected.arrays(), lost), self.ranks)
-        parts = [arrays for arrays, _ in gathered if arrays]
-        if not parts:
+        gathered = gather((collected.count, lost), self.ranks)
+        if not any(number for number, _ in gathered):
             raise UserError(f"{shards.split}: nothing to measure")
         for _, lost in gathered:
             self.losses.add(shards, lost)
-        joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        order = np.argsort(joined["ids"], kind="stable")
-        return {key: value[order] for key, value in joined.items()}
+        return collected.arrays()
+
+    def mean(self, values: Tensor) -> float:
+        """The mean of every rank's numbers [n] together, in float64; collective."""
+        values = values.double()
+        total = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+        sums, count = sum_over_ranks(total, self.ranks).tolist()
+        return sums / count
 
     def kept(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What `make` gives, made once for all stages of this process that have the same key."""
