@@ -1,6 +1,6 @@
-"""What is not done of the run at ROOT, one stage after the other, on the ranks of torchrun.
+"""Each run's stages that are not done, up to one that has a job of one rank, on torchrun's ranks.
 
-torchrun --nproc-per-node 2 tests/trainer/stages/every_stage.py ROOT
+torchrun --nproc-per-node 2 tests/trainer/stages/every_stage.py ROOT ...
 """
 
 import sys
@@ -8,11 +8,19 @@ import sys
 from pipeline.graph import open_run
 from trainer.distributed.ranks import process_group
 from trainer.session import Session
-from trainer.stages import run_together
+from trainer.stages import run_stage
+
+
+def shares_ranks(stage) -> bool:
+    return stage.kind.scales or bool(stage.kind.job)
+
 
 if __name__ == "__main__":
-    run = open_run(sys.argv[1])
-    with process_group(run.config.engine) as ranks:
-        session = Session(run, ranks)
-        for stage in [stage for stage in run.stages if not stage.is_done]:
-            run_together(session, [stage])
+    runs = [open_run(root) for root in sys.argv[1:]]
+    with process_group(runs[0].config.engine) as ranks:
+        for run in runs:
+            session = Session(run, ranks)
+            for stage in run.stages:
+                if not shares_ranks(stage):
+                    break
+                run_stage(session, stage)

@@ -29,6 +29,14 @@ STUDENTS = (
     "clusters.overlap=2",
     "ensemble.gate=2",
 )
+ALONE = ("controls.enabled=false", "students={}")
+RERANK = (
+    'ensemble={kind="rerank", members=2}',
+    "rerank.k=6",
+    "rerank.random=8",
+    "rerank.steps=20",
+    "rerank.learning_rate=0.01",
+)
 
 pytestmark = pytest.mark.slow
 
@@ -39,20 +47,31 @@ def data(tmp_path_factory):
     return write_toy(tmp_path_factory.mktemp("data"), {"train": 20, "val": 50, "test": 60})
 
 
-def by_ranks(root, config) -> dict[int, RunDirectory]:
-    """The run by one rank, in this process, and by two."""
-    two = root / "2"
-    two.mkdir()
-    save_config(config, two / "config.toml")
-    on_ranks(2, EVERY_STAGE, two)
-    return {1: run_all(root / "1", config), 2: RunDirectory(two, config)}
-
-
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
+def all_runs(data, tmp_path_factory) -> dict[str, dict[int, RunDirectory]]:
+    """Runs of three kinds by one rank, in this process, and by two, in one start of torchrun."""
     transfer = write_unlabelled(tmp_path_factory.mktemp("more") / "transfer")
-    config = toy_config(data, *STEADY, *STUDENTS, f"data.transfer={transfer}")
-    return by_ranks(tmp_path_factory.mktemp("runs"), config)
+    configs = {
+        "specialists": toy_config(data, *STEADY, *STUDENTS, f"data.transfer={transfer}"),
+        "branches": toy_config(data, *STEADY, *ALONE, "specialists.kind=branch"),
+        "rerank": toy_config(data, *STEADY, *ALONE, *RERANK),
+    }
+    root = tmp_path_factory.mktemp("runs")
+    for name, config in configs.items():
+        (root / "2" / name).mkdir(parents=True)
+        save_config(config, root / "2" / name / "config.toml")
+    on_ranks(2, EVERY_STAGE, *(root / "2" / name for name in configs))
+    found = {}
+    for name, config in configs.items():
+        two = RunDirectory(root / "2" / name, config)
+        done = {stage.name for stage in two.stages if stage.is_done}
+        found[name] = {1: run_all(root / "1" / name, config, done), 2: two}
+    return found
+
+
+@pytest.fixture
+def runs(all_runs):
+    return all_runs["specialists"]
 
 
 def without_pace(value):
@@ -85,14 +104,32 @@ def files(stage) -> list[str]:
     return sorted(name for name in found if "-1." not in name)
 
 
-def test_two_ranks_leave_the_files_of_one(runs):
-    for one, two in zip(runs[1].stages, runs[2].stages, strict=True):
-        assert two.is_done and files(one) == files(two), one.place
+@pytest.mark.parametrize(
+    "name, last", [("specialists", "report"), ("branches", "features"), ("rerank", "report")]
+)
+def test_two_ranks_leave_the_files_of_one(all_runs, name, last):
+    one, two = all_runs[name].values()
+    done = [stage for stage in two.stages if stage.is_done]
+    assert done[-1].name == last
+    for mine, theirs in zip(one.stages, done, strict=False):
+        assert files(mine) == files(theirs), mine.place
 
 
-def test_results_agree_to_1e_5(runs):
-    results = [without_pace(read_json(run.root / "results.json")) for run in runs.values()]
-    assert len(results[0]["controls"]) == 6 and len(results[0]["students"]) == 2
+def test_kept_features_and_shortlists_are_those_of_one_rank(all_runs):
+    for name, stage, file in (
+        ("branches", "features", "train/at_cut.npy"),
+        ("branches", "features", "val/total.npy"),
+        ("rerank", "shortlists", "train/classes.npy"),
+    ):
+        one, two = (np.load(run.find(stage)[0].path(file)) for run in all_runs[name].values())
+        np.testing.assert_allclose(one, two, atol=1e-5, err_msg=file)
+
+
+@pytest.mark.parametrize("name, controls, students", [("specialists", 6, 2), ("rerank", 0, 0)])
+def test_results_agree_to_1e_5(all_runs, name, controls, students):
+    runs = all_runs[name].values()
+    results = [without_pace(read_json(run.root / "results.json")) for run in runs]
+    assert len(results[0]["controls"]) == controls and len(results[0]["students"]) == students
     for each in results:
         for key in ("run", "environment", "conditions"):
             each.pop(key, None)
