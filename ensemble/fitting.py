@@ -21,7 +21,13 @@ WEIGHTS = (1 / 64, 1 / 16, 1 / 4, 1 / 2, 1, 2, 4, 8, 16, 32, 64, 256, 1024, 8192
 TEMPERATURES = tuple(2.0 ** (half_octave / 2) for half_octave in range(-10, 11))
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def mean_of(values: Tensor) -> float:
+    return float(values.mean())
+
+
+def fit_temperature(
+    logits: Tensor, labels: Tensor, mean: Callable[[Tensor], float] = mean_of
+) -> float:
     """T minimising the mean of - log softmax(logits / T)[label].
 
     The NLL is convex in 1 / T, so the zero of its slope is found by bisection.
@@ -32,6 +38,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         Entries may be -inf, as a dustbin's is.
     labels : int64 Tensor [n]
         Columns of `logits`.
+    mean : callable
+        float64 Tensor [n] -> its mean over all examples, where these are one part of them; the same
+        for every part, all of which call it alike.
 
     Returns
     -------
@@ -43,7 +52,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     ----------
     Guo, Pleiss, Sun and Weinberger 2017, "On calibration of modern neural networks", section 4.2.
     """
-    if len(logits) == 0:
+    if len(logits) == 0 and mean is mean_of:
         return 1.0
     logits = logits.detach().double()
     logits = (logits - logits.amax(1, keepdim=True)).clamp(min=-1e4)
@@ -51,7 +60,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     def slope(inverse: float) -> float:
         expected = (torch.softmax(logits * inverse, 1) * logits).sum(1)
-        return float((expected - of_label).mean())
+        return mean(expected - of_label)
 
     low, high = -math.log(WIDEST), math.log(WIDEST)
     for _ in range(28):  # to 1e-7 of its logarithm

@@ -540,7 +540,7 @@ def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Aim) -
 
 
 def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Aim) -> int:
-    jobs = plan(aim.run(run), sbatch.ranks(run.config), aim.stages(run))
+    jobs = sbatch.plan_on_slurm(aim.run(run), aim.stages(run))
     if not dry_run:
         slurm.ask(["sbatch", "--version"])  # is there a Slurm at all, before anything is written
     code = _check_new(run, jobs, stale, Runner.slurm, dry_run)

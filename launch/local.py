@@ -163,11 +163,16 @@ class Pool:
     # Which job next
 
     def _start_ready(self) -> None:
-        """Start what can be started, the longest chain first."""
+        """Start what can be started, the longest chain first.
+
+        Where that needs more slots than are free, they are kept for it: shorter chains of one rank
+        would take each slot that becomes free, and it would come last.
+        """
         self._block()
         for job in sorted(self.jobs, key=lambda job: -job.chain):  # sorted() is stable
-            fits = len(self.free) >= min(job.processes, self.size)
-            if fits and self._state(job.name) == "waiting" and self._inputs_ended(job):
+            if self._state(job.name) == "waiting" and self._inputs_ended(job):
+                if len(self.free) < min(job.processes, self.size):
+                    break
                 self._start(job)
 
     def _state(self, name: str) -> str:

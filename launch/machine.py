@@ -23,7 +23,7 @@ class Machine:
 
     @property
     def ranks(self) -> int:
-        """Ranks of the generalist where launch.processes does not say."""
+        """Ranks of each stage that scales, where launch.processes does not say."""
         return len(self.devices) or min(2, self.cores)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pipeline.config import Schedule
 from pipeline.controls import COMPUTE
 from pipeline.files import json_text
 from pipeline.graph import RunDirectory
-from pipeline.stages import KINDS
+from pipeline.stages import KINDS, SIDE_BY_SIDE
 from pipeline.store import Stage, write_text
 
 OVERHEAD = 100  # what starting a job costs, in optimizer steps: it orders jobs and nothing else
@@ -56,22 +57,26 @@ class Job:
         return words
 
 
-def plan(run: RunDirectory, processes: int = 1, stages: Sequence[Stage] | None = None) -> list[Job]:
+def plan(
+    run: RunDirectory,
+    processes: int = 1,
+    stages: Sequence[Stage] | None = None,
+    reserved: Mapping[str, int] | None = None,
+) -> list[Job]:
     """Every job of the run, finished or not, each behind those it waits for.
 
-    processes: ranks of the jobs that train on several, where launch.processes does not say.
+    processes: ranks of the jobs that scale, where launch.processes does not say.
     stages: of the jobs, instead of the run's: those of an advice.
+    reserved: ranks by section of [slurm], of those that say themselves how many their jobs have.
     """
     groups = _grouped(run, run.stages if stages is None else stages)
     job_of = {stage.place: name for name, stages in groups.items() for stage in stages}
-    processes = run.config.launch.processes or processes
-    waits_for, ranks, costs = {}, {}, {}
+    ranks = _ranks(run, groups, run.config.launch.processes or processes, reserved or {})
+    waits_for, costs = {}, {}
     for name, stages in groups.items():
         needed = dict.fromkeys(job_of[each.place] for stage in stages for each in stage.inputs)
         needed.pop(name, None)
         waits_for[name] = tuple(needed)
-        scales = any(stage.kind.scales for stage in stages)
-        ranks[name] = processes if scales else 1
         costs[name] = OVERHEAD + sum(planned_steps(stage, run) for stage in stages) / ranks[name]
     chains = _chains(waits_for, costs)
     return [
@@ -125,6 +130,41 @@ def _grouped(run: RunDirectory, stages: Sequence[Stage]) -> dict[str, list[Stage
     return groups
 
 
+def _ranks(
+    run: RunDirectory,
+    groups: Mapping[str, Sequence[Stage]],
+    processes: int,
+    reserved: Mapping[str, int],
+) -> dict[str, int]:
+    """Per job its ranks.  A job in which no stage scales has one.
+
+    Independent trainings of one kind have one rank each and run beside each other, as
+    launch.side_by_side says; by default where they are at least as many as `processes`.
+    """
+    families = {name: _family(stages) for name, stages in groups.items()}
+    count = Counter(families.values())
+    chosen = run.config.launch.side_by_side
+    ranks = {}
+    for name, stages in groups.items():
+        section = stages[0].kind.slurm
+        if chosen is None:
+            is_beside_others = section in SIDE_BY_SIDE and count[families[name]] >= processes
+        else:
+            is_beside_others = section in chosen
+        ranks[name] = 1
+        if any(stage.kind.scales for stage in stages):
+            ranks[name] = reserved.get(section, 1 if is_beside_others else processes)
+    return ranks
+
+
+def _family(stages: Sequence[Stage]) -> tuple[str, bool]:
+    """What the jobs that are about as long as this one share: control_compute is a family of one.
+
+    It trains as long as all specialists together.
+    """
+    return stages[0].kind.slurm, stages[0].address == COMPUTE
+
+
 def _job_name(stage: Stage, pack_of: dict[int, range]) -> str:
     """A stage's own place, or what it shares with those that run in the same process."""
     if stage.kind.job:
@@ -150,7 +190,8 @@ def planned_steps(stage: Stage, run: RunDirectory) -> float:
     length = _length(run.schedule(stage))
     if stage.name == "control" and stage.address == COMPUTE:
         others = sum(each.kind.trains for each in run.members) * _length(run.config.train)
-        return length * sum(each.kind.trains for each in run.specialists) + others
+        steps = length * sum(each.kind.trains for each in run.specialists) + others
+        return run.config.controls.max_share * steps
     return length
 
 

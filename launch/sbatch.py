@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import Config, UserError
+from pipeline.config import Config, Resources, UserError
 from pipeline.graph import RunDirectory
+from pipeline.stages import KINDS
+from pipeline.store import Stage
 
-from .plan import Job, file_name, is_of_specialists, packs
+from .plan import Job, file_name, is_of_specialists, packs, plan
 
 SCRIPT = Path(__file__).resolve().parent.parent / "slurm" / "stage.sbatch"
 OPTIONS = {
@@ -80,22 +82,96 @@ class Batch:
         return ["sbatch", "--parsable", *options, *self.options, str(SCRIPT), *self.arguments]
 
 
-def ranks(config: Config) -> int:
-    """Ranks of the generalist: launch.processes, or one for each GPU (each node) of its job.
+def reserved_ranks(config: Config) -> dict[str, int]:
+    """Ranks by section of [slurm]: one for each GPU, or without GPUs one on each node.
 
-    Raises UserError if its nodes cannot share them evenly.
+    A section without GPUs is not in it where launch.processes is set, which then counts.
     """
-    resources = config.slurm.resources("generalist")
-    nodes = resources.nodes or 1
-    processes = config.launch.processes or nodes * (resources.gpus or 1)
-    if processes % nodes:
-        fewer = processes // nodes * nodes or nodes
-        more = (processes // nodes + 1) * nodes
+    sections = {kind.slurm for kind in KINDS.values()}
+    ranks = {}
+    for section in sections:
+        resources = config.slurm.resources(section)
+        if resources.gpus or config.launch.processes is None:
+            ranks[section] = slots(resources)
+    return ranks
+
+
+def slots(resources: Resources) -> int:
+    """What a job of these resources can have a rank on: its GPUs, or without GPUs its nodes."""
+    return (resources.nodes or 1) * (resources.gpus or 1)
+
+
+def plan_on_slurm(run: RunDirectory, stages: Sequence[Stage] | None = None) -> list[Job]:
+    """`plan`, by what [slurm] reserves for each job.
+
+    Raises UserError for a reservation of which a part would idle, and for ranks that nodes or GPUs
+    cannot share evenly.
+    """
+    jobs = plan(run, 1, stages, reserved_ranks(run.config))
+    every = [stage for stage in run.stages if stage.kind.scales]
+    scaling = {stage.kind.slurm for stage in every}
+    for job in jobs:
+        check_reservation(run.config, job, job.stages[0].kind.slurm in scaling)
+    return jobs
+
+
+def check_reservation(config: Config, job: Job, shares_section: bool) -> None:
+    """Raises UserError unless the job keeps all busy that its section of [slurm] reserves.
+
+    shares_section: whether another stage of the section scales: then a job that does not asks for
+    one node and one GPU (`resources_of`).
+    """
+    section, processes = job.stages[0].kind.slurm, config.launch.processes
+    resources = config.slurm.resources(section)
+    nodes, available = resources.nodes or 1, slots(resources)
+    if not any(stage.kind.scales for stage in job.stages):
+        if available > 1 and not shares_section:
+            raise UserError(
+                f"slurm.{section} reserves {_in_words(resources)}, and {job.name} has one rank "
+                f"({job.stages[0].kind.alone}): the rest would idle; {_one_of(section, resources)}"
+            )
+        return
+    if resources.gpus and section == "generalist" and processes not in (None, available):
         raise UserError(
-            f"launch.processes = {processes} ranks cannot be shared evenly by "
-            f"slurm.generalist.nodes = {nodes}; try {fewer} or {more}"
+            f"launch.processes = {processes}, and slurm.{section} reserves "
+            f"{_in_words(resources)}: each rank has a GPU of its own; leave launch.processes out"
         )
-    return processes
+    if job.processes < nodes:
+        raise UserError(
+            f"slurm.{section} reserves {_in_words(resources)}, and {job.name} has "
+            f"{job.processes} ranks: the rest would idle; {_one_of(section, resources)}, or "
+            f"leave {section} out of launch.side_by_side"
+        )
+    if job.processes % nodes:
+        fewer = job.processes // nodes * nodes or nodes
+        more = (job.processes // nodes + 1) * nodes
+        raise UserError(
+            f"launch.processes = {job.processes} ranks cannot be shared evenly by "
+            f"slurm.{section}.nodes = {nodes}; try {fewer} or {more}"
+        )
+
+
+def _in_words(resources: Resources) -> str:
+    nodes, gpus = resources.nodes or 1, resources.gpus or 0
+    of_node = f"{gpus} GPU" if gpus == 1 else f"{gpus} GPUs"
+    if nodes == 1:
+        return of_node if gpus else "1 node"
+    return f"{nodes} nodes of {of_node} each" if gpus else f"{nodes} nodes"
+
+
+def _one_of(section: str, resources: Resources) -> str:
+    """What sets a section's reservation to one rank's."""
+    keys = [key for key in ("nodes", "gpus") if (getattr(resources, key) or 0) > 1]
+    return "set " + " and ".join(f"slurm.{section}.{key} = 1" for key in keys)
+
+
+def resources_of(run: RunDirectory, job: Job) -> Resources:
+    """What a job asks for: its section's, but one node and at most one GPU where nothing scales."""
+    resources = run.config.slurm.resources(job.stages[0].kind.slurm)
+    if any(stage.kind.scales for stage in job.stages):
+        return resources
+    gpus = None if resources.gpus is None else min(resources.gpus, 1)
+    return resources.model_copy(update={"nodes": 1, "gpus": gpus})
 
 
 def batches(
@@ -113,9 +189,9 @@ def batches(
 
 
 def _single(run: RunDirectory, job: Job) -> Batch:
-    section = job.stages[0].kind.slurm
-    arguments = _arguments(run, section, job.processes, job.command())
-    return Batch(job.name, (job,), _options(run, section), arguments)
+    resources = resources_of(run, job)
+    arguments = _arguments(run, resources, job.processes, job.command())
+    return Batch(job.name, (job,), _options(run, resources), arguments)
 
 
 def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Batch]:
@@ -128,6 +204,7 @@ def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Bat
     name = "specialists"
     if run.config.specialists.in_one_job(len(run.specialists)) > 1:
         name = "specialists-pack"
+    resources = resources_of(run, jobs[0])
     starts = range(0, len(all_packs), max_array_size)
     limit = None
     if run.config.slurm.throttle:
@@ -142,8 +219,8 @@ def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Bat
                 Batch(
                     name=f"{name}-{start}+" if start else name,
                     jobs=tuple(job_of[chunk[element][0]] for element in elements),
-                    options=_options(run, "specialists"),
-                    arguments=_arguments(run, "specialists", 1, words),
+                    options=_options(run, resources),
+                    arguments=_arguments(run, resources, jobs[0].processes, words),
                     elements=tuple(elements),
                     limit=limit,
                 )
@@ -151,9 +228,8 @@ def _arrays(run: RunDirectory, jobs: list[Job], max_array_size: int) -> list[Bat
     return arrays
 
 
-def _options(run: RunDirectory, section: str) -> tuple[str, ...]:
-    """What a section of [slurm] asks for."""
-    resources = run.config.slurm.resources(section)
+def _options(run: RunDirectory, resources: Resources) -> tuple[str, ...]:
+    """What a job asks for."""
     values = {option: getattr(resources, key) for key, option in OPTIONS.items()}
     return (
         f"--nodes={resources.nodes or 1}",
@@ -164,10 +240,10 @@ def _options(run: RunDirectory, section: str) -> tuple[str, ...]:
 
 
 def _arguments(
-    run: RunDirectory, section: str, processes: int, words: list[str]
+    run: RunDirectory, resources: Resources, processes: int, words: list[str]
 ) -> tuple[str, ...]:
     """Of stage.sbatch: ranks on each node, tries after a failure, python, RUN, and the stage."""
-    ranks_on_node = processes // (run.config.slurm.resources(section).nodes or 1)
+    ranks_on_node = processes // (resources.nodes or 1)
     options = ("-r", str(ranks_on_node), "-t", str(run.config.launch.retries), "-p", sys.executable)
     return (*options, os.path.abspath(run.root), *words)
 

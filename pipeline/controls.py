@@ -2,8 +2,10 @@
 
 control_wall trains the generalist on for as long as one specialist trained, at several peak rates;
 the best on val is evaluated.  control_compute trains it on for as many examples as all specialists
-together saw, and the other generalist that they start as, where the run trains one.  Both keep
-their best step on val, calibrated, the start among the candidates.
+together saw, and the other generalist that they start as, where the run trains one, or for
+controls.max_share of them.  It waits for control_wall, whose runs choose its rate: beside them it
+would have to be trained at every rate.  Both keep their best step on val, calibrated, the start
+among the candidates.
 NAME_hard is the twin of students.NAME that learns from labels; main's is student_hard.
 The rows of pipeline.choices.CONTROL_ROWS are made where controls.rows asks for them.
 """

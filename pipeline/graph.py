@@ -148,13 +148,15 @@ class RunDirectory:
         lengths = []
         if self.config.specialists.patience:
             lengths = [stage for stage in self.specialists if stage.kind.trains]
+        extra: dict[str, Any] = {"called": name, "keeps": "best"}
+        if name == COMPUTE and self.config.controls.max_share != 1:
+            extra["max_share"] = self.config.controls.max_share
         return self.stage(
             "control",
             [*behind, *lengths],
             name,
             before=Before(behind, {"called": name}),
-            called=name,
-            keeps="best",
+            **extra,
         )
 
     def control_row(self, name: str) -> Stage:

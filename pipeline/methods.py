@@ -183,6 +183,8 @@ class BranchMethod(SpecialistMethod):
         KINDS["specialist"],
         function="trainer.stages.branches:branch",
         together="trainer.stages.branches:branches",
+        scales=False,
+        alone="all branches of a job learn in one product",
     )
 
     def specialists(self) -> list[Stage]:
@@ -251,7 +253,10 @@ class DeepMethod:
 
     def ensemble(self) -> Stage:
         kind = dataclasses.replace(
-            KINDS["ensemble"], function="trainer.stages.joining:deep_ensemble"
+            KINDS["ensemble"],
+            function="trainer.stages.joining:deep_ensemble",
+            scales=False,
+            alone="there is nothing to fit",
         )
         inputs = [self.run.generalist, *self.run.members]
         return self.run.stage("ensemble", inputs, kind=kind)

@@ -25,7 +25,8 @@ class StageKind:
     job: the job that it shares a process with; "" has a job of its own, called by its place.
     slurm: the section of [slurm] that says what its job asks for.
     trains: whether it takes optimizer steps, so that its cost counts.
-    scales: whether it trains on several ranks.
+    scales: whether several ranks share its work.
+    alone: why one rank does it, where it does not scale.
     schedule: the section of the config by which it trains.
     former_name, former_place: what versions before schema 2 called it.
     together: "module:function" of (session, stages), for a kind whose stages are done at once where
@@ -42,6 +43,7 @@ class StageKind:
     slurm: str = "report"
     trains: bool = False
     scales: bool = False
+    alone: str = "its function is made for one rank"
     schedule: Literal["train", "specialists", "rerank", "students"] = "train"
     former_name: str = ""
     former_place: str = ""
@@ -72,6 +74,7 @@ _ROWS = [
         addressed_by="index",
         slurm="members",
         trains=True,
+        scales=True,
     ),
     StageKind(
         "shortlists",
@@ -79,6 +82,7 @@ _ROWS = [
         "trainer.stages.rerank:shortlists",
         sections=("data",),
         slurm="ensemble",
+        scales=True,
     ),
     StageKind(
         "measure",
@@ -86,6 +90,7 @@ _ROWS = [
         "trainer.stages.grouping:measure",
         job="clusters",
         slurm="clusters",
+        scales=True,
     ),
     StageKind(
         "cluster",
@@ -94,6 +99,7 @@ _ROWS = [
         sections=("clusters",),
         job="clusters",
         slurm="clusters",
+        alone="groups are found in one piece, from statistics that all ranks have gathered",
     ),
     StageKind(
         "diagnosis",
@@ -101,6 +107,7 @@ _ROWS = [
         "trainer.stages.diagnosis:diagnosis",
         job="clusters",
         slurm="clusters",
+        scales=True,
     ),
     StageKind(
         "route",
@@ -108,6 +115,7 @@ _ROWS = [
         "trainer.stages.grouping:route",
         job="clusters",
         slurm="clusters",
+        alone="the shards are read in one pass",
     ),
     StageKind(
         "features",
@@ -116,6 +124,7 @@ _ROWS = [
         sections=("seed", "data"),
         job="clusters",
         slurm="clusters",
+        scales=True,
     ),
     StageKind(
         "specialist",
@@ -126,6 +135,7 @@ _ROWS = [
         slurm="specialists",
         trains=True,
         schedule="specialists",
+        scales=True,
     ),
     StageKind(
         "ensemble",
@@ -135,6 +145,7 @@ _ROWS = [
         job="ensemble",
         slurm="ensemble",
         former_name="combine",
+        scales=True,
     ),
     StageKind(
         "targets",
@@ -145,6 +156,7 @@ _ROWS = [
         slurm="ensemble",
         former_name="answers",
         former_place="answers/{name}",
+        scales=True,
     ),
     StageKind(
         "control",
@@ -155,6 +167,7 @@ _ROWS = [
         slurm="controls",
         trains=True,
         schedule="specialists",
+        scales=True,
     ),
     StageKind(
         "student",
@@ -165,6 +178,7 @@ _ROWS = [
         slurm="students",
         trains=True,
         schedule="students",
+        scales=True,
     ),
     StageKind(
         "evaluate",
@@ -172,6 +186,7 @@ _ROWS = [
         "trainer.stages.evaluate:evaluate",
         job="report",
         slurm="report",
+        scales=True,
     ),
     StageKind(
         "report",
@@ -180,6 +195,7 @@ _ROWS = [
         inputs=("evaluate",),
         job="report",
         slurm="report",
+        alone="it writes a page from what was measured",
     ),
     StageKind(
         "pilot",
@@ -188,12 +204,22 @@ _ROWS = [
         addressed_by="name",
         slurm="specialists",
         trains=True,
+        alone="pilots are short, and train beside each other",
     ),
     StageKind(
         "advice",
         "advice",
         "trainer.stages.advice:advice",
         slurm="report",
+        alone="it writes a page from what the pilots measured",
     ),
 ]
 KINDS: dict[str, StageKind] = {row.name: row for row in _ROWS}
+# Sections of [slurm] whose jobs are independent trainings of one kind.
+SIDE_BY_SIDE = tuple(
+    dict.fromkeys(
+        kind.slurm
+        for kind in _ROWS
+        if kind.scales and kind.trains and kind.addressed_by != "nothing"
+    )
+)

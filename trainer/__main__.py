@@ -34,6 +34,7 @@ torchrun --nproc-per-node 2 -m trainer -- generalist --run runs/mine"""
 RANK_0_FIRST_S = (
     5.0  # how long rank 0 has to say everybody's error before another rank says its own
 )
+NEXT_RANK_S = 0.5  # longer for each further rank, so that one of them says it
 COMMANDS = {
     "check": "trainer.commands.check:main",
     "shards": "trainer.commands.shards:main",
@@ -76,8 +77,10 @@ def run_command(argv: list[str]) -> int:
 
 def let_rank_0_speak() -> None:
     """torchrun ends the other ranks with the first that ends; its words are everybody's."""
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(RANK_0_FIRST_S)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(RANK_0_FIRST_S + (rank - 1) * NEXT_RANK_S)
 
 
 def run_stages(argv: list[str]) -> int:

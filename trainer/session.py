@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pipeline.config import ResolvedStudent, UserError
@@ -26,9 +26,10 @@ from .data.cache import cached
 from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
 from .data.streams import Batch, MeasuringStream
-from .distributed.ranks import Ranks, broadcast, gather
+from .distributed.ranks import Ranks, broadcast, gather, sum_over_ranks
 
 MEASURING_BATCH = 512
+SEEN_S = 90  # in which what rank 0 has written is seen on every node: NFS caches for a minute
 # Probabilities of a batch in memory while measuring, at most: an ensemble's are of all classes.
 PROBABILITIES_IN_MEMORY = 2**26
 log = logging.getLogger("referral")
@@ -90,14 +91,15 @@ class Session:
         )
         try:
             yield attempt
-            dist.barrier()
+            self.barrier()
             if self.ranks.is_main:
                 write_json(attempt.path("damage.json"), self.losses.splits)
                 attempt.finish()
                 words = [f"done in {duration(attempt.seconds)}"]
                 words += filter(None, [val_text(attempt.directory)])
                 log.info("%s: %s", stage.place, ", ".join(words))
-            dist.barrier()
+            self.barrier()
+            wait_until_seen(stage)
         finally:
             log.removeHandler(handler)
             handler.close()
@@ -117,8 +119,29 @@ class Session:
         often as the others.  Every rank returns the whole, "ids" among it;
         corrupt examples are absent where data.damage = skip allows it.
         """
-        stream = MeasuringStream(shards, rows or measuring_batch(self.num_classes), ids=ids)
-        collected, lost = CollectedRows(len(shards) if ids is None else len(ids)), {}
+        part = self.measured_here(shards, measure, ids, rows, together)
+        parts = [arrays for arrays in gather(part, self.ranks) if arrays]
+        joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        order = np.argsort(joined["ids"], kind="stable")
+        return {key: value[order] for key, value in joined.items()}
+
+    def measured_here(
+        self,
+        shards: ShardSet,
+        measure: Callable[[Batch], dict[str, Tensor]],
+        ids: np.ndarray | None = None,
+        rows: int | None = None,
+        together: bool = False,
+    ) -> dict[str, np.ndarray]:
+        """The part of `measured` that is this rank's, in the order of its batches; collective.
+
+        Empty where there are fewer examples than ranks.
+        """
+        count = len(shards) if ids is None else len(ids)
+        share = -(-count // self.ranks.world_size)  # of few examples, too, each rank has some
+        rows = max(1, min(rows or measuring_batch(self.num_classes), share))
+        stream = MeasuringStream(shards, rows, ids=ids)
+        collected, lost = CollectedRows(count), {}
         with torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
             for batch in loader:
@@ -129,15 +152,19 @@ class Session:
                 collected.add({"ids": batch.ids.cpu().numpy(), **values})
             if together and stream.lacks_batch(self.ranks.rank, self.ranks.world_size):
                 measure(stream.blank().to(self.ranks.device))
-        gathered = gather((collected.arrays(), lost), self.ranks)
-        parts = [arrays for arrays, _ in gathered if arrays]
-        if not parts:
+        gathered = gather((collected.count, lost), self.ranks)
+        if not any(number for number, _ in gathered):
             raise UserError(f"{shards.split}: nothing to measure")
         for _, lost in gathered:
             self.losses.add(shards, lost)
-        joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        order = np.argsort(joined["ids"], kind="stable")
-        return {key: value[order] for key, value in joined.items()}
+        return collected.arrays()
+
+    def mean(self, values: Tensor) -> float:
+        """The mean of every rank's numbers [n] together, in float64; collective."""
+        values = values.double()
+        total = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
+        sums, count = sum_over_ranks(total, self.ranks).tolist()
+        return sums / count
 
     def kept(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
         """What `make` gives, made once for all stages of this process that have the same key."""
@@ -176,7 +203,24 @@ class Session:
                 write_bytes(self.run.root / file, stage.path(file).read_bytes())
 
     def barrier(self) -> None:
-        dist.barrier()
+        """Wait for all ranks, however long rank 0 works alone."""
+        self.ranks.barrier()
+
+
+def wait_until_seen(stage: Stage) -> None:
+    """Wait until this rank's node sees that a stage is done, as rank 0 has written it.
+
+    Raises UserError where it does not.
+    """
+    deadline = time.monotonic() + SEEN_S
+    while stage.done() is None:
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"{stage.directory}: rank 0 has finished this stage, and another rank does not see "
+                "its DONE; --run must lie on a file system that all nodes of a job share"
+            )
+        os.listdir(stage.directory)  # a network file system looks again
+        time.sleep(0.2)
 
 
 class Console(logging.StreamHandler):

@@ -165,7 +165,7 @@ IN_NO_KEY = {
 IN_A_KEY_OTHERWISE = {
     "advise": ["budget", "levers", "scarce", "limit", "workers"],
     "data": ["ood"],
-    "controls": ["twins", "rows", "model"],
+    "controls": ["twins", "rows", "model", "max_share"],
     "ensemble": ["networks"],
     "extend": ["run", "companions"],
     "route": ["mode", "max_bytes"],

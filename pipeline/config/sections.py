@@ -23,6 +23,7 @@ from ..choices import (
     NETWORKS,
     EngineKind,
 )
+from ..stages import SIDE_BY_SIDE
 from .base import MODULE_FUNCTION, Section, each_of, one_of
 
 
@@ -245,6 +246,8 @@ class Controls(Section):
     learning_rates: list[PositiveFloat] = []
     # students that have a twin on labels: all that a teacher teaches, main alone, or none
     twins: Literal["all", "main", "none"] = "all"
+    # of control_compute: the most that it trains, of what all specialists train together
+    max_share: float = Field(default=1.0, gt=0, le=1)
     # rivals that are made besides: train_on, wider, average, shortlist
     rows: list[str] = []
     # of wider: keys of [model] that differ; {} = widths by the ensemble's multiplications
@@ -473,9 +476,17 @@ class Engine(Section):
 class Launch(Section):
     """How the launcher runs jobs on this machine."""
 
-    # ranks of the generalist (None: one per GPU, or per core up to 2)
+    # ranks of each stage that scales (None: one per GPU, or per core up to 2)
     processes: int | None = Field(default=None, gt=0)
+    # sections of [slurm] whose jobs have one rank each and run beside each other (None: those that
+    # have at least as many jobs as ranks)
+    side_by_side: list[str] | None = None
     # jobs of one process side by side (None: as many as devices or cores)
     pool: int | None = Field(default=None, gt=0)
     # of a job that fails
     retries: int = Field(default=1, ge=0)
+
+    @field_validator("side_by_side")
+    @classmethod
+    def _side_by_side(cls, value):
+        return None if value is None else each_of(value, SIDE_BY_SIDE)

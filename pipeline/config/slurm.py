@@ -7,7 +7,6 @@ import re
 
 from pydantic import Field, field_validator, model_validator
 
-from ..stages import KINDS
 from .base import Section
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
@@ -103,16 +102,10 @@ class Slurm(Section):
 
     @model_validator(mode="after")
     def _sound(self):
-        scaling = {kind.slurm for kind in KINDS.values() if kind.scales}
         for name in type(self).model_fields:
             section = getattr(self, name)
             if not isinstance(section, Resources):
                 continue
-            if name not in scaling and (section.nodes or 1) > 1:
-                raise ValueError(
-                    f"slurm.{name}.nodes = {section.nodes}: "
-                    f"only the {', '.join(sorted(scaling))} trains on several nodes"
-                )
             if section.seconds is not None and section.seconds <= 2 * self.signal_s:
                 raise ValueError(
                     f'slurm.{name}.time = "{section.time}": a job is asked for a checkpoint '

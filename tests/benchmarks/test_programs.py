@@ -49,6 +49,7 @@ SLOW = [
     "benchmarks.papers.hydra",
     "benchmarks.papers.mnist",
     "benchmarks.papers.specialists",
+    "benchmarks.ranks",
     "benchmarks.scaling",
     "benchmarks.training",
 ]

@@ -1,6 +1,8 @@
 """The combiners beside eq. 5, and what is fitted on val."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,6 +177,30 @@ def test_a_temperature_fitted_in_passes_is_that_of_all_logits_at_once(scale, rig
     assert len(passes) <= 26
     if right == "drawn" and 0.1 < scale < 10:
         assert len(passes) <= 9
+
+
+def test_a_temperature_fitted_by_parts_is_that_of_the_whole():
+    """Three parts, one without examples, as ranks have them: each mean is over all."""
+    rng = torch.Generator().manual_seed(2)
+    logits = 4 * torch.randn(300, 12, generator=rng)
+    labels = torch.multinomial(torch.softmax(logits / 4, 1), 1, generator=rng)[:, 0]
+    meeting, given = threading.Barrier(3), {}
+
+    def fit(part):
+        rows = slice(*part)
+
+        def mean(values):
+            given[part] = values
+            meeting.wait(10)
+            everything = torch.cat([given[each] for each in sorted(given)])
+            meeting.wait(10)
+            return float(everything.mean())
+
+        return fit_temperature(logits[rows], labels[rows], mean)
+
+    with ThreadPoolExecutor(3) as pool:
+        fitted = list(pool.map(fit, [(0, 100), (100, 300), (300, 300)]))
+    assert fitted == [pytest.approx(fit_temperature(logits, labels), rel=1e-6)] * 3
 
 
 def test_specialists_temperatures_take_other_classes_for_the_dustbin():

@@ -78,11 +78,11 @@ def test_the_jobs_of_an_advice(ward):
     assert chains["pilots/on-0"] == pytest.approx(chains["pilots/on-1"] + 100 + 7.5)
 
 
-def test_pilots_ask_slurm_for_what_specialists_do_and_need_no_array(ward):
+def test_pilots_ask_slurm_for_what_a_specialist_of_one_rank_does_and_need_no_array(ward):
     run = ward.run(FEW, "slurm.specialists.gpus=3", "slurm.report.memory=9G")
     submitted = {batch.name: batch for batch in batches(run, list(jobs_of(run).values()))}
     assert set(submitted) == {"generalist", "clusters", *PILOTS, "advice"}
-    assert "--gpus-per-node=3" in submitted["pilots/copies-1"].options
+    assert "--gpus-per-node=1" in submitted["pilots/copies-1"].options  # a pilot has one rank
     assert submitted["pilots/copies-1"].elements is None
     assert submitted["pilots/copies-1"].arguments[-3:] == ("pilot", "--name", "copies-1")
     assert "--mem=9G" in submitted["advice"].options

@@ -86,6 +86,22 @@ def test_the_generalists_ranks_count_against_the_pool(ward):
     pool._stop()
 
 
+def test_a_job_of_several_ranks_keeps_free_slots_from_shorter_chains(ward):
+    """Else trainings of one rank would take each slot that becomes free, and it would come last."""
+    settings = ("launch.processes=2", "launch.pool=2", "students.main.steps=1000")
+    run = ward.run(*settings, "controls.twins=none")
+    before = [run.generalist, run.measure, run.cluster, run.diagnosis, run.route]
+    ward.finish([*before, *run.specialists])
+    pool = ward.pool(run)
+    pool.free = [1]
+    pool._start_ready()  # a wall is ready too, and would fit
+    assert pool.children == {} and pool.free == [1]
+    pool.free = [0, 1]
+    pool._start_ready()
+    assert list(pool.children) == ["ensemble"] and pool.free == []
+    pool._stop()
+
+
 def test_more_ranks_than_slots_take_the_whole_pool(ward):
     pool = ward.pool(ward.run("launch.processes=8", "launch.pool=2"))
     pool._start(pool.jobs[0])

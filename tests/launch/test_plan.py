@@ -3,6 +3,7 @@
 import json
 
 from launch.plan import plan, save_graph
+from pipeline.stages import KINDS, StageKind
 
 
 def by_name(jobs):
@@ -78,12 +79,41 @@ def test_a_finished_stage_does_not_change_the_graph(ward):
     assert [job.name for job in plan(run) if job.is_done] == ["generalist"]
 
 
-def test_the_generalists_ranks_are_the_configs_or_else_the_machines(ward):
-    assert by_name(plan(ward.run(), processes=2))["generalist"].processes == 2
-    assert by_name(plan(ward.run("launch.processes=4"), processes=2))["generalist"].processes == 4
-    assert {job.processes for job in plan(ward.run(), processes=2) if job.name != "generalist"} == {
-        1
-    }
+def ranks(run, processes=1):
+    return {job.name: job.processes for job in plan(run, processes)}
+
+
+def test_ranks_are_the_configs_or_else_the_machines(ward):
+    assert ranks(ward.run(), 2)["generalist"] == 2
+    assert ranks(ward.run("launch.processes=4"), 2)["generalist"] == 4
+
+
+def test_every_job_scales_but_trainings_of_which_there_are_as_many_as_ranks(ward):
+    """4 specialists, 3 walls and a twin, control_compute, one student; a control counts alone."""
+    several = {"generalist", "clusters", "ensemble", "report", "students/main"}
+    several |= {"controls/control_compute"}
+    found = ranks(ward.run(), 2)
+    assert {name for name, count in found.items() if count == 2} == several
+    found = ranks(ward.run("train.batch_size=64"), 8)
+    assert set(found.values()) == {8}
+
+
+def test_the_user_says_what_runs_side_by_side(ward):
+    found = ranks(ward.run('launch.side_by_side=["specialists","students"]'), 2)
+    alone = {name for name, count in found.items() if count == 1}
+    assert alone == {f"specialists/{m:03d}" for m in range(4)} | {"students/main"}
+    assert set(ranks(ward.run("launch.side_by_side=[]"), 2).values()) == {2}
+
+
+def test_a_job_of_stages_that_do_not_scale_has_one_rank(ward):
+    found = ranks(ward.run("specialists.kind=branch"), 8)
+    assert found["clusters"] == 8 and found["specialists/000-003"] == 1
+
+
+def test_each_stage_scales_or_says_why_not():
+    alone = {name: kind.alone for name, kind in KINDS.items() if not kind.scales}
+    assert alone.keys() == {"cluster", "route", "report", "pilot", "advice"}
+    assert StageKind.alone not in alone.values()
 
 
 def test_the_longest_chain_goes_first(ward):

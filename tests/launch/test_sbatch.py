@@ -5,13 +5,13 @@ import shlex
 import pytest
 
 from launch.plan import plan
-from launch.sbatch import SCRIPT, batches, dependency, ranges, ranks, shell_script
+from launch.sbatch import SCRIPT, batches, dependency, plan_on_slurm, ranges, shell_script
 from pipeline.config import UserError, load_config
 
 
 def submitted(run, *, done=(), size=1001):
     """Per batch by its name the command; Slurm's ids are 1, 2, 3, ..."""
-    jobs = plan(run, ranks(run.config))
+    jobs = plan_on_slurm(run)
     left = [job for job in jobs if job.name not in done]
     ids, whole, commands = {}, set(), {}
     for number, batch in enumerate(batches(run, left, size), 1):
@@ -140,10 +140,14 @@ def test_resources_are_the_stages_own_then_those_of_default(ward):
         "--reservation=x",
     ]
     assert [word for word in found["generalist"] if word in words] == words
-    assert ranks(run.config) == 8 and arguments(found["generalist"])[:2] == ["-r", "4"]
+    assert arguments(found["generalist"])[:2] == ["-r", "4"]
     words = ["--nodes=1", "--mem=4G", "--time=600", "--partition=cpu", "--exclude=n9"]
     assert [word for word in found["report"] if word in words] == words
     assert arguments(found["report"])[:2] == ["-r", "1"]
+
+
+def ranks_on_slurm(run):
+    return {job.name: job.processes for job in plan_on_slurm(run)}
 
 
 @pytest.mark.parametrize(
@@ -151,16 +155,75 @@ def test_resources_are_the_stages_own_then_those_of_default(ward):
     [
         ([], 1),
         (["slurm.generalist.nodes=3"], 3),
+        (["slurm.generalist.gpus=8"], 8),
+        (["slurm.generalist.nodes=2", "slurm.generalist.gpus=4", "train.batch_size=64"], 8),
         (["slurm.generalist.nodes=2", "launch.processes=8"], 8),
     ],
 )
-def test_the_generalists_ranks(settings, expected):
-    assert ranks(load_config(None, settings)) == expected
+def test_the_generalists_ranks(ward, settings, expected):
+    assert ranks_on_slurm(ward.run(*settings))["generalist"] == expected
 
 
-def test_ranks_that_nodes_cannot_share_are_refused():
-    with pytest.raises(UserError, match="launch.processes = 7 .*nodes = 2; try 6 or 8"):
-        ranks(load_config(None, ["launch.processes=7", "slurm.generalist.nodes=2"]))
+def test_with_8_gpus_every_job_has_8_ranks_and_srun_starts_them(ward):
+    run = ward.run("slurm.default.gpus=8", "specialists.per_job=2")
+    assert set(ranks_on_slurm(run).values()) == {8}
+    for name, command in submitted(run).items():
+        assert option(command, "gpus-per-node") == "8", name
+        assert arguments(command)[:2] == ["-r", "8"], name
+
+
+def test_a_section_has_the_ranks_of_its_own_gpus_and_nodes(ward):
+    settings = ("slurm.default.gpus=1", "slurm.generalist.gpus=8", "slurm.controls.gpus=4")
+    ranks = ranks_on_slurm(ward.run(*settings, "slurm.clusters.nodes=2"))
+    assert ranks["generalist"] == 8 and ranks["clusters"] == 2 and ranks["specialists/000"] == 1
+    assert ranks["controls/control_compute"] == ranks["controls/control_wall-0"] == 4
+
+
+def test_without_gpus_jobs_have_the_ranks_that_they_have_on_one_machine(ward):
+    run = ward.run("launch.processes=2", "slurm.generalist.nodes=2")
+    here = {job.name: job.processes for job in plan(run)}
+    assert ranks_on_slurm(run) == here and {1, 2} == set(here.values())
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (
+            ["launch.processes=7", "slurm.generalist.nodes=2"],
+            "launch.processes = 7 ranks cannot be shared evenly by slurm.generalist.nodes = 2; "
+            "try 6 or 8",
+        ),
+        (
+            ["launch.processes=2", "slurm.generalist.gpus=8"],
+            "launch.processes = 2, and slurm.generalist reserves 8 GPUs: each rank has a GPU of "
+            "its own; leave launch.processes out",
+        ),
+        (
+            ["specialists.kind=branch", "slurm.specialists.gpus=8"],
+            "slurm.specialists reserves 8 GPUs, and specialists/000-003 has one rank (all branches "
+            "of a job learn in one product): the rest would idle; set slurm.specialists.gpus = 1",
+        ),
+        (
+            ["launch.processes=2", "slurm.specialists.nodes=2"],
+            "slurm.specialists reserves 2 nodes, and specialists/000 has 1 ranks: the rest would "
+            "idle; set slurm.specialists.nodes = 1, or leave specialists out of "
+            "launch.side_by_side",
+        ),
+    ],
+)
+def test_what_would_idle_or_cannot_be_shared_is_refused_in_one_line(ward, settings, words):
+    with pytest.raises(UserError) as error:
+        plan_on_slurm(ward.run(*settings))
+    assert str(error.value) == words
+
+
+def test_a_job_of_one_rank_asks_for_one_gpu_where_others_of_its_section_take_more(ward):
+    run = ward.run("slurm.default.gpus=8").advice.run
+    jobs = {job.name: job for job in plan_on_slurm(run, run.advice.stages)}
+    assert jobs["generalist"].processes == 8 and jobs["advice"].processes == 1
+    command = {each.name: each.command(run.root) for each in batches(run, list(jobs.values()))}
+    assert option(command["advice"], "gpus-per-node") == "1"
+    assert arguments(command["advice"])[:2] == ["-r", "1"]
 
 
 def test_whatever_a_run_is_called_it_is_one_word_and_nothing_else(ward):
@@ -202,7 +265,7 @@ def test_ranges_read_like_slurms():
         ("slurm.default.time=soon", 'write minutes, "HH:MM:SS" or "DAYS-HH:MM:SS"'),
         ("slurm.default.time=4", "slurm.signal_s = 120 s before its end"),
         ("slurm.default.memory=lots", "slurm.default.memory = 'lots'"),
-        ("slurm.students.nodes=2", "only the generalist trains on several nodes"),
+        ('launch.side_by_side=["report"]', "report"),
         ('slurm.default.extra=["-p gpu"]', "is no long option of sbatch"),
         ('slurm.default.extra=["--wrap=ls"]', "is what referral itself says to sbatch"),
         ('slurm.default.partition=""', "slurm.default.partition = ''"),

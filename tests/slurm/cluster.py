@@ -65,12 +65,15 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
+GresTypes=gpu
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] \
-CPUs=2 RealMemory=4096
+CPUs=2 RealMemory=4096 Gres=gpu:{gpus}
 PartitionName=all Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP PriorityTier=1
 PartitionName=urgent Nodes=n[1-4] MaxTime=INFINITE State=UP PriorityTier=10
 PartitionName=elsewhere Nodes=n5 MaxTime=INFINITE State=UP PriorityTier=1
 """
+GPUS = 8  # of a node, as Slurm believes: their devices are empty files
+GRES = "NodeName=n[1-5] Name=gpu File={root}/gpu[0-7]\n"
 
 
 def what_is_missing() -> str:
@@ -81,7 +84,8 @@ def what_is_missing() -> str:
 
 
 class Cluster:
-    """Nodes n1 to n4, 2 CPUs each, in the partitions `all` and `urgent` (which preempts).
+    """Nodes n1 to n4, 2 CPUs and 8 GPUs that are not there each, in the partitions `all` and
+    `urgent` (which preempts).
 
     n5, in `elsewhere`, is down until it is started.
     """
@@ -99,11 +103,15 @@ class Cluster:
                 root=root,
                 controller=first + 5,
                 nodes=5,
+                gpus=GPUS,
                 first=first,
                 last=first + 4,
                 max_array_size=max_array_size,
             )
         )
+        for number in range(GPUS):
+            (root / f"gpu{number}").touch()
+        (root / "gres.conf").write_text(GRES.format(root=root))
         self.environment = {**os.environ, "SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:

@@ -15,6 +15,19 @@ sys.path.insert(0, str(HERE))
 from cluster import Cluster, what_is_missing  # noqa: E402
 from patient import Patient  # noqa: E402
 
+# It is called as `python -m trainer STAGE ...`, or with torchrun's module, its options and `--`
+# before the stage: then it says how many ranks it would start on this node.
+FAKE = """#!/bin/sh
+shift
+launcher=$1
+shift
+while [ "$launcher" != trainer ] && [ "$1" != -- ]; do
+    if [ "$1" = --nproc-per-node ]; then echo "$2 ranks, $SLURM_GPUS_ON_NODE GPUs"; fi
+    shift
+done
+if [ "$launcher" != trainer ]; then shift; fi
+exec "{python}" "{trainer}/fake_trainer.py" "$@"
+"""
 MAX_ARRAY_SIZE = 4  # so that five specialists need two arrays
 
 
@@ -50,10 +63,8 @@ def cluster(loopback):
 def ward(cluster, tmp_path):
     """A run of five specialists with a fake trainer, without torch: for what needs no metrics."""
     run = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
-    fake = tmp_path / "python"  # which is called as: python -m trainer STAGE ...
-    fake.write_text(
-        f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n'
-    )
+    fake = tmp_path / "python"
+    fake.write_text(FAKE.format(python=sys.executable, trainer=HERE.parent / "launch"))
     fake.chmod(0o755)
     site, data = tmp_path / ".config" / "referral" / "site.sh", tmp_path / "data"
     site.parent.mkdir(parents=True)

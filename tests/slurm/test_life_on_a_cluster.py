@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from cluster import ENDED
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 
@@ -24,6 +25,21 @@ def test_the_whole_graph_runs_in_arrays_no_larger_than_the_site_allows(ward):
     assert status["specialists/002"]["log"] == "logs/specialists-002.txt"
     assert status["specialists/004"]["log"] == "logs/specialists-4+-000.txt"
     assert (ward.run / status["specialists/004"]["log"]).exists()
+
+
+def test_8_gpus_lead_to_8_ranks_of_every_job(ward):
+    ward.submit("slurm.default.gpus=8", "slurm.specialists.gpus=1", "controls.enabled=true")
+    ward.wait_for_end()
+    assert set(ward.states().values()) == {"done"}
+    for job in ward.jobs():
+        lines = re.findall(r"\d+ ranks, \d+ GPUs", ward.log(job))
+        assert lines == ([] if job.startswith("specialists") else ["8 ranks, 8 GPUs"]), job
+
+
+def test_gpus_that_would_idle_are_refused_before_anything_is_submitted(ward):
+    said = ward.submit("specialists.kind=branch", "slurm.default.gpus=8", code=2)
+    assert said.startswith("error: slurm.specialists reserves 8 GPUs, and specialists/000-004 has")
+    assert ward.cluster.jobs() == {} or set(ward.cluster.jobs().values()) <= ENDED
 
 
 def test_packs_of_specialists_share_a_job(ward):

@@ -24,6 +24,10 @@ from pipeline.config import Engine, UserError
 from .die_with_parent import die_with_parent
 
 T = TypeVar("T")
+COLLECTIVE_LIMIT = timedelta(minutes=30)  # in which every rank must come to an exchange of data
+RANK_0_ALONE = timedelta(days=30)  # that others may wait while rank 0 works alone
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+LOST_S = 60.0  # in which the launcher ends a rank that has lost another
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -71,10 +75,16 @@ class Ranks:
     world_size: int
     device: torch.device
     watchdog: Watchdog | None = None
+    patient: dist.ProcessGroup | None = None  # all ranks, whose barrier waits RANK_0_ALONE
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here, however long rank 0 works alone before; collective."""
+        if self.world_size > 1:
+            dist.barrier(group=self.patient)
 
     def progress(self) -> None:
         """Tell the watchdog that this rank is alive."""
@@ -93,7 +103,8 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 def process_group(engine: Engine) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be alone.
 
-    torchrun sets RANK, WORLD_SIZE, ... in the environment.
+    torchrun sets RANK, WORLD_SIZE, ... in the environment.  An error of one of several ranks leaves
+    the group as it is: the others wait, and the process that ends with the error is what they lose.
     """
     die_with_parent()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -103,19 +114,44 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
         backend = "nccl"
     if "RANK" in os.environ:
-        # Stages where rank 0 works alone take long.
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
     else:
         # Documented, but missing from torch.distributed's __all__.
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     # Softmaxes over many classes are full of denormals, and a CPU takes ages over each.
     torch.set_flush_denormal(True)
+    patient = None
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=RANK_0_ALONE)
+        patient = cast(dist.ProcessGroup, group)  # every rank is in it
+    watchdog = Watchdog(engine.hang_s)
+    is_left = False
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, Watchdog(engine.hang_s))
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device, watchdog, patient)
+    except Exception as error:
+        is_left = dist.get_world_size() > 1
+        if is_left and has_lost_another(error):
+            wait_for_launcher()
+        raise
     finally:
         torch.set_flush_denormal(False)  # whoever called may want them
-        dist.destroy_process_group()
+        if not is_left:
+            dist.destroy_process_group()
+
+
+def has_lost_another(error: Exception) -> bool:
+    """Whether it says that another rank's process has ended."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST)
+
+
+def wait_for_launcher() -> None:
+    """Let the launcher end this process, since another rank has ended and said why.
+
+    A traceback of this one would hide the other's line, and its exit code the other's.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(LOST_S)
 
 
 def choose_device(engine: Engine) -> torch.device:

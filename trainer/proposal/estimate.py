@@ -61,7 +61,8 @@ def run_seconds(config: Config, data: DataSummary, of_one: float, pool: int) -> 
     beside = groups * lesson
     jobs = 5 + math.ceil(groups / (specialists.per_job or groups))
     if config.controls.enabled:
-        beside += len(config.controls.learning_rates) * lesson + groups * lesson
+        together = config.controls.max_share * groups * lesson
+        beside += len(config.controls.learning_rates) * lesson + together
         jobs += len(config.controls.learning_rates) + 1
     rows = [CONTROL_ROWS[name] for name in config.controls.rows]
     if any(row.of_second for row in rows):

@@ -527,5 +527,5 @@ def _why_ranks(data: DataSummary, hardware: Hardware, ranks: int) -> str:
     if hardware.gpus:
         return "one for each GPU"
     if ranks == 1 < hardware.cores:
-        return "ranks of the generalist; so few examples are not worth a second"
-    return "ranks of the generalist, one per core up to 2"
+        return "ranks of each stage that scales; so few examples are not worth a second"
+    return "ranks of each stage that scales, one per core up to 2"

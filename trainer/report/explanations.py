@@ -150,10 +150,15 @@ def _explain_control_compute(run: RunDirectory) -> str:
     others = ""
     if any(stage.kind.trains for stage in run.members):
         others = " and the other generalist that they start as"
+    share, compute = "as many further examples as", "equal total compute"
+    if run.config.controls.max_share != 1:
+        percentage = f"{100 * run.config.controls.max_share:g} %"
+        share = f"{percentage} (controls.max_share) as many further examples as"
+        compute = f"{percentage} of their compute"
     return (
-        "The generalist trained on, without groups, for as many further examples as all "
+        f"The generalist trained on, without groups, for {share} all "
         f"specialists{others} saw together{_examples_seen(run, 'control_compute')}, at the rate "
-        "that ended best in control_wall: what equal total compute does for a single network. "
+        f"that ended best in control_wall: what {compute} does for a single network. "
         f"{_kept_step(run, 'control_compute')}Where "
         "the generalist is not yet converged this is the one hard to beat. The search for the rate "
         "is not charged."

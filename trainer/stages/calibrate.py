@@ -47,8 +47,8 @@ def examples_for(session: Session, numbers: int) -> np.ndarray:
 def calibrate(session: Session, predict: Predictor | ListedPredictor) -> float:
     """The temperature that fits val best.
 
-    Logits that are more than LOGITS_IN_MEMORY are not held: the examples are passed over a few
-    times.
+    Each rank holds the logits of its examples.  More than LOGITS_IN_MEMORY of all are not held: the
+    examples are passed over a few times.
     """
     ids = calibration_ids(session)
     if isinstance(predict, ListedPredictor):
@@ -62,8 +62,11 @@ def calibrate(session: Session, predict: Predictor | ListedPredictor) -> float:
             "labels": batch.labels,
         }
 
-    values = session.measured(session.shards("val"), measure, ids=ids)
-    return fit_temperature(torch.from_numpy(values["logits"]), torch.from_numpy(values["labels"]))
+    own = session.measured_here(session.shards("val"), measure, ids=ids)
+    logits, labels = torch.empty(0, session.num_classes), torch.empty(0, dtype=torch.int64)
+    if own:
+        logits, labels = torch.from_numpy(own["logits"]), torch.from_numpy(own["labels"])
+    return fit_temperature(logits, labels, session.mean)
 
 
 Slopes = tuple[Tensor, Tensor]  # of each example's NLL in beta = 1 / T, and their own, [b]

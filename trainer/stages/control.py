@@ -45,7 +45,7 @@ def control(session: Session, stage: Stage, name: str) -> None:
 
 
 def trained_on(session: Session, name: str) -> TrainingTask:
-    """The generalist for as many steps as one specialist took, or as all together.
+    """The generalist for as many steps as one specialist took, or as controls.max_share of all.
 
     It keeps its best step on val, and the start is a candidate, as of a specialist with patience.
     The best one is calibrated first: training on makes a network overconfident, and by its loss
@@ -74,7 +74,9 @@ def wall_or_compute(session: Session, name: str, lengths: list[int]) -> tuple[fl
     """(peak learning rate, steps) of one of these controls."""
     if name != COMPUTE:
         return wall_rate(session.config, name), max(lengths)
-    return rate_to_go_on_with(session), sum(lengths) + steps_of_another(session)
+    steps = sum(lengths) + steps_of_another(session)
+    share = session.config.controls.max_share
+    return rate_to_go_on_with(session), max(1, round(share * steps))
 
 
 def steps_of_another(session: Session) -> int:

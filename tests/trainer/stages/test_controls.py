@@ -17,8 +17,9 @@ from pipeline.graph import RunDirectory
 from pipeline.results import dropped_line
 from pipeline.store import read_json, write_json
 from trainer.distributed.ranks import Ranks, process_group
+from trainer.report.explanations import CONTROLS
 from trainer.session import Session
-from trainer.stages.control import never, trained_lengths
+from trainer.stages.control import never, trained_lengths, wall_or_compute
 from trainer.stages.rehearsal import rehearse
 from trainer.stages.validate import validate_calibrated
 
@@ -227,6 +228,22 @@ def test_missing_specialists_count_nothing_for_the_controls(finished, tmp_path):
     steps = [summary_of(stage)["steps"] for stage in run.specialists[1:]]
     session = Session(run, Ranks(0, 1, torch.device("cpu")))
     assert trained_lengths(session) == steps
+
+
+def test_control_compute_trains_a_share_of_the_specialists_steps(finished):
+    bounded = finished.config.controls.model_copy(update={"max_share": 0.25})
+    config = finished.config.model_copy(update={"controls": bounded})
+    run = RunDirectory(finished.root, config)
+    changed = [name for name, stage in run.controls.items() if not stage.is_done]
+    assert changed == ["control_compute"]  # the walls, twins and rows stay as they are
+    session = Session(run, Ranks(0, 1, torch.device("cpu")))
+    lengths = [40, 40, 20]
+    whole = Session(finished, session.ranks)
+    assert wall_or_compute(whole, "control_compute", lengths)[1] == 100
+    assert wall_or_compute(session, "control_compute", lengths)[1] == 25
+    assert wall_or_compute(session, "control_wall-0", lengths)[1] == 40
+    explained = CONTROLS["control_compute"](run)
+    assert "for 25 % (controls.max_share) as many further examples as all" in explained
 
 
 def test_a_network_without_a_width_needs_controls_model(data, tmp_path, monkeypatch):

@@ -95,6 +95,36 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(data, tmp_path):
     assert "Traceback" not in output
 
 
+DECODER = """
+import os
+
+import numpy as np
+
+
+def decode(content):
+    if os.environ["RANK"] == "1":
+        raise ValueError("a byte is wrong")
+    return np.zeros((1, 8, 8), np.uint8)
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_another_rank_is_one_line_and_its_exit_code(data, tmp_path, monkeypatch):
+    """Rank 0 waits in an exchange of gradients, and then loses its peer."""
+    (tmp_path / "of_rank_0.py").write_text(DECODER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("RANK", "0")  # of the config's own look at the decoder
+    decoders = 'data.decoders={png="of_rank_0:decode"}'
+    run = prepare(tmp_path / "run", data, decoders, "data.cache=none")
+    process = start_stage(2, "generalist", run.root)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    lines = [line for line in output.splitlines() if line.startswith("error")]
+    assert len(lines) == 1 and "cannot be decoded: a byte is wrong" in lines[0]
+    assert "Traceback" not in output and "closed by peer" not in output
+
+
 def test_summary_of_two_ranks_counts_global_examples(runs):
     for run in runs.values():
         assert read_json(run.generalist.path("summary.json"))["examples_seen"] == 60 * 96
