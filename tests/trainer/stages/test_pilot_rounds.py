@@ -64,7 +64,7 @@ def test_every_family_is_piloted_in_the_first_round(run):
 def test_the_better_half_goes_on_for_twice_as_long(run):
     first, second = records(run, 0), records(run, 1)
     diagnosis = read_json(run.diagnosis.path("diagnosis.json"))
-    highs = rounds.promises(rounds.evidence_of(diagnosis, list(first.values())))
+    highs = rounds.promises(rounds.evidence_of(run.config, diagnosis, list(first.values())))
     better, worse = sorted(("on", "second"), key=lambda family: -highs[family])
     dropped = {family for family, record in second.items() if record.get("dropped")}
     assert dropped == {worse, "wide"}
