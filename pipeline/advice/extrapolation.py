@@ -164,9 +164,10 @@ SLOPE_KEPT, STEEPEST, ONE_ROUND = 0.75, 0.35, 0.2
 CORRELATIONS = (0.1, 0.98)
 # - s of joining two equal networks per unit of 1 - correlation: of networks that soon learn, and of
 # those that have hardly begun to at the pilots' end.
-OF_DIVERSITY = {"average": 0.6, "shortlist": 0.75}
-LATE = {"average": 0.9, "shortlist": 1.3}
+OF_DIVERSITY = {"average": 0.55, "shortlist": 0.7}
+LATE = {"average": 1.0, "shortlist": 1.4}
 BEGUN = (0.98, 0.88)  # the Brier score of a network that has not learned, and of one that has
+LATE_AT = 0.03  # of the steps, after which it is seen whether a network learns soon or late
 JOINED_SD, JOINED_SPREAD, LATE_SPREAD = 0.015, 0.55, 0.6
 
 
@@ -199,6 +200,11 @@ def begun(record: Record) -> float:
     return min(max((none - record["forms"]["alone"]["brier"]) / (none - enough), 0.0), 1.0)
 
 
+def learns_soon(rounds: Sequence[Record]) -> float:
+    """`begun` of the network in the round that ended nearest to LATE_AT."""
+    return begun(min(rounds, key=lambda record: abs(math.log(record["share"] / LATE_AT))))
+
+
 def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
     """Of two equal generalists: the less their errors go together, the more it gains.
 
@@ -209,7 +215,7 @@ def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
         rounds = evidence.records.get("second")
         if not rounds:
             return None
-        soon = begun(rounds[-1])
+        soon = learns_soon(rounds)
         per_unit = soon * OF_DIVERSITY[form] + (1 - soon) * LATE[form]
         mean = per_unit * (1 - correlation_in_full(rounds))
         spread = soon * JOINED_SPREAD + (1 - soon) * LATE_SPREAD
@@ -260,7 +266,10 @@ def rerank(evidence: Evidence) -> LogRatio | None:
 # below the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
 HEALED_FROM, HEALED = 0.3, 0.12
 HEALED_SD = (0.03, 0.2)
-MAY_HEAL = {"copies": 0.4, "branches": 1.0}  # at fit 1, where hardly a step was piloted
+# And the most that they may heal then, at fit 1 and where hardly a step was piloted; the least: an
+# ensemble's weights are fitted on val, so that specialists which do not help are not listened to.
+MAY_HEAL = {"copies": 0.0, "branches": 1.2}
+LEAST_HEALED = -0.1
 FROM_PILOT_SD = (0.04, 0.3)  # of all groups' from the piloted ones', absolute and of what they heal
 # What is healed grows with the share of the steps to this power, where it is surely so.
 GROWTH = 0.8
@@ -301,8 +310,10 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
         ceiling = min(piloted[-1]["ceiling_all"] / evidence.error, 1.0)
         left = 1 - min(expected * ceiling, MOST_HEALED)
         # The log of the interval's end: near 0 a derivative would stretch it beyond all errors.
-        sd = math.log1p(LIKELY * error * ceiling / left) / LIKELY
-        most = expected + LIKELY * error + (1 - share) * MAY_HEAL[family] * without_room
+        less = min(LIKELY * error, expected - LEAST_HEALED)
+        sd = math.log1p(less * ceiling / left) / LIKELY
+        untried = (1 - share) * MAY_HEAL[family] * without_room
+        most = max(expected + LIKELY * error, untried)
         least_left = 1 - min(most, MOST_HEALED) * ceiling
         beyond = math.log(left) - LIKELY * sd - math.log(least_left)
         return LogRatio(math.log(left), sd, beyond=max(0.0, beyond))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipeline.advice.extrapolation import (
     HEALED,
     LATE,
+    LEAST_HEALED,
     LIKELY,
     MOST_HEALED,
     OF_DIVERSITY,
@@ -174,10 +175,12 @@ def test_first_steps_that_heal_nothing_leave_it_open():
     # Of 1 - .1^2 as much as specialists usually heal, of half of all errors.
     assert short.mean == pytest.approx(math.log(1 - 0.99 * HEALED / 2))
     assert full.mean == 0
-    assert short.sd > 3 * full.sd
     # They may heal all of what perfect ones would; those that were piloted whole may not.
-    highest = gain_of(short, 0.4).high
-    assert highest == pytest.approx(40 * MOST_HEALED / 2) and full.beyond == 0
+    assert gain_of(short, 0.4).high == pytest.approx(40 * MOST_HEALED / 2)
+    assert gain_of(full, 0.4).high < 5
+    # At worst they lose a little, whatever is not known.
+    for ratio in (short, full):
+        assert gain_of(ratio, 0.4).low >= 40 * LEAST_HEALED / 2 - 1e-9
 
 
 def test_several_groups_count_by_their_ceilings():
