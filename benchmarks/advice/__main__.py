@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.advice [--sets NAME ...] [--seeds 0 1] [--to runs/advice]
         [--budgets .1 .2 .3] [--write]          --write: the tables into docs/advise.md
     python -m benchmarks.advice --table         what TO holds, and nothing else
+    python -m benchmarks.advice --set fashion=DIR --set mine=FILE.npz       these sets of yours
     python -m benchmarks.advice --quick         scikit-learn's digits, in seconds, no result
 
 Ten small sets (benchmarks.advice.sets), each with a generalist of some 20 seconds on one core.  Of
@@ -24,6 +25,11 @@ Gains are points of top-1 over the generalist, with the paired standard error; "
 of the generalist's, counted in multiplications.  What is done is not done again; every set and seed
 adds a line to TO/truth.jsonl.
 
+PATH of --set NAME=PATH is whatever `referral init` reads: a directory per class (Tiny ImageNet's
+train), idx files (Fashion-MNIST's), csv tables, npz with x and y, or shards.  Its networks and
+specialists are those that `referral init` proposes, the same on every machine; name the set again
+with every later command.
+
 Then `referral advise` is asked about each of these generalists, once for each of --budgets, and
 what it predicts and advises is held against what was pulled.  Its pilots are kept below TO/asked,
 and its predictions made anew from them by the rules of today.  The last line is one JSON object.
@@ -42,6 +48,7 @@ from benchmarks.papers import lab
 from .account import in_numbers, report
 from .asking import advise, kept_in
 from .lines import line_of
+from .own_sets import add_set, name_and_path
 from .sets import QUICK, REAL, SETS
 from .table import read_lines, short_table_of, table_of
 from .truth import make
@@ -55,7 +62,18 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=REAL, metavar="NAME")
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, metavar="NAME", help=f"of {', '.join(REAL)} (all)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="own",
+        type=name_and_path,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="a set of yours, see above; without --sets yours alone",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--to", type=Path, default=Path("runs/advice"), help="(runs/advice)")
     parser.add_argument(
@@ -75,10 +93,14 @@ def main(words: list[str] | None = None) -> None:
     )
     parser.add_argument("--quick", action="store_true", help="digits, below TO/quick")
     given = parser.parse_args(words)
+    given.sets = given.sets or ([] if given.own else REAL)
     if given.quick:
         given.to, given.sets, given.seeds = given.to / "quick", [QUICK], [0]
         shutil.rmtree(given.to, ignore_errors=True)
     given.to.mkdir(parents=True, exist_ok=True)
+    for name, path in given.own:
+        add_set(name, path, given.to)
+        given.sets = [*given.sets, name]
     file, asked = given.to / "truth.jsonl", given.asked or given.to / "asked"
     if given.again:
         write_again(file)

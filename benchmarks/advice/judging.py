@@ -19,7 +19,16 @@ from .gains import mean_and_error
 
 # scarcity -> how much of it a lever may have taken in truth, multiples of the generalist's own
 ALLOWED = {"training": 1.05, "multiplications": 1.1}
-RULES = (STOP, "average", "shortlist", "wider", "copies", "branches", "train_on")
+RULES = (
+    STOP,
+    "average",
+    "shortlist",
+    "wider",
+    "copies",
+    "branches",
+    "train_on",
+    "average_student",
+)
 
 
 @dataclass(frozen=True)

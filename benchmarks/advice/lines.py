@@ -18,6 +18,7 @@ SINGLE = {  # lever -> network
     "grown": "grown_half",
     "average_student": "student",
     "average_student_on": "student_on",
+    "average_student_mixed": "student_mixed_on",
 }
 SPECIALISTS = ("copies", "branches")
 JOINED = (*SPECIALISTS, "rerank")

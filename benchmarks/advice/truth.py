@@ -40,6 +40,7 @@ from pipeline.store import read_json, write_json
 from trainer.__main__ import in_a_row
 from trainer.core.loop import Trainer, TrainingFiles, TrainingTask
 from trainer.core.objectives import Objective
+from trainer.core.perturbations import mix_bags
 from trainer.data.streams import Batch
 from trainer.distributed.ranks import Ranks, process_group
 from trainer.engines import build_engine
@@ -59,6 +60,7 @@ ON_RATE = 1 / 3  # of the peak, as benchmarks.places trains on
 TIMES_WIDER = 2  # multiplications
 GROWN_SHARE = 0.5
 TRAIN_MEASURED = 5000
+MIXED_SHARE = 0.5  # of mix_bags, as students have it
 MOST_NUMBERS = 2e7  # N C of an array
 
 
@@ -186,11 +188,13 @@ class Networks:
         seed: int,
         rate: float = 1.0,
         teachers: list[str] | None = None,
+        mixed: bool = False,
         before: str = "",
     ) -> None:
         """Train and measure a network, unless it is there.
 
         share: of the generalist's steps.  rate: of its peak.  teachers: whose mean it learns.
+        mixed: whether bags are mixed before teachers and student see them.
         before: the network whose cost counts for this one too.
         """
         folder = self.folder(name)
@@ -204,7 +208,7 @@ class Networks:
         torch.manual_seed(seed)  # of dropout
         task = generalist_task(self.session, network, schedule, None, seed, steps)  # pyright: ignore
         if teachers:
-            taught = mean_of([self.load(each) for each in teachers])
+            taught = mean_of([self.load(each) for each in teachers], mixed)
             task = replace(task, objective=taught)
         trained, seconds = train(self.session, task)
         save_classifier(trained, folder)
@@ -249,12 +253,15 @@ class Networks:
         self.make("wide", forms["wide"][0], 1, wide_seed)
         self.make("student", lambda: self.fresh(student), 1, student, teachers=teachers)
         self.make("on_full", forms["on"][0], 1, on_seed)
+        self.make("student_on", forms["on"][0], 1, student, teachers=teachers)
+        if self.generalist.spec.input.is_indices:
+            mixed = ("student_mixed_on", forms["on"][0], 1, student)
+            self.make(*mixed, teachers=teachers, mixed=True)
         if self.work.one.is_new:  # the rest is what constants are fitted to
             return
         self.make("on", forms["on"][0], 1, on_seed, ON_RATE)
         if self.is_widenable:
             self.make("grown_half", grown, GROWN_SHARE, wide_seed, ON_RATE)
-        self.make("student_on", forms["on"][0], 1, student, teachers=teachers)
         self.make_short(forms)
 
     def make_short(self, forms: dict[str, tuple[Callable[[], Classifier], int, float]]) -> None:
@@ -271,13 +278,17 @@ class Networks:
             self.make(f"{name}_r1", again, ROUND_1, seed + 1, rate, before=f"{name}_r0")
 
 
-def mean_of(teachers: list[Classifier]) -> Objective:
-    """Learn the arithmetic mean of some networks' distributions, soft targets at T = 1 alone."""
+def mean_of(teachers: list[Classifier], mixed: bool = False) -> Objective:
+    """Learn the arithmetic mean of some networks' distributions, soft targets at T = 1 alone.
+
+    mixed: of bags that are mixed first, as `perturb = "mix_bags"` does.
+    """
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
+        inputs = mix_bags(batch.inputs, MIXED_SHARE) if mixed else batch.inputs
         with torch.no_grad():
-            p = torch.stack([each(batch.inputs).float().softmax(1) for each in teachers]).mean(0)
-        log_p = network(batch.inputs).float().log_softmax(1)
+            p = torch.stack([each(inputs).float().softmax(1) for each in teachers]).mean(0)
+        log_p = network(inputs).float().log_softmax(1)
         return -(p * log_p).sum(1).mean()
 
     return objective

@@ -20,6 +20,7 @@ from pipeline.advice.document import Advice, Lever, read_advice
 from pipeline.advice.extrapolation import Evidence, Gain, gains
 from pipeline.advice.halving import better_half
 from pipeline.advice.levers import FAMILIES
+from pipeline.config import load_config
 from pipeline.store import read_json
 from trainer.stages.pilots.rounds import evidence_of, promises
 
@@ -27,17 +28,20 @@ from .gains import JOINS, SHORTLIST, arithmetic, correct, fitted_weight
 from .judging import ALLOWED, Held, Pulled, Verdict, held, verdict
 from .lines import Kept
 
-# lever -> its row in truth.jsonl.  train_on is below: it keeps its best step.
+# lever -> its row in truth.jsonl.  train_on and average_student are below: the one keeps its best
+# step, the other is the student that the product trains.
 ROWS = {
     "wider": "wider",
     "average": "average",
     "shortlist": "shortlist",
-    "average_student": "average_student",
     "rerank": "rerank",
     "copies": "copies",
     "branches": "branches",
 }
 TRAIN_ON, TRAINED_ON = "train_on", "train_on_full_rate"
+STUDENT = "average_student"
+# row -> its network, the first that there is: bags are mixed, and every student starts as its G
+STUDENTS = {"average_student_mixed": "student_mixed_on", "average_student_on": "student_on"}
 ASKED = "asked on shortlist"
 
 
@@ -100,7 +104,8 @@ def records_in(kept: Path) -> list[dict]:
 
 
 def evidence_in(kept: Path, records: Sequence[dict]) -> Evidence:
-    return evidence_of(read_json(kept / "diagnosis" / "diagnosis.json"), records)
+    config = load_config(kept / "config.toml")
+    return evidence_of(config, read_json(kept / "diagnosis" / "diagnosis.json"), records)
 
 
 def predict_again(advice: Advice, records: Sequence[dict], kept: Path) -> dict[str, Gain]:
@@ -142,7 +147,7 @@ def measured_answers(root: Path, file: Path) -> dict[str, np.ndarray]:
 
 def correct_answers(kept: Kept) -> dict[str, np.ndarray]:
     labels = kept.labels["test"]
-    networks = {TRAINED_ON: "on_full", "wider": "wide", "average_student": "student"}
+    networks = {TRAINED_ON: "on_full", "wider": "wide", **STUDENTS}
     places = {lever: f"networks/{network}" for lever, network in networks.items()}
     places |= {lever: lever for lever in ("rerank", "copies", "branches")}
     answers = {STOP: correct(kept.general["test"], labels)}
@@ -181,6 +186,8 @@ def pulled_of(line: dict, answers: Mapping[str, np.ndarray]) -> dict[str, Pulled
     for lever, name in ROWS.items():
         if name in line["lever"]:
             add(lever, line["lever"][name], answers[name])
+    student = next(name for name in STUDENTS if name in line["lever"])
+    add(STUDENT, line["lever"][student], answers[student])
     on = line["lever"][TRAINED_ON]
     if on["val"]["calibrated_nll"] > 0:
         add(TRAIN_ON, on, answers[TRAINED_ON])

@@ -20,6 +20,7 @@ EVEN = 0.05  # shares of training that differ by less are called the same
 NEAR_POINTS = 0.1
 NEAR_SHARE = 0.05
 NEAR_MOST = 0.25
+FAR_BETTER = 2  # times the advised gain: what another lever may gain is worth a sentence
 
 
 DEFAULT = "training"  # what bounds the choice where the user names nothing
@@ -186,7 +187,7 @@ def pareto(levers: Sequence[Lever], scarcity: str) -> list[str]:
 def sentence(
     levers: Sequence[Lever], scarcity: str, limit: float | None, generalist: GeneralistSize
 ) -> str:
-    """What to do, what it is expected to gain and for how much, and who may be as good.
+    """What to do, what it is expected to gain and for how much, and who may be as good, or better.
 
     "Train a second generalist and average the two: +4.1 points (2.9 to 5.0) for as much training
     again; wider (+3.8, 2.1 to 5.4) may be as good."
@@ -207,7 +208,18 @@ def sentence(
         text += f", at {multiple(taken)} × the generalist's {SCARCITIES[scarcity].words}"
     if second is not None and second["high"] >= best["low"]:
         text += f"; {second['name']} ({points(second['gain'])}, {interval(second)}) may be as good"
-    return f"{text}."
+    return f"{text}.{_undecided(best, others)}"
+
+
+def _undecided(best: Lever, others: Sequence[Lever]) -> str:
+    """That another lever may still be far better, where pilots were too short to rule it out."""
+    widest = max(others, key=lambda lever: lever["high"], default=None)
+    if widest is None or widest["high"] < max(best["high"], FAR_BETTER * best["gain"]):
+        return ""
+    return (
+        f" These pilots are too short to tell: {widest['name']} may gain up to "
+        f"{points(widest['high'])} points; a larger --budget says more."
+    )
 
 
 def _to_stop(second: Lever | None, scarcity: str, limit: float | None) -> str:

@@ -28,12 +28,14 @@ class LogRatio(NamedTuple):
     """s = log(errors with a lever / errors without).
 
     mean: what is expected, below 0 where the lever gains.  sd: its standard deviation.  spread:
-    that of log(-s): how many times as much or as little it may be.
+    that of log(-s): how many times as much or as little it may be.  beyond: how far below all that
+    s may still be, since nothing has shown that it is not.
     """
 
     mean: float
     sd: float
     spread: float = 0.0
+    beyond: float = 0.0
 
 
 class Gain(NamedTuple):
@@ -51,12 +53,14 @@ class Evidence:
     error: of the generalist on val, a fraction above 0.
     fit: its error on train over that on val, inputs as they are: 1 of a network that errs alike on
         both, 0 of one that knows its training examples by heart.
+    has_bags: whether its inputs are bags of n-grams, which a student of it sees mixed.
     records: of each family the records of its rounds, in order; those that measured something.
     """
 
     error: float
     fit: float
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
+    has_bags: bool = False
 
     def last(self, family: str) -> Record | None:
         """The record of the last round that measured something."""
@@ -87,7 +91,7 @@ def gain_of(ratio: LogRatio, error: float) -> Gain:
     return Gain(
         points(ratio.mean),
         points(least + LIKELY * ratio.sd),
-        points(most - LIKELY * ratio.sd),
+        points(most - LIKELY * ratio.sd - ratio.beyond),
     )
 
 
@@ -158,19 +162,21 @@ def wider(evidence: Evidence) -> LogRatio:
 # holds up to the end, where the log is 0; and what it is taken for where there is one round.
 SLOPE_KEPT, STEEPEST, ONE_ROUND = 0.75, 0.35, 0.2
 CORRELATIONS = (0.1, 0.98)
-# - s of joining two equal networks: per unit of 1 - correlation; and where the short network has
-# hardly begun to learn, so that its correlation says nothing.
-OF_DIVERSITY = {"average": 0.65, "shortlist": 0.8}
-UNKNOWN = {"average": 0.22, "shortlist": 0.33}
+# - s of joining two equal networks per unit of 1 - correlation: of networks that soon learn, and of
+# those that have hardly begun to at the pilots' end.
+OF_DIVERSITY = {"average": 0.55, "shortlist": 0.7}
+LATE = {"average": 1.0, "shortlist": 1.4}
 BEGUN = (0.98, 0.88)  # the Brier score of a network that has not learned, and of one that has
-JOINED_SD, JOINED_SPREAD, UNKNOWN_SPREAD = 0.015, 0.6, 0.75
+LATE_AT = 0.03  # of the steps, after which it is seen whether a network learns soon or late
+JOINED_SD, JOINED_SPREAD, LATE_SPREAD = 0.015, 0.55, 0.6
 
 
 def correlation_in_full(rounds: Sequence[Record]) -> float:
     """Of the residuals y - p of two generalists, one of which has a few per cent of its training.
 
     The better the short network, the more its residuals go with the generalist's, about linearly in
-    the log of their sizes' ratio, which is 0 of two equals.
+    the log of their sizes' ratio, which is 0 of two equals.  One that has not begun to learn says
+    only what the generalist's own residuals are like; the correlation stays about that.
     """
     ratios = [log_brier_ratio(record) for record in rounds]
     correlations = [record["residual_correlation"] for record in rounds]
@@ -178,7 +184,7 @@ def correlation_in_full(rounds: Sequence[Record]) -> float:
     if len(rounds) > 1 and ratios[-2] - ratios[-1] > 0:
         slope = (correlations[-1] - correlations[-2]) / (ratios[-2] - ratios[-1])
         slope = SLOPE_KEPT * min(max(slope, 0.0), STEEPEST)
-    expected = correlations[-1] + slope * ratios[-1]
+    expected = correlations[-1] + begun(rounds[-1]) * slope * ratios[-1]
     return min(max(expected, CORRELATIONS[0]), CORRELATIONS[1])
 
 
@@ -194,34 +200,50 @@ def begun(record: Record) -> float:
     return min(max((none - record["forms"]["alone"]["brier"]) / (none - enough), 0.0), 1.0)
 
 
+def learns_soon(rounds: Sequence[Record]) -> float:
+    """`begun` of the network in the round that ended nearest to LATE_AT."""
+    return begun(min(rounds, key=lambda record: abs(math.log(record["share"] / LATE_AT))))
+
+
 def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
-    """Of two equal generalists: the less their errors go together, the more it gains."""
+    """Of two equal generalists: the less their errors go together, the more it gains.
+
+    More so of networks that learn late: their errors are near misses, which a mean undoes.
+    """
 
     def rule(evidence: Evidence) -> LogRatio | None:
         rounds = evidence.records.get("second")
         if not rounds:
             return None
-        known = begun(rounds[-1])
-        of_diversity = OF_DIVERSITY[form] * (1 - correlation_in_full(rounds))
-        mean = known * of_diversity + (1 - known) * UNKNOWN[form]
-        spread = known * JOINED_SPREAD + (1 - known) * UNKNOWN_SPREAD
+        soon = learns_soon(rounds)
+        per_unit = soon * OF_DIVERSITY[form] + (1 - soon) * LATE[form]
+        mean = per_unit * (1 - correlation_in_full(rounds))
+        spread = soon * JOINED_SPREAD + (1 - soon) * LATE_SPREAD
         expected = LogRatio(-mean, JOINED_SD, spread)
         return at_least(expected, measured_ratio(rounds[-1], form, evidence.error))
 
     return rule
 
 
-STUDENT = (0.02, 0.04)  # - s at fit 0, and what fit 1 adds
-OF_TEACHERS = 0.12  # of what its teachers gain
-STUDENT_SD = 0.065
+STUDENT = 0.03  # - s, whatever its teachers gain
+OF_TEACHERS = 0.25  # of what they gain, where the generalist knows train by heart
+STUDENT_SD = 0.075
+OF_MIXED = 1.0  # of what they gain, where it learns of mixed bags
+MIXED_SD, MIXED_SPREAD = 0.03, 0.6
 
 
 def average_student(evidence: Evidence) -> LogRatio | None:
-    """Little: it is trained on, and its teachers are sure of the examples that it sees."""
+    """Little: its teachers are sure of the examples that it sees.  Of mixed bags nearly all.
+
+    It starts as the generalist, and where that still errs on train it learns from labels' worth of
+    answers what training on would teach it, no more.
+    """
     teachers = joined("average")(evidence)
     if teachers is None:
         return None
-    mean = -STUDENT[0] - STUDENT[1] * evidence.fit + OF_TEACHERS * teachers.mean
+    if evidence.has_bags:
+        return LogRatio(OF_MIXED * teachers.mean, MIXED_SD, MIXED_SPREAD)
+    mean = -STUDENT + OF_TEACHERS * (1 - evidence.fit) * teachers.mean
     return LogRatio(mean, STUDENT_SD)
 
 
@@ -244,13 +266,13 @@ def rerank(evidence: Evidence) -> LogRatio | None:
 # below the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
 HEALED_FROM, HEALED = 0.3, 0.12
 HEALED_SD = (0.03, 0.2)
-FROM_PILOT_SD = (
-    0.03,
-    0.25,
-)  # of all groups' from the piloted ones', absolute and of what they heal
-GROWTH = (
-    0.8  # what is healed grows with the share of the steps to this power, where it is surely so
-)
+# And the most that they may heal then, at fit 1 and where hardly a step was piloted; the least: an
+# ensemble's weights are fitted on val, so that specialists which do not help are not listened to.
+MAY_HEAL = {"copies": 0.0, "branches": 1.2}
+LEAST_HEALED = -0.1
+FROM_PILOT_SD = (0.04, 0.3)  # of all groups' from the piloted ones', absolute and of what they heal
+# What is healed grows with the share of the steps to this power, where it is surely so.
+GROWTH = 0.8
 MOST_HEALED = 0.98
 
 
@@ -259,7 +281,8 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
 
     A specialist's first steps heal nothing yet, even where it heals much in the end.  So a pilot
     counts by the square of the share of a specialist's steps that it has taken; by the share itself
-    where it surely heals something already.
+    where it surely heals something already.  Where the generalist lacks room, what was not piloted
+    may still heal much.
     """
 
     def rule(evidence: Evidence) -> LogRatio | None:
@@ -287,8 +310,13 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
         ceiling = min(piloted[-1]["ceiling_all"] / evidence.error, 1.0)
         left = 1 - min(expected * ceiling, MOST_HEALED)
         # The log of the interval's end: near 0 a derivative would stretch it beyond all errors.
-        sd = math.log1p(LIKELY * error * ceiling / left) / LIKELY
-        return LogRatio(math.log(left), sd)
+        less = min(LIKELY * error, expected - LEAST_HEALED)
+        sd = math.log1p(less * ceiling / left) / LIKELY
+        untried = (1 - share) * MAY_HEAL[family] * without_room
+        most = max(expected + LIKELY * error, untried)
+        least_left = 1 - min(most, MOST_HEALED) * ceiling
+        beyond = math.log(left) - LIKELY * sd - math.log(least_left)
+        return LogRatio(math.log(left), sd, beyond=max(0.0, beyond))
 
     return rule
 

@@ -74,6 +74,16 @@ class AdviceGraph:
         wanted = {self.family_of(lever) for lever in self.levers}
         return [family for family in FAMILIES.values() if family.name in wanted]
 
+    @property
+    def costs(self) -> dict[str, float]:
+        """Of each family, what a share of the generalist's steps costs, in that of its compute."""
+        return {family.name: family.cost for family in self.families}
+
+    @property
+    def may_go_on(self) -> list[str]:
+        """The families of which the better half has a second round."""
+        return [family.name for family in self.families if family.tells_more]
+
     def family_of(self, lever: str) -> str | None:
         """Whose pilots say what a lever is worth; None of `stop`, which needs none."""
         classes = self.num_classes or 0
@@ -168,9 +178,9 @@ class AdviceGraph:
 
     def planned_share(self, stage: Stage) -> float:
         """About how much of the generalist's training a pilot costs, if it is not dropped."""
-        costs = {family.name: family.cost for family in self.families}
         family, number = parse_pilot(str(stage.address))
-        return costs[family] * round_shares(costs, self.asked.config.advise.budget)[number]
+        shares = round_shares(self.costs, self.asked.config.advise.budget, self.may_go_on)
+        return self.costs[family] * shares[number]
 
     def check(self) -> None:
         """Raises UserError where there is nothing to advise on."""

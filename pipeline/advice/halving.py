@@ -1,6 +1,7 @@
 """Successive halving of the pilots: how far each round trains them, and which go on.
 
-Round 0 trains every family, round 1 the better half of them for twice as long again.  Jamieson &
+Round 0 trains every family, round 1 the better half of those that a longer pilot says more of, for
+twice as long again.  Jamieson &
 Talwalkar 2016.  Shares are of the generalist's steps, costs of its training compute.
 """
 
@@ -17,26 +18,31 @@ def kept(families: int) -> int:
     return (families + 1) // 2
 
 
-def round_shares(costs: Mapping[str, float], budget: float) -> tuple[float, ...]:
+def round_shares(
+    costs: Mapping[str, float], budget: float, further: Collection[str] | None = None
+) -> tuple[float, ...]:
     """The share of the generalist's steps that each round trains a family for: f, 2 f.
 
     costs: of each family, what a share of the steps costs, in that share of its compute.
     budget: the most that all pilots may cost together, if the dearest go on.
+    further: the families of which the better half goes on; None of all.
     """
     assert costs and budget > 0
-    ascending = sorted(costs.values())
-    dearest = ascending[len(costs) - kept(len(costs)) :]
-    first = budget / (sum(ascending) + GROWTH * sum(dearest))
+    ascending = sorted(costs[name] for name in (costs if further is None else further))
+    dearest = ascending[len(ascending) - kept(len(ascending)) :]
+    first = budget / (sum(costs.values()) + GROWTH * sum(dearest))
     return first, GROWTH * first
 
 
-def round_steps(costs: Mapping[str, float], budget: float, steps: int) -> tuple[int, ...]:
+def round_steps(
+    costs: Mapping[str, float], budget: float, steps: int, further: Collection[str] | None = None
+) -> tuple[int, ...]:
     """Optimizer steps of each round, whole numbers and at least one.
 
     steps: the generalist's.
     Where they are too few for the budget, one step each is more than the budget allows.
     """
-    first = max(1, int(round_shares(costs, budget)[0] * steps))
+    first = max(1, int(round_shares(costs, budget, further)[0] * steps))
     return first, GROWTH * first
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from ..choices import CONTROL_ROWS, FEWEST_TO_RERANK
 
 STUDENT = "main"  # the name of the student that average_student trains
+OF_BAGS = {"perturb": "mix_bags"}  # keys of that student where inputs are bags of n-grams
 # Of the values of a config, by "section.key"; None leaves a key out, so that it has its default.
 Overrides = dict[str, Any]
 
@@ -203,9 +204,18 @@ def able_students(values: dict, heads: int) -> dict:
         able -= lost
 
 
+def sees_bags(model: str) -> bool:
+    """Whether a network's inputs are bags of n-grams.  model: its name in [model]."""
+    return model == "embedding_bag"
+
+
 def average_student(values: dict, entry: dict) -> Overrides:
-    """Two generalists, and one student of both: the generalist's own network and schedule."""
-    return ensemble_of("deep", 2) | {"students": {STUDENT: {}}}
+    """Two generalists, and one student of both: the generalist's own network and schedule.
+
+    Teachers that know train by heart say little of it but its labels; of mixed bags they say more.
+    """
+    student = OF_BAGS if sees_bags(values["model"]["name"]) else {}
+    return ensemble_of("deep", 2) | {"students": {STUDENT: dict(student)}}
 
 
 def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], Overrides]:

@@ -226,6 +226,19 @@ def test_a_sentence_under_a_scarcity_says_how_much_of_it_is_taken():
     assert "average (" not in choice["sentence"]  # not allowed: × 2
 
 
+def test_a_lever_that_pilots_were_too_short_for_is_named_with_what_it_may_gain():
+    best = lever("shortlist", 4.0, 2.0, 1.0, 1.0, 2.0, 1.0)
+    open_still = lever("branches", 2.0, 7.0, 0.6, 1.05, 1.2, 1.3)
+    sentence = choose([best, open_still], GENERALIST, "", None)["sentence"]
+    assert sentence.endswith(
+        "These pilots are too short to tell: branches may gain up to +9.0 points; a larger "
+        "--budget says more."
+    )
+    for half in (5.9, 1.0):  # less than twice the advised gain, and no more than that may be
+        told = lever("branches", 2.0, half, 0.6, 1.05, 1.2, 1.3)
+        assert "too short" not in choose([best, told], GENERALIST, "", None)["sentence"]
+
+
 def test_one_that_is_told_apart_is_not_said_to_be_as_good():
     far = lever("average", 1.0, 0.5, 1.0, 2.0, 2.0, 2.0)
     near = lever("shortlist", 4.8, 0.8, 1.0, 1.0, 2.0, 1.0)

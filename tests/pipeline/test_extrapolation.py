@@ -8,12 +8,17 @@ from hypothesis import strategies as st
 
 from pipeline.advice.extrapolation import (
     HEALED,
+    LATE,
+    LEAST_HEALED,
     LIKELY,
+    MOST_HEALED,
     OF_DIVERSITY,
+    OF_MIXED,
+    OF_TEACHERS,
     RULES,
     SLOPE_KEPT,
+    STUDENT,
     TRAIN_ON,
-    UNKNOWN,
     Evidence,
     LogRatio,
     correlation_in_full,
@@ -94,13 +99,35 @@ def test_what_averaging_gains_is_what_the_two_do_not_share():
     assert gain == pytest.approx(30 * (1 - math.exp(-OF_DIVERSITY["average"] * 0.3)))
 
 
-def test_a_network_that_has_not_begun_to_learn_says_nothing():
-    one, other = (
-        gains(Evidence(0.3, 0.0, {"second": [second(c, short=0.99)]}))["shortlist"]
-        for c in (0.3, 0.9)
-    )
-    assert one == other
-    assert one.gain == pytest.approx(30 * (1 - math.exp(-UNKNOWN["shortlist"])))
+def test_of_networks_that_learn_late_each_unit_gains_more_and_the_correlation_stays():
+    records = [second(0.4, short=1.0), second(0.5, short=0.99)]
+    assert correlation_in_full(records) == 0.5
+    gain = gains(Evidence(0.3, 0.0, {"second": records}))["shortlist"].gain
+    assert gain == pytest.approx(30 * (1 - math.exp(-LATE["shortlist"] * 0.5)))
+
+
+def test_half_begun_is_half_of_each():
+    record = second(0.5, short=0.93, own=0.93)  # half way from .98 to .88; equals
+    per_unit = (OF_DIVERSITY["average"] + LATE["average"]) / 2
+    gain = gains(Evidence(0.3, 0.0, {"second": [record]}))["average"].gain
+    assert gain == pytest.approx(30 * (1 - math.exp(-per_unit * 0.5)))
+
+
+@pytest.mark.parametrize("fit", [0.0, 0.6, 1.0])
+def test_a_student_learns_the_less_of_its_teachers_the_less_the_generalist_knows(fit):
+    records = {"second": [second(0.7, short=0.25, own=0.25)]}
+    teachers = OF_DIVERSITY["average"] * 0.3
+    student = gains(Evidence(0.3, fit, records))["average_student"].gain
+    expected = STUDENT + OF_TEACHERS * (1 - fit) * teachers
+    assert student == pytest.approx(30 * (1 - math.exp(-expected)))
+
+
+def test_a_student_of_mixed_bags_learns_what_its_teachers_gain():
+    records = {"second": [second(0.7, short=0.25, own=0.25)]}
+    expected = gains(Evidence(0.3, 0.5, records, has_bags=True))
+    teachers = math.log(1 - expected["average"].gain / 30)
+    student = math.log(1 - expected["average_student"].gain / 30)
+    assert student == pytest.approx(OF_MIXED * teachers)
 
 
 def test_a_pilot_that_is_surely_better_already_is_believed():
@@ -148,7 +175,12 @@ def test_first_steps_that_heal_nothing_leave_it_open():
     # Of 1 - .1^2 as much as specialists usually heal, of half of all errors.
     assert short.mean == pytest.approx(math.log(1 - 0.99 * HEALED / 2))
     assert full.mean == 0
-    assert short.sd > 3 * full.sd
+    # They may heal all of what perfect ones would; those that were piloted whole may not.
+    assert gain_of(short, 0.4).high == pytest.approx(40 * MOST_HEALED / 2)
+    assert gain_of(full, 0.4).high < 5
+    # At worst they lose a little, whatever is not known.
+    for ratio in (short, full):
+        assert gain_of(ratio, 0.4).low >= 40 * LEAST_HEALED / 2 - 1e-9
 
 
 def test_several_groups_count_by_their_ceilings():

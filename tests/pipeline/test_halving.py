@@ -18,6 +18,10 @@ def test_shares_of_five_families():
     assert round_shares({"on": 1.0}, 0.3) == pytest.approx((0.1, 0.2))
     # Of two, one goes on: f (1 + .5 + 2 x 1) = .35.
     assert round_shares({"on": 1.0, "rerank": 0.5}, 0.35) == pytest.approx((0.1, 0.2))
+    # Of the five, wide ends after the first round, and two of the others go on: f (5.5 + 2 x 2).
+    others = COSTS.keys() - {"wide"}
+    assert round_shares(COSTS, 0.285, others) == pytest.approx((0.03, 0.06))
+    assert round_shares({"wide": 2.0}, 0.3, []) == pytest.approx((0.15, 0.3))
 
 
 def test_steps_are_whole_rounded_down_and_at_least_one():
@@ -35,8 +39,10 @@ def test_the_better_half_is_rounded_up_and_keeps_the_order_of_the_families():
 @given(some_costs, budgets, st.data())
 def test_no_choice_of_families_costs_more_than_the_budget(costs, budget, data):
     highs = {name: data.draw(st.floats(-1, 1)) for name in costs}
-    lengths = round_shares(costs, budget)
-    assert total_cost(costs, better_half(highs), lengths) <= budget * (1 + 1e-9)
+    further = data.draw(st.sets(st.sampled_from(sorted(costs))))
+    lengths = round_shares(costs, budget, further)
+    going_on = better_half({name: highs[name] for name in highs if name in further})
+    assert total_cost(costs, going_on, lengths) <= budget * (1 + 1e-9)
 
 
 @given(some_costs, budgets)

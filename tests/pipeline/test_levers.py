@@ -85,6 +85,14 @@ def test_the_student_of_an_average_is_the_generalists_own_network_and_schedule()
     assert (student.steps, student.ema) == (100, 0.9)
 
 
+def test_a_student_of_bags_learns_from_mixed_ones():
+    (student,) = advised("average_student", "model={name='embedding_bag'}").students.values()
+    assert student.perturb == "mix_bags" and student.start == "generalist"
+    assert student.steps == 100
+    (other,) = plain("average_student").students.values()
+    assert other.perturb == "none"
+
+
 @pytest.mark.parametrize("lever, kind", [("copies", "copy"), ("branches", "branch")])
 @pytest.mark.parametrize("start", KINDS)
 def test_groups_leave_out_what_only_the_other_kind_has(lever, kind, start):

@@ -125,6 +125,11 @@ def this_hardware() -> Hardware:
 
 def config_of(settings: Sequence[Setting]) -> Config:
     """The settings as `referral run` reads them."""
+    return load_config(None, [], values_of(settings))
+
+
+def values_of(settings: Sequence[Setting]) -> dict:
+    """The settings as tables in tables."""
     values: dict = {}
     for setting in settings:
         *sections, key = setting.key.split(".")
@@ -132,7 +137,7 @@ def config_of(settings: Sequence[Setting]) -> Config:
         for section in sections:
             table = table.setdefault(section, {})
         table[key] = setting.value
-    return load_config(None, [], values)
+    return values
 
 
 def checked(config: Config, summary: DataSummary, hardware: Hardware, run: Path) -> float:

@@ -215,10 +215,11 @@ class Evidence:
         return forecast.get("gain") if isinstance(forecast, dict) else forecast
 
     def changes(self, index: int) -> Changes | None:
-        active = self.after.active
-        if active is None or not self.has_specialist(index):
+        if not self.has_specialist(index):
             return None
-        routed = active[:, index].astype(bool)
+        routed = self.after.was_asked(index)
+        if routed is None:
+            return None
         was, now = self.correct["generalist"], self.correct["ensemble"]
         fixed = int((routed & now & ~was).sum())
         broken = int((routed & was & ~now).sum())

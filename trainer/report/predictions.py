@@ -13,8 +13,9 @@ class Predictions:
     """A row for each of n test examples.
 
     ids: int64 [n], the sample of each row; corrupt samples have none. labels: int64 [n].
-    top5, top5_probability: [n, 5]. label_probability: [n]. active: of the ensemble, bool [n, M],
-    the specialists that each example was routed to; else None.
+    top5, top5_probability: [n, 5]. label_probability: [n]. Of an ensemble of specialists, else
+    None: asked, int32 [n, most], the numbers of those that were asked about each example, then -1;
+    of earlier versions active, bool [n, M], in its place.
     """
 
     ids: np.ndarray
@@ -22,6 +23,7 @@ class Predictions:
     top5: np.ndarray
     top5_probability: np.ndarray
     label_probability: np.ndarray
+    asked: np.ndarray | None = None
     active: np.ndarray | None = None
 
     @classmethod
@@ -34,6 +36,12 @@ class Predictions:
         except FileNotFoundError:
             return None
         return cls(**arrays)
+
+    def was_asked(self, specialist: int) -> np.ndarray | None:
+        """Whether a specialist was asked about each example, bool [n]; None where nothing says."""
+        if self.asked is not None:
+            return (self.asked == specialist).any(axis=1)
+        return None if self.active is None else self.active[:, specialist].astype(bool)
 
     @property
     def correct(self) -> np.ndarray:

@@ -8,7 +8,7 @@ from pipeline.advice.choosing import choose
 from pipeline.advice.document import SCHEMA, Advice, GeneralistSize, Lever, Pilot, Round
 from pipeline.advice.extrapolation import Evidence, Gain, gains, measured_gain
 from pipeline.advice.levers import LEVERS
-from pipeline.store import Stage, read_json
+from pipeline.store import Attempt, Stage, read_json
 
 from ..session import Session
 from .lever_costs import LeverCosts
@@ -26,6 +26,7 @@ FORMS = {  # of a pilot's record, that show a lever, the first that there is
     "branches": ("branches",),
 }
 FILES = ("advice.json", "advice.html")
+REPORT = ("results.json", "report.html")
 
 
 def advice(session: Session, stage: Stage) -> None:
@@ -39,6 +40,26 @@ def advice(session: Session, stage: Stage) -> None:
         if session.ranks.is_main:
             attempt.path("advice.html").write_text(advice_html(document), encoding="utf-8")
     session.publish(stage, *FILES)
+    renew_report(session)
+
+
+def renew_report(session: Session) -> None:
+    """Make the report of a run that has one anew, since it shows the run's advice."""
+    asked = Session(session.run.advice.asked, session.ranks)
+    stage = asked.run.report
+    if not stage.is_done:
+        return
+    from ..report.page import write_report
+
+    directory = stage.path(REPORT[0]).parent
+    attempt = Attempt(stage, directory.name, directory)
+    if session.ranks.is_main:
+        test, counts = asked.shards("test"), asked.shards("train").class_counts
+        write_report(asked.run, directory, test, counts)
+        for file in REPORT:
+            attempt.publish(file)
+    asked.publish(stage, *REPORT)
+    session.say("%s is made anew: it shows the advice", session.run.root / REPORT[1])
 
 
 def advise(session: Session, stage: Stage) -> Advice:
@@ -47,8 +68,8 @@ def advise(session: Session, stage: Stage) -> Advice:
     pilots = [each for each in stage.inputs if each.name == "pilot"]
     records = [read_record(each) for each in pilots]
     diagnosis = read_json(session.run.diagnosis.path("diagnosis.json"))
-    evidence = evidence_of(diagnosis, records)
-    costs = LeverCosts(session, config.workers)
+    evidence = evidence_of(session.config, diagnosis, records)
+    costs = LeverCosts(session, config.workers, evidence.last("branches"))
     expected = gains(evidence)
     not_possible = dict(session.run.advice.not_possible)
     levers = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from networks import (
 )
 from networks.cutting import cut_at
 from pipeline.advice.document import Amounts
+from pipeline.advice.levers import STUDENT
 from pipeline.config import ResolvedSpecialists
 
 from ..core.latency import latencies_ms
@@ -48,8 +50,9 @@ from .pilots.networks import (
     whole_examples,
     wider_spec,
 )
-from .training import branch_steps
+from .training import branch_steps, count_steps
 
+PAIRED = 2  # generalists
 LATENCY_INPUTS = 64  # of val, that latency is measured on
 BRANCHES_COUNTED = 16  # groups, at most; the others cost what these do on average
 
@@ -66,12 +69,14 @@ class Answered:
 class LeverCosts:
     """The amounts of every lever for one generalist.
 
-    workers: that train side by side.
+    workers: that train side by side.  piloted: measured.json of the last pilot of branches, where
+    there was one: a run that goes on with them trains branches of that shape, for as long.
     """
 
-    def __init__(self, session: Session, workers: int):
+    def __init__(self, session: Session, workers: int, piloted: Mapping[str, Any] | None = None):
         self.session = session
         self.workers = workers
+        self.piloted = piloted or {}
         self.generalist = load_network(session, session.run.generalist).eval()
         self.own_multiplications = multiplications(self.generalist, self.generalist.zero_input())
         self.whole = whole_cost(session, self.generalist)
@@ -153,7 +158,17 @@ class LeverCosts:
 
     @cached_property
     def branch_section(self) -> ResolvedSpecialists:
-        return branches_section(self.session.config.specialists, self.generalist)
+        section = branches_section(self.session.config.specialists, self.generalist)
+        return section.model_copy(update={"model": self.piloted.get("model", section.model)})
+
+    @cached_property
+    def examples_of_branch(self) -> int:
+        """That each branch sees; they are trained at once, for as many steps."""
+        if self.piloted:
+            return max(self.piloted["full_seen"])
+        section, counts = self.branch_section, self.session.shards("train").class_counts
+        own = [int(counts[classes].sum()) for classes in self.groups.values()]
+        return branch_steps(section, own) * section.batch_size
 
     @cached_property
     def fresh_branches(self) -> list[Branch]:
@@ -214,8 +229,13 @@ def shortlist(costs: LeverCosts) -> Costed:
 
 
 def average_student(costs: LeverCosts) -> Costed:
-    """A second generalist, then a student, for which both answer every example."""
-    training = 1.0 + 1.0 + 2.0 / BACKWARD
+    """A second generalist, then a student; both answer what it sees, or once what is stored."""
+    run = costs.session.run.advice.run_with("average_student")
+    student, train = run.config.students[STUDENT], costs.session.shards("train").num_samples
+    seen = count_steps(student, train) * student.batch_size
+    answered = seen if run.targets_for(STUDENT) is None else train * (student.views or 1)
+    whole = whole_examples(costs.session)
+    training = 1.0 + seen / whole + PAIRED * answered / (BACKWARD * whole)
     return training, training, costs.generalists
 
 
@@ -251,17 +271,15 @@ def branches(costs: LeverCosts) -> Costed:
     section, train = session.config.specialists, session.shards("train")
     each = [costs.of_branch(branch) for branch in costs.fresh_branches]
     mean = Answered(*(float(np.mean(values)) for values in zip(*map(_values, each), strict=True)))
-    counts = [int(train.class_counts[classes].sum()) for classes in costs.groups.values()]
-    steps = branch_steps(section, counts)
     views = section.views_of(session.config.data.augment)
     passes = views * len(train) + len(session.shards("val"))
     features = passes * costs.own_multiplications / costs.whole
-    of_branch = steps * section.batch_size * BACKWARD * mean.multiplications / costs.whole
-    jobs = [of_branch] * len(counts)
+    learned = costs.examples_of_branch * BACKWARD * mean.multiplications / costs.whole
+    jobs = [learned] * len(costs.groups)
     own = costs.generalists
     answered = Answered(
         own.multiplications + costs.asked * mean.multiplications,
-        own.parameters + len(counts) * mean.parameters,
+        own.parameters + len(costs.groups) * mean.parameters,
         own.latency_ms + costs.asked * mean.latency_ms,
     )
     return features + sum(jobs), features + costs.side_by_side(jobs), answered

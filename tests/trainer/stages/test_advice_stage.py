@@ -98,13 +98,50 @@ def test_amounts_are_those_of_a_run_that_goes_on(run):
     pixels, units, classes = 64, 24, 24
     assert own["multiplications"] == pixels * units + units * classes
     assert levers["average"]["multiplications"] == 2 * own["multiplications"]
-    assert levers["average_student"]["training"] == pytest.approx(2 + 2 / 3)
+    # Two generalists answer each of 960 examples once, for 200 steps of 96: a third of learning.
+    assert levers["average_student"]["training"] == pytest.approx(2 + 2 * 960 / (3 * 200 * 96))
     # 6 groups without overlap: every example asks one copy of 20 steps, of a batch like the
     # generalist's, for 200 of its own.
     assert levers["copies"]["multiplications"] == pytest.approx(2 * own["multiplications"])
     assert levers["copies"]["training"] == pytest.approx(6 * 20 / 200, rel=0.05)
     assert levers["copies"]["parameters"] == 7 * own["parameters"]
     assert levers["wider"]["training"] == pytest.approx(2, rel=0.15)
+
+
+def test_branches_cost_what_they_were_piloted_as(run):
+    """Of a shape and length of their own, where [specialists] is of copies."""
+    own = {"model": {"embedding": 8}, "full_seen": [96 * 40]}
+    with process_group(run.config.engine) as ranks:
+        session = Session(run.advice.run, ranks)
+        short, long = (
+            LeverCosts(session, 1, own | {"full_seen": [96 * steps]}).amounts("branches")
+            for steps in (40, 80)
+        )
+        narrow, wide = (
+            LeverCosts(session, 1, own | {"model": {"embedding": width}}) for width in (8, 16)
+        )
+        features = (960 + 288) / 3 / (200 * 96)  # a pass over train and val
+        # Twice the steps cost twice as much, but for the features.
+        twice = 2 * (short["training"] - features) + features
+        assert long["training"] == pytest.approx(twice)
+        assert wide.branch_section.embedding == 16
+        more = wide.amounts("branches")["parameters"] - narrow.amounts("branches")["parameters"]
+        assert more is not None and more > 0
+
+
+def test_an_advice_that_comes_after_the_report_is_in_it(run, data, tmp_path):
+    """The report's stage stays the attempt that it was; its files are made anew."""
+    few = ('advise.levers=["train_on"]', "students={}", "controls.enabled=false")
+    reported = run_all(tmp_path / "run", toy_config(data, "train.steps=20", *few))
+    page, attempt = reported.root / "report.html", reported.report.done()["attempt"]
+    assert "advice" not in read_json(reported.root / "results.json")
+    before = page.read_text()
+    again = advised(reported.root, reported.config)
+    sentence = read_json(again.root / "advice.json")["sentence"]
+    assert read_json(again.root / "results.json")["advice"]["levers"].keys() == {"stop", "train_on"}
+    assert sentence[:40] in page.read_text() and sentence[:40] not in before
+    assert again.report.done()["attempt"] == attempt
+    assert again.report.path("report.html").read_text() == page.read_text()
 
 
 def test_workers_train_specialists_side_by_side(run):

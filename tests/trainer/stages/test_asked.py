@@ -7,6 +7,7 @@ import pytest
 
 from clustering import ClassGroups
 from ensemble.lazy_specialists import LazySpecialists
+from trainer.report.predictions import Predictions
 from trainer.stages import evaluator, joining
 from trainer.stages.evaluator import active_of
 from trainer.stages.joining import by_group
@@ -21,6 +22,20 @@ def test_numbers_of_the_asked_are_a_mask_and_counts(monkeypatch):
     assert times_asked(ASKED, 3).tolist() == [1, 0, 2]
     monkeypatch.setattr(evaluator, "MASK_BYTES", 8)
     assert active_of(ASKED, 3) == {}  # 9 bytes of mask are more than are kept
+
+
+def test_a_report_reads_who_was_asked_from_numbers_and_from_the_mask_of_earlier_versions():
+    n = len(ASKED)
+    kept = (np.arange(n), np.zeros(n), np.zeros((n, 5)), np.zeros((n, 5)), np.zeros(n))
+    by_number, by_mask = Predictions(*kept, asked=ASKED), Predictions(*kept, **active_of(ASKED, 3))
+    for predictions in (by_number, by_mask):
+        columns = [predictions.was_asked(m) for m in range(3)]
+        assert [column.tolist() for column in columns if column is not None] == [
+            [True, False, False],
+            [False, False, False],
+            [True, False, True],
+        ]
+    assert Predictions(*kept).was_asked(0) is None
 
 
 @pytest.fixture

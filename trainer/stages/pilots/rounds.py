@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pipeline.advice.extrapolation import LIKELY, Evidence, gains
 from pipeline.advice.graph import pilot_name
 from pipeline.advice.halving import better_half, round_steps
-from pipeline.advice.levers import FAMILIES, LEVERS
+from pipeline.advice.levers import FAMILIES, LEVERS, sees_bags
+from pipeline.config import Config
 from pipeline.store import Stage, read_json
 
 from ...session import Session
@@ -31,9 +32,8 @@ def previous_round(stage: Stage, family: str, number: int) -> Stage | None:
 def share_of_round(session: Session, number: int) -> float:
     """Of the generalist's steps that each pilot of a round is to take: whole steps, at least 1."""
     advice = session.run.advice
-    costs = {family.name: family.cost for family in advice.families}
-    steps = whole_steps(session)
-    return round_steps(costs, advice.asked.config.advise.budget, steps)[number] / steps
+    steps, budget = whole_steps(session), advice.asked.config.advise.budget
+    return round_steps(advice.costs, budget, steps, advice.may_go_on)[number] / steps
 
 
 def whole_steps(session: Session) -> int:
@@ -53,7 +53,7 @@ def why_dropped(session: Session, stage: Stage, family: str, number: int) -> str
     if not FAMILIES[family].tells_more:
         return "a longer pilot would not narrow what is expected of it"
     diagnosis = read_json(session.run.diagnosis.path("diagnosis.json"))
-    evidence = evidence_of(diagnosis, before)
+    evidence = evidence_of(session.config, diagnosis, before)
     highs = {name: high for name, high in promises(evidence).items() if FAMILIES[name].tells_more}
     going_on = better_half(highs)
     if family in going_on:
@@ -67,10 +67,11 @@ def records_before(stage: Stage) -> list[dict]:
     return [read_record(each) for each in stage.inputs if each.name == stage.name]
 
 
-def evidence_of(diagnosis: Mapping, records: Sequence[dict]) -> Evidence:
+def evidence_of(config: Config, diagnosis: Mapping, records: Sequence[dict]) -> Evidence:
     """What is known of the generalist and of the pilots that measured something.
 
-    records: measured.json of pilots, of one round or more, in order.
+    config: of the run that is advised on.  diagnosis: diagnosis.json.  records: measured.json of
+    pilots, of one round or more, in order.
     """
     error = 1 - diagnosis["val"]["top1"]["value"]
     on_train = 1 - diagnosis["train"]["top1"]["value"]
@@ -79,7 +80,7 @@ def evidence_of(diagnosis: Mapping, records: Sequence[dict]) -> Evidence:
     for record in sorted(records, key=lambda each: each["round"]):
         if record["forms"]:
             measured.setdefault(record["family"], []).append(record)
-    return Evidence(error, fit, measured)
+    return Evidence(error, fit, measured, sees_bags(config.model.name))
 
 
 def promises(evidence: Evidence) -> dict[str, float]:
