@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.config import Config, UserError
 from pipeline.graph import RunDirectory
+from pipeline.trust import code_in
 
 from .plan import Job, file_name, is_of_specialists, packs
 
@@ -169,6 +170,8 @@ def _arguments(
     """Of stage.sbatch: ranks on each node, tries after a failure, python, RUN, and the stage."""
     ranks_on_node = processes // (run.config.slurm.resources(section).nodes or 1)
     options = ("-r", str(ranks_on_node), "-t", str(run.config.launch.retries), "-p", sys.executable)
+    if code_in(run.config):
+        options = (*options, "-c")
     return (*options, os.path.abspath(run.root), *words)
 
 

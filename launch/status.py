@@ -78,7 +78,7 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
     )
     done = stage.done()
     if done is not None and (stage.is_done or stage.is_older):
-        status.state, status.seconds = "done", done["seconds"]
+        status.state, status.seconds = "done", done.get("seconds")
         if stage.is_older:
             status.detail = "made by an older version"
     elif stage.is_stale or done is not None:

@@ -50,9 +50,9 @@ def cluster(loopback):
 def ward(cluster, tmp_path):
     """A run of five specialists with a fake trainer, without torch: for what needs no metrics."""
     run = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
-    fake = tmp_path / "python"  # which is called as: python -m trainer STAGE ...
+    fake = tmp_path / "python"  # which is called as: python -P -m trainer STAGE ...
     fake.write_text(
-        f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n'
+        f'#!/bin/sh\nshift 3\nexec "{sys.executable}" "{HERE.parent}/launch/fake_trainer.py" "$@"\n'
     )
     fake.chmod(0o755)
     site, data = tmp_path / ".config" / "referral" / "site.sh", tmp_path / "data"

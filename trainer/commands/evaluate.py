@@ -21,6 +21,7 @@ from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import write_json
+from pipeline.trust import FUNCTION, check_trusted
 from pipeline.usage import Parser
 
 from ..core.dense_logits import Asked, dense_log_probabilities
@@ -71,7 +72,10 @@ class Outcome:
 def main(argv: list[str]) -> int:
     """Exit codes: 0 all inputs count, 1 some could not be read or have labels of no class."""
     args = _parser().parse_args(argv)
-    run = open_run(args.directory) if (args.directory / "config.toml").is_file() else None
+    run = None
+    if (args.directory / "config.toml").is_file():
+        run = open_run(args.directory)
+        check_trusted(run, args.trust, (FUNCTION,))
     _check_out(args.out, args.overwrite)
     predictor = load_predictor(args, run)
     report = Report(skip=True)

@@ -34,6 +34,7 @@ from pipeline.extras import require
 from pipeline.failures import cannot_write
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
+from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 from ..stages.networks import builders_of
@@ -50,6 +51,7 @@ LEAST_WIDTH = 16  # rows that a network of indices has at least, where its optio
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     run = open_run(args.directory)
+    check_trusted(run, args.trust, (FUNCTION,))
     with_ensemble, students = selected(run, args.what)
     check_target(args.to, run.root, args.force)
     suffixes = [name for name, chosen in (("pt2", args.programs), ("onnx", args.onnx)) if chosen]
@@ -100,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="replace what an earlier export wrote to OUT"
     )
+    parser.add_argument("--trust", action="store_true", help=HELP)
     return parser
 
 

@@ -29,6 +29,7 @@ from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory, open_run
+from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 from ..core.dense_logits import ListedPredictor
@@ -85,6 +86,7 @@ def main(argv: list[str]) -> int:
     run, named = None, {}
     if (args.directory / "config.toml").is_file():
         run = open_run(args.directory)
+        check_trusted(run, args.trust, (FUNCTION,))
         named = run.config.data.decoders
     predictor = load_predictor(args, run)
     reader = file_reader(predictor.spec.input, named, args)
@@ -192,6 +194,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         help="what builds the network, or decodes files, where an exported model.json names a "
         "function of your own; may be repeated",
     )
+    parser.add_argument("--trust", action="store_true", help=HELP)
 
 
 def predictions(
