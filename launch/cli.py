@@ -34,6 +34,7 @@ from pipeline.config import Config, UserError, flat, load_config
 from pipeline.config.loading import apply_override
 from pipeline.extras import require
 from pipeline.failures import answer, cannot_write, paths_among
+from pipeline.files import picking_from
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, write_json
 from pipeline.trust import (
@@ -464,11 +465,12 @@ def compare(
     """
     finished = comparing.read_runs(runs)
     metrics, keys = comparing.words(metric), comparing.words(by)
-    comparison = comparing.compare(finished, metrics, keys, versus)
     console = _console()
-    for line in comparing.sentences(comparison):
-        _say(line, console)
-    console.print(comparison_table(comparison))
+    with picking_from(Path(", ".join(str(run / "results.json") for run in runs))):
+        comparison = comparing.compare(finished, metrics, keys, versus)
+        for line in comparing.sentences(comparison):
+            _say(line, console)
+        console.print(comparison_table(comparison))
     if json_file is not None:
         try:
             write_json(json_file, comparison)

@@ -216,7 +216,7 @@ def predict_all(
         raw = torch.from_numpy(np.stack([array for _, array in batch])).to(device)
         numbers = [number for number, _ in batch]
         labels = torch.from_numpy(classes[numbers]).to(device)
-        with as_user_errors():  # a specialist is read when it is first needed
+        with as_user_errors(predictor.place):  # a specialist is read when it is first needed
             for values in metrics_in_parts(predictor, raw, labels):
                 parts.append({key: value.cpu().numpy() for key, value in values.items()})
         keys += [source.keys[number] for number in numbers]

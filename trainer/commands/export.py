@@ -29,6 +29,7 @@ from ensemble import (
     load_ensemble,
 )
 from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
+from networks.integrity import OTHER_FORM, OUT_OF_MEMORY, write_checksums
 from pipeline.config import UserError
 from pipeline.extras import require
 from pipeline.failures import cannot_write
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> int:
                 network = load_classifier(stage.path("model.json").parent, builders=export.builders)
             export.student(name, network, suffixes)
         write_summary(unfinished, run, export)
+        write_checksums(unfinished)
     size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file()) / 2**20
     print(
         f"{args.to} is ready: {size:.2f} MiB, "
@@ -171,12 +173,25 @@ def load_run_ensemble(
 
 
 @contextlib.contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Turn what the libraries say about files that they are given into one line for the user."""
+def as_user_errors(of: str | Path = "") -> Iterator[None]:
+    """Turn what the libraries say about files that they are given into one line for the user.
+
+    of: a run or a bundle, whose networks fail in here where another error than theirs is raised.
+    """
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error).replace("allow_missing=True", "--allow-missing")) from None
+    except OTHER_FORM as error:
+        text = " ".join(str(error).split())
+        if not of or any(words in text for words in OUT_OF_MEMORY):
+            raise
+        raise UserError(
+            f"{of}: its networks cannot be asked about these inputs "
+            f"({type(error).__name__}: {text[:200]})"
+        ) from None
 
 
 # Where to

@@ -1,0 +1,6 @@
+"""The campaign's program is imported by the tests beside it."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
