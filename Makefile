@@ -2,10 +2,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
+# yes: every file that is installed has a sha256 of requirements/*.lock.  no: the releases of
+# constraints.txt from whatever index pip uses, for wheels of torch that these files do not list.
+HASHES ?= yes
+PIP = $(BIN)/pip --quiet --disable-pip-version-check
+LOCKED = $(PIP) install --require-hashes --no-deps --no-build-isolation
+
 # One file says that .venv matches the pins, so that running a target again installs nothing.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt $(wildcard requirements/*.lock)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[train,test,onnx]'
+ifeq ($(HASHES),yes)
+	$(LOCKED) -r requirements/build.lock
+	$(LOCKED) -r requirements/base.lock
+	$(LOCKED) -r requirements/torch.lock
+	! grep -q 'Requires-Dist: nvidia' $(BIN)/../lib/python3*/site-packages/torch-*/METADATA \
+		|| $(LOCKED) -r requirements/cuda.lock
+	$(PIP) install --no-deps --no-build-isolation -e .
+	$(PIP) check
+else
+	$(PIP) install -c constraints.txt torch -e '.[train,test,onnx]'
+endif
 	touch $@
 
 .PHONY: install demo test test-all soak lint
@@ -29,6 +45,8 @@ soak: install
 	$(BIN)/python tests/trainer/engines/killed.py 30
 	$(BIN)/python tests/ensemble/hostile_problems.py 10000
 	$(BIN)/python tests/trainer/data/hostile_tars.py 60
+	$(BIN)/python tests/ensemble/mutated_bundles.py 1200
+	$(BIN)/python tests/launch/mutated_runs.py 400
 
 lint: install
 	$(BIN)/ruff check .

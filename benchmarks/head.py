@@ -223,7 +223,7 @@ def train(root: Path, ranks: int, kill_after: int | None) -> tuple[int, float]:
 
     kill_after: end it a step after this one, behind which there is a checkpoint.
     """
-    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command = [sys.executable, "-P", "-m", "trainer.distributed.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "--", "generalist", "--run", str(root)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(root / "output.txt", "w") as output:

@@ -145,9 +145,9 @@ def command_of(run: RunDirectory, stages: list[Stage], ranks: int) -> list[str]:
     if kind.addressed_by != "nothing":
         words += [f"--{kind.addressed_by}", *(str(stage.address) for stage in stages)]
     if ranks == 1 or not kind.scales:
-        return [sys.executable, "-m", "trainer", *words]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone"]
-    return [sys.executable, *torchrun, "-m", "trainer", "--", *words]
+        return [sys.executable, "-P", "-m", "trainer", *words]
+    torchrun = ["-P", "-m", "trainer.distributed.torchrun", "--standalone"]
+    return [sys.executable, *torchrun, "--nproc-per-node", str(ranks), "--", *words]
 
 
 def measured(command: list[str]) -> dict:

@@ -52,10 +52,10 @@ for stage in open_run(args.run).stages:
 def make_run(cluster: Cluster, root: Path, specialists: int, sleep: float = 0) -> Patient:
     """A run, not begun, whose trainer only sleeps."""
     root.mkdir()
-    run = Patient(cluster, root, ["-m", "launch.cli"])
+    run = Patient(cluster, root, ["-P", "-m", "launch.cli"])
     (root / "sleeper.py").write_text(SLEEPER.format(sleep=sleep))
     python = root / "python"
-    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{root}/sleeper.py" "$@"\n')
+    python.write_text(f'#!/bin/sh\nshift 3\nexec "{sys.executable}" "{root}/sleeper.py" "$@"\n')
     python.chmod(0o755)
     data = root / "data"
     data.mkdir()

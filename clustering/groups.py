@@ -144,7 +144,7 @@ class ClassGroups:
             )
         try:
             return cls(content["members"], content["num_classes"])
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}") from None
 
 
@@ -163,7 +163,7 @@ def as_groups(
 def _read_json(path: str | os.PathLike[str]) -> object:
     try:
         return json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not JSON ({error}); a groups file is written by ClassGroups.save"
         ) from None

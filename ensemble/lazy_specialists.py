@@ -17,6 +17,8 @@ from networks import (
     named_by,
 )
 from networks.builders import Builders
+from networks.checkpoints import read_safetensors
+from networks.files import built_for
 
 from .sharing import own_bytes, share_storage
 
@@ -140,16 +142,14 @@ def _load_partly(
     shared: Sequence[str],
     builders: Builders | None,
 ) -> Classifier:
-    from safetensors.torch import load_file
-
-    # torch's generators are set aside while a network is built, which one thread may do at a time.
-    with _building, torch.random.fork_rng(devices=[]):
-        specialist = build_classifier(ModelSpec.load(folder / "model.json"), builders)
-    weights = folder / "model.safetensors"
+    spec = ModelSpec.load(folder / "model.json")
     common = generalist.state_dict()
-    try:
-        tensors = load_file(weights) | {name: common[name].cpu() for name in shared}
-        specialist.load_state_dict(tensors)
-    except Exception as error:
-        raise ValueError(f"{weights} does not fit its model.json: {error}") from None
-    return specialist
+    if unknown := sorted(set(shared) - common.keys()):
+        raise ValueError(
+            f"{folder}: ensemble.json shares {unknown[0]}, which the generalist has not"
+        )
+    tensors = read_safetensors(folder / "model.safetensors")
+    tensors |= {name: common[name].cpu() for name in shared}
+    # torch's generators are set aside while a network is built, which one thread may do at a time.
+    with _building:
+        return built_for(spec, folder, tensors, build_classifier, builders)

@@ -4,7 +4,16 @@ import json
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from networks.integrity import read_values
+from networks.spec import MOST_MEMBERS
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Index = Annotated[int, Field(ge=0)]
 SCHEMA = 1
 SETTINGS = "ensemble.json"
 
@@ -26,17 +35,19 @@ class EnsembleSettings:
     generalist's}.
     """
 
-    kind: str = "specialists"
-    members: int = 1
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, allow_inf_nan=False)
+
+    kind: Literal["specialists", "deep", "shortlist"] = "specialists"
+    members: Annotated[int, Field(ge=1, le=MOST_MEMBERS)] = 1
     order: float | None = None
-    shortlist: int | None = None
-    gate: int = 1
-    max_specialists: int | None = None
+    shortlist: Count | None = None
+    gate: Count = 1
+    max_specialists: Count | None = None
     combine: str = "kl"
-    temperatures: list[float] | None = None
-    weights: list[float] | None = None
-    skipped: list[int] = field(default_factory=list)
-    missing: list[int] = field(default_factory=list)
+    temperatures: list[Positive] | None = None
+    weights: list[Annotated[float, Field(ge=0)]] | None = None
+    skipped: list[Index] = field(default_factory=list)
+    missing: list[Index] = field(default_factory=list)
     shared: dict[str, list[str]] = field(default_factory=dict)
 
     @classmethod
@@ -48,18 +59,19 @@ class EnsembleSettings:
         path = root / SETTINGS
         if not path.is_file():
             return cls()
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path}: cannot be read: {error}") from None
+        content = read_values(path)
         schema = content.get("schema") if isinstance(content, dict) else None
         if schema != SCHEMA:
             raise ValueError(
                 f"{path} has schema {schema!r}; this version reads {SCHEMA}: "
                 "export it again with this version"
             )
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in content.items() if name in known})
+        try:
+            return FORM.validate_json(json.dumps(content))  # strict, but a table is one
+        except ValidationError as mistakes:
+            first = mistakes.errors(include_url=False, include_input=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{path} is damaged: {key}: {first['msg']}") from None
 
     def save(self, root: Path) -> None:
         """Write `root`/ensemble.json with the keys of its kind.  It appears whole or never."""
@@ -84,6 +96,9 @@ class EnsembleSettings:
         if self.kind == "shortlist":
             names += ["shortlist", "weights", "temperatures"]
         return names
+
+
+FORM = TypeAdapter(EnsembleSettings)
 
 
 def member_folder(root: Path, index: int) -> Path:

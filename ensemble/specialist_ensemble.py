@@ -26,6 +26,7 @@ from networks import (
 from networks.branches import GeneralOutput
 from networks.builders import Builders
 from networks.cutting import Cut, cut_at
+from networks.integrity import check_file
 from networks.reading import Inputs
 
 from .choices import check_combiner, combiner
@@ -254,8 +255,14 @@ class SpecialistEnsemble:
         """
         root = Path(directory)
         settings = _settings_of(root)
+        check_file(root / GROUPS)
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
+        if groups.num_classes != generalist.spec.num_classes:
+            raise ValueError(
+                f"{root / GROUPS} is of {groups.num_classes} classes and the generalist of "
+                f"{generalist.spec.num_classes}; they are not of one run"
+            )
 
         def load_one(m: int) -> Specialist:
             shared = settings.shared.get(str(m), ())
@@ -272,21 +279,24 @@ class SpecialistEnsemble:
             for m in range(len(groups.members))
             if m not in settings.skipped and _is_complete(specialist_folder(root, m))
         ]
-        ensemble = cls(
-            generalist,
-            LazySpecialists(load_one, numbers, cache, generalist),
-            groups,
-            gate=gate,
-            max_specialists=max_specialists,
-            combine=settings.combine,
-            temperatures=settings.temperatures,
-            weights=settings.weights,
-            skipped=settings.skipped,
-            allow_missing=allow_missing,
-            device=device,
-            shortlist=shortlist,
-            sparse=sparse,
-        )
+        try:
+            ensemble = cls(
+                generalist,
+                LazySpecialists(load_one, numbers, cache, generalist),
+                groups,
+                gate=gate,
+                max_specialists=max_specialists,
+                combine=settings.combine,
+                temperatures=settings.temperatures,
+                weights=settings.weights,
+                skipped=settings.skipped,
+                allow_missing=allow_missing,
+                device=device,
+                shortlist=shortlist,
+                sparse=sparse,
+            )
+        except ValueError as error:
+            raise ValueError(f"{root}: {error}") from None
         ensemble.finished = is_finished(root)
         ensemble.functions = builders or {}
         for m in numbers[:1]:

@@ -1,4 +1,4 @@
-"""The command `referral`, and `python -m launch`."""
+"""The command `referral`, and `python -P -m launch`."""
 
 import sys
 

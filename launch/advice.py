@@ -19,6 +19,7 @@ from pipeline.advice.showing import (
     under_rows,
 )
 from pipeline.config import UserError
+from pipeline.files import picking_from
 from pipeline.graph import RunDirectory
 from pipeline.terminal import Console
 
@@ -41,6 +42,11 @@ def show_advice(run: RunDirectory, console: Console) -> None:
             f"{run.root} has no {FILE}: nothing was piloted there; "
             f"`referral advise {near(run.root)}` does so"
         )
+    with picking_from(run.root / FILE):
+        _show_advice(advice, run, console)
+
+
+def _show_advice(advice: Advice, run: RunDirectory, console: Console) -> None:
     console.print(Text(advice["sentence"], style="bold"))
     for line in [advice.get("elsewhere"), *advice["diagnosis"]["sentences"]]:
         if line:

@@ -15,7 +15,7 @@ import tomli_w
 
 from pipeline.advice.levers import LEVERS
 from pipeline.config import Config, UserError, load_config
-from pipeline.files import damaged
+from pipeline.files import damaged, picking_from
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json, write_text
 
@@ -78,9 +78,10 @@ def _entries(run: RunDirectory) -> dict[str, dict]:
         return {}
     path = stage.path("advice.json")
     try:
-        return {entry["name"]: entry for entry in read_json(path)["levers"]}
-    except (FileNotFoundError, KeyError, TypeError):
-        raise damaged(path, "it lacks the levers of an advice") from None
+        with picking_from(path):
+            return {entry["name"]: entry for entry in read_json(path)["levers"]}
+    except FileNotFoundError:
+        raise damaged(path, "it is gone") from None
 
 
 def config_as_advised(run: RunDirectory) -> tuple[str, Config]:
@@ -98,7 +99,8 @@ def config_as_advised(run: RunDirectory) -> tuple[str, Config]:
             f"on with what holds now: {again}"
         )
     path = stage.path("advice.json")
-    best = read_json(path).get("best")
-    if best not in LEVERS:
-        raise damaged(path, f"best = {best!r} is no lever")
-    return best, run.advice.config_with(best, _entries(run).get(best))
+    with picking_from(path):
+        best = read_json(path)["best"]
+        if best not in LEVERS:
+            raise damaged(path, f"best = {best!r} is no lever")
+        return best, run.advice.config_with(best, _entries(run).get(best))

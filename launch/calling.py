@@ -10,7 +10,17 @@ from pathlib import Path
 import pipeline
 from pipeline.failures import INTERRUPTED
 
-TRAINER = [sys.executable, "-m", "trainer"]
+
+def python(module: str, interpreter: str = sys.executable) -> list[str]:
+    """argv that runs a module of ours.
+
+    Without -P the working directory, which is the user's, would come first on the path of imports:
+    a trainer.py or a numpy.py there would run instead.
+    """
+    return [interpreter, "-P", "-m", module]
+
+
+TRAINER = python("trainer")
 TETHER = Path(pipeline.__file__).parents[1] / "trainer" / "distributed" / "die_with_parent.py"
 ASKED = 10  # times, once a second, that a child is asked to end before it is killed
 

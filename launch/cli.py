@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
@@ -28,13 +28,24 @@ from typer.main import get_command
 
 from pipeline import compare as comparing
 from pipeline.advice.levers import LEVERS, SCARCITIES
-from pipeline.config import Config, UserError, load_config
+from pipeline.config import Config, UserError, flat, load_config
+from pipeline.config.loading import apply_override
 from pipeline.extras import require
 from pipeline.failures import answer, cannot_write, paths_among
-from pipeline.files import json_text
+from pipeline.files import json_text, picking_from
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, write_json
 from pipeline.terminal import Console
+from pipeline.trust import (
+    COMMAND,
+    EVERYTHING,
+    FUNCTION,
+    HELP,
+    Code,
+    check_trusted,
+    code_in,
+    code_of_key,
+)
 from pipeline.typer_usage import Command, application, call
 
 from . import demo as demos
@@ -51,7 +62,8 @@ from .calling import TRAINER, call_trainer
 from .display import Display
 from .forecast import seconds_to_go
 from .journal import Journal, read_journal
-from .local import Pool, locked, stop_launcher, trainer_command
+from .local import GRACE_S, Pool, trainer_command
+from .lock import locked, stop_launcher
 from .machine import this_machine, visible_devices
 from .plan import Job, plan
 from .prepare import (
@@ -101,6 +113,9 @@ DryOption = Annotated[
 ]
 OnOption = Annotated[
     Runner, typer.Option("--on", metavar="local|slurm", help="Where the jobs run.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust", help=f"{HELP[0].upper()}{HELP[1:]} (docs/security.md).")
 ]
 ConfigArgument = Annotated[
     Path | None,
@@ -230,11 +245,13 @@ def run(
     dry_run: DryOption = False,
     force: ForceOption = False,
     advised: AdvisedOption = False,
+    trust: TrustOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
     """Start or resume a run: what is done is not done again."""
     checked = _config(config, run, set) if not advised else _config_as_advised(config, run, set)
-    return start(checked, run, on, force, dry_run)
+    named = None if trust else named_code(config, set)
+    return start(checked, run, on, force, dry_run, named=named)
 
 
 @command("referral advise examples/folder.toml --run runs/mine --scarce latency")
@@ -248,6 +265,7 @@ def advise(
     on: OnOption = Runner.local,
     dry_run: DryOption = False,
     force: ForceOption = False,
+    trust: TrustOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
     """Say which next step pays, by small pilots beside the generalist."""
@@ -260,7 +278,8 @@ def advise(
         config = load_config(source, [*set, *own])
         asked_of = ToAdvise(config, config)
     aim = replace(ADVISE, spares_run=asked_of.goes_back)
-    code = start(asked_of.config, root, on, force, dry_run, aim=aim)
+    named = None if trust else named_code(None if source.is_dir() else source, set)
+    code = start(asked_of.config, root, on, force, dry_run, aim=aim, named=named)
     if not dry_run and (root / "config.toml").is_file():
         save_advised_on(absolute(asked_of.about), root)
     return code
@@ -282,10 +301,12 @@ def prepare(
     run: RunOption,
     config: ConfigArgument = None,
     force: ForceOption = False,
+    trust: TrustOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
     """Check the config and lay out the run's directory; start nothing."""
     checked, stale = check(_config(config, run, set), run, force)
+    check_trusted(checked, trust, named=named_code(config, set))
     jobs = plan(checked, this_machine(checked.config).ranks)
     check_batches(checked, jobs, stale)
     check_file_system(run)
@@ -381,7 +402,7 @@ def cancel(directory: DirArgument) -> int:
     run = open_run(directory)
     if read_journal(run.root).runner == "slurm":
         outcome = _cancel_in_slurm(run)
-    elif stop_launcher(run.root):
+    elif stop_launcher(run.root, GRACE_S + 15):
         outcome = "stopped"
     else:
         outcome = "nothing is running"
@@ -400,21 +421,24 @@ def _cancel_in_slurm(run: RunDirectory) -> str:
 
 
 @command("referral retry runs/mine")
-def retry(directory: DirArgument) -> int:
+def retry(directory: DirArgument, trust: TrustOption = False) -> int:
     """Run again what failed, was cancelled or got lost, and what needs it, where it ran before."""
     run = open_run(directory)
     journal = read_journal(directory)
-    return start(run.config, directory, Runner(journal.runner), force=False, aim=AIMS[journal.aim])
+    named = None if trust else ()
+    on, aim = Runner(journal.runner), AIMS[journal.aim]
+    return start(run.config, directory, on, force=False, aim=aim, named=named)
 
 
 @command("referral report runs/mine")
-def report(directory: DirArgument) -> int:
+def report(directory: DirArgument, trust: TrustOption = False) -> int:
     """Write results.json and report.html of an evaluated run anew."""
     run = open_run(directory)
     if not (run.evaluate.is_done or run.evaluate.is_older):
         raise UserError(
             f"{directory} is not evaluated yet: referral run --run {shlex.quote(str(directory))}"
         )
+    check_trusted(run, trust, (FUNCTION, COMMAND))
     (job,) = [job for job in plan(run) if run.report in job.stages]
     arguments = trainer_command(job, run, [run.report], FAKE or TRAINER)
     with locked(run.root):
@@ -440,11 +464,12 @@ def compare(
     """
     finished = comparing.read_runs(runs)
     metrics, keys = comparing.words(metric), comparing.words(by)
-    comparison = comparing.compare(finished, metrics, keys, versus)
     console = _console()
-    for line in comparing.sentences(comparison):
-        _say(line, console)
-    console.print(comparison_table(comparison))
+    with picking_from(Path(", ".join(str(run / "results.json") for run in runs))):
+        comparison = comparing.compare(finished, metrics, keys, versus)
+        for line in comparing.sentences(comparison):
+            _say(line, console)
+        console.print(comparison_table(comparison))
     if json_file is not None:
         try:
             write_json(json_file, comparison)
@@ -462,7 +487,7 @@ PASSED_ON: dict[str, str] = {}  # commands that need torch, and what the trainer
 
 
 def _pass_on(name: str, text: str, command_name: str = "") -> None:
-    """A command that needs torch: `python -m trainer NAME` gets its arguments as they are.
+    """A command that needs torch: `python -P -m trainer NAME` gets its arguments as they are.
 
     Its own page of help, with an example, is printed there.
     command_name: the trainer's name of it, where a stage is called NAME.
@@ -507,9 +532,15 @@ def start(
     dry_run: bool = False,
     beside: tuple[str, ...] = (),
     aim: Aim = RUN,
+    named: Collection[Code] | None = (),
 ) -> int:
-    """Check, lay out, run what is not done, and print what was asked for."""
+    """Check, lay out, run what is not done, and print what was asked for.
+
+    named: the code that the command itself names; None trusts whatever the config names.
+    """
     run, stale = check(config, root, force, beside, aim)
+    kinds = EVERYTHING if on is Runner.slurm else (FUNCTION, COMMAND)
+    check_trusted(run, named is None, kinds, named or ())
     if on is Runner.slurm:
         return start_on_slurm(run, stale, dry_run, aim)
     return start_here(run, stale, dry_run, aim)
@@ -745,6 +776,16 @@ def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:
     if path is None and not (root / "config.toml").is_file():
         raise UserError(f"{root} is not a run yet; name the config that it is to be made of")
     return load_config(path or root / "config.toml", overrides)
+
+
+def named_code(path: Path | None, overrides: list[str]) -> list[Code]:
+    """What the user names to be executed: in the config that it gave, or by --set."""
+    if path is not None:
+        return code_in(absolute(load_config(path, overrides)))
+    values: dict = {}
+    for override in overrides:
+        apply_override(values, override)
+    return [code for key, value in flat(values).items() for code in code_of_key(key, value)]
 
 
 def _config_as_advised(path: Path | None, root: Path, overrides: list[str]) -> Config:

@@ -10,23 +10,33 @@ import socket
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, ClassVar, Literal
 
-from pipeline.files import damaged
+from pydantic import ConfigDict, Field, TypeAdapter
+
+from pipeline.files import checked
 from pipeline.store import read_json, write_json
+
+from .processes import is_born
+
+SlurmId = Annotated[str, Field(pattern=r"^(\d+(_\d+)?)?$")]  # scancel gets it
+Process = Annotated[int, Field(gt=1)]
+FINITE = ConfigDict(allow_inf_nan=False)
 
 
 @dataclass
 class JobRecord:
     """What is known of one job.
 
-    state: waiting | running | done | failed | blocked | interrupted.
     log_start: the byte of the log at which this attempt begins.
     reached: of each stage what was done when this attempt began.
     pid, born: of a process on this machine.  id, node, restarts: of a job of Slurm's.
     """
 
-    state: str = "waiting"
-    pid: int | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = FINITE
+
+    state: Literal["waiting", "running", "done", "failed", "blocked", "interrupted"] = "waiting"
+    pid: Process | None = None
     born: str | None = None
     exit_code: int | None = None
     started: float | None = None
@@ -36,13 +46,15 @@ class JobRecord:
     attempts: int = 0
     reason: str = ""
     reached: list[str] = field(default_factory=list)
-    id: str = ""
+    id: SlurmId = ""
     node: str = ""
     restarts: int = 0
 
     @property
     def is_running(self) -> bool:
-        return self.state == "running" and self.pid is not None and self.born == birth(self.pid)
+        if self.state != "running" or self.pid is None or self.born is None:
+            return False
+        return is_born(self.pid, self.born)
 
     @property
     def elapsed_s(self) -> float:
@@ -61,60 +73,29 @@ class Journal:
     aim: what the launch was for, one of launch.aims.AIMS.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = FINITE
+
     jobs: dict[str, JobRecord] = field(default_factory=dict)
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
-    runner: str = "local"
-    aim: str = "run"
+    runner: Literal["local", "slurm"] = "local"
+    aim: Literal["run", "advise"] = "run"
 
     def save(self, run: Path) -> None:
         write_json(run / "jobs.json", {"schema": 1, **asdict(self)})
+
+
+FORM = TypeAdapter(Journal)
 
 
 def read_journal(run: Path) -> Journal:
     """The last launch's journal, or an empty one."""
     path = run / "jobs.json"
     try:
-        content = read_json(path)
-        return Journal(
-            jobs={name: JobRecord(**record) for name, record in content["jobs"].items()},
-            host=content["host"],
-            pid=content["pid"],
-            started=content["started"],
-            runner=content.get("runner", "local"),
-            aim=content.get("aim", "run"),
-        )
+        return checked(path, read_json(path), FORM)
     except FileNotFoundError:
         return Journal()
-    except (AttributeError, KeyError, TypeError) as error:
-        raise damaged(path, f"{type(error).__name__}: {error}") from None
-
-
-def birth(pid: int) -> str | None:
-    """A mark of the process now called `pid`, None if there is none.
-
-    A pid alone may have been given away again.
-    """
-    if not Path("/proc/self/stat").exists():
-        return _alive(pid)
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (ProcessLookupError, FileNotFoundError):
-        return None
-    state, start_in_ticks_since_boot = after_name[0], after_name[19]
-    if state in "ZX":  # a zombie, or dead
-        return None
-    return start_in_ticks_since_boot
-
-
-def _alive(pid: int) -> str | None:
-    """The best that there is without /proc."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    return "alive"
 
 
 def end_of_log(path: Path, start: int = 0, lines: int = 12) -> list[str]:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.config import UserError
-from pipeline.failures import INTERRUPTED, USER_ERROR, cannot_write
+from pipeline.failures import INTERRUPTED, USER_ERROR
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage, complete_checkpoints
+from pipeline.trust import code_in
 
-from .calling import TRAINER, tethered
+from .calling import TRAINER, python, tethered
 from .display import Display
 from .endings import AGAIN, is_repeatable, reason
-from .journal import JobRecord, Journal, birth, end_of_log
+from .journal import JobRecord, Journal, end_of_log
 from .machine import Machine
 from .plan import Job, is_of_specialists
+from .processes import birth, has_ended, signal_group
 from .results import diagnosis_lines, groups_line, metrics_of
 from .status import duration
 
@@ -39,9 +38,7 @@ def torchrun(processes: int) -> list[str]:
     if processes == 1:
         return TRAINER
     return [
-        sys.executable,
-        "-m",
-        "trainer.distributed.torchrun",
+        *python("trainer.distributed.torchrun"),
         "--standalone",
         "--nproc-per-node",
         str(processes),
@@ -55,73 +52,9 @@ def trainer_command(
     job: Job, run: RunDirectory, stages: Sequence[Stage], trainer: list[str] | None = None
 ) -> list[str]:
     """argv that runs these stages of a job.  trainer: what stands for torchrun and the trainer."""
-    return [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
-
-
-class Held(UserError):
-    """Another launcher runs this run."""
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Make RUN and hold RUN/.lock: one launcher for each run.
-
-    Raises Held if another launcher holds it, UserError if RUN cannot be written.
-    """
-    path = run / ".lock"
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")
-    except OSError as error:
-        raise cannot_write(run, error) from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip()
-            raise Held(f"{path}: another launcher is running {run} ({holder})") from None
-        except OSError as mistake:
-            raise UserError(
-                f"{path}: its file system cannot lock files (flock: {mistake.strerror}), which "
-                "keeps two launchers apart; choose --run on another one"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
-
-
-def stop_launcher(run: Path) -> bool:
-    """Ask the launcher that runs `run` to stop, as Ctrl-C does, and wait for it.
-
-    Returns False if there is none.
-    Raises UserError if it runs on another machine, or does not stop.
-    """
-    pid = None
-    deadline = time.monotonic() + GRACE_S + 15
-    while time.monotonic() < deadline:
-        try:
-            with locked(run):
-                return pid is not None
-        except Held as error:
-            if pid is None:
-                pid = _signal_holder(run, error)
-        time.sleep(0.1)
-    raise UserError(f"process {pid}, which runs {run}, did not stop within {GRACE_S + 15} s")
-
-
-def _signal_holder(run: Path, error: Held) -> int:
-    """SIGTERM to the process that holds the lock.  Raises `error` if it is on another machine."""
-    words = (run / ".lock").read_text().split()  # process PID on HOST
-    if len(words) != 4 or words[3] != os.uname().nodename:
-        raise error
-    pid = int(words[1])
-    try:
-        os.kill(pid, signal.SIGTERM)
-    except ProcessLookupError:  # it has just ended
-        pass
-    return pid
+    words = [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
+    # Whoever starts a job has asked; its machine may have no record of it.
+    return [*words, "--trust"] if code_in(run.config) else words
 
 
 @dataclass
@@ -268,11 +201,12 @@ class Pool:
     def _reap(self) -> None:
         for job in self.jobs:
             child = self.children.get(job.name)
-            if child is not None and child.poll() is not None:
-                _kill_group(child, signal.SIGKILL)  # whatever it left behind
+            if child is not None and has_ended(child):
+                signal_group(child, signal.SIGKILL)  # whatever it left behind
+                code = child.wait()
                 del self.children[job.name]
                 self.free = sorted(self.free + self.slots.pop(job.name))
-                self._ended(job, child.returncode)
+                self._ended(job, code)
 
     def _ended(self, job: Job, code: int) -> None:
         """The stages' markers decide whether a job is done; its exit code says why it is not."""
@@ -332,16 +266,16 @@ class Pool:
         self.display.event(f"stopping {len(self.children)} jobs; they write a checkpoint first")
         self.requested = 0
         for child in self.children.values():
-            _kill_group(child, signal.SIGTERM)
+            signal_group(child, signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
-        while any(child.poll() is None for child in self.children.values()):
+        while not all(map(has_ended, self.children.values())):
             if time.monotonic() > deadline or self.requested:
                 break
             time.sleep(0.05)
         for job in self.jobs:
             if job.name in self.children:
                 child = self.children[job.name]
-                _kill_group(child, signal.SIGKILL)
+                signal_group(child, signal.SIGKILL)
                 code = child.wait()
                 state = "done" if job.is_done else "interrupted"
                 self._record_end(job, code, state=state)
@@ -398,13 +332,6 @@ def _reached(stage: Stage) -> str:
         return "done"
     checkpoints = complete_checkpoints(stage.checkpoints)
     return checkpoints[-1].name if checkpoints else ""
-
-
-def _kill_group(child: subprocess.Popen, number: int) -> None:
-    try:
-        os.killpg(child.pid, number)
-    except ProcessLookupError:
-        pass
 
 
 @contextmanager

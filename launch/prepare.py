@@ -39,6 +39,7 @@ from pipeline.graph import RunDirectory
 from pipeline.label_set import SPLITS, num_classes
 from pipeline.redaction import redacted
 from pipeline.store import UNCHECKED, Stage, write_json, write_text
+from pipeline.trust import record
 
 from .aims import RUN, Aim
 from .machine import num_cores
@@ -131,6 +132,7 @@ def lay_out(
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_text(path, text)
         save_graph(jobs, run.root / "graph.json")
+        record(run)
         if unchecked:
             write_text(run.root / UNCHECKED, "the first job tries the networks of this run\n")
     except OSError as error:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from pipeline.advice.showing import outcome_sentence
 from pipeline.compare import METRICS, ComparedRow, Comparison, cell
+from pipeline.files import picking_from
 from pipeline.graph import RunDirectory
 from pipeline.results import (
     Results,
@@ -43,7 +44,13 @@ GAP = 2  # between two columns of a table
 
 def show_results(run: RunDirectory, console: Console) -> None:
     """Print RUN/results.json: the verdict, the metrics, and where the report is."""
-    results = read_results(run.root / "results.json")
+    path = run.root / "results.json"
+    results = read_results(path)
+    with picking_from(path):
+        _show_results(results, run, console)
+
+
+def _show_results(results: Results, run: RunDirectory, console: Console) -> None:
     console.print(Text(verdict(results), style="bold"), soft_wrap=True)
     lines = [student_verdict(results), classes_line(results), shortlist_line(run), start_line(run)]
     for line in [*lines, dropped_line(results), advice_line(results)]:

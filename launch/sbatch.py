@@ -14,6 +14,7 @@ from pipeline.config import Config, Resources, UserError
 from pipeline.graph import RunDirectory
 from pipeline.stages import KINDS
 from pipeline.store import Stage
+from pipeline.trust import code_in
 
 from .plan import Job, file_name, is_of_specialists, packs, plan
 
@@ -245,6 +246,8 @@ def _arguments(
     """Of stage.sbatch: ranks on each node, tries after a failure, python, RUN, and the stage."""
     ranks_on_node = processes // (resources.nodes or 1)
     options = ("-r", str(ranks_on_node), "-t", str(run.config.launch.retries), "-p", sys.executable)
+    if code_in(run.config):
+        options = (*options, "-c")
     return (*options, os.path.abspath(run.root), *words)
 
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import UserError
+from pipeline.files import home
 from pipeline.graph import RunDirectory
+from pipeline.trust import SITE
 
 from .endings import memory_remedy
 from .journal import JobRecord, Journal, end_of_log
@@ -96,7 +98,9 @@ def max_array_size() -> int:
 
 def site_file(run: Path) -> Path | None:
     """RUN/site.sh, or the user's own, or none: the same choice as in stage.sbatch."""
-    paths = [run / "site.sh", Path("~/.config/referral/site.sh").expanduser()]
+    paths = [run / SITE]
+    if (own := home()) is not None:
+        paths.append(own / ".config/referral" / SITE)
     return next((path for path in paths if os.access(path, os.R_OK)), None)
 
 

@@ -26,6 +26,7 @@ from .plan import Job
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
 SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
 PACE_ROWS = 10  # the last rows of metrics.jsonl, from which the pace is taken
+LARGEST = 1e15  # a number of a metric; neither NaN nor infinity is below
 STATES = ("done", "running", "interrupted", "failed", "blocked", "stale", "waiting")
 COLOURS = {
     "done": "green",
@@ -78,7 +79,7 @@ def _status(run: RunDirectory, job: Job, stage: Stage, journal: Journal) -> Stag
     )
     done = stage.done()
     if done is not None and (stage.is_done or stage.is_older):
-        status.state, status.seconds = "done", done["seconds"]
+        status.state, status.seconds = "done", done.get("seconds")
         if stage.is_older:
             status.detail = "made by an older version"
     elif stage.is_stale or done is not None:
@@ -177,11 +178,20 @@ def _last_rows(path: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
-            rows.append(row)
-    return rows
+            rows.append(_numbers(row))
+    return [row for row in rows if {"step", "seconds"} <= row.keys() or "val/top1" in row]
+
+
+def _numbers(row: dict) -> dict[str, float]:
+    """What of a row is a number; others are no metrics, whoever wrote them."""
+    return {
+        key: value
+        for key, value in row.items()
+        if isinstance(value, (int, float)) and -LARGEST < value < LARGEST
+    }
 
 
 # How it looks

@@ -28,6 +28,7 @@ INDICES_REMEDY = (
     '{ txt = "trainer.data.decoding:ngram_bag" }'
 )
 
+DEEPEST = 2**12  # layers; a damaged file may ask for any number
 ACTIVATIONS: dict[str, type[nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU}
 
 
@@ -550,6 +551,8 @@ def _check_counts(least: int = 1, **values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} = {value!r}: must be a whole number, at least {least}")
+        if name == "depth" and value > DEEPEST:
+            raise ValueError(f"depth = {value}: at most {DEEPEST} layers are built")
 
 
 def _check_fractions(**values: float) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .choices import AVERAGED, BESIDE_WEIGHTS, PLAIN
+from .integrity import blamed_on, check_file
 
 Tensors = dict[str, Tensor]
 IN_RECIPE = ("state_dict_ema", "state_dict", "model")
@@ -78,8 +79,10 @@ def read_safetensors(path: Path) -> Tensors:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    check_file(path)
     try:
-        return load_file(path)
+        with blamed_on(path):
+            return load_file(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:

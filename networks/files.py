@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from .builders import Builders
 from .checkpoints import first_few, read_safetensors
+from .choices import NETWORKS
 from .classifier import Classifier, build_classifier
+from .integrity import blamed_on
 from .row_files import RowFiles, index_path, write_index, write_part
 from .spec import ModelSpec
 
@@ -96,15 +98,38 @@ def load_built(
     Raises ValueError, naming the file, as load_classifier does.
     """
     directory = Path(directory)
-    with torch.random.fork_rng(devices=[]):
+    tensors = read_weights(directory)
+    module = built_for(spec, directory, tensors, build, builders)
+    return module.to(device).eval()
+
+
+def built_for(
+    spec: ModelSpec,
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    build: Callable[[ModelSpec, Builders | None], Module],
+    builders: Builders | None,
+) -> Module:
+    """What `build` makes of a directory's spec, with these tensors.
+
+    Raises ValueError, naming the file, where they do not fit each other.
+    """
+    path = directory / SPEC
+    with torch.random.fork_rng(devices=[]), blamed_on(path):
         try:
+            if spec.builder in NETWORKS:
+                # A damaged spec may ask for a network of any size: one without memory says which.
+                with torch.device("meta"):
+                    shapes = build(spec, builders).state_dict()
+                check_tensors(tensors, shapes, directory / WEIGHTS)
             module = build(spec, builders)
         except ValueError as error:
-            raise ValueError(f"{directory / SPEC}: {error}") from None
-    tensors = read_weights(directory)
+            words = str(error)
+            raise ValueError(words if str(directory) in words else f"{path}: {words}") from None
     check_tensors(tensors, module.state_dict(), directory / WEIGHTS)
-    module.load_state_dict(tensors)
-    return module.to(device).eval()
+    with blamed_on(directory / WEIGHTS):
+        module.load_state_dict(dict(tensors))
+    return module
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

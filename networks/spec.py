@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from .choices import MARGINS
+from .integrity import blamed_on, read_values
 from .pictures import PictureRules
 
 SCHEMA = 1
+MOST_NUMBERS = 2**28  # of one input
+MOST_AXES = 16
+MOST_MEMBERS = 2**12
+MOST_CLASSES = 2**24  # names of more would take gigabytes
 DTYPES = ("uint8", "float32", "int32")
 HEAD_KINDS = ("linear", "dustbin", "branch")
 BRANCH_SIZES = {"embedding": 1, "blocks": 0, "features": 1}  # and the least of each
@@ -75,6 +80,11 @@ class InputSpec:
         put(self, "std", tuple(float(n) for n in self.std))
         if not self.shape or min(self.shape) < 1:
             raise ValueError(f"input.shape = {list(self.shape)}: every length must be at least 1")
+        if len(self.shape) > MOST_AXES or math.prod(self.shape) > MOST_NUMBERS:
+            raise ValueError(
+                f"input.shape = {list(self.shape)[:MOST_AXES]}: one input of at most {MOST_AXES} "
+                f"axes and {MOST_NUMBERS} numbers is read"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"input.dtype = {self.dtype!r}: must be {', '.join(DTYPES)}")
         default_scale = 1 / 255 if self.dtype == "uint8" else 1.0
@@ -189,9 +199,10 @@ class ModelSpec:
             raise ValueError(f"builder = {self.builder!r}: a name is needed")
         if not isinstance(self.options, dict):
             raise ValueError(f"options = {self.options!r}: an object is needed")
-        if not _is_int(self.num_classes) or self.num_classes < 1:
+        if not _is_int(self.num_classes) or not 1 <= self.num_classes <= MOST_CLASSES:
             raise ValueError(
-                f"num_classes = {self.num_classes!r}: must be a whole number, at least 1"
+                f"num_classes = {self.num_classes!r}: must be a whole number from 1 to "
+                f"{MOST_CLASSES}"
             )
         put(self, "options", {key: v for key, v in self.options.items() if v is not None})
         put(self, "head", _checked_head(self.head, self.num_classes))
@@ -241,8 +252,13 @@ class ModelSpec:
         """Raises ValueError for what is not JSON, another schema, and unknown or missing keys."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"not valid JSON: {error}") from None
+        return cls.from_values(values)
+
+    @classmethod
+    def from_values(cls, values: object) -> ModelSpec:
+        """As from_json, of what the file holds."""
         if not isinstance(values, dict):
             raise ValueError("a JSON object is needed")
         schema = values.pop("schema", None)
@@ -259,13 +275,12 @@ class ModelSpec:
     @classmethod
     def load(cls, path: str | Path) -> ModelSpec:
         """Raises ValueError, naming the file, where it cannot be read or is not a model.json."""
-        try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{path}: cannot be read: {reason}") from None
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        values = read_values(path)
+        with blamed_on(path):
+            try:
+                return cls.from_values(values)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
 
 
 def named_by(specialist: ModelSpec, generalist: ModelSpec) -> ModelSpec:
@@ -367,6 +382,8 @@ def _checked_members(members: dict[str, Any] | None, head: dict[str, Any]) -> di
             raise ValueError(
                 f"members.{key} = {checked[key]!r}: must be a whole number, at least {least}"
             )
+    if checked["count"] > MOST_MEMBERS:
+        raise ValueError(f"members.count = {checked['count']}: at most {MOST_MEMBERS} are built")
     return checked
 
 

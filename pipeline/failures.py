@@ -1,4 +1,4 @@
-"""What went wrong, in one line: for `referral` and `python -m trainer` alike.
+"""What went wrong, in one line: for `referral` and `python -P -m trainer` alike.
 
 A mistake of the user's, a disk, a missing package, Ctrl-C and a closed pipe are no errors of ours:
 they get a line that says what helps.  Whatever else is raised keeps its traceback.

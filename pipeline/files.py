@@ -8,14 +8,20 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from .config import UserError
 from .failures import writing
 
 CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+Content = TypeVar("Content")
+# What code raises that picks values from a file of another form than it expects.
+OTHER_FORM = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
 WINNER = "WINNER"  # in a stage's, where the file system has no hard links: whose DONE it is
 
 
@@ -89,12 +95,42 @@ def read_json(path: Path):
     """A JSON file's content.  Raises DamagedFile where it is not JSON, OSError."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(path, str(error)) from None
 
 
+def checked(path: Path, content: Any, form: TypeAdapter[Content]) -> Content:
+    """The content of a file, as its form has it.  Raises DamagedFile, which names the key."""
+    try:
+        return form.validate_python(content)
+    except ValidationError as mistakes:
+        first = mistakes.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        raise damaged(path, f"{key}: {first['msg']}" if key else first["msg"]) from None
+
+
+@contextmanager
+def picking_from(path: Path) -> Iterator[None]:
+    """Whatever fails in here for the form of a file's values is said as the file's damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OTHER_FORM as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from None
+
+
 def damaged(path: Path, reason: str) -> DamagedFile:
-    return DamagedFile(f"{path} is damaged ({reason}); restore it, or remove it")
+    words = " ".join(reason.split())
+    return DamagedFile(f"{path} is damaged ({words[:300]}); restore it, or remove it")
+
+
+def home() -> Path | None:
+    """The user's home directory; None of a user who has none, as in many a container."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
 
 
 def claim(source: Path, target: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Literal
 class StageKind:
     """What all stages of one kind have in common.
 
-    name: what `python -m trainer NAME` calls it.
+    name: what `python -P -m trainer NAME` calls it.
     place: its directory below RUN; a family has one for each {index} or {name}.
     function: "module:function" of (session, stage), and of the index or name of its family.
     sections: keys of the config that change what it makes; with its inputs they are its identity.

@@ -14,10 +14,14 @@ import time
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated, NotRequired
+
+from pydantic import ConfigDict, Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from .config import UserError
 from .failures import cannot_write
-from .files import WINNER, claim, damaged, read_json, write_bytes, write_json, write_text
+from .files import WINNER, checked, claim, read_json, write_bytes, write_json, write_text
 from .identity import SCHEMA
 from .stages import StageKind
 
@@ -33,9 +37,25 @@ __all__ = [
     "write_json",
     "write_text",
 ]
-DONE_KEYS = {"schema", "hash", "attempt"}  # without which DONE says nothing
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
 UNCHECKED = "UNCHECKED"  # in RUN: the networks could not be tried where it was laid out
+
+
+Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]
+
+
+class Done(TypedDict):
+    """What DONE says; other versions may say more.  attempt: a name below attempts/, no path."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore
+    schema: int
+    hash: str
+    attempt: Annotated[str, Field(pattern=r"^[^/\x00]*[^/\x00.][^/\x00]*$")]
+    seconds: NotRequired[Seconds]
+    finished: NotRequired[Annotated[float, Field(ge=0, le=1e11)]]
+
+
+DONE = TypeAdapter(Done)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -95,9 +115,7 @@ class Stage:
             content = read_json(path)
         except FileNotFoundError:
             return None
-        if not isinstance(content, dict) or not DONE_KEYS <= content.keys():
-            raise damaged(path, f"it lacks {', '.join(sorted(DONE_KEYS))}")
-        return content
+        return checked(path, content, DONE)
 
     @property
     def is_done(self) -> bool:
@@ -123,7 +141,7 @@ class Stage:
     def is_stale(self) -> bool:
         """Finished or begun under another config."""
         try:
-            return (self.directory / "KEY").read_text() not in self.keys
+            return (self.directory / "KEY").read_text(errors="replace") not in self.keys
         except FileNotFoundError:
             return False
 

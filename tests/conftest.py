@@ -1,6 +1,15 @@
 """Helpers shared by the tests lie in tests/support."""
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_records(tmp_path_factory):
+    """Which runs were made here is noted below the tests' own directory, not the user's."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))

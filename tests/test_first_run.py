@@ -62,7 +62,7 @@ def run(command: str, directory: Path) -> str:
     _, *words = shlex.split(command)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "launch.cli", *words],
+        [sys.executable, "-P", "-m", "launch.cli", *words],
         cwd=directory,
         env=environment,
         capture_output=True,

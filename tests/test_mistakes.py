@@ -73,10 +73,10 @@ def referral(capfd, monkeypatch):
 
     def in_process(command, text=None):
         words = list(map(str, command))
-        assert words[1:3] == ["-m", "trainer"], words
+        assert words[1:4] == ["-P", "-m", "trainer"], words
         monkeypatch.setattr(sys, "stdin", io.StringIO(text or ""))
         try:
-            return trainer_main(words[3:])
+            return trainer_main(words[4:])
         except SystemExit as leaving:  # after help
             return leaving.code
 

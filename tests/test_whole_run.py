@@ -23,7 +23,17 @@ SMALL = (
 
 
 def start(config, run, *more):
-    command = [sys.executable, "-m", "launch.cli", "run", str(config), "--run", str(run), *more]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "launch.cli",
+        "run",
+        str(config),
+        "--run",
+        str(run),
+        *more,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,

@@ -1,9 +1,10 @@
 """Stages of a run, or a command that needs torch.
 
-    python -m trainer STAGE ... --run DIR
-    torchrun --nproc-per-node 2 -m trainer -- STAGE ... --run DIR
+    python -P -m trainer STAGE ... --run DIR
+    PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m trainer -- STAGE ... --run DIR
 
-Without the `--` torchrun takes --run for its own --run-path.
+-P and PYTHONSAFEPATH keep the working directory, which may hold a trainer.py of the user's, from
+the path of imports.  Without the `--` torchrun takes --run for its own --run-path.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ HELP = (
     "Do stages of a run that `referral prepare` laid out, in this process or, under torchrun, on "
     "several ranks."
 )
-EXAMPLE = """python -m trainer specialist --index 3 --run runs/mine
-torchrun --nproc-per-node 2 -m trainer -- generalist --run runs/mine"""
+EXAMPLE = """python -P -m trainer specialist --index 3 --run runs/mine
+PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m trainer -- generalist --run runs/mine"""
 RANK_0_FIRST_S = (
     5.0  # how long rank 0 has to say everybody's error before another rank says its own
 )
@@ -85,9 +86,11 @@ def let_rank_0_speak() -> None:
 
 def run_stages(argv: list[str]) -> int:
     from pipeline.graph import open_run
+    from pipeline.trust import COMMAND, FUNCTION, check_trusted
 
     args = parse(argv)
     run = open_run(args.run)
+    check_trusted(run, args.trust, (FUNCTION, COMMAND))
     chosen = [stage for name in args.stages for stage in choose(run, name, args)]
     pending = [stage for stage in chosen if not stage.is_done]
     if not pending:
@@ -141,9 +144,10 @@ def check_where_left(session: Session) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     from pipeline.config import UserError
     from pipeline.stages import KINDS
+    from pipeline.trust import HELP as TRUST
     from pipeline.usage import Parser, nearest
 
-    parser = Parser("python -m trainer", HELP, EXAMPLE)
+    parser = Parser("python -P -m trainer", HELP, EXAMPLE)
     parser.add_argument("stages", nargs="+", metavar="STAGE", help=", ".join(KINDS))
     parser.add_argument("--run", required=True, metavar="DIR", help="the run's directory")
     families = {
@@ -154,6 +158,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--index", type=int, nargs="+", default=[], help=f"which of: {families['index']}"
     )
     parser.add_argument("--name", nargs="+", default=[], help=f"which of: {families['name']}")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     args = parser.parse_args(argv or ["--help"])
     for word in args.stages:
         if word not in KINDS:

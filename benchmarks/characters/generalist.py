@@ -38,8 +38,8 @@ def commands(run: Path, data: Path, seed: int, settings: list[str]) -> list[list
     words = []
     for setting in (*splits, f"seed={seed}", *settings):
         words += ["--set", setting]
-    prepare = [sys.executable, "-m", "launch.cli", "prepare", str(CONFIG), "--run", str(run)]
-    train = [sys.executable, "-m", "trainer", "generalist", "measure", "--run", str(run)]
+    prepare = [sys.executable, "-P", "-m", "launch.cli", "prepare", str(CONFIG), "--run", str(run)]
+    train = [sys.executable, "-P", "-m", "trainer", "generalist", "measure", "--run", str(run)]
     return [[*prepare, *words], train]
 
 

@@ -105,7 +105,7 @@ def referral(*words: str | Path | float, environment: Mapping[str, str] = ENVIRO
 
     environment: what is set beside this process's own.
     """
-    command = [sys.executable, "-m", "launch.cli", *map(str, words)]
+    command = [sys.executable, "-P", "-m", "launch.cli", *map(str, words)]
     code = subprocess.run(command, env={**os.environ, **environment}, cwd=ROOT).returncode
     if code:
         raise SystemExit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from ..files import damaged, read_json
+from ..files import damaged, picking_from, read_json
 
 SCHEMA = 1
 FILE = "advice.json"
@@ -123,9 +123,10 @@ def read_advice(path: Path) -> Advice | None:
         advice = read_json(path)
     except FileNotFoundError:
         return None
-    missing = [key for key in Advice.__annotations__ if key not in {*advice, *OPTIONAL}]
-    if missing:
-        raise damaged(path, f"it lacks {', '.join(missing)}")
-    if advice["best"] not in {lever["name"] for lever in advice["levers"]}:
-        raise damaged(path, f"it has no lever {advice['best']!r}, which it advises")
+    with picking_from(path):
+        missing = [key for key in Advice.__annotations__ if key not in {*advice, *OPTIONAL}]
+        if missing:
+            raise damaged(path, f"it lacks {', '.join(missing)}")
+        if advice["best"] not in {lever["name"] for lever in advice["levers"]}:
+            raise damaged(path, f"it has no lever {advice['best']!r}, which it advises")
     return advice

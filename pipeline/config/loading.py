@@ -40,7 +40,7 @@ def load_config(
     except ValidationError as errors:
         lines = [f"{source}: {_explain(error)}" for error in errors.errors()]
         raise UserError("\n".join(lines)) from None
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{source}: {error}") from None
 
 
@@ -57,7 +57,7 @@ def read_toml(path: Path) -> dict:
         raise UserError(f"{path}: no such config file") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a directory; give a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None

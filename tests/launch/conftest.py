@@ -17,6 +17,7 @@ from pipeline.config import load_config, save_config
 from pipeline.graph import RunDirectory
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
 FAKE_TRAINER = [sys.executable, str(HERE / "fake_trainer.py")]
 REFERRAL = [sys.executable, str(HERE / "referral.py")]
 CLASSES = ["a", "b", "c", "d", "e", "f", "g", "h"]

@@ -1,4 +1,4 @@
-"""Stands for `python -m trainer`: touches the run directory as stages do, without torch.
+"""Stands for `python -P -m trainer`: touches the run directory as stages do, without torch.
 
 behaviour.json beside RUN says per stage what goes wrong:
     {"specialists/001": {"exit": 1, "times": 1, "steps": 3}}

@@ -93,7 +93,7 @@ def test_the_script_is_answered_with_the_words_that_fit():
         "COMP_CWORD": "1",
     }
     ran = subprocess.run(
-        [sys.executable, "-m", "launch"], capture_output=True, text=True, env=environment
+        [sys.executable, "-P", "-m", "launch"], capture_output=True, text=True, env=environment
     )
     assert ran.stdout.split() == ["status"], ran.stderr
 

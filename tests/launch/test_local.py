@@ -15,9 +15,7 @@ from rich.console import Console
 import launch.local
 from launch.display import Display
 from launch.journal import read_journal
-from launch.local import locked, stop_launcher
 from launch.results import groups_line, metrics_of
-from pipeline.config import UserError
 
 
 @pytest.fixture
@@ -207,18 +205,6 @@ def test_a_finished_stage_prints_what_it_took_and_its_metric(ward, small):
     assert "specialists/001 done in " in out.getvalue()
 
 
-def test_a_run_that_cannot_be_written_is_not_taken_for_one_that_is_running(ward, monkeypatch):
-    (ward.root / "run").mkdir()
-    (ward.root / "run" / ".lock").write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
-
-    def refuse(*_):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr("builtins.open", refuse)
-    with pytest.raises(UserError, match="cannot be written: Read-only file system"):
-        stop_launcher(ward.root / "run")
-
-
 def test_exit_0_without_the_stage_done_is_a_failure(ward, small):
     run = small(left=[])
     ward.behave(ensemble={"exit": 0, "times": 9})
@@ -237,17 +223,6 @@ def test_a_done_stage_counts_whatever_the_exit_code(ward, small, monkeypatch):
     pool.children["ensemble"].returncode = 1
     pool._reap()
     assert states(run)["ensemble"] == "done"
-
-
-def test_two_launchers_of_one_run_are_one_too_many(ward):
-    with (
-        locked(ward.run_path),
-        pytest.raises(UserError, match=r"\.lock.*another launcher.*process \d+"),
-    ):
-        with locked(ward.run_path):
-            pass
-    with locked(ward.run_path):
-        pass
 
 
 # Processes that end as processes do
@@ -333,15 +308,6 @@ def test_cancel_lets_the_launcher_stop_and_retry_resumes(ward, long_run, referra
     ward.behave()
     code, out, err = referral("retry", run.root)
     assert code == 0 and "fewer top-1 errors" in out, err
-
-
-def test_a_launcher_on_another_machine_is_not_signalled(ward):
-    with locked(ward.run_path):
-        (ward.run_path / ".lock").write_text("process 1 on another-machine\n")
-        with pytest.raises(
-            UserError, match="another launcher is running .*process 1 on another-machine"
-        ):
-            stop_launcher(ward.run_path)
 
 
 def test_a_run_under_nohup_outlives_its_terminal(ward):

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from launch.journal import JobRecord, Journal, birth, end_of_log, read_journal
+from launch.journal import JobRecord, Journal, end_of_log, read_journal
 from launch.plan import plan
+from launch.processes import birth
 from launch.status import duration, failures, progress, statuses, summary
 from pipeline.config import UserError
 from pipeline.results import read_results

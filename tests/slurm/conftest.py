@@ -15,10 +15,10 @@ sys.path.insert(0, str(HERE))
 from cluster import Cluster, what_is_missing  # noqa: E402
 from patient import Patient  # noqa: E402
 
-# It is called as `python -m trainer STAGE ...`, or with torchrun's module, its options and `--`
+# It is called as `python -P -m trainer STAGE ...`, or with torchrun's module, its options and `--`
 # before the stage: then it says how many ranks it would start on this node.
 FAKE = """#!/bin/sh
-shift
+shift 2
 launcher=$1
 shift
 while [ "$launcher" != trainer ] && [ "$1" != -- ]; do

@@ -15,7 +15,7 @@ from toy import toy_config, write_toy
 from pipeline.config import save_config
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
-REFERRAL = ["-m", "launch.cli"]
+REFERRAL = ["-P", "-m", "launch.cli"]
 SCRIPT = Path(__file__).parents[2] / "slurm" / "stage.sbatch"
 WHOLE = (
     "clusters.num_groups=2",

@@ -24,7 +24,7 @@ def start_stage(ranks: int, stage: str, root: Path) -> subprocess.Popen[str]:
 
     stage: words of the trainer's, "generalist" or "member --index 1".
     """
-    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command = [sys.executable, "-P", "-m", "trainer.distributed.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "--", *stage.split(), "--run", str(root)]
     return subprocess.Popen(
         command,

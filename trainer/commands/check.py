@@ -1,4 +1,4 @@
-"""`python -m trainer check`: the mistakes in a config that only torch and the shards can show.
+"""`python -P -m trainer check`: the mistakes in a config that only torch and the shards can show.
 
 It runs before RUN is made. The config comes as TOML on standard input. Exit code 0: nothing was
 found; what is odd but no mistake is a warning on standard error.
@@ -34,7 +34,9 @@ NAMED = 3  # classes in a warning
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("python -m trainer check", "Check a config, which is read from standard input.")
+    parser = Parser(
+        "python -P -m trainer check", "Check a config, which is read from standard input."
+    )
     parser.add_argument("--processes", type=int, default=1, help="ranks of the generalist")
     parser.add_argument("--run", type=Path, default=None, help="where the run will be")
     parser.add_argument("--elsewhere", action="store_true", help="the run's machine is another")

@@ -1,4 +1,4 @@
-"""`python -m trainer compare`: what `referral compare` found, drawn."""
+"""`python -P -m trainer compare`: what `referral compare` found, drawn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MOST_ACROSS = 3
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser("python -m trainer compare", "Draw finished runs beside each other.")
+    parser = Parser("python -P -m trainer compare", "Draw finished runs beside each other.")
     parser.add_argument("runs", nargs="+", metavar="RUN")
     parser.add_argument("--plot", required=True, type=Path, metavar="FILE.png")
     parser.add_argument("--metric", default="", metavar="NAME,...")

@@ -14,12 +14,13 @@ import shutil
 import socket
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.choices import ENGINES
-from pipeline.config import Engine, UserError, load_config
+from pipeline.config import Engine, UserError
 from pipeline.extras import remedy
+from pipeline.graph import RunDirectory, open_run
+from pipeline.trust import COMMAND, FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 NEEDED = (
@@ -53,7 +54,9 @@ class RankFindings(NamedTuple):
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    run = Path(args.run) if args.run else None
+    run = open_run(args.run) if args.run else None
+    if run is not None:
+        check_trusted(run, args.trust, (FUNCTION, COMMAND))
     if "RANK" in os.environ:
         return examine_ranks(run)
     return report([*versions(), *devices(), *run_findings(run)])
@@ -65,11 +68,12 @@ def _parser() -> Parser:
         "Check this machine and what is installed; exit code 1 if something needed is missing. "
         "Under torchrun every rank looks for itself, and rank 0 reports where they differ.",
         "referral doctor --run runs/mine\n"
-        "torchrun --nproc-per-node 2 -m trainer -- doctor --run runs/mine",
+        "PYTHONSAFEPATH=1 torchrun --nproc-per-node 2 -m trainer -- doctor --run runs/a",
     )
     parser.add_argument(
         "--run", metavar="DIR", help="also look at this run's shards and free disk space"
     )
+    parser.add_argument("--trust", action="store_true", help=HELP)
     return parser
 
 
@@ -82,7 +86,7 @@ def report(findings: list[Finding]) -> int:
 # Every rank
 
 
-def examine_ranks(run: Path | None) -> int:
+def examine_ranks(run: RunDirectory | None) -> int:
     """Report rank 0's findings, one sum over all ranks, and where other ranks' findings differ."""
     import torch
 
@@ -90,7 +94,7 @@ def examine_ranks(run: Path | None) -> int:
 
     engine = Engine.model_validate({})
     if run is not None:
-        engine = load_config(run / "config.toml").engine
+        engine = run.config.engine
     with process_group(engine) as ranks:
         total = float(sum_over_ranks(torch.ones(()), ranks))
         findings = [*versions(), *run_findings(run)]
@@ -176,13 +180,13 @@ def _collective(backend: str, device: str) -> Finding:
     return Finding(is_one, f"{backend}: all-reduce on {device}")
 
 
-def run_findings(root: Path | None) -> list[Finding]:
+def run_findings(run: RunDirectory | None) -> list[Finding]:
     """The disk and the shards of a run, where one is named."""
-    if root is None or find_spec("torch") is None:
+    if run is None or find_spec("torch") is None:
         return []
     from ..data.shards import open_shards
 
-    config = load_config(root / "config.toml")
+    config, root = run.config, run.root
     free = shutil.disk_usage(root).free
     findings = [
         Finding(free > 2**30, f"{free / 2**30:.1f} GiB free under {root}"),

@@ -21,6 +21,7 @@ from pipeline.config import UserError
 from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import write_json
+from pipeline.trust import FUNCTION, check_trusted
 from pipeline.usage import Parser
 
 from ..core.dense_logits import Asked, dense_log_probabilities
@@ -71,7 +72,10 @@ class Outcome:
 def main(argv: list[str]) -> int:
     """Exit codes: 0 all inputs count, 1 some could not be read or have labels of no class."""
     args = _parser().parse_args(argv)
-    run = open_run(args.directory) if (args.directory / "config.toml").is_file() else None
+    run = None
+    if (args.directory / "config.toml").is_file():
+        run = open_run(args.directory)
+        check_trusted(run, args.trust, (FUNCTION,))
     _check_out(args.out, args.overwrite)
     predictor = load_predictor(args, run)
     report = Report(skip=True)
@@ -212,7 +216,7 @@ def predict_all(
         raw = torch.from_numpy(np.stack([array for _, array in batch])).to(device)
         numbers = [number for number, _ in batch]
         labels = torch.from_numpy(classes[numbers]).to(device)
-        with as_user_errors():  # a specialist is read when it is first needed
+        with as_user_errors(predictor.place):  # a specialist is read when it is first needed
             for values in metrics_in_parts(predictor, raw, labels):
                 parts.append({key: value.cpu().numpy() for key, value in values.items()})
         keys += [source.keys[number] for number in numbers]

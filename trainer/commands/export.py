@@ -29,11 +29,13 @@ from ensemble import (
     load_ensemble,
 )
 from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
+from networks.integrity import OTHER_FORM, OUT_OF_MEMORY, write_checksums
 from pipeline.config import UserError
 from pipeline.extras import require
 from pipeline.failures import cannot_write
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
+from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 from ..stages.networks import builders_of
@@ -50,6 +52,7 @@ LEAST_WIDTH = 16  # rows that a network of indices has at least, where its optio
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     run = open_run(args.directory)
+    check_trusted(run, args.trust, (FUNCTION,))
     with_ensemble, students = selected(run, args.what)
     check_target(args.to, run.root, args.force)
     suffixes = [name for name, chosen in (("pt2", args.programs), ("onnx", args.onnx)) if chosen]
@@ -64,6 +67,7 @@ def main(argv: list[str]) -> int:
                 network = load_classifier(stage.path("model.json").parent, builders=export.builders)
             export.student(name, network, suffixes)
         write_summary(unfinished, run, export)
+        write_checksums(unfinished)
     size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file()) / 2**20
     print(
         f"{args.to} is ready: {size:.2f} MiB, "
@@ -100,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="replace what an earlier export wrote to OUT"
     )
+    parser.add_argument("--trust", action="store_true", help=HELP)
     return parser
 
 
@@ -168,12 +173,25 @@ def load_run_ensemble(
 
 
 @contextlib.contextmanager
-def as_user_errors() -> Iterator[None]:
-    """Turn what the libraries say about files that they are given into one line for the user."""
+def as_user_errors(of: str | Path = "") -> Iterator[None]:
+    """Turn what the libraries say about files that they are given into one line for the user.
+
+    of: a run or a bundle, whose networks fail in here where another error than theirs is raised.
+    """
     try:
         yield
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(str(error).replace("allow_missing=True", "--allow-missing")) from None
+    except OTHER_FORM as error:
+        text = " ".join(str(error).split())
+        if not of or any(words in text for words in OUT_OF_MEMORY):
+            raise
+        raise UserError(
+            f"{of}: its networks cannot be asked about these inputs "
+            f"({type(error).__name__}: {text[:200]})"
+        ) from None
 
 
 # Where to

@@ -29,6 +29,7 @@ from pipeline.config import UserError
 from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
 from pipeline.terminal import Console
+from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 from ..core.dense_logits import ListedPredictor
@@ -68,7 +69,7 @@ class Predictor(NamedTuple):
 
     predict: (raw inputs, top) -> {classes, names, probabilities, specialists} of each input, as
     SpecialistEnsemble.predict gives them.  probabilities: raw inputs -> [B, C].  listed: of a label
-    set that is too large for rows of C numbers, else None.
+    set that is too large for rows of C numbers, else None.  place: where it was read.
     """
 
     spec: ModelSpec
@@ -76,6 +77,7 @@ class Predictor(NamedTuple):
     has_specialists: bool
     probabilities: Callable[[Tensor], Tensor]
     listed: ListedPredictor | None = None
+    place: Path = Path()
 
 
 def main(argv: list[str]) -> int:
@@ -85,6 +87,7 @@ def main(argv: list[str]) -> int:
     run, named = None, {}
     if (args.directory / "config.toml").is_file():
         run = open_run(args.directory)
+        check_trusted(run, args.trust, (FUNCTION,))
         named = run.config.data.decoders
     predictor = load_predictor(args, run)
     reader = file_reader(predictor.spec.input, named, args)
@@ -192,6 +195,7 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         help="what builds the network, or decodes files, where an exported model.json names a "
         "function of your own; may be repeated",
     )
+    parser.add_argument("--trust", action="store_true", help=HELP)
 
 
 def predictions(
@@ -199,7 +203,7 @@ def predictions(
 ) -> Iterator[tuple[Example, Prediction]]:
     for batch in in_batches(examples):
         raw = torch.from_numpy(np.stack([example.raw for example in batch])).to(device)
-        with as_user_errors():  # a specialist is read when it is first needed
+        with as_user_errors(predictor.place):  # a specialist is read when it is first needed
             predicted = predictor.predict(raw, top)
         yield from zip(batch, predicted, strict=True)
 
@@ -220,7 +224,7 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
         builders[name] = import_function(name, "--builder")
     if args.student or args.generalist:
         return load_network(args, builders)
-    with as_user_errors(), warnings.catch_warnings():
+    with as_user_errors(args.directory), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said below, in one line
         ensemble = load_ensemble(
             args.directory, args.device, builders, allow_missing=args.allow_missing
@@ -241,7 +245,12 @@ def load_predictor(args: argparse.Namespace, run: RunDirectory | None) -> Predic
     if isinstance(ensemble, SpecialistEnsemble) and ensemble.is_sparse:
         listed = listed_predictor(ensemble)
     return Predictor(
-        ensemble.generalist.spec, ensemble.predict, has_specialists, ensemble.probabilities, listed
+        ensemble.generalist.spec,
+        ensemble.predict,
+        has_specialists,
+        ensemble.probabilities,
+        listed,
+        args.directory,
     )
 
 
@@ -253,14 +262,14 @@ def load_network(args: argparse.Namespace, builders: dict[str, Callable]) -> Pre
         directory = args.directory / "students" / args.student
     if not (directory / "model.json").is_file():
         raise UserError(_absent_network(args))
-    with as_user_errors():
+    with as_user_errors(directory):
         network = load_classifier(directory, args.device, builders)
 
     def predict(raw: Tensor, top: int) -> list[Prediction]:
         return predict_alone(network, raw, top)
 
     probabilities = Probabilities(network)
-    return Predictor(network.spec, predict, has_specialists=False, probabilities=probabilities)
+    return Predictor(network.spec, predict, False, probabilities, place=directory)
 
 
 def _absent_network(args: argparse.Namespace) -> str:

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from networks.user_code import blame
-from pipeline.choices import AUGMENTATIONS, TAKE_SHARE
+from pipeline.choices import AUGMENTATIONS, TAKE_SHARE, resolve
 from pipeline.config import UserError
 
 from .decoding import import_function
@@ -225,8 +225,8 @@ def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | No
     if ":" not in target:
         known = ", ".join(AUGMENTATIONS)
         raise UserError(f"data.augment = {name!r}: {known}, or module:function")
-    function = import_function(target, "data.augment")
     own = "" if name in AUGMENTATIONS else name
+    function = import_function(own, "data.augment") if own else resolve(target)
     numbers = int(getattr(function, "numbers", DEFAULT_NUMBERS))
     if name in TAKE_SHARE:
         function = partial(function, share=share)

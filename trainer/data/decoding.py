@@ -17,6 +17,7 @@ from networks.pictures import PLAIN, PictureRules, read_picture
 from networks.texts import TEXTS, hashed_ngrams, ngram_bag
 from networks.texts import utf8_bytes as text
 from networks.user_code import blame
+from pipeline.choices import resolve
 from pipeline.config import UserError
 
 from .choices import DECODERS
@@ -74,16 +75,18 @@ def import_function(name: str, key: str) -> Callable:
     module, colon, function = name.partition(":")
     if not colon or not module or not function:
         raise UserError(f"{key} = {name!r}: write module:function")
-    # A user's module lies in the working directory, as it would for `python -m`.
-    sys.path.insert(0, "")
+    # A user's module lies in the working directory.  Behind all others: what is installed is not to
+    # be hidden by a file of the same name there.  It stays, for what the module imports later.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        imported = getattr(import_module(module), function, None)
+        source = import_module(module)
+        imported = getattr(source, function, None)
     except (Exception, SystemExit) as error:
         raise UserError(f"{key} = {name!r}: {_import_failure(module, error)}") from None
-    finally:
-        sys.path.remove("")
     if not callable(imported):
-        raise UserError(f"{key} = {name!r}: module {module} has no function {function}")
+        file = getattr(source, "__file__", None) or "built in"
+        raise UserError(f"{key} = {name!r}: module {module} has no function {function} ({file})")
     return imported
 
 
@@ -164,7 +167,4 @@ def recorded_name(decoder: Decoder, name: str) -> str | None:
 
 def built_in() -> dict[str, Decoder]:
     """{extension: function} of DECODERS.  Imports the modules that they are in."""
-    return {
-        extension: import_function(name, f"DECODERS[{extension!r}]")
-        for extension, name in DECODERS.items()
-    }
+    return {extension: resolve(name) for extension, name in DECODERS.items()}

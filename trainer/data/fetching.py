@@ -67,7 +67,13 @@ class FetchDir:
     """
 
     def __init__(self, data: Data):
-        self.directory = Path(data.fetch_dir or "~/.cache/referral/shards").expanduser()
+        try:
+            self.directory = Path(data.fetch_dir or "~/.cache/referral/shards").expanduser()
+        except RuntimeError:
+            raise UserError(
+                f"data.fetch_dir = {data.fetch_dir or 'not set'}: this user has no home directory; "
+                "set it to a directory for fetched shards"
+            ) from None
         self.limit = data.fetch_bytes
         try:
             self.directory.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """torchrun for the trainer, with two promises that torchrun itself does not make.
 
-    python -m trainer.distributed.torchrun [torchrun's options] -- STAGE --run DIR ...
+    python -P -m trainer.distributed.torchrun [torchrun's options] -- STAGE --run DIR ...
 
 Its exit code is that of the rank that failed first (torchrun's is always 1).  So 2, the user's
 mistake, and 75, start me again, reach the runner.  And the ranks die with this process, from their
@@ -40,7 +40,8 @@ def start(arguments: list[str]) -> int:
     # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path; it
     # never sees it.
     options = get_args_parser().parse_args([*arguments[:separator], "--no-python", sys.executable])
-    trainer = [sys.executable, "-m", "trainer", *arguments[separator + 1 :]]
+    # -P: the working directory's own trainer.py is not ours.
+    trainer = [sys.executable, "-P", "-m", "trainer", *arguments[separator + 1 :]]
     options.training_script_args = ["-I", str(DIE_WITH_PARENT), str(os.getpid()), *trainer]
     try:
         run(options)

@@ -71,7 +71,7 @@ def test_a_class_index_out_of_range_leaves_no_run_behind(data, tmp_path):
     config, run = tmp_path / "config.toml", tmp_path / "run"
     wrong = (f"data.train={tmp_path}/wrong-000000.tar", "data.classes=24")
     save_config(toy_config(data, *wrong), config)
-    command = [sys.executable, "-m", "launch.cli", "run", str(config), "--run", str(run)]
+    command = [sys.executable, "-P", "-m", "launch.cli", "run", str(config), "--run", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and not run.exists()
@@ -353,7 +353,7 @@ def test_the_first_job_tries_the_networks_where_nobody_could(data, tmp_path, own
     run.mkdir()
     save_config(config, run / "config.toml")
     (run / "UNCHECKED").touch()
-    command = [sys.executable, "-m", "trainer", "generalist", "--run", str(run)]
+    command = [sys.executable, "-P", "-m", "trainer", "generalist", "--run", str(run)]
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -227,7 +227,7 @@ def test_a_directory_that_is_no_run_and_one_without_inputs_are_named(small_run, 
 
 def test_export_and_predict_are_commands_of_referral():
     for name, option in (("export", "--programs"), ("predict", "--student")):
-        command = [sys.executable, "-m", "launch.cli", name, "--help"]
+        command = [sys.executable, "-P", "-m", "launch.cli", name, "--help"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0
         assert f"Usage: referral {name}" in done.stdout and option in done.stdout
@@ -236,7 +236,7 @@ def test_export_and_predict_are_commands_of_referral():
 def test_a_reader_that_closes_the_pipe_early_is_no_error(small_run, tmp_path):
     np.save(tmp_path / "many.npy", np.zeros((1000, 1, 8, 8), np.uint8))
     arguments = [str(small_run.root), str(tmp_path / "many.npy"), "--json"]
-    command = [sys.executable, "-m", "trainer", "predict", *arguments]
+    command = [sys.executable, "-P", "-m", "trainer", "predict", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, text=True, **pipes) as process:
         assert json.loads(process.stdout.readline())["index"] == 0

@@ -328,7 +328,7 @@ def test_one_long_text_takes_no_more_memory_than_the_file(tmp_path):
     table = write_csv(tmp_path / "t.csv", rows)
     limit = 4 * 2**30
     subprocess.run(
-        [sys.executable, "-m", "trainer", "shards", "table", table, "--out", tmp_path / "s"],
+        [sys.executable, "-P", "-m", "trainer", "shards", "table", table, "--out", tmp_path / "s"],
         check=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )

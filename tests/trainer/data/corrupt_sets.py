@@ -293,7 +293,7 @@ def intact_keys(shards, batch) -> list[str]:
 
 
 def command(words: list[str], stdin: str = "") -> tuple[int, str]:
-    """(exit code, what it printed to stderr) of `python -m trainer WORDS`, run in this process."""
+    """(exit code, what it printed to stderr) of `trainer WORDS`, run in this process."""
     stderr, before = io.StringIO(), sys.stdin
     sys.stdin = io.StringIO(stdin)
     try:

@@ -45,7 +45,7 @@ def test_check_and_validate_end_with_an_exit_code_and_lines(tmp_path, kind):
 def test_as_a_process_validate_lists_the_corruption_and_exits_with_1(tmp_path):
     (kind,) = (kind for kind in KINDS if kind.__name__ == "truncated")
     judge(tmp_path, kind, 0, True, True, "strict")
-    words = [sys.executable, "-m", "trainer", "shards", "validate", tmp_path]
+    words = [sys.executable, "-P", "-m", "trainer", "shards", "validate", tmp_path]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert "is cut off" in ended.stderr and "1 of 3 shards are corrupt" in ended.stderr

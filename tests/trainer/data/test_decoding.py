@@ -53,7 +53,8 @@ def test_the_table_is_small():
     assert built_in().keys() == DECODERS.keys()
 
 
-def test_a_decoder_is_one_row_and_one_function(users, monkeypatch):
+def test_a_decoder_is_one_row_and_one_function(users, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
     users("import numpy as np\ndef f(content):\n    return np.frombuffer(content, 'u1')\n")
     monkeypatch.setitem(DECODERS, "raw", "mine:f")
     table = decoding.decoder_table({})

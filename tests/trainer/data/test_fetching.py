@@ -224,7 +224,7 @@ def test_a_wrong_url_gets_one_line(served, data, pattern, message):
 
 def test_a_wrong_url_is_one_line_and_exit_code_2_of_the_command(served, data):
     url = f"{served.url}/sub/train-0.tar"
-    command = [sys.executable, "-m", "trainer", "shards", "validate", url]
+    command = [sys.executable, "-P", "-m", "trainer", "shards", "validate", url]
     command += ["--fetch-dir", data.fetch_dir]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

@@ -49,7 +49,7 @@ def prepare(root: Path, data: Path, engine: str) -> RunDirectory:
 
 
 def start(run: RunDirectory, ranks: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "trainer.distributed.torchrun", "--standalone"]
+    command = [sys.executable, "-P", "-m", "trainer.distributed.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "--", "generalist", "--run", str(run.root)]
     log = open(run.root / "log.txt", "ab")
     return subprocess.Popen(

@@ -74,7 +74,7 @@ def test_a_job_of_one_rank_needs_no_torchrun(data, tmp_path):
     config = toy_config(data, *engine_overrides("zero2"), *steps, *further)
     save_config(config, tmp_path / "config.toml")
     stages = ["generalist", "measure", "cluster", "route", "specialist", "--index", "0"]
-    command = [sys.executable, "-m", "trainer", *stages, "--run", str(tmp_path)]
+    command = [sys.executable, "-P", "-m", "trainer", *stages, "--run", str(tmp_path)]
     subprocess.run(command, check=True, timeout=200)
     assert RunDirectory(tmp_path, config).specialists[0].is_done
 
