@@ -482,8 +482,8 @@ class _LogSumExpAndDot(torch.autograd.Function):
                 _scatter_columns_(d_z, t.indices - start, values)
             if t.dense is not None:
                 d_z.addcmul_(t.dense[:, here].to(z), d_dot[:, None])
-            if d_moved is not None:
-                d_moved += _gather_columns(d_z, indices - start)
+            if d_moved is not None and moved is not None:
+                d_moved += _gather_columns(d_z, moved.indices - start)
             if d_bias is not None:
                 d_bias[here] = (d_z.sum(0) + even_bias) * comm.share
             d_z = d_z.to(low) if low else d_z
@@ -495,10 +495,10 @@ class _LogSumExpAndDot(torch.autograd.Function):
             if t.uniform is not None:
                 d_x += torch.outer(even, weight.sum(0, dtype=d_x.dtype))
             d_x = comm.sum_own(d_x).to(features_dtype)
-        if d_moved is not None:
-            inside = (indices >= 0) & (indices < len(weight))
+        if d_moved is not None and moved is not None:
+            inside = (moved.indices >= 0) & (moved.indices < len(weight))
             d_moved += even[:, None] * inside
-            d_moved = comm.sum_own(d_moved).to(shift.dtype)
+            d_moved = comm.sum_own(d_moved).to(moved.values.dtype)
         return d_x, d_weight, d_bias, d_moved, None, None, None, None, None
 
 

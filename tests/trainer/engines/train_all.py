@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
 from ranks import engine_overrides  # noqa: E402
 from toy import toy_config  # noqa: E402
 
+from networks import head_rows  # noqa: E402
 from pipeline.config import save_config  # noqa: E402
 from pipeline.graph import RunDirectory
 from trainer.core import loop  # noqa: E402
@@ -41,6 +42,7 @@ class Narrow(TorchDispatchMode):
 
     def __init__(self, shape: str):
         super().__init__()
+        head_rows.DRAWN = 100  # which a few of the toy's classes fill
         self.shape = tuple(map(int, shape.split(",")))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
