@@ -7,13 +7,14 @@ A run over made-up vectors of planted classes, whose networks are trained for a 
 stage takes does not depend on what they know.  Each stage is done by one rank and by several, in
 turns, from the same inputs; what it took before is cleared.
 
-seconds     what the stage itself took, from its DONE; the median over the rounds
-clock_s     with the start of its processes and their imports
+seconds     by the clock, from the stage's start to its end; the median over the rounds
+cpu_s       of the rank that computed most, where ranks wait for each other without computing
 ratio       seconds of one rank over those of several, the median over the rounds
+cpu_ratio   the same of cpu_s: what the ratio is on free cores, but for the exchange of data
 difference  the largest between the two in the numbers that the stage leaves
 
-The last line is one JSON object: {"ranks", "stages": {name: {"seconds": [one, several],
-"clock_s": [...], "ratio", "difference"}}, "cores"}.
+The last line is one JSON object: {"ranks", "stages": {name: {"seconds": [one, several], "cpu_s":
+[...], "ratio", "cpu_ratio", "difference"}}, "cores"}.
 """
 
 from __future__ import annotations
@@ -24,19 +25,20 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from launch.local import torchrun
 from pipeline.config import Config, load_config, save_config
-from pipeline.graph import RunDirectory
+from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json
 from trainer.data.shards import ShardWriter, write_manifest
-from trainer.distributed.ranks import process_group
+from trainer.distributed.ranks import gather, process_group
 from trainer.session import Session
 from trainer.stages import run_stage
 
@@ -83,23 +85,37 @@ def config_of(data: Path, options: argparse.Namespace) -> Config:
     return load_config(None, [], values)
 
 
-def do(run: RunDirectory, stage: Stage, ranks: int) -> float:
-    """Seconds by the clock of a stage on so many ranks."""
-    words = [stage.name]
-    if stage.address is not None:
-        words += [f"--{stage.kind.addressed_by}", str(stage.address)]
+class Taken(NamedTuple):
+    seconds: float
+    cpu_s: float
+
+
+def do(run: RunDirectory, stage: Stage, ranks: int) -> Taken:
+    """A stage on so many ranks, in processes of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), "-m", "benchmarks.ranks"]
+    command += ["--child", str(run.root), stage.place]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    began = time.monotonic()
     ended = subprocess.run(
-        [*torchrun(ranks), *words, "--run", str(run.root)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if ended.returncode:
-        raise SystemExit(f"{' '.join(words)} on {ranks} ranks failed:\n{ended.stdout[-3000:]}")
-    return time.monotonic() - began
+        raise SystemExit(f"{stage.place} on {ranks} ranks failed:\n{ended.stdout[-3000:]}")
+    return Taken(*json.loads(ended.stdout.splitlines()[-1]))
+
+
+def child(root: Path, place: str) -> None:
+    """One rank of `do`; rank 0 prints what the stage took."""
+    run = open_run(root)
+    (stage,) = [stage for stage in run.stages if stage.place == place]
+    with process_group(run.config.engine) as ranks:
+        session = Session(run, ranks)
+        began, began_cpu = time.monotonic(), time.process_time()
+        run_stage(session, stage)
+        taken = time.monotonic() - began
+        cpu_s = gather(time.process_time() - began_cpu, ranks)
+        if ranks.is_main:
+            print(json.dumps([taken, max(cpu_s)]), flush=True)
 
 
 def do_here(run: RunDirectory, stage: Stage) -> None:
@@ -136,24 +152,31 @@ NUMBERS_OF: dict[str, Callable[[Stage], np.ndarray]] = {
 
 def compare(run: RunDirectory, stage: Stage, ranks: int, rounds: int) -> dict:
     """One rank and several, in turns."""
-    seconds: dict[int, list[float]] = {1: [], ranks: []}
-    clock: dict[int, list[float]] = {1: [], ranks: []}
+    counts = (1, ranks)
+    taken: list[tuple[Taken, Taken]] = []
     left = {}
     for _ in range(rounds):
-        for count in seconds:
+        of_round = []
+        for count in counts:
             stage.clear()
-            clock[count].append(do(run, stage, count))
-            done = stage.done()
-            assert done is not None, "it ended without an error"
-            seconds[count].append(done["seconds"])
+            of_round.append(do(run, stage, count))
             left[count] = NUMBERS_OF[stage.name](stage)
-    ratios = [one / several for one, several in zip(*seconds.values(), strict=True)]
+        taken.append((of_round[0], of_round[1]))
     return {
-        "seconds": [round(statistics.median(each), 3) for each in seconds.values()],
-        "clock_s": [round(statistics.median(each), 3) for each in clock.values()],
-        "ratio": round(statistics.median(ratios), 3),
+        "seconds": medians([(one.seconds, several.seconds) for one, several in taken]),
+        "cpu_s": medians([(one.cpu_s, several.cpu_s) for one, several in taken]),
+        "ratio": ratio([one.seconds / several.seconds for one, several in taken]),
+        "cpu_ratio": ratio([one.cpu_s / several.cpu_s for one, several in taken]),
         "difference": float(np.abs(left[1].astype(float) - left[ranks]).max()),
     }
+
+
+def medians(pairs: list[tuple[float, float]]) -> list[float]:
+    return [round(statistics.median(each), 3) for each in zip(*pairs, strict=True)]
+
+
+def ratio(of_rounds: list[float]) -> float:
+    return round(statistics.median(of_rounds), 3)
 
 
 def measure_all(root: Path, options: argparse.Namespace) -> dict:
@@ -182,7 +205,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="of each split")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--quick", action="store_true", help="few small rows: no result")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.child:
+        root, place = options.child
+        return child(Path(root), place)
     if options.quick:
         parser.set_defaults(**QUICK)
         options = parser.parse_args()

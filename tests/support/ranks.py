@@ -44,7 +44,7 @@ def stage_on_ranks(ranks: int, stage: str, root: Path, timeout: float = 120) -> 
     return output
 
 
-def on_ranks(ranks: int, script: Path, *arguments) -> str:
+def on_ranks(ranks: int, script: Path, *arguments, timeout: float = 280) -> str:
     """The output of a script; an AssertionError with its end where it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(script), *map(str, arguments)]
@@ -52,7 +52,7 @@ def on_ranks(ranks: int, script: Path, *arguments) -> str:
         command,
         env=gloo_environment(),
         text=True,
-        timeout=280,
+        timeout=timeout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

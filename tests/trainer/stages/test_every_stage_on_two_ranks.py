@@ -38,7 +38,7 @@ RERANK = (
     "rerank.learning_rate=0.01",
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def all_runs(data, tmp_path_factory) -> dict[str, dict[int, RunDirectory]]:
     for name, config in configs.items():
         (root / "2" / name).mkdir(parents=True)
         save_config(config, root / "2" / name / "config.toml")
-    on_ranks(2, EVERY_STAGE, *(root / "2" / name for name in configs))
+    on_ranks(2, EVERY_STAGE, *(root / "2" / name for name in configs), timeout=900)
     found = {}
     for name, config in configs.items():
         two = RunDirectory(root / "2" / name, config)
