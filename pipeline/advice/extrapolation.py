@@ -53,6 +53,8 @@ class Evidence:
     error: of the generalist on val, a fraction above 0.
     fit: its error on train over that on val, inputs as they are: 1 of a network that errs alike on
         both, 0 of one that knows its training examples by heart.
+    fall: by what part twice the steps would lower the loss, as it fell before its rate went down;
+        None where nothing says.
     has_bags: whether its inputs are bags of n-grams, which a student of it sees mixed.
     records: of each family the records of its rounds, in order; those that measured something.
     """
@@ -61,6 +63,7 @@ class Evidence:
     fit: float
     records: Mapping[str, Sequence[Record]] = field(default_factory=dict)
     has_bags: bool = False
+    fall: float | None = None
 
     def last(self, family: str) -> Record | None:
         """The record of the last round that measured something."""
@@ -125,16 +128,18 @@ def stop(evidence: Evidence) -> LogRatio:
 
 
 TRAIN_ON = (0.01, 0.2)  # - s at fit 0, and what fit 1 adds, by the cube of the fit
+USUAL_FALL = 0.25  # a loss that falls more by twice the steps lets training on gain as much more
 TRAIN_ON_SD = 0.065
 
 
 def train_on(evidence: Evidence) -> LogRatio:
     """What is left to learn is the fit's to say: next to nothing, where train is known by heart.
 
-    A pilot re-warms and errs more at first, so that it says little; one that gains already puts a
-    floor to what as long again gains.
+    It is more where the loss still fell fast.  A pilot re-warms and errs more at first, so that it
+    says little; one that gains already puts a floor to what as long again gains.
     """
-    expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit**3, TRAIN_ON_SD)
+    faster = max(1.0, (evidence.fall or 0.0) / USUAL_FALL)
+    expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit**3 * faster, TRAIN_ON_SD)
     record = evidence.last("on")
     if record is None:
         return expected
@@ -168,7 +173,7 @@ OF_DIVERSITY = {"average": 0.55, "shortlist": 0.7}
 LATE = {"average": 1.0, "shortlist": 1.4}
 BEGUN = (0.98, 0.88)  # the Brier score of a network that has not learned, and of one that has
 LATE_AT = 0.03  # of the steps, after which it is seen whether a network learns soon or late
-JOINED_SD, JOINED_SPREAD, LATE_SPREAD = 0.015, 0.55, 0.6
+JOINED_SD, JOINED_SPREAD, LATE_SPREAD = 0.015, 0.42, 0.45
 
 
 def correlation_in_full(rounds: Sequence[Record]) -> float:
@@ -227,9 +232,9 @@ def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
 
 STUDENT = 0.03  # - s, whatever its teachers gain
 OF_TEACHERS = 0.25  # of what they gain, where the generalist knows train by heart
-STUDENT_SD = 0.075
+STUDENT_SD = 0.065
 OF_MIXED = 1.0  # of what they gain, where it learns of mixed bags
-MIXED_SD, MIXED_SPREAD = 0.03, 0.6
+MIXED_SD, MIXED_SPREAD = 0.02, 0.45
 
 
 def average_student(evidence: Evidence) -> LogRatio | None:
@@ -265,7 +270,7 @@ def rerank(evidence: Evidence) -> LogRatio | None:
 # What specialists heal of what perfect ones would, where nothing was piloted: nothing at a fit
 # below the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
 HEALED_FROM, HEALED = 0.3, 0.12
-HEALED_SD = (0.03, 0.2)
+HEALED_SD = (0.03, 0.15)
 # And the most that they may heal then, at fit 1 and where hardly a step was piloted; the least: an
 # ensemble's weights are fitted on val, so that specialists which do not help are not listened to.
 MAY_HEAL = {"copies": 0.0, "branches": 1.2}

@@ -19,6 +19,7 @@ from pipeline.advice.extrapolation import (
     SLOPE_KEPT,
     STUDENT,
     TRAIN_ON,
+    USUAL_FALL,
     Evidence,
     LogRatio,
     correlation_in_full,
@@ -148,6 +149,14 @@ def test_training_on_gains_little_where_train_is_known_by_heart():
     known, alike = (gains(Evidence(0.3, fit))["train_on"].gain for fit in (0.0, 1.0))
     assert known == pytest.approx(30 * (1 - math.exp(-TRAIN_ON[0])))
     assert alike == pytest.approx(30 * (1 - math.exp(-sum(TRAIN_ON))))
+
+
+def test_training_on_gains_more_where_the_loss_still_fell_fast():
+    def shrunk(fall):
+        return -math.log(1 - gains(Evidence(0.3, 1.0, fall=fall))["train_on"].gain / 30)
+
+    assert shrunk(None) == shrunk(0.1) == pytest.approx(sum(TRAIN_ON))
+    assert shrunk(2 * USUAL_FALL) == pytest.approx(TRAIN_ON[0] + 2 * TRAIN_ON[1])
 
 
 def test_what_branches_heal_width_can():

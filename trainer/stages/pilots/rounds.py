@@ -80,7 +80,14 @@ def evidence_of(config: Config, diagnosis: Mapping, records: Sequence[dict]) -> 
     for record in sorted(records, key=lambda each: each["round"]):
         if record["forms"]:
             measured.setdefault(record["family"], []).append(record)
-    return Evidence(error, fit, measured, sees_bags(config.model.name))
+    fall = diagnosis.get("fall")
+    return Evidence(
+        error,
+        fit,
+        measured,
+        has_bags=sees_bags(config.model.name),
+        fall=fall["by_twice"] if fall else None,
+    )
 
 
 def promises(evidence: Evidence) -> dict[str, float]:
