@@ -12,6 +12,7 @@ from networks import (
     Classifier,
     ModelSpec,
     build_classifier,
+    checksums,
     load_branch,
     load_classifier,
     named_by,
@@ -146,6 +147,7 @@ def _load_partly(
     with _building, torch.random.fork_rng(devices=[]):
         specialist = build_classifier(ModelSpec.load(folder / "model.json"), builders)
     weights = folder / "model.safetensors"
+    checksums.check(folder / "model.json", weights)
     common = generalist.state_dict()
     try:
         tensors = load_file(weights) | {name: common[name].cpu() for name in shared}

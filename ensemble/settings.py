@@ -5,6 +5,9 @@ import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from networks import checksums
+from networks.temporaries import temporary_beside
+
 SCHEMA = 1
 SETTINGS = "ensemble.json"
 
@@ -48,6 +51,7 @@ class EnsembleSettings:
         path = root / SETTINGS
         if not path.is_file():
             return cls()
+        checksums.check(path)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -65,7 +69,7 @@ class EnsembleSettings:
         """Write `root`/ensemble.json with the keys of its kind.  It appears whole or never."""
         content: dict[str, object] = {"schema": SCHEMA}
         content |= {name: getattr(self, name) for name in self._keys()}
-        unfinished = root / f".{SETTINGS}.{os.getpid()}"
+        unfinished = temporary_beside(root / SETTINGS)
         unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(unfinished, root / SETTINGS)
 

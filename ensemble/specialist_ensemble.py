@@ -17,6 +17,7 @@ from networks import (
     Branch,
     Classifier,
     ModelSpec,
+    checksums,
     load_classifier,
     multiplications,
     parameter_count,
@@ -248,6 +249,7 @@ class SpecialistEnsemble:
         """
         root = Path(directory)
         settings = _settings_of(root)
+        checksums.check(root / GROUPS)
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
 

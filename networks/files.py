@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from . import checksums
 from .builders import Builders
 from .checkpoints import first_few, read_safetensors
 from .classifier import Classifier, build_classifier
 from .spec import ModelSpec
+from .temporaries import temporary_beside
 
 if TYPE_CHECKING:
     from .branches import Branch
@@ -33,8 +35,6 @@ def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> N
     directory : path
         Made if it does not exist.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Clones: tensors that share memory cannot be written as they are.
@@ -42,10 +42,20 @@ def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> N
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in classifier.state_dict().items()
     }
-    unfinished = directory / f".{WEIGHTS}.{os.getpid()}"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, directory / WEIGHTS)
+    write_safetensors(tensors, directory / WEIGHTS)
     classifier.spec.save(directory / SPEC)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors that share no memory.  The file appears whole or never."""
+    from safetensors.torch import save_file
+
+    unfinished = temporary_beside(path)
+    try:
+        save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_classifier(
@@ -73,8 +83,8 @@ def load_classifier(
     Raises
     ------
     ValueError
-        Naming the file, for one that is absent or corrupt, another schema, an unknown builder, and
-        missing, unexpected or ill-shaped tensors.
+        Naming the file, for one that is absent or corrupt (by its checksum, where a manifest has
+        it), another schema, an unknown builder, and missing, unexpected or ill-shaped tensors.
     """
     return load_built(
         ModelSpec.load(Path(directory) / SPEC), directory, device, build_classifier, builders
@@ -93,6 +103,7 @@ def load_built(
     Raises ValueError, naming the file, as load_classifier does.
     """
     directory = Path(directory)
+    checksums.check(directory / SPEC, directory / WEIGHTS)
     with torch.random.fork_rng(devices=[]):
         try:
             module = build(spec, builders)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from .pictures import PictureRules
+from .temporaries import temporary_beside
 
 SCHEMA = 1
 DTYPES = ("uint8", "float32", "int32")
@@ -240,7 +241,7 @@ class ModelSpec:
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished = temporary_beside(path)
         unfinished.write_text(self.to_json(), encoding="utf-8")
         os.replace(unfinished, path)
 
