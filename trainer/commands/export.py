@@ -28,10 +28,18 @@ from ensemble import (
     export_program,
     load_ensemble,
 )
-from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
+from networks import (
+    Branch,
+    Classifier,
+    ModelSpec,
+    checksums,
+    load_classifier,
+    save_classifier,
+)
 from pipeline.config import UserError
 from pipeline.extras import require
 from pipeline.failures import cannot_write
+from pipeline.files import sync_tree
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
 from pipeline.usage import Parser
@@ -61,9 +69,14 @@ def main(argv: list[str]) -> int:
             export.ensemble(load_run_ensemble(run, export.builders), suffixes)
         for name, stage in students.items():
             with as_user_errors():
-                network = load_classifier(stage.path("model.json").parent, builders=export.builders)
+                network = load_classifier(
+                    stage.folder("model.json", "model.safetensors"), builders=export.builders
+                )
             export.student(name, network, suffixes)
         write_summary(unfinished, run, export)
+        files = checksums.entries_of(unfinished, lambda name: True)
+        write_json(unfinished / checksums.OF_BUNDLE, {"schema": 1, "files": files})
+        sync_tree(unfinished)
     size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file()) / 2**20
     print(
         f"{args.to} is ready: {size:.2f} MiB, "

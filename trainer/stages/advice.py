@@ -32,13 +32,12 @@ def advice(session: Session, stage: Stage) -> None:
     """Forecast every lever, choose by what is scarce, and publish the advice in RUN."""
     from ..report.advice_page import advice_html
 
-    with session.attempt(stage) as attempt:
+    with session.attempt(stage, FILES) as attempt:
         document = advise(session, stage)
         session.say("%s", document["sentence"])
         session.write_json(attempt.path("advice.json"), document)
         if session.ranks.is_main:
             attempt.path("advice.html").write_text(advice_html(document), encoding="utf-8")
-    session.publish(stage, *FILES)
 
 
 def advise(session: Session, stage: Stage) -> Advice:

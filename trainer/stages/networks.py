@@ -138,7 +138,7 @@ def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
 
 def load_network(session: Session, stage: Stage) -> Classifier:
     """A finished stage's network, in eval mode, on this rank's device."""
-    directory = stage.path("model.safetensors").parent
+    directory = stage.folder("model.json", "model.safetensors")
     return load_classifier(directory, session.ranks.device, builders_of(session.config))
 
 
