@@ -1,26 +1,35 @@
 """Checkpoints: a directory under a temporary name, then renamed; complete only with its marker.
 
 `state.pt` holds tensors and plain values only.  It is read with `weights_only=True`, so that
-nothing is unpickled into code.
+nothing is unpickled into code.  The marker, COMPLETE, holds its checksum, which is compared before
+it is read.  One of an earlier version is empty.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
-import uuid
+import zipfile
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
+from networks import checksums
+from networks.temporaries import temporary_beside
 from pipeline.config import UserError
 from pipeline.failures import existing, size_text
+from pipeline.files import sync_tree, sync_upwards
 from pipeline.store import COMPLETE, complete_checkpoints
 
 from ..distributed.ranks import ALONE, Ranks, broadcast
 
 State = dict  # of tensors and plain values, nested in dicts and lists
+STATE = "state.pt"
+log = logging.getLogger("referral")
 
 
 def save_checkpoint(
@@ -111,7 +120,62 @@ def newest_step(directory: Path) -> int | None:
     checkpoints = complete_checkpoints(directory)
     if not checkpoints:
         return None
-    return int(checkpoints[-1].name.removeprefix("step-"))
+    return step_of(checkpoints[-1])
+
+
+def whole_step(directories: Sequence[Path]) -> int | None:
+    """The newest step of which every directory has a whole checkpoint, None where none has any.
+
+    Later ones that are damaged are named in the log, and removed: training writes them again.
+    Raises UserError where there are checkpoints in all of them and none is whole.
+    """
+    steps = [{step_of(path) for path in complete_checkpoints(each)} for each in directories]
+    common = sorted(set.intersection(*steps), reverse=True)
+    damaged: list[tuple[Path, str]] = []
+    for step in common:
+        paths = [checkpoint_path(directory, step) for directory in directories]
+        faults = [(path, reason) for path in paths if (reason := fault(path))]
+        if faults:
+            damaged += faults
+            continue
+        for path, reason in damaged:
+            log.warning("%s is damaged (%s): going on from step %d", path, reason, step)
+            _remove(path)
+        return step
+    if damaged:
+        path, reason = damaged[0]
+        raise UserError(
+            f"no checkpoint in {path.parent} is whole ({path.name}: {reason}): remove that "
+            "directory and run the same command again, which trains from the start"
+        )
+    return None
+
+
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a complete checkpoint; empty if nothing.
+
+    Earlier versions kept no checksum; torch's file is a zip, which has weaker ones.
+    """
+    try:
+        text = (checkpoint / COMPLETE).read_text(encoding="utf-8")
+        files = checksums.files_of(json.loads(text)) if text else {}
+    except (OSError, ValueError, AttributeError):
+        return f"its {COMPLETE} cannot be read"
+    if STATE in files:
+        reason = checksums.differs(checkpoint / STATE, files[STATE])
+        return f"{STATE}: {reason}" if reason else ""
+    if text.strip():
+        return f"its {COMPLETE} has no checksum"
+    try:
+        with zipfile.ZipFile(checkpoint / STATE) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        return f"{STATE}: {error}"
+    return f"{STATE}: {damaged} has another checksum" if damaged else ""
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -119,23 +183,28 @@ def checkpoint_path(directory: Path, step: int) -> Path:
 
 
 def load_checkpoint(directory: Path, step: int, device: torch.device | str = "cpu") -> State:
-    path = checkpoint_path(directory, step) / "state.pt"
-    return torch.load(path, map_location=device, weights_only=True)
+    """Raises UserError for one that is damaged."""
+    checkpoint = checkpoint_path(directory, step)
+    if reason := fault(checkpoint):
+        raise UserError(f"{checkpoint} is damaged ({reason}); remove it and run again")
+    return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
 
 
 def _write(directory: Path, final: Path, state: State) -> str | None:
     """What went wrong with the disk, or None."""
     if (final / COMPLETE).exists():
         return None
-    temporary = directory / f".{final.name}.{uuid.uuid4().hex[:8]}"
+    temporary = temporary_beside(final)
     try:
         temporary.mkdir(parents=True)
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        (temporary / COMPLETE).touch()
+        with open(temporary / STATE, "wb") as file:
+            hashing = checksums.Hashing(file)
+            torch.save(state, hashing)
+        marker = json.dumps({"files": {STATE: hashing.entry}})
+        (temporary / COMPLETE).write_text(marker, encoding="utf-8")
+        sync_tree(temporary)
         os.rename(temporary, final)
+        sync_upwards(directory, directory.parent)
     except (OSError, RuntimeError) as error:  # torch's writer makes a full disk a RuntimeError
         if (final / COMPLETE).exists():  # another attempt was first
             return None
@@ -153,9 +222,13 @@ def _prune(directory: Path, keep: int, best: int | None) -> None:
         best_path = checkpoint_path(directory, best)
     for path in complete_checkpoints(directory)[:-keep]:
         if path != best_path:
-            # The marker goes first, so that a half-removed checkpoint is not taken for one.
-            (path / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """The marker goes first, so that a half-removed checkpoint is not taken for one."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _about_files(error: RuntimeError) -> bool:
