@@ -27,6 +27,10 @@ soak: install
 	$(BIN)/python tests/trainer/data/killed.py 20
 	$(BIN)/python tests/trainer/data/faulty_store.py 50
 	$(BIN)/python tests/trainer/engines/killed.py 30
+	$(BIN)/python tests/trust/clearing.py 36
+	$(BIN)/python tests/trust/power.py 24
+	$(BIN)/python tests/trust/bits.py 200
+	$(BIN)/python tests/trust/disks.py 32
 
 lint: install
 	$(BIN)/ruff check .
