@@ -47,6 +47,10 @@ soak: install
 	$(BIN)/python tests/trainer/data/hostile_tars.py 60
 	$(BIN)/python tests/ensemble/mutated_bundles.py 1200
 	$(BIN)/python tests/launch/mutated_runs.py 400
+	$(BIN)/python tests/trust/clearing.py 36
+	$(BIN)/python tests/trust/power.py 24
+	$(BIN)/python tests/trust/bits.py 200
+	$(BIN)/python tests/trust/disks.py 32
 
 lint: install
 	$(BIN)/ruff check .

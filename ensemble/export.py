@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import Branch, save_classifier
+from networks.files import write_safetensors
 
 from .combine import combine_unrolled
 from .gating import static_gate
@@ -78,8 +79,6 @@ def export_bundle(ensemble: SpecialistEnsemble, directory: str | Path) -> Bundle
 
 def _save_specialist(ensemble: SpecialistEnsemble, m: int, root: Path) -> list[str]:
     """Write specialist m's own tensors.  Returns the names of those that are the generalist's."""
-    from safetensors.torch import save_file
-
     specialist = ensemble.specialists[m]
     if isinstance(specialist, Branch):  # none of its tensors is the generalist's
         save_classifier(specialist, specialist_folder(root, m))
@@ -93,9 +92,7 @@ def _save_specialist(ensemble: SpecialistEnsemble, m: int, root: Path) -> list[s
         for name, tensor in specialist.state_dict().items()
         if name not in left_out
     }
-    unfinished = folder / f".model.safetensors.{os.getpid()}"
-    save_file(own, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, folder / "model.safetensors")
+    write_safetensors(own, folder / "model.safetensors")
     specialist.spec.save(folder / "model.json")
     return shared
 

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from networks.integrity import read_values
 from networks.spec import MOST_MEMBERS
+from networks.temporaries import temporary_beside
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -77,7 +78,7 @@ class EnsembleSettings:
         """Write `root`/ensemble.json with the keys of its kind.  It appears whole or never."""
         content: dict[str, object] = {"schema": SCHEMA}
         content |= {name: getattr(self, name) for name in self._keys()}
-        unfinished = root / f".{SETTINGS}.{os.getpid()}"
+        unfinished = temporary_beside(root / SETTINGS)
         unfinished.write_text(
             json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )

@@ -73,6 +73,7 @@ from .prepare import (
     check_file_system,
     check_place,
     lay_out,
+    mend,
     save_environment,
 )
 from .results import comparison_table, show_results
@@ -555,6 +556,8 @@ def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Aim) -
     if dry_run:
         show_plan(run, jobs, stale, console)
         return 0
+    for line in mend(run, jobs):
+        _say(line, console)
     if not all(job.is_done for job in jobs):
         if FAKE is None:
             require("torch", "a run on this machine")
@@ -581,6 +584,8 @@ def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Ai
         show_submission(run, jobs)
         return 0
     console = _console()
+    for line in mend(run, jobs):
+        _say(line, console)
     if all(job.is_done for job in jobs):
         aim.show(run, console)
         return 0

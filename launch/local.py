@@ -80,7 +80,7 @@ class Pool:
 
     def execute(self) -> int:
         """Run all that can run.  Returns the launcher's exit code."""
-        with _signals(self):
+        with _signals(self), self._no_orphans():
             while not self.requested:
                 self._reap()
                 self._start_ready()
@@ -92,6 +92,18 @@ class Pool:
                 self._stop()
                 return INTERRUPTED
         return self._verdict()
+
+    @contextmanager
+    def _no_orphans(self) -> Iterator[None]:
+        """End the children before an error of the launcher's own, as of a full disk, is said."""
+        try:
+            yield
+        except BaseException:
+            running = [child for child in self.children.values() if not has_ended(child)]
+            for child in running:
+                signal_group(child, signal.SIGKILL)
+                child.wait()
+            raise
 
     # Which job next
 

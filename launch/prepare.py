@@ -34,7 +34,7 @@ from pipeline.config import (
 )
 from pipeline.config.loading import unknown_to
 from pipeline.failures import cannot_write
-from pipeline.files import probe
+from pipeline.files import probe, sweep, sync_upwards
 from pipeline.graph import RunDirectory
 from pipeline.label_set import SPLITS, num_classes
 from pipeline.redaction import redacted
@@ -117,6 +117,28 @@ def check_file_system(root: Path) -> None:
     probe(next(path for path in (root, *root.absolute().parents) if path.is_dir()))
 
 
+def mend(run: RunDirectory, jobs: list[Job]) -> list[str]:
+    """Put right what a kill or a power loss left of an earlier launch.
+
+    Temporaries of dead processes go, and done stages show their files.  Returns a line for each
+    stage that is done again, since its files are not whole.
+    """
+    if not run.root.is_dir():
+        return []
+    sweep(run.root)
+    stages = [stage for job in jobs for stage in job.stages]
+    try:
+        for stage in stages:
+            stage.link()
+    except OSError as error:
+        raise cannot_write(run.root, error) from None
+    return [
+        f"{stage.place} is done again, for its files are not whole: {stage.lacks}"
+        for stage in stages
+        if stage.lacks
+    ]
+
+
 def lay_out(
     run: RunDirectory, jobs: list[Job], stale: list[Stage], unchecked: bool = False
 ) -> None:
@@ -135,6 +157,7 @@ def lay_out(
         record(run)
         if unchecked:
             write_text(run.root / UNCHECKED, "the first job tries the networks of this run\n")
+        sync_upwards(run.root.absolute(), run.root.absolute().parent)
     except OSError as error:
         raise cannot_write(run.root, error) from None
 

@@ -269,7 +269,7 @@ def diagnosis_lines(stages: Sequence[Stage]) -> list[str]:
 
 def metrics_of(stages: Sequence[Stage]) -> list[str]:
     """`val top-1 76.1 %` of a job's trained stages, or the smallest and the largest of several."""
-    measured = [val_top1(stage.path("summary.json").parent) for stage in stages if stage.is_done]
+    measured = [val_top1(stage.folder("summary.json")) for stage in stages if stage.is_done]
     values = [value for value in measured if value is not None]
     if not values:
         return []

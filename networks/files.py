@@ -17,6 +17,7 @@ from .classifier import Classifier, build_classifier
 from .integrity import blamed_on
 from .row_files import RowFiles, index_path, write_index, write_part
 from .spec import ModelSpec
+from .temporaries import temporary_beside
 
 if TYPE_CHECKING:
     from .branches import Branch
@@ -38,8 +39,6 @@ def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> N
     directory : path
         Made if it does not exist.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Clones: tensors that share memory cannot be written as they are.
@@ -47,10 +46,20 @@ def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> N
         name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in classifier.state_dict().items()
     }
-    unfinished = directory / f".{WEIGHTS}.{os.getpid()}"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, directory / WEIGHTS)
+    write_safetensors(tensors, directory / WEIGHTS)
     classifier.spec.save(directory / SPEC)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors that share no memory.  The file appears whole or never."""
+    from safetensors.torch import save_file
+
+    unfinished = temporary_beside(path)
+    try:
+        save_file(dict(tensors), unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_classifier(
@@ -78,8 +87,8 @@ def load_classifier(
     Raises
     ------
     ValueError
-        Naming the file, for one that is absent or corrupt, another schema, an unknown builder, and
-        missing, unexpected or ill-shaped tensors.
+        Naming the file, for one that is absent or corrupt (by its checksum, where a manifest has
+        it), another schema, an unknown builder, and missing, unexpected or ill-shaped tensors.
     """
     return load_built(
         ModelSpec.load(Path(directory) / SPEC), directory, device, build_classifier, builders

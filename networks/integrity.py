@@ -17,6 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from . import checksums
+from .temporaries import temporary_beside
+
 CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 LEVELS = 3  # from a file up to its bundle: students/NAME/model.json
@@ -87,13 +90,14 @@ def write_checksums(root: Path) -> None:
     """ROOT/SHA256SUMS, of every file below ROOT."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     lines = [f"{_sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files]
-    unfinished = root / f".{CHECKSUMS}.{os.getpid()}"
+    unfinished = temporary_beside(root / CHECKSUMS)
     unfinished.write_text("".join(lines), encoding="utf-8")
     os.replace(unfinished, root / CHECKSUMS)
 
 
 def check_file(path: Path) -> None:
-    """ValueError where a SHA256SUMS above the file lists it with another content."""
+    """ValueError where a stage's DONE or a SHA256SUMS above a file lists another content of it."""
+    checksums.check(path)
     for root in path.absolute().parents[:LEVELS]:
         sums = root / CHECKSUMS
         try:

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .integrity import check_file
+
 Bounds = Mapping[str, tuple[int, ...]]  # name -> the first row of each part, and their number
 
 
@@ -140,6 +142,7 @@ class RowFiles:
         from safetensors import SafetensorError, safe_open
 
         path = self.directory / file
+        check_file(path)
         try:
             with safe_open(path, framework="pt") as opened:
                 if rows == slice(None):

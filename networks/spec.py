@@ -14,6 +14,7 @@ from typing import Any, cast
 from .choices import MARGINS
 from .integrity import blamed_on, read_values
 from .pictures import PictureRules
+from .temporaries import temporary_beside
 
 SCHEMA = 1
 MOST_NUMBERS = 2**28  # of one input
@@ -244,8 +245,7 @@ class ModelSpec:
             del values["members"]  # a plain network's file is what it was before there were members
         if self.cosine is None:
             del values["cosine"]
-        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "
-"
+        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> ModelSpec:
@@ -268,7 +268,7 @@ class ModelSpec:
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished = temporary_beside(path)
         unfinished.write_text(self.to_json(), encoding="utf-8")
         os.replace(unfinished, path)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +15,18 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from networks.checksums import DONE
+from networks.temporaries import sweep as sweep
+from networks.temporaries import temporary_beside
+
 from .config import UserError
-from .failures import writing
+from .failures import FULL, cannot_write, writing
 
 CONTROLS = re.compile("[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Content = TypeVar("Content")
 # What code raises that picks values from a file of another form than it expects.
 OTHER_FORM = (AttributeError, LookupError, TypeError, ValueError, OverflowError, RecursionError)
+UNSYNCABLE = (errno.EINVAL, errno.ENOTSUP, errno.EROFS)  # of a file system that has no fsync
 WINNER = "WINNER"  # in a stage's, where the file system has no hard links: whose DONE it is
 
 
@@ -31,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary = temporary_beside(path)
     try:
         with writing(path, len(content)):
             with open(temporary, "wb") as file:
@@ -85,6 +90,38 @@ def _not_finite(value, key: str) -> str | None:
         if found:
             return found
     return None
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's names, on the disk: what a power loss spares."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSYNCABLE:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """`sync` of every file and directory below `directory`, itself last."""
+    for place, _, files in os.walk(directory, topdown=False):
+        for file in files:
+            path = Path(place, file)
+            if path.is_file() and not path.is_symlink():
+                with writing(path):
+                    sync(path)
+        sync(Path(place))
+
+
+def sync_upwards(directory: Path, top: Path) -> None:
+    """`sync` of the directories from `directory` up to `top`."""
+    for place in (directory, *directory.parents):
+        if os.access(place, os.R_OK):  # one may have no names to read there
+            sync(place)
+        if place == top:
+            return
 
 
 class DamagedFile(UserError, ValueError):
@@ -141,13 +178,15 @@ def claim(source: Path, target: Path) -> None:
     all (SMB, exFAT): then a directory that holds the content is renamed into place.  A rename
     never replaces a directory that holds something, so that one is first there, too.
     """
-    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    beside = temporary_beside(target)
     try:
         if _linked(source, target):
+            sync(target.parent)
             return
         write_bytes(beside, source.read_bytes())
         if not _linked(beside, target):
             _claim_by_rename(source, target)
+        sync(target.parent)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -168,7 +207,7 @@ def _claim_by_rename(source: Path, target: Path) -> None:
     if target.exists():
         return
     winner = target.with_name(WINNER)
-    own = target.with_name(f".{WINNER}.{uuid.uuid4().hex[:8]}")
+    own = temporary_beside(winner)
     own.mkdir()
     try:
         write_bytes(own / target.name, source.read_bytes())
@@ -194,7 +233,7 @@ def probe(directory: Path) -> None:
 
     Raises UserError, in one line, where its file system cannot do it.
     """
-    place = directory / f".probe.{uuid.uuid4().hex[:8]}"
+    place = temporary_beside(directory / "probe")
     try:
         try:
             place.mkdir()
@@ -204,9 +243,9 @@ def probe(directory: Path) -> None:
         except OSError as error:
             raise _unfit(directory, "write a file and rename it over another", error) from None
         try:
-            claim(place / "first", place / "DONE")
-            claim(place / "second", place / "DONE")
-            held = (place / "DONE").read_bytes()
+            claim(place / "first", place / DONE)
+            claim(place / "second", place / DONE)
+            held = (place / DONE).read_bytes()
         except OSError as error:
             raise _unfit(directory, "let one of two writers be first", error) from None
         if held != b"first":
@@ -216,6 +255,8 @@ def probe(directory: Path) -> None:
 
 
 def _unfit(directory: Path, need: str, error: OSError | None) -> UserError:
+    if error and error.errno in FULL:
+        return cannot_write(directory, error)
     reason = f": {error.strerror or error}" if error else ""
     return UserError(
         f"{directory}: its file system cannot {need}{reason}; finishing a stage needs this, "

@@ -7,21 +7,38 @@ each other (`claim`).  The winner's files are published by links, or as copies.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, NotRequired
 
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
+from networks import checksums
+from networks.temporaries import temporary_beside
+
 from .config import UserError
 from .failures import cannot_write
-from .files import WINNER, checked, claim, read_json, write_bytes, write_json, write_text
+from .files import (
+    WINNER,
+    DamagedFile,
+    checked,
+    claim,
+    damaged,
+    read_json,
+    sync,
+    sync_tree,
+    sync_upwards,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from .identity import SCHEMA
 from .stages import StageKind
 
@@ -37,6 +54,12 @@ __all__ = [
     "write_json",
     "write_text",
 ]
+log = logging.getLogger("referral")
+DONE = checksums.DONE
+KEY = "KEY"
+# What is written to after DONE: logs, and an index that a reader makes anew.
+UNLISTED = (".index.npz",)
+NEVER_EMPTY = (".json", ".npy", ".npz", ".safetensors", ".tar")
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
 UNCHECKED = "UNCHECKED"  # in RUN: the networks could not be tried where it was laid out
 
@@ -55,7 +78,7 @@ class Done(TypedDict):
     finished: NotRequired[Annotated[float, Field(ge=0, le=1e11)]]
 
 
-DONE = TypeAdapter(Done)
+DONE_FORM = TypeAdapter(Done)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -93,6 +116,7 @@ class Stage:
         self.former = former or keys
         self.inputs = tuple(inputs)
         self.directory = self._directory()
+        self._whole: str | None = None  # the attempt whose files were seen to be there
 
     def _directory(self) -> Path:
         """Where it lies: where an earlier version put it, if that is there."""
@@ -109,13 +133,58 @@ class Stage:
         return () if self.address is None else (self.address,)
 
     def done(self) -> dict | None:
-        """The content of DONE, or None."""
-        path = self.directory / "DONE"
+        """The content of DONE; None where there is none, or where its files are not whole."""
+        content = self.recorded()
+        return None if content is None or self._lacks(content) else content
+
+    @property
+    def lacks(self) -> str:
+        """What a stage with a DONE is not done for, as after a power loss; empty if nothing."""
+        content = self.recorded()
+        if content is not None:
+            return self._lacks(content)
+        return f"{DONE} is empty" if self._done_path.exists() else ""
+
+    @property
+    def _done_path(self) -> Path:
+        return self.directory / DONE
+
+    def recorded(self) -> dict | None:
+        """What DONE says; None where there is none, or an empty one."""
+        path = self._done_path
         try:
             content = read_json(path)
         except FileNotFoundError:
             return None
-        return checked(path, content, DONE)
+        except DamagedFile:
+            if path.read_bytes().strip(b"\0"):
+                raise
+            return None
+        return checked(path, content, DONE_FORM)
+
+    def _lacks(self, content: dict) -> str:
+        """What the sizes of its files say against a DONE.  Whole is looked up once."""
+        if content["attempt"] == self._whole:
+            return ""
+        directory = self.directory / "attempts" / content["attempt"]
+        if not directory.is_dir():
+            return f"{directory} is missing"
+        try:
+            files = checksums.files_of(content)
+        except ValueError as error:
+            raise damaged(self._done_path, str(error)) from None
+        for name, entry in files.items():
+            if reason := checksums.lacks(directory / name, entry):
+                return f"{directory / name}: {reason}"
+        for name in files.keys() & content.get("published", ()):
+            if reason := checksums.differs(self.run / name, files[name]):
+                return f"{self.run / name}: {reason}"
+        if not files:  # of an earlier version
+            for path in sorted(directory.rglob("*")):
+                if path.suffix in NEVER_EMPTY and path.is_file() and not path.stat().st_size:
+                    return f"{path}: it has 0 bytes"
+        self._whole = content["attempt"]
+        return ""
 
     @property
     def is_done(self) -> bool:
@@ -135,21 +204,52 @@ class Stage:
 
     @property
     def is_begun(self) -> bool:
-        return (self.directory / "KEY").exists()
+        return (self.directory / KEY).exists()
 
     @property
     def is_stale(self) -> bool:
         """Finished or begun under another config."""
         try:
-            return (self.directory / "KEY").read_text(errors="replace") not in self.keys
+            return (self.directory / KEY).read_text(errors="replace") not in self.keys
         except FileNotFoundError:
             return False
 
     def path(self, file: str) -> Path:
-        """A finished stage's file, in the winning attempt (links are for people; DONE counts)."""
+        """A finished stage's file, in the winning attempt (links are for people; DONE counts).
+
+        Of a directory: with all files below it.  Each is compared with its checksum when this
+        process first asks for it.  Raises DamagedFile where one differs.
+        """
         done = self.done()
         assert done is not None, f"{self.place} is not done"
-        return self.directory / "attempts" / done["attempt"] / file
+        directory = self.directory / "attempts" / done["attempt"]
+        files = checksums.files_of(done)
+        if not files:
+            _say_unchecked(self.run)
+        below = "" if file in ("", ".") else f"{file}/"
+        for name, entry in files.items():
+            if name == file or name.startswith(below):
+                self._compare(directory / name, entry)
+        return directory / file
+
+    def folder(self, *files: str) -> Path:
+        """The directory of a finished stage's files, each compared as `path` does."""
+        return [self.path(file) for file in files][0].parent
+
+    def _compare(self, path: Path, entry: checksums.Entry) -> None:
+        if reason := checksums.differs(path, entry):
+            remedy = checksums.remedy(self._done_path)
+            raise DamagedFile(f"{path} is damaged: {reason}; {remedy}")
+
+    def link(self) -> None:
+        """Show the winning attempt's files in the stage, where a kill or a power loss kept them."""
+        done = self.done()
+        if done is None:
+            return
+        winner = Attempt(self, done["attempt"], self.directory / "attempts" / done["attempt"])
+        for file in sorted(path.name for path in winner.directory.iterdir()):
+            if file != DONE and not file.startswith(".") and not winner.is_shown(file):
+                winner.publish(file)
 
     def shown(self, file: str) -> Path:
         """An attempt's file for who watches: by its link, or the newest one's where links fail."""
@@ -160,7 +260,11 @@ class Stage:
         return files[-1] if files else link
 
     def begin(self, attempt: str | None = None) -> Attempt:
-        """A new attempt.  Raises UserError if the directory was begun under another config."""
+        """A new attempt.  Raises UserError if the directory was begun under another config.
+
+        A DONE whose files are not whole is taken away first, and so are checkpoints of which no
+        KEY says by which config they were made.
+        """
         if self.is_stale:
             raise UserError(
                 f"{self.directory} was made with another config; run again with --force to redo it"
@@ -168,28 +272,82 @@ class Stage:
         attempt = attempt or new_attempt_id()
         directory = self.directory / "attempts" / attempt
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if self.lacks:
+                self._forget_done()
+            has_checkpoints = self.checkpoints.exists()
+            if not self.is_begun:
+                if has_checkpoints:
+                    _remove_aside(self.checkpoints)
+                write_text(self.directory / KEY, self.key)
+                sync_upwards(self.directory, self.run)
             directory.mkdir(parents=True, exist_ok=True)
-            if not (self.directory / "KEY").exists():
-                write_text(self.directory / "KEY", self.key)
         except OSError as error:
             raise cannot_write(self.directory, error) from None
         return Attempt(self, attempt, directory)
+
+    def _forget_done(self) -> None:
+        """Take DONE away, unless another attempt has put a whole one there meanwhile."""
+        aside = temporary_beside(self._done_path)
+        try:
+            if (self.directory / WINNER).exists():  # it would bring DONE back
+                _remove_aside(self.directory / WINNER)
+            os.rename(self._done_path, aside)
+        except FileNotFoundError:
+            return
+        try:
+            content = read_json(aside)
+            if not self._lacks(content):
+                claim(aside, self._done_path)
+        except DamagedFile:
+            pass
+        finally:
+            aside.unlink(missing_ok=True)
 
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
 
     def clear(self) -> None:
-        """Forget everything of this stage: DONE first, so that no half-cleared stage looks done."""
-        shutil.rmtree(self.directory / WINNER, ignore_errors=True)  # it would bring DONE back
-        (self.directory / "DONE").unlink(missing_ok=True)
+        """Forget everything of this stage.
+
+        Killed at any operation it leaves a stage that is done as before, or is not done and has
+        the old KEY.  WINNER goes before DONE, which it would bring back.  Checkpoints and attempts
+        get a hidden name at once and are then deleted, so that none is ever half there.  KEY, which
+        says by which config they were made, goes last.
+        """
         if not self.directory.exists():
             return
+        if (self.directory / WINNER).exists():
+            _remove_aside(self.directory / WINNER)
+        self._done_path.unlink(missing_ok=True)
+        self._whole = None
+        for name in ("checkpoints", "attempts"):  # other directories are stages of their own
+            if (self.directory / name).is_dir():
+                _remove_aside(self.directory / name)
         for child in list(self.directory.iterdir()):
-            if child.is_symlink() or child.is_file():
-                child.unlink()
-            elif child.name in ("attempts", "checkpoints"):  # others are stages of their own
-                shutil.rmtree(child)
+            if child.name != KEY and (child.is_symlink() or child.is_file()):
+                child.unlink(missing_ok=True)
+        sync(self.directory)
+        (self.directory / KEY).unlink(missing_ok=True)
+        sync(self.directory)
+
+
+def _remove_aside(directory: Path) -> None:
+    """Delete a directory that is whole to every reader, or gone."""
+    aside = temporary_beside(directory)
+    os.rename(directory, aside)
+    shutil.rmtree(aside)
+
+
+def _say_unchecked(run: Path) -> None:
+    """Once per process: what a run of an earlier version lacks."""
+    if run not in _unchecked:
+        _unchecked.add(run)
+        log.info("%s has no checksums, for an older version made it: its files are read as is", run)
+
+
+_unchecked: set[Path] = set()
 
 
 class Attempt:
@@ -223,7 +381,7 @@ class Attempt:
             link.unlink(missing_ok=True)
             return
         link.parent.mkdir(parents=True, exist_ok=True)
-        temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
+        temporary = temporary_beside(link)
         try:
             os.symlink(os.path.relpath(source, link.parent), temporary)
         except (OSError, NotImplementedError):
@@ -239,9 +397,19 @@ class Attempt:
         self.publish(file)
         return path
 
-    def finish(self, **more) -> bool:
+    def is_shown(self, file: str) -> bool:
+        """Whether STAGE/file is a link to this attempt's file, or a whole copy of it."""
+        link = self.stage.directory / file
+        source = self.directory / file
+        if link.is_symlink():
+            return os.path.realpath(link) == os.path.realpath(source)
+        return link.is_file() and link.stat().st_size == source.stat().st_size
+
+    def finish(self, published: Sequence[str] = (), **more) -> bool:
         """Declare this attempt finished, `more` beside what DONE always holds.
 
+        All its files are on the disk before DONE is, with their checksums in it.  published: names
+        of those that are copied to RUN; without them the stage is not done.
         Returns whether it won; a loser's files stay unread.
         """
         done = {
@@ -252,15 +420,28 @@ class Attempt:
             "seconds": round(self.seconds, 3),
             "finished": time.time(),
             **more,
+            "published": list(published),
+            "files": checksums.entries_of(self.directory, _is_listed),
         }
-        write_json(self.directory / "DONE", done)
-        claim(self.directory / "DONE", self.stage.directory / "DONE")
-        winner = self.stage.done()
+        sync_tree(self.directory)
+        write_json(self.directory / DONE, done)
+        sync_upwards(self.directory, self.stage.directory)
+        claim(self.directory / DONE, self.stage.directory / DONE)
+        winner = self.stage.recorded()
         if winner is None or winner["attempt"] != self.id:
             return False
-        for file in sorted(path.name for path in self.directory.iterdir() if path.name != "DONE"):
-            self.publish(file)
+        for file in published:
+            write_bytes(self.stage.run / file, (self.directory / file).read_bytes())
+        self.stage.link()
+        sync_upwards(self.stage.directory, self.stage.run)
         return True
+
+
+def _is_listed(name: str) -> bool:
+    """Whether DONE has a checksum of an attempt's file."""
+    own = os.path.basename(name)
+    is_log = name.startswith("log-") and name.endswith(".txt")
+    return not (is_log or own.startswith(".") or own.endswith(UNLISTED) or name == DONE)
 
 
 def new_attempt_id() -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.identity import digest
 from pipeline.redaction import shown
 from pipeline.results import duration
 from pipeline.results.training import val_text
-from pipeline.store import Attempt, Stage, new_attempt_id, write_bytes, write_json
+from pipeline.store import Attempt, Stage, new_attempt_id, write_json
 
 from .data.augment import Augment, find_augment
 from .data.cache import cached
@@ -69,12 +70,16 @@ class Session:
         return self.shards("train").num_classes
 
     @contextmanager
-    def attempt(self, stage: Stage) -> Iterator[Attempt]:
+    def attempt(self, stage: Stage, published: Sequence[str] = ()) -> Iterator[Attempt]:
         """One attempt, shared by all ranks.
 
         Rank 0 declares it finished when the block ends without an error.
+        published: the files that it then copies to RUN.
         """
-        identity = broadcast(new_attempt_id() if self.ranks.is_main else None, self.ranks)
+        start = (new_attempt_id(), stage.lacks) if self.ranks.is_main else None
+        identity, lacks = broadcast(start, self.ranks)
+        if lacks:
+            self.say("%s is done again, for its files are not whole: %s", stage.place, lacks)
         attempt = stage.begin(identity)
         handler = LogFile(attempt.path(f"log-{self.ranks.rank}.txt"))
         handler.setFormatter(ShownFormatter("%(asctime)s %(message)s"))
@@ -94,7 +99,7 @@ class Session:
             self.barrier()
             if self.ranks.is_main:
                 write_json(attempt.path("damage.json"), self.losses.splits)
-                attempt.finish()
+                attempt.finish(published)
                 words = [f"done in {duration(attempt.seconds)}"]
                 words += filter(None, [val_text(attempt.directory)])
                 log.info("%s: %s", stage.place, ", ".join(words))
@@ -195,12 +200,6 @@ class Session:
     def write_json(self, path: Path, value) -> None:
         if self.ranks.is_main:
             write_json(path, value)
-
-    def publish(self, stage: Stage, *files: str) -> None:
-        """Copy a finished stage's files to RUN itself."""
-        if self.ranks.is_main:
-            for file in files:
-                write_bytes(self.run.root / file, stage.path(file).read_bytes())
 
     def barrier(self) -> None:
         """Wait for all ranks, however long rank 0 works alone."""

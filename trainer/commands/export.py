@@ -33,6 +33,7 @@ from networks.integrity import OTHER_FORM, OUT_OF_MEMORY, write_checksums
 from pipeline.config import UserError
 from pipeline.extras import require
 from pipeline.failures import cannot_write
+from pipeline.files import sync_tree
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
 from pipeline.trust import FUNCTION, HELP, check_trusted
@@ -64,10 +65,13 @@ def main(argv: list[str]) -> int:
             export.ensemble(load_run_ensemble(run, export.builders), suffixes)
         for name, stage in students.items():
             with as_user_errors():
-                network = load_classifier(stage.path("model.json").parent, builders=export.builders)
+                network = load_classifier(
+                    stage.folder("model.json", "model.safetensors"), builders=export.builders
+                )
             export.student(name, network, suffixes)
         write_summary(unfinished, run, export)
         write_checksums(unfinished)
+        sync_tree(unfinished)
     size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file()) / 2**20
     print(
         f"{args.to} is ready: {size:.2f} MiB, "

@@ -24,10 +24,9 @@ from torch.nn import functional as F
 from networks.branches import Branch, log_rest
 from networks.stacked_branches import StackedBranches, fitted
 from pipeline.config import ResolvedSpecialists
-from pipeline.store import complete_checkpoints
 
 from ..distributed.ranks import Ranks, StopSignal
-from .checkpoints import Saver, State, load_checkpoint
+from .checkpoints import Saver, State, load_checkpoint, whole_step
 from .loop import Interrupted
 from .losses import Loss, cross_entropy
 from .optim import learning_rate, set_rate
@@ -226,11 +225,10 @@ class BranchTrainer:
             saver.save(self.step, state, None)
 
     def _resume(self) -> int:
-        """The newest step that every branch has a checkpoint of, and their states; else 0."""
-        common = set.intersection(*(_steps(task.checkpoints) for task in self.tasks))
-        if not common:
+        """The newest step that every branch has a whole checkpoint of, and their states; else 0."""
+        step = whole_step([task.checkpoints for task in self.tasks])
+        if step is None:
             return 0
-        step = max(common)
         states = [load_checkpoint(t.checkpoints, step, self.ranks.device) for t in self.tasks]
         for m, state in enumerate(states):
             self.stack.put(m, state["weights"])
@@ -385,10 +383,6 @@ def load_stack_state(
             ]
             loaded[key] = torch.stack(parts)
         optimizer.state[p] = loaded
-
-
-def _steps(checkpoints: Path) -> set[int]:
-    return {int(path.name.removeprefix("step-")) for path in complete_checkpoints(checkpoints)}
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

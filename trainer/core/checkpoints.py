@@ -3,29 +3,38 @@
 `state.pt` holds tensors and plain values only.  It is read with `weights_only=True`, so that
 nothing is unpickled into code.  Of a head that is split over the ranks each writes its own rows,
 state-00001-of-00002.safetensors and so on (networks.row_files); trainer.core.split_state has them.
+The marker, COMPLETE, holds the checksums of all these files, which are compared before they are
+read.  One of an earlier version is empty.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
-import uuid
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
+from networks import checksums
 from networks.row_files import write_index, write_part
+from networks.temporaries import temporary_beside
 from pipeline.config import UserError
 from pipeline.failures import existing, size_text
+from pipeline.files import sync_tree, sync_upwards
 from pipeline.store import COMPLETE, complete_checkpoints
 
 from ..distributed.ranks import ALONE, Ranks, broadcast, gather
 from .split_state import PREFIX, bounds_of, read_rows, take_rows
 
 State = dict  # of tensors and plain values, nested in dicts and lists
+STATE = "state.pt"
+log = logging.getLogger("referral")
 
 
 def save_checkpoint(
@@ -45,7 +54,7 @@ def save_checkpoint(
     the earlier checkpoints are unchanged.
     """
     problem, final = None, checkpoint_path(directory, step)
-    temporary = directory / f".{final.name}.{uuid.uuid4().hex[:8]}"
+    temporary = temporary_beside(final)
     if "rows" in state:
         temporary = Path(broadcast(str(temporary), ranks))
         problem, state = write_rows(temporary, state, ranks)
@@ -124,7 +133,64 @@ def newest_step(directory: Path) -> int | None:
     checkpoints = complete_checkpoints(directory)
     if not checkpoints:
         return None
-    return int(checkpoints[-1].name.removeprefix("step-"))
+    return step_of(checkpoints[-1])
+
+
+def whole_step(directories: Sequence[Path]) -> int | None:
+    """The newest step of which every directory has a whole checkpoint, None where none has any.
+
+    Later ones that are damaged are named in the log, and removed: training writes them again.
+    Raises UserError where there are checkpoints in all of them and none is whole.
+    """
+    steps = [{step_of(path) for path in complete_checkpoints(each)} for each in directories]
+    common = sorted(set.intersection(*steps), reverse=True)
+    damaged: list[tuple[Path, str]] = []
+    for step in common:
+        paths = [checkpoint_path(directory, step) for directory in directories]
+        faults = [(path, reason) for path in paths if (reason := fault(path))]
+        if faults:
+            damaged += faults
+            continue
+        for path, reason in damaged:
+            log.warning("%s is damaged (%s): going on from step %d", path, reason, step)
+            _remove(path)
+        return step
+    if damaged:
+        path, reason = damaged[0]
+        raise UserError(
+            f"no checkpoint in {path.parent} is whole ({path.name}: {reason}): remove that "
+            "directory and run the same command again, which trains from the start"
+        )
+    return None
+
+
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a complete checkpoint; empty if nothing.
+
+    Earlier versions kept no checksum; torch's file is a zip, which has weaker ones.
+    """
+    try:
+        text = (checkpoint / COMPLETE).read_text(encoding="utf-8")
+        files = checksums.files_of(json.loads(text)) if text else {}
+    except (OSError, ValueError, AttributeError):
+        return f"its {COMPLETE} cannot be read"
+    for name, entry in files.items():
+        if reason := checksums.differs(checkpoint / name, entry):
+            return f"{name}: {reason}"
+    if STATE in files:
+        return ""
+    if text.strip():
+        return f"its {COMPLETE} has no checksum"
+    try:
+        with zipfile.ZipFile(checkpoint / STATE) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        return f"{STATE}: {error}"
+    return f"{STATE}: {damaged} has another checksum" if damaged else ""
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -137,9 +203,14 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     own_rows: Mapping[str, slice] | None = None,
 ) -> State:
-    """The state, mapped from its file on a CPU; of tensors in `own_rows` these rows alone."""
+    """The state, mapped from its file on a CPU; of tensors in `own_rows` these rows alone.
+
+    Raises UserError for one that is damaged.
+    """
     path = checkpoint_path(directory, step)
-    state = torch.load(path / "state.pt", map_location=device, weights_only=True, mmap=True)
+    if reason := fault(path):
+        raise UserError(f"{path} is damaged ({reason}); remove it and run again")
+    state = torch.load(path / STATE, map_location=device, weights_only=True, mmap=True)
     return read_rows(path, state, own_rows or {})
 
 
@@ -164,12 +235,15 @@ def _write(temporary: Path, final: Path, state: State) -> str | None:
         return None
     try:
         temporary.mkdir(parents=True, exist_ok=True)
-        with open(temporary / "state.pt", "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        (temporary / COMPLETE).touch()
+        files = checksums.entries_of(temporary, lambda name: True)  # the rows of each rank
+        with open(temporary / STATE, "wb") as file:
+            hashing = checksums.Hashing(file)
+            torch.save(state, hashing)
+        files[STATE] = hashing.entry
+        (temporary / COMPLETE).write_text(json.dumps({"files": files}), encoding="utf-8")
+        sync_tree(temporary)
         os.rename(temporary, final)
+        sync_upwards(final.parent, final.parent.parent)
     except (OSError, RuntimeError) as error:  # torch's writer makes a full disk a RuntimeError
         if (final / COMPLETE).exists():  # another attempt was first
             return None
@@ -187,9 +261,13 @@ def _prune(directory: Path, keep: int, best: int | None) -> None:
         best_path = checkpoint_path(directory, best)
     for path in complete_checkpoints(directory)[:-keep]:
         if path != best_path:
-            # The marker goes first, so that a half-removed checkpoint is not taken for one.
-            (path / COMPLETE).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """The marker goes first, so that a half-removed checkpoint is not taken for one."""
+    (checkpoint / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _about_files(error: RuntimeError) -> bool:

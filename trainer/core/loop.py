@@ -10,13 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ResolvedSchedule, check_batch_size
+from pipeline.config import ResolvedSchedule, UserError, check_batch_size
 
 from ..data.sample_accounting import EpochAccounting
 from ..data.streams import NUMBERS, Batch, TrainingStream
 from ..distributed.ranks import Ranks, StopSignal, broadcast, gather
 from ..engines import Engine
-from .checkpoints import Saver, State, load_checkpoint, newest_step
+from .checkpoints import Saver, State, load_checkpoint, whole_step
 from .objectives import Objective
 from .optim import AveragedWeights, learning_rate
 from .progress import MetricsLogger, Progress, peak_memory
@@ -277,7 +277,7 @@ def _copied(value: Tensor, ranks: Ranks) -> Tensor:
 def resume(
     checkpoints: Path, ranks: Ranks, own_rows: Mapping[str, slice] | None = None
 ) -> tuple[Progress, State | None]:
-    """The newest checkpoint's progress and state; its random generators are set.
+    """The newest whole checkpoint's progress and state; its random generators are set.
 
     The state's tensors lie in the file, of which the operating system reads what is copied.
 
@@ -286,7 +286,15 @@ def resume(
     The checkpoint may be another engine's, or of another number of ranks.  Where there is none, a
     fresh progress and None.
     """
-    step = broadcast(newest_step(checkpoints), ranks)
+    step, problem = None, ""
+    if ranks.is_main:
+        try:
+            step = whole_step([checkpoints])
+        except UserError as error:
+            problem = str(error)
+    step, problem = broadcast((step, problem), ranks)
+    if problem:
+        raise UserError(problem)
     if step is None:
         return Progress(), None
     state = load_checkpoint(checkpoints, step, own_rows=own_rows)

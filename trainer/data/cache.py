@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
+import logging
 import sys
-import uuid
 from pathlib import Path
 
 import numpy as np
 
+from networks import checksums
+from networks.temporaries import sweep, temporary_beside
 from pipeline.config import Data, UserError
 from pipeline.failures import cannot_write
+from pipeline.files import sync
 from pipeline.store import read_json, write_json
 
+from .mapped import create_mapped
 from .shards import Ids, ShardSet
 
+log = logging.getLogger("referral")
 SCHEMA = 2  # raised where decoders change what they make of the same bytes
 
 
@@ -142,9 +146,13 @@ def _open(shards: ShardSet, array_path: Path, header_path: Path, key: str) -> Ca
     """What was written, or None if there is nothing whole for this key."""
     try:
         header = read_json(header_path)
-        unreadable = {int(sample): reason for sample, reason in header["unreadable"].items()}
         if header["key"] != key:
             return None
+        reason = _fault(header, array_path)
+        if reason:
+            log.info("%s is decoded again, for it is not whole: %s", array_path, reason)
+            return None
+        unreadable = {int(sample): reason for sample, reason in header["unreadable"].items()}
         opened = CachedShards(shards, array_path, unreadable)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -152,18 +160,31 @@ def _open(shards: ShardSet, array_path: Path, header_path: Path, key: str) -> Ca
     return opened if opened.num_cached == len(shards) else None
 
 
+def _fault(header: dict, array_path: Path) -> str:
+    """What is wrong with a header or its array; empty if nothing."""
+    if "checksum" not in header:
+        return "an older version made it, without checksums"
+    if header["checksum"] != _checksum(header):
+        return "its header is damaged"
+    return checksums.differs(array_path, header["array"])
+
+
+def _checksum(header: dict) -> str:
+    """Of a header, but for its own checksum."""
+    content = {name: header[name] for name in ("key", "unreadable", "array")}
+    return checksums.digest_of([json.dumps(content, sort_keys=True).encode()])
+
+
 def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data: Data) -> bool:
     """Decode everything.  False where "auto" meets inputs of several shapes."""
     from .streams import MeasuringStream
 
-    temporary = array_path.with_name(f".{array_path.name}.{uuid.uuid4().hex[:8]}")
+    sweep(array_path.parent, recursive=False)
+    temporary = temporary_beside(array_path)
     shape = (len(shards), *shards.input_shape)
     stream = MeasuringStream(_lenient(shards, data), 256)
     try:
-        array = np.lib.format.open_memmap(
-            temporary, mode="w+", dtype=shards.input_dtype, shape=shape
-        )
-        _allocate(temporary)
+        array = create_mapped(temporary, shards.input_dtype, shape)
         unreadable: dict[int, str] = {}
         for batch in stream.loader(workers=data.workers):
             array[batch.ids.numpy()] = batch.inputs.numpy()
@@ -174,21 +195,17 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
         array.flush()
         del array
         shards.check(unreadable)
+        sync(temporary)
+        header = {
+            "key": key,
+            "unreadable": {str(sample): reason for sample, reason in unreadable.items()},
+            "array": checksums.entry_of(temporary),
+        }
         temporary.replace(array_path)
-        reasons = {str(sample): reason for sample, reason in unreadable.items()}
-        write_json(header_path, {"key": key, "unreadable": reasons})
+        write_json(header_path, header | {"checksum": _checksum(header)})
     finally:
         temporary.unlink(missing_ok=True)
     return True
-
-
-def _allocate(path: Path) -> None:
-    """Give a file its blocks now: where the disk fills up, writing to a mapping is a SIGBUS."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    with open(path, "r+b") as file:
-        size = os.fstat(file.fileno()).st_size
-        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _lenient(shards: ShardSet, data: Data) -> ShardSet:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import IO, cast
 import numpy as np
 from pydantic import BaseModel, Field
 
+from networks.temporaries import temporary_beside
 from pipeline.config import UserError
 
 from .tars import file_sha256
@@ -71,7 +71,7 @@ def write_labels(
     classes: the labels of each shard, int [n].  Raises OSError where it cannot be written.
     """
     joined = np.concatenate([np.zeros(0, DTYPE), *classes]).astype(DTYPE)
-    temporary = Path(directory) / f".{split}.labels.{uuid.uuid4().hex[:8]}"
+    temporary = temporary_beside(Path(directory) / f"{split}.labels")
     try:
         with open(temporary, "wb") as file:
             hashing = _Hashing(file)

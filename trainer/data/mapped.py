@@ -1,19 +1,58 @@
-"""Arrays of an uncompressed .npz, mapped instead of read: processes share their pages."""
+"""Mapped files: a new .npy to write to, and the arrays of an uncompressed .npz to read.
+
+Processes share their pages.
+"""
 
 from __future__ import annotations
 
 import ast
+import errno
 import mmap
+import os
 import zipfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.failures import writing
+
 from .bounds import open_regular
 
 LOCAL_HEADER = 30  # bytes of a zip's local header before name and extra field
 NPY_MAGIC = b"\x93NUMPY\x01\x00"
+
+
+NOT_SUPPORTED = (errno.EOPNOTSUPP, errno.EINVAL)  # a file system that cannot promise blocks
+
+
+def create_mapped(path: str | Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
+    """A new .npy file of zeros, mapped to be written to, whose blocks the disk has given already.
+
+    Where the disk fills up later, writing to a mapping without blocks is a SIGBUS.
+    Raises OSError, with the bytes that are needed, where they are not there; then there is no file.
+    """
+    needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    try:
+        with writing(path, needed):
+            array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+            _allocate(path)
+    except OSError:
+        Path(path).unlink(missing_ok=True)
+        raise
+    return array
+
+
+def _allocate(path: str | Path) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
 
 
 def map_npz(path: str | Path, check: bool = True) -> dict[str, np.ndarray]:

@@ -16,6 +16,7 @@ two copies of one job, which write the same blocks, do not harm each other.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.failures import cannot_write, writing
-from pipeline.files import read_json, write_json
+from pipeline.files import read_json, sync, write_json
+
+from .mapped import create_mapped
 
 PROGRESS = "progress.json"
 
@@ -76,6 +79,7 @@ class RaggedWriter:
             }
             for name in self.entries:
                 self._bin(name).touch()
+            sync(directory)
         except OSError as error:
             raise cannot_write(directory, error) from None
 
@@ -97,6 +101,8 @@ class RaggedWriter:
             with writing(self._bin(name)), open(self._bin(name), "r+b") as file:
                 file.seek(self.progress["entries"] * dtype.itemsize)
                 file.write(np.ascontiguousarray(entries[name], dtype).data)
+                file.flush()
+                os.fsync(file.fileno())  # before progress.json says that it is there
         self.arrays["starts"][rows] = ends - counts
         self.arrays["counts"][rows] = counts
         for name, values in numbers.items():
@@ -160,4 +166,4 @@ def flattened(padded: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _mapped(path: Path, rows: int, dtype: np.dtype, begun: bool) -> np.memmap:
     if begun:
         return np.lib.format.open_memmap(path, "r+")
-    return np.lib.format.open_memmap(path, "w+", dtype, (rows,))
+    return create_mapped(path, dtype, (rows,))

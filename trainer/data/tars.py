@@ -14,7 +14,6 @@ import os
 import re
 import tarfile
 import time
-import uuid
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from networks.checksums import digest_of
+from networks.temporaries import sweep, temporary_beside
 from pipeline.config import UserError
 
 from .bounds import (
@@ -43,8 +44,9 @@ from .bounds import (
 from .mapped import map_npz
 from .texts import Texts
 
-SCHEMA = 2
-READABLE = (1, SCHEMA)  # 1 held keys, labels and reasons as arrays of fixed width
+SCHEMA = 3
+# 1 held keys, labels and reasons as arrays of fixed width; 1 and 2 had no digest of the whole.
+READABLE = (1, 2, SCHEMA)
 BLOCK = tarfile.BLOCKSIZE
 # webdataset's rule: the key ends at the first dot of the base name.
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
@@ -506,22 +508,46 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
     """
     stat = os.stat(shard)
     path = index_path(shard)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npz")
-    values = {}
+    _sweep_once(path.parent)
+    temporary = temporary_beside(path)
+    values: dict[str, np.ndarray] = {}
     for field in fields(index):
         value = getattr(index, field.name)
         if isinstance(value, Texts):
             values[field.name], values[f"{field.name}_start"] = value.buffer, value.start
         else:
-            values[field.name] = value
+            values[field.name] = np.asarray(value)
+    values["stat"] = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
+    values["schema"] = np.asarray(SCHEMA)
     try:
-        np.savez(temporary, schema=SCHEMA, stat=[stat.st_size, stat.st_mtime_ns], **values)
+        with open(temporary, "wb") as file:
+            np.savez(file, digest=_digest(values), **values)
         os.utime(temporary, ns=(time.time_ns(), stat.st_mtime_ns))
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         return False
     return True
+
+
+def _digest(values: Mapping[str, np.ndarray]) -> str:
+    """Of all arrays of an index, and so of the shard's sha256, size and time too."""
+    parts: list[bytes | memoryview] = []
+    for name in sorted(values):
+        array = np.ascontiguousarray(values[name])
+        parts.append(f"{name} {array.dtype.str} {array.shape};".encode())
+        parts.append(memoryview(array.reshape(-1).view(np.uint8)))
+    return digest_of(parts)
+
+
+def _sweep_once(directory: Path) -> None:
+    """Remove what killed processes left beside the shards; once per process and directory."""
+    if directory not in _swept:
+        _swept.add(directory)
+        sweep(directory, recursive=False)
+
+
+_swept: set[Path] = set()
 
 
 def is_fresh(shard: str | Path, size: int) -> bool:
@@ -540,13 +566,17 @@ def load_index(shard: str | Path, check: bool = True) -> tuple[TarIndex, bool] |
     """(index, whether size and time of the shard are still those indexed).
 
     Its arrays are mapped.  None where there is no readable index.  check: compare it with its
-    checksums, which touches all of it.
+    checksums, which touches all of it, and its labels with the checksums of the label members.
     """
     path = index_path(shard)
     try:
         arrays = map_npz(path, check)
         if int(arrays["schema"]) not in READABLE:
             return None
+        if check and int(arrays["schema"]) == SCHEMA:
+            digest = str(arrays.pop("digest"))
+            if digest != _digest(arrays):
+                return None
         values = _of_schema_1(arrays) if int(arrays["schema"]) == 1 else _of_schema_2(arrays)
         stat = arrays["stat"].tolist()
     except Exception:
@@ -559,7 +589,39 @@ def load_index(shard: str | Path, check: bool = True) -> tuple[TarIndex, bool] |
     if unchanged and not is_fresh(shard, now.st_size):
         with suppress(OSError):  # a directory that cannot be written
             os.utime(path, ns=(time.time_ns(), now.st_mtime_ns))
-    return TarIndex(**values), unchanged
+    index = TarIndex(**values)
+    if check and not labels_agree(shard, index):
+        return None
+    return index, unchanged
+
+
+def labels_agree(shard: str | Path, index: TarIndex) -> bool:
+    """Whether the labels are those of the members `cls` whose checksums the index holds.
+
+    Samples of one label and one checksum are alike, so one of each kind is looked at: by its
+    checksum, and where blanks surround the label by its member in the shard.
+    """
+    numbers = np.flatnonzero(index.extensions == index.label)
+    if not len(numbers):  # no labels, or fields of a json
+        return True
+    rows = np.flatnonzero(index.member_extension == numbers[0])
+    samples = np.searchsorted(index.member_start, rows, side="right") - 1
+    kinds = np.stack([index.label_number[samples].astype(np.int64), index.crc[rows]], axis=1)
+    kinds, first = np.unique(kinds, axis=0, return_index=True)
+    for (number, crc), row in zip(kinds.tolist(), rows[first].tolist(), strict=True):
+        text = index.label_texts[number]
+        if zlib.crc32(text) == crc or zlib.crc32(text + b"\n") == crc:
+            continue
+        content = _member(shard, int(index.offset[row]), int(index.size[row]))
+        said = read_label(content, index.label).encode("utf-8", "surrogateescape")
+        if zlib.crc32(content) == crc and said != text:
+            return False
+    return True
+
+
+def _member(shard: str | Path, offset: int, size: int) -> bytes:
+    with open(shard, "rb") as file:
+        return os.pread(file.fileno(), size, offset)
 
 
 TEXTS = ("keys", "label_texts", "damaged", "reasons")

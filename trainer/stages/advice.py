@@ -8,13 +8,14 @@ from pipeline.advice.choosing import choose
 from pipeline.advice.document import SCHEMA, Advice, GeneralistSize, Lever, Pilot, Round
 from pipeline.advice.extrapolation import Evidence, Gain, gains, measured_gain
 from pipeline.advice.levers import LEVERS
-from pipeline.store import Attempt, Stage, read_json
+from pipeline.store import Stage, read_json
 
 from ..session import Session
 from .lever_costs import LeverCosts
 from .networks import read_summary
 from .pilots.networks import shortlist_length
 from .pilots.rounds import evidence_of, read_record, whole_steps
+from .report import report
 
 FORMS = {  # of a pilot's record, that show a lever, the first that there is
     "train_on": ("on",),
@@ -26,20 +27,18 @@ FORMS = {  # of a pilot's record, that show a lever, the first that there is
     "branches": ("branches",),
 }
 FILES = ("advice.json", "advice.html")
-REPORT = ("results.json", "report.html")
 
 
 def advice(session: Session, stage: Stage) -> None:
     """Forecast every lever, choose by what is scarce, and publish the advice in RUN."""
     from ..report.advice_page import advice_html
 
-    with session.attempt(stage) as attempt:
+    with session.attempt(stage, FILES) as attempt:
         document = advise(session, stage)
         session.say("%s", document["sentence"])
         session.write_json(attempt.path("advice.json"), document)
         if session.ranks.is_main:
             attempt.path("advice.html").write_text(advice_html(document), encoding="utf-8")
-    session.publish(stage, *FILES)
     renew_report(session)
 
 
@@ -49,17 +48,12 @@ def renew_report(session: Session) -> None:
     stage = asked.run.report
     if not stage.is_done:
         return
-    from ..report.page import write_report
-
-    directory = stage.path(REPORT[0]).parent
-    attempt = Attempt(stage, directory.name, directory)
+    session.barrier()  # before it is cleared, every rank has seen that it was done
     if session.ranks.is_main:
-        test, counts = asked.shards("test"), asked.shards("train").class_counts
-        write_report(asked.run, directory, test, counts)
-        for file in REPORT:
-            attempt.publish(file)
-    asked.publish(stage, *REPORT)
-    session.say("%s is made anew: it shows the advice", session.run.root / REPORT[1])
+        stage.clear()
+    session.barrier()
+    report(asked, stage)
+    session.say("%s is made anew: it shows the advice", session.run.root / "report.html")
 
 
 def advise(session: Session, stage: Stage) -> Advice:

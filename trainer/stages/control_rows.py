@@ -155,7 +155,7 @@ def load_pair(session: Session, stage: Stage) -> DeepEnsemble | ShortlistEnsembl
     """The two generalists as their stage joins them; None of a control that is one network."""
     if not stage.path("ensemble.json").exists():
         return None
-    settings = EnsembleSettings.load(stage.path("ensemble.json").parent)
+    settings = EnsembleSettings.load(stage.folder("ensemble.json"))
     networks = [load_network(session, each) for each in stage.inputs]
     if settings.kind == "deep":
         return DeepEnsemble(networks)

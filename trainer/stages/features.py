@@ -32,11 +32,13 @@ from networks import Classifier
 from networks.branches import log_sum
 from networks.cutting import Cut, cut_at
 from pipeline.config import ResolvedSpecialists, UserError
-from pipeline.files import read_json, write_json
+from pipeline.failures import cannot_write
+from pipeline.files import read_json, sync, write_json
 from pipeline.store import Attempt, Stage
 
 from ..core.progress import peak_memory
 from ..data.augment import Views
+from ..data.mapped import create_mapped
 from ..data.shards import ShardSet
 from ..data.streams import Batch
 from ..session import Session
@@ -212,6 +214,7 @@ class KeptWriter:
             arrays[name] = _mapped(directory / f"{name}.npy", dtype, (rows, *shape), begun)
         path = directory / "readable.npy"
         arrays["readable"] = _mapped(path, np.dtype(bool), (len(self.shards),), begun)
+        sync(directory)
         return arrays
 
 
@@ -245,9 +248,9 @@ def _mapped(path: Path, dtype: np.dtype, shape: tuple[int, ...], begun: bool) ->
     try:
         if begun:
             return np.lib.format.open_memmap(path, "r+")
-        return np.lib.format.open_memmap(path, "w+", dtype, shape)
+        return create_mapped(path, dtype, shape)
     except OSError as error:
-        raise UserError(f"{path}: features cannot be written: {error.strerror}") from None
+        raise cannot_write(path, error) from None
 
 
 def keep(

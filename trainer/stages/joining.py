@@ -33,24 +33,24 @@ from .grouping import groups_of, skipped_groups
 from .networks import builders_of, load_network, read_summary
 from .shortlist import fit_shortlist
 
+PUBLISHED = ("ensemble.json",)
+
 
 def ensemble(session: Session, stage: Stage) -> None:
     """What eq. 5 needs beside the networks: temperatures, and the specialists' weight."""
-    with session.attempt(stage) as attempt:
+    with session.attempt(stage, PUBLISHED) as attempt:
         settings = fit_ensemble_settings(session)
         save_settings(session, settings, attempt.directory)
-    save_settings(session, settings, session.run.root)
 
 
 def deep_ensemble(session: Session, stage: Stage) -> None:
     """The mean of the members; there is nothing to fit."""
-    with session.attempt(stage) as attempt:
+    with session.attempt(stage, PUBLISHED) as attempt:
         config = session.config.ensemble
         settings = EnsembleSettings(kind="deep", members=config.num_networks)
         if config.mean_order != MEANS["arithmetic"]:
             settings.order = config.mean_order
         save_settings(session, settings, attempt.directory)
-    save_settings(session, settings, session.run.root)
 
 
 def shortlist_ensemble(session: Session, stage: Stage) -> None:
@@ -58,12 +58,11 @@ def shortlist_ensemble(session: Session, stage: Stage) -> None:
 
     sizes.json has the same for the first 1, 2, ... networks, at the whole's length and order.
     """
-    with session.attempt(stage) as attempt:
+    with session.attempt(stage, PUBLISHED) as attempt:
         by_size = fit_shortlist(session, networks_of_members(session))
         if session.ranks.is_main:
             write_json(attempt.path("sizes.json"), [asdict(each) for each in by_size])
         save_settings(session, by_size[-1], attempt.directory)
-    save_settings(session, by_size[-1], session.run.root)
 
 
 def save_settings(session: Session, settings: EnsembleSettings, directory: Path) -> None:
@@ -73,7 +72,7 @@ def save_settings(session: Session, settings: EnsembleSettings, directory: Path)
 
 def read_settings(session: Session) -> EnsembleSettings:
     """What the stage `ensemble` found."""
-    return EnsembleSettings.load(session.run.ensemble.path("ensemble.json").parent)
+    return EnsembleSettings.load(session.run.ensemble.folder("ensemble.json"))
 
 
 def fit_ensemble_settings(session: Session) -> EnsembleSettings:
@@ -182,7 +181,7 @@ def specialist_ensemble(
     device, builders = session.ranks.device, builders_of(session.config)
 
     def folder_of(m: int) -> Path:
-        return stages[m].path("model.safetensors").parent
+        return stages[m].folder("model.json", "model.safetensors")
 
     def load_one(m: int) -> Specialist:
         return load_specialist(folder_of(m), generalist, (), device, builders)

@@ -172,7 +172,7 @@ def cosine_of(model: Model, num_classes: int) -> dict | None:
 
 def load_network(session: Session, stage: Stage) -> Classifier:
     """A finished stage's network, in eval mode, on this rank's device."""
-    directory = stage.path("model.safetensors").parent
+    directory = stage.folder("model.json", "model.safetensors")
     return load_classifier(directory, session.ranks.device, builders_of(session.config))
 
 

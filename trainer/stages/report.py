@@ -10,8 +10,7 @@ from ..session import Session
 def report(session: Session, stage: Stage) -> None:
     from ..report.page import write_report
 
-    with session.attempt(stage) as attempt:
+    with session.attempt(stage, ("results.json", "report.html")) as attempt:
         if session.ranks.is_main:
             test, counts = session.shards("test"), session.shards("train").class_counts
             write_report(session.run, attempt.directory, test, counts)
-    session.publish(stage, "results.json", "report.html")

@@ -5,11 +5,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from altered import altered
 from toy import NUM_CLASSES, images
 
 from ensemble import SpecialistEnsemble
 from networks import InputSpec, ModelSpec, build_classifier, load_classifier
 from pipeline import extras
+from pipeline.graph import open_run
 from pipeline.store import read_json, write_json
 from trainer.__main__ import main
 from trainer.commands import export as exporting
@@ -205,6 +207,7 @@ def test_a_run_that_continued_without_a_specialist_says_so(copied, tmp_path, cap
     of_attempt = next((copied / "ensemble" / "attempts").glob("*/ensemble.json"))
     for path in (copied / "ensemble.json", of_attempt):
         write_json(path, read_json(path) | {"missing": [1]})
+    altered(open_run(copied).ensemble)
     code, out, _ = export(capsys, copied, "--to", tmp_path / "out")
     assert code == 0 and "without specialists 1," in out
     assert SpecialistEnsemble.load(tmp_path / "out", allow_missing=True).missing == [1]

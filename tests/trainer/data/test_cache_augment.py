@@ -1,5 +1,7 @@
 """The decoded cache, and augmentation."""
 
+import json
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,6 +53,40 @@ def test_processes_that_race_for_the_cache_all_win(shards, tmp_path):
 
 def open_like(shards):
     return open_shards(os.path.dirname(shards.paths[0]), Data(), "train")
+
+
+@pytest.mark.parametrize("file", [".npy", ".json"])
+@pytest.mark.parametrize("version", ["today's", "an earlier one's"])
+def test_a_cache_that_is_not_whole_is_decoded_again_and_said(
+    shards, tmp_path, caplog, file, version
+):
+    caplog.set_level(logging.INFO, "referral")
+    cached(shards, tmp_path / "train", Data())
+    (array,), (header,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
+    content = json.loads(header.read_text())
+    if version != "today's":
+        header.write_text(json.dumps({name: content[name] for name in ("key", "unreadable")}))
+    elif file == ".npy":
+        pixels = bytearray(array.read_bytes())
+        pixels[-1] ^= 1
+        array.write_bytes(pixels)
+    else:
+        header.write_text(json.dumps(content | {"unreadable": {"3": "cannot be decoded"}}))
+    again = cached(shards, tmp_path / "train", Data())
+    assert (again.inputs(np.arange(150)) == shards.inputs(np.arange(150))).all()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith(f"{array} is decoded again, for it is not whole: ")
+
+
+def test_a_cache_of_no_room_is_one_line_and_leaves_nothing(shards, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="the disk is full: .* are needed and .* are free"):
+        cached(shards, tmp_path / "train", Data(cache="decoded"))
+    assert cached(shards, tmp_path / "train", Data()) is shards
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_shards_get_another_cache(shards, tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from pipeline.config import Data, UserError
 from trainer.data import ShardWriter, open_shards, write_manifest
 from trainer.data.label_files import class_counts
 from trainer.data.tars import index_path, load_index, save_index, scan_tar
+from trainer.data.texts import Texts
 
 
 def refusal(call, *arguments, **options) -> str:
@@ -274,6 +276,70 @@ def test_a_broken_index_is_rebuilt(tmp_path):
     for content in (b"", b"rubbish", index_path(shard).read_bytes()[:200]):
         index_path(shard).write_bytes(content)
         assert opened(tmp_path).num_samples == 4
+
+
+def rewritten(shard, **arrays):
+    """The index file with some arrays others, as a program would write it that knows no digest."""
+    with np.load(index_path(shard)) as file:
+        values = dict(file) | arrays
+    times = os.stat(index_path(shard))
+    np.savez(index_path(shard), **values)
+    os.utime(index_path(shard), ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["manifest", "no manifest"])
+def test_permuted_labels_of_an_index_are_found_and_the_shard_is_read_again(tmp_path, manifest):
+    write_uneven(tmp_path, [60], manifest=manifest)
+    shard = tmp_path / "train-000000.tar"
+    data = Data() if manifest else Data(classes=7)
+    expected = open_shards(str(tmp_path), data, "train").labels
+    with np.load(index_path(shard)) as file:
+        numbers, schema = file["label_number"], int(file["schema"])
+    permuted = np.random.default_rng(0).permutation(numbers)
+    assert schema == 3 and not np.array_equal(permuted, numbers)
+    rewritten(shard, label_number=permuted)
+    assert load_index(shard) is None
+    shards = open_shards(str(tmp_path), data, "train")
+    assert np.array_equal(shards.labels, expected) and len(shards.inputs([0]))
+    assert load_index(shard)[1]
+
+
+@pytest.mark.parametrize("blanks", ["", "\n", " \r\n"], ids=["bare", "line", "blanks"])
+def test_labels_are_compared_with_their_members_even_where_a_digest_vouches_for_them(
+    tmp_path, blanks
+):
+    files = [(f"{n:02d}.{ext}", text) for n in range(9) for ext, text in sample_of(n, blanks)]
+    shard = write_tar(tmp_path / "train-0.tar", files)
+    index = scan_tar(shard)
+    save_index(shard, index)
+    assert load_index(shard)[1]
+    save_index(shard, replace(index, label_number=np.roll(index.label_number, 1)))
+    assert load_index(shard) is None
+    save_index(shard, replace(index, label_texts=Texts.of(reversed(list(index.label_texts)))))
+    assert load_index(shard) is None
+
+
+def sample_of(number, blanks):
+    return [("txt", b"%d" % number), ("cls", f"{number % 4}{blanks}".encode())]
+
+
+@pytest.mark.parametrize("name", ["offset", "size", "crc", "member_start", "stat", "sha256"])
+def test_an_index_of_which_any_array_differs_is_none(tmp_path, name):
+    write_uneven(tmp_path, [8])
+    shard = tmp_path / "train-000000.tar"
+    with np.load(index_path(shard)) as file:
+        array = file[name]
+    rewritten(shard, **{name: np.array("f" * 64) if name == "sha256" else np.roll(array, 1)})
+    assert load_index(shard) is None
+
+
+def test_the_index_of_another_shard_of_the_same_size_is_not_this_ones(tmp_path):
+    """Its time says so; and where a copy keeps times, the checksums of what is read."""
+    write_uneven(tmp_path, [8, 8])
+    one, other = (tmp_path / f"train-00000{n}.tar" for n in (0, 1))
+    index_path(other).write_bytes(index_path(one).read_bytes())
+    shards = open_shards(str(tmp_path), Data(), "train")
+    assert shards.labels.tolist() == [label_of(number) for number in range(16)]
 
 
 def test_an_index_of_schema_1_is_read(uneven, tmp_path, monkeypatch):

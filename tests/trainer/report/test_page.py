@@ -4,6 +4,7 @@ import re
 
 import numpy as np
 import pytest
+from altered import altered
 from pages import Page, rows_of, text_of
 
 from pipeline.config import Ensemble, Student
@@ -136,6 +137,7 @@ def test_hostile_class_names_are_text(glyphs):
 def test_any_string_may_be_a_class_name(hand_worked, tmp_path, name):
     model = hand_worked.generalist.path("model.json")
     model.write_text(json.dumps({"class_names": [name] * 6}))
+    altered(hand_worked.generalist)
     write_report(hand_worked, tmp_path)
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", html)
@@ -388,6 +390,7 @@ def with_latency(run, latencies):
         content = json.loads(path.read_text())
         content["row"]["cost"]["latency_ms"] = latency
         path.write_text(json.dumps(content))
+        altered(run.evaluate)
 
 
 def test_size_latency_and_training_stand_beside_every_row(tmp_path, make_hand_worked):
@@ -418,6 +421,7 @@ def test_dropped_specialists_are_named_in_the_head(hand_worked):
     path = hand_worked.evaluate.path("ensemble.json")
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "dropped": [1]}))
+    altered(hand_worked.evaluate)
     head = text_of(render(hand_worked, collect(hand_worked)).partition("<main>")[0])
     assert "Specialist 1 was never better on val than the generalist" in head
 
@@ -437,6 +441,7 @@ def test_a_control_that_stays_the_generalist_is_said_to(hand_worked):
         content = json.loads(path.read_text())
         best = 0 if name.startswith("control_wall") else 4000
         path.write_text(json.dumps({**content, "best_step": best}))
+        altered(stage)
     text = text_of(render(hand_worked, collect(hand_worked)))
     assert "No step was better on val than its start, so it is the generalist itself." in text
     assert "is shown." in text and "was best" not in text

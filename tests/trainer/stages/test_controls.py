@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from altered import altered
 from running import run_all
 from toy import toy_config, write_toy
 
@@ -192,6 +193,7 @@ def test_specialists_that_never_beat_the_generalist_are_dropped(data, finished, 
     for index in (1, 4):
         path = run.specialists[index].path("summary.json")
         write_json(path, read_json(path) | {"best_step": 0})
+        altered(run.specialists[index])
     for name in ("ensemble", "evaluate", "report"):
         for stage in run.find(name):
             stage.clear()
@@ -211,6 +213,7 @@ def test_an_ensemble_whose_every_specialist_is_dropped_is_the_generalist(data, f
     for stage in run.specialists:
         path = stage.path("summary.json")
         write_json(path, read_json(path) | {"best_step": 0})
+        altered(stage)
     for name in ("ensemble", "evaluate", "report"):
         for stage in run.find(name):
             stage.clear()

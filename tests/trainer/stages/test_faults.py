@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from altered import altered
 from running import run_all
 from toy import toy_config, write_toy
 
@@ -159,6 +160,7 @@ def test_predictions_that_are_no_numbers_are_one_clear_error(data, tmp_path):
     network = load_classifier(run.generalist.path("model.json").parent)
     torch.nn.init.constant_(network.head.weight, float("nan"))
     save_classifier(network, run.generalist.path("model.json").parent)
+    altered(run.generalist)
     message = "predictions cannot be counted: row 0 of the predictions holds NaN"
     with pytest.raises(UserError, match=message):
         run_all(tmp_path / "run", toy_config(data), only={"measure"})

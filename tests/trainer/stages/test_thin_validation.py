@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from altered import altered
 from toy import NUM_CLASSES, toy_config, write_toy
 
 import clustering.statistics
@@ -112,6 +113,7 @@ def test_a_run_that_an_earlier_version_measured_says_train(thin, again):
     thin_message = "val has 72 examples for 24 classes: predictions are measured on train"
     run = again()
     run.measure.path("val.npz").unlink()
+    altered(run.measure)
     run.measure.path("log-0.txt").write_text(f"2026-01-01 00:00:00,000 {thin_message}\n")
     run = again()
     summary = read_json(run.cluster.path("summary.json"))
@@ -121,6 +123,7 @@ def test_a_run_that_an_earlier_version_measured_says_train(thin, again):
     del summary["split"]  # as that version wrote it
     run.cluster.path("summary.json").unlink()
     write_json(run.cluster.directory / "summary.json", summary)
+    altered(run.cluster)
     assert judged_on(run) == "train" and judged_on(thin) == "val"
 
 

@@ -1,0 +1,196 @@
+"""What a file held when it was made, and whether it still does.
+
+A manifest is a JSON object with the key "files": {name: {"bytes": n, "xxh3_128": "..."}}, names
+relative to the directory in which it lies: DONE of a stage's attempt.  Whoever reads a file of such
+a directory has it compared first, once per process.  A bundle has SHA256SUMS instead, since people
+compare these too: networks.integrity reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+from xxhash import xxh3_128
+
+DONE = "DONE"
+DEPTH = 3  # directories between a file and its manifest, at most
+CHUNK = 1 << 20
+
+
+class Entry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    xxh3_128: str
+
+
+class ChangedFile(ValueError):
+    """A file that is not what its manifest says: path, what is wrong, and what helps."""
+
+
+class Hashing:
+    """A file to write to, whose content is hashed on the way."""
+
+    def __init__(self, file):
+        self.file = file
+        self.bytes = 0
+        self._state = xxh3_128()
+
+    def write(self, content) -> int:
+        self._state.update(content)
+        self.bytes += memoryview(content).nbytes
+        return self.file.write(content)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    @property
+    def entry(self) -> Entry:
+        return {"bytes": self.bytes, "xxh3_128": self._state.hexdigest()}
+
+
+def entry_of(path: str | Path) -> Entry:
+    """Of a file as it is now."""
+    state, buffer, size = xxh3_128(), bytearray(CHUNK), 0
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(view[:count])
+            size += count
+    return {"bytes": size, "xxh3_128": state.hexdigest()}
+
+
+def digest_of(parts: Iterable[bytes | memoryview]) -> str:
+    """Of bytes in memory, one part after the other."""
+    state = xxh3_128()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def entries_of(directory: Path, is_listed: Callable[[str], bool]) -> dict[str, Entry]:
+    """{name: entry} of the files below `directory` whose relative name `is_listed`."""
+    entries = {}
+    for place, folders, files in os.walk(directory):
+        folders.sort()
+        for file in sorted(files):
+            name = os.path.relpath(os.path.join(place, file), directory)
+            if is_listed(name):
+                entries[name] = entry_of(Path(place, file))
+    return entries
+
+
+def lacks(path: Path, entry: Entry) -> str:
+    """What its size alone says against a file; empty if nothing."""
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        return "it is missing"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    if size != entry["bytes"]:
+        return f"it has {size:,} bytes instead of {entry['bytes']:,}"
+    return ""
+
+
+def differs(path: Path, entry: Entry) -> str:
+    """What its content says against a file; empty if nothing.  Read once per process."""
+    reason = lacks(path, entry)
+    if reason:
+        return reason
+    stat = os.stat(path)
+    mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, entry["xxh3_128"])
+    if mark in _compared:
+        return ""
+    if entry_of(path)["xxh3_128"] != entry["xxh3_128"]:
+        return "its checksum is another"
+    _compared.add(mark)
+    return ""
+
+
+_compared: set[tuple] = set()  # files of this process that are what their manifest says
+
+
+class Recorded(NamedTuple):
+    """A file's entry and the manifest that has it."""
+
+    entry: Entry
+    manifest: Path
+
+
+def recorded(path: str | Path) -> Recorded | None:
+    """What a manifest says of a file; None where none does, as in runs of earlier versions.
+
+    It lies in the directory of the file (of the linked one), or above.  A file that a stage
+    published in RUN is in that stage's: RUN/*/DONE.
+    """
+    real = Path(os.path.realpath(path))
+    for directory in real.parents[:DEPTH]:
+        manifest = directory / DONE
+        content = _content(manifest)
+        if content is None:
+            continue
+        entry = _files(content, manifest).get(str(real.relative_to(directory)))
+        if entry:
+            return Recorded(entry, manifest)
+    for manifest in sorted(real.parent.glob(f"*/{DONE}")):
+        content = _content(manifest) or {}
+        if real.name in content.get("published", ()):
+            return Recorded(_files(content, manifest)[real.name], manifest)
+    return None
+
+
+def _files(content: dict, manifest: Path) -> dict[str, Entry]:
+    try:
+        return files_of(content)
+    except ValueError as error:
+        raise ChangedFile(f"{manifest} is damaged: {error}; {remedy(manifest)}") from None
+
+
+def _content(manifest: Path) -> dict | None:
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def check(*paths: str | Path) -> None:
+    """Compare files with their manifests, if they have any.  Raises ChangedFile."""
+    for path in paths:
+        known = recorded(path)
+        if known is None:
+            continue
+        reason = differs(Path(path), known.entry)
+        if reason:
+            raise ChangedFile(f"{path} is damaged: {reason}; {remedy(known.manifest)}")
+
+
+def remedy(manifest: Path) -> str:
+    """What helps against a damaged file of this manifest."""
+    stage = manifest.parent
+    if stage.parent.name == "attempts":
+        stage = stage.parent.parent
+    markers = [str(stage / name) for name in (DONE, "WINNER") if (stage / name).exists()]
+    return f"remove {' and '.join(markers) or stage / DONE}, then `referral run` makes it again"
+
+
+def files_of(content: Mapping) -> dict[str, Entry]:
+    """The files that a manifest lists; none in DONE of earlier versions.
+
+    Raises ValueError for a list that is none.
+    """
+    files = content.get("files") or {}
+    if not isinstance(files, dict) or not all(map(_is_entry, files.values())):
+        raise ValueError('"files" is no list of checksums')
+    return files
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    return isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3_128"), str)

@@ -1,0 +1,86 @@
+"""Hidden names under which files are written before they get their own, and who sweeps them.
+
+A name says which process on which machine writes: `.NAME.HOST.PID.TOKEN`.  What a killed process
+left behind is removed at the next start, and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}")
+# Names that do not say who writes: of earlier versions, and of `clustering`.
+FORMER = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{32})(\.npz)?|\.\w+\.(safetensors|json)\.\d+")
+LONGEST_WRITE_S = 24 * 3600.0  # a file that was not written to for so long has no writer
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new hidden name in the directory of `path`, which says whose it is."""
+    token = uuid.uuid4().hex[:8]
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token}")
+
+
+def sweep(directory: Path, recursive: bool = True) -> list[Path]:
+    """Remove the temporaries in `directory` whose writer is dead, and return their names.
+
+    On another machine, and in names of earlier versions, a writer is dead after LONGEST_WRITE_S.
+    What cannot be removed stays.
+    """
+    swept = []
+    for path in _hidden(directory, recursive):
+        if _is_abandoned(path):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                _remove(path)
+            swept.append(path)
+    return swept
+
+
+def _hidden(directory: Path, recursive: bool) -> Iterator[Path]:
+    for place, folders, files in os.walk(directory):
+        hidden = [name for name in (*folders, *files) if name.startswith(".")]
+        folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        for name in hidden:
+            yield Path(place, name)
+
+
+def _is_abandoned(path: Path) -> bool:
+    match = NAME.fullmatch(path.name)
+    if match is None and FORMER.fullmatch(path.name) is None:
+        return False
+    try:
+        age = time.time() - path.lstat().st_mtime
+    except OSError:
+        return False
+    if match is not None and match["host"] == _host():
+        return not _is_alive(int(match["pid"])) or age > LONGEST_WRITE_S
+    return age > LONGEST_WRITE_S
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError:
+        pass
+
+
+def _host() -> str:
+    return re.sub(r"[^\w-]", "-", socket.gethostname())[:32]

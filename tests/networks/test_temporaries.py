@@ -1,0 +1,71 @@
+"""Hidden names say who writes; what a dead process left is swept, and nothing else."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from networks.temporaries import LONGEST_WRITE_S, sweep, temporary_beside
+
+
+def dead_pid() -> int:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+def of_pid(path, pid: int):
+    return path.with_name(temporary_beside(path).name.replace(f".{os.getpid()}.", f".{pid}."))
+
+
+def old(path):
+    then = time.time() - LONGEST_WRITE_S - 60
+    os.utime(path, (then, then))
+
+
+def test_a_temporary_lies_beside_its_file_hidden_and_says_whose_it_is(tmp_path):
+    one, other = (temporary_beside(tmp_path / "model.json") for _ in range(2))
+    assert one != other and one.parent == tmp_path
+    assert one.name.startswith(".model.json.") and f".{os.getpid()}." in one.name
+
+
+def test_what_a_dead_process_left_is_swept_files_and_directories_at_any_depth(tmp_path):
+    pid = dead_pid()
+    (tmp_path / "checkpoints").mkdir()
+    file = of_pid(tmp_path / "state.pt", pid)
+    directory = of_pid(tmp_path / "checkpoints" / "step-00000010", pid)
+    file.touch()
+    directory.mkdir()
+    (directory / "state.pt").touch()
+    assert set(sweep(tmp_path)) == {file, directory}
+    assert [path.name for path in tmp_path.rglob("*")] == ["checkpoints"]
+
+
+def test_what_a_living_process_writes_and_what_is_not_ours_stays(tmp_path):
+    names = [".lock", ".gitignore", ".model.json", ".nfs0000012345", "model.json.host.1.abcdef01"]
+    kept = [tmp_path / name for name in names] + [temporary_beside(tmp_path / "a.npy")]
+    for path in kept:
+        path.touch()
+    for path in kept[:-1]:
+        old(path)
+    assert sweep(tmp_path) == [] and all(path.exists() for path in kept)
+
+
+@pytest.mark.parametrize(
+    "name", [".a.npy.other-host.1.abcdef01", ".DONE.0123abcd", ".model.safetensors.77"]
+)
+def test_where_the_writer_cannot_be_asked_a_day_without_a_write_is_its_death(tmp_path, name):
+    path = tmp_path / name
+    path.touch()
+    assert sweep(tmp_path) == []
+    old(path)
+    assert sweep(tmp_path) == [path]
+
+
+def test_beside_shards_only_the_directory_itself_is_swept(tmp_path):
+    (tmp_path / "below").mkdir()
+    path = of_pid(tmp_path / "below" / "a.npy", dead_pid())
+    path.touch()
+    assert sweep(tmp_path, recursive=False) == [] and path.exists()

@@ -1,0 +1,74 @@
+"""Run on disks that are too small, then make room and let the plain command go on.
+
+    python tests/trust/disks.py [SIZES] [SEED]
+
+The disks are tmpfs of so many KiB, from next to nothing to what the run takes.  A full one is one
+line with the path and what is free, of the command and of every stage, and nothing hidden is left
+once the run is done.  Only root may mount: without, all are skipped with one line.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from small import Count, Outcome, command, finished, in_child, judge, small_config, workshop  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from filesystems import in_memory, resize  # noqa: E402
+
+from pipeline.config import save_config  # noqa: E402
+
+LEAST_KIB = 16
+EVERY = 8  # of these one by `referral run` itself, its jobs in processes of their own
+
+
+def main(sizes: int = 32) -> int:
+    count = Count("disk sizes")
+    if os.geteuid() != 0:
+        print(f"{count.name}: skipped: only root may mount")
+        return 0
+    with workshop() as (place, data):
+        config = small_config(data)
+        expected = finished(place / "clean", config)
+        save_config(config, place / "config.toml")
+        enough = used_kib(place / "clean") * 5 // 4
+        for trial in range(sizes):
+            kib = LEAST_KIB + (enough - LEAST_KIB) * trial // sizes
+            with in_memory(kib) as disk:
+                root = disk / "run"
+                if trial % EVERY == EVERY // 2:
+                    start = partial(referral, root, place / "config.toml")
+                else:
+                    start = partial(in_child, partial(command, root, config))
+                outcome = start()
+                resize(disk, 8 * enough)
+                if outcome.code and "is full" not in outcome.text:
+                    count.add("stuck", f"{kib} KiB", outcome.text)
+                    continue
+                judge(count, f"{kib} KiB", outcome, root, expected, partial(again, start))
+    return count.report()
+
+
+def again(start) -> Outcome:
+    return start()
+
+
+def referral(root: Path, config: Path) -> Outcome:
+    """The command itself."""
+    command = [sys.executable, "-m", "launch", "run", str(config), "--run", str(root)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    return Outcome(ended.returncode, ended.stdout + ended.stderr)
+
+
+def used_kib(root: Path) -> int:
+    used = subprocess.run(["du", "-sk", str(root)], capture_output=True, text=True, check=True)
+    return int(used.stdout.split()[0])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, sys.argv[1:])))

@@ -1,0 +1,18 @@
+"""A few repetitions of what `make soak` does for hours."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import bits
+import clearing
+import disks
+import power
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("campaign, trials", [(clearing, 1), (power, 2), (bits, 4), (disks, 3)])
+def test_a_few_trials_of_each_campaign_end_well(campaign, trials):
+    assert campaign.main(trials) == 0
