@@ -56,6 +56,8 @@ class Session:
                 data = data.model_copy(update={"label": "", "classes": None})
             opened = open_shards(getattr(data, split), data, split)
             self.losses.add(opened, {})
+            if opened.arrival:
+                self.say("%s", opened.arrival)
             self._shards[split] = cached(opened, self.run.root / "cache" / split, data)
         return self._shards[split]
 

@@ -116,7 +116,7 @@ SCHEMA_1 = {
 
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
-    "data": {"augment_share": 0.2},
+    "data": {"augment_share": 0.2, "stream_shards": 0},
     "generalist": {"weights": None},
     "clusters": {"capacity_of": "classes"},
     "ensemble": {"shortlist": None, "order": 0.0},

@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +35,8 @@ class Shard:
     entry:    its own entry of the manifest, if any.
     labels:   of all samples of its split, where the manifest has them.
     first:    the place of its own first sample in them.
+    url:      where it comes from, else "".
+    streams:  it is fetched when it is read, and not kept.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Shard:
     entry: dict | None = None
     labels: SplitLabels | None = None
     first: int = 0
+    url: str = ""
+    streams: bool = False
 
     @property
     def classes(self) -> np.ndarray | None:
@@ -266,7 +270,11 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
         if manifest and url_name(url) not in manifest.entries:
             raise UserError(f"{url}: its manifest has no shard {url_name(url)!r}")
         entries.append(manifest.entries[url_name(url)][0] if manifest else None)
-    paths = FetchDir(manifests.data).shards(urls, entries)
+    fetch_dir, known = FetchDir(manifests.data), [entry for entry in entries if entry]
+    size = sum(entry["bytes"] for entry in known)
+    if manifests.data.stream_shards and not fetch_dir.can_keep(size):
+        return [_streaming(url, each, fetch_dir) for url, each in zip(urls, found, strict=True)]
+    paths = fetch_dir.shards(urls, entries)
     shards: list[Shard] = []
     for url, path, manifest in zip(urls, paths, found, strict=True):
         if is_packed(path):
@@ -276,8 +284,29 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
         shard = Shard(url, str(path), _directory_of(url))
         if manifest is not None:
             shard = manifest.shard(url, str(path), _directory_of(url), url_name(url))
-        shards.append(shard)
+        shards.append(replace(shard, url=url))
     return shards
+
+
+def _streaming(url: str, manifest: _Manifest | None, fetch_dir: FetchDir) -> Shard:
+    """A shard that is fetched when it is read.  UserError where it cannot be."""
+    name, data = url_name(url), fetch_dir.data
+    labels = manifest.labels(manifest.entries[name][1]) if manifest else None
+    if manifest is None or labels is None:
+        raise UserError(
+            f"data.stream_shards = {data.stream_shards}: {url} needs a manifest with the classes "
+            "of its samples (schema 2); `referral shards index URLS --out DIR` makes one, for "
+            "data.manifest or to be put beside the shards"
+        )
+    entry = manifest.entries[name][0]
+    if fetch_dir.taken(entry) > fetch_dir.limit:
+        raise UserError(
+            f"{url}: one shard of {entry['bytes']} bytes, with its index more than data.fetch_bytes = "
+            f"{fetch_dir.limit}; raise it, or write smaller shards with `referral shards "
+            "from-webdataset`"
+        )
+    path = str(fetch_dir.place_of(url, entry))
+    return replace(manifest.shard(url, path, _directory_of(url), name), url=url, streams=True)
 
 
 def _manifest_of(url: str, manifests: _Manifests) -> _Manifest | None:

@@ -366,6 +366,23 @@ def index_path(shard: str | Path) -> Path:
     return Path(f"{shard}.index.npz")
 
 
+def index_bytes(index: TarIndex) -> int:
+    """At least what `save_index` writes: the arrays, and the headers of a member for each."""
+    values = _as_arrays(index).values()
+    return sum(np.asarray(value).nbytes for value in values) + 512 * (len(values) + 2)
+
+
+def _as_arrays(index: TarIndex) -> dict:
+    values: dict = {}
+    for field in fields(index):
+        value = getattr(index, field.name)
+        if isinstance(value, Texts):
+            values[field.name], values[f"{field.name}_start"] = value.buffer, value.start
+        else:
+            values[field.name] = value
+    return values
+
+
 def save_index(shard: str | Path, index: TarIndex) -> bool:
     """Keep `index` beside the shard, with the shard's size and time.
 
@@ -375,13 +392,7 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
     stat = os.stat(shard)
     path = index_path(shard)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.npz")
-    values = {}
-    for field in fields(index):
-        value = getattr(index, field.name)
-        if isinstance(value, Texts):
-            values[field.name], values[f"{field.name}_start"] = value.buffer, value.start
-        else:
-            values[field.name] = value
+    values = _as_arrays(index)
     try:
         np.savez(temporary, schema=SCHEMA, stat=[stat.st_size, stat.st_mtime_ns], **values)
         os.utime(temporary, ns=(time.time_ns(), stat.st_mtime_ns))

@@ -118,8 +118,10 @@ class Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def store(directory: Path):
-    """A server of a set of five shards; .url, .faults {name: [...]}, .requests Counter."""
-    write_uneven(directory, SIZES)
+    """A server of a set of shards, of five where there is none; .url, .faults {name: [...]},
+    .requests Counter."""
+    if not (directory / "manifest.json").exists():
+        write_uneven(directory, SIZES)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
     server.daemon_threads = True
     server.faults, server.requests, server.closing = {}, Counter(), threading.Event()
