@@ -33,6 +33,7 @@ class Arrivals:
     def __init__(self, data: Data, shards: Mapping[int, Shard], close: Callable[[int], None]):
         self.data = data
         self.shards = shards
+        self.directory = FetchDir(data)
         self._close_method = weakref.WeakMethod(close)  # of the set, which must not live for it
         self._threads = PARALLEL
         if any(shard.url.startswith("pipe:") for shard in shards.values()):
@@ -43,7 +44,7 @@ class Arrivals:
         self._pid = os.getpid()
         self._window = Window(self.data.stream_shards)
         self._held: dict[int, bool] = {}
-        self._fetches = _Fetches(self.data, self._threads)
+        self._fetches = _Fetches(self._fetch, self._threads)
 
     def _own(self) -> None:
         """A forked process begins anew: leases and threads are its parent's."""
@@ -88,7 +89,7 @@ class Arrivals:
         self._window.read(number)
         self._renew()
         self._fetches.wait(number)
-        _fetch(self.data, self.shards[number], ahead=False)
+        self._fetch(self.shards[number], False)
 
     def holds(self, numbers: Sequence[int]) -> bool:
         """Whether all of these that stream are held already."""
@@ -99,7 +100,7 @@ class Arrivals:
         """The set is no longer read; what it held may be evicted soon."""
         if self._pid == os.getpid() and self._held:
             self._fetches.keep(())
-            FetchDir(self.data).unwant(id(self))
+            self.directory.unwant(id(self))
 
     def _streaming(self, need: Need) -> Need:
         """The part of a need that streams: a set may have local shards too."""
@@ -115,18 +116,23 @@ class Arrivals:
             self._close(number)
         self._held = held
         self._fetches.keep(held)
-        directory = FetchDir(self.data)
         names: dict[str, int] = {}
         for number, is_now in held.items():
             shard = self.shards[number]
             assert shard.entry is not None, shard
-            names[os.path.basename(shard.path)] = directory.taken(shard.entry) if is_now else 0
-        directory.want(id(self), names)
+            names[os.path.basename(shard.path)] = FetchDir.taken(shard.entry) if is_now else 0
+        self.directory.want(id(self), names)
 
+    @property
+    def _fetch(self) -> Callable[[Shard, bool], None]:
+        """(shard, whether it is ahead) -> it is there.  It does not hold this object."""
+        directory, label = self.directory, self.data.label
 
-def _fetch(data: Data, shard: Shard, ahead: bool) -> None:
-    assert shard.entry is not None, shard
-    FetchDir(data).arrive(shard.url, shard.entry, data.label, ahead)
+        def fetch(shard: Shard, ahead: bool) -> None:
+            assert shard.entry is not None, shard
+            directory.arrive(shard.url, shard.entry, label, ahead)
+
+        return fetch
 
 
 @dataclass
@@ -152,8 +158,8 @@ class _Fetches:
     They are daemons: a process that ends does not wait for what it does not read.
     """
 
-    def __init__(self, data: Data, most: int):
-        self.data = data
+    def __init__(self, fetch: Callable[[Shard, bool], None], most: int):
+        self.fetch = fetch
         self.most = most
         self._lock = threading.Lock()
         self._jobs: dict[int, _Job] = {}
@@ -196,7 +202,7 @@ class _Fetches:
                     return
                 job = self._queue.popleft()
             try:
-                _fetch(self.data, job.shard, job.ahead)
+                self.fetch(job.shard, job.ahead)
             except NoRoom:
                 job.refused = time.monotonic()
             except UserError:

@@ -166,10 +166,11 @@ class FetchDir:
             print(f"{error}; its copy in {path} is used", file=sys.stderr)
         return parse_manifest(path, url)
 
-    def can_keep(self, size: int) -> bool:
-        """Whether so many bytes fit beside what this process keeps already."""
+    @property
+    def kept(self) -> int:
+        """Bytes that this process keeps for as long as it lives."""
         lease = _leases.get(self.directory.resolve())
-        return size + (sum(lease.kept.values()) if lease else 0) <= self.limit
+        return sum(lease.kept.values()) if lease else 0
 
     def place_of(self, url: str, entry: dict) -> Path:
         """Where a shard is, or will be."""

@@ -22,6 +22,7 @@ from .label_files import SplitLabels, open_labels
 from .writing import MANIFEST, parse_manifest, read_manifest
 
 URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:", "scp:", "htgs:")
+KEPT_SHARE = 1 / 8  # of data.fetch_bytes: with data.stream_shards a smaller split is kept whole
 REWRITE = "`referral shards from-webdataset` rewrites compressed or other shards"
 
 
@@ -270,9 +271,9 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
         if manifest and url_name(url) not in manifest.entries:
             raise UserError(f"{url}: its manifest has no shard {url_name(url)!r}")
         entries.append(manifest.entries[url_name(url)][0] if manifest else None)
-    fetch_dir, known = FetchDir(manifests.data), [entry for entry in entries if entry]
-    size = sum(entry["bytes"] for entry in known)
-    if manifests.data.stream_shards and not fetch_dir.can_keep(size):
+    fetch_dir = FetchDir(manifests.data)
+    size = sum(fetch_dir.taken(entry) for entry in entries if entry)
+    if manifests.data.stream_shards and size > KEPT_SHARE * fetch_dir.limit:
         return [_streaming(url, each, fetch_dir) for url, each in zip(urls, found, strict=True)]
     paths = fetch_dir.shards(urls, entries)
     shards: list[Shard] = []
@@ -301,9 +302,9 @@ def _streaming(url: str, manifest: _Manifest | None, fetch_dir: FetchDir) -> Sha
     entry = manifest.entries[name][0]
     if fetch_dir.taken(entry) > fetch_dir.limit:
         raise UserError(
-            f"{url}: one shard of {entry['bytes']} bytes, with its index more than data.fetch_bytes = "
-            f"{fetch_dir.limit}; raise it, or write smaller shards with `referral shards "
-            "from-webdataset`"
+            f"{url}: one shard of {entry['bytes']} bytes and its index take more than "
+            f"data.fetch_bytes = {fetch_dir.limit}; raise it, or write smaller shards with "
+            "`referral shards from-webdataset`"
         )
     path = str(fetch_dir.place_of(url, entry))
     return replace(manifest.shard(url, path, _directory_of(url), name), url=url, streams=True)

@@ -125,7 +125,8 @@ class ShardSet:
         if data.stream_shards and any(part.shard.url for part in parts):
             self.windows = Windows(self._shard_start, data.stream_shards)
         if self._streams:
-            self._check_room(np.diff(self._shard_start), span=1)
+            needed = self._room(np.diff(self._shard_start), span=1)
+            self.check_room(needed, "two windows")
         self._forget_open()
         self._first: tuple[tuple[int, ...], np.dtype] | None = None
 
@@ -197,28 +198,35 @@ class ShardSet:
         assert entry is not None, self.names[shard]
         return FetchDir.taken(entry)
 
-    def check_room(self, ids: Ids, span: int) -> None:
-        """UserError where data.fetch_bytes is too small for what an order reads at once.
+    def room(self, ids: Ids, span: int) -> int:
+        """Bytes of the shards that stream, of those that `span` neighbours in an order may touch.
 
-        ids: of the order.  span: positions of it that are being read at the same time.
+        ids: of the order.
         """
-        if self._streams:
-            counts = np.bincount(self.shard_of(ids), minlength=len(self._parts))
-            self._check_room(counts, span)
+        if not self._streams:
+            return 0
+        counts = np.bincount(self.shard_of(ids), minlength=len(self._parts))
+        return self._room(counts, span)
 
-    def _check_room(self, counts: np.ndarray, span: int) -> None:
+    def _room(self, counts: np.ndarray, span: int) -> int:
         """counts: int64, how many positions are of each shard."""
         used = [number for number in self._streams if counts[number]]
         sizes = [self._bytes(number) for number in used]
-        mixed, limit = self.data.stream_shards, self.data.fetch_bytes
-        shards, size = most_at_once(sizes, counts[used].tolist(), mixed, span)
-        if 0 in self._streams:
-            size = min(size + self._bytes(0), sum(sizes))  # the shard of the first input is kept
-        if size > limit:
+        return most_at_once(sizes, counts[used].tolist(), self.data.stream_shards, span)
+
+    def check_room(self, needed: int, what: str) -> None:
+        """UserError where data.fetch_bytes is too small for what is read at once."""
+        if not self._streams:
+            return
+        if 0 in self._streams:  # that of the first input is kept
+            needed = min(needed + self._bytes(0), sum(map(self._bytes, self._streams)))
+        kept = FetchDir(self.data).kept
+        if needed + kept > self.data.fetch_bytes:
+            beside = f" beside {kept} bytes that are kept" if kept else ""
             raise UserError(
-                f"data.stream_shards = {mixed}: {span} samples that are read at once lie in up to "
-                f"{shards} shards of {self.split}, {size} bytes, more than data.fetch_bytes = "
-                f"{limit}; lower data.stream_shards or data.workers, or raise data.fetch_bytes"
+                f"data.stream_shards = {self.data.stream_shards}: {what} may take {needed} bytes "
+                f"of {self.split}{beside}, more than data.fetch_bytes = {self.data.fetch_bytes}; "
+                "lower data.stream_shards or data.workers, or raise data.fetch_bytes"
             )
 
     @property

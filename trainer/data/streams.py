@@ -266,6 +266,14 @@ class TrainingStream(_Stream):
                 f"sources of one batch need one input shape, these have {sorted(map(str, shapes))}"
             )
 
+    def _check_room(self, batches: int) -> None:
+        """UserError where shards that stream take too much room, so many batches at once."""
+        sources = [source for source in self.sources if source.order.windows is not None]
+        rooms = [each.shards.room(each.order.ids, batches * each.per_batch) for each in sources]
+        if any(rooms):
+            what = f"{batches} batches of {self.batch_size} that are read at once"
+            sources[rooms.index(max(rooms))].shards.check_room(sum(rooms), what)
+
     def announce(
         self, steps: range, reader: object = None, end: int | None = None, fetch: bool = True
     ) -> None:
@@ -360,10 +368,7 @@ class TrainingStream(_Stream):
 
         `workers` processes read ahead; 0 reads in this one.
         """
-        span = self.batch_size * (IN_FLIGHT * workers + 2)
-        for source in self.sources:
-            per_batch = span * source.per_batch // self.batch_size
-            source.shards.check_room(source.order.ids, per_batch)
+        self._check_room(IN_FLIGHT * workers + 2)
 
         def announce(steps: range, reader: object) -> None:
             self.announce(steps, reader, last_step, fetch=False)

@@ -114,13 +114,12 @@ def reserved(leased: Mapping[str, int], present: Iterable[str]) -> int:
 
     leased: {name: its bytes, 0 where it is needed later}.
     """
-    return sum(size for name, size in leased.items() if name not in set(present))
+    there = set(present)
+    return sum(size for name, size in leased.items() if name not in there)
 
 
-def most_at_once(
-    sizes: Sequence[int], counts: Sequence[int], mixed: int, span: int
-) -> tuple[int, int]:
-    """(shards, bytes) that `span` neighbouring positions of an order may touch.
+def most_at_once(sizes: Sequence[int], counts: Sequence[int], mixed: int, span: int) -> int:
+    """Bytes of the shards in the windows that `span` neighbouring positions of an order may touch.
 
     sizes: bytes of each shard.  counts: positions of each.  mixed: shards of a window.
     """
@@ -128,7 +127,7 @@ def most_at_once(
     smallest = sum(sorted(counts)[: len(sizes) // windows])
     touched = 2 + max(0, span - 1) // max(1, smallest)
     shards = min(touched * mixed, len(sizes))
-    return shards, sum(sorted(sizes)[len(sizes) - shards :])
+    return sum(sorted(sizes)[len(sizes) - shards :])
 
 
 def number_of_windows(shards: int, mixed: int) -> int:

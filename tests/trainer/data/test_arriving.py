@@ -17,8 +17,9 @@ from faulty_store import impatient, store
 from shardsets import label_of, picture, write_uneven
 from test_manifests import as_schema_1
 
-from pipeline.config import UserError
+from pipeline.config import Data, UserError
 from trainer.data import MeasuringStream, Source, TrainingStream, fetching, open_shards, shuffled
+from trainer.data.orders import Windows
 from trainer.data.routing import open_routed, route
 from trainer.data.sample_accounting import EpochAccounting
 from trainer.data.tars import index_bytes, load_index
@@ -96,6 +97,14 @@ def whole(far, place) -> list[str]:
     return [line(step, digests(ample.batch(step))) for step in range(STEPS)]
 
 
+def whole_on_disk(directory) -> list[str]:
+    """As `whole`, of files: in the order of shards that stream."""
+    shards = open_shards(str(directory), Data(cache="none"), "train")
+    shards.windows = Windows(shards._shard_start, 2)
+    stream = TrainingStream([Source(shards, shuffled(len(shards), 3), BATCH)], 5, "shift")
+    return [line(step, digests(stream.batch(step))) for step in range(STEPS)]
+
+
 # A set that is larger than what may be held
 
 
@@ -132,8 +141,10 @@ def test_the_batches_are_those_of_a_directory_that_holds_all(far, data, tmp_path
         assert (part.inputs == batch.inputs[rank::3]).all()
 
 
-def test_what_fits_is_fetched_once_and_kept(far, tmp_path):
-    data = data_of(far.url, tmp_path / "ample", AMPLE)
+@pytest.mark.parametrize("limit, word", [(AMPLE, "kept in"), (1_700_000, "stream through")])
+def test_what_fits_is_fetched_once_and_kept(far, tmp_path, limit, word):
+    data = data_of(far.url, tmp_path / "ample", limit)
+    assert word in open_shards(far.url, data, "train").arrival
     for _ in range(2):
         stream = the_stream(data)
         assert len(list(stream.loader(0, STEPS))) == STEPS
@@ -208,6 +219,49 @@ def test_two_runs_that_share_a_directory_keep_what_the_other_reads(far, data):
         for thread in threads:
             thread.join()
     assert len(ended) == 2 * (STEPS // 2) and held.most <= data.fetch_bytes
+
+
+@pytest.mark.slow
+def test_an_object_store_is_read_within_the_limit_and_once_an_epoch(written, tmp_path, monkeypatch):
+    s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+    monkeypatch.setattr(fetching, "_leases", {})
+    store = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    store.start()
+    try:
+        host, port = store.get_host_and_port()
+        environment = {
+            "FSSPEC_S3_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "NO_PROXY": "127.0.0.1",
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        files = s3fs.S3FileSystem()
+        files.mkdir("bucket")
+        for path in written.iterdir():
+            if path.name.endswith((".tar", ".json", ".npy")):
+                files.put_file(str(path), f"bucket/set/{path.name}")
+        asked: list[str] = []
+        blocks = fetching.blocks
+        counting = lambda url, size: asked.append(url) or blocks(url, size)  # noqa: E731
+        monkeypatch.setattr(fetching, "blocks", counting)
+        data = data_of("s3://bucket/set", tmp_path / "cache")
+        with MostBytes(data.fetch_dir) as held:
+            stream = the_stream(data)
+            found = [line(step, digests(b)) for step, b in enumerate(stream.loader(0, STEPS))]
+        of_disk = whole_on_disk(written)
+        assert found == of_disk and held.most <= data.fetch_bytes
+        shards = [url for url in asked if url.endswith(".tar")]
+        assert max(shards.count(url) for url in shards) <= 2
+        files.pipe_file("bucket/set/train-000005.tar", bytes(1000))
+        data = data.model_copy(update={"fetch_dir": str(tmp_path / "another")})
+        message = refused(lambda: list(the_stream(data).loader(0, STEPS)))
+        assert "the store has 1000 bytes, the manifest says 51200" in message
+    finally:
+        store.stop()
 
 
 # Faults
@@ -309,15 +363,15 @@ def test_a_limit_below_what_is_read_at_once_is_refused(far, data):
     message = refused(
         open_shards, far.url, data.model_copy(update={"fetch_bytes": 200_000}), "train"
     )
-    assert message.startswith("data.stream_shards = 2: ")
-    assert "up to 4 shards of train" in message and "data.fetch_bytes = 200000" in message
+    assert message.startswith("data.stream_shards = 2: two windows may take ")
+    assert "bytes of train" in message and "more than data.fetch_bytes = 200000" in message
     assert not any(requests(far).values())
 
 
 def test_a_shard_larger_than_the_limit_is_refused(far, data):
     message = refused(open_shards, far.url, data.model_copy(update={"fetch_bytes": 9_000}), "train")
     assert message.startswith(f"{far.url}/{NAMES[0]}: one shard of ")
-    assert "more than data.fetch_bytes = 9000" in message and not any(requests(far).values())
+    assert "take more than data.fetch_bytes = 9000" in message and not any(requests(far).values())
 
 
 def test_without_a_window_the_error_names_it(far, data):
