@@ -58,6 +58,8 @@ class Session:
                 data = data.model_copy(update={"label": "", "classes": None})
             opened = open_shards(getattr(data, split), data, split)
             self.losses.add(opened, {})
+            if opened.arrival:
+                self.say("%s", opened.arrival)
             self._shards[split] = cached(opened, self.run.root / "cache" / split, data)
         return self._shards[split]
 
@@ -155,8 +157,9 @@ class Session:
                 batch = batch.to(self.ranks.device)
                 values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
                 collected.add({"ids": batch.ids.cpu().numpy(), **values})
-            if together and stream.lacks_batch(self.ranks.rank, self.ranks.world_size):
-                measure(stream.blank().to(self.ranks.device))
+            if together:
+                for _ in range(stream.missing_batches(self.ranks.rank, self.ranks.world_size)):
+                    measure(stream.blank().to(self.ranks.device))
         gathered = gather((collected.count, lost), self.ranks)
         if not any(number for number, _ in gathered):
             raise UserError(f"{shards.split}: nothing to measure")

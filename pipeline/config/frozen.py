@@ -116,7 +116,7 @@ SCHEMA_1 = {
 
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
-    "data": {"augment_share": 0.2},
+    "data": {"augment_share": 0.2, "stream_shards": 0},
     "model": {"head": "linear", "scale": None, "margin": 0.0, "margin_kind": "cosface"},
     "generalist": {"weights": None},
     "clusters": {"capacity_of": "classes", "specialists": None, "train_examples": None},

@@ -67,6 +67,8 @@ class Data(Section):
     fetch_dir: str = ""
     # the most that they may take
     fetch_bytes: int = Field(default=256 * 1024**3, gt=0)
+    # of a split behind URLs that takes more: shards that are mixed as they stream; 0 refuses it
+    stream_shards: int = Field(default=0, ge=0)
     # extension -> module:function, beside the built-in table
     decoders: dict[str, str] = {}
     # the label set's size, where no manifest says it

@@ -42,7 +42,10 @@ def encode_png(image: np.ndarray) -> bytes:
 
 
 def write_toy(
-    directory: Path, per_class: dict[str, int] | None = None, names: list[str] | None = None
+    directory: Path,
+    per_class: dict[str, int] | None = None,
+    names: list[str] | None = None,
+    per_shard: int = 300,
 ) -> Path:
     """Shards of train, val and test in `directory`."""
     per_class = per_class or {"train": 40, "val": 12, "test": 12}
@@ -50,7 +53,7 @@ def write_toy(
     splits = {}
     for seed, (split, count) in enumerate(per_class.items(), start=1):
         labels = np.repeat(np.arange(NUM_CLASSES), count)
-        with ShardWriter(directory, split, names, samples_per_shard=300) as writer:
+        with ShardWriter(directory, split, names, samples_per_shard=per_shard) as writer:
             for k, image in enumerate(images(labels, seed)):
                 label = str(labels[k]).encode()
                 writer.write({"__key__": f"{k:06d}", "png": encode_png(image), "cls": label})

@@ -20,6 +20,7 @@ from pipeline.store import read_json, write_json
 
 from .mapped import create_mapped
 from .shards import Ids, ShardSet
+from .window import Need
 
 log = logging.getLogger("referral")
 SCHEMA = 2  # raised where decoders change what they make of the same bytes
@@ -38,6 +39,9 @@ class CachedShards(ShardSet):
         self._unreadable_ids = np.array(sorted(unreadable), np.int64)
         self._array = self._map()
         self._first = self._array.shape[1:], self._array.dtype
+
+    def announce(self, need: Need, reader: object = None, fetch: bool = True) -> None:
+        """See ShardSet: no shard is read."""
 
     @property
     def num_cached(self) -> int:

@@ -15,6 +15,7 @@ from pipeline.redaction import printable
 
 from .bounds import is_there
 from .choices import PICTURES
+from .label_files import SplitLabels
 from .labels import Kind, LabelSet
 from .patterns import Shard
 from .tars import (
@@ -163,6 +164,8 @@ def vouched(shard: Shard, data: Data) -> ShardPart | None:
     Its size and time are those that its index was compared with, and the manifest has the labels.
     """
     labels, entry = shard.labels, shard.entry
+    if shard.streams and labels is not None and entry is not None:
+        return _streaming(shard, labels, entry, data)
     if labels is None or entry is None or not data.label or labels.member != data.label:
         return None
     inputs = _input_extensions(labels.extensions, data)
@@ -170,6 +173,27 @@ def vouched(shard: Shard, data: Data) -> ShardPart | None:
         return None
     return ShardPart(
         shard, entry["samples"], entry["sha256"], frozenset(labels.extensions), frozenset(inputs)
+    )
+
+
+def _streaming(shard: Shard, labels: SplitLabels, entry: dict, data: Data) -> ShardPart:
+    """A shard that is fetched when it is read, by its manifest alone."""
+    if data.label not in ("", labels.member):
+        raise UserError(
+            f"{shard.name}: its manifest has the labels of {labels.member!r}, data.label is "
+            f"{data.label!r}; shards that stream are not read for others"
+        )
+    inputs = _input_extensions(labels.extensions, data)
+    if not inputs:
+        raise UserError(f"{shard.name}: no sample {no_input(data)}")
+    unlabelled = None if data.label else np.full(entry["samples"], UNLABELLED, np.int32)
+    return ShardPart(
+        shard,
+        entry["samples"],
+        entry["sha256"],
+        frozenset(labels.extensions),
+        frozenset(inputs),
+        unlabelled,
     )
 
 

@@ -6,13 +6,54 @@ So a stream resumes at any position.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+
+from .window import Need, number_of_windows
 
 
 def generator(*words: int) -> np.random.Generator:
     """A counter-based generator of its own for each tuple of non-negative numbers."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words)))
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Shards that stream: each epoch divides them anew into windows, and mixes each by itself.
+
+    start: int64 [S + 1], the first id of each shard, and behind the last.
+    size: shards of a window, at most.
+    """
+
+    start: np.ndarray
+    size: int
+
+    def epoch(self, ids: np.ndarray, random: np.random.Generator) -> WindowedEpoch:
+        """ids: int64 [L], some of them repeatedly."""
+        if (ids[1:] < ids[:-1]).any():
+            ids = np.sort(ids)
+        begins = np.searchsorted(ids, self.start)
+        present = random.permutation(np.flatnonzero(np.diff(begins)))
+        windows = np.array_split(present, number_of_windows(len(present), self.size))
+        mixed: list[np.ndarray] = []
+        for shards in windows:
+            own = [ids[begins[shard] : begins[shard + 1]] for shard in shards.tolist()]
+            mixed.append(random.permutation(np.concatenate(own)))
+        ends = np.cumsum([len(each) for each in mixed])
+        return WindowedEpoch(np.concatenate(mixed), ends, [tuple(w.tolist()) for w in windows])
+
+
+@dataclass(frozen=True)
+class WindowedEpoch:
+    """One epoch, window after window.
+
+    ids: int64 [L].  ends: int64 [W], the offset behind each window.  shards: of each window.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
+    shards: list[tuple[int, ...]]
 
 
 class Order:
@@ -23,6 +64,7 @@ class Order:
     ids: int64 [L].
     repeats: repeats(epoch) is int64 [L], summing to L: how often each id occurs in that epoch.
     None is once each.
+    windows: of shards that stream; None permutes all ids together.
     """
 
     KEPT = 2  # epochs in memory: a batch may lie across the seam of two
@@ -32,11 +74,13 @@ class Order:
         ids: np.ndarray,
         seed: int,
         repeats: Callable[[int], np.ndarray] | None = None,
+        windows: Windows | None = None,
     ):
         self.ids = np.asarray(ids, np.int64)
         self.seed = seed
         self.repeats = repeats
-        self._epochs: dict[int, np.ndarray] = {}
+        self.windows = windows
+        self._epochs: dict[int, WindowedEpoch] = {}
         if not len(self.ids):
             raise ValueError("an order needs at least one id")
 
@@ -53,6 +97,9 @@ class Order:
 
     def epoch(self, epoch: int) -> np.ndarray:
         """int64 [L]: one whole epoch in order."""
+        return self._epoch(epoch).ids
+
+    def _epoch(self, epoch: int) -> WindowedEpoch:
         if epoch not in self._epochs:
             ids = self.ids
             if self.repeats is not None:
@@ -60,8 +107,39 @@ class Order:
             assert len(ids) == len(self), (len(ids), len(self))
             while len(self._epochs) >= self.KEPT:
                 del self._epochs[next(iter(self._epochs))]
-            self._epochs[epoch] = generator(self.seed, 1, epoch).permutation(ids)
+            random = generator(self.seed, 1, epoch)
+            if self.windows is None:
+                self._epochs[epoch] = WindowedEpoch(random.permutation(ids), np.zeros(0), [])
+            else:
+                self._epochs[epoch] = self.windows.epoch(ids, random)
         return self._epochs[epoch]
+
+    def streaming(self, windows: Windows) -> Order:
+        """The same ids as often, window after window."""
+        return Order(self.ids, self.seed, self.repeats, windows)
+
+    def need(self, first: int, last: int, end: int | None = None) -> Need:
+        """The shards of positions first .. last - 1 of a reader that stops before `end`.
+
+        Of every window that they touch; ahead is the one behind the first of these.
+        """
+        shards, behind = self._window(first)
+        if behind >= last and (end is None or behind < end):
+            ahead, _ = self._window(behind)
+        else:
+            ahead = ()
+        total = Need(shards)
+        while behind < last:
+            shards, behind = self._window(behind)
+            total += Need(shards)
+        return total + Need((), ahead)
+
+    def _window(self, position: int) -> tuple[tuple[int, ...], int]:
+        """(the shards of the window that a position is in, the first position behind it)."""
+        number, offset = divmod(position, len(self))
+        epoch = self._epoch(number)
+        window = int(np.searchsorted(epoch.ends, offset, side="right"))
+        return epoch.shards[window], number * len(self) + int(epoch.ends[window])
 
     def expected(self, first: int, last: int) -> np.ndarray:
         """int64 [k]: the ids at positions first .. last - 1, all within one epoch, each id once."""

@@ -10,7 +10,7 @@ import glob
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from .label_files import SplitLabels, open_labels
 from .writing import MANIFEST, parse_manifest, read_manifest
 
 URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:", "scp:", "htgs:")
+KEPT_SHARE = 1 / 8  # of data.fetch_bytes: with data.stream_shards a smaller split is kept whole
 REWRITE = "`referral shards from-webdataset` rewrites compressed or other shards"
 
 
@@ -37,6 +38,8 @@ class Shard:
     entry:    its own entry of the manifest, if any.
     labels:   of all samples of its split, where the manifest has them.
     first:    the place of its own first sample in them.
+    url:      where it comes from, else "".
+    streams:  it is fetched when it is read, and not kept.
     """
 
     name: str
@@ -46,6 +49,8 @@ class Shard:
     entry: dict | None = None
     labels: SplitLabels | None = None
     first: int = 0
+    url: str = ""
+    streams: bool = False
 
     @property
     def classes(self) -> np.ndarray | None:
@@ -270,7 +275,11 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
         if manifest and url_name(url) not in manifest.entries:
             raise UserError(f"{url}: its manifest has no shard {url_name(url)!r}")
         entries.append(manifest.entries[url_name(url)][0] if manifest else None)
-    paths = FetchDir(manifests.data).shards(urls, entries)
+    fetch_dir = FetchDir(manifests.data)
+    size = sum(fetch_dir.taken(entry) for entry in entries if entry)
+    if manifests.data.stream_shards and size > KEPT_SHARE * fetch_dir.limit:
+        return [_streaming(url, each, fetch_dir) for url, each in zip(urls, found, strict=True)]
+    paths = fetch_dir.shards(urls, entries)
     shards: list[Shard] = []
     for url, path, manifest in zip(urls, paths, found, strict=True):
         if is_packed(path):
@@ -282,8 +291,30 @@ def _shards_behind_urls(pattern: str, split: str, manifests: _Manifests) -> list
         shard = Shard(name, str(path), directory)
         if manifest is not None:
             shard = manifest.shard(name, str(path), directory, url_name(url))
-        shards.append(shard)
+        shards.append(replace(shard, url=url))
     return shards
+
+
+def _streaming(url: str, manifest: _Manifest | None, fetch_dir: FetchDir) -> Shard:
+    """A shard that is fetched when it is read.  UserError where it cannot be."""
+    name, data = url_name(url), fetch_dir.data
+    labels = manifest.labels(manifest.entries[name][1]) if manifest else None
+    if manifest is None or labels is None:
+        raise UserError(
+            f"data.stream_shards = {data.stream_shards}: {url} needs a manifest with the classes "
+            "of its samples (schema 2); `referral shards index URLS --out DIR` makes one, for "
+            "data.manifest or to be put beside the shards"
+        )
+    entry = manifest.entries[name][0]
+    if fetch_dir.taken(entry) > fetch_dir.limit:
+        raise UserError(
+            f"{url}: one shard of {entry['bytes']} bytes and its index take more than "
+            f"data.fetch_bytes = {fetch_dir.limit}; raise it, or write smaller shards with "
+            "`referral shards from-webdataset`"
+        )
+    path = str(fetch_dir.place_of(url, entry))
+    shard = manifest.shard(redacted(url), path, redacted(_directory_of(url)), name)
+    return replace(shard, url=url, streams=True)
 
 
 def _manifest_of(url: str, manifests: _Manifests) -> _Manifest | None:

@@ -157,8 +157,12 @@ def _copy(shards: ShardSet, ids: Mapping[int, np.ndarray], directory: str | Path
             out = group_directory(directory, group)
             writer = ShardWriter(out, "routed", shards.class_names, overwrite=True)
             writers[group] = stack.enter_context(writer)
+        passage = shards.passage(distinct)
         for first in range(0, len(distinct), CHUNK):
             chunk = slice(first, first + CHUNK)
+            if passage is not None:
+                last = min(first + CHUNK, len(distinct))
+                shards.announce(shards.need_of(passage, first, last, len(distinct)))
             read, corrupt = shards.read_raw(distinct[chunk])
             lost |= corrupt
             for sample, files, groups in zip(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import resource
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -23,6 +24,7 @@ from networks.pictures import PictureRules
 from pipeline.config import Data, UserError
 from pipeline.redaction import printable
 
+from .arriving import Arrivals
 from .bounds import CLASSES, exceeds
 from .choices import DECODERS
 from .decoding import (
@@ -33,6 +35,7 @@ from .decoding import (
     recorded_name,
     with_rules,
 )
+from .fetching import FetchDir
 from .label_files import DTYPE, count_classes, map_labels
 from .labels import Kind, LabelSet
 from .opening import (
@@ -48,7 +51,9 @@ from .opening import (
     unread,
     vouched,
 )
+from .orders import Windows
 from .patterns import Shard, expand
+from .window import Need, Passage, most_at_once
 from .writing import ShardWriter, agreed_rules, recorded_rules, write_manifest
 
 __all__ = ["Corruption", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
@@ -88,10 +93,13 @@ class ShardSet:
         {extension: name} of the decoders that read anything but pictures and arrays.
     fingerprint : str
         A hash of the shards' contents, the classes and what is read of them.
+    windows : Windows, optional
+        How training mixes shards behind URLs with data.stream_shards, whether they stream or fit.
     """
 
     _mapped_labels: tuple[Path, int, int] | None = None  # file, first and last place in it
     _counts: np.ndarray | None = None
+    _arrivals: Arrivals | None = None
 
     def __init__(
         self,
@@ -116,6 +124,13 @@ class ShardSet:
         self.fingerprint = self._fingerprint()
         self.extensions = sorted(set().union(*(part.extensions for part in parts)))
         self._find_decoders()
+        self._streams = {n: part.shard for n, part in enumerate(parts) if part.shard.streams}
+        self.windows: Windows | None = None
+        if data.stream_shards and any(part.shard.url for part in parts):
+            self.windows = Windows(self._shard_start, data.stream_shards)
+        if self._streams:
+            needed = self._room(np.diff(self._shard_start), span=1)
+            self.check_room(needed, "two windows")
         self._forget_open()
         self._first: tuple[tuple[int, ...], np.dtype] | None = None
 
@@ -124,6 +139,9 @@ class ShardSet:
         self._descriptors: dict[int, int] = {}
         self._opened: dict[int, OpenedShard] = {}
         self._checked: set[int] = set()
+        self._arrivals = None
+        if self._streams:
+            self._arrivals = Arrivals(self.data, self._streams, self._close_shard)
 
     def _find_decoders(self) -> None:
         """One decoder for each kind of input, and what is said of them."""
@@ -156,6 +174,81 @@ class ShardSet:
         """Become another set's samples, with no open files: for the constructors of subclasses."""
         self.__dict__.update(other.__dict__)
         self._forget_open()
+
+    def announce(self, need: Need, reader: object = None, fetch: bool = True) -> None:
+        """Shards that stream: what a reader needs from here on.  See Arrivals."""
+        if self._arrivals is not None:
+            self._arrivals.announce(need, reader, fetch)
+
+    def leave(self, reader: object) -> None:
+        """The reader that announced what it needs has ended."""
+        if self._arrivals is not None:
+            self._arrivals.leave(reader)
+
+    def passage(self, ids: Ids) -> Passage | None:
+        """What reading samples in this order needs; None where no shard streams."""
+        if not self._streams:
+            return None
+        return Passage(self.shard_of(ids), self.data.stream_shards)
+
+    def need_of(self, passage: Passage, first: int, last: int, end: int) -> Need:
+        """As Passage has it; nothing where these samples lie in more shards than can be held."""
+        need = passage.need(first, last, end)
+        size = sum(self._bytes(number) for number in need.now if number in self._streams)
+        return need if 2 * size <= self.data.fetch_bytes else Need()
+
+    def _bytes(self, shard: int) -> int:
+        entry = self._parts[shard].shard.entry
+        assert entry is not None, self.names[shard]
+        return FetchDir.taken(entry)
+
+    def room(self, ids: Ids, span: int) -> int:
+        """Bytes of the shards that stream, of those that `span` neighbours in an order may touch.
+
+        ids: of the order.
+        """
+        if not self._streams:
+            return 0
+        counts = np.bincount(self.shard_of(ids), minlength=len(self._parts))
+        return self._room(counts, span)
+
+    def _room(self, counts: np.ndarray, span: int) -> int:
+        """counts: int64, how many positions are of each shard."""
+        used = [number for number in self._streams if counts[number]]
+        sizes = [self._bytes(number) for number in used]
+        return most_at_once(sizes, counts[used].tolist(), self.data.stream_shards, span)
+
+    def check_room(self, needed: int, what: str) -> None:
+        """UserError where data.fetch_bytes is too small for what is read at once."""
+        if not self._streams:
+            return
+        if 0 in self._streams:  # that of the first input is kept
+            needed = min(needed + self._bytes(0), sum(map(self._bytes, self._streams)))
+        kept = FetchDir(self.data).kept
+        if needed + kept > self.data.fetch_bytes:
+            beside = f" beside {kept} bytes that are kept" if kept else ""
+            raise UserError(
+                f"data.stream_shards = {self.data.stream_shards}: {what} may take {needed} bytes "
+                f"of {self.split}{beside}, more than data.fetch_bytes = {self.data.fetch_bytes}; "
+                "lower data.stream_shards or data.workers, or raise data.fetch_bytes"
+            )
+
+    @property
+    def arrival(self) -> str:
+        """Of shards behind URLs one line: what streams, what is kept and where; else ""."""
+        entries = [part.shard.entry for part in self._parts if part.shard.url]
+        if not entries:
+            return ""
+        size = sum(entry["bytes"] for entry in entries if entry)
+        directory = os.path.dirname(self.paths[0])
+        line = f"{self.split}: {len(entries)} shards behind URLs, {size / 2**20:.1f} MiB"
+        if not self._streams:
+            return f"{line}, kept in {directory}"
+        return (
+            f"{line}, stream through {directory}, of which data.fetch_bytes allows "
+            f"{self.data.fetch_bytes / 2**20:.1f} MiB; {self.data.stream_shards} shards are mixed "
+            "at a time"
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -227,6 +320,8 @@ class ShardSet:
         part = self._parts[shard]
         if part.index is not None:
             return OpenedShard(part.index, self.data)
+        if self._arrivals is not None and part.shard.streams:
+            self._arrivals.have(shard)
         first = shard not in self._checked
         try:
             opened = reopened(part, self.class_names, self.data, first)
@@ -273,11 +368,19 @@ class ShardSet:
             raise ValueError(str(reason)) from None
 
     def raw_bytes(self, ids: Ids) -> int:
-        """Bytes that the samples' files take in a tar: contents and headers in whole blocks."""
+        """Bytes that the samples' files take in a tar: contents and headers in whole blocks.
+
+        Of shards that stream their share of the shard.
+        """
         ids = np.asarray(ids, np.int64)
         shards = self.shard_of(ids)
         total = 0
         for shard in np.unique(shards).tolist():
+            if shard in self._streams:  # by their share of it: it need not be fetched for that
+                share = np.count_nonzero(shards == shard) / self._parts[shard].samples
+                entry = self._parts[shard].shard.entry
+                total += math.ceil((entry["bytes"] if entry else 0) * share)
+                continue
             index = self._open(shard).index
             if index is None:
                 continue
@@ -307,6 +410,38 @@ class ShardSet:
         ids = np.asarray(ids, np.int64)
         shape, dtype = self._first_input()
         unreadable: dict[int, str] = {}
+        for part in self._parts_of(ids):
+            unreadable |= self._read_part(inputs, rows[part], ids[part], shape, dtype)
+        self.check(unreadable)
+        return unreadable
+
+    def _parts_of(self, ids: np.ndarray) -> Iterator[np.ndarray | slice]:
+        """Places of the ids that are read together: all, unless more shards stream than are held.
+
+        Each shard is then read once, whatever the order of the ids, and the next ones are coming.
+        """
+        arrivals = self._arrivals
+        if arrivals is None or arrivals.holds(np.unique(self.shard_of(ids)).tolist()):
+            yield slice(None)
+            return
+        places = np.argsort(self.shard_of(ids), kind="stable")
+        shards, begins = np.unique(self.shard_of(ids[places]), return_index=True)
+        most, begins = self.data.stream_shards, [*begins.tolist(), len(ids)]
+        for first in range(0, len(shards), most):
+            behind = first + most
+            now, ahead = shards[first:behind].tolist(), shards[behind : behind + most].tolist()
+            arrivals.announce(Need(tuple(now), tuple(ahead)))
+            yield places[begins[first] : begins[min(behind, len(shards))]]
+
+    def _read_part(
+        self,
+        inputs: np.ndarray,
+        rows: np.ndarray,
+        ids: np.ndarray,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+    ) -> dict[int, str]:
+        unreadable: dict[int, str] = {}
         for row, sample, (shard, place) in zip(
             rows.tolist(), ids.tolist(), self._places(ids), strict=True
         ):
@@ -314,7 +449,6 @@ class ShardSet:
                 inputs[row] = self._decode(shard, place, shape, dtype)
             except Corrupt as reason:
                 unreadable[sample] = str(reason)
-        self.check(unreadable)
         return unreadable
 
     def check(self, unreadable: dict[int, str]) -> None:
@@ -385,6 +519,9 @@ class ShardSet:
         for sample in range(min(len(self), 100)):
             ((shard, place),) = self._places([sample])
             try:
+                if self._arrivals is not None and shard in self._streams:
+                    # The first epoch may read it late: it would be fetched twice.
+                    self._arrivals.have(shard, keep=True)
                 extension, content = self._input(shard, place)
                 array = decode(self._decoders[extension], content)
             except UserError:
@@ -405,18 +542,29 @@ class ShardSet:
             os.close(file)
         self._descriptors.clear()
 
+    def _close_shard(self, shard: int) -> None:
+        """Let its files go: an open one takes room on the disk after it is evicted."""
+        self._opened.pop(shard, None)
+        descriptor = self._descriptors.pop(shard, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
     def __del__(self):
         if hasattr(self, "_descriptors"):
             self._close()
+        if self._arrivals is not None:
+            self._arrivals.end()
 
     def __getstate__(self) -> dict:
-        state = self.__dict__ | {"_descriptors": {}, "_opened": {}}
+        state = self.__dict__ | {"_descriptors": {}, "_opened": {}, "_arrivals": None}
         if self._mapped_labels is not None:
             state["labels"] = None
         return state
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
+        if self._streams:
+            self._forget_open()
         if self._mapped_labels is not None:
             path, first, last = self._mapped_labels
             self.labels = map_labels(path)[first:last]

@@ -23,10 +23,12 @@ from .augment import Augment, Views, find_augment
 from .opening import check_share
 from .orders import Order, balanced, generator, shuffled
 from .shards import Ids, ShardSet
+from .window import Need
 
 __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
 
 TRIES = 1000  # corrupt samples in a row before a stream gives up
+IN_FLIGHT = 2  # batches that a worker of torch's DataLoader is given ahead
 NUMBERS = ("labels", "ids", "source", "view")  # of each example of a batch
 BLOCK = 256 * 1024  # bytes of inputs that are augmented at a time
 
@@ -127,7 +129,31 @@ class _Stream:
         """
         return {self._shard_sets[s].where(i): reason for (s, i), reason in self._lost.items()}
 
-    def _load(self, items: range, fetch: Callable[[int], Batch], workers: int) -> Iterator[Batch]:
+    def _load(
+        self,
+        items: range,
+        fetch: Callable[[int], Batch],
+        workers: int,
+        announce: Callable[[range, object], None],
+    ) -> Iterator[Batch]:
+        """The items in order.
+
+        announce(items, reader) says which are being read, of shards that stream, where workers
+        read: what one of them has read another one may still need.
+        """
+        most = IN_FLIGHT * workers + 1
+        if workers:
+            announce(items[:most], self)
+        try:
+            for done, batch in enumerate(self._loaded(items, fetch, workers), 1):
+                if workers:
+                    announce(items[done : done + most], self)
+                yield batch
+        finally:
+            for shards in self._shard_sets:
+                shards.leave(self if workers else None)
+
+    def _loaded(self, items: range, fetch: Callable[[int], Batch], workers: int) -> Iterator[Batch]:
         # A generator of its own: the loader's base seed would otherwise come from, and advance,
         # torch's global state.
         loader = DataLoader(
@@ -135,6 +161,7 @@ class _Stream:
             batch_size=None,
             sampler=items,
             num_workers=workers,
+            prefetch_factor=IN_FLIGHT if workers else None,
             collate_fn=_same,
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
@@ -215,7 +242,7 @@ class TrainingStream(_Stream):
         views: Views | None = None,
     ):
         super().__init__([source.shards for source in sources])
-        self.sources = list(sources)
+        self.sources = [_streaming(source) for source in sources]
         self.seed = seed
         self.views = views
         self.augment = augment if isinstance(augment, Augment) else find_augment(augment)
@@ -239,8 +266,41 @@ class TrainingStream(_Stream):
                 f"sources of one batch need one input shape, these have {sorted(map(str, shapes))}"
             )
 
-    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The rank's examples of the global batch of `step`: rank, rank + world_size, ..."""
+    def _check_room(self, batches: int) -> None:
+        """UserError where shards that stream take too much room, so many batches at once."""
+        sources = [source for source in self.sources if source.order.windows is not None]
+        rooms = [each.shards.room(each.order.ids, batches * each.per_batch) for each in sources]
+        if any(rooms):
+            what = f"{batches} batches of {self.batch_size} that are read at once"
+            sources[rooms.index(max(rooms))].shards.check_room(sum(rooms), what)
+
+    def announce(
+        self, steps: range, reader: object = None, end: int | None = None, fetch: bool = True
+    ) -> None:
+        """Say which shards these steps read, where shards stream; the reader stops before `end`."""
+        if not steps:
+            return
+        needs: dict[int, Need] = {}
+        sets: dict[int, ShardSet] = {}
+        for source in self.sources:
+            if source.order.windows is None:
+                continue
+            count = source.per_batch
+            until = None if end is None else end * count
+            need = source.order.need(steps.start * count, steps.stop * count, until)
+            key = id(source.shards)
+            sets[key], needs[key] = source.shards, needs.get(key, Need()) + need
+        for key, shards in sets.items():
+            shards.announce(needs[key], reader, fetch)
+
+    def batch(
+        self, step: int, rank: int = 0, world_size: int = 1, last_step: int | None = None
+    ) -> Batch:
+        """The rank's examples of the global batch of `step`: rank, rank + world_size, ...
+
+        last_step: no step from there on will be read, so nothing is fetched for it.
+        """
+        self.announce(range(step, step + 1), end=last_step)
         mine = np.arange(rank, self.batch_size, world_size)
         owners, turns = self._owner[mine], self._turn[mine]
         shards = self.sources[0].shards
@@ -308,7 +368,21 @@ class TrainingStream(_Stream):
 
         `workers` processes read ahead; 0 reads in this one.
         """
-        return self._load(range(first_step, last_step), _Share(self, rank, world_size), workers)
+        self._check_room(IN_FLIGHT * workers + 2)
+
+        def announce(steps: range, reader: object) -> None:
+            self.announce(steps, reader, last_step, fetch=False)
+
+        share = _Share(self, rank, world_size, last_step)
+        return self._load(range(first_step, last_step), share, workers, announce)
+
+
+def _streaming(source: Source) -> Source:
+    """The source in an order in which its shards can stream, where they are to."""
+    windows = source.shards.windows
+    if windows is None:
+        return source
+    return replace(source, order=source.order.streaming(windows))
 
 
 @dataclass(frozen=True)
@@ -316,9 +390,10 @@ class _Share:
     stream: TrainingStream
     rank: int
     world_size: int
+    last_step: int
 
     def __call__(self, step: int) -> Batch:
-        return self.stream.batch(step, self.rank, self.world_size)
+        return self.stream.batch(step, self.rank, self.world_size, self.last_step)
 
 
 def _new_tensor(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
@@ -409,13 +484,21 @@ class MeasuringStream(_Stream):
         self.shards = shards
         self.batch_size = batch_size
         self.ids = np.arange(len(shards)) if ids is None else np.asarray(ids, np.int64)
+        self._passage = shards.passage(self.ids)
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of ceil(n / batch_size).
 
         Its samples are neighbours in the shards, so that reading goes forward.
         """
-        ids = self._ids_of(number)
+        first = number * self.batch_size
+        return self._stretch(first, min(first + self.batch_size, len(self.ids)), len(self.ids))
+
+    def _stretch(self, first: int, last: int, end: int) -> Batch:
+        """The samples at places first .. last - 1 of `ids`, of a reader that stops before `end`."""
+        if self._passage is not None:
+            self.shards.announce(self.shards.need_of(self._passage, first, last, end))
+        ids = self.ids[first:last]
         inputs = _new_tensor((len(ids), *self.shards.input_shape), self.shards.input_dtype)
         corrupt = self.shards.read_into(inputs.numpy(), np.arange(len(ids)), ids)
         if corrupt:
@@ -429,13 +512,10 @@ class MeasuringStream(_Stream):
             lost=[(0, sample, reason) for sample, reason in corrupt.items()],
         )
 
-    def _ids_of(self, number: int) -> np.ndarray:
-        return self.ids[number * self.batch_size : (number + 1) * self.batch_size]
-
-    def lacks_batch(self, rank: int, world_size: int) -> bool:
-        """Whether this rank has one batch less than rank 0."""
-        num_batches = -(-len(self.ids) // self.batch_size)
-        return 0 < num_batches % world_size <= rank
+    def missing_batches(self, rank: int, world_size: int) -> int:
+        """How many batches less this rank has than the one that has most."""
+        counts = [len(self._share(each, world_size).stretches) for each in range(world_size)]
+        return max(counts) - counts[rank]
 
     def blank(self) -> Batch:
         """A batch of one input of zeros, which is no sample."""
@@ -444,19 +524,48 @@ class MeasuringStream(_Stream):
         return Batch(inputs=inputs.zero_(), labels=none, ids=none, source=none)
 
     def loader(self, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
-        """This rank's batches: rank, rank + world_size, ...
+        """This rank's batches: rank, rank + world_size, ...; of shards that stream a part in a row.
 
         UserError at the end if a sample is unaccounted for.
         """
-        num_batches = -(-len(self.ids) // self.batch_size)
-        numbers = range(rank, num_batches, world_size)
+        share = self._share(rank, world_size)
+
+        def announce(numbers: range, reader: object) -> None:
+            if self._passage is not None and numbers:
+                (first, _), (_, last) = share.stretches[numbers[0]], share.stretches[numbers[-1]]
+                need = self.shards.need_of(self._passage, first, last, share.end)
+                self.shards.announce(need, reader, fetch=False)
+
         seen = lost = 0
-        for batch in self._load(numbers, self.batch, workers):
+        for batch in self._load(range(len(share.stretches)), share, workers, announce):
             seen += len(batch)
             lost += len(batch.lost)
             yield batch
-        expected = sum(len(self._ids_of(number)) for number in numbers)
+        expected = sum(last - first for first, last in share.stretches)
         if seen + lost != expected:
             raise UserError(
                 f"{self.shards.split}: {expected} samples expected, {seen} seen and {lost} corrupt"
             )
+
+    def _share(self, rank: int, world_size: int) -> _MeasuringShare:
+        first, end, stride = 0, len(self.ids), world_size
+        if self._passage is not None:  # whole shards, so that no two ranks read one
+            cuts = self._passage.divided(world_size, len(self.ids))
+            first, end, stride = cuts[rank], cuts[rank + 1], 1
+        begins = range(first, end, self.batch_size)
+        if stride > 1:
+            begins = begins[rank::stride]
+        stretches = [(begin, min(begin + self.batch_size, end)) for begin in begins]
+        return _MeasuringShare(self, stretches, end)
+
+
+@dataclass(frozen=True)
+class _MeasuringShare:
+    """What one rank measures: stretches of the stream's ids, all before `end`."""
+
+    stream: MeasuringStream
+    stretches: list[tuple[int, int]]
+    end: int
+
+    def __call__(self, number: int) -> Batch:
+        return self.stream._stretch(*self.stretches[number], self.end)

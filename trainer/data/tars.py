@@ -500,6 +500,23 @@ def index_path(shard: str | Path) -> Path:
     return Path(f"{shard}.index.npz")
 
 
+def index_bytes(index: TarIndex) -> int:
+    """At least what `save_index` writes: the arrays, and the headers of a member for each."""
+    values = _as_arrays(index).values()
+    return sum(value.nbytes for value in values) + 512 * (len(values) + 4)
+
+
+def _as_arrays(index: TarIndex) -> dict[str, np.ndarray]:
+    values: dict[str, np.ndarray] = {}
+    for field in fields(index):
+        value = getattr(index, field.name)
+        if isinstance(value, Texts):
+            values[field.name], values[f"{field.name}_start"] = value.buffer, value.start
+        else:
+            values[field.name] = np.asarray(value)
+    return values
+
+
 def save_index(shard: str | Path, index: TarIndex) -> bool:
     """Keep `index` beside the shard, with the shard's size and time.
 
@@ -510,13 +527,7 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
     path = index_path(shard)
     _sweep_once(path.parent)
     temporary = temporary_beside(path)
-    values: dict[str, np.ndarray] = {}
-    for field in fields(index):
-        value = getattr(index, field.name)
-        if isinstance(value, Texts):
-            values[field.name], values[f"{field.name}_start"] = value.buffer, value.start
-        else:
-            values[field.name] = np.asarray(value)
+    values = _as_arrays(index)
     values["stat"] = np.array([stat.st_size, stat.st_mtime_ns], np.int64)
     values["schema"] = np.asarray(SCHEMA)
     try:

@@ -1,7 +1,7 @@
 """A store of shards behind HTTP that fails in seeded ways, and what comes of a set fetched from it.
 
     python tests/trainer/data/faulty_store.py 50
-        fetches 50 sets, each through faults of its own: `make soak`
+        fetches 50 sets whole and 50 through a window, each through faults of its own: `make soak`
 
 Half of the directories that they are fetched to are shared with somebody who planted links there.
 A fault befalls one request.  Up to two in a row are survived; three or more in a row are one line.
@@ -27,7 +27,14 @@ import numpy as np  # noqa: E402
 from shardsets import picture, write_uneven  # noqa: E402
 
 from pipeline.config import Data, UserError  # noqa: E402
-from trainer.data import fetching, open_shards, transport  # noqa: E402
+from trainer.data import (  # noqa: E402
+    Source,
+    TrainingStream,
+    fetching,
+    open_shards,
+    shuffled,
+    transport,
+)
 
 SIZES = [4, 9, 5, 6, 3]
 FAULTS = {
@@ -141,8 +148,10 @@ class Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def store(directory: Path):
-    """A server of a set of five shards; .url, .faults {name: [...]}, .requests Counter."""
-    write_uneven(directory, SIZES)
+    """A server of a set of shards, of five where there is none; .url, .faults {name: [...]},
+    .requests Counter."""
+    if not (directory / "manifest.json").exists():
+        write_uneven(directory, SIZES)
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(directory)))
     server.daemon_threads = True
     server.faults, server.requests, server.closing = {}, Counter(), threading.Event()
@@ -169,12 +178,15 @@ def impatient():
         transport.STALL_S, fetching.PAUSE_S = before
 
 
-def whole(directory: Path, fetched: Path) -> None:
-    """AssertionError unless every fetched shard is one of the store's, byte for byte."""
+def whole(directory: Path, fetched: Path, parts: bool = False) -> None:
+    """AssertionError unless every fetched shard is one of the store's, byte for byte.
+
+    parts: some may be on their way.
+    """
     known = {hashlib.sha256(path.read_bytes()).digest() for path in directory.glob("*.tar")}
     for path in filter(fetching.is_ours, fetched.glob("*.tar")):
         assert hashlib.sha256(path.read_bytes()).digest() in known, path
-    assert not list(fetched.glob("*.part*")), "a part is left"
+    assert parts or not list(fetched.glob("*.part*")), "a part is left"
 
 
 def plant(place: Path, directory: Path, fetched: Path, url: str) -> Path:
@@ -237,13 +249,64 @@ def judge(place: Path, seed: int, fault: str = "") -> str:
     return verdict
 
 
+def judge_window(place: Path, seed: int, fault: str = "") -> str:
+    """As `judge`, of two epochs through a window; once more from where a fault ended them."""
+    chance = random.Random(seed)
+    directory, fetched = place / "store", place / f"window-{seed}"
+    directory.mkdir(exist_ok=True)
+    limit = 100_000  # the set takes 110,000
+    data = Data(fetch_dir=str(fetched), cache="none", stream_shards=1, fetch_bytes=limit)
+    with store(directory) as server, impatient():
+        shards = open_shards(server.url, data, "train")
+        stream = TrainingStream([Source(shards, shuffled(len(shards), seed), 3)], seed)
+        hopeless, steps = chance.random() < 0.3, 2 * len(shards) // 3
+        befallen = {step: chance.sample(range(1, len(SIZES)), 2) for step in (0, steps // 2)}
+        step, verdict = 0, "whole"
+        while step < steps:
+            for number in befallen.pop(step, []):
+                kind = fault or chance.choice(list(FAULTS))
+                count = SURVIVED if not hopeless else 2 * fetching.BUSY_ATTEMPTS
+                server.faults[f"train-{number:06d}.tar"] = [kind] * count
+            try:
+                batch = stream.batch(step, last_step=steps)
+            except UserError as error:
+                line = str(error)
+                assert hopeless and len(line.splitlines()) == 1 and "cannot be fetched: " in line
+                assert any(reason in line for reason in FAULTS.values()), line
+                server.faults.clear()
+                verdict = "refused"
+                continue
+            expected = stream.sources[0].order(np.arange(3 * step, 3 * step + 3))
+            assert batch.ids.tolist() == [expected[turn] for turn in stream._turn]
+            for number, pixels in zip(batch.ids.tolist(), batch.inputs, strict=True):
+                assert (pixels[0].numpy() == picture(number)).all()
+            sizes = [path.stat().st_size for path in settled(fetched)]
+            assert sum(sizes) <= limit, sizes
+            step += 1
+        if not hopeless:
+            most = 2 + 2 * SURVIVED  # once an epoch, and each fault cost one request
+            assert all(server.requests[f"train-{n:06d}.tar"] <= most for n in range(len(SIZES)))
+        whole(directory, fetched, parts=True)
+    del stream, shards
+    for lease in fetching._leases.values():
+        lease.close()
+    fetching._leases.clear()
+    return verdict
+
+
+def settled(directory: Path) -> list[Path]:
+    """Its files, but those that get another name or end meanwhile."""
+    return [path for path in directory.iterdir() if path.suffix in (".tar", ".npy", ".json")]
+
+
 def soak(count: int) -> None:
-    verdicts: Counter = Counter()
-    for seed in range(count):
-        with tempfile.TemporaryDirectory() as directory:
-            verdicts[judge(Path(directory), seed)] += 1
-    assert min(verdicts["whole"], verdicts["refused"]) > 0 or count < 10, verdicts
-    print(f"{count} sets through faults of their store: {dict(verdicts)}")
+    for name, judged in (("whole", judge), ("through a window", judge_window)):
+        verdicts: Counter = Counter()
+        for seed in range(count):
+            with tempfile.TemporaryDirectory() as directory:
+                verdicts[judged(Path(directory), seed)] += 1
+        assert min(verdicts["whole"], verdicts["refused"]) > 0 or count < 10, verdicts
+        print(f"{count} sets {name} through faults of their store: {dict(verdicts)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 
 import pytest
-from faulty_store import FAULTS, PRECIOUS, STALL_S, impatient, judge, plant, store
+from faulty_store import FAULTS, PRECIOUS, STALL_S, impatient, judge, judge_window, plant, store
 
 from pipeline.config import Data, UserError
 from trainer.data import fetching, open_shards, private_files, transport
@@ -28,6 +28,12 @@ def test_a_fault_that_passes_is_survived_and_one_that_stays_is_a_line(tmp_path, 
         place.mkdir()
         verdicts.add(judge(place, seed, fault))
     assert verdicts == {"whole", "refused"}
+
+
+@pytest.mark.parametrize("fault", ["stall", "cut", "busy", "longer", "changed"])
+def test_through_a_window_a_fault_passes_or_is_a_line_behind_which_it_goes_on(tmp_path, fault):
+    verdicts = [judge_window(tmp_path, seed, fault) for seed in (0, 1)]
+    assert verdicts == ["whole", "refused"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
