@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a job failed, 2 an error of the user's, 130 interrupted.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -13,7 +12,6 @@ import shlex
 import shutil
 import sys
 import time
-import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -36,6 +34,7 @@ from pipeline.failures import answer, cannot_write, paths_among
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, write_json
 from pipeline.typer_usage import Command, application, call
+from pipeline.version import VERSION
 
 from . import demo as demos
 from . import sbatch, slurm
@@ -167,17 +166,8 @@ PlotOption = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"{NAME} {version()}")
+        print(f"{NAME} {VERSION}")
         raise typer.Exit()
-
-
-def version() -> str:
-    """Of the distribution, or of the checkout that runs without being installed."""
-    try:
-        return importlib.metadata.version(NAME)
-    except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).parents[1] / "pyproject.toml"
-        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
 
 
 def _print_completion(shell: str) -> None:

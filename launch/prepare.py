@@ -38,6 +38,7 @@ from pipeline.files import probe
 from pipeline.graph import RunDirectory
 from pipeline.label_set import SPLITS, num_classes
 from pipeline.store import UNCHECKED, Stage, write_json, write_text
+from pipeline.version import VERSION
 
 from .aims import RUN, Aim
 from .machine import num_cores
@@ -49,7 +50,6 @@ OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys on which no stage's metri
 PACKAGES = (
     "pydantic",
     "typer",
-    "referral",
     "torch",
     "numpy",
     "scipy",
@@ -347,7 +347,7 @@ def save_environment(root: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
+    versions = {"referral": VERSION}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

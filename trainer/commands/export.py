@@ -30,7 +30,7 @@ from ensemble import (
 )
 from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
 from pipeline.config import UserError
-from pipeline.extras import require
+from pipeline.extras import EXTRAS, require
 from pipeline.failures import cannot_write
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json, write_json
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--onnx",
         action="store_true",
-        help="also write these programs as ONNX; needs pip install 'referral[onnx]'",
+        help="also write these programs as ONNX; needs the packages " + ", ".join(EXTRAS["onnx"]),
     )
     parser.add_argument(
         "--force", action="store_true", help="replace what an earlier export wrote to OUT"
@@ -226,7 +226,7 @@ def put_in_place(out: Path) -> Iterator[Path]:
 
 
 def check_onnx() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in EXTRAS["onnx"]:
         require(name, "--onnx")
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from networks import parameter_count
 from pipeline.config import Engine as EngineConfig
 from pipeline.config import ResolvedSchedule, UserError
+from pipeline.extras import missing_package
 
 from ..core.optim import (
     AveragedWeights,
@@ -297,7 +298,8 @@ def import_deepspeed(ranks: Ranks) -> ModuleType:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        raise UserError(f'engine.name = "deepspeed" needs the package deepspeed: {error}') from None
+        text = missing_package(error) or str(error)
+        raise UserError(f'engine.name = "deepspeed": {text}') from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
