@@ -1,6 +1,7 @@
 """`referral doctor`: what it finds, and what only some ranks find."""
 
 import importlib.metadata
+import shutil
 import subprocess
 import sys
 
@@ -15,9 +16,14 @@ from trainer.commands.doctor import Finding, RankFindings, compare_ranks
 from trainer.commands.gpus import Gpus, TorchBuild, gpus_of_machine, judge
 
 
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return write_toy(tmp_path_factory.mktemp("toy") / "data")
+
+
 @pytest.fixture
-def run(tmp_path):
-    config = toy_config(write_toy(tmp_path / "data"))
+def run(toy, tmp_path):
+    config = toy_config(shutil.copytree(toy, tmp_path / "data"))
     (tmp_path / "run").mkdir()
     save_config(config, tmp_path / "run" / "config.toml")
     return tmp_path / "run"
