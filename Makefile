@@ -20,11 +20,11 @@ ifeq ($(HASHES),yes)
 	$(PIP) install --no-deps --no-build-isolation -e .
 	$(PIP) check
 else
-	$(PIP) install -c constraints.txt torch -e '.[train,test,onnx]'
+	$(PIP) install -c constraints.txt torch -e '.[train,deepspeed,onnx,test]'
 endif
 	touch $@
 
-.PHONY: install demo test test-all soak lint
+.PHONY: install demo test test-all test-matrix soak lint dist
 install: .venv/.installed
 
 demo: install
@@ -35,6 +35,17 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -m ''
+
+# The wheel in clean environments of the lowest and the newest versions; gigabytes and minutes a row.
+# MATRIX="3.13:lowest" asks for one row; without it, the Pythons that are at hand.
+test-matrix: dist
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/python tests/matrix.py dist/*.whl $(MATRIX)
+
+dist: install
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
 
 # Long repetitions of the fault tests; a few of each kind are in `make test`.
 soak: install

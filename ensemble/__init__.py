@@ -88,7 +88,7 @@ def __getattr__(name: str):
     try:
         module = import_module(f".{_HOMES[name]}", __name__)
     except ModuleNotFoundError as error:
-        text = f"{error}, which {__name__}.{name} needs; pip install 'referral[train]'"
+        text = f"{error}, which {__name__}.{name} needs; `referral doctor` says what to install"
         raise ModuleNotFoundError(text, name=error.name) from None
     return getattr(module, name)
 

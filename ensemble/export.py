@@ -225,14 +225,14 @@ def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
     Raises
     ------
     ValueError
-        Where the extra `onnx` is not installed.
+        Where the packages of the extra `onnx` are not installed.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"{error.name} is not installed; pip install 'referral[onnx]' brings it"
+            f"{error.name} is not installed; pip install onnx onnxscript onnxruntime"
         ) from None
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.onnx")

@@ -5,14 +5,12 @@ Exit codes: 0 done, 1 a job failed, 2 an error of the user's, 130 interrupted.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import shlex
 import shutil
 import sys
 import time
-import tomllib
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from enum import StrEnum
@@ -47,6 +45,7 @@ from pipeline.trust import (
     code_of_key,
 )
 from pipeline.typer_usage import Command, application, call
+from pipeline.version import VERSION
 
 from . import demo as demos
 from . import sbatch, slurm
@@ -183,17 +182,8 @@ PlotOption = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"{NAME} {version()}")
+        print(f"{NAME} {VERSION}")
         raise typer.Exit()
-
-
-def version() -> str:
-    """Of the distribution, or of the checkout that runs without being installed."""
-    try:
-        return importlib.metadata.version(NAME)
-    except importlib.metadata.PackageNotFoundError:
-        project = Path(__file__).parents[1] / "pyproject.toml"
-        return tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
 
 
 def _print_completion(shell: str) -> None:

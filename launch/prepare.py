@@ -40,6 +40,7 @@ from pipeline.label_set import SPLITS, num_classes
 from pipeline.redaction import redacted
 from pipeline.store import UNCHECKED, Stage, write_json, write_text
 from pipeline.trust import record
+from pipeline.version import VERSION
 
 from .aims import RUN, Aim
 from .machine import num_cores
@@ -51,7 +52,6 @@ OF_NO_STAGE = ("engine.", "launch.", "slurm.")  # keys on which no stage's metri
 PACKAGES = (
     "pydantic",
     "typer",
-    "referral",
     "torch",
     "numpy",
     "scipy",
@@ -373,7 +373,7 @@ def save_environment(root: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {}
+    versions = {"referral": VERSION}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

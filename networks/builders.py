@@ -479,8 +479,7 @@ def _timm(name: str, shape: tuple[int, ...], options: Mapping[str, Any]) -> nn.M
     try:
         timm = import_module("timm")
     except ImportError as error:
-        remedy = "pip install 'referral[timm]'"
-        raise ValueError(f"timm:{name} needs timm ({error}); {remedy}") from None
+        raise ValueError(f"timm:{name} needs timm ({error}); pip install timm") from None
     if not timm.is_model(name):
         hint = nearest(name.split(".")[0], timm.list_models())
         raise ValueError(f"timm has no model {name!r}; {hint}")

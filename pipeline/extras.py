@@ -1,17 +1,23 @@
-"""Which extra of the distribution brings a package that is not installed."""
+"""Which extra of the distribution brings a package that is not installed, and how it is had."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+import shlex
 import sys
+import tomllib
 from importlib.util import find_spec
+from pathlib import Path
 
 from .config import UserError
+from .version import DISTRIBUTION
 
+ROOT = Path(__file__).parents[1]  # a clone, or the directory of installed packages
 # Extra -> the modules that its packages bring; pyproject.toml has the packages.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "torch",
-        "deepspeed",
         "webdataset",
         "sklearn",
         "scipy",
@@ -21,21 +27,57 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "matplotlib",
         "fontTools",
     ),
+    "deepspeed": ("deepspeed",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "timm": ("timm",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}  # else the same
 
 
 def remedy(module: str) -> str:
     """The command that installs what a module is in."""
-    package = module.partition(".")[0]
+    name = module.partition(".")[0]
     for extra, modules in EXTRAS.items():
-        if package in modules:
-            return f"pip install 'referral[{extra}]'"
-    return f"pip install {package}"
+        if name in modules:
+            return install(extra)
+    return f"pip install {PACKAGES.get(name, name)}"
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra beside this copy, wherever the copy came from.
+
+    In a clone it is the clone's own extra.  Elsewhere it names the packages: a wheel may lie
+    anywhere, and the name of the distribution on no index.
+    """
+    if is_clone(ROOT):
+        return f"pip install -e {shlex.quote(f'{ROOT}[{extra}]')}"
+    return "pip install " + " ".join(shlex.quote(each) for each in requirements(extra))
+
+
+def is_clone(directory: Path) -> bool:
+    """Whether a directory has our own pyproject.toml; a package of others may have left its."""
+    try:
+        project = tomllib.loads((directory / "pyproject.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return project.get("project", {}).get("name") == DISTRIBUTION
+
+
+def requirements(extra: str) -> list[str]:
+    """`package>=version` of an extra, as the installed distribution has them.
+
+    Of files that nobody installed: the names alone.
+    """
+    try:
+        lines = importlib.metadata.requires(DISTRIBUTION) or []
+    except importlib.metadata.PackageNotFoundError:
+        return [PACKAGES.get(module, module) for module in EXTRAS[extra]]
+    marked = (line.partition(";") for line in lines)
+    of_extra = re.compile(rf"""extra == ['"]{extra}['"]""")
+    return [requirement.strip() for requirement, _, marker in marked if of_extra.search(marker)]
 
 
 def missing_package(error: ImportError) -> str:

@@ -316,7 +316,7 @@ def test_a_row_says_what_an_engine_cannot_do(recipe, data, monkeypatch):
     row = dataclasses.replace(row, whole_weights='name = "ddp"', package="no_such_package")
     monkeypatch.setitem(ENGINES, "guarded", row)
     assert 'take engine.name = "ddp", or ema = 0' in refusal(data, *chosen)
-    with pytest.raises(UserError, match='"guarded" needs the package no_such_package'):
+    with pytest.raises(UserError, match='"guarded": no_such_package is not installed'):
         check(toy_config(data, *QUICK, "engine.name=guarded"), 1)
 
 

@@ -16,6 +16,7 @@ ROOMS = {
     "pipeline": {"clustering", "networks", "ensemble"},  # TORCHLESS modules alone
     "trainer": {"clustering", "networks", "ensemble", "pipeline"},
     "launch": {"pipeline"},
+    "referral": {"clustering", "networks", "ensemble", "pipeline", "launch"},
 }
 TORCHLESS = {"choices", "checksums", "temporaries"}
 # Login nodes run pipeline and launch, where none of these is installed.
@@ -92,7 +93,7 @@ def test_a_room_imports_only_the_rooms_below_it(room):
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
-@pytest.mark.parametrize("room", ["pipeline", "launch"])
+@pytest.mark.parametrize("room", ["pipeline", "launch", "referral"])
 def test_a_room_of_login_nodes_imports_nothing_heavy(room):
     for path in files(room):
         heavy = {name.split(".")[0] for name in imports(path)} & HEAVY
@@ -108,7 +109,9 @@ def test_of_the_rooms_with_mathematics_the_pipeline_knows_choices_and_the_safety
 
 
 def test_what_login_nodes_import_needs_no_torch():
-    modules = [module_name(path) for room in ("pipeline", "launch") for path in files(room)]
+    modules = [
+        module_name(path) for room in ("pipeline", "launch", "referral") for path in files(room)
+    ]
     program = f"import sys\nimport {', '.join(modules)}\nprint(*sys.modules)"
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT

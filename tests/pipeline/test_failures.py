@@ -11,7 +11,7 @@ import numpy
 import pytest
 
 from pipeline.config import UserError
-from pipeline.extras import EXTRAS, missing_package, remedy, require
+from pipeline.extras import EXTRAS, ROOT, missing_package, remedy, require
 from pipeline.failures import INTERRUPTED, answer, cannot_write, explain, fullest, size_text
 from pipeline.files import DamagedFile, read_json, write_bytes
 
@@ -188,7 +188,7 @@ def test_a_missing_package_is_one_line_with_the_extra_that_brings_it(extra, monk
         monkeypatch.setitem(sys.modules, module, None)
         error = ModuleNotFoundError(f"No module named '{module}.x'", name=f"{module}.x")
         assert missing_package(error) == (
-            f"{module} is not installed; pip install 'referral[{extra}]'"
+            f"{module} is not installed; pip install -e '{ROOT}[{extra}]'"
         )
         with pytest.raises(UserError, match=f"engine.track: {module} is not installed; pip"):
             require(module, "engine.track")
@@ -212,7 +212,7 @@ def test_from_python_too_a_missing_package_is_named_with_its_extra(package, monk
     module = importlib.import_module(package)
     monkeypatch.setattr(module, "import_module", absent)
     name = {"networks": "Classifier", "ensemble": "combine_kl", "clustering": "ClassGroups"}
-    with pytest.raises(ImportError, match=r"No module named 'torch'.*'referral\[train\]'"):
+    with pytest.raises(ImportError, match="No module named 'torch'.*`referral doctor` says"):
         getattr(module, name[package])
 
 
@@ -229,6 +229,6 @@ def test_on_an_installation_without_extras_every_command_of_the_trainer_is_one_l
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert "Traceback" not in ran.stderr
-    remedy = "pip install 'referral[train]'"
+    remedy = f"pip install -e '{ROOT}[train]'"
     lines = [line for line in ran.stderr.splitlines() if remedy in line]
     assert len(lines) == len(COMMANDS) - 1, ran.stderr

@@ -93,8 +93,7 @@ def check_engine(config: Config) -> None:
     engine = config.engine
     precision(engine, choose_device(engine))
     if engine.kind.package:
-        package = engine.kind.package
-        require(package, f'engine.name = "{engine.name}" needs the package {package}')
+        require(engine.kind.package, f'engine.name = "{engine.name}"')
     for name in engine.track:
         require(name, f'engine.track = ["{name}"]')
 

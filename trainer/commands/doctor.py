@@ -1,6 +1,7 @@
 """`referral doctor`: is this machine fit for a run?
 
-One line a finding; exit code 1 if something needed is missing. Under torchrun (`torchrun ... -m
+One line a finding; exit code 1 if something needed is missing. Whatever is missing or broken is a
+finding, torch too: no error ends the list. Under torchrun (`torchrun ... -m
 trainer -- doctor --run DIR`) every rank looks for itself, and rank 0 reports what only some ranks
 see, or see differently.
 """
@@ -13,30 +14,22 @@ import platform
 import shutil
 import socket
 import sys
-from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
-from pipeline.choices import ENGINES
-from pipeline.config import Engine, UserError
-from pipeline.extras import remedy
-from pipeline.graph import RunDirectory, open_run
+from pipeline.config import Config, Engine, UserError, load_config
+from pipeline.extras import EXTRAS, PACKAGES, install, is_installed, remedy
+from pipeline.graph import open_run
 from pipeline.trust import COMMAND, FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
+from pipeline.version import DISTRIBUTION, VERSION
 
-NEEDED = (
-    "torch",
-    "numpy",
-    "scipy",
-    "scikit-learn",
-    "webdataset",
-    "safetensors",
-    "pillow",
-    "pydantic",
-    "jinja2",
-    "matplotlib",
-)
-ENGINES_NEED = tuple(engine.package for engine in ENGINES.values() if engine.package)
-OPTIONAL = (*ENGINES_NEED, "onnx", "timm", "tensorboard", "wandb")
+from .gpus import TorchBuild, gpus_of_machine, judge
+
+BASE = ("numpy", "pydantic")
+TIMM = "timm:"  # begins model.name of a network of timm's
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what torchrun gives every rank
 
 
 class Finding(NamedTuple):
@@ -54,12 +47,13 @@ class RankFindings(NamedTuple):
 
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
-    run = open_run(args.run) if args.run else None
-    if run is not None:
-        check_trusted(run, args.trust, (FUNCTION, COMMAND))
-    if "RANK" in os.environ:
+    run = Path(args.run) if args.run else None
+    if run is not None and isinstance(read_config(run), Config):
+        check_trusted(open_run(run), args.trust, (FUNCTION, COMMAND))
+    if all(name in os.environ for name in TORCHRUN) and is_installed("torch"):
         return examine_ranks(run)
-    return report([*versions(), *devices(), *run_findings(run)])
+    config = read_config(run)
+    return report([*versions(), *devices(_engine(config)), *run_findings(run, config)])
 
 
 def _parser() -> Parser:
@@ -92,12 +86,10 @@ def examine_ranks(run: RunDirectory | None) -> int:
 
     from ..distributed.ranks import broadcast, gather, process_group, sum_over_ranks
 
-    engine = Engine.model_validate({})
-    if run is not None:
-        engine = run.config.engine
-    with process_group(engine) as ranks:
+    config = read_config(run)
+    with process_group(_engine(config)) as ranks:
         total = float(sum_over_ranks(torch.ones(()), ranks))
-        findings = [*versions(), *run_findings(run)]
+        findings = [*versions(), *run_findings(run, config)]
         own = RankFindings(socket.gethostname(), str(ranks.device), findings)
         gathered = gather(own, ranks)
         code = report(compare_ranks(gathered, total)) if ranks.is_main else 0
@@ -124,37 +116,92 @@ def compare_ranks(ranks: list[RankFindings], total: float) -> list[Finding]:
 # What is looked at
 
 
+def read_config(run: Path | None) -> Config | Finding | None:
+    """The config of a run, or what is wrong with it; None where no run is named."""
+    if run is None:
+        return None
+    try:
+        return load_config(run / "config.toml")
+    except UserError as error:
+        return Finding(False, str(error))
+    except OSError as error:
+        return Finding(False, f"{run / 'config.toml'}: {error.strerror or error}")
+
+
+def _engine(config: Config | Finding | None) -> Engine:
+    return config.engine if isinstance(config, Config) else Engine.model_validate({})
+
+
 def versions() -> list[Finding]:
+    """Python, this software, and its packages with their versions."""
     python = f"Python {platform.python_version()} on {platform.platform()}"
     findings = [Finding(sys.version_info >= (3, 11), python)]
-    for name in (*NEEDED, *OPTIONAL):
-        try:
-            findings.append(Finding(True, f"{name} {importlib.metadata.version(name)}"))
-        except importlib.metadata.PackageNotFoundError:
-            if name in NEEDED:
-                findings.append(Finding(False, f"{name}: {remedy('torch')}"))
+    findings.append(Finding(True, f"{DISTRIBUTION} {VERSION}"))
+    missing = []
+    for extra in ("", *EXTRAS):
+        for module in EXTRAS[extra] if extra else BASE:
+            package = PACKAGES.get(module, module)
+            version = _version(module, package)
+            if version:
+                findings.append(Finding(True, f"{package} {version}"))
+            elif extra == "train":
+                missing.append(package)
+    if missing:
+        findings.append(_not_installed(missing))
     return findings
 
 
-def devices() -> list[Finding]:
-    """Cores and GPUs, and a collective on every backend that a run would use."""
-    if find_spec("torch") is None:
-        return []  # `versions` says so
-    import torch
+def _version(module: str, package: str) -> str:
+    """Of an installed package; "" without it."""
+    try:
+        return importlib.metadata.version(package) or "of an unknown version"
+    except (importlib.metadata.PackageNotFoundError, KeyError):
+        return "of an unknown version" if is_installed(module) else ""
 
+
+def _not_installed(packages: list[str]) -> Finding:
+    """A node that only submits jobs needs none of the extra `train`."""
+    names = f"not installed: {', '.join(packages)}"
+    is_login_node = shutil.which("sbatch") is not None and "SLURM_JOB_ID" not in os.environ
+    if is_login_node and "torch" in packages:
+        return Finding(True, f"{names}; a login node needs none, jobs do: {install('train')}")
+    return Finding(False, f"{names}; {install('train')}")
+
+
+def devices(engine: Engine) -> list[Finding]:
+    """Cores and GPUs, and a collective on every backend that a run would use."""
     threads = os.environ.get("OMP_NUM_THREADS", "not set")
     findings = [Finding(True, f"{_num_cores()} cores, OMP_NUM_THREADS = {threads}")]
+    gpus = gpus_of_machine()
+    if not is_installed("torch"):
+        return [*findings, *([Finding(True, gpus.text)] if gpus else [])]  # `versions` says so
+    try:
+        import torch
+
+        build = _build(torch)
+    except Exception as error:  # whatever a broken installation raises is the finding
+        text = f"torch cannot be used: {_one_line(error)}; install it again"
+        return [*findings, Finding(False, text)]
+    findings += [Finding(ok, text) for ok, text in judge(build, gpus, engine.device)]
+    findings.append(_collective("gloo", "cpu"))
+    if build.devices:
+        findings.append(_collective("nccl", "cuda"))
+    return findings
+
+
+def _build(torch: ModuleType) -> TorchBuild:
+    """torch: the module."""
+    names = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             gpu = torch.cuda.get_device_properties(index)
-            text = f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
-            findings.append(Finding(True, text))
-    else:
-        findings.append(Finding(True, "no CUDA device: runs go on gloo and the CPU"))
-    findings.append(_collective("gloo", "cpu"))
-    if torch.cuda.is_available():
-        findings.append(_collective("nccl", "cuda"))
-    return findings
+            names.append(f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    rocm = getattr(torch.version, "hip", None)
+    return TorchBuild(torch.__version__, torch.version.cuda, rocm, names)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _num_cores() -> int | None:
@@ -165,42 +212,73 @@ def _num_cores() -> int | None:
 
 def _collective(backend: str, device: str) -> Finding:
     """An all-reduce in one process, which says more than a version number."""
+    try:
+        total = _all_reduce(backend, device)
+    except Exception as error:  # whatever a broken installation raises is the finding
+        return Finding(False, f"{backend}: {_one_line(error)}")
+    return Finding(total == 1, f"{backend}: all-reduce on {device}")
+
+
+def _all_reduce(backend: str, device: str) -> float:
     import torch
     import torch.distributed as dist
 
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] torch documents it
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage] torch documents it
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
         one = torch.ones(1, device=device)
         dist.all_reduce(one)
+        return one.item()
+    finally:
         dist.destroy_process_group()
-        is_one = one.item() == 1
-    except Exception as error:  # whatever a broken installation raises is the finding
-        return Finding(False, f"{backend}: {error}")
-    return Finding(is_one, f"{backend}: all-reduce on {device}")
 
 
-def run_findings(run: RunDirectory | None) -> list[Finding]:
-    """The disk and the shards of a run, where one is named."""
-    if run is None or find_spec("torch") is None:
+def run_findings(root: Path | None, config: Config | Finding | None) -> list[Finding]:
+    """The disk, the packages and the shards of a run, where one is named."""
+    if root is None or config is None:
         return []
-    from ..data.shards import open_shards
+    if isinstance(config, Finding):
+        return [config]
+    findings = [*_disk(root), *_packages(config)]
+    if is_installed("torch"):
+        findings += [_shards(config, split) for split in ("train", "val", "test")]
+    return findings
 
-    config, root = run.config, run.root
-    free = shutil.disk_usage(root).free
-    findings = [
+
+def _disk(root: Path) -> list[Finding]:
+    try:
+        free = shutil.disk_usage(root).free
+    except OSError as error:
+        return [Finding(False, f"{root}: {error.strerror or error}")]
+    return [
         Finding(free > 2**30, f"{free / 2**30:.1f} GiB free under {root}"),
         Finding(os.access(root, os.W_OK), f"{root} can be written"),
     ]
-    for split in ("train", "val", "test"):
-        try:
-            shards = open_shards(getattr(config.data, split), config.data, split)
-        except UserError as error:
-            findings.append(Finding(False, str(error)))
-            continue
-        text = (
-            f"{split}: {shards.num_samples} samples of {shards.num_classes} classes "
-            f"({shards.fingerprint[:8]})"
-        )
-        findings.append(Finding(True, text))
-    return findings
+
+
+def _packages(config: Config) -> list[Finding]:
+    """What this run's config needs and is not installed."""
+    engine = config.engine
+    needed = {f'engine.name = "{engine.name}"': engine.kind.package} if engine.kind.package else {}
+    needed |= {f'engine.track = ["{name}"]': name for name in engine.track}
+    if config.model.name.startswith(TIMM):
+        needed[f'model.name = "{config.model.name}"'] = "timm"
+    return [
+        Finding(False, f"{key}: {module} is not installed; {remedy(module)}")
+        for key, module in needed.items()
+        if not is_installed(module)
+    ]
+
+
+def _shards(config: Config, split: str) -> Finding:
+    try:
+        from ..data.shards import open_shards
+
+        shards = open_shards(getattr(config.data, split), config.data, split)
+    except (UserError, OSError, ImportError) as error:
+        return Finding(False, str(error))
+    return Finding(
+        True,
+        f"{split}: {shards.num_samples} samples of {shards.num_classes} classes "
+        f"({shards.fingerprint[:8]})",
+    )

@@ -31,7 +31,7 @@ from ensemble import (
 from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
 from networks.integrity import OTHER_FORM, OUT_OF_MEMORY, write_checksums
 from pipeline.config import UserError
-from pipeline.extras import require
+from pipeline.extras import EXTRAS, require
 from pipeline.failures import cannot_write
 from pipeline.files import sync_tree
 from pipeline.graph import RunDirectory, open_run
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--onnx",
         action="store_true",
-        help="also write these programs as ONNX; needs pip install 'referral[onnx]'",
+        help="also write these programs as ONNX; needs the packages " + ", ".join(EXTRAS["onnx"]),
     )
     parser.add_argument(
         "--force", action="store_true", help="replace what an earlier export wrote to OUT"
@@ -248,7 +248,7 @@ def put_in_place(out: Path) -> Iterator[Path]:
 
 
 def check_onnx() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in EXTRAS["onnx"]:
         require(name, "--onnx")
 
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 from pipeline.failures import answer
 
+TIMEOUT = "--shutdown-timeout"
 DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
 
@@ -39,7 +41,9 @@ def start(arguments: list[str]) -> int:
     separator = arguments.index("--")
     # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path; it
     # never sees it.
-    options = get_args_parser().parse_args([*arguments[:separator], "--no-python", sys.executable])
+    parser = get_args_parser()
+    own = known_to(parser, arguments[:separator])
+    options = parser.parse_args([*own, "--no-python", sys.executable])
     # -P: the working directory's own trainer.py is not ours.
     trainer = [sys.executable, "-P", "-m", "trainer", *arguments[separator + 1 :]]
     options.training_script_args = ["-I", str(DIE_WITH_PARENT), str(os.getpid()), *trainer]
@@ -51,6 +55,18 @@ def start(arguments: list[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def known_to(parser: ArgumentParser, options: list[str]) -> list[str]:
+    """torchrun's options without --shutdown-timeout where torch is too old for it.
+
+    Such a torchrun gives its ranks 30 seconds to end.  Whoever started it kills it before that, and
+    they die with it.
+    """
+    if TIMEOUT not in options or TIMEOUT in parser.format_help():
+        return options
+    place = options.index(TIMEOUT)
+    return options[:place] + options[place + 2 :]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from networks import parameter_count
 from pipeline.config import Engine as EngineConfig
 from pipeline.config import ResolvedSchedule, UserError
 from pipeline.config.deepspeed import merged_deepspeed
+from pipeline.extras import missing_package
 
 from ..core.optim import (
     AveragedWeights,
@@ -306,7 +307,8 @@ def import_deepspeed(ranks: Ranks) -> ModuleType:
         import deepspeed
         import deepspeed.ops
     except ImportError as error:
-        raise UserError(f'engine.name = "deepspeed" needs the package deepspeed: {error}') from None
+        text = missing_package(error) or str(error)
+        raise UserError(f'engine.name = "deepspeed": {text}') from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed

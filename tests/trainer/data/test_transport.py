@@ -11,6 +11,7 @@ import pytest
 from faulty_store import FAULTS, PRECIOUS, STALL_S, impatient, judge, judge_window, plant, store
 
 from pipeline.config import Data, UserError
+from pipeline.extras import install
 from trainer.data import fetching, open_shards, private_files, transport
 
 
@@ -127,7 +128,7 @@ def test_a_store_without_its_package_and_command_names_the_extra(monkeypatch, tm
     monkeypatch.setitem(sys.modules, transport.PACKAGES[scheme], None)
     with pytest.raises(UserError) as error:
         list(transport.blocks(f"{scheme}://bucket/train-0.tar"))
-    assert str(error.value).endswith("neither is installed; pip install 'referral[stores]'")
+    assert str(error.value).endswith(f"neither is installed; {install('stores')}")
 
 
 def test_a_byte_now_and_then_is_a_stall_as_well(monkeypatch):

@@ -150,7 +150,7 @@ def test_wandb_is_given_one_run_per_stage(tmp_path, monkeypatch):
 
 def test_a_tracker_that_is_not_installed_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"wandb is not installed; pip install 'referral\[wandb\]'"):
+    with pytest.raises(UserError, match="wandb is not installed; pip install .*wandb"):
         with tracking.trackers(["wandb"], tmp_path, tmp_path, "generalist"):
             pass
 

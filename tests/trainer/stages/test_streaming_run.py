@@ -26,15 +26,6 @@ STAGES = (
     "student",
     "evaluate",
 )
-    "generalist",
-    "measure",
-    "cluster",
-    "route",
-    "specialist",
-    "ensemble",
-    "student",
-    "evaluate",
-)
 SMALL = (
     "train.steps=90",
     "train.batch_size=24",

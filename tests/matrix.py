@@ -1,0 +1,113 @@
+"""The wheel, installed beside the lowest and the newest versions of what it needs, runs a demo.
+
+    python tests/matrix.py dist/*.whl [PYTHON:lowest|newest ...]        (make test-matrix)
+
+Each row has an environment of its own, with the extras train and onnx, and works in an empty
+directory: --version, doctor, import referral, demo --quick, export --onnx, predict.  The lowest
+versions are those of pyproject.toml, raised to the first that has a wheel for that Python.
+Without rows: both kinds on each Python of PYTHONS that is found.  Needs uv and a package index.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PYTHONS = ("3.11", "3.13")
+RESOLUTIONS = {"lowest": "lowest-direct", "newest": "highest"}
+SHOWN = ("torch", "numpy", "scipy", "scikit-learn", "pydantic", "typer", "onnx")
+NAMES = "import referral\nfor name in dir(referral): getattr(referral, name)"
+SMOKE = (
+    ["referral", "--version"],
+    ["referral", "doctor"],
+    ["python", "-c", NAMES],
+    ["referral", "demo", "--quick", "--run", "demo"],
+    ["referral", "export", "demo", "--to", "exported", "--onnx"],
+    ["referral", "predict", "exported", "demo/data/test-000000.tar", "--top", "1"],
+)
+UV = shutil.which("uv", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "uv"
+
+
+class Row(NamedTuple):
+    python: str
+    resolution: str
+
+
+def main(wheel: str, *names: str) -> int:
+    rows = [Row(*name.split(":")) for name in names]
+    if not rows:
+        pythons = [version for version in PYTHONS if find_python(version)]
+        for version in sorted(set(PYTHONS) - set(pythons)):
+            print(f"Python {version}: not found, not tried")
+        rows = [Row(version, kind) for version in pythons for kind in RESOLUTIONS]
+    failed = 0
+    for row in rows:
+        with tempfile.TemporaryDirectory(prefix="matrix-") as directory:
+            line, code = try_row(row, Path(wheel).resolve(), Path(directory))
+        failed += code != 0
+        print(line, flush=True)
+    return 1 if failed else 0
+
+
+def find_python(version: str) -> str:
+    ran = subprocess.run(
+        [UV, "python", "find", "--no-python-downloads", version], capture_output=True, text=True
+    )
+    return ran.stdout.strip()
+
+
+def try_row(row: Row, wheel: Path, directory: Path) -> tuple[str, int]:
+    """A line of the table in docs/install.md, and an exit code."""
+    start = time.monotonic()
+    what = f"| {row.python} | {row.resolution} "
+    python = find_python(row.python)
+    if not python:
+        return f"{what}| Python {row.python} is not found |", 1
+    requirements = directory / "requirements.txt"
+    resolve(row, python, requirements)
+    venv = install(python, requirements, wheel, directory)
+    versions = [pinned(requirements, package) for package in SHOWN]
+    here = directory / "here"
+    here.mkdir()
+    environment = {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    for command in SMOKE:
+        ran = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
+        if ran.returncode:
+            print(ran.stdout[-2000:], ran.stderr[-4000:], sep="\n", file=sys.stderr)
+            failed = " ".join(command[:2])
+            return f"{what}| {' | '.join(versions)} | {failed} ends with {ran.returncode} |", 1
+    seconds = time.monotonic() - start
+    return f"{what}| {' | '.join(versions)} | all pass in {seconds:.0f} s |", 0
+
+
+def resolve(row: Row, python: str, requirements: Path) -> None:
+    command = [UV, "pip", "compile", "--quiet", "--no-annotate", "--no-header"]
+    command += ["--resolution", RESOLUTIONS[row.resolution], "--only-binary", ":all:"]
+    command += ["--python", python, "--extra", "train", "--extra", "onnx"]
+    command += [str(ROOT / "pyproject.toml"), "--output-file", str(requirements)]
+    subprocess.run(command, check=True)
+
+
+def install(python: str, requirements: Path, wheel: Path, directory: Path) -> Path:
+    venv = directory / "venv"
+    subprocess.run([UV, "venv", "--quiet", "--python", python, str(venv)], check=True)
+    into = [UV, "pip", "install", "--quiet", "--python", str(venv)]
+    subprocess.run([*into, "--requirement", str(requirements)], check=True)
+    subprocess.run([*into, "--no-deps", str(wheel)], check=True)
+    return venv
+
+
+def pinned(requirements: Path, package: str) -> str:
+    lines = requirements.read_text(encoding="utf-8").splitlines()
+    versions = [line.split("==")[1] for line in lines if line.startswith(f"{package}==")]
+    return f"{package} {versions[0]}" if versions else f"{package} -"
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
