@@ -30,11 +30,15 @@ install: .venv/.installed
 demo: install
 	$(BIN)/referral demo --run runs/demo
 
+# Two files of tests side by side; those on Slurm share one cluster, and run after the others.
+SIDE_BY_SIDE := -n 2 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: install
-	$(BIN)/python -m pytest -m ''
+	$(BIN)/python -m pytest -m 'not slurm' $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m slurm
 
 # The wheel in clean environments of the lowest and the newest versions; gigabytes and minutes a row.
 # MATRIX="3.13:lowest" asks for one row; without it, the Pythons that are at hand.

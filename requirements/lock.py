@@ -16,6 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 HEAD = "# Written by requirements/lock.py from pyproject.toml and constraints.txt.\n"
+EXTRAS = ("train", "deepspeed", "onnx", "test")
 BUILD, TORCH = ("setuptools",), ("torch",)
 OF_CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")
 
@@ -23,7 +24,8 @@ OF_CUDA = re.compile(r"nvidia-.*|cuda-.*|triton")
 def compiled() -> list[str]:
     """One text for each release, with its hashes."""
     command = ["uv", "pip", "compile", "pyproject.toml", "-", "-c", "constraints.txt"]
-    command += ["--extra", "train", "--extra", "test", "--extra", "onnx"]
+    for extra in EXTRAS:
+        command += ["--extra", extra]
     command += ["--universal", "--python-version", "3.11", "--generate-hashes"]
     command += ["--no-annotate", "--no-header", "--quiet"]
     text = subprocess.run(

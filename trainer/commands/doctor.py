@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from pipeline.config import Config, Engine, UserError, load_config
 from pipeline.extras import EXTRAS, PACKAGES, install, is_installed, remedy
-from pipeline.graph import open_run
+from pipeline.graph import RunDirectory, open_run
 from pipeline.trust import COMMAND, FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 from pipeline.version import DISTRIBUTION, VERSION
