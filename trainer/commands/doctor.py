@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from pipeline.config import Config, Engine, UserError, load_config
 from pipeline.extras import EXTRAS, PACKAGES, install, is_installed, remedy
-from pipeline.graph import RunDirectory, open_run
+from pipeline.graph import open_run
 from pipeline.trust import COMMAND, FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 from pipeline.version import DISTRIBUTION, VERSION
@@ -80,7 +80,7 @@ def report(findings: list[Finding]) -> int:
 # Every rank
 
 
-def examine_ranks(run: RunDirectory | None) -> int:
+def examine_ranks(run: Path | None) -> int:
     """Report rank 0's findings, one sum over all ranks, and where other ranks' findings differ."""
     import torch
 
