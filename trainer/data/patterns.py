@@ -218,9 +218,11 @@ def _matches(pattern: str, split: str, manifests: _Manifests) -> list[str]:
 
     Shards that are spelled out or listed in a manifest belong to it, present or not.
     """
-    # A directory called like a shard is none, and refused as such.
-    if os.path.isdir(pattern) and not pattern.endswith(".tar"):
-        return _directory_shards(pattern, split, manifests.of(pattern))
+    if os.path.isdir(pattern):
+        found = _directory_shards(pattern, split, manifests.of(pattern))
+        if found or not pattern.endswith(".tar"):
+            return found
+        return [pattern]  # called like a shard, it is refused as none
     if not glob.has_magic(pattern):
         return [pattern]
     directory = os.path.dirname(pattern)
