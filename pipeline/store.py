@@ -226,6 +226,10 @@ class Attempt:
             return False
         for file in sorted(path.name for path in self.directory.iterdir() if path.name != "DONE"):
             self.publish(file)
+        # Weights lie in one file or in several: none of another attempt's may stay beside them.
+        for shown in self.stage.directory.glob("model*.safetensors*"):
+            if not (self.directory / shown.name).is_file():
+                shown.unlink()
         return True
 
 
