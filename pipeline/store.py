@@ -433,6 +433,10 @@ class Attempt:
         for file in published:
             write_bytes(self.stage.run / file, (self.directory / file).read_bytes())
         self.stage.link()
+        # Weights lie in one file or in several: none of another attempt's may stay beside them.
+        for shown in self.stage.directory.glob("model*.safetensors*"):
+            if not (self.directory / shown.name).is_file():
+                shown.unlink()
         sync_upwards(self.stage.directory, self.stage.run)
         return True
 

@@ -108,6 +108,20 @@ def test_a_cleared_stage_remembers_no_winner(links, tmp_path):
     assert stage.begin("second").finish() and stage.done()["attempt"] == "second"
 
 
+def test_weights_of_an_earlier_attempt_do_not_stay_beside_those_in_other_files(tmp_path):
+    stage = generalist(tmp_path)
+    first = stage.begin("first")
+    first.path("model.safetensors").write_text("one")
+    assert first.finish()
+    stage.clear()
+    second = stage.begin("second")
+    parts = ["model-00001-of-00001.safetensors", "model.safetensors.index.json"]
+    for name in parts:
+        second.path(name).write_text("two")
+    assert second.finish()
+    assert sorted(path.name for path in stage.directory.glob("model*")) == parts
+
+
 def test_a_half_cleared_winner_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", refuse)
     stage = generalist(tmp_path)
