@@ -247,16 +247,16 @@ def test_the_scripts_by_hand(patient, reference):
         return ended.stdout.strip()
 
     last = ""
-    script = (str(SCRIPT), "-p", sys.executable, str(patient.run))
-    for options, stages in (
-        (["--nodes=2"], ["generalist"]),
-        ([], ["measure", "cluster", "route"]),
-        (["--array=0-1"], ["specialist", "0", "1"]),
-        ([], ["ensemble"]),
-        ([], ["evaluate", "report"]),
+    for options, ranks, stages in (
+        (["--nodes=2"], 1, ["generalist"]),
+        ([], 2, ["measure", "cluster", "route"]),
+        (["--array=0-1"], 1, ["specialist", "0", "1"]),
+        ([], 2, ["ensemble"]),
+        ([], 2, ["evaluate", "report"]),
     ):
         if last:
             options.append(f"--dependency=afterok:{last}")
+        script = (str(SCRIPT), "-p", sys.executable, "-r", str(ranks), str(patient.run))
         last = sbatch(*options, *script, *stages)
     # It is published after DONE.
     patient.wait_until((patient.run / "results.json").exists, "the report")
