@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypedDict, cast
 
 from .document import GeneralistSize, Interval, Lever, Under
-from .levers import LEVERS, SCARCITIES
+from .levers import FAMILIES, LEVERS, SCARCITIES
 
 STOP = "stop"
 EVEN = 0.05  # shares of training that differ by less are called the same
@@ -20,7 +20,6 @@ EVEN = 0.05  # shares of training that differ by less are called the same
 NEAR_POINTS = 0.1
 NEAR_SHARE = 0.05
 NEAR_MOST = 0.25
-FAR_BETTER = 2  # times the advised gain: what another lever may gain is worth a sentence
 
 
 DEFAULT = "training"  # what bounds the choice where the user names nothing
@@ -212,14 +211,22 @@ def sentence(
 
 
 def _undecided(best: Lever, others: Sequence[Lever]) -> str:
-    """That another lever may still be far better, where pilots were too short to rule it out."""
-    widest = max(others, key=lambda lever: lever["high"], default=None)
-    if widest is None or widest["high"] < max(best["high"], FAR_BETTER * best["gain"]):
+    """That specialists may still be better, where their pilots were too short to rule it out.
+
+    A longer pilot narrows what they gain, unlike that of other levers.
+    """
+    of_groups = [lever for lever in others if _trains_groups(lever["name"])]
+    widest = max(of_groups, key=lambda lever: lever["high"], default=None)
+    if widest is None or widest["high"] <= best["high"]:
         return ""
     return (
         f" These pilots are too short to tell: {widest['name']} may gain up to "
         f"{points(widest['high'])} points; a larger --budget says more."
     )
+
+
+def _trains_groups(lever: str) -> bool:
+    return any(FAMILIES[name].needs_groups for name in LEVERS[lever].families)
 
 
 def _to_stop(second: Lever | None, scarcity: str, limit: float | None) -> str:

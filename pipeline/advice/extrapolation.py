@@ -317,7 +317,7 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
         # The log of the interval's end: near 0 a derivative would stretch it beyond all errors.
         less = min(LIKELY * error, expected - LEAST_HEALED)
         sd = math.log1p(less * ceiling / left) / LIKELY
-        untried = (1 - share) * MAY_HEAL[family] * without_room
+        untried = (1 - share**2) * MAY_HEAL[family] * without_room
         most = max(expected + LIKELY * error, untried)
         least_left = 1 - min(most, MOST_HEALED) * ceiling
         beyond = math.log(left) - LIKELY * sd - math.log(least_left)

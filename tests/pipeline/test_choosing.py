@@ -234,9 +234,11 @@ def test_a_lever_that_pilots_were_too_short_for_is_named_with_what_it_may_gain()
         "These pilots are too short to tell: branches may gain up to +9.0 points; a larger "
         "--budget says more."
     )
-    for half in (5.9, 1.0):  # less than twice the advised gain, and no more than that may be
-        told = lever("branches", 2.0, half, 0.6, 1.05, 1.2, 1.3)
-        assert "too short" not in choose([best, told], GENERALIST, "", None)["sentence"]
+    told = lever("branches", 2.0, 3.9, 0.6, 1.05, 1.2, 1.3)  # at most as much as the best
+    assert "too short" not in choose([best, told], GENERALIST, "", None)["sentence"]
+    # Of training on a longer pilot would say no more.
+    other = lever("train_on", 2.0, 7.0, 0.6, 1.05, 1.2, 1.3)
+    assert "too short" not in choose([best, other], GENERALIST, "", None)["sentence"]
 
 
 def test_one_that_is_told_apart_is_not_said_to_be_as_good():
