@@ -258,6 +258,8 @@ class SpecialistEnsemble:
         check_file(root / GROUPS)
         groups = ClassGroups.load(root / GROUPS)
         generalist = load_classifier(root / "generalist", device, builders)
+        if generalist.spec.is_specialist:
+            raise ValueError(f"{root / 'generalist' / 'model.json'} is of a specialist")
         if groups.num_classes != generalist.spec.num_classes:
             raise ValueError(
                 f"{root / GROUPS} is of {groups.num_classes} classes and the generalist of "

@@ -180,14 +180,15 @@ def load_run_ensemble(
 def as_user_errors(of: str | Path = "") -> Iterator[None]:
     """Turn what the libraries say about files that they are given into one line for the user.
 
-    of: a run or a bundle, whose networks fail in here where another error than theirs is raised.
+    of: a run or a bundle, to be named; its networks fail in here where another error is raised.
     """
     try:
         yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(str(error).replace("allow_missing=True", "--allow-missing")) from None
+        text = str(error).replace("allow_missing=True", "--allow-missing")
+        raise UserError(text if str(of) in text else f"{of}: {text}") from None
     except OTHER_FORM as error:
         text = " ".join(str(error).split())
         if not of or any(words in text for words in OUT_OF_MEMORY):

@@ -1,5 +1,6 @@
 """`referral export`: it predicts what the run does; never half-written; one line for an error."""
 
+import hashlib
 import shutil
 
 import numpy as np
@@ -47,7 +48,11 @@ def test_a_bundle_equals_its_run_bit_for_bit(small_run, tmp_path, capsys):
         assert torch.equal(one, other)
     student = small_run.students["main"].path("model.safetensors").read_bytes()
     assert (bundle / "students/main/model.safetensors").read_bytes() == student
-    assert {path.rsplit(".")[-1] for path in below(bundle)} == {"json", "safetensors"}
+    kinds = {path.rsplit(".")[-1] for path in below(bundle)}
+    assert kinds == {"json", "safetensors", "SHA256SUMS"}
+    for line in (bundle / "SHA256SUMS").read_text().splitlines():
+        digest, file = line.split("  ")
+        assert hashlib.sha256((bundle / file).read_bytes()).hexdigest() == digest
     assert list(tmp_path.joinpath("deep").iterdir()) == [bundle]
 
 
@@ -66,7 +71,7 @@ def test_predictions_from_a_bundle_are_the_runs(small_run, tmp_path, capsys):
 def test_a_student_can_be_exported_alone(small_run, tmp_path, capsys):
     out = tmp_path / "out"
     assert export(capsys, small_run.root, "--to", out, "--what", "student:main")[0] == 0
-    files = ["export.json", "students/main/model.json", "students/main/model.safetensors"]
+    files = ["SHA256SUMS", "export.json", "students/main/model.json", "students/main/model.safetensors"]
     assert below(out) == files
     assert export(capsys, small_run.root, "--to", tmp_path / "two", "--what", "ensemble")[0] == 0
     assert not (tmp_path / "two" / "students").exists()
