@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,20 @@ def test_another_config_is_refused_and_force_redoes_what_is_stale(short, referra
         "evaluation",
         "report",
     ]
+
+
+@pytest.mark.parametrize("command", ["run", "retry", "run --force"])
+def test_a_done_stage_whose_files_are_lost_is_done_again_and_said(short, referral, command):
+    run = short.run()
+    short.finish([stage for stage in run.stages if stage is not run.report])
+    shutil.rmtree(run.evaluate.directory / "attempts")
+    name, *options = command.split()
+    arguments = ["--run", "run", *options] if name == "run" else ["run"]
+    code, out, err = referral(name, *arguments)
+    assert code == 0, err
+    said = "evaluation is done again, for its files are not whole: "
+    assert said in out and "is missing" in out.partition(said)[2].splitlines()[0]
+    assert [place for _, place in short.calls("begin")] == ["evaluation", "report"]
 
 
 def test_results_without_a_failed_specialist_are_shown_and_the_exit_code_says_that_it_failed(

@@ -13,6 +13,6 @@ import power
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("campaign, trials", [(clearing, 1), (power, 2), (bits, 4), (disks, 3)])
+@pytest.mark.parametrize("campaign, trials", [(clearing, 1), (power, 2), (bits, 2), (disks, 2)])
 def test_a_few_trials_of_each_campaign_end_well(campaign, trials):
     assert campaign.main(trials) == 0
