@@ -60,6 +60,7 @@ def read_as_rank(data: Data, first: int, rank: int, ranks: int, pipe) -> None:
     stream = the_stream(data)
     for batch in stream.loader(first, STEPS, rank, ranks, data.workers):
         pipe.send(digests(batch))
+        pipe.recv()  # as gradients do, it makes ranks wait for each other
 
 
 def run(url: str, directory: Path, cache: Path, ranks: int, workers: int) -> None:
@@ -71,7 +72,7 @@ def run(url: str, directory: Path, cache: Path, ranks: int, workers: int) -> Non
     fork = multiprocessing.get_context("fork")
     pipes = []
     for rank in range(ranks):
-        ours, theirs = fork.Pipe(duplex=False)
+        ours, theirs = fork.Pipe()
         fork.Process(target=read_as_rank, args=(data, first, rank, ranks, theirs)).start()
         theirs.close()
         pipes.append(ours)
@@ -80,6 +81,8 @@ def run(url: str, directory: Path, cache: Path, ranks: int, workers: int) -> Non
         whole: list[bytes] = [b""] * BATCH
         for rank, pipe in enumerate(pipes):
             whole[rank::ranks] = pipe.recv()
+        for pipe in pipes:
+            pipe.send(True)
         os.write(seen, f"{line(step, whole)}\n".encode())
         if (step + 1) % EVERY == 0:
             write_json(state, {"step": step + 1})
