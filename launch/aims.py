@@ -13,6 +13,7 @@ from pipeline.store import Stage
 from pipeline.terminal import Console
 
 from .advice import show_advice
+from .journal import AimName
 from .results import show_results
 
 
@@ -28,7 +29,7 @@ class Aim:
         redone, and fits again once the run is gone on with.
     """
 
-    name: str
+    name: AimName
     run: Callable[[RunDirectory], RunDirectory]
     check: Callable[[RunDirectory], None]
     stages: Callable[[RunDirectory], list[Stage]]

@@ -19,6 +19,8 @@ from pipeline.store import read_json, write_json
 
 from .processes import is_born
 
+AimName = Literal["run", "advise"]
+
 SlurmId = Annotated[str, Field(pattern=r"^(\d+(_\d+)?)?$")]  # scancel gets it
 Process = Annotated[int, Field(gt=1)]
 FINITE = ConfigDict(allow_inf_nan=False)
@@ -80,7 +82,7 @@ class Journal:
     pid: int = field(default_factory=os.getpid)
     started: float = field(default_factory=time.time)
     runner: Literal["local", "slurm"] = "local"
-    aim: Literal["run", "advise"] = "run"
+    aim: AimName = "run"
 
     def save(self, run: Path) -> None:
         write_json(run / "jobs.json", {"schema": 1, **asdict(self)})

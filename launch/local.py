@@ -20,7 +20,7 @@ from pipeline.trust import code_in
 from .calling import TRAINER, python, tethered
 from .display import Display
 from .endings import AGAIN, is_repeatable, reason
-from .journal import JobRecord, Journal, end_of_log
+from .journal import AimName, JobRecord, Journal, end_of_log
 from .machine import Machine
 from .plan import Job, is_of_specialists
 from .processes import birth, has_ended, signal_group
@@ -66,7 +66,7 @@ class Pool:
     machine: Machine
     display: Display
     trainer: list[str] | None = None
-    aim: str = "run"
+    aim: AimName = "run"
     children: dict[str, subprocess.Popen] = field(default_factory=dict)
     slots: dict[str, list[int]] = field(default_factory=dict)  # those that a running job holds
     requested: int = 0  # the signal that asked to stop

@@ -397,13 +397,13 @@ def _checked_cosine(cosine: dict[str, Any] | None) -> dict[str, Any] | None:
             raise ValueError(f"unknown key cosine.{key}; {nearest(key, COSINE_KEYS)}")
     scale, learned = cosine.get("scale"), cosine.get("learned", False)
     margin, kind = cosine.get("margin", 0.0), cosine.get("margin_kind", "cosface")
-    if not _is_number(scale) or not 0 < scale < math.inf:
+    if scale is None or not _is_number(scale) or not 0 < scale < math.inf:
         raise ValueError(f"cosine.scale = {scale!r}: must be a number greater than 0")
     if not isinstance(learned, bool):
         raise ValueError(f"cosine.learned = {learned!r}: must be true or false")
     if kind not in MARGINS:
         raise ValueError(f"cosine.margin_kind = {kind!r}: must be one of {', '.join(MARGINS)}")
-    if not _is_number(margin) or not 0 <= margin < 1:
+    if margin is None or not _is_number(margin) or not 0 <= margin < 1:
         raise ValueError(f"cosine.margin = {margin!r}: must be a number from 0 to below 1")
     return {
         "scale": float(scale),

@@ -160,7 +160,7 @@ class Stage:
             if path.read_bytes().strip(b"\0"):
                 raise
             return None
-        return checked(path, content, DONE_FORM)
+        return dict(checked(path, content, DONE_FORM))
 
     def _lacks(self, content: dict) -> str:
         """What the sizes of its files say against a DONE.  Whole is looked up once."""

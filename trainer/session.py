@@ -78,7 +78,9 @@ class Session:
         Rank 0 declares it finished when the block ends without an error.
         published: the files that it then copies to RUN.
         """
-        start = (new_attempt_id(), stage.lacks) if self.ranks.is_main else None
+        start = ("", "")
+        if self.ranks.is_main:
+            start = (new_attempt_id(), stage.lacks)
         identity, lacks = broadcast(start, self.ranks)
         if lacks:
             self.say("%s is done again, for its files are not whole: %s", stage.place, lacks)

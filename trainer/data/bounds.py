@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from pipeline.config import UserError
 
@@ -49,7 +49,7 @@ def abbreviated(name: str) -> str:
     return name if len(name) <= 100 else f"{name[:60]}... ({len(name)} letters)"
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """A file open for reading.  Raises OSError, and UserError for what is no regular file.
 
     Whoever reads a pipe or a device may wait for ever, or read without an end.

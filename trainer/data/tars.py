@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -532,7 +532,8 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
     values["schema"] = np.asarray(SCHEMA)
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, digest=_digest(values), **values)
+            arrays: dict[str, Any] = values | {"digest": np.asarray(_digest(values))}
+            np.savez(file, **arrays)
         os.utime(temporary, ns=(time.time_ns(), stat.st_mtime_ns))
         os.replace(temporary, path)
     except OSError:
@@ -547,7 +548,7 @@ def _digest(values: Mapping[str, np.ndarray]) -> str:
     for name in sorted(values):
         array = np.ascontiguousarray(values[name])
         parts.append(f"{name} {array.dtype.str} {array.shape};".encode())
-        parts.append(memoryview(array.reshape(-1).view(np.uint8)))
+        parts.append(array.reshape(-1).view(np.uint8).data)
     return digest_of(parts)
 
 
