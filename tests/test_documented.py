@@ -98,7 +98,7 @@ def examples() -> list[str]:
     texts += shards.EXAMPLES.values()
     texts += [parser_of(name).example for name in passed_on() if name != "shards"]
     lines = [line for text in texts for line in text.splitlines()]
-    return [line for line in lines if not line.startswith("torchrun")]
+    return [line for line in lines if not line.startswith(("torchrun", "PYTHONSAFEPATH"))]
 
 
 def test_an_example_of_a_help_is_complete():
@@ -110,7 +110,7 @@ def test_torchrun_reads_what_the_docs_and_helps_write():
     """Without a `--` it takes the trainer's --run for its own --run-path."""
     from torch.distributed.run import get_args_parser
 
-    lines = EXAMPLE.splitlines()
+    lines = re.findall(r"torchrun .*", EXAMPLE)
     for path in [*PAGES, *SOURCES]:
         lines += re.findall(r"torchrun [^`\"\n(]*-m trainer [^`\"\n(]*", path.read_text("utf-8"))
     lines = [line for line in lines if line.startswith("torchrun") and "STAGE" not in line]

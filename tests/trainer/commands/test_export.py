@@ -69,7 +69,12 @@ def test_predictions_from_a_bundle_are_the_runs(small_run, tmp_path, capsys):
 def test_a_student_can_be_exported_alone(small_run, tmp_path, capsys):
     out = tmp_path / "out"
     assert export(capsys, small_run.root, "--to", out, "--what", "student:main")[0] == 0
-    files = ["SHA256SUMS", "export.json", "students/main/model.json", "students/main/model.safetensors"]
+    files = [
+        "SHA256SUMS",
+        "export.json",
+        "students/main/model.json",
+        "students/main/model.safetensors",
+    ]
     assert below(out) == files
     assert export(capsys, small_run.root, "--to", tmp_path / "two", "--what", "ensemble")[0] == 0
     assert not (tmp_path / "two" / "students").exists()
