@@ -4,6 +4,7 @@ export OMP_NUM_THREADS ?= 1
 
 # yes: every file that is installed has a sha256 of requirements/*.lock.  no: the releases of
 # constraints.txt from whatever index pip uses, for wheels of torch that these files do not list.
+# Of torch the wheel for CPUs is taken where pip's own settings have it, else PyPI's.
 HASHES ?= yes
 PIP = $(BIN)/pip --quiet --disable-pip-version-check
 LOCKED = $(PIP) install --require-hashes --no-deps --no-build-isolation
@@ -14,7 +15,7 @@ LOCKED = $(PIP) install --require-hashes --no-deps --no-build-isolation
 ifeq ($(HASHES),yes)
 	$(LOCKED) -r requirements/build.lock
 	$(LOCKED) -r requirements/base.lock
-	$(LOCKED) -r requirements/torch.lock
+	$(LOCKED) -r requirements/torch-cpu.lock 2>/dev/null || $(LOCKED) -r requirements/torch.lock
 	! grep -q 'Requires-Dist: nvidia' $(BIN)/../lib/python3*/site-packages/torch-*/METADATA \
 		|| $(LOCKED) -r requirements/cuda.lock
 	$(PIP) install --no-deps --no-build-isolation -e .

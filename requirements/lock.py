@@ -3,8 +3,8 @@
     pip install uv && python requirements/lock.py [WHEEL of torch from another index ...]
 
 One release of each serves every platform and Python that pyproject.toml names.  build.lock is what
-distributions without a wheel are built with; torch.lock is torch alone, whose wheels from PyPI and
-from its own index for CPUs differ; cuda.lock is what the wheels with CUDA bring along.
+distributions without a wheel are built with; torch.lock is torch alone, as PyPI has it, and
+torch-cpu.lock as its own index for CPUs has it; cuda.lock is what wheels with CUDA bring along.
 """
 
 import hashlib
@@ -47,9 +47,11 @@ def main(wheels: list[str]) -> None:
     files: dict[str, list[str]] = {}
     for release in compiled():
         files.setdefault(file_of(release), []).append(release)
-    for wheel in wheels:
-        digest = hashlib.sha256(Path(wheel).read_bytes()).hexdigest()
-        files["torch.lock"][0] += f" \\\n    --hash=sha256:{digest}"
+    for wheel in map(Path, wheels):
+        version = wheel.name.split("-")[1]
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        lines = files.setdefault("torch-cpu.lock", [f"torch=={version}"])
+        lines[0] += f" \\\n    --hash=sha256:{digest}"
     for name, releases in files.items():
         (HERE / name).write_text(HEAD + "\n".join(releases) + "\n", encoding="utf-8")
 
