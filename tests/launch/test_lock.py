@@ -148,7 +148,7 @@ def test_the_holder_is_signalled_by_its_birth_or_by_its_open_lock(run, noted):
         assert holding.wait(5) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("pid", [-1, 0, 1, os.getpid()])
+@pytest.mark.parametrize("pid", [-1, 0, 1, os.getpid()], ids=["every", "group", "init", "own"])
 def test_no_group_nor_init_nor_this_process_is_asked_to_end(tmp_path, pid):
     assert not ask_to_end(pid, birth(pid) or "", tmp_path)
 
