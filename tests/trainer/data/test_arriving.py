@@ -7,13 +7,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from arriving import AMPLE, BATCH, FETCH_BYTES, SIZES, STEPS, data_of, digests, line, the_stream
-from faulty_store import impatient, store
+from faulty_store import bytes_in, impatient, store
 from shardsets import label_of, picture, write_uneven
 from test_manifests import as_schema_1
 
@@ -56,25 +55,16 @@ def refused(call, *arguments, **options) -> str:
     return str(error.value)
 
 
-def bytes_in(directory) -> int:
-    """Of all files but the leases' few words."""
-    total = 0
-    for path in Path(directory).iterdir():
-        with suppress(FileNotFoundError):  # a part that has got its name meanwhile
-            total += path.stat().st_size * (not path.name.startswith("lease-"))
-    return total
-
-
 class MostBytes:
     """The most that a directory held while the block ran, looked at all the time."""
 
     def __init__(self, directory):
-        self.directory, self.most, self._ended = directory, 0, threading.Event()
+        self.directory, self.most, self._ended = Path(directory), 0, threading.Event()
         self._thread = threading.Thread(target=self._watch)
 
     def _watch(self):
         while not self._ended.is_set():
-            if Path(self.directory).exists():
+            if self.directory.exists():
                 self.most = max(self.most, bytes_in(self.directory))
             time.sleep(0.001)
 
