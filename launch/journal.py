@@ -24,6 +24,7 @@ AimName = Literal["run", "advise"]
 SlurmId = Annotated[str, Field(pattern=r"^(\d+(_\d+)?)?$")]  # scancel gets it
 Process = Annotated[int, Field(gt=1)]
 FINITE = ConfigDict(allow_inf_nan=False)
+OF_JOB = ConfigDict(allow_inf_nan=False, extra="forbid")
 
 
 @dataclass
@@ -35,7 +36,7 @@ class JobRecord:
     pid, born: of a process on this machine.  id, node, restarts: of a job of Slurm's.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = FINITE
+    __pydantic_config__: ClassVar[ConfigDict] = OF_JOB
 
     state: Literal["waiting", "running", "done", "failed", "blocked", "interrupted"] = "waiting"
     pid: Process | None = None

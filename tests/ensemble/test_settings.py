@@ -48,5 +48,5 @@ def test_another_schema_is_named(tmp_path, content):
 
 def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "ensemble.json").write_text("{")
-    with pytest.raises(ValueError, match="ensemble.json: cannot be read"):
+    with pytest.raises(ValueError, match="ensemble.json: not valid JSON"):
         EnsembleSettings.load(tmp_path)
