@@ -132,7 +132,7 @@ def by_age(rows: Sequence[Judged]) -> dict[str, list[Judged]]:
     """What is known of its sets -> rows; without those of which there are none."""
     ages = {
         "sets that the constants were fitted to": False,
-        "sets that no constant has seen": True,
+        "sets that entered no fit": True,
     }
     parts = {
         words: [row for row in rows if SETS[row.name].is_new == is_new]
