@@ -148,8 +148,10 @@ def behind(run: RunDirectory, stage: Stage) -> list[Stage]:
 
 
 def names(outcome: Outcome, path: Path) -> bool:
-    """Whether a line names the file, or what is made of it: its directory or its sample."""
-    known = (path.name, str(path.parent), path.name.partition(".tar")[0])
+    """Whether a line names the file, or what it is of: its directory, its shard, its stage."""
+    known = [path.name, str(path.parent), path.name.partition(".tar")[0]]
+    if path.name == "KEY":
+        known.append(f"redone: {path.parent.name}")
     return any(name in outcome.text for name in known)
 
 
