@@ -24,7 +24,9 @@ from clustering.groups import ClassGroups  # noqa: E402
 from ensemble import combine_kl  # noqa: E402
 
 # How far the conditions may be missed, as a share of all mass.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
+# Of float32 the worst of 5,896 was 4.3e-4: 35 specialists that contradict each other, weights from
+# 1e-9 to 1.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 HALVES = (torch.float16, torch.bfloat16)  # computed in float32, so its answer rounded
 SCALES = [0.0, 1.0, 8.0, 40.0, 300.0, 1000.0]
 DUSTBINS = [0.0, 1.0, 1 - 2.0**-53, 0.5, 1e-6, 1e-30, 1e-300, 5e-324]

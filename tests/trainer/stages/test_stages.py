@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -69,6 +70,12 @@ def test_subnormals_are_flushed_while_ranks_work_and_not_afterwards():
 
 def test_every_stage_is_done(finished):
     assert all(stage.is_done for stage in finished.stages)
+
+
+def test_every_link_of_a_run_leads_somewhere(finished, tmp_path):
+    root = finished.generalist.run
+    assert any(path.is_symlink() for path in root.rglob("*"))
+    subprocess.run(["cp", "-rL", str(root), str(tmp_path / "copy")], check=True)
 
 
 ROWS = ("generalist", "ensemble", "control_wall", "control_compute", "student_hard", "main")
