@@ -19,7 +19,7 @@ from pipeline.graph import RunDirectory
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 FAKE_TRAINER = [sys.executable, str(HERE / "fake_trainer.py")]
-REFERRAL = [sys.executable, str(HERE / "referral.py")]
+REFERRAL = [sys.executable, str(HERE / "faked_referral.py")]
 CLASSES = ["a", "b", "c", "d", "e", "f", "g", "h"]
 
 

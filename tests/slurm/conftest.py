@@ -62,7 +62,7 @@ def cluster(loopback):
 @pytest.fixture
 def ward(cluster, tmp_path):
     """A run of five specialists with a fake trainer, without torch: for what needs no metrics."""
-    run = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "referral.py")])
+    run = Patient(cluster, tmp_path, [str(HERE.parent / "launch" / "faked_referral.py")])
     fake = tmp_path / "python"
     fake.write_text(FAKE.format(python=sys.executable, trainer=HERE.parent / "launch"))
     fake.chmod(0o755)

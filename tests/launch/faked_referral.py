@@ -1,4 +1,4 @@
-"""The command `referral` with the fake trainer:  python referral.py run ..."""
+"""The command `referral` with the fake trainer:  python faked_referral.py run ..."""
 
 import sys
 from pathlib import Path
