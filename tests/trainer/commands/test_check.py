@@ -353,7 +353,7 @@ def test_the_first_job_tries_the_networks_where_nobody_could(data, tmp_path, own
     run.mkdir()
     save_config(config, run / "config.toml")
     (run / "UNCHECKED").touch()
-    command = [sys.executable, "-P", "-m", "trainer", "generalist", "--run", str(run)]
+    command = [sys.executable, "-P", "-m", "trainer", "generalist", "--run", str(run), "--trust"]
     paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", os.getcwd())])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
