@@ -71,7 +71,9 @@ def make_run(cluster: Cluster, root: Path, specialists: int, sleep: float = 0) -
     )
     run.run.mkdir()  # prepared: the trainer's own look into the shards is no part of this
     (run.run / "config.toml").write_text(run.config.read_text())
-    (run.run / "site.sh").write_text(f'python="{python}"\n')
+    site = root / ".config" / "referral" / "site.sh"  # the user's own, who has root as home
+    site.parent.mkdir(parents=True)
+    site.write_text(f'python="{python}"\n')
     return run
 
 

@@ -315,7 +315,7 @@ class IndexBag(nn.Module):
         self.dropout = dropout
 
     def forward(self, bag: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or bag.is_meta:  # of neither a number can be read
             return self._gathered(bag)
         highest = int(bag.max()) if bag.numel() else -1
         if highest >= len(self.weight):

@@ -14,7 +14,7 @@ import math
 import os
 import resource
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -99,7 +99,9 @@ class ShardSet:
 
     _mapped_labels: tuple[Path, int, int] | None = None  # file, first and last place in it
     _counts: np.ndarray | None = None
+    _streams: Mapping[int, Shard] = {}  # of sets in memory, too: no shard of theirs streams
     _arrivals: Arrivals | None = None
+    windows: Windows | None = None
 
     def __init__(
         self,
@@ -125,7 +127,6 @@ class ShardSet:
         self.extensions = sorted(set().union(*(part.extensions for part in parts)))
         self._find_decoders()
         self._streams = {n: part.shard for n, part in enumerate(parts) if part.shard.streams}
-        self.windows: Windows | None = None
         if data.stream_shards and any(part.shard.url for part in parts):
             self.windows = Windows(self._shard_start, data.stream_shards)
         if self._streams:
