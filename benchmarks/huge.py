@@ -157,7 +157,8 @@ def measured(command: list[str]) -> dict:
     if child == 0:  # of its own, so that its children's peak is this command's
         os.close(report)
         start = time.monotonic()
-        environment = os.environ | lab.ENVIRONMENT
+        paths = os.pathsep.join(filter(None, [str(lab.ROOT), os.environ.get("PYTHONPATH")]))
+        environment = os.environ | lab.ENVIRONMENT | {"PYTHONPATH": paths}
         code = subprocess.run(command, cwd=lab.ROOT, env=environment).returncode
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         row = {
@@ -269,6 +270,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     if options.quick:
         options.to = options.to / "quick"
         options.classes, options.specialists = [600], 3
+    options.to = options.to.resolve()
     return options
 
 
