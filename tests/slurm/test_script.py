@@ -64,7 +64,7 @@ exit 0
 
 def test_one_rank_runs_the_trainer_itself(job):
     code, calls, _ = job("a run", "measure", "cluster")
-    assert code == 0 and calls == ["<-m><trainer><measure><cluster><--run><ROOT/a run> 3 1"]
+    assert code == 0 and calls == ["<-P><-m><trainer><measure><cluster><--run><ROOT/a run> 3 1"]
 
 
 def test_several_ranks_run_under_one_launcher_on_each_node_at_a_port_of_the_jobs_own(job):
@@ -72,7 +72,7 @@ def test_several_ranks_run_under_one_launcher_on_each_node_at_a_port_of_the_jobs
     code, calls, _ = job("a run", "generalist", **both)
     call = calls[-1]
     assert code == 0
-    assert "<-m><trainer.distributed.torchrun><--nnodes><2><--nproc-per-node><4>" in call
+    assert "<-P><-m><trainer.distributed.torchrun><--nnodes><2><--nproc-per-node><4>" in call
     assert "<--master-port><20488>" in call
     assert call.endswith("<--><generalist><--run><ROOT/a run> 3 1")
     ports = {20000 + (16 * number) % 9000 for number in range(10_000)}
@@ -83,14 +83,15 @@ def test_an_element_of_an_array_takes_its_own_word(job):
     packs = ("a run", "specialist", "0,1,2", "3,4", "5")
     element = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "1"}
     assert job(*packs, **element)[1] == [
-        "<-m><trainer><specialist><--index><3><4><--run><ROOT/a run> 3 1"
+        "<-P><-m><trainer><specialist><--index><3><4><--run><ROOT/a run> 3 1"
     ]
-    assert job("a run", "specialist", "9")[1][0].startswith("<-m><trainer><specialist><--index><9>")
+    (call,) = job("a run", "specialist", "9")[1]
+    assert call.startswith("<-P><-m><trainer><specialist><--index><9>")
 
 
 def test_controls_and_students_are_named(job):
     assert job("a run", "student", "--name", "main")[1][0].startswith(
-        "<-m><trainer><student><--name><main><--run>"
+        "<-P><-m><trainer><student><--name><main><--run>"
     )
 
 
@@ -137,6 +138,6 @@ def test_no_argument_is_executed(job, tmp_path):
     name = "$(touch pwned)`touch pwned`; touch pwned"
     (tmp_path / name).mkdir()
     assert job(name, "student", "--name", "$(touch pwned)")[1] == [
-        f"<-m><trainer><student><--name><$(touch pwned)><--run><ROOT/{name}> 3 1"
+        f"<-P><-m><trainer><student><--name><$(touch pwned)><--run><ROOT/{name}> 3 1"
     ]
     assert not list(tmp_path.rglob("pwned"))

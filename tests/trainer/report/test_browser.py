@@ -157,7 +157,7 @@ def loaded_page(browser):
             images: images.length, broken: images.filter(image => !image.naturalWidth).length,
             scripts: document.scripts.length,
             overflow: document.documentElement.scrollWidth - innerWidth,
-            first: document.body.innerText.trim().split("\\n")[0],
+            first: document.querySelector("h1").innerText.trim().split("\\n")[0],
             smallest: Math.min(...[...document.querySelectorAll("svg.plot text")].map(
                 text => text.getBoundingClientRect().height)),
         };
