@@ -198,14 +198,23 @@ def measure_run(root: Path, classes: int, ranks: int, given: argparse.Namespace)
     if not manifest.exists():
         held_out = min(HELD_OUT, 10 * classes)
         words = write_arrays(given.to / f"arrays-{classes}", classes, held_out)
-        script = [sys.executable, "-m", "launch.cli", "shards", "arrays", "--out", str(shards)]
+        script = [
+            sys.executable,
+            "-P",
+            "-m",
+            "launch.cli",
+            "shards",
+            "arrays",
+            "--out",
+            str(shards),
+        ]
         write_json(shards.with_suffix(".json"), measured([*script, "--overwrite", *words]))
     stages["shards"] = read_json(shards.with_suffix(".json"))
     run_directory = root / "run"
     if not (run_directory / "config.toml").exists():
         config = root / "huge.toml"
         config.write_text(tomli_w.dumps(config_of(classes, given, shards.resolve())))
-        launcher = [sys.executable, "-m", "launch.cli", "prepare", str(config)]
+        launcher = [sys.executable, "-P", "-m", "launch.cli", "prepare", str(config)]
         take("prepare", [*launcher, "--run", str(run_directory)])
     run = open_run(run_directory)
     for name, alike in stages_of(run):

@@ -19,13 +19,14 @@ def gloo_environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 
 
-def start_stage(ranks: int, stage: str, root: Path) -> subprocess.Popen[str]:
+def start_stage(ranks: int, stage: str, root: Path, *options: str) -> subprocess.Popen[str]:
     """A stage of the run at `root` under torchrun, in a session (process group) of its own.
 
-    stage: words of the trainer's, "generalist" or "member --index 1".
+    stage: words of the trainer's, "generalist" or "member --index 1".  options: behind --run.
     """
     command = [sys.executable, "-P", "-m", "trainer.distributed.torchrun", "--standalone"]
     command += ["--nproc-per-node", str(ranks), "--", *stage.split(), "--run", str(root)]
+    command += options
     return subprocess.Popen(
         command,
         env=gloo_environment(),

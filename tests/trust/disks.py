@@ -26,6 +26,8 @@ from pipeline.config import save_config  # noqa: E402
 LEAST_KIB = 16
 EVERY = 8  # of these one by `referral run` itself, its jobs in processes of their own
 
+FULL = ("is full", "No space left")  # what an error says of a full disk
+
 
 def main(sizes: int = 32) -> int:
     count = Count("disk sizes")
@@ -47,7 +49,8 @@ def main(sizes: int = 32) -> int:
                     start = partial(in_child, partial(command, root, config))
                 outcome = start()
                 resize(disk, 8 * enough)
-                if outcome.code and "is full" not in outcome.text:
+                said = any(words in outcome.text for words in FULL)
+                if outcome.code and not said:
                     count.add("stuck", f"{kib} KiB", outcome.text)
                     continue
                 judge(count, f"{kib} KiB", outcome, root, expected, partial(again, start))
@@ -60,7 +63,7 @@ def again(start) -> Outcome:
 
 def referral(root: Path, config: Path) -> Outcome:
     """The command itself."""
-    command = [sys.executable, "-m", "launch", "run", str(config), "--run", str(root)]
+    command = [sys.executable, "-P", "-m", "launch", "run", str(config), "--run", str(root)]
     ended = subprocess.run(command, capture_output=True, text=True)
     return Outcome(ended.returncode, ended.stdout + ended.stderr)
 

@@ -87,6 +87,9 @@ def fork(work: Callable[[], int], output: int) -> int:
     try:
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # pytest's own streams, which the child inherits, write elsewhere.
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
         code = work()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 70

@@ -30,6 +30,6 @@ def test_a_torchrun_that_knows_it_is_given_all():
 
 @pytest.mark.parametrize("processes", [2, 16])
 def test_the_torch_that_is_here_reads_what_the_launcher_writes(processes):
-    options = torchrun(processes)[3:-1]
+    options = torchrun(processes)[4:-1]  # behind python -P -m trainer.distributed.torchrun
     read = get_args_parser().parse_args([*known_to(get_args_parser(), options), "program"])
     assert read.nproc_per_node == str(processes) and read.standalone

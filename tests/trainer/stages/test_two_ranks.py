@@ -117,7 +117,7 @@ def test_an_error_of_another_rank_is_one_line_and_its_exit_code(data, tmp_path, 
     monkeypatch.setenv("RANK", "0")  # of the config's own look at the decoder
     decoders = 'data.decoders={png="of_rank_0:decode"}'
     run = prepare(tmp_path / "run", data, decoders, "data.cache=none")
-    process = start_stage(2, "generalist", run.root)
+    process = start_stage(2, "generalist", run.root, "--trust")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     lines = [line for line in output.splitlines() if line.startswith("error")]
