@@ -26,13 +26,13 @@ WITHOUT_FLUSHING = 2
 
 
 def why_not(kind: str) -> str:
-    """What this machine lacks for a file system; empty if nothing."""
+    """What this machine lacks for a file system, "tmpfs" among them; empty if nothing."""
     if os.geteuid() != 0:
         return "only root may mount"
     if kind in MAKE and not shutil.which(MAKE[kind][0]):
         return f"{MAKE[kind][0]} is not installed"
     try:
-        with mounted(kind):
+        with mounted(kind) if kind in MAKE else in_memory(1024):
             return ""
     except (OSError, subprocess.CalledProcessError) as error:
         return f"{kind} cannot be mounted: {error}"

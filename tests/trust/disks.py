@@ -9,7 +9,6 @@ once the run is done.  Only root may mount: without, all are skipped with one li
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from functools import partial
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small import Count, Outcome, command, finished, in_child, judge, small_config, workshop  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from filesystems import in_memory, resize  # noqa: E402
+from filesystems import in_memory, resize, why_not  # noqa: E402
 
 from pipeline.config import save_config  # noqa: E402
 
@@ -31,8 +30,8 @@ FULL = ("is full", "No space left")  # what an error says of a full disk
 
 def main(sizes: int = 32) -> int:
     count = Count("disk sizes")
-    if os.geteuid() != 0:
-        print(f"{count.name}: skipped: only root may mount")
+    if reason := why_not("tmpfs"):
+        print(f"{count.name}: skipped: {reason}")
         return 0
     with workshop() as (place, data):
         config = small_config(data)
