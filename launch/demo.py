@@ -51,6 +51,9 @@ per_job = 6
 [controls]
 rows = ["average", "shortlist"]  # what pilots advise, beside the specialists
 
+[launch]
+side_by_side = ["members", "specialists", "controls", "students"]  # small networks: a core each
+
 [students.main]
 steps = 4000
 learning_rate = 1e-2
