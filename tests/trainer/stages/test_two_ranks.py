@@ -112,7 +112,8 @@ def decode(content):
 def test_an_error_of_another_rank_is_one_line_and_its_exit_code(data, tmp_path, monkeypatch):
     """Rank 0 waits in an exchange of gradients, and then loses its peer."""
     (tmp_path / "of_rank_0.py").write_text(DECODER)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    paths = filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("RANK", "0")  # of the config's own look at the decoder
     decoders = 'data.decoders={png="of_rank_0:decode"}'
