@@ -48,11 +48,11 @@ class RankFindings(NamedTuple):
 def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     run = Path(args.run) if args.run else None
-    if run is not None and isinstance(read_config(run), Config):
+    config = read_config(run)
+    if run is not None and isinstance(config, Config):
         check_trusted(open_run(run), args.trust, (FUNCTION, COMMAND))
     if all(name in os.environ for name in TORCHRUN) and is_installed("torch"):
-        return examine_ranks(run)
-    config = read_config(run)
+        return examine_ranks(run, config)
     return report([*versions(), *devices(_engine(config)), *run_findings(run, config)])
 
 
@@ -80,13 +80,12 @@ def report(findings: list[Finding]) -> int:
 # Every rank
 
 
-def examine_ranks(run: Path | None) -> int:
+def examine_ranks(run: Path | None, config: Config | Finding | None) -> int:
     """Report rank 0's findings, one sum over all ranks, and where other ranks' findings differ."""
     import torch
 
     from ..distributed.ranks import broadcast, gather, process_group, sum_over_ranks
 
-    config = read_config(run)
     with process_group(_engine(config)) as ranks:
         total = float(sum_over_ranks(torch.ones(()), ranks))
         findings = [*versions(), *run_findings(run, config)]

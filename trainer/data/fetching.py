@@ -227,7 +227,7 @@ class FetchDir:
 
         if is_ours(path):  # what is wanted is not evicted
             with suppress(OSError):
-                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+                _mark_used(path)
             return path
         beside = self.taken(entry) - entry["bytes"]
         return self._fetch(url, path, check, entry["bytes"], beside, wanted=True, ahead=ahead)
@@ -276,9 +276,7 @@ class FetchDir:
                 if not wanted:
                     self._hold(path.name, size)
                 if is_ours(path) and not always:
-                    # The access time says when it was used last.
-                    used = (time.time_ns(), path.stat().st_mtime_ns)
-                    os.utime(path, ns=used, follow_symlinks=False)
+                    _mark_used(path)
                     return path
                 claimed = _lock_part(claim)
                 if claimed is not None:
@@ -489,6 +487,12 @@ class FetchDir:
 def _allocate(file: BinaryIO, size: int) -> None:
     if size and hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), 0, size)
+
+
+def _mark_used(path: Path) -> None:
+    """The access time says when a file was used last."""
+    used = (time.time_ns(), path.stat().st_mtime_ns)
+    os.utime(path, ns=used, follow_symlinks=False)
 
 
 def _lock_part(name: Path) -> BinaryIO | None:
