@@ -13,7 +13,7 @@ from pipeline.choices import MEANS
 
 from ..core.dense_logits import DenseLogits, slopes_of
 from ..data.streams import Batch
-from ..session import Session
+from ..session import Session, rows_in_cache
 from .calibrate import LOGITS_IN_MEMORY, Slopes, calibration_ids, fit_in_passes
 
 
@@ -33,7 +33,8 @@ def ensemble_sizes(session: Session, ensemble: DeepEnsemble) -> list[dict]:
             "top1": (log_p.argmax(2) == batch.labels).T.float(),
         }
 
-    values = session.measured(session.shards("test"), measure)
+    rows = rows_in_cache(session.num_classes, session.ranks.device)
+    values = session.measured(session.shards("test"), measure, rows=rows)
     means = {key: values[key].mean(0, dtype=np.float64) for key in ("nll", "cnll", "top1")}
     return [
         {

@@ -28,7 +28,7 @@ from ..core.metrics import (
     summarise,
 )
 from ..data.streams import Batch
-from ..session import Session
+from ..session import Session, rows_in_cache
 from .calibrate import calibrate
 from .sizes import Answering, Stopwatch
 
@@ -118,7 +118,8 @@ class TestEvaluator:
             measure = listed_measure(predict, temperature, with_scores)
             score = listed_scores(predict)
         else:
-            rows = None
+            dense = together is not None or members is not None
+            rows = rows_in_cache(session.num_classes, session.ranks.device) if dense else None
             scores = scores_of(predict, members) if with_scores else None
             measure = whole_measure(predict, temperature, members, together, scores)
             score = scores

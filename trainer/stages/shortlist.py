@@ -25,7 +25,7 @@ from networks import Classifier, top_k
 
 from ..core.dense_logits import predictor_of
 from ..data.streams import Batch
-from ..session import Session
+from ..session import Session, rows_in_cache
 from .calibrate import calibrate, calibration_ids
 
 # Numbers in memory while a shortlist is fitted: one for each network, val example and class of its
@@ -119,7 +119,8 @@ def shortlist_sizes(session: Session, ensembles: list[ShortlistEnsemble]) -> lis
             )
         return {"rows": torch.stack(rows).permute(2, 0, 1)}
 
-    values = session.measured(session.shards("test"), measure)
+    rows_at_once = rows_in_cache(session.num_classes, session.ranks.device)
+    values = session.measured(session.shards("test"), measure, rows=rows_at_once)
     means = values["rows"].mean(0, dtype=np.float64)
     return [
         {
