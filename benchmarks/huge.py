@@ -178,6 +178,12 @@ def measured(command: list[str]) -> dict:
     return row
 
 
+def together(row: dict, before: dict) -> dict:
+    """What a command took that was interrupted and went on: times add up, peaks do not."""
+    times = {key: row[key] + before[key] for key in ("seconds", "cpu_s")}
+    return {**times, "peak_bytes": max(row["peak_bytes"], before["peak_bytes"])}
+
+
 def measure_run(root: Path, classes: int, ranks: int, given: argparse.Namespace) -> dict:
     """All stages, those that are done by what they took; rows of the results."""
     kept = root / "measured.json"
@@ -187,7 +193,7 @@ def measure_run(root: Path, classes: int, ranks: int, given: argparse.Namespace)
         row = measured(command)
         before = stages.get(name)
         if before is not None:  # it was interrupted and went on
-            row = {key: max if key == "peak_bytes" else row[key] + before[key] for key in row}
+            row = together(row, before)
         stages[name] = row
         write_json(kept, stages)
         print(f"{classes:,} classes, {ranks} ranks, {name}: {stages[name]}", flush=True)
