@@ -55,8 +55,8 @@ ROWS_IN_CACHE = 32
 ROWS_TO_SHARE = 32
 # Numbers of float64 that the rows which are solved together may take: 256 MiB.
 FLOATS_AT_ONCE = 2**25
-# And those that a device works on side by side, between two looks of the host: 2 GiB.
-FLOATS_SIDE_BY_SIDE = 2**28
+# The same on a device with a queue, and all that it works on between two looks: 2 GiB.
+FLOATS_OF_A_DEVICE = 2**28
 
 
 @full_precision
@@ -264,9 +264,10 @@ class Part:
 
 
 def _parts(groups: ClassGroups, g: Tensor, block: Block, owned: bool) -> list[Part]:
-    """The block in parts of as many rows as FLOATS_AT_ONCE has room for."""
+    """The block in parts of as many rows as there is room for."""
     per_row = _floats_per_row(groups, block)
-    count = max(1, FLOATS_AT_ONCE // max(1, per_row))
+    room = FLOATS_OF_A_DEVICE if is_queued(g.device) else FLOATS_AT_ONCE
+    count = max(1, room // max(1, per_row))
     if not per_row or count >= len(block.rows):
         return [Part(g, block, owned, owned, per_row * len(block.rows))]
     parts = []
@@ -291,7 +292,7 @@ def _combine_parts(problem: Problem, parts: list[Part]) -> list[Tensor]:
     q: list[Tensor] = []
     while parts:
         count, floats = 1, parts[0].floats
-        while count < len(parts) and floats + parts[count].floats <= FLOATS_SIDE_BY_SIDE:
+        while count < len(parts) and floats + parts[count].floats <= FLOATS_OF_A_DEVICE:
             floats += parts[count].floats
             count += 1
         together = [_combining(problem, part) for part in parts[:count]]

@@ -380,34 +380,20 @@ def _converging(A: Tensor, d: Tensor, membership: Membership, tolerance: float) 
     for _ in range(QUICK_STEPS // STEPS_BETWEEN_LOOKS):
         with torch.no_grad():
             for _ in range(STEPS_BETWEEN_LOOKS):
-                state = _row_by_row(A, d, state, membership, tolerance, _by_cholesky)
+                # Also those that have converged: a derivative wants more digits than Y.
+                step = _newton_step(A, d, state, membership)
+                state = _searched_at_once(A, d, state, step.where(step.is_finite()))
             converged = state.residual(A, d) <= tolerance
         if (yield converged.all()):
-            return _polished(A, state)
+            break
+    else:
+        with torch.no_grad():
+            left = (~converged).nonzero()[:, 0]
+            few = membership.rows(left)
+            path = _central_path(A[left], d[left], few, tolerance, STEPS_BETWEEN_LOOKS)
+            state.put(left, path)
     with torch.no_grad():
-        left = (~converged).nonzero()[:, 0]
-        few = membership.rows(left)
-        state.put(left, _central_path(A[left], d[left], few, tolerance, STEPS_BETWEEN_LOOKS))
         return _polished(A, state)
-
-
-def _row_by_row(
-    A: Tensor,
-    d: Tensor,
-    state: State,
-    membership: Membership,
-    tolerance: float,
-    solver: "Solver",
-    targets: tuple[Tensor, Tensor] | None = None,
-) -> State:
-    """A step of each row that has not converged, as far as its own line search lets it.
-
-    targets: of the step, instead of A and d.
-    """
-    target_A, target_d = targets or (A, d)
-    step = _newton_step(target_A, target_d, state, membership, solver)
-    moving = ~(state.residual(A, d) <= tolerance) & step.is_finite()
-    return _searched_at_once(target_A, target_d, state, step.where(moving))
 
 
 def _searched_at_once(A: Tensor, d: Tensor, state: State, step: Step) -> State:
@@ -449,8 +435,9 @@ def _central_path(
         target_A = torch.maximum(A, mu)
         target_d = torch.maximum(d, mu)
         if between_looks > 1:
-            targets = target_A, target_d
-            state = _row_by_row(A, d, state, membership, tolerance, _by_least_squares, targets)
+            step = _newton_step(target_A, target_d, state, membership, _by_least_squares)
+            moving = ~(state.residual(A, d) <= tolerance) & step.is_finite()
+            state = _searched_at_once(target_A, target_d, state, step.where(moving))
             continue
         solver = _by_least_squares if bool(mu.min() < 1e-6) else _by_cholesky
         step = _newton_step(target_A, target_d, state, membership, solver)
