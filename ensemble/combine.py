@@ -7,6 +7,7 @@ Legend: B rows, C classes, M specialists.  In a block n rows, k active specialis
 of them (their union), P patterns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -179,9 +180,11 @@ def combine_rows(problem: Problem, g: Tensor, on: np.ndarray) -> Tensor:
     else:
         row_order = to_device(order, g.device)
         pieces = g.index_select(0, row_order).split([len(block.rows) for block in blocks])
-    parts: list[Part] = []
-    for piece, block in zip(pieces, blocks, strict=True):
-        parts += _parts(problem.groups, piece, block, owned=order is not None)
+    parts = (
+        part
+        for piece, block in zip(pieces, blocks, strict=True)
+        for part in _parts(problem.groups, piece, block, owned=order is not None)
+    )
     combined = _combine_parts(problem, parts)
     q = torch.cat(combined) if len(combined) > 1 else combined[0]
     return q if row_order is None else q.index_select(0, torch.argsort(row_order))
@@ -263,18 +266,17 @@ class Part:
     floats: int
 
 
-def _parts(groups: ClassGroups, g: Tensor, block: Block, owned: bool) -> list[Part]:
+def _parts(groups: ClassGroups, g: Tensor, block: Block, owned: bool) -> Iterator[Part]:
     """The block in parts of as many rows as there is room for."""
     per_row = _floats_per_row(groups, block)
     room = FLOATS_OF_A_DEVICE if is_queued(g.device) else FLOATS_AT_ONCE
     count = max(1, room // max(1, per_row))
     if not per_row or count >= len(block.rows):
-        return [Part(g, block, owned, owned, per_row * len(block.rows))]
-    parts = []
+        yield Part(g, block, owned, owned, per_row * len(block.rows))
+        return
     for first in range(0, len(block.rows), count):
         rows = slice(first, first + count)
-        parts.append(Part(g[rows], block.part(rows), owned, True, per_row * count))
-    return parts
+        yield Part(g[rows], block.part(rows), owned, True, per_row * count)
 
 
 def _floats_per_row(groups: ClassGroups, block: Block) -> int:
@@ -285,19 +287,19 @@ def _floats_per_row(groups: ClassGroups, block: Block) -> int:
     return Membership.floats_per_row(patterns, specialists, is_shared=block.set_of_row is None)
 
 
-def _combine_parts(problem: Problem, parts: list[Part]) -> list[Tensor]:
+def _combine_parts(problem: Problem, parts: Iterator[Part]) -> list[Tensor]:
     """q [n, C] of each part.  Those of a device go on side by side, and the host looks seldom."""
     if not problem.checks.is_deferred:
+        # One after the other, while the sets of its rows are in their cache.
         return [answered(_combining(problem, part)) for part in parts]
     q: list[Tensor] = []
-    while parts:
-        count, floats = 1, parts[0].floats
-        while count < len(parts) and floats + parts[count].floats <= FLOATS_OF_A_DEVICE:
-            floats += parts[count].floats
-            count += 1
-        together = [_combining(problem, part) for part in parts[:count]]
-        q += answered_together(together, problem.checks)
-        parts = parts[count:]
+    together: list[Part] = []
+    for part in parts:
+        if together and sum(each.floats for each in [*together, part]) > FLOATS_OF_A_DEVICE:
+            q += answered_together([_combining(problem, each) for each in together], problem.checks)
+            together = []
+        together.append(part)
+    q += answered_together([_combining(problem, each) for each in together], problem.checks)
     problem.checks.settle()
     return q
 

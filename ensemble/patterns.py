@@ -293,12 +293,13 @@ def set_patterns(groups: ClassGroups, specialists: tuple[int, ...]) -> SetPatter
             return cache[specialists]
     patterns = _make(groups, specialists)
     with lock:
-        cache[specialists] = patterns
+        if specialists not in cache:  # another thread may have been first
+            cache[specialists] = patterns
+            cache.floats += patterns.floats
         # The last one stays, however large.
-        kept = sum(each.floats for each in cache.values())
-        while len(cache) > SETS_KEPT or (kept > FLOATS_KEPT and len(cache) > 1):
+        while len(cache) > SETS_KEPT or (cache.floats > FLOATS_KEPT and len(cache) > 1):
             _, oldest = cache.popitem(last=False)
-            kept -= oldest.floats
+            cache.floats -= oldest.floats
     return patterns
 
 
@@ -336,7 +337,12 @@ def _make(groups: ClassGroups, specialists: tuple[int, ...]) -> SetPatterns:
     )
 
 
-_Cache = OrderedDict[tuple[int, ...], SetPatterns]
+class _Cache(OrderedDict[tuple[int, ...], SetPatterns]):
+    """The sets that were used last, and the numbers in all of them."""
+
+    floats = 0
+
+
 _caches: dict[int, tuple[weakref.ref, _Cache, threading.Lock]] = {}
 
 
@@ -346,6 +352,6 @@ def _cache_of(groups: ClassGroups) -> tuple[_Cache, threading.Lock]:
     entry = _caches.get(key)
     if entry is None or entry[0]() is not groups:
         owner = weakref.ref(groups, lambda _: _caches.pop(key, None))
-        entry = (owner, OrderedDict(), threading.Lock())
+        entry = (owner, _Cache(), threading.Lock())
         _caches[key] = entry
     return entry[1], entry[2]
