@@ -7,6 +7,7 @@ Legend: B rows, C classes, M specialists.  In a block n rows, k active specialis
 of them (their union), P patterns.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -15,8 +16,18 @@ import torch
 from torch import Tensor
 
 from clustering.groups import ClassGroups
+from networks.full_precision import full_precision
 
-from .newton import Membership, Scaling, solve
+from .host_reads import (
+    AT_ONCE,
+    Asking,
+    Checks,
+    answered,
+    answered_together,
+    is_queued,
+    to_device,
+)
+from .newton import Membership, Scaling, solve, solving
 from .patterns import PaddedIndex, PatternIndex, SharedIndex, set_patterns
 from .predictions import (
     GivenSpecialists,
@@ -45,8 +56,11 @@ ROWS_IN_CACHE = 32
 ROWS_TO_SHARE = 32
 # Numbers of float64 that the rows which are solved together may take: 256 MiB.
 FLOATS_AT_ONCE = 2**25
+# The same on a device with a queue, and all that it works on between two looks: 2 GiB.
+FLOATS_OF_A_DEVICE = 2**28
 
 
+@full_precision
 def combine_kl(
     p_general: Probabilities,
     p_special: GivenSpecialists,
@@ -111,9 +125,11 @@ def combine_kl(
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)
-    special = read_predictions(p_special, groups, active, g.dtype, dtype)
+    on, checks = active.cpu().numpy(), Checks(is_queued(g.device))
+    special = read_predictions(p_special, groups, active, g.dtype, dtype, on, checks)
     tolerance = TOLERANCE[g.dtype] if method == "newton" else None
-    return combine_rows(Problem(groups, special, weights, dtype, tolerance), g, active).to(dtype)
+    problem = Problem(groups, special, weights, dtype, tolerance, checks=checks)
+    return combine_rows(problem, g, on).to(dtype)
 
 
 class GeneralLayout(Protocol):
@@ -134,6 +150,7 @@ class Problem:
 
     dtype: that the caller's probabilities had; it decides how far a sum may be off.
     tolerance: None is a fixed number of steps (newton.py).
+    checks: of everything that is read.
     """
 
     groups: ClassGroups
@@ -142,6 +159,7 @@ class Problem:
     dtype: torch.dtype
     tolerance: float | None
     layout: GeneralLayout | None = None
+    checks: Checks = AT_ONCE
 
     def is_learning(self, g: Tensor) -> bool:
         """Whether somebody may ask for the gradient."""
@@ -151,20 +169,25 @@ class Problem:
         return g.requires_grad or self.special.requires_grad or weights_learn
 
 
-def combine_rows(problem: Problem, g: Tensor, active: Tensor) -> Tensor:
-    """q of every row, block by block."""
-    blocks, order = _blocks(*active_sets(active))
+def combine_rows(problem: Problem, g: Tensor, on: np.ndarray) -> Tensor:
+    """q of every row.  on: bool [B, M], the specialists that are active, as the host has it."""
+    blocks, order = _blocks(*active_sets(on))
     if not blocks:
+        problem.checks.settle()
         return g.clone()
     if order is None:
-        return _combine_parts(problem, g, blocks[0], owned=False)
-    row_order = torch.from_numpy(order).to(g.device)
-    pieces = g.index_select(0, row_order).split([len(block.rows) for block in blocks])
-    combined = [
-        _combine_parts(problem, piece, block, owned=True)
+        pieces, row_order = (g,), None
+    else:
+        row_order = to_device(order, g.device)
+        pieces = g.index_select(0, row_order).split([len(block.rows) for block in blocks])
+    parts = (
+        part
         for piece, block in zip(pieces, blocks, strict=True)
-    ]
-    return torch.cat(combined).index_select(0, torch.argsort(row_order))
+        for part in _parts(problem.groups, piece, block, owned=order is not None)
+    )
+    combined = _combine_parts(problem, parts)
+    q = torch.cat(combined) if len(combined) > 1 else combined[0]
+    return q if row_order is None else q.index_select(0, torch.argsort(row_order))
 
 
 # ---- blocks of rows
@@ -228,49 +251,81 @@ def _sets_of_blocks(sets: list[tuple[int, ...]], rows_of_set: np.ndarray) -> lis
     return list(by_key.values())
 
 
-def _combine_parts(problem: Problem, g: Tensor, block: Block, owned: bool) -> Tensor:
-    """As _combine_block, as many rows at once as FLOATS_AT_ONCE has room for."""
-    count = _rows_at_once(problem.groups, block)
-    if count >= len(block.rows):
-        return _combine_block(problem, g, block, owned, some_rows=owned)
-    q = []
-    for first in range(0, len(block.rows), count):
-        rows = slice(first, first + count)
-        q.append(_combine_block(problem, g[rows], block.part(rows), owned, some_rows=True))
-    return torch.cat(q)
-
-
-def _rows_at_once(groups: ClassGroups, block: Block) -> int:
-    """How many rows of a block may be solved together."""
-    specialists = len(block.sets[0])
-    if not specialists:
-        return len(block.rows)
-    patterns = max(len(set_patterns(groups, each).counts) for each in block.sets)
-    is_shared = block.set_of_row is None
-    return max(1, FLOATS_AT_ONCE // Membership.floats_per_row(patterns, specialists, is_shared))
-
-
-def _combine_block(
-    problem: Problem, g: Tensor, block: Block, owned: bool, some_rows: bool
-) -> Tensor:
-    """q [n, C] of the rows g [n, C] of one block.
+@dataclass
+class Part:
+    """Rows of a block that are solved together, and their rows of the generalist, [n, C].
 
     owned: g is a copy that may be overwritten.  some_rows: g is not every row, in order.
+    floats: numbers of float64 that they take, about.
     """
+
+    g: Tensor
+    block: Block
+    owned: bool
+    some_rows: bool
+    floats: int
+
+
+def _parts(groups: ClassGroups, g: Tensor, block: Block, owned: bool) -> Iterator[Part]:
+    """The block in parts of as many rows as there is room for."""
+    per_row = _floats_per_row(groups, block)
+    room = FLOATS_OF_A_DEVICE if is_queued(g.device) else FLOATS_AT_ONCE
+    count = max(1, room // max(1, per_row))
+    if not per_row or count >= len(block.rows):
+        yield Part(g, block, owned, owned, per_row * len(block.rows))
+        return
+    for first in range(0, len(block.rows), count):
+        rows = slice(first, first + count)
+        yield Part(g[rows], block.part(rows), owned, True, per_row * count)
+
+
+def _floats_per_row(groups: ClassGroups, block: Block) -> int:
+    specialists = len(block.sets[0])
+    if not specialists:
+        return 0
+    patterns = max(len(set_patterns(groups, each).counts) for each in block.sets)
+    return Membership.floats_per_row(patterns, specialists, is_shared=block.set_of_row is None)
+
+
+def _combine_parts(problem: Problem, parts: Iterator[Part]) -> list[Tensor]:
+    """q [n, C] of each part.  Those of a device go on side by side, and the host looks seldom."""
+    if not problem.checks.is_deferred:
+        # One after the other, while the sets of its rows are in their cache.
+        return [answered(_combining(problem, part)) for part in parts]
+    q: list[Tensor] = []
+    together: list[Part] = []
+    for part in parts:
+        if together and sum(each.floats for each in [*together, part]) > FLOATS_OF_A_DEVICE:
+            q += answered_together([_combining(problem, each) for each in together], problem.checks)
+            together = []
+        together.append(part)
+    q += answered_together([_combining(problem, each) for each in together], problem.checks)
+    problem.checks.settle()
+    return q
+
+
+def _combining(problem: Problem, part: Part) -> Asking[Tensor]:
+    """q [n, C] of one part; asks the host what depends on the numbers."""
+    g, block = part.g, part.block
     if not block.sets[0]:
-        check_sums(g.sum(1), problem.dtype, _row_naming(block))
-        return g if owned else g.clone()
-    rows = torch.from_numpy(block.rows).to(g.device) if some_rows else None
+        check_sums(g.sum(1), problem.dtype, _row_naming(block), problem.checks)
+        return g if part.owned else g.clone()
+    rows = to_device(block.rows, g.device) if part.some_rows else None
     index = _index_of(problem, block, g)
     mode = Mode(
-        owned=owned,
+        owned=part.owned,
         learning=problem.is_learning(g),
         sweep=isinstance(index, SharedIndex) and problem.layout is None,
     )
     joined = _read(problem, g, block, rows, index, mode)
-    scaling = solve(joined.masses, joined.dustbins, index.membership, problem.tolerance)
+    if problem.checks.is_deferred and problem.tolerance is not None:
+        scaling = yield from solving(
+            joined.masses, joined.dustbins, index.membership, problem.tolerance
+        )
+    else:
+        scaling = solve(joined.masses, joined.dustbins, index.membership, problem.tolerance)
     q = _write(joined, scaling, index, mode)
-    if not bool((scaling.even > 0).any()):
+    if not (yield (scaling.even > 0).any()):
         return q
     classes_per_column = torch.ones_like(q)
     if problem.layout is not None:
@@ -283,7 +338,7 @@ def _index_of(problem: Problem, block: Block, g: Tensor) -> PatternIndex:
     if block.set_of_row is None:
         return set_patterns(groups, block.sets[0]).on(g.device, g.dtype, groups.num_classes)
     sets = [set_patterns(groups, specialists) for specialists in block.sets]
-    set_of_row = torch.from_numpy(block.set_of_row).to(g.device)
+    set_of_row = to_device(block.set_of_row, g.device)
     return PaddedIndex(sets, set_of_row, g.device, problem.special.width, groups)
 
 
@@ -345,13 +400,14 @@ def _read(
 ) -> Joined:
     """Gather and check a block's predictions, weigh them and add them."""
     values, dustbins, sums, lowest = index.read(problem.special, rows)
-    check_sums(sums, problem.dtype, _specialist_naming(block, index))
-    check_no_negative(lowest, lambda at: f"row {block.rows[at[0]]} of p_special")
+    checks = problem.checks
+    check_sums(sums, problem.dtype, _specialist_naming(block, index), checks)
+    check_no_negative(lowest, lambda at: f"row {block.rows[at[0]]} of p_special", checks)
     general_weight = None
     if problem.weights is not None:
         general_weight = problem.weights[0]
         w_special = problem.weights[1:][index.slots.expand(len(g), -1)]
-        _check_some_weight(general_weight + w_special.sum(1), block)
+        _check_some_weight(general_weight + w_special.sum(1), block, checks)
         dustbins = dustbins * w_special
         if isinstance(index, SharedIndex):
             w_special = w_special[:1]  # the same in every row
@@ -363,8 +419,8 @@ def _read(
     general = _read_general(g, columns, index, mode)
     joined = _join(general, general_weight, values, dustbins, columns, index)
     total = general.outside + index.without_padding(general.on_union).sum(1)
-    check_sums(total, problem.dtype, _row_naming(block))
-    check_no_negative(joined.masses, _row_naming(block))
+    check_sums(total, problem.dtype, _row_naming(block), checks)
+    check_no_negative(joined.masses, _row_naming(block), checks)
     return joined
 
 
@@ -385,11 +441,17 @@ def _read_general(g: Tensor, columns: Tensor, index: PatternIndex, mode: Mode) -
     return General(on_union, rest.sum(1), rest)
 
 
+def _rows_swept(device: torch.device) -> int:
+    """Rows that are read twice, or written twice, together: a GPU's cache needs no help."""
+    return 2**31 if is_queued(device) else ROWS_IN_CACHE
+
+
 def _sweep_read(g: Tensor, index: SharedIndex) -> General:
     """Read twice while a few rows are in the cache."""
     on_union = g.new_empty(len(g), index.classes.shape[1])
     outside = g.new_empty(len(g))
-    parts = zip(*(x.split(ROWS_IN_CACHE) for x in (g, outside, on_union)), strict=True)
+    count = _rows_swept(g.device)
+    parts = zip(*(x.split(count) for x in (g, outside, on_union)), strict=True)
     for rows, rows_outside, rows_on_union in parts:
         torch.mv(rows, index.outside_all, out=rows_outside)
         torch.gather(rows, 1, index.classes.expand(len(rows), -1), out=rows_on_union)
@@ -416,13 +478,17 @@ def _join(
     return Joined(columns, on_union, general.rest, general_weight, masses, dustbins)
 
 
-def _check_some_weight(total: Tensor, block: Block) -> None:
-    if bool((total <= 0).any()):
-        row = int(block.rows[int((total <= 0).nonzero()[0, 0])])
-        raise ValueError(
+def _check_some_weight(total: Tensor, block: Block, checks: Checks) -> None:
+    nothing = total <= 0
+
+    def error() -> ValueError:
+        row = int(block.rows[int(nothing.nonzero()[0, 0])])
+        return ValueError(
             f"the generalist and all specialists active in row {row} have weight 0; "
             "give one of them some"
         )
+
+    checks.require_none(nothing, error)
 
 
 def _row_naming(block: Block) -> Naming:
@@ -465,7 +531,8 @@ def _write(joined: Joined, scaling: Scaling, index: PatternIndex, mode: Mode) ->
 
 def _sweep_write(g: Tensor, factor: Tensor, on_union: Tensor, columns: Tensor, q: Tensor) -> Tensor:
     """q = g times factor [n, 1], but for the union: written twice while rows are in the cache."""
-    parts = zip(*(x.split(ROWS_IN_CACHE) for x in (g, factor, on_union, columns, q)), strict=True)
+    count = _rows_swept(g.device)
+    parts = zip(*(x.split(count) for x in (g, factor, on_union, columns, q)), strict=True)
     for rows, rows_factor, rows_on_union, rows_columns, out in parts:
         torch.mul(rows, rows_factor, out=out)
         out.scatter_(1, rows_columns, rows_on_union)
@@ -488,6 +555,7 @@ def _spread(
 # ---- in a program
 
 
+@full_precision
 def combine_unrolled(
     p_general: Tensor,
     p_special: list[Tensor],

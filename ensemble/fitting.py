@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clustering.groups import ClassGroups
+from networks.full_precision import full_precision
 
 from .choices import combiner
 from .predictions import SpecialistInput
@@ -25,6 +26,7 @@ def mean_of(values: Tensor) -> float:
     return float(values.mean())
 
 
+@full_precision
 def fit_temperature(
     logits: Tensor, labels: Tensor, mean: Callable[[Tensor], float] = mean_of
 ) -> float:
@@ -72,6 +74,7 @@ def fit_temperature(
     return math.exp(-(low + high) / 2)
 
 
+@full_precision
 def fit_temperature_by_slopes(slopes: Callable[[float], tuple[float, float]]) -> float:
     """fit_temperature of examples that are too many to hold: each step passes over them anew.
 
@@ -108,6 +111,7 @@ def fit_temperature_by_slopes(slopes: Callable[[float], tuple[float, float]]) ->
     return math.exp(-x)
 
 
+@full_precision
 def fit_shift(logits: Tensor, labels: Tensor, classes: Sequence[int] | np.ndarray) -> float:
     """b minimising the mean of - log softmax(logits + b on `classes`)[label].
 
@@ -136,6 +140,7 @@ def log_odds(logits: Tensor, mask: Tensor) -> Tensor:
     return logits[:, mask].double().logsumexp(1) - logits[:, ~mask].double().logsumexp(1)
 
 
+@full_precision
 def fit_shift_to_odds(log_odds: Tensor, fraction: float) -> float:
     """`fit_shift` from the log-odds of `classes`, [n], and their fraction of the labels."""
     low, high = -64.0, 64.0
@@ -148,6 +153,7 @@ def fit_shift_to_odds(log_odds: Tensor, fraction: float) -> float:
     return (low + high) / 2
 
 
+@full_precision
 def fit_temperatures(
     general: Tensor, special: SpecialistInput, groups: ClassGroups, labels: Tensor
 ) -> list[float]:
@@ -186,6 +192,7 @@ def fit_temperatures(
     return temperatures
 
 
+@full_precision
 def fit_weights(
     p_general: Tensor,
     p_special: SpecialistInput,

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from clustering.groups import ClassGroups
+from networks.full_precision import full_precision
 
+from .host_reads import to_device
 from .predictions import Groups, Probabilities, as_general
 
 
+@full_precision
 def gate(
     p_general: Probabilities,
     groups: Groups,
@@ -66,6 +69,7 @@ def gate(
     return active
 
 
+@full_precision
 def static_gate(p_general: Tensor, membership: Tensor, n: int, limit: int | None) -> Tensor:
     """gate by operations that depend on shapes alone, for torch.export.
 
@@ -113,17 +117,28 @@ def _most_probable(p_general: Tensor, n: int) -> Tensor:
 
 def _limit(active: Tensor, p_general: Tensor, groups: ClassGroups, limit: int) -> None:
     """Leave at most `limit` specialists active per row, in place."""
-    crowded = (active.sum(1) > limit).nonzero()[:, 0]
-    if len(crowded) == 0:
+    device = p_general.device
+    on = active.cpu().numpy()
+    of_crowd = np.flatnonzero(on.sum(1) > limit)
+    if len(of_crowd) == 0:
         return
-    shape = (len(crowded), active.shape[1])
-    mass = torch.full(shape, -1.0, device=p_general.device, dtype=p_general.dtype)
-    for m in active[crowded].any(0).nonzero()[:, 0].tolist():
-        rows = active[crowded, m].nonzero()[:, 0]
-        classes = torch.tensor(groups.members[m], device=p_general.device)
+    crowded = to_device(of_crowd, device)
+    mass = torch.full((len(of_crowd), on.shape[1]), -1.0, device=device, dtype=p_general.dtype)
+    for m, rows in rows_of_specialists(on[of_crowd], device):
+        classes = to_device(groups.members[m], device)
         mass[rows, m] = p_general[crowded[rows][:, None], classes].sum(1)
     kept = mass.sort(dim=1, descending=True, stable=True).indices[:, :limit]
     active[crowded] = torch.zeros_like(active[crowded]).scatter_(1, kept, True)
+
+
+def rows_of_specialists(on: np.ndarray, device: torch.device) -> list[tuple[int, Tensor]]:
+    """(m, its rows int64 [n] on the device) of each specialist that is active anywhere.
+
+    on: bool [B, M], as the host has it.
+    """
+    return [
+        (m, to_device(np.flatnonzero(on[:, m]), device)) for m in np.flatnonzero(on.any(0)).tolist()
+    ]
 
 
 def most_active(groups: ClassGroups, n: int, max_specialists: int | None) -> int:

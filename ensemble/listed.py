@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from networks import Summary
+from networks.full_precision import full_precision
 
 # What stands for 0 under a logarithm, and the mass of others below which they share it evenly.
 TINY = torch.finfo(torch.float32).tiny
@@ -194,6 +195,7 @@ class Listed:
         return -(torch.special.xlogy(self.values, self.values).sum(1).double() + rest.first)
 
 
+@full_precision
 def logits_slopes(logits: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """`Listed.slopes` of logits [B, C] that are at hand."""
     z = logits.float()

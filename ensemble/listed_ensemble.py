@@ -19,7 +19,8 @@ from clustering.groups import ClassGroups
 from networks import Branch, Classifier, top_k
 from networks.branches import GeneralOutput
 
-from .gating import classes_of_active, most_active
+from .gating import classes_of_active, most_active, rows_of_specialists
+from .host_reads import to_device
 from .listed import Listed
 from .predictions import (
     SpecialistPredictions,
@@ -173,7 +174,7 @@ def _ask_generalist(
     ensemble: SpecialistEnsemble, raw: Tensor, start: int, wanted: Wanted, also: Tensor | None
 ) -> _Part:
     features, reached, at_cut = ensemble.run_trunk(raw)
-    logits = ensemble.generalist.head(features)
+    logits = ensemble.generalist.logits_of(features)
     ensemble.count("trunk")
     branch = {}
     if ensemble.has_branches:
@@ -218,9 +219,9 @@ def _read_by_branches(
     general: GeneralOutput, groups: ClassGroups, active: Tensor
 ) -> dict[int, tuple[Tensor, Tensor]]:
     read = {}
-    for m in active.any(0).nonzero()[:, 0].tolist():
-        classes = torch.tensor(groups.members[m], device=active.device)
-        read[m] = general.own_and_rest(classes, active[:, m].nonzero()[:, 0])
+    for m, rows in rows_of_specialists(active.cpu().numpy(), active.device):
+        classes = to_device(groups.members[m], active.device)
+        read[m] = general.own_and_rest(classes, rows)
     return read
 
 
@@ -273,7 +274,7 @@ def _of_copy(
     reached: dict[int, Tensor],
 ) -> Tensor:
     pieces = [
-        network.head(ensemble.features_of(m, network, raw, some, reached))
+        network.logits_of(ensemble.features_of(m, network, raw, some, reached))
         for some in rows.split(SPECIAL_ROWS)
     ]
     return torch.cat(pieces)

@@ -27,6 +27,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .host_reads import Asking, answered, is_queued
+
 # Stands for no mass at all, in a pattern or a dustbin: far below every tolerance, still a float32.
 EMPTY = 1e-30
 # Less than any pattern's mass: a divisor where there is no such pattern.
@@ -40,6 +42,10 @@ NEGLIGIBLE = 1e-20
 SURE = 0.3
 QUICK_STEPS = 8
 MAX_STEPS = 200
+# On a device with a queue the host looks after so many steps, and a line search tries so many
+# halves of a length at once.
+STEPS_BETWEEN_LOOKS = 4
+HALVINGS_AT_ONCE = 8
 # Benign predictions need 3 steps.  Absurdly conflicting ones (probabilities that underflow) may
 # need more than this; UNROLLED_STEPS cannot follow them up.
 UNROLLED_STEPS = 16
@@ -131,10 +137,26 @@ def solve(
 
     tolerance, portable: as pattern_masses has them.
     """
+    if tolerance is not None and is_queued(A.device):
+        return answered(solving(A, d, membership, tolerance))
     # Divided by the mass that is really there, and not by the sum of the weights, q sums to one
     # whatever the rows sum to.
     mass = A.sum(1, keepdim=True) + d.sum(1, keepdim=True)
     Y = pattern_masses(A / mass, d / mass, membership, tolerance, portable)
+    scaling = _scaling(A / mass, Y, membership)
+    return Scaling(scaling.factor / mass, scaling.even)
+
+
+def solving(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -> Asking[Scaling]:
+    """`solve` on a device with a queue: asks the host seldom whether all rows have converged."""
+    mass = A.sum(1, keepdim=True) + d.sum(1, keepdim=True)
+    floored_A = torch.maximum(A / mass, membership.nothing)
+    floored_d = (d / mass).clamp(min=EMPTY)
+    if d.shape[1] == 1:
+        Y = _one_specialist(floored_A, floored_d, membership)
+    else:
+        state = yield from _converging(floored_A, floored_d, membership, tolerance)
+        Y = _differentiable(floored_A, floored_d, state, membership)
     scaling = _scaling(A / mass, Y, membership)
     return Scaling(scaling.factor / mass, scaling.even)
 
@@ -163,6 +185,11 @@ def pattern_masses(
         return _unrolled(A, d, membership, _by_elimination if portable else _by_scaled_cholesky)
     with torch.no_grad():
         state = _converged(A, d, membership, tolerance)
+    return _differentiable(A, d, state, membership)
+
+
+def _differentiable(A: Tensor, d: Tensor, state: "State", membership: Membership) -> Tensor:
+    """Y of the optimum, with its derivatives where somebody may ask for them."""
     if not (A.requires_grad or d.requires_grad):
         return state.Y
     # Newton's method differentiates itself: at the optimum one more step, with the matrix held
@@ -234,6 +261,14 @@ class Step(NamedTuple):
     ds: Tensor
     dt: Tensor
     dQ: Tensor
+
+    def where(self, rows: Tensor) -> "Step":
+        """No step in the other rows; rows: bool [n]."""
+        return Step(*(torch.where(rows[:, None], part, 0.0) for part in self))
+
+    def is_finite(self) -> Tensor:
+        """bool [n]."""
+        return torch.isfinite(torch.cat(self, 1)).all(1)
 
 
 @dataclass
@@ -335,10 +370,54 @@ def _converged(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -
     return _polished(A, state)
 
 
-def _central_path(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -> State:
+# ---- the same on a device with a queue
+
+
+def _converging(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -> Asking[State]:
+    """`_converged`, each row by itself and with looks after STEPS_BETWEEN_LOOKS."""
+    with torch.no_grad():
+        state = _start(A, d, membership)
+    for _ in range(QUICK_STEPS // STEPS_BETWEEN_LOOKS):
+        with torch.no_grad():
+            for _ in range(STEPS_BETWEEN_LOOKS):
+                # Also those that have converged: a derivative wants more digits than Y.
+                step = _newton_step(A, d, state, membership)
+                state = _searched_at_once(A, d, state, step.where(step.is_finite()))
+            converged = state.residual(A, d) <= tolerance
+        if (yield converged.all()):
+            break
+    else:
+        with torch.no_grad():
+            left = (~converged).nonzero()[:, 0]
+            few = membership.rows(left)
+            path = _central_path(A[left], d[left], few, tolerance, STEPS_BETWEEN_LOOKS)
+            state.put(left, path)
+    with torch.no_grad():
+        return _polished(A, state)
+
+
+def _searched_at_once(A: Tensor, d: Tensor, state: State, step: Step) -> State:
+    """`_searched`: the longest of HALVINGS_AT_ONCE halved lengths at which the merit falls."""
+    sure = state.largest_change(step) <= SURE
+    longest = torch.where(sure[:, None], 1.0, torch.minimum(*state.longest(step)))
+    before = _merit(A, d, state)
+    halves = 0.5 ** torch.arange(HALVINGS_AT_ONCE, dtype=A.dtype, device=A.device)
+    lengths = halves[:, None, None] * longest  # [H, n, 1]
+    falls = _merit(A, d, state.moved(step, lengths, lengths)) <= before + 1e-13
+    first = falls.int().argmax(0)  # the first that is true, or 0
+    first = torch.where(falls.any(0), first, HALVINGS_AT_ONCE - 1)
+    length = longest * halves[torch.where(sure, 0, first)][:, None]
+    return state.moved(step, length, length)
+
+
+def _central_path(
+    A: Tensor, d: Tensor, membership: Membership, tolerance: float, between_looks: int = 1
+) -> State:
     """As interior-point methods go: every target at least mu, and mu falls near a row's target.
 
     Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
+
+    between_looks: steps between two looks of the host; of more than one, each row goes by itself.
     """
     n = len(A)
     patterns, specialists = membership.outside.shape[-2:]
@@ -347,13 +426,19 @@ def _central_path(A: Tensor, d: Tensor, membership: Membership, tolerance: float
     Q = membership.to_specialists(Y) + membership.everything_inside
     state = State(Y, 1 - membership.to_patterns(t), t, Q)
     mu = torch.full((n, 1), 0.1 / (patterns + specialists), dtype=A.dtype, device=A.device)
-    for _ in range(MAX_STEPS):
-        if bool((state.residual(A, d) <= tolerance).all()):
+    for count in range(MAX_STEPS):
+        is_looking = count % between_looks == 0
+        if is_looking and bool((state.residual(A, d) <= tolerance).all()):
             return state
         near = _is_near(state, torch.maximum(A, mu), torch.maximum(d, mu))
         mu = torch.where(near[:, None], mu * 0.1, mu).clamp(min=SMALLEST_TARGET)
         target_A = torch.maximum(A, mu)
         target_d = torch.maximum(d, mu)
+        if between_looks > 1:
+            step = _newton_step(target_A, target_d, state, membership, _by_least_squares)
+            moving = ~(state.residual(A, d) <= tolerance) & step.is_finite()
+            state = _searched_at_once(target_A, target_d, state, step.where(moving))
+            continue
         solver = _by_least_squares if bool(mu.min() < 1e-6) else _by_cholesky
         step = _newton_step(target_A, target_d, state, membership, solver)
         state = _searched(target_A, target_d, state, step)
@@ -386,10 +471,13 @@ def _searched(A: Tensor, d: Tensor, state: State, step: Step) -> State:
 
 
 def _merit(A: Tensor, d: Tensor, at: State) -> Tensor:
-    """Primal plus dual objective, [n]: minimal at the optimum, and falling along Newton's step."""
+    """Primal plus dual objective, [n]: minimal at the optimum, and falling along Newton's step.
+
+    at: one point, or several, whose tensors have one more axis, which the result has too.
+    """
     masses = torch.cat([A, d], 1)
-    products = torch.cat([at.Y * at.s, at.Q * at.t], 1)
-    return (products - masses * products.log()).sum(1)
+    products = torch.cat([at.Y * at.s, at.Q * at.t], -1)
+    return (products - masses * products.log()).sum(-1)
 
 
 def _polished(A: Tensor, state: State) -> State:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clustering.groups import ClassGroups
 
+from .host_reads import to_device
 from .newton import Membership
 from .predictions import SpecialistPredictions
 
@@ -145,10 +146,10 @@ class SharedIndex(PatternIndex):
         self, patterns: SetPatterns, device: torch.device, dtype: torch.dtype, num_classes: int
     ):
         def tensor(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x)).to(device)
+            return to_device(np.ascontiguousarray(x), device)
 
         self.specialists = patterns.specialists
-        self.slots = torch.tensor([patterns.specialists], device=device)
+        self.slots = tensor(np.array([patterns.specialists], dtype=np.int64))
         self.widths = [size + 1 for size in patterns.sizes]
         start = np.cumsum([0, *self.widths[:-1]])
         self.dustbin_columns = tensor(start + np.array(patterns.sizes))
@@ -175,16 +176,16 @@ class SharedIndex(PatternIndex):
         self.small_count = len(sizes) - large
         self.of_small: Tensor | None = None
         if len(small) * self.small_count <= PRODUCT_UP_TO:
-            self.of_small = torch.zeros(len(small), self.small_count, dtype=dtype, device=device)
-            self.of_small[torch.arange(len(small)), torch.from_numpy(small)] = 1
+            of_small = torch.zeros(len(small), self.small_count, dtype=dtype)
+            of_small[torch.arange(len(small)), torch.from_numpy(small)] = 1
+            self.of_small = to_device(of_small, device)
         self._dtype, self._num_classes = dtype, num_classes
 
     @cached_property
     def outside_all(self) -> Tensor:
         """[C], 0 at the union, else 1.  Sparse rows do without it."""
         outside = torch.ones(self._num_classes, dtype=self._dtype, device=self.classes.device)
-        outside[self.classes[0]] = 0
-        return outside
+        return outside.index_fill_(0, self.classes[0], 0)
 
     def read(self, special: SpecialistPredictions, rows: Tensor | None) -> SpecialRows:
         parts = special.side_by_side(self.specialists, rows)
@@ -234,15 +235,14 @@ class PaddedIndex(PatternIndex):
         groups: ClassGroups,
     ):
         def per_row(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(device).index_select(0, set_of_row)
+            return to_device(x, device).index_select(0, set_of_row)
 
         lengths = np.array([s.union.shape[1] for s in sets])
         further = np.array([s.more.shape[1] for s in sets])
         self.num_patterns = max(len(s.counts) for s in sets)
         self.width = width
-        specialists = [s.specialists for s in sets]
-        self.slots = torch.tensor(specialists, device=device).index_select(0, set_of_row)
-        self._sizes = torch.tensor([len(classes) for classes in groups.members], device=device)
+        self.slots = per_row(np.array([s.specialists for s in sets], dtype=np.int64))
+        self._sizes = to_device(np.array([len(classes) for classes in groups.members]), device)
 
         union = np.zeros((4, len(sets), lengths.max()), dtype=np.int64)
         more = np.zeros((3, len(sets), further.max()), dtype=np.int64)
@@ -293,12 +293,13 @@ def set_patterns(groups: ClassGroups, specialists: tuple[int, ...]) -> SetPatter
             return cache[specialists]
     patterns = _make(groups, specialists)
     with lock:
-        cache[specialists] = patterns
+        if specialists not in cache:  # another thread may have been first
+            cache[specialists] = patterns
+            cache.floats += patterns.floats
         # The last one stays, however large.
-        kept = sum(each.floats for each in cache.values())
-        while len(cache) > SETS_KEPT or (kept > FLOATS_KEPT and len(cache) > 1):
+        while len(cache) > SETS_KEPT or (cache.floats > FLOATS_KEPT and len(cache) > 1):
             _, oldest = cache.popitem(last=False)
-            kept -= oldest.floats
+            cache.floats -= oldest.floats
     return patterns
 
 
@@ -336,7 +337,12 @@ def _make(groups: ClassGroups, specialists: tuple[int, ...]) -> SetPatterns:
     )
 
 
-_Cache = OrderedDict[tuple[int, ...], SetPatterns]
+class _Cache(OrderedDict[tuple[int, ...], SetPatterns]):
+    """The sets that were used last, and the numbers in all of them."""
+
+    floats = 0
+
+
 _caches: dict[int, tuple[weakref.ref, _Cache, threading.Lock]] = {}
 
 
@@ -346,6 +352,6 @@ def _cache_of(groups: ClassGroups) -> tuple[_Cache, threading.Lock]:
     entry = _caches.get(key)
     if entry is None or entry[0]() is not groups:
         owner = weakref.ref(groups, lambda _: _caches.pop(key, None))
-        entry = (owner, OrderedDict(), threading.Lock())
+        entry = (owner, _Cache(), threading.Lock())
         _caches[key] = entry
     return entry[1], entry[2]

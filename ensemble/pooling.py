@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from clustering.groups import ClassGroups
+from networks.full_precision import full_precision
 
+from .host_reads import Checks, is_queued, to_device
 from .patterns import SetPatterns, set_patterns
 from .predictions import (
     SpecialistInput,
@@ -35,6 +37,9 @@ FLOOR = 1e-30
 # The dual of reverse_kl: how far its gradient may be from 0, and the most steps to get there.
 GRADIENT_TOLERANCE = 1e-10
 MAX_STEPS = 300
+# On a device with a queue the host looks after so many steps, and a step is halved so often.
+STEPS_BETWEEN_LOOKS = 8
+HALVINGS = 12
 
 # (g [n, C], special: k tensors [n, |S_m| + 1], patterns, w [1 + k]) -> q [n, C], for rows that have
 # the same active set.
@@ -178,6 +183,7 @@ def mixture_gating(
     return _pooled(_mixture, p_general, p_special, groups, active, weights)
 
 
+@full_precision
 def _pooled(
     rule: Rule,
     p_general: Tensor,
@@ -194,28 +200,37 @@ def _pooled(
     weights = checked_weights(weights, len(groups.members), g.device, are_exponents)
     if weights is None:
         weights = torch.ones(1 + len(groups.members), dtype=torch.float64, device=g.device)
-    special = read_predictions(p_special, groups, active, g.dtype, dtype)
-    check_sums(g.sum(1), dtype, lambda at: f"row {at[0]} of p_general")
-    check_no_negative(g.amin(1), lambda at: f"row {at[0]} of p_general")
-
-    sets, set_of_row = active_sets(active)
+    on, checks = active.cpu().numpy(), Checks(is_queued(g.device))
+    special = read_predictions(p_special, groups, active, g.dtype, dtype, on, checks)
+    check_sums(g.sum(1), dtype, lambda at: f"row {at[0]} of p_general", checks)
+    check_no_negative(g.amin(1), lambda at: f"row {at[0]} of p_general", checks)
+    weights_known = weights.detach().to(g.dtype).cpu()
+    sets, set_of_row = active_sets(on)
     pieces = [g[:0]]
-    order = [torch.zeros(0, dtype=torch.int64)]
+    order = [np.zeros(0, dtype=np.int64)]
     for index, specialists in enumerate(sets):
-        rows = torch.from_numpy(np.flatnonzero(set_of_row == index)).to(g.device)
-        order.append(rows.cpu())
-        parts = _checked_parts(special, specialists, rows, dtype)
-        w = weights[[0, *[1 + m for m in specialists]]].to(g.dtype)
-        if float(w.sum()) <= 0:
+        order.append(np.flatnonzero(set_of_row == index))
+        rows = to_device(order[-1], g.device)
+        parts = _checked_parts(special, specialists, rows, dtype, checks)
+        heard = torch.tensor([0, *[1 + m for m in specialists]])
+        w = weights[to_device(heard, g.device)].to(g.dtype)
+        if float(weights_known[heard].sum()) <= 0:
             raise ValueError(
                 f"the generalist and specialists {list(specialists)} have weight 0; "
                 "give one of them some"
             )
+        if specialists and rule is _reverse and float(weights_known[0]) == 0:
+            raise ValueError(
+                "reverse_kl needs a generalist of weight above 0: "
+                "nobody else says how classes outside compare"
+            )
         if specialists:
+            checks.settle()  # a rule may ask the host
             pieces.append(rule(g[rows], parts, set_patterns(groups, specialists), w))
         else:
             pieces.append(g[rows])
-    back = torch.argsort(torch.cat(order)).to(g.device)
+    checks.settle()
+    back = to_device(np.argsort(np.concatenate(order)), g.device)
     return torch.cat(pieces).index_select(0, back).to(dtype)
 
 
@@ -224,6 +239,7 @@ def _checked_parts(
     specialists: tuple[int, ...],
     rows: Tensor,
     dtype: torch.dtype,
+    checks: Checks,
 ) -> list[Tensor]:
     parts = special.side_by_side(specialists, rows)
     for m, part in zip(specialists, parts, strict=True):
@@ -231,8 +247,8 @@ def _checked_parts(
         def naming(at: tuple[int, ...], m: int = m) -> str:
             return f"row {int(rows[at[0]])} of p_special[{m}]"
 
-        check_sums(part.sum(1), dtype, naming)
-        check_no_negative(part.amin(1), naming)
+        check_sums(part.sum(1), dtype, naming, checks)
+        check_no_negative(part.amin(1), naming, checks)
     return parts
 
 
@@ -252,7 +268,7 @@ def _extended(g: Tensor, special: Tensor, inside: Tensor) -> Tensor:
 
 def _classes(patterns: SetPatterns, device: torch.device) -> list[Tensor]:
     """The classes of each specialist of the set, ascending."""
-    return [torch.tensor(classes, device=device) for classes in patterns.classes]
+    return [to_device(classes, device) for classes in patterns.classes]
 
 
 def _log(p: Tensor) -> Tensor:
@@ -300,11 +316,6 @@ def _reverse(g: Tensor, special: list[Tensor], patterns: SetPatterns, w: Tensor)
     the result is q_i = b_i exp((nu - sum over m with i outside of w_m u_m) / c_i).  u and nu are
     where ReverseDual is smallest.
     """
-    if float(w[0]) == 0:
-        raise ValueError(
-            "reverse_kl needs a generalist of weight above 0: "
-            "nobody else says how classes outside compare"
-        )
     pattern, b = _pattern_and_scores(g, special, patterns, w)
     dual = _reverse_dual(b, pattern, special, patterns, w)
     with torch.no_grad():
@@ -327,7 +338,7 @@ def _pattern_and_scores(
         logs = logs.index_add(1, inside, weight * _log(part[:, :-1]).double())
         c = c.index_add(0, inside, weight.expand(len(inside)))
     pattern = torch.zeros(g.shape[1], dtype=torch.int64, device=device)
-    union = torch.from_numpy(patterns.union).to(device)
+    union = to_device(patterns.union, device)
     pattern[union[0]] = union[1]
     return pattern, torch.exp(logs / c)
 
@@ -336,12 +347,12 @@ def _reverse_dual(
     b: Tensor, pattern: Tensor, special: list[Tensor], patterns: SetPatterns, w: Tensor
 ) -> "ReverseDual":
     device = b.device
-    outside = torch.from_numpy(patterns.outside).to(device)  # N [P, k]
-    occupied = torch.from_numpy(patterns.counts > 0).to(device)
+    outside = to_device(patterns.outside, device)  # N [P, k]
+    occupied = to_device(patterns.counts > 0, device)
     B = torch.zeros(len(b), len(occupied), dtype=torch.float64, device=device)
     B = B.index_add(1, pattern, b)
     c = w[0].double() + (1 - outside) @ w[1:].double()
-    if not bool(occupied[0]):
+    if not patterns.counts[0]:
         c = torch.where(occupied, c, 1.0)
     d = torch.stack([part[:, -1] for part in special], 1).double().clamp(min=FLOOR)
     ones = torch.ones(len(occupied), 1, dtype=torch.float64, device=device)
@@ -390,9 +401,11 @@ class ReverseDual:
         total = self.B.sum(1)
         x = torch.zeros(len(self.B), self.slopes.shape[1], dtype=total.dtype, device=total.device)
         x[:, -1] = -torch.log(total) * torch.where(total < 1, self.c.min(), self.c.max())
-        for _ in range(MAX_STEPS):
+        between_looks = STEPS_BETWEEN_LOOKS if is_queued(x.device) else 1
+        for count in range(MAX_STEPS):
             gradient = self.gradient(x)
-            if bool((gradient.abs() <= GRADIENT_TOLERANCE).all()):
+            reached = gradient.abs() <= GRADIENT_TOLERANCE
+            if count % between_looks == 0 and bool(reached.all()):
                 return x
             step = self.step(x)
             step = step * (20 / step.abs().amax(1, keepdim=True)).clamp(max=1)
@@ -405,10 +418,11 @@ class ReverseDual:
         before = self.value(x)
         slope = (gradient * step).sum(1)
         length = torch.ones(len(x), 1, dtype=x.dtype, device=x.device)
-        for _ in range(40):
+        queued = is_queued(x.device)
+        for _ in range(HALVINGS if queued else 40):
             allowed = before + 1e-4 * length[:, 0] * slope + 1e-13
             worse = ~(self.value(x + length * step) <= allowed)
-            if not bool(worse.any()):
+            if not queued and not bool(worse.any()):
                 break
             length = torch.where(worse[:, None], length / 2, length)
         return length

@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 
 from clustering.groups import ClassGroups, as_groups
 
+from .host_reads import AT_ONCE, Checks, to_device
+
 # How far a row's sum may be from one.  The result sums to one whatever the rows sum to within it.
 SUM_TOLERANCE = {
     torch.float64: 1e-3,
@@ -192,7 +194,7 @@ def checked_active(
         )
     if active is None:
         return torch.ones(rows, specialists, dtype=torch.bool, device=device)
-    active = torch.as_tensor(active, device=device)
+    active = to_device(torch.as_tensor(active), device)
     if active.dtype != torch.bool or active.shape != (rows, specialists):
         shape = f"dtype {active.dtype} and shape {list(active.shape)}"
         raise ValueError(
@@ -214,13 +216,15 @@ def checked_weights(
     """
     if weights is None:
         return None
-    weights = torch.as_tensor(weights, dtype=torch.float64, device=device)
+    weights = torch.as_tensor(weights, dtype=torch.float64)
     if weights.shape != (1 + specialists,):
         expected = f"[{1 + specialists}], the generalist's and one for each specialist"
         raise ValueError(f"weights has shape {list(weights.shape)}; it must be {expected}")
-    if not bool(torch.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError(f"weights are {weights.tolist()}; each must be a number, zero or more")
-    largest = float(weights.max())
+    known = weights.detach().cpu()
+    weights = to_device(weights, device)
+    if not bool(torch.isfinite(known).all() and (known >= 0).all()):
+        raise ValueError(f"weights are {known.tolist()}; each must be a number, zero or more")
+    largest = float(known.max())
     if are_exponents:
         if largest > LARGEST_EXPONENT:
             raise ValueError(f"a weight is {largest:g}; it must be at most {LARGEST_EXPONENT:g}")
@@ -228,9 +232,9 @@ def checked_weights(
     if largest == 0:
         return weights
     # 2 ** -1074 to 2 ** 1023: a quotient by it is exact.
-    weights = weights / math.ldexp(1.0, math.frexp(largest)[1] - 1)
-    positive = weights.detach()[weights.detach() > 0]
-    smallest = float(positive.min())
+    scale = math.ldexp(1.0, math.frexp(largest)[1] - 1)
+    weights = weights / scale
+    smallest = float(known[known > 0].min() / scale)
     if smallest < SMALLEST_WEIGHT:
         of = "" if are_exponents else " of the largest"
         raise ValueError(
@@ -245,23 +249,26 @@ def read_predictions(
     active: Tensor,
     dtype: torch.dtype,
     given_dtype: torch.dtype,
+    on: np.ndarray,
+    checks: Checks = AT_ONCE,
 ) -> SpecialistPredictions:
-    """What active rows may need, as `dtype`.
+    """What active rows may need, as `dtype`.  on: active as the host has it.
 
     Values are not looked at here, but for specialists of every class: those lose their dustbin.
     """
     rows, specialists = active.shape
     values: list[Tensor | None] = [None] * specialists
     positions: list[Tensor | None] = [None] * specialists
-    for m in active.any(0).nonzero()[:, 0].tolist():
+    for m in np.flatnonzero(on.any(0)).tolist():
         columns = len(groups.members[m]) + 1
-        given, position = _read_one(p_special[m], m, active[:, m], columns)
+        given, position = _read_one(p_special[m], m, active[:, m], columns, checks)
         given = given.to(device=active.device, dtype=dtype)
         if columns == groups.num_classes + 1:
-            read = active[:, m]
+            read = to_device(np.flatnonzero(on[:, m]), active.device)
             if position is not None:
                 read = position[read]
-            check_sums(given[read].sum(1), given_dtype, lambda _, m=m: f"a row of p_special[{m}]")
+            sums = given[read].sum(1)
+            check_sums(sums, given_dtype, lambda _, m=m: f"a row of p_special[{m}]", checks)
             given = without_dustbin(given)
         values[m] = given
         positions[m] = position
@@ -273,6 +280,7 @@ def _read_one(
     m: int,
     active: Tensor,
     columns: int,
+    checks: Checks,
 ) -> tuple[Tensor, Tensor | None]:
     """(values, positions) of specialist m, as SpecialistPredictions has them.  active: bool [B]."""
     if given is None:
@@ -292,23 +300,45 @@ def _read_one(
             )
     else:
         pair = cast(tuple[RowIndices, Probabilities], given)
-        indices, values = _checked_rows(pair, m, rows, columns, active.device)
+        indices, values = _checked_rows(pair, m, rows, columns, active.device, checks)
+        place = torch.arange(len(indices), device=active.device)
         position = torch.full((rows,), -1, dtype=torch.int64, device=active.device)
-        position[indices] = torch.arange(len(indices), device=active.device)
+        position[indices] = place
+        checks.require_none(position[indices] != place, lambda: _named_twice(m))
         missing = active & (position < 0)
-        if bool(missing.any()):
-            row = int(missing.nonzero()[0])
-            raise ValueError(
-                f"row {row} is active for specialist {m}, but p_special[{m}] has no prediction "
-                "for it; add the row to its rows"
-            )
+        checks.require_none(missing, lambda: _row_missing(missing, m))
     if values.dtype not in SUM_TOLERANCE:
         raise ValueError(f"p_special[{m}] has dtype {values.dtype}; it must be floating point")
     return values, position
 
 
+def _named_twice(m: int) -> ValueError:
+    return ValueError(
+        f"p_special[{m}] names a row more than once; give one prediction for each row"
+    )
+
+
+def _row_missing(missing: Tensor, m: int) -> ValueError:
+    row = int(missing.nonzero()[0])
+    return ValueError(
+        f"row {row} is active for specialist {m}, but p_special[{m}] has no prediction "
+        "for it; add the row to its rows"
+    )
+
+
+def _row_unknown(indices: Tensor, m: int, rows: int) -> ValueError:
+    return ValueError(
+        f"p_special[{m}] names row {int(indices.max())}; rows go from 0 to {rows - 1}"
+    )
+
+
 def _checked_rows(
-    given: tuple[RowIndices, Probabilities], m: int, rows: int, columns: int, device: torch.device
+    given: tuple[RowIndices, Probabilities],
+    m: int,
+    rows: int,
+    columns: int,
+    device: torch.device,
+    checks: Checks,
 ) -> tuple[Tensor, Tensor]:
     try:
         indices, values = given
@@ -318,7 +348,7 @@ def _checked_rows(
             f"p_special[{m}] is a {kind}; it must be a tensor, (rows, tensor) or None"
         ) from None
     values = as_probabilities(values, f"p_special[{m}]")
-    indices = torch.as_tensor(indices, device=device)
+    indices = to_device(torch.as_tensor(indices), device)
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.dim() != 1:
         kind = f"dtype {indices.dtype} and shape {list(indices.shape)}"
         raise ValueError(
@@ -332,14 +362,10 @@ def _checked_rows(
             f"the {columns - 1} classes of its group and the dustbin last"
         )
     indices = indices.long()
-    if len(indices) and not (0 <= int(indices.min()) and int(indices.max()) < rows):
-        raise ValueError(
-            f"p_special[{m}] names row {int(indices.max())}; rows go from 0 to {rows - 1}"
-        )
-    if len(indices) != len(torch.unique(indices)):
-        raise ValueError(
-            f"p_special[{m}] names a row more than once; give one prediction for each row"
-        )
+    unknown = (indices < 0) | (indices >= rows)
+    checks.require_none(unknown, lambda: _row_unknown(indices, m, rows))
+    if checks.is_deferred:  # until it is looked at, nothing may be read from afar
+        return indices.clamp(0, rows - 1), values
     return indices, values
 
 
@@ -365,7 +391,7 @@ def softmax(logits: Tensor, temperature: float) -> Tensor:
     return torch.softmax(logits, dim=1)
 
 
-def check_sums(sums: Tensor, dtype: torch.dtype, name: Naming) -> None:
+def check_sums(sums: Tensor, dtype: torch.dtype, name: Naming, checks: Checks = AT_ONCE) -> None:
     """ValueError unless every entry of `sums` is one within SUM_TOLERANCE.
 
     A NaN or an infinity anywhere in a row makes its sum one, so this finds them without another
@@ -373,28 +399,34 @@ def check_sums(sums: Tensor, dtype: torch.dtype, name: Naming) -> None:
     """
     tolerance = SUM_TOLERANCE[dtype]
     wrong = ~((sums.detach() - 1).abs() <= tolerance)
-    if bool(wrong.any()):
+
+    def error() -> ValueError:
         position = tuple(wrong.nonzero()[0].tolist())
         value = float(sums[position])
         problem = f"sums to {value:.6g}" if np.isfinite(value) else "has a NaN or an infinity"
-        raise ValueError(
+        return ValueError(
             f"{name(position)} {problem}; a row must sum to 1 within {tolerance:g}: "
             "pass probabilities (softmax of the logits)"
         )
 
+    checks.require_none(wrong, error)
 
-def check_no_negative(lowest: Tensor, name: Naming) -> None:
-    if bool((lowest.detach() < 0).any()):
-        position = tuple((lowest < 0).nonzero()[0].tolist())
-        raise ValueError(
+
+def check_no_negative(lowest: Tensor, name: Naming, checks: Checks = AT_ONCE) -> None:
+    negative = lowest.detach() < 0
+
+    def error() -> ValueError:
+        position = tuple(negative.nonzero()[0].tolist())
+        return ValueError(
             f"{name(position)} holds {float(lowest[position]):.3g}; "
             "probabilities are not negative: pass softmax outputs"
         )
 
+    checks.require_none(negative, error)
 
-def active_sets(active: Tensor) -> tuple[list[tuple[int, ...]], np.ndarray]:
-    """The distinct active sets, and which of them each row has, int64 [B]."""
-    on = active.cpu().numpy()
+
+def active_sets(on: np.ndarray) -> tuple[list[tuple[int, ...]], np.ndarray]:
+    """The distinct active sets of bool [B, M], and which of them each row has, int64 [B]."""
     if len(on) == 0:
         return [], np.zeros(0, dtype=np.int64)
     if (on == on[0]).all():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from networks import Branch
+from networks.full_precision import full_precision
 from networks.gathered_rows import DENSE_FROM
 from networks.heads import DustbinHead
 from networks.linear_logits import LinearLogits
@@ -56,6 +57,7 @@ def places_on(head: nn.Module, classes: Tensor, indices: Tensor) -> Places:
     return Places(torch.where(known, rows, 0), known, inside)
 
 
+@full_precision
 def logits_on_shortlist(
     head: nn.Module,
     features: Tensor,
@@ -85,6 +87,7 @@ def logits_on_shortlist(
         the shortlist has no class outside S.
     """
     weight, bias = head.get_parameter("weight"), head.get_parameter("bias")
+    features = features.to(weight.dtype)
     asked = LinearLogits(features, weight, bias, len(weight)).logits_at(places.rows)
     asked = asked.to(torch.promote_types(asked.dtype, torch.float32))
     others = places.known & ~places.inside

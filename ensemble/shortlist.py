@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from networks.full_precision import full_precision
+
 ARITHMETIC, GEOMETRIC = 1.0, 0.0
 
 
+@full_precision
 def generalised_mean(
     log_p: Tensor, order: float = GEOMETRIC, weights: Tensor | Sequence[float] | None = None
 ) -> Tensor:
@@ -61,6 +64,7 @@ def generalised_mean(
     return (largest + torch.log1p(growth) / order).log_softmax(-1)
 
 
+@full_precision
 def join_within(
     logits: Tensor,
     log_mass: Tensor,
@@ -90,6 +94,7 @@ def join_within(
     return generalised_mean(logits, order, weights) + log_mass[:, None]
 
 
+@full_precision
 def join_on_shortlist(
     log_p_general: Tensor,
     indices: Tensor,

@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 
 from networks import top_k
+from networks.full_precision import full_precision
 
 from .combine import TOLERANCE
+from .gating import rows_of_specialists
+from .host_reads import Checks, is_queued, to_device
 from .newton import Membership, solve
 from .predictions import (
     GivenSpecialists,
@@ -39,6 +42,7 @@ from .predictions import (
 )
 
 
+@full_precision
 def combine_kl_on_shortlist(
     p_general: Probabilities,
     p_special: GivenSpecialists,
@@ -91,22 +95,23 @@ def combine_kl_on_shortlist(
     g, dtype = checked_general(p_general, groups)
     active = checked_active(active, p_special, len(g), groups, g.device)
     weights = checked_weights(weights, len(groups.members), g.device)
-    check_sums(g.sum(1), dtype, lambda at: f"row {at[0]} of p_general")
-    predictions = read_predictions(p_special, groups, active, g.dtype, dtype)
+    on, checks = active.cpu().numpy(), Checks(is_queued(g.device))
+    check_sums(g.sum(1), dtype, lambda at: f"row {at[0]} of p_general", checks)
+    predictions = read_predictions(p_special, groups, active, g.dtype, dtype, on, checks)
     _, indices = top_k(g.detach(), min(shortlist, groups.num_classes), ordered=False)
     slots = Slots.of(active)
     parts: list[Part] = []
-    for m in active.any(0).nonzero()[:, 0].tolist():
-        rows = active[:, m].nonzero()[:, 0]
+    for m, rows in rows_of_specialists(on, g.device):
         (values,) = predictions.side_by_side((m,), rows)
-        check_sums(values.sum(1), dtype, lambda at, m=m, rows=rows: _named(rows, m, at))
-        check_no_negative(values.amin(1), lambda at, m=m, rows=rows: _named(rows, m, at))
-        classes = torch.tensor(groups.members[m], device=g.device)
+        check_sums(values.sum(1), dtype, lambda at, m=m, rows=rows: _named(rows, m, at), checks)
+        check_no_negative(values.amin(1), lambda at, m=m, rows=rows: _named(rows, m, at), checks)
+        classes = to_device(groups.members[m], g.device)
         place, inside = places_in(classes, indices[rows])
         share = listed_share(g[rows], classes, indices[rows], inside)
         own = values.gather(1, place) * inside
         part = torch.cat([own, (values[:, -1] * share.to(values.dtype))[:, None]], 1)
         parts.append(Part(m, rows, part, inside))
+    checks.settle()
     asked = Asked.of(g, indices, slots, active, parts)
     return asked.join(weights).to(dtype)
 
@@ -179,6 +184,7 @@ class Asked(NamedTuple):
         special = special / torch.where(heard, total, 1.0)[..., None]
         return cls(p_general, indices, special, inside, slots._replace(on=heard), active)
 
+    @full_precision
     def join(self, weights: Weights | None) -> Tensor:
         """q [B, C]; weights: [1 + M], the generalist's first."""
         if weights is None:
@@ -200,6 +206,7 @@ class Asked(NamedTuple):
         return self.p_general.scatter(1, self.indices, q)
 
 
+@full_precision
 def join_on_atoms(
     general: Tensor,
     special: Tensor,

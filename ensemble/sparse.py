@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from clustering.groups import ClassGroups
+from networks.full_precision import full_precision
 
 from .combine import TOLERANCE, Problem, combine_rows
+from .host_reads import Checks, is_queued
 from .predictions import (
     SUM_TOLERANCE,
     SpecialistInput,
@@ -22,6 +24,7 @@ from .predictions import (
 )
 
 
+@full_precision
 def combine_kl_sparse(
     indices: Tensor,
     values: Tensor,
@@ -68,11 +71,14 @@ def combine_kl_sparse(
     work = working_dtype(dtype)
     active = checked_active(active, p_special, rows, groups, values.device)
     weights = checked_weights(weights, len(groups.members), values.device)
-    special = read_predictions(p_special, groups, active, work, dtype)
+    on, checks = active.cpu().numpy(), Checks(is_queued(values.device))
+    special = read_predictions(p_special, groups, active, work, dtype, on, checks)
     values, tail = join_listed(indices, values, tail, special, groups, active, weights)
+    checks.settle()
     return indices, values, tail
 
 
+@full_precision
 def join_listed(
     indices: Tensor,
     values: Tensor,
@@ -89,14 +95,15 @@ def join_listed(
     """
     dtype, k = values.dtype, values.shape[1]
     work = working_dtype(dtype)
+    checks = Checks(is_queued(values.device))
     ascending, position = _sorted(indices.long())
-    _check_indices(ascending, groups.num_classes)
+    _check_indices(ascending, groups.num_classes, checks)
     classes_per_column = torch.ones(1, k + 1, dtype=work, device=values.device)
     classes_per_column[0, -1] = groups.num_classes - k
-    layout = SparseLayout(ascending, position, classes_per_column)
-    problem = Problem(groups, special, weights, dtype, TOLERANCE[work], layout)
+    layout = SparseLayout(ascending, position, classes_per_column, checks)
+    problem = Problem(groups, special, weights, dtype, TOLERANCE[work], layout, checks)
     p_general = torch.cat([values, tail[:, None].to(values.dtype)], 1).to(work)
-    q = combine_rows(problem, p_general, active).to(dtype)
+    q = combine_rows(problem, p_general, active.cpu().numpy()).to(dtype)
     return q[:, :-1], q[:, -1]
 
 
@@ -106,7 +113,10 @@ class SparseLayout:
     ascending, position: int64 [B, k], the classes of each row in order and their columns.
     """
 
-    def __init__(self, ascending: Tensor, position: Tensor, classes_per_column: Tensor):
+    def __init__(
+        self, ascending: Tensor, position: Tensor, classes_per_column: Tensor, checks: Checks
+    ):
+        self._checks = checks
         self._ascending = ascending
         self._position = position
         self._classes_per_column = classes_per_column
@@ -120,14 +130,17 @@ class SparseLayout:
         last = ascending.shape[1] - 1
         order = torch.searchsorted(ascending, classes.contiguous()).clamp(max=last)
         absent = ascending.gather(1, order) != classes
-        if bool(absent.any()):
+
+        def error() -> ValueError:
             row, entry = absent.nonzero()[0].tolist()
             original = row if rows is None else int(rows[row])
-            raise ValueError(
+            return ValueError(
                 f"indices of row {original} lack class {int(classes[row, entry])} of a group that "
                 "is active there; gather every class of the active groups beside the largest "
                 "probabilities"
             )
+
+        self._checks.require_none(absent, error)
         return position.gather(1, order)
 
     def classes_per_column(self, rows: Tensor | None) -> Tensor:
@@ -159,21 +172,26 @@ def _check_arguments(indices: Tensor, values: Tensor, tail: Tensor) -> None:
         raise ValueError(f"tail must be [{rows}], one number per row; it is {_described(tail)}")
 
 
-def _check_indices(ascending: Tensor, num_classes: int) -> None:
+def _check_indices(ascending: Tensor, num_classes: int, checks: Checks) -> None:
     if ascending.numel() == 0:
         return
-    lowest = int(ascending[:, 0].min())
-    highest = int(ascending[:, -1].max())
-    if lowest < 0 or highest >= num_classes:
-        wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"indices hold class {wrong}; classes go from 0 to {num_classes - 1}")
     twice = ascending[:, 1:] == ascending[:, :-1]
-    if bool(twice.any()):
+    unknown = (ascending[:, 0] < 0) | (ascending[:, -1] >= num_classes)
+
+    def is_unknown() -> ValueError:
+        lowest, highest = int(ascending[:, 0].min()), int(ascending[:, -1].max())
+        wrong = lowest if lowest < 0 else highest
+        return ValueError(f"indices hold class {wrong}; classes go from 0 to {num_classes - 1}")
+
+    def is_twice() -> ValueError:
         row, entry = twice.nonzero()[0].tolist()
-        raise ValueError(
+        return ValueError(
             f"indices of row {row} hold class {int(ascending[row, entry])} more than once; "
             "list each class once"
         )
+
+    checks.require_none(unknown, is_unknown)
+    checks.require_none(twice, is_twice)
 
 
 def _described(x: object) -> str:

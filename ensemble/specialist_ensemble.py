@@ -30,8 +30,9 @@ from networks.integrity import check_file
 from networks.reading import Inputs
 
 from .choices import check_combiner, combiner
-from .gating import asked_specialists, most_active
+from .gating import asked_specialists, most_active, rows_of_specialists
 from .gating import gate as open_gate
+from .host_reads import to_device
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from .listed_ensemble import SPARSE_FROM, ListedAnswers, Wanted, ask_in_blocks
 from .predictions import Weights, checked_weights, softmax
@@ -391,7 +392,7 @@ class SpecialistEnsemble:
     def gated(self, inputs: RawInputs) -> Tensor:
         """The specialists that each row needs, bool [B, M]; the generalist alone is run."""
         raw = torch.as_tensor(inputs).to(self.device)
-        logits = self.generalist.head(self.run_trunk(raw)[0])
+        logits = self.generalist.logits_of(self.run_trunk(raw)[0])
         self.count("trunk")
         return self.open_gate(softmax(logits, 1.0))
 
@@ -448,13 +449,12 @@ class SpecialistEnsemble:
         """
         raw = torch.as_tensor(inputs).to(self.device)
         features, reached, at_cut = self.run_trunk(raw)
-        logits = self.generalist.head(features)
+        logits = self.generalist.logits_of(features)
         self.count("trunk")
         active = self.open_gate(softmax(logits, 1.0))
         special: SpecialRows = [None] * len(self.groups.members)
         general: GeneralOutput | None = None  # what branches read of it
-        for m in active.any(0).nonzero()[:, 0].tolist():
-            rows = active[:, m].nonzero()[:, 0]
+        for m, rows in rows_of_specialists(active.cpu().numpy(), active.device):
             specialist = self.specialists[m]
             if isinstance(specialist, Branch):
                 self.check_group(m, specialist)
@@ -464,7 +464,7 @@ class SpecialistEnsemble:
                 self.count(m)
             else:
                 features = self.features_of(m, specialist, raw, rows, reached)
-                special[m] = rows, specialist.head(features)
+                special[m] = rows, specialist.logits_of(features)
         return logits, special, active
 
     @torch.no_grad()
@@ -476,15 +476,14 @@ class SpecialistEnsemble:
         assert self.shortlist is not None
         raw = torch.as_tensor(inputs).to(self.device)
         features, reached, at_cut = self.run_trunk(raw)
-        logits = self.generalist.head(features)
+        logits = self.generalist.logits_of(features)
         self.count("trunk")
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         p = softmax(logits, 1.0)
         active = self.open_gate(p)
         general, indices = top_k(logits, self.shortlist, ordered=False)
         parts: list[Part] = []
-        for m in active.any(0).nonzero()[:, 0].tolist():
-            rows = active[:, m].nonzero()[:, 0]
+        for m, rows in rows_of_specialists(active.cpu().numpy(), active.device):
             specialist, listed = self.specialists[m], indices[rows]
             if isinstance(specialist, Branch):
                 self.check_group(m, specialist)
@@ -492,7 +491,7 @@ class SpecialistEnsemble:
                 self.count(m)
             else:
                 x = self.features_of(m, specialist, raw, rows, reached)
-                classes = torch.tensor(self.groups.members[m], device=self.device)
+                classes = to_device(self.groups.members[m], self.device)
                 places = places_on(specialist.head, classes, listed)
                 inside = places.inside
                 shared = None if has_every_row(specialist.head) else p[rows]

@@ -33,6 +33,7 @@ from .builders import Builders, build_trunk
 from .classifier import Classifier
 from .cutting import Cut, cut_at
 from .files import SPEC, load_built
+from .full_precision import exact_answer, features_to
 from .spec import ModelSpec, checked_classes
 
 # Of what is left outside S, as a fraction of all: float64 tells no smaller one from rounding.
@@ -62,7 +63,11 @@ class Branch(nn.Module):
 
     def correct(self, at_cut: Tensor) -> Tensor:
         """r [B, |S| + 1], of what the generalist has at the cut."""
-        h = self.blocks(at_cut).flatten(1)
+        return self._correct(self.blocks(at_cut).flatten(1))
+
+    @exact_answer
+    def _correct(self, h: Tensor) -> Tensor:
+        h = features_to(self.hidden.weight.dtype, h)
         return self.correction(F.relu(self.hidden(h)))
 
     def forward(self, at_cut: Tensor, own_logits: Tensor, rest: Tensor) -> Tensor:
@@ -102,7 +107,7 @@ class BranchedClassifier(nn.Module):
 
     def forward(self, raw: Tensor) -> Tensor:
         at_cut = self._cut.body(self.generalist.preprocess(raw))
-        general = GeneralOutput.of(self.generalist.head(self._cut.end(at_cut)))
+        general = GeneralOutput.of(self.generalist.logits_of(self._cut.end(at_cut)))
         return self.branch(at_cut, *general.own_and_rest(self.branch.classes))
 
 

@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .builders import INDICES_REMEDY, Builders, build_trunk, takes_indices
 from .cosine import UnitRows, unit_trunk
+from .full_precision import exact_answer, features_to
 from .heads import DustbinHead, GrownHead, ShardedHead, make_head
 from .linear_logits import LinearLogits
 from .members import MemberHeads, RankOne, cut_trunk, member_head, share_weights
@@ -98,9 +99,18 @@ class Classifier(nn.Module):
     def forward(self, raw: Tensor) -> Tensor:
         inputs = self.preprocess(raw)
         if self.spec.members is None or self.spec.members["kind"] == "heads":
-            return self.head(self.trunk(inputs))
+            return self.logits_of(self.trunk(inputs))
         tiled = inputs.repeat(self.num_members, *[1] * (inputs.dim() - 1))
-        return self.head(self.trunk(tiled)).unflatten(0, (self.num_members, -1))
+        return self.logits_of(self.trunk(tiled)).unflatten(0, (self.num_members, -1))
+
+    @exact_answer
+    def logits_of(self, features: Tensor) -> Tensor:
+        """The head's logits of the trunk's features.
+
+        Where no gradient is asked they are products in float32 also under autocast: a logit of 20
+        in bfloat16 is off by .06.
+        """
+        return self.head(features_to(self._gain.dtype, features))
 
     def train(self, mode: bool = True) -> Classifier:
         """As nn.Module's, but norms that set_trainable or freeze_norm froze stay in eval mode."""
@@ -229,6 +239,7 @@ def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
     )
     features = classifier.trunk(classifier.preprocess(raw))
     weight = head.weight
+    features = features_to(weight.dtype, features)
     return LinearLogits(features, weight, head.bias, len(weight))
 
 

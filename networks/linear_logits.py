@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .drawing import draw_classes
+from .full_precision import exact_answer, full_precision
 from .gathered_rows import LogitsAt, rows_at
 
 # Logits in memory at a time: 16 MiB stay near a CPU core, 256 MiB fill a GPU.
@@ -343,10 +344,12 @@ class LinearLogits:
         log_sum, dot = self.logsumexp_and_dot(targets)
         return targets.mass(self.num_classes) * log_sum - dot
 
+    @exact_answer
     def materialize(self) -> Tensor:
         """The logits themselves, float32 [n, C].  One rank only."""
         return F.linear(self.features, self.weight, self.bias).float()
 
+    @exact_answer
     def of_classes(self, classes: Tensor) -> Tensor:
         """The logits of some classes, [n, len(classes)].  One rank only."""
         bias = None if self.bias is None else self.bias[classes]
@@ -369,6 +372,7 @@ class LinearLogits:
             return LogitsAt.apply(self.features, self.weight, self.bias, indices, self.comm)
 
     @torch.no_grad()
+    @full_precision
     def summary(self, k: int, labels: Tensor | None = None) -> Summary:
         """The k most probable classes of each row and what metrics need; labels: int64 [n].
 

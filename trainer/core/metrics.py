@@ -10,6 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from networks.full_precision import full_precision
+
 ECE_BINS = 15
 LEAST_PROBABILITY = 1e-30  # of the true class, in nll
 
@@ -124,6 +126,7 @@ def expected_calibration_error(bins: list[dict[str, float]]) -> float:
     return sum(b["count"] / total * abs(b["accuracy"] - b["confidence"]) for b in bins)
 
 
+@full_precision
 def model_uncertainty(p: Tensor) -> Tensor:
     """H[mean_k p_k] - mean_k H[p_k] of p [K, n, C]: [n] nats, the information that members add.
 
@@ -143,6 +146,7 @@ def model_uncertainty(p: Tensor) -> Tensor:
     return total.clamp_min(0).float()
 
 
+@full_precision
 def dirichlet_uncertainty(logits: Tensor) -> Tensor:
     """`model_uncertainty` of a Prior Network, of logits [n, C]: [n] nats.
 
@@ -164,6 +168,7 @@ def _digamma_excess(log_x: Tensor) -> Tensor:
     return torch.digamma(log_x.exp() + 1) - log_x
 
 
+@full_precision
 def pairwise_kl(log_p: Tensor) -> Tensor:
     """KL(p_j || p_k) of members' log-probabilities [K, n, C], a mean over the ordered pairs.
 

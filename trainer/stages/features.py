@@ -234,7 +234,7 @@ class FeatureWriter(KeptWriter):
         def measure(batch: Batch) -> dict[str, Tensor]:
             at_cut = self.cut.body(self.generalist.preprocess(see(batch)))
             general = self.cut.end(at_cut)
-            logits = self.generalist.head(general)
+            logits = self.generalist.logits_of(general)
             values = {"at_cut": at_cut.float(), "total": log_sum(logits)}
             if "general" in self.shapes:
                 values["general"] = general.float()
