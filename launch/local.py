@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.failures import INTERRUPTED, USER_ERROR
+from pipeline.config import UserError
+from pipeline.failures import INTERRUPTED, USER_ERROR, moved_text
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage, complete_checkpoints
 from pipeline.trust import code_in
@@ -77,11 +78,13 @@ class Pool:
         records = {job.name: _first_record(job) for job in self.jobs}
         self.journal = Journal(records, aim=self.aim)
         (self.run.root / "logs").mkdir(exist_ok=True)
+        self._root = _identity(self.run.root)
 
     def execute(self) -> int:
         """Run all that can run.  Returns the launcher's exit code."""
         with _signals(self), self._no_orphans():
             while not self.requested:
+                self._check_there()
                 self._reap()
                 self._start_ready()
                 self.display.tick(self.run, self.jobs, self.journal, self.size)
@@ -92,6 +95,11 @@ class Pool:
                 self._stop()
                 return INTERRUPTED
         return self._verdict()
+
+    def _check_there(self) -> None:
+        """UserError where RUN was moved, removed or replaced: what is noted would go elsewhere."""
+        if _identity(self.run.root) != self._root:
+            raise UserError(f"{moved_text(self.run.root)}; its jobs were ended")
 
     @contextmanager
     def _no_orphans(self) -> Iterator[None]:
@@ -328,6 +336,15 @@ class Pool:
         """The lines by which the trainer named the user's error in this attempt's log."""
         lines = end_of_log(self.run.root / record.log, record.log_start, lines=200)
         return [line for line in lines if line.startswith("error: ")]
+
+
+def _identity(directory: Path) -> tuple[int, int] | None:
+    """Which directory it is, whatever it is called; None where there is none."""
+    try:
+        stat = directory.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def _first_record(job: Job) -> JobRecord:

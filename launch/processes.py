@@ -12,49 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-BOOT = Path("/proc/sys/kernel/random/boot_id")
-
-
-def birth(pid: int) -> str | None:
-    """A mark of the process now called `pid`, None if there is none: BOOT:TICKS of its start.
-
-    A number alone may have been given away again, by this boot of the machine or a later one.
-    """
-    if not Path("/proc/self/stat").exists():
-        return _birth_by_ps(pid)
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    state, ticks_since_boot = after_name[0], after_name[19]
-    if state in "ZX":  # a zombie, or dead
-        return None
-    return f"{_boot()}:{ticks_since_boot}"
-
-
-def is_born(pid: int, born: str) -> bool:
-    """Whether the process `pid` is the one with that mark; older versions wrote TICKS alone."""
-    mark = birth(pid)
-    if mark is None:
-        return False
-    return mark == born or (":" not in born and mark.rpartition(":")[2] == born)
-
-
-def _boot() -> str:
-    try:
-        return BOOT.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _birth_by_ps(pid: int) -> str | None:
-    """Where there is no /proc."""
-    command = ["ps", "-o", "lstart=", "-p", str(pid)]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return "_".join(ended.stdout.split()) or None
+from pipeline.files import birth as birth
+from pipeline.files import is_born
 
 
 def ask_to_end(pid: int, born: str, holds: Path) -> bool:

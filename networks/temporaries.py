@@ -1,11 +1,13 @@
 """Hidden names under which files are written before they get their own, and who sweeps them.
 
-A name says which process on which machine writes: `.NAME.HOST.PID.TOKEN`.  What a killed process
-left behind is removed at the next start, and nothing else.
+A name says which process on which machine writes: `.NAME.HOST.PID-BORN.TOKEN`, where BORN tells it
+from other processes of that number.  What a killed process left behind is removed at the next
+start, and nothing else.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -13,9 +15,13 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
-NAME = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)\.[0-9a-f]{8}")
+from .births import birth, is_hidden
+
+# Earlier versions wrote no birth.
+NAME = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)(-(?P<born>[0-9a-f]{8}))?\.[0-9a-f]{8}")
 # Names that do not say who writes: of earlier versions, and of `clustering`.
 FORMER = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{32})(\.npz)?|\.\w+\.(safetensors|json)\.\d+")
 LONGEST_WRITE_S = 24 * 3600.0  # a file that was not written to for so long has no writer
@@ -24,7 +30,18 @@ LONGEST_WRITE_S = 24 * 3600.0  # a file that was not written to for so long has 
 def temporary_beside(path: Path) -> Path:
     """A new hidden name in the directory of `path`, which says whose it is."""
     token = uuid.uuid4().hex[:8]
-    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.{token}")
+    return path.with_name(f".{path.name}.{_host()}.{_process(os.getpid())}.{token}")
+
+
+@lru_cache(maxsize=1)
+def _process(pid: int) -> str:
+    """PID-BORN of this process; PID where nothing tells its birth."""
+    mark = birth(pid)
+    return f"{pid}-{_short(mark)}" if mark else str(pid)
+
+
+def _short(mark: str) -> str:
+    return hashlib.sha256(mark.encode()).hexdigest()[:8]
 
 
 def sweep(directory: Path, recursive: bool = True) -> list[Path]:
@@ -61,18 +78,16 @@ def _is_abandoned(path: Path) -> bool:
     except OSError:
         return False
     if match is not None and match["host"] == _host():
-        return not _is_alive(int(match["pid"])) or age > LONGEST_WRITE_S
+        is_alive = _is_alive(int(match["pid"]), match["born"] or "")
+        return not is_alive or age > LONGEST_WRITE_S
     return age > LONGEST_WRITE_S
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
+def _is_alive(pid: int, born: str) -> bool:
+    mark = birth(pid)
+    if mark is None:
+        return is_hidden(pid)
+    return not born or _short(mark) == born
 
 
 def _remove(path: Path) -> None:

@@ -26,6 +26,7 @@ FAILED = 1
 USER_ERROR = 2
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 FULL_WORDS = (
     "No space left on device",
     "os error 28",
@@ -65,6 +66,7 @@ def answer(
     that another try may not meet, and whose exit code is 1.
     Raises SystemExit as it is, and every error that is ours.
     """
+    there = [Path(place) for place in places if os.path.isdir(place)]
     with _interruptible(signals) as received:
         try:
             code = work() or 0
@@ -80,7 +82,7 @@ def answer(
             if isinstance(error, BrokenPipeError):  # `| head` has seen enough
                 close_output()
                 return 0
-            explained = explain(error, places, passing)
+            explained = gone(error, there) or explain(error, places, passing)
             if explained is None:
                 raise
             before_saying()
@@ -155,6 +157,25 @@ def explain(
     if "EADDRINUSE" in str(error):
         return FAILED, f"{_one_line(error)}; {REMEDIES[errno.EADDRINUSE]}"
     return None
+
+
+def gone(error: BaseException, there: Iterable[Path]) -> tuple[int, str] | None:
+    """(exit code, text) of an error that comes of a directory's being there no more.
+
+    there: those that were when the command began.
+    """
+    if isinstance(error, OSError) and error.errno in GONE:
+        for place in there:
+            if not place.is_dir():
+                return USER_ERROR, moved_text(place)
+    return None
+
+
+def moved_text(place: Path) -> str:
+    return (
+        f"{place}: it was moved or removed while this ran; move it back, or give the place where "
+        "it is now, and run the same command again"
+    )
 
 
 # Files and disks

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from networks.births import birth as birth
+from networks.births import is_born as is_born
 from networks.checksums import DONE
 from networks.temporaries import sweep as sweep
 from networks.temporaries import temporary_beside
@@ -122,6 +124,17 @@ def sync_upwards(directory: Path, top: Path) -> None:
             sync(place)
         if place == top:
             return
+
+
+def make_below(top: Path, directory: Path) -> None:
+    """Make a directory and those between it and `top`, unless they are there.
+
+    Raises FileNotFoundError where `top` is not there: somebody has moved or removed it, and what is
+    written would be left where nobody looks for it.
+    """
+    if not top.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(top))
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 class DamagedFile(UserError, ValueError):

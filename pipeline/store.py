@@ -31,6 +31,7 @@ from .files import (
     checked,
     claim,
     damaged,
+    make_below,
     read_json,
     sync,
     sync_tree,
@@ -272,7 +273,7 @@ class Stage:
         attempt = attempt or new_attempt_id()
         directory = self.directory / "attempts" / attempt
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_below(self.run, self.directory)
             if self.lacks:
                 self._forget_done()
             has_checkpoints = self.checkpoints.exists()
@@ -281,7 +282,7 @@ class Stage:
                     _remove_aside(self.checkpoints)
                 write_text(self.directory / KEY, self.key)
                 sync_upwards(self.directory, self.run)
-            directory.mkdir(parents=True, exist_ok=True)
+            make_below(self.directory, directory)
         except OSError as error:
             raise cannot_write(self.directory, error) from None
         return Attempt(self, attempt, directory)
@@ -366,7 +367,7 @@ class Attempt:
 
     def path(self, file: str) -> Path:
         path = self.directory / file
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_below(self.directory, path.parent)
         return path
 
     def publish(self, file: str) -> None:
@@ -380,7 +381,7 @@ class Attempt:
         if not source.exists():
             link.unlink(missing_ok=True)
             return
-        link.parent.mkdir(parents=True, exist_ok=True)
+        make_below(self.stage.directory, link.parent)
         temporary = temporary_beside(link)
         try:
             os.symlink(os.path.relpath(source, link.parent), temporary)

@@ -43,6 +43,7 @@ SLOW = [
     "benchmarks.characters.questions",
     "benchmarks.characters.tails",
     "benchmarks.combiner",
+    "benchmarks.durability",
     "benchmarks.head run",
     "benchmarks.huge",
     "benchmarks.lookalikes",

@@ -1,6 +1,6 @@
 """Problems of eq. 5 that somebody made up to break it, each with a proof of what comes of it.
 
-    python tests/ensemble/hostile_problems.py 10000
+    python tests/ensemble/hostile_problems.py 10000 [--first NUMBER] [--seed SEED]
         makes and judges as many: `make soak`
 
 Every problem is answered exactly or refused in one line that says a rule it breaks.  The proof of
@@ -15,18 +15,20 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from campaigns import SEEDS_APART, asked  # noqa: E402
 
 from clustering.groups import ClassGroups  # noqa: E402
 from ensemble import combine_kl  # noqa: E402
 
 # How far the conditions may be missed, as a share of all mass.
-# Of float32 the worst of 5,896 was 4.3e-4: 35 specialists that contradict each other, weights from
-# 1e-9 to 1.
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+# The unknowns are float64 in both; of float32 predictions 36 at most are added per class, and the
+# sum is multiplied twice: 38 roundings of 2 ** -24 relative, in q and in the sum that it is held
+# against.  That is 4.5e-6.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-5}
 HALVES = (torch.float16, torch.bfloat16)  # computed in float32, so its answer rounded
 SCALES = [0.0, 1.0, 8.0, 40.0, 300.0, 1000.0]
 DUSTBINS = [0.0, 1.0, 1 - 2.0**-53, 0.5, 1e-6, 1e-30, 1e-300, 5e-324]
@@ -184,6 +186,10 @@ def missed(given: dict, q: np.ndarray) -> float:
     return float(worst)
 
 
+# By dtype, the farthest that an answer of this process missed the conditions.
+worst_missed: dict[torch.dtype, float] = {}
+
+
 def judge(seed: int) -> str:
     """ "exact" or "refused"; AssertionError for anything else."""
     given, bad = problem(seed)
@@ -213,16 +219,33 @@ def judge(seed: int) -> str:
     given["g"] = g.double().numpy()
     given["special"] = [p.double().numpy() for p in special]
     off = missed(given, q.double().numpy())
+    worst_missed[dtype] = max(off, worst_missed.get(dtype, 0.0))
     assert off <= TOLERANCE[dtype], f"problem {seed} ({dtype}): off by {off:.2e}"
     return "exact"
 
 
 def campaign(count: int, seed: int = 0) -> Counter:
     """{"exact": ..., "refused": ...} of `count` problems."""
-    return Counter(judge(1_000_000 * seed + number) for number in range(count))
+    return Counter(judge(SEEDS_APART * seed + number) for number in range(count))
+
+
+def soak(numbers: range) -> tuple[Counter, list[str]]:
+    """How the problems of these numbers ended, and what is wrong with some."""
+    ends: Counter = Counter()
+    wrong = []
+    for number in numbers:
+        try:
+            ends[judge(number)] += 1
+        except Exception as error:
+            wrong.append(f"problem {number}: {type(error).__name__}: {error}")
+            print(wrong[-1], flush=True)
+    return ends, wrong
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    number = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    print(f"{number} hostile problems of eq. 5: {dict(campaign(number))}")
+    given = asked(10_000)
+    counts, failures = soak(given.numbers)
+    off = ", ".join(f"{str(dtype)[6:]} by {value:.1e}" for dtype, value in worst_missed.items())
+    print(f"hostile problems of eq. 5 {given}: {dict(counts)}, {len(failures)} wrong; off: {off}")
+    sys.exit(bool(failures))

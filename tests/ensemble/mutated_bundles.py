@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).p
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from campaigns import asked  # noqa: E402
 from mutations import damaged_file, files_beside  # noqa: E402
 
 from ensemble import DeepEnsemble, ShortlistEnsemble, SpecialistEnsemble, export_bundle  # noqa: E402
@@ -182,14 +183,15 @@ def campaign(numbers: range, root: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 1200
-    first = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    given = asked(1200)
     torch.set_num_threads(1)
     sys.addaudithook(note_executed)
     with tempfile.TemporaryDirectory() as directory:
-        failures = campaign(range(first, first + count), Path(directory))
+        failures = campaign(given.numbers, Path(directory))
     for failure in failures:
         print(failure)
     kinds = Counter(failure.split(": ")[2].split("\n")[0] for failure in failures)
-    print(f"{count} mutated bundles: {len(failures)} wrong", *kinds.most_common(), sep="\n")
+    for kind in kinds.most_common():
+        print(*kind)
+    print(f"mutated bundles {given}: {len(failures)} wrong")
     sys.exit(bool(failures))

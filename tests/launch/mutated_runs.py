@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
 sys.path.insert(0, str(Path(__file__).parent))
 
+from campaigns import asked  # noqa: E402
 from conftest import FAKE_TRAINER, Ward  # noqa: E402
 from fake_trainer import ROW  # noqa: E402
 from mutations import damaged_file, files_beside  # noqa: E402
@@ -102,10 +103,10 @@ def campaign(numbers: range, root: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    count = int(sys.argv[1]) if len(sys.argv) > 1 else 400
+    given = asked(400)
     os.environ["COLUMNS"] = "200"
     with tempfile.TemporaryDirectory() as directory:
         os.environ["XDG_STATE_HOME"] = directory
-        wrong = campaign(range(count), Path(directory))
-    print(*wrong, f"{count} damaged runs: {len(wrong)} wrong", sep="\n")
+        wrong = campaign(given.numbers, Path(directory))
+    print(*wrong, f"damaged runs {given}: {len(wrong)} wrong", sep="\n")
     sys.exit(bool(wrong))

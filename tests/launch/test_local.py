@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -366,3 +367,43 @@ def test_the_terminal_tells_what_the_groups_hold_before_specialists_are_paid_for
     assert "96.3 % of the generalist's errors on train (chance" in groups_line(run)
     (run.cluster.directory / "summary.json").write_text(json.dumps(summary | {"split": "val"}))
     assert "96.3 % of the generalist's errors on val (chance" in groups_line(run)
+
+
+def moved_while_running(ward, run, move) -> tuple[str, Path]:
+    """What the launcher says once `move` was done with RUN while a job ran, and where RUN went."""
+    ward.behave(specialists__000={"steps": 60}, specialists__001={"steps": 60})
+    elsewhere = ward.root / "elsewhere"
+    with ward.start("run", ward.write_config(), "--run", run.root) as started:
+        while not ward.calls("begin"):
+            assert started.poll() is None, started.communicate()
+            time.sleep(0.02)
+        move(run.root, elsewhere)
+        _, err = started.communicate(timeout=30)
+        assert started.returncode == 2
+    return err, elsewhere
+
+
+def renamed(root, elsewhere):
+    root.rename(elsewhere)
+
+
+def removed(root, elsewhere):
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def replaced(root, elsewhere):
+    root.rename(elsewhere)
+    root.mkdir()
+    (root / "mine").touch()
+
+
+@pytest.mark.parametrize("move", [renamed, removed, replaced])
+def test_a_run_that_is_moved_or_removed_while_it_runs_ends_in_one_line(ward, small, move):
+    run = small()
+    err, elsewhere = moved_while_running(ward, run, move)
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and f"{run.root}: it was moved or removed while this ran" in lines[0]
+    assert "Traceback" not in err
+    left = sorted(path.name for path in run.root.rglob("*")) if run.root.exists() else []
+    assert left == (["mine"] if move is replaced else [])
+    assert elsewhere.exists() == (move is not removed)

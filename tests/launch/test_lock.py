@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 import launch.lock
-import launch.processes
+import networks.births
 from launch.lock import FILE, Held, Holder, is_held, locked, stop_launcher
 from launch.processes import ask_to_end, birth, has_ended, is_born, signal_group
 from pipeline.config import UserError
@@ -106,10 +106,10 @@ def stale_lines(pid: int) -> list[str]:
 def test_a_process_that_a_stale_line_names_is_not_signalled(run, bystander, number, monkeypatch):
     """Somebody else holds the lock: a launcher, say, that has not written its name yet."""
     killed = []
-    monkeypatch.setattr(os, "kill", lambda *words: killed.append(words))
     run.mkdir()
     (run / FILE).touch()
-    with process(HOLDING, str(run / FILE)) as holding:
+    with process(HOLDING, str(run / FILE)) as holding, monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda *words: killed.append(words))
         (run / FILE).write_text(stale_lines(bystander.pid)[number])
         with pytest.raises(UserError, match="not the one that it names .* nothing was signalled"):
             stop_launcher(run, 2)
@@ -165,7 +165,7 @@ def test_a_mark_is_of_one_boot_and_older_versions_wrote_the_ticks_alone(bystande
     mark = birth(bystander.pid)
     assert is_born(bystander.pid, mark) and is_born(bystander.pid, mark.rpartition(":")[2])
     assert not is_born(bystander.pid, f"another-boot:{mark.rpartition(':')[2]}")
-    monkeypatch.setattr(launch.processes.Path, "exists", lambda path: False)
+    monkeypatch.setattr(networks.births.Path, "exists", lambda path: False)
     by_ps = birth(bystander.pid)
     assert by_ps and by_ps != mark and is_born(bystander.pid, by_ps)
 

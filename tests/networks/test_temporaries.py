@@ -7,7 +7,11 @@ import time
 
 import pytest
 
-from networks.temporaries import LONGEST_WRITE_S, sweep, temporary_beside
+from networks import temporaries
+from networks.births import birth
+from networks.temporaries import LONGEST_WRITE_S, _short, sweep, temporary_beside
+
+OWN = f".{os.getpid()}-{_short(birth(os.getpid()))}."
 
 
 def dead_pid() -> int:
@@ -16,8 +20,10 @@ def dead_pid() -> int:
     return child.pid
 
 
-def of_pid(path, pid: int):
-    return path.with_name(temporary_beside(path).name.replace(f".{os.getpid()}.", f".{pid}."))
+def of_process(path, pid: int, born: str = ""):
+    """What `temporary_beside` would name in another process; of an earlier version without BORN."""
+    name = temporary_beside(path).name
+    return path.with_name(name.replace(OWN, f".{pid}-{born}." if born else f".{pid}."))
 
 
 def old(path):
@@ -28,14 +34,14 @@ def old(path):
 def test_a_temporary_lies_beside_its_file_hidden_and_says_whose_it_is(tmp_path):
     one, other = (temporary_beside(tmp_path / "model.json") for _ in range(2))
     assert one != other and one.parent == tmp_path
-    assert one.name.startswith(".model.json.") and f".{os.getpid()}." in one.name
+    assert one.name.startswith(".model.json.") and OWN in one.name
 
 
 def test_what_a_dead_process_left_is_swept_files_and_directories_at_any_depth(tmp_path):
     pid = dead_pid()
     (tmp_path / "checkpoints").mkdir()
-    file = of_pid(tmp_path / "state.pt", pid)
-    directory = of_pid(tmp_path / "checkpoints" / "step-00000010", pid)
+    file = of_process(tmp_path / "state.pt", pid, "0123abcd")
+    directory = of_process(tmp_path / "checkpoints" / "step-00000010", pid)
     file.touch()
     directory.mkdir()
     (directory / "state.pt").touch()
@@ -53,6 +59,31 @@ def test_what_a_living_process_writes_and_what_is_not_ours_stays(tmp_path):
     assert sweep(tmp_path) == [] and all(path.exists() for path in kept)
 
 
+def test_a_living_process_is_the_writer_only_if_it_was_born_as_the_writer_was(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as living:
+        pid, own = living.pid, _short(birth(living.pid))
+        recycled = of_process(tmp_path / "a.npy", pid, "0123abcd")
+        kept = [of_process(tmp_path / "a.npy", pid, own), of_process(tmp_path / "b.npy", pid)]
+        for path in (recycled, *kept):
+            path.touch()
+        assert sweep(tmp_path) == [recycled] and all(path.exists() for path in kept)
+        living.kill()
+    assert set(sweep(tmp_path)) == set(kept)
+
+
+def test_what_a_process_writes_that_nobody_may_look_at_stays(tmp_path, monkeypatch):
+    path = of_process(tmp_path / "a.npy", 4321, "0123abcd")
+    path.touch()
+
+    def kill(pid, number):
+        assert (pid, number) == (4321, 0)
+        raise PermissionError
+
+    monkeypatch.setattr(temporaries, "birth", lambda pid: None)  # as /proc with hidepid has it
+    monkeypatch.setattr(os, "kill", kill)
+    assert sweep(tmp_path) == [] and path.exists()
+
+
 @pytest.mark.parametrize(
     "name", [".a.npy.other-host.1.abcdef01", ".DONE.0123abcd", ".model.safetensors.77"]
 )
@@ -66,6 +97,6 @@ def test_where_the_writer_cannot_be_asked_a_day_without_a_write_is_its_death(tmp
 
 def test_beside_shards_only_the_directory_itself_is_swept(tmp_path):
     (tmp_path / "below").mkdir()
-    path = of_pid(tmp_path / "below" / "a.npy", dead_pid())
+    path = of_process(tmp_path / "below" / "a.npy", dead_pid())
     path.touch()
     assert sweep(tmp_path, recursive=False) == [] and path.exists()

@@ -1,6 +1,6 @@
 """Flip single bits in every kind of file that a run keeps, and let the plain command go on.
 
-    python tests/trust/bits.py [FLIPS] [SEED]
+    python tests/trust/bits.py [FLIPS] [--first NUMBER] [--seed SEED]
 
 What reads the file is done again: all stages behind the one that made it.  The run ends with the
 figures of the undisturbed one, or with a line that names the file; what the line says to remove is
@@ -20,8 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small import (  # noqa: E402
+    Asked,
     Count,
     Outcome,
+    asked,
     command,
     finished,
     in_child,
@@ -70,17 +72,16 @@ OF_DATA = {
 }
 
 
-def main(flips: int = 200, seed: int = 0) -> int:
-    count = Count("bit flips")
+def main(given: Asked) -> int:
+    count = Count("bit flips", given)
     with workshop() as (place, data):
         config = small_config(data, 'data.cache="decoded"', "train.keep=3")
         expected = finished(place / "clean", config)
         shutil.copytree(data, place / "good data")
-        rng = random.Random(seed)
         kinds = [*IN_RUN, *OF_DATA]
-        rng.shuffle(kinds)
-        for trial in range(flips):
-            kind = kinds[trial % len(kinds)]
+        random.Random(given.seed).shuffle(kinds)
+        for trial in given.trials:
+            kind, rng = kinds[trial % len(kinds)], random.Random(f"{given.seed} {trial}")
             root = place / "run"
             shutil.copytree(place / "clean", root, symlinks=True)
             path, bit = victim(root, data, kind, rng)
@@ -88,7 +89,7 @@ def main(flips: int = 200, seed: int = 0) -> int:
             flip(path, bit)
             outcome = in_child(partial(command, root, config))
             again = partial(helped, outcome, root, config, partial(put_back, place, data))
-            said = f"{kind}, bit {bit} of {path.relative_to(place)}"
+            said = f"{trial}: {kind}, bit {bit} of {path.relative_to(place)}"
             if outcome.is_one_line and not names(outcome, path):
                 count.add("stuck", said, f"the file is not named: {outcome.text}")
             else:
@@ -178,4 +179,4 @@ def put_back(place: Path, data: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(asked(200)))

@@ -1,6 +1,6 @@
 """Kill `referral run --force` at single file operations while it clears what another config made.
 
-    python tests/trust/clearing.py [KILLS_PER_FILE_SYSTEM] [SEED]
+    python tests/trust/clearing.py [KILLS_PER_FILE_SYSTEM] [--first NUMBER] [--seed SEED]
 
 On ext4, XFS and btrfs in images, which list names in orders of their own.  The plain command then
 ends with the figures of a clean run of that config, or says --force, which does.
@@ -16,7 +16,17 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small import Count, command, finished, in_child, judge, small_config, workshop  # noqa: E402
+from small import (  # noqa: E402
+    Asked,
+    Count,
+    asked,
+    command,
+    finished,
+    in_child,
+    judge,
+    small_config,
+    workshop,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from filesystems import KINDS, mounted, why_not  # noqa: E402
@@ -30,8 +40,8 @@ OTHER = ("train.learning_rate=0.002", "specialists.learning_rate=0.001")
 STATES = ("done", "half trained")
 
 
-def main(kills: int = 36, seed: int = 0) -> int:
-    count = Count("kills while clearing")
+def main(given: Asked) -> int:
+    count = Count("kills while clearing", given)
     with workshop() as (place, data):
         old, new = small_config(data), small_config(data, *OTHER)
         finished(place / "done", old)
@@ -42,18 +52,18 @@ def main(kills: int = 36, seed: int = 0) -> int:
             if reason := why_not(kind):
                 print(f"{count.name}: {kind} is skipped: {reason}")
                 continue
-            rng = random.Random(f"{seed} {kind}")
             with mounted(kind) as disk:
                 root = disk.path / "run"
-                for trial in range(kills):
+                for trial in given.trials:
                     state = STATES[trial % 2]
+                    rng = random.Random(f"{given.seed} {kind} {trial}")
                     last = rng.randrange(totals[state])
                     shutil.copytree(place / state, root, symlinks=True)
                     ended = in_child(partial(clear, root, new, last, really=True))
                     assert ended.code == -signal.SIGKILL, ended
                     outcome = in_child(partial(command, root, new))
                     again = partial(in_child, partial(command, root, new, force=True))
-                    said = f"{kind}, {state}, after {last} of {totals[state]} operations"
+                    said = f"{trial}: {kind}, {state}, after {last} of {totals[state]} operations"
                     judge(count, said, outcome, root, expected, again)
                     shutil.rmtree(root)
     return count.report()
@@ -86,4 +96,4 @@ def leave_half_trained(done: Path, half: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(asked(36)))

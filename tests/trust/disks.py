@@ -1,8 +1,9 @@
 """Run on disks that are too small, then make room and let the plain command go on.
 
-    python tests/trust/disks.py [SIZES] [SEED]
+    python tests/trust/disks.py [SIZES] [--first NUMBER]
 
-The disks are tmpfs of so many KiB, from next to nothing to what the run takes.  A full one is one
+The disks are tmpfs of so many KiB, from next to nothing to what the run takes: each size falls into
+the widest gap between those before it.  A full one is one
 line with the path and what is free, of the command and of every stage, and nothing hidden is left
 once the run is done.  Only root may mount: without, all are skipped with one line.
 """
@@ -15,7 +16,18 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from small import Count, Outcome, command, finished, in_child, judge, small_config, workshop  # noqa: E402
+from small import (  # noqa: E402
+    Asked,
+    Count,
+    Outcome,
+    asked,
+    command,
+    finished,
+    in_child,
+    judge,
+    small_config,
+    workshop,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from filesystems import in_memory, resize, why_not  # noqa: E402
@@ -23,13 +35,14 @@ from filesystems import in_memory, resize, why_not  # noqa: E402
 from pipeline.config import save_config  # noqa: E402
 
 LEAST_KIB = 16
+GOLDEN = (5**0.5 - 1) / 2  # its multiples, modulo 1, fall so
 EVERY = 8  # of these one by `referral run` itself, its jobs in processes of their own
 
 FULL = ("is full", "No space left")  # what an error says of a full disk
 
 
-def main(sizes: int = 32) -> int:
-    count = Count("disk sizes")
+def main(given: Asked) -> int:
+    count = Count("disk sizes", given)
     if reason := why_not("tmpfs"):
         print(f"{count.name}: skipped: {reason}")
         return 0
@@ -38,8 +51,8 @@ def main(sizes: int = 32) -> int:
         expected = finished(place / "clean", config)
         save_config(config, place / "config.toml")
         enough = used_kib(place / "clean") * 5 // 4
-        for trial in range(sizes):
-            kib = LEAST_KIB + (enough - LEAST_KIB) * trial // sizes
+        for trial in given.trials:
+            kib = LEAST_KIB + int((enough - LEAST_KIB) * (trial * GOLDEN % 1))
             with in_memory(kib) as disk:
                 root = disk / "run"
                 if trial % EVERY == EVERY // 2:
@@ -50,9 +63,9 @@ def main(sizes: int = 32) -> int:
                 resize(disk, 8 * enough)
                 said = any(words in outcome.text for words in FULL)
                 if outcome.code and not said:
-                    count.add("stuck", f"{kib} KiB", outcome.text)
+                    count.add("stuck", f"{trial}: {kib} KiB", outcome.text)
                     continue
-                judge(count, f"{kib} KiB", outcome, root, expected, partial(again, start))
+                judge(count, f"{trial}: {kib} KiB", outcome, root, expected, partial(again, start))
     return count.report()
 
 
@@ -73,4 +86,4 @@ def used_kib(root: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(asked(32)))

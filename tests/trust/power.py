@@ -1,6 +1,6 @@
 """Take the power from the file system under a run, and let the plain command go on.
 
-    python tests/trust/power.py [LOSSES] [SEED]
+    python tests/trust/power.py [LOSSES] [--first NUMBER] [--seed SEED]
 
 ext4 and XFS in images are shut down without flushing (XFS_IOC_GOINGDOWN), at random moments of the
 run and just after its stages ended.  What was not synced is gone then, as at a power loss.  Where
@@ -20,7 +20,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from small import (  # noqa: E402
+    Asked,
     Count,
+    asked,
     command,
     finished,
     fork,
@@ -40,26 +42,28 @@ KINDS = ("ext4", "xfs")
 PAUSES_S = (0.0, 0.05, 0.3)  # after a stage's DONE appeared
 
 
-def main(losses: int = 24, seed: int = 0) -> int:
-    count = Count("power losses")
+def main(given: Asked) -> int:
+    count = Count("power losses", given)
     with workshop() as (place, data):
         config = small_config(data)
         expected = finished(place / "clean", config)
         stages = len(markers(place / "clean"))
-        for kind in KINDS:
-            if reason := why_not(kind):
+        reasons = {kind: why_not(kind) for kind in KINDS}
+        for kind, reason in reasons.items():
+            if reason:
                 print(f"{count.name}: {kind} is skipped: {reason}")
+        for trial in given.trials:
+            kind, rng = KINDS[trial % len(KINDS)], random.Random(f"{given.seed} {trial}")
+            if reasons[kind]:
                 continue
-            rng = random.Random(f"{seed} {kind}")
-            for _ in range(losses // len(KINDS)):
-                done, pause = rng.randrange(stages + 1), rng.choice(PAUSES_S)
-                with mounted(kind) as disk:
-                    root = disk.path / "run"
-                    lose_power_under(disk, root, config, done, pause)
-                    outcome = in_child(partial(command, root, config))
-                    again = partial(in_child, partial(command, root, config))
-                    said = f"{kind}, {pause} s after {done} of {stages} stages"
-                    judge(count, said, outcome, root, expected, again)
+            done, pause = rng.randrange(stages + 1), rng.choice(PAUSES_S)
+            with mounted(kind) as disk:
+                root = disk.path / "run"
+                lose_power_under(disk, root, config, done, pause)
+                outcome = in_child(partial(command, root, config))
+                again = partial(in_child, partial(command, root, config))
+                said = f"{trial}: {kind}, {pause} s after {done} of {stages} stages"
+                judge(count, said, outcome, root, expected, again)
     return count.report()
 
 
@@ -89,4 +93,4 @@ def markers(root: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    sys.exit(main(asked(24)))

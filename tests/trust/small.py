@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+from campaigns import Asked, asked  # noqa: E402
 from toy import toy_config, write_toy  # noqa: E402
 
 from launch.aims import RUN
@@ -176,8 +177,8 @@ class Count:
 
     BAD = ("silent difference", "stuck", "traceback", "left behind")
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, given: Asked):
+        self.name, self.given = name, given
         self.ends: Counter[str] = Counter()
         self.started = time.monotonic()
 
@@ -191,7 +192,7 @@ class Count:
         listed = [f"{self.ends[end]} {end}" for end in self.BAD]
         listed += [f"{n} {end}" for end, n in sorted(self.ends.items()) if end not in self.BAD]
         seconds = time.monotonic() - self.started
-        print(f"{self.name}: {self.ends.total()} trials, {seconds:.0f} s: {', '.join(listed)}")
+        print(f"{self.name} {self.given}: {seconds:.0f} s: {', '.join(listed)}")
         return int(any(self.ends[end] for end in self.BAD))
 
 

@@ -10,9 +10,10 @@ import bits
 import clearing
 import disks
 import power
+from small import asked
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("campaign, trials", [(clearing, 1), (power, 2), (bits, 2), (disks, 2)])
 def test_a_few_trials_of_each_campaign_end_well(campaign, trials):
-    assert campaign.main(trials) == 0
+    assert campaign.main(asked(trials, argv=[])) == 0

@@ -33,6 +33,7 @@ from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 from ..core.dense_logits import ListedPredictor
+from ..data.authoring.folder import LINKS_OUT, leads_out
 from ..data.authoring.reporting import Report
 from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
@@ -93,7 +94,8 @@ def main(argv: list[str]) -> int:
     reader = file_reader(predictor.spec.input, named, args)
     unreadable = Unreadable()
     decoders = decoder_table(named) | reader.decoders
-    files = find_files(args.files, decoders, unreadable, reads_texts(reader))
+    texts = reads_texts(reader)
+    files = find_files(args.files, decoders, unreadable, texts, args.follow_links)
     examples = read_files(files, reader, unreadable, options_of(args, run))
     if args.json:
         as_utf8(sys.stdout)
@@ -142,6 +144,9 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--input", default="", metavar="EXT", help="extension of the inputs, e.g. png")
     add("--encoding", default="", metavar="NAME", help="of a csv or of byte strings, e.g. cp1252")
     add("--channels", default="", choices=("first", "last"), help="those of arrays of pictures")
+    parser.add_argument(
+        "--follow-links", action="store_true", help="take links that lead out of a directory, too"
+    )
 
 
 def options_of(args: argparse.Namespace, run: RunDirectory | None) -> Options:
@@ -155,6 +160,7 @@ def options_of(args: argparse.Namespace, run: RunDirectory | None) -> Options:
         channels=args.channels,
         encoding=args.encoding,
         labelled=False,
+        follow_links=args.follow_links,
     )
     if run is None:
         return options
@@ -347,11 +353,13 @@ def find_files(
     decoders: Mapping[str, Decoder],
     unreadable: Unreadable | None = None,
     texts: bool = False,
+    follow_links: bool = False,
 ) -> list[Path]:
     """The files that are named, and those below directories that hold inputs.
 
     decoders: of the extensions that can be read.  texts: whether inputs are texts.  Below a
     directory the inputs are the texts, or all files but text and JSON.
+    follow_links: whether links that lead out of a directory count; else one line says how many.
     UserError where nothing is left of `paths`; `unreadable` gets what cannot be used.
     """
     known = set(decoders)
@@ -363,7 +371,8 @@ def find_files(
         if os.path.exists(path) and holds_many(path):
             files.append(path)
         elif os.path.isdir(path):
-            inputs = [file for file in sorted(path.rglob("*")) if _is_input(file, inside)]
+            below = [file for file in sorted(path.rglob("*")) if _is_input(file, inside)]
+            inputs = below if follow_links else _own_files(path, below)
             if not inputs:
                 extensions = ", ".join(sorted(inside))
                 mistakes.append(f"{path} holds no files with an extension of {extensions}")
@@ -381,6 +390,16 @@ def find_files(
     for mistake in mistakes:
         (unreadable or Unreadable()).add(mistake)
     return files
+
+
+def _own_files(directory: Path, files: list[Path]) -> list[Path]:
+    """Those that are no links out of the directory, as `shards folder` has it."""
+    root = os.path.realpath(directory)
+    own = [file for file in files if not leads_out(file, root)]
+    if len(own) < len(files):
+        line = f"passed over: {len(files) - len(own)} {LINKS_OUT} in {directory}"
+        print(printable(line), file=sys.stderr, flush=True)
+    return own
 
 
 def _extension(path: Path) -> str:

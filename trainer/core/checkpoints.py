@@ -27,7 +27,7 @@ from networks.row_files import write_index, write_part
 from networks.temporaries import temporary_beside
 from pipeline.config import UserError
 from pipeline.failures import existing, size_text
-from pipeline.files import sync_tree, sync_upwards
+from pipeline.files import make_below, sync_tree, sync_upwards
 from pipeline.store import COMPLETE, complete_checkpoints
 
 from ..distributed.ranks import ALONE, Ranks, broadcast, gather
@@ -220,7 +220,7 @@ def write_rows(temporary: Path, state: State, ranks: Ranks) -> tuple[str | None,
     rows, state = take_rows(state)
     problem = None
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        make_below(temporary.parents[1], temporary)
         write_part(temporary, PREFIX, ranks.rank, ranks.world_size, rows)
     except (OSError, SafetensorError) as error:
         problem = f"{_reason(error)}; a rank's part of it takes {size_text(_bytes_of(rows))}"
@@ -235,7 +235,7 @@ def _write(temporary: Path, final: Path, state: State) -> str | None:
     if (final / COMPLETE).exists():
         return None
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
+        make_below(temporary.parents[1], temporary)
         files = checksums.entries_of(temporary, lambda name: True)  # the rows of each rank
         with open(temporary / STATE, "wb") as file:
             hashing = checksums.Hashing(file)

@@ -119,7 +119,7 @@ def cached(shards: ShardSet, path: str | Path, data: Data) -> ShardSet:
             f"more than data.cache_bytes = {data.cache_bytes}"
         )
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # not RUN, should it be gone
         written = _write(shards, array_path, header_path, key, data)
     except OSError as error:
         if data.cache == "auto":

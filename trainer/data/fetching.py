@@ -16,10 +16,8 @@ So each shard is fetched once, whoever asks, and several at once.
 
 from __future__ import annotations
 
-import bz2
 import errno
 import fcntl
-import gzip
 import hashlib
 import lzma
 import os
@@ -33,12 +31,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from pipeline.config import Data, UserError
 from pipeline.redaction import printable, shown
 
-from .bounds import open_regular
+from .packing import is_packed, unpacked
 from .private_files import LOOK_S, is_ours, lock, lock_file, new_file, private_name
 from .tars import TarIndex, file_sha256, index_bytes, index_path, save_index, scan_tar
 from .transport import Broken, blocks, longest_wait
@@ -59,7 +57,6 @@ INDEX_BYTES, SAMPLE_BYTES = 8192, 200  # of an index whose keys are not known ye
 END_MARK = 1024  # bytes of zeros that a tar ends with
 MANIFEST_BYTES = 256 << 20  # of a manifest.json behind a URL
 SILENT_S = 60.0  # after which it is said that another process is waited for
-PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 class Lease:
@@ -573,19 +570,3 @@ def _check_whole(path: Path, entry: dict | None) -> None:
         raise ValueError("it is empty")
     if tail != bytes(END_MARK):
         raise ValueError("it does not end as a tar does: it is cut short, or no tar")
-
-
-def is_packed(path: Path) -> bool:
-    """Whether the file is compressed."""
-    with open_regular(path) as file:
-        return file.read(5).startswith(tuple(PACKED))
-
-
-def unpacked(path: Path) -> BinaryIO:
-    """The file's content as a binary stream, decompressed where it is gzip, bzip2 or xz."""
-    with open_regular(path) as file:
-        start = file.read(5)
-    for magic, opener in PACKED.items():
-        if start.startswith(magic):
-            return cast(BinaryIO, opener(path, "rb"))
-    return open(path, "rb")

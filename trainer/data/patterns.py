@@ -19,8 +19,9 @@ from pipeline.config import Data, UserError
 from pipeline.redaction import redacted
 
 from .bounds import is_there
-from .fetching import FetchDir, is_packed
+from .fetching import FetchDir
 from .label_files import SplitLabels, open_labels
+from .packing import is_packed
 from .writing import MANIFEST, parse_manifest, read_manifest
 
 URL = ("pipe:", "http:", "https:", "gs:", "s3:", "hf:", "ais:", "sftp:", "ftp:", "scp:", "htgs:")

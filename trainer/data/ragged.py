@@ -67,7 +67,7 @@ class RaggedWriter:
         begun = all((directory / name).exists() for name in (*names, PROGRESS))
         if not begun:
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            directory.mkdir()
         self.progress = {"blocks": 0, "entries": 0}
         if begun:
             self.progress = read_json(directory / PROGRESS)

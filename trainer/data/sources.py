@@ -52,6 +52,7 @@ class Options:
     labelled: whether labels are needed.
     shards_input, shards_label: of shards, where `input` and `label` do not say it.
     decoders: as data.decoders, of shards.
+    follow_links: whether links out of a folder are its files, too.
     """
 
     label: str = ""
@@ -68,6 +69,7 @@ class Options:
     shards_input: str = ""
     shards_label: str = "cls"
     decoders: Mapping[str, str] = field(default_factory=dict)
+    follow_links: bool = False
 
 
 @dataclass
@@ -159,7 +161,7 @@ def _single(places: Sequence[str]) -> str:
 
 
 def _from_folder(places: Sequence[str], options: Options, report: Report) -> dict[str, Source]:
-    found = labelled_files(_single(places), report, options.input)
+    found = labelled_files(_single(places), report, options.input, options.follow_links)
 
     def source(files: list[tuple[Path, str]]) -> Source:
         return Source(

@@ -33,7 +33,7 @@ from networks.branches import log_sum
 from networks.cutting import Cut, cut_at
 from pipeline.config import ResolvedSpecialists, UserError
 from pipeline.failures import cannot_write
-from pipeline.files import read_json, sync, write_json
+from pipeline.files import make_below, read_json, sync, write_json
 from pipeline.store import Attempt, Stage
 
 from ..core.progress import peak_memory
@@ -207,7 +207,7 @@ class KeptWriter:
         begun = all(path.exists() for path in files)
         if not begun:
             shutil.rmtree(directory, ignore_errors=True)
-            directory.mkdir(parents=True)
+            directory.mkdir()
         rows = len(self.shards) * self.views.count
         arrays = {}
         for name, (shape, dtype) in self.shapes.items():
@@ -264,6 +264,8 @@ def keep(
     say(session, notes): what whoever watches is told, by split what `KeptWriter.write` returns.
     """
     unfinished = attempt.stage.checkpoints / attempt.stage.place
+    if session.ranks.is_main:
+        make_below(attempt.stage.directory, unfinished)
     notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
     say(session, notes)
     if not session.ranks.is_main:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ensemble.listed import Listed
 from ensemble.listed_ensemble import Wanted
 from pipeline.config import ResolvedStudent, UserError
+from pipeline.files import make_below
 from pipeline.identity import digest
 from pipeline.store import Attempt, Stage, read_json, write_json
 
@@ -144,6 +145,8 @@ def store_targets(
     if session.config.data.transfer:
         splits.append("transfer")
     unfinished = attempt.stage.checkpoints / "targets"
+    if session.ranks.is_main:
+        make_below(attempt.stage.directory, unfinished)
     written = []
     for source, split in enumerate(splits):
         storing = Storing(session, teacher, attempt.stage, student, temperatures, source, split)

@@ -116,6 +116,18 @@ def test_unknown_labels_and_unreadable_files_are_left_out_and_named(small_run, f
     assert_same_row(metrics, small_run, "ensemble")
 
 
+def test_links_out_of_a_folder_are_no_examples_unless_they_are_asked_for(
+    small_run, folder, tmp_path, capsys
+):
+    outside = tmp_path / "outside.png"
+    shutil.copy(next((folder / "class 0").iterdir()), outside)
+    (folder / "class 0" / "link.png").symlink_to(outside)
+    plain = metrics_of(capsys, small_run.root, folder)
+    _, _, err = evaluate(capsys, small_run.root, folder)
+    assert "passed over: 1 links out of the directory (--follow-links takes them)" in err
+    assert metrics_of(capsys, small_run.root, folder, "--follow-links")["n"] == plain["n"] + 1
+
+
 def test_data_of_other_classes_is_refused(small_run, tmp_path, capsys):
     path = tmp_path / "pictures" / "wolf" / "a.png"
     path.parent.mkdir(parents=True)

@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).p
 
 import numpy as np  # noqa: E402
 import tomli_w  # noqa: E402
+from campaigns import Asked, asked  # noqa: E402
 from shardsets import CLASSES, label_of, picture, tar_files, write_tar, write_uneven  # noqa: E402
 
 from pipeline.config import Data, UserError  # noqa: E402
@@ -339,8 +340,8 @@ def timed_out(*_):
     raise AssertionError(f"hangs: not done after {SECONDS} s")
 
 
-def soak(count: int) -> int:
-    """Check `count` corrupt sets; prints a table and the first failures.
+def soak(given: Asked) -> int:
+    """Check corrupt sets; prints a table and the first failures.
 
     Returns the number of failures.
     """
@@ -348,7 +349,7 @@ def soak(count: int) -> int:
     signal.signal(signal.SIGALRM, timed_out)
     table: dict[str, dict[str, int]] = {}
     failures = 0
-    for number in range(count):
+    for number in given.numbers:
         kind = KINDS[number % len(KINDS)]
         seed = number // len(KINDS)
         manifest, indexed, policy = seed % 4 > 0, seed % 8 < 4, ("strict", "skip")[seed // 8 % 2]
@@ -368,10 +369,9 @@ def soak(count: int) -> int:
         row[verdict] = row.get(verdict, 0) + 1
     for name, row in table.items():
         print(f"{name:22}", row)
-    print(f"{count} corrupt sets, {failures} failures")
+    print(f"corrupt sets {given}: {failures} failures")
     return failures
 
 
 if __name__ == "__main__":
-    num_sets = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    sys.exit(soak(num_sets) > 0)
+    sys.exit(soak(asked(1000)) > 0)

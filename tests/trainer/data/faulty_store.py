@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import numpy as np  # noqa: E402
+from campaigns import Asked, asked  # noqa: E402
 from shardsets import picture, write_uneven  # noqa: E402
 
 from pipeline.config import Data, UserError  # noqa: E402
@@ -303,15 +304,16 @@ def bytes_in(directory: Path) -> int:
     return total
 
 
-def soak(count: int) -> None:
+def soak(given: Asked) -> None:
     for name, judged in (("whole", judge), ("through a window", judge_window)):
         verdicts: Counter = Counter()
-        for seed in range(count):
+        for seed in given.numbers:
             with tempfile.TemporaryDirectory() as directory:
                 verdicts[judged(Path(directory), seed)] += 1
-        assert min(verdicts["whole"], verdicts["refused"]) > 0 or count < 10, verdicts
-        print(f"{count} sets {name} through faults of their store: {dict(verdicts)}")
+        is_few = len(given.trials) < 10
+        assert is_few or min(verdicts["whole"], verdicts["refused"]) > 0, verdicts
+        print(f"sets {name} through faults of their store {given}: {dict(verdicts)}")
 
 
 if __name__ == "__main__":
-    soak(int(sys.argv[1]) if len(sys.argv) > 1 else 50)
+    soak(asked(50))

@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).p
 
 import numpy as np  # noqa: E402
 import webdataset.writer  # noqa: E402, F401 - here, so that no child imports it
+from campaigns import Asked, asked  # noqa: E402
 from shardsets import label_of, picture, tar_files, write_tar  # noqa: E402
 
 from pipeline.config import Data, UserError  # noqa: E402
@@ -396,13 +397,13 @@ def judge(place: Path, seed: int, hostile=None) -> str:
     return " ".join(verdicts)
 
 
-def soak(count: int) -> None:
+def soak(given: Asked) -> None:
     verdicts: Counter = Counter()
-    for seed in range(count):
+    for seed in given.numbers:
         with tempfile.TemporaryDirectory() as directory:
             verdicts.update(judge(Path(directory), seed).split())
-    print(f"{count} hostile tars, each by {len(READERS)} readers: {json.dumps(verdicts)}")
+    print(f"hostile tars {given}, each by {len(READERS)} readers: {json.dumps(verdicts)}")
 
 
 if __name__ == "__main__":
-    soak(int(sys.argv[1]) if len(sys.argv) > 1 else 60)
+    soak(asked(60))

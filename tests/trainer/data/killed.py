@@ -1,6 +1,6 @@
 """A training stream of several ranks and workers, killed at random moments and resumed.
 
-    python tests/trainer/data/killed.py 20
+    python tests/trainer/data/killed.py 20 [--seed SEED]
         checks a run that is killed 20 times: `make soak`
     python tests/trainer/data/killed.py DIRECTORY RANKS WORKERS STEPS
         resumes a run until it ends
@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import numpy as np  # noqa: E402
+from campaigns import Asked, asked  # noqa: E402
 from shardsets import png, write_tar  # noqa: E402
 
 from pipeline.config import Data  # noqa: E402
@@ -162,9 +163,10 @@ def judge(directory: Path, kills: int, steps: int, seed: int) -> list[dict]:
     return [*attempts, last | {"seen": len(seen) - sum(attempt["seen"] for attempt in attempts)}]
 
 
-def soak(kills: int) -> None:
+def soak(given: Asked) -> None:
+    kills = len(given.trials)
     with tempfile.TemporaryDirectory() as directory:
-        attempts = judge(Path(directory), kills, steps=100 * kills, seed=0)
+        attempts = judge(Path(directory), kills, steps=100 * kills, seed=given.seed)
     for attempt in attempts:
         print(json.dumps(attempt))
     again = sum(attempt["seen"] for attempt in attempts) - 100 * kills
@@ -172,7 +174,7 @@ def soak(kills: int) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        soak(int(sys.argv[1]))
-    else:
+    if len(sys.argv) == 5 and Path(sys.argv[1]).is_dir():
         resume(Path(sys.argv[1]), *map(int, sys.argv[2:]))
+    else:
+        soak(asked(20))

@@ -13,12 +13,14 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[2] / "support"), str(Path(__file__).parents[3])]
 
 import numpy as np  # noqa: E402
+from campaigns import Asked, asked  # noqa: E402
 from shardsets import label_of, picture, write_uneven  # noqa: E402
 
 from pipeline.config import Data  # noqa: E402
 from trainer.data import MeasuringStream, open_shards  # noqa: E402
 
-RANKS, WORKERS, SEEDS = range(1, 6), range(4), range(5)
+RANKS, WORKERS = range(1, 6), range(4)
+SETS = 5
 
 
 def uneven_set(directory: Path, seed: int):
@@ -47,10 +49,10 @@ def check_intact(batch) -> None:
         assert label == label_of(sample) and (inputs[0].numpy() == picture(sample)).all()
 
 
-def soak() -> None:
+def soak(given: Asked) -> None:
     warnings.filterwarnings("ignore", "This DataLoader will create")
     passes = samples = 0
-    for seed in SEEDS:
+    for seed in given.numbers:
         with tempfile.TemporaryDirectory() as directory:
             shards = uneven_set(Path(directory), seed)
             for ranks, workers in itertools.product(RANKS, WORKERS):
@@ -60,8 +62,8 @@ def soak() -> None:
                 assert (times == 1).all(), f"seed {seed}, {geometry}: {np.bincount(times)}"
                 passes += 1
                 samples += len(times)
-    print(f"{passes} passes, {samples} samples, each seen exactly once")
+    print(f"sets {given}: {passes} passes, {samples} samples, each seen exactly once")
 
 
 if __name__ == "__main__":
-    soak()
+    soak(asked(SETS))

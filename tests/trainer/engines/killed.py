@@ -1,6 +1,6 @@
 """Kill a training run at random moments until it ends; its weights are the undisturbed run's.
 
-    python tests/trainer/engines/killed.py [KILLS_PER_ENGINE] [ENGINE ...]
+    python tests/trainer/engines/killed.py [KILLS_PER_ENGINE] [ENGINE ...] [--seed SEED]
 
 Each kill is a `kill -9` of one worker, of all workers, or of the launcher.  The same command then
 resumes the run.
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+from campaigns import asked  # noqa: E402
 from ranks import engine_overrides, weights  # noqa: E402
 from toy import toy_config, write_toy  # noqa: E402
 
@@ -133,6 +134,6 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        kills = int(sys.argv[1]) if len(sys.argv) > 1 else 30
-        for name in sys.argv[2:] or ENGINES:
-            print(soak(name, kills, Path(directory)), flush=True)
+        given = asked(30, "ENGINE")
+        for name in given.words or ENGINES:
+            print(soak(name, len(given.trials), Path(directory), given.seed), flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import re
 import struct
@@ -27,6 +26,7 @@ from ..labels import (
     settle_given,
     settle_numbers,
 )
+from ..packing import check_members, unpacked
 from .foreign_files import refuse_foreign
 from .reporting import Report, not_finite
 from .split_names import split_within, without_split
@@ -527,12 +527,12 @@ def _read(path: Path) -> list[_Named]:
     refuse_foreign(path)
     try:
         if path.suffix == ".npz":
+            check_members(path)
             with np.load(path, allow_pickle=False) as file:
                 return [_Named(name, path, _member(path, file, name)) for name in file.files]
         if path.suffix == ".npy":
             return [_Named(path.stem, path, np.load(path, allow_pickle=False))]
-        opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rb") as file:
+        with unpacked(path) if path.suffix == ".gz" else open(path, "rb") as file:
             return [_Named(path.name, path, _idx(file.read()))]
     except (
         OSError,

@@ -25,6 +25,7 @@ from .splitting import add_missing_splits, write_splits
 
 # What unpacking and synchronising programs leave beside the data.
 FOREIGN = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+LINKS_OUT = "links out of the directory (--follow-links takes them)"
 
 
 def from_folder(
@@ -112,7 +113,7 @@ def from_folder(
 
 
 def labelled_files(
-    directory: str | Path, report: Report, input_extensions: str = "", follow_links: bool = True
+    directory: str | Path, report: Report, input_extensions: str = "", follow_links: bool = False
 ) -> dict[str, list[tuple[Path, str]]]:
     """{split: (file, the name of its class directory)}, for data that only get predicted.
 
@@ -193,6 +194,14 @@ def _names(directories: list[Path]) -> str:
     return f"{shown}, ..." if len(directories) > 3 else shown
 
 
+def leads_out(path: Path, root: str) -> bool:
+    """Whether a path below the directory `root` is a link to something that is not below it.
+
+    root: as os.path.realpath has it.
+    """
+    return path.is_symlink() and os.path.commonpath([root, os.path.realpath(path)]) != root
+
+
 class _Inside:
     """What lies in a directory: a link out of it is none of its files.
 
@@ -207,13 +216,11 @@ class _Inside:
 
     def holds(self, path: Path) -> bool:
         """Whether a file or directory counts; the report counts those that do not, each once."""
-        if self.follow_links or not path.is_symlink():
-            return True
-        if os.path.commonpath([self.root, os.path.realpath(path)]) == self.root:
+        if self.follow_links or not leads_out(path, self.root):
             return True
         if path not in self.passed_over_links:
             self.passed_over_links.add(path)
-            self.report.pass_over("links out of the directory (--follow-links takes them)", path)
+            self.report.pass_over(LINKS_OUT, path)
         return False
 
     def directories(self, root: Path) -> list[Path]:

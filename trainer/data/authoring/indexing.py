@@ -33,7 +33,7 @@ from ..decoding import (
     picture_rules,
     rgb,
 )
-from ..fetching import FetchDir, is_packed, unpacked
+from ..fetching import FetchDir
 from ..label_files import is_label_file
 from ..labels import NONE, Kind, LabelSet, readings, settle, settle_given
 from ..opening import (
@@ -47,6 +47,7 @@ from ..opening import (
     label_samples,
     scanned_corruption,
 )
+from ..packing import is_packed, unpacked
 from ..patterns import URL, Shard, braces, expand, url_name
 from ..replacing import Replacement
 from ..shards import ShardSet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import gzip
+import io
 import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.config import UserError
 
 from ..labels import BOM, clean, printable
+from ..packing import unpacked
 from .arrays import Column, write_arrays
 from .foreign_files import refuse_foreign
 from .reporting import Report
@@ -322,10 +323,11 @@ class _Table:
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(FIELD_LIMIT)
-        opener = gzip.open if self.path.suffix == ".gz" else open
         first = 1
         try:
-            with opener(self.path, "rt", encoding=self.encoding, newline="") as file:
+            is_packed = self.path.suffix == ".gz"
+            content = unpacked(self.path) if is_packed else open(self.path, "rb")
+            with io.TextIOWrapper(content, encoding=self.encoding, newline="") as file:
                 record: list[str] = []  # the lines of the current row
                 reader = csv.reader(_recorded(file, record))
                 for fields in reader:
