@@ -21,25 +21,18 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch.profiler import profile
 
 from networks import InputSpec, ModelSpec, build_classifier, parameter_count
 from pipeline.config import DEFAULT_SCHEDULE, Engine
+from pipeline.scaling import STATE, Network, sent_per_step
 from trainer.distributed.ranks import process_group
 from trainer.engines import build_engine
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
-# Bytes per weight on one of R ranks: weights, gradients, Adam's two averages, all float32.
-STATE: dict[str, Callable[[int], float]] = {
-    "ddp": lambda R: 4 + 4 + 8,
-    "zero0": lambda R: 4 + 4 + 8,
-    "zero1": lambda R: 4 + 4 + (4 + 8) / R,
-    "zero2": lambda R: 4 + (4 + 4 + 8) / R,
-    "zero3": lambda R: (4 + 4 + 4 + 8) / R,
-}
 # How often a ring moves the whole.
 PASSES = {"all_reduce": 2, "reduce_scatter": 1, "all_gather": 1, "reduce": 1, "broadcast": 1}
 COLLECTIVE = re.compile(rf"(?:gloo|nccl):_?({'|'.join(PASSES)})\w*")
@@ -90,7 +83,12 @@ def measure(name: str, width: int) -> None:
                 "ranks": ranks.world_size,
                 "weights": count,
                 "held_bytes_per_weight": [round(between / count, 2), round(before_step / count, 2)],
-                "formula": round(STATE[name](ranks.world_size), 2),
+                "formula_sent": round(
+                    sent_per_step(Network(count, 0, 0, 0), schedule, config, ranks.world_size)
+                    / count,
+                    2,
+                ),
+                "formula": round(STATE[name](ranks.world_size, 2), 2),
                 "sent_bytes_per_weight": {
                     kind: round(moved / count, 2) for kind, moved in sent.items()
                 },

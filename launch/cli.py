@@ -70,12 +70,16 @@ from .prepare import (
     check,
     check_batches,
     check_file_system,
+    check_lengths,
     check_place,
     lay_out,
     mend,
     save_environment,
 )
 from .results import comparison_table, show_results
+from .sizing import NOTE, Sizing, inputs_of, network_sizes, warnings
+from .sizing import as_json as as_object
+from .sizing import table as table_of_needs
 from .status import StageStatus, failures, statuses, summary, table
 
 NAME = "referral"
@@ -159,6 +163,26 @@ WatchOption = Annotated[
     bool, typer.Option("--watch", help="Look again every second, until all is done.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+PlanOption = Annotated[
+    bool,
+    typer.Option("--plan", help="Print what each stage will hold, send, write and read; no more."),
+]
+InputsOption = Annotated[
+    str,
+    typer.Option(
+        "--inputs",
+        metavar="TYPE,LENGTH,...",
+        help="Of --plan, where no manifest says it: one input, uint8,3,64,64 say.",
+    ),
+]
+ExamplesOption = Annotated[
+    str,
+    typer.Option(
+        "--examples",
+        metavar="TRAIN,VAL,TEST",
+        help="Of --plan, instead of the manifests': how many there are.",
+    ),
+]
 RunsArgument = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")]
 MetricOption = Annotated[
     str, typer.Option("--metric", metavar="NAME,...", help="Which metrics, such as top1,nll.")
@@ -287,15 +311,29 @@ def _root_to_advise(source: Path, run: Path | None) -> Path:
     return open_run(source).root
 
 
-@command("referral prepare examples/folder.toml --run runs/mine")
+@command(
+    "referral prepare examples/folder.toml --run runs/mine\n"
+    "referral prepare examples/million.toml --run runs/million --plan --on slurm "
+    "--inputs uint8,3,224,224 --examples 100000000,1000000,1000000"
+)
 def prepare(
     run: RunOption,
     config: ConfigArgument = None,
     force: ForceOption = False,
     trust: TrustOption = False,
     set: SetOption = [],  # noqa: B006
+    plan_only: PlanOption = False,
+    on: OnOption = Runner.local,
+    inputs: InputsOption = "",
+    examples: ExamplesOption = "",
+    as_json: JsonOption = False,
 ) -> int:
     """Check the config and lay out the run's directory; start nothing."""
+    if plan_only:
+        given = _config(config, run, set)
+        named = named_code(config, set)
+        laid_out = RunDirectory(run, absolute(given))
+        return show_needs(laid_out, on, inputs, examples, as_json, trust, named)
     checked, stale = check(_config(config, run, set), run, force)
     check_trusted(checked, trust, named=named_code(config, set))
     jobs = plan(checked, this_machine(checked.config).ranks)
@@ -307,6 +345,37 @@ def prepare(
     with locked(run):
         lay_out(checked, jobs, stale, unchecked=is_left_to_first_job(checked.config))
     _say(f"{run} is ready: referral run --run {shlex.quote(str(run))}")
+    return 0
+
+
+def show_needs(
+    run: RunDirectory,
+    on: Runner,
+    given: str,
+    examples: str,
+    as_json: bool,
+    trust: bool,
+    named: Collection[Code],
+) -> int:
+    """What `prepare --plan` prints: the needs of each stage.  Nothing is written."""
+    check_trusted(run, trust, named=named)
+    check_lengths(run.config)
+    known = inputs_of(run.config, given, examples)
+    run.method.check(known.classes, "data.classes")
+    if on is Runner.slurm:
+        jobs = sbatch.plan_on_slurm(run)
+    else:
+        jobs = plan(run, this_machine(run.config).ranks)
+    check_batches(run, jobs, [])
+    require("torch", "prepare --plan")
+    rows = Sizing(run, jobs, known, network_sizes(run.config, known, TRAINER)).rows()
+    if as_json:
+        print(json_text(as_object(rows, known), "plan", indent=2))
+    else:
+        print(table_of_needs(rows))
+        print(NOTE)
+    for warning in warnings(rows, run.config):
+        print(f"warning: {warning}", file=sys.stderr)
     return 0
 
 

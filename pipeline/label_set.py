@@ -17,7 +17,7 @@ def num_classes(config: Config) -> tuple[int | None, str]:
     """
     declared = config.data.classes
     for split in SPLITS:
-        manifest = _manifest(getattr(config.data, split))
+        manifest = manifest_of(getattr(config.data, split))
         if manifest is None:
             continue
         path, content = manifest
@@ -31,7 +31,8 @@ def num_classes(config: Config) -> tuple[int | None, str]:
     return declared, "data.classes"
 
 
-def _manifest(pattern: str) -> tuple[Path, dict] | None:
+def manifest_of(pattern: str) -> tuple[Path, dict] | None:
+    """The manifest beside a split's first shard, and what it holds; None where there is none."""
     first = Path(pattern.split("::")[0])
     directory = first if first.is_dir() else first.parent
     path = directory / "manifest.json"

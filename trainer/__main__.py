@@ -38,6 +38,7 @@ RANK_0_FIRST_S = (
 NEXT_RANK_S = 0.5  # longer for each further rank, so that one of them says it
 COMMANDS = {
     "check": "trainer.commands.check:main",
+    "sizes": "trainer.commands.sizes:main",
     "shards": "trainer.commands.shards:main",
     "init": "trainer.commands.init:main",
     "doctor": "trainer.commands.doctor:main",

@@ -12,13 +12,17 @@ A directory holds
 
 A block counts once progress.json says so.  What lies behind it is written again, at the same place:
 two copies of one job, which write the same blocks, do not harm each other.
+
+Of several ranks each writes the entries of the rows that it has made, `write_entries`, where these
+belong; one of them, which has a RaggedWriter, then says that the block is there.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -84,26 +88,16 @@ class RaggedWriter:
             raise cannot_write(directory, error) from None
 
     def append(
-        self,
-        rows: np.ndarray,
-        counts: np.ndarray,
-        entries: Mapping[str, np.ndarray],
-        numbers: Mapping[str, np.ndarray],
-        **notes,
+        self, rows: np.ndarray, counts: np.ndarray, numbers: Mapping[str, np.ndarray], **notes
     ) -> None:
-        """Write a block.
+        """Say that a block is there, whose entries `write_entries` has written.
 
-        rows: int64 [n], distinct.  counts: [n].  entries: each [sum of counts], row after row.
-        numbers: each [n].  notes: kept in `progress`.
+        rows: int64 [n], distinct; their entries lie in this order.  counts: [n].  numbers: each
+        [n].  notes: kept in `progress`.
         """
-        ends = self.progress["entries"] + np.cumsum(counts, dtype=np.int64)
-        for name, dtype in self.entries.items():
-            with writing(self._bin(name)), open(self._bin(name), "r+b") as file:
-                file.seek(self.progress["entries"] * dtype.itemsize)
-                file.write(np.ascontiguousarray(entries[name], dtype).data)
-                file.flush()
-                os.fsync(file.fileno())  # before progress.json says that it is there
-        self.arrays["starts"][rows] = ends - counts
+        starts = starts_of(self.progress["entries"], counts)
+        ends = starts + counts
+        self.arrays["starts"][rows] = starts
         self.arrays["counts"][rows] = counts
         for name, values in numbers.items():
             self.arrays[name][rows] = values
@@ -120,7 +114,57 @@ class RaggedWriter:
                 file.truncate(self.progress["entries"] * dtype.itemsize)
 
     def _bin(self, name: str) -> Path:
-        return self.directory / f"{name}.bin"
+        return bin_file(self.directory, name)
+
+
+def bin_file(directory: Path, field: str) -> Path:
+    return directory / f"{field}.bin"
+
+
+def starts_of(first: int, counts: np.ndarray) -> np.ndarray:
+    """Where the entries of each row of a block begin, int64 [n]; first: those of the block."""
+    return first + np.cumsum(counts, dtype=np.int64) - counts
+
+
+def write_entries(
+    directory: Path,
+    dtypes: Mapping[str, np.dtype],
+    starts: np.ndarray,
+    counts: np.ndarray,
+    entries: Mapping[str, np.ndarray],
+) -> None:
+    """Write the entries of some rows of a block, so that they are on the disk when this returns.
+
+    starts, counts: of these rows, starts ascending.  entries: each [sum of counts], row after row.
+    Raises OSError, with the file's name, where that cannot be written.
+    """
+    if not len(starts):
+        return
+    last = np.flatnonzero(np.append(starts[1:] != (starts + counts)[:-1], True))
+    ends = np.cumsum(counts, dtype=np.int64)[last]  # of each run of rows that lie side by side
+    begins = np.append(0, ends[:-1])
+    places = starts[np.append(0, last[:-1] + 1)]
+    for name, dtype in dtypes.items():
+        path, values = bin_file(directory, name), np.ascontiguousarray(entries[name], dtype)
+        # With O_DSYNC nothing but these bytes is written, where two nodes write one page over NFS.
+        with writing(path), _opened(path, os.O_WRONLY | os.O_DSYNC) as file:
+            for place, begin, end in zip(places, begins, ends, strict=True):
+                _write_all(file, values[begin:end].data.cast("B"), int(place) * dtype.itemsize)
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _write_all(file: int, content: memoryview, offset: int) -> None:
+    while content:
+        written = os.pwrite(file, content, offset)
+        content, offset = content[written:], offset + written
 
 
 class RaggedRows:

@@ -29,6 +29,7 @@ from clustering.choices import READ_COVARIANCE
 from networks import Classifier, lazy_logits
 from pipeline.config import Clusters, UserError
 from pipeline.results.forecasts import captured_text, ceiling_text, is_thin, measured_on
+from pipeline.scaling import most_measured
 from pipeline.store import Stage, read_json, write_json
 
 from ..data.orders import part_of_each_class
@@ -38,9 +39,6 @@ from ..session import Session
 from .networks import load_network
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
-# Of train, where groups are found by it: no more examples, but so many a class on average.
-TRAIN_MEASURED = 2**20
-FEWEST_OF_CLASS = 8
 OF_VAL = "val.npz"  # of `measure` where val is thin; else statistics.npz is of val
 
 
@@ -74,12 +72,10 @@ def train_ids(session: Session) -> np.ndarray | None:
     """The train examples that groups are found by, ascending; None is all, where they are few.
 
     Of more than `clusters.train_examples` they are a part of each class, drawn by the run's seed.
-    Without that key these are TRAIN_MEASURED, or FEWEST_OF_CLASS of a class where that is more.
+    Without that key these are 2^20, or 8 of a class where that is more.
     """
     train = session.shards("train")
-    most = session.config.clusters.train_examples
-    if most is None:
-        most = max(TRAIN_MEASURED, FEWEST_OF_CLASS * session.num_classes)
+    most = most_measured(session.config.clusters.train_examples, session.num_classes)
     if len(train) <= most:
         return None
     part = most / len(train)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..core.distillation import TopKTargets
 from ..core.perturbations import mix_bags
 from ..core.probabilities import safe_log, soften
 from ..data.augment import Augment, Views
-from ..data.ragged import PROGRESS, RaggedWriter, flattened
+from ..data.ragged import PROGRESS, RaggedWriter, flattened, starts_of, write_entries
 from ..data.shards import ShardSet
 from ..data.streams import Batch
 from ..distributed.ranks import broadcast
@@ -48,6 +48,7 @@ KNOWN = 0.5  # of val's entropy: a teacher that has less on what the student see
 UNSURE = 0.1  # nats of entropy that are worth a word
 NUMBERS_COMPARED = 2**24  # of predictions that are compared with what is kept of them
 BLOCK_BYTES = 2**26  # of answers on their way to the disk
+ENTRIES = ("indices", "log_values")  # what is stored of each class
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,51 @@ def store_targets(
         shutil.rmtree(unfinished)
 
 
+class OwnEntries:
+    """The classes that this rank keeps of a block, until it is known where they belong."""
+
+    def __init__(self, members: int):
+        self.members = members
+        self._parts: list[dict[str, np.ndarray]] = []
+
+    def take(self, ids: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch; kept: as Storing._padded has it.  Returns what every rank is to know of it."""
+        arrays = {name: value.cpu().numpy() for name, value in kept.items()}
+        counts = arrays["counts"].reshape(-1)
+        part = {name: flattened(arrays[name].reshape(len(counts), -1), counts) for name in ENTRIES}
+        self._parts.append(part | {"ids": ids.cpu().numpy()})
+        return {"log_tail": kept["log_tail"], "counts": kept["counts"]}
+
+    def write(
+        self,
+        directory: Path,
+        dtypes: Mapping[str, np.dtype],
+        first: int,
+        values: dict[str, np.ndarray],
+    ) -> None:
+        """Write them.  first: the block's first entry.  values: "ids" and "counts" of all ranks."""
+        if not self._parts:
+            return
+        own = {name: np.concatenate([p[name] for p in self._parts]) for name in self._parts[0]}
+        here = np.searchsorted(values["ids"], own.pop("ids"))
+        starts = starts_of(first, values["counts"].reshape(-1)).reshape(-1, self.members)[here]
+        counts = values["counts"][here]
+        write_entries(directory, dtypes, starts.reshape(-1), counts.reshape(-1), own)
+
+
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Rows of several answers one after the other, padded to the longest row."""
+    width = max(part["indices"].shape[-1] for part in parts)
+    rows = {}
+    for name in parts[0]:
+        pieces = [part[name] for part in parts]
+        if name in ENTRIES:
+            padding = -math.inf if name == "log_values" else 0
+            pieces = [F.pad(each, (0, width - each.shape[-1]), value=padding) for each in pieces]
+        rows[name] = torch.cat(pieces)
+    return rows
+
+
 class Storing:
     """The predictions of one split, block by block."""
 
@@ -190,6 +236,7 @@ class Storing:
         self.keeping = Keeping(student.answers_mass, max(temperatures), most)
         self.temperatures = sorted({1.0, *temperatures} - {math.inf})
         self.every = max(1, len(self.shards) * self.count // MEASURED)
+        self.entries = entry_dtypes(classes)
 
     @property
     def identity(self) -> str:
@@ -199,16 +246,18 @@ class Storing:
     def write(self, directory: Path) -> dict:
         """Into DIRECTORY, from where an earlier attempt stopped; what answers.json says."""
         session, main = self.session, self.session.ranks.is_main
-        entries, numbers = entry_dtypes(session.num_classes), {"log_tail": VALUE}
-        writer = RaggedWriter(directory, self.rows, entries, numbers) if main else None
+        numbers = {"log_tail": VALUE}
+        writer = RaggedWriter(directory, self.rows, self.entries, numbers) if main else None
         progress = self._begun(writer)
         for view, ids in self._blocks(progress["blocks"]):
-            measure = self._measure(view)
+            own = OwnEntries(self.members)
+            measure = self._measure(view, own)
             values = session.measured(self.shards, measure, ids=ids, rows=self.teacher.rows)
+            own.write(directory, self.entries, progress["entries"], values)
+            session.barrier()
             progress = self._with_block(progress, values)
             if writer is not None:
-                rows = values["ids"] * self.count + view
-                self._append(writer, rows, values, progress)
+                self._append(writer, values["ids"] * self.count + view, values, progress)
         if writer is not None:
             writer.finish()
         return self._notes(progress)
@@ -225,18 +274,22 @@ class Storing:
 
     def _begun(self, writer: RaggedWriter | None) -> dict:
         """What an earlier attempt has written, as rank 0 found it: the sums of `_with_block`."""
-        started = {"blocks": 0, "samples": 0, "measured": 0, "tail": 0.0, "max_tail": 0.0}
+        started = {"blocks": 0, "entries": 0, "samples": 0, "measured": 0}
+        started |= {"tail": 0.0, "max_tail": 0.0}
         started |= {"kept": 0, "entropy": 0.0, "lost": [0.0] * len(self.temperatures)}
         found = writer.progress if writer is not None else None
         found = broadcast(found, self.session.ranks)
         assert found is not None, "rank 0 has a writer"
         return started | found
 
-    def _measure(self, view: int) -> Callable[[Batch], dict[str, Tensor]]:
-        """A function batch -> what is kept of the teacher's predictions, and what that loses."""
+    def _measure(self, view: int, own: OwnEntries) -> Callable[[Batch], dict[str, Tensor]]:
+        """A function batch -> what is kept of the teacher's predictions, and what that loses.
+
+        The classes and their probabilities stay here, in `own`.
+        """
         see = view_of(self.augmentation, self.views, self.source, view)
         if self.teacher.listed is not None:
-            return partial(self._measure_listed, self.teacher.listed, see, view)
+            return partial(self._measure_listed, self.teacher.listed, see, view, own)
 
         def measure(batch: Batch) -> dict[str, Tensor]:
             predicted = self.teacher.predict(see(batch))
@@ -244,8 +297,8 @@ class Storing:
             sampled = (batch.ids * self.count + view) % self.every == 0
             lost = torch.full((len(batch), len(self.temperatures)), math.nan)
             lost[sampled.cpu()] = self._lost(predicted, kept, sampled).cpu()
-            entropy = entropies(predicted)
-            return self._padded(kept) | {"lost": lost, "entropy": entropy}
+            values = own.take(batch.ids, self._padded(kept))
+            return values | {"lost": lost, "entropy": entropies(predicted)}
 
         return measure
 
@@ -254,6 +307,7 @@ class Storing:
         ask: Callable[[Tensor, Wanted], Iterator[Listed]],
         see: Callable[[Batch], Tensor],
         view: int,
+        own: OwnEntries,
         batch: Batch,
     ) -> dict[str, Tensor]:
         """The same of a teacher whose predictions list some classes; what is lost of whole ones."""
@@ -262,24 +316,23 @@ class Storing:
             self._padded(self.keeping.of_listed(q)) | {"entropy": q.entropy().float()}
             for q in ask(raw, self.keeping.wanted)
         ]
-        values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        values = joined(parts)
+        entropy = values.pop("entropy")
         lost = torch.full((len(batch), len(self.temperatures)), math.nan)
         sampled = ((batch.ids * self.count + view) % self.every == 0).nonzero()[:, 0]
         for rows in sampled.split(rows_at_once(self.session.num_classes)):
             stored = {name: values[name][rows] for name in Stored._fields}
             lost[rows.cpu()] = self._lost_of(self.teacher.predict(raw[rows]), stored).cpu()
-        return values | {"lost": lost}
+        return own.take(batch.ids, values) | {"lost": lost, "entropy": entropy}
 
     def _padded(self, kept: TopKTargets) -> dict[str, Tensor]:
-        """[b, K, most] and [b, K], in the types in which they are stored."""
-        width = kept.indices.shape[-1]
+        """[b, K, k] and [b, K], in the types in which they are stored."""
         counts = kept.counts
         if counts is None:
-            counts = torch.full_like(kept.indices[..., 0], width)
-        room = (0, self.keeping.most - width)
+            counts = torch.full_like(kept.indices[..., 0], kept.indices.shape[-1])
         return {
-            "indices": F.pad(kept.indices.int(), room),
-            "log_values": F.pad(kept.log_values.half(), room, value=-math.inf),
+            "indices": kept.indices.int(),
+            "log_values": kept.log_values.half(),
             "log_tail": kept.log_tail.half(),
             "counts": counts.int(),
         }
@@ -299,25 +352,22 @@ class Storing:
     def _append(
         self, writer: RaggedWriter, rows: np.ndarray, values: dict[str, np.ndarray], notes: dict
     ) -> None:
-        """A block's samples, [n, K, ...], as rows of their members."""
-        counts = values["counts"].reshape(-1)
-        flat = {
-            name: flattened(values[name].reshape(len(counts), -1), counts)
-            for name in ("indices", "log_values")
-        }
+        """Samples of a block whose entries are written, [n, K], as rows of their members."""
         of_members = rows[:, None] * self.members + np.arange(self.members)
         tail = {"log_tail": values["log_tail"].reshape(-1)}
         own = {key: value for key, value in notes.items() if key not in ("blocks", "entries")}
-        writer.append(of_members.reshape(-1), counts, flat, tail, **own)
+        writer.append(of_members.reshape(-1), values["counts"].reshape(-1), tail, **own)
 
     def _with_block(self, progress: dict, values: dict[str, np.ndarray]) -> dict:
         """The sums of what answers.json says, with one block more."""
         tails = np.exp(values["log_tail"].astype(np.float64))
         measured = values["lost"][~np.isnan(values["lost"][:, 0])]
         lost = measured.sum(0, dtype=np.float64) + progress["lost"]
+        kept = int(values["counts"].sum(dtype=np.int64))
         return progress | {
+            "entries": progress["entries"] + kept,
             "samples": progress["samples"] + len(values["ids"]),
-            "kept": progress["kept"] + int(values["counts"].sum(dtype=np.int64)),
+            "kept": progress["kept"] + kept,
             "tail": progress["tail"] + float(tails.sum()),
             "max_tail": max(progress["max_tail"], float(tails.max())),
             "measured": progress["measured"] + len(measured),
@@ -327,9 +377,8 @@ class Storing:
 
     def _notes(self, progress: dict) -> dict:
         """What answers.json says."""
-        entries = entry_dtypes(self.session.num_classes)
         stored = progress["samples"] * self.members
-        of_entries = progress["kept"] * sum(dtype.itemsize for dtype in entries.values())
+        of_entries = progress["kept"] * sum(dtype.itemsize for dtype in self.entries.values())
         of_rows = self.rows * (8 + 4 + VALUE.itemsize)
         lost = np.array(progress["lost"]) / max(1, progress["measured"])
         return {

@@ -20,6 +20,7 @@ from networks.row_head import RowHead
 from networks.sphere import close_rows, has_open_rows, open_rows
 from pipeline.choices import LOSSES, resolve
 from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
+from pipeline.scaling import steps_of
 from pipeline.store import Attempt
 
 from ..core.loop import Trainer, TrainingFiles, TrainingTask, Validate
@@ -148,11 +149,9 @@ def balanced_log_prior(class_counts: np.ndarray, exponent: float) -> torch.Tenso
 
 def count_steps(schedule: ResolvedSchedule, examples: int) -> int:
     """Optimizer steps of a schedule over so many examples."""
-    if schedule.steps is not None:
-        return schedule.steps
-    if schedule.epochs is None:
+    if schedule.steps is None and schedule.epochs is None:
         raise UserError("train.steps or train.epochs is missing: say how long to train")
-    return max(1, math.ceil(schedule.epochs * examples / schedule.batch_size))
+    return steps_of(schedule, examples)
 
 
 def branch_steps(schedule: ResolvedSpecialists, own_examples: list[int]) -> int:

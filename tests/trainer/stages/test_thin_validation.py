@@ -10,6 +10,7 @@ from toy import NUM_CLASSES, toy_config, write_toy
 
 import clustering.statistics
 from clustering import ClassGroups, PredictionStatistics, captured_confusion
+from pipeline import scaling
 from pipeline.config import UserError
 from pipeline.graph import RunDirectory
 from pipeline.results.forecasts import judged_on
@@ -168,8 +169,8 @@ def test_of_a_large_train_a_seeded_part_of_each_class_is_measured_and_said(
     shutil.copytree(thin.root, tmp_path / "run", symlinks=True)
     run = RunDirectory(tmp_path / "run", toy_config(thin.config.data.train, *OVERRIDES))
     most = 5 * NUM_CLASSES
-    monkeypatch.setattr(grouping, "TRAIN_MEASURED", most)
-    monkeypatch.setattr(grouping, "FEWEST_OF_CLASS", 1)
+    monkeypatch.setattr(scaling, "TRAIN_MEASURED", most)
+    monkeypatch.setattr(scaling, "FEWEST_OF_CLASS", 1)
     counts = []
     with process_group(run.config.engine) as ranks:
         for _ in range(2):
@@ -178,7 +179,7 @@ def test_of_a_large_train_a_seeded_part_of_each_class_is_measured_and_said(
             counts.append(statistics_of(run))
         ids = grouping.train_ids(Session(run, ranks))
         labels = Session(run, ranks).shards("train").labels
-        monkeypatch.setattr(grouping, "FEWEST_OF_CLASS", TRAIN)
+        monkeypatch.setattr(scaling, "FEWEST_OF_CLASS", TRAIN)
         assert grouping.train_ids(Session(run, ranks)) is None  # no more than so many a class
     assert counts[0].num_examples == most == counts[1].num_examples
     assert (counts[0].confusion != counts[1].confusion).sum() == 0
