@@ -36,6 +36,7 @@ from pipeline.config.loading import unknown_to
 from pipeline.failures import cannot_write
 from pipeline.files import probe, sweep, sync_upwards
 from pipeline.graph import RunDirectory
+from pipeline.identity import is_saved_network
 from pipeline.label_set import SPLITS, num_classes
 from pipeline.redaction import redacted
 from pipeline.store import UNCHECKED, Stage, write_json, write_text
@@ -109,7 +110,9 @@ def check_batches(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> Non
 def _is_given(config: Config) -> bool:
     """Whether the generalist comes whole; the trainer finds out whether a file's head fits."""
     given = config.generalist
-    return bool(given.init) and (given.head is not None or os.path.isdir(given.init))
+    if not given.init or given.has_new_head:
+        return False
+    return given.head is not None or is_saved_network(given.init)
 
 
 def check_file_system(root: Path) -> None:

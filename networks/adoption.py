@@ -13,7 +13,9 @@ from torch.nn import functional as F
 from .checkpoints import Tensors, first_few, read_checkpoint
 from .classifier import Classifier
 from .cosine import UnitTrunk
+from .layouts import translated
 
+NEW = "new"  # the head's name that stands for a fresh one
 COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated; nobody needs it
 
 
@@ -44,12 +46,14 @@ def adopt_weights(
     path: str | Path,
     head: str | None = None,
     weights: str | None = None,
+    prefix: str = "",
 ) -> Adoption:
     """Put someone else's weights into `classifier`, in place.  Nothing is unpickled into code.
 
     Every tensor of the file but the head's belongs to the trunk.  Prefixes that all of these share
     ("module.", "_orig_mod.", "backbone.", ...) are taken off until the names fit, and floating
-    numbers of any size become the network's.
+    numbers of any size become the network's.  Where the names do not fit and are those of a layout
+    of networks.layouts, they are read in timm's.
 
     Parameters
     ----------
@@ -59,9 +63,12 @@ def adopt_weights(
         A safetensors file, or a state dict that torch.save wrote, alone or in a checkpoint.
     head : str, optional
         Name of their linear classifier, say "fc" or "model.fc".  Its rows are the classes, in the
-        order of the label set.  Without a name, or with other rows than classes, the head is fresh.
+        order of the label set.  Without a name, by the name "new", or with other rows than
+        classes, the head is fresh.
     weights : str, optional
         Of a checkpoint with several state dicts the key of the one that is meant.
+    prefix : str
+        Take the tensors alone whose names begin so, less this beginning: a part of a larger model.
 
     Returns
     -------
@@ -80,8 +87,10 @@ def adopt_weights(
         adoption.notes.append(
             f"took {checkpoint.name}, not {others}; generalist.weights chooses another"
         )
-    theirs = dict(checkpoint.tensors)
+    theirs = _part(dict(checkpoint.tensors), prefix, path)
     adopted: Tensors = {}
+    if head == NEW:
+        head = None
     if head is not None:
         adopted = _take_head(theirs, head, classifier, path, adoption)
     net, place = classifier.trunk, "trunk."
@@ -89,6 +98,12 @@ def adopt_weights(
         net, place = net.net, "trunk.net."
     trunk = net.state_dict()
     fit = _best_fit(theirs, trunk)
+    if fit.lacking:
+        renamed, layout = translated(theirs)
+        if renamed:
+            adoption.notes.append(f"its names are {layout}; they are read as timm's")
+            theirs = renamed
+            fit = _best_fit(theirs, trunk)
     if head is None:
         fit = _leave_head_out(theirs, fit, adoption)
     _check(fit, theirs, trunk, path, checkpoint.others)
@@ -101,6 +116,24 @@ def adopt_weights(
     result = classifier.load_state_dict(adopted, strict=False)
     assert not result.unexpected_keys, result
     return adoption
+
+
+def _part(theirs: Tensors, prefix: str, path: Path) -> Tensors:
+    """What begins with the prefix, less the prefix."""
+    if not prefix:
+        return theirs
+    part = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in theirs.items()
+        if name.startswith(prefix)
+    }
+    if not part:
+        firsts = sorted({name.partition(".")[0] + "." for name in theirs})
+        raise ValueError(
+            f"{path}: no tensor's name begins with prefix {prefix!r}; they begin with "
+            f"{first_few(firsts)}"
+        )
+    return part
 
 
 def _take_head(
@@ -218,7 +251,8 @@ def _check(
     more = f"; it has weights under {first_few(list(others))}, too" if others else ""
     raise ValueError(
         f"{path} does not fit the network: {'; '.join(problems)}; "
-        f"its linear layers are {heads(theirs)}{more}"
+        f"its linear layers are {heads(theirs)}{more}; [model] has to build their trunk, and "
+        "generalist.prefix takes the part of a larger model that is meant"
     )
 
 

@@ -55,6 +55,8 @@ class Classifier(nn.Module):
         self.head = head
         self._frozen_norms: frozenset[str] = frozenset()
         self._all_norms_fixed = False
+        # {parameter: what its rate is multiplied by}; see set_layer_decay
+        self.rate_scales: dict[str, float] = {}
         # (raw * scale - mean) / std as one multiplication and one addition.
         mean = torch.tensor(spec.input.mean).double()
         std = torch.tensor(spec.input.std).double()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from .cosine import UnitTrunk
-from .freezing import trunk_blocks
+from .freezing import trunk_blocks, trunk_parts
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _keep_input(modules: list[nn.Module]) -> None:
 
 
 class _Blocks(fx.Tracer):
-    """Takes the blocks of a trunk as they are, and follows what its forward does with them."""
+    """Takes the parts of a trunk as they are, and follows what its forward does with them."""
 
     def __init__(self, names: set[str]):
         super().__init__()
@@ -112,7 +112,7 @@ def _cut_traced(trunk: nn.Module, blocks: int) -> Cut:
     first = names[-blocks]
     remedy = f"take blocks = 0, which cuts {kind} at the input of its head"
     try:
-        graph = _Blocks(set(names)).trace(trunk, concrete_args=_options(trunk))
+        graph = _Blocks(set(trunk_parts(trunk))).trace(trunk, concrete_args=_options(trunk))
     except Exception as error:  # whatever a forward does that cannot be followed
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 
 from torch import nn
@@ -11,23 +12,56 @@ from .classifier import Classifier
 from .cosine import UnitTrunk
 
 
-def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
-    """The ordered blocks that "last-N-blocks" counts: the children of a Sequential.
+TRUNK = "trunk."  # begins the names of a network's modules that stand in its trunk
+LAST_BLOCKS = r"last-([1-9][0-9]*)-blocks?"
+
+
+def trunk_parts(trunk: nn.Module) -> dict[str, nn.Module]:
+    """The children of a Sequential in order.
 
     Of another module the children that have parameters, with each list of layers among them taken
     apart.
     """
-    if isinstance(trunk, UnitTrunk):
-        trunk = trunk.net
+    trunk = _net(trunk)
     if isinstance(trunk, nn.Sequential):
         return dict(trunk.named_children())
-    blocks: dict[str, nn.Module] = {}
+    parts: dict[str, nn.Module] = {}
     for name, child in trunk.named_children():
         if isinstance(child, (nn.Sequential, nn.ModuleList)):
-            blocks |= {f"{name}.{inner}": block for inner, block in child.named_children()}
+            parts |= {f"{name}.{inner}": block for inner, block in child.named_children()}
         else:
-            blocks[name] = child
-    return {name: block for name, block in blocks.items() if list(block.parameters())}
+            parts[name] = child
+    return {name: part for name, part in parts.items() if list(part.parameters())}
+
+
+def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
+    """The ordered blocks that "last-N-blocks" counts: its parts, but for norms behind a block.
+
+    Of a transformer these are its patches' embedding and its blocks; the norm at its end belongs to
+    the last one (see parts_from).
+    """
+    parts = trunk_parts(trunk)
+    if isinstance(_net(trunk), nn.Sequential):
+        return parts
+    return {name: part for name, part in parts.items() if not _is_norm(part)} or parts
+
+
+def parts_from(trunk: nn.Module, count: int) -> list[nn.Module]:
+    """The last `count` blocks with the norms behind each of them."""
+    if not count:
+        return []
+    parts = trunk_parts(trunk)
+    first = list(trunk_blocks(trunk))[-count]
+    return list(parts.values())[list(parts).index(first) :]
+
+
+def _net(trunk: nn.Module) -> nn.Module:
+    return trunk.net if isinstance(trunk, UnitTrunk) else trunk
+
+
+def _is_norm(part: nn.Module) -> bool:
+    """Whether it scales and shifts alone: all its parameters are vectors."""
+    return all(parameter.ndim <= 1 for parameter in part.parameters())
 
 
 def set_trainable(classifier: Classifier, part: str) -> Classifier:
@@ -37,9 +71,10 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
     ----------
     classifier : Classifier
         Changed in place.
-    part : {"all", "head", "last-N-blocks"}
-        "last-N-blocks" are the head and the last N blocks of the trunk.  The head of a network with
-        several heads is all of them with their blocks; N counts the blocks of their body.
+    part : {"all", "head", "last-N-blocks", "trunk.NAME, ..."}
+        "last-N-blocks" are the head and the last N blocks of the trunk, as trunk_blocks counts
+        them.  The head of a network with several heads is all of them with their blocks; N counts
+        the blocks of their body.  "trunk.NAME, trunk.NAME" are the head and these modules.
 
     Returns
     -------
@@ -49,31 +84,79 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
     Raises
     ------
     ValueError
-        For another `part`, and for more blocks than there are.
+        For another `part`, for more blocks than there are, and for a module that is not there.
     """
-    match = re.fullmatch(r"all|head|last-([1-9][0-9]*)-blocks?", part)
-    if not match:
-        raise ValueError(
-            f"trainable = {part!r}: must be all, head or last-N-blocks (such as last-2-blocks)"
-        )
-    blocks = trunk_blocks(classifier.trunk)
-    count = int(match[1] or 0)
-    if count > len(blocks):
-        raise ValueError(
-            f"trainable = {part!r}: the trunk has {len(blocks)} blocks ({', '.join(blocks)})"
-        )
+    opened = [classifier.head, *_opened(classifier, part)]
     classifier.requires_grad_(part == "all")
-    open_blocks = [classifier.head, *list(blocks.values())[len(blocks) - count :]]
-    for block in open_blocks:
-        block.requires_grad_(True)
+    for module in opened:
+        module.requires_grad_(True)
     frozen: list[str] = []
     if part != "all":
-        open_modules = {module for block in open_blocks for module in block.modules()}
+        open_modules = {each for module in opened for each in module.modules()}
         for name, module in classifier.named_modules():
             if isinstance(module, _BatchNorm) and module not in open_modules:
                 frozen.append(name)
     classifier._frozen_norms = frozenset(frozen)
     return classifier.train(classifier.training)
+
+
+def _opened(classifier: Classifier, part: str) -> list[nn.Module]:
+    """The modules of the trunk that a name of set_trainable opens, where it is not "all"."""
+    if part in ("all", "head"):
+        return []
+    if part.startswith(TRUNK):
+        return [_module(classifier, name.strip()) for name in part.split(",")]
+    match = re.fullmatch(LAST_BLOCKS, part)
+    if not match:
+        raise ValueError(
+            f"trainable = {part!r}: must be all, head or last-N-blocks (such as last-2-blocks), or "
+            'modules by name ("trunk.norm, trunk.blocks.11")'
+        )
+    blocks = trunk_blocks(classifier.trunk)
+    if int(match[1]) > len(blocks):
+        raise ValueError(
+            f"trainable = {part!r}: the trunk has {len(blocks)} blocks ({', '.join(blocks)})"
+        )
+    return parts_from(classifier.trunk, int(match[1]))
+
+
+def _module(classifier: Classifier, name: str) -> nn.Module:
+    modules = dict(classifier.named_modules())
+    if name in modules and name.startswith(TRUNK):
+        return modules[name]
+    names = [each for each in modules if each.startswith(TRUNK)]
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:3])}, ..."
+    raise ValueError(f"trainable: the network has no module {name!r}; {hint}")
+
+
+def layer_scales(classifier: Classifier, decay: float) -> dict[str, float]:
+    """{parameter: decay^i}, what layer-wise decay multiplies the rate of each parameter by.
+
+    i is 0 of the head, 1 of the trunk's last block, 2 of the one before it, ... (see trunk_blocks),
+    and of parameters outside any block (a transformer's class token and positions) as of the first
+    block.  Clark et al. 2020 (ELECTRA); Bao et al. 2021 (BEiT).
+    """
+    parts, blocks = trunk_parts(classifier.trunk), trunk_blocks(classifier.trunk)
+    depth_of: dict[nn.Parameter, int] = {}
+    depth = len(blocks) + 1
+    for name, part in parts.items():
+        if name in blocks:
+            depth -= 1
+        depth_of |= dict.fromkeys(part.parameters(), min(depth, len(blocks)))
+    for parameter in _net(classifier.trunk).parameters():
+        depth_of.setdefault(parameter, len(blocks))
+    named = classifier.named_parameters()
+    return {name: decay ** depth_of.get(parameter, 0) for name, parameter in named}
+
+
+def set_layer_decay(classifier: Classifier, decay: float) -> Classifier:
+    """Let each parameter learn at the rate times what layer_scales says; 1 leaves all alike.
+
+    Changed in place, and returned.  Optimizers read it (trainer.core.optim).
+    """
+    classifier.rate_scales = {} if decay == 1 else layer_scales(classifier, decay)
+    return classifier
 
 
 def freeze_norm(classifier: Classifier, fixed: bool = True) -> Classifier:

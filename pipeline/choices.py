@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 from clustering.choices import CHOOSE_ALL_GROUPS, METHODS
 from ensemble.choices import COMBINER_ALIASES, COMBINERS, MEANS
@@ -17,6 +18,7 @@ from networks.choices import MARGINS, NETWORKS
 
 __all__ = [
     "AUGMENTATIONS",
+    "AUGMENT_OPTIONS",
     "CONTROL_ROWS",
     "CHOOSE_ALL_GROUPS",
     "COMBINERS",
@@ -180,6 +182,19 @@ AUGMENTATIONS: dict[str, str] = {
     "shift": "trainer.data.augment:shift",
     "flip-crop": "trainer.data.augment:flip_crop",
     "drop_ngrams": "trainer.data.augment:drop_ngrams",
+    "rrc": "trainer.data.vision:random_resized_crop",
+    "rrc-randaugment": "trainer.data.vision:crop_and_randaugment",
 }
 # Those whose functions take augment_share as their argument `share`.
 TAKE_SHARE = frozenset({"drop_ngrams"})
+OF_CROP = {
+    "scale": [0.35, 1.0],  # the share of the area that is cut out
+    "ratio": [3 / 4, 4 / 3],  # width to height of what is cut out
+    "flip": 0.5,  # the share of views that are mirrored; 0 of characters
+    "interpolation": "bilinear",  # bilinear | bicubic | nearest
+}
+# data.augment_options, with their defaults: the arguments of these augmentations' functions.
+AUGMENT_OPTIONS: dict[str, dict[str, Any]] = {
+    "rrc": OF_CROP,
+    "rrc-randaugment": {**OF_CROP, "num_ops": 2, "magnitude": 9},
+}

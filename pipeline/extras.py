@@ -30,6 +30,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("deepspeed",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "timm": ("timm",),
+    "vision": ("torchvision",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),

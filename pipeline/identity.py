@@ -141,6 +141,12 @@ def classifier_folder(path: Path) -> Path:
     return path
 
 
+def is_saved_network(path: str | Path) -> bool:
+    """Whether a directory is a run, or a network that Referral saved; else it may be a hub's."""
+    folder = Path(path)
+    return (folder / "generalist").is_dir() or (folder / "model.json").is_file()
+
+
 def shard_identities(pattern: str) -> list:
     """What a split's shards are, whatever directory they lie in.
 

@@ -160,6 +160,8 @@ BESIDE = {
     "hydra": ["ensemble.kind=deep"],
     "batch_ensemble": ["ensemble.kind=deep"],
     "arcface": ["model.head=cosine"],
+    "head": ["generalist.from=theirs.pt"],
+    "last-N-blocks": ["generalist.from=theirs.pt"],
 }
 
 

@@ -189,8 +189,9 @@ class Session:
         """How training inputs are augmented, as [data] says, or a student for itself."""
         data = self.config.data
         if student is None:
-            return find_augment(data.augment, data.augment_share)
-        return find_augment(self.run.augment_of(student), self.run.augment_share_of(student))
+            return find_augment(data.augment, data.augment_share, data.augment_options)
+        share = self.run.augment_share_of(student)
+        return find_augment(self.run.augment_of(student), share, data.augment_options)
 
     def seed(self, purpose: str, index: int) -> int:
         """A seed of its own for each purpose, from the run's."""

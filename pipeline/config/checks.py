@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ..choices import LOSSES, TAKE_SHARE
+from ..choices import AUGMENT_OPTIONS, LOSSES, TAKE_SHARE
 from .base import one_of
 from .messages import in_our_words
 from .schedule import DEFAULT_SCHEDULE, NAME, ResolvedSchedule, ResolvedStudent
@@ -34,6 +34,9 @@ def check_all(config: Config) -> None:
     check_losses(config)
     check_averages(config)
     check_margin(config)
+    check_start(config)
+    check_mixing(config)
+    check_augment_options(config)
     check_branches(config)
     check_rerank(config)
 
@@ -252,6 +255,54 @@ def check_margin(config: Config) -> None:
             f'model.margin = {margin} is of loss = "{DEFAULT_SCHEDULE.loss}", and train.loss = '
             f'"{config.train.loss}"; leave one of them out'
         )
+
+
+def check_start(config: Config) -> None:
+    """Layers are frozen, or learn slower, where somebody trained them."""
+    if config.generalist.init:
+        return
+    for key, usual in (("trainable", "all"), ("layer_decay", 1)):
+        value = getattr(config.train, key)
+        if value != usual:
+            raise ValueError(
+                f"train.{key} = {json.dumps(value)} is of a generalist that starts from weights, "
+                "and this one's are drawn at random: name some in generalist.from, or leave it out"
+            )
+
+
+def check_mixing(config: Config) -> None:
+    """What inputs with two labels are not trained with."""
+    for key in ("mixup", "cutmix"):
+        value = getattr(config.train, key)
+        if not value:
+            continue
+        others = {
+            "train.loss": (config.train.loss, DEFAULT_SCHEDULE.loss, "has one label"),
+            "train.negatives": (config.train.negatives, None, "compares one label with others"),
+            "model.margin": (config.model.margin, 0.0, "moves the logit of one label"),
+        }
+        for name, (other, usual, why) in others.items():
+            if other != usual:
+                raise ValueError(
+                    f"train.{key} = {value} gives inputs two labels, and {name} = "
+                    f"{json.dumps(other)} {why}; leave one of them out"
+                )
+
+
+def check_augment_options(config: Config) -> None:
+    """Each option is of an augmentation that the run makes."""
+    students = [student.augment for student in config.students.values()]
+    names = {config.data.augment, *filter(None, students)}
+    known = sorted({key for name in names for key in AUGMENT_OPTIONS.get(name, {})})
+    for key in config.data.augment_options:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        if not known:
+            able = " or ".join(f'"{name}"' for name in AUGMENT_OPTIONS)
+            hint = f"options are of data.augment = {able}; leave it out"
+        raise ValueError(f"data.augment_options.{key}: {hint}")
 
 
 def check_branches(config: Config) -> None:

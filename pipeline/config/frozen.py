@@ -116,14 +116,21 @@ SCHEMA_1 = {
 
 # Keys that were added later, with the default that they were added with.
 SINCE_SCHEMA_1 = {
-    "data": {"augment_share": 0.2, "stream_shards": 0},
+    "data": {"augment_share": 0.2, "augment_options": {}, "stream_shards": 0},
     "model": {"head": "linear", "scale": None, "margin": 0.0, "margin_kind": "cosface"},
-    "generalist": {"weights": None},
+    "generalist": {"weights": None, "prefix": ""},
     "clusters": {"capacity_of": "classes", "specialists": None, "train_examples": None},
     "ensemble": {"shortlist": None, "order": 0.0},
-    "train": {"loss": "cross_entropy"},
+    "train": {
+        "loss": "cross_entropy",
+        "trainable": "all",
+        "layer_decay": 1.0,
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    },
     "specialists": {
         "loss": "cross_entropy",
+        "layer_decay": 1.0,
         "kind": "copy",
         "from": "generalist",
         "blocks": 0,

@@ -11,14 +11,15 @@ from .base import Section
 from .checks import check_all
 from .schedule import (
     DEFAULT_SCHEDULE,
+    DEFAULT_TRAIN,
     Rerank,
     ResolvedRerank,
-    ResolvedSchedule,
     ResolvedSpecialists,
     ResolvedStudent,
-    Schedule,
+    ResolvedTrain,
     Specialists,
     Student,
+    Train,
     resolve,
 )
 from .sections import (
@@ -43,7 +44,7 @@ class ConfigFile(Section):
     seed: int = Field(default=0, ge=0, lt=2**31)
     data: Data = Data()
     model: Model = Model()
-    train: Schedule = Schedule()
+    train: Train = Train()
     generalist: Generalist = Generalist()
     extend: Extend = Extend()
     clusters: Clusters = Clusters()
@@ -63,7 +64,7 @@ class ConfigFile(Section):
 
         Raises ValueError (or pydantic's ValidationError, one) where sections disagree.
         """
-        train = resolve(self.train, DEFAULT_SCHEDULE, ResolvedSchedule)
+        train = resolve(self.train, DEFAULT_SCHEDULE, ResolvedTrain)
         students = {}
         for name, student in self.students.items():
             if student.balance:
@@ -96,7 +97,7 @@ class Config(ConfigFile):
     `load_config` explains errors; `Config.model_validate(values)` takes the same nested tables.
     """
 
-    train: ResolvedSchedule = DEFAULT_SCHEDULE
+    train: ResolvedTrain = DEFAULT_TRAIN
     specialists: ResolvedSpecialists = resolve(Specialists(), DEFAULT_SCHEDULE, ResolvedSpecialists)
     rerank: ResolvedRerank = resolve(Rerank(), DEFAULT_SCHEDULE, ResolvedRerank)
     students: dict[str, ResolvedStudent] = {}
@@ -104,7 +105,7 @@ class Config(ConfigFile):
     @model_validator(mode="before")
     @classmethod
     def _from_tables(cls, values):
-        if not values or isinstance(values.get("train"), ResolvedSchedule):
+        if not values or isinstance(values.get("train"), ResolvedTrain):
             return values
         config = ConfigFile.model_validate(values).resolve()
         return {key: getattr(config, key) for key in cls.model_fields}

@@ -110,6 +110,41 @@ class ResolvedSchedule(Schedule):
 DEFAULT_SCHEDULE = ResolvedSchedule()
 
 
+PARTS = ("all", "head")
+NAMED_PARTS = r"last-[1-9][0-9]*-blocks?|trunk\.[\w.]+(, ?trunk\.[\w.]+)*"
+
+
+def part_of_network(value: str) -> str:
+    """A value of `trainable`; networks.set_trainable knows which parts a network has."""
+    return one_of(value, PARTS, ' or last-N-blocks, or "trunk.NAME, trunk.NAME"', NAMED_PARTS)
+
+
+class Train(Schedule):
+    """The generalist's schedule.  What is not in Schedule nobody inherits."""
+
+    # of a generalist that starts from weights: all | head | last-N-blocks | trunk.NAME, ...
+    trainable: str = "all"
+    # of a generalist that starts from weights: the rate of the i-th block from the top is
+    # learning_rate * layer_decay^i, the head's i = 0
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    # Beta(a, a) of the share that an input keeps of itself when it is averaged with another; 0 none
+    mixup: float = Field(default=0.0, ge=0)
+    # the same of the area that it keeps when a box of another is pasted into it; 0 none
+    cutmix: float = Field(default=0.0, ge=0)
+
+    @field_validator("trainable")
+    @classmethod
+    def _trainable(cls, value):
+        return part_of_network(value)
+
+
+class ResolvedTrain(ResolvedSchedule, Train):
+    pass
+
+
+DEFAULT_TRAIN = ResolvedTrain()
+
+
 class Specialists(Schedule):
     """One network for each group of confusable classes, started from the generalist."""
 
@@ -134,8 +169,10 @@ class Specialists(Schedule):
     soft_weight: float | None = Field(default=None, ge=0)
     # fraction of the other classes' examples drawn by confusion with the group
     hard_negatives: float = Field(default=0.0, ge=0, lt=1)
-    # all | head | last-N-blocks
+    # all | head | last-N-blocks | trunk.NAME, ...
     trainable: str = "all"
+    # of copy: the rate of the i-th block from the top is learning_rate * layer_decay^i
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
     # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
     freeze_norm: bool = True
     # fraction of a batch drawn from the group's classes
@@ -187,6 +224,7 @@ class Specialists(Schedule):
             "dustbin_rows": None,
             "hard_negatives": 0,
             "trainable": "all",
+            "layer_decay": 1,
         }
         for key, default in of_copy.items():
             if getattr(self, key) != default:
@@ -258,7 +296,7 @@ class Specialists(Schedule):
     @field_validator("trainable")
     @classmethod
     def _trainable(cls, value):
-        return one_of(value, ("all", "head"), " or last-N-blocks", r"last-[1-9][0-9]*-blocks?")
+        return part_of_network(value)
 
 
 class ResolvedSpecialists(ResolvedSchedule, Specialists):

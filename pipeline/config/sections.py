@@ -47,8 +47,11 @@ class Data(Section):
     # per channel, of inputs scaled to 0..1; part of model.json
     mean: list[float] = [0.5]
     std: list[float] = [0.25]
-    # training views: none | shift | flip-crop | drop_ngrams | module:function
+    # training views: none | shift | flip-crop | drop_ngrams | rrc | rrc-randaugment |
+    # module:function
     augment: str = "none"
+    # of rrc and rrc-randaugment, by name: pipeline.choices.AUGMENT_OPTIONS has them
+    augment_options: dict[str, Any] = {}
     # of drop_ngrams: the share of a bag's n-grams that a view leaves out
     augment_share: float = Field(default=0.2, ge=0, lt=1)
     # keep decoded inputs in one memory-mapped file under RUN/cache
@@ -154,16 +157,27 @@ class Model(Section):
         return one_of(value, NETWORKS, ", timm:NAME or module:function", pattern)
 
 
+NEW_HEAD = "new"  # generalist.head: their trunk, and a fresh head
+
+
 class Generalist(Section):
     """Where the generalist comes from, if it is not trained here from scratch."""
 
     # a run, a directory with model.safetensors and model.json, or a weights file
     init: str = Field(default="", alias="from")
     # in someone else's weights file: what its last linear layer is called; [model] is the rest.
-    # None, or another number of classes: a fresh head, and [train] goes on from these weights
+    # "new": a fresh head in any case, also of a run.  None of a file, or another number of classes:
+    # a fresh head, and [train] goes on from these weights
     head: str | None = None
     # of a checkpoint with several state dicts the key of one; None: averaged ones, then the others
     weights: str | None = None
+    # take only tensors whose names begin so, less this beginning
+    prefix: str = ""
+
+    @property
+    def has_new_head(self) -> bool:
+        """Whether the head is fresh whatever the weights have."""
+        return self.head == NEW_HEAD
 
 
 class Extend(Section):

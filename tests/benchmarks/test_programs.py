@@ -20,6 +20,7 @@ QUICK = [
     "benchmarks.characters.headline",
     "benchmarks.clustering",
     "benchmarks.data",
+    "benchmarks.finetuning",
     "benchmarks.head",
     "benchmarks.many_specialists",
     "benchmarks.opening",

@@ -276,3 +276,24 @@ def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, content):
 def test_safetensors_are_known_by_what_they_hold(tmp_path):
     save_file(Theirs().state_dict(), tmp_path / "weights.bin")
     assert adopt_weights(ours(), tmp_path / "weights.bin", "fc").with_head
+
+
+def test_a_head_called_new_is_fresh_even_where_theirs_would_fit(tmp_path):
+    theirs, mine = Theirs(), ours(classes=5)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
+    before = mine.head.weight.clone()
+    assert not adopt_weights(mine, tmp_path / "weights.pt", "new").with_head
+    assert torch.equal(mine.head.weight, before)
+    torch.testing.assert_close(mine.trunk.conv.weight, theirs.conv.weight)
+
+
+def test_a_prefix_takes_one_part_of_a_larger_model(tmp_path):
+    theirs, mine = Theirs(), ours()
+    parts = prefixed("vision.", theirs.state_dict()) | prefixed("text.", Theirs().state_dict())
+    save_file(parts, tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match="generalist.prefix takes the part of a larger model"):
+        adopt_weights(mine, tmp_path / "both.safetensors")
+    with pytest.raises(ValueError, match="no tensor's name begins with prefix 'x.'; .*text., visi"):
+        adopt_weights(mine, tmp_path / "both.safetensors", prefix="x.")
+    assert adopt_weights(mine, tmp_path / "both.safetensors", "fc", prefix="vision.").with_head
+    torch.testing.assert_close(mine.head.weight, theirs.fc.weight)

@@ -46,7 +46,7 @@ COMBINERS = "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture"
         ("model.name=resnett", "did you mean resnet?"),
         (
             "data.augment=flip",
-            "must be one of none, shift, flip-crop, drop_ngrams or module:function",
+            "must be one of none, shift, flip-crop, drop_ngrams, rrc, rrc-randaugment or module:",
         ),
         ("specialists.trainable=last-0-blocks", "must be one of all, head or last-N-blocks"),
         ("students.main.balance=0.5", "students learn at natural frequencies"),

@@ -66,7 +66,7 @@ def check(
     """
     check_engine(config)
     for augment in (config.data.augment, *(each.augment for each in config.students.values())):
-        find_augment(augment or "none")
+        find_augment(augment or "none", options=config.data.augment_options)
     shards = check_shards(config)
     session = look_only(config, choose_device(config.engine))
     warnings = check_classes(session)

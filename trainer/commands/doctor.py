@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+from pipeline.choices import AUGMENT_OPTIONS
 from pipeline.config import Config, Engine, UserError, load_config
 from pipeline.extras import EXTRAS, PACKAGES, install, is_installed, remedy
 from pipeline.graph import open_run
@@ -262,6 +263,8 @@ def _packages(config: Config) -> list[Finding]:
     needed |= {f'engine.track = ["{name}"]': name for name in engine.track}
     if config.model.name.startswith(TIMM):
         needed[f'model.name = "{config.model.name}"'] = "timm"
+    if config.data.augment in AUGMENT_OPTIONS:
+        needed[f'data.augment = "{config.data.augment}"'] = "torchvision"
     return [
         Finding(False, f"{key}: {module} is not installed; {remedy(module)}")
         for key, module in needed.items()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.config import ResolvedSchedule, UserError, check_batch_size
 
 from ..data.sample_accounting import EpochAccounting
-from ..data.streams import NUMBERS, Batch, TrainingStream
+from ..data.streams import Batch, TrainingStream
 from ..distributed.ranks import Ranks, StopSignal, broadcast, gather
 from ..engines import Engine
 from .checkpoints import Saver, State, load_checkpoint, whole_step
@@ -264,7 +264,7 @@ def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     """Equal parts of one rank's batch (check_batch_size made sure that they are equal)."""
     if parts == 1:
         return [batch]
-    chunks = {name: getattr(batch, name).chunk(parts) for name in ("inputs", *NUMBERS)}
+    chunks = {name: getattr(batch, name).chunk(parts) for name in ("inputs", *batch.numbers)}
     return [
         Batch(**{name: tensors[part] for name, tensors in chunks.items()}) for part in range(parts)
     ]

@@ -73,6 +73,45 @@ def classification_loss(
     return loss(logits, labels, label_smoothing)
 
 
+def mixed_loss(
+    logits: Tensor | LinearLogits,
+    labels: Tensor,
+    partner_labels: Tensor,
+    own_share: Tensor,
+    label_smoothing: float = 0.0,
+    log_prior: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy of inputs that are mixed of two examples.
+
+    The target of a row is own_share onehot(label) + (1 - own_share) onehot(partner_label), smoothed
+    as a whole.  Cross-entropy is linear in its target, so that it is the mixture of two.
+
+    Parameters
+    ----------
+    logits : Tensor [B, C] or LinearLogits
+    labels, partner_labels : int64 Tensor [B]
+    own_share : Tensor [B]
+    label_smoothing : float
+    log_prior : Tensor [C], optional
+        As of `classification_loss`.
+    """
+    if isinstance(logits, LinearLogits):
+        indices = torch.stack([labels, partner_labels], dim=1)
+        values = torch.stack([own_share, 1 - own_share], dim=1) * (1 - label_smoothing)
+        uniform = None
+        if label_smoothing:
+            uniform = torch.full_like(own_share, label_smoothing / logits.num_classes)
+        targets = Targets(indices, values, uniform)
+        return logits.add_bias(log_prior).cross_entropy(targets).mean()
+    if log_prior is not None:
+        logits = logits + log_prior
+    logits = to_float32(logits)
+    options = {"label_smoothing": label_smoothing, "reduction": "none"}
+    own = F.cross_entropy(logits, labels, **options)
+    others = F.cross_entropy(logits, partner_labels, **options)
+    return (own_share * own + (1 - own_share) * others).mean()
+
+
 def dustbin_shift(natural_share: float, training_share: float) -> float:
     """How far to lower the dustbin's training logit, so that the unshifted network is calibrated.
 

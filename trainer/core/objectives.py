@@ -35,6 +35,7 @@ from .losses import (
     classification_loss,
     cross_entropy,
     full_specialist_loss,
+    mixed_loss,
     specialist_loss,
 )
 from .probabilities import average_members
@@ -55,7 +56,7 @@ def classify(
     loss: Loss = cross_entropy,
     margin: LabelMargin | None = None,
 ) -> Objective:
-    """Learn all classes from labels.
+    """Learn all classes from labels; of mixed inputs from both examples'.
 
     Parameters
     ----------
@@ -75,6 +76,9 @@ def classify(
         prior = _to(batch, log_prior)
         logits = network(batch.inputs)
         labels = batch.labels
+        if batch.own_share is not None:
+            assert negatives is None and margin is None and loss is cross_entropy
+            return mixed_classification(logits, batch, label_smoothing, prior)
         if isinstance(logits, Tensor) and logits.dim() == 3:  # each of several members by itself
             labels = labels.repeat(len(logits))
             logits = logits.flatten(0, 1)
@@ -90,6 +94,19 @@ def classify(
         return classification_loss(logits, labels, label_smoothing, prior, loss)
 
     return objective
+
+
+def mixed_classification(
+    logits: Tensor | LinearLogits, batch: Batch, label_smoothing: float, log_prior: Tensor | None
+) -> Tensor:
+    """The loss of a batch whose inputs are mixed of two; of several members their mean."""
+    targets = [batch.labels, batch.partner_labels, batch.own_share]
+    if isinstance(logits, Tensor) and logits.dim() == 3:
+        targets = [each.repeat(len(logits)) for each in targets if each is not None]
+        logits = logits.flatten(0, 1)
+    labels, partner_labels, own_share = targets
+    assert labels is not None and partner_labels is not None and own_share is not None
+    return mixed_loss(logits, labels, partner_labels, own_share, label_smoothing, log_prior)
 
 
 def _count(negatives: float, num_classes: int) -> int:

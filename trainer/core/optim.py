@@ -22,29 +22,39 @@ def build_optimizer(network: nn.Module, schedule: ResolvedSchedule) -> torch.opt
     also one for each member
     rank-one factors of a              0              0.5  (Nam et al. 2021, in their code)
     BatchEnsemble
+
+    A network with layer-wise decay (networks.set_layer_decay) has these groups for each of its
+    scales, multiplied by it.
     """
-    decayed, plain, factors = [], [], []
+    scales = getattr(network, "rate_scales", {})
+    members: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
-        module, _, leaf = name.rpartition(".")
-        if not parameter.requires_grad:
-            continue
-        if isinstance(network.get_submodule(module), RankOne) and leaf in RankOne.FACTORS:
-            factors.append(parameter)
-        elif leaf == "bias" or parameter.ndim <= 1:
-            plain.append(parameter)
-        else:
-            decayed.append(parameter)
+        if parameter.requires_grad:
+            kind = (scales.get(name, 1.0), *_kind(network, name, parameter))
+            members.setdefault(kind, []).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": schedule.weight_decay, "rate_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "rate_scale": 1.0},
-        {"params": factors, "weight_decay": 0.0, "rate_scale": 0.5},
+        {
+            "params": members[layer, scale, decayed],
+            "weight_decay": decayed * schedule.weight_decay,
+            "rate_scale": layer * scale,
+        }
+        for layer, scale, decayed in sorted(members, reverse=True)
     ]
-    groups = [group for group in groups if group["params"]]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=schedule.momentum)
     return torch.optim.AdamW(
         groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2), fused=True
     )
+
+
+def _kind(network: nn.Module, name: str, parameter: nn.Parameter) -> tuple[float, float]:
+    """(rate_scale, share of the weight decay) of a parameter by the table of build_optimizer."""
+    module, _, leaf = name.rpartition(".")
+    if isinstance(network.get_submodule(module), RankOne) and leaf in RankOne.FACTORS:
+        return 0.5, 0.0
+    if leaf == "bias" or parameter.ndim <= 1:
+        return 1.0, 0.0
+    return 1.0, 1.0
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -11,15 +11,15 @@ and dtype, but must agree with each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from networks.user_code import blame
-from pipeline.choices import AUGMENTATIONS, TAKE_SHARE, resolve
+from pipeline.choices import AUGMENT_OPTIONS, AUGMENTATIONS, TAKE_SHARE, resolve
 from pipeline.config import UserError
 
 from .decoding import import_function
@@ -135,7 +135,7 @@ def shift(
     inputs: np.ndarray, uniforms: np.ndarray, mode: Literal["edge", "reflect"] = "edge"
 ) -> np.ndarray:
     """Pictures [n, C, H, W] moved by up to an eighth of their size.  uniforms: [n, 2]."""
-    _need_pictures(inputs, "shift")
+    need_pictures(inputs, "shift")
     height, width = inputs.shape[2:]
     reach = np.array([height // 8, width // 8])
     padding = ((0, 0), (0, 0), (reach[0], reach[0]), (reach[1], reach[1]))
@@ -151,7 +151,7 @@ def flip_crop(inputs: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 
     uniforms: [n, 3].
     """
-    _need_pictures(inputs, "flip-crop")
+    need_pictures(inputs, "flip-crop")
     mirror = (uniforms[:, 2] < 0.5)[:, None, None, None]
     mirrored = np.where(mirror, inputs[..., ::-1], inputs)
     return shift(mirrored, uniforms, mode="reflect")
@@ -191,13 +191,17 @@ def _need_bags(inputs: np.ndarray, name: str) -> None:
         )
 
 
-def _need_pictures(inputs: np.ndarray, name: str) -> None:
+def need_pictures(inputs: np.ndarray, name: str) -> None:
     if inputs.ndim != 4:
         shape = list(inputs.shape[1:])
         raise UserError(f'data.augment = "{name}" needs pictures [C, H, W], the inputs are {shape}')
 
 
-def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | None:
+def find_augment(
+    name: str | None,
+    share: float = DEFAULT_SHARE,
+    options: Mapping[str, Any] | None = None,
+) -> Augment | None:
     """The augmentation that data.augment names.
 
     Parameters
@@ -206,6 +210,8 @@ def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | No
         A name in `AUGMENTATIONS`, or a user's module:function.
     share : float
         augment_share, for a function in `TAKE_SHARE`.
+    options : mapping, optional
+        data.augment_options, of which a name in `AUGMENT_OPTIONS` reads its own.
 
     Returns
     -------
@@ -230,4 +236,8 @@ def find_augment(name: str | None, share: float = DEFAULT_SHARE) -> Augment | No
     numbers = int(getattr(function, "numbers", DEFAULT_NUMBERS))
     if name in TAKE_SHARE:
         function = partial(function, share=share)
+    if name in AUGMENT_OPTIONS:
+        given = options or {}
+        settled = {key: given.get(key, usual) for key, usual in AUGMENT_OPTIONS[name].items()}
+        function = partial(function, **settled)
     return Augment(function, numbers, own)

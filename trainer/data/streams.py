@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from pipeline.config import UserError
 
 from .augment import Augment, Views, find_augment
+from .mixing import NUMBERS as MIXING_NUMBERS
+from .mixing import Mixing, check_mixable, mix, partners
 from .opening import check_share
 from .orders import Order, balanced, generator, shuffled
 from .shards import Ids, ShardSet
@@ -30,6 +32,8 @@ __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "
 TRIES = 1000  # corrupt samples in a row before a stream gives up
 IN_FLIGHT = 2  # batches that a worker of torch's DataLoader is given ahead
 NUMBERS = ("labels", "ids", "source", "view")  # of each example of a batch
+OF_MIXED = ("partner_labels", "own_share")  # of each example of a batch whose inputs are mixed
+AUGMENTING, MIXING = 4, 5  # what a stream draws uniform numbers for
 BLOCK = 256 * 1024  # bytes of inputs that are augmented at a time
 
 Lost = tuple[int, int, str]  # (index of the source, id, reason) of a corrupt sample
@@ -54,6 +58,10 @@ class Batch:
     view : int64 Tensor [b]
         Which of a sample's fixed views this is (trainer.data.augment.Views); 0 where there are
         none.
+    partner_labels : int64 Tensor [b], optional
+        The labels of the examples that the inputs are mixed with (trainer.data.mixing).
+    own_share : float32 Tensor [b], optional
+        The weight of `labels` where inputs are mixed; `partner_labels` have the rest.
     """
 
     inputs: torch.Tensor
@@ -62,6 +70,8 @@ class Batch:
     source: torch.Tensor
     lost: list[Lost] = field(default_factory=list)
     view: torch.Tensor = None  # pyright: ignore[reportAssignmentType] - zeros, from __post_init__
+    partner_labels: torch.Tensor | None = None
+    own_share: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.view is None:
@@ -70,27 +80,32 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def numbers(self) -> tuple[str, ...]:
+        """The names of what there is for each example, beside its input."""
+        return NUMBERS if self.own_share is None else (*NUMBERS, *OF_MIXED)
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch on `device`."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("inputs", *NUMBERS)
+            for name in ("inputs", *self.numbers)
         }
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory: DataLoader calls this."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", *NUMBERS)}
+        pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", *self.numbers)}
         return replace(self, **pinned)
 
     # Between processes only the inputs go through shared memory: for a few numbers a file
     # descriptor each costs more.
     def __getstate__(self) -> dict:
-        return vars(self) | {name: getattr(self, name).numpy() for name in NUMBERS}
+        return vars(self) | {name: getattr(self, name).numpy() for name in self.numbers}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        for name in NUMBERS:
+        for name in self.numbers:
             setattr(self, name, torch.from_numpy(state[name]))
 
 
@@ -222,6 +237,8 @@ class TrainingStream(_Stream):
         A value of data.augment, or an Augment.
     views : Views, optional
         Show each sample in these fixed views: one epoch of a source is of one view.
+    mixing : Mixing, optional
+        Mix each input, once it is augmented, with another one of its global batch.
 
     Attributes
     ----------
@@ -240,14 +257,20 @@ class TrainingStream(_Stream):
         seed: int,
         augment: str | Augment | None = None,
         views: Views | None = None,
+        mixing: Mixing | None = None,
     ):
+        assert views is None or mixing is None, "fixed views are of single samples"
         super().__init__([source.shards for source in sources])
         self.sources = [_streaming(source) for source in sources]
         self.seed = seed
         self.views = views
+        self.mixing = mixing
         self.augment = augment if isinstance(augment, Augment) else find_augment(augment)
         self.batch_size = sum(source.per_batch for source in self.sources)
         self._check_shapes()
+        if mixing is not None:
+            first = self.sources[0].shards
+            check_mixable(mixing, tuple(first.input_shape), first.input_dtype)
         # A fixed random arrangement, so that each rank's share of a batch holds about as much of
         # each source.
         per_batch = [source.per_batch for source in self.sources]
@@ -302,6 +325,18 @@ class TrainingStream(_Stream):
         """
         self.announce(range(step, step + 1), end=last_step)
         mine = np.arange(rank, self.batch_size, world_size)
+        if self.mixing is None:
+            return self._examples(step, mine)
+        # Another rank's partners are read here, too; they stand behind the rank's own.
+        partner = partners(mine, self.batch_size)
+        others = np.setdiff1d(partner, mine)
+        batch = self._examples(step, np.concatenate([mine, others]))
+        place = np.empty(self.batch_size, np.int64)
+        place[np.concatenate([mine, others])] = np.arange(len(batch))
+        return _mixed(batch, place[partner], self._mixing_uniforms(step)[mine], self.mixing)
+
+    def _examples(self, step: int, mine: np.ndarray) -> Batch:
+        """The examples at positions `mine` of the global batch of `step`, augmented."""
         owners, turns = self._owner[mine], self._turn[mine]
         shards = self.sources[0].shards
         inputs = _new_tensor((len(mine), *shards.input_shape), shards.input_dtype)
@@ -353,13 +388,20 @@ class TrainingStream(_Stream):
         They do not depend on what was drawn before.
         """
         assert self.augment is not None
+        return self._uniforms(step, self.augment.numbers, AUGMENTING)
+
+    def _mixing_uniforms(self, step: int) -> np.ndarray:
+        """float64 [batch_size, K]: what inputs are mixed with."""
+        return self._uniforms(step, MIXING_NUMBERS, MIXING)
+
+    def _uniforms(self, step: int, numbers: int, purpose: int) -> np.ndarray:
         # One step of Philox's counter gives four numbers, so a position owns ceil(K / 4) counter
         # values.
-        blocks = -(-self.augment.numbers // 4)
-        key = np.random.SeedSequence([self.seed, 4]).generate_state(2, np.uint64)
+        blocks = -(-numbers // 4)
+        key = np.random.SeedSequence([self.seed, purpose]).generate_state(2, np.uint64)
         counter = step * self.batch_size * blocks
         philox = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        return philox.random((self.batch_size, 4 * blocks))[:, : self.augment.numbers]
+        return philox.random((self.batch_size, 4 * blocks))[:, :numbers]
 
     def loader(
         self, first_step: int, last_step: int, rank: int = 0, world_size: int = 1, workers: int = 0
@@ -439,6 +481,23 @@ def _augmented(inputs: torch.Tensor, uniforms: np.ndarray, augment: Augment) -> 
                 views = _new_tensor((len(array), *block.shape[1:]), block.dtype)
         views.numpy()[first : first + step] = block
     return inputs if views is None else views
+
+
+def _mixed(batch: Batch, partner: np.ndarray, uniforms: np.ndarray, mixing: Mixing) -> Batch:
+    """The first examples of a batch, each mixed with the one whose row `partner` says."""
+    count = len(partner)
+    inputs = batch.inputs.numpy()
+    mixed, own_share = mix(inputs[:count], inputs[partner], uniforms, mixing)
+    out = _new_tensor(mixed.shape, mixed.dtype)
+    out.numpy()[...] = mixed
+    first = {name: getattr(batch, name)[:count] for name in NUMBERS}
+    return replace(
+        batch,
+        inputs=out,
+        **first,
+        partner_labels=batch.labels[torch.from_numpy(partner)],
+        own_share=torch.from_numpy(own_share),
+    )
 
 
 def _read(

@@ -32,7 +32,7 @@ from .joining import load_ensemble, save_settings
 from .networks import builders_of, fresh_network, load_network, read_summary, save_network
 from .shortlist import fit_shortlist
 from .sizes import times_asked
-from .training import count_steps, generalist_task, train_network
+from .training import count_steps, generalist_task, open_layers, train_network
 from .validate import validate_calibrated, validate_classifier
 
 PAIR = 2  # generalists
@@ -53,6 +53,8 @@ def train_on(session: Session, stage: Stage, name: str) -> None:
         kept = {"validate_every": every, "patience": train.patience or never(steps)}
         schedule = train.model_copy(update=kept)
         network = load_network(session, session.run.generalist)
+        if session.config.generalist.init:
+            open_layers(network, train, "train")
         validate = validate_calibrated(session)
         task = generalist_task(session, network, schedule, validate, seed, steps)
         trained, summary = train_network(session, attempt, task)

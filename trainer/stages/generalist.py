@@ -6,7 +6,7 @@ from pipeline.store import Stage
 
 from ..session import Session
 from .networks import fresh_network, given_generalist, load_given, save_network
-from .training import generalist_task, train_network
+from .training import generalist_task, open_layers, train_network
 from .validate import validate_classifier
 
 
@@ -21,7 +21,10 @@ def generalist(session: Session, stage: Stage) -> None:
         if given and given.finished:
             network, summary = given.network, untrained(validate(given.network))
         else:
-            start = given.network if given else fresh_network(session, split=True)
+            if given:
+                start = open_layers(given.network, schedule, "train")
+            else:
+                start = fresh_network(session, split=True)
             task = generalist_task(session, start, schedule, validate)
             network, summary = train_network(session, attempt, task)
         save_network(session, attempt, network, summary)

@@ -29,9 +29,11 @@ from networks.cosine import default_scale, to_unit_rows
 from networks.files import finish_parts, save_part
 from networks.head_rows import fresh_rows
 from networks.heads import ShardedHead
+from networks.pretrained import normalisation, pretrained_file
 from networks.texts import INDICES
 from networks.user_code import CONTRACT
 from pipeline.config import Config, Model, Rerank, Student, UserError
+from pipeline.identity import classifier_folder, is_saved_network
 from pipeline.store import Attempt, Stage, read_json, write_json
 
 from ..data.decoding import import_function
@@ -214,19 +216,28 @@ class Given:
 def given_generalist(session: Session) -> Given | None:
     """The network that [generalist] from names; None where it is trained here from scratch.
 
-    It is a run's, one that save_classifier wrote, or a [model] with someone else's weights.
+    It is a run's, one that save_classifier wrote, or a [model] with someone else's weights, or with
+    a saved network's and a fresh head.
     """
-    source = session.config.generalist.init
+    chosen = session.config.generalist
+    source = chosen.init
     if not source:
         return None
     try:
-        if Path(source).is_dir():
-            if session.config.generalist.head or session.config.generalist.weights:
-                raise ValueError(
-                    "is a directory; generalist.head and generalist.weights are of a file"
-                )
-            return Given(_saved_network(session, Path(source)))
-        return _adopted_network(session, source)
+        if not Path(source).is_dir():
+            return _adopted_network(session, source, Path(source))
+        if not is_saved_network(source):
+            given = _adopted_network(session, source, pretrained_file(Path(source)))
+            given.notes += _other_normalisation(session, source)
+            return given
+        if chosen.has_new_head and not chosen.weights and not chosen.prefix:
+            return _saved_trunk(session, source)
+        if chosen.head or chosen.weights or chosen.prefix:
+            raise ValueError(
+                "is a directory of Referral's; generalist.head (but \"new\"), generalist.weights "
+                "and generalist.prefix are of a file"
+            )
+        return Given(_saved_network(session, Path(source)))
     except (OSError, ValueError) as error:
         said = str(error).removeprefix(f"{source}: ")
         raise UserError(f"generalist.from = {source}: {said}") from None
@@ -250,24 +261,76 @@ def load_given(session: Session, key: str, path: str) -> Classifier:
     return network
 
 
-def _adopted_network(session: Session, source: str) -> Given:
-    """[model] with the weights of a file; without the file's head, or with other classes, fresh."""
+def _adopted_network(session: Session, source: str, file: Path) -> Given:
+    """[model] with the weights of a file; without the file's head, or with other classes, fresh.
+
+    source: as generalist.from has it; the file, or the directory that holds it.
+    """
     chosen = session.config.generalist
     network = fresh_network(session)
-    adoption = adopt_weights(network, source, chosen.head, chosen.weights)
+    adoption = adopt_weights(network, file, chosen.head, chosen.weights, chosen.prefix)
     notes = [f"generalist.from = {source}: {note}" for note in adoption.notes]
     if not adoption.with_head:
-        notes.append(
-            f"generalist.from = {source}: its trunk and a fresh head of {session.num_classes} rows "
-            "are trained from there, as [train] says"
-        )
+        notes.append(_say_fresh_head(session, source))
     return Given(network.to(session.ranks.device), adoption.with_head, notes)
+
+
+def _saved_trunk(session: Session, source: str) -> Given:
+    """[model] with the trunk of a run's generalist, or of another saved network, and a fresh head.
+
+    The classes may be others, and so may the rules by which pictures were made.
+    """
+    folder = classifier_folder(Path(source))
+    saved = load_classifier(folder, "cpu", builders_of(session.config))
+    network = fresh_network(session)
+    theirs, ours = saved.spec, network.spec
+    if (theirs.builder, dict(theirs.options)) != (ours.builder, dict(ours.options)):
+        raise ValueError(
+            f"its trunk is {theirs.builder} {dict(theirs.options)}, [model] builds {ours.builder} "
+            f"{dict(ours.options)}; give [model] the same name and options"
+        )
+    if theirs.input.shape != ours.input.shape or theirs.members is not None:
+        held = "several members" if theirs.members else f"inputs {list(theirs.input.shape)}"
+        raise ValueError(f"it has {held}; one network of inputs {list(ours.input.shape)} is needed")
+    network.trunk.load_state_dict(saved.trunk.state_dict())
+    notes = []
+    if (theirs.input.mean, theirs.input.std) != (ours.input.mean, ours.input.std):
+        notes.append(_say_normalisation(source, list(theirs.input.mean), list(theirs.input.std)))
+    notes.append(_say_fresh_head(session, source))
+    return Given(network.to(session.ranks.device), False, notes)
+
+
+def _other_normalisation(session: Session, source: str) -> list[str]:
+    """A line where a network learned from inputs of another mean and deviation than the data's."""
+    theirs = normalisation(Path(source))
+    data = session.config.data
+    channels = session.shards("train").input_shape[0]
+
+    def spread(values: list[float]) -> list[float]:
+        return values * channels if len(values) == 1 else values
+
+    if theirs is None or tuple(map(spread, theirs)) == (spread(data.mean), spread(data.std)):
+        return []
+    return [_say_normalisation(source, *theirs)]
+
+
+def _say_normalisation(source: str, mean: list[float], std: list[float]) -> str:
+    return (
+        f"generalist.from = {source}: it learned from inputs with data.mean = {mean} and data.std "
+        f"= {std}, which are not this run's; set them so"
+    )
+
+
+def _say_fresh_head(session: Session, source: str) -> str:
+    return (
+        f"generalist.from = {source}: its trunk and a fresh head of {session.num_classes} rows "
+        "are trained from there, as [train] says"
+    )
 
 
 def _saved_network(session: Session, path: Path) -> Classifier:
     """Of a run its generalist, of another directory the network itself."""
-    if (path / "generalist").is_dir():
-        path = path / "generalist"
+    path = classifier_folder(path)
     network = load_classifier(path, session.ranks.device, builders_of(session.config))
     if network.num_members > 1:
         raise ValueError(f"it has {network.num_members} members; a generalist has one")

@@ -27,7 +27,6 @@ from networks import (
     lazy_logits,
     merge_grown_head,
     multiplications,
-    set_trainable,
     specialise,
 )
 from networks.linear_logits import LinearLogits, LocalComm
@@ -38,6 +37,7 @@ from pipeline.controls import COMPUTE, is_wall
 
 from ..core.objectives import Objective, classify, rerank, specialise_fully, specialise_in
 from ..data.augment import MACHINES, failure, find_augment
+from ..data.mixing import check_mixable, mixing_of
 from ..data.streams import Batch, Source, TrainingStream, shuffled
 from ..distributed.ranks import precision
 from ..session import Session
@@ -47,7 +47,7 @@ from .networks import builders_of, fresh_network, given_generalist, load_given, 
 from .rerank import by_rows
 from .student import left_out, live_objective
 from .teachers import Teacher, from_elsewhere, of_networks
-from .training import loss_of
+from .training import loss_of, open_layers
 
 EXAMPLES = 2
 NAMED = 3  # parameters in an error
@@ -91,10 +91,17 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
     """What the run trains, in the order in which it does."""
     config = session.config
     augment = config.data.augment
+    mixing = mixing_of(config.train)
+    if mixing is not None:
+        train = session.shards("train")
+        check_mixable(mixing, tuple(train.input_shape), train.input_dtype)
     generalist, trained = _generalist(session, notes)
     if trained:
         objective = _of_labels(config.train)
-        yield Part("train", generalist, objective, config.train, processes, augment)
+        learner = generalist
+        if config.generalist.init:
+            learner = open_layers(copy.deepcopy(generalist), config.train, "train")
+        yield Part("train", learner, objective, config.train, processes, augment)
     if config.has_rerankers:
         yield _reranker(session, generalist)
     elif trained and not config.has_specialists:
@@ -222,9 +229,9 @@ def _specialist(session: Session, generalist: Classifier) -> Part:
         return _branch(session, generalist, classes)
     try:
         network, objective = _specialist_network(session, generalist, classes)
-        freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
     except ValueError as error:
         raise UserError(f"specialists: {error}") from None
+    freeze_norm(open_layers(network, schedule, "specialists"), schedule.freeze_norm)
     count = sum(stage.kind.trains for stage in session.run.specialists)
     augment = session.config.data.augment
     dense = schedule.trains_all_rows
@@ -335,8 +342,9 @@ def _teacher(
 def _stream(session: Session, augment: str, examples: int) -> TrainingStream:
     train = session.shards("train")
     order = shuffled(np.flatnonzero(train.labels >= 0), 0)
-    share = session.config.data.augment_share
-    return TrainingStream([Source(train, order, examples)], 0, find_augment(augment, share))
+    data = session.config.data
+    view = find_augment(augment, data.augment_share, data.augment_options)
+    return TrainingStream([Source(train, order, examples)], 0, view)
 
 
 def _first_batch(session: Session, augment: str, examples: int) -> Batch:

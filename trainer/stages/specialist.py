@@ -14,7 +14,6 @@ from networks import (
     ResidualRow,
     fit_residual_row,
     freeze_norm,
-    set_trainable,
     specialise,
 )
 from pipeline.config import ResolvedSpecialists
@@ -30,7 +29,13 @@ from ..data.streams import Batch, Source, TrainingStream, balanced, shuffled
 from ..session import Session
 from .grouping import confusion_with, groups_of, skipped_groups
 from .networks import load_network, save_network
-from .training import balanced_log_prior, loss_of, specialist_steps, train_network
+from .training import (
+    balanced_log_prior,
+    loss_of,
+    open_layers,
+    specialist_steps,
+    train_network,
+)
 from .validate import SpecialistValidator
 
 # Examples that a row for the rest of the classes is fitted to, and products with all classes' rows.
@@ -106,7 +111,7 @@ def task_from(
         if network is None:
             network, dustbin = dustbin_network(session, start, classes, mixture.seed)
             notes |= dustbin
-    freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
+    freeze_norm(open_layers(network, schedule, "specialists"), schedule.freeze_norm)
     stream = TrainingStream(mixture.sources, mixture.seed, session.augmentation())
     steps = specialist_steps(schedule, mixture.num_inside)
     workers = session.config.data.workers

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from networks import Classifier
+from networks import Classifier, set_layer_decay, set_trainable
 from networks.choices import MARGINS
 from networks.cosine import with_margin
 from networks.heads import ShardedHead
@@ -19,13 +19,14 @@ from networks.recomputing import recomputing
 from networks.row_head import RowHead
 from networks.sphere import close_rows, has_open_rows, open_rows
 from pipeline.choices import LOSSES, resolve
-from pipeline.config import ResolvedSchedule, ResolvedSpecialists, UserError
+from pipeline.config import ResolvedSchedule, ResolvedSpecialists, ResolvedTrain, UserError
 from pipeline.scaling import steps_of
 from pipeline.store import Attempt
 
 from ..core.loop import Trainer, TrainingFiles, TrainingTask, Validate
 from ..core.objectives import LabelMargin, classify
 from ..core.tracking import trackers
+from ..data.mixing import Mixing, mixing_of
 from ..data.streams import Source, TrainingStream, balanced
 from ..engines import build_engine
 from ..session import Session
@@ -67,6 +68,17 @@ def train_network(
     return network, summary.to_json()
 
 
+def open_layers(
+    network: Classifier, schedule: ResolvedTrain | ResolvedSpecialists, section: str
+) -> Classifier:
+    """Which of its layers learn, and how fast each, as a section says; changed in place."""
+    try:
+        set_trainable(network, schedule.trainable)
+    except ValueError as error:
+        raise UserError(f"{section}.{error}") from None
+    return set_layer_decay(network, schedule.layer_decay)
+
+
 def generalist_task(
     session: Session,
     network: nn.Module,
@@ -84,7 +96,7 @@ def generalist_task(
     if steps is None:
         steps = count_steps(schedule, session.shards("train").num_samples)
     log_prior = log_prior_of(session, schedule)
-    stream = labelled_stream(session, schedule, seed)
+    stream = labelled_stream(session, schedule, seed, mixing_of(schedule))
     objective = classify(
         schedule.label_smoothing,
         log_prior,
@@ -96,12 +108,14 @@ def generalist_task(
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
 
 
-def labelled_stream(session: Session, schedule: ResolvedSchedule, seed: int) -> TrainingStream:
+def labelled_stream(
+    session: Session, schedule: ResolvedSchedule, seed: int, mixing: Mixing | None = None
+) -> TrainingStream:
     """Batches of train, balanced and augmented as the config says."""
     shards = session.shards("train")
     order = balanced(shards.labels, seed, schedule.balance)
     source = Source(shards, order, schedule.batch_size)
-    return TrainingStream([source], seed, session.augmentation())
+    return TrainingStream([source], seed, session.augmentation(), mixing=mixing)
 
 
 def log_prior_of(session: Session, schedule: ResolvedSchedule) -> torch.Tensor | None:

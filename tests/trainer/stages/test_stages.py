@@ -147,6 +147,7 @@ def test_a_stage_killed_between_checkpoints_ends_with_the_same_weights(
         ("train.optimizer=sgd", "train.learning_rate=0.3", "model.dropout=0.2"),
         ("train.patience=3", "train.validate_every=10"),
         ("engine.precision=bf16", "train.balance=0.5"),
+        ("train.mixup=0.3", "train.cutmix=1.0", "train.label_smoothing=0.1"),
     ],
     ids=lambda overrides: overrides[0],
 )
