@@ -32,6 +32,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "timm": ("timm",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "parquet": ("pyarrow",),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}  # else the same
