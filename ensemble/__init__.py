@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .gating import gate
     from .mean_logits import MeanLogits
     from .programs import ensemble_program
+    from .ranking import prediction_columns
     from .settings import EnsembleSettings
     from .shortlist import generalised_mean, join_on_shortlist
     from .shortlist_ensemble import ShortlistEnsemble
@@ -50,6 +51,7 @@ __all__ = [
     "generalised_mean",
     "join_on_shortlist",
     "load_ensemble",
+    "prediction_columns",
 ]
 
 # Where each name is defined; its module is imported when the name is first used.
@@ -74,6 +76,7 @@ _HOMES = {
     "generalised_mean": "shortlist",
     "join_on_shortlist": "shortlist",
     "load_ensemble": "deep_ensemble",
+    "prediction_columns": "ranking",
     "EnsembleProgram": "export",
     "ensemble_program": "programs",
     "export_bundle": "export",

@@ -1,5 +1,6 @@
 """The most probable classes of each row, as `predict` gives them."""
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -50,3 +51,42 @@ def _as_predictions(
             classes.tolist(), values.tolist(), specialists, strict=True
         )
     ]
+
+
+def prediction_columns(
+    predictions: Sequence[Prediction], keys: Sequence[str] | None = None
+) -> dict[str, list]:
+    """Predictions as the columns of a table, best class first: `pandas.DataFrame` takes them.
+
+    Parameters
+    ----------
+    predictions : sequence of dicts
+        As `SpecialistEnsemble.predict` gives them.
+    keys : sequence of str, optional
+        What each row is called.  None: its number.
+
+    Returns
+    -------
+    dict of lists
+        "key", then "class_1", "name_1", "probability_1", "class_2", ..., and "specialists", the
+        numbers of those that were active, joined by blanks.
+
+    Raises
+    ------
+    ValueError
+        For another number of keys, and for predictions of different numbers of classes.
+    """
+    if keys is None:
+        keys = [str(number) for number in range(len(predictions))]
+    if len(keys) != len(predictions):
+        raise ValueError(f"{len(predictions)} predictions and {len(keys)} keys; give one for each")
+    ranks = {len(each["classes"]) for each in predictions}
+    if len(ranks) > 1:
+        raise ValueError(f"predictions of {min(ranks)} to {max(ranks)} classes are no one table")
+    columns: dict[str, list] = {"key": list(keys)}
+    for rank in range(max(ranks, default=0)):
+        columns[f"class_{rank + 1}"] = [each["classes"][rank] for each in predictions]
+        columns[f"name_{rank + 1}"] = [each["names"][rank] for each in predictions]
+        columns[f"probability_{rank + 1}"] = [each["probabilities"][rank] for each in predictions]
+    columns["specialists"] = [" ".join(map(str, each["specialists"])) for each in predictions]
+    return columns

@@ -33,6 +33,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "vision": ("torchvision",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "parquet": ("pyarrow",),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}  # else the same

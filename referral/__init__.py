@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         generalised_mean,
         join_on_shortlist,
         load_ensemble,
+        prediction_columns,
     )
     from networks import (
         BranchedClassifier,
@@ -83,6 +84,7 @@ _NAMES_OF = {
         "generalised_mean",
         "join_on_shortlist",
         "load_ensemble",
+        "prediction_columns",
     ),
     "networks": (
         "BranchedClassifier",
@@ -136,6 +138,7 @@ __all__ = [
     "load_ensemble",
     "multiplications",
     "parameter_count",
+    "prediction_columns",
     "read_inputs",
     "read_picture",
     "save_classifier",

@@ -22,12 +22,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from ensemble import SpecialistEnsemble, load_ensemble
+from ensemble import SpecialistEnsemble, load_ensemble, prediction_columns
 from networks import Classifier, InputSpec, ModelSpec, load_classifier
 from networks.reading import InputReader
 from pipeline.config import UserError
 from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
+from pipeline.redaction import shown
 from pipeline.terminal import Console
 from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
@@ -41,6 +42,7 @@ from ..data.sources import Options, Source, is_shards, is_table, open_source
 from ..stages.evaluate import listed_predictor
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
+from .prediction_files import ROWS, check_target, table_file, writable
 
 if TYPE_CHECKING:
     from ensemble.ranking import Prediction
@@ -64,6 +66,12 @@ class Example(NamedTuple):
         inside = self.key if self.index is None else self.index
         return self.file if inside is None else f"{self.file}[{inside}]"
 
+    @property
+    def own_key(self) -> str:
+        """Its key or number in a file of several; a file of one is its own key."""
+        inside = self.key if self.index is None else self.index
+        return self.file if inside is None else str(inside)
+
 
 class Predictor(NamedTuple):
     """An ensemble, or one network.
@@ -85,6 +93,8 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.top < 1:
         raise UserError(f"--top {args.top}: at least 1 class is needed")
+    if args.to:
+        check_target(args.to, args.force)
     run, named = None, {}
     if (args.directory / "config.toml").is_file():
         run = open_run(args.directory)
@@ -97,7 +107,9 @@ def main(argv: list[str]) -> int:
     texts = reads_texts(reader)
     files = find_files(args.files, decoders, unreadable, texts, args.follow_links)
     examples = read_files(files, reader, unreadable, options_of(args, run))
-    if args.json:
+    if args.to:
+        write_table(args.to, args.force, predictions(predictor, examples, args.top, args.device))
+    elif args.json:
         as_utf8(sys.stdout)
         for example, prediction in predictions(predictor, examples, args.top, args.device):
             print_json(example, prediction)
@@ -130,7 +142,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per file (5)")
     add_network_options(parser)
     add_data_options(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    printed = parser.add_mutually_exclusive_group()
+    printed.add_argument("--json", action="store_true", help="one JSON object a line")
+    printed.add_argument(
+        "--to",
+        type=Path,
+        metavar="FILE",
+        help="write a table, .parquet, .csv or .jsonl: file, key, and class, name and probability "
+        "of the likeliest classes",
+    )
+    parser.add_argument("--force", action="store_true", help="replace FILE")
     return parser
 
 
@@ -488,6 +509,21 @@ def print_json(example: Example, prediction: Prediction) -> None:
         source["key"] = example.key
     text = json_text(source | prediction, str(source.get("file", "prediction")), ensure_ascii=False)
     print(text, flush=True)
+
+
+def write_table(path: Path, force: bool, found: Iterator[tuple[Example, Prediction]]) -> None:
+    """Write a table of all predictions, some rows at a time, and say how many."""
+    count = 0
+    with table_file(path, force) as write:
+        while rows := list(itertools.islice(found, ROWS)):
+            columns = prediction_columns(
+                [prediction for _, prediction in rows], [example.own_key for example, _ in rows]
+            )
+            write(writable({"file": [example.file for example, _ in rows], **columns}))
+            count += len(rows)
+        if not count:
+            raise UserError(f"--to {path}: no input could be read, so there is nothing to write")
+    print(f"{shown(str(path))}: {count} predictions")
 
 
 class PredictionTable:

@@ -9,6 +9,7 @@ import faulthandler
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -100,20 +101,23 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 @contextmanager
-def process_group(engine: Engine) -> Iterator[Ranks]:
+def process_group(engine: Engine, guest: bool = False) -> Iterator[Ranks]:
     """Join the ranks that torchrun started, or be alone.
 
     torchrun sets RANK, WORLD_SIZE, ... in the environment.  An error of one of several ranks leaves
     the group as it is: the others wait, and the process that ends with the error is what they lose.
+    guest: the process is a user's own.  Then this is alone, and neither ties it to its parent, nor
+    sets its threads, nor ends it where it hangs.
     """
-    die_with_parent()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if not guest:
+        die_with_parent()
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     device = choose_device(engine)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not guest:
         dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
     else:
         # Documented, but missing from torch.distributed's __all__.
@@ -125,7 +129,7 @@ def process_group(engine: Engine) -> Iterator[Ranks]:
     if dist.get_world_size() > 1:
         group = dist.new_group(backend="gloo", timeout=RANK_0_ALONE)
         patient = cast(dist.ProcessGroup, group)  # every rank is in it
-    watchdog = Watchdog(engine.hang_s)
+    watchdog = None if guest else Watchdog(engine.hang_s)
     is_left = False
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device, watchdog, patient)
@@ -209,6 +213,8 @@ class StopSignal:
     received = False  # by this process
 
     def __init__(self):
+        if threading.current_thread() is not threading.main_thread():
+            return  # signals are the main thread's business
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._receive)
 

@@ -6,7 +6,7 @@ import glob
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -194,9 +194,11 @@ def _chooses_some(pattern: str, names: list[str]) -> bool:
     raise UserError(f"{pattern} means shards of several splits; name their directory instead")
 
 
-def check_splits(shards: Shards, patterns: Mapping[str, str]) -> None:
-    """Raises UserError, with the command that helps, where train, val or test is missing."""
-    missing = [split for split in SPLITS if split not in patterns]
+def check_splits(
+    shards: Shards, patterns: Mapping[str, str], needed: Sequence[str] = SPLITS
+) -> None:
+    """Raises UserError, with the command that helps, where a split that is needed is missing."""
+    missing = [split for split in needed if split not in patterns]
     if not missing:
         return
     there = ", ".join(shards.manifest["splits"]) or "none"
@@ -254,13 +256,14 @@ def _picture_options(shards: Shards) -> list[str]:
 # What the inputs are
 
 
-def summarise(shards: Shards, name: str = "") -> DataSummary:
+def summarise(shards: Shards, name: str = "", needed: Sequence[str] = SPLITS) -> DataSummary:
     """Open all splits and look at a sample of train.
 
+    needed: the splits that there must be.
     Raises UserError where a split is missing or unreadable.
     """
     patterns = patterns_of(shards)
-    check_splits(shards, patterns)
+    check_splits(shards, patterns, needed)
     data = _data_of(shards)
     opened = {split: open_shards(pattern, data, split) for split, pattern in patterns.items()}
     train = opened["train"]

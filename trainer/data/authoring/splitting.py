@@ -107,6 +107,7 @@ def write_splits(
     overwrite: bool = False,
     report: Report | None = None,
     pictures: PictureRules | None = None,
+    quiet: bool = False,
 ) -> dict[str, int]:
     """Write each split's shards and the manifest; all or nothing.
 
@@ -126,6 +127,8 @@ def write_splits(
         Its `skip` says whether corrupt samples are left out; it lists them.
     pictures : PictureRules, optional
         How pictures were made, for the manifest.
+    quiet : bool
+        Show no progress.
 
     Returns
     -------
@@ -153,7 +156,7 @@ def write_splits(
                     out, split, class_names, samples_per_shard, overwrite, replacement
                 )
                 writers[split] = stack.enter_context(writer)
-            with Progress() as progress:
+            with Progress(disable=quiet) as progress:
                 for split, ids in lists.items():
                     tracked = progress.track(ids, description=split)
                     report.samples[split] = _write_samples(
