@@ -204,7 +204,10 @@ def _gain_kept(name: str, student: Row, results: Results) -> str:
             f"{student['n']:,} test examples"
         )
     if compare_paired(student, "ensemble", ensemble, "top1") > 0:
-        return f"{subject} keeps all of the ensemble's gain in top-1 on test, and makes fewer errors still"
+        return (
+            f"{subject} keeps all of the ensemble's gain in top-1 on test, and makes fewer errors "
+            "still"
+        )
     share = share_kept(student, results)
     assert share is not None
     if share == 1:
@@ -245,7 +248,8 @@ def _versus_twin(name: str, student: Row, results: Results) -> str:
 def _relation_to_twin(student: Row, twin_called: str, twin: Row, metric: MetricName) -> str:
     is_paired = "nll" in student.get("versus", {}).get(twin_called, {})
     if is_paired and difference_to(student, twin_called, metric) is None:
-        return "stands beside"  # an earlier version kept no calibrated predictions: nothing says more
+        # An earlier version kept no calibrated predictions: nothing says whether they differ.
+        return "stands beside"
     relation = compare_paired(student, twin_called, twin, metric)
     if relation == 0:
         return "is not measurably different from"

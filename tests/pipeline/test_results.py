@@ -102,7 +102,8 @@ def test_verdict_of_an_ensemble_that_wins():
     )
     assert verdict(found) == (
         "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
-        "(351 against 368 of 1,000 test examples), fewer than every control, with the lowest NLL of them all."
+        "(351 against 368 of 1,000 test examples), fewer than every control, with the lowest NLL "
+        "of them all."
     )
     assert wins(found)
 
@@ -125,7 +126,8 @@ def test_verdict_names_every_control_that_has_a_lower_nll():
     )
     line = verdict(found)
     assert line.startswith(
-        "control_wall beats the ensemble on test in NLL (1.1600 against 1.1700); control_compute beats"
+        "control_wall beats the ensemble on test in NLL (1.1600 against 1.1700); control_compute "
+        "beats"
     )
     assert "top-1 (340 errors against 351) and NLL (1.1000 against 1.1700)" in line
 
@@ -147,8 +149,8 @@ def test_verdict_is_one_line(hand_worked):
     assert "\n" not in verdict(found)
     assert verdict(found) == (
         "The ensemble makes no measurable difference to the generalist in top-1 on 10 test "
-        "examples (3 errors against 5); to control_wall, control_compute and student_hard there is no measurable "
-        "difference in top-1."
+        "examples (3 errors against 5); to control_wall, control_compute and student_hard there "
+        "is no measurable difference in top-1."
     )
 
 
@@ -247,7 +249,9 @@ def test_a_control_beats_the_ensemble_only_measurably():
     assert "beats" not in line and not wins(ahead)
     assert line.endswith("; to wider there is no measurable difference in top-1.")
     beaten = decided(wider=with_versus(row(250, 0.9), top1=0.05, nll=-0.1))
-    assert verdict(beaten).startswith("wider beats the ensemble on test in top-1 (250 errors against 300)")
+    assert verdict(beaten).startswith(
+        "wider beats the ensemble on test in top-1 (250 errors against 300)"
+    )
 
 
 def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
@@ -259,8 +263,9 @@ def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
         student_hard=with_versus(row(305, 0.95), -0.005, -0.05),
     )
     assert verdict(found).startswith(
-        "wider beats the ensemble on test in top-1 (200 errors against 300) and NLL (0.8000 against "
-        "1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. The ensem"
+        "wider beats the ensemble on test in top-1 (200 errors against 300) and NLL (0.8000 "
+        "against 1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. "
+        "The ensem"
     )
 
 
@@ -347,9 +352,7 @@ def test_a_student_and_its_twin_are_compared_after_calibration_where_that_is_kno
     line = student_line(newer, student_hard=twin)
     assert "its calibrated NLL, 1.050, is not measurably different from the 1.060" in line
     newer["versus"]["student_hard"] |= {"cnll_half": 0.005}
-    assert "its calibrated NLL, 1.050, is below the 1.060" in student_line(
-        newer, student_hard=twin
-    )
+    assert "its calibrated NLL, 1.050, is below the 1.060" in student_line(newer, student_hard=twin)
 
 
 def test_the_verdict_has_the_interval_of_the_errors_that_are_gone():

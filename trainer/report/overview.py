@@ -183,7 +183,10 @@ def _groups_tile(results: Results) -> Tile | None:
     if not clusters or clusters["captured_confusion"] is None:
         return None
     captured, chance = clusters["captured_confusion"], clusters["chance"]
-    what, total = "of the generalist's test errors lie inside a group", errors(results["generalist"])
+    what, total = (
+        "of the generalist's test errors lie inside a group",
+        errors(results["generalist"]),
+    )
     if total < tables.FEWEST:
         return Tile(what, f"{round(captured * total)} of {total}")
     note = f"{captured / chance:.1f} × chance" if chance else ""

@@ -1,8 +1,9 @@
 """report.html: one self-contained file, for a reader who has nothing but this file.
 
 No request: plots are inline SVG, pictures data: URIs. The one script sorts tables, and the
-Content-Security-Policy names it by its hash and forbids the rest. Class names are anybody's text: the template escapes everything that is not
-Markup, and only svg.py and plots.py make Markup.
+Content-Security-Policy names it by its hash and forbids the rest. Class names are anybody's text:
+the template escapes everything that is not Markup, and only svg.py, plots.py and the script's file
+are Markup.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pipeline.store import write_json, write_text
 
 from .advice import AdviceSection, advice_section
 from .calibration import calibration_rows, reliability_panels
-from .conditions import about_the_run, run_conditions, stage_times
 from .classes import CLASSES_FILE, CONFUSED_FILE, class_files, class_section
+from .conditions import about_the_run, run_conditions, stage_times
 from .curves import learning_curves
 from .diversity import diversity_table, size_plot, size_rows
 from .evidence import Evidence

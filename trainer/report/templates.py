@@ -12,7 +12,6 @@ from markupsafe import Markup
 
 from .formatting import FILTERS
 
-
 SCRIPT = Path(__file__).parent / "script.js"
 
 

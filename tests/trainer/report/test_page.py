@@ -1,5 +1,4 @@
 import base64
-import csv
 import hashlib
 import html
 import json
@@ -17,8 +16,7 @@ from trainer.report.evidence import Evidence, manifest_counts
 from trainer.report.explanations import explain_student
 from trainer.report.formatting import colours_of
 from trainer.report.page import FILES, render, write_report
-from trainer.report.sections import SECTIONS
-from trainer.report.tables import distinctive, is_measurable
+from trainer.report.tables import is_measurable
 
 
 def test_report_writes_all_its_files(hand_worked, tmp_path):
@@ -267,9 +265,7 @@ def test_at_most_eight_rows_have_diagrams_and_students_come_before_controls(
 def test_a_deep_ensembles_page_has_sizes_instead_of_groups(deep):
     html = render(deep, collect(deep))
     sections = re.findall(r'<section id="(\w+)"', html)
-    expected = (
-        "metrics students cost learning diversity classes frequency calibration examples run"
-    )
+    expected = "metrics students cost learning diversity classes frequency calibration examples run"
     assert sections == expected.split()
     assert re.findall(r'<a href="#(\w+)">', html) == sections
     assert rows_of(html, "diversity") == [
