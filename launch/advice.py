@@ -31,6 +31,12 @@ NEEDS_WIDTH = 24  # a column of needs that is narrower is a list instead
 WIDE = 100  # columns of a terminal that has room for all columns of the table
 
 
+NONE_PAYS = (
+    "Nothing pays, so the generalist is the network to use. To train what the config asks for "
+    "all the same"
+)
+
+
 def show_advice(run: RunDirectory, console: Console) -> None:
     """Print RUN/advice.json: the sentence, the table, and the command that goes on.
 
@@ -60,7 +66,9 @@ def _show_advice(advice: Advice, run: RunDirectory, console: Console) -> None:
         console.print(Text(line, style="dim"))
     command = goes_on(advice, shlex.quote(near(run.root)))
     if command:
-        console.print(Text(f"go on with it: {command}"), soft_wrap=True)
+        console.say_next(command)
+    else:
+        console.say_next(f"referral run --run {shlex.quote(near(run.root))}", NONE_PAYS)
 
 
 class Column(NamedTuple):

@@ -33,7 +33,7 @@ from pipeline.failures import answer, cannot_write, paths_among
 from pipeline.files import json_text, picking_from
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, write_json
-from pipeline.terminal import Console
+from pipeline.terminal import Console, wide_console
 from pipeline.trust import (
     COMMAND,
     EVERYTHING,
@@ -76,11 +76,19 @@ from .prepare import (
     mend,
     save_environment,
 )
-from .results import comparison_table, show_results
+from .results import comparison_tables, show_results
 from .sizing import NOTE, Sizing, inputs_of, network_sizes, warnings
 from .sizing import as_json as as_object
 from .sizing import table as table_of_needs
-from .status import StageStatus, failures, statuses, summary, table
+from .status import (
+    TIME_LEGEND,
+    StageStatus,
+    failures,
+    next_command,
+    statuses,
+    summary,
+    table,
+)
 
 NAME = "referral"
 app = application(
@@ -344,7 +352,8 @@ def prepare(
         return code
     with locked(run):
         lay_out(checked, jobs, stale, unchecked=is_left_to_first_job(checked.config))
-    _say(f"{run} is ready: referral run --run {shlex.quote(str(run))}")
+    _say(f"{run} is ready")
+    wide_console().say_next(f"{NAME} run --run {shlex.quote(str(run))}")
     return 0
 
 
@@ -398,14 +407,17 @@ def demo(
         code = start(config, run, Runner.local, force, beside=("data",), aim=ADVISE)
         if code:
             return code
-    return start(config, run, Runner.local, force, beside=("data",))
+    code = start(config, run, Runner.local, force, beside=("data",))
+    if quick and code == 0:
+        wide_console().say_next(demos.whole_demo(run), demos.QUICK_MEANS_LITTLE)
+    return code
 
 
 @command("referral status runs/mine --watch")
 def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOption = False) -> int:
     """Every stage: waiting, running, done, failed."""
     run, jobs = launched(open_run(directory))
-    console = _console()
+    console = wide_console()
     if watch and not as_json and console.is_terminal:
         _watch(run, jobs, console)
     journal, doubt = current_journal(run, jobs)
@@ -422,11 +434,13 @@ def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOpti
     console.print(Text(summary(stages, time_to_go(run, jobs, stages, journal))))
     if doubt:
         _say(doubt, console)
-    console.print(table(stages))
+    console.print(table(stages, width=console.width))
+    console.say(TIME_LEGEND, "dim")
     if journal.jobs:
         _say(f"logs: {run.root / 'logs'}", console)
     for line in failures(run, stages, journal):
         _say(line, console)
+    console.say_next(next_command(stages, journal, shlex.quote(str(directory))))
     return 0
 
 
@@ -439,7 +453,7 @@ def _watch(run: RunDirectory, jobs: list[Job], console: Console) -> None:
             if all(stage.state == "done" for stage in stages):
                 return
             title = summary(stages, time_to_go(run, jobs, stages, journal))
-            live.update(table(stages, f"{title} {doubt}"), refresh=True)
+            live.update(table(stages, f"{title} {doubt}", console.width), refresh=True)
             time.sleep(WATCH_S[journal.runner])
 
 
@@ -467,6 +481,7 @@ def cancel(directory: DirArgument) -> int:
     else:
         outcome = "nothing is running"
     _say(f"{directory}: {outcome}")
+    wide_console().say_next(f"{NAME} retry {shlex.quote(str(directory))}", "To go on with it")
     return 0
 
 
@@ -505,7 +520,7 @@ def report(directory: DirArgument, trust: TrustOption = False) -> int:
         run.report.clear()
         code = call_trainer(arguments)
     if code == 0:
-        show_results(run, _console())
+        show_results(run, wide_console())
     return code
 
 
@@ -524,12 +539,13 @@ def compare(
     """
     finished = comparing.read_runs(runs)
     metrics, keys = comparing.words(metric), comparing.words(by)
-    console = _console()
+    console = wide_console()
     with picking_from(Path(", ".join(str(run / "results.json") for run in runs))):
         comparison = comparing.compare(finished, metrics, keys, versus)
         for line in comparing.sentences(comparison):
             _say(line, console)
-        console.print(comparison_table(comparison))
+        for part in comparison_tables(comparison, console.width):
+            console.print(part)
     if json_file is not None:
         try:
             write_json(json_file, comparison)
@@ -607,7 +623,7 @@ def start(
 
 
 def start_here(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Aim) -> int:
-    machine, console = this_machine(run.config), _console()
+    machine, console = this_machine(run.config), wide_console()
     jobs = plan(aim.run(run), machine.ranks, aim.stages(run))
     code = _check_new(run, jobs, stale, Runner.local, dry_run)
     if code:
@@ -642,7 +658,7 @@ def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Ai
     if dry_run:
         show_submission(run, jobs)
         return 0
-    console = _console()
+    console = wide_console()
     for line in mend(run, jobs):
         _say(line, console)
     if all(job.is_done for job in jobs):
@@ -723,8 +739,8 @@ def hand_over(
     submitted = slurm.submit(run, jobs, journal)
     watch = f"referral status {shlex.quote(str(run.root))} --watch"
     if not submitted:
-        console.print(Text("every job that is left is queued already"))
-        _say(watch, console)
+        console.say("every job that is left is queued already")
+        console.say_next(watch)
         return
     rows = _table({"job": False, "id": False, "waits for": True})
     for batch, number in submitted:
@@ -733,7 +749,8 @@ def hand_over(
             name += f" x {len(batch.jobs)}"
         rows.add_row(Text(name), number, Text(_shortened(batch.waits_for)))
     console.print(rows)
-    _say(f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s; {watch}", console)
+    console.say(f"{len(submitted)} submissions in {time.monotonic() - began:.1f} s")
+    console.say_next(watch)
 
 
 def refuse_while_queued(run: RunDirectory) -> None:
@@ -794,7 +811,8 @@ def show_plan(run: RunDirectory, jobs: list[Job], stale: list[Stage], console: C
     console.print(rows)
     for job in sorted(jobs, key=lambda job: -job.chain):
         if left[job.name]:
-            _say(shlex.join(trainer_command(job, run, left[job.name], FAKE)), console)
+            command = shlex.join(trainer_command(job, run, left[job.name], FAKE))
+            console.print(Text(command), soft_wrap=True)
 
 
 def show_submission(run: RunDirectory, jobs: list[Job]) -> None:
@@ -825,15 +843,7 @@ def _shortened(names: Sequence[str], most: int = 4) -> str:
 
 
 def _say(text: str, console: Console | None = None) -> None:
-    """One line, however long."""
-    (console or _console()).print(Text(text), soft_wrap=True)
-
-
-def _console() -> Console:
-    console = Console()
-    if console.is_terminal:
-        return console
-    return Console(width=200)
+    (console or wide_console()).say(text)
 
 
 def _config(path: Path | None, root: Path, overrides: list[str]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -89,6 +90,18 @@ QUICK = [
 # Options of `referral shards glyphs`: images of each class and split.
 GLYPHS = {"train": "60", "val": "20", "test": "20"}
 QUICK_GLYPHS = {"classes": "200"}
+
+
+QUICK_MEANS_LITTLE = (
+    "These figures mean little: so few classes and steps only show that every stage runs. The "
+    "demo itself takes about 8 minutes on 2 cores"
+)
+
+
+def whole_demo(root: Path) -> str:
+    """The command of the demo itself; of another run, since RUN/data is another one."""
+    beside = root.with_name(f"{root.name}-whole")
+    return shlex.join(["referral", "demo", "--run", str(beside)])
 
 
 def demo_config(root: Path, seed: int, quick: bool, overrides: list[str]) -> Config:

@@ -48,7 +48,7 @@ class Display(AbstractContextManager):
     def event(self, text: str) -> None:
         """One line that stays."""
         line = Text.assemble((time.strftime("%H:%M:%S "), "dim"), text)
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line, soft_wrap=not self.console.is_terminal)
 
     def error(self, *lines: str) -> None:
         """Lines for stderr."""
@@ -65,7 +65,8 @@ class Display(AbstractContextManager):
         counts = summary(stages, seconds_to_go(run, jobs, stages, slots))
         if self.live:
             counts = Text(counts, style="dim")
-            self.live.update(Group(Text(""), table(running), counts), refresh=True)
+            rows = table(running, width=self.console.width)
+            self.live.update(Group(Text(""), rows, counts), refresh=True)
             return
         for stage in running:
             self.event(f"{stage.stage} running  {progress(stage)}".rstrip())

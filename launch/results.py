@@ -39,6 +39,7 @@ from pipeline.results.training import val_top1
 from pipeline.store import Stage, read_json
 from pipeline.terminal import Console
 
+LATENCY = "an example in batches of so many, measured on one thread"
 GAP = 2  # between two columns of a table
 
 
@@ -51,20 +52,22 @@ def show_results(run: RunDirectory, console: Console) -> None:
 
 
 def _show_results(results: Results, run: RunDirectory, console: Console) -> None:
-    console.print(Text(verdict(results), style="bold"), soft_wrap=True)
+    console.say(verdict(results), "bold")
     lines = [student_verdict(results), classes_line(results), shortlist_line(run), start_line(run)]
     for line in [*lines, dropped_line(results), advice_line(results)]:
         if line:
-            console.print(Text(line), soft_wrap=True)
+            console.say(line)
     for columns in (COLUMNS, cost_columns(results)):
         console.print(results_table(results, columns, console.width))
-    legend = cost_legend(results)
-    if legend:
-        console.print(Text(legend, style="dim"))
+        console.say(legend(shown_columns(results, columns, console.width)), "dim")
     missing = missing_line(results, shlex.quote(near(run.root)))
     if missing is not None:
-        console.print(Text(missing), soft_wrap=True)
-    console.print(Text(f"report: {os.path.abspath(run.root / 'report.html')}"), soft_wrap=True)
+        words, _, command = missing.partition(": referral ")
+        console.say(f"{words}:")
+        console.print(Text(f"  referral {command}"), soft_wrap=True)
+    report = os.path.abspath(run.root / "report.html")
+    console.print(Text(f"report: {report}"), soft_wrap=True)
+    console.say_next(f"referral predict {shlex.quote(near(run.root))} FILES")
 
 
 def advice_line(results: Results) -> str | None:
@@ -82,22 +85,30 @@ class Column(NamedTuple):
     """needs: a key that some row must have, or the column is left out; "" is always shown.
 
     rank: the columns with the highest are left out first, where the terminal is too narrow.
+    meaning: what it says, for the line below the table.
     """
 
     title: str
     text: Callable[[Row, Results], str]
     needs: str = ""
     rank: int = 0
+    meaning: str = ""
 
 
 COLUMNS = [
     Column("top-1", lambda row, _: percent(row["top1"])),
     Column("top-5", lambda row, _: percent(row["top5"]), rank=2),
-    Column("NLL", lambda row, _: number(row["nll"])),
-    Column("cNLL", lambda row, _: number(row.get("cnll")), needs="cnll", rank=1),
+    Column("NLL", lambda row, _: number(row["nll"]), meaning="nats"),
+    Column(
+        "cNLL",
+        lambda row, _: number(row.get("cnll")),
+        needs="cnll",
+        rank=1,
+        meaning="after temperature scaling",
+    ),
     Column("Brier", lambda row, _: number(row["brier"]), rank=4),
     Column("ECE", lambda row, _: number(row["ece"]), rank=1),
-    Column("DEE", worth, needs="dee", rank=1),
+    Column("DEE", worth, needs="dee", rank=1, meaning="worth in networks of a deep ensemble"),
     Column("macro top-1", lambda row, _: percent(row["macro_top1"]), rank=3),
 ]
 
@@ -111,15 +122,35 @@ def cost_columns(results: Results) -> list[Column]:
         def text(row: Row, _: Results) -> str:
             return milliseconds((row["cost"].get("latency_ms") or {}).get(batch))
 
-        return Column(f"ms ({batch})", text, rank=1)
+        return Column(f"ms ({batch})", text, rank=1, meaning=LATENCY)
 
     return [
         Column("params", lambda row, _: count(row.get("parameters")), "parameters"),
-        Column("mults", lambda row, _: count(row.get("multiplications")), "multiplications"),
-        Column("asked", lambda row, _: _decimal(row.get("asked")), "asked", rank=2),
+        Column(
+            "mults",
+            lambda row, _: count(row.get("multiplications")),
+            "multiplications",
+            meaning="multiplications of an example, softmax not counted",
+        ),
+        Column(
+            "asked",
+            lambda row, _: _decimal(row.get("asked")),
+            "asked",
+            rank=2,
+            meaning="networks beside the generalist",
+        ),
         *map(latency, sorted(batches, key=int)),
-        Column("examples", lambda row, _: count(row["cost"]["examples_seen"])),
-        Column("time", lambda row, _: duration(row["cost"]["seconds"]), rank=3),
+        Column(
+            "examples",
+            lambda row, _: count(row["cost"]["examples_seen"]),
+            meaning="seen in training, with all that a row starts from",
+        ),
+        Column(
+            "time",
+            lambda row, _: duration(row["cost"]["seconds"]),
+            rank=3,
+            meaning="of that training on the clock, summed over jobs that may run side by side",
+        ),
     ]
 
 
@@ -127,14 +158,13 @@ def _decimal(value: float | None) -> str:
     return ABSENT if value is None else f"{value:.2f}"
 
 
-def cost_legend(results: Results) -> str | None:
-    """What the columns of size and latency say; None of a run that has none."""
-    if "multiplications" not in results["generalist"]:
-        return None
-    return (
-        "mults: multiplications of an example, softmax not counted; asked: networks beside the "
-        "generalist; ms (batch): measured, one thread, an example; examples, time: of training"
-    )
+def legend(columns: Sequence[Column]) -> str:
+    """What columns say whose title does not; those of one meaning together."""
+    titles: dict[str, list[str]] = {}
+    for column in columns:
+        titles.setdefault(column.meaning, []).append(column.title)
+    titles.pop("", None)
+    return "; ".join(f"{', '.join(each)}: {meaning}" for meaning, each in titles.items())
 
 
 def results_table(
@@ -146,13 +176,8 @@ def results_table(
     shown only where a run has them.  width: of the terminal; columns that do not fit are left out.
     """
     rows = named_rows(results)
-    known = {"", *(key for row in rows.values() for key in row)}
-    cells = {
-        column: [column.text(row, results) for row in rows.values()]
-        for column in columns
-        if column.needs in known
-    }
-    shown = _fitting(cells, max(map(len, rows)), width)
+    cells = _cells(results, columns)
+    shown = shown_columns(results, columns, width)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
     for column in shown:
@@ -160,6 +185,24 @@ def results_table(
     for index, name in enumerate(rows):
         table.add_row(Text(name), *(cells[column][index] for column in shown), style=_style(name))
     return table
+
+
+def shown_columns(
+    results: Results, columns: Sequence[Column], width: int | None = None
+) -> list[Column]:
+    """Those that the run has, as far as they fit on a terminal of that width."""
+    return _fitting(_cells(results, columns), max(map(len, named_rows(results))), width)
+
+
+def _cells(results: Results, columns: Sequence[Column]) -> dict[Column, list[str]]:
+    """The texts of each column that some row fills, from the first row to the last."""
+    rows = named_rows(results)
+    known = {"", *(key for row in rows.values() for key in row)}
+    return {
+        column: [column.text(row, results) for row in rows.values()]
+        for column in columns
+        if column.needs in known
+    }
 
 
 def _fitting(cells: dict[Column, list[str]], names: int, width: int | None) -> list[Column]:
@@ -174,22 +217,51 @@ def _fitting(cells: dict[Column, list[str]], names: int, width: int | None) -> l
     return shown
 
 
-def comparison_table(comparison: Comparison) -> Table:
-    """One row for each row of the results and each variant."""
+def comparison_tables(comparison: Comparison, width: int | None = None) -> list[Table]:
+    """One row for each row of the results and each variant; several tables of as many metrics as
+    fit side by side on a terminal of that width."""
     sizes = {variant["name"]: variant["runs"] for variant in comparison["variants"]}
-    columns = ["runs", *(METRICS[metric].label for metric in comparison["metrics"])]
-    if len(sizes) > 1:
-        columns.insert(0, "variant")
+    leading = ["variant", "runs"] if len(sizes) > 1 else ["runs"]
+    titles = [*leading, *(METRICS[metric].label for metric in comparison["metrics"])]
+    cells = [_compared_cells(row, comparison, sizes) for row in comparison["rows"]]
+    columns = [[title, *texts] for title, *texts in zip(titles, *cells, strict=True)]
+    names = _names_once(comparison)
+    taken = max(map(len, names)) + sum(map(_width, columns[: len(leading)]))
+    parts = _side_by_side(columns[len(leading) :], width and width - taken)
+    styles = [_style(row["row"]) for row in comparison["rows"]]
+    return [_table_of(names, [*columns[: len(leading)], *part], styles) for part in parts]
+
+
+def _width(column: Sequence[str]) -> int:
+    return GAP + max(map(len, column))
+
+
+def _names_once(comparison: Comparison) -> list[str]:
+    """The name of each row; empty where it is the one above's."""
+    names = [row["row"] for row in comparison["rows"]]
+    return [name if i == 0 or name != names[i - 1] else "" for i, name in enumerate(names)]
+
+
+def _side_by_side(columns: list[list[str]], width: int | None) -> list[list[list[str]]]:
+    """The columns in parts that are no wider than `width`, of one column at least."""
+    parts: list[list[list[str]]] = [[]]
+    for column in columns:
+        is_full = width is not None and sum(map(_width, [*parts[-1], column])) > width
+        if parts[-1] and is_full:
+            parts.append([])
+        parts[-1].append(column)
+    return parts
+
+
+def _table_of(names: list[str], columns: list[list[str]], styles: list[str]) -> Table:
+    """columns: a title, and a cell for each name."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("", no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    last = None
-    for row in comparison["rows"]:
-        cells = _compared_cells(row, comparison, sizes)
-        name = row["row"] if row["row"] != last else ""
-        table.add_row(Text(name), *cells, style=_style(row["row"]))
-        last = row["row"]
+    for title, *_ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    texts = [texts for _, *texts in columns]
+    for name, *cells, style in zip(names, *texts, styles, strict=True):
+        table.add_row(Text(name), *cells, style=style)
     return table
 
 

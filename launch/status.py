@@ -26,6 +26,8 @@ from .plan import Job
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
 SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
 PACE_ROWS = 10  # the last rows of metrics.jsonl, from which the pace is taken
+WIDE = 110  # columns of a terminal that has room for all of a stage's progress
+TIME_LEGEND = "time: on the clock, since a running stage began, or what a done one took"
 LARGEST = 1e15  # a number of a metric; neither NaN nor infinity is below
 STATES = ("done", "running", "interrupted", "failed", "blocked", "stale", "waiting")
 COLOURS = {
@@ -209,18 +211,24 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def progress(status: StageStatus) -> str:
-    """`step 120/600 · loss 1.23 · 1,930 samples/s · 12 s to go`, as far as it is known."""
+def progress(status: StageStatus, is_brief: bool = False) -> str:
+    """`step 120/600 · loss 1.23 · 1,930 samples/s · 12 s to go`, as far as it is known.
+
+    is_brief: without rate and pace, for a narrow terminal.  Of a stage that has no steps how long
+    it has run stands in their place.
+    """
     parts = []
+    if status.state == "running" and not status.steps and status.seconds is not None:
+        parts.append(f"for {duration(status.seconds)}")
     if status.steps:
         parts.append(f"step {status.step:,}/{status.steps:,}")
     if status.loss is not None:
         parts.append(f"loss {status.loss:.3g}")
-    if status.state == "running" and status.learning_rate is not None:
+    if status.state == "running" and status.learning_rate is not None and not is_brief:
         parts.append(f"lr {status.learning_rate:.2g}")
     if status.val_top1 is not None:
         parts.append(f"val top-1 {percent(status.val_top1, 1)}")
-    if status.state == "running" and status.samples_per_s:
+    if status.state == "running" and status.samples_per_s and not is_brief:
         parts.append(f"{status.samples_per_s:,.0f} samples/s")
     if status.state == "running" and status.eta_s is not None:
         parts.append(f"{duration(status.eta_s)} to go")
@@ -239,8 +247,27 @@ def summary(stages: list[StageStatus], to_go_s: float | None = None) -> str:
     return text
 
 
-def table(stages: list[StageStatus], title: str | None = None) -> Table:
-    """One row for each stage; where Slurm ran any, its job, node and restarts beside it."""
+def next_command(stages: list[StageStatus], journal: Journal, run: str) -> str:
+    """What is typed next, by how the stages stand.  run: the run's directory, quoted."""
+    states = {stage.state for stage in stages}
+    if states == {"done"}:
+        if journal.aim == "advise":
+            return f"referral run --advised --run {run}"
+        return f"referral report {run}"
+    if "running" in states:
+        return f"referral status {run} --watch"
+    if "stale" in states:
+        return f"referral run --run {run} --force"
+    if states & {"failed", "interrupted", "blocked"} or journal.jobs:
+        return f"referral retry {run}"
+    return f"referral run --run {run}"
+
+
+def table(stages: list[StageStatus], title: str | None = None, width: int | None = None) -> Table:
+    """One row for each stage; where Slurm ran any, its job, node and restarts beside it.
+
+    width: of the terminal; progress is brief on a narrow one.
+    """
     rows = Table(
         title=title,
         box=None,
@@ -255,12 +282,13 @@ def table(stages: list[StageStatus], title: str | None = None) -> Table:
         columns[2:2] = ["job", "node", "restarts"]
     for column in columns:
         justify = "right" if column in ("time", "restarts") else "left"
-        rows.add_column(column, justify=justify, no_wrap=column != "progress")
+        rows.add_column(column, justify=justify, no_wrap=column != "progress", overflow="fold")
+    is_brief = width is not None and width < WIDE
     for stage in stages:
         cells = [Text(stage.stage), Text(stage.state, style=COLOURS.get(stage.state, "dim"))]
         if on_slurm:
             cells += [Text(stage.id), Text(stage.node), Text(str(stage.restarts or ""))]
-        rows.add_row(*cells, duration(stage.seconds), Text(progress(stage)))
+        rows.add_row(*cells, duration(stage.seconds), Text(progress(stage, is_brief)))
     return rows
 
 

@@ -138,7 +138,7 @@ def _row(row: Row) -> Row:
     further = {key: row.get(key) for key in FurtherMetrics.__annotations__ if key in row}
     cost = row.get("cost") or {}
     costs = {key: cost.get(key) for key in Cost.__annotations__}
-    for key in ("latency_ms", "softmax_ms"):  # what older versions did not measure
+    for key in ("latency_ms", "softmax_ms", "cpu_seconds"):  # what not every version measured
         if costs[key] is None:
             del costs[key]
     return cast(Row, {**metrics, **further, "cost": costs})

@@ -10,26 +10,38 @@ import numpy as np
 
 from .rows import Paired
 
+CALIBRATED = "calibrated_label_probability"
 TINY = np.finfo(np.float32).tiny  # what a probability of 0 counts as
 
 
 class Answers(NamedTuple):
-    """Of each test example: its id, whether the row is right, and the label's -log p."""
+    """Of each test example: its id, whether the row is right, and the label's -log p.
+
+    cnll: the same after temperature scaling; None where an earlier version kept no such thing.
+    """
 
     ids: np.ndarray
     correct: np.ndarray
     nll: np.ndarray
+    cnll: np.ndarray | None = None
 
 
 def read_answers(path: Path) -> Answers | None:
     """Of evaluation/NAME.npz; None where there is none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            p_label = arrays["label_probability"].astype(np.float64)
             correct = arrays["top5"][:, 0] == arrays["labels"]
-            return Answers(arrays["ids"], correct, -np.log(np.maximum(p_label, TINY)))
+            nll = _nll(arrays["label_probability"])
+            cnll = None
+            if CALIBRATED in arrays.files:
+                cnll = _nll(arrays[CALIBRATED])
+            return Answers(arrays["ids"], correct, nll, cnll)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _nll(p_label: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(p_label.astype(np.float64), TINY))
 
 
 def paired(answers: Answers, other: Answers) -> Paired | None:
@@ -38,7 +50,11 @@ def paired(answers: Answers, other: Answers) -> Paired | None:
         return None
     top1, top1_half = mean_and_half(answers.correct.astype(float) - other.correct.astype(float))
     nll, nll_half = mean_and_half(answers.nll - other.nll)
-    return Paired(top1=top1, top1_half=top1_half, nll=nll, nll_half=nll_half)
+    difference = Paired(top1=top1, top1_half=top1_half, nll=nll, nll_half=nll_half)
+    if answers.cnll is not None and other.cnll is not None:
+        cnll, cnll_half = mean_and_half(answers.cnll - other.cnll)
+        difference |= {"cnll": cnll, "cnll_half": cnll_half}
+    return difference
 
 
 def mean_and_half(differences: np.ndarray) -> tuple[float, float]:

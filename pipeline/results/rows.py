@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 from ..advice.outcomes import Outcomes
 from ..files import damaged, picking_from, read_json
+
+MetricName = Literal["top1", "nll", "cnll"]  # what rows are compared in
 
 SAME_SIZE = 0.05  # networks whose sizes differ by less are alike
 
@@ -37,12 +39,15 @@ class Paired(TypedDict):
 
     top1 is a fraction of them, nll in nats; the halves are those of the 95 % intervals, by the
     normal approximation.  Variation between seeds is not in them.
+    cnll: the calibrated NLL, where the evaluation kept what pairs it.
     """
 
     top1: float
     top1_half: float
     nll: float
     nll_half: float
+    cnll: NotRequired[float]
+    cnll_half: NotRequired[float]
 
 
 class FurtherMetrics(TypedDict, total=False):
@@ -81,6 +86,7 @@ class Cost(TypedDict):
 
     latency_ms: milliseconds of an example by the size of the batch, measured on one thread.
     softmax_ms: in the generalist's row, of its softmax over all classes alone.
+    cpu_seconds: of all ranks' processes, of a training on CPUs.
     """
 
     seconds: float | None
@@ -88,6 +94,7 @@ class Cost(TypedDict):
     peak_memory_bytes: int | None
     latency_ms: NotRequired[dict[str, float]]
     softmax_ms: NotRequired[dict[str, float]]
+    cpu_seconds: NotRequired[float]
 
 
 class Row(Metrics, FurtherMetrics):
@@ -237,27 +244,46 @@ def is_of_another_size(row: Row, generalist: Row) -> bool:
     )
 
 
-def compare_paired(row: Row, name: str, other: Row, metric: Literal["top1", "nll"]) -> int:
+class Difference(NamedTuple):
+    """A row's metric less another row's, and half its paired 95 % interval."""
+
+    value: float
+    half: float
+
+    @property
+    def is_measurable(self) -> bool:
+        """Whether the interval holds no zero."""
+        return abs(self.value) > self.half
+
+
+def difference_to(row: Row, name: str, metric: MetricName) -> Difference | None:
+    """The paired difference to the row `name`; None where no evaluation kept what pairs it."""
+    paired = row.get("versus", {}).get(name)
+    if paired is None or metric not in paired:
+        return None
+    return Difference(paired[metric], paired[f"{metric}_half"])
+
+
+def compare_paired(row: Row, name: str, other: Row, metric: MetricName) -> int:
     """1 where a row is better than another one, -1 where it is worse, 0 where neither is.
 
     Measurably so, where the paired difference to `name` is known; else by the numbers alone.
     """
-    paired = row.get("versus", {}).get(name)
-    if paired is None:
+    difference = difference_to(row, name, metric)
+    if difference is None:
         return _compare_alone(row, other, metric)
-    if metric == "top1":
-        gain, half = paired["top1"], paired["top1_half"]
-    else:
-        gain, half = -paired["nll"], paired["nll_half"]
-    return 0 if abs(gain) <= half else _sign(gain)
+    if not difference.is_measurable:
+        return 0
+    return _sign(difference.value if metric == "top1" else -difference.value)
 
 
-def _compare_alone(row: Row, other: Row, metric: Literal["top1", "nll"]) -> int:
+def _compare_alone(row: Row, other: Row, metric: MetricName) -> int:
     if metric == "top1":
         return _sign(errors(other) - errors(row))
-    if row["nll"] is None or other["nll"] is None:
-        return _sign(int(row["nll"] is not None) - int(other["nll"] is not None))
-    return _sign(other["nll"] - row["nll"])
+    value, other_value = row.get(metric), other.get(metric)
+    if value is None or other_value is None:
+        return _sign(int(value is not None) - int(other_value is not None))
+    return _sign(other_value - value)
 
 
 def _sign(value: float) -> int:

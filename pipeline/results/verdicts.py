@@ -6,23 +6,25 @@ A difference whose paired 95 % interval holds zero is "no measurable difference"
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from ..controls import twin_name
 from .formats import ABSENT, number, percent
 from .rows import (
     AddedClasses,
+    MetricName,
     Metrics,
     Results,
     Row,
     compare_paired,
+    difference_to,
     errors,
     is_of_another_size,
     named_rows,
     share_kept,
 )
 
-NAMES: dict[Literal["top1", "nll"], str] = {"top1": "top-1", "nll": "NLL"}
+NAMES: dict[MetricName, str] = {"top1": "top-1", "nll": "NLL", "cnll": "calibrated NLL"}
+JUDGED: tuple[MetricName, ...] = ("top1", "nll")  # what a verdict is about
 FEW = 2  # controls that a sentence has room for, each with its figures
 LARGER = 1.05  # a control that multiplies more than so many times as much is no rival
 
@@ -46,7 +48,7 @@ def wins(results: Results) -> bool:
             compare_paired(row, "ensemble", ensemble, metric) < 0
             for row in rivals(results).values()
         )
-        for metric in NAMES
+        for metric in JUDGED
     )
 
 
@@ -92,18 +94,18 @@ def _beaten_by(results: Results) -> str:
     return f"{_beats(best, better[best], results)}, as do {'; '.join(others)}"
 
 
-def _better_in(row: Row, ensemble: Row) -> list[Literal["top1", "nll"]]:
+def _better_in(row: Row, ensemble: Row) -> list[MetricName]:
     """The metrics in which a row is measurably better than the ensemble."""
-    return [each for each in NAMES if compare_paired(row, "ensemble", ensemble, each) > 0]
+    return [each for each in JUDGED if compare_paired(row, "ensemble", ensemble, each) > 0]
 
 
-def _beats(name: str, metrics: Sequence[Literal["top1", "nll"]], results: Results) -> str:
+def _beats(name: str, metrics: Sequence[MetricName], results: Results) -> str:
     row, ensemble = results["controls"][name], results["ensemble"]
     figures = {
         "top1": f"top-1 ({errors(row):,} errors against {errors(ensemble):,})",
         "nll": f"NLL ({number(row['nll'])} against {number(ensemble['nll'])})",
     }
-    return f"{name} beats the ensemble in {' and '.join(figures[each] for each in metrics)}"
+    return f"{name} beats the ensemble on test in {' and '.join(figures[each] for each in metrics)}"
 
 
 def _versus_generalist(results: Results) -> str:
@@ -111,18 +113,29 @@ def _versus_generalist(results: Results) -> str:
     n = ensemble["n"]
     before, after = errors(generalist), errors(ensemble)
     if before == after:
-        return f"as many top-1 errors as the generalist ({after:,} of {n:,})"
+        return f"as many top-1 errors as the generalist ({after:,} of {n:,} test examples)"
     if compare_paired(ensemble, "generalist", generalist, "top1") == 0:
         return (
-            "no measurable difference to the generalist in top-1 "
-            f"({after:,} errors against {before:,} of {n:,})"
+            f"no measurable difference to the generalist in top-1 on {n:,} test examples "
+            f"({after:,} errors against {before:,})"
         )
     if before == 0:
-        return f"{after:,} top-1 errors where the generalist makes none"
+        return f"{after:,} top-1 errors on {n:,} test examples where the generalist makes none"
     change = percent(abs(before - after) / before, 1)
     direction = "fewer" if after < before else "more"
-    counts = f"({after:,} against {before:,} of {n:,})"
-    return f"{change} {direction} top-1 errors than the generalist {counts}"
+    counts = f"{after:,} against {before:,} of {n:,} test examples"
+    counts += _interval_of_errors(ensemble, before)
+    return f"{change} {direction} top-1 errors than the generalist ({counts})"
+
+
+def _interval_of_errors(ensemble: Row, before: int) -> str:
+    """The 95 % interval of the share of errors that are gone; empty where it is not known."""
+    difference = difference_to(ensemble, "generalist", "top1")
+    if difference is None:
+        return ""
+    least, most = abs(difference.value) - difference.half, abs(difference.value) + difference.half
+    share = 100 * ensemble["n"] / before
+    return f"; 95 % interval {least * share:.1f} to {most * share:.1f} %"
 
 
 def _versus_controls(results: Results) -> str:
@@ -175,11 +188,11 @@ def student_verdict(results: Results, name: str = "main") -> str | None:
 
 def _gain_kept(name: str, student: Row, results: Results) -> str:
     ensemble, generalist = results["ensemble"], results["generalist"]
-    top1 = percent(student["top1"])
+    top1 = f"{percent(student['top1'])} top-1 on test"
     if is_of_another_size(student, generalist):
-        return f"The student {name}, {_size(student, generalist)}, reaches {top1} top-1"
+        return f"The student {name}, {_size(student, generalist)}, reaches {top1}"
     if compare_paired(ensemble, "generalist", generalist, "top1") <= 0:
-        return f"The student {name} reaches {top1} top-1; there is no gain of the ensemble to keep"
+        return f"The student {name} reaches {top1}; there is no gain of the ensemble to keep"
     against_generalist = compare_paired(student, "generalist", generalist, "top1")
     subject = f"The student {name}, one network,"
     if against_generalist < 0:
@@ -187,15 +200,19 @@ def _gain_kept(name: str, student: Row, results: Results) -> str:
     if against_generalist == 0:
         return (
             f"{subject} keeps none of the ensemble's gain: "
-            "no measurable difference to the generalist in top-1"
+            "no measurable difference to the generalist in top-1 on "
+            f"{student['n']:,} test examples"
         )
     if compare_paired(student, "ensemble", ensemble, "top1") > 0:
-        return f"{subject} keeps all of the ensemble's gain in top-1, and makes fewer errors still"
+        return (
+            f"{subject} keeps all of the ensemble's gain in top-1 on test, and makes fewer errors "
+            "still"
+        )
     share = share_kept(student, results)
     assert share is not None
     if share == 1:
-        return f"{subject} keeps all of the ensemble's gain in top-1"
-    return f"{subject} keeps {percent(share, 0)} of the ensemble's gain in top-1"
+        return f"{subject} keeps all of the ensemble's gain in top-1 on test"
+    return f"{subject} keeps {percent(share, 0)} of the ensemble's gain in top-1 on test"
 
 
 def _size(row: Row, generalist: Row) -> str:
@@ -213,22 +230,37 @@ def _versus_twin(name: str, student: Row, results: Results) -> str:
     """How it stands against the network that learned from labels alone."""
     twin_called = twin_name(name)
     twin = results["controls"].get(twin_called) or results["students"].get(twin_called)
-    if twin is None or twin["nll"] is None or student["nll"] is None:
+    if twin is None:
         return ""
-    if compare_paired(student, twin_called, twin, "nll") == 0:
-        relation = "not measurably different from"
-    else:
-        relation = "below" if student["nll"] < twin["nll"] else "not below"
+    metric: MetricName = "nll"
+    if student.get("cnll") is not None and twin.get("cnll") is not None:
+        metric = "cnll"
+    value, others = student.get(metric), twin.get(metric)
+    if value is None or others is None:
+        return ""
+    relation = _relation_to_twin(student, twin_called, twin, metric)
     return (
-        f"; its NLL, {student['nll']:.3f}, is {relation} the {twin['nll']:.3f} of its twin on hard "
+        f"; its {NAMES[metric]}, {value:.3f}, {relation} the {others:.3f} of its twin on hard "
         f"labels, {_top1_against(student, twin_called, twin)}"
     )
+
+
+def _relation_to_twin(student: Row, twin_called: str, twin: Row, metric: MetricName) -> str:
+    is_paired = "nll" in student.get("versus", {}).get(twin_called, {})
+    if is_paired and difference_to(student, twin_called, metric) is None:
+        # An earlier version kept no calibrated predictions: nothing says whether they differ.
+        return "stands beside"
+    relation = compare_paired(student, twin_called, twin, metric)
+    if relation == 0:
+        return "is not measurably different from"
+    return "is below" if relation > 0 else "is above"
 
 
 def _top1_against(student: Row, twin_called: str, twin: Row) -> str:
     relation = compare_paired(student, twin_called, twin, "top1")
     if relation == 0:
-        return "and there is no measurable difference in top-1"
+        n = student["n"]
+        return f"and there is no measurable difference in top-1 on {n:,} test examples"
     points = 100 * abs(student["top1"] - twin["top1"])
     direction = "above" if relation > 0 else "below"
     return f"and its top-1 is {points:.2f} points {direction} the twin's"

@@ -6,11 +6,11 @@ import re
 
 import pytest
 from advised import LEVERS, lever, made_up
-from rich.console import Console
 
 from launch.advice import show_advice
 from pipeline.config import UserError
 from pipeline.files import DamagedFile
+from pipeline.terminal import Console
 
 
 def shown(ward, advice, width=120) -> str:
@@ -33,13 +33,13 @@ def table_of(text, first="points"):
     return rows
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("scarce", ["", "multiplications", "trunk"])
 def test_no_line_is_wider_than_the_terminal_but_the_command(ward, width, scarce):
     lines = shown(ward, made_up(scarce), width).splitlines()
     assert len(lines) > 20
     assert [line for line in lines if len(line) > width] == [
-        line for line in lines if line.startswith("go on with it") and len(line) > width
+        line for line in lines if line.startswith("next: ") and len(line) > width
     ]
 
 
@@ -97,10 +97,11 @@ def test_each_scarcity_has_its_best_lever_and_its_limit(ward):
     ]
 
 
-def test_who_is_advised_to_stop_gets_no_command(ward):
+def test_who_is_advised_to_stop_is_not_told_to_go_on_with_a_lever(ward):
     text = shown(ward, made_up(levers=[]))
     assert text.startswith("Stop here: no other lever keeps to 1.00 × the generalist's training.")
-    assert "go on" not in text
+    assert "--advised" not in text
+    assert text.rstrip().endswith(f"next: referral run --run {ward.run_path}")
 
 
 def test_markup_of_a_name_is_text(ward):

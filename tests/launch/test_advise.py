@@ -97,7 +97,7 @@ def test_an_advice_does_groups_pilots_and_nothing_else_and_prints_what_it_found(
     assert sorted(ends(ward)) == sorted(["generalist", *GROUPS, *PILOTS, "advice"])
     assert "more examples would help most" in out  # of the diagnosis
     assert ADVICE["sentence"] in out
-    assert out.splitlines()[-1] == "go on with it: referral run --advised --run run"
+    assert out.splitlines()[-1] == "next: referral run --advised --run run"
     before = ward.calls()
     code, again, _ = referral("advise", "run")
     assert code == 0 and out.endswith(again) and again.startswith(ADVICE["sentence"])

@@ -303,9 +303,10 @@ def test_ctrl_c_lets_children_write_a_checkpoint_and_ends_with_130(ward, long_ru
 
 def test_cancel_lets_the_launcher_stop_and_retry_resumes(ward, long_run, referral):
     launcher, run = long_run()
-    assert referral("cancel", run.root)[:2] == (0, f"{run.root}: stopped\n")
+    then = f"To go on with it:\nnext: referral retry {run.root}\n"
+    assert referral("cancel", run.root)[:2] == (0, f"{run.root}: stopped\n{then}")
     assert launcher.wait(timeout=15) == 130 and len(ward.calls("checkpoint")) == 2
-    assert referral("cancel", run.root)[:2] == (0, f"{run.root}: nothing is running\n")
+    assert referral("cancel", run.root)[:2] == (0, f"{run.root}: nothing is running\n{then}")
     ward.behave()
     code, out, err = referral("retry", run.root)
     assert code == 0 and "fewer top-1 errors" in out, err

@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 
 import pytest
 from altered import altered
@@ -101,7 +102,8 @@ def test_verdict_of_an_ensemble_that_wins():
     )
     assert verdict(found) == (
         "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
-        "(351 against 368 of 1,000), fewer than every control, with the lowest NLL of them all."
+        "(351 against 368 of 1,000 test examples), fewer than every control, with the lowest NLL "
+        "of them all."
     )
     assert wins(found)
 
@@ -111,9 +113,9 @@ def test_verdict_names_first_a_control_that_has_fewer_errors():
         row(368, 1.23), row(351, 1.17), control_wall=row(373, 1.24), control_compute=row(340, 1.2)
     )
     assert verdict(found) == (
-        "control_compute beats the ensemble in top-1 (340 errors against 351). "
+        "control_compute beats the ensemble on test in top-1 (340 errors against 351). "
         "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
-        "(351 against 368 of 1,000)."
+        "(351 against 368 of 1,000 test examples)."
     )
     assert not wins(found)
 
@@ -124,7 +126,8 @@ def test_verdict_names_every_control_that_has_a_lower_nll():
     )
     line = verdict(found)
     assert line.startswith(
-        "control_wall beats the ensemble in NLL (1.1600 against 1.1700); control_compute beats"
+        "control_wall beats the ensemble on test in NLL (1.1600 against 1.1700); control_compute "
+        "beats"
     )
     assert "top-1 (340 errors against 351) and NLL (1.1000 against 1.1700)" in line
 
@@ -145,9 +148,9 @@ def test_verdict_is_one_line(hand_worked):
     found = collect(hand_worked)
     assert "\n" not in verdict(found)
     assert verdict(found) == (
-        "The ensemble makes no measurable difference to the generalist in top-1 (3 errors against 5"
-        " of 10); to control_wall, control_compute and student_hard there is no measurable "
-        "difference in top-1."
+        "The ensemble makes no measurable difference to the generalist in top-1 on 10 test "
+        "examples (3 errors against 5); to control_wall, control_compute and student_hard there "
+        "is no measurable difference in top-1."
     )
 
 
@@ -165,7 +168,7 @@ def test_share_of_the_gain_that_a_student_keeps(hand_worked):
     assert share_of_gain(found["students"]["main"], found) == 0.5
     assert share_of_gain(found["students"]["wide"], found) == 1
     assert student_verdict(found).startswith(
-        "The student main reaches 60.00 % top-1; there is no gain of the ensemble to keep"
+        "The student main reaches 60.00 % top-1 on test; there is no gain of the ensemble to keep"
     )
     assert student_verdict(measured_alone(found)).startswith(
         "The student main, one network, keeps 50 % of the ensemble's gain in top-1"
@@ -222,7 +225,7 @@ def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(de
 
 def test_a_deep_ensemble_needs_no_control_to_tell_where_its_gain_comes_from(deep):
     found = {**measured_alone(collect(deep)), "controls": {}}
-    assert verdict(found).endswith("than the generalist (3 against 5 of 10).")
+    assert verdict(found).endswith("than the generalist (3 against 5 of 10 test examples).")
 
 
 # Paired intervals
@@ -246,7 +249,9 @@ def test_a_control_beats_the_ensemble_only_measurably():
     assert "beats" not in line and not wins(ahead)
     assert line.endswith("; to wider there is no measurable difference in top-1.")
     beaten = decided(wider=with_versus(row(250, 0.9), top1=0.05, nll=-0.1))
-    assert verdict(beaten).startswith("wider beats the ensemble in top-1 (250 errors against 300)")
+    assert verdict(beaten).startswith(
+        "wider beats the ensemble on test in top-1 (250 errors against 300)"
+    )
 
 
 def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
@@ -258,8 +263,9 @@ def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
         student_hard=with_versus(row(305, 0.95), -0.005, -0.05),
     )
     assert verdict(found).startswith(
-        "wider beats the ensemble in top-1 (200 errors against 300) and NLL (0.8000 against "
-        "1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. The ensem"
+        "wider beats the ensemble on test in top-1 (200 errors against 300) and NLL (0.8000 "
+        "against 1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. "
+        "The ensem"
     )
 
 
@@ -301,7 +307,7 @@ def test_a_student_never_keeps_more_than_the_gain():
     found = decided()
     assert share_of_gain(better, found) > 2 and share_kept(better, found) == 1
     line = student_line(better)
-    assert "keeps all of the ensemble's gain in top-1, and makes fewer errors still" in line
+    assert "keeps all of the ensemble's gain in top-1 on test, and makes fewer errors still" in line
     assert "%" not in line
 
 
@@ -313,7 +319,7 @@ def test_a_student_of_another_size_keeps_no_share():
     found["students"] = {"main": wide}
     assert student_verdict(found) == (
         "The student main, a network of 2.4 times the generalist's parameters, reaches 75.00 % "
-        "top-1."
+        "top-1 on test."
     )
 
 
@@ -322,14 +328,48 @@ def test_a_student_is_held_against_its_own_twin():
     twin = row(336, 1.15)
     unclear = with_versus(student, 0.002, -0.05, name="student_hard")
     assert student_line(unclear, student_hard=twin).endswith(
-        "keeps 50 % of the ensemble's gain in top-1; its NLL, 1.100, is below the 1.150 of its "
-        "twin on hard labels, and there is no measurable difference in top-1."
+        "keeps 50 % of the ensemble's gain in top-1 on test; its NLL, 1.100, is below the 1.150 of "
+        "its twin on hard labels, and there is no measurable difference in top-1 on 1,000 test "
+        "examples."
     )
     better = with_versus(student, 0.02, -0.005, name="student_hard")
     assert student_line(better, student_hard=row(354, 1.105)).endswith(
         "its NLL, 1.100, is not measurably different from the 1.105 of its twin on hard labels, "
         "and its top-1 is 2.00 points above the twin's."
     )
+
+
+def test_a_student_and_its_twin_are_compared_after_calibration_where_that_is_known():
+    """As predicted the student leads by .1; calibrated nothing tells the two apart."""
+    student = with_versus(row(334, 1.1), 0.034, -0.1, name="generalist") | {"cnll": 1.05}
+    twin = row(336, 1.2) | {"cnll": 1.06}
+    older = with_versus(student, 0.002, -0.1, name="student_hard")
+    assert "its calibrated NLL, 1.050, stands beside the 1.060" in student_line(
+        older, student_hard=twin
+    )
+    newer = copy.deepcopy(older)
+    newer["versus"]["student_hard"] |= {"cnll": -0.01, "cnll_half": 0.02}
+    line = student_line(newer, student_hard=twin)
+    assert "its calibrated NLL, 1.050, is not measurably different from the 1.060" in line
+    newer["versus"]["student_hard"] |= {"cnll_half": 0.005}
+    assert "its calibrated NLL, 1.050, is below the 1.060" in student_line(newer, student_hard=twin)
+
+
+def test_the_verdict_has_the_interval_of_the_errors_that_are_gone():
+    """6.8 points of 1,000 examples, of 368 errors: 18.5 %; a point on either side is 2.7 %."""
+    line = verdict(decided())
+    assert "18.5 % fewer top-1 errors than the generalist" in line
+    assert "(300 against 368 of 1,000 test examples; 95 % interval 15.8 to 21.2 %)" in line
+
+
+def test_calibrated_differences_are_paired_where_predictions_were_kept(deep):
+    found = collect(deep)
+    versus = found["students"]["main"]["versus"]["generalist"]
+    # One of ten examples differs: main is right there, and both are as sure as calibrated.
+    before, after = 0.9**0.8, 0.02**0.8
+    lead = math.log(before / after) / 10
+    assert versus["cnll"] == pytest.approx(-lead, abs=1e-5)
+    assert versus["cnll_half"] == pytest.approx(1.96 * 10 * lead * (0.09 / 10) ** 0.5, abs=1e-4)
 
 
 def test_a_twin_may_be_a_student_of_the_users_own():
@@ -345,7 +385,8 @@ def test_a_twin_may_be_a_student_of_the_users_own():
 def test_a_student_without_a_measurable_gain_keeps_none():
     same = with_versus(row(364, 1.19), 0.004, -0.01, name="generalist")
     assert student_line(same).endswith(
-        "keeps none of the ensemble's gain: no measurable difference to the generalist in top-1."
+        "keeps none of the ensemble's gain: no measurable difference to the generalist in top-1 "
+        "on 1,000 test examples."
     )
 
 

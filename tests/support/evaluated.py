@@ -91,9 +91,10 @@ def evaluation(name, probabilities, labels, cost, temperature=None, further=None
     if temperature is not None:
         scaled = probabilities ** (1 / temperature)
         scaled /= scaled.sum(axis=1, keepdims=True)
-        _, content["reliability_calibrated"], calibrated = measured(scaled, labels)
+        scaled_kept, content["reliability_calibrated"], calibrated = measured(scaled, labels)
         row |= {f"c{key}": calibrated[key] for key in ("nll", "brier", "ece")}
         row["temperature"] = temperature
+        kept["calibrated_label_probability"] = scaled_kept["label_probability"]
     content["row"] = row | (further or {}) | {"cost": cost}
     return content, kept
 

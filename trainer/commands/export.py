@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import io
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -77,6 +78,7 @@ def main(argv: list[str]) -> int:
         f"{args.to} is ready: {size:.2f} MiB, "
         f"all within {TOLERANCE:g} of the run on {ROWS} random inputs"
     )
+    print(f"next: {shlex.join(['referral', 'predict', str(args.to)])} FILES")
     return 0
 
 

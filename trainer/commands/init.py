@@ -31,7 +31,7 @@ from ..proposal.settings import Hardware, Setting, propose
 from ..stages.networks import fresh_network
 from .check import check, look_only
 from .needs import free_memory, gib
-from .shards import main as make_shards
+from .shards import make as make_shards
 
 
 def main(argv: list[str]) -> int:

@@ -9,6 +9,7 @@ import argparse
 import io
 import itertools
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,7 +30,7 @@ from pipeline.config import UserError
 from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
 from pipeline.redaction import shown
-from pipeline.terminal import Console
+from pipeline.terminal import wide_console
 from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
@@ -119,6 +120,9 @@ def main(argv: list[str]) -> int:
             table.add(example, prediction)
         if table.table.row_count:
             table.print()
+            place = shlex.quote(str(args.directory))
+            command = f"referral evaluate {place} LABELLED-DATA"
+            wide_console().say_next(command, "How good it is, where labels are known")
     return 1 if unreadable.count else 0
 
 
@@ -550,9 +554,3 @@ class PredictionTable:
 
     def print(self) -> None:
         wide_console().print(self.table)
-
-
-def wide_console() -> Console:
-    """As wide as the terminal; wide enough for any table where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)

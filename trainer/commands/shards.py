@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something is corrupt, 2 the user's mistake.
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -454,17 +455,29 @@ def _read_class_names(path: Path | None, report: Report) -> list[str] | None:
     return names
 
 
+MADE: list[Path] = []  # what commands of this process have made, the last one last
+
+
 def _print_summary(out: Path, report: Report, data: Data | None = None) -> None:
     from ..data.authoring.reporting import print_summary
 
     print_summary(out, report, data)
+    MADE.append(out)
 
 
 def main(argv: list[str]) -> int:
-    """Run one command; returns its exit code.
+    """Run one command, and say what comes next of the shards that it made.
 
-    Raises UserError for the user's mistakes, unknown options too.
+    Returns its exit code.  Raises UserError for the user's mistakes, unknown options too.
     """
+    code = make(argv)
+    if code == 0 and MADE and argv[:1] != ["glyphs"]:  # the demo's, which is on its way
+        print(f"next: {shlex.join(['referral', 'init', str(MADE[-1])])}")
+    return code
+
+
+def make(argv: list[str]) -> int:
+    """The same, without a word about what comes next."""
     app = application(HELP, EXAMPLES["folder"])
     add_commands(app)
     return call(app, "referral shards", argv)

@@ -19,7 +19,7 @@ from ..engines import Engine
 from .checkpoints import Saver, State, load_checkpoint, whole_step
 from .objectives import Objective
 from .optim import AveragedWeights, learning_rate
-from .progress import MetricsLogger, Progress, peak_memory
+from .progress import MetricsLogger, Progress, cpu_seconds, peak_memory
 from .tracking import Tracker
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class TrainingSummary:
     """What a training run cost, earlier attempts included, and how it ended."""
 
     seconds: float
+    cpu_seconds: float | None  # of all ranks; None on GPUs
     examples_seen: int
     peak_memory_bytes: int
     steps: int
@@ -243,6 +244,7 @@ class Trainer:
         progress = self.progress
         return TrainingSummary(
             seconds=round(progress.seconds, 3),
+            cpu_seconds=cpu_seconds(progress, self.ranks),
             examples_seen=progress.step * self.task.stream.batch_size,
             peak_memory_bytes=peak_memory(self.ranks),
             steps=progress.step,

@@ -33,6 +33,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0  # of this rank's process; from a checkpoint, of rank 0's until then
     first_loss: float | None = None  # mean over the first logged steps
     best_loss: float = math.inf
     best_step: int = 0
@@ -81,6 +82,7 @@ class MetricsLogger:
         self.trackers = trackers
         self.name = name
         self.started = time.monotonic() - progress.seconds
+        self.cpu_started = time.process_time() - progress.cpu_seconds
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
         self._start_interval(time.monotonic())
         if ranks.is_main:
@@ -118,7 +120,7 @@ class MetricsLogger:
         now = time.monotonic()
         total = float(sum_over_ranks(self.loss_sum, self.ranks))
         loss = total / self.ranks.world_size / (progress.step - self.interval_step)
-        progress.seconds = now - self.started
+        self.update_seconds()
         if progress.first_loss is None:
             progress.first_loss = loss
         if not loss < DIVERGED * max(1.0, progress.first_loss):  # nan is not smaller either
@@ -153,8 +155,9 @@ class MetricsLogger:
         self._track(row)
 
     def update_seconds(self) -> None:
-        """Bring progress.seconds up to now."""
+        """Bring progress.seconds and progress.cpu_seconds up to now."""
         self.progress.seconds = time.monotonic() - self.started
+        self.progress.cpu_seconds = time.process_time() - self.cpu_started
 
     def _track(self, row: Row) -> None:
         for track in self.trackers:
@@ -186,6 +189,14 @@ def in_words(row: Row) -> str:
 
 def _rounded(value: float) -> float:
     return round(value, 8) if isinstance(value, float) else value
+
+
+def cpu_seconds(progress: Progress, ranks: Ranks) -> float | None:
+    """Of all ranks' processes; None on GPUs, where they say little.  Collective."""
+    if ranks.device.type != "cpu":
+        return None
+    own = torch.tensor(progress.cpu_seconds, dtype=torch.float64)
+    return round(float(sum_over_ranks(own, ranks)), 3)
 
 
 def peak_memory(ranks: Ranks) -> int:

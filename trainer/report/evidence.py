@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from .predictions import Predictions
 if TYPE_CHECKING:
     from ..data.shards import ShardSet
 
+AT_ONCE_S = 1.0  # by which two trainings overlap before they count as side by side
 LONGEST_NAME = 80  # characters of a class name
 
 
@@ -107,6 +109,20 @@ class Evidence:
         predictions = {name: self.predictions(name) for name in names}
         return {name: p.correct for name, p in predictions.items() if p is not None}
 
+    @cached_property
+    def is_contended(self) -> bool:
+        """Whether some trainings ran side by side, so that their seconds may not be compared.
+
+        An attempt's DONE has when it ended and how long it took.
+        """
+        spans = []
+        for stage in self.run.stages:
+            done = stage.done() if stage.kind.trains else None
+            if done is not None and "seconds" in done and "finished" in done:
+                spans.append((done["finished"] - done["seconds"], done["finished"]))
+        spans.sort()
+        return any(start < end - AT_ONCE_S for (_, end), (start, _) in itertools.pairwise(spans))
+
     # Classes
 
     @cached_property
@@ -168,6 +184,15 @@ class Evidence:
         """The classes of each group; none of an ensemble of generalists."""
         groups = self._groups_file.get("members", [])
         return [np.asarray(classes, dtype=np.int64) for classes in groups]
+
+    @cached_property
+    def groups_of_class(self) -> list[set[int]]:
+        """The groups that hold each class."""
+        groups: list[set[int]] = [set() for _ in range(self.num_classes)]
+        for index, classes in enumerate(self.groups):
+            for c in classes.tolist():
+                groups[c].add(index)
+        return groups
 
     @cached_property
     def clusters(self) -> dict:

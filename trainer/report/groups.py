@@ -34,10 +34,14 @@ class CapturedConfusion:
 
 @dataclass(frozen=True)
 class Tile:
-    """A class, and the test row of its picture."""
+    """A class, and the test row of its picture.
+
+    short: its name without the words that all classes of its family share.
+    """
 
     c: int
     row: int | None
+    short: str
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,11 @@ def _errors_inside(evidence: Evidence) -> list[int]:
 def _group_card(evidence: Evidence, index: int, errors: int) -> GroupCard:
     classes = evidence.groups[index]
     families = _shown_families(classes, evidence.confusion_weights)
-    typical = evidence.typical_examples
     return GroupCard(
         index=index,
         size=len(classes),
         errors=errors,
-        families=[[Tile(c, typical.get(c)) for c in family] for family in families],
+        families=[_tiles(evidence, family) for family in families],
         rest=len(classes) - sum(map(len, families)),
         forecast=evidence.forecast(index),
         conditional=evidence.conditional(index),
@@ -129,6 +132,12 @@ def _group_card(evidence: Evidence, index: int, errors: int) -> GroupCard:
         missing=index in evidence.missing,
         skipped=index in evidence.skipped,
     )
+
+
+def _tiles(evidence: Evidence, family: list[int]) -> list[Tile]:
+    typical = evidence.typical_examples
+    short = tables.distinctive([evidence.names[c] for c in family])
+    return [Tile(c, typical.get(c), name) for c, name in zip(family, short, strict=True)]
 
 
 def _shown_families(classes: np.ndarray, weights: dict[tables.Pair, float]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipeline.results import (
     Cost,
+    MetricName,
     Results,
     Row,
     compare_paired,
@@ -25,6 +26,7 @@ from .formatting import Cell, Plot, best_of, cell, colours_of, signed
 from .svg import short, whole_percent
 
 MOST_STUDENTS = 3
+NOT_MEASURABLE = "no measurable difference"
 
 # Key of a row -> how it is shown, and which value of a column is the best.
 COLUMNS: dict[str, tuple[Callable[[float | None], str], Callable[..., float]]] = {
@@ -39,25 +41,41 @@ COLUMNS: dict[str, tuple[Callable[[float | None], str], Callable[..., float]]] =
 
 @dataclass(frozen=True)
 class Tile:
+    """quiet: whether the note says that nothing was measured, and so has no colour."""
+
     what: str
     value: str
     note: str = ""
     before: str = ""
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """versus: the paired difference to the generalist's top-1 and half its 95 % interval."""
+    """versus: the paired difference to the generalist's top-1 and half its 95 % interval.
+
+    times: its multiplications over the generalist's.  latency: ms an example, in the smallest batch
+    that was measured.
+    """
 
     name: str
     colour: str
     cells: list[Cell]
     errors: int
     versus: tuple[float, float] | None
+    parameters: int | None
+    multiplications: int | None
+    times: float | None
+    latency: float | None
 
     @property
     def is_measurable(self) -> bool:
         return self.versus is not None and abs(self.versus[0]) > self.versus[1]
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both are right and wrong on the very same examples."""
+        return self.versus == (0, 0)
 
 
 @dataclass(frozen=True)
@@ -100,17 +118,29 @@ def headline_tiles(results: Results) -> list[Tile]:
 
 def _errors_tile(results: Results) -> Tile:
     before, after = errors(results["generalist"]), errors(results["ensemble"])
-    change = f"{signed(100 * (after - before) / before, 1)} %" if before else ""
-    what = "top-1 errors, generalist to ensemble"
-    return Tile(what, f"{after:,}", change, before=f"{before:,}")
+    what = f"top-1 errors on {results['ensemble']['n']:,} test examples, generalist to ensemble"
+    value, was = f"{after:,}", f"{before:,}"
+    if not _differ(results, "top1"):
+        return Tile(what, value, NOT_MEASURABLE, before=was, quiet=True)
+    if before < tables.FEWEST:
+        return Tile(what, value, before=was)
+    return Tile(what, value, f"{signed(100 * (after - before) / before, 1)} %", before=was)
+
+
+def _differ(results: Results, metric: MetricName) -> bool:
+    """Whether ensemble and generalist differ measurably."""
+    ensemble, generalist = results["ensemble"], results["generalist"]
+    return compare_paired(ensemble, "generalist", generalist, metric) != 0
 
 
 def _nll_tile(results: Results) -> Tile | None:
     before, after = results["generalist"]["nll"], results["ensemble"]["nll"]
     if before is None or after is None:
         return None
-    what = "NLL, generalist to ensemble"
-    return Tile(what, f"{after:.3f}", signed(after - before, 3), before=f"{before:.3f}")
+    what, value, was = "NLL on test, generalist to ensemble", f"{after:.3f}", f"{before:.3f}"
+    if not _differ(results, "nll"):
+        return Tile(what, value, NOT_MEASURABLE, before=was, quiet=True)
+    return Tile(what, value, signed(after - before, 3), before=was)
 
 
 def _student_tile(results: Results) -> Tile | None:
@@ -118,12 +148,17 @@ def _student_tile(results: Results) -> Tile | None:
     generalist, ensemble = results["generalist"], results["ensemble"]
     if student is None:
         return None
-    note = f"{percent(student['top1'])} top-1"
+    note = f"{percent(student['top1'])} top-1 on test"
     if is_of_another_size(student, generalist):
         return Tile(
-            "errors of the student, a network of another size", f"{errors(student):,}", note
+            "test errors of the student, a network of another size",
+            f"{errors(student):,}",
+            note,
         )
-    what = "of the gain kept by one network, the student"
+    gained = errors(generalist) - errors(ensemble)
+    if gained < tables.FEWEST:
+        return Tile("test errors of one network, the student", f"{errors(student):,}", note)
+    what = "of the gain in top-1 on test kept by one network, the student"
     gains = compare_paired(ensemble, "generalist", generalist, "top1") > 0
     keeps = compare_paired(student, "generalist", generalist, "top1")
     fraction = share_kept(student, results)
@@ -148,7 +183,12 @@ def _groups_tile(results: Results) -> Tile | None:
     if not clusters or clusters["captured_confusion"] is None:
         return None
     captured, chance = clusters["captured_confusion"], clusters["chance"]
-    what = "of the generalist's test errors lie inside a group"
+    what, total = (
+        "of the generalist's test errors lie inside a group",
+        errors(results["generalist"]),
+    )
+    if total < tables.FEWEST:
+        return Tile(what, f"{round(captured * total)} of {total}")
     note = f"{captured / chance:.1f} × chance" if chance else ""
     return Tile(what, percent(captured, 0), note)
 
@@ -159,7 +199,8 @@ def _groups_tile(results: Results) -> Tile | None:
 def metric_rows(evidence: Evidence) -> list[MetricRow]:
     """The table of metrics, with the best of each column marked."""
     rows = evidence.rows
-    colours = colours_of(rows)
+    colours, alone = colours_of(rows), rows["generalist"].get("multiplications")
+    smallest = measured_batches(rows)[:1]
     best = {key: best_of(rows, key, better) for key, (_, better) in COLUMNS.items()}
     return [
         MetricRow(
@@ -168,6 +209,10 @@ def metric_rows(evidence: Evidence) -> list[MetricRow]:
             cells=[cell(row, key, best[key], text) for key, (text, _) in COLUMNS.items()],
             errors=errors(row),
             versus=_versus_generalist(evidence, name.removeprefix("student ")),
+            parameters=row.get("parameters"),
+            multiplications=row.get("multiplications"),
+            times=_times(row, alone),
+            latency=_latency(row, smallest[0]) if smallest else None,
         )
         for name, row in rows.items()
     ]
@@ -185,13 +230,23 @@ def cost_rows(evidence: Evidence) -> list[CostRow]:
             top1=row["top1"],
             parameters=row.get("parameters"),
             multiplications=row.get("multiplications"),
-            times=row["multiplications"] / alone if alone and "multiplications" in row else None,
+            times=_times(row, alone),
             asked=row.get("asked"),
-            latencies=[(row["cost"].get("latency_ms") or {}).get(batch) for batch in batches],
+            latencies=[_latency(row, batch) for batch in batches],
             cost=row["cost"],
         )
         for name, row in rows.items()
     ]
+
+
+def _times(row: Row, alone: int | None) -> float | None:
+    """Its multiplications over the generalist's."""
+    own = row.get("multiplications")
+    return own / alone if own and alone else None
+
+
+def _latency(row: Row, batch: str) -> float | None:
+    return (row["cost"].get("latency_ms") or {}).get(batch)
 
 
 def measured_batches(rows: dict[str, Row]) -> list[str]:
@@ -231,10 +286,21 @@ def cost_plots(evidence: Evidence) -> list[Plot]:
     rows = evidence.rows
     plotted = [
         _cost_plot(rows, lambda row: row["cost"]["examples_seen"], "training examples seen"),
-        _cost_plot(rows, lambda row: row["cost"]["seconds"], "seconds of training"),
+        _time_plot(evidence),
         _cost_plot(rows, lambda row: row.get("multiplications"), "multiplications an example"),
     ]
-    return [plot for plot in plotted if plot.svg]
+    return [plot for plot in plotted if plot is not None and plot.svg]
+
+
+def _time_plot(evidence: Evidence) -> Plot | None:
+    """Against CPU seconds, or, where jobs did not disturb each other, against seconds."""
+    rows = evidence.rows
+    if all(row["cost"].get("cpu_seconds") for row in rows.values()):
+        label = "CPU seconds of training"
+        return _cost_plot(rows, lambda row: row["cost"].get("cpu_seconds"), label)
+    if evidence.is_contended:
+        return None
+    return _cost_plot(rows, lambda row: row["cost"]["seconds"], "seconds of training")
 
 
 def _cost_plot(rows: dict[str, Row], cost_of: Callable[[Row], float | None], label: str) -> Plot:

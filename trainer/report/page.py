@@ -1,8 +1,9 @@
 """report.html: one self-contained file, for a reader who has nothing but this file.
 
-No script, no request: plots are inline SVG, pictures data: URIs, and a Content-Security-Policy
-forbids the rest. Class names are anybody's text: the template escapes everything that is not
-Markup, and only svg.py and plots.py make Markup.
+No request: plots are inline SVG, pictures data: URIs. The one script sorts tables, and the
+Content-Security-Policy names it by its hash and forbids the rest. Class names are anybody's text:
+the template escapes everything that is not Markup, and only svg.py, plots.py and the script's file
+are Markup.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from pipeline.store import write_json, write_text
 
 from .advice import AdviceSection, advice_section
 from .calibration import calibration_rows, reliability_panels
+from .classes import CLASSES_FILE, CONFUSED_FILE, class_files, class_section
 from .conditions import about_the_run, run_conditions, stage_times
 from .curves import learning_curves
 from .diversity import diversity_table, size_plot, size_rows
 from .evidence import Evidence
 from .examples import changed_examples, picture_rows
 from .explanations import explanations, missing_rows
+from .fitted import fitted
 from .formatting import printable
 from .frequency import frequency
 from .groups import captured_confusion, group_cards
@@ -40,11 +43,15 @@ from .overview import (
     students_in_the_head,
 )
 from .pictures import phrases, pictures, why_no_pictures
+from .sections import shown
 from .specialists import forecast_plot, specialist_rows
-from .templates import template
+from .students import student_section
+from .templates import script, template
 
 if TYPE_CHECKING:
     from ..data.shards import ShardSet
+
+FILES = ("results.json", "report.html", CLASSES_FILE, CONFUSED_FILE)
 
 
 def write_report(
@@ -53,14 +60,14 @@ def write_report(
     images: ShardSet | None = None,
     class_counts: Sequence[int] | np.ndarray | None = None,
 ) -> metrics.Results:
-    """Write results.json and report.html into a directory.
+    """Write results.json, report.html and the files of FILES that the page links to.
 
     Parameters
     ----------
     run : RunDirectory
         A run whose stage `evaluate` is done.
     directory : Path
-        Where the two files are written.
+        Where the files are written.
     images : ShardSet, optional
         The test split, for its pictures. Without it the page has none.
     class_counts : sequence of int, optional
@@ -80,7 +87,10 @@ def write_report(
     results = metrics.collect(run)
     directory = Path(directory)
     write_json(directory / "results.json", results)
-    write_text(directory / "report.html", render(run, results, images, class_counts))
+    evidence = Evidence(run, results, images, class_counts)
+    for name, text in class_files(evidence).items():
+        write_text(directory / name, text)
+    write_text(directory / "report.html", _render(evidence))
     return results
 
 
@@ -91,11 +101,15 @@ def render(
     class_counts: Sequence[int] | np.ndarray | None = None,
 ) -> str:
     """The page as text; the parameters are those of `write_report`."""
-    evidence = Evidence(run, results, images, class_counts)
-    sections = _head(evidence) | _sections(evidence) | _groups_and_examples(evidence)
+    return _render(Evidence(run, results, images, class_counts))
+
+
+def _render(evidence: Evidence) -> str:
+    context = _head(evidence) | _sections(evidence) | _groups_and_examples(evidence)
     if evidence.has_specialists:
-        sections |= _sections_of_specialists(evidence)
-    return printable(template("template.html.j2").render(sections))
+        context |= _sections_of_specialists(evidence)
+    context["shown"] = shown(context)
+    return printable(template("template.html.j2").render(context))
 
 
 def _head(evidence: Evidence) -> dict[str, object]:
@@ -130,10 +144,16 @@ def _sections(evidence: Evidence) -> dict[str, object]:
     return {
         "results": results,
         "deep": not evidence.has_specialists,
+        "script": script(),
         "names": evidence.names,
         "rows": metric_rows(evidence),
         "rows_explained": explanations(evidence),
+        "students": student_section(evidence),
+        "classes": class_section(evidence),
+        "fitted": fitted(evidence),
         "cost_rows": cost_rows(evidence),
+        "cpu_time": any(row["cost"].get("cpu_seconds") for row in evidence.rows.values()),
+        "contended": evidence.is_contended,
         "batches": measured_batches(evidence.rows),
         "softmax_note": softmax_note(evidence),
         "cost_plots": cost_plots(evidence),

@@ -305,8 +305,10 @@ def reliability(bins: Sequence[dict], colour: str, title: str) -> Markup:
     return svg.drawing(parts, title, 195, 226)
 
 
-def dumbbell(before: float, after: float, low: float, high: float) -> Markup:
-    """One row: from before to after on the axis [low, high]."""
+def dumbbell(
+    before: float, after: float, low: float, high: float, is_measurable: bool = True
+) -> Markup:
+    """One row: from before to after on the axis [low, high]; gray where that may be chance."""
     width, height, pad = 150, 18, 6
     middle = height / 2
 
@@ -316,6 +318,8 @@ def dumbbell(before: float, after: float, low: float, high: float) -> Markup:
 
     start, end = locate(before), locate(after)
     colour = "good" if after >= before else "bad"
+    if not is_measurable:
+        colour = "chance"
     rail = Markup('<path class="rail" d="M{} {} L{} {}"/>')
     bridge = Markup('<path class="bridge k-{}" d="M{:.1f} {} L{:.1f} {}"/>')
     hollow = Markup('<circle class="dot hollow k-generalist" cx="{:.1f}" cy="{}" r="3.6"/>')

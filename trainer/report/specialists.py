@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from . import plots
+from pipeline.results import Difference
+
+from . import plots, tables
 from .evidence import Changes, Conditional, Evidence
 from .formatting import points
 
@@ -16,17 +19,19 @@ MOST_SPECIALISTS = 100
 
 @dataclass(frozen=True)
 class SpecialistRow:
-    """before, after: conditional accuracy of the generalist and of the specialist.
+    """before, after: conditional accuracy of the generalist and of the specialist on n examples.
 
-    forecast: the ceiling, the fraction of the examples of `Evidence.judged_on` that a perfect one
-    would fix. routed: test examples.
+    gained: what it fixed less what it broke, a fraction of all test examples, with half its 95 %
+    interval. forecast: the ceiling, the fraction of the examples of `Evidence.judged_on` that a
+    perfect one would fix. routed: test examples.
     """
 
     index: int
     before: float
     after: float
-    difference: float
+    n: int
     svg: str
+    gained: Difference | None
     changes: Changes | None
     forecast: float | None
     classes: int
@@ -57,7 +62,7 @@ def specialist_rows(evidence: Evidence) -> SpecialistRows:
     low = min(min(one) for one in measured.values())
     high = max(max(one) for one in measured.values())
     rows = [_specialist_row(evidence, index, one, low, high) for index, one in measured.items()]
-    rows.sort(key=lambda row: (-row.difference, row.index))
+    rows.sort(key=lambda row: (-_net(row), row.before - row.after, row.index))
     examples = np.array([evidence.specialists[index]["n"] for index in measured], dtype=float)
     return SpecialistRows(
         rows=rows[:MOST_SPECIALISTS],
@@ -75,18 +80,45 @@ def _specialist_row(
 ) -> SpecialistRow:
     before, after = conditional
     row = evidence.specialists[index]
+    changes = evidence.changes(index)
+    differs = unpaired_half(before, after, row["n"]) < abs(after - before)
     return SpecialistRow(
         index=index,
         before=before,
         after=after,
-        difference=after - before,
-        svg=plots.dumbbell(before, after, low, high),
-        changes=evidence.changes(index),
+        n=row["n"],
+        svg=plots.dumbbell(before, after, low, high, is_measurable=differs),
+        gained=_gained(changes, len(evidence.labels)),
+        changes=changes,
         forecast=evidence.forecast(index),
         classes=row["classes"],
         routed=row["routed"],
         cost=row.get("cost") or {},
     )
+
+
+def _net(row: SpecialistRow) -> float:
+    return row.gained.value if row.gained is not None else 0.0
+
+
+def _gained(changes: Changes | None, n: int) -> Difference | None:
+    """Of n test examples: those that became right less those that became wrong."""
+    if changes is None:
+        return None
+    net = (changes.fixed - changes.broken) / n
+    variance = (changes.fixed + changes.broken) / n - net**2
+    return Difference(net, 1.96 * math.sqrt(max(variance, 0.0) / n))
+
+
+def unpaired_half(before: float, after: float, n: int) -> float:
+    """Half the 95 % interval of a difference of accuracies, each of n examples; infinite of few.
+
+    Which examples changed is not known here. Accuracies on the same examples vary together, so
+    that this is rather too wide.
+    """
+    if n < tables.FEWEST:
+        return math.inf
+    return 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / n)
 
 
 def _weighted_mean(values: list[float], weights: np.ndarray) -> float | None:

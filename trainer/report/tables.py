@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Pair = tuple[int, int]
+FEWEST = 20  # examples: what fewer say is no percentage, and no colour
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class CoverageRow:
     """Test examples whose true class is covered by `specialists` specialists, or by more.
 
     before, after: how many are right without and with specialists. delta: after - before;
-    relative: delta / before, None where nothing was right before.
+    relative: delta / before, None where nothing was right before. measurable: whether there are
+    FEWEST examples and the paired interval of the change holds no zero.
     """
 
     specialists: int
@@ -30,6 +32,7 @@ class CoverageRow:
     after: int
     delta: int
     relative: float | None
+    measurable: bool = False
 
 
 def coverage_table(
@@ -57,6 +60,7 @@ def coverage_table(
                 after=now,
                 delta=now - was,
                 relative=(now - was) / was if was else None,
+                measurable=is_measurable(before[here], after[here]),
             )
         )
     return rows
@@ -128,6 +132,64 @@ def paired_difference(before: np.ndarray, after: np.ndarray) -> tuple[float, flo
     lost = int((before & ~after).sum())
     difference = (gained - lost) / n
     return difference, 1.96 * np.sqrt(max((gained + lost) / n - difference**2, 0) / n)
+
+
+def is_measurable(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether two accuracies differ on the same examples, of which there are FEWEST."""
+    if len(before) < FEWEST:
+        return False
+    difference, half = paired_difference(before, after)
+    return abs(difference) > half
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Each class with test examples, k of them: int64 [k].
+
+    right: name of a row -> how many examples it gets right. mistaken_for: the class that the
+    examples are taken for most often, `times` times; where `times` is 0 it means nothing.
+    """
+
+    classes: np.ndarray
+    n: np.ndarray
+    right: dict[str, np.ndarray]
+    mistaken_for: np.ndarray
+    times: np.ndarray
+
+
+def class_table(
+    labels: np.ndarray, predicted: np.ndarray, correct: Mapping[str, np.ndarray]
+) -> ClassTable:
+    """What each class comes to.  predicted: int [n], whose mistakes count."""
+    classes, class_of, n = np.unique(labels, return_inverse=True, return_counts=True)
+    right = {
+        name: np.bincount(class_of, weights=hits, minlength=len(classes)).astype(np.int64)
+        for name, hits in correct.items()
+    }
+    mistaken_for, times = np.full(len(classes), -1), np.zeros(len(classes), dtype=np.int64)
+    for (label, other), count in confused_pairs(labels, predicted).items():
+        i = np.searchsorted(classes, label)
+        if count > times[i]:  # of equals the first, whose index is the lowest
+            mistaken_for[i], times[i] = other, count
+    return ClassTable(classes, n, right, mistaken_for, times)
+
+
+def confused_pairs(labels: np.ndarray, predicted: np.ndarray) -> dict[Pair, int]:
+    """(true class, predicted class) -> examples, of the wrong ones, in the order of the pairs."""
+    wrong = labels != predicted
+    stacked = np.stack([labels[wrong], predicted[wrong].astype(np.int64)], axis=1)
+    pairs, counts = np.unique(stacked, axis=0, return_counts=True)
+    return {(int(a), int(b)): int(count) for (a, b), count in zip(pairs, counts, strict=True)}
+
+
+def distinctive(names: Sequence[str]) -> list[str]:
+    """Names without the words that all of them have, which tell nobody apart; none gets empty."""
+    if len(names) < 2:
+        return list(names)
+    words = [name.split() for name in names]
+    shared = set(words[0]).intersection(*words[1:])
+    shorter = [" ".join(word for word in each if word not in shared) for each in words]
+    return [short or name for short, name in zip(shorter, names, strict=True)]
 
 
 def confusion_weights(

@@ -20,7 +20,7 @@ from pipeline.store import Attempt, Stage
 
 from ..core.branch_training import BranchBatch, BranchTask, BranchTrainer, branch_logits
 from ..core.losses import dustbin_shift
-from ..core.progress import peak_memory
+from ..core.progress import Progress, cpu_seconds, peak_memory
 from ..data.orders import ComputedOrder
 from ..data.streams import balanced
 from ..session import Session
@@ -57,7 +57,7 @@ def branches(session: Session, stages: Sequence[Stage]) -> None:
 
 def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
     """Train, measure and save the branch of each group, by its number."""
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), time.process_time()
     if session.ranks.is_main:
         for attempt in attempts.values():
             attempt.publish_growing("metrics.jsonl")
@@ -79,15 +79,18 @@ def train_branches(session: Session, attempts: dict[int, Attempt]) -> None:
     schedule = session.config.specialists
     steps = branch_steps(schedule, own_counts(session))
     trainer = branch_trainer(session, generalist, kept, work, made, steps)
-    earlier = trainer.progress[0].seconds
+    earlier, cpu_earlier = trainer.progress[0].seconds, trainer.progress[0].cpu_seconds
     with session.ranks.watching():
         trainer.train()
     seconds = (earlier + time.monotonic() - began) / len(work)
+    together = Progress(cpu_seconds=cpu_earlier + time.process_time() - cpu_began)
+    cpu_s = cpu_seconds(together, session.ranks)
     for m, each in enumerate(work):
         network = trainer.trained(m)
         progress = trainer.progress[m]
         summary = {
             "seconds": round(seconds, 3),  # an equal share of the job's
+            "cpu_seconds": None if cpu_s is None else round(cpu_s / len(work), 3),
             "examples_seen": trainer.step * schedule.batch_size,
             "peak_memory_bytes": peak_memory(session.ranks),
             "steps": trainer.step,

@@ -13,12 +13,7 @@ from .networks import read_summary
 
 def cost_of(stage: Stage) -> Cost:
     """The cost of one stage's training, from its summary."""
-    summary = read_summary(stage)
-    return Cost(
-        seconds=summary["seconds"],
-        examples_seen=summary["examples_seen"],
-        peak_memory_bytes=summary["peak_memory_bytes"],
-    )
+    return total_cost([stage])
 
 
 def cost_of_ensemble(session: Session) -> Cost:
@@ -60,8 +55,20 @@ def cost_of_all_behind(last: Stage) -> Cost:
 def total_cost(stages: list[Stage]) -> Cost:
     """The sum of seconds and examples, the maximum of memory."""
     summaries = [read_summary(stage) for stage in stages]
-    return Cost(
+    cost = Cost(
         seconds=round(sum(each["seconds"] for each in summaries), 3),
         examples_seen=sum(each["examples_seen"] for each in summaries),
         peak_memory_bytes=max(each["peak_memory_bytes"] for each in summaries),
     )
+    cpu_seconds = [_cpu_seconds(summary) for summary in summaries]
+    known = [each for each in cpu_seconds if each is not None]
+    if len(known) == len(summaries):
+        cost["cpu_seconds"] = round(sum(known), 3)
+    return cost
+
+
+def _cpu_seconds(summary: dict) -> float | None:
+    """Of one training; None on GPUs, and of earlier versions."""
+    if not summary["examples_seen"]:
+        return 0.0  # given, inherited or left as it was
+    return summary.get("cpu_seconds")

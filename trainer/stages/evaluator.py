@@ -14,6 +14,7 @@ from torch import Tensor
 from ensemble.listed import Listed
 from networks import Summary
 from networks.linear_logits import LinearLogits
+from pipeline.results.paired import CALIBRATED
 from pipeline.results.rows import Cost
 from pipeline.store import Attempt, write_json
 
@@ -309,8 +310,12 @@ def summary_of(values: Values) -> dict:
 
 
 def kept(values: Values) -> Values:
-    """What evaluation/NAME.npz has: no metric that the row has already summed."""
+    """What evaluation/NAME.npz has: no metric that the row has already summed.
+
+    The label's calibrated probability stays: two rows' calibrated NLL are compared by it.
+    """
     left_out = {*MEMBER_KEYS, "squared_error", *(f"calibrated_{key}" for key in CALIBRATED_KEYS)}
+    left_out.discard(CALIBRATED)
     return {
         key: value
         for key, value in values.items()

@@ -1,4 +1,4 @@
-"""results.json and report.html, published in RUN."""
+"""results.json, report.html and the files it links to, published in RUN."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ..session import Session
 
 
 def report(session: Session, stage: Stage) -> None:
-    from ..report.page import write_report
+    from ..report.page import FILES, write_report
 
-    with session.attempt(stage, ("results.json", "report.html")) as attempt:
+    with session.attempt(stage, FILES) as attempt:
         if session.ranks.is_main:
             test, counts = session.shards("test"), session.shards("train").class_counts
             write_report(session.run, attempt.directory, test, counts)

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from trainer.core.progress import MetricsLogger, Progress, in_words
+from trainer.core.progress import MetricsLogger, Progress, cpu_seconds, in_words
 from trainer.distributed.ranks import ALONE
 
 ROW = {
@@ -62,3 +62,11 @@ def test_a_training_that_goes_on_says_from_which_step(tmp_path, lines):
 def test_a_fresh_training_does_not(tmp_path, lines):
     logger(tmp_path / "metrics.jsonl", Progress())
     assert lines() == []
+
+
+def test_cpu_seconds_go_on_where_an_earlier_attempt_stopped(tmp_path, monkeypatch):
+    clock = iter([100.0, 103.5])
+    monkeypatch.setattr("time.process_time", lambda: next(clock))
+    progress = Progress(cpu_seconds=20.0)
+    logger(tmp_path / "metrics.jsonl", progress).update_seconds()
+    assert cpu_seconds(progress, ALONE) == 23.5

@@ -15,7 +15,7 @@ from pipeline.store import read_json
 from trainer.data.ragged import RaggedRows
 
 EVERY_STAGE = Path(__file__).with_name("every_stage.py")
-PACE = {"cost", "seconds", "latency_ms", "softmax_ms", "peak_memory_bytes"}  # of the machine
+PACE = {"cost", "seconds", "cpu_seconds", "latency_ms", "softmax_ms", "peak_memory_bytes"}
 # Adam divides by the size of a gradient and so would make much of its last digit.
 STEADY = ("train.optimizer=sgd", "train.learning_rate=0.1", "specialists.learning_rate=0.03")
 STUDENTS = (
