@@ -71,10 +71,13 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch on `device`."""
+        """The same batch, its inputs and labels on `device`.
+
+        The other numbers say which examples these are, which only the host asks.
+        """
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("inputs", *NUMBERS)
+            for name in ("inputs", "labels")
         }
         return replace(self, **moved)
 
