@@ -49,6 +49,23 @@ LabelMargin = Callable[[LinearLogits, Tensor], LinearLogits]
 Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
+class Constant:
+    """A tensor of an objective, moved once to each device that batches are on; None stays None."""
+
+    def __init__(self, value: Tensor | None):
+        self._on = {} if value is None else {value.device: value}
+        self._value = value
+
+    def beside(self, batch: Batch) -> Tensor | None:
+        """It on the batch's device."""
+        if self._value is None:
+            return None
+        device = batch.labels.device
+        if device not in self._on:
+            self._on[device] = self._value.to(device)
+        return self._on[device]
+
+
 def classify(
     label_smoothing: float = 0.0,
     log_prior: Tensor | None = None,
@@ -72,8 +89,10 @@ def classify(
         Of a cosine head, which gives LinearLogits: moves the label's logit.
     """
 
+    constant_prior = Constant(log_prior)
+
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        prior = _to(batch, log_prior)
+        prior = constant_prior.beside(batch)
         logits = network(batch.inputs)
         labels = batch.labels
         if batch.own_share is not None:
@@ -124,7 +143,7 @@ def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:
 
 def seed_of_batch(batch: Batch, comm: Comm) -> int:
     """A hash of the global batch's examples and their order, the same on any number of ranks."""
-    ids = comm.gather(batch.ids)
+    ids = comm.gather(batch.ids.to(batch.labels.device))
     ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
     return zlib.crc32(ordered.cpu().numpy().tobytes())
 
@@ -154,13 +173,15 @@ def rerank(
         Where the stream resamples the classes; see `classification_loss`.
     """
 
+    constant_prior = Constant(log_prior)
+
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         drawn = None
         if random:
             drawn = draw_classes(num_classes, random, seed_of_batch(batch, comm(batch)))
-            drawn = drawn.to(batch.labels.device)
+            drawn = drawn.to(batch.labels.device, non_blocking=True)
         asked = candidates_of(batch.labels, shortlists(batch), drawn)
-        logits, prior = network(batch.inputs), _to(batch, log_prior)
+        logits, prior = network(batch.inputs), constant_prior.beside(batch)
         if head is not None:
             classes, asked = asked.numbered()
             logits = head.read(logits, classes)
@@ -192,11 +213,13 @@ def specialise_in(
     loss : callable
         (logits [B, |S_m| + 1], labels [B], label_smoothing) -> scalar mean.
     """
-    columns = specialist_columns(group_classes, num_classes)
+    columns = Constant(specialist_columns(group_classes, num_classes))
+    constant_prior = Constant(log_prior)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        targets = columns.to(batch.labels.device)[batch.labels]
-        prior = _to(batch, log_prior)
+        of_classes = columns.beside(batch)
+        assert of_classes is not None
+        targets, prior = of_classes[batch.labels], constant_prior.beside(batch)
         return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior, loss)
 
     return objective
@@ -237,6 +260,7 @@ def specialise_fully(
         full_prior[own] += log_prior
     if others_log_prior is not None:
         full_prior = full_prior + others_log_prior
+    constant_inside, constant_prior = Constant(inside), Constant(full_prior)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         p_general = None
@@ -244,13 +268,14 @@ def specialise_fully(
             with torch.no_grad():
                 p_general = generalist(batch.inputs).float().softmax(1)
         logits = network(batch.inputs)
-        device = batch.labels.device
+        inside_here, prior = constant_inside.beside(batch), constant_prior.beside(batch)
+        assert inside_here is not None and prior is not None
         return full_specialist_loss(
             logits,
             batch.labels,
-            inside.to(device),
+            inside_here,
             p_general,
-            full_prior.to(device),
+            prior,
             soft_weight,
         )
 
@@ -386,10 +411,3 @@ def with_dustbin(logits: Tensor, group_classes: np.ndarray) -> Tensor:
     others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     others[own] = False
     return torch.cat([logits[:, own], logits[:, others].logsumexp(1, keepdim=True)], dim=1)
-
-
-def _to(batch: Batch, log_prior: Tensor | None) -> Tensor | None:
-    """`log_prior` on the batch's device."""
-    if log_prior is None:
-        return None
-    return log_prior.to(batch.labels.device)

@@ -86,10 +86,13 @@ class Batch:
         return NUMBERS if self.own_share is None else (*NUMBERS, *OF_MIXED)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch on `device`."""
+        """The same batch, its inputs and labels on `device`.
+
+        The other numbers say which examples these are, which only the host asks.
+        """
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("inputs", *self.numbers)
+            for name in ("inputs", "labels", *(() if self.own_share is None else OF_MIXED))
         }
         return replace(self, **moved)
 

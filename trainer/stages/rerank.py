@@ -33,6 +33,7 @@ from ..engines.sharded import DistributedComm
 from ..session import Session
 from .features import KeptWriter, keep
 from .networks import fresh_network, load_network, save_network
+from .stored_targets import to_device
 from .training import count_steps, labelled_stream, log_prior_of, train_network
 
 SPLITS = ("train", "val")
@@ -95,8 +96,8 @@ def kept_shortlists(session: Session, split: str) -> Callable[[Batch], Tensor]:
     classes = np.load(directory / f"{CLASSES}.npy", mmap_mode="r", allow_pickle=False)
 
     def read(batch: Batch) -> Tensor:
-        rows = classes[batch.ids.cpu().numpy()].astype(np.int64)
-        return torch.from_numpy(rows).to(batch.labels.device)
+        rows = classes[batch.ids.numpy()].astype(np.int64)
+        return to_device(rows, batch.labels.device)
 
     return read
 
@@ -140,7 +141,7 @@ def reranker_task(session: Session, network: Classifier, seed: int) -> TrainingT
         kept_shortlists(session, "train"),
         schedule.random,
         session.num_classes,
-        comm=lambda batch: DistributedComm(bounds=()).of(batch.ids),
+        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels),
         head=by_rows(network),
         log_prior=log_prior_of(session, schedule),
     )

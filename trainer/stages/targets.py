@@ -294,9 +294,10 @@ class Storing:
         def measure(batch: Batch) -> dict[str, Tensor]:
             predicted = self.teacher.predict(see(batch))
             kept = self.keeping.of(predicted)
-            sampled = (batch.ids * self.count + view) % self.every == 0
+            at_host = (batch.ids * self.count + view) % self.every == 0
+            sampled = at_host.to(batch.labels.device)
             lost = torch.full((len(batch), len(self.temperatures)), math.nan)
-            lost[sampled.cpu()] = self._lost(predicted, kept, sampled).cpu()
+            lost[at_host] = self._lost(predicted, kept, sampled).cpu()
             values = own.take(batch.ids, self._padded(kept))
             return values | {"lost": lost, "entropy": entropies(predicted)}
 
@@ -320,9 +321,10 @@ class Storing:
         entropy = values.pop("entropy")
         lost = torch.full((len(batch), len(self.temperatures)), math.nan)
         sampled = ((batch.ids * self.count + view) % self.every == 0).nonzero()[:, 0]
-        for rows in sampled.split(rows_at_once(self.session.num_classes)):
+        for at_host in sampled.split(rows_at_once(self.session.num_classes)):
+            rows = at_host.to(raw.device)
             stored = {name: values[name][rows] for name in Stored._fields}
-            lost[rows.cpu()] = self._lost_of(self.teacher.predict(raw[rows]), stored).cpu()
+            lost[at_host] = self._lost_of(self.teacher.predict(raw[rows]), stored).cpu()
         return own.take(batch.ids, values) | {"lost": lost, "entropy": entropy}
 
     def _padded(self, kept: TopKTargets) -> dict[str, Tensor]:
@@ -421,7 +423,7 @@ def view_of(
         return lambda batch: batch.inputs
 
     def see(batch: Batch) -> Tensor:
-        ids = batch.ids.cpu().numpy()
+        ids = batch.ids.numpy()
         same = np.full_like(ids, view)
         uniforms = views.uniforms(source, ids, same, augmentation.numbers)
         seen = augmentation(batch.inputs.cpu().numpy(), uniforms)
@@ -605,8 +607,8 @@ def measured_kl(session: Session, name: str, stage: Stage) -> float:
     count, T = views.count if views else 1, student.temperature
 
     def measure(batch: Batch) -> dict[str, Tensor]:
-        rows = batch.ids.cpu().numpy() * count
-        kept = restored(read(rows), session.num_classes, batch.ids.device)
+        rows = batch.ids.numpy() * count
+        kept = restored(read(rows), session.num_classes, batch.labels.device)
         p, q = teacher.predict(see(batch)), kept.spread()
         return {"lost": mean_kl(soften(p, T), soften(q, T))}
 
