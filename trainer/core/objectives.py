@@ -71,8 +71,10 @@ def classify(
         Of a cosine head, which gives LinearLogits: moves the label's logit.
     """
 
+    prior_for = _constant(log_prior)
+
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        prior = _to(batch, log_prior)
+        prior = prior_for(batch)
         logits = network(batch.inputs)
         labels = batch.labels
         if isinstance(logits, Tensor) and logits.dim() == 3:  # each of several members by itself
@@ -107,9 +109,11 @@ def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:
 
 def seed_of_batch(batch: Batch, comm: Comm) -> int:
     """A hash of the global batch's examples and their order, the same on any number of ranks."""
-    ids = comm.gather(batch.ids)
+    ids = batch.ids
+    if comm.share < 1:  # ranks exchange what is on their devices
+        ids = comm.gather(ids.to(batch.labels.device)).cpu()
     ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
-    return zlib.crc32(ordered.cpu().numpy().tobytes())
+    return zlib.crc32(ordered.numpy().tobytes())
 
 
 def rerank(
@@ -137,13 +141,15 @@ def rerank(
         Where the stream resamples the classes; see `classification_loss`.
     """
 
+    prior_for = _constant(log_prior)
+
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         drawn = None
         if random:
             drawn = draw_classes(num_classes, random, seed_of_batch(batch, comm(batch)))
-            drawn = drawn.to(batch.labels.device)
+            drawn = drawn.to(batch.labels.device, non_blocking=True)
         asked = candidates_of(batch.labels, shortlists(batch), drawn)
-        logits, prior = network(batch.inputs), _to(batch, log_prior)
+        logits, prior = network(batch.inputs), prior_for(batch)
         if head is not None:
             classes, asked = asked.numbered()
             logits = head.read(logits, classes)
@@ -175,11 +181,12 @@ def specialise_in(
     loss : callable
         (logits [B, |S_m| + 1], labels [B], label_smoothing) -> scalar mean.
     """
-    columns = specialist_columns(group_classes, num_classes)
+    columns = OnDevice(specialist_columns(group_classes, num_classes))
+    prior_for = _constant(log_prior)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        targets = columns.to(batch.labels.device)[batch.labels]
-        prior = _to(batch, log_prior)
+        targets = columns.on(batch.labels.device)[batch.labels]
+        prior = prior_for(batch)
         return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior, loss)
 
     return objective
@@ -220,6 +227,8 @@ def specialise_fully(
         full_prior[own] += log_prior
     if others_log_prior is not None:
         full_prior = full_prior + others_log_prior
+    in_group, prior = OnDevice(inside), OnDevice(full_prior)
+    out = OnDevice((~inside).nonzero()[:, 0])
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         p_general = None
@@ -231,10 +240,11 @@ def specialise_fully(
         return full_specialist_loss(
             logits,
             batch.labels,
-            inside.to(device),
+            in_group.on(device),
             p_general,
-            full_prior.to(device),
+            prior.on(device),
             soft_weight,
+            out.on(device),
         )
 
     return objective
@@ -350,6 +360,26 @@ def learn_priors() -> Objective:
     return objective
 
 
+class OnDevice:
+    """A constant of an objective, on whichever device asks for it; it is moved once."""
+
+    def __init__(self, value: Tensor):
+        self._value = value
+
+    def on(self, device: torch.device) -> Tensor:
+        if self._value.device != device:
+            self._value = self._value.to(device)
+        return self._value
+
+
+def _constant(value: Tensor | None) -> Callable[[Batch], Tensor | None]:
+    """A function batch -> the value on the batch's device."""
+    if value is None:
+        return lambda _: None
+    constant = OnDevice(value)
+    return lambda batch: constant.on(batch.labels.device)
+
+
 def specialist_columns(group_classes: np.ndarray, num_classes: int) -> Tensor:
     """int64 [C]: the column of each class in a specialist's output.
 
@@ -369,10 +399,3 @@ def with_dustbin(logits: Tensor, group_classes: np.ndarray) -> Tensor:
     others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
     others[own] = False
     return torch.cat([logits[:, own], logits[:, others].logsumexp(1, keepdim=True)], dim=1)
-
-
-def _to(batch: Batch, log_prior: Tensor | None) -> Tensor | None:
-    """`log_prior` on the batch's device."""
-    if log_prior is None:
-        return None
-    return log_prior.to(batch.labels.device)

@@ -95,8 +95,8 @@ def kept_shortlists(session: Session, split: str) -> Callable[[Batch], Tensor]:
     classes = np.load(directory / f"{CLASSES}.npy", mmap_mode="r", allow_pickle=False)
 
     def read(batch: Batch) -> Tensor:
-        rows = classes[batch.ids.cpu().numpy()].astype(np.int64)
-        return torch.from_numpy(rows).to(batch.labels.device)
+        rows = classes[batch.ids.numpy()].astype(np.int64)
+        return torch.from_numpy(rows).to(batch.labels.device, non_blocking=True)
 
     return read
 
@@ -140,13 +140,13 @@ def reranker_task(session: Session, network: Classifier, seed: int) -> TrainingT
         kept_shortlists(session, "train"),
         schedule.random,
         session.num_classes,
-        comm=lambda batch: DistributedComm(bounds=()).of(batch.ids),
+        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels),
         head=by_rows(network),
         log_prior=log_prior_of(session, schedule),
     )
     steps = count_steps(schedule, session.shards("train").num_samples)
     validate = validate_reranker(session)
-    workers = session.config.data.workers
+    workers = session.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
 
 

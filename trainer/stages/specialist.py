@@ -109,7 +109,7 @@ def task_from(
     freeze_norm(set_trainable(network, schedule.trainable), schedule.freeze_norm)
     stream = TrainingStream(mixture.sources, mixture.seed, session.augmentation())
     steps = specialist_steps(schedule, mixture.num_inside)
-    workers = session.config.data.workers
+    workers = session.workers
     task = TrainingTask(network, objective, stream, schedule, steps, validate, workers)
     return dataclasses.replace(task, dense=schedule.trains_all_rows), notes
 

@@ -56,8 +56,8 @@ def stored_targets(
     count = views.count if views else 1
 
     def read(batch: Batch) -> TopKTargets:
-        rows = (batch.ids * count + batch.view).cpu().numpy()
-        origin = batch.source.cpu().numpy()
+        rows = (batch.ids * count + batch.view).numpy()
+        origin = batch.source.numpy()
         places = [np.flatnonzero(origin == source) for source in range(len(readers))]
         parts = [reader(rows[here]) for reader, here in zip(readers, places, strict=True)]
         return restored(interleaved(parts, places), session.num_classes, batch.labels.device)
@@ -92,12 +92,13 @@ def restored(stored: Stored, num_classes: int, device: torch.device | str) -> To
     They are normalised again: float16 rounds logarithms by 5e-4 of them.
     """
     indices, values, tail, counts = (
-        torch.from_numpy(np.ascontiguousarray(part)).to(device).transpose(0, 1) for part in stored
+        torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True).transpose(0, 1)
+        for part in stored
     )
     values, tail = values.float(), tail.float()
     total = torch.cat([values, tail[..., None]], -1).logsumexp(-1)
     values, tail = values - total[..., None], tail - total
-    if bool((counts == indices.shape[-1]).all()):
+    if (stored.counts == stored.indices.shape[-1]).all():  # as the host has them
         return TopKTargets(indices.long(), values, tail, num_classes)
     return TopKTargets(indices.long(), values, tail, num_classes, counts.long())
 

@@ -240,7 +240,8 @@ class Storing:
             kept = self.keeping.of(predicted)
             sampled = (batch.ids * self.count + view) % self.every == 0
             lost = torch.full((len(batch), len(self.temperatures)), math.nan)
-            lost[sampled.cpu()] = self._lost(predicted, kept, sampled).cpu()
+            on_device = sampled.to(predicted.device, non_blocking=True)
+            lost[sampled] = self._lost(predicted, kept, on_device).cpu()
             entropy = entropies(predicted)
             return self._padded(kept) | {"lost": lost, "entropy": entropy}
 
@@ -263,8 +264,9 @@ class Storing:
         lost = torch.full((len(batch), len(self.temperatures)), math.nan)
         sampled = ((batch.ids * self.count + view) % self.every == 0).nonzero()[:, 0]
         for rows in sampled.split(rows_at_once(self.session.num_classes)):
-            stored = {name: values[name][rows] for name in Stored._fields}
-            lost[rows.cpu()] = self._lost_of(self.teacher.predict(raw[rows]), stored).cpu()
+            here = rows.to(raw.device, non_blocking=True)
+            stored = {name: values[name][here] for name in Stored._fields}
+            lost[rows] = self._lost_of(self.teacher.predict(raw[here]), stored).cpu()
         return values | {"lost": lost}
 
     def _padded(self, kept: TopKTargets) -> dict[str, Tensor]:
@@ -369,11 +371,11 @@ def view_of(
         return lambda batch: batch.inputs
 
     def see(batch: Batch) -> Tensor:
-        ids = batch.ids.cpu().numpy()
+        ids = batch.ids.numpy()
         same = np.full_like(ids, view)
         uniforms = views.uniforms(source, ids, same, augmentation.numbers)
         seen = augmentation(batch.inputs.cpu().numpy(), uniforms)
-        return torch.from_numpy(seen).to(batch.inputs.device)
+        return torch.from_numpy(seen).to(batch.inputs.device, non_blocking=True)
 
     return see
 
@@ -553,8 +555,8 @@ def measured_kl(session: Session, name: str, stage: Stage) -> float:
     count, T = views.count if views else 1, student.temperature
 
     def measure(batch: Batch) -> dict[str, Tensor]:
-        rows = batch.ids.cpu().numpy() * count
-        kept = restored(read(rows), session.num_classes, batch.ids.device)
+        rows = batch.ids.numpy() * count
+        kept = restored(read(rows), session.num_classes, batch.labels.device)
         p, q = teacher.predict(see(batch)), kept.spread()
         return {"lost": mean_kl(soften(p, T), soften(q, T))}
 

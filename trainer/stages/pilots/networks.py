@@ -240,14 +240,12 @@ def rerank_task(
         shortlists_on_the_fly(generalist, k),
         section.random,
         session.num_classes,
-        comm=lambda batch: DistributedComm(bounds=()).of(batch.ids),
+        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels),
         head=by_rows(network),
         log_prior=log_prior_of(session, schedule),
     )
     stream = labelled_stream(session, schedule, seed)
-    return TrainingTask(
-        network, objective, stream, schedule, steps, workers=session.config.data.workers
-    )
+    return TrainingTask(network, objective, stream, schedule, steps, workers=session.workers)
 
 
 def shortlists_on_the_fly(generalist: Classifier, k: int) -> Callable[[Batch], Tensor]:
