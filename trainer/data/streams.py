@@ -182,7 +182,7 @@ class _Stream:
 
     def _is_pinned(self) -> bool:
         pinned = self._shard_sets[0].data.pin_memory
-        return torch.cuda.is_available() if pinned is None else pinned
+        return torch.cuda.is_available() and pinned is not False
 
     def _add_lost(self, source: int, sample: int, reason: str) -> None:
         """UserError if this rank alone has lost more than data.damage_share."""
