@@ -56,12 +56,12 @@ def test_a_network_that_learns_is_one_graph(name, traced):
         compiled(raw).float().sum().backward()
 
 
-def steps(config: Engine, count: int = 3):
+def steps(config: Engine, count: int = 3, name: str = "convnet"):
     """(names of what a checkpoint keeps, losses, the exported network) of a short training."""
     schedule = load_config(
         None, ["train.steps=5", "clusters.num_groups=2", "train.optimizer=adamw"]
     ).train
-    learner = network()
+    learner = NETWORKS[name]()
     raw = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(1))
     labels = torch.arange(8) % 6
     losses = []
@@ -96,6 +96,17 @@ def test_checkpoints_and_exports_are_those_of_a_plain_training(key, plain, trace
     ):
         assert name == plain_name and value.is_contiguous()
         torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_compiled_code_learns_what_plain_code_learns():
+    """By torch's own compiler, which takes seconds."""
+    plain = steps(Engine(device="cpu"), name="mlp")
+    names, losses, exported = steps(Engine(device="cpu", compile=True), name="mlp")
+    assert names == plain[0]
+    torch.testing.assert_close(losses, plain[1], rtol=1e-5, atol=1e-5)
+    for name, value in exported.state_dict().items():
+        torch.testing.assert_close(value, plain[2].state_dict()[name], rtol=1e-3, atol=1e-3)
 
 
 def test_convolutions_train_channels_last():
