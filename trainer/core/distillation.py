@@ -321,8 +321,11 @@ class TopKTargets(NamedTuple):
 
     def _log_others(self) -> Tensor:
         """log(C - k), -inf where no class is left, [...] or []."""
-        others = torch.as_tensor(self.others, dtype=torch.float64)
-        return others.log().to(to_float32(self.log_tail))
+        like = to_float32(self.log_tail)
+        others = self.others
+        if isinstance(others, int):
+            return torch.full((), others, dtype=torch.float64, device=like.device).log().to(like)
+        return others.double().log().to(like)
 
     def spread(self) -> Tensor:
         """The probabilities [..., C], the tail evenly over the other classes."""

@@ -48,6 +48,23 @@ LabelMargin = Callable[[LinearLogits, Tensor], LinearLogits]
 Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
+class Constant:
+    """A tensor of an objective, moved once to each device that batches are on; None stays None."""
+
+    def __init__(self, value: Tensor | None):
+        self._on = {} if value is None else {value.device: value}
+        self._value = value
+
+    def beside(self, batch: Batch) -> Tensor | None:
+        """It on the batch's device."""
+        if self._value is None:
+            return None
+        device = batch.labels.device
+        if device not in self._on:
+            self._on[device] = self._value.to(device)
+        return self._on[device]
+
+
 def classify(
     label_smoothing: float = 0.0,
     log_prior: Tensor | None = None,
@@ -71,10 +88,10 @@ def classify(
         Of a cosine head, which gives LinearLogits: moves the label's logit.
     """
 
-    prior_for = _constant(log_prior)
+    constant_prior = Constant(log_prior)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        prior = prior_for(batch)
+        prior = constant_prior.beside(batch)
         logits = network(batch.inputs)
         labels = batch.labels
         if isinstance(logits, Tensor) and logits.dim() == 3:  # each of several members by itself
@@ -141,7 +158,7 @@ def rerank(
         Where the stream resamples the classes; see `classification_loss`.
     """
 
-    prior_for = _constant(log_prior)
+    constant_prior = Constant(log_prior)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         drawn = None
@@ -149,7 +166,7 @@ def rerank(
             drawn = draw_classes(num_classes, random, seed_of_batch(batch, comm(batch)))
             drawn = drawn.to(batch.labels.device, non_blocking=True)
         asked = candidates_of(batch.labels, shortlists(batch), drawn)
-        logits, prior = network(batch.inputs), prior_for(batch)
+        logits, prior = network(batch.inputs), constant_prior.beside(batch)
         if head is not None:
             classes, asked = asked.numbered()
             logits = head.read(logits, classes)
@@ -181,12 +198,13 @@ def specialise_in(
     loss : callable
         (logits [B, |S_m| + 1], labels [B], label_smoothing) -> scalar mean.
     """
-    columns = OnDevice(specialist_columns(group_classes, num_classes))
-    prior_for = _constant(log_prior)
+    columns = Constant(specialist_columns(group_classes, num_classes))
+    constant_prior = Constant(log_prior)
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
-        targets = columns.on(batch.labels.device)[batch.labels]
-        prior = prior_for(batch)
+        of_classes = columns.beside(batch)
+        assert of_classes is not None
+        targets, prior = of_classes[batch.labels], constant_prior.beside(batch)
         return specialist_loss(network(batch.inputs), targets, shift, label_smoothing, prior, loss)
 
     return objective
@@ -227,8 +245,8 @@ def specialise_fully(
         full_prior[own] += log_prior
     if others_log_prior is not None:
         full_prior = full_prior + others_log_prior
-    in_group, prior = OnDevice(inside), OnDevice(full_prior)
-    out = OnDevice((~inside).nonzero()[:, 0])
+    constant_inside, constant_prior = Constant(inside), Constant(full_prior)
+    constant_out = Constant((~inside).nonzero()[:, 0])
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         p_general = None
@@ -236,15 +254,16 @@ def specialise_fully(
             with torch.no_grad():
                 p_general = generalist(batch.inputs).float().softmax(1)
         logits = network(batch.inputs)
-        device = batch.labels.device
+        inside_here, prior = constant_inside.beside(batch), constant_prior.beside(batch)
+        assert inside_here is not None and prior is not None
         return full_specialist_loss(
             logits,
             batch.labels,
-            in_group.on(device),
+            inside_here,
             p_general,
-            prior.on(device),
+            prior,
             soft_weight,
-            out.on(device),
+            constant_out.beside(batch),
         )
 
     return objective
@@ -358,26 +377,6 @@ def learn_priors() -> Objective:
         return prior_network_loss(network(batch.inputs), batch.labels)
 
     return objective
-
-
-class OnDevice:
-    """A constant of an objective, on whichever device asks for it; it is moved once."""
-
-    def __init__(self, value: Tensor):
-        self._value = value
-
-    def on(self, device: torch.device) -> Tensor:
-        if self._value.device != device:
-            self._value = self._value.to(device)
-        return self._value
-
-
-def _constant(value: Tensor | None) -> Callable[[Batch], Tensor | None]:
-    """A function batch -> the value on the batch's device."""
-    if value is None:
-        return lambda _: None
-    constant = OnDevice(value)
-    return lambda batch: constant.on(batch.labels.device)
 
 
 def specialist_columns(group_classes: np.ndarray, num_classes: int) -> Tensor:

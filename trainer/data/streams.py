@@ -74,9 +74,9 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch, what networks compute with on `device`.
+        """The same batch, its inputs and labels on `device`.
 
-        ids, source and view stay on the host, which looks things up by them.
+        The other numbers say which examples these are, which only the host asks.
         """
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)

@@ -33,6 +33,7 @@ from ..engines.sharded import DistributedComm
 from ..session import Session
 from .features import KeptWriter, keep
 from .networks import fresh_network, load_network, save_network
+from .stored_targets import to_device
 from .training import count_steps, labelled_stream, log_prior_of, train_network
 
 SPLITS = ("train", "val")
@@ -96,7 +97,7 @@ def kept_shortlists(session: Session, split: str) -> Callable[[Batch], Tensor]:
 
     def read(batch: Batch) -> Tensor:
         rows = classes[batch.ids.numpy()].astype(np.int64)
-        return torch.from_numpy(rows).to(batch.labels.device, non_blocking=True)
+        return to_device(rows, batch.labels.device)
 
     return read
 

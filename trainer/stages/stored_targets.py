@@ -91,16 +91,21 @@ def restored(stored: Stored, num_classes: int, device: torch.device | str) -> To
 
     They are normalised again: float16 rounds logarithms by 5e-4 of them.
     """
-    indices, values, tail, counts = (
-        torch.from_numpy(np.ascontiguousarray(part)).to(device, non_blocking=True).transpose(0, 1)
-        for part in stored
-    )
+    indices, values, tail, counts = (to_device(part, device).transpose(0, 1) for part in stored)
     values, tail = values.float(), tail.float()
     total = torch.cat([values, tail[..., None]], -1).logsumexp(-1)
     values, tail = values - total[..., None], tail - total
-    if (stored.counts == stored.indices.shape[-1]).all():  # as the host has them
+    if bool((stored.counts == stored.indices.shape[-1]).all()):
         return TopKTargets(indices.long(), values, tail, num_classes)
     return TopKTargets(indices.long(), values, tail, num_classes, counts.long())
+
+
+def to_device(part: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """The array on a device, for which the host does not wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(part))
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def open_targets(

@@ -238,10 +238,10 @@ class Storing:
         def measure(batch: Batch) -> dict[str, Tensor]:
             predicted = self.teacher.predict(see(batch))
             kept = self.keeping.of(predicted)
-            sampled = (batch.ids * self.count + view) % self.every == 0
+            at_host = (batch.ids * self.count + view) % self.every == 0
+            sampled = at_host.to(batch.labels.device)
             lost = torch.full((len(batch), len(self.temperatures)), math.nan)
-            on_device = sampled.to(predicted.device, non_blocking=True)
-            lost[sampled] = self._lost(predicted, kept, on_device).cpu()
+            lost[at_host] = self._lost(predicted, kept, sampled).cpu()
             entropy = entropies(predicted)
             return self._padded(kept) | {"lost": lost, "entropy": entropy}
 
@@ -263,10 +263,10 @@ class Storing:
         values = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         lost = torch.full((len(batch), len(self.temperatures)), math.nan)
         sampled = ((batch.ids * self.count + view) % self.every == 0).nonzero()[:, 0]
-        for rows in sampled.split(rows_at_once(self.session.num_classes)):
-            here = rows.to(raw.device, non_blocking=True)
-            stored = {name: values[name][here] for name in Stored._fields}
-            lost[rows] = self._lost_of(self.teacher.predict(raw[here]), stored).cpu()
+        for at_host in sampled.split(rows_at_once(self.session.num_classes)):
+            rows = at_host.to(raw.device)
+            stored = {name: values[name][rows] for name in Stored._fields}
+            lost[at_host] = self._lost_of(self.teacher.predict(raw[rows]), stored).cpu()
         return values | {"lost": lost}
 
     def _padded(self, kept: TopKTargets) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from trainer.core.objectives import OnDevice
+from trainer.core.objectives import Constant
 from trainer.core.progress import MetricsLogger, Progress
 from trainer.data.prefetch import on_device
 from trainer.data.streams import Batch, reading_processes
@@ -51,8 +51,9 @@ def test_a_gpu_gets_processes_that_read_ahead_and_a_number_that_is_given_wins(mo
 
 
 def test_a_constant_is_moved_once():
-    constant = OnDevice(torch.ones(3))
-    assert constant.on(META) is constant.on(META)
+    constant, on_meta = Constant(torch.ones(3)), batch(0).to(META)
+    assert constant.beside(on_meta) is constant.beside(on_meta)
+    assert Constant(None).beside(on_meta) is None
 
 
 @pytest.mark.parametrize("waits, expected", [(0.5, 1), (0.1, 0)])
