@@ -56,6 +56,8 @@ class EngineKind:
     splits_weights: whether no rank holds the whole network at a given zero_stage.
     whole_weights: the setting of [engine] with which each rank holds all weights, for messages.
     package: what it needs to be installed beside torch.
+    changes_layers: whether the network may train in another form (`engine.compile`,
+        `channels_last`, `sync_batchnorm`).
     """
 
     engine: str
@@ -63,6 +65,7 @@ class EngineKind:
     splits_weights: Callable[[int], bool] = lambda zero_stage: False
     whole_weights: str = ""
     package: str = ""
+    changes_layers: bool = False
 
 
 ENGINES: dict[str, EngineKind] = {
@@ -70,6 +73,7 @@ ENGINES: dict[str, EngineKind] = {
         "trainer.engines.ddp:DDPEngine",
         sharded_head="trainer.engines.sharded:ShardedHeadEngine",
         whole_weights="shard_head = false",
+        changes_layers=True,
     ),
     "deepspeed": EngineKind(
         "trainer.engines.zero:DeepSpeedEngine",

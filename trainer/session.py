@@ -24,10 +24,11 @@ from pipeline.store import Attempt, Stage, new_attempt_id, write_json
 
 from .data.augment import Augment, find_augment
 from .data.cache import cached
+from .data.prefetch import on_device
 from .data.sample_accounting import LostSamples
 from .data.shards import ShardSet, open_shards
-from .data.streams import Batch, MeasuringStream
-from .distributed.ranks import Ranks, broadcast, gather, sum_over_ranks
+from .data.streams import Batch, MeasuringStream, reading_processes
+from .distributed.ranks import Ranks, autocast, broadcast, gather, sum_over_ranks
 
 MEASURING_BATCH = 512
 SEEN_S = 90  # in which what rank 0 has written is seen on every node: NFS caches for a minute
@@ -73,6 +74,11 @@ class Session:
     @property
     def num_classes(self) -> int:
         return self.shards("train").num_classes
+
+    @property
+    def workers(self) -> int:
+        """Processes that read this rank's batches ahead."""
+        return reading_processes(self.config.data.workers, self.ranks)
 
     @contextmanager
     def attempt(self, stage: Stage, published: Sequence[str] = ()) -> Iterator[Attempt]:
@@ -154,14 +160,13 @@ class Session:
         rows = max(1, min(rows or measuring_batch(self.num_classes), share))
         stream = MeasuringStream(shards, rows, ids=ids)
         collected, lost = CollectedRows(count), {}
-        with torch.inference_mode():
-            loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
-            for batch in loader:
+        with torch.inference_mode(), autocast(self.config.engine, self.ranks.device):
+            loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.workers)
+            for batch in on_device(loader, self.ranks.device):
                 lost |= {sample: reason for _, sample, reason in batch.lost}
                 self.ranks.progress()
-                batch = batch.to(self.ranks.device)
-                values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
-                collected.add({"ids": batch.ids.cpu().numpy(), **values})
+                values = {key: as_array(value) for key, value in measure(batch).items()}
+                collected.add({"ids": batch.ids.numpy(), **values})
             if together:
                 for _ in range(stream.missing_batches(self.ranks.rank, self.ranks.world_size)):
                     measure(stream.blank().to(self.ranks.device))
@@ -275,6 +280,13 @@ class CollectedRows:
 
 class LogFile(Console, logging.FileHandler):
     """A log whose disk may be full."""
+
+
+def as_array(values: Tensor) -> np.ndarray:
+    """On the host; of bfloat16, which numpy lacks, in float32."""
+    if values.dtype == torch.bfloat16:
+        values = values.float()
+    return values.cpu().numpy()
 
 
 def measuring_batch(num_classes: int) -> int:

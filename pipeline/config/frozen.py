@@ -161,7 +161,7 @@ SINCE_SCHEMA_1 = {
 
 # Keys that change no metric of any stage.
 IN_NO_KEY = {
-    "data": ["cache", "cache_bytes", "workers", "fetch_dir", "fetch_bytes"],
+    "data": ["cache", "cache_bytes", "workers", "pin_memory", "fetch_dir", "fetch_bytes"],
     "train": ["checkpoint_every", "keep", "log_every"],
     "specialists": ["checkpoint_every", "keep", "log_every", "per_job", "features_bytes"],
     "students": ["checkpoint_every", "keep", "log_every"],

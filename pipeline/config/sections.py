@@ -58,8 +58,10 @@ class Data(Section):
     cache: Literal["auto", "decoded", "none"] = "auto"
     # the most that such a file may take
     cache_bytes: int = Field(default=2 * 1024**3, gt=0)
-    # reading processes per rank
-    workers: int = Field(default=0, ge=0)
+    # reading processes per rank (None: some with a GPU, else 0)
+    workers: int | None = Field(default=None, ge=0)
+    # batches in page-locked memory, from where a GPU copies while it computes (None: with a GPU)
+    pin_memory: bool | None = None
     # stop at the first corrupt sample, or leave them out and count them
     damage: Literal["strict", "skip"] = "strict"
     # with skip: stop when more than this fraction is corrupt
@@ -435,6 +437,18 @@ class Engine(Section):
     zero_stage: int = Field(default=1, ge=0, le=3)
     # auto: bf16 on CUDA, fp32 elsewhere
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # products of float32: high is TF32 on a GPU, medium bf16
+    matmul: Literal["highest", "high", "medium"] = "highest"
+    # the same numbers each time, by slower kernels
+    deterministic: bool = False
+    # cuDNN times its kernels for each new shape and takes the fastest
+    cudnn_benchmark: bool = False
+    # of ddp: pictures and kernels in the order that tensor cores read
+    channels_last: bool = False
+    # of ddp: torch.compile the network that trains
+    compile: bool = False
+    # of ddp, on GPUs: batch norm's statistics are of the global batch
+    sync_batchnorm: bool = False
     # of ddp: the classifier's rows split over the ranks, its [B, C] logits never stored
     shard_head: bool = False
     # classes whose logits are computed at a time; None = what fits a cache
@@ -461,6 +475,28 @@ class Engine(Section):
             raise ValueError(
                 f'engine.shard_head = true needs engine.name = "{able}": '
                 f'"{self.name}" would average the rows of the ranks'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers(self):
+        able = next(name for name, kind in ENGINES.items() if kind.changes_layers)
+        for key in ("compile", "channels_last", "sync_batchnorm"):
+            if getattr(self, key) and not self.kind.changes_layers:
+                raise ValueError(
+                    f'engine.{key} = true needs engine.name = "{able}", and it is "{self.name}"; '
+                    "leave one of them out"
+                )
+        for key in ("shard_head", "checkpoint_activations"):
+            if self.compile and getattr(self, key):
+                raise ValueError(
+                    f"engine.compile = true and engine.{key} = true: what is compiled is a whole "
+                    "network that keeps its activations; set one of them to false"
+                )
+        if self.deterministic and self.cudnn_benchmark:
+            raise ValueError(
+                "engine.cudnn_benchmark = true takes whichever kernel is fastest, and "
+                "engine.deterministic = true always the same; set one of them to false"
             )
         return self
 

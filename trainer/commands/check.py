@@ -26,6 +26,7 @@ from ..data.augment import find_augment
 from ..data.shards import ShardSet, open_shards
 from ..data.writing import describe
 from ..distributed.ranks import Ranks, choose_device, precision
+from ..engines.layers import check_layers
 from ..session import Session
 from ..stages.rehearsal import rehearse
 from .needs import check_disk, check_memory
@@ -91,7 +92,9 @@ def look_only(config: Config, device: torch.device) -> Session:
 def check_engine(config: Config) -> None:
     """What [engine] asks for is installed, and can be had together."""
     engine = config.engine
-    precision(engine, choose_device(engine))
+    device = choose_device(engine)
+    precision(engine, device)
+    check_layers(engine, device)
     if engine.kind.package:
         require(engine.kind.package, f'engine.name = "{engine.name}"')
     for name in engine.track:

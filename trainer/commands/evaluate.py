@@ -35,6 +35,7 @@ from .predict import (
     add_data_options,
     add_network_options,
     check_kind,
+    computing,
     file_reader,
     in_batches,
     load_predictor,
@@ -89,7 +90,8 @@ def main(argv: list[str]) -> int:
     named = {} if run is None else run.config.data.decoders
     reader = file_reader(predictor.spec.input, named, args)
     check_kind(source, reader, args.data[0])
-    outcome = predict_all(predictor, source, labels.classes, reader, report, args.device)
+    with computing(run, args.device):
+        outcome = predict_all(predictor, source, labels.classes, reader, report, args.device)
     if not outcome.keys:
         list_corrupt("not read", report.corrupt)
         raise UserError(f"none of the {len(source.keys)} inputs can be read")

@@ -13,6 +13,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO, TypeVar
@@ -40,6 +41,8 @@ from ..data.authoring.reporting import Report
 from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
 from ..data.sources import Options, Source, is_shards, is_table, open_source
+from ..distributed.numerics import numerics
+from ..distributed.ranks import autocast
 from ..stages.evaluate import listed_predictor
 from ..stages.networks import builders_of
 from .export import Probabilities, as_user_errors, check_done
@@ -108,21 +111,23 @@ def main(argv: list[str]) -> int:
     texts = reads_texts(reader)
     files = find_files(args.files, decoders, unreadable, texts, args.follow_links)
     examples = read_files(files, reader, unreadable, options_of(args, run))
-    if args.to:
-        write_table(args.to, args.force, predictions(predictor, examples, args.top, args.device))
-    elif args.json:
-        as_utf8(sys.stdout)
-        for example, prediction in predictions(predictor, examples, args.top, args.device):
-            print_json(example, prediction)
-    else:
-        table = PredictionTable(predictor.has_specialists)
-        for example, prediction in predictions(predictor, examples, args.top, args.device):
-            table.add(example, prediction)
-        if table.table.row_count:
-            table.print()
-            place = shlex.quote(str(args.directory))
-            command = f"referral evaluate {place} LABELLED-DATA"
-            wide_console().say_next(command, "How good it is, where labels are known")
+    with computing(run, args.device):
+        predicted = predictions(predictor, examples, args.top, args.device)
+        if args.to:
+            write_table(args.to, args.force, predicted)
+        elif args.json:
+            as_utf8(sys.stdout)
+            for example, prediction in predicted:
+                print_json(example, prediction)
+        else:
+            table = PredictionTable(predictor.has_specialists)
+            for example, prediction in predicted:
+                table.add(example, prediction)
+            if table.table.row_count:
+                table.print()
+                place = shlex.quote(str(args.directory))
+                command = f"referral evaluate {place} LABELLED-DATA"
+                wide_console().say_next(command, "How good it is, where labels are known")
     return 1 if unreadable.count else 0
 
 
@@ -237,6 +242,17 @@ def predictions(
         with as_user_errors(predictor.place):  # a specialist is read when it is first needed
             predicted = predictor.predict(raw, top)
         yield from zip(batch, predicted, strict=True)
+
+
+@contextmanager
+def computing(run: RunDirectory | None, device: str) -> Iterator[None]:
+    """The precision of the run's own stages, on a GPU; a CPU, and a bundle, answer in float32."""
+    kind = torch.device(device)
+    if run is None or kind.type == "cpu":
+        yield
+        return
+    with numerics(run.config.engine), autocast(run.config.engine, kind):
+        yield
 
 
 def in_batches(items: Iterator[Item]) -> Iterator[list[Item]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.config import ResolvedSchedule, UserError, check_batch_size
 
+from ..data.prefetch import on_device
 from ..data.sample_accounting import EpochAccounting
 from ..data.streams import Batch, TrainingStream
 from ..distributed.ranks import Ranks, StopSignal, broadcast, gather
@@ -158,7 +159,7 @@ class Trainer:
         batches = self.batches()
         while progress.step < self.task.steps and not progress.stopped:
             with self.logger.waiting():
-                batch = next(batches).to(self.ranks.device)
+                batch = next(batches)
             rate = learning_rate(progress.step, self.task.steps, schedule)
             self.train_step(batch, rate)
             self.accounting.close_ended(self._gather)
@@ -173,18 +174,20 @@ class Trainer:
             if saving or progress.stopped:
                 self.save_checkpoint()
             if interrupted and not is_last:
+                self.stop_signal.close()
                 self.saver.close()
                 raise Interrupted()
+        self.stop_signal.close()
         self.saver.close()
         return self.export(), self.summary()
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's batches from the current step on, each entered in the accounting."""
+        """This rank's batches from the current step on, on its device and in the accounting."""
         task, ranks = self.task, self.ranks
         loader = task.stream.loader(
             self.progress.step, task.steps, ranks.rank, ranks.world_size, task.workers
         )
-        return self.accounting.watch(loader)
+        return self.accounting.watch(on_device(loader, ranks.device))
 
     def train_step(self, batch: Batch, rate: float) -> None:
         """One optimizer step on this rank's share of the global batch."""

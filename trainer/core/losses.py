@@ -181,6 +181,7 @@ def full_specialist_loss(
     p_general: Tensor | None,
     log_prior: Tensor,
     soft_weight: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Loss of a specialist with a FULL softmax: hard targets in S_m, soft ones on all others.
 
@@ -208,6 +209,8 @@ def full_specialist_loss(
         log((1 - f) / (1 - pi)) out, where S_m, of natural share pi, is drawn as the fraction f.
         Only the difference counts: dustbin_shift(pi, f).
     soft_weight : float
+    out : int64 Tensor, optional
+        The classes that are out, where they are known: a GPU waits to count them.
     """
     # -log q'(label) splits exactly into "is it out?" and "which of those out?".  The examples come
     # at training frequencies, and so the question whether to trust S_m, whose hard answer is known,
@@ -219,7 +222,8 @@ def full_specialist_loss(
     # The second term is constant in q(out), so soft_weight does not move the balance, and q = p,
     # the true posterior, is the minimiser wherever p_general(. | out) is right.
     log_q = F.log_softmax(to_float32(logits) + log_prior, dim=1)
-    out = (~in_group).nonzero()[:, 0]
+    if out is None:
+        out = (~in_group).nonzero()[:, 0]
     is_out = ~in_group[labels]
     log_q_label = log_q.gather(1, labels[:, None])[:, 0]
     hard = -torch.where(is_out, log_q[:, out].logsumexp(1), log_q_label)

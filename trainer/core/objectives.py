@@ -143,9 +143,11 @@ def negatives_generator(batch: Batch, comm: Comm) -> torch.Generator:
 
 def seed_of_batch(batch: Batch, comm: Comm) -> int:
     """A hash of the global batch's examples and their order, the same on any number of ranks."""
-    ids = comm.gather(batch.ids.to(batch.labels.device))
+    ids = batch.ids
+    if comm.share < 1:  # ranks exchange what is on their devices
+        ids = comm.gather(ids.to(batch.labels.device)).cpu()
     ordered = ids.view(-1, len(batch.ids)).T.contiguous()  # rank r has every world_size-th example
-    return zlib.crc32(ordered.cpu().numpy().tobytes())
+    return zlib.crc32(ordered.numpy().tobytes())
 
 
 def rerank(
@@ -261,6 +263,7 @@ def specialise_fully(
     if others_log_prior is not None:
         full_prior = full_prior + others_log_prior
     constant_inside, constant_prior = Constant(inside), Constant(full_prior)
+    constant_out = Constant((~inside).nonzero()[:, 0])
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         p_general = None
@@ -277,6 +280,7 @@ def specialise_fully(
             p_general,
             prior,
             soft_weight,
+            constant_out.beside(batch),
         )
 
     return objective

@@ -80,9 +80,12 @@ def load_optimizer_state(
 
 
 def _copy_to(parameter: nn.Parameter, value: object) -> object:
-    if isinstance(value, torch.Tensor):
+    if not isinstance(value, torch.Tensor):
+        return value
+    if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
-    return value
+    # In the parameter's order of numbers, which fused steps expect.
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def learning_rate(step: int, steps: int, schedule: ResolvedSchedule) -> float:

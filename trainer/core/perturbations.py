@@ -97,14 +97,18 @@ def perturb(
     if generator is not None:
         device = generator.device
     if kind == "gaussian":
-        eps = torch.randn(inputs.shape, generator=generator, device=device).to(inputs)
+        eps = torch.randn(inputs.shape, generator=generator, device=device).to(
+            inputs, non_blocking=True
+        )
         return (inputs.detach() + size * eps).clamp(0, 1)
     if not teachers:
         raise ValueError(f"perturbation {kind!r} follows a teacher's gradient, and there is none")
     teacher = int(torch.randint(len(teachers), (), generator=generator, device=device))
     leaf, logits = _differentiable_logits(teachers[teacher], inputs)
     weights = torch.rand(logits.shape, generator=generator, device=device) * 2 - 1
-    eps, confidence = _direction(leaf, logits, weights.to(logits.device), temperature)
+    eps, confidence = _direction(
+        leaf, logits, weights.to(logits.device, non_blocking=True), temperature
+    )
     if kind == "conf_ods":
         eps = eps * confidence.view(-1, *[1] * (eps.dim() - 1)).to(eps)
     return (inputs.detach() + size * eps).clamp(0, 1)
@@ -136,12 +140,14 @@ def mix_bags(bags: Tensor, share: float, generator: torch.Generator | None = Non
     length = int(real.any(0).nonzero().max()) + 1 if bool(real.any()) else 0
     own, real = bags[:, :length], real[:, :length]
     device = generator.device if generator is not None else torch.device("cpu")
-    ring = torch.randperm(count, generator=generator, device=device).to(bags.device)
+    ring = torch.randperm(count, generator=generator, device=device).to(
+        bags.device, non_blocking=True
+    )
     partner = torch.empty_like(ring).scatter_(0, ring, ring.roll(1))  # nobody's is itself
     lost = 2 * share * torch.rand(count, 1, generator=generator, device=device)
     u = torch.rand(2, count, length, generator=generator, device=device)
-    stays = real & (u[0] >= lost).to(bags.device)
-    joins = real[partner] & (u[1] < share).to(bags.device)
+    stays = real & (u[0] >= lost).to(bags.device, non_blocking=True)
+    joins = real[partner] & (u[1] < share).to(bags.device, non_blocking=True)
     both = torch.cat([own, own[partner]], 1)
     taken = torch.cat([stays, joins], 1)
     emptied = ~taken.any(1)

@@ -24,6 +24,8 @@ from .checkpoints import newest_step
 from .tracking import Row, Tracker
 
 log = logging.getLogger("referral")
+# A training that has waited for data for so much of its time, after so many seconds, says so once.
+WAITING, WAITING_S = 0.3, 30.0
 DIVERGED = 10  # times the loss of the first steps (or 1 nat, where that is less)
 
 
@@ -84,7 +86,10 @@ class MetricsLogger:
         self.started = time.monotonic() - progress.seconds
         self.cpu_started = time.process_time() - progress.cpu_seconds
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
-        self._start_interval(time.monotonic())
+        self.began = time.monotonic()
+        self.waited = 0.0  # seconds for batches, since it began
+        self.has_warned = False
+        self._start_interval(self.began)
         if ranks.is_main:
             path.write_text("".join(line + "\n" for line in progress.metrics))
             for line in progress.metrics:
@@ -141,7 +146,22 @@ class MetricsLogger:
             }
         )
         self.loss_sum.zero_()
+        self._warn_of_waiting(now)
         self._start_interval(now)
+
+    def _warn_of_waiting(self, now: float) -> None:
+        self.waited += self.data_wait
+        elapsed = now - self.began
+        if self.has_warned or elapsed < WAITING_S or self.waited < WAITING * elapsed:
+            return
+        self.has_warned = True
+        if self.ranks.is_main:
+            log.warning(
+                "%s: %s of the time goes by waiting for data; raise data.workers, or let "
+                "data.cache keep decoded inputs",
+                self.name,
+                percent(self.waited / elapsed),
+            )
 
     def write(self, row: Row) -> None:
         """Write `row` as it is, on rank 0."""

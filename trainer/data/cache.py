@@ -190,7 +190,7 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
     try:
         array = create_mapped(temporary, shards.input_dtype, shape)
         unreadable: dict[int, str] = {}
-        for batch in stream.loader(workers=data.workers):
+        for batch in stream.loader(workers=data.workers or 0):
             array[batch.ids.numpy()] = batch.inputs.numpy()
             for _, sample, reason in batch.lost:
                 unreadable[sample] = reason

@@ -10,6 +10,7 @@ Measuring: finite, each sample exactly once over all ranks and workers, no commu
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from pipeline.config import UserError
 
+from ..distributed.ranks import Ranks
 from .augment import Augment, Views, find_augment
 from .mixing import NUMBERS as MIXING_NUMBERS
 from .mixing import Mixing, check_mixable, mix, partners
@@ -30,6 +32,7 @@ from .window import Need
 __all__ = ["Batch", "MeasuringStream", "Source", "TrainingStream", "balanced", "shuffled"]
 
 TRIES = 1000  # corrupt samples in a row before a stream gives up
+MOST_WORKERS = 4  # of a rank, where data.workers does not say
 IN_FLIGHT = 2  # batches that a worker of torch's DataLoader is given ahead
 NUMBERS = ("labels", "ids", "source", "view")  # of each example of a batch
 OF_MIXED = ("partner_labels", "own_share")  # of each example of a batch whose inputs are mixed
@@ -85,6 +88,11 @@ class Batch:
         """The names of what there is for each example, beside its input."""
         return NUMBERS if self.own_share is None else (*NUMBERS, *OF_MIXED)
 
+    @property
+    def _on_devices(self) -> tuple[str, ...]:
+        """The names of what a device works with."""
+        return ("inputs", "labels", *(() if self.own_share is None else OF_MIXED))
+
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """The same batch, its inputs and labels on `device`.
 
@@ -92,13 +100,13 @@ class Batch:
         """
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in ("inputs", "labels", *(() if self.own_share is None else OF_MIXED))
+            for name in self._on_devices
         }
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory: DataLoader calls this."""
-        pinned = {name: getattr(self, name).pin_memory() for name in ("inputs", *self.numbers)}
+        pinned = {name: getattr(self, name).pin_memory() for name in self._on_devices}
         return replace(self, **pinned)
 
     # Between processes only the inputs go through shared memory: for a few numbers a file
@@ -182,7 +190,7 @@ class _Stream:
             prefetch_factor=IN_FLIGHT if workers else None,
             collate_fn=_same,
             generator=torch.Generator().manual_seed(0),
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._is_pinned(),
             worker_init_fn=_begin_worker,
         )
         for batch in loader:
@@ -192,6 +200,10 @@ class _Stream:
                 self._add_lost(source, sample, reason)
             yield batch
 
+    def _is_pinned(self) -> bool:
+        pinned = self._shard_sets[0].data.pin_memory
+        return torch.cuda.is_available() and pinned is not False
+
     def _add_lost(self, source: int, sample: int, reason: str) -> None:
         """UserError if this rank alone has lost more than data.damage_share."""
         self._lost_of[source] += (source, sample) not in self._lost
@@ -200,6 +212,20 @@ class _Stream:
         lost = shards.lost + self._lost_of[source]
         total = shards.lost + len(shards)
         check_share(lost, total, shards.data, f"{shards.where(sample)}: {reason}")
+
+
+def reading_processes(workers: int | None, ranks: Ranks) -> int:
+    """data.workers, or, where it is absent, what the machine has to spare beside a GPU.
+
+    On a CPU whoever reads takes the time of whoever trains.
+    """
+    if workers is not None:
+        return workers
+    if ranks.device.type == "cpu":
+        return 0
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(0, min(MOST_WORKERS, (cores or 1) // beside - 1))
 
 
 class _Fetch(Dataset):

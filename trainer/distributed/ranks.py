@@ -23,6 +23,7 @@ import torch.distributed as dist
 from pipeline.config import Engine, UserError
 
 from .die_with_parent import die_with_parent
+from .numerics import numerics
 
 T = TypeVar("T")
 COLLECTIVE_LIMIT = timedelta(minutes=30)  # in which every rank must come to an exchange of data
@@ -132,7 +133,8 @@ def process_group(engine: Engine, guest: bool = False) -> Iterator[Ranks]:
     watchdog = None if guest else Watchdog(engine.hang_s)
     is_left = False
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device, watchdog, patient)
+        with numerics(engine):
+            yield Ranks(dist.get_rank(), dist.get_world_size(), device, watchdog, patient)
     except Exception as error:
         is_left = dist.get_world_size() > 1
         if is_left and has_lost_another(error):
@@ -171,11 +173,28 @@ def choose_device(engine: Engine) -> torch.device:
 
 def precision(engine: Engine, device: torch.device) -> torch.dtype:
     """The dtype that the forward pass computes in; weights are float32 always."""
+    lacks_bf16 = device.type == "cuda" and not has_bf16()
     if engine.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
+        return torch.bfloat16 if device.type == "cuda" and not lacks_bf16 else torch.float32
     if engine.precision == "fp16" and device.type == "cpu":
         raise UserError('engine.precision = "fp16" needs a GPU; on a CPU take "bf16" or "fp32"')
+    if engine.precision == "bf16" and lacks_bf16:
+        raise UserError(
+            f'engine.precision = "bf16", which {torch.cuda.get_device_name(device)} lacks; '
+            'take "fp16" or "fp32", or "auto"'
+        )
     return PRECISIONS[engine.precision]
+
+
+def has_bf16() -> bool:
+    """Whether this process's GPU computes in bfloat16, and does not only imitate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(engine: Engine, device: torch.device) -> torch.autocast:
+    """The context in which networks compute, in training and in measuring."""
+    kind = precision(engine, device)
+    return torch.autocast(device.type, kind, enabled=kind != torch.float32)
 
 
 def broadcast(value: T, ranks: Ranks) -> T:
@@ -205,14 +224,17 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step; all ranks agree on the step.
+    """SIGTERM and SIGUSR2 ask for a checkpoint soon; all ranks agree on the step.
 
+    Of several ranks each says at every step whether it has received one, and reads at the next step
+    what the others said: the exchange goes on beside the step, and no rank waits for its GPU.
     One that comes between two trainings of a process is heeded at the first step of the second.
     """
 
     received = False  # by this process
 
     def __init__(self):
+        self._said: tuple[dist.Work, torch.Tensor] | None = None  # at the last step, by any rank
         if threading.current_thread() is not threading.main_thread():
             return  # signals are the main thread's business
         for number in (signal.SIGTERM, signal.SIGUSR2):
@@ -222,9 +244,21 @@ class StopSignal:
         StopSignal.received = True
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank has received a signal; collective."""
+        """Whether any rank had received a signal, alone now, of several a step ago; collective."""
         if ranks.world_size == 1:
             return self.received
-        flag = torch.tensor([float(self.received)], device=ranks.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        answer = self.close()
+        device = ranks.device if ranks.patient is None else "cpu"
+        flag = torch.tensor([float(self.received)], device=device)
+        work = dist.all_reduce(flag, dist.ReduceOp.MAX, group=ranks.patient, async_op=True)
+        assert work is not None, "every rank is in the group"
+        self._said = work, flag
+        return answer
+
+    def close(self) -> bool:
+        """End the exchange that is under way: whether any rank said yes."""
+        if self._said is None:
+            return False
+        (work, flag), self._said = self._said, None
+        work.wait()
         return bool(flag.item())

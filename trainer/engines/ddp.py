@@ -20,7 +20,8 @@ from ..core.optim import (
     optimizer_state,
     set_rate,
 )
-from ..distributed.ranks import Ranks, precision
+from ..distributed.ranks import Ranks, autocast, precision
+from .layers import change_layers, check_layers, compiled, restore_layers
 
 
 class DDPEngine:
@@ -30,9 +31,12 @@ class DDPEngine:
     network: nn.Module
     optimizer: torch.optim.Optimizer
     clip_norm: float
+    replaced: dict[str, nn.Module]  # what change_layers has put aside
     module: DistributedDataParallel | None = None
 
     def __init__(self, config: EngineConfig, ranks: Ranks):
+        check_layers(config, ranks.device)
+        self.config = config
         self.ranks = ranks
         self.precision = precision(config, ranks.device)
         self.scaler = torch.amp.GradScaler(
@@ -42,6 +46,7 @@ class DDPEngine:
     def prepare(
         self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
+        self.replaced = change_layers(network, self.config, self.ranks.world_size)
         self.network = network
         self.optimizer = build_optimizer(network, schedule)
         self.clip_norm = schedule.clip_norm
@@ -50,11 +55,12 @@ class DDPEngine:
             load_optimizer_state(self.optimizer, network, state["optimizer"])
             if self.scaler.is_enabled() and "scaler" in state:
                 self.scaler.load_state_dict(state["scaler"])
+        trained = compiled(network) if self.config.compile else network
         if not any(parameter.requires_grad for parameter in self.averaged(network)):
-            return network  # there is no gradient that ranks would have to exchange
+            return trained  # there is no gradient that ranks would have to exchange
         devices = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
         self.module = DistributedDataParallel(
-            network, device_ids=devices, gradient_as_bucket_view=True
+            trained, device_ids=devices, gradient_as_bucket_view=True
         )
         return self.module
 
@@ -63,9 +69,7 @@ class DDPEngine:
         return network.parameters()
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(
-            self.ranks.device.type, self.precision, enabled=self.precision != torch.float32
-        )
+        return autocast(self.config, self.ranks.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are exchanged once a step, in the last micro-batch."""
@@ -116,6 +120,7 @@ class DDPEngine:
 
     def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
         self.network.load_state_dict(weights or {}, strict=False)
+        restore_layers(self.network, self.config, self.replaced)
         return self.network
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ from ..core.optim import (
     optimizer_state,
     set_rate,
 )
-from ..distributed.ranks import Ranks, precision
+from ..distributed.ranks import Ranks, autocast, precision
 
 BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
 ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
@@ -81,6 +81,7 @@ class DeepSpeedEngine:
     def __init__(self, config: EngineConfig, ranks: Ranks):
         self.ranks = ranks
         self.stage = config.zero_stage
+        self.config = config
         self.further = config.deepspeed
         self.precision = precision(config, ranks.device)
 
@@ -136,9 +137,7 @@ class DeepSpeedEngine:
         return merged_deepspeed(config, self.further)
 
     def autocast(self) -> AbstractContextManager[object]:
-        return torch.autocast(
-            self.ranks.device.type, self.precision, enabled=self.precision != torch.float32
-        )
+        return autocast(self.config, self.ranks.device)
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """DeepSpeed itself knows when gradients are exchanged."""

@@ -39,7 +39,7 @@ from ..core.objectives import Objective, classify, rerank, specialise_fully, spe
 from ..data.augment import MACHINES, failure, find_augment
 from ..data.mixing import check_mixable, mixing_of
 from ..data.streams import Batch, Source, TrainingStream, shuffled
-from ..distributed.ranks import precision
+from ..distributed.ranks import autocast
 from ..session import Session
 from .control_rows import widened
 from .extending import grown_generalist
@@ -374,9 +374,8 @@ def _try_step(session: Session, part: Part) -> None:
     if sharded or part.columns is not None:
         assert isinstance(network, Classifier), "a branch has no linear head"
         module = LazyNetwork(network)
-    kind = precision(session.config.engine, device)
     try:
-        with torch.autocast(device.type, kind, enabled=kind != torch.float32):
+        with autocast(session.config.engine, device):
             loss = part.objective(module, batch)
         loss.backward()
     except UserError:

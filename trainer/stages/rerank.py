@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from networks import Classifier, lazy_logits, top_k
@@ -147,7 +146,7 @@ def reranker_task(session: Session, network: Classifier, seed: int) -> TrainingT
     )
     steps = count_steps(schedule, session.shards("train").num_samples)
     validate = validate_reranker(session)
-    workers = session.config.data.workers
+    workers = session.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
 
 

@@ -114,7 +114,7 @@ def task_from(
     freeze_norm(open_layers(network, schedule, "specialists"), schedule.freeze_norm)
     stream = TrainingStream(mixture.sources, mixture.seed, session.augmentation())
     steps = specialist_steps(schedule, mixture.num_inside)
-    workers = session.config.data.workers
+    workers = session.workers
     task = TrainingTask(network, objective, stream, schedule, steps, validate, workers)
     return dataclasses.replace(task, dense=schedule.trains_all_rows), notes
 

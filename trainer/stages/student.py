@@ -71,7 +71,7 @@ def student_task(
     steps: int,
 ) -> TrainingTask:
     validate = validate_classifier(session)
-    workers = session.config.data.workers
+    workers = session.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
 
 

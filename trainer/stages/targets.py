@@ -427,7 +427,7 @@ def view_of(
         same = np.full_like(ids, view)
         uniforms = views.uniforms(source, ids, same, augmentation.numbers)
         seen = augmentation(batch.inputs.cpu().numpy(), uniforms)
-        return torch.from_numpy(seen).to(batch.inputs.device)
+        return torch.from_numpy(seen).to(batch.inputs.device, non_blocking=True)
 
     return see
 

@@ -104,7 +104,7 @@ def generalist_task(
         loss=loss_of(schedule),
         margin=label_margin(network),
     )
-    workers = session.config.data.workers
+    workers = session.workers
     return TrainingTask(network, objective, stream, schedule, steps, validate, workers)
 
 

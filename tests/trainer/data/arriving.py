@@ -58,7 +58,7 @@ def line(step: int, examples: list[bytes]) -> str:
 
 def read_as_rank(data: Data, first: int, rank: int, ranks: int, pipe) -> None:
     stream = the_stream(data)
-    for batch in stream.loader(first, STEPS, rank, ranks, data.workers):
+    for batch in stream.loader(first, STEPS, rank, ranks, data.workers or 0):
         pipe.send(digests(batch))
         pipe.recv()  # as gradients do, it makes ranks wait for each other
 

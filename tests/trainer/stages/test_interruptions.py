@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from ranks import ENGINES, on_ranks
 
 import trainer.__main__
 from pipeline.config import UserError, load_config
@@ -57,3 +58,9 @@ def test_an_error_of_all_ranks_is_printed_by_rank_0_while_the_others_wait(
     expected = [(trainer.__main__.RANK_0_FIRST_S, "")] if rank == "1" else []
     assert waits == expected
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_the_step_after_any_of_them_is_asked_to(tmp_path):
+    on_ranks(2, ENGINES / "stops.py", tmp_path)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4", "4"]

@@ -287,7 +287,7 @@ def control_task(
         loss=loss_of(schedule),
     )
     stream = TrainingStream(sources, seed, session.augmentation())
-    workers = session.config.data.workers
+    workers = session.workers
     # Its batches are not natural ones, as a specialist's are not.
     freeze_norm(network.requires_grad_(True), schedule.freeze_norm)
     return TrainingTask(network, objective, stream, schedule, steps, workers=workers)

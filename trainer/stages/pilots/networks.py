@@ -245,9 +245,7 @@ def rerank_task(
         log_prior=log_prior_of(session, schedule),
     )
     stream = labelled_stream(session, schedule, seed)
-    return TrainingTask(
-        network, objective, stream, schedule, steps, workers=session.config.data.workers
-    )
+    return TrainingTask(network, objective, stream, schedule, steps, workers=session.workers)
 
 
 def shortlists_on_the_fly(generalist: Classifier, k: int) -> Callable[[Batch], Tensor]:
