@@ -13,7 +13,13 @@ gives the metrics' numbers of every row (top 5, log-probability of the label, su
     listed       specialists read when rows need them, and rows that list some classes
 
 CPU seconds are the process's own, without its start; peak memory is what its resident set grows by
-(Linux).  The last line is one JSON object.
+(Linux).  Then, in one process and by turns, after a round that does not count:
+
+    ratio           "listed" over "generalist" and the specialists' own multiplications: their
+                    trunks and heads on the rows that ask them, without reading them
+    without_reading the same, where the specialists are held already
+
+as medians over the rounds, of CPU seconds.  The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -128,6 +135,11 @@ def by_whole_rows(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_listed_rows(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
+    return ask(read_ensemble(root), raw, labels)
+
+
+def read_ensemble(root: Path) -> SpecialistEnsemble:
+    """Its specialists are read when rows need them."""
     generalist = load_classifier(root / "generalist")
     groups, settings = read_joint(root)
 
@@ -137,9 +149,12 @@ def by_listed_rows(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
         return specialist
 
     specialists = LazySpecialists(load, range(len(groups)), generalist=generalist)
-    ensemble = SpecialistEnsemble(
+    return SpecialistEnsemble(
         generalist, specialists, groups, weights=settings.weights, sparse=True
     )
+
+
+def ask(ensemble: SpecialistEnsemble, raw: Tensor, labels: Tensor) -> Tensor:
     parts, start = [], 0
     for answers in ensemble.ask_in_blocks(raw, Wanted(TOP, (1.0, 1 / T)), labels):
         q = answers.join(ensemble.weights)
@@ -169,12 +184,17 @@ def batches(raw: Tensor, labels: Tensor, classes: int) -> Iterator[tuple[Tensor,
 # Measured
 
 
-def measure(root: Path, form: str, rows: int) -> dict:
-    """One form, in this process."""
+def inputs_of(root: Path, rows: int) -> tuple[Tensor, Tensor]:
+    """(inputs, labels)"""
     classes = ModelSpec.load(root / "generalist" / "model.json").num_classes
     generator = torch.Generator().manual_seed(1)
     raw = torch.randn(rows, NUMBERS, generator=generator)
-    labels = torch.randint(classes, (rows,), generator=generator)
+    return raw, torch.randint(classes, (rows,), generator=generator)
+
+
+def measure(root: Path, form: str, rows: int) -> dict:
+    """One form, in this process."""
+    raw, labels = inputs_of(root, rows)
     before, start = begin_peak(), time.process_time()
     with torch.inference_mode():
         log_label = FORMS[form](root, raw, labels)
@@ -183,6 +203,42 @@ def measure(root: Path, form: str, rows: int) -> dict:
         "peak_mib": round((peak() - before) / MIB, 1),
         "nll": -float(log_label.double().mean()),
     }
+
+
+def rows_of_specialists(ensemble: SpecialistEnsemble, raw: Tensor) -> list[tuple[int, Tensor]]:
+    """The numbers of the specialists that some row asks, and the rows."""
+    wanted = Wanted(TOP, (1.0,))
+    active = torch.cat([answers.active for answers in ensemble.ask_in_blocks(raw, wanted)])
+    return [(m, active[:, m].nonzero()[:, 0]) for m in active.any(0).nonzero()[:, 0].tolist()]
+
+
+def multiply(ensemble: SpecialistEnsemble, raw: Tensor, asked: list[tuple[int, Tensor]]) -> None:
+    """What the specialists themselves compute."""
+    for m, rows in asked:
+        ensemble.specialists[m](raw[rows])
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def measure_ratios(root: Path, rows: int, rounds: int) -> dict:
+    """In this process: what `listed` takes of its bound, the median over the rounds."""
+    raw, labels = inputs_of(root, rows)
+    found: dict[str, list[float]] = {"ratio": [], "without_reading": []}
+    with torch.inference_mode():
+        held = read_ensemble(root)
+        asked = rows_of_specialists(held, raw)
+        for _ in range(1 + rounds):
+            bound = cpu_seconds(lambda: by_generalist(root, raw, labels))
+            bound += cpu_seconds(lambda: multiply(held, raw, asked))
+            reading = cpu_seconds(lambda: by_listed_rows(root, raw, labels))
+            again = cpu_seconds(lambda: ask(held, raw, labels))
+            found["ratio"].append(reading / bound)
+            found["without_reading"].append(again / bound)
+    return {name: round(statistics.median(each[1:]), 3) for name, each in found.items()}
 
 
 def begin_peak() -> int:
@@ -202,9 +258,9 @@ def resident(name: str) -> int:
     raise AssertionError(f"no {name} in /proc/self/status")
 
 
-def measured_alone(root: Path, form: str, rows: int) -> dict:
+def measured_alone(root: Path, rows: int, *options: str) -> dict:
     command = [sys.executable, "-m", "benchmarks.many_specialists", "--of", str(root)]
-    command += ["--form", form, "--rows", str(rows)]
+    command += ["--rows", str(rows), *options]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -216,25 +272,32 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=20_000)
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--of", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--form", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.of:
-        print(json.dumps(measure(args.of, args.form, args.rows)))
+        torch.set_flush_denormal(True)  # as the trainer's processes do
+        if args.form:
+            print(json.dumps(measure(args.of, args.form, args.rows)))
+        else:
+            print(json.dumps(measure_ratios(args.of, args.rows, args.rounds)))
         return
     if args.quick:
-        args.classes, args.groups, args.rows = 1000, 10, 300
+        args.classes, args.groups, args.rows, args.rounds = 1000, 10, 300, 1
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         write_networks(root, args.classes, args.groups)
         results = {}
         for form in args.forms:
-            results[form] = measured_alone(root, form, args.rows)
+            results[form] = measured_alone(root, args.rows, "--form", form)
             print(f"{form:12}", results[form], flush=True)
+        ratios = measured_alone(root, args.rows, "--rounds", str(args.rounds))
+        print(ratios, flush=True)
     shape = {"classes": args.classes, "groups": args.groups, "rows": args.rows}
-    print(json.dumps({**shape, "forms": results}))
+    print(json.dumps({**shape, "forms": results, **ratios}))
 
 
 if __name__ == "__main__":

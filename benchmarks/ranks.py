@@ -7,7 +7,8 @@ A run over made-up vectors of planted classes, whose networks are trained for a 
 stage takes does not depend on what they know.  Each stage is done by one rank and by several, in
 turns, from the same inputs; what it took before is cleared.
 
-seconds     by the clock, from the stage's start to its end; the median over the rounds
+seconds     by the clock, from the stage's start to its end, its modules imported before; the
+            median over the rounds
 cpu_s       of the rank that computed most, where ranks wait for each other without computing
 ratio       seconds of one rank over those of several, the median over the rounds
 cpu_ratio   the same of cpu_s: what the ratio is on free cores, but for the exchange of data
@@ -29,11 +30,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipeline.choices import resolve
 from pipeline.config import Config, load_config, save_config
 from pipeline.graph import RunDirectory, open_run
 from pipeline.store import Stage, read_json
@@ -110,6 +113,8 @@ def child(root: Path, place: str) -> None:
     (stage,) = [stage for stage in run.stages if stage.place == place]
     with process_group(run.config.engine) as ranks:
         session = Session(run, ranks)
+        resolve(stage.kind.function)  # what every process imports once is no work of the stage's
+        import_module("torch._dynamo")  # torch does so at its own time
         began, began_cpu = time.monotonic(), time.process_time()
         run_stage(session, stage)
         taken = time.monotonic() - began

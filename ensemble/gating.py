@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 
 from clustering.groups import ClassGroups
+from networks import top_k
 from networks.full_precision import full_precision
 
 from .host_reads import to_device
 from .predictions import Groups, Probabilities, as_general
+
+MANY_CLASSES = 2**14  # from which on torch's maximum takes several times as long as networks.top_k
 
 
 @full_precision
@@ -103,10 +106,10 @@ def _check(p_general: Tensor, groups: ClassGroups, n: int, max_specialists: int 
 
 def _most_probable(p_general: Tensor, n: int) -> Tensor:
     """[B, n], in any order."""
-    if n == 1:
+    if n == 1 and p_general.shape[1] < MANY_CLASSES:
         top, classes = p_general.max(1, keepdim=True)
     else:
-        top, classes = p_general.topk(n, dim=1, sorted=False)
+        top, classes = top_k(p_general, n, ordered=False)
     if bool(torch.isnan(top).any()):
         row = int(torch.isnan(top).any(1).nonzero()[0])
         raise ValueError(
@@ -159,19 +162,6 @@ def asked_specialists(active: Tensor, most: int) -> Tensor:
     asked = torch.full((len(active), most), -1, dtype=torch.int32, device=active.device)
     asked[row, place] = specialist.int()
     return asked
-
-
-def classes_of_active(groups: ClassGroups, active: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, classes), int64 [n] each: every class of every active group of each row."""
-    device = active.device
-    classes = torch.from_numpy(np.concatenate(groups.members)).to(device)
-    sizes = torch.from_numpy(groups.sizes).to(device)
-    row, specialist = active.nonzero(as_tuple=True)
-    count = sizes[specialist]
-    begins = (sizes.cumsum(0) - sizes)[specialist]
-    place = torch.arange(int(count.sum()), device=device)
-    place = place - (count.cumsum(0) - count).repeat_interleave(count)
-    return row.repeat_interleave(count), classes[begins.repeat_interleave(count) + place]
 
 
 _tables: dict[tuple[int, str], tuple[weakref.ref, Tensor]] = {}

@@ -12,13 +12,12 @@ from networks import (
     Classifier,
     ModelSpec,
     build_classifier,
-    load_branch,
-    load_classifier,
     named_by,
 )
+from networks.branches import build_branch
 from networks.builders import Builders
 from networks.checkpoints import read_safetensors
-from networks.files import built_for
+from networks.files import built_for, load_built
 
 from .sharing import own_bytes, share_storage
 
@@ -121,28 +120,29 @@ def load_specialist(
     shared: names of tensors that the folder leaves out because they are the generalist's (a bundle
     does so).
     """
-    if ModelSpec.load(folder / "model.json").head["kind"] == "branch":
+    spec = ModelSpec.load(folder / "model.json")
+    if spec.head["kind"] == "branch":
         with _building:
-            branch = load_branch(folder, device, builders)
+            branch = load_built(spec, folder, device, build_branch, builders)
         branch.spec = named_by(branch.spec, generalist.spec)
         return branch
     if shared:
-        specialist = _load_partly(folder, generalist, shared, builders).to(device).eval()
+        specialist = _load_partly(spec, folder, generalist, shared, builders).to(device).eval()
     else:
         with _building:
-            specialist = load_classifier(folder, device, builders)
+            specialist = load_built(spec, folder, device, build_classifier, builders)
     share_storage(generalist, specialist)
     specialist.spec = named_by(specialist.spec, generalist.spec)
     return specialist
 
 
 def _load_partly(
+    spec: ModelSpec,
     folder: Path,
     generalist: Classifier,
     shared: Sequence[str],
     builders: Builders | None,
 ) -> Classifier:
-    spec = ModelSpec.load(folder / "model.json")
     common = generalist.state_dict()
     if unknown := sorted(set(shared) - common.keys()):
         raise ValueError(

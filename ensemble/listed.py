@@ -37,10 +37,17 @@ class PowerSums(NamedTuple):
     second: Tensor | None = None
 
     @classmethod
-    def of(cls, rest: Tensor, listed: Tensor, beta: float, moments: bool) -> PowerSums:
-        """rest: q of the others, 0 at those that are listed, [B, C].  listed: int64 [B, k]."""
+    def of(
+        cls, rest: Tensor, listed: Tensor, beta: float, moments: bool, last: bool = False
+    ) -> PowerSums:
+        """rest: q of the others, 0 at those that are listed, [B, C].  listed: int64 [B, k].
+
+        last: rest is not needed any more, and is overwritten.
+        """
         e, z = rest, None
-        if moments or beta != 1:
+        if last and beta != 1:
+            z = rest.clamp_min_(TINY).log_()
+        elif moments or beta != 1:
             z = rest.clamp_min(TINY).log_()
         if z is not None and beta != 1:
             e = (z * beta if moments else z.mul_(beta)).exp_().scatter_(1, listed, 0.0)
@@ -122,8 +129,11 @@ class Listed:
         """Of rows p [B, C], which it overwrites.  moments: with sums of z and of z^2, too."""
         values = p.gather(1, indices)
         rest = p.scatter_(1, indices, 0.0)
-        sums = {beta: PowerSums.of(rest, indices, beta, moments) for beta in powers}
-        tail = sums[1.0].power if 1.0 in sums else rest.sum(1).double()
+        tail = rest.sum(1).double()
+        sums = {
+            beta: PowerSums.of(rest, indices, beta, moments, place == len(powers))
+            for place, beta in enumerate(powers, 1)
+        }
         return cls(indices, values, tail, sums, p.shape[1])
 
     def with_values(self, values: Tensor, tail: Tensor) -> Listed:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +20,15 @@ from clustering.groups import ClassGroups
 from networks import Branch, Classifier, top_k
 from networks.branches import GeneralOutput
 
-from .gating import classes_of_active, most_active, rows_of_specialists
+from .gating import most_active, rows_of_specialists
 from .host_reads import to_device
 from .listed import Listed
+from .patterns import set_patterns
 from .predictions import (
     SpecialistPredictions,
     TabledPredictions,
     Weights,
+    active_sets,
     checked_weights,
     softmax,
     without_dustbin,
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
 
 # From so many classes on the stages ask an ensemble in this way.
 SPARSE_FROM = 2**14
-# Numbers [rows, C] of the generalist at a time, and rows at most.
-GENERAL_NUMBERS = 2**23
-GENERAL_ROWS = 256
+# Numbers [rows, C] of the generalist at a time: as many as a cache holds. Of many classes, whose
+# rows of the head are read once for all of them, so many rows, unless these are more numbers.
+CACHED_NUMBERS, FEWEST_ROWS = 2**21, 32
+GENERAL_NUMBERS, GENERAL_ROWS = 2**23, 2**8
+NONE = np.zeros(0, np.int64)
 # Rows that one specialist is asked about at a time.
 SPECIAL_ROWS = 512
 # What is held of the rows between generalist and specialists.
@@ -151,11 +156,17 @@ def rows_of_block(ensemble: SpecialistEnsemble, top: int) -> int:
     return min(BLOCK_ROWS, max(GENERAL_ROWS, BLOCK_BYTES // (of_input + entries)))
 
 
+def general_rows(classes: int) -> int:
+    """Rows that the generalist runs on at a time."""
+    cached = max(FEWEST_ROWS, CACHED_NUMBERS // classes)
+    return max(1, min(GENERAL_ROWS, cached, GENERAL_NUMBERS // classes))
+
+
 def _ask_block(
     ensemble: SpecialistEnsemble, raw: Tensor, wanted: Wanted, also: Tensor | None
 ) -> Iterator[ListedAnswers]:
     raw = torch.as_tensor(raw).to(ensemble.device)
-    size = max(1, min(GENERAL_ROWS, GENERAL_NUMBERS // ensemble.groups.num_classes))
+    size = general_rows(ensemble.groups.num_classes)
     parts = [
         _ask_generalist(ensemble, raw[start : start + size], start, wanted, also)
         for start in range(0, len(raw), size)
@@ -200,19 +211,49 @@ def listed_classes(
 
     k is the same in all rows.  At least `top` of those outside the groups are listed.
     """
-    row, classes = classes_of_active(groups, active)
-    if also is not None:
-        row = torch.cat([row, torch.arange(len(p), device=p.device)])
-        classes = torch.cat([classes, also])
-    own = (row * p.shape[1] + classes).unique()
-    row, classes = own // p.shape[1], own % p.shape[1]
-    most = int(row.bincount(minlength=1).max())
-    # They are raised above every probability for as long as it takes to find the largest.
-    values = p[row, classes]
-    p[row, classes] = 2.0
-    _, indices = top_k(p, min(most + top, groups.num_classes), ordered=False)
-    p[row, classes] = values
+    own, counts = own_classes(groups, active, also)
+    is_own = torch.arange(own.shape[1], device=p.device) < counts[:, None]
+    most, least = int(counts.max()), int(counts.min())
+    # They are lowered below every probability for as long as it takes to find the largest others.
+    values = p.gather(1, own)
+    padding_of_none = ~is_own & (counts == 0)[:, None]
+    p.scatter_(1, own, torch.where(padding_of_none, values, -1.0))
+    k = min(most + top, groups.num_classes)
+    _, others = top_k(p, k - least)
+    p.scatter_(1, own, values)
+    # A row with fewer classes of its own than another has more of these.
+    indices = torch.empty(len(p), k, dtype=torch.int64, device=p.device)
+    first = torch.arange(k, device=p.device) < counts[:, None]
+    indices[first] = own[is_own]
+    indices[~first] = others[torch.arange(k - least, device=p.device) < k - counts[:, None]]
     return indices
+
+
+def own_classes(
+    groups: ClassGroups, active: Tensor, also: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Distinct classes of each row's active groups, and `also` [b]: (int64 [b, U], counts [b]).
+
+    Behind a row's own classes stands its first one again; where it has none, class 0.
+    """
+    sets, set_of_row = active_sets(active)
+    unions = [set_patterns(groups, each).union[0] if each else NONE for each in sets]
+    width = max(map(len, unions)) + 1
+    table = np.stack([np.pad(union, (0, width - len(union))) for union in unions])
+    lengths = np.array([len(union) for union in unions])
+    padding = np.arange(width) >= lengths[:, None]
+    table = np.where(padding, table[:, :1], table)
+    of_row = torch.from_numpy(set_of_row).to(active.device)
+    own = torch.from_numpy(table).to(active.device).index_select(0, of_row)
+    counts = torch.from_numpy(lengths).to(active.device).index_select(0, of_row)
+    if also is None:
+        return own, counts
+    is_real = torch.arange(width, device=own.device) < counts[:, None]
+    new = ~((own == also[:, None]) & is_real).any(1)
+    own[new, counts[new]] = also[new]
+    none = new & (counts == 0)
+    own[none] = also[none, None]
+    return own, counts + new
 
 
 def _read_by_branches(

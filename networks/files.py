@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -26,7 +28,11 @@ SPEC = "model.json"
 WEIGHTS = "model.safetensors"
 PREFIX = "model"  # of the files of a network whose head is split, and of their index
 SPLIT_HEAD, PLAIN_HEAD = "head.rows.", "head."  # before the names of the head's tensors
+SHAPES_KEPT = 1024
 Module = TypeVar("Module", bound=nn.Module)
+
+_shapes: OrderedDict[str, dict[str, Tensor]] = OrderedDict()  # by what they depend on
+_lock = threading.Lock()
 
 
 def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> None:
@@ -126,11 +132,9 @@ def built_for(
     path = directory / SPEC
     with torch.random.fork_rng(devices=[]), blamed_on(path):
         try:
-            if spec.builder in NETWORKS:
+            if spec.builder in NETWORKS and spec.builder not in (builders or {}):
                 # A damaged spec may ask for a network of any size: one without memory says which.
-                with torch.device("meta"):
-                    shapes = build(spec, builders).state_dict()
-                check_tensors(tensors, shapes, directory / WEIGHTS)
+                check_tensors(tensors, shapes_of(spec, build), directory / WEIGHTS)
             module = build(spec, builders)
         except ValueError as error:
             words = str(error)
@@ -139,6 +143,30 @@ def built_for(
     with blamed_on(directory / WEIGHTS):
         module.load_state_dict(dict(tensors))
     return module
+
+
+def shapes_of(
+    spec: ModelSpec, build: Callable[[ModelSpec, Builders | None], nn.Module]
+) -> dict[str, Tensor]:
+    """Tensors without memory that a network of a built-in builder has.
+
+    They are made once for all specs that differ in which classes they are of and not in how many:
+    thousands of specialists do.
+    """
+    head = {key: len(v) if isinstance(v, list) else v for key, v in spec.head.items()}
+    key = repr((build, spec.builder, spec.options, spec.num_classes, spec.input.shape))
+    key += repr((spec.input.dtype, head, spec.members, spec.cosine))
+    with _lock:
+        if key in _shapes:
+            _shapes.move_to_end(key)
+            return _shapes[key]
+    with torch.device("meta"):
+        shapes = build(spec, None).state_dict()
+    with _lock:
+        _shapes[key] = shapes
+        if len(_shapes) > SHAPES_KEPT:
+            _shapes.popitem(last=False)
+    return shapes
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -293,7 +294,9 @@ def named_by(specialist: ModelSpec, generalist: ModelSpec) -> ModelSpec:
             f"the specialist is of {specialist.num_classes} classes, "
             f"the generalist of {generalist.num_classes}"
         )
-    return replace(specialist, class_names=generalist.class_names)
+    named = copy.copy(specialist)  # the names were checked with the generalist
+    object.__setattr__(named, "class_names", generalist.class_names)
+    return named
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -24,7 +24,8 @@ BUCKET_WEIGHTS = 2**26  # of DeepSpeed's, as the engine sets them
 HEAD_BLOCK = {"cpu": 2**24, "cuda": 2**28}  # of logits that are computed at a time
 SPECIALISTS_HELD = 2**29  # of an ensemble's specialists, those last used
 SPARSE_FROM = 2**14  # classes from which on eq. 5 lists some of them
-GENERAL_NUMBERS, GENERAL_ROWS = 2**23, 2**8  # of its probabilities at a time, at most
+GENERAL_NUMBERS, GENERAL_ROWS = 2**23, 2**8  # of the generalist's probabilities then, at most
+CACHED_NUMBERS, FEWEST_ROWS = 2**21, 32  # and so many where a cache holds them
 MEASURED_NUMBERS = 2**26  # of probabilities in a batch that is measured
 MEASURED_ROWS = 512  # of such a batch
 MEASURED_ROW = 2 * INDEX + 10 * (4 + 4)  # id, label, the ten likeliest classes and probabilities
@@ -207,9 +208,15 @@ def held_by_ensemble(generalist: Network, specialists: int, collected: int) -> i
     """By a rank that asks an ensemble.  specialists: bytes of all of them."""
     rows = measuring_rows(generalist.classes) * generalist.classes
     if generalist.classes >= SPARSE_FROM:
-        rows = min(GENERAL_NUMBERS, GENERAL_ROWS * generalist.classes)
+        rows = general_rows(generalist.classes) * generalist.classes
     # Probabilities, those without what is listed, and q.
     return generalist.bytes + min(specialists, SPECIALISTS_HELD) + 3 * FLOAT * rows + collected
+
+
+def general_rows(classes: int) -> int:
+    """Rows on which an ensemble runs its generalist at a time, where eq. 5 lists classes."""
+    cached = max(FEWEST_ROWS, CACHED_NUMBERS // classes)
+    return max(1, min(GENERAL_ROWS, cached, GENERAL_NUMBERS // classes))
 
 
 def exchanged(examples: int, row_bytes: int, ranks: int) -> float:

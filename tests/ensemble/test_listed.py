@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from clustering.groups import ClassGroups
 from ensemble import SpecialistEnsemble, combine_kl
 from ensemble import listed_ensemble as module
-from ensemble.gating import asked_specialists, classes_of_active, most_active
+from ensemble.gating import asked_specialists, most_active
 from ensemble.listed import Listed, logits_slopes
-from ensemble.listed_ensemble import Wanted
+from ensemble.listed_ensemble import Wanted, own_classes
 from ensemble.predictions import TabledPredictions
 from networks import InputSpec, ModelSpec, branch_off, build_classifier, specialise
 from trainer.core.dense_logits import DenseLogits, dense_log_probabilities
@@ -144,10 +144,16 @@ def test_other_combiners_and_shortlists_need_whole_rows(made):
 def test_asked_specialists_and_their_classes_are_those_of_a_mask():
     active = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 0]]).bool()
     assert asked_specialists(active, 3).tolist() == [[0, 3, -1], [-1, -1, -1], [1, 2, -1]]
-    rows, classes = classes_of_active(GROUPS, active)
-    for row in range(3):
-        expected = [c for m in active[row].nonzero()[:, 0] for c in GROUPS.members[m].tolist()]
-        assert classes[rows == row].tolist() == expected
+    labels = torch.tensor([0, 7, 39])
+    for also in (None, labels):
+        own, counts = own_classes(GROUPS, active, also)
+        for row in range(3):
+            expected = {c for m in active[row].nonzero()[:, 0] for c in GROUPS.members[m].tolist()}
+            expected |= {int(labels[row])} if also is not None else set()
+            found = own[row].tolist()
+            assert set(found[: counts[row]]) == expected and len(expected) == counts[row]
+            # Behind them stands one of them again, which is lowered and raised with it.
+            assert not expected or set(found[counts[row] :]) <= {found[0]}
     # Class 3 is in two groups: one class opens two, three classes all four.
     assert [most_active(GROUPS, n, None) for n in (1, 2, 3)] == [2, 4, 4]
     assert most_active(GROUPS, 3, 2) == 2

@@ -76,7 +76,7 @@ def test_stored_targets_take_two_bytes_more_a_class_where_indices_need_four():
 def test_the_constants_are_those_of_the_code():
     from ensemble.fitting import WEIGHTS
     from ensemble.lazy_specialists import BYTES_HELD
-    from ensemble.listed_ensemble import GENERAL_NUMBERS, GENERAL_ROWS, SPARSE_FROM
+    from ensemble.listed_ensemble import SPARSE_FROM, general_rows
     from networks.linear_logits import BLOCK_ENTRIES
     from trainer.engines.zero import BUCKET
     from trainer.session import MEASURING_BATCH, PROBABILITIES_IN_MEMORY, measuring_batch
@@ -85,13 +85,13 @@ def test_the_constants_are_those_of_the_code():
 
     assert scaling.HEAD_BLOCK == {device: 4 * n for device, n in BLOCK_ENTRIES.items()}
     assert scaling.SPECIALISTS_HELD == BYTES_HELD and scaling.SPARSE_FROM == SPARSE_FROM
-    assert (scaling.GENERAL_NUMBERS, scaling.GENERAL_ROWS) == (GENERAL_NUMBERS, GENERAL_ROWS)
     assert scaling.BUCKET_WEIGHTS == BUCKET and scaling.TARGET_LEAST == LEAST
     assert scaling.WEIGHTS_TRIED == len(WEIGHTS)
     measured = (scaling.MEASURED_ROWS, scaling.MEASURED_NUMBERS)
     assert measured == (MEASURING_BATCH, PROBABILITIES_IN_MEMORY)
     for classes in (10, 2**18, 10**6, 10**9):
         assert scaling.measuring_rows(classes) == measuring_batch(classes)
+        assert scaling.general_rows(classes) == general_rows(classes)
         of_class = sum(dtype.itemsize for dtype in entry_dtypes(min(classes, 2**24)).values())
         one = targets_bytes(1, 1, classes) - targets_bytes(1, 0, classes)
         assert one == of_class
