@@ -32,6 +32,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "timm": ("timm",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "parquet": ("pyarrow",),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
