@@ -34,6 +34,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "parquet": ("pyarrow",),
+    "serving": ("fastapi", "uvicorn", "httpx"),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}  # else the same
