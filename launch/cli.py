@@ -583,8 +583,8 @@ def _pass_on(name: str, text: str, command_name: str = "") -> None:
 
 _pass_on(
     "shards",
-    "Make, convert and check shards: folder, arrays, table, from-webdataset, index, validate, "
-    "glyphs.",
+    "Make, convert and check shards: folder, arrays, table, parquet, from-webdataset, index, "
+    "validate, glyphs.",
 )
 _pass_on("init", "Write a commented config for data of your own: DATA [--out CONFIG.toml].")
 _pass_on("export", "Write the ensemble or a student as one bundle.")

@@ -33,7 +33,9 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "vision": ("torchvision",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
     "parquet": ("pyarrow",),
+    "serving": ("fastapi", "uvicorn", "httpx"),
     "stores": ("fsspec", "s3fs", "gcsfs", "huggingface_hub"),
 }
 PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "fontTools": "fonttools"}  # else the same

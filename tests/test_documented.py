@@ -155,6 +155,7 @@ STAND_INS = {
     "a": "runs/other",
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 BESIDE = {
     "hydra": ["ensemble.kind=deep"],

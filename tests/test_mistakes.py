@@ -223,7 +223,7 @@ SHARDS = [
     ("from-webdataset none.tar --out s", ["none.tar"]),
     ("from-webdataset config.toml --out s", ["config.toml"]),
     ("index pictures", ["pictures"]),
-    ("table data.parquet --out s", ["data.parquet", "docs/data.md"]),
+    ("table data.parquet --out s", ["data.parquet", "referral shards parquet"]),
     ("index data --label json:class", ["json"]),
     ("validate none", ["none"]),
     ("fodler pictures --out s", ["fodler", "folder"]),
@@ -239,7 +239,7 @@ INIT = [
     ("init torn --out new.toml", ["torn/b/0.png"]),
     ("init x.npz --out new.toml", ["labels"]),
     ("init empty.csv --out new.toml", ["empty.csv"]),
-    ("init data.parquet --out new.toml", ["data.parquet", "docs/data.md"]),
+    ("init data.parquet --out new.toml", ["parquet"]),
 ]
 
 

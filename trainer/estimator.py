@@ -8,9 +8,12 @@ the other in this process.  It computes no result in another way than `referral 
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import tempfile
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -146,20 +149,21 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
         if self.answer not in _LAST:
             raise ValueError(f"answer={self.answer!r}: {', '.join(_LAST)}")
         X = self._checked(X, reset=True)
-        y = self._labels(y, X.shape[0])
+        classes, y = self._labels(y, X.shape[0])
         rows = _rows_of(X)
         seed = seed_of(self.random_state)
         with _as_value_errors():
             directory = self._new_directory()
             root = Path(directory.name if directory else str(self.run)).absolute()
-            self._write_shards(rows, y, root / "data", seed)
+            self._write_shards(rows, classes, y, root / "data", seed)
             config = self._config(rows, root / "data", seed)
             run = lay_out(root, config)
             last = run.report if self.run is not None else _LAST[self.answer](run)
             with _own_signals():
                 do_stages(run, last)
             network = load_answer(root, self.answer, self.device)
-        # Only what stands is remembered: an earlier fit's results stay where this one fails.
+        # Only now: an earlier fit's results stay where this one fails.
+        self.classes_ = classes
         self._kind, self._directory, self._network = rows.kind, directory, network
         self.run_ = None if directory else root
         self.config_ = flat(config.dump())
@@ -190,8 +194,8 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
             self.n_features_in_ = int(np.prod(X.shape[1:]))
         return X
 
-    def _labels(self, y, samples: int) -> np.ndarray:
-        """int64 [N], the class of each row; sets `classes_`."""
+    def _labels(self, y, samples: int) -> tuple[np.ndarray, np.ndarray]:
+        """(the classes [C], int64 [N] the class of each row)."""
         if y is None:
             raise ValueError(
                 f"{type(self).__name__} requires y to be passed, but the target y is None"
@@ -205,14 +209,13 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"y has {len(classes)} class; a classifier needs samples of at least 2 classes"
             )
-        self.classes_ = classes
-        return indices.astype(np.int64)
+        return classes, indices.astype(np.int64)
 
     # A run
 
-    def _new_directory(self) -> tempfile.TemporaryDirectory | None:
+    def _new_directory(self) -> OwnDirectory | None:
         if self.run is None:
-            return tempfile.TemporaryDirectory(prefix="referral-")
+            return OwnDirectory()
         root = Path(self.run)
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(
@@ -221,7 +224,9 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
             )
         return None
 
-    def _write_shards(self, rows: Rows, y: np.ndarray, out: Path, seed: int) -> None:
+    def _write_shards(
+        self, rows: Rows, classes: np.ndarray, y: np.ndarray, out: Path, seed: int
+    ) -> None:
         shares = {"val": self.val_share}
         if self.run is not None:
             shares["test"] = self.test_share
@@ -238,7 +243,7 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
             return {extension: content, "cls": b"%d" % y[index]}
 
         made_by = {"command": "ReferralClassifier.fit", "seed": seed}
-        names = class_names(self.classes_)
+        names = class_names(classes)
         write_splits(out, names, splits, sample, made_by, report=Report(), quiet=True)
 
     def _config(self, rows: Rows, data: Path, seed: int) -> Config:
@@ -290,13 +295,26 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
         bundle = state.pop("_bundle", None)
         super().__setstate__(state)
         if bundle is not None:
-            directory = tempfile.TemporaryDirectory(prefix="referral-")
+            directory = OwnDirectory()
             for name, content in bundle.items():
                 path = Path(directory.name, name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             self._directory = directory
             self._network = load_bundle(Path(directory.name), self.device)
+
+
+class OwnDirectory:
+    """A temporary directory, as long as the estimator lives that reads it."""
+
+    def __init__(self):
+        self.name = tempfile.mkdtemp(prefix="referral-")
+        weakref.finalize(self, _remove, self.name, os.getpid())
+
+
+def _remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked process has the same object
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 # Rows of X

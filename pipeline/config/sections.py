@@ -461,7 +461,7 @@ class Engine(Section):
     # a rank that makes no step and measures no batch for so long is ended
     hang_s: float = Field(default=900, gt=0)
     # where the rows of metrics.jsonl go besides
-    track: list[Literal["tensorboard", "wandb"]] = []
+    track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
 
     @field_validator("name")
     @classmethod

@@ -1,10 +1,12 @@
 """ReferralClassifier: a run behind fit, predict and predict_proba."""
 
 import copy
+import gc
 import json
 import os
 import pickle
 import signal
+import tempfile
 import threading
 from importlib import import_module
 
@@ -229,6 +231,22 @@ def test_it_fits_in_a_thread_too(blobs):
     thread.start()
     thread.join()
     assert scores and scores[0] > 0.9
+
+
+def test_a_fit_that_fails_leaves_the_one_before_and_no_temporary_directory(
+    blobs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    X, y = blobs
+    fitted = small(answer="generalist", config={"train.steps": 3}).fit(X, y)
+    before = fitted.predict(X)
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(ValueError, match="no class has an example to spare"):
+        fitted.fit(X[:2], ["a", "b"])
+    assert (fitted.predict(X) == before).all()
+    del fitted
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_labels_that_are_one_text_are_still_several_classes():

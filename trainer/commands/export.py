@@ -1,7 +1,7 @@
 """`referral export`: a finished run as files that need no run.
 
 OUT holds generalist/, specialists/, clusters/, ensemble.json and students/NAME/ (safetensors and
-JSON, laid out as in the run), programs/ with --programs or --onnx, and export.json.
+JSON, laid out as in the run), programs/ with --programs or --onnx, export.json and a model card.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ from networks.integrity import OTHER_FORM, OUT_OF_MEMORY, write_checksums
 from pipeline.config import UserError
 from pipeline.extras import EXTRAS, require
 from pipeline.failures import cannot_write
-from pipeline.files import sync_tree
+from pipeline.files import sync_tree, write_text
 from pipeline.graph import RunDirectory, open_run
+from pipeline.results import read_results
 from pipeline.store import Stage, read_json, write_json
 from pipeline.trust import FUNCTION, HELP, check_trusted
 from pipeline.usage import Parser
 
 from ..stages.networks import builders_of
+from .model_card import CARD_FILE, UNKNOWN, Card, check_license
 
 SCHEMA = 1
 SUMMARY_FILE = "export.json"
@@ -57,6 +59,7 @@ def main(argv: list[str]) -> int:
     check_trusted(run, args.trust, (FUNCTION,))
     with_ensemble, students = selected(run, args.what)
     check_target(args.to, run.root, args.force)
+    check_license(args.license)
     suffixes = [name for name, chosen in (("pt2", args.programs), ("onnx", args.onnx)) if chosen]
     if args.onnx:
         check_onnx()
@@ -71,6 +74,7 @@ def main(argv: list[str]) -> int:
                 )
             export.student(name, network, suffixes)
         write_summary(unfinished, run, export)
+        write_card(unfinished, run, with_ensemble, list(students), args.license)
         write_checksums(unfinished)
         sync_tree(unfinished)
     size = sum(path.stat().st_size for path in args.to.rglob("*") if path.is_file()) / 2**20
@@ -108,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
         help="also write these programs as ONNX; needs the packages " + ", ".join(EXTRAS["onnx"]),
     )
     parser.add_argument(
+        "--license",
+        default=UNKNOWN,
+        metavar="ID",
+        help="what README.md, the model card, says of the license, e.g. apache-2.0 [unknown]",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="replace what an earlier export wrote to OUT"
     )
     parser.add_argument("--trust", action="store_true", help=HELP)
@@ -123,6 +133,28 @@ def write_summary(directory: Path, run: RunDirectory, export: Export) -> None:
         "largest_difference": export.differences,
     }
     write_json(directory / SUMMARY_FILE, summary)
+
+
+def write_card(
+    directory: Path, run: RunDirectory, with_ensemble: bool, students: list[str], license: str
+) -> None:
+    """README.md; with the figures of results.json where the run's report is done."""
+    folder = "generalist" if with_ensemble else f"students/{students[0]}"
+    results = None
+    if run.report.done() is not None:
+        results = read_results(run.report.path("results.json"))
+    rows = ["ensemble", "generalist"] if with_ensemble else []
+    programs = sorted(path.name for path in directory.glob("programs/*"))
+    card = Card(
+        run=run.root.resolve().name,
+        spec=ModelSpec.load(directory / folder / "model.json"),
+        rows=[*rows, *(f"student {name}" for name in students)],
+        results=results,
+        seed=run.config.seed,
+        programs=programs,
+        license=license,
+    )
+    write_text(directory / CARD_FILE, card.text())
 
 
 # What to export

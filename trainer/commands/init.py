@@ -1,8 +1,8 @@
 """`referral init DATA [--out CONFIG.toml]`: write a first config for data of your own.
 
-DATA is a directory of shards, or raw data: a directory per class, npz, npy, idx, csv or tar files.
-Of raw data the shards are made first, by the `referral shards` command that is printed.  Nothing
-is trained.  Every key of the config says why it has its value.
+DATA is a directory of shards, or raw data: a directory per class, npz, npy, idx, csv, parquet or
+tar files.  Of raw data the shards are made first, by the `referral shards` command that is
+printed.  Nothing is trained.  Every key of the config says why it has its value.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="shards; or raw data: a directory per class, npz, npy, idx, csv or tar files",
+        help="shards; or raw data: a directory per class, npz, npy, idx, csv, parquet or tar files",
     )
     parser.add_argument(
         "--out",

@@ -30,6 +30,7 @@ EXAMPLES = {
     "folder": "referral shards folder photos/ --out shards/ --size 64",
     "arrays": "referral shards arrays digits.npz --out shards/",
     "table": "referral shards table goods.csv --out shards/ --text title --label category",
+    "parquet": "referral shards parquet dataset/ --out shards/ --size 64",
     "from-webdataset": "referral shards from-webdataset tars/ --out shards/ --label json:label",
     "index": "referral shards index shards/",
     "validate": "referral shards validate shards/",
@@ -56,6 +57,12 @@ TakenTest = Annotated[float | None, typer.Option(metavar="SHARE", help=TAKEN.for
 OWN = "Fraction of each class for the {} split, where there is none; or {} of your own."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the division into splits.")]
 PerShard = Annotated[int, typer.Option(min=1, help="Samples per shard.")]
+Crop = Annotated[
+    str, typer.Option(help="How to get to SIZE: center cuts the middle square, none squeezes.")
+]
+Background = Annotated[
+    str, typer.Option(help="Behind transparent pictures: white, black, gray or #rrggbb.")
+]
 Size = Annotated[int | None, typer.Option(min=1, help="Scale pictures to SIZE x SIZE.")]
 Gray = Annotated[bool, typer.Option("--gray", help="Make pictures gray: one channel.")]
 Overwrite = Annotated[
@@ -83,13 +90,14 @@ Damage = Annotated[
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Add folder, arrays, table, from-webdataset, index, validate and glyphs to an application."""
+    """Add all commands, each with its example, to an application."""
     from ..data.authoring.glyph_command import glyphs
 
     functions = {
         "folder": folder,
         "arrays": arrays,
         "table": table,
+        "parquet": parquet,
         "from-webdataset": from_webdataset,
         "index": index,
         "validate": validate,
@@ -109,12 +117,8 @@ def folder(
     test: Test = 0.1,
     size: Size = None,
     gray: Gray = False,
-    crop: Annotated[
-        str, typer.Option(help="How to get to SIZE: center cuts the middle square, none squeezes.")
-    ] = "center",
-    background: Annotated[
-        str, typer.Option(help="Behind transparent pictures: white, black, gray or #rrggbb.")
-    ] = "white",
+    crop: Crop = "center",
+    background: Background = "white",
     max_pixels: MaxPixels = None,
     input: Annotated[
         str, typer.Option(help="Extensions of the inputs, e.g. png,jpg [pictures, if any].")
@@ -244,6 +248,53 @@ def table(
         overwrite,
         _new_report(damage),
         own,
+    )
+    _print_summary(out, report)
+
+
+def parquet(
+    places: Annotated[
+        list[Path],
+        typer.Argument(help="Directories with .parquet files anywhere below them, or such files."),
+    ],
+    out: Out,
+    input: Annotated[
+        str,
+        typer.Option(
+            help="Column of pictures, texts or lists of numbers; or columns of numbers, a,b,c."
+        ),
+    ] = "",
+    label: Annotated[
+        str, typer.Option(help="Column with the class [the only ClassLabel, label, class, ...].")
+    ] = "",
+    val: Val = 0.1,
+    test: Test = 0.1,
+    size: Size = None,
+    gray: Gray = False,
+    crop: Crop = "center",
+    background: Background = "white",
+    max_pixels: MaxPixels = None,
+    classes: Classes = None,
+    damage: Damage = "strict",
+    seed: Seed = 0,
+    samples_per_shard: PerShard = 10_000,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make shards of parquet files, such as those of Hugging Face's datasets."""
+    from ..data.authoring.parquet import ParquetColumns, from_parquet
+
+    report = _new_report(damage)
+    from_parquet(
+        places,
+        out,
+        ParquetColumns(input, label),
+        {"val": val, "test": test},
+        _picture_rules(size, gray, crop, background, max_pixels),
+        seed,
+        samples_per_shard,
+        overwrite,
+        report,
+        _read_class_names(classes, report),
     )
     _print_summary(out, report)
 

@@ -21,7 +21,15 @@ from ..data.patterns import URL
 TABLES = (".csv", ".csv.gz")
 ARRAYS = (".npz", ".npy", "-ubyte", "-ubyte.gz", ".idx", ".idx.gz")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-SIDECARS = ("manifest.json", "dataset_info.json", "info.json", "metadata.json", "package.json")
+PARQUET = (".parquet",)
+SIDECARS = (
+    "manifest.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "info.json",
+    "metadata.json",
+    "package.json",
+)
 
 
 def shards_command(place: str, out: str) -> list[str]:
@@ -64,8 +72,8 @@ def _of_directory(directory: Path, out: str) -> list[str]:
         return ["folder", str(directory), "--out", out]
     there = ", ".join(_counted(path.suffix or path.name for path in files)) or "nothing"
     raise UserError(
-        f"{directory} holds {there}: shards, a directory per class, npz, npy, idx, csv or tar "
-        "files are needed"
+        f"{directory} holds {there}: shards, a directory per class, npz, npy, idx, csv, parquet or "
+        "tar files are needed"
     )
 
 
@@ -85,6 +93,8 @@ def _of_files_below(files: Sequence[Path], directory: Path, out: str) -> list[st
     """Files in the directory's own directories: tars belong together, others are to be named."""
     if {_kind(path) for path in files} == {"tars"}:
         return _of_tars(str(directory), out)
+    if {_kind(path) for path in files} == {"parquet"}:
+        return ["parquet", str(directory), "--out", out]
     refuse_foreign(files[0])
     command = shlex.join(["referral", "init", str(files[0].parent)])
     raise UserError(f"{directory} holds no data itself; name the directory that does: {command}")
@@ -105,17 +115,19 @@ def _of_files(files: Sequence[Path], place: Path, out: str) -> list[str]:
         return ["arrays", *map(str, _with_siblings(files)), "--out", out]
     if kind == "tars":
         return _of_tars(str(place), out)
+    if kind == "parquet":
+        return ["parquet", str(place), "--out", out]
     refuse_foreign(files[0])
     raise UserError(
-        f"{files[0]}: such files are not read; data are npz, npy, idx, csv or tar files, or a "
-        "directory with one directory per class"
+        f"{files[0]}: such files are not read; data are npz, npy, idx, csv, parquet or tar files, "
+        "or a directory with one directory per class"
     )
 
 
 def _kind(path: Path) -> str:
-    """table, arrays, tars, foreign (what can be converted), or "" of what is no data."""
+    """table, arrays, tars, parquet, foreign (what can be converted), or "" of what is no data."""
     name = path.name.lower()
-    kinds = {"table": TABLES, "arrays": ARRAYS, "tars": TARS}
+    kinds = {"table": TABLES, "arrays": ARRAYS, "tars": TARS, "parquet": PARQUET}
     for kind, ends in kinds.items():
         if name.endswith(ends):
             return kind

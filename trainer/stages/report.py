@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.store import Stage
+from pipeline.results import named_rows, read_results
+from pipeline.store import Attempt, Stage
 
+from ..core.tracking import config_of, table_of, trackers
 from ..session import Session
 
 
@@ -14,3 +16,14 @@ def report(session: Session, stage: Stage) -> None:
         if session.ranks.is_main:
             test, counts = session.shards("test"), session.shards("train").class_counts
             write_report(session.run, attempt.directory, test, counts)
+            track_results(session, attempt)
+
+
+def track_results(session: Session, attempt: Attempt) -> None:
+    """Send the table of results where the rows of metrics.jsonl went."""
+    names, config = session.config.engine.track, config_of(session.config)
+    rows = table_of(named_rows(read_results(attempt.path("results.json"))))
+    place = attempt.stage.place
+    with trackers(names, attempt.directory, session.run.root, place, config) as tracked:
+        for tracker in tracked:
+            tracker.table(rows)

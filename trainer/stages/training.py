@@ -25,7 +25,7 @@ from pipeline.store import Attempt
 
 from ..core.loop import Trainer, TrainingFiles, TrainingTask, Validate
 from ..core.objectives import LabelMargin, classify
-from ..core.tracking import trackers
+from ..core.tracking import config_of, trackers
 from ..data.mixing import Mixing, mixing_of
 from ..data.streams import Source, TrainingStream, balanced
 from ..engines import build_engine
@@ -57,7 +57,9 @@ def train_network(
         recomputing(task.network.trunk) if again else nullcontext(),
         closing(build_engine(config, ranks, by_rows, split)) as engine,
         ranks.watching(),
-        trackers(names, metrics.parent, session.run.root, place) as tracked,
+        trackers(
+            names, metrics.parent, session.run.root, place, config_of(session.config)
+        ) as tracked,
     ):
         files = TrainingFiles(attempt.stage.checkpoints / part, metrics, tracked, place)
         network, summary = Trainer(task, engine, ranks, files).train()

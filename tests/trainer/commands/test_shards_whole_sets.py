@@ -110,11 +110,11 @@ def test_numbered_tars_of_one_split_are_that_split(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["table", "arrays", "index", "from-webdataset"])
-def test_parquet_is_refused_with_where_the_recipe_is(tmp_path, command):
+def test_parquet_is_refused_with_the_command_that_reads_it(tmp_path, command):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     out = [] if command == "index" else ["--out", tmp_path / "s"]
     message = refusal(command, tmp_path / "x.parquet", *out)
-    assert ".parquet files are not read here; docs/data.md" in message
+    assert ".parquet files are not read here; `referral shards parquet`" in message
 
 
 def test_the_remedy_for_mixed_sizes_is_a_command_that_works(tmp_path):

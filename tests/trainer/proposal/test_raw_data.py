@@ -95,7 +95,7 @@ def test_tars_are_rewritten_with_the_field_that_holds_the_label(tmp_path):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("a.parquet", "parquet files are not read here; docs/data.md"),
+        ("a.feather", "save it as parquet: `referral shards parquet`"),
         ("a.jsonl", "save it as a csv"),
         ("a.zip", "unpack it first"),
         ("a.h5", "npz with x and y"),
@@ -121,9 +121,19 @@ def test_directories_without_data_are_refused_with_what_they_hold(tmp_path):
     np.savez(tmp_path / "data" / "a.npz", x=np.eye(3))
     with pytest.raises(UserError, match=f"referral init {tmp_path}/data"):
         command(tmp_path)
-    (tmp_path / "data" / "a.npz").rename(tmp_path / "data" / "a.parquet")
-    with pytest.raises(UserError, match="parquet files are not read"):
+    (tmp_path / "data" / "a.npz").rename(tmp_path / "data" / "a.feather")
+    with pytest.raises(UserError, match="feather files are not read"):
         command(tmp_path)
+
+
+def test_parquet_files_in_a_directory_or_one_below_belong_together(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("a data set card")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    for split in ("train", "test"):
+        (tmp_path / "data" / f"{split}-00000-of-00001.parquet").write_bytes(b"")
+    for place in (tmp_path, tmp_path / "data", tmp_path / "data" / "test-00000-of-00001.parquet"):
+        assert command(place) == ["parquet", str(place)]
 
 
 @pytest.mark.parametrize("end", ["npy", "txt", "json"])

@@ -121,6 +121,7 @@ def test_tensorboard_shows_the_rows_of_metrics(data, tmp_path):
     rows = metrics_of(run.generalist)
     steps = [row["step"] for row in rows if "loss" in row]
     assert [event.step for event in logged.Scalars("loss")] == steps
+    assert logged.Tensors("config/text_summary")
     assert logged.Scalars("val/top1")[-1].value == pytest.approx(rows[-1]["val/top1"])
 
 

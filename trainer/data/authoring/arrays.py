@@ -443,7 +443,7 @@ def _settle(
     if len(arrays) == len(columns) and kinds <= set("biuf"):
         joined = _joined(arrays)
         if class_names is not None:
-            return _settle_texts(label_texts(joined), class_names)
+            return settle_labels(label_texts(joined), class_names)
         label_set, classes = settle_numbers(joined)
         empty = np.flatnonzero(classes == NONE).tolist()
         return label_set, classes, dict.fromkeys(empty, "has an empty label (NaN)")
@@ -453,13 +453,13 @@ def _settle(
             f"labels of type {' and '.join(types)} are neither whole numbers nor names; bring "
             "those of all splits to one of the two"
         )
-    return _settle_texts([text for column in columns for text in _as_list(column)], class_names)
+    return settle_labels([text for column in columns for text in _as_list(column)], class_names)
 
 
-def _settle_texts(
+def settle_labels(
     raw: Sequence[str], class_names: Sequence[str] | None
 ) -> tuple[LabelSet, np.ndarray, dict[int, str]]:
-    """As _settle, of texts."""
+    """(classes, int64 [n], {sample: why it has no class}) of labels as texts."""
     texts, reasons = readings(raw)
     known = [text for number, text in enumerate(texts) if number not in reasons]
     label_set = settle(known) if class_names is None else settle_given(known, class_names)

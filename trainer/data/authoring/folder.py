@@ -397,14 +397,29 @@ def _encoded(
                 raise
             raise UserError(f"{file}: cannot be decoded: {error}") from None
         return extension, content
+    return picture_entry(str(file), content, extension, rules, shape, report)
+
+
+def picture_entry(
+    name: str,
+    content: bytes,
+    extension: str,
+    rules: PictureRules,
+    shape: tuple[int, ...] | None,
+    report: Report,
+) -> tuple[str, bytes]:
+    """(extension, content) of a picture as the shard holds it: as it is where nothing changes.
+
+    name: for messages.  shape: [C, H, W] of every picture.  The report counts what is changed.
+    """
     try:
         pixels, changes = examine_picture(content, rules)
     except ValueError as error:
-        raise UserError(f"{file}: cannot be decoded: {error}") from None
+        raise UserError(f"{name}: cannot be decoded: {error}") from None
     if pixels.shape != shape:
         expected = list(shape or ())
         raise UserError(
-            f"{file} is {list(pixels.shape)}, others {expected}; --size N brings all to one"
+            f"{name} is {list(pixels.shape)}, others {expected}; --size N brings all to one"
         )
     report.changes.update(changes or ["kept as they are"])
     return ("png", encode_png(pixels)) if changes else (extension, content)

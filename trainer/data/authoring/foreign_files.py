@@ -10,9 +10,9 @@ _TEXTS = "save it as a csv with the columns text and label: `referral shards tab
 _ARRAYS = "save its arrays as an npz with x and y: `referral shards arrays`"
 # End of a file's name -> the remedy.
 CONVERT = {
-    ".parquet": 'docs/data.md, "Parquet", has ten lines that export it (`pip install pyarrow`)',
-    ".arrow": "save it as parquet; docs/data.md says what to do with that",
-    ".feather": "save it as parquet; docs/data.md says what to do with that",
+    ".parquet": "`referral shards parquet` makes shards of them",
+    ".arrow": "save it as parquet: `referral shards parquet`",
+    ".feather": "save it as parquet: `referral shards parquet`",
     ".json": _TEXTS,
     ".jsonl": _TEXTS,
     ".xlsx": _TEXTS,
