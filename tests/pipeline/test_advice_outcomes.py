@@ -5,7 +5,6 @@ import json
 
 import pytest
 from advised import LEVERS, made_up
-from rich.console import Console
 
 from launch.results import show_results
 from pipeline.advice.outcomes import outcomes, row_of
@@ -13,6 +12,7 @@ from pipeline.advice.showing import outcome_sentence
 from pipeline.config import load_config
 from pipeline.results import collect, read_results
 from pipeline.store import write_json
+from pipeline.terminal import Console
 
 PAIR = ["ensemble.kind=deep", "ensemble.members=2"]
 ROWS = ["generalist", "ensemble", "wider", "average", "shortlist", "train_on", "student main"]

@@ -144,7 +144,7 @@ def browser(tmp_path):
 
 
 SIZES = pytest.mark.parametrize(
-    "width, height, dark", [(390, 844, False), (390, 844, True), (1600, 1000, False)]
+    "width, height, dark", [(390, 844, False), (1280, 900, True), (1920, 1080, False)]
 )
 
 
@@ -157,6 +157,14 @@ def loaded_page(browser):
             images: images.length, broken: images.filter(image => !image.naturalWidth).length,
             scripts: document.scripts.length,
             overflow: document.documentElement.scrollWidth - innerWidth,
+            cut: [...document.querySelectorAll("main *, header *")].filter(element => {
+                const box = element.getBoundingClientRect();
+                return box.width && box.right > innerWidth + 1
+                    && !element.closest(".scroll, svg, .phrase");
+            }).map(element => element.textContent.slice(0, 40)).slice(0, 3),
+            silent: [...document.querySelectorAll(".scroll")].filter(
+                frame => frame.scrollWidth > frame.clientWidth + 1
+                    && getComputedStyle(frame, "::before").content === "none").length,
             first: document.querySelector("h1").innerText.trim().split("\\n")[0],
             smallest: Math.min(...[...document.querySelectorAll("svg.plot text")].map(
                 text => text.getBoundingClientRect().height)),
@@ -176,8 +184,9 @@ def check_quiet(browser, file):
     assert {url for url in urls if url.startswith("file")} == {file.as_uri()}
 
 
-def check_readable(loaded):
-    assert loaded["scripts"] == 0
+def check_readable(loaded, scripts):
+    assert loaded["scripts"] == scripts
+    assert loaded["cut"] == [], "cut off at the right"
     assert loaded["overflow"] <= 0, "the page scrolls sideways"
     assert loaded["smallest"] >= 7, "text in a plot is too small to read"
 
@@ -193,7 +202,8 @@ def test_report_opens_without_error_request_or_missing_picture(
     write_report(run, tmp_path, images)
     browser.open((tmp_path / "report.html").as_uri(), width, height, dark)
     loaded = loaded_page(browser)
-    check_readable(loaded)
+    check_readable(loaded, scripts=1)
+    assert loaded["silent"] == 0, "a table scrolls and does not say so"
     assert loaded["images"] > 80 and loaded["broken"] == 0
     assert "beats the ensemble" in loaded["first"] or loaded["first"].startswith(
         "The ensemble makes"
@@ -209,6 +219,43 @@ def test_the_page_of_an_advice_opens_without_error_or_request(
     (tmp_path / "advice.html").write_text(advice_html(advice), encoding="utf-8")
     browser.open((tmp_path / "advice.html").as_uri(), width, height, dark)
     loaded = loaded_page(browser)
-    check_readable(loaded)
+    check_readable(loaded, scripts=0)
     assert loaded["first"].replace("\u2060", "") == advice["sentence"]
     check_quiet(browser, tmp_path / "advice.html")
+
+
+COLUMN = """(() => {
+    const table = document.querySelector("#classes table");
+    const head = table.tHead.rows[0].cells[%d];
+    head.click();
+    return [head.getAttribute("aria-sort"),
+            [...table.tBodies[0].rows].map(row => row.cells[%d].textContent.trim())];
+})()"""
+
+
+def test_a_click_on_a_head_sorts_by_size_and_a_second_one_turns_it_round(
+    hand_worked, tmp_path, browser
+):
+    write_report(hand_worked, tmp_path)
+    browser.open((tmp_path / "report.html").as_uri(), 1280, 900)
+    way, texts = browser.evaluate(COLUMN % (3, 3))
+    assert way == "ascending" and [int(text) for text in texts] == [0, 1, 1, 1, 2, 2]
+    way, texts = browser.evaluate(COLUMN % (3, 3))
+    assert way == "descending" and [int(text) for text in texts] == [2, 2, 1, 1, 1, 0]
+    check_quiet(browser, tmp_path / "report.html")
+
+
+def test_what_is_printed_is_light_and_nothing_in_it_scrolls(glyphs, tmp_path, browser):
+    run, images = glyphs
+    write_report(run, tmp_path, images)
+    browser.open((tmp_path / "report.html").as_uri(), 1000, 900, dark=True)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    printed = browser.evaluate("""({
+        page: getComputedStyle(document.body).backgroundColor,
+        nav: getComputedStyle(document.querySelector("nav")).display,
+        frames: [...document.querySelectorAll(".scroll")].map(
+            frame => getComputedStyle(frame).overflowX + getComputedStyle(frame).maxHeight),
+    })""")
+    assert printed["page"] == "rgb(255, 255, 255)" and printed["nav"] == "none"
+    assert set(printed["frames"]) == {"visiblenone"}

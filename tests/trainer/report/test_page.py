@@ -429,7 +429,9 @@ def test_a_difference_whose_interval_holds_zero_is_said_not_to_be_measurable(han
     assert [name for name, text in rows.items() if "not measurable" not in text] == [
         "generalist",
         "control_compute",
+        "student_hard",
     ]
+    assert rows["student_hard"].endswith("the same")  # as the generalist's, example by example
     assert "no measurable difference on 10 examples" in text_of(page)
 
 

@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
@@ -20,6 +19,7 @@ from networks import load_classifier, save_classifier
 from pipeline.config import UserError, load_config
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json
+from pipeline.terminal import Console
 from trainer.__main__ import main
 from trainer.commands.check import check
 from trainer.data.shards import open_shards

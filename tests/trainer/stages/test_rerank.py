@@ -10,7 +10,6 @@ import pytest
 import torch
 from exported import predicted_by_run_and_export
 from ranks import stage_on_ranks
-from rich.console import Console
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
@@ -22,6 +21,7 @@ from pipeline.config import UserError, load_config, save_config
 from pipeline.graph import RunDirectory
 from pipeline.results import collect
 from pipeline.store import read_json
+from pipeline.terminal import Console
 from trainer.commands.check import check
 from trainer.core.loop import Interrupted
 from trainer.data.shards import open_shards

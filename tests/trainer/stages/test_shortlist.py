@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from exported import predicted_by_run_and_export
-from rich.console import Console
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
@@ -21,6 +20,7 @@ from pipeline.config import UserError, load_config
 from pipeline.graph import RunDirectory
 from pipeline.results import collect
 from pipeline.store import read_json
+from pipeline.terminal import Console
 from trainer.commands.check import check
 from trainer.data.shards import open_shards
 from trainer.stages.stored_targets import restored, rows_by_mass
