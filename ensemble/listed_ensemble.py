@@ -236,16 +236,16 @@ def own_classes(
 
     Behind a row's own classes stands its first one again; where it has none, class 0.
     """
-    sets, set_of_row = active_sets(active)
+    sets, set_of_row = active_sets(active.cpu().numpy())
     unions = [set_patterns(groups, each).union[0] if each else NONE for each in sets]
     width = max(map(len, unions)) + 1
     table = np.stack([np.pad(union, (0, width - len(union))) for union in unions])
     lengths = np.array([len(union) for union in unions])
     padding = np.arange(width) >= lengths[:, None]
     table = np.where(padding, table[:, :1], table)
-    of_row = torch.from_numpy(set_of_row).to(active.device)
-    own = torch.from_numpy(table).to(active.device).index_select(0, of_row)
-    counts = torch.from_numpy(lengths).to(active.device).index_select(0, of_row)
+    of_row = to_device(set_of_row, active.device)
+    own = to_device(table, active.device).index_select(0, of_row)
+    counts = to_device(lengths, active.device).index_select(0, of_row)
     if also is None:
         return own, counts
     is_real = torch.arange(width, device=own.device) < counts[:, None]

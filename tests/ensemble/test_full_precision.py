@@ -114,7 +114,7 @@ OTHERS = {
     "COMBINERS", "Combiner", "combiner", "combine_kl", "DeepEnsemble", "EnsembleOutput",
     "EnsembleProgram", "EnsembleSettings", "MeanLogits", "ShortlistEnsemble",
     "SpecialistEnsemble", "ensemble_program", "export_bundle", "export_onnx", "export_program",
-    "load_ensemble",
+    "load_ensemble", "prediction_columns",
 }  # fmt: skip
 
 
