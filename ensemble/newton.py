@@ -377,6 +377,7 @@ def _converging(A: Tensor, d: Tensor, membership: Membership, tolerance: float) 
     """`_converged`, each row by itself and with looks after STEPS_BETWEEN_LOOKS."""
     with torch.no_grad():
         state = _start(A, d, membership)
+        converged = torch.zeros(len(A), dtype=torch.bool, device=A.device)
     for _ in range(QUICK_STEPS // STEPS_BETWEEN_LOOKS):
         with torch.no_grad():
             for _ in range(STEPS_BETWEEN_LOOKS):

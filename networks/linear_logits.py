@@ -297,7 +297,7 @@ class LinearLogits:
         own_classes = self.comm.gather(labels).unique()
         others = self.num_classes - len(own_classes)
         seed = int(torch.randint(2**62, (), generator=draw))
-        places = draw_classes(others, negatives, seed).to(labels.device)
+        places = draw_classes(others, negatives, seed).to(labels.device, non_blocking=True)
         # The j-th of the others has so many of the batch's own before it.
         before = own_classes - torch.arange(len(own_classes), device=labels.device)
         drawn = places + torch.searchsorted(before, places, right=True)

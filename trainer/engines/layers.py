@@ -60,7 +60,10 @@ def change_layers(
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if not config.sync_batchnorm or world_size == 1:
         return {}
-    norms = {name: each for name, each in network.named_modules() if isinstance(each, _BatchNorm)}
+    norms: dict[str, nn.Module] = {}
+    for name, each in network.named_modules():
+        if isinstance(each, _BatchNorm):
+            norms[name] = each
     nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return norms
 

@@ -126,7 +126,9 @@ def test_norms_of_all_ranks_share_their_tensors_and_leave_none_behind():
     synced = [each for each in learner.modules() if isinstance(each, nn.SyncBatchNorm)]
     assert len(synced) == len(replaced) > 0
     assert {name: id(value) for name, value in learner.named_parameters()} == state
-    synced[0].running_mean.fill_(7)
+    mean = synced[0].running_mean
+    assert mean is not None
+    mean.fill_(7)
     restore_layers(learner.eval(), Engine(sync_batchnorm=True), replaced)
     assert dict(learner.named_modules()) == before
     assert not any(each.training for each in learner.modules())
