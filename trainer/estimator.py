@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import scipy.sparse
@@ -111,6 +111,9 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
     an `embedding_bag`.  Other sparse values are made dense, up to 1 GiB.
     """
 
+    answer: Answer
+    _kind: Kind
+
     def __init__(
         self,
         run: str | Path | None = None,
@@ -141,7 +144,7 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
 
     # scikit-learn's methods
 
-    def fit(self, X, y) -> ReferralClassifier:
+    def fit(self, X: Any, y: Any) -> ReferralClassifier:
         """Train on rows X and their labels y [N].
 
         Raises ValueError, one line, for what cannot be learned from.
@@ -169,23 +172,28 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
         self.config_ = flat(config.dump())
         return self
 
-    def predict_proba(self, X) -> np.ndarray:
+    def predict_proba(self, X: Any) -> np.ndarray:
         """float64 [N, C]: the probability of each class, in the order of `classes_`."""
         return np.concatenate(list(self._probabilities(X)))
 
-    def predict(self, X) -> np.ndarray:
+    def predict(self, X: Any) -> np.ndarray:
         """[N]: the most probable class of each row."""
         best = [p.argmax(1) for p in self._probabilities(X)]
         return self.classes_[np.concatenate(best)]
 
     # What is checked
 
-    def _checked(self, X, reset: bool):
+    def _checked(self, X: Any, reset: bool) -> Any:
         """X as scikit-learn checks it: numbers, finite, of as many columns as before."""
         is_array = isinstance(X, np.ndarray) and X.ndim > 2
         if not is_array:
             return validate_data(
-                self, X, reset=reset, accept_sparse="csr", dtype="numeric", ensure_min_samples=1
+                self,
+                cast(Any, X),
+                reset=reset,
+                accept_sparse="csr",
+                dtype="numeric",
+                ensure_min_samples=1,
             )
         X = check_array(X, allow_nd=True, dtype="numeric")
         if X.ndim > 4:
@@ -194,7 +202,7 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
             self.n_features_in_ = int(np.prod(X.shape[1:]))
         return X
 
-    def _labels(self, y, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    def _labels(self, y: Any, samples: int) -> tuple[np.ndarray, np.ndarray]:
         """(the classes [C], int64 [N] the class of each row)."""
         if y is None:
             raise ValueError(
@@ -270,7 +278,7 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
 
     # Answers
 
-    def _probabilities(self, X) -> Iterator[np.ndarray]:
+    def _probabilities(self, X: Any) -> Iterator[np.ndarray]:
         """float64 [n, C] of a batch after another."""
         check_is_fitted(self, "classes_")
         X = self._checked(X, reset=False)
@@ -283,7 +291,7 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
     # Copies and pickles hold the networks as safetensors and JSON
 
     def __getstate__(self) -> dict:
-        state = dict(super().__getstate__())
+        state: dict[str, Any] = dict(cast(dict, super().__getstate__()))
         state.pop("_directory", None)
         network = state.pop("_network", None)
         if network is not None:
@@ -395,7 +403,7 @@ class Bags(Rows):
     kind = "bags"
 
     def __init__(self, X: scipy.sparse.csr_matrix):
-        self.X = X
+        self.X: Any = X
         self.counts = np.asarray(X.sum(1)).reshape(-1).astype(np.int64)
         self.length = int(np.clip(self.counts.max(), 1, MOST_INDICES))
 
@@ -431,7 +439,7 @@ def seed_of(random_state: int | np.random.RandomState | None) -> int:
     return int(check_random_state(random_state).randint(2**31 - 1))
 
 
-def _rows_of(X, kind: Kind | None = None) -> Rows:
+def _rows_of(X: Any, kind: Kind | None = None) -> Rows:
     """The rows of a checked X.  kind: what a network was fitted on."""
     if not scipy.sparse.issparse(X) and X.ndim > 2:
         rows: Rows = Pictures(X)
@@ -451,7 +459,7 @@ def _are_counts(values: np.ndarray) -> bool:
     return bool((values >= 0).all() and (values == np.floor(values)).all())
 
 
-def _as_counts(X) -> scipy.sparse.csr_matrix:
+def _as_counts(X: Any) -> scipy.sparse.csr_matrix:
     counts = scipy.sparse.csr_matrix(X)
     if not _are_counts(counts.data):
         raise ValueError(
@@ -462,7 +470,7 @@ def _as_counts(X) -> scipy.sparse.csr_matrix:
     return counts
 
 
-def _as_dense(X) -> np.ndarray:
+def _as_dense(X: Any) -> np.ndarray:
     size = X.shape[0] * X.shape[1] * X.dtype.itemsize
     if size > DENSE_BYTES:
         raise ValueError(

@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
         "data",
         metavar="DATA",
         nargs="+",
-        help="a directory of class directories, shards, a csv, or npz, npy or idx files",
+        help="a directory of class directories, shards, a csv, parquet, or npz, npy or idx files",
     )
     parser.add_argument("--out", metavar="OUT", type=Path, help=f"directory for {', '.join(FILES)}")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in OUT")

@@ -40,7 +40,7 @@ from ..data.authoring.folder import LINKS_OUT, leads_out
 from ..data.authoring.reporting import Report
 from ..data.decoding import Decoder, decoder_table, image, import_function, npy, rgb, text
 from ..data.labels import printable
-from ..data.sources import Options, Source, is_shards, is_table, open_source
+from ..data.sources import Options, Source, is_parquet, is_shards, is_table, open_source
 from ..distributed.numerics import numerics
 from ..distributed.ranks import autocast
 from ..stages.evaluate import listed_predictor
@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         help="images, .npy arrays (one input, or several along the first axis), directories of "
-        "them; csv, npz, tars or directories of shards, whose keys are printed",
+        "them; csv, parquet, npz, tars or directories of shards, whose keys are printed",
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes per file (5)")
     add_network_options(parser)
@@ -455,8 +455,9 @@ def _is_input(path: Path, extensions: set[str]) -> bool:
 
 
 def holds_many(path: Path) -> bool:
-    """Whether a place holds inputs under keys: a table, an npz, tars or a directory of shards."""
-    return is_table(str(path)) or path.suffix == ".npz" or is_shards(str(path))
+    """Whether a place holds inputs under keys: a table, parquet, an npz, tars or shards."""
+    place = str(path)
+    return is_table(place) or is_parquet(place) or path.suffix == ".npz" or is_shards(place)
 
 
 def read_files(

@@ -119,23 +119,19 @@ def _json_lines(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def _parquet(path: Path) -> Iterator[Write]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]  # an extra
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]  # an extra
 
-    writer: pq.ParquetWriter | None = None
+    with ExitStack() as opened:
+        writers: list[pq.ParquetWriter] = []  # none before the first columns
 
-    def write(columns: Columns) -> None:
-        nonlocal writer
-        schema = pa.schema([(name, _arrow_type(pa, name)) for name in columns])
-        if writer is None:
-            writer = pq.ParquetWriter(path, schema)
-        writer.write_table(pa.table(columns, schema=schema))
+        def write(columns: Columns) -> None:
+            schema = pa.schema([(name, _arrow_type(pa, name)) for name in columns])
+            if not writers:
+                writers.append(opened.enter_context(pq.ParquetWriter(path, schema)))
+            writers[0].write_table(pa.table(columns, schema=schema))
 
-    try:
         yield write
-    finally:
-        if writer is not None:
-            writer.close()
 
 
 def _arrow_type(pa: Any, column: str) -> Any:

@@ -24,6 +24,8 @@ from .authoring.arrays import (
 )
 from .authoring.folder import labelled_files
 from .authoring.foreign_files import refuse_foreign
+from .authoring.parquet import END as PARQUET
+from .authoring.parquet import ParquetColumns, read_parquet
 from .authoring.reporting import Report
 from .authoring.tables import Columns, read_table
 from .patterns import URL
@@ -107,6 +109,14 @@ def is_table(place: str) -> bool:
     return place.lower().endswith(TABLES)
 
 
+def is_parquet(place: str) -> bool:
+    """Whether this is a parquet file, or a directory of such files, as data sets come."""
+    directory = Path(place)
+    if not directory.is_dir():
+        return place.lower().endswith(PARQUET)
+    return any(directory.glob(f"*{PARQUET}")) or any(directory.glob(f"*/*{PARQUET}"))
+
+
 def is_shards(place: str) -> bool:
     """Whether this is a tar, a pattern or URL of tars, or a directory that holds some."""
     if place.startswith(URL) or place.lower().endswith(TARS):
@@ -124,6 +134,8 @@ def _kind(places: Sequence[str]) -> str:
     for place in places:
         if not Path(place).exists():
             raise UserError(f"{place}: no such file or directory")
+    if is_parquet(first):
+        return "parquet"
     if Path(first).is_dir():
         return "folder"
     if is_table(first):
@@ -133,7 +145,7 @@ def _kind(places: Sequence[str]) -> str:
     refuse_foreign(first)
     raise UserError(
         f"{first}: labelled data is a directory of class directories, shards, a csv, "
-        "or npz, npy or idx files"
+        "parquet, or npz, npy or idx files"
     )
 
 
@@ -193,6 +205,13 @@ def _from_table(places: Sequence[str], options: Options, report: Report) -> dict
     return {split: source(split) for split in rows.texts}
 
 
+def _from_parquet(places: Sequence[str], options: Options, report: Report) -> dict[str, Source]:
+    column = options.input or options.text or options.x
+    columns = ParquetColumns(column, options.label, options.key, options.labelled)
+    found = read_parquet(places, columns, report)
+    return {split: Source(rows.keys, rows.labels, rows.content) for split, rows in found.items()}
+
+
 def _from_arrays(places: Sequence[str], options: Options, report: Report) -> dict[str, Source]:
     selection = Selection(options.x, options.y)
     encoding = options.encoding or "utf-8"
@@ -245,6 +264,7 @@ def _of_shards(
 _READERS = {
     "folder": _from_folder,
     "table": _from_table,
+    "parquet": _from_parquet,
     "arrays": _from_arrays,
     "shards": _from_shards,
 }

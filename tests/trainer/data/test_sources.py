@@ -1,6 +1,7 @@
 """What a user wants predicted, whatever holds it: keys, labels and the bytes of each input."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -49,6 +50,34 @@ def test_the_test_rows_of_a_table_are_taken(tmp_path):
     )
     assert open_one(path).content(0) == ("txt", b"b")
     assert open_one(path, split="train").content(0) == ("txt", b"a")
+
+
+def test_parquet_has_its_own_keys_and_the_names_of_its_classes(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pixels = images(np.arange(3), seed=1)
+    pictures = [{"bytes": encode_png(each), "path": None} for each in pixels]
+    features = {"label": {"_type": "ClassLabel", "names": ["oak", "elm"]}}
+    table = pa.table({"id": ["a", "b", "c"], "image": pictures, "label": [1, 0, -1]})
+    table = table.replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    (tmp_path / "data").mkdir()
+    parquet.write_table(table, tmp_path / "data" / "test-0.parquet")
+    for place in (tmp_path, tmp_path / "data" / "test-0.parquet"):
+        source = open_one(place)
+        assert source.keys == ["a", "b", "c"] and source.labels == ["elm", "oak", ""]
+        # Any order: what lies behind is read anew.
+        for index in (2, 0, 1):
+            assert source.content(index) == ("png", encode_png(pixels[index]))
+    parquet.write_table(pa.table({"text": ["one", None]}), tmp_path / "b.parquet")
+    source = open_one(tmp_path / "b.parquet", labelled=False)
+    assert source.keys == ["0", "1"] and source.labels is None
+    assert source.content(0) == ("txt", b"one")
+    with pytest.raises(ValueError, match="row 1 has no input"):
+        source.content(1)
+    with pytest.raises(UserError, match="choose the label with --label"):
+        open_one(tmp_path / "b.parquet")
 
 
 def test_arrays_are_the_bytes_that_their_shards_would_hold(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -30,8 +30,8 @@ from .splitting import add_missing_splits, write_splits
 from .tables import LABEL_COLUMNS, ROW_COLUMNS
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]  # an extra
+    import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]  # an extra
 
 END = ".parquet"
 ROWS = 64  # that are decoded at a time
@@ -47,10 +47,16 @@ SIGNATURES |= {b"II*\0": "tiff", b"MM\0*": "tiff", b"RIFF": "webp"}
 
 @dataclass(frozen=True)
 class ParquetColumns:
-    """Names of columns; "" where the schema says it: see `from_parquet`."""
+    """Names of columns; "" where the schema says it: see `from_parquet`.
+
+    key: of the column that tells rows apart.  needs_label: whether files without a column of labels
+    are refused.
+    """
 
     input: str = ""
     label: str = ""
+    key: str = ""
+    needs_label: bool = True
 
 
 def from_parquet(
@@ -199,8 +205,8 @@ class _Table:
     """A parquet file.  Raises UserError for what is none, and for what is beyond the limits."""
 
     def __init__(self, path: Path, split: str):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]  # an extra
+        import pyarrow.parquet as pq  # pyright: ignore[reportMissingImports]  # an extra
 
         self.path = path
         self.split = split
@@ -231,7 +237,7 @@ class _Table:
 
     def batches(self, columns: Sequence[str], first_group: int = 0) -> Iterator[pa.RecordBatch]:
         """The rows of the groups from `first_group` on, some at a time."""
-        import pyarrow as pa
+        import pyarrow as pa  # pyright: ignore[reportMissingImports]  # an extra
 
         for group in range(first_group, len(self.groups)):
             rows = 0
@@ -295,12 +301,19 @@ class _Chosen:
         shape: tuple[int, ...] | None,
         report: Report,
     ) -> tuple[str, bytes]:
-        """(extension, content) of a row.  Raises UserError for a corrupt one."""
+        """(extension, content) of a row as the shard holds it.  UserError for a corrupt one."""
+        extension, content = self.content(name, value)
+        if self.kind != "pictures":
+            return extension, content
+        return picture_entry(name, content, extension, rules, shape, report)
+
+    def content(self, name: str, value: Any) -> tuple[str, bytes]:
+        """(extension, content) of a row, pictures as they are.  UserError for a corrupt one."""
         if value is None:
             raise UserError(f"{name} has no input")
         if self.kind == "pictures":
-            content = picture_bytes(name, value)
-            return picture_entry(name, content, _extension(content), rules, shape, report)
+            picture = picture_bytes(name, value)
+            return _extension(picture), picture
         if self.kind == "texts":
             if not value.strip():
                 raise UserError(f"{name} has an empty text")
@@ -321,7 +334,7 @@ class _Chosen:
 def _choose_columns(tables: Sequence[_Table], asked: ParquetColumns, report: Report) -> _Chosen:
     """The columns that are asked for, or that the first file's schema says; all files have them."""
     first = tables[0]
-    label = _choose_label(first, asked.label)
+    label = _choose_label(first, asked)
     inputs = [name.strip() for name in asked.input.split(",") if name.strip()]
     inputs = inputs or [_choose_input(first, label)]
     kinds = {_kind(_type_of(first, name)) for name in inputs}
@@ -335,7 +348,7 @@ def _choose_columns(tables: Sequence[_Table], asked: ParquetColumns, report: Rep
             "of numbers"
         )
     for table in tables[1:]:
-        for name in (*inputs, label):
+        for name in filter(None, (*inputs, label)):
             if _type_of(table, name) != _type_of(first, name):
                 raise UserError(
                     f"{table.path} has column {name} as {_type_of(table, name)}, "
@@ -357,14 +370,17 @@ def _type_of(table: _Table, name: str) -> pa.DataType:
     return table.schema.field(places[0]).type
 
 
-def _choose_label(table: _Table, asked: str) -> str:
-    if asked:
-        _type_of(table, asked)
-        return asked
+def _choose_label(table: _Table, asked: ParquetColumns) -> str:
+    """The column of labels; "" where there is none and none is needed."""
+    if asked.label:
+        _type_of(table, asked.label)
+        return asked.label
     called = [name for name in table.schema.names if name.strip().casefold() in LABEL_COLUMNS]
     for names in (list(table.class_labels()), called):
         if len(names) == 1:
             return names[0]
+    if not asked.needs_label:
+        return ""
     listed = ", ".join(table.class_labels() or table.schema.names)
     raise UserError(f"{table.path}: choose the label with --label, of the columns {listed}")
 
@@ -392,7 +408,7 @@ def _choose_input(table: _Table, label: str) -> str:
 
 def _kind(column: pa.DataType) -> str:
     """pictures, texts, numbers (lists of them), number (a column of them), or ""."""
-    import pyarrow as pa
+    import pyarrow as pa  # pyright: ignore[reportMissingImports]  # an extra
 
     if isinstance(column, pa.ExtensionType):
         column = column.storage_type
@@ -439,6 +455,80 @@ def _extension(content: bytes) -> str:
     return next((end for start, end in SIGNATURES.items() if content.startswith(start)), "png")
 
 
+# Reading what is predicted
+
+
+@dataclass
+class ParquetRows:
+    """The rows of a split.  content(i): (extension, bytes); ValueError where it is corrupt."""
+
+    keys: list[str]
+    labels: list[str] | None
+    content: Callable[[int], tuple[str, bytes]]
+
+
+def read_parquet(
+    places: Sequence[str | Path], columns: ParquetColumns, report: Report
+) -> dict[str, ParquetRows]:
+    """{split: its rows}, found as `from_parquet` finds them.
+
+    Keys are those of `columns.key`, else of the only column called id, key, ...; else numbers.
+    Labels are None where there are none; one that is kept back is "".
+    """
+    require("pyarrow", "parquet files")
+    tables = [_Table(path, split) for split, path in _files_of_splits(places, report)]
+    chosen = _choose_columns(tables, columns, report)
+    key = columns.key or _only_key(tables[0])
+    return {
+        split: _rows_to_read([table for table in tables if table.split == split], chosen, key)
+        for split in dict.fromkeys(table.split for table in tables)
+    }
+
+
+def _rows_to_read(tables: Sequence[_Table], chosen: _Chosen, key: str) -> ParquetRows:
+    starts = np.cumsum([0, *(table.rows for table in tables)])
+    rows = _Rows(tables, starts, chosen.inputs)
+    keys = [str(number) for number in range(int(starts[-1]))]
+    if key:
+        keys = [str(value) for value in _column(tables, key)]
+    labels = None
+    if chosen.label:
+        labels = [_as_text(value, chosen.classes) for value in _column(tables, chosen.label)]
+
+    def content(index: int) -> tuple[str, bytes]:
+        try:
+            return chosen.content(rows.name(index), rows[index])
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    return ParquetRows(keys, labels, content)
+
+
+def _only_key(table: _Table) -> str:
+    called = [name for name in table.schema.names if name.strip().casefold() in ROW_COLUMNS]
+    return called[0] if len(called) == 1 else ""
+
+
+def _column(tables: Sequence[_Table], name: str) -> list[Any]:
+    for table in tables:
+        _type_of(table, name)
+    return [
+        value
+        for table in tables
+        for batch in table.batches([name])
+        for value in batch.column(0).to_pylist()
+    ]
+
+
+def _as_text(value: Any, classes: Sequence[str] | None) -> str:
+    """A label as a table writes it: of a ClassLabel its name."""
+    if value is None or value == UNLABELLED:
+        return ""
+    if classes and isinstance(value, int) and 0 <= value < len(classes):
+        return classes[value]
+    return str(value)
+
+
 # Labels
 
 
@@ -446,10 +536,7 @@ def _labels(
     tables: Sequence[_Table], chosen: _Chosen, given: Sequence[str] | None, report: Report
 ) -> tuple[list[str], np.ndarray, dict[int, str]]:
     """(names of the classes, int64 [n] classes, {row: why it has none}) of all files."""
-    values: list[Any] = []
-    for table in tables:
-        for batch in table.batches([chosen.label]):
-            values += batch.column(0).to_pylist()
+    values = _column(tables, chosen.label)
     reasons = {
         number: reason for number, value in enumerate(values) if (reason := _no_label(value))
     }
