@@ -120,6 +120,7 @@ class Stage:
         self.former = former or keys
         self.inputs = tuple(inputs)
         self.directory = self._directory()
+        self._run_was_there = self.run.is_dir()
         self._whole: str | None = None  # the attempt whose files were seen to be there
 
     def _directory(self) -> Path:
@@ -276,7 +277,9 @@ class Stage:
         attempt = attempt or new_attempt_id()
         directory = self.directory / "attempts" / attempt
         try:
-            make_below(self.run, self.directory)
+            if self._run_was_there:
+                make_below(self.run, self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
             if self.lacks:
                 self._forget_done()
             has_checkpoints = self.checkpoints.exists()

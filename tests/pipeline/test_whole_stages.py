@@ -48,7 +48,6 @@ def checkpoint(stage, step):
 def trained(root, finished=True):
     """A generalist with two checkpoints, done or half trained."""
     stage = generalist(root)
-    root.mkdir(exist_ok=True)
     attempt = stage.begin("first")
     for step in (10, 20):
         checkpoint(stage, step)
