@@ -325,6 +325,11 @@ class Stage:
         """
         if not self.directory.exists():
             return
+        if not self.directory.resolve().is_relative_to(self.run.resolve()):
+            raise UserError(
+                f"{self.directory} is a link out of {self.run}, and so nothing in it is deleted; "
+                "remove the link"
+            )
         if (self.directory / WINNER).exists():
             _remove_aside(self.directory / WINNER)
         self._done_path.unlink(missing_ok=True)
