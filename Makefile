@@ -52,7 +52,8 @@ dist: install
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
 
-# Long repetitions of the fault tests; a few of each kind are in `make test`.
+# Long repetitions of the fault tests; a few of each kind are in `make test`.  Of each program a piece
+# can be run by itself: PROGRAM COUNT --first NUMBER --seed SEED.
 soak: install
 	$(BIN)/python tests/trainer/data/corrupt_sets.py 1000
 	$(BIN)/python tests/trainer/data/once.py
@@ -67,6 +68,7 @@ soak: install
 	$(BIN)/python tests/trust/power.py 24
 	$(BIN)/python tests/trust/bits.py 200
 	$(BIN)/python tests/trust/disks.py 32
+	$(BIN)/python tests/trust/older.py 200
 
 lint: install
 	$(BIN)/ruff check .

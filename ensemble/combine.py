@@ -48,10 +48,8 @@ from .predictions import (
 )
 
 METHODS = ("newton", "newton-fixed")
-# How far the optimum's conditions may be off, as masses (newton.py).  Of float32, too: the system
-# is float64's.  1e-9 would be less than float32 resolves of large masses only: a dustbin of weight
-# 1e-9 beside others of 1 is itself no more.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-12}
+# How far the optimum's conditions may be off, as masses (newton.py).
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
 # Rows that are read twice, or written twice, before the next ones push them out of the cache.
 ROWS_IN_CACHE = 32
 # A set that so many rows share gets index tensors of its own; rows with rarer sets are padded.

@@ -191,7 +191,7 @@ class Pool:
         """The process of a job, and where in the log its output begins."""
         command = trainer_command(job, self.run, job.pending, self.trainer)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(log, "ab") as output:
+        with open(log, "ab", opener=_own) as output:
             start = output.tell()
             output.write(f"--- {now} {shlex.join(command)}\n".encode())
             output.flush()
@@ -336,6 +336,11 @@ class Pool:
         """The lines by which the trainer named the user's error in this attempt's log."""
         lines = end_of_log(self.run.root / record.log, record.log_start, lines=200)
         return [line for line in lines if line.startswith("error: ")]
+
+
+def _own(path: str, flags: int) -> int:
+    """The opener of a log: not of what a link in a RUN that somebody else made leads to."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:

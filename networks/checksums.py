@@ -139,8 +139,9 @@ def recorded(path: str | Path) -> Recorded | None:
             return Recorded(entry, manifest)
     for manifest in sorted(real.parent.glob(f"*/{DONE}")):
         content = _content(manifest) or {}
-        if real.name in content.get("published", ()):
-            return Recorded(_files(content, manifest)[real.name], manifest)
+        entry = _files(content, manifest).get(real.name)
+        if entry and real.name in (content.get("published") or ()):
+            return Recorded(entry, manifest)
     return None
 
 

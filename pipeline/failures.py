@@ -48,6 +48,7 @@ REMEDIES = {
     errno.ENFILE: "close other programs: this machine has too many files open",
     errno.EADDRINUSE: "another program has this port; end it, or try again",
     errno.ENAMETOOLONG: "choose shorter names",
+    errno.ELOOP: "it is a link, and what it leads to is not written; remove the link",
     errno.EFBIG: "choose a file system without so low a limit, or raise it (ulimit -f)",
 }
 

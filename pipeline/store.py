@@ -13,7 +13,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NotRequired
 
@@ -26,6 +27,7 @@ from networks.temporaries import temporary_beside
 from .config import UserError
 from .failures import cannot_write
 from .files import (
+    OTHER_FORM,
     WINNER,
     DamagedFile,
     checked,
@@ -60,6 +62,7 @@ DONE = checksums.DONE
 KEY = "KEY"
 # What is written to after DONE: logs, and an index that a reader makes anew.
 UNLISTED = (".index.npz",)
+NAMED_FILES = 8  # of those that may be damaged
 NEVER_EMPTY = (".json", ".npy", ".npz", ".safetensors", ".tar")
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
 UNCHECKED = "UNCHECKED"  # in RUN: the networks could not be tried where it was laid out
@@ -117,6 +120,7 @@ class Stage:
         self.former = former or keys
         self.inputs = tuple(inputs)
         self.directory = self._directory()
+        self._run_was_there = self.run.is_dir()
         self._whole: str | None = None  # the attempt whose files were seen to be there
 
     def _directory(self) -> Path:
@@ -226,7 +230,7 @@ class Stage:
         directory = self.directory / "attempts" / done["attempt"]
         files = checksums.files_of(done)
         if not files:
-            _say_unchecked(self.run)
+            _note_unchecked(self.run, directory / file)
         below = "" if file in ("", ".") else f"{file}/"
         for name, entry in files.items():
             if name == file or name.startswith(below):
@@ -273,7 +277,9 @@ class Stage:
         attempt = attempt or new_attempt_id()
         directory = self.directory / "attempts" / attempt
         try:
-            make_below(self.run, self.directory)
+            if self._run_was_there:
+                make_below(self.run, self.directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
             if self.lacks:
                 self._forget_done()
             has_checkpoints = self.checkpoints.exists()
@@ -319,6 +325,11 @@ class Stage:
         """
         if not self.directory.exists():
             return
+        if not self.directory.resolve().is_relative_to(self.run.resolve()):
+            raise UserError(
+                f"{self.directory} is a link out of {self.run}, and so nothing in it is deleted; "
+                "remove the link"
+            )
         if (self.directory / WINNER).exists():
             _remove_aside(self.directory / WINNER)
         self._done_path.unlink(missing_ok=True)
@@ -341,14 +352,39 @@ def _remove_aside(directory: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _say_unchecked(run: Path) -> None:
-    """Once per process: what a run of an earlier version lacks."""
+def _note_unchecked(run: Path, path: Path) -> None:
+    """Note a file that is read as it is, and say once per process what its run lacks."""
     if run not in _unchecked:
-        _unchecked.add(run)
         log.info("%s has no checksums, for an older version made it: its files are read as is", run)
+    files = _unchecked.setdefault(run, {})
+    files.pop(path, None)
+    files[path] = None  # the last that is asked for stands last
 
 
-_unchecked: set[Path] = set()
+_unchecked: dict[Path, dict[Path, None]] = {}  # of each such run, in this process
+
+
+@contextmanager
+def blaming_unchecked(run: Path) -> Iterator[None]:
+    """Say what fails in here for the form of a value as the damage of a file of RUN.
+
+    Only in a run without checksums, some of whose files were read: nothing else says of these
+    whether they are what they were.  In every other run such an error is ours, and stays.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except OTHER_FORM as error:
+        files = [path for read in _unchecked.values() for path in read][-NAMED_FILES:]
+        if not files:
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{run}: {reason}; an older version made it, without checksums: restore what is "
+            "damaged, or remove the DONE of its stage; read were "
+            f"{', '.join(map(str, reversed(files)))}"
+        ) from None
 
 
 class Attempt:

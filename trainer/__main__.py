@@ -87,6 +87,7 @@ def let_rank_0_speak() -> None:
 
 def run_stages(argv: list[str]) -> int:
     from pipeline.graph import open_run
+    from pipeline.store import blaming_unchecked
     from pipeline.trust import COMMAND, FUNCTION, check_trusted
 
     args = parse(argv)
@@ -106,9 +107,10 @@ def run_stages(argv: list[str]) -> int:
         session = Session(run.with_stages(args.stages), ranks)
         check_where_left(session)
         for alike in in_a_row(pending):
-            for stage in alike:
-                check_inputs(stage)
-            run_together(session, alike)
+            with blaming_unchecked(run.root):
+                for stage in alike:
+                    check_inputs(stage)
+                run_together(session, alike)
     return 0
 
 

@@ -17,6 +17,7 @@ from .messages import in_our_words
 from .run import Config, ConfigFile
 from .schedule import Student
 
+NAMED_MISTAKES = 50  # of a file that is no config of ours at all
 # Keys of earlier versions and what they are called now.
 RENAMED = {"slurm.combine": "slurm.ensemble"}
 
@@ -38,7 +39,10 @@ def load_config(
     try:
         return ConfigFile.model_validate(values).resolve()
     except ValidationError as errors:
-        lines = [f"{source}: {_explain(error)}" for error in errors.errors()]
+        mistakes = errors.errors()
+        lines = [f"{source}: {_explain(error)}" for error in mistakes[:NAMED_MISTAKES]]
+        if len(mistakes) > NAMED_MISTAKES:
+            lines.append(f"{source}: {len(mistakes) - NAMED_MISTAKES} more mistakes")
         raise UserError("\n".join(lines)) from None
     except (ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{source}: {error}") from None

@@ -16,6 +16,7 @@ from rich.console import Console
 import launch.local
 from launch.display import Display
 from launch.journal import read_journal
+from launch.plan import plan
 from launch.results import groups_line, metrics_of
 
 
@@ -408,3 +409,15 @@ def test_a_run_that_is_moved_or_removed_while_it_runs_ends_in_one_line(ward, sma
     left = sorted(path.name for path in run.root.rglob("*")) if run.root.exists() else []
     assert left == (["mine"] if move is replaced else [])
     assert elsewhere.exists() == (move is not removed)
+
+
+def test_a_log_that_is_a_link_in_a_run_of_somebody_elses_is_not_written_to(ward, small, referral):
+    run = small(left=[0])
+    victim = ward.root / "profile"
+    victim.write_text("mine\n")
+    (run.root / "logs").mkdir()
+    for job in plan(run):
+        (run.root / job.log).symlink_to(victim)
+    code, _, err = referral("run", ward.write_config(), "--run", run.root)
+    assert code == 2 and "it is a link, and what it leads to is not written" in err
+    assert victim.read_text() == "mine\n"

@@ -179,3 +179,28 @@ def test_a_clock_that_is_set_back_gives_no_negative_seconds(tmp_path, monkeypatc
     assert attempt.finish() and record.elapsed_s == 0
     done = stage.done()
     assert done is not None and 0 <= done["seconds"] < 60 and attempt.seconds >= 0
+
+
+def test_a_run_that_was_moved_is_not_made_anew_where_it_was(tmp_path):
+    (tmp_path / "run").mkdir()
+    stage = generalist(tmp_path / "run")
+    attempt = stage.begin()
+    (tmp_path / "run").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"run/generalist: cannot be written: No such file"):
+        stage.begin()
+    for write in (attempt.path, attempt.publish_growing):
+        with pytest.raises(FileNotFoundError):
+            write("metrics.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+def test_nothing_is_deleted_that_a_link_out_of_the_run_leads_to(tmp_path):
+    """As in a run that somebody made to have `--force` delete what is not theirs."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious" / "attempts").mkdir(parents=True)
+    (tmp_path / "precious" / "letter.txt").write_text("kept")
+    (tmp_path / "run" / "generalist").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match=r"run/generalist is a link out of .*; remove the link"):
+        generalist(tmp_path / "run").clear()
+    assert (tmp_path / "precious" / "letter.txt").read_text() == "kept"
+    assert (tmp_path / "precious" / "attempts").is_dir()

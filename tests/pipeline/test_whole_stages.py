@@ -12,10 +12,11 @@ import pytest
 from killing import Killed, operations
 
 from networks import checksums
+from pipeline import store
 from pipeline.config import UserError, load_config
 from pipeline.files import WINNER, DamagedFile
 from pipeline.graph import RunDirectory
-from pipeline.store import COMPLETE, complete_checkpoints, write_json
+from pipeline.store import COMPLETE, blaming_unchecked, complete_checkpoints, write_json
 
 BASE = {
     "data": {"train": "d/train-0.tar", "val": "d/val-0.tar", "test": "d/test-0.tar"},
@@ -30,6 +31,11 @@ def generalist(root, *overrides):
 
 
 OTHER = "train.learning_rate=0.5"
+
+
+@pytest.fixture(autouse=True)
+def nothing_read_yet(monkeypatch):
+    monkeypatch.setattr(store, "_unchecked", {})
 
 
 def checkpoint(stage, step):
@@ -334,3 +340,38 @@ def test_a_file_system_without_fsync_of_directories_will_do(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", of_files_alone)
     assert generalist(tmp_path).begin().finish()
+
+
+# Runs of older versions, whose DONE has no checksums
+
+
+def test_in_a_run_without_checksums_a_value_of_another_form_is_blamed_on_what_was_read(tmp_path):
+    stage = trained(tmp_path)
+    done = stage.directory / "DONE"
+    content = json.loads(done.read_text())
+    del content["files"]
+    done.write_text(json.dumps(content))
+    path = stage.path("model.json")
+    with pytest.raises(UserError) as error:
+        with blaming_unchecked(tmp_path):
+            json.loads(path.read_text())["schema"]
+    line = str(error.value)
+    assert len(line.splitlines()) == 1 and "KeyError: 'schema'" in line
+    assert line.endswith(f"read were {path}") and "remove the DONE of its stage" in line
+
+
+def test_in_a_run_with_checksums_an_error_of_ours_stays(tmp_path):
+    path = trained(tmp_path).path("model.json")
+    with pytest.raises(KeyError):
+        with blaming_unchecked(tmp_path):
+            json.loads(path.read_text())["schema"]
+
+
+def test_a_published_name_that_no_checksum_is_for_is_as_one_of_an_older_version(tmp_path):
+    stage = trained(tmp_path)
+    done = stage.directory / "DONE"
+    content = json.loads(done.read_text())
+    (tmp_path / "model.json").write_text("{}")
+    for files in ({}, {"other": {"bytes": 1, "xxh3_128": ""}}):
+        done.write_text(json.dumps(content | {"files": files, "published": ["model.json"]}))
+        assert checksums.recorded(tmp_path / "model.json") is None

@@ -2,6 +2,7 @@
 
     python tests/trust/bits.py [FLIPS] [--first NUMBER] [--seed SEED]
 
+Every other flip is in a run of branches, which has features instead of routed samples.
 What reads the file is done again: all stages behind the one that made it.  The run ends with the
 figures of the undisturbed one, or with a line that names the file; what the line says to remove is
 removed, and the plain command ends with these figures then.  Shards have no second copy: they are
@@ -54,6 +55,9 @@ IN_RUN = {
     "stored targets": "targets/*/attempts/*/train/*.bin",
     "where they begin": "targets/*/attempts/*/train/starts.npy",
     "what they are of": "targets/*/attempts/*/train/answers.json",
+    "a student's weights": "students/main/attempts/*/model.safetensors",
+    "features": "features/attempts/*/train/*.npy",
+    "what they are of ": "features/attempts/*/summary.json",
     "predictions": "evaluation/attempts/*/ensemble.npz",
     "figures": "evaluation/attempts/*/generalist.json",
     "results": "results.json",
@@ -72,24 +76,39 @@ OF_DATA = {
 }
 
 
+# Kind of run -> its settings.
+FORMS = {"copies": (), "branches": ("specialists.kind=branch",)}
+
+
+class Clean:
+    """An undisturbed run: its config, its figures, and the kinds of file that it has."""
+
+    def __init__(self, root: Path, data: Path, *overrides: str):
+        self.config = small_config(data, 'data.cache="decoded"', "train.keep=3", *overrides)
+        self.figures = finished(root, self.config)
+        self.kinds = [kind for kind in IN_RUN if any(root.glob(IN_RUN[kind]))] + list(OF_DATA)
+
+
 def main(given: Asked) -> int:
     count = Count("bit flips", given)
     with workshop() as (place, data):
-        config = small_config(data, 'data.cache="decoded"', "train.keep=3")
-        expected = finished(place / "clean", config)
+        runs = {form: Clean(place / form, data, *keys) for form, keys in FORMS.items()}
         shutil.copytree(data, place / "good data")
-        kinds = [*IN_RUN, *OF_DATA]
-        random.Random(given.seed).shuffle(kinds)
         for trial in given.trials:
-            kind, rng = kinds[trial % len(kinds)], random.Random(f"{given.seed} {trial}")
+            rng = random.Random(f"{given.seed} {trial}")
+            form = list(FORMS)[trial % len(FORMS)]
+            config, expected = runs[form].config, runs[form].figures
+            kinds = runs[form].kinds
+            random.Random(given.seed).shuffle(kinds)
+            kind = kinds[trial // len(FORMS) % len(kinds)]
             root = place / "run"
-            shutil.copytree(place / "clean", root, symlinks=True)
+            shutil.copytree(place / form, root, symlinks=True)
             path, bit = victim(root, data, kind, rng)
             forget_behind(run_at(root, config), kind, path)
             flip(path, bit)
             outcome = in_child(partial(command, root, config))
             again = partial(helped, outcome, root, config, partial(put_back, place, data))
-            said = f"{trial}: {kind}, bit {bit} of {path.relative_to(place)}"
+            said = f"{trial}: {form}, {kind}, bit {bit} of {path.relative_to(place)}"
             if outcome.is_one_line and not names(outcome, path):
                 count.add("stuck", said, f"the file is not named: {outcome.text}")
             else:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
-from campaigns import Asked, asked  # noqa: E402
+from campaigns import Asked, asked  # noqa: E402, F401
 from toy import toy_config, write_toy  # noqa: E402
 
 from launch.aims import RUN

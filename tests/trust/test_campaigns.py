@@ -9,11 +9,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bits
 import clearing
 import disks
+import older
 import power
 from small import asked
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("campaign, trials", [(clearing, 1), (power, 2), (bits, 2), (disks, 2)])
+@pytest.mark.parametrize(
+    "campaign, trials", [(clearing, 1), (power, 2), (bits, 2), (disks, 2), (older, 8)]
+)
 def test_a_few_trials_of_each_campaign_end_well(campaign, trials):
     assert campaign.main(asked(trials, argv=[])) == 0

@@ -95,7 +95,7 @@ class Within(io.BufferedIOBase):
 def check_members(path: Path) -> None:
     """UserError for a zip, as an npz is, of a member that unpacks to more than `most`.
 
-    zipfile reads of a member no more than the zip says; a file that is no zip is left to its reader.
+    zipfile reads no more of a member than the zip says.  What is no zip is left to its reader.
     """
     try:
         with zipfile.ZipFile(path) as archive:

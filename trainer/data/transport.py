@@ -75,10 +75,21 @@ def blocks(url: str, size: int = 0) -> Generator[bytes, None, None]:
 # HTTP
 
 
+class _WithinHttp(urllib.request.HTTPRedirectHandler):
+    """A redirection leads to no other protocol: urllib itself would go on to ftp:."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if not newurl.startswith(("http:", "https:")):
+            reason = f"{msg} - Redirection to url '{newurl}' is not allowed"
+            raise urllib.error.HTTPError(newurl, code, reason, headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def http_blocks(url: str, size: int) -> Generator[bytes, None, None]:
     """As `blocks`."""
     try:
-        with urllib.request.urlopen(_request(url), timeout=STALL_S) as response:
+        opener = urllib.request.build_opener(_WithinHttp)
+        with opener.open(_request(url), timeout=STALL_S) as response:
             yield from _body(response, size)
     except urllib.error.HTTPError as error:
         reason = f"the server answers {error.code} {error.reason}".strip()

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Literal
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
@@ -35,8 +35,11 @@ SCHEMA = 2
 READABLE = (1, SCHEMA)
 
 
+NAME = r"^[^/\x00]+$"  # of a file in the manifest's own directory
+
+
 class _Shard(BaseModel):
-    name: str = Field(pattern=r"^[^/]+$")
+    name: str = Field(pattern=NAME)
     samples: int = Field(ge=0)
     bytes: int
     sha256: str
@@ -52,7 +55,7 @@ class _Split(BaseModel):
 
 class _Manifest(BaseModel):
     classes: list[str] = Field(min_length=1)
-    splits: dict[str, _Split]
+    splits: dict[Annotated[str, Field(pattern=NAME)], _Split]
 
 
 class ShardWriter:

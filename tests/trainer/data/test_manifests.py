@@ -15,6 +15,7 @@ from shardsets import write_uneven as write
 from pipeline.config import Data, UserError
 from pipeline.identity import shard_identities
 from trainer.data import ShardWriter, open_shards, opening, shards, write_manifest
+from trainer.data.authoring.indexing import validate
 from trainer.data.label_files import class_counts, count_classes, write_labels
 from trainer.data.mapped import map_npz
 from trainer.data.tars import index_path, is_fresh, load_index, save_index, scan_tar
@@ -325,3 +326,31 @@ def test_a_compressed_archive_is_refused(tmp_path):
 def test_labels_below_0_count_for_no_class(labels):
     expected = [labels.count(c) for c in range(7)]
     assert count_classes(np.array(labels, np.int32), 7).tolist() == expected
+
+
+# Manifests that somebody wrote to harm
+
+
+def test_names_of_a_manifest_are_of_its_own_directory(tmp_path):
+    write(tmp_path, SIZES)
+    good = manifest_of(tmp_path)
+    for name in ("../train-000000.tar", "/etc/passwd", "a\0b.tar", ""):
+        manifest = json.loads(json.dumps(good))
+        manifest["splits"]["train"]["shards"][0]["name"] = name
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert "splits.train.shards.0.name" in refused(opened, tmp_path)
+    for split in ("../train", "a\0"):
+        manifest = good | {"splits": good["splits"] | {split: good["splits"]["train"]}}
+        (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+        assert "is not a manifest of shards: splits" in refused(opened, tmp_path)
+
+
+def test_validate_tells_a_size_that_is_not_the_shards(tmp_path):
+    write(tmp_path, SIZES)
+    manifest = manifest_of(tmp_path)
+    size = manifest["splits"]["train"]["shards"][1]["bytes"]
+    manifest["splits"]["train"]["shards"][1]["bytes"] = 2**63
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    findings = validate(str(tmp_path), Data(), "train")
+    said = [str(corruption) for finding in findings for corruption in finding.corruption]
+    assert len(said) == 1 and f"has {size} bytes, manifest.json says {2**63}" in said[0]

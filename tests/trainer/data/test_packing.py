@@ -91,3 +91,14 @@ def test_packed_arrays_of_zeros_are_refused(tmp_path, name):
     with pytest.raises(UserError) as error:
         read_arrays([str(path)], Selection("", ""), "", "utf-8", Report())
     assert str(error.value).startswith(refused(path))
+
+
+def test_a_header_of_npy_that_is_too_deep_is_one_line_without_advice_to_trust_it(tmp_path):
+    said = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {'(' * 5000}{')' * 5000}, }}\n"
+    path = tmp_path / "x.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(said).to_bytes(2, "little") + said.encode())
+    with pytest.raises(UserError) as error:
+        read_arrays([str(path)], Selection("", ""), "", "utf-8", Report())
+    line = str(error.value)
+    assert line.startswith(f"{path}: cannot be read") and len(line.splitlines()) == 1
+    assert "allow_pickle" not in line

@@ -194,3 +194,27 @@ def test_letters_that_curl_takes_for_patterns_are_escaped(monkeypatch):
     monkeypatch.setattr(module, "set_options", lambda *_, **__: None)
     assert list(transport.command_blocks("ftp://host/a[1-9]{b,c}.tar", 0)) == [b"x"]
     assert asked == ["ftp://host/a%5B1-9%5D%7Bb,c%7D.tar"]
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://127.0.0.1:1/x", "data:,x"])
+def test_a_redirection_leads_to_no_other_protocol(target):
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with pytest.raises(transport.Broken, match="is not allowed") as error:
+            list(transport.blocks(f"http://127.0.0.1:{server.server_address[1]}/a.tar"))
+        assert error.value.is_final
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

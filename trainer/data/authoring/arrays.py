@@ -543,10 +543,10 @@ def _read(path: Path) -> list[_Named]:
         zipfile.BadZipFile,
         zlib.error,
     ) as error:
-        hint = ""
-        if "Object arrays" in str(error):
+        hint, reason = "", str(error).partition("\n")[0]  # further lines say how to trust pickles
+        if "Object arrays" in reason:
             hint = "; save texts as y.astype(str), ragged inputs one file each for `shards folder`"
-        raise UserError(f"{path}: cannot be read as npz, npy or idx: {error}{hint}") from None
+        raise UserError(f"{path}: cannot be read as npz, npy or idx: {reason}{hint}") from None
 
 
 def _member(path: Path, file: Mapping[str, np.ndarray], name: str) -> np.ndarray:

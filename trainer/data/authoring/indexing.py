@@ -361,6 +361,8 @@ def _validate(shard: Shard, data: Data, found: LabelSet | None) -> Finding:
     expected = expected_sha256(shard, stored)
     if expected and expected != index.sha256:
         finding.add("is not the shard that was indexed (sha256)")
+    elif shard.entry and shard.entry["bytes"] != index.bytes:
+        finding.add(f"has {index.bytes} bytes, manifest.json says {shard.entry['bytes']}")
     if not len(index):
         finding.add("holds no intact sample")
         return finding
