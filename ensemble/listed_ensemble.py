@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 # From so many classes on the stages ask an ensemble in this way.
 SPARSE_FROM = 2**14
-# Numbers [rows, C] of the generalist at a time: as many as a cache holds, and of many classes, whose
+# Numbers [rows, C] of the generalist at a time: as many as a cache holds.  Of many classes, whose
 # rows of the head are read once for all of them, so many rows, unless these are more numbers.
 CACHED_NUMBERS, FEWEST_ROWS = 2**21, 32
 GENERAL_NUMBERS, GENERAL_ROWS = 2**23, 2**8
@@ -228,9 +228,7 @@ def listed_classes(
     return indices
 
 
-def own_classes(
-    groups: ClassGroups, active: Tensor, also: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def own_classes(groups: ClassGroups, active: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
     """Distinct classes of each row's active groups, and `also` [b]: (int64 [b, U], counts [b]).
 
     Behind a row's own classes stands its first one again; where it has none, class 0.

@@ -121,9 +121,10 @@ SINCE_SCHEMA_1 = {
     "generalist": {"weights": None},
     "clusters": {"capacity_of": "classes", "specialists": None, "train_examples": None},
     "ensemble": {"shortlist": None, "order": 0.0},
-    "train": {"loss": "cross_entropy"},
+    "train": {"loss": "cross_entropy", "row_rate": None},
     "specialists": {
         "loss": "cross_entropy",
+        "row_rate": None,
         "kind": "copy",
         "from": "generalist",
         "blocks": 0,
@@ -132,6 +133,7 @@ SINCE_SCHEMA_1 = {
     },
     "students": {
         "loss": "cross_entropy",
+        "row_rate": None,
         "wrong_weight": 0.0,
         "answers": "auto",
         "augment_share": None,
@@ -144,6 +146,7 @@ SINCE_SCHEMA_1 = {
         "epochs": None,
         "negatives": None,
         "loss": "cross_entropy",
+        "row_rate": None,
         **SCHEDULE,
         "k": 50,
         "random": 1024,
