@@ -229,9 +229,7 @@ def listed_classes(
     return indices
 
 
-def own_classes(
-    groups: ClassGroups, active: Tensor, also: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def own_classes(groups: ClassGroups, active: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
     """Distinct classes of each row's active groups, and `also` [b]: (int64 [b, U], counts [b]).
 
     Behind a row's own classes stands its first one again; where it has none, class 0.

@@ -498,7 +498,7 @@ def warnings(rows: Sequence[Needs], config: Config) -> list[str]:
 
 def table(rows: Sequence[Needs]) -> str:
     """Rows of text."""
-    cells = [list(COLUMNS)]
+    cells: list[list[str]] = [list(COLUMNS)]
     for row in rows:
         sizes = (row.memory, row.sent_per_step, row.sent, row.disk, row.read)
         steps = "-" if row.steps is None else f"{row.steps:,}"

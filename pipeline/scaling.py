@@ -112,6 +112,11 @@ def optimizer_numbers(schedule: ResolvedSchedule) -> int:
     return 1 if schedule.momentum else 0
 
 
+def row_numbers(schedule: ResolvedSchedule) -> int:
+    """The same of a head over all classes."""
+    return optimizer_numbers(schedule) if schedule.row_rate is None else 0
+
+
 def averages(schedule: ResolvedSchedule) -> int:
     """Further copies of the weights: averaged ones, and the best of early stopping."""
     return bool(schedule.ema) + bool(schedule.patience)
@@ -134,11 +139,12 @@ def held_by_training(
     device: "cpu" or "cuda".  starts_whole: of a network that starts as another, whose split head
     comes together for validation and export.
     """
-    k = optimizer_numbers(schedule)
+    k, of_row = optimizer_numbers(schedule), row_numbers(schedule)
     split = network.head if splits_head(network, engine, ranks) else 0
-    replicated = network.learning - split
-    per_weight = STATE[engine_name(engine)](ranks, k)
-    states = replicated * per_weight + FLOAT * network.frozen + split * FLOAT * (2 + k) / ranks
+    replicated, state = network.learning - split, STATE[engine_name(engine)]
+    whole_head = network.head - split
+    states = (replicated - whole_head) * state(ranks, k) + whole_head * state(ranks, of_row)
+    states += FLOAT * network.frozen + split * FLOAT * (2 + of_row) / ranks
     states += FLOAT * averages(schedule) * (network.weights - split + split / ranks)
     bucket = 0
     if engine.name == "deepspeed" and ranks > 1:
@@ -172,7 +178,9 @@ def sent_per_step(
 def checkpoint_bytes(network: Network, schedule: ResolvedSchedule) -> int:
     """One checkpoint's, of all its files together."""
     numbers = network.weights * (1 + averages(schedule))
-    return FLOAT * (numbers + network.learning * optimizer_numbers(schedule))
+    trunk = network.learning - network.head
+    states = trunk * optimizer_numbers(schedule) + network.head * row_numbers(schedule)
+    return FLOAT * (numbers + states)
 
 
 def kept_checkpoints(schedule: ResolvedSchedule, steps: int) -> int:

@@ -31,6 +31,7 @@ def check_all(config: Config) -> None:
     check_controls(config)
     check_extend(config)
     check_negatives(config)
+    check_row_rate(config)
     check_losses(config)
     check_averages(config)
     check_margin(config)
@@ -210,6 +211,23 @@ def check_negatives(config: Config) -> None:
             )
 
 
+def check_row_rate(config: Config) -> None:
+    """Rows that learn without averages need an optimizer that treats them by themselves."""
+    for name, section in schedules(config).items():
+        if section.row_rate is None:
+            continue
+        if config.engine.name != "ddp":
+            raise ValueError(
+                f'{name}.row_rate needs engine.name = "ddp": "{config.engine.name}" steps all '
+                "weights alike"
+            )
+        if config.engine.precision == "fp16":
+            raise ValueError(
+                f'{name}.row_rate is not of engine.precision = "fp16", whose gradients AdamW '
+                'unscales itself; take "bf16"'
+            )
+
+
 def check_losses(config: Config) -> None:
     """A head that is split over ranks, and a student with a teacher, do not take just any loss."""
     for name, section in schedules(config).items():
@@ -343,6 +361,7 @@ def check_rerank(config: Config) -> None:
         "ema": "averages all rows in each step, and few have changed",
         "clip_norm": "needs one norm of trunk and head, which are stepped apart",
         "negatives": "is of a sharded head; rerank.random says how many",
+        "row_rate": "is of a head of which a step changes all rows",
     }
     for key, reason in why.items():
         value, usual = getattr(section, key), getattr(default, key)

@@ -123,6 +123,7 @@ SINCE_SCHEMA_1 = {
     "ensemble": {"shortlist": None, "order": 0.0},
     "train": {
         "loss": "cross_entropy",
+        "row_rate": None,
         "trainable": "all",
         "layer_decay": 1.0,
         "mixup": 0.0,
@@ -130,6 +131,7 @@ SINCE_SCHEMA_1 = {
     },
     "specialists": {
         "loss": "cross_entropy",
+        "row_rate": None,
         "layer_decay": 1.0,
         "kind": "copy",
         "from": "generalist",
@@ -139,6 +141,7 @@ SINCE_SCHEMA_1 = {
     },
     "students": {
         "loss": "cross_entropy",
+        "row_rate": None,
         "wrong_weight": 0.0,
         "answers": "auto",
         "augment_share": None,
@@ -151,6 +154,7 @@ SINCE_SCHEMA_1 = {
         "epochs": None,
         "negatives": None,
         "loss": "cross_entropy",
+        "row_rate": None,
         **SCHEDULE,
         "k": 50,
         "random": 1024,

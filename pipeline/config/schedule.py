@@ -43,6 +43,9 @@ class Schedule(Section):
     momentum: float | None = Field(default=None, ge=0, lt=1)
     # of adamw; 0.99 suits short schedules
     beta2: float | None = Field(default=None, gt=0, lt=1)
+    # the peak of a head with a row for every class, which then learns without averages: plain SGD;
+    # None = as the other weights
+    row_rate: float | None = Field(default=None, gt=0)
     # of class labels, a name in pipeline.choices.LOSSES
     loss: str | None = None
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
@@ -83,7 +86,8 @@ class Schedule(Section):
 class ResolvedSchedule(Schedule):
     """A schedule of which nothing is left to inherit; here are the defaults.
 
-    Of steps and epochs one may be None; negatives = None stands for all classes.
+    Of steps and epochs one may be None; negatives = None stands for all classes, and row_rate =
+    None for the other weights' optimizer.
     """
 
     batch_size: int = 256

@@ -114,7 +114,14 @@ def test_kept_features_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("train.optimizer=sgd",), ("train.ema=0.9",), ("engine.shard_head=true",)]
+    "overrides",
+    [
+        (),
+        ("train.optimizer=sgd",),
+        ("train.ema=0.9",),
+        ("engine.shard_head=true",),
+        ("train.row_rate=0.1",),
+    ],
 )
 def test_a_training_step_holds_and_saves_what_the_formula_says(tmp_path, overrides):
     """A network large enough that a step's small tensors do not count: 2.1 million."""

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from networks import BranchedClassifier, parameter_count
+from networks import BranchedClassifier, Classifier, parameter_count
 from networks.cutting import cut_at
 from pipeline.config import Config, UserError
 
+from ..core.optim import has_all_rows
 from ..data.shards import ShardSet
 from ..stages import rerank
 from ..stages.features import check_size, row_bytes, row_shapes
@@ -60,8 +61,11 @@ def memory_of(config: Config, part: Part) -> int:
 
 
 def optimizer_numbers(part: Part) -> int:
-    """AdamW keeps two numbers a weight, SGD its momentum."""
+    """AdamW keeps two numbers a weight, SGD its momentum; of rows that learn without, none."""
     learning = parameter_count(part.network, trainable=True)
+    if part.schedule.row_rate is not None and has_all_rows(part.network):
+        assert isinstance(part.network, Classifier)
+        learning -= parameter_count(part.network.head, trainable=True)
     return learning if part.schedule.optimizer == "sgd" else 2 * learning
 
 

@@ -7,8 +7,10 @@ import math
 import torch
 from torch import nn
 
-from networks import RankOne
+from networks import Classifier, RankOne
 from pipeline.config import ResolvedSchedule
+
+HEAD = "head."  # before the names of a head's parameters
 
 
 def build_optimizer(network: nn.Module, schedule: ResolvedSchedule) -> torch.optim.Optimizer:
@@ -22,16 +24,25 @@ def build_optimizer(network: nn.Module, schedule: ResolvedSchedule) -> torch.opt
     also one for each member
     rank-one factors of a              0              0.5  (Nam et al. 2021, in their code)
     BatchEnsemble
+    rows of a head over all classes,   schedule's, 0  row_rate / learning_rate, without averages
+    and biases, with row_rate
 
     A network with layer-wise decay (networks.set_layer_decay) has these groups for each of its
     scales, multiplied by it.
     """
     scales = getattr(network, "rate_scales", {})
     members: dict[tuple[float, float, float], list[nn.Parameter]] = {}
+    rows: list[nn.Parameter] = []
+    row_biases: list[nn.Parameter] = []
+    by_rows = schedule.row_rate is not None and has_all_rows(network)
     for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            kind = (scales.get(name, 1.0), *_kind(network, name, parameter))
-            members.setdefault(kind, []).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if by_rows and name.startswith(HEAD):
+            (rows if parameter.ndim > 1 else row_biases).append(parameter)
+            continue
+        kind = (scales.get(name, 1.0), *_kind(network, name, parameter))
+        members.setdefault(kind, []).append(parameter)
     groups = [
         {
             "params": members[layer, scale, decayed],
@@ -40,11 +51,50 @@ def build_optimizer(network: nn.Module, schedule: ResolvedSchedule) -> torch.opt
         }
         for layer, scale, decayed in sorted(members, reverse=True)
     ]
+    if by_rows:
+        assert schedule.row_rate is not None
+        of_rows = {"rate_scale": schedule.row_rate / schedule.learning_rate, "momentum": 0.0}
+        decay = schedule.weight_decay
+        groups.append({"params": rows, "weight_decay": decay, "without_averages": True, **of_rows})
+        groups.append(
+            {"params": row_biases, "weight_decay": 0.0, "without_averages": True, **of_rows}
+        )
+    groups = [group for group in groups if group["params"]]
     if schedule.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=schedule.momentum)
-    return torch.optim.AdamW(
-        groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2), fused=True
-    )
+    kind = AdamWBesideRows if by_rows else torch.optim.AdamW
+    return kind(groups, lr=schedule.learning_rate, betas=(0.9, schedule.beta2), fused=True)
+
+
+def has_all_rows(network: nn.Module) -> bool:
+    """Whether its head is one plain layer with a row for every class."""
+    if not isinstance(network, Classifier):
+        return False
+    return network.spec.head["kind"] == "linear" and network.spec.members is None
+
+
+class AdamWBesideRows(torch.optim.AdamW):
+    """AdamW, but for groups that are `without_averages`: these take plain steps."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None, "no loss is computed again"
+        every = self.param_groups
+        try:
+            self.param_groups = [g for g in every if not g.get("without_averages")]
+            super().step()
+        finally:
+            self.param_groups = every
+        for group in every:
+            if group.get("without_averages"):
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        plain_step(parameter, parameter.grad, group["lr"], group["weight_decay"])
+
+
+def plain_step(p: torch.Tensor, gradient: torch.Tensor, rate: float, decay: float) -> None:
+    """p - rate (gradient + decay p), in place."""
+    p.mul_(1 - rate * decay).add_(gradient, alpha=-rate)
 
 
 def _kind(network: nn.Module, name: str, parameter: nn.Parameter) -> tuple[float, float]:

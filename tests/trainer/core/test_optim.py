@@ -2,11 +2,19 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from networks import InputSpec, ModelSpec, build_classifier
+from networks import InputSpec, ModelSpec, build_classifier, specialise
 from pipeline.config import DEFAULT_SCHEDULE
-from trainer.core.optim import AveragedWeights, build_optimizer, learning_rate, set_rate
+from trainer.core.optim import (
+    AveragedWeights,
+    build_optimizer,
+    learning_rate,
+    plain_step,
+    set_rate,
+)
 
 
 def schedule(**values):
@@ -41,6 +49,61 @@ def test_vectors_are_not_decayed(name):
     decayed, plain = optimizer.param_groups
     assert {p.ndim for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.5
     assert {p.ndim for p in plain["params"]} == {1} and plain["weight_decay"] == 0.0
+
+
+def classifier():
+    torch.manual_seed(0)
+    spec = ModelSpec("mlp", 7, InputSpec((5,), "float32"), {"width": 6, "depth": 1})
+    return build_classifier(spec)
+
+
+@pytest.mark.parametrize("name, trunk", [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_rows_learn_by_plain_sgd_at_a_rate_of_their_own_and_keep_nothing(name, trunk):
+    """Beside two optimizers of torch's, one of the trunk and one of the head."""
+    rates = schedule(optimizer=name, learning_rate=0.1, row_rate=0.5, weight_decay=0.2)
+    network, other = classifier(), classifier()
+    optimizer = build_optimizer(network, rates)
+    more = {"betas": (0.9, 0.999)} if name == "adamw" else {"momentum": 0.9}
+    of_trunk = [
+        trunk([other.trunk[0].linear.weight], lr=0.1, weight_decay=0.2, **more),
+        trunk([other.trunk[0].linear.bias], lr=0.1, weight_decay=0.0, **more),
+        torch.optim.SGD([other.head.weight], lr=0.5, weight_decay=0.2),
+        torch.optim.SGD([other.head.bias], lr=0.5),
+    ]
+    x, labels = torch.randn(9, 5), torch.arange(9) % 7
+    for _ in range(5):
+        for each in (network, other):
+            each.zero_grad()
+            nn.functional.cross_entropy(each(x), labels).backward()
+        set_rate(optimizer, 0.1)
+        optimizer.step()
+        for each in of_trunk:
+            each.step()
+    for mine, theirs in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    kept = {key for p in network.head.parameters() for key in optimizer.state[p]}
+    assert not {key for key in kept if name == "adamw" or key != "momentum_buffer"}
+    assert all("exp_avg" in optimizer.state[p] for p in network.trunk.parameters()) == (
+        name == "adamw"
+    )
+
+
+@given(st.lists(st.floats(-3, 3), min_size=1, max_size=5), st.floats(0.05, 1.9), st.floats(0, 0.5))
+def test_plain_steps_go_to_the_minimum_of_a_quadratic(target, rate, decay):
+    """|p - t|^2 / 2 + decay |p|^2 / 2 has its minimum at t / (1 + decay)."""
+    target = torch.tensor(target, dtype=torch.float64)
+    p, rate = torch.full_like(target, 5.0), rate / (1 + decay)
+    for _ in range(800):
+        plain_step(p, p - target, rate, decay)
+    torch.testing.assert_close(p, target / (1 + decay), atol=1e-9, rtol=0)
+
+
+def test_few_rows_and_members_learn_as_the_trunk_does():
+    rates = schedule(row_rate=0.5)
+    few = specialise(classifier(), [1, 2], "fresh")
+    for network in (few, batch_ensemble()):
+        groups = build_optimizer(network, rates).param_groups
+        assert not any(group.get("without_averages") for group in groups)
 
 
 def test_frozen_parameters_reach_no_optimizer():
