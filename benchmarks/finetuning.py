@@ -128,7 +128,7 @@ def trained(given: argparse.Namespace, shards: Path, path: Path, settings: list[
 
 
 def runs_of(given: argparse.Namespace, seed: int) -> dict[tuple[str, int], dict]:
-    """{(row, steps): metrics on test} of one seed; ("first", steps) is the run that has the trunk."""
+    """{(row, steps): metrics on test} of one seed; ("first", steps): of the run with the trunk."""
     first_shards, second_shards = halves(given)
     own = [f"seed={seed}"]
     first_steps = QUICK_STEPS["first"] if given.quick else BASE["train"]["steps"]
@@ -184,9 +184,7 @@ def cell(found: dict[int, dict[tuple[str, int], dict]], key: tuple[str, int]) ->
     return lab.spread((100 * each["top1"] for each in of_seeds), 1)
 
 
-def section(
-    found: dict[int, dict[tuple[str, int], dict]], classes: int, command: str
-) -> str:
+def section(found: dict[int, dict[tuple[str, int], dict]], classes: int, command: str) -> str:
     any_seed = next(iter(found.values()))
     first = next(key for key in any_seed if key[0] == "first")
     n = next(each["n"] for key, each in any_seed.items() if key != first)
@@ -194,7 +192,8 @@ def section(
     return (
         f"Top-1 on test, %, of {classes} characters that are learned from {FEW} images each. The "
         f"trunk comes from a run of {first[1]:,} steps on {classes} others, of which it knows "
-        f"{cell(found, first)} %. A convnet of width 8, depth 3, 64 numbers; batches of {BATCH}.\n\n"
+        f"{cell(found, first)} %. A convnet of width 8, depth 3, 64 numbers; batches of {BATCH}."
+        "\n\n"
         f"{table(found)}\n\n"
         f"n = {n:,}. {lab.conditions(found, command)} {seconds / 60:.0f} minutes of training."
     )

@@ -639,4 +639,5 @@ def _others(groups: ClassGroups, numbers: list[int], width: int) -> tuple[Tensor
                 other_column[branch, column, h] = place
         other_branch[branch, len(members) :] = other_branch[branch, 0]
         other_column[branch, len(members) :] = other_column[branch, 0]
-    return torch.from_numpy(other_branch), torch.from_numpy(other_column)
+    # Copies: torch cannot save an empty tensor whose storage is an array's (no class has another).
+    return torch.tensor(other_branch), torch.tensor(other_column)

@@ -160,6 +160,8 @@ class EnsembleProgram(nn.Module):
             dtype = working_dtype(next(ensemble.generalist.parameters()).dtype)
             patterns = set_patterns(groups, tuple(numbers))
             self.index = patterns.on(ensemble.device, dtype, groups.num_classes)
+            # Made now: while a program is traced, what is made and kept is a placeholder.
+            _ = self.index.outside_all
 
     def forward(self, raw: Tensor) -> Tensor:
         logits = self.generalist(raw)

@@ -545,7 +545,8 @@ class SpecialistEnsemble:
         x = reached[0]
         for block in blocks(specialist.trunk)[:shared]:
             x = block(x)
-        end = nn.Sequential(*blocks(specialist.trunk)[shared:])
+        # A fresh container says that it trains, and counting would leave its blocks so.
+        end = nn.Sequential(*blocks(specialist.trunk)[shared:]).train(specialist.training)
         features = end(x)
         rows = multiplications_of_rows(specialist.head)
         if self.shortlist is not None:

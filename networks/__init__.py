@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .counting import multiplications
     from .drawing import draw_classes
     from .files import load_classifier, save_classifier
-    from .freezing import freeze_norm, layer_scales, set_layer_decay, set_trainable
+    from .freezing import freeze_norm, set_layer_decay, set_trainable
     from .gathered_rows import top_k
     from .growing import add_classes, match_classes, merge_grown_head, remap_specialist
     from .heads import DustbinHead
@@ -69,7 +69,6 @@ _MODULE_OF = {
     "remap_specialist": "growing",
     "hydra": "multiplying",
     "batch_ensemble": "multiplying",
-    "layer_scales": "freezing",
     "set_layer_decay": "freezing",
     "set_trainable": "freezing",
     "freeze_norm": "freezing",

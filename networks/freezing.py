@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .classifier import Classifier
 from .cosine import UnitTrunk
 
-
 TRUNK = "trunk."  # begins the names of a network's modules that stand in its trunk
 LAST_BLOCKS = r"last-([1-9][0-9]*)-blocks?"
 

@@ -248,3 +248,17 @@ def test_saved_programs_of_a_shortlist_take_any_batch_size(tmp_path):
         torch.testing.assert_close(program(raw), expected, atol=1e-5, rtol=0)
         (q,) = session.run(None, {"raw": raw.numpy()})
         torch.testing.assert_close(torch.from_numpy(q), expected, atol=1e-5, rtol=0)
+
+
+def test_counting_multiplications_leaves_every_copy_in_eval_mode():
+    """A copy that was left in train mode would move its batch norms' statistics from then on."""
+    ensemble = make(overlap=1)
+    copied = specialise(ensemble.generalist, ensemble.groups.members[0].tolist()).eval()
+    with torch.no_grad():  # its trunk is its own
+        for parameter in copied.trunk.parameters():
+            parameter += 1
+    groups, skipped = ensemble.groups, [1, 2, 3]
+    copies = SpecialistEnsemble(ensemble.generalist, {0: copied}, groups, skipped=skipped)
+    copies.multiplications(torch.tensor([[True, False, False, False]]))
+    modes = [part.training for part in copied.modules()]
+    assert len(modes) > 3 and not any(modes)

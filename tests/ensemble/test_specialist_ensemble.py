@@ -347,6 +347,16 @@ def test_the_exported_program_equals_the_ensemble_at_another_batch_size(networks
     torch.testing.assert_close(program(images), ensemble.probabilities(images), rtol=0, atol=1e-5)
 
 
+def test_a_program_that_was_exported_can_be_run_and_exported_again(networks, images, tmp_path):
+    """Tracing leaves none of its placeholders in what the next program is made of."""
+    ensemble = SpecialistEnsemble(*networks, GROUPS, gate=6)
+    program = EnsembleProgram(ensemble)
+    export_program(program, images[:4], tmp_path / "first.pt2")
+    with torch.no_grad():
+        q = program(images)
+    torch.testing.assert_close(q, ensemble.probabilities(images), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # torch's exporter takes minutes on a busy machine
 def test_onnx_equals_the_ensemble(networks, images, tmp_path):

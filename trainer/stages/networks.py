@@ -234,7 +234,7 @@ def given_generalist(session: Session) -> Given | None:
             return _saved_trunk(session, source)
         if chosen.head or chosen.weights or chosen.prefix:
             raise ValueError(
-                "is a directory of Referral's; generalist.head (but \"new\"), generalist.weights "
+                'is a directory of Referral\'s; generalist.head (but "new"), generalist.weights '
                 "and generalist.prefix are of a file"
             )
         return Given(_saved_network(session, Path(source)))

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from networks import InputSpec, ModelSpec, build_classifier, lazy_logits
 from pipeline.config import Data, UserError, load_config
-from trainer.core.losses import mixed_loss
 from trainer.core.loop import micro_batches
+from trainer.core.losses import mixed_loss
 from trainer.core.objectives import classify
 from trainer.data import Source, TrainingStream, open_shards, shuffled
 from trainer.data.mixing import (
