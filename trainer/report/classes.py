@@ -152,9 +152,8 @@ def _class_lines(evidence: Evidence) -> list[list[object]]:
 
 def _confused_lines(evidence: Evidence) -> list[list[object]]:
     names = _written_names(evidence)
-    lines: list[list[object]] = [
-        ["class", "name", "predicted_class", "predicted_name", "generalist", "ensemble"]
-    ]
+    head = ["class", "name", "predicted_class", "predicted_name", "generalist", "ensemble"]
+    lines: list[list[object]] = [[*head]]
     for (c, other), counts in _confusions(evidence):
         lines.append([c, names[c], other, names[other], *counts])
     return lines
