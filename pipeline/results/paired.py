@@ -53,7 +53,7 @@ def paired(answers: Answers, other: Answers) -> Paired | None:
     difference = Paired(top1=top1, top1_half=top1_half, nll=nll, nll_half=nll_half)
     if answers.cnll is not None and other.cnll is not None:
         cnll, cnll_half = mean_and_half(answers.cnll - other.cnll)
-        difference |= {"cnll": cnll, "cnll_half": cnll_half}
+        difference["cnll"], difference["cnll_half"] = cnll, cnll_half
     return difference
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, NamedTuple, NotRequired, TypedDict
+from typing import Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from ..advice.outcomes import Outcomes
 from ..files import damaged, picking_from, read_json
@@ -258,8 +258,8 @@ class Difference(NamedTuple):
 
 def difference_to(row: Row, name: str, metric: MetricName) -> Difference | None:
     """The paired difference to the row `name`; None where no evaluation kept what pairs it."""
-    paired = row.get("versus", {}).get(name)
-    if paired is None or metric not in paired:
+    paired = cast("dict[str, float]", row.get("versus", {}).get(name) or {})
+    if metric not in paired:
         return None
     return Difference(paired[metric], paired[f"{metric}_half"])
 

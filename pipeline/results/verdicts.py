@@ -6,6 +6,7 @@ A difference whose paired 95 % interval holds zero is "no measurable difference"
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from ..controls import twin_name
 from .formats import ABSENT, number, percent
@@ -52,6 +53,16 @@ def wins(results: Results) -> bool:
     )
 
 
+def tone(results: Results) -> Literal["wins", "beaten", "open"]:
+    """Whether the verdict is good news, bad news, or that nothing was measured."""
+    if wins(results):
+        return "wins"
+    ensemble, generalist = results["ensemble"], results["generalist"]
+    if _beaten_by(results) or compare_paired(ensemble, "generalist", generalist, "top1") < 0:
+        return "beaten"
+    return "open"
+
+
 def verdict(results: Results) -> str:
     """One line: is the ensemble better than the generalist and every control?
 
@@ -72,6 +83,9 @@ def verdict_sentences(results: Results) -> list[str]:
         return [f"{sentence}{_versus_controls(results)}."]
     if sizes:  # more of the same: there is no doubt where its gain comes from
         return [f"{sentence}."]
+    generalist = results["generalist"]
+    if compare_paired(results["ensemble"], "generalist", generalist, "top1") == 0:
+        return [f"{sentence}; no control was trained."]
     return [f"{sentence}; no control was trained, so nothing says where the difference comes from."]
 
 

@@ -16,6 +16,7 @@ from pipeline.results import (
     share_kept,
     share_of_gain,
     student_verdict,
+    tone,
     verdict,
     wins,
     worth,
@@ -226,6 +227,21 @@ def test_verdicts_of_a_deep_ensemble_say_its_size_and_what_students_are_worth(de
 def test_a_deep_ensemble_needs_no_control_to_tell_where_its_gain_comes_from(deep):
     found = {**measured_alone(collect(deep)), "controls": {}}
     assert verdict(found).endswith("than the generalist (3 against 5 of 10 test examples).")
+
+
+def test_a_verdict_is_good_news_bad_news_or_open(hand_worked):
+    assert tone(decided()) == "wins"
+    assert tone(decided(wider=with_versus(row(250, 0.9), top1=0.05, nll=-0.1))) == "beaten"
+    assert tone(results(row(300, 1.0), row(330, 1.1))) == "beaten"
+    assert tone(collect(hand_worked)) == "open"  # ten examples tell nothing apart
+
+
+def test_where_there_is_no_difference_nobody_asks_where_it_comes_from():
+    same = with_versus(row(299, 1.0), top1=0.001, nll=-0.001, name="generalist")
+    assert verdict(results(row(300, 1.0), same)) == (
+        "The ensemble makes no measurable difference to the generalist in top-1 on 1,000 test "
+        "examples (299 errors against 300); no control was trained."
+    )
 
 
 # Paired intervals

@@ -521,6 +521,7 @@ def main(argv: list[str]) -> int:
 
     Returns its exit code.  Raises UserError for the user's mistakes, unknown options too.
     """
+    MADE.clear()
     code = make(argv)
     if code == 0 and MADE and argv[:1] != ["glyphs"]:  # the demo's, which is on its way
         print(f"next: {shlex.join(['referral', 'init', str(MADE[-1])])}")

@@ -139,10 +139,8 @@ def _class_lines(evidence: Evidence) -> list[list[object]]:
     """Every class with test examples: how many rows of results get right, in its own order."""
     table, names = _class_table(evidence), _written_names(evidence)
     rows: Mapping[str, np.ndarray] = table.right
-    lines: list[list[object]] = [
-        ["class", "name", "examples", *(f"right_{name}" for name in rows)]
-        + ["ensemble_mistakes_for", "times"]
-    ]
+    head = ["class", "name", "examples", *(f"right_{name}" for name in rows)]
+    lines: list[list[object]] = [[*head, "ensemble_mistakes_for", "times"]]
     for i, c in enumerate(table.classes.tolist()):
         mistaken = names[table.mistaken_for[i]] if table.times[i] else ""
         right = [int(each[i]) for each in rows.values()]
@@ -152,9 +150,8 @@ def _class_lines(evidence: Evidence) -> list[list[object]]:
 
 def _confused_lines(evidence: Evidence) -> list[list[object]]:
     names = _written_names(evidence)
-    lines: list[list[object]] = [
-        ["class", "name", "predicted_class", "predicted_name", "generalist", "ensemble"]
-    ]
+    head = ["class", "name", "predicted_class", "predicted_name", "generalist", "ensemble"]
+    lines: list[list[object]] = [[*head]]
     for (c, other), counts in _confusions(evidence):
         lines.append([c, names[c], other, names[other], *counts])
     return lines

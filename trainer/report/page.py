@@ -122,7 +122,7 @@ def _head(evidence: Evidence) -> dict[str, object]:
         "title": evidence.run.root.resolve().name,
         "about": about_the_run(evidence),
         "verdict": first,
-        "wins": metrics.wins(results),
+        "tone": metrics.tone(results),
         "sentences": [sentence for sentence in sentences if sentence],
         "missing": evidence.missing,
         "dropped": metrics.dropped_line(results),

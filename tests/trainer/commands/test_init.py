@@ -35,6 +35,7 @@ def test_shards_get_a_config_that_passes_the_check_of_prepare(here, capsys):
     out = capsys.readouterr().out
     assert "mine.toml: 24 classes of gray pictures, 8 x 8: 960 train, 288 val, 288 test" in out
     assert "next: referral run mine.toml --run 'runs/a b'" in out
+    assert out.count("next: ") == 1  # of init, not of the shards that it may have made
     config = load_config("mine.toml")
     assert check(config, config.launch.processes) == []
     assert config.data.train == "shards" and 0.4 < config.data.mean[0] < 0.6

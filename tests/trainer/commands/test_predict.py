@@ -113,7 +113,8 @@ def test_the_table_names_files_classes_and_specialists(small_run, tmp_path, caps
     (tmp_path / "a [red] one.png").write_bytes(encode_png(images(np.array([4]), seed=1)[0]))
     (row,) = rows_of(capsys, small_run.root, tmp_path, "--top", 2)
     code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 2)
-    assert code == 0 and len(out.splitlines()) == 3
+    assert code == 0 and len(out.splitlines()) == 5
+    assert out.splitlines()[-1] == f"next: referral evaluate {small_run.root} LABELLED-DATA"
     for text in ("a [red] one.png", row["names"][1], f"{row['probabilities'][0]:.4f}"):
         assert text in out
     assert out.splitlines()[1].rstrip().endswith(", ".join(map(str, row["specialists"])))

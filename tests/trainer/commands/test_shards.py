@@ -47,6 +47,14 @@ def samples_of(directory, split="train") -> int:
     return open_shards(str(directory), Data(), split).num_samples
 
 
+def test_who_made_shards_is_told_what_to_type_next(tmp_path, capsys):
+    folder = picture_folder(tmp_path / "trees")
+    assert run("folder", folder, "--out", tmp_path / "shards") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: referral init {tmp_path / 'shards'}"
+    assert run("validate", tmp_path / "shards") == 0
+    assert "next: " not in capsys.readouterr().out  # it made nothing
+
+
 # Splits
 
 
