@@ -43,6 +43,7 @@ SLOW = [
     "benchmarks.characters.questions",
     "benchmarks.characters.tails",
     "benchmarks.combiner",
+    "benchmarks.gpu",
     "benchmarks.head run",
     "benchmarks.huge",
     "benchmarks.lookalikes",
