@@ -18,7 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from ranks import ENGINES, engine_overrides, gloo_environment, losses, start_stage, weights
+from ranks import ENGINES, gloo_environment, losses, start_stage, weights
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
