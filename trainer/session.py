@@ -44,6 +44,7 @@ class Session:
         self.ranks = ranks
         self.config = run.config
         self.losses = LostSamples()
+        self.in_step = False  # whether a network is measured whose weights ranks have split
         self._shards: dict[str, ShardSet] = {}
         self._kept: dict[tuple, np.ndarray] = {}
 
@@ -151,14 +152,16 @@ class Session:
         rows = max(1, min(rows or measuring_batch(self.num_classes), share))
         stream = MeasuringStream(shards, rows, ids=ids)
         collected, lost = CollectedRows(count), {}
-        with torch.inference_mode():
+        together = together or self.in_step
+        # Weights that are gathered layer by layer cannot be tensors of inference mode.
+        with torch.no_grad() if self.in_step else torch.inference_mode():
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.config.data.workers)
             for batch in loader:
                 lost |= {sample: reason for _, sample, reason in batch.lost}
                 self.ranks.progress()
                 batch = batch.to(self.ranks.device)
                 values = {key: value.cpu().numpy() for key, value in measure(batch).items()}
-                collected.add({"ids": batch.ids.cpu().numpy(), **values})
+                collected.add({"ids": batch.ids.numpy(), **values})
             if together:
                 for _ in range(stream.missing_batches(self.ranks.rank, self.ranks.world_size)):
                     measure(stream.blank().to(self.ranks.device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from ..core.optim import (
     optimizer_state,
     set_rate,
 )
+from ..core.split_state import Part
 from ..distributed.ranks import Ranks, precision
 
 
@@ -114,7 +115,7 @@ class DDPEngine:
     def remember(self, network: nn.Module) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in network.state_dict().items()}
 
-    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
         self.network.load_state_dict(weights or {}, strict=False)
         return self.network
 
