@@ -25,7 +25,7 @@ else
 endif
 	touch $@
 
-.PHONY: install demo test test-all test-matrix soak lint dist
+.PHONY: install demo test test-all test-matrix gpu soak lint dist
 install: .venv/.installed
 
 demo: install
@@ -40,6 +40,10 @@ test: install
 test-all: install
 	$(BIN)/python -m pytest -m 'not slurm' $(SIDE_BY_SIDE)
 	$(BIN)/python -m pytest -m slurm
+
+# On a machine with a GPU: the tests marked gpu and samples per second, as one table, in minutes.
+gpu: install
+	$(BIN)/python -P -m benchmarks.gpu
 
 # The wheel in clean environments of the lowest and the newest versions; gigabytes and minutes a row.
 # MATRIX="3.13:lowest" asks for one row; without it, the Pythons that are at hand.

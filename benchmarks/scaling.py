@@ -5,7 +5,8 @@
 
 The formulas are those of docs/scaling.md.  An MLP of P weights takes a few AdamW steps.
 
-Bytes held  the storages of all tensors alive between two steps, and between backward and step.
+Bytes held  the storages of all tensors alive between two steps, between backward and step, with a
+            checkpoint's state at hand, and while a layer computes in a validation.
 Bytes sent  the tensors given to each collective in one step, from torch's profiler, as a ring of R
             ranks moves them.
 
@@ -30,6 +31,7 @@ from networks import InputSpec, ModelSpec, build_classifier, parameter_count
 from pipeline.config import DEFAULT_SCHEDULE, Engine
 from pipeline.scaling import STATE, Network, sent_per_step
 from trainer.distributed.ranks import process_group
+from trainer.engines import Engine as TrainingEngine
 from trainer.engines import build_engine
 
 ENGINES = ("ddp", "zero0", "zero1", "zero2", "zero3")
@@ -76,6 +78,8 @@ def measure(name: str, width: int) -> None:
         with profile(record_shapes=True) as trace:
             backward()
             engine.step(1e-3)
+        at_checkpoint = held_with_state(engine)
+        at_validation = held_in_validation(engine, x)
         if ranks.is_main:
             sent = sent_bytes(trace.events() or (), ranks.world_size)
             row = {
@@ -89,12 +93,44 @@ def measure(name: str, width: int) -> None:
                     2,
                 ),
                 "formula": round(STATE[name](ranks.world_size, 2), 2),
+                "at_checkpoint": round(at_checkpoint / count, 2),
+                "at_validation": round(at_validation / count, 2),
+                "largest_layer": round(4 * largest_layer(spec) / count, 2),
                 "sent_bytes_per_weight": {
                     kind: round(moved / count, 2) for kind, moved in sent.items()
                 },
             }
             print(json.dumps(row), flush=True)
         engine.close()
+
+
+def held_with_state(engine: TrainingEngine) -> int:
+    """Bytes while a checkpoint's state is at hand, which is written tensor by tensor."""
+    state = engine.state()
+    held = storages()
+    del state
+    return held
+
+
+def held_in_validation(engine: TrainingEngine, x: torch.Tensor) -> int:
+    """Bytes of the layer's forward pass in which most is held."""
+    held = [0]
+
+    def note(*_: object) -> None:
+        held.append(storages())
+
+    with engine.eval_model(None) as network, torch.no_grad():
+        hooks = [each.register_forward_hook(note) for each in network.modules()]
+        network.eval()(x)
+        for hook in hooks:
+            hook.remove()
+    return max(held)
+
+
+def largest_layer(spec: ModelSpec) -> int:
+    """Weights of the module that has most of its own."""
+    modules = build_classifier(spec).modules()
+    return max(sum(p.numel() for p in each.parameters(recurse=False)) for each in modules)
 
 
 def sent_bytes(events: Iterable, ranks: int) -> dict[str, float]:

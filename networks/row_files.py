@@ -12,12 +12,26 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from .integrity import check_file
 
+# As the format calls them (https://github.com/huggingface/safetensors).
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 Bounds = Mapping[str, tuple[int, ...]]  # name -> the first row of each part, and their number
 
 
@@ -41,17 +55,32 @@ def write_part(
 
     Raises OSError where it cannot be written.
     """
-    from safetensors.torch import save_file
-
     named = {f"{name}.rows-{part:05d}": tensor for name, tensor in rows.items()} | {**(whole or {})}
-    # Clones: tensors that share memory cannot be written as they are.
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
     final = directory / part_name(prefix, part, parts)
     unfinished = final.with_name(f".{final.name}.{os.getpid()}")
-    save_file(tensors, unfinished, metadata={"format": "pt"})
-    with open(unfinished, "rb") as file:
+    with open(unfinished, "wb") as file:
+        _write_tensors(file, named)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, final)
+
+
+def _write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, one tensor after the other: the format's own writer copies them all."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    head: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        kind = DTYPES[tensor.dtype]
+        head[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        tensor = tensors[name].detach().cpu().contiguous()
+        file.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def write_index(directory: Path, prefix: str, bounds: Bounds) -> None:

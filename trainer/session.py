@@ -48,6 +48,7 @@ class Session:
         self.ranks = ranks
         self.config = run.config
         self.losses = LostSamples()
+        self.in_step = False  # whether a network is measured whose weights ranks have split
         self._shards: dict[str, ShardSet] = {}
         self._kept: dict[tuple, np.ndarray] = {}
 
@@ -160,7 +161,10 @@ class Session:
         rows = max(1, min(rows or measuring_batch(self.num_classes), share))
         stream = MeasuringStream(shards, rows, ids=ids)
         collected, lost = CollectedRows(count), {}
-        with torch.inference_mode(), autocast(self.config.engine, self.ranks.device):
+        together = together or self.in_step
+        # Weights that are gathered layer by layer cannot be tensors of inference mode.
+        unlearning = torch.no_grad() if self.in_step else torch.inference_mode()
+        with unlearning, autocast(self.config.engine, self.ranks.device):
             loader = stream.loader(self.ranks.rank, self.ranks.world_size, self.workers)
             for batch in on_device(loader, self.ranks.device):
                 lost |= {sample: reason for _, sample, reason in batch.lost}

@@ -45,6 +45,7 @@ SLOW = [
     "benchmarks.characters.tails",
     "benchmarks.combiner",
     "benchmarks.durability",
+    "benchmarks.gpu",
     "benchmarks.head run",
     "benchmarks.huge",
     "benchmarks.lookalikes",

@@ -96,6 +96,14 @@ class DeviceTensor(torch.Tensor):
     def numpy(self, **_):
         raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy")
 
+    def __deepcopy__(self, memo):
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            if isinstance(self, torch.nn.Parameter):
+                copied = torch.nn.Parameter(copied, self.requires_grad)
+            memo[id(self)] = copied
+        return memo[id(self)]
+
     def __repr__(self, **_) -> str:
         return f"DeviceTensor({self.host})"
 

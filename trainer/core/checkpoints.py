@@ -31,7 +31,7 @@ from pipeline.files import make_below, sync_tree, sync_upwards
 from pipeline.store import COMPLETE, complete_checkpoints
 
 from ..distributed.ranks import ALONE, Ranks, broadcast, gather
-from .split_state import PREFIX, bounds_of, read_rows, take_rows
+from .split_state import PREFIX, is_split, read_rows, take_own
 
 State = dict  # of tensors and plain values, nested in dicts and lists
 STATE = "state.pt"
@@ -56,7 +56,7 @@ def save_checkpoint(
     """
     problem, final = None, checkpoint_path(directory, step)
     temporary = temporary_beside(final)
-    if "rows" in state:
+    if is_split(state):
         temporary = Path(broadcast(str(temporary), ranks))
         problem, state = write_rows(temporary, state, ranks)
     if ranks.is_main and problem is None:
@@ -87,8 +87,8 @@ class Saver:
 
         An asynchronous save waits for the previous one and raises its error.
         """
-        # Of a split head every rank writes a part, and they agree on when it is done.
-        if self.thread is None or "rows" in state:
+        # Of a split state every rank writes a part, and they agree on when it is done.
+        if self.thread is None or is_split(state):
             self.wait()
             save_checkpoint(self.directory, step, state, self.keep, best=best, ranks=self.ranks)
         elif self.ranks.is_main:
@@ -217,7 +217,7 @@ def load_checkpoint(
 
 def write_rows(temporary: Path, state: State, ranks: Ranks) -> tuple[str | None, State]:
     """(what went wrong on any rank, the state without what is now in files); collective."""
-    rows, state = take_rows(state)
+    rows, bounds, state = take_own(state)
     problem = None
     try:
         make_below(temporary.parents[1], temporary)
@@ -226,7 +226,7 @@ def write_rows(temporary: Path, state: State, ranks: Ranks) -> tuple[str | None,
         problem = f"{_reason(error)}; a rank's part of it takes {size_text(_bytes_of(rows))}"
     problems = [each for each in gather(problem, ranks) if each]
     if not problems and ranks.is_main:
-        write_index(temporary, PREFIX, bounds_of(rows, state["rows"]))
+        write_index(temporary, PREFIX, bounds)
     return next(iter(problems), None), state
 
 

@@ -21,9 +21,11 @@ from .checkpoints import Saver, State, load_checkpoint, whole_step
 from .objectives import Objective
 from .optim import AveragedWeights, learning_rate
 from .progress import MetricsLogger, Progress, cpu_seconds, peak_memory
+from .split_state import Part
 from .tracking import Tracker
 
 T = TypeVar("T")
+Kept = TypeVar("Kept", Tensor, Part)
 # network -> {"loss": ..., "top1": ...}, equal on every rank
 Validate = Callable[[nn.Module], dict[str, float]]
 REQUEUE = 75  # EX_TEMPFAIL: start this job again, and it resumes
@@ -111,7 +113,7 @@ class Trainer:
         self.module = engine.prepare(self.network, schedule, state)
         # What goes on of a checkpoint is on the device now, as copies: nothing keeps its file.
         saved = state or {}
-        self.best: dict[str, Tensor] | None = None  # weights, with patience
+        self.best: Mapping[str, Tensor | Part] | None = None  # weights, with patience
         if saved.get("best") is not None:
             self.best = {name: _copied(v, ranks) for name, v in saved["best"].items()}
         self.average: AveragedWeights | None = None
@@ -275,7 +277,7 @@ def micro_batches(batch: Batch, parts: int) -> list[Batch]:
     ]
 
 
-def _copied(value: Tensor, ranks: Ranks) -> Tensor:
+def _copied(value: Kept, ranks: Ranks) -> Kept:
     return value.to(ranks.device, copy=True)
 
 

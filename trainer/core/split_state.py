@@ -1,15 +1,20 @@
-"""A checkpoint's state whose head is split over the ranks: each rank's rows, apart from the rest.
+"""A checkpoint's state that is split over the ranks: what each rank has, apart from the rest.
 
-In a state "rows" says which tensors of its parts are split, by the names that a network with a
+Of a split head "rows" says which tensors of a state are split, by the names that a network with a
 split head has: {name: the first row of each rank, and their number}.  In files and in what is read
 of them they have the names of a plain head's.
+
+Of weights and optimizer states that are split otherwise each tensor is a `Part`.  In files it is a
+flat tensor, whose rows are its entries; "shapes" in the state says what it is when it is whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from networks.row_files import RowFiles
@@ -17,6 +22,48 @@ from networks.row_files import RowFiles
 PREFIX = "state"
 WEIGHTS = ("network", "average", "best")  # parts that are weights by name
 SPLIT = ("head.rows.", "head.")  # before the names of a split head's tensors, and a plain one's
+
+
+class Part(NamedTuple):
+    """This rank's entries of a flattened tensor.
+
+    bounds: the first entry of each rank, and their number.  shape: of the whole tensor.
+    """
+
+    own: Tensor
+    bounds: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def clone(self) -> Part:
+        return self._replace(own=self.own.clone())
+
+    def to(self, device: torch.device, copy: bool = False) -> Part:
+        return self._replace(own=self.own.to(device, copy=copy))
+
+
+def is_split(state: dict) -> bool:
+    """Whether each rank has something of its own to write."""
+    return "rows" in state or any(isinstance(v, Part) for v in state.get("network", {}).values())
+
+
+def take_own(state: dict) -> tuple[dict[str, Tensor], dict[str, tuple[int, ...]], dict]:
+    """({entry: what is this rank's}, {entry: bounds}, the state without them)."""
+    if "rows" in state:
+        rows, rest = take_rows(state)
+        return rows, bounds_of(rows, rest["rows"]), rest
+    parts = {}
+    rest = {**state, "optimizer": {}}
+    for part in WEIGHTS:
+        if state.get(part) is not None:
+            rest[part] = {n: v for n, v in state[part].items() if not isinstance(v, Part)}
+            parts |= {f"{part}/{n}": v for n, v in state[part].items() if isinstance(v, Part)}
+    for name, entries in state["optimizer"].items():
+        own = {key: v for key, v in entries.items() if isinstance(v, Part)}
+        parts |= {f"optimizer/{name}/{key}": v for key, v in own.items()}
+        rest["optimizer"][name] = {key: v for key, v in entries.items() if key not in own}
+    rest["shapes"] = {entry: part.shape for entry, part in parts.items()}
+    own_entries = {entry: part.own for entry, part in parts.items()}
+    return own_entries, {entry: part.bounds for entry, part in parts.items()}, rest
 
 
 def plain_name(name: str) -> str:
@@ -51,13 +98,19 @@ def bounds_of(
 
 def read_rows(directory: Path, state: dict, own_rows: Mapping[str, slice]) -> dict:
     """The state with the rows that lie in files: those in `own_rows`, or all of a tensor's."""
-    if "rows" not in state:
+    if "rows" not in state and "shapes" not in state:
         return state
-    del state["rows"]
+    state.pop("rows", None)
+    shapes = state.pop("shapes", {})
     files = RowFiles.open(directory, PREFIX)
     for entry in files.bounds:
         part, name, *key = entry.split("/")
-        value = files.read(entry, own_rows.get(name))
+        if entry in shapes:
+            value = files.read(entry).view(shapes[entry])
+            if name in own_rows:
+                value = value[own_rows[name]].clone()
+        else:
+            value = files.read(entry, own_rows.get(name))
         if key:
             state[part].setdefault(name, {})[key[0]] = value
         else:

@@ -6,7 +6,7 @@ The loop knows an `Engine` and no more: any class with these methods is one.  No
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +20,7 @@ from ..distributed.ranks import Ranks
 
 if TYPE_CHECKING:
     from ..core.optim import AveragedWeights
+    from ..core.split_state import Part
 
 __all__ = ["Engine", "build_engine"]
 
@@ -64,16 +65,20 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict:
-        """What a checkpoint keeps of network and optimizer, whole on rank 0; collective.
+        """What a checkpoint keeps of network and optimizer, on rank 0; collective.
 
         {"network": {name: tensor}, "optimizer": {parameter: {key: tensor}}}, by the names of the
         parameters, so that every engine can resume from it.  Of a split head every rank has its own
-        rows, and "rows" says which: {name: the first row of each rank, and their number}.
+        rows, and "rows" says which: {name: the first row of each rank, and their number}.  Of
+        weights that are split otherwise every rank has a `Part` in place of a tensor.
         """
         ...
 
     def eval_model(self, average: AveragedWeights | None) -> AbstractContextManager[nn.Module]:
         """The context of the network as `export` would return it now, on every rank; collective.
+
+        Where ranks split its weights it can be asked by all of them together alone, without
+        inference mode.
 
         average: averaged weights, which it has inside.
         """
@@ -83,11 +88,11 @@ class Engine(Protocol):
         """Of a head that `prepare` will split the rows of this rank, by the tensors' names."""
         ...
 
-    def remember(self, network: nn.Module) -> dict[str, Tensor]:
-        """A copy of the weights of eval_model's network; of a split head this rank's rows."""
+    def remember(self, network: nn.Module) -> Mapping[str, Tensor | Part]:
+        """A copy of the weights of eval_model's network; of what is split this rank's share."""
         ...
 
-    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
         """The plain network with the trained weights, whole on every rank; collective.
 
         A head may stay split, where build_engine says so.  No step can follow.

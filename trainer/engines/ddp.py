@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from ..core.optim import (
     optimizer_state,
     set_rate,
 )
+from ..core.split_state import Part
 from ..distributed.ranks import Ranks, autocast, precision
 from .layers import change_layers, check_layers, compiled, restore_layers
 
@@ -118,7 +119,7 @@ class DDPEngine:
     def remember(self, network: nn.Module) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in network.state_dict().items()}
 
-    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
         self.network.load_state_dict(weights or {}, strict=False)
         restore_layers(self.network, self.config, self.replaced)
         return self.network

@@ -6,7 +6,7 @@ Every rank holds the whole head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from pipeline.config import ResolvedSchedule
 
 from ..core.optim import AveragedWeights
 from ..core.row_optim import RowOptimizer
+from ..core.split_state import Part
 from ..distributed.ranks import Ranks
 from .sharded import DistributedComm
 
@@ -100,7 +101,7 @@ class RowHeadEngine:
     def remember(self, network: nn.Module) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in network.state_dict().items()}
 
-    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
         network = self.trunk.export()
         assert isinstance(network, Classifier)
         network.head = self.head.whole()

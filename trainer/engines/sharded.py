@@ -25,6 +25,7 @@ from pipeline.config import Engine as EngineConfig
 from pipeline.config import ResolvedSchedule, UserError
 
 from ..core.optim import AveragedWeights
+from ..core.split_state import Part
 from ..distributed.ranks import Ranks
 from .ddp import DDPEngine
 
@@ -144,7 +145,7 @@ class ShardedHeadEngine(DDPEngine):
             return weights
         return self.head.cut(weights)
 
-    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
+    def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
         del self.optimizer  # its states go before the whole head comes
         network = super().export(weights)
         if self.head is not None and not self.split:

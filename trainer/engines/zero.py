@@ -11,8 +11,9 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate, pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
@@ -34,7 +35,8 @@ from ..core.optim import (
     optimizer_state,
     set_rate,
 )
-from ..distributed.ranks import Ranks, autocast, precision
+from ..core.split_state import Part
+from ..distributed.ranks import Ranks, autocast, gather, precision
 
 BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
 ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
@@ -47,15 +49,43 @@ class _ZeroOptimizer(Protocol):
     optimizer: torch.optim.Optimizer  # torch's, of the flat parts that this rank steps
     single_partition_of_fp32_groups: list[Tensor]  # those parts in stages 1 and 2
     fp32_partitioned_groups_flat: list[Tensor]  # those parts in stage 3
+    parameter_offload: _Offload  # of stage 3
     _hp_optimizer_states_linked: bool  # of stages 1 and 2
 
     def _lazy_init_hp_params_optimizer_state(self) -> None: ...  # of stages 1 and 2
+
+
+class _Coordinator(Protocol):
+    """What gathers stage 3's parameters, and remembers in which order they are needed."""
+
+    def is_invalid_trace(self) -> bool: ...
+    def _invalidate_trace(self) -> None: ...
+
+
+class _Offload(Protocol):
+    def get_param_coordinator(self) -> _Coordinator: ...
 
 
 class _SplitParameter(Protocol):
     """What stage 3 makes of a parameter."""
 
     ds_tensor: Tensor  # this rank's part, padded
+    ds_shape: torch.Size
+
+
+class _Address(Protocol):
+    """Where this rank's entries of a flattened parameter begin, and how many they are."""
+
+    start: int
+    numel: int
+
+
+class _Fragment(Protocol):
+    """This rank's part of a parameter of stages 1 and 2, and of its optimizer states."""
+
+    lp_fragment_address: _Address
+
+    def get_hp_fragment(self, optim_state_key: str) -> Tensor: ...
 
 
 class _Engine(Protocol):
@@ -66,6 +96,7 @@ class _Engine(Protocol):
 
     def backward(self, loss: Tensor) -> object: ...
     def step(self) -> None: ...
+    def empty_partition_cache(self) -> None: ...
     def destroy(self) -> None: ...
 
 
@@ -77,6 +108,7 @@ class DeepSpeedEngine:
     network: nn.Module  # DeepSpeed's hooks stay on it, and stage 3 takes its parameters apart
     plain: nn.Module  # a copy for exports, its parameters only shapes
     engine: _Engine | None = None
+    _bounds: dict[str, tuple[int, ...]]  # of parameters that are split, in entries
 
     def __init__(self, config: EngineConfig, ranks: Ranks):
         self.ranks = ranks
@@ -92,7 +124,7 @@ class DeepSpeedEngine:
         if state is not None:
             network.load_state_dict(state["network"])
         self.network = network
-        self.plain = without_weights(copy.deepcopy(network))
+        self.plain = shape_of(network)
         module, *_ = self.deepspeed.initialize(
             model=network,
             optimizer=build_optimizer(network, schedule),
@@ -100,9 +132,20 @@ class DeepSpeedEngine:
             config=self._config(schedule),
         )
         self.engine = cast(_Engine, module)
+        self._bounds = self._find_bounds()
         if state is not None:
             self._load_optimizer(state["optimizer"])
+            if state.get("best") is not None:
+                state["best"] = {n: self._cut(n, value) for n, value in state["best"].items()}
         return module
+
+    def _cut(self, name: str, whole: Tensor) -> Tensor | Part:
+        """This rank's part of a tensor that is split."""
+        bounds = self._bounds.get(name)
+        if bounds is None:
+            return whole
+        first, end = bounds[self.ranks.rank : self.ranks.rank + 2]
+        return Part(whole.flatten()[first:end], bounds, tuple(whole.shape))
 
     def _config(self, schedule: ResolvedSchedule) -> dict[str, object]:
         """Precision is torch's autocast as under DDP.
@@ -151,12 +194,49 @@ class DeepSpeedEngine:
         self._running.step()
 
     def state(self) -> dict:
-        """See trainer.engines.
+        """See trainer.engines: in stages 1 to 3 each rank has its parts of all tensors.
 
         DeepSpeed's own checkpoints are pickles, for one number of ranks; its universal ones know
         Adam's state alone.
         """
-        return {"network": self.weights(), "optimizer": self._optimizer_state()}
+        return {"network": self._own_weights(), "optimizer": self._optimizer_state()}
+
+    def _own_weights(self) -> dict[str, Tensor | Part]:
+        """This rank's part of each parameter, no copy; buffers, and what is not split, whole."""
+        # Each rank has its own running statistics; rank 0's count, as under DDP.
+        for buffer in self.network.buffers():
+            dist.broadcast(buffer, src=0)
+        own: dict[str, Tensor | Part] = {}
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            bounds = self._bounds.get(name)
+            own[name] = value.detach()
+            if bounds is not None:
+                shape = tuple(getattr(value, "ds_shape", value.shape))
+                own[name] = Part(self._own_entries(value, bounds), bounds, shape)
+        return own
+
+    def _own_entries(self, parameter: nn.Parameter, bounds: tuple[int, ...]) -> Tensor:
+        """This rank's entries of a flattened parameter."""
+        first, end = bounds[self.ranks.rank : self.ranks.rank + 2]
+        if self.stage == SPLIT_WEIGHTS:
+            return cast(_SplitParameter, parameter).ds_tensor.detach()[: end - first]
+        return parameter.detach().flatten()[first:end]
+
+    def _find_bounds(self) -> dict[str, tuple[int, ...]]:
+        """Of each parameter that is split the first entry of each rank, and their number.
+
+        Collective.
+        """
+        counts = {}
+        for name, value in self.network.state_dict(keep_vars=True).items():
+            if hasattr(value, "ds_tensor"):
+                whole, size = value.ds_numel, value.ds_tensor.numel()
+                counts[name] = max(0, min(size, whole - size * self.ranks.rank))
+            elif hasattr(value, "_hp_mapping"):
+                fragment = cast("_Fragment | None", value._hp_mapping)
+                counts[name] = fragment.lp_fragment_address.numel if fragment else 0
+        of_ranks = gather(counts, self.ranks)
+        return {name: (0, *accumulate(each[name] for each in of_ranks)) for name in counts}
 
     def _optimizer_state(self) -> dict[str, dict]:
         if self.stage == 0:
@@ -164,21 +244,34 @@ class DeepSpeedEngine:
         self._link()
         flat_state = next(iter(self._zero.optimizer.state.values()), {})
         return {
-            name: self._parameter_state(parameter, flat_state)
+            name: self._parameter_state(name, parameter, flat_state)
             for name, parameter in self.network.named_parameters()
             if parameter.requires_grad
         }
 
-    def _parameter_state(self, parameter: nn.Parameter, flat_state: dict) -> dict[str, Tensor]:
-        """One parameter's whole state, of the entries that a flat part has; collective."""
-        get = self.deepspeed.utils.safe_get_full_optimizer_state
-        state = {}
+    def _parameter_state(
+        self, name: str, parameter: nn.Parameter, flat_state: dict
+    ) -> dict[str, Tensor | Part]:
+        """This rank's part of one parameter's state, of the entries that a flat part has."""
+        state: dict[str, Tensor | Part] = {}
+        bounds = self._bounds[name]
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         for key, value in flat_state.items():
             if _per_weight(value):
-                state[key] = get(parameter, key).clone()
+                state[key] = Part(self._own_state(parameter, key, bounds), bounds, shape)
             elif value is not None:
                 state[key] = value.clone()
         return state
+
+    def _own_state(self, parameter: nn.Parameter, key: str, bounds: tuple[int, ...]) -> Tensor:
+        first, end = bounds[self.ranks.rank : self.ranks.rank + 2]
+        if self.stage == SPLIT_WEIGHTS:
+            local = self.deepspeed.utils.safe_get_local_optimizer_state(parameter, key)
+            return local.flatten()[: end - first]
+        fragment = cast("_Fragment | None", getattr(parameter, "_hp_mapping", None))
+        if fragment is None:
+            return parameter.new_empty(0)
+        return fragment.get_hp_fragment(key)
 
     def _load_optimizer(self, states: dict[str, dict]) -> None:
         if self.stage == 0:
@@ -232,40 +325,74 @@ class DeepSpeedEngine:
             return self._zero.single_partition_of_fp32_groups
         return self._zero.fp32_partitioned_groups_flat
 
-    def weights(self) -> dict[str, Tensor]:
-        """A copy of the whole network's state; collective."""
-        # Each rank has its own running statistics; rank 0's count, as under DDP.
-        for buffer in self.network.buffers():
-            dist.broadcast(buffer, src=0)
-        gathered: AbstractContextManager[object] = nullcontext()
-        if self.stage == SPLIT_WEIGHTS:
-            gathered = self.deepspeed.zero.GatheredParameters(list(self.network.parameters()))
-        with gathered:
-            state = self.network.state_dict()
-            return {name: value.detach().clone() for name, value in state.items()}
-
     @contextmanager
     def eval_model(self, average: AveragedWeights | None) -> Iterator[nn.Module]:
-        network = self.export()
+        """The network that is trained: of stage 3 each layer is whole while it computes.
+
+        Its head is whole all the while: it is read row by row.
+        """
+        for buffer in self.network.buffers():
+            dist.broadcast(buffer, src=0)
         if average:
-            average.swap(network)
+            average.swap(self.network)
         try:
-            yield network
+            with self._layer_by_layer() if self.stage == SPLIT_WEIGHTS else nullcontext():
+                yield self.network
         finally:
             if average:
-                average.swap(network)
-            without_weights(network)
+                average.swap(self.network)
+
+    @contextmanager
+    def _layer_by_layer(self) -> Iterator[None]:
+        """Inside, a layer of stage 3 is gathered when it computes, and given back at once.
+
+        With a trace of a whole step DeepSpeed gathers ahead what comes next, and keeps up to a
+        billion weights for later.
+        """
+        coordinator = self._zero.parameter_offload.get_param_coordinator()
+
+        def forget_trace(*_: object) -> None:
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
+        forget_trace()
+        hook = self.network.register_forward_pre_hook(forget_trace)
+        head = list(getattr(self.network, "head", self.network).parameters())
+        try:
+            _reads_of_others(self.network, True)
+            with self.deepspeed.zero.GatheredParameters(head):
+                yield
+        finally:
+            _reads_of_others(self.network, False)
+            hook.remove()
+            self._running.empty_partition_cache()
 
     def own_rows(self, network: nn.Module) -> dict[str, slice]:
         return {}
 
-    def remember(self, network: nn.Module) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in network.state_dict().items()}
+    def remember(self, network: nn.Module) -> dict[str, Tensor | Part]:
+        """This rank's parts, and on each rank what is whole there."""
+        return {name: value.clone() for name, value in self._own_weights().items()}
 
-    def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
-        self.plain.load_state_dict(self.weights(), assign=True)
-        self.plain.load_state_dict(weights or {}, strict=False)
+    def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
+        if self.stage:
+            self._zero.optimizer.state.clear()  # before the whole network comes
+        own = self._own_weights() | dict(weights or {})
+        whole = {name: self._whole(own.pop(name)) for name in list(own)}
+        self.plain.load_state_dict(whole, assign=True)
         return self.plain
+
+    def _whole(self, value: Tensor | Part) -> Tensor:
+        """A copy of the whole tensor, on every rank; collective."""
+        if not isinstance(value, Part):
+            return value.clone()
+        whole = value.own.new_empty(value.bounds[-1])
+        for rank, (first, end) in enumerate(pairwise(value.bounds)):
+            if rank == self.ranks.rank:
+                whole[first:end] = value.own
+            if end > first:
+                dist.broadcast(whole[first:end], src=rank)
+        return whole.view(value.shape)
 
     def close(self) -> None:
         engine, self.engine = self.engine, None
@@ -273,13 +400,20 @@ class DeepSpeedEngine:
             engine.destroy()
 
 
-def without_weights(network: nn.Module) -> nn.Module:
-    """`network` itself, its parameters only shapes; its buffers stay."""
+def _reads_of_others(network: nn.Module, gathered: bool) -> None:
+    """Whether a module that reads another one's weights, as attention does, has them gathered."""
     for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            shape = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            setattr(module, name, shape)
-    return network
+        vars(module._parameters)["_in_forward"] = gathered
+
+
+def shape_of(network: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are only shapes."""
+    memo: dict[int, object] = {}
+    for tensor in network.state_dict(keep_vars=True).values():
+        memo[id(tensor)] = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            memo[id(tensor)] = nn.Parameter(tensor.detach().to("meta"), tensor.requires_grad)
+    return copy.deepcopy(network, memo)
 
 
 def _per_weight(value: object) -> TypeGuard[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def train_network(
     part: its name where an attempt trains several networks; checkpoints and metrics lie below it.
     """
     ranks, config = session.ranks, session.config.engine
+    if config.splits_weights and task.validate is not None:
+        task = replace(task, validate=in_step(session, task.validate))
     if task.dense:
         config = config.model_copy(update={"shard_head": False})
     names, place = config.track if ranks.is_main else [], str(Path(attempt.stage.place, part))
@@ -79,6 +82,19 @@ def open_layers(
     except ValueError as error:
         raise UserError(f"{section}.{error}") from None
     return set_layer_decay(network, schedule.layer_decay)
+
+
+def in_step(session: Session, validate: Validate) -> Validate:
+    """`validate` of a network that no rank can ask alone: every rank asks it as often."""
+
+    def validate_in_step(network: nn.Module) -> dict[str, float]:
+        session.in_step = True
+        try:
+            return validate(network)
+        finally:
+            session.in_step = False
+
+    return validate_in_step
 
 
 def generalist_task(

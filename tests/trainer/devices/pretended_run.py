@@ -2,8 +2,8 @@
 
     pretended_run.py DATA ROOT [KEY=VALUE ...]
 
-Waits of a training are those of each turn of the loop after the third: torch asks the host once, when
-it arranges the buckets of gradients anew.
+Waits of a training are those of each turn of the loop after the third: torch asks the host once,
+when it arranges the buckets of gradients anew.
 """
 
 import json
