@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import numpy as np
 import tomli_w
@@ -34,10 +35,10 @@ PER_CLASS = {"train": 56, "val": 7, "test": 14}
 FEW = 14  # images of each class that the second half is learned from
 STEPS = (100, 300, 1000)
 IN_PART_STEPS = 300  # of the rows that train a trunk in part
-QUICK_STEPS = {"first": 60, "second": (20,)}
+QUICK_FIRST, QUICK_SECOND = 60, (20,)
 BATCH = 128
 
-BASE = {
+BASE: dict[str, dict[str, Any]] = {
     "data": {"mean": [0.24], "std": [0.33]},
     "model": {"name": "convnet", "width": 8, "depth": 3, "embedding": 64},
     "train": {
@@ -131,8 +132,8 @@ def runs_of(given: argparse.Namespace, seed: int) -> dict[tuple[str, int], dict]
     """{(row, steps): metrics on test} of one seed; ("first", steps): of the run with the trunk."""
     first_shards, second_shards = halves(given)
     own = [f"seed={seed}"]
-    first_steps = QUICK_STEPS["first"] if given.quick else BASE["train"]["steps"]
-    steps = QUICK_STEPS["second"] if given.quick else STEPS
+    first_steps = QUICK_FIRST if given.quick else BASE["train"]["steps"]
+    steps = QUICK_SECOND if given.quick else STEPS
     in_part = steps[-1] if given.quick else IN_PART_STEPS
     place = given.to / f"seed-{seed}"
     first = trained(given, first_shards, place / "first", [*own, f"train.steps={first_steps}"])
