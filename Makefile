@@ -25,7 +25,7 @@ else
 endif
 	touch $@
 
-.PHONY: install demo test test-all test-matrix soak lint dist
+.PHONY: install demo test test-all test-matrix soak lint dist docs readability
 install: .venv/.installed
 
 demo: install
@@ -72,3 +72,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
+
+# How long the sentences of docs, docstrings and comments are; a test holds the same bars.
+readability: install
+	$(BIN)/python tests/readability.py --sentences 5
