@@ -73,6 +73,15 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
 
+# The site, to build/site: without the network once its packages are there.  Broken links fail.
+.venv/.docs: .venv/.installed
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -P -m mkdocs build --strict --quiet
+	@echo 'build/site is written; to read it: python -m http.server --directory build/site'
+
 # How long the sentences of docs, docstrings and comments are; a test holds the same bars.
 readability: install
 	$(BIN)/python tests/readability.py --sentences 5

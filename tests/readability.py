@@ -245,7 +245,7 @@ def comments_of(text: str) -> Iterator[tuple[int, str]]:
 def pages() -> list[Path]:
     """What a reader opens: pages of the docs, of the root, and results of benchmarks."""
     named = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
-    docs = sorted((ROOT / "docs").glob("*.md"))
+    docs = sorted((ROOT / "docs").rglob("*.md"))
     return [*named, *docs, *sorted((ROOT / "benchmarks").rglob("*.md"))]
 
 

@@ -40,6 +40,7 @@ from .slurm import Slurm
 class ConfigFile(Section):
     """What a TOML file says; `resolve` fills in what it leaves out."""
 
+    # of every draw: weights, order, augmentation, sampling
     seed: int = Field(default=0, ge=0, lt=2**31)
     data: Data = Data()
     model: Model = Model()

@@ -29,15 +29,19 @@ class Schedule(Section):
 
     # optimizer steps; exactly one of steps and epochs
     steps: int | None = Field(default=None, gt=0)
+    # passes over the training data; may be a fraction
     epochs: float | None = Field(default=None, gt=0)
     # examples per optimizer step, over all ranks
     batch_size: int | None = Field(default=None, gt=0)
+    # the rule of a step
     optimizer: Literal["adamw", "sgd"] | None = None
     # the peak
     learning_rate: float | None = Field(default=None, gt=0)
+    # how the learning rate moves between its peak and zero
     schedule: Literal["cosine", "onecycle", "constant"] | None = None
     # fraction of the steps in which the rate rises linearly
     warmup: float | None = Field(default=None, ge=0, lt=1)
+    # not on biases and norms
     weight_decay: float | None = Field(default=None, ge=0)
     # of sgd; of adamw it is beta1 = 0.9
     momentum: float | None = Field(default=None, ge=0, lt=1)
@@ -45,6 +49,7 @@ class Schedule(Section):
     beta2: float | None = Field(default=None, gt=0, lt=1)
     # of class labels, a name in pipeline.choices.LOSSES
     loss: str | None = None
+    # the share of a label that is spread over all classes
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     # with engine.shard_head: other classes that labels are compared with, or their share of all
     # classes, below 1; None = all
@@ -270,6 +275,7 @@ class Student(Schedule):
 
     # distill: a teacher's predictions | hard: labels | prior: a Prior Network
     method: str = "distill"
+    # single | hydra: one trunk, a head for each member | batch_ensemble: shared weights, scaled
     network: Literal["single", "hydra", "batch_ensemble"] = "single"
     # of hydra and batch_ensemble; None: as many as the ensemble has
     members: int | None = Field(default=None, gt=1)
@@ -283,7 +289,9 @@ class Student(Schedule):
     mean: Literal["arithmetic", "geometric"] | None = None
     # inf: match the logits, the limit
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=True)
+    # of the cross-entropy with the label
     hard_weight: float = Field(default=0.0, ge=0, le=1)
+    # of temperature^2 KL(teacher || student)
     soft_weight: float = Field(default=1.0, ge=0)
     # of soft_weight: how much goes to the label where the teacher's likeliest class is another
     wrong_weight: float = Field(default=0.0, ge=0, le=1)

@@ -33,8 +33,11 @@ class Data(Section):
     Each of train, val, test is a pattern, `dir/train-{000000..000007}.tar`, several joined by `::`.
     """
 
+    # a directory with a manifest, or a pattern of shards
     train: str = ""
+    # groups, early stopping, temperatures and weights are measured on it
     val: str = ""
+    # read by `evaluate` alone
     test: str = ""
     # more inputs without labels: students learn what their teacher predicts for them
     transfer: str = ""
@@ -46,6 +49,7 @@ class Data(Section):
     input: str = ""
     # per channel, of inputs scaled to 0..1; part of model.json
     mean: list[float] = [0.5]
+    # the deviation of the same inputs
     std: list[float] = [0.25]
     # training views: none | shift | flip-crop | drop_ngrams | module:function
     augment: str = "none"
@@ -114,10 +118,13 @@ class Model(Section):
     name: str = "convnet"
     # None: the builder's own default
     width: int | None = Field(default=None, gt=0)
+    # None: the builder's own default
     depth: int | None = Field(default=None, gt=0)
     # size of the last hidden layer; 0 = none
     embedding: int | None = Field(default=None, ge=0)
+    # the share of activations that a training step sets to zero
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    # further keyword arguments of the builder
     options: dict[str, Any] = {}
     # cosine: logits are scale * cos(features, row), and rows learn with norm 1
     head: Literal["linear", "cosine"] = "linear"
@@ -125,6 +132,7 @@ class Model(Section):
     scale: float | None = Field(default=None, gt=0)
     # of cosine, where labels of all classes are learnt: what the label's cosine, or angle, lacks
     margin: float = Field(default=0.0, ge=0, lt=1)
+    # cosface (cos - margin) | arcface (cos(angle + margin))
     margin_kind: str = "cosface"
 
     @field_validator("margin_kind")
@@ -181,7 +189,9 @@ class Extend(Section):
 class Clusters(Section):
     """Groups of classes that the generalist confuses."""
 
+    # as many groups, and at most as many specialists
     num_groups: int = Field(default=16, gt=0)
+    # a name of clustering.METHODS
     method: str = "kmeans"
     # the largest group, as a multiple of the mean size
     capacity: float = Field(default=1.3, ge=1)
@@ -320,12 +330,15 @@ class Ensemble(Section):
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
+    # at most so many for one example; None = no limit
     max_specialists: int | None = Field(default=None, gt=0)
+    # kl (eq. 5) | reverse_kl | arithmetic (or mean) | log_ratio | mixture
     combine: str = "kl"
     # fit one temperature per specialist on val
     temperatures: bool = True
     # fit the specialists' weight in the objective on val; false = the paper's 1
     fit_weight: bool = True
+    # go on without specialists that failed
     allow_missing: bool = False
 
     @field_validator("combine")
@@ -416,6 +429,7 @@ class Ensemble(Section):
 class Engine(Section):
     """How a step is taken on many ranks.  Never in a stage's key: it changes no metric."""
 
+    # what takes a step on many ranks
     name: str = "ddp"
     # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
     zero_stage: int = Field(default=1, ge=0, le=3)
@@ -429,6 +443,7 @@ class Engine(Section):
     checkpoint_activations: bool = False
     # of deepspeed: further keys of its config
     deepspeed: dict[str, Any] = {}
+    # auto: cuda where there is one
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # a rank that makes no step and measures no batch for so long is ended
     hang_s: float = Field(default=900, gt=0)
