@@ -158,7 +158,7 @@ def conditions(judged: list[Judged], lines: list[dict]) -> str:
     command = f"python -m benchmarks.advice --seeds {words} --budgets {budgets} --write"
     same = sum(row.same_families for row in judged)
     return (
-        f"{sets} sets, {len(judged)} advices; {min(tested):,} to {max(tested):,} test examples. "
+        f"{sets} sets, {len(judged)} advices, {min(tested):,} to {max(tested):,} test examples. "
         f"Today's rules send the families on that were sent on then in {same} of {len(judged)}. "
         f"{lab.conditions(seeds, command)}"
     )

@@ -429,7 +429,7 @@ def rival_verdicts(by_seed: list[dict], together: dict[int, list[dict]]) -> list
             Verdict(
                 f"(no bar) the ensemble makes fewer errors than: {name}",
                 mean(lead) > 0,
-                f"{percents(lead, 1)}; theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}",
+                f"{percents(lead, 1)}, theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}",
             )
         )
     return lines

@@ -468,14 +468,14 @@ def moved_table(by_seed: list[dict]) -> str:
 def figures_text(by_seed: list[dict], form: Form = FULL) -> str:
     return "\n\n".join(
         [
-            "Pairwise KL of the members (nats, mean over the test examples in the bin; in brackets "
+            "Pairwise KL of the members (nats, mean over the test examples in the bin, in brackets "
             "the share of examples) by the confidence of the members' mean, as in the paper's "
             "Figure 3:",
             confidence_table(by_seed),
-            f"What moves the teachers (paper's Figure 6), {form.moved:,} inputs, not augmented: KL "
-            "of a teacher's answer to the moved input from its answer to the clean one, where it "
-            "gave the direction and where another did; and the teachers' pairwise KL on the moved "
-            "inputs, of all four and of the three that did not give the direction:",
+            f"What moves the teachers (paper's Figure 6), {form.moved:,} inputs, not augmented. "
+            "First the KL of a teacher's answer to the moved input from its answer to the clean "
+            "one, where it gave the direction and where another did. Then the teachers' pairwise "
+            "KL on the moved inputs, of all four and of the three that did not give the direction:",
             moved_table(by_seed),
         ]
     )

@@ -263,8 +263,8 @@ def table(header: list[str], rows: Iterable[list]) -> str:
 def conditions(seeds: Iterable[int], command: str) -> str:
     """Machine, seeds, commit and command, for under a table."""
     return (
-        f"Seeds {', '.join(map(str, seeds))}; {processor()}, {cores()} cores, one thread each; "
-        f"commit {commit()}; `{command}`."
+        f"Seeds {', '.join(map(str, seeds))}. {processor()}, {cores()} cores, one thread each, "
+        f"commit {commit()}: `{command}`."
     )
 
 

@@ -294,7 +294,7 @@ def verdicts(results: list[dict], least: float = 0.7) -> list[str]:
         kept = sum(gain >= least for gain in gains)
         lines.append(
             f"* {width} x: keeps at least {100 * least:.0f} % of the gain in top-1 at {kept} of "
-            f"{len(results)} seeds; "
+            f"{len(results)} seeds, "
             f"fewer errors than its twin at {sum(lead > 0 for lead in fewer)} "
             f"(by {listed(fewer, 'd')}), "
             f"a lower NLL at {sum(lead > 0 for lead in lower)} (by {listed(lower, '.3f')})."
