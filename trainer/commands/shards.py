@@ -349,7 +349,7 @@ def validate(
     ] = None,
     fetch_dir: FetchDir = "",
 ) -> None:
-    """Check every file in the shards; exit code 1 if one is corrupt, with a list."""
+    """Check every file in the shards. Exit code 1 if one is corrupt, with a list."""
     from ..data.authoring.indexing import validate as validate_shards
     from ..data.authoring.reporting import print_classes
     from ..data.writing import read_manifest
@@ -461,7 +461,7 @@ def _print_summary(out: Path, report: Report, data: Data | None = None) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one command; returns its exit code.
+    """Run one command. Returns its exit code.
 
     Raises UserError for the user's mistakes, unknown options too.
     """

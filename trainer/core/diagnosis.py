@@ -86,9 +86,9 @@ def paired(one: np.ndarray, other: np.ndarray) -> Mean:
 
 
 def error_ratio(train: Fit, val: Fit) -> Mean:
-    """Errors on train as a fraction of those on val, by the delta method; val has some errors."""
+    """Errors on train as a fraction of those on val, by the delta method. Val has some errors."""
     ratio = train.errors / val.errors
-    # log r = log e_train - log e_val, and d log e = d e / e; with e_train = 0 the first is 0.
+    # log r = log e_train - log e_val, and d log e = d e / e, with e_train = 0 the first is 0.
     se = math.hypot(train.top1.se / val.errors, ratio * val.top1.se / val.errors)
     return Mean(ratio, se)
 
@@ -107,7 +107,7 @@ def state_of(train: Fit, val: Fit, fall: Fall | None, taught: bool = True) -> st
     there are too few examples to tell.
 
     fall: None where nobody knows how it was trained.  taught: whether it learned from these
-    training examples; where it did not, train is as hard as val for any network.
+    training examples. Where it did not, train is as hard as val for any network.
     """
     if not enough_errors(val):
         return "none"

@@ -30,7 +30,7 @@ def trackers(
 
 @contextmanager
 def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
-    """Event files under `directory`; `tensorboard --logdir RUN` shows every stage."""
+    """Event files under `directory`. `tensorboard --logdir RUN` shows every stage."""
     require("tensorboard", 'engine.track = ["tensorboard"]')
     from torch.utils.tensorboard import SummaryWriter
 
@@ -46,7 +46,7 @@ def tensorboard(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
 
 @contextmanager
 def wandb(directory: Path, run: Path, stage: str) -> Iterator[Tracker]:
-    """One W&B run per stage, grouped by RUN; a resumed stage continues its own.
+    """One W&B run per stage, grouped by RUN. A resumed stage continues its own.
 
     W&B's environment variables (WANDB_PROJECT and the like) apply.
     """

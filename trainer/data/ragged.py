@@ -143,7 +143,7 @@ class RaggedRows:
     def padded(
         self, rows: np.ndarray, padding: Mapping[str, float]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(counts [n], entries by field, each [n, largest count]); rows: int64 [n].
+        """(counts [n], entries by field, each [n, largest count]). rows: int64 [n].
 
         padding: per field, what stands behind a row's own entries.
         """

@@ -82,7 +82,7 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here, however long rank 0 works alone before; collective."""
+        """Wait until every rank is here, however long rank 0 works alone before. Collective."""
         if self.world_size > 1:
             dist.barrier(group=self.patient)
 
@@ -166,7 +166,7 @@ def choose_device(engine: Engine) -> torch.device:
 
 
 def precision(engine: Engine, device: torch.device) -> torch.dtype:
-    """The dtype that the forward pass computes in; weights are float32 always."""
+    """The dtype that the forward pass computes in. Weights are float32 always."""
     if engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if engine.precision == "fp16" and device.type == "cpu":
@@ -175,7 +175,7 @@ def precision(engine: Engine, device: torch.device) -> torch.dtype:
 
 
 def broadcast(value: T, ranks: Ranks) -> T:
-    """Rank 0's value (any small JSON-able object) on every rank; collective."""
+    """Rank 0's value (any small JSON-able object) on every rank. Collective."""
     if ranks.world_size == 1:
         return value
     box = [value]
@@ -184,7 +184,7 @@ def broadcast(value: T, ranks: Ranks) -> T:
 
 
 def gather(value: T, ranks: Ranks) -> list[T]:
-    """Every rank's value, in the order of the ranks, on every rank; collective."""
+    """Every rank's value, in the order of the ranks, on every rank. Collective."""
     if ranks.world_size == 1:
         return [value]
     values = [value] * ranks.world_size
@@ -201,7 +201,7 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step; all ranks agree on the step.
+    """SIGTERM and SIGUSR2 ask for a checkpoint at the next step. All ranks agree on the step.
 
     One that comes between two trainings of a process is heeded at the first step of the second.
     """
@@ -216,7 +216,7 @@ class StopSignal:
         StopSignal.received = True
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank has received a signal; collective."""
+        """Whether any rank has received a signal. Collective."""
         if ranks.world_size == 1:
             return self.received
         flag = torch.tensor([float(self.received)], device=ranks.device)

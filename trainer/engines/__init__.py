@@ -25,11 +25,11 @@ __all__ = ["Engine", "build_engine"]
 
 
 class Engine(Protocol):
-    """One network's optimizer steps on these ranks; a new engine for each training run.
+    """One network's optimizer steps on these ranks. A new engine for each training run.
 
     "Collective" methods exchange data: every rank calls them, in the same order.
-    The call order is prepare; then for each step, for each micro-batch `accumulating` around
-    `autocast` and `backward`, and `step`; at last export and close.
+    The call order is prepare. Then for each step, for each micro-batch `accumulating` around
+    `autocast` and `backward`, and `step`. At last export and close.
     """
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None: ...
@@ -37,7 +37,7 @@ class Engine(Protocol):
     def prepare(
         self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
-        """Take over `network`, on the rank's device, and build its optimizer; collective.
+        """Take over `network`, on the rank's device, and build its optimizer. Collective.
 
         state: what `state` returned on rank 0, of any engine and any number of ranks.
         Returns the module to call in the forward pass.
@@ -49,22 +49,22 @@ class Engine(Protocol):
         ...
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
-        """The context of one micro-batch; last: whether it is the last one of its step."""
+        """The context of one micro-batch. last: whether it is the last one of its step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's loss; collective."""
+        """Add the gradients of one micro-batch's loss. Collective."""
         ...
 
     def step(self, rate: float) -> None:
-        """One optimizer step at this learning rate, with gradients averaged over ranks; collective.
+        """One optimizer step at this learning rate, with gradients averaged over ranks. Collective.
 
         Gradients are zero, or None, afterwards.
         """
         ...
 
     def state(self) -> dict:
-        """What a checkpoint keeps of network and optimizer, whole on rank 0; collective.
+        """What a checkpoint keeps of network and optimizer, whole on rank 0. Collective.
 
         {"network": {name: tensor}, "optimizer": {parameter: {key: tensor}}}, by the names of the
         parameters, so that every engine can resume from it.  Of a split head every rank has its own
@@ -73,7 +73,7 @@ class Engine(Protocol):
         ...
 
     def eval_model(self, average: AveragedWeights | None) -> AbstractContextManager[nn.Module]:
-        """The context of the network as `export` would return it now, on every rank; collective.
+        """The context of the network as `export` would return it now, on every rank. Collective.
 
         average: averaged weights, which it has inside.
         """
@@ -84,11 +84,11 @@ class Engine(Protocol):
         ...
 
     def remember(self, network: nn.Module) -> dict[str, Tensor]:
-        """A copy of the weights of eval_model's network; of a split head this rank's rows."""
+        """A copy of the weights of eval_model's network. Of a split head this rank's rows."""
         ...
 
     def export(self, weights: dict[str, Tensor] | None = None) -> nn.Module:
-        """The plain network with the trained weights, whole on every rank; collective.
+        """The plain network with the trained weights, whole on every rank. Collective.
 
         A head may stay split, where build_engine says so.  No step can follow.
 
@@ -97,7 +97,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what holds the process group; may be called twice, and before `prepare`."""
+        """Release what holds the process group. May be called twice, and before `prepare`."""
         ...
 
 

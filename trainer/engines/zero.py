@@ -114,7 +114,7 @@ class DeepSpeedEngine:
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": schedule.batch_size // parts,
             "gradient_accumulation_steps": 1,
-            # Managed, gradients are exchanged while backward goes on; unmanaged, in step, after
+            # Managed, gradients are exchanged while backward goes on. Unmanaged, in step, after
             # every micro-batch's.
             "managed_gradient_accumulation": schedule.accumulation == 1,
             "gradient_clipping": schedule.clip_norm,
@@ -154,7 +154,7 @@ class DeepSpeedEngine:
     def state(self) -> dict:
         """See trainer.engines.
 
-        DeepSpeed's own checkpoints are pickles, for one number of ranks; its universal ones know
+        DeepSpeed's own checkpoints are pickles, for one number of ranks. Its universal ones know
         Adam's state alone.
         """
         return {"network": self.weights(), "optimizer": self._optimizer_state()}
@@ -171,7 +171,7 @@ class DeepSpeedEngine:
         }
 
     def _parameter_state(self, parameter: nn.Parameter, flat_state: dict) -> dict[str, Tensor]:
-        """One parameter's whole state, of the entries that a flat part has; collective."""
+        """One parameter's whole state, of the entries that a flat part has. Collective."""
         get = self.deepspeed.utils.safe_get_full_optimizer_state
         state = {}
         for key, value in flat_state.items():
@@ -234,8 +234,8 @@ class DeepSpeedEngine:
         return self._zero.fp32_partitioned_groups_flat
 
     def weights(self) -> dict[str, Tensor]:
-        """A copy of the whole network's state; collective."""
-        # Each rank has its own running statistics; rank 0's count, as under DDP.
+        """A copy of the whole network's state. Collective."""
+        # Each rank has its own running statistics. Rank 0's count, as under DDP.
         for buffer in self.network.buffers():
             dist.broadcast(buffer, src=0)
         gathered: AbstractContextManager[object] = nullcontext()
@@ -275,7 +275,7 @@ class DeepSpeedEngine:
 
 
 def without_weights(network: nn.Module) -> nn.Module:
-    """`network` itself, its parameters only shapes; its buffers stay."""
+    """`network` itself, its parameters only shapes. Its buffers stay."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
             shape = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
@@ -284,7 +284,7 @@ def without_weights(network: nn.Module) -> nn.Module:
 
 
 def _per_weight(value: object) -> TypeGuard[Tensor]:
-    """Whether a state has an entry for each weight, as Adam's averages; its step count has not."""
+    """Whether a state has an entry for each weight, as Adam's averages. Its step count has not."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 

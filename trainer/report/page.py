@@ -64,8 +64,8 @@ def write_report(
     images : ShardSet, optional
         The test split, for its pictures. Without it the page has none.
     class_counts : sequence of int, optional
-        [C], training examples of each class. By default the manifest beside the train shards says;
-        without one the test labels stand in.
+        [C], training examples of each class. By default the manifest beside the train shards says.
+        Without one the test labels stand in.
 
     Returns
     -------
@@ -90,7 +90,7 @@ def render(
     images: ShardSet | None = None,
     class_counts: Sequence[int] | np.ndarray | None = None,
 ) -> str:
-    """The page as text; the parameters are those of `write_report`."""
+    """The page as text. The parameters are those of `write_report`."""
     evidence = Evidence(run, results, images, class_counts)
     sections = _head(evidence) | _sections(evidence) | _groups_and_examples(evidence)
     if evidence.has_specialists:

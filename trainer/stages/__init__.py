@@ -3,8 +3,8 @@
     generalist -> measure -> cluster -> route -> specialist 0 ... M-1 -> ensemble -> students
                                    \\-> controls               -> evaluate -> report
 
-`measure` and everything that is fitted (groups, early stopping, temperatures, weights) read val;
-test is read by `evaluate` alone.  pipeline.stages is the table of stages, one function here for
+`measure` and everything that is fitted (groups, early stopping, temperatures, weights) read val.
+Test is read by `evaluate` alone.  pipeline.stages is the table of stages, one function here for
 each row:
 
     generalist.py   one network learns all classes

@@ -119,7 +119,7 @@ def start_of_reranker(session: Session, seed: int) -> Classifier:
 
 
 def by_rows(network: Classifier) -> RowHead:
-    """Replace a network's plain head by one that learns by rows; it shares its memory.
+    """Replace a network's plain head by one that learns by rows. It shares its memory.
 
     UserError for a network that has nothing else to learn.
     """
@@ -153,7 +153,7 @@ def reranker_task(session: Session, network: Classifier, seed: int) -> TrainingT
 def validate_reranker(session: Session) -> Callable[[nn.Module], dict[str, float]]:
     """A function network -> {"loss", "top1"} of val, asked about each example's shortlist alone.
 
-    loss: nats, where the label is on the list; log k where it never is.  top1: of all examples; a
+    loss: nats, where the label is on the list. Log k where it never is.  top1: of all examples. A
     label that is not on the list cannot be found.
     """
     shards, read = session.shards("val"), kept_shortlists(session, "val")

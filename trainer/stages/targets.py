@@ -194,7 +194,7 @@ class Storing:
         return digest([asdict(self.keeping), self.temperatures, self.rows])
 
     def write(self, directory: Path) -> dict:
-        """Into DIRECTORY, from where an earlier attempt stopped; what answers.json says."""
+        """Into DIRECTORY, from where an earlier attempt stopped. What answers.json says."""
         session, main = self.session, self.session.ranks.is_main
         entries, numbers = entry_dtypes(session.num_classes), {"log_tail": VALUE}
         writer = RaggedWriter(directory, self.rows, entries, numbers) if main else None
@@ -253,7 +253,7 @@ class Storing:
         view: int,
         batch: Batch,
     ) -> dict[str, Tensor]:
-        """The same of a teacher whose predictions list some classes; what is lost of whole ones."""
+        """The same of a teacher whose predictions list some classes. What is lost of whole ones."""
         raw = see(batch)
         parts = [
             self._padded(self.keeping.of_listed(q)) | {"entropy": q.entropy().float()}
@@ -442,17 +442,17 @@ def warnings(num_classes: int, temperature: float, lost: float) -> list[str]:
 
 
 def answers_summary(session: Session, name: str) -> dict | None:
-    """How a student's teacher answers, for its summary.json; a word where that teaches little.
+    """How a student's teacher answers, for its summary.json. A word where that teaches little.
 
     kind: live or stored.  entropy: the mean one of its answers, nats, about what the student sees
     ("seen") and about val.  Of stored ones kl, nats: from the teacher's whole prediction to what is
-    kept, at the student's temperature; None at inf.  None for a student without a teacher.
+    kept, at the student's temperature. None at inf.  None for a student without a teacher.
     """
     student = session.config.students[name]
     if not student.learns_from_teacher:
         return None
     stage = session.run.targets_for(name)
-    # Networks are drawn before they are read; the random state of the training is left alone.
+    # Networks are drawn before they are read. The random state of the training is left alone.
     with torch.random.fork_rng():
         if stage is None:
             summary = live_summary(session, name)
