@@ -39,7 +39,7 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
         Changed in place.
     part : {"all", "head", "last-N-blocks"}
         "last-N-blocks" are the head and the last N blocks of the trunk.  The head of a network with
-        several heads is all of them with their blocks; N counts the blocks of their body.
+        several heads is all of them with their blocks. N counts the blocks of their body.
 
     Returns
     -------
