@@ -16,7 +16,7 @@ OURS = ("--array", "--dependency", "--output", "--wrap", "--parsable")  # what r
 class Resources(Section):
     """What Slurm is asked for.
 
-    An absent key is taken from [slurm.default]; where that has none, the site decides.
+    An absent key is taken from [slurm.default]. Where that has none, the site decides.
     """
 
     # machines of one job
@@ -37,7 +37,7 @@ class Resources(Section):
     qos: str | None = Field(default=None, min_length=1)
     # who pays
     account: str | None = Field(default=None, min_length=1)
-    # further options of sbatch; those of [slurm.default] and the job's own
+    # further options of sbatch. Those of [slurm.default] and the job's own
     extra: list[str] = []
 
     @field_validator("time", "memory", mode="before")
