@@ -26,7 +26,7 @@ from .plan import Job
 FRESH_S = 60  # a job on another host counts as running if it wrote something this lately
 SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
 PACE_ROWS = 10  # the last rows of metrics.jsonl, from which the pace is taken
-LARGEST = 1e15  # a number of a metric; neither NaN nor infinity is below
+LARGEST = 1e15  # a number of a metric. Neither NaN nor infinity is below
 STATES = ("done", "running", "interrupted", "failed", "blocked", "stale", "waiting")
 COLOURS = {
     "done": "green",
@@ -166,7 +166,7 @@ def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None
 
 
 def _last_rows(path: Path) -> list[dict]:
-    """The last logged rows; a line that is being written is left out."""
+    """The last logged rows. A line that is being written is left out."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -186,7 +186,7 @@ def _last_rows(path: Path) -> list[dict]:
 
 
 def _numbers(row: dict) -> dict[str, float]:
-    """What of a row is a number; others are no metrics, whoever wrote them."""
+    """What of a row is a number. Others are no metrics, whoever wrote them."""
     return {
         key: value
         for key, value in row.items()
@@ -240,7 +240,7 @@ def summary(stages: list[StageStatus], to_go_s: float | None = None) -> str:
 
 
 def table(stages: list[StageStatus], title: str | None = None) -> Table:
-    """One row for each stage; where Slurm ran any, its job, node and restarts beside it."""
+    """One row for each stage. Where Slurm ran any, its job, node and restarts beside it."""
     rows = Table(
         title=title,
         box=None,
