@@ -8,7 +8,7 @@
     --quick    800 and 3,200 classes in 16 groups           seconds
 
 Beside our methods stands "plain", what one would write with scikit-learn alone in a minute. "plain"
-and "minibatch", not refined, take turns for --rounds rounds; their ratio is the median of the
+and "minibatch", not refined, take turns for --rounds rounds. Their ratio is the median of the
 rounds'.
 
 Each line is a case. Each case is one process of its own, so that its peak memory is its own
@@ -48,7 +48,7 @@ BATCH = 8192
 
 
 class Case(NamedTuple):
-    """Planted groups, and who is to find them; method "plain" is scikit-learn alone."""
+    """Planted groups, and who is to find them. Method "plain" is scikit-learn alone."""
 
     num_classes: int
     num_groups: int

@@ -14,7 +14,7 @@ medians, and within one call.
 run: `trainer generalist` itself, by torchrun, with engine.shard_head: an MLP with `size` features
 and `classes` labels, one example each of some of them, AdamW.  It is killed a step after its first
 checkpoint and begun again: the rest of the steps, validation, a checkpoint, export.  Resident sizes
-of all its processes are added up every 50 ms; pages that they share count twice.
+of all its processes are added up every 50 ms. Pages that they share count twice.
 
 The last line of the output is one JSON object with what was measured.
 """

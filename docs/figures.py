@@ -35,7 +35,7 @@ def text(x: float, y: float, words: str, colour: str = INK, size: int = 14, at: 
 
 
 def box(x: float, y: float, width: float, height: float, lines: list[str], colour: str = BLUE):
-    """A box with its lines in the middle; the first is the name, the others say what it is."""
+    """A box with its lines in the middle. The first is the name, the others say what it is."""
     parts = [
         f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="6" '
         f'fill="{TINTS[colour]}" stroke="{colour}"/>'

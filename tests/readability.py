@@ -30,7 +30,7 @@ PACKAGES = (
 )  # fmt: skip
 LONG = 40  # words of a sentence that has to be read twice
 CODE_WIDTH = 90
-FEWEST_WORDS = 3  # of a sentence; what is shorter is a name or a number
+FEWEST_WORDS = 3  # of a sentence. What is shorter is a name or a number
 FEWEST_CELL_WORDS = 10  # of a table's cell that is prose
 
 
@@ -155,7 +155,7 @@ def read_markdown(reading: Reading, text: str, path: str) -> None:
 
 
 def prose_of(token: Token) -> str:
-    """Without markup; a code span is one word, and a link is its text."""
+    """Without markup. A code span is one word, and a link is its text."""
     parts = []
     for child in token.children or []:
         if child.type == "text":
@@ -182,7 +182,7 @@ def read_python(docstrings: Reading, comments: Reading, text: str, path: str) ->
 
 
 def read_docstring(reading: Reading, text: str, place: str) -> None:
-    """Blocks between empty lines; a block that is indented as a whole is code."""
+    """Blocks between empty lines. A block that is indented as a whole is code."""
     for block in re.split(r"\n\s*\n", text):
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines):
@@ -219,7 +219,7 @@ DIRECTIVE = re.compile(r"#(?:!|:| *(?:noqa|type:|fmt:|pragma|pyright:|ruff:))")
 
 
 def comments_of(text: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of each comment; lines of the same column below each other are one."""
+    """(line, text) of each comment. Lines of the same column below each other are one."""
     block: list[str] = []
     first, last, column = 0, -1, -1
     for token in tokenize.generate_tokens(io.StringIO(text).readline):

@@ -38,7 +38,7 @@ def written_commands() -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """Without the remark behind it; of `[--a | --b]` the first."""
+    """Without the remark behind it. Of `[--a | --b]` the first."""
     command = re.split(r"  +#|  +|; | \\$", command)[0]
     command = re.sub(r"\[([^]|]*)(\|[^]]*)?\]", r"\1", command)
     return shlex.split(command.replace(" N ", " 1 "))[1:]
@@ -119,7 +119,7 @@ def test_torchrun_reads_what_the_docs_and_helps_write():
         line = line.split("\\n")[0]
         options = get_args_parser().parse_args(shlex.split(line)[1:])
         assert options.training_script == "trainer", line
-        # argparse keeps the `--` or not, by its version; so trainer.__main__ passes over it.
+        # argparse keeps the `--` or not, by its version. So trainer.__main__ passes over it.
         arguments = [word for word in options.training_script_args if word != "--"]
         if arguments[0] not in COMMANDS:
             assert parse(arguments).run

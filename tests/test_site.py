@@ -16,7 +16,7 @@ import figures  # noqa: E402
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The built site; a warning, such as a broken link or anchor, fails the build."""
+    """The built site. A warning, such as a broken link or anchor, fails the build."""
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package, reason="pip install -e '.[docs]'")
     out = tmp_path_factory.mktemp("site")

@@ -21,13 +21,13 @@ each set and seed every lever is paid for in full, and the networks that it need
     average_student_on  the same, but it starts as the generalist
     copies, branches, rerank    the runs of that name; only sets of 500 classes have the last
 
-Gains are points of top-1 over the generalist, with the paired standard error; "training" is a share
-of the generalist's, counted in multiplications.  What is done is not done again; every set and seed
+Gains are points of top-1 over the generalist, with the paired standard error. "training" is a share
+of the generalist's, counted in multiplications.  What is done is not done again. Every set and seed
 adds a line to TO/truth.jsonl.
 
 PATH of --set NAME=PATH is whatever `referral init` reads: a directory per class (Tiny ImageNet's
 train), idx files (Fashion-MNIST's), csv tables, npz with x and y, or shards.  Its networks and
-specialists are those that `referral init` proposes, the same on every machine; name the set again
+specialists are those that `referral init` proposes, the same on every machine. Name the set again
 with every later command.
 
 Then `referral advise` is asked about each of these generalists, once for each of --budgets, and

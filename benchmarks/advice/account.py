@@ -129,7 +129,7 @@ def report(rows: Sequence[Judged]) -> str:
 
 
 def by_age(rows: Sequence[Judged]) -> dict[str, list[Judged]]:
-    """What is known of its sets -> rows; without those of which there are none."""
+    """What is known of its sets -> rows. Without those of which there are none."""
     ages = {
         "sets that the constants were fitted to": False,
         "sets that entered no fit": True,

@@ -123,7 +123,7 @@ def make_part(
     seed: int,
     source: Path,
 ) -> None:
-    """The splits of some fonts; see make."""
+    """The splits of some fonts. See make."""
     count, names = len(letters), [class_name(letter) for letter in letters]
     out.mkdir(parents=True, exist_ok=True)
     old = read_manifest(out)

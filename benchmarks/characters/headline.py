@@ -17,9 +17,9 @@ which are copies of that one as far as they agree with it:
     tenfold  a generalist of ten times the parameters, only where --further names it: which errors
              does it make too?
 
-Data are rendered once for all seeds (benchmarks.characters.data, two minutes); DATA/unseen has the
+Data are rendered once for all seeds (benchmarks.characters.data, two minutes). DATA/unseen has the
 fonts that nobody has seen.  What is done is not done again.  --sixth is the same trial on the first
-sixth of the classes with short trainings: what questions and later are asked of; --both-levels is
+sixth of the classes with short trainings: what questions and later are asked of. --both-levels is
 the headline's on 6,763 classes.
 """
 
@@ -150,7 +150,7 @@ def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, d
 def of_all(to: Path, data: Path, results: dict[int, dict]) -> dict[int, list[dict]]:
     """{members: rows of generalists_together}: of each seed's with the next one's, and of all.
 
-    Kept beside the runs; empty of one seed.
+    Kept beside the runs. Empty of one seed.
     """
     seeds = list(results)
 
@@ -385,7 +385,7 @@ def forecast_verdicts(by_seed: list[dict]) -> list[Verdict]:
 def student_verdicts(by_seed: list[dict], name: str, networks: Networks) -> list[Verdict]:
     """70 % of the gain, and fewer errors than the twin.
 
-    Of two times the generalist's parameters at most, of all images or of few; of its own size the
+    Of two times the generalist's parameters at most, of all images or of few. Of its own size the
     same metrics without a bar.
     """
     size, is_bar = STUDENTS[name], name != "same"

@@ -53,7 +53,7 @@ def left_out(names: list[str], seed: int, count: int) -> list[str]:
 
 
 def write_without(source: Path, out: Path, absent: list[str]) -> None:
-    """The shards of `source` without some classes; the others are numbered anew, in their order."""
+    """The shards of `source` without some classes. The others are numbered anew, in their order."""
     classes = read_json(source / "manifest.json")["classes"]
     names = [name for name in classes if name not in set(absent)]
     made_by = {"command": "benchmarks.characters.later", "without": absent}

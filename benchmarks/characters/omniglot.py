@@ -132,7 +132,7 @@ def table_of(results: list[dict]) -> str:
 
 
 def verdicts(results: list[dict]) -> list[Verdict]:
-    """The bars, each a mean over the seeds; control_compute stands beside without one."""
+    """The bars, each a mean over the seeds. control_compute stands beside without one."""
     lines = []
     for rival in ROWS[:-1]:
         lead = [

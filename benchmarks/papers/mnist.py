@@ -5,7 +5,7 @@
 
 Two runs per seed.  `ten`: ten small conv nets that know a tenth of the labels.  `table`: the
 regularised teacher, every student of it, and a conv net of the same size that learned from all ten.
-5,001 of the 60,000 training examples are held out (val); test is only evaluated.
+5,001 of the 60,000 training examples are held out (val). Test is only evaluated.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ jitter.numbers = 7  # uniforms for each picture
 
 
 def write_labelled(path: Path, shards: Path) -> None:
-    """Shards of LABELLED of train, of each class alike; the same for every seed."""
+    """Shards of LABELLED of train, of each class alike. The same for every seed."""
     train = open_shards(str(shards), Data(), "train")
     ids = split_by_class(train.labels, {"few": LABELLED}, seed=0)["few"]
     inputs, labels = train.inputs(ids)[:, 0], train.labels[ids]
@@ -202,7 +202,7 @@ def of_sweep(width: int, temperature: float) -> str:
 
 
 def ten_config(few: Path, shards: Path, seed: int) -> dict:
-    """Ten networks from ten seeds that know the labels of `few`; one of those trained longer."""
+    """Ten networks from ten seeds that know the labels of `few`. One of those trained longer."""
     config = base(shards, seed) | {
         "model": SMALL,
         "train": OF_SMALL | {"epochs": 12},

@@ -143,7 +143,7 @@ def has_no_weight(given: dict) -> bool:
 
 
 def missed(given: dict, q: np.ndarray) -> float:
-    """By how much q misses the conditions of the minimum, as a share of the mass; worst row."""
+    """By how much q misses the conditions of the minimum, as a share of the mass. Worst row."""
     ld = np.longdouble
     weights = given["weights"] or [1.0] * (1 + len(given["members"]))
     w = np.array(weights, ld) / (ld(max(weights)) or 1)
@@ -185,7 +185,7 @@ def missed(given: dict, q: np.ndarray) -> float:
 
 
 def judge(seed: int) -> str:
-    """ "exact" or "refused"; AssertionError for anything else."""
+    """ "exact" or "refused". AssertionError for anything else."""
     given, bad = problem(seed)
     dtype = random.Random(seed).choice([torch.float64] * 4 + [torch.float32] * 3 + [*HALVES])
     g = torch.from_numpy(given["g"]).to(dtype)
