@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.branches [--seeds N] [--keep DIR]
     OMP_NUM_THREADS=1 python -m benchmarks.branches --latency [--rounds N]
-    python -m benchmarks.branches [--latency] --quick       few classes and steps, in seconds
+    python -m benchmarks.branches [--latency] --quick  few classes and steps, in seconds
 
 The data are made so that the head is what is short: pictures of many classes in look-alike
 families, and an embedding of a few numbers.  One generalist is trained. Copies and branches start

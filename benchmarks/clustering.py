@@ -4,7 +4,8 @@
 
     (neither)  15,000 and 100,000 classes in 300 groups     8 minutes
     --million  1,000,000 classes in 1,000 groups            4 minutes
-    --gather   5,200 classes: the exact covariance against the 32 largest predictions     a minute
+    --gather   5,200 classes: the exact covariance against the 32 largest predictions
+               a minute
     --quick    800 and 3,200 classes in 16 groups           seconds
 
 Beside our methods stands "plain", what one would write with scikit-learn alone in a minute. "plain"

@@ -1,7 +1,8 @@
 """Decoded, shuffled samples per second: our stream, webdataset's pipeline and a bare tarfile loop.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data [--workers 0 1 2] [--rounds 7] [--seconds 2]
-    OMP_NUM_THREADS=1 python -m benchmarks.data --quick          seconds: does it run at all?
+    OMP_NUM_THREADS=1 python -m benchmarks.data [--workers 0 1 2] [--rounds 7]
+        [--seconds 2]
+    OMP_NUM_THREADS=1 python -m benchmarks.data --quick  seconds: does it run at all?
 
 All decode with trainer.data.decoding.image and make batches of 64.  With workers, each runs in as
 many workers of torch's DataLoader, the bare loop too: every worker reads its share of the shards.

@@ -1,7 +1,9 @@
 """What a head over very many classes costs, dense and in blocks, and a run with a million classes.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.head step [--rows 1024 --size 512 --classes 200000]
-    OMP_NUM_THREADS=1 python -m benchmarks.head run [--classes 1000000 --size 256 --ranks 2]
+    OMP_NUM_THREADS=1 python -m benchmarks.head step [--rows 1024 --size 512
+        --classes 200000]
+    OMP_NUM_THREADS=1 python -m benchmarks.head run [--classes 1000000 --size 256
+        --ranks 2]
     python -m benchmarks.head --quick           step with few rows and classes, in seconds
     python -m benchmarks.head run --quick       the other one so, in half a minute
 

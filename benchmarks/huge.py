@@ -1,8 +1,9 @@
 """Every stage of the method over a huge label set, what each takes, and how it grows.
 
-    python -m benchmarks.huge --classes 200000 --groups 2000 [--ranks 1 2] [--to runs/huge]
-    python -m benchmarks.huge --classes 200000 1000000       what each stage's cost grows by, too
-    python -m benchmarks.huge --quick                        seconds, 600 classes, no result
+    python -m benchmarks.huge --classes 200000 --groups 2000 [--ranks 1 2]
+        [--to runs/huge]
+    python -m benchmarks.huge --classes 200000 1000000  and how each stage's cost grows
+    python -m benchmarks.huge --quick  seconds, 600 classes, no result
 
 The same command goes on where it was interrupted.
 

@@ -1,7 +1,7 @@
 """Do the groups hold what is known to look alike?  By Unicode's list of confusables, and by pixels.
 
     python -m benchmarks.lookalikes RUN --picture docs/pictures/NAME.webp
-    python -m benchmarks.lookalikes --quick                   seconds: a run of its own, 60 glyphs
+    python -m benchmarks.lookalikes --quick  seconds: a run of its own, 60 glyphs
 
 RUN has `measure` done and classes named `A U+0041 ...`, as `referral shards glyphs` and
 benchmarks.characters do.  Printed: the share of pairs whose two classes share a group, beside

@@ -15,23 +15,25 @@ Every row is a run of `referral` below TO/seed-N.  A network is trained by one r
 it by its path.  Each row has top1, nll, multiplications (of one example), parameters, seconds (of
 training, with that of every network it is made of or learns from):
 
-    generalist        a linear network over hashed 2- to 4-grams, an embedding of 64, 6,000 steps of
-                      256, a fifth of the n-grams dropped
-    train_on          the generalist, trained for as long again from a third of the peak rate
+    generalist        a linear network over hashed 2- to 4-grams, an embedding of 64,
+                      6,000 steps of 256, a fifth of the n-grams dropped
+    train_on          the generalist, trained for as long again from a third of the peak
+                      rate
     wider             an embedding of 128: the multiplications of two generalists
     wider_parameters  an embedding of 258: the parameters of four generalists
     average           two generalists of other seeds, their probabilities averaged
     geometric         the same two, the geometric mean over all classes
     geometric_4       the geometric mean of four
-    shortlist         the generalist; the second one is asked about its 100 likeliest classes
+    shortlist         the generalist; the second one is asked about its 100 likeliest
+                      classes
     shortlist_4       the same, with three further generalists
-    rerank            the generalist, and a re-ranker that is trained on its shortlists of 50 for
-                      half the steps
+    rerank            the generalist, and a re-ranker that is trained on its shortlists of
+                      50 for half the steps
     copies            copies of the generalist for 24 groups of classes, joined by eq. 5
     copies_other      the same, but they start as the second generalist
     branches          branches of the generalist for these groups
-    student           one network of the generalist's size, taught by the geometric mean of four on
-                      what both see; soft targets alone, 5,000 steps
+    student           one network of the generalist's size, taught by the geometric mean
+                      of four on what both see; soft targets alone, 5,000 steps
     student_hard      the same network and examples, but labels
 
 "paired" has differences of two rows over the same test names, with half the 95 % interval.  With

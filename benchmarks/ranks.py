@@ -1,6 +1,7 @@
 """How much faster two ranks do a stage than one, and whether they find the same.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.ranks [--ranks 2] [--rounds 3] [--stages measure ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.ranks [--ranks 2] [--rounds 3]
+        [--stages measure ...]
     python -m benchmarks.ranks --quick          a minute: does it run at all?
 
 A run over made-up vectors of planted classes, whose networks are trained for a few steps: what a

@@ -1,6 +1,7 @@
 """What a re-ranker costs to train, and what it gives on real texts.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.rerank [--to runs/rerank] [--seed N] [--set KEY=VALUE]
+    OMP_NUM_THREADS=1 python -m benchmarks.rerank [--to runs/rerank] [--seed N]
+        [--set KEY=VALUE]
     python -m benchmarks.rerank --only steps|texts
     python -m benchmarks.rerank --quick          seconds, made-up names, no result
 

@@ -1,6 +1,7 @@
 """How long an answer takes: a generalist's, two networks' in full, and with a shortlist.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.shortlist [--onnx] [--classes 26386 --rounds 15]
+    OMP_NUM_THREADS=1 python -m benchmarks.shortlist [--onnx] [--classes 26386
+        --rounds 15]
     python -m benchmarks.shortlist --quick      few classes, in seconds
 
 Untrained MLPs of 64 and 256 numbers an embedding, batches of 1 and 256 rows, one thread.  The forms

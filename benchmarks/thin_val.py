@@ -1,6 +1,7 @@
 """By which predictions to find groups where val has few examples a class.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.thin_val [--sets naics clinc150 omniglot] [--seeds 0 1]
+    OMP_NUM_THREADS=1 python -m benchmarks.thin_val [--sets naics clinc150 omniglot]
+        [--seeds 0 1]
     python -m benchmarks.thin_val --quick       made-up classes, in seconds
 
 Of each class 30 % of the examples are test's, --val examples val's, and the others train's.  A
@@ -10,9 +11,10 @@ small network is trained on train, and groups are found by its predictions, with
     train     on train as it is
     views     on train as augmented for training
     both      on val and train together
-    crossed   on train, by two networks of as many steps, each of the half that it has not seen
-    naics_known and clinc150_known: the same networks without dropout, augmentation and label
-              smoothing, which know nearly all of train
+    crossed   on train, by two networks of as many steps, each of the half that it has not
+              seen
+    naics_known and clinc150_known: the same networks without dropout, augmentation
+              and label smoothing, which know nearly all of train
 
 Each is judged by the share of the network's errors on test, and on val, whose classes share a
 group, the figure of docs/clustering.md.  A minute of one core for each set and seed.  The last

@@ -5,7 +5,8 @@
     S            the branch's classes, |S| of them; the dustbin stands for all others
     z            the generalist's logits, [B, C]
     L            log sum_c exp z_c over all classes, [B]
-    cut          where branch and generalist part; what the generalist has there is [B, ...]
+    cut          where branch and generalist part; what the
+                 generalist has there is [B, ...]
     h            what the branch's embedding reads, [B, D]
     r            its correction, [B, |S| + 1], dustbin last
 

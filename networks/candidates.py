@@ -8,7 +8,8 @@
 
 A row's candidates are its label and its shortlist.  Its loss is - log (exp z_label / Z), where
 
-    Z = sum of exp z over the candidates + C / R * sum of exp z over what is drawn besides.
+    Z = sum of exp z over the candidates + C / R * sum of exp z over what is drawn
+    besides.
 
 Each class is drawn with probability R / C, so that Z, of which the candidates' part is exact, is
 the whole softmax's on average over the draws, whatever the shortlist (Horvitz & Thompson 1952).

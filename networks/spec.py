@@ -157,7 +157,8 @@ class ModelSpec:
         {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": rows}.
         The rows say what the dustbin is made of:
 
-        "all"    a row for every class: the dustbin is the log-sum-exp of those outside "members"
+        "all"    a row for every class: the dustbin is the log-sum-exp of those outside
+                 "members"
         "kept"   rows for the classes in the list "kept" and one row for all others
         "fresh"  one row
 

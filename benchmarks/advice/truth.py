@@ -2,7 +2,8 @@
 
 Below TO/SET/seed-S:
 
-    networks/NAME/        the network, cost.json, NAME's val.npy and test.npy: log p, float16 [N, C]
+    networks/NAME/        the network, cost.json, NAME's val.npy and test.npy: log p,
+                          float16 [N, C]
     copies, branches, rerank/    runs of `referral`, and beside them the same three files
     labels.npz            val and test
 

@@ -13,7 +13,8 @@ before. What is done is not done again, and what was interrupted goes on.
     train_on           trained on for as long again, from a third of the peak rate
     wider              its embedding as wide as the multiplications of `branches` allow
     wider_parameters   as wide as their parameters allow
-    average            two generalists (the second is the next seed's), probabilities averaged
+    average            two generalists (the second is the next seed's), probabilities
+                       averaged
     geometric          the same two, the geometric mean
     shortlist          the second one asked about the likeliest classes alone
     shortlist_4        three further ones asked

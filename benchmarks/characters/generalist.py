@@ -1,7 +1,7 @@
 """Generalists for Chinese characters, one run per seed: each is trained and measured.
 
     OMP_NUM_THREADS=1 python -m benchmarks.characters.generalist --data DIR --out RUNS
-    python -m benchmarks.characters.generalist --quick        seconds: 24 made-up characters
+    python -m benchmarks.characters.generalist --quick  seconds: 24 made-up characters
 
 DIR is what benchmarks.characters.data wrote.  The runs are RUNS/seed0, RUNS/seed1, ..., of
 characters.toml, measured on val. `referral run` resumes them, and the same command resumes what was

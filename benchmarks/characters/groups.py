@@ -1,7 +1,8 @@
 """What groups of confusable characters capture of a generalist's test errors, by every method.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.characters.groups --run RUN ... --out DIR [--groups 24]
-    python -m benchmarks.characters.groups --quick            seconds: 24 made-up characters
+    OMP_NUM_THREADS=1 python -m benchmarks.characters.groups --run RUN ... --out DIR
+        [--groups 24]
+    python -m benchmarks.characters.groups --quick  seconds: 24 made-up characters
 
 RUN: runs whose generalist and measure are done (benchmarks.characters.generalist makes them), one
 per seed.  Groups, disjoint and overlapping, are found on the predictions on val and without labels.

@@ -1,6 +1,7 @@
 """Specialists on 3,755 characters: ensemble, controls, rivals, students, and how bars are met.
 
-    python -m benchmarks.characters.headline --to runs/characters [--seeds 0 1 2] [--write]
+    python -m benchmarks.characters.headline --to runs/characters [--seeds 0 1 2]
+        [--write]
     python -m benchmarks.characters.headline --quick          seconds, no result
 
 Of each seed one run (headline.toml): generalist, specialists, control_wall, control_compute,
@@ -8,14 +9,16 @@ students of one and two times the generalist's parameters, and one of two times 
 images, each beside a twin that learns the labels of the same images alone.  Beside it further runs,
 which are copies of that one as far as they agree with it:
 
-    longer   the generalist from scratch, the same weights at the start, for twice the examples:
-             is it converged?
-    wider    a generalist that spends as many multiplications on an image as the ensemble does
-             (WIDER); one of the ensemble's 25 times the parameters would take a day, see tenfold
-    deep     as many generalists as the specialists' examples buy, two at least, averaged (beside it
-             stand, at no training of their own, means of the seeds' generalists)
-    tenfold  a generalist of ten times the parameters, only where --further names it: which errors
-             does it make too?
+    longer   the generalist from scratch, the same weights at the start, for twice the
+             examples: is it converged?
+    wider    a generalist that spends as many multiplications on an image as the ensemble
+             does (WIDER); one of the ensemble's 25 times the parameters would take a day,
+             see tenfold
+    deep     as many generalists as the specialists' examples buy, two at least, averaged
+             (beside it stand, at no training of their own, means of the seeds'
+             generalists)
+    tenfold  a generalist of ten times the parameters, only where --further names it:
+             which errors does it make too?
 
 Data are rendered once for all seeds (benchmarks.characters.data, two minutes). DATA/unseen has the
 fonts that nobody has seen.  What is done is not done again.  --sixth is the same trial on the first

@@ -1,6 +1,7 @@
 """Omniglot's 1,623 handwritten characters as one label set: generalist, specialists and controls.
 
-    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2] [--jobs 2] [--write]
+    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2]
+        [--jobs 2] [--write]
     python -m benchmarks.characters.omniglot --quick          seconds, no result
 
 Of each character's 20 drawers the first 13 train, two are val and five are test.  Pictures are made

@@ -1,6 +1,7 @@
 """What makes specialists pay?  Each question is a table, each row of it one change of the config.
 
-    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--sixth]
+    python -m benchmarks.characters.questions --to runs/characters
+        [--only QUESTION ...] [--sixth]
     python -m benchmarks.characters.questions --quick         seconds, no result
 
 Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its

@@ -1,6 +1,7 @@
 """A long tail: the characters again, of the rarest only a few images.  Where do specialists help?
 
-    python -m benchmarks.characters.tails --to runs/characters [--seeds 0 1 2] [--sixth] [--write]
+    python -m benchmarks.characters.tails --to runs/characters [--seeds 0 1 2]
+        [--sixth] [--write]
     python -m benchmarks.characters.tails --quick             seconds, no result
 
 Of the class that is the k-th most frequent of C, train and val keep MOST * RAREST ** (k / (C - 1))

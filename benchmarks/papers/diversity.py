@@ -1,7 +1,7 @@
 """How much of a deep ensemble's diversity a BatchEnsemble keeps, by what moves its training inputs.
 
     python -m benchmarks.papers.diversity --to runs/papers/diversity --write
-    python -m benchmarks.papers.diversity --quick                          seconds, no result
+    python -m benchmarks.papers.diversity --quick  seconds, no result
 
 Nam et al. 2021, "Diversity matters when learning from ensembles", their table of CIFAR-10, on a
 small net and a part of the data: the 50,000 training images of shared/data/cifar10 (re-encoded) are

@@ -1,8 +1,9 @@
 """Hydra, Tran et al. 2020: one body and fifty heads, each learns one member of an ensemble.
 
     python -m benchmarks.papers.hydra --to runs/papers/hydra --write
-    python -m benchmarks.papers.hydra --to runs/papers/hydra --regression --write      one minute
-    python -m benchmarks.papers.hydra --quick [--regression]                  seconds, no result
+    python -m benchmarks.papers.hydra --to runs/papers/hydra --regression
+        --write  one minute
+    python -m benchmarks.papers.hydra --quick [--regression]  seconds, no result
 
 MNIST, one run per seed: MEMBERS small conv nets. Then, all of one trunk and for as many steps, a
 student of their mean, Hydra (the student of half the time grows heads [100, 100, 10], phase two)

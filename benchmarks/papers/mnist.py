@@ -1,7 +1,7 @@
 """MNIST, Hinton, Vinyals & Dean 2015, sections 3 and 6: what soft targets carry.
 
     python -m benchmarks.papers.mnist --to runs/papers/mnist --write
-    python -m benchmarks.papers.mnist --quick                              seconds, no result
+    python -m benchmarks.papers.mnist --quick  seconds, no result
 
 Two runs per seed.  `ten`: ten small conv nets that know a tenth of the labels.  `table`: the
 regularised teacher, every student of it, and a conv net of the same size that learned from all ten.

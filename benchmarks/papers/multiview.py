@@ -1,8 +1,8 @@
 """Allen-Zhu & Li 2020, their data and network: an ensemble's gain, and what students keep of it.
 
-    python -m benchmarks.papers.multiview --to runs/papers/multiview --write      45 min of a core
-    python -m benchmarks.papers.multiview --to DIR --seeds 0 --small              a look, no result
-    python -m benchmarks.papers.multiview --quick                              seconds, no result
+    python -m benchmarks.papers.multiview --to runs/papers/multiview --write  45 minutes
+    python -m benchmarks.papers.multiview --to DIR --seeds 0 --small  a look, no result
+    python -m benchmarks.papers.multiview --quick  seconds, no result
 
 Each class has two features, its views. Almost every example shows both, a share mu only one.  One
 view is enough for most, and a network learns one view of each class and knows by heart what that

@@ -1,7 +1,7 @@
 """What students of a specialist ensemble keep, by their width, and specialists with a full softmax.
 
     python -m benchmarks.papers.specialists --to runs/papers/specialists --write
-    python -m benchmarks.papers.specialists --quick                        seconds, no result
+    python -m benchmarks.papers.specialists --quick  seconds, no result
 
 Hinton, Vinyals & Dean 2015, section 8: "we have not yet shown" that specialists go back into one
 network. Section 6.1: "currently exploring" specialists with a softmax over all classes.  The

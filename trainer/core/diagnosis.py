@@ -2,10 +2,13 @@
 
 The rule is `state_of`.  Its thresholds:
 
-    LEARNT     errors on train are at most so large a part of those on val: it knows train better
+    LEARNT     errors on train are at most so large a part of those on val: it knows train
+               better
     ALIKE      or at least so large a part: what it has learnt holds for val as well
-    FALLING    that twice the steps would lower the loss by, as it fell before the rate went down
-    SURE       standard errors that an estimate must be away from the threshold on the other side
+    FALLING    that twice the steps would lower the loss by, as it fell before the rate
+               went down
+    SURE       standard errors that an estimate must be away from the threshold on the
+               other side
     FEWEST     errors on val: of fewer nothing is told
 """
 

@@ -1,7 +1,8 @@
 """Rows of different lengths in memory-mapped files, written block by block.
 
     R   rows, numbered 0 .. R - 1; each is written once or not at all
-    n   entries of a row, of one or several fields: its classes, and their log-probabilities
+    n   entries of a row, of one or several fields: its classes, and their
+        log-probabilities
 
 A directory holds
 

@@ -7,8 +7,8 @@
 Kept are, in row id * V + view of SPLIT/NAME.npy,
 
     at_cut    float32 [N V, ...]   what a branch reads
-    general   float32 [N V, A]     what the head reads, for z of any classes; absent where at_cut is
-                                   the same
+    general   float32 [N V, A]     what the head reads, for z of any classes; absent
+                                   where at_cut is the same
     total     float64 [N V]        L: the other classes' share follows by subtraction
 
 Written block by block into memory-mapped files, which a second attempt goes on with.

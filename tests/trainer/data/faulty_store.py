@@ -1,7 +1,8 @@
 """A store of shards behind HTTP that fails in seeded ways, and what comes of a set fetched from it.
 
     python tests/trainer/data/faulty_store.py 50
-        fetches 50 sets whole and 50 through a window, each through faults of its own: `make soak`
+        fetches 50 sets whole and 50 through a window, each through faults of its own:
+        `make soak`
 
 Half of the directories that they are fetched to are shared with somebody who planted links there.
 A fault befalls one request.  Up to two in a row are survived. Three or more in a row are one line.
