@@ -2,9 +2,9 @@
 
     python tests/readability.py [--sentences N] [FILE ...]      (make readability)
 
-One row for each page and for each package's docstrings and comments.  Exits with 1 where a page, a
-package or all of them together are above BARS.  With --sentences it also prints the N longest
-sentences of each row that is above, with file and line.
+One row for each page and for each package's docstrings and comments.  Exits with 1 where a page, all
+pages, all docstrings and comments or everything together is above BARS: a package by itself may be.
+With --sentences it also prints the N longest sentences of each row that is above, with their lines.
 """
 
 from __future__ import annotations
@@ -290,10 +290,16 @@ def joined(name: str, readings: Iterable[Reading]) -> Reading:
     return total
 
 
-def everything() -> list[Reading]:
+def everything() -> tuple[list[Reading], list[Reading]]:
+    """(all rows, those of them that must hold the bars): each page and the totals."""
     of_pages, of_packages = read_pages(pages()), read_packages()
-    total = joined("all", [*of_pages, *of_packages])
-    return [*of_pages, joined("all pages", of_pages), *of_packages, total]
+    all_pages = joined("all pages", of_pages)
+    totals = [
+        joined("all docstrings and comments", of_packages),
+        joined("all", [*of_pages, *of_packages]),
+    ]
+    rows = [*of_pages, all_pages, *of_packages, *totals]
+    return rows, [*of_pages, all_pages, *totals]
 
 
 def table(readings: Iterable[Reading]) -> str:
@@ -325,13 +331,16 @@ def main() -> int:
     parser.add_argument("--sentences", type=int, default=0, metavar="N")
     parser.add_argument("files", nargs="*", type=Path)
     args = parser.parse_args()
-    readings = read_files(args.files) if args.files else everything()
+    if args.files:
+        readings = held = read_files(args.files)
+    else:
+        readings, held = everything()
     print(table(readings))
     for reading in readings:
         if reading.above and args.sentences:
             print(f"\n{reading.name}")
             print("\n".join(longest(reading, args.sentences)))
-    return 1 if any(reading.above for reading in readings) else 0
+    return 1 if any(reading.above for reading in held) else 0
 
 
 if __name__ == "__main__":

@@ -86,3 +86,11 @@ def test_a_row_is_above_where_it_has_more_than_the_bars():
     held.read("Five words are in this. " * 50 + "One; two; three.", "page.md:1")
     assert held.semicolons == 2 and held.semicolons_per_1000 > BARS.semicolons
     assert held.above == ["semicolons"]
+
+
+def test_pages_and_totals_of_this_repository_hold_the_bars():
+    rows, held = readability.everything()
+    assert {"README.md", "docs/combiner.md", "all"} <= {reading.name for reading in held}
+    assert len(rows) > len(held) > 20
+    above = [f"{reading.name}: {', '.join(reading.above)}" for reading in held if reading.above]
+    assert not above, f"{above}; python tests/readability.py --sentences 5 says where"

@@ -7,7 +7,7 @@ Nam et al. 2021, "Diversity matters when learning from ensembles", their table o
 small net and a part of the data: the 50,000 training images of shared/data/cifar10 (re-encoded) are
 split, of each class alike, into TRAIN to learn from, 5,000 val and 10,000 test. The rest is not
 used, and the 1,000 that the set calls test are measured too.  Nothing is augmented and T = 1:
-teachers know train by heart, agree on it and nowhere else, which is what ODS is for.
+teachers have memorised train, agree on it and nowhere else, which is what ODS is for.
 
 One run for each seed: four networks, and four BatchEnsembles of four members that learn one-to-one
 from them, alike in all but `perturb`.  Read from the finished run besides (--figures prints it

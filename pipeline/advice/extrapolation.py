@@ -52,7 +52,7 @@ class Evidence:
 
     error: of the generalist on val, a fraction above 0.
     fit: its error on train over that on val, inputs as they are: 1 of a network that errs alike on
-        both, 0 of one that knows its training examples by heart.
+        both, 0 of one that has memorised its training examples.
     fall: by what part twice the steps would lower the loss, as it fell before its rate went down.
         None where nothing says.
     has_bags: whether its inputs are bags of n-grams, which a student of it sees mixed.
@@ -133,7 +133,7 @@ TRAIN_ON_SD = 0.065
 
 
 def train_on(evidence: Evidence) -> LogRatio:
-    """What is left to learn is the fit's to say: next to nothing, where train is known by heart.
+    """What is left to learn is the fit's to say: next to nothing, where train is memorised.
 
     It is more where the loss still fell fast.  A pilot re-warms and errs more at first, so that it
     says little. One that gains already puts a floor to what as long again gains.
@@ -231,7 +231,7 @@ def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
 
 
 STUDENT = 0.03  # - s, whatever its teachers gain
-OF_TEACHERS = 0.25  # of what they gain, where the generalist knows train by heart
+OF_TEACHERS = 0.25  # of what they gain, where the generalist has memorised train
 STUDENT_SD = 0.065
 OF_MIXED = 1.0  # of what they gain, where it learns of mixed bags
 MIXED_SD, MIXED_SPREAD = 0.02, 0.45

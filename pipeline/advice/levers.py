@@ -212,7 +212,7 @@ def sees_bags(model: str) -> bool:
 def average_student(values: dict, entry: dict) -> Overrides:
     """Two generalists, and one student of both: the generalist's own network and schedule.
 
-    Teachers that know train by heart say little of it but its labels. Of mixed bags they say more.
+    Teachers that have memorised train say little of it but its labels. Of mixed bags they say more.
     """
     student = OF_BAGS if sees_bags(values["model"]["name"]) else {}
     return ensemble_of("deep", 2) | {"students": {STUDENT: dict(student)}}

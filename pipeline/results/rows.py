@@ -163,7 +163,7 @@ class Results(TypedDict):
 
     student: the row of the student called main.  dropped: specialists that the ensemble goes
     without, since no step of theirs was better on val than the generalist.  advice: in runs that
-    pilots advised, what came of it.
+    pilots advised and its measured gain.
     """
 
     generalist: Row

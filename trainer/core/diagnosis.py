@@ -106,7 +106,7 @@ def state_of(train: Fit, val: Fit, fall: Fall | None, taught: bool = True) -> st
 
     "data": it errs at most LEARNT times as often on train as on val.  "capacity": at least ALIKE
     times.  "steps": its loss still fell before its rate went down, on val, or on train where it is
-    not short of data (what is learnt by heart falls on train for ever).  "none": none of these, or
+    not short of data (on memorised examples the loss falls for ever).  "none": none of these, or
     there are too few examples to tell.
 
     fall: None where nobody knows how it was trained.  taught: whether it learned from these

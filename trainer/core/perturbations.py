@@ -2,7 +2,7 @@
 
 Of pictures: to where the members of an ensemble disagree.  Nam et al. 2021, "Diversity matters when
 learning from ensembles", after the output diversified sampling of Tashiro et al. 2020.
-Of bags: between two examples, where networks that know theirs by heart cannot answer from memory.
+Of bags: between two examples, where networks that memorised theirs cannot answer from memory.
 
 B batch, C classes, D numbers in one input. x inputs, floats scaled to 0..1.
 """

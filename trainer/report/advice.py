@@ -1,4 +1,4 @@
-"""The advice of pilots: every lever's gain against its cost, and what came of it."""
+"""The advice of pilots: every lever's gain against its cost, and its measured gain."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def _head(evidence: Evidence) -> dict[str, object]:
 
 
 def _advice(evidence: Evidence) -> AdviceSection | None:
-    """What pilots advised before the run, and what came of it."""
+    """What pilots advised before the run, and the gains that were measured."""
     advice = read_advice(evidence.run.root / FILE)
     return None if advice is None else advice_section(advice, evidence.results.get("advice"))
 

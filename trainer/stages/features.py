@@ -288,7 +288,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def say_features(session: Session, notes: dict[str, dict]) -> None:
-    """A word where the generalist knows train by heart: features say little about its errors."""
+    """A warning where the generalist has memorised train: features say little about its errors."""
     train, val = notes["train"]["top1"], notes["val"]["top1"]
     session.say(
         "kept features: %d samples of train in %d views, generalist %.1f %% right; %d of val, "

@@ -7,7 +7,7 @@ The shortlists are found once, of every input as it is, and kept in SPLIT/classe
 likeliest first.  A step of a re-ranker's then costs k rows of its head for each example, and some
 drawn ones for the batch.  These make its loss the whole softmax's on average whatever is on the
 lists (networks.candidates), so that lists need not be those of the augmented views that it sees,
-nor of a generalist that does not know its training data by heart.
+nor of a generalist that has not memorised its training data.
 """
 
 from __future__ import annotations
