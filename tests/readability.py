@@ -2,9 +2,9 @@
 
     python tests/readability.py [--sentences N] [FILE ...]      (make readability)
 
-One row for each page and for each package's docstrings and comments.  Exits with 1 where a page, all
-pages, all docstrings and comments or everything together is above BARS: a package by itself may be.
-With --sentences it also prints the N longest sentences of each row that is above, with their lines.
+One row for each page and for each package's docstrings and comments.  Exits with 1 where a page,
+all pages, all docstrings and comments or everything is above BARS.  A package by itself may be.
+With --sentences it also prints the N longest sentences of each row above, with their lines.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from trainer.__main__ import COMMANDS, parse
 from trainer.commands import shards
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [
     path
     for room in ("launch", "pipeline", "trainer")
