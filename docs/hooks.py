@@ -35,6 +35,7 @@ ELSEWHERE = {
 }
 WIDTH = 88  # columns of a help page
 LINK = re.compile(r"(!?\[[^\]\n]*\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+FILE_NAME = re.compile(r"^\[([\w/.-]+\.md)\]\($")  # a link whose words are a file's name
 PIPELINE = "![The stages of a run](docs/pictures/pipeline.svg)"  # the README's diagram, drawn
 
 
@@ -58,6 +59,16 @@ def _pages_of(nav: object) -> Iterator[str]:
     elif isinstance(nav, list):
         for part in nav:
             yield from _pages_of(part)
+
+
+def _titles_of(nav: object) -> Iterator[tuple[str, str]]:
+    """(page, what the navigation calls it)."""
+    for part in nav if isinstance(nav, list) else []:
+        for title, inner in part.items() if isinstance(part, dict) else []:
+            if isinstance(inner, str):
+                yield inner, title
+            else:
+                yield from _titles_of(inner)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -94,16 +105,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links between files of the repository become links between pages of the site."""
     source = page.file.src_uri
 
+    titles = dict(_titles_of(config.nav))
+
     def relinked(match: re.Match[str]) -> str:
         target = _in_site(_in_repository(match[2], source))
         relative = posixpath.relpath(target, posixpath.dirname(source) or ".")
-        return f"{match[1]}{relative}{match[3] or ''}{match[4]}"
+        words = FILE_NAME.sub(lambda name: f"[{titles.get(target, name[1])}](", match[1])
+        return f"{words}{relative}{match[3] or ''}{match[4]}"
 
     if source == "index.md":
         markdown, count = re.subn(r"```mermaid\n.*?```", PIPELINE, markdown, flags=re.DOTALL)
         if count > 1:
             log.warning("README.md has %d diagrams, and the site a picture of one", count)
-    return LINK.sub(relinked, markdown)
+    markdown = LINK.sub(relinked, markdown)
+    return re.sub(r"(?<=[\d*]) ± (?=\d)", "\u00a0±\u00a0", markdown)  # on one line
 
 
 def _in_repository(link: str, page: str) -> str:
