@@ -79,7 +79,7 @@ lint: install
 	touch $@
 
 docs: .venv/.docs
-	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -P -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -P -m mkdocs build --strict
 	@echo 'build/site is written; to read it: python -m http.server --directory build/site'
 
 # How long the sentences of docs, docstrings and comments are; a test holds the same bars.

@@ -20,7 +20,7 @@ def site(tmp_path_factory):
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package, reason="pip install -e '.[docs]'")
     out = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict", "--quiet"]
+    command = [sys.executable, "-P", "-m", "mkdocs", "build", "--strict"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(
         [*command, "--site-dir", str(out)],
