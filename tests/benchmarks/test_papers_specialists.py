@@ -127,7 +127,7 @@ def test_a_mean_over_seeds_names_each_seed_and_no_gain_is_no_share():
 def test_the_verdict_counts_the_seeds_that_pass():
     good, poor = results(), results(distilled=row(0.92, 0.3), hard=row(0.93, 0.35))
     assert script.verdicts([good, poor])[0] == (
-        "* 1 x: keeps at least 70 % of the gain in top-1 at 1 of 2 seeds; "
+        "* 1 x: keeps at least 70 % of the gain in top-1 at 1 of 2 seeds, "
         "fewer errors than its twin at 1 (by 20, -10), a lower NLL at 2 (by 0.100, 0.050)."
     )
 
