@@ -25,7 +25,7 @@ else
 endif
 	touch $@
 
-.PHONY: install demo test test-all test-matrix gpu soak lint dist
+.PHONY: install demo test test-all test-matrix gpu soak lint dist docs readability
 install: .venv/.installed
 
 demo: install
@@ -78,3 +78,16 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --level error
+
+# The site, to build/site: without the network once its packages are there.  Broken links fail.
+.venv/.docs: .venv/.installed
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: .venv/.docs
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(BIN)/python -P -m mkdocs build --strict
+	@echo 'build/site is written; to read it: python -m http.server --directory build/site'
+
+# How long the sentences of docs, docstrings and comments are; a test holds the same bars.
+readability: install
+	$(BIN)/python tests/readability.py --sentences 5

@@ -2,16 +2,16 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.branches [--seeds N] [--keep DIR]
     OMP_NUM_THREADS=1 python -m benchmarks.branches --latency [--rounds N]
-    python -m benchmarks.branches [--latency] --quick       few classes and steps, in seconds
+    python -m benchmarks.branches [--latency] --quick  few classes and steps, in seconds
 
 The data are made so that the head is what is short: pictures of many classes in look-alike
-families, and an embedding of a few numbers.  One generalist is trained; copies and branches start
+families, and an embedding of a few numbers.  One generalist is trained. Copies and branches start
 from it, with the same groups, steps and batches, in one process on one thread.  Every stage is the
 product's own.  The last line of the output is one JSON object with a row for each seed.
 
 --latency measures how long an answer takes instead, as ONNX in onnxruntime on one thread: untrained
 MLPs of 64 and 256 numbers an embedding, 26,386 classes, 88 groups, branches of 64 numbers, one and
-two branches a row, batches of 1 and 256.  The ensemble and its generalist take turns; ratios are
+two branches a row, batches of 1 and 256.  The ensemble and its generalist take turns. Ratios are
 medians of each round's, of the process's CPU time.  The bar is 1.3.  `wide head` is the generalist
 with its head's bias as the weight of a further feature, as the ensemble's program has it.
 """
@@ -53,7 +53,7 @@ from trainer.distributed.ranks import process_group
 from trainer.session import Session
 from trainer.stages import run_together
 
-SIDE, FAMILY = 20, 10  # pixels; classes that look alike
+SIDE, FAMILY = 20, 10  # pixels. Classes that look alike
 SETTINGS: dict[str, Any] = {
     "classes": 1000,
     "train": 60,

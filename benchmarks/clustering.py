@@ -4,11 +4,12 @@
 
     (neither)  15,000 and 100,000 classes in 300 groups     8 minutes
     --million  1,000,000 classes in 1,000 groups            4 minutes
-    --gather   5,200 classes: the exact covariance against the 32 largest predictions     a minute
+    --gather   5,200 classes: the exact covariance against the 32 largest predictions
+               a minute
     --quick    800 and 3,200 classes in 16 groups           seconds
 
 Beside our methods stands "plain", what one would write with scikit-learn alone in a minute. "plain"
-and "minibatch", not refined, take turns for --rounds rounds; their ratio is the median of the
+and "minibatch", not refined, take turns for --rounds rounds. Their ratio is the median of the
 rounds'.
 
 Each line is a case. Each case is one process of its own, so that its peak memory is its own
@@ -48,7 +49,7 @@ BATCH = 8192
 
 
 class Case(NamedTuple):
-    """Planted groups, and who is to find them; method "plain" is scikit-learn alone."""
+    """Planted groups, and who is to find them. Method "plain" is scikit-learn alone."""
 
     num_classes: int
     num_groups: int

@@ -8,7 +8,7 @@
     python -m benchmarks.combiner --exactness [--trained RUN]
 
 Each call is timed in turn with the softmax, on one thread.  Where the machine does other work, wall
-time is partly that work's; CPU time is not, but for the caches.
+time is partly that work's. CPU time is not, but for the caches.
 
 The last line is one JSON object: {"conditions", "speed", "adam", "sparse", "exactness", "seconds"}.
 Times are in milliseconds.
@@ -39,7 +39,7 @@ BARS = {"- L-BFGS": 1e-9, "- Adam": 1e-9, "KKT f64": 1e-8, "KKT f32": 1e-4}
 
 
 class Problem(NamedTuple):
-    """groups; g [B, C]; p[m] [B, |S_m| + 1], the dustbin last."""
+    """groups. g [B, C]. p[m] [B, |S_m| + 1], the dustbin last."""
 
     groups: ClassGroups
     g: Tensor
@@ -201,7 +201,7 @@ Errors = dict[str, float]  # keys: those of BARS
 def measure(
     problem: Problem, active: Tensor | None = None, weights: Tensor | None = None
 ) -> Errors:
-    """What BARS names, for predictions in float64; p[m] is not read where it is not active."""
+    """What BARS names, for predictions in float64. p[m] is not read where it is not active."""
     groups, g, p = problem
     if active is None:
         active = torch.ones(len(g), len(p), dtype=torch.bool)
@@ -438,7 +438,7 @@ def adam_step(quick: bool, ours: float) -> float:
 
 
 class SparseProblem(NamedTuple):
-    """groups; active [B, M]; indices [B, k]; g [B, k + 1], the tail last; p as Problem has it."""
+    """groups. active [B, M]. indices [B, k]. g [B, k + 1], the tail last. p as Problem has it."""
 
     groups: ClassGroups
     active: Tensor

@@ -1,11 +1,12 @@
 """Decoded, shuffled samples per second: our stream, webdataset's pipeline and a bare tarfile loop.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.data [--workers 0 1 2] [--rounds 7] [--seconds 2]
-    OMP_NUM_THREADS=1 python -m benchmarks.data --quick          seconds: does it run at all?
+    OMP_NUM_THREADS=1 python -m benchmarks.data [--workers 0 1 2] [--rounds 7]
+        [--seconds 2]
+    OMP_NUM_THREADS=1 python -m benchmarks.data --quick  seconds: does it run at all?
 
 All decode with trainer.data.decoding.image and make batches of 64.  With workers, each runs in as
 many workers of torch's DataLoader, the bare loop too: every worker reads its share of the shards.
-("in process" has no worker and hands nothing over, so it is no like for like; it shows what a
+("in process" has no worker and hands nothing over, so it is no like for like, it shows what a
 worker costs.)
 
 They take turns, round by round, each for about `seconds`.  A ratio is taken within a round, and the
@@ -18,7 +19,7 @@ class, over the number expected of a fair draw without replacement (`expected_di
 The last line is one JSON object with all of it:
     {"rates": [{"pictures", "workers", "samples", "passes", "rounds", "run", "rate", "ours_over"}],
      "mixing": [{"run", "mean", "fair", "least"}]}
-rate is per second and worker; ours_over is {"median", "least", "largest"} of the ratios.
+rate is per second and worker. ours_over is {"median", "least", "largest"} of the ratios.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """What a head over very many classes costs, dense and in blocks, and a run with a million classes.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.head step [--rows 1024 --size 512 --classes 200000]
-    OMP_NUM_THREADS=1 python -m benchmarks.head run [--classes 1000000 --size 256 --ranks 2]
+    OMP_NUM_THREADS=1 python -m benchmarks.head step [--rows 1024 --size 512
+        --classes 200000]
+    OMP_NUM_THREADS=1 python -m benchmarks.head run [--classes 1000000 --size 256
+        --ranks 2]
     python -m benchmarks.head --quick           step with few rows and classes, in seconds
     python -m benchmarks.head run --quick       the other one so, in half a minute
 
@@ -14,7 +16,7 @@ medians, and within one call.
 run: `trainer generalist` itself, by torchrun, with engine.shard_head: an MLP with `size` features
 and `classes` labels, one example each of some of them, AdamW.  It is killed a step after its first
 checkpoint and begun again: the rest of the steps, validation, a checkpoint, export.  Resident sizes
-of all its processes are added up every 50 ms; pages that they share count twice.
+of all its processes are added up every 50 ms. Pages that they share count twice.
 
 The last line of the output is one JSON object with what was measured.
 """

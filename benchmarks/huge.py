@@ -1,14 +1,15 @@
 """Every stage of the method over a huge label set, what each takes, and how it grows.
 
-    python -m benchmarks.huge --classes 200000 --groups 2000 [--ranks 1 2] [--to runs/huge]
-    python -m benchmarks.huge --classes 200000 1000000       what each stage's cost grows by, too
-    python -m benchmarks.huge --quick                        seconds, 600 classes, no result
+    python -m benchmarks.huge --classes 200000 --groups 2000 [--ranks 1 2]
+        [--to runs/huge]
+    python -m benchmarks.huge --classes 200000 1000000  and how each stage's cost grows
+    python -m benchmarks.huge --quick  seconds, 600 classes, no result
 
 The same command goes on where it was interrupted.
 
 The inputs are vectors of 64 numbers.  Classes come in families of 100: a family's centre is drawn
 from a normal distribution, a class's centre lies NEAR from it, and an example NOISE from that, so
-that a class is confused with its family.  Of each class TRAIN examples are for training; val and
+that a class is confused with its family.  Of each class TRAIN examples are for training. Val and
 test have HELD_OUT examples each, of classes drawn at random.
 
 Generalist: one hidden layer of 64 numbers and a head of all classes whose labels meet some of the
@@ -17,7 +18,7 @@ others (train.negatives).  Groups are found by its predictions for MEASURED exam
 and learns what all of them say.
 
 Each stage is a process of its own, or under torchrun --ranks of them where it scales.  seconds are
-on the clock; cpu_s those of all its processes; peak_bytes the largest resident set of one process,
+on the clock. cpu_s those of all its processes. peak_bytes the largest resident set of one process,
 files that it maps included.  The last line is one JSON object.
 """
 
@@ -56,14 +57,14 @@ def family_centres(classes: int, seed: int = 0) -> np.ndarray:
 
 
 def class_centres(classes: int, seed: int = 0) -> np.ndarray:
-    """float32 [classes, NUMBERS]; neighbours in number are a family."""
+    """float32 [classes, NUMBERS]. Neighbours in number are a family."""
     random = np.random.default_rng([seed, 1])
     own = random.standard_normal((classes, NUMBERS), dtype=np.float32)
     return np.repeat(family_centres(classes, seed), FAMILY, axis=0)[:classes] + NEAR * own
 
 
 def write_split(folder: Path, split: str, centres: np.ndarray, labels: np.ndarray) -> str:
-    """X and Y of a split as npy files; returns what `shards arrays` calls them."""
+    """X and Y of a split as npy files. Returns what `shards arrays` calls them."""
     random = np.random.default_rng([1, len(labels), ord(split[1])])
     x_file, y_file = folder / f"{split}-x.npy", folder / f"{split}-y.npy"
     shape = (len(labels), NUMBERS)
@@ -127,7 +128,7 @@ def config_of(classes: int, given: argparse.Namespace, shards: Path) -> dict:
 
 
 def stages_of(run: RunDirectory) -> Iterator[tuple[str, list[Stage]]]:
-    """Name -> stages that one command does; specialists are known once there are groups."""
+    """Name -> stages that one command does. Specialists are known once there are groups."""
     done: set[str] = set()
     while True:
         waiting = [stage for stage in open_run(run.root).stages if stage.place not in done]
@@ -185,7 +186,7 @@ def together(row: dict, before: dict) -> dict:
 
 
 def measure_run(root: Path, classes: int, ranks: int, given: argparse.Namespace) -> dict:
-    """All stages, those that are done by what they took; rows of the results."""
+    """All stages, those that are done by what they took. Rows of the results."""
     kept = root / "measured.json"
     stages = read_json(kept) if kept.exists() else {}
 

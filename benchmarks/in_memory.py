@@ -22,6 +22,6 @@ class InMemory(ShardSet):
         self._first = inputs.shape[1:], inputs.dtype
 
     def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:
-        """See ShardSet; nothing is unreadable."""
+        """See ShardSet. Nothing is unreadable."""
         inputs[rows] = self.rows[ids]
         return {}

@@ -1,12 +1,12 @@
 """Do the groups hold what is known to look alike?  By Unicode's list of confusables, and by pixels.
 
     python -m benchmarks.lookalikes RUN --picture docs/pictures/NAME.webp
-    python -m benchmarks.lookalikes --quick                   seconds: a run of its own, 60 glyphs
+    python -m benchmarks.lookalikes --quick  seconds: a run of its own, 60 glyphs
 
 RUN has `measure` done and classes named `A U+0041 ...`, as `referral shards glyphs` and
 benchmarks.characters do.  Printed: the share of pairs whose two classes share a group, beside
 chance (the same groups, the classes relabelled at random), for disjoint groups and for two and
-three to a class; the groups are found anew, without labels and without the list.  Pairs: those that
+three to a class. The groups are found anew, without labels and without the list.  Pairs: those that
 Unicode lists (TR 39, two characters of one prototype), and each class with the class whose mean
 image is nearest to its own.  The picture: the groups most worth a specialist, then the listed
 pairs.
@@ -102,7 +102,7 @@ def together(groups: ClassGroups, pairs: list[Pair]) -> tuple[float, float]:
 
 
 def characters_of(class_names: Sequence[str], merged: list[dict]) -> list[str]:
-    """The characters of each class, by its name; of several that were merged, by merged.json."""
+    """The characters of each class, by its name. Of several that were merged, by merged.json."""
     characters = ["".join(map(decoded, CODE.findall(name))) for name in class_names]
     for row in merged:
         codes = [CODE.findall(name)[0] for name in row["characters"]]
@@ -285,7 +285,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 
 
 def read_list(quick: bool) -> str:
-    """Unicode's list; of a quick look some of its lines, where the list is absent."""
+    """Unicode's list. Of a quick look some of its lines, where the list is absent."""
     if quick and not LISTED.exists():
         return "0031 ; 006C ; MA\n0049 ; 006C ; MA\n006C ; 006C ; MA\n0030 ; 004F ; MA\n"
     lab.require(LISTED)

@@ -1,6 +1,7 @@
 """What an ensemble of many specialists holds and takes to answer rows of a huge label set.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.many_specialists [--classes C] [--groups M] [--rows N]
+    OMP_NUM_THREADS=1 python -m benchmarks.many_specialists [--classes C] [--groups M]
+        [--rows N]
     python -m benchmarks.many_specialists --quick          seconds, no result
 
 Made-up networks: a generalist of 64 numbers an embedding, and specialists in two memberships that
@@ -8,8 +9,8 @@ keep the rows of 100 other classes and one for the rest.  Each form runs in a pr
 gives the metrics' numbers of every row (top 5, log-probability of the label, sum of squares):
 
     generalist   the generalist alone
-    whole        every specialist read at first, with all classes' names, and rows of C numbers, as
-                 before there were listed rows
+    whole        every specialist read at first, with all classes' names, and rows of C
+                 numbers, as before there were listed rows
     listed       specialists read when rows need them, and rows that list some classes
 
 CPU seconds are the process's own, without its start; peak memory is what its resident set grows by
@@ -242,7 +243,7 @@ def measure_ratios(root: Path, rows: int, rounds: int) -> dict:
 
 
 def begin_peak() -> int:
-    """The resident set's bytes; from here on `peak` is of what comes."""
+    """The resident set's bytes. From here on `peak` is of what comes."""
     Path("/proc/self/clear_refs").write_text("5")
     return resident("VmRSS")
 

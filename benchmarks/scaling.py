@@ -10,7 +10,7 @@ Bytes held  the storages of all tensors alive between two steps, between backwar
 Bytes sent  the tensors given to each collective in one step, from torch's profiler, as a ring of R
             ranks moves them.
 
-Each engine prints its row as a JSON object; the last line is {"rows": [all of them]}.
+Each engine prints its row as a JSON object. The last line is {"rows": [all of them]}.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def engine_config(name: str) -> Engine:
 
 
 def measure(name: str, width: int) -> None:
-    """One process of the job that `main` started; rank 0 prints one JSON line."""
+    """One process of the job that `main` started. Rank 0 prints one JSON line."""
     config = engine_config(name)
     with process_group(config) as ranks:
         engine = build_engine(config, ranks)
@@ -134,7 +134,7 @@ def largest_layer(spec: ModelSpec) -> int:
 
 
 def sent_bytes(events: Iterable, ranks: int) -> dict[str, float]:
-    """Bytes that a ring of `ranks` moves on each, by kind of collective; events: a profile's."""
+    """Bytes that a ring of `ranks` moves on each, by kind of collective. events: a profile's."""
     sent: dict[str, float] = {}
     for event in events:
         collective = COLLECTIVE.fullmatch(event.name)
@@ -165,7 +165,7 @@ def storages() -> int:
 
 
 def largest(shapes: Iterable) -> int:
-    """Entries of the largest of some inputs' shapes; inputs that are no tensors have none."""
+    """Entries of the largest of some inputs' shapes. Inputs that are no tensors have none."""
     sizes = [0]
     for shape in shapes:
         total = 1
@@ -176,7 +176,7 @@ def largest(shapes: Iterable) -> int:
 
 
 def run_engine(engine: str, options: argparse.Namespace) -> dict:
-    """Start the processes of one engine; their row."""
+    """Start the processes of one engine. Their row."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(options.processes), "-m", "benchmarks.scaling"]
     command += ["--child", engine, "--width", str(options.width)]

@@ -32,7 +32,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(shape) -> nn.Module:
-    """He et al. 2015: 3, 4, 6 and 3 bottlenecks; 2,048 features."""
+    """He et al. 2015: 3, 4, 6 and 3 bottlenecks. 2,048 features."""
     layers = [
         nn.Conv2d(shape[0], 64, 7, 2, 3, bias=False),
         nn.BatchNorm2d(64),

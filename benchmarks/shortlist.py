@@ -1,12 +1,13 @@
 """How long an answer takes: a generalist's, two networks' in full, and with a shortlist.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.shortlist [--onnx] [--classes 26386 --rounds 15]
+    OMP_NUM_THREADS=1 python -m benchmarks.shortlist [--onnx] [--classes 26386
+        --rounds 15]
     python -m benchmarks.shortlist --quick      few classes, in seconds
 
 Untrained MLPs of 64 and 256 numbers an embedding, batches of 1 and 256 rows, one thread.  The forms
-take turns, so that a shared machine troubles all alike; each number is a median of the rounds, in
+take turns, so that a shared machine troubles all alike. Each number is a median of the rounds, in
 milliseconds.  Ratios are medians of each round's.  They are of the process's own CPU time, because
-a shared machine's clock says little; the clock's stand beside them.  `full` is the geometric mean
+a shared machine's clock says little. The clock's stand beside them.  `full` is the geometric mean
 of both over all classes, `trunk` the second network's trunk by itself.  With --onnx the same is
 measured in onnxruntime, where it is installed.  `wide head` is the generalist with its head's bias
 as the weight of a further feature, as the ensembles' ONNX programs have it.

@@ -1,7 +1,7 @@
 """What the runner on Slurm costs, measured on the loopback Slurm of tests/slurm.
 
-    python -m benchmarks.slurm [SECONDS]     8 minutes; needs slurmctld, slurmd, munged and root
-    python -m benchmarks.slurm --quick       seconds, no Slurm: only a dry run of 200 specialists
+    python -m benchmarks.slurm [SECONDS]  8 minutes, needs slurmctld, slurmd, munged, root
+    python -m benchmarks.slurm --quick    seconds, no Slurm: a dry run of 200
 
 Planning: the wall clock of `referral run --on slurm --dry-run` for 200 specialists.
 Submitting: that of `referral run --on slurm` for as many.  Both have Python's start in them.

@@ -1,6 +1,7 @@
 """By which predictions to find groups where val has few examples a class.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.thin_val [--sets naics clinc150 omniglot] [--seeds 0 1]
+    OMP_NUM_THREADS=1 python -m benchmarks.thin_val [--sets naics clinc150 omniglot]
+        [--seeds 0 1]
     python -m benchmarks.thin_val --quick       made-up classes, in seconds
 
 Of each class 30 % of the examples are test's, --val examples val's, and the others train's.  A
@@ -10,9 +11,10 @@ small network is trained on train, and groups are found by its predictions, with
     train     on train as it is
     views     on train as augmented for training
     both      on val and train together
-    crossed   on train, by two networks of as many steps, each of the half that it has not seen
-    naics_known and clinc150_known: the same networks without dropout, augmentation and label
-              smoothing, which know nearly all of train
+    crossed   on train, by two networks of as many steps, each of the half that it has not
+              seen
+    naics_known and clinc150_known: the same networks without dropout, augmentation
+              and label smoothing, which know nearly all of train
 
 Each is judged by the share of the network's errors on test, and on val, whose classes share a
 group, the figure of docs/clustering.md.  A minute of one core for each set and seed.  The last
@@ -43,7 +45,7 @@ from benchmarks.papers import lab
 from clustering import PredictionStatistics, captured_confusion, group_classes, predictions_to_keep
 
 TEST = 0.3  # of each class
-BINS, DROPPED = 2048, 0.2  # of hashed n-grams; the share that a training view is without
+BINS, DROPPED = 2048, 0.2  # of hashed n-grams. The share that a training view is without
 CLASSES_PER_GROUP, FEWEST_GROUPS = 60, 8
 OVERLAPS = (1, 2)
 BATCH, MEASURED = 128, 1024
@@ -154,7 +156,7 @@ SETS: dict[str, Callable[[], Task]] = {
 
 
 class Network(nn.Module):
-    """One hidden layer over vectors, or three convolutions over pictures; then the classes."""
+    """One hidden layer over vectors, or three convolutions over pictures. Then the classes."""
 
     def __init__(self, task: Task):
         super().__init__()
@@ -231,7 +233,7 @@ def predictions(network: Network, x: Tensor, generator: torch.Generator | None =
 
 
 def split(task: Task, seed: int, val: int) -> dict[str, Part]:
-    """train, val and test, class by class; val: examples of each class at most."""
+    """train, val and test, class by class. val: examples of each class at most."""
     rng = np.random.default_rng(seed)
     rows: dict[str, list[np.ndarray]] = {"train": [], "val": [], "test": []}
     for label in range(task.num_classes):

@@ -56,7 +56,7 @@ class Times:
 
 
 def measure(forms: Forms, raw: Tensor, rounds: int) -> dict[str, Times]:
-    """Milliseconds of one call of each form; the forms take turns."""
+    """Milliseconds of one call of each form. The forms take turns."""
     calls = CALLS_OF_ONE_ROW if len(raw) == 1 else 1
     times = {name: Times([], []) for name in forms}
     for call in forms.values():

@@ -10,10 +10,10 @@
 Both train the same network, with the same batch and precision.  The bare loops are written below:
 DistributedDataParallel, or deepspeed.initialize, over decoded inputs in memory.  Ours draws the
 same inputs through the training stream, and logs, agrees on stop signals and feeds its watchdog as
-always.  In each process the two take turns, round by round; the medians' ratio is what counts, not
+always.  In each process the two take turns, round by round. The medians' ratio is what counts, not
 the rates.
 
-Each case prints its row as a JSON object; the last line is {"rows": [all of them]}.
+Each case prints its row as a JSON object. The last line is {"rows": [all of them]}.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def synchronise(ranks: Ranks) -> None:
 
 
 def measure(shape_name: str, engine_name: str, options: argparse.Namespace) -> None:
-    """One process of the job that `main` started; rank 0 prints one JSON line."""
+    """One process of the job that `main` started. Rank 0 prints one JSON line."""
     engine = Engine(name=engine_name, zero_stage=1, device=options.device)
     shape = SHAPES[shape_name]
     with process_group(engine) as ranks:
@@ -286,7 +286,7 @@ def training_flops(case: Case) -> float:
 
 
 def run_case(shape: str, engine: str, processes: int, options: argparse.Namespace) -> dict:
-    """Start the processes of one case; their row."""
+    """Start the processes of one case. Their row."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), "-m", "benchmarks.training"]
     command += ["--child", shape, engine, "--device", options.device]

@@ -20,7 +20,7 @@ def group_trained_classes(
     weights: ArrayLike | None = None,
     **options,
 ) -> ClassGroups:
-    """Groups of the classes that have training examples; each other class joins its nearest group.
+    """Groups of the classes that have training examples. Each other class joins its nearest group.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ def group_trained_classes(
     Returns
     -------
     ClassGroups
-        G groups; every class is in at least one, and a class with examples in each.
+        G groups. Every class is in at least one, and a class with examples in each.
 
     Raises
     ------

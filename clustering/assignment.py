@@ -25,7 +25,7 @@ def assign(scores: np.ndarray, room: np.ndarray, weights: np.ndarray | None = No
     A full group keeps who would lose most. Heavy rows choose before those of less than half their
     weight, which fit into what is left.
     scores: [B, G], -inf where a row may not go.  room: int [G].  weights: int [B], the room that
-    each row takes; None: 1 each.
+    each row takes. None: 1 each.
     Returns int32 [B], -1 where no room is left.
     """
     room = room.copy()
@@ -70,7 +70,7 @@ def _let_choose(
 
 
 def place(scores: np.ndarray, room: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """As `assign`, but every row gets a group; where no room is left, the one with most room.
+    """As `assign`, but every row gets a group. Where no room is left, the one with most room.
 
     A row that fits nowhere chooses first, so that a class above the bound is alone in its group.
     scores [B, G] is overwritten.  Returns int32 [B].
@@ -126,9 +126,9 @@ def local_search(
     however many groups they share. Each step takes a random part of the classes out and puts them
     back where they meet the most affinity not yet met. The best state seen is returned: the one
     that catches most, of those least above max_size.
-    similarity: breaks ties, at a weight below any affinity that matters; after it, room does.
-    wanted: int [C], how many of its r memberships each class is to have; None: all.
-    weights: int [C], what each class counts for in a group's size; None: 1 each.
+    similarity: breaks ties, at a weight below any affinity that matters. After it, room does.
+    wanted: int [C], how many of its r memberships each class is to have. None: all.
+    weights: int [C], what each class counts for in a group's size. None: 1 each.
     """
     if wanted is None:
         wanted = np.full(len(member_of), member_of.shape[1])
@@ -170,7 +170,7 @@ def join_where_it_pays(
 ) -> np.ndarray:
     """Further memberships, best first, until the groups catch `coverage` of `mutual`.
 
-    member_of [C, r]: its -1 are what may be filled; the result has its shape. A class that would
+    member_of [C, r]: its -1 are what may be filled. The result has its shape. A class that would
     meet nothing new joins nothing. Each round lets the classes that gain most join one group more,
     an eighth of all at most. Then it searches anew, by affinity, where everybody belongs.
     max_size(wanted): the largest size of a group when each class has so many memberships.
@@ -217,7 +217,7 @@ def captured_mass(affinity: csr_array, member_of: np.ndarray) -> float:
 def sizes_of(
     member_of: np.ndarray, num_groups: int, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """Classes per group, or the sum of their weights int [len(member_of)]; int [G]."""
+    """Classes per group, or the sum of their weights int [len(member_of)]. int [G]."""
     present = member_of >= 0
     if weights is None:
         return np.bincount(member_of[present], minlength=num_groups)
@@ -310,7 +310,7 @@ def _placed(
 ) -> tuple[np.ndarray, np.ndarray]:
     """New memberships [B, r] of a block of classes, and the groups' sizes [G] with them.
 
-    unmet: the block's affinities to all classes, csr [B, C]; what is met is set to 0 in place.
+    unmet: the block's affinities to all classes, csr [B, C]. What is met is set to 0 in place.
     memberships: csr [C, G], those of all classes before.  ties: [G] or [B, G].  wanted, weights:
     int [B].
     """
@@ -323,7 +323,7 @@ def _placed(
             taken = np.flatnonzero(placed[:, previous] >= 0)
             scores[taken, placed[taken, previous]] = -np.inf
         scores[wanted <= turn] = -np.inf
-        # Every class is in a group; a further membership is given up where no room is left.
+        # Every class is in a group. A further membership is given up where no room is left.
         give = assign if turn else place
         placed[:, turn] = give(scores, max_size - sizes, weights)
         sizes = sizes + sizes_of(placed[:, turn], len(sizes), weights)

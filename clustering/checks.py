@@ -4,7 +4,7 @@ import numpy as np
 
 
 def checked_labels(labels: np.ndarray, batch: int, num_classes: int) -> np.ndarray:
-    """labels [B] as int64; ValueError for another shape or type, or a label out of range."""
+    """labels [B] as int64. ValueError for another shape or type, or a label out of range."""
     if labels.shape != (batch,) or labels.dtype.kind not in "iu":
         raise ValueError(
             f"labels are {labels.dtype} {labels.shape}; "
@@ -21,7 +21,7 @@ def checked_labels(labels: np.ndarray, batch: int, num_classes: int) -> np.ndarr
 
 
 def checked_probabilities(p_BC: np.ndarray, num_classes: int) -> np.ndarray:
-    """p_BC as float64; ValueError unless its rows are distributions over num_classes classes."""
+    """p_BC as float64. ValueError unless its rows are distributions over num_classes classes."""
     if p_BC.shape[1] != num_classes:
         raise ValueError(
             f"probabilities have {p_BC.shape[1]} columns, the statistics {num_classes} classes"

@@ -3,14 +3,16 @@
 The function declares, by name, those of the arguments below that it reads, and gets no others.
 It returns a `clustering.methods.InitialGroups`, which `group_classes` bounds and refines.
 
-    statistics       PredictionStatistics of C classes; holds at least one example; who reads its
-                     covariance is in READ_COVARIANCE
-    confused         affinity of the classes, float32 csr_array [C, C], symmetric, zero diagonal
+    statistics       PredictionStatistics of C classes; holds at least one example; who
+                     reads its covariance is in READ_COVARIANCE
+    confused         affinity of the classes, float32 csr_array [C, C], symmetric, zero
+                     diagonal
     num_groups       G, from 1 to C
     overlap          the most groups that a class may be in, from 1 to G
     seed             int; the same seed gives the same groups
-    classifier_rows  array or tensor [C, D], in a run the weights of the generalist's head; the
-                     caller must give it to a method that declares it, and to no other
+    classifier_rows  array or tensor [C, D], in a run the weights of the generalist's
+                     head; the caller must give it to a method that declares it, and to no
+                     other
 
 This module imports nothing, so that a config can be read where numpy is not installed.
 """

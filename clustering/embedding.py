@@ -21,8 +21,8 @@ Multiply = Callable[[np.ndarray], np.ndarray]  # x -> matrix @ x, for x [C, r]
 def confusion_columns(confused: csr_array, rank: int | None = None, seed: int = 0) -> np.ndarray:
     """Unit columns of the affinity scaled by each class's own total, D^-1/2 A D^-1/2.
 
-    Returns float32 [C, r], r = min(rank, C); rank None is 128, or 64 beyond 10,000 classes. A class
-    without any confusion is a row of zeros. Projected as in `covariance_columns`; see Ng, Jordan,
+    Returns float32 [C, r], r = min(rank, C). Rank None is 128, or 64 beyond 10,000 classes. A class
+    without any confusion is a row of zeros. Projected as in `covariance_columns`. See Ng, Jordan,
     Weiss 2002.
 
     This is what correlation is to covariance, except that a class's own variance is not among the
@@ -44,7 +44,7 @@ def covariance_columns(
     """The covariance's columns projected on its leading eigenvectors, float32 [C, r].
 
     r is as in `confusion_columns`. Distances between rows are those between columns, up to the
-    dropped eigenvalues. scaled: columns of the correlation matrix, each row then of unit length; a
+    dropped eigenvalues. scaled: columns of the correlation matrix, each row then of unit length. A
     class that never varies is a row of zeros. Otherwise the raw columns of Hinton et al. 2015,
     section 5.1. Beyond the exact limit no C x C array is built: P^T P x is P^T (P x), and the mean
     is a rank-one correction.
@@ -64,7 +64,7 @@ def covariance_columns(
 
 
 def unit_rows(rows: np.ndarray) -> np.ndarray:
-    """Rows divided by their length, float32; rows of (nearly) no length become zero."""
+    """Rows divided by their length, float32. Rows of (nearly) no length become zero."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     usable = lengths > 1e-6 * max(float(lengths.max(initial=0)), 1e-30)
     return np.divide(rows, lengths, out=np.zeros_like(rows, dtype=np.float32), where=usable)

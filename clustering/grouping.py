@@ -45,7 +45,7 @@ def group_classes(
     classifier_rows: ArrayLike | None = None,
     weights: ArrayLike | None = None,
 ) -> ClassGroups:
-    """Groups of classes that are confused with each other; no labels are needed.
+    """Groups of classes that are confused with each other. No labels are needed.
 
     Parameters
     ----------
@@ -77,14 +77,14 @@ def group_classes(
     classifier_rows : array or tensor [C, D] or None
         For "classifier" alone: say the weights of the generalist's head.
     weights : int array [C] or None
-        What each class counts for in the capacity, say its training examples; None: 1 each. The
+        What each class counts for in the capacity, say its training examples. None: 1 each. The
         bound always holds where no class is heavier than (capacity - 1) x mean. Else a group may
         be above it, by a class that fits nowhere, and is at most mean + its heaviest class.
 
     Returns
     -------
     ClassGroups
-        G groups; every class is in at least one.
+        G groups. Every class is in at least one.
 
     Raises
     ------
@@ -132,7 +132,7 @@ def group_classes(
 
 
 def method_inputs(method: str) -> set[str]:
-    """The inputs that a method declares; `clustering.choices` lists all that there are.
+    """The inputs that a method declares. `clustering.choices` lists all that there are.
 
     Parameters
     ----------
@@ -246,7 +246,7 @@ def _within_capacity(
 
 
 def _centres(columns: np.ndarray, labels: np.ndarray, num_groups: int) -> np.ndarray:
-    """Mean column of each cluster, [G, r]; zero where it is empty."""
+    """Mean column of each cluster, [G, r]. Zero where it is empty."""
     sizes = np.bincount(labels, minlength=num_groups)
     ones = np.ones(len(labels), np.float32)
     shape = (num_groups, len(labels))
@@ -287,7 +287,7 @@ def _check_labels(labels: np.ndarray, method: str, num_classes: int, num_groups:
 
 
 def _checked_weights(weights: ArrayLike | None, num_classes: int, method: str) -> np.ndarray:
-    """What each class counts for, int64 [C]; ValueError for others than non-negative integers."""
+    """What each class counts for, int64 [C]. ValueError for others than non-negative integers."""
     if weights is None:
         return np.ones(num_classes, np.int64)
     if method in CHOOSE_ALL_GROUPS:

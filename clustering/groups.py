@@ -94,7 +94,7 @@ class ClassGroups:
         return by_group.tocsr()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the groups as JSON; the file appears whole or never.
+        """Write the groups as JSON. The file appears whole or never.
 
         Parameters
         ----------
@@ -172,7 +172,7 @@ def _read_json(path: str | os.PathLike[str]) -> object:
 def _checked_classes(
     classes: Iterable[int] | ArrayLike, group: int, num_classes: int
 ) -> NDArray[np.int64]:
-    """One group's classes as a sorted read-only array; ValueError where they are no group."""
+    """One group's classes as a sorted read-only array. ValueError where they are no group."""
     array = _as_array(classes, group)
     if array.size == 0:
         raise ValueError(

@@ -15,7 +15,7 @@ Confusion = ArrayLike | sparray | spmatrix
 
 
 class GroupForecast(TypedDict):
-    """What a perfect specialist for one group could fix; None where it needs labels.
+    """What a perfect specialist for one group could fix. None where it needs labels.
 
     classes: |S|.
     examples: those with a label in S.
@@ -39,13 +39,13 @@ def captured_confusion(groups: ClassGroups, confusion: Confusion) -> tuple[float
     groups : ClassGroups
         Of C classes.
     confusion : sparse or dense array [C, C]
-        Counts or masses, true class x predicted class; the diagonal is not read.
+        Counts or masses, true class x predicted class. The diagonal is not read.
         `statistics.confusion` judges with labels, `statistics.expected_confusion` without.
 
     Returns
     -------
     share : float
-        In 0 ... 1; nan without errors.
+        In 0 ... 1. nan without errors.
     chance : float
         The mean share over random relabellings of the classes: the same sizes, the same overlap.
 
@@ -127,7 +127,7 @@ def forecast(groups: ClassGroups, statistics: PredictionStatistics) -> list[Grou
 
 
 def _masses_inside(groups: ClassGroups, confusion: csr_array) -> tuple[np.ndarray, np.ndarray]:
-    """Per group [G]: mass of errors with both classes inside; mass of all whose true class is."""
+    """Per group [G]: mass of errors with both classes inside. Mass of all whose true class is."""
     confusion = csr_array(_checked_confusion(confusion, groups), dtype=np.float64)
     membership = csr_array(groups.membership(), dtype=np.float64)
     truths = membership.T @ confusion.sum(axis=1)

@@ -17,10 +17,10 @@ from .statistics import DENSE_BYTES, PredictionStatistics, as_array
 
 
 class InitialGroups(NamedTuple):
-    """What a method finds; `group_classes` bounds the groups' sizes and refines them.
+    """What a method finds. `group_classes` bounds the groups' sizes and refines them.
 
     labels: int [C], each class's group in 0 ... G - 1. Or int [C, overlap], -1 for none, where the
-        method chooses all groups of a class; it then keeps to the capacity itself.
+        method chooses all groups of a class. It then keeps to the capacity itself.
     columns: float32 [C, r], or None. A class moves from a full group to the nearest by columns,
         and their similarity breaks the ties of the local search.
     refine: whether a local search follows unless the caller decides.
@@ -67,7 +67,7 @@ def raw(statistics: PredictionStatistics, num_groups: int, seed: int) -> Initial
 
 
 def agglomerative(confused: csr_array, num_groups: int, seed: int) -> InitialGroups:
-    """Ward's linkage on the columns of `kmeans`; ValueError where all pairs are too many."""
+    """Ward's linkage on the columns of `kmeans`. ValueError where all pairs are too many."""
     from sklearn.cluster import AgglomerativeClustering
 
     columns = confusion_columns(confused, seed=seed)
@@ -129,7 +129,7 @@ def _fitted_labels(estimator: type, columns: np.ndarray, **options: object) -> n
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
-        # Fewer distinct columns than groups leaves clusters empty; the capacity and fill_empty
+        # Fewer distinct columns than groups leaves clusters empty. The capacity and fill_empty
         # give them classes.
         warnings.simplefilter("ignore", ConvergenceWarning)
         warnings.simplefilter("ignore", ClusterWarning)
@@ -137,7 +137,7 @@ def _fitted_labels(estimator: type, columns: np.ndarray, **options: object) -> n
 
 
 def _random_memberships(num_classes: int, num_groups: int, overlap: int, seed: int) -> np.ndarray:
-    """`overlap` different groups for each class, int32 [C, overlap]; none above the mean size."""
+    """`overlap` different groups for each class, int32 [C, overlap]. None above the mean size."""
     rng = np.random.default_rng(seed)
     member_of = np.full((num_classes, overlap), -1, dtype=np.int32)
     for turn in range(overlap):

@@ -13,7 +13,7 @@ _COMPACT_ENTRIES = 2**22
 
 
 class Entries(NamedTuple):
-    """The stored entries of a matrix, in its own order; [nnz] each."""
+    """The stored entries of a matrix, in its own order. [nnz] each."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -61,7 +61,7 @@ class CountMatrix:
         return self._sum
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
-        """The matrix as arrays for a file; `from_arrays` reads them back."""
+        """The matrix as arrays for a file. `from_arrays` reads them back."""
         matrix = self.matrix()
         return {
             f"{name}_data": matrix.data,

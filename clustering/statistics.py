@@ -23,7 +23,7 @@ from .sparse import CountMatrix
 SCHEMA = 1
 DENSE_BYTES = 2**30  # the one C x C array, float64: C up to 11,585
 # Up to so many classes the exact covariance is gathered for those who do not read it as well. There
-# it takes at most 6 times as long as to keep the largest predictions; of 5,200 classes 14 times.
+# it takes at most 6 times as long as to keep the largest predictions. Of 5,200 classes 14 times.
 EXACT_CLASSES = 2048
 # Predictions of an example that the expected confusion keeps where the covariance is exact.
 EXPECTED_TOP_K = 32
@@ -36,7 +36,7 @@ def covariance_fits(num_classes: int) -> bool:
 
 
 def predictions_to_keep(num_classes: int, method: str = "kmeans") -> int | None:
-    """top_k of the statistics for a grouping method; None: as `PredictionStatistics` decides.
+    """top_k of the statistics for a grouping method. None: as `PredictionStatistics` decides.
 
     The expected confusion is the same, bit for bit, as beside an exact covariance.
 
@@ -67,7 +67,7 @@ class PredictionStatistics:
     top_k : int or None
         k: each example's k largest predictions are kept as they are (8 k bytes an example), and
         the sum of their tail mass. None: the second moment is exact while C x C float64 fits
-        1 GiB; beyond it top_k becomes 10.
+        1 GiB. Beyond it top_k becomes 10.
 
     Attributes
     ----------
@@ -141,9 +141,9 @@ class PredictionStatistics:
         predictions : array or tensor, float [B, C] or int [B, k]
             Probabilities of all classes, or the classes that `values` are of. An index below 0
             pads a short row.
-        values : array or tensor, float [B, k]; or None
+        values : array or tensor, float [B, k], or None
             The probabilities of those classes.
-        labels : array or tensor, int [B]; or None
+        labels : array or tensor, int [B], or None
 
         Raises
         ------
@@ -215,7 +215,7 @@ class PredictionStatistics:
 
     @property
     def tail(self) -> float:
-        """Mean probability mass outside the kept top k; 0 where the covariance is exact."""
+        """Mean probability mass outside the kept top k. 0 where the covariance is exact."""
         return self._tail_sum / max(self.num_examples, 1)
 
     @property
@@ -292,7 +292,7 @@ class PredictionStatistics:
         return kept
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one .npz without pickles; the file appears whole or never.
+        """Write one .npz without pickles. The file appears whole or never.
 
         Parameters
         ----------
@@ -428,7 +428,7 @@ class PredictionStatistics:
         self._count(indices, values, labels)
 
     def _count(self, indices: np.ndarray, values: np.ndarray, labels: np.ndarray | None) -> None:
-        """Add a batch to both confusions; indices, values [B, k], padded with -1 and 0."""
+        """Add a batch to both confusions. Indices, values [B, k], padded with -1 and 0."""
         self.num_examples += len(indices)
         if not len(indices):
             return

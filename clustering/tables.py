@@ -17,7 +17,7 @@ def forecast_table(
     skipped : collection of int
         Groups that get no specialist.
     most : int
-        Groups with a line of their own; one more line sums up the rest.
+        Groups with a line of their own. One more line sums up the rest.
 
     Returns
     -------

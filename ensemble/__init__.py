@@ -54,7 +54,7 @@ __all__ = [
     "prediction_columns",
 ]
 
-# Where each name is defined; its module is imported when the name is first used.
+# Where each name is defined. Its module is imported when the name is first used.
 _HOMES = {
     "combine_kl": "combine",
     "combine_kl_sparse": "sparse",

@@ -7,7 +7,7 @@
 
 Only the branches that a row asks are computed for it.  A slot that a row does not need weighs 0.
 A row's entries are the classes of its slots, [B, A, K].  All that is done for them is done on
-[B, A, K].  [B, C] is passed over by the softmax, by two maxima and by one product; entries are read
+[B, A, K].  [B, C] is passed over by the softmax, by two maxima and by one product. Entries are read
 from it once and written to it twice.
 """
 
@@ -97,11 +97,11 @@ def outside_softmax(
 class Tiles(NamedTuple):
     """Pairs of a row and a branch, TILE of one branch together: one product is for all of them.
 
-    N pairs; M branches, each of which has one tile; T further tiles, as many as the data need.
+    N pairs. M branches, each of which has one tile. T further tiles, as many as the data need.
 
-    pairs: int64 [M + T, TILE], which pairs are in a tile; 0 where it is not full.
+    pairs: int64 [M + T, TILE], which pairs are in a tile. 0 where it is not full.
     further: int64 [T], the branches of the further tiles.
-    places: int64 [N], where each pair is among the (M + T) TILE; 0 for one that is not needed.
+    places: int64 [N], where each pair is among the (M + T) TILE. 0 for one that is not needed.
     """
 
     pairs: Tensor
@@ -110,7 +110,7 @@ class Tiles(NamedTuple):
 
     @classmethod
     def of(cls, branch: Tensor, count: int) -> Tiles:
-        """branch: int64 [N]; `count` is a pair that is not needed."""
+        """branch: int64 [N]. `count` is a pair that is not needed."""
         ordered, order = branch.sort()
         per_branch = torch.zeros(count + 1, dtype=torch.int64, device=branch.device)
         per_branch = per_branch.scatter_add(0, branch, torch.ones_like(branch))
@@ -352,7 +352,7 @@ class BranchProgram(nn.Module):
         slots = self._asked(logits, favourites)
         answer = self._answer_one if self.slots == 1 else self._answer
         outside, classes, on_entries, q_outside = answer(at_cut, logits, favourites, slots)
-        # The product is last, since a runtime has to write its result anyway; a scatter would copy.
+        # The product is last, since a runtime has to write its result anyway. A scatter would copy.
         mass = outside.mass.clamp_min(LEAST_MASS) if self.may_have_all else outside.mass
         scale = (q_outside / mass).clamp_min(LEAST_SCALE)
         return outside.share.scatter(1, classes, on_entries / scale) * scale
@@ -411,7 +411,7 @@ class BranchProgram(nn.Module):
     def _general(own: Tensor, outside: Outside, log_times: Tensor | None) -> Tensor:
         """The generalist's distribution over entries and all others, [B, K + 1].
 
-        log_times: [B, K], the log of how often an entry's class is there; the masses of these
+        log_times: [B, K], the log of how often an entry's class is there. The masses of these
         entries sum to the class's.
         """
         if log_times is not None:
@@ -421,7 +421,7 @@ class BranchProgram(nn.Module):
     def _answer(
         self, at_cut: Tensor, logits: Tensor, favourites: Tensor, slots: Tensor
     ) -> tuple[Outside, Tensor, Tensor, Tensor]:
-        """As _answer_one, of several branches; entries are [B, A K]."""
+        """As _answer_one, of several branches. Entries are [B, A K]."""
         entries = self._entries(slots, favourites[:, :1])
         r = self._correct(at_cut, slots)
         z_top = logits.gather(1, favourites[:, :1])
@@ -442,7 +442,7 @@ class BranchProgram(nn.Module):
     # ---- who is asked
 
     def _asked(self, logits: Tensor, favourites: Tensor) -> Tensor:
-        """The branches of each row, int64 [B, A]; `count` is none.  Slot 0 is none if all are."""
+        """The branches of each row, int64 [B, A]. `count` is none.  Slot 0 is none if all are."""
         if self.gate == 1:
             found = F.embedding(favourites[:, 0], self.holders)
         else:
@@ -505,7 +505,7 @@ class BranchProgram(nn.Module):
     # ---- what branches say
 
     def _correct(self, at_cut: Tensor, slots: Tensor) -> Tensor:
-        """r / T of each row's slots, [B, A, K + 1]; whatever where a slot is not needed."""
+        """r / T of each row's slots, [B, A, K + 1]. Whatever where a slot is not needed."""
         if self.own_blocks:
             each = torch.stack([blocks(at_cut).flatten(1) for blocks in self.own_blocks], 1)
             known = slots.clamp_max(self.count - 1)[..., None]
@@ -526,7 +526,7 @@ class BranchProgram(nn.Module):
         return of_few(h, slots) if h.shape[0] <= most else of_many(h, slots)
 
     def _special(self, own: Tensor, log_sum: Tensor, entries: Entries, r: Tensor) -> Tensor:
-        """The branches' distributions [B, A, K + 1], dustbin last; padding as the first class.
+        """The branches' distributions [B, A, K + 1], dustbin last. Padding as the first class.
 
         own: z - z_top of the entries.  log_sum: of the classes outside, as far from z_top.
         """
@@ -596,7 +596,7 @@ class BranchProgram(nn.Module):
 
 
 def _slots(ensemble: SpecialistEnsemble, most_holders: int, count: int) -> int:
-    """A; ValueError where it is too large for a program."""
+    """A. ValueError where it is too large for a program."""
     slots = min(ensemble.gate * most_holders, count)
     if ensemble.max_specialists is not None:
         slots = min(slots, ensemble.max_specialists)
@@ -619,7 +619,7 @@ def _available_first(holders: Tensor, numbers: list[int]) -> Tensor:
 
 
 def _others(groups: ClassGroups, numbers: list[int], width: int) -> tuple[Tensor, Tensor]:
-    """int64 [M + 1, K, H] both: other branches of a class, and its column in each; -1 is none.
+    """int64 [M + 1, K, H] both: other branches of a class, and its column in each. -1 is none.
 
     Padding is as the first class.
     """

@@ -44,8 +44,8 @@ class Combiner(Protocol):
     p_general : Tensor [B, C]
         Probabilities.  Each row sums to 1.
     p_special : sequence of M entries
-        Entry m is [B, |S_m| + 1].  Column j is class `groups.members[m][j]`; the dustbin is last.
-        Or `(rows, [len(rows), |S_m| + 1])`; or None where no row is active for m.
+        Entry m is [B, |S_m| + 1].  Column j is class `groups.members[m][j]`. The dustbin is last.
+        Or `(rows, [len(rows), |S_m| + 1])`, or None where no row is active for m.
     groups : ClassGroups
         The classes of each specialist.
     active : bool Tensor [B, M], optional

@@ -52,7 +52,7 @@ METHODS = ("newton", "newton-fixed")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-9}
 # Rows that are read twice, or written twice, before the next ones push them out of the cache.
 ROWS_IN_CACHE = 32
-# A set that so many rows share gets index tensors of its own; rows with rarer sets are padded.
+# A set that so many rows share gets index tensors of its own. Rows with rarer sets are padded.
 ROWS_TO_SHARE = 32
 # Numbers of float64 that the rows which are solved together may take: 256 MiB.
 FLOATS_AT_ONCE = 2**25
@@ -78,8 +78,8 @@ def combine_kl(
     p_general : Tensor, array or lists [B, C]
         The generalist's probabilities.  Each row sums to 1.
     p_special : sequence of M entries
-        Entry m is [B, |S_m| + 1].  Column j is class `groups.members[m][j]`; the dustbin is last.
-        Or `(rows, [len(rows), |S_m| + 1])`; or None where no row is active for m.
+        Entry m is [B, |S_m| + 1].  Column j is class `groups.members[m][j]`. The dustbin is last.
+        Or `(rows, [len(rows), |S_m| + 1])`, or None where no row is active for m.
         With S_m = every class the dustbin is dropped and the rest renormalised.
     groups : ClassGroups, or lists of class indices
         The classes of each specialist.
@@ -148,7 +148,7 @@ class GeneralLayout(Protocol):
 class Problem:
     """What all blocks have in common.
 
-    dtype: that the caller's probabilities had; it decides how far a sum may be off.
+    dtype: that the caller's probabilities had. It decides how far a sum may be off.
     tolerance: None is a fixed number of steps (newton.py).
     checks: of everything that is read.
     """
@@ -197,7 +197,7 @@ def combine_rows(problem: Problem, g: Tensor, on: np.ndarray) -> Tensor:
 class Block:
     """Rows that are solved together.  As many specialists are active in each.
 
-    rows: their numbers.  set_of_row: int64 [n], index into sets; None: all rows have sets[0].
+    rows: their numbers.  set_of_row: int64 [n], index into sets. None: all rows have sets[0].
     """
 
     rows: np.ndarray
@@ -242,7 +242,7 @@ def _blocks(
 def _sets_of_blocks(sets: list[tuple[int, ...]], rows_of_set: np.ndarray) -> list[list[int]]:
     """Of each block, the indices of its sets.
 
-    A frequent set is alone; rare ones are together with others of their size.
+    A frequent set is alone. Rare ones are together with others of their size.
     """
     by_key: dict[tuple[int, ...] | int, list[int]] = {}
     for index, specialists in enumerate(sets):
@@ -344,7 +344,7 @@ def _index_of(problem: Problem, block: Block, g: Tensor) -> PatternIndex:
 
 @dataclass
 class Mode:
-    """How a block's [n, C] rows are read and written; the results are the same.
+    """How a block's [n, C] rows are read and written. The results are the same.
 
     owned: the generalist's rows are a copy that may be overwritten.
     learning: nothing may be overwritten that the gradient needs.
@@ -377,7 +377,7 @@ class Joined(NamedTuple):
     columns: [n, U], where the union's classes are in a row of the generalist.  They are distinct,
         but for padding, which names a column of the row again and adds nothing there.
     on_union: [n, U], of each class.
-    rest: [n, C], as General has it, not weighted.  general_weight: of the generalist; None is 1.
+    rest: [n, C], as General has it, not weighted.  general_weight: of the generalist. None is 1.
     masses: A [n, P], summed over each pattern, float64.
     dustbins: d [n, k], float64.
     """

@@ -72,7 +72,7 @@ class DeepEnsemble(NetworkEnsemble):
     ) -> "DeepEnsemble":
         """The ensemble of a run directory or of an exported bundle.
 
-        Reads safetensors and JSON; nothing is unpickled.
+        Reads safetensors and JSON. Nothing is unpickled.
 
         Parameters
         ----------
@@ -97,7 +97,7 @@ class DeepEnsemble(NetworkEnsemble):
         return ensemble
 
     def settings(self) -> EnsembleSettings:
-        """What ensemble.json says of it; the arithmetic mean is not written."""
+        """What ensemble.json says of it. The arithmetic mean is not written."""
         settings = EnsembleSettings(kind="deep", members=len(self.networks))
         if self.order != ARITHMETIC:
             settings.order = self.order

@@ -100,14 +100,14 @@ def _save_specialist(ensemble: SpecialistEnsemble, m: int, root: Path) -> list[s
 class EnsembleProgram(nn.Module):
     """The whole ensemble with shapes that do not depend on the data.
 
-    Every specialist runs on every row; the gate only weighs.  forward(raw [B, ...]) -> q [B, C].
+    Every specialist runs on every row. The gate only weighs.  forward(raw [B, ...]) -> q [B, C].
 
     Parameters
     ----------
     ensemble : SpecialistEnsemble
         The program stays on its device.
     portable : bool
-        Solve by products and sums alone, as ONNX needs it; a larger graph.
+        Solve by products and sums alone, as ONNX needs it. A larger graph.
 
     Raises
     ------

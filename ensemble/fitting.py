@@ -41,7 +41,7 @@ def fit_temperature(
     labels : int64 Tensor [n]
         Columns of `logits`.
     mean : callable
-        float64 Tensor [n] -> its mean over all examples, where these are one part of them; the same
+        float64 Tensor [n] -> its mean over all examples, where these are one part of them. The same
         for every part, all of which call it alike.
 
     Returns
@@ -90,7 +90,7 @@ def fit_temperature_by_slopes(slopes: Callable[[float], tuple[float, float]]) ->
     Returns
     -------
     float
-        Within 1e-6 of its logarithm; at most WIDEST, or its inverse.
+        Within 1e-6 of its logarithm. At most WIDEST, or its inverse.
     """
     low, high = -math.log(WIDEST), math.log(WIDEST)
     x = 0.0
@@ -174,7 +174,7 @@ def fit_temperatures(
     Returns
     -------
     list of 1 + M floats
-        The generalist's first; 1 for a specialist that is None.
+        The generalist's first. 1 for a specialist that is None.
     """
     temperatures = [fit_temperature(general, labels)]
     for entry, classes in zip(special, groups.members, strict=True):

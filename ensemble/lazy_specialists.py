@@ -1,4 +1,4 @@
-"""Specialists that are loaded when they are needed; of those that are, so many are held."""
+"""Specialists that are loaded when they are needed. Of those that are, so many are held."""
 
 import threading
 from collections import OrderedDict
@@ -30,7 +30,7 @@ class LazySpecialists(Mapping[int, Classifier | Branch]):
     """Specialists by number, loaded when they are needed.  Threads may share it.
 
     load: makes one.  numbers: of those that there are.  generalist: whose tensors do not count.
-    cache: how many of the last used are kept; None is as many as `most_bytes` hold, at least one.
+    cache: how many of the last used are kept. None is as many as `most_bytes` hold, at least one.
     loads: how often one was loaded.  held_bytes: of the tensors of those that are kept.
     fits: whether all that were ever loaded could be kept.
     """

@@ -28,7 +28,7 @@ NOBODY = 1e-30
 class PowerSums(NamedTuple):
     """Sums over the classes that are not listed, float64 [B] each, with e = q^beta and z = log q.
 
-    power: of e.  double: of e^2.  first, second: of e z and e z^2; None where nobody asked.
+    power: of e.  double: of e^2.  first, second: of e z and e z^2. None where nobody asked.
     """
 
     power: Tensor
@@ -137,7 +137,7 @@ class Listed:
         return cls(indices, values, tail, sums, p.shape[1])
 
     def with_values(self, values: Tensor, tail: Tensor) -> Listed:
-        """Other values of the listed classes; the others keep their proportions among themselves.
+        """Other values of the listed classes. The others keep their proportions among themselves.
 
         values: [B, k].  tail: [B], the others' new sum.  Where they had none they share it evenly.
         """
@@ -199,7 +199,7 @@ class Listed:
         return mean - self.at(z, labels), (square - mean.square()).clamp_min(0)
 
     def entropy(self) -> Tensor:
-        """In nats, float64 [B]; of sums at the power 1, with moments."""
+        """In nats, float64 [B]. Of sums at the power 1, with moments."""
         rest = self.sums[1.0]
         assert rest.first is not None, "moments were asked"
         return -(torch.special.xlogy(self.values, self.values).sum(1).double() + rest.first)
@@ -218,5 +218,5 @@ def logits_slopes(logits: Tensor, labels: Tensor, beta: float) -> tuple[Tensor, 
 
 
 def inverse(temperature: float) -> float:
-    """beta of a temperature; 0 of infinity."""
+    """beta of a temperature. 0 of infinity."""
     return 0.0 if math.isinf(temperature) else 1 / temperature

@@ -78,7 +78,7 @@ class ListedAnswers:
     active: Tensor
 
     def join(self, weights: Weights | None) -> Listed:
-        """q by eq. 5; weights: [1 + M], the generalist's first."""
+        """q by eq. 5. weights: [1 + M], the generalist's first."""
         general = self.general
         w = checked_weights(weights, len(self.groups.members), self.active.device)
         values, tail = join_listed(
@@ -267,7 +267,7 @@ def _read_by_branches(
 def _ask_specialists(
     ensemble: SpecialistEnsemble, raw: Tensor, parts: list[_Part]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(what they say [T, width], padded with zeros; the specialist and the row of each, int64 [T])
+    """(what they say [T, width], padded with zeros, the specialist and the row of each, int64 [T])
 
     Specialist by specialist, and of each the rows of the block that need it.
     """

@@ -33,7 +33,7 @@ class MeanLogits:
 
     @cached_property
     def joint_head(self) -> tuple[Tensor, Tensor] | None:
-        """(weight [C, sum of D_k], bias [C]); None where a head is no plain linear layer."""
+        """(weight [C, sum of D_k], bias [C]). None where a head is no plain linear layer."""
         heads = [network.head for network in self.networks]
         if not all(isinstance(head, nn.Linear) for head in heads):
             return None

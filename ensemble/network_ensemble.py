@@ -24,7 +24,7 @@ from .specialist_ensemble import RawInputs, is_finished
 
 
 class NetworkEnsemble:
-    """Networks of one label set, the generalist first; a subclass says how they are joined.
+    """Networks of one label set, the generalist first. A subclass says how they are joined.
 
     The networks are put into eval mode and not changed otherwise.
     """
@@ -92,7 +92,7 @@ class NetworkEnsemble:
 def load_networks(
     root: Path, kind: str, device: str | torch.device, builders: Builders | None
 ) -> tuple[list[Classifier], EnsembleSettings]:
-    """(networks, settings) of a directory whose ensemble is of that kind; else ValueError."""
+    """(networks, settings) of a directory whose ensemble is of that kind, else ValueError."""
     settings = EnsembleSettings.load(root)
     if settings.kind != kind:
         raise ValueError(f"{root} holds an ensemble of {settings.kind}; load it with load_ensemble")

@@ -52,7 +52,7 @@ CORRECTIONS = 8  # behind the steps that end by a row's residual
 STEPS_BETWEEN_LOOKS = 4
 HALVINGS_AT_ONCE = 8
 # Benign predictions need 3 steps.  Absurdly conflicting ones (probabilities that underflow) may
-# need more than this; UNROLLED_STEPS cannot follow them up.
+# need more than this. UNROLLED_STEPS cannot follow them up.
 UNROLLED_STEPS = 16
 # What unrolled steps add to a unit diagonal: above the rounding of 30 specialists' pivots, and no
 # more than a step's last digits.
@@ -175,7 +175,7 @@ def pattern_masses(
 ) -> Tensor:
     """Y [n, P], differentiable in A and d.
 
-    tolerance: Newton's steps go on until |Y s - A| and |Q t - d| are within it; ArithmeticError for
+    tolerance: Newton's steps go on until |Y s - A| and |Q t - d| are within it. ArithmeticError for
     a row that does not get there.  None: the same operations for every input, a closed form for two
     specialists, and UNROLLED_STEPS steps without a line search for more.
     portable: the unrolled steps are products and sums alone, which every runtime has.
@@ -238,7 +238,7 @@ def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
     Q = (linear + root) / (2 * square)
     # Without patterns in none Q + Q' = r, whatever their s is.
     Q = torch.where(both_outside.sum(-2) > 0, Q, a_other + d)
-    # No pattern has less than is put on it; rounding may say so.
+    # No pattern has less than is put on it. Rounding may say so.
     alone_factor = torch.maximum(r - Q, a) / _no_zero(a)
     none_factor = torch.maximum(Q.sum(1, keepdim=True) - r, o) / _no_zero(o)
     factor = _times(none_factor, both_outside.mT) + _times(alone_factor, alone.mT)
@@ -247,7 +247,7 @@ def _two_specialists(A: Tensor, d: Tensor, membership: Membership) -> Tensor:
 
 
 def _no_zero(mass: Tensor) -> Tensor:
-    """What a mass can be divided by; 1 where there is none.
+    """What a mass can be divided by. 1 where there is none.
 
     Not a clamp: torch's exporter makes SMALLEST a float32 for ONNX, which is 0.
     """
@@ -594,7 +594,7 @@ def _by_elimination(
 
 
 def _scaled(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix with a diagonal of 1 + RIDGE; by what right side and solution are multiplied.
+    """The matrix with a diagonal of 1 + RIDGE. By what right side and solution are multiplied.
 
     Rounding cannot then leave a pivot at zero or below, which would be NaN for good.
     """

@@ -25,7 +25,7 @@ SETS_KEPT = 2048
 FLOATS_KEPT = 2**24  # numbers in all sets that are kept, about: 128 MiB
 # Patterns of so many classes are summed each by a call of its own, smaller ones by one product.
 LARGE = 64
-# Entries of that product's matrix; larger ones are added up one by one.
+# Entries of that product's matrix. Larger ones are added up one by one.
 PRODUCT_UP_TO = 2**23
 
 
@@ -35,7 +35,7 @@ class SetPatterns:
 
     specialists: their numbers.
     classes: S_m of each, ascending.
-    union: [4, U], for each class of the union: the class; its pattern, from 1; the first specialist
+    union: [4, U], for each class of the union: the class. Its pattern, from 1. The first specialist
     of the set (0 ... k - 1) that holds it, and its column there.
     more: [3, X], for every further specialist that holds a class: position in the union, specialist
     of the set, column.
@@ -57,7 +57,7 @@ class SetPatterns:
         self.floats = 4 * self.outside.size + self.union.size + self.more.size
 
     def on(self, device: torch.device, dtype: torch.dtype, num_classes: int) -> "SharedIndex":
-        """As tensors; kept, for a set that returns."""
+        """As tensors. Kept, for a set that returns."""
         key = device, dtype
         if key not in self._shared:
             self._shared[key] = SharedIndex(self, device, dtype, num_classes)
@@ -222,7 +222,7 @@ class PaddedIndex(PatternIndex):
     """For rows with different active sets of equal size k.  Every tensor has a row per row.
 
     The predictions are padded to one width, [n, k, width], and flattened.  A padded entry of the
-    union names the row's first class and the pattern `num_patterns`; a padded further specialist
+    union names the row's first class and the pattern `num_patterns`. A padded further specialist
     weighs 0.
     """
 

@@ -396,7 +396,7 @@ class ReverseDual:
         return -torch.linalg.solve(curvature, self.gradient(x)[..., None])[..., 0]
 
     def minimum(self) -> Tensor:
-        # nu so that q sums to one with u = 0, by a lower bound of its exponent; Newton's steps then
+        # nu so that q sums to one with u = 0, by a lower bound of its exponent. Newton's steps then
         # come from the steep side.
         total = self.B.sum(1)
         x = torch.zeros(len(self.B), self.slopes.shape[1], dtype=total.dtype, device=total.device)

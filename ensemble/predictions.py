@@ -33,7 +33,7 @@ LARGEST_EXPONENT = 1e6
 RowIndices: TypeAlias = Tensor | np.ndarray | Sequence[int]
 # [B, C] or [C]: a tensor, an array or (nested) lists.
 Probabilities: TypeAlias = Tensor | ArrayLike
-# Entry m: [B, |S_m| + 1], the dustbin last; or (rows, [len(rows), |S_m| + 1]); or None.
+# Entry m: [B, |S_m| + 1], the dustbin last, or (rows, [len(rows), |S_m| + 1]), or None.
 SpecialistInput: TypeAlias = Sequence[Tensor | tuple[RowIndices, Tensor] | None]
 # The same, as a caller may hold it.
 GivenSpecialists: TypeAlias = Sequence[Probabilities | tuple[RowIndices, Probabilities] | None]
@@ -110,7 +110,7 @@ class TabledPredictions(SpecialistPredictions):
     """The same of specialists whose predictions stand one under the other already.
 
     table: [T, widest |S_m| + 1], padded with zeros.  rows: int64 [B, M], where in it specialist m's
-    prediction about row b is; read where m is active alone.  sizes: |S_m| of each.
+    prediction about row b is. Read where m is active alone.  sizes: |S_m| of each.
     """
 
     def __init__(self, table: Tensor, rows: Tensor, sizes: np.ndarray):
@@ -182,7 +182,7 @@ def checked_active(
     groups: ClassGroups,
     device: torch.device,
 ) -> Tensor:
-    """active as bool [B, M] on `device`; None means all."""
+    """active as bool [B, M] on `device`. None means all."""
     specialists = len(groups.members)
     for m, classes in enumerate(groups.members):
         if len(classes) == 0:

@@ -20,7 +20,7 @@ class Prediction(TypedDict):
 def top_predictions(
     q: Tensor, class_names: list[str], top: int, active: Tensor | None = None
 ) -> list[Prediction]:
-    """q: [B, C].  active: bool [B, M]; None is no specialists."""
+    """q: [B, C].  active: bool [B, M]. None is no specialists."""
     values, classes = q.topk(min(top, q.shape[1]), dim=1)
     return _as_predictions(values, classes, class_names, active)
 

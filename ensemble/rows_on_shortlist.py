@@ -29,7 +29,7 @@ class Places(NamedTuple):
     """Where a head has a row for each class of a shortlist.
 
     rows: int64 [n, k], 0 where it has none of its own.  known: bool, whether it has one.
-    inside: bool, whether the class is the specialist's; its row is then its column.
+    inside: bool, whether the class is the specialist's. Its row is then its column.
     """
 
     rows: Tensor
@@ -78,12 +78,12 @@ def logits_on_shortlist(
     places : Places
         Of the shortlist.
     p_general : Tensor [n, C]
-        The generalist's softmax; not read where every class has a row.
+        The generalist's softmax. Not read where every class has a row.
 
     Returns
     -------
     Tensor [n, k + 1]
-        In float32 at least; -inf at classes that are not its own.  The dustbin is last, -inf where
+        In float32 at least. -inf at classes that are not its own.  The dustbin is last, -inf where
         the shortlist has no class outside S.
     """
     weight, bias = head.get_parameter("weight"), head.get_parameter("bias")
@@ -103,7 +103,7 @@ def logits_on_shortlist(
 
 
 def has_every_row(head: nn.Module) -> bool:
-    """Whether each class has a row; otherwise the last row stands for all that have none."""
+    """Whether each class has a row. Otherwise the last row stands for all that have none."""
     return isinstance(head, DustbinHead) and head.kept is None
 
 
@@ -137,7 +137,7 @@ def branch_on_shortlist(
 def corrected_on_shortlist(general: Tensor, correction: Tensor, inside: Tensor) -> Tensor:
     """[..., k + 1], dustbin last, of the generalist's logits [..., k] and of r [..., k + 1].
 
-    inside: bool [..., k], which classes are the branch's; r is of no meaning at others.
+    inside: bool [..., k], which classes are the branch's. r is of no meaning at others.
     """
     correction = correction.to(general.dtype)
     own = general + correction[..., :-1]

@@ -26,8 +26,8 @@ class EnsembleSettings:
     kind: "specialists", "deep" for networks of one label set that are averaged, or "shortlist" for
     further networks that are asked about the generalist's likeliest classes.
     members: how many networks a deep ensemble or a shortlist's has.
-    order: of the generalised mean that joins them; None is the kind's own.
-    shortlist: how many classes the further networks are asked about, or the specialists; of these
+    order: of the generalised mean that joins them. None is the kind's own.
+    shortlist: how many classes the further networks are asked about, or the specialists. Of these
     None is every class.
     gate, max_specialists, combine, temperatures, weights: as SpecialistEnsemble has them.
     skipped: groups that have no specialist on purpose.
@@ -53,7 +53,7 @@ class EnsembleSettings:
 
     @classmethod
     def load(cls, root: Path) -> "EnsembleSettings":
-        """What `root`/ensemble.json says; the defaults where there is none.
+        """What `root`/ensemble.json says. The defaults where there is none.
 
         Raises ValueError, naming the file, for one that cannot be read and for another schema.
         """
@@ -103,7 +103,7 @@ FORM = TypeAdapter(EnsembleSettings)
 
 
 def member_folder(root: Path, index: int) -> Path:
-    """Where a run or a bundle has the network of that index; the first is its generalist."""
+    """Where a run or a bundle has the network of that index. The first is its generalist."""
     if index == 0:
         return root / "generalist"
     return root / "members" / f"{index:03d}"

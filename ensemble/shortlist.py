@@ -29,11 +29,11 @@ def generalised_mean(
     Parameters
     ----------
     log_p : Tensor [K, B, C]
-        Log-probabilities; -inf is a probability of 0.
+        Log-probabilities. -inf is a probability of 0.
     order : float
         r, within [0, 1].
     weights : [K], optional
-        Positive; only their ratios matter.  None is all alike.
+        Positive. Only their ratios matter.  None is all alike.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def join_on_shortlist(
     log_p_members : Tensor [K - 1, B, k]
         The other networks' at the shortlist, each up to a constant of the row.
     order, weights
-        As `generalised_mean` has them; the generalist's weight first.
+        As `generalised_mean` has them. The generalist's weight first.
 
     Returns
     -------

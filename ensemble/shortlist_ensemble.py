@@ -67,17 +67,17 @@ class ShortlistEnsemble(NetworkEnsemble):
 
     Within the shortlist the distributions are renormalised and joined by the generalised mean.  The
     shortlist keeps the generalist's mass, and outside of it the generalist's answer stands.  A
-    further network costs its trunk and k rows of its head; one with several members (Hydra,
+    further network costs its trunk and k rows of its head. One with several members (Hydra,
     BatchEnsemble) costs its whole head.  The networks are put into eval mode and not changed
     otherwise.
 
     Parameters
     ----------
     networks : sequence of networks.Classifier
-        The generalist first.  All know the same classes and read the same raw inputs; sizes may
+        The generalist first.  All know the same classes and read the same raw inputs. Sizes may
         differ.
     shortlist : int
-        k; all classes where there are no more.
+        k. All classes where there are no more.
     order : float
         Of the mean, as `generalised_mean` has it: 0 is geometric, 1 arithmetic.
     weights, temperatures : sequence of float, optional
@@ -131,7 +131,7 @@ class ShortlistEnsemble(NetworkEnsemble):
     ) -> "ShortlistEnsemble":
         """The ensemble of a run directory or of an exported bundle.
 
-        Reads safetensors and JSON; nothing is unpickled.
+        Reads safetensors and JSON. Nothing is unpickled.
 
         Parameters
         ----------
@@ -189,7 +189,7 @@ class ShortlistEnsemble(NetworkEnsemble):
 
 
 def whole_logits(network: Classifier, raw: Tensor) -> Tensor:
-    """[B, C] up to a constant of the row; of a network with members their mean's."""
+    """[B, C] up to a constant of the row. Of a network with members their mean's."""
     if network.num_members > 1:
         return mean_log_probabilities(network, raw)
     if not isinstance(network.head, nn.Linear):
@@ -211,7 +211,7 @@ def logits_at(network: Classifier, raw: Tensor, indices: Tensor) -> Tensor:
 
 
 def asked_multiplications(network: Classifier, raw: Tensor, count: int) -> int:
-    """Of one example, of a network that is asked about `count` classes; raw: [1, ...]."""
+    """Of one example, of a network that is asked about `count` classes. raw: [1, ...]."""
     whole = multiplications(network, raw)
     if network.num_members > 1:  # it answers about every class
         return whole

@@ -30,9 +30,9 @@ BLOCK = 4096
 class ShortlistPredictions(NamedTuple):
     """What the networks say of n examples at their longest shortlist.
 
-    logits     [K, n, k]; the generalist's are log-probabilities of all classes, at its temperature,
+    logits     [K, n, k]. The generalist's are log-probabilities of all classes, at its temperature,
                the others' are up to a constant of the row
-    column     int64 [n], the label's column of the shortlist; k or more where it is not on it
+    column     int64 [n], the label's column of the shortlist. k or more where it is not on it
     log_label  [n], the generalist's log-probability of the label
     """
 
@@ -46,7 +46,7 @@ class ShortlistPredictions(NamedTuple):
 
 
 class Joining(NamedTuple):
-    """How predictions are joined; weights and temperatures [K], the generalist's first.
+    """How predictions are joined. Weights and temperatures [K], the generalist's first.
 
     The generalist's temperature is 1 here: its predictions have it already.
     """
@@ -94,7 +94,7 @@ def fit_joining(
         k: so many columns of the predictions are joined.
     order : float
     weights, temperatures : bool
-        What to fit; the others are 1.
+        What to fit. The others are 1.
 
     Returns
     -------

@@ -62,7 +62,7 @@ def combine_kl_on_shortlist(
     p_general, p_special, groups, active, weights
         As `combine_kl` has them.
     shortlist : int
-        k; all classes where there are no more, and then it is combine_kl.
+        k. All classes where there are no more, and then it is combine_kl.
 
     Returns
     -------
@@ -123,7 +123,7 @@ def _named(rows: Tensor, m: int, at: tuple[int, ...]) -> str:
 class Slots(NamedTuple):
     """Each row's active specialists side by side.
 
-    specialists: int64 [B, A].  on: bool [B, A]; a slot that is not on names any specialist.
+    specialists: int64 [B, A].  on: bool [B, A]. A slot that is not on names any specialist.
     """
 
     specialists: Tensor
@@ -154,7 +154,7 @@ class Asked(NamedTuple):
     """Everybody's answers about a batch's shortlists.
 
     p_general: [B, C].  indices: int64 [B, k].  special: [B, A, k + 1], each slot's distribution on
-    the shortlist, dustbin last.  inside: bool [B, A, k].  slots: whose they are; on: heard there.
+    the shortlist, dustbin last.  inside: bool [B, A, k].  slots: whose they are. on: heard there.
     active: bool [B, M], the specialists that were run.
     """
 
@@ -186,7 +186,7 @@ class Asked(NamedTuple):
 
     @full_precision
     def join(self, weights: Weights | None) -> Tensor:
-        """q [B, C]; weights: [1 + M], the generalist's first."""
+        """q [B, C]. weights: [1 + M], the generalist's first."""
         if weights is None:
             weights = [1.0] * (1 + self.active.shape[1])
         w = checked_weights(weights, self.active.shape[1], self.p_general.device)
@@ -235,7 +235,7 @@ def join_on_atoms(
     Returns
     -------
     Tensor [B, k]
-        q, which sums to 1; `general` where no slot is heard.
+        q, which sums to 1. `general` where no slot is heard.
     """
     if special.shape[1] == 0:
         return general
@@ -273,7 +273,7 @@ def _patterns(inside: Tensor) -> tuple[Tensor, Membership]:
 
 
 def places_in(classes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many of `classes` are below each index, at most the last; whether it is one of them).
+    """(how many of `classes` are below each index, at most the last, whether it is one of them).
 
     classes: int64 [|S|], ascending.  indices: int64 [n, k].  Returns int64 and bool [n, k].
     """

@@ -36,7 +36,7 @@ def put_on_shortlist(
     weights: tuple[float, Tensor],
     portable: bool,
 ) -> Tensor:
-    """q [B, C]; weights: the generalist's, and the slots' [B, A], 0 where one is not active."""
+    """q [B, C]. weights: the generalist's, and the slots' [B, A], 0 where one is not active."""
     own = p_general.gather(1, indices)
     mass = own.sum(1, keepdim=True)
     q = join_on_atoms(own / mass, special, inside, *weights, tolerance=None, portable=portable)

@@ -62,7 +62,7 @@ def combine_kl_sparse(
     Raises
     ------
     ValueError
-        As `combine_kl` does; and for a class of an active group that indices lack, with the row and
+        As `combine_kl` does, and for a class of an active group that indices lack, with the row and
         the class.
     """
     _check_arguments(indices, values, tail)

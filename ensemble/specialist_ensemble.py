@@ -112,7 +112,7 @@ class SpecialistEnsemble:
         How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks
         that are its own.
     finished : bool, optional
-        Whether the run that it was loaded from had its ensemble.json; None of one made in memory.
+        Whether the run that it was loaded from had its ensemble.json. None of one made in memory.
     functions : dict of callables
         {name: callable} of a user's own decoders, for `read`.
 
@@ -221,7 +221,7 @@ class SpecialistEnsemble:
     ) -> "SpecialistEnsemble":
         """The ensemble of a run directory or of an exported bundle.
 
-        Reads safetensors and JSON; nothing is unpickled.  Specialists are loaded when first needed.
+        Reads safetensors and JSON. Nothing is unpickled.  Specialists are loaded when first needed.
 
         Parameters
         ----------
@@ -379,7 +379,7 @@ class SpecialistEnsemble:
     ) -> Iterator[ListedAnswers]:
         """What everybody says about many rows, a part of them after the other.
 
-        It takes no row of C numbers each, and wakes a specialist once for all rows that need it;
+        It takes no row of C numbers each, and wakes a specialist once for all rows that need it.
         listed_ensemble.ask_in_blocks says what it is given.
         """
         return ask_in_blocks(self, torch.as_tensor(inputs), wanted, also)
@@ -390,7 +390,7 @@ class SpecialistEnsemble:
 
     @torch.no_grad()
     def gated(self, inputs: RawInputs) -> Tensor:
-        """The specialists that each row needs, bool [B, M]; the generalist alone is run."""
+        """The specialists that each row needs, bool [B, M]. The generalist alone is run."""
         raw = torch.as_tensor(inputs).to(self.device)
         logits = self.generalist.logits_of(self.run_trunk(raw)[0])
         self.count("trunk")
@@ -404,7 +404,7 @@ class SpecialistEnsemble:
     def forward_with_details(self, inputs: RawInputs) -> EnsembleOutput:
         """The generalist's probabilities, the combined ones, and the specialists that were run.
 
-        inputs: [B, ...] as decoded; the networks preprocess them, and nothing is checked here.
+        inputs: [B, ...] as decoded. The networks preprocess them, and nothing is checked here.
         """
         if self.shortlist is not None:
             asked = self.ask_on_shortlist(inputs)
@@ -530,7 +530,7 @@ class SpecialistEnsemble:
         return total
 
     def parameters(self) -> int:
-        """Of the generalist and its specialists; of a branch, those of its own."""
+        """Of the generalist and its specialists. Of a branch, those of its own."""
         return sum(map(parameter_count, [self.generalist, *self.specialists.values()]))
 
     @torch.no_grad()
@@ -604,7 +604,7 @@ class SpecialistEnsemble:
         return x
 
     def _prefix(self, m: int, specialist: Classifier) -> int:
-        """How many leading blocks are the generalist's; -1 where not even the preprocessing is."""
+        """How many leading blocks are the generalist's. -1 where not even the preprocessing is."""
         with self._lock:
             known = self._prefixes.get(specialist)
         if known is not None:

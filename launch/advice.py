@@ -134,7 +134,7 @@ def _show_levers(advice: Advice, console: Console) -> None:
 
 
 def _columns(advice: Advice, width: int) -> list[list[str]]:
-    """The columns of numbers, each its title and its cells; a mark stands behind those of a front.
+    """The columns of numbers, each its title and its cells. A mark stands behind those of a front.
 
     width: of the terminal.
     """
@@ -155,7 +155,7 @@ def _needs(row: LeverRow) -> str:
 
 
 def under_table(advice: Advice) -> Table:
-    """The best lever under each scarcity; the one that counts is bold."""
+    """The best lever under each scarcity. The one that counts is bold."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title, justify in UNDER:
         table.add_column(title, justify=justify, no_wrap=True)

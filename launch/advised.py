@@ -24,14 +24,14 @@ OF_NO_LEVER = ("advise", "engine", "launch", "slurm")  # sections that may chang
 
 
 def save_advised_on(config: Config, root: Path) -> None:
-    """RUN/advised.toml; not touched if it says the same already."""
+    """RUN/advised.toml. Not touched if it says the same already."""
     path, text = root / ADVISED_ON, tomli_w.dumps(config.dump())
     if not path.exists() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
 
 
 def config_before(root: Path) -> Config:
-    """RUN's config; where the run went on with a lever of its advice, the one before that."""
+    """RUN's config. Where the run went on with a lever of its advice, the one before that."""
     current = load_config(root / "config.toml")
     if not (root / ADVISED_ON).is_file():
         return current
@@ -72,7 +72,7 @@ def _pilots(root: Path, config: Config) -> dict[str, str]:
 
 
 def _entries(run: RunDirectory) -> dict[str, dict]:
-    """The levers of the last advice by their names; none before there was one."""
+    """The levers of the last advice by their names. None before there was one."""
     stage = run.advice.advice
     if stage.done() is None:
         return {}

@@ -1,4 +1,4 @@
-"""Start the trainer for a command of the launcher; Ctrl-C ends both."""
+"""Start the trainer for a command of the launcher. Ctrl-C ends both."""
 
 from __future__ import annotations
 

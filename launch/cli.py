@@ -256,7 +256,7 @@ def common(version: VersionOption = False, show_completion: CompletionOption = "
 
 
 def command(example: str, name: str | None = None):
-    """Add a function to the application; its docstring and the example are its help."""
+    """Add a function to the application. Its docstring and the example are its help."""
     return app.command(name, cls=Command, epilog=example)
 
 
@@ -472,7 +472,7 @@ def time_to_go(
 
 @command("referral cancel runs/mine")
 def cancel(directory: DirArgument) -> int:
-    """Stop a run; what it has is kept, and `retry` resumes it."""
+    """Stop a run. What it has is kept, and `retry` resumes it."""
     run = open_run(directory)
     if read_journal(run.root).runner == "slurm":
         outcome = _cancel_in_slurm(run)
@@ -612,7 +612,7 @@ def start(
 ) -> int:
     """Check, lay out, run what is not done, and print what was asked for.
 
-    named: the code that the command itself names; None trusts whatever the config names.
+    named: the code that the command itself names. None trusts whatever the config names.
     """
     run, stale = check(config, root, force, beside, aim)
     kinds = EVERYTHING if on is Runner.slurm else (FUNCTION, COMMAND)
@@ -672,7 +672,7 @@ def start_on_slurm(run: RunDirectory, stale: list[Stage], dry_run: bool, aim: Ai
 def _check_new(
     run: RunDirectory, jobs: list[Job], stale: list[Stage], on: Runner, dry_run: bool
 ) -> int:
-    """The batches of what is left to train; all else too, if the run is new or changed."""
+    """The batches of what is left to train. All else too, if the run is new or changed."""
     check_batches(run, jobs, stale)
     if not _is_new(run, stale):
         return 0
@@ -779,7 +779,7 @@ def launched(run: RunDirectory) -> tuple[RunDirectory, list[Job]]:
 def current_journal(run: RunDirectory, jobs: list[Job]) -> tuple[Journal, str]:
     """The last launch's journal, brought up to date by Slurm, and a doubt.
 
-    The doubt says why Slurm did not bring it up to date; it is empty where there is none.
+    The doubt says why Slurm did not bring it up to date. It is empty where there is none.
     """
     journal = read_journal(run.root)
     if journal.runner != "slurm":

@@ -23,7 +23,7 @@ PLAIN_S = 30.0
 
 
 class Display(AbstractContextManager):
-    """Events scroll by; the running stages stand below them."""
+    """Events scroll by. The running stages stand below them."""
 
     def __init__(self, console: Console | None = None, errors: Console | None = None):
         self.console = console or Console()

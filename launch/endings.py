@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pipeline.failures import USER_ERROR
 from pipeline.store import Stage
 
-AGAIN = 75  # a checkpoint is written; start the same command again
+AGAIN = 75  # a checkpoint is written. Start the same command again
 # Of one process, and of several ranks or a shell, which add 128.
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 

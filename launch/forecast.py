@@ -19,7 +19,7 @@ def seconds_to_go(
     slots: int,
     start_s: float = START_S,
 ) -> float | None:
-    """Seconds until the last job ends, if nothing fails; None while no stage has shown its pace.
+    """Seconds until the last job ends, if nothing fails. None while no stage has shown its pace.
 
     stages: what `status.statuses` says of the jobs.  slots: processes side by side.  start_s: what
     the start of a job takes.

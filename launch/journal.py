@@ -61,7 +61,7 @@ class JobRecord:
 
     @property
     def elapsed_s(self) -> float:
-        """Since this attempt began; 0 where the clock was set back to before.
+        """Since this attempt began. 0 where the clock was set back to before.
 
         Whoever asks may be another process than the one that started it: the clock is the wall's.
         """

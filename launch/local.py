@@ -32,7 +32,7 @@ GRACE_S = 15  # for a child to write a checkpoint after SIGTERM
 
 
 def torchrun(processes: int) -> list[str]:
-    """The command that starts `processes` ranks of the trainer; its arguments follow.
+    """The command that starts `processes` ranks of the trainer. Its arguments follow.
 
     One rank needs no agent beside it, which would import torch a second time and hold 200 MB.
     """
@@ -54,7 +54,7 @@ def trainer_command(
 ) -> list[str]:
     """argv that runs these stages of a job.  trainer: what stands for torchrun and the trainer."""
     words = [*(trainer or torchrun(job.processes)), *job.command(stages), "--run", str(run.root)]
-    # Whoever starts a job has asked; its machine may have no record of it.
+    # Whoever starts a job has asked. Its machine may have no record of it.
     return [*words, "--trust"] if code_in(run.config) else words
 
 
@@ -229,7 +229,7 @@ class Pool:
                 self._ended(job, code)
 
     def _ended(self, job: Job, code: int) -> None:
-        """The stages' markers decide whether a job is done; its exit code says why it is not."""
+        """The stages' markers decide whether a job is done. Its exit code says why it is not."""
         missing = job.pending
         if not missing:
             self._done(job, code)

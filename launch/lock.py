@@ -31,7 +31,7 @@ class Held(UserError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The launcher that a lock names.  born: as `processes.birth` has it; "" of older versions."""
+    """The launcher that a lock names.  born: as `processes.birth` has it. "" of older versions."""
 
     pid: int
     host: str
@@ -79,7 +79,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def is_held(run: Path) -> bool:
-    """Whether a living launcher holds the lock; asked without writing.
+    """Whether a living launcher holds the lock. Asked without writing.
 
     Raises UserError where it cannot be known.
     """
@@ -119,7 +119,7 @@ def stop_launcher(run: Path, patience_s: float) -> bool:
 
 
 def _asked(run: Path) -> Holder | None:
-    """The holder, which was asked to end; None where the lock names no such process."""
+    """The holder, which was asked to end. None where the lock names no such process."""
     holder = Holder.parse(_text(run))
     if holder is None:
         return None
@@ -141,7 +141,7 @@ def _held(run: Path, text: str) -> Held:
 
 
 def _opened(path: Path, flags: int) -> TextIO:
-    """The lock's file; OSError for a link and for what is no file, which may be anybody's."""
+    """The lock's file. OSError for a link and for what is no file, which may be anybody's."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -12,7 +12,7 @@ from pipeline.config import Config, UserError
 
 @dataclass(frozen=True)
 class Machine:
-    """devices: what CUDA_VISIBLE_DEVICES calls them; none on a machine without a GPU."""
+    """devices: what CUDA_VISIBLE_DEVICES calls them. None on a machine without a GPU."""
 
     cores: int
     devices: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The job graph, a pure function of the run's stages; either runner executes it."""
+"""The job graph, a pure function of the run's stages. Either runner executes it."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def plan(
 
 
 def save_graph(jobs: list[Job], path: Path) -> None:
-    """RUN/graph.json; not touched if it says the same already."""
+    """RUN/graph.json. Not touched if it says the same already."""
     rows = [
         {
             "name": job.name,
@@ -139,7 +139,7 @@ def _ranks(
     """Per job its ranks.  A job in which no stage scales has one.
 
     Independent trainings of one kind have one rank each and run beside each other, as
-    launch.side_by_side says; by default where they are at least as many as `processes`.
+    launch.side_by_side says. By default where they are at least as many as `processes`.
     """
     families = {name: _family(stages) for name, stages in groups.items()}
     count = Counter(families.values())
@@ -182,7 +182,7 @@ def _job_name(stage: Stage, pack_of: dict[int, range]) -> str:
 
 
 def planned_steps(stage: Stage, run: RunDirectory) -> float:
-    """About how many optimizer steps a stage takes; 0 for one that trains nothing."""
+    """About how many optimizer steps a stage takes. 0 for one that trains nothing."""
     if not stage.kind.trains:
         return 0
     if stage.name == "pilot":

@@ -108,7 +108,7 @@ def check_batches(run: RunDirectory, jobs: list[Job], stale: list[Stage]) -> Non
 
 
 def _is_given(config: Config) -> bool:
-    """Whether the generalist comes whole; the trainer finds out whether a file's head fits."""
+    """Whether the generalist comes whole. The trainer finds out whether a file's head fits."""
     given = config.generalist
     if not given.init or given.has_new_head:
         return False
@@ -116,7 +116,7 @@ def _is_given(config: Config) -> bool:
 
 
 def check_file_system(root: Path) -> None:
-    """RUN's file system can do what finishing a stage needs; nothing of the trial is left."""
+    """RUN's file system can do what finishing a stage needs. Nothing of the trial is left."""
     probe(next(path for path in (root, *root.absolute().parents) if path.is_dir()))
 
 
@@ -253,7 +253,7 @@ def _errors_of(split: str, pattern: str) -> list[str]:
 
 
 def _error_of(source: str, split: str) -> str:
-    """What is wrong with one local source of shards; empty if nothing is."""
+    """What is wrong with one local source of shards. Empty if nothing is."""
     path = Path(source)
     if path.is_dir():
         if (path / "manifest.json").is_file() or any(path.glob(f"{split}*.tar")):

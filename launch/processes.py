@@ -19,7 +19,7 @@ from pipeline.files import is_born
 def ask_to_end(pid: int, born: str, holds: Path) -> bool:
     """SIGTERM to a process, if it is the one that is meant.  Returns whether it is.
 
-    born: its mark.  holds: a file; where an older version noted no mark, the process must have
+    born: its mark.  holds: a file. Where an older version noted no mark, the process must have
     it open.
     """
     if pid <= 1 or pid == os.getpid():
@@ -40,7 +40,7 @@ def ask_to_end(pid: int, born: str, holds: Path) -> bool:
 
 @contextmanager
 def _handle(pid: int) -> Iterator[int | None]:
-    """A file descriptor that stands for a process; None where the system has none, or it ended."""
+    """A file descriptor that stands for a process. None where the system has none, or it ended."""
     try:
         handle = os.pidfd_open(pid)
     except (AttributeError, OSError):
@@ -71,7 +71,7 @@ def _is_same(link: Path, path: Path) -> bool:
 
 
 def has_ended(child: subprocess.Popen) -> bool:
-    """Whether a child has ended; until `child.wait()` its number stays its own."""
+    """Whether a child has ended. Until `child.wait()` its number stays its own."""
     if child.returncode is not None:
         return True
     if not hasattr(os, "waitid"):

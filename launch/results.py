@@ -71,7 +71,7 @@ def _show_results(results: Results, run: RunDirectory, console: Console) -> None
 
 
 def advice_line(results: Results) -> str | None:
-    """What came of the advice that pilots gave; None of a run that asked for none."""
+    """What came of the advice that pilots gave. None of a run that asked for none."""
     return outcome_sentence(results["advice"]) if "advice" in results else None
 
 
@@ -82,7 +82,7 @@ def near(path: Path) -> str:
 
 
 class Column(NamedTuple):
-    """needs: a key that some row must have, or the column is left out; "" is always shown.
+    """needs: a key that some row must have, or the column is left out. "" is always shown.
 
     rank: the columns with the highest are left out first, where the terminal is too narrow.
     meaning: what it says, for the line below the table.
@@ -114,7 +114,7 @@ COLUMNS = [
 
 
 def cost_columns(results: Results) -> list[Column]:
-    """Size, latency an example and training; latency at each batch that was measured."""
+    """Size, latency an example and training. Latency at each batch that was measured."""
     rows = named_rows(results).values()
     batches = {size for row in rows for size in row["cost"].get("latency_ms") or {}}
 
@@ -173,7 +173,7 @@ def results_table(
     """One row for each of generalist, controls, ensemble and students.
 
     cNLL is after temperature scaling, DEE a row's worth in networks of a deep ensemble.  Both are
-    shown only where a run has them.  width: of the terminal; columns that do not fit are left out.
+    shown only where a run has them.  width: of the terminal. Columns that do not fit are left out.
     """
     rows = named_rows(results)
     cells = _cells(results, columns)
@@ -206,7 +206,7 @@ def _cells(results: Results, columns: Sequence[Column]) -> dict[Column, list[str
 
 
 def _fitting(cells: dict[Column, list[str]], names: int, width: int | None) -> list[Column]:
-    """The columns that fit beside the rows' names; of those that do not, the least first."""
+    """The columns that fit beside the rows' names. Of those that do not, the least first."""
     widths = {column: max(map(len, [column.title, *texts])) for column, texts in cells.items()}
     shown = list(cells)
     while width and names + sum(GAP + widths[column] for column in shown) > width:
@@ -284,7 +284,7 @@ def _style(name: str) -> str:
 
 
 def shortlist_line(run: RunDirectory) -> str | None:
-    """How others were asked than the generalist; None of a run that asks about every class."""
+    """How others were asked than the generalist. None of a run that asks about every class."""
     config = run.config.ensemble
     if config.kind == "specialists" and config.shortlist is not None:
         return (
@@ -303,7 +303,7 @@ def shortlist_line(run: RunDirectory) -> str | None:
 
 
 def start_line(run: RunDirectory) -> str | None:
-    """What specialists start as; None where that is the generalist, or there are none."""
+    """What specialists start as. None where that is the generalist, or there are none."""
     section = run.config.specialists
     if not (run.method.has_groups and section.starts_elsewhere):
         return None
@@ -333,7 +333,7 @@ def groups_line(run: RunDirectory) -> str | None:
 
 
 def diagnosis_lines(stages: Sequence[Stage]) -> list[str]:
-    """What a job's diagnosis says of the generalist; none of a job that has none."""
+    """What a job's diagnosis says of the generalist. None of a job that has none."""
     found = [stage for stage in stages if stage.name == "diagnosis" and stage.is_done]
     contents = [read_file(stage, "diagnosis.json") or {} for stage in found]
     return [line for content in contents for line in content.get("sentences", [])]

@@ -33,7 +33,7 @@ ENDING_S = 60  # that a job which is being ended may take (Slurm's KillWait is 3
 ENDING = "ending"  # the reason of a job that Slurm is ending, or taking back into its queue
 CANCELLED = {"state": "interrupted", "reason": "cancelled"}
 
-# States of squeue; all others are ends.
+# States of squeue. All others are ends.
 WAITING = {
     "PENDING",
     "CONFIGURING",
@@ -184,7 +184,7 @@ def parse(line: str) -> tuple[str, Row]:
 
 
 def seconds(text: str) -> float:
-    """Of squeue's DAYS-HH:MM:SS; 0 where it says INVALID or nothing."""
+    """Of squeue's DAYS-HH:MM:SS. 0 where it says INVALID or nothing."""
     days, _, clock = text.rpartition("-")
     if not re.fullmatch(r"[\d:]+", clock):
         return 0.0
@@ -397,7 +397,7 @@ def _withdraw(
     noted: Journal,
     error: BaseException,
 ) -> str:
-    """Cancel what was submitted before the refused batch; the message about both."""
+    """Cancel what was submitted before the refused batch. The message about both."""
     message = f"{refused.name} was not submitted: {str(error) or 'interrupted'}"
     if not submitted:
         return message
@@ -414,7 +414,7 @@ def _withdraw(
 
 
 def cancel(run: RunDirectory, journal: Journal) -> list[str]:
-    """Cancel every job that waits or runs, and note it; returns their ids.
+    """Cancel every job that waits or runs, and note it. Returns their ids.
 
     journal: as `look` returns it.
     """

@@ -168,7 +168,7 @@ def _add_progress(status: StageStatus, stage: Stage, since: float = 0.0) -> None
 
 
 def _last_rows(path: Path) -> list[dict]:
-    """The last logged rows; a line that is being written is left out."""
+    """The last logged rows. A line that is being written is left out."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -188,7 +188,7 @@ def _last_rows(path: Path) -> list[dict]:
 
 
 def _numbers(row: dict) -> dict[str, float]:
-    """What of a row is a number; others are no metrics, whoever wrote them."""
+    """What of a row is a number. Others are no metrics, whoever wrote them."""
     return {
         key: value
         for key, value in row.items()

@@ -23,7 +23,7 @@ COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated; no
 class Adoption:
     """What adopt_weights did.
 
-    with_head: whether the head is theirs, too; a fresh one has to be trained.
+    with_head: whether the head is theirs, too. A fresh one has to be trained.
     notes: one sentence each, of what is not plain from the file's name.
     """
 
@@ -77,7 +77,7 @@ def adopt_weights(
     Raises
     ------
     ValueError
-        Naming the file, where it cannot be read or does not fit; `classifier` is unchanged then.
+        Naming the file, where it cannot be read or does not fit. `classifier` is unchanged then.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights)
@@ -211,7 +211,7 @@ def _compare(
 
 
 def _prefixes(theirs: Mapping[str, Tensor]) -> Iterator[str]:
-    """Prefixes that all tensors share; and those of all but one linear layer, their head."""
+    """Prefixes that all tensors share, and those of all but one linear layer, their head."""
     yield from _shared_prefixes(theirs)
     for name in _linear_layers(theirs):
         rest = [key for key in theirs if not key.startswith(f"{name}.")]

@@ -5,7 +5,8 @@
     S            the branch's classes, |S| of them; the dustbin stands for all others
     z            the generalist's logits, [B, C]
     L            log sum_c exp z_c over all classes, [B]
-    cut          where branch and generalist part; what the generalist has there is [B, ...]
+    cut          where branch and generalist part; what the
+                 generalist has there is [B, ...]
     h            what the branch's embedding reads, [B, D]
     r            its correction, [B, |S| + 1], dustbin last
 
@@ -41,10 +42,10 @@ LEAST_SHARE = 1e-12
 
 
 class Branch(nn.Module):
-    """One branch's own layers; the generalist is not among them.
+    """One branch's own layers. The generalist is not among them.
 
     spec: its head is {"kind": "branch", ...}.
-    blocks: its own blocks, from the cut to h; empty where the generalist shares all of them.
+    blocks: its own blocks, from the cut to h. Empty where the generalist shares all of them.
     hidden: W1 and b1.  correction: W2 and b2.
     """
 
@@ -161,7 +162,7 @@ def log_sum(logits: Tensor) -> Tensor:
 def log_rest(own_logits: Tensor, log_total: Tensor) -> Tensor:
     """log sum of exp z over the classes outside S, float64: [...] of [..., |S|] and L [...].
 
-    S must leave a class out.  The share of these classes is right within 1e-13 or so; one below
+    S must leave a class out.  The share of these classes is right within 1e-13 or so. One below
     LEAST_SHARE is raised to it, which changes no probability by more.
     """
     # e^L is the sum over all classes, so the share of those outside is 1 - sum over S of
@@ -184,11 +185,11 @@ def branch_off(
     Parameters
     ----------
     generalist : Classifier
-        A plain one, with a linear head; it stays as it is.
+        A plain one, with a linear head. It stays as it is.
     classes : iterable of int
         S.
     embedding : int, optional
-        The numbers between W1 and W2; by default as many as the generalist's head reads.
+        The numbers between W1 and W2. By default as many as the generalist's head reads.
     blocks : int
         How many of the trunk's last blocks are copied for the branch to train.  0 copies none: the
         branch reads what the generalist's embedding reads, or its head where it has no embedding.

@@ -28,7 +28,7 @@ INDICES_REMEDY = (
     '{ txt = "trainer.data.decoding:ngram_bag" }'
 )
 
-DEEPEST = 2**12  # layers; a damaged file may ask for any number
+DEEPEST = 2**12  # layers. A damaged file may ask for any number
 ACTIVATIONS: dict[str, type[nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU}
 
 
@@ -45,7 +45,7 @@ def mlp(
 
     embedding: size of a linear layer behind them, 0 for none.
     norm: "none" or "batch", before each ReLU.
-    dropout: of units; input_dropout: of entries of the preprocessed input.
+    dropout: of units. input_dropout: of entries of the preprocessed input.
 
     mlp(width=1200, depth=2, dropout=0.5, input_dropout=0.2) is Hinton et al. 2015's MNIST teacher.
     """
@@ -90,14 +90,14 @@ def convnet(
     grid: int = 0,
     activation: str = "none",
 ) -> nn.Sequential:
-    """`depth` stages of convolution, batch norm and ReLU; then flatten, dropout, linear embedding.
+    """`depth` stages of convolution, batch norm and ReLU. Then flatten, dropout, linear embedding.
 
-    channels: of each stage; without it width, 2 width, 4 width, ...
+    channels: of each stage. Without it width, 2 width, 4 width, ...
     kernel, stride: one for all stages, or one per stage.
     padding: "same" (kernel // 2) or "valid".
     downsample: what applies the stride: the convolution ("stride"), or pooling after the ReLU
         ("max", "average").
-    grid: the last map is averaged to grid x grid; 0 leaves it as it is.
+    grid: the last map is averaged to grid x grid. 0 leaves it as it is.
     embedding: 0 leaves it out.
     activation: after the embedding, "none" (a linear bottleneck before many classes) or "relu".
     """
@@ -279,7 +279,7 @@ def embedding_bag(
 ) -> nn.Sequential:
     """The sum of the embeddings of an input's indices, over the root of their number.
 
-    width: indices that there are, 0 .. width - 1; a negative one is padding.
+    width: indices that there are, 0 .. width - 1. A negative one is padding.
     embedding: size of each.
     dropout: share of the indices that a training step leaves out.
     depth: further layers of a ReLU and a linear one.  Without them the network is linear: over
@@ -333,7 +333,7 @@ class IndexBag(nn.Module):
         return total / counts.clamp_min(1).sqrt()[:, None].to(total.dtype)
 
     def _gathered(self, bag: Tensor) -> Tensor:
-        """The same in fixed shapes, for programs and ONNX; six times as long in training."""
+        """The same in fixed shapes, for programs and ONNX. Six times as long in training."""
         kept = bag >= 0
         rows = F.embedding(bag.clamp_min(0).long(), self.weight)
         total = (rows * kept[:, :, None].to(rows.dtype)).sum(1)
@@ -362,7 +362,7 @@ def builtin_options(name: str) -> dict[str, Any]:
     Returns
     -------
     dict
-        Each option that the builder declares, with its default; {} for any other name.
+        Each option that the builder declares, with its default. {} for any other name.
     """
     if name not in NETWORKS:
         return {}
@@ -567,7 +567,7 @@ def _check_choice(name: str, value: str, valid: Collection[str]) -> None:
 
 
 def _per_stage(name: str, value: int | list[int], stages: int | None) -> list[int]:
-    """One value for each stage; stages = None takes as many as are given."""
+    """One value for each stage. stages = None takes as many as are given."""
     values = list(value) if isinstance(value, (list, tuple)) else [value] * (stages or 1)
     if not values or (stages is not None and len(values) != stages):
         raise ValueError(

@@ -8,7 +8,8 @@
 
 A row's candidates are its label and its shortlist.  Its loss is - log (exp z_label / Z), where
 
-    Z = sum of exp z over the candidates + C / R * sum of exp z over what is drawn besides.
+    Z = sum of exp z over the candidates + C / R * sum of exp z over what is drawn
+    besides.
 
 Each class is drawn with probability R / C, so that Z, of which the candidates' part is exact, is
 the whole softmax's on average over the draws, whatever the shortlist (Horvitz & Thompson 1952).
@@ -32,7 +33,7 @@ class Candidates(NamedTuple):
     """The classes that a batch is asked about.
 
     own      int64 [n, 1 + k]: the label, and the shortlist
-    counted  bool [n, 1 + k]: whether an entry counts; the shortlist's is not the label again
+    counted  bool [n, 1 + k]: whether an entry counts. The shortlist's is not the label again
     drawn    int64 [R], distinct: the same for every row
     apart    bool [n, R]: whether what is drawn is not the row's own
     """
@@ -57,9 +58,9 @@ def candidates_of(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = Non
     ----------
     labels : Tensor int64 [n]
     shortlists : Tensor int64 [n, k]
-        Distinct classes of each row; the label may be one of them.
+        Distinct classes of each row. The label may be one of them.
     drawn : Tensor int64 [R], optional
-        Distinct classes; None for none.
+        Distinct classes. None for none.
 
     Returns
     -------

@@ -43,7 +43,7 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     ----------
     path : Path
     weights : str, optional
-        Of several state dicts the one that stands under this key; "a.b" is b under a.  By default
+        Of several state dicts the one that stands under this key. "a.b" is b under a.  By default
         averaged weights (`networks.choices.AVERAGED`), where a file has some, then the others'
         usual names (`PLAIN`).
 

@@ -85,7 +85,7 @@ def entries_of(directory: Path, is_listed: Callable[[str], bool]) -> dict[str, E
 
 
 def lacks(path: Path, entry: Entry) -> str:
-    """What its size alone says against a file; empty if nothing."""
+    """What its size alone says against a file. Empty if nothing."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def lacks(path: Path, entry: Entry) -> str:
 
 
 def differs(path: Path, entry: Entry) -> str:
-    """What its content says against a file; empty if nothing.  Read once per process."""
+    """What its content says against a file. Empty if nothing.  Read once per process."""
     reason = lacks(path, entry)
     if reason:
         return reason
@@ -123,7 +123,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(path: str | Path) -> Recorded | None:
-    """What a manifest says of a file; None where none does, as in runs of earlier versions.
+    """What a manifest says of a file. None where none does, as in runs of earlier versions.
 
     It lies in the directory of the file (of the linked one), or above.  A file that a stage
     published in RUN is in that stage's: RUN/*/DONE.
@@ -181,7 +181,7 @@ def remedy(manifest: Path) -> str:
 
 
 def files_of(content: Mapping) -> dict[str, Entry]:
-    """The files that a manifest lists; none in DONE of earlier versions.
+    """The files that a manifest lists. None in DONE of earlier versions.
 
     Raises ValueError for a list that is none.
     """

@@ -3,12 +3,14 @@
 A builder is a function `builder(shape, **options)` in any module.
 
     shape     the shape of one input as the trunk reads it, say (3, 32, 32)
-    options   keyword parameters, each with a default.  Of width, depth, embedding and dropout in
-              [model] a built-in gets those that it declares; [model.options] may name any option.
-              A user's own module:function gets [model.options] alone.
-              It raises ValueError for a value that it cannot take, naming the value and the rule.
-    returns   an nn.Module [B, *shape] -> features [B, D], with weights drawn from torch's global
-              generator.  The linear layer to the classes comes behind it and is not part of it.
+    options   keyword parameters, each with a default.  Of width, depth, embedding and
+              dropout in [model] a built-in gets those that it declares; [model.options]
+              may name any option. A user's own module:function gets [model.options]
+              alone. It raises ValueError for a value that it cannot take, naming the
+              value and the rule.
+    returns   an nn.Module [B, *shape] -> features [B, D], with weights drawn from torch's
+              global generator.  The linear layer to the classes comes behind it and is
+              not part of it.
 
 A builder with the attribute `takes_indices = True` gets int32 inputs as they are, unscaled: bins of
 n-grams, rows of a table.

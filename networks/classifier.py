@@ -67,7 +67,7 @@ class Classifier(nn.Module):
         self.register_buffer("_offset", offset, persistent=False)
 
     def preprocess(self, raw: Tensor) -> Tensor:
-        """(raw * scale - mean) / std in the network's floating type; indices stay as they are.
+        """(raw * scale - mean) / std in the network's floating type. indices stay as they are.
 
         raw: uint8 or float, in raw units, or integers where spec.input.dtype is int32.
         Raises ValueError if one example's shape is not spec.input.shape, and for indices that are
@@ -89,7 +89,7 @@ class Classifier(nn.Module):
 
     @property
     def num_members(self) -> int:
-        """K; 1 of a plain network, whose logits have no axis of members."""
+        """K. 1 of a plain network, whose logits have no axis of members."""
         return 1 if self.spec.members is None else self.spec.members["count"]
 
     @property
@@ -149,8 +149,8 @@ def build_classifier(
     Raises
     ------
     ValueError
-        For an unknown builder or option, with the nearest valid name; for a trunk that does not
-        give [B, D]; for members that it cannot have.
+        For an unknown builder or option, with the nearest valid name. For a trunk that does not
+        give [B, D]. For members that it cannot have.
 
     Examples
     --------
@@ -215,7 +215,7 @@ def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
     Parameters
     ----------
     classifier : Classifier
-        Its head has one row per class; those of add_classes may still be learning.  Of one that
+        Its head has one row per class. Those of add_classes may still be learning.  Of one that
         ranks split what is asked of the logits is collective.
     raw : Tensor [B, *input.shape]
 

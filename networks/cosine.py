@@ -62,7 +62,7 @@ class Unit(nn.Module):
 class UnitTrunk(nn.Module):
     """A trunk whose features have the norm `scale`: [B, *shape] -> [B, D].
 
-    net: the trunk itself.  unit: what comes behind it; no block, where blocks are counted.
+    net: the trunk itself.  unit: what comes behind it. No block, where blocks are counted.
     """
 
     def __init__(self, net: nn.Module, unit: Unit):
@@ -75,7 +75,7 @@ class UnitTrunk(nn.Module):
 
 
 def unit_trunk(trunk: nn.Module, cosine: dict[str, Any] | None) -> nn.Module:
-    """The trunk of a network whose spec.cosine is this; None leaves it as it is."""
+    """The trunk of a network whose spec.cosine is this. None leaves it as it is."""
     if cosine is None:
         return trunk
     return UnitTrunk(trunk, Unit(cosine["scale"], cosine["learned"]))
@@ -84,7 +84,7 @@ def unit_trunk(trunk: nn.Module, cosine: dict[str, Any] | None) -> nn.Module:
 class UnitRows(nn.Module):
     """A linear layer while its rows learn on the sphere: features [B, D] -> logits [B, C].
 
-    It takes over the plain layer's rows as `direction`, of any norm; the bias, which is 0 unless
+    It takes over the plain layer's rows as `direction`, of any norm. The bias, which is 0 unless
     somebody raised it, stays as it is.
 
     in_blocks: give LinearLogits while it trains, of which a loss may move the label's.
@@ -138,9 +138,9 @@ def cosface(z: Tensor, scale: Tensor, margin: float) -> Tensor:
 
 
 def arcface(z: Tensor, scale: Tensor, margin: float) -> Tensor:
-    """s cos(angle + m): Deng et al. 2019, ArcFace, eq. 3; s (cos - m sin m) beyond pi - m.
+    """s cos(angle + m): Deng et al. 2019, ArcFace, eq. 3. s (cos - m sin m) beyond pi - m.
 
-    There cos(angle + m) would rise again as the angle grows; the line goes on falling, as in the
+    There cos(angle + m) would rise again as the angle grows. The line goes on falling, as in the
     authors' code.
     """
     cosine = z / scale
@@ -161,7 +161,7 @@ def with_margin(
     Parameters
     ----------
     logits : LinearLogits
-        Of features whose norm is the scale, and of rows of norm 1; what its bias adds (a prior, the
+        Of features whose norm is the scale, and of rows of norm 1. What its bias adds (a prior, the
         correction for sampled classes) is added to the cosines behind the margin.
     labels : Tensor int64 [n]
         A label of -1 has none.

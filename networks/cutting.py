@@ -16,7 +16,7 @@ class Cut:
     """A trunk in two parts, made of the trunk's own modules: features = end(body(x)).
 
     body: [B, ...] -> what there is at the cut.
-    own: from there to what an embedding reads, [B, ...]; a branch takes a copy of it.
+    own: from there to what an embedding reads, [B, ...]. A branch takes a copy of it.
     end: from there to the features that the head reads, [B, D].
     """
 
@@ -30,7 +30,7 @@ def cut_at(trunk: nn.Module, blocks: int = 0) -> Cut:
 
     An embedding at the end of a Sequential is not counted as a block: a block named "embedding", or
     an nn.Linear.  What stands before its linear layer (pooling, flattening) belongs to the blocks.
-    With blocks = 0 the cut is at the input of that linear layer; without an embedding it is at the
+    With blocks = 0 the cut is at the input of that linear layer. Without an embedding it is at the
     head's.
 
     Raises ValueError for more blocks than there are, and for a trunk that is not an nn.Sequential
@@ -70,7 +70,7 @@ def _cut_sequential(trunk: nn.Sequential, blocks: int) -> Cut:
 
 
 def _split_embedding(name: str, block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """(what stands before its linear layer, that and the rest); both empty for other blocks."""
+    """(what stands before its linear layer, that and the rest). Both empty for other blocks."""
     if isinstance(block, nn.Linear):
         return [], [block]
     if name != "embedding" or not isinstance(block, nn.Sequential):
@@ -143,7 +143,7 @@ def _options(trunk: nn.Module) -> dict[str, object]:
 def _split_graph(
     trunk: nn.Module, graph: fx.Graph, at_cut: fx.Node
 ) -> tuple[nn.Module, nn.Module | None]:
-    """Two modules, up to a node and from it on; None where one node is not all that passes."""
+    """Two modules, up to a node and from it on. None where one node is not all that passes."""
     nodes = list(graph.nodes)
     before, after = fx.Graph(), fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}

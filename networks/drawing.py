@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def draw_classes(num_classes: int, count: int, seed: int) -> Tensor:
-    """`count` distinct classes, each as likely as any other; all where there are no more.
+    """`count` distinct classes, each as likely as any other. All where there are no more.
 
     Costs `count`, not `num_classes`.
 

@@ -181,7 +181,7 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
 
 
 def save_part(classifier: Classifier, directory: str | Path, part: int, parts: int) -> None:
-    """Write one rank's file of a classifier whose head is split; the first has the trunk, too.
+    """Write one rank's file of a classifier whose head is split. The first has the trunk, too.
 
     Once all ranks have written, `finish_parts` completes the directory.
     """
@@ -197,7 +197,7 @@ def save_part(classifier: Classifier, directory: str | Path, part: int, parts: i
 
 
 def finish_parts(classifier: Classifier, directory: str | Path, bounds: Sequence[int]) -> None:
-    """Write the index of all parts and model.json; bounds: the first class of each part, and C."""
+    """Write the index of all parts and model.json. bounds: the first class of each part, and C."""
     saved = [name for name in classifier.state_dict() if name.startswith(SPLIT_HEAD)]
     names = [PLAIN_HEAD + name.removeprefix(SPLIT_HEAD) for name in saved]
     write_index(Path(directory), PREFIX, dict.fromkeys(names, tuple(bounds)))

@@ -37,15 +37,15 @@ FEWEST_CLASSES = 4096
 FEWEST_ENTRIES = 2**17
 # Relative to a number, what can be told from it.
 LITTLE = {torch.float16: 2**-9, torch.bfloat16: 2**-6, torch.float32: 2**-20, torch.float64: 2**-50}
-# How long runs of classes may be of which ONNX takes maxima; one that divides C needs no padding.
+# How long runs of classes may be of which ONNX takes maxima. One that divides C needs no padding.
 RUNS = (64, *range(65, 257), *range(63, 31, -1))
 
 
 def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns; exact.
+    """The k largest of each row and their columns. Exact.
 
     On a CPU numpy partitions vectors faster than torch.topk, and of many classes only k blocks are
-    searched: of 256 rows and 26,386 classes that takes 0.3 to 0.4 of its time, of a million 0.2; a
+    searched: of 256 rows and 26,386 classes that takes 0.3 to 0.4 of its time, of a million 0.2. A
     single row of 26,386 takes as long.  In ONNX runs of classes are searched likewise.  Elsewhere
     and in half precision torch.topk is called.  Of entries that tie any may be taken.
 
@@ -55,7 +55,7 @@ def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]
     k : int
         At most C.
     ordered : bool
-        Largest first; otherwise in any order, which is quicker.
+        Largest first. Otherwise in any order, which is quicker.
 
     Returns
     -------
@@ -116,7 +116,7 @@ def most_probable(logits: Tensor, count: int = 1) -> Tensor:
 
 
 def block_maxima(logits: Tensor) -> tuple[Tensor, int]:
-    """The maxima of runs of classes, and how long a run is; the last may be shorter."""
+    """The maxima of runs of classes, and how long a run is. The last may be shorter."""
     num_classes = logits.shape[1]
     for size in RUNS:
         if num_classes % size == 0:

@@ -1,7 +1,7 @@
 """Rows of a head over all classes: cut out, and put together again.
 
 A head is cut by classes.  Its tensors have a row for each class, or, of a GrownHead, for each class
-that learns; `row_bounds` says where each tensor is cut.
+that learns. `row_bounds` says where each tensor is cut.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def cut_head(head: RowsHead, bounds: Sequence[int], part: int) -> RowsHead:
 
 
 def with_tensors(head: RowsHead, tensors: Mapping[str, Tensor]) -> RowsHead:
-    """A head of the same kind with copies of these tensors; parameters learn as the head's do."""
+    """A head of the same kind with copies of these tensors. Parameters learn as the head's do."""
     # Only the shell is copied: the memory may hold one head, and not two.
     shared = {id(tensor): tensor for tensor in row_tensors(head).values()}
     made = copy.deepcopy(head, shared)

@@ -51,7 +51,7 @@ class DustbinHead(nn.Module):
 
     @property
     def row_classes(self) -> Tensor:
-        """int64 [rows]: the class that each stored row stands for; -1 is the row for the rest."""
+        """int64 [rows]: the class that each stored row stands for. -1 is the row for the rest."""
         device = self.classes.device
         if self.kept is not None:
             return torch.cat([self.classes, torch.tensor([*self.kept, -1], device=device)])
@@ -106,7 +106,7 @@ class ShardedHead(nn.Module):
 class GrownHead(nn.Module):
     """A linear head of which only some rows learn: [n, D] -> logits [n, C].
 
-    linear: all C rows.  classes: int64 [K], those whose rows learn; they start as they are in
+    linear: all C rows.  classes: int64 [K], those whose rows learn. They start as they are in
     `linear`.  The others are buffers: neither weight decay nor an average of weights reaches them.
     """
 

@@ -24,7 +24,7 @@ CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 LEVELS = 3  # from a file up to its bundle: students/NAME/model.json
 LARGEST = 2**31 - 1  # a whole number in a file of a network's
-# What code raises that meets values of another form than it expects; torch says RuntimeError.
+# What code raises that meets values of another form than it expects. Torch says RuntimeError.
 OTHER_FORM = (
     AttributeError,
     LookupError,
@@ -115,7 +115,7 @@ def check_file(path: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _listed(path: Path, mtime_ns: int, size: int) -> dict[str, str]:
-    """{file: sha256}; mtime_ns, size: of the list, so that another one is read again."""
+    """{file: sha256}. mtime_ns, size: of the list, so that another one is read again."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -7,7 +7,7 @@
 
 The [N, C] logits never exist at once.  Extra memory is one block, N x block, whatever C is: the
 forward pass keeps each row's log-sum-exp, and the backward pass computes the block's logits again
-(online softmax, Milakov & Gimelshein 2018; recomputation, Dao et al. 2022, section 3.1).
+(online softmax, Milakov & Gimelshein 2018, recomputation, Dao et al. 2022, section 3.1).
 
 Where the rows of `weight` are split over ranks, a `Comm` carries rows and sums between them.  It is
 a value here, and the mathematics is the same with one rank.
@@ -37,7 +37,7 @@ LEAST_EXPONENT = -80.0
 class Comm(Protocol):
     """How ranks that hold different classes of one linear layer exchange rows and sums.
 
-    Each rank has n rows of a batch of N, and c of C classes; N and C are sums over the ranks.
+    Each rank has n rows of a batch of N, and c of C classes. N and C are sums over the ranks.
     of, gather, stack, own_columns, max, sum and sum_own are collective.
     """
 
@@ -56,11 +56,11 @@ class Comm(Protocol):
         ...
 
     def of(self, features: Tensor) -> Comm:
-        """The comm for a batch of which this rank has these rows; features: [n, D]."""
+        """The comm for a batch of which this rank has these rows. features: [n, D]."""
         ...
 
     def among(self, classes: Tensor) -> Comm:
-        """The comm for some classes only, numbered anew; classes: int64 [C'], ascending."""
+        """The comm for some classes only, numbered anew. classes: int64 [C'], ascending."""
         ...
 
     def gather(self, rows: Tensor) -> Tensor:
@@ -80,11 +80,11 @@ class Comm(Protocol):
         ...
 
     def max(self, values: Tensor) -> Tensor:
-        """The largest over the ranks, entry by entry; values: the same shape on each, say [N]."""
+        """The largest over the ranks, entry by entry. values: the same shape on each, say [N]."""
         ...
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, entry by entry; values: the same shape on each, say [N, D]."""
+        """The sum over the ranks, entry by entry. values: the same shape on each, say [N, D]."""
         ...
 
     def sum_own(self, values: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class LocalComm:
 class Targets(NamedTuple):
     """Target t of each row: the sum of the parts that are not None.
 
-    indices  int64 [N, k], classes of `values`; repeated indices of a row add up
+    indices  int64 [N, k], classes of `values`. Repeated indices of a row add up
     values   [N, k]
     uniform  [N], at every class
     dense    [N, C]
@@ -176,7 +176,7 @@ class Targets(NamedTuple):
         return cls(indices, values - uniform[:, None], uniform)
 
     def mass(self, num_classes: int) -> Tensor:
-        """[N], the sum of t over the classes; 1 for a distribution."""
+        """[N], the sum of t over the classes. 1 for a distribution."""
         parts = []
         if self.values is not None:
             parts.append(self.values.sum(1))
@@ -229,7 +229,7 @@ class LinearLogits:
     num_classes : int
         C, over all ranks.
     block : int, optional
-        Classes at a time; by default BLOCK_ENTRIES of the device over the number of rows.
+        Classes at a time. By default BLOCK_ENTRIES of the device over the number of rows.
     comm : Comm
         Carries rows and sums between the ranks that split the classes.
     moved : Moved, optional
@@ -275,7 +275,7 @@ class LinearLogits:
 
         The others are drawn uniformly, without replacement, and stand for all others: their logits
         are raised by log(number of others / negatives), the log Q correction (Bengio & Senecal
-        2008; Jean et al. 2015, section 3).  So sum exp z is unbiased over the draw.  Its logarithm,
+        2008, Jean et al. 2015, section 3).  So sum exp z is unbiased over the draw.  Its logarithm,
         the loss, is biased downwards: by less the more are drawn, and not at all with all of them.
 
         Parameters
@@ -283,7 +283,7 @@ class LinearLogits:
         labels : Tensor int64 [n]
             Each is a class.
         negatives : int
-            How many others to draw; all, if there are no more.
+            How many others to draw. All, if there are no more.
         draw : torch.Generator
             In the same state on every rank.  What is drawn costs their number, not C.
 
@@ -359,7 +359,7 @@ class LinearLogits:
         """The logits of k classes of each row's own, [n, k], from these rows of the weight alone.
 
         Differentiable in features, weight and bias.  indices: int64 [n, k], numbered over all
-        ranks; collective where ranks split the classes.
+        ranks. Collective where ranks split the classes.
         """
         if torch.compiler.is_compiling():
             # A program has any number of rows, and so no blocks of rows.
@@ -374,7 +374,7 @@ class LinearLogits:
     @torch.no_grad()
     @full_precision
     def summary(self, k: int, labels: Tensor | None = None) -> Summary:
-        """The k most probable classes of each row and what metrics need; labels: int64 [n].
+        """The k most probable classes of each row and what metrics need. labels: int64 [n].
 
         Of classes that tie any may come first.  Collective where ranks split the classes.
         """
@@ -535,7 +535,7 @@ def _blocks(
     block: int | None,
     moved: Moved | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first class, z [N, at most block]) in turn; each z has the memory of the previous one."""
+    """(first class, z [N, at most block]) in turn. Each z has the memory of the previous one."""
     block = block or max(64, BLOCK_ENTRIES[x.device.type] // max(1, len(x)))
     block = min(block, max(1, len(weight)))
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -557,7 +557,7 @@ def _blocks(
 
 
 def _exp_(z: Tensor) -> Tensor:
-    """exp(z) in place, for z <= 0; below LEAST_EXPONENT as if z were that.
+    """exp(z) in place, for z <= 0. Below LEAST_EXPONENT as if z were that.
 
     No sum of floats near 1 can tell the difference.
     """

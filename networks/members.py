@@ -1,6 +1,6 @@
 """Members that share weights: several heads on one body, or rank-one factors on every layer.
 
-K members, B examples, C classes; the members' logits are [K, B, C].
+K members, B examples, C classes. The members' logits are [K, B, C].
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def member_head(blocks: nn.Sequential, linear: nn.Module) -> nn.Sequential:
 
 
 def cut_trunk(trunk: nn.Module, blocks: int) -> tuple[nn.Module, nn.Sequential]:
-    """(body, end): the trunk without its last blocks, and these; made of the trunk's own modules.
+    """(body, end): the trunk without its last blocks, and these. Made of the trunk's own modules.
 
     ValueError for more blocks than there are, and where the trunk is no plain Sequential and
     `blocks` is not 0.
@@ -76,7 +76,7 @@ class RankOne(nn.Module):
     Member j's weight is W o (s_j r_j^T), and none is ever built: s_j o (W (r_j o x)) + b_j.
     Wen et al. 2020, eq. 2 to 5.
 
-    shared  the plain layer; W [out, in, ...] is shared.weight
+    shared  the plain layer. W [out, in, ...] is shared.weight
     r       [K, in], scales the inputs
     s       [K, out], scales the outputs
     bias    [K, out] where the plain layer has one, else None
@@ -117,7 +117,7 @@ class RankOne(nn.Module):
         return torch.addcmul(self._per_row(self.bias, y), y, s)
 
     def _per_row(self, factors: Tensor, x: Tensor) -> Tensor:
-        """[K, units] -> [K B, ..., units, ...], as x has them; in x's type, low under autocast."""
+        """[K, units] -> [K B, ..., units, ...], as x has them. In x's type, low under autocast."""
         # Views [K, B, ...] need no copies, but torch.export makes no program of views on views.
         rows = factors.to(x.dtype)[:, None].expand(-1, x.shape[0] // len(factors), -1).flatten(0, 1)
         between = x.dim() - 2 - self.trailing
@@ -164,7 +164,7 @@ def member_log_probabilities(classifier: Callable[[Tensor], Tensor], raw: Tensor
     Returns
     -------
     Tensor [K, B, C]
-        At least float32; K = 1 for a plain classifier.
+        At least float32. K = 1 for a plain classifier.
     """
     logits = classifier(raw)
     if logits.dim() == 2:

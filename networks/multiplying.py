@@ -80,7 +80,7 @@ def batch_ensemble(
 
     References
     ----------
-    Wen et al. 2020, BatchEnsemble; Nam et al. 2021, Diversity Matters When Learning From Ensembles.
+    Wen et al. 2020, BatchEnsemble. Nam et al. 2021, Diversity Matters When Learning From Ensembles.
     """
     spec = _spec_with_members(classifier, {"kind": "batch", "count": count})
     grown = Classifier(spec, copy.deepcopy(classifier.trunk), copy.deepcopy(classifier.head))

@@ -15,7 +15,7 @@ HEADERS = {
 
 
 def read_npy(content: bytes) -> np.ndarray:
-    """The array of a .npy file; pickles are refused.
+    """The array of a .npy file. Pickles are refused.
 
     Raises ValueError for what is none, and for a header that promises more than the file holds:
     numpy would first allocate what it promises.

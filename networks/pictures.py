@@ -4,7 +4,7 @@ The rules that are not a choice:
 
 * A picture is turned upright by its EXIF orientation, as every viewer shows it.
 * Of 16 bits a channel the high byte is kept: 65535 and 65280 both become 255.  Integers of 32 bits
-  are read as 16 where they fit; floats are refused.
+  are read as 16 where they fit. Floats are refused.
 * Gray pictures (1 bit, gray with alpha, 16 bits) have one channel, all others become RGB: palettes,
   CMYK, YCbCr, HSV and LAB.  Colour profiles are not applied.  CMYK in a JPEG is inverted where
   Adobe's marker says so.
@@ -47,7 +47,7 @@ ALPHA_MODES = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 EXIF_KEYS = frozenset(("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"))
 UNUSUAL_KEYS = EXIF_KEYS | {"transparency"}
 ORIENTATION = 0x0112
-WHITE_IS_ZERO = 0x0106  # TIFF's tag PhotometricInterpretation; of value 0
+WHITE_IS_ZERO = 0x0106  # TIFF's tag PhotometricInterpretation. Of value 0
 # Below this a picture of 16 bits is all but black in 8.
 DARK = 4096
 DEEP = "of 16 bits a channel scaled to 8 (the high byte)"
@@ -123,7 +123,7 @@ class PictureRules:
         return replace(self, max_pixels=other.max_pixels) == other
 
     def joined(self, other: PictureRules) -> PictureRules | None:
-        """The rules of both, with the larger limit; None where they make different pixels."""
+        """The rules of both, with the larger limit. None where they make different pixels."""
         if not self.same_pixels(other):
             return None
         return replace(self, max_pixels=max(self.max_pixels, other.max_pixels))
@@ -198,7 +198,7 @@ def picture_shape(source: Source, rules: PictureRules = PLAIN) -> tuple[int, int
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A PNG of uint8 [1 or 3, H, W]; read_picture gives the same pixels."""
+    """A PNG of uint8 [1 or 3, H, W]. read_picture gives the same pixels."""
     file = io.BytesIO()
     _as_picture(pixels).save(file, "png")
     return file.getvalue()
@@ -314,7 +314,7 @@ def _decoded(opened: Picture, rules: PictureRules, changes: list[str] | None) ->
 
 
 def _raw_mode(picture: Picture) -> str:
-    """How the file holds the samples, as Pillow calls it; "" where it is decoded already."""
+    """How the file holds the samples, as Pillow calls it. "" where it is decoded already."""
     tiles = getattr(picture, "tile", ())
     if not tiles:
         return ""
@@ -323,7 +323,7 @@ def _raw_mode(picture: Picture) -> str:
 
 
 def _has_frames(picture: Picture) -> bool:
-    # A phone's JPEG with a preview or a gain map is an MPO of several; the first is the photo.
+    # A phone's JPEG with a preview or a gain map is an MPO of several. The first is the photo.
     if picture.format not in ("GIF", "TIFF", "WEBP", "PNG"):
         return False
     try:
@@ -360,7 +360,7 @@ def _upright(picture: Picture, changes: list[str] | None) -> Picture:
 
 
 def _orientation(picture: Picture) -> int:
-    """1 (upright) to 8; 1 where none is said."""
+    """1 (upright) to 8. 1 where none is said."""
     # Pillow turns a TIFF itself.  It reads EXIF slowly, so it is asked only where there is some.
     edited = getattr(picture, "_exif", None) is not None
     if picture.format == "TIFF" or not (edited or EXIF_KEYS & picture.info.keys()):

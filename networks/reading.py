@@ -18,7 +18,7 @@ from .pictures import PLAIN, PictureRules, read_picture
 from .spec import InputSpec
 from .texts import TEXTS
 
-# bytes, a path, a PIL.Image.Image, an array or a tensor, a text; or a list of them.
+# bytes, a path, a PIL.Image.Image, an array or a tensor, a text, or a list of them.
 Inputs: TypeAlias = Any
 Functions: TypeAlias = Mapping[str, Callable[..., Any]]
 
@@ -39,7 +39,7 @@ def read_inputs(
     inputs : one input, a batch, or a list of inputs
         Pictures: bytes, paths, PIL images, arrays [H, W], [H, W, C] or [C, H, W].  They get the
         rules of `spec.pictures`: pictures of other sizes are brought to the one that was learned.
-        Texts: str, where the network reads texts; a str is a path otherwise.
+        Texts: str, where the network reads texts. A str is a path otherwise.
         Arrays and tensors: one input [*shape], or a batch [B, *shape].
     spec : InputSpec
     functions : dict of callables, optional
@@ -58,12 +58,12 @@ def read_inputs(
     Raises
     ------
     ValueError
-        For what cannot be read without guessing, with what the network reads; for NaN.
+        For what cannot be read without guessing, with what the network reads. For NaN.
 
     Notes
     -----
     A network of uint8 reads integers from 0 to 255.  Floats of pictures that all lie from 0 to 1,
-    in all inputs of one call, are multiplied by 255 and rounded, as torchvision has them; other
+    in all inputs of one call, are multiplied by 255 and rounded, as torchvision has them. Other
     floats must be whole numbers from 0 to 255.  A network of float32 reads numbers as they are,
     one of int32 whole numbers.
     """
@@ -93,7 +93,7 @@ class InputReader:
     Attributes
     ----------
     rules : PictureRules, optional
-        Of pictures; None where the network reads none.
+        Of pictures. None where the network reads none.
     decoders : dict
         {extension: callable} of files that are neither pictures nor .npy.
     """
@@ -191,7 +191,7 @@ class InputReader:
         return self.file(Path(text))
 
     def file(self, path: Path) -> tuple[np.ndarray, bool]:
-        """([n, *shape], whether it is one input) of a file; ValueError names it."""
+        """([n, *shape], whether it is one input) of a file. ValueError names it."""
         try:
             return self.content(path.read_bytes(), path.suffix[1:].lower())
         except OSError as error:
@@ -252,7 +252,7 @@ class InputReader:
     def arrays(self, array: np.ndarray, unit: bool | None = None) -> tuple[np.ndarray, bool]:
         """([n, *shape], whether it is one input) of an array.
 
-        unit: whether floats from 0 to 1 are meant; None asks the array itself.
+        unit: whether floats from 0 to 1 are meant. None asks the array itself.
         """
         shape = self.spec.shape
         if unit is None:
@@ -296,7 +296,7 @@ class InputReader:
         return array.transpose(1, 2, 0)[None], True
 
     def _are_channels_last(self, shape: tuple[int, ...]) -> bool:
-        """Whether the last of a picture's three axes holds the channels; else the first does.
+        """Whether the last of a picture's three axes holds the channels, else the first does.
 
         ValueError where neither can, and where both can and neither gives the network's size.
         """
@@ -352,7 +352,7 @@ class InputReader:
 
 
 def _rules_for(spec: InputSpec, resize: bool, max_pixels: int | None) -> PictureRules | None:
-    """The rules that the network's pictures were made by; None where it reads none."""
+    """The rules that the network's pictures were made by. None where it reads none."""
     if spec.dtype != "uint8" or len(spec.shape) != 3 or spec.shape[0] not in (1, 3):
         return None
     rules = replace(spec.pictures or PLAIN, channels=spec.shape[0])

@@ -54,7 +54,7 @@ def fit_residual_row(
     Returns
     -------
     ResidualRow
-        Fitted to all examples; its kl and rms are of a fit to every second one.
+        Fitted to all examples. Its kl and rms are of a fit to every second one.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def _indices(classes: Iterable[int], device: torch.device) -> Tensor:
 
 
 def _log_sum(head: nn.Linear, features: Tensor, classes: Tensor) -> Tensor:
-    """[n] in float64; -inf of no classes."""
+    """[n] in float64. -inf of no classes."""
     if not len(classes):
         return features.new_full((len(features),), -torch.inf, dtype=torch.float64)
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, one of each rank, whose rows are split over the files.
 
 An index beside them follows the ecosystem's convention, {"weight_map": {tensor: file}}.  A part of
-a tensor is a tensor of its own there, NAME.rows-00000 and so on; "metadata" says which rows it has.
+a tensor is a tensor of its own there, NAME.rows-00000 and so on. "metadata" says which rows it has.
 A split tensor is read whole, or some of its rows, without the rest.
 """
 
@@ -84,7 +84,7 @@ def _write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_index(directory: Path, prefix: str, bounds: Bounds) -> None:
-    """The index, once all parts are there; bounds: of each split tensor."""
+    """The index, once all parts are there. bounds: of each split tensor."""
     parts = {len(each) - 1 for each in bounds.values()}
     assert len(parts) == 1, "every tensor is split over the same ranks"
     (count,) = parts

@@ -71,7 +71,7 @@ class RowHead(nn.Module):
         )
 
     def whole(self) -> nn.Linear:
-        """The plain layer; it shares this one's memory."""
+        """The plain layer. It shares this one's memory."""
         num_classes, features = self.weight.shape
         linear = nn.Linear(features, num_classes, device="meta")
         linear.weight = nn.Parameter(self.weight)

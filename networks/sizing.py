@@ -13,7 +13,7 @@ from .classifier import build_classifier
 from .counting import multiplications
 from .spec import ModelSpec
 
-# The options of each built-in network that make it wider; of other builders those of OTHERS.
+# The options of each built-in network that make it wider. Of other builders those of OTHERS.
 SCALED = {
     "mlp": ("width", "embedding"),
     "convnet": ("width", "channels", "embedding"),
@@ -63,7 +63,7 @@ def widened_to(
     target : float
         Multiplications of one example.
     count : callable, optional
-        Spec -> multiplications; by default of a network that is built and run once.
+        Spec -> multiplications. By default of a network that is built and run once.
 
     Returns
     -------

@@ -129,7 +129,7 @@ class InputSpec:
             )
 
     def as_json(self) -> dict[str, Any]:
-        """The keys of model.json's `input`; what is not set is left out, as older files have it."""
+        """The keys of model.json's `input`. What is not set is left out, as older files have it."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         if self.pictures is not None:
             values["pictures"] = self.pictures.as_json()
@@ -150,15 +150,16 @@ class ModelSpec:
     input : InputSpec
         One raw input.
     options : dict
-        Keyword arguments of the builder; an option that is None takes the builder's default.
+        Keyword arguments of the builder. An option that is None takes the builder's default.
     class_names : tuple of str
-        Of the whole label set, also for a specialist.  By default "0", "1", ...; the file of a
+        Of the whole label set, also for a specialist.  By default "0", "1", .... The file of a
         specialist leaves them to its generalist, and then they are ().
     head : dict
         {"kind": "linear"}, or {"kind": "dustbin", "members": sorted class indices, "rows": rows}.
         The rows say what the dustbin is made of:
 
-        "all"    a row for every class: the dustbin is the log-sum-exp of those outside "members"
+        "all"    a row for every class: the dustbin is the log-sum-exp of those outside
+                 "members"
         "kept"   rows for the classes in the list "kept" and one row for all others
         "fresh"  one row
 
@@ -175,7 +176,7 @@ class ModelSpec:
     cosine : dict, optional
         None, or {"scale": s, "learned": bool, "margin": m, "margin_kind": kind} of a network whose
         features have the norm s and whose rows learn with norm 1 (networks.cosine).  A scale that
-        is learned starts at s.  The margin is of what learned its classes from labels; kind is a
+        is learned starts at s.  The margin is of what learned its classes from labels. kind is a
         key of networks.choices.MARGINS.
 
     Raises
@@ -417,7 +418,7 @@ def _checked_cosine(cosine: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _checked_keys(values: dict[str, Any], cls: type, prefix: str) -> dict[str, Any]:
-    """`values`, whose keys are fields of `cls` and hold the required ones; else ValueError."""
+    """`values`, whose keys are fields of `cls` and hold the required ones, else ValueError."""
     valid = [f.name for f in fields(cls)]
     for name in values:
         if name not in valid:

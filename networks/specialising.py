@@ -32,7 +32,7 @@ def specialise(
         The specialist's classes.  Their logits come in ascending order, and the dustbin last.
     dustbin : {"preserving", "fresh"}
         "preserving" keeps every row: the specialist starts as the generalist, with the classes
-        outside summed.  "fresh" keeps the rows of `classes` and draws one new row; the specialist
+        outside summed.  "fresh" keeps the rows of `classes` and draws one new row. The specialist
         then starts without the generalist's knowledge of the other classes and loses accuracy.
     kept : iterable of int, optional
         With "preserving": of the other classes only these keep their rows.

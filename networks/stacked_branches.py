@@ -1,8 +1,8 @@
 """Many branches as one product: their layers one behind the other, filled up to the largest.
 
-M, B   branches; rows of a batch for each of them
-D, E   numbers that an embedding reads; gives
-K      classes of the largest branch; the columns of a smaller one are its classes, then padding
+M, B   branches. Rows of a batch for each of them
+D, E   numbers that an embedding reads. Gives
+K      classes of the largest branch. The columns of a smaller one are its classes, then padding
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedBranches(nn.Module):
-    """The corrections r of M branches, [M, B, K + 1], each on rows of its own; dustbin last.
+    """The corrections r of M branches, [M, B, K + 1], each on rows of its own. Dustbin last.
 
     The branches share the generalist and the number of their own blocks, and have one embedding's
     size.  Their blocks are in eval mode: batch norm keeps its statistics.
@@ -105,7 +105,7 @@ class StackedBranches(nn.Module):
             parameter[m] = fitted(name, tensors[name].to(parameter), self.sizes[m], self.width)
 
     def branch(self, m: int, tensors: dict[str, Tensor] | None = None) -> Branch:
-        """Branch m as a network of its own; tensors: of `tensors`, by default those of now."""
+        """Branch m as a network of its own. tensors: of `tensors`, by default those of now."""
         tensors = self.tensors(m) if tensors is None else tensors
         blocks = copy.deepcopy(self._template[0])
         blocks.load_state_dict(

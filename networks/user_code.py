@@ -30,7 +30,7 @@ def blame(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """ " (FILE:LINE)" of the innermost frame that is the user's; "" where there is none."""
+    """ " (FILE:LINE)" of the innermost frame that is the user's. "" where there is none."""
     place = ""
     if isinstance(error, SyntaxError) and error.filename:
         return ""  # its message has them

@@ -37,7 +37,7 @@ def widen(
     classifier : Classifier
         An mlp or convnet, perhaps a specialist.  It stays as it is.
     to : float or ModelSpec
-        A factor for width, channels and embedding; or a spec that differs from the classifier's in
+        A factor for width, channels and embedding, or a spec that differs from the classifier's in
         these, and perhaps in dropout, alone.
     generator : torch.Generator, optional
         By default torch's global one.
@@ -78,7 +78,7 @@ def widen(
             )
     if isinstance(trunk, UnitTrunk):
         _keep_norms(trunk, wider.trunk, *pairs[-1])
-    # origin: the old unit that each unit of the layer below copies; first the inputs themselves.
+    # origin: the old unit that each unit of the layer below copies. First the inputs themselves.
     num_units = math.prod(spec.input.shape) if spec.builder == "mlp" else spec.input.shape[0]
     origin = torch.arange(num_units)
     with torch.no_grad():
@@ -119,7 +119,7 @@ def _widen_layer(
     num_units: int,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Fill `new`; returns int64 [units], the old unit that each new one copies.
+    """Fill `new`. Returns int64 [units], the old unit that each new one copies.
 
     origin: that of the layer below, which has num_units old units.
     """

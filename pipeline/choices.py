@@ -1,7 +1,7 @@
 """What a user can choose by name: each dict maps a name to the "module:function" that does it.
 
 The config validates names against these dicts, the trainer resolves them, docs and tests list them.
-So a new choice is one row here (or in the room's own `choices` module) and one function;
+So a new choice is one row here (or in the room's own `choices` module) and one function.
 docs/extending.md shows each.  Nothing heavy is imported: login nodes without torch read this.
 """
 
@@ -48,10 +48,10 @@ def resolve(target: str):
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine and what it can do; the config's validators ask this row, never the name.
+    """An engine and what it can do. The config's validators ask this row, never the name.
 
     engine: "module:Class" of a trainer.engines.Engine.
-    sharded_head: the class that serves `engine.shard_head = true`, of (config, ranks, split); None
+    sharded_head: the class that serves `engine.shard_head = true`, of (config, ranks, split). None
         if the engine cannot.
     splits_weights: whether no rank holds the whole network at a given zero_stage.
     whole_weights: the setting of [engine] with which each rank holds all weights, for messages.
@@ -107,8 +107,8 @@ class StudentMethod:
 
     objective: "module:function" of (session, name, network, stream) -> Objective, a function of
         trainer.core.objectives.
-    learns: what it learns, as the report says it; of a teacher the report says more.
-    single_only: whether a network of several members cannot learn so; `why` completes the message.
+    learns: what it learns, as the report says it. Of a teacher the report says more.
+    single_only: whether a network of several members cannot learn so. `why` completes the message.
     dirichlet: whether its logits are a Dirichlet's log concentrations, so that test measures mu.
     """
 
@@ -140,7 +140,7 @@ class ControlRow:
     function: "module:function" of (session, stage, name), its stage.
     trains: whether the stage takes optimizer steps, by [train].
     of_second: whether it is made of the generalist and a second one, which another stage trains.
-    goes_on: whether it starts as the generalist; one that trains and does not starts from scratch.
+    goes_on: whether it starts as the generalist. One that trains and does not starts from scratch.
     asked_by: a control that asks the same: where that is made, nobody misses this one.
     what: it is, in a few words.
     """

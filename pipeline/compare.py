@@ -1,6 +1,6 @@
 """Several finished runs beside each other: mean and sample deviation over repetitions.
 
-A repetition is another seed; runs whose configs differ in more are variants.  `referral compare`
+A repetition is another seed. Runs whose configs differ in more are variants.  `referral compare`
 prints what is found here, trainer.commands.compare_plot draws it.  No torch and no numpy here.
 """
 
@@ -88,9 +88,9 @@ class FinishedRun:
 
 
 class Moments(TypedDict):
-    """deviation: the sample deviation; None for fewer than two values.
+    """deviation: the sample deviation. None for fewer than two values.
 
-    beyond: how many values are a DEE beyond the largest ensemble; then mean and deviation are None.
+    beyond: how many values are a DEE beyond the largest ensemble. Then mean and deviation are None.
     """
 
     n: int
@@ -100,7 +100,7 @@ class Moments(TypedDict):
 
 
 class Spread(Moments):
-    """values: by run; None for a DEE beyond the largest ensemble."""
+    """values: by run. None for a DEE beyond the largest ensemble."""
 
     values: dict[str, float | None]
 
@@ -262,7 +262,7 @@ def _suggest(word: str, words: Iterable[str]) -> str:
 
 
 def differing(settings: Sequence[Mapping]) -> list[str]:
-    """The keys whose values are not the same everywhere; an absent key is a value too."""
+    """The keys whose values are not the same everywhere. An absent key is a value too."""
     keys = dict.fromkeys(key for one in settings for key in one)
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
@@ -332,7 +332,7 @@ def _compared_rows(
 
 
 def _spread(runs: Sequence[FinishedRun], row: str, metric: str, versus: str | None) -> Spread:
-    """One row's metric over runs; those that lack it are left out of n."""
+    """One row's metric over runs. Those that lack it are left out of n."""
     values: dict[str, float] = {}
     for run in runs:
         value = _value_in(run, row, metric, versus)
@@ -451,7 +451,7 @@ def _abbreviated(text: str, longest: int = 60) -> str:
 
 
 def cell(spread: Moments, metric: str, signed: bool = False) -> str:
-    """`78.25 ± 0.34`; one run has no deviation, and a DEE beyond the largest ensemble no mean."""
+    """`78.25 ± 0.34`. One run has no deviation, and a DEE beyond the largest ensemble no mean."""
     scale, digits = METRICS[metric].scale, METRICS[metric].digits
     mean, deviation = spread["mean"], spread["deviation"]
     beyond = spread.get("beyond")

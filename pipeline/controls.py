@@ -1,12 +1,12 @@
 """The controls: what the same examples, or multiplications, do without specialists.
 
-control_wall trains the generalist on for as long as one specialist trained, at several peak rates;
-the best on val is evaluated.  control_compute trains it on for as many examples as all specialists
+control_wall trains the generalist on for as long as one specialist trained, at several peak rates.
+The best on val is evaluated.  control_compute trains it on for as many examples as all specialists
 together saw, and the other generalist that they start as, where the run trains one, or for
 controls.max_share of them.  It waits for control_wall, whose runs choose its rate: beside them it
 would have to be trained at every rate.  Both keep their best step on val, calibrated, the start
 among the candidates.
-NAME_hard is the twin of students.NAME that learns from labels; main's is student_hard.
+NAME_hard is the twin of students.NAME that learns from labels. Main's is student_hard.
 The rows of pipeline.choices.CONTROL_ROWS are made where controls.rows asks for them.
 """
 
@@ -42,7 +42,7 @@ def wall_rate(config: Config, name: str) -> float:
 
 
 def best_wall(run: RunDirectory) -> str | None:
-    """The finished wall control with the lowest loss on val; it counts as control_wall.
+    """The finished wall control with the lowest loss on val. It counts as control_wall.
 
     Its loss is after temperature scaling, as `trainer.stages.control` has it.
     """
@@ -119,7 +119,7 @@ def rivals(run: RunDirectory, made: Collection[str]) -> list[str]:
 
 
 def itself(run: RunDirectory) -> str:
-    """The row that is the run's ensemble under another name; "" where none is."""
+    """The row that is the run's ensemble under another name. "" where none is."""
     ensemble = run.config.ensemble
     if len(run.members) != 1 or ensemble.networks:
         return ""

@@ -1,7 +1,7 @@
 """The record of lost samples, as stages keep it in damage.json and results.json repeats it.
 
 A stage's record is {split: {"samples": N, "where": {location: [reason, samples lost there]}}}.
-N counts the samples of the split's manifest; a location is a shard and a place in it.
+N counts the samples of the split's manifest. A location is a shard and a place in it.
 """
 
 from __future__ import annotations

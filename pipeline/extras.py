@@ -14,7 +14,7 @@ from .config import UserError
 from .version import DISTRIBUTION
 
 ROOT = Path(__file__).parents[1]  # a clone, or the directory of installed packages
-# Extra -> the modules that its packages bring; pyproject.toml has the packages.
+# Extra -> the modules that its packages bring. pyproject.toml has the packages.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "train": (
         "torch",
@@ -62,7 +62,7 @@ def install(extra: str) -> str:
 
 
 def is_clone(directory: Path) -> bool:
-    """Whether a directory has our own pyproject.toml; a package of others may have left its."""
+    """Whether a directory has our own pyproject.toml. A package of others may have left its."""
     try:
         project = tomllib.loads((directory / "pyproject.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -85,7 +85,7 @@ def requirements(extra: str) -> list[str]:
 
 
 def missing_package(error: ImportError) -> str:
-    """One line for an import that failed because a package of an extra is not there; else ""."""
+    """One line for an import that failed because a package of an extra is not there, else ""."""
     package = (error.name or "").partition(".")[0]
     known = {module for modules in EXTRAS.values() for module in modules}
     if package not in known or is_installed(package):

@@ -103,7 +103,7 @@ def _ignore(numbers: Sequence[int]) -> None:
 
 @contextmanager
 def _interruptible(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """While this holds, these signals raise KeyboardInterrupt; those that came are in the list.
+    """While this holds, these signals raise KeyboardInterrupt. Those that came are in the list.
 
     A library that turns it into an error of its own is found out by the list.  Where it comes in
     a destructor, which cannot raise it, the signal is sent again.
@@ -141,7 +141,7 @@ def explain(
     places: Iterable[str | Path] = (),
     passing: Sequence[int] = PASSING,
 ) -> tuple[int, str] | None:
-    """(exit code, text) of an error that is none of ours; None for the others."""
+    """(exit code, text) of an error that is none of ours. None for the others."""
     if isinstance(error, UserError):
         return USER_ERROR, str(error)
     if isinstance(error, OSError) and error.errno:

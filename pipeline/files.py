@@ -176,7 +176,7 @@ def damaged(path: Path, reason: str) -> DamagedFile:
 
 
 def home() -> Path | None:
-    """The user's home directory; None of a user who has none, as in many a container."""
+    """The user's home directory. None of a user who has none, as in many a container."""
     try:
         return Path.home()
     except RuntimeError:
@@ -205,7 +205,7 @@ def claim(source: Path, target: Path) -> None:
 
 
 def _linked(source: Path, target: Path) -> bool:
-    """Whether `target` is there now, by this link or another's; False where links are refused."""
+    """Whether `target` is there now, by this link or another's. False where links are refused."""
     try:
         os.link(source, target)
     except FileExistsError:

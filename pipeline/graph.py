@@ -142,7 +142,7 @@ class RunDirectory:
         return controls | {name: self._twin(name, of) for name, of in twins(self.config).items()}
 
     def _trained_on(self, name: str, walls: list[Stage]) -> Stage:
-        """The generalist goes on; for how long, is known of specialists that may stop early when
+        """The generalist goes on. For how long, is known of specialists that may stop early when
         they are done."""
         behind = walls or [self.cluster]
         lengths = []
@@ -203,7 +203,7 @@ class RunDirectory:
 
     @cached_property
     def targets(self) -> dict[str, Stage]:
-        """Stored predictions of teachers by their directory's name; students may share them."""
+        """Stored predictions of teachers by their directory's name. Students may share them."""
         stages = [self.targets_for(name) for name in self.config.students]
         return {stage.directory.name: stage for stage in stages if stage is not None}
 
@@ -223,7 +223,7 @@ class RunDirectory:
 
     @cached_property
     def advice(self) -> AdviceGraph:
-        """What `referral advise` does in this run; no stage of the run itself waits for it."""
+        """What `referral advise` does in this run. No stage of the run itself waits for it."""
         return AdviceGraph(self)
 
     @cached_property
@@ -255,7 +255,7 @@ class RunDirectory:
         return further
 
     def find(self, name: str) -> list[Stage]:
-        """Every stage of one kind; those of an advice alone, too."""
+        """Every stage of one kind. Those of an advice alone, too."""
         own = [stage for stage in self.stages if stage.name == name]
         return own or [stage for stage in self.advice.stages if stage.name == name]
 
@@ -312,7 +312,7 @@ class RunDirectory:
     def _targets_for(self, name: str) -> Stage | None:
         """Where the predictions of a student's teacher are stored.
 
-        Inputs that are always seen alike are predicted once each; augmented ones in as many views
+        Inputs that are always seen alike are predicted once each. Augmented ones in as many views
         as the student says.  None where the teacher predicts while the student trains.
         """
         student = self.config.students[name]

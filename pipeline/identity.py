@@ -89,7 +89,7 @@ class Identity:
 
 
 def file_hash(path: Path | None) -> str | None:
-    """sha256 of a file's content; None without one."""
+    """sha256 of a file's content. None without one."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path else None
     except OSError:

@@ -1,9 +1,9 @@
 """What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
 bears.
 
-Six methods: a generalist with specialists, copies of it or of another one; the same with branches
-of it; a deep ensemble of generalists; generalists that are asked about the first one's shortlist,
-and networks that are trained on it, too; and specialists that add classes to a finished run, whose
+Six methods: a generalist with specialists, copies of it or of another one. The same with branches
+of it. A deep ensemble of generalists. Generalists that are asked about the first one's shortlist,
+and networks that are trained on it, too, and specialists that add classes to a finished run, whose
 generalist, groups and specialists are inherited.
 """
 
@@ -47,7 +47,7 @@ class Method(Protocol):
         ...
 
     def joined(self) -> list[Stage]:
-        """The stages whose networks join the generalist; their cost is the ensemble's."""
+        """The stages whose networks join the generalist. Their cost is the ensemble's."""
         ...
 
     def check(self, num_classes: int | None, source: str) -> None:
@@ -108,7 +108,7 @@ class SpecialistMethod:
         return [*self.run.members, *groups, *self.run.specialists]
 
     def diagnosed(self) -> list[Stage]:
-        """The diagnosis; none where an earlier version went on from the groups without it."""
+        """The diagnosis. None where an earlier version went on from the groups without it."""
         behind = self.behind_groups()
         went_on = behind.is_done or behind.is_older
         return [] if went_on and not self.run.diagnosis.is_begun else [self.run.diagnosis]
@@ -121,7 +121,7 @@ class SpecialistMethod:
         return [*self.run.members, *self.run.specialists]
 
     def check(self, num_classes: int | None, source: str) -> None:
-        """There are groups, not more than classes, of classes that exist; and the start exists."""
+        """There are groups, not more than classes, of classes that exist, and the start exists."""
         self.check_groups(num_classes, source)
         given = self.run.config.specialists.given_start
         if given:
@@ -231,7 +231,7 @@ class DeepMethod:
         return self.run.stage("generalist")
 
     def trained(self) -> list[Stage]:
-        """The members that this run trains; the others are given."""
+        """The members that this run trains. The others are given."""
         count = self.run.config.ensemble.members
         return [self.run.stage("member", (), index, index=index) for index in range(1, count)]
 

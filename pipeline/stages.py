@@ -15,14 +15,14 @@ class StageKind:
     """What all stages of one kind have in common.
 
     name: what `python -P -m trainer NAME` calls it.
-    place: its directory below RUN; a family has one for each {index} or {name}.
+    place: its directory below RUN. A family has one for each {index} or {name}.
     function: "module:function" of (session, stage), and of the index or name of its family.
-    sections: keys of the config that change what it makes; with its inputs they are its identity.
+    sections: keys of the config that change what it makes, with its inputs they are its identity.
     inputs: the kinds that it waits for, all stages of each, where it has no family itself.  It is
         in every run that has them.  Stages whose inputs depend on the config are put together by
         pipeline.graph.
     addressed_by: how one of a family is named on the command line.
-    job: the job that it shares a process with; "" has a job of its own, called by its place.
+    job: the job that it shares a process with. "" has a job of its own, called by its place.
     slurm: the section of [slurm] that says what its job asks for.
     trains: whether it takes optimizer steps, so that its cost counts.
     scales: whether several ranks share its work.

@@ -72,7 +72,7 @@ Seconds = Annotated[float, Field(ge=-1e12, le=1e12)]
 
 
 class Done(TypedDict):
-    """What DONE says; other versions may say more.  attempt: a name below attempts/, no path."""
+    """What DONE says. Other versions may say more.  attempt: a name below attempts/, no path."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore
     schema: int
@@ -95,7 +95,7 @@ class Stage:
 
     kind: its row of pipeline.stages.  address: the index or name in its family, None without one.
     keys: hashes of the config that it reads and of its inputs' keys, so that a changed section
-    changes the key of every stage behind it.  The first is today's; the others are those by which
+    changes the key of every stage behind it.  The first is today's. The others are those by which
     earlier versions know the same stage.
     former: keys of a stage of this place that earlier versions made otherwise: its results can be
     read, but not gone on with.  None where all made it as today.
@@ -138,13 +138,13 @@ class Stage:
         return () if self.address is None else (self.address,)
 
     def done(self) -> dict | None:
-        """The content of DONE; None where there is none, or where its files are not whole."""
+        """The content of DONE. None where there is none, or where its files are not whole."""
         content = self.recorded()
         return None if content is None or self._lacks(content) else content
 
     @property
     def lacks(self) -> str:
-        """What a stage with a DONE is not done for, as after a power loss; empty if nothing."""
+        """What a stage with a DONE is not done for, as after a power loss. Empty if nothing."""
         content = self.recorded()
         if content is not None:
             return self._lacks(content)
@@ -155,7 +155,7 @@ class Stage:
         return self.directory / DONE
 
     def recorded(self) -> dict | None:
-        """What DONE says; None where there is none, or an empty one."""
+        """What DONE says. None where there is none, or an empty one."""
         path = self._done_path
         try:
             content = read_json(path)
@@ -220,7 +220,7 @@ class Stage:
             return False
 
     def path(self, file: str) -> Path:
-        """A finished stage's file, in the winning attempt (links are for people; DONE counts).
+        """A finished stage's file, in the winning attempt (links are for people, DONE counts).
 
         Of a directory: with all files below it.  Each is compared with its checksum when this
         process first asks for it.  Raises DamagedFile where one differs.
@@ -446,8 +446,8 @@ class Attempt:
         """Declare this attempt finished, `more` beside what DONE always holds.
 
         All its files are on the disk before DONE is, with their checksums in it.  published: names
-        of those that are copied to RUN; without them the stage is not done.
-        Returns whether it won; a loser's files stay unread.
+        of those that are copied to RUN. Without them the stage is not done.
+        Returns whether it won. A loser's files stay unread.
         """
         done = {
             "schema": SCHEMA,

@@ -22,7 +22,7 @@ CONTEXT = {"help_option_names": list(HELP_NAMES)}
 
 
 class Command(TyperCommand):
-    """A command whose help is `usage.page`; its epilog is the example."""
+    """A command whose help is `usage.page`. Its epilog is the example."""
 
     def format_help(self, ctx, formatter) -> None:
         formatter.write(_page(self, ctx, []))

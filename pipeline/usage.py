@@ -3,7 +3,7 @@
     Usage: referral NAME [OPTIONS] ARGUMENTS
     one sentence, then arguments, options, an example
 
-`Parser` is argparse with this form; `pipeline.typer_usage` gives it to typer's commands.
+`Parser` is argparse with this form. `pipeline.typer_usage` gives it to typer's commands.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME_COLUMN = 26  # a longer name stands on a line of its own
 def page(
     usage: str, text: str, sections: Iterable[tuple[str, Sequence[Row]]], example: str = ""
 ) -> str:
-    """A page of help, wrapped to the terminal; nothing in it is cut off."""
+    """A page of help, wrapped to the terminal. Nothing in it is cut off."""
     width = min(max(shutil.get_terminal_size().columns, NARROWEST), WIDEST)
     lines = _wrapped(f"Usage: {usage}", width, "", "    ")
     for paragraph in text.strip().split("\n\n"):

@@ -3,5 +3,5 @@
 pyproject.toml reads VERSION without importing anything.
 """
 
-DISTRIBUTION = "referral-classifiers"  # `referral` is somebody else's there; the command is ours
+DISTRIBUTION = "referral-classifiers"  # `referral` is somebody else's there. The command is ours
 VERSION = "0.1.0"

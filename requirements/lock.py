@@ -3,8 +3,8 @@
     pip install uv && python requirements/lock.py [WHEEL of torch from another index ...]
 
 One release of each serves every platform and Python that pyproject.toml names.  build.lock is what
-distributions without a wheel are built with; torch.lock is torch alone, as PyPI has it, and
-torch-cpu.lock as its own index for CPUs has it; cuda.lock is what wheels with CUDA bring along.
+distributions without a wheel are built with. torch.lock is torch alone, as PyPI has it, and
+torch-cpu.lock as its own index for CPUs has it. cuda.lock is what wheels with CUDA bring along.
 """
 
 import hashlib

@@ -16,7 +16,7 @@ from trainer.__main__ import COMMANDS, parse
 from trainer.commands import shards
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [
     path
     for room in ("launch", "pipeline", "trainer")
@@ -38,7 +38,7 @@ def written_commands() -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    """Without the remark behind it; of `[--a | --b]` the first."""
+    """Without the remark behind it. Of `[--a | --b]` the first."""
     command = re.split(r"  +#|  +|; | \\$", command)[0]
     command = re.sub(r"\[([^]|]*)(\|[^]]*)?\]", r"\1", command)
     return shlex.split(command.replace(" N ", " 1 "))[1:]
@@ -119,7 +119,7 @@ def test_torchrun_reads_what_the_docs_and_helps_write():
         line = line.split("\\n")[0]
         options = get_args_parser().parse_args(shlex.split(line)[1:])
         assert options.training_script == "trainer", line
-        # argparse keeps the `--` or not, by its version; so trainer.__main__ passes over it.
+        # argparse keeps the `--` or not, by its version. So trainer.__main__ passes over it.
         arguments = [word for word in options.training_script_args if word != "--"]
         if arguments[0] not in COMMANDS:
             assert parse(arguments).run
@@ -129,22 +129,34 @@ def test_torchrun_reads_what_the_docs_and_helps_write():
 
 
 def alternatives() -> list[tuple[str, str]]:
-    """(section.key, value) of every value that docs/config.md offers behind a key: a | b | c."""
+    """(section.key, value) of every value that docs/config.md offers above a key: a | b | c."""
     text = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
-    found, section = [], ""
+    found, section, comment = [], "", ""
     for line in text.splitlines():
+        if line.startswith("# "):
+            comment += f" {line[2:]}"
+            continue
         if heading := re.match(r"\[([\w.]+)\]", line):
             section = heading[1]
-        row = re.match(r"(\w+) = .*?#(.* \| .*)", line)
-        if row is None:
-            continue
-        *others, last = row[2].split(" | ")
-        others[0] = re.sub(r"^.*: ", "", others[0])
-        for words in [*others, last.split(": ")[0]]:
-            if value := re.match(r"\s*\"?([\w:-]+)\"?(?: \(or (\w+)\))?", words):
-                names = [name for name in value.groups() if name]
-                found += [(f"{section}.{row[1]}", name) for name in names]
+        elif row := re.match(r"(\w+) = ", line):
+            found += [(f"{section}.{row[1]}", name) for name in offered_in(comment)]
+        comment = ""
     return found
+
+
+def offered_in(comment: str) -> list[str]:
+    """The names in the first sentence that lists some: `what it is: one (so) | two: and why`."""
+    sentences = re.split(r"\. (?=[A-Z])", comment)
+    listing = next((each for each in sentences if " | " in each), None)
+    if listing is None:
+        return []
+    *others, last = listing.split(" | ")
+    others[0] = re.sub(r"^.*: ", "", others[0])
+    names = []
+    for words in [*others, last.split(": ")[0]]:
+        if value := re.match(r"\s*\"?([\w:-]+)\"?(?: \(or (\w+)\))?", words):
+            names += [name for name in value.groups() if name]
+    return names
 
 
 STAND_INS = {

@@ -19,7 +19,7 @@ MODULES = {"referral shards": ["trainer", "shards"], "referral run": ["launch.cl
 
 
 def commands(config: Path) -> list[list[str]]:
-    """The commands of a config's header, words split as a shell does; continued lines joined."""
+    """The commands of a config's header, words split as a shell does. Continued lines joined."""
     header = "".join(
         line[1:] for line in config.read_text().splitlines(True) if line.startswith("#")
     )

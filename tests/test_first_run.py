@@ -16,7 +16,7 @@ from trainer.commands.init import main as init
 
 ROOT = Path(__file__).parents[1]
 CHANCE = 1 / userdata.CLASSES
-# {kind: (makes the data, the first command)}; the other two are the README's.
+# {kind: (makes the data, the first command)}. The other two are the README's.
 KINDS = {
     "gray": (
         lambda here: userdata.picture_folder(here / "photos", 1),

@@ -271,7 +271,7 @@ def brought(place):
 
 
 def assert_answered(answer, words, place):
-    """One or two lines that name the mistake; nothing is trained, and nothing is half made."""
+    """One or two lines that name the mistake. Nothing is trained, and nothing is half made."""
     code, err = answer
     assert code in (1, 2), err
     lines = [line for line in err.splitlines() if line.strip()]

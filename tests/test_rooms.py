@@ -39,7 +39,7 @@ def files(room: str) -> list[Path]:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    """The import statements that run, inside functions too; not those for type checkers."""
+    """The import statements that run, inside functions too. Not those for type checkers."""
     for node in ast.iter_child_nodes(tree):
         is_typing = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -76,7 +76,7 @@ def import_graph() -> dict[str, set[str]]:
     graph = {}
     for name, path in modules.items():
         targets = imports(path) & modules.keys()
-        # `from .package import module` runs the module; the package is only on the way.
+        # `from .package import module` runs the module. The package is only on the way.
         graph[name] = {
             target
             for target in targets - {name}
@@ -128,7 +128,7 @@ def test_of_clustering_the_ensemble_knows_the_groups_alone():
 
 
 def test_inside_the_trainer_a_reader_goes_downwards():
-    """stages/ -> core/loop -> core/objectives -> core/losses; data, engines are side rooms."""
+    """stages/ -> core/loop -> core/objectives -> core/losses. Data, engines are side rooms."""
     order = ["stages", "core.loop", "core.objectives", "core.losses"]
     for position, below in enumerate(order[1:], 1):
         names = imports(ROOT / "trainer" / (below.replace(".", "/") + ".py"))

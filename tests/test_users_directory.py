@@ -18,7 +18,7 @@ LIKE_OURS = ("trainer", "numpy", "torch", "launch", "pipeline", "typing_extensio
 
 @pytest.fixture
 def directory(tmp_path, monkeypatch):
-    """The working directory; whatever is imported from it writes a file called RAN."""
+    """The working directory. Whatever is imported from it writes a file called RAN."""
     text = f"open({str(tmp_path / 'RAN')!r}, 'a').write(__name__)\n"
     for name in LIKE_OURS:
         (tmp_path / f"{name}.py").write_text(text)

@@ -78,7 +78,7 @@ def run_command(argv: list[str]) -> int:
 
 
 def let_rank_0_speak() -> None:
-    """torchrun ends the other ranks with the first that ends; its words are everybody's."""
+    """torchrun ends the other ranks with the first that ends. Its words are everybody's."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -115,7 +115,7 @@ def run_stages(argv: list[str]) -> int:
 
 
 def in_a_row(stages: list[Stage]) -> list[list[Stage]]:
-    """Neighbours that can be done together; each other stage by itself."""
+    """Neighbours that can be done together. Each other stage by itself."""
     parts: list[list[Stage]] = []
     for stage in stages:
         together = stage.kind.together
@@ -127,7 +127,7 @@ def in_a_row(stages: list[Stage]) -> list[list[Stage]]:
 
 
 def check_where_left(session: Session) -> None:
-    """The check of the networks, where whoever laid RUN out could not make it; by rank 0."""
+    """The check of the networks, where whoever laid RUN out could not make it. By rank 0."""
     from pipeline.store import UNCHECKED
 
     from .distributed.ranks import broadcast

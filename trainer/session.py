@@ -133,10 +133,10 @@ class Session:
     ) -> dict[str, np.ndarray]:
         """`measure` of every example once, over all ranks: arrays in the order of the shards.
 
-        ids: only these examples, in this order.  rows: of a batch, at most; by default as many as
+        ids: only these examples, in this order.  rows: of a batch, at most. By default as many as
         have PROBABILITIES_IN_MEMORY.  together: `measure` is collective, so every rank calls it as
-        often as the others.  Every rank returns the whole, "ids" among it;
-        corrupt examples are absent where data.damage = skip allows it.
+        often as the others.  Every rank returns the whole, "ids" among it.
+        Corrupt examples are absent where data.damage = skip allows it.
         """
         part = self.measured_here(shards, measure, ids, rows, together)
         parts = [arrays for arrays in gather(part, self.ranks) if arrays]
@@ -152,7 +152,7 @@ class Session:
         rows: int | None = None,
         together: bool = False,
     ) -> dict[str, np.ndarray]:
-        """The part of `measured` that is this rank's, in the order of its batches; collective.
+        """The part of `measured` that is this rank's, in the order of its batches. Collective.
 
         Empty where there are fewer examples than ranks.
         """
@@ -182,7 +182,7 @@ class Session:
         return collected.arrays()
 
     def mean(self, values: Tensor) -> float:
-        """The mean of every rank's numbers [n] together, in float64; collective."""
+        """The mean of every rank's numbers [n] together, in float64. Collective."""
         values = values.double()
         total = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
         sums, count = sum_over_ranks(total, self.ranks).tolist()
@@ -241,7 +241,7 @@ def wait_until_seen(stage: Stage) -> None:
 
 
 class Console(logging.StreamHandler):
-    """What cannot be written ends the stage in one line; logging would print its traceback."""
+    """What cannot be written ends the stage in one line. Logging would print its traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         raise  # logging calls this while it handles the error
@@ -278,7 +278,7 @@ class CollectedRows:
         self.count = end
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What was added; empty before the first batch."""
+        """What was added. Empty before the first batch."""
         return {name: array[: self.count] for name, array in self._arrays.items()}
 
 

@@ -1,33 +1,38 @@
 """Which lever pays after a generalist, and what short trainings of each say of that beforehand.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.advice [--sets NAME ...] [--seeds 0 1] [--to runs/advice]
+    OMP_NUM_THREADS=1 python -m benchmarks.advice [--sets NAME ...] [--seeds 0 1]
+        [--to runs/advice]
         [--budgets .1 .2 .3] [--write]          --write: the tables into docs/advise.md
     python -m benchmarks.advice --table         what TO holds, and nothing else
-    python -m benchmarks.advice --set fashion=DIR --set mine=FILE.npz       these sets of yours
-    python -m benchmarks.advice --quick         scikit-learn's digits, in seconds, no result
+    python -m benchmarks.advice --set fashion=DIR --set mine=FILE.npz  these sets of yours
+    python -m benchmarks.advice --quick  scikit-learn's digits, in seconds, no result
 
 Ten small sets (benchmarks.advice.sets), each with a generalist of some 20 seconds on one core.  Of
 each set and seed every lever is paid for in full, and the networks that it needs are trained for
 2, 4.5, 7 and 15 % of the generalist's steps besides:
 
-    train_on            the generalist, for as many steps again from a third of the peak rate
+    train_on            the generalist, for as many steps again from a third of the peak
+                        rate
     train_on_full_rate  the same from the peak
     wider               from scratch, twice the multiplications
-    grown               the generalist, widened to that without another answer, half the steps
+    grown               the generalist, widened to that without another answer, half the
+                        steps
     average             the plain mean with a second generalist
-    average_fitted, geometric, shortlist    the same two, joined by a weight that is fitted on val
+    average_fitted, geometric, shortlist    the same two, joined by a weight that is
+                                            fitted on val
     second_alone        the second generalist by itself: what chance does
     average_student     a fresh network of the generalist's size, taught by the plain mean
     average_student_on  the same, but it starts as the generalist
-    copies, branches, rerank    the runs of that name; only sets of 500 classes have the last
+    copies, branches, rerank    the runs of that name; only sets of 500 classes have the
+                                last
 
-Gains are points of top-1 over the generalist, with the paired standard error; "training" is a share
-of the generalist's, counted in multiplications.  What is done is not done again; every set and seed
+Gains are points of top-1 over the generalist, with the paired standard error. "training" is a share
+of the generalist's, counted in multiplications.  What is done is not done again. Every set and seed
 adds a line to TO/truth.jsonl.
 
 PATH of --set NAME=PATH is whatever `referral init` reads: a directory per class (Tiny ImageNet's
 train), idx files (Fashion-MNIST's), csv tables, npz with x and y, or shards.  Its networks and
-specialists are those that `referral init` proposes, the same on every machine; name the set again
+specialists are those that `referral init` proposes, the same on every machine. Name the set again
 with every later command.
 
 Then `referral advise` is asked about each of these generalists, once for each of --budgets, and
@@ -158,7 +163,7 @@ def conditions(judged: list[Judged], lines: list[dict]) -> str:
     command = f"python -m benchmarks.advice --seeds {words} --budgets {budgets} --write"
     same = sum(row.same_families for row in judged)
     return (
-        f"{sets} sets, {len(judged)} advices; {min(tested):,} to {max(tested):,} test examples. "
+        f"{sets} sets, {len(judged)} advices, {min(tested):,} to {max(tested):,} test examples. "
         f"Today's rules send the families on that were sent on then in {same} of {len(judged)}. "
         f"{lab.conditions(seeds, command)}"
     )

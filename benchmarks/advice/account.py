@@ -112,8 +112,8 @@ def by_lever(rows: Sequence[Judged]) -> str:
 def report(rows: Sequence[Judged]) -> str:
     """All tables, each with a line before it."""
     parts = [
-        "The advice against rules that always say the same. Regrets are mean points of test top-1; "
-        "a rule whose lever is not allowed stops.",
+        "The advice against rules that always say the same. Regrets are mean points of test top-1. "
+        "A rule whose lever is not allowed stops.",
     ]
     for words, own in by_age(rows).items():
         parts += [f"On {words}:", in_total(own)]
@@ -129,7 +129,7 @@ def report(rows: Sequence[Judged]) -> str:
 
 
 def by_age(rows: Sequence[Judged]) -> dict[str, list[Judged]]:
-    """What is known of its sets -> rows; without those of which there are none."""
+    """What is known of its sets -> rows. Without those of which there are none."""
     ages = {
         "sets that the constants were fitted to": False,
         "sets that entered no fit": True,

@@ -1,7 +1,7 @@
 """What `referral advise` says of a set's generalist: the product's own stages, in this process.
 
 Each lever is piloted by the settings by which benchmarks.advice.truth pulls it in full.  A run has
-one [specialists] for copies and branches; here the pilots of branches have the set's own.
+one [specialists] for copies and branches. Here the pilots of branches have the set's own.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def of_lever(session: Session, stage: Stage, branches: ResolvedSpecialists) -> S
 
 
 def keep(run: RunDirectory, kept: Path) -> None:
-    """The records of an advice's stages; advice.json last, since it says that all is there."""
+    """The records of an advice's stages. advice.json last, since it says that all is there."""
     for path in sorted(run.root.rglob("*.json")) + [run.root / "config.toml"]:
         place = path.relative_to(run.root)
         if path.name in KEPT and "attempts" not in place.parts and place.name != "advice.json":

@@ -53,7 +53,7 @@ def on_shortlist(first: np.ndarray, second: np.ndarray, weight: float) -> np.nda
 
 
 def shortlist_losses(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """NLL at each of WEIGHTS; a label that is not on the list costs the same at all of them."""
+    """NLL at each of WEIGHTS. A label that is not on the list costs the same at all of them."""
     top = torch.from_numpy(first).topk(min(SHORTLIST, first.shape[1]), 1)
     listed, own = top.indices.numpy(), top.values.numpy()
     other = np.take_along_axis(second, listed, 1)

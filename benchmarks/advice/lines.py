@@ -54,7 +54,7 @@ class Kept:
         return at_label, temperature
 
     def gains(self, log_p: dict[str, np.ndarray], calibrate: bool = True) -> dict[str, dict]:
-        """Of val and test; calibrate: NLL also where both have a temperature fitted on val."""
+        """Of val and test. calibrate: NLL also where both have a temperature fitted on val."""
         row = {
             split: gains.gain(log_p[split], self.general[split], self.labels[split])
             for split in HELD_OUT
@@ -147,9 +147,9 @@ def levers_of(kept: Kept) -> dict[str, dict]:
 
 
 def short_of(kept: Kept) -> dict[str, dict]:
-    """Of each short network: alone; of a second one also joined with the generalist.
+    """Of each short network: alone. Of a second one also joined with the generalist.
 
-    "same_age": of a wider one, over the fresh one of as many steps; of another fresh one, what the
+    "same_age": of a wider one, over the fresh one of as many steps. Of another fresh one, what the
     two joined are over one of them, the mean of both.
     """
     rows = {}

@@ -2,7 +2,7 @@
 
 A set says how its shards are made, what the config of a run on them has, and how its levers are
 set: the settings are those of the examples and benchmarks that the data come from, with fewer
-classes or examples.  The splits are the same for every seed; a seed is one of networks.
+classes or examples.  The splits are the same for every seed. A seed is one of networks.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def lab_trainer(*words: object) -> None:
 
 
 def characters(out: Path) -> None:
-    """OUT/seen; the unseen fonts are not asked about."""
+    """OUT/seen. The unseen fonts are not asked about."""
     drawings.make(out, CHARACTERS, per_class=PER_CHARACTER)
 
 
@@ -137,7 +137,7 @@ def clinc150(out: Path) -> None:
 
 
 def few_mnist(out: Path) -> None:
-    """5,000 of the training pictures to learn from, 10,000 others are val; the set's own test."""
+    """5,000 of the training pictures to learn from, 10,000 others are val. The set's own test."""
     source = lab.DATA / "mnist"
     lab.require(source)
     inputs, labels = {}, {}

@@ -28,7 +28,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...], str]] = {
 
 
 def read_lines(file: Path) -> list[dict]:
-    """Of truth.jsonl; none where it is absent."""
+    """Of truth.jsonl. None where it is absent."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -2,7 +2,8 @@
 
 Below TO/SET/seed-S:
 
-    networks/NAME/        the network, cost.json, NAME's val.npy and test.npy: log p, float16 [N, C]
+    networks/NAME/        the network, cost.json, NAME's val.npy and test.npy: log p,
+                          float16 [N, C]
     copies, branches, rerank/    runs of `referral`, and beside them the same three files
     labels.npz            val and test
 
@@ -76,7 +77,7 @@ class Work:
     ranks: Ranks
 
     def config(self, kind: str) -> dict:
-        """Of a run: copies, branches or rerank; the generalist is the same in all."""
+        """Of a run: copies, branches or rerank. The generalist is the same in all."""
         base: dict = {key: dict(value) for key, value in self.one.config.items()}
         base["data"] = base.get("data", {}) | dict.fromkeys(SPLITS, str(self.shards))
         base["train"] |= {"checkpoint_every": 10**6, "log_every": 100}
@@ -92,7 +93,7 @@ class Work:
         return base | {"clusters": self.one.clusters, "specialists": specialists}
 
     def run(self, kind: str) -> RunDirectory:
-        """The run of a lever; its cache is all seeds'."""
+        """The run of a lever. Its cache is all seeds'."""
         root, cache = self.to / kind, self.to.parent / "cache"
         config = load_config(None, [], self.config(kind))
         root.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def do_stages(session: Session, but: tuple[str, ...], only: tuple[str, ...] = ()
 def adopt(run: RunDirectory, source: RunDirectory, only: tuple[str, ...] = ()) -> None:
     """What another run has done already, under the same keys, is not done again.
 
-    only: stages of these names; of all names where there are none.
+    only: stages of these names. Of all names where there are none.
     """
     keys = {stage.place: stage.key for stage in run.stages}
     for stage in sorted(source.stages, key=lambda stage: len(stage.place)):  # one holds another
@@ -352,7 +353,7 @@ def on_train(session: Session, network: Classifier, folder: Path) -> None:
 
 
 def joined(work: Work, made: Networks, run: RunDirectory) -> tuple[Session, float]:
-    """A run up to its ensemble, from the same generalist; and seconds of this process's CPU."""
+    """A run up to its ensemble, from the same generalist, and seconds of this process's CPU."""
     adopt(run, made.session.run)
     session = Session(run, work.ranks)
     began = time.process_time()
@@ -444,7 +445,7 @@ def opened(name: str, seed: int, to: Path) -> Iterator[tuple[Work, Session]]:
 
 
 def make(name: str, seed: int, to: Path) -> Path:
-    """All of a set and seed; returns its directory."""
+    """All of a set and seed. Returns its directory."""
     with opened(name, seed, to) as (work, session):
         made = make_generalist(work, session)
         made.make_all()

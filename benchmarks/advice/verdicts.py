@@ -1,7 +1,7 @@
 """What came of an advice on a set and seed: kept advice, pilots and test predictions, read.
 
 Gains are predicted anew, by today's rules, from what the pilots measured: a constant that changes
-needs no pilot again.  Which families go on after the first round was settled by the rules of then;
+needs no pilot again.  Which families go on after the first round was settled by the rules of then.
 `same_families` says whether today's would have sent on the same.
 """
 
@@ -134,7 +134,7 @@ def may_go_on(family: str) -> bool:
 
 
 def measured_answers(root: Path, file: Path) -> dict[str, np.ndarray]:
-    """Of each lever that was pulled, bool [N] of test; and ASKED, multiplications on a shortlist.
+    """Of each lever that was pulled, bool [N] of test, and ASKED, multiplications on a shortlist.
 
     file: where that is kept.
     """

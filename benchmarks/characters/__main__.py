@@ -5,7 +5,7 @@
     python -m benchmarks.characters --quick           seconds: 24 made-up characters
 
 Each row is of a run of its own, TO/RUN-SEED, which begins as a copy of what it shares with the run
-before; what is done is not done again, and what was interrupted goes on.
+before. What is done is not done again, and what was interrupted goes on.
 
     generalist         of headline.toml: an embedding of 8 numbers (20,902 characters: 16)
     control_wall       trained on for as long as one branch
@@ -13,7 +13,8 @@ before; what is done is not done again, and what was interrupted goes on.
     train_on           trained on for as long again, from a third of the peak rate
     wider              its embedding as wide as the multiplications of `branches` allow
     wider_parameters   as wide as their parameters allow
-    average            two generalists (the second is the next seed's), probabilities averaged
+    average            two generalists (the second is the next seed's), probabilities
+                       averaged
     geometric          the same two, the geometric mean
     shortlist          the second one asked about the likeliest classes alone
     shortlist_4        three further ones asked
@@ -62,7 +63,7 @@ BRANCHES = {
 STUDENT = {"steps": 2000, "temperature": 1.0, "soft_weight": 0.5, "hard_weight": 0.5}
 SETTINGS: dict[int, list[str]] = {
     data.LEVEL_ONE: [],
-    # 384 k multiplications; 48 numbers for 327 classes are 28 k, and one branch is asked.
+    # 384 k multiplications. 48 numbers for 327 classes are 28 k, and one branch is asked.
     HAN: [
         "model.embedding=16",
         "clusters.num_groups=128",
@@ -95,7 +96,7 @@ class Study:
         return runs.copied(config, self.path(name), self.path(base), self.quick)
 
     def generalist(self, seed: int | None = None) -> dict:
-        """results.json of a seed's generalist alone; of this seed, if none is given."""
+        """results.json of a seed's generalist alone. Of this seed, if none is given."""
         config = alone(self.config)
         if seed is not None:
             config = config | {"seed": seed}
@@ -255,7 +256,7 @@ def generalist_cost(study: Study) -> rows.Cost:
 
 
 def cost_of_specialists(run: Path) -> rows.Cost:
-    """Generalist and specialists; multiplications are those that test examples ask for."""
+    """Generalist and specialists. Multiplications are those that test examples ask for."""
     ensemble = SpecialistEnsemble.load(run)
     with np.load(run / "evaluation" / "ensemble.npz", allow_pickle=False) as arrays:
         active = torch.from_numpy(arrays["active"].astype(bool))
@@ -300,7 +301,7 @@ def row(study: Study, name: str) -> dict:
 def training(study: Study) -> dict:
     """What training the branches took, beside as many copies: seconds where these were trained.
 
-    multiplications: forward, and twice that backward; kept features ask for no gradient.
+    multiplications: forward, and twice that backward. Kept features ask for no gradient.
     """
     run, results = study.path("branches"), study.branches
     copy = copied_specialists(study)

@@ -1,7 +1,8 @@
 """Chinese characters of shared/data/cjk_glyphs as webdataset shards, distorted by a seed.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.characters.data --out DIR [--classes 3755] [--strength 1]
-    python -m benchmarks.characters.data --quick                 seconds: 24 made-up characters
+    OMP_NUM_THREADS=1 python -m benchmarks.characters.data --out DIR [--classes 3755]
+        [--strength 1]
+    python -m benchmarks.characters.data --quick  seconds: 24 made-up characters
 
 Two minutes on one core for 3,755 classes.  DIR/seen: train, val and test of seven fonts, every
 image a distortion of its own.  DIR/unseen: a test split of UMing and BabelStone, which no other
@@ -123,7 +124,7 @@ def make_part(
     seed: int,
     source: Path,
 ) -> None:
-    """The splits of some fonts; see make."""
+    """The splits of some fonts. See make."""
     count, names = len(letters), [class_name(letter) for letter in letters]
     out.mkdir(parents=True, exist_ok=True)
     old = read_manifest(out)

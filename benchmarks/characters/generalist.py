@@ -1,10 +1,10 @@
 """Generalists for Chinese characters, one run per seed: each is trained and measured.
 
     OMP_NUM_THREADS=1 python -m benchmarks.characters.generalist --data DIR --out RUNS
-    python -m benchmarks.characters.generalist --quick        seconds: 24 made-up characters
+    python -m benchmarks.characters.generalist --quick  seconds: 24 made-up characters
 
 DIR is what benchmarks.characters.data wrote.  The runs are RUNS/seed0, RUNS/seed1, ..., of
-characters.toml, measured on val; `referral run` resumes them, and the same command resumes what was
+characters.toml, measured on val. `referral run` resumes them, and the same command resumes what was
 interrupted.
 """
 
@@ -33,7 +33,7 @@ QUICK = [
 
 
 def commands(run: Path, data: Path, seed: int, settings: list[str]) -> list[list[str]]:
-    """What lays the run out and what trains and measures its generalist; both know what is done."""
+    """What lays the run out and what trains and measures its generalist. Both know what is done."""
     splits = [f"data.{split}={data / 'seen'}" for split in ("train", "val", "test")]
     words = []
     for setting in (*splits, f"seed={seed}", *settings):

@@ -1,11 +1,12 @@
 """What groups of confusable characters capture of a generalist's test errors, by every method.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.characters.groups --run RUN ... --out DIR [--groups 24]
-    python -m benchmarks.characters.groups --quick            seconds: 24 made-up characters
+    OMP_NUM_THREADS=1 python -m benchmarks.characters.groups --run RUN ... --out DIR
+        [--groups 24]
+    python -m benchmarks.characters.groups --quick  seconds: 24 made-up characters
 
 RUN: runs whose generalist and measure are done (benchmarks.characters.generalist makes them), one
-per seed.  Groups, disjoint and overlapping, are found on the predictions on val and without labels;
-test is read for the captured fraction alone.  Every case is kept in DIR/cases.jsonl as it is
+per seed.  Groups, disjoint and overlapping, are found on the predictions on val and without labels.
+Test is read for the captured fraction alone.  Every case is kept in DIR/cases.jsonl as it is
 measured, and not measured again.  At the end DIR/groups.json and DIR/groups.md.
 """
 
@@ -101,7 +102,7 @@ def measure(
 
 
 def confusion_on_test(run: RunDirectory, file: Path) -> csr_array:
-    """Test examples by true and most probable class, int64 [C, C]; kept in `file`."""
+    """Test examples by true and most probable class, int64 [C, C]. Kept in `file`."""
     if not file.exists():
         save_predictions(run, file)
     with np.load(file, allow_pickle=False) as saved:

@@ -17,7 +17,7 @@ from benchmarks.papers import lab
 FIRST, LAST = 0x4E00, 0x9FA5
 FONTS = Path("/usr/share/fonts")
 PACKAGES = "fonts-noto-cjk fonts-hanazono fonts-wqy-zenhei fonts-wqy-microhei"
-# Below FONTS; FILE#2 is face 2 of a collection, of Noto's the simplified Chinese one.
+# Below FONTS. FILE#2 is face 2 of a collection, of Noto's the simplified Chinese one.
 FACES = [
     "opentype/noto/NotoSansCJK-Bold.ttc#2",
     "opentype/noto/NotoSansCJK-Regular.ttc#2",
@@ -34,7 +34,7 @@ SIZE = 32
 
 
 def make(out: Path, per_class: dict[str, int] = PER_CLASS) -> None:
-    """Shards of every character, by `referral shards glyphs`; per_class: images of each split."""
+    """Shards of every character, by `referral shards glyphs`. per_class: images of each split."""
     absent = [face for face in FACES if not (FONTS / face.partition("#")[0]).is_file()]
     if absent:
         message = f"{FONTS / absent[0]} is absent: apt-get install {PACKAGES}"

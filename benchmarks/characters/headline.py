@@ -1,6 +1,7 @@
 """Specialists on 3,755 characters: ensemble, controls, rivals, students, and how bars are met.
 
-    python -m benchmarks.characters.headline --to runs/characters [--seeds 0 1 2] [--write]
+    python -m benchmarks.characters.headline --to runs/characters [--seeds 0 1 2]
+        [--write]
     python -m benchmarks.characters.headline --quick          seconds, no result
 
 Of each seed one run (headline.toml): generalist, specialists, control_wall, control_compute,
@@ -8,18 +9,20 @@ students of one and two times the generalist's parameters, and one of two times 
 images, each beside a twin that learns the labels of the same images alone.  Beside it further runs,
 which are copies of that one as far as they agree with it:
 
-    longer   the generalist from scratch, the same weights at the start, for twice the examples:
-             is it converged?
-    wider    a generalist that spends as many multiplications on an image as the ensemble does
-             (WIDER); one of the ensemble's 25 times the parameters would take a day, see tenfold
-    deep     as many generalists as the specialists' examples buy, two at least, averaged (beside it
-             stand, at no training of their own, means of the seeds' generalists)
-    tenfold  a generalist of ten times the parameters, only where --further names it: which errors
-             does it make too?
+    longer   the generalist from scratch, the same weights at the start, for twice the
+             examples: is it converged?
+    wider    a generalist that spends as many multiplications on an image as the ensemble
+             does (WIDER); one of the ensemble's 25 times the parameters would take a day,
+             see tenfold
+    deep     as many generalists as the specialists' examples buy, two at least, averaged
+             (beside it stand, at no training of their own, means of the seeds'
+             generalists)
+    tenfold  a generalist of ten times the parameters, only where --further names it:
+             which errors does it make too?
 
-Data are rendered once for all seeds (benchmarks.characters.data, two minutes); DATA/unseen has the
+Data are rendered once for all seeds (benchmarks.characters.data, two minutes). DATA/unseen has the
 fonts that nobody has seen.  What is done is not done again.  --sixth is the same trial on the first
-sixth of the classes with short trainings: what questions and later are asked of; --both-levels is
+sixth of the classes with short trainings: what questions and later are asked of. --both-levels is
 the headline's on 6,763 classes.
 """
 
@@ -150,7 +153,7 @@ def of_seed(to: Path, data: Path, seed: int, results: dict, further: dict[str, d
 def of_all(to: Path, data: Path, results: dict[int, dict]) -> dict[int, list[dict]]:
     """{members: rows of generalists_together}: of each seed's with the next one's, and of all.
 
-    Kept beside the runs; empty of one seed.
+    Kept beside the runs. Empty of one seed.
     """
     seeds = list(results)
 
@@ -385,7 +388,7 @@ def forecast_verdicts(by_seed: list[dict]) -> list[Verdict]:
 def student_verdicts(by_seed: list[dict], name: str, networks: Networks) -> list[Verdict]:
     """70 % of the gain, and fewer errors than the twin.
 
-    Of two times the generalist's parameters at most, of all images or of few; of its own size the
+    Of two times the generalist's parameters at most, of all images or of few. Of its own size the
     same metrics without a bar.
     """
     size, is_bar = STUDENTS[name], name != "same"
@@ -429,7 +432,7 @@ def rival_verdicts(by_seed: list[dict], together: dict[int, list[dict]]) -> list
             Verdict(
                 f"(no bar) the ensemble makes fewer errors than: {name}",
                 mean(lead) > 0,
-                f"{percents(lead, 1)}; theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}",
+                f"{percents(lead, 1)}, theirs: top-1 {100 * top1:.2f} %, NLL {nll:.4f}",
             )
         )
     return lines

@@ -1,16 +1,18 @@
 """A hundred characters that come later: what adding costs and forgets, and training again instead.
 
-    python -m benchmarks.characters.later --to runs/characters [--seeds 0 1 2] [--sixth] [--write]
+    python -m benchmarks.characters.later --to runs/characters [--seeds 0 1 2]
+        [--sixth] [--write]
     python -m benchmarks.characters.later --quick             seconds, no result
 
 Of each seed a hundred characters are drawn, and three runs stand beside each other:
 
-    seed-S-without   all characters but these, of the same shards: generalist, specialists, student
-    seed-S-later     takes it over ([extend]): rows for the hundred, one specialist, a student; the
-                     controls too
+    seed-S-without   all characters but these, of the same shards: generalist,
+                     specialists, student
+    seed-S-later     takes it over ([extend]): rows for the hundred, one specialist, a
+                     student; the controls too
     seed-S           everything from scratch on all characters: the headline's run
-                     (benchmarks.characters.headline), which is shared where it is done already, and
-                     otherwise done here
+                     (benchmarks.characters.headline), which is shared where it is done
+                     already, and otherwise done here
 
 The new rows learn for 4,000 steps, and everything else as headline.toml says.  Nothing was tuned
 here.  What is done is not done again.
@@ -53,7 +55,7 @@ def left_out(names: list[str], seed: int, count: int) -> list[str]:
 
 
 def write_without(source: Path, out: Path, absent: list[str]) -> None:
-    """The shards of `source` without some classes; the others are numbered anew, in their order."""
+    """The shards of `source` without some classes. The others are numbered anew, in their order."""
     classes = read_json(source / "manifest.json")["classes"]
     names = [name for name in classes if name not in set(absent)]
     made_by = {"command": "benchmarks.characters.later", "without": absent}

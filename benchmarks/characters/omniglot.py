@@ -1,6 +1,7 @@
 """Omniglot's 1,623 handwritten characters as one label set: generalist, specialists and controls.
 
-    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2] [--jobs 2] [--write]
+    python -m benchmarks.characters.omniglot --to runs/omniglot [--seeds 0 1 2]
+        [--jobs 2] [--write]
     python -m benchmarks.characters.omniglot --quick          seconds, no result
 
 Of each character's 20 drawers the first 13 train, two are val and five are test.  Pictures are made
@@ -132,7 +133,7 @@ def table_of(results: list[dict]) -> str:
 
 
 def verdicts(results: list[dict]) -> list[Verdict]:
-    """The bars, each a mean over the seeds; control_compute stands beside without one."""
+    """The bars, each a mean over the seeds. control_compute stands beside without one."""
     lines = []
     for rival in ROWS[:-1]:
         lead = [

@@ -1,10 +1,11 @@
 """What makes specialists pay?  Each question is a table, each row of it one change of the config.
 
-    python -m benchmarks.characters.questions --to runs/characters [--only QUESTION ...] [--sixth]
+    python -m benchmarks.characters.questions --to runs/characters
+        [--only QUESTION ...] [--sixth]
     python -m benchmarks.characters.questions --quick         seconds, no result
 
 Of each seed there is one run of headline.toml, seed-SEED-asked, less students and controls, its
-specialists trained for STEPS alone, so that all questions can be asked; it takes over what the
+specialists trained for STEPS alone, so that all questions can be asked. It takes over what the
 headline's run (benchmarks.characters.headline) has of it.  Every other row is a copy of that run
 less the stages that its settings change: all begin with one generalist, rows of [specialists] share
 its groups too, and rows of [ensemble] its specialists, so that only what is fitted on val and the

@@ -95,7 +95,7 @@ def add_jobs(options: argparse.ArgumentParser) -> None:
 def parsed(options: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
     """The arguments and the number of `classes`.
 
-    --sixth, --both-levels and --quick name another place; --sixth and --quick short trainings, too.
+    --sixth, --both-levels and --quick name another place. --sixth and --quick short trainings, too.
     """
     given = lab.parsed(options, words)
     if given.quick and (given.sixth or given.both_levels):
@@ -115,7 +115,7 @@ def parsed(options: argparse.ArgumentParser, words: list[str] | None) -> argpars
 
 
 def drawn(given: argparse.Namespace) -> Path:
-    """The directory of the shards, seen/ and unseen/; unseen/ is written last."""
+    """The directory of the shards, seen/ and unseen/. unseen/ is written last."""
 
     def make(path: Path) -> None:
         if given.quick:
@@ -195,13 +195,13 @@ def begin(path: Path, config: dict, run: Path) -> None:
     write_json(unfinished / TAKEN, [stage.place for stage in taken])
     if (run / "cache").is_dir():
         link(run / "cache", unfinished / "cache")
-    # What makes it a run; `referral run` writes its own.
+    # What makes it a run. `referral run` writes its own.
     shutil.copy(run / "config.toml", unfinished)
     unfinished.rename(path)
 
 
 def link(source: Path, target: Path, below: tuple[str, ...] = ()) -> None:
-    """Hard links of the files in `source`; of its directories those named `below` alone.
+    """Hard links of the files in `source`. Of its directories those named `below` alone.
 
     Symbolic links stay so.
     """
@@ -229,7 +229,7 @@ def own_seconds(run: Path) -> float:
 
 
 def kept(file: Path, of: list, measure: Callable[[], dict]) -> dict:
-    """What `measure` returned, kept in `file` with what it is `of`; anew if that has changed."""
+    """What `measure` returned, kept in `file` with what it is `of`. Anew if that has changed."""
     if not file.exists() or read_json(file)["of"] != of:
         write_json(file, {"of": of, "rows": measure()})
     return read_json(file)["rows"]
@@ -238,7 +238,7 @@ def kept(file: Path, of: list, measure: Callable[[], dict]) -> dict:
 def kept_metrics(
     run: Path, results: dict, shards: Path, split: str, most: int | None = None
 ) -> dict[str, dict]:
-    """metrics_on, kept beside the run; measured anew where the run or the shards are others."""
+    """metrics_on, kept beside the run. Measured anew where the run or the shards are others."""
     of = [results["generalist"], results["ensemble"], read_json(shards / "manifest.json"), most]
     file = run.with_name(f"{run.name}-{shards.name}-{split}.json")
     return kept(file, of, lambda: metrics_on(run, shards, split, most))

@@ -1,10 +1,11 @@
 """A long tail: the characters again, of the rarest only a few images.  Where do specialists help?
 
-    python -m benchmarks.characters.tails --to runs/characters [--seeds 0 1 2] [--sixth] [--write]
+    python -m benchmarks.characters.tails --to runs/characters [--seeds 0 1 2]
+        [--sixth] [--write]
     python -m benchmarks.characters.tails --quick             seconds, no result
 
 Of the class that is the k-th most frequent of C, train and val keep MOST * RAREST ** (k / (C - 1))
-images, an exponential profile (Cao et al. 2019, section 4.1) in an order that the seed draws; test
+images, an exponential profile (Cao et al. 2019, section 4.1) in an order that the seed draws. Test
 stays as it is, alike for all, so that the rare can be seen.
 
 Of each seed two runs, of the headline's config without students: every image as often as it comes,
@@ -41,7 +42,7 @@ def ranks(classes: int, seed: int) -> np.ndarray:
 
 
 def images_kept(rank: np.ndarray, most: int) -> np.ndarray:
-    """int [C]: the images of each class, of `most` of the most frequent; one at least."""
+    """int [C]: the images of each class, of `most` of the most frequent. One at least."""
     return np.maximum(1, np.rint(most * RAREST ** (rank / max(1, len(rank) - 1)))).astype(int)
 
 
@@ -57,7 +58,7 @@ def thinned(labels: np.ndarray, kept: np.ndarray, seed: int) -> np.ndarray:
 
 
 def write_tail(source: Path, out: Path, seed: int) -> None:
-    """Shards of `source`, train and val thinned; there each class has as many samples."""
+    """Shards of `source`, train and val thinned. There each class has as many samples."""
     names = read_json(source / "manifest.json")["classes"]
     rank = ranks(len(names), seed)
 
@@ -114,7 +115,7 @@ def fewer_of(rows: dict[str, list[float]], name: str) -> list[float]:
 
 
 def tail_table(thirds: list[dict[str, list[float]]], results: list[dict]) -> str:
-    """thirds: by_third of each seed; results: each seed's results.json."""
+    """thirds: by_third of each seed. results: each seed's results.json."""
     lines = []
     for name in ROWS:
         whole = [lab.named_rows(of_seed)[name] for of_seed in results]

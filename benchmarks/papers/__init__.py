@@ -1,1 +1,1 @@
-"""The tables of the papers, one command each; results in docs/papers.md."""
+"""The tables of the papers, one command each. Results in docs/papers.md."""

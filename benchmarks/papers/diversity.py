@@ -1,13 +1,13 @@
 """How much of a deep ensemble's diversity a BatchEnsemble keeps, by what moves its training inputs.
 
     python -m benchmarks.papers.diversity --to runs/papers/diversity --write
-    python -m benchmarks.papers.diversity --quick                          seconds, no result
+    python -m benchmarks.papers.diversity --quick  seconds, no result
 
 Nam et al. 2021, "Diversity matters when learning from ensembles", their table of CIFAR-10, on a
 small net and a part of the data: the 50,000 training images of shared/data/cifar10 (re-encoded) are
-split, of each class alike, into TRAIN to learn from, 5,000 val and 10,000 test; the rest is not
+split, of each class alike, into TRAIN to learn from, 5,000 val and 10,000 test. The rest is not
 used, and the 1,000 that the set calls test are measured too.  Nothing is augmented and T = 1:
-teachers know train by heart, agree on it and nowhere else, which is what ODS is for.
+teachers have memorised train, agree on it and nowhere else, which is what ODS is for.
 
 One run for each seed: four networks, and four BatchEnsembles of four members that learn one-to-one
 from them, alike in all but `perturb`.  Read from the finished run besides (--figures prints it
@@ -46,7 +46,7 @@ from . import lab
 TITLE = "Diversity: a BatchEnsemble learns from four networks (Nam et al. 2021)"
 SOURCE = lab.DATA / "cifar10"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-# A mosaic is 25 rows x 40 columns of 32 x 32; there are 50 of train and, the last, one of test.
+# A mosaic is 25 rows x 40 columns of 32 x 32. There are 50 of train and, the last, one of test.
 ROWS, COLUMNS, SIDE = 25, 40, 32
 PER_MOSAIC = ROWS * COLUMNS
 TRAIN, SHARES = 2_500, {"test": 0.2, "val": 0.1}  # of 50,000
@@ -84,7 +84,7 @@ SCHEDULE = {
     "log_every": 100,
 }
 EPOCHS = STUDENT_EPOCHS = 60
-# The paper's of CIFAR-100 and TinyImageNet; of CIFAR-10 its T is 4.
+# The paper's of CIFAR-100 and TinyImageNet. Of CIFAR-10 its T is 4.
 TEMPERATURE, HARD, SIZE = 1.0, 0.1, 1 / 255
 
 
@@ -128,7 +128,7 @@ def make_up_pictures(source: Path, mosaics: int = 2) -> None:
 
 
 def parts(labels: np.ndarray, train: int = TRAIN) -> dict[str, np.ndarray]:
-    """ids of train, val, test and GIVEN; the split is the same for every seed."""
+    """ids of train, val, test and GIVEN. The split is the same for every seed."""
     own = len(labels) - PER_MOSAIC
     unused = 1 - train / own - sum(SHARES.values())
     ids = split_by_class(labels[:own], SHARES | {"unused": round(unused, 6)}, seed=0)
@@ -241,7 +241,7 @@ def single_metrics(logits: Tensor, labels: Tensor) -> dict:
 
 
 def with_equivalents(rows: dict[str, dict]) -> dict[str, dict]:
-    """The rows with DEE among DE-1 ... DE-4; math.inf beyond."""
+    """The rows with DEE among DE-1 ... DE-4. math.inf beyond."""
     sizes = [rows[f"DE-{m}"]["cnll"] for m in range(1, MEMBERS + 1)]
     return {
         name: row | {"dee": metrics.deep_ensemble_equivalent(row["cnll"], sizes)}
@@ -250,7 +250,7 @@ def with_equivalents(rows: dict[str, dict]) -> dict[str, dict]:
 
 
 def measured(data: Path, run: Path, form: Form = FULL) -> dict:
-    """What the run does not say by itself, and what it needs its networks for; kept beside it.
+    """What the run does not say by itself, and what it needs its networks for. Kept beside it.
 
     {"test": rows, "given": rows, "train": rows, "by_confidence": {name: bins},
     "moved": {split: {kind: metrics}}}
@@ -285,7 +285,7 @@ def opened(data: Path, split: str) -> ShardSet:
 def predict_all(
     data: Path, run: Path
 ) -> tuple[list[Classifier], dict[str, dict[str, Predictions]]]:
-    """The four networks; {split: {name of NAMES: what it predicts}}."""
+    """The four networks. {split: {name of NAMES: what it predicts}}."""
     stages = open_run(run)
 
     def load(stage: Stage) -> Classifier:
@@ -400,7 +400,7 @@ def table_row(name: str, rows: list[dict]) -> list[str]:
 
 
 def equivalents(dees: list[float | None]) -> str:
-    """DEE of each seed; ">4" beyond."""
+    """DEE of each seed. ">4" beyond."""
     values = list(map(beyond, dees))
     if any(map(math.isinf, values)):
         return ", ".join(metrics.format_equivalent(dee, MEMBERS) for dee in values)
@@ -468,14 +468,14 @@ def moved_table(by_seed: list[dict]) -> str:
 def figures_text(by_seed: list[dict], form: Form = FULL) -> str:
     return "\n\n".join(
         [
-            "Pairwise KL of the members (nats, mean over the test examples in the bin; in brackets "
+            "Pairwise KL of the members (nats, mean over the test examples in the bin, in brackets "
             "the share of examples) by the confidence of the members' mean, as in the paper's "
             "Figure 3:",
             confidence_table(by_seed),
-            f"What moves the teachers (paper's Figure 6), {form.moved:,} inputs, not augmented: KL "
-            "of a teacher's answer to the moved input from its answer to the clean one, where it "
-            "gave the direction and where another did; and the teachers' pairwise KL on the moved "
-            "inputs, of all four and of the three that did not give the direction:",
+            f"What moves the teachers (paper's Figure 6), {form.moved:,} inputs, not augmented. "
+            "First the KL of a teacher's answer to the moved input from its answer to the clean "
+            "one, where it gave the direction and where another did. Then the teachers' pairwise "
+            "KL on the moved inputs, of all four and of the three that did not give the direction:",
             moved_table(by_seed),
         ]
     )

@@ -1,15 +1,16 @@
 """Hydra, Tran et al. 2020: one body and fifty heads, each learns one member of an ensemble.
 
     python -m benchmarks.papers.hydra --to runs/papers/hydra --write
-    python -m benchmarks.papers.hydra --to runs/papers/hydra --regression --write      one minute
-    python -m benchmarks.papers.hydra --quick [--regression]                  seconds, no result
+    python -m benchmarks.papers.hydra --to runs/papers/hydra --regression
+        --write  one minute
+    python -m benchmarks.papers.hydra --quick [--regression]  seconds, no result
 
-MNIST, one run per seed: MEMBERS small conv nets; then, all of one trunk and for as many steps, a
+MNIST, one run per seed: MEMBERS small conv nets. Then, all of one trunk and for as many steps, a
 student of their mean, Hydra (the student of half the time grows heads [100, 100, 10], phase two)
-and a Prior Network.  The 60,000 training examples less 5,001 (val) are learned from; test is only
+and a Prior Network.  The 60,000 training examples less 5,001 (val) are learned from. Test is only
 evaluated.
 
---regression: curves of one input, ten members and a Hydra of ten heads, by the KL of Gaussians; the
+--regression: curves of one input, ten members and a Hydra of ten heads, by the KL of Gaussians. The
 variance that they state, split into its two parts.
 """
 
@@ -54,8 +55,8 @@ STUDENT = {
 }
 HEAD_BLOCKS = 2  # [100, 100, 10] with the linear layer
 EPOCHS = 3  # of a member
-TEMPERATURE = 2.0  # of distillation and Hydra; chosen, as all of this, on val of seed 100
-# Epochs of the Hinton head and of the heads; the other students train for both.
+TEMPERATURE = 2.0  # of distillation and Hydra. Chosen, as all of this, on val of seed 100
+# Epochs of the Hinton head and of the heads. The other students train for both.
 PHASE_ONE, PHASE_TWO = 2, 12
 RATE, RATE_OF_HEADS = 4e-3, 1e-2
 PAPER = {  # accuracy, NLL, Brier less one, MU
@@ -80,7 +81,7 @@ def trunk(
     hidden: Sequence[int] = (100, 100),
     kernel: int = 5,
 ) -> nn.Sequential:
-    """Convolutions of stride 2 with batch norm, then hidden layers; each a block with a ReLU."""
+    """Convolutions of stride 2 with batch norm, then hidden layers. Each a block with a ReLU."""
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
     features, *size = shape
     for stage, out in enumerate(channels, 1):
@@ -164,7 +165,7 @@ def row_of(results: dict, name: str) -> dict:
 
 
 def mu_of(row: dict) -> float | None:
-    """Model uncertainty; None of a single network."""
+    """Model uncertainty. None of a single network."""
     return row["members"]["mu"] if "members" in row else None
 
 
@@ -245,7 +246,7 @@ def classification(options: argparse.Namespace, command: str) -> None:
 
 CURVES_TITLE = "Hydra's regression (Tran et al. 2020)"
 CURVES, EXAMPLES = 10, 400
-# Teacher and Hydra meet on inputs in [-REACH, REACH]; the members have seen 1 <= |x| <= 4.
+# Teacher and Hydra meet on inputs in [-REACH, REACH]. The members have seen 1 <= |x| <= 4.
 REACH = 6.0
 REGIONS = {"data, 1 to 4": (1, 4), "the gap, 0 to 1": (0, 1), "outside, 4 to 6": (4, REACH)}
 PARTS = ("total", "aleatoric", "epistemic")
@@ -275,7 +276,7 @@ def curve(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def examples(seed: int, count: int = EXAMPLES) -> np.ndarray:
-    """[count, 2] of x and y; x even on 1 <= |x| <= 4."""
+    """[count, 2] of x and y. x even on 1 <= |x| <= 4."""
     rng = np.random.default_rng([seed, 7])
     x = rng.uniform(1, 4, count) * rng.choice([-1, 1], count)
     mean, deviation = curve(x)
@@ -283,7 +284,7 @@ def examples(seed: int, count: int = EXAMPLES) -> np.ndarray:
 
 
 def gaussian_network(heads: int) -> nn.Sequential:
-    """[B, 1] -> [heads, B, 2], mean and log variance; each member on its own is 1-50-50-2."""
+    """[B, 1] -> [heads, B, 2], mean and log variance. Each member on its own is 1-50-50-2."""
 
     def head() -> nn.Module:
         return nn.Sequential(nn.Linear(50, 50), nn.ReLU(), nn.Linear(50, 2))
@@ -293,7 +294,7 @@ def gaussian_network(heads: int) -> nn.Sequential:
 
 
 def likelihood() -> Objective:
-    """-log N(y; mean, variance) less its constant, of rows (x, y)."""
+    """-log N(y, mean, variance) less its constant, of rows (x, y)."""
 
     def objective(network: nn.Module, batch: Batch) -> Tensor:
         mean, log_variance = network(batch.inputs[:, :1])[0].chunk(2, -1)
@@ -322,7 +323,7 @@ def fit(
     path: Path,
     ranks: Ranks,
 ) -> nn.Module:
-    """The trained network; a training that ended is read from its last checkpoint in `path`."""
+    """The trained network. A training that ended is read from its last checkpoint in `path`."""
     points = InMemory(rows.astype(np.float32), np.zeros(len(rows), np.int64))
     source = Source(points, shuffled(len(rows), seed), SCHEDULE.batch_size)
     task = TrainingTask(network, objective, TrainingStream([source], seed), SCHEDULE, steps)
@@ -345,7 +346,7 @@ def variance_parts(members: Tensor) -> dict[str, Tensor]:
 
 
 def mixture_nll(members: Tensor, y: Tensor) -> float:
-    """Mean -log (1/K sum_k N(y; mean_k, variance_k)) of [K, n, 2] and [n], nats."""
+    """Mean -log (1/K sum_k N(y, mean_k, variance_k)) of [K, n, 2] and [n], nats."""
     mean, log_variance = members.double().unbind(-1)
     squares = (y - mean).square() * (-log_variance).exp()
     log_p = -(math.log(2 * math.pi) + log_variance + squares) / 2

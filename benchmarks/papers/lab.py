@@ -71,7 +71,7 @@ def arguments(
 
 
 def parsed(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
-    """The arguments; a quick look begins afresh below TO/quick, with one seed, never written."""
+    """The arguments. A quick look begins afresh below TO/quick, with one seed, never written."""
     options = parser.parse_args(words)
     if options.quick and options.write:
         parser.error("--quick's metrics mean nothing: leave out --write")
@@ -85,7 +85,7 @@ def parsed(parser: argparse.ArgumentParser, words: list[str] | None = None) -> a
 
 
 def command_line(module: str, words: list[str] | None = None) -> str:
-    """The command that was given; words: its arguments, by default this process's."""
+    """The command that was given. words: its arguments, by default this process's."""
     return shlex.join(["python", "-m", module, *(words or sys.argv[1:])])
 
 
@@ -101,7 +101,7 @@ def require(source: Path) -> None:
 
 
 def referral(*words: str | Path | float, environment: Mapping[str, str] = ENVIRONMENT) -> None:
-    """A command of referral's, its output shown; exits with its code if it fails.
+    """A command of referral's, its output shown. Exits with its code if it fails.
 
     environment: what is set beside this process's own.
     """
@@ -112,7 +112,7 @@ def referral(*words: str | Path | float, environment: Mapping[str, str] = ENVIRO
 
 
 def shards(path: Path, make: Callable[[Path], object]) -> Path:
-    """`path` with the shards that make(path) writes; a manifest says that they are complete."""
+    """`path` with the shards that make(path) writes. A manifest says that they are complete."""
     if not (path / "manifest.json").is_file():
         make(path)
     return path.resolve()
@@ -181,7 +181,7 @@ def seconds(run: Path) -> float:
 
 
 def mnist(path: Path, source: Path = DATA / "mnist") -> None:
-    """Shards of MNIST's files; a twelfth of each class of train is held out, 5,001 val."""
+    """Shards of MNIST's files. A twelfth of each class of train is held out, 5,001 val."""
     require(source)
     files = sorted(source.glob("*-ubyte.gz"))
     referral("shards", "arrays", *files, "--out", path.resolve(), "--val", 1 / 12, "--test", 0)
@@ -206,10 +206,10 @@ def made_up_mnist(path: Path, train: int = 480, test: int = 120) -> None:
 def affine(
     inputs: np.ndarray, uniforms: np.ndarray, turn: float, stretch: float, move: float
 ) -> np.ndarray:
-    """Pictures uint8 [n, c, H, W], each turned, stretched, sheared and moved; what comes in is 0.
+    """Pictures uint8 [n, c, H, W], each turned, stretched, sheared and moved. What comes in is 0.
 
     turn: degrees at most.  stretch: of stretching and shearing.  move: of a side.
-    uniforms: [n, 7], 0..1; .5 leaves a picture as it is.
+    uniforms: [n, 7], 0..1. .5 leaves a picture as it is.
     """
     u = torch.from_numpy(uniforms).float() * 2 - 1
     angle = u[:, 0] * math.radians(turn)
@@ -263,8 +263,8 @@ def table(header: list[str], rows: Iterable[list]) -> str:
 def conditions(seeds: Iterable[int], command: str) -> str:
     """Machine, seeds, commit and command, for under a table."""
     return (
-        f"Seeds {', '.join(map(str, seeds))}; {processor()}, {cores()} cores, one thread each; "
-        f"commit {commit()}; `{command}`."
+        f"Seeds {', '.join(map(str, seeds))}. {processor()}, {cores()} cores, one thread each, "
+        f"commit {commit()}: `{command}`."
     )
 
 

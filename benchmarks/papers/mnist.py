@@ -1,11 +1,11 @@
 """MNIST, Hinton, Vinyals & Dean 2015, sections 3 and 6: what soft targets carry.
 
     python -m benchmarks.papers.mnist --to runs/papers/mnist --write
-    python -m benchmarks.papers.mnist --quick                              seconds, no result
+    python -m benchmarks.papers.mnist --quick  seconds, no result
 
 Two runs per seed.  `ten`: ten small conv nets that know a tenth of the labels.  `table`: the
 regularised teacher, every student of it, and a conv net of the same size that learned from all ten.
-5,001 of the 60,000 training examples are held out (val); test is only evaluated.
+5,001 of the 60,000 training examples are held out (val). Test is only evaluated.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ PAPER = {
     "only_7_8": 1320,
 }
 SETTING = (
-    "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter; its "
+    "The teacher, 784-1200-1200-10, is regularised by dropout, weight decay and jitter. Its "
     "students are plain, start from fresh weights and see each picture as it is. 5,001 of the "
-    "60,000 training examples are held out (val); the teacher's settings were chosen there at "
+    "60,000 training examples are held out (val). The teacher's settings were chosen there at "
     "other seeds, the students' (rate, epochs, steps with 7s and 8s alone) with seed 0's teacher. "
     "That was after a first run of seed 0 whose students learned at a third of the rate, with 89 "
-    "test errors at T = 20 and 18 % with 7s and 8s alone: on val too they were short, 53 errors "
+    "test errors at T = 20 and 18 % with 7s and 8s alone. On val too they were short: 53 errors "
     "where the teacher had 32. The paper jitters by up to 2 pixels alone and bounds the weights' "
-    "norms; with 55,000 examples that left 43 to 51 errors on val (60 to 120 epochs, dropout of .3 "
-    "to .5), so ours turns and stretches besides, by up to 12 degrees and 15 %."
+    "norms. With 55,000 examples that left 43 to 51 errors on val (60 to 120 epochs, dropout of .3 "
+    "to .5). So ours turns and stretches besides, by up to 12 degrees and 15 %."
 )
 SWEEP = (
     "Students of one teacher by temperature, two hidden layers of so many units, 30 epochs (inf: "
@@ -67,11 +67,11 @@ SWEEP = (
 )
 TEN = (
     "Ten networks distilled into one of their size, for which the paper has speech (its student "
-    "keeps more than 80 % of the gain in frame accuracy). Small conv nets here; each of the ten "
-    "knows a tenth of the labels, the same, and the student sees all pictures, without labels, at "
+    "keeps more than 80 % of the gain in frame accuracy). Small conv nets here. Each of the ten "
+    "knows a tenth of the labels, the same. The student sees all pictures, without labels, at "
     "T = 1. Ten perceptrons that know all labels differ from one by some ten errors, too few to "
     "tell a share of. The last row's network knows the same labels as the ten and learns for as "
-    "long as the student: in errors longer training does nearly as much here, in NLL it does harm."
+    "long as the student. In errors longer training does nearly as much here, in NLL it does harm."
 )
 LABELLED = 0.1  # of the training examples, for the ten networks
 SMALL = {
@@ -106,7 +106,7 @@ jitter.numbers = 7  # uniforms for each picture
 
 
 def write_labelled(path: Path, shards: Path) -> None:
-    """Shards of LABELLED of train, of each class alike; the same for every seed."""
+    """Shards of LABELLED of train, of each class alike. The same for every seed."""
     train = open_shards(str(shards), Data(), "train")
     ids = split_by_class(train.labels, {"few": LABELLED}, seed=0)["few"]
     inputs, labels = train.inputs(ids)[:, 0], train.labels[ids]
@@ -202,7 +202,7 @@ def of_sweep(width: int, temperature: float) -> str:
 
 
 def ten_config(few: Path, shards: Path, seed: int) -> dict:
-    """Ten networks from ten seeds that know the labels of `few`; one of those trained longer."""
+    """Ten networks from ten seeds that know the labels of `few`. One of those trained longer."""
     config = base(shards, seed) | {
         "model": SMALL,
         "train": OF_SMALL | {"epochs": 12},
@@ -493,8 +493,8 @@ def soft_targets(measured: Measured) -> str:
         f"transfer set, and {threes_correct(runs, 'no_3'):.1%} after its bias was raised by "
         f"{shifts['no_3']} (the paper's: 86.8% and 98.6%, by 3.5). With 7s and 8s alone the other "
         f"eight biases rise by {shifts['only_7_8']} (the paper lowers those of 7 and 8 by 7.6). "
-        "Both shifts are fitted on val; the paper's on test. With 3 % of the data soft targets "
-        f"recover {recovered(table):.0%} of the gap to hard targets with all of it; the teacher, "
+        "Both shifts are fitted on val, the paper's on test. With 3 % of the data soft targets "
+        f"recover {recovered(table):.0%} of the gap to hard targets with all of it. The teacher, "
         "as the paper's, has seen all data."
     )
 

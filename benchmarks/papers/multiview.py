@@ -1,21 +1,21 @@
 """Allen-Zhu & Li 2020, their data and network: an ensemble's gain, and what students keep of it.
 
-    python -m benchmarks.papers.multiview --to runs/papers/multiview --write      45 min of a core
-    python -m benchmarks.papers.multiview --to DIR --seeds 0 --small              a look, no result
-    python -m benchmarks.papers.multiview --quick                              seconds, no result
+    python -m benchmarks.papers.multiview --to runs/papers/multiview --write  45 minutes
+    python -m benchmarks.papers.multiview --to DIR --seeds 0 --small  a look, no result
+    python -m benchmarks.papers.multiview --quick  seconds, no result
 
-Each class has two features, its views; almost every example shows both, a share mu only one.  One
+Each class has two features, its views. Almost every example shows both, a share mu only one.  One
 view is enough for most, and a network learns one view of each class and knows by heart what that
 leaves: it fails on half of the new examples that show one view, 0.5 mu of all.  Networks of other
 initial weights know other views, their ensemble both.
 
-For each seed, all on one draw of data, by full-batch gradient descent: MEMBERS single networks;
-their ensemble; its student; students of one network each (self-distillation); and the control,
+For each seed, all on one draw of data, by full-batch gradient descent: MEMBERS single networks.
+Their ensemble. Its student. Students of one network each (self-distillation), and the control,
 fixed random features whose last layer alone is learned: MEMBERS of them, their ensemble, its
 students among them, and the paper's network as its student.  All that is done lies under --to and
 is not done again.
 
-Students of two kinds, both beside the labels: by KL at T = 30, the usual distillation; and raised
+Students of two kinds, both beside the labels: by KL at T = 30, the usual distillation, and raised
 to their teachers' logits (raise_to) where theirs are lower.  KL pulls logits down as well: from one
 teacher it hands on that teacher's views and takes from the student its own.
 """
@@ -83,9 +83,9 @@ NAMES = {
 class Problem:
     """The distribution of Allen-Zhu & Li, section 3, of a size that one core can do.
 
-    Theirs is for k to infinity.  An example has its label's views, weight 1 each; every view of
+    Theirs is for k to infinity.  An example has its label's views, weight 1 each. Every view of
     another class with probability off_classes / C, with weight off_weight (off_weight_single where
-    the example shows one view); each of them in a patch of its own; and Gaussian noise of norm
+    the example shows one view). Each of them in a patch of its own, and Gaussian noise of norm
     `noise` in every patch.
 
     With 60 examples of each class, one of which shows one view: from several such, a network learns
@@ -255,12 +255,12 @@ class Descent:
 
     steps: int
     rate: float
-    precision: Literal["bf16", "fp32"]  # of the products with the inputs; weights are float32
+    precision: Literal["bf16", "fp32"]  # of the products with the inputs. Weights are float32
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done with each seed; all numbers were chosen on other draws than the seeds'."""
+    """What is done with each seed. All numbers were chosen on other draws than the seeds'."""
 
     problem: Problem = Problem()
     members: int = MEMBERS
@@ -304,7 +304,7 @@ QUICK = replace(
 
 
 def schedule_of(descent: Descent, examples: int) -> ResolvedSchedule:
-    """Every step all examples; a constant rate, no momentum, no decay."""
+    """Every step all examples. A constant rate, no momentum, no decay."""
     return ResolvedSchedule(
         batch_size=examples,
         optimizer="sgd",
@@ -325,7 +325,7 @@ def train(
     path: Path,
     ranks: Ranks,
 ) -> nn.Module:
-    """The trained network, by the product's loop; read from `path` where it was trained before."""
+    """The trained network, by the product's loop. Read from `path` where it was trained before."""
     weights = path / "weights.safetensors"
     if weights.exists():
         network.load_state_dict(load_file(weights))
@@ -358,7 +358,7 @@ def learn_from(logits: Tensor, student: ResolvedStudent) -> Objective:
 def raise_to(logits: Tensor, weight: float = RAISE) -> Objective:
     """Cross-entropy with the labels + weight mean_b sum_i [teacher_bi - student_bi]_+^2 / 2.
 
-    logits: K networks' of the training examples, [K, n, C] in the order of their ids; their mean
+    logits: K networks' of the training examples, [K, n, C] in the order of their ids. Their mean
     teaches.  A view that only the student knows is left to it, as the teacher's silence is not held
     against it.
     """
@@ -388,7 +388,7 @@ def in_units_of_mu(errors: dict[str, float], mu: float) -> float:
 
 
 class Laboratory:
-    """One seed's data and all that is trained on it; what is done lies in `path` and is kept."""
+    """One seed's data and all that is trained on it. What is done lies in `path` and is kept."""
 
     def __init__(self, plan: Plan, seed: int, path: Path, ranks: Ranks):
         self.plan, self.seed, self.path, self.ranks = plan, seed, path, ranks
@@ -453,7 +453,7 @@ class Laboratory:
         return {name: rows[name] for name in NAMES}
 
     def part(self, name: str, work: Callable[[], dict]) -> dict:
-        """What `work` returns; read from path/NAME.json where it was computed before."""
+        """What `work` returns. Read from path/NAME.json where it was computed before."""
 
         def timed() -> dict:
             began = time.process_time()
@@ -599,7 +599,7 @@ def table_of(results: list[dict]) -> str:
 
 
 def kept_by_random_students(results: list[dict], gain: float) -> float:
-    """The fraction of the random features' gain that students keep; NaN where there is none.
+    """The fraction of the random features' gain that students keep. NaN where there is none.
 
     A student has the features of the member whose number it has.
     """

@@ -1,16 +1,16 @@
-"""What students of a specialist ensemble keep, by their width; and specialists with a full softmax.
+"""What students of a specialist ensemble keep, by their width, and specialists with a full softmax.
 
     python -m benchmarks.papers.specialists --to runs/papers/specialists --write
-    python -m benchmarks.papers.specialists --quick                        seconds, no result
+    python -m benchmarks.papers.specialists --quick  seconds, no result
 
 Hinton, Vinyals & Dean 2015, section 8: "we have not yet shown" that specialists go back into one
-network; section 6.1: "currently exploring" specialists with a softmax over all classes.  The
+network. Section 6.1: "currently exploring" specialists with a softmax over all classes.  The
 setting is `referral demo`'s (docs/demo.md), its glyphs rendered once for all seeds.
 
 One run for each seed: generalist, specialists, and students of one, one and a half and two times
 the generalist's width, each beside a twin that learns the labels alone and is alike in all else
 (start, batches, steps, learning rate).  Further runs of each seed begin with that one's generalist,
-and so have its groups; their specialists alone are others, trained with dustbin = "full".
+and so have its groups. Their specialists alone are others, trained with dustbin = "full".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.store import read_json
 from . import lab
 
 TITLE = "Students of a specialist ensemble, and specialists with a full softmax"
-# Of each width the demo's student that is nearest, whose schedule is taken, and [model]; the
+# Of each width the demo's student that is nearest, whose schedule is taken, and [model]. The
 # generalist's is 12 and 24.
 WIDTHS = {
     "1": ("main", {}),
@@ -165,7 +165,7 @@ def own_gain(results: dict) -> float:
 def costs_of(to: Path, seeds: list[int]) -> dict[str, list[dict]]:
     """{"seconds", "examples_seen", "temperature"} of training at each seed.
 
-    Of a network by itself, and of all specialists together; of these the temperature is the mean,
+    Of a network by itself, and of all specialists together. Of these the temperature is the mean,
     fitted on val: above 1 they are surer than they should be.
     """
 
@@ -294,7 +294,7 @@ def verdicts(results: list[dict], least: float = 0.7) -> list[str]:
         kept = sum(gain >= least for gain in gains)
         lines.append(
             f"* {width} x: keeps at least {100 * least:.0f} % of the gain in top-1 at {kept} of "
-            f"{len(results)} seeds; "
+            f"{len(results)} seeds, "
             f"fewer errors than its twin at {sum(lead > 0 for lead in fewer)} "
             f"(by {listed(fewer, 'd')}), "
             f"a lower NLL at {sum(lead > 0 for lead in lower)} (by {listed(lower, '.3f')})."

@@ -16,7 +16,7 @@ STOP = "stop"
 EVEN = 0.05  # shares of training that differ by less are called the same
 
 # Gains that differ by less are about the same, and the cheaper lever is the better one: so many
-# points, or the share of the greatest gain where that is more; of small gains at most a quarter.
+# points, or the share of the greatest gain where that is more. Of small gains at most a quarter.
 NEAR_POINTS = 0.1
 NEAR_SHARE = 0.05
 NEAR_MOST = 0.25
@@ -43,7 +43,7 @@ def choose(
     """The best lever, under what is scarce and under each other scarcity, and how to say it.
 
     scarce: a name of SCARCITIES, or "" for nothing.  limit: of that, None for its default.
-    The levers come back in the order of their gains, with the fronts that each is on; "stop" is
+    The levers come back in the order of their gains, with the fronts that each is on. "stop" is
     among them.
     """
     levers = with_fronts(sorted(with_stop(levers, generalist), key=lambda each: -each["gain"]))
@@ -81,7 +81,7 @@ def _under(lever: Lever, limit: float | None) -> Under:
 
 
 def limit_of(scarcity: str, limit: float | None) -> float | None:
-    """The limit of a scarcity: the given one, or its default; None where it has none."""
+    """The limit of a scarcity: the given one, or its default. None where it has none."""
     default = SCARCITIES[scarcity].limit
     return default if limit is None or default is None else limit
 
@@ -123,7 +123,7 @@ def amount(lever: Lever, scarcity: str, generalist: GeneralistSize) -> float | N
 
 
 def allowed(lever: Lever, scarcity: str, limit: float | None, generalist: GeneralistSize) -> bool:
-    """Whether a lever keeps to the limit of a scarcity; to stop always does.
+    """Whether a lever keeps to the limit of a scarcity. To stop always does.
 
     One whose amount is not known does not.  limit: None bounds nothing.
     """
@@ -189,7 +189,7 @@ def sentence(
     """What to do, what it is expected to gain and for how much, and who may be as good, or better.
 
     "Train a second generalist and average the two: +4.1 points (2.9 to 5.0) for as much training
-    again; wider (+3.8, 2.1 to 5.4) may be as good."
+    again. Wider (+3.8, 2.1 to 5.4) may be as good."
     """
     best = best_under(levers, scarcity, limit, generalist)
     others = [
@@ -289,7 +289,7 @@ def training_words(training: float) -> str:
 
 
 def points(gain: float, digits: int = 1) -> str:
-    """+4.1 or -0.3; without a sign where that is shown as zero"""
+    """+4.1 or -0.3. Without a sign where that is shown as zero"""
     text = f"{gain:+.{digits}f}"
     return text[1:] if float(text) == 0 else text
 

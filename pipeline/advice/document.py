@@ -30,7 +30,7 @@ class Amounts(TypedDict):
     """What a lever takes in full.
 
     training, wall_clock: shares of the generalist's own.  multiplications, parameters, latency_ms:
-        of the whole predictor, the generalist in it; None where nothing says.
+        of the whole predictor, the generalist in it. None where nothing says.
     """
 
     training: float
@@ -86,7 +86,7 @@ class Diagnosis(TypedDict):
 
 
 class Round(TypedDict):
-    """A round of pilots.  share: what it spent; dropped: families that went no further."""
+    """A round of pilots.  share: what it spent. dropped: families that went no further."""
 
     families: list[str]
     dropped: list[str]
@@ -118,7 +118,7 @@ class Advice(TypedDict):
 
 
 def read_advice(path: Path) -> Advice | None:
-    """An advice.json; None where there is none.  Raises DamagedFile where it is none of ours."""
+    """An advice.json. None where there is none.  Raises DamagedFile where it is none of ours."""
     try:
         advice = read_json(path)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """From what small pilots measured to what a lever gains in full, with an interval of 90 %.
 
 Everything is about s = log(errors with the lever / errors of the generalist), on val.  Each lever
-has a rule, (Evidence) -> s and its standard deviation; docs/advise.md derives them, and
+has a rule, (Evidence) -> s and its standard deviation. docs/advise.md derives them, and
 benchmarks/advice, from whose sets the constants come, holds them against levers that were pulled in
 full.  Pure functions of numbers.
 
@@ -52,11 +52,11 @@ class Evidence:
 
     error: of the generalist on val, a fraction above 0.
     fit: its error on train over that on val, inputs as they are: 1 of a network that errs alike on
-        both, 0 of one that knows its training examples by heart.
-    fall: by what part twice the steps would lower the loss, as it fell before its rate went down;
+        both, 0 of one that has memorised its training examples.
+    fall: by what part twice the steps would lower the loss, as it fell before its rate went down.
         None where nothing says.
     has_bags: whether its inputs are bags of n-grams, which a student of it sees mixed.
-    records: of each family the records of its rounds, in order; those that measured something.
+    records: of each family the records of its rounds, in order. Those that measured something.
     """
 
     error: float
@@ -72,7 +72,7 @@ class Evidence:
 
 
 def gains(evidence: Evidence) -> dict[str, Gain]:
-    """What each lever with a rule is expected to gain; stop gains nothing."""
+    """What each lever with a rule is expected to gain. Stop gains nothing."""
     if evidence.error <= 0:
         return {name: Gain(0.0, 0.0, 0.0) for name in RULES}
     expected = {}
@@ -120,7 +120,7 @@ def at_least(expected: LogRatio, measured: LogRatio) -> LogRatio:
     return expected
 
 
-# Rules.  Every constant is fitted to benchmarks/advice; docs/advise.md has the table.
+# Rules.  Every constant is fitted to benchmarks/advice. docs/advise.md has the table.
 
 
 def stop(evidence: Evidence) -> LogRatio:
@@ -133,10 +133,10 @@ TRAIN_ON_SD = 0.065
 
 
 def train_on(evidence: Evidence) -> LogRatio:
-    """What is left to learn is the fit's to say: next to nothing, where train is known by heart.
+    """What is left to learn is the fit's to say: next to nothing, where train is memorised.
 
     It is more where the loss still fell fast.  A pilot re-warms and errs more at first, so that it
-    says little; one that gains already puts a floor to what as long again gains.
+    says little. One that gains already puts a floor to what as long again gains.
     """
     faster = max(1.0, (evidence.fall or 0.0) / USUAL_FALL)
     expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit**3 * faster, TRAIN_ON_SD)
@@ -154,7 +154,7 @@ WIDER_SD, WIDER_SPREAD = 0.03, 0.8
 def wider(evidence: Evidence) -> LogRatio:
     """A little everywhere, more of a network without room, most where branches heal much.
 
-    Branches are wider where the confusion is; what they heal, width can.  A fresh wider network
+    Branches are wider where the confusion is. What they heal, width can.  A fresh wider network
     learns faster at first whether it ends better or not, so that its own pilot says nothing.
     """
     healed = branches(evidence)
@@ -164,7 +164,7 @@ def wider(evidence: Evidence) -> LogRatio:
 
 
 # Of d correlation / d log(Brier of the short network / of the generalist's) between two rounds what
-# holds up to the end, where the log is 0; and what it is taken for where there is one round.
+# holds up to the end, where the log is 0, and what it is taken for where there is one round.
 SLOPE_KEPT, STEEPEST, ONE_ROUND = 0.75, 0.35, 0.2
 CORRELATIONS = (0.1, 0.98)
 # - s of joining two equal networks per unit of 1 - correlation: of networks that soon learn, and of
@@ -181,7 +181,7 @@ def correlation_in_full(rounds: Sequence[Record]) -> float:
 
     The better the short network, the more its residuals go with the generalist's, about linearly in
     the log of their sizes' ratio, which is 0 of two equals.  One that has not begun to learn says
-    only what the generalist's own residuals are like; the correlation stays about that.
+    only what the generalist's own residuals are like. The correlation stays about that.
     """
     ratios = [log_brier_ratio(record) for record in rounds]
     correlations = [record["residual_correlation"] for record in rounds]
@@ -231,7 +231,7 @@ def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
 
 
 STUDENT = 0.03  # - s, whatever its teachers gain
-OF_TEACHERS = 0.25  # of what they gain, where the generalist knows train by heart
+OF_TEACHERS = 0.25  # of what they gain, where the generalist has memorised train
 STUDENT_SD = 0.065
 OF_MIXED = 1.0  # of what they gain, where it learns of mixed bags
 MIXED_SD, MIXED_SPREAD = 0.02, 0.45
@@ -256,7 +256,7 @@ RERANKER = 0.7  # of what a second generalist gains on a shortlist, for half its
 
 
 def rerank(evidence: Evidence) -> LogRatio | None:
-    """A part of what a second generalist gains on a shortlist; its own pilot puts a floor to it."""
+    """A part of what a second generalist gains on a shortlist. Its own pilot puts a floor to it."""
     second = joined("shortlist")(evidence)
     record = evidence.last("rerank")
     if second is None:
@@ -268,10 +268,10 @@ def rerank(evidence: Evidence) -> LogRatio | None:
 
 
 # What specialists heal of what perfect ones would, where nothing was piloted: nothing at a fit
-# below the first, the second at fit 1; its standard deviation there, and what fit 1 adds.
+# below the first, the second at fit 1. Its standard deviation there, and what fit 1 adds.
 HEALED_FROM, HEALED = 0.3, 0.12
 HEALED_SD = (0.03, 0.15)
-# And the most that they may heal then, at fit 1 and where hardly a step was piloted; the least: an
+# And the most that they may heal then, at fit 1 and where hardly a step was piloted. The least: an
 # ensemble's weights are fitted on val, so that specialists which do not help are not listened to.
 MAY_HEAL = {"copies": 0.0, "branches": 1.2}
 LEAST_HEALED = -0.1
@@ -285,7 +285,7 @@ def specialists(family: str) -> Callable[[Evidence], LogRatio | None]:
     """All groups heal as large a part of what they could as the piloted ones did.
 
     A specialist's first steps heal nothing yet, even where it heals much in the end.  So a pilot
-    counts by the square of the share of a specialist's steps that it has taken; by the share itself
+    counts by the square of the share of a specialist's steps that it has taken. By the share itself
     where it surely heals something already.  Where the generalist lacks room, what was not piloted
     may still heal much.
     """

@@ -24,9 +24,9 @@ GENERALISTS = ("seed", "data", "model", "train", "generalist")  # sections that 
 
 
 class AdviceGraph:
-    """What `referral advise` does in a run; a function of its config and of its label set.
+    """What `referral advise` does in a run. A function of its config and of its label set.
 
-    asked: the run that is advised on.  run: the same, or its variant that has groups; pilots are
+    asked: the run that is advised on.  run: the same, or its variant that has groups. Pilots are
     trained in this one.
     """
 
@@ -85,7 +85,7 @@ class AdviceGraph:
         return [family.name for family in self.families if family.tells_more]
 
     def family_of(self, lever: str) -> str | None:
-        """Whose pilots say what a lever is worth; None of `stop`, which needs none."""
+        """Whose pilots say what a lever is worth. None of `stop`, which needs none."""
         classes = self.num_classes or 0
         families = LEVERS[lever].families
         return next((name for name in families if classes >= FAMILIES[name].classes), None)
@@ -118,7 +118,7 @@ class AdviceGraph:
 
     @cached_property
     def rounds(self) -> list[list[Stage]]:
-        """The pilots of each round; one waits for all of the round before."""
+        """The pilots of each round. One waits for all of the round before."""
         rounds: list[list[Stage]] = []
         for number in range(ROUNDS):
             before = rounds[-1] if rounds else []
@@ -208,7 +208,7 @@ def parse_pilot(name: str) -> tuple[str, int]:
 def with_groups(config: Config, classes: int | None) -> Config:
     """The config of a run of specialists of the same generalist, and without students.
 
-    classes: of the label set; a group has two at least.
+    classes: of the label set. A group has two at least.
     """
     values = config.dump()
     shortlist = config.ensemble.shortlist

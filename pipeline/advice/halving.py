@@ -25,7 +25,7 @@ def round_shares(
 
     costs: of each family, what a share of the steps costs, in that share of its compute.
     budget: the most that all pilots may cost together, if the dearest go on.
-    further: the families of which the better half goes on; None of all.
+    further: the families of which the better half goes on. None of all.
     """
     assert costs and budget > 0
     ascending = sorted(costs[name] for name in (costs if further is None else further))

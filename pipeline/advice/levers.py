@@ -13,7 +13,7 @@ from ..choices import CONTROL_ROWS, FEWEST_TO_RERANK
 
 STUDENT = "main"  # the name of the student that average_student trains
 OF_BAGS = {"perturb": "mix_bags"}  # keys of that student where inputs are bags of n-grams
-# Of the values of a config, by "section.key"; None leaves a key out, so that it has its default.
+# Of the values of a config, by "section.key". None leaves a key out, so that it has its default.
 Overrides = dict[str, Any]
 
 
@@ -23,11 +23,11 @@ class Scarcity:
 
     words: it, as a sentence has it.
     limit: the most of it that a lever may take unless advise.limit says otherwise, a multiple of
-        the generalist's own; None of what is not taken by degrees.
-    quantity: the key of what a lever takes of it in advice.json; "" of the trunk, which is kept or
+        the generalist's own. None of what is not taken by degrees.
+    quantity: the key of what a lever takes of it in advice.json. "" of the trunk, which is kept or
         not.
     of_answer: whether that is an absolute number, the whole predictor's, which the generalist's own
-        divides; else it is a share of the generalist's already.
+        divides, else it is a share of the generalist's already.
     """
 
     words: str
@@ -48,7 +48,7 @@ SCARCITIES: dict[str, Scarcity] = {
 
 @dataclass(frozen=True)
 class Family:
-    """Pilots of one kind, one for each round; what they train stands for one or several levers.
+    """Pilots of one kind, one for each round. What they train stands for one or several levers.
 
     what: they train, in a few words.
     cost: of a share of the generalist's steps, in that share of its training compute.
@@ -106,7 +106,7 @@ class Lever:
     """One way to go on.
 
     what: is to be done, in a few words.
-    families: whose pilots say what it is worth, the first that was piloted; none of `stop`.
+    families: whose pilots say what it is worth, the first that was piloted. None of `stop`.
     keeps_trunk: whether the answer comes from the generalist's trunk as it is, and no other.
     overrides: (values of the run's config, the lever's entry in advice.json) -> what differs in
         the config of a run that goes on with it.
@@ -212,7 +212,7 @@ def sees_bags(model: str) -> bool:
 def average_student(values: dict, entry: dict) -> Overrides:
     """Two generalists, and one student of both: the generalist's own network and schedule.
 
-    Teachers that know train by heart say little of it but its labels; of mixed bags they say more.
+    Teachers that have memorised train say little of it but its labels. Of mixed bags they say more.
     """
     student = OF_BAGS if sees_bags(values["model"]["name"]) else {}
     return ensemble_of("deep", 2) | {"students": {STUDENT: dict(student)}}
@@ -294,7 +294,7 @@ LEVERS: dict[str, Lever] = {each.name: each for each in _LEVERS}
 
 
 def overridden(values: dict, overrides: Overrides) -> dict:
-    """The values of a config with others set; those that are None are left out."""
+    """The values of a config with others set. Those that are None are left out."""
     changed = {key: dict(each) if isinstance(each, dict) else each for key, each in values.items()}
     for key, value in overrides.items():
         section, _, name = key.partition(".")

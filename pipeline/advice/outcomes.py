@@ -28,7 +28,7 @@ class MeasuredGain(TypedDict):
 
 
 class Outcome(TypedDict):
-    """A lever's gain as it was predicted, and as it was measured; None where no row has it."""
+    """A lever's gain as it was predicted, and as it was measured. None where no row has it."""
 
     predicted: Interval
     measured: MeasuredGain | None
@@ -77,7 +77,7 @@ def _measured(name: str, rows: Mapping[str, Row]) -> MeasuredGain:
 
 
 def row_of(lever: str, config: Config, rows: Mapping[str, Row]) -> str | None:
-    """The row of a run's results that is this lever, pulled in full; None where there is none."""
+    """The row of a run's results that is this lever, pulled in full. None where there is none."""
     for name, is_it in PULLED.get(lever, []):
         if name in rows and is_it(config):
             return name
@@ -115,7 +115,7 @@ def _is_control(config: Config) -> bool:
     return True
 
 
-# Lever -> its rows, each with what must be so; the first that there is counts.
+# Lever -> its rows, each with what must be so. The first that there is counts.
 PULLED: dict[str, list[tuple[str, Callable[[Config], bool]]]] = {
     "train_on": [("train_on", _is_control)],
     "wider": [("wider", _is_control)],

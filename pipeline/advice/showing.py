@@ -88,7 +88,7 @@ def _ended(name: str, advice: Advice) -> str:
 
 
 def family_of(name: str, advice: Advice) -> str | None:
-    """The family of pilots that measured a lever; None where none did."""
+    """The family of pilots that measured a lever. None where none did."""
     piloted = {family for each in advice["rounds"] for family in each["families"]}
     return next((family for family in LEVERS[name].families if family in piloted), None)
 
@@ -135,7 +135,7 @@ def round_lines(advice: Advice) -> list[str]:
 
 
 def spent_line(advice: Advice) -> str:
-    """The pilots took 27 % of the generalist's training; 30 % were allowed."""
+    """The pilots took 27 % of the generalist's training. 30 % were allowed."""
     return (
         f"The pilots took {100 * advice['spent']:.2g} % of the generalist's training compute; "
         f"{100 * advice['budget']:.2g} % were allowed."
@@ -143,7 +143,7 @@ def spent_line(advice: Advice) -> str:
 
 
 def goes_on(advice: Advice, run: str) -> str | None:
-    """The command that goes on with what is advised; None where that is to stop."""
+    """The command that goes on with what is advised. None where that is to stop."""
     return None if advice["best"] == STOP else f"{GO_ON} {run}"
 
 
@@ -151,7 +151,7 @@ def goes_on(advice: Advice, run: str) -> str | None:
 
 
 def outcome_sentence(outcomes: Outcomes) -> str:
-    """The advised lever's gain, predicted and measured; "" where nothing was measured."""
+    """The advised lever's gain, predicted and measured. "" where nothing was measured."""
     measured, predicted = outcomes["measured"], outcomes["predicted"]
     if measured is None:
         return ""

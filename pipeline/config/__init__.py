@@ -1,7 +1,7 @@
 """The run's configuration: TOML in, checked values out.  No torch here: login nodes read it.
 
 `load_config` reads a file.  `Schedule`, `Specialists` and `Student` are what a file may say,
-where an absent key is inherited; the classes named Resolved... are what the trainer reads.
+where an absent key is inherited. The classes named Resolved... are what the trainer reads.
 """
 
 from .base import Section, UserError

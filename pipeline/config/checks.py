@@ -147,7 +147,7 @@ def check_extend(config: Config) -> None:
 
 
 def check_ancestry(name: str, student: ResolvedStudent, config: Config) -> None:
-    """Teacher and start exist and have as many members as they must; nobody is his own ancestor."""
+    """Teacher and start exist and have as many members as they must. Nobody is his own ancestor."""
     section = f"students.{name}"
     names = tuple(config.students)
     if os.sep not in student.teacher:
@@ -175,7 +175,7 @@ def check_ancestry(name: str, student: ResolvedStudent, config: Config) -> None:
 
 
 def members_of(name: str, config: Config) -> int | None:
-    """How many distributions a teacher or student predicts; None if its name is a path."""
+    """How many distributions a teacher or student predicts. None if its name is a path."""
     ensemble = config.ensemble.num_networks if config.is_deep else 1
     if name in config.students:
         student = config.students[name]

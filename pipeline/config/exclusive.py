@@ -32,7 +32,7 @@ def replaced_by(key: str) -> list[str]:
 
 
 def matched(pattern: str, key: str) -> str | None:
-    """What `*` stands for in a key; "" in a pattern without one, None where they differ."""
+    """What `*` stands for in a key. "" in a pattern without one, None where they differ."""
     words, parts = pattern.split("."), key.split(".")
     if len(words) != len(parts):
         return None

@@ -1,9 +1,9 @@
 """The defaults that stages' keys are made against.  Do not change a value in this file.
 
 A stage's key holds only the values that differ from these.  So a key of the config that is added
-later, at its default, stales no finished run; a default that changes later enters the keys of new
+later, at its default, stales no finished run. A default that changes later enters the keys of new
 runs, because it differs from the one here.  A new key of the config is added to `SINCE_SCHEMA_1`
-with the default that it was born with; `tests/pipeline/test_identity.py` says when one is
+with the default that it was born with. `tests/pipeline/test_identity.py` says when one is
 missing.  Where the meaning of a default itself changes, raise `pipeline.store.SCHEMA`.
 """
 

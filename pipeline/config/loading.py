@@ -1,4 +1,4 @@
-"""TOML in, checked config out; a mistake is one line that names value, rule and remedy."""
+"""TOML in, checked config out. A mistake is one line that names value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _key(override: str) -> str:
 
 
 def apply_override(values: dict, override: str, named: Collection[str] = ()) -> None:
-    """Set one `a.b=value` in nested `values`; the value is TOML, or a bare string.
+    """Set one `a.b=value` in nested `values`. The value is TOML, or a bare string.
 
     A key that cannot stand beside it makes way, unless it is among `named`, the keys that the same
     command line sets.
@@ -116,7 +116,7 @@ def rename_key(values: dict, old: list[str], new: list[str]) -> None:
 
 
 def flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    """Nested tables as {"section.key": value}; lists and empty tables are values."""
+    """Nested tables as {"section.key": value}. Lists and empty tables are values."""
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -39,8 +39,9 @@ from .slurm import Slurm
 
 
 class ConfigFile(Section):
-    """What a TOML file says; `resolve` fills in what it leaves out."""
+    """What a TOML file says. `resolve` fills in what it leaves out."""
 
+    # of every draw: weights, order, augmentation, sampling
     seed: int = Field(default=0, ge=0, lt=2**31)
     data: Data = Data()
     model: Model = Model()
@@ -92,9 +93,9 @@ class ConfigFile(Section):
 
 
 class Config(ConfigFile):
-    """What the trainer and the launcher read; `Config()` holds the defaults.
+    """What the trainer and the launcher read. `Config()` holds the defaults.
 
-    `load_config` explains errors; `Config.model_validate(values)` takes the same nested tables.
+    `load_config` explains errors. `Config.model_validate(values)` takes the same nested tables.
     """
 
     train: ResolvedTrain = DEFAULT_TRAIN
@@ -135,5 +136,5 @@ class Config(ConfigFile):
         return self.ensemble.kind == "rerank"
 
     def dump(self) -> dict:
-        """Plain JSON-able values, absent ones left out; loads back to an equal Config."""
+        """Plain JSON-able values, absent ones left out. Loads back to an equal Config."""
         return json.loads(self.model_dump_json(exclude_none=True, by_alias=True))

@@ -27,32 +27,37 @@ class Schedule(Section):
     In [specialists] and [students.NAME] an absent key is taken from [train].
     """
 
-    # optimizer steps; exactly one of steps and epochs
+    # optimizer steps. Exactly one of steps and epochs
     steps: int | None = Field(default=None, gt=0)
+    # passes over the training data. May be a fraction
     epochs: float | None = Field(default=None, gt=0)
     # examples per optimizer step, over all ranks
     batch_size: int | None = Field(default=None, gt=0)
+    # the rule of a step
     optimizer: Literal["adamw", "sgd"] | None = None
     # the peak
     learning_rate: float | None = Field(default=None, gt=0)
+    # how the learning rate moves between its peak and zero
     schedule: Literal["cosine", "onecycle", "constant"] | None = None
     # fraction of the steps in which the rate rises linearly
     warmup: float | None = Field(default=None, ge=0, lt=1)
+    # not on biases and norms
     weight_decay: float | None = Field(default=None, ge=0)
-    # of sgd; of adamw it is beta1 = 0.9
+    # of sgd. Of adamw it is beta1 = 0.9
     momentum: float | None = Field(default=None, ge=0, lt=1)
-    # of adamw; 0.99 suits short schedules
+    # of adamw. 0.99 suits short schedules
     beta2: float | None = Field(default=None, gt=0, lt=1)
     # the peak of a head with a row for every class, which then learns without averages: plain SGD;
     # None = as the other weights
     row_rate: float | None = Field(default=None, gt=0)
     # of class labels, a name in pipeline.choices.LOSSES
     loss: str | None = None
+    # the share of a label that is spread over all classes
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
     # with engine.shard_head: other classes that labels are compared with, or their share of all
-    # classes, below 1; None = all
+    # classes, below 1. None = all
     negatives: int | Annotated[float, Field(lt=1)] | None = Field(default=None, gt=0)
-    # decay per step of the averaged weights; 0 = none
+    # decay per step of the averaged weights. 0 = none
     ema: float | None = Field(default=None, ge=0, lt=1)
     # micro-batches per optimizer step
     accumulation: int | None = Field(default=None, gt=0)
@@ -60,9 +65,9 @@ class Schedule(Section):
     clip_norm: float | None = Field(default=None, ge=0)
     # 0 natural frequencies, 1 every class equally often
     balance: float | None = Field(default=None, ge=0, le=1)
-    # steps; 0 = only at the end
+    # steps. 0 = only at the end
     validate_every: int | None = Field(default=None, ge=0)
-    # stop after so many validations without a better loss; 0 = never
+    # stop after so many validations without a better loss. 0 = never
     patience: int | None = Field(default=None, ge=0)
     # steps
     checkpoint_every: int | None = Field(default=None, gt=0)
@@ -84,7 +89,7 @@ class Schedule(Section):
 
 
 class ResolvedSchedule(Schedule):
-    """A schedule of which nothing is left to inherit; here are the defaults.
+    """A schedule of which nothing is left to inherit. Here are the defaults.
 
     Of steps and epochs one may be None; negatives = None stands for all classes, and row_rate =
     None for the other weights' optimizer.
@@ -152,24 +157,24 @@ DEFAULT_TRAIN = ResolvedTrain()
 class Specialists(Schedule):
     """One network for each group of confusable classes, started from the generalist."""
 
-    # copy: the generalist again, trained on; branch: a correction of its logits
+    # copy: the generalist again, trained on. branch: a correction of its logits
     kind: Literal["copy", "branch"] = "copy"
     # of copy, what it starts as: generalist | member, another one that the run trains | the path,
     # with a /, of a run or of a saved network of the same classes
     start: str = Field(default=GENERALIST, alias="from")
-    # of branch: the trunk's last blocks that are its own; 0 = the generalist's trunk is shared
+    # of branch: the trunk's last blocks that are its own. 0 = the generalist's trunk is shared
     blocks: int = Field(default=0, ge=0)
     # of branch: {embedding = 64} numbers before its rows, {dropout = 0.1} of what it reads
     model: dict[str, Any] = {}
-    # of branch: fixed views of each training input that are kept; 0 = 4 augmented ones, or one
+    # of branch: fixed views of each training input that are kept. 0 = 4 augmented ones, or one
     views: int = Field(default=0, ge=0)
     # of branch: the most that kept features may take
     features_bytes: int = Field(default=64 * 1024**3, gt=0)
     # full: trained on all classes
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"
-    # of preserving: rows that it keeps beside a fitted one; None = all
+    # of preserving: rows that it keeps beside a fitted one. None = all
     dustbin_rows: int | None = Field(default=None, gt=0)
-    # of full: weight of the KL from the generalist's predictions elsewhere; 0.1
+    # of full: weight of the KL from the generalist's predictions elsewhere. 0.1
     soft_weight: float | None = Field(default=None, ge=0)
     # fraction of the other classes' examples drawn by confusion with the group
     hard_negatives: float = Field(default=0.0, ge=0, lt=1)
@@ -181,7 +186,7 @@ class Specialists(Schedule):
     freeze_norm: bool = True
     # fraction of a batch drawn from the group's classes
     fraction: float = Field(default=0.5, gt=0, lt=1)
-    # specialists that one job trains; None: one, or of branches all at once
+    # specialists that one job trains. None: one, or of branches all at once
     per_job: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -252,7 +257,7 @@ class Specialists(Schedule):
 
     @property
     def embedding(self) -> int | None:
-        """Of branch; None: as many numbers as the generalist's head reads."""
+        """Of branch. None: as many numbers as the generalist's head reads."""
         return self.model.get("embedding")
 
     @property
@@ -287,7 +292,7 @@ class Specialists(Schedule):
 
     @property
     def given_start(self) -> str:
-        """The path of the network that they start as; "" where the run trains it."""
+        """The path of the network that they start as. "" where the run trains it."""
         return "" if self.start in (GENERALIST, MEMBER) else self.start
 
     @field_validator("start")
@@ -312,8 +317,9 @@ class Student(Schedule):
 
     # distill: a teacher's predictions | hard: labels | prior: a Prior Network
     method: str = "distill"
+    # single | hydra: one trunk, a head for each member | batch_ensemble: shared weights, scaled
     network: Literal["single", "hydra", "batch_ensemble"] = "single"
-    # of hydra and batch_ensemble; None: as many as the ensemble has
+    # of hydra and batch_ensemble. None: as many as the ensemble has
     members: int | None = Field(default=None, gt=1)
     # of hydra: a head is the last so many blocks of the trunk and a linear layer
     head_blocks: int = Field(default=0, ge=0)
@@ -321,15 +327,17 @@ class Student(Schedule):
     start: str = "generalist"
     # ensemble | generalist | another student | the path of a run or of a saved network
     teacher: str = "ensemble"
-    # of a deep ensemble's members, to teach a single student; None: as ensemble.combine joins them
+    # of a deep ensemble's members, to teach a single student. None: as ensemble.combine joins them
     mean: Literal["arithmetic", "geometric"] | None = None
     # inf: match the logits, the limit
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=True)
+    # of the cross-entropy with the label
     hard_weight: float = Field(default=0.0, ge=0, le=1)
+    # of temperature^2 KL(teacher || student)
     soft_weight: float = Field(default=1.0, ge=0)
     # of soft_weight: how much goes to the label where the teacher's likeliest class is another
     wrong_weight: float = Field(default=0.0, ge=0, le=1)
-    # live: the teacher predicts while the student trains; auto: stored where inputs are always
+    # live: the teacher predicts while the student trains. auto: stored where inputs are always
     # seen alike
     answers: Literal["auto", "live", "stored"] = "auto"
     # of stored: as many classes of a row as hold so much of it, at the student's temperature
@@ -340,11 +348,11 @@ class Student(Schedule):
     perturb: Literal["none", "gaussian", "ods", "conf_ods", "mix_bags"] = "none"
     # of inputs scaled to 0..1
     perturb_size: float = Field(default=1 / 255, gt=0)
-    # of mix_bags: the share of another's n-grams that joins a bag; as many of its own are left out
+    # of mix_bags: the share of another's n-grams that joins a bag. As many of its own are left out
     perturb_share: float = Field(default=0.5, gt=0, le=0.5)
-    # training views of its own; None: data.augment
+    # training views of its own. None: data.augment
     augment: str | None = None
-    # of drop_ngrams: the share of a bag's n-grams that a view leaves out; None: data.augment_share
+    # of drop_ngrams: the share of a bag's n-grams that a view leaves out. None: data.augment_share
     augment_share: float | None = Field(default=None, ge=0, lt=1)
     # of augmented inputs: the teacher predicts so many views of each, once
     views: int | None = Field(default=None, gt=0)
@@ -354,7 +362,7 @@ class Student(Schedule):
     leave_out: list[str] = []
     # fit one shift of the bias of the classes left out on val
     bias_correction: bool = False
-    # of each batch; None = by the sizes of the two
+    # of each batch. None = by the sizes of the two
     transfer_share: float | None = Field(default=None, ge=0, le=1)
     # keys of [model] that differ
     model: dict[str, Any] = {}
@@ -431,7 +439,7 @@ class Rerank(Schedule):
 
     # the generalist's likeliest classes of each training example, which it learns to tell apart
     k: int = Field(default=50, gt=1)
-    # classes drawn at random for each batch, which stand for all others; 0 = none
+    # classes drawn at random for each batch, which stand for all others. 0 = none
     random: int = Field(default=1024, ge=0)
     # scratch | generalist
     start: Literal["scratch", "generalist"] = "scratch"

@@ -33,19 +33,23 @@ class Data(Section):
     Each of train, val, test is a pattern, `dir/train-{000000..000007}.tar`, several joined by `::`.
     """
 
+    # a directory with a manifest, or a pattern of shards
     train: str = ""
+    # groups, early stopping, temperatures and weights are measured on it
     val: str = ""
+    # read by `evaluate` alone
     test: str = ""
     # more inputs without labels: students learn what their teacher predicts for them
     transfer: str = ""
     # inputs of other kinds: how well are they told from test's?  Labels are not read
     ood: str = ""
-    # the member that holds the label; "json:FIELD" reads a field of the json member
+    # the member that holds the label. "json:FIELD" reads a field of the json member
     label: str = "cls"
-    # the member that holds the input; "" takes the one member that is not the label
+    # the member that holds the input. "" takes the one member that is not the label
     input: str = ""
-    # per channel, of inputs scaled to 0..1; part of model.json
+    # per channel, of inputs scaled to 0..1. Part of model.json
     mean: list[float] = [0.5]
+    # the deviation of the same inputs
     std: list[float] = [0.25]
     # training views: none | shift | flip-crop | drop_ngrams | rrc | rrc-randaugment |
     # module:function
@@ -68,11 +72,11 @@ class Data(Section):
     damage_share: float = Field(default=0.01, ge=0, lt=1)
     # manifest.json (a path or URL) of shards that come without one beside them: pipe:
     manifest: str | None = None
-    # where shards behind URLs are kept; "" is ~/.cache/referral/shards
+    # where shards behind URLs are kept. "" is ~/.cache/referral/shards
     fetch_dir: str = ""
     # the most that they may take
     fetch_bytes: int = Field(default=256 * 1024**3, gt=0)
-    # of a split behind URLs that takes more: shards that are mixed as they stream; 0 refuses it
+    # of a split behind URLs that takes more: shards that are mixed as they stream. 0 refuses it
     stream_shards: int = Field(default=0, ge=0)
     # extension -> module:function, beside the built-in table
     decoders: dict[str, str] = {}
@@ -119,17 +123,21 @@ class Model(Section):
     name: str = "convnet"
     # None: the builder's own default
     width: int | None = Field(default=None, gt=0)
+    # None: the builder's own default
     depth: int | None = Field(default=None, gt=0)
-    # size of the last hidden layer; 0 = none
+    # size of the last hidden layer. 0 = none
     embedding: int | None = Field(default=None, ge=0)
+    # the share of activations that a training step sets to zero
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    # further keyword arguments of the builder
     options: dict[str, Any] = {}
     # cosine: logits are scale * cos(features, row), and rows learn with norm 1
     head: Literal["linear", "cosine"] = "linear"
-    # of cosine: the cosines' factor; None: learned, from sqrt(2) log(C - 1) on
+    # of cosine: the cosines' factor. None: learned, from sqrt(2) log(C - 1) on
     scale: float | None = Field(default=None, gt=0)
     # of cosine, where labels of all classes are learnt: what the label's cosine, or angle, lacks
     margin: float = Field(default=0.0, ge=0, lt=1)
+    # cosface (cos - margin) | arcface (cos(angle + margin))
     margin_kind: str = "cosface"
 
     @field_validator("margin_kind")
@@ -171,7 +179,7 @@ class Generalist(Section):
     # "new": a fresh head in any case, also of a run.  None of a file, or another number of classes:
     # a fresh head, and [train] goes on from these weights
     head: str | None = None
-    # of a checkpoint with several state dicts the key of one; None: averaged ones, then the others
+    # of a checkpoint with several state dicts the key of one. None: averaged ones, then the others
     weights: str | None = None
     # take only tensors whose names begin so, less this beginning
     prefix: str = ""
@@ -188,35 +196,37 @@ class Extend(Section):
     Its generalist, groups and specialists are inherited.
     """
 
-    # the finished run; its classes are found by name among the data's
+    # the finished run. Its classes are found by name among the data's
     run: str = ""
-    # old classes in the new ones' group; None = by the largest old group
+    # old classes in the new ones' group. None = by the largest old group
     companions: int | None = Field(default=None, ge=0)
 
 
 class Clusters(Section):
     """Groups of classes that the generalist confuses."""
 
+    # as many groups, and at most as many specialists
     num_groups: int = Field(default=16, gt=0)
+    # a name of clustering.METHODS
     method: str = "kmeans"
     # the largest group, as a multiple of the mean size
     capacity: float = Field(default=1.3, ge=1)
     # what a size is: classes, or the training examples of these
     capacity_of: Literal["classes", "examples"] = "classes"
-    # groups that a class belongs to; with coverage the most
+    # groups that a class belongs to, with coverage the most
     overlap: int = Field(default=1, ge=1)
     # classes join further groups until these catch such a fraction of the errors
     coverage: float | None = Field(default=None, gt=0, le=1)
     # a user's own taxonomy (ClassGroups JSON) instead of clustering
     groups_file: str = ""
-    # statistics keep the k largest predictions of each example; "all" = the exact covariance;
+    # statistics keep the k largest predictions of each example. "all" = the exact covariance.
     # None = exact of up to 2,048 classes, or where the method reads it and C^2 fits
     top_k: Annotated[int, Field(gt=0)] | Literal["all"] | None = None
     # groups whose forecast (a ceiling, fraction of val examples) is below get no specialist
     min_gain: float = Field(default=0.0, ge=0)
-    # at most so many groups get a specialist, those with the largest forecasts; None = all
+    # at most so many groups get a specialist, those with the largest forecasts. None = all
     specialists: int | None = Field(default=None, gt=0)
-    # where groups are found on train: examples of it that are measured; None = all up to a limit
+    # where groups are found on train: examples of it that are measured. None = all up to a limit
     train_examples: int | None = Field(default=None, gt=0)
 
     @field_validator("method")
@@ -260,7 +270,7 @@ class Controls(Section):
 
     # control_wall, control_compute and the students' twins
     enabled: bool = True
-    # control_wall's peaks; [] = 1/3, 1 and 3 times the specialists'
+    # control_wall's peaks. [] = 1/3, 1 and 3 times the specialists'
     learning_rates: list[PositiveFloat] = []
     # students that have a twin on labels: all that a teacher teaches, main alone, or none
     twins: Literal["all", "main", "none"] = "all"
@@ -268,7 +278,7 @@ class Controls(Section):
     max_share: float = Field(default=1.0, gt=0, le=1)
     # rivals that are made besides: train_on, wider, average, shortlist
     rows: list[str] = []
-    # of wider: keys of [model] that differ; {} = widths by the ensemble's multiplications
+    # of wider: keys of [model] that differ. {} = widths by the ensemble's multiplications
     model: dict[str, Any] = {}
 
     @field_validator("rows")
@@ -282,12 +292,12 @@ class Advise(Section):
 
     # the most that all pilots may cost, of the generalist's own training
     budget: float = Field(default=0.3, gt=0)
-    # those to try; [] = all that network and data allow
+    # those to try. [] = all that network and data allow
     levers: list[str] = []
     # what there is little of: "" | training | wall_clock | multiplications | latency | parameters
     # | trunk
     scarce: str = ""
-    # how much of it there is, a multiple of the generalist's own; None: by what is scarce
+    # how much of it there is, a multiple of the generalist's own. None: by what is scarce
     limit: float | None = Field(default=None, gt=0)
     # that train side by side, of which wall_clock depends
     workers: int = Field(default=1, gt=0)
@@ -321,27 +331,30 @@ class Advise(Section):
 class Ensemble(Section):
     """How the predictions of several networks become one distribution."""
 
-    # deep: generalists alone, each from another seed; shortlist: the same, but all further ones are
-    # asked about the first one's likeliest classes alone; rerank: these are trained on them, too
+    # deep: generalists alone, each from another seed. shortlist: the same, but all further ones are
+    # asked about the first one's likeliest classes alone. rerank: these are trained on them, too
     kind: Literal["specialists", "deep", "shortlist", "rerank"] = "specialists"
     # of deep, shortlist and rerank: networks, the run's generalist among them
     members: int = Field(default=4, gt=0)
-    # of shortlist and rerank: how many classes; None = chosen on val.  Of specialists: so many of
-    # the generalist's likeliest classes of each example they are asked about; None = all
+    # of shortlist and rerank: how many classes. None = chosen on val.  Of specialists: so many of
+    # the generalist's likeliest classes of each example they are asked about. None = all
     shortlist: int | None = Field(default=None, gt=0)
-    # of these: 0 joins by the geometric mean, 1 by the arithmetic; "fit" = chosen on val
+    # of these: 0 joins by the geometric mean, 1 by the arithmetic. "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
     # of deep, shortlist and rerank: further networks of the same classes, by the paths of runs or
     # saved networks
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
+    # at most so many for one example. None = no limit
     max_specialists: int | None = Field(default=None, gt=0)
+    # kl (eq. 5) | reverse_kl | arithmetic (or mean) | log_ratio | mixture
     combine: str = "kl"
     # fit one temperature per specialist on val
     temperatures: bool = True
-    # fit the specialists' weight in the objective on val; false = the paper's 1
+    # fit the specialists' weight in the objective on val. false = the paper's 1
     fit_weight: bool = True
+    # go on without specialists that failed
     allow_missing: bool = False
 
     @field_validator("combine")
@@ -432,6 +445,7 @@ class Ensemble(Section):
 class Engine(Section):
     """How a step is taken on many ranks.  Never in a stage's key: it changes no metric."""
 
+    # what takes a step on many ranks
     name: str = "ddp"
     # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
     zero_stage: int = Field(default=1, ge=0, le=3)
@@ -451,12 +465,13 @@ class Engine(Section):
     sync_batchnorm: bool = False
     # of ddp: the classifier's rows split over the ranks, its [B, C] logits never stored
     shard_head: bool = False
-    # classes whose logits are computed at a time; None = what fits a cache
+    # classes whose logits are computed at a time. None = what fits a cache
     head_block: int | None = Field(default=None, gt=0)
     # a trunk's blocks are computed again in the backward pass, and what they made is not kept
     checkpoint_activations: bool = False
     # of deepspeed: further keys of its config
     deepspeed: dict[str, Any] = {}
+    # auto: cuda where there is one
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # a rank that makes no step and measures no batch for so long is ended
     hang_s: float = Field(default=900, gt=0)

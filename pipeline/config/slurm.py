@@ -16,9 +16,10 @@ OURS = ("--array", "--dependency", "--output", "--wrap", "--parsable")  # what r
 class Resources(Section):
     """What Slurm is asked for.
 
-    An absent key is taken from [slurm.default]; where that has none, the site decides.
+    An absent key is taken from [slurm.default]. Where that has none, the site decides.
     """
 
+    # machines of one job
     nodes: int | None = Field(default=None, gt=0)
     # on each node
     gpus: int | None = Field(default=None, ge=0)
@@ -28,11 +29,15 @@ class Resources(Section):
     memory: str | None = None
     # "90" (minutes), "HH:MM:SS", "DAYS-HH:MM:SS"
     time: str | None = None
+    # as sbatch knows it
     partition: str | None = Field(default=None, min_length=1)
+    # features that the nodes must have
     constraint: str | None = Field(default=None, min_length=1)
+    # the quality of service
     qos: str | None = Field(default=None, min_length=1)
+    # who pays
     account: str | None = Field(default=None, min_length=1)
-    # further options of sbatch; those of [slurm.default] and the job's own
+    # further options of sbatch. Those of [slurm.default] and the job's own
     extra: list[str] = []
 
     @field_validator("time", "memory", mode="before")

@@ -133,7 +133,7 @@ def _missing_controls(run: RunDirectory, controls: dict[str, Row]) -> MissingCon
 
 
 def _row(row: Row) -> Row:
-    """A row in the order of results.json; metrics that an older version did not write are None."""
+    """A row in the order of results.json. Metrics that an older version did not write are None."""
     metrics = {key: row.get(key) for key in Metrics.__annotations__}
     further = {key: row.get(key) for key in FurtherMetrics.__annotations__ if key in row}
     cost = row.get("cost") or {}

@@ -48,7 +48,7 @@ def measured_on(measure: Stage) -> str:
 
 
 def captured_text(captured: float | None, chance: float, split: str) -> str:
-    """`hold 76.3 % of the generalist's errors on val (chance 17.6 %)`; captured: None of none."""
+    """`hold 76.3 % of the generalist's errors on val (chance 17.6 %)`. captured: None of none."""
     if captured is None:
         return f"are not judged, since the generalist makes no error on {split}"
     return (

@@ -1,4 +1,4 @@
-"""Numbers as people read them; what is absent is a dash."""
+"""Numbers as people read them. What is absent is a dash."""
 
 from __future__ import annotations
 

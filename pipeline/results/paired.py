@@ -27,7 +27,7 @@ class Answers(NamedTuple):
 
 
 def read_answers(path: Path) -> Answers | None:
-    """Of evaluation/NAME.npz; None where there is none."""
+    """Of evaluation/NAME.npz. None where there is none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             correct = arrays["top5"][:, 0] == arrays["labels"]
@@ -45,7 +45,7 @@ def _nll(p_label: np.ndarray) -> np.ndarray:
 
 
 def paired(answers: Answers, other: Answers) -> Paired | None:
-    """One row less another; None where they were not measured on the same examples."""
+    """One row less another. None where they were not measured on the same examples."""
     if not np.array_equal(answers.ids, other.ids):
         return None
     top1, top1_half = mean_and_half(answers.correct.astype(float) - other.correct.astype(float))

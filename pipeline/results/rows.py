@@ -37,7 +37,7 @@ class MemberMetrics(TypedDict):
 class Paired(TypedDict):
     """A row less another one, over the same test examples.
 
-    top1 is a fraction of them, nll in nats; the halves are those of the 95 % intervals, by the
+    top1 is a fraction of them, nll in nats. The halves are those of the 95 % intervals, by the
     normal approximation.  Variation between seeds is not in them.
     cnll: the calibrated NLL, where the evaluation kept what pairs it.
     """
@@ -53,13 +53,13 @@ class Paired(TypedDict):
 class FurtherMetrics(TypedDict, total=False):
     """What not every row has.
 
-    parameters: of all its networks.  multiplications: of one example, on average; softmaxes, norms
+    parameters: of all its networks.  multiplications: of one example, on average. Softmaxes, norms
         and activations are not counted.
     asked: networks that an example asks beside the generalist, on average: specialists, or members.
     versus: the paired difference to other rows, by their names: "generalist", "ensemble", a twin.
     temperature, cnll, cbrier, cece: after temperature scaling.
     members: of a network or an ensemble of several members.
-    dee: the row's worth in networks of the run's deep ensemble; None, and dee_beyond, for more than
+    dee: the row's worth in networks of the run's deep ensemble. None, and dee_beyond, for more than
         all of them.
     ood_auroc: how well a score tells test from [data] ood, by the score.
     old_classes, new_classes: the same metrics on their test examples, in a run that adds classes.
@@ -159,7 +159,7 @@ class AddedClasses(TypedDict):
 
 
 class MissingControls(TypedDict):
-    """Rivals that were not made.  command: the line that makes them; RUN stands for the run."""
+    """Rivals that were not made.  command: the line that makes them. RUN stands for the run."""
 
     names: list[str]
     command: str
@@ -170,7 +170,7 @@ class Results(TypedDict):
 
     student: the row of the student called main.  dropped: specialists that the ensemble goes
     without, since no step of theirs was better on val than the generalist.  advice: in runs that
-    pilots advised, what came of it.
+    pilots advised and its measured gain.
     """
 
     generalist: Row
@@ -236,7 +236,7 @@ def share_kept(row: Row, results: Results) -> float | None:
 
 
 def is_of_another_size(row: Row, generalist: Row) -> bool:
-    """Whether it has other parameters or multiplications; not, where a run does not say."""
+    """Whether it has other parameters or multiplications. Not, where a run does not say."""
     return any(
         abs(row.get(key, 0) / generalist.get(key, 1) - 1) > SAME_SIZE
         for key in ("parameters", "multiplications")
@@ -267,7 +267,7 @@ def difference_to(row: Row, name: str, metric: MetricName) -> Difference | None:
 def compare_paired(row: Row, name: str, other: Row, metric: MetricName) -> int:
     """1 where a row is better than another one, -1 where it is worse, 0 where neither is.
 
-    Measurably so, where the paired difference to `name` is known; else by the numbers alone.
+    Measurably so, where the paired difference to `name` is known, else by the numbers alone.
     """
     difference = difference_to(row, name, metric)
     if difference is None:

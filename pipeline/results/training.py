@@ -9,7 +9,7 @@ from .formats import percent
 
 
 def val_text(directory: Path) -> str:
-    """`val top-1 76.1 %` of a training that ended in a directory; "" where it measured none."""
+    """`val top-1 76.1 %` of a training that ended in a directory. "" where it measured none."""
     top1 = val_top1(directory)
     return "" if top1 is None else f"val top-1 {percent(top1, 1)}"
 

@@ -90,7 +90,7 @@ def verdict_sentences(results: Results) -> list[str]:
 
 
 def _beaten_by(results: Results) -> str:
-    """The controls that are better in something; empty if none is.
+    """The controls that are better in something. Empty if none is.
 
     Of more than two the best one by its errors is spoken of, and the others are named.
     """
@@ -305,7 +305,7 @@ def worth(row: Row, results: Results) -> str:
 
 
 def classes_line(results: Results) -> str | None:
-    """One line on how the old and the new classes fare; None of a run that adds none."""
+    """One line on how the old and the new classes fare. None of a run that adds none."""
     added = results.get("added")
     if added is None:
         return None
@@ -314,7 +314,7 @@ def classes_line(results: Results) -> str | None:
 
 
 def _age_clause(age: str, results: Results, added: AddedClasses) -> str:
-    """Of the "old" or the "new" classes; empty without a test example of them."""
+    """Of the "old" or the "new" classes. Empty without a test example of them."""
     rows: dict[str, Metrics] = {}
     for name, row in named_rows(results).items():
         of_age = row.get(f"{age}_classes")
@@ -334,7 +334,7 @@ def _age_clause(age: str, results: Results, added: AddedClasses) -> str:
 
 
 def missing_line(results: Results, run: str = "RUN") -> str | None:
-    """The rivals that were not made, and the line that makes them; None where none is missing.
+    """The rivals that were not made, and the line that makes them. None where none is missing.
 
     run: the run's directory, as the line is to name it.
     """
@@ -346,7 +346,7 @@ def missing_line(results: Results, run: str = "RUN") -> str | None:
 
 
 def dropped_line(results: Results) -> str | None:
-    """The specialists that stay out of the ensemble; None where all are in it."""
+    """The specialists that stay out of the ensemble. None where all are in it."""
     dropped = results.get("dropped")
     if not dropped:
         return None

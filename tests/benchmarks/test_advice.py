@@ -64,7 +64,7 @@ def test_a_cross_fitted_weight_has_not_seen_what_it_joins():
 
 def test_residuals_correlate_over_examples_and_classes():
     first, second = log_p([0.8, 0.2], [0.8, 0.2]), log_p([0.6, 0.4], [0.6, 0.4])
-    # p - y of label 0: (-.2, .2) and (-.4, .4); of label 1: (.8, -.8) and (.6, -.6).
+    # p - y of label 0: (-.2, .2) and (-.4, .4). Of label 1: (.8, -.8) and (.6, -.6).
     expected = (0.2 * 0.4 + 0.8 * 0.6) / math.sqrt((0.2**2 + 0.8**2) * (0.4**2 + 0.6**2))
     found = gains.residual_correlation(first, second, np.array([0, 1]))
     assert found == pytest.approx(expected, abs=1e-4)
@@ -72,7 +72,7 @@ def test_residuals_correlate_over_examples_and_classes():
 
 
 def test_the_ceiling_counts_errors_between_classes_of_one_group():
-    # Favourites 0, 1, 2, 3 of the labels 0, 0, 3, 0; groups {0, 1} and {1, 2, 3}.
+    # Favourites 0, 1, 2, 3 of the labels 0, 0, 3, 0. Groups {0, 1} and {1, 2, 3}.
     general = np.eye(4, dtype=np.float32)
     labels, members = np.array([0, 0, 3, 0]), [[0, 1], [1, 2, 3]]
     assert gains.ceiling(general, labels, members) == 50  # the second and the third

@@ -14,7 +14,7 @@ N = 10
 
 
 def pulled(right: int, training: float = 1.0, multiplications: float = 1.0) -> Pulled:
-    """Right on the first so many of N examples; the generalist is on none."""
+    """Right on the first so many of N examples. The generalist is on none."""
     correct = np.arange(N) < right
     error = 100 * float(correct.std()) / math.sqrt(N)
     taken = {"training": training, "multiplications": multiplications}

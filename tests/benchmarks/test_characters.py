@@ -87,7 +87,7 @@ def quartets(labelled):
 
 def test_groups_are_found_without_labels_and_judged_on_test():
     # Test errors between 0 and 1 (3 of them, in one quartet) and between 0 and 4 (1, in different
-    # ones); 5 is right.
+    # ones). 5 is right.
     test = csr_array(
         (np.array([3, 1, 9]), (np.array([0, 0, 5]), np.array([1, 4, 5]))), shape=(16, 16)
     )

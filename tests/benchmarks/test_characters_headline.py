@@ -309,7 +309,7 @@ def test_forecast_and_gain_are_ranked_in_shares_of_all_examples_and_of_the_group
     results = seed_of(row(60, 0.4))["main"]
     results["specialists"][2]["n"] = 1600
     assert script.weighted_gains(results) == pytest.approx({0: 0.02, 1: 0.008, 2: 0.016})
-    # Ranks 3, 1, 2 of both; and of the own examples .1, .05, .06 beside .05, .02, .01: one swap,
+    # Ranks 3, 1, 2 of both, and of the own examples .1, .05, .06 beside .05, .02, .01: one swap,
     # 1 - 6 * 2 / 24.
     forecast = [
         {"gain": gain, "errors_inside": inside, "examples": 1000}

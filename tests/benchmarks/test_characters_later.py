@@ -90,7 +90,7 @@ def result(examples, seconds=60.0):
 
 
 def test_what_is_forgotten_and_learnt_by_hand(tmp_path):
-    """Of four old examples 4 were right, then 3; of two new ones 1; trained again 4 and 2."""
+    """Of four old examples 4 were right, then 3. Of two new ones 1. Trained again 4 and 2."""
     labels = [0, 0, 2, 2, 1, 1]  # y is new
     leave(
         tmp_path / "seed-0-without",

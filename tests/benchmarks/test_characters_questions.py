@@ -115,7 +115,7 @@ def results(errors: int, captured: float, routed: int) -> dict:
 
 
 def test_the_table_shows_means_and_deviations_and_marks_the_default():
-    """100 errors of the generalist; 60 and 70 are left: 40 and 30 % fewer, deviation sqrt(50)."""
+    """100 errors of the generalist. 60 and 70 are left: 40 and 30 % fewer, deviation sqrt(50)."""
     rows = {
         "a": [results(60, 0.8, 500), results(70, 0.9, 700)],
         "b": [results(100, 0.5, 0), results(100, 0.5, 0)],

@@ -91,7 +91,7 @@ def test_both_runs_differ_in_the_balance_alone():
 
 
 def test_thirds_by_hand(tmp_path, monkeypatch):
-    """Three classes, the middle number the most frequent; two test examples of each."""
+    """Three classes, the middle number the most frequent. Two test examples of each."""
     monkeypatch.setattr(script, "ranks", lambda classes, seed: np.array([2, 0, 1]))
     (tmp_path / "generalist").mkdir()
     write_json(tmp_path / "generalist" / "model.json", {"class_names": ["a", "b", "c"]})

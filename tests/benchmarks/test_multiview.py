@@ -142,7 +142,7 @@ def test_smoothed_relu_and_its_slope_have_no_jump(q, rho):
 
 
 def test_the_network_sums_over_neurons_and_patches():
-    # Class 0 has neurons 3 e_0 and 2 e_1, class 1 has e_1 and -e_0; patches 2 e_0 and e_1.
+    # Class 0 has neurons 3 e_0 and 2 e_1, class 1 has e_1 and -e_0. Patches 2 e_0 and e_1.
     weight = torch.tensor([[[3.0, 0], [0, 2]], [[0, 1], [-1, 0]]])
     found = network_of(weight)(torch.tensor([[[2.0, 0], [0, 1]]]))
     # 6 - 4/3 + 2/3 (2 is rho) and 1/12 + 0
@@ -155,7 +155,7 @@ def test_views_are_counted_from_hand_made_weights():
     weight[0, 0, 0], weight[0, 1, 0] = 3.0, 2.0  # class 0: its first view by two neurons, 3 + 2
     weight[0, 0, 1] = -4.0  # against its second
     weight[1, 0, 2], weight[1, 1, 3] = 4.0, 2.5  # class 1: both
-    # Class 2: hardly its first; class 0's is none of its own.
+    # Class 2: hardly its first. Class 0's is none of its own.
     weight[2, 0, 4], weight[2, 1, 0] = 1.9, 9.0
     phi = view_correlations(network_of(weight), views)
     torch.testing.assert_close(phi, torch.tensor([[5.0, 0], [4.0, 2.5], [1.9, 0]]))
@@ -236,7 +236,7 @@ def test_an_ensemble_of_six_knows_views_that_its_members_lack_and_teaches_them(t
 
 
 def test_raising_adds_half_the_square_of_what_the_student_lacks_and_nothing_where_it_has_more():
-    # The teachers' mean is [2, 1, 0]; the student's logits are [1, 3, 0]: it lacks 1 of the first.
+    # The teachers' mean is [2, 1, 0]. The student's logits are [1, 3, 0]: it lacks 1 of the first.
     teachers = torch.tensor([[[1.0, 0.0, 0.0]], [[3.0, 2.0, 0.0]]])
     student = torch.tensor([[1.0, 3.0, 0.0]], requires_grad=True)
     zero = torch.tensor([0])

@@ -58,7 +58,7 @@ def test_a_row_is_of_the_mean_of_its_members():
 
 
 def test_calibrated_metrics_use_the_temperature_that_fits_val():
-    # Of val's ten examples each prediction gives its label .9 of e^(z/T); right 6 times in 10, so
+    # Of val's ten examples each prediction gives its label .9 of e^(z/T). Right 6 times in 10, so
     # that .9 is too sure.
     first = torch.tensor([0.9, 0.025, 0.025, 0.025, 0.025]).log()
     val = Predictions(first.expand(1, 10, 5), torch.tensor([0] * 6 + [1, 2, 3, 4]))

@@ -66,7 +66,7 @@ def results(ensemble, hydra_, prior_mu, distill_nll):
 
 def test_each_bar_is_judged_seed_by_seed():
     good = results((0.985, 0.040, 0.010), (0.985, 0.0439, 0.007), 0.005, 0.045)
-    # Less accurate by one in 10,000; 11 % above the ensemble; as bad as distillation; off by .004
+    # Less accurate by one in 10,000. 11 % above the ensemble. As bad as distillation. Off by .004
     # as the Prior Network.
     bad = results((0.985, 0.040, 0.010), (0.9849, 0.0444, 0.006), 0.014, 0.0444)
     assert [line.split(": ")[-1] for line in hydra.verdicts([good, bad])] == ["1 of 2 seeds."] * 5

@@ -17,7 +17,7 @@ GOOD, FAIR = row(0.94, 0.25), row(0.92, 0.35)
 
 
 def results(distilled: dict = GOOD, hard: dict = FAIR) -> dict:
-    """100 errors of the generalist, 50 of the ensemble; every student is alike."""
+    """100 errors of the generalist, 50 of the ensemble. Every student is alike."""
     students = {name: hard if name.endswith(script.HARD) else distilled for name in script.STUDENTS}
     asked = [{"routed": 400, "gain": 0.01}, {"routed": 350, "gain": 0.03}]
     return {
@@ -68,7 +68,7 @@ def test_the_second_run_differs_in_its_specialists_alone_and_teaches_nobody(tmp_
 def test_shares_of_the_gain_in_errors_and_in_nll():
     found = results()
     rows = script.student_rows([found], dict.fromkeys(script.STUDENTS, (1000, 2000)), costs())
-    # 40 of 50 errors and .15 of .20 nats; the twin 20 of 50 and .05 of .20.
+    # 40 of 50 errors and .15 of .20 nats. The twin 20 of 50 and .05 of .20.
     assert [each[3:5] for each in rows[:2]] == [
         ["**80 %** (80)", "**75 %** (75)"],
         ["**40 %** (40)", "**25 %** (25)"],
@@ -127,7 +127,7 @@ def test_a_mean_over_seeds_names_each_seed_and_no_gain_is_no_share():
 def test_the_verdict_counts_the_seeds_that_pass():
     good, poor = results(), results(distilled=row(0.92, 0.3), hard=row(0.93, 0.35))
     assert script.verdicts([good, poor])[0] == (
-        "* 1 x: keeps at least 70 % of the gain in top-1 at 1 of 2 seeds; "
+        "* 1 x: keeps at least 70 % of the gain in top-1 at 1 of 2 seeds, "
         "fewer errors than its twin at 1 (by 20, -10), a lower NLL at 2 (by 0.100, 0.050)."
     )
 

@@ -106,7 +106,7 @@ def answers(correct: list[int], p_label: list[float]) -> places.Answers:
 
 
 def test_a_difference_is_over_the_same_names_of_all_seeds():
-    """By hand: top-1 differences 1, 0 and -1, 0; their deviation is sqrt(1 / 2)."""
+    """By hand: top-1 differences 1, 0 and -1, 0. Their deviation is sqrt(1 / 2)."""
     ours = [answers([1, 1], [0.5, 0.5]), answers([0, 0], [0.25, 0.5])]
     theirs = [answers([0, 1], [0.25, 0.5]), answers([1, 0], [0.25, 0.5])]
     found = places.difference(ours, theirs)

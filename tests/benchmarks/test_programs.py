@@ -1,7 +1,7 @@
 """Every program under benchmarks/ and examples/ still runs: its quick form ends with its metrics.
 
 The quick forms need no shared data.  Those that `make test` runs take less than a minute together
-on an idle core; the others are marked slow.
+on an idle core. The others are marked slow.
 """
 
 import json

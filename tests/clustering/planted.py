@@ -9,7 +9,7 @@ def planted_predictions(
     """indices, values [N, k], labels [N], group_of [C].
 
     The predictions beside the label fall in its group, but for a fraction `noise` of them.  A
-    label's own probability is 0.3 to 0.9; the others share the rest in exponentially distributed
+    label's own probability is 0.3 to 0.9. The others share the rest in exponentially distributed
     parts.  The top prediction is sometimes wrong.  groups_seed: the groups of that seed.
     """
     rng = np.random.default_rng(seed)
@@ -27,7 +27,7 @@ def planted_predictions(
     anywhere = rng.integers(0, num_classes, inside.shape)
     others = np.where(rng.random(inside.shape) < noise, anywhere, inside)
     indices = np.concatenate([labels[:, None], others], axis=1)
-    # A class drawn twice in a row keeps its first place; -1 pads the row.
+    # A class drawn twice in a row keeps its first place. -1 pads the row.
     order = np.argsort(indices, axis=1, kind="stable")
     ordered = np.take_along_axis(indices, order, 1)
     again = np.zeros(indices.shape, dtype=bool)

@@ -9,7 +9,7 @@ from clustering.absent import join_nearest
 
 
 def predictions(num_classes, seed=0, examples=600):
-    """Pairs of classes 2 k and 2 k + 1 are confused; (probabilities, labels)."""
+    """Pairs of classes 2 k and 2 k + 1 are confused. (probabilities, labels)."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(num_classes, size=examples)
     p = rng.uniform(0.01, 0.02, (examples, num_classes))

@@ -81,7 +81,7 @@ def test_affinity_is_the_fourth_root_of_the_expected_confusion_both_ways_beyond_
 
 
 def test_a_pair_confused_no_more_than_chance_has_no_affinity():
-    # 0 and 1, 2 and 3 are pairs; 1 and 2 are rarely confused.
+    # 0 and 1, 2 and 3 are pairs. 1 and 2 are rarely confused.
     masses = np.array([[0, 8, 0, 0], [8, 0, 1, 0], [0, 1, 0, 8], [0, 0, 8, 0]], dtype=np.float32)
     confused = affinity(csr_array(masses)).toarray()
     assert confused[1, 2] == 0 and confused[0, 1] > 0 and confused[2, 3] > 0

@@ -92,7 +92,7 @@ def weighted_cases(draw):
 @given(weighted_cases())
 @settings(deadline=None, max_examples=40)
 def test_groups_bound_the_weights_of_their_classes(case):
-    """By capacity x mean; and where a class is too heavy to fit, by mean + the heaviest inside."""
+    """By capacity x mean, and where a class is too heavy to fit, by mean + the heaviest inside."""
     statistics, weights, options = case
     groups = group_classes(statistics, weights=weights, **options)
     assert groups == group_classes(statistics, weights=weights, **options)

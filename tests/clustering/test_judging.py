@@ -173,7 +173,7 @@ def test_gains_of_disjoint_groups_add_up_to_the_captured_errors(case):
 
 def test_captured_unlabelled_is_of_the_expected_confusion():
     statistics = statistics_of(PREDICTIONS)
-    # Mass off the predicted class: .3 + .1, .4, .2, .3, .1; inside {0, 1}: .3 + .4 + .1.
+    # Mass off the predicted class: .3 + .1, .4, .2, .3, .1. Inside {0, 1}: .3 + .4 + .1.
     assert captured_unlabelled(ClassGroups([[0, 1]], 3), statistics)[0] == pytest.approx(0.8 / 1.4)
 
 

@@ -200,7 +200,7 @@ worst_missed: dict[torch.dtype, float] = {}
 
 
 def judge(seed: int) -> str:
-    """ "exact" or "refused"; AssertionError for anything else."""
+    """ "exact" or "refused". AssertionError for anything else."""
     given, bad = problem(seed)
     dtype = random.Random(seed).choice([torch.float64] * 4 + [torch.float32] * 3 + [*HALVES])
     g = torch.from_numpy(given["g"]).to(dtype)

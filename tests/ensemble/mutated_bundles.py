@@ -1,7 +1,7 @@
 """Bundles that somebody damaged or forged, seeded, and what `referral predict` makes of them.
 
 Bytes are flipped, files cut short, emptied or exchanged, and values of JSON files replaced by what
-no version writes.  Half of the bundles keep their SHA256SUMS, which has to tell; the other half
+no version writes.  Half of the bundles keep their SHA256SUMS, which has to tell. The other half
 have none, as older versions wrote them.  Every bundle ends in predictions or in one line, nothing
 is executed, and with checksums no answer differs.  `make soak` does 1,200 of them.
 """
@@ -98,7 +98,7 @@ BUNDLES: dict[str, Callable[[Path], None]] = {
 
 
 def make(root: Path) -> dict[str, Path]:
-    """One whole bundle of each kind, each with a student and its checksums; and the inputs."""
+    """One whole bundle of each kind, each with a student and its checksums, and the inputs."""
     bundles = {}
     for name, write in BUNDLES.items():
         bundles[name] = root / name
@@ -115,7 +115,7 @@ def make(root: Path) -> dict[str, Path]:
 
 
 def predicted(bundle: Path, inputs: Path, student: bool) -> tuple[int | None, str, str]:
-    """(exit code, output, errors) of `predict`; the code is None where it ends in a traceback."""
+    """(exit code, output, errors) of `predict`. The code is None where it ends in a traceback."""
     words = ["predict", str(bundle), str(inputs), "--json"]
     words += ["--student", "main"] if student else []
     out, err = io.StringIO(), io.StringIO()
@@ -150,7 +150,7 @@ def note_executed(event: str, arguments: tuple) -> None:
 
 
 def check(number: int, root: Path, bundles: dict[str, Path], whole: dict) -> str:
-    """Damage one bundle and predict with it; what is wrong with the outcome, "" if nothing."""
+    """Damage one bundle and predict with it. What is wrong with the outcome, "" if nothing."""
     chance = random.Random(number)
     name = chance.choice(list(bundles))
     student = chance.random() < 0.2

@@ -66,7 +66,7 @@ def test_every_needed_pair_is_in_a_tile_of_its_branch(branches, alike):
             place = tiles.places[pair]
             assert pairs[place] == pair
             assert owners[place] == m
-    # A branch has one tile, and another for each TILE pairs more; one there is always.
+    # A branch has one tile, and another for each TILE pairs more. One there is always.
     needed = [max(0, -(-int((branch == m).sum()) // TILE) - 1) for m in range(count)]
     assert len(tiles.further) == max(1, sum(needed))
 
@@ -75,7 +75,7 @@ def test_every_needed_pair_is_in_a_tile_of_its_branch(branches, alike):
 
 
 def ensemble_of(members, missing, seed, **settings):
-    """Confident networks of CLASSES classes; no specialist for the groups `missing`."""
+    """Confident networks of CLASSES classes. No specialist for the groups `missing`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         spec = ModelSpec(

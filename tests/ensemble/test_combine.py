@@ -36,7 +36,7 @@ def predictions(
 
 
 def objective(q, p_general, p_special, groups, active=None, weights=None):
-    """sum_m w_m KL(p_m, q) per row, up to a constant in q; -0 log 0 is 0."""
+    """sum_m w_m KL(p_m, q) per row, up to a constant in q. -0 log 0 is 0."""
     count = len(groups.members)
     weights = [float(w) for w in weights or [1.0] * (1 + count)]
     if active is None:
@@ -116,7 +116,7 @@ def test_one_active_specialist_has_closed_form():
     groups = ClassGroups([[0, 1]], 4)
     g = torch.tensor([[0.4, 0.2, 0.3, 0.1]], dtype=F64)
     p = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64)
-    # inside (g + p) / 2; outside g (G + d) / (2 G) with G = .4, d = .2: a factor of .75
+    # inside (g + p) / 2. Outside g (G + d) / (2 G) with G = .4, d = .2: a factor of .75
     expected = torch.tensor([[0.45, 0.25, 0.225, 0.075]], dtype=F64)
     torch.testing.assert_close(combine_kl(g, [p], groups), expected, rtol=0, atol=1e-15)
 
@@ -124,8 +124,8 @@ def test_one_active_specialist_has_closed_form():
 def test_two_disjoint_specialists_by_hand():
     # Symmetric: S_0 = {0}, S_1 = {1}, one class outside both.
     # g = (1/3, 1/3, 1/3), both specialists predict (1/2, 1/2).
-    # q = (x, x, 1 - 2x); minimise -(1/3 + 1/2) 2 log x - 1/3 log(1 - 2x) - 2 (1/2) log(1 - x).
-    # Its derivative is zero: -(5/3)/x + (2/3)/(1 - 2x) + 1/(1 - x) = 0; solved for x below 1/2.
+    # q = (x, x, 1 - 2x). Minimise -(1/3 + 1/2) 2 log x - 1/3 log(1 - 2x) - 2 (1/2) log(1 - x).
+    # Its derivative is zero: -(5/3)/x + (2/3)/(1 - 2x) + 1/(1 - x) = 0. Solved for x below 1/2.
     groups = ClassGroups([[0], [1]], 3)
     g, p = torch.full((1, 3), 1 / 3, dtype=F64), torch.full((1, 2), 0.5, dtype=F64)
     # -(5/3)(1 - 2x)(1 - x) + (2/3) x (1 - x) + x (1 - 2x) = -(5/3) + (20/3) x - 6 x^2 = 0
@@ -138,7 +138,7 @@ def test_weights_scale_the_terms_of_the_objective():
     groups = ClassGroups([[0, 1]], 4)
     g = torch.tensor([[0.4, 0.2, 0.3, 0.1]], dtype=F64)
     p = torch.tensor([[0.5, 0.3, 0.2]], dtype=F64)
-    # inside (1 g + 3 p) / 4; outside g (G + 3 d) / (4 G), a factor of 1 / 1.6
+    # inside (1 g + 3 p) / 4. Outside g (G + 3 d) / (4 G), a factor of 1 / 1.6
     expected = torch.tensor([[(0.4 + 1.5) / 4, (0.2 + 0.9) / 4, 0.3 / 1.6, 0.1 / 1.6]], dtype=F64)
     torch.testing.assert_close(combine_kl(g, [p], groups, weights=[1, 3]), expected)
     torch.testing.assert_close(combine_kl(g, [p], groups, weights=[1, 0]), g)
@@ -273,7 +273,7 @@ some = settings(max_examples=25, deadline=None)
 
 
 def assert_same(one, other, scale, g, p, groups, active=None):
-    """Equally good, to 1e-9 of the objective; and the same to 1e-9 where that determines q.
+    """Equally good, to 1e-9 of the objective, and the same to 1e-9 where that determines q.
 
     With logits of scale 20 and more the objective is so flat in some directions that changes of q
     by 1e-6 change it by less than its rounding: there float64 knows the optimum, but not which q it
@@ -397,7 +397,7 @@ def test_rows_form_equals_dense_form_and_unread_rows_may_be_anything():
 def test_frequent_and_rare_active_sets_are_combined_alike():
     groups, g, p = predictions(6, rows=300, specialists=6)
     active = random_active(2, 300, 6)
-    active[:100] = active[0]  # shared by many rows; the others are rare
+    active[:100] = active[0]  # shared by many rows. The others are rare
     q = combine_kl(g, p, groups, active)
     assert kkt_residual(q, g, p, groups, active) < 1e-10
     some_rows = combine_kl(g[50:60], [x[50:60] for x in p], groups, active[50:60])

@@ -20,7 +20,7 @@ def test_the_minimum_lies_between_the_weights_that_are_tried():
 
 
 def test_it_is_the_lowest_of_several_minima():
-    # Two wells, at -2 and at 3; the second is deeper.
+    # Two wells, at -2 and at 3. The second is deeper.
     def wells(x):
         return -math.exp(-((x + 2) ** 2)) - 1.2 * math.exp(-((x - 3) ** 2))
 

@@ -265,7 +265,7 @@ def test_specialists_of_so_many_bytes_are_held_and_what_is_the_generalists_count
         assert shared <= sizes[m]
         _ = free[m]
         held = free.held_bytes - before
-        # The classes of a dustbin's head are int64 and not saved; the norms have none.
+        # The classes of a dustbin's head are int64 and not saved. The norms have none.
         assert sizes[m] - shared <= held <= sizes[m] - shared + 4096
         sizes[m] = held
     assert free.fits and free.loads == 4
@@ -285,7 +285,7 @@ def test_names_of_classes_are_written_with_the_generalist_alone_and_held_once(ru
         assert "class_names" not in json.loads(path.read_text())
     loaded = SpecialistEnsemble.load(run)
     assert loaded.class_names == names
-    # An earlier version's file repeats them; they are the generalist's own all the same.
+    # An earlier version's file repeats them. They are the generalist's own all the same.
     older = json.loads((run / "specialists/000/model.json").read_text()) | {"class_names": names}
     (run / "specialists/000/model.json").write_text(json.dumps(older))
     again = SpecialistEnsemble.load(run)

@@ -82,7 +82,7 @@ class Ward:
             stage.begin().finish()
 
     def behave(self, **places) -> None:
-        """What goes wrong in a stage; `__` stands for `/`."""
+        """What goes wrong in a stage. `__` stands for `/`."""
         content = {
             place.replace("__", "/").replace("wall_", "wall-"): fault
             for place, fault in places.items()
@@ -108,7 +108,7 @@ class Ward:
         return self.toml
 
     def start(self, *arguments) -> subprocess.Popen:
-        """The command `referral` in a process of its own, as a session leader; Ctrl-C reaches it.
+        """The command `referral` in a process of its own, as a session leader. Ctrl-C reaches it.
 
         Where the tests run as a shell's background job, SIGINT is ignored, and a child would
         inherit that.

@@ -1,7 +1,7 @@
 """Run directories that somebody damaged, seeded, and what the launcher's commands make of them.
 
 Whatever the files of RUN say, `status`, `compare`, `cancel`, `retry` and `run` end in their answer
-or in lines that name what is wrong; none is a traceback, and nobody is signalled.
+or in lines that name what is wrong. None is a traceback, and nobody is signalled.
 `make soak` does 400 of them.
 """
 
@@ -56,7 +56,7 @@ def finished(root: Path) -> Path:
 
 
 def referral(words: list[str]) -> tuple[int | None, str]:
-    """(exit code, output) of a command in this process; the code is None after a traceback."""
+    """(exit code, output) of a command in this process. The code is None after a traceback."""
     output, before = io.StringIO(), sys.argv
     sys.argv = ["referral", *words]
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
@@ -72,7 +72,7 @@ def referral(words: list[str]) -> tuple[int | None, str]:
 
 
 def check(number: int, whole: Path) -> str:
-    """Damage a copy of the run and ask one command about it; what is wrong, "" if nothing."""
+    """Damage a copy of the run and ask one command about it. What is wrong, "" if nothing."""
     chance = random.Random(number)
     saved = whole.with_name("saved")
     if not saved.exists():

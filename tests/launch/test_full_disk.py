@@ -1,4 +1,4 @@
-"""A disk that is too small for RUN is one line, whatever was being written; room is enough then."""
+"""A disk that is too small for RUN is one line, whatever was being written. Room is enough then."""
 
 import pytest
 from filesystems import in_memory, resize, why_not

@@ -22,7 +22,7 @@ from launch.results import groups_line, metrics_of
 
 @pytest.fixture
 def small(ward):
-    """A run without controls and students, done up to the specialists; of these, `left` are not."""
+    """A run without controls and students, done up to the specialists. Of these, `left` are not."""
     del ward.values["students"]
 
     def make(*overrides, left=(0, 1, 2, 3)):

@@ -29,7 +29,7 @@ time.sleep(60)
 
 @contextmanager
 def process(*words):
-    """A process of its own, killed at the end; with words it prints a line when it is ready."""
+    """A process of its own, killed at the end, with words it prints a line when it is ready."""
     command = [sys.executable, "-c", *words] if words else ["sleep", "60"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE if words else None, text=True)
     try:

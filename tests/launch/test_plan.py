@@ -89,7 +89,7 @@ def test_ranks_are_the_configs_or_else_the_machines(ward):
 
 
 def test_every_job_scales_but_trainings_of_which_there_are_as_many_as_ranks(ward):
-    """4 specialists, 3 walls and a twin, control_compute, one student; a control counts alone."""
+    """4 specialists, 3 walls and a twin, control_compute, one student. A control counts alone."""
     several = {"generalist", "clusters", "ensemble", "report", "students/main"}
     several |= {"controls/control_compute"}
     found = ranks(ward.run(), 2)

@@ -10,7 +10,7 @@ from pipeline.config import UserError, load_config
 
 
 def submitted(run, *, done=(), size=1001):
-    """Per batch by its name the command; Slurm's ids are 1, 2, 3, ..."""
+    """Per batch by its name the command. Slurm's ids are 1, 2, 3, ..."""
     jobs = plan_on_slurm(run)
     left = [job for job in jobs if job.name not in done]
     ids, whole, commands = {}, set(), {}

@@ -82,7 +82,7 @@ def test_a_branch_changes_nothing_of_the_generalist():
 
 
 def confident_logits(scale: float) -> torch.Tensor:
-    """[400, 60]; half of the rows have their largest logits first, so that these hold the mass."""
+    """[400, 60]. Half of the rows have their largest logits first, so that these hold the mass."""
     logits = scale * torch.randn(400, 60, generator=torch.Generator().manual_seed(0))
     logits[::2] = logits[::2].sort(descending=True).values
     return logits

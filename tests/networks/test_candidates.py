@@ -34,7 +34,7 @@ def lists(generator, k, rows=ROWS, classes=CLASSES):
 
 
 def test_numbers_worked_by_hand():
-    """Label 2 with logit log 3; 0 of log 2 and the label on the list; 1 of 4 drawn stands for 4."""
+    """Label 2 with logit log 3. 0 of log 2 and the label on the list. 1 of 4 drawn stands for 4."""
     z = torch.tensor([[2.0, 5.0, 3.0, 7.0]]).log()
     asked = candidates_of(torch.tensor([2]), torch.tensor([[0, 2]]), torch.tensor([1]))
     own, drawn = z.gather(1, asked.own), z[:, asked.drawn]

@@ -1,4 +1,4 @@
-"""A manifest says what its files held; whoever reads one has it compared."""
+"""A manifest says what its files held. Whoever reads one has it compared."""
 
 import json
 import shutil

@@ -131,7 +131,7 @@ def exporting(monkeypatch):
     monkeypatch.setattr(gathered_rows, "FEWEST_CLASSES", 100)
 
 
-# 64 divides the first, 79 the second, nothing the third; the last run of the third is short.
+# 64 divides the first, 79 the second, nothing the third. The last run of the third is short.
 RUN_COUNTS = [64 * 30, 79 * 40, 3001]
 
 

@@ -187,7 +187,7 @@ def test_two_members_of_one_linear_layer_by_hand():
         layer.s.copy_(torch.tensor([[10.0], [2.0]]))
         layer.bias.copy_(torch.tensor([[0.5], [-1.0]]))
     x = torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    # 10 (3 + 10) + 0.5, 10 * 10 + 0.5; 2 (-3 + 5) - 1, 2 * 5 - 1
+    # 10 (3 + 10) + 0.5, 10 * 10 + 0.5. 2 (-3 + 5) - 1, 2 * 5 - 1
     assert layer(torch.cat([x, x]))[:, 0].tolist() == [130.5, 100.5, 3.0, 9.0]
 
 

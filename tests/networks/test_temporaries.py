@@ -1,4 +1,4 @@
-"""Hidden names say who writes; what a dead process left is swept, and nothing else."""
+"""Hidden names say who writes. What a dead process left is swept, and nothing else."""
 
 import os
 import subprocess

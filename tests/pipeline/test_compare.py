@@ -77,7 +77,7 @@ def test_mean_and_sample_deviation_over_seeds_by_hand(finished):
     ]
     found = compare(read_runs(runs), ["top1"])
     over = rows_of(found)["generalist", "A"]["figures"]["top1"]
-    # Mean 0.6; squares .01 + 0 + .01 over n - 1 = 2: the root of .01.
+    # Mean 0.6. Squares .01 + 0 + .01 over n - 1 = 2: the root of .01.
     assert over["n"] == 3
     assert over["mean"] == pytest.approx(0.6) and over["deviation"] == pytest.approx(0.1)
     assert list(over["values"].values()) == [0.5, 0.6, 0.7]

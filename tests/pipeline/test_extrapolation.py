@@ -34,7 +34,7 @@ NOTHING = {"gain": 0.0, "gain_se": 0.001}
 
 
 def second(correlation, short=0.5, own=0.25, **forms):
-    """The record of a second generalist's pilot; short, own: Brier scores."""
+    """The record of a second generalist's pilot. Short, own: Brier scores."""
     measured = {"generalist": {"brier": own}, "alone": {"brier": short}}
     measured |= dict.fromkeys(("average", "geometric", "shortlist"), NOTHING)
     return {"residual_correlation": correlation, "forms": measured | forms, "share": 0.05}
@@ -84,7 +84,7 @@ def test_what_a_pilot_measured_has_the_interval_of_its_error():
 
 
 def test_the_correlation_goes_on_in_the_log_of_brier_scores():
-    # log 4 -> log 2 of the ratio, .5 -> .6 of the correlation; log 2 is left to go.
+    # log 4 -> log 2 of the ratio, .5 -> .6 of the correlation. Log 2 is left to go.
     rounds = [second(0.5, short=0.8, own=0.2), second(0.6, short=0.4, own=0.2)]
     slope = SLOPE_KEPT * 0.1 / math.log(2)
     assert correlation_in_full(rounds) == pytest.approx(0.6 + slope * math.log(2))
@@ -108,7 +108,7 @@ def test_of_networks_that_learn_late_each_unit_gains_more_and_the_correlation_st
 
 
 def test_half_begun_is_half_of_each():
-    record = second(0.5, short=0.93, own=0.93)  # half way from .98 to .88; equals
+    record = second(0.5, short=0.93, own=0.93)  # half way from .98 to .88. Equals
     per_unit = (OF_DIVERSITY["average"] + LATE["average"]) / 2
     gain = gains(Evidence(0.3, 0.0, {"second": [record]}))["average"].gain
     assert gain == pytest.approx(30 * (1 - math.exp(-per_unit * 0.5)))
@@ -184,7 +184,7 @@ def test_first_steps_that_heal_nothing_leave_it_open():
     # Of 1 - .1^2 as much as specialists usually heal, of half of all errors.
     assert short.mean == pytest.approx(math.log(1 - 0.99 * HEALED / 2))
     assert full.mean == 0
-    # They may heal all of what perfect ones would; those that were piloted whole may not.
+    # They may heal all of what perfect ones would. Those that were piloted whole may not.
     assert gain_of(short, 0.4).high == pytest.approx(40 * MOST_HEALED / 2)
     assert gain_of(full, 0.4).high < 5
     # At worst they lose a little, whatever is not known.

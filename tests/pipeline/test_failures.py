@@ -1,4 +1,4 @@
-"""What is no error of ours is one line, with what helps; everything else keeps its traceback."""
+"""What is no error of ours is one line, with what helps. Everything else keeps its traceback."""
 
 import errno
 import os

@@ -165,7 +165,7 @@ def measured_alone(found):
 
 def test_share_of_the_gain_that_a_student_keeps(hand_worked):
     found = collect(hand_worked)
-    # The generalist makes 5 errors, the ensemble 3; main makes 4, wide 3.
+    # The generalist makes 5 errors, the ensemble 3. Main makes 4, wide 3.
     assert share_of_gain(found["students"]["main"], found) == 0.5
     assert share_of_gain(found["students"]["wide"], found) == 1
     assert student_verdict(found).startswith(

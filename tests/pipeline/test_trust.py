@@ -1,4 +1,4 @@
-"""What a run's config names is executed where it was laid out; elsewhere by --trust."""
+"""What a run's config names is executed where it was laid out. Elsewhere by --trust."""
 
 import copy
 import shutil

@@ -77,7 +77,7 @@ GRES = "NodeName=n[1-5] Name=gpu File={root}/gpu[0-7]\n"
 
 
 def what_is_missing() -> str:
-    """One line that says what a machine lacks to run this; empty if nothing."""
+    """One line that says what a machine lacks to run this. Empty if nothing."""
     if absent := [program for program in PROGRAMS if not shutil.which(program)]:
         return f"{', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge"
     return "" if os.geteuid() == 0 else "a Slurm of one's own needs root"
@@ -168,7 +168,7 @@ class Cluster:
         return ended.stdout
 
     def node_states(self) -> dict[str, str]:
-        """The nodes that answer or did once, and what sinfo calls them; `idle*` does not answer."""
+        """The nodes that answer or did once, and what sinfo calls them. `idle*` does not answer."""
         try:
             output = self.client("sinfo", "-h", "-N", "-p", "all", "-o", "%N %t")
         except AssertionError:  # slurmctld is not up yet

@@ -33,7 +33,7 @@ MAX_ARRAY_SIZE = 4  # so that five specialists need two arrays
 
 @pytest.fixture(scope="session")
 def loopback(request):
-    """A running Slurm; its logs are kept if a test fails."""
+    """A running Slurm. Its logs are kept if a test fails."""
     if missing := what_is_missing():
         pytest.skip(missing)
     root = Path(tempfile.mkdtemp(prefix="referral-slurm-", dir="/tmp"))

@@ -49,7 +49,7 @@ class Patient:
         return ended.stdout
 
     def behave(self, **behaviour: dict) -> None:
-        """What goes wrong in a stage, for a fake trainer; `__` stands for `/`."""
+        """What goes wrong in a stage, for a fake trainer. `__` stands for `/`."""
         content = {place.replace("__", "/"): fault for place, fault in behaviour.items()}
         (self.root / "behaviour.json").write_text(json.dumps(content))
 

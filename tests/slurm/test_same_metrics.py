@@ -25,7 +25,7 @@ WHOLE = (
     "slurm.generalist.nodes=2",
 )
 STEPS = 120
-# The faults of tests/slurm/faults.py; a checkpoint now and then, a row for every step.
+# The faults of tests/slurm/faults.py. A checkpoint now and then, a row for every step.
 SHORT = (
     "clusters.num_groups=2",
     "controls.enabled=false",
@@ -131,7 +131,7 @@ def ends_as_if_nothing_had_happened(patient, reference):
 def test_the_whole_method_on_slurm_ends_with_the_metrics_of_this_machine(
     make, tmp_path, data, cluster
 ):
-    """Generalist on two nodes; specialists, controls, ensemble and student; two local ranks."""
+    """Generalist on two nodes. Specialists, controls, ensemble and student. Two local ranks."""
     on_slurm = make(WHOLE)
     on_slurm.submit()
     on_slurm.wait_for_end(400)
@@ -146,7 +146,7 @@ def test_the_whole_method_on_slurm_ends_with_the_metrics_of_this_machine(
 
 
 def test_a_time_limit_in_the_generalist(patient, reference):
-    """A real limit, of one minute; a step takes half a second until the job is queued again."""
+    """A real limit, of one minute. A step takes half a second until the job is queued again."""
     patient.submit("slurm.generalist.time=1", "slurm.signal_s=20")
     patient.wait_until(
         lambda: patient.status()["generalist"]["restarts"] == 1, "the time limit", 240

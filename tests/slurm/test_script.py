@@ -1,4 +1,4 @@
-"""stage.sbatch: what it starts, how often, and when it queues again; srun is a stand-in."""
+"""stage.sbatch: what it starts, how often, and when it queues again. Srun is a stand-in."""
 
 import os
 import subprocess
@@ -112,7 +112,7 @@ def test_an_error_of_the_users_is_not_tried_again(job):
     assert code == 2 and len(calls) == 1
 
 
-# A checkpoint is written; SIGUSR2 or SIGTERM came before training.
+# A checkpoint is written. SIGUSR2 or SIGTERM came before training.
 @pytest.mark.parametrize("ended", [75, 140, 143])
 def test_after_a_signal_the_job_is_queued_again(job, ended):
     code, calls, log = job("a run", "ensemble", codes=f"{ended} 0")

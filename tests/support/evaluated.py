@@ -84,7 +84,7 @@ def measured(probabilities, labels):
 def evaluation(name, probabilities, labels, cost, temperature=None, further=None):
     """The JSON and the arrays that evaluate writes of one row.
 
-    temperature: as if fitted on val; further: more keys of the row.
+    temperature: as if fitted on val. further: more keys of the row.
     """
     kept, bins, row = measured(probabilities, labels)
     content = {"name": name, "reliability": bins}
@@ -268,7 +268,7 @@ def make_run(
     sizes=None,
     student_keys=None,
 ):
-    """A finished run below `root`; probabilities: name -> [n, C] for every row that it shall have.
+    """A finished run below `root`. probabilities: name -> [n, C] for every row that it shall have.
 
     temperatures, further: by name, see `evaluation`. sizes: makes it one of a deep ensemble of so
     many members.
@@ -323,7 +323,7 @@ def one_hot(predicted, num_classes, sure=0.9):
     return p
 
 
-# Ten examples, six classes. Groups {0, 1, 2} and {2, 3}; 4 and 5 are covered by nobody, 2 by both
+# Ten examples, six classes. Groups {0, 1, 2} and {2, 3}. 4 and 5 are covered by nobody, 2 by both
 # specialists.
 LABELS = [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
 GROUPS = [[0, 1, 2], [2, 3]]
@@ -356,7 +356,7 @@ def make_hand_worked():
     return make
 
 
-# A deep ensemble of three, whose calibrated NLL is 1.0, 0.8 and 0.7; a student of 0.9 is worth one
+# A deep ensemble of three, whose calibrated NLL is 1.0, 0.8 and 0.7. A student of 0.9 is worth one
 # and a half.
 SIZES = [
     {"size": 1, "top1": 0.5, "nll": 1.3, "cnll": 1.0, "temperature": 1.4},

@@ -1,4 +1,4 @@
-"""File systems of our own in images, which may be filled or lose their power; needs root."""
+"""File systems of our own in images, which may be filled or lose their power. Needs root."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WITHOUT_FLUSHING = 2
 
 
 def why_not(kind: str) -> str:
-    """What this machine lacks for a file system, "tmpfs" among them; empty if nothing."""
+    """What this machine lacks for a file system, "tmpfs" among them. Empty if nothing."""
     if os.geteuid() != 0:
         return "only root may mount"
     if kind in MAKE and not shutil.which(MAKE[kind][0]):
@@ -51,7 +51,7 @@ class Mounted:
         unmount(self.path)
 
     def lose_power(self) -> None:
-        """Nothing that is not on the disk yet comes there; every further access is an error."""
+        """Nothing that is not on the disk yet comes there. Every further access is an error."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.ioctl(descriptor, GOING_DOWN, struct.pack("I", WITHOUT_FLUSHING))

@@ -61,7 +61,7 @@ def lying_header(path: Path, chance: random.Random) -> None:
 
 
 def of_another_form(path: Path, chance: random.Random) -> None:
-    """One or two values of a JSON file replaced; of another file, its header's."""
+    """One or two values of a JSON file replaced. Of another file, its header's."""
     if path.suffix != ".json":
         return lying_header(path, chance)
     values = json.loads(path.read_text())
@@ -113,7 +113,7 @@ def files_beside(path: Path) -> list[Path]:
 
 
 def damaged_file(files: list[Path], chance: random.Random) -> str:
-    """Damage one of the files; which, and how."""
+    """Damage one of the files, which, and how."""
     path, damage = chance.choice(files), chance.choice(DAMAGES)
     damage(path, chance)
     return f"{path} {damage.__name__}"

@@ -38,7 +38,7 @@ def start_stage(ranks: int, stage: str, root: Path, *options: str) -> subprocess
 
 
 def stage_on_ranks(ranks: int, stage: str, root: Path, timeout: float = 120) -> str:
-    """The output of a stage; an AssertionError with it where the stage fails."""
+    """The output of a stage. An AssertionError with it where the stage fails."""
     process = start_stage(ranks, stage, root)
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
@@ -46,7 +46,7 @@ def stage_on_ranks(ranks: int, stage: str, root: Path, timeout: float = 120) -> 
 
 
 def on_ranks(ranks: int, script: Path, *arguments, timeout: float = 280) -> str:
-    """The output of a script; an AssertionError with its end where it fails."""
+    """The output of a script. An AssertionError with its end where it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(ranks), str(script), *map(str, arguments)]
     ended = subprocess.run(

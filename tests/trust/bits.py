@@ -4,7 +4,7 @@
 
 Every other flip is in a run of branches, which has features instead of routed samples.
 What reads the file is done again: all stages behind the one that made it.  The run ends with the
-figures of the undisturbed one, or with a line that names the file; what the line says to remove is
+figures of the undisturbed one, or with a line that names the file. What the line says to remove is
 removed, and the plain command ends with these figures then.  Shards have no second copy: they are
 put back.
 """

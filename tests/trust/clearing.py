@@ -70,7 +70,7 @@ def main(given: Asked) -> int:
 
 
 def clear(root: Path, config: Config, last: int | None, really: bool) -> int:
-    """The beginning of `run --force`, ended at file operation `last`; how many there were."""
+    """The beginning of `run --force`, ended at file operation `last`. How many there were."""
     run, stale = check(config, root, force=True)
     jobs = plan(run)
     with operations(last, really) as counted:

@@ -51,7 +51,7 @@ def small_config(data: Path, *overrides: str) -> Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: as the process returned it; negative: the signal that ended it.  text: all it said."""
+    """code: as the process returned it. negative: the signal that ended it.  text: all it said."""
 
     code: int
     text: str

@@ -1,7 +1,7 @@
 """`python -P -m trainer check`: the mistakes in a config that only torch and the shards can show.
 
 It runs before RUN is made. The config comes as TOML on standard input. Exit code 0: nothing was
-found; what is odd but no mistake is a warning on standard error.
+found. What is odd but no mistake is a warning on standard error.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def check_engine(config: Config) -> None:
 
 
 def check_shards(config: Config) -> dict[str, ShardSet]:
-    """Every split, opened; val and test have the classes and the inputs of train."""
+    """Every split, opened. Val and test have the classes and the inputs of train."""
     train = open_shards(config.data.train, config.data, "train")
     opened = {"train": train}
     for split in ("val", "test"):
@@ -141,7 +141,7 @@ def check_inputs(shards: ShardSet, train: ShardSet) -> None:
 
 
 def check_classes(session: Session) -> list[str]:
-    """Classes that train has no example of; and groups against those that it has."""
+    """Classes that train has no example of, and groups against those that it has."""
     counts = session.shards("train").class_counts
     absent = np.flatnonzero(counts == 0)
     warnings = []
@@ -165,7 +165,7 @@ def check_classes(session: Session) -> list[str]:
 
 
 def check_groups(session: Session, trained: np.ndarray) -> list[str]:
-    """The groups that are asked for have classes with examples; of the user's own, some have."""
+    """The groups that are asked for have classes with examples. Of the user's own, some have."""
     config = session.config.clusters
     if not config.groups_file:
         if config.num_groups > trained.sum():

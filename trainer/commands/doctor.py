@@ -1,6 +1,6 @@
 """`referral doctor`: is this machine fit for a run?
 
-One line a finding; exit code 1 if something needed is missing. Whatever is missing or broken is a
+One line a finding. Exit code 1 if something needed is missing. Whatever is missing or broken is a
 finding, torch too: no error ends the list. Under torchrun (`torchrun ... -m
 trainer -- doctor --run DIR`) every rank looks for itself, and rank 0 reports what only some ranks
 see, or see differently.
@@ -117,7 +117,7 @@ def compare_ranks(ranks: list[RankFindings], total: float) -> list[Finding]:
 
 
 def read_config(run: Path | None) -> Config | Finding | None:
-    """The config of a run, or what is wrong with it; None where no run is named."""
+    """The config of a run, or what is wrong with it. None where no run is named."""
     if run is None:
         return None
     try:
@@ -152,7 +152,7 @@ def versions() -> list[Finding]:
 
 
 def _version(module: str, package: str) -> str:
-    """Of an installed package; "" without it."""
+    """Of an installed package. "" without it."""
     try:
         return importlib.metadata.version(package) or "of an unknown version"
     except (importlib.metadata.PackageNotFoundError, KeyError):

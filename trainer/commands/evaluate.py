@@ -165,7 +165,7 @@ def read_labels(raw: Sequence[str], class_names: Sequence[str]) -> Labels:
     """The network's class of each label.
 
     Labels are names where one of them is a class's name, else class indices where all are numbers
-    below C; see `labels.settle_given`.
+    below C. See `labels.settle_given`.
     """
     texts, reasons = readings(raw)
     known = [text for number, text in enumerate(texts) if number not in reasons]
@@ -202,7 +202,7 @@ def predict_all(
     report: Report,
     device: str,
 ) -> Outcome:
-    """Predict every input whose label is a class; the report lists what cannot be read."""
+    """Predict every input whose label is a class. The report lists what cannot be read."""
     keys: list[str] = []
     parts: list[Values] = []
 
@@ -349,7 +349,7 @@ def write_files(
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:
-    # Names of files may hold bytes that are not UTF-8; names of classes cannot.
+    # Names of files may hold bytes that are not UTF-8. Names of classes cannot.
     with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()

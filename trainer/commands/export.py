@@ -214,7 +214,7 @@ def load_run_ensemble(
 def as_user_errors(of: str | Path = "") -> Iterator[None]:
     """Turn what the libraries say about files that they are given into one line for the user.
 
-    of: a run or a bundle, to be named; its networks fail in here where another error is raised.
+    of: a run or a bundle, to be named. Its networks fail in here where another error is raised.
     """
     try:
         yield
@@ -260,7 +260,7 @@ def check_target(out: Path, root: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def put_in_place(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write in; it becomes `out` if the block ends without an error."""
+    """A directory beside `out` to write in. It becomes `out` if the block ends without an error."""
     out = out.absolute()
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
     earlier = out.with_name(f".{out.name}.{os.getpid()}.earlier")

@@ -49,7 +49,7 @@ class TorchBuild(NamedTuple):
 
 
 def gpus_of_machine() -> Gpus | None:
-    """The GPUs whose driver is loaded; None without any."""
+    """The GPUs whose driver is loaded. None without any."""
     return _nvidia() or _amd()
 
 
@@ -64,7 +64,7 @@ def _nvidia() -> Gpus | None:
 
 
 def _nvidia_smi() -> list[str]:
-    """One line a GPU, `NAME, DRIVER`; none where it is not installed or finds no driver."""
+    """One line a GPU, `NAME, DRIVER`. None where it is not installed or finds no driver."""
     if shutil.which(QUERY[0]) is None:
         return []
     try:

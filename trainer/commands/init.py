@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def shards_of_raw(place: str, out: Path | None, force: bool) -> Shards:
-    """Make shards of raw data; the command is printed.  Raises UserError where that fails."""
+    """Make shards of raw data. The command is printed.  Raises UserError where that fails."""
     target = out or Path(f"{data_name(place)}-shards")
     if (target / MANIFEST).exists() and not force:
         raise UserError(
@@ -141,7 +141,7 @@ def values_of(settings: Sequence[Setting]) -> dict:
 
 
 def checked(config: Config, summary: DataSummary, hardware: Hardware, run: Path) -> float:
-    """Check the config as `referral prepare` does; returns the seconds that a run may take."""
+    """Check the config as `referral prepare` does. Returns the seconds that a run may take."""
     ranks = config.launch.processes or 1
     for warning in check(config, ranks, run):
         print(shown(f"warning: {warning}"), file=sys.stderr)

@@ -1,6 +1,6 @@
 """What a run will take of memory and disk, roughly, against what is there.
 
-Counted are weights, gradients, optimizer states and logits; activations are not, so that a
+Counted are weights, gradients, optimizer states and logits. Activations are not, so that a
 training needs more than is said here.
 """
 
@@ -92,7 +92,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _available(meminfo: Path) -> int:
-    """MemAvailable of /proc/meminfo; where there is none, nothing is known to be too much."""
+    """MemAvailable of /proc/meminfo. Where there is none, nothing is known to be too much."""
     try:
         lines = meminfo.read_text().splitlines()
         found = next(line for line in lines if line.startswith("MemAvailable:"))

@@ -51,7 +51,7 @@ from .prediction_files import ROWS, check_target, table_file, writable
 if TYPE_CHECKING:
     from ensemble.ranking import Prediction
 
-# Below a directory these lie beside the inputs; a file that is named is read whatever it is.
+# Below a directory these lie beside the inputs. A file that is named is read whatever it is.
 NOTES = ("txt", "json")
 BATCH = 64
 Item = TypeVar("Item")
@@ -165,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """What the data are, where they do not say it; see `sources.Options`."""
+    """What the data are, where they do not say it. See `sources.Options`."""
     add = parser.add_argument
     add("--split", default="", metavar="NAME", help="which split of data that has several (test)")
     add("--text", default="", metavar="NAME", help="column of texts")
@@ -180,7 +180,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_of(args: argparse.Namespace, run: RunDirectory | None) -> Options:
-    """How files of many inputs are read; shards as the run's own, unless args say more."""
+    """How files of many inputs are read. Shards as the run's own, unless args say more."""
     options = Options(
         text=args.text,
         key=args.key,
@@ -199,7 +199,7 @@ def options_of(args: argparse.Namespace, run: RunDirectory | None) -> Options:
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """What chooses and loads the network; see `load_predictor`."""
+    """What chooses and loads the network. See `load_predictor`."""
     network = parser.add_mutually_exclusive_group()
     network.add_argument(
         "--student", metavar="NAME", help="predict with this student, not with the ensemble"
@@ -516,7 +516,7 @@ def read_examples(path: Path, reader: InputReader) -> Iterator[Example]:
 def as_utf8(stream: TextIO) -> None:
     """Let a stream write UTF-8 whatever the terminal's encoding, and the rest as escapes.
 
-    A file name that is not UTF-8 has lone surrogates; \\udcff is how JSON writes one.
+    A file name that is not UTF-8 has lone surrogates. \\udcff is how JSON writes one.
     """
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(encoding="utf-8", errors="backslashreplace")

@@ -401,7 +401,7 @@ def validate(
     ] = None,
     fetch_dir: FetchDir = "",
 ) -> None:
-    """Check every file in the shards; exit code 1 if one is corrupt, with a list."""
+    """Check every file in the shards. Exit code 1 if one is corrupt, with a list."""
     from ..data.authoring.indexing import validate as validate_shards
     from ..data.authoring.reporting import print_classes
     from ..data.writing import read_manifest

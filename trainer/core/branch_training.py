@@ -42,7 +42,7 @@ class BranchBatch:
     """Rows of each branch.
 
     at_cut: [M, B, ...].  general: [M, B, A], what the generalist's head reads.  total: L, float64
-    [M, B].  targets: int64 [M, B], columns of the labels; K stands for the dustbin.
+    [M, B].  targets: int64 [M, B], columns of the labels. K stands for the dustbin.
     """
 
     at_cut: Tensor
@@ -80,7 +80,7 @@ def validations(trained: int, measured: int) -> int:
 
 
 class BranchTrainer:
-    """Trains M branches at once.  They keep their best step on val; 0 is the generalist.
+    """Trains M branches at once.  They keep their best step on val. 0 is the generalist.
 
     read: (step) -> BranchBatch on the ranks' device, a pure function.
     """
@@ -118,7 +118,7 @@ class BranchTrainer:
         self.every = schedule.validate_every or self._validate_every()
 
     def train(self) -> None:
-        """Until the steps are done, or every branch has stopped early; `best` is the result."""
+        """Until the steps are done, or every branch has stopped early. `best` is the result."""
         if self.step == 0:
             self.validate()
         while self.step < self.steps and not self.stopped:
@@ -160,7 +160,7 @@ class BranchTrainer:
             raise Interrupted()
 
     def train_step(self, batch: BranchBatch, rate: float) -> Tensor:
-        """One optimizer step; the branches' mean losses [M]."""
+        """One optimizer step. The branches' mean losses [M]."""
         base = self.general(batch).add_(self.offsets)
         logits = base + self.stack(batch.at_cut, self._dropout_mask(batch.at_cut))
         losses = stacked_loss(
@@ -225,7 +225,7 @@ class BranchTrainer:
             saver.save(self.step, state, None)
 
     def _resume(self) -> int:
-        """The newest step that every branch has a whole checkpoint of, and their states; else 0."""
+        """The newest step that every branch has a whole checkpoint of, and their states, else 0."""
         step = whole_step([task.checkpoints for task in self.tasks])
         if step is None:
             return 0
@@ -326,7 +326,7 @@ def branch_logits(
 def build_stack_optimizer(
     stack: StackedBranches, schedule: ResolvedSpecialists
 ) -> torch.optim.Optimizer:
-    """As build_optimizer: matrices and kernels decay, vectors do not; all have one more axis."""
+    """As build_optimizer: matrices and kernels decay, vectors do not. All have one more axis."""
     decayed = [p for p in stack.parameters() if p.ndim > 2]
     plain = [p for p in stack.parameters() if p.ndim <= 2]
     groups = [

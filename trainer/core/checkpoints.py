@@ -1,8 +1,8 @@
-"""Checkpoints: a directory under a temporary name, then renamed; complete only with its marker.
+"""Checkpoints: a directory under a temporary name, then renamed. Complete only with its marker.
 
 `state.pt` holds tensors and plain values only.  It is read with `weights_only=True`, so that
 nothing is unpickled into code.  Of a head that is split over the ranks each writes its own rows,
-state-00001-of-00002.safetensors and so on (networks.row_files); trainer.core.split_state has them.
+state-00001-of-00002.safetensors and so on (networks.row_files). trainer.core.split_state has them.
 The marker, COMPLETE, holds the checksums of all these files, which are compared before they are
 read.  One of an earlier version is empty.
 """
@@ -166,9 +166,9 @@ def whole_step(directories: Sequence[Path]) -> int | None:
 
 
 def fault(checkpoint: Path) -> str:
-    """What is wrong with a complete checkpoint; empty if nothing.
+    """What is wrong with a complete checkpoint. Empty if nothing.
 
-    Earlier versions kept no checksum; torch's file is a zip, which has weaker ones.
+    Earlier versions kept no checksum. Torch's file is a zip, which has weaker ones.
     """
     try:
         text = (checkpoint / COMPLETE).read_text(encoding="utf-8")
@@ -204,7 +204,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     own_rows: Mapping[str, slice] | None = None,
 ) -> State:
-    """The state, mapped from its file on a CPU; of tensors in `own_rows` these rows alone.
+    """The state, mapped from its file on a CPU. Of tensors in `own_rows` these rows alone.
 
     Raises UserError for one that is damaged.
     """

@@ -18,7 +18,7 @@ from networks.linear_logits import LinearLogits
 
 
 class DenseLogits(NamedTuple):
-    """log_p: logits [B, C]; log-probabilities are logits too."""
+    """log_p: logits [B, C]. Log-probabilities are logits too."""
 
     log_p: Tensor
 
@@ -86,12 +86,12 @@ Predictor = Callable[[Tensor], LinearLogits | DenseLogits]  # raw inputs -> logi
 
 
 def dense_log_probabilities(p: Tensor) -> DenseLogits:
-    """Probabilities [B, C] as logits; 0 becomes the smallest normal float32."""
+    """Probabilities [B, C] as logits. 0 becomes the smallest normal float32."""
     return DenseLogits(p.float().clamp_min(torch.finfo(torch.float32).tiny).log())
 
 
 def predictor_of(network: Classifier) -> Predictor:
-    """What a network predicts for raw inputs; one with several members by their mean."""
+    """What a network predicts for raw inputs. One with several members by their mean."""
     if network.num_members == 1:
         return lambda raw: lazy_logits(network, raw)
     return lambda raw: DenseLogits(mean_log_probabilities(network, raw))

@@ -2,10 +2,13 @@
 
 The rule is `state_of`.  Its thresholds:
 
-    LEARNT     errors on train are at most so large a part of those on val: it knows train better
+    LEARNT     errors on train are at most so large a part of those on val: it knows train
+               better
     ALIKE      or at least so large a part: what it has learnt holds for val as well
-    FALLING    that twice the steps would lower the loss by, as it fell before the rate went down
-    SURE       standard errors that an estimate must be away from the threshold on the other side
+    FALLING    that twice the steps would lower the loss by, as it fell before the rate
+               went down
+    SURE       standard errors that an estimate must be away from the threshold on the
+               other side
     FEWEST     errors on val: of fewer nothing is told
 """
 
@@ -86,9 +89,9 @@ def paired(one: np.ndarray, other: np.ndarray) -> Mean:
 
 
 def error_ratio(train: Fit, val: Fit) -> Mean:
-    """Errors on train as a fraction of those on val, by the delta method; val has some errors."""
+    """Errors on train as a fraction of those on val, by the delta method. Val has some errors."""
     ratio = train.errors / val.errors
-    # log r = log e_train - log e_val, and d log e = d e / e; with e_train = 0 the first is 0.
+    # log r = log e_train - log e_val, and d log e = d e / e, with e_train = 0 the first is 0.
     se = math.hypot(train.top1.se / val.errors, ratio * val.top1.se / val.errors)
     return Mean(ratio, se)
 
@@ -103,11 +106,11 @@ def state_of(train: Fit, val: Fit, fall: Fall | None, taught: bool = True) -> st
 
     "data": it errs at most LEARNT times as often on train as on val.  "capacity": at least ALIKE
     times.  "steps": its loss still fell before its rate went down, on val, or on train where it is
-    not short of data (what is learnt by heart falls on train for ever).  "none": none of these, or
+    not short of data (on memorised examples the loss falls for ever).  "none": none of these, or
     there are too few examples to tell.
 
     fall: None where nobody knows how it was trained.  taught: whether it learned from these
-    training examples; where it did not, train is as hard as val for any network.
+    training examples. Where it did not, train is as hard as val for any network.
     """
     if not enough_errors(val):
         return "none"

@@ -61,7 +61,7 @@ def entropic(x: Tensor) -> Tensor:
 
     It is about -log(x) / 2 for large x.
     """
-    # Stirling's series for ln Gamma and psi; the first term left out, x^-7 / 210, is below 1e-15
+    # Stirling's series for ln Gamma and psi. The first term left out, x^-7 / 210, is below 1e-15
     # from here on.
     start = 64.0
     # Each branch sees only its own arguments, so that no gradient is nan.

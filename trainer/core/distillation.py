@@ -52,13 +52,13 @@ def distillation_loss(
     ----------
     student_logits : Tensor [K, B, C]
     teacher : Tensor [K, B, C] or LogitTargets of as many
-        Probabilities, or logits up to a constant of each row.  K = 1 is plain distillation;
-        otherwise member k learns from teacher k (Tran et al. 2020).
+        Probabilities, or logits up to a constant of each row.  K = 1 is plain distillation.
+        Otherwise member k learns from teacher k (Tran et al. 2020).
     labels : int64 Tensor [B]
         -1 for unlabelled examples.  They add nothing to the second term, which is divided by B all
         the same.
     temperature : float
-        T; math.inf is the limit, `matching_loss` of the logits.
+        T. math.inf is the limit, `matching_loss` of the logits.
     soft_weight, hard_weight, label_smoothing : float
     wrong_weight : float
         Where the teacher's likeliest class is not the label, so much of soft_weight goes from the
@@ -104,7 +104,7 @@ def soft_loss(student_logits: Tensor, teacher: Tensor | LogitTargets, temperatur
 def soft_losses(
     student_logits: Tensor, teacher: Tensor | LogitTargets, temperature: float
 ) -> Tensor:
-    """T^2 KL(teacher_T || student_T) of each row, [K, B]; `matching_losses` at T = inf."""
+    """T^2 KL(teacher_T || student_T) of each row, [K, B]. `matching_losses` at T = inf."""
     z = to_float32(student_logits)
     if not isinstance(teacher, LogitTargets):
         teacher = LogitTargets(safe_log(teacher))
@@ -183,7 +183,7 @@ class _KLOfLogits(torch.autograd.Function):
 
 
 def _divided(logits: Tensor, temperature: float) -> Tensor:
-    """logits / T; at T = 1 the logits themselves, without a copy."""
+    """logits / T. At T = 1 the logits themselves, without a copy."""
     return logits if temperature == 1 else logits / temperature
 
 
@@ -212,7 +212,7 @@ class TopKTargets(NamedTuple):
     log_values  [..., k]        log p of these
     log_tail    [...]           log of the mass of the other C - k classes, spread evenly over them
     counts      int64 [...]     where rows keep different numbers of classes: how many of the k are
-                                a row's own, at least 1; behind them is padding, of any class and
+                                a row's own, at least 1. Behind them is padding, of any class and
                                 of log -inf.  None where all rows keep k
 
     Logarithms, because a tail of 1e-9 is lost in 1 - sum of values but says much at a high
@@ -290,7 +290,7 @@ class TopKTargets(NamedTuple):
 
     @property
     def others(self) -> int | Tensor:
-        """C - k; where rows keep different numbers of classes each row's, [...]."""
+        """C - k. Where rows keep different numbers of classes each row's, [...]."""
         if self.counts is None:
             return self.num_classes - self.indices.shape[-1]
         return self.num_classes - self.counts
@@ -304,7 +304,7 @@ class TopKTargets(NamedTuple):
         return columns >= self.counts[..., None]
 
     def log_parts(self, temperature: float) -> Tensor:
-        """log of the softened p, [..., k + 1]; -inf for padding.
+        """log of the softened p, [..., k + 1]. -inf for padding.
 
         Last comes that of each single one of the other classes.
         """

@@ -1,6 +1,6 @@
 """How long an answer takes, measured: one thread, medians, in a fraction of a second.
 
-On a CPU the clock is the thread's own, which other processes do not slow down; on a GPU it is the
+On a CPU the clock is the thread's own, which other processes do not slow down. On a GPU it is the
 wall's, around a call and all that it started.
 """
 
@@ -42,7 +42,7 @@ def latencies_ms(answer: Answer, raw: Tensor, batches: list[int]) -> dict[str, f
 
 
 def median_ms(answer: Answer, raw: Tensor, size: int) -> float:
-    """The median time of a call with `size` rows; the first call, which warms up, is left out."""
+    """The median time of a call with `size` rows. The first call, which warms up, is left out."""
     parts = raw[: len(raw) // size * size].split(size)
     answer(parts[0])
     times: list[float] = []

@@ -32,7 +32,7 @@ REQUEUE = 75  # EX_TEMPFAIL: start this job again, and it resumes
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or SIGUSR2 arrived; a checkpoint is written."""
+    """SIGTERM or SIGUSR2 arrived. A checkpoint is written."""
 
     def __init__(self):
         super().__init__(REQUEUE)
@@ -85,13 +85,13 @@ class TrainingSummary:
 
 
 class Trainer:
-    """One training run by an engine on these ranks; it resumes the newest checkpoint.
+    """One training run by an engine on these ranks. It resumes the newest checkpoint.
 
     Parameters
     ----------
     task : TrainingTask
     engine : Engine
-        A fresh one; whoever made it closes it.
+        A fresh one. Whoever made it closes it.
     ranks : Ranks
     files : TrainingFiles
 
@@ -143,13 +143,13 @@ class Trainer:
         -------
         network : nn.Module
             In eval mode.  With the best validated weights where schedule.patience is set, the last
-            ones otherwise; averaged weights where schedule.ema is set.
+            ones otherwise. Averaged weights where schedule.ema is set.
         summary : TrainingSummary
 
         Raises
         ------
         Interrupted
-            After SIGTERM or SIGUSR2; a checkpoint is written.
+            After SIGTERM or SIGUSR2. A checkpoint is written.
         UserError
             Where the loss is not finite or diverges, or a checkpoint cannot be written.
         """
@@ -224,7 +224,7 @@ class Trainer:
         progress.record_validation(metrics, patience)
 
     def save_checkpoint(self) -> None:
-        """Save all that a later attempt needs; collective."""
+        """Save all that a later attempt needs. Collective."""
         self.logger.update_seconds()
         self.progress.lost = self.accounting.all_lost(self._gather)
         state = {
@@ -237,7 +237,7 @@ class Trainer:
         self.saver.save(self.progress.step, state, self.progress.best_step)
 
     def export(self) -> nn.Module:
-        """The plain network with the weights that the run is for, in eval mode; collective."""
+        """The plain network with the weights that the run is for, in eval mode. Collective."""
         weights = None
         if self.task.schedule.patience and self.best is not None:
             weights = self.best
@@ -260,7 +260,7 @@ class Trainer:
         )
 
     def _is_due(self, interval: int) -> bool:
-        """Whether something that happens every `interval` steps happens now; 0 is never."""
+        """Whether something that happens every `interval` steps happens now. 0 is never."""
         return interval > 0 and self.progress.step % interval == 0
 
     def _gather(self, value: T) -> list[T]:
@@ -284,7 +284,7 @@ def _copied(value: Kept, ranks: Ranks) -> Kept:
 def resume(
     checkpoints: Path, ranks: Ranks, own_rows: Mapping[str, slice] | None = None
 ) -> tuple[Progress, State | None]:
-    """The newest whole checkpoint's progress and state; its random generators are set.
+    """The newest whole checkpoint's progress and state. Its random generators are set.
 
     The state's tensors lie in the file, of which the operating system reads what is copied.
 
@@ -311,7 +311,7 @@ def resume(
 
 
 def random_state(ranks: Ranks) -> dict[str, Tensor]:
-    """torch's generators on this rank; the order of data is a function of seed and step alone."""
+    """torch's generators on this rank. The order of data is a function of seed and step alone."""
     state = {"cpu": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(ranks.device)

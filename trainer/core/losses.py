@@ -200,7 +200,7 @@ def full_specialist_loss(
     labels : int64 Tensor [B]
         Each a class.
     in_group : bool Tensor [C]
-        The classes of S_m; the others are "out".
+        The classes of S_m. The others are "out".
     p_general : Tensor [B, C], optional
         The generalist's probabilities, read where the label is out.  None leaves the soft targets
         out.
@@ -215,7 +215,7 @@ def full_specialist_loss(
     # -log q'(label) splits exactly into "is it out?" and "which of those out?".  The examples come
     # at training frequencies, and so the question whether to trust S_m, whose hard answer is known,
     # must see the adjusted logits.  A soft target p_general as a whole cannot answer it: it is
-    # right for an input drawn at random, whereas these were picked for their label; its mass inside
+    # right for an input drawn at random, whereas these were picked for their label. Its mass inside
     # S_m would count for S_m on examples known to be out.  So p_general answers the second question
     # alone, conditioned on what is known.  There a log_prior that is constant out cancels, and one
     # that is not would have to weigh target and answer alike: both stay in natural frequencies.

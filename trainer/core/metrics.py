@@ -177,7 +177,7 @@ def pairwise_kl(log_p: Tensor) -> Tensor:
     Returns
     -------
     Tensor [n]
-        In nats; inf where one member excludes a class that another does not.
+        In nats. inf where one member excludes a class that another does not.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """Objectives: functions (network, batch) -> loss, a mean over the batch.
 
-An objective says what a network is asked to do with a batch; the losses themselves are in
+An objective says what a network is asked to do with a batch. The losses themselves are in
 losses.py, distillation.py and dirichlet.py.  B batch, C classes, K members of a network,
 S_m the classes of specialist m.
 """
@@ -79,7 +79,7 @@ def classify(
     ----------
     label_smoothing : float
     log_prior : Tensor [C], optional
-        Where the stream resamples the classes; see `classification_loss`.
+        Where the stream resamples the classes. See `classification_loss`.
     negatives : int or float, optional
         Of a sharded head: learn each batch's own classes against so many others, or against this
         share of all classes, drawn anew for each batch.
@@ -165,14 +165,14 @@ def rerank(
     shortlists : callable
         batch -> int64 [B, k], distinct classes of each row.
     random : int
-        Classes drawn for the batch, which stand for all others; see networks.candidates.
+        Classes drawn for the batch, which stand for all others. See networks.candidates.
     num_classes : int
     comm : callable
         batch -> what gathers it from the ranks.
     head : RowHead, optional
         The network's, which gives features.  None of a network that gives LinearLogits.
     log_prior : Tensor [C], optional
-        Where the stream resamples the classes; see `classification_loss`.
+        Where the stream resamples the classes. See `classification_loss`.
     """
 
     constant_prior = Constant(log_prior)
@@ -208,7 +208,7 @@ def specialise_in(
     group_classes : int array [|S_m|]
     num_classes : int
     shift : float
-        How far the dustbin is lowered for the oversampling of S_m; see `dustbin_shift`.
+        How far the dustbin is lowered for the oversampling of S_m. See `dustbin_shift`.
     label_smoothing : float
     log_prior : Tensor [|S_m|], optional
         Where the stream resamples the group's classes among themselves.
@@ -241,18 +241,18 @@ def specialise_fully(
     Parameters
     ----------
     generalist : nn.Module, optional
-        inputs -> logits [B, C].  It is the teacher where the label is outside the group; without
+        inputs -> logits [B, C].  It is the teacher where the label is outside the group. Without
         one a network learns there only that the label is outside.
     group_classes, num_classes, shift, log_prior
         As in `specialise_in`.
     others_log_prior : Tensor [C], optional
-        Where the stream resamples the other classes among themselves; 0 in the group.
+        Where the stream resamples the other classes among themselves. 0 in the group.
     soft_weight : float
         Of the KL from the generalist's predictions.
 
     References
     ----------
-    Hinton et al. 2015, section 6.1; see `full_specialist_loss`.
+    Hinton et al. 2015, section 6.1. See `full_specialist_loss`.
     """
     own = torch.tensor(group_classes)
     inside = torch.zeros(num_classes, dtype=torch.bool)
@@ -293,7 +293,7 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
     ----------
     teacher : callable
         batch -> probabilities [K, B, C], what is stored of them (TopKTargets), or logits
-        (LogitTargets).  A network with K members learns member k from teacher k; a single one
+        (LogitTargets).  A network with K members learns member k from teacher k. A single one
         learns their mean.
     student : ResolvedStudent
         Temperature, weights and the kind of mean.

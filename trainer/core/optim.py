@@ -142,7 +142,7 @@ def learning_rate(step: int, steps: int, schedule: ResolvedSchedule) -> float:
     """The rate of step 0 ... steps - 1: a linear rise over the warm-up share, then the schedule.
 
     cosine    falls to zero
-    onecycle  the same; the rise starts at 1/25 of the peak and is a cosine too
+    onecycle  the same. The rise starts at 1/25 of the peak and is a cosine too
               (Smith & Topin 2018)
     constant  stays at the peak
     """
@@ -160,12 +160,12 @@ def learning_rate(step: int, steps: int, schedule: ResolvedSchedule) -> float:
 
 
 class AveragedWeights:
-    """Exponential moving average of a network's parameters; buffers are the network's own.
+    """Exponential moving average of a network's parameters. Buffers are the network's own.
 
     The decay is warmed up, min(decay, (1 + t) / (10 + t)), so that early averages are not stuck at
     the initial weights.
 
-    average: the averages so far, from a checkpoint; by default they start at the network's weights.
+    average: the averages so far, from a checkpoint. By default they start at the network's weights.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class AveragedWeights:
     def update(self, network: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         current = dict(network.named_parameters())
-        # One kernel for all tensors, as torch's own optimizers do it; torch has no public name.
+        # One kernel for all tensors, as torch's own optimizers do it. Torch has no public name.
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
             list(self.average.values()),
             [current[name].detach() for name in self.average],
@@ -189,7 +189,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def swap(self, network: nn.Module) -> None:
-        """Exchange the network's weights and the averages; a second call undoes it."""
+        """Exchange the network's weights and the averages. A second call undoes it."""
         for name, parameter in network.named_parameters():
             current = parameter.detach().clone()
             parameter.copy_(self.average[name])

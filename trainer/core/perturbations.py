@@ -2,9 +2,9 @@
 
 Of pictures: to where the members of an ensemble disagree.  Nam et al. 2021, "Diversity matters when
 learning from ensembles", after the output diversified sampling of Tashiro et al. 2020.
-Of bags: between two examples, where networks that know theirs by heart cannot answer from memory.
+Of bags: between two examples, where networks that memorised theirs cannot answer from memory.
 
-B batch, C classes, D numbers in one input; x inputs, floats scaled to 0..1.
+B batch, C classes, D numbers in one input. x inputs, floats scaled to 0..1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 KINDS = ("none", "gaussian", "ods", "conf_ods")
 
-# inputs [B, ...] -> logits [B, C]; each row depends on its own input alone.
+# inputs [B, ...] -> logits [B, C]. Each row depends on its own input alone.
 LogitsOf = Callable[[Tensor], Tensor]
 
 
@@ -26,7 +26,7 @@ def ods(
 ) -> tuple[Tensor, Tensor]:
     """The direction of output diversified sampling, and a teacher's confidence.
 
-    Works under no_grad and autocast; no parameter gets a gradient.
+    Works under no_grad and autocast. No parameter gets a gradient.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def ods(
     Returns
     -------
     direction : Tensor [B, ...]
-        sqrt(D) g / ||g||_2 with g = grad_x weights . softmax(logits_of(x) / temperature); 0 where g
+        sqrt(D) g / ||g||_2 with g = grad_x weights . softmax(logits_of(x) / temperature). 0 where g
         is 0.
     confidence : Tensor [B]
         The largest softmax(logits_of(x) / temperature).
@@ -77,10 +77,10 @@ def perturb(
     inputs : float Tensor [B, ...]
     size, temperature : float
     teachers : sequence of callables
-        See `ods`.  In eval mode, for batch norm in training mode mixes examples; their flags are
+        See `ods`.  In eval mode, for batch norm in training mode mixes examples. Their flags are
         left as they are.
     generator : torch.Generator, optional
-        What draws; by default torch's global one of the CPU, which checkpoints keep.
+        What draws. By default torch's global one of the CPU, which checkpoints keep.
 
     Raises
     ------
@@ -118,8 +118,8 @@ def mix_bags(bags: Tensor, share: float, generator: torch.Generator | None = Non
     """Bags of indices, each with some of its own left out and some of another's put in.
 
     Of a bag's own indices each stays with a probability that is drawn for the bag, uniform in
-    [1 - 2 share, 1]; of another bag of the batch each joins it with probability `share`.  So bags
-    keep about their sizes.  What has no room is left out; a bag that would end up empty stays as it
+    [1 - 2 share, 1]. Of another bag of the batch each joins it with probability `share`.  So bags
+    keep about their sizes.  What has no room is left out. A bag that would end up empty stays as it
     is.
 
     Parameters
@@ -129,7 +129,7 @@ def mix_bags(bags: Tensor, share: float, generator: torch.Generator | None = Non
     share : float
         Within [0, 1 / 2].
     generator : torch.Generator, optional
-        What draws; by default torch's global one of the CPU, which checkpoints keep.
+        What draws. By default torch's global one of the CPU, which checkpoints keep.
 
     Returns
     -------
@@ -152,7 +152,7 @@ def mix_bags(bags: Tensor, share: float, generator: torch.Generator | None = Non
     taken = torch.cat([stays, joins], 1)
     emptied = ~taken.any(1)
     taken[emptied, :length] = real[emptied]
-    # Each to its place among those taken; what has none goes to a last column, which is cut off.
+    # Each to its place among those taken. What has none goes to a last column, which is cut off.
     places = taken.cumsum(1) - 1
     places = torch.where(taken, places, room).clamp_max(room)
     mixed = torch.full((count, room + 1), -1, dtype=bags.dtype, device=bags.device)
@@ -178,7 +178,7 @@ def _direction(
     p = torch.softmax(logits.detach().float() / temperature, dim=1)
     confidence, top = p.max(1, keepdim=True)
     # The slope by the logits is p_i (w_i - w . p) / temperature.  Of a teacher that is certain to
-    # within rounding, the top class's would round to 0; but it is minus the sum of the others', for
+    # within rounding, the top class's would round to 0, but it is minus the sum of the others', for
     # softmax ignores a constant.
     slope = p * (weights - (weights * p).sum(1, keepdim=True))
     slope = slope.scatter(1, top, 0.0)
@@ -195,6 +195,6 @@ def _direction(
 
 
 def _unit_peak(rows: Tensor) -> Tensor:
-    """Each row [B, n] divided by its largest absolute value; rows of 0 stay 0."""
+    """Each row [B, n] divided by its largest absolute value. Rows of 0 stay 0."""
     peak = rows.abs().amax(1, keepdim=True)
     return rows / peak.where(peak > 0, 1.0)

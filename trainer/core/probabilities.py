@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def to_float32(values: Tensor) -> Tensor:
-    """`values` in float32; float64 stays float64."""
+    """`values` in float32. float64 stays float64."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
@@ -34,7 +34,7 @@ def average_members(probabilities: Tensor, mean: str = "arithmetic") -> Tensor:
     ----------
     probabilities : Tensor [K, B, C]
     mean : {"arithmetic", "geometric"}
-        geometric: the softmax of the mean of log p; a p of 0 counts as in `safe_log`.
+        geometric: the softmax of the mean of log p. A p of 0 counts as in `safe_log`.
 
     Raises
     ------

@@ -31,7 +31,7 @@ DIVERGED = 10  # times the loss of the first steps (or 1 nat, where that is less
 
 @dataclass
 class Progress:
-    """The state of one training run; every field is written to its checkpoints."""
+    """The state of one training run. Every field is written to its checkpoints."""
 
     step: int = 0
     seconds: float = 0.0
@@ -47,7 +47,7 @@ class Progress:
     lost: list[tuple[int, int, str]] = field(default_factory=list)
 
     def record_validation(self, metrics: dict[str, float], patience: int) -> None:
-        """Remember the best step; stop after `patience` validations without a better loss."""
+        """Remember the best step. Stop after `patience` validations without a better loss."""
         self.waited += 1
         if metrics["loss"] < self.best_loss:
             self.best_loss = metrics["loss"]
@@ -59,9 +59,9 @@ class Progress:
 
 
 class MetricsLogger:
-    """Writes metrics.jsonl: first the rows up to the checkpoint, then each new one; trackers too.
+    """Writes metrics.jsonl: first the rows up to the checkpoint, then each new one. Trackers too.
 
-    Every rank has one, since a mean is over all ranks; rank 0 writes.
+    Every rank has one, since a mean is over all ranks. Rank 0 writes.
 
     steps: planned for the whole run.  batch_size: examples per step, over all ranks.
     """
@@ -115,7 +115,7 @@ class MetricsLogger:
         self.loss_sum += loss.detach()
 
     def log(self, rate: float, checkpoints: Path) -> None:
-        """Write a row with the mean loss since the last one; collective.
+        """Write a row with the mean loss since the last one. Collective.
 
         The row's `seconds` are of training so far, earlier attempts included.  Its `data_wait` is
         the fraction of the time since the last row that rank 0 waited for batches.

@@ -4,7 +4,7 @@
     m     rows that a step changes
 
 A row's averages, its weight decay and its count of steps move only when it has a gradient, as in
-torch.optim.SparseAdam.  That one counts the steps of the whole layer; a row that is new in step
+torch.optim.SparseAdam.  That one counts the steps of the whole layer. A row that is new in step
 1,000 would then start with sqrt(1000) times its share.  With every row in every step it is
 torch.optim's AdamW, or SGD.
 """
@@ -40,7 +40,7 @@ def adamw_rows(
 def sgd_rows(
     p: Tensor, g: Tensor, state: State, rate: float, decay: float, schedule: ResolvedSchedule
 ) -> None:
-    """One step of SGD with momentum, in place; arguments as in adamw_rows."""
+    """One step of SGD with momentum, in place. Arguments as in adamw_rows."""
     velocity = state["momentum_buffer"].mul_(schedule.momentum).add_(g).add_(p, alpha=decay)
     p.sub_(velocity, alpha=rate)
 
@@ -54,7 +54,7 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
 
 
 class RowOptimizer:
-    """The schedule's optimizer of a RowHead; the bias has no weight decay.
+    """The schedule's optimizer of a RowHead. The bias has no weight decay.
 
     Parameters
     ----------

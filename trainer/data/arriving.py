@@ -97,7 +97,7 @@ class Arrivals:
         return all(number in self._held for number in numbers if number in self.shards)
 
     def end(self) -> None:
-        """The set is no longer read; what it held may be evicted soon."""
+        """The set is no longer read. What it held may be evicted soon."""
         if self._pid == os.getpid() and self._held:
             self._fetches.keep(())
             self.directory.unwant(id(self))

@@ -5,7 +5,7 @@ The numbers belong to positions in the stream, so a view does not depend on who 
 The contract of a function behind `pipeline.choices.AUGMENTATIONS`, or of a user's own:
 function(inputs [n, ...], uniforms float64 [n, K]) -> views [n, ...].  A view is a pure function of
 its own input and its own K numbers in [0, 1), however many come in one call.  K is the function's
-attribute `numbers` (see `draws`; 8 where it has none).  Views may differ from the inputs in shape
+attribute `numbers` (see `draws`, 8 where it has none).  Views may differ from the inputs in shape
 and dtype, but must agree with each other.
 """
 
@@ -164,7 +164,7 @@ def drop_ngrams(
     """Bags of indices [n, L] with about a `share` of each bag's indices left out, made -1.
 
     Each is left out or not by itself, but one of a bag stays.  Negative indices are padding.
-    uniforms: [n, 1]; each bag's one number is hashed to one for each of its indices.
+    uniforms: [n, 1]. Each bag's one number is hashed to one for each of its indices.
     """
     _need_bags(inputs, "drop_ngrams")
     real = inputs >= 0

@@ -38,7 +38,7 @@ KINDS = {
 
 
 def exceeds(what: str, size: int, limit: int, unit: str = "bytes") -> str:
-    """The reason why something is not read; "" where it is within its limit."""
+    """The reason why something is not read. "" where it is within its limit."""
     if size <= limit:
         return ""
     return f"{what} has {size} {unit}, at most {limit} are read"

@@ -27,7 +27,7 @@ SCHEMA = 2  # raised where decoders change what they make of the same bytes
 
 
 class CachedShards(ShardSet):
-    """The same samples; reading indexes a memory-mapped array instead of decoding.
+    """The same samples. Reading indexes a memory-mapped array instead of decoding.
 
     array_path: .npy of [N, *input_shape].  unreadable: {id: reason} of rows that hold nothing.
     """
@@ -84,13 +84,13 @@ def cached(shards: ShardSet, path: str | Path, data: Data) -> ShardSet:
         The file is PATH-KEY.npy, with PATH-KEY.json beside it.  KEY is a hash of the shards and the
         decoders.
     data : Data
-        data.cache: "none" decodes nothing; "auto" decodes where all inputs have one shape and take
-        at most data.cache_bytes; "decoded" insists on it.
+        data.cache: "none" decodes nothing. "auto" decodes where all inputs have one shape and take
+        at most data.cache_bytes. "decoded" insists on it.
 
     Returns
     -------
     ShardSet
-        The same samples, ids and fingerprint; `shards` itself where nothing is cached.
+        The same samples, ids and fingerprint. `shards` itself where nothing is cached.
 
     Raises
     ------
@@ -165,7 +165,7 @@ def _open(shards: ShardSet, array_path: Path, header_path: Path, key: str) -> Ca
 
 
 def _fault(header: dict, array_path: Path) -> str:
-    """What is wrong with a header or its array; empty if nothing."""
+    """What is wrong with a header or its array. Empty if nothing."""
     if "checksum" not in header:
         return "an older version made it, without checksums"
     if header["checksum"] != _checksum(header):

@@ -6,8 +6,8 @@ from __future__ import annotations
 #
 # The contract: the function gets the whole content of one file and returns a numpy array of
 # numbers.  All samples of a set must get one shape and dtype.  It may raise any exception for
-# content that it cannot read; the sample is then corrupt.  A new decoder is one row here and its
-# function; the config's data.decoders adds rows of the same form, or replaces these.
+# content that it cannot read. The sample is then corrupt.  A new decoder is one row here and its
+# function. The config's data.decoders adds rows of the same form, or replaces these.
 DECODERS: dict[str, str] = {
     "jpg": "trainer.data.decoding:image",
     "jpeg": "trainer.data.decoding:image",

@@ -43,7 +43,7 @@ __all__ = [
 
 RGB = replace(PLAIN, channels=3)
 
-# The whole content of one file -> an array of numbers; see trainer.data.choices for the contract.
+# The whole content of one file -> an array of numbers. See trainer.data.choices for the contract.
 Decoder = Callable[[bytes], np.ndarray]
 
 
@@ -58,7 +58,7 @@ def rgb(content: bytes) -> np.ndarray:
 
 
 def npy(content: bytes) -> np.ndarray:
-    """The array of a .npy file; pickles are refused."""
+    """The array of a .npy file. Pickles are refused."""
     return read_npy(content)
 
 
@@ -137,7 +137,7 @@ def find_decoder(table: Mapping[str, Decoder], extension: str) -> Decoder:
 
 
 def picture_rules(decoder: Decoder, rules: PictureRules | None) -> PictureRules | None:
-    """The rules by which a decoder reads pictures; None of another decoder, and of no rules.
+    """The rules by which a decoder reads pictures. None of another decoder, and of no rules.
 
     rules: those of the shards, if they record any.
     """
@@ -147,7 +147,7 @@ def picture_rules(decoder: Decoder, rules: PictureRules | None) -> PictureRules 
 
 
 def with_rules(decoder: Decoder, rules: PictureRules | None) -> Decoder:
-    """The decoder; of pictures, one by those rules.  A user's own is used as it is."""
+    """The decoder. Of pictures, one by those rules.  A user's own is used as it is."""
     applied = picture_rules(decoder, rules)
     return decoder if applied is None else partial(read_picture, rules=applied)
 

@@ -5,10 +5,12 @@ data.fetch_dir holds
     KEY.tar     a shard: whole, checked, never changed; its index beside it
     KEY.json    a manifest
     KEY.npy     the classes of a split's samples, which a manifest names
-    KEY.*.part  KEY.tar.part is locked by who fetches KEY.tar, and empty.  What it writes has a name
-                with a random part, is locked, and as large as it will be, if that is known
-    lease-*     names of the files that a process reads, which nobody may evict, each with the bytes
-                to leave free until it is there; locked as long as its process lives
+    KEY.*.part  KEY.tar.part is locked by who fetches KEY.tar, and empty.  What it writes
+                has a name with a random part, is locked, and as large as it will be, if
+                that is known
+    lease-*     names of the files that a process reads, which nobody may evict, each with
+                the bytes to leave free until it is there; locked as long as its process
+                lives
     .lock       held while files get their names or are evicted
 
 So each shard is fetched once, whoever asks, and several at once.
@@ -46,7 +48,7 @@ from .writing import MANIFEST, parse_manifest
 
 ATTEMPTS = 3
 BUSY_ATTEMPTS = 6  # where the server says that it may answer later
-PAUSE_S = 0.2  # before the second attempt; four times as long before each further one
+PAUSE_S = 0.2  # before the second attempt. Four times as long before each further one
 LONGEST_PAUSE_S = 20.0
 WAIT_S = 0.05  # between two looks whether there is room
 STALE_S = 3600.0  # after that a half-written index is what a killed process left
@@ -60,7 +62,7 @@ SILENT_S = 60.0  # after which it is said that another process is waited for
 
 
 class Lease:
-    """What this process keeps from eviction in one directory; .lock is held wherever it changes.
+    """What this process keeps from eviction in one directory. .lock is held wherever it changes.
 
     kept: {name: bytes}, for as long as the process lives.
     wanted: {reader: {name: bytes to leave free until it is there}}.
@@ -196,7 +198,7 @@ class FetchDir:
     def want(self, reader: object, names: dict[str, int]) -> None:
         """Keep these files from eviction, in place of those that the reader wanted before.
 
-        names: {name: bytes to leave free until it is there; 0 where it may wait}.
+        names: {name: bytes to leave free until it is there, 0 where it may wait}.
         """
         with self._locked():
             lease = self._lease()
@@ -204,17 +206,17 @@ class FetchDir:
             lease.write()
 
     def unwant(self, reader: object) -> None:
-        """The reader is gone; takes effect when this process's lease is written next."""
+        """The reader is gone. Takes effect when this process's lease is written next."""
         lease = _leases.get(self.directory.resolve())
         if lease is not None:
             lease.wanted.pop(reader, None)
 
     def arrive(self, url: str, entry: dict, label: str, ahead: bool) -> Path:
-        """A shard that this process wants, with its index by `label`; fetched unless it is there.
+        """A shard that this process wants, with its index by `label`. Fetched unless it is there.
 
         ahead: it is not read yet, so it takes only what those that are leave.
 
-        Raises UserError; NoRoom at once where it is ahead, else after ROOM_S.
+        Raises UserError. NoRoom at once where it is ahead, else after ROOM_S.
         """
         path = self.place_of(url, entry)
 
@@ -259,11 +261,11 @@ class FetchDir:
         wanted: bool = False,
         ahead: bool = False,
     ) -> Path:
-        """`path`, with a URL's whole content; fetched unless it is there, or `always`.
+        """`path`, with a URL's whole content. Fetched unless it is there, or `always`.
 
         What `check` refuses is no content.  size: if known, else 0.  Who asks for what another
         thread or process is fetching waits for it.  beside: bytes that its index may take.
-        wanted: see `want`; other files are kept for as long as this process lives.
+        wanted: see `want`. Other files are kept for as long as this process lives.
         """
         patience = 0.0 if ahead or not wanted else ROOM_S
         claim = path.with_name(f"{path.name}.part")
@@ -299,7 +301,7 @@ class FetchDir:
         return path
 
     def _remove_stale_parts(self, own: Path) -> None:
-        """Delete what killed processes were writing; .lock is held."""
+        """Delete what killed processes were writing. .lock is held."""
         for left in self.directory.glob("*.part"):
             if left.is_symlink():
                 left.unlink()
@@ -329,7 +331,7 @@ class FetchDir:
                 fcntl.flock(file, fcntl.LOCK_UN)  # see _fetch
 
     def _lease(self) -> Lease:
-        """This process's; .lock is held."""
+        """This process's. .lock is held."""
         directory = self.directory.resolve()
         if directory not in _leases:
             self._leased()  # clears away the leases of processes that have ended
@@ -337,13 +339,13 @@ class FetchDir:
         return _leases[directory]
 
     def _hold(self, name: str, size: int) -> None:
-        """Keep a file from eviction for as long as this process lives; .lock is held."""
+        """Keep a file from eviction for as long as this process lives. .lock is held."""
         lease = self._lease()
         lease.kept[name] = size
         lease.write()
 
     def _leased(self) -> dict[str, int]:
-        """{name: bytes to leave free for it} of what living processes keep; .lock is held."""
+        """{name: bytes to leave free for it} of what living processes keep. .lock is held."""
         names: dict[str, int] = {}
         for path in filter(is_ours, self.directory.glob("lease-*")):
             with open(path, "rb") as lease:
@@ -367,7 +369,7 @@ class FetchDir:
         patience: float = 0.0,
         written: int = 0,
     ) -> Iterator[int]:
-        """As `_make_room`, with .lock held inside; waits for room up to `patience` seconds."""
+        """As `_make_room`, with .lock held inside. Waits for room up to `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
             with self._locked():
@@ -435,7 +437,7 @@ class FetchDir:
         ahead: bool,
         patience: float,
     ) -> None:
-        """Fetch into `part`, in up to ATTEMPTS attempts; BUSY_ATTEMPTS where the server is busy."""
+        """Fetch into `part`, in up to ATTEMPTS attempts. BUSY_ATTEMPTS where the server is busy."""
         for attempt in range(BUSY_ATTEMPTS):
             try:
                 self._copy(url, part, sizes, ahead, patience)
@@ -493,7 +495,7 @@ def _mark_used(path: Path) -> None:
 
 
 def _lock_part(name: Path) -> BinaryIO | None:
-    """The file, made if need be and locked; None where another one has it.  .lock is held."""
+    """The file, made if need be and locked. None where another one has it.  .lock is held."""
     file = lock_file(name)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -504,7 +506,7 @@ def _lock_part(name: Path) -> BinaryIO | None:
 
 
 def _wait_for(claim: Path, url: str) -> None:
-    """Until nobody fetches what is claimed; every fetcher has its limits."""
+    """Until nobody fetches what is claimed. Every fetcher has its limits."""
     began, is_said = time.monotonic(), False
     try:
         with open(claim, "rb", opener=_plain) as file:

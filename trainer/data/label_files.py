@@ -161,7 +161,7 @@ def map_labels(path: Path) -> np.ndarray:
 
 
 def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """int64 [C]: samples of each class; negative labels do not count.
+    """int64 [C]: samples of each class. Negative labels do not count.
 
     labels: int [N].
     """

@@ -6,11 +6,11 @@ The rule, for folders, tables, arrays and tars alike:
    Labels that are one text then are one class.  An empty label is corrupt, and so is one that is
    not UTF-8.  Names that differ only in case, inner blanks or the writing of a number stay apart.
 2. Labels are class indices where all of them are the numbers 0 .. C - 1, none absent, written
-   without leading zeros; or where a manifest or a list of classes says so.  "1.0" counts as 1 where
+   without leading zeros, or where a manifest or a list of classes says so.  "1.0" counts as 1 where
    every label is written so.
 3. Otherwise they are names.  Names that are all whole numbers are sorted as numbers, others as
    texts.  Ids with holes are such names, so there are never more classes than distinct labels.
-4. With a list of classes, labels are names if all of them are in it; else indices if all of them
+4. With a list of classes, labels are names if all of them are in it, else indices if all of them
    are numbers below C.
 
 What was changed or looks doubtful is said in notes, once for a whole set.
@@ -65,7 +65,7 @@ class LabelSet:
     notes: list[str] = field(default_factory=list)
 
     def indices(self, texts: Sequence[str]) -> np.ndarray:
-        """int64 [n]: the class of each text; NONE where it is none."""
+        """int64 [n]: the class of each text. NONE where it is none."""
         if self.kind == "indices":
             found = [_number(text, len(self.names)) for text in texts]
         else:
@@ -201,7 +201,7 @@ def _is_invisible(character: str) -> bool:
 
 
 def _as_integers(texts: Sequence[str]) -> Sequence[str]:
-    """The texts; where all of them are written as 1.0, 2.0, ..., without these zeros."""
+    """The texts. Where all of them are written as 1.0, 2.0, ..., without these zeros."""
     matches = [WHOLE.fullmatch(text.strip()) for text in texts]
     if texts and all(matches):
         return [match.group(1) for match in matches if match]
@@ -209,7 +209,7 @@ def _as_integers(texts: Sequence[str]) -> Sequence[str]:
 
 
 def _number(text: str, num_classes: int) -> int:
-    """The class of a text that is an index; NONE where it is none."""
+    """The class of a text that is an index. NONE where it is none."""
     text = clean(text)
     whole = WHOLE.fullmatch(text)
     if whole:
@@ -220,7 +220,7 @@ def _number(text: str, num_classes: int) -> int:
 
 
 def _named(text: str, class_of: Mapping[str, int]) -> int:
-    """The class of a text that is a name; NONE where it is none."""
+    """The class of a text that is a name. NONE where it is none."""
     name = clean(text)
     whole = WHOLE.fullmatch(name)
     for candidate in (text, name, whole.group(1) if whole else name):
@@ -230,7 +230,7 @@ def _named(text: str, class_of: Mapping[str, int]) -> int:
 
 
 def _class_table(names: Sequence[str]) -> dict[str, int]:
-    """{name: class}; the names as they are, and where that leaves no doubt as `clean` has them."""
+    """{name: class}. The names as they are, and where that leaves no doubt as `clean` has them."""
     class_of = {name: number for number, name in enumerate(names)}
     for number, name in enumerate(names):
         class_of.setdefault(clean(name), number)
@@ -240,7 +240,7 @@ def _class_table(names: Sequence[str]) -> dict[str, int]:
 def readings(
     raw: Iterable[bytes | str], label: str = "cls", encoding: str = "utf-8"
 ) -> tuple[list[str], dict[int, str]]:
-    """(texts, {number: why there is none}) of raw labels; an unreadable one has the text ""."""
+    """(texts, {number: why there is none}) of raw labels. An unreadable one has the text ""."""
     texts: list[str] = []
     reasons: dict[int, str] = {}
     for number, content in enumerate(raw):

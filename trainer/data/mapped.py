@@ -30,7 +30,7 @@ def create_mapped(path: str | Path, dtype: np.dtype, shape: tuple[int, ...]) -> 
     """A new .npy file of zeros, mapped to be written to, whose blocks the disk has given already.
 
     Where the disk fills up later, writing to a mapping without blocks is a SIGBUS.
-    Raises OSError, with the bytes that are needed, where they are not there; then there is no file.
+    Raises OSError, with the bytes that are needed, where they are not there. Then there is no file.
     """
     needed = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     try:

@@ -54,7 +54,7 @@ class ShardPart:
 
     samples: those that are intact.  sha256: of the whole file.
     extensions, input_extensions: of all its files, and of its inputs.
-    labels: int [n], the class of each sample; None: as the manifest has them.
+    labels: int [n], the class of each sample. None: as the manifest has them.
     index: where it cannot be mapped from the file beside the shard, else None.
     """
 
@@ -159,7 +159,7 @@ def unread(where: str, error: BaseException) -> UserError:
 
 
 def vouched(shard: Shard, data: Data) -> ShardPart | None:
-    """The shard by its manifest alone; None where it must be opened.
+    """The shard by its manifest alone. None where it must be opened.
 
     Its size and time are those that its index was compared with, and the manifest has the labels.
     """
@@ -200,7 +200,7 @@ def _streaming(shard: Shard, labels: SplitLabels, entry: dict, data: Data) -> Sh
 def read_shard(
     shard: Shard, label_set: LabelSet, data: Data, corruption: list[Corruption]
 ) -> ShardPart | None:
-    """The shard's intact samples; None if nothing of it is left."""
+    """The shard's intact samples. None if nothing of it is left."""
     before = len(corruption)
     found = _open_shard(shard, data, corruption)
     if found is None:
@@ -218,7 +218,7 @@ def reopened(part: ShardPart, class_names: list[str], data: Data, first: bool) -
 
     first: in this process, so it is compared with what opening took from the manifest.
 
-    Raises UserError where it is another one; under data.damage = skip the shard is unreadable.
+    Raises UserError where it is another one. Under data.damage = skip the shard is unreadable.
     """
     index, reason = _index_beside(part, data, first), ""
     if index is None:
@@ -246,7 +246,7 @@ def reopened(part: ShardPart, class_names: list[str], data: Data, first: bool) -
 
 
 def _index_beside(part: ShardPart, data: Data, check: bool) -> TarIndex | None:
-    """The index beside a shard; None where it is absent or of another shard or label."""
+    """The index beside a shard. None where it is absent or of another shard or label."""
     if not os.path.exists(index_path(part.shard.path)) or not is_there(part.shard.path):
         return None
     index, _ = load_index(part.shard.path, check) or (None, False)
@@ -309,7 +309,7 @@ def _stored_index(
     data: Data,
     corruption: list[Corruption],
 ) -> tuple[TarIndex, bool] | None:
-    """As _open_shard, of the index kept beside the shard; None where it may not be used."""
+    """As _open_shard, of the index kept beside the shard. None where it may not be used."""
     expected = expected_sha256(shard, stored)
     if stored is None or stored.label != data.label or stored.sha256 != expected:
         return None
@@ -329,7 +329,7 @@ def _stored_index(
 def _scanned_index(
     shard: Shard, stored: TarIndex | None, data: Data, corruption: list[Corruption]
 ) -> tuple[TarIndex, bool] | None:
-    """As _open_shard, by reading the whole shard; kept beside it where nothing is corrupt."""
+    """As _open_shard, by reading the whole shard. Kept beside it where nothing is corrupt."""
     index = scan_tar(shard.path, data.label)
     found = scanned_corruption(shard.name, index)
     expected = expected_sha256(shard, stored)
@@ -382,7 +382,7 @@ def _indexed_samples(shard: Shard, stored: TarIndex | None) -> int:
 
 
 def label_kind(shard: Shard) -> Kind:
-    """What the labels of a shard are, by its manifest; the config's data.classes means indices."""
+    """What the labels of a shard are, by its manifest. The config's data.classes means indices."""
     if shard.manifest is None:
         return "indices"
     unsaid = "earlier" if shard.labels is None else "indices"
@@ -428,7 +428,7 @@ def _input_extensions(extensions: Iterable[str], data: Data) -> list[str]:
 
 
 def _input_rows(index: TarIndex, data: Data) -> np.ndarray:
-    """int64 [n]: the row of each sample's input; -1 where there is none, or several to choose."""
+    """int64 [n]: the row of each sample's input. -1 where there is none, or several to choose."""
     extensions = [str(extension) for extension in index.extensions]
     inputs = _input_extensions(extensions, data)
     is_input = [extension in inputs for extension in extensions]

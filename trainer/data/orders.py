@@ -64,7 +64,7 @@ class Order:
     ids: int64 [L].
     repeats: repeats(epoch) is int64 [L], summing to L: how often each id occurs in that epoch.
     None is once each.
-    windows: of shards that stream; None permutes all ids together.
+    windows: of shards that stream. None permutes all ids together.
     """
 
     KEPT = 2  # epochs in memory: a batch may lie across the seam of two
@@ -121,7 +121,7 @@ class Order:
     def need(self, first: int, last: int, end: int | None = None) -> Need:
         """The shards of positions first .. last - 1 of a reader that stops before `end`.
 
-        Of every window that they touch; ahead is the one behind the first of these.
+        Of every window that they touch. Ahead is the one behind the first of these.
         """
         shards, behind = self._window(first)
         if behind >= last and (end is None or behind < end):
@@ -190,7 +190,7 @@ class ComputedOrder:
 
 
 def permuted(numbers: np.ndarray, length: int, keys: np.ndarray) -> np.ndarray:
-    """A permutation of 0 .. length - 1 at `numbers`, int64 [n] both; keys: uint64 [rounds]."""
+    """A permutation of 0 .. length - 1 at `numbers`, int64 [n] both. keys: uint64 [rounds]."""
     bits = np.uint64(max(1, -(-(length - 1).bit_length() // 2)))
     mask = (np.uint64(1) << bits) - np.uint64(1)
     images = numbers.astype(np.uint64)
@@ -270,7 +270,7 @@ def weighted(
     weights: np.ndarray | Sequence[float],
     ids: Sequence[int] | np.ndarray | None = None,
 ) -> Order:
-    """Class c is drawn in proportion to weights[c]; its samples take turns, evenly over the epochs.
+    """Class c is drawn in proportion to weights[c]. Its samples take turns, evenly over the epochs.
 
     An epoch has as many positions as there are ids.  Each class has the same number of them in
     every epoch, within one of its exact share.
@@ -299,7 +299,7 @@ def weighted(
 class _Turns:
     """How often each sample occurs in an epoch.
 
-    Its class has `counts` samples and `draws` draws per epoch; it stands at `places` of its class's
+    Its class has `counts` samples and `draws` draws per epoch. It stands at `places` of its class's
     sequence.  All int64 [L].
     """
 

@@ -116,7 +116,7 @@ class _Manifest:
         return Shard(name, path, directory, self.content, entry, self.labels(split), first)
 
     def labels(self, split: str) -> SplitLabels | None:
-        """The classes of a split's samples; None where the manifest only counts them."""
+        """The classes of a split's samples. None where the manifest only counts them."""
         if split not in self._labels:
             self._labels[split] = self._opened(split)
         return self._labels[split]
@@ -144,7 +144,7 @@ class _Manifests:
         self._known: dict[str, _Manifest | None] = {}
 
     def of(self, directory: str) -> _Manifest | None:
-        """directory: local, or a URL that shards' names are appended to; "" has none of its own."""
+        """directory: local, or a URL that shards' names are appended to. "" has none of its own."""
         if directory not in self._known:
             self._known[directory] = self._read(directory) or self.given
         return self._known[directory]
@@ -327,7 +327,7 @@ def _manifest_of(url: str, manifests: _Manifests) -> _Manifest | None:
 
 
 def _meant(url: str, split: str, manifests: _Manifests) -> list[str]:
-    """A shard's URL is itself; a directory's means the split's shards there.
+    """A shard's URL is itself. A directory's means the split's shards there.
 
     A directory's is one that does not end in .tar.
     """

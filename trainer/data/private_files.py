@@ -17,12 +17,12 @@ from typing import BinaryIO
 
 from pipeline.config import UserError
 
-LOCK_S = 600.0  # a short piece of work; who holds its lock longer has stopped
+LOCK_S = 600.0  # a short piece of work, who holds its lock longer has stopped
 LOOK_S = 0.05  # between attempts at a lock
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file made anew, open for reading and writing; its name must not be one that is guessed."""
+    """A file made anew, open for reading and writing. Its name must not be one that is guessed."""
     return open(path, "x+b", opener=_not_followed)
 
 

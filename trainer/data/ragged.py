@@ -1,7 +1,8 @@
 """Rows of different lengths in memory-mapped files, written block by block.
 
     R   rows, numbered 0 .. R - 1; each is written once or not at all
-    n   entries of a row, of one or several fields: its classes, and their log-probabilities
+    n   entries of a row, of one or several fields: its classes, and their
+        log-probabilities
 
 A directory holds
 
@@ -187,7 +188,7 @@ class RaggedRows:
     def padded(
         self, rows: np.ndarray, padding: Mapping[str, float]
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """(counts [n], entries by field, each [n, largest count]); rows: int64 [n].
+        """(counts [n], entries by field, each [n, largest count]). rows: int64 [n].
 
         padding: per field, what stands behind a row's own entries.
         """

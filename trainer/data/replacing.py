@@ -1,4 +1,4 @@
-"""New files take the places of old ones together, once all of them stand; else the old stay."""
+"""New files take the places of old ones together, once all of them stand, else the old stay."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Replacement:
         self._old += [path for path in paths if path not in self._old]
 
     def commit(self, finish: Callable[[], object] = lambda: None) -> None:
-        """Rename, then `finish`; an error of either brings the old files back."""
+        """Rename, then `finish`. An error of either brings the old files back."""
         mark = uuid.uuid4().hex[:8]
         aside: list[tuple[Path, Path]] = []
         placed: list[tuple[Path, Path]] = []

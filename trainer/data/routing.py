@@ -55,7 +55,7 @@ def route(
     """Write each group's samples to DIRECTORY/000, DIRECTORY/001, ...
 
     A group's directory gets ids.npy and routed.json, and with mode "copy" routed-*.tar.  All are
-    written in one pass over the shards, which reads each sample once; with "copy", one pass for
+    written in one pass over the shards, which reads each sample once, with "copy", one pass for
     every OPEN_WRITERS groups.
 
     routed.json has {"samples", "bytes", "frequency", ...}: frequency is the group's share of the

@@ -58,7 +58,7 @@ class EpochAccounting:
     ----------
     stream : TrainingStream
     first_step : int
-        The first step to be entered; it may lie in the middle of an epoch.
+        The first step to be entered. It may lie in the middle of an epoch.
     rank, world_size : int
     lost : iterable of (source, id, reason)
         What earlier attempts met, from a checkpoint.

@@ -2,7 +2,7 @@
 
 Opening finds structural corruption: each tar is checked once against its manifest, its index and
 itself.  A tar that was checked before, and has its time and size since, is opened when it is first
-read; until then the manifest says its samples.  Reading checks every file's checksum, so that no
+read. Until then the manifest says its samples.  Reading checks every file's checksum, so that no
 garbled byte reaches a decoder unnoticed.
 """
 
@@ -75,7 +75,7 @@ class ShardSet:
     class_names : list of C str
     class_counts : int64 [C]
     corruption : list of Corruption
-        What opening left out; nothing under data.damage = strict.
+        What opening left out. Nothing under data.damage = strict.
     names, paths : list of str
         Each shard as the user knows it, and where it is read.
     extensions : list of str
@@ -87,7 +87,7 @@ class ShardSet:
     recorded : PictureRules, optional
         What the manifest says of how its pictures were made.
     pictures : PictureRules, optional
-        The rules that the inputs are read by; None where they are no pictures, where a decoder of
+        The rules that the inputs are read by. None where they are no pictures, where a decoder of
         the user's own reads them, and where nothing is recorded.
     decoder_names : dict
         {extension: name} of the decoders that read anything but pictures and arrays.
@@ -187,13 +187,13 @@ class ShardSet:
             self._arrivals.leave(reader)
 
     def passage(self, ids: Ids) -> Passage | None:
-        """What reading samples in this order needs; None where no shard streams."""
+        """What reading samples in this order needs. None where no shard streams."""
         if not self._streams:
             return None
         return Passage(self.shard_of(ids), self.data.stream_shards)
 
     def need_of(self, passage: Passage, first: int, last: int, end: int) -> Need:
-        """As Passage has it; nothing where these samples lie in more shards than can be held."""
+        """As Passage has it. Nothing where these samples lie in more shards than can be held."""
         need = passage.need(first, last, end)
         size = sum(self._bytes(number) for number in need.now if number in self._streams)
         return need if 2 * size <= self.data.fetch_bytes else Need()
@@ -236,7 +236,7 @@ class ShardSet:
 
     @property
     def arrival(self) -> str:
-        """Of shards behind URLs one line: what streams, what is kept and where; else ""."""
+        """Of shards behind URLs one line: what streams, what is kept and where, else ""."""
         entries = [part.shard.entry for part in self._parts if part.shard.url]
         if not entries:
             return ""
@@ -286,7 +286,7 @@ class ShardSet:
         return np.searchsorted(self._shard_start, ids, side="right") - 1
 
     def keys(self, ids: Ids) -> list[str]:
-        """The samples' keys as webdataset gives them; the place in a shard that is unreadable."""
+        """The samples' keys as webdataset gives them. The place in a shard that is unreadable."""
         keys = []
         for shard, place in self._places(ids):
             opened = self._open(shard)
@@ -586,7 +586,7 @@ def _stretch(parts: Sequence[ShardPart]) -> tuple[Path, int, int] | None:
 
 
 def _joined_labels(parts: Sequence[ShardPart], stretch: tuple[Path, int, int] | None) -> np.ndarray:
-    """int32 [N]: the labels of all parts; mapped where they are a stretch of one array."""
+    """int32 [N]: the labels of all parts. Mapped where they are a stretch of one array."""
     if stretch is not None:
         labels = parts[0].shard.labels
         assert labels is not None
@@ -606,7 +606,7 @@ def open_shards(pattern: str, data: Data, split: str) -> ShardSet:
     Parameters
     ----------
     pattern : str
-        Tars with braces or globs, a directory of shards, URLs that webdataset opens; several are
+        Tars with braces or globs, a directory of shards, URLs that webdataset opens. Several are
         joined by `::`.
     data : Data
         The config's section [data].
@@ -621,7 +621,7 @@ def open_shards(pattern: str, data: Data, split: str) -> ShardSet:
     ------
     UserError
         In one line: nothing matches, a shard is absent or empty, a label is no class, a manifest
-        disagrees.  Under data.damage = strict also any corruption; under skip, corruption that
+        disagrees.  Under data.damage = strict also any corruption. Under skip, corruption that
         cannot be counted or exceeds data.damage_share.
     """
     shards = expand(pattern, data, split)
@@ -667,7 +667,7 @@ def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
 
 
 def _manifest_classes(shards: list[Shard]) -> list[str] | None:
-    """The class names of the shards' manifests, which must agree; None where there is none."""
+    """The class names of the shards' manifests, which must agree. None where there is none."""
     manifests = {shard.directory: shard.manifest for shard in shards if shard.manifest}
     names = None
     for directory, manifest in manifests.items():

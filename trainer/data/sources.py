@@ -40,11 +40,11 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about the data; "" is found out.
+    """What the command line says about the data. "" is found out.
 
     label:    the column of labels, or the member of shards: "cls" or "json:FIELD".
     text:     the column of texts.
-    key:      the column that tells rows apart; else the only one called id, key, index, ...
+    key:      the column that tells rows apart, else the only one called id, key, index, ...
     x, y:     arrays of inputs and labels.
     input:    the extension of inputs in a folder or in shards.
     split:    which split of the data.

@@ -1,7 +1,7 @@
 """Two streams with different promises.
 
 Training: endless and shuffled.  The global batch of a step, its augmentation included, is a pure
-function of the sources, the seed and the step; ranks and workers only divide it.  So the state of a
+function of the sources, the seed and the step. Ranks and workers only divide it.  So the state of a
 run is its step, and a run resumes at any step, on any number of ranks and workers.
 
 Measuring: finite, each sample exactly once over all ranks and workers, no communication.
@@ -57,9 +57,9 @@ class Batch:
         Index of the example's source in its stream.
     lost : list of (source, id, reason)
         Corrupt samples met on the way, under data.damage = skip.  In training the next sample of
-        the source's order stands in for one; in measuring it is absent.
+        the source's order stands in for one. In measuring it is absent.
     view : int64 Tensor [b]
-        Which of a sample's fixed views this is (trainer.data.augment.Views); 0 where there are
+        Which of a sample's fixed views this is (trainer.data.augment.Views). 0 where there are
         none.
     partner_labels : int64 Tensor [b], optional
         The labels of the examples that the inputs are mixed with (trainer.data.mixing).
@@ -261,7 +261,7 @@ class TrainingStream(_Stream):
     sources : sequence of Source
         All of one input shape and dtype.
     seed : int
-        Of the augmentation; each order has its own.
+        Of the augmentation. Each order has its own.
     augment : str, Augment or None
         A value of data.augment, or an Augment.
     views : Views, optional
@@ -329,7 +329,7 @@ class TrainingStream(_Stream):
     def announce(
         self, steps: range, reader: object = None, end: int | None = None, fetch: bool = True
     ) -> None:
-        """Say which shards these steps read, where shards stream; the reader stops before `end`."""
+        """Say which shards these steps read, where shards stream. The reader stops before `end`."""
         if not steps:
             return
         needs: dict[int, Need] = {}
@@ -437,7 +437,7 @@ class TrainingStream(_Stream):
     ) -> Iterator[Batch]:
         """This rank's batches of steps first_step .. last_step - 1, in order.
 
-        `workers` processes read ahead; 0 reads in this one.
+        `workers` processes read ahead. 0 reads in this one.
         """
         self._check_room(IN_FLIGHT * workers + 2)
 
@@ -468,20 +468,20 @@ class _Share:
 
 
 def _new_tensor(shape: tuple[int, ...], dtype: np.dtype) -> torch.Tensor:
-    """An unfilled tensor; in a loader's worker its memory is shared with the main process.
+    """An unfilled tensor. In a loader's worker its memory is shared with the main process.
 
     What is written into it gets there without a copy.  UserError where torch lacks the dtype.
     """
     try:
         tensor = torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype)
-    except (TypeError, ValueError):  # of text, of times; of the other byte order
+    except (TypeError, ValueError):  # of text, of times. Of the other byte order
         raise UserError(
             f"inputs of dtype {dtype}: torch has none like it; name a function under "
             "data.decoders, or data.augment, that makes them uint8 or float32"
         ) from None
     needed = int(np.prod(shape)) * tensor.itemsize
     if needed and get_worker_info() is not None:
-        # As torch.utils.data.default_collate does it; share_memory_() would first fill, then copy,
+        # As torch.utils.data.default_collate does it. share_memory_() would first fill, then copy,
         # private memory.
         try:
             tensor.set_(torch.UntypedStorage._new_shared(needed))
@@ -564,7 +564,7 @@ class MeasuringStream(_Stream):
     shards : ShardSet
     batch_size : int
     ids : int64 [n], optional
-        Which samples; all by default.
+        Which samples. All by default.
     """
 
     def __init__(self, shards: ShardSet, batch_size: int, ids: Ids | None = None):
@@ -612,7 +612,7 @@ class MeasuringStream(_Stream):
         return Batch(inputs=inputs.zero_(), labels=none, ids=none, source=none)
 
     def loader(self, rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[Batch]:
-        """This rank's batches: rank, rank + world_size, ...; of shards that stream a part in a row.
+        """This rank's batches: rank, rank + world_size, .... Of shards that stream a part in a row.
 
         UserError at the end if a sample is unaccounted for.
         """

@@ -45,7 +45,7 @@ from .mapped import map_npz
 from .texts import Texts
 
 SCHEMA = 3
-# 1 held keys, labels and reasons as arrays of fixed width; 1 and 2 had no digest of the whole.
+# 1 held keys, labels and reasons as arrays of fixed width. 1 and 2 had no digest of the whole.
 READABLE = (1, 2, SCHEMA)
 BLOCK = tarfile.BLOCKSIZE
 # webdataset's rule: the key ends at the first dot of the base name.
@@ -111,7 +111,7 @@ class TarIndex:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """("a/b", "png") of "a/b.png", as webdataset splits it; None for files that it passes over."""
+    """("a/b", "png") of "a/b.png", as webdataset splits it. None for files that it passes over."""
     match = NAME.fullmatch(name)
     if not match or re.match(r"__[^/]*__($|/)", name):
         return None
@@ -124,7 +124,7 @@ def file_sha256(path: str | Path) -> str:
 
 
 def read_label(content: bytes, label: str) -> str:
-    """The raw label; trainer.data.labels says what it means.  Raises ValueError with the reason.
+    """The raw label. trainer.data.labels says what it means.  Raises ValueError with the reason.
 
     content: the member `cls`, or the json of "json:FIELD".  Bytes that are not UTF-8 stay, as
     surrogates.
@@ -154,7 +154,7 @@ def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
     ----------
     path : path
     label : str
-        The member with the label, or "json:FIELD"; "" reads none: unlabelled samples.
+        The member with the label, or "json:FIELD". "" reads none: unlabelled samples.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def scan_tar(path: str | Path, label: str = "cls") -> TarIndex:
 
 
 def plain_files(path: str | Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of each plain file in a tar; what is corrupt is passed over.
+    """(name, content) of each plain file in a tar. What is corrupt is passed over.
 
     Raises as scan_tar.
     """
@@ -250,7 +250,7 @@ class _Grouping:
         encoded = len(name.encode("utf-8", "surrogateescape"))
         too_long = exceeds("its name", encoded, NAME_BYTES)
         if too_long:
-            # The sample is lost; what names it, and what is kept of it, is short.
+            # The sample is lost. What names it, and what is kept of it, is short.
             digest = hashlib.sha256(name.rpartition(".")[0].encode("utf-8", "surrogateescape"))
             start, end = abbreviated(name).replace(".", "_"), name[-32:].rpartition(".")[2]
             name = f"{start} {digest.hexdigest()[:8]}.{end}"
@@ -329,7 +329,7 @@ def _label_text(content: mmap.mmap, extents: dict[str, tuple[int, int]], label: 
 def _files(content: mmap.mmap) -> Iterator[tuple[str, int, int]]:
     """(name, offset, size) of each plain file in the tar.
 
-    Where it is corrupt, (what is wrong, -1, 0); then it goes on behind that.
+    Where it is corrupt, (what is wrong, -1, 0). Then it goes on behind that.
     """
     # tarfile's own loop takes a broken header for the end of the archive, so only its header parser
     # is used here: the archive is opened on an empty one, and headers are then read from `content`,
@@ -383,7 +383,7 @@ def _unreadable(offset: int, following: int, end: int) -> str:
 
 
 def _next_header(content: mmap.mmap, offset: int) -> int:
-    """Start of the first valid header at or behind `offset`; the file's length if there is none."""
+    """Start of the first valid header at or behind `offset`. The file's length if there is none."""
     start = -(-offset // BLOCK) * BLOCK
     while True:
         magic = content.find(b"ustar", start + MAGIC)
@@ -429,7 +429,7 @@ def _extended_headers(content: mmap.mmap, offset: int, global_bytes: int) -> tup
 
 
 def _wrong_pax(records: bytes) -> str:
-    """Why pax records are not given to tarfile; "" where each is `LENGTH KEY=VALUE` and a newline.
+    """Why pax records are not given to tarfile. "" where each is `LENGTH KEY=VALUE` and a newline.
 
     Its search goes on through what is none, record by record.
     """
@@ -553,7 +553,7 @@ def _digest(values: Mapping[str, np.ndarray]) -> str:
 
 
 def _sweep_once(directory: Path) -> None:
-    """Remove what killed processes left beside the shards; once per process and directory."""
+    """Remove what killed processes left beside the shards. Once per process and directory."""
     if directory not in _swept:
         _swept.add(directory)
         sweep(directory, recursive=False)

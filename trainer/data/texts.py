@@ -48,5 +48,5 @@ class Texts:
         return Texts(self.buffer[bytes_kept], start)
 
     def decoded(self) -> list[str]:
-        """As texts; undecodable bytes are surrogates."""
+        """As texts. Undecodable bytes are surrogates."""
         return [text.decode("utf-8", "surrogateescape") for text in self]

@@ -171,7 +171,7 @@ def _unreached(error: object) -> Broken:
 
 
 def store_blocks(url: str, size: int) -> Generator[bytes, None, None]:
-    """As `blocks`, of an object store; by its package, else by its command."""
+    """As `blocks`, of an object store. By its package, else by its command."""
     scheme = url.partition(":")[0]
     package, command = PACKAGES[scheme], COMMANDS[scheme]
     if is_installed("fsspec") and is_installed(package):
@@ -215,7 +215,7 @@ def fsspec_blocks(url: str, size: int) -> Generator[bytes, None, None]:
 
 
 def command_blocks(url: str, size: int) -> Generator[bytes, None, None]:
-    """As `blocks`, by webdataset's opener; the command says by its exit code whether it failed."""
+    """As `blocks`, by webdataset's opener. The command says by its exit code whether it failed."""
     from webdataset.gopen import gopen, set_options
 
     if not url.startswith(("pipe:", "s3:", "gs:")):
@@ -238,7 +238,7 @@ def command_blocks(url: str, size: int) -> Generator[bytes, None, None]:
 
 
 def _read_or_end(stream: Any, process: subprocess.Popen | None) -> bytes:
-    """The next block; a command that gives none in SLOW_STALL_S is ended."""
+    """The next block. A command that gives none in SLOW_STALL_S is ended."""
     if process is None:
         return stream.read(BLOCK)
     timer = threading.Timer(SLOW_STALL_S, process.kill)

@@ -38,7 +38,7 @@ def watched(
                     break
             else:
                 put(None)
-        except BaseException as error:  # raised by who waits for it
+        except BaseException as error:  # raised where it is waited for
             put(error)
         finally:
             close = getattr(content, "close", None)

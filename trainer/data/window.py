@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Need:
-    """Shards by number, in the order in which they are read; none is in both.
+    """Shards by number, in the order in which they are read. None is in both.
 
     now: read at this place.  ahead: read next.
     """
@@ -99,7 +99,7 @@ class Copy(NamedTuple):
 
 
 def evictions(idle: Mapping[str, Copy], excess: int) -> list[str] | None:
-    """Which idle copies go, those used least recently, for `excess` bytes; None if too few do."""
+    """Which idle copies go, those used least recently, for `excess` bytes. None if too few do."""
     gone: list[str] = []
     for name in sorted(idle, key=lambda name: idle[name].used):
         if excess <= 0:

@@ -1,7 +1,7 @@
 """Write webdataset tars and the manifest that says what is in them.
 
 Nothing gets its name before it is complete.  A manifest of schema 2 has an array of the classes of
-all samples beside it (label_files.py); one of schema 1 has the counts of each shard's classes.
+all samples beside it (label_files.py). One of schema 1 has the counts of each shard's classes.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ class ShardWriter:
     overwrite : bool
         Replace the split if it is there.
     replacement : Replacement, optional
-        Whose commit puts the tars in place, with those of others; by default the block's end does.
+        Whose commit puts the tars in place, with those of others. By default the block's end does.
 
     Attributes
     ----------
     facts : dict
-        After the block, the split's entry of the manifest: {"samples": N, "shards": [...]}; see
+        After the block, the split's entry of the manifest: {"samples": N, "shards": [...]}. See
         write_manifest.
 
     Raises
@@ -204,7 +204,7 @@ class ShardWriter:
 def shard_entry(name: str, index: TarIndex, labels: np.ndarray, kind: Kind | None = None) -> dict:
     """One shard's entry, as `write_manifest` takes it.
 
-    labels: int [n], the class of each sample.  kind: what the shard's label members are; None is
+    labels: int [n], the class of each sample.  kind: what the shard's label members are. None is
     not written, and means the indices that ShardWriter writes.
     """
     used = index.extensions[np.unique(index.member_extension)]
@@ -238,7 +238,7 @@ def write_manifest(
     made_by : dict, optional
         The command that made them, and its options.
     pictures : PictureRules, optional
-        How pictures became what the shards hold; they are read by these rules.
+        How pictures became what the shards hold. They are read by these rules.
     label : str
         The member that the labels were read from, or "json:FIELD".
 
@@ -305,7 +305,7 @@ def _with_label_file(directory: Path, split: str, entry: dict, label: str) -> di
 
 
 def recorded_rules(manifest: dict) -> PictureRules | None:
-    """How the pictures of a manifest's shards were made; None where it does not say.
+    """How the pictures of a manifest's shards were made. None where it does not say.
 
     Raises ValueError for rules that cannot be.
     """
@@ -326,7 +326,7 @@ def recorded_rules(manifest: dict) -> PictureRules | None:
 def agreed_rules(
     rules: Mapping[str, PictureRules | None], where: str | Path
 ) -> PictureRules | None:
-    """The one way in which the pictures of several sets were made; None of no sets.
+    """The one way in which the pictures of several sets were made. None of no sets.
 
     rules: by the name of the set.  UserError, which says `where`, if they were made differently.
     """

@@ -3,8 +3,8 @@
     python -I die_with_parent.py PARENT_PID COMMAND...
 
 A killed launcher or torchrun agent must leave no process that trains on alone.  The kernel keeps
-the request over exec, and it is made here, before the command's slow imports begin.  Linux only;
-elsewhere the command just runs.
+the request over exec, and it is made here, before the command's slow imports begin.  Linux only.
+Elsewhere the command just runs.
 """
 
 import ctypes

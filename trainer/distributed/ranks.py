@@ -84,7 +84,7 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait until every rank is here, however long rank 0 works alone before; collective."""
+        """Wait until every rank is here, however long rank 0 works alone before. Collective."""
         if self.world_size > 1:
             dist.barrier(group=self.patient)
 
@@ -198,7 +198,7 @@ def autocast(engine: Engine, device: torch.device) -> torch.autocast:
 
 
 def broadcast(value: T, ranks: Ranks) -> T:
-    """Rank 0's value (any small JSON-able object) on every rank; collective."""
+    """Rank 0's value (any small JSON-able object) on every rank. Collective."""
     if ranks.world_size == 1:
         return value
     box = [value]
@@ -207,7 +207,7 @@ def broadcast(value: T, ranks: Ranks) -> T:
 
 
 def gather(value: T, ranks: Ranks) -> list[T]:
-    """Every rank's value, in the order of the ranks, on every rank; collective."""
+    """Every rank's value, in the order of the ranks, on every rank. Collective."""
     if ranks.world_size == 1:
         return [value]
     values = [value] * ranks.world_size

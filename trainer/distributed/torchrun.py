@@ -22,7 +22,7 @@ DIE_WITH_PARENT = Path(__file__).with_name("die_with_parent.py")
 
 
 def main(arguments: list[str]) -> int:
-    """Start the ranks and wait for them; `arguments` are torchrun's options, then the trainer's."""
+    """Start the ranks and wait for them. `arguments` are torchrun's options, then the trainer's."""
     # Its own handlers answer the signals: they end the ranks first.
     return answer(lambda: start(arguments), signals=())
 
@@ -34,12 +34,12 @@ def start(arguments: list[str]) -> int:
 
     # With torch 2.13's shared store half of the elastic restarts (--max-restarts) hang or fail.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    # Slurm sends it to every process of a step; it is for the ranks, which do not inherit this
+    # Slurm sends it to every process of a step. It is for the ranks, which do not inherit this
     # handler.
     signal.signal(signal.SIGUSR2, lambda *_: None)
     assert "--" in arguments, "write -- between torchrun's options and the trainer's"
     separator = arguments.index("--")
-    # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path; it
+    # torchrun's parser would take the trainer's --run for an abbreviation of its own --run-path. It
     # never sees it.
     parser = get_args_parser()
     own = known_to(parser, arguments[:separator])

@@ -26,11 +26,11 @@ __all__ = ["Engine", "build_engine"]
 
 
 class Engine(Protocol):
-    """One network's optimizer steps on these ranks; a new engine for each training run.
+    """One network's optimizer steps on these ranks. A new engine for each training run.
 
     "Collective" methods exchange data: every rank calls them, in the same order.
-    The call order is prepare; then for each step, for each micro-batch `accumulating` around
-    `autocast` and `backward`, and `step`; at last export and close.
+    The call order is prepare. Then for each step, for each micro-batch `accumulating` around
+    `autocast` and `backward`, and `step`. At last export and close.
     """
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None: ...
@@ -38,7 +38,7 @@ class Engine(Protocol):
     def prepare(
         self, network: nn.Module, schedule: ResolvedSchedule, state: dict | None = None
     ) -> nn.Module:
-        """Take over `network`, on the rank's device, and build its optimizer; collective.
+        """Take over `network`, on the rank's device, and build its optimizer. Collective.
 
         state: what `state` returned on rank 0, of any engine and any number of ranks.
         Returns the module to call in the forward pass.
@@ -50,15 +50,15 @@ class Engine(Protocol):
         ...
 
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
-        """The context of one micro-batch; last: whether it is the last one of its step."""
+        """The context of one micro-batch. last: whether it is the last one of its step."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch's loss; collective."""
+        """Add the gradients of one micro-batch's loss. Collective."""
         ...
 
     def step(self, rate: float) -> None:
-        """One optimizer step at this learning rate, with gradients averaged over ranks; collective.
+        """One optimizer step at this learning rate, with gradients averaged over ranks. Collective.
 
         Gradients are zero, or None, afterwards.
         """
@@ -75,7 +75,7 @@ class Engine(Protocol):
         ...
 
     def eval_model(self, average: AveragedWeights | None) -> AbstractContextManager[nn.Module]:
-        """The context of the network as `export` would return it now, on every rank; collective.
+        """The context of the network as `export` would return it now, on every rank. Collective.
 
         Where ranks split its weights it can be asked by all of them together alone, without
         inference mode.
@@ -102,7 +102,7 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None:
-        """Release what holds the process group; may be called twice, and before `prepare`."""
+        """Release what holds the process group. May be called twice, and before `prepare`."""
         ...
 
 

@@ -32,7 +32,7 @@ LEAVES = ("weight", "bias")
 
 
 class RowHeadEngine:
-    """An Engine (see trainer.engines) of a network whose head is a RowHead; `trunk` has the rest.
+    """An Engine (see trainer.engines) of a network whose head is a RowHead. `trunk` has the rest.
 
     A checkpoint names the head's tensors as a plain head's, head.weight and head.bias.
     """
@@ -113,7 +113,7 @@ class RowHeadEngine:
 
 
 def split_state(state: dict) -> tuple[dict[str, dict], dict]:
-    """A checkpoint's state as (the head's part, by leaf; the rest)."""
+    """A checkpoint's state as (the head's part, by leaf, the rest)."""
     head: dict[str, dict] = {}
     rest = dict(state)
     for part in ("network", "optimizer"):
@@ -124,7 +124,7 @@ def split_state(state: dict) -> tuple[dict[str, dict], dict]:
 
 
 def average_over_ranks(gradients: RowGradients, ranks: Ranks) -> RowGradients:
-    """The mean over the ranks, of every row that any of them has read; collective."""
+    """The mean over the ranks, of every row that any of them has read. Collective."""
     comm = DistributedComm(bounds=()).of(gradients.classes)
     gathered = [comm.gather(each).split(comm.sizes) for each in gradients]
     total = sum_rows([RowGradients(*of_rank) for of_rank in zip(*gathered, strict=True)])

@@ -38,11 +38,11 @@ class ShardedHeadEngine(DDPEngine):
 
     A specialist's logits are few, and so its head is left whole.
 
-    split: whether validation and the trained network keep the head split; otherwise every rank has
+    split: whether validation and the trained network keep the head split. Otherwise every rank has
     it whole there.
     """
 
-    head: HeadShard | None = None  # from `prepare` on; None of a head that is left whole
+    head: HeadShard | None = None  # from `prepare` on. None of a head that is left whole
 
     def __init__(self, config: EngineConfig, ranks: Ranks, split: bool = False):
         super().__init__(config, ranks)
@@ -215,7 +215,7 @@ class HeadShard:
         return PLACE + own if name.startswith(HEAD) and own in self.bounds else name
 
     def whole(self) -> RowsHead:
-        """The plain head, on every rank; collective."""
+        """The plain head, on every rank. Collective."""
         rows = self.sharded.rows
         joined = {name: self._join(name, own) for name, own in row_tensors(rows).items()}
         if "classes" in joined:
@@ -243,7 +243,7 @@ class HeadShard:
 
 @dataclass(frozen=True)
 class DistributedComm:
-    """The Comm over the default process group; rank r has the classes bounds[r] to bounds[r + 1].
+    """The Comm over the default process group. Rank r has the classes bounds[r] to bounds[r + 1].
 
     sizes: the rows that each rank has of the batch, which may differ.
     """
@@ -328,7 +328,7 @@ def class_bounds(classes: int, parts: int) -> tuple[int, ...]:
 
 
 def is_per_row(value: object) -> TypeGuard[Tensor]:
-    """Whether an optimizer's state has an entry for each weight; a step count has not."""
+    """Whether an optimizer's state has an entry for each weight. A step count has not."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 

@@ -158,7 +158,7 @@ class DeepSpeedEngine:
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": schedule.batch_size // parts,
             "gradient_accumulation_steps": 1,
-            # Managed, gradients are exchanged while backward goes on; unmanaged, in step, after
+            # Managed, gradients are exchanged while backward goes on. Unmanaged, in step, after
             # every micro-batch's.
             "managed_gradient_accumulation": schedule.accumulation == 1,
             "gradient_clipping": schedule.clip_norm,
@@ -196,7 +196,7 @@ class DeepSpeedEngine:
     def state(self) -> dict:
         """See trainer.engines: in stages 1 to 3 each rank has its parts of all tensors.
 
-        DeepSpeed's own checkpoints are pickles, for one number of ranks; its universal ones know
+        DeepSpeed's own checkpoints are pickles, for one number of ranks. Its universal ones know
         Adam's state alone.
         """
         return {"network": self._own_weights(), "optimizer": self._optimizer_state()}
@@ -417,7 +417,7 @@ def shape_of(network: nn.Module) -> nn.Module:
 
 
 def _per_weight(value: object) -> TypeGuard[Tensor]:
-    """Whether a state has an entry for each weight, as Adam's averages; its step count has not."""
+    """Whether a state has an entry for each weight, as Adam's averages. Its step count has not."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 

@@ -67,7 +67,7 @@ class DataSummary:
     sampled : int
         Training examples that mean and std were computed of.
     constant : tuple of int
-        Columns that have one value throughout the sample; their std is 1.
+        Columns that have one value throughout the sample. Their std is 1.
     gray : bool
         Whether all channels are equal in the sample.
     drawn : bool
@@ -145,7 +145,7 @@ class Shards:
 
 
 def find_shards(place: str) -> Shards | None:
-    """The shards with a manifest that `place` names; None where there is no manifest.
+    """The shards with a manifest that `place` names. None where there is no manifest.
 
     place: a directory or its URL, or a pattern of tars in one.
     Raises UserError for a manifest that cannot be read.
@@ -227,7 +227,7 @@ def _remedy(shards: Shards, missing: list[str]) -> str:
 
 
 def _made_again(shards: Shards) -> list[str]:
-    """The `shards` command that wrote them, by the manifest; [] where it does not say all."""
+    """The `shards` command that wrote them, by the manifest. [] where it does not say all."""
     made_by = shards.made_by
     command = made_by.get("command", "").removeprefix("shards ")
     files = made_by.get("files", [])
@@ -330,7 +330,7 @@ def kind_of(train: ShardSet) -> InputKind:
 
 
 def sample_of(train: ShardSet) -> np.ndarray:
-    """[n, ...]: a random sample of the training inputs; the same one every time."""
+    """[n, ...]: a random sample of the training inputs. The same one every time."""
     size = int(np.prod(train.input_shape)) * train.input_dtype.itemsize
     count = max(1, min(len(train), SAMPLE, SAMPLE_BYTES // max(size, 1)))
     ids = np.sort(generator(0, 6).permutation(len(train))[:count])
@@ -349,7 +349,7 @@ def moments(
     """(mean, std, constant columns) of inputs [n, ...].
 
     Pictures have one value per channel.  Vectors have one per column where columns differ in scale
-    or place, so that none drowns the others; else, as everything else, one for all.
+    or place, so that none drowns the others, else, as everything else, one for all.
     """
     per_entry = kind == "pictures" or (
         kind == "numbers" and inputs.ndim == 2 and inputs.shape[1] <= MOST_COLUMNS

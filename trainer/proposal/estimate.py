@@ -74,7 +74,7 @@ def run_seconds(config: Config, data: DataSummary, of_one: float, pool: int) -> 
             jobs += 1
     taught_twice = twins(config).values()
     for name, student in config.students.items():
-        # Its twin on hard labels learns beside it; the teacher's answers are about as much again.
+        # Its twin on hard labels learns beside it. The teacher's answers are about as much again.
         lessons = 2 + (name in taught_twice)
         beside += lessons * count_steps(student, examples) * student.batch_size
         jobs += lessons - 1

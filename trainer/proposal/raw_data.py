@@ -193,7 +193,7 @@ def _picture_options(directory: Path) -> list[str]:
 
 
 def shape_of(picture: Source) -> tuple[int, ...]:
-    """[C, H, W] as it is read; () where it cannot be: the `shards` command names it."""
+    """[C, H, W] as it is read. () where it cannot be: the `shards` command names it."""
     try:
         return picture_shape(picture, PictureRules())
     except ValueError:

@@ -212,8 +212,8 @@ def training_bytes(network: Network) -> int:
 def _bag_network(data: DataSummary, hardware: Hardware) -> Network:
     """A linear network over the bins of letter groups, in a quarter of the memory.
 
-    Measured (docs/recipe.md): on names of 5,000 places 51 % where an mlp over the counts has 36 %;
-    over 150 to 3,000 other classes within 1.4 points of it, in a fifth to a half of the time.
+    Measured (docs/recipe.md): on names of 5,000 places 51 % where an mlp over the counts has 36 %.
+    Over 150 to 3,000 other classes within 1.4 points of it, in a fifth to a half of the time.
     """
     size = BAG_EMBEDDING
     while size > 8 and 4 * FLOAT * size * (BAG_BINS + data.num_classes) > hardware.memory / 4:
@@ -255,7 +255,7 @@ def _picture_network(data: DataSummary, hardware: Hardware, width: int) -> Netwo
 
 
 def _embedding(data: DataSummary, hardware: Hardware) -> int:
-    """Numbers that the layer to the classes reads; it takes an eighth of the memory at most."""
+    """Numbers that the layer to the classes reads. It takes an eighth of the memory at most."""
     size = 256 if data.num_classes > MANY_CLASSES else 128
     while size > 16 and 4 * FLOAT * size * data.num_classes > hardware.memory / 8:
         size //= 2

@@ -1,4 +1,4 @@
-"""The advice of pilots: every lever's gain against its cost, and what came of it."""
+"""The advice of pilots: every lever's gain against its cost, and its measured gain."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def advice_section(advice: Advice, outcomes: Outcomes | None = None) -> AdviceSe
 
 
 def _command(advice: Advice) -> str:
-    """The line that goes on with what is advised; "" where that is to stop."""
+    """The line that goes on with what is advised. "" where that is to stop."""
     if advice["best"] == STOP:
         return ""
     best = next(lever for lever in advice["levers"] if lever["name"] == advice["best"])

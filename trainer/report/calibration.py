@@ -48,7 +48,7 @@ class Panels:
 
 
 def calibration_rows(evidence: Evidence) -> list[CalibrationRow]:
-    """NLL, Brier and ECE before and after temperature scaling; none where none was fitted."""
+    """NLL, Brier and ECE before and after temperature scaling. None where none was fitted."""
     rows = evidence.rows
     if all(row.get("temperature") is None for row in rows.values()):
         return []

@@ -83,7 +83,7 @@ def _flat(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def stage_times(run: RunDirectory) -> list[StageTime]:
-    """Seconds of each finished stage; those with an index, the specialists say, together."""
+    """Seconds of each finished stage. Those with an index, the specialists say, together."""
     times: dict[str, list[float]] = {}
     for stage in run.stages:
         done = stage.done()

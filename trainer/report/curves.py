@@ -104,7 +104,7 @@ def is_twin(name: str) -> bool:
 
 
 def read_metrics(stage: Stage | None) -> Curves:
-    """metrics.jsonl as curves over steps; of a step that was trained twice, the last."""
+    """metrics.jsonl as curves over steps. Of a step that was trained twice, the last."""
     if stage is None or stage.done() is None:
         return {}
     try:
@@ -126,7 +126,7 @@ def read_metrics(stage: Stage | None) -> Curves:
 def over_examples(curves: Curves, before: Curves | None = None) -> Curves:
     """The same curves over examples seen.
 
-    before: the curves of the network that this one started from; it begins at their end.
+    before: the curves of the network that this one started from. It begins at their end.
     """
     if not curves.get("examples"):
         return {}

@@ -44,7 +44,7 @@ class SizePlot:
 def diversity_table(evidence: Evidence) -> DiversityTable | None:
     """What members disagree in, a row's DEE, and how well it tells inputs of other kinds.
 
-    Columns and rows that nothing fills are left out; None where nothing is left.
+    Columns and rows that nothing fills are left out. None where nothing is left.
     """
     columns, rows = _columns(evidence.results), evidence.rows
     texts = {name: [text(row) for text in columns.values()] for name, row in rows.items()}

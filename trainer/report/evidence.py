@@ -51,10 +51,10 @@ class Conditional(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """A finished run and what can be read of it; absent parts are None or empty.
+    """A finished run and what can be read of it. Absent parts are None or empty.
 
     results: the content of results.json. images: the test split, for its pictures.
-    given_counts: [C], training examples of each class; None: the manifest's count.
+    given_counts: [C], training examples of each class. None: the manifest's count.
     """
 
     run: RunDirectory
@@ -136,7 +136,7 @@ class Evidence:
 
     @cached_property
     def names(self) -> list[str]:
-        """A short name for every class; its index where it has none."""
+        """A short name for every class. Its index where it has none."""
         names = [str(name) for name in self.class_names]
         names += [""] * (self.num_classes - len(names))
         return [_short_name(name, c) for c, name in enumerate(names)]
@@ -181,7 +181,7 @@ class Evidence:
 
     @cached_property
     def groups(self) -> list[np.ndarray]:
-        """The classes of each group; none of an ensemble of generalists."""
+        """The classes of each group. None of an ensemble of generalists."""
         groups = self._groups_file.get("members", [])
         return [np.asarray(classes, dtype=np.int64) for classes in groups]
 
@@ -196,7 +196,7 @@ class Evidence:
 
     @cached_property
     def clusters(self) -> dict:
-        """The summary of clustering; empty for an ensemble of generalists."""
+        """The summary of clustering. Empty for an ensemble of generalists."""
         if not self.has_specialists:
             return {}
         return read_file(self.run.cluster, "summary.json") or {}

@@ -17,7 +17,7 @@ MOST_EXAMPLES = 12
 
 @dataclass(frozen=True)
 class Prediction:
-    """The class c that `who` predicts; row: a typical test example of it, for its picture."""
+    """The class c that `who` predicts. row: a typical test example of it, for its picture."""
 
     who: str
     c: int

@@ -23,7 +23,7 @@ PERTURBATIONS = {
     "conf_ods": "ConfODS",
     "mix_bags": "n-grams of other examples",
 }
-FAR = 0.1  # nats from which stored answers are not the teacher's; trainer.stages.targets says so
+FAR = 0.1  # nats from which stored answers are not the teacher's. trainer.stages.targets says so
 STARTS = {"generalist": "as the generalist", "scratch": "from fresh weights"}
 
 
@@ -66,7 +66,7 @@ def _explain_generalist(run: RunDirectory) -> str:
 
 
 def _fitted_shortlist(run: RunDirectory) -> dict:
-    """What ensemble.json says of a shortlist; empty of other ensembles."""
+    """What ensemble.json says of a shortlist. Empty of other ensembles."""
     if not run.config.ensemble.asks_shortlists:
         return {}
     return read_file(run.ensemble, "ensemble.json") or {}
@@ -225,7 +225,7 @@ def _explain_twin(student: str) -> str:
 
 
 def missing_rows(evidence: Evidence) -> dict | None:
-    """What was not made, each with what it is, and the line that makes it; None if nothing."""
+    """What was not made, each with what it is, and the line that makes it. None if nothing."""
     missing = evidence.results.get("missing_controls")
     if not missing:
         return None
@@ -286,7 +286,7 @@ def explain_student(student: Student, ensemble: Ensemble, answers: dict | None =
 
 
 def _answers_of(run: RunDirectory, name: str) -> dict | None:
-    """How a student's teacher answered; None where an older version did not write it."""
+    """How a student's teacher answered. None where an older version did not write it."""
     return (read_file(run.students[name], "summary.json") or {}).get("answers")
 
 

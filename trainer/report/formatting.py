@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pipeline.redaction import redacted
 from pipeline.results import Row, count, duration, milliseconds, number, percent
 
-# Rows whose colour is fixed; other students and candidates take turns.
+# Rows whose colour is fixed. Other students and candidates take turns.
 COLOURS = {
     "generalist": "generalist",
     "ensemble": "ensemble",
@@ -24,7 +24,7 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table as text; best: whether it is the best of its column."""
+    """A number of a table as text. best: whether it is the best of its column."""
 
     text: str
     best: bool
@@ -40,14 +40,14 @@ class Plot:
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """The CSS colour of each row by its name in the table; `student main` has its own."""
+    """The CSS colour of each row by its name in the table. `student main` has its own."""
     fixed = {"student main": "student"} | COLOURS
     others = itertools.cycle(f"other{i}" for i in range(OTHER_COLOURS))
     return {name: fixed.get(name) or next(others) for name in names}
 
 
 def best_of(rows: dict[str, Row], key: str, better: Callable[..., float] = min) -> float | None:
-    """The best value of a column, by min or max; where all are equal none is best."""
+    """The best value of a column, by min or max. Where all are equal none is best."""
     values = [value for row in rows.values() if (value := row.get(key)) is not None]
     if len(set(values)) < 2:
         return None
@@ -60,7 +60,7 @@ def cell(row: Row, key: str, best: float | None, text: Callable[[float | None], 
 
 
 def signed(value: float, digits: int) -> str:
-    """+1.5 or −1.5, with a minus sign of the digits' width; no sign on what is shown as zero."""
+    """+1.5 or −1.5, with a minus sign of the digits' width. No sign on what is shown as zero."""
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text

@@ -141,7 +141,7 @@ def _tiles(evidence: Evidence, family: list[int]) -> list[Tile]:
 
 
 def _shown_families(classes: np.ndarray, weights: dict[tables.Pair, float]) -> list[list[int]]:
-    """The first families, of MOST_TILES classes at most; without families the first classes."""
+    """The first families, of MOST_TILES classes at most. Without families the first classes."""
     families, tiles = [], 0
     for family in tables.families(classes, weights):
         tiles += len(family)

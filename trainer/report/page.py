@@ -71,8 +71,8 @@ def write_report(
     images : ShardSet, optional
         The test split, for its pictures. Without it the page has none.
     class_counts : sequence of int, optional
-        [C], training examples of each class. By default the manifest beside the train shards says;
-        without one the test labels stand in.
+        [C], training examples of each class. By default the manifest beside the train shards says.
+        Without one the test labels stand in.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def _head(evidence: Evidence) -> dict[str, object]:
 
 
 def _advice(evidence: Evidence) -> AdviceSection | None:
-    """What pilots advised before the run, and what came of it."""
+    """What pilots advised before the run, and the gains that were measured."""
     advice = read_advice(evidence.run.root / FILE)
     return None if advice is None else advice_section(advice, evidence.results.get("advice"))
 

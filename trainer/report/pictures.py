@@ -50,7 +50,7 @@ def data_uri(pixels: np.ndarray) -> str:
 
 
 def pictures(images: ShardSet | None, rows: Iterable[int], ids: np.ndarray) -> dict[int, str]:
-    """Rows of the test predictions -> data: URIs; none where there are no pictures.
+    """Rows of the test predictions -> data: URIs. None where there are no pictures.
 
     ids: int [n], the sample of each row.
     """
@@ -62,7 +62,7 @@ def pictures(images: ShardSet | None, rows: Iterable[int], ids: np.ndarray) -> d
 
 
 def phrases(images: ShardSet | None, rows: Iterable[int], ids: np.ndarray) -> dict[int, str]:
-    """Rows of the test predictions -> their texts, where the inputs are txt files; else none."""
+    """Rows of the test predictions -> their texts, where the inputs are txt files, else none."""
     if images is None or getattr(images, "input_extensions", None) != ["txt"]:
         return {}
     rows = sorted({int(row) for row in rows})

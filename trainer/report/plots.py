@@ -49,7 +49,7 @@ def lines(
     x_ticks: Sequence[tuple[float, object]] | None = None,
     title: str = "",
 ) -> Markup:
-    """Curves over a common x; empty where there is no point to draw."""
+    """Curves over a common x. Empty where there is no point to draw."""
     curves = [_drawable(one, log_y) for one in series]
     points = [point for curve in curves for point in curve.points]
     if not points:
@@ -87,7 +87,7 @@ def scatter(
     diagonal: bool = False,
     title: str = "",
 ) -> Markup:
-    """Named points; empty where there is none to draw."""
+    """Named points. Empty where there is none to draw."""
     dots = [dot for dot in dots if not log_x or dot.x > 0]
     if not dots:
         return Markup("")
@@ -223,7 +223,7 @@ def equivalents(
 ) -> Markup:
     """A metric over the size of an ensemble, and networks at the size that equals them.
 
-    sizes: (size, metric). dots: x is the equivalent size; inf stands for "beyond the largest".
+    sizes: (size, metric). dots: x is the equivalent size. inf stands for "beyond the largest".
     """
     largest = max(size for size, _ in sizes)
     edge = largest + max(0.12 * largest, 0.4)  # where what lies beyond is drawn
@@ -264,7 +264,7 @@ def _lead(frame: Frame, x: float, y: float, dot: Dot) -> Markup:
 
 
 def reliability(bins: Sequence[dict], colour: str, title: str) -> Markup:
-    """Accuracy against confidence; below, a strip with the fraction of the examples in each bin.
+    """Accuracy against confidence. Below, a strip with the fraction of the examples in each bin.
 
     bins: dicts {lo, hi, count, confidence, accuracy}. Those of fewer than FEWEST examples are pale.
     """

@@ -12,10 +12,10 @@ import numpy as np
 class Predictions:
     """A row for each of n test examples.
 
-    ids: int64 [n], the sample of each row; corrupt samples have none. labels: int64 [n].
+    ids: int64 [n], the sample of each row. Corrupt samples have none. labels: int64 [n].
     top5, top5_probability: [n, 5]. label_probability: [n]. Of an ensemble of specialists, else
-    None: asked, int32 [n, most], the numbers of those that were asked about each example, then -1;
-    of earlier versions active, bool [n, M], in its place.
+    None: asked, int32 [n, most], the numbers of those that were asked about each example, then -1.
+    Of earlier versions active, bool [n, M], in its place.
     """
 
     ids: np.ndarray
@@ -28,7 +28,7 @@ class Predictions:
 
     @classmethod
     def read(cls, path: Path) -> Predictions | None:
-        """The predictions in an .npz file; None where there is no such file."""
+        """The predictions in an .npz file. None where there is no such file."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 names = [field.name for field in fields(cls)]
@@ -38,7 +38,7 @@ class Predictions:
         return cls(**arrays)
 
     def was_asked(self, specialist: int) -> np.ndarray | None:
-        """Whether a specialist was asked about each example, bool [n]; None where nothing says."""
+        """Whether a specialist was asked about each example, bool [n]. None where nothing says."""
         if self.asked is not None:
             return (self.asked == specialist).any(axis=1)
         return None if self.active is None else self.active[:, specialist].astype(bool)

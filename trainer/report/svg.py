@@ -1,7 +1,7 @@
 """What every plot is drawn with: axes, ticks, dots and labels as escaped SVG.
 
 A plot is 360 units wide, about a phone's width in pixels, so that its text is readable there and
-larger elsewhere. Every colour is a CSS class k-COLOUR; every text is escaped by Markup.format.
+larger elsewhere. Every colour is a CSS class k-COLOUR. Every text is escaped by Markup.format.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten between low and high.
 
-    Over more than two decades the powers alone; below half a decade the round numbers of `ticks`.
+    Over more than two decades the powers alone. Below half a decade the round numbers of `ticks`.
     """
     if high / low < 4:
         return [value for value in ticks(low, high) if value > 0]
@@ -76,7 +76,7 @@ class Frame:
         self.y_range = _padded_range([y for _, y in points], log_y, max(pad, 0.06))
 
     def locate(self, x: float, y: float) -> Point:
-        """Where (x, y) of the data lies on the drawing; y grows downwards there."""
+        """Where (x, y) of the data lies on the drawing. y grows downwards there."""
         right = _fraction(x, self.x_range, self.log_x)
         up = _fraction(y, self.y_range, self.log_y)
         return LEFT + right * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
@@ -163,7 +163,7 @@ def dot_box(point: Point) -> Box:
 def label_beside(x: float, y: float, words: str, colour: str, taken: list[Box]) -> Markup:
     """A label beside its point, where it meets no dot and no label drawn before.
 
-    taken: boxes of the dots and labels so far; the label's own is added. A line leads from the
+    taken: boxes of the dots and labels so far. The label's own is added. A line leads from the
     point to a label that had to move up or down.
     """
     width, height = CHARACTER * len(words), 11

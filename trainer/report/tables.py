@@ -1,7 +1,7 @@
 """What the report works out from predictions: numpy in, numbers out.
 
 n test examples, C classes, M specialists, k predictions kept of each example. `labels` are integers
-[n]; `before`, `after` and `correct` are bool [n].
+[n]. `before`, `after` and `correct` are bool [n].
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def covering_specialists(
 class FrequencyRow:
     """A tenth of the classes. least, most: training examples of its rarest and its commonest class.
 
-    n: its test examples; accuracy: name -> fraction of them that are right.
+    n: its test examples. accuracy: name -> fraction of them that are right.
     """
 
     classes: int
@@ -198,7 +198,7 @@ def confusion_weights(
     """How much the generalist confuses two classes: (a, b) with a < b -> probability.
 
     The probability that it puts on b at examples of a, and on a at examples of b, summed. Only the
-    `most` heaviest pairs. top5, top5_probability: [n, k]; a class below 0 stands for none.
+    `most` heaviest pairs. top5, top5_probability: [n, k]. A class below 0 stands for none.
     """
     labels = np.repeat(labels, top5.shape[1])
     other = top5.reshape(-1).astype(np.int64)

@@ -1,17 +1,20 @@
 """The method, stage by stage.  Hinton, Vinyals & Dean 2015, section 5, and back into one network.
 
-    generalist -> measure -> cluster -> route -> specialist 0 ... M-1 -> ensemble -> students
-                                   \\-> controls               -> evaluate -> report
+    generalist -> measure -> cluster -> route -> specialist 0 ... M-1 -> ensemble
+                                   \\-> controls
+    ensemble -> students; all of them -> evaluate -> report
 
-`measure` and everything that is fitted (groups, early stopping, temperatures, weights) read val;
-test is read by `evaluate` alone.  pipeline.stages is the table of stages, one function here for
+`measure` and everything that is fitted (groups, early stopping, temperatures, weights) read val.
+Test is read by `evaluate` alone.  pipeline.stages is the table of stages, one function here for
 each row:
 
     generalist.py   one network learns all classes
     grouping.py     which classes does it confuse?  measure, cluster, route
     specialist.py   the generalist again, for one group of classes and a dustbin
-    features.py, branches.py               or corrections of its logits, from features that it keeps
-    shortlist.py, rerank.py                or others, asked about (trained on) its likeliest classes
+    features.py, branches.py               or corrections of its logits, from features
+                                           that it keeps
+    shortlist.py, rerank.py                or others, asked about (trained on) its
+                                           likeliest classes
     joining.py      eq. 5: what it needs beside the networks
     control.py      the same examples for the generalist alone
     targets.py, student.py, teachers.py    one network learns what the ensemble predicts

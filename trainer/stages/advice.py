@@ -107,7 +107,7 @@ def lever_of(
 
 
 def measured_of(name: str, evidence: Evidence) -> Pilot | None:
-    """What the last pilot of a lever measured, in points; None where none shows it."""
+    """What the last pilot of a lever measured, in points. None where none shows it."""
     for family in LEVERS[name].families:
         record = evidence.last(family)
         for form in FORMS.get(name, ()):

@@ -40,7 +40,7 @@ def branch(session: Session, stage: Stage, index: int) -> None:
 
 
 def branches(session: Session, stages: Sequence[Stage]) -> None:
-    """The branches of several groups in one training; each gets its own directory and DONE."""
+    """The branches of several groups in one training. Each gets its own directory and DONE."""
     skipped = skipped_groups(session)
     with ExitStack() as stack:
         attempts: dict[int, Attempt] = {}
@@ -163,7 +163,7 @@ class BranchFeatures:
 class BranchWork:
     """One group: what its batches are made of, how it is measured, where its training is kept.
 
-    own, others: orders over the ids of train; others is None where the group has every class.
+    own, others: orders over the ids of train. Others is None where the group has every class.
     per_batch: of a batch's examples those of the group.
     """
 
@@ -276,13 +276,13 @@ class BranchReader:
 
 
 def columns_of(labels: np.ndarray, classes: np.ndarray, dustbin: int) -> np.ndarray:
-    """The column of each label among sorted `classes`; `dustbin` for one that is not there."""
+    """The column of each label among sorted `classes`. `dustbin` for one that is not there."""
     places = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
     return np.where(classes[places] == labels, places, dustbin)
 
 
 class FeatureSource:
-    """Rows of kept features as tensors; on a GPU that has room for them all they stay there."""
+    """Rows of kept features as tensors. On a GPU that has room for them all they stay there."""
 
     def __init__(self, kept: KeptFeatures, device: torch.device):
         self.device = device

@@ -18,7 +18,7 @@ from ..session import Session
 
 # Numbers in memory while a temperature is fitted: n C, of as many val examples as fit.
 LOGITS_IN_MEMORY = 2**23
-# Probabilities n C that are joined for each weight that is tried; none of them stay in memory.
+# Probabilities n C that are joined for each weight that is tried. None of them stay in memory.
 JOINED = 2**26
 FEWEST_EXAMPLES = 500
 
@@ -78,7 +78,7 @@ def fit_in_passes(
     slopes: Callable[[Batch, float], Slopes],
     rows: int | None = None,
 ) -> float:
-    """The temperature at which the mean slope over val's `ids` is 0; rows: of a batch."""
+    """The temperature at which the mean slope over val's `ids` is 0. rows: of a batch."""
 
     def mean_slopes(beta: float) -> tuple[float, float]:
         def measure(batch: Batch) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """The honest comparison: what the same examples do for the generalist alone.
 
-pipeline.controls says which controls there are; control_rows.py makes those of other networks.
+pipeline.controls says which controls there are. control_rows.py makes those of other networks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .validate import validate_calibrated
 
 
 def control(session: Session, stage: Stage, name: str) -> None:
-    """The generalist trains on without groups; a twin learns from labels alone."""
+    """The generalist trains on without groups. A twin learns from labels alone."""
     student = twins(session.config).get(name)
     with session.attempt(stage) as attempt:
         if student is None:
@@ -111,7 +111,7 @@ def last_validation(metrics: Path) -> dict[str, float]:
 
 
 def trained_lengths(session: Session) -> list[int]:
-    """Steps of each specialist that was trained here; one stopped early counts what it took.
+    """Steps of each specialist that was trained here. One stopped early counts what it took.
 
     Without patience they take what is planned, and the controls need not wait for them.
     """

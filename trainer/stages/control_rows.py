@@ -64,7 +64,7 @@ def train_on(session: Session, stage: Stage, name: str) -> None:
 
 
 def steps_again(session: Session) -> int:
-    """As many as the generalist took; as [train] says, where it was given."""
+    """As many as the generalist took. As [train] says, where it was given."""
     taken = read_summary(session.run.generalist).get("steps")
     return taken or count_steps(session.config.train, session.shards("train").num_samples)
 
@@ -125,7 +125,7 @@ def scaled_to(session: Session, spec: ModelSpec, target: float) -> ModelSpec:
 
 
 def ensemble_multiplications(session: Session) -> float:
-    """Of one example on average; how many specialists it asks is measured on val."""
+    """Of one example on average. How many specialists it asks is measured on val."""
     ensemble = load_ensemble(session)
     if not isinstance(ensemble, SpecialistEnsemble):
         return ensemble.multiplications()
@@ -140,7 +140,7 @@ def ensemble_multiplications(session: Session) -> float:
 
 
 def average(session: Session, stage: Stage, name: str) -> None:
-    """The arithmetic mean of the generalist and a second one; there is nothing to fit."""
+    """The arithmetic mean of the generalist and a second one. There is nothing to fit."""
     with session.attempt(stage) as attempt:
         save_settings(session, EnsembleSettings(kind="deep", members=PAIR), attempt.directory)
 
@@ -154,7 +154,7 @@ def shortlist(session: Session, stage: Stage, name: str) -> None:
 
 
 def load_pair(session: Session, stage: Stage) -> DeepEnsemble | ShortlistEnsemble | None:
-    """The two generalists as their stage joins them; None of a control that is one network."""
+    """The two generalists as their stage joins them. None of a control that is one network."""
     if not stage.path("ensemble.json").exists():
         return None
     settings = EnsembleSettings.load(stage.folder("ensemble.json"))

@@ -129,7 +129,7 @@ def measured(
     temperatures: Sequence[float] = (),
     augment: bool = False,
 ) -> Arrays:
-    """Of each example: labels, top [n, k], confidence, correct, nll; and scaled [n, T], its
+    """Of each example: labels, top [n, k], confidence, correct, nll, and scaled [n, T], its
     confidence at each of the temperatures.
     """
     source = ("train", "val").index(split)
@@ -190,7 +190,7 @@ def augmented(
 
 
 def metrics_of_generalist(session: Session) -> list[dict]:
-    """Rows of its metrics.jsonl; none of a given one."""
+    """Rows of its metrics.jsonl. None of a given one."""
     path = session.run.generalist.path("metrics.jsonl")
     if not path.exists():
         return []
@@ -200,7 +200,7 @@ def metrics_of_generalist(session: Session) -> list[dict]:
 def calibration(val: Arrays, ids: np.ndarray, temperatures: Sequence[float]) -> dict:
     """How sure and how right, as it is and at the temperature that the other fold has.
 
-    ids: that were to be measured; every second one is of the second fold.
+    ids: that were to be measured. Every second one is of the second fold.
     """
     of_second = np.isin(val["ids"], ids[1::2])
     scaled = np.where(of_second, val["scaled"][:, 0], val["scaled"][:, 1])

@@ -84,7 +84,7 @@ def evaluate_generalists(
     ensemble: DeepEnsemble | ShortlistEnsemble,
     sizes: list[dict],
 ) -> None:
-    """Every network that a row is of, then the ensemble; sizes: what its first networks give."""
+    """Every network that a row is of, then the ensemble. sizes: what its first networks give."""
     evaluator = TestEvaluator(session, attempt, sizes)
     evaluate_networks(session, evaluator, ensemble.generalist)
     evaluator(
@@ -229,7 +229,7 @@ def evaluate_control(session: Session, evaluator: TestEvaluator, name: str, stag
 
 
 def metrics_of_network(network: Classifier) -> MemberMetrics | None:
-    """What several members add to each example's metrics; None for a single network."""
+    """What several members add to each example's metrics. None for a single network."""
     if network.num_members == 1:
         return None
     return MemberMetrics(
@@ -308,7 +308,7 @@ def conditional_accuracy(
     network: Classifier | BranchedClassifier,
     classes: np.ndarray,
 ) -> dict:
-    """{n, conditional_before, conditional_after, gain}; {n: 0} without examples."""
+    """{n, conditional_before, conditional_after, gain}. {n: 0} without examples."""
     test = session.shards("test")
     inside = np.zeros(session.num_classes, bool)
     inside[classes] = True

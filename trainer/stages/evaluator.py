@@ -48,7 +48,7 @@ class MemberMetrics(NamedTuple):
 
 
 def metrics_of_members(log_p: Tensor) -> dict[str, Tensor]:
-    """What each example adds to MU, pairwise KL and disagreement; log_p: [K, b, C]."""
+    """What each example adds to MU, pairwise KL and disagreement. log_p: [K, b, C]."""
     p = log_p.exp()
     return {
         "mu": model_uncertainty(p),
@@ -107,7 +107,7 @@ class TestEvaluator:
         """Evaluate one predictor.
 
         members: metrics of each example beside it.  together: predictions and such metrics from one
-        pass.  more(values): further entries of the JSON; it may measure, on all ranks.
+        pass.  more(values): further entries of the JSON. It may measure, on all ranks.
         answering: its size, and what an answer is timed by.  ids: the order in which test is read.
         Returns what was measured, arrays over test.
         """
@@ -283,7 +283,7 @@ def scores_of_listed(q: Listed) -> dict[str, Tensor]:
 def scores_of(
     predict: Predictor, members: MemberMetrics | None
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What tells inputs like test's from others: a function of raw inputs; larger is more alike."""
+    """What tells inputs like test's from others: a function of raw inputs. Larger is more alike."""
 
     def scores(raw: Tensor) -> dict[str, Tensor]:
         log_p = predict(raw).materialize().float().log_softmax(1)

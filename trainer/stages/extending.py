@@ -54,7 +54,7 @@ def method_of(session: Session) -> ExtendingMethod:
 
 
 def generalist(session: Session, stage: Stage) -> None:
-    """The old generalist with rows for the new classes; these alone learn."""
+    """The old generalist with rows for the new classes. These alone learn."""
     with session.attempt(stage) as attempt:
         validate = validate_classifier(session)
         network = grown_generalist(session)
@@ -166,7 +166,7 @@ def calibrate_new_class_bias(
 ) -> float | None:
     """Raise the biases of an inherited specialist's rows of the new classes.  Changes the network.
 
-    The shift is what fits best the val examples that the generalist refers to it; what it
+    The shift is what fits best the val examples that the generalist refers to it. What it
     predicts among its own classes stays.  These rows are the generalist's, and read features that
     were learned without them, on which they come out too low.  None, and no change, where it has
     no such rows or is referred no example of a new class.

@@ -7,8 +7,8 @@
 Kept are, in row id * V + view of SPLIT/NAME.npy,
 
     at_cut    float32 [N V, ...]   what a branch reads
-    general   float32 [N V, A]     what the head reads, for z of any classes; absent where at_cut is
-                                   the same
+    general   float32 [N V, A]     what the head reads, for z of any classes; absent
+                                   where at_cut is the same
     total     float64 [N V]        L: the other classes' share follows by subtraction
 
 Written block by block into memory-mapped files, which a second attempt goes on with.
@@ -53,12 +53,12 @@ Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """A split's kept features, memory-mapped; or those of some samples alone, in memory.
+    """A split's kept features, memory-mapped, or those of some samples alone, in memory.
 
     at_cut, general: [N V, ...].  total: [N V].  views: V.  readable: bool [N], whether a sample
     is there.
-    places: int64 [N], of some samples alone, where each is among them; None of all.
-    natural: bool [N], of some samples alone, those that stand for all the others; None of all.
+    places: int64 [N], of some samples alone, where each is among them. None of all.
+    natural: bool [N], of some samples alone, those that stand for all the others. None of all.
     """
 
     at_cut: np.ndarray
@@ -157,7 +157,7 @@ class KeptWriter:
     def write(self, directory: Path) -> dict:
         """All views of the split into DIRECTORY, from where an earlier attempt stopped.
 
-        Returns {"samples", "views", "top1", "seconds"}; top1: the generalist's, over all rows.
+        Returns {"samples", "views", "top1", "seconds"}. top1: the generalist's, over all rows.
         """
         main, started = self.session.ranks.is_main, time.monotonic()
         arrays = self._open(directory) if main else {}
@@ -201,7 +201,7 @@ class KeptWriter:
         return progress or {"blocks": 0, "samples": 0, "correct": 0, "seconds": 0.0}
 
     def _open(self, directory: Path) -> dict[str, np.memmap]:
-        """The arrays, new or begun; what was begun and is not whole is begun again."""
+        """The arrays, new or begun. What was begun and is not whole is begun again."""
         names = [*self.shapes, "readable"]
         files = [directory / PROGRESS, *(directory / f"{name}.npy" for name in names)]
         begun = all(path.exists() for path in files)
@@ -290,7 +290,7 @@ def publish(source: Path, target: Path) -> None:
 
 
 def say_features(session: Session, notes: dict[str, dict]) -> None:
-    """A word where the generalist knows train by heart: features say little about its errors."""
+    """A warning where the generalist has memorised train: features say little about its errors."""
     train, val = notes["train"]["top1"], notes["val"]["top1"]
     session.say(
         "kept features: %d samples of train in %d views, generalist %.1f %% right; %d of val, "

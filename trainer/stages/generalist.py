@@ -1,4 +1,4 @@
-"""One network learns all classes; an ensemble of generalists has several."""
+"""One network learns all classes. An ensemble of generalists has several."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .validate import validate_classifier
 
 
 def generalist(session: Session, stage: Stage) -> None:
-    """One network learns all classes, on all ranks; one that is given whole is only validated."""
+    """One network learns all classes, on all ranks. One that is given whole is only validated."""
     schedule = session.config.train
     with session.attempt(stage) as attempt:
         validate = validate_classifier(session)

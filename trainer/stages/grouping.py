@@ -69,7 +69,7 @@ def measure(session: Session, stage: Stage) -> None:
 
 
 def train_ids(session: Session) -> np.ndarray | None:
-    """The train examples that groups are found by, ascending; None is all, where they are few.
+    """The train examples that groups are found by, ascending. None is all, where they are few.
 
     Of more than `clusters.train_examples` they are a part of each class, drawn by the run's seed.
     Without that key these are 2^20, or 8 of a class where that is more.
@@ -394,7 +394,7 @@ def skipped_groups(session: Session) -> set[int]:
 def confusion_with(session: Session, classes: np.ndarray) -> np.ndarray:
     """How much the generalist confuses each class with those of a group, float [C].
 
-    By its predictions alone; 0 for the group's own classes.
+    By its predictions alone. 0 for the group's own classes.
     """
     expected = prediction_statistics(session).expected_confusion
     total = expected[classes].sum(axis=0) + expected[:, classes].sum(axis=1)

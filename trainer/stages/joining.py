@@ -44,7 +44,7 @@ def ensemble(session: Session, stage: Stage) -> None:
 
 
 def deep_ensemble(session: Session, stage: Stage) -> None:
-    """The mean of the members; there is nothing to fit."""
+    """The mean of the members. There is nothing to fit."""
     with session.attempt(stage, PUBLISHED) as attempt:
         config = session.config.ensemble
         settings = EnsembleSettings(kind="deep", members=config.num_networks)
@@ -155,7 +155,7 @@ def load_deep_ensemble(session: Session) -> DeepEnsemble:
 
 
 def load_shortlist_ensembles(session: Session) -> list[ShortlistEnsemble]:
-    """The ensembles of the first 1, 2, ... networks; the last one is the run's."""
+    """The ensembles of the first 1, 2, ... networks. The last one is the run's."""
     networks = networks_of_members(session)
     by_size = read_json(session.run.ensemble.path("sizes.json"))
     ensembles = []
@@ -252,7 +252,7 @@ def nll_of(of_label: list[Tensor]) -> Tensor:
 def by_group(
     ensemble: SpecialistEnsemble, ids: np.ndarray, predicted: np.ndarray
 ) -> np.ndarray | None:
-    """`ids`, those that need the same specialist together; None where all specialists are held.
+    """`ids`, those that need the same specialist together. None where all specialists are held.
 
     predicted: the generalist's class of each.  A specialist that cannot be kept is then read once
     for all its rows, and not once in every block.

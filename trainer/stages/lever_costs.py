@@ -54,7 +54,7 @@ from .training import branch_steps, count_steps
 
 PAIRED = 2  # generalists
 LATENCY_INPUTS = 64  # of val, that latency is measured on
-BRANCHES_COUNTED = 16  # groups, at most; the others cost what these do on average
+BRANCHES_COUNTED = 16  # groups, at most. The others cost what these do on average
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ class LeverCosts:
 
     @cached_property
     def wide(self) -> Classifier:
-        """A network of the shape that `wider` trains; its weights are nobody's."""
+        """A network of the shape that `wider` trains. Its weights are nobody's."""
         spec = wider_spec(self.session, self.generalist)
         with torch.random.fork_rng(devices=[]):
             network = build_classifier(spec, builders_of(self.session.config))
         return network.to(self.session.ranks.device)
 
     def pair(self) -> Answered:
-        """Two generalists averaged; the second has the first one's shape."""
+        """Two generalists averaged. The second has the first one's shape."""
         ensemble = DeepEnsemble([self.generalist, self.generalist])
         return Answered(
             ensemble.multiplications(),
@@ -163,7 +163,7 @@ class LeverCosts:
 
     @cached_property
     def examples_of_branch(self) -> int:
-        """That each branch sees; they are trained at once, for as many steps."""
+        """That each branch sees. They are trained at once, for as many steps."""
         if self.piloted:
             return max(self.piloted["full_seen"])
         section, counts = self.branch_section, self.session.shards("train").class_counts
@@ -229,7 +229,7 @@ def shortlist(costs: LeverCosts) -> Costed:
 
 
 def average_student(costs: LeverCosts) -> Costed:
-    """A second generalist, then a student; both answer what it sees, or once what is stored."""
+    """A second generalist, then a student. Both answer what it sees, or once what is stored."""
     run = costs.session.run.advice.run_with("average_student")
     student, train = run.config.students[STUDENT], costs.session.shards("train").num_samples
     seen = count_steps(student, train) * student.batch_size

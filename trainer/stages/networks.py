@@ -54,7 +54,7 @@ def fresh_network(
 
     student, own_model: the section, or the keys of [model], that count first.  members: of
     networks with several, as model.json has it.  split: each rank draws and holds its rows of the
-    head alone, where engine.shard_head says so; the weights are the same.
+    head alone, where engine.shard_head says so. The weights are the same.
     """
     model = session.config.model
     if student is not None:
@@ -161,7 +161,7 @@ def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
 
 
 def cosine_of(model: Model, num_classes: int) -> dict | None:
-    """As model.json has it; None of a linear head."""
+    """As model.json has it. None of a linear head."""
     if model.head != "cosine":
         return None
     return {
@@ -181,7 +181,7 @@ def load_network(session: Session, stage: Stage) -> Classifier:
 def save_network(
     session: Session, attempt: Attempt, network: Classifier | Branch, summary: dict
 ) -> None:
-    """The network and what training it took, by rank 0; of a split head each rank its rows."""
+    """The network and what training it took, by rank 0. Of a split head each rank its rows."""
     ranks = session.ranks
     if isinstance(network, Classifier) and isinstance(network.head, ShardedHead):
         save_part(network, attempt.directory, ranks.rank, ranks.world_size)
@@ -204,7 +204,7 @@ def read_summary(stage: Stage) -> dict:
 class Given:
     """A generalist from elsewhere.
 
-    finished: whether it answers already; one with a fresh head is still to be trained.
+    finished: whether it answers already. One with a fresh head is still to be trained.
     notes: one sentence each, of how it was read.
     """
 
@@ -214,7 +214,7 @@ class Given:
 
 
 def given_generalist(session: Session) -> Given | None:
-    """The network that [generalist] from names; None where it is trained here from scratch.
+    """The network that [generalist] from names. None where it is trained here from scratch.
 
     It is a run's, one that save_classifier wrote, or a [model] with someone else's weights, or with
     a saved network's and a fresh head.
@@ -366,7 +366,7 @@ def student_network(
 ) -> Classifier:
     """Fresh, a copy of the generalist, or another student's network, with as many members as asked.
 
-    started: gives the network that it starts from, by name; by default that of its finished stage.
+    started: gives the network that it starts from, by name. By default that of its finished stage.
 
     The copy is widened where the student's [model] is a wider one.  The seed is drawn from the
     student's name, so that it never shares its teacher's initialization.
@@ -398,7 +398,7 @@ def student_network(
 
 
 def student_members(config: Config, student: Student) -> dict | None:
-    """As model.json has it; None for a single network."""
+    """As model.json has it. None for a single network."""
     count = student.members or config.ensemble.num_networks
     if student.network == "hydra":
         return {"kind": "heads", "count": count, "blocks": student.head_blocks}
@@ -423,7 +423,7 @@ def _widened(session: Session, generalist: Classifier, spec: ModelSpec) -> Class
 
 
 def user_builders(name: str) -> dict[str, Callable] | None:
-    """A `module:function` of the config, imported; a loaded file never names code."""
+    """A `module:function` of the config, imported. A loaded file never names code."""
     if ":" not in name or name.startswith("timm:"):
         return None
     try:

@@ -1,6 +1,6 @@
 """Every objective of a run once, on two examples: what would stop its first step is said before it.
 
-The networks are the run's, by name, fresh; groups and teachers that training has yet to find are
+The networks are the run's, by name, fresh. Groups and teachers that training has yet to find are
 stood in for by some of the right shape.
 """
 
@@ -126,7 +126,7 @@ def _parts(session: Session, processes: int, notes: list[str]) -> Iterator[Part]
 
 
 def _controls(session: Session, generalist: Classifier) -> Iterator[Part]:
-    """Networks that the controls train; a student's twin is tried as the student."""
+    """Networks that the controls train. A student's twin is tried as the student."""
     config, names = session.config, session.run.controls
     augment = config.data.augment
     trained_on = [name for name in names if name == COMPUTE or is_wall(name)]
@@ -296,7 +296,7 @@ def _student(session: Session, name: str, started: dict[str, Classifier]) -> Par
 
 
 def _network_of(session: Session, name: str, started: dict[str, Classifier]) -> Classifier:
-    """Of the generalist or a student; each is built once, after what it starts from."""
+    """Of the generalist or a student. Each is built once, after what it starts from."""
     if name not in started:
         student = session.config.students[name]
         copied = {start: _network_of(session, start, started) for start in _starts(student)}

@@ -7,7 +7,7 @@ The shortlists are found once, of every input as it is, and kept in SPLIT/classe
 likeliest first.  A step of a re-ranker's then costs k rows of its head for each example, and some
 drawn ones for the batch.  These make its loss the whole softmax's on average whatever is on the
 lists (networks.candidates), so that lists need not be those of the augmented views that it sees,
-nor of a generalist that does not know its training data by heart.
+nor of a generalist that has not memorised its training data.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def start_of_reranker(session: Session, seed: int) -> Classifier:
 
 
 def by_rows(network: Classifier) -> RowHead:
-    """Replace a network's plain head by one that learns by rows; it shares its memory.
+    """Replace a network's plain head by one that learns by rows. It shares its memory.
 
     UserError for a network that has nothing else to learn.
     """
@@ -153,7 +153,7 @@ def reranker_task(session: Session, network: Classifier, seed: int) -> TrainingT
 def validate_reranker(session: Session) -> Callable[[nn.Module], dict[str, float]]:
     """A function network -> {"loss", "top1"} of val, asked about each example's shortlist alone.
 
-    loss: nats, where the label is on the list; log k where it never is.  top1: of all examples; a
+    loss: nats, where the label is on the list. Log k where it never is.  top1: of all examples. A
     label that is not on the list cannot be found.
     """
     shards, read = session.shards("val"), kept_shortlists(session, "val")

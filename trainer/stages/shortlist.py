@@ -34,7 +34,7 @@ LOGITS_IN_MEMORY = 2**25
 
 
 def fit_shortlist(session: Session, networks: list[Classifier]) -> list[EnsembleSettings]:
-    """What joins the first 1, 2, ... networks; length and order are those of all of them."""
+    """What joins the first 1, 2, ... networks. Length and order are those of all of them."""
     config = session.config.ensemble
     longest = session.num_classes
     if session.config.has_rerankers:  # farther down they have learnt less
@@ -153,7 +153,7 @@ def fit_temperatures_of_ensembles(
 
 
 def log_probabilities(ensemble: ShortlistEnsemble, raw: Tensor) -> Tensor:
-    """[b, C]; a probability of 0 becomes the smallest normal one."""
+    """[b, C]. A probability of 0 becomes the smallest normal one."""
     p = ensemble.probabilities(raw)
     return p.clamp_min(torch.finfo(p.dtype).tiny).log()
 

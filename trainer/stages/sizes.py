@@ -85,7 +85,7 @@ def of_specialists(ensemble: SpecialistEnsemble) -> Answering:
 
 
 def times_asked(asked: np.ndarray, num_specialists: int) -> np.ndarray:
-    """How many rows ask each specialist, int64 [M]; asked: int32 [n, most], -1 for none."""
+    """How many rows ask each specialist, int64 [M]. asked: int32 [n, most], -1 for none."""
     return np.bincount(asked[asked >= 0], minlength=num_specialists)
 
 

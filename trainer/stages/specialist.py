@@ -81,7 +81,7 @@ def save_skipped(session: Session, attempt: Attempt, index: int) -> None:
 def specialist_task(
     session: Session, index: int, classes: np.ndarray, validate: SpecialistValidator
 ) -> tuple[TrainingTask, dict]:
-    """What a specialist starts from, sees and learns; and notes for summary.json."""
+    """What a specialist starts from, sees and learns, and notes for summary.json."""
     mixture = mix_batches(session, index, classes)
     return task_from(session, starting_network(session), classes, mixture, validate)
 
@@ -94,7 +94,7 @@ def task_from(
     validate: SpecialistValidator | None,
     begun: Classifier | None = None,
 ) -> tuple[TrainingTask, dict]:
-    """A specialist of `start`, a network for all classes; and notes for summary.json.
+    """A specialist of `start`, a network for all classes, and notes for summary.json.
 
     begun: goes on instead, a specialist of these classes that was trained by such a task before.
     """
@@ -139,7 +139,7 @@ class Mixture:
 
     natural_fraction: of train that is of its classes.  shift: what the oversampling adds to their
     logits.  log_prior: of the classes among themselves, [|S_m|].  others_log_prior: of the other
-    classes, [C]; None where they come at natural frequencies.
+    classes, [C]. None where they come at natural frequencies.
     """
 
     sources: list[Source]
@@ -182,7 +182,7 @@ def mixture_of(
 
 
 def own_examples(schedule: ResolvedSpecialists, with_others: bool) -> int:
-    """How many of a batch are of the group's classes; with_others: whether there are others."""
+    """How many of a batch are of the group's classes. with_others: whether there are others."""
     batch = schedule.batch_size
     if not with_others:
         return batch
@@ -192,7 +192,7 @@ def own_examples(schedule: ResolvedSpecialists, with_others: bool) -> int:
 def full_softmax_objective(
     session: Session, teacher: Classifier | None, classes: np.ndarray, mixture: Mixture
 ) -> Objective:
-    """All rows of the head learn; with a teacher also from its predictions."""
+    """All rows of the head learn, with a teacher also from its predictions."""
     return specialise_fully(
         teacher,
         classes,
@@ -251,7 +251,7 @@ def dustbin_rows(
 ) -> tuple[np.ndarray | None, ResidualRow | None]:
     """(the other classes whose rows a specialist keeps, the row that stands for the rest).
 
-    It keeps those that it is confused with most; the row is fitted on val.  (None, None) where all
+    It keeps those that it is confused with most. The row is fitted on val.  (None, None) where all
     rows are kept.
     """
     count = session.config.specialists.dustbin_rows

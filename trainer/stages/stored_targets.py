@@ -66,7 +66,7 @@ def stored_targets(
 
 
 def interleaved(parts: Sequence[Stored], places: Sequence[np.ndarray]) -> Stored:
-    """The rows of several sources in the order of a batch; places: where each source's stand."""
+    """The rows of several sources in the order of a batch. places: where each source's stand."""
     if len(parts) == 1:
         return parts[0]
     width = max(part.indices.shape[2] for part in parts)

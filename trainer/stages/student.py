@@ -141,7 +141,7 @@ def _as_logits(predict: Callable[[Tensor], Tensor], batch: Batch) -> LogitTarget
 def student_stream(
     session: Session, schedule: ResolvedStudent, transfer: bool
 ) -> tuple[TrainingStream, int]:
-    """A student's stream and number of steps; an epoch is one of its part of train.
+    """A student's stream and number of steps. An epoch is one of its part of train.
 
     The stream's sources are train and, with `transfer`, the transfer inputs of [data], about
     which only a teacher can say something.
@@ -173,7 +173,7 @@ def student_stream(
 def transfer_set(session: Session, schedule: ResolvedStudent) -> np.ndarray:
     """Ids of train that a student sees, int64 [n].
 
-    They are a fraction `share` of each class, at least one example; none of the classes left out.
+    They are a fraction `share` of each class, at least one example. None of the classes left out.
     """
     labels, absent = session.shards("train").labels, left_out(session, schedule)
     ids = np.flatnonzero(~np.isin(labels, absent))

@@ -44,7 +44,7 @@ LEAST = 32  # classes per stored prediction, where there are as many
 MEASURED = 4096  # rows of a split whose KL is measured
 FAR = 0.1  # nats: what is kept is no longer what the teacher predicts
 ASKED = 1024  # inputs of a split about which a teacher's entropy is measured
-KNOWN = 0.5  # of val's entropy: a teacher that has less on what the student sees knows it by heart
+KNOWN = 0.5  # of val's entropy: with less on what the student sees a teacher has memorised it
 UNSURE = 0.1  # nats of entropy that are worth a word
 NUMBERS_COMPARED = 2**24  # of predictions that are compared with what is kept of them
 BLOCK_BYTES = 2**26  # of answers on their way to the disk
@@ -244,7 +244,7 @@ class Storing:
         return digest([asdict(self.keeping), self.temperatures, self.rows])
 
     def write(self, directory: Path) -> dict:
-        """Into DIRECTORY, from where an earlier attempt stopped; what answers.json says."""
+        """Into DIRECTORY, from where an earlier attempt stopped. What answers.json says."""
         session, main = self.session, self.session.ranks.is_main
         numbers = {"log_tail": VALUE}
         writer = RaggedWriter(directory, self.rows, self.entries, numbers) if main else None
@@ -311,7 +311,7 @@ class Storing:
         own: OwnEntries,
         batch: Batch,
     ) -> dict[str, Tensor]:
-        """The same of a teacher whose predictions list some classes; what is lost of whole ones."""
+        """The same of a teacher whose predictions list some classes. What is lost of whole ones."""
         raw = see(batch)
         parts = [
             self._padded(self.keeping.of_listed(q)) | {"entropy": q.entropy().float()}
@@ -496,17 +496,17 @@ def warnings(num_classes: int, temperature: float, lost: float) -> list[str]:
 
 
 def answers_summary(session: Session, name: str) -> dict | None:
-    """How a student's teacher answers, for its summary.json; a word where that teaches little.
+    """How a student's teacher answers, for its summary.json. A word where that teaches little.
 
     kind: live or stored.  entropy: the mean one of its answers, nats, about what the student sees
     ("seen") and about val.  Of stored ones kl, nats: from the teacher's whole prediction to what is
-    kept, at the student's temperature; None at inf.  None for a student without a teacher.
+    kept, at the student's temperature. None at inf.  None for a student without a teacher.
     """
     student = session.config.students[name]
     if not student.learns_from_teacher:
         return None
     stage = session.run.targets_for(name)
-    # Networks are drawn before they are read; the random state of the training is left alone.
+    # Networks are drawn before they are read. The random state of the training is left alone.
     with torch.random.fork_rng():
         if stage is None:
             summary = live_summary(session, name)

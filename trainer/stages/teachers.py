@@ -37,10 +37,10 @@ class Teacher:
     """predict: raw inputs [B, ...] -> probabilities [K, B, C] of its K members.
 
     logits: per member a function raw inputs -> logits [B, C] that can be differentiated by the
-    inputs; none where the prediction is more than a network's.
-    mean_logits: raw inputs -> the mean of the members' logits [B, C], that of their geometric mean;
+    inputs. None where the prediction is more than a network's.
+    mean_logits: raw inputs -> the mean of the members' logits [B, C], that of their geometric mean.
     None where the prediction is more than networks'.
-    joint_logits: raw inputs -> the log of the one prediction of a joined ensemble, [B, C]; None
+    joint_logits: raw inputs -> the log of the one prediction of a joined ensemble, [B, C]. None
     where `predict` alone gives it.
     """
 
@@ -97,7 +97,7 @@ def from_elsewhere(path: str, session: Session) -> Teacher:
 
 
 def of_ensemble(ensemble: SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble) -> Teacher:
-    """Each network of a deep ensemble is a member; any other ensemble is one."""
+    """Each network of a deep ensemble is a member. Any other ensemble is one."""
     if isinstance(ensemble, DeepEnsemble):
         return of_networks(ensemble.networks)
     if isinstance(ensemble, ShortlistEnsemble):

@@ -40,7 +40,7 @@ def train_network(
 
     A head that is split already stays so in the trained network.
 
-    part: its name where an attempt trains several networks; checkpoints and metrics lie below it.
+    part: its name where an attempt trains several networks. Checkpoints and metrics lie below it.
     """
     ranks, config = session.ranks, session.config.engine
     if config.splits_weights and task.validate is not None:
@@ -137,14 +137,14 @@ def labelled_stream(
 
 
 def log_prior_of(session: Session, schedule: ResolvedSchedule) -> torch.Tensor | None:
-    """What a balanced stream changes in the classes' frequencies, [C]; None of a natural one."""
+    """What a balanced stream changes in the classes' frequencies, [C]. None of a natural one."""
     if not schedule.balance:
         return None
     return balanced_log_prior(session.shards("train").class_counts, schedule.balance)
 
 
 def label_margin(network: nn.Module) -> LabelMargin | None:
-    """What moves the label's logit of a network that learns from labels; None where nothing does.
+    """What moves the label's logit of a network that learns from labels. None where nothing does.
 
     Its head then gives logits that are read in blocks while it trains.
     """
@@ -187,7 +187,7 @@ def count_steps(schedule: ResolvedSchedule, examples: int) -> int:
 
 
 def branch_steps(schedule: ResolvedSpecialists, own_examples: list[int]) -> int:
-    """Of all branches alike, since they are trained at once; an epoch is the largest group's.
+    """Of all branches alike, since they are trained at once. An epoch is the largest group's.
 
     own_examples: of each group.
     """

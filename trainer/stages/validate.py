@@ -48,7 +48,7 @@ def validate_classifier(session: Session) -> Callable[[nn.Module], dict[str, flo
 
 
 def validate_calibrated(session: Session) -> Callable[[nn.Module], dict[str, float]]:
-    """The same, but "loss" is after a temperature was fitted on val; "raw_loss" is before.
+    """The same, but "loss" is after a temperature was fitted on val. "raw_loss" is before.
 
     Of two steps the one that knows more has the lower loss, however overconfident it is.
     """
@@ -122,7 +122,7 @@ class SpecialistValidator:
 
 
 def referred_examples(session: Session, classes: np.ndarray) -> np.ndarray:
-    """Ids of the val examples for which the gate opens a group; of all val, if there are none."""
+    """Ids of the val examples for which the gate opens a group. Of all val, if there are none."""
     path = session.run.measure.path("predictions.npz")
     with np.load(path, allow_pickle=False) as predictions:
         top = predictions["top"][:, : session.config.ensemble.gate]

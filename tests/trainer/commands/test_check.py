@@ -304,7 +304,7 @@ def test_too_little_memory_is_a_warning_with_what_is_needed_and_free(data, monke
 def test_features_that_would_take_too_much_are_refused_before_anything_runs(data, tmp_path):
     branch = ("specialists.kind=branch", "specialists.features_bytes=1000")
     config = toy_config(data, *branch)
-    # 960 and 288 examples of 24 numbers and one of 8 bytes; the head reads the same numbers.
+    # 960 and 288 examples of 24 numbers and one of 8 bytes. The head reads the same numbers.
     needed = (960 + 288) * (24 * 4 + 8)
     words = f"take {needed:,} bytes, specialists.features_bytes = 1,000 allows less"
     assert words in mistake(config, run=tmp_path / "run")

@@ -1,4 +1,4 @@
-"""`referral export`: it predicts what the run does; never half-written; one line for an error."""
+"""`referral export`: it predicts what the run does. Never half-written. One line for an error."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""`referral init`: from data to a config that runs as it is; every refusal is one line."""
+"""`referral init`: from data to a config that runs as it is. Every refusal is one line."""
 
 import tomllib
 

@@ -1,4 +1,4 @@
-"""`referral predict`: files in, the evaluate stage's predictions out; one line for an error."""
+"""`referral predict`: files in, the evaluate stage's predictions out. One line for an error."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def test_predictions_of_the_test_split_are_those_that_evaluate_wrote(
 
 
 def test_a_network_with_members_predicts_their_mean():
-    # Of two members; the mean is 0.5, 0.4, 0.1.
+    # Of two members. The mean is 0.5, 0.4, 0.1.
     predicted = torch.tensor([[0.8, 0.1, 0.1], [0.2, 0.7, 0.1]])
     spec = ModelSpec("mlp", 3, InputSpec(shape=(1,), dtype="float32"), class_names=("a", "b", "c"))
     network = torch.nn.Flatten(0)

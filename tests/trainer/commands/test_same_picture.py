@@ -1,6 +1,6 @@
 """One picture, one answer: from a file, from Python in any form, and from the shards of its split.
 
-The run learned from `shards folder --size 8`, out of wide photos; predict gets the photos.
+The run learned from `shards folder --size 8`, out of wide photos. Predict gets the photos.
 """
 
 import io

@@ -159,7 +159,7 @@ def test_a_compressed_tar_that_breaks_off_is_saved_as_far_as_it_goes(tmp_path, c
     content = pack.compress(tar.read_bytes())
     (tmp_path / f"x.tar.{end}").write_bytes(content[: len(content) * 2 // 3])
     source = ["from-webdataset", tmp_path / f"x.tar.{end}", "--out", tmp_path / "s"]
-    if end == "bz2":  # its blocks are 900 kB; this one is cut in the first
+    if end == "bz2":  # its blocks are 900 kB. This one is cut in the first
         assert "its compression is corrupt" in refusal(*source)
         return
     assert "its compression is corrupt behind byte" in refusal(*source)

@@ -191,7 +191,7 @@ def test_nothing_is_known_of_a_training_without_rows():
 
 def test_errors_are_counted_by_the_place_of_the_true_class():
     top = np.array([[0, 1, 2], [1, 0, 2], [2, 1, 0], [1, 2, 0]])
-    labels = np.zeros(4, int)  # right; second; third; third
+    labels = np.zeros(4, int)  # right. Second. Third. Third
     assert among_likeliest(top, labels, [2, 3]) == {2: pytest.approx(1 / 3), 3: 1.0}
 
 

@@ -48,7 +48,7 @@ def test_dustbin_shift_refuses_a_fraction_of_nothing_or_all(natural, training):
 
 
 def test_specialist_prior_and_shift_recover_natural_frequencies_of_a_resampled_group():
-    """Classes a, b of S_m and the rest: .06, .02, .92; in training 1/4, 1/4 and 1/2."""
+    """Classes a, b of S_m and the rest: .06, .02, .92. In training 1/4, 1/4 and 1/2."""
     natural = torch.tensor([0.06, 0.02, 0.92]).double()
     training = torch.tensor([0.25, 0.25, 0.5]).double()
     log_prior = (torch.tensor([0.5, 0.5]) / torch.tensor([0.75, 0.25])).log().double()
@@ -111,7 +111,7 @@ def test_distillation_at_infinite_temperature_is_half_the_mean_squared_distance_
 
 
 def test_a_high_temperature_comes_close_to_the_infinite_one():
-    """In value and gradient, to order 1 / T; at T = 1000 of losses of size 1."""
+    """In value and gradient, to order 1 / T. At T = 1000 of losses of size 1."""
     student = random_logits(2, 4, 5, seed=1).requires_grad_()
     teacher = random_logits(2, 4, 5, seed=2)
     labels = torch.tensor([0, 1, 2, 3])
@@ -241,7 +241,7 @@ def test_top_k_targets_of_log_probabilities_by_hand():
 
 @pytest.mark.parametrize("temperature", (1.0, 4.0, 20.0))
 def test_a_tail_far_below_the_rounding_of_one_counts_at_high_temperature(temperature):
-    """Three classes share e^-30; 1 - sum of values would be 0, and p at T = 20 another one."""
+    """Three classes share e^-30. 1 - sum of values would be 0, and p at T = 20 another one."""
     logits = torch.tensor([[0.0, -30.0, -30.0, -30.0]])
     top = TopKTargets.of(logits.log_softmax(1), 1)
     torch.testing.assert_close(soften(top.spread(), temperature), (logits / temperature).softmax(1))
@@ -409,7 +409,7 @@ def test_soft_term_is_zero_when_the_specialist_agrees_with_the_generalist_on_oth
 def test_the_loss_is_finite_for_a_generalist_that_is_certain_of_a_class_in_the_group():
     general, labels = torch.tensor([[1.0, 0.0, 0.0, 0.0]]), torch.tensor([1])
     loss = full_specialist_loss(torch.zeros(1, 4), labels, INSIDE, general, torch.zeros(4))
-    # Outside: 2 of 4 classes; the generalist does not tell which of the two.
+    # Outside: 2 of 4 classes. The generalist does not tell which of the two.
     assert float(loss) == pytest.approx(math.log(2))
 
 
@@ -489,7 +489,7 @@ def test_gaussian_kl_agrees_with_torch_distributions(m_t, v_t, m_s, v_s):
 
 
 def test_gaussian_kl_by_hand():
-    # One wide by 1, off by 2, of unit variances: 2^2 / 2 = 2; a second output alike: 0; a second
+    # One wide by 1, off by 2, of unit variances: 2^2 / 2 = 2. A second output alike: 0. A second
     # example alike: halved.
     m_t, zeros = torch.tensor([[[2.0, 0.0], [1.0, 1.0]]]), torch.zeros(1, 2, 2)
     m_s = torch.tensor([[[0.0, 0.0], [1.0, 1.0]]])

@@ -27,7 +27,7 @@ from trainer.core.metrics import (
 
 
 def test_metrics_of_a_hand_worked_example():
-    # Three examples of two classes (0, 0, 1); predictions: right at .8, wrong at .6 (so
+    # Three examples of two classes (0, 0, 1). predictions: right at .8, wrong at .6 (so
     # p(true) = .4), right at .9.
     labels = [0, 0, 1]
     top5 = [[0, 1, -1, -1, -1], [1, 0, -1, -1, -1], [1, 0, -1, -1, -1]]
@@ -203,7 +203,7 @@ def test_deep_ensemble_equivalent_refuses_what_is_not_a_number():
 
 
 def test_auroc_by_hand():
-    # Pairs won: 3 beats 1 and 2; 2 beats 1 and ties 2: (2 + 1.5) / 4.
+    # Pairs won: 3 beats 1 and 2. 2 beats 1 and ties 2: (2 + 1.5) / 4.
     assert auroc([3, 2], [1, 2]) == pytest.approx(3.5 / 4)
     assert auroc([5, 6], [1, 2, 3]) == 1 and auroc([0.5], [0.5, 0.5]) == 0.5
 

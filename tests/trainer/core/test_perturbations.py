@@ -81,7 +81,7 @@ GAPS = [(0, torch.float32), (20, torch.float32), (80, torch.float32), (20, torch
 def test_direction_is_right_for_teachers_that_are_certain_beyond_rounding(gap, dtype):
     """At a gap of 20 the top class's 1 - p is 1e-9.
 
-    In float32 the plain gradient leaves that class out, in half precision it is 0 altogether; at a
+    In float32 the plain gradient leaves that class out, in half precision it is 0 altogether. At a
     gap of 80, through a layer that scales it down, in float32 too.
     """
     x = torch.rand(6, 10, generator=seeded(1))

@@ -1,7 +1,7 @@
 """A training stream over shards that stream, resumed from its last state.
 
 python tests/trainer/data/arriving.py URL DIRECTORY CACHE RANKS WORKERS
-    reads two epochs by RANKS processes of WORKERS each; DIRECTORY/seen gets a line for every step,
+    reads two epochs by RANKS processes of WORKERS each. DIRECTORY/seen gets a line for every step,
     DIRECTORY/state.json the step now and then
 """
 
@@ -64,7 +64,7 @@ def read_as_rank(data: Data, first: int, rank: int, ranks: int, pipe) -> None:
 
 
 def run(url: str, directory: Path, cache: Path, ranks: int, workers: int) -> None:
-    """From the last state to the end of the second epoch; ranks wait for each other."""
+    """From the last state to the end of the second epoch. Ranks wait for each other."""
     state, first = directory / "state.json", 0
     if state.exists():
         first = read_json(state)["step"]

@@ -39,7 +39,7 @@ SIZES = [5, 40, 12]
 READERS = ["in process", "two workers", "cached"]
 CACHE = {"in process": "none", "two workers": "none", "cached": "decoded"}
 WORKERS = {"in process": 0, "two workers": 2, "cached": 0}
-SECONDS = 120  # a set that takes longer hangs; the slowest takes about two
+SECONDS = 120  # a set that takes longer hangs. The slowest takes about two
 
 
 def numbers_of(shard: int) -> range:

@@ -1,10 +1,11 @@
 """A store of shards behind HTTP that fails in seeded ways, and what comes of a set fetched from it.
 
     python tests/trainer/data/faulty_store.py 50
-        fetches 50 sets whole and 50 through a window, each through faults of its own: `make soak`
+        fetches 50 sets whole and 50 through a window, each through faults of its own:
+        `make soak`
 
 Half of the directories that they are fetched to are shared with somebody who planted links there.
-A fault befalls one request.  Up to two in a row are survived; three or more in a row are one line.
+A fault befalls one request.  Up to two in a row are survived. Three or more in a row are one line.
 Whatever happens, a shard is whole and the manifest's or it is not there.
 """
 
@@ -62,7 +63,7 @@ SURVIVED = 2
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a directory; faults[path] befall the requests for a path, one each."""
+    """Serves a directory. faults[path] befall the requests for a path, one each."""
 
     def do_GET(self):
         name = self.path.rpartition("/")[2]
@@ -149,7 +150,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def store(directory: Path):
-    """A server of a set of shards, of five where there is none; .url, .faults {name: [...]},
+    """A server of a set of shards, of five where there is none. .url, .faults {name: [...]},
     .requests Counter."""
     if not (directory / "manifest.json").exists():
         write_uneven(directory, SIZES)
@@ -191,7 +192,7 @@ def whole(directory: Path, fetched: Path, parts: bool = False) -> None:
 
 
 def plant(place: Path, directory: Path, fetched: Path, url: str) -> Path:
-    """Links where files of known names are written; what they lead to."""
+    """Links where files of known names are written. What they lead to."""
     precious = place / "precious"
     precious.write_bytes(PRECIOUS)
     fetched.mkdir(exist_ok=True)
@@ -251,7 +252,7 @@ def judge(place: Path, seed: int, fault: str = "") -> str:
 
 
 def judge_window(place: Path, seed: int, fault: str = "") -> str:
-    """As `judge`, of two epochs through a window; once more from where a fault ended them."""
+    """As `judge`, of two epochs through a window. Once more from where a fault ended them."""
     chance = random.Random(seed)
     directory, fetched = place / "store", place / f"window-{seed}"
     directory.mkdir(exist_ok=True)

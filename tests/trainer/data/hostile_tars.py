@@ -265,7 +265,7 @@ NO_FILES = [pipe, directory, endless, loop]
 
 
 def write(place: Path, hostile, chance: random.Random) -> None:
-    """A tar of good samples, a hostile one among them; or what is no file beside a good tar."""
+    """A tar of good samples, a hostile one among them, or what is no file beside a good tar."""
     write_tar(place / "train-000000.tar", tar_files(range(GOOD)))
     if hostile in NO_FILES:
         hostile(place / "train-000001.tar")
@@ -338,7 +338,7 @@ READERS = {
 
 
 def read(place: Path, reader: str) -> str:
-    """ "read", "listed" or "refused" in one line; AssertionError for what is worse."""
+    """ "read", "listed" or "refused" in one line. AssertionError for what is worse."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -381,7 +381,7 @@ def in_a_process(place: Path, reader: str) -> str:
 
 
 def judge(place: Path, seed: int, hostile=None) -> str:
-    """The verdicts of all readers of one hostile tar; AssertionError for what is no verdict."""
+    """The verdicts of all readers of one hostile tar. AssertionError for what is no verdict."""
     chance = random.Random(seed)
     hostile = hostile or (HOSTILE + NO_FILES)[seed % len(HOSTILE + NO_FILES)]
     verdicts = []

@@ -89,7 +89,7 @@ def whole(far, place) -> list[str]:
 
 
 def on_disk(directory) -> TrainingStream:
-    """The same stream of files, in the order of shards that stream; no server is asked."""
+    """The same stream of files, in the order of shards that stream. No server is asked."""
     shards = open_shards(str(directory), Data(cache="none"), "train")
     shards.windows = Windows(shards._shard_start, 2)
     return TrainingStream([Source(shards, shuffled(len(shards), 3), BATCH)], 5, "shift")

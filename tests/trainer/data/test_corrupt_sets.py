@@ -1,4 +1,4 @@
-"""A few corrupt sets of each kind; `make soak` checks a thousand."""
+"""A few corrupt sets of each kind. `make soak` checks a thousand."""
 
 import subprocess
 import sys

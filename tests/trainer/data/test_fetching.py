@@ -23,7 +23,7 @@ from trainer.data.patterns import url_name
 
 
 class Handler(SimpleHTTPRequestHandler):
-    """Serves a directory; `server.faults` befall the first requests for shards, one each."""
+    """Serves a directory. `server.faults` befall the first requests for shards, one each."""
 
     def do_GET(self):
         self.server.requests.append(self.path)
@@ -55,7 +55,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A server of `write_uneven([4, 9, 5])`; .url, .directory, .faults, .requests."""
+    """A server of `write_uneven([4, 9, 5])`. .url, .directory, .faults, .requests."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     directory = tmp_path / "served"
     directory.mkdir()

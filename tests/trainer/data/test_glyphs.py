@@ -76,7 +76,7 @@ def test_the_default_faces_give_more_than_a_thousand_classes_of_five_faces_each(
 
 def test_characters_that_look_the_same_in_every_face_are_one_class(default_glyphs):
     of = {character: group for group in default_glyphs.characters for character in group}
-    assert of["A"] == "A\u0391"  # Alpha; Cyrillic A is drawn otherwise in DejaVu Serif
+    assert of["A"] == "A\u0391"  # Alpha. Cyrillic A is drawn otherwise in DejaVu Serif
     assert set("O\u041e\u039f") <= set(of["O"])
     assert of["O"] != of["0"] and of["c"] != of["C"]
     entries = {entry["name"].split(" ")[0]: entry for entry in merged_classes(default_glyphs)}

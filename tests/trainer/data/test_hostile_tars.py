@@ -1,4 +1,4 @@
-"""What a member of a tar may take, and what comes of hostile tars; `make soak` has sixty."""
+"""What a member of a tar may take, and what comes of hostile tars. `make soak` has sixty."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A run killed twice; `make soak` kills one twenty times."""
+"""A run killed twice. `make soak` kills one twenty times."""
 
 from killed import judge, the_stream
 

@@ -1,4 +1,4 @@
-"""Errors of the machine end a run in one line; they are no damage of the data."""
+"""Errors of the machine end a run in one line. They are no damage of the data."""
 
 import errno
 import io

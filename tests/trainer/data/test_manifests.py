@@ -187,7 +187,7 @@ def named_entry(path, labels) -> dict:
 
 @pytest.fixture
 def loads(monkeypatch):
-    """The shards whose index was mapped, in order; scanning one fails."""
+    """The shards whose index was mapped, in order. Scanning one fails."""
     names: list[str] = []
 
     def noted(shard, *arguments):

@@ -1,4 +1,4 @@
-"""Exactly once, a few passes; `make soak` makes a hundred, over all numbers of workers."""
+"""Exactly once, a few passes. `make soak` makes a hundred, over all numbers of workers."""
 
 import numpy as np
 import pytest

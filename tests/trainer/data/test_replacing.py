@@ -1,4 +1,4 @@
-"""`--overwrite` replaces the old set only once the new one stands; links lead nowhere else."""
+"""`--overwrite` replaces the old set only once the new one stands. Links lead nowhere else."""
 
 import os
 
@@ -105,7 +105,7 @@ def test_what_is_not_committed_is_deleted(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two classes of four pictures; links out of it to a picture and to a class, one within."""
+    """Two classes of four pictures. Links out of it to a picture and to a class, one within."""
     outside = tmp_path / "outside"
     for name in ("photos/a", "photos/b", "outside/c"):
         (tmp_path / name).mkdir(parents=True)

@@ -40,7 +40,7 @@ def unchanged(step, rank, batch):
 
 
 def run(stream, steps, ranks=1, first=0, change=unchanged) -> list[EpochAccounting]:
-    """`steps` steps on `ranks` ranks, a thread each; they wait for each other to close an epoch."""
+    """`steps` steps on `ranks` ranks, a thread each. They wait for each other to close an epoch."""
     everyone = threading.Barrier(ranks)
     values = [None] * ranks
     accounts = [EpochAccounting(stream, first, rank, ranks) for rank in range(ranks)]

@@ -334,7 +334,7 @@ def test_an_index_of_which_any_array_differs_is_none(tmp_path, name):
 
 
 def test_the_index_of_another_shard_of_the_same_size_is_not_this_ones(tmp_path):
-    """Its time says so; and where a copy keeps times, the checksums of what is read."""
+    """Its time says so, and where a copy keeps times, the checksums of what is read."""
     write_uneven(tmp_path, [8, 8])
     one, other = (tmp_path / f"train-00000{n}.tar" for n in (0, 1))
     index_path(other).write_bytes(index_path(one).read_bytes())

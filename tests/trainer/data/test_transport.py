@@ -1,4 +1,4 @@
-"""What comes of a store that stalls, cuts, lies or is busy; `make soak` has fifty sets."""
+"""What comes of a store that stalls, cuts, lies or is busy. `make soak` has fifty sets."""
 
 import fcntl
 import io

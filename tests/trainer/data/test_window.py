@@ -130,7 +130,7 @@ def test_the_room_that_an_order_takes_at_once_is_worked_by_hand():
 
 
 class Simulation:
-    """Ranks that read an order through one directory of `limit` bytes; `clock` ticks as they do.
+    """Ranks that read an order through one directory of `limit` bytes. `clock` ticks as they do.
 
     Each fetch takes a time drawn at random.  As the real directory: what leases name is not
     evicted, what is read now waits for room, what comes next takes only what that leaves.
@@ -158,7 +158,7 @@ class Simulation:
                 self.used[shard] = self.clock
 
     def advance(self, rank: int) -> bool:
-        """Read a batch if it is there; else ask for it.  Ranks are one step apart at most."""
+        """Read a batch if it is there, else ask for it.  Ranks are one step apart at most."""
         step = self.at[rank]
         if step == self.steps or step > min(self.at):
             return False

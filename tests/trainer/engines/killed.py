@@ -1,4 +1,4 @@
-"""Kill a training run at random moments until it ends; its weights are the undisturbed run's.
+"""Kill a training run at random moments until it ends. Its weights are the undisturbed run's.
 
     python tests/trainer/engines/killed.py [KILLS_PER_ENGINE] [ENGINE ...] [--seed SEED]
 
@@ -38,7 +38,7 @@ STEPS = [
     "train.ema=0",
     "model.dropout=0.1",
 ]
-# Of the weights' differences; DeepSpeed's is 1e-6.
+# Of the weights' differences. DeepSpeed's is 1e-6.
 TOLERANCE = {"ddp": 0.0}
 
 

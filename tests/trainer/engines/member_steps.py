@@ -78,7 +78,7 @@ def loss_of(logits, targets):
 
 @torch.no_grad()
 def step_by_hand(network, velocity: dict) -> None:
-    """Weights decay; factors take half steps."""
+    """Weights decay. Factors take half steps."""
     for name, parameter in network.named_parameters():
         rate = RATE / 2 if name.endswith((".r", ".s")) else RATE
         decay = DECAY if name.endswith("weight") else 0.0

@@ -2,7 +2,7 @@
 
     row_steps.py ENGINE ...          in this process group
 
-Each rank has its share of a batch, whose rows overlap the others'; a batch comes in two parts.
+Each rank has its share of a batch, whose rows overlap the others'. A batch comes in two parts.
 After two of four steps a new engine resumes from the state of the first.  Raises where a weight
 differs.
 """

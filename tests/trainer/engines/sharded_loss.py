@@ -24,7 +24,7 @@ SIZE, TOLERANCE, BLOCK = 6, 1e-5, 5
 
 
 class Problem:
-    """A batch and a head; rank r has the rows `mine` and the classes `own`."""
+    """A batch and a head. Rank r has the rows `mine` and the classes `own`."""
 
     def __init__(self, sizes: list[int], bounds: list[int]):
         rank, rows, self.classes = dist.get_rank(), sum(sizes), bounds[-1]

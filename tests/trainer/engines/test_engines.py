@@ -64,7 +64,7 @@ def test_accumulated_micro_batches_are_one_batch(runs, data, tmp_path):
 
 
 def test_a_job_of_one_rank_needs_no_torchrun(data, tmp_path):
-    """As the local runner starts specialists; with keys of DeepSpeed's own, and blocks computed
+    """As the local runner starts specialists, with keys of DeepSpeed's own, and blocks computed
     twice."""
     steps = ["train.steps=20", "specialists.steps=10"]
     further = [

@@ -7,7 +7,7 @@ STEPS = ENGINES / "member_steps.py"
 
 
 def test_two_ranks_step_members_as_one_process_does_by_hand():
-    """Gradients and weights; rank-one factors take half the rate, and only weights decay."""
+    """Gradients and weights. Rank-one factors take half the rate, and only weights decay."""
     assert on_ranks(2, STEPS, "ddp").count("agree") == 4
 
 

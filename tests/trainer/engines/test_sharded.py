@@ -52,7 +52,7 @@ SPLITS = [("7", "0,29"), ("4,3", "0,10,29"), ("3,0,4", "0,3,20,29")]
 
 @pytest.mark.parametrize("sizes, bounds", SPLITS)
 def test_loss_and_gradients_are_torchs_however_rows_and_classes_are_split(sizes, bounds):
-    """Labels, smoothing, dense and top-k targets, a prior; each row with a weight of its own."""
+    """Labels, smoothing, dense and top-k targets, a prior. Each row with a weight of its own."""
     on_ranks(len(sizes.split(",")), ENGINES / "sharded_loss.py", sizes, bounds)
 
 
@@ -62,7 +62,7 @@ def test_loss_and_gradients_are_torchs_however_rows_and_classes_are_split(sizes,
 def test_a_sharded_head_logs_the_losses_of_one_process_with_a_whole_one(
     data, whole, tmp_path, ranks
 ):
-    """With smoothing, a prior, clipping, accumulation and validation; it exports a whole head."""
+    """With smoothing, a prior, clipping, accumulation and validation. It exports a whole head."""
     train_all(ranks, data, tmp_path, "ddp", *REST, *SHARDED)
     np.testing.assert_allclose(losses(tmp_path / "ddp"), losses(whole), atol=1e-5)
     compare(tmp_path / "ddp", whole)
@@ -105,7 +105,7 @@ def test_negatives_are_the_same_on_any_number_of_ranks_and_after_a_resume(data, 
 
 
 def learner(kind: str) -> Classifier:
-    """A network of six classes; of the grown one two rows alone learn."""
+    """A network of six classes. Of the grown one two rows alone learn."""
     torch.manual_seed(0)
     known = 4 if kind == "grown" else 6
     cosine = {"scale": 5.0, "learned": True} if kind == "cosine" else None

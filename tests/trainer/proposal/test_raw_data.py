@@ -1,4 +1,4 @@
-"""Which `shards` command makes shards of what a user has; or why there is none."""
+"""Which `shards` command makes shards of what a user has, or why there is none."""
 
 import numpy as np
 import pytest

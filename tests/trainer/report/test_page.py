@@ -68,7 +68,7 @@ def test_coverage_of_the_hand_worked_run(hand_worked):
 
 def test_deciles_of_the_hand_worked_run_are_ordered_by_training_counts(hand_worked):
     rows = rows_of(render(hand_worked, collect(hand_worked)), "frequency")
-    # Six classes make six parts; 10 training examples of class 0, whose second test example the
+    # Six classes make six parts. 10 training examples of class 0, whose second test example the
     # ensemble fixed.
     assert [row[1] for row in rows] == ["10", "20", "30", "40", "50", "60"]
     assert rows[0] == ["1", "10", "2", "50.0 %", "100.0 %", "100.0 %", "100.0 %"]
@@ -225,12 +225,12 @@ def test_texts_are_shown_as_they_are_and_no_frames_for_pictures(glyphs):
 
 
 def test_calibration_of_the_hand_worked_twin(deep):
-    """T = 1.25 makes .9^.8 and .02^.8 of .9 and .02 (five times); half of the examples are right.
+    """T = 1.25 makes .9^.8 and .02^.8 of .9 and .02 (five times). Half of the examples are right.
 
     Over their sum these are .80782 and .03844.
     """
     rows = {row[0]: row for row in rows_of(render(deep, collect(deep)), "calibration")}
-    # NLL -(ln .9 + ln .02) / 2, Brier (.012 + 1.772) / 2 and ECE .9 - .5; then
+    # NLL -(ln .9 + ln .02) / 2, Brier (.012 + 1.772) / 2 and ECE .9 - .5. Then
     # -(ln .80782 + ln .03844) / 2, (.04432 + 1.58309) / 2 and .80782 - .5.
     metrics = ["2.0087", "1.7361", "0.8920", "0.8137", "0.4000", "0.3078"]
     assert rows["student_hard"] == ["student_hard", "1.250", *metrics]

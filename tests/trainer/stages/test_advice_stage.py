@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 
 def advised(root, config, stop_in=""):
-    """Every stage of an advice; stop_in: a place whose training is interrupted once."""
+    """Every stage of an advice. stop_in: a place whose training is interrupted once."""
     run = run_all(root, config, only={"generalist"})
     with process_group(config.engine) as ranks:
         session = Session(run.advice.run, ranks)

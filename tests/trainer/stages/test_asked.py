@@ -1,4 +1,4 @@
-"""Who was asked, as numbers; in which order rows are read where specialists cannot all be held."""
+"""Who was asked, as numbers. In which order rows are read where specialists cannot all be held."""
 
 from types import SimpleNamespace
 
@@ -40,7 +40,7 @@ def test_a_report_reads_who_was_asked_from_numbers_and_from_the_mask_of_earlier_
 
 @pytest.fixture
 def ensemble():
-    """Two groups and a class, 4, of none; a specialist is 40 bytes."""
+    """Two groups and a class, 4, of none. A specialist is 40 bytes."""
     network = SimpleNamespace(parameters=list, buffers=list)
     specialists = LazySpecialists(lambda m: network, range(2))
     groups = ClassGroups([[2, 3], [0, 1]], 5)
@@ -57,7 +57,7 @@ def test_rows_of_one_group_are_read_together_where_not_all_specialists_are_held(
     monkeypatch.setattr(joining, "BYTES_HELD", 80)
     assert by_group(ensemble, ids, predicted) is None  # all are held
     monkeypatch.setattr(joining, "BYTES_HELD", 79)
-    # Group 0 has predictions 2 and 3, group 1 has 0 and 1; class 4, which asks nobody, is last.
+    # Group 0 has predictions 2 and 3, group 1 has 0 and 1. Class 4, which asks nobody, is last.
     assert by_group(ensemble, ids, predicted).tolist() == [9, 11, 8, 10, 7]
     ensemble.is_sparse = False
     assert by_group(ensemble, ids, predicted) is None

@@ -91,7 +91,7 @@ def test_a_run_of_branches_routes_nothing_and_is_done(finished):
 
 def test_evaluation_counts_what_an_example_is_multiplied_with(finished):
     counted = read_json(finished.evaluate.path("ensemble.json"))["multiplications"]
-    # Two convolutions, the embedding of 3 and 24 classes; a branch has 24 x 16 and 5 rows of 16.
+    # Two convolutions, the embedding of 3 and 24 classes. A branch has 24 x 16 and 5 rows of 16.
     assert counted["generalist"] == 16 * 4 * 9 + 4 * 6 * 36 + 24 * 3 + 3 * 24
     each = counted["ensemble"] - counted["generalist"]
     assert 0 < each <= 24 * 16 + 16 * 8

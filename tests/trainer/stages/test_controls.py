@@ -65,7 +65,7 @@ def test_every_rival_has_a_row_and_nothing_is_missing(results):
 
 def test_wider_multiplies_as_much_as_the_ensemble(finished, results):
     wider = results["controls"]["wider"]["multiplications"]
-    target = results["ensemble"]["multiplications"]  # on test; it was chosen on val
+    target = results["ensemble"]["multiplications"]  # on test. It was chosen on val
     assert wider == pytest.approx(target, rel=0.1) and wider > 1.2 * own_multiplications(results)
     (network,) = networks_of(finished.controls["wider"])
     assert multiplications(network, network.zero_input()) == wider

@@ -61,7 +61,7 @@ time.sleep(0.6)
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf"), 1e4])
 def test_a_diverging_loss_stops_before_it_is_saved(data, tmp_path, monkeypatch, loss):
-    """The loss is bad from step 33 on and seen at step 40; the last good checkpoint is of 20."""
+    """The loss is bad from step 33 on and seen at step 40. The last good checkpoint is of 20."""
     steps, original = iter(range(1, 100)), loop.learning_rate
 
     def ruinous_rate(*arguments):

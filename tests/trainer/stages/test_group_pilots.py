@@ -26,7 +26,7 @@ from trainer.stages.pilots.group_features import extract, plan_extraction
 from trainer.stages.pilots.groups import branches_section, copies_section, with_section
 
 T, BATCH = 100, 96
-SHARE = 0.3  # of T steps: 1,440 examples each of a copy and a control; branches have half of it
+SHARE = 0.3  # of T steps: 1,440 examples each of a copy and a control. Branches have half of it
 SHORT = (
     f"train.steps={T}",
     "clusters.num_groups=6",
@@ -119,7 +119,7 @@ def test_two_networks_share_the_compute_of_a_round(copies):
     assert first["full_share"] == pytest.approx(seen / full)
     summary = read_json(copies[0].path("summary.json"))
     assert (summary["steps"], summary["examples_seen"]) == (44, 44 * 64)
-    # 2,880 examples are 40 steps of 72, as many as a whole training; 2,432 are left to see.
+    # 2,880 examples are 40 steps of 72, as many as a whole training. 2,432 are left to see.
     further = 33 * 72
     assert second["groups"] == first["groups"] and second["seen"] == [seen + further]
     assert second["spent"] == pytest.approx(2 * further / whole)

@@ -1,4 +1,4 @@
-"""Other classes, drawn by their confusion with the group; and the loss that corrects for it."""
+"""Other classes, drawn by their confusion with the group, and the loss that corrects for it."""
 
 from types import SimpleNamespace
 
@@ -51,7 +51,7 @@ def test_weights_mix_confusion_and_natural_frequencies(tmp_path):
     classes = np.array([0, 1])
     assert confusion_with(session, classes) == pytest.approx([0, 0, 0.3, 0.1])
     weights, log_ratio = hard_negatives(session, classes)
-    # Natural fractions of the others .25 and .75; by confusion .75 and .25; half of each.
+    # Natural fractions of the others .25 and .75. By confusion .75 and .25. Half of each.
     assert weights == pytest.approx([0, 0, 0.5, 0.5])
     assert log_ratio.tolist() == pytest.approx([0, 0, np.log(2), np.log(2 / 3)])
 

@@ -44,7 +44,7 @@ def test_the_gate_opens_a_group_for_any_of_the_classes_that_it_looks_at():
 def test_healing_is_net_and_its_error_is_the_ratios():
     before, after = np.array([1, 0, 0, 1]) > 0, np.array([1, 1, 0, 0]) > 0
     possible = np.array([0, 1, 1, 0]) > 0
-    # One corrected, one lost: differences 0, 1, 0, -1, whose standard error is sqrt(1/2) / 2; of
+    # One corrected, one lost: differences 0, 1, 0, -1, whose standard error is sqrt(1/2) / 2. Of
     # half of the examples errors can be healed.
     assert healed(before, after, possible) == pytest.approx((0.0, math.sqrt(0.5)))
 

@@ -106,7 +106,7 @@ def test_a_pilot_of_a_run_without_groups_knows_what_it_is_a_pilot_for(data, tmp_
     ],
 )
 def test_those_that_promise_least_are_left_out(monkeypatch, run, highs, dropped):
-    """highs: in points; None of a family that is not possible."""
+    """highs: in points. None of a family that is not possible."""
     records = [
         {"family": name, "round": 0, "forms": {"generalist": {}, name: {}}}
         if high is not None

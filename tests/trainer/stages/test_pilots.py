@@ -105,7 +105,7 @@ def test_the_schedule_is_compressed_to_the_share_and_anneals(data, run, tmp_path
     again = copied(run, tmp_path / "run", "train.log_every=1")
     logged, last = rates(make_pilot(again, "on-0", 0.2))
     assert last == 20 and max(logged) == pytest.approx(0.01)
-    # A warm-up of one step, .05 of 20; then a cosine, whose 19th step is the last.
+    # A warm-up of one step, .05 of 20. Then a cosine, whose 19th step is the last.
     assert logged[0] == pytest.approx(0.01)
     assert logged[-1] == pytest.approx(0.01 * (1 + np.cos(np.pi * 18 / 19)) / 2, abs=1e-8)
 

@@ -1,4 +1,4 @@
-"""The stage `route`: two modes, the same samples; a bounded size; a batch divided exactly."""
+"""The stage `route`: two modes, the same samples. A bounded size. A batch divided exactly."""
 
 import logging
 import math

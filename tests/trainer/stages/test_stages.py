@@ -1,4 +1,4 @@
-"""The whole method on a toy, stage by stage, in one process; and killed stages that resume."""
+"""The whole method on a toy, stage by stage, in one process, and killed stages that resume."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def weights_of(stage):
 
 
 def saves(monkeypatch, die_at):
-    """The steps of the checkpoints saved from now on; the process dies after that of `die_at`."""
+    """The steps of the checkpoints saved from now on. The process dies after that of `die_at`."""
     steps, original = [], checkpoints.save_checkpoint
 
     def save_checkpoint(directory, step, *rest, **more):
@@ -127,7 +127,7 @@ def test_ensemble_costs_the_generalist_and_all_specialists(finished):
 def test_a_stage_killed_between_checkpoints_ends_with_the_same_weights(
     data, finished, tmp_path, monkeypatch
 ):
-    """The process dies at step 40; the same stage again resumes there, with the same batches."""
+    """The process dies at step 40. The same stage again resumes there, with the same batches."""
     steps = saves(monkeypatch, die_at=40)
     with pytest.raises(KeyboardInterrupt):
         run_all(tmp_path / "run", toy_config(data), only={"generalist"})
@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_weights(data, finished, tmp_path):
 
 
 def test_a_specialist_that_only_gets_worse_stays_the_generalist(data, finished, tmp_path):
-    """With patience the start is a candidate too; a ruinous rate never beats it."""
+    """With patience the start is a candidate too. A ruinous rate never beats it."""
     ruinous = ("specialists.learning_rate=30", "specialists.patience=1")
     config = toy_config(data, *ruinous, "specialists.validate_every=5")
     root = tmp_path / "run"
@@ -211,7 +211,7 @@ def test_a_specialist_that_only_gets_worse_stays_the_generalist(data, finished, 
 
 @pytest.mark.parametrize("augment", ["none", "shift"])
 def test_a_student_learns_on_unlabelled_inputs_too(data, finished, tmp_path, augment):
-    """From stored predictions, or live ones where augmented; transfer inputs need no labels."""
+    """From stored predictions, or live ones where augmented. Transfer inputs need no labels."""
     transfer = write_unlabelled(tmp_path / "transfer")
     config = toy_config(
         data,

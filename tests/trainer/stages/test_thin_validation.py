@@ -110,7 +110,7 @@ def test_every_figure_of_the_groups_is_of_val(thin):
 
 
 def test_a_run_that_an_earlier_version_measured_says_train(thin, again):
-    """It kept train's statistics alone; its groups may be found anew."""
+    """It kept train's statistics alone. Its groups may be found anew."""
     thin_message = "val has 72 examples for 24 classes: predictions are measured on train"
     run = again()
     run.measure.path("val.npz").unlink()

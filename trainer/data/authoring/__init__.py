@@ -1,1 +1,1 @@
-"""Make shards of what people have: arrays, folders, rendered glyphs; split and index them."""
+"""Make shards of what people have: arrays, folders, rendered glyphs. Split and index them."""

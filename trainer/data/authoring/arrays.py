@@ -80,14 +80,14 @@ def from_arrays(
 
     x: [n, ...].  uint8 [n, H, W] and [n, H, W, 1 or 3] become PNG, texts become txt, anything else
     npy.  Other pictures [n, H, W, C] get their channels first.
-    y: [n] whole numbers, or names; `trainer.data.labels` says which classes they make.
+    y: [n] whole numbers, or names. `trainer.data.labels` says which classes they make.
 
     Parameters
     ----------
     files : sequence of paths
     out : path
     fractions : {split: fraction}
-        Of each class for val and test; splits that are absent are taken from train.
+        Of each class for val and test. Splits that are absent are taken from train.
     seed : int
         Of the division into splits.
     samples_per_shard : int
@@ -154,7 +154,7 @@ def read_arrays(
     encoding: str,
     report: Report,
 ) -> Arrays:
-    """The inputs and labels in npz, npy or idx files; see from_arrays.  Either may be absent."""
+    """The inputs and labels in npz, npy or idx files. See from_arrays.  Either may be absent."""
     by_split = _arrays_of_splits(list(map(Path, files)), selection)
     read = Arrays({}, {}, by_split)
     for split, arrays in by_split.items():
@@ -169,7 +169,7 @@ def read_arrays(
 
 
 def _names_beside(arrays: Arrays, encoding: str, report: Report) -> list[str] | None:
-    """The class names in an array of their own; None where there is none that fits the labels."""
+    """The class names in an array of their own. None where there is none that fits the labels."""
     beside = [array for named in arrays.by_split.values() for array in named]
     found = [array for array in beside if _is_class_names(array)]
     if len(found) != 1:
@@ -191,7 +191,7 @@ def _is_class_names(array: _Named) -> bool:
 
 
 def label_texts(column: Column) -> list[str]:
-    """[n]: the labels as texts; of whole numbers their digits, of NaN an empty one."""
+    """[n]: the labels as texts. Of whole numbers their digits, of NaN an empty one."""
     if not isinstance(column, np.ndarray) or column.dtype.kind not in "biuf":
         return _as_list(column)
     label_set, classes = settle_numbers(column)
@@ -256,7 +256,7 @@ def _choose_inputs(
 ) -> _Named | None:
     """The array of inputs: the one that is asked for, or the only one as long as the labels.
 
-    Of several, the one called x, images, data, ...; the report names what is passed over.
+    Of several, the one called x, images, data, .... The report names what is passed over.
     """
     others = [array for array in arrays if array is not y]
     if selection.x:
@@ -309,7 +309,7 @@ def unpaired(arrays: Arrays) -> str:
 
 
 def _texts_of_bytes(array: np.ndarray, name: str, encoding: str) -> Column:
-    """Byte strings as a list of texts; other arrays as they are."""
+    """Byte strings as a list of texts. Other arrays as they are."""
     if array.dtype.kind != "S":
         return array
     texts: list[str] = []
@@ -327,7 +327,7 @@ def _texts_of_bytes(array: np.ndarray, name: str, encoding: str) -> Column:
 
 
 def _channels_first(x: _Named, channels: Channels, report: Report) -> np.ndarray:
-    """Pictures [n, H, W, C] with their channels first; uint8 that becomes PNG as it is.
+    """Pictures [n, H, W, C] with their channels first. uint8 that becomes PNG as it is.
 
     The rule: an axis of length 1 or 3 behind the first are the channels, else one of length 4.
     """
@@ -365,7 +365,7 @@ def write_arrays(
     names: Mapping[str, Sequence[str]] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> dict[str, int]:
-    """Shards of {split: x} and {split: y}; see from_arrays.
+    """Shards of {split: x} and {split: y}. See from_arrays.
 
     names: {split: what each sample is called in messages}, by default its row.
     """
@@ -428,7 +428,7 @@ def _shape(column: Column) -> tuple[int, ...]:
 
 
 def _as_column(y: Column) -> Column:
-    """[n] of [n, 1]; other shapes as they are."""
+    """[n] of [n, 1]. Other shapes as they are."""
     if isinstance(y, np.ndarray) and y.ndim == 2 and y.shape[1] == 1:
         return y[:, 0]
     return y

@@ -49,7 +49,7 @@ def from_folder(
     fractions : {split: fraction}
         Of each class for val and test, taken from train where the directory has no such split.
     rules : PictureRules, optional
-        Of pictures.  With a size, all are brought to it, and to RGB unless channels is 1; without
+        Of pictures.  With a size, all are brought to it, and to RGB unless channels is 1. Without
         one they must agree in size, and in having colour unless channels says it.  Those that need
         no change are kept as they are, byte for byte, others as PNG.
     seed : int
@@ -57,9 +57,9 @@ def from_folder(
     samples_per_shard : int
     overwrite : bool
     report : Report, optional
-        Its `skip` says whether corrupt files are left out; it lists them, and what is passed over.
+        Its `skip` says whether corrupt files are left out. It lists them, and what is passed over.
     input_extensions : str
-        Of the files that are inputs, joined by commas; by default pictures where there are any.
+        Of the files that are inputs, joined by commas. By default pictures where there are any.
     find_splits : bool
         Whether directories called train, val, test and alike are splits.
     follow_links : bool
@@ -73,7 +73,7 @@ def from_folder(
     ------
     UserError
         For a layout that cannot be told, and for files that cannot be decoded and are not to be
-        skipped; then nothing is written.
+        skipped. Then nothing is written.
     """
     directory = Path(directory)
     report = report or Report()
@@ -146,7 +146,7 @@ def labelled_files(
 
 
 def _split_roots(directory: Path, inside: _Inside, report: Report) -> dict[str, Path]:
-    """{split: the directory of its class directories}; empty where the directory has no splits.
+    """{split: the directory of its class directories}. Empty where the directory has no splits.
 
     Raises UserError for a mix of splits and other directories, which could mean either.
     """
@@ -299,7 +299,7 @@ def _look_beside(root: Path, report: Report) -> None:
 
 
 def _known_files(directory: Path, inside: _Inside, report: Report) -> Iterator[Path]:
-    """The files that there is a decoder for; the report counts the others."""
+    """The files that there is a decoder for. The report counts the others."""
     for file in sorted(directory.rglob("*")):
         if file.is_symlink() and not file.exists():
             report.pass_over("links that lead nowhere", file)
@@ -428,7 +428,7 @@ def picture_entry(
 def _settle_pictures(
     files: list[Path], rules: PictureRules, command: str
 ) -> tuple[PictureRules, tuple[int, ...] | None]:
-    """(the rules with their channels, [C, H, W] of every picture); (rules, None) of no pictures.
+    """(the rules with their channels, [C, H, W] of every picture). (rules, None) of no pictures.
 
     Pictures that are not brought to a size must have one: a batch is one array.
     command: what was called, for the remedy.

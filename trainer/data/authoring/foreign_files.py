@@ -32,7 +32,7 @@ CONVERT = {
 
 
 def conversion(path: str | Path) -> str:
-    """What makes the file readable here; "" where there is nothing to say."""
+    """What makes the file readable here. "" where there is nothing to say."""
     name = Path(path).name.lower()
     return next((remedy for end, remedy in CONVERT.items() if name.endswith(end)), "")
 

@@ -1,4 +1,4 @@
-"""Which characters become classes: those that enough faces draw; look-alikes become one."""
+"""Which characters become classes: those that enough faces draw. Look-alikes become one."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def draw_glyphs(
     characters : str or None
         None: whatever the faces have.
     size : int
-        Side of the images to be made; drawings are larger by a margin.
+        Side of the images to be made. Drawings are larger by a margin.
     min_faces : int
         Characters that fewer faces draw are left out.
     limit : int, optional

@@ -22,7 +22,7 @@ NUM_SPREAD = 8  # uniform numbers of an image before those of its control points
 class Distortion:
     """How far images differ from the drawing.
 
-    U(a) is uniform on [-a, a]; pixels are those of a 28 x 28 image.
+    U(a) is uniform on [-a, a]. Pixels are those of a 28 x 28 image.
 
     rotation: U, degrees.
     shear:    U.
@@ -70,7 +70,7 @@ def distort(
     """Distorted images, uint8 [B, size, size], of uint8 drawings [B, S, S] with ink 255 on 0.
 
     uniform: float32 [B, num_uniform(distortion)] in [0, 1).
-    noise: [B, size, size], added; full ink is 1.
+    noise: [B, size, size], added. Full ink is 1.
     """
     u = torch.from_numpy(uniform)
     spread = u[:, :NUM_SPREAD]
@@ -90,7 +90,7 @@ def distort(
 def _affine_field(both_ways: Tensor, size: int, distortion: Distortion) -> Tensor:
     """[B, size * size, 2]: where each pixel is read, in grid_sample's unit (half a side).
 
-    both_ways: [B, 8] in [-1, 1): rotation, shear, two scales, two shifts; the rest is not used.
+    both_ways: [B, 8] in [-1, 1): rotation, shear, two scales, two shifts. The rest is not used.
     """
     angle = both_ways[:, 0] * (distortion.rotation * np.pi / 180)
     shear = both_ways[:, 1] * distortion.shear

@@ -32,7 +32,7 @@ class Face(NamedTuple):
 def find_faces(fonts: Sequence[str | Path] | None = None) -> list[Face]:
     """The faces in font files, in directories of them, and in collections.
 
-    fonts: paths; `FILE#2` is face 2 of a collection alone, counted from 0.  None: matplotlib's
+    fonts: paths. `FILE#2` is face 2 of a collection alone, counted from 0.  None: matplotlib's
     DejaVu faces.  Raises UserError for a path that is absent or no font, and for a face that a
     collection does not have.
     """

@@ -1,7 +1,7 @@
 """Render glyphs of fonts into labelled shards: many confusable classes for machines without data.
 
 A class is a character, or several that every face draws alike (Latin A, Greek Alpha).  Each glyph
-is drawn once.  An image is a random distortion of one face's drawing; its randomness is a pure
+is drawn once.  An image is a random distortion of one face's drawing. Its randomness is a pure
 function of (seed, split, character, k).
 
 `glyph_fonts` finds and draws faces, `glyph_classes` decides which characters become classes,
@@ -63,7 +63,7 @@ DEFAULT_MIN_FACES = 5
 IMAGES_PER_CLASS = {"train": 200, "val": 40, "test": 20}
 WORTH_A_PROCESS = 20_000  # images that take about as long as starting a process
 PER_SHARD = 10_000
-CHUNK = 2048  # images distorted together; the same whatever the number of processes
+CHUNK = 2048  # images distorted together. The same whatever the number of processes
 NOISE_BANK = 1 << 20  # offsets where an image's noise may start
 SPLIT = re.compile(r"[A-Za-z0-9_]+")
 
@@ -98,9 +98,9 @@ def render_glyphs(
     ----------
     out : path
     fonts : sequence of paths, optional
-        Files or directories of fonts; None takes matplotlib's DejaVu faces.
+        Files or directories of fonts. None takes matplotlib's DejaVu faces.
     classes : int or str, optional
-        The characters; N, the first N classes; or None, all that the fonts draw (with DejaVu: of
+        The characters. N, the first N classes, or None, all that the fonts draw (with DejaVu: of
         DEFAULT_RANGES).
     size : int
         Side of the images in pixels.
@@ -109,9 +109,9 @@ def render_glyphs(
     seed : int
     distortion : Distortion, optional
     min_faces : int, optional
-        A character counts if so many faces draw it; None is 5 with DejaVu, else 1.
+        A character counts if so many faces draw it. None is 5 with DejaVu, else 1.
     processes : int
-        At most so many; small sets take fewer.
+        At most so many. Small sets take fewer.
     progress : bool
         Show a bar on stderr.
     force : bool
@@ -260,7 +260,7 @@ class ShardMaker:
         return entry | {"name": shard.name}
 
     def _write(self, writer: ShardWriter, split: str, classes: np.ndarray, k: np.ndarray) -> None:
-        # PNG wants a filter byte before each row of pixels; 0 is none.
+        # PNG wants a filter byte before each row of pixels. 0 is none.
         rows = F.pad(self.images(split, classes, k), (1, 0)).numpy()
         for label, copy, row in zip(classes.tolist(), k.tolist(), rows, strict=True):
             key = f"{split}-{self.codes[label]:05x}-{copy:05d}"
@@ -291,7 +291,7 @@ MakeAll = Callable[[Sequence[PlannedShard]], Iterator[dict]]
 
 def _start_worker(drawings: Path, *arguments: Any) -> None:
     global _maker
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and silently; the parent clears up
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # end at once and silently. The parent clears up
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _maker = ShardMaker(np.load(drawings, mmap_mode="r"), *arguments)

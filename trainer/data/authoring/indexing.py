@@ -99,7 +99,7 @@ def index_directory(
     report : Report, optional
         Its `skip` says whether corrupt samples are left out of the manifest.
     max_pixels : int, optional
-        Of a picture, for the manifest's rules; by default as the old manifest has it.
+        Of a picture, for the manifest's rules. By default as the old manifest has it.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def expand_locations(pattern: str) -> list[str]:
 
 
 def _tars_at(path: str) -> list[str]:
-    """The tars of a directory, or that a local pattern matches; a plain path is itself."""
+    """The tars of a directory, or that a local pattern matches. A plain path is itself."""
     refuse_foreign(path)
     if os.path.isdir(path):
         found = [tar for tar in sorted(Path(path).rglob("*")) if tar.name.lower().endswith(TARS)]
@@ -304,7 +304,7 @@ def _settle(
 
 
 def _old_kind(manifest: dict) -> Kind | None:
-    """What the manifest's shards hold as labels; None where it is not known for all of them."""
+    """What the manifest's shards hold as labels. None where it is not known for all of them."""
     made_by = manifest.get("made_by") or {}
     unsaid = made_by.get("labels")
     if made_by.get("command") != "shards index":
@@ -431,7 +431,7 @@ def from_webdataset(
     Parameters
     ----------
     urls : str
-        Files and URLs, compressed or not, with braces, several joined by `::`; they are one split.
+        Files and URLs, compressed or not, with braces, several joined by `::`. They are one split.
         A directory or a pattern with * is a whole set: its tars are the splits that they are
         called.
     out : path
@@ -440,7 +440,7 @@ def from_webdataset(
     label : str
         The member cls with a number or a name, or "json:FIELD".
     input_member : str
-        Which other member to keep; by default the only one that can be decoded, or the only
+        Which other member to keep. By default the only one that can be decoded, or the only
         picture.
     class_names : sequence of str, optional
         By default those of the splits that are there already, else what `trainer.data.labels`
@@ -452,14 +452,14 @@ def from_webdataset(
     samples_per_shard : int
     overwrite : bool
     max_pixels : int, optional
-        Of a picture, for the manifest's rules; by default as the tars' manifest has it.
+        Of a picture, for the manifest's rules. By default as the tars' manifest has it.
     fractions : {split: fraction}, optional
         Of each class for val and test, taken from train where there is no such split.  By default
         a tenth each of a whole set, nothing of one split.
     seed : int
         Of that division.
     rules : PictureRules, optional
-        What pictures are made by; by default they stay as they are.
+        What pictures are made by. By default they stay as they are.
     encoding : str
         Of the labels.
 
@@ -564,7 +564,7 @@ def _is_whole_set(urls: str) -> bool:
 
 
 def _split_named(location: str, is_whole: bool = True) -> str | None:
-    """The split that a tar is named after; of a whole set, else the one of its directory."""
+    """The split that a tar is named after. Of a whole set, else the one of its directory."""
     named = split_within(url_name(location).rpartition("/")[2])
     if named or not is_whole:
         return named
@@ -574,7 +574,7 @@ def _split_named(location: str, is_whole: bool = True) -> str | None:
 def _splits_of_locations(
     locations: Sequence[str], split: str | None, is_whole: bool
 ) -> dict[str, str]:
-    """{tar: its split}: the given one, or the one that it is named after; train without a name."""
+    """{tar: its split}: the given one, or the one that it is named after. Train without a name."""
     if split:
         return dict.fromkeys(locations, split)
     named = {location: _split_named(location, is_whole) for location in locations}
@@ -721,7 +721,7 @@ def _unpack(path: Path, file: BinaryIO) -> str:
 
 
 def _scan_locations(locations: Sequence[str], data: Data, report: Report) -> dict[str, TarIndex]:
-    """The index of each tar; what is corrupt in them goes to the report."""
+    """The index of each tar. What is corrupt in them goes to the report."""
     from rich.progress import track
 
     indexes: dict[str, TarIndex] = {}
@@ -746,7 +746,7 @@ def _labelled_samples(
     data: Data,
     report: Report,
 ) -> Iterator[tuple[str, str, Sample, int]]:
-    """(tar, split, files, class) of each sample; those without a class go to the report.
+    """(tar, split, files, class) of each sample. Those without a class go to the report.
 
     webdataset itself stops at corruption without a word.
     """

@@ -14,7 +14,7 @@ SCANNED = 10_000  # files of a tar that are looked at for its first sample
 
 
 def first_sample(path: str | Path) -> dict[str, bytes]:
-    """{extension: content} of the first sample in an uncompressed tar; {} where there is none."""
+    """{extension: content} of the first sample in an uncompressed tar. {} where there is none."""
     first_key = None
     files: dict[str, bytes] = {}
     try:
@@ -45,7 +45,7 @@ def some_pictures(path: str | Path, count: int = 1_000) -> Iterator[bytes]:
 
 
 def proposed_label(sample: Mapping[str, bytes]) -> str:
-    """What --label should say of samples like this one; "" where that cannot be told."""
+    """What --label should say of samples like this one. "" where that cannot be told."""
     if "cls" in sample:
         return "cls"
     try:

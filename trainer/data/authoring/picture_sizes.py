@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-LARGEST = 64  # more is for who asks for it: work grows with the square
+LARGEST = 64  # larger only on request: work grows with the square
 STEP = 8
 
 

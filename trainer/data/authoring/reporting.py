@@ -1,4 +1,4 @@
-"""What a command that makes shards took, passed over and left out; and its summary."""
+"""What a command that makes shards took, passed over and left out, and its summary."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def list_corrupt(title: str, lines: Sequence[str]) -> None:
 
 
 def say(line: str, file: TextIO | None = None) -> None:
-    """Print a line; what the terminal's encoding lacks, or would obey, is escaped."""
+    """Print a line. What the terminal's encoding lacks, or would obey, is escaped."""
     if file is None:
         file = sys.stdout
     assert file is not None
@@ -97,7 +97,7 @@ def _line(text: str) -> str:
 
 
 def print_summary(out: str | Path, report: Report, data: Data | None = None) -> None:
-    """What a command made of its inputs; the end of every `shards` command.
+    """What a command made of its inputs. The end of every `shards` command.
 
     data: how the shards are read, to say what an input is.
     """
@@ -157,7 +157,7 @@ def _class_lines(out: str | Path, manifest: dict) -> list[str]:
 
 
 def _inputs(out: str | Path, manifest: dict, data: Data) -> str:
-    """What one input is: kind of file, type and shape; "" where the shards lie elsewhere."""
+    """What one input is: kind of file, type and shape. "" where the shards lie elsewhere."""
     from ..shards import open_shards
 
     split = "train" if "train" in manifest["splits"] else next(iter(manifest["splits"]))
@@ -175,7 +175,7 @@ def _inputs(out: str | Path, manifest: dict, data: Data) -> str:
 
 
 def not_finite(array: np.ndarray) -> str:
-    """Why an input cannot be learned from: it holds NaN or infinity; "" where it does not."""
+    """Why an input cannot be learned from: it holds NaN or infinity. "" where it does not."""
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         place = np.argwhere(~np.isfinite(array))[0].tolist()
         return f"holds NaN or infinity (first at {place})"

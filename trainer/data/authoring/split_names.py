@@ -23,12 +23,12 @@ _WORD = re.compile(rf"(?:{AFFIXES})?({'|'.join(SPLIT_OF)})(?:{AFFIXES})?")
 
 
 def split_called(name: str) -> str | None:
-    """The split whose name this is, in any case; None where it is none's."""
+    """The split whose name this is, in any case. None where it is none's."""
     return SPLIT_OF.get(name.strip().casefold())
 
 
 def split_within(name: str) -> str | None:
-    """The split that a longer name mentions ("X_train", "imagenet-val-000"); None without one.
+    """The split that a longer name mentions ("X_train", "imagenet-val-000"). None without one.
 
     A name of two splits mentions neither.
     """

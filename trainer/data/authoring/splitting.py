@@ -28,7 +28,7 @@ def split_by_class(
     ----------
     labels : int64 [n]
     fractions : {split: fraction of each class}
-        For val and test; rounded.  Where that leaves nothing to a split in any class, it takes one
+        For val and test. Rounded.  Where that leaves nothing to a split in any class, it takes one
         example of some classes.  The rest is train.
     seed : int
 
@@ -109,7 +109,7 @@ def write_splits(
     pictures: PictureRules | None = None,
     quiet: bool = False,
 ) -> dict[str, int]:
-    """Write each split's shards and the manifest; all or nothing.
+    """Write each split's shards and the manifest. All or nothing.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def write_splits(
     samples_per_shard : int
     overwrite : bool
     report : Report, optional
-        Its `skip` says whether corrupt samples are left out; it lists them.
+        Its `skip` says whether corrupt samples are left out. It lists them.
     pictures : PictureRules, optional
         How pictures were made, for the manifest.
     quiet : bool

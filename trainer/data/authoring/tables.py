@@ -21,7 +21,7 @@ from .reporting import Report
 from .split_names import SPLIT_OF, split_called
 
 PROPOSED_OF = 1_000  # rows that a proposal in an error is made of
-FIELD_LIMIT = 64 * 2**20  # letters; Python's own is 131,072
+FIELD_LIMIT = 64 * 2**20  # letters. Python's own is 131,072
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
 SPLIT_COLUMN = "split"
 ROW_COLUMNS = ("", "id", "idx", "index", "uid", "key", "unnamed: 0")  # they name rows: never a text
@@ -29,9 +29,9 @@ ROW_COLUMNS = ("", "id", "idx", "index", "uid", "key", "unnamed: 0")  # they nam
 
 @dataclass
 class Columns:
-    """Names of columns; "" where the header says it: see `from_table`.
+    """Names of columns. "" where the header says it: see `from_table`.
 
-    key: of the column that tells the rows apart; None where rows need no keys.
+    key: of the column that tells the rows apart. None where rows need no keys.
     needs_label: whether a table without a column of labels is refused.
     """
 
@@ -63,7 +63,7 @@ class Rows:
 
 @dataclass
 class _Places:
-    """Places of the columns; None where there is none."""
+    """Places of the columns. None where there is none."""
 
     text: int
     label: int | None
@@ -265,7 +265,7 @@ def _place(path: Path, header: Sequence[str], column: str) -> int:
 
 
 def _only(table: _Table, places: Sequence[int], likely: Sequence[int], option: str) -> int:
-    """The only place; otherwise UserError, with the likeliest column."""
+    """The only place. Otherwise UserError, with the likeliest column."""
     if len(places) == 1:
         return places[0]
     message = f"{table.path} has the columns {_listed(table.header)}; choose one with {option}"
@@ -291,7 +291,7 @@ def _likeliest(table: _Table, places: Sequence[int], option: str) -> int:
 
 
 def _kinds(values: Sequence[str]) -> int:
-    """Different values; a column with one alone tells no classes apart."""
+    """Different values. A column with one alone tells no classes apart."""
     kinds = len(set(values))
     return kinds if kinds > 1 else len(values) + 1
 
@@ -318,7 +318,7 @@ class _Table:
             )
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
-        """(number of its first line, fields) of each row behind the header; not of blank lines."""
+        """(number of its first line, fields) of each row behind the header. Not of blank lines."""
         return self._records
 
     def _read(self) -> Iterator[tuple[int, list[str]]]:
@@ -368,7 +368,7 @@ class _Table:
 
 
 def _recorded(lines: Iterable[str], record: list[str]) -> Iterator[str]:
-    """The lines; each is appended to `record` too."""
+    """The lines. Each is appended to `record` too."""
     for line in lines:
         record.append(line)
         yield line

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ...session import Session
 
 # {family: "module:function" of (session, attempt, share, previous) -> Outcome}.  share: of the
-# generalist's steps that this round is to take; previous: the family's stage of the round before.
+# generalist's steps that this round is to take. previous: the family's stage of the round before.
 PILOTS: dict[str, str] = {
     "on": "trainer.stages.pilots.networks:pilot_on",
     "wide": "trainer.stages.pilots.networks:pilot_wide",
@@ -36,7 +36,7 @@ PILOTS: dict[str, str] = {
 
 
 def pilot(session: Session, stage: Stage, name: str) -> None:
-    """One family's pilot of one round; a family that was dropped is done at once."""
+    """One family's pilot of one round. A family that was dropped is done at once."""
     from pipeline.advice.graph import parse_pilot
 
     from .outcome import Outcome, save_outcome

@@ -41,7 +41,7 @@ class Fitted(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Of each example that was measured, in their order; by form but for ids.
+    """Of each example that was measured, in their order. By form but for ids.
 
     ids       int64 [n], of val
     correct   bool [n]
@@ -57,7 +57,7 @@ class Answers(NamedTuple):
     products: dict[str, np.ndarray]
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Of each form; the generalist's gain is 0."""
+        """Of each form. The generalist's gain is 0."""
         reference = self.correct[GENERALIST]
         return {
             form: form_metrics(self.correct[form], self.log_p[form], self.brier[form], reference)
@@ -83,7 +83,7 @@ def measured_forms(
     joins: dict[str, Join] | None = None,
     ids: np.ndarray | None = None,
 ) -> Answers:
-    """Every form on the whole of val; temperatures and weights are cross-fitted.
+    """Every form on the whole of val. Temperatures and weights are cross-fitted.
 
     They are fitted on the even positions of val and measured on the odd ones, and the other way
     round.
@@ -95,11 +95,11 @@ def measured_forms(
     networks : dict
         The others, by name.
     alone : dict
-        {form: network} of those that are measured by themselves; the generalist always is.
+        {form: network} of those that are measured by themselves. The generalist always is.
     joins : dict, optional
         {form: Join} of those that are joined with the generalist.
     ids : int64 array, optional
-        Only these examples of val, ascending; positions are theirs.
+        Only these examples of val, ascending. Positions are theirs.
     """
     asked = {GENERALIST: generalist.eval()}
     asked |= {name: network.eval() for name, network in networks.items()}
@@ -115,7 +115,7 @@ def measured_forms(
 
 
 def halves_of(ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(examples to fit on, examples to measure on), twice; each example is measured once."""
+    """(examples to fit on, examples to measure on), twice. Each example is measured once."""
     even, odd = ids[0::2], ids[1::2]
     return [(fitted, measured) for fitted, measured in ((even, odd), (odd, even)) if len(measured)]
 

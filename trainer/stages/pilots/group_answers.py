@@ -1,6 +1,6 @@
 """What a few specialists say of the val examples that the generalist refers to their groups.
 
-They are joined with it as the run's ensemble joins them; what is fitted for that is cross-fitted.
+They are joined with it as the run's ensemble joins them. What is fitted for that is cross-fitted.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def sampled(session: Session, members: Sequence[np.ndarray], part: float) -> np.
 def extract(
     session: Session, generalist: Classifier, cut: Cut, wanted: Extraction
 ) -> BranchFeatures:
-    """The features of both splits; of val one view, as it is."""
+    """The features of both splits. Of val one view, as it is."""
     train = features_of(session, generalist, cut, "train", wanted.train, wanted.views)
     natural = np.zeros(len(train.readable), bool)
     natural[wanted.natural] = True

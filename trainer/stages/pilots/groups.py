@@ -1,7 +1,7 @@
 """Pilots of specialists: copies of the generalist, and branches of it, for a few groups alone.
 
 The groups are those that perfect specialists would correct most in.  What their specialists answer
-is measured on the val examples that the generalist refers to them; elsewhere it answers itself.
+is measured on the val examples that the generalist refers to them. Elsewhere it answers itself.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Chosen:
 def choose(session: Session, previous: Stage | None, most: int) -> Chosen:
     """The groups with the highest ceilings, or the round before's where these are not done.
 
-    Where they are, the next ones; and the same, with nothing left to train, where there are none.
+    Where they are, the next ones, and the same, with nothing left to train, where there are none.
     """
     summary = read_json(session.run.cluster.path("summary.json"))
     gains = [row["gain"] for row in summary["forecast"]]
@@ -364,7 +364,7 @@ class BranchesOfRound:
         self.paid = 0
 
     def train(self, budget: float) -> None:
-        """As long as `budget` multiplications allow; not at all where nothing is left to do."""
+        """As long as `budget` multiplications allow. Not at all where nothing is left to do."""
         if self.chosen.finished:
             self.trained = {name_of(m): self._earlier(m) for m in self.groups}
             return
@@ -472,7 +472,7 @@ def branches_section(section: ResolvedSpecialists, generalist: Classifier) -> Re
 
 
 def with_section(session: Session, section: ResolvedSpecialists) -> Session:
-    """The session, but for what [specialists] says; the run and its stages are the same."""
+    """The session, but for what [specialists] says. The run and its stages are the same."""
     changed = copy.copy(session)
     changed.config = session.config.model_copy(update={"specialists": section})
     return changed

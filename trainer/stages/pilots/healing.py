@@ -70,7 +70,7 @@ def mixture_log_prior(
 
     It is 0 of one without examples.
 
-    A `fraction` of a batch is of `classes`, balanced by the exponent `balance`; the rest is of the
+    A `fraction` of a batch is of `classes`, balanced by the exponent `balance`. The rest is of the
     others at natural frequencies.
     """
     counts = np.asarray(class_counts, np.float64)
@@ -92,7 +92,7 @@ SMALLEST = 64  # examples of a batch
 def pilot_batch(batch: int, examples: float, steps: int, parts: int) -> int:
     """Examples of a batch of which so many make about as many steps as a whole training takes.
 
-    At least SMALLEST, and a multiple of `parts`; never more than the training's own.
+    At least SMALLEST, and a multiple of `parts`. Never more than the training's own.
 
     batch, steps: of the whole training.  examples: that a pilot may see.
     """
@@ -124,7 +124,7 @@ def plan_features(
 
     train: training examples that the first 1, 2, ... groups need.  val: those of val, seen once.
     left: passes of the generalist that are left beside the full training of so many groups.
-    otherwise: passes for the `least` groups where not even these can be trained in full; too few
+    otherwise: passes for the `least` groups where not even these can be trained in full. Too few
     for one view are spent on a part of the examples.
     """
     for groups in range(len(train), least - 1, -1):

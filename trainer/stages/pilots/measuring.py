@@ -27,7 +27,7 @@ class Join(NamedTuple):
 
     network    its name
     order      of the mean, as `generalised_mean` has it
-    shortlist  over so many of the generalist's likeliest classes; None is all
+    shortlist  over so many of the generalist's likeliest classes. None is all
     """
 
     network: str
@@ -56,7 +56,7 @@ def joined(join: Join, own: Tensor, other: Tensor, weight: float) -> Tensor:
 
 
 def losses_at_weights(join: Join, own: Tensor, other: Tensor, labels: Tensor) -> Tensor:
-    """- log q[label] of `joined` at each of WEIGHTS, [b, W]; own, other: [b, C]."""
+    """- log q[label] of `joined` at each of WEIGHTS, [b, W]. Own, other: [b, C]."""
     if join.shortlist is None and join.order == ARITHMETIC:
         # A linear pool sums to 1 as it is, so that the label's probabilities are enough.
         both = torch.stack([each.gather(1, labels[:, None])[:, 0] for each in (own, other)])
@@ -108,7 +108,7 @@ def residual_correlation(products: np.ndarray, brier: np.ndarray, other: np.ndar
     """How alike two predictors err: mean <y - p, y - q> / sqrt(mean |y - p|^2 mean |y - q|^2).
 
     The means are over examples, so that each counts by how wrong it is.  1 of two predictors that
-    err alike everywhere, 0 of residuals that are orthogonal on average; 0 where one never errs.
+    err alike everywhere, 0 of residuals that are orthogonal on average. 0 where one never errs.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """Pilots that train whole networks: the generalist on, a second or wider one, and a re-ranker.
 
-T is the number of steps that [train] says; a share of it is trained by the same schedule
+T is the number of steps that [train] says. A share of it is trained by the same schedule
 compressed, so that it anneals too.  Costs are counted in forward multiplications: training on an
 example takes three times a network's own, a pass without gradients once.
 """
@@ -121,7 +121,7 @@ def shortlist_length(session: Session) -> int:
 def pilot_wide(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
     """A network of about twice the generalist's multiplications: fresh, and grown from it.
 
-    In the first round both share the family's compute, half of it each; the more promising one has
+    In the first round both share the family's compute, half of it each. The more promising one has
     all of it in the next.  A network larger than that (controls.model) takes fewer steps.
     """
     generalist = load_network(session, session.run.generalist)
@@ -292,7 +292,7 @@ def train_on(
     steps: int,
     part: str = "",
 ) -> tuple[Classifier, dict]:
-    """The network after so many steps of [train], compressed; and the summary of its training."""
+    """The network after so many steps of [train], compressed, and the summary of its training."""
     schedule = compressed(session.config.train, steps)
     task = generalist_task(session, network, schedule, None, seed, steps)
     torch.manual_seed(seed)  # of dropout
@@ -309,7 +309,7 @@ def compressed(schedule: Resolved, steps: int) -> Resolved:
 
 
 def steps_of(session: Session, share: float) -> int:
-    """A share of the generalist's steps; at least 1."""
+    """A share of the generalist's steps. At least 1."""
     return max(1, int(share * whole_steps(session) + ROUNDING))
 
 

@@ -18,11 +18,11 @@ from .forms import GENERALIST, Answers
 class Outcome:
     """What a pilot found out.
 
-    networks: by name; each is saved in a directory of this name, from which a later round goes on.
+    networks: by name. Each is saved in a directory of this name, from which a later round goes on.
     share: of the generalist's steps that its networks have taken so far, earlier rounds included.
     spent: what this round's training has cost, as a share of the generalist's.
     trainings: the summaries of this round's trainings.
-    answers: on val; None where nothing was trained.
+    answers: on val. None where nothing was trained.
     more: what measured.json says besides.
     """
 
@@ -46,7 +46,7 @@ class Outcome:
     def record(self, family: str, number: int, unit: str) -> dict:
         """What measured.json holds, but how many seconds it took.
 
-        unit: "generalist", or "train" of a generalist that was trained elsewhere; shares are then
+        unit: "generalist", or "train" of a generalist that was trained elsewhere. Shares are then
         of the length that [train] says.
         """
         forms = {} if self.answers is None else self.answers.metrics()

@@ -22,7 +22,7 @@ def read_record(stage: Stage) -> dict:
 
 
 def previous_round(stage: Stage, family: str, number: int) -> Stage | None:
-    """The family's pilot of the round before; None in the first round."""
+    """The family's pilot of the round before. None in the first round."""
     if number == 0:
         return None
     name = pilot_name(family, number - 1)
@@ -42,7 +42,7 @@ def whole_steps(session: Session) -> int:
 
 
 def why_dropped(session: Session, stage: Stage, family: str, number: int) -> str:
-    """Why a family does not go on after the round before; "" where it does."""
+    """Why a family does not go on after the round before. "" where it does."""
     if number == 0:
         return ""
     before = records_before(stage)
