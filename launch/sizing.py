@@ -48,8 +48,8 @@ COLUMNS = ("stage", "ranks", "steps", "memory/rank", "sent/step", "sent", "disk"
 DTYPES = ("uint8", "float32", "int32")
 TAUGHT = ("train", "transfer")  # splits that a teacher answers about
 NOTE = """\
-Not counted: activations of trunks, and what Python and its libraries take (about 0.4 GiB a
-process).  Networks of groups are of average size, stored targets of 32 classes a row.
+Not counted: activations of trunks, and what Python and its libraries take (about 0.4 GiB
+a process).  Networks of groups are of average size, stored targets of 32 classes a row.
 "-" is not known before it runs."""
 
 
