@@ -193,7 +193,7 @@ def section(found: dict[int, dict[tuple[str, int], dict]], classes: int, command
     return (
         f"Top-1 on test, %, of {classes} characters that are learned from {FEW} images each. The "
         f"trunk comes from a run of {first[1]:,} steps on {classes} others, of which it knows "
-        f"{cell(found, first)} %. A convnet of width 8, depth 3, 64 numbers; batches of {BATCH}."
+        f"{cell(found, first)} %. A convnet of width 8, depth 3, 64 numbers. Batches of {BATCH}."
         "\n\n"
         f"{table(found)}\n\n"
         f"n = {n:,}. {lab.conditions(found, command)} {seconds / 60:.0f} minutes of training."

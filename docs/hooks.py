@@ -29,6 +29,7 @@ log = logging.getLogger("mkdocs.hooks.referral")
 ELSEWHERE = {
     "index.md": "README.md",
     "evidence/characters.md": "benchmarks/characters/RESULTS.md",
+    "how-to/serving.md": "examples/serving/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "reporting.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",

@@ -246,7 +246,8 @@ def pages() -> list[Path]:
     """What a reader opens: pages of the docs, of the root, and results of benchmarks."""
     named = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
     docs = sorted((ROOT / "docs").rglob("*.md"))
-    return [*named, *docs, *sorted((ROOT / "benchmarks").rglob("*.md"))]
+    others = [sorted((ROOT / name).rglob("*.md")) for name in ("benchmarks", "examples")]
+    return [*named, *docs, *others[0], *others[1]]
 
 
 def read_pages(paths: Iterable[Path]) -> list[Reading]:
