@@ -1,10 +1,10 @@
 """A trunk that learned other characters against one drawn at random, at equal steps.
 
     OMP_NUM_THREADS=1 python -m benchmarks.finetuning --to runs/finetuning [--write]
-    python -m benchmarks.finetuning --quick                   seconds, made-up characters, no result
+    python -m benchmarks.finetuning --quick         seconds, made-up characters, no result
 
 A network learns the first 626 characters.  Then generalists of the next 626 are trained, of few
-images of each, by the same schedule: from scratch, and on that trunk with a fresh head
+images of each, by the same schedule. They start from scratch, and on that trunk with a fresh head
 (generalist.head = "new"), whole or in part.  Every row of a number of steps sees the same examples
 in the same order.  What is done is not done again.
 
@@ -129,7 +129,7 @@ def trained(given: argparse.Namespace, shards: Path, path: Path, settings: list[
 
 
 def runs_of(given: argparse.Namespace, seed: int) -> dict[tuple[str, int], dict]:
-    """{(row, steps): metrics on test} of one seed; ("first", steps): of the run with the trunk."""
+    """{(row, steps): metrics on test} of one seed. ("first", steps): of the run with the trunk."""
     first_shards, second_shards = halves(given)
     own = [f"seed={seed}"]
     first_steps = QUICK_FIRST if given.quick else BASE["train"]["steps"]

@@ -13,11 +13,11 @@ gives the metrics' numbers of every row (top 5, log-probability of the label, su
                  numbers, as before there were listed rows
     listed       specialists read when rows need them, and rows that list some classes
 
-CPU seconds are the process's own, without its start; peak memory is what its resident set grows by
+CPU seconds are the process's own, without its start. Peak memory is what its resident set grows by
 (Linux).  Then, in one process and by turns, after a round that does not count:
 
-    ratio           "listed" over "generalist" and the specialists' own multiplications: their
-                    trunks and heads on the rows that ask them, without reading them
+    ratio           "listed" over "generalist" and the specialists' own multiplications,
+                    of trunks and heads on the rows that ask them, without reading them
     without_reading the same, where the specialists are held already
 
 as medians over the rounds, of CPU seconds.  The last line is one JSON object.

@@ -305,7 +305,7 @@ def _combine_parts(problem: Problem, parts: Iterator[Part]) -> list[Tensor]:
 
 
 def _combining(problem: Problem, part: Part) -> Asking[Tensor]:
-    """q [n, C] of one part; asks the host what depends on the numbers."""
+    """q [n, C] of one part. Asks the host what depends on the numbers."""
     g, block = part.g, part.block
     if not block.sets[0]:
         check_sums(g.sum(1), problem.dtype, _row_naming(block), problem.checks)

@@ -49,7 +49,7 @@ class Checks:
         self._rules: list[tuple[Tensor, Callable[[], ValueError]]] = []
 
     def require_none(self, wrong: Tensor, error: Callable[[], ValueError]) -> None:
-        """No entry of `wrong` is true; else `error` makes what is raised."""
+        """No entry of `wrong` is true. Else `error` makes what is raised."""
         if self.is_deferred:
             self._rules.append((wrong.any(), error))
         elif bool(wrong.any()):

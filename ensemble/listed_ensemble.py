@@ -232,7 +232,7 @@ def listed_classes(
 def own_classes(groups: ClassGroups, active: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
     """Distinct classes of each row's active groups, and `also` [b]: (int64 [b, U], counts [b]).
 
-    Behind a row's own classes stands its first one again; where it has none, class 0.
+    Behind a row's own classes stands its first one again. Where it has none, class 0.
     """
     sets, set_of_row = active_sets(active.cpu().numpy())
     unions = [set_patterns(groups, each).union[0] if each else NONE for each in sets]

@@ -4,7 +4,7 @@ Classes that belong to the same active specialists form a pattern.  Legend:
 
     n, P, M     rows, patterns, active specialists
     A [n, P]    mass that generalist and specialists together put on each pattern
-    d [n, M]    dustbin masses; A and d of a row together sum to 1
+    d [n, M]    dustbin masses. a and d of a row together sum to 1
     N [P, M]    1 where the pattern lies outside S_m, else 0
     Y [n, P]    mass of each pattern in the result: the unknown
     Q [n, M]    mass of the result outside S_m: Q = Y N
@@ -268,7 +268,7 @@ class Step(NamedTuple):
     dQ: Tensor
 
     def where(self, rows: Tensor) -> "Step":
-        """No step in the other rows; rows: bool [n]."""
+        """No step in the other rows. rows: bool [n]."""
         return Step(*(torch.where(rows[:, None], part, 0.0) for part in self))
 
     def is_finite(self) -> Tensor:
@@ -330,7 +330,7 @@ class State:
         )
 
     def replaced(self, rows: Tensor, other: "State") -> "State":
-        """Another one's in some rows; rows: bool [n]."""
+        """Another one's in some rows. rows: bool [n]."""
         mine, others = (self.Y, self.s, self.t, self.Q), (other.Y, other.s, other.t, other.Q)
         pairs = zip(others, mine, strict=True)
         return State(*(torch.where(rows[:, None], theirs, own) for theirs, own in pairs))
@@ -393,7 +393,7 @@ def _converged(A: Tensor, d: Tensor, membership: Membership, tolerance: float) -
 def _corrected(
     A: Tensor, d: Tensor, state: State, membership: Membership, tolerance: float
 ) -> State:
-    """Some more steps; of each row the one whose loads are nearest to what they must be.
+    """Some more steps. Of each row the one whose loads are nearest to what they must be.
 
     A residual says nothing of a Q that is as small as the residual.
     """
@@ -457,7 +457,7 @@ def _central_path(
 
     Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
 
-    between_looks: steps between two looks of the host; of more than one, each row goes by itself.
+    between_looks: steps between two looks of the host. Of more than one, each row goes by itself.
     """
     n = len(A)
     patterns, specialists = membership.outside.shape[-2:]

@@ -355,7 +355,7 @@ _caches: dict[int, tuple[weakref.ref, _Cache]] = {}
 
 
 def _cache_of(groups: ClassGroups) -> _Cache:
-    # ClassGroups compares by value and so has no hash; the cache belongs to the object.
+    # ClassGroups compares by value and so has no hash. The cache belongs to the object.
     key = id(groups)
     entry = _caches.get(key)
     if entry is None or entry[0]() is not groups:

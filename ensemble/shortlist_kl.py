@@ -3,7 +3,7 @@
     B   rows of the batch
     C   classes
     k   classes of a row's shortlist K
-    M   specialists; S_m the classes of specialist m
+    M   specialists, S_m the classes of specialist m
     A   slots: specialists that one row asks, at most
 
 Every distribution is conditioned on K: g restricted to K, p_m over K's classes of S_m and, as its

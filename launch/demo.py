@@ -99,7 +99,7 @@ QUICK_MEANS_LITTLE = (
 
 
 def whole_demo(root: Path) -> str:
-    """The command of the demo itself; of another run, since RUN/data is another one."""
+    """The command of the demo itself, of another run, since RUN/data is another one."""
     beside = root.with_name(f"{root.name}-whole")
     return shlex.join(["referral", "demo", "--run", str(beside)])
 

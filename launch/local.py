@@ -344,7 +344,7 @@ def _own(path: str, flags: int) -> int:
 
 
 def _identity(directory: Path) -> tuple[int, int] | None:
-    """Which directory it is, whatever it is called; None where there is none."""
+    """Which directory it is, whatever it is called. None where there is none."""
     try:
         stat = directory.stat()
     except (FileNotFoundError, NotADirectoryError):

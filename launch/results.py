@@ -159,7 +159,7 @@ def _decimal(value: float | None) -> str:
 
 
 def legend(columns: Sequence[Column]) -> str:
-    """What columns say whose title does not; those of one meaning together."""
+    """What columns say whose title does not. Those of one meaning together."""
     titles: dict[str, list[str]] = {}
     for column in columns:
         titles.setdefault(column.meaning, []).append(column.title)
@@ -218,7 +218,7 @@ def _fitting(cells: dict[Column, list[str]], names: int, width: int | None) -> l
 
 
 def comparison_tables(comparison: Comparison, width: int | None = None) -> list[Table]:
-    """One row for each row of the results and each variant; several tables of as many metrics as
+    """One row for each row of the results and each variant. Several tables of as many metrics as
     fit side by side on a terminal of that width."""
     sizes = {variant["name"]: variant["runs"] for variant in comparison["variants"]}
     leading = ["variant", "runs"] if len(sizes) > 1 else ["runs"]
@@ -237,7 +237,7 @@ def _width(column: Sequence[str]) -> int:
 
 
 def _names_once(comparison: Comparison) -> list[str]:
-    """The name of each row; empty where it is the one above's."""
+    """The name of each row. Empty where it is the one above's."""
     names = [row["row"] for row in comparison["rows"]]
     return [name if i == 0 or name != names[i - 1] else "" for i, name in enumerate(names)]
 

@@ -1,7 +1,7 @@
 """What each stage of a run will hold, send, write and read, before anything runs.
 
-`referral prepare --plan` prints it.  The formulas are pipeline.scaling's; how large the networks
-are, the trainer says, which builds them without memory; of the data only manifests are read.
+`referral prepare --plan` prints it.  The formulas are pipeline.scaling's. How large the networks
+are, the trainer says, which builds them without memory. Of the data only manifests are read.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one stage, or of several alike, bytes; None is not known before it runs.
+    """Of one stage, or of several alike, bytes. None is not known before it runs.
 
     memory: of the rank that holds most.  sent: by a rank in all, sent_per_step in each.  disk: of
     all stages together while they last, checkpoints included.  read: of all ranks together.
@@ -209,7 +209,7 @@ class Sizing:
         self.together = {stage.place: len(job.stages) for job in jobs for stage in job.stages}
 
     def rows(self) -> list[Needs]:
-        """In the order of the run; stages of one kind that need the same are one row."""
+        """In the order of the run. Stages of one kind that need the same are one row."""
         alike: dict[tuple, list[tuple[Stage, Needs]]] = {}
         for stage in self.run.stages:
             needs = self.of(stage)
@@ -482,7 +482,7 @@ def _joined(group: list[tuple[Stage, Needs]]) -> Needs:
 
 
 def warnings(rows: Sequence[Needs], config: Config) -> list[str]:
-    """What a stage would refuse to write; one line each."""
+    """What a stage would refuse to write. One line each."""
     limits = {"features": ("specialists.features_bytes", config.specialists.features_bytes)}
     limits["routed"] = ("route.max_bytes", config.route.max_bytes)
     return [

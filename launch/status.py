@@ -28,7 +28,7 @@ SILENT_S = 600  # a job of Slurm's that wrote nothing for so long is doubted
 PACE_ROWS = 10  # the last rows of metrics.jsonl, from which the pace is taken
 WIDE = 110  # columns of a terminal that has room for all of a stage's progress
 TIME_LEGEND = "time: on the clock, since a running stage began, or what a done one took"
-LARGEST = 1e15  # a number of a metric; neither NaN nor infinity is below
+LARGEST = 1e15  # a number of a metric. Neither NaN nor infinity is below
 STATES = ("done", "running", "interrupted", "failed", "blocked", "stale", "waiting")
 COLOURS = {
     "done": "green",
@@ -264,9 +264,9 @@ def next_command(stages: list[StageStatus], journal: Journal, run: str) -> str:
 
 
 def table(stages: list[StageStatus], title: str | None = None, width: int | None = None) -> Table:
-    """One row for each stage; where Slurm ran any, its job, node and restarts beside it.
+    """One row for each stage. Where Slurm ran any, its job, node and restarts beside it.
 
-    width: of the terminal; progress is brief on a narrow one.
+    width: of the terminal. Progress is brief on a narrow one.
     """
     rows = Table(
         title=title,

@@ -16,7 +16,7 @@ from .cosine import UnitTrunk
 from .layouts import translated
 
 NEW = "new"  # the head's name that stands for a fresh one
-COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated; nobody needs it
+COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated. Nobody needs it
 
 
 @dataclass

@@ -27,7 +27,7 @@ def birth(pid: int) -> str | None:
 
 
 def is_born(pid: int, born: str) -> bool:
-    """Whether the process `pid` is the one with that mark; older versions wrote TICKS alone."""
+    """Whether the process `pid` is the one with that mark. Older versions wrote TICKS alone."""
     mark = birth(pid)
     if mark is None:
         return False

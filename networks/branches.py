@@ -2,10 +2,10 @@
 
     B            rows of a batch
     C            classes of the whole label set
-    S            the branch's classes, |S| of them; the dustbin stands for all others
+    S            the branch's classes, |S| of them. The dustbin stands for all others
     z            the generalist's logits, [B, C]
     L            log sum_c exp z_c over all classes, [B]
-    cut          where branch and generalist part; what the
+    cut          where branch and generalist part. What the
                  generalist has there is [B, ...]
     h            what the branch's embedding reads, [B, D]
     r            its correction, [B, |S| + 1], dustbin last

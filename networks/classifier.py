@@ -55,7 +55,7 @@ class Classifier(nn.Module):
         self.head = head
         self._frozen_norms: frozenset[str] = frozenset()
         self._all_norms_fixed = False
-        # {parameter: what its rate is multiplied by}; see set_layer_decay
+        # {parameter: what its rate is multiplied by}. See set_layer_decay
         self.rate_scales: dict[str, float] = {}
         # (raw * scale - mean) / std as one multiplication and one addition.
         mean = torch.tensor(spec.input.mean).double()

@@ -36,7 +36,7 @@ def trunk_parts(trunk: nn.Module) -> dict[str, nn.Module]:
 def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
     """The ordered blocks that "last-N-blocks" counts: its parts, but for norms behind a block.
 
-    Of a transformer these are its patches' embedding and its blocks; the norm at its end belongs to
+    Of a transformer these are its patches' embedding and its blocks. The norm at its end belongs to
     the last one (see parts_from).
     """
     parts = trunk_parts(trunk)
@@ -72,7 +72,7 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
         Changed in place.
     part : {"all", "head", "last-N-blocks", "trunk.NAME, ..."}
         "last-N-blocks" are the head and the last N blocks of the trunk, as trunk_blocks counts
-        them.  The head of a network with several heads is all of them with their blocks; N counts
+        them.  The head of a network with several heads is all of them with their blocks. N counts
         the blocks of their body.  "trunk.NAME, trunk.NAME" are the head and these modules.
 
     Returns
@@ -134,7 +134,7 @@ def layer_scales(classifier: Classifier, decay: float) -> dict[str, float]:
 
     i is 0 of the head, 1 of the trunk's last block, 2 of the one before it, ... (see trunk_blocks),
     and of parameters outside any block (a transformer's class token and positions) as of the first
-    block.  Clark et al. 2020 (ELECTRA); Bao et al. 2021 (BEiT).
+    block.  Clark et al. 2020 (ELECTRA). Bao et al. 2021 (BEiT).
     """
     parts, blocks = trunk_parts(classifier.trunk), trunk_blocks(classifier.trunk)
     depth_of: dict[nn.Parameter, int] = {}
@@ -150,7 +150,7 @@ def layer_scales(classifier: Classifier, decay: float) -> dict[str, float]:
 
 
 def set_layer_decay(classifier: Classifier, decay: float) -> Classifier:
-    """Let each parameter learn at the rate times what layer_scales says; 1 leaves all alike.
+    """Let each parameter learn at the rate times what layer_scales says. 1 leaves all alike.
 
     Changed in place, and returned.  Optimizers read it (trainer.core.optim).
     """

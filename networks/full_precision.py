@@ -23,7 +23,7 @@ EXACT = "highest"  # of torch.set_float32_matmul_precision
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, run inside `in_full_precision`; a decorator."""
+    """A decorator: the function, run inside `in_full_precision`."""
 
     @wraps(function)
     def exactly(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,7 +1,7 @@
 """A few classes of each row: the k likeliest, and the logits of chosen ones.
 
     B   rows of the batch
-    C   classes; of one rank, where ranks split them
+    C   classes, or those of one rank where ranks split them
     D   features
     k   chosen classes of a row
 

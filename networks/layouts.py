@@ -52,7 +52,7 @@ RESNET = (
 
 
 def translated(tensors: Mapping[str, Tensor]) -> tuple[Tensors, str]:
-    """The tensors in timm's names and the layout that theirs are of; ({}, "") of any other file."""
+    """The tensors in timm's names and the layout that theirs are of. ({}, "") of any other file."""
     for name, (mark, translate) in LAYOUTS.items():
         if any(re.search(mark, key) for key in tensors):
             return translate(tensors), name
@@ -60,7 +60,7 @@ def translated(tensors: Mapping[str, Tensor]) -> tuple[Tensors, str]:
 
 
 def _vit(tensors: Mapping[str, Tensor]) -> Tensors:
-    """One tensor of queries, keys and values where transformers has three; without its pooler."""
+    """One tensor of queries, keys and values where transformers has three, and no pooler."""
     renamed = _renamed(tensors, VIT)
     joined: Tensors = {}
     for name, tensor in renamed.items():

@@ -1,9 +1,9 @@
 """The logits features @ weight.T + bias of so many classes that they are read in blocks of classes.
 
-    N, n   rows of the batch; of one rank
-    C, c   classes of the whole label set; of one rank
+    N, n   rows of the batch, and of one rank
+    C, c   classes of the whole label set, and of one rank
     D      features
-    z, t   a row's logits; its target
+    z, t   a row's logits, and its target
 
 The [N, C] logits never exist at once.  Extra memory is one block, N x block, whatever C is: the
 forward pass keeps each row's log-sum-exp, and the backward pass computes the block's logits again

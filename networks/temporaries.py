@@ -35,7 +35,7 @@ def temporary_beside(path: Path) -> Path:
 
 @lru_cache(maxsize=1)
 def _process(pid: int) -> str:
-    """PID-BORN of this process; PID where nothing tells its birth."""
+    """PID-BORN of this process. PID where nothing tells its birth."""
     mark = birth(pid)
     return f"{pid}-{_short(mark)}" if mark else str(pid)
 

@@ -194,7 +194,7 @@ TAKE_SHARE = frozenset({"drop_ngrams"})
 OF_CROP = {
     "scale": [0.35, 1.0],  # the share of the area that is cut out
     "ratio": [3 / 4, 4 / 3],  # width to height of what is cut out
-    "flip": 0.5,  # the share of views that are mirrored; 0 of characters
+    "flip": 0.5,  # the share of views that are mirrored. 0 of characters
     "interpolation": "bilinear",  # bilinear | bicubic | nearest
 }
 # data.augment_options, with their defaults: the arguments of these augmentations' functions.

@@ -142,7 +142,7 @@ def classifier_folder(path: Path) -> Path:
 
 
 def is_saved_network(path: str | Path) -> bool:
-    """Whether a directory is a run, or a network that Referral saved; else it may be a hub's."""
+    """Whether a directory is a run, or a network that Referral saved. Else it may be a hub's."""
     folder = Path(path)
     return (folder / "generalist").is_dir() or (folder / "model.json").is_file()
 

@@ -32,7 +32,7 @@ def num_classes(config: Config) -> tuple[int | None, str]:
 
 
 def manifest_of(pattern: str) -> tuple[Path, dict] | None:
-    """The manifest beside a split's first shard, and what it holds; None where there is none."""
+    """The manifest beside a split's first shard, and what it holds. None where there is none."""
     first = Path(pattern.split("::")[0])
     directory = first if first.is_dir() else first.parent
     path = directory / "manifest.json"

@@ -55,7 +55,7 @@ class Network:
     """How large a network is that a stage trains or asks.
 
     weights: all that it has.  classes: rows of a head over the whole label set, which ranks can
-    split; 0 of another head.  features: D.  outputs: logits of an example.  frozen: weights that
+    split. 0 of another head.  features: D.  outputs: logits of an example.  frozen: weights that
     training does not change.
     """
 
@@ -239,5 +239,5 @@ def targets_bytes(rows: int, kept: int, classes: int) -> int:
 
 
 def most_measured(given: int | None, classes: int) -> int:
-    """Examples of train that groups are found by, where val is thin; given: by the config."""
+    """Examples of train that groups are found by, where val is thin. given: by the config."""
     return given or max(TRAIN_MEASURED, FEWEST_OF_CLASS * classes)

@@ -39,7 +39,7 @@ def python(tmp_path_factory):
     if installed.returncode:
         pytest.skip(f"pip has no network: {installed.stderr.strip().splitlines()[-1]}")
     # An index may have the wheel for CUDA alone.  Beside a torch for CPUs its operators are not
-    # loaded, and what registers them fails; transforms need neither.
+    # loaded, and what registers them fails. Transforms need neither.
     if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
         (site / "torchvision" / "_meta_registrations.py").write_text("")
     return python

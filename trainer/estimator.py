@@ -66,7 +66,7 @@ Network = SpecialistEnsemble | DeepEnsemble | ShortlistEnsemble | Classifier
 
 STUDENT = "main"
 BATCH = 256  # rows that are asked about at a time
-MOST_INDICES = 4_096  # of a row of counts; longer ones are thinned out evenly
+MOST_INDICES = 4_096  # of a row of counts. Longer ones are thinned out evenly
 DENSE_BYTES = 2**30  # sparse rows of other values than counts become dense, up to so much
 
 
@@ -82,9 +82,9 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
     answer : "ensemble", "generalist" or "student"
         What predicts.  Stages behind it are not trained in a temporary run.
     epochs : float, optional
-        Of the generalist; None lets the data and the machine say it, as `referral init` does.
+        Of the generalist. None lets the data and the machine say it, as `referral init` does.
     groups : int, optional
-        Of confusable classes, each of which gets a specialist; None lets the classes say it.
+        Of confusable classes, each of which gets a specialist. None lets the classes say it.
     val_share, test_share : float
         Of each class: what groups, early stopping and weights are chosen on, and what the report
         of a run is measured on.
@@ -100,13 +100,13 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
     n_features_in_ : int
         Of rows of numbers or counts.
     run_ : Path or None
-        The run directory; None of a temporary one.
+        The run directory. None of a temporary one.
     config_ : dict
         {"section.key": value} of the whole config.
 
     Notes
     -----
-    X is a matrix of numbers [N, D]; pictures [N, H, W] or [N, H, W, C], uint8 or floats; or a
+    X is a matrix of numbers [N, D], pictures [N, H, W] or [N, H, W, C], uint8 or floats, or a
     sparse matrix.  Sparse whole numbers from 0 on are counts: each row becomes a bag of indices for
     an `embedding_bag`.  Other sparse values are made dense, up to 1 GiB.
     """
@@ -417,7 +417,7 @@ class Bags(Rows):
         return np.stack([self._bag(index, shape[0]) for index in range(start, end)])
 
     def _bag(self, index: int, length: int) -> np.ndarray:
-        """int32 [length]: indices, then -1; of more than `length`, so many spread evenly."""
+        """int32 [length]: indices, then -1. Of more than `length`, so many spread evenly."""
         part = slice(self.X.indptr[index], self.X.indptr[index + 1])
         times = self.X.data[part].astype(np.int64)
         count = self.counts[index]
@@ -433,7 +433,7 @@ class Bags(Rows):
 
 
 def seed_of(random_state: int | np.random.RandomState | None) -> int:
-    """A number as it is; of a generator its next one."""
+    """A number as it is. Of a generator its next one."""
     if isinstance(random_state, (int, np.integer)):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))
@@ -481,7 +481,7 @@ def _as_dense(X: Any) -> np.ndarray:
 
 
 def class_names(classes: np.ndarray) -> list[str]:
-    """Names for the run: the labels as texts; their numbers where those are not told apart."""
+    """Names for the run: the labels as texts. Their numbers where those are not told apart."""
     names = [clean(str(each)) for each in classes]
     if len(set(names)) == len(names) and all(names):
         return names
@@ -543,7 +543,7 @@ def with_inputs(stage: Stage) -> set[str]:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Training heeds SIGTERM and SIGUSR2; afterwards they are whose they were before."""
+    """Training heeds SIGTERM and SIGUSR2. Afterwards they are whose they were before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -594,7 +594,7 @@ def load_bundle(root: Path, device: str) -> Network:
 
 
 def _device(name: str) -> str:
-    """Where to predict; a machine may lack what another trained on."""
+    """Where to predict. A machine may lack what another trained on."""
     if name == "cpu" or not torch.cuda.is_available():
         return "cpu"
     return "cuda"

@@ -34,7 +34,7 @@ MEASURING_BATCH = 512
 SEEN_S = 90  # in which what rank 0 has written is seen on every node: NFS caches for a minute
 # Probabilities of a batch in memory while measuring, at most: an ensemble's are of all classes.
 PROBABILITIES_IN_MEMORY = 2**26
-# The same of predictions that are dense, on a CPU; and the fewest rows for which a network is run.
+# The same of predictions that are dense, on a CPU. And the fewest rows for which a network is run.
 PROBABILITIES_IN_CACHE = 2**21
 FEWEST_ROWS = 32
 log = logging.getLogger("referral")
@@ -287,7 +287,7 @@ class LogFile(Console, logging.FileHandler):
 
 
 def as_array(values: Tensor) -> np.ndarray:
-    """On the host; of bfloat16, which numpy lacks, in float32."""
+    """On the host. bfloat16, which numpy lacks, becomes float32."""
     if values.dtype == torch.bfloat16:
         values = values.float()
     return values.cpu().numpy()

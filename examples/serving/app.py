@@ -3,7 +3,7 @@
     referral export runs/mine --to bundle/ --what student:main --onnx
     python -P examples/serving/app.py bundle/ --port 8000
 
-What comes in is numbers or one picture, and is checked before it reaches the network; nothing is
+What comes in is numbers or one picture, and is checked before it reaches the network. Nothing is
 unpickled and no torch is imported.  examples/serving/README.md says what it took.
 """
 
@@ -36,7 +36,7 @@ ROWS = 64  # inputs of one request
 TOP = 100  # classes of one answer
 PIXELS = 2**24  # of a picture, before it is decoded
 BATCH = 64  # inputs that the network is asked about at once
-WAITING = 1024  # inputs that wait for it; more are turned away
+WAITING = 1024  # inputs that wait for it. More are turned away
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Batcher:
 
 
 async def read_body(request: Request) -> bytes:
-    """The body; 413 as soon as it is longer than BODY_BYTES, whatever its header says."""
+    """The body. 413 as soon as it is longer than BODY_BYTES, whatever its header says."""
     body = bytearray()
     async for part in request.stream():
         body += part
@@ -202,7 +202,7 @@ def answers(p: np.ndarray, names: list[str], top: int) -> list[list[dict]]:
 
 
 def application(served: Served) -> FastAPI:
-    """GET /health; POST /predict of numbers; POST /picture of a picture's bytes."""
+    """GET /health. POST /predict of numbers. POST /picture of a picture's bytes."""
     batcher = Batcher(served)
 
     @asynccontextmanager

@@ -47,7 +47,7 @@ class Schedule(Section):
     momentum: float | None = Field(default=None, ge=0, lt=1)
     # of adamw. 0.99 suits short schedules
     beta2: float | None = Field(default=None, gt=0, lt=1)
-    # the peak of a head with a row for every class, which then learns without averages: plain SGD;
+    # the peak of a head with a row for every class, which then learns without averages: plain SGD.
     # None = as the other weights
     row_rate: float | None = Field(default=None, gt=0)
     # of class labels, a name in pipeline.choices.LOSSES
@@ -91,7 +91,7 @@ class Schedule(Section):
 class ResolvedSchedule(Schedule):
     """A schedule of which nothing is left to inherit. Here are the defaults.
 
-    Of steps and epochs one may be None; negatives = None stands for all classes, and row_rate =
+    Of steps and epochs one may be None. negatives = None stands for all classes, and row_rate =
     None for the other weights' optimizer.
     """
 
@@ -124,7 +124,7 @@ NAMED_PARTS = r"last-[1-9][0-9]*-blocks?|trunk\.[\w.]+(, ?trunk\.[\w.]+)*"
 
 
 def part_of_network(value: str) -> str:
-    """A value of `trainable`; networks.set_trainable knows which parts a network has."""
+    """A value of `trainable`. networks.set_trainable knows which parts a network has."""
     return one_of(value, PARTS, ' or last-N-blocks, or "trunk.NAME, trunk.NAME"', NAMED_PARTS)
 
 
@@ -136,9 +136,9 @@ class Train(Schedule):
     # of a generalist that starts from weights: the rate of the i-th block from the top is
     # learning_rate * layer_decay^i, the head's i = 0
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    # Beta(a, a) of the share that an input keeps of itself when it is averaged with another; 0 none
+    # Beta(a, a) of the share that an input keeps of itself when it is averaged with another. 0 none
     mixup: float = Field(default=0.0, ge=0)
-    # the same of the area that it keeps when a box of another is pasted into it; 0 none
+    # the same of the area that it keeps when a box of another is pasted into it. 0 none
     cutmix: float = Field(default=0.0, ge=0)
 
     @field_validator("trainable")

@@ -175,7 +175,7 @@ class Generalist(Section):
 
     # a run, a directory with model.safetensors and model.json, or a weights file
     init: str = Field(default="", alias="from")
-    # in someone else's weights file: what its last linear layer is called; [model] is the rest.
+    # in someone else's weights file: what its last linear layer is called. [model] is the rest.
     # "new": a fresh head in any case, also of a run.  None of a file, or another number of classes:
     # a fresh head, and [train] goes on from these weights
     head: str | None = None

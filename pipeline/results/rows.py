@@ -257,7 +257,7 @@ class Difference(NamedTuple):
 
 
 def difference_to(row: Row, name: str, metric: MetricName) -> Difference | None:
-    """The paired difference to the row `name`; None where no evaluation kept what pairs it."""
+    """The paired difference to the row `name`. None where no evaluation kept what pairs it."""
     paired = cast("dict[str, float]", row.get("versus", {}).get(name) or {})
     if metric not in paired:
         return None

@@ -143,7 +143,7 @@ def _versus_generalist(results: Results) -> str:
 
 
 def _interval_of_errors(ensemble: Row, before: int) -> str:
-    """The 95 % interval of the share of errors that are gone; empty where it is not known."""
+    """The 95 % interval of the share of errors that are gone. Empty where it is not known."""
     difference = difference_to(ensemble, "generalist", "top1")
     if difference is None:
         return ""

@@ -147,7 +147,7 @@ def has_no_weight(given: dict) -> bool:
 
 
 def missed(given: dict, q: np.ndarray, least: float = 1e-12) -> float:
-    """By how much q misses the conditions of the minimum, as a share of the mass; worst row.
+    """By how much q misses the conditions of the minimum, as a share of the mass. Worst row.
 
     least: classes of a smaller q are too few digits of it to be held to their loads.
     """

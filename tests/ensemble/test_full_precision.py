@@ -243,7 +243,7 @@ def test_inside_products_are_exact_and_afterwards_as_they_were():
 
 
 def test_the_last_thread_out_restores_the_setting():
-    """Two threads are inside; the first to leave must not take precision from the second."""
+    """Two threads are inside. The first to leave must not take precision from the second."""
     torch.set_float32_matmul_precision("high")
     entered, leave = threading.Event(), threading.Event()
 

@@ -1,10 +1,10 @@
 """One tiny run on a GPU, stage by stage and engine by engine, against the same on the CPU.
 
     make gpu
-    REFERRAL_GPU_SUITE_DEVICE=cpu python -m pytest -m gpu tests/gpu    do the tests themselves work?
+    REFERRAL_GPU_SUITE_DEVICE=cpu python -m pytest -m gpu tests/gpu    do the tests work?
 
-On a GPU the order of sums is another, in float32 (no TF32): losses agree to 1e-4, metrics of later
-stages, whose groups and temperatures follow from them, as stated at each.
+On a GPU the order of sums is another, in float32 (no TF32). Losses agree to 1e-4. Metrics of later
+stages, whose groups and temperatures follow from them, agree as stated at each.
 """
 
 import json
@@ -152,7 +152,7 @@ def test_what_is_exported_predicts_what_the_run_does(runs, tmp_path):
 
 @pytest.mark.parametrize("precision, off", [("bf16", 0.05), ("fp16", 0.02)])
 def test_low_precision_learns_what_float32_does(data, alone, tmp_path, precision, off):
-    """The loss of the last step; weights are float32, products are not."""
+    """The loss of the last step. Weights are float32, products are not."""
     if precision == "fp16" and not ON_GPU:
         pytest.skip("fp16 needs a GPU")
     words = ("train.momentum=0.9", *SHORT, *device_words(DEVICE, precision))

@@ -36,7 +36,7 @@ def test_a_vits_names_are_timms_and_queries_keys_and_values_one_tensor():
     tensors = {name: torch.tensor([float(i)]) for i, name in enumerate(OF_VIT)}
     for i, part in enumerate(("query", "key", "value")):
         tensors[f"{LAYER}.attention.attention.{part}.bias"] = torch.full((2,), float(i))
-    tensors["vit.pooler.dense.weight"] = torch.ones(2, 2)  # transformers' own; timm has none
+    tensors["vit.pooler.dense.weight"] = torch.ones(2, 2)  # transformers' own. timm has none
     renamed, layout = translated(tensors)
     assert layout == "transformers' ViT"
     expected = {own: tensors[theirs] for theirs, own in OF_VIT.items()}

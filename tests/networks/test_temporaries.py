@@ -21,7 +21,7 @@ def dead_pid() -> int:
 
 
 def of_process(path, pid: int, born: str = ""):
-    """What `temporary_beside` would name in another process; of an earlier version without BORN."""
+    """What `temporary_beside` would name in another process. Of an earlier version without BORN."""
     name = temporary_beside(path).name
     return path.with_name(name.replace(OWN, f".{pid}-{born}." if born else f".{pid}."))
 

@@ -356,7 +356,7 @@ def test_a_student_is_held_against_its_own_twin():
 
 
 def test_a_student_and_its_twin_are_compared_after_calibration_where_that_is_known():
-    """As predicted the student leads by .1; calibrated nothing tells the two apart."""
+    """As predicted the student leads by .1. Calibrated nothing tells the two apart."""
     student = with_versus(row(334, 1.1), 0.034, -0.1, name="generalist") | {"cnll": 1.05}
     twin = row(336, 1.2) | {"cnll": 1.06}
     older = with_versus(student, 0.002, -0.1, name="student_hard")
@@ -372,7 +372,7 @@ def test_a_student_and_its_twin_are_compared_after_calibration_where_that_is_kno
 
 
 def test_the_verdict_has_the_interval_of_the_errors_that_are_gone():
-    """6.8 points of 1,000 examples, of 368 errors: 18.5 %; a point on either side is 2.7 %."""
+    """6.8 points of 1,000 examples, of 368 errors: 18.5 %. A point on either side is 2.7 %."""
     line = verdict(decided())
     assert "18.5 % fewer top-1 errors than the generalist" in line
     assert "(300 against 368 of 1,000 test examples; 95 % interval 15.8 to 21.2 %)" in line

@@ -34,7 +34,7 @@ class Asked(NamedTuple):
 
 
 def asked(count: int, words: str = "", argv: Sequence[str] | None = None) -> Asked:
-    """What the command line asks for; `count` trials where it says nothing.
+    """What the command line asks for. `count` trials where it says nothing.
 
     words: what further arguments are called, where there may be any.
     """

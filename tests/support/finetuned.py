@@ -44,7 +44,7 @@ KINDS = {
 
 
 def write_checkpoint(name: str, options: dict, directory: Path) -> dict:
-    """Of another label set, as timm's own repositories on the hub look; its tensors."""
+    """Of another label set, as timm's own repositories on the hub look. Its tensors."""
     torch.manual_seed(0)
     theirs = timm.create_model(name, in_chans=1, num_classes=11, **options)
     directory.mkdir()

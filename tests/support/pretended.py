@@ -5,7 +5,7 @@ of host tensors (as NCCL does).  What makes the host wait for a GPU it counts, b
 the line of ours that asked: values that are read, shapes that depend on values, and copies to the
 device that do not say non_blocking.
 
-torch's Python device backend gives it a name, a guard and a place in autograd; a wrapper subclass
+torch's Python device backend gives it a name, a guard and a place in autograd. A wrapper subclass
 and a dispatch mode do the rest.  Register it before the first backward pass of a process: autograd
 counts devices once.  So tests run it in processes of their own (tests/trainer/devices).
 """
@@ -68,7 +68,7 @@ class Module(_DummyBackendModule):
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor of the device; `host` is where its numbers are."""
+    """A tensor of the device. `host` is where its numbers are."""
 
     host: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -116,7 +116,7 @@ class DeviceTensor(torch.Tensor):
 class Pretended(TorchDispatchMode):
     """The device, while this is entered.
 
-    waits: how often the host waited, by (kind, "file:line OPERATOR"); kind is "read" or "copy".
+    waits: how often the host waited, by (kind, "file:line OPERATOR"). kind is "read" or "copy".
     """
 
     active: Pretended | None = None
@@ -270,7 +270,7 @@ class Pretended(TorchDispatchMode):
 
 
 def register() -> None:
-    """Give the device its name, and products a low precision; once in a process."""
+    """Give the device its name, and products a low precision. Call it once in a process."""
     if Pretended.registered:
         return
     Pretended.registered = True

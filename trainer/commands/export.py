@@ -138,7 +138,7 @@ def write_summary(directory: Path, run: RunDirectory, export: Export) -> None:
 def write_card(
     directory: Path, run: RunDirectory, with_ensemble: bool, students: list[str], license: str
 ) -> None:
-    """README.md; with the figures of results.json where the run's report is done."""
+    """README.md, with the figures of results.json where the run's report is done."""
     folder = "generalist" if with_ensemble else f"students/{students[0]}"
     results = None
     if run.report.done() is not None:

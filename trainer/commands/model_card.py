@@ -77,7 +77,7 @@ class Card:
             content["model-index"] = [
                 {"name": _one_line(self.run), "results": [self._result(measured)]}
             ]
-        # JSON is YAML; a key a line reads as people write it.
+        # JSON is YAML. A key a line reads as people write it.
         return "".join(f"{key}: {json.dumps(value)}\n" for key, value in content.items())
 
     def _result(self, measured: dict[str, Row]) -> dict:
@@ -204,7 +204,7 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def escaped(text: str) -> str:
-    """A text in which Markdown, HTML and tables see no markup; secrets of URLs are hidden."""
+    """A text in which Markdown, HTML and tables see no markup. Secrets of URLs are hidden."""
     return MARKUP.sub(r"\\\1", _one_line(text)).replace("\\<", "&lt;").replace("\\>", "&gt;")
 
 

@@ -61,7 +61,7 @@ def memory_of(config: Config, part: Part) -> int:
 
 
 def optimizer_numbers(part: Part) -> int:
-    """AdamW keeps two numbers a weight, SGD its momentum; of rows that learn without, none."""
+    """AdamW keeps two numbers a weight, SGD its momentum. Of rows that learn without, none."""
     learning = parameter_count(part.network, trainable=True)
     if part.schedule.row_rate is not None and has_all_rows(part.network):
         assert isinstance(part.network, Classifier)

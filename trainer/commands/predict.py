@@ -72,7 +72,7 @@ class Example(NamedTuple):
 
     @property
     def own_key(self) -> str:
-        """Its key or number in a file of several; a file of one is its own key."""
+        """Its key or number in a file of several. A file of one is its own key."""
         inside = self.key if self.index is None else self.index
         return self.file if inside is None else str(inside)
 
@@ -246,7 +246,7 @@ def predictions(
 
 @contextmanager
 def computing(run: RunDirectory | None, device: str) -> Iterator[None]:
-    """The precision of the run's own stages, on a GPU; a CPU, and a bundle, answer in float32."""
+    """The precision of the run's own stages, on a GPU. A CPU, and a bundle, answer in float32."""
     kind = torch.device(device)
     if run is None or kind.type == "cpu":
         yield
@@ -400,8 +400,8 @@ def find_files(
 
     decoders: of the extensions that can be read.  texts: whether inputs are texts.  Below a
     directory the inputs are the texts, or all files but text and JSON.
-    follow_links: whether links that lead out of a directory count; else one line says how many.
-    UserError where nothing is left of `paths`; `unreadable` gets what cannot be used.
+    follow_links: whether links that lead out of a directory count. Else one line says how many.
+    UserError where nothing is left of `paths`. `unreadable` gets what cannot be used.
     """
     known = set(decoders)
     inside = {"txt"} if texts else known - {*NOTES}

@@ -18,7 +18,7 @@ from pipeline.extras import require
 from pipeline.failures import cannot_write
 from pipeline.files import json_text, sync
 
-ROWS = 8_192  # that are written at a time; a row group of parquet
+ROWS = 8_192  # that are written at a time, a row group of parquet
 Columns = dict[str, list]
 Write = Callable[[Columns], None]
 
@@ -39,7 +39,7 @@ def check_target(path: Path, force: bool) -> None:
 def table_file(path: Path, force: bool) -> Iterator[Write]:
     """What writes columns to `path`, some rows at a time.
 
-    The file gets its name when the block ends without an error; till then there is none.
+    The file gets its name when the block ends without an error. Till then there is none.
     """
     temporary = temporary_beside(path)
     try:

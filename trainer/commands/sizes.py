@@ -1,13 +1,14 @@
 """`python -P -m trainer sizes`: how large the networks of a config are, for a plan of its run.
 
 Nothing is trained and no data are read: the networks are built without memory.  Standard input is
-one JSON object, {"config", "classes", "shape", "dtype"}; the answer is one line of JSON,
+one JSON object, {"config", "classes", "shape", "dtype"}. The answer is one line of JSON,
 
-    {"networks": {"generalist": {"weights", "classes", "features", "outputs"}, ...}, "branch": ...}
+    {"networks": {"generalist": {"weights", "classes", "features", "outputs"}, ...},
+     "branch": ...}
 
 of the generalist, each student by its name, and "wider" of controls.model.  "branch" is
 {"at_cut", "general", "features", "own"}: the numbers at the cut and those that the head
-reads, what a branch's embedding reads, and the weights of its own blocks; null of a run without.
+reads, what a branch's embedding reads, and the weights of its own blocks. Null of a run without.
 """
 
 from __future__ import annotations

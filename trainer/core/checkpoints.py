@@ -216,7 +216,7 @@ def load_checkpoint(
 
 
 def write_rows(temporary: Path, state: State, ranks: Ranks) -> tuple[str | None, State]:
-    """(what went wrong on any rank, the state without what is now in files); collective."""
+    """(what went wrong on any rank, the state without what is now in files). Collective."""
     rows, bounds, state = take_own(state)
     problem = None
     try:

@@ -70,7 +70,7 @@ class TrainingSummary:
     """What a training run cost, earlier attempts included, and how it ended."""
 
     seconds: float
-    cpu_seconds: float | None  # of all ranks; None on GPUs
+    cpu_seconds: float | None  # of all ranks. None on GPUs
     examples_seen: int
     peak_memory_bytes: int
     steps: int

@@ -50,7 +50,7 @@ Perturb = Callable[[Tensor], Tensor]  # raw inputs -> raw inputs
 
 
 class Constant:
-    """A tensor of an objective, moved once to each device that batches are on; None stays None."""
+    """A tensor of an objective, moved once to each device that batches are on. None stays None."""
 
     def __init__(self, value: Tensor | None):
         self._on = {} if value is None else {value.device: value}
@@ -73,7 +73,7 @@ def classify(
     loss: Loss = cross_entropy,
     margin: LabelMargin | None = None,
 ) -> Objective:
-    """Learn all classes from labels; of mixed inputs from both examples'.
+    """Learn all classes from labels. Of mixed inputs from both examples'.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ def classify(
 def mixed_classification(
     logits: Tensor | LinearLogits, batch: Batch, label_smoothing: float, log_prior: Tensor | None
 ) -> Tensor:
-    """The loss of a batch whose inputs are mixed of two; of several members their mean."""
+    """The loss of a batch whose inputs are mixed of two. Of several members their mean."""
     targets = [batch.labels, batch.partner_labels, batch.own_share]
     if isinstance(logits, Tensor) and logits.dim() == 3:
         targets = [each.repeat(len(logits)) for each in targets if each is not None]

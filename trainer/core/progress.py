@@ -35,7 +35,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
-    cpu_seconds: float = 0.0  # of this rank's process; from a checkpoint, of rank 0's until then
+    cpu_seconds: float = 0.0  # of this rank's process. From a checkpoint, of rank 0's until then
     first_loss: float | None = None  # mean over the first logged steps
     best_loss: float = math.inf
     best_step: int = 0
@@ -212,7 +212,7 @@ def _rounded(value: float) -> float:
 
 
 def cpu_seconds(progress: Progress, ranks: Ranks) -> float | None:
-    """Of all ranks' processes; None on GPUs, where they say little.  Collective."""
+    """Of all ranks' processes. None on GPUs, where they say little.  Collective."""
     if ranks.device.type != "cpu":
         return None
     own = torch.tensor(progress.cpu_seconds, dtype=torch.float64)

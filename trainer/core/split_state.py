@@ -5,7 +5,7 @@ split head has: {name: the first row of each rank, and their number}.  In files 
 of them they have the names of a plain head's.
 
 Of weights and optimizer states that are split otherwise each tensor is a `Part`.  In files it is a
-flat tensor, whose rows are its entries; "shapes" in the state says what it is when it is whole.
+flat tensor, whose rows are its entries. "shapes" in the state says what it is when it is whole.
 """
 
 from __future__ import annotations

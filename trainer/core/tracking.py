@@ -102,7 +102,7 @@ def trackers(
 
 @contextmanager
 def tensorboard(of: Tracked) -> Iterator[Tracker]:
-    """Event files under the attempt; `tensorboard --logdir RUN` shows every stage."""
+    """Event files under the attempt. `tensorboard --logdir RUN` shows every stage."""
     require("tensorboard", 'engine.track = ["tensorboard"]')
     from torch.utils.tensorboard import SummaryWriter
 
@@ -125,7 +125,7 @@ def tensorboard(of: Tracked) -> Iterator[Tracker]:
 
 @contextmanager
 def wandb(of: Tracked) -> Iterator[Tracker]:
-    """One W&B run per stage, grouped by RUN; a resumed stage continues its own.
+    """One W&B run per stage, grouped by RUN. A resumed stage continues its own.
 
     W&B's environment variables (WANDB_PROJECT and the like) apply.
     """
@@ -161,7 +161,7 @@ def wandb(of: Tracked) -> Iterator[Tracker]:
 
 @contextmanager
 def mlflow(of: Tracked) -> Iterator[Tracker]:
-    """One MLflow run per stage, tagged with RUN; a resumed stage continues its own.
+    """One MLflow run per stage, tagged with RUN. A resumed stage continues its own.
 
     MLflow's environment variables (MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME) apply.
     """
@@ -207,7 +207,7 @@ def mlflow(of: Tracked) -> Iterator[Tracker]:
 
 
 def _experiment(client: Any, name: str) -> str:
-    """The id of an experiment; it is made where there is none."""
+    """The id of an experiment. It is made where there is none."""
     experiment = client.get_experiment_by_name(name)
     if experiment is not None:
         return experiment.experiment_id

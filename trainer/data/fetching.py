@@ -2,14 +2,14 @@
 
 data.fetch_dir holds
 
-    KEY.tar     a shard: whole, checked, never changed; its index beside it
+    KEY.tar     a shard: whole, checked, never changed. Its index beside it
     KEY.json    a manifest
     KEY.npy     the classes of a split's samples, which a manifest names
     KEY.*.part  KEY.tar.part is locked by who fetches KEY.tar, and empty.  What it writes
                 has a name with a random part, is locked, and as large as it will be, if
                 that is known
     lease-*     names of the files that a process reads, which nobody may evict, each with
-                the bytes to leave free until it is there; locked as long as its process
+                the bytes to leave free until it is there. Locked as long as its process
                 lives
     .lock       held while files get their names or are evicted
 

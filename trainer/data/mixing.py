@@ -18,7 +18,7 @@ NUMBERS = 4  # uniforms per example: the share, which of the two, where the box 
 
 @dataclass(frozen=True)
 class Mixing:
-    """Parameters of Beta(a, a), from which an input's share of itself is drawn; 0 leaves one out.
+    """Parameters of Beta(a, a), from which an input's share of itself is drawn. 0 leaves one out.
 
     Where both are given, either is as likely for each example.
     """
@@ -28,7 +28,7 @@ class Mixing:
 
 
 def mixing_of(schedule: ResolvedSchedule) -> Mixing | None:
-    """As a schedule says; only [train] does."""
+    """As a schedule says. Only [train] does."""
     if not isinstance(schedule, ResolvedTrain) or not (schedule.mixup or schedule.cutmix):
         return None
     return Mixing(schedule.mixup, schedule.cutmix)
@@ -68,9 +68,9 @@ def mix(
     Returns
     -------
     mixed : array [n, ...]
-        Of the inputs' dtype; uint8 is rounded.
+        Of the inputs' dtype. uint8 is rounded.
     own_share : float32 array [n]
-        The weight of an input's own label; its partner's has the rest.
+        The weight of an input's own label. Its partner's has the rest.
 
     References
     ----------

@@ -20,7 +20,7 @@ from pipeline.config import UserError
 from .bounds import GIB, open_regular
 
 FREE_BYTES = GIB  # of content, whatever the file's size
-RATIO = 100  # of content to the file's size, beyond that; pictures and texts are below 20
+RATIO = 100  # of content to the file's size, beyond that. Pictures and texts are below 20
 PACKED: dict[bytes, Callable[[Path, str], IO[bytes]]] = {
     b"\x1f\x8b": gzip.open,  # pyright: ignore
     b"BZh": bz2.open,  # pyright: ignore

@@ -1,6 +1,6 @@
 """Rows of different lengths in memory-mapped files, written block by block.
 
-    R   rows, numbered 0 .. R - 1; each is written once or not at all
+    R   rows, numbered 0 .. R - 1. Each is written once or not at all
     n   entries of a row, of one or several fields: its classes, and their
         log-probabilities
 
@@ -8,14 +8,14 @@ A directory holds
 
     FIELD.bin       the entries of all rows, in the order in which the rows were written
     starts.npy      int64 [R], where a row's entries begin
-    counts.npy      int32 [R], how many they are; 0 for a row that was not written
+    counts.npy      int32 [R], how many they are. 0 for a row that was not written
     FIELD.npy       [R], fields of which a row has one number
 
 A block counts once progress.json says so.  What lies behind it is written again, at the same place:
 two copies of one job, which write the same blocks, do not harm each other.
 
 Of several ranks each writes the entries of the rows that it has made, `write_entries`, where these
-belong; one of them, which has a RaggedWriter, then says that the block is there.
+belong. One of them, which has a RaggedWriter, then says that the block is there.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class RaggedWriter:
     ) -> None:
         """Say that a block is there, whose entries `write_entries` has written.
 
-        rows: int64 [n], distinct; their entries lie in this order.  counts: [n].  numbers: each
+        rows: int64 [n], distinct. Their entries lie in this order.  counts: [n].  numbers: each
         [n].  notes: kept in `progress`.
         """
         starts = starts_of(self.progress["entries"], counts)
@@ -123,7 +123,7 @@ def bin_file(directory: Path, field: str) -> Path:
 
 
 def starts_of(first: int, counts: np.ndarray) -> np.ndarray:
-    """Where the entries of each row of a block begin, int64 [n]; first: those of the block."""
+    """Where the entries of each row of a block begin, int64 [n]. first: those of the block."""
     return first + np.cumsum(counts, dtype=np.int64) - counts
 
 

@@ -64,7 +64,7 @@ class Batch:
     partner_labels : int64 Tensor [b], optional
         The labels of the examples that the inputs are mixed with (trainer.data.mixing).
     own_share : float32 Tensor [b], optional
-        The weight of `labels` where inputs are mixed; `partner_labels` have the rest.
+        The weight of `labels` where inputs are mixed. `partner_labels` have the rest.
     """
 
     inputs: torch.Tensor
@@ -356,7 +356,7 @@ class TrainingStream(_Stream):
         mine = np.arange(rank, self.batch_size, world_size)
         if self.mixing is None:
             return self._examples(step, mine)
-        # Another rank's partners are read here, too; they stand behind the rank's own.
+        # Another rank's partners are read here, too. They stand behind the rank's own.
         partner = partners(mine, self.batch_size)
         others = np.setdiff1d(partner, mine)
         batch = self._examples(step, np.concatenate([mine, others]))

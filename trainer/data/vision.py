@@ -1,7 +1,7 @@
 """Augmentations of torchvision.transforms.v2, as pure functions of inputs and uniform numbers.
 
 torchvision draws from torch's global generator.  Each view is made with that generator seeded by
-the view's own uniform number, and put back behind it; so a view is a function of its input and its
+the view's own uniform number, and put back behind it. So a view is a function of its input and its
 number alone, as trainer.data.augment asks.
 """
 
@@ -127,7 +127,7 @@ def _randaugment(num_ops: int, magnitude: int) -> Callable[[Tensor], Tensor]:
 
 
 def _built(build: Callable[[Any], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """What `build` makes of torchvision.transforms.v2; a UserError without it, or for an option."""
+    """What `build` makes of torchvision.transforms.v2. A UserError without it, or for an option."""
     try:
         from torchvision.transforms import v2
     except ImportError as error:

@@ -15,7 +15,7 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # without it cuBLAS refuses to be determi
 
 @contextmanager
 def numerics(engine: Engine) -> Iterator[None]:
-    """Inside, torch's settings are the config's; afterwards, as they were."""
+    """Inside, torch's settings are the config's. Afterwards, as they were."""
     cudnn = torch.backends.cudnn
     products = torch.get_float32_matmul_precision()
     algorithms = torch.are_deterministic_algorithms_enabled()

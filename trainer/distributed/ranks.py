@@ -172,7 +172,7 @@ def choose_device(engine: Engine) -> torch.device:
 
 
 def precision(engine: Engine, device: torch.device) -> torch.dtype:
-    """The dtype that the forward pass computes in; weights are float32 always."""
+    """The dtype that the forward pass computes in. Weights are float32 always."""
     lacks_bf16 = device.type == "cuda" and not has_bf16()
     if engine.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and not lacks_bf16 else torch.float32
@@ -224,7 +224,7 @@ def sum_over_ranks(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 class StopSignal:
-    """SIGTERM and SIGUSR2 ask for a checkpoint soon; all ranks agree on the step.
+    """SIGTERM and SIGUSR2 ask for a checkpoint soon. All ranks agree on the step.
 
     Of several ranks each says at every step whether it has received one, and reads at the next step
     what the others said: the exchange goes on beside the step, and no rank waits for its GPU.
@@ -244,7 +244,7 @@ class StopSignal:
         StopSignal.received = True
 
     def agreed(self, ranks: Ranks) -> bool:
-        """Whether any rank had received a signal, alone now, of several a step ago; collective."""
+        """Whether any rank had received a signal, alone now, of several a step ago. Collective."""
         if ranks.world_size == 1:
             return self.received
         answer = self.close()

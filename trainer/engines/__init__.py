@@ -65,7 +65,7 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict:
-        """What a checkpoint keeps of network and optimizer, on rank 0; collective.
+        """What a checkpoint keeps of network and optimizer, on rank 0. Collective.
 
         {"network": {name: tensor}, "optimizer": {parameter: {key: tensor}}}, by the names of the
         parameters, so that every engine can resume from it.  Of a split head every rank has its own
@@ -89,11 +89,11 @@ class Engine(Protocol):
         ...
 
     def remember(self, network: nn.Module) -> Mapping[str, Tensor | Part]:
-        """A copy of the weights of eval_model's network; of what is split this rank's share."""
+        """A copy of the weights of eval_model's network. Of what is split this rank's share."""
         ...
 
     def export(self, weights: Mapping[str, Tensor | Part] | None = None) -> nn.Module:
-        """The plain network with the trained weights, whole on every rank; collective.
+        """The plain network with the trained weights, whole on every rank. Collective.
 
         A head may stay split, where build_engine says so.  No step can follow.
 

@@ -54,7 +54,7 @@ def change_layers(
 ) -> dict[str, nn.Module]:
     """Bring the network, in place, into the form in which it trains.
 
-    Returns the layers that others stand for meanwhile, by name; they share their tensors.
+    Returns the layers that others stand for meanwhile, by name. They share their tensors.
     """
     if config.channels_last:
         network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -81,7 +81,7 @@ def restore_layers(
 def compiled(network: nn.Module) -> nn.Module:
     """A module that computes as the network, whose parameters it shares, by compiled code.
 
-    Built-in networks have to be one graph; a user's own may break it.
+    Built-in networks have to be one graph. A user's own may break it.
     """
     return cast(nn.Module, torch.compile(network, fullgraph=is_one_graph(network)))
 

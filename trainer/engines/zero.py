@@ -202,8 +202,8 @@ class DeepSpeedEngine:
         return {"network": self._own_weights(), "optimizer": self._optimizer_state()}
 
     def _own_weights(self) -> dict[str, Tensor | Part]:
-        """This rank's part of each parameter, no copy; buffers, and what is not split, whole."""
-        # Each rank has its own running statistics; rank 0's count, as under DDP.
+        """This rank's part of each parameter, no copy. Buffers, and what is not split, whole."""
+        # Each rank has its own running statistics. Rank 0's count, as under DDP.
         for buffer in self.network.buffers():
             dist.broadcast(buffer, src=0)
         own: dict[str, Tensor | Part] = {}
@@ -383,7 +383,7 @@ class DeepSpeedEngine:
         return self.plain
 
     def _whole(self, value: Tensor | Part) -> Tensor:
-        """A copy of the whole tensor, on every rank; collective."""
+        """A copy of the whole tensor, on every rank. Collective."""
         if not isinstance(value, Part):
             return value.clone()
         whole = value.own.new_empty(value.bounds[-1])

@@ -1,4 +1,4 @@
-"""Accuracy of each class, and the pairs that are confused most; the same for programs as csv."""
+"""Accuracy of each class, and the pairs that are confused most. The same for programs as csv."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .evidence import Evidence
 from .formatting import UNPRINTABLE
 
 CLASSES_FILE, CONFUSED_FILE = "classes.csv", "confused.csv"
-MOST_WORST, MOST_BEST, MOST_PAIRS = 40, 20, 40  # rows of the page; the files have all
+MOST_WORST, MOST_BEST, MOST_PAIRS = 40, 20, 40  # rows of the page. The files have all
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would begin to calculate at
 
 
@@ -22,7 +22,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would begin to 
 class ClassRow:
     """A class: its test examples, how many are right, and what the ensemble takes them for.
 
-    mistaken: a class and how many examples are taken for it; None where all are right.
+    mistaken: a class and how many examples are taken for it. None where all are right.
     """
 
     c: int
@@ -36,7 +36,7 @@ class ClassRow:
 class PairRow:
     """Examples of the class c, of n, that are predicted as `other`: by generalist and ensemble.
 
-    together: whether one group holds both classes; None in a run without groups.
+    together: whether one group holds both classes. None in a run without groups.
     """
 
     c: int
@@ -158,7 +158,7 @@ def _confused_lines(evidence: Evidence) -> list[list[object]]:
 
 
 def _written_names(evidence: Evidence) -> list[str]:
-    """Whole names, without what no csv holds; none begins as a spreadsheet's formula does."""
+    """Whole names, without what no csv holds. No name begins as a spreadsheet's formula does."""
     names = [str(name) for name in evidence.class_names]
     names += [""] * (evidence.num_classes - len(names))
     return [_harmless(name) for name in names]

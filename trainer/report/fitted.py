@@ -30,7 +30,7 @@ class Fitted:
 
 
 def fitted(evidence: Evidence) -> Fitted | None:
-    """What ensemble.json says; None where there is nothing fitted to show."""
+    """What ensemble.json says. None where there is nothing fitted to show."""
     settings = read_file(evidence.run.ensemble, "ensemble.json") or {}
     rows, warnings = [], []
     for part in PARTS.get(settings.get("kind", "specialists"), ()):

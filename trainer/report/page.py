@@ -100,7 +100,7 @@ def render(
     images: ShardSet | None = None,
     class_counts: Sequence[int] | np.ndarray | None = None,
 ) -> str:
-    """The page as text; the parameters are those of `write_report`."""
+    """The page as text. The parameters are those of `write_report`."""
     return _render(Evidence(run, results, images, class_counts))
 
 

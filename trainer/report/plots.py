@@ -308,7 +308,7 @@ def reliability(bins: Sequence[dict], colour: str, title: str) -> Markup:
 def dumbbell(
     before: float, after: float, low: float, high: float, is_measurable: bool = True
 ) -> Markup:
-    """One row: from before to after on the axis [low, high]; gray where that may be chance."""
+    """One row: from before to after on the axis [low, high]. Gray where that may be chance."""
     width, height, pad = 150, 18, 6
     middle = height / 2
 

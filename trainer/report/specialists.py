@@ -111,7 +111,7 @@ def _gained(changes: Changes | None, n: int) -> Difference | None:
 
 
 def unpaired_half(before: float, after: float, n: int) -> float:
-    """Half the 95 % interval of a difference of accuracies, each of n examples; infinite of few.
+    """Half the 95 % interval of a difference of accuracies, each of n examples. Infinite of few.
 
     Which examples changed is not known here. Accuracies on the same examples vary together, so
     that this is rather too wide.

@@ -32,7 +32,7 @@ class Versus(NamedTuple):
 
 @dataclass(frozen=True)
 class StudentRow:
-    """A student, and its twin, which learned from labels alone; twin: None where none was trained.
+    """A student, and its twin, which learned from labels alone. twin: None where none was trained.
 
     nll: calibrated where the run has it.  size: its parameters over the generalist's.
     kept: the share of the ensemble's gain, or why there is none.
@@ -126,7 +126,7 @@ def _word(difference: Difference, better: bool) -> str:
 
 
 def _kept(student: Row, results: Results) -> str:
-    """The share of the ensemble's gain in top-1 that it keeps, of 100 % at most; or why none."""
+    """The share of the ensemble's gain in top-1 that it keeps, of 100 % at most. Or why none."""
     generalist, ensemble = results["generalist"], results["ensemble"]
     if is_of_another_size(student, generalist):
         return "another size"

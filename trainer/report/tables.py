@@ -20,7 +20,7 @@ FEWEST = 20  # examples: what fewer say is no percentage, and no colour
 class CoverageRow:
     """Test examples whose true class is covered by `specialists` specialists, or by more.
 
-    before, after: how many are right without and with specialists. delta: after - before;
+    before, after: how many are right without and with specialists. delta: after - before.
     relative: delta / before, None where nothing was right before. measurable: whether there are
     FEWEST examples and the paired interval of the change holds no zero.
     """
@@ -147,7 +147,7 @@ class ClassTable:
     """Each class with test examples, k of them: int64 [k].
 
     right: name of a row -> how many examples it gets right. mistaken_for: the class that the
-    examples are taken for most often, `times` times; where `times` is 0 it means nothing.
+    examples are taken for most often, `times` times. Where `times` is 0 it means nothing.
     """
 
     classes: np.ndarray
@@ -183,7 +183,7 @@ def confused_pairs(labels: np.ndarray, predicted: np.ndarray) -> dict[Pair, int]
 
 
 def distinctive(names: Sequence[str]) -> list[str]:
-    """Names without the words that all of them have, which tell nobody apart; none gets empty."""
+    """Names without the words that all have, which tell nobody apart. No name gets empty."""
     if len(names) < 2:
         return list(names)
     words = [name.split() for name in names]

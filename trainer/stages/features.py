@@ -2,12 +2,12 @@
 
     N, V, D   samples of a split, views of each, numbers at the cut
     A, C      numbers that the generalist's head reads, classes
-    z, L      the generalist's logits [C]; log sum exp z
+    z, L      the generalist's logits [C], and log sum exp z
 
 Kept are, in row id * V + view of SPLIT/NAME.npy,
 
     at_cut    float32 [N V, ...]   what a branch reads
-    general   float32 [N V, A]     what the head reads, for z of any classes; absent
+    general   float32 [N V, A]     what the head reads, for z of any classes. Absent
                                    where at_cut is the same
     total     float64 [N V]        L: the other classes' share follows by subtraction
 

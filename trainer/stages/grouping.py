@@ -39,7 +39,7 @@ from ..session import Session
 from .networks import load_network
 
 ROUTED_TOP = 10  # the generalist's most probable classes, kept for every val example
-OF_VAL = "val.npz"  # of `measure` where val is thin; else statistics.npz is of val
+OF_VAL = "val.npz"  # of `measure` where val is thin. Else statistics.npz is of val
 
 
 def measure(session: Session, stage: Stage) -> None:

@@ -262,9 +262,9 @@ def load_given(session: Session, key: str, path: str) -> Classifier:
 
 
 def _adopted_network(session: Session, source: str, file: Path) -> Given:
-    """[model] with the weights of a file; without the file's head, or with other classes, fresh.
+    """[model] with the weights of a file. Without the file's head, or with other classes, fresh.
 
-    source: as generalist.from has it; the file, or the directory that holds it.
+    source: as generalist.from has it. The file, or the directory that holds it.
     """
     chosen = session.config.generalist
     network = fresh_network(session)

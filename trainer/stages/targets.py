@@ -171,7 +171,7 @@ class OwnEntries:
         self._parts: list[dict[str, np.ndarray]] = []
 
     def take(self, ids: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch; kept: as Storing._padded has it.  Returns what every rank is to know of it."""
+        """A batch. kept: as Storing._padded has it.  Returns what every rank is to know of it."""
         arrays = {name: value.cpu().numpy() for name, value in kept.items()}
         counts = arrays["counts"].reshape(-1)
         part = {name: flattened(arrays[name].reshape(len(counts), -1), counts) for name in ENTRIES}

@@ -76,7 +76,7 @@ def train_network(
 def open_layers(
     network: Classifier, schedule: ResolvedTrain | ResolvedSpecialists, section: str
 ) -> Classifier:
-    """Which of its layers learn, and how fast each, as a section says; changed in place."""
+    """Which of its layers learn, and how fast each, as a section says. Changed in place."""
     try:
         set_trainable(network, schedule.trainable)
     except ValueError as error:

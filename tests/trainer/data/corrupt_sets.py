@@ -341,7 +341,7 @@ def timed_out(*_):
 
 
 def soak(given: Asked) -> int:
-    """Check corrupt sets; prints a table and the first failures.
+    """Check corrupt sets. Prints a table and the first failures.
 
     Returns the number of failures.
     """

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 def test_shares_are_quantiles_of_a_beta_distribution():
-    """Of Beta(1, 1) the uniform itself; Beta(2, 2) has 3 x^2 - 2 x^3 = 5/32 below 1/4."""
+    """Of Beta(1, 1) the uniform itself. Beta(2, 2) has 3 x^2 - 2 x^3 = 5/32 below 1/4."""
     uniforms = np.array([0.0, 0.25, 0.7])
     assert beta_quantile(1.0, uniforms).tolist() == pytest.approx(uniforms)
     assert beta_quantile(2.0, np.array([5 / 32, 0.5])).tolist() == pytest.approx([0.25, 0.5])

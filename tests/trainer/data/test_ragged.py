@@ -22,7 +22,7 @@ PADDING = {"indices": 7, "values": -np.inf}
 
 
 def append(writer, rows, ranks=1, **notes):
-    """Row r has r entries r, r, ..., and the number r / 2; each rank writes every so-many-th."""
+    """Row r has r entries r, r, ..., and the number r / 2. Each rank writes every so-many-th."""
     rows = np.array(rows)
     starts = starts_of(writer.progress["entries"], rows)
     for rank in reversed(range(ranks)):

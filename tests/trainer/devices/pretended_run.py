@@ -1,4 +1,4 @@
-"""A whole toy run on the pretended device, in this process group; rank 0's last line is JSON.
+"""A whole toy run on the pretended device, in this process group. Rank 0's last line is JSON.
 
     pretended_run.py DATA ROOT [KEY=VALUE ...]
 

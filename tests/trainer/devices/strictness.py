@@ -1,4 +1,4 @@
-"""What the pretended device refuses and counts, on hand-made cases; asserts by itself."""
+"""What the pretended device refuses and counts, on hand-made cases. Asserts by itself."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """On a pretended accelerator: no operator mixes its tensors with the host's, and who waits for it.
 
 Every stage of a run, by one rank and by two, whose collectives refuse host tensors as NCCL does.
-tests/support/pretended.py is the device; an operator or a collective that it refuses ends a run.
+tests/support/pretended.py is the device. An operator or a collective that it refuses ends a run.
 """
 
 import json

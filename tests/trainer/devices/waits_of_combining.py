@@ -1,4 +1,4 @@
-"""How often the host waits while eq. 5 is solved for 4,096 rows and 16 specialists; prints it."""
+"""How often the host waits while eq. 5 is solved for 4,096 rows and 16 specialists. Prints it."""
 
 import json
 import sys

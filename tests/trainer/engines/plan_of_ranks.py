@@ -1,4 +1,4 @@
-"""What some of many ranks hold and send in a step with a split head; prints a line of JSON each.
+"""What some of many ranks hold and send in a step with a split head. Prints a line of JSON each.
 
     plan_of_ranks.py RANKS RANK ...
 

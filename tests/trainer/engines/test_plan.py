@@ -40,10 +40,10 @@ def test_each_rank_has_the_rows_between_two_bounds_and_no_more(plans, rank, firs
 
 @pytest.mark.parametrize("rank", SOME)
 def test_what_is_sent_does_not_grow_with_the_classes(plans, rank):
-    """Features and their gradients, 4 D bytes a row each; and 40 bytes a row of labels and sums.
+    """Features and their gradients, 4 D bytes a row each, and 40 bytes a row of labels and sums.
 
-    Gathered are a label (8), its weight (4), and the slopes of two sums (8); a maximum and a sum
-    are all-reduced (2 x 8); a product is scattered (4).  Each rank says how many rows it has (8).
+    Gathered are a label (8), its weight (4), and the slopes of two sums (8). A maximum and a sum
+    are all-reduced (2 x 8). A product is scattered (4).  Each rank says how many rows it has (8).
     """
     share = (RANKS - 1) / RANKS
     batch = ROWS * RANKS

@@ -52,7 +52,7 @@ def test_what_is_written_of_a_part_is_this_ranks_alone():
 @pytest.mark.engines
 @pytest.mark.slow
 def test_a_checkpoint_and_a_validation_hold_one_layer_more_than_a_step():
-    """Of 2 ranks, with `benchmarks.scaling`; a bucket is held between steps too."""
+    """Of 2 ranks, with `benchmarks.scaling`. A bucket is held between steps too."""
     command = [sys.executable, "-P", "-m", "benchmarks.scaling", "--width", "700"]
     command += ["--engines", "zero2", "zero3"]
     ended = subprocess.run(

@@ -30,7 +30,7 @@ def read(text):
 
 
 def test_classes_of_the_hand_worked_run(hand_worked):
-    """Labels 0 0 1 1 2 2 3 3 4 5; the ensemble errs at the 4th, 8th and 10th: as 0, 2 and 4."""
+    """Labels 0 0 1 1 2 2 3 3 4 5. The ensemble errs at the 4th, 8th and 10th: as 0, 2 and 4."""
     rows = rows_of(render(hand_worked, collect(hand_worked)), "classes")
     by_count = {row[0]: row[1:4] + row[6:] for row in rows}
     assert len(rows) == 6 and [row[4] for row in rows] == sorted(
@@ -43,7 +43,7 @@ def test_classes_of_the_hand_worked_run(hand_worked):
 def test_confused_pairs_of_the_hand_worked_run_say_whether_a_group_holds_both(hand_worked):
     page = render(hand_worked, collect(hand_worked))
     rows = rows_of(page, "classes", table=1)
-    # generalist: 0 as 1, 1 as 0, 2 as 3, 3 as 2, 5 as 0; ensemble: 1 as 0, 3 as 2, 5 as 4.
+    # generalist: 0 as 1, 1 as 0, 2 as 3, 3 as 2, 5 as 0. ensemble: 1 as 0, 3 as 2, 5 as 4.
     assert [row[2:] for row in rows] == [
         ["1", "1", "2", "yes"],
         ["1", "1", "2", "yes"],
@@ -80,7 +80,7 @@ def test_a_name_is_one_cell_that_no_spreadsheet_calculates(hand_worked, name):
 
 
 def many_classes(run, num_classes, per_class=2):
-    """Evidence of a run whose test split has many classes; one in three examples is wrong."""
+    """Evidence of a run whose test split has many classes. One in three examples is wrong."""
     evidence = Evidence(run, collect(run))
     labels = np.repeat(np.arange(num_classes), per_class)
     predicted = np.where(np.arange(len(labels)) % 3 == 0, (labels + 1) % num_classes, labels)

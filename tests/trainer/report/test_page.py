@@ -446,7 +446,7 @@ def test_a_handful_of_examples_has_no_percentage_in_green(hand_worked):
 
 
 def test_a_change_is_coloured_where_enough_examples_measure_it():
-    """Of 20 examples 4 become right and none wrong: .2 ± .175; of 19 nothing is said."""
+    """Of 20 examples 4 become right and none wrong: .2 ± .175. Of 19 nothing is said."""
     before = np.zeros(20, bool)
     after = np.arange(20) < 4
     assert is_measurable(before, after) and not is_measurable(before[1:], after[1:])

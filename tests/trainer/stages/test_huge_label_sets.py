@@ -83,7 +83,7 @@ def sparsely(monkeypatch):
 
 
 def close(mine, theirs, path="", within=1e-6):
-    """Numbers within 1e-6, but for what was timed; all else equal."""
+    """Numbers within 1e-6, but for what was timed. All else equal."""
     if isinstance(theirs, dict):
         assert mine.keys() == theirs.keys(), path
         for key in theirs.keys() - {"latency_ms", "softmax_ms", "seconds", "cpu_seconds"}:

@@ -215,7 +215,7 @@ class _Inside:
         self.passed_over_links: set[Path] = set()
 
     def holds(self, path: Path) -> bool:
-        """Whether a file or directory counts; the report counts those that do not, each once."""
+        """Whether a file or directory counts. The report counts those that do not, each once."""
         if self.follow_links or not leads_out(path, self.root):
             return True
         if path not in self.passed_over_links:

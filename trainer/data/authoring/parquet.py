@@ -1,7 +1,7 @@
 """Shards from parquet: tables of pictures, texts or lists of numbers, as Hugging Face has them.
 
 Two passes: the column of labels alone says which classes there are and which row goes to which
-split; then rows are read in the files' order, some at a time.  So memory holds the labels, some
+split. Then rows are read in the files' order, some at a time.  So memory holds the labels, some
 rows, and what parquet keeps of one row group.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 END = ".parquet"
 ROWS = 64  # that are decoded at a time
 GROUP_BYTES = 4 * GIB  # of a row group, decoded: parquet may hold one whole
-FOOTER_BYTES = 64 << 20  # texts of the footer, and its lists; a file says itself how long they are
+FOOTER_BYTES = 64 << 20  # texts of the footer, and its lists. A file says itself how long they are
 COLUMNS = 10_000
 UNLABELLED = -1  # what Hugging Face writes where a split has no labels
 SPLITS = ("train", "val", "test")
@@ -47,7 +47,7 @@ SIGNATURES |= {b"II*\0": "tiff", b"MM\0*": "tiff", b"RIFF": "webp"}
 
 @dataclass(frozen=True)
 class ParquetColumns:
-    """Names of columns; "" where the schema says it: see `from_parquet`.
+    """Names of columns. "" where the schema says it: see `from_parquet`.
 
     key: of the column that tells rows apart.  needs_label: whether files without a column of labels
     are refused.
@@ -77,16 +77,16 @@ def from_parquet(
     ----------
     places, out : paths
         A file's name says its split (train-00000-of-00002.parquet), else its directory's
-        (train/0000.parquet); where none does, all are train.
+        (train/0000.parquet). Where none does, all are train.
     columns : ParquetColumns
         By default the label is the only ClassLabel of Hugging Face's metadata, or the only column
-        called label, class, ...; the input is the only column of pictures ({bytes, path} or
+        called label, class, ... The input is the only column of pictures ({bytes, path} or
         bytes), else of texts, else of lists of numbers.  "a,b,c" are several columns of numbers,
         side by side.
     fractions : {split: fraction}
-        Of each class for val and test; splits that are absent are taken from train.
+        Of each class for val and test. Splits that are absent are taken from train.
     rules : PictureRules, optional
-        Of pictures; see from_folder.
+        Of pictures. See from_folder.
     seed : int
         Of the division into splits.
     samples_per_shard : int
@@ -332,7 +332,7 @@ class _Chosen:
 
 
 def _choose_columns(tables: Sequence[_Table], asked: ParquetColumns, report: Report) -> _Chosen:
-    """The columns that are asked for, or that the first file's schema says; all files have them."""
+    """The columns that are asked for, or that the first file's schema says. All files have them."""
     first = tables[0]
     label = _choose_label(first, asked)
     inputs = [name.strip() for name in asked.input.split(",") if name.strip()]
@@ -371,7 +371,7 @@ def _type_of(table: _Table, name: str) -> pa.DataType:
 
 
 def _choose_label(table: _Table, asked: ParquetColumns) -> str:
-    """The column of labels; "" where there is none and none is needed."""
+    """The column of labels. "" where there is none and none is needed."""
     if asked.label:
         _type_of(table, asked.label)
         return asked.label
@@ -428,7 +428,7 @@ def _kind(column: pa.DataType) -> str:
 
 
 def _dtype(column: pa.DataType) -> np.dtype:
-    """Of the numbers in a column of lists; those of 8 bytes, and bits, become float32."""
+    """Of the numbers in a column of lists. Those of 8 bytes, and bits, become float32."""
     while hasattr(column, "storage_type") or hasattr(column, "value_type"):
         column = getattr(column, "storage_type", None) or column.value_type
     if _kind(column) != "number":
@@ -451,7 +451,7 @@ def picture_bytes(name: str, value: Any) -> bytes:
 
 
 def _extension(content: bytes) -> str:
-    """Of the file that has such a beginning; png of what is none, which is refused later."""
+    """Of the file that has such a beginning. "png" of what is none, which is refused later."""
     return next((end for start, end in SIGNATURES.items() if content.startswith(start)), "png")
 
 
@@ -460,7 +460,7 @@ def _extension(content: bytes) -> str:
 
 @dataclass
 class ParquetRows:
-    """The rows of a split.  content(i): (extension, bytes); ValueError where it is corrupt."""
+    """The rows of a split.  content(i): (extension, bytes). ValueError where it is corrupt."""
 
     keys: list[str]
     labels: list[str] | None
@@ -472,8 +472,8 @@ def read_parquet(
 ) -> dict[str, ParquetRows]:
     """{split: its rows}, found as `from_parquet` finds them.
 
-    Keys are those of `columns.key`, else of the only column called id, key, ...; else numbers.
-    Labels are None where there are none; one that is kept back is "".
+    Keys are those of `columns.key`, else of the only column called id, key, ... Else numbers.
+    Labels are None where there are none. One that is kept back is "".
     """
     require("pyarrow", "parquet files")
     tables = [_Table(path, split) for split, path in _files_of_splits(places, report)]
@@ -565,7 +565,7 @@ def _labels(
 
 
 def _no_label(value: Any) -> str:
-    """Why a cell is no label; "" where it is one."""
+    """Why a cell is no label. "" where it is one."""
     if value is None:
         return "has no label"
     if not isinstance(value, (int, str)):
@@ -582,7 +582,7 @@ def _unlabelled_of(
     reasons: Mapping[int, str],
     report: Report,
 ) -> np.ndarray:
-    """bool [n]: rows whose label is -1; whoever published them kept the labels."""
+    """bool [n]: rows whose label is -1. Whoever published them kept the labels."""
     unlabelled = classes == NONE
     unlabelled[list(reasons)] = False
     for table, start in zip(tables, starts.tolist(), strict=False):
@@ -596,7 +596,7 @@ def _unlabelled_of(
 
 
 class _Rows:
-    """The inputs of all files, numbered through; reading on is cheap, going back opens anew."""
+    """The inputs of all files, numbered through. Reading on is cheap, going back opens anew."""
 
     def __init__(self, tables: Sequence[_Table], starts: np.ndarray, columns: Sequence[str]):
         self.tables = tables
@@ -619,7 +619,7 @@ class _Rows:
         return f"{self.tables[table].path}, row {row}"
 
     def __getitem__(self, index: int) -> Any:
-        """The cell of one column, or the numbers of several; None where one is empty."""
+        """The cell of one column, or the numbers of several. None where one is empty."""
         table, row = self._place(index)
         lost = self._lost.get((table, self._group_of(table, row)))
         if lost and row >= lost[0]:
@@ -669,7 +669,7 @@ class _Rows:
 def _settle_pictures(
     rows: _Rows, chosen: _Chosen, ids: np.ndarray, rules: PictureRules
 ) -> tuple[PictureRules, tuple[int, ...] | None]:
-    """(the rules with their channels, [C, H, W] of every picture); (rules, None) of no pictures.
+    """(the rules with their channels, [C, H, W] of every picture). (rules, None) of no pictures.
 
     Without a size the first picture that can be read says it, and others must agree.
     """
