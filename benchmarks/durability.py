@@ -5,9 +5,9 @@
     python -m benchmarks.durability --account
         one whole `referral demo`: seconds inside fsync, and inside checksums
 
-`--set` goes to the demo.  A line of JSON: of every pair the ratio of CPU seconds and of seconds,
-with both ends over with neither, its median and the interval that holds it with at least 95 %
-probability, by the ranks of the pairs.
+`--set` goes to the demo.  A line of JSON has of every pair the ratio of CPU seconds and of
+seconds, with both over with neither.  It has the median, and the interval that holds it with at
+least 95 % probability, by the ranks of the pairs.
 
 The product has no switch for it.  Every Python of a run finds a sitecustomize.py of this program
 first, which puts something else in the place of os.fsync and of what networks.checksums computes.

@@ -3,9 +3,9 @@
     make gpu                             one GPU, less than 10 minutes
     python -P -m benchmarks.gpu --quick  one short training on a CPU: does it run at all?
 
-First the tests that are marked gpu (tests/gpu: one tiny run with every stage, engine and precision,
-equal to the CPU's), then benchmarks.training: ResNet-50 and ViT-B/16 by our loop beside a bare one.
-The exit code is 1 where a test failed, or a ratio is below its bar.  The last line is the table as
+First come the tests that are marked gpu (tests/gpu): one tiny run with every stage, engine and
+precision, equal to the CPU's.  Then benchmarks.training: ResNet-50 and ViT-B/16 by our loop beside
+a bare one.  The exit code is 1 where a test failed, or a ratio is below its bar.  The last line is the table as
 a JSON object.
 """
 

@@ -8,7 +8,7 @@ A run over made-up vectors of planted classes, whose networks are trained for a 
 stage takes does not depend on what they know.  Each stage is done by one rank and by several, in
 turns, from the same inputs. What it took before is cleared.
 
-seconds     by the clock, from the stage's start to its end, its modules imported before. The
+seconds     by the clock, from the stage's start to its end, its modules imported before, the
             median over the rounds
 cpu_s       of the rank that computed most, where ranks wait for each other without computing
 ratio       seconds of one rank over those of several, the median over the rounds

@@ -2,8 +2,8 @@
 
 What a GPU refuses it refuses: operators over tensors of the device and the host, and collectives
 of host tensors (as NCCL does).  What makes the host wait for a GPU it counts, by operator and by
-the line of ours that asked: values that are read, shapes that depend on values, and copies to the
-device that do not say non_blocking.
+the line of ours that asked.  Such are values that are read, shapes that depend on values, and
+copies to the device that do not say non_blocking.
 
 torch's Python device backend gives it a name, a guard and a place in autograd. A wrapper subclass
 and a dispatch mode do the rest.  Register it before the first backward pass of a process: autograd

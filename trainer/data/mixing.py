@@ -1,8 +1,8 @@
 """Mixup and cutmix: inputs made of two examples of one batch, as pure functions of uniform numbers.
 
-B examples of a global batch.  The example at position i is mixed with the one at i + B / 2, which
-is any other one, since the order is random, and which the same rank reads wherever B / 2 is a
-multiple of the ranks.
+B examples of a global batch.  The example at position i is mixed with the one at i + B / 2.  That
+is any other one, since the order is random.  The same rank reads it wherever B / 2 is a multiple of
+the ranks.
 """
 
 from __future__ import annotations

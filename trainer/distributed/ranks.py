@@ -227,7 +227,7 @@ class StopSignal:
     """SIGTERM and SIGUSR2 ask for a checkpoint soon. All ranks agree on the step.
 
     Of several ranks each says at every step whether it has received one, and reads at the next step
-    what the others said: the exchange goes on beside the step, and no rank waits for its GPU.
+    what the others said.  The exchange goes on beside the step, and no rank waits for its GPU.
     One that comes between two trainings of a process is heeded at the first step of the second.
     """
 

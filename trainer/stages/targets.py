@@ -2,7 +2,7 @@
 
 A teacher that always sees an input alike predicts it once.  Kept are as many classes as hold
 `students.NAME.answers_mass` of its prediction at the student's temperature, their
-log-probabilities, and the mass of the rest, which is taken to be even over the other classes, at
+log-probabilities, and the mass of the rest.  That is taken to be even over the other classes, at
 any temperature.  What that loses is measured: the KL from the whole prediction to what is kept.
 """
 
