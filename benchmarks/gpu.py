@@ -5,8 +5,8 @@
 
 First come the tests that are marked gpu (tests/gpu): one tiny run with every stage, engine and
 precision, equal to the CPU's.  Then benchmarks.training: ResNet-50 and ViT-B/16 by our loop beside
-a bare one.  The exit code is 1 where a test failed, or a ratio is below its bar.  The last line is the table as
-a JSON object.
+a bare one.  The exit code is 1 where a test failed, or a ratio is below its bar.  The last line is
+the table as a JSON object.
 """
 
 from __future__ import annotations
