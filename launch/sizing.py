@@ -149,7 +149,8 @@ def _recorded_input(config: Config) -> tuple[str, tuple[int, ...]]:
     if not rules.get("size") or not rules.get("channels"):
         raise UserError(
             f"data.train = {config.data.train!r}: no manifest says what one input is like; give "
-            "--inputs TYPE,LENGTH,... such as --inputs uint8,3,64,64"
+            "--inputs TYPE,LENGTH,... such as --inputs uint8,3,64,64 of pictures, float32,64 of "
+            "vectors, or int32,85 of bags of at most 85 n-grams"
         )
     return "uint8", (rules["channels"], *rules["size"])
 
