@@ -12,8 +12,6 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import numpy as np
-
 from pipeline.config import Config, ResolvedSchedule, UserError
 from pipeline.controls import COMPUTE, is_wall, twins
 from pipeline.graph import RunDirectory
@@ -53,6 +51,13 @@ a process).  Networks of groups are of average size, stored targets of 32 classe
 "-" is not known before it runs."""
 
 
+def bytes_of(dtype: str) -> int:
+    """Of one number of a numpy type.  The launcher's other commands start without numpy."""
+    import numpy as np
+
+    return np.dtype(dtype).itemsize
+
+
 @dataclass(frozen=True)
 class Split:
     """samples, and bytes of one: as it lies in a shard, or decoded where no shard is known."""
@@ -76,7 +81,7 @@ class Inputs:
 
     @property
     def input_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * bytes_of(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def inputs_of(config: Config, given: str = "", examples: str = "") -> Inputs:
     if classes is None:
         raise UserError(f"{source} is not set and no manifest is there: set data.classes")
     dtype, shape = _given_input(given) if given else _recorded_input(config)
-    decoded = math.prod(shape) * np.dtype(dtype).itemsize
+    decoded = math.prod(shape) * bytes_of(dtype)
     counts = _given_examples(examples) if examples else {}
     splits = {}
     for split in (*SPLITS, "transfer"):
@@ -144,7 +149,8 @@ def _recorded_input(config: Config) -> tuple[str, tuple[int, ...]]:
     if not rules.get("size") or not rules.get("channels"):
         raise UserError(
             f"data.train = {config.data.train!r}: no manifest says what one input is like; give "
-            "--inputs TYPE,LENGTH,... such as --inputs uint8,3,64,64"
+            "--inputs TYPE,LENGTH,... such as --inputs uint8,3,64,64 of pictures, float32,64 of "
+            "vectors, or int32,85 of bags of at most 85 n-grams"
         )
     return "uint8", (rules["channels"], *rules["size"])
 

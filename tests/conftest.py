@@ -5,6 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("busy machines", deadline=None)
+settings.load_profile("busy machines")
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 

@@ -48,7 +48,8 @@ def main(argv: list[str]) -> int:
     header = header_of(command, summary, hardware, args.out, run, seconds)
     write_config(args.out, document(header, settings))
     print(f"{args.out}: {described(summary)}; every key says why it has its value")
-    print(f"next: {run_command(args.out, run)}")
+    print(f"all of it at once: {command_of('run', args.out, run)}")
+    print(f"next: {command_of('advise', args.out, run)}")
     return 0
 
 
@@ -171,8 +172,8 @@ def write_config(path: Path, text: str) -> None:
     load_config(path)
 
 
-def run_command(out: Path, run: Path) -> str:
-    return shlex.join(["referral", "run", str(out), "--run", str(run)])
+def command_of(name: str, out: Path, run: Path) -> str:
+    return shlex.join(["referral", name, str(out), "--run", str(run)])
 
 
 def header_of(
@@ -188,8 +189,9 @@ def header_of(
     lines = [
         f"{data.name}: {described(data)}.",
         "",
-        f"  {run_command(out, run)}",
-        f"  {run_command(out, run)} --dry-run",
+        f"  {command_of('advise', out, run)}",
+        f"  {command_of('run', out, run)}",
+        f"  {command_of('run', out, run)} --dry-run",
         "",
         f"Written by: {command}",
         f"Data: {sizes} training examples in a class",

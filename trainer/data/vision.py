@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,7 @@ def _randaugment(num_ops: int, magnitude: int) -> Callable[[Tensor], Tensor]:
 def _built(build: Callable[[Any], Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
     """What `build` makes of torchvision.transforms.v2. A UserError without it, or for an option."""
     try:
-        from torchvision.transforms import v2
+        v2 = import_module("torchvision.transforms.v2")
     except ImportError as error:
         raise UserError(
             f'data.augment = "rrc" and "rrc-randaugment" need torchvision ({error}); '

@@ -34,7 +34,7 @@ def test_shards_get_a_config_that_passes_the_check_of_prepare(here, capsys):
     assert init("shards/", "--out", "mine.toml", "--run", "runs/a b") == 0
     out = capsys.readouterr().out
     assert "mine.toml: 24 classes of gray pictures, 8 x 8: 960 train, 288 val, 288 test" in out
-    assert "next: referral run mine.toml --run 'runs/a b'" in out
+    assert "next: referral advise mine.toml --run 'runs/a b'" in out
     assert out.count("next: ") == 1  # of init, not of the shards that it may have made
     config = load_config("mine.toml")
     assert check(config, config.launch.processes) == []

@@ -67,10 +67,6 @@ def test_no_turn_of_a_loop_of_one_rank_waits_for_the_device(one_rank, name):
     assert turns == [{}] * len(turns)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="eq. 5 still reads in blocks of rows that a CPU's cache holds: about 340 waits",
-)
 def test_eq_5_of_4096_rows_and_16_specialists_waits_at_most_10_times():
     turn = json.loads(program("waits_of_combining.py"))
     assert sum(turn.values()) <= 10, turn
@@ -95,9 +91,6 @@ def test_a_turn_of_two_ranks_waits_for_nothing_but_the_signal_to_stop(two_ranks,
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-    strict=True, reason="StopSignal.agreed makes a flag, and reads it, in each step of many ranks"
-)
 def test_a_turn_of_two_ranks_waits_at_most_once(two_ranks):
     for turns in two_ranks["trained"].values():
         usual = statistics.median(sum(turn.values()) for turn in turns)

@@ -165,6 +165,10 @@ def loaded_page(browser):
             silent: [...document.querySelectorAll(".scroll")].filter(
                 frame => frame.scrollWidth > frame.clientWidth + 1
                     && getComputedStyle(frame, "::before").content === "none").length,
+            narrow: [...document.querySelectorAll("tbody th")].filter(head => {
+                const box = head.getBoundingClientRect();
+                return box.width && box.width < 60 && head.innerText.trim().length > 8;
+            }).map(head => head.innerText),
             first: document.querySelector("h1").innerText.trim().split("\\n")[0],
             smallest: Math.min(...[...document.querySelectorAll("svg.plot text")].map(
                 text => text.getBoundingClientRect().height)),
@@ -187,6 +191,7 @@ def check_quiet(browser, file):
 def check_readable(loaded, scripts):
     assert loaded["scripts"] == scripts
     assert loaded["cut"] == [], "cut off at the right"
+    assert loaded["narrow"] == [], "names are broken into their letters"
     assert loaded["overflow"] <= 0, "the page scrolls sideways"
     assert loaded["smallest"] >= 7, "text in a plot is too small to read"
 
