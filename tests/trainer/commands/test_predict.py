@@ -109,7 +109,8 @@ def test_colour_becomes_gray_and_resize_scales_another_size(small_run, tmp_path,
     assert alone["probabilities"] == pytest.approx(small["probabilities"], abs=1e-6)
 
 
-def test_the_table_names_files_classes_and_specialists(small_run, tmp_path, capsys):
+def test_the_table_names_files_classes_and_specialists(small_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # no path is long enough to be wrapped
     (tmp_path / "a [red] one.png").write_bytes(encode_png(images(np.array([4]), seed=1)[0]))
     (row,) = rows_of(capsys, small_run.root, tmp_path, "--top", 2)
     code, out, _ = predict(capsys, small_run.root, tmp_path, "--top", 2)
