@@ -144,6 +144,7 @@ def test_split_and_whole_heads_go_on_from_each_others_checkpoints(kind, tmp_path
     expected = steps(kind, False, range(4), tmp_path / "whole")
     for before, after in ((True, False), (False, True), (True, True)):
         root = tmp_path / f"{before}{after}"
+        root.mkdir()
         steps(kind, before, range(2), root / "first")
         weights = steps(kind, after, range(2, 4), root / "second", state=root / "first")
         assert weights.keys() == expected.keys()
