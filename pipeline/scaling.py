@@ -29,8 +29,9 @@ CACHED_NUMBERS, FEWEST_ROWS = 2**21, 32  # and so many where a cache holds them
 MEASURED_NUMBERS = 2**26  # of probabilities in a batch that is measured
 MEASURED_ROWS = 512  # of such a batch
 MEASURED_ROW = 2 * INDEX + 10 * (4 + 4)  # id, label, the ten likeliest classes and probabilities
-EVALUATED_ROW = 8 + 5 * (4 + 4) + 4  # label, the five likeliest and probabilities, the label's
-EVALUATED_SENT = EVALUATED_ROW + INDEX + 5 * 4 + 4 + 2 * 4  # and id, after calibration, errors
+# Label, the five likeliest and their probabilities, the label's before and after calibration.
+EVALUATED_ROW = 8 + 5 * (4 + 4) + 2 * 4
+EVALUATED_SENT = EVALUATED_ROW + INDEX + 5 * 4 + 2 * 4  # and id, after calibration, errors
 TARGET_ROW = 8 + 4 + 2  # where a row begins, its length, the log of what is left out
 WEIGHTS_TRIED = 14  # of the specialists in eq. 5, whose losses on val are kept
 TRAIN_MEASURED = 2**20  # examples of train that groups are found by, where val is thin,

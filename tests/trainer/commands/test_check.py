@@ -164,7 +164,7 @@ def test_a_specialists_batch_of_one_has_no_room_for_the_dustbin(data):
 @pytest.mark.parametrize(
     "overrides, words",
     [
-        (["specialists.trainable=last-9-blocks"], "specialists: trainable = 'last-9-blocks'"),
+        (["specialists.trainable=last-9-blocks"], "specialists.trainable = 'last-9-blocks'"),
         (
             ["specialists.kind=branch", "specialists.blocks=9"],
             "specialists: blocks = 9: the trunk has 1 (hidden1)",

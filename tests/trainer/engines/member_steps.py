@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.nn.functional as F
+from through_files import through_a_checkpoint
 
 from networks import InputSpec, ModelSpec, build_classifier
 from pipeline.config import DEFAULT_SCHEDULE, Engine
@@ -48,7 +49,7 @@ def compare(name: str, members: dict, ranks) -> None:
     module = engine.prepare(network, SCHEDULE)
     for index, (raw, targets) in enumerate(steps):
         if index == 2:
-            state = copy.deepcopy(engine.state())
+            state = through_a_checkpoint(engine.state(), ranks)
             engine.close()
             engine = build_engine(engine_config(name), ranks)
             network = build_classifier(spec)

@@ -11,6 +11,7 @@ import copy
 import sys
 
 import torch
+from through_files import through_a_checkpoint
 
 from networks import InputSpec, ModelSpec, build_classifier
 from networks.candidates import candidates_of, cross_entropy_among
@@ -69,7 +70,7 @@ def compare(name: str, ranks) -> None:
     module = engine.prepare(network, SCHEDULE)
     for index, batch in enumerate(batches()):
         if index == 2:
-            state = copy.deepcopy(engine.state())
+            state = through_a_checkpoint(engine.state(), ranks)
             assert state["network"]["head.weight"].shape == (CLASSES, 8)
             engine.close()
             engine, network = engine_of(name, ranks), network_by_rows(1)

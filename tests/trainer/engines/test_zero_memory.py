@@ -17,6 +17,7 @@ from trainer.core.split_state import Part, is_split, take_own
 from trainer.distributed.ranks import ALONE
 
 SUPPORT = Path(__file__).parents[2] / "support"
+ROOT = Path(__file__).parents[3]
 
 
 def test_parts_of_tensors_are_read_whole_by_any_engine(tmp_path):
@@ -53,10 +54,10 @@ def test_what_is_written_of_a_part_is_this_ranks_alone():
 @pytest.mark.slow
 def test_a_checkpoint_and_a_validation_hold_one_layer_more_than_a_step():
     """Of 2 ranks, with `benchmarks.scaling`. A bucket is held between steps too."""
-    command = [sys.executable, "-P", "-m", "benchmarks.scaling", "--width", "700"]
+    command = [sys.executable, "-m", "benchmarks.scaling", "--width", "700"]
     command += ["--engines", "zero2", "zero3"]
     ended = subprocess.run(
-        command, env=gloo_environment(), capture_output=True, text=True, timeout=280
+        command, cwd=ROOT, env=gloo_environment(), capture_output=True, text=True, timeout=280
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     rows = json.loads(ended.stdout.splitlines()[-1])["rows"]
