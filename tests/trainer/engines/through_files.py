@@ -11,7 +11,7 @@ from trainer.distributed.ranks import Ranks, broadcast
 
 
 def through_a_checkpoint(state: dict, ranks: Ranks) -> dict:
-    """What is read of a checkpoint of an engine's state, whose parts each rank wrote. Collective."""
+    """What a checkpoint of an engine's state gives, whose parts each rank wrote. Collective."""
     made = tempfile.mkdtemp() if ranks.is_main else ""
     directory = Path(broadcast(made, ranks))
     save_checkpoint(directory, 1, state, 1, ranks=ranks)
