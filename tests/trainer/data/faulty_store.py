@@ -317,4 +317,5 @@ def soak(given: Asked) -> None:
 
 
 if __name__ == "__main__":
+    STALL_S = 1.5  # a long campaign meets a busy machine, whose healthy answers take a while too
     soak(asked(50))
