@@ -94,7 +94,7 @@ QUICK_GLYPHS = {"classes": "200"}
 
 QUICK_MEANS_LITTLE = (
     "These figures mean little: so few classes and steps only show that every stage runs. The "
-    "demo itself takes about 8 minutes on 2 cores"
+    "demo itself takes about 10 minutes on 2 cores"
 )
 
 
