@@ -112,6 +112,7 @@ if FORM == "neither":
 elif FORM.startswith("timed:"):
     os.fsync = timed(os.fsync, "fsync")
     atexit.register(note)
+    os._exit = lambda code, leave=os._exit: (note(), leave(code))  # the trainer's way to end
 if FORM != "both":
     sys.meta_path.insert(0, Finder)
 '''

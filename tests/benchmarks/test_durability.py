@@ -24,8 +24,8 @@ print(entry["bytes"], entry["xxh3_128"], checksums.differs(file, entry))
 """
 
 
-def said(tmp_path, form: str) -> list[str]:
-    command = [sys.executable, "-P", "-c", PROGRAM, str(tmp_path / "file")]
+def said(tmp_path, form: str, end: str = "") -> list[str]:
+    command = [sys.executable, "-P", "-c", PROGRAM + end, str(tmp_path / "file")]
     own = environment(tmp_path, form)
     done = subprocess.run(command, env=own, capture_output=True, text=True, check=True)
     return done.stdout.split(maxsplit=2)
@@ -37,9 +37,11 @@ def test_with_both_a_changed_file_is_noticed_and_with_neither_it_is_not(tmp_path
     assert said(tmp_path, "neither") == ["7", "0" * 32]
 
 
-def test_the_account_counts_every_fsync_and_every_checksum(tmp_path):
+@pytest.mark.parametrize("end", ["", "sys.stdout.flush(); os._exit(0)"])
+def test_the_account_counts_every_fsync_and_every_checksum(tmp_path, end):
+    """Also of a process that ends without the interpreter's finalisation, as the trainer's do."""
     notes = tmp_path / "notes"
-    assert said(tmp_path, f"timed:{notes}")[2].strip() == "its checksum is another"
+    assert said(tmp_path, f"timed:{notes}", end)[2].strip() == "its checksum is another"
     (line,) = notes.read_text().splitlines()
     spent = json.loads(line)
     assert spent["fsync"][0] == 1 and spent["checksums"][0] == 2
