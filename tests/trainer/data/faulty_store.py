@@ -58,7 +58,7 @@ FAULTS = {
 # Those that befall a manifest, whose length and content nobody knows beforehand.
 OF_MANIFESTS = ("silent", "refused", "stall", "drip", "cut", "busy", "drip_headers", "babble")
 PRECIOUS = b"not to be overwritten"
-STALL_S = 0.4  # in place of a minute
+STALL_S = 0.6  # in place of a minute
 SURVIVED = 2
 
 
