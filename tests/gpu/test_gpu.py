@@ -9,16 +9,14 @@ stages, whose groups and temperatures follow from them, agree as stated at each.
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from ranks import ENGINES, gloo_environment, losses, start_stage, weights
+from ranks import ENGINES, gloo_environment, kill_after_a_checkpoint, losses, weights
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
@@ -190,14 +188,7 @@ def test_after_kill_9_the_same_command_ends_with_the_same_weights(data, tmp_path
     killed = RunDirectory(tmp_path / "killed", config)
     killed.root.mkdir()
     save_config(config, killed.root / "config.toml")
-    process = start_stage(1, "generalist", killed.root)
-    deadline = time.monotonic() + 100
-    checkpoints = killed.generalist.directory / "checkpoints"
-    while not list(checkpoints.glob("step-*/COMPLETE")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not killed.generalist.is_done, "the run was over before it could be killed"
+    kill_after_a_checkpoint(1, killed)
     run_all(killed.root, config, ["generalist"])
     assert len(list((killed.generalist.directory / "attempts").iterdir())) == 2
     for name, value in weights(killed.root).items():

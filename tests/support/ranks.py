@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from torch import Tensor
 
 from networks import load_classifier
+from pipeline.graph import RunDirectory
 
 ENGINES = Path(__file__).parents[1] / "trainer" / "engines"
 
@@ -59,6 +62,18 @@ def on_ranks(ranks: int, script: Path, *arguments, timeout: float = 280) -> str:
     )
     assert ended.returncode == 0, ended.stdout[-5000:]
     return ended.stdout
+
+
+def kill_after_a_checkpoint(ranks: int, run: RunDirectory) -> None:
+    """Start the generalist of a run and kill -9 all of it, once it has a whole checkpoint."""
+    process = start_stage(ranks, "generalist", run.root)
+    deadline = time.monotonic() + 100
+    checkpoints = run.generalist.directory / "checkpoints"
+    while not list(checkpoints.glob("step-*/COMPLETE")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not run.generalist.is_done, "the run was over before it could be killed"
 
 
 def engine_overrides(engine: str) -> list[str]:

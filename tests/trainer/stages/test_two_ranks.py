@@ -2,12 +2,10 @@
 
 import json
 import os
-import signal
-import time
 
 import numpy as np
 import pytest
-from ranks import stage_on_ranks, start_stage
+from ranks import kill_after_a_checkpoint, stage_on_ranks, start_stage
 from toy import toy_config, write_toy
 
 from clustering import PredictionStatistics
@@ -70,14 +68,7 @@ def test_kill_9_of_everything_then_the_same_command_ends_with_the_same_weights(d
     undisturbed = prepare(tmp_path / "undisturbed", data, *overrides)
     killed = prepare(tmp_path / "killed", data, *overrides)
     stage_on_ranks(2, "generalist", undisturbed.root)
-    process = start_stage(2, "generalist", killed.root)
-    deadline = time.monotonic() + 100
-    checkpoints = killed.generalist.directory / "checkpoints"
-    while not list(checkpoints.glob("step-*/COMPLETE")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not killed.generalist.is_done, "the run was over before it could be killed"
+    kill_after_a_checkpoint(2, killed)
     stage_on_ranks(2, "generalist", killed.root)
     assert len(list((killed.generalist.directory / "attempts").iterdir())) == 2
     weights = [run.generalist.path("model.safetensors") for run in (undisturbed, killed)]

@@ -194,12 +194,17 @@ def _names(directories: list[Path]) -> str:
     return f"{shown}, ..." if len(directories) > 3 else shown
 
 
+def lies_outside(path: Path, root: str) -> bool:
+    """Whether a path, its links followed, is none below the real path `root`."""
+    return os.path.commonpath([root, os.path.realpath(path)]) != root
+
+
 def leads_out(path: Path, root: str) -> bool:
     """Whether a path below the directory `root` is a link to something that is not below it.
 
     root: as os.path.realpath has it.
     """
-    return path.is_symlink() and os.path.commonpath([root, os.path.realpath(path)]) != root
+    return path.is_symlink() and lies_outside(path, root)
 
 
 class _Inside:

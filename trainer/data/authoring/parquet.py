@@ -23,7 +23,7 @@ from pipeline.extras import require
 from ..bounds import GIB, JSON_BYTES, LABEL_BYTES, MEMBER_BYTES, exceeds, open_regular
 from ..labels import NONE, doubts, printable
 from .arrays import encode, settle_labels
-from .folder import picture_entry
+from .folder import lies_outside, picture_entry
 from .reporting import Report
 from .split_names import split_called, split_within
 from .splitting import add_missing_splits, write_splits
@@ -165,7 +165,7 @@ def parquet_files(place: str | Path, report: Report | None = None) -> list[Path]
     for path in sorted(root.rglob(f"*{END}")):
         if any(part.startswith(".") for part in path.relative_to(root).parts):
             continue
-        if os.path.commonpath([inside, os.path.realpath(path)]) != inside:
+        if lies_outside(path, inside):
             if report is not None:
                 report.pass_over("links out of the directory", path)
         else:
