@@ -158,8 +158,12 @@ def rows_of_block(ensemble: SpecialistEnsemble, top: int) -> int:
 
 def general_rows(classes: int) -> int:
     """Rows that the generalist runs on at a time."""
-    cached = max(FEWEST_ROWS, CACHED_NUMBERS // classes)
-    return max(1, min(GENERAL_ROWS, cached, GENERAL_NUMBERS // classes))
+    return max(1, min(GENERAL_ROWS, cached_rows(classes), GENERAL_NUMBERS // classes))
+
+
+def cached_rows(classes: int) -> int:
+    """Rows [rows, C] that a CPU's cache holds, but no handful, for which a network hardly pays."""
+    return max(FEWEST_ROWS, CACHED_NUMBERS // classes)
 
 
 def _ask_block(

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble.listed_ensemble import cached_rows
 from pipeline.config import ResolvedStudent, UserError
 from pipeline.graph import RunDirectory
 from pipeline.identity import digest
@@ -34,9 +35,6 @@ MEASURING_BATCH = 512
 SEEN_S = 90  # in which what rank 0 has written is seen on every node: NFS caches for a minute
 # Probabilities of a batch in memory while measuring, at most: an ensemble's are of all classes.
 PROBABILITIES_IN_MEMORY = 2**26
-# The same of predictions that are dense, on a CPU. And the fewest rows for which a network is run.
-PROBABILITIES_IN_CACHE = 2**21
-FEWEST_ROWS = 32
 log = logging.getLogger("referral")
 
 
@@ -306,7 +304,7 @@ def rows_in_cache(num_classes: int, device: torch.device) -> int:
     most = measuring_batch(num_classes)
     if device.type != "cpu":
         return most
-    return min(most, max(FEWEST_ROWS, PROBABILITIES_IN_CACHE // num_classes))
+    return min(most, cached_rows(num_classes))
 
 
 def start_logging() -> None:
