@@ -13,6 +13,10 @@ settings.load_profile("busy machines")
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+# What the machine's terminal is like changes no result: tables are folded where COLUMNS says so.
+for _variable in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+    os.environ.pop(_variable, None)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_records(tmp_path_factory):

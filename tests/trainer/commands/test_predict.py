@@ -208,7 +208,8 @@ def test_a_network_of_texts_reads_the_texts_of_a_directory(tmp_path, capsys):
     assert json.loads(out)["file"].endswith("a.txt") and "b.txt: cannot be decoded" in err
 
 
-def test_json_is_utf8_whatever_files_are_called(small_run, tmp_path, capfdbinary):
+def test_json_is_utf8_whatever_files_are_called(small_run, tmp_path, capfdbinary, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # no path is long enough to be wrapped
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9\n\xc3\xa9.png")
     with open(name, "wb") as file:
         file.write(encode_png(images(np.array([4]), seed=1)[0]))
