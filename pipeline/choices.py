@@ -24,6 +24,7 @@ __all__ = [
     "COMBINERS",
     "COMBINER_ALIASES",
     "FEWEST_TO_RERANK",
+    "NOT_OF_RERANKERS",
     "MEANS",
     "ENGINES",
     "LOSSES",
@@ -179,6 +180,15 @@ CONTROL_ROWS: dict[str, ControlRow] = {
 # Below so many classes the rows that a re-ranker's batch reads take longer than all of them:
 # docs/combiner.md has the measurement.
 FEWEST_TO_RERANK = 2_000
+# Keys of a schedule that no re-ranker is trained by, and why: a step has the logits of few classes.
+NOT_OF_RERANKERS = {
+    "label_smoothing": "spreads over all classes, of which a step sees few",
+    "loss": "needs all logits, of which a step has few",
+    "ema": "averages all rows in each step, and few have changed",
+    "clip_norm": "needs one norm of trunk and head, which are stepped apart",
+    "negatives": "is of a sharded head; rerank.random says how many",
+    "row_rate": "is of a head of which a step changes all rows",
+}
 
 # "" stands for leaving the inputs as they are.
 AUGMENTATIONS: dict[str, str] = {

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from ..choices import AUGMENT_OPTIONS, LOSSES, TAKE_SHARE
+from ..choices import AUGMENT_OPTIONS, LOSSES, NOT_OF_RERANKERS, TAKE_SHARE
 from .base import one_of
 from .messages import in_our_words
 from .schedule import DEFAULT_SCHEDULE, NAME, ResolvedSchedule, ResolvedStudent
@@ -350,20 +350,12 @@ def check_branches(config: Config) -> None:
 
 
 def check_rerank(config: Config) -> None:
-    """What re-rankers are not trained with: a step has the logits of few classes alone."""
+    """No re-ranker is trained by NOT_OF_RERANKERS."""
     if not config.has_rerankers:
         return
     section, default = config.rerank, DEFAULT_SCHEDULE
     check_model("rerank", section.model, config)
-    why = {
-        "label_smoothing": "spreads over all classes, of which a step sees few",
-        "loss": "needs all logits, of which a step has few",
-        "ema": "averages all rows in each step, and few have changed",
-        "clip_norm": "needs one norm of trunk and head, which are stepped apart",
-        "negatives": "is of a sharded head; rerank.random says how many",
-        "row_rate": "is of a head of which a step changes all rows",
-    }
-    for key, reason in why.items():
+    for key, reason in NOT_OF_RERANKERS.items():
         value, usual = getattr(section, key), getattr(default, key)
         if value != usual:
             remedy = "leave it out" if usual is None else f"set rerank.{key} = {json.dumps(usual)}"

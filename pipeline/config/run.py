@@ -6,7 +6,7 @@ import json
 
 from pydantic import Field, model_validator
 
-from ..choices import MEANS
+from ..choices import MEANS, NOT_OF_RERANKERS
 from .base import Section
 from .checks import check_all
 from .schedule import (
@@ -76,11 +76,12 @@ class ConfigFile(Section):
             students[name] = resolve(student.model_copy(update=settled), train, ResolvedStudent)
         sections = {key: getattr(self, key) for key in ConfigFile.model_fields}
         sections["train"] = train
-        # Of a sharded head, which neither a branch nor a re-ranker has.
+        # Of a sharded head, which no branch has.
         unsampled = train.model_copy(update={"negatives": None})
         base = unsampled if self.specialists.kind == "branch" else train
         sections["specialists"] = resolve(self.specialists, base, ResolvedSpecialists)
-        sections["rerank"] = resolve(self.rerank, unsampled, ResolvedRerank)
+        able = {key: getattr(DEFAULT_SCHEDULE, key) for key in NOT_OF_RERANKERS}
+        sections["rerank"] = resolve(self.rerank, train.model_copy(update=able), ResolvedRerank)
         sections["students"] = students
         return Config(**sections)
 

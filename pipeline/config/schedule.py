@@ -435,7 +435,10 @@ class ResolvedStudent(ResolvedSchedule, Student):
 
 
 class Rerank(Schedule):
-    """Of ensemble.kind = "rerank": networks trained on the generalist's shortlists alone."""
+    """Of ensemble.kind = "rerank": networks trained on the generalist's shortlists alone.
+
+    [train] hands down all but what no re-ranker is trained by (choices.NOT_OF_RERANKERS).
+    """
 
     # the generalist's likeliest classes of each training example, which it learns to tell apart
     k: int = Field(default=50, gt=1)

@@ -170,7 +170,7 @@ def test_pilots_are_of_the_levers_that_were_asked_for():
 
 
 def test_what_the_config_or_the_data_exclude_has_a_reason():
-    advice = run_of("data.classes=3", "clusters.num_groups=2", "train.label_smoothing=0.1").advice
+    advice = run_of("data.classes=3", "clusters.num_groups=2", "rerank.label_smoothing=0.1").advice
     assert advice.not_possible["copies"] == "3 classes do not make two groups"
     assert advice.not_possible["rerank"].startswith("rerank.label_smoothing = 0.1 spreads")
     assert advice.levers == ["stop", "train_on", "wider", "average", "shortlist", "average_student"]

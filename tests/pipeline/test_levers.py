@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pipeline.advice.levers import FAMILIES, LEVERS
-from pipeline.config import load_config
+from pipeline.config import UserError, load_config
 from pipeline.graph import RunDirectory
 
 BASE = {
@@ -33,7 +33,7 @@ def advised(lever, *overrides, entry=None):
 
 
 def plain(lever, **entry):
-    return advised(lever, "rerank.ema=0", entry=entry)
+    return advised(lever, entry=entry)
 
 
 def test_every_lever_is_piloted_by_families_that_there_are():
@@ -67,11 +67,20 @@ def test_one_network_more_keeps_the_users_students(lever, kind):
     assert config.students["main"].temperature == 4.0
 
 
+def test_a_reranker_takes_nothing_from_train_that_it_cannot_have():
+    own = ("train.label_smoothing=0.1", "train.clip_norm=1.0", "train.row_rate=0.1")
+    rerank = advised("rerank", *own).rerank
+    assert (rerank.label_smoothing, rerank.clip_norm, rerank.ema) == (0.0, 0.0, 0.0)
+    assert rerank.row_rate is None
+    with pytest.raises(UserError, match=r"rerank.label_smoothing = 0.1 spreads over all classes"):
+        advised("rerank", "rerank.label_smoothing=0.1")
+
+
 def test_a_reranker_learns_half_as_long_as_the_generalist_unless_the_user_says_how_long():
     assert plain("rerank").rerank.steps == 50
-    own = advised("rerank", "rerank.ema=0", "rerank.steps=80")
+    own = advised("rerank", "rerank.steps=80")
     assert own.rerank.steps == 80
-    by_epochs = advised("rerank", "rerank.ema=0", "train.epochs=5.0")
+    by_epochs = advised("rerank", "train.epochs=5.0")
     assert (by_epochs.rerank.epochs, by_epochs.rerank.steps) == (2.5, None)
     run = RunDirectory("/nowhere/run", plain("rerank"))
     assert run.advice.config_with("rerank").rerank.steps == 50  # not halved again
@@ -110,7 +119,7 @@ def test_groups_leave_out_what_only_the_other_kind_has(lever, kind, start):
 @pytest.mark.parametrize("start", KINDS)
 @pytest.mark.parametrize("lever", LEVERS)
 def test_every_lever_can_follow_every_kind_of_run(lever, start):
-    config = advised(lever, *KINDS[start], "rerank.ema=0")
+    config = advised(lever, *KINDS[start])
     assert config.train.steps == 100 and config.data.classes == 60
     wanted = {"copies": "specialists", "branches": "specialists"}
     assert config.ensemble.kind == wanted.get(lever, config.ensemble.kind)
@@ -119,7 +128,7 @@ def test_every_lever_can_follow_every_kind_of_run(lever, start):
 
 @pytest.mark.parametrize("lever", LEVERS)
 def test_what_a_lever_goes_on_with_is_advised_on_alike(lever):
-    config = load_config(None, ["rerank.ema=0", "specialists.ema=0"], json.loads(json.dumps(BASE)))
+    config = load_config(None, ["specialists.ema=0"], json.loads(json.dumps(BASE)))
     before = RunDirectory("/nowhere/run", config)
     after = RunDirectory("/nowhere/run", before.advice.config_with(lever))
     assert [stage.key for stage in after.advice.stages] == [

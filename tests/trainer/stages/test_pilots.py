@@ -21,7 +21,7 @@ from trainer.distributed.ranks import process_group
 from trainer.session import Session
 from trainer.stages.networks import fresh_network
 from trainer.stages.pilots import networks as pilots_of_networks
-from trainer.stages.pilots.networks import plain, shortlists_on_the_fly
+from trainer.stages.pilots.networks import shortlists_on_the_fly
 
 T, BATCH, VAL = 100, 96, 24 * 12
 MULTIPLICATIONS = 64 * 24 + 24 * 24  # of the generalist: 8 x 8 pixels, 24 units, 24 classes
@@ -236,15 +236,6 @@ def test_shortlists_on_the_fly_are_the_generalists_likeliest_classes(run):
     network = generalist_of(run)
     listed = shortlists_on_the_fly(network, 6)(Batch(inputs, labels, labels, labels))
     assert torch.equal(listed, network(inputs).topk(6, dim=1).indices)
-
-
-def test_what_train_hands_down_and_a_reranker_cannot_use_is_left_out(data):
-    words = ("train.label_smoothing=0.1", "train.ema=0.9", "train.clip_norm=1.0")
-    config = toy_config(data, *words, "rerank.batch_size=48")
-    assert config.rerank.label_smoothing == 0.1
-    section = plain(config.rerank)
-    assert (section.label_smoothing, section.ema, section.clip_norm) == (0, 0, 0)
-    assert section.batch_size == 48
 
 
 def test_a_run_whose_training_averages_and_clips_has_a_pilot_of_a_reranker(run, tmp_path):

@@ -23,7 +23,7 @@ from networks import (
     widen,
 )
 from pipeline.advice.levers import FAMILIES
-from pipeline.config import DEFAULT_SCHEDULE, ResolvedRerank, UserError
+from pipeline.config import ResolvedRerank, UserError
 from pipeline.config.schedule import Resolved
 from pipeline.store import Attempt, Stage
 
@@ -51,8 +51,6 @@ SHORTLIST = 100  # classes, unless ensemble.shortlist says otherwise
 PART_OF_RERANKER = 0.5  # of the generalist's steps, that a re-ranker is trained for
 BACKWARD = 3  # times the multiplications forward that training takes
 ROUNDING = 1e-6  # of a step: shares are quotients of whole numbers of steps
-# What a re-ranker is not trained with (pipeline.config.checks), whatever [train] hands down.
-PLAIN = ("label_smoothing", "loss", "ema", "clip_norm", "negatives")
 
 
 def pilot_on(session: Session, attempt: Attempt, share: float, previous: Stage | None) -> Outcome:
@@ -198,7 +196,7 @@ def pilot_rerank(
     else:
         network = load_pilot(session, previous, "rerank")
         seed = session.seed("pilot rerank", round_of(previous))
-    section = plain(session.config.rerank)
+    section = session.config.rerank
     k = min(section.k, session.num_classes)
     cost = cost_of_reranking(network, generalist, k, section.random)
     paid = FAMILIES["rerank"].cost * share * whole_cost(session, generalist) / cost
@@ -218,11 +216,6 @@ def pilot_rerank(
         [summary],
         measured_forms(session, generalist, {"rerank": network}, {}, joins),
     )
-
-
-def plain(section: ResolvedRerank) -> ResolvedRerank:
-    """[rerank] without what a re-ranker cannot be trained with and [train] may have handed down."""
-    return section.model_copy(update={key: getattr(DEFAULT_SCHEDULE, key) for key in PLAIN})
 
 
 def rerank_task(
