@@ -27,6 +27,7 @@ QUICK = [
     "benchmarks.papers.diversity",
     "benchmarks.papers.hydra --regression",
     "benchmarks.papers.multiview",
+    "benchmarks.papers.one_to_one",
     "benchmarks.places",
     "benchmarks.rerank",
     "benchmarks.shortlist",
