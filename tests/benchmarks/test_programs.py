@@ -26,6 +26,7 @@ QUICK = [
     "benchmarks.opening",
     "benchmarks.papers.diversity",
     "benchmarks.papers.hydra --regression",
+    "benchmarks.papers.mnist --table5",
     "benchmarks.papers.multiview",
     "benchmarks.papers.one_to_one",
     "benchmarks.places",
