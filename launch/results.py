@@ -76,7 +76,7 @@ def advice_line(results: Results) -> str | None:
 
 
 def near(path: Path) -> str:
-    """A path from here, or from the root where it is not below."""
+    """A path relative to the working directory, or absolute if it is not below it."""
     relative = os.path.relpath(path)
     return os.path.abspath(path) if relative.startswith("..") else relative
 

@@ -42,7 +42,7 @@ def specialise(
     Returns
     -------
     Classifier
-        In the generalist's mode, type and place.
+        In the generalist's mode and dtype, on its device.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def specialise(
 
 
 def _described_head(classes: list[int], dustbin: str, kept: Iterable[int] | None) -> dict:
-    """The head as model.json has it."""
+    """The head as in model.json."""
     described = {"kind": "dustbin", "members": classes, "rows": "all"}
     if dustbin == "fresh":
         described["rows"] = "fresh"
