@@ -1,10 +1,10 @@
 """MNIST, Hinton, Vinyals & Dean 2015, sections 3 and 6: what soft targets carry.
 
     python -m benchmarks.papers.mnist --to runs/papers/mnist --write
-    python -m benchmarks.papers.mnist --to runs/papers/mnist --table5 --write  table 5 alone
+    python -m benchmarks.papers.mnist --to runs/papers/mnist --table5 --write
     python -m benchmarks.papers.mnist --quick  seconds, no result
 
-Two runs per seed.  `ten`: ten small conv nets that know a tenth of the labels.  `table`: the
+--table5 trains the three students of table 5 alone.  Otherwise two runs per seed.  `ten`: ten small conv nets that know a tenth of the labels.  `table`: the
 regularised teacher, every student of it, and a conv net of the same size that learned from all ten.
 5,001 of the 60,000 training examples are held out (val). Test is only evaluated.
 """

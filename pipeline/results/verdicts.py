@@ -5,10 +5,11 @@ A difference whose paired 95 % interval holds zero is "no measurable difference"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from ..controls import twin_name
+from ..choices import CONTROL_ROWS
+from ..controls import COMPUTE, WALL, twin_name
 from .formats import ABSENT, number, percent
 from .rows import (
     AddedClasses,
@@ -26,7 +27,6 @@ from .rows import (
 
 NAMES: dict[MetricName, str] = {"top1": "top-1", "nll": "NLL", "cnll": "calibrated NLL"}
 JUDGED: tuple[MetricName, ...] = ("top1", "nll")  # what a verdict is about
-FEW = 2  # controls that a sentence has room for, each with its figures
 LARGER = 1.05  # a control that multiplies more than so many times as much is no rival
 
 
@@ -66,19 +66,19 @@ def tone(results: Results) -> Literal["wins", "beaten", "open"]:
 def verdict(results: Results) -> str:
     """One line: is the ensemble better than the generalist and every control?
 
-    A control that beats it comes first.
+    Controls that beat it come first.
     """
     return " ".join(verdict_sentences(results))
 
 
 def verdict_sentences(results: Results) -> list[str]:
-    """`verdict` as its one or two sentences."""
+    """`verdict` sentence by sentence. The first one is a headline: it is two lines at most."""
     sizes = results.get("sizes")
     subject = f"The ensemble of {len(sizes)}" if sizes else "The ensemble"
     sentence = f"{subject} makes {_versus_generalist(results)}"
     beaten_by = _beaten_by(results)
     if beaten_by:
-        return [f"{beaten_by}.", f"{sentence}."]
+        return [*beaten_by, f"{sentence}."]
     if rivals(results):
         return [f"{sentence}{_versus_controls(results)}."]
     if sizes:  # more of the same: there is no doubt where its gain comes from
@@ -89,23 +89,55 @@ def verdict_sentences(results: Results) -> list[str]:
     return [f"{sentence}; no control was trained, so nothing says where the difference comes from."]
 
 
-def _beaten_by(results: Results) -> str:
-    """The controls that are better in something. Empty if none is.
+def _beaten_by(results: Results) -> list[str]:
+    """Sentences on the controls that are better in something. Empty if none is.
 
-    Of more than two the best one by its errors is spoken of, and the others are named.
+    The control with the fewest errors has its figures first. Then the others are named, and at
+    last it is said what the first one is.
     """
     ensemble = results["ensemble"]
     better = {name: _better_in(row, ensemble) for name, row in rivals(results).items()}
     better = {name: metrics for name, metrics in better.items() if metrics}
-    if len(better) <= FEW:
-        return "; ".join(_beats(name, better[name], results) for name in better)
+    if not better:
+        return []
     best = min(better, key=lambda name: errors(results["controls"][name]))
+    sentences = [_beats(best, better.pop(best), results)]
+    if better:
+        sentences.append(_also_beat(better))
+    what = what_it_is(best, results["students"])
+    if what:
+        sentences.append(f"{best} is {what}.")
+    return sentences
+
+
+# What a control is that the names of students and pipeline.choices.CONTROL_ROWS do not say.
+TRAINED_ON = {
+    WALL: "the generalist, trained on for as long as one specialist",
+    COMPUTE: "the generalist, trained on with up to as many examples as all specialists saw",
+}
+
+
+def what_it_is(control: str, students: Iterable[str]) -> str:
+    """What a control is, in a few words. "" where nothing says.
+
+    students: names of the run's students.
+    """
+    for student in students:
+        if control == twin_name(student):
+            return f"the network of student {student}, taught by labels alone"
+    if control in CONTROL_ROWS:
+        return CONTROL_ROWS[control].what
+    return TRAINED_ON.get(control, "")
+
+
+def _also_beat(better: dict[str, list[MetricName]]) -> str:
+    """So do a and b in top-1 and NLL, and c in NLL."""
     groups: dict[str, list[str]] = {}
-    for name in better:
-        if name != best:
-            groups.setdefault(" and ".join(NAMES[each] for each in better[name]), []).append(name)
-    others = [f"{_listed(names)} in {metrics}" for metrics, names in groups.items()]
-    return f"{_beats(best, better[best], results)}, as do {'; '.join(others)}"
+    for name, metrics in better.items():
+        groups.setdefault(" and ".join(NAMES[each] for each in metrics), []).append(name)
+    clauses = [f"{_listed(names)} in {metrics}" for metrics, names in groups.items()]
+    verb = "does" if len(better) == 1 else "do"
+    return f"So {verb} {', and '.join(clauses)}."
 
 
 def _better_in(row: Row, ensemble: Row) -> list[MetricName]:
@@ -116,10 +148,10 @@ def _better_in(row: Row, ensemble: Row) -> list[MetricName]:
 def _beats(name: str, metrics: Sequence[MetricName], results: Results) -> str:
     row, ensemble = results["controls"][name], results["ensemble"]
     figures = {
-        "top1": f"top-1 ({errors(row):,} errors against {errors(ensemble):,})",
-        "nll": f"NLL ({number(row['nll'])} against {number(ensemble['nll'])})",
+        "top1": f"{errors(row):,} top-1 errors against {errors(ensemble):,}",
+        "nll": f"an NLL of {number(row['nll'])} against {number(ensemble['nll'])}",
     }
-    return f"{name} beats the ensemble on test in {' and '.join(figures[each] for each in metrics)}"
+    return f"{name} beats the ensemble on test: {', '.join(figures[each] for each in metrics)}."
 
 
 def _versus_generalist(results: Results) -> str:
@@ -254,8 +286,8 @@ def _versus_twin(name: str, student: Row, results: Results) -> str:
         return ""
     relation = _relation_to_twin(student, twin_called, twin, metric)
     return (
-        f"; its {NAMES[metric]}, {value:.3f}, {relation} the {others:.3f} of its twin on hard "
-        f"labels, {_top1_against(student, twin_called, twin)}"
+        f". Its {NAMES[metric]} of {value:.3f} {relation} the {others:.3f} of its twin, which "
+        f"learned from labels alone, {_top1_against(student, twin_called, twin)}"
     )
 
 
