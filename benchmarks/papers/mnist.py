@@ -4,9 +4,10 @@
     python -m benchmarks.papers.mnist --to runs/papers/mnist --table5 --write
     python -m benchmarks.papers.mnist --quick  seconds, no result
 
---table5 trains the three students of table 5 alone.  Otherwise two runs per seed.  `ten`: ten small conv nets that know a tenth of the labels.  `table`: the
-regularised teacher, every student of it, and a conv net of the same size that learned from all ten.
-5,001 of the 60,000 training examples are held out (val). Test is only evaluated.
+--table5 trains the three students of table 5 alone.  Otherwise two runs per seed.  `ten`: ten small
+conv nets that know a tenth of the labels.  `table`: the regularised teacher, every student of it,
+and a conv net of the same size that learned from all ten.  5,001 of the 60,000 training examples
+are held out (val). Test is only evaluated.
 """
 
 from __future__ import annotations
