@@ -88,8 +88,8 @@ def combine_kl(
         are never read.
     weights : [1 + M], optional
         w, the generalist's first.  None means all ones.
-    method : {"newton", "newton-fixed"}
-        "newton-fixed" takes a fixed number of steps without a line search, the same operations for
+    method : str
+        "newton", or "newton-fixed", which takes a fixed number of steps without a line search, the same operations for
         every input.
 
     Returns

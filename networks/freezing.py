@@ -70,7 +70,8 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
     ----------
     classifier : Classifier
         Changed in place.
-    part : {"all", "head", "last-N-blocks", "trunk.NAME, ..."}
+    part : str
+        "all", "head", "last-N-blocks", or "trunk.NAME, trunk.NAME".
         "last-N-blocks" are the head and the last N blocks of the trunk, as trunk_blocks counts
         them.  The head of a network with several heads is all of them with their blocks. N counts
         the blocks of their body.  "trunk.NAME, trunk.NAME" are the head and these modules.

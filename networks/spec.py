@@ -41,8 +41,8 @@ class InputSpec:
     ----------
     shape : tuple of int
         Of one example, [C, H, W] for images.
-    dtype : {"uint8", "float32", "int32"}
-        As decoded.
+    dtype : str
+        As decoded: "uint8", "float32" or "int32".
     scale : float, optional
         By default 1/255 for uint8 and 1 for the others.
     mean, std : tuple of float

@@ -30,7 +30,7 @@ def specialise(
         A plain one: neither a specialist nor a network with members.
     classes : iterable of int
         The specialist's classes.  Their logits come in ascending order, and the dustbin last.
-    dustbin : {"preserving", "fresh"}
+    dustbin : str
         "preserving" keeps every row: the specialist starts as the generalist, with the classes
         outside summed.  "fresh" keeps the rows of `classes` and draws one new row. The specialist
         then starts without the generalist's knowledge of the other classes and loses accuracy.
