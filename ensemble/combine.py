@@ -89,8 +89,8 @@ def combine_kl(
     weights : [1 + M], optional
         w, the generalist's first.  None means all ones.
     method : str
-        "newton", or "newton-fixed", which takes a fixed number of steps without a line search, the same operations for
-        every input.
+        "newton", or "newton-fixed", which takes a fixed number of steps without a line search:
+        the same operations for every input.
 
     Returns
     -------
