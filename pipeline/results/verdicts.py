@@ -80,7 +80,7 @@ def verdict_sentences(results: Results) -> list[str]:
     if beaten_by:
         return [*beaten_by, f"{sentence}."]
     if rivals(results):
-        return [f"{sentence}{_versus_controls(results)}."]
+        return [f"{sentence}.", *_versus_controls(results)]
     if sizes:  # more of the same: there is no doubt where its gain comes from
         return [f"{sentence}."]
     generalist = results["generalist"]
@@ -162,8 +162,8 @@ def _versus_generalist(results: Results) -> str:
         return f"as many top-1 errors as the generalist ({after:,} of {n:,} test examples)"
     if compare_paired(ensemble, "generalist", generalist, "top1") == 0:
         return (
-            f"no measurable difference to the generalist in top-1 on {n:,} test examples "
-            f"({after:,} errors against {before:,})"
+            f"about as many top-1 errors as the generalist: no measurable difference on {n:,} test "
+            f"examples ({after:,} against {before:,})"
         )
     if before == 0:
         return f"{after:,} top-1 errors on {n:,} test examples where the generalist makes none"
@@ -184,8 +184,8 @@ def _interval_of_errors(ensemble: Row, before: int) -> str:
     return f"; 95 % interval {least * share:.1f} to {most * share:.1f} %"
 
 
-def _versus_controls(results: Results) -> str:
-    """Of an ensemble that no control beats."""
+def _versus_controls(results: Results) -> list[str]:
+    """Sentences on an ensemble that no control beats."""
     ensemble, generalist = results["ensemble"], results["generalist"]
     controls = rivals(results)
     ties = [name for name, row in controls.items() if errors(row) == errors(ensemble)]
@@ -194,19 +194,23 @@ def _versus_controls(results: Results) -> str:
         for name, row in controls.items()
         if compare_paired(row, "ensemble", ensemble, "top1") == 0 and name not in ties
     ]
+    beaten = [name for name in controls if name not in undecided]
+    clauses = []
     if ties:
-        clause = f", as many as {_listed(ties)}"
+        clauses.append(f"makes as many as {_listed(ties)}")
     elif not undecided:
-        clause = ", fewer than every control"
-    else:
-        beaten = [name for name in controls if name not in undecided]
-        clause = f", fewer than {_listed(beaten)}" if beaten else ""
-    if undecided:
-        clause += f"; to {_listed(undecided)} there is no measurable difference in top-1"
+        clauses.append("makes fewer than every control")
+    elif beaten:
+        clauses.append(f"makes fewer than {_listed(beaten)}")
     lower = [compare_paired(row, "ensemble", ensemble, "nll") < 0 for row in controls.values()]
     if all(lower) and compare_paired(ensemble, "generalist", generalist, "nll") > 0:
-        clause += ", with the lowest NLL of them all"
-    return clause
+        clauses.append("has the lowest NLL of them all")
+    sentences = [f"It {' and '.join(clauses)}."] if clauses else []
+    if undecided:
+        sentences.append(
+            f"Against {_listed(undecided)} there is no measurable difference in top-1."
+        )
+    return sentences
 
 
 def _listed(names: Sequence[str]) -> str:

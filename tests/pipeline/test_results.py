@@ -104,8 +104,8 @@ def test_verdict_of_an_ensemble_that_wins():
     )
     assert verdict(found) == (
         "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
-        "(351 against 368 of 1,000 test examples), fewer than every control, with the lowest NLL "
-        "of them all."
+        "(351 against 368 of 1,000 test examples). It makes fewer than every control and has the "
+        "lowest NLL of them all."
     )
     assert wins(found)
 
@@ -150,9 +150,9 @@ def test_verdict_is_one_line(hand_worked):
     found = collect(hand_worked)
     assert "\n" not in verdict(found)
     assert verdict(found) == (
-        "The ensemble makes no measurable difference to the generalist in top-1 on 10 test "
-        "examples (3 errors against 5); to control_wall, control_compute and student_hard there "
-        "is no measurable difference in top-1."
+        "The ensemble makes about as many top-1 errors as the generalist: no measurable "
+        "difference on 10 test examples (3 against 5). Against control_wall, control_compute and "
+        "student_hard there is no measurable difference in top-1."
     )
 
 
@@ -240,8 +240,8 @@ def test_a_verdict_is_good_news_bad_news_or_open(hand_worked):
 def test_where_there_is_no_difference_nobody_asks_where_it_comes_from():
     same = with_versus(row(299, 1.0), top1=0.001, nll=-0.001, name="generalist")
     assert verdict(results(row(300, 1.0), same)) == (
-        "The ensemble makes no measurable difference to the generalist in top-1 on 1,000 test "
-        "examples (299 errors against 300); no control was trained."
+        "The ensemble makes about as many top-1 errors as the generalist: no measurable "
+        "difference on 1,000 test examples (299 against 300); no control was trained."
     )
 
 
@@ -264,7 +264,7 @@ def test_a_control_beats_the_ensemble_only_measurably():
     ahead = decided(wider=with_versus(row(295, 0.995), top1=0.005, nll=-0.005))
     line = verdict(ahead)
     assert "beats" not in line and not wins(ahead)
-    assert line.endswith("; to wider there is no measurable difference in top-1.")
+    assert line.endswith(". Against wider there is no measurable difference in top-1.")
     beaten = decided(wider=with_versus(row(250, 0.9), top1=0.05, nll=-0.1))
     assert verdict(beaten).startswith(
         "wider beats the ensemble on test: 250 top-1 errors against 300, "
@@ -304,15 +304,16 @@ def test_verdict_tells_the_controls_that_it_beats_from_those_that_it_may_not():
         control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1),
     )
     assert verdict(found).endswith(
-        ", fewer than control_wall; to wider there is no measurable difference in top-1."
+        " It makes fewer than control_wall. Against wider there is no measurable difference in "
+        "top-1."
     )
 
 
 def test_the_lowest_nll_is_claimed_where_it_is_measured():
     won = decided(control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1))
-    assert verdict(won).endswith(", with the lowest NLL of them all.") and wins(won)
+    assert verdict(won).endswith(" and has the lowest NLL of them all.") and wins(won)
     close = decided(control_wall=with_versus(row(360, 1.004), top1=-0.06, nll=0.004))
-    assert verdict(close).endswith("fewer than every control.") and not wins(close)
+    assert verdict(close).endswith("It makes fewer than every control.") and not wins(close)
 
 
 def test_a_control_of_more_multiplications_is_no_rival():
