@@ -1,4 +1,4 @@
-"""Groups where some classes have no training examples: no specialist can be taught these alone."""
+"""Group classes when some have no training examples, so that none stands alone."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ Similarity = Callable[[np.ndarray], np.ndarray]  # classes [B] -> [B, G]
 def assign(scores: np.ndarray, room: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """A group for each row within the groups' room, at a high total score.
 
-    A full group keeps who would lose most. Heavy rows choose before those of less than half their
-    weight, which fit into what is left.
+    A full group keeps the rows that would lose most elsewhere. Heavy rows choose before those of
+    less than half their weight, which fit into what is left.
     scores: [B, G], -inf where a row may not go.  room: int [G].  weights: int [B], the room that
     each row takes. None: 1 each.
     Returns int32 [B], -1 where no room is left.
@@ -70,7 +70,7 @@ def _let_choose(
 
 
 def place(scores: np.ndarray, room: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """As `assign`, but every row gets a group. Where no room is left, the one with most room.
+    """Like `assign`, but every row gets a group: if none has room, the one with most room.
 
     A row that fits nowhere chooses first, so that a class above the bound is alone in its group.
     scores [B, G] is overwritten.  Returns int32 [B].

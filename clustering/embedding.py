@@ -1,4 +1,4 @@
-"""Columns of who is confused with whom, in few dimensions.
+"""Low-dimensional columns that say which classes are confused with which.
 
 C classes, N examples, r dimensions.
 """
@@ -25,9 +25,9 @@ def confusion_columns(confused: csr_array, rank: int | None = None, seed: int = 
     without any confusion is a row of zeros. Projected as in `covariance_columns`. See Ng, Jordan,
     Weiss 2002.
 
-    This is what correlation is to covariance, except that a class's own variance is not among the
-    entries, and that decides. On the diagonal of a correlation matrix the ones drown what little
-    is off it, and take up the leading dimensions.
+    This relates to the affinity as correlation does to covariance, but leaves a class's own
+    variance out. That matters: the ones on the diagonal of a correlation matrix drown the small
+    entries off it, and take up the leading dimensions.
     """
     totals = np.asarray(confused.sum(axis=1)).ravel().astype(np.float32)
     scale = _reciprocal(np.sqrt(totals))[:, None]

@@ -66,7 +66,7 @@ def group_classes(
         Groups per class, so that the mean size is C x overlap / G.
     seed : int
     coverage : float or None
-        With it `overlap` is the most. Classes join further groups, those that gain most first,
+        If given, `overlap` is the maximum. Classes join further groups, those that gain most first,
         until the groups catch this share of the errors that the predictions expect
         (`captured_unlabelled`). It ends earlier where all of `overlap` catches less, or where
         nobody is confused with what is left. At the same share it is cheaper than a whole number

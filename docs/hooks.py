@@ -118,8 +118,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         markdown, count = re.subn(r"```mermaid\n.*?```", PIPELINE, markdown, flags=re.DOTALL)
         if count > 1:
             log.warning("README.md has %d diagrams, and the site a picture of one", count)
-    markdown = LINK.sub(relinked, markdown)
-    return re.sub(r"(?<=[\d*]) ± (?=\d)", "\u00a0±\u00a0", markdown)  # on one line
+    return _kept_together(LINK.sub(relinked, markdown))
+
+
+def _kept_together(markdown: str) -> str:
+    """Numbers and their `±` and `%` on one line, but in code, which people copy."""
+    lines, fenced = [], False
+    for line in markdown.split("\n"):
+        fenced ^= line.lstrip().startswith("```")
+        if not fenced and not line.startswith("    "):
+            line = re.sub(r"(?<=[\d*]) ± (?=\d)", "\u00a0±\u00a0", line)
+            line = re.sub(r"(?<=\d) %(?=\W|$)", "\u00a0%", line)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _in_repository(link: str, page: str) -> str:

@@ -51,7 +51,7 @@ class Combiner(Protocol):
     active : bool Tensor [B, M], optional
         Which specialists count in which row.  None is all.  Rows that are not active are not read.
     weights : [1 + M], optional
-        How much each prediction counts, the generalist's first.  None is all 1.
+        How much each prediction counts, the generalist's first.  None means all ones.
 
     Returns
     -------

@@ -87,10 +87,10 @@ def combine_kl(
         Which specialists count in which row.  None is all.  A specialist's rows that are not active
         are never read.
     weights : [1 + M], optional
-        w, the generalist's first.  None is all 1.
-    method : {"newton", "newton-fixed"}
-        "newton-fixed" takes a fixed number of steps without a line search, the same operations for
-        every input.
+        w, the generalist's first.  None means all ones.
+    method : str
+        "newton", or "newton-fixed", which takes a fixed number of steps without a line search:
+        the same operations for every input.
 
     Returns
     -------
@@ -377,7 +377,7 @@ class Joined(NamedTuple):
     columns: [n, U], where the union's classes are in a row of the generalist.  They are distinct,
         but for padding, which names a column of the row again and adds nothing there.
     on_union: [n, U], of each class.
-    rest: [n, C], as General has it, not weighted.  general_weight: of the generalist. None is 1.
+    rest: [n, C], as in General, not weighted.  general_weight: of the generalist. None is 1.
     masses: A [n, P], summed over each pattern, float64.
     dustbins: d [n, k], float64.
     """
@@ -568,7 +568,7 @@ def combine_unrolled(
 
     p_general: [B, C].  p_special: [B, |S_m| + 1] of every specialist of `index`, on every row.
     special_weights: [B, k], float64, 0 where a specialist is not active.
-    portable: as newton.pattern_masses has it.
+    portable: as in newton.pattern_masses.
     """
     of_all = p_general.shape[1] + 1
     values = torch.cat([without_dustbin(p) if p.shape[1] == of_all else p for p in p_special], 1)

@@ -32,7 +32,7 @@ class DeepEnsemble(NetworkEnsemble):
     networks : sequence of networks.Classifier
         At least one, of one label set.
     order : float
-        Of the mean, as `generalised_mean` has it: 1 is arithmetic, 0 geometric.
+        Of the mean, as in `generalised_mean`: 1 is arithmetic, 0 geometric.
 
     Raises
     ------
@@ -128,7 +128,7 @@ def load_ensemble(
     Parameters
     ----------
     directory, device, builders, gate, max_specialists, cache, allow_missing
-        As `SpecialistEnsemble.load` has them.  Other ensembles use the first three alone.
+        As in `SpecialistEnsemble.load`.  Other ensembles use the first three alone.
 
     Returns
     -------

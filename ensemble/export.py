@@ -107,7 +107,7 @@ class EnsembleProgram(nn.Module):
     ensemble : SpecialistEnsemble
         The program stays on its device.
     portable : bool
-        Solve by products and sums alone, as ONNX needs it. A larger graph.
+        Solve by products and sums alone, as ONNX needs it. The graph is larger then.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
     Parameters
     ----------
     module, example, path
-        As `export_program` has them.
+        As in `export_program`.
 
     Returns
     -------

@@ -209,7 +209,7 @@ def fit_weights(
     Parameters
     ----------
     p_general, p_special, groups, active
-        As `combine_kl` has them.
+        As in `combine_kl`.
     labels : int64 Tensor [n]
     combine : str
         A name of `COMBINERS`.

@@ -38,9 +38,9 @@ def gate(
         How many of the most probable classes count.
     max_specialists : int, optional
         At most so many per row: those whose classes hold most of the generalist's mass (ties: the
-        first).  None is no limit.
+        first).  None means no limit.
     available : bool [M], optional
-        The specialists that there are to open.  None is all.
+        The specialists that exist. None means all.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Specialists that are loaded when they are needed. Of those that are, so many are held."""
+"""Load specialists when they are needed, and keep a bounded number of them."""
 
 import threading
 from collections import OrderedDict
@@ -29,8 +29,8 @@ BYTES_HELD = 2**29
 class LazySpecialists(Mapping[int, Classifier | Branch]):
     """Specialists by number, loaded when they are needed.  Threads may share it.
 
-    load: makes one.  numbers: of those that there are.  generalist: whose tensors do not count.
-    cache: how many of the last used are kept. None is as many as `most_bytes` hold, at least one.
+    load: loads one. numbers: of all that exist. generalist: its tensors count as no memory.
+    cache: how many recently used ones are kept. None: as many as fit `most_bytes`, at least one.
     loads: how often one was loaded.  held_bytes: of the tensors of those that are kept.
     fits: whether all that were ever loaded could be kept.
     """

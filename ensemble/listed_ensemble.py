@@ -57,7 +57,7 @@ class Wanted:
     """What is to be known of each row.
 
     top: so many of the likeliest classes are listed, whatever weights join them.
-    powers, moments: of the sums over the rest, as Listed.of has them.
+    powers, moments: of the sums over the rest, as in Listed.of.
     """
 
     top: int
@@ -97,7 +97,7 @@ class ListedAnswers:
 class _Part:
     """Rows that the generalist ran on together.
 
-    listed: of its answer.  reached, at_cut: as SpecialistEnsemble.run_trunk has them.  branch: of
+    listed: of its answer.  reached, at_cut: as in SpecialistEnsemble.run_trunk.  branch: of
     each specialist of these rows what a branch reads of the logits.
     """
 

@@ -140,7 +140,7 @@ def solve(
 ) -> Scaling:
     """Eq. 5 for pattern masses A [n, P] and dustbin masses d [n, M] that need not sum to 1.
 
-    tolerance, portable: as pattern_masses has them.
+    tolerance, portable: as in pattern_masses.
     """
     if tolerance is not None and is_queued(A.device):
         return answered(solving(A, d, membership, tolerance))

@@ -61,12 +61,12 @@ def arithmetic_mean(
     Parameters
     ----------
     p_general, p_special, groups, active, weights
-        As `Combiner` has them.
+        As in `Combiner`.
 
     Returns
     -------
     Tensor [B, C]
-        q, as `Combiner` has it.
+        q, as in `Combiner`.
 
     Raises
     ------
@@ -95,12 +95,12 @@ def reverse_kl(
     Parameters
     ----------
     p_general, p_special, groups, active, weights
-        As `Combiner` has them.
+        As in `Combiner`.
 
     Returns
     -------
     Tensor [B, C]
-        q, as `Combiner` has it.
+        q, as in `Combiner`.
 
     Raises
     ------
@@ -129,12 +129,12 @@ def log_ratio_product(
     Parameters
     ----------
     p_general, p_special, groups, active, weights
-        As `Combiner` has them.
+        As in `Combiner`.
 
     Returns
     -------
     Tensor [B, C]
-        q, as `Combiner` has it.
+        q, as in `Combiner`.
 
     Raises
     ------
@@ -164,12 +164,12 @@ def mixture_gating(
     Parameters
     ----------
     p_general, p_special, groups, active, weights
-        As `Combiner` has them.
+        As in `Combiner`.
 
     Returns
     -------
     Tensor [B, C]
-        q, as `Combiner` has it.
+        q, as in `Combiner`.
 
     Raises
     ------

@@ -133,7 +133,7 @@ class TabledPredictions(SpecialistPredictions):
 def as_probabilities(values: object, name: str) -> Tensor:
     """A tensor of a tensor, an array or lists of numbers.  ValueError, with the name, for others.
 
-    Numbers of Python are of float64, as numpy has them.
+    Numbers of Python are of float64, as in numpy.
     """
     if isinstance(values, Tensor):
         return values
@@ -282,7 +282,7 @@ def _read_one(
     columns: int,
     checks: Checks,
 ) -> tuple[Tensor, Tensor | None]:
-    """(values, positions) of specialist m, as SpecialistPredictions has them.  active: bool [B]."""
+    """(values, positions) of specialist m, as in SpecialistPredictions.  active: bool [B]."""
     if given is None:
         row = int(active.nonzero()[0])
         raise ValueError(

@@ -28,8 +28,8 @@ class EnsembleSettings:
     members: how many networks a deep ensemble or a shortlist's has.
     order: of the generalised mean that joins them. None is the kind's own.
     shortlist: how many classes the further networks are asked about, or the specialists. Of these
-    None is every class.
-    gate, max_specialists, combine, temperatures, weights: as SpecialistEnsemble has them.
+    None means every class.
+    gate, max_specialists, combine, temperatures, weights: as in SpecialistEnsemble.
     skipped: groups that have no specialist on purpose.
     missing: groups whose specialist failed.
     shared: {"m": names of the tensors that specialist m's file leaves out, since they are the

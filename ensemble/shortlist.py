@@ -83,7 +83,7 @@ def join_within(
     log_mass : Tensor [B]
         The log of the generalist's probability of the whole shortlist.
     order, weights
-        As `generalised_mean` has them.
+        As in `generalised_mean`.
 
     Returns
     -------
@@ -114,7 +114,7 @@ def join_on_shortlist(
     log_p_members : Tensor [K - 1, B, k]
         The other networks' at the shortlist, each up to a constant of the row.
     order, weights
-        As `generalised_mean` has them. The generalist's weight first.
+        As in `generalised_mean`. The generalist's weight first.
 
     Returns
     -------

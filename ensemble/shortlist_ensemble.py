@@ -25,7 +25,7 @@ from .specialist_ensemble import finished_words
 
 
 class ShortlistProgram(nn.Module):
-    """raw [B, ...] -> q [B, C], as ShortlistEnsemble has it.
+    """raw [B, ...] -> q [B, C], as in ShortlistEnsemble.
 
     The number of rows is free: it can be made a program of torch.export or ONNX.
     """
@@ -79,9 +79,9 @@ class ShortlistEnsemble(NetworkEnsemble):
     shortlist : int
         k. All classes where there are no more.
     order : float
-        Of the mean, as `generalised_mean` has it: 0 is geometric, 1 arithmetic.
+        Of the mean, as in `generalised_mean`: 0 is geometric, 1 arithmetic.
     weights, temperatures : sequence of float, optional
-        One for each network.  None is all 1.
+        One for each network.  None means all ones.
 
     Raises
     ------

@@ -167,7 +167,7 @@ def sizes_up_to(num_classes: int, longest: Iterable[int] = SIZES) -> list[int]:
 
 
 def settings_of(joining: Joining, general_temperature: float) -> EnsembleSettings:
-    """The same as ensemble.json has it."""
+    """The same as in ensemble.json."""
     return EnsembleSettings(
         kind="shortlist",
         members=len(joining.weights),

@@ -60,7 +60,7 @@ def combine_kl_on_shortlist(
     Parameters
     ----------
     p_general, p_special, groups, active, weights
-        As `combine_kl` has them.
+        As in `combine_kl`.
     shortlist : int
         k. All classes where there are no more, and then it is combine_kl.
 
@@ -230,7 +230,7 @@ def join_on_atoms(
     weights : Tensor float64 [B, A]
         0 where a slot is not heard.
     tolerance, portable
-        As newton.pattern_masses has them.
+        As in newton.pattern_masses.
 
     Returns
     -------

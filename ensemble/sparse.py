@@ -48,7 +48,7 @@ def combine_kl_sparse(
     tail : Tensor [B]
         The sum of all others' probabilities.
     p_special, groups, active, weights
-        As `combine_kl` has them.
+        As in `combine_kl`.
 
     Returns
     -------

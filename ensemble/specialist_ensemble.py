@@ -57,7 +57,7 @@ SpecialRows: TypeAlias = list[tuple[Tensor, Tensor] | None]
 
 
 class EnsembleOutput(NamedTuple):
-    """What became of a batch.
+    """The predictions of a batch.
 
     p_general: [B, C].  q: [B, C], combined.  active: bool [B, M], the specialists that were run.
     """
@@ -86,33 +86,33 @@ class SpecialistEnsemble:
     gate : int
         Specialists of the `gate` most probable classes are run.
     max_specialists : int, optional
-        At most so many for one row.  None is no limit.
+        At most this many for one row. None means no limit.
     combine : str
         A name of `COMBINERS`.
     temperatures, weights : [1 + M], optional
-        The generalist's first.  None is all 1.
+        The generalist's first.  None means all ones.
     skipped : collection of int
         Groups that have no specialist on purpose.
     allow_missing : bool
         Otherwise any other group without a specialist is an error.
     shortlist : int, optional
-        Specialists are asked about each row's so many most probable classes alone, and outside of
-        these the generalist stands (combine_kl_on_shortlist).  None is every class.
+        How many of each row's most probable classes specialists are asked about. Outside them the
+        generalist's prediction stands (combine_kl_on_shortlist). None means every class.
     device : str or torch.device, optional
         None is the generalist's.
     sparse : bool, optional
-        Whether `predict`, and the stages, take rows without C numbers each (`ask_in_blocks`).  None
-        is from SPARSE_FROM classes on, where eq. 5 joins all classes.
+        Whether `predict` and the stages avoid rows of C numbers (`ask_in_blocks`). None: from
+        SPARSE_FROM classes on, if eq. 5 joins all classes.
 
     Attributes
     ----------
     missing : list of int
         Groups without a specialist that were not skipped on purpose.
     runs : Counter
-        How often what ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the blocks
-        that are its own.
+        How often each part ran: "trunk" is the generalist's, m a specialist, ("trunk", m) the
+        specialist's own blocks.
     finished : bool, optional
-        Whether the run that it was loaded from had its ensemble.json. None of one made in memory.
+        Whether the run that it was loaded from had its ensemble.json. None for one made in memory.
     functions : dict of callables
         {name: callable} of a user's own decoders, for `read`.
 
@@ -230,7 +230,7 @@ class SpecialistEnsemble:
         gate, max_specialists, shortlist : int, optional
             None takes what ensemble.json says (else 1, no limit, and every class).
         sparse : bool, optional
-            As the constructor has it.
+            As in the constructor.
         cache : int, optional
             How many specialists are held at a time.  None is as many as
             `lazy_specialists.BYTES_HELD` hold.
@@ -307,7 +307,7 @@ class SpecialistEnsemble:
         return ensemble
 
     def read(self, inputs: Inputs, resize: bool = False, max_pixels: int | None = None) -> Tensor:
-        """Raw inputs [B, ...] of what people have, made as those that the networks learned from.
+        """Raw inputs [B, ...], prepared as the training inputs were.
 
         Parameters
         ----------
@@ -315,9 +315,9 @@ class SpecialistEnsemble:
             Pictures as bytes, paths, PIL images or arrays, texts as str, arrays and tensors:
             networks.read_inputs says by which rules.
         resize : bool
-            Bring pictures to the networks' size also where no rule was recorded.
+            Resize pictures even where no rule was recorded.
         max_pixels : int, optional
-            Of a picture, instead of the recorded limit.
+            Overrides the recorded limit on a picture's size.
 
         Returns
         -------
@@ -327,7 +327,7 @@ class SpecialistEnsemble:
         Raises
         ------
         ValueError
-            For what cannot be read without guessing.
+            For input that could only be read by guessing.
         """
         spec = self.generalist.spec.input
         return read_inputs(inputs, spec, self.functions, resize, max_pixels).to(self.device)
@@ -338,7 +338,7 @@ class SpecialistEnsemble:
         Parameters
         ----------
         inputs
-            As `read` has them.
+            As in `read`.
 
         Returns
         -------
@@ -352,7 +352,7 @@ class SpecialistEnsemble:
         Parameters
         ----------
         inputs
-            As `read` has them.
+            As in `read`.
         top : int
 
         Returns

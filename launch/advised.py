@@ -1,4 +1,4 @@
-"""Going on in a run with what its advice says is best.
+"""Go on in a run with the lever that its advice chose.
 
 RUN/advised.toml is the config that was advised on: RUN/config.toml is another one once a run went
 on with a lever.

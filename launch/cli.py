@@ -138,7 +138,9 @@ SourceArgument = Annotated[
 ]
 AdvisedRunOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="DIR", help="Of a config: the run's directory, made if absent."),
+    typer.Option(
+        "--run", metavar="DIR", help="The run's directory, made if absent. Needed with a config."
+    ),
 ]
 AdvisedOption = Annotated[
     bool, typer.Option("--advised", help="Go on with what `referral advise` found best.")
@@ -148,29 +150,38 @@ BudgetOption = Annotated[
     typer.Option(
         "--budget",
         metavar="SHARE",
-        help="What the pilots may cost, of the generalist's training: 0.3.",
+        help="What the pilots may cost, as a share of the generalist's training. [0.3]",
     ),
 ]
 ScarceOption = Annotated[
     str | None,
-    typer.Option("--scarce", metavar="NAME", help=f"What counts: {', '.join(SCARCITIES)}."),
+    typer.Option(
+        "--scarce", metavar="NAME", help=f"What you are short of: {', '.join(SCARCITIES)}."
+    ),
 ]
 LimitOption = Annotated[
     float | None,
-    typer.Option("--limit", metavar="X", help="The most of it, in multiples of the generalist's."),
+    typer.Option(
+        "--limit",
+        metavar="X",
+        help="How much of it the next step may take, in multiples of the generalist's own.",
+    ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option("--workers", metavar="W", help="That train side by side: 1.")
+    int | None,
+    typer.Option("--workers", metavar="W", help="How many jobs can train side by side. [1]"),
 ]
 DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of the data and of all training.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", help="The seed of the data and of all training.")
+]
 QuickOption = Annotated[
-    bool, typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps.")
+    bool, typer.Option("--quick", help="Just a look at every stage: fewer classes and steps.")
 ]
 WatchOption = Annotated[
     bool, typer.Option("--watch", help="Look again every second, until all is done.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 PlanOption = Annotated[
     bool,
     typer.Option("--plan", help="Print what each stage will hold, send, write and read; no more."),
@@ -180,7 +191,8 @@ InputsOption = Annotated[
     typer.Option(
         "--inputs",
         metavar="TYPE,LENGTH,...",
-        help="Of --plan, where no manifest says it: one input, uint8,3,64,64 say.",
+        help="With --plan, if no manifest says it: type and shape of one input, such as "
+        "uint8,3,64,64.",
     ),
 ]
 ExamplesOption = Annotated[
@@ -188,7 +200,7 @@ ExamplesOption = Annotated[
     typer.Option(
         "--examples",
         metavar="TRAIN,VAL,TEST",
-        help="Of --plan, instead of the manifests': how many there are.",
+        help="With --plan: how many examples to plan for, whatever the manifests say.",
     ),
 ]
 RunsArgument = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs.")]
@@ -291,7 +303,7 @@ def advise(
     trust: TrustOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
-    """Say which next step pays, by small pilots beside the generalist."""
+    """Say which next step pays, from short trial trainings (pilots)."""
     asked = {"budget": budget, "scarce": scarce, "limit": limit, "workers": workers}
     own = [f"advise.{key}={value}" for key, value in asked.items() if value is not None]
     root = _root_to_advise(source, run)
@@ -396,7 +408,7 @@ def demo(
     force: ForceOption = False,
     set: SetOption = [],  # noqa: B006
 ) -> int:
-    """The whole method on glyph images that it renders itself."""
+    """Run the whole method on images of characters that it renders itself."""
     config = demos.demo_config(run, seed, quick, set)
     _say(demos.announcement(run, quick))
     check_place(run, beside=("data",))
@@ -415,7 +427,7 @@ def demo(
 
 @command("referral status runs/mine --watch")
 def status(directory: DirArgument, watch: WatchOption = False, as_json: JsonOption = False) -> int:
-    """Every stage: waiting, running, done, failed."""
+    """Show every stage: waiting, running, done or failed."""
     run, jobs = launched(open_run(directory))
     console = wide_console()
     if watch and not as_json and console.is_terminal:
@@ -497,7 +509,10 @@ def _cancel_in_slurm(run: RunDirectory) -> str:
 
 @command("referral retry runs/mine")
 def retry(directory: DirArgument, trust: TrustOption = False) -> int:
-    """Run again what failed, was cancelled or got lost, and what needs it, where it ran before."""
+    """Run again what failed, was cancelled or got lost, and what depends on it.
+
+    It runs where it ran before: on this machine or on Slurm.
+    """
     run = open_run(directory)
     journal = read_journal(directory)
     named = None if trust else ()
@@ -507,7 +522,7 @@ def retry(directory: DirArgument, trust: TrustOption = False) -> int:
 
 @command("referral report runs/mine")
 def report(directory: DirArgument, trust: TrustOption = False) -> int:
-    """Write results.json and report.html of an evaluated run anew."""
+    """Write results.json and report.html again, and print the results."""
     run = open_run(directory)
     if not (run.evaluate.is_done or run.evaluate.is_older):
         raise UserError(
@@ -533,9 +548,9 @@ def compare(
     json_file: JsonFileOption = None,
     plot: PlotOption = None,
 ) -> int:
-    """Mean and sample deviation over runs.
+    """Compare finished runs: mean and standard deviation over seeds.
 
-    Other seeds are repetitions, other configs are variants side by side.
+    Runs that differ in more than the seed are shown side by side as variants.
     """
     finished = comparing.read_runs(runs)
     metrics, keys = comparing.words(metric), comparing.words(by)

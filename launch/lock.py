@@ -31,7 +31,7 @@ class Held(UserError):
 
 @dataclass(frozen=True)
 class Holder:
-    """The launcher that a lock names.  born: as `processes.birth` has it. "" of older versions."""
+    """The launcher that a lock names.  born: as in `processes.birth`. "" of older versions."""
 
     pid: int
     host: str

@@ -1,4 +1,4 @@
-"""Processes by more than their number, which another one may have by now.
+"""Identify processes by more than their pid, which may have been reused.
 
 Whatever is signalled from what a file says is signalled here: `ask_to_end`.
 """

@@ -34,7 +34,7 @@ from pipeline.results import (
     worth,
 )
 from pipeline.results.forecasts import captured_text, judged_on
-from pipeline.results.formats import ABSENT
+from pipeline.results.formats import ABSENT, mean_words
 from pipeline.results.training import val_top1
 from pipeline.store import Stage, read_json
 from pipeline.terminal import Console
@@ -76,7 +76,7 @@ def advice_line(results: Results) -> str | None:
 
 
 def near(path: Path) -> str:
-    """A path from here, or from the root where it is not below."""
+    """A path relative to the working directory, or absolute if it is not below it."""
     relative = os.path.relpath(path)
     return os.path.abspath(path) if relative.startswith("..") else relative
 
@@ -288,17 +288,17 @@ def shortlist_line(run: RunDirectory) -> str | None:
     config = run.config.ensemble
     if config.kind == "specialists" and config.shortlist is not None:
         return (
-            f"specialists were asked about the generalist's {config.shortlist} likeliest classes "
-            "of each example"
+            f"Specialists were asked about each example's {config.shortlist} likeliest classes by "
+            "the generalist."
         )
     if not config.asks_shortlists:
         return None
     settings = read_json(run.root / "ensemble.json")
     networks = settings["members"] - 1
-    asked = "one further network was" if networks == 1 else f"{networks} further networks were"
+    asked = "One further network was" if networks == 1 else f"{networks} further networks were"
     return (
-        f"{asked} asked about the generalist's {settings['shortlist']} likeliest classes of each "
-        f"example, joined by a mean of order {settings['order']:g} (0 geometric, 1 arithmetic)"
+        f"{asked} asked about each example's {settings['shortlist']} likeliest classes by the "
+        f"generalist, and joined with it by {mean_words(settings['order'])}."
     )
 
 

@@ -52,7 +52,7 @@ a process).  Networks of groups are of average size, stored targets of 32 classe
 
 
 def bytes_of(dtype: str) -> int:
-    """Of one number of a numpy type.  The launcher's other commands start without numpy."""
+    """Bytes of one number of a numpy type. The launcher's other commands start without numpy."""
     import numpy as np
 
     return np.dtype(dtype).itemsize
@@ -226,7 +226,7 @@ class Sizing:
         return [*rows, cache] if cache.disk else rows
 
     def of(self, stage: Stage) -> Needs:
-        """Of one stage.  Kinds that no formula describes have their ranks alone."""
+        """The needs of one stage. Without a formula for its kind, only its ranks."""
         ranks = self.ranks[stage.place] if stage.kind.scales else 1
         needs = Needs(stage.place, ranks)
         make = OF_KIND.get(stage.name)
@@ -293,7 +293,7 @@ class Sizing:
 
     @property
     def specialist_steps(self) -> int:
-        """Of one whose group is of average size: an epoch is a pass over its own classes."""
+        """Steps of a specialist of average size. An epoch is a pass over its own classes."""
         schedule, train = self.config.specialists, self.inputs.splits["train"].samples
         own = math.ceil(train * self.group_size / self.inputs.classes)
         return steps_of(schedule, math.ceil(own / schedule.fraction))
@@ -305,7 +305,7 @@ class Sizing:
         return max(1, math.ceil(self.inputs.classes * config.overlap / len(self.run.specialists)))
 
     def specialist_network(self) -> Network:
-        """Of an average group."""
+        """The network of a specialist of average size."""
         generalist, schedule = self.sizes.generalist, self.config.specialists
         outputs = self.group_size + 1
         if schedule.is_branch:
@@ -369,7 +369,7 @@ class Sizing:
         )
 
     def measure(self, stage: Stage, needs: Needs) -> Needs:
-        """Of val, and where that is thin of train or a part of it."""
+        """Needs of measuring val, and where that is thin also train, or a part of it."""
         val, train = self.inputs.splits["val"], self.inputs.splits["train"]
         splits = [val]
         if is_thin(val.samples, self.inputs.classes):
@@ -378,7 +378,7 @@ class Sizing:
         return self.measured(needs, splits, MEASURED_ROW, val.samples * MEASURED_ROW)
 
     def route(self, stage: Stage, needs: Needs) -> Needs:
-        """Ids of each group's samples, and where they are copied their files."""
+        """Needs of routing: ids of each group's samples, and their files where they are copied."""
         train, overlap = self.inputs.splits["train"], self.config.clusters.overlap
         files = train.bytes if self.config.route.mode == "copy" else 0
         disk = overlap * (INDEX * train.samples + files)
@@ -386,7 +386,7 @@ class Sizing:
 
     @property
     def feature_bytes(self) -> int:
-        """Of a row of kept features."""
+        """Bytes of a row of kept features."""
         assert self.sizes.branch is not None
         return FLOAT * (self.sizes.branch["at_cut"] + self.sizes.branch["general"]) + 8
 

@@ -105,7 +105,8 @@ def site_file(run: Path) -> Path | None:
 
 
 def environment(run: Path) -> dict[str, str]:
-    """For sbatch: ours, without that of a Slurm job around us, and the site's SBATCH_ variables.
+    """The environment for sbatch: ours without an enclosing job's, and the site's SBATCH_
+    variables.
 
     Raises UserError if the site's file ends its shell, or does not end.
     """

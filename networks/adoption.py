@@ -1,4 +1,4 @@
-"""Put someone else's weights into a network of ours: their names, their head, what is left out."""
+"""Load weights trained elsewhere: match tensor names, find the head, say what is left out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated. No
 class Adoption:
     """What adopt_weights did.
 
-    with_head: whether the head is theirs, too. A fresh one has to be trained.
-    notes: one sentence each, of what is not plain from the file's name.
+    with_head: whether the head was loaded, too. Otherwise it is fresh and has to be trained.
+    notes: one sentence for each decision that the file's name does not show.
     """
 
     with_head: bool
@@ -33,7 +33,7 @@ class Adoption:
 
 @dataclass(frozen=True)
 class _Fit:
-    """How their names, less a prefix, agree with the trunk's, less one of its own."""
+    """How well the file's names match the trunk's, each without a prefix."""
 
     theirs: str
     ours: str
@@ -48,27 +48,27 @@ def adopt_weights(
     weights: str | None = None,
     prefix: str = "",
 ) -> Adoption:
-    """Put someone else's weights into `classifier`, in place.  Nothing is unpickled into code.
+    """Load someone else's weights into `classifier`, in place. Never runs pickled code.
 
-    Every tensor of the file but the head's belongs to the trunk.  Prefixes that all of these share
-    ("module.", "_orig_mod.", "backbone.", ...) are taken off until the names fit, and floating
-    numbers of any size become the network's.  Where the names do not fit and are those of a layout
-    of networks.layouts, they are read in timm's.
+    All tensors of the file except the head's belong to the trunk. Prefixes that they all share
+    ("module.", "_orig_mod.", "backbone.", ...) are removed until the names match. Floating-point
+    tensors are cast to the network's type. Names that follow a layout of networks.layouts are
+    translated to timm's.
 
     Parameters
     ----------
     classifier : Classifier
-        Its trunk gets their weights.  Its head gets theirs, too, or stays as it is: fresh.
+        Its trunk receives the weights. Its head is loaded as well, or stays fresh.
     path : path
         A safetensors file, or a state dict that torch.save wrote, alone or in a checkpoint.
     head : str, optional
-        Name of their linear classifier, say "fc" or "model.fc".  Its rows are the classes, in the
-        order of the label set.  Without a name, by the name "new", or with other rows than
-        classes, the head is fresh.
+        Name of the linear classifier in the file, such as "fc" or "model.fc". Its rows must be the
+        classes, in the order of the label set. The head stays fresh without a name, with the name
+        "new", and if the number of rows is not the number of classes.
     weights : str, optional
-        Of a checkpoint with several state dicts the key of the one that is meant.
+        Key of the state dict to load, for a checkpoint that holds several.
     prefix : str
-        Take the tensors alone whose names begin so, less this beginning: a part of a larger model.
+        Load only tensors whose names start with this, and remove it: one part of a larger model.
 
     Returns
     -------
@@ -77,7 +77,8 @@ def adopt_weights(
     Raises
     ------
     ValueError
-        Naming the file, where it cannot be read or does not fit. `classifier` is unchanged then.
+        If the file, which the message names, cannot be read or does not fit. `classifier` is then
+        unchanged.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights)

@@ -1,4 +1,4 @@
-"""Which process a number means: its birth tells it from others that had or will have the number."""
+"""Tell processes that had the same pid apart, by when they started."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 def birth(pid: int) -> str | None:
-    """A mark of the process now called `pid`, None if there is none: BOOT:TICKS of its start.
+    """BOOT:TICKS at which the process `pid` started. None if there is no such process.
 
-    A number alone may have been given away again, by this boot of the machine or a later one.
+    A pid alone is not enough: this boot of the machine, or a later one, may reuse it.
     """
     if not Path("/proc/self/stat").exists():
         return _birth_by_ps(pid)
@@ -27,7 +27,7 @@ def birth(pid: int) -> str | None:
 
 
 def is_born(pid: int, born: str) -> bool:
-    """Whether the process `pid` is the one with that mark. Older versions wrote TICKS alone."""
+    """Whether the process `pid` started at that mark. Older versions wrote TICKS alone."""
     mark = birth(pid)
     if mark is None:
         return False
@@ -35,7 +35,7 @@ def is_born(pid: int, born: str) -> bool:
 
 
 def is_hidden(pid: int) -> bool:
-    """Whether there is a process of another user's, of which nothing else can be known."""
+    """Whether the process exists but belongs to another user, so that nothing else is known."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -155,7 +155,7 @@ def add_correction(correction: Tensor, own_logits: Tensor, rest: Tensor) -> Tens
 
 
 def log_sum(logits: Tensor) -> Tensor:
-    """L [B], in float64: with z of S all that a branch needs of the generalist's C logits."""
+    """L [B] in float64. With z of S it is all that a branch needs of the C logits."""
     return logits.double().logsumexp(-1)
 
 
@@ -189,7 +189,7 @@ def branch_off(
     classes : iterable of int
         S.
     embedding : int, optional
-        The numbers between W1 and W2. By default as many as the generalist's head reads.
+        Width between W1 and W2. By default the generalist's number of features.
     blocks : int
         How many of the trunk's last blocks are copied for the branch to train.  0 copies none: the
         branch reads what the generalist's embedding reads, or its head where it has no embedding.

@@ -279,11 +279,11 @@ def embedding_bag(
 ) -> nn.Sequential:
     """The sum of the embeddings of an input's indices, over the root of their number.
 
-    width: indices that there are, 0 .. width - 1. A negative one is padding.
+    width: number of indices, 0 .. width - 1. A negative index is padding.
     embedding: size of each.
     dropout: share of the indices that a training step leaves out.
-    depth: further layers of a ReLU and a linear one.  Without them the network is linear: over
-        thousands of classes that learns, where an mlp over the counts hardly begins to.
+    depth: further pairs of a ReLU and a linear layer. Without them the network is linear. That
+        learns thousands of classes where an mlp over the counts hardly starts to.
     """
     if len(shape) != 1:
         raise ValueError(f"embedding_bag takes indices [L]; the input shape is {list(shape)}")
@@ -333,7 +333,7 @@ class IndexBag(nn.Module):
         return total / counts.clamp_min(1).sqrt()[:, None].to(total.dtype)
 
     def _gathered(self, bag: Tensor) -> Tensor:
-        """The same in fixed shapes, for programs and ONNX. Six times as long in training."""
+        """The same with fixed shapes, for programs and ONNX. Training takes six times as long."""
         kept = bag >= 0
         rows = F.embedding(bag.clamp_min(0).long(), self.weight)
         total = (rows * kept[:, :, None].to(rows.dtype)).sum(1)
@@ -428,7 +428,7 @@ def build_trunk(
 def _own_trunk(
     name: str, builder: Builder, shape: tuple[int, ...], options: Mapping[str, Any]
 ) -> nn.Module:
-    """What a builder of the caller's own gives.  ValueError, one line, for whatever it raises."""
+    """The trunk of a caller's own builder. Whatever that raises becomes a one-line ValueError."""
     if isinstance(builder, nn.Module):
         raise ValueError(f"{name} is a network, not a function that builds one; {CONTRACT}")
     try:

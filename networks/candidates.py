@@ -1,4 +1,4 @@
-"""The softmax of each row's own few classes, and of others that are drawn and stand for the rest.
+"""A softmax over a few classes of each row. Classes drawn at random stand for the rest.
 
     n   rows of the batch
     C   classes
@@ -44,7 +44,7 @@ class Candidates(NamedTuple):
     apart: Tensor
 
     def numbered(self) -> tuple[Tensor, Candidates]:
-        """Every class that is read, int64, ascending, and the same numbered by places in it."""
+        """The classes that are read (int64, ascending), and these candidates as places in them."""
         flat = torch.cat([self.own.flatten(), self.drawn])
         classes, places = flat.unique(return_inverse=True)
         own, drawn = places.split([self.own.numel(), len(self.drawn)])
@@ -52,7 +52,7 @@ class Candidates(NamedTuple):
 
 
 def candidates_of(labels: Tensor, shortlists: Tensor, drawn: Tensor | None = None) -> Candidates:
-    """Each row's label and shortlist, and what is drawn for all.
+    """Join each row's label and shortlist with the classes drawn for all rows.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Other people's checkpoint files: the state dict in them, and never a pickle that runs code."""
+"""Read the state dict of someone else's checkpoint, without running pickled code."""
 
 from __future__ import annotations
 
@@ -43,15 +43,14 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     ----------
     path : Path
     weights : str, optional
-        Of several state dicts the one that stands under this key. "a.b" is b under a.  By default
-        averaged weights (`networks.choices.AVERAGED`), where a file has some, then the others'
-        usual names (`PLAIN`).
+        Key of the state dict to load, for a file that holds several. "a.b" is b under a. By default
+        averaged weights (`networks.choices.AVERAGED`) come first, then the usual names (`PLAIN`).
 
     Raises
     ------
     ValueError
-        Naming the file, where it cannot be read, holds more than tensors, or does not say which of
-        its state dicts is meant.
+        If the file, which the message names, cannot be read, holds more than tensors, or leaves
+        open which state dict is meant.
     """
     content = read_safetensors(path) if _is_safetensors(path) else _load_plain(path)
     if not isinstance(content, dict):
@@ -75,7 +74,7 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
 
 
 def read_safetensors(path: Path) -> Tensors:
-    """A safetensors file's tensors.  Raises ValueError where it is none, or cut short."""
+    """The tensors of a safetensors file. Raises ValueError if it is none, or truncated."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -90,7 +89,7 @@ def read_safetensors(path: Path) -> Tensors:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By its head, a length and a JSON object, or by its name."""
+    """Judged by its header, which is a length and a JSON object, or by its name."""
     return _head(path)[8:] == b"{" or path.suffix == ".safetensors"
 
 
@@ -118,7 +117,7 @@ def _load_plain(path: Path) -> Any:
 
 
 def _refusal(path: Path, message: str) -> str:
-    """Our sentence for what torch says of a file that it does not read as plain tensors."""
+    """The message for a file that torch does not load as plain tensors."""
     refused = re.search(r"GLOBAL ([\w.]+)", message)
     if "TorchScript" in message:
         held, load = "a TorchScript program", "torch.jit.load({!r}, 'cpu')"
@@ -136,7 +135,7 @@ def _refusal(path: Path, message: str) -> str:
 
 
 def _state_dicts(content: Mapping[str, Any], within: str = "") -> dict[str, Tensors]:
-    """Each {name: tensor} below the top of a checkpoint by its dotted key, but for known others."""
+    """Each nested {name: tensor} of a checkpoint by its dotted key, without training state."""
     found: dict[str, Tensors] = {}
     for key, value in content.items():
         if not isinstance(value, dict) or is_beside_weights(key):
@@ -150,7 +149,7 @@ def _state_dicts(content: Mapping[str, Any], within: str = "") -> dict[str, Tens
 
 
 def _tensors_beside(content: Mapping[str, Any], inside: Mapping[str, Tensors], path: Path):
-    """The tensors of a state dict in which other things stand, too."""
+    """The tensors of a state dict that also holds other values."""
     if inside:
         raise ValueError(
             f"{path} holds tensors at its top and more under {first_few(list(inside))}; {REMEDY}"
@@ -163,7 +162,7 @@ def _tensors_beside(content: Mapping[str, Any], inside: Mapping[str, Tensors], p
 
 
 def _usual(inside: Mapping[str, Tensors], content: Mapping[str, Any], path: Path) -> str:
-    """The key of the state dict that is meant: averaged weights, the usual names, the only one."""
+    """Choose the state dict's key: averaged weights, else the usual names, else the only one."""
     if not inside:
         listed = first_few([str(key) for key in content]) or "nothing"
         raise ValueError(f"{path}: not a state dict, {{name: tensor}} is needed; it has {listed}")

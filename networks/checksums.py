@@ -1,4 +1,4 @@
-"""What a file held when it was made, and whether it still does.
+"""Record what a file holds when it is written, and detect later changes.
 
 A manifest is a JSON object with the key "files": {name: {"bytes": n, "xxh3_128": "..."}}, names
 relative to the directory in which it lies: DONE of a stage's attempt.  Whoever reads a file of such
@@ -29,7 +29,7 @@ class Entry(TypedDict):
 
 
 class ChangedFile(ValueError):
-    """A file that is not what its manifest says: path, what is wrong, and what helps."""
+    """A file differs from its manifest: says which file, what is wrong and what to do."""
 
 
 class Hashing:
@@ -54,7 +54,7 @@ class Hashing:
 
 
 def entry_of(path: str | Path) -> Entry:
-    """Of a file as it is now."""
+    """Size and checksum of a file as it is now."""
     state, buffer, size = xxh3_128(), bytearray(CHUNK), 0
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
@@ -65,7 +65,7 @@ def entry_of(path: str | Path) -> Entry:
 
 
 def digest_of(parts: Iterable[bytes | memoryview]) -> str:
-    """Of bytes in memory, one part after the other."""
+    """Checksum of bytes in memory, given in parts."""
     state = xxh3_128()
     for part in parts:
         state.update(part)
@@ -85,7 +85,7 @@ def entries_of(directory: Path, is_listed: Callable[[str], bool]) -> dict[str, E
 
 
 def lacks(path: Path, entry: Entry) -> str:
-    """What its size alone says against a file. Empty if nothing."""
+    """What is wrong with a file, judged by its size alone. Empty if nothing is."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
@@ -98,7 +98,7 @@ def lacks(path: Path, entry: Entry) -> str:
 
 
 def differs(path: Path, entry: Entry) -> str:
-    """What its content says against a file. Empty if nothing.  Read once per process."""
+    """What is wrong with a file's content. Empty if nothing is. Read once per process."""
     reason = lacks(path, entry)
     if reason:
         return reason
@@ -123,7 +123,7 @@ class Recorded(NamedTuple):
 
 
 def recorded(path: str | Path) -> Recorded | None:
-    """What a manifest says of a file. None where none does, as in runs of earlier versions.
+    """A file's entry and its manifest. None if no manifest lists it, as in older runs.
 
     It lies in the directory of the file (of the linked one), or above.  A file that a stage
     published in RUN is in that stage's: RUN/*/DONE.
@@ -172,7 +172,7 @@ def check(*paths: str | Path) -> None:
 
 
 def remedy(manifest: Path) -> str:
-    """What helps against a damaged file of this manifest."""
+    """How to repair a damaged file of this manifest."""
     stage = manifest.parent
     if stage.parent.name == "attempts":
         stage = stage.parent.parent

@@ -210,19 +210,19 @@ def parameter_count(module: nn.Module, trainable: bool = False) -> int:
 
 
 def lazy_logits(classifier: Classifier, raw: Tensor) -> LinearLogits:
-    """The logits of a classifier with a plain linear head, which are never [B, C] at once.
+    """The logits of a classifier with a plain linear head, never held as one [B, C] tensor.
 
     Parameters
     ----------
     classifier : Classifier
-        Its head has one row per class. Those of add_classes may still be learning.  Of one that
-        ranks split what is asked of the logits is collective.
+        Its head has one row per class. The rows of add_classes may still be learning. Where ranks
+        split the head, calls on the logits are collective.
     raw : Tensor [B, *input.shape]
 
     Returns
     -------
     LinearLogits
-        Of B rows.
+        For the B rows.
 
     Raises
     ------

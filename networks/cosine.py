@@ -28,7 +28,7 @@ LEAST_SINE = 1e-6  # of ArcFace: a sine's derivative is infinite where it is 0
 
 
 def default_scale(num_classes: int) -> float:
-    """Where a scale that is not given starts: sqrt(2) log(C - 1), at least 1.
+    """The scale to start with by default: sqrt(2) log(C - 1), at least 1.
 
     At it the softmax of C - 1 classes that are all at right angles is neither flat nor saturated:
     Zhang et al. 2019, AdaCos, eq. 11.
@@ -75,7 +75,7 @@ class UnitTrunk(nn.Module):
 
 
 def unit_trunk(trunk: nn.Module, cosine: dict[str, Any] | None) -> nn.Module:
-    """The trunk of a network whose spec.cosine is this. None leaves it as it is."""
+    """Wrap a trunk as spec.cosine says. None returns it as it is."""
     if cosine is None:
         return trunk
     return UnitTrunk(trunk, Unit(cosine["scale"], cosine["learned"]))
@@ -87,7 +87,7 @@ class UnitRows(nn.Module):
     It takes over the plain layer's rows as `direction`, of any norm. The bias, which is 0 unless
     somebody raised it, stays as it is.
 
-    in_blocks: give LinearLogits while it trains, of which a loss may move the label's.
+    in_blocks: return LinearLogits in training, so that a loss can move the label's logit.
     """
 
     bias: Tensor
@@ -111,7 +111,7 @@ class UnitRows(nn.Module):
 
     @torch.no_grad()
     def plain(self) -> nn.Linear:
-        """The linear layer that it has become."""
+        """The trained rows as a plain linear layer."""
         classes, features = self.direction.shape
         linear = nn.Linear(features, classes, device="meta")
         linear.weight = nn.Parameter(self.weight)
@@ -156,13 +156,13 @@ Margin = Callable[[Tensor, Tensor, float], Tensor]
 def with_margin(
     logits: LinearLogits, labels: Tensor, margin: float, function: Margin
 ) -> LinearLogits:
-    """`logits` with the label's moved by a margin, for a loss of labels.
+    """Move the label's logit by a margin, for a loss on labels.
 
     Parameters
     ----------
     logits : LinearLogits
-        Of features whose norm is the scale, and of rows of norm 1. What its bias adds (a prior, the
-        correction for sampled classes) is added to the cosines behind the margin.
+        Its features have the scale as their norm, and its rows have norm 1. The bias (a prior, the
+        correction for sampled classes) is added after the margin.
     labels : Tensor int64 [n]
         A label of -1 has none.
     margin : float

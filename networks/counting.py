@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def multiplications(module: nn.Module, *inputs: Tensor) -> int:
-    """Those of the linear layers, convolutions and bags below `module`, for one example.
+    """Count those of linear layers, convolutions and embedding bags, for one example.
 
     Parameters
     ----------
@@ -21,9 +21,10 @@ def multiplications(module: nn.Module, *inputs: Tensor) -> int:
     Returns
     -------
     int
-        A Linear's are entries of its weight times the positions that it is applied to, a
-        convolution's those of its kernel times the positions of its output, an EmbeddingBag's as
-        many as the numbers that it adds up.  Norms, activations and softmaxes are not counted.
+        A Linear counts the entries of its weight times the positions it is applied to. A
+        convolution counts the entries of its kernel times the positions of its output. An
+        EmbeddingBag counts the numbers that it adds. Norms, activations and softmaxes are not
+        counted.
     """
     counts: list[int] = []
     handles = [

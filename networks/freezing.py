@@ -18,7 +18,7 @@ LAST_BLOCKS = r"last-([1-9][0-9]*)-blocks?"
 def trunk_parts(trunk: nn.Module) -> dict[str, nn.Module]:
     """The children of a Sequential in order.
 
-    Of another module the children that have parameters, with each list of layers among them taken
+    For any other module, the children that have parameters. Lists of layers among them are taken
     apart.
     """
     trunk = _net(trunk)
@@ -34,10 +34,10 @@ def trunk_parts(trunk: nn.Module) -> dict[str, nn.Module]:
 
 
 def trunk_blocks(trunk: nn.Module) -> dict[str, nn.Module]:
-    """The ordered blocks that "last-N-blocks" counts: its parts, but for norms behind a block.
+    """The ordered blocks that "last-N-blocks" counts. A norm behind a block is not one.
 
-    Of a transformer these are its patches' embedding and its blocks. The norm at its end belongs to
-    the last one (see parts_from).
+    For a transformer these are the patch embedding and the blocks. The final norm belongs to the
+    last block (see parts_from).
     """
     parts = trunk_parts(trunk)
     if isinstance(_net(trunk), nn.Sequential):
@@ -59,7 +59,7 @@ def _net(trunk: nn.Module) -> nn.Module:
 
 
 def _is_norm(part: nn.Module) -> bool:
-    """Whether it scales and shifts alone: all its parameters are vectors."""
+    """Whether a module only scales and shifts: all its parameters are vectors."""
     return all(parameter.ndim <= 1 for parameter in part.parameters())
 
 
@@ -70,7 +70,8 @@ def set_trainable(classifier: Classifier, part: str) -> Classifier:
     ----------
     classifier : Classifier
         Changed in place.
-    part : {"all", "head", "last-N-blocks", "trunk.NAME, ..."}
+    part : str
+        "all", "head", "last-N-blocks", or "trunk.NAME, trunk.NAME".
         "last-N-blocks" are the head and the last N blocks of the trunk, as trunk_blocks counts
         them.  The head of a network with several heads is all of them with their blocks. N counts
         the blocks of their body.  "trunk.NAME, trunk.NAME" are the head and these modules.
@@ -150,7 +151,7 @@ def layer_scales(classifier: Classifier, decay: float) -> dict[str, float]:
 
 
 def set_layer_decay(classifier: Classifier, decay: float) -> Classifier:
-    """Let each parameter learn at the rate times what layer_scales says. 1 leaves all alike.
+    """Scale each parameter's learning rate by layer_scales. A decay of 1 changes nothing.
 
     Changed in place, and returned.  Optimizers read it (trainer.core.optim).
     """

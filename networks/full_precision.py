@@ -1,4 +1,4 @@
-"""What sums probabilities does so in full precision, in whatever precision its caller computes.
+"""Sum probabilities in full precision, whatever precision the caller computes in.
 
 Autocast makes products of float32 tensors bfloat16's, and torch.set_float32_matmul_precision those
 of TF32: a row of probabilities then sums to one within a percent, and not within a millionth.
@@ -37,7 +37,7 @@ def full_precision(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def exact_answer(function: Callable[P, R]) -> Callable[P, R]:
-    """`full_precision` where nobody asks for a gradient: who trains pays for no exact products."""
+    """`full_precision` only where no gradient is asked, so that training keeps fast products."""
     exactly = full_precision(function)
 
     @wraps(function)
@@ -50,14 +50,14 @@ def exact_answer(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def features_to(dtype: torch.dtype, features: Tensor) -> Tensor:
-    """What a trunk gives, in the type of an `exact_answer`'s weights."""
+    """A trunk's features in the type of an `exact_answer`'s weights."""
     if torch.is_grad_enabled() or features.dtype == dtype:
         return features
     return features.to(dtype)
 
 
 def is_lowered() -> bool:
-    """Whether a product of float32 tensors may be less than float32's here."""
+    """Whether products of float32 tensors may be computed in a lower precision here."""
     return bool(_lowered_kinds()) or torch.get_float32_matmul_precision() != EXACT
 
 

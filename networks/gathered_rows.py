@@ -82,7 +82,7 @@ def top_k(logits: Tensor, k: int, ordered: bool = True) -> tuple[Tensor, Tensor]
 
 @exact_answer
 def head_logits(head: nn.Linear, features: Tensor) -> Tensor:
-    """The head's logits, as Classifier.logits_of has them.
+    """The head's logits, as in Classifier.logits_of.
 
     In ONNX a wide one's bias is the weight of a further feature, 1.
 

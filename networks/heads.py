@@ -83,7 +83,7 @@ class ShardedHead(nn.Module):
     """One rank's rows of a head over all classes: [n, D] -> LinearLogits of all num_classes.
 
     rows: a head of the same kind as the whole one, with this rank's classes alone.  comm: how the
-    ranks share the other rows.  block: classes at a time, as LinearLogits has it.
+    ranks share the other rows.  block: classes at a time, as in LinearLogits.
     """
 
     def __init__(self, rows: RowsHead, num_classes: int, comm: Comm, block: int | None = None):

@@ -1,4 +1,4 @@
-"""Files of networks that were received: what is damaged is said in one line, with the file's name.
+"""Check network files from elsewhere, and report damage in one line with the file's name.
 
 A bundle has checksums beside it, `sha256sum -c` reads them too: a file that they list is compared
 whenever it is read.  Without them, and for what they do not list, a file is held against its form
@@ -39,9 +39,9 @@ OUT_OF_MEMORY = ("allocate memory", "out of memory")
 
 @contextmanager
 def blamed_on(path: str | Path) -> Iterator[None]:
-    """Whatever fails in here, for the form of a file's values, is a ValueError that names it.
+    """Turn whatever fails in here, over a file's values, into a ValueError that names it.
 
-    A ValueError has its own words.
+    A ValueError keeps its message.
     """
     try:
         yield
@@ -73,7 +73,7 @@ def read_values(path: str | Path) -> Any:
 
 
 def check_numbers(values: Any, path: Path) -> None:
-    """ValueError for a whole number that no network's file has: it would take all memory."""
+    """Raise ValueError for a whole number so large that it would take all memory."""
     if isinstance(values, dict):
         values = list(values.values())
     if isinstance(values, list):
@@ -96,7 +96,7 @@ def write_checksums(root: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """ValueError where a stage's DONE or a SHA256SUMS above a file lists another content of it."""
+    """Raise ValueError if DONE or SHA256SUMS lists another checksum for a file."""
     checksums.check(path)
     for root in path.absolute().parents[:LEVELS]:
         sums = root / CHECKSUMS

@@ -117,7 +117,7 @@ class RankOne(nn.Module):
         return torch.addcmul(self._per_row(self.bias, y), y, s)
 
     def _per_row(self, factors: Tensor, x: Tensor) -> Tensor:
-        """[K, units] -> [K B, ..., units, ...], as x has them. In x's type, low under autocast."""
+        """[K, units] -> [K B, ..., units, ...], as in x. In x's type, low under autocast."""
         # Views [K, B, ...] need no copies, but torch.export makes no program of views on views.
         rows = factors.to(x.dtype)[:, None].expand(-1, x.shape[0] // len(factors), -1).flatten(0, 1)
         between = x.dim() - 2 - self.trailing

@@ -80,7 +80,7 @@ class PictureRules:
     Raises
     ------
     ValueError
-        For a value that cannot be, which it names.
+        For an invalid value, which the message names.
     """
 
     size: tuple[int, int] | None = None
@@ -168,8 +168,8 @@ def read_picture(source: Source, rules: PictureRules = PLAIN) -> np.ndarray:
     Raises
     ------
     ValueError
-        For what is no picture, is truncated, too large or of a kind that no rule is for.  It says
-        why, and does not name the file.
+        If it is no picture, is truncated, is too large, or has a format without a rule. The message
+        says why, and does not name the file.
     OSError, MemoryError
         Where the machine cannot read it.
     """

@@ -1,4 +1,4 @@
-"""What people have (files, bytes, pictures, arrays, texts) as the raw inputs of a network."""
+"""Turn files, bytes, pictures, arrays and texts into the raw inputs of a network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_inputs(
     resize: bool = False,
     max_pixels: int | None = None,
 ) -> Tensor:
-    """Raw inputs [B, *spec.shape] in spec.dtype, made as those that the network learned from.
+    """Raw inputs [B, *spec.shape] in spec.dtype, prepared as the training inputs were.
 
     Parameters
     ----------
@@ -43,12 +43,11 @@ def read_inputs(
         Arrays and tensors: one input [*shape], or a batch [B, *shape].
     spec : InputSpec
     functions : dict of callables, optional
-        {name: callable} of the decoders in `spec.decoders` that are a user's own.
+        {name: callable}: the user's own decoders that `spec.decoders` names.
     resize : bool
-        Bring pictures to the network's size also where no rule was recorded: the middle is cut out
-        and scaled, bicubic.
+        Resize pictures even where no rule was recorded: a centre crop, scaled bicubically.
     max_pixels : int, optional
-        Instead of the rules' own.
+        Overrides the limit of the rules.
 
     Returns
     -------
@@ -58,12 +57,13 @@ def read_inputs(
     Raises
     ------
     ValueError
-        For what cannot be read without guessing, with what the network reads. For NaN.
+        For input that could only be read by guessing, and for NaN. The message says what the
+        network reads.
 
     Notes
     -----
     A network of uint8 reads integers from 0 to 255.  Floats of pictures that all lie from 0 to 1,
-    in all inputs of one call, are multiplied by 255 and rounded, as torchvision has them. Other
+    in all inputs of one call, are multiplied by 255 and rounded, as in torchvision. Other
     floats must be whole numbers from 0 to 255.  A network of float32 reads numbers as they are,
     one of int32 whole numbers.
     """
@@ -88,12 +88,12 @@ class InputReader:
     Parameters
     ----------
     spec, functions, resize, max_pixels
-        As read_inputs has them.
+        As in read_inputs.
 
     Attributes
     ----------
     rules : PictureRules, optional
-        Of pictures. None where the network reads none.
+        Rules for pictures. None if the network reads no pictures.
     decoders : dict
         {extension: callable} of files that are neither pictures nor .npy.
     """

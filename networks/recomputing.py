@@ -19,7 +19,7 @@ from .freezing import trunk_blocks
 
 
 class Recomputed:
-    """Mixed into a block's class while it trains: of a forward pass the inputs alone are kept."""
+    """Mixed into a block's class in training: a forward pass keeps its inputs alone."""
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         plain = super().forward  # pyright: ignore[reportAttributeAccessIssue]
@@ -39,7 +39,7 @@ def _recomputed(kind: type[nn.Module]) -> type[nn.Module]:
 
 @contextmanager
 def recomputing(trunk: nn.Module) -> Iterator[None]:
-    """Inside, a trunk's blocks (as "last-N-blocks" counts them) keep no activations."""
+    """While it is open, a trunk's blocks (as "last-N-blocks" counts) keep no activations."""
     changed = [block for block in trunk_blocks(trunk).values() if _is_plain(block)]
     for block in changed:
         block.__class__ = _recomputed(type(block))

@@ -15,7 +15,7 @@ RIDGE = 1e-4  # of the mean squared feature: there may be fewer examples than fe
 
 
 class ResidualRow(NamedTuple):
-    """A linear row for all classes that have none, and what it costs.
+    """One linear row that stands for all classes without a row, and what that costs.
 
     weight  [D]
     bias    []
@@ -45,7 +45,7 @@ def fit_residual_row(
     head : nn.Linear
         The generalist's, with a row for every class.
     features : Tensor [n, D]
-        Of examples at their natural frequencies.
+        Features of examples at their natural class frequencies.
     classes : iterable of int
         The specialist's.
     kept : iterable of int

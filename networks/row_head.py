@@ -27,7 +27,7 @@ class RowGradients(NamedTuple):
 class RowHead(nn.Module):
     """nn.Linear while it learns by rows: features [n, D] -> these features.
 
-    Which rows a batch needs only its loss knows, which calls `read`.  Weight and bias are no
+    Only the loss knows which rows a batch needs, so it calls `read`. Weight and bias are not
     parameters: nothing of the size of all classes is exchanged, zeroed or stepped.
 
     weight: [C, D].  bias: [C].  They are the linear layer's own memory.
@@ -79,7 +79,7 @@ class RowHead(nn.Module):
         return linear
 
     def _apply(self, fn, recurse: bool = True):
-        """Move with the network, as parameters would."""
+        """Move the tensors with the network, as parameters would."""
         self.weight, self.bias = fn(self.weight), fn(self.bias)
         return super()._apply(fn, recurse)
 

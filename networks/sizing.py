@@ -1,4 +1,4 @@
-"""Networks of so many multiplications: a spec scaled up in its widths."""
+"""Scale a network's widths until it takes a given number of multiplications."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HALVINGS = 24  # of an interval of factors: widths are whole numbers long before
 
 
 def count_multiplications(spec: ModelSpec, builders: Builders | None = None) -> int:
-    """Of one example, of a network that `spec` describes."""
+    """Multiplications of the network that `spec` describes, for one example."""
     with torch.random.fork_rng(devices=[]):  # the weights are nobody's
         network = build_classifier(spec, builders)
     return multiplications(network, network.zero_input())
@@ -59,11 +59,11 @@ def widened_to(
     Parameters
     ----------
     spec : ModelSpec
-        It comes back as it is where `target` is not above its own multiplications.
+        Returned as it is if `target` is not above its own multiplications.
     target : float
         Multiplications of one example.
     count : callable, optional
-        Spec -> multiplications. By default of a network that is built and run once.
+        Spec -> multiplications. By default the network is built and run once.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What model.json says: which network, for which classes, fed how.  No torch here."""
+"""The contents of model.json: network, classes and inputs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ class InputSpec:
     ----------
     shape : tuple of int
         Of one example, [C, H, W] for images.
-    dtype : {"uint8", "float32", "int32"}
-        As decoded.
+    dtype : str
+        As decoded: "uint8", "float32" or "int32".
     scale : float, optional
         By default 1/255 for uint8 and 1 for the others.
     mean, std : tuple of float
         Of scaled inputs: one value, or one per entry of the first axis.
     pictures : PictureRules, optional
-        How the pictures that it learned from became arrays.  None where they were no pictures, or
-        where nobody recorded it.
+        How the training pictures became arrays. None if there were no pictures, or if it was not
+        recorded.
     decoders : dict, optional
-        {extension: name} of what made arrays of other files: a key of networks.texts.TEXTS for txt,
-        or what a user calls a function of his own, whose name is never imported from here.
+        {extension: name} of the decoders of other files: a key of networks.texts.TEXTS for txt, or
+        the name of a user's own function, which is never imported from here.
 
     Raises
     ------
@@ -260,7 +260,7 @@ class ModelSpec:
 
     @classmethod
     def from_values(cls, values: object) -> ModelSpec:
-        """As from_json, of what the file holds."""
+        """Like from_json, from values that are parsed already."""
         if not isinstance(values, dict):
             raise ValueError("a JSON object is needed")
         schema = values.pop("schema", None)

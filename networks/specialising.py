@@ -30,7 +30,7 @@ def specialise(
         A plain one: neither a specialist nor a network with members.
     classes : iterable of int
         The specialist's classes.  Their logits come in ascending order, and the dustbin last.
-    dustbin : {"preserving", "fresh"}
+    dustbin : str
         "preserving" keeps every row: the specialist starts as the generalist, with the classes
         outside summed.  "fresh" keeps the rows of `classes` and draws one new row. The specialist
         then starts without the generalist's knowledge of the other classes and loses accuracy.
@@ -42,7 +42,7 @@ def specialise(
     Returns
     -------
     Classifier
-        In the generalist's mode, type and place.
+        In the generalist's mode and dtype, on its device.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def specialise(
 
 
 def _described_head(classes: list[int], dustbin: str, kept: Iterable[int] | None) -> dict:
-    """The head as model.json has it."""
+    """The head as in model.json."""
     described = {"kind": "dustbin", "members": classes, "rows": "all"}
     if dustbin == "fresh":
         described["rows"] = "fresh"

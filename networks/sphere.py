@@ -13,12 +13,12 @@ from .members import MemberHeads
 
 
 def open_rows(classifier: Classifier, in_blocks: bool = False) -> None:
-    """Have the rows learn with norm 1, in place. close_rows ends it.
+    """Train the rows with norm 1 from here on, in place. close_rows ends it.
 
     Does nothing to a network that is no cosine one, to a specialist, whose rows are free, and to a
     head of another kind than a linear layer or several of them.
 
-    in_blocks: as UnitRows has it. Of a plain network.
+    in_blocks: as in UnitRows. Of a plain network.
     """
     spec = classifier.spec
     if spec.cosine is None or spec.is_specialist:

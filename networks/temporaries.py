@@ -1,4 +1,4 @@
-"""Hidden names under which files are written before they get their own, and who sweeps them.
+"""Hidden names for files that are still being written, and the removal of stale ones.
 
 A name says which process on which machine writes: `.NAME.HOST.PID-BORN.TOKEN`, where BORN tells it
 from other processes of that number.  What a killed process left behind is removed at the next

@@ -45,7 +45,7 @@ def widen(
     Returns
     -------
     Classifier
-        In the classifier's mode, type and place.
+        In the classifier's mode and dtype, on its device.
 
     Raises
     ------

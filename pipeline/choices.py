@@ -143,7 +143,7 @@ class ControlRow:
     of_second: whether it is made of the generalist and a second one, which another stage trains.
     goes_on: whether it starts as the generalist. One that trains and does not starts from scratch.
     asked_by: a control that asks the same: where that is made, nobody misses this one.
-    what: it is, in a few words.
+    what: what it is, in a few words.
     """
 
     function: str

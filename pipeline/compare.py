@@ -181,7 +181,7 @@ def compare(
     by: Sequence[str] = (),
     versus: str | None = None,
 ) -> Comparison:
-    """What the runs have in common and how far they scatter.
+    """Mean and scatter of each metric over runs, variant by variant.
 
     Parameters
     ----------
@@ -300,7 +300,7 @@ def _variant(name: str, group: Sequence[FinishedRun], keys: Sequence[str]) -> Va
 
 
 def _plain(value):
-    """The value as JSON has it: a temperature may be infinite, which is text there."""
+    """The value as in JSON: a temperature may be infinite, which is text there."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value

@@ -44,7 +44,7 @@ def wall_rate(config: Config, name: str) -> float:
 def best_wall(run: RunDirectory) -> str | None:
     """The finished wall control with the lowest loss on val. It counts as control_wall.
 
-    Its loss is after temperature scaling, as `trainer.stages.control` has it.
+    Its loss is after temperature scaling, as in `trainer.stages.control`.
     """
     losses = {}
     for name, stage in run.controls.items():

@@ -1,7 +1,7 @@
 """What went wrong, in one line: for `referral` and `python -P -m trainer` alike.
 
-A mistake of the user's, a disk, a missing package, Ctrl-C and a closed pipe are no errors of ours:
-they get a line that says what helps.  Whatever else is raised keeps its traceback.
+A user's mistake, a full disk, a missing package, Ctrl-C and a closed pipe are not bugs. Each gets
+one line that says what to do. Whatever else is raised keeps its traceback.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def answer(
 
 
 def _ignore(numbers: Sequence[int]) -> None:
-    """Let a second Ctrl-C not end what the first one has to say and to clear."""
+    """Ignore a second Ctrl-C while the first one is reported and cleaned up."""
     try:
         for number in numbers:
             signal.signal(number, signal.SIG_IGN)
@@ -141,7 +141,7 @@ def explain(
     places: Iterable[str | Path] = (),
     passing: Sequence[int] = PASSING,
 ) -> tuple[int, str] | None:
-    """(exit code, text) of an error that is none of ours. None for the others."""
+    """(exit code, text) of an error that is no bug. None for the others."""
     if isinstance(error, UserError):
         return USER_ERROR, str(error)
     if isinstance(error, OSError) and error.errno:
@@ -161,7 +161,7 @@ def explain(
 
 
 def gone(error: BaseException, there: Iterable[Path]) -> tuple[int, str] | None:
-    """(exit code, text) of an error that comes of a directory's being there no more.
+    """(exit code, text) of an error because a directory has disappeared.
 
     there: those that were when the command began.
     """
@@ -233,7 +233,7 @@ def cannot_write(
 
 
 def fullest(places: Iterable[str | Path] = ()) -> Path:
-    """Of the places where a command may write the one whose disk has least room."""
+    """Of the places where a command may write, the one whose disk has least room."""
     candidates = [Path(place) for place in places] or [Path.cwd()]
     candidates.append(Path(tempfile.gettempdir()))
     return min(candidates, key=lambda path: shutil.disk_usage(existing(path)).free)
@@ -288,7 +288,7 @@ def say_interrupted() -> None:
 
 
 def close_output() -> None:
-    """Let nothing more be written to a pipe whose reader has gone, at the exit neither."""
+    """Write nothing more to a pipe whose reader has gone, at exit neither."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

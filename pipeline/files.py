@@ -95,7 +95,7 @@ def _not_finite(value, key: str) -> str | None:
 
 
 def sync(path: Path) -> None:
-    """Have a file's content, or a directory's names, on the disk: what a power loss spares."""
+    """Flush a file's content, or a directory's names, to disk, so that a power loss spares them."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -138,7 +138,7 @@ def make_below(top: Path, directory: Path) -> None:
 
 
 class DamagedFile(UserError, ValueError):
-    """A file of ours that somebody cut short, or wrote over."""
+    """A file of a run that was truncated or overwritten."""
 
 
 def read_json(path: Path):
@@ -161,7 +161,7 @@ def checked(path: Path, content: Any, form: TypeAdapter[Content]) -> Content:
 
 @contextmanager
 def picking_from(path: Path) -> Iterator[None]:
-    """Whatever fails in here for the form of a file's values is said as the file's damage."""
+    """Report whatever fails in here, over a file's values, as damage to the file."""
     try:
         yield
     except UserError:
@@ -176,7 +176,7 @@ def damaged(path: Path, reason: str) -> DamagedFile:
 
 
 def home() -> Path | None:
-    """The user's home directory. None of a user who has none, as in many a container."""
+    """The user's home directory. None if there is none, as in many containers."""
     try:
         return Path.home()
     except RuntimeError:
@@ -242,7 +242,7 @@ def _rename_if_first(own: Path, winner: Path) -> None:
 
 
 def probe(directory: Path) -> None:
-    """Do in `directory` what finishing a stage needs, and leave nothing.
+    """Try in `directory` what finishing a stage needs, and leave nothing behind.
 
     Raises UserError, in one line, where its file system cannot do it.
     """

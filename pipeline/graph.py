@@ -142,8 +142,9 @@ class RunDirectory:
         return controls | {name: self._twin(name, of) for name, of in twins(self.config).items()}
 
     def _trained_on(self, name: str, walls: list[Stage]) -> Stage:
-        """The generalist goes on. For how long, is known of specialists that may stop early when
-        they are done."""
+        """Train the generalist on. Specialists may stop early, so only when they are done is it
+        known for how long.
+        """
         behind = walls or [self.cluster]
         lengths = []
         if self.config.specialists.patience:
@@ -265,7 +266,7 @@ class RunDirectory:
         return self if own.issuperset(names) else self.advice.run
 
     def schedule(self, stage: Stage) -> ResolvedSchedule:
-        """How the network of a stage that trains is trained."""
+        """The schedule by which a stage trains its network."""
         of_twin = twins(self.config).get(str(stage.address))
         if stage.name == "control" and of_twin is not None:
             return self.config.students[of_twin]

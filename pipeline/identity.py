@@ -1,4 +1,4 @@
-"""What makes a stage the stage that it is: the config that it reads, the data, its inputs.
+"""What identifies a stage: the config that it reads, its data and its inputs.
 
 The identity is a hash, a stage's key.  It holds what differs from frozen defaults, so that a key
 of the config that a later version adds stales nothing.
@@ -97,7 +97,7 @@ def file_hash(path: Path | None) -> str | None:
 
 
 def network_identity(directory: str) -> list[str | None]:
-    """What a teacher from elsewhere is: the contents of the files that describe and hold it."""
+    """What identifies a teacher from elsewhere: the contents of its files."""
     folder = Path(directory)
     return [
         file_hash(folder / "ensemble.json"),
@@ -108,7 +108,7 @@ def network_identity(directory: str) -> list[str | None]:
 
 
 def classifier_identity(directory: str) -> list[str | None]:
-    """What one network is, of a run its generalist: the contents of its files."""
+    """Identifies one network, of a run its generalist, by the contents of its files."""
     folder = classifier_folder(Path(directory))
     return [file_hash(folder / "model.json"), weights_hash(folder)]
 

@@ -1,10 +1,10 @@
 """What kind of run it is, in one place: which stages lead to the ensemble, and whose costs it
 bears.
 
-Six methods: a generalist with specialists, copies of it or of another one. The same with branches
-of it. A deep ensemble of generalists. Generalists that are asked about the first one's shortlist,
-and networks that are trained on it, too, and specialists that add classes to a finished run, whose
-generalist, groups and specialists are inherited.
+There are six methods: specialists that are copies of the generalist (or of another network),
+specialists that are its branches, a deep ensemble of generalists, generalists that are asked about
+the first one's shortlist, networks that are also trained on shortlists, and specialists that add
+classes to a finished run.
 """
 
 from __future__ import annotations

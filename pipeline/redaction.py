@@ -1,4 +1,4 @@
-"""What of a text may be shown: secrets of URLs are hidden, control sequences are spelled out.
+"""Make text safe to show: hide secrets of URLs, spell out control sequences.
 
 URLs carry passwords and signatures, and names of files, classes and servers' messages carry
 whatever somebody put there.  Both pass through here on their way to a terminal, a log, a report.
@@ -25,7 +25,7 @@ INVISIBLE = ("Cc", "Cf", "Zl", "Zp")
 
 
 def redacted(text: str) -> str:
-    """The text without what lets in who reads it: passwords and tokens of URLs become `***`."""
+    """The text with passwords and tokens of URLs replaced by `***`."""
     if "://" in text:
         text = USER.sub(f"{HIDDEN}@", text)
     if "=" in text:

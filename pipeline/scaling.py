@@ -53,7 +53,7 @@ MOVED = {"ddp": 2, "zero0": 2, "zero1": 3, "zero2": 3, "zero3": 3}
 
 @dataclass(frozen=True)
 class Network:
-    """How large a network is that a stage trains or asks.
+    """The size of a network that a stage trains or asks.
 
     weights: all that it has.  classes: rows of a head over the whole label set, which ranks can
     split. 0 of another head.  features: D.  outputs: logits of an example.  frozen: weights that
@@ -77,7 +77,7 @@ class Network:
 
     @property
     def bytes(self) -> int:
-        """Of its file."""
+        """Bytes of its file."""
         return FLOAT * self.weights
 
 
@@ -107,14 +107,14 @@ def engine_name(engine: Engine) -> str:
 
 
 def optimizer_numbers(schedule: ResolvedSchedule) -> int:
-    """That are kept of each weight: AdamW's two averages, SGD's momentum."""
+    """Numbers kept for each weight: AdamW's two averages, SGD's momentum."""
     if schedule.optimizer == "adamw":
         return 2
     return 1 if schedule.momentum else 0
 
 
 def row_numbers(schedule: ResolvedSchedule) -> int:
-    """The same of a head over all classes."""
+    """The same for a head over all classes."""
     return optimizer_numbers(schedule) if schedule.row_rate is None else 0
 
 
@@ -135,7 +135,7 @@ def held_by_training(
     device: str,
     starts_whole: bool = False,
 ) -> Held:
-    """On the rank that holds most.
+    """What training takes on the rank that holds most.
 
     device: "cpu" or "cuda".  starts_whole: of a network that starts as another, whose split head
     comes together for validation and export.
@@ -165,7 +165,7 @@ def held_by_training(
 def sent_per_step(
     network: Network, schedule: ResolvedSchedule, engine: Engine, ranks: int
 ) -> float:
-    """By a rank, as a ring moves it."""
+    """Bytes that a rank sends in a step, by ring all-reduce."""
     split = network.head if splits_head(network, engine, ranks) else 0
     share = (ranks - 1) / ranks
     sent = MOVED[engine_name(engine)] * FLOAT * (network.learning - split) * share
@@ -177,7 +177,7 @@ def sent_per_step(
 
 
 def checkpoint_bytes(network: Network, schedule: ResolvedSchedule) -> int:
-    """One checkpoint's, of all its files together."""
+    """Bytes of one checkpoint, all its files together."""
     numbers = network.weights * (1 + averages(schedule))
     trunk = network.learning - network.head
     states = trunk * optimizer_numbers(schedule) + network.head * row_numbers(schedule)
@@ -204,7 +204,7 @@ def measuring_rows(classes: int) -> int:
 
 
 def held_by_measuring(network: Network, collected: int, device: str) -> int:
-    """By a rank that reads logits in blocks: the network, a block, and what all ranks found.
+    """Held by a rank that reads logits in blocks: the network, a block, and all ranks' results.
 
     collected: bytes of all examples' rows.
     """
@@ -214,7 +214,7 @@ def held_by_measuring(network: Network, collected: int, device: str) -> int:
 
 
 def held_by_ensemble(generalist: Network, specialists: int, collected: int) -> int:
-    """By a rank that asks an ensemble.  specialists: bytes of all of them."""
+    """Held by a rank that asks an ensemble. specialists: bytes of all of them."""
     rows = measuring_rows(generalist.classes) * generalist.classes
     if generalist.classes >= SPARSE_FROM:
         rows = general_rows(generalist.classes) * generalist.classes
@@ -234,7 +234,7 @@ def exchanged(examples: int, row_bytes: int, ranks: int) -> float:
 
 
 def targets_bytes(rows: int, kept: int, classes: int) -> int:
-    """Of stored targets.  rows: samples x views x members.  kept: classes of each."""
+    """Bytes of stored targets. rows: samples x views x members. kept: classes of each."""
     of_class = 2 + (2 if classes <= 2**16 else 4)
     return rows * (TARGET_ROW + of_class * kept)
 

@@ -78,7 +78,7 @@ def run_command(argv: list[str]) -> int:
 
 
 def let_rank_0_speak() -> None:
-    """torchrun ends the other ranks with the first that ends. Its words are everybody's."""
+    """Let rank 0 say an error for all: torchrun ends every rank with the first that ends."""
     rank = int(os.environ.get("RANK", "0"))
     if rank:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -127,7 +127,7 @@ def in_a_row(stages: list[Stage]) -> list[list[Stage]]:
 
 
 def check_where_left(session: Session) -> None:
-    """The check of the networks, where whoever laid RUN out could not make it. By rank 0."""
+    """Check the networks on rank 0, if the machine that laid RUN out could not."""
     from pipeline.store import UNCHECKED
 
     from .distributed.ranks import broadcast

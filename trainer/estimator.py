@@ -433,7 +433,7 @@ class Bags(Rows):
 
 
 def seed_of(random_state: int | np.random.RandomState | None) -> int:
-    """A number as it is. Of a generator its next one."""
+    """A number as it is, or a generator's next one."""
     if isinstance(random_state, (int, np.integer)):
         return int(random_state)
     return int(check_random_state(random_state).randint(2**31 - 1))
@@ -587,7 +587,7 @@ def load_answer(root: Path, answer: Answer, device: str) -> Network:
 
 
 def load_bundle(root: Path, device: str) -> Network:
-    """What `files_of` wrote."""
+    """Load what `files_of` returned."""
     if (root / "ensemble.json").is_file():
         return load_ensemble(root, _device(device))
     return load_classifier(root, _device(device)).eval()
@@ -615,7 +615,7 @@ def files_of(network: Network) -> dict[str, bytes]:
 
 
 def _shape(network: Network) -> tuple[int, ...]:
-    """Of one input."""
+    """The shape of one input."""
     first = network if isinstance(network, Classifier) else network.generalist
     return first.spec.input.shape
 

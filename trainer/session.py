@@ -285,7 +285,7 @@ class LogFile(Console, logging.FileHandler):
 
 
 def as_array(values: Tensor) -> np.ndarray:
-    """On the host. bfloat16, which numpy lacks, becomes float32."""
+    """The values as an array on the host. bfloat16, which numpy lacks, becomes float32."""
     if values.dtype == torch.bfloat16:
         values = values.float()
     return values.cpu().numpy()

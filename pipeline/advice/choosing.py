@@ -112,7 +112,7 @@ def with_stop(levers: Sequence[Lever], generalist: GeneralistSize) -> list[Lever
 def amount(lever: Lever, scarcity: str, generalist: GeneralistSize) -> float | None:
     """How much a lever takes of what is scarce, in multiples of the generalist's own.
 
-    None where that is not known, and of the trunk, which is not taken by degrees.
+    None if it is not known, and for the trunk, which has no degrees.
     """
     row = SCARCITIES[scarcity]
     value = lever.get(row.quantity) if row.quantity else None
@@ -125,7 +125,7 @@ def amount(lever: Lever, scarcity: str, generalist: GeneralistSize) -> float | N
 def allowed(lever: Lever, scarcity: str, limit: float | None, generalist: GeneralistSize) -> bool:
     """Whether a lever keeps to the limit of a scarcity. To stop always does.
 
-    One whose amount is not known does not.  limit: None bounds nothing.
+    A lever of unknown amount does not. limit: None means no bound.
     """
     if lever["name"] == STOP:
         return True
@@ -142,8 +142,8 @@ def best_under(
 ) -> Lever:
     """The lever of the greatest expected gain among those that a scarcity allows.
 
-    Of levers whose gains are about the greatest the one that takes least of what is scarce, then
-    the least training.  Where none is expected to gain anything it is to stop.
+    Among gains about equal to the greatest, the lever that takes least of what is scarce wins, then
+    the one with the least training. If no lever is expected to gain anything, it is `stop`.
     """
     gaining = [
         lever
@@ -186,7 +186,7 @@ def pareto(levers: Sequence[Lever], scarcity: str) -> list[str]:
 def sentence(
     levers: Sequence[Lever], scarcity: str, limit: float | None, generalist: GeneralistSize
 ) -> str:
-    """What to do, what it is expected to gain and for how much, and who may be as good, or better.
+    """What to do, its expected gain and its price, and which levers may be as good or better.
 
     "Train a second generalist and average the two: +4.1 points (2.9 to 5.0) for as much training
     again. Wider (+3.8, 2.1 to 5.4) may be as good."
@@ -211,7 +211,7 @@ def sentence(
 
 
 def _undecided(best: Lever, others: Sequence[Lever]) -> str:
-    """That specialists may still be better, where their pilots were too short to rule it out.
+    """Says that specialists may still be better, if their pilots were too short to tell.
 
     A longer pilot narrows what they gain, unlike that of other levers.
     """
@@ -244,7 +244,7 @@ def limit_words(scarcity: str, limit: float | None) -> str:
 
 
 def elsewhere(bests: Mapping[str, Lever], best: Lever) -> str:
-    """What is best under other scarcities, as far as it is another lever than `best`.
+    """What is best under other scarcities, where that is not `best`.
 
     bests: by the name of the scarcity.
     """
@@ -269,7 +269,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def order(lever: Lever) -> str:
-    """What a lever asks to be done, and, where it is known, about how many classes."""
+    """What a lever asks the user to do, and about how many classes, if that is known."""
     what = LEVERS[lever["name"]].what
     shortlist = lever.get("shortlist")
     if shortlist:

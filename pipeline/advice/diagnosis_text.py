@@ -8,16 +8,16 @@ from ..results.forecasts import captured_text
 # What a state is called, and what follows from it.
 _STATES = {
     "capacity": (
-        "The generalist is short of capacity: it errs about as often on train as on val; "
-        "specialists, branches or a wider network add some."
+        "The generalist is short of capacity: it errs about as often on train as on val. "
+        "Specialists, branches or a wider network add some."
     ),
     "data": (
-        "The generalist is short of data: it knows train much better than val; "
-        "a further generalist usually gives more than specialists here: try `referral advise`."
+        "The generalist is short of data: it knows train much better than val. A second "
+        "generalist usually gives more than specialists here. `referral advise` measures which."
     ),
     "steps": (
-        "The generalist is not yet trained: its loss still fell before its rate went down; "
-        "train it longer before specialists are paid for."
+        "The generalist is not trained long enough: its loss still fell before its learning rate "
+        "went down. Train it longer before you pay for specialists."
     ),
     "none": "Neither capacity, data nor steps stand out as what the generalist is short of.",
 }

@@ -118,7 +118,7 @@ class Advice(TypedDict):
 
 
 def read_advice(path: Path) -> Advice | None:
-    """An advice.json. None where there is none.  Raises DamagedFile where it is none of ours."""
+    """An advice.json. None where there is none.  Raises DamagedFile for any other content."""
     try:
         advice = read_json(path)
     except FileNotFoundError:

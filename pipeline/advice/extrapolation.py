@@ -133,10 +133,10 @@ TRAIN_ON_SD = 0.065
 
 
 def train_on(evidence: Evidence) -> LogRatio:
-    """What is left to learn is the fit's to say: next to nothing, where train is memorised.
+    """The fit says how much is left to learn: next to nothing if train is memorised.
 
-    It is more where the loss still fell fast.  A pilot re-warms and errs more at first, so that it
-    says little. One that gains already puts a floor to what as long again gains.
+    It is more where the loss still fell fast.  A pilot warms its rate up again and errs more at
+    first, so it says little. A pilot that gains already is a lower bound for the whole training.
     """
     faster = max(1.0, (evidence.fall or 0.0) / USUAL_FALL)
     expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit**3 * faster, TRAIN_ON_SD)
@@ -152,7 +152,7 @@ WIDER_SD, WIDER_SPREAD = 0.03, 0.8
 
 
 def wider(evidence: Evidence) -> LogRatio:
-    """A little everywhere, more of a network without room, most where branches heal much.
+    """A little everywhere, more for a network short of capacity, most where branches help.
 
     Branches are wider where the confusion is. What they heal, width can.  A fresh wider network
     learns faster at first whether it ends better or not, so that its own pilot says nothing.
@@ -177,7 +177,7 @@ JOINED_SD, JOINED_SPREAD, LATE_SPREAD = 0.015, 0.42, 0.45
 
 
 def correlation_in_full(rounds: Sequence[Record]) -> float:
-    """Of the residuals y - p of two generalists, one of which has a few per cent of its training.
+    """Correlation of two generalists' residuals y - p, from one that was trained only briefly.
 
     The better the short network, the more its residuals go with the generalist's, about linearly in
     the log of their sizes' ratio, which is 0 of two equals.  One that has not begun to learn says
@@ -200,7 +200,7 @@ def log_brier_ratio(record: Record) -> float:
 
 
 def begun(record: Record) -> float:
-    """From 0 of a short network that says nothing yet to 1 of one that has begun to learn."""
+    """0 for a short network that predicts nothing yet, 1 for one that has begun to learn."""
     none, enough = BEGUN
     return min(max((none - record["forms"]["alone"]["brier"]) / (none - enough), 0.0), 1.0)
 
@@ -211,9 +211,9 @@ def learns_soon(rounds: Sequence[Record]) -> float:
 
 
 def joined(form: str) -> Callable[[Evidence], LogRatio | None]:
-    """Of two equal generalists: the less their errors go together, the more it gains.
+    """Two equal generalists joined: the less their errors correlate, the larger the gain.
 
-    More so of networks that learn late: their errors are near misses, which a mean undoes.
+    Networks that learn late gain more: their errors are near misses, which a mean undoes.
     """
 
     def rule(evidence: Evidence) -> LogRatio | None:
@@ -238,10 +238,10 @@ MIXED_SD, MIXED_SPREAD = 0.02, 0.45
 
 
 def average_student(evidence: Evidence) -> LogRatio | None:
-    """Little: its teachers are sure of the examples that it sees.  Of mixed bags nearly all.
+    """Little, as its teachers are sure of what it sees. With mixed bags nearly all of the mean's.
 
-    It starts as the generalist, and where that still errs on train it learns from labels' worth of
-    answers what training on would teach it, no more.
+    The student starts as the generalist. Where that still errs on train, answers that are as sure
+    as labels teach it what training on would, and no more.
     """
     teachers = joined("average")(evidence)
     if teachers is None:
@@ -256,7 +256,7 @@ RERANKER = 0.7  # of what a second generalist gains on a shortlist, for half its
 
 
 def rerank(evidence: Evidence) -> LogRatio | None:
-    """A part of what a second generalist gains on a shortlist. Its own pilot puts a floor to it."""
+    """A part of what a second generalist gains on a shortlist. Its own pilot is a lower bound."""
     second = joined("shortlist")(evidence)
     record = evidence.last("rerank")
     if second is None:

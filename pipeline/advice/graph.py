@@ -42,7 +42,7 @@ class AdviceGraph:
 
     @cached_property
     def not_possible(self) -> dict[str, str]:
-        """Of each lever that this run, its data or advise.levers exclude, why."""
+        """{lever: why it is excluded}, by this run, its data or advise.levers."""
         reasons = {name: self._why_not(name) for name in LEVERS}
         return {name: why for name, why in reasons.items() if why}
 
@@ -65,18 +65,18 @@ class AdviceGraph:
 
     @cached_property
     def levers(self) -> list[str]:
-        """Those that the advice is about, `stop` among them."""
+        """The levers that the advice is about, `stop` among them."""
         return [name for name in LEVERS if name not in self.not_possible]
 
     @cached_property
     def families(self) -> list[Family]:
-        """Those that are piloted: each that says what a lever is worth."""
+        """The families that are piloted: each says what some lever is worth."""
         wanted = {self.family_of(lever) for lever in self.levers}
         return [family for family in FAMILIES.values() if family.name in wanted]
 
     @property
     def costs(self) -> dict[str, float]:
-        """Of each family, what a share of the generalist's steps costs, in that of its compute."""
+        """{family: cost of a share of the generalist's steps, over that share of its compute}."""
         return {family.name: family.cost for family in self.families}
 
     @property
@@ -85,7 +85,7 @@ class AdviceGraph:
         return [family.name for family in self.families if family.tells_more]
 
     def family_of(self, lever: str) -> str | None:
-        """Whose pilots say what a lever is worth. None of `stop`, which needs none."""
+        """The family whose pilots say what a lever is worth. None for `stop`."""
         classes = self.num_classes or 0
         families = LEVERS[lever].families
         return next((name for name in families if classes >= FAMILIES[name].classes), None)
@@ -130,7 +130,7 @@ class AdviceGraph:
         return [stage for stages in self.rounds for stage in stages]
 
     def _pilot(self, family: Family, number: int, before: list[Stage]) -> Stage:
-        """What it reads of the config is what the run would read that goes on with its lever."""
+        """A pilot reads the config of the run that would go on with its lever."""
         lever = next(name for name in self.levers if self.family_of(name) == family.name)
         advise = self.asked.config.advise
         inputs = [*before, self.diagnosis] if before else [self.generalist]
@@ -157,7 +157,7 @@ class AdviceGraph:
 
     @cached_property
     def advice(self) -> Stage:
-        """What of [advise] changes no pilot enters its key alone."""
+        """The keys of [advise] that change no pilot enter this stage's key alone."""
         advise = self.asked.config.advise
         return self.run.stage(
             "advice",

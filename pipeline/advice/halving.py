@@ -1,8 +1,8 @@
 """Successive halving of the pilots: how far each round trains them, and which go on.
 
-Round 0 trains every family, round 1 the better half of those that a longer pilot says more of, for
-twice as long again.  Jamieson &
-Talwalkar 2016.  Shares are of the generalist's steps, costs of its training compute.
+Round 0 trains every family. Round 1 trains the better half of those that a longer pilot can tell
+more about, for twice as long again. Jamieson & Talwalkar 2016. Shares are of the generalist's
+steps, costs of its training compute.
 """
 
 from __future__ import annotations

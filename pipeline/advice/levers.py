@@ -21,9 +21,9 @@ Overrides = dict[str, Any]
 class Scarcity:
     """Something that a user may be short of.
 
-    words: it, as a sentence has it.
+    words: what a sentence calls it.
     limit: the most of it that a lever may take unless advise.limit says otherwise, a multiple of
-        the generalist's own. None of what is not taken by degrees.
+        the generalist's own. None for what has no degrees.
     quantity: the key of what a lever takes of it in advice.json. "" of the trunk, which is kept or
         not.
     of_answer: whether that is an absolute number, the whole predictor's, which the generalist's own
@@ -50,7 +50,7 @@ SCARCITIES: dict[str, Scarcity] = {
 class Family:
     """Pilots of one kind, one for each round. What they train stands for one or several levers.
 
-    what: they train, in a few words.
+    what: what they train, in a few words.
     cost: of a share of the generalist's steps, in that share of its training compute.
     sections: of the config that they read beside the generalist's.
     schedule: the section by which they train.
@@ -105,7 +105,7 @@ FAMILIES: dict[str, Family] = {row.name: row for row in _FAMILIES}
 class Lever:
     """One way to go on.
 
-    what: is to be done, in a few words.
+    what: what is to be done, in a few words.
     families: whose pilots say what it is worth, the first that was piloted. None of `stop`.
     keeps_trunk: whether the answer comes from the generalist's trunk as it is, and no other.
     overrides: (values of the run's config, the lever's entry in advice.json) -> what differs in
@@ -219,7 +219,7 @@ def average_student(values: dict, entry: dict) -> Overrides:
 
 
 def specialists(kind: str, foreign: tuple[str, ...]) -> Callable[[dict, dict], Overrides]:
-    """foreign: keys that the other kind of specialist has alone."""
+    """foreign: keys that only the other kind of specialist has."""
 
     def overrides(values: dict, entry: dict) -> Overrides:
         changed: Overrides = {"specialists.kind": kind}

@@ -124,12 +124,12 @@ def under_rows(advice: Advice) -> list[UnderRow]:
 
 
 def round_lines(advice: Advice) -> list[str]:
-    """What was piloted in each round, and what went no further."""
+    """What was piloted in each round, and what stopped there."""
     lines = []
     for index, each in enumerate(advice["rounds"]):
         line = f"round {index}: {', '.join(each['families'])} ({100 * each['share']:.2g} %)"
         if each["dropped"]:
-            line += f"; no further: {', '.join(each['dropped'])}"
+            line += f"; stopped: {', '.join(each['dropped'])}"
         lines.append(line)
     return lines
 

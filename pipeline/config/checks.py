@@ -1,4 +1,4 @@
-"""What sections ask of each other.  Each check raises ValueError with one line."""
+"""Rules between sections of the config. Each check raises ValueError with one line."""
 
 from __future__ import annotations
 

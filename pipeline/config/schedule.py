@@ -89,7 +89,7 @@ class Schedule(Section):
 
 
 class ResolvedSchedule(Schedule):
-    """A schedule of which nothing is left to inherit. Here are the defaults.
+    """A schedule with nothing left to inherit. The defaults are here.
 
     Of steps and epochs one may be None. negatives = None stands for all classes, and row_rate =
     None for the other weights' optimizer.
@@ -129,7 +129,7 @@ def part_of_network(value: str) -> str:
 
 
 class Train(Schedule):
-    """The generalist's schedule.  What is not in Schedule nobody inherits."""
+    """The generalist's schedule. Other sections inherit the keys of Schedule alone."""
 
     # of a generalist that starts from weights: all | head | last-N-blocks | trunk.NAME, ...
     trainable: str = "all"
@@ -257,12 +257,12 @@ class Specialists(Schedule):
 
     @property
     def embedding(self) -> int | None:
-        """Of branch. None: as many numbers as the generalist's head reads."""
+        """Width of a branch's embedding. None: as many numbers as the generalist's head reads."""
         return self.model.get("embedding")
 
     @property
     def dropout(self) -> float:
-        """Of branch: of what its embedding reads."""
+        """Dropout on what a branch's embedding reads."""
         return self.model.get("dropout", 0.0)
 
     def views_of(self, augment: str) -> int:

@@ -39,6 +39,13 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(max(value, 1e-4))))}f}"
 
 
+def mean_words(order: float) -> str:
+    """The geometric mean, the arithmetic mean, or a generalised mean of order 0.25"""
+    if order in (0, 1):
+        return "the arithmetic mean" if order else "the geometric mean"
+    return f"a generalised mean of order {order:g} (0 geometric, 1 arithmetic)"
+
+
 def duration(seconds: float | None) -> str:
     """4.2 s, 3 min 05 s or 2 h 07 min"""
     if seconds is None:

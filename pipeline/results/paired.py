@@ -27,7 +27,7 @@ class Answers(NamedTuple):
 
 
 def read_answers(path: Path) -> Answers | None:
-    """Of evaluation/NAME.npz. None where there is none."""
+    """The answers in evaluation/NAME.npz. None where there is no file."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             correct = arrays["top5"][:, 0] == arrays["labels"]

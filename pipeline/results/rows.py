@@ -26,7 +26,7 @@ class Metrics(TypedDict):
 
 
 class MemberMetrics(TypedDict):
-    """What several members disagree in: in nats, but for `disagreement`, a fraction of examples."""
+    """How much members disagree: in nats, and for `disagreement` a fraction of examples."""
 
     count: int
     mu: NotRequired[float | None]
@@ -236,7 +236,7 @@ def share_kept(row: Row, results: Results) -> float | None:
 
 
 def is_of_another_size(row: Row, generalist: Row) -> bool:
-    """Whether it has other parameters or multiplications. Not, where a run does not say."""
+    """Whether its parameters or multiplications differ. False where a run does not say."""
     return any(
         abs(row.get(key, 0) / generalist.get(key, 1) - 1) > SAME_SIZE
         for key in ("parameters", "multiplications")

@@ -5,10 +5,11 @@ A difference whose paired 95 % interval holds zero is "no measurable difference"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-from ..controls import twin_name
+from ..choices import CONTROL_ROWS
+from ..controls import COMPUTE, WALL, twin_name
 from .formats import ABSENT, number, percent
 from .rows import (
     AddedClasses,
@@ -26,7 +27,6 @@ from .rows import (
 
 NAMES: dict[MetricName, str] = {"top1": "top-1", "nll": "NLL", "cnll": "calibrated NLL"}
 JUDGED: tuple[MetricName, ...] = ("top1", "nll")  # what a verdict is about
-FEW = 2  # controls that a sentence has room for, each with its figures
 LARGER = 1.05  # a control that multiplies more than so many times as much is no rival
 
 
@@ -66,21 +66,21 @@ def tone(results: Results) -> Literal["wins", "beaten", "open"]:
 def verdict(results: Results) -> str:
     """One line: is the ensemble better than the generalist and every control?
 
-    A control that beats it comes first.
+    Controls that beat it come first.
     """
     return " ".join(verdict_sentences(results))
 
 
 def verdict_sentences(results: Results) -> list[str]:
-    """`verdict` as its one or two sentences."""
+    """`verdict` sentence by sentence. The first one is a headline: it is two lines at most."""
     sizes = results.get("sizes")
     subject = f"The ensemble of {len(sizes)}" if sizes else "The ensemble"
     sentence = f"{subject} makes {_versus_generalist(results)}"
     beaten_by = _beaten_by(results)
     if beaten_by:
-        return [f"{beaten_by}.", f"{sentence}."]
+        return [*beaten_by, f"{sentence}."]
     if rivals(results):
-        return [f"{sentence}{_versus_controls(results)}."]
+        return [f"{sentence}.", *_versus_controls(results)]
     if sizes:  # more of the same: there is no doubt where its gain comes from
         return [f"{sentence}."]
     generalist = results["generalist"]
@@ -89,23 +89,55 @@ def verdict_sentences(results: Results) -> list[str]:
     return [f"{sentence}; no control was trained, so nothing says where the difference comes from."]
 
 
-def _beaten_by(results: Results) -> str:
-    """The controls that are better in something. Empty if none is.
+def _beaten_by(results: Results) -> list[str]:
+    """Sentences on the controls that are better in something. Empty if none is.
 
-    Of more than two the best one by its errors is spoken of, and the others are named.
+    The control with the fewest errors has its figures first. Then the others are named, and at
+    last it is said what the first one is.
     """
     ensemble = results["ensemble"]
     better = {name: _better_in(row, ensemble) for name, row in rivals(results).items()}
     better = {name: metrics for name, metrics in better.items() if metrics}
-    if len(better) <= FEW:
-        return "; ".join(_beats(name, better[name], results) for name in better)
+    if not better:
+        return []
     best = min(better, key=lambda name: errors(results["controls"][name]))
+    sentences = [_beats(best, better.pop(best), results)]
+    if better:
+        sentences.append(_also_beat(better))
+    what = what_it_is(best, results["students"])
+    if what:
+        sentences.append(f"{best} is {what}.")
+    return sentences
+
+
+# What a control is that the names of students and pipeline.choices.CONTROL_ROWS do not say.
+TRAINED_ON = {
+    WALL: "the generalist, trained on for as long as one specialist",
+    COMPUTE: "the generalist, trained on with up to as many examples as all specialists saw",
+}
+
+
+def what_it_is(control: str, students: Iterable[str]) -> str:
+    """What a control is, in a few words. "" where nothing says.
+
+    students: names of the run's students.
+    """
+    for student in students:
+        if control == twin_name(student):
+            return f"the network of student {student}, taught by labels alone"
+    if control in CONTROL_ROWS:
+        return CONTROL_ROWS[control].what
+    return TRAINED_ON.get(control, "")
+
+
+def _also_beat(better: dict[str, list[MetricName]]) -> str:
+    """So do a and b in top-1 and NLL, and c in NLL."""
     groups: dict[str, list[str]] = {}
-    for name in better:
-        if name != best:
-            groups.setdefault(" and ".join(NAMES[each] for each in better[name]), []).append(name)
-    others = [f"{_listed(names)} in {metrics}" for metrics, names in groups.items()]
-    return f"{_beats(best, better[best], results)}, as do {'; '.join(others)}"
+    for name, metrics in better.items():
+        groups.setdefault(" and ".join(NAMES[each] for each in metrics), []).append(name)
+    clauses = [f"{_listed(names)} in {metrics}" for metrics, names in groups.items()]
+    verb = "does" if len(better) == 1 else "do"
+    return f"So {verb} {', and '.join(clauses)}."
 
 
 def _better_in(row: Row, ensemble: Row) -> list[MetricName]:
@@ -116,10 +148,10 @@ def _better_in(row: Row, ensemble: Row) -> list[MetricName]:
 def _beats(name: str, metrics: Sequence[MetricName], results: Results) -> str:
     row, ensemble = results["controls"][name], results["ensemble"]
     figures = {
-        "top1": f"top-1 ({errors(row):,} errors against {errors(ensemble):,})",
-        "nll": f"NLL ({number(row['nll'])} against {number(ensemble['nll'])})",
+        "top1": f"{errors(row):,} top-1 errors against {errors(ensemble):,}",
+        "nll": f"an NLL of {number(row['nll'])} against {number(ensemble['nll'])}",
     }
-    return f"{name} beats the ensemble on test in {' and '.join(figures[each] for each in metrics)}"
+    return f"{name} beats the ensemble on test: {', '.join(figures[each] for each in metrics)}."
 
 
 def _versus_generalist(results: Results) -> str:
@@ -130,8 +162,8 @@ def _versus_generalist(results: Results) -> str:
         return f"as many top-1 errors as the generalist ({after:,} of {n:,} test examples)"
     if compare_paired(ensemble, "generalist", generalist, "top1") == 0:
         return (
-            f"no measurable difference to the generalist in top-1 on {n:,} test examples "
-            f"({after:,} errors against {before:,})"
+            f"about as many top-1 errors as the generalist: no measurable difference on {n:,} test "
+            f"examples ({after:,} against {before:,})"
         )
     if before == 0:
         return f"{after:,} top-1 errors on {n:,} test examples where the generalist makes none"
@@ -152,8 +184,8 @@ def _interval_of_errors(ensemble: Row, before: int) -> str:
     return f"; 95 % interval {least * share:.1f} to {most * share:.1f} %"
 
 
-def _versus_controls(results: Results) -> str:
-    """Of an ensemble that no control beats."""
+def _versus_controls(results: Results) -> list[str]:
+    """Sentences on an ensemble that no control beats."""
     ensemble, generalist = results["ensemble"], results["generalist"]
     controls = rivals(results)
     ties = [name for name, row in controls.items() if errors(row) == errors(ensemble)]
@@ -162,19 +194,23 @@ def _versus_controls(results: Results) -> str:
         for name, row in controls.items()
         if compare_paired(row, "ensemble", ensemble, "top1") == 0 and name not in ties
     ]
+    beaten = [name for name in controls if name not in undecided]
+    clauses = []
     if ties:
-        clause = f", as many as {_listed(ties)}"
+        clauses.append(f"makes as many as {_listed(ties)}")
     elif not undecided:
-        clause = ", fewer than every control"
-    else:
-        beaten = [name for name in controls if name not in undecided]
-        clause = f", fewer than {_listed(beaten)}" if beaten else ""
-    if undecided:
-        clause += f"; to {_listed(undecided)} there is no measurable difference in top-1"
+        clauses.append("makes fewer than every control")
+    elif beaten:
+        clauses.append(f"makes fewer than {_listed(beaten)}")
     lower = [compare_paired(row, "ensemble", ensemble, "nll") < 0 for row in controls.values()]
     if all(lower) and compare_paired(ensemble, "generalist", generalist, "nll") > 0:
-        clause += ", with the lowest NLL of them all"
-    return clause
+        clauses.append("has the lowest NLL of them all")
+    sentences = [f"It {' and '.join(clauses)}."] if clauses else []
+    if undecided:
+        sentences.append(
+            f"Against {_listed(undecided)} there is no measurable difference in top-1."
+        )
+    return sentences
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -254,8 +290,8 @@ def _versus_twin(name: str, student: Row, results: Results) -> str:
         return ""
     relation = _relation_to_twin(student, twin_called, twin, metric)
     return (
-        f"; its {NAMES[metric]}, {value:.3f}, {relation} the {others:.3f} of its twin on hard "
-        f"labels, {_top1_against(student, twin_called, twin)}"
+        f". Its {NAMES[metric]} of {value:.3f} {relation} the {others:.3f} of its twin, which "
+        f"learned from labels alone, {_top1_against(student, twin_called, twin)}"
     )
 
 

@@ -89,6 +89,20 @@ def different_keys(one, other) -> set[str]:
     return {key for key in first if first[key] != second[key]}
 
 
+def test_table_5_trains_the_three_students_of_the_whole_table_and_no_other(tmp_path):
+    whole = load_config(None, [], table_of(tmp_path, 0)).students
+    few = load_config(None, [], mnist.table_5_config(tmp_path, 0)).students
+    assert few == {name: whole[name] for name in ("hard", "few_hard", "few_soft")}
+
+
+def test_table_5_shows_train_beside_test():
+    results = [rows({"generalist": 60, "hard": 150, "few_hard": 870, "few_soft": 430})]
+    on_train = [{name: {"top1": 0.995, "n": 1_650} for name in mnist.TABLE_5}]
+    lines = mnist.table_5(results, on_train).splitlines()
+    assert lines[3].startswith("| 3 % of train, hard targets | 1,650 | 99.50 | 91.30 |")
+    assert "| 99.50 | 95.70 | 65.4 | 57.0 |" in lines[4]
+
+
 def test_each_left_out_class_is_one_of_mnists_and_its_bias_is_corrected(tmp_path):
     assert mnist.LEFT_OUT["only_7_8"] == list("01234569")
     students = table_of(tmp_path, 0)["students"]

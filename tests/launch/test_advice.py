@@ -65,7 +65,7 @@ def test_every_lever_says_what_it_needs_and_where_its_pilots_ended(ward, width):
     text = " ".join(shown(ward, made_up(), width).split())
     assert "a network of twice the width" in text
     assert "rerank is not possible: 10,000 classes, but a head without bias" in text
-    assert "no further: on, copies" in text
+    assert "stopped: on, copies" in text
     if width == 80:
         assert "train_on: as many steps again; no pilot after round 0" in text
 

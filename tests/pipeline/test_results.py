@@ -18,6 +18,7 @@ from pipeline.results import (
     student_verdict,
     tone,
     verdict,
+    verdict_sentences,
     wins,
     worth,
 )
@@ -103,8 +104,8 @@ def test_verdict_of_an_ensemble_that_wins():
     )
     assert verdict(found) == (
         "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
-        "(351 against 368 of 1,000 test examples), fewer than every control, with the lowest NLL "
-        "of them all."
+        "(351 against 368 of 1,000 test examples). It makes fewer than every control and has the "
+        "lowest NLL of them all."
     )
     assert wins(found)
 
@@ -114,8 +115,9 @@ def test_verdict_names_first_a_control_that_has_fewer_errors():
         row(368, 1.23), row(351, 1.17), control_wall=row(373, 1.24), control_compute=row(340, 1.2)
     )
     assert verdict(found) == (
-        "control_compute beats the ensemble on test in top-1 (340 errors against 351). "
-        "The ensemble makes 4.6 % fewer top-1 errors than the generalist "
+        "control_compute beats the ensemble on test: 340 top-1 errors against 351. "
+        "control_compute is the generalist, trained on with up to as many examples as all "
+        "specialists saw. The ensemble makes 4.6 % fewer top-1 errors than the generalist "
         "(351 against 368 of 1,000 test examples)."
     )
     assert not wins(found)
@@ -127,10 +129,9 @@ def test_verdict_names_every_control_that_has_a_lower_nll():
     )
     line = verdict(found)
     assert line.startswith(
-        "control_wall beats the ensemble on test in NLL (1.1600 against 1.1700); control_compute "
-        "beats"
+        "control_compute beats the ensemble on test: 340 top-1 errors against 351, an NLL of "
+        "1.1000 against 1.1700. So does control_wall in NLL. control_compute is the generalist, "
     )
-    assert "top-1 (340 errors against 351) and NLL (1.1000 against 1.1700)" in line
 
 
 def test_verdict_of_an_ensemble_that_is_worse_than_the_generalist():
@@ -149,9 +150,9 @@ def test_verdict_is_one_line(hand_worked):
     found = collect(hand_worked)
     assert "\n" not in verdict(found)
     assert verdict(found) == (
-        "The ensemble makes no measurable difference to the generalist in top-1 on 10 test "
-        "examples (3 errors against 5); to control_wall, control_compute and student_hard there "
-        "is no measurable difference in top-1."
+        "The ensemble makes about as many top-1 errors as the generalist: no measurable "
+        "difference on 10 test examples (3 against 5). Against control_wall, control_compute and "
+        "student_hard there is no measurable difference in top-1."
     )
 
 
@@ -239,8 +240,8 @@ def test_a_verdict_is_good_news_bad_news_or_open(hand_worked):
 def test_where_there_is_no_difference_nobody_asks_where_it_comes_from():
     same = with_versus(row(299, 1.0), top1=0.001, nll=-0.001, name="generalist")
     assert verdict(results(row(300, 1.0), same)) == (
-        "The ensemble makes no measurable difference to the generalist in top-1 on 1,000 test "
-        "examples (299 errors against 300); no control was trained."
+        "The ensemble makes about as many top-1 errors as the generalist: no measurable "
+        "difference on 1,000 test examples (299 against 300); no control was trained."
     )
 
 
@@ -263,10 +264,10 @@ def test_a_control_beats_the_ensemble_only_measurably():
     ahead = decided(wider=with_versus(row(295, 0.995), top1=0.005, nll=-0.005))
     line = verdict(ahead)
     assert "beats" not in line and not wins(ahead)
-    assert line.endswith("; to wider there is no measurable difference in top-1.")
+    assert line.endswith(". Against wider there is no measurable difference in top-1.")
     beaten = decided(wider=with_versus(row(250, 0.9), top1=0.05, nll=-0.1))
     assert verdict(beaten).startswith(
-        "wider beats the ensemble on test in top-1 (250 errors against 300)"
+        "wider beats the ensemble on test: 250 top-1 errors against 300, "
     )
 
 
@@ -279,10 +280,22 @@ def test_of_many_controls_that_win_the_best_has_figures_and_the_others_names():
         student_hard=with_versus(row(305, 0.95), -0.005, -0.05),
     )
     assert verdict(found).startswith(
-        "wider beats the ensemble on test in top-1 (200 errors against 300) and NLL (0.8000 "
-        "against 1.0000), as do control_wall and average in top-1 and NLL; student_hard in NLL. "
-        "The ensem"
+        "wider beats the ensemble on test: 200 top-1 errors against 300, an NLL of 0.8000 "
+        "against 1.0000. So do control_wall and average in top-1 and NLL, and student_hard in NLL. "
+        "wider is a generalist of the ensemble's multiplications. The ensem"
     )
+
+
+def test_the_headline_is_short_and_says_next_what_a_twin_is():
+    ahead = {"top1": 0.02, "nll": -0.05}
+    found = decided(wide_hard=with_versus(row(280, 0.95), **ahead))
+    found["students"] = {"wide": row(290, 0.95)}
+    headline, what, *_ = verdict_sentences(found)
+    assert headline == (
+        "wide_hard beats the ensemble on test: 280 top-1 errors against 300, an NLL of 0.9500 "
+        "against 1.0000."
+    )
+    assert what == "wide_hard is the network of student wide, taught by labels alone."
 
 
 def test_verdict_tells_the_controls_that_it_beats_from_those_that_it_may_not():
@@ -291,15 +304,16 @@ def test_verdict_tells_the_controls_that_it_beats_from_those_that_it_may_not():
         control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1),
     )
     assert verdict(found).endswith(
-        ", fewer than control_wall; to wider there is no measurable difference in top-1."
+        " It makes fewer than control_wall. Against wider there is no measurable difference in "
+        "top-1."
     )
 
 
 def test_the_lowest_nll_is_claimed_where_it_is_measured():
     won = decided(control_wall=with_versus(row(360, 1.1), top1=-0.06, nll=0.1))
-    assert verdict(won).endswith(", with the lowest NLL of them all.") and wins(won)
+    assert verdict(won).endswith(" and has the lowest NLL of them all.") and wins(won)
     close = decided(control_wall=with_versus(row(360, 1.004), top1=-0.06, nll=0.004))
-    assert verdict(close).endswith("fewer than every control.") and not wins(close)
+    assert verdict(close).endswith("It makes fewer than every control.") and not wins(close)
 
 
 def test_a_control_of_more_multiplications_is_no_rival():
@@ -344,14 +358,14 @@ def test_a_student_is_held_against_its_own_twin():
     twin = row(336, 1.15)
     unclear = with_versus(student, 0.002, -0.05, name="student_hard")
     assert student_line(unclear, student_hard=twin).endswith(
-        "keeps 50 % of the ensemble's gain in top-1 on test; its NLL, 1.100, is below the 1.150 of "
-        "its twin on hard labels, and there is no measurable difference in top-1 on 1,000 test "
-        "examples."
+        "keeps 50 % of the ensemble's gain in top-1 on test. Its NLL of 1.100 is below the 1.150 "
+        "of its twin, which learned from labels alone, and there is no measurable difference in "
+        "top-1 on 1,000 test examples."
     )
     better = with_versus(student, 0.02, -0.005, name="student_hard")
     assert student_line(better, student_hard=row(354, 1.105)).endswith(
-        "its NLL, 1.100, is not measurably different from the 1.105 of its twin on hard labels, "
-        "and its top-1 is 2.00 points above the twin's."
+        "Its NLL of 1.100 is not measurably different from the 1.105 of its twin, which learned "
+        "from labels alone, and its top-1 is 2.00 points above the twin's."
     )
 
 
@@ -360,15 +374,17 @@ def test_a_student_and_its_twin_are_compared_after_calibration_where_that_is_kno
     student = with_versus(row(334, 1.1), 0.034, -0.1, name="generalist") | {"cnll": 1.05}
     twin = row(336, 1.2) | {"cnll": 1.06}
     older = with_versus(student, 0.002, -0.1, name="student_hard")
-    assert "its calibrated NLL, 1.050, stands beside the 1.060" in student_line(
+    assert "Its calibrated NLL of 1.050 stands beside the 1.060" in student_line(
         older, student_hard=twin
     )
     newer = copy.deepcopy(older)
     newer["versus"]["student_hard"] |= {"cnll": -0.01, "cnll_half": 0.02}
     line = student_line(newer, student_hard=twin)
-    assert "its calibrated NLL, 1.050, is not measurably different from the 1.060" in line
+    assert "Its calibrated NLL of 1.050 is not measurably different from the 1.060" in line
     newer["versus"]["student_hard"] |= {"cnll_half": 0.005}
-    assert "its calibrated NLL, 1.050, is below the 1.060" in student_line(newer, student_hard=twin)
+    assert "Its calibrated NLL of 1.050 is below the 1.060" in student_line(
+        newer, student_hard=twin
+    )
 
 
 def test_the_verdict_has_the_interval_of_the_errors_that_are_gone():
@@ -394,7 +410,8 @@ def test_a_twin_may_be_a_student_of_the_users_own():
     found["students"] = {"few": student, "few_hard": row(350, 1.2)}
     line = student_verdict(found, "few")
     assert line.endswith(
-        "below the 1.200 of its twin on hard labels, and its top-1 is 1.60 points above the twin's."
+        "below the 1.200 of its twin, which learned from labels alone, and its top-1 is 1.60 "
+        "points above the twin's."
     )
 
 

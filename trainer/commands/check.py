@@ -57,7 +57,7 @@ def check(
     elsewhere: bool = False,
     networks: bool = True,
 ) -> list[str]:
-    """What is odd about a run of this config, one line each.
+    """Warnings about a run of this config, one line each.
 
     processes: ranks of the generalist.  run: where it will be.  elsewhere: on a machine with
     another memory than this one's.  networks: try them, on the device that the run will have.

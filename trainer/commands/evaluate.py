@@ -230,7 +230,7 @@ def predict_all(
 def metrics_in_parts(
     predictor: Predictor, raw: Tensor, labels: Tensor
 ) -> Iterator[dict[str, Tensor]]:
-    """What some rows after the other contribute to the metrics."""
+    """What the rows contribute to the metrics, part by part."""
     if predictor.listed is None:
         logits = dense_log_probabilities(predictor.probabilities(raw))
         yield metrics_of_batch(logits.summary(TOP, labels), labels)

@@ -202,8 +202,8 @@ def header_of(
     memory = f"{gib(hardware.memory)} of memory free"
     lines += [
         f"Hardware: {machine}, {memory}",
-        f"Time: {in_words(seconds)} on it, roughly: of a few timed steps, for all networks",
-        "Its values are a start and not a result: docs/recipe.md has what to try next.",
+        f"Time: {in_words(seconds)} for all networks, a rough estimate from a few timed steps",
+        "These values are a starting point. docs/recipe.md says what to try next.",
     ]
     return lines
 

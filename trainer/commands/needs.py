@@ -61,7 +61,7 @@ def memory_of(config: Config, part: Part) -> int:
 
 
 def optimizer_numbers(part: Part) -> int:
-    """AdamW keeps two numbers a weight, SGD its momentum. Of rows that learn without, none."""
+    """Numbers kept for each weight: two by AdamW, one by SGD, none for rows without averages."""
     learning = parameter_count(part.network, trainable=True)
     if part.schedule.row_rate is not None and has_all_rows(part.network):
         assert isinstance(part.network, Classifier)
@@ -130,7 +130,7 @@ def check_disk(
 
 
 def checkpoint_bytes(part: Part) -> int:
-    """One state.pt."""
+    """Bytes of one state.pt."""
     numbers = parameter_count(part.network) + optimizer_numbers(part)
     for kept in (part.schedule.ema, part.schedule.patience):
         if kept:
@@ -157,7 +157,7 @@ def routing_bytes(config: Config, train: ShardSet) -> int:
 
 
 def features_bytes(config: Config, parts: Sequence[Part], shards: dict[str, ShardSet]) -> int:
-    """What branches learn from.  Raises UserError where it may not be so much."""
+    """Bytes of what branches learn from. Raises UserError above the config's limit."""
     branched = [part.network for part in parts if isinstance(part.network, BranchedClassifier)]
     if not branched:
         return 0
@@ -170,7 +170,7 @@ def features_bytes(config: Config, parts: Sequence[Part], shards: dict[str, Shar
 
 
 def shortlists_bytes(config: Config, shards: dict[str, ShardSet]) -> int:
-    """What re-rankers learn from.  Raises UserError where it may not be so much."""
+    """Bytes of what re-rankers learn from. Raises UserError above the config's limit."""
     if not config.has_rerankers:
         return 0
     examples = len(shards["train"]) + len(shards["val"])
@@ -180,7 +180,7 @@ def shortlists_bytes(config: Config, shards: dict[str, ShardSet]) -> int:
 
 
 def cache_bytes(config: Config, shards: dict[str, ShardSet]) -> int:
-    """Decoded inputs of the splits that are small enough to be kept."""
+    """Bytes of decoded inputs, of the splits that are small enough to be kept."""
     if config.data.cache == "none":
         return 0
     sizes = [

@@ -175,7 +175,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     add("--encoding", default="", metavar="NAME", help="of a csv or of byte strings, e.g. cp1252")
     add("--channels", default="", choices=("first", "last"), help="those of arrays of pictures")
     parser.add_argument(
-        "--follow-links", action="store_true", help="take links that lead out of a directory, too"
+        "--follow-links", action="store_true", help="also follow links that lead out of a directory"
     )
 
 

@@ -37,7 +37,7 @@ from ..stages.networks import fresh_network, student_members
 
 @dataclass(frozen=True)
 class DeclaredInputs:
-    """What is known of a split without reading it, as ShardSet has it."""
+    """What is known of a split without reading it, as in ShardSet."""
 
     num_classes: int
     input_shape: tuple[int, ...]

@@ -55,7 +55,7 @@ class BranchBatch:
 class BranchTask:
     """What one branch learns beside its rows.
 
-    seed: of its dropout.  shift, log_prior: as `specialist_loss` has them.  validate measures
+    seed: of its dropout.  shift, log_prior: as in `specialist_loss`.  validate measures
     the branch on val_examples rows: {"loss", "top1"}.
     checkpoints, metrics: where it keeps its state and reports.
     """
@@ -118,7 +118,7 @@ class BranchTrainer:
         self.every = schedule.validate_every or self._validate_every()
 
     def train(self) -> None:
-        """Until the steps are done, or every branch has stopped early. `best` is the result."""
+        """Train until the steps are done or every branch has stopped. `best` is the result."""
         if self.step == 0:
             self.validate()
         while self.step < self.steps and not self.stopped:
@@ -143,7 +143,7 @@ class BranchTrainer:
         return all(progress.stopped for progress in self.progress)
 
     def _look(self, rate: float) -> None:
-        """What is due after a step: log, validate, save."""
+        """Do what is due after a step: log, validate, save."""
         is_last = self.step == self.steps
         interrupted = self.stop_signal.agreed(self.ranks)
         saving = is_last or interrupted or self.step % self.schedule.checkpoint_every == 0
@@ -160,7 +160,7 @@ class BranchTrainer:
             raise Interrupted()
 
     def train_step(self, batch: BranchBatch, rate: float) -> Tensor:
-        """One optimizer step. The branches' mean losses [M]."""
+        """Take one optimizer step. Returns the branches' mean losses [M]."""
         base = self.general(batch).add_(self.offsets)
         logits = base + self.stack(batch.at_cut, self._dropout_mask(batch.at_cut))
         losses = stacked_loss(
@@ -177,7 +177,7 @@ class BranchTrainer:
     def _offsets(self) -> Tensor:
         """What the loss adds to the logits for the resampled classes, [M, 1, K + 1].
 
-        As specialist_loss has it: the classes' log_prior, and the dustbin lowered by the shift.
+        As in specialist_loss: the classes' log_prior, and the dustbin lowered by the shift.
         """
         offsets = torch.zeros(len(self.tasks), 1, self.stack.width + 1)
         for m, (task, size) in enumerate(zip(self.tasks, self.stack.sizes, strict=True)):

@@ -46,7 +46,7 @@ class Fit(NamedTuple):
 
     @property
     def errors(self) -> float:
-        """As a fraction."""
+        """Errors as a fraction."""
         return 1 - self.top1.value
 
 
@@ -68,7 +68,7 @@ class Fall(NamedTuple):
 
 
 def mean(values: np.ndarray) -> Mean:
-    """Of numbers [n], n at least 1."""
+    """The mean of numbers [n], n at least 1."""
     values = np.asarray(values, np.float64)
     return Mean(float(values.mean()), float(values.std()) / math.sqrt(len(values)))
 
@@ -135,7 +135,7 @@ class Line(NamedTuple):
 
 
 def line(x: np.ndarray, y: np.ndarray) -> Line:
-    """Through points [k], k at least FEWEST_ROWS, of two or more different x."""
+    """The line through points [k], k at least FEWEST_ROWS, of two or more different x."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     centred = x - x.mean()
     spread = float((centred**2).sum())

@@ -93,7 +93,7 @@ def mixed_loss(
     own_share : Tensor [B]
     label_smoothing : float
     log_prior : Tensor [C], optional
-        As of `classification_loss`.
+        As in `classification_loss`.
     """
     if isinstance(logits, LinearLogits):
         indices = torch.stack([labels, partner_labels], dim=1)

@@ -57,7 +57,7 @@ class Constant:
         self._value = value
 
     def beside(self, batch: Batch) -> Tensor | None:
-        """It on the batch's device."""
+        """The tensor on the batch's device."""
         if self._value is None:
             return None
         device = batch.labels.device
@@ -321,7 +321,7 @@ def distil(teacher: Teacher, student: ResolvedStudent, perturb: Perturb | None =
 
 
 def _weights(student: ResolvedStudent) -> tuple[float, float, float, float, float]:
-    """Of both distillation losses, in the order of their parameters."""
+    """The weights of both distillation losses, in the order of their parameters."""
     return (
         student.temperature,
         student.soft_weight,

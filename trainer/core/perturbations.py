@@ -1,4 +1,4 @@
-"""Inputs moved to where teachers have something to say.
+"""Move inputs to where teachers have something to say.
 
 Of pictures: to where the members of an ensemble disagree.  Nam et al. 2021, "Diversity matters when
 learning from ensembles", after the output diversified sampling of Tashiro et al. 2020.

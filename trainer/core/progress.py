@@ -212,7 +212,7 @@ def _rounded(value: float) -> float:
 
 
 def cpu_seconds(progress: Progress, ranks: Ranks) -> float | None:
-    """Of all ranks' processes. None on GPUs, where they say little.  Collective."""
+    """CPU seconds of all ranks' processes. None on GPUs, where they say little. Collective."""
     if ranks.device.type != "cpu":
         return None
     own = torch.tensor(progress.cpu_seconds, dtype=torch.float64)
@@ -220,7 +220,7 @@ def cpu_seconds(progress: Progress, ranks: Ranks) -> float | None:
 
 
 def peak_memory(ranks: Ranks) -> int:
-    """Bytes: of the GPU as torch counts them, or of this process."""
+    """The peak in bytes: of the GPU as torch counts it, or of this process."""
     if ranks.device.type == "cuda":
         return torch.cuda.max_memory_allocated(ranks.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -54,7 +54,7 @@ class Tracked:
 
     @property
     def identity(self) -> str:
-        """The same one for a stage that is resumed."""
+        """A name that stays the same when the stage is resumed."""
         return hashlib.sha256(f"{self.run.resolve()}/{self.stage}".encode()).hexdigest()[:16]
 
 
@@ -93,7 +93,7 @@ def trackers(
 ) -> Iterator[list[Tracker]]:
     """A tracker for each of `names`.
 
-    directory, run, stage, config: as `Tracked` has them.
+    directory, run, stage, config: as in `Tracked`.
     """
     of = Tracked(directory, run, stage, config or {})
     with ExitStack() as stack:

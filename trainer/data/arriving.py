@@ -188,7 +188,7 @@ class _Fetches:
                     job.done.set()
 
     def wait(self, number: int) -> None:
-        """Until the shard was tried, if it is among those to fetch."""
+        """Wait until the shard was tried, if it is among those to fetch."""
         with self._lock:
             job = self._jobs.get(number)
         if job is not None:

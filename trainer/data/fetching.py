@@ -506,7 +506,7 @@ def _lock_part(name: Path) -> BinaryIO | None:
 
 
 def _wait_for(claim: Path, url: str) -> None:
-    """Until nobody fetches what is claimed. Every fetcher has its limits."""
+    """Wait until nobody fetches what is claimed. Every fetcher has its limits."""
     began, is_said = time.monotonic(), False
     try:
         with open(claim, "rb", opener=_plain) as file:

@@ -230,7 +230,7 @@ def _named(text: str, class_of: Mapping[str, int]) -> int:
 
 
 def _class_table(names: Sequence[str]) -> dict[str, int]:
-    """{name: class}. The names as they are, and where that leaves no doubt as `clean` has them."""
+    """{name: class}. The names as they are, and where that leaves no doubt as in `clean`."""
     class_of = {name: number for number, name in enumerate(names)}
     for number, name in enumerate(names):
         class_of.setdefault(clean(name), number)

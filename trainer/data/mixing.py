@@ -28,7 +28,7 @@ class Mixing:
 
 
 def mixing_of(schedule: ResolvedSchedule) -> Mixing | None:
-    """As a schedule says. Only [train] does."""
+    """The mixing that a schedule asks for. Only [train] can."""
     if not isinstance(schedule, ResolvedTrain) or not (schedule.mixup or schedule.cutmix):
         return None
     return Mixing(schedule.mixup, schedule.cutmix)

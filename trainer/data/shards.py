@@ -193,7 +193,7 @@ class ShardSet:
         return Passage(self.shard_of(ids), self.data.stream_shards)
 
     def need_of(self, passage: Passage, first: int, last: int, end: int) -> Need:
-        """As Passage has it. Nothing where these samples lie in more shards than can be held."""
+        """As in Passage. Nothing where these samples lie in more shards than can be held."""
         need = passage.need(first, last, end)
         size = sum(self._bytes(number) for number in need.now if number in self._streams)
         return need if 2 * size <= self.data.fetch_bytes else Need()
@@ -309,7 +309,7 @@ class ShardSet:
         return printable(f"{self.names[shard]}: sample {self.keys([sample])[0]}")
 
     def _open(self, shard: int) -> OpenedShard:
-        """A shard's index, mapped when it is first asked for.  UserError as open_shards has it."""
+        """A shard's index, mapped when it is first asked for.  UserError as in open_shards."""
         opened = self._opened.get(shard)
         if opened is None:
             if len(self._opened) >= _open_indexes():

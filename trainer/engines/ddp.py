@@ -66,7 +66,7 @@ class DDPEngine:
         return self.module
 
     def averaged(self, network: nn.Module) -> Iterable[nn.Parameter]:
-        """Those whose gradients ranks average."""
+        """The parameters whose gradients ranks average."""
         return network.parameters()
 
     def autocast(self) -> AbstractContextManager[object]:

@@ -112,7 +112,7 @@ class DataSummary:
 
     @property
     def bytes_decoded(self) -> int:
-        """Of all splits."""
+        """Bytes of all splits."""
         return sum(self.examples.values()) * self.bytes_of_one
 
     @property
@@ -121,7 +121,7 @@ class DataSummary:
 
     @property
     def split_bytes(self) -> int:
-        """Of the largest split, decoded."""
+        """Bytes of the largest split, decoded."""
         return max(self.examples.values()) * self.bytes_of_one
 
 

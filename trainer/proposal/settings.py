@@ -92,7 +92,7 @@ def propose(data: DataSummary, hardware: Hardware) -> list[Setting]:
     batch = choose_batch(data, hardware, network, ranks)
     epochs = choose_epochs(data, hardware, network, batch)
     return [
-        Setting("seed", 0, "of weights, order and groups"),
+        Setting("seed", 0, "of the weights, the order of examples and the groups"),
         *data_settings(data, hardware),
         *model_settings(network),
         *train_settings(data, network, batch, epochs),
@@ -131,9 +131,9 @@ def data_settings(data: DataSummary, hardware: Hardware) -> list[Setting]:
 
 
 _READ_BY = {
-    "train": "what is learned",
+    "train": "to learn from",
     "val": "groups, early stopping and weights are chosen on it",
-    "test": "read by the last stage alone",
+    "test": "only read by the final evaluation",
 }
 
 
@@ -167,7 +167,7 @@ def _why_std(data: DataSummary) -> str:
 def choose_augment(data: DataSummary) -> tuple[str, str]:
     """(data.augment, why)."""
     if data.is_bags:
-        why = "each time another fifth of a text's letter groups is left out, for its teachers too"
+        why = "leaves out a random fifth of a text's letter groups each time; teachers see the same"
         return "drop_ngrams", why
     if data.kind != "pictures":
         return "none", "views are for pictures"
@@ -183,9 +183,9 @@ def choose_augment(data: DataSummary) -> tuple[str, str]:
 def choose_workers(data: DataSummary, hardware: Hardware) -> tuple[int, str]:
     """(data.workers, why)."""
     if data.split_bytes <= CACHED_BYTES:
-        return 0, "decoded once into a file in memory's reach: no reading processes are needed"
+        return 0, "decoded once into a file that fits in memory: no reading processes are needed"
     share = hardware.cores // max(1, len(hardware.gpus)) - 1
-    return max(1, min(4, share)), "too large to keep decoded: read beside the training"
+    return max(1, min(4, share)), "too large to keep decoded: processes read beside the training"
 
 
 # [model]
@@ -300,10 +300,10 @@ def model_settings(network: Network) -> list[Setting]:
     if network.depth:
         settings.append(Setting("model.depth", network.depth, _DEPTH[network.name]))
     if network.embedding:
-        why = "numbers that the layer to the classes reads"
+        why = "width of the features that the layer to the classes reads"
         settings.append(Setting("model.embedding", network.embedding, why))
     if network.dropout:
-        why = "few examples for each class: it keeps them from being learned by heart"
+        why = "few examples in each class: it keeps the network from memorising them"
         settings.append(Setting("model.dropout", network.dropout, why))
     return settings
 
@@ -384,10 +384,10 @@ def train_settings(data: DataSummary, network: Network, batch: int, epochs: floa
         Setting("train.batch_size", batch, _why_batch(data, batch)),
         Setting("train.learning_rate", _peak_rate(data, batch), "AdamW's peak; it falls to 0"),
         Setting("train.weight_decay", 0.01, "AdamW's usual one"),
-        Setting("train.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
+        Setting("train.validate_every", _every(steps), f"about {VALIDATIONS} validations"),
     ]
     if data.kind == "text":
-        why = "short texts are soon known by heart: it keeps answers from being too sure"
+        why = "short texts are soon memorised: it keeps predictions from being overconfident"
         settings.append(Setting("train.label_smoothing", 0.1, why))
     if data.largest >= IMBALANCE * data.smallest:
         why = (
@@ -463,7 +463,7 @@ def specialist_settings(data: DataSummary, batch: int, epochs: float) -> list[Se
     settings = [
         Setting("specialists.epochs", passes, why),
         Setting("specialists.learning_rate", rate, "half of the generalist's peak"),
-        Setting("specialists.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
+        Setting("specialists.validate_every", _every(steps), f"about {VALIDATIONS} validations"),
         Setting("specialists.patience", 3, "it stops when val gets no better, and keeps the best"),
     ]
     if data.kind == "text":
@@ -494,16 +494,18 @@ def student_settings(data: DataSummary, batch: int, epochs: float) -> list[Setti
     key = "students.main"
     rate = _peak_rate(data, batch) / 2
     settings = [
-        Setting(f"{key}.epochs", passes, "one network that learns what all answer together"),
+        Setting(f"{key}.epochs", passes, "one network that learns the ensemble's predictions"),
         Setting(f"{key}.learning_rate", rate, "it starts as the generalist"),
-        Setting(f"{key}.hard_weight", 0.2, "of the labels, beside the ensemble's answers"),
-        Setting(f"{key}.validate_every", _every(steps), f"about {VALIDATIONS} looks at val"),
+        Setting(
+            f"{key}.hard_weight", 0.2, "weight of the labels beside the ensemble's predictions"
+        ),
+        Setting(f"{key}.validate_every", _every(steps), f"about {VALIDATIONS} validations"),
     ]
     if data.kind == "text":
         settings.append(Setting(f"{key}.label_smoothing", 0.0, _WHY_SHARP))
     if choose_augment(data)[0] != "none":
         views = max(1, min(4, STORED_VIEWS // data.examples["train"]))
-        why = "of each input, answered once and stored; absent: every view anew"
+        why = "views of each input, predicted once and stored; without it each view anew"
         settings.append(Setting(f"{key}.views", views, why))
     return settings
 

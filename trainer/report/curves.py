@@ -67,7 +67,7 @@ def _parts(run: RunDirectory) -> tuple[str, dict[str, Curves]]:
 def _family_plots(
     title: str, networks: Mapping[str, Curves], colours: Mapping[str, str]
 ) -> list[Plot]:
-    """Training loss and val top-1 of some networks, as far as any has them."""
+    """Training loss and val top-1 of some networks, as far as in any."""
 
     def series(key: str) -> list[plots.Series]:
         return [

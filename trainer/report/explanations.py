@@ -12,7 +12,7 @@ from pipeline.config import Config, Ensemble, Specialists, Student
 from pipeline.controls import best_wall, possible_twins, wall_rate
 from pipeline.graph import RunDirectory
 from pipeline.results import Row, count, percent, read_file
-from pipeline.results.formats import ABSENT
+from pipeline.results.formats import ABSENT, mean_words
 
 from .evidence import Evidence
 from .formatting import colours_of
@@ -92,12 +92,12 @@ def _explain_ensemble(config: Config, fitted: dict) -> str:
                 f"{config.rerank.random} drawn ones of each batch, and "
             )
         count = ensemble.num_networks
-        length, order = fitted.get("shortlist", ABSENT), fitted.get("order", ABSENT)
+        length, order = fitted.get("shortlist", ABSENT), fitted.get("order")
+        mean = "a generalised mean" if order is None else mean_words(order)
         return (
             f"{count} networks: the generalist, and others of the same classes that are {learnt}"
             f"asked about its {length} likeliest classes of each example. Their distributions are "
-            f"joined there by a generalised mean of order {order} (0 geometric, 1 arithmetic); "
-            "outside, the generalist's answer stands."
+            f"joined there by {mean}; outside, the generalist's answer stands."
         )
     if ensemble.gate == 1:
         gate = "the generalist's most probable class"

@@ -116,14 +116,15 @@ def _head(evidence: Evidence) -> dict[str, object]:
     results = evidence.results
     first, *sentences = metrics.verdict_sentences(results)
     students = students_in_the_head(results)
-    sentences += [metrics.student_verdict(results, name) or "" for name in students]
-    sentences.append(metrics.classes_line(results) or "")
+    paragraphs = [" ".join(sentences)]
+    paragraphs += [metrics.student_verdict(results, name) or "" for name in students]
+    paragraphs.append(metrics.classes_line(results) or "")
     return {
         "title": evidence.run.root.resolve().name,
         "about": about_the_run(evidence),
         "verdict": first,
         "tone": metrics.tone(results),
-        "sentences": [sentence for sentence in sentences if sentence],
+        "paragraphs": [paragraph for paragraph in paragraphs if paragraph],
         "missing": evidence.missing,
         "dropped": metrics.dropped_line(results),
         "missing_controls": missing_rows(evidence),

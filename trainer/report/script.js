@@ -26,11 +26,13 @@ for (const table of document.querySelectorAll("table.sortable")) {
     });
   });
 }
-// What is wider than its frame says so, and can be scrolled by the keyboard.
+// What is wider or longer than its frame says so, and can be scrolled by the keyboard.
 const frames = [...document.querySelectorAll(".scroll")];
 const look = () => frames.forEach(frame => {
   const wide = frame.scrollWidth > frame.clientWidth + 1;
   frame.classList.toggle("wider", wide);
+  frame.classList.remove("longer");
+  frame.classList.toggle("longer", frame.scrollHeight > frame.clientHeight + 1);
   if (wide) frame.tabIndex = 0; else frame.removeAttribute("tabindex");
 });
 look();

@@ -66,7 +66,7 @@ def trained_on(session: Session, name: str) -> TrainingTask:
 
 
 def never(steps: int) -> int:
-    """A patience that keeps the best step and stops nothing early: there are fewer validations."""
+    """A patience above the number of validations: it keeps the best step and never stops early."""
     return steps + 2
 
 

@@ -64,7 +64,7 @@ def train_on(session: Session, stage: Stage, name: str) -> None:
 
 
 def steps_again(session: Session) -> int:
-    """As many as the generalist took. As [train] says, where it was given."""
+    """Steps as many as the generalist took, or as [train] says where it was given."""
     taken = read_summary(session.run.generalist).get("steps")
     return taken or count_steps(session.config.train, session.shards("train").num_samples)
 
@@ -83,7 +83,7 @@ def wider(session: Session, stage: Stage, name: str) -> None:
 
 
 def wider_spec(session: Session) -> ModelSpec:
-    """Of controls.model, or the generalist's own with wider layers."""
+    """The spec of controls.model, or the generalist's own with wider layers."""
     if session.config.controls.model:
         return fresh_network(session, own_model=session.config.controls.model).spec
     own = load_network(session, session.run.generalist)
@@ -119,13 +119,13 @@ def widened(session: Session, spec: ModelSpec, target: float) -> ModelSpec:
 
 
 def scaled_to(session: Session, spec: ModelSpec, target: float) -> ModelSpec:
-    """The same.  Raises ValueError for a network that has no width."""
+    """Like `widened`, but raises ValueError for a network that has no width."""
     builders = builders_of(session.config)
     return widened_to(spec, target, lambda each: count_multiplications(each, builders))
 
 
 def ensemble_multiplications(session: Session) -> float:
-    """Of one example on average. How many specialists it asks is measured on val."""
+    """The ensemble's for one example on average. How many specialists it asks is from val."""
     ensemble = load_ensemble(session)
     if not isinstance(ensemble, SpecialistEnsemble):
         return ensemble.multiplications()

@@ -17,13 +17,13 @@ def cost_of(stage: Stage) -> Cost:
 
 
 def cost_of_ensemble(session: Session) -> Cost:
-    """The generalist's, and that of every network that joins it."""
+    """The cost of the generalist and of every network that joins it."""
     joined = [stage for stage in session.run.method.joined() if stage.is_done]
     return total_cost([session.run.generalist, *joined])
 
 
 def cost_of_control(session: Session, name: str, stage: Stage) -> Cost:
-    """Its own, and that of what it starts from or consists of."""
+    """A control's own cost, and that of what it starts from or consists of."""
     row = CONTROL_ROWS.get(name)
     if row is None and name in twins(session.config):
         return cost_of_all_behind(stage)

@@ -66,7 +66,7 @@ def fit_temperatures_of_sizes(session: Session, ensemble: DeepEnsemble) -> list[
 
 
 def size_slopes(ensemble: DeepEnsemble, k: int, batch: Batch, beta: float) -> Slopes:
-    """As fit_in_passes has them, of the first k + 1 networks."""
+    """As in fit_in_passes, of the first k + 1 networks."""
     first = DeepEnsemble(ensemble.networks[: k + 1], ensemble.order)
     return slopes_of(DenseLogits(cumulative_means(first, batch.inputs)[-1]), batch.labels, beta)
 

@@ -161,7 +161,7 @@ def fit(values: Arrays) -> Fit:
 
 
 def gap(fits: dict[str, Fit]) -> dict[str, Mean]:
-    """What train has more than val."""
+    """How much more train has than val."""
     train, val = fits["train"], fits["val"]
     return {"top1": unpaired(train.top1, val.top1), "loss": unpaired(train.loss, val.loss)}
 

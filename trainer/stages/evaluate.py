@@ -153,7 +153,7 @@ def listed_predictor(ensemble: SpecialistEnsemble) -> ListedPredictor:
 def multiplications_of(
     session: Session, ensemble: SpecialistEnsemble, asked: np.ndarray
 ) -> dict[str, int]:
-    """Of one example on average: the generalist's, and with the specialists that are asked.
+    """For one example on average: the generalist's, and with the specialists that are asked.
 
     asked: int32 [N, most], the gate over test.
     """

@@ -217,7 +217,7 @@ def split_old_new(old: np.ndarray, values: dict[str, np.ndarray]) -> dict[str, d
 
 
 def before_new_classes(session: Session, network: Classifier) -> dict:
-    """What there was: the old generalist on the test examples of its classes, among these alone.
+    """Before: the old generalist on the test examples of its classes, among these alone.
 
     Its logits are this generalist's, whose old rows and trunk are the same.
     """

@@ -163,7 +163,7 @@ class LeverCosts:
 
     @cached_property
     def examples_of_branch(self) -> int:
-        """That each branch sees. They are trained at once, for as many steps."""
+        """Examples that each branch sees. All are trained at once, for as many steps."""
         if self.piloted:
             return max(self.piloted["full_seen"])
         section, counts = self.branch_section, self.session.shards("train").class_counts
@@ -172,7 +172,7 @@ class LeverCosts:
 
     @cached_property
     def fresh_branches(self) -> list[Branch]:
-        """Of some groups."""
+        """Fresh branches of some groups."""
         section, every = self.branch_section, list(self.groups.values())
         places = np.linspace(0, len(every) - 1, min(len(every), BRANCHES_COUNTED)).astype(int)
         with torch.random.fork_rng(devices=[]):

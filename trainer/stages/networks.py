@@ -53,7 +53,7 @@ def fresh_network(
     """A network of [model], its weights drawn from `seed`, by default the run's.
 
     student, own_model: the section, or the keys of [model], that count first.  members: of
-    networks with several, as model.json has it.  split: each rank draws and holds its rows of the
+    networks with several, as in model.json.  split: each rank draws and holds its rows of the
     head alone, where engine.shard_head says so. The weights are the same.
     """
     model = session.config.model
@@ -161,7 +161,7 @@ def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
 
 
 def cosine_of(model: Model, num_classes: int) -> dict | None:
-    """As model.json has it. None of a linear head."""
+    """As in model.json. None of a linear head."""
     if model.head != "cosine":
         return None
     return {
@@ -264,7 +264,7 @@ def load_given(session: Session, key: str, path: str) -> Classifier:
 def _adopted_network(session: Session, source: str, file: Path) -> Given:
     """[model] with the weights of a file. Without the file's head, or with other classes, fresh.
 
-    source: as generalist.from has it. The file, or the directory that holds it.
+    source: as in generalist.from. The file, or the directory that holds it.
     """
     chosen = session.config.generalist
     network = fresh_network(session)
@@ -398,7 +398,7 @@ def student_network(
 
 
 def student_members(config: Config, student: Student) -> dict | None:
-    """As model.json has it. None for a single network."""
+    """As in model.json. None for a single network."""
     count = student.members or config.ensemble.num_networks
     if student.network == "hydra":
         return {"kind": "heads", "count": count, "blocks": student.head_blocks}

@@ -296,7 +296,7 @@ def _student(session: Session, name: str, started: dict[str, Classifier]) -> Par
 
 
 def _network_of(session: Session, name: str, started: dict[str, Classifier]) -> Classifier:
-    """Of the generalist or a student. Each is built once, after what it starts from."""
+    """The network of the generalist or a student, built once, after what it starts from."""
     if name not in started:
         student = session.config.students[name]
         copied = {start: _network_of(session, start, started) for start in _starts(student)}

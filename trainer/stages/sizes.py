@@ -53,7 +53,7 @@ def of_network(network: Classifier) -> Answering:
 
 
 def of_generalists(ensemble: DeepEnsemble | ShortlistEnsemble) -> Answering:
-    """Networks of one label set: all that are further ones are asked about each example."""
+    """The size of networks of one label set, where each example asks all further ones."""
     size = Size(
         parameters=ensemble.parameters(),
         multiplications=round(ensemble.multiplications()),

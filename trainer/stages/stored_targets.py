@@ -24,7 +24,7 @@ VALUE = np.dtype(np.float16)
 
 
 def index_dtype(num_classes: int) -> np.dtype:
-    """Of class indices: as few bytes as hold them."""
+    """The dtype of class indices: as few bytes as hold them."""
     return np.dtype(np.uint16 if num_classes <= 2**16 else np.int32)
 
 

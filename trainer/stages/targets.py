@@ -171,7 +171,7 @@ class OwnEntries:
         self._parts: list[dict[str, np.ndarray]] = []
 
     def take(self, ids: Tensor, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch. kept: as Storing._padded has it.  Returns what every rank is to know of it."""
+        """A batch. kept: as in Storing._padded.  Returns what every rank is to know of it."""
         arrays = {name: value.cpu().numpy() for name, value in kept.items()}
         counts = arrays["counts"].reshape(-1)
         part = {name: flattened(arrays[name].reshape(len(counts), -1), counts) for name in ENTRIES}
@@ -244,7 +244,7 @@ class Storing:
         return digest([asdict(self.keeping), self.temperatures, self.rows])
 
     def write(self, directory: Path) -> dict:
-        """Into DIRECTORY, from where an earlier attempt stopped. What answers.json says."""
+        """Write DIRECTORY from where an earlier attempt stopped. Returns what answers.json says."""
         session, main = self.session, self.session.ranks.is_main
         numbers = {"log_tail": VALUE}
         writer = RaggedWriter(directory, self.rows, self.entries, numbers) if main else None
@@ -346,7 +346,7 @@ class Storing:
         return self._lost_of(predicted[:, sampled], stored)
 
     def _lost_of(self, p: Tensor, kept: dict[str, Tensor]) -> Tensor:
-        """p: [K, rows, C].  kept: as Stored has it."""
+        """p: [K, rows, C].  kept: as in Stored."""
         stored = Stored(*(kept[name].cpu().numpy() for name in Stored._fields))
         q = restored(stored, self.session.num_classes, p.device).spread()
         return torch.stack([mean_kl(soften(p, T), soften(q, T)) for T in self.temperatures], 1)
@@ -457,7 +457,7 @@ def rows_at_once(num_classes: int) -> int:
 
 
 def finite(temperature: float) -> float | str:
-    """As JSON has it."""
+    """As in JSON."""
     return "inf" if math.isinf(temperature) else temperature
 
 

@@ -187,7 +187,7 @@ def count_steps(schedule: ResolvedSchedule, examples: int) -> int:
 
 
 def branch_steps(schedule: ResolvedSpecialists, own_examples: list[int]) -> int:
-    """Of all branches alike, since they are trained at once. An epoch is the largest group's.
+    """Steps of all branches, which are trained at once. An epoch is the largest group's.
 
     own_examples: of each group.
     """
@@ -195,5 +195,5 @@ def branch_steps(schedule: ResolvedSpecialists, own_examples: list[int]) -> int:
 
 
 def specialist_steps(schedule: ResolvedSpecialists, examples: int) -> int:
-    """An epoch is one pass over its own classes, which fill `fraction` of a batch."""
+    """Steps of a specialist. An epoch is a pass over its classes, `fraction` of a batch."""
     return count_steps(schedule, math.ceil(examples / schedule.fraction))

@@ -184,7 +184,7 @@ def test_seconds_are_compared_only_where_no_two_trainings_ran_side_by_side(hand_
     moved(hand_worked, 5.0)
     assert Evidence(hand_worked, collect(hand_worked)).is_contended
     assert "Top-1 against seconds of training" not in captions(hand_worked)
-    assert "are not comparable" in text_of(render(hand_worked, collect(hand_worked)))
+    assert "cannot be compared" in text_of(render(hand_worked, collect(hand_worked)))
 
 
 def test_cpu_seconds_stand_for_seconds_where_every_row_has_them(hand_worked):

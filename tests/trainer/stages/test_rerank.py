@@ -136,7 +136,7 @@ def test_its_page_and_its_last_lines_say_what_it_is(run):
     assert f"asked about its {length} likeliest classes" in said
     console = Console(record=True, width=300)
     show_results(run, console)
-    assert "one further network was asked about the generalist's" in console.export_text()
+    assert "One further network was asked about each example's" in console.export_text()
 
 
 def test_it_is_exported_and_predicts_as_the_run_does(run, tmp_path, capsys):

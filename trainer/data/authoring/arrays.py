@@ -1,4 +1,4 @@
-"""Shards from arrays: npz with x and y, idx files as MNIST has them, npy."""
+"""Shards from arrays: npz with x and y, idx files as in MNIST, npy."""
 
 from __future__ import annotations
 

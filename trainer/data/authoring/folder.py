@@ -118,7 +118,7 @@ def labelled_files(
     """{split: (file, the name of its class directory)}, for data that only get predicted.
 
     A directory without splits is one split called "".  It may hold a single class.  follow_links:
-    as from_folder has it.
+    as in from_folder.
 
     Raises UserError for a directory without class directories, and where it cannot be told which
     files are inputs.
@@ -202,7 +202,7 @@ def lies_outside(path: Path, root: str) -> bool:
 def leads_out(path: Path, root: str) -> bool:
     """Whether a path below the directory `root` is a link to something that is not below it.
 
-    root: as os.path.realpath has it.
+    root: as in os.path.realpath.
     """
     return path.is_symlink() and lies_outside(path, root)
 

@@ -57,7 +57,7 @@ class Answers(NamedTuple):
     products: dict[str, np.ndarray]
 
     def metrics(self) -> dict[str, dict[str, float]]:
-        """Of each form. The generalist's gain is 0."""
+        """The metrics of each form. The generalist's gain is 0."""
         reference = self.correct[GENERALIST]
         return {
             form: form_metrics(self.correct[form], self.log_p[form], self.brier[form], reference)
@@ -65,7 +65,7 @@ class Answers(NamedTuple):
         }
 
     def residual_correlation(self, form: str) -> float:
-        """Of a network alone and the generalist."""
+        """How residuals of a network alone correlate with the generalist's."""
         return residual_correlation(self.products[form], self.brier[form], self.brier[GENERALIST])
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -54,7 +54,7 @@ def plan_extraction(
     """The examples that passes of the generalist on one example are enough for.
 
     members: the classes of each group, of which the first are taken, and at least `fewest`.
-    left, otherwise: as `plan_features` has them.
+    left, otherwise: as in `plan_features`.
     """
     train, classes = session.shards("train"), list(members.values())
     firsts = [np.unique(np.concatenate(classes[: k + 1])) for k in range(len(classes))]

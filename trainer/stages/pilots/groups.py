@@ -87,7 +87,7 @@ class Chosen:
 def choose(session: Session, previous: Stage | None, most: int) -> Chosen:
     """The groups with the highest ceilings, or the round before's where these are not done.
 
-    Where they are, the next ones, and the same, with nothing left to train, where there are none.
+    If these are done, the next ones. If there are none, the same, with nothing left to train.
     """
     summary = read_json(session.run.cluster.path("summary.json"))
     gains = [row["gain"] for row in summary["forecast"]]
@@ -511,7 +511,7 @@ def training_cost(network: Classifier, teacher: Classifier | None) -> int:
 
 
 def dearest(session: Session, generalist: Classifier) -> int:
-    """Of training a copy or the control on an example, whichever costs more."""
+    """The cost of training a copy or the control on an example, whichever is more."""
     with_teacher = asks_teacher(session.config.specialists)
     return training_cost(generalist, generalist if with_teacher else None)
 
@@ -586,6 +586,6 @@ def outcome_of(
     answers: Answers,
     more: dict[str, Any],
 ) -> Outcome:
-    """Its share is of compute, since specialists' steps are not the generalist's."""
+    """A round's outcome. Its share is of compute: specialists' steps are others."""
     earlier = 0.0 if previous is None else read_record(previous)["share"]
     return Outcome(dict(networks), earlier + spent, spent, trainings, answers, more)

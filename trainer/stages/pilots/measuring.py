@@ -26,7 +26,7 @@ class Join(NamedTuple):
     """How a network is joined to the generalist.
 
     network    its name
-    order      of the mean, as `generalised_mean` has it
+    order      of the mean, as in `generalised_mean`
     shortlist  over so many of the generalist's likeliest classes. None is all
     """
 
@@ -113,7 +113,7 @@ def residual_correlation(products: np.ndarray, brier: np.ndarray, other: np.ndar
     Parameters
     ----------
     products : array [n]
-        <y - p, y - q> of each example, as `residual_product` has it.
+        <y - p, y - q> of each example, as in `residual_product`.
     brier, other : array [n]
         |y - p|^2 and |y - q|^2, the Brier sums of the two.
     """

@@ -107,7 +107,7 @@ def joins_of_second(session: Session) -> dict[str, Join]:
 
 
 def shortlist_length(session: Session) -> int:
-    """Of how many classes a second generalist is asked about, at most all.
+    """How many classes a second generalist is asked about, at most all.
 
     The run that is advised on says it: its variant with groups, which trains the pilots, asks none.
     """
@@ -157,7 +157,7 @@ def pilot_wide(session: Session, attempt: Attempt, share: float, previous: Stage
 def wider_networks(
     session: Session, generalist: Classifier, seed: int, more: dict
 ) -> dict[str, Classifier]:
-    """scratch, and where the generalist can be widened to its shape, grown.
+    """A fresh network, `scratch`, and `grown` where the generalist can be widened to its shape.
 
     more: is told why it cannot.  ValueError for a network that has no width.
     """
@@ -173,7 +173,7 @@ def wider_networks(
 
 
 def wider_spec(session: Session, generalist: Classifier) -> ModelSpec:
-    """Of controls.model, or the generalist's own with wider layers."""
+    """The spec of controls.model, or the generalist's own with wider layers."""
     if session.config.controls.model:
         return fresh_network(session, own_model=session.config.controls.model).spec
     target = PAIR * multiplications(generalist, generalist.zero_input())
@@ -227,7 +227,7 @@ def rerank_task(
     seed: int,
     steps: int,
 ) -> TrainingTask:
-    """As trainer.stages.rerank has it, but for where shortlists come from, and how long it is."""
+    """As in trainer.stages.rerank, but for where shortlists come from, and how long it is."""
     schedule = compressed(section, steps)
     objective = rerank(
         shortlists_on_the_fly(generalist, k),
@@ -329,6 +329,6 @@ def spent(
 
 
 def share_so_far(session: Session, previous: Stage | None, summaries: list[dict]) -> float:
-    """Of the generalist's steps, that each network has taken in all rounds."""
+    """The share of the generalist's steps that each network has taken in all rounds."""
     earlier = 0.0 if previous is None else read_record(previous)["share"]
     return earlier + summaries[0]["examples_seen"] / whole_examples(session)

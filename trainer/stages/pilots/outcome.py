@@ -35,12 +35,12 @@ class Outcome:
 
     @classmethod
     def dropped(cls, why: str) -> Outcome:
-        """Of a family that does not go on."""
+        """The outcome of a family that does not go on."""
         return cls(more={"dropped": True, "why": why})
 
     @classmethod
     def not_possible(cls, why: str) -> Outcome:
-        """Of a family that this network or machine does not allow."""
+        """The outcome of a family that this network or machine does not allow."""
         return cls(more={"not_possible": why})
 
     def record(self, family: str, number: int, unit: str) -> dict:

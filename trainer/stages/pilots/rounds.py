@@ -30,7 +30,7 @@ def previous_round(stage: Stage, family: str, number: int) -> Stage | None:
 
 
 def share_of_round(session: Session, number: int) -> float:
-    """Of the generalist's steps that each pilot of a round is to take: whole steps, at least 1."""
+    """The share of the generalist's steps that each pilot of a round takes: whole steps."""
     advice = session.run.advice
     steps, budget = whole_steps(session), advice.asked.config.advise.budget
     return round_steps(advice.costs, budget, steps, advice.may_go_on)[number] / steps
