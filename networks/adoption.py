@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from .classifier import Classifier
 from .cosine import UnitTrunk
 from .layouts import translated
 
+# What torch puts into the names of a network's tensors.  No module is called so by a person.
+WRAPPERS = re.compile(r"(?<=\.)(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 NEW = "new"  # the head's name that stands for a fresh one
 COUNTER = "num_batches_tracked"  # of a batch norm: how often it was updated. Nobody needs it
 
@@ -47,6 +51,7 @@ def adopt_weights(
     head: str | None = None,
     weights: str | None = None,
     prefix: str = "",
+    row_names: Sequence[str] | None = None,
 ) -> Adoption:
     """Load someone else's weights into `classifier`, in place. Never runs pickled code.
 
@@ -69,6 +74,9 @@ def adopt_weights(
         Key of the state dict to load, for a checkpoint that holds several.
     prefix : str
         Load only tensors whose names start with this, and remove it: one part of a larger model.
+    row_names : sequence of str, optional
+        Names of the classes that the rows of the file's head stand for, if they are known. Rows of
+        the same classes in another order are put into the order of the label set.
 
     Returns
     -------
@@ -77,8 +85,9 @@ def adopt_weights(
     Raises
     ------
     ValueError
-        If the file, which the message names, cannot be read or does not fit. `classifier` is then
-        unchanged.
+        If the file, which the message names, cannot be read, does not fit or holds numbers that are
+        not finite, or if rows of its head stand for some of our classes in another order.
+        `classifier` is then unchanged.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, weights)
@@ -88,12 +97,15 @@ def adopt_weights(
         adoption.notes.append(
             f"took {checkpoint.name}, not {others}; generalist.weights chooses another"
         )
-    theirs = _part(dict(checkpoint.tensors), prefix, path)
+    theirs = _part(_unwrapped(checkpoint.tensors), prefix, path)
     adopted: Tensors = {}
     if head == NEW:
         head = None
     if head is not None:
         adopted = _take_head(theirs, head, classifier, path, adoption)
+    if adoption.with_head and row_names is not None:
+        order = row_order(row_names, classifier.spec.class_names, path, adoption.notes)
+        adopted = {name: tensor[order] for name, tensor in adopted.items()}
     net, place = classifier.trunk, "trunk."
     if isinstance(net, UnitTrunk):
         net, place = net.net, "trunk.net."
@@ -114,9 +126,17 @@ def adopt_weights(
         own = fit.ours + name.removeprefix(fit.theirs)
         if own in trunk:
             adopted[place + own] = tensor
+    _check_numbers(adopted, path)
     result = classifier.load_state_dict(adopted, strict=False)
     assert not result.unexpected_keys, result
     return adoption
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> Tensors:
+    """Their names without what torch's wrappers put into the middle: a part of a network is wrapped
+    where it alone is compiled, checkpointed or sharded.
+    """
+    return {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
 
 
 def _part(theirs: Tensors, prefix: str, path: Path) -> Tensors:
@@ -143,7 +163,14 @@ def _take_head(
     """Take the head's tensors out of `theirs`: those to load, {} where a fresh one has to stand."""
     name = _name_of_head(theirs, head)
     if name is None:
-        raise ValueError(f"{path} has no {head}.weight; its linear layers are {heads(theirs)}")
+        behind = [each for each in _linear_layers(theirs) if each.endswith(f".{head}")]
+        remedy = ""
+        if behind:
+            part = behind[0].removesuffix(head)
+            remedy = f'; generalist.prefix = "{part}" takes what is called so'
+        raise ValueError(
+            f"{path} has no {head}.weight; its linear layers are {heads(theirs)}{remedy}"
+        )
     parts = {key: theirs.pop(key) for key in list(theirs) if key.startswith(f"{name}.")}
     own = classifier.linear_head
     weight, bias = parts.get(f"{name}.weight"), parts.get(f"{name}.bias")
@@ -164,6 +191,47 @@ def _take_head(
         f"the head is fresh: {name} is {shape}, these classes need {list(own.weight.shape)}"
     )
     return {}
+
+
+def row_order(
+    theirs: Sequence[str], ours: Sequence[str], path: Path, notes: list[str]
+) -> list[int]:
+    """Which of their rows stands for each of our classes.
+
+    theirs, ours: C names each.  notes: gets a sentence where the order is not plain.
+    Raises ValueError where a class of ours has another place in theirs and not all are there.
+    """
+    same = list(range(len(ours)))
+    named, needed = list(map(_plain, theirs)), list(map(_plain, ours))
+    place = {name: row for row, name in enumerate(named)}
+    common = [row for row, name in enumerate(needed) if name in place]
+    other = [row for row in same if named[row : row + 1] != [needed[row]]]
+    moved = sorted(set(common) & set(other))
+    if moved and len(common) == len(place) == len(same):
+        notes.append(
+            f"the head's rows were put into the order of the classes: {ours[moved[0]]} is its row "
+            f"{place[needed[moved[0]]]} and class {moved[0]}"
+        )
+        return [place[name] for name in needed]
+    if moved:
+        row = moved[0]
+        raise ValueError(
+            f"{path}: its head's row {place[needed[row]]} is called {theirs[place[needed[row]]]}, "
+            f"which is class {row} here, and {len(same) - len(common)} classes are not among its "
+            'rows; generalist.head = "new" trains a fresh head'
+        )
+    if other:
+        row = other[0]
+        notes.append(
+            f"{len(other)} rows of the head are called otherwise than the classes that they are "
+            f"taken for: row {row} is {theirs[row] if row < len(theirs) else 'nothing'}, class "
+            f"{row} is {ours[row]}"
+        )
+    return same
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def _name_of_head(theirs: Mapping[str, Tensor], head: str) -> str | None:
@@ -269,6 +337,20 @@ def _misfits(fit: _Fit, theirs: Mapping[str, Tensor], trunk: Mapping[str, Tensor
         elif needed.is_floating_point() and not tensor.is_floating_point():
             wrong.append(f"{name} is {tensor.dtype}, not floating")
     return [first_few(wrong)] if wrong else []
+
+
+def _check_numbers(adopted: Mapping[str, Tensor], path: Path) -> None:
+    """ValueError for weights that no training can go on from."""
+    for name, tensor in adopted.items():
+        said = ""
+        if tensor.is_meta or tensor.layout != torch.strided:
+            said = "is not stored as plain numbers (meta or sparse)"
+        elif not torch.isfinite(tensor.float()).all():
+            said = "holds NaN, infinity or numbers beyond float32; take an earlier checkpoint"
+        elif name.endswith("running_var") and (tensor < 0).any():
+            said = "is a variance below 0; take another checkpoint"
+        if said:
+            raise ValueError(f"{path}: {name} {said}")
 
 
 def heads(tensors: Mapping[str, Tensor]) -> str:

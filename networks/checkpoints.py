@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from .choices import AVERAGED, BESIDE_WEIGHTS, PLAIN
 from .integrity import blamed_on, check_file
 
 Tensors = dict[str, Tensor]
+INDEX = ".index.json"  # ends the name of an index of weights in several files
+POINTER = b"version h"  # begins what Git keeps in place of a large file: "version https://git-lfs"
 IN_RECIPE = ("state_dict_ema", "state_dict", "model")
 REMEDY = 'say which are meant: generalist.weights = "..."'
 RECIPE = """\
@@ -39,6 +42,8 @@ class Checkpoint:
 def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     """The weights in a file: a safetensors file, or what torch.save wrote of tensors.
 
+    Of weights in several files the file is their index, as Hugging Face writes it.
+
     Parameters
     ----------
     path : Path
@@ -52,7 +57,7 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
         If the file, which the message names, cannot be read, holds more than tensors, or leaves
         open which state dict is meant.
     """
-    content = read_safetensors(path) if _is_safetensors(path) else _load_plain(path)
+    content = _read_split(path) if path.name.endswith(INDEX) else _read_file(path)
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ValueError(f"{path} holds a {kind}, not a state dict: {{name: tensor}} is needed")
@@ -73,6 +78,30 @@ def read_checkpoint(path: Path, weights: str | None = None) -> Checkpoint:
     return Checkpoint(inside[chosen], chosen, others)
 
 
+def _read_file(path: Path) -> Any:
+    return read_safetensors(path) if _is_safetensors(path) else _load_plain(path)
+
+
+def _read_split(path: Path) -> Tensors:
+    """The tensors of all files that an index names, {"weight_map": {tensor: file beside it}}."""
+    try:
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in file_of.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: no index of weights, which has a weight_map") from None
+    tensors: Tensors = {}
+    for file in sorted(set(names.values())):
+        if file != Path(file).name:
+            raise ValueError(f"{path}: {file!r} is no file beside it")
+        content = _read_file(path.parent / file)
+        held = content if isinstance(content, dict) else {}
+        for name in [name for name in names if names[name] == file]:
+            if not isinstance(held.get(name), Tensor):
+                raise ValueError(f"{path.parent / file}: has no {name}, which {path.name} names")
+            tensors[name] = held[name]
+    return tensors
+
+
 def read_safetensors(path: Path) -> Tensors:
     """The tensors of a safetensors file. Raises ValueError if it is none, or truncated."""
     from safetensors import SafetensorError
@@ -90,6 +119,11 @@ def read_safetensors(path: Path) -> Tensors:
 
 def _is_safetensors(path: Path) -> bool:
     """Judged by its header, which is a length and a JSON object, or by its name."""
+    if _head(path) == POINTER:
+        raise ValueError(
+            f"{path}: is a pointer of Git LFS, not the weights; fetch them with `git lfs pull`, or "
+            "with `hf download`"
+        )
     return _head(path)[8:] == b"{" or path.suffix == ".safetensors"
 
 

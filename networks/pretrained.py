@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .checkpoints import INDEX
+
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
 def pretrained_file(directory: Path) -> Path:
-    """The file of weights in a directory that a hub's snapshot is.
+    """The file of weights in a directory that a hub's snapshot is, or the index of several.
 
-    Raises ValueError where there is none, or where several files hold one network.
+    Raises ValueError where there is none.
     """
-    for name in WEIGHTS:
+    for name in (*WEIGHTS, *(f"{whole}{INDEX}" for whole in WEIGHTS)):
         if (directory / name).is_file():
             return directory / name
-    split = sorted(directory.glob("*.index.json"))
-    if split:
-        raise ValueError(
-            f"{split[0].name}: its weights lie in several files; load them where they were made "
-            "and save them as one (save_pretrained(..., max_shard_size='100GB'))"
-        )
     raise ValueError(
         f"no network is saved there: neither model.json, a run's generalist/, nor {WEIGHTS[0]}"
     )
@@ -38,6 +34,24 @@ def normalisation(directory: Path) -> tuple[list[float], list[float]] | None:
         if isinstance(table, dict) and table.get(mean) and table.get(std):
             return list(table[mean]), list(table[std])
     return None
+
+
+def class_names(directory: Path) -> list[str] | None:
+    """The names of the head's rows in their order, where the directory's config.json has them.
+
+    transformers writes them as id2label, timm as label_names.  Names that only count (LABEL_0) say
+    nothing.
+    """
+    config = _read(directory / "config.json")
+    names = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names")
+    if not isinstance(names, list):
+        table = config.get("id2label")
+        if not isinstance(table, dict):
+            return None
+        names = [table.get(str(row)) for row in range(len(table))]
+    if not all(isinstance(name, str) for name in names):
+        return None
+    return None if names == [f"LABEL_{row}" for row in range(len(names))] else names
 
 
 def _read(path: Path) -> dict:

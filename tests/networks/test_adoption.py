@@ -1,6 +1,7 @@
 """Someone else's weights in a network of ours."""
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -68,6 +69,11 @@ FORMS = {
     "compiled": lambda s: prefixed("_orig_mod.", s),
     "ddp of compiled": lambda s: prefixed("module._orig_mod.", s),
     "compiled ddp": lambda s: prefixed("_orig_mod.module.", s),
+    "a part compiled": lambda s: {n.replace("conv.", "conv._orig_mod."): v for n, v in s.items()},
+    "a part checkpointed": lambda s: {
+        f"module.{name}".replace("norm.", "norm._checkpoint_wrapped_module."): value
+        for name, value in s.items()
+    },
     "lightning": lambda s: {"state_dict": prefixed("model.", s), "callbacks": {"c": {"x": 1}}},
     "a name of their own": lambda s: prefixed("learner.net.student.", s),
     "backbone apart": lambda s: head_apart("backbone.", s),
@@ -159,6 +165,105 @@ def test_the_same_logits_come_from_safetensors(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
     adopt_weights(mine, tmp_path / "weights.safetensors", "fc")
     torch.testing.assert_close(mine.head.weight, theirs.fc.weight)
+
+
+def test_weights_in_several_files_are_one_network_by_their_index(tmp_path):
+    theirs, mine = Theirs(), ours()
+    state = theirs.state_dict()
+    parts = [list(state)[0::2], list(state)[1::2]]
+    for number, names in enumerate(parts):
+        save_file({name: state[name] for name in names}, tmp_path / f"{number}.safetensors")
+    file_of = {name: f"{n}.safetensors" for n, names in enumerate(parts) for name in names}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
+    assert adopt_weights(mine, index, "fc").with_head
+    torch.testing.assert_close(mine.head.weight, theirs.fc.weight)
+    torch.testing.assert_close(mine.trunk.conv.weight, theirs.conv.weight)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{}", "no index of weights"),
+        ("[1]", "no index of weights"),
+        ('{"weight_map": {"fc.weight": "../a.safetensors"}}', "is no file beside it"),
+        ('{"weight_map": {"fc.weight": "none.safetensors"}}', "cannot be read"),
+        ('{"weight_map": {"fc.w": "a.safetensors"}}', "has no fc.w, which"),
+    ],
+)
+def test_an_index_of_what_is_not_there_is_refused(tmp_path, content, message):
+    save_file(Theirs().state_dict(), tmp_path / "a.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        adopt_weights(ours(), index, "fc")
+
+
+@pytest.mark.parametrize("end", ["safetensors", "pt"])
+def test_a_pointer_of_git_lfs_is_called_one(tmp_path, end):
+    path = tmp_path / f"weights.{end}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0a\nsize 12\n")
+    with pytest.raises(ValueError, match="pointer of Git LFS.*git lfs pull"):
+        adopt_weights(ours(), path, "fc")
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("conv.weight", lambda v: v * float("nan"), "trunk.conv.weight holds NaN"),
+        ("fc.weight", lambda v: v / 0, "head.weight holds NaN, infinity"),
+        ("conv.weight", lambda v: v.double() * 1e300, "beyond float32"),
+        ("norm.running_var", lambda v: v - 9, "is a variance below 0"),
+        ("fc.weight", lambda v: v.to_sparse(), "head.weight is not stored as plain numbers"),
+        ("conv.weight", lambda v: v.to("meta"), "trunk.conv.weight is not stored as plain"),
+    ],
+)
+def test_weights_that_nothing_can_learn_from_are_refused(tmp_path, name, change, message):
+    mine, before = ours(), ours().state_dict().keys()
+    kept = {key: value.clone() for key, value in mine.state_dict().items()}
+    state = Theirs().state_dict()
+    torch.save({**state, name: change(state[name])}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=message):
+        adopt_weights(mine, tmp_path / "weights.pt", "fc")
+    assert before == kept.keys()
+    assert all(torch.equal(value, kept[key]) for key, value in mine.state_dict().items())
+
+
+def test_a_part_of_a_larger_model_is_proposed_where_it_has_the_head(tmp_path):
+    state = {"state_dict": {**prefixed("model.", STATE), "criterion.weight": torch.ones(5)}}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match='generalist.prefix = "model."'):
+        adopt_weights(ours(), tmp_path / "weights.pt", "fc")
+    assert adopt_weights(ours(), tmp_path / "weights.pt", "fc", prefix="model.").with_head
+
+
+def named(classes):
+    spec = ModelSpec("their:body", 5, InputSpec(shape=(1, 8, 8)), class_names=classes)
+    return build_classifier(spec, {"their:body": lambda shape: Body()})
+
+
+def test_rows_of_the_same_classes_are_put_into_their_order(tmp_path):
+    theirs, mine = Theirs(), named(("ant", "bee", "caf\xe9", "dog", "eel"))
+    torch.save(theirs.state_dict(), tmp_path / "weights.pt")
+    rows = ["eel", "ant", "bee", "cafe\u0301", "dog"]
+    adoption = adopt_weights(mine, tmp_path / "weights.pt", "fc", row_names=rows)
+    torch.testing.assert_close(mine.head.weight, theirs.fc.weight[[1, 2, 3, 4, 0]])
+    torch.testing.assert_close(mine.head.bias, theirs.fc.bias[[1, 2, 3, 4, 0]])
+    assert any("ant is its row 1 and class 0" in note for note in adoption.notes)
+
+
+def test_rows_of_other_names_are_said_and_those_at_other_places_refused(tmp_path):
+    torch.save(STATE, tmp_path / "weights.pt")
+    classes = ("ant", "bee", "cat", "dog", "eel")
+
+    def notes(rows):
+        return adopt_weights(named(classes), tmp_path / "weights.pt", "fc", row_names=rows).notes
+
+    assert notes(list(classes)) == []
+    (note,) = notes(["ant", "bee", "tiger", "dog", "eel"])
+    assert "1 rows of the head are called otherwise" in note and "row 2 is tiger" in note
+    with pytest.raises(ValueError, match="row 1 is called ant, which is class 0 here"):
+        notes(["bee", "ant", "tiger", "dog", "eel"])
 
 
 class Evil:

@@ -403,7 +403,7 @@ def validate(
 ) -> None:
     """Check every file in the shards. Exit code 1 if one is corrupt, with a list."""
     from ..data.authoring.indexing import validate as validate_shards
-    from ..data.authoring.reporting import print_classes
+    from ..data.authoring.reporting import print_classes, print_repeats
     from ..data.writing import read_manifest
 
     decoders: dict[str, str] = {}
@@ -420,6 +420,8 @@ def validate(
     manifest = read_manifest(pattern) if Path(pattern).is_dir() else None
     if manifest:
         print_classes(pattern, manifest)
+        if not any(finding.corruption for finding in findings):
+            print_repeats(pattern, manifest, data)
     if any(finding.corruption for finding in findings):
         raise typer.Exit(1)
 

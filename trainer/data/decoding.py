@@ -58,8 +58,9 @@ def rgb(content: bytes) -> np.ndarray:
 
 
 def npy(content: bytes) -> np.ndarray:
-    """The array of a .npy file. Pickles are refused."""
-    return read_npy(content)
+    """The array of a .npy file, in this machine's order of bytes. Pickles are refused."""
+    array = read_npy(content)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def numbers(content: bytes) -> np.ndarray:

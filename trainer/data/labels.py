@@ -45,6 +45,10 @@ DIGITS = re.compile(r"[0-9]{1,31}")
 WHOLE = re.compile(r"(0|[1-9][0-9]{0,30})\.0+")
 BOM = "\ufeff"
 SHOWN = 3  # examples in a note
+# What programs write where there is no label, in any case.
+ABSENT = frozenset(("nan", "null", "none", "na", "n/a", "#n/a", "<na>", "nat", "undefined"))
+JOINTS = ",;|/+&"  # between the labels of an example that has several
+LISTED = re.compile(r"[\[({].*[,'\"].*[\])}]", re.DOTALL)
 
 
 @dataclass
@@ -399,6 +403,20 @@ def doubts(names: Sequence[str]) -> list[str]:
     if groups:
         shown = ", ".join(" and ".join(map(ascii, group[:SHOWN])) for group in groups[:SHOWN])
         notes.append(f"warning: class names that look alike stay apart: {shown}{_more(groups)}")
+    absent = [name for name in names if name.casefold() in ABSENT or name == "-1"]
+    if absent:
+        shown = ", ".join(map(ascii, absent[:SHOWN]))
+        notes.append(
+            f"warning: class names usually stand for a label that is missing: {shown}"
+            f"{_more(absent)}; leave their rows out if they do"
+        )
+    several = _joined(names)
+    if several:
+        shown = ", ".join(map(ascii, several[:SHOWN]))
+        notes.append(
+            f"warning: class names look like several labels of one example: {shown}"
+            f"{_more(several)}; each is a class of its own here, as an example has one class"
+        )
     hidden = [name for name in names if any(map(_is_invisible, name))]
     if hidden:
         shown = ", ".join(map(ascii, hidden[:SHOWN]))
@@ -406,6 +424,17 @@ def doubts(names: Sequence[str]) -> list[str]:
             f"warning: class names hold control or invisible characters: {shown}{_more(hidden)}"
         )
     return notes
+
+
+def _joined(names: Sequence[str]) -> list[str]:
+    """Names that are lists, or other names of the same set put together."""
+    known = set(names)
+    joined = []
+    for name in names:
+        parts = [part.strip() for mark in JOINTS if mark in name for part in name.split(mark)]
+        if LISTED.fullmatch(name) or (parts and known.issuperset(parts)):
+            joined.append(name)
+    return joined
 
 
 def _more(items: Sequence) -> str:

@@ -128,6 +128,18 @@ class OpenedShard:
             raise Corrupt(self._no_input)
         return inputs[0]
 
+    def input_rows(self) -> np.ndarray:
+        """int64 [n]: `input_row` of every sample. -1 where there is none, or several."""
+        if self.index is None:
+            return np.zeros(0, np.int64)
+        start = self.index.member_start
+        rows = np.flatnonzero(np.asarray(self._is_input, bool)[self.index.member_extension])
+        first = np.searchsorted(rows, start[:-1])
+        count = np.searchsorted(rows, start[1:]) - first
+        found = np.full(len(count), -1, np.int64)
+        found[count == 1] = rows[first[count == 1]]
+        return found
+
     def extension(self, row: int) -> str:
         assert self.index is not None
         return self._extensions[self.index.member_extension[row]]

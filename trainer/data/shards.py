@@ -59,6 +59,7 @@ from .writing import ShardWriter, agreed_rules, recorded_rules, write_manifest
 __all__ = ["Corruption", "ShardSet", "ShardWriter", "open_shards", "write_manifest"]
 
 OPEN_FILES = 256  # shards
+MOST_POSITIVE = (1 << 63) - 1
 MOST_FILES = 1 << 16  # whatever a process may open: a mapping costs address space
 
 Ids = Sequence[int] | np.ndarray  # indices of samples, int64 [n]
@@ -367,6 +368,23 @@ class ShardSet:
             return self._input(shard, place)
         except Corrupt as reason:
             raise ValueError(str(reason)) from None
+
+    def input_checksums(self) -> np.ndarray:
+        """int64 [N]: one number for the size and crc32 of each sample's input, from the indexes.
+
+        Equal contents have equal numbers.  -1 where a sample has no input, or several.
+        """
+        numbers = np.full(len(self), -1, np.int64)
+        for shard, start in enumerate(self._shard_start[:-1].tolist()):
+            rows = self._open(shard).input_rows()
+            index = self._opened[shard].index
+            if index is None:
+                continue
+            has_one = rows >= 0
+            rows = rows[has_one]
+            mixed = (index.size[rows].astype(np.int64) << 32) | index.crc[rows].astype(np.int64)
+            numbers[start : start + len(has_one)][has_one] = mixed & MOST_POSITIVE
+        return numbers
 
     def raw_bytes(self, ids: Ids) -> int:
         """Bytes that the samples' files take in a tar: contents and headers in whole blocks.

@@ -27,12 +27,11 @@ from .authoring.foreign_files import refuse_foreign
 from .authoring.parquet import END as PARQUET
 from .authoring.parquet import ParquetColumns, read_parquet
 from .authoring.reporting import Report
-from .authoring.tables import Columns, read_table
+from .authoring.tables import TABLES, Columns, read_table
 from .patterns import URL
 from .shards import open_shards
 from .writing import read_manifest
 
-TABLES = (".csv", ".csv.gz")
 ARRAYS = (".npz", ".npy", ".idx", ".idx.gz", "-ubyte", "-ubyte.gz")
 ALL_BUT_ONE = 1 - 1e-12  # every readable sample is wanted, whatever the share of the others
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")

@@ -16,6 +16,7 @@ from pipeline.config import Data, UserError
 
 from ..data.authoring.split_names import split_called
 from ..data.fetching import FetchDir
+from ..data.label_files import class_counts
 from ..data.orders import generator
 from ..data.patterns import URL, braces, expand
 from ..data.shards import ShardSet, open_shards
@@ -212,6 +213,8 @@ def _remedy(shards: Shards, missing: list[str]) -> str:
     """The command that takes the missing splits of train."""
     if "train" in missing:
         return "call the tars to learn from train-000000.tar, ... and run `referral shards index`"
+    if _has_no_pair(shards):
+        return "no class of train has two examples, so none can be held out: bring these splits"
     made_by = shards.made_by
     again = _made_again(shards)
     fractions = [word for split in missing for word in (f"--{split}", "0.1")]
@@ -224,6 +227,13 @@ def _remedy(shards: Shards, missing: list[str]) -> str:
             if made_by.get(option, "cls") != "cls":
                 words += [f"--{option}", made_by[option]]
     return f"`referral shards {shlex.join(words)}` takes them of train"
+
+
+def _has_no_pair(shards: Shards) -> bool:
+    """Whether no class has two examples in train. False where the manifest lies elsewhere."""
+    if shards.place.startswith(URL) or "train" not in shards.manifest["splits"]:
+        return False
+    return class_counts(shards.place, shards.manifest, "train").max(initial=0) < 2
 
 
 def _made_again(shards: Shards) -> list[str]:

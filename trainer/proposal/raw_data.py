@@ -15,10 +15,10 @@ from ..data.authoring.indexing import expand_locations, unpacked_tar
 from ..data.authoring.members import first_sample, proposed_label, some_pictures
 from ..data.authoring.picture_sizes import suggested_size
 from ..data.authoring.split_names import split_called, split_within
+from ..data.authoring.tables import TABLES
 from ..data.choices import DECODERS, PICTURES
 from ..data.patterns import URL
 
-TABLES = (".csv", ".csv.gz")
 ARRAYS = (".npz", ".npy", "-ubyte", "-ubyte.gz", ".idx", ".idx.gz")
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 PARQUET = (".parquet",)

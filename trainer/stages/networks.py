@@ -29,7 +29,7 @@ from networks.cosine import default_scale, to_unit_rows
 from networks.files import finish_parts, save_part
 from networks.head_rows import fresh_rows
 from networks.heads import ShardedHead
-from networks.pretrained import normalisation, pretrained_file
+from networks.pretrained import class_names, normalisation, pretrained_file
 from networks.texts import INDICES
 from networks.user_code import CONTRACT
 from pipeline.config import Config, Model, Rerank, Student, UserError
@@ -268,10 +268,17 @@ def _adopted_network(session: Session, source: str, file: Path) -> Given:
     """
     chosen = session.config.generalist
     network = fresh_network(session)
-    adoption = adopt_weights(network, file, chosen.head, chosen.weights, chosen.prefix)
+    names = class_names(file.parent)
+    adoption = adopt_weights(network, file, chosen.head, chosen.weights, chosen.prefix, names)
     notes = [f"generalist.from = {source}: {note}" for note in adoption.notes]
     if not adoption.with_head:
         notes.append(_say_fresh_head(session, source))
+    elif names is None:
+        first = session.class_names[0]
+        notes.append(
+            f"generalist.from = {source}: its head's rows are taken for the classes in their order,"
+            f" the first for {first}; nothing beside the file says what they are called"
+        )
     return Given(network.to(session.ranks.device), adoption.with_head, notes)
 
 

@@ -12,11 +12,13 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 from shards_command import counts_of, refusal, run
 from shardsets import png, tar_files, write_tar
 
 from pipeline.config import Data, load_config
 from trainer.data import open_shards
+from trainer.data.authoring.repeats import find_repeats
 
 
 def labelled(labels) -> list[tuple[str, bytes]]:
@@ -377,7 +379,10 @@ def test_a_test_table_of_the_users_own(tmp_path):
         ("text,label\nx,y,a\n", "line 2: has 3 fields, the header 2"),
         ('text,label\n"x,a\ny,b\n', "line 2: a quote is opened and not closed"),
         ('text,label\n"x,a\n"y,b\nz,c\n', "line 2: a quote is opened and not closed"),
-        ("text;label\nx;a\n", "not separated by commas"),
+        ("text\nx\n", "no column is left for --label"),
+        ("x,a\ny,a\nz,b\n", "is the first line a row?"),
+        ("label,label\nx,a\n", "rename the others"),
+        ('{"text": "x", "label": "a"}\n', "begins as JSON does"),
         ("", "is empty"),
         ("text,label\n", "has no row of the split train"),
     ],
@@ -385,6 +390,82 @@ def test_a_test_table_of_the_users_own(tmp_path):
 def test_rows_that_would_be_lost_without_a_word_are_named(tmp_path, content, message):
     (tmp_path / "t.csv").write_text(content)
     assert message in refusal("table", tmp_path / "t.csv", "--out", tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "mark, name", [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")]
+)
+def test_columns_may_be_separated_by_other_marks(tmp_path, capsys, mark, name):
+    lines = [f'"a, {i} ""{mark}"" b"{mark}{"xy"[i % 2]}\n' for i in range(8)]
+    (tmp_path / "t.tsv").write_text(f"text{mark}label\n" + "".join(lines))
+    run("table", tmp_path / "t.tsv", "--out", tmp_path / "s", "--val", 0, "--test", 0)
+    assert f"columns are separated by {name}" in capsys.readouterr().out
+    assert classes_of(tmp_path / "s") == ["x", "y"]
+    shards = open_shards(str(tmp_path / "s"), Data(), "train")
+    texts = {shards.input_file(i)[1].decode() for i in range(8)}
+    assert texts == {f'a, {i} "{mark}" b' for i in range(8)}
+
+
+@pytest.mark.parametrize(
+    "encoding, message", [("utf-16", "--encoding utf-16"), ("utf-16-le", "--encoding utf-16-le")]
+)
+def test_a_table_of_wide_letters_names_its_encoding(tmp_path, encoding, message):
+    (tmp_path / "t.csv").write_text("text,label\nx,a\ny,b\n", encoding=encoding)
+    refused = refusal("table", tmp_path / "t.csv", "--out", tmp_path / "s")
+    assert message in refused and "cp1252" not in refused
+    run("table", tmp_path / "t.csv", "--out", tmp_path / "s", "--encoding", encoding)
+    assert classes_of(tmp_path / "s") == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (["a", "nan", "b"], "a label that is missing: 'nan'"),
+        (["0", "1", "-1"], "a label that is missing: '-1'"),
+        (["a", "b", "a|b"], "several labels of one example: 'a|b'"),
+        (["['a','b']", "['a']"], "several labels of one example"),
+    ],
+)
+def test_labels_that_stand_for_none_or_for_several_are_said(tmp_path, capsys, labels, message):
+    rows = [(f"t {i} {label}", label) for label in labels for i in range(3)]
+    run("table", write_csv(tmp_path / "t.csv", rows), "--out", tmp_path / "s")
+    assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c|d"], ["(other)", "x"], ["and/or", "and"]])
+def test_names_that_only_hold_a_mark_are_not_doubted(tmp_path, capsys, labels):
+    rows = [(f"t {i} {label}", label) for label in labels for i in range(3)]
+    run("table", write_csv(tmp_path / "t.csv", rows), "--out", tmp_path / "s")
+    assert "several labels" not in capsys.readouterr().out
+
+
+def test_inputs_of_test_that_train_holds_are_counted(tmp_path, capsys):
+    train = write_csv(tmp_path / "t.csv", [(f"text {i}", "ab"[i % 2]) for i in range(20)])
+    again = [("text 0", "a"), ("text 7", "b"), ("new", "a"), ("text 3", "b")]
+    test = write_csv(tmp_path / "u.csv", again)
+    run("table", train, "--out", tmp_path / "s", "--val", 0.2, "--test", test)
+    out = capsys.readouterr().out
+    shards = open_shards(str(tmp_path / "s"), Data(), "train")
+    texts = {shards.input_file(i)[1].decode() for i in range(len(shards))}
+    count = sum(text in texts for text, _ in again)
+    assert f"{count} of 4 inputs of test are in train, too" in out and "of val" not in out
+    run("validate", tmp_path / "s")
+    assert f"{count} of 4 inputs of test are in train, too" in capsys.readouterr().out
+
+
+def test_inputs_with_several_labels_are_counted_and_others_are_not(tmp_path, capsys):
+    rows = [("same", "a"), ("same", "b"), ("twice", "a"), ("twice", "a"), ("once", "b")]
+    out = tmp_path / "s"
+    run("table", write_csv(tmp_path / "t.csv", rows), "--out", out, "--val", 0, "--test", 0)
+    assert "2 of 5 inputs of train are there with another label" in capsys.readouterr().out
+
+
+def test_equal_checksums_of_other_contents_are_no_repeat():
+    # The last number is the only one that both hold. -1 equals nothing.
+    inputs = {"train": np.array([5, -1, 7, 7]), "test": np.array([-1, 6, 7])}
+    found = find_repeats(inputs, np.array([0, 1, 0, 1]))
+    assert found.in_train["test"].tolist() == [2]
+    assert found.labelled_otherwise.tolist() == [2, 3]
 
 
 def test_postal_codes_keep_their_zero(tmp_path):
@@ -566,3 +647,53 @@ def test_labels_of_tars_in_another_encoding_are_read_where_it_is_said(tmp_path):
     assert names_by_picture(tmp_path / "s") == {0: "caf\xe9", 1: "bar"}
     options = ["--out", tmp_path / "t", "--encoding", "latin-9000"]
     assert "no such encoding" in refusal("from-webdataset", tmp_path / "x.tar", *options)
+
+
+# What else a door says
+
+
+@pytest.mark.parametrize("share", ["-0.1", "nan", "1"])
+def test_shares_that_are_none_are_refused(tmp_path, share):
+    tree(tmp_path / "in", ["a", "b"])
+    refused = refusal("folder", tmp_path / "in", "--out", tmp_path / "s", "--val", share)
+    assert "split fractions val" in refused
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("end", ["ppm", "pgm", "jfif", "jpe"])
+def test_portable_maps_and_other_ends_of_jpegs_are_pictures(tmp_path, end):
+    kind = "jpeg" if end.startswith("j") else "ppm"
+    for name in "ab":
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(5):
+            pixels = np.full((6, 5), 10 * i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "in" / name / f"{i}.{end}", kind)
+    run("folder", tmp_path / "in", "--out", tmp_path / "s", "--val", 0, "--test", 0)
+    shards = open_shards(str(tmp_path / "s"), Data(), "train")
+    assert len(shards) == 10 and shards.input_shape == (1, 6, 5)
+
+
+def test_pictures_with_colour_and_without_are_told_apart_by_it(tmp_path):
+    tree(tmp_path / "in", ["a", "b"])
+    colour = Image.new("RGB", (5, 6))
+    colour.save(tmp_path / "in" / "a" / "z.png")
+    assert "differ in mode (gray, colour)" in refusal(
+        "folder", tmp_path / "in", "--out", tmp_path / "s"
+    )
+
+
+def test_numbers_of_the_other_byte_order_are_those_of_this_machine(tmp_path):
+    x = np.arange(24, dtype=">f4").reshape(8, 3)
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(8) % 2)
+    run("arrays", tmp_path / "d.npz", "--out", tmp_path / "s", "--val", 0, "--test", 0)
+    shards = open_shards(str(tmp_path / "s"), Data(), "train")
+    assert shards.input_dtype == np.float32 and shards.input_dtype.isnative
+    assert np.array_equal(np.sort(shards.inputs(np.arange(8)), axis=0), x)
+
+
+def test_numbers_that_float32_cannot_hold_are_named(tmp_path):
+    x = np.ones((8, 3))
+    x[2, 1] = 1e300
+    np.savez(tmp_path / "d.npz", x=x, y=np.arange(8) % 2)
+    refused = refusal("arrays", tmp_path / "d.npz", "--out", tmp_path / "s")
+    assert "sample 2 holds numbers beyond float32 (first at [1])" in refused

@@ -245,7 +245,7 @@ def test_the_input_is_named_where_there_are_several(tmp_path):
 def test_an_unknown_extension_names_the_known_ones(tmp_path):
     write_tar(tmp_path / "train-0.tar", [("a.cls", b"0"), ("a.flac", b"")])
     message = refused(tmp_path, classes=2)
-    assert "no decoder for .flac members (known: bmp, gif, jpeg," in message
+    assert "no decoder for .flac members (known: bmp, gif, jfif," in message
 
 
 # The index

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from toy import encode_png, images, toy_config, write_toy
 
 from networks import InputSpec, ModelSpec, PictureRules, build_classifier, load_classifier
-from pipeline.config import UserError
-from trainer.data.shards import ShardWriter, write_manifest
+from pipeline.config import Data, UserError
+from trainer.data.shards import ShardWriter, open_shards, write_manifest
 from trainer.stages.networks import record_inputs
 
 
@@ -49,6 +49,24 @@ def test_a_run_starts_at_the_clusters_with_someone_elses_weights(data, weights, 
     taken = load_classifier(run.generalist.path("model.json").parent).state_dict()
     assert all(torch.equal(taken[name], value) for name, value in state.items())
     assert run.cluster.is_done
+
+
+def test_rows_that_config_json_names_in_another_order_become_the_datas(
+    data, weights, tmp_path, caplog
+):
+    caplog.set_level("INFO", "referral")
+    path, state = weights
+    names = open_shards(str(data), Data(), "train").class_names
+    order = list(range(1, len(names))) + [0]
+    theirs = dict(torch.load(path)["state_dict"])
+    theirs |= {key: theirs[key][order].clone() for key in ("fc.weight", "fc.bias")}
+    save_file(theirs, tmp_path / "model.safetensors")
+    id2label = {str(row): names[number] for row, number in enumerate(order)}
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": id2label}))
+    config = toy_config(data, f"generalist.from={tmp_path}", "generalist.head=fc")
+    taken = state_of(run_all(tmp_path / "run", config, only={"generalist"}))
+    assert all(torch.equal(taken[name], value) for name, value in state.items())
+    assert "rows were put into the order of the classes" in caplog.text
 
 
 @pytest.mark.parametrize("head", [[], ["generalist.head=fc"]])

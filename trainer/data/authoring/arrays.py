@@ -558,6 +558,8 @@ def _member(path: Path, file: Mapping[str, np.ndarray], name: str) -> np.ndarray
 
 def _idx(content: bytes) -> np.ndarray:
     zero, kind, ndim = struct.unpack(">HBB", content[:4])
+    if content.startswith(b"\x80"):
+        raise ValueError("it is a pickle, which may execute anything: np.savez its arrays")
     if zero or kind not in IDX_TYPES:
         raise ValueError("it does not start as an idx file does")
     shape = struct.unpack(f">{ndim}I", content[4 : 4 + 4 * ndim])

@@ -465,7 +465,9 @@ def _settle_pictures(
 def _unlike(seen: dict[tuple[int, ...], Path]) -> str:
     """Of two pictures that cannot be in one batch."""
     (a, first), (b, second) = list(seen.items())[:2]
-    unlike, remedy = "mode", "--gray or --size N brings all to one"
     if a[1:] != b[1:]:
-        unlike, remedy = "size", "--size N brings all to one"
-    return f"{first} and {second} differ in {unlike} ({a[2]}x{a[1]}, {b[2]}x{b[1]}); {remedy}"
+        said = f"size ({a[2]}x{a[1]}, {b[2]}x{b[1]}); --size N brings all to one"
+    else:
+        kinds = ", ".join("gray" if shape[0] == 1 else "colour" for shape in (a, b))
+        said = f"mode ({kinds}); --gray or --size N brings all to one"
+    return f"{first} and {second} differ in {said}"

@@ -17,7 +17,6 @@ CONVERT = {
     ".jsonl": _TEXTS,
     ".xlsx": _TEXTS,
     ".xls": _TEXTS,
-    ".tsv": "save it with commas, as a csv: `referral shards table`",
     ".h5": _ARRAYS,
     ".hdf5": _ARRAYS,
     ".mat": _ARRAYS,

@@ -71,6 +71,7 @@ from .splitting import split_by_class
 Sample = dict[str, str | bytes]  # as webdataset gives it: "__key__", and content by extension
 # Of a shard: train-000000, train-00000-of-00004.
 NUMBER = re.compile(r"[-_.]?\d+([-_.]?of[-_.]?\d+)?$")
+TEXTS = {"txt": "trainer.data.decoding:ngram_bag"}  # any text becomes one shape
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 FRACTIONS = {"val": 0.1, "test": 0.1}  # of each class, where a whole set has no such split
 
@@ -338,6 +339,8 @@ def validate(pattern: str, data: Data, split: str) -> list[Finding]:
     """
     from rich.progress import track
 
+    # Texts are of any length. Whoever trains on them names what makes them of one.
+    data = data.model_copy(update={"decoders": TEXTS | data.decoders})
     # Each shard is opened alone and leniently, so that one finding does not hide the next.
     shards = expand(pattern, data, split)
     unlisted = [

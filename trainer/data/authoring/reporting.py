@@ -115,6 +115,8 @@ def print_summary(out: str | Path, report: Report, data: Data | None = None) -> 
         say(f"  pictures {change}: {count}")
     for note in report.notes:
         say(f"  note: {printable(note)}")
+    if manifest:
+        print_repeats(out, manifest, data)
     if report.corrupt:
         say(f"  left out: {len(report.corrupt)} corrupt")
         list_corrupt("left out", report.corrupt)
@@ -124,6 +126,14 @@ def print_classes(out: str | Path, manifest: dict) -> None:
     """The classes of the manifest in the directory `out`, and how many examples they have."""
     for line in _class_lines(out, manifest):
         say(f"  {line}")
+
+
+def print_repeats(out: str | Path, manifest: dict, data: Data | None = None) -> None:
+    """Inputs of val and test that train holds, and inputs of train with several labels."""
+    from .repeats import repeat_lines
+
+    for line in repeat_lines(out, manifest, data or Data()):
+        say(f"  {printable(line)}")
 
 
 def _examples(names: Sequence[str]) -> str:
@@ -175,8 +185,14 @@ def _inputs(out: str | Path, manifest: dict, data: Data) -> str:
 
 
 def not_finite(array: np.ndarray) -> str:
-    """Why an input cannot be learned from: it holds NaN or infinity. "" where it does not."""
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        place = np.argwhere(~np.isfinite(array))[0].tolist()
-        return f"holds NaN or infinity (first at {place})"
-    return ""
+    """Why an input cannot be learned from: NaN, infinity, or beyond float32. "" where it can."""
+    if array.dtype.kind != "f":
+        return ""
+    with np.errstate(over="ignore"):
+        computed = np.isfinite(array.astype(np.float32))  # what networks compute in
+    if computed.all():
+        return ""
+    place = np.argwhere(~computed)[0].tolist()
+    if np.isfinite(array).all():
+        return f"holds numbers beyond float32 (first at {place}); scale them"
+    return f"holds NaN or infinity (first at {place})"

@@ -42,12 +42,7 @@ def split_by_class(
     UserError
         For fractions that leave no train split.
     """
-    values = list(fractions.values())
-    if any(not 0 <= fraction < 1 for fraction in values) or sum(values) >= 1:
-        raise UserError(
-            f"split fractions {fractions}: each is 0 or more, "
-            "and together they leave something to train"
-        )
+    _check_fractions(fractions)
     order = generator(seed, 5).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, starts, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
@@ -64,6 +59,16 @@ def split_by_class(
         split_of[by_class[(places >= taken) & (places < taken + size)]] = split
         taken = taken + size
     return {split: order[split_of[order] == split] for split in ("train", *fractions)}
+
+
+def _check_fractions(fractions: Mapping[str, float]) -> None:
+    """Raises UserError for fractions that leave no train split, negative ones and NaN."""
+    values = list(fractions.values())
+    if any(not 0 <= fraction < 1 for fraction in values) or sum(values) >= 1:
+        said = ", ".join(f"{split} {fraction:g}" for split, fraction in fractions.items())
+        raise UserError(
+            f"split fractions {said}: each is 0 or more, and together they leave something to train"
+        )
 
 
 def _one_of_some(
@@ -84,7 +89,11 @@ def _one_of_some(
 def add_missing_splits(
     splits: dict[str, np.ndarray], labels: np.ndarray, fractions: Mapping[str, float], seed: int
 ) -> dict[str, np.ndarray]:
-    """Take the splits of `fractions` that are absent from train.  splits: {split: indices}."""
+    """Take the splits of `fractions` that are absent from train.  splits: {split: indices}.
+
+    Raises UserError as split_by_class does, also for a split that is there.
+    """
+    _check_fractions(fractions)
     missing = {
         split: fraction
         for split, fraction in fractions.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import shlex
@@ -16,10 +17,14 @@ from pipeline.config import UserError
 from ..labels import BOM, clean, printable
 from ..packing import unpacked
 from .arrays import Column, write_arrays
-from .foreign_files import refuse_foreign
+from .foreign_files import conversion, refuse_foreign
 from .reporting import Report
 from .split_names import SPLIT_OF, split_called
 
+TABLES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+SEPARATORS = ";\t|"  # beside the comma
+NAMES = {"\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # utf-32's begins as the first does
 PROPOSED_OF = 1_000  # rows that a proposal in an error is made of
 FIELD_LIMIT = 64 * 2**20  # letters. Python's own is 131,072
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "cls", "y")
@@ -84,7 +89,7 @@ def from_table(
     report: Report | None = None,
     split_files: Mapping[str, str | Path] | None = None,
 ) -> Report:
-    """Shards of a csv (or csv.gz) with a header.
+    """Shards of a csv (or csv.gz, tsv) with a header.
 
     Parameters
     ----------
@@ -179,6 +184,8 @@ def _read_rows(
     table = _Table(path, encoding)
     header = table.header
     places = _choose_columns(table, columns, split)
+    if table.separator != ",":
+        report.note(f"{path}: columns are separated by {NAMES[table.separator]}")
     if places.split is not None:
         report.note(f"column {header[places.split]} says the split of each row")
     used = (places.text, places.label, places.split, places.key)
@@ -268,19 +275,39 @@ def _only(table: _Table, places: Sequence[int], likely: Sequence[int], option: s
     """The only place. Otherwise UserError, with the likeliest column."""
     if len(places) == 1:
         return places[0]
+    if len(table.header) < 2:
+        raise UserError(
+            f"{table.path} has one column, {printable(table.header[0])}: no column is left for "
+            f"{option}; `referral predict` reads texts without labels"
+        )
     message = f"{table.path} has the columns {_listed(table.header)}; choose one with {option}"
-    if likely:
-        chosen = shlex.quote(table.header[_likeliest(table, likely, option)])
-        message += f", e.g. {option} {chosen}"
+    values = _first_values(table, likely)
+    without_header = [place for place in likely if table.header[place] in values[place]]
+    if without_header:
+        name = printable(table.header[without_header[0]])
+        message += (
+            f"; is the first line a row? {name} is also a value below it: put a line with the "
+            "columns' names in front"
+        )
+    elif likely:
+        name = table.header[_likeliest(values, likely, option)]
+        message += f", e.g. {option} {shlex.quote(name)}"
+        if table.header.count(name) > 1:
+            message += ", and rename the others that are called so"
     raise UserError(message)
 
 
-def _likeliest(table: _Table, places: Sequence[int], option: str) -> int:
-    """By the first rows: a label has few values, and a text is long."""
+def _first_values(table: _Table, places: Sequence[int]) -> dict[int, list[str]]:
+    """{column: its values in the first rows}."""
     values: dict[int, list[str]] = {place: [] for place in places}
     for _, fields in islice(table.rows(), PROPOSED_OF):
         for place in places:
             values[place] += fields[place : place + 1]
+    return values
+
+
+def _likeliest(values: Mapping[int, list[str]], places: Sequence[int], option: str) -> int:
+    """By the first rows: a label has few values, and a text is long."""
 
     def length(place: int) -> int:
         return sum(map(len, values[place]))
@@ -306,16 +333,18 @@ class _Table:
     def __init__(self, path: Path, encoding: str):
         self.path = path
         self.encoding = encoding
+        self.separator = ","
         self._records = self._read()
         _, header = next(self._records, (0, []))
+        if len(header) == 1 and any(mark in header[0] for mark in SEPARATORS):
+            # No comma in all of the header, so that what follows cannot be separated by commas.
+            self.separator = max(SEPARATORS, key=header[0].count)
+            self._records = self._read()
+            _, header = next(self._records)
         if not header:
             raise UserError(f"{path} is empty; it needs a header with the columns' names")
         self.header = [name.lstrip(BOM) for name in header]
-        if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-            raise UserError(
-                f"{path}: its columns are not separated by commas: {header[0]!r:.80}; "
-                "save it with commas"
-            )
+        self._check_header()
 
     def rows(self) -> Iterator[tuple[int, list[str]]]:
         """(number of its first line, fields) of each row behind the header. Not of blank lines."""
@@ -329,7 +358,7 @@ class _Table:
             content = unpacked(self.path) if is_packed else open(self.path, "rb")
             with io.TextIOWrapper(content, encoding=self.encoding, newline="") as file:
                 record: list[str] = []  # the lines of the current row
-                reader = csv.reader(_recorded(file, record))
+                reader = csv.reader(_recorded(file, record), delimiter=self.separator)
                 for fields in reader:
                     self._check_quotes(record, first)
                     if fields:
@@ -337,9 +366,11 @@ class _Table:
                     first = reader.line_num + 1
                     record.clear()
         except UnicodeDecodeError as error:
+            remedy = "try --encoding cp1252, or utf-16 for what Excel calls Unicode text"
+            if bytes(error.object).startswith(WIDE_BOMS):
+                remedy = "it begins with the byte order mark of UTF-16: --encoding utf-16"
             raise UserError(
-                f"{self.path} is not {self.encoding} ({error.reason}); "
-                "try --encoding cp1252, or utf-16 for what Excel calls Unicode text"
+                f"{self.path} is not {self.encoding} ({error.reason}); {remedy}"
             ) from None
         except csv.Error as error:
             hint = ""
@@ -351,6 +382,17 @@ class _Table:
         except (OSError, LookupError, EOFError, zlib.error) as error:
             raise UserError(f"{self.path}: cannot be read as csv: {error}") from None
 
+    def _check_header(self) -> None:
+        """Refuse what is no table of text, whatever it is called."""
+        first = self.header[0]
+        if any("\0" in name for name in self.header):
+            raise UserError(
+                f"{self.path} is not {self.encoding}: its first line holds zero bytes; a text of "
+                "Windows may be --encoding utf-16-le, and what is no text has to be saved as a csv"
+            )
+        if first.lstrip().startswith(("{", "[")):
+            raise UserError(f"{self.path} begins as JSON does; {conversion('.json')}")
+
     def _check_quotes(self, record: list[str], first: int) -> None:
         """Refuse a row that a stray quote makes of several: rows would be lost without a word.
 
@@ -359,7 +401,7 @@ class _Table:
         if len(record) == 1 and not record[0].count('"') % 2:
             return
         try:
-            list(csv.reader(record, strict=True))
+            list(csv.reader(record, strict=True, delimiter=self.separator))
         except csv.Error:
             raise UserError(
                 f"{self.path}, line {first}: a quote is opened and not closed as it should be, so "
