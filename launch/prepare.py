@@ -317,7 +317,7 @@ def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
         listed += f" and {len(names) - 8} more"
     return (
         f"{run.root} was made {_why_stale(run, stale)}\n"
-        f"these stages would have to be redone: {listed}\n"
+        f"these stages would have to be redone (their KEY or DONE says so): {listed}\n"
         f"choose another --run, or redo just these with --force"
     )
 

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from networks import regular
 from networks.births import birth as birth
 from networks.births import is_born as is_born
 from networks.checksums import DONE
+from networks.regular import parse as parse
 from networks.temporaries import sweep as sweep
 from networks.temporaries import temporary_beside
 
@@ -144,8 +146,8 @@ class DamagedFile(UserError, ValueError):
 def read_json(path: Path):
     """A JSON file's content.  Raises DamagedFile where it is not JSON, OSError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return regular.read_json(path)
+    except ValueError as error:
         raise damaged(path, str(error)) from None
 
 

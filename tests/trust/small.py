@@ -186,7 +186,7 @@ def hidden(root: Path) -> list[Path]:
 class Count:
     """How trials ended, and what each bad one said."""
 
-    BAD = ("silent difference", "stuck", "traceback", "left behind")
+    BAD = ("silent difference", "stuck", "traceback", "left behind", "executed")
 
     def __init__(self, name: str, given: Asked):
         self.name, self.given = name, given

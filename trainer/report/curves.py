@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
+from networks.regular import parse
 from pipeline.choices import CONTROL_ROWS
 from pipeline.controls import evaluated_controls, twins
 from pipeline.graph import RunDirectory
@@ -114,7 +114,7 @@ def read_metrics(stage: Stage | None) -> Curves:
     values: dict[str, dict[float, float]] = {}
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            row = parse(line)
         except ValueError:
             continue  # an attempt that was killed may have left half a line
         for key, value in row.items():

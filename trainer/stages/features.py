@@ -38,6 +38,7 @@ from pipeline.store import Attempt, Stage
 
 from ..core.progress import peak_memory
 from ..data.augment import Views
+from ..data.kept_arrays import kept_npy
 from ..data.mapped import create_mapped
 from ..data.shards import ShardSet
 from ..data.streams import Batch
@@ -317,7 +318,7 @@ def kept_features(session: Session, split: str) -> KeptFeatures:
     notes = read_json(session.run.features.path("summary.json"))["splits"][split]
 
     def mapped(name: str) -> np.ndarray:
-        return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return kept_npy(directory / f"{name}.npy", "fiub", (None, ...))
 
     at_cut = mapped("at_cut")
     general = mapped("general") if (directory / "general.npy").exists() else at_cut
