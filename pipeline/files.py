@@ -151,6 +151,26 @@ def read_json(path: Path):
         raise damaged(path, str(error)) from None
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines.  Raises DamagedFile where one is none, OSError."""
+    try:
+        rows = [parse(line) for line in regular.read_text(path).splitlines()]
+        if all(isinstance(row, dict) for row in rows):
+            return rows
+        reason = "a line is no JSON object"
+    except ValueError as error:
+        reason = str(error)
+    raise damaged(path, reason)
+
+
+def holds(path: Path, text: str) -> bool:
+    """Whether a file is there, and this is all that it holds."""
+    try:
+        return regular.read_text(path) == text
+    except (OSError, ValueError):
+        return False
+
+
 def checked(path: Path, content: Any, form: TypeAdapter[Content]) -> Content:
     """The content of a file, as its form has it.  Raises DamagedFile, which names the key."""
     try:

@@ -33,7 +33,7 @@ from networks.branches import log_sum
 from networks.cutting import Cut, cut_at
 from pipeline.config import ResolvedSpecialists, UserError
 from pipeline.failures import cannot_write
-from pipeline.files import make_below, read_json, sync, write_json
+from pipeline.files import read_json, sync, write_json
 from pipeline.store import Attempt, Stage
 
 from ..core.progress import peak_memory
@@ -264,15 +264,17 @@ def keep(
 
     say(session, notes): what whoever watches is told, by split what `KeptWriter.write` returns.
     """
-    unfinished = attempt.stage.checkpoints / attempt.stage.place
+    unfinished = attempt.unfinished(attempt.stage.place)
     if session.ranks.is_main:
-        make_below(attempt.stage.directory, unfinished)
+        attempt.take_over(attempt.stage.place)
+    session.barrier()
     notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
     say(session, notes)
     if not session.ranks.is_main:
         return
     for split in writers:
         publish(unfinished / split, attempt.directory / split)
+    attempt.drop_unfinished(attempt.stage.place)
     summary = {
         "splits": notes,
         "seconds": round(sum(each["seconds"] for each in notes.values()), 3),
