@@ -73,6 +73,8 @@ soak: install
 	$(BIN)/python tests/trust/bits.py 200
 	$(BIN)/python tests/trust/disks.py 32
 	$(BIN)/python tests/trust/older.py 200
+	$(BIN)/python tests/trust/twins.py 30
+	$(BIN)/python tests/trust/strange_runs.py 300
 
 lint: install
 	$(BIN)/ruff check .

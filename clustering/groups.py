@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from .array_files import check_regular
+
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
 
@@ -102,11 +104,18 @@ class ClassGroups:
             It will hold {"schema": 1, "num_classes": C, "members": [[class, ...], ...]}.
         """
         path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.write_text(self.to_json())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def to_json(self) -> str:
+        """What `save` writes."""
         lists = ",\n  ".join(json.dumps(classes.tolist()) for classes in self.members)
         head = f'"schema": {SCHEMA}, "num_classes": {self.num_classes}'
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        temporary.write_text(f'{{{head}, "members": [\n  {lists}\n]}}\n')
-        os.replace(temporary, path)
+        return f'{{{head}, "members": [\n  {lists}\n]}}\n'
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ClassGroups:
@@ -162,6 +171,7 @@ def as_groups(
 
 def _read_json(path: str | os.PathLike[str]) -> object:
     try:
+        check_regular(path)
         return json.loads(Path(path).read_text())
     except (ValueError, RecursionError) as error:
         raise ValueError(

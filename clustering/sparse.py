@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import DTypeLike
 from scipy.sparse import csr_array
 
+from .array_files import check_form
+
 _COMPACT_ENTRIES = 2**22
 
 
@@ -75,5 +77,9 @@ class CountMatrix:
     ) -> CountMatrix:
         counts = cls(num_classes, dtype)
         parts = tuple(arrays[f"{name}_{part}"] for part in ("data", "indices", "indptr"))
+        for part, kinds in zip(parts, ("iuf", "iu", "iu"), strict=True):
+            check_form(part, kinds, (None,))
         counts._sum = csr_array(parts, shape=(num_classes, num_classes))
+        # Without it an index beyond the matrix is read and written past its memory.
+        counts._sum.check_format(full_check=True)
         return counts

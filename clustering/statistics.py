@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import uuid
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.sparse import csr_array
 
+from .array_files import check_form, read_npz
 from .checks import checked_labels, checked_probabilities, checked_sparse
 from .choices import READ_COVARIANCE
 from .sparse import CountMatrix
@@ -300,6 +300,16 @@ class PredictionStatistics:
             Taken as it is, no suffix is added.
         """
         path = Path(path)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            with open(temporary, "wb") as file:
+                self.write(file)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def write(self, file: IO[bytes]) -> None:
+        """What `save` writes, to an open file."""
         arrays: dict[str, Any] = {
             "schema": SCHEMA,
             "num_classes": self.num_classes,
@@ -318,10 +328,7 @@ class PredictionStatistics:
             arrays["row_lengths"] = kept.lengths
             arrays["row_indices"] = kept.indices
             arrays["row_values"] = kept.values
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
+        np.savez(file, **arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PredictionStatistics:
@@ -343,13 +350,14 @@ class PredictionStatistics:
             If there is no file.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
-        except (zipfile.BadZipFile, ValueError, EOFError, AttributeError, TypeError) as error:
+            arrays = read_npz(path)
+        except ValueError as error:
             raise ValueError(
                 f"{path} is no statistics file ({error}); gather the statistics again"
             ) from None
-        schema = int(arrays["schema"]) if "schema" in arrays else "none"
+        schema = arrays.get("schema", np.array("none"))
+        if schema.shape:
+            schema = np.array("none")
         if schema != SCHEMA:
             raise ValueError(
                 f"{path} has schema {schema}, this version reads {SCHEMA}; "
@@ -357,7 +365,7 @@ class PredictionStatistics:
             )
         try:
             return cls._from_arrays(arrays)
-        except (KeyError, IndexError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(
                 f"{path} is a corrupt statistics file ({error}); gather the statistics again"
             ) from None
@@ -366,6 +374,7 @@ class PredictionStatistics:
     def _from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> PredictionStatistics:
         top_k = int(arrays["top_k"])
         num_classes = int(arrays["num_classes"])
+        check_form(arrays["probability_sum"], "f", (num_classes,))
         statistics = cls.__new__(cls)
         statistics.num_classes = num_classes
         statistics.num_examples = int(arrays["num_examples"])
@@ -374,12 +383,14 @@ class PredictionStatistics:
         statistics._tail_sum = float(arrays["tail_sum"])
         statistics._kept = []
         if top_k < 0:
+            check_form(arrays["second_moment"], "f", (num_classes, num_classes))
             statistics.top_k = None
             statistics._second_moment = arrays["second_moment"]
         else:
             statistics.top_k = top_k
             statistics._second_moment = None
             kept = _SparseRows(arrays["row_lengths"], arrays["row_indices"], arrays["row_values"])
+            _check_rows(kept, num_classes)
             if len(kept.lengths):
                 statistics._kept = [kept]
         statistics._expected = CountMatrix.from_arrays(arrays, "expected", num_classes, np.float64)
@@ -452,6 +463,16 @@ def as_array(values: ArrayLike) -> np.ndarray:
     if str(tensor.dtype) in ("torch.bfloat16", "torch.float16"):
         tensor = tensor.float()
     return tensor.numpy()
+
+
+def _check_rows(kept: _SparseRows, num_classes: int) -> None:
+    """ValueError for rows of a file that do not fit each other or the classes."""
+    check_form(kept.lengths, "iu", (None,))
+    check_form(kept.indices, "iu", (int(kept.lengths.sum()),))
+    check_form(kept.values, "f", kept.indices.shape)
+    lowest, highest = kept.indices.min(initial=0), kept.indices.max(initial=0)
+    if min(lowest, kept.lengths.min(initial=0)) < 0 or highest >= num_classes:
+        raise ValueError(f"a class beyond the {num_classes}, or a negative number")
 
 
 class _SparseRows(NamedTuple):

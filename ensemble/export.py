@@ -1,6 +1,5 @@
 """An ensemble as files that need no run: a bundle, and for small ensembles one program."""
 
-import os
 from pathlib import Path
 from typing import TypedDict
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from networks import Branch, save_classifier
 from networks.files import write_safetensors
+from networks.temporaries import appearing
 
 from .combine import combine_unrolled
 from .gating import static_gate
@@ -205,9 +205,8 @@ def export_program(module: nn.Module, example: Tensor, path: str | Path) -> Path
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad():
         program = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.pt2")
-    torch.export.save(program, unfinished)
-    os.replace(unfinished, path)
+    with appearing(path, ".pt2") as unfinished:
+        torch.export.save(program, unfinished)
     return path
 
 
@@ -237,9 +236,8 @@ def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
             f"{error.name} is not installed; pip install onnx onnxscript onnxruntime"
         ) from None
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.onnx")
     batch = torch.export.Dim("batch", min=1)
-    with torch.no_grad():
+    with appearing(path, ".onnx") as unfinished, torch.no_grad():
         program = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: batch},))
         torch.onnx.export(
             program,
@@ -250,5 +248,4 @@ def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
             optimize=len(program.graph.nodes) <= MOST_OPTIMISED,
             external_data=False,
         )
-    os.replace(unfinished, path)
     return path

@@ -15,7 +15,7 @@ import tomli_w
 
 from pipeline.advice.levers import LEVERS
 from pipeline.config import Config, UserError, load_config
-from pipeline.files import damaged, picking_from
+from pipeline.files import damaged, holds, picking_from
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json, write_text
 
@@ -26,7 +26,7 @@ OF_NO_LEVER = ("advise", "engine", "launch", "slurm")  # sections that may chang
 def save_advised_on(config: Config, root: Path) -> None:
     """RUN/advised.toml. Not touched if it says the same already."""
     path, text = root / ADVISED_ON, tomli_w.dumps(config.dump())
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
+    if not holds(path, text):
         write_text(path, text)
 
 

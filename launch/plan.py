@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.config import Schedule
 from pipeline.controls import COMPUTE
-from pipeline.files import json_text
+from pipeline.files import holds, json_text
 from pipeline.graph import RunDirectory
 from pipeline.stages import KINDS, SIDE_BY_SIDE
 from pipeline.store import Stage, write_text
@@ -98,7 +98,7 @@ def save_graph(jobs: list[Job], path: Path) -> None:
         for job in jobs
     ]
     text = json_text({"schema": 1, "jobs": rows}, "jobs.json", indent=2) + "\n"
-    if not path.exists() or path.read_text() != text:
+    if not holds(path, text):
         write_text(path, text)
 
 

@@ -34,7 +34,7 @@ from pipeline.config import (
 )
 from pipeline.config.loading import unknown_to
 from pipeline.failures import cannot_write
-from pipeline.files import probe, sweep, sync_upwards
+from pipeline.files import holds, probe, sweep, sync_upwards
 from pipeline.graph import RunDirectory
 from pipeline.identity import is_saved_network
 from pipeline.label_set import SPLITS, num_classes
@@ -154,7 +154,7 @@ def lay_out(
             stage.clear()
         text = tomli_w.dumps(run.config.dump())
         path = run.root / "config.toml"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        if not holds(path, text):
             write_text(path, text)
         save_graph(jobs, run.root / "graph.json")
         record(run)
@@ -317,7 +317,7 @@ def _explain_stale(run: RunDirectory, stale: list[Stage]) -> str:
         listed += f" and {len(names) - 8} more"
     return (
         f"{run.root} was made {_why_stale(run, stale)}\n"
-        f"these stages would have to be redone: {listed}\n"
+        f"these stages would have to be redone (their KEY or DONE says so): {listed}\n"
         f"choose another --run, or redo just these with --force"
     )
 

@@ -5,7 +5,6 @@ Its own markers count first, then what the launcher noted and which processes li
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.files import parse
 from pipeline.graph import RunDirectory
 from pipeline.results import percent
 from pipeline.store import Stage
@@ -179,8 +179,8 @@ def _last_rows(path: Path) -> list[dict]:
     rows = []
     for line in lines:
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
+            row = parse(line)
+        except ValueError:
             continue
         if isinstance(row, dict):
             rows.append(_numbers(row))

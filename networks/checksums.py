@@ -8,13 +8,14 @@ compare these too: networks.integrity reads both.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from xxhash import xxh3_128
+
+from . import regular
 
 DONE = "DONE"
 DEPTH = 3  # directories between a file and its manifest, at most
@@ -154,7 +155,7 @@ def _files(content: dict, manifest: Path) -> dict[str, Entry]:
 
 def _content(manifest: Path) -> dict | None:
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = regular.read_json(manifest)
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from .classifier import Classifier, build_classifier
 from .integrity import blamed_on
 from .row_files import RowFiles, index_path, write_index, write_part
 from .spec import ModelSpec
-from .temporaries import temporary_beside
+from .temporaries import appearing
 
 if TYPE_CHECKING:
     from .branches import Branch
@@ -60,12 +59,8 @@ def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors that share no memory.  The file appears whole or never."""
     from safetensors.torch import save_file
 
-    unfinished = temporary_beside(path)
-    try:
+    with appearing(path) as unfinished:
         save_file(dict(tensors), unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def load_classifier(

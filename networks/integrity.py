@@ -8,7 +8,6 @@ and against the network's.  No torch here.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import checksums
+from . import checksums, regular
 from .temporaries import temporary_beside
 
 CHECKSUMS = "SHA256SUMS"
@@ -62,10 +61,10 @@ def read_values(path: str | Path) -> Any:
     path = Path(path)
     check_file(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = regular.read_json(path)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from None
     with blamed_on(path):
         check_numbers(values, path)
@@ -117,8 +116,8 @@ def check_file(path: Path) -> None:
 def _listed(path: Path, mtime_ns: int, size: int) -> dict[str, str]:
     """{file: sha256}. mtime_ns, size: of the list, so that another one is read again."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = regular.read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     matches = [LINE.fullmatch(line) for line in lines]
     if not all(matches):
@@ -128,7 +127,7 @@ def _listed(path: Path, mtime_ns: int, size: int) -> dict[str, str]:
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
+        with regular.open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None

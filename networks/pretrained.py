@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from . import regular
 from .checkpoints import INDEX
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
@@ -56,7 +56,7 @@ def class_names(directory: Path) -> list[str] | None:
 
 def _read(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = regular.read_json(path)
     except (OSError, ValueError):  # it only says what the file of weights does not need
         return {}
     return content if isinstance(content, dict) else {}

@@ -17,7 +17,10 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from . import regular
 from .integrity import check_file
+from .regular import check_regular
+from .temporaries import appearing
 
 # As the format calls them (https://github.com/huggingface/safetensors).
 DTYPES = {
@@ -57,12 +60,10 @@ def write_part(
     """
     named = {f"{name}.rows-{part:05d}": tensor for name, tensor in rows.items()} | {**(whole or {})}
     final = directory / part_name(prefix, part, parts)
-    unfinished = final.with_name(f".{final.name}.{os.getpid()}")
-    with open(unfinished, "wb") as file:
+    with appearing(final) as unfinished, open(unfinished, "wb") as file:
         _write_tensors(file, named)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(unfinished, final)
 
 
 def _write_tensors(file: IO[bytes], tensors: Mapping[str, Tensor]) -> None:
@@ -97,9 +98,8 @@ def write_index(directory: Path, prefix: str, bounds: Bounds) -> None:
     rows = {name: list(each) for name, each in bounds.items()}
     content = {"metadata": {"total_size": total, "rows": rows}, "weight_map": weight_map}
     final = index_path(directory, prefix)
-    unfinished = final.with_name(f".{final.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, final)
+    with appearing(final) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _entries(path: Path) -> dict[str, int]:
@@ -113,6 +113,19 @@ def _entries(path: Path) -> dict[str, int]:
     }
 
 
+def _checked_bounds(name: str, bounds: list) -> tuple[int, ...]:
+    """ValueError for bounds that do not ascend from 0."""
+    are_numbers = isinstance(bounds, list) and all(type(bound) is int for bound in bounds)
+    if not are_numbers or len(bounds) < 2 or bounds[0] != 0 or bounds != sorted(bounds):
+        raise ValueError(f"the rows of {name} do not ascend from 0")
+    return tuple(bounds)
+
+
+def _parts_of(name: str, bounds: tuple[int, ...]) -> list[str]:
+    """What the parts of a tensor are called in their files."""
+    return [f"{name}.rows-{part:05d}" for part in range(len(bounds) - 1)]
+
+
 @dataclass(frozen=True)
 class RowFiles:
     """The files that an index names."""
@@ -123,60 +136,82 @@ class RowFiles:
 
     @classmethod
     def open(cls, directory: Path, prefix: str) -> RowFiles:
-        """Raises ValueError, naming the file, where the index cannot be read or lacks a part."""
+        """Raises ValueError, naming the file, where the index cannot be read or lacks a part.
+
+        What the parts hold is compared with it when they are read.
+        """
         path = index_path(directory, prefix)
+        check_file(path)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = regular.read_json(path)
             rows = content["metadata"].get("rows", {})
-            bounds = {name: tuple(each) for name, each in rows.items()}
+            bounds = {name: _checked_bounds(name, each) for name, each in rows.items()}
             files = dict(content["weight_map"])
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: no index of safetensors files: {error}") from None
-        absent = [f for f in sorted(set(files.values())) if not (directory / f).is_file()]
-        if absent:
-            raise ValueError(f"{path}: {absent[0]} is not beside it, one of its files")
+        for file in sorted(set(map(str, files.values()))):
+            if os.path.basename(file) != file or not (directory / file).is_file():
+                raise ValueError(f"{path}: {file} is not beside it, one of its files")
+        for key in sorted(part for name in bounds for part in _parts_of(name, bounds[name])):
+            if key not in files:
+                raise ValueError(f"{path}: it names no file of {key}")
         return cls(directory, bounds, files)
 
     @property
     def names(self) -> list[str]:
         """Tensors, split ones by their own names."""
-        parts = {f"{n}.rows-{p:05d}" for n, own in self.bounds.items() for p in range(len(own) - 1)}
+        parts = {part for name, own in self.bounds.items() for part in _parts_of(name, own)}
         return [*self.bounds, *(name for name in self.files if name not in parts)]
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """A tensor, or some rows of it, from the files that hold them.
 
-        Raises ValueError, naming the file, where it is cut short or lacks the tensor.
+        Raises ValueError, naming the file, where it is cut short, lacks the tensor, or has other
+        rows of it than the index says.
         """
         if name not in self.bounds:
-            whole = self._read(self.files[name], name, slice(None))
+            whole = self._read(self.files[name], name)
             return whole if rows is None else whole[rows]
         bounds = self.bounds[name]
         first, end, _ = (rows or slice(None)).indices(bounds[-1])
         pieces = []
-        for part in range(len(bounds) - 1):
+        keys = _parts_of(name, bounds)
+        for part, key in enumerate(keys):
             start, stop = max(first, bounds[part]), min(end, bounds[part + 1])
             if start < stop:
-                key = f"{name}.rows-{part:05d}"
                 here = slice(start - bounds[part], stop - bounds[part])
-                pieces.append(self._read(self.files[key], key, here))
+                count = bounds[part + 1] - bounds[part]
+                pieces.append(self._read(self.files[key], key, here, count))
         if not pieces:  # of the shape and kind that any part has
-            key = f"{name}.rows-00000"
-            return self._read(self.files[key], key, slice(0, 0))
+            return self._read(self.files[keys[0]], keys[0], slice(0, 0), bounds[1])
+        kinds = {(piece.dtype, piece.shape[1:]) for piece in pieces}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{self.directory / self.files[keys[0]]} is damaged: the rows of {name} are of "
+                "another shape or kind in other files"
+            )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _read(self, file: str, key: str, rows: slice) -> Tensor:
+    def _read(self, file: str, key: str, rows: slice | None = None, count: int = 0) -> Tensor:
+        """A file's tensor, or `rows` of it. It must have `count` rows then."""
         from safetensors import SafetensorError, safe_open
 
         path = self.directory / file
         check_file(path)
         try:
+            check_regular(path)
             with safe_open(path, framework="pt") as opened:
-                if rows == slice(None):
+                if rows is None:
                     return opened.get_tensor(key)
-                return opened.get_slice(key)[rows]
+                part = opened.get_slice(key)
+                shape = part.get_shape()
+                if not shape or shape[0] != count:
+                    raise ValueError(
+                        f"{path} is damaged: {key} is {shape}, and has not {count} rows"
+                    )
+                return part[rows]
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:

@@ -15,6 +15,7 @@ from typing import Any, cast
 from .choices import MARGINS
 from .integrity import blamed_on, read_values
 from .pictures import PictureRules
+from .regular import parse
 from .temporaries import temporary_beside
 
 SCHEMA = 1
@@ -253,8 +254,8 @@ class ModelSpec:
     def from_json(cls, text: str) -> ModelSpec:
         """Raises ValueError for what is not JSON, another schema, and unknown or missing keys."""
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse(text)
+        except ValueError as error:
             raise ValueError(f"not valid JSON: {error}") from None
         return cls.from_values(values)
 

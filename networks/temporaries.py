@@ -15,13 +15,16 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 from .births import birth, is_hidden
 
 # Earlier versions wrote no birth.
-NAME = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)(-(?P<born>[0-9a-f]{8}))?\.[0-9a-f]{8}")
+NAME = re.compile(
+    r"\..+\.(?P<host>[\w-]+)\.(?P<pid>\d+)(-(?P<born>[0-9a-f]{8}))?\.[0-9a-f]{8}(\.pt2|\.onnx)?"
+)
 # Names that do not say who writes: of earlier versions, and of `clustering`.
 FORMER = re.compile(r"\..+\.([0-9a-f]{8}|[0-9a-f]{32})(\.npz)?|\.\w+\.(safetensors|json)\.\d+")
 LONGEST_WRITE_S = 24 * 3600.0  # a file that was not written to for so long has no writer
@@ -31,6 +34,21 @@ def temporary_beside(path: Path) -> Path:
     """A new hidden name in the directory of `path`, which says whose it is."""
     token = uuid.uuid4().hex[:8]
     return path.with_name(f".{path.name}.{_host()}.{_process(os.getpid())}.{token}")
+
+
+@contextmanager
+def appearing(path: Path, suffix: str = "") -> Iterator[Path]:
+    """A hidden name to write to. It becomes `path` if the block ends without an error.
+
+    suffix: of that name, for a writer that goes by it.
+    """
+    temporary = temporary_beside(path)
+    written = temporary.with_name(temporary.name + suffix)
+    try:
+        yield written
+        os.replace(written, path)
+    finally:
+        written.unlink(missing_ok=True)
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +65,7 @@ def _short(mark: str) -> str:
 def sweep(directory: Path, recursive: bool = True) -> list[Path]:
     """Remove the temporaries in `directory` whose writer is dead, and return their names.
 
-    On another machine, and in names of earlier versions, a writer is dead after LONGEST_WRITE_S.
+    On another machine, and where a name has no birth, a writer is dead after LONGEST_WRITE_S.
     What cannot be removed stays.
     """
     swept = []
@@ -77,17 +95,15 @@ def _is_abandoned(path: Path) -> bool:
         age = time.time() - path.lstat().st_mtime
     except OSError:
         return False
-    if match is not None and match["host"] == _host():
-        is_alive = _is_alive(int(match["pid"]), match["born"] or "")
-        return not is_alive or age > LONGEST_WRITE_S
-    return age > LONGEST_WRITE_S
-
-
-def _is_alive(pid: int, born: str) -> bool:
+    if match is None or match["host"] != _host():
+        return age > LONGEST_WRITE_S
+    pid, born = int(match["pid"]), match["born"]
     mark = birth(pid)
-    if mark is None:
-        return is_hidden(pid)
-    return not born or _short(mark) == born
+    if mark is not None and born:
+        # Known for certain, whatever the clock says, which somebody may have set forward.
+        return _short(mark) != born
+    is_there = mark is not None or is_hidden(pid)
+    return not is_there or age > LONGEST_WRITE_S
 
 
 def _remove(path: Path) -> None:

@@ -15,9 +15,11 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from networks import regular
 from networks.births import birth as birth
 from networks.births import is_born as is_born
 from networks.checksums import DONE
+from networks.regular import parse as parse
 from networks.temporaries import sweep as sweep
 from networks.temporaries import temporary_beside
 
@@ -144,9 +146,29 @@ class DamagedFile(UserError, ValueError):
 def read_json(path: Path):
     """A JSON file's content.  Raises DamagedFile where it is not JSON, OSError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        return regular.read_json(path)
+    except ValueError as error:
         raise damaged(path, str(error)) from None
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines.  Raises DamagedFile where one is none, OSError."""
+    try:
+        rows = [parse(line) for line in regular.read_text(path).splitlines()]
+        if all(isinstance(row, dict) for row in rows):
+            return rows
+        reason = "a line is no JSON object"
+    except ValueError as error:
+        reason = str(error)
+    raise damaged(path, reason)
+
+
+def holds(path: Path, text: str) -> bool:
+    """Whether a file is there, and this is all that it holds."""
+    try:
+        return regular.read_text(path) == text
+    except (OSError, ValueError):
+        return False
 
 
 def checked(path: Path, content: Any, form: TypeAdapter[Content]) -> Content:

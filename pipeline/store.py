@@ -21,7 +21,7 @@ from typing import Annotated, NotRequired
 from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from networks import checksums
+from networks import checksums, regular
 from networks.temporaries import temporary_beside
 
 from .config import UserError
@@ -30,9 +30,11 @@ from .files import (
     OTHER_FORM,
     WINNER,
     DamagedFile,
+    birth,
     checked,
     claim,
     damaged,
+    is_born,
     make_below,
     read_json,
     sync,
@@ -64,6 +66,7 @@ KEY = "KEY"
 UNLISTED = (".index.npz",)
 NAMED_FILES = 8  # of those that may be damaged
 NEVER_EMPTY = (".json", ".npy", ".npz", ".safetensors", ".tar")
+OWNER = "OWNER"  # in a directory of unfinished files: the process that writes them
 COMPLETE = "COMPLETE"  # in a checkpoint's directory
 UNCHECKED = "UNCHECKED"  # in RUN: the networks could not be tried where it was laid out
 
@@ -215,9 +218,11 @@ class Stage:
     def is_stale(self) -> bool:
         """Finished or begun under another config."""
         try:
-            return (self.directory / KEY).read_text(errors="replace") not in self.keys
+            return regular.read_text(self.directory / KEY) not in self.keys
         except FileNotFoundError:
             return False
+        except ValueError:  # it is no text, or no file
+            return True
 
     def path(self, file: str) -> Path:
         """A finished stage's file, in the winning attempt (links are for people, DONE counts).
@@ -406,6 +411,40 @@ class Attempt:
         make_below(self.directory, path.parent)
         return path
 
+    def unfinished(self, name: str) -> Path:
+        """Where this attempt writes what a later one can go on with: checkpoints/NAME-ATTEMPT."""
+        return self.stage.checkpoints / f"{name}-{self.id}"
+
+    def take_over(self, name: str) -> None:
+        """Make `unfinished`, of what an attempt has written that was ended, if there is such.
+
+        Whoever has it is alone with it: of two copies of one job neither writes into the files
+        that the other moves away.  A living process on this machine keeps its own.  On another
+        machine nobody can tell: one that does live there finds its directory gone, fails, and can
+        be tried again.
+        """
+        own = self.unfinished(name)
+        make_below(self.stage.directory, self.stage.checkpoints)
+        earlier = [own.with_name(name), *sorted(own.parent.glob(f"{name}-*"))]
+        for directory in earlier:
+            if directory.is_dir() and not _has_owner(directory):
+                try:
+                    os.rename(directory, own)
+                    break
+                except FileNotFoundError:  # another attempt was faster
+                    continue
+        else:
+            own.mkdir()
+        pid = os.getpid()
+        write_json(own / OWNER, {"host": socket.gethostname(), "pid": pid, "born": birth(pid)})
+
+    def drop_unfinished(self, name: str) -> None:
+        """Remove what was written there, and what nobody will go on with."""
+        own = self.unfinished(name)
+        for directory in own.parent.glob(f"{name}-*"):
+            if directory == own or not _has_owner(directory):
+                shutil.rmtree(directory, ignore_errors=True)
+
     def publish(self, file: str) -> None:
         """Link STAGE/file to this attempt's, replacing an earlier attempt's link.
 
@@ -476,6 +515,16 @@ class Attempt:
                 shown.unlink()
         sync_upwards(self.stage.directory, self.stage.run)
         return True
+
+
+def _has_owner(directory: Path) -> bool:
+    """Whether another living process of this machine writes there."""
+    try:
+        owner = read_json(directory / OWNER)
+        is_other = owner["host"] == socket.gethostname() and owner["pid"] != os.getpid()
+        return is_other and is_born(owner["pid"], owner["born"])
+    except (FileNotFoundError, DamagedFile, *OTHER_FORM):
+        return False
 
 
 def _is_listed(name: str) -> bool:

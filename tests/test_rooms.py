@@ -18,7 +18,7 @@ ROOMS = {
     "launch": {"pipeline"},
     "referral": {"clustering", "networks", "ensemble", "pipeline", "launch"},
 }
-TORCHLESS = {"births", "choices", "checksums", "temporaries"}
+TORCHLESS = {"births", "choices", "checksums", "regular", "temporaries"}
 # Login nodes run pipeline and launch, where none of these is installed.
 HEAVY = {
     "torch",

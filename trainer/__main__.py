@@ -211,7 +211,11 @@ def check_inputs(stage: Stage) -> None:
     from pipeline.config import UserError
 
     needed = [each for each in stage.inputs if each.name != "specialist"]
-    missing = [each.place for each in needed if not (each.is_done or each.is_older)]
+    missing = [
+        f"{each.place} ({each.lacks})" if each.lacks else each.place
+        for each in needed
+        if not (each.is_done or each.is_older)
+    ]
     if missing:
         raise UserError(
             f"{stage.place} needs {', '.join(missing)}, which is not done: run it first"

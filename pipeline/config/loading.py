@@ -11,6 +11,8 @@ from typing import Any
 import tomli_w
 from pydantic import BaseModel, ValidationError
 
+from networks import regular
+
 from .base import UserError
 from .exclusive import UNSET, replaced_by
 from .messages import in_our_words
@@ -18,6 +20,7 @@ from .run import Config, ConfigFile
 from .schedule import Student
 
 NAMED_MISTAKES = 50  # of a file that is no config of ours at all
+OF_SHELL = ("/dev/", "/proc/")  # `referral run <(...)`: a pipe that somebody does write to
 # Keys of earlier versions and what they are called now.
 RENAMED = {"slurm.combine": "slurm.ensemble"}
 
@@ -55,8 +58,7 @@ def save_config(config: Config, path: Path) -> None:
 def read_toml(path: Path) -> dict:
     """A TOML file's values.  Raises UserError if it cannot be read."""
     try:
-        # utf-8-sig: Windows' editors begin a file with a byte order mark.
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(_text_of(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file") from None
     except IsADirectoryError:
@@ -65,6 +67,13 @@ def read_toml(path: Path) -> dict:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _text_of(path: Path) -> str:
+    encoding = "utf-8-sig"  # Windows' editors begin a file with a byte order mark
+    if str(path).startswith(OF_SHELL):
+        return path.read_text(encoding=encoding)
+    return regular.read_text(path, encoding)
 
 
 def _key(override: str) -> str:

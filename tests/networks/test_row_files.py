@@ -1,6 +1,7 @@
 """Tensors whose rows lie in several files are read as one, or in part."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -60,4 +61,76 @@ def test_a_file_that_is_gone_or_cut_short_is_named(written):
         RowFiles.open(written, "model")
     index_path(written, "model").write_text("{}")
     with pytest.raises(ValueError, match="no index of safetensors files"):
+        RowFiles.open(written, "model")
+
+
+def lie(directory, change) -> None:
+    """Change what the index says."""
+    path = index_path(directory, "model")
+    content = json.loads(path.read_text())
+    change(content["metadata"]["rows"], content["weight_map"])
+    path.write_text(json.dumps(content))
+
+
+LIES = {
+    "a part with more rows than the index says": lambda rows, files: rows.update(
+        {"head.weight": [0, 1, 1, 6]}
+    ),
+    "a part with fewer rows": lambda rows, files: rows.update({"head.weight": [0, 2, 2, 2**60]}),
+    "bounds that go back": lambda rows, files: rows.update({"head.weight": [0, 5, 2, 7]}),
+    "bounds that do not begin at 0": lambda rows, files: rows.update({"head.weight": [1, 2, 2, 7]}),
+    "bounds that are no numbers": lambda rows, files: rows.update({"head.weight": "0227"}),
+    "bounds of nothing": lambda rows, files: rows.update({"head.weight": [0]}),
+    "a part that no file has": lambda rows, files: files.pop("head.weight.rows-00002"),
+    "a part in the place of another": lambda rows, files: files.update(
+        {"head.weight.rows-00002": part_name("model", 0, 3)}
+    ),
+    "one part more": lambda rows, files: rows.update({"head.weight": [0, 2, 2, 7, 9]}),
+    "a file of another directory": lambda rows, files: files.update(
+        {"trunk": "../written/" + part_name("model", 0, 3)}
+    ),
+    "a file that is a number": lambda rows, files: files.update({"trunk": 3}),
+}
+
+
+@pytest.mark.parametrize("kind", LIES)
+def test_an_index_that_lies_is_one_line_with_its_name_or_the_part_s(written, kind):
+    lie(written, LIES[kind])
+    with pytest.raises(ValueError, match=r"model.*safetensors.*(is damaged|: )") as refusal:
+        files = RowFiles.open(written, "model")
+        [files.read(name) for name in files.names]
+    assert "\n" not in str(refusal.value)
+
+
+def test_parts_of_one_tensor_that_differ_in_width_or_kind_are_damage(written):
+    other = {"head.weight": torch.zeros(5, 3), "head.bias": BIAS[6:].double()}
+    write_part(written, "model", 2, 3, other)
+    files = RowFiles.open(written, "model")
+    for name in other:
+        with pytest.raises(ValueError, match="is damaged: the rows of head"):
+            files.read(name)
+
+
+@pytest.mark.parametrize("size", [2**62, 2**63 - 1])
+def test_a_part_whose_header_says_more_than_it_holds_is_damage(written, size):
+    path = written / part_name("model", 1, 3)
+    entry = {"dtype": "F32", "shape": [size, 1], "data_offsets": [0, 4]}
+    text = json.dumps({"head.bias.rows-00001": entry}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: not a whole safe"):
+        RowFiles.open(written, "model").read("head.bias")
+
+
+def test_a_pipe_in_the_place_of_a_part_or_of_the_index_is_not_waited_for(written):
+    second = written / part_name("model", 1, 3)
+    files = RowFiles.open(written, "model")
+    second.unlink()
+    os.mkfifo(second)
+    with pytest.raises(ValueError, match="named pipe; only regular files"):
+        files.read("head.bias")
+    with pytest.raises(ValueError, match="is not beside it"):
+        RowFiles.open(written, "model")
+    index_path(written, "model").unlink()
+    os.mkfifo(index_path(written, "model"))
+    with pytest.raises(ValueError, match="named pipe; only regular files"):
         RowFiles.open(written, "model")

@@ -9,7 +9,7 @@ import pytest
 
 from networks import temporaries
 from networks.births import birth
-from networks.temporaries import LONGEST_WRITE_S, _short, sweep, temporary_beside
+from networks.temporaries import LONGEST_WRITE_S, _short, appearing, sweep, temporary_beside
 
 OWN = f".{os.getpid()}-{_short(birth(os.getpid()))}."
 
@@ -100,3 +100,30 @@ def test_beside_shards_only_the_directory_itself_is_swept(tmp_path):
     path = of_process(tmp_path / "below" / "a.npy", dead_pid())
     path.touch()
     assert sweep(tmp_path, recursive=False) == [] and path.exists()
+
+
+def test_a_clock_that_was_set_forward_takes_nothing_from_a_living_writer(tmp_path, monkeypatch):
+    path = temporary_beside(tmp_path / "state.pt")
+    path.touch()
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 3 * LONGEST_WRITE_S)
+    assert sweep(tmp_path) == [] and path.exists()
+
+
+def test_what_appears_has_its_name_once_it_is_written_and_never_after_an_error(tmp_path):
+    path = tmp_path / "program.pt2"
+    with pytest.raises(OSError), appearing(path, ".pt2") as temporary:
+        temporary.write_text("half")
+        raise OSError
+    assert list(tmp_path.iterdir()) == []
+    with appearing(path, ".pt2") as temporary:
+        temporary.write_text("whole")
+        assert not path.exists() and temporary.suffix == ".pt2"
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_killed_writer_of_a_suffix_left_is_swept(tmp_path):
+    left = of_process(tmp_path / "a.pt2", dead_pid(), "0123abcd")
+    left = left.with_name(f"{left.name}.onnx")
+    left.touch()
+    assert sweep(tmp_path) == [left]

@@ -170,17 +170,19 @@ def behind(run: RunDirectory, stage: Stage) -> list[Stage]:
 def names(outcome: Outcome, path: Path) -> bool:
     """Whether a line names the file, or what it is of: its directory, its shard, its stage."""
     known = [path.name, str(path.parent), path.name.partition(".tar")[0]]
-    if path.name == "KEY":
-        known.append(f"redone: {path.parent.name}")
+    if path.name in ("KEY", "DONE"):
+        known = [str(path), f"redone (their KEY or DONE says so): {path.parent.name}"]
     return any(name in outcome.text for name in known)
 
 
 def helped(outcome: Outcome, root: Path, config: Config, restore: Callable[[], None]) -> Outcome:
     """The plain command once what the line says is done."""
     line = " ".join(outcome.errors)
-    for target in re.findall(r"remove (\S+?)(?: and (\S+?))?[,;]? ", line.replace(":", " ")):
+    for target in re.findall(r"remove (/\S+?)(?: and (\S+?))?[,;]? ", line.replace(":", " ")):
         for path in map(Path, filter(None, target)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for path in re.findall(r"error: (\S+) is damaged .*; restore it, or remove it", line):
+        Path(path).unlink(missing_ok=True)
     if "remove that directory" in line:
         for path in root.glob("*/checkpoints"):
             shutil.rmtree(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -14,18 +15,28 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from campaigns import Asked, asked  # noqa: E402, F401
 from toy import toy_config, write_toy  # noqa: E402
 
+import trainer.report
+import trainer.stages
 from launch.aims import RUN
 from launch.plan import plan
 from launch.prepare import check, lay_out, mend
 from pipeline.config import Config
 from pipeline.failures import answer
 from pipeline.graph import RunDirectory
+
+# What a forked command would import once more, in every trial.
+for _package in (trainer.stages, trainer.report):
+    for _module in pkgutil.walk_packages(_package.__path__, f"{_package.__name__}."):
+        import_module(_module.name)
+for _name in ("sympy", "sklearn.cluster", "sklearn.decomposition", "trainer.commands.export"):
+    import_module(_name)
 
 LIMIT_S = 600
 SIZES = {"train": 20, "val": 10, "test": 6}
@@ -175,7 +186,7 @@ def hidden(root: Path) -> list[Path]:
 class Count:
     """How trials ended, and what each bad one said."""
 
-    BAD = ("silent difference", "stuck", "traceback", "left behind")
+    BAD = ("silent difference", "stuck", "traceback", "left behind", "executed")
 
     def __init__(self, name: str, given: Asked):
         self.name, self.given = name, given

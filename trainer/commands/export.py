@@ -192,8 +192,9 @@ def selected(run: RunDirectory, what: str) -> tuple[bool, dict[str, Stage]]:
 def check_done(run: RunDirectory, stage: Stage) -> None:
     # DONE alone counts: the config of a run whose data were moved hashes to something else.
     if stage.done() is None:
+        reason = f" ({stage.lacks})" if stage.lacks else ""
         raise UserError(
-            f"{run.root}: stage {stage.place} is not done; `referral run --run {run.root}` "
+            f"{run.root}: stage {stage.place} is not done{reason}; `referral run --run {run.root}` "
             "resumes the run"
         )
 

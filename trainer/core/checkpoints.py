@@ -22,7 +22,7 @@ from typing import IO, cast
 import torch
 from safetensors import SafetensorError
 
-from networks import checksums
+from networks import checksums, regular
 from networks.row_files import write_index, write_part
 from networks.temporaries import temporary_beside
 from pipeline.config import UserError
@@ -171,8 +171,8 @@ def fault(checkpoint: Path) -> str:
     Earlier versions kept no checksum. Torch's file is a zip, which has weaker ones.
     """
     try:
-        text = (checkpoint / COMPLETE).read_text(encoding="utf-8")
-        files = checksums.files_of(json.loads(text)) if text else {}
+        text = regular.read_text(checkpoint / COMPLETE)
+        files = checksums.files_of(regular.parse(text)) if text else {}
     except (OSError, ValueError, AttributeError):
         return f"its {COMPLETE} cannot be read"
     for name, entry in files.items():

@@ -7,11 +7,10 @@ corrupt, like any other member that cannot be read: `strict` names it, `skip` co
 
 from __future__ import annotations
 
-import os
-import stat
 from io import BufferedReader
 from pathlib import Path
 
+from networks import regular
 from pipeline.config import UserError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -27,14 +26,6 @@ SAMPLE_MEMBERS = 1000  # members with one key
 SHARD_MEMBERS = 20_000_000
 SHARD_EXTENSIONS = 10_000
 CLASSES = 100_000_000  # that the config may say: each has a name in memory
-
-KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
 
 
 def exceeds(what: str, size: int, limit: int, unit: str = "bytes") -> str:
@@ -54,16 +45,10 @@ def open_regular(path: str | Path) -> BufferedReader:
 
     Whoever reads a pipe or a device may wait for ever, or read without an end.
     """
-    # Without O_NONBLOCK opening a pipe that nobody writes already waits.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-        if kind != stat.S_IFREG:
-            raise UserError(f"{path} is {KINDS.get(kind, 'no file')}; only regular files are read")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return os.fdopen(descriptor, "rb")
+        return regular.open_regular(path)
+    except regular.NotRegular as error:
+        raise UserError(str(error)) from None
 
 
 def is_there(path: str | Path) -> bool:
@@ -73,9 +58,9 @@ def is_there(path: str | Path) -> bool:
     disk that fails is no absent file, though os.path.exists takes it for one.
     """
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
+        regular.check_regular(path)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    if kind != stat.S_IFREG:
-        raise UserError(f"{path} is {KINDS.get(kind, 'no file')}; only regular files are read")
+    except regular.NotRegular as error:
+        raise UserError(str(error)) from None
     return True

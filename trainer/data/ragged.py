@@ -29,8 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.failures import cannot_write, writing
-from pipeline.files import read_json, sync, write_json
+from pipeline.files import damaged, read_json, sync, write_json
 
+from .kept_arrays import kept_npy
 from .mapped import create_mapped
 
 PROGRESS = "progress.json"
@@ -175,15 +176,22 @@ class RaggedRows:
     """
 
     def __init__(self, directory: Path, entries: Mapping[str, np.dtype], numbers: tuple[str, ...]):
-        self.starts, self.counts, *of_rows = (
-            np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("starts", "counts", *numbers)
-        )
-        self.numbers = dict(zip(numbers, of_rows, strict=True))
+        self.starts = kept_npy(directory / "starts.npy", "iu", (None,))
+        rows = len(self.starts)
+        self.counts = kept_npy(directory / "counts.npy", "iu", (rows,))
+        self.numbers = {name: kept_npy(directory / f"{name}.npy", "f", (rows,)) for name in numbers}
         self.entries = {
             name: np.memmap(directory / f"{name}.bin", dtype, "r")
             for name, dtype in entries.items()
         }
+        self._check_places(directory)
+
+    def _check_places(self, directory: Path) -> None:
+        """DamagedFile for a row whose entries lie beyond those that there are."""
+        there = min(map(len, self.entries.values()))
+        first = int(self.starts.min(initial=0))
+        if first < 0 or int((self.starts + self.counts).max(initial=0)) > there:
+            raise damaged(directory / "starts.npy", f"rows lie beyond the {there} entries")
 
     def padded(
         self, rows: np.ndarray, padding: Mapping[str, float]
@@ -201,6 +209,9 @@ class RaggedRows:
                 part[row, :count] = values[start : start + count]
             parts[name] = part
         return counts, parts
+
+    def __len__(self) -> int:
+        return len(self.starts)
 
 
 def flattened(padded: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline.config import UserError
 from pipeline.store import read_json, write_json
 
+from .kept_arrays import kept_npy
 from .shards import ShardSet, open_shards
 from .writing import ShardWriter, write_manifest
 
@@ -231,7 +232,7 @@ def open_routed(directory: str | Path, shards: ShardSet) -> tuple[ShardSet, np.n
     directory = Path(directory)
     try:
         header = read_json(directory / "routed.json")
-        ids = np.load(directory / "ids.npy", allow_pickle=False)
+        ids = np.array(kept_npy(directory / "ids.npy", "iu", (None,)))
     except (OSError, ValueError):
         raise UserError(
             f"{directory} holds no routed samples; run the stage `route` again"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
+from networks import regular
 from pipeline.choices import CONTROL_ROWS
 from pipeline.controls import evaluated_controls, twins
+from pipeline.files import damaged
 from pipeline.graph import RunDirectory
 from pipeline.store import Stage
 
@@ -107,16 +108,21 @@ def read_metrics(stage: Stage | None) -> Curves:
     """metrics.jsonl as curves over steps. Of a step that was trained twice, the last."""
     if stage is None or stage.done() is None:
         return {}
+    path = stage.path("metrics.jsonl")
     try:
-        text = stage.path("metrics.jsonl").read_text(encoding="utf-8")
+        text = regular.read_text(path)
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
     values: dict[str, dict[float, float]] = {}
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            row = regular.parse(line)
         except ValueError:
             continue  # an attempt that was killed may have left half a line
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+            continue
         for key, value in row.items():
             if key != "step" and isinstance(value, int | float):
                 values.setdefault(key, {})[row["step"]] = float(value)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from clustering.array_files import check_form, read_npz
+from pipeline.files import damaged
+
+FORMS = {
+    "ids": ("iu", (None,)),
+    "labels": ("iu", (None,)),
+    "top5": ("iu", (None, None)),
+    "top5_probability": ("f", (None, None)),
+    "label_probability": ("f", (None,)),
+    "asked": ("iu", (None, None)),
+    "active": ("b", (None, None)),
+}
 
 
 @dataclass(frozen=True)
@@ -30,12 +43,17 @@ class Predictions:
     def read(cls, path: Path) -> Predictions | None:
         """The predictions in an .npz file. None where there is no such file."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                names = [field.name for field in fields(cls)]
-                arrays = {name: file[name] for name in names if name in file.files}
+            arrays = read_npz(path)
+            for name in arrays.keys() & FORMS.keys():
+                check_form(arrays[name], *FORMS[name])
+            rows = {len(arrays[name]) for name in arrays.keys() & FORMS.keys()}
+            if len(rows) != 1:
+                raise ValueError("its arrays are of different lengths")
+            return cls(**{name: arrays[name] for name in FORMS if name in arrays})
         except FileNotFoundError:
             return None
-        return cls(**arrays)
+        except (ValueError, TypeError) as error:
+            raise damaged(path, str(error)) from None
 
     def was_asked(self, specialist: int) -> np.ndarray | None:
         """Whether a specialist was asked about each example, bool [n]. None where nothing says."""

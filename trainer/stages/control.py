@@ -5,11 +5,11 @@ pipeline.controls says which controls there are. control_rows.py makes those of 
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from pipeline.controls import COMPUTE, is_wall, twins, wall_rate
+from pipeline.files import read_rows
 from pipeline.store import Stage
 
 from ..core.loop import TrainingTask
@@ -104,7 +104,7 @@ def rate_to_go_on_with(session: Session) -> float:
 
 def last_validation(metrics: Path) -> dict[str, float]:
     """What the last validation of a training found, from its metrics.jsonl."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(metrics)
     last = [row for row in rows if "val/loss" in row][-1]
     prefix = "val/"
     return {key.removeprefix(prefix): value for key, value in last.items() if prefix in key}

@@ -6,7 +6,6 @@ augmented.  trainer.core.diagnosis is the mathematics, pipeline.advice.diagnosis
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ensemble import fit_temperature
 from pipeline.advice.diagnosis_text import diagnosis_lines
+from pipeline.files import read_rows
 from pipeline.results.forecasts import judged_on
 from pipeline.store import Stage, read_json
 
@@ -194,7 +194,7 @@ def metrics_of_generalist(session: Session) -> list[dict]:
     path = session.run.generalist.path("metrics.jsonl")
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_rows(path)
 
 
 def calibration(val: Arrays, ids: np.ndarray, temperatures: Sequence[float]) -> dict:

@@ -30,7 +30,7 @@ from networks import (
 )
 from pipeline.config import UserError
 from pipeline.methods import ExtendingMethod
-from pipeline.store import Stage, read_json, write_json
+from pipeline.store import Stage, read_json, write_json, write_text
 
 from ..core.metrics import summarise
 from ..data.streams import Batch
@@ -99,7 +99,7 @@ def cluster(session: Session, stage: Stage) -> None:
             return
         statistics = judging_statistics(session)
         groups = extend_groups(session)
-        groups.save(attempt.path("groups.json"))
+        write_text(attempt.path("groups.json"), groups.to_json())
         rows = forecast(groups, statistics)
         skipped = method_of(session).skipped()
         summary = summarise_groups(session, groups, statistics, rows, skipped)

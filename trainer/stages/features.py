@@ -33,11 +33,12 @@ from networks.branches import log_sum
 from networks.cutting import Cut, cut_at
 from pipeline.config import ResolvedSpecialists, UserError
 from pipeline.failures import cannot_write
-from pipeline.files import make_below, read_json, sync, write_json
+from pipeline.files import read_json, sync, write_json
 from pipeline.store import Attempt, Stage
 
 from ..core.progress import peak_memory
 from ..data.augment import Views
+from ..data.kept_arrays import kept_npy
 from ..data.mapped import create_mapped
 from ..data.shards import ShardSet
 from ..data.streams import Batch
@@ -263,15 +264,17 @@ def keep(
 
     say(session, notes): what whoever watches is told, by split what `KeptWriter.write` returns.
     """
-    unfinished = attempt.stage.checkpoints / attempt.stage.place
+    unfinished = attempt.unfinished(attempt.stage.place)
     if session.ranks.is_main:
-        make_below(attempt.stage.directory, unfinished)
+        attempt.take_over(attempt.stage.place)
+    session.barrier()
     notes = {split: writer.write(unfinished / split) for split, writer in writers.items()}
     say(session, notes)
     if not session.ranks.is_main:
         return
     for split in writers:
         publish(unfinished / split, attempt.directory / split)
+    attempt.drop_unfinished(attempt.stage.place)
     summary = {
         "splits": notes,
         "seconds": round(sum(each["seconds"] for each in notes.values()), 3),
@@ -317,7 +320,7 @@ def kept_features(session: Session, split: str) -> KeptFeatures:
     notes = read_json(session.run.features.path("summary.json"))["splits"][split]
 
     def mapped(name: str) -> np.ndarray:
-        return np.load(directory / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        return kept_npy(directory / f"{name}.npy", "fiub", (None, ...))
 
     at_cut = mapped("at_cut")
     general = mapped("general") if (directory / "general.npy").exists() else at_cut

@@ -27,10 +27,11 @@ from clustering import (
 )
 from clustering.choices import READ_COVARIANCE
 from networks import Classifier, lazy_logits
+from networks.temporaries import appearing
 from pipeline.config import Clusters, UserError
 from pipeline.results.forecasts import captured_text, ceiling_text, is_thin, measured_on
 from pipeline.scaling import most_measured
-from pipeline.store import Stage, read_json, write_json
+from pipeline.store import Stage, read_json, write_json, write_text
 
 from ..data.orders import part_of_each_class
 from ..data.routing import route as route_samples
@@ -124,13 +125,19 @@ def save_merged(session: Session, statistics: PredictionStatistics, path: Path) 
     def of_rank(rank: int) -> Path:
         return path.with_name(f"{path.stem}-{rank}.npz")
 
-    statistics.save(of_rank(session.ranks.rank))
+    _save(statistics, of_rank(session.ranks.rank))
     session.barrier()
     if session.ranks.is_main:
         merged = PredictionStatistics.load(of_rank(0))
         for rank in range(1, session.ranks.world_size):
             merged.merge(PredictionStatistics.load(of_rank(rank)))
-        merged.save(path)
+        _save(merged, path)
+
+
+def _save(statistics: PredictionStatistics, path: Path) -> None:
+    """Under a temporary name that says who writes, so that a kill leaves nothing for good."""
+    with appearing(path) as temporary, open(temporary, "wb") as file:
+        statistics.write(file)
 
 
 def predicted_top(
@@ -162,7 +169,7 @@ def cluster(session: Session, stage: Stage) -> None:
         if not session.ranks.is_main:
             return
         groups = find_groups(session, prediction_statistics(session))
-        groups.save(attempt.path("groups.json"))
+        write_text(attempt.path("groups.json"), groups.to_json())
         statistics = judging_statistics(session)
         rows = forecast(groups, statistics)
         untaught = groups_without_examples(session, groups)

@@ -27,6 +27,7 @@ from pipeline.store import Stage
 from ..core.loop import TrainingTask
 from ..core.objectives import rerank
 from ..data.augment import Views
+from ..data.kept_arrays import kept_npy
 from ..data.streams import Batch
 from ..engines.sharded import DistributedComm
 from ..session import Session
@@ -92,7 +93,7 @@ def check_size(section: ResolvedRerank, needed: int) -> None:
 def kept_shortlists(session: Session, split: str) -> Callable[[Batch], Tensor]:
     """A function batch of a split -> int64 [b, k], as the finished stage kept them."""
     directory: Path = session.run.shortlists.path(split)
-    classes = np.load(directory / f"{CLASSES}.npy", mmap_mode="r", allow_pickle=False)
+    classes = kept_npy(directory / f"{CLASSES}.npy", "iu", (None, None))
 
     def read(batch: Batch) -> Tensor:
         rows = classes[batch.ids.numpy()].astype(np.int64)

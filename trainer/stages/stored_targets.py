@@ -9,10 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pipeline.files import damaged
 from pipeline.store import read_json
 
 from ..core.distillation import TopKTargets
 from ..data.augment import Views
+from ..data.kept_arrays import kept_npy
 from ..data.ragged import RaggedRows
 from ..data.shards import ShardSet
 from ..data.streams import Batch, Source
@@ -126,12 +128,21 @@ def open_targets(
     assert stored == expected, f"{place}: targets of {stored}, {expected} needed"
     if notes["schema"] < SCHEMA:
         return fixed_rows(place)
-    return rows_by_mass(place, session.num_classes, notes["members"])
+    return rows_by_mass(place, session.num_classes, notes["members"], _rows_of(shards, views))
+
+
+def _rows_of(shards: ShardSet, views: Views | None) -> int:
+    return len(shards) * (views.count if views else 1)
 
 
 def fixed_rows(place: Path) -> Callable[[np.ndarray], Stored]:
     """What versions before schema 3 stored: k classes in every row, [N * views, K, k]."""
-    files = [np.load(place / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FIXED]
+    kinds = dict(zip(FIXED, ("iu", "f", "f"), strict=True))
+    shapes = ((None, None, None), (None, None, None), (None, None))
+    files = [
+        kept_npy(place / f"{name}.npy", kinds[name], shape)
+        for name, shape in zip(FIXED, shapes, strict=True)
+    ]
 
     def read(rows: np.ndarray) -> Stored:
         indices, log_values, log_tail = (array[rows] for array in files)
@@ -141,13 +152,19 @@ def fixed_rows(place: Path) -> Callable[[np.ndarray], Stored]:
     return read
 
 
-def rows_by_mass(place: Path, num_classes: int, members: int) -> Callable[[np.ndarray], Stored]:
-    """What Storing wrote."""
+def rows_by_mass(
+    place: Path, num_classes: int, members: int, count: int
+) -> Callable[[np.ndarray], Stored]:
+    """What Storing wrote of `count` rows."""
     ragged = RaggedRows(place, entry_dtypes(num_classes), ("log_tail",))
+    if len(ragged) != count * members:
+        raise damaged(place / "starts.npy", f"{len(ragged)} rows, of {count * members}")
 
     def read(rows: np.ndarray) -> Stored:
         of_members = (rows[:, None] * members + np.arange(members)).reshape(-1)
         counts, padded = ragged.padded(of_members, {"indices": 0, "log_values": -np.inf})
+        if padded["indices"].max(initial=0) >= num_classes:
+            raise damaged(place / "indices.bin", f"a class beyond the {num_classes}")
         shape = (len(rows), members)
         return Stored(
             padded["indices"].astype(np.int64).reshape(*shape, counts.max(initial=0)),

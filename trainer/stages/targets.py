@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,7 +23,6 @@ from torch import Tensor
 from ensemble.listed import Listed
 from ensemble.listed_ensemble import Wanted
 from pipeline.config import ResolvedStudent, UserError
-from pipeline.files import make_below
 from pipeline.identity import digest
 from pipeline.store import Attempt, Stage, read_json, write_json
 
@@ -145,9 +143,9 @@ def store_targets(
     splits = ["train"]
     if session.config.data.transfer:
         splits.append("transfer")
-    unfinished = attempt.stage.checkpoints / "targets"
+    unfinished = attempt.unfinished("targets")
     if session.ranks.is_main:
-        make_below(attempt.stage.directory, unfinished)
+        attempt.take_over("targets")
     written = []
     for source, split in enumerate(splits):
         storing = Storing(session, teacher, attempt.stage, student, temperatures, source, split)
@@ -160,7 +158,7 @@ def store_targets(
             write_json(attempt.path(f"{split}/answers.json"), notes | {"entropy": certainty})
             say_targets(session, split, notes)
     if session.ranks.is_main:
-        shutil.rmtree(unfinished)
+        attempt.drop_unfinished("targets")
 
 
 class OwnEntries:

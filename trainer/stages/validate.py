@@ -15,6 +15,7 @@ from networks.heads import ShardedHead
 
 from ..core.dense_logits import predictor_of
 from ..core.objectives import specialist_columns, with_dustbin
+from ..data.kept_arrays import kept_npz
 from ..data.streams import Batch
 from ..session import Session
 from .calibrate import calibrate
@@ -124,8 +125,8 @@ class SpecialistValidator:
 def referred_examples(session: Session, classes: np.ndarray) -> np.ndarray:
     """Ids of the val examples for which the gate opens a group. Of all val, if there are none."""
     path = session.run.measure.path("predictions.npz")
-    with np.load(path, allow_pickle=False) as predictions:
-        top = predictions["top"][:, : session.config.ensemble.gate]
-        ids = predictions["ids"]
+    predictions = kept_npz(path, {"ids": ("iu", (None,)), "top": ("iu", (None, None))})
+    top = predictions["top"][:, : session.config.ensemble.gate]
+    ids = predictions["ids"]
     referred = np.isin(top, classes).any(axis=1)
     return ids[referred] if referred.any() else ids

@@ -17,6 +17,7 @@ from ensemble.choices import COMBINERS
 from ensemble.fitting import WEIGHTS, fit_weight_to_losses
 from networks import Branch, Classifier
 
+from ...data.kept_arrays import kept_npz
 from ...data.streams import Batch
 from ...session import Session
 from ..branches import columns_of
@@ -25,6 +26,7 @@ from .forms import FITTED_ON, GENERALIST, Answers, evenly, halves_of, in_order
 from .healing import opened
 from .measuring import of_examples
 
+TOP = ("iu", (None, None))
 LEAST_P = 1e-30
 
 
@@ -38,8 +40,7 @@ def referred_ids(session: Session, members: Sequence[np.ndarray]) -> np.ndarray:
 def val_predictions(session: Session) -> dict[str, np.ndarray]:
     """ids, labels and top [n, k], the generalist's likeliest classes, of every example of val."""
     path = session.run.measure.path("predictions.npz")
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in ("ids", "labels", "top")}
+    return kept_npz(path, {"ids": ("iu", (None,)), "labels": ("iu", (None,)), "top": TOP})
 
 
 def with_form(
