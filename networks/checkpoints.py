@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import regular
 from .choices import AVERAGED, BESIDE_WEIGHTS, PLAIN
 from .integrity import blamed_on, check_file
 
@@ -85,7 +85,7 @@ def _read_file(path: Path) -> Any:
 def _read_split(path: Path) -> Tensors:
     """The tensors of all files that an index names, {"weight_map": {tensor: file beside it}}."""
     try:
-        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        file_of = regular.read_json(path)["weight_map"]
         names = {str(name): str(file) for name, file in file_of.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: no index of weights, which has a weight_map") from None
