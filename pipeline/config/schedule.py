@@ -435,7 +435,7 @@ class ResolvedStudent(ResolvedSchedule, Student):
 
 
 class Rerank(Schedule):
-    """Of ensemble.kind = "rerank": networks trained on the generalist's shortlists alone."""
+    """For ensemble.kind = "rerank": networks trained on the generalist's shortlists alone."""
 
     # the generalist's likeliest classes of each training example, which it learns to tell apart
     k: int = Field(default=50, gt=1)

@@ -463,7 +463,7 @@ def _settle_pictures(
 
 
 def _unlike(seen: dict[tuple[int, ...], Path]) -> str:
-    """Of two pictures that cannot be in one batch."""
+    """The error about two pictures that cannot be in one batch."""
     (a, first), (b, second) = list(seen.items())[:2]
     unlike, remedy = "mode", "--gray or --size N brings all to one"
     if a[1:] != b[1:]:

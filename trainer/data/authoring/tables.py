@@ -276,7 +276,7 @@ def _only(table: _Table, places: Sequence[int], likely: Sequence[int], option: s
 
 
 def _likeliest(table: _Table, places: Sequence[int], option: str) -> int:
-    """By the first rows: a label has few values, and a text is long."""
+    """Guess columns by the first rows: a label has few values, and a text is long."""
     values: dict[int, list[str]] = {place: [] for place in places}
     for _, fields in islice(table.rows(), PROPOSED_OF):
         for place in places:
