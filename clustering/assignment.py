@@ -103,7 +103,7 @@ def _sums(groups: np.ndarray, weights: np.ndarray, num_groups: int) -> np.ndarra
 
 
 def _running_sums(weights: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Of rows ordered by group: the weight of its group's rows up to each, and its own."""
+    """Running weight within each group, over rows ordered by group, each row included."""
     sums = np.cumsum(weights)
     first = np.searchsorted(groups, groups)
     return sums - sums[first] + weights[first]

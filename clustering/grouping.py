@@ -173,7 +173,7 @@ class _Search:
     seed: int
 
     def refine(self, member_of: np.ndarray) -> np.ndarray:
-        """As many memberships [C, r] as there are places, better ones."""
+        """Better memberships [C, r], as many as there are places."""
         wanted = np.full(len(member_of), member_of.shape[1])
         return local_search(
             self.confused,

@@ -272,7 +272,7 @@ class PredictionStatistics:
         return covariance
 
     def restricted(self, classes: NDArray[np.int64]) -> PredictionStatistics:
-        """The same examples' predictions of `classes` alone, which are numbered in their order.
+        """Statistics of the same examples' predictions of `classes` alone, numbered in their order.
 
         Masses stay as they were: what went to the other classes is left out.
         """

@@ -421,7 +421,7 @@ class BranchProgram(nn.Module):
     def _answer(
         self, at_cut: Tensor, logits: Tensor, favourites: Tensor, slots: Tensor
     ) -> tuple[Outside, Tensor, Tensor, Tensor]:
-        """As _answer_one, of several branches. Entries are [B, A K]."""
+        """Like _answer_one, for several branches. Entries are [B, A K]."""
         entries = self._entries(slots, favourites[:, :1])
         r = self._correct(at_cut, slots)
         z_top = logits.gather(1, favourites[:, :1])
@@ -482,7 +482,7 @@ class BranchProgram(nn.Module):
         return Entries(slots, on, classes, counted * ~earlier, inside, column, pattern)
 
     def _where(self, slots: Tensor, on: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each slot b, whether it holds an entry's class and in which column: [B, A, K] each."""
+        """For each slot b, whether it holds an entry's class, and in which column: [B, A, K]."""
         other_branch = rows_of(self.other_branch, slots)
         other_column = rows_of(self.other_column, slots)
         number = torch.arange(self.slots, device=slots.device)

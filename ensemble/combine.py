@@ -240,7 +240,7 @@ def _blocks(
 
 
 def _sets_of_blocks(sets: list[tuple[int, ...]], rows_of_set: np.ndarray) -> list[list[int]]:
-    """Of each block, the indices of its sets.
+    """The indices of each block's sets.
 
     A frequent set is alone. Rare ones are together with others of their size.
     """

@@ -211,7 +211,7 @@ def export_program(module: nn.Module, example: Tensor, path: str | Path) -> Path
 
 
 def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """The same as ONNX.
+    """Export a network or an EnsembleProgram as ONNX, with any batch size.
 
     Parameters
     ----------

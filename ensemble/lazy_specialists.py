@@ -87,7 +87,7 @@ class LazySpecialists(Mapping[int, Classifier | Branch]):
             return specialist
 
     def _let_go(self) -> None:
-        """Of those that were not asked for longest, until the rest is within the bound."""
+        """Drop specialists, least recently used first, until the rest is within the bound."""
         while len(self._loaded) > 1 and self._is_full():
             oldest, _ = self._loaded.popitem(last=False)
             self.held_bytes -= self._bytes.pop(oldest)

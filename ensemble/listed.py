@@ -59,7 +59,7 @@ class PowerSums(NamedTuple):
         return cls(power, double, first, _dot(e, z.square_()))
 
     def times(self, factor: Tensor, beta: float) -> PowerSums:
-        """Of the same classes, each multiplied by its row's factor [B], float64, above 0."""
+        """The sums after each class is multiplied by its row's factor [B], float64, above 0."""
         log, scale = factor.log(), factor**beta
         first, second = self.first, self.second
         if first is not None and second is not None:
@@ -69,7 +69,7 @@ class PowerSums(NamedTuple):
 
     @classmethod
     def evenly(cls, mass: Tensor, count: int, beta: float) -> PowerSums:
-        """Of `count` classes that share a mass [B] alike."""
+        """The sums over `count` classes that share a mass [B] evenly."""
         each = (mass / max(1, count)).clamp_min(TINY)
         z, e = each.log(), each**beta
         power, double = count * e, count * e.square()
@@ -126,7 +126,7 @@ class Listed:
         powers: tuple[float, ...] = (),
         moments: bool = False,
     ) -> Listed:
-        """Of rows p [B, C], which it overwrites.  moments: with sums of z and of z^2, too."""
+        """List classes of rows p [B, C], which it overwrites. moments: with sums of z and z^2."""
         values = p.gather(1, indices)
         rest = p.scatter_(1, indices, 0.0)
         tail = rest.sum(1).double()
@@ -160,7 +160,7 @@ class Listed:
         return ((self.z * beta).exp().sum(1) + self.sums[beta].power).log()
 
     def summary(self, k: int, labels: Tensor | None = None, temperature: float = 1.0) -> Summary:
-        """As LinearLogits.summary, at a temperature whose power was asked.
+        """Like LinearLogits.summary, at a temperature whose power was asked.
 
         labels: int64 [B], which must be listed.
         """

@@ -73,7 +73,7 @@ class NetworkEnsemble:
         return float(sum(multiplications(network, raw) for network in self.networks))
 
     def parameters(self) -> int:
-        """Of all networks."""
+        """Parameters of all networks together."""
         return sum(map(parameter_count, self.networks))
 
     def predict(self, inputs: Inputs, top: int = 5) -> list[Prediction]:

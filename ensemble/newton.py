@@ -453,7 +453,7 @@ def _searched_at_once(A: Tensor, d: Tensor, state: State, step: Step) -> State:
 def _central_path(
     A: Tensor, d: Tensor, membership: Membership, tolerance: float, between_looks: int = 1
 ) -> State:
-    """As interior-point methods go: every target at least mu, and mu falls near a row's target.
+    """An interior-point path: every target is at least mu, and mu falls near a row's target.
 
     Aiming at targets of 1e-20 from afar jams against the boundary, where steps shrink to nothing.
 
@@ -497,7 +497,7 @@ def _is_near(state: State, target_A: Tensor, target_d: Tensor) -> Tensor:
 
 
 def _searched(A: Tensor, d: Tensor, state: State, step: Step) -> State:
-    """As far along the step as every variable stays positive and the merit falls."""
+    """Go along the step as far as every variable stays positive and the merit falls."""
     length = torch.minimum(*state.longest(step))
     before = _merit(A, d, state)
     trial = state.moved(step, length, length)

@@ -57,7 +57,7 @@ class SetPatterns:
         self.floats = 4 * self.outside.size + self.union.size + self.more.size
 
     def on(self, device: torch.device, dtype: torch.dtype, num_classes: int) -> "SharedIndex":
-        """As tensors. Kept, for a set that returns."""
+        """These indices as tensors on a device. Kept, for a set that returns."""
         key = device, dtype
         if key not in self._shared:
             self._shared[key] = SharedIndex(self, device, dtype, num_classes)
@@ -100,7 +100,7 @@ class PatternIndex:
     membership: Membership
 
     def first(self, values: Tensor) -> Tensor:
-        """Of each class of the union, its first specialist's prediction: [n, L] -> [n, U]."""
+        """The first specialist's prediction of each class of the union: [n, L] -> [n, U]."""
         return values.gather(1, self.source.expand(values.shape[0], -1))
 
     def add_further(self, joined: Tensor, values: Tensor) -> Tensor:

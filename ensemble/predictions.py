@@ -69,7 +69,7 @@ class SpecialistPredictions:
         return any(v is not None and v.requires_grad for v in self.values)
 
     def side_by_side(self, specialists: tuple[int, ...], rows: Tensor | None) -> list[Tensor]:
-        """Of each of `specialists` [n, |S_m| + 1] about `rows` (None: every row, in order)."""
+        """Each specialist's predictions [n, |S_m| + 1] about `rows` (None: every row, in order)."""
         parts = []
         for m in specialists:
             values = self.values[m]
@@ -107,7 +107,7 @@ class SpecialistPredictions:
 
 
 class TabledPredictions(SpecialistPredictions):
-    """The same of specialists whose predictions stand one under the other already.
+    """SpecialistPredictions whose values stand one under the other already.
 
     table: [T, widest |S_m| + 1], padded with zeros.  rows: int64 [B, M], where in it specialist m's
     prediction about row b is. Read where m is active alone.  sizes: |S_m| of each.

@@ -28,7 +28,7 @@ def top_predictions(
 def listed_predictions(
     q: Listed, class_names: list[str], top: int, active: Tensor | None = None
 ) -> list[Prediction]:
-    """The same of rows that list some classes."""
+    """`top_predictions` of rows that list some classes."""
     values, places = q.values.topk(min(top, q.values.shape[1]), dim=1)
     return _as_predictions(values, q.indices.gather(1, places), class_names, active)
 

@@ -124,7 +124,7 @@ def rows_asked(head: nn.Module, shortlist: int) -> int:
 def branch_on_shortlist(
     branch: Branch, at_cut: Tensor, general: Tensor, indices: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The same of a branch, and which classes are its own, bool [n, k].
+    """A branch's logits on the shortlist, and which classes are its own, bool [n, k].
 
     at_cut: [n, ...].  general: [n, k], the generalist's logits at the shortlist, indices [n, k].
     """

@@ -211,7 +211,7 @@ def logits_at(network: Classifier, raw: Tensor, indices: Tensor) -> Tensor:
 
 
 def asked_multiplications(network: Classifier, raw: Tensor, count: int) -> int:
-    """Of one example, of a network that is asked about `count` classes. raw: [1, ...]."""
+    """Multiplications of a network asked about `count` classes of one example. raw: [1, ...]."""
     whole = multiplications(network, raw)
     if network.num_members > 1:  # it answers about every class
         return whole

@@ -41,7 +41,7 @@ class ShortlistPredictions(NamedTuple):
     log_label: Tensor
 
     def of(self, networks: int) -> "ShortlistPredictions":
-        """Those of the first networks."""
+        """The predictions of the first networks alone."""
         return self._replace(logits=self.logits[:networks])
 
 
@@ -167,7 +167,7 @@ def sizes_up_to(num_classes: int, longest: Iterable[int] = SIZES) -> list[int]:
 
 
 def settings_of(joining: Joining, general_temperature: float) -> EnsembleSettings:
-    """The same as in ensemble.json."""
+    """A Joining as ensemble.json has it."""
     return EnsembleSettings(
         kind="shortlist",
         members=len(joining.weights),

@@ -283,7 +283,7 @@ def places_in(classes: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def listed_share(p: Tensor, classes: Tensor, indices: Tensor, inside: Tensor) -> Tensor:
-    """Of the generalist's mass on all but `classes` the part that is listed, float64 [n].
+    """The listed share of the generalist's mass outside `classes`, float64 [n].
 
     p: [n, C].  classes: int64 [|S|].  indices: int64, inside: bool [n, k].  Where the generalist
     gives the others nothing: 1 if the shortlist has any of them, else 0.

@@ -530,12 +530,12 @@ class SpecialistEnsemble:
         return total
 
     def parameters(self) -> int:
-        """Of the generalist and its specialists. Of a branch, those of its own."""
+        """Parameters of the generalist and its specialists. A branch counts its own."""
         return sum(map(parameter_count, [self.generalist, *self.specialists.values()]))
 
     @torch.no_grad()
     def _own_multiplications(self, m: int, raw: Tensor) -> int:
-        """Those of specialist m beside the generalist's."""
+        """Multiplications of specialist m beside the generalist's."""
         specialist = self.specialists[m]
         _, reached, at_cut = self.run_trunk(raw)
         if isinstance(specialist, Branch):

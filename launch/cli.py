@@ -323,8 +323,10 @@ def advise(
 def _root_to_advise(source: Path, run: Path | None) -> Path:
     """RUN, of a config or of a run that exists."""
     if not source.is_dir():
+        if not source.exists():
+            raise UserError(f"{source}: no such config file or run")
         if run is None:
-            raise UserError(f"{source}: say by --run where the run is to lie")
+            raise UserError(f"{source} is a config; add --run DIR, where its run is to be made")
         return run
     if run is not None and run.resolve() != source.resolve():
         raise UserError(f"{source} is a run, and --run names another, {run}; leave one out")

@@ -43,7 +43,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        """Its log on this machine, below RUN."""
+        """The job's log on this machine, below RUN."""
         return f"logs/{file_name(self.name)}.txt"
 
     def command(self, stages: Sequence[Stage] = ()) -> list[str]:

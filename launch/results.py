@@ -190,7 +190,7 @@ def results_table(
 def shown_columns(
     results: Results, columns: Sequence[Column], width: int | None = None
 ) -> list[Column]:
-    """Those that the run has, as far as they fit on a terminal of that width."""
+    """The columns that the run has, as far as they fit on a terminal of that width."""
     return _fitting(_cells(results, columns), max(map(len, named_rows(results))), width)
 
 

@@ -243,7 +243,7 @@ def _options(run: RunDirectory, resources: Resources) -> tuple[str, ...]:
 def _arguments(
     run: RunDirectory, resources: Resources, processes: int, words: list[str]
 ) -> tuple[str, ...]:
-    """Of stage.sbatch: ranks on each node, tries after a failure, python, RUN, and the stage."""
+    """Arguments of stage.sbatch: ranks on a node, tries after a failure, python, RUN, stage."""
     ranks_on_node = processes // (resources.nodes or 1)
     options = ("-r", str(ranks_on_node), "-t", str(run.config.launch.retries), "-p", sys.executable)
     if code_in(run.config):

@@ -86,7 +86,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Needs:
-    """Of one stage, or of several alike, bytes. None is not known before it runs.
+    """What one stage needs, or several alike, in bytes. None: not known before it runs.
 
     memory: of the rank that holds most.  sent: by a rank in all, sent_per_step in each.  disk: of
     all stages together while they last, checkpoints included.  read: of all ranks together.
@@ -143,7 +143,7 @@ def _given_input(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _recorded_input(config: Config) -> tuple[str, tuple[int, ...]]:
-    """Of pictures whose rules the manifest of train holds."""
+    """The input that the manifest of train records, for pictures made by rules."""
     manifest = manifest_of(config.data.train)
     rules = manifest[1].get("inputs", {}).get("pictures", {}) if manifest else {}
     if not rules.get("size") or not rules.get("channels"):

@@ -185,7 +185,7 @@ def parse(line: str) -> tuple[str, Row]:
 
 
 def seconds(text: str) -> float:
-    """Of squeue's DAYS-HH:MM:SS. 0 where it says INVALID or nothing."""
+    """Seconds of squeue's DAYS-HH:MM:SS. 0 where it says INVALID or nothing."""
     days, _, clock = text.rpartition("-")
     if not re.fullmatch(r"[\d:]+", clock):
         return 0.0
@@ -244,7 +244,7 @@ def _record(
 
 
 def _forgotten(run: RunDirectory, noted: JobRecord, lost: list[str]) -> JobRecord:
-    """Of a job that Slurm does not know any more."""
+    """The record of a job that Slurm no longer knows."""
     if lost and not (run.root / noted.log).exists():
         return _blocked(noted, lost)
     reason = f"it ended unfinished, and Slurm has forgotten job {noted.id}"

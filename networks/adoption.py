@@ -260,7 +260,7 @@ def _leave_head_out(theirs: Tensors, fit: _Fit, adoption: Adoption) -> _Fit:
 
 
 def _best_fit(theirs: Mapping[str, Tensor], trunk: Mapping[str, Tensor]) -> _Fit:
-    """Of all prefixes that can be taken off, theirs and ours, those with which most names agree."""
+    """The prefixes, theirs and ours, without which most names agree."""
     fits = [
         _compare(theirs, trunk, prefix, own)
         for own in _shared_prefixes(trunk)

@@ -115,7 +115,7 @@ class Classifier(nn.Module):
         return self.head(features_to(self._gain.dtype, features))
 
     def train(self, mode: bool = True) -> Classifier:
-        """As nn.Module's, but norms that set_trainable or freeze_norm froze stay in eval mode."""
+        """Like nn.Module.train, but norms that were frozen stay in eval mode."""
         super().train(mode)
         if mode and (self._frozen_norms or self._all_norms_fixed):
             for name, module in self.named_modules():

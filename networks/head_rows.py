@@ -24,7 +24,7 @@ def row_tensors(head: nn.Module) -> dict[str, Tensor]:
 
 
 def row_bounds(head: RowsHead, bounds: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Of each tensor of a whole head the first row of each part, and the number of its rows.
+    """For each tensor of a whole head, the first row of each part and the number of rows.
 
     bounds: the first class of each part, and C.
     """

@@ -68,7 +68,7 @@ class Comm(Protocol):
         ...
 
     def stack(self, values: Tensor) -> Tensor:
-        """The same shape on each rank -> [ranks, ...]."""
+        """Gather tensors of one shape from all ranks: [ranks, ...]."""
         ...
 
     def own(self, rows: Tensor) -> Tensor:

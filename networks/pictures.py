@@ -338,7 +338,7 @@ def _note(changes: list[str] | None, change: str) -> None:
 
 
 def _upright(picture: Picture, changes: list[str] | None) -> Picture:
-    """As its EXIF orientation says."""
+    """Turn a picture as its EXIF orientation says."""
     orientation = _orientation(picture)
     if orientation == 1:
         return picture

@@ -397,7 +397,7 @@ def sentences(comparison: Comparison) -> list[str]:
     variants, differ = comparison["variants"], comparison["differ"]
     lines = [_runs_sentence(comparison)]
     if differ:
-        lines.append(f"beside the seed they differ in {_shortened(differ)}")
+        lines.append(f"beside the seed the runs differ in {_shortened(differ)}")
     data = [key for key in differ if key in WHERE_DATA_LIES]
     if data and not set(data) & set(variants[0]["settings"]):
         lines.append(f"other data alone makes no variant: --by {data[0]} tells them apart")
@@ -405,6 +405,8 @@ def sentences(comparison: Comparison) -> list[str]:
         for variant in variants:
             runs = _counted(variant["runs"], "run")
             lines.append(f"{variant['name']}: {setting(variant)} ({runs})")
+    if "dee" in comparison["metrics"]:
+        lines.append("DEE: worth in networks of a deep ensemble; beyond: better than the largest")
     for variant in variants:
         lines += _repeated_seeds(comparison, variant["name"])
     return lines

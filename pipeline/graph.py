@@ -219,7 +219,7 @@ class RunDirectory:
 
     @cached_property
     def report(self) -> Stage:
-        """Its files, results.json and report.html, are published in RUN itself."""
+        """The stage `report`, whose results.json and report.html are published in RUN itself."""
         return self.stage("report", [self.evaluate])
 
     @cached_property

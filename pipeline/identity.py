@@ -114,7 +114,7 @@ def classifier_identity(directory: str) -> list[str | None]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Those that hold a saved network's weights: one, or those of the ranks that split its head.
+    """Files with a saved network's weights: one, or one for each rank that split its head.
 
     [] where there is none, or the index of several is not there yet.
     """

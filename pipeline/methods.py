@@ -318,7 +318,7 @@ class RerankMethod(ShortlistMethod):
         return [self.run.shortlists, *self.run.members]
 
     def check(self, num_classes: int | None, source: str) -> None:
-        """Its shortlists are not longer than the label set, too."""
+        """Also checks that shortlists are not longer than the label set."""
         super().check(num_classes, source)
         k = self.run.config.rerank.k
         if num_classes is not None and k > num_classes:

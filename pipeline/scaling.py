@@ -114,7 +114,7 @@ def optimizer_numbers(schedule: ResolvedSchedule) -> int:
 
 
 def row_numbers(schedule: ResolvedSchedule) -> int:
-    """The same for a head over all classes."""
+    """Numbers kept for each weight of a head over all classes."""
     return optimizer_numbers(schedule) if schedule.row_rate is None else 0
 
 

@@ -46,7 +46,7 @@ class Console(rich.console.Console):
 
 
 def wide_console() -> Console:
-    """As wide as the terminal, or as COLUMNS says. Where neither is, wide enough for any table."""
+    """A console as wide as the terminal or COLUMNS, else wide enough for any table."""
     console = Console()
     return console if console.has_width else Console(width=200)
 

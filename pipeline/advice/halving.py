@@ -47,7 +47,7 @@ def round_steps(
 
 
 def total_cost(costs: Mapping[str, float], going_on: Collection[str], lengths: tuple) -> float:
-    """Of all pilots, if these families go on.  lengths: shares of each round, or steps."""
+    """The cost of all pilots if these families go on. lengths: shares or steps of each round."""
     first, further = lengths
     return first * sum(costs.values()) + further * sum(costs[name] for name in going_on)
 

@@ -44,7 +44,7 @@ class Outcomes(TypedDict):
 
 
 def outcomes(advice: Advice, config: Config, rows: Mapping[str, Row]) -> Outcomes:
-    """Of a run in the same directory.  rows: of its results, by the names of `named_rows`."""
+    """The outcomes of an advice. rows: of the run's results, by the names of `named_rows`."""
     levers = {}
     for lever in advice["levers"]:
         row = row_of(lever["name"], config, rows)

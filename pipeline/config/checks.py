@@ -56,7 +56,7 @@ def check_student_name(name: str) -> None:
 
 
 def check_model(section: str, model: dict, config: Config) -> None:
-    """Its own keys of [model] that a section has are keys of [model]."""
+    """A section's own `model` table has keys of [model] alone."""
     try:
         config.model.merged(model)
     except ValidationError as errors:

@@ -148,6 +148,7 @@ def _explain(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         valid = _valid_keys(keys[:-1])
         near = difflib.get_close_matches(keys[-1].lower(), valid, n=1, cutoff=0.4)
+        near = near or [key for key in valid if _initials(key) == keys[-1].lower()]
         hint = f"; valid keys: {', '.join(valid)}"
         if near:
             hint = f"; did you mean {'.'.join([*keys[:-1], near[0]])}?"
@@ -158,6 +159,11 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error" and isinstance(error["input"], dict):  # of keys together
         return f"{name}: {message}"
     return f"{name} = {error['input']!r}: {message}"
+
+
+def _initials(key: str) -> str:
+    """lr of learning_rate"""
+    return "".join(word[0] for word in key.split("_"))
 
 
 def _valid_keys(sections: list[str]) -> list[str]:

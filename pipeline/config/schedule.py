@@ -435,7 +435,7 @@ class ResolvedStudent(ResolvedSchedule, Student):
 
 
 class Rerank(Schedule):
-    """Of ensemble.kind = "rerank": networks trained on the generalist's shortlists alone.
+    """For ensemble.kind = "rerank": networks trained on the generalist's shortlists alone.
 
     [train] hands down all but what no re-ranker is trained by (choices.NOT_OF_RERANKERS).
     """

@@ -428,7 +428,7 @@ class Ensemble(Section):
 
     @property
     def num_networks(self) -> int:
-        """Of deep and shortlist: all that answer, trained here or given."""
+        """How many networks answer in a deep or shortlist ensemble, trained here or given."""
         return self.members + len(self.networks)
 
     @property
@@ -438,7 +438,7 @@ class Ensemble(Section):
 
     @property
     def mean_order(self) -> float:
-        """Of a deep ensemble: the order of the mean that joins it."""
+        """The order of the mean that joins a deep ensemble."""
         return MEANS.get(self.combine, MEANS["arithmetic"])
 
 

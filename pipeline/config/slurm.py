@@ -120,7 +120,7 @@ class Slurm(Section):
         return self
 
     def resources(self, name: str) -> Resources:
-        """Those of one kind of job, with [slurm.default] where they say nothing."""
+        """The resources of one kind of job, with [slurm.default] where it says nothing."""
         own = getattr(self, name, Resources())
         inherited = {
             key: value

@@ -15,7 +15,7 @@ TINY = np.finfo(np.float32).tiny  # what a probability of 0 counts as
 
 
 class Answers(NamedTuple):
-    """Of each test example: its id, whether the row is right, and the label's -log p.
+    """Each test example's id, whether the row is right, and the label's -log p.
 
     cnll: the same after temperature scaling. None where an earlier version kept no such thing.
     """

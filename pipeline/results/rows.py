@@ -225,7 +225,7 @@ def share_of_gain(row: Metrics, results: Results) -> float | None:
 
 
 def share_kept(row: Row, results: Results) -> float | None:
-    """The same as a report says it: never more than 1.
+    """`share_of_gain` as a report says it: never more than 1.
 
     None for a network of another size than the generalist's, too, which gains by its size.
     """

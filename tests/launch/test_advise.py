@@ -218,7 +218,9 @@ def test_a_run_without_groups_gets_them_for_its_advice(ward, referral):
 def test_what_is_asked_wrongly_is_one_line(ward, referral):
     config = ward.write_config()
     code, _, err = referral("advise", config)
-    assert code == 2 and "say by --run where the run is to lie" in err
+    assert code == 2 and "is a config; add --run DIR" in err
+    code, _, err = referral("advise", "no-such-run")
+    assert code == 2 and "no-such-run: no such config file or run" in err
     (ward.root / "empty").mkdir()
     code, _, err = referral("advise", "empty")
     assert code == 2 and "is not a run" in err

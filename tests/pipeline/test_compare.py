@@ -132,7 +132,7 @@ def test_configs_that_differ_are_variants_and_the_keys_are_named(finished):
     assert rows["ensemble", "B"]["figures"]["top1"]["mean"] == pytest.approx(0.70)
     assert [one["variant"] for one in found["runs"]] == ["A", "A", "B"]
     assert sentences(found)[1:] == [
-        "beside the seed they differ in specialists.steps",
+        "beside the seed the runs differ in specialists.steps",
         "A: specialists.steps = 20 (2 runs)",
         "B: specialists.steps = 40 (1 run)",
     ]

@@ -37,6 +37,7 @@ COMBINERS = "must be one of kl, reverse_kl, arithmetic, log_ratio, mixture"
     [
         ("data.trian=x", "unknown key data.trian; did you mean data.train?"),
         ("clusters.num_group=3", "did you mean clusters.num_groups?"),
+        ("train.lr=0.1", "did you mean train.learning_rate?"),
         ("students.main.tempratur=3", "did you mean students.main.temperature?"),
         ("train.steps=abc", "train.steps = 'abc'"),
         ("clusters.num_groups=0", "clusters.num_groups = 0"),

@@ -152,7 +152,7 @@ def versions() -> list[Finding]:
 
 
 def _version(module: str, package: str) -> str:
-    """Of an installed package. "" without it."""
+    """The version of an installed package. "" without it."""
     try:
         return importlib.metadata.version(package) or "of an unknown version"
     except (importlib.metadata.PackageNotFoundError, KeyError):

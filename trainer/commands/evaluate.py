@@ -409,7 +409,7 @@ def _cell(value: object) -> str:
 
 
 def _say_left_out(report: Report, labels: Labels) -> None:
-    """On stderr: what the figures leave out, and how the data were read."""
+    """Print on stderr what the figures leave out, and how the data were read."""
     for note in report.notes:
         say(f"note: {printable(note)}", sys.stderr)
     for why, names in report.passed_over.items():

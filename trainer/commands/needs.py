@@ -139,7 +139,7 @@ def checkpoint_bytes(part: Part) -> int:
 
 
 def kept_checkpoints(part: Part) -> int:
-    """Those that stay, the best one of early stopping among them, and one that is written."""
+    """How many checkpoints lie on the disk: kept ones, the best one, and the one being written."""
     schedule = part.schedule
     written = schedule.keep + 1
     if schedule.steps and schedule.checkpoint_every:

@@ -72,7 +72,7 @@ class Example(NamedTuple):
 
     @property
     def own_key(self) -> str:
-        """Its key or number in a file of several. A file of one is its own key."""
+        """The example's key or number in a file of several. A file of one is its own key."""
         inside = self.key if self.index is None else self.index
         return self.file if inside is None else str(inside)
 
@@ -434,7 +434,7 @@ def find_files(
 
 
 def _own_files(directory: Path, files: list[Path]) -> list[Path]:
-    """Those that are no links out of the directory, as `shards folder` has it."""
+    """The files that are no links out of the directory, by the rule of `shards folder`."""
     root = os.path.realpath(directory)
     own = [file for file in files if not leads_out(file, root)]
     if len(own) < len(files):

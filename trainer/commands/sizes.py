@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
 
 
 def network_sizes(config: Config, inputs: DeclaredInputs) -> dict:
-    """As the module's docstring has it.  Raises UserError for a network that cannot be built."""
+    """The answer that the module describes. Raises UserError for an impossible network."""
     with torch.device("meta"):
         return _network_sizes(config, inputs)
 

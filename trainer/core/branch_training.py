@@ -326,7 +326,7 @@ def branch_logits(
 def build_stack_optimizer(
     stack: StackedBranches, schedule: ResolvedSpecialists
 ) -> torch.optim.Optimizer:
-    """As build_optimizer: matrices and kernels decay, vectors do not. All have one more axis."""
+    """Like build_optimizer: matrices and kernels decay, vectors do not. One more axis each."""
     decayed = [p for p in stack.parameters() if p.ndim > 2]
     plain = [p for p in stack.parameters() if p.ndim <= 2]
     groups = [

@@ -140,7 +140,7 @@ def hard_loss(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0
 
 
 def hard_losses(student_logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The same of each row, [K, B]."""
+    """The cross-entropy of each row, [K, B]."""
     members, batch, _ = student_logits.shape
     each = F.cross_entropy(
         to_float32(student_logits).flatten(0, 1),
@@ -243,7 +243,7 @@ class TopKTargets(NamedTuple):
         least: int = 1,
         most: int | None = None,
     ) -> TopKTargets:
-        """As many of the largest of log p [..., C] as hold `mass` of p at a temperature.
+        """Keep as many of the largest of log p [..., C] as hold `mass` of p at a temperature.
 
         At least `least` classes and at most `most`.  A higher temperature needs more classes for
         the same mass, and inf needs its share of all of them.

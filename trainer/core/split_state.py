@@ -92,7 +92,7 @@ def take_rows(state: dict) -> tuple[dict[str, Tensor], dict]:
 def bounds_of(
     rows: Mapping[str, Tensor], split: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Of each entry of `rows` the bounds of its tensor."""
+    """The bounds of each entry's tensor in `rows`."""
     return {entry: tuple(split[entry.split("/")[1]]) for entry in rows}
 
 

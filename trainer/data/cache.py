@@ -27,7 +27,7 @@ SCHEMA = 2  # raised where decoders change what they make of the same bytes
 
 
 class CachedShards(ShardSet):
-    """The same samples. Reading indexes a memory-mapped array instead of decoding.
+    """A ShardSet that reads from a memory-mapped array instead of decoding.
 
     array_path: .npy of [N, *input_shape].  unreadable: {id: reason} of rows that hold nothing.
     """
@@ -174,7 +174,7 @@ def _fault(header: dict, array_path: Path) -> str:
 
 
 def _checksum(header: dict) -> str:
-    """Of a header, but for its own checksum."""
+    """The checksum of a header, without the checksum that it holds."""
     content = {name: header[name] for name in ("key", "unreadable", "array")}
     return checksums.digest_of([json.dumps(content, sort_keys=True).encode()])
 
@@ -213,7 +213,7 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
 
 
 def _lenient(shards: ShardSet, data: Data) -> ShardSet:
-    """The same samples, with corrupt ones left out whatever data.damage says."""
+    """The set with corrupt samples left out, whatever data.damage says."""
     lenient = copy.copy(shards)
     lenient._forget_open()
     lenient.data = data.model_copy(update={"damage": "skip", "damage_share": 0.999999})

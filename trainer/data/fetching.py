@@ -369,7 +369,7 @@ class FetchDir:
         patience: float = 0.0,
         written: int = 0,
     ) -> Iterator[int]:
-        """As `_make_room`, with .lock held inside. Waits for room up to `patience` seconds."""
+        """Like `_make_room`, with .lock held inside. Waits for room up to `patience` seconds."""
         deadline = time.monotonic() + patience
         while True:
             with self._locked():

@@ -345,7 +345,7 @@ def settle_given(texts: Iterable[str], names: Sequence[str], kind: Kind | None =
 
 
 def _index(text: str, num_classes: int) -> int:
-    """As _number, of texts without leading zeros alone."""
+    """Like _number, for texts without leading zeros alone."""
     return _number(text, num_classes) if INTEGER.fullmatch(text) else NONE
 
 
@@ -442,7 +442,7 @@ def _more(items: Sequence) -> str:
 
 
 def _simplified(name: str) -> str:
-    """The same for names that look alike."""
+    """One text for all names that look alike."""
     visible = "".join(c for c in name if c.isspace() or not _is_invisible(c))
     simple = " ".join(unicodedata.normalize("NFKC", visible).casefold().split())
     whole = WHOLE.fullmatch(simple)

@@ -70,7 +70,7 @@ class ShardPart:
     def of(
         cls, shard: Shard, index: TarIndex, labels: np.ndarray, data: Data, is_beside: bool = False
     ) -> ShardPart:
-        """Of the samples in `index`, all with a label and an input.
+        """The part with the samples in `index`, which all have a label and an input.
 
         is_beside: the index lies beside the shard as it is here, so it need not be kept.
         """
@@ -321,7 +321,7 @@ def _stored_index(
     data: Data,
     corruption: list[Corruption],
 ) -> tuple[TarIndex, bool] | None:
-    """As _open_shard, of the index kept beside the shard. None where it may not be used."""
+    """Like _open_shard, from the index kept beside the shard. None if it may not be used."""
     expected = expected_sha256(shard, stored)
     if stored is None or stored.label != data.label or stored.sha256 != expected:
         return None
@@ -341,7 +341,7 @@ def _stored_index(
 def _scanned_index(
     shard: Shard, stored: TarIndex | None, data: Data, corruption: list[Corruption]
 ) -> tuple[TarIndex, bool] | None:
-    """As _open_shard, by reading the whole shard. Kept beside it where nothing is corrupt."""
+    """Like _open_shard, by reading the whole shard. Kept beside it if nothing is corrupt."""
     index = scan_tar(shard.path, data.label)
     found = scanned_corruption(shard.name, index)
     expected = expected_sha256(shard, stored)
@@ -431,7 +431,7 @@ def label_samples(
 
 
 def _input_extensions(extensions: Iterable[str], data: Data) -> list[str]:
-    """Those of members that may be a sample's input."""
+    """The extensions of members that may be a sample's input."""
     if data.input:
         return [extension for extension in extensions if extension == data.input.lower()]
     # Unlabelled shards may carry labels that are not to be read.

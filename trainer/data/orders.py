@@ -115,7 +115,7 @@ class Order:
         return self._epochs[epoch]
 
     def streaming(self, windows: Windows) -> Order:
-        """The same ids as often, window after window."""
+        """An order of the same ids, as often, window after window."""
         return Order(self.ids, self.seed, self.repeats, windows)
 
     def need(self, first: int, last: int, end: int | None = None) -> Need:

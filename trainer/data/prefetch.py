@@ -10,7 +10,7 @@ from .streams import Batch
 
 
 def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """The same batches, in order, on the device.
+    """Yield the batches, in order, on the device.
 
     On CUDA one is read ahead, and copied by a stream of its own: from page-locked memory the copy
     and the step before go on at the same time.  Elsewhere each is moved when it is asked for.

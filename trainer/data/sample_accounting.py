@@ -85,7 +85,7 @@ class EpochAccounting:
         self._ahead = [np.zeros(0, np.int64) for _ in stream.sources]
 
     def watch(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches, from the first step on, each entered into the account."""
+        """Pass batches on, from the first step, and enter each into the account."""
         for batch in batches:
             self.enter(batch)
             yield batch

@@ -194,7 +194,7 @@ class ShardSet:
         return Passage(self.shard_of(ids), self.data.stream_shards)
 
     def need_of(self, passage: Passage, first: int, last: int, end: int) -> Need:
-        """As in Passage. Nothing where these samples lie in more shards than can be held."""
+        """Like Passage.need. Nothing if the samples lie in more shards than can be held."""
         need = passage.need(first, last, end)
         size = sum(self._bytes(number) for number in need.now if number in self._streams)
         return need if 2 * size <= self.data.fetch_bytes else Need()
@@ -237,7 +237,7 @@ class ShardSet:
 
     @property
     def arrival(self) -> str:
-        """Of shards behind URLs one line: what streams, what is kept and where, else ""."""
+        """A line about shards behind URLs: what streams, what is kept and where. Else ""."""
         entries = [part.shard.entry for part in self._parts if part.shard.url]
         if not entries:
             return ""
@@ -339,7 +339,7 @@ class ShardSet:
         return samples
 
     def read_raw(self, ids: Ids) -> tuple[list[dict[str, bytes]], dict[int, str]]:
-        """As `read`: (every file of the samples, {id: reason} of the unreadable ones).
+        """Like `read`: (every file of the samples, {id: reason} of the unreadable ones).
 
         An unreadable sample has no files, {}.
         """
@@ -425,7 +425,7 @@ class ShardSet:
         return inputs, self.read_into(inputs, np.arange(len(ids)), ids)
 
     def read_into(self, inputs: np.ndarray, rows: np.ndarray, ids: Ids) -> dict[int, str]:
-        """As `read`, into `rows` (int64 [n]) of an array of the set's shape and dtype."""
+        """Like `read`, into `rows` (int64 [n]) of an array of the set's shape and dtype."""
         ids = np.asarray(ids, np.int64)
         shape, dtype = self._first_input()
         unreadable: dict[int, str] = {}

@@ -94,7 +94,7 @@ class Batch:
         return ("inputs", "labels", *(() if self.own_share is None else OF_MIXED))
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch, its inputs and labels on `device`.
+        """The batch with its inputs and labels on `device`.
 
         The other numbers say which examples these are, which only the host asks.
         """
@@ -105,7 +105,7 @@ class Batch:
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory: DataLoader calls this."""
+        """The batch in page-locked memory: DataLoader calls this."""
         pinned = {name: getattr(self, name).pin_memory() for name in self._on_devices}
         return replace(self, **pinned)
 

@@ -94,7 +94,7 @@ class TarIndex:
         return len(self.keys)
 
     def take(self, kept: np.ndarray) -> TarIndex:
-        """The same index with only the samples where `kept` (bool [n]) holds."""
+        """The index with only the samples where `kept` (bool [n]) holds."""
         lengths = np.diff(self.member_start)
         rows = np.repeat(kept, lengths)
         start = np.concatenate([[0], np.cumsum(lengths[kept])]).astype(np.int64)
@@ -543,7 +543,7 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
 
 
 def _digest(values: Mapping[str, np.ndarray]) -> str:
-    """Of all arrays of an index, and so of the shard's sha256, size and time too."""
+    """A hash of all arrays of an index, and so of the shard's sha256, size and time."""
     parts: list[bytes | memoryview] = []
     for name in sorted(values):
         array = np.ascontiguousarray(values[name])

@@ -19,7 +19,7 @@ class Texts:
 
     @classmethod
     def of(cls, texts: Iterable[str | bytes]) -> Texts:
-        """Of byte strings, or of texts whose undecodable bytes are surrogates."""
+        """Pack byte strings, or texts whose undecodable bytes are surrogates."""
         encoded = [
             text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
             for text in texts
@@ -39,7 +39,7 @@ class Texts:
             yield content[first:end]
 
     def take(self, kept: np.ndarray) -> Texts:
-        """Those where `kept` (bool [n]) holds."""
+        """The strings where `kept` (bool [n]) holds."""
         if kept.all():
             return self
         lengths = np.diff(self.start)
@@ -48,5 +48,5 @@ class Texts:
         return Texts(self.buffer[bytes_kept], start)
 
     def decoded(self) -> list[str]:
-        """As texts. Undecodable bytes are surrogates."""
+        """The strings as texts. Undecodable bytes are surrogates."""
         return [text.decode("utf-8", "surrogateescape") for text in self]

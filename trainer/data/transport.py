@@ -171,7 +171,7 @@ def _unreached(error: object) -> Broken:
 
 
 def store_blocks(url: str, size: int) -> Generator[bytes, None, None]:
-    """As `blocks`, of an object store. By its package, else by its command."""
+    """Like `blocks`, for an object store: by its package, else by its command."""
     scheme = url.partition(":")[0]
     package, command = PACKAGES[scheme], COMMANDS[scheme]
     if is_installed("fsspec") and is_installed(package):
@@ -185,7 +185,7 @@ def store_blocks(url: str, size: int) -> Generator[bytes, None, None]:
 
 
 def fsspec_blocks(url: str, size: int) -> Generator[bytes, None, None]:
-    """As `blocks`, of any URL that fsspec knows."""
+    """Like `blocks`, for any URL that fsspec knows."""
     import fsspec
 
     try:
@@ -215,7 +215,7 @@ def fsspec_blocks(url: str, size: int) -> Generator[bytes, None, None]:
 
 
 def command_blocks(url: str, size: int) -> Generator[bytes, None, None]:
-    """As `blocks`, by webdataset's opener. The command says by its exit code whether it failed."""
+    """Like `blocks`, by webdataset's opener. The command's exit code says if it failed."""
     from webdataset.gopen import gopen, set_options
 
     if not url.startswith(("pipe:", "s3:", "gs:")):

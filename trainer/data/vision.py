@@ -67,7 +67,7 @@ def crop_and_randaugment(
     num_ops: int,
     magnitude: int,
 ) -> np.ndarray:
-    """As random_resized_crop, then `num_ops` operations drawn from RandAugment's list.
+    """Like random_resized_crop, then `num_ops` operations drawn from RandAugment's list.
 
     inputs: uint8 pictures of 1 or 3 channels.  magnitude: 0 to 30.
     Cubuk et al. 2020, "RandAugment: Practical automated data augmentation".

@@ -42,7 +42,7 @@ class Passage:
         self.size = size
 
     def need(self, first: int, last: int, end: int | None = None) -> Need:
-        """Of samples first .. last - 1 of a reader that stops before `end`."""
+        """What samples first .. last - 1 need, for a reader that stops before `end`."""
         begin, behind = np.searchsorted(self.begins, [first, last - 1], side="right").tolist()
         until = behind + self.size
         if end is not None:

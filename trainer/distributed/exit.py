@@ -36,7 +36,7 @@ def leave(work: Callable[[], int | None]) -> NoReturn:
 
 
 def _exit_code(error: SystemExit) -> int:
-    """As the interpreter has it: 0 of None, 1 of a message."""
+    """The exit code that the interpreter makes: 0 of None, 1 of a message."""
     if isinstance(error.code, int):
         return error.code
     return int(error.code is not None)

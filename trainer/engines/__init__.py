@@ -85,7 +85,7 @@ class Engine(Protocol):
         ...
 
     def own_rows(self, network: nn.Module) -> dict[str, slice]:
-        """Of a head that `prepare` will split the rows of this rank, by the tensors' names."""
+        """This rank's rows of a head that `prepare` will split, by the tensors' names."""
         ...
 
     def remember(self, network: nn.Module) -> Mapping[str, Tensor | Part]:

@@ -76,7 +76,7 @@ class RowHeadEngine:
         self.trunk.step(rate)
 
     def state(self) -> dict:
-        """As the trunk's engine has it, and the head, which is the same on every rank."""
+        """The trunk's engine's state, and the head, which is the same on every rank."""
         state = self.trunk.state()
         network, optimizer = dict(state["network"]), dict(state["optimizer"])
         for leaf in LEAVES:

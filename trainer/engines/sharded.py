@@ -60,7 +60,7 @@ class ShardedHeadEngine(DDPEngine):
         return {HEAD + name: slice(*own[rank : rank + 2]) for name, own in bounds.items()}
 
     def _tensor_bounds(self, network: Classifier) -> dict[str, tuple[int, ...]]:
-        """Of each of the head's tensors the first row of each rank, and their number."""
+        """For each of the head's tensors, the first row of each rank, and their number."""
         head, bounds = network.head, self._bounds(network)
         if isinstance(head, ShardedHead):
             return dict.fromkeys(row_tensors(head.rows), bounds)
@@ -128,7 +128,7 @@ class ShardedHeadEngine(DDPEngine):
                 parameter.grad = None  # else the next one would lie beside it
 
     def state(self) -> dict:
-        """As DDP's, but for the head: "rows" says which of them this rank's tensors are."""
+        """Like DDP's, except the head: "rows" says which rows this rank's tensors are."""
         state = super().state()
         if self.head is None:
             return state
@@ -194,7 +194,7 @@ class HeadShard:
         }
 
     def cut(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of weights by name this rank's rows of those of the head, and the others as they are."""
+        """Weights by name, with this rank's rows of the head's, and the others as they are."""
         return {self._place(name): self._own(name, value) for name, value in weights.items()}
 
     def _cut_entries(self, name: str, entries: Mapping[str, object]) -> dict[str, object]:

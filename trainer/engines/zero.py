@@ -223,7 +223,7 @@ class DeepSpeedEngine:
         return parameter.detach().flatten()[first:end]
 
     def _find_bounds(self) -> dict[str, tuple[int, ...]]:
-        """Of each parameter that is split the first entry of each rank, and their number.
+        """For each split parameter, the first entry of each rank, and their number.
 
         Collective.
         """
@@ -422,7 +422,7 @@ def _per_weight(value: object) -> TypeGuard[Tensor]:
 
 
 def _initial_state(value: Tensor, flat: Tensor) -> Tensor:
-    """Of a flat part: zeros to be filled, or a copy (each part counts its own steps)."""
+    """The state of a flat part: zeros to be filled, or a copy (each part counts its steps)."""
     if _per_weight(value):
         return torch.zeros_like(flat)
     return value.to(flat.device, copy=True)

@@ -348,7 +348,7 @@ def sample_of(train: ShardSet) -> np.ndarray:
 
 
 def scaled(inputs: np.ndarray) -> np.ndarray:
-    """As the network reads them before mean and std: uint8 over 255, others as they are."""
+    """Inputs as the network reads them before mean and std: uint8 over 255, others as is."""
     factor = 1 / 255 if inputs.dtype == np.uint8 else 1.0
     return inputs.astype(np.float32) * np.float32(factor)
 
@@ -400,7 +400,7 @@ def _overall(inputs: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...], 
 
 
 def _rounded(values: np.ndarray, std: np.ndarray) -> tuple[float, ...]:
-    """To a thousandth of the std, so that a mean far from 0 keeps what tells inputs apart."""
+    """Round to a thousandth of the std, so that a mean far from 0 keeps what tells apart."""
     decimals = 3 - np.floor(np.log10(std)).astype(int)
     pairs = zip(values.tolist(), decimals.tolist(), strict=True)
     return tuple(round(value, places) for value, places in pairs)

@@ -26,7 +26,7 @@ START_S = 3.0  # to start one job: imports and opening the shards
 
 
 def seconds_per_example(network: Classifier, examples: int, device: torch.device) -> float:
-    """Of a forward and a backward pass of so many random inputs: one rank's share of a batch."""
+    """Seconds of a forward and backward pass over one rank's share of a batch, per example."""
     examples = max(2, min(examples, TIMED_LOGITS // network.spec.num_classes))
     inputs = torch.rand(examples, *network.spec.input.shape, device=device)
     if network.spec.input.is_indices:
@@ -47,7 +47,7 @@ def seconds_per_example(network: Classifier, examples: int, device: torch.device
 
 
 def run_seconds(config: Config, data: DataSummary, of_one: float, pool: int) -> float:
-    """Of the whole run, roughly: training of all networks, `pool` of them side by side.
+    """Rough seconds of the whole run: all networks' training, `pool` of them side by side.
 
     of_one: seconds per training example, reading it not included.
     """

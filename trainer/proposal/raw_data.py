@@ -201,7 +201,7 @@ def shape_of(picture: Source) -> tuple[int, ...]:
 
 
 def options_for(shapes: Iterable[tuple[int, ...]]) -> list[str]:
-    """As the command line has them, for pictures of these shapes."""
+    """Options of the command line for pictures of these shapes."""
     counts = Counter(shape for shape in shapes if shape)
     if len(counts) < 2:
         return []

@@ -130,7 +130,7 @@ def read_metrics(stage: Stage | None) -> Curves:
 
 
 def over_examples(curves: Curves, before: Curves | None = None) -> Curves:
-    """The same curves over examples seen.
+    """The curves over examples seen instead of steps.
 
     before: the curves of the network that this one started from. It begins at their end.
     """

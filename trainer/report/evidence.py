@@ -36,7 +36,7 @@ LONGEST_NAME = 80  # characters of a class name
 
 
 class Changes(NamedTuple):
-    """Of the test examples routed to a specialist: those that the ensemble fixed, and broke."""
+    """How many test examples routed to a specialist the ensemble fixed, and broke."""
 
     fixed: int
     broken: int

@@ -47,7 +47,7 @@ Part = Callable[[Evidence, dict, list[FittedRow], list[str]], None]
 def _weights(
     evidence: Evidence, settings: dict, rows: list[FittedRow], warnings: list[str]
 ) -> None:
-    """Of the specialists in eq. 5, against the generalist's 1."""
+    """The specialists' weight in eq. 5, against the generalist's 1."""
     weights = (settings.get("weights") or [])[1:]
     if not weights:
         return
@@ -112,7 +112,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
 
 
 def _calibration_warnings(evidence: Evidence) -> list[str]:
-    """Of the temperature after which a row's calibrated metrics are."""
+    """Warnings about temperatures of calibrated metrics that lie at a bound."""
     return [
         f"The calibration of {name}, T = {temperature:.3g}, is at a bound of what was tried on "
         "val: its calibrated metrics are no better than that bound allows."

@@ -240,7 +240,7 @@ def cost_rows(evidence: Evidence) -> list[CostRow]:
 
 
 def _times(row: Row, alone: int | None) -> float | None:
-    """Its multiplications over the generalist's."""
+    """A row's multiplications over the generalist's."""
     own = row.get("multiplications")
     return own / alone if own and alone else None
 

@@ -102,7 +102,7 @@ def _net(row: SpecialistRow) -> float:
 
 
 def _gained(changes: Changes | None, n: int) -> Difference | None:
-    """Of n test examples: those that became right less those that became wrong."""
+    """How many of n test examples became right, less those that became wrong."""
     if changes is None:
         return None
     net = (changes.fixed - changes.broken) / n

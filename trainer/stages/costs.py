@@ -68,7 +68,7 @@ def total_cost(stages: list[Stage]) -> Cost:
 
 
 def _cpu_seconds(summary: dict) -> float | None:
-    """Of one training. None on GPUs, and of earlier versions."""
+    """CPU seconds of one training. None on GPUs, and of earlier versions."""
     if not summary["examples_seen"]:
         return 0.0  # given, inherited or left as it was
     return summary.get("cpu_seconds")

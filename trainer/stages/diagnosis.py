@@ -92,7 +92,7 @@ def diagnose(session: Session) -> dict:
 
 
 def chosen_ids(session: Session) -> dict[str, np.ndarray]:
-    """As many random examples of train as of val, sorted."""
+    """Ids of as many random examples of train as of val, sorted."""
     sizes = {split: len(session.shards(split)) for split in ("train", "val")}
     count = min(MOST, *sizes.values())
     drawn = {}

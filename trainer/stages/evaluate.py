@@ -55,7 +55,7 @@ def evaluate(session: Session, stage: Stage) -> None:
 
 
 def evaluate_extended(session: Session, stage: Stage) -> None:
-    """The same of a run that adds classes, old and new ones also by themselves."""
+    """Evaluate a run that adds classes, with old and new classes also by themselves."""
     with session.attempt(stage) as attempt:
         evaluator = TestEvaluator(
             session, attempt, parts=partial(split_old_new, old_classes(session))
@@ -266,7 +266,7 @@ def generalists_in_one_pass(ensemble: DeepEnsemble | ShortlistEnsemble) -> Toget
 
 
 def network_in_one_pass(network: Classifier) -> Together | None:
-    """The same of one network with several members."""
+    """Predictions and what members add to them, for one network with several members."""
     if network.num_members == 1:
         return None
 

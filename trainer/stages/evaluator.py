@@ -262,7 +262,7 @@ def listed_measure(
 
 
 def listed_scores(predict: ListedPredictor) -> Callable[[Tensor], dict[str, Tensor]]:
-    """As scores_of, of predictions that list some classes."""
+    """Like scores_of, for predictions that list some classes."""
 
     def scores(raw: Tensor) -> dict[str, Tensor]:
         nobody = torch.zeros(len(raw), dtype=torch.int64, device=raw.device)

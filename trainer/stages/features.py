@@ -109,7 +109,7 @@ def cut_features(session: Session, generalist: Classifier) -> Cut:
 
 @torch.no_grad()
 def row_shapes(generalist: Classifier, cut: Cut) -> Shapes:
-    """Of each array's rows, from one input of zeros."""
+    """The shape of each array's rows, from one input of zeros."""
     raw = generalist.zero_input()
     at_cut = cut.body(generalist.eval().preprocess(raw))
     general = cut.end(at_cut)

@@ -189,7 +189,7 @@ class LeverCosts:
             return cut.body(self.generalist.preprocess(self.raw))
 
     def of_branch(self, branch: Branch) -> Answered:
-        """Beside the generalist."""
+        """What a branch takes beside the generalist."""
         own = torch.zeros(1, len(branch.classes), device=self.at_cut.device)
         branch = branch.eval()
         return Answered(

@@ -161,7 +161,7 @@ def model_options(model: Model, builders: dict[str, Callable] | None) -> dict:
 
 
 def cosine_of(model: Model, num_classes: int) -> dict | None:
-    """As in model.json. None of a linear head."""
+    """The cosine head's settings as in model.json. None for a linear head."""
     if model.head != "cosine":
         return None
     return {
@@ -336,7 +336,7 @@ def _say_fresh_head(session: Session, source: str) -> str:
 
 
 def _saved_network(session: Session, path: Path) -> Classifier:
-    """Of a run its generalist, of another directory the network itself."""
+    """Load a run's generalist, or the network that another directory holds."""
     path = classifier_folder(path)
     network = load_classifier(path, session.ranks.device, builders_of(session.config))
     if network.num_members > 1:
@@ -405,7 +405,7 @@ def student_network(
 
 
 def student_members(config: Config, student: Student) -> dict | None:
-    """As in model.json. None for a single network."""
+    """The members' settings as in model.json. None for a single network."""
     count = student.members or config.ensemble.num_networks
     if student.network == "hydra":
         return {"kind": "heads", "count": count, "blocks": student.head_blocks}

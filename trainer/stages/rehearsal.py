@@ -318,7 +318,7 @@ def _starts(student: ResolvedStudent) -> list[str]:
 def _taught(
     session: Session, name: str, network: Classifier, started: dict[str, Classifier]
 ) -> Objective:
-    """As `soft_objective`, of teachers as they are before they are trained."""
+    """Like `soft_objective`, with teachers as they are before training."""
     schedule = session.config.students[name]
     return live_objective(name, schedule, _teacher(session, schedule, started), network)
 

@@ -105,7 +105,7 @@ def say_shortlist(session: Session, losses: dict[int, np.ndarray], joining: Join
 
 
 def shortlist_sizes(session: Session, ensembles: list[ShortlistEnsemble]) -> list[dict]:
-    """Of the first 1, 2, ... networks on test: NLL before and after calibration, and top-1."""
+    """The first 1, 2, ... networks on test: NLL before and after calibration, and top-1."""
     temperatures = fit_temperatures_of_ensembles(session, ensembles)
 
     def measure(batch: Batch) -> dict[str, Tensor]:

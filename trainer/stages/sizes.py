@@ -113,7 +113,7 @@ class Stopwatch:
         return rounded(latencies_ms(answer, raw, self.batches))
 
     def softmax_ms(self) -> dict[str, float]:
-        """The same of a softmax over all classes by itself, which multiplications do not count."""
+        """The latency of a softmax over all classes, which multiplications do not count."""
         assert self.raw is not None, "a row was timed before"
         rows = max(self.batches)
         logits = torch.randn(rows, self.session.num_classes, device=self.raw.device)

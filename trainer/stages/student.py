@@ -54,7 +54,7 @@ def student(session: Session, stage: Stage, name: str) -> None:
 
 
 def hard_twin_task(session: Session, name: str) -> TrainingTask:
-    """Of a student's twin: its network, stream and steps, but labels and no unlabelled inputs."""
+    """The task of a student's twin: the same network, stream and steps, but labels alone."""
     schedule = session.config.students[name]
     stream, steps = student_stream(session, schedule, transfer=False)
     network = student_network(session, name, schedule)

@@ -309,7 +309,7 @@ class Storing:
         own: OwnEntries,
         batch: Batch,
     ) -> dict[str, Tensor]:
-        """The same of a teacher whose predictions list some classes. What is lost of whole ones."""
+        """Like _measure, for a teacher whose predictions list some classes."""
         raw = see(batch)
         parts = [
             self._padded(self.keeping.of_listed(q)) | {"entropy": q.entropy().float()}
@@ -442,7 +442,7 @@ def entropies(p: Tensor) -> Tensor:
 
 
 def entropy_of(teacher: Teacher, raw: Tensor) -> Tensor:
-    """Of a teacher's predictions, mean over its members: [B], nats."""
+    """The entropy of a teacher's predictions, mean over its members: [B], nats."""
     if teacher.listed is None:
         return entropies(teacher.predict(raw))
     parts = teacher.listed(raw, Wanted(1, (1.0,), moments=True))
@@ -557,7 +557,7 @@ def live_summary(session: Session, name: str) -> dict:
 def mean_entropy(
     session: Session, teacher: Teacher, split: str, see: Callable[[Batch], Tensor]
 ) -> float:
-    """Of a teacher's predictions for about ASKED inputs of a split, nats."""
+    """Mean entropy of a teacher's predictions for about ASKED inputs of a split, nats."""
     shards = session.shards(split)
     ids = np.arange(0, len(shards), max(1, len(shards) // ASKED))
     values = session.measured(

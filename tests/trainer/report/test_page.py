@@ -48,7 +48,7 @@ def test_the_page_names_the_split_whose_errors_the_ceilings_count(
     page = text_of(render(run, collect(run)))
     other = {"val": "train", "train": "val"}[split]
     for text in (
-        "The forecast is a ceiling, from errors on {}: what",
+        "what a perfect specialist would add, from errors on {}.",
         "{} errors inside a group",
         "expected on {} without labels",
         "ceiling from {}: points that a perfect specialist would add",

@@ -185,7 +185,7 @@ def test_a_shortlist_is_said_predicted_and_exported(shortlisted, tmp_path):
     assert "asked about its 5 likeliest classes" in (shortlisted.root / "report.html").read_text()
     console = Console(record=True, width=300)
     show_results(shortlisted, console)
-    assert "asked about the generalist's 5 likeliest classes" in console.export_text()
+    assert "asked about each example's 5 likeliest classes" in console.export_text()
     out = tmp_path / "out"
     assert main(["export", str(shortlisted.root), "--to", str(out), "--what", "ensemble"]) == 0
     assert read_json(out / "export.json")["largest_difference"]["bundle"] == 0

@@ -463,7 +463,7 @@ def _settle_pictures(
 
 
 def _unlike(seen: dict[tuple[int, ...], Path]) -> str:
-    """Of two pictures that cannot be in one batch."""
+    """The error about two pictures that cannot be in one batch."""
     (a, first), (b, second) = list(seen.items())[:2]
     if a[1:] != b[1:]:
         said = f"size ({a[2]}x{a[1]}, {b[2]}x{b[1]}); --size N brings all to one"

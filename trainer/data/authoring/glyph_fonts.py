@@ -50,7 +50,7 @@ def find_faces(fonts: Sequence[str | Path] | None = None) -> list[Face]:
 
 
 def _faces_of(font: Path) -> list[Face]:
-    """Those of a directory or file, or the one that FILE#INDEX names."""
+    """The faces of a directory or file, or the one that FILE#INDEX names."""
     if font.is_dir():
         return [face for path in _fonts_in(font) for face in _faces_in(path)]
     if font.exists():

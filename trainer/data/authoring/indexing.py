@@ -134,7 +134,7 @@ def index_urls(
     report: Report | None = None,
     max_pixels: int | None = None,
 ) -> Report:
-    """As index_directory, of shards behind URLs.
+    """Like index_directory, for shards behind URLs.
 
     The manifest is written to the directory `out`, for data.manifest or to be put beside them.
     """

@@ -428,7 +428,7 @@ def _kind(column: pa.DataType) -> str:
 
 
 def _dtype(column: pa.DataType) -> np.dtype:
-    """Of the numbers in a column of lists. Those of 8 bytes, and bits, become float32."""
+    """The dtype of numbers in a column of lists. 8-byte numbers and bits become float32."""
     while hasattr(column, "storage_type") or hasattr(column, "value_type"):
         column = getattr(column, "storage_type", None) or column.value_type
     if _kind(column) != "number":
@@ -451,7 +451,7 @@ def picture_bytes(name: str, value: Any) -> bytes:
 
 
 def _extension(content: bytes) -> str:
-    """Of the file that has such a beginning. "png" of what is none, which is refused later."""
+    """The extension that a file's first bytes say. "png" if none, which is refused later."""
     return next((end for start, end in SIGNATURES.items() if content.startswith(start)), "png")
 
 

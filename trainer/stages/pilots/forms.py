@@ -41,7 +41,7 @@ class Fitted(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """Of each example that was measured, in their order. By form but for ids.
+    """What was measured of each example, in their order: by form, except ids.
 
     ids       int64 [n], of val
     correct   bool [n]

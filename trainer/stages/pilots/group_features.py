@@ -40,7 +40,7 @@ class Extraction(NamedTuple):
 
     @property
     def passes(self) -> int:
-        """Of the generalist on one example."""
+        """Passes of the generalist, counted for one example each."""
         return len(self.train) * self.views + len(self.val)
 
 

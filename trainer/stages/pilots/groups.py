@@ -364,7 +364,7 @@ class BranchesOfRound:
         self.paid = 0
 
     def train(self, budget: float) -> None:
-        """As long as `budget` multiplications allow. Not at all where nothing is left to do."""
+        """Train as long as `budget` multiplications allow. Does nothing if all is done."""
         if self.chosen.finished:
             self.trained = {name_of(m): self._earlier(m) for m in self.groups}
             return

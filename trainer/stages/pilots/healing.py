@@ -120,7 +120,7 @@ def plan_features(
     views: int,
     least: int,
 ) -> FeaturePlan:
-    """As many groups as can be trained in full, and as many views as passes are then left for.
+    """Plan as many groups as can be trained in full, and views for the passes that are left.
 
     train: training examples that the first 1, 2, ... groups need.  val: those of val, seen once.
     left: passes of the generalist that are left beside the full training of so many groups.

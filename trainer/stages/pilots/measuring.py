@@ -84,7 +84,7 @@ def on_shortlist(size: int, own: Tensor, other: Tensor) -> tuple[Tensor, Tensor]
 
 
 def of_examples(log_q: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of each row of log-probabilities [b, C]: whether it is right, log q[label], and Brier's sum.
+    """For each row of log-probabilities [b, C]: is it right, log q[label], Brier's sum.
 
     brier: sum over classes of (q - y)^2, 0 to 2.
     """

@@ -293,7 +293,7 @@ def train_on(
 
 
 def compressed(schedule: Resolved, steps: int) -> Resolved:
-    """The same schedule over so many steps.
+    """The schedule, compressed to so many steps.
 
     It ends where it ends: a best step that is chosen on val would be measured on what chose it.
     """
