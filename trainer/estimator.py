@@ -211,6 +211,8 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
         y = column_or_1d(y, warn=True)
         if len(y) != samples:
             raise ValueError(f"X has {samples} samples and y {len(y)}")
+        if y.dtype == object and any(label is None for label in y):
+            raise ValueError("y holds None: leave out rows without a label")
         check_classification_targets(y)
         classes, indices = np.unique(y, return_inverse=True)
         if len(classes) < 2:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,11 @@ def check(
         find_augment(augment or "none", options=config.data.augment_options)
     shards = check_shards(config)
     session = look_only(config, choose_device(config.engine))
-    warnings = check_classes(session)
+    warnings = [
+        *check_apart(shards),
+        *check_batch(config, shards["train"]),
+        *check_classes(session),
+    ]
     if not networks:
         return warnings
     parts, notes = rehearse(session, processes)
@@ -138,6 +143,32 @@ def check_inputs(shards: ShardSet, train: ShardSet) -> None:
             f"data.{shards.split} holds pictures made by other rules ({describe(ours)}) than "
             f"data.train ({describe(theirs)}); make both by one"
         )
+
+
+def check_apart(shards: Mapping[str, ShardSet]) -> list[str]:
+    """A line for each two of train, val and test that have shards in common.
+
+    Inputs that lie in both are looked for where shards are made (`data.authoring.repeats`).
+    """
+    warnings = []
+    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+        common = shards[one].contents & shards[other].contents
+        if common:
+            warnings.append(
+                f"data.{one} and data.{other} have {len(common)} of {len(shards[other].contents)} "
+                f"shards in common: figures on {other} come out too good"
+            )
+    return warnings
+
+
+def check_batch(config: Config, train: ShardSet) -> list[str]:
+    batch = config.train.batch_size
+    if batch <= len(train):
+        return []
+    return [
+        f"train.batch_size = {batch} is more than the {len(train)} examples of data.train: "
+        "a step reads some of them several times"
+    ]
 
 
 def check_classes(session: Session) -> list[str]:

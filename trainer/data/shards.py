@@ -275,6 +275,11 @@ class ShardSet:
         return sum(corruption.samples for corruption in self.corruption)
 
     @property
+    def contents(self) -> frozenset[str]:
+        """The sha256 of each shard."""
+        return frozenset(part.sha256 for part in self._parts)
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         return self._first_input()[0]
 

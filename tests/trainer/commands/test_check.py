@@ -359,3 +359,20 @@ def test_the_first_job_tries_the_networks_where_nobody_could(data, tmp_path, own
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2 and "the loss does not reach trunk.spare" in done.stderr
     assert (run / "UNCHECKED").exists() and not (run / "generalist").exists()
+
+
+# Splits that are not apart
+
+
+def test_splits_that_have_shards_in_common_are_a_warning(data):
+    (warning,) = check(toy_config(data, f"data.test={data}/train-000000.tar"), 1)
+    assert "data.train and data.test have 1 of 1 shards in common" in warning
+    (warning,) = check(toy_config(data, f"data.test={data}/val-000000.tar"), 1)
+    assert "data.val and data.test have 1 of 1 shards in common" in warning
+
+
+def test_a_batch_larger_than_train_is_a_warning(data):
+    count = json.loads((data / "manifest.json").read_text())["splits"]["train"]["samples"]
+    (warning,) = check(toy_config(data, f"train.batch_size={count + 1}"), 1)
+    assert f"train.batch_size = {count + 1} is more than the {count} examples" in warning
+    assert check(toy_config(data, f"train.batch_size={count}"), 1) == []
