@@ -12,8 +12,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,6 +114,18 @@ def _entries(path: Path) -> dict[str, int]:
     }
 
 
+def _rows_of(opened: Any, key: str, rows: slice) -> Any:
+    """Of a tensor in a safetensors file, whose slices have an entry at least."""
+    part = opened.get_slice(key)
+    length = (part.get_shape() or [0])[0]
+    first, end, _ = rows.indices(length)
+    if rows == slice(None) or length == 0:
+        return opened.get_tensor(key)
+    if first >= end:
+        return part[0:1][:0]
+    return part[first:end]
+
+
 @dataclass(frozen=True)
 class RowFiles:
     """The files that an index names."""
@@ -173,10 +186,13 @@ class RowFiles:
         path = self.directory / file
         check_file(path)
         try:
+            # For torch the whole file would be mapped as memory that can be written, which a limit
+            # of memory counts. For numpy, which lacks bfloat16, it can only be read.
+            with safe_open(path, framework="np") as opened:
+                if opened.get_slice(key).get_dtype() != "BF16":
+                    return torch.from_numpy(np.asarray(_rows_of(opened, key, rows)))
             with safe_open(path, framework="pt") as opened:
-                if rows == slice(None):
-                    return opened.get_tensor(key)
-                return opened.get_slice(key)[rows]
+                return _rows_of(opened, key, rows)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:
