@@ -101,7 +101,7 @@ def steps_of(ranks: Ranks, classes: int, drawn: int | None) -> Step:
             lambda batch: lists[id(batch)],
             drawn,
             classes,
-            comm=lambda batch: DistributedComm(bounds=()).of(batch.labels),
+            comm=lambda batch: DistributedComm(bounds=()).of(batch.labels, even=True),
             head=head,
         )
     engine = build_engine(Engine(device="cpu"), ranks, by_rows=drawn is not None)

@@ -56,9 +56,11 @@ def visible_devices() -> list[str]:
     # uuids, because CUDA's order of the devices is not nvidia-smi's.
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        ended = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=30
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     if ended.returncode != 0:
         return []
-    return ended.stdout.split()
+    return [word for word in ended.stdout.split() if word.startswith("GPU-")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -46,13 +46,21 @@ def save_classifier(classifier: Classifier | Branch, directory: str | Path) -> N
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # Clones: tensors that share memory cannot be written as they are.
-    tensors = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in classifier.state_dict().items()
-    }
-    write_safetensors(tensors, directory / WEIGHTS)
+    write_safetensors(unshared(classifier.state_dict()), directory / WEIGHTS)
     classifier.spec.save(directory / SPEC)
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous. Tensors that share memory, which cannot be written, become copies.
+
+    Others stay where they are: a whole network beside itself may be more than a machine has.
+    """
+    own = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    names = Counter(tensor.untyped_storage().data_ptr() for tensor in own.values())
+    return {
+        name: tensor.clone() if names[tensor.untyped_storage().data_ptr()] > 1 else tensor
+        for name, tensor in own.items()
+    }
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -84,7 +84,11 @@ class ShardedHead(nn.Module):
 
     rows: a head of the same kind as the whole one, with this rank's classes alone.  comm: how the
     ranks share the other rows.  block: classes at a time, as in LinearLogits.
+
+    even: whether every rank is known to have as many examples. Its engine says so while it trains.
     """
+
+    even = False
 
     def __init__(self, rows: RowsHead, num_classes: int, comm: Comm, block: int | None = None):
         super().__init__()
@@ -95,7 +99,7 @@ class ShardedHead(nn.Module):
         self.rows = rows
 
     def forward(self, features: Tensor) -> LinearLogits:
-        comm = self.comm.of(features)
+        comm = self.comm.of(features, self.even)
         weight, bias = self.rows.weight, self.rows.bias
         return LinearLogits(features, weight, bias, self.num_classes, self.block, comm)
 

@@ -55,8 +55,12 @@ class Comm(Protocol):
         """
         ...
 
-    def of(self, features: Tensor) -> Comm:
-        """The comm for a batch of which this rank has these rows. features: [n, D]."""
+    def of(self, features: Tensor, even: bool = False) -> Comm:
+        """The comm for a batch of which this rank has these rows. features: [n, D].
+
+        even: every rank is known to have n rows, so nothing is exchanged, and the host does not
+        wait.
+        """
         ...
 
     def among(self, classes: Tensor) -> Comm:
@@ -103,7 +107,7 @@ class LocalComm:
     def share(self) -> float:
         return 1.0
 
-    def of(self, features: Tensor) -> LocalComm:
+    def of(self, features: Tensor, even: bool = False) -> LocalComm:
         return self
 
     def among(self, classes: Tensor) -> LocalComm:

@@ -12,8 +12,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+OF_NUMPY = set(DTYPES.values()) - {"BF16"}
 Bounds = Mapping[str, tuple[int, ...]]  # name -> the first row of each part, and their number
 
 
@@ -126,6 +128,18 @@ def _parts_of(name: str, bounds: tuple[int, ...]) -> list[str]:
     return [f"{name}.rows-{part:05d}" for part in range(len(bounds) - 1)]
 
 
+def _rows_of(opened: Any, key: str, rows: slice | None) -> Any:
+    """Of a tensor in a safetensors file, whose slices have an entry at least."""
+    part = opened.get_slice(key)
+    length = (part.get_shape() or [0])[0]
+    if rows is None or length == 0:
+        return opened.get_tensor(key)
+    first, end, _ = rows.indices(length)
+    if first >= end:
+        return part[0:1][:0]
+    return part[first:end]
+
+
 @dataclass(frozen=True)
 class RowFiles:
     """The files that an index names."""
@@ -202,16 +216,19 @@ class RowFiles:
         check_file(path)
         try:
             check_regular(path)
-            with safe_open(path, framework="pt") as opened:
-                if rows is None:
-                    return opened.get_tensor(key)
+            # For torch the whole file would be mapped as memory that can be written, which a limit
+            # of memory counts. For numpy, which lacks some kinds, it can only be read.
+            with safe_open(path, framework="np") as opened:
                 part = opened.get_slice(key)
                 shape = part.get_shape()
-                if not shape or shape[0] != count:
+                if rows is not None and shape[:1] != [count]:
                     raise ValueError(
                         f"{path} is damaged: {key} is {shape}, and has not {count} rows"
                     )
-                return part[rows]
+                if part.get_dtype() in OF_NUMPY:
+                    return torch.from_numpy(np.asarray(_rows_of(opened, key, rows)))
+            with safe_open(path, framework="pt") as opened:
+                return _rows_of(opened, key, rows)
         except OSError as error:
             raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
         except SafetensorError as error:

@@ -36,7 +36,15 @@ FULL_WORDS = (
     " requested and ",  # numpy: "1000 requested and 512 written"
 )
 NEEDED = "needed_bytes"  # an attribute that `writing` adds to an OSError
-MEMORY_WORDS = ("can't allocate memory", "CUDA out of memory", "Unable to allocate")
+MEMORY_WORDS = (
+    "can't allocate memory",  # torch, of a CPU
+    "Unable to allocate",  # numpy
+    "CUDA out of memory",
+    "HIP out of memory",
+    "CUDA error: out of memory",  # outside torch's own allocator
+    "Cuda failure 2 'out of memory'",  # NCCL, for its buffers
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS, for its workspace
+)
 MEMORY_REMEDY = "take a smaller batch or network, or a machine with more memory"
 # Another try may succeed: not the user's mistake.
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET)

@@ -20,7 +20,9 @@ from .config import Engine, ResolvedSchedule
 
 FLOAT = 4
 INDEX = 8  # an id or a label
-BUCKET_WEIGHTS = 2**26  # of DeepSpeed's, as the engine sets them
+LEAST_BUCKET, BUCKET = 2**20, 2**26  # weights of a bucket of DeepSpeed's
+BUCKETS = 16  # of a network between these
+ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
 HEAD_BLOCK = {"cpu": 2**24, "cuda": 2**28}  # of logits that are computed at a time
 SPECIALISTS_HELD = 2**29  # of an ensemble's specialists, those last used
 SPARSE_FROM = 2**14  # classes from which on eq. 5 lists some of them
@@ -149,7 +151,7 @@ def held_by_training(
     states += FLOAT * averages(schedule) * (network.weights - split + split / ranks)
     bucket = 0
     if engine.name == "deepspeed" and ranks > 1:
-        bucket = FLOAT * min(replicated, BUCKET_WEIGHTS)
+        bucket = FLOAT * bucket_weights(replicated)
     batch = schedule.batch_size / schedule.accumulation
     rows = batch / ranks
     if engine.shard_head and network.classes:
@@ -160,6 +162,16 @@ def held_by_training(
         features = FLOAT * rows * network.features
     whole = FLOAT * split if starts_whole else 0
     return Held(states, bucket, logits, features, whole)
+
+
+def bucket_weights(weights: int) -> int:
+    """Weights whose gradients DeepSpeed exchanges at once, of a network that has so many.
+
+    A few times this is held beside the rank's share: the bucket, a copy of it, weights of stage 3
+    that were gathered ahead.  So it is a part of the network, whatever that has.
+    """
+    most = min(BUCKET, max(LEAST_BUCKET, weights // BUCKETS))
+    return -(-min(weights, most) // ALIGNED) * ALIGNED
 
 
 def sent_per_step(

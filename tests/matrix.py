@@ -2,8 +2,9 @@
 
     python tests/matrix.py dist/*.whl [PYTHON:lowest|newest ...]        (make test-matrix)
 
-Each row has an environment of its own, with the extras train and onnx, and works in an empty
-directory: --version, doctor, import referral, demo --quick, export --onnx, predict.  The lowest
+Each row has an environment of its own, with the extras train and onnx.  It works in a directory
+that holds a trainer.py, a networks/ and a numpy.py, as a user's may, which nobody may import:
+--version, doctor, import referral, demo --quick, export --onnx, predict.  The lowest
 versions are those of pyproject.toml, raised to the first that has a wheel for that Python.
 Without rows: both kinds on each Python of PYTHONS that is found.  Needs uv and a package index.
 """
@@ -25,7 +26,7 @@ NAMES = "import referral\nfor name in dir(referral): getattr(referral, name)"
 SMOKE = (
     ["referral", "--version"],
     ["referral", "doctor"],
-    ["python", "-c", NAMES],
+    ["python", "-P", "-c", NAMES],
     ["referral", "demo", "--quick", "--run", "demo"],
     ["referral", "export", "demo", "--to", "exported", "--onnx"],
     ["referral", "predict", "exported", "demo/data/test-000000.tar", "--top", "1"],
@@ -55,8 +56,19 @@ def main(wheel: str, *names: str) -> int:
 
 
 def find_python(version: str) -> str:
+    """The path of a Python, "" without one.
+
+    pyenv puts a shim for each into PATH, which ends with an error where it is not switched on, and
+    uv then looks no further. So pyenv's own directories come first.
+    """
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    own = sorted(pyenv.glob(f"versions/{version}.*/bin"), reverse=True)
+    path = os.pathsep.join([*map(str, own), os.environ["PATH"]])
     ran = subprocess.run(
-        [UV, "python", "find", "--no-python-downloads", version], capture_output=True, text=True
+        [UV, "python", "find", "--no-python-downloads", version],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": path},
     )
     return ran.stdout.strip()
 
@@ -72,8 +84,7 @@ def try_row(row: Row, wheel: Path, directory: Path) -> tuple[str, int]:
     resolve(row, python, requirements)
     venv = install(python, requirements, wheel, directory)
     versions = [pinned(requirements, package) for package in SHOWN]
-    here = directory / "here"
-    here.mkdir()
+    here = users_directory(directory / "here")
     environment = {**os.environ, "PATH": f"{venv / 'bin'}:{os.environ['PATH']}"}
     environment.pop("PYTHONPATH", None)
     for command in SMOKE:
@@ -84,6 +95,15 @@ def try_row(row: Row, wheel: Path, directory: Path) -> tuple[str, int]:
             return f"{what}| {' | '.join(versions)} | {failed} ends with {ran.returncode} |", 1
     seconds = time.monotonic() - start
     return f"{what}| {' | '.join(versions)} | all pass in {seconds:.0f} s |", 0
+
+
+def users_directory(here: Path) -> Path:
+    """A directory with modules of names that are ours, or our libraries'. To import one fails."""
+    (here / "networks").mkdir(parents=True)
+    for name in ("trainer.py", "networks/__init__.py", "numpy.py"):
+        text = f"raise SystemExit('{name} of the working directory was imported')\n"
+        (here / name).write_text(text, encoding="utf-8")
+    return here
 
 
 def resolve(row: Row, python: str, requirements: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from venvs import python_with, site_of
 
 ROOT = Path(__file__).parent.parent
 SUPPORT = ROOT / "tests" / "support"
@@ -27,21 +28,12 @@ def python(tmp_path_factory):
     if all(importlib.util.find_spec(package) for package in PACKAGES):
         return Path(sys.executable)
     root = tmp_path_factory.mktemp("timm")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", root / "venv"], check=True)
-    python = root / "venv" / "bin" / "python"
-    program = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = Path(subprocess.check_output([python, "-c", program], text=True).strip())
-    here = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "needed.pth").write_text("\n".join(here) + "\n")
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
-    asked = [*pip, "--retries", "1", "timm>=1.0", torchvision_of(torch.__version__)]
-    installed = subprocess.run(asked, capture_output=True, text=True, timeout=250)
-    if installed.returncode:
-        pytest.skip(f"pip has no network: {installed.stderr.strip().splitlines()[-1]}")
+    wanted = ("timm>=1.0", torchvision_of(torch.__version__))
+    python = python_with(root, *wanted, needs=False)
     # An index may have the wheel for CUDA alone.  Beside a torch for CPUs its operators are not
     # loaded, and what registers them fails. Transforms need neither.
     if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
-        (site / "torchvision" / "_meta_registrations.py").write_text("")
+        (site_of(python) / "torchvision" / "_meta_registrations.py").write_text("")
     return python
 
 

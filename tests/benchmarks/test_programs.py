@@ -50,6 +50,7 @@ SLOW = [
     "benchmarks.gpu",
     "benchmarks.head run",
     "benchmarks.huge",
+    "benchmarks.limited",
     "benchmarks.lookalikes",
     "benchmarks.papers.hydra",
     "benchmarks.papers.mnist",

@@ -16,7 +16,14 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from ranks import ENGINES, gloo_environment, kill_after_a_checkpoint, losses, weights
+from ranks import (
+    ENGINES,
+    gloo_environment,
+    kill_after_a_checkpoint,
+    losses,
+    on_ranks,
+    weights,
+)
 from running import run_all
 from toy import NUM_CLASSES, toy_config, write_toy
 
@@ -178,6 +185,31 @@ def test_a_run_that_stopped_resumes_on_the_device(data, alone, tmp_path, engine)
     assert not (tmp_path / engine / "generalist" / "model.safetensors").exists()
     engines_on(DEVICE, data, tmp_path, engine)
     np.testing.assert_allclose(losses(tmp_path / engine), losses(alone), atol=1e-4)
+
+
+def ranks_at_hand() -> int:
+    """As many as there are GPUs, of those that divide a batch of 96. Two on the CPU."""
+    count = torch.cuda.device_count() if ON_GPU else 2
+    return max((ranks for ranks in (2, 4, 6, 8) if ranks <= count), default=1)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("ddp", "zero1", "zero2", "zero3"), ("ddp", "engine.shard_head=true")],
+    ids=["engines", "sharded_head"],
+)
+def test_ranks_with_a_gpu_each_log_the_losses_of_one_process(data, alone, tmp_path, words):
+    """By NCCL, stopped and resumed once. On one GPU there is nothing to exchange."""
+    ranks = ranks_at_hand()
+    if ranks == 1:
+        pytest.skip("several ranks need several GPUs")
+    options = (*words, *SHORT, *device_words(DEVICE))
+    on_ranks(ranks, ENGINES / "train_all.py", data, tmp_path, *options, "stop=9")
+    on_ranks(ranks, ENGINES / "train_all.py", data, tmp_path, *options)
+    runs = list(tmp_path.iterdir())
+    assert len(runs) == len([word for word in words if "=" not in word])
+    for run in runs:
+        np.testing.assert_allclose(losses(run), losses(alone), atol=1e-4, err_msg=str(run))
 
 
 def test_after_kill_9_the_same_command_ends_with_the_same_weights(data, tmp_path):

@@ -26,6 +26,7 @@ from networks import (
     widen,
 )
 from networks.builders import resnet, wideresnet
+from networks.files import unshared
 
 GRAY = InputSpec(shape=(1, 28, 28), mean=[0.5], std=[0.25])
 SMALL = {
@@ -165,6 +166,16 @@ NOTHING_LEFT = "nothing is left of a 28 x 28 image after stage 4"
 def test_a_wrong_builder_or_option_is_named(builder, options, message):
     with pytest.raises(ValueError, match=message):
         build_classifier(ModelSpec(builder, 5, GRAY, options))
+
+
+def test_only_what_shares_memory_is_copied_to_be_saved():
+    weight, column = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3)[:, 0]
+    tied = torch.ones(4)
+    saved = unshared({"weight": weight, "column": column, "a": tied, "b": tied, "half": tied[:2]})
+    assert saved["weight"].data_ptr() == weight.data_ptr()
+    assert saved["column"].tolist() == [0, 3] and saved["column"].is_contiguous()
+    own = {saved[name].untyped_storage().data_ptr() for name in ("a", "b", "half")}
+    assert len(own) == 3 and tied.untyped_storage().data_ptr() not in own
 
 
 def test_a_users_builder_is_passed_and_not_loaded(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 
 import pytest
 import torch
@@ -37,6 +38,50 @@ def test_a_tensor_is_read_whole_and_in_any_part(written):
             rows = slice(first, end)
             assert torch.equal(files.read("head.weight", rows), WEIGHT[rows])
             assert torch.equal(files.read("head.bias", rows), BIAS[rows])
+
+
+KINDS = {
+    "bf16": torch.arange(6.0).view(3, 2).bfloat16(),  # which numpy lacks
+    "flags": torch.tensor([True, False, True]),
+    "half": torch.arange(6.0).view(3, 2).half(),
+    "nothing": torch.zeros(0, 4),
+    "numbers": torch.arange(2**40, 2**40 + 5),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_tensor_is_read_as_it_was(name, tmp_path):
+    value = KINDS[name]
+    write_part(tmp_path, "model", 0, 1, {"t": value}, {"whole": value, "scalar": torch.tensor(7)})
+    write_index(tmp_path, "model", {"t": (0, len(value))})
+    files = RowFiles.open(tmp_path, "model")
+    for read in (files.read("t"), files.read("whole")):
+        assert read.dtype == value.dtype and torch.equal(read, value)
+    assert torch.equal(files.read("t", slice(1, 3)), value[1:3])
+    assert torch.equal(files.read("t", slice(1, 1)), value[1:1])
+    assert files.read("scalar") == 7
+
+
+def private_bytes() -> int:
+    with open("/proc/self/status") as status:
+        (line,) = [line for line in status if line.startswith("VmData:")]
+    return int(line.split()[1]) * 1024
+
+
+def test_rows_of_a_large_file_need_no_more_memory_than_the_rows(tmp_path):
+    """Of memory that a limit counts: the file is not mapped as what can be written."""
+    write_part(tmp_path, "model", 0, 1, {"t": torch.zeros(2**12, 2**12)})
+    write_index(tmp_path, "model", {"t": (0, 2**12)})
+    files = RowFiles.open(tmp_path, "model")
+    files.read("t", slice(0, 1))  # what is imported once
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (private_bytes() + 2**24, before[1]))
+    try:
+        assert files.read("t", slice(5, 7)).shape == (2, 2**12)
+        with pytest.raises((RuntimeError, MemoryError)):
+            torch.zeros(2**24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def test_the_index_maps_every_tensor_of_every_file_as_its_readers_expect(written):

@@ -78,14 +78,13 @@ def test_the_constants_are_those_of_the_code():
     from ensemble.lazy_specialists import BYTES_HELD
     from ensemble.listed_ensemble import SPARSE_FROM, general_rows
     from networks.linear_logits import BLOCK_ENTRIES
-    from trainer.engines.zero import BUCKET
     from trainer.session import MEASURING_BATCH, PROBABILITIES_IN_MEMORY, measuring_batch
     from trainer.stages.stored_targets import entry_dtypes
     from trainer.stages.targets import LEAST
 
     assert scaling.HEAD_BLOCK == {device: 4 * n for device, n in BLOCK_ENTRIES.items()}
     assert scaling.SPECIALISTS_HELD == BYTES_HELD and scaling.SPARSE_FROM == SPARSE_FROM
-    assert scaling.BUCKET_WEIGHTS == BUCKET and scaling.TARGET_LEAST == LEAST
+    assert scaling.TARGET_LEAST == LEAST
     assert scaling.WEIGHTS_TRIED == len(WEIGHTS)
     measured = (scaling.MEASURED_ROWS, scaling.MEASURED_NUMBERS)
     assert measured == (MEASURING_BATCH, PROBABILITIES_IN_MEMORY)

@@ -182,6 +182,8 @@ def devices(engine: Engine) -> list[Finding]:
     except Exception as error:  # whatever a broken installation raises is the finding
         text = f"torch cannot be used: {_one_line(error)}; install it again"
         return [*findings, Finding(False, text)]
+    if build.error:
+        findings.append(Finding(False, f"torch {build.version} cannot ask its GPUs: {build.error}"))
     findings += [Finding(ok, text) for ok, text in judge(build, gpus, engine.device)]
     findings.append(_collective("gloo", "cpu"))
     if build.devices:
@@ -191,13 +193,16 @@ def devices(engine: Engine) -> list[Finding]:
 
 def _build(torch: ModuleType) -> TorchBuild:
     """torch: the module."""
-    names = []
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
+    names, fault = [], ""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    try:
+        for index in range(count):
             gpu = torch.cuda.get_device_properties(index)
             names.append(f"cuda:{index} {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
+    except Exception as error:  # whatever a driver that fails raises is the finding
+        fault = _one_line(error)
     rocm = getattr(torch.version, "hip", None)
-    return TorchBuild(torch.__version__, torch.version.cuda, rocm, names)
+    return TorchBuild(torch.__version__, torch.version.cuda, rocm, names, fault)
 
 
 def _one_line(error: Exception) -> str:

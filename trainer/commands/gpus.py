@@ -34,12 +34,14 @@ class TorchBuild(NamedTuple):
     """What torch says of itself.
 
     cuda, rocm: the version that it is built for, else None. devices: a line for each that it sees.
+    error: of a driver that did not answer.
     """
 
     version: str
     cuda: str | None
     rocm: str | None
     devices: list[str]
+    error: str = ""
 
     @property
     def target(self) -> str:
@@ -68,7 +70,9 @@ def _nvidia_smi() -> list[str]:
     if shutil.which(QUERY[0]) is None:
         return []
     try:
-        ran = subprocess.run(QUERY, capture_output=True, text=True, timeout=ANSWERS_IN_S)
+        ran = subprocess.run(
+            QUERY, capture_output=True, text=True, errors="replace", timeout=ANSWERS_IN_S
+        )
     except (OSError, subprocess.TimeoutExpired):
         return []
     if ran.returncode:

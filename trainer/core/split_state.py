@@ -10,7 +10,7 @@ flat tensor, whose rows are its entries. "shapes" in the state says what it is w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,42 @@ class Part(NamedTuple):
 
     def to(self, device: torch.device, copy: bool = False) -> Part:
         return self._replace(own=self.own.to(device, copy=copy))
+
+
+class OnDisk(NamedTuple):
+    """A tensor that ranks have written their parts of.
+
+    shape: of the whole.  rows: those of it that are read.
+    """
+
+    files: RowFiles
+    entry: str
+    shape: tuple[int, ...]
+    rows: slice | None
+
+    def read(self) -> Tensor:
+        whole = self.files.read(self.entry).view(self.shape)
+        return whole if self.rows is None else whole[self.rows].clone()
+
+
+class Unread(Mapping[str, object]):
+    """Values by name, of which those on the disk are read anew each time they are asked for.
+
+    A rank that takes its share of one tensor after the other never holds them all.
+    """
+
+    def __init__(self, values: Mapping[str, object]):
+        self._values = values
+
+    def __getitem__(self, name: str) -> object:
+        value = self._values[name]
+        return value.read() if isinstance(value, OnDisk) else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def is_split(state: dict) -> bool:
@@ -97,7 +133,10 @@ def bounds_of(
 
 
 def read_rows(directory: Path, state: dict, own_rows: Mapping[str, slice]) -> dict:
-    """The state with the rows that lie in files: those in `own_rows`, or all of a tensor's."""
+    """The state with the rows that lie in files: those in `own_rows`, or all of a tensor's.
+
+    Tensors of which ranks have parts otherwise are `Unread`.
+    """
     if "rows" not in state and "shapes" not in state:
         return state
     state.pop("rows", None)
@@ -106,16 +145,17 @@ def read_rows(directory: Path, state: dict, own_rows: Mapping[str, slice]) -> di
     for entry in files.bounds:
         part, name, *key = entry.split("/")
         if entry in shapes:
-            value = files.read(entry).view(shapes[entry])
-            if name in own_rows:
-                value = value[own_rows[name]].clone()
+            value = OnDisk(files, entry, shapes[entry], own_rows.get(name))
         else:
             value = files.read(entry, own_rows.get(name))
         if key:
             state[part].setdefault(name, {})[key[0]] = value
         else:
             state[part][name] = value
-    return state
+    if not shapes:
+        return state
+    state["optimizer"] = {name: Unread(of_name) for name, of_name in state["optimizer"].items()}
+    return state | {part: Unread(state[part]) for part in WEIGHTS if state.get(part) is not None}
 
 
 def _is_per_row(value: object) -> bool:

@@ -37,6 +37,6 @@ def _arrived(batch: Batch, done: torch.cuda.Event) -> Batch:
     """The batch, which what is asked of the current stream from now on may read."""
     current = torch.cuda.current_stream()
     current.wait_event(done)
-    for tensor in (batch.inputs, batch.labels):
-        tensor.record_stream(current)  # its memory is the copying stream's
+    for name in batch.on_devices:
+        getattr(batch, name).record_stream(current)  # its memory is the copying stream's
     return batch

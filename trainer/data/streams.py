@@ -89,7 +89,7 @@ class Batch:
         return NUMBERS if self.own_share is None else (*NUMBERS, *OF_MIXED)
 
     @property
-    def _on_devices(self) -> tuple[str, ...]:
+    def on_devices(self) -> tuple[str, ...]:
         """The names of what a device works with."""
         return ("inputs", "labels", *(() if self.own_share is None else OF_MIXED))
 
@@ -100,13 +100,13 @@ class Batch:
         """
         moved = {
             name: getattr(self, name).to(device, non_blocking=non_blocking)
-            for name in self._on_devices
+            for name in self.on_devices
         }
         return replace(self, **moved)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory: DataLoader calls this."""
-        pinned = {name: getattr(self, name).pin_memory() for name in self._on_devices}
+        pinned = {name: getattr(self, name).pin_memory() for name in self.on_devices}
         return replace(self, **pinned)
 
     # Between processes only the inputs go through shared memory: for a few numbers a file
@@ -201,8 +201,12 @@ class _Stream:
             yield batch
 
     def _is_pinned(self) -> bool:
+        """Only where this process computes on a GPU.
+
+        Pinning begins CUDA: a run on the CPU would take memory of a GPU beside it.
+        """
         pinned = self._shard_sets[0].data.pin_memory
-        return torch.cuda.is_available() and pinned is not False
+        return torch.cuda.is_initialized() and pinned is not False
 
     def _add_lost(self, source: int, sample: int, reason: str) -> None:
         """UserError if this rank alone has lost more than data.damage_share."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -130,6 +131,8 @@ def process_group(engine: Engine, guest: bool = False) -> Iterator[Ranks]:
     if dist.get_world_size() > 1:
         group = dist.new_group(backend="gloo", timeout=RANK_0_ALONE)
         patient = cast(dist.ProcessGroup, group)  # every rank is in it
+        if device.type == "cuda":
+            check_own_gpus(gpus_of_ranks(device, patient))
     watchdog = None if guest else Watchdog(engine.hang_s)
     is_left = False
     try:
@@ -169,6 +172,32 @@ def choose_device(engine: Engine) -> torch.device:
     if engine.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def gpus_of_ranks(device: torch.device, group: dist.ProcessGroup) -> list[tuple[str, str]]:
+    """(host, the GPU's own id) of each rank. Collective, over a group of the host's."""
+    own = (socket.gethostname(), str(torch.cuda.get_device_properties(device).uuid))
+    of_ranks = [own] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, own, group=group)
+    return of_ranks
+
+
+def check_own_gpus(gpus: Sequence[tuple[str, str]]) -> None:
+    """UserError where two ranks have one GPU, which NCCL refuses later and in other words.
+
+    gpus: (host, the GPU's own id) of each rank.  Indices say nothing, since a process may see some
+    GPUs alone.
+    """
+    first: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu in first:
+            here = len({each for each in gpus if each[0] == gpu[0]})
+            raise UserError(
+                f"ranks {first[gpu]} and {rank} have one GPU on {gpu[0]}, and each needs its own; "
+                f"start {here} there (launch.processes, --nproc-per-node), or take "
+                'engine.device = "cpu"'
+            )
+        first[gpu] = rank
 
 
 def precision(engine: Engine, device: torch.device) -> torch.dtype:

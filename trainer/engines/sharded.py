@@ -106,6 +106,20 @@ class ShardedHeadEngine(DDPEngine):
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
         return shard
 
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Inside, ranks have micro-batches of one size: check_batch_size has made sure of it."""
+        if self.head is None:
+            with super().accumulating(last):
+                yield
+            return
+        self.head.sharded.even = True
+        try:
+            with super().accumulating(last):
+                yield
+        finally:
+            self.head.sharded.even = False
+
     def averaged(self, network: nn.Module) -> Iterable[nn.Parameter]:
         return [p for name, p in network.named_parameters() if not name.startswith(PLACE)]
 
@@ -259,7 +273,9 @@ class DistributedComm:
     def share(self) -> float:
         return 1 / dist.get_world_size()
 
-    def of(self, features: Tensor) -> DistributedComm:
+    def of(self, features: Tensor, even: bool = False) -> DistributedComm:
+        if even:
+            return replace(self, sizes=(len(features),) * dist.get_world_size())
         sizes = torch.empty(dist.get_world_size(), dtype=torch.int64, device=features.device)
         dist.all_gather(list(sizes.split(1)), torch.tensor([len(features)], device=features.device))
         return replace(self, sizes=tuple(sizes.tolist()))

@@ -27,6 +27,7 @@ from pipeline.config import Engine as EngineConfig
 from pipeline.config import ResolvedSchedule, UserError
 from pipeline.config.deepspeed import merged_deepspeed
 from pipeline.extras import missing_package
+from pipeline.scaling import bucket_weights
 
 from ..core.optim import (
     AveragedWeights,
@@ -38,8 +39,6 @@ from ..core.optim import (
 from ..core.split_state import Part
 from ..distributed.ranks import Ranks, autocast, gather, precision
 
-BUCKET = 2**26  # weights whose gradients are exchanged at once, at most
-ALIGNED = 1024  # buckets are multiples of this: DeepSpeed wants even ones
 SPLIT_WEIGHTS = 3  # the stage from which on no rank holds the whole network
 
 
@@ -122,7 +121,7 @@ class DeepSpeedEngine:
     ) -> nn.Module:
         self.deepspeed = import_deepspeed(self.ranks)
         if state is not None:
-            network.load_state_dict(state["network"])
+            load_one_by_one(network, state["network"])
         self.network = network
         self.plain = shape_of(network)
         module, *_ = self.deepspeed.initialize(
@@ -145,7 +144,8 @@ class DeepSpeedEngine:
         if bounds is None:
             return whole
         first, end = bounds[self.ranks.rank : self.ranks.rank + 2]
-        return Part(whole.flatten()[first:end], bounds, tuple(whole.shape))
+        # A copy: a view would keep the whole.
+        return Part(whole.flatten()[first:end].clone(), bounds, tuple(whole.shape))
 
     def _config(self, schedule: ResolvedSchedule) -> dict[str, object]:
         """Precision is torch's autocast as under DDP.
@@ -153,8 +153,9 @@ class DeepSpeedEngine:
         Weights are float32, so that averages and exports are exact.
         """
         parts = self.ranks.world_size * schedule.accumulation
-        # DeepSpeed takes the whole bucket at once, 2 GB by default, however small the network is.
-        bucket = min(BUCKET, -(-parameter_count(self.network) // ALIGNED) * ALIGNED)
+        # DeepSpeed's own buckets are 2 GB, however small the network is, and its stage 3 keeps a
+        # billion gathered weights and flattens a billion gradients at once.
+        bucket = bucket_weights(parameter_count(self.network))
         config: dict[str, object] = {
             "train_micro_batch_size_per_gpu": schedule.batch_size // parts,
             "gradient_accumulation_steps": 1,
@@ -168,6 +169,9 @@ class DeepSpeedEngine:
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
                 "stage3_prefetch_bucket_size": bucket,
+                "stage3_max_live_parameters": bucket,
+                "stage3_max_reuse_distance": bucket,
+                "sub_group_size": bucket,
             },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
@@ -406,6 +410,18 @@ def _reads_of_others(network: nn.Module, gathered: bool) -> None:
         vars(module._parameters)["_in_forward"] = gathered
 
 
+def load_one_by_one(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """What load_state_dict does, but it never holds all of `weights`, which may be on the disk."""
+    own = network.state_dict()
+    if own.keys() != weights.keys():
+        raise RuntimeError(f"weights of one side alone: {sorted(own.keys() ^ weights.keys())}")
+    for name, value in own.items():
+        saved = weights[name]
+        if saved.shape != value.shape:
+            raise RuntimeError(f"{name}: {list(saved.shape)}, not {list(value.shape)}")
+        value.copy_(saved)
+
+
 def shape_of(network: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers are only shapes."""
     memo: dict[int, object] = {}
@@ -434,7 +450,10 @@ def import_deepspeed(ranks: Ranks) -> ModuleType:
     That takes a minute, and crashes without a compiler.
     """
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
-    # Without torchrun it asks for this even where the process group is there.
+    # It takes the GPU of this number, and asks for it even where there is no torchrun.  Where each
+    # process sees a GPU of its own alone, that is 0 on every rank.
+    if ranks.device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(ranks.device.index)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
         import deepspeed

@@ -141,7 +141,7 @@ def reranker_task(session: Session, network: Classifier, seed: int) -> TrainingT
         kept_shortlists(session, "train"),
         schedule.random,
         session.num_classes,
-        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels),
+        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels, even=True),
         head=by_rows(network),
         log_prior=log_prior_of(session, schedule),
     )

@@ -163,7 +163,10 @@ def test_gpus_are_those_that_nvidia_smi_lists(bare):
     assert gpus_of_machine() == Gpus("NVIDIA", "2 x NVIDIA H200, driver 550.54")
 
 
-@pytest.mark.parametrize("answer", ["echo 'No devices were found'", "exit 9", "exec /nowhere"])
+@pytest.mark.parametrize(
+    "answer",
+    ["echo 'No devices were found'", "exit 9", "exec /nowhere", r"printf '\377\376 no text'"],
+)
 def test_an_nvidia_smi_without_a_gpu_is_none(bare, answer):
     write_command(bare, "nvidia-smi", answer)
     assert gpus_of_machine() is None
@@ -229,6 +232,18 @@ def test_a_cpu_torch_beside_a_gpu_is_found_by_the_command(bare, monkeypatch, cap
     assert doctor.main([]) == 1
     (line,) = missing(capsys.readouterr().out)
     assert "nvidia0" in line and "https://pypi.org/simple torch" in line
+
+
+def test_a_driver_that_fails_is_a_finding_with_torchs_words(bare, monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError("HIP error:\ninvalid device")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    assert doctor.main([]) == 1
+    (line,) = missing(capsys.readouterr().out)
+    assert "cannot ask its GPUs: RuntimeError: HIP error: invalid device" in line
 
 
 # Ranks

@@ -1,6 +1,6 @@
 """A whole toy run on the pretended device, in this process group. Rank 0's last line is JSON.
 
-    pretended_run.py DATA ROOT [KEY=VALUE ...]
+    pretended_run.py DATA ROOT [KEY=VALUE ...] [stages=generalist]
 
 Waits of a training are those of each turn of the loop after the third: torch asks the host once,
 when it arranges the buckets of gradients anew.
@@ -50,7 +50,9 @@ def note_turns(device, trained: dict[str, list[dict[str, int]]]) -> None:
     loop.Trainer.train_step = train_step
 
 
-def main(data: str, root: str, *overrides: str) -> None:
+def main(data: str, root: str, *words: str) -> None:
+    overrides = [word for word in words if not word.startswith("stages=")]
+    only = [word.removeprefix("stages=") for word in words if word not in overrides]
     config = toy_config(Path(data), *QUIET, *overrides)
     path = Path(root)
     with pretended() as device, process_group(config.engine) as ranks:
@@ -63,6 +65,8 @@ def main(data: str, root: str, *overrides: str) -> None:
         stages: dict[str, dict[str, int]] = {}
         note_turns(device, trained)
         for stage in session.run.stages:
+            if only and stage.name not in only:
+                continue
             before = Counter(device.waits)
             run_stage(session, stage)
             waited = Counter(device.waits) - before

@@ -95,3 +95,16 @@ def test_a_turn_of_two_ranks_waits_at_most_once(two_ranks):
     for turns in two_ranks["trained"].values():
         usual = statistics.median(sum(turn.values()) for turn in turns)
         assert usual <= 1, turns
+
+
+@pytest.mark.slow
+def test_a_turn_with_a_sharded_head_waits_for_nothing_but_the_signal_to_stop(data, tmp_path):
+    """Ranks train on as many rows each, and so exchange no sizes. In a validation they do."""
+    words = ("stages=generalist", "engine.shard_head=true")
+    ran = json.loads(on_ranks(2, RUN, data, tmp_path / "run", *FEW, *words).splitlines()[-1])
+    turns = ran["trained"]["generalist"]
+    assert len(turns) >= 4
+    for turn in turns:
+        assert all(" trainer/distributed/ranks.py" in where for where in turn), turn
+    of_sizes = [w for w in ran["stages"]["generalist"] if " trainer/engines/sharded.py" in w]
+    assert of_sizes, "the last batch of a validation may be shorter on one rank"

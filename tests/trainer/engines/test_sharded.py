@@ -47,7 +47,7 @@ def whole(data, tmp_path_factory):
     return out / "ddp"
 
 
-SPLITS = [("7", "0,29"), ("4,3", "0,10,29"), ("3,0,4", "0,3,20,29")]
+SPLITS = [("7", "0,29"), ("4,3", "0,10,29"), ("3,3", "0,10,29"), ("3,0,4", "0,3,20,29")]
 
 
 @pytest.mark.parametrize("sizes, bounds", SPLITS)

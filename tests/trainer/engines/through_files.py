@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.core.checkpoints import load_checkpoint, save_checkpoint
@@ -24,6 +25,6 @@ def through_a_checkpoint(state: dict, ranks: Ranks) -> dict:
 
 
 def _copied(value):
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _copied(each) for key, each in value.items()}
     return value.clone() if hasattr(value, "clone") else value

@@ -233,7 +233,7 @@ def rerank_task(
         shortlists_on_the_fly(generalist, k),
         section.random,
         session.num_classes,
-        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels),
+        comm=lambda batch: DistributedComm(bounds=()).of(batch.labels, even=True),
         head=by_rows(network),
         log_prior=log_prior_of(session, schedule),
     )
