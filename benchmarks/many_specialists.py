@@ -1,12 +1,14 @@
 """What an ensemble of many specialists holds and takes to answer rows of a huge label set.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.many_specialists [--classes C] [--groups M]
-        [--rows N]
+    OMP_NUM_THREADS=1 python -m benchmarks.many_specialists [--classes C]
+        [--groups M] [--rows N] [--kind copy|branch]
     python -m benchmarks.many_specialists --quick          seconds, no result
 
-Made-up networks: a generalist of 64 numbers an embedding, and specialists in two memberships that
-keep the rows of 100 other classes and one for the rest.  Each form runs in a process of its own and
-gives the metrics' numbers of every row (top 5, log-probability of the label, sum of squares):
+Made-up networks: a generalist of 64 numbers an embedding, and specialists in two memberships.
+Copies keep the rows of 100 other classes and one for the rest.  Branches have an embedding of 64
+numbers, too.  A specialist has the checksums of its files beside it, as a stage leaves them.  Each
+form runs in a process of its own and gives the metrics' numbers of every row (top 5,
+log-probability of the label, sum of squares):
 
     generalist   the generalist alone
     whole        every specialist read at first, with all classes' names, and rows of C
@@ -46,15 +48,20 @@ from ensemble import EnsembleSettings, SpecialistEnsemble
 from ensemble.lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from ensemble.listed_ensemble import Wanted
 from networks import (
+    Branch,
     Classifier,
     InputSpec,
     ModelSpec,
+    branch_off,
     build_classifier,
+    checksums,
     lazy_logits,
+    load_branch,
     load_classifier,
     save_classifier,
 )
 from trainer.core.dense_logits import dense_log_probabilities
+from trainer.distributed.ranks import collect_seldom
 from trainer.session import measuring_batch
 
 NUMBERS, KEPT, TOP, T = 64, 100, 5, 1.3
@@ -65,7 +72,7 @@ Form = Callable[[Path, Tensor, Tensor], Tensor]  # directory, raw, labels -> log
 # Networks
 
 
-def write_networks(root: Path, classes: int, groups: int) -> None:
+def write_networks(root: Path, classes: int, groups: int, kind: str) -> None:
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     names = tuple(f"class number {c}" for c in range(classes))
@@ -81,14 +88,17 @@ def write_networks(root: Path, classes: int, groups: int) -> None:
     (root / "clusters").mkdir()
     ClassGroups(members, classes).save(root / "clusters" / "groups.json")
     for m, own in enumerate(members):
-        others = np.setdiff1d(random.choice(classes, KEPT + 4 * len(own)), own)[:KEPT]
-        save_specialist(generalist, own, others, specialist_folder(root, m))
+        if kind == "copy":
+            others = np.setdiff1d(random.choice(classes, KEPT + 4 * len(own)), own)[:KEPT]
+            specialist = copy_of(generalist, own, others)
+        else:
+            specialist = branch_off(generalist, own.tolist())
+            torch.nn.init.normal_(specialist.correction.weight, std=0.05)
+        save_specialist(specialist, specialist_folder(root, m))
     EnsembleSettings(weights=[1.0, *[2.0] * groups]).save(root)
 
 
-def save_specialist(
-    generalist: Classifier, own: np.ndarray, kept: np.ndarray, folder: Path
-) -> None:
+def copy_of(generalist: Classifier, own: np.ndarray, kept: np.ndarray) -> Classifier:
     """It has moved a little from the generalist's rows of its classes."""
     head = {"kind": "dustbin", "members": own.tolist(), "rows": "kept", "kept": kept.tolist()}
     network = build_classifier(replace(generalist.spec, head=head, class_names=()))
@@ -100,7 +110,14 @@ def save_specialist(
         weight[:-1] = linear.weight[rows] + 0.05 * torch.randn(len(rows), NUMBERS)
         bias[:-1] = linear.bias[rows]
         weight[-1], bias[-1] = linear.weight.mean(0), float(np.log(linear.out_features))
+    return network
+
+
+def save_specialist(network: Classifier | Branch, folder: Path) -> None:
     save_classifier(network, folder)
+    # As a stage writes it, so that what is read is compared.
+    files = checksums.entries_of(folder, lambda name: True)
+    (folder / checksums.DONE).write_text(json.dumps({"files": files}))
 
 
 # Forms
@@ -121,7 +138,10 @@ def by_whole_rows(root: Path, raw: Tensor, labels: Tensor) -> Tensor:
     groups, settings = read_joint(root)
     specialists = {}
     for m in range(len(groups)):
-        specialists[m] = load_classifier(specialist_folder(root, m))
+        folder = specialist_folder(root, m)
+        spec = ModelSpec.load(folder / "model.json")
+        read = load_branch if spec.head["kind"] == "branch" else load_classifier
+        specialists[m] = read(folder)
         names = tuple(map("".join, generalist.spec.class_names))  # each file had its own
         specialists[m].spec = replace(specialists[m].spec, class_names=names)
     ensemble = SpecialistEnsemble(
@@ -144,15 +164,15 @@ def read_ensemble(root: Path) -> SpecialistEnsemble:
     generalist = load_classifier(root / "generalist")
     groups, settings = read_joint(root)
 
-    def load(m: int) -> Classifier:
-        specialist = load_specialist(specialist_folder(root, m), generalist, (), "cpu", None)
-        assert isinstance(specialist, Classifier)
-        return specialist
+    def load(m: int) -> Classifier | Branch:
+        return load_specialist(specialist_folder(root, m), generalist, (), "cpu", None)
 
     specialists = LazySpecialists(load, range(len(groups)), generalist=generalist)
-    return SpecialistEnsemble(
+    ensemble = SpecialistEnsemble(
         generalist, specialists, groups, weights=settings.weights, sparse=True
     )
+    ensemble.learn_cut(ModelSpec.load(specialist_folder(root, 0) / "model.json"))
+    return ensemble
 
 
 def ask(ensemble: SpecialistEnsemble, raw: Tensor, labels: Tensor) -> Tensor:
@@ -214,9 +234,14 @@ def rows_of_specialists(ensemble: SpecialistEnsemble, raw: Tensor) -> list[tuple
 
 
 def multiply(ensemble: SpecialistEnsemble, raw: Tensor, asked: list[tuple[int, Tensor]]) -> None:
-    """What the specialists themselves compute."""
+    """What the specialists themselves compute. A branch reads logits, whichever they are."""
     for m, rows in asked:
-        ensemble.specialists[m](raw[rows])
+        network = ensemble.specialists[m]
+        if isinstance(network, Branch):
+            own = torch.zeros(len(rows), len(network.classes))
+            network(ensemble.generalist.trunk(raw[rows]), own, own[:, 0])
+        else:
+            network(raw[rows])
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:
@@ -273,6 +298,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=20_000)
     parser.add_argument("--groups", type=int, default=400)
     parser.add_argument("--rows", type=int, default=8192)
+    parser.add_argument("--kind", choices=["copy", "branch"], default="copy")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--quick", action="store_true")
@@ -281,6 +307,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.of:
         torch.set_flush_denormal(True)  # as the trainer's processes do
+        collect_seldom()
         if args.form:
             print(json.dumps(measure(args.of, args.form, args.rows)))
         else:
@@ -290,7 +317,7 @@ def main() -> None:
         args.classes, args.groups, args.rows, args.rounds = 1000, 10, 300, 1
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        write_networks(root, args.classes, args.groups)
+        write_networks(root, args.classes, args.groups, args.kind)
         results = {}
         for form in args.forms:
             results[form] = measured_alone(root, args.rows, "--form", form)
@@ -298,6 +325,7 @@ def main() -> None:
         ratios = measured_alone(root, args.rows, "--rounds", str(args.rounds))
         print(ratios, flush=True)
     shape = {"classes": args.classes, "groups": args.groups, "rows": args.rows}
+    shape["kind"] = args.kind
     print(json.dumps({**shape, "forms": results, **ratios}))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from networks import (
     Branch,
@@ -16,8 +17,8 @@ from networks import (
 )
 from networks.branches import build_branch
 from networks.builders import Builders
-from networks.checkpoints import read_safetensors
-from networks.files import built_for, load_built
+from networks.files import built_for, read_weights
+from networks.likening import is_like, made_like
 
 from .sharing import own_bytes, share_storage
 
@@ -121,35 +122,29 @@ def load_specialist(
     does so).
     """
     spec = ModelSpec.load(folder / "model.json")
-    if spec.head["kind"] == "branch":
-        with _building:
-            branch = load_built(spec, folder, device, build_branch, builders)
-        branch.spec = named_by(branch.spec, generalist.spec)
-        return branch
+    tensors = read_weights(folder, owned=True)
     if shared:
-        specialist = _load_partly(spec, folder, generalist, shared, builders).to(device).eval()
+        tensors |= _shared_tensors(folder, generalist, shared)
+    if is_like(generalist, spec, builders):
+        specialist = made_like(generalist, spec, folder, tensors)
     else:
+        build = build_branch if spec.head["kind"] == "branch" else build_classifier
+        # torch's generators are set aside while a network is built: by one thread at a time.
         with _building:
-            specialist = load_built(spec, folder, device, build_classifier, builders)
-    share_storage(generalist, specialist)
+            specialist = built_for(spec, folder, tensors, build, builders)
+        specialist = specialist.to(device).eval()
+        if isinstance(specialist, Classifier):
+            share_storage(generalist, specialist)
     specialist.spec = named_by(specialist.spec, generalist.spec)
     return specialist
 
 
-def _load_partly(
-    spec: ModelSpec,
-    folder: Path,
-    generalist: Classifier,
-    shared: Sequence[str],
-    builders: Builders | None,
-) -> Classifier:
+def _shared_tensors(
+    folder: Path, generalist: Classifier, names: Sequence[str]
+) -> dict[str, Tensor]:
     common = generalist.state_dict()
-    if unknown := sorted(set(shared) - common.keys()):
+    if unknown := sorted(set(names) - common.keys()):
         raise ValueError(
             f"{folder}: ensemble.json shares {unknown[0]}, which the generalist has not"
         )
-    tensors = read_safetensors(folder / "model.safetensors")
-    tensors |= {name: common[name].cpu() for name in shared}
-    # torch's generators are set aside while a network is built, which one thread may do at a time.
-    with _building:
-        return built_for(spec, folder, tensors, build_classifier, builders)
+    return {name: common[name] for name in names}

@@ -240,11 +240,12 @@ def own_classes(groups: ClassGroups, active: Tensor, also: Tensor | None) -> tup
     """
     sets, set_of_row = active_sets(active.cpu().numpy())
     unions = [set_patterns(groups, each).union[0] if each else NONE for each in sets]
-    width = max(map(len, unions)) + 1
-    table = np.stack([np.pad(union, (0, width - len(union))) for union in unions])
     lengths = np.array([len(union) for union in unions])
-    padding = np.arange(width) >= lengths[:, None]
-    table = np.where(padding, table[:, :1], table)
+    is_real = np.arange(lengths.max() + 1) < lengths[:, None]
+    width = is_real.shape[1]
+    table = np.zeros(is_real.shape, dtype=np.int64)
+    table[is_real] = np.concatenate(unions)
+    table = np.where(is_real, table, table[:, :1])
     of_row = to_device(set_of_row, active.device)
     own = to_device(table, active.device).index_select(0, of_row)
     counts = to_device(lengths, active.device).index_select(0, of_row)

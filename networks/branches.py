@@ -46,20 +46,28 @@ class Branch(nn.Module):
 
     spec: its head is {"kind": "branch", ...}.
     blocks: its own blocks, from the cut to h. Empty where the generalist shares all of them.
-    hidden: W1 and b1.  correction: W2 and b2.
+    hidden: W1 and b1.  correction: W2 and b2.  layers: these two. None draws fresh ones.
     """
 
     classes: Tensor
 
-    def __init__(self, spec: ModelSpec, blocks: nn.Sequential):
+    def __init__(
+        self,
+        spec: ModelSpec,
+        blocks: nn.Sequential,
+        layers: tuple[nn.Linear, nn.Linear] | None = None,
+    ):
         super().__init__()
         head = spec.head
         self.spec = spec
         self.blocks = blocks
-        self.hidden = nn.Linear(head["features"], head["embedding"])
-        self.correction = nn.Linear(head["embedding"], spec.num_outputs)
-        nn.init.zeros_(self.correction.weight)
-        nn.init.zeros_(self.correction.bias)
+        if layers is None:
+            hidden = nn.Linear(head["features"], head["embedding"])
+            correction = nn.Linear(head["embedding"], spec.num_outputs)
+            nn.init.zeros_(correction.weight)
+            nn.init.zeros_(correction.bias)
+            layers = hidden, correction
+        self.hidden, self.correction = layers
         self.register_buffer("classes", torch.tensor(head["members"]), persistent=False)
 
     def correct(self, at_cut: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from . import regular
 from .choices import AVERAGED, BESIDE_WEIGHTS, PLAIN
-from .integrity import blamed_on, check_file
+from .integrity import blamed_on, check_file, read_content
 
 Tensors = dict[str, Tensor]
 INDEX = ".index.json"  # ends the name of an index of weights in several files
 POINTER = b"version h"  # begins what Git keeps in place of a large file: "version https://git-lfs"
+READ_AT_ONCE = 2**22  # bytes of a safetensors file
 IN_RECIPE = ("state_dict_ema", "state_dict", "model")
 REMEDY = 'say which are meant: generalist.weights = "..."'
 RECIPE = """\
@@ -102,16 +104,25 @@ def _read_split(path: Path) -> Tensors:
     return tensors
 
 
-def read_safetensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file. Raises ValueError if it is none, or truncated."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def read_safetensors(path: Path, owned: bool = False) -> Tensors:
+    """The tensors of a safetensors file. Raises ValueError if it is none, or truncated.
 
-    check_file(path)
+    owned: none of them views the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load, load_file
+
     try:
         with blamed_on(path):
-            return load_file(path)
+            regular.check_regular(path)
+            # Of thousands of small files each is opened once. A large one is mapped, not copied.
+            if 0 < os.stat(path).st_size <= READ_AT_ONCE:
+                return load(read_content(path))
+            check_file(path)
+            tensors = load_file(path)
+            return {name: x.clone() for name, x in tensors.items()} if owned else tensors
     except OSError as error:
+        check_file(path)  # what a manifest says of a file that is missing tells more
         raise ValueError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file: {error}") from None

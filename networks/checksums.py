@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -98,22 +99,33 @@ def lacks(path: Path, entry: Entry) -> str:
     return ""
 
 
-def differs(path: Path, entry: Entry) -> str:
-    """What is wrong with a file's content. Empty if nothing is. Read once per process."""
+def differs(path: Path, entry: Entry, content: bytes | None = None) -> str:
+    """What is wrong with a file's content. Empty if nothing is. Compared once per process.
+
+    content: what was read of it. None reads the file.
+    """
     reason = lacks(path, entry)
     if reason:
         return reason
-    stat = os.stat(path)
-    mark = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, entry["xxh3_128"])
+    mark = (*_mark(path), entry["xxh3_128"])
     if mark in _compared:
         return ""
-    if entry_of(path)["xxh3_128"] != entry["xxh3_128"]:
+    digest = entry_of(path)["xxh3_128"] if content is None else digest_of([content])
+    if digest != entry["xxh3_128"]:
         return "its checksum is another"
     _compared.add(mark)
     return ""
 
 
+def _mark(path: str | Path) -> tuple[int, int, int, int]:
+    """What changes when a file is replaced or written to."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 _compared: set[tuple] = set()  # files of this process that are what their manifest says
+# A path that was compared -> the marks of file and manifest, and the manifest.
+_checked: dict[str, tuple[tuple, tuple, Path]] = {}
 
 
 class Recorded(NamedTuple):
@@ -155,21 +167,50 @@ def _files(content: dict, manifest: Path) -> dict[str, Entry]:
 
 def _content(manifest: Path) -> dict | None:
     try:
-        content = regular.read_json(manifest)
+        return _parsed(str(manifest), _mark(manifest))
     except (OSError, ValueError):
         return None
+
+
+@lru_cache(maxsize=64)
+def _parsed(manifest: str, mark: tuple) -> dict | None:
+    """mark: of the manifest, so that another one is read again."""
+    content = regular.read_json(manifest)
     return content if isinstance(content, dict) else None
 
 
 def check(*paths: str | Path) -> None:
     """Compare files with their manifests, if they have any.  Raises ChangedFile."""
     for path in paths:
-        known = recorded(path)
-        if known is None:
-            continue
-        reason = differs(Path(path), known.entry)
-        if reason:
-            raise ChangedFile(f"{path} is damaged: {reason}; {remedy(known.manifest)}")
+        check_content(path, None)
+
+
+def check_content(path: str | Path, content: bytes | None) -> None:
+    """Compare a file with its manifest, if it has one.  Raises ChangedFile.
+
+    content: what was read of it. None reads the file.  A file that was compared is looked up in its
+    manifest again when one of the two has changed.
+    """
+    if _is_unchanged(str(path)):
+        return
+    known = recorded(path)
+    if known is None:
+        return
+    reason = differs(Path(path), known.entry, content)
+    if reason:
+        raise ChangedFile(f"{path} is damaged: {reason}; {remedy(known.manifest)}")
+    _checked[str(path)] = _mark(path), _mark(known.manifest), known.manifest
+
+
+def _is_unchanged(path: str) -> bool:
+    """Whether file and manifest are those that were compared."""
+    if path not in _checked:
+        return False
+    of_file, of_manifest, manifest = _checked[path]
+    try:
+        return _mark(path) == of_file and _mark(manifest) == of_manifest
+    except OSError:
+        return False
 
 
 def remedy(manifest: Path) -> str:

@@ -53,10 +53,7 @@ class Classifier(nn.Module):
         self.spec = spec
         self.trunk = trunk
         self.head = head
-        self._frozen_norms: frozenset[str] = frozenset()
-        self._all_norms_fixed = False
-        # {parameter: what its rate is multiplied by}. See set_layer_decay
-        self.rate_scales: dict[str, float] = {}
+        self.forget_schedule()
         # (raw * scale - mean) / std as one multiplication and one addition.
         mean = torch.tensor(spec.input.mean).double()
         std = torch.tensor(spec.input.std).double()
@@ -65,6 +62,13 @@ class Classifier(nn.Module):
         offset = (-mean / std).float().view(trailing)
         self.register_buffer("_gain", gain, persistent=False)
         self.register_buffer("_offset", offset, persistent=False)
+
+    def forget_schedule(self) -> None:
+        """Nothing is frozen, and every parameter has the one rate."""
+        self._frozen_norms: frozenset[str] = frozenset()
+        self._all_norms_fixed = False
+        # {parameter: what its rate is multiplied by}. See set_layer_decay
+        self.rate_scales: dict[str, float] = {}
 
     def preprocess(self, raw: Tensor) -> Tensor:
         """(raw * scale - mean) / std in the network's floating type. indices stay as they are.

@@ -172,15 +172,17 @@ def shapes_of(
     return shapes
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path, owned: bool = False) -> dict[str, Tensor]:
     """Every tensor of a saved network, from one file or from several that an index names.
+
+    owned: none of them views a file.
 
     Raises ValueError, naming the file, for one that is absent, corrupt or cut short.
     """
     if not (directory / WEIGHTS).is_file() and index_path(directory, PREFIX).is_file():
         files = RowFiles.open(directory, PREFIX)
         return {name: files.read(name) for name in files.names}
-    return read_safetensors(directory / WEIGHTS)
+    return read_safetensors(directory / WEIGHTS, owned)
 
 
 def save_part(classifier: Classifier, directory: str | Path, part: int, parts: int) -> None:

@@ -25,7 +25,7 @@ class DustbinHead(nn.Module):
     split is two slices of one tensor.
 
     kept: of the other classes only these keep their rows, and the last row stands for all that have
-    none.  None keeps the rows of all.
+    none.  None keeps the rows of all.  linear: its rows. None draws fresh ones.
     """
 
     classes: Tensor
@@ -38,6 +38,7 @@ class DustbinHead(nn.Module):
         num_classes: int,
         classes: Iterable[int],
         kept: list[int] | None = None,
+        linear: nn.Linear | None = None,
     ):
         super().__init__()
         self.in_features = in_features
@@ -45,8 +46,9 @@ class DustbinHead(nn.Module):
         own = torch.tensor(checked_classes(classes, num_classes))
         self.register_buffer("classes", own, persistent=False)
         self.kept = kept
-        rows = num_classes if kept is None else len(own) + len(kept) + 1
-        linear = nn.Linear(in_features, rows)
+        if linear is None:
+            rows = num_classes if kept is None else len(own) + len(kept) + 1
+            linear = nn.Linear(in_features, rows)
         self.weight, self.bias = linear.weight, linear.bias
 
     @property
@@ -150,8 +152,10 @@ class GrownHead(nn.Module):
 RowsHead = nn.Linear | GrownHead | UnitRows  # heads with a row for each class
 
 
-def make_head(spec: ModelSpec, in_features: int) -> nn.Linear | DustbinHead:
-    """The head that `spec.head` describes, with fresh weights.
+def make_head(
+    spec: ModelSpec, in_features: int, linear: nn.Linear | None = None
+) -> nn.Linear | DustbinHead:
+    """The head that `spec.head` describes, with fresh weights, or with the rows of `linear`.
 
     Raises ValueError for a branch, which has none of its own.
     """
@@ -162,7 +166,9 @@ def make_head(spec: ModelSpec, in_features: int) -> nn.Linear | DustbinHead:
         )
     if spec.head["kind"] == "dustbin" and spec.head["rows"] != "fresh":
         kept = spec.head.get("kept")
-        return DustbinHead(in_features, spec.num_classes, spec.head["members"], kept)
+        return DustbinHead(in_features, spec.num_classes, spec.head["members"], kept, linear)
+    if linear is not None:
+        return linear
     linear = nn.Linear(in_features, spec.num_outputs)
     if spec.cosine is not None and not spec.is_specialist:
         to_unit_rows(linear)

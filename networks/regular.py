@@ -53,14 +53,19 @@ def open_regular(path: str | Path) -> BufferedReader:
         raise
 
 
-def read_text(path: str | Path, encoding: str = "utf-8", most: int = MOST_JSON) -> str:
-    """A file's text.  Raises ValueError for more than `most` bytes and other encodings, OSError."""
+def read_bytes(path: str | Path, most: int = MOST_JSON) -> bytes:
+    """What a file holds.  Raises ValueError for more than `most` bytes, NotRegular and OSError."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(most + 1) if size <= most else b""
+        content = file.read(size + 1) if size <= most else b""  # most would be allocated first
     if max(size, len(content)) > most:
         raise ValueError(f"it has more than {most} bytes, and is no such file")
-    return content.decode(encoding)
+    return content
+
+
+def read_text(path: str | Path, encoding: str = "utf-8", most: int = MOST_JSON) -> str:
+    """A file's text.  Raises as read_bytes does, and ValueError for other encodings."""
+    return read_bytes(path, most).decode(encoding)
 
 
 def read_json(path: str | Path) -> Any:

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -315,15 +316,15 @@ def checked_classes(classes: Iterable[int], num_classes: int) -> list[int]:
 
     Raises ValueError if there is none, one is repeated, or one is out of range.
     """
-    ordered = sorted(int(c) for c in classes)
+    ordered = sorted(map(int, classes))
     if not ordered:
         raise ValueError("a dustbin head needs at least one member")
     for c in (ordered[0], ordered[-1]):
         if not 0 <= c < num_classes:
             raise ValueError(f"member {c} is not a class; classes are 0 to {num_classes - 1}")
-    for c, following in zip(ordered, ordered[1:], strict=False):
-        if c == following:
-            raise ValueError(f"member {c} is listed twice")
+    if len(set(ordered)) < len(ordered):
+        twice = next(c for c, following in pairwise(ordered) if c == following)
+        raise ValueError(f"member {twice} is listed twice")
     return ordered
 
 

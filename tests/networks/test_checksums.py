@@ -1,6 +1,7 @@
 """A manifest says what its files held. Whoever reads one has it compared."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from networks import (
     save_classifier,
 )
 from networks.checksums import ChangedFile, check, entries_of, recorded
+from networks.integrity import read_content
 
 
 def manifest(directory, name=checksums.DONE, **more):
@@ -89,3 +91,28 @@ def test_what_is_hashed_while_it_is_written_is_the_files_entry(tmp_path):
             hashing.write(part)
     assert hashing.entry == checksums.entry_of(tmp_path / "file")
     assert hashing.entry["bytes"] == 1_500_002
+
+
+def test_a_file_that_changes_after_it_was_compared_is_found(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_bytes(b"first")
+    files = checksums.entries_of(tmp_path, lambda name: True)
+    (tmp_path / "DONE").write_text(json.dumps({"files": files}))
+    assert read_content(path) == b"first"
+    checksums.check(path)
+    path.write_bytes(b"other")
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(checksums.ChangedFile, match="its checksum is another"):
+        read_content(path)
+
+
+def test_a_manifest_that_changes_after_a_file_was_compared_is_asked_again(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_bytes(b"first")
+    entry = checksums.entry_of(path)
+    (tmp_path / "DONE").write_text(json.dumps({"files": {"model.json": entry}}))
+    checksums.check(path)
+    other = {"model.json": entry | {"xxh3_128": "0" * 32}}
+    (tmp_path / "DONE").write_text(json.dumps({"files": other, "more": 1}))
+    with pytest.raises(checksums.ChangedFile, match="its checksum is another"):
+        checksums.check(path)

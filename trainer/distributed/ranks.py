@@ -6,6 +6,7 @@ World size 1 is not a second path.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -30,6 +31,7 @@ T = TypeVar("T")
 COLLECTIVE_LIMIT = timedelta(minutes=30)  # in which every rank must come to an exchange of data
 RANK_0_ALONE = timedelta(days=30)  # that others may wait while rank 0 works alone
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+SEVERAL_OBJECTS = 20_000
 LOST_S = 60.0  # in which the launcher ends a rank that has lost another
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -111,9 +113,11 @@ def process_group(engine: Engine, guest: bool = False) -> Iterator[Ranks]:
     guest: the process is a user's own.  Then this is alone, and neither ties it to its parent, nor
     sets its threads, nor ends it where it hangs.
     """
+    collecting = gc.get_threshold()
     if not guest:
         die_with_parent()
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        collect_seldom()
     device = choose_device(engine)
     backend = "gloo"
     if device.type == "cuda":
@@ -145,8 +149,21 @@ def process_group(engine: Engine, guest: bool = False) -> Iterator[Ranks]:
         raise
     finally:
         torch.set_flush_denormal(False)  # whoever called may want them
+        if not guest:
+            gc.unfreeze()
+            gc.set_threshold(*collecting)
         if not is_left:
             dist.destroy_process_group()
+
+
+def collect_seldom() -> None:
+    """Let Python look for cycles of objects after so many new ones as SEVERAL_OBJECTS, not 700.
+
+    Thousands of specialists are objects enough to make it look again and again, in a quarter of
+    the time of their reading.  What there is now stays, and is not looked at.
+    """
+    gc.freeze()
+    gc.set_threshold(SEVERAL_OBJECTS)
 
 
 def has_lost_another(error: Exception) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -180,8 +181,9 @@ def specialist_ensemble(
     generalist = load_network(session, session.run.generalist)
     device, builders = session.ranks.device, builders_of(session.config)
 
+    @cache  # what a DONE says is looked up once. What is read is compared each time
     def folder_of(m: int) -> Path:
-        return stages[m].folder("model.json", "model.safetensors")
+        return stages[m].folder("model.json")
 
     def load_one(m: int) -> Specialist:
         return load_specialist(folder_of(m), generalist, (), device, builders)
