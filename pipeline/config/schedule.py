@@ -33,24 +33,24 @@ class Schedule(Section):
     epochs: float | None = Field(default=None, gt=0)
     # examples per optimizer step, over all ranks
     batch_size: int | None = Field(default=None, gt=0)
-    # the rule of a step
+    # adamw or sgd
     optimizer: Literal["adamw", "sgd"] | None = None
-    # the peak
+    # the peak of the schedule
     learning_rate: float | None = Field(default=None, gt=0)
     # how the learning rate moves between its peak and zero
     schedule: Literal["cosine", "onecycle", "constant"] | None = None
     # fraction of the steps in which the rate rises linearly
     warmup: float | None = Field(default=None, ge=0, lt=1)
-    # not on biases and norms
+    # decay of weights, but not of biases and norms
     weight_decay: float | None = Field(default=None, ge=0)
-    # of sgd. Of adamw it is beta1 = 0.9
+    # momentum of sgd. adamw's beta1 is 0.9
     momentum: float | None = Field(default=None, ge=0, lt=1)
-    # of adamw. 0.99 suits short schedules
+    # adamw's beta2. 0.99 suits short schedules
     beta2: float | None = Field(default=None, gt=0, lt=1)
     # the peak of a head with a row for every class, which then learns without averages: plain SGD.
     # None = as the other weights
     row_rate: float | None = Field(default=None, gt=0)
-    # of class labels, a name in pipeline.choices.LOSSES
+    # the loss of class labels: a name in pipeline.choices.LOSSES
     loss: str | None = None
     # the share of a label that is spread over all classes
     label_smoothing: float | None = Field(default=None, ge=0, lt=1)
@@ -61,19 +61,19 @@ class Schedule(Section):
     ema: float | None = Field(default=None, ge=0, lt=1)
     # micro-batches per optimizer step
     accumulation: int | None = Field(default=None, gt=0)
-    # 0 = none
+    # the largest norm of a gradient. 0 = no clipping
     clip_norm: float | None = Field(default=None, ge=0)
     # 0 natural frequencies, 1 every class equally often
     balance: float | None = Field(default=None, ge=0, le=1)
-    # steps. 0 = only at the end
+    # steps between validations. 0 = only at the end
     validate_every: int | None = Field(default=None, ge=0)
     # stop after so many validations without a better loss. 0 = never
     patience: int | None = Field(default=None, ge=0)
-    # steps
+    # steps between checkpoints
     checkpoint_every: int | None = Field(default=None, gt=0)
-    # checkpoints kept
+    # how many checkpoints are kept
     keep: int | None = Field(default=None, gt=0)
-    # steps
+    # steps between rows of metrics.jsonl
     log_every: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -131,14 +131,15 @@ def part_of_network(value: str) -> str:
 class Train(Schedule):
     """The generalist's schedule. Other sections inherit the keys of Schedule alone."""
 
-    # of a generalist that starts from weights: all | head | last-N-blocks | trunk.NAME, ...
+    # what learns in a generalist that starts from weights: all | head | last-N-blocks | trunk.NAME,
+    # ...
     trainable: str = "all"
-    # of a generalist that starts from weights: the rate of the i-th block from the top is
-    # learning_rate * layer_decay^i, the head's i = 0
+    # for a generalist that starts from weights: the i-th block from the top learns at learning_rate
+    # * layer_decay^i, the head with i = 0
     layer_decay: float = Field(default=1.0, gt=0, le=1)
-    # Beta(a, a) of the share that an input keeps of itself when it is averaged with another. 0 none
+    # a of Beta(a, a), the share that an input keeps when it is averaged with another. 0 = none
     mixup: float = Field(default=0.0, ge=0)
-    # the same of the area that it keeps when a box of another is pasted into it. 0 none
+    # a of Beta(a, a), the area that a picture keeps when a box of another is pasted in. 0 = none
     cutmix: float = Field(default=0.0, ge=0)
 
     @field_validator("trainable")
@@ -159,34 +160,34 @@ class Specialists(Schedule):
 
     # copy: the generalist again, trained on. branch: a correction of its logits
     kind: Literal["copy", "branch"] = "copy"
-    # of copy, what it starts as: generalist | member, another one that the run trains | the path,
-    # with a /, of a run or of a saved network of the same classes
+    # what a copy starts as: generalist | member (another one that the run trains) | the path, with
+    # a /, of a run or of a saved network of the same classes
     start: str = Field(default=GENERALIST, alias="from")
-    # of branch: the trunk's last blocks that are its own. 0 = the generalist's trunk is shared
+    # how many of the trunk's last blocks a branch has for itself. 0 = it shares the whole trunk
     blocks: int = Field(default=0, ge=0)
-    # of branch: {embedding = 64} numbers before its rows, {dropout = 0.1} of what it reads
+    # a branch's layers: {embedding = 64} is its width, {dropout = 0.1} drops of what it reads
     model: dict[str, Any] = {}
-    # of branch: fixed views of each training input that are kept. 0 = 4 augmented ones, or one
+    # for branches: fixed views kept of each training input. 0 = 4 if data.augment is set, else 1
     views: int = Field(default=0, ge=0)
-    # of branch: the most that kept features may take
+    # for branches: the most bytes that kept features may take
     features_bytes: int = Field(default=64 * 1024**3, gt=0)
-    # full: trained on all classes
+    # preserving: keeps the generalist's rows. fresh: one new row. full: trained on all classes
     dustbin: Literal["preserving", "fresh", "full"] = "preserving"
-    # of preserving: rows that it keeps beside a fitted one. None = all
+    # for preserving: rows that it keeps beside a fitted one. None = all
     dustbin_rows: int | None = Field(default=None, gt=0)
-    # of full: weight of the KL from the generalist's predictions elsewhere. 0.1
+    # for full: weight of the KL from the generalist's predictions on other classes. None = 0.1
     soft_weight: float | None = Field(default=None, ge=0)
     # fraction of the other classes' examples drawn by confusion with the group
     hard_negatives: float = Field(default=0.0, ge=0, lt=1)
     # all | head | last-N-blocks | trunk.NAME, ...
     trainable: str = "all"
-    # of copy: the rate of the i-th block from the top is learning_rate * layer_decay^i
+    # for copies: the i-th block from the top learns at learning_rate * layer_decay^i
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     # batch norm keeps the generalist's statistics: a specialist's batches are not natural ones
     freeze_norm: bool = True
     # fraction of a batch drawn from the group's classes
     fraction: float = Field(default=0.5, gt=0, lt=1)
-    # specialists that one job trains. None: one, or of branches all at once
+    # specialists that one job trains. None: one copy, or all branches at once
     per_job: int | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -319,9 +320,9 @@ class Student(Schedule):
     method: str = "distill"
     # single | hydra: one trunk, a head for each member | batch_ensemble: shared weights, scaled
     network: Literal["single", "hydra", "batch_ensemble"] = "single"
-    # of hydra and batch_ensemble. None: as many as the ensemble has
+    # members of a hydra or batch_ensemble. None: as many as the ensemble has
     members: int | None = Field(default=None, gt=1)
-    # of hydra: a head is the last so many blocks of the trunk and a linear layer
+    # for hydra: how many of the trunk's last blocks each head has, beside a linear layer
     head_blocks: int = Field(default=0, ge=0)
     # generalist | scratch | another student, whose network it is grown from
     start: str = "generalist"
@@ -329,40 +330,40 @@ class Student(Schedule):
     teacher: str = "ensemble"
     # of a deep ensemble's members, to teach a single student. None: as ensemble.combine joins them
     mean: Literal["arithmetic", "geometric"] | None = None
-    # inf: match the logits, the limit
+    # temperature of teacher and student. inf: match the logits, the limit
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=True)
-    # of the cross-entropy with the label
+    # weight of the cross-entropy with the label
     hard_weight: float = Field(default=0.0, ge=0, le=1)
-    # of temperature^2 KL(teacher || student)
+    # weight of temperature^2 KL(teacher || student)
     soft_weight: float = Field(default=1.0, ge=0)
-    # of soft_weight: how much goes to the label where the teacher's likeliest class is another
+    # how much of soft_weight goes to the label where the teacher's likeliest class is another
     wrong_weight: float = Field(default=0.0, ge=0, le=1)
     # live: the teacher predicts while the student trains. auto: stored where inputs are always
     # seen alike
     answers: Literal["auto", "live", "stored"] = "auto"
-    # of stored: as many classes of a row as hold so much of it, at the student's temperature
+    # for stored: keep as many classes of a row as hold this mass, at the student's temperature
     answers_mass: float = Field(default=0.999, ge=0, le=1)
-    # of stored: the most that the answers about train may take, and those about transfer
+    # for stored: the most bytes that answers about train may take, and those about transfer
     answers_bytes: int = Field(default=4 * 1024**3, gt=0)
     # what the inputs are moved by before teacher and student see them
     perturb: Literal["none", "gaussian", "ods", "conf_ods", "mix_bags"] = "none"
-    # of inputs scaled to 0..1
+    # size of the perturbation, for inputs scaled to 0..1
     perturb_size: float = Field(default=1 / 255, gt=0)
-    # of mix_bags: the share of another's n-grams that joins a bag. As many of its own are left out
+    # for mix_bags: the share of another bag's n-grams that joins a bag. As many of its own leave
     perturb_share: float = Field(default=0.5, gt=0, le=0.5)
     # training views of its own. None: data.augment
     augment: str | None = None
-    # of drop_ngrams: the share of a bag's n-grams that a view leaves out. None: data.augment_share
+    # for drop_ngrams: the share of a bag's n-grams that a view leaves out. None: data.augment_share
     augment_share: float | None = Field(default=None, ge=0, lt=1)
-    # of augmented inputs: the teacher predicts so many views of each, once
+    # how many fixed views of each augmented input the teacher predicts, once
     views: int | None = Field(default=None, gt=0)
-    # of train, of each class alike
+    # the share of train that it sees, the same of each class
     share: float = Field(default=1.0, gt=0, le=1)
     # classes whose examples it does not see
     leave_out: list[str] = []
     # fit one shift of the bias of the classes left out on val
     bias_correction: bool = False
-    # of each batch. None = by the sizes of the two
+    # the share of transfer inputs in a batch. None = by the sizes of train and transfer
     transfer_share: float | None = Field(default=None, ge=0, le=1)
     # keys of [model] that differ
     model: dict[str, Any] = {}
@@ -448,7 +449,7 @@ class Rerank(Schedule):
     start: Literal["scratch", "generalist"] = "scratch"
     # keys of [model] that differ
     model: dict[str, Any] = {}
-    # the most that kept shortlists may take
+    # the most bytes that kept shortlists may take
     shortlists_bytes: int = Field(default=64 * 1024**3, gt=0)
 
     @model_validator(mode="after")

@@ -54,13 +54,13 @@ class Data(Section):
     # training views: none | shift | flip-crop | drop_ngrams | rrc | rrc-randaugment |
     # module:function
     augment: str = "none"
-    # of rrc and rrc-randaugment, by name: pipeline.choices.AUGMENT_OPTIONS has them
+    # options of rrc and rrc-randaugment by name: pipeline.choices.AUGMENT_OPTIONS lists them
     augment_options: dict[str, Any] = {}
-    # of drop_ngrams: the share of a bag's n-grams that a view leaves out
+    # for drop_ngrams: the share of a bag's n-grams that a view leaves out
     augment_share: float = Field(default=0.2, ge=0, lt=1)
     # keep decoded inputs in one memory-mapped file under RUN/cache
     cache: Literal["auto", "decoded", "none"] = "auto"
-    # the most that such a file may take
+    # the most bytes that such a file may take
     cache_bytes: int = Field(default=2 * 1024**3, gt=0)
     # reading processes per rank (None: some with a GPU, else 0)
     workers: int | None = Field(default=None, ge=0)
@@ -70,13 +70,13 @@ class Data(Section):
     damage: Literal["strict", "skip"] = "strict"
     # with skip: stop when more than this fraction is corrupt
     damage_share: float = Field(default=0.01, ge=0, lt=1)
-    # manifest.json (a path or URL) of shards that come without one beside them: pipe:
+    # path or URL of the manifest, for shards without one beside them, as pipe: has
     manifest: str | None = None
     # where shards behind URLs are kept. "" is ~/.cache/referral/shards
     fetch_dir: str = ""
-    # the most that they may take
+    # the most bytes that they may take
     fetch_bytes: int = Field(default=256 * 1024**3, gt=0)
-    # of a split behind URLs that takes more: shards that are mixed as they stream. 0 refuses it
+    # how many shards of a larger split behind URLs are mixed as they stream. 0 refuses such a split
     stream_shards: int = Field(default=0, ge=0)
     # extension -> module:function, beside the built-in table
     decoders: dict[str, str] = {}
@@ -121,9 +121,9 @@ class Model(Section):
 
     # mlp | convnet | resnet | wideresnet | embedding_bag | timm:NAME | module:function
     name: str = "convnet"
-    # None: the builder's own default
+    # None takes the builder's own default
     width: int | None = Field(default=None, gt=0)
-    # None: the builder's own default
+    # None takes the builder's own default
     depth: int | None = Field(default=None, gt=0)
     # size of the last hidden layer. 0 = none
     embedding: int | None = Field(default=None, ge=0)
@@ -133,9 +133,10 @@ class Model(Section):
     options: dict[str, Any] = {}
     # cosine: logits are scale * cos(features, row), and rows learn with norm 1
     head: Literal["linear", "cosine"] = "linear"
-    # of cosine: the cosines' factor. None: learned, from sqrt(2) log(C - 1) on
+    # the factor of a cosine head. None: learned, starting at sqrt(2) log(C - 1)
     scale: float | None = Field(default=None, gt=0)
-    # of cosine, where labels of all classes are learnt: what the label's cosine, or angle, lacks
+    # the margin of a cosine head: by how much the label's cosine, or angle, is made worse in
+    # training
     margin: float = Field(default=0.0, ge=0, lt=1)
     # cosface (cos - margin) | arcface (cos(angle + margin))
     margin_kind: str = "cosface"
@@ -175,13 +176,13 @@ class Generalist(Section):
 
     # a run, a directory with model.safetensors and model.json, or a weights file
     init: str = Field(default="", alias="from")
-    # in someone else's weights file: what its last linear layer is called. [model] is the rest.
-    # "new": a fresh head in any case, also of a run.  None of a file, or another number of classes:
-    # a fresh head, and [train] goes on from these weights
+    # name of the last linear layer in someone else's weights file. [model] is the rest. "new": a
+    # fresh head in any case, also for a run. With None, or another number of classes, the head is
+    # fresh and [train] goes on from the weights
     head: str | None = None
-    # of a checkpoint with several state dicts the key of one. None: averaged ones, then the others
+    # key of the state dict, in a checkpoint with several. None: averaged weights, then the others
     weights: str | None = None
-    # take only tensors whose names begin so, less this beginning
+    # load only tensors whose names start with this, and remove it
     prefix: str = ""
 
     @property
@@ -198,22 +199,22 @@ class Extend(Section):
 
     # the finished run. Its classes are found by name among the data's
     run: str = ""
-    # old classes in the new ones' group. None = by the largest old group
+    # how many old classes join the new ones' group. None = as in the largest old group
     companions: int | None = Field(default=None, ge=0)
 
 
 class Clusters(Section):
     """Groups of classes that the generalist confuses."""
 
-    # as many groups, and at most as many specialists
+    # number of groups, and the most specialists
     num_groups: int = Field(default=16, gt=0)
     # a name of clustering.METHODS
     method: str = "kmeans"
     # the largest group, as a multiple of the mean size
     capacity: float = Field(default=1.3, ge=1)
-    # what a size is: classes, or the training examples of these
+    # what capacity counts: classes, or their training examples
     capacity_of: Literal["classes", "examples"] = "classes"
-    # groups that a class belongs to, with coverage the most
+    # groups that a class belongs to. With coverage, the maximum
     overlap: int = Field(default=1, ge=1)
     # classes join further groups until these catch such a fraction of the errors
     coverage: float | None = Field(default=None, gt=0, le=1)
@@ -268,17 +269,17 @@ class Route(Section):
 class Controls(Section):
     """What the same examples, or multiplications, do without specialists."""
 
-    # control_wall, control_compute and the students' twins
+    # train control_wall, control_compute and the students' twins
     enabled: bool = True
-    # control_wall's peaks. [] = 1/3, 1 and 3 times the specialists'
+    # peak rates to try for control_wall. [] = 1/3, 1 and 3 times the specialists'
     learning_rates: list[PositiveFloat] = []
     # students that have a twin on labels: all that a teacher teaches, main alone, or none
     twins: Literal["all", "main", "none"] = "all"
-    # of control_compute: the most that it trains, of what all specialists train together
+    # the most that control_compute trains, as a share of all specialists together
     max_share: float = Field(default=1.0, gt=0, le=1)
-    # rivals that are made besides: train_on, wider, average, shortlist
+    # further rivals to train: train_on, wider, average, shortlist
     rows: list[str] = []
-    # of wider: keys of [model] that differ. {} = widths by the ensemble's multiplications
+    # for wider: keys of [model] that differ. {} = as wide as the ensemble multiplies
     model: dict[str, Any] = {}
 
     @field_validator("rows")
@@ -290,16 +291,16 @@ class Controls(Section):
 class Advise(Section):
     """`referral advise`: small pilots that say what pays, before it is paid for in full."""
 
-    # the most that all pilots may cost, of the generalist's own training
+    # the most that all pilots may cost, as a share of the generalist's training
     budget: float = Field(default=0.3, gt=0)
-    # those to try. [] = all that network and data allow
+    # the levers to try. [] = all that network and data allow
     levers: list[str] = []
-    # what there is little of: "" | training | wall_clock | multiplications | latency | parameters
-    # | trunk
+    # what you are short of: "" | training | wall_clock | multiplications | latency | parameters |
+    # trunk
     scarce: str = ""
-    # how much of it there is, a multiple of the generalist's own. None: by what is scarce
+    # how much of it a step may take, in multiples of the generalist's own. None: a default for each
     limit: float | None = Field(default=None, gt=0)
-    # that train side by side, of which wall_clock depends
+    # jobs that train side by side, on which wall_clock depends
     workers: int = Field(default=1, gt=0)
 
     @field_validator("levers")
@@ -334,19 +335,19 @@ class Ensemble(Section):
     # deep: generalists alone, each from another seed. shortlist: the same, but all further ones are
     # asked about the first one's likeliest classes alone. rerank: these are trained on them, too
     kind: Literal["specialists", "deep", "shortlist", "rerank"] = "specialists"
-    # of deep, shortlist and rerank: networks, the run's generalist among them
+    # for deep, shortlist and rerank: number of networks that the run trains, its generalist among
+    # them
     members: int = Field(default=4, gt=0)
     # of shortlist and rerank: how many classes. None = chosen on val.  Of specialists: so many of
     # the generalist's likeliest classes of each example they are asked about. None = all
     shortlist: int | None = Field(default=None, gt=0)
-    # of these: 0 joins by the geometric mean, 1 by the arithmetic. "fit" = chosen on val
+    # for these: 0 joins by the geometric mean, 1 by the arithmetic. "fit" = chosen on val
     order: float | Literal["fit"] = 0.0
-    # of deep, shortlist and rerank: further networks of the same classes, by the paths of runs or
-    # saved networks
+    # for deep, shortlist and rerank: paths of runs or saved networks with the same classes
     networks: list[str] = []
     # the n most probable classes of the generalist choose the specialists
     gate: int = Field(default=1, gt=0)
-    # at most so many for one example. None = no limit
+    # the most specialists for one example. None = no limit
     max_specialists: int | None = Field(default=None, gt=0)
     # kl (eq. 5) | reverse_kl | arithmetic (or mean) | log_ratio | mixture
     combine: str = "kl"
@@ -445,37 +446,37 @@ class Ensemble(Section):
 class Engine(Section):
     """How a step is taken on many ranks.  Never in a stage's key: it changes no metric."""
 
-    # what takes a step on many ranks
+    # ddp, or deepspeed: what takes a step on many ranks
     name: str = "ddp"
-    # of deepspeed: 1 splits optimizer states, 2 gradients too, 3 weights too
+    # for deepspeed: 1 splits optimizer states over ranks, 2 gradients too, 3 weights too
     zero_stage: int = Field(default=1, ge=0, le=3)
     # auto: bf16 on CUDA, fp32 elsewhere
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # products of float32: high is TF32 on a GPU, medium bf16
     matmul: Literal["highest", "high", "medium"] = "highest"
-    # the same numbers each time, by slower kernels
+    # give the same numbers each time, with slower kernels
     deterministic: bool = False
     # cuDNN times its kernels for each new shape and takes the fastest
     cudnn_benchmark: bool = False
-    # of ddp: pictures and kernels in the order that tensor cores read
+    # for ddp: keep pictures and kernels in the order that tensor cores read
     channels_last: bool = False
-    # of ddp: torch.compile the network that trains
+    # for ddp: torch.compile the network that trains
     compile: bool = False
-    # of ddp, on GPUs: batch norm's statistics are of the global batch
+    # for ddp on GPUs: batch norm uses the statistics of the global batch
     sync_batchnorm: bool = False
-    # of ddp: the classifier's rows split over the ranks, its [B, C] logits never stored
+    # for ddp: split the head's rows over the ranks, and never store the [B, C] logits
     shard_head: bool = False
     # classes whose logits are computed at a time. None = what fits a cache
     head_block: int | None = Field(default=None, gt=0)
     # a trunk's blocks are computed again in the backward pass, and what they made is not kept
     checkpoint_activations: bool = False
-    # of deepspeed: further keys of its config
+    # further keys of DeepSpeed's own config
     deepspeed: dict[str, Any] = {}
     # auto: cuda where there is one
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # a rank that makes no step and measures no batch for so long is ended
+    # seconds without a step or a measured batch after which a rank is ended
     hang_s: float = Field(default=900, gt=0)
-    # where the rows of metrics.jsonl go besides
+    # trackers that also get the metrics: tensorboard, wandb, mlflow
     track: list[Literal["tensorboard", "wandb", "mlflow"]] = []
 
     @field_validator("name")
@@ -550,7 +551,7 @@ class Launch(Section):
     side_by_side: list[str] | None = None
     # jobs of one process side by side (None: as many as devices or cores)
     pool: int | None = Field(default=None, gt=0)
-    # of a job that fails
+    # how often a failed job is tried again
     retries: int = Field(default=1, ge=0)
 
     @field_validator("side_by_side")

@@ -25,17 +25,17 @@ class Resources(Section):
     gpus: int | None = Field(default=None, ge=0)
     # on each node
     cpus: int | None = Field(default=None, gt=0)
-    # of each node
+    # memory of each node, such as "32G"
     memory: str | None = None
     # "90" (minutes), "HH:MM:SS", "DAYS-HH:MM:SS"
     time: str | None = None
-    # as sbatch knows it
+    # partition, by sbatch's name
     partition: str | None = Field(default=None, min_length=1)
     # features that the nodes must have
     constraint: str | None = Field(default=None, min_length=1)
-    # the quality of service
+    # quality of service, by sbatch's name
     qos: str | None = Field(default=None, min_length=1)
-    # who pays
+    # account that is charged
     account: str | None = Field(default=None, min_length=1)
     # further options of sbatch. Those of [slurm.default] and the job's own
     extra: list[str] = []
@@ -91,9 +91,9 @@ class Resources(Section):
 class Slurm(Section):
     """`referral run --on slurm`: what each kind of job asks for."""
 
-    # specialists that train at the same time
+    # how many specialists train at the same time
     throttle: int | None = Field(default=None, gt=0)
-    # so many seconds before its time limit a job is asked for a checkpoint
+    # seconds before its time limit at which a job is asked for a checkpoint
     signal_s: int = Field(default=120, gt=0)
     default: Resources = Resources()
     generalist: Resources = Resources()

@@ -306,9 +306,9 @@ def say_features(session: Session, notes: dict[str, dict]) -> None:
     )
     if train - val > MEMORISED:
         session.say(
-            "warning: the generalist is right on %.1f %% of train and %.1f %% of val: it knows "
-            "its training data by heart, and branches learn little from what it already knows; "
-            "augment (data.augment), or expect a small gain",
+            "warning: the generalist is right on %.1f %% of train and %.1f %% of val: it "
+            "has memorised its training data, and branches learn little from what it already "
+            "knows; augment (data.augment), or expect a small gain",
             100 * train,
             100 * val,
         )

@@ -584,9 +584,9 @@ def known_by_heart(entropy: dict[str, float] | None) -> list[str]:
     if seen > KNOWN * val or val - seen < UNSURE:
         return []
     return [
-        f"warning: the teacher knows train by heart: its answers have an entropy of {seen:.2g} "
-        f"nats about what the student sees and {val:.2g} about val, and so say little more than "
-        "labels; ask it about other inputs (students.NAME.augment, of bags augment_share and "
+        f"warning: the teacher has memorised train: its predictions have an entropy of {seen:.2g} "
+        f"nats about what the student sees and {val:.2g} about val, so they say little more than "
+        "labels; ask it about other inputs (students.NAME.augment, for bags augment_share and "
         'perturb = "mix_bags"; data.transfer)'
     ]
 

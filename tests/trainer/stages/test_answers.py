@@ -183,7 +183,9 @@ def test_a_teacher_that_knows_train_by_heart_is_named():
     assert targets.known_by_heart({"seen": 0.001, "val": 0.05}) == []  # it is sure of val, too
     assert targets.known_by_heart(None) == []
     (line,) = targets.known_by_heart({"seen": 0.02, "val": 1.35})
-    assert line.startswith("warning: the teacher knows train by heart: its answers have an entropy")
+    assert line.startswith(
+        "warning: the teacher has memorised train: its predictions have an entropy"
+    )
     assert "0.02 nats about what the student sees and 1.4 about val" in line
     assert 'perturb = "mix_bags"' in line
 
