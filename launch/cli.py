@@ -311,6 +311,8 @@ def advise(
 def _root_to_advise(source: Path, run: Path | None) -> Path:
     """RUN, of a config or of a run that exists."""
     if not source.is_dir():
+        if not source.exists():
+            raise UserError(f"{source}: no such config file and no such run")
         if run is None:
             raise UserError(f"{source}: say by --run where the run is to lie")
         return run
