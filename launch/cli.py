@@ -867,7 +867,10 @@ def named_code(path: Path | None, overrides: list[str]) -> list[Code]:
 def _config_as_advised(path: Path | None, root: Path, overrides: list[str]) -> Config:
     """The config that goes on with the best lever of RUN's advice."""
     if not (root / "config.toml").is_file():
-        raise UserError(f"{root} is not a run yet; first: {NAME} advise CONFIG.toml --run {root}")
+        raise UserError(
+            f"{root} is not a run yet; first: {NAME} advise CONFIG.toml --run "
+            f"{shlex.quote(str(root))}"
+        )
     config = config_before(root) if path is None else absolute(load_config(path))
     lever, advised = config_as_advised(RunDirectory(root, config))
     said = f"as advised: {LEVERS[lever].what}"

@@ -193,8 +193,8 @@ def check_done(run: RunDirectory, stage: Stage) -> None:
     # DONE alone counts: the config of a run whose data were moved hashes to something else.
     if stage.done() is None:
         raise UserError(
-            f"{run.root}: stage {stage.place} is not done; `referral run --run {run.root}` "
-            "resumes the run"
+            f"{run.root}: stage {stage.place} is not done; "
+            f"`referral run --run {shlex.quote(str(run.root))}` resumes the run"
         )
 
 
