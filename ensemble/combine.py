@@ -431,7 +431,8 @@ def _read_general(g: Tensor, columns: Tensor, index: PatternIndex, mode: Mode) -
         assert isinstance(index, SharedIndex)
         if not mode.learning:
             return _sweep_read(g, index)
-        return General(g.gather(1, columns), g @ index.outside_all, g)
+        # As a matrix: onnxruntime multiplies no rows by a matrix, but not by a vector.
+        return General(g.gather(1, columns), (g @ index.outside_all[:, None])[:, 0], g)
     on_union = g.gather(1, columns)
     zeros = g.new_zeros(()).expand(columns.shape)
     if mode.owned and not mode.learning:

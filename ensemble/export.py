@@ -247,5 +247,6 @@ def export_onnx(module: nn.Module, example: Tensor, path: str | Path) -> Path:
             output_names=["probabilities"],
             optimize=len(program.graph.nodes) <= MOST_OPTIMISED,
             external_data=False,
+            dynamic_shapes=({0: "batch"},),
         )
     return path

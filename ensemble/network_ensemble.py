@@ -18,7 +18,7 @@ from networks import (
 from networks.builders import Builders
 from networks.reading import Inputs
 
-from .ranking import Prediction, top_predictions
+from .ranking import Prediction, check_top, top_predictions
 from .settings import EnsembleSettings, member_folder
 from .specialist_ensemble import RawInputs, is_finished
 
@@ -81,6 +81,7 @@ class NetworkEnsemble:
 
         There are no specialists.
         """
+        check_top(top)
         return top_predictions(self.probabilities(inputs), self.class_names, top)
 
     def _loaded_from(self, root: Path, builders: Builders | None) -> None:

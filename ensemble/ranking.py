@@ -17,6 +17,11 @@ class Prediction(TypedDict):
     specialists: list[int]
 
 
+def check_top(top: int) -> None:
+    if top < 1:
+        raise ValueError(f"top = {top}; at least 1 class is needed")
+
+
 def top_predictions(
     q: Tensor, class_names: list[str], top: int, active: Tensor | None = None
 ) -> list[Prediction]:

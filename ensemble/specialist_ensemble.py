@@ -36,7 +36,7 @@ from .host_reads import to_device
 from .lazy_specialists import LazySpecialists, load_specialist, specialist_folder
 from .listed_ensemble import SPARSE_FROM, ListedAnswers, Wanted, ask_in_blocks
 from .predictions import Weights, checked_weights, softmax
-from .ranking import Prediction, listed_predictions, top_predictions
+from .ranking import Prediction, check_top, listed_predictions, top_predictions
 from .rows_on_shortlist import (
     branch_on_shortlist,
     has_every_row,
@@ -360,6 +360,7 @@ class SpecialistEnsemble:
         list of dicts
             Per row {classes, names, probabilities, specialists}.
         """
+        check_top(top)
         raw = self.read(inputs)
         if self.is_sparse:
             return [
@@ -660,6 +661,12 @@ def multiplications_of_rows(head: nn.Module) -> int:
 def _settings_of(root: Path) -> EnsembleSettings:
     """What ensemble.json says of a directory that has what an ensemble of specialists needs."""
     if not (root / "generalist" / "model.json").is_file():
+        students = sorted((root / "students").glob("*/model.json"))
+        if students:
+            raise ValueError(
+                f"{root} holds students and no ensemble; load one with "
+                f'load_classifier("{students[0].parent}")'
+            )
         raise ValueError(
             f"{root} has no generalist/model.json; "
             "give a run whose generalist is done, or an exported bundle"

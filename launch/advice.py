@@ -46,7 +46,7 @@ def show_advice(run: RunDirectory, console: Console) -> None:
     if advice is None:
         raise UserError(
             f"{run.root} has no {FILE}: nothing was piloted there; "
-            f"`referral advise {near(run.root)}` does so"
+            f"`referral advise {shlex.quote(near(run.root))}` does so"
         )
     with picking_from(run.root / FILE):
         _show_advice(advice, run, console)

@@ -324,7 +324,7 @@ def _root_to_advise(source: Path, run: Path | None) -> Path:
     """RUN, of a config or of a run that exists."""
     if not source.is_dir():
         if not source.exists():
-            raise UserError(f"{source}: no such config file or run")
+            raise UserError(f"{source}: no such config file and no such run")
         if run is None:
             raise UserError(f"{source} is a config; add --run DIR, where its run is to be made")
         return run
@@ -882,7 +882,10 @@ def named_code(path: Path | None, overrides: list[str]) -> list[Code]:
 def _config_as_advised(path: Path | None, root: Path, overrides: list[str]) -> Config:
     """The config that goes on with the best lever of RUN's advice."""
     if not (root / "config.toml").is_file():
-        raise UserError(f"{root} is not a run yet; first: {NAME} advise CONFIG.toml --run {root}")
+        raise UserError(
+            f"{root} is not a run yet; first: {NAME} advise CONFIG.toml --run "
+            f"{shlex.quote(str(root))}"
+        )
     config = config_before(root) if path is None else absolute(load_config(path))
     lever, advised = config_as_advised(RunDirectory(root, config))
     said = f"as advised: {LEVERS[lever].what}"

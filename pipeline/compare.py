@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import shlex
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def _open_finished(path: Path) -> RunDirectory:
         raise UserError(f"{path} is not a run: it has no config.toml")
     run = RunDirectory(path, load_config(path / "config.toml"))
     if run.report.done() is None or not (path / "results.json").is_file():
-        raise UserError(f"{path} is not finished: referral run --run {path}")
+        raise UserError(f"{path} is not finished: referral run --run {shlex.quote(str(path))}")
     return run
 
 

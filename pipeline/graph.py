@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Iterable
 from functools import cache, cached_property
 from pathlib import Path
@@ -376,6 +377,6 @@ def open_run(directory: str | Path) -> RunDirectory:
     if not (root / "config.toml").is_file():
         raise UserError(
             f"{root} is not a run: it has no config.toml; "
-            f"`referral prepare CONFIG --run {root}` makes one"
+            f"`referral prepare CONFIG --run {shlex.quote(str(root))}` makes one"
         )
     return RunDirectory(root, load_config(root / "config.toml"))

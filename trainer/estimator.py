@@ -9,6 +9,7 @@ the other in this process.  It computes no result in another way than `referral 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import tempfile
@@ -230,7 +231,7 @@ class ReferralClassifier(ClassifierMixin, BaseEstimator):
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             raise UserError(
                 f"run={str(root)!r} is not empty; name another directory (`referral run --run "
-                f"{root}` resumes a run that was interrupted)"
+                f"{shlex.quote(str(root))}` resumes a run that was interrupted)"
             )
         return None
 

@@ -128,6 +128,7 @@ def stop(evidence: Evidence) -> LogRatio:
 
 
 TRAIN_ON = (0.01, 0.2)  # - s at fit 0, and what fit 1 adds, by the cube of the fit
+QUIET_FALL = 0.1  # a loss that falls less by twice the steps leaves training on as much less
 USUAL_FALL = 0.25  # a loss that falls more by twice the steps lets training on gain as much more
 TRAIN_ON_SD = 0.065
 
@@ -135,10 +136,14 @@ TRAIN_ON_SD = 0.065
 def train_on(evidence: Evidence) -> LogRatio:
     """The fit says how much is left to learn: next to nothing if train is memorised.
 
-    It is more where the loss still fell fast.  A pilot warms its rate up again and errs more at
-    first, so it says little. A pilot that gains already is a lower bound for the whole training.
+    It is more where the loss still fell fast, and less where it hardly fell any more. A network that
+    errs on train as on val, for want of room or since labels are wrong, learns nothing by more steps.
+    A pilot warms its rate up again and errs more at first, so it says little. A pilot that gains
+    already is a lower bound for the whole training.
     """
-    faster = max(1.0, (evidence.fall or 0.0) / USUAL_FALL)
+    faster = 1.0
+    if evidence.fall is not None:
+        faster = max(min(evidence.fall / QUIET_FALL, 1.0), evidence.fall / USUAL_FALL, 0.0)
     expected = LogRatio(-TRAIN_ON[0] - TRAIN_ON[1] * evidence.fit**3 * faster, TRAIN_ON_SD)
     record = evidence.last("on")
     if record is None:

@@ -365,9 +365,12 @@ def test_onnx_equals_the_ensemble(networks, images, tmp_path):
     ensemble = SpecialistEnsemble(*networks, GROUPS, gate=6)
     program = EnsembleProgram(ensemble, portable=True)
     path = export_onnx(program, images[:4], tmp_path / "ensemble.onnx")
-    (q,) = runtime.InferenceSession(str(path)).run(None, {"raw": images.numpy()})
-    expected = ensemble.probabilities(images)
-    torch.testing.assert_close(torch.from_numpy(q), expected, rtol=0, atol=1e-5)
+    session = runtime.InferenceSession(str(path))
+    assert session.get_inputs()[0].shape[0] == session.get_outputs()[0].shape[0] == "batch"
+    for rows in (len(images), 1, 7, 0):
+        (q,) = session.run(None, {"raw": images[:rows].numpy()})
+        expected = ensemble.probabilities(images[:rows])
+        torch.testing.assert_close(torch.from_numpy(q), expected, rtol=0, atol=1e-5)
 
 
 def test_both_ensembles_read_pictures_in_any_form(networks, images):
@@ -379,6 +382,9 @@ def test_both_ensembles_read_pictures_in_any_form(networks, images):
         for form in (pictures, images[:3].float() / 255, images[:3, 0].numpy()[..., None]):
             torch.testing.assert_close(ensemble.probabilities(form), expected)
         assert len(ensemble.predict(images[0], top=2)) == 1
+        for top in (0, -1):
+            with pytest.raises(ValueError, match="at least 1 class is needed"):
+                ensemble.predict(images[0], top=top)
         with pytest.raises(ValueError, match=r"holds float32 from .* the network reads uint8 \["):
             ensemble.predict(images[:3].float() - 300)
         assert "12 classes" in repr(ensemble) and "made in memory" in repr(ensemble)
@@ -396,3 +402,9 @@ def test_gate_and_combiner_take_arrays_and_lists():
     for wrong in ("x", [[0.5, 0.5], [1]], 0.5):
         with pytest.raises(ValueError, match="p_general is"):
             combine_kl(wrong, p_special, groups)
+
+
+def test_a_bundle_of_students_alone_says_how_one_is_loaded(networks, tmp_path):
+    save_classifier(networks[0], tmp_path / "students" / "main")
+    with pytest.raises(ValueError, match=r"no ensemble; load one with load_classifier\(.*main"):
+        SpecialistEnsemble.load(tmp_path)

@@ -15,6 +15,7 @@ from pipeline.advice.extrapolation import (
     OF_DIVERSITY,
     OF_MIXED,
     OF_TEACHERS,
+    QUIET_FALL,
     RULES,
     SLOPE_KEPT,
     STUDENT,
@@ -157,6 +158,9 @@ def test_training_on_gains_more_where_the_loss_still_fell_fast():
 
     assert shrunk(None) == shrunk(0.1) == pytest.approx(sum(TRAIN_ON))
     assert shrunk(2 * USUAL_FALL) == pytest.approx(TRAIN_ON[0] + 2 * TRAIN_ON[1])
+    # And less where it hardly falls any more: labels that are wrong are never learnt.
+    assert shrunk(QUIET_FALL / 2) == pytest.approx(TRAIN_ON[0] + TRAIN_ON[1] / 2)
+    assert shrunk(0.0) == shrunk(-0.1) == pytest.approx(TRAIN_ON[0])
 
 
 def test_what_branches_heal_width_can():

@@ -194,8 +194,8 @@ def check_done(run: RunDirectory, stage: Stage) -> None:
     if stage.done() is None:
         reason = f" ({stage.lacks})" if stage.lacks else ""
         raise UserError(
-            f"{run.root}: stage {stage.place} is not done{reason}; `referral run --run {run.root}` "
-            "resumes the run"
+            f"{run.root}: stage {stage.place} is not done{reason}; "
+            f"`referral run --run {shlex.quote(str(run.root))}` resumes the run"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -268,7 +269,8 @@ def _index_beside(part: ShardPart, data: Data, check: bool) -> TarIndex | None:
 
 
 def _anew(shard: Shard) -> str:
-    return f"`referral shards index {shard.directory or 'DIRECTORY'}` makes the manifest anew"
+    directory = shlex.quote(str(shard.directory or "DIRECTORY"))
+    return f"`referral shards index {directory}` makes the manifest anew"
 
 
 def _check_labels(part: ShardPart, index: TarIndex, class_names: list[str], data: Data) -> None:

@@ -9,6 +9,7 @@ import fnmatch
 import glob
 import os
 import re
+import shlex
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,7 +261,7 @@ def _local(path: str, manifests: _Manifests) -> Shard:
             raise UserError(f"{path}: no such shard")
         raise UserError(
             f"{path} is not in {directory}/{MANIFEST}; "
-            f"add it with `referral shards index {directory}`"
+            f"add it with `referral shards index {shlex.quote(str(directory))}`"
         )
     return manifest.shard(path, path, directory, name)
 

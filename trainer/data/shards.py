@@ -13,6 +13,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -674,7 +675,7 @@ def _class_names(shards: list[Shard], data: Data, split: str) -> list[str]:
             directory = shards[0].directory or "DIRECTORY"
             raise UserError(
                 f"{shards[0].name} has no manifest; set data.classes, "
-                f"or make one with `referral shards index {directory}`"
+                f"or make one with `referral shards index {shlex.quote(str(directory))}`"
             )
         if reason := exceeds("data.classes", data.classes, CLASSES, "classes"):
             raise UserError(

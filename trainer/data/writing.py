@@ -6,6 +6,7 @@ all samples beside it (label_files.py). One of schema 1 has the counts of each s
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -352,7 +353,7 @@ def describe(rules: PictureRules | None) -> str:
 def read_manifest(directory: str | Path) -> dict | None:
     """The manifest of a directory of shards, or None.  Raises UserError if it is not one."""
     path = Path(directory) / MANIFEST
-    remedy = f"; make it anew with `referral shards index {directory}`"
+    remedy = f"; make it anew with `referral shards index {shlex.quote(str(directory))}`"
     try:
         return parse_manifest(path, path, remedy)
     except (FileNotFoundError, NotADirectoryError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from pipeline.advice.choosing import choose
@@ -95,7 +96,7 @@ def lever_of(
     lever = Lever(name=name, gain=gain.gain, low=gain.low, high=gain.high, **costs.amounts(name))
     lever["measured"] = measured_of(name, evidence)
     lever["needs"] = LEVERS[name].needs
-    lever["command"] = f"referral run --advised --run {session.run.root}"
+    lever["command"] = f"referral run --advised --run {shlex.quote(str(session.run.root))}"
     if name == "shortlist":
         lever["shortlist"] = shortlist_length(session)
     piloted = evidence.last("branches")

@@ -697,3 +697,13 @@ def test_numbers_that_float32_cannot_hold_are_named(tmp_path):
     np.savez(tmp_path / "d.npz", x=x, y=np.arange(8) % 2)
     refused = refusal("arrays", tmp_path / "d.npz", "--out", tmp_path / "s")
     assert "sample 2 holds numbers beyond float32 (first at [1])" in refused
+
+
+def test_splits_within_classes_are_refused_unless_all_files_are_meant(tmp_path):
+    for name in "ab":
+        for split in ("train", "Test"):
+            tree(tmp_path / "in" / name, [split])
+    words = ("folder", tmp_path / "in", "--out", tmp_path / "s")
+    assert "holds splits (Test, train), which belong in front" in refusal(*words)
+    run(*words, "--no-splits")
+    assert classes_of(tmp_path / "s") == ["a", "b"]

@@ -157,6 +157,7 @@ def _split_roots(directory: Path, inside: _Inside, report: Report) -> dict[str, 
     splits = [child for child in children if split_of[child]]
     others = [child for child in children if not split_of[child]]
     if not splits:
+        _refuse_splits_within(directory, children, inside)
         return {}
     if others:
         raise UserError(
@@ -187,6 +188,18 @@ def _split_roots(directory: Path, inside: _Inside, report: Report) -> dict[str, 
     _look_beside(directory, report)
     report.note(f"{root.name}/ is the split {split}" for split, root in roots.items())
     return {split: roots[split] for split in ("train", "val", "test") if split in roots}
+
+
+def _refuse_splits_within(directory: Path, classes: list[Path], inside: _Inside) -> None:
+    """Raises UserError where class directories hold the splits: all would be one split."""
+    for child in classes:
+        splits = [path for path in inside.directories(child) if split_called(path.name)]
+        if len({split_called(path.name) for path in splits}) > 1:
+            raise UserError(
+                f"{child} holds splits ({_names(splits)}), which belong in front of the classes: "
+                f"{directory / splits[0].name / child.name}; --no-splits takes all its files for "
+                "one split"
+            )
 
 
 def _names(directories: list[Path]) -> str:
