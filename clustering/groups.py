@@ -6,6 +6,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -109,7 +110,8 @@ class ClassGroups:
             temporary.write_text(self.to_json())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
 
     def to_json(self) -> str:
         """What `save` writes."""

@@ -1,7 +1,6 @@
 """ensemble.json: how the networks of a run directory or an exported bundle are joined."""
 
 import json
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -10,7 +9,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from networks.integrity import read_values
 from networks.spec import MOST_MEMBERS
-from networks.temporaries import temporary_beside
+from networks.temporaries import appearing
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -78,11 +77,9 @@ class EnsembleSettings:
         """Write `root`/ensemble.json with the keys of its kind.  It appears whole or never."""
         content: dict[str, object] = {"schema": SCHEMA}
         content |= {name: getattr(self, name) for name in self._keys()}
-        unfinished = temporary_beside(root / SETTINGS)
-        unfinished.write_text(
-            json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        os.replace(unfinished, root / SETTINGS)
+        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        with appearing(root / SETTINGS) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
     def _keys(self) -> list[str]:
         """What a file of this kind says."""

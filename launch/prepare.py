@@ -285,8 +285,13 @@ def check_place(root: Path, beside: tuple[str, ...]) -> None:
         raise UserError(f"{root}: cannot be read: {error.strerror}") from None
     if not existing.is_dir():
         raise UserError(f"{root}: {existing} is not a directory")
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise UserError(f"{root}: {existing} is on a read-only file system; choose another --run")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{root}: no permission to write in {existing}")
+        raise UserError(
+            f"{root}: no permission to write in {existing}; change its permissions, or choose "
+            "another --run"
+        )
 
 
 def _check_contents(root: Path, beside: tuple[str, ...]) -> None:

@@ -8,7 +8,6 @@ and against the network's.  No torch here.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import checksums, regular
-from .temporaries import temporary_beside
+from .temporaries import appearing
 
 CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -90,9 +89,8 @@ def write_checksums(root: Path) -> None:
     """ROOT/SHA256SUMS, of every file below ROOT."""
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.name != CHECKSUMS)
     lines = [f"{_sha256(path)}  {path.relative_to(root).as_posix()}\n" for path in files]
-    unfinished = temporary_beside(root / CHECKSUMS)
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, root / CHECKSUMS)
+    with appearing(root / CHECKSUMS) as unfinished:
+        unfinished.write_text("".join(lines), encoding="utf-8")
 
 
 def read_content(path: Path) -> bytes:

@@ -6,7 +6,6 @@ import copy
 import difflib
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
@@ -17,7 +16,7 @@ from .choices import MARGINS
 from .integrity import blamed_on, read_values
 from .pictures import PictureRules
 from .regular import parse
-from .temporaries import temporary_beside
+from .temporaries import appearing
 
 SCHEMA = 1
 MOST_NUMBERS = 2**28  # of one input
@@ -272,9 +271,8 @@ class ModelSpec:
 
     def save(self, path: str | Path) -> None:
         path = Path(path)
-        unfinished = temporary_beside(path)
-        unfinished.write_text(self.to_json(), encoding="utf-8")
-        os.replace(unfinished, path)
+        with appearing(path) as unfinished:
+            unfinished.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> ModelSpec:

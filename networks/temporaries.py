@@ -48,7 +48,7 @@ def appearing(path: Path, suffix: str = "") -> Iterator[Path]:
         yield written
         os.replace(written, path)
     finally:
-        written.unlink(missing_ok=True)
+        discard(written)
 
 
 @lru_cache(maxsize=1)
@@ -74,7 +74,7 @@ def sweep(directory: Path, recursive: bool = True) -> list[Path]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
-                _remove(path)
+                discard(path)
             swept.append(path)
     return swept
 
@@ -106,7 +106,11 @@ def _is_abandoned(path: Path) -> bool:
     return not is_there or age > LONGEST_WRITE_S
 
 
-def _remove(path: Path) -> None:
+def discard(path: Path) -> None:
+    """Remove a temporary, if that can be done. What went wrong before is what is to be said.
+
+    On a read-only file system even a name that is not there cannot be removed.
+    """
     try:
         path.unlink()
     except OSError:

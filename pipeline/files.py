@@ -20,8 +20,8 @@ from networks.births import birth as birth
 from networks.births import is_born as is_born
 from networks.checksums import DONE
 from networks.regular import parse as parse
+from networks.temporaries import discard, temporary_beside
 from networks.temporaries import sweep as sweep
-from networks.temporaries import temporary_beside
 
 from .config import UserError
 from .failures import FULL, cannot_write, writing
@@ -49,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
 def write_json(path: Path, value) -> None:

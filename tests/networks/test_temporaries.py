@@ -6,10 +6,19 @@ import sys
 import time
 
 import pytest
+from filesystems import in_memory, why_not
 
 from networks import temporaries
 from networks.births import birth
-from networks.temporaries import LONGEST_WRITE_S, _short, appearing, sweep, temporary_beside
+from networks.temporaries import (
+    LONGEST_WRITE_S,
+    _short,
+    appearing,
+    discard,
+    sweep,
+    temporary_beside,
+)
+from pipeline.files import write_bytes
 
 OWN = f".{os.getpid()}-{_short(birth(os.getpid()))}."
 
@@ -127,3 +136,13 @@ def test_what_a_killed_writer_of_a_suffix_left_is_swept(tmp_path):
     left = left.with_name(f"{left.name}.onnx")
     left.touch()
     assert sweep(tmp_path) == [left]
+
+
+@pytest.mark.skipif(why_not("tmpfs") != "", reason=why_not("tmpfs"))
+def test_on_a_read_only_file_system_the_error_is_of_the_file_and_not_of_the_temporary():
+    with in_memory(1024) as place:
+        subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+        with pytest.raises(OSError) as refusal:
+            write_bytes(place / "model.json", b"{}")
+        assert refusal.value.filename == str(place / "model.json")
+        discard(place / "not there")

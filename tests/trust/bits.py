@@ -190,7 +190,10 @@ def helped(outcome: Outcome, root: Path, config: Config, restore: Callable[[], N
     force = "--force" in line
     if (root / "config.toml").exists() and "config.toml" in line:
         (root / "config.toml").unlink()
-    return in_child(partial(command, root, config, force=force))
+    went = in_child(partial(command, root, config, force=force))
+    if went.is_one_line and "--force" in went.text:  # begun under what was damaged then
+        went = in_child(partial(command, root, config, force=True))
+    return went
 
 
 def put_back(place: Path, data: Path) -> None:

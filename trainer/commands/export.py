@@ -31,6 +31,7 @@ from ensemble import (
 )
 from networks import Branch, Classifier, ModelSpec, load_classifier, save_classifier
 from networks.integrity import OTHER_FORM, OUT_OF_MEMORY, write_checksums
+from networks.temporaries import sweep, temporary_beside
 from pipeline.config import UserError
 from pipeline.extras import EXTRAS, require
 from pipeline.failures import cannot_write
@@ -261,10 +262,15 @@ def check_target(out: Path, root: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def put_in_place(out: Path) -> Iterator[Path]:
-    """A directory beside `out` to write in. It becomes `out` if the block ends without an error."""
+    """A directory beside `out` to write in. It becomes `out` if the block ends without an error.
+
+    What a killed export left is removed first.  An earlier export that is replaced has a name that
+    everybody sees meanwhile: a kill between the two renames leaves it there.
+    """
     out = out.absolute()
-    unfinished = out.with_name(f".{out.name}.{os.getpid()}.unfinished")
-    earlier = out.with_name(f".{out.name}.{os.getpid()}.earlier")
+    unfinished = temporary_beside(out)
+    earlier = out.with_name(f"{out.name}.earlier-{os.getpid()}")
+    sweep(out.parent, recursive=False)
     try:
         unfinished.mkdir(parents=True)
     except OSError as error:

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from networks.temporaries import temporary_beside
+from networks.temporaries import discard, temporary_beside
 from pipeline.config import UserError
 from pipeline.extras import require
 from pipeline.failures import cannot_write
@@ -59,7 +59,7 @@ def table_file(path: Path, force: bool) -> Iterator[Write]:
             sync(temporary)
             os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
 
 
 @contextmanager

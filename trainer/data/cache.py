@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from networks import checksums
-from networks.temporaries import sweep, temporary_beside
+from networks.temporaries import discard, sweep, temporary_beside
 from pipeline.config import Data, UserError
 from pipeline.failures import cannot_write
 from pipeline.files import sync
@@ -208,7 +208,7 @@ def _write(shards: ShardSet, array_path: Path, header_path: Path, key: str, data
         temporary.replace(array_path)
         write_json(header_path, header | {"checksum": _checksum(header)})
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
     return True
 
 

@@ -17,7 +17,7 @@ from typing import IO, cast
 import numpy as np
 from pydantic import BaseModel, Field
 
-from networks.temporaries import temporary_beside
+from networks.temporaries import discard, temporary_beside
 from pipeline.config import UserError
 
 from .tars import file_sha256
@@ -80,7 +80,7 @@ def write_labels(
         path = Path(directory) / f"{split}.labels-{sha256[:16]}{ENDING}"
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
     return {
         "file": path.name,
         "bytes": path.stat().st_size,

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from networks.checksums import digest_of
-from networks.temporaries import sweep, temporary_beside
+from networks.temporaries import discard, sweep, temporary_beside
 from pipeline.config import UserError
 
 from .bounds import (
@@ -537,7 +537,7 @@ def save_index(shard: str | Path, index: TarIndex) -> bool:
         os.utime(temporary, ns=(time.time_ns(), stat.st_mtime_ns))
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        discard(temporary)
         return False
     return True
 
