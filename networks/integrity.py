@@ -8,6 +8,7 @@ and against the network's.  No torch here.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
