@@ -49,9 +49,10 @@ def class_names(directory: Path) -> list[str] | None:
         if not isinstance(table, dict):
             return None
         names = [table.get(str(row)) for row in range(len(table))]
-    if not all(isinstance(name, str) for name in names):
+    strings = [name for name in names if isinstance(name, str)]
+    if len(strings) < len(names):
         return None
-    return None if names == [f"LABEL_{row}" for row in range(len(names))] else names
+    return None if strings == [f"LABEL_{row}" for row in range(len(strings))] else strings
 
 
 def _read(path: Path) -> dict:

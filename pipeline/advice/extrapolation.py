@@ -136,10 +136,10 @@ TRAIN_ON_SD = 0.065
 def train_on(evidence: Evidence) -> LogRatio:
     """The fit says how much is left to learn: next to nothing if train is memorised.
 
-    It is more where the loss still fell fast, and less where it hardly fell any more. A network that
-    errs on train as on val, for want of room or since labels are wrong, learns nothing by more steps.
-    A pilot warms its rate up again and errs more at first, so it says little. A pilot that gains
-    already is a lower bound for the whole training.
+    It is more where the loss still fell fast, and less where it hardly fell any more. A network
+    that errs on train as on val, for want of room or because labels are wrong, learns nothing by
+    more steps. A pilot warms its rate up again and errs more at first, so it says little. A pilot
+    that gains already is a lower bound for the whole training.
     """
     faster = 1.0
     if evidence.fall is not None:
