@@ -1,25 +1,26 @@
 """A network that one rank may not hold is trained by ZeRO 3 on two, from the first step to export.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.limited [--width 2000] [--depth 16] [--limit 13]
+    python -m benchmarks.limited [--width 2000] [--depth 16] [--limit 13]
     python -m benchmarks.limited --quick          a minute: does it run at all?
 
 An MLP learns made-up vectors in the stage `generalist`, as a run does it.  It is stopped as by a
 signal at its second step, and goes on from the checkpoint in new processes.  It is validated at
 both.
 
-LIMIT  bytes a weight that each process may hold, and no more: the operating system refuses them
-       (RLIMIT_DATA, which counts private memory that can be written).  They come on top of what it
-       held before it saw the network, with everything imported and a tiny network trained.
+LIMIT is the bytes a weight that each process may hold: the operating system refuses more
+(RLIMIT_DATA, which counts private memory that can be written).  They come on top of what it held
+before it saw the network, with everything imported and a tiny network trained.
 
 Each row is a JSON object:
 
-    ranks, engine    zero3 is DeepSpeed's stage 3
-    limit            null where there is none
-    ended            "done", or "out of memory"
-    held             bytes a weight at most, on the rank that held most, looked at every 5 ms. null
-                     where memory ran out.  Of DDP's some 12 are its checkpoint's, which a resumed
-                     run maps from the file
-    loss             of the last step
+    ranks, engine  zero3 is DeepSpeed's stage 3
+    limit          null where there is none
+    ended          "done", or "out of memory"
+    held           bytes a weight at most, on the rank that holds most (seen every 5 ms)
+    loss           of the last step
+
+held and loss are null where memory ran out.  Of what DDP holds some 12 bytes are its checkpoint's,
+which a resumed run maps from the file.
 
 On one rank the limit has to be too small for DDP and for ZeRO 3, and on two ranks large enough for
 ZeRO 3.  What these learn has to be what DDP learns without a limit, to 1e-4 of the loss.
