@@ -46,6 +46,7 @@ from networks import Classifier, load_classifier, read_inputs, save_classifier
 from pipeline.config import Config, UserError, load_config, save_config
 from pipeline.config.loading import flat
 from pipeline.graph import RunDirectory
+from pipeline.label_set import num_classes
 from pipeline.store import Stage
 from pipeline.trust import record
 
@@ -517,8 +518,12 @@ def override(key: str, value: Any) -> str:
 
 
 def lay_out(root: Path, config: Config) -> RunDirectory:
-    """RUN/config.toml, from which `referral run --run RUN` goes on, too."""
+    """RUN/config.toml, from which `referral run --run RUN` goes on, too.
+
+    Raises UserError where the data have too few classes for what the config asks for.
+    """
     run = RunDirectory(root, config)
+    run.method.check(*num_classes(config))
     save_config(config, root / "config.toml")
     record(run)
     return run

@@ -294,3 +294,24 @@ def test_scikit_learns_checks_of_an_estimator_pass():
     }
     assert not failed
     assert sum(each["status"] == "passed" for each in results) >= 45
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"groups": 99}, "num_groups = 99 is more than the"),
+        ({"config": {"ensemble.kind": "rerank"}}, "rerank.k = 50 is more than the"),
+    ],
+)
+def test_too_few_classes_are_said_before_anything_is_trained(blobs, parameters, message):
+    X, y = blobs
+    with pytest.raises(ValueError, match=message):
+        small(**parameters).fit(X, y)
+
+
+def test_a_row_without_a_label_is_refused(blobs):
+    X, y = blobs
+    labels = y.astype(str).astype(object)
+    labels[3] = None
+    with pytest.raises(ValueError, match="y holds None"):
+        small().fit(X, labels)

@@ -176,11 +176,27 @@ def read_labels(raw: Sequence[str], class_names: Sequence[str]) -> Labels:
     if label_set.kind == "indices" and list(class_names) != list(map(str, range(len(class_names)))):
         first = printable(class_names[0])
         notes.append(f"labels are class indices: 0 is {first}, the network's first class")
+    if _counts_from_one(known, class_names):
+        notes.append(
+            f"warning: labels are 1 to {len(class_names)} and the network's classes 0 to "
+            f"{len(class_names) - 1}: are they the same, counted from 1? They are matched by name"
+        )
     unknown = Counter(texts[number] for number in np.flatnonzero(classes == NONE).tolist())
     return Labels(classes, unknown, notes)
 
 
+def _counts_from_one(labels: Sequence[str], class_names: Sequence[str]) -> bool:
+    """Whether classes are called 0 .. C - 1, and labels 1 .. C: C among them, and 0 not."""
+    count = len(class_names)
+    if list(class_names) != list(map(str, range(count))):
+        return False
+    there = set(labels)
+    return str(count) in there and there <= set(map(str, range(1, count + 1)))
+
+
 def _no_class(labels: Labels, class_names: Sequence[str]) -> str:
+    if not labels.unknown:
+        return "there is no input to evaluate"
     theirs = ", ".join(_quoted(name) for name, _ in labels.unknown.most_common(3))
     ours = ", ".join(_quoted(name) for name in class_names[:3])
     return f"no label is a class of the network: labels are like {theirs}, its classes like {ours}"

@@ -204,3 +204,18 @@ def test_confused_pairs_by_hand():
 )
 def test_labels_are_read_as_the_whole_set_says(raw, names, classes):
     assert evaluating.read_labels(raw, names).classes.tolist() == classes
+
+
+@pytest.mark.parametrize(
+    "labels, names, said",
+    [
+        (["1", "2", "3"], ["0", "1", "2"], True),
+        (["3"], ["0", "1", "2"], True),
+        (["0", "3"], ["0", "1", "2"], False),
+        (["1", "2"], ["0", "1", "2"], False),
+        (["1", "2", "3"], ["1", "2", "3"], False),
+    ],
+)
+def test_labels_that_count_from_one_are_doubted(labels, names, said):
+    notes = evaluating.read_labels(labels, names).notes
+    assert any("counted from 1" in note for note in notes) is said
