@@ -155,17 +155,22 @@ class RowFiles:
             return whole if rows is None else whole[rows]
         bounds = self.bounds[name]
         first, end, _ = (rows or slice(None)).indices(bounds[-1])
-        pieces = []
+        joined = None
         for part in range(len(bounds) - 1):
             start, stop = max(first, bounds[part]), min(end, bounds[part + 1])
             if start < stop:
                 key = f"{name}.rows-{part:05d}"
                 here = slice(start - bounds[part], stop - bounds[part])
-                pieces.append(self._read(self.files[key], key, here))
-        if not pieces:  # of the shape and kind that any part has
-            key = f"{name}.rows-00000"
-            return self._read(self.files[key], key, slice(0, 0))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                piece = self._read(self.files[key], key, here)
+                if len(piece) == end - first:
+                    return piece
+                if joined is None:
+                    joined = piece.new_empty((end - first, *piece.shape[1:]))
+                joined[start - first : stop - first] = piece  # one part at a time is beside it
+        if joined is not None:
+            return joined
+        key = f"{name}.rows-00000"  # of the shape and kind that any part has
+        return self._read(self.files[key], key, slice(0, 0))
 
     def _read(self, file: str, key: str, rows: slice) -> Tensor:
         from safetensors import SafetensorError, safe_open
