@@ -15,7 +15,9 @@ from .builders import Builders
 from .checkpoints import first_few, read_safetensors
 from .choices import NETWORKS
 from .classifier import Classifier, build_classifier
+from .heads import DustbinHead, head_rows, make_head
 from .integrity import blamed_on
+from .refilling import linear_of
 from .row_files import RowFiles, index_path, write_index, write_part
 from .spec import ModelSpec
 from .temporaries import appearing
@@ -128,7 +130,7 @@ def built_for(
     build: Callable[[ModelSpec, Builders | None], Module],
     builders: Builders | None,
 ) -> Module:
-    """What `build` makes of a directory's spec, with these tensors.
+    """What `build` makes of a directory's spec, with these tensors.  It may keep the head's.
 
     Raises ValueError, naming the file, where they do not fit each other.
     """
@@ -138,14 +140,43 @@ def built_for(
             if spec.builder in NETWORKS and spec.builder not in (builders or {}):
                 # A damaged spec may ask for a network of any size: one without memory says which.
                 check_tensors(tensors, shapes_of(spec, build), directory / WEIGHTS)
-            module = build(spec, builders)
+            module = _built(spec, tensors, build, builders)
         except ValueError as error:
             words = str(error)
             raise ValueError(words if str(directory) in words else f"{path}: {words}") from None
-    check_tensors(tensors, module.state_dict(), directory / WEIGHTS)
+    own = module.state_dict()
+    check_tensors(tensors, own, directory / WEIGHTS)
+    # Those of the head are in place already. To copy them to themselves would take their memory.
+    others = {n: x for n, x in tensors.items() if x.data_ptr() != own[n].data_ptr()}
     with blamed_on(directory / WEIGHTS):
-        module.load_state_dict(dict(tensors))
+        module.load_state_dict(others, strict=False)
     return module
+
+
+def _built(
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    build: Callable[[ModelSpec, Builders | None], Module],
+    builders: Builders | None,
+) -> nn.Module:
+    """What `build` makes of a spec. A plain head is made of the tensors themselves.
+
+    Of a huge label set the head is nearly all of a network.  So it is neither drawn first nor
+    copied, and where its tensors view a file the ranks of a node share the file's memory.  What
+    learns from there on changes pages of its own.
+    """
+    weight, bias = tensors.get("head.weight"), tensors.get("head.bias")
+    if build is not build_classifier or spec.members or weight is None or bias is None:
+        return build(spec, builders)
+    dtype = torch.get_default_dtype()
+
+    def make(spec: ModelSpec, features: int) -> nn.Linear | DustbinHead:
+        rows = head_rows(spec)
+        if weight.shape != (rows, features) or bias.shape != (rows,):
+            return make_head(spec, features)  # whoever checks the tensors says what is wrong
+        return make_head(spec, features, linear_of(weight.to(dtype), bias.to(dtype)))
+
+    return build_classifier(spec, builders, make)
 
 
 def shapes_of(

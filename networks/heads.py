@@ -175,6 +175,15 @@ def make_head(
     return linear
 
 
+def head_rows(spec: ModelSpec) -> int:
+    """Rows of the head that `spec` describes."""
+    if spec.is_specialist and spec.head.get("rows") == "all":
+        return spec.num_classes
+    if spec.is_specialist and spec.head.get("rows") == "kept":
+        return spec.num_outputs + len(spec.head["kept"])
+    return spec.num_outputs
+
+
 def make_linear(spec: ModelSpec, in_features: int) -> nn.Linear:
     """The plain head of a spec that describes no dustbin, with fresh weights."""
     head = make_head(spec, in_features)

@@ -14,7 +14,7 @@ from .choices import NETWORKS
 from .classifier import Classifier
 from .cutting import cut_at
 from .files import WEIGHTS, check_tensors
-from .heads import make_head
+from .heads import head_rows, make_head
 from .refilling import linear_of, refilled, saved_tensors
 from .spec import ModelSpec
 
@@ -67,7 +67,9 @@ def made_like(
     check_tensors(tensors, common | _rows_of(generalist, spec), folder / WEIGHTS)
     own = _own(generalist, tensors, common)
     rows = linear_of(own["head.weight"], own["head.bias"])
-    head = make_head(spec, rows.in_features, rows).to(rows.weight.device).eval()
+    head = make_head(spec, rows.in_features, rows).eval()
+    for name, tensor in head._buffers.items():  # of so small a module .to takes long
+        head._buffers[name] = None if tensor is None else tensor.to(rows.weight.device)
     network = refilled(generalist, own, parts={"head": head})
     network.spec = spec
     network.forget_schedule()
@@ -93,12 +95,7 @@ def _branch_like(
 
 def _rows_of(generalist: Classifier, spec: ModelSpec) -> dict[str, Tensor]:
     """Tensors without memory that a copy's head has."""
-    rows, kind = spec.num_outputs, spec.head["rows"]
-    if kind == "all":
-        rows = spec.num_classes
-    if kind == "kept":
-        rows += len(spec.head["kept"])
-    features = generalist.linear_head.in_features
+    rows, features = head_rows(spec), generalist.linear_head.in_features
     return {"head.weight": _shaped(rows, features), "head.bias": _shaped(rows)}
 
 

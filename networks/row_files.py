@@ -190,23 +190,28 @@ class RowFiles:
             return whole if rows is None else whole[rows]
         bounds = self.bounds[name]
         first, end, _ = (rows or slice(None)).indices(bounds[-1])
-        pieces = []
+        joined = None
         keys = _parts_of(name, bounds)
         for part, key in enumerate(keys):
             start, stop = max(first, bounds[part]), min(end, bounds[part + 1])
             if start < stop:
                 here = slice(start - bounds[part], stop - bounds[part])
                 count = bounds[part + 1] - bounds[part]
-                pieces.append(self._read(self.files[key], key, here, count))
-        if not pieces:  # of the shape and kind that any part has
-            return self._read(self.files[keys[0]], keys[0], slice(0, 0), bounds[1])
-        kinds = {(piece.dtype, piece.shape[1:]) for piece in pieces}
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{self.directory / self.files[keys[0]]} is damaged: the rows of {name} are of "
-                "another shape or kind in other files"
-            )
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                piece = self._read(self.files[key], key, here, count)
+                if len(piece) == end - first:
+                    return piece
+                if joined is None:
+                    joined = piece.new_empty((end - first, *piece.shape[1:]))
+                if (piece.dtype, piece.shape[1:]) != (joined.dtype, joined.shape[1:]):
+                    raise ValueError(
+                        f"{self.directory / self.files[key]} is damaged: the rows of {name} are "
+                        "of another shape or kind in other files"
+                    )
+                joined[start - first : stop - first] = piece  # one part at a time is beside it
+        if joined is not None:
+            return joined
+        # Of the shape and kind that any part has.
+        return self._read(self.files[keys[0]], keys[0], slice(0, 0), bounds[1])
 
     def _read(self, file: str, key: str, rows: slice | None = None, count: int = 0) -> Tensor:
         """A file's tensor, or `rows` of it. It must have `count` rows then."""

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -506,3 +507,37 @@ def test_timm_models_are_built_by_name(tmp_path):
     save_classifier(classifier, tmp_path)
     raw = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     assert torch.equal(load_classifier(tmp_path)(raw), classifier(raw))
+
+
+def private_bytes():
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError("no RssAnon")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what is mapped")
+def test_a_huge_head_is_the_files_memory_until_it_learns(tmp_path):
+    spec = ModelSpec("mlp", 200_000, InputSpec((4,), "float32"), {"width": 64, "depth": 1})
+    network = build_classifier(spec)
+    save_classifier(network, tmp_path)
+    before = private_bytes()
+    read = load_classifier(tmp_path)
+    assert torch.equal(read.head.weight, network.head.weight)
+    # The names of the classes take half as much. A head that is drawn, or copied, takes it whole.
+    assert private_bytes() - before < read.head.weight.nbytes
+
+    with torch.no_grad():
+        read.head.weight.add_(1)
+    assert torch.equal(load_classifier(tmp_path).head.weight, network.head.weight)
+
+
+def test_a_head_of_another_shape_is_still_refused_for_a_users_trunk(tmp_path):
+    def mine(shape, width=3):
+        return nn.Sequential(nn.Flatten(), nn.Linear(shape[0], width))
+
+    spec = ModelSpec("mine", 5, InputSpec((4,), "float32"), {"width": 3})
+    save_classifier(build_classifier(spec, {"mine": mine}), tmp_path)
+    wider = {"mine": lambda shape, width=3: mine(shape, width + 1)}
+    with pytest.raises(ValueError, match="does not fit the network"):
+        load_classifier(tmp_path, builders=wider)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import tables
-from .evidence import Evidence
+from .evidence import Evidence, Names
 from .formatting import UNPRINTABLE
 
 CLASSES_FILE, CONFUSED_FILE = "classes.csv", "confused.csv"
@@ -120,8 +120,7 @@ def _pair_row(
 def _share_a_group(evidence: Evidence, c: int, other: int) -> bool | None:
     if not evidence.groups:
         return None
-    groups_of = evidence.groups_of_class
-    return not groups_of[c].isdisjoint(groups_of[other])
+    return not evidence.groups_of(c).isdisjoint(evidence.groups_of(other))
 
 
 # The files
@@ -157,14 +156,12 @@ def _confused_lines(evidence: Evidence) -> list[list[object]]:
     return lines
 
 
-def _written_names(evidence: Evidence) -> list[str]:
+def _written_names(evidence: Evidence) -> Sequence[str]:
     """Whole names, without what no csv holds. No name begins as a spreadsheet's formula does."""
-    names = [str(name) for name in evidence.class_names]
-    names += [""] * (evidence.num_classes - len(names))
-    return [_harmless(name) for name in names]
+    return Names(evidence.class_names, evidence.num_classes, _harmless)
 
 
-def _harmless(name: str) -> str:
+def _harmless(name: str, c: int) -> str:
     name = UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", name)
     name = name.encode("utf-8", "replace").decode("utf-8")
     return f"'{name}" if name.startswith(FORMULA) else name

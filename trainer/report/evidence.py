@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,6 +47,27 @@ class Conditional(NamedTuple):
 
     before: float
     after: float
+
+
+class Names(Sequence[str]):
+    """A name for each of C classes, made when it is read: a page shows few of a million.
+
+    given: names of the first classes. The others' are empty.  as_shown: (name, class) -> name.
+    """
+
+    def __init__(self, given: Sequence, num_classes: int, as_shown: Callable[[str, int], str]):
+        self._given = given
+        self._num_classes = num_classes
+        self._as_shown = as_shown
+
+    def __len__(self) -> int:
+        return self._num_classes
+
+    def __getitem__(self, c):
+        if not 0 <= c < self._num_classes:
+            raise IndexError(f"class {c}; there are {self._num_classes}")
+        name = str(self._given[c]) if c < len(self._given) else ""
+        return self._as_shown(name, int(c))
 
 
 @dataclass(frozen=True)
@@ -135,11 +156,9 @@ class Evidence:
         return model.get("class_names") or []
 
     @cached_property
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         """A short name for every class. Its index where it has none."""
-        names = [str(name) for name in self.class_names]
-        names += [""] * (self.num_classes - len(names))
-        return [_short_name(name, c) for c, name in enumerate(names)]
+        return Names(self.class_names, self.num_classes, _short_name)
 
     @cached_property
     def num_classes(self) -> int:
@@ -186,13 +205,17 @@ class Evidence:
         return [np.asarray(classes, dtype=np.int64) for classes in groups]
 
     @cached_property
-    def groups_of_class(self) -> list[set[int]]:
-        """The groups that hold each class."""
-        groups: list[set[int]] = [set() for _ in range(self.num_classes)]
-        for index, classes in enumerate(self.groups):
-            for c in classes.tolist():
-                groups[c].add(index)
-        return groups
+    def _holders(self) -> tuple[np.ndarray, np.ndarray]:
+        """Classes one group after the other, and the group of each."""
+        sizes = [len(classes) for classes in self.groups]
+        return np.concatenate(self.groups), np.repeat(np.arange(len(sizes)), sizes)
+
+    def groups_of(self, c: int) -> set[int]:
+        """The groups that hold a class. A page asks about few of a million classes."""
+        if not self.groups:
+            return set()
+        classes, holders = self._holders
+        return set(holders[classes == c].tolist())
 
     @cached_property
     def clusters(self) -> dict:
