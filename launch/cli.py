@@ -106,8 +106,19 @@ class Runner(StrEnum):
     slurm = "slurm"
 
 
+def _no_option(path: Path | None) -> Path | None:
+    """A path that begins with a dash in full: the commands that are started from here get it."""
+    return path.absolute() if path is not None and str(path).startswith("-") else path
+
+
 RunOption = Annotated[
-    Path, typer.Option("--run", metavar="DIR", help="The run's directory, made if absent.")
+    Path,
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="The run's directory, made if absent.",
+        callback=_no_option,
+    ),
 ]
 SetOption = Annotated[
     list[str],
@@ -138,7 +149,12 @@ SourceArgument = Annotated[
 ]
 AdvisedRunOption = Annotated[
     Path | None,
-    typer.Option("--run", metavar="DIR", help="Of a config: the run's directory, made if absent."),
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="Of a config: the run's directory, made if absent.",
+        callback=_no_option,
+    ),
 ]
 AdvisedOption = Annotated[
     bool, typer.Option("--advised", help="Go on with what `referral advise` found best.")
@@ -162,7 +178,9 @@ LimitOption = Annotated[
 WorkersOption = Annotated[
     int | None, typer.Option("--workers", metavar="W", help="That train side by side: 1.")
 ]
-DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
+DirArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The run's directory.", callback=_no_option)
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="Of the data and of all training.")]
 QuickOption = Annotated[
     bool, typer.Option("--quick", help="Only a look at every stage: fewer classes, fewer steps.")
