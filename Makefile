@@ -75,6 +75,7 @@ soak: install
 	$(BIN)/python tests/trust/older.py 200
 	$(BIN)/python tests/trust/twins.py 30
 	$(BIN)/python tests/trust/strange_runs.py 300
+	$(BIN)/python tests/trust/full_outputs.py 40
 
 lint: install
 	$(BIN)/ruff check .

@@ -106,8 +106,19 @@ class Runner(StrEnum):
     slurm = "slurm"
 
 
+def _no_option(path: Path | None) -> Path | None:
+    """A path that begins with a dash in full: the commands that are started from here get it."""
+    return path.absolute() if path is not None and str(path).startswith("-") else path
+
+
 RunOption = Annotated[
-    Path, typer.Option("--run", metavar="DIR", help="The run's directory, made if absent.")
+    Path,
+    typer.Option(
+        "--run",
+        metavar="DIR",
+        help="The run's directory, made if absent.",
+        callback=_no_option,
+    ),
 ]
 SetOption = Annotated[
     list[str],
@@ -139,7 +150,10 @@ SourceArgument = Annotated[
 AdvisedRunOption = Annotated[
     Path | None,
     typer.Option(
-        "--run", metavar="DIR", help="The run's directory, made if absent. Needed with a config."
+        "--run",
+        metavar="DIR",
+        help="The run's directory, made if absent. Needed with a config.",
+        callback=_no_option,
     ),
 ]
 AdvisedOption = Annotated[
@@ -171,7 +185,9 @@ WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", metavar="W", help="How many jobs can train side by side. [1]"),
 ]
-DirArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The run's directory.")]
+DirArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="The run's directory.", callback=_no_option)
+]
 SeedOption = Annotated[
     int, typer.Option("--seed", help="The seed of the data and of all training.")
 ]

@@ -7,6 +7,7 @@ one line that says what to do. Whatever else is raised keeps its traceback.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import shutil
 import signal
@@ -76,6 +77,7 @@ def answer(
     Raises SystemExit as it is, and every error that is ours.
     """
     there = [Path(place) for place in places if os.path.isdir(place)]
+    _escape_odd_names()
     with _interruptible(signals) as received:
         try:
             code = work() or 0
@@ -98,6 +100,13 @@ def answer(
             code, text = explained
             print_error(text)
             return code
+
+
+def _escape_odd_names() -> None:
+    """Let bytes of file names that are no text be printed as escapes. Else they are an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _ignore(numbers: Sequence[int]) -> None:

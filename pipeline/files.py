@@ -171,6 +171,14 @@ def holds(path: Path, text: str) -> bool:
         return False
 
 
+def holds_something(path: Path) -> bool:
+    """Whether a file is more than what a power loss leaves: nothing, or zeros."""
+    try:
+        return bool(regular.read_text(path).strip("\0"))
+    except ValueError:  # no text, or no file
+        return True
+
+
 def checked(path: Path, content: Any, form: TypeAdapter[Content]) -> Content:
     """The content of a file, as its form has it.  Raises DamagedFile, which names the key."""
     try:

@@ -34,6 +34,7 @@ from .files import (
     checked,
     claim,
     damaged,
+    holds_something,
     is_born,
     make_below,
     read_json,
@@ -165,7 +166,7 @@ class Stage:
         except FileNotFoundError:
             return None
         except DamagedFile:
-            if path.read_bytes().strip(b"\0"):
+            if holds_something(path):
                 raise
             return None
         return dict(checked(path, content, DONE_FORM))

@@ -39,6 +39,7 @@ def load_config(
     for old, new in RENAMED.items():
         rename_key(values, old.split("."), new.split("."))
     source = "config" if path is None else str(path)
+    _check_text(values, "", source)
     try:
         return ConfigFile.model_validate(values).resolve()
     except ValidationError as errors:
@@ -67,6 +68,22 @@ def read_toml(path: Path) -> dict:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _check_text(value: Any, key: str, source: str) -> None:
+    """UserError for a name that is no text, as bytes of a path may be: no config can hold it."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            _check_text(each, f"{key}.{name}".lstrip("."), source)
+    elif isinstance(value, list):
+        for each in value:
+            _check_text(each, key, source)
+    elif isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            shown = value.encode("utf-8", "backslashreplace").decode()
+            raise UserError(f"{source}: {key} = {shown!r} is no UTF-8; rename it") from None
 
 
 def _text_of(path: Path) -> str:

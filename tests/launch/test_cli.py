@@ -366,3 +366,11 @@ def test_ctrl_c_while_modules_are_loaded_is_one_line():
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 130 and ended.stderr == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["-mine", "--force", "two\nlines", "a 'b' \"c\" $d", "ünï☃"])
+def test_a_run_may_have_any_name(short, referral, name):
+    code, _, err = referral("run", short.write_config(), "--run", name)
+    assert code == 0, err
+    for words in (["status"], ["status", "--json"], ["report"], ["cancel"], ["compare"]):
+        assert referral(*words, "--", name)[0] == 0, words

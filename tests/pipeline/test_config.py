@@ -121,3 +121,11 @@ def test_a_shortlists_config_comes_back_as_it_was_saved(tmp_path):
         config = load_config(None, overrides, base)
         save_config(config, tmp_path / "config.toml")
         assert load_config(tmp_path / "config.toml") == config
+
+
+def test_a_path_whose_bytes_are_no_text_is_one_line():
+    name = b"shards-\xff".decode("utf-8", "surrogateescape")
+    base = {"data": {"train": name, "val": name, "test": name}}
+    with pytest.raises(UserError, match=r"config: data.train = .* is no UTF-8; rename it") as error:
+        load_config(None, [], base)
+    assert str(error.value).isascii() and "\n" not in str(error.value)

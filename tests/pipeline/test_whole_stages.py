@@ -375,3 +375,21 @@ def test_a_published_name_that_no_checksum_is_for_is_as_one_of_an_older_version(
     for files in ({}, {"other": {"bytes": 1, "xxh3_128": ""}}):
         done.write_text(json.dumps(content | {"files": files, "published": ["model.json"]}))
         assert checksums.recorded(tmp_path / "model.json") is None
+
+
+@pytest.mark.parametrize("name", ["DONE", "KEY"])
+def test_a_pipe_or_a_terabyte_in_the_place_of_a_marker_is_not_read(tmp_path, name):
+    trained(tmp_path)
+    marker = tmp_path / "generalist" / name
+    marker.unlink()
+    os.mkfifo(marker)
+    for _ in range(2):
+        stage = generalist(tmp_path)
+        if name == "KEY":
+            assert stage.is_stale
+        else:
+            with pytest.raises(DamagedFile, match="DONE is damaged"):
+                stage.done()
+        marker.unlink()
+        marker.touch()
+        os.truncate(marker, 2**40)

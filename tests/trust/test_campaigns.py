@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import bits
 import clearing
 import disks
+import full_outputs
 import older
 import power
 import strange_runs
@@ -27,6 +28,7 @@ from small import asked
         (older, 8),
         (twins, 3),
         (strange_runs, 8),
+        (full_outputs, 5),
     ],
 )
 def test_a_few_trials_of_each_campaign_end_well(campaign, trials):

@@ -7,6 +7,7 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from rich.text import Text
 from torch import Tensor
 
 from networks.reading import InputReader
+from networks.temporaries import appearing
 from pipeline.config import UserError
+from pipeline.failures import cannot_write
 from pipeline.files import json_text
 from pipeline.graph import RunDirectory, open_run
-from pipeline.store import write_json
 from pipeline.trust import FUNCTION, check_trusted
 from pipeline.usage import Parser
 
@@ -351,17 +353,23 @@ def write_files(
     outcome: Outcome,
     class_names: Sequence[str],
 ) -> None:
-    """metrics.json, classes.csv, confused.csv and predictions.csv in `out`."""
+    """metrics.json, classes.csv, confused.csv and predictions.csv in `out`: all, or none."""
     columns = ("true", "predicted", "count", "share_of_true")
+    rows = list(prediction_rows(outcome, class_names))
+    was_there = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "metrics.json", metrics)
-        _write_csv(out / "classes.csv", list(classes[0]), classes)
-        _write_csv(out / "confused.csv", columns, confused)
-        rows = list(prediction_rows(outcome, class_names))
-        _write_csv(out / "predictions.csv", list(rows[0]), rows)
+        with ExitStack() as files:
+            path = {name: files.enter_context(appearing(out / name)) for name in FILES}
+            path["metrics.json"].write_text(json_text(metrics, "metrics.json", indent=2) + "\n")
+            _write_csv(path["classes.csv"], list(classes[0]), classes)
+            _write_csv(path["confused.csv"], columns, confused)
+            _write_csv(path["predictions.csv"], list(rows[0]), rows)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+        if not was_there:
+            with suppress(OSError):
+                out.rmdir()
+        raise cannot_write(out, error, option="--out") from None
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Sequence[dict]) -> None:

@@ -189,8 +189,8 @@ class RaggedRows:
     def _check_places(self, directory: Path) -> None:
         """DamagedFile for a row whose entries lie beyond those that there are."""
         there = min(map(len, self.entries.values()))
-        first = int(self.starts.min(initial=0))
-        if first < 0 or int((self.starts + self.counts).max(initial=0)) > there:
+        least = min(int(self.starts.min(initial=0)), int(self.counts.min(initial=0)))
+        if least < 0 or int((self.starts + self.counts).max(initial=0)) > there:
             raise damaged(directory / "starts.npy", f"rows lie beyond the {there} entries")
 
     def padded(

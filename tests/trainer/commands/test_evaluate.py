@@ -1,7 +1,9 @@
 """`referral evaluate RUN DATA`: the figures of the evaluate stage on any labelled data."""
 
 import csv
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
@@ -219,3 +221,19 @@ def test_labels_are_read_as_the_whole_set_says(raw, names, classes):
 def test_labels_that_count_from_one_are_doubted(labels, names, said):
     notes = evaluating.read_labels(labels, names).notes
     assert any("counted from 1" in note for note in notes) is said
+
+
+def test_a_disk_that_fills_up_leaves_none_of_the_files(small_run, folder, tmp_path, monkeypatch):
+    write = evaluating._write_csv
+
+    def full(path, columns, rows):
+        if "predictions" in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, columns, rows)
+
+    monkeypatch.setattr(evaluating, "_write_csv", full)
+    words = ["evaluate-data", str(small_run.root), str(folder), "--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(evaluating, "_write_csv", write)
+    assert main(words) == 0

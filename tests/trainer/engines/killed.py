@@ -122,7 +122,7 @@ def comes(process, run: RunDirectory, longest_s: float, rng: random.Random) -> b
     began, start_s = time.monotonic(), longest_s
     if rng.random() < OF_THE_START:
         start_s = rng.uniform(0, longest_s / 2)
-    target = rng.randrange(reached(run), LAST)
+    target = rng.randrange(min(reached(run), LAST - 1), LAST)
     while reached(run) < target and time.monotonic() < began + start_s and process.poll() is None:
         time.sleep(0.005)
     time.sleep(rng.uniform(0, 0.1))
@@ -150,6 +150,8 @@ def soak(engine: str, kills: int, directory: Path, seed: int = 0) -> str:
     rng, data = random.Random(seed), directory / "data"
     if not data.exists():
         write_toy(data)
+    if engine != "ddp":
+        import deepspeed  # noqa: F401  # once, and not in every rank
     whole = prepare(directory / f"{engine}-whole", data, engine)
     forked = prepare(directory / f"{engine}-forked", data, engine)
     longest = {run is forked: seconds_of(run, run is forked) for run in (whole, forked)}

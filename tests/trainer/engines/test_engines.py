@@ -1,14 +1,17 @@
 """DDP and ZeRO 0 to 3 are one trainer: the same losses, resumed at any number of ranks."""
 
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from ranks import engine_overrides, losses, on_ranks, weights
+from ranks import engine_overrides, losses, on_ranks, stage_on_ranks, start_stage, weights
 from toy import toy_config, write_toy
 
 from pipeline.config import save_config
@@ -126,3 +129,29 @@ def test_killed_workers_and_launchers_change_no_weight(engine, tmp_path):
     killed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(killed)
     assert killed.soak(engine, 3, tmp_path).startswith(f"{engine}: 3 kills in ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stopped", ["a rank", "the agent"])
+def test_what_was_stopped_for_seconds_goes_on_to_the_same_weights(stopped, data, tmp_path):
+    """As a debugger, a full swap or a suspended laptop does it.  The agent's heartbeat is 5 s."""
+    whole, run = (tmp_path / name for name in ("whole", "run"))
+    config = toy_config(data, "train.steps=300", "train.checkpoint_every=25")
+    for root in (whole, run):
+        root.mkdir()
+        save_config(config, root / "config.toml")
+    stage_on_ranks(2, "generalist", whole)
+    process = start_stage(2, "generalist", run)
+    while not list(run.glob("generalist/checkpoints/step-*/COMPLETE")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    children = f"/proc/{process.pid}/task/{process.pid}/children"
+    victim = process.pid if stopped == "the agent" else int(Path(children).read_text().split()[0])
+    os.kill(victim, signal.SIGSTOP)
+    time.sleep(7)
+    os.kill(victim, signal.SIGCONT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert len(os.listdir(run / "generalist" / "attempts")) == 1
+    for name, value in weights(run).items():
+        assert torch.equal(value, weights(whole)[name])

@@ -12,6 +12,7 @@ from toy import NUM_CLASSES, toy_config, write_toy
 
 from networks import load_classifier
 from pipeline.config import UserError, load_config
+from pipeline.files import DamagedFile
 from pipeline.graph import RunDirectory
 from pipeline.store import read_json, write_json
 from trainer.core.probabilities import average_members, soften
@@ -75,7 +76,8 @@ def exact(run, inputs):
 
 def read_rows(stage, rows):
     members = read_json(stage.path("train/answers.json"))["members"]
-    read = stored_targets.rows_by_mass(stage.path("train"), NUM_CLASSES, members)
+    count = len(np.load(stage.path("train/starts.npy"))) // members
+    read = stored_targets.rows_by_mass(stage.path("train"), NUM_CLASSES, members, count)
     return stored_targets.restored(read(rows), NUM_CLASSES, "cpu")
 
 
@@ -406,3 +408,27 @@ def test_a_student_learns_the_mean_by_which_the_ensemble_is_joined(overrides, me
     config = load_config(None, ["students.a.steps=5", *overrides])
     assert config.students["a"].mean == mean
     assert load_config(None, [], json.loads(json.dumps(config.dump()))) == config
+
+
+def test_targets_that_are_not_of_these_rows_or_classes_are_damage(run, tmp_path):
+    """Their checksums may be right: somebody else made them."""
+    stage = run.targets_for("less")
+    members = read_json(stage.path("train/answers.json"))["members"]
+    count = len(np.load(stage.path("train/starts.npy"))) // members
+    for name, array in (
+        ("starts", np.full(count * members, 2**40)),
+        ("counts", np.full(count * members, -1)),
+        ("starts", np.zeros(3, np.int64)),
+        ("log_tail", np.zeros((count * members, 2), np.float16)),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(stage.path("train"), copy)
+        np.save(copy / f"{name}.npy", array)
+        with pytest.raises(DamagedFile, match=r"copy/\w+.npy is damaged"):
+            stored_targets.rows_by_mass(copy, NUM_CLASSES, members, count)
+        shutil.rmtree(copy)
+    with pytest.raises(DamagedFile, match=r"\d+ rows, of"):
+        stored_targets.rows_by_mass(stage.path("train"), NUM_CLASSES, members, count + 1)
+    read = stored_targets.rows_by_mass(stage.path("train"), 2, members, count)
+    with pytest.raises(DamagedFile, match="a class beyond the 2"):
+        read(np.arange(8))
