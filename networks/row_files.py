@@ -201,6 +201,10 @@ class RowFiles:
                 if len(piece) == end - first:
                     return piece
                 if joined is None:
+                    for other in range(part, len(keys)):  # what an index lies is not allocated
+                        if bounds[other] < end:
+                            held = bounds[other + 1] - bounds[other]
+                            self._read(self.files[keys[other]], keys[other], slice(0, 0), held)
                     joined = piece.new_empty((end - first, *piece.shape[1:]))
                 if (piece.dtype, piece.shape[1:]) != (joined.dtype, joined.shape[1:]):
                     raise ValueError(
