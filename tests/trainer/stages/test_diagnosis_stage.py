@@ -85,7 +85,7 @@ def test_what_is_known_by_heart_is_short_of_data_and_speaks_against_specialists(
     found = found_in(run)
     assert found["state"] == "data" and found["trained_here"]
     assert found["augmented"] is None
-    assert any("a further generalist usually gives more" in line for line in found["sentences"])
+    assert any("A second generalist usually gives more" in line for line in found["sentences"])
 
 
 def test_the_sentences_are_of_the_numbers_alone(run):
