@@ -49,10 +49,9 @@ def class_names(directory: Path) -> list[str] | None:
         if not isinstance(table, dict):
             return None
         names = [table.get(str(row)) for row in range(len(table))]
-    strings = [name for name in names if isinstance(name, str)]
-    if len(strings) < len(names):
-        return None
-    return None if strings == [f"LABEL_{row}" for row in range(len(strings))] else strings
+    texts = [name for name in names if isinstance(name, str)]
+    counted = [f"LABEL_{row}" for row in range(len(names))]
+    return None if len(texts) < len(names) or texts == counted else texts
 
 
 def _read(path: Path) -> dict:
