@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def _built(
     tensors: Mapping[str, Tensor],
     build: Callable[[ModelSpec, Builders | None], Module],
     builders: Builders | None,
-) -> nn.Module:
+) -> Module:
     """What `build` makes of a spec. A plain head is made of the tensors themselves.
 
     Of a huge label set the head is nearly all of a network.  So it is neither drawn first nor
@@ -176,7 +176,7 @@ def _built(
             return make_head(spec, features)  # whoever checks the tensors says what is wrong
         return make_head(spec, features, linear_of(weight.to(dtype), bias.to(dtype)))
 
-    return build_classifier(spec, builders, make)
+    return cast(Module, build_classifier(spec, builders, make))  # as `build` is
 
 
 def shapes_of(

@@ -31,7 +31,7 @@ T = TypeVar("T")
 COLLECTIVE_LIMIT = timedelta(minutes=30)  # in which every rank must come to an exchange of data
 RANK_0_ALONE = timedelta(days=30)  # that others may wait while rank 0 works alone
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
-SEVERAL_OBJECTS = 20_000
+SEVERAL_OBJECTS = 20_000  # new ones, after which Python looks for cycles
 LOST_S = 60.0  # in which the launcher ends a rank that has lost another
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
