@@ -75,7 +75,7 @@ def of_checksums(module):
         module.xxh3_128 = Nothing
         module.entry_of = lambda path: {"bytes": os.stat(path).st_size, "xxh3_128": "0" * 32}
         module.digest_of = lambda parts: "0" * 32
-        module.differs = lambda path, entry: ""
+        module.differs = lambda path, entry, content=None: ""
         module.check = lambda *paths: None
         return
     for name in ("entries_of", "digest_of", "differs"):

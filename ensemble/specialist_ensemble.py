@@ -662,7 +662,7 @@ def _settings_of(root: Path) -> EnsembleSettings:
     """What ensemble.json says of a directory that has what an ensemble of specialists needs."""
     if not (root / "generalist" / "model.json").is_file():
         students = sorted((root / "students").glob("*/model.json"))
-        if students:
+        if students and not (root / "config.toml").is_file():  # a bundle, and no run
             raise ValueError(
                 f"{root} holds students and no ensemble; load one with "
                 f'load_classifier("{students[0].parent}")'

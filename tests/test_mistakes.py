@@ -216,7 +216,6 @@ SHARDS = [
     ("arrays config.toml --out s", ["config.toml"]),
     ("table none.csv --out s", ["none.csv"]),
     ("table t.csv --out s --text word", ["word", "text"]),
-    ("table semicolons.csv --out s", ["commas"]),
     ("table latin.csv --out s", ["--encoding"]),
     ("table empty.csv --out s", ["empty.csv"]),
     ("table t.csv --out s --drop dog", ["dog"]),
@@ -263,7 +262,6 @@ def brought(place):
     np.savez(place / "onehot.npz", x=x, y=np.eye(2)[y])
     np.savez(place / "nan.npz", x=np.where(x == 0, np.nan, x), y=y)
     write(place / "t.csv", "text,label\none,cat\ntwo,cow\n")
-    write(place / "semicolons.csv", "text;label\none;cat\n")
     write(place / "latin.csv", "text,label\ncaf\xe9,cat\n".encode("latin-1"))
     write(place / "empty.csv", "")
     write(place / "data.parquet", b"PAR1")

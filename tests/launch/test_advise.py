@@ -220,7 +220,7 @@ def test_what_is_asked_wrongly_is_one_line(ward, referral):
     code, _, err = referral("advise", config)
     assert code == 2 and "is a config; add --run DIR" in err
     code, _, err = referral("advise", "no-such-run")
-    assert code == 2 and "no-such-run: no such config file or run" in err
+    assert code == 2 and "no-such-run: no such config file and no such run" in err
     (ward.root / "empty").mkdir()
     code, _, err = referral("advise", "empty")
     assert code == 2 and "is not a run" in err

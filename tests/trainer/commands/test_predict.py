@@ -225,7 +225,7 @@ def test_a_directory_that_is_no_run_and_one_without_inputs_are_named(small_run, 
     assert "generalist/model.json" in predict(capsys, tmp_path, tmp_path / "a.npy")[2]
     (tmp_path / "empty").mkdir()
     err = predict(capsys, small_run.root, tmp_path / "empty")[2]
-    assert "holds no files with an extension of bmp, gif, jpeg, jpg, npy, png, tif" in err
+    assert "holds no files with an extension of bmp, gif, jfif, jpe, jpeg, jpg, npy" in err
 
 
 def test_export_and_predict_are_commands_of_referral():

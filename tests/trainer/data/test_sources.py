@@ -40,7 +40,7 @@ def test_an_unlabelled_table_needs_only_its_text(tmp_path):
     path = write_csv(tmp_path / "a.csv", ["text"], ["one"])
     source = open_one(path, labelled=False)
     assert source.content(0) == ("txt", b"one")
-    with pytest.raises(UserError, match="choose one with --label"):
+    with pytest.raises(UserError, match="no column is left for --label"):
         open_one(path)
 
 

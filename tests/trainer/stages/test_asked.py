@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch import nn
 
 from clustering import ClassGroups
 from ensemble.lazy_specialists import LazySpecialists
@@ -41,7 +42,7 @@ def test_a_report_reads_who_was_asked_from_numbers_and_from_the_mask_of_earlier_
 @pytest.fixture
 def ensemble():
     """Two groups and a class, 4, of none. A specialist is 40 bytes."""
-    network = SimpleNamespace(parameters=list, buffers=list)
+    network = nn.Module()
     specialists = LazySpecialists(lambda m: network, range(2))
     groups = ClassGroups([[2, 3], [0, 1]], 5)
     return SimpleNamespace(

@@ -131,7 +131,7 @@ def test_a_teacher_of_listed_classes_stores_the_same_answers(finished, sparsely)
     def stored():
         place = stage.path("train")
         rows = np.arange(EXAMPLES["train"])
-        read = rows_by_mass(place, CLASSES, 1)(rows)
+        read = rows_by_mass(place, CLASSES, 1, len(rows))(rows)
         return read_json(place / "answers.json"), Stored(*map(np.copy, read))
 
     notes, rows = stored()

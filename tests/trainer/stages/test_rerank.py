@@ -122,7 +122,7 @@ def test_its_cost_is_its_examples_and_the_time_that_the_shortlists_took(run):
 def test_a_student_learns_what_it_predicts(run):
     train, _ = inputs_of(run, "train")
     q = load_ensemble(run.root).probabilities(train[:4])
-    read = rows_by_mass(run.targets["ensemble"].path("train"), q.shape[1], 1)
+    read = rows_by_mass(run.targets["ensemble"].path("train"), q.shape[1], 1, len(train))
     kept = restored(read(np.arange(4)), q.shape[1], "cpu")
     torch.testing.assert_close(kept.spread()[0], q.float(), atol=2e-3, rtol=0)
 

@@ -81,7 +81,8 @@ def network_of(stage):
 def stored_targets(stage, split, row):
     """What a stage `targets` stored in a row: probabilities [M, C]."""
     members = read_json(stage.path(f"{split}/answers.json"))["members"]
-    read = rows_by_mass(stage.path(split), NUM_CLASSES, members)
+    count = len(np.load(stage.path(f"{split}/counts.npy"))) // members
+    read = rows_by_mass(stage.path(split), NUM_CLASSES, members, count)
     return restored(read(np.array([row])), NUM_CLASSES, "cpu").spread()
 
 
